@@ -1,0 +1,12 @@
+"""Triton kernels for CLIP: each op with its gradients, its CPU path and a PyTorch reference that specifies it.
+
+One op per file. ``reference`` holds the specification, ``cpu`` the path without a GPU, ``configs`` the launch
+configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` the arithmetic that kernels share.
+"""
+
+from . import reference
+from .attention import attention
+from .contrastive import contrastive_loss
+from .patch_embed import patch_embed
+
+__all__ = ["attention", "contrastive_loss", "patch_embed", "reference"]

@@ -1,0 +1,198 @@
+"""Between an op and its kernels: which backend runs, what input is refused, and the one place where a kernel starts.
+
+Every launch of the package goes through :func:`launch`, so that a tool can see them all: :func:`record_launches`
+collects what an op would launch on a given architecture, without a GPU, and the offline compiler compiles exactly that.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import math
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, Protocol, TypeVar
+
+import torch
+import triton
+from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+BACKENDS = ("auto", "triton", "torch")
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+
+# Triton reads the variable when a kernel is decorated, so the answer is fixed for the life of the process.
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+_execute_on_cpu = INTERPRET
+_recorder: "_Recorder | None" = None
+
+
+class LaunchConfig(Protocol):
+    """What :func:`launch` needs to know of a configuration."""
+
+    @property
+    def num_warps(self) -> int: ...
+
+    @property
+    def num_stages(self) -> int: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch: the kernel, its arguments by name, and its compile options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Recorder:
+    arch: int
+    launches: list[Launch]
+
+
+@contextlib.contextmanager
+def record_launches(arch: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, configured for compute capability ``arch`` (90 for sm_90)."""
+    global _recorder
+    outer, _recorder = _recorder, _Recorder(arch, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = outer
+
+
+@contextlib.contextmanager
+def execute_on_cpu() -> Iterator[None]:
+    """Launch the Triton kernels for CPU tensors too: for tools that take over the launch."""
+    global _execute_on_cpu
+    outer, _execute_on_cpu = _execute_on_cpu, True
+    try:
+        yield
+    finally:
+        _execute_on_cpu = outer
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether a Triton kernel can be launched for tensors on ``device``."""
+    return device.type == "cuda" or (device.type == "cpu" and (_execute_on_cpu or _recorder is not None))
+
+
+def arch_of(device: torch.device) -> int:
+    """Compute capability that configurations are looked up for, as ``10 * major + minor``."""
+    if _recorder is not None:
+        return _recorder.arch
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    return 80
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, config: LaunchConfig, device: torch.device, **constexprs: Any
+) -> None:
+    """Start ``kernel`` on ``device``; an empty grid starts nothing.
+
+    FP fusion is set explicitly: its default changes between Triton versions, and with it the last bits of the result.
+    """
+    if 0 in grid:
+        return
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if _recorder is not None:
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        _recorder.launches.append(Launch(kernel, grid, named, constexprs, options))
+        return
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **constexprs, **options)
+
+
+def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
+    """Run an op's implementation with autocast off: the op has chosen its precision already."""
+
+    @functools.wraps(fn)
+    def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
+        device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        with torch.autocast(device_type, enabled=False):
+            return fn(*args, **kwargs)
+
+    return wrapper
+
+
+def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
+    """Resolve ``backend`` for ``tensor``: True for the PyTorch reference, False for the registered op.
+
+    Raises:
+        ValueError: unknown backend name.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
+    if backend == "triton" and not triton_runs_on(tensor.device):
+        raise RuntimeError(
+            f"{op}: backend='triton' cannot run on a {tensor.device.type} tensor: "
+            "move it to a GPU, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
+        )
+    return backend == "torch" or tensor.device.type not in ("cuda", "cpu", "meta")
+
+
+def autocast_to(tensor: Tensor) -> Tensor:
+    """``tensor`` in the autocast dtype where autocast is on and would convert it, else unchanged."""
+    device_type = tensor.device.type
+    can_autocast = torch.amp.is_autocast_available(device_type) and tensor.dtype != torch.float64
+    if not (can_autocast and torch.is_autocast_enabled(device_type)):
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
+
+
+def check_float(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse a dtype that the kernels do not compute in."""
+    allowed = (torch.float32, torch.float16, torch.bfloat16)
+    on_cpu = tensor.device.type in ("cpu", "meta") and not _execute_on_cpu
+    if INTERPRET and tensor.dtype == torch.bfloat16:
+        raise TypeError(
+            f"{op}: {name} is bfloat16, which Triton's interpreter multiplies as raw bits: use float32 or float16"
+        )
+    if tensor.dtype not in allowed and not (on_cpu and tensor.dtype == torch.float64):
+        hint = " (float64 only on the CPU or with backend='torch')" if tensor.dtype == torch.float64 else ""
+        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {dtype_name(tensor.dtype)}{hint}")
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, ndim: int, *, also: tuple[torch.dtype, ...] = ()) -> None:
+    """Refuse anything but a tensor with ``ndim`` dimensions of a floating dtype, or of a dtype in ``also``."""
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if not tensor.is_floating_point() and tensor.dtype not in also:
+        wanted = " or ".join(["a floating dtype", *map(dtype_name, also)])
+        raise TypeError(f"{op}: {name} must have {wanted}, got {dtype_name(tensor.dtype)}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor on another device, or of another dtype, than ``other``."""
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}")
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}, but {other_name} is {dtype_name(other.dtype)}")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``torch.float32`` as ``float32``."""
+    return str(dtype).removeprefix("torch.")
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32, or float64 for float64 input."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def next_power_of_2(size: int, minimum: int = 16) -> int:
+    """Smallest power of two that holds ``size``; at least 16, the least that a tensor core multiplies."""
+    return max(minimum, triton.next_power_of_2(size))

@@ -1,0 +1,136 @@
+"""The ops on a CPU: the same blockwise algorithms in PyTorch, so that memory stays as small as on a GPU.
+
+Products go through PyTorch, in float32 at least. Arguments and results are those of the launchers in the op's own file.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ._launch import LN2, LOG2E, accumulate_dtype
+
+CHUNK_ELEMENTS = 2**22  # of the logits: 16 MiB of float32 stay near the last-level cache
+
+
+def contrastive_fwd(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Loss, then maximum, sum and nll of both sides: one product per chunk of rows serves rows and columns."""
+    acc_dtype = accumulate_dtype(image.dtype)
+    x, y = image.to(acc_dtype), text.to(acc_dtype)
+    n = len(x)
+    scale = logit_scale.to(acc_dtype) * LOG2E
+    maximum, total = x.new_full((2, n), float("-inf")), x.new_zeros(2, n)
+    diagonal = x.new_empty(n)
+    for rows, logits, p in _chunks(x, y):
+        logits.mul_(scale)
+        diagonal[rows] = logits.diagonal(offset=rows.start)
+        maximum[0, rows] = row_max = logits.amax(1)
+        total[0, rows] = torch.sub(logits, row_max[:, None], out=p).exp2_().sum(1)
+        column_max = torch.maximum(maximum[1], logits.amax(0))
+        total[1].mul_((maximum[1] - column_max).exp2_()).add_(torch.sub(logits, column_max, out=p).exp2_().sum(0))
+        maximum[1] = column_max
+    nll = (maximum - diagonal) + total.log2()
+    return nll.mean() * LN2, maximum, total, nll
+
+
+def contrastive_bwd(
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, maximum: Tensor, total: Tensor, nll: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of images, texts and scale: one recomputed product per chunk serves both."""
+    acc_dtype = accumulate_dtype(image.dtype)
+    x, y = image.to(acc_dtype), text.to(acc_dtype)
+    scale = logit_scale.to(acc_dtype)
+    grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
+    inverse_total = total[1].reciprocal()
+    for rows, logits, p in _chunks(x, y):
+        logits.mul_(scale * LOG2E)
+        torch.sub(logits, maximum[0, rows, None], out=p).exp2_().div_(total[0, rows, None])
+        grad = p.addcmul_(logits.sub_(maximum[1]).exp2_(), inverse_total)
+        grad.diagonal(offset=rows.start).zero_()
+        torch.mm(grad, y, out=grad_x[rows])
+        grad_y.addmm_(grad.T, x[rows])
+    g = torch.expm1(nll * -LN2).sum(0)[:, None]
+    grad_x.addcmul_(g, y)
+    grad_y.addcmul_(g, x)
+    coefficient = grad_loss.to(acc_dtype) / max(2 * len(x), 1)
+    grad_scale = torch.linalg.vecdot(grad_x, x).sum() * coefficient
+    factor = coefficient * scale
+    return grad_x.mul_(factor).to(image.dtype), grad_y.mul_(factor).to(text.dtype), grad_scale
+
+
+def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Row slices of x with their products x[rows] y^T, and a scratch tensor of the same shape; both are reused."""
+    n = len(x)
+    size = min(n, max(16, CHUNK_ELEMENTS // max(n, 1)))
+    buffers = x.new_empty(2, size, n)
+    for start in range(0, n, max(size, 1)):
+        rows = slice(start, min(start + size, n))
+        product, scratch = buffers[:, : rows.stop - start]
+        yield rows, torch.mm(x[rows], y.T, out=product), scratch
+
+
+def attention_fwd(qkv: Tensor, num_heads: int, causal: bool) -> tuple[Tensor, Tensor]:
+    """Output and log2-sum-exp, by PyTorch's own flash kernel for CPUs."""
+    batch, length, width3 = qkv.shape
+    if qkv.numel() == 0:
+        return qkv.new_empty(batch, length, width3 // 3), qkv.new_empty(
+            batch, num_heads, length, dtype=accumulate_dtype(qkv.dtype)
+        )
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads(qkv, num_heads), is_causal=causal)
+    return out.transpose(1, 2).reshape(batch, length, -1), (lse * LOG2E).contiguous()
+
+
+def attention_bwd(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, causal: bool) -> Tensor:
+    """Gradient of the packed projection."""
+    if qkv.numel() == 0:
+        return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    batch, length, _ = qkv.shape
+    grad_out, out = (t.contiguous().view(batch, length, num_heads, -1).transpose(1, 2) for t in (grad_out, out))
+    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        grad_out, *_heads(qkv, num_heads), out, lse * LN2, 0.0, causal
+    )
+    return torch.stack([grad.transpose(1, 2) for grad in grads], dim=2).view(qkv.shape)
+
+
+def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    packed = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
+    return packed.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def _patches(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
+    """[B, C, H, W] -> [B, (H / P)(W / P), C P P], bytes centred."""
+    batch, channels, height, width = images.shape
+    grid = images.reshape(batch, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
+    patches = grid.reshape(batch, (height // patch) * (width // patch), channels * patch * patch).to(dtype)
+    return patches.sub_(128) if images.dtype == torch.uint8 else patches
+
+
+def patch_embed_fwd(
+    images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor
+) -> Tensor:
+    """Tokens; ``weight`` and ``bias`` are folded for bytes."""
+    dtype = accumulate_dtype(weight.dtype)
+    patches = _patches(images, weight.shape[-1], dtype)
+    pos = positional_embedding.to(dtype)
+    out = pos.new_empty(len(images), *pos.shape)
+    out[:, 0] = class_embedding
+    out[:, 1:] = F.linear(patches, weight.flatten(1).to(dtype), bias)
+    return out.add_(pos).to(weight.dtype)
+
+
+def patch_embed_bwd_weight(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of the (folded) weight, summed over all patches."""
+    dtype = accumulate_dtype(weight.dtype)
+    patches = _patches(images, weight.shape[-1], dtype)
+    return (grad[:, 1:].to(dtype).flatten(0, 1).T @ patches.flatten(0, 1)).view_as(weight)
+
+
+def patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
+    """Gradient of floating images."""
+    batch, channels, height, width = images.shape
+    patch = weight.shape[-1]
+    dtype = accumulate_dtype(weight.dtype)
+    patches = grad[:, 1:].to(dtype) @ weight.to(dtype).flatten(1)
+    grid = patches.view(batch, height // patch, width // patch, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
+    return grid.reshape(images.shape).to(images.dtype)

@@ -1,0 +1,61 @@
+"""What each op computes, in plain PyTorch: the specification that the kernels are held to.
+
+Same signatures as the ops, any floating dtype, autograd through every step. With float64 input a function here is the
+truth; with the op's own dtype it is the yardstick for how large an error is allowed to be.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, normalize: bool = False) -> Tensor:
+    """Symmetric cross-entropy over the full logits matrix (Radford et al. 2021, figure 3)."""
+    if normalize:
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    logits = logit_scale * (image @ text.T)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    labels = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+
+
+def attention(qkv: Tensor, num_heads: int, *, causal: bool = False) -> Tensor:
+    """Softmax attention on a packed projection (Vaswani et al. 2017), with the score matrix in memory."""
+    batch, length, _ = qkv.shape
+    q, k, v = qkv.reshape(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    if causal:
+        future = torch.ones(length, length, dtype=torch.bool, device=qkv.device).triu(1)
+        scores = scores.masked_fill(future, float("-inf"))
+    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positional_embedding: Tensor,
+    *,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+) -> Tensor:
+    """Strided convolution, class token in front, positions added (Dosovitskiy et al. 2021, equation 1)."""
+    if images.dtype == torch.uint8:
+        images = normalize_uint8(images, mean, std, weight.dtype)
+    patches = F.conv2d(images.to(weight.dtype), weight, stride=weight.shape[-1])
+    class_token = class_embedding.to(weight.dtype).expand(len(images), 1, -1)
+    tokens = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
+    return tokens + positional_embedding.to(weight.dtype)
+
+
+def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """``(images / 255 - mean) / std`` per channel of uint8 [B, C, H, W], computed in float32 at least, as ``dtype``."""
+    work = torch.promote_types(dtype, torch.float32)
+    mean_c = torch.tensor(mean, dtype=work).to(images.device, non_blocking=True)[:, None, None]
+    std_c = torch.tensor(std, dtype=work).to(images.device, non_blocking=True)[:, None, None]
+    return ((images.to(work) / 255 - mean_c) / std_c).to(dtype)
