@@ -1,0 +1,137 @@
+"""Compile what an op launches for a GPU that is not there, and report what the compiler made of it.
+
+The launches are recorded from the op itself, so what is compiled here is what would run: the same kernel, the same
+constants, the same specialisation of its arguments.
+"""
+
+import dataclasses
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
+from triton.compiler import ASTSource
+
+from clipfast.kernels._launch import Launch, record_launches
+
+# Shared memory that one block may ask for, in bytes (CUDA C programming guide, compute capabilities).
+SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
+TENSOR_MEMORY_COLUMNS = 512
+_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """What one compiled kernel takes of a multiprocessor, registers per thread, and which matrix unit it uses."""
+
+    registers: int
+    spill_bytes: int
+    shared_bytes: int
+    tmem_columns: int
+    mma: str
+
+
+# The matrix unit of each architecture; half-precision products have to reach it.
+MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
+
+
+def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
+    """What is wrong with a compiled kernel: spills, limits passed, or a product that misses the tensor cores or should
+    not use them.
+
+    Args:
+        resources: of the kernel.
+        arch: compute capability, 80, 90 or 100.
+        half: whether its operands are 16-bit; float32 must stay exact, so it must not use them.
+        multiplies: whether it has a matrix product.
+    """
+    found = []
+    if resources.spill_bytes:
+        found.append(f"spills {resources.spill_bytes} bytes")
+    if resources.shared_bytes > SHARED_LIMIT[arch]:
+        found.append(f"needs {resources.shared_bytes} bytes of shared memory, {SHARED_LIMIT[arch]} are allowed")
+    if resources.tmem_columns > TENSOR_MEMORY_COLUMNS:
+        # Triton compiles such a kernel to an empty body and says nothing.
+        found.append(f"needs {resources.tmem_columns} columns of tensor memory, {TENSOR_MEMORY_COLUMNS} exist")
+    expected = MATRIX_UNIT[arch] if half and multiplies else "none"
+    if resources.mma != expected:
+        found.append(f"multiplies with {resources.mma}, expected {expected}")
+    return found
+
+
+def record(arch: int, op: Callable[[], object]) -> list[Launch]:
+    """The launches that ``op`` would make on compute capability ``arch``, each distinct one once."""
+    with record_launches(arch) as launches:
+        op()
+    distinct = {
+        (launch.kernel.__name__, str(_specialise(launch)), str(launch.constexprs)): launch for launch in launches
+    }
+    return list(distinct.values())
+
+
+def compile_launch(launch: Launch, arch: int) -> Resources:
+    """Compile one recorded launch for NVIDIA compute capability ``arch`` (90 for sm_90)."""
+    signature, constants, attrs = _specialise(launch)
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    ptx = kernel.asm["ptx"]
+    log = _ptxas_log(ptx, arch)
+    return Resources(
+        registers=_number(r"Used (\d+) registers", log),
+        spill_bytes=_number(r"(\d+) bytes spill stores", log),
+        shared_bytes=kernel.metadata.shared,
+        tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
+        mma=next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "none"),
+    )
+
+
+def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
+    """Signature, constants and divisibility of a launch, as Triton's own launcher would derive them."""
+    signature: dict[str, str] = {}
+    constants: dict[str, object] = dict(launch.constexprs)
+    attrs: dict[tuple[int, ...], list[list[object]]] = {}
+    for index, name in enumerate(launch.kernel.arg_names):
+        value: Any = launch.args.get(name)
+        if isinstance(value, torch.Tensor):
+            signature[name] = "*" + _TYPES[value.dtype]
+            attrs[(index,)] = [["tt.divisibility", 16]]
+        elif name in launch.constexprs or value == 1:
+            signature[name] = "constexpr"
+            constants.setdefault(name, value)
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+    return signature, constants, attrs
+
+
+def _ptxas_log(ptx: str, arch: int) -> str:
+    target = re.search(r"\.target\s+(\w+)", ptx)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        command = [
+            get_ptxas(arch).path,
+            "-v",
+            f"--gpu-name={target.group(1) if target else f'sm_{arch}'}",
+            str(path),
+            "-o",
+            f"{path}.cubin",
+        ]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    return run.stderr + run.stdout
+
+
+def _number(pattern: str, text: str) -> int:
+    match = re.search(pattern, text)
+    if match is None:
+        raise RuntimeError(f"ptxas did not report {pattern!r}: {text}")
+    return int(match.group(1))

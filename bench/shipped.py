@@ -1,0 +1,61 @@
+"""Every kernel at the shapes of the published models: what the offline compiler compiles."""
+
+from collections.abc import Callable
+
+import torch
+
+from clipfast.kernels import attention, contrastive_loss, patch_embed
+
+Case = Callable[[], object]
+
+
+def shipped_cases() -> dict[str, Case]:
+    """Forward and backward calls by name, ``<op> <shape> <dtype>``; values are never read, so the tensors are empty."""
+    cases: dict[str, Case] = {}
+    for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
+        cases[f"contrastive D512 {name}"] = _contrastive(dtype)
+        # head_dim 64: all texts, B, L; 80: H/14; 88: g/14; 104: bigG/14; 32: the small model
+        for tokens, head_dim, causal in (
+            (77, 64, True),
+            (257, 64, False),
+            (257, 80, False),
+            (257, 88, False),
+            (257, 104, False),
+            (17, 32, False),
+        ):
+            cases[f"attention N{tokens} D{head_dim}{' causal' if causal else ''} {name}"] = _attention(
+                dtype, tokens, head_dim, causal
+            )
+        for patch in (14, 16, 32):
+            cases[f"patch_embed P{patch} bytes {name}"] = _patch_embed(dtype, patch, torch.uint8)
+        cases[f"patch_embed P16 floats {name}"] = _patch_embed(dtype, 16, dtype)
+    return cases
+
+
+def _contrastive(dtype: torch.dtype) -> Case:
+    def run() -> None:
+        image, text = (torch.empty(1024, 512, dtype=dtype, requires_grad=True) for _ in range(2))
+        contrastive_loss(image, text, 10.0).backward()
+
+    return run
+
+
+def _attention(dtype: torch.dtype, tokens: int, head_dim: int, causal: bool) -> Case:
+    def run() -> None:
+        heads = 16
+        qkv = torch.empty(2, tokens, 3 * heads * head_dim, dtype=dtype, requires_grad=True)
+        attention(qkv, heads, causal=causal).backward(torch.empty(2, tokens, heads * head_dim, dtype=dtype))
+
+    return run
+
+
+def _patch_embed(dtype: torch.dtype, patch: int, pixels: torch.dtype) -> Case:
+    def run() -> None:
+        size, embed_dim = 224, 768
+        tokens = 1 + (size // patch) ** 2
+        images = torch.empty(2, 3, size, size, dtype=pixels, requires_grad=pixels.is_floating_point)
+        weight = torch.empty(embed_dim, 3, patch, patch, dtype=dtype, requires_grad=True)
+        embed = patch_embed(images, weight, torch.empty(embed_dim), torch.empty(tokens, embed_dim))
+        embed.backward(torch.empty(2, tokens, embed_dim, dtype=dtype))
+
+    return run
