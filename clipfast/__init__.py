@@ -1,0 +1,47 @@
+"""clipfast: the performance engine for CLIP.
+
+Triton kernels (``clipfast.kernels``) under a thin model layer with OpenCLIP's names, checked against PyTorch
+references.
+"""
+
+from . import kernels
+from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
+from .evaluation.zero_shot import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    build_zero_shot_classifier,
+)
+from .factory import create_model, create_model_and_transforms, get_tokenizer
+from .images import ImageError, image_transform, open_image
+from .kernels import attention, contrastive_loss, patch_embed
+from .models import CLIP, add_model_config, get_model_config, list_models
+from .tokenizer import Tokenizer, tokenize
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CLIP",
+    "IMAGENET_CLASSNAMES",
+    "OPENAI_IMAGENET_TEMPLATES",
+    "SIMPLE_IMAGENET_TEMPLATES",
+    "CheckpointError",
+    "ImageError",
+    "Tokenizer",
+    "add_model_config",
+    "attention",
+    "build_zero_shot_classifier",
+    "contrastive_loss",
+    "create_model",
+    "create_model_and_transforms",
+    "export_open_clip",
+    "get_model_config",
+    "get_tokenizer",
+    "image_transform",
+    "kernels",
+    "list_models",
+    "load_checkpoint",
+    "open_image",
+    "patch_embed",
+    "tokenize",
+]

@@ -1,0 +1,30 @@
+"""What a checkpoint can do: zero-shot classification and retrieval."""
+
+from .evaluate import Evaluation, evaluate
+from .labelled import LabelledFeatures, LabelledImage, encode_labelled, read_labelled
+from .retrieval import recall_at, retrieval_ranks
+from .zero_shot import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    TEMPLATES,
+    build_zero_shot_classifier,
+    top_classes,
+)
+
+__all__ = [
+    "IMAGENET_CLASSNAMES",
+    "OPENAI_IMAGENET_TEMPLATES",
+    "SIMPLE_IMAGENET_TEMPLATES",
+    "TEMPLATES",
+    "Evaluation",
+    "LabelledFeatures",
+    "LabelledImage",
+    "build_zero_shot_classifier",
+    "encode_labelled",
+    "evaluate",
+    "read_labelled",
+    "recall_at",
+    "retrieval_ranks",
+    "top_classes",
+]

@@ -1,0 +1,108 @@
+"""All figures of one checkpoint on one labelled set: zero-shot accuracy by group, and retrieval both ways."""
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import trim_padding
+from ..models import CLIP
+from ..tokenizer import Tokenizer
+from .labelled import LabelledFeatures
+from .retrieval import recall_at, retrieval_ranks
+from .zero_shot import Template, build_zero_shot_classifier, top_classes
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """Results as plain values for ``results.json``, and the predictions behind them."""
+
+    results: dict[str, Any]
+    predictions: list[list[str]]  # five best classes of each image
+    correct: list[int | None]  # position of the first right one among them
+
+
+def evaluate(
+    model: CLIP,
+    tokenizer: Tokenizer,
+    images: LabelledFeatures,
+    templates: Sequence[Template] = ("{}",),
+    *,
+    classnames: Sequence[str] | None = None,
+    leave_out: Iterable[str] = (),
+) -> Evaluation:
+    """Evaluate a model in evaluation mode.
+
+    Args:
+        model, tokenizer: what encodes the texts.
+        images: the set, encoded by the same model.
+        templates: prompt templates, averaged per class.
+        classnames: prompt name per class, in the order of ``images.classnames``; default: the labels themselves.
+        leave_out: groups that a second overall figure does without.
+
+    Raises:
+        ValueError: a number of names other than the number of classes.
+    """
+    labels = images.classnames
+    names = labels if classnames is None else list(classnames)
+    if len(names) != len(labels):
+        raise ValueError(f"{len(names)} class names for {len(labels)} classes")
+    device = images.features.device
+    classifier = build_zero_shot_classifier(model, tokenizer, names, templates, 256 // len(templates) + 1, device)
+    best = [[labels[index] for index in row] for row in top_classes(images.features, classifier, 5).tolist()]
+    accepted = images.accepted()
+    correct = [
+        next((k for k, label in enumerate(row) if label in right), None)
+        for row, right in zip(best, accepted, strict=True)
+    ]
+    hits = torch.tensor([len(labels) if position is None else position for position in correct])
+    groups = sorted(set(images.groups) - {""})
+    left_out = sorted(set(leave_out))
+    results: dict[str, Any] = {"images": len(best), "classes": len(labels), "zero_shot": _accuracy(hits)}
+    if groups:
+        results["by_group"] = {group: _accuracy(hits[_members(images.groups, {group})]) for group in groups}
+    if left_out:
+        kept = hits[_members(images.groups, set(images.groups) - set(left_out))]
+        results["without"] = {"groups": left_out, "zero_shot": _accuracy(kept)}
+    results["retrieval"] = _retrieval(model, tokenizer, images)
+    return Evaluation(results, best, correct)
+
+
+def _accuracy(hits: Tensor) -> dict[str, float | int]:
+    return {"top1": (hits < 1).double().mean().item(), "top5": (hits < 5).double().mean().item(), "images": len(hits)}
+
+
+def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
+    return torch.tensor([group in wanted for group in groups])
+
+
+@torch.no_grad()
+def _retrieval(model: CLIP, tokenizer: Tokenizer, images: LabelledFeatures) -> dict[str, dict[str, float]]:
+    device = images.features.device
+    batches = (images.captions[start : start + 256] for start in range(0, len(images.captions), 256))
+    texts = torch.cat(
+        [model.encode_text(trim_padding(tokenizer(batch)).to(device), normalize=True) for batch in batches]
+    )
+    groups = torch.tensor(_pair_groups(images), device=device)
+    return {
+        "text_to_image": recall_at(retrieval_ranks(texts, images.features, groups, groups)),
+        "image_to_text": recall_at(retrieval_ranks(images.features, texts, groups, groups)),
+    }
+
+
+def _pair_groups(images: LabelledFeatures) -> list[int]:
+    """Number pairs so that those with the same image or caption share a number: either answers for the other."""
+    parent = list(range(len(images.captions)))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = index = parent[parent[index]]
+        return index
+
+    for keys in (list(map(str, images.twins)), images.captions):
+        first: dict[str, int] = {}
+        for index, key in enumerate(keys):
+            parent[root(index)] = root(first.setdefault(key, index))
+    return [root(index) for index in range(len(parent))]

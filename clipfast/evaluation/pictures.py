@@ -1,0 +1,73 @@
+"""Pictures of a run: how it learned, and what it sees."""
+
+import random
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .evaluate import Evaluation
+from .labelled import LabelledImage
+
+RIGHT, WRONG = "#1a7f37", "#57606a"
+
+
+def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Plot training loss, and accuracy on the validation set where there was one, against the step."""
+    from matplotlib.figure import Figure
+
+    losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
+    evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.plot(*zip(*losses, strict=True), color="tab:blue") if losses else None
+    axis.set(title=title, xlabel="step")
+    axis.set_ylabel("training loss (mean since last point)", color="tab:blue")
+    axis.set_ylim(bottom=0)
+    if evals:
+        right = axis.twinx()
+        steps = [step for step, _ in evals]
+        for key, style in (("top5", "--"), ("top1", "-")):
+            values = [100 * result["zero_shot"][key] for _, result in evals]
+            label = f"zero-shot {key.replace('top', 'top-')}: {values[-1]:.1f}%"
+            right.plot(steps, values, style, marker="o", color="tab:orange", label=label)
+        recall = [100 * result["retrieval"]["text_to_image"]["R@1"] for _, result in evals]
+        right.plot(steps, recall, ":", marker="s", color="tab:green", label=f"text to image R@1: {recall[-1]:.1f}%")
+        right.set_ylabel("validation, %", color="tab:orange")
+        right.set_ylim(0, 1.1 * max(1.0, *(100 * result["zero_shot"]["top5"] for _, result in evals)))
+        figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    figure.savefig(path, dpi=120)
+
+
+def contact_sheet(
+    images: Iterable[LabelledImage], evaluation: Evaluation, path: Path, *, rows: int = 6, columns: int = 4
+) -> None:
+    """Show some images with the five captions that the model finds most like each; right ones are marked."""
+    from matplotlib.figure import Figure
+
+    total = len(evaluation.predictions)
+    chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
+    shown = [(index, item) for index, item in enumerate(images) if index in chosen]
+    figure = Figure(figsize=(4.1 * columns, 1.55 * rows + 0.7), layout="constrained")
+    accuracy = evaluation.results["zero_shot"]
+    figure.suptitle(
+        f"{len(shown)} of {total} validation images with their five best captions of {evaluation.results['classes']}; "
+        "right ones in bold green\n"
+        f"overall top-1 {100 * accuracy['top1']:.1f}%, top-5 {100 * accuracy['top5']:.1f}%"
+    )
+    axes = figure.subplots(rows, 2 * columns, width_ratios=(1, 2.1) * columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for place, (index, item) in enumerate(shown):
+        picture, text = axes.flat[2 * place], axes.flat[2 * place + 1]
+        picture.imshow(item.image)
+        picture.set_title(_shorten(item.label, 18), fontsize=8)
+        for k, prediction in enumerate(evaluation.predictions[index]):
+            right = k == evaluation.correct[index]
+            style: dict[str, Any] = {"color": RIGHT, "weight": "bold"} if right else {"color": WRONG}
+            label = f"{'✓' if right else k + 1} {_shorten(prediction, 30)}"
+            text.text(0, 0.92 - 0.2 * k, label, fontsize=8.5, va="top", transform=text.transAxes, **style)
+    figure.savefig(path, dpi=110)
+
+
+def _shorten(text: str, length: int) -> str:
+    return text if len(text) <= length else text[: length - 1] + "…"

@@ -1,0 +1,94 @@
+"""Zero-shot classification: prompts of the class names are the classifier (Radford et al. 2021, section 3.1)."""
+
+import functools
+import json
+from collections.abc import Callable, Iterator, Sequence
+from importlib.resources import files
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..data import trim_padding
+from ..models import CLIP
+from ..tokenizer import Tokenizer
+
+Template = str | Callable[[str], str]
+
+
+@functools.cache
+def _assets() -> dict[str, tuple[str, ...]]:
+    raw: dict[str, list[str]] = json.loads(files("clipfast").joinpath("assets/imagenet_zero_shot.json").read_text())
+    return {key: tuple(value) for key, value in raw.items()}
+
+
+OPENAI_IMAGENET_TEMPLATES = _assets()["templates"]
+SIMPLE_IMAGENET_TEMPLATES = _assets()["simple_templates"]
+IMAGENET_CLASSNAMES = _assets()["classnames"]
+TEMPLATES: dict[str, tuple[str, ...]] = {
+    "plain": ("{}",),
+    "simple": SIMPLE_IMAGENET_TEMPLATES,
+    "openai": OPENAI_IMAGENET_TEMPLATES,
+}
+
+
+@torch.no_grad()
+def build_zero_shot_classifier(
+    model: CLIP,
+    tokenizer: Tokenizer,
+    classnames: Sequence[str],
+    templates: Sequence[Template],
+    num_classes_per_batch: int = 10,
+    device: str | torch.device = "cpu",
+    use_tqdm: bool = False,
+) -> Tensor:
+    """Classifier weights from class names: the mean of each class's prompt features, of unit length.
+
+    Args:
+        model: in evaluation mode.
+        tokenizer: the model's.
+        classnames: one name per class.
+        templates: strings with ``{}`` for the name, or functions of the name.
+        num_classes_per_batch: classes that are encoded at once, each with all templates.
+        device: the model's device.
+        use_tqdm: show a progress bar.
+
+    Returns:
+        [embed_dim, len(classnames)]; image features times this are cosine similarities.
+
+    Raises:
+        ValueError: no classes or no templates.
+    """
+    if not classnames or not templates:
+        raise ValueError(
+            f"zero-shot classifier needs class names and templates, got {len(classnames)} and {len(templates)}"
+        )
+    starts: Any = range(0, len(classnames), num_classes_per_batch)
+    if use_tqdm:
+        from tqdm import tqdm
+
+        starts = tqdm(starts, desc="class prompts", unit_scale=num_classes_per_batch)
+    weights = []
+    for start in starts:
+        names = classnames[start : start + num_classes_per_batch]
+        prompts = [fill_template(template, name) for name in names for template in templates]
+        features = model.encode_text(trim_padding(tokenizer(prompts)).to(device), normalize=True)
+        weights.append(F.normalize(features.unflatten(0, (len(names), len(templates))).mean(1), dim=-1))
+    return torch.cat(weights).T
+
+
+def fill_template(template: Template, name: str) -> str:
+    """The prompt for class ``name``."""
+    return template.replace("{}", name) if isinstance(template, str) else template(name)
+
+
+def top_classes(image_features: Tensor, classifier: Tensor, k: int, block: int = 4096) -> Tensor:
+    """The ``k`` most similar classes of each image, best first: [N, embed_dim] -> [N, k], in blocks of images."""
+    k = min(k, classifier.shape[1])
+    return torch.cat([(rows @ classifier).topk(k, dim=1).indices for rows in _blocks(image_features, block)])
+
+
+def _blocks(features: Tensor, block: int) -> Iterator[Tensor]:
+    for start in range(0, max(len(features), 1), block):
+        yield features[start : start + block]

@@ -1,0 +1,114 @@
+"""CLIP (Radford et al. 2021): two encoders that meet in one space."""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .config import CLIPConfig
+from .resnet import ModifiedResNet
+from .transformer import Attention, LayerNorm, Transformer
+from .vision import VisionTransformer
+
+INIT_LOGIT_SCALE = math.log(1 / 0.07)
+MAX_LOGIT_SCALE = math.log(100)
+
+
+class CLIPOutput(NamedTuple):
+    """What a training step needs: features of unit length and the factor on their cosine."""
+
+    image_features: Tensor  # [B, embed_dim]
+    text_features: Tensor  # [B, embed_dim]
+    logit_scale: Tensor  # [], exponentiated
+
+
+class CLIP(nn.Module):
+    """Image tower ``visual``, text tower at the top level, ``logit_scale``: the layout of the published checkpoints."""
+
+    def __init__(self, config: CLIPConfig, *, output_dict: bool = False) -> None:
+        super().__init__()
+        self.config = config
+        self.output_dict = output_dict
+        text = config.text
+        self.context_length, self.vocab_size = text.context_length, text.vocab_size
+        self.visual = (
+            VisionTransformer(config.vision, config.embed_dim, quick_gelu=config.quick_gelu)
+            if isinstance(config.vision.layers, int)
+            else ModifiedResNet(config.vision, config.embed_dim)
+        )
+        self.transformer = Transformer(
+            text.width, text.layers, text.heads, text.mlp_ratio, causal=True, quick_gelu=config.quick_gelu
+        )
+        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
+        self.ln_final = LayerNorm(text.width)
+        self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
+        self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        nn.init.normal_(self.text_projection, std=text.width**-0.5)
+        self.transformer.init_scaled()
+
+    def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
+        """Features of images.
+
+        Args:
+            image: [B, 3, H, W], uint8 as decoded or floating and normalised.
+            normalize: divide each feature by its length.
+
+        Returns:
+            [B, embed_dim].
+        """
+        features = self.visual(image)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Features of texts, read at each end-of-text token.
+
+        Args:
+            text: [B, L] token ids, L at most the context length. Columns that are padding in every row may be cut off:
+                the transformer is causal, so they change nothing.
+            normalize: divide each feature by its length.
+
+        Returns:
+            [B, embed_dim].
+
+        Raises:
+            ValueError: more tokens than the model has positions.
+        """
+        if text.ndim != 2 or text.shape[1] > self.context_length:
+            raise ValueError(
+                f"encode_text: text must be [B, L] with L at most {self.context_length}, got shape {tuple(text.shape)}"
+            )
+        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        x = self.transformer(x)
+        # The end-of-text token has the highest id of the vocabulary.
+        x = self.ln_final(x[torch.arange(len(x), device=x.device), text.argmax(-1)])
+        features = x @ self.text_projection
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(self, image: Tensor, text: Tensor) -> CLIPOutput | dict[str, Tensor]:
+        """Normalised features of both, and the exponentiated scale; a dict where ``output_dict`` is set."""
+        output = CLIPOutput(
+            self.encode_image(image, normalize=True), self.encode_text(text, normalize=True), self.logit_scale.exp()
+        )
+        return output._asdict() if self.output_dict else output
+
+    @torch.no_grad()
+    def clamp_logit_scale(self) -> None:
+        """Keep the scale between 1 and 100, as training does after each step (without a host sync)."""
+        self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute transformer blocks in the backward pass instead of keeping their activations."""
+        for module in self.modules():
+            if isinstance(module, Transformer):
+                module.grad_checkpointing = enable
+
+    def set_backend(self, backend: str) -> None:
+        """Choose what every op of the model runs on: "auto", "triton", or "torch" for the references."""
+        for module in self.modules():
+            if isinstance(module, (Attention, VisionTransformer)):
+                module.backend = backend

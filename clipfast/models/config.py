@@ -1,0 +1,142 @@
+"""Model configurations: typed, named as OpenCLIP names them, and readable from its JSON files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+QUICK_GELU_SUFFIX = "-quickgelu"
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """Image tower: a vision transformer where ``layers`` is a number, a modified ResNet where it has four."""
+
+    image_size: int = 224
+    layers: int | tuple[int, int, int, int] = 12
+    width: int = 768
+    head_width: int = 64
+    mlp_ratio: float = 4.0
+    patch_size: int | None = 16
+
+    @property
+    def heads(self) -> int:
+        """Attention heads, of the transformer or of the ResNet's pooling."""
+        return (self.width if isinstance(self.layers, int) else self.width * 32) // self.head_width
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """Text tower: a causal transformer read at the end-of-text token."""
+
+    context_length: int = 77
+    vocab_size: int = 49408
+    width: int = 512
+    heads: int = 8
+    layers: int = 12
+    mlp_ratio: float = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPConfig:
+    """Both towers, the dimension they meet in, and their activation: GELU, or QuickGELU as OpenAI trained."""
+
+    embed_dim: int
+    vision: VisionConfig
+    text: TextConfig
+    quick_gelu: bool = False
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "CLIPConfig":
+        """Read OpenCLIP's layout: ``embed_dim``, ``vision_cfg``, ``text_cfg``, optionally ``quick_gelu``.
+
+        Raises:
+            ValueError: a key that this package does not implement; it would change the model if it were ignored.
+        """
+        unknown = set(raw) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+        if unknown or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(raw):
+            raise ValueError(
+                f"model config needs embed_dim, vision_cfg and text_cfg, and may have quick_gelu; got {sorted(raw)}"
+            )
+        vision = _fields(VisionConfig, "vision_cfg", raw["vision_cfg"])
+        if isinstance(vision.get("layers"), list):
+            vision["layers"] = tuple(vision["layers"])
+        text = _fields(TextConfig, "text_cfg", raw["text_cfg"])
+        return cls(raw["embed_dim"], VisionConfig(**vision), TextConfig(**text), raw.get("quick_gelu", False))
+
+    def to_dict(self) -> dict[str, Any]:
+        """OpenCLIP's layout, loadable by either package."""
+        raw: dict[str, Any] = {
+            "embed_dim": self.embed_dim,
+            "vision_cfg": dataclasses.asdict(self.vision),
+            "text_cfg": dataclasses.asdict(self.text),
+        }
+        if not isinstance(self.vision.layers, int):
+            raw["vision_cfg"]["layers"] = list(self.vision.layers)
+        return raw | ({"quick_gelu": True} if self.quick_gelu else {})
+
+
+def _fields(kind: type[VisionConfig] | type[TextConfig], section: str, raw: dict[str, Any]) -> dict[str, Any]:
+    names = {field.name for field in dataclasses.fields(kind)}
+    unknown = {key: value for key, value in raw.items() if key not in names}
+    if unknown:
+        raise ValueError(f"{section} has settings that clipfast does not implement: {unknown}")
+    return dict(raw)
+
+
+def _vit(embed_dim: int, vision: VisionConfig, text_width: int = 512, text_layers: int = 12) -> CLIPConfig:
+    return CLIPConfig(embed_dim, vision, TextConfig(width=text_width, heads=text_width // 64, layers=text_layers))
+
+
+def _resnet(
+    embed_dim: int, image_size: int, layers: tuple[int, int, int, int], width: int, text_width: int
+) -> CLIPConfig:
+    vision = VisionConfig(image_size, layers, width, patch_size=None)
+    return CLIPConfig(embed_dim, vision, TextConfig(width=text_width, heads=text_width // 64))
+
+
+_CONFIGS = {
+    "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
+    "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
+    "RN50x4": _resnet(640, 288, (4, 6, 10, 6), 80, 640),
+    "RN50x16": _resnet(768, 384, (6, 8, 18, 8), 96, 768),
+    "RN50x64": _resnet(1024, 448, (3, 15, 36, 10), 128, 1024),
+    "ViT-B-32": _vit(512, VisionConfig(patch_size=32)),
+    "ViT-B-16": _vit(512, VisionConfig(patch_size=16)),
+    "ViT-L-14": _vit(768, VisionConfig(layers=24, width=1024, patch_size=14), 768),
+    "ViT-L-14-336": _vit(768, VisionConfig(336, 24, 1024, patch_size=14), 768),
+    "ViT-H-14": _vit(1024, VisionConfig(224, 32, 1280, 80, patch_size=14), 1024, 24),
+    "ViT-g-14": _vit(1024, VisionConfig(224, 40, 1408, 88, 4.3637, 14), 1024, 24),
+    "ViT-bigG-14": _vit(1280, VisionConfig(224, 48, 1664, 104, 4.9231, 14), 1280, 32),
+    # Small enough to learn on a CPU: the model of the emoji recipe.
+    "ViT-T-8-32": CLIPConfig(128, VisionConfig(32, 4, 128, 32, patch_size=8), TextConfig(width=128, heads=4, layers=2)),
+}
+_CONFIGS |= {
+    name + QUICK_GELU_SUFFIX: dataclasses.replace(config, quick_gelu=True) for name, config in _CONFIGS.items()
+}
+
+
+def list_models() -> list[str]:
+    """Names that :func:`clipfast.create_model` takes."""
+    return list(_CONFIGS)
+
+
+def add_model_config(path: str | Path) -> None:
+    """Make the configuration in OpenCLIP's JSON file ``path`` known under the file's stem.
+
+    Raises:
+        ValueError: a config that this package cannot build.
+    """
+    path = Path(path)
+    _CONFIGS[path.stem] = CLIPConfig.from_dict(json.loads(path.read_text()))
+
+
+def get_model_config(name: str) -> CLIPConfig:
+    """Configuration of a model by name.
+
+    Raises:
+        ValueError: unknown name; the message lists those that are known.
+    """
+    if name not in _CONFIGS:
+        raise ValueError(f"unknown model {name!r}; known: {', '.join(_CONFIGS)}")
+    return _CONFIGS[name]

@@ -1,0 +1,118 @@
+"""CLIP's ResNets (Radford et al. 2021, section 2.4): three-convolution stem, average pooling in front of every stride,
+attention pooling.
+
+Parameter names as published; a ``Sequential`` named "0", "1" is part of that layout.
+"""
+
+from collections import OrderedDict
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels.reference import CLIP_MEAN, CLIP_STD, normalize_uint8
+from .config import VisionConfig
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3, 1x1 with a shortcut; strides are average pools, so nothing is skipped over."""
+
+    expansion = 4
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__()
+        out_channels = channels * self.expansion
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, out_channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(out_channels)
+        self.stride = stride
+        self.downsample: nn.Module | None = None
+        if stride > 1 or in_channels != out_channels:
+            projection = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+            self.downsample = nn.Sequential(OrderedDict([("0", projection), ("1", nn.BatchNorm2d(out_channels))]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, in_channels, H, W] -> [B, 4 channels, H / stride, W / stride]."""
+        out = F.relu(self.bn1(self.conv1(x)))
+        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(self._pool(out)))
+        shortcut = x if self.downsample is None else self.downsample(self._pool(x))
+        return F.relu(out + shortcut)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(x, self.stride) if self.stride > 1 else x
+
+
+class AttentionPool2d(nn.Module):
+    """One attention query, the mean of all positions, pools the feature map."""
+
+    def __init__(self, grid: int, width: int, heads: int, embed_dim: int) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.positional_embedding = nn.Parameter(torch.randn(grid**2 + 1, width) * width**-0.5)
+        self.k_proj = nn.Linear(width, width)
+        self.q_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.c_proj = nn.Linear(width, embed_dim)
+        for layer in (self.k_proj, self.q_proj, self.v_proj, self.c_proj):
+            nn.init.normal_(layer.weight, std=width**-0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, width, H, W] -> [B, embed_dim]."""
+        x = x.flatten(2).transpose(1, 2)  # [B, HW, width]
+        x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
+        # Only the first token's output is used, so only its query is made.
+        q, k, v = self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x)
+        q, k, v = (t.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+        pooled = F.scaled_dot_product_attention(q, k, v)
+        return self.c_proj(pooled.transpose(1, 2).flatten(1))
+
+
+class ModifiedResNet(nn.Module):
+    """Images to features; uint8 images are normalised here, floating images are taken as normalised."""
+
+    image_mean: tuple[float, ...] = CLIP_MEAN
+    image_std: tuple[float, ...] = CLIP_STD
+
+    def __init__(self, config: VisionConfig, embed_dim: int) -> None:
+        super().__init__()
+        if isinstance(config.layers, int):
+            raise ValueError(f"a modified ResNet needs four numbers of layers, got {config.layers}")
+        width = config.width
+        self.image_size = config.image_size
+        self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width // 2)
+        self.conv2 = nn.Conv2d(width // 2, width // 2, 3, padding=1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width // 2)
+        self.conv3 = nn.Conv2d(width // 2, width, 3, padding=1, bias=False)
+        self.bn3 = nn.BatchNorm2d(width)
+        self.layer1 = _stage(width, width, config.layers[0], stride=1)
+        self.layer2 = _stage(width * 4, width * 2, config.layers[1], stride=2)
+        self.layer3 = _stage(width * 8, width * 4, config.layers[2], stride=2)
+        self.layer4 = _stage(width * 16, width * 8, config.layers[3], stride=2)
+        self.attnpool = AttentionPool2d(config.image_size // 32, width * 32, config.heads, embed_dim)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, embed_dim]."""
+        if images.dtype == torch.uint8:
+            images = normalize_uint8(images, self.image_mean, self.image_std, self.conv1.weight.dtype)
+        x = F.relu(self.bn1(self.conv1(images)))
+        x = F.relu(self.bn2(self.conv2(x)))
+        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.attnpool(x)
+
+
+def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:
+    out_channels = channels * Bottleneck.expansion
+    stage = [Bottleneck(in_channels, channels, stride)] + [
+        Bottleneck(out_channels, channels, 1) for _ in range(blocks - 1)
+    ]
+    for block in stage:
+        # Every block starts as the identity.
+        nn.init.zeros_(block.bn3.weight)
+    return nn.Sequential(*stage)

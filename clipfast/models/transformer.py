@@ -1,0 +1,107 @@
+"""Pre-norm transformer blocks, with OpenCLIP's parameter names."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels import attention
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm that returns its input's dtype: autocast would otherwise widen the residual stream to float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return super().forward(x).to(x.dtype)
+
+
+class QuickGELU(nn.Module):
+    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Elementwise."""
+        return x * torch.sigmoid(1.702 * x)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention; parameters as in ``nn.MultiheadAttention``."""
+
+    def __init__(self, width: int, heads: int, *, causal: bool) -> None:
+        super().__init__()
+        self.num_heads, self.causal, self.backend = heads, causal, "auto"
+        self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
+        self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.out_proj = nn.Linear(width, width)
+        nn.init.xavier_uniform_(self.in_proj_weight)
+        nn.init.zeros_(self.out_proj.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> [B, N, width]."""
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attention(qkv, self.num_heads, causal=self.causal, backend=self.backend))
+
+
+class MLP(nn.Module):
+    """Two linear layers around the activation."""
+
+    def __init__(self, width: int, hidden: int, *, quick_gelu: bool) -> None:
+        super().__init__()
+        self.c_fc = nn.Linear(width, hidden)
+        self.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.c_proj = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] -> [..., width]."""
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+
+class ResidualAttentionBlock(nn.Module):
+    """x + attn(ln_1(x)), then + mlp(ln_2(.))."""
+
+    def __init__(self, width: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool) -> None:
+        super().__init__()
+        self.ln_1 = LayerNorm(width)
+        self.attn = Attention(width, heads, causal=causal)
+        self.ln_2 = LayerNorm(width)
+        self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu=quick_gelu)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> [B, N, width]."""
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+
+class Transformer(nn.Module):
+    """A stack of blocks; ``grad_checkpointing`` recomputes each block in the backward pass."""
+
+    def __init__(
+        self, width: int, layers: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool
+    ) -> None:
+        super().__init__()
+        self.width = width
+        self.grad_checkpointing = False
+        self.resblocks = nn.ModuleList(
+            ResidualAttentionBlock(width, heads, mlp_ratio, causal=causal, quick_gelu=quick_gelu) for _ in range(layers)
+        )
+
+    def init_scaled(self) -> None:
+        """Initialise for the depth, as the text tower was published: output layers shrink with the number of blocks."""
+        output_std = self.width**-0.5 * (2 * len(self.resblocks)) ** -0.5
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.normal_(module.in_proj_weight, std=self.width**-0.5)
+                nn.init.normal_(module.out_proj.weight, std=output_std)
+            elif isinstance(module, MLP):
+                nn.init.normal_(module.c_fc.weight, std=(2 * self.width) ** -0.5)
+                nn.init.normal_(module.c_proj.weight, std=output_std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> [B, N, width]."""
+        for block in self.resblocks:
+            x = (
+                checkpoint(block, x, use_reentrant=False)
+                if self.grad_checkpointing and torch.is_grad_enabled()
+                else block(x)
+            )
+        return x

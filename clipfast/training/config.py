@@ -1,0 +1,176 @@
+"""All that ``clipfast train`` can be told: the flags, the recipes' keys and the checks are made from it."""
+
+import argparse
+import dataclasses
+import tomllib
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+PRECISIONS = ("auto", "fp32", "amp_bf16", "pure_bf16")
+
+
+def _flag(
+    default: Any, text: str, *, kind: type = str, many: bool = False, choices: Sequence[str] | None = None
+) -> Any:
+    return dataclasses.field(default=default, metadata={"help": text, "kind": kind, "many": many, "choices": choices})
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Options of a training run. Names follow OpenCLIP's flags; the help text of each is its documentation."""
+
+    train_data: str = _flag(
+        "", "WebDataset shards (.tar, .tar.gz): braces and '::' expand; 'bundled:emoji/noto' ships inside"
+    )
+    train_num_samples: int | None = _flag(
+        None, "pairs per epoch; default: counted by reading the shards once", kind=int
+    )
+    model: str = _flag("ViT-B-32", "model name (clipfast.list_models()) or path of an OpenCLIP model JSON")
+    pretrained: str | None = _flag(None, "checkpoint to start the weights from")
+    batch_size: int = _flag(256, "pairs per step", kind=int)
+    epochs: int = _flag(32, "passes over train-num-samples", kind=int)
+    lr: float = _flag(5e-4, "peak learning rate", kind=float)
+    wd: float = _flag(0.2, "weight decay; not on gains, biases and the logit scale", kind=float)
+    beta1: float = _flag(0.9, "AdamW", kind=float)
+    beta2: float | None = _flag(None, "AdamW; default 0.98 for vision transformers, 0.999 for ResNets", kind=float)
+    eps: float | None = _flag(None, "AdamW; default 1e-6 for vision transformers, 1e-8 for ResNets", kind=float)
+    warmup: int = _flag(2000, "steps of linear warm-up, before a cosine to zero", kind=int)
+    grad_clip_norm: float | None = _flag(None, "clip the gradient to this norm", kind=float)
+    precision: str = _flag("auto", "auto is amp_bf16 on a GPU and fp32 elsewhere", choices=PRECISIONS)
+    grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", kind=bool)
+    device: str = _flag("auto", "auto is cuda where there is one")
+    backend: str = _flag("auto", "what the ops run on", choices=("auto", "triton", "torch"))
+    workers: int = _flag(1, "data worker processes; at most one per shard", kind=int)
+    seed: int = _flag(0, "of everything random", kind=int)
+    unique_by: str | None = _flag(None, "let no two pairs of a batch share this key of their json, or 'caption'")
+    keyword_prob: float = _flag(0.0, "how often to mix the keywords of a pair's json into its caption", kind=float)
+    crop_scale: tuple[float, float] = _flag(
+        (0.9, 1.0), "least and largest area of the random crop", kind=float, many=True
+    )
+    affine: float = _flag(
+        0.0, "augmentation: rotate by up to 100 times this in degrees, shift and scale by up to this share", kind=float
+    )
+    color_jitter: float = _flag(
+        0.0, "augmentation: brightness, contrast and saturation change by up to this share", kind=float
+    )
+    hue: float = _flag(0.0, "augmentation: turn the colour wheel by up to this share, at most 0.5", kind=float)
+    gray_prob: float = _flag(0.0, "augmentation: how often an image loses its colour", kind=float)
+    val_data: str | None = _flag(
+        None, "labelled shards or image folder for zero-shot accuracy and retrieval after each epoch"
+    )
+    val_group_by: str | None = _flag(None, "key of the validation json to report accuracy by")
+    val_leave_out: tuple[str, ...] = _flag((), "groups that a second accuracy does without", many=True)
+    max_bad_fraction: float = _flag(0.01, "stop when more than this share of the pairs cannot be decoded", kind=float)
+    save_every: int = _flag(0, "also save each so many steps (0: after each epoch only)", kind=int)
+    save_frequency: int = _flag(1, "keep epoch_N.pt for each so many epochs (0: only epoch_latest.pt)", kind=int)
+    log_every: int = _flag(50, "steps between log lines", kind=int)
+    name: str | None = _flag(None, "of the run; default: model or recipe, and the time")
+    logs: str = _flag("runs", "folder that the run's own folder is made in")
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot work before anything is built.
+
+        Raises:
+            ValueError: naming the flag, its value, and what would fit.
+        """
+        if not self.train_data:
+            raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
+        positive = ("batch_size", "epochs", "lr", "log_every")
+        not_negative = (
+            "wd",
+            "warmup",
+            "workers",
+            "keyword_prob",
+            "affine",
+            "color_jitter",
+            "hue",
+            "gray_prob",
+            "max_bad_fraction",
+            "save_every",
+            "save_frequency",
+        )
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{flag_name(name)} must be more than 0, got {getattr(self, name)}")
+        for name in not_negative:
+            if getattr(self, name) < 0:
+                raise ValueError(f"{flag_name(name)} must not be negative, got {getattr(self, name)}")
+        for name, limit in (
+            ("hue", 0.5),
+            ("affine", 1),
+            ("gray_prob", 1),
+            ("keyword_prob", 1),
+            ("max_bad_fraction", 1),
+        ):
+            if getattr(self, name) > limit:
+                raise ValueError(f"{flag_name(name)} must be at most {limit}, got {getattr(self, name)}")
+        low, high = self.crop_scale
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"--crop-scale needs two shares of the area, 0 < low <= high <= 1, got {low} {high}")
+        if self.train_num_samples is not None and self.train_num_samples < self.batch_size:
+            raise ValueError(
+                f"--train-num-samples {self.train_num_samples} is less than one batch of {self.batch_size}"
+            )
+        for name, choices in (("precision", PRECISIONS), ("backend", ("auto", "triton", "torch"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{flag_name(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+def flag_name(field: str) -> str:
+    """``batch_size`` as ``--batch-size``."""
+    return "--" + field.replace("_", "-")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add a flag for each option; what is not given stays absent, so that a recipe can fill it."""
+    for field in dataclasses.fields(TrainConfig):
+        meta = field.metadata
+        default: Any = field.default
+        shown = (
+            ""
+            if default in (None, "", (), False)
+            else f" (default: {' '.join(map(str, default)) if meta['many'] else default})"
+        )
+        options: dict[str, Any] = {
+            "dest": field.name,
+            "default": argparse.SUPPRESS,
+            "help": meta["help"].replace("%", "%%") + shown,
+        }
+        if meta["kind"] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            options |= {
+                "type": meta["kind"],
+                "choices": meta["choices"],
+                "metavar": None if meta["choices"] else meta["kind"].__name__.upper(),
+            }
+        if meta["many"]:
+            options["nargs"] = "*" if default == () else len(default)
+        parser.add_argument(flag_name(field.name), **options)
+
+
+def list_recipes() -> list[str]:
+    """Names of the recipes that ship inside the package."""
+    return sorted(path.name.removesuffix(".toml") for path in files("clipfast").joinpath("recipes").iterdir())
+
+
+def read_recipe(name: str) -> dict[str, Any]:
+    """Options of a bundled recipe, or of a TOML file.
+
+    Raises:
+        ValueError: no such recipe, not TOML, or a key that is no option.
+    """
+    source = files("clipfast").joinpath(f"recipes/{name}.toml") if name in list_recipes() else Path(name)
+    if not source.is_file():
+        raise ValueError(f"no recipe {name!r}: neither a file nor one of {', '.join(list_recipes())}")
+    try:
+        raw = tomllib.loads(source.read_text())
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {name} is not TOML: {error}") from error
+    options = {key.replace("-", "_"): tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+    unknown = set(options) - {field.name for field in dataclasses.fields(TrainConfig)}
+    if unknown:
+        raise ValueError(f"recipe {name} has unknown options: {', '.join(sorted(unknown))}")
+    return options
