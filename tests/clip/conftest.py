@@ -1,0 +1,53 @@
+"""Small image-text shards, written with what a real one has and what a bad one has."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
+
+
+def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
+    """A tar file of samples: ``{"png": ..., "txt": ...}`` under keys 000, 001, ..."""
+    mode = "w:gz" if path.suffix == ".gz" else "w"
+    with tarfile.open(path, mode) as tar:
+        for index, sample in enumerate(samples):
+            for extension, content in sample.items():
+                info = tarfile.TarInfo(f"{index:03d}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    return path
+
+
+def picture(seed: int, size: int = 24) -> bytes:
+    """A PNG of noise around one colour."""
+    rng = np.random.default_rng(seed)
+    base = rng.integers(0, 256, 3)
+    pixels = np.clip(base + rng.integers(-20, 20, (size, size, 3)), 0, 255).astype(np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(pixels).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def sample(index: int, **changes: bytes) -> dict[str, bytes]:
+    """A good sample, with ``changes`` to its files."""
+    colour = COLOURS[index % len(COLOURS)]
+    meta = {"label": f"thing {index}", "keywords": [colour, "noise"], "category": "even" if index % 2 == 0 else "odd"}
+    return {
+        "png": picture(index),
+        "txt": f"a {colour} thing {index}".encode(),
+        "json": json.dumps(meta).encode(),
+    } | changes
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> str:
+    """Two shards of 24 samples with the same labels, the second one gzipped."""
+    write_shard(tmp_path / "a.tar", [sample(index) for index in range(24)])
+    write_shard(tmp_path / "b.tar.gz", [sample(index, png=picture(100 + index)) for index in range(24)])
+    return f"{tmp_path}/a.tar::{tmp_path}/b.tar.gz"

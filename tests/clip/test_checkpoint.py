@@ -1,0 +1,114 @@
+"""Checkpoints: whole at every moment, never unpickled, and refused with a reason where they do not fit."""
+
+import dataclasses
+import os
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from clipfast import CLIP, CheckpointError, create_model, export_open_clip, get_model_config, load_checkpoint
+from clipfast.checkpoint import read_checkpoint, write_checkpoint
+
+CONFIG = get_model_config("ViT-T-8-32")
+
+
+@pytest.fixture
+def model():
+    """A small model."""
+    return create_model("ViT-T-8-32")
+
+
+@pytest.mark.parametrize("kind", ["open_clip", "module prefix", "bare", "safetensors", "one-element scale"])
+def test_layouts(model, tmp_path, kind):
+    state = dict(create_model("ViT-T-8-32").state_dict())
+    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
+    if kind == "safetensors":
+        save_file(state, path)
+    elif kind == "module prefix":
+        torch.save({"epoch": 1, "state_dict": {"module." + name: value for name, value in state.items()}}, path)
+    elif kind == "one-element scale":
+        torch.save(state | {"logit_scale": state["logit_scale"].reshape(1)}, path)
+    else:
+        torch.save({"epoch": 1, "state_dict": state} if kind == "open_clip" else state, path)
+    load_checkpoint(model, path)
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+def test_pickles_are_not_run(model, tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "owned"),)
+
+    (tmp_path / "evil.pt").write_bytes(pickle.dumps(Payload()))
+    torch.save({"state_dict": Payload()}, tmp_path / "evil2.pt")
+    for name in ("evil.pt", "evil2.pt"):
+        with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+            load_checkpoint(model, tmp_path / name)
+    assert not (tmp_path / "owned").exists()
+
+
+@pytest.mark.parametrize("damage", ["cut", "text", "empty", "bad safetensors", "list"])
+def test_broken_files(tmp_path, damage):
+    path = tmp_path / ("w.safetensors" if damage == "bad safetensors" else "w.pt")
+    torch.save([1, 2] if damage == "list" else {"state_dict": {}}, path)
+    if damage != "list":
+        path.write_bytes(
+            {"cut": path.read_bytes()[:-200], "text": b"hello", "empty": b"", "bad safetensors": b"x" * 50}[damage]
+        )
+    with pytest.raises(CheckpointError, match="not a checkpoint"):
+        read_checkpoint(path)
+
+
+def test_missing_file(model):
+    with pytest.raises(CheckpointError, match=r"no checkpoint at nowhere.pt"):
+        load_checkpoint(model, "nowhere.pt")
+
+
+def test_weights_that_do_not_fit_change_nothing(model, tmp_path):
+    state = dict(model.state_dict())
+    before = {name: value.clone() for name, value in state.items()}
+    cases = {
+        "missing text_projection": {name: value for name, value in state.items() if name != "text_projection"},
+        "unexpected extra": state | {"extra": torch.zeros(1)},
+        r"visual.proj is \(3, 3\), the model has \(128, 128\)": state | {"visual.proj": torch.zeros(3, 3)},
+    }
+    for message, broken in cases.items():
+        torch.save({"state_dict": {name: value + 1 for name, value in broken.items()}}, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match=f"does not fit the model: {message}"):
+            load_checkpoint(model, tmp_path / "w.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_other_activation_is_refused(model, tmp_path):
+    quick = CLIP(dataclasses.replace(CONFIG, quick_gelu=True))
+    write_checkpoint(
+        tmp_path / "w.pt", {"state_dict": model.state_dict(), "clipfast": {"model_config": CONFIG.to_dict()}}
+    )
+    with pytest.raises(CheckpointError, match="was trained with GELU, but the model uses QuickGELU"):
+        load_checkpoint(quick, tmp_path / "w.pt")
+    export_open_clip(quick, tmp_path / "exported")
+    with pytest.raises(CheckpointError, match="was trained with QuickGELU, but the model uses GELU"):
+        load_checkpoint(model, tmp_path / "exported" / "open_clip_model.safetensors")
+    assert create_model(f"local-dir:{tmp_path}/exported").config.quick_gelu
+
+
+def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    path = tmp_path / "w.pt"
+    write_checkpoint(path, {"state_dict": {"a": torch.ones(1)}})
+
+    def fail(checkpoint, file):
+        file.write_bytes(b"half of")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="No space left"):
+        write_checkpoint(path, {"state_dict": {"a": torch.zeros(1)}})
+    assert read_checkpoint(path)["state_dict"]["a"].item() == 1
+    assert [entry.name for entry in tmp_path.iterdir()] == ["w.pt"]
+
+
+def test_local_dir_errors(tmp_path):
+    with pytest.raises(CheckpointError, match=r"open_clip_config.json is not a model configuration that can be read"):
+        create_model(f"local-dir:{tmp_path}")

@@ -1,0 +1,141 @@
+"""The command line: what it teaches, and what it says when something is wrong."""
+
+import json
+
+import pytest
+
+from clipfast.cli import main
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of a command."""
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--help"], ["train", "eval"]),
+        (
+            ["train", "--help"],
+            ["--recipe", "--resume", "--batch-size", "(default: 256)", "Example: clipfast train --recipe emoji"],
+        ),
+        (
+            ["eval", "zeroshot", "--help"],
+            ["--templates", "plain, simple (7), openai (80)", "Example: clipfast eval zeroshot"],
+        ),
+    ],
+)
+def test_help_teaches(capsys, arguments, expected):
+    code, out, _ = run(capsys, *arguments)
+    assert code == 0
+    assert all(text in out for text in expected)
+
+
+BAD = [
+    (["train"], "--train-data is needed"),
+    (["train", "--recipe", "emojis"], "no recipe 'emojis': neither a file nor one of emoji"),
+    (["train", "--recipe", "emoji", "--batch-size", "0"], "--batch-size must be more than 0, got 0"),
+    (["train", "--recipe", "emoji", "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
+    (["train", "--recipe", "emoji", "--model", "ViT-Z"], "unknown model 'ViT-Z'; known: RN50"),
+    (["train", "--recipe", "emoji", "--workers", "3"], "2 shard(s) cannot feed 3 data workers"),
+    (["train", "--train-data", "missing-{0..2}.tar"], "no such shard: missing-0.tar (3 of 3 are missing)"),
+    (["train", "--resume", "nowhere"], "no checkpoint at nowhere"),
+    (
+        ["train", "--recipe", "emoji", "--backend", "triton", "--train-num-samples", "256"],
+        "backend='triton' cannot run on a cpu tensor",
+    ),
+    (
+        ["eval", "zeroshot", "--model", "ViT-B-32", "--data", "x"],
+        "has random weights: give its checkpoint with --pretrained",
+    ),
+    (
+        ["eval", "zeroshot", "--model", "local-dir:nowhere", "--data", "x"],
+        "is not a model configuration that can be read",
+    ),
+    (
+        ["eval", "zeroshot", "--model", "local-dir:x", "--data", "x", "--templates", "funny"],
+        "--templates must be one of plain, simple, openai or a file",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message[:45] for _, message in BAD])
+def test_bad_input_is_one_clear_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(capsys, *arguments)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+    left = [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")]
+    assert left == []
+
+
+def test_train_then_evaluate(capsys, tmp_path, shards):
+    options = [
+        "--train-data",
+        shards,
+        "--logs",
+        str(tmp_path),
+        "--name",
+        "run",
+        "--model",
+        "ViT-T-8-32",
+        "--batch-size",
+        "8",
+    ]
+    code, out, err = run(capsys, "train", *options, "--epochs", "1", "--warmup", "2", "--lr", "1e-3")
+    assert code == 0, err
+    assert json.loads(out)["steps"] == 6
+    (tmp_path / "templates.txt").write_text("a photo of a {}.\n{}\n")
+    evaluation = [
+        "--model",
+        f"local-dir:{tmp_path / 'run'}",
+        "--data",
+        shards,
+        "--label-by",
+        "label",
+        "--group-by",
+        "category",
+    ]
+    code, out, err = run(
+        capsys,
+        "eval",
+        "zeroshot",
+        *evaluation,
+        "--templates",
+        str(tmp_path / "templates.txt"),
+        "--json",
+        str(tmp_path / "r.json"),
+    )
+    assert code == 0, err
+    results = json.loads(out)
+    assert results["images"] == 48
+    assert results["classes"] == 24
+    assert sorted(results["by_group"]) == ["even", "odd"]
+    assert json.loads((tmp_path / "r.json").read_text()) == results
+    # the same checkpoint, by name and path
+    by_path = [
+        "--model",
+        "ViT-T-8-32",
+        "--pretrained",
+        str(tmp_path / "run/checkpoints/epoch_latest.pt"),
+        *evaluation[2:],
+    ]
+    code, out, _ = run(capsys, "eval", "zeroshot", *by_path, "--templates", str(tmp_path / "templates.txt"))
+    assert code == 0
+    assert json.loads(out)["zero_shot"] == results["zero_shot"]
+
+
+def test_template_without_a_place_for_the_name(capsys, tmp_path):
+    (tmp_path / "t.txt").write_text("a photo.\n")
+    code, _, err = run(
+        capsys, "eval", "zeroshot", "--model", "local-dir:x", "--data", "x", "--templates", str(tmp_path / "t.txt")
+    )
+    assert code == 2
+    assert "template 'a photo.' in" in err

@@ -1,0 +1,185 @@
+"""The data stream: order, uniqueness, resumption, and samples that cannot be used."""
+
+import itertools
+import json
+import random
+from collections import Counter
+
+import pytest
+import torch
+
+from clipfast.data import (
+    PairStream,
+    caption,
+    count_samples,
+    expand_shards,
+    pair_loader,
+    read_samples,
+    trim_padding,
+    unique_batches,
+)
+from clipfast.images import image_transform
+from clipfast.tokenizer import Tokenizer, tokenize
+
+from .conftest import sample, write_shard
+
+
+def stream(shards, **options):
+    """A stream of 6 batches of 8 with training augmentation."""
+    defaults = {"batch_size": 8, "num_batches": 6, "seed": 3}
+    return PairStream(
+        expand_shards(shards), image_transform(16, train=True, uint8=True), Tokenizer(16), **(defaults | options)
+    )
+
+
+def equal(a, b):
+    """Whether two batches are the same to the last bit."""
+    return torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts)
+
+
+def test_shards_expand(tmp_path):
+    for name in ("x-0.tar", "x-1.tar", "y.tar"):
+        write_shard(tmp_path / name, [sample(0)])
+    found = expand_shards(f"{tmp_path}/x-{{0..1}}.tar::{tmp_path}/y.tar")
+    assert [shard.split("/")[-1] for shard in found] == ["x-0.tar", "x-1.tar", "y.tar"]
+    assert count_samples(expand_shards("bundled:emoji/noto")) == 1852
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [
+        ("nothing-{0..3}.tar", r"no such shard: nothing-0.tar \(4 of 4 are missing\)"),
+        (
+            "bundled:emoji/klingon",
+            "no bundled shard 'emoji/klingon'; there are: emoji/fluent, emoji/noto, emoji/twemoji",
+        ),
+    ],
+)
+def test_missing_shards(pattern, message):
+    with pytest.raises(ValueError, match=message):
+        expand_shards(pattern)
+
+
+def test_not_a_tar_file(tmp_path):
+    path = tmp_path / "bad.tar"
+    path.write_bytes(b"nothing like a tar file" * 100)
+    with pytest.raises(ValueError, match=r"bad\.tar cannot be read"):
+        list(read_samples([str(path)]))
+
+
+def test_pickles_in_a_shard_stay_bytes(tmp_path):
+    shard = write_shard(tmp_path / "p.tar", [sample(0, pyd=b"cos\nsystem\n(S'touch /tmp/owned'\ntR.", pth=b"x")])
+    (only,) = read_samples([str(shard)])
+    assert isinstance(only["pyd"], bytes)
+
+
+def test_order_is_a_function_of_the_seed(shards):
+    first, again, other = (list(stream(shards, seed=seed)) for seed in (3, 3, 4))
+    assert all(equal(*pair) for pair in zip(first, again, strict=True))
+    assert not any(equal(*pair) for pair in zip(first, other, strict=True))
+    assert not any(equal(*pair) for pair in zip(first, stream(shards, epoch=1), strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_skipped_batches_change_nothing_after_them(shards, workers):
+    whole = list(pair_loader(stream(shards), workers))
+    rest = list(pair_loader(stream(shards, first_batch=4), workers))
+    assert len(whole) == 6
+    assert all(equal(*pair) for pair in zip(whole[4:], rest, strict=True))
+
+
+def test_an_epoch_may_be_several_passes(shards):
+    texts = [tuple(row.tolist()) for batch in stream(shards, num_batches=12) for row in batch.texts]
+    # 96 samples from 48 pairs: each twice
+    assert set(Counter(texts).values()) == {4}
+
+
+def test_no_two_of_a_kind_in_a_batch(shards):
+    for batch in stream(shards, batch_size=20, num_batches=10, unique_by="label"):
+        assert len({tuple(row.tolist()) for row in batch.texts}) == 20
+    # without the rule, both drawings of a thing do meet
+    assert any(
+        len({tuple(row.tolist()) for row in batch.texts}) < 20
+        for batch in stream(shards, batch_size=20, num_batches=10)
+    )
+
+
+def test_unique_batches_lose_nothing():
+    items = [(0, {"k": k}) for k in random.Random(0).choices(range(30), k=600)]
+    batches = list(unique_batches(iter(items), 10, lambda item: item[1]["k"]))
+    assert all(len({item[1]["k"] for item in batch}) == 10 for batch in batches)
+    assert len(batches) > 50
+    counts = Counter(item[1]["k"] for batch in batches for item in batch)
+    assert all(counts[k] <= total for k, total in Counter(item[1]["k"] for item in items).items())
+
+
+def test_impossible_batch(shards):
+    with pytest.raises(ValueError, match="cannot fill a batch of 30 with different samples: only 24 found"):
+        next(iter(stream(shards, batch_size=30, unique_by="label")))
+    with pytest.raises(ValueError, match=r"has no 'breed' in its json; it has \['category', 'keywords', 'label'\]"):
+        next(iter(stream(shards, unique_by="breed")))
+
+
+def test_more_workers_than_shards(shards):
+    with pytest.raises(ValueError, match=r"2 shard\(s\) cannot feed 3 data workers: use --workers 2 or fewer"):
+        pair_loader(stream(shards), 3)
+
+
+def test_captions_with_keywords(shards):
+    raw = next(read_samples(expand_shards(shards)))
+    assert caption(raw) == "a red thing 0"
+    seen = {caption(raw, 1.0, random.Random(seed)) for seed in range(100)}
+    assert {"a red thing 0, red", "red, a red thing 0", "noise, red"} <= seen
+    assert caption(raw, 0.0, random.Random(0)) == "a red thing 0"
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"png": b"broken"}, "not an image in one of the formats"),
+        ({"txt": b"\xff\xfe\xff"}, "can't decode"),
+        ({"json": b"{"}, "Expecting property name"),
+        ({"json": b"[]"}, "is not an object"),
+    ],
+)
+def test_bad_samples_are_left_out_and_named(tmp_path, changes, reason):
+    write_shard(tmp_path / "s.tar", [sample(index, **(changes if index == 3 else {})) for index in range(8)])
+    (batch,) = stream(f"{tmp_path}/s.tar", num_batches=1, keyword_prob=1.0)
+    assert len(batch) == 7
+    ((name, why),) = batch.skipped
+    assert name == "s.tar/003"
+    assert reason in why
+
+
+def test_sample_without_image_or_caption(tmp_path):
+    samples = [sample(index) for index in range(8)]
+    del samples[2]["png"], samples[5]["txt"]
+    write_shard(tmp_path / "s.tar", samples)
+    (batch,) = stream(f"{tmp_path}/s.tar", num_batches=1)
+    assert sorted(name for name, _ in batch.skipped) == ["s.tar/002", "s.tar/005"]
+
+
+def test_nothing_usable(tmp_path):
+    write_shard(tmp_path / "s.tar", [sample(index, png=b"x") for index in range(8)])
+    with pytest.raises(ValueError, match="not one sample of a batch could be used"):
+        next(iter(stream(f"{tmp_path}/s.tar")))
+    write_shard(tmp_path / "empty.tar", [])
+    with pytest.raises(ValueError, match="hold no samples"):
+        next(iter(stream(f"{tmp_path}/empty.tar")))
+
+
+def test_trimming_keeps_every_token():
+    for texts in (["a"], ["a cat on a mat", "a"], ["x " * 100]):
+        ids = tokenize(texts)
+        trimmed = trim_padding(ids)
+        assert trimmed.shape[1] % 4 == 0 or trimmed.shape[1] == 77
+        assert not ids[:, trimmed.shape[1] :].any()
+
+
+def test_bundled_shards_are_what_the_notice_says():
+    names = {}
+    for style in ("noto", "twemoji", "fluent"):
+        samples = list(read_samples(expand_shards(f"bundled:emoji/{style}")))
+        assert {json.loads(raw["json"])["style"] for raw in samples} == {style}
+        names[style] = [raw["__key__"] for raw in samples]
+    assert all(sorted(a) == sorted(b) for a, b in itertools.combinations(names.values(), 2))

@@ -1,0 +1,160 @@
+"""Zero-shot classification and retrieval: by hand, against the full matrix, and where a score would be too good."""
+
+import io
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from clipfast import build_zero_shot_classifier, create_model, get_tokenizer
+from clipfast.evaluation import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    LabelledFeatures,
+    encode_labelled,
+    evaluate,
+    read_labelled,
+    recall_at,
+    retrieval_ranks,
+    top_classes,
+)
+from clipfast.evaluation.evaluate import _pair_groups
+from clipfast.images import image_transform
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A small model with random weights."""
+    torch.manual_seed(0)
+    return create_model("ViT-T-8-32").eval()
+
+
+def test_published_prompts():
+    assert (len(OPENAI_IMAGENET_TEMPLATES), len(SIMPLE_IMAGENET_TEMPLATES), len(IMAGENET_CLASSNAMES)) == (80, 7, 1000)
+    assert OPENAI_IMAGENET_TEMPLATES[0] == "a bad photo of a {}."
+    open_clip = pytest.importorskip("open_clip")
+    assert [template("x") for template in open_clip.OPENAI_IMAGENET_TEMPLATES] == [
+        t.replace("{}", "x") for t in OPENAI_IMAGENET_TEMPLATES
+    ]
+    assert list(open_clip.IMAGENET_CLASSNAMES) == list(IMAGENET_CLASSNAMES)
+
+
+def test_classifier_as_open_clip(model):
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.CLIP(**model.config.to_dict()).eval()
+    theirs.load_state_dict(model.state_dict())
+    names, templates = IMAGENET_CLASSNAMES[:23], OPENAI_IMAGENET_TEMPLATES[:9]
+    expected = open_clip.build_zero_shot_classifier(
+        theirs, open_clip.get_tokenizer("ViT-B-32"), names, [t.format for t in templates]
+    )
+    ours = build_zero_shot_classifier(model, get_tokenizer(), names, templates)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        ours, build_zero_shot_classifier(model, get_tokenizer(), names, [t.format for t in templates], 4)
+    )
+
+
+def test_classifier_needs_classes(model):
+    with pytest.raises(ValueError, match="needs class names and templates, got 0 and 1"):
+        build_zero_shot_classifier(model, get_tokenizer(), [], ["{}"])
+
+
+def test_ranks_against_the_full_matrix():
+    queries, gallery = (F.normalize(torch.randn(37, 8), dim=-1) for _ in range(2))
+    groups = torch.arange(37)
+    scores = queries @ gallery.T
+    expected = (scores > scores.diagonal()[:, None]).sum(1)
+    for block in (1, 10, 1000):
+        assert torch.equal(retrieval_ranks(queries, gallery, groups, groups, block), expected)
+    assert recall_at(torch.tensor([0, 4, 5, 20])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75}
+
+
+def test_any_member_of_a_group_is_right():
+    features = torch.eye(3)
+    queries = features[[1, 0, 2]]  # the first two find each other
+    assert retrieval_ranks(queries, features, torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1])).tolist() == [0, 0, 0]
+    assert retrieval_ranks(queries, features, torch.arange(3), torch.arange(3)).tolist() == [2, 2, 0]
+
+
+def test_collapsed_features_get_no_credit():
+    same = F.normalize(torch.ones(10, 4), dim=-1)
+    ranks = retrieval_ranks(same, same, torch.arange(10), torch.arange(10))
+    assert recall_at(ranks, (1, 5)) == {"R@1": 0.0, "R@5": 0.0}
+
+
+def test_nan_features_are_refused():
+    bad = torch.full((3, 4), float("nan"))
+    with pytest.raises(ValueError, match="features contain NaN"):
+        retrieval_ranks(bad, bad, torch.arange(3), torch.arange(3))
+
+
+def test_query_without_an_answer():
+    assert retrieval_ranks(torch.eye(2), torch.eye(2), torch.tensor([5, 1]), torch.arange(2)).tolist() == [2, 0]
+
+
+def test_top_classes_in_blocks():
+    features, classifier = torch.randn(25, 6), torch.randn(6, 4)
+    expected = (features @ classifier).topk(4).indices
+    assert torch.equal(top_classes(features, classifier, 5, block=7), expected)
+
+
+def test_pairs_that_answer_for_each_other():
+    images = LabelledFeatures(torch.zeros(5, 1), list("abcde"), ["x", "y", "x", "z", "w"], [""] * 5, [0, 1, 2, 1, 3])
+    groups = _pair_groups(images)
+    assert groups[0] == groups[2]  # same caption
+    assert groups[1] == groups[3]  # same pixels
+    assert len(set(groups)) == 3
+
+
+def write_folder(root):
+    """Two classes of two images each, one image twice."""
+    rng = np.random.default_rng(0)
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+        for index in range(2):
+            pixels = (
+                np.full((20, 20, 3), 77, np.uint8) if index == 0 else rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
+            )
+            stream = io.BytesIO()
+            Image.fromarray(pixels).save(stream, "PNG")
+            (root / name / f"{index}.png").write_bytes(stream.getvalue())
+
+
+def test_image_folder(model, tmp_path):
+    write_folder(tmp_path)
+    images = encode_labelled(model, read_labelled(str(tmp_path)), image_transform(32, uint8=True), 3, "cpu")
+    assert images.labels == ["cat", "cat", "dog", "dog"]
+    assert images.classnames == ["cat", "dog"]
+    # the grey image lies in both folders: nothing can tell which it is
+    assert images.accepted() == [{"cat", "dog"}, {"cat"}, {"cat", "dog"}, {"dog"}]
+    result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, ["a photo of a {}."])
+    assert result.results["images"] == 4
+    assert result.correct[0] == result.correct[2] == 0
+    assert result.results["zero_shot"]["top5"] == 1.0
+
+
+def test_groups_and_left_out_groups(model, shards):
+    images = encode_labelled(
+        model, read_labelled(shards.split("::")[0], "category", "label"), image_transform(32, uint8=True), 7, "cpu"
+    )
+    result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, leave_out=["odd"]).results
+    assert result["classes"] == 24
+    assert {group: figures["images"] for group, figures in result["by_group"].items()} == {"even": 12, "odd": 12}
+    assert result["without"]["zero_shot"] == result["by_group"]["even"]
+    mean = (result["by_group"]["even"]["top1"] + result["by_group"]["odd"]["top1"]) / 2
+    assert result["zero_shot"]["top1"] == pytest.approx(mean)
+
+
+def test_errors(model, tmp_path, shards):
+    with pytest.raises(ValueError, match="has no sub-folders"):
+        list(read_labelled(str(tmp_path)))
+    with pytest.raises(ValueError, match="has no 'breed' in its json"):
+        list(read_labelled(shards, label_by="breed"))
+    with pytest.raises(ValueError, match="no images"):
+        encode_labelled(model, [], image_transform(32), 4, "cpu")
+    images = encode_labelled(model, read_labelled(shards), image_transform(32, uint8=True), 64, "cpu")
+    with pytest.raises(ValueError, match="3 class names for 24 classes"):
+        evaluate(model, get_tokenizer(), images, classnames=["a", "b", "c"])

@@ -1,0 +1,230 @@
+"""The model layer: exactly the published models, and OpenCLIP's values with OpenCLIP's weights."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipfast import CLIP, create_model, get_model_config, list_models
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig, add_model_config
+from clipfast.training.optim import adamw
+
+PUBLISHED = json.loads(
+    gzip.decompress((Path(__file__).parent.parent / "data" / "published_models.json.gz").read_bytes())
+)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_layout(name):
+    facts = PUBLISHED[name]
+    model = create_model(name, device="meta")
+    parameters = {key: list(value.shape) for key, value in model.named_parameters()}
+    assert parameters == facts["params"]
+    # the order is that of the optimiser's state in a checkpoint
+    assert [key for key in model.state_dict() if key in parameters] == list(facts["params"])
+    assert {key: list(value.shape) for key, value in model.named_buffers()} == facts["buffers"]
+    assert list(model.state_dict().keys()) == [
+        key for key in model.state_dict() if key in facts["params"] or key in facts["buffers"]
+    ]
+    assert sum(p.numel() for p in model.parameters()) == facts["total"]
+    assert sum(p.numel() for p in model.visual.parameters()) == facts["image"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_weight_decay_spares_what_it_should(name):
+    groups = adamw(create_model(name, device="meta"), 1e-3, (0.9, 0.98), 1e-6, 0.2).param_groups
+    assert [group["weight_decay"] for group in groups] == [0.0, 0.2]
+    assert sum(p.numel() for p in groups[1]["params"]) == PUBLISHED[name]["decayed"]
+
+
+def test_every_model_has_a_quickgelu_twin():
+    for name in PUBLISHED:
+        twin = name.removesuffix("-quickgelu") + "-quickgelu"
+        assert get_model_config(twin).quick_gelu
+        assert twin in list_models()
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    model = CLIP(CLIPConfig(64, VisionConfig(32, 2, 128, 64, patch_size=8), TextConfig(width=256, heads=4, layers=3)))
+    block = model.transformer.resblocks[1]
+    expected = {
+        model.token_embedding.weight: 0.02,
+        model.positional_embedding: 0.01,
+        model.text_projection: 256**-0.5,
+        block.attn.in_proj_weight: 256**-0.5,
+        block.attn.out_proj.weight: 256**-0.5 * 6**-0.5,
+        block.mlp.c_fc.weight: 512**-0.5,
+        block.mlp.c_proj.weight: 256**-0.5 * 6**-0.5,
+        model.visual.class_embedding: 128**-0.5,
+        model.visual.positional_embedding: 128**-0.5,
+        model.visual.proj: 128**-0.5,
+    }
+    for parameter, std in expected.items():
+        assert parameter.std().item() == pytest.approx(std, rel=0.25)
+    assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
+    resnet = create_model("RN50", device="cpu")
+    assert not resnet.visual.layer2[1].bn3.weight.any()
+    assert resnet.visual.attnpool.q_proj.weight.std().item() == pytest.approx(2048**-0.5, rel=0.05)
+
+
+def test_logit_scale_is_clamped():
+    model = create_model("ViT-T-8-32")
+    for value, expected in ((10.0, 100.0), (-3.0, 1.0), (2.0, math.exp(2.0))):
+        with torch.no_grad():
+            model.logit_scale.fill_(value)
+        model.clamp_logit_scale()
+        assert model.logit_scale.exp().item() == pytest.approx(expected)
+
+
+def small_config(kind, quick_gelu):
+    """A ViT and a ResNet with everything that the large ones have, small enough for a test."""
+    vision = (
+        VisionConfig(64, 2, 96, 32, 4.3637, 16)
+        if kind == "vit"
+        else VisionConfig(64, (1, 2, 1, 1), 16, 32, patch_size=None)
+    )
+    return CLIPConfig(48, vision, TextConfig(width=64, heads=4, layers=2), quick_gelu)
+
+
+@pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quickgelu"])
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_same_embeddings_as_open_clip(kind, quick_gelu):
+    open_clip = pytest.importorskip("open_clip")
+    config = small_config(kind, quick_gelu)
+    theirs = open_clip.CLIP(**config.to_dict()).eval()
+    for module in theirs.modules():
+        # a batch norm that does nothing would hide a missing one
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.normal_(module.running_mean, std=0.1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
+            torch.nn.init.uniform_(module.weight, 0.5, 1.5)
+    ours = CLIP(config).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images = torch.randn(3, 3, 64, 64)
+    texts = open_clip.tokenize(["a photo of a cat", "two dogs and a very long caption about them " * 20, ""])
+    with torch.no_grad():
+        for normalize in (False, True):
+            torch.testing.assert_close(
+                ours.encode_image(images, normalize), theirs.encode_image(images, normalize), rtol=1e-5, atol=1e-5
+            )
+            torch.testing.assert_close(
+                ours.encode_text(texts, normalize), theirs.encode_text(texts, normalize), rtol=1e-5, atol=1e-5
+            )
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50-quickgelu"])
+def test_full_size_embeddings_as_open_clip(name):
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.create_model(name).eval()
+    ours = create_model(name).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images, texts = torch.randn(2, 3, 224, 224), open_clip.tokenize(["a photo of a cat", "a dog"])
+    with torch.no_grad():
+        torch.testing.assert_close(
+            ours.encode_image(images, True), theirs.encode_image(images, True), rtol=0, atol=1e-5
+        )
+        torch.testing.assert_close(ours.encode_text(texts, True), theirs.encode_text(texts, True), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_backends_agree_on_values_and_gradients(kind):
+    torch.manual_seed(0)
+    model = CLIP(small_config(kind, False))
+    images, texts = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), torch.randint(1, 49406, (4, 12))
+    texts[:, -1] = 49407
+    results = []
+    for backend in ("auto", "torch"):
+        model.set_backend(backend)
+        model.zero_grad()
+        image_features, text_features, scale = model(images, texts)
+        (scale * (image_features @ text_features.T)).square().mean().backward()
+        results.append((image_features, text_features, *(p.grad.clone() for p in model.parameters())))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "resnet"])
+def test_bytes_and_normalised_floats_agree(kind):
+    from torchvision.transforms import v2
+
+    model = CLIP(small_config(kind, False)).eval()
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    floats = v2.Normalize(model.visual.image_mean, model.visual.image_std)(images.float() / 255)
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_image(images), model.encode_image(floats), rtol=1e-4, atol=1e-5)
+
+
+def test_padding_may_be_cut():
+    model = create_model("ViT-T-8-32").eval()
+    texts = torch.zeros(2, 77, dtype=torch.int64)
+    texts[0, :4] = torch.tensor([49406, 320, 1125, 49407])
+    texts[1, :3] = torch.tensor([49406, 320, 49407])
+    with torch.no_grad():
+        torch.testing.assert_close(model.encode_text(texts[:, :4]), model.encode_text(texts), rtol=1e-5, atol=1e-6)
+
+
+def test_grad_checkpointing_changes_nothing():
+    torch.manual_seed(0)
+    model = CLIP(small_config("vit", False))
+    images, texts = torch.randn(2, 3, 64, 64), torch.tensor([[49406, 320, 49407]] * 2)
+    grads = []
+    for enable in (False, True):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        sum(features.square().sum() for features in (model.encode_image(images), model.encode_text(texts))).backward()
+        grads.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(*pair) for pair in zip(*grads, strict=True))
+
+
+def test_output_dict():
+    model = create_model("ViT-T-8-32", output_dict=True)
+    output = model(torch.zeros(1, 3, 32, 32), torch.tensor([[49406, 49407]]))
+    assert sorted(output) == ["image_features", "logit_scale", "text_features"]
+
+
+def test_other_image_size():
+    model = create_model("ViT-T-8-32", force_image_size=64)
+    assert model.visual.positional_embedding.shape == (65, 128)
+    assert model.encode_image(torch.zeros(1, 3, 64, 64)).shape == (1, 128)
+
+
+def test_precision_of_weights():
+    assert create_model("ViT-T-8-32", precision="pure_bf16").visual.proj.dtype == torch.bfloat16
+    assert create_model("ViT-T-8-32", precision="amp_bf16").visual.proj.dtype == torch.float32
+    model = create_model("ViT-T-8-32", precision="pure_bf16")
+    assert model.encode_image(torch.zeros(1, 3, 32, 32, dtype=torch.uint8)).dtype == torch.bfloat16
+    assert model.encode_text(torch.tensor([[49406, 49407]])).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: create_model("ViT-Z-99"), "unknown model 'ViT-Z-99'; known: RN50, RN101"),
+        (lambda: create_model("ViT-B-32", precision="int4"), "unknown precision 'int4'; known: fp32, amp"),
+        (lambda: create_model("ViT-T-8-32", force_image_size=30), "image_size must be a multiple of patch_size"),
+        (
+            lambda: create_model("ViT-T-8-32").encode_text(torch.zeros(1, 78, dtype=torch.int64)),
+            r"L at most 77, got shape \(1, 78\)",
+        ),
+        (lambda: CLIPConfig.from_dict({"embed_dim": 8}), "needs embed_dim, vision_cfg and text_cfg"),
+        (
+            lambda: CLIPConfig.from_dict({"embed_dim": 8, "vision_cfg": {"timm_model_name": "x"}, "text_cfg": {}}),
+            "vision_cfg has settings that clipfast does not implement: {'timm_model_name': 'x'}",
+        ),
+    ],
+)
+def test_errors(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_open_clip_json_configs_can_be_added(tmp_path):
+    config = small_config("resnet", True)
+    path = tmp_path / "my-model.json"
+    path.write_text(json.dumps(config.to_dict()))
+    add_model_config(path)
+    assert get_model_config("my-model") == config

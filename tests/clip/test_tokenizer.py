@@ -1,0 +1,90 @@
+"""The tokenizer: OpenCLIP's ids for any Unicode."""
+
+import html
+import pickle
+import string
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from clipfast import get_tokenizer, tokenize
+from clipfast.tokenizer import Tokenizer
+
+TOKENIZER = Tokenizer()
+# What the cleaning is there for: entities, mojibake, ligatures, wide letters, control characters, odd white space,
+# lone surrogates.
+AWKWARD = st.sampled_from(
+    ["&amp;", "&amp;lt;", "&#39;", "&eacute;", "Ã©", "â€™", "ﬁ", "ａｂ", "ſ", "İ", "\x00", "\x1b[1m", "\x85", "\u2028",
+     "\u3000", "\r\n", "\ud800", "it's", "I'LL", "'ſ", "٣", "Ⅳ", "½", "👨‍👩‍👧", "日本語", "e\u0301", "“q”",
+     "_", "~", "@", "é", "<start_of_text>", "<end_of_text>"]
+)  # fmt: skip
+TEXT = st.lists(st.one_of(AWKWARD, st.text(max_size=8), st.text(string.printable, max_size=12)), max_size=6).map(
+    "".join
+)
+
+
+@pytest.fixture(scope="module")
+def theirs():
+    """OpenCLIP's tokenizer."""
+    return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
+
+
+@settings(max_examples=2000, deadline=None)
+@given(text=TEXT)
+def test_same_ids_as_open_clip(theirs, text):
+    assert TOKENIZER.encode(text) == theirs.encode(text)
+
+
+def test_every_character_of_the_basic_plane(theirs):
+    for code in range(0x10000):
+        text = f"a{chr(code)}b"
+        assert TOKENIZER.encode(text) == theirs.encode(text), hex(code)
+
+
+def test_known_captions():
+    assert tokenize("a photo of a cat")[0, :7].tolist() == [49406, 320, 1125, 539, 320, 2368, 49407]
+    assert TOKENIZER.vocab_size == 49408
+    assert (TOKENIZER.sot_token_id, TOKENIZER.eot_token_id) == (49406, 49407)
+
+
+def test_batch_layout(theirs):
+    texts = ["a cat", "", "x " * 200]
+    ids = tokenize(texts)
+    assert ids.shape == (3, 77)
+    assert ids.dtype == torch.int64
+    assert torch.equal(ids, theirs(texts))
+    assert ids[1, :3].tolist() == [49406, 49407, 0]
+    assert ids[2, -1] == 49407
+
+
+def test_lengths():
+    assert tokenize("a cat on a mat", context_length=4).tolist() == [[49406, 320, 2368, 49407]]
+    assert tokenize([]).shape == (0, 77)
+    assert get_tokenizer("ViT-B-32")("a cat").shape == (1, 77)
+    with pytest.raises(ValueError, match="text has 5 tokens, 2 fit into context_length=4: 'a cat on a mat'"):
+        tokenize("a cat on a mat", context_length=4, truncate=False)
+    with pytest.raises(ValueError, match="context_length must hold at least"):
+        Tokenizer(1)
+
+
+@pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"]])
+def test_not_a_string(bad):
+    with pytest.raises(TypeError, match="text must be a string, got "):
+        tokenize(["fine", bad])
+
+
+def test_decode():
+    assert TOKENIZER.decode(TOKENIZER.encode("Hello, wörld 日本!")) == "hello , wörld 日本 ! "
+    assert TOKENIZER.decode(tokenize("hi")[0, :3]) == "<start_of_text>hi <end_of_text>"
+
+
+def test_travels_to_other_processes():
+    copy = pickle.loads(pickle.dumps(Tokenizer(12)))
+    assert copy.context_length == 12
+    assert copy.encode("a cat") == TOKENIZER.encode("a cat")
+
+
+def test_html_is_unescaped_twice():
+    assert TOKENIZER.encode(html.escape(html.escape("a & b"))) == TOKENIZER.encode("a & b")

@@ -1,0 +1,57 @@
+"""Where the tests run, and what that place can do.
+
+The same kernel tests run on a CPU (PyTorch paths), with TRITON_INTERPRET=1 (the Triton kernels, interpreted) and on a
+GPU.
+"""
+
+import os
+
+# Before torch is imported: workers of pytest-xdist share the cores.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+import torch
+
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+ON_GPU = torch.cuda.is_available() and not INTERPRET
+LEG = "interpreter" if INTERPRET else "gpu" if ON_GPU else "cpu"
+# The interpreter multiplies bfloat16 operands as raw bits; on a CPU the sanitizer leg covers that dtype.
+DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+
+
+def pytest_report_header() -> str:
+    """Say which leg this is."""
+    return f"clipfast leg: {LEG}"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Register ``--update-resources``."""
+    parser.addoption(
+        "--update-resources", action="store_true", help="rewrite tests/kernels/resources.json from this Triton version"
+    )
+
+
+@pytest.fixture(scope="session")
+def device() -> torch.device:
+    """Where the tensors of a kernel test live."""
+    return torch.device("cuda" if ON_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Every test draws the same numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that a kernel forgets to write is NaN, not the right answer left over from another test."""
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        original = getattr(owner, name)
+
+        def poisoned(*args: object, _original=original, **kwargs: object) -> torch.Tensor:
+            tensor = _original(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        monkeypatch.setattr(owner, name, poisoned)

@@ -1,0 +1,90 @@
+"""Inputs of the kernel tests: each size says why it is there."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (pairs, embed_dim)
+LOSS_SHAPES = [
+    (1, 16),  # one pair: both softmaxes are 1, every gradient is 0
+    (2, 8),  # less than any tile in both directions
+    (64, 64),  # exactly one fp32 tile, no mask is ever false
+    (67, 40),  # prime, and a dimension that no tile divides
+    (129, 72),  # one past the half-precision tile
+]
+# (batch, tokens, heads, head_dim, causal)
+ATTENTION_SHAPES = [
+    (1, 1, 1, 64, False),  # one token: softmax of one
+    (2, 50, 2, 64, False),  # ViT-B/32
+    (2, 77, 2, 64, True),  # the text tower; crosses a tile under the causal mask
+    (1, 197, 1, 64, False),  # ViT-B/16
+    (1, 64, 2, 32, True),  # exactly one tile; the small model's head_dim
+    (1, 65, 1, 80, False),  # H/14's head_dim, padded to 128; one token past a tile
+    (1, 33, 1, 104, True),  # bigG/14's head_dim
+    (3, 7, 1, 8, True),  # less than any tile in both directions
+]
+# (batch, height, width, patch, embed_dim)
+PATCH_SHAPES = [
+    (1, 8, 8, 8, 16),  # one patch
+    (2, 28, 28, 14, 40),  # patch 14: 588 pixels, which no tile divides
+    (3, 32, 48, 16, 72),  # not square; embed_dim past a tile
+    (5, 64, 32, 32, 24),  # patch 32
+]
+
+
+def loss_inputs(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, matched: float, scale: float
+) -> dict[str, Tensor]:
+    """Unit features whose pairs are alike to the degree ``matched``: 0 is the start of training, 1 its end."""
+    image = F.normalize(torch.randn(shape), dim=-1)
+    text = F.normalize(matched * image + (1.001 - matched) * F.normalize(torch.randn(shape), dim=-1), dim=-1)
+    return {
+        "image": image.to(device, dtype),
+        "text": text.to(device, dtype),
+        "logit_scale": torch.tensor(scale, device=device),
+    }
+
+
+def attention_inputs(
+    shape: tuple[int, int, int, int, bool], dtype: torch.dtype, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """A packed projection, and a gradient of the output."""
+    batch, tokens, heads, head_dim, _ = shape
+    qkv = torch.randn(batch, tokens, 3 * heads * head_dim).to(device, dtype)
+    return {"qkv": qkv}, torch.randn(batch, tokens, heads * head_dim).to(device, dtype)
+
+
+def patch_inputs(
+    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, *, uint8: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Images and parameters, and a gradient of the tokens."""
+    batch, height, width, patch, embed_dim = shape
+    tokens = 1 + (height // patch) * (width // patch)
+    images = (
+        torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
+        if uint8
+        else torch.randn(batch, 3, height, width).to(dtype)
+    )
+    inputs = {
+        "images": images.to(device),
+        "weight": (torch.randn(embed_dim, 3, patch, patch) / patch).to(device, dtype),
+        "class_embedding": torch.randn(embed_dim).to(device, dtype),
+        "positional_embedding": torch.randn(tokens, embed_dim).to(device, dtype),
+    }
+    return inputs, torch.randn(batch, tokens, embed_dim).to(device, dtype)
+
+
+def strided(x: Tensor, layout: str) -> Tensor:
+    """The same values in another memory layout."""
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "sliced":
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if layout == "offset":
+        # One element past an aligned address: vector loads would fault.
+        flat = x.new_zeros(x.numel() + 1)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+    return x

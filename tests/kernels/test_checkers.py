@@ -1,0 +1,85 @@
+"""Each checker catches the fault that it exists for: the rule on errors, registration, gradients, poison."""
+
+import pytest
+import torch
+from torch.autograd.gradcheck import GradcheckError
+from torch.testing._internal.optests import OpCheckError
+
+from ..numerics import as_good_as_torch, compare
+
+
+def test_gradient_off_by_one_percent_fails():
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.01 * grad
+
+    inputs = {"x": torch.randn(50)}
+    compare(lambda x: x * 1, lambda x: x * 1, inputs, torch.randn(50))
+    with pytest.raises(AssertionError, match="d_x: max error"):
+        compare(Scaled.apply, lambda x: x * 1, {"x": torch.randn(50)}, torch.randn(50))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_hidden_nan_fails(bad):
+    truth = torch.tensor([1.0, bad], dtype=torch.float64)
+    with pytest.raises(AssertionError, match="in other places"):
+        as_good_as_torch(torch.ones(2), truth.float(), truth, 2.0, "x")
+
+
+def test_one_wrong_value_among_many_fails():
+    truth = torch.randn(10000, dtype=torch.float64)
+    ours = truth.float()
+    ours[17] += 1e-5
+    with pytest.raises(AssertionError, match="max error"):
+        as_good_as_torch(ours, truth.float(), truth, 2.0, "x")
+
+
+def test_constant_bias_fails():
+    # Each value is within the largest error of the yardstick, all of them together are not.
+    truth = torch.randn(10000, dtype=torch.float64)
+    yardstick = truth.float()
+    yardstick[0] += 1e-4
+    with pytest.raises(AssertionError, match="rms error"):
+        as_good_as_torch((truth + 5e-5).float(), yardstick, truth, 2.0, "x")
+
+
+def test_wrong_dtype_and_shape_fail():
+    truth = torch.zeros(3, dtype=torch.float64)
+    with pytest.raises(AssertionError, match="dtype"):
+        as_good_as_torch(torch.zeros(3).half(), truth.float(), truth, 2.0, "x")
+    with pytest.raises(AssertionError, match="shape"):
+        as_good_as_torch(torch.zeros(4), truth.float(), truth, 2.0, "x")
+
+
+def test_unwritten_output_is_seen(poison):
+    assert torch.empty(3).isnan().all()
+    assert torch.empty_like(torch.zeros(3)).isnan().all()
+    assert torch.zeros(3).new_empty(3).isnan().all()
+
+
+def test_wrong_registration_fails():
+    @torch.library.custom_op("clipfast_test::wrong_fake", mutates_args=())
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return x.sum(0)
+
+    @op.register_fake
+    def _(x: torch.Tensor) -> torch.Tensor:
+        return x.new_empty(x.shape)
+
+    with pytest.raises(OpCheckError):
+        torch.library.opcheck(op, (torch.randn(3, 4),))
+
+
+def test_wrong_gradient_fails():
+    @torch.library.custom_op("clipfast_test::wrong_grad", mutates_args=())
+    def op(x: torch.Tensor) -> torch.Tensor:
+        return x.square()
+
+    op.register_autograd(lambda ctx, grad: grad * 1.01, setup_context=lambda ctx, inputs, output: None)
+    with pytest.raises(GradcheckError):
+        torch.autograd.gradcheck(op, (torch.randn(4, dtype=torch.float64, requires_grad=True),))

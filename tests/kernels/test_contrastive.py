@@ -1,0 +1,149 @@
+"""The contrastive loss: values and gradients, layouts, extremes, and no N x N."""
+
+import functools
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.kernels import contrastive_loss, cpu, reference
+
+from ..conftest import DTYPES, LEG
+from ..numerics import compare, value_and_grads
+from .cases import LOSS_SHAPES, loss_inputs, strided
+
+module = sys.modules["clipfast.kernels.contrastive"]
+pytestmark = pytest.mark.usefixtures("poison")
+DRAWS = 6
+
+
+def unnormalised(scale, device):
+    """Features of very different lengths."""
+    inputs = {"image": 30 * torch.randn(45, 24), "text": 3 * torch.randn(45, 24), "logit_scale": torch.tensor(scale)}
+    return {name: x.to(device) for name, x in inputs.items()}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", LOSS_SHAPES, ids=str)
+@pytest.mark.parametrize(("matched", "scale"), [(0.0, 14.3), (0.2, 50.0), (0.3, 100.0)], ids=["start", "middle", "end"])
+def test_value_and_gradients(shape, dtype, matched, scale, device):
+    inputs = [loss_inputs(shape, dtype, device, matched=matched, scale=scale) for _ in range(DRAWS)]
+    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
+def test_layouts(layout, device):
+    inputs = loss_inputs((67, 40), torch.float32, device, matched=0.5, scale=20.0)
+    expected = value_and_grads(contrastive_loss, inputs, torch.tensor(2.5))
+    inputs |= {name: strided(inputs[name], layout) for name in ("image", "text")}
+    for name, value in value_and_grads(contrastive_loss, inputs, torch.tensor(2.5)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_expanded_features(device):
+    # Stride 0: every image is the same, so no gradient can come from choosing between them.
+    image = F.normalize(torch.randn(1, 32), dim=-1).to(device).expand(20, 32)
+    inputs = {
+        "image": image,
+        "text": F.normalize(torch.randn(20, 32), dim=-1).to(device),
+        "logit_scale": torch.tensor(10.0, device=device),
+    }
+    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
+
+
+def test_blocks_add_up(device, monkeypatch):
+    # Several strips and several chunks must give what one gives; 300 is no multiple of either.
+    inputs = loss_inputs((300, 32), torch.float32, device, matched=0.5, scale=20.0)
+    expected = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
+    monkeypatch.setattr(module, "STRIP_ELEMENTS", 128 * 300)
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 300)
+    for name, value in value_and_grads(contrastive_loss, inputs, torch.tensor(1.0)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.parametrize("scale", [0.0, 1e4, -30.0], ids=["zero", "huge", "negative"])
+def test_extreme_scale(scale, device):
+    inputs = [loss_inputs((37, 24), torch.float32, device, matched=0.3, scale=scale) for _ in range(DRAWS)]
+    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
+
+
+def test_unnormalised_features(device):
+    # Logits of thousands: a softmax without a running maximum would overflow.
+    compare(
+        contrastive_loss,
+        reference.contrastive_loss,
+        [unnormalised(1.0, device) for _ in range(DRAWS)],
+        torch.tensor(1.0),
+    )
+
+
+def test_equal_features_give_log_n(device):
+    ones = F.normalize(torch.ones(50, 16), dim=-1).to(device)
+    assert contrastive_loss(ones, ones, 100.0).item() == pytest.approx(math.log(50), rel=1e-5)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_not_finite_features_are_not_hidden(bad, device):
+    inputs = loss_inputs((20, 16), torch.float32, device, matched=0.0, scale=10.0)
+    inputs["image"][3, 5] = bad
+    assert not contrastive_loss(**inputs).isfinite()
+
+
+def test_no_pairs(device):
+    inputs = {"image": torch.zeros(0, 16), "text": torch.zeros(0, 16), "logit_scale": torch.tensor(10.0)}
+    result = value_and_grads(contrastive_loss, {name: x.to(device) for name, x in inputs.items()}, torch.tensor(1.0))
+    assert result["value"].isnan()
+    assert result["d_image"].shape == result["d_text"].shape == (0, 16)
+
+
+def test_normalize(device):
+    op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
+    compare(op, expected, [unnormalised(20.0, device) for _ in range(DRAWS)], torch.tensor(1.0))
+
+
+@pytest.mark.parametrize(
+    "scale", [10.0, torch.tensor([10.0]), torch.tensor(10.0)], ids=["float", "one element", "scalar"]
+)
+def test_kinds_of_scale(scale, device):
+    inputs = loss_inputs((20, 16), torch.float32, device, matched=0.0, scale=10.0)
+    scale = scale.to(device) if isinstance(scale, torch.Tensor) else scale
+    assert torch.equal(contrastive_loss(inputs["image"], inputs["text"], scale), contrastive_loss(**inputs))
+
+
+def test_same_bits_every_time(device):
+    inputs = loss_inputs((129, 72), torch.float32, device, matched=0.5, scale=50.0)
+    first = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
+    for _ in range(5):
+        again = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
+        assert all(torch.equal(again[name], value) for name, value in first.items())
+
+
+def test_late_training_keeps_every_row(device):
+    # Where the positive's softmax is near 1, rounding it before 1 is subtracted would leave rows without a correct
+    # digit.
+    dtype = DTYPES[-1]
+    inputs = loss_inputs((129, 72), dtype, device, matched=0.3, scale=100.0)
+    grad = torch.tensor(2.0**14)  # as loss scaling does: float16 cannot hold the gradients otherwise
+    ours = value_and_grads(contrastive_loss, inputs, grad)
+    truth = value_and_grads(reference.contrastive_loss, {name: x.double() for name, x in inputs.items()}, grad)
+    for name in ("d_image", "d_text"):
+        size = truth[name].norm(dim=1)
+        error = (ours[name].double() - truth[name]).norm(dim=1) / size
+        # smaller rows are below what the dtype of the gradient can hold
+        worst = error[size > 1e-3 * size.max()].max()
+        assert worst < 1e-2, f"{name}: worst row is off by {worst:.1%}"
+
+
+@pytest.mark.skipif(LEG != "cpu", reason="large: the interpreter would take minutes, and the GPU leg has its own sizes")
+def test_acceptance_size_against_float64():
+    inputs = loss_inputs((4099, 512), torch.float32, torch.device("cpu"), matched=0.3, scale=14.3)
+    ours = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
+    truth = value_and_grads(
+        reference.contrastive_loss, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0)
+    )
+    limits = {"value": 1e-6, "d_image": 1e-5, "d_text": 1e-5, "d_logit_scale": 1e-5}
+    for name, limit in limits.items():
+        error = (ours[name].double() - truth[name]).norm() / truth[name].norm()
+        assert error < limit, f"{name}: relative error {error:.2e}"

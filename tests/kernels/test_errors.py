@@ -1,0 +1,113 @@
+"""Bad input to the ops: each gets an error that names the op, the argument, and what came."""
+
+import pytest
+import torch
+
+from clipfast.kernels import attention, contrastive_loss, patch_embed
+
+from ..conftest import INTERPRET, ON_GPU
+
+X = torch.zeros(4, 8)
+QKV = torch.zeros(2, 5, 48)
+PATCH = {
+    "images": torch.zeros(2, 3, 8, 8),
+    "weight": torch.zeros(6, 3, 4, 4),
+    "class_embedding": torch.zeros(6),
+    "positional_embedding": torch.zeros(5, 6),
+}
+
+LOSS_ERRORS = [
+    ((X.tolist(), X, 1.0), TypeError, "image must be a torch.Tensor, got list"),
+    ((X[0], X, 1.0), ValueError, r"image must have 2 dimensions, got shape \(8,\)"),
+    ((X, X[:3], 1.0), ValueError, r"same shape, got \(4, 8\) and \(3, 8\)"),
+    ((X.int(), X.int(), 1.0), TypeError, "image must have a floating dtype, got int32"),
+    ((X, X.half(), 1.0), TypeError, "text is float16, but image is float32"),
+    ((X, X.to("meta"), 1.0), ValueError, "text is on meta, but image is on cpu"),
+    ((X, X, torch.ones(2)), ValueError, r"logit_scale must have one element, got shape \(2,\)"),
+    ((X, X, torch.ones((), device="meta")), ValueError, "logit_scale is on meta, but image is on cpu"),
+    ((X, X, "ten"), TypeError, "logit_scale must be a number or a torch.Tensor, got str"),
+    (
+        (X.to(torch.float8_e5m2), X.to(torch.float8_e5m2), 1.0),
+        TypeError,
+        "image must be float32, float16 or bfloat16, got float8_e5m2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), LOSS_ERRORS, ids=[case[2][:40] for case in LOSS_ERRORS])
+def test_contrastive_loss(arguments, error, message):
+    with pytest.raises(error, match=f"contrastive_loss: .*{message}"):
+        contrastive_loss(*arguments)
+
+
+ATTENTION_ERRORS = [
+    ((QKV[0], 2), {}, ValueError, r"qkv must have 3 dimensions, got shape \(5, 48\)"),
+    ((QKV, 5), {}, ValueError, "3 \\* num_heads \\* head_dim, got 48 with num_heads=5"),
+    ((QKV, 0), {}, ValueError, "num_heads=0"),
+    ((QKV, 2.0), {}, TypeError, "num_heads must be an int, got float"),
+    ((QKV.int(), 2), {}, TypeError, "qkv must have a floating dtype, got int32"),
+    ((torch.zeros(1, 2, 3 * 136), 1), {}, ValueError, "head_dim must be at most 128, got 136"),
+    ((QKV, 2), {"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"), ATTENTION_ERRORS, ids=[case[3][:40] for case in ATTENTION_ERRORS]
+)
+def test_attention(arguments, options, error, message):
+    with pytest.raises(error, match=f"attention: .*{message}"):
+        attention(*arguments, **options)
+
+
+PATCH_ERRORS = [
+    ({"images": torch.zeros(2, 3, 8)}, ValueError, r"images must have 4 dimensions, got shape \(2, 3, 8\)"),
+    (
+        {"images": torch.zeros(2, 3, 8, 8, dtype=torch.int64)},
+        TypeError,
+        "images must have a floating dtype or uint8, got int64",
+    ),
+    ({"images": torch.zeros(2, 3, 9, 8)}, ValueError, "image size 9x8 is not a multiple of the patch size 4"),
+    ({"images": torch.zeros(2, 1, 8, 8)}, ValueError, r"weight must be \[E, 1, P, P\].*got \(6, 3, 4, 4\)"),
+    ({"weight": torch.zeros(6, 3, 4, 2)}, ValueError, r"weight must be \[E, 3, P, P\].*got \(6, 3, 4, 2\)"),
+    ({"class_embedding": torch.zeros(7)}, ValueError, r"class_embedding must be \[6\], got \(7,\)"),
+    (
+        {"positional_embedding": torch.zeros(4, 6)},
+        ValueError,
+        r"positional_embedding must be \[5, 6\] for 8x8 images.*got \(4, 6\)",
+    ),
+    ({"mean": (0.5,)}, ValueError, "mean and std must have 3 values"),
+    ({"std": (0.5, 0.0, 0.5)}, ValueError, "std no zero"),
+    ({"weight": PATCH["weight"].to("meta")}, ValueError, "weight is on meta, but images is on cpu"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), PATCH_ERRORS, ids=[case[2][:40] for case in PATCH_ERRORS])
+def test_patch_embed(changed, error, message):
+    with pytest.raises(error, match=f"patch_embed: .*{message}"):
+        patch_embed(**(PATCH | changed))
+
+
+@pytest.mark.skipif(INTERPRET or ON_GPU, reason="Triton runs here")
+def test_triton_where_it_cannot_run():
+    with pytest.raises(
+        RuntimeError, match=r"attention: backend='triton' cannot run on a cpu tensor.*TRITON_INTERPRET=1"
+    ):
+        attention(QKV, 2, backend="triton")
+
+
+@pytest.mark.skipif(not INTERPRET, reason="of the interpreter")
+def test_interpreter_refuses_what_it_would_get_wrong():
+    with pytest.raises(TypeError, match="qkv is bfloat16, which Triton's interpreter multiplies as raw bits"):
+        attention(QKV.bfloat16(), 2)
+    with pytest.raises(TypeError, match="float64 only on the CPU"):
+        attention(QKV.double(), 2)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="of the interpreter")
+def test_triton_can_be_forced():
+    torch.testing.assert_close(attention(torch.randn(1, 5, 48), 2, backend="triton").shape, torch.Size([1, 5, 16]))
+
+
+def test_reference_can_be_forced():
+    qkv = torch.randn(1, 5, 48)
+    torch.testing.assert_close(attention(qkv, 2, backend="torch"), attention(qkv, 2))

@@ -1,0 +1,89 @@
+"""Every shipped configuration, compiled for GPUs that are not there: nothing spills, limits hold, tensor cores are
+used.
+
+``resources.json`` holds what was compiled, by Triton version, so that a change shows up as a difference to be read:
+``pytest tests/kernels/test_offline.py --update-resources`` rewrites it.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+from clipfast.bench import offline
+from clipfast.bench.shipped import shipped_cases
+from clipfast.kernels import attention, configs
+
+from ..conftest import INTERPRET, ON_GPU
+
+pytestmark = pytest.mark.skipif(
+    INTERPRET or ON_GPU, reason="compiles from recorded CPU calls, which the interpreter would execute"
+)
+
+SNAPSHOT = Path(__file__).with_name("resources.json")
+VERSION = ".".join(triton.__version__.split(".")[:2])
+CASES = shipped_cases()
+ARCHS = (80, 90, 100)
+# Triton 3.6 takes bytes widened to float32 for a type that tf32 holds, and uses it although asked for full precision.
+KNOWN = {("3.6", 100, "bytes fp32"): "multiplies with tcgen05.mma, expected none"}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("case", CASES)
+def test_resources(case, arch, request):
+    compiled = {}
+    for launch in offline.record(arch, CASES[case]):
+        name = launch.kernel.__name__
+        # one kernel may be launched in several ways: strides, or accumulating or not
+        key = f"{name} {sum(key.split()[0] == name for key in compiled)}"
+        resources = offline.compile_launch(launch, arch)
+        compiled[key] = dataclasses.asdict(resources)
+        found = offline.problems(resources, arch, half=case.endswith("bf16"), multiplies=name != "_finish_kernel")
+        known = KNOWN.get((VERSION, arch, " ".join(case.split()[-2:])))
+        assert [problem for problem in found if problem != known] == [], f"{case} {key} sm_{arch}"
+    snapshot = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
+    if request.config.getoption("--update-resources"):
+        snapshot.setdefault(VERSION, {}).setdefault(f"sm_{arch}", {})[case] = compiled
+        SNAPSHOT.write_text(json.dumps(snapshot, indent=1, sort_keys=True) + "\n")
+        return
+    if VERSION not in snapshot:
+        pytest.skip(
+            f"resources.json has no entry for Triton {VERSION}: run with --update-resources and read the difference"
+        )
+    assert compiled == snapshot[VERSION][f"sm_{arch}"][case], (
+        "resources changed: run with --update-resources and read the difference"
+    )
+
+
+def test_snapshot_holds_nothing_else():
+    for version, archs in json.loads(SNAPSHOT.read_text()).items():
+        assert sorted(archs) == sorted(f"sm_{arch}" for arch in ARCHS), version
+        for arch, cases in archs.items():
+            assert sorted(cases) == sorted(CASES), f"{version} {arch}"
+
+
+def test_planted_spill_is_seen(monkeypatch):
+    # 128 x 128 fp32 scores in the registers of one warp cannot fit.
+    too_large = configs.AttentionConfig(128, 128, num_warps=1, num_stages=1)
+    monkeypatch.setitem(configs._ATTENTION_64, ("attention_fwd", 2, 80), too_large)
+    (launch,) = offline.record(80, lambda: attention(torch.empty(1, 256, 3 * 64, dtype=torch.bfloat16), 1))
+    found = offline.problems(offline.compile_launch(launch, 80), 80, half=True, multiplies=True)
+    assert any(problem.startswith("spills") for problem in found), found
+
+
+@pytest.mark.parametrize(
+    ("changed", "problem"),
+    [
+        ({"shared_bytes": 300000}, "shared memory"),
+        ({"tmem_columns": 576}, "tensor memory"),
+        ({"mma": "mma.sync"}, "expected tcgen05.mma"),
+    ],
+)
+def test_planted_excess_is_seen(changed, problem):
+    good = offline.Resources(registers=128, spill_bytes=0, shared_bytes=100000, tmem_columns=256, mma="tcgen05.mma")
+    assert offline.problems(good, 100, half=True, multiplies=True) == []
+    (found,) = offline.problems(dataclasses.replace(good, **changed), 100, half=True, multiplies=True)
+    assert problem in found

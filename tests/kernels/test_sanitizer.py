@@ -1,0 +1,81 @@
+"""The kernels under ttsem, which executes Triton's own IR on the CPU: out-of-bounds accesses, races between programs,
+and bfloat16.
+
+The interpreter can do none of the three. ttsem takes over the launch, so it must not run with TRITON_INTERPRET=1.
+"""
+
+import functools
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from clipfast.kernels import attention, contrastive_loss, patch_embed, reference
+from clipfast.kernels._launch import execute_on_cpu
+
+from ..conftest import INTERPRET, ON_GPU
+from ..numerics import compare
+from .cases import attention_inputs, loss_inputs, patch_inputs
+
+sanitize = pytest.importorskip(
+    "ttsem.sanitize",
+    reason="ttsem is not installed: 'make test' installs the pinned version; races and bf16 go UNCHECKED",
+)
+pytestmark = pytest.mark.skipif(INTERPRET or ON_GPU, reason="ttsem replaces the launch on a CPU")
+
+CPU = torch.device("cpu")
+# Launches must stay small: above 4 million accesses ttsem no longer checks each for races.
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture
+def sanitizer():
+    """Every launch executed and checked; a fault is raised out of it."""
+    with sanitize.session(cc=90) as session, execute_on_cpu():
+        yield session
+        assert session.launches > 0, "nothing was launched"
+        assert session.races_unchecked == 0, "a launch was too large for the race check: shrink the case"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (67, 40)], ids=str)
+def test_contrastive_loss(shape, dtype, sanitizer):
+    inputs = loss_inputs(shape, dtype, CPU, matched=0.3, scale=50.0)
+    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 77, 1, 64, True), (2, 50, 1, 16, False), (1, 20, 1, 80, True)], ids=str)
+def test_attention(shape, dtype, sanitizer):
+    op, expected = (
+        functools.partial(fn, num_heads=shape[2], causal=shape[4]) for fn in (attention, reference.attention)
+    )
+    inputs, grad = attention_inputs(shape, dtype, CPU)
+    compare(op, expected, inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
+@pytest.mark.parametrize("shape", [(2, 28, 28, 14, 24), (3, 16, 24, 8, 20)], ids=str)
+def test_patch_embed(shape, uint8, dtype, sanitizer):
+    inputs, grad = patch_inputs(shape, dtype, CPU, uint8=uint8)
+    compare(patch_embed, reference.patch_embed, inputs, grad)
+
+
+@triton.jit
+def _column_sum_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Planted faults: every program adds its row into one buffer; without the mask, past its end."""
+    offs = tl.arange(0, BLOCK)
+    mask = offs < N if HAS_MASK else offs < BLOCK
+    total = tl.load(out_ptr + offs, mask=mask)
+    tl.store(out_ptr + offs, total + tl.load(x_ptr + tl.program_id(0) * N + offs, mask=mask), mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("rows", "has_mask", "fault"), [(2, True, "both touch"), (1, False, "past the end")], ids=["race", "bounds"]
+)
+def test_planted_fault_is_caught(rows, has_mask, fault):
+    x, out = torch.ones(rows, 10), torch.zeros(10)
+    with sanitize.session(cc=90), pytest.raises(sanitize.KernelFault, match=fault):
+        _column_sum_kernel[(rows,)](x, out, 10, BLOCK=16, HAS_MASK=has_mask)

@@ -1,0 +1,55 @@
+"""Every snippet and every command of the README runs."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from clipfast.cli import main
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text()
+SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+COMMANDS = [
+    line.split("#")[0].split()
+    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+    for line in block.splitlines()
+]
+# Two steps instead of a thousand.
+SHORT = ["--epochs", "1", "--train-num-samples", "64", "--batch-size", "32"]
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.split("\n\n")[-1][:40] for snippet in SNIPPETS])
+def test_snippet(snippet):
+    exec(compile(snippet, "README.md", "exec"), {})
+
+
+def test_commands(tmp_path, monkeypatch, capsys):
+    programs = {command[0] for command in COMMANDS}
+    assert programs == {"make", "clipfast"}
+    monkeypatch.chdir(tmp_path)
+    for program, *arguments in COMMANDS:
+        if program == "clipfast":
+            short = SHORT if "--recipe" in arguments else []
+            assert main([*arguments, *short]) == 0, capsys.readouterr().err
+
+
+def test_make_targets():
+    expected = {"train": "clipfast train --recipe emoji", "test": "pytest"}
+    targets = [arguments[0] for program, *arguments in COMMANDS if program == "make"]
+    assert sorted(targets) == sorted(expected)
+    for target in targets:
+        plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert expected[target] in plan.stdout
+
+
+def test_ci_runs_the_readmes_test_command():
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_extras_hold_what_make_installs():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for names in re.findall(r"'\.\[(.*?)\]'", (ROOT / "Makefile").read_text()):
+        assert set(names.split(",")) <= set(extras)
