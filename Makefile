@@ -1,0 +1,49 @@
+# Each target makes its own virtual environment on first use. PYTHON chooses the interpreter that it is made with.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# ttsem asks for a newer Python than it needs; --no-deps, since it brings nothing that is not here already.
+TTSEM := ttsem==0.1.0
+
+.PHONY: help train test test-cpu test-interpreter lint fmt clean
+.DEFAULT_GOAL := help
+
+help:  ## Show this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+
+$(VENV)/base: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[data,eval]'
+	@touch $@
+
+$(VENV)/test: $(VENV)/base
+	$(BIN)/pip install --quiet --editable '.[data,eval,bench,test,lint]'
+	$(BIN)/pip install --quiet --no-deps --ignore-requires-python $(TTSEM)
+	@touch $@
+
+# Threads that wait must not spin: the data worker needs the core.
+train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recognises (about 8 minutes on two cores)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/clipfast train --recipe emoji
+
+test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 15 minutes on two cores)
+
+test-cpu: $(VENV)/test  ## CPU paths, ttsem, offline compilation, model layer, training
+	$(BIN)/pytest -n 2 --dist worksteal tests
+
+test-interpreter: $(VENV)/test  ## The Triton kernels, interpreted
+	TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/kernels
+
+# mypy sees the packages as they are installed: kernels/ and bench/ inside clipfast/.
+lint: $(VENV)/test  ## Check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@mkdir -p build/lint/clipfast
+	@ln -sfn $(CURDIR)/clipfast/* $(CURDIR)/kernels $(CURDIR)/bench build/lint/clipfast/
+	cd build/lint && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml -p clipfast
+
+fmt: $(VENV)/test  ## Format, and fix what can be fixed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## Remove environments and build products
+	rm -rf $(VENV) build *.egg-info
