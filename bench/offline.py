@@ -87,7 +87,7 @@ def compile_launch(launch: Launch, arch: int) -> Resources:
         spill_bytes=_number(r"(\d+) bytes spill stores", log),
         shared_bytes=kernel.metadata.shared,
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
-        mma=next((name for name in ("tcgen05.mma", "wgmma.mma_async", "mma.sync") if name in ptx), "none"),
+        mma="+".join(unit for unit in MATRIX_UNIT.values() if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
     )
 
 
@@ -100,8 +100,9 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
         value: Any = launch.args.get(name)
         if isinstance(value, torch.Tensor):
             signature[name] = "*" + _TYPES[value.dtype]
-            attrs[(index,)] = [["tt.divisibility", 16]]
-        elif name in launch.constexprs or value == 1:
+            if value.data_ptr() % 16 == 0:
+                attrs[(index,)] = [["tt.divisibility", 16]]
+        elif name in launch.constexprs or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants.setdefault(name, value)
         elif isinstance(value, float):

@@ -13,34 +13,32 @@ def shipped_cases() -> dict[str, Case]:
     """Forward and backward calls by name, ``<op> <shape> <dtype>``; values are never read, so the tensors are empty."""
     cases: dict[str, Case] = {}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
-        cases[f"contrastive D512 {name}"] = _contrastive(dtype)
-        # head_dim 64: all texts, B, L; 80: H/14; 88: g/14; 104: bigG/14; 32: the small model
-        for tokens, head_dim, causal in (
-            (77, 64, True),
-            (257, 64, False),
-            (257, 80, False),
-            (257, 88, False),
-            (257, 104, False),
-            (17, 32, False),
-        ):
-            cases[f"attention N{tokens} D{head_dim}{' causal' if causal else ''} {name}"] = _attention(
-                dtype, tokens, head_dim, causal
-            )
+        cases[f"contrastive N1024 D512 {name}"] = _contrastive(dtype, 1024)
+        # 64: all texts, B and L; 80: H/14; 88: g/14; 104: bigG/14; 32: the small model
+        for tokens, head_dim in ((257, 64), (257, 80), (257, 88), (257, 104), (17, 32)):
+            cases[f"attention N{tokens} D{head_dim} {name}"] = _attention(dtype, tokens, head_dim)
+        cases[f"attention N77 D64 causal {name}"] = _attention(dtype, 77, 64, causal=True)
         for patch in (14, 16, 32):
             cases[f"patch_embed P{patch} bytes {name}"] = _patch_embed(dtype, patch, torch.uint8)
         cases[f"patch_embed P16 floats {name}"] = _patch_embed(dtype, 16, dtype)
+    # a last batch of any size: nothing is aligned
+    cases["contrastive N1001 D512 bf16"] = _contrastive(torch.bfloat16, 1001)
+    # 16 bits like bf16, but with scales of its own
+    cases["contrastive N1024 D512 fp16"] = _contrastive(torch.float16, 1024)
+    cases["attention N77 D64 causal fp16"] = _attention(torch.float16, 77, 64, causal=True)
+    cases["patch_embed P16 bytes fp16"] = _patch_embed(torch.float16, 16, torch.uint8)
     return cases
 
 
-def _contrastive(dtype: torch.dtype) -> Case:
+def _contrastive(dtype: torch.dtype, pairs: int) -> Case:
     def run() -> None:
-        image, text = (torch.empty(1024, 512, dtype=dtype, requires_grad=True) for _ in range(2))
+        image, text = (torch.empty(pairs, 512, dtype=dtype, requires_grad=True) for _ in range(2))
         contrastive_loss(image, text, 10.0).backward()
 
     return run
 
 
-def _attention(dtype: torch.dtype, tokens: int, head_dim: int, causal: bool) -> Case:
+def _attention(dtype: torch.dtype, tokens: int, head_dim: int, *, causal: bool = False) -> Case:
     def run() -> None:
         heads = 16
         qkv = torch.empty(2, tokens, 3 * heads * head_dim, dtype=dtype, requires_grad=True)

@@ -99,6 +99,8 @@ class Tokenizer:
             ValueError: a text is too long and ``truncate`` is False.
         """
         length = self.context_length if context_length is None else context_length
+        if length < 2:
+            raise ValueError(f"tokenizer: context_length must hold at least the start and end tokens, got {length}")
         rows = []
         for text in [texts] if isinstance(texts, str) else texts:
             ids = self.encode(text)
@@ -155,6 +157,15 @@ def _read_merges() -> list[tuple[str, str]]:
     packed = files("clipfast").joinpath("assets/bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : NUM_MERGES + 1]
     return [(first, second) for first, second in (line.split() for line in lines)]
+
+
+def trim_padding(texts: Tensor, multiple: int = 4) -> Tensor:
+    """Cut the columns that are padding in every row, up to a multiple: [B, L] -> [B, L'].
+
+    A causal text tower gives the same features for them.
+    """
+    longest = int(texts.argmax(-1).max()) + 1
+    return texts[:, : min(texts.shape[1], -(-longest // multiple) * multiple)].contiguous()
 
 
 @functools.cache

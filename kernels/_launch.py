@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any, ParamSpec, Protocol, TypeVar
 
@@ -20,11 +19,14 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 BACKENDS = ("auto", "triton", "torch")
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 
-# Triton reads the variable when a kernel is decorated, so the answer is fixed for the life of the process.
-INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"
+# Triton decides when a kernel is decorated, so the answer is fixed for the life of the process.
+INTERPRET: bool = triton.knobs.runtime.interpret
+# Interpreted kernels take the configurations of this architecture; tests set others.
+CPU_ARCH = 80
 
 _execute_on_cpu = INTERPRET
 _recorder: "_Recorder | None" = None
@@ -85,13 +87,20 @@ def triton_runs_on(device: torch.device) -> bool:
 
 
 def arch_of(device: torch.device) -> int:
-    """Compute capability that configurations are looked up for, as ``10 * major + minor``."""
+    """Compute capability that configurations are looked up for, as ``10 * major + minor``.
+
+    Raises:
+        RuntimeError: a GPU that is too old for the kernels.
+    """
     if _recorder is not None:
         return _recorder.arch
-    if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return 10 * major + minor
-    return 80
+    if device.type != "cuda":
+        return CPU_ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        raise RuntimeError(f"the kernels need compute capability 8.0, {name} has {major}.{minor}: use backend='torch'")
+    return 10 * major + minor
 
 
 def launch(
@@ -153,24 +162,24 @@ def autocast_to(tensor: Tensor) -> Tensor:
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:
     """Refuse a dtype that the kernels do not compute in."""
-    allowed = (torch.float32, torch.float16, torch.bfloat16)
     on_cpu = tensor.device.type in ("cpu", "meta") and not _execute_on_cpu
     if INTERPRET and tensor.dtype == torch.bfloat16:
         raise TypeError(
             f"{op}: {name} is bfloat16, which Triton's interpreter multiplies as raw bits: use float32 or float16"
         )
-    if tensor.dtype not in allowed and not (on_cpu and tensor.dtype == torch.float64):
-        hint = " (float64 only on the CPU or with backend='torch')" if tensor.dtype == torch.float64 else ""
-        raise TypeError(f"{op}: {name} must be float32, float16 or bfloat16, got {dtype_name(tensor.dtype)}{hint}")
+    if tensor.dtype == torch.float64 and not on_cpu:
+        raise TypeError(f"{op}: {name} is float64, which only the CPU path and backend='torch' compute in")
 
 
 def check_tensor(op: str, name: str, tensor: Tensor, ndim: int, *, also: tuple[torch.dtype, ...] = ()) -> None:
     """Refuse anything but a tensor with ``ndim`` dimensions of a floating dtype, or of a dtype in ``also``."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
-    if not tensor.is_floating_point() and tensor.dtype not in also:
-        wanted = " or ".join(["a floating dtype", *map(dtype_name, also)])
-        raise TypeError(f"{op}: {name} must have {wanted}, got {dtype_name(tensor.dtype)}")
+    allowed = (*FLOATS, *also)
+    if tensor.dtype not in allowed:
+        raise TypeError(
+            f"{op}: {name} must be one of {', '.join(map(dtype_name, allowed))}, got {dtype_name(tensor.dtype)}"
+        )
     if tensor.ndim != ndim:
         raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
 
@@ -191,8 +200,3 @@ def dtype_name(dtype: torch.dtype) -> str:
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float32, or float64 for float64 input."""
     return torch.promote_types(dtype, torch.float32)
-
-
-def next_power_of_2(size: int, minimum: int = 16) -> int:
-    """Smallest power of two that holds ``size``; at least 16, the least that a tensor core multiplies."""
-    return max(minimum, triton.next_power_of_2(size))

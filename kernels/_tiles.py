@@ -19,8 +19,10 @@ def online_softmax_step(
     is scaled: it is exact where it matters.
     """
     new_max = tl.maximum(row_max, tl.max(scores, 1))
-    decay = tl.exp2((row_max - new_max) * scale)
-    p = tl.exp2((scores - new_max[:, None]) * scale)  # [M, N]
+    # a finite pivot: while all scores of a row are -inf, its maximum minus itself would be NaN
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    decay = tl.exp2((row_max - pivot) * scale)
+    p = tl.exp2((scores - pivot[:, None]) * scale)  # [M, N]
     return p, decay, new_max, row_sum * decay + tl.sum(p, 1)
 
 

@@ -7,7 +7,7 @@ Per image and head, with scores s_ij = q_i . k_j / sqrt(D) (j <= i where causal)
     delta_i = do_i . o_i            ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = sum_j ds_ij k_j / sqrt(D)      dk_j = sum_i ds_ij q_i / sqrt(D)      dv_j = sum_i p_ij do_i
 
-Bytes: forward 4 N D items + 4 N (lse), backward 8 N D items; FLOPs 4 N^2 D forward, 14 N^2 D backward (two kernels
+Bytes: forward 4 N D items + 4 N (lse), backward 12 N D items; FLOPs 4 N^2 D forward, 14 N^2 D backward (two kernels
 recompute the scores, so that each gradient has one writer and the result is deterministic).
 Method: FlashAttention (Dao et al. 2022) and FlashAttention-2 (Dao 2023).
 """
@@ -25,10 +25,10 @@ from ._launch import (
     LOG2E,
     accumulate_dtype,
     arch_of,
+    autocast_to,
     check_float,
     check_tensor,
     launch,
-    next_power_of_2,
     outside_autocast,
     triton_runs_on,
     uses_reference,
@@ -61,10 +61,11 @@ def _attention_fwd_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     mask_d = offs_d < HEAD_DIM
     mask_m = offs_m < N
-    columns = (h * HEAD_DIM + offs_d).to(tl.int64) * stride_qkv_c  # [BD]
-    q_base = qkv_ptr + b * stride_qkv_b + columns
-    k_base = q_base + width * stride_qkv_c
-    v_base = k_base + width * stride_qkv_c
+    columns = (h * HEAD_DIM + offs_d).to(tl.int64)  # [BD]
+    base = qkv_ptr + b * stride_qkv_b
+    q_base = base + columns * stride_qkv_c
+    k_base = base + (columns + width) * stride_qkv_c
+    v_base = base + (columns + 2 * width) * stride_qkv_c
     q_tile = q_base[None, :] + offs_m.to(tl.int64)[:, None] * stride_qkv_n
     q = tl.load(q_tile, mask=mask_m[:, None] & mask_d[None, :], other=0.0)  # [BM, BD]
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -115,9 +116,10 @@ def _attention_bwd_dq_kernel(
     mask_md = mask_m[:, None] & mask_d[None, :]
     columns = (h * HEAD_DIM + offs_d).to(tl.int64)  # [BD]
     rows_m = offs_m.to(tl.int64)
-    q_base = qkv_ptr + b * stride_qkv_b + columns * stride_qkv_c
-    k_base = q_base + width * stride_qkv_c
-    v_base = k_base + width * stride_qkv_c
+    base = qkv_ptr + b * stride_qkv_b
+    q_base = base + columns * stride_qkv_c
+    k_base = base + (columns + width) * stride_qkv_c
+    v_base = base + (columns + 2 * width) * stride_qkv_c
     grad_tile = grad_out_ptr + b * stride_do_b + rows_m[:, None] * stride_do_n + columns[None, :] * stride_do_c
     q = tl.load(q_base[None, :] + rows_m[:, None] * stride_qkv_n, mask=mask_md, other=0.0)  # [BM, BD]
     do = tl.load(grad_tile, mask=mask_md, other=0.0)  # [BM, BD]
@@ -172,10 +174,12 @@ def _attention_bwd_dkv_kernel(
     mask_nd = (offs_n < N)[:, None] & mask_d[None, :]
     columns = (h * HEAD_DIM + offs_d).to(tl.int64)  # [BD]
     rows_n = offs_n.to(tl.int64)
-    q_base = qkv_ptr + b * stride_qkv_b + columns * stride_qkv_c
-    k_tile = q_base[None, :] + width * stride_qkv_c + rows_n[:, None] * stride_qkv_n
-    k = tl.load(k_tile, mask=mask_nd, other=0.0)  # [BN, BD]
-    v = tl.load(k_tile + width * stride_qkv_c, mask=mask_nd, other=0.0)  # [BN, BD]
+    base = qkv_ptr + b * stride_qkv_b
+    q_base = base + columns * stride_qkv_c
+    k_base = base + (columns + width) * stride_qkv_c
+    v_base = base + (columns + 2 * width) * stride_qkv_c
+    k = tl.load(k_base[None, :] + rows_n[:, None] * stride_qkv_n, mask=mask_nd, other=0.0)  # [BN, BD]
+    v = tl.load(v_base[None, :] + rows_n[:, None] * stride_qkv_n, mask=mask_nd, other=0.0)  # [BN, BD]
     grad_base = grad_out_ptr + b * stride_do_b + columns * stride_do_c
     stats = pid_bh.to(tl.int64) * N
     acc_dk = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -240,8 +244,8 @@ def _bwd_triton(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_hea
 
 def _constexprs(cfg: AttentionConfig, head_dim: int, causal: bool) -> dict[str, Any]:
     return {
-        "HEAD_DIM": head_dim, "BLOCK_D": next_power_of_2(head_dim), "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n,
-        "IS_CAUSAL": causal, "PRECISION": "ieee",
+        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "IS_CAUSAL": causal, "PRECISION": "ieee",
     }  # fmt: skip
 
 
@@ -274,10 +278,14 @@ def _(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, c
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, int, bool], output: tuple[Tensor, Tensor]) -> None:
     qkv, ctx.num_heads, ctx.causal = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(qkv, *output)
 
 
-def _backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor, None, None]:
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, None, None]:
+    if grad_out is None:
+        return None, None, None
     return torch.ops.clipfast.attention_bwd(grad_out, *ctx.saved_tensors, ctx.num_heads, ctx.causal), None, None
 
 
@@ -290,7 +298,7 @@ def attention(qkv: Tensor, num_heads: int, *, causal: bool = False, backend: str
     Args:
         qkv: [B, N, 3 * num_heads * head_dim], the projections to queries, keys and values one after the other (the
             layout of ``nn.MultiheadAttention``'s ``in_proj``); float32, float16 or bfloat16 (float64 on the CPU); any
-            strides.
+            strides. Under autocast it is taken in the autocast dtype.
         num_heads: heads; head_dim is at most 128 outside the reference.
         causal: token i sees tokens 0 .. i only.
         backend: "auto" (Triton on GPUs, PyTorch's flash kernel on CPUs), "triton", or "torch" for the reference.
@@ -304,13 +312,16 @@ def attention(qkv: Tensor, num_heads: int, *, causal: bool = False, backend: str
     """
     op = "attention"
     check_tensor(op, "qkv", qkv, 3)
-    if not isinstance(num_heads, int):
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
         raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
     if num_heads < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
         raise ValueError(
             f"{op}: the last dimension of qkv must be 3 * num_heads * head_dim, "
             f"got {qkv.shape[-1]} with num_heads={num_heads}"
         )
+    qkv = autocast_to(qkv)
     if uses_reference(op, backend, qkv):
         return reference.attention(qkv, num_heads, causal=causal)
     check_float(op, "qkv", qkv)

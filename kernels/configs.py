@@ -45,11 +45,14 @@ class RowConfig:
 # Entries by kernel, bytes per element and architecture; an architecture takes the newest entry that is not newer than
 # itself.
 _GEMM = {
-    ("contrastive_stats", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+    ("contrastive_stats", 2, 80): GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
+    ("contrastive_stats", 2, 90): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
     ("contrastive_stats", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
     ("contrastive_grad_tile", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+    ("contrastive_grad_tile", 2, 100): GemmConfig(128, 64, 64, num_warps=8, num_stages=3),
     ("contrastive_grad_tile", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
     ("contrastive_product", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
+    ("contrastive_product", 2, 100): GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
     ("contrastive_product", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
     ("patch_embed_fwd", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
     ("patch_embed_fwd", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
@@ -63,12 +66,13 @@ _ROWS = {
     ("contrastive_finish", 4, 80): RowConfig(16, 128, num_warps=4),
 }
 _ATTENTION_64 = {  # head_dim up to 64
-    ("attention_fwd", 2, 80): AttentionConfig(64, 64, num_warps=4, num_stages=2),
+    ("attention_fwd", 2, 80): AttentionConfig(64, 32, num_warps=4, num_stages=2),
+    ("attention_fwd", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
     ("attention_fwd", 2, 100): AttentionConfig(128, 64, num_warps=8, num_stages=2),
     ("attention_fwd", 4, 80): AttentionConfig(32, 32, num_warps=4, num_stages=2),
     ("attention_bwd_dq", 2, 80): AttentionConfig(64, 32, num_warps=4, num_stages=2),
     ("attention_bwd_dq", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
-    ("attention_bwd_dq", 4, 80): AttentionConfig(32, 32, num_warps=8, num_stages=1),
+    ("attention_bwd_dq", 4, 80): AttentionConfig(32, 16, num_warps=8, num_stages=1),
     ("attention_bwd_dkv", 2, 80): AttentionConfig(32, 64, num_warps=4, num_stages=2),
     ("attention_bwd_dkv", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
     ("attention_bwd_dkv", 4, 80): AttentionConfig(32, 32, num_warps=8, num_stages=1),
@@ -104,5 +108,5 @@ def attention_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) 
 
 def _lookup(table: dict[tuple[str, int, int], C], kernel: str, arch: int, dtype: torch.dtype) -> C:
     known = [entry_arch for name, size, entry_arch in table if name == kernel and size == dtype.itemsize]
-    newest = max((entry_arch for entry_arch in known if entry_arch <= arch), default=min(known))
+    newest = max(entry_arch for entry_arch in known if entry_arch <= arch)
     return table[kernel, dtype.itemsize, newest]

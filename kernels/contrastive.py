@@ -7,13 +7,13 @@ With features x, y [N, D], scale s and logits s_ij = s x_i . y_j:
     g_i   = (exp(-nll_i) - 1) of images + of texts                                (the diagonal, kept apart in fp32)
     dL/dx = s/(2N) (G y + g * y)    dL/dy = s/(2N) (G^T x + g * x)    dL/ds = 1/(2N) sum_i (G y + g * y)_i . x_i
 
-The diagonal never passes through the low-precision tile, and nll is formed before it is rounded to the size of a
-logit: late in training, when the softmax of a pair is nearly 1, what remains of it is all there is to learn from. For
-the same reason the maximum and the sum of a
-row are kept apart: in their logarithm the sum would be rounded to the size of the maximum.
+The diagonal never passes through the low-precision tile, and nll is formed before it is rounded to the size of a logit:
+late in training, when the softmax of a pair is nearly 1, what remains of it is all there is to learn from. For the same
+reason the maximum and the sum of a row are kept apart: their logarithm would round the sum to the size of the maximum.
 
 FLOPs: 4 N^2 D forward (one sweep for images, one for texts), 6 N^2 D backward (one recompute feeds both gradients).
-Memory beyond inputs and gradients: O(N) forward; backward one strip of G of at most ``STRIP_ELEMENTS`` and fp32 [N, D].
+Memory beyond inputs and gradients: forward O(N); backward two float32 [N, D] and one strip of G, at most
+``STRIP_ELEMENTS`` or ``MIN_STRIP_ROWS`` rows.
 Method: FlashAttention's online softmax (Dao et al. 2022) applied to the loss of Radford et al. 2021.
 """
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from . import cpu, reference
 from ._launch import (
+    FLOATS,
     LN2,
     LOG2E,
     accumulate_dtype,
@@ -35,6 +36,7 @@ from ._launch import (
     check_float,
     check_like,
     check_tensor,
+    dtype_name,
     launch,
     outside_autocast,
     triton_runs_on,
@@ -44,6 +46,7 @@ from ._tiles import exp2_minus_1, grouped_tile, online_softmax_step
 from .configs import gemm_config, row_config
 
 STRIP_ELEMENTS = 2**25  # 64 MiB of bf16: large enough to fill a GPU, independent of N
+MIN_STRIP_ROWS = 128
 
 
 @triton.jit
@@ -63,7 +66,7 @@ def _softmax_stats_kernel(
     start_m = tl.program_id(0) * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     mask_m = offs_m < N
-    offs_k = tl.arange(0, BLOCK_K)
+    offs_k = tl.arange(0, BLOCK_K).to(tl.int64)
     x_rows = x_ptr + offs_m.to(tl.int64) * stride_xn  # [BM]
     scale = tl.load(scale_ptr) * log2e
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
@@ -119,7 +122,7 @@ def _grad_tile_kernel(
     y_rows = y_ptr + offs_n.to(tl.int64) * stride_yn  # [BN]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_k in range(0, D, BLOCK_K):
-        dims = start_k + tl.arange(0, BLOCK_K)
+        dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask_k = dims < D
         x = tl.load(
             x_rows[:, None] + dims[None, :] * stride_xd, mask=mask_m[:, None] & mask_k[None, :], other=0.0
@@ -157,7 +160,7 @@ def _product_kernel(
     pid_m = tl.program_id(0) // num_d
     pid_d = tl.program_id(0) % num_d
     offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_d = pid_d * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = pid_d * BLOCK_N + tl.arange(0, BLOCK_N).to(tl.int64)
     mask_m = offs_m < M
     mask_d = offs_d < D
     a_rows = a_ptr + offs_m.to(tl.int64) * stride_am  # [BM]
@@ -203,7 +206,7 @@ def _finish_kernel(
     rows = offs_n.to(tl.int64)
     dot = tl.zeros((BLOCK_M,), tl.float32)
     for start_k in range(0, D, BLOCK_K):
-        dims = start_k + tl.arange(0, BLOCK_K)
+        dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask = mask_n[:, None] & (dims < D)[None, :]
         acc = tl.load(acc_ptr + rows[:, None] * D + dims[None, :], mask=mask, other=0.0)  # [BM, BK]
         x = tl.load(self_ptr + rows[:, None] * stride_sn + dims[None, :] * stride_sd, mask=mask, other=0.0).to(
@@ -239,7 +242,7 @@ def _bwd_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n, d = image.shape
     device, arch = image.device, arch_of(image.device)
-    strip_rows = min(n, max(128, STRIP_ELEMENTS // max(n, 1) // 128 * 128))
+    strip_rows = min(n, max(MIN_STRIP_ROWS, STRIP_ELEMENTS // max(n, 1) // MIN_STRIP_ROWS * MIN_STRIP_ROWS))
     strip = torch.empty(strip_rows, n, dtype=image.dtype, device=device)
     acc_image, acc_text = torch.empty(2, n, d, dtype=torch.float32, device=device)
     for first_row in range(0, n, max(strip_rows, 1)):
@@ -311,7 +314,7 @@ def _contrastive_fwd(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[
 @_contrastive_fwd.register_fake
 def _(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = accumulate_dtype(image.dtype)
-    maximum, total, nll = (image.new_empty(2, len(image), dtype=dtype) for _ in range(3))
+    maximum, total, nll = (image.new_empty(2, image.shape[0], dtype=dtype) for _ in range(3))
     return image.new_empty((), dtype=dtype), maximum, total, nll
 
 
@@ -332,10 +335,14 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, ...]) -> None:
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*inputs, *output[1:])
 
 
-def _backward(ctx: Any, grad_loss: Tensor, *_: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return None, None, None
     return torch.ops.clipfast.contrastive_bwd(grad_loss, *ctx.saved_tensors)
 
 
@@ -351,8 +358,8 @@ def contrastive_loss(
         image: image features [N, D], float32, float16 or bfloat16 (float64 on the CPU); any strides. Row i matches row
             i of ``text``. Under autocast both are taken in the autocast dtype, as a matrix product would.
         text: text features [N, D], same dtype and device as ``image``.
-        logit_scale: the factor on the cosine similarities, already exponentiated: a number or a one-element tensor.
-            Gradients flow into a tensor.
+        logit_scale: the factor on the cosine similarities, already exponentiated: a one-element tensor, into which
+            gradients flow, or a number (which ``torch.compile`` takes for a constant).
         normalize: divide each row by its Euclidean norm first.
         backend: "auto" (Triton on GPUs, blockwise PyTorch on CPUs), "triton", or "torch" for the full-matrix reference.
 
@@ -372,21 +379,25 @@ def contrastive_loss(
             f"{op}: image and text must have the same shape, got {tuple(image.shape)} and {tuple(text.shape)}"
         )
     scale = _scale_tensor(op, logit_scale, image)
+    is_reference = uses_reference(op, backend, image)
+    if not is_reference:
+        check_float(op, "image", autocast_to(image))
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     image, text = autocast_to(image), autocast_to(text)
     check_like(op, "text", text, "image", image)
-    if uses_reference(op, backend, image):
+    if is_reference:
         return reference.contrastive_loss(image, text, scale)
-    check_float(op, "image", image)
     return _contrastive_fwd(image, text, scale.to(accumulate_dtype(image.dtype)))[0]
 
 
 def _scale_tensor(op: str, logit_scale: Tensor | float, like: Tensor) -> Tensor:
     if isinstance(logit_scale, (int, float)):
-        return torch.full((), float(logit_scale), dtype=torch.float32, device=like.device)
+        return torch.full((), logit_scale, dtype=torch.float32, device=like.device)
     if not isinstance(logit_scale, Tensor):
         raise TypeError(f"{op}: logit_scale must be a number or a torch.Tensor, got {type(logit_scale).__name__}")
+    if logit_scale.dtype not in FLOATS:
+        raise TypeError(f"{op}: logit_scale must have a floating dtype, got {dtype_name(logit_scale.dtype)}")
     if logit_scale.numel() != 1:
         raise ValueError(f"{op}: logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
     if logit_scale.device != like.device:

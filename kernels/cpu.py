@@ -28,7 +28,9 @@ def contrastive_fwd(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[T
         maximum[0, rows] = row_max = logits.amax(1)
         total[0, rows] = torch.sub(logits, row_max[:, None], out=p).exp2_().sum(1)
         column_max = torch.maximum(maximum[1], logits.amax(0))
-        total[1].mul_((maximum[1] - column_max).exp2_()).add_(torch.sub(logits, column_max, out=p).exp2_().sum(0))
+        # a finite pivot: while all logits of a column are -inf, its maximum minus itself would be NaN
+        pivot = column_max.where(column_max > float("-inf"), 0)
+        total[1].mul_((maximum[1] - pivot).exp2_()).add_(torch.sub(logits, pivot, out=p).exp2_().sum(0))
         maximum[1] = column_max
     nll = (maximum - diagonal) + total.log2()
     return nll.mean() * LN2, maximum, total, nll
@@ -41,7 +43,7 @@ def contrastive_bwd(
     acc_dtype = accumulate_dtype(image.dtype)
     x, y = image.to(acc_dtype), text.to(acc_dtype)
     scale = logit_scale.to(acc_dtype)
-    grad_x, grad_y = torch.empty_like(x), torch.zeros_like(y)
+    grad_x, grad_y = x.new_empty(x.shape), y.new_zeros(y.shape)
     inverse_total = total[1].reciprocal()
     for rows, logits, p in _chunks(x, y):
         logits.mul_(scale * LOG2E)
@@ -99,11 +101,11 @@ def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
 
 
 def _patches(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:
-    """[B, C, H, W] -> [B, (H / P)(W / P), C P P], bytes centred."""
+    """[B, C, H, W] -> [B, (H / P)(W / P), C P P], bytes brought to [-1, 1)."""
     batch, channels, height, width = images.shape
     grid = images.reshape(batch, channels, height // patch, patch, width // patch, patch).permute(0, 2, 4, 1, 3, 5)
     patches = grid.reshape(batch, (height // patch) * (width // patch), channels * patch * patch).to(dtype)
-    return patches.sub_(128) if images.dtype == torch.uint8 else patches
+    return patches.sub_(128).div_(128) if images.dtype == torch.uint8 else patches
 
 
 def patch_embed_fwd(
@@ -133,4 +135,4 @@ def patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor) -> Tens
     dtype = accumulate_dtype(weight.dtype)
     patches = grad[:, 1:].to(dtype) @ weight.to(dtype).flatten(1)
     grid = patches.view(batch, height // patch, width // patch, channels, patch, patch).permute(0, 3, 1, 4, 2, 5)
-    return grid.reshape(images.shape).to(images.dtype)
+    return grid.reshape(images.shape).to(images.dtype).contiguous()

@@ -2,20 +2,21 @@
 
     token_0 = class + pos_0                  token_t = W p_t + pos_t,   t = 1 .. T - 1, p_t the pixels of patch t
 
-For uint8 pixels u the normalisation (u/255 - mean)/std folds into the projection, per channel c:
+For uint8 pixels u the normalisation (u/255 - mean)/std folds into the projection. Per channel c, v = (u - 128)/128:
 
-    W' = W / (255 std_c)        b' = sum_c W (128/255 - mean_c) / std_c        token_t = W' (u_t - 128) + b' + pos_t
+    W' = W 128 / (255 std_c)     b' = sum_c W (128/255 - mean_c) / std_c     token_t = W' v_t + b' + pos_t
 
-u - 128 is exact in bfloat16, so the pixels lose nothing, and they cross PCIe and lie in memory as bytes. Backward,
-with g = dL/dtoken:
+v is exact in bfloat16 and W' is of the size of W, so neither loses anything; and pixels cross PCIe and lie in memory as
+bytes. Backward, with g = dL/dtoken:
 
-    dpos = sum_B g      dclass = dpos_0      db' = sum_{t>0} dpos_t      dW' = sum_{B, t>0} g_t (u_t - 128)^T
-    dW = dW' / (255 std_c) + db' (128/255 - mean_c) / std_c              dpixels = W^T g (float images only)
+    dpos = sum_B g      dclass = dpos_0      db' = sum_{t>0} dpos_t      dW' = sum_{B, t>0} g_t v_t^T
+    dW = dW' 128 / (255 std_c) + db' (128/255 - mean_c) / std_c          dpixels = W^T g (floating images only)
 
 FLOPs: 2 B T E C P^2 forward and for each of dW and dpixels. Bytes: one read of the pixels, one write of the tokens.
 Method: the patch projection of Dosovitskiy et al. 2021 as an implicit GEMM.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ from .reference import CLIP_MEAN, CLIP_STD
 
 MAX_SPLITS = 32  # of the weight gradient's sum over patches
 PATCHES_PER_SPLIT = 1024
+TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
 @triton.jit
@@ -73,9 +75,9 @@ def _pixel_offsets(
 
 @triton.jit
 def _load_pixels(pointers, mask, dtype: tl.constexpr, IS_UINT8: tl.constexpr):
-    """Pixels as a matrix operand, zero where masked; bytes are centred, which every float format holds exactly."""
+    """Pixels as a matrix operand, zero where masked; bytes as (u - 128) / 128, exact in every float format."""
     if IS_UINT8:
-        return (tl.load(pointers, mask=mask, other=128).to(tl.float32) - 128.0).to(dtype)
+        return ((tl.load(pointers, mask=mask, other=128).to(tl.float32) - 128.0) * 0.0078125).to(dtype)
     return tl.load(pointers, mask=mask, other=0.0).to(dtype)
 
 
@@ -238,13 +240,10 @@ def _bwd_images_triton(grad: Tensor, images: Tensor, weight: Tensor) -> Tensor:
     return out
 
 
-TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
-
-
 def _fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """W' in the weight's dtype and b' in the accumulation dtype, for pixels given as bytes minus 128."""
+    """W' in the weight's dtype and b' in the accumulation dtype."""
     work = weight.to(accumulate_dtype(weight.dtype))
-    folded = _scale_channels(work, [1 / (255 * s) for s in std])
+    folded = _scale_channels(work, _gains(std))
     bias = _scale_channels(work, _shifts(mean, std)).sum((1, 2, 3))
     return folded.to(weight.dtype), bias
 
@@ -252,7 +251,11 @@ def _fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[
 def _unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """Gradient of W from those of W' and b'."""
     shift = _scale_channels(grad_bias[:, None, None, None].expand_as(grad_folded), _shifts(mean, std))
-    return _scale_channels(grad_folded, [1 / (255 * s) for s in std]) + shift
+    return _scale_channels(grad_folded, _gains(std)) + shift
+
+
+def _gains(std: Sequence[float]) -> list[float]:
+    return [128 / (255 * s) for s in std]
 
 
 def _shifts(mean: Sequence[float], std: Sequence[float]) -> list[float]:
@@ -292,7 +295,7 @@ def _(
     mean: Sequence[float],
     std: Sequence[float],
 ) -> Tensor:
-    return weight.new_empty(len(images), *positional_embedding.shape)
+    return weight.new_empty(images.shape[0], *positional_embedding.shape)
 
 
 @torch.library.custom_op("clipfast::patch_embed_bwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -383,25 +386,31 @@ def patch_embed(
     check_tensor(op, "weight", weight, 4)
     check_tensor(op, "class_embedding", class_embedding, 1)
     check_tensor(op, "positional_embedding", positional_embedding, 2)
-    _check_shapes(images, weight, class_embedding, positional_embedding, mean, std)
+    mean, std = _channel_values("mean", mean, images.shape[1]), _channel_values("std", std, images.shape[1])
+    _check_shapes(images, weight, class_embedding, positional_embedding)
     weight = autocast_to(weight)
     if uses_reference(op, backend, images):
         return reference.patch_embed(images, weight, class_embedding, positional_embedding, mean=mean, std=std)
     check_float(op, "weight", weight)
-    return _patch_embed_fwd(images, weight, class_embedding, positional_embedding, list(mean), list(std))
+    return _patch_embed_fwd(images, weight, class_embedding, positional_embedding, mean, std)
 
 
-def _check_shapes(
-    images: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    positional_embedding: Tensor,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> None:
+def _channel_values(name: str, values: Sequence[float], channels: int) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"patch_embed: {name} must be a sequence of numbers, got {values!r}") from error
+    usable = all((0 if name == "std" else -math.inf) < number < math.inf for number in numbers)
+    if len(numbers) != channels or not usable:
+        kind = "positive" if name == "std" else "finite"
+        raise ValueError(f"patch_embed: {name} must be {channels} {kind} numbers, one per channel, got {values!r}")
+    return numbers
+
+
+def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor) -> None:
     channels, height, width = images.shape[1:]
     embed_dim, patch = weight.shape[0], weight.shape[-1]
-    if weight.shape[1:] != (channels, patch, patch) or patch == 0:
+    if channels == 0 or patch == 0 or weight.shape[1:] != (channels, patch, patch):
         raise ValueError(
             f"patch_embed: weight must be [E, {channels}, P, P] for images {tuple(images.shape)}, "
             f"got {tuple(weight.shape)}"
@@ -419,14 +428,7 @@ def _check_shapes(
             f"patch_embed: positional_embedding must be [{tokens}, {embed_dim}] "
             f"for {height}x{width} images and patch {patch}, got {tuple(positional_embedding.shape)}"
         )
-    if len(mean) != channels or len(std) != channels or 0 in std:
-        raise ValueError(
-            f"patch_embed: mean and std must have {channels} values and std no zero, got {tuple(mean)} and {tuple(std)}"
-        )
-    for name, tensor in (
-        ("weight", weight),
-        ("class_embedding", class_embedding),
-        ("positional_embedding", positional_embedding),
-    ):
+    parameters = {"weight": weight, "class_embedding": class_embedding, "positional_embedding": positional_embedding}
+    for name, tensor in parameters.items():
         if tensor.device != images.device:
             raise ValueError(f"patch_embed: {name} is on {tensor.device}, but images is on {images.device}")

@@ -5,6 +5,7 @@ GPU.
 """
 
 import os
+from collections.abc import Iterator
 
 # Before torch is imported: workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -12,8 +13,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 import pytest
 import torch
+import triton
 
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+INTERPRET = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRET
 LEG = "interpreter" if INTERPRET else "gpu" if ON_GPU else "cpu"
 # The interpreter multiplies bfloat16 operands as raw bits; on a CPU the sanitizer leg covers that dtype.
@@ -42,6 +44,15 @@ def device() -> torch.device:
 def seeded() -> None:
     """Every test draws the same numbers, whatever ran before it."""
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    """PyTorch on two threads, whose sums could come in any order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture

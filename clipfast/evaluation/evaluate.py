@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import trim_padding
 from ..models import CLIP
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, trim_padding
 from .labelled import LabelledFeatures
 from .retrieval import recall_at, retrieval_ranks
 from .zero_shot import Template, build_zero_shot_classifier, top_classes
@@ -85,24 +84,10 @@ def _retrieval(model: CLIP, tokenizer: Tokenizer, images: LabelledFeatures) -> d
     texts = torch.cat(
         [model.encode_text(trim_padding(tokenizer(batch)).to(device), normalize=True) for batch in batches]
     )
-    groups = torch.tensor(_pair_groups(images), device=device)
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(images.captions))}
+    text_keys = torch.tensor([numbers[text] for text in images.captions], device=device)
+    image_keys = torch.tensor(images.twins, device=device)
     return {
-        "text_to_image": recall_at(retrieval_ranks(texts, images.features, groups, groups)),
-        "image_to_text": recall_at(retrieval_ranks(images.features, texts, groups, groups)),
+        "text_to_image": recall_at(retrieval_ranks(texts, images.features, text_keys, image_keys)),
+        "image_to_text": recall_at(retrieval_ranks(images.features, texts, image_keys, text_keys)),
     }
-
-
-def _pair_groups(images: LabelledFeatures) -> list[int]:
-    """Number pairs so that those with the same image or caption share a number: either answers for the other."""
-    parent = list(range(len(images.captions)))
-
-    def root(index: int) -> int:
-        while parent[index] != index:
-            parent[index] = index = parent[parent[index]]
-        return index
-
-    for keys in (list(map(str, images.twins)), images.captions):
-        first: dict[str, int] = {}
-        for index, key in enumerate(keys):
-            parent[root(index)] = root(first.setdefault(key, index))
-    return [root(index) for index in range(len(parent))]

@@ -9,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..data import IMAGE_EXTENSIONS, caption, decode_image, expand_shards, metadata, read_samples
-from ..images import open_image
+from ..data import caption, decode_image, expand_shards, read_samples
+from ..data.samples import IMAGE_EXTENSIONS, field, sample_name
+from ..images import ImageError, open_image
 from ..models import CLIP
 
 
@@ -40,8 +41,9 @@ class LabelledFeatures:
 
     @property
     def classnames(self) -> list[str]:
-        """Distinct labels, in order of appearance."""
-        return list(dict.fromkeys(self.labels))
+        """Distinct labels, sorted: by number where all are numbers."""
+        labels = set(self.labels)
+        return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
 
     def accepted(self) -> list[set[str]]:
         """For each image, the labels that are right for it: its own and those of its twins."""
@@ -60,26 +62,37 @@ def read_labelled(data: str, group_by: str | None = None, label_by: str | None =
         label_by: key of the shards' json that names the class; without it the caption does.
 
     Raises:
-        ValueError: nothing there, or a sample without the key.
-        ImageError: an image that cannot be decoded.
+        ValueError: nothing there, a sample without the key, or an image that cannot be decoded; an evaluation that
+            leaves out what it cannot read would not be comparable.
     """
     if Path(data).is_dir():
-        folders = sorted(path for path in Path(data).iterdir() if path.is_dir())
-        if not folders:
-            raise ValueError(f"{data} has no sub-folders; an image folder has one per class")
-        for folder in folders:
-            for path in sorted(folder.iterdir()):
-                if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS:
-                    yield LabelledImage(open_image(path), folder.name, folder.name, "")
+        yield from _read_folder(Path(data))
         return
     for sample in read_samples(expand_shards(data)):
-        text = caption(sample)
-        fields = metadata(sample)
-        for key in (group_by, label_by):
-            if key is not None and key not in fields:
-                raise ValueError(f"sample {sample['__key__']} has no {key!r} in its json; it has {sorted(fields)}")
-        label = text if label_by is None else str(fields[label_by])
-        yield LabelledImage(decode_image(sample), label, text, "" if group_by is None else str(fields[group_by]))
+        try:
+            text = caption(sample)
+            label = text if label_by is None else field(sample, label_by)
+            group = "" if group_by is None else field(sample, group_by)
+            yield LabelledImage(decode_image(sample), label, text, group)
+        except KeyError as error:
+            raise ValueError(error.args[0]) from error
+        except ValueError as error:
+            raise ValueError(f"{sample_name(sample)}: {error}") from error
+
+
+def _read_folder(root: Path) -> Iterator[LabelledImage]:
+    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    if not folders:
+        raise ValueError(f"{root} has no sub-folders; an image folder has one per class")
+    for folder in folders:
+        paths = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+        if not paths:
+            raise ValueError(f"{folder} has no images ({', '.join(IMAGE_EXTENSIONS)})")
+        for path in paths:
+            try:
+                yield LabelledImage(open_image(path), folder.name, folder.name, "")
+            except ImageError as error:
+                raise ValueError(f"{path}: {error}") from error
 
 
 @torch.no_grad()
@@ -93,8 +106,10 @@ def encode_labelled(
     """Encode an image set batch by batch; only features stay in memory. ``model`` is in evaluation mode.
 
     Raises:
-        ValueError: no images.
+        ValueError: no images, or a batch size below 1.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
     features: list[Tensor] = []
     labels: list[str] = []
     captions: list[str] = []

@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import trim_padding
 from ..models import CLIP
-from ..tokenizer import Tokenizer
+from ..tokenizer import Tokenizer, trim_padding
 
 Template = str | Callable[[str], str]
 

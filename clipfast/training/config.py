@@ -45,7 +45,7 @@ class TrainConfig:
     workers: int = _flag(1, "data worker processes; at most one per shard", kind=int)
     seed: int = _flag(0, "of everything random", kind=int)
     unique_by: str | None = _flag(None, "let no two pairs of a batch share this key of their json, or 'caption'")
-    keyword_prob: float = _flag(0.0, "how often to mix the keywords of a pair's json into its caption", kind=float)
+    keyword_prob: float = _flag(0.0, "how often to add keywords of a pair's json to its caption", kind=float)
     crop_scale: tuple[float, float] = _flag(
         (0.9, 1.0), "least and largest area of the random crop", kind=float, many=True
     )

@@ -1,8 +1,13 @@
 """Inputs of the kernel tests: each size says why it is there."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from clipfast.kernels import attention, contrastive_loss, patch_embed
 
 # (pairs, embed_dim)
 LOSS_SHAPES = [
@@ -74,6 +79,22 @@ def patch_inputs(
     return inputs, torch.randn(batch, tokens, embed_dim).to(device, dtype)
 
 
+def small_calls(
+    dtype: torch.dtype, device: torch.device, scale: int = 1
+) -> dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], Tensor]]:
+    """Each op at a small size, its batch times ``scale``: (function, inputs, gradient)."""
+    attn, attn_grad = attention_inputs((2 * scale, 9, 2, 8, True), dtype, device)
+    patch, patch_grad = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=False)
+    byte, _ = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=True)
+    loss = loss_inputs((11 * scale, 6), dtype, device, matched=0.3, scale=5.0)
+    return {
+        "contrastive_loss": (contrastive_loss, loss, torch.tensor(1.0)),
+        "attention": (functools.partial(attention, num_heads=2, causal=True), attn, attn_grad),
+        "patch_embed": (patch_embed, patch, patch_grad),
+        "patch_embed of bytes": (patch_embed, byte, patch_grad),
+    }
+
+
 def strided(x: Tensor, layout: str) -> Tensor:
     """The same values in another memory layout."""
     if layout == "transposed":
@@ -88,3 +109,11 @@ def strided(x: Tensor, layout: str) -> Tensor:
         flat[1:] = x.flatten()
         return flat[1:].view(x.shape)
     return x
+
+
+def huge_strides(shape: tuple[int, ...]) -> Tensor:
+    """A float16 tensor whose last axis strides over more than 2^31 elements; only the pages that are touched exist."""
+    stride = 2**31 // (shape[-1] - 1) + 16
+    storage = torch.empty(stride * shape[-1], dtype=torch.float16)
+    inner = torch.empty(shape[:-1]).stride()
+    return storage.as_strided(shape, (*inner, stride))

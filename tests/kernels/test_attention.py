@@ -5,11 +5,11 @@ import functools
 import pytest
 import torch
 
-from clipfast.kernels import attention, reference
+from clipfast.kernels import _launch, attention, reference
 
-from ..conftest import DTYPES
-from ..numerics import compare, value_and_grads
-from .cases import ATTENTION_SHAPES, attention_inputs, strided
+from ..conftest import DTYPES, INTERPRET
+from ..numerics import as_good_as_torch, compare, value_and_grads
+from .cases import ATTENTION_SHAPES, attention_inputs, huge_strides, strided
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -59,7 +59,9 @@ def test_keys_beyond_the_end_have_no_weight(device):
     # Scores far below zero everywhere: padded keys, whose score is 0, would take all the weight if they were let in.
     qkv = torch.zeros(1, 50, 3 * 64, device=device)
     qkv[..., :64], qkv[..., 64:128], qkv[..., 128:] = 10.0, -10.0, 1.0
-    result = value_and_grads(functools.partial(attention, num_heads=1), {"qkv": qkv}, torch.ones(1, 50, 64))
+    result = value_and_grads(
+        functools.partial(attention, num_heads=1), {"qkv": qkv}, torch.ones(1, 50, 64, device=device)
+    )
     torch.testing.assert_close(result["value"], torch.ones_like(result["value"]))
     assert result["d_qkv"].isfinite().all()
 
@@ -71,6 +73,33 @@ def test_empty(shape, device):
     result = value_and_grads(op, inputs, grad)
     assert result["value"].shape == grad.shape
     assert result["d_qkv"].shape == inputs["qkv"].shape
+
+
+@pytest.mark.skipif(not INTERPRET, reason="a GPU has its own architecture")
+@pytest.mark.parametrize("arch", [90, 100])
+@pytest.mark.parametrize("shape", [(1, 77, 1, 64, True), (1, 65, 1, 80, False)], ids=str)
+def test_configurations_of_other_architectures(shape, arch, device, monkeypatch):
+    monkeypatch.setattr(_launch, "CPU_ARCH", arch)
+    op, expected = ops(shape)
+    inputs, grad = attention_inputs(shape, torch.float16, device)
+    compare(op, expected, inputs, grad)
+
+
+def test_scores_of_minus_infinity(device):
+    # A whole first tile without weight: its maximum minus itself must not become NaN.
+    qkv = torch.randn(1, 70, 3 * 16, device=device)
+    qkv[..., :16].abs_()
+    qkv[:, :40, 16:32] = float("-inf")
+    op, expected = ops((1, 70, 1, 16, False))
+    as_good_as_torch(op(qkv), expected(qkv), expected(qkv.double()), 2.0, "value")
+
+
+@pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
+def test_offsets_beyond_32_bits():
+    qkv = huge_strides((2, 5, 48))
+    values = torch.randn(2, 5, 48).half()
+    qkv.copy_(values)
+    torch.testing.assert_close(attention(qkv, 2), attention(values, 2))
 
 
 def test_causal_ignores_the_future(device):
@@ -90,7 +119,8 @@ def test_nan_stays_in_its_image(device):
     assert out[1].isfinite().all()
 
 
-def test_same_bits_every_time(device):
+@pytest.mark.skipif(INTERPRET, reason="the interpreter runs one program after the other")
+def test_same_bits_every_time(device, two_threads):
     shape = (2, 77, 2, 64, True)
     op, _ = ops(shape)
     inputs, grad = attention_inputs(shape, torch.float32, device)

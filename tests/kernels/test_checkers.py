@@ -1,11 +1,19 @@
 """Each checker catches the fault that it exists for: the rule on errors, registration, gradients, poison."""
 
+import functools
+
 import pytest
 import torch
 from torch.autograd.gradcheck import GradcheckError
 from torch.testing._internal.optests import OpCheckError
 
+from clipfast.kernels import attention, contrastive_loss, reference
+
+from ..conftest import INTERPRET
 from ..numerics import as_good_as_torch, compare
+from .cases import attention_inputs, loss_inputs
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="checks the checkers, once")
 
 
 def test_gradient_off_by_one_percent_fails():
@@ -22,6 +30,40 @@ def test_gradient_off_by_one_percent_fails():
     compare(lambda x: x * 1, lambda x: x * 1, inputs, torch.randn(50))
     with pytest.raises(AssertionError, match="d_x: max error"):
         compare(Scaled.apply, lambda x: x * 1, {"x": torch.randn(50)}, torch.randn(50))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("fault", [lambda y: 1.02 * y, lambda y: y.float()], ids=["two percent", "other dtype"])
+def test_wrong_attention_fails(dtype, fault):
+    # Through the same door as the ops, at the size of real outputs.
+    def op(qkv):
+        return fault(attention(qkv, 2))
+
+    inputs, grad = attention_inputs((2, 50, 2, 16, False), dtype, torch.device("cpu"))
+    if dtype == torch.float32 and fault(torch.ones(1)).item() == 1:
+        pytest.skip("float32 is the dtype that it should be")
+    with pytest.raises(AssertionError, match=r"value: (rms|max|dtype)"):
+        compare(op, functools.partial(reference.attention, num_heads=2), inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_wrong_small_gradient_fails(dtype):
+    # Gradients of the loss are about 1 / N: an allowance that is absolute would let anything pass.
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 1.02 * grad
+
+    def op(image, text, logit_scale):
+        return contrastive_loss(Scaled.apply(image), text, logit_scale)
+
+    inputs = loss_inputs((129, 72), dtype, torch.device("cpu"), matched=0.0, scale=14.3)
+    with pytest.raises(AssertionError, match=r"d_image: (rms|max)"):
+        compare(op, reference.contrastive_loss, inputs, torch.tensor(1.0))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

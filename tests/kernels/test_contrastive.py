@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 from clipfast.kernels import contrastive_loss, cpu, reference
 
-from ..conftest import DTYPES, LEG
+from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
-from .cases import LOSS_SHAPES, loss_inputs, strided
+from .cases import LOSS_SHAPES, huge_strides, loss_inputs, strided
 
 module = sys.modules["clipfast.kernels.contrastive"]
 pytestmark = pytest.mark.usefixtures("poison")
@@ -61,6 +61,20 @@ def test_blocks_add_up(device, monkeypatch):
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 300)
     for name, value in value_and_grads(contrastive_loss, inputs, torch.tensor(1.0)).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+@pytest.mark.skipif(LEG == "cpu", reason="the CPU path has no tiles")
+def test_more_row_tiles_than_a_group(device):
+    inputs = loss_inputs((600, 16), torch.float32, device, matched=0.3, scale=20.0)
+    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
+
+
+@pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
+def test_offsets_beyond_32_bits():
+    image, text = huge_strides((4, 40)), F.normalize(torch.randn(4, 40), dim=-1).half()
+    image.copy_(text.flip(0))
+    expected = contrastive_loss(text.flip(0), text, 10.0)
+    torch.testing.assert_close(contrastive_loss(image, text, 10.0), expected)
 
 
 @pytest.mark.parametrize("scale", [0.0, 1e4, -30.0], ids=["zero", "huge", "negative"])
@@ -112,7 +126,8 @@ def test_kinds_of_scale(scale, device):
     assert torch.equal(contrastive_loss(inputs["image"], inputs["text"], scale), contrastive_loss(**inputs))
 
 
-def test_same_bits_every_time(device):
+@pytest.mark.skipif(INTERPRET, reason="the interpreter runs one program after the other")
+def test_same_bits_every_time(device, two_threads):
     inputs = loss_inputs((129, 72), torch.float32, device, matched=0.5, scale=50.0)
     first = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
     for _ in range(5):
@@ -136,7 +151,7 @@ def test_late_training_keeps_every_row(device):
         assert worst < 1e-2, f"{name}: worst row is off by {worst:.1%}"
 
 
-@pytest.mark.skipif(LEG != "cpu", reason="large: the interpreter would take minutes, and the GPU leg has its own sizes")
+@pytest.mark.skipif(LEG != "cpu", reason="large: the interpreter would take minutes")
 def test_acceptance_size_against_float64():
     inputs = loss_inputs((4099, 512), torch.float32, torch.device("cpu"), matched=0.3, scale=14.3)
     ours = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))

@@ -1,9 +1,11 @@
 """Bad input to the ops: each gets an error that names the op, the argument, and what came."""
 
+import sys
+
 import pytest
 import torch
 
-from clipfast.kernels import attention, contrastive_loss, patch_embed
+from clipfast.kernels import attention, contrastive_loss, cpu, patch_embed, reference
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -20,16 +22,17 @@ LOSS_ERRORS = [
     ((X.tolist(), X, 1.0), TypeError, "image must be a torch.Tensor, got list"),
     ((X[0], X, 1.0), ValueError, r"image must have 2 dimensions, got shape \(8,\)"),
     ((X, X[:3], 1.0), ValueError, r"same shape, got \(4, 8\) and \(3, 8\)"),
-    ((X.int(), X.int(), 1.0), TypeError, "image must have a floating dtype, got int32"),
+    ((X.int(), X.int(), 1.0), TypeError, "image must be one of float32, float16, bfloat16, float64, got int32"),
     ((X, X.half(), 1.0), TypeError, "text is float16, but image is float32"),
     ((X, X.to("meta"), 1.0), ValueError, "text is on meta, but image is on cpu"),
     ((X, X, torch.ones(2)), ValueError, r"logit_scale must have one element, got shape \(2,\)"),
     ((X, X, torch.ones((), device="meta")), ValueError, "logit_scale is on meta, but image is on cpu"),
+    ((X, X, torch.tensor(1 + 2j)), TypeError, "logit_scale must have a floating dtype, got complex64"),
     ((X, X, "ten"), TypeError, "logit_scale must be a number or a torch.Tensor, got str"),
     (
         (X.to(torch.float8_e5m2), X.to(torch.float8_e5m2), 1.0),
         TypeError,
-        "image must be float32, float16 or bfloat16, got float8_e5m2",
+        "image must be one of float32, .*, got float8_e5m2",
     ),
 ]
 
@@ -45,7 +48,9 @@ ATTENTION_ERRORS = [
     ((QKV, 5), {}, ValueError, "3 \\* num_heads \\* head_dim, got 48 with num_heads=5"),
     ((QKV, 0), {}, ValueError, "num_heads=0"),
     ((QKV, 2.0), {}, TypeError, "num_heads must be an int, got float"),
-    ((QKV.int(), 2), {}, TypeError, "qkv must have a floating dtype, got int32"),
+    ((QKV, True), {}, TypeError, "num_heads must be an int, got bool"),
+    ((QKV, 2), {"causal": "no"}, TypeError, "causal must be a bool, got str"),
+    ((QKV.int(), 2), {}, TypeError, "qkv must be one of float32, .*, got int32"),
     ((torch.zeros(1, 2, 3 * 136), 1), {}, ValueError, "head_dim must be at most 128, got 136"),
     ((QKV, 2), {"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, got 'cuda'"),
 ]
@@ -64,10 +69,14 @@ PATCH_ERRORS = [
     (
         {"images": torch.zeros(2, 3, 8, 8, dtype=torch.int64)},
         TypeError,
-        "images must have a floating dtype or uint8, got int64",
+        "images must be one of float32, .*, uint8, got int64",
     ),
     ({"images": torch.zeros(2, 3, 9, 8)}, ValueError, "image size 9x8 is not a multiple of the patch size 4"),
-    ({"images": torch.zeros(2, 1, 8, 8)}, ValueError, r"weight must be \[E, 1, P, P\].*got \(6, 3, 4, 4\)"),
+    (
+        {"images": torch.zeros(2, 1, 8, 8), "mean": (0.5,), "std": (0.5,)},
+        ValueError,
+        r"weight must be \[E, 1, P, P\].*got \(6, 3, 4, 4\)",
+    ),
     ({"weight": torch.zeros(6, 3, 4, 2)}, ValueError, r"weight must be \[E, 3, P, P\].*got \(6, 3, 4, 2\)"),
     ({"class_embedding": torch.zeros(7)}, ValueError, r"class_embedding must be \[6\], got \(7,\)"),
     (
@@ -75,8 +84,11 @@ PATCH_ERRORS = [
         ValueError,
         r"positional_embedding must be \[5, 6\] for 8x8 images.*got \(4, 6\)",
     ),
-    ({"mean": (0.5,)}, ValueError, "mean and std must have 3 values"),
-    ({"std": (0.5, 0.0, 0.5)}, ValueError, "std no zero"),
+    ({"mean": (0.5,)}, ValueError, r"mean must be 3 finite numbers, one per channel, got \(0.5,\)"),
+    ({"mean": 0.5}, TypeError, "mean must be a sequence of numbers, got 0.5"),
+    ({"mean": ("a", "b", "c")}, TypeError, "mean must be a sequence of numbers"),
+    ({"std": (0.5, float("nan"), 0.5)}, ValueError, "std must be 3 positive numbers"),
+    ({"std": (0.5, 0.0, 0.5)}, ValueError, r"std must be 3 positive numbers, one per channel, got \(0.5, 0.0, 0.5\)"),
     ({"weight": PATCH["weight"].to("meta")}, ValueError, "weight is on meta, but images is on cpu"),
 ]
 
@@ -99,15 +111,33 @@ def test_triton_where_it_cannot_run():
 def test_interpreter_refuses_what_it_would_get_wrong():
     with pytest.raises(TypeError, match="qkv is bfloat16, which Triton's interpreter multiplies as raw bits"):
         attention(QKV.bfloat16(), 2)
-    with pytest.raises(TypeError, match="float64 only on the CPU"):
+    with pytest.raises(TypeError, match="qkv is float64, which only the CPU path"):
         attention(QKV.double(), 2)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="of the interpreter")
-def test_triton_can_be_forced():
-    torch.testing.assert_close(attention(torch.randn(1, 5, 48), 2, backend="triton").shape, torch.Size([1, 5, 16]))
+def calls():
+    """Each op with its arguments, and the name of its first registered op and of its reference."""
+    return {
+        "contrastive_loss": (lambda **options: contrastive_loss(X, X, 1.0, **options), "contrastive_fwd"),
+        "attention": (lambda **options: attention(QKV, 2, **options), "attention_fwd"),
+        "patch_embed": (lambda **options: patch_embed(**PATCH, **options), "patch_embed_fwd"),
+    }
 
 
-def test_reference_can_be_forced():
-    qkv = torch.randn(1, 5, 48)
-    torch.testing.assert_close(attention(qkv, 2, backend="torch"), attention(qkv, 2))
+@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize(
+    "backend",
+    ["auto", "torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRET, reason="no Triton here"))],
+)
+def test_backend_is_the_one_that_runs(name, backend, monkeypatch):
+    call, op = calls()[name]
+    ran = []
+    monkeypatch.setattr(reference, name, lambda *args, **kwargs: ran.append("torch"))
+    for path in ("_fwd_triton", "cpu"):
+        module = sys.modules[f"clipfast.kernels.{name.removesuffix('_loss')}"]
+        owner, attribute, kind = (module, path, "triton") if path == "_fwd_triton" else (cpu, op, "cpu")
+        original = getattr(owner, attribute)
+        monkeypatch.setattr(owner, attribute, lambda *args, _o=original, _k=kind: (ran.append(_k), _o(*args))[1])
+    call(backend=backend)
+    automatic = "triton" if INTERPRET else "cpu"
+    assert ran == [automatic if backend == "auto" else backend]

@@ -41,7 +41,9 @@ def test_resources(case, arch, request):
         key = f"{name} {sum(key.split()[0] == name for key in compiled)}"
         resources = offline.compile_launch(launch, arch)
         compiled[key] = dataclasses.asdict(resources)
-        found = offline.problems(resources, arch, half=case.endswith("bf16"), multiplies=name != "_finish_kernel")
+        found = offline.problems(
+            resources, arch, half=not case.endswith("fp32"), multiplies="PRECISION" in launch.constexprs
+        )
         known = KNOWN.get((VERSION, arch, " ".join(case.split()[-2:])))
         assert [problem for problem in found if problem != known] == [], f"{case} {key} sm_{arch}"
     snapshot = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}

@@ -1,0 +1,227 @@
+"""Batches of image-text pairs for training, in an order that the seed and the number of workers determine.
+
+A sample is decoded and augmented from a random state that its name, the epoch and the pass determine, and the order is
+decided before anything is decoded. So a run that was interrupted can skip the batches that it has seen without decoding
+them, and goes on as if nothing had happened.
+"""
+
+import dataclasses
+import random
+import signal
+import zlib
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+
+from ..tokenizer import Tokenizer, trim_padding
+from .samples import RawSample, caption, decode_image, field, metadata, read_samples, sample_name
+
+SHUFFLE_BUFFER = 5000
+# Samples held back for a batch without their like, in batches. What is more than that is too frequent to be used.
+MAX_HELD_BATCHES = 16
+
+# (pass over the shards, sample)
+Item = tuple[int, RawSample]
+
+
+@dataclasses.dataclass
+class Batch:
+    """Images and texts that belong together, and the samples that had to be left out."""
+
+    images: Tensor  # [B, 3, H, W]
+    texts: Tensor  # [B, L]
+    skipped: list[tuple[str, str]]  # (name, reason)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pin_memory(self) -> "Batch":
+        """Called by the data loader where it copies to a GPU."""
+        return Batch(self.images.pin_memory(), self.texts.pin_memory(), self.skipped)
+
+
+@dataclasses.dataclass
+class PairStream(IterableDataset[Batch]):
+    """One epoch of batches from shards, shared out among the workers of a data loader.
+
+    Attributes:
+        shards: tar files, as :func:`clipfast.data.expand_shards` gives them.
+        transform: from PIL image to tensor; its randomness comes from torch's generator.
+        tokenizer: from captions to ids.
+        batch_size: pairs per batch.
+        num_batches: batches in the epoch; the shards are read again as often as that takes.
+        epoch: number of the epoch; with ``seed`` it determines everything.
+        first_batch: batches to leave out at the start, without decoding them.
+        unique_by: "caption", or a key of the samples' json: no two samples of a batch share its value (a second
+            drawing of one concept would be a false negative).
+        keyword_prob: see :func:`clipfast.data.caption`.
+    """
+
+    shards: list[str]
+    transform: Callable[[Image.Image], Tensor]
+    tokenizer: Tokenizer
+    batch_size: int
+    num_batches: int
+    seed: int = 0
+    epoch: int = 0
+    first_batch: int = 0
+    unique_by: str | None = None
+    keyword_prob: float = 0.0
+
+    def __iter__(self) -> Iterator[Batch]:
+        """This worker's share of the batches: every ``num_workers``-th of the epoch.
+
+        Raises:
+            ValueError: the shards cannot be read, or give no batch.
+        """
+        info = get_worker_info()
+        slot, num_workers = (info.id, info.num_workers) if info else (0, 1)
+        # A loader asks its workers in turn, always beginning with the first: it must hold the first batch.
+        share = (slot + self.first_batch) % num_workers
+        batches = unique_batches(self._shuffled(share, num_workers), self.batch_size, self._identity)
+        for index in range(share, self.num_batches, num_workers):
+            items = next(batches)
+            if index >= self.first_batch:
+                yield self._decode(items)
+
+    def _shuffled(self, share: int, num_workers: int) -> Iterator[Item]:
+        """Samples of this share of the shards, pass after pass, without end."""
+        from webdataset.filters import _shuffle
+
+        for data_pass in range(1 << 62):
+            rng = random.Random(f"{self.seed}/{self.epoch}/{data_pass}")
+            mine = rng.sample(self.shards, len(self.shards))[share::num_workers]
+            empty = True
+            for sample in _shuffle(read_samples(mine), SHUFFLE_BUFFER, SHUFFLE_BUFFER, rng):
+                empty = False
+                yield data_pass, sample
+            if empty:
+                raise ValueError(f"shards hold no samples: {', '.join(mine)}")
+
+    def _identity(self, item: Item) -> Hashable:
+        _, sample = item
+        if self.unique_by == "caption":
+            return sample.get("txt", b"").strip()
+        if self.unique_by is not None:
+            try:
+                return field(sample, self.unique_by)
+            except KeyError as error:
+                raise ValueError(error.args[0]) from error
+            except ValueError:
+                pass  # a broken sample is unlike any other, and left out when it is decoded
+        return sample["__url__"], sample["__key__"]
+
+    def _decode(self, items: list[Item]) -> Batch:
+        images, captions, skipped = [], [], []
+        for data_pass, sample in items:
+            name = sample_name(sample)
+            seed = zlib.crc32(f"{self.seed}/{self.epoch}/{data_pass}/{name}".encode())
+            torch.default_generator.manual_seed(seed)
+            try:
+                if self.unique_by not in (None, "caption"):
+                    metadata(sample)
+                text = caption(sample, self.keyword_prob, random.Random(seed))
+                images.append(self.transform(decode_image(sample)))
+                captions.append(text)
+            except ValueError as error:
+                skipped.append((name, str(error)))
+        if not images:
+            raise ValueError(f"not one sample of a batch could be used; first: {': '.join(skipped[0])}")
+        return Batch(torch.stack(images), trim_padding(self.tokenizer(captions)), skipped)
+
+
+def unique_batches(
+    samples: Iterator[Item], batch_size: int, identity: Callable[[Item], Hashable]
+) -> Iterator[list[Item]]:
+    """Group samples into batches in which no identity occurs twice; one that would waits for the next batch.
+
+    What is too frequent to be in every batch is dropped, once ``MAX_HELD_BATCHES`` batches of it wait.
+
+    Raises:
+        ValueError: a batch cannot be filled, because too few identities occur.
+    """
+    limit = MAX_HELD_BATCHES * batch_size
+    held: deque[tuple[Hashable, Item]] = deque()
+    while True:
+        batch: dict[Hashable, Item] = {}
+        waiting, held = held, deque(maxlen=limit)
+        refused = 0
+        while len(batch) < batch_size:
+            if waiting:
+                key, item = waiting.popleft()
+            else:
+                fresh = next(samples, None)
+                if fresh is None:
+                    return
+                key, item = identity(fresh), fresh
+                refused = refused + 1 if key in batch else 0
+            if key in batch:
+                held.append((key, item))
+            else:
+                batch[key] = item
+            if refused > limit:
+                raise ValueError(
+                    f"cannot fill a batch of {batch_size} with different samples: only {len(batch)} found in a row of "
+                    f"{limit}, lower the batch size"
+                )
+        held.extend(waiting)
+        yield list(batch.values())
+
+
+@dataclasses.dataclass
+class _Failure:
+    """An error that crosses from a worker as a value: raised there, it would arrive wrapped in a traceback."""
+
+    message: str
+
+
+class _Reporting(IterableDataset[Batch | _Failure]):
+    """A stream whose last item is its error, if it has one."""
+
+    def __init__(self, stream: PairStream) -> None:
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[Batch | _Failure]:
+        try:
+            yield from self.stream
+        except ValueError as error:
+            yield _Failure(str(error))
+
+
+def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = False) -> Iterator[Batch]:
+    """Batches of ``stream``, decoded by ``num_workers`` processes (0: by this one).
+
+    Raises:
+        ValueError: more workers than shards, since a worker would have nothing to read; or an error of the stream.
+    """
+    if num_workers > len(stream.shards):
+        raise ValueError(
+            f"{len(stream.shards)} shard(s) cannot feed {num_workers} data workers: "
+            f"use --workers {len(stream.shards)} or fewer"
+        )
+    loader = DataLoader(
+        _Reporting(stream),
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        worker_init_fn=_leave_signals_to_trainer,
+    )
+    return _raising(loader)
+
+
+def _raising(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch]:
+    for batch in batches:
+        if isinstance(batch, _Failure):
+            raise ValueError(batch.message)
+        yield batch
+
+
+def _leave_signals_to_trainer(_: int) -> None:
+    # Both reach every process of a terminal or a job. The trainer decides when to stop, and needs its batches until
+    # then. A second SIGTERM ends the worker: that is the loader, which wants to be rid of it.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
