@@ -6,26 +6,23 @@ model's configuration (its activation included) and the position in training. An
 ``open_clip_config.json`` and ``open_clip_model.safetensors``.
 """
 
+import dataclasses
 import json
 import os
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from .kernels.reference import CLIP_MEAN, CLIP_STD
 from .models import CLIP, CLIPConfig
 
-_UNREADABLE = (
-    *(RuntimeError, OSError, EOFError, KeyError, ValueError),
-    *(pickle.UnpicklingError, zipfile.BadZipFile, SafetensorError),
-)
-CONFIG_NAME, WEIGHTS_NAME = "open_clip_config.json", "open_clip_model.safetensors"
+CONFIG_NAME = "open_clip_config.json"
+WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+_PREPROCESSING = {"interpolation": "bicubic", "resize_mode": "shortest"}
 
 
 class CheckpointError(ValueError):
@@ -45,16 +42,18 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}")
+        raise CheckpointError(f"no checkpoint at {path}: weights are loaded from a file, not by a tag")
     try:
         loaded = (
             _read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         )
-    except _UNREADABLE as error:
+    except Exception as error:  # whatever a broken file makes the readers run into
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
-    if not isinstance(loaded, dict):
-        raise CheckpointError(f"{path} holds a {type(loaded).__name__}, not a checkpoint")
-    return loaded if "state_dict" in loaded else {"state_dict": loaded}
+    checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
+    state = checkpoint["state_dict"]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise CheckpointError(f"{path} is not a checkpoint: it holds no tensors by name")
+    return checkpoint
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -102,34 +101,71 @@ def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
+def read_own_config(path: str | Path) -> CLIPConfig:
+    """Model configuration that a checkpoint of this package holds.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint`, or a checkpoint without one, such as OpenCLIP's.
+    """
+    own = read_checkpoint(path).get("clipfast", {}).get("model_config")
+    if own is None:
+        raise CheckpointError(f"{path} does not say which model it is of: give the model's name, and it as pretrained")
+    return CLIPConfig.from_dict(own)
+
+
 def export_open_clip(model: CLIP, folder: str | Path) -> None:
     """Write ``model`` as a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    preprocess = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD), "interpolation": "bicubic", "resize_mode": "shortest"}
-    config = {"model_cfg": model.config.to_dict(), "preprocess_cfg": preprocess}
+    normalization = {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)}
+    config = {"model_cfg": model.config.to_dict(), "preprocess_cfg": normalization | _PREPROCESSING}
     weights: dict[str, Tensor] = {name: value.contiguous() for name, value in model.state_dict().items()}
     # The activation travels with the weights too: no shape would show it.
     own = {"format": "pt", "clipfast": json.dumps({"model_config": model.config.to_dict()})}
-    _write_atomically(folder / WEIGHTS_NAME, lambda temporary: save_file(weights, temporary, own))
+    _write_atomically(folder / WEIGHTS_NAMES[0], lambda temporary: save_file(weights, temporary, own))
     _write_atomically(folder / CONFIG_NAME, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
 
 
-def read_open_clip_config(folder: str | Path) -> CLIPConfig:
-    """Model configuration of an exported folder.
+@dataclasses.dataclass(frozen=True)
+class ExportedModel:
+    """What a folder in OpenCLIP's layout holds."""
+
+    config: CLIPConfig
+    weights: Path
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def read_open_clip_folder(folder: str | Path) -> ExportedModel:
+    """Configuration of a model in a folder, and where its weights are.
 
     Raises:
-        CheckpointError: no such folder, or no readable configuration in it.
+        CheckpointError: no such folder, no readable configuration or no weights in it, or a preprocessing that this
+            package does not do.
     """
-    path = Path(folder) / CONFIG_NAME
+    folder = Path(folder)
     try:
-        return CLIPConfig.from_dict(json.loads(path.read_text())["model_cfg"])
-    except (OSError, KeyError, ValueError) as error:
-        raise CheckpointError(f"{path} is not a model configuration that can be read: {error}") from error
+        raw = json.loads((folder / CONFIG_NAME).read_text())
+        config, preprocess = CLIPConfig.from_dict(raw["model_cfg"]), raw.get("preprocess_cfg", {})
+    except (OSError, KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} is not a model configuration that can be read: {error}"
+        ) from error
+    for key, ours in _PREPROCESSING.items():
+        if preprocess.get(key, ours) != ours:
+            raise CheckpointError(
+                f"{folder} preprocesses images with {key} {preprocess[key]!r}, clipfast only with {ours!r}"
+            )
+    weights = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS_NAMES)}")
+    mean, std = (tuple(preprocess.get(key, default)) for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
+    return ExportedModel(config, weights, mean, std)
 
 
 def _write_atomically(path: Path, write: Any) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name per checkpoint, so that what a killed process left is written over by the next.
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
         write(temporary)
         _sync(temporary)

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_train(commands)
     _add_eval(commands)
     args = parser.parse_args(argv)
+    shown: Exception
     try:
         return args.run(args)
+    except KeyboardInterrupt:
+        print(f"clipfast {args.command}: interrupted", file=sys.stderr)
+        return 130
+    except ImportError as error:
+        hint, shown = "; install what it needs: pip install 'clipfast[data,eval]'", error
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        if args.traceback:
-            raise
-        print(f"clipfast {args.command}: error: {error}", file=sys.stderr)
-        return 2
+        hint, shown = "", error
+    if args.traceback:
+        raise shown
+    print(f"clipfast {args.command}: error: {shown}{hint}", file=sys.stderr)
+    return 2
 
 
 def _add_train(commands: Any) -> None:
@@ -54,17 +62,25 @@ def _train(args: argparse.Namespace) -> int:
     from .training.loop import train
     from .training.run import LATEST
 
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in vars(args).items()}
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in vars(args).items()
+    }
     for key in ("command", "run", "traceback", "recipe", "resume"):
         given.pop(key)
-    resume = None
     options: dict[str, Any] = {}
+    resume = None
     if args.resume is not None:
+        if args.resume == "latest":
+            if "name" not in given:
+                raise ValueError("--resume latest needs the run's --name; or give its folder: --resume runs/NAME")
+            args.resume = Path(given.get("logs", "runs")) / given["name"]
         resume = Path(args.resume)
         resume = resume / "checkpoints" / LATEST if resume.is_dir() else resume
-        options |= _saved_options(resume)
+        options |= _trusted(_saved_options(resume), given, resume)
     if args.recipe is not None:
-        options |= read_recipe(args.recipe)
+        options |= _trusted(read_recipe(args.recipe), given, args.recipe)
+        if resume is None:
+            options.setdefault("name", f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
     folder, signum = train(TrainConfig(**(options | given)), resume)
     if signum is not None:
         return 128 + signum
@@ -77,10 +93,25 @@ def _saved_options(checkpoint: Path) -> dict[str, Any]:
 
     saved: dict[str, Any] = read_checkpoint(checkpoint).get("clipfast", {}).get("config", {})
     options = {key: tuple(value) if isinstance(value, list) else value for key, value in saved.items()}
-    if options:
+    path = checkpoint.resolve()
+    if options and path.parent.name == "checkpoints":
         # The run goes on where its checkpoint lies, also if the folder was moved or renamed.
-        run = checkpoint.resolve().parent.parent
-        options |= {"logs": str(run.parent), "name": run.name}
+        options |= {"logs": str(path.parent.parent.parent), "name": path.parent.parent.name}
+    return options
+
+
+def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> dict[str, Any]:
+    """Refuse data that is not local, unless the user typed it: a file may come from anybody, and remote data is opened
+    by a shell command that its name is part of.
+    """
+    from .data.samples import is_local
+
+    for key in ("train_data", "val_data"):
+        if key not in given and not is_local(str(options.get(key))):
+            flag = "--" + key.replace("_", "-")
+            raise ValueError(
+                f"{source} names data that is not local, {options[key]!r}: to use it, give {flag} yourself"
+            )
     return options
 
 
@@ -96,7 +127,7 @@ def _add_eval(commands: Any) -> None:
         epilog="Example: clipfast eval zeroshot --model local-dir:runs/demo --data bundled:emoji/fluent",
     )
     zero_shot.add_argument(
-        "--model", required=True, help="model name, or local-dir:FOLDER for a run or an exported model"
+        "--model", required=True, help="local-dir:FOLDER (a finished run), a checkpoint of a run (.pt), or a name"
     )
     zero_shot.add_argument("--pretrained", metavar="PATH", help="checkpoint with the weights (.pt, .bin, .safetensors)")
     zero_shot.add_argument("--data", required=True, help="image folder, or shards; 'bundled:emoji/fluent' ships inside")
@@ -129,12 +160,12 @@ def _eval_zeroshot(args: argparse.Namespace) -> int:
     from .evaluation import encode_labelled, evaluate, read_labelled
     from .factory import create_model, get_tokenizer
     from .images import image_transform
-    from .training.loop import resolve_device
+    from .training.trainer import resolve_device
 
-    if args.pretrained is None and not args.model.startswith("local-dir:"):
+    if args.pretrained is None and not args.model.startswith("local-dir:") and not args.model.endswith(".pt"):
         raise ValueError(
             f"--model {args.model} has random weights: give its checkpoint with --pretrained, "
-            "or a folder as --model local-dir:FOLDER"
+            "or a run's folder as --model local-dir:FOLDER"
         )
     device = resolve_device(args.device)
     templates, classnames = _templates(args.templates), _classnames(args.classnames)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import WEIGHTS_NAME, load_checkpoint, read_open_clip_config
+from .checkpoint import load_checkpoint, read_open_clip_folder, read_own_config
 from .images import image_transform
+from .kernels.reference import CLIP_MEAN, CLIP_STD
 from .models import CLIP, CLIPConfig, get_model_config
 from .tokenizer import Tokenizer
 
@@ -27,9 +28,9 @@ PRECISIONS = {
 def create_model(
     model_name: str,
     pretrained: str | Path | None = None,
+    *,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
-    *,
     force_quick_gelu: bool = False,
     force_image_size: int | None = None,
     backend: str = "auto",
@@ -38,8 +39,9 @@ def create_model(
     """Build a model, with random weights or those of a checkpoint.
 
     Args:
-        model_name: a name from :func:`clipfast.list_models`, or ``local-dir:FOLDER`` for a folder with
-            ``open_clip_config.json`` and its weights.
+        model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` for a folder with
+            ``open_clip_config.json`` and its weights; or the path of a clipfast checkpoint, which holds its own
+            configuration.
         pretrained: path of a checkpoint (``.pt``, ``.bin`` or ``.safetensors``).
         precision: "fp32", "amp" or "amp_bf16" (float32 weights), "pure_bf16", "pure_fp16".
         device: where to build it; on "meta" no memory is taken.
@@ -56,45 +58,63 @@ def create_model(
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    config = _model_config(model_name)
+    source = _resolve(model_name)
+    config = source.config
     if force_quick_gelu:
         config = dataclasses.replace(config, quick_gelu=True)
     if force_image_size is not None:
         config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=force_image_size))
-    if pretrained is None and model_name.startswith(LOCAL_DIR_PREFIX):
-        pretrained = Path(model_name.removeprefix(LOCAL_DIR_PREFIX)) / WEIGHTS_NAME
     with torch.device(device):
         model = CLIP(config, output_dict=output_dict)
     model.set_backend(backend)
-    if pretrained is not None:
-        load_checkpoint(model, pretrained)
+    model.visual.image_mean, model.visual.image_std = source.mean, source.std
+    weights = pretrained if pretrained is not None else source.weights
+    if weights is not None:
+        load_checkpoint(model, weights)
     return model.to(PRECISIONS[precision])
 
 
 def create_model_and_transforms(
-    model_name: str, pretrained: str | Path | None = None, *args: Any, uint8: bool = False, **kwargs: Any
+    model_name: str, pretrained: str | Path | None = None, *, uint8: bool = False, **kwargs: Any
 ) -> tuple[CLIP, Callable[..., Tensor], Callable[..., Tensor]]:
     """A model with its preprocessing for training and for evaluation.
 
     Args:
-        model_name, pretrained, *args, **kwargs: as :func:`create_model`.
-        uint8: let the preprocessing return bytes, which the model normalises itself: a quarter of the memory and of
-            the traffic to the GPU.
+        model_name, pretrained, **kwargs: as :func:`create_model`.
+        uint8: let the preprocessing return bytes, which the model normalises itself: a quarter of the memory and of the
+            traffic to the GPU.
 
     Returns:
         ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W].
     """
-    model = create_model(model_name, pretrained, *args, **kwargs)
-    size = model.visual.image_size
-    return model, image_transform(size, train=True, uint8=uint8), image_transform(size, uint8=uint8)
+    model = create_model(model_name, pretrained, **kwargs)
+    visual = model.visual
+    train, evaluation = (
+        image_transform(visual.image_size, train=train, uint8=uint8, mean=visual.image_mean, std=visual.image_std)
+        for train in (True, False)
+    )
+    return model, train, evaluation
 
 
 def get_tokenizer(model_name: str = "ViT-B-32", context_length: int | None = None) -> Tokenizer:
     """The tokenizer that goes with a model: text to ids [B, context_length]."""
-    return Tokenizer(context_length or _model_config(model_name).text.context_length)
+    return Tokenizer(_resolve(model_name).config.text.context_length if context_length is None else context_length)
 
 
-def _model_config(model_name: str) -> CLIPConfig:
+@dataclasses.dataclass(frozen=True)
+class _Source:
+    """What a model name stands for."""
+
+    config: CLIPConfig
+    weights: Path | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+
+
+def _resolve(model_name: str) -> _Source:
     if model_name.startswith(LOCAL_DIR_PREFIX):
-        return read_open_clip_config(model_name.removeprefix(LOCAL_DIR_PREFIX))
-    return get_model_config(model_name)
+        exported = read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
+        return _Source(exported.config, exported.weights, exported.mean, exported.std)
+    if model_name.endswith(".pt"):
+        return _Source(read_own_config(model_name), Path(model_name))
+    return _Source(get_model_config(model_name.replace("/", "-")))

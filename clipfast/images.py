@@ -18,6 +18,7 @@ from .kernels.reference import CLIP_MEAN, CLIP_STD
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
+MAX_ASPECT = 200
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 
 
@@ -36,23 +37,31 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> I
         The first frame, upright (EXIF orientation applied).
 
     Raises:
-        ImageError: not an image, an unexpected format, truncated, or too large.
+        ImageError: not an image, an unexpected format, truncated, too large, or too long.
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            warnings.simplefilter("ignore")
             image = Image.open(stream, formats=FORMATS)
-        if image.width * image.height > max_pixels:
-            raise ImageError(f"image has {image.width}x{image.height} pixels, more than the limit of {max_pixels}")
-        image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+            _check_size(image, max_pixels)
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
     except ImageError:
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of broken files raise anything, struct.error and SyntaxError among it
         raise ImageError(f"image cannot be decoded: {error}") from error
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    size = f"{image.width}x{image.height}"
+    if image.width * image.height > max_pixels:
+        raise ImageError(f"image has {size} pixels, more than the limit of {max_pixels}")
+    if max(image.size) > MAX_ASPECT * min(image.size):
+        # scaled by its shorter side, it would be as large as a bomb
+        raise ImageError(f"image has {size} pixels, its sides differ more than {MAX_ASPECT} times")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -107,7 +116,7 @@ def image_transform(
         image_size: side of the square result, in pixels.
         train: random crop of ``scale`` of the area, resized; otherwise the shorter side is resized and the centre
             taken.
-        scale: least and largest share of the area that a training crop keeps.
+        scale: least and largest share of the area that a training crop keeps; with (1, 1) it is as in evaluation.
         augment: torchvision transforms for PIL images, applied after the crop, in training only.
         uint8: return bytes, for models that normalise them on the device (a quarter of the traffic); otherwise floats
             normalised with ``mean`` and ``std``, as other packages expect.
@@ -118,14 +127,11 @@ def image_transform(
     from torchvision.transforms import v2
 
     bicubic = v2.InterpolationMode.BICUBIC
-    if train:
-        steps: list[nn.Module] = [
-            v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic),
-            *augment,
-            v2.PILToTensor(),
-        ]
+    if train and tuple(scale) != (1.0, 1.0):
+        sized: list[nn.Module] = [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
     else:
-        steps = [v2.Resize(image_size, interpolation=bicubic), v2.CenterCrop(image_size), v2.PILToTensor()]
+        sized = [v2.Resize(image_size, interpolation=bicubic), v2.CenterCrop(image_size)]
+    steps = [v2.Lambda(to_rgb, Image.Image), *sized, *(augment if train else ()), v2.PILToTensor()]
     if not uint8:
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
-    return v2.Compose([v2.Lambda(to_rgb, Image.Image), *steps])
+    return v2.Compose(steps)

@@ -13,8 +13,6 @@ from ..images import ImageError, open_image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 BUNDLED_PREFIX = "bundled:"
-# webdataset hands what follows to a shell.
-SHELL_PREFIX = "pipe:"
 
 RawSample = dict[str, Any]
 
@@ -36,6 +34,11 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     if not shards:
         raise ValueError("no shards given")
     return shards
+
+
+def is_local(pattern: str) -> bool:
+    """Whether ``pattern`` names only files; webdataset opens whatever has a scheme, such as ``https:``, by a shell."""
+    return all(":" not in part.removeprefix(BUNDLED_PREFIX) for part in pattern.split("::"))
 
 
 def _bundled(shard: str) -> str:

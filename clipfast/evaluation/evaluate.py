@@ -20,7 +20,7 @@ class Evaluation:
 
     results: dict[str, Any]
     predictions: list[list[str]]  # five best classes of each image
-    correct: list[int | None]  # position of the first right one among them
+    right: list[list[bool]]  # which of them are right
 
 
 def evaluate(
@@ -42,7 +42,7 @@ def evaluate(
         leave_out: groups that a second overall figure does without.
 
     Raises:
-        ValueError: a number of names other than the number of classes.
+        ValueError: a number of names other than the number of classes, a group to leave out that there is not, or all.
     """
     labels = images.classnames
     names = labels if classnames is None else list(classnames)
@@ -52,13 +52,14 @@ def evaluate(
     classifier = build_zero_shot_classifier(model, tokenizer, names, templates, 256 // len(templates) + 1, device)
     best = [[labels[index] for index in row] for row in top_classes(images.features, classifier, 5).tolist()]
     accepted = images.accepted()
-    correct = [
-        next((k for k, label in enumerate(row) if label in right), None)
-        for row, right in zip(best, accepted, strict=True)
-    ]
-    hits = torch.tensor([len(labels) if position is None else position for position in correct])
+    right = [[label in names for label in row] for row, names in zip(best, accepted, strict=True)]
+    # position of the first right one, beyond the last where there is none
+    hits = torch.tensor([row.index(True) if True in row else len(labels) for row in right])
     groups = sorted(set(images.groups) - {""})
     left_out = sorted(set(leave_out))
+    unknown = set(left_out) - set(groups)
+    if unknown or (groups and left_out == groups):
+        raise ValueError(f"cannot leave out {', '.join(sorted(unknown) or left_out)}; groups are: {', '.join(groups)}")
     results: dict[str, Any] = {"images": len(best), "classes": len(labels), "zero_shot": _accuracy(hits)}
     if groups:
         results["by_group"] = {group: _accuracy(hits[_members(images.groups, {group})]) for group in groups}
@@ -66,7 +67,7 @@ def evaluate(
         kept = hits[_members(images.groups, set(images.groups) - set(left_out))]
         results["without"] = {"groups": left_out, "zero_shot": _accuracy(kept)}
     results["retrieval"] = _retrieval(model, tokenizer, images)
-    return Evaluation(results, best, correct)
+    return Evaluation(results, best, right)
 
 
 def _accuracy(hits: Tensor) -> dict[str, float | int]:

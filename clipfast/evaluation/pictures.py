@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from .evaluate import Evaluation
 from .labelled import LabelledImage
 
@@ -13,8 +15,6 @@ RIGHT, WRONG = "#1a7f37", "#57606a"
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
     """Plot training loss, and accuracy on the validation set where there was one, against the step."""
-    from matplotlib.figure import Figure
-
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -42,8 +42,6 @@ def contact_sheet(
     images: Iterable[LabelledImage], evaluation: Evaluation, path: Path, *, rows: int = 6, columns: int = 4
 ) -> None:
     """Show some images with the five captions that the model finds most like each; right ones are marked."""
-    from matplotlib.figure import Figure
-
     total = len(evaluation.predictions)
     chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
     shown = [(index, item) for index, item in enumerate(images) if index in chosen]
@@ -62,7 +60,7 @@ def contact_sheet(
         picture.imshow(item.image)
         picture.set_title(_shorten(item.label, 18), fontsize=8)
         for k, prediction in enumerate(evaluation.predictions[index]):
-            right = k == evaluation.correct[index]
+            right = evaluation.right[index][k]
             style: dict[str, Any] = {"color": RIGHT, "weight": "bold"} if right else {"color": WRONG}
             label = f"{'✓' if right else k + 1} {_shorten(prediction, 30)}"
             text.text(0, 0.92 - 0.2 * k, label, fontsize=8.5, va="top", transform=text.transAxes, **style)

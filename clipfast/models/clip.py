@@ -19,8 +19,8 @@ MAX_LOGIT_SCALE = math.log(100)
 class CLIPOutput(NamedTuple):
     """What a training step needs: features of unit length and the factor on their cosine."""
 
-    image_features: Tensor  # [B, embed_dim]
-    text_features: Tensor  # [B, embed_dim]
+    image_features: Tensor | None  # [B, embed_dim]
+    text_features: Tensor | None  # [B, embed_dim]
     logit_scale: Tensor  # [], exponentiated
 
 
@@ -89,10 +89,12 @@ class CLIP(nn.Module):
         features = x @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
-    def forward(self, image: Tensor, text: Tensor) -> CLIPOutput | dict[str, Tensor]:
-        """Normalised features of both, and the exponentiated scale; a dict where ``output_dict`` is set."""
+    def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> CLIPOutput | dict[str, Tensor | None]:
+        """Normalised features of what is given, and the exponentiated scale; a dict where ``output_dict`` is set."""
         output = CLIPOutput(
-            self.encode_image(image, normalize=True), self.encode_text(text, normalize=True), self.logit_scale.exp()
+            None if image is None else self.encode_image(image, normalize=True),
+            None if text is None else self.encode_text(text, normalize=True),
+            self.logit_scale.exp(),
         )
         return output._asdict() if self.output_dict else output
 

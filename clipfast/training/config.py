@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-PRECISIONS = ("auto", "fp32", "amp_bf16", "pure_bf16")
+PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 
 
 def _flag(
@@ -38,7 +38,7 @@ class TrainConfig:
     eps: float | None = _flag(None, "AdamW; default 1e-6 for vision transformers, 1e-8 for ResNets", kind=float)
     warmup: int = _flag(2000, "steps of linear warm-up, before a cosine to zero", kind=int)
     grad_clip_norm: float | None = _flag(None, "clip the gradient to this norm", kind=float)
-    precision: str = _flag("auto", "auto is amp_bf16 on a GPU and fp32 elsewhere", choices=PRECISIONS)
+    precision: str = _flag("auto", "auto is amp_bf16 on a GPU and fp32 elsewhere; amp is amp_bf16", choices=PRECISIONS)
     grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", kind=bool)
     device: str = _flag("auto", "auto is cuda where there is one")
     backend: str = _flag("auto", "what the ops run on", choices=("auto", "triton", "torch"))
@@ -47,7 +47,7 @@ class TrainConfig:
     unique_by: str | None = _flag(None, "let no two pairs of a batch share this key of their json, or 'caption'")
     keyword_prob: float = _flag(0.0, "how often to add keywords of a pair's json to its caption", kind=float)
     crop_scale: tuple[float, float] = _flag(
-        (0.9, 1.0), "least and largest area of the random crop", kind=float, many=True
+        (0.9, 1.0), "least and largest share of the area of the random crop; 1 1: the centre", kind=float, many=True
     )
     affine: float = _flag(
         0.0, "augmentation: rotate by up to 100 times this in degrees, shift and scale by up to this share", kind=float
@@ -65,8 +65,8 @@ class TrainConfig:
     max_bad_fraction: float = _flag(0.01, "stop when more than this share of the pairs cannot be decoded", kind=float)
     save_every: int = _flag(0, "also save each so many steps (0: after each epoch only)", kind=int)
     save_frequency: int = _flag(1, "keep epoch_N.pt for each so many epochs (0: only epoch_latest.pt)", kind=int)
-    log_every: int = _flag(50, "steps between log lines", kind=int)
-    name: str | None = _flag(None, "of the run; default: model or recipe, and the time")
+    log_every_n_steps: int = _flag(50, "steps between log lines", kind=int)
+    name: str | None = _flag(None, "of the run; default: recipe or model, and the time")
     logs: str = _flag("runs", "folder that the run's own folder is made in")
 
     def __post_init__(self) -> None:
@@ -75,9 +75,13 @@ class TrainConfig:
         Raises:
             ValueError: naming the flag, its value, and what would fit.
         """
+        for field in dataclasses.fields(self):
+            _check_type(field, getattr(self, field.name))
+        if self.val_leave_out and self.val_group_by is None:
+            raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
         if not self.train_data:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
-        positive = ("batch_size", "epochs", "lr", "log_every")
+        positive = ("batch_size", "epochs", "lr", "log_every_n_steps")
         not_negative = (
             "wd",
             "warmup",
@@ -116,6 +120,18 @@ class TrainConfig:
         for name, choices in (("precision", PRECISIONS), ("backend", ("auto", "triton", "torch"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{flag_name(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+
+
+def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
+    kind, many = field.metadata["kind"], field.metadata["many"]
+    if value is None and field.default is None:
+        return
+    accepted = (int, float) if kind is float else kind
+    values = value if many and isinstance(value, tuple) else (value,)
+    right = all(isinstance(one, accepted) and (kind is bool or not isinstance(one, bool)) for one in values)
+    if not right or isinstance(value, tuple) != many:
+        expected = f"a list of {kind.__name__}" if many else kind.__name__
+        raise ValueError(f"{flag_name(field.name)} must be {expected}, got {value!r}")
 
 
 def flag_name(field: str) -> str:

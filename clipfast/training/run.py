@@ -37,17 +37,30 @@ class RunFolder:
         """One JSON object per line: training figures by step, evaluations by step."""
         return self.path / "metrics.jsonl"
 
-    def create(self, *, resuming: bool) -> None:
-        """Make the folder.
+    @property
+    def skipped_path(self) -> Path:
+        """Samples that could not be used: step, name and reason, tab-separated."""
+        return self.path / "skipped.tsv"
+
+    def refuse_other_run(self, *, resuming: bool) -> None:
+        """Refuse a folder that another run lives in.
 
         Raises:
-            ValueError: it holds a run already, and this is not its resumption.
+            ValueError: it holds a run, and this is not its resumption.
         """
         if self.latest.exists() and not resuming:
             raise ValueError(
                 f"{self.path} holds a run already: go on with --resume {self.path}, or choose another --name"
             )
+
+    def create(self, *, after_step: int | None) -> None:
+        """Make the folder; of what was recorded before, keep what belongs to the steps up to ``after_step``."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in self.metrics() if after_step is not None and line["step"] <= after_step]
+        self.write_text(self.metrics_path.name, "".join(json.dumps(line) + "\n" for line in kept))
+        lines = self.skipped_path.read_text().splitlines(keepends=True) if self.skipped_path.exists() else []
+        kept_lines = [line for line in lines if after_step is not None and int(line.split("\t")[0]) <= after_step]
+        self.write_text(self.skipped_path.name, "".join(kept_lines))
 
     def record(self, **values: Any) -> None:
         """Append a line of metrics."""
@@ -60,15 +73,10 @@ class RunFolder:
             return []
         return list(_whole_lines(self.metrics_path.read_text().splitlines()))
 
-    def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that will be done again."""
-        kept = [line for line in self.metrics() if line["step"] <= step]
-        self.write_text("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-
-    def record_skipped(self, skipped: Iterable[tuple[str, str]]) -> None:
+    def record_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
         """Append samples that could not be used, with the reason."""
-        with (self.path / "skipped.tsv").open("a") as file:
-            file.writelines(f"{name}\t{' '.join(reason.split())}\n" for name, reason in skipped)
+        with self.skipped_path.open("a") as file:
+            file.writelines(f"{step}\t{name}\t{' '.join(reason.split())}\n" for name, reason in skipped)
 
     def write_text(self, name: str, text: str) -> None:
         """Replace a file of the folder as a whole."""

@@ -1,14 +1,26 @@
 """Checkpoints: whole at every moment, never unpickled, and refused with a reason where they do not fit."""
 
+import contextlib
 import dataclasses
+import json
 import os
 import pickle
+import random
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 
-from clipfast import CLIP, CheckpointError, create_model, export_open_clip, get_model_config, load_checkpoint
+from clipfast import (
+    CLIP,
+    CheckpointError,
+    create_model,
+    create_model_and_transforms,
+    export_open_clip,
+    get_model_config,
+    load_checkpoint,
+)
 from clipfast.checkpoint import read_checkpoint, write_checkpoint
 
 CONFIG = get_model_config("ViT-T-8-32")
@@ -49,6 +61,26 @@ def test_pickles_are_not_run(model, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize("content", [{"state_dict": [1]}, {"state_dict": {"a": 3}}, {"a": "b"}, [1], 5])
+def test_something_else_in_a_good_file(tmp_path, content):
+    torch.save(content, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match="is not a checkpoint: it holds no tensors by name"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
+def test_damaged_files_raise_nothing_else(tmp_path):
+    torch.save({"epoch": 1, "state_dict": {"a": torch.randn(8)}}, tmp_path / "w.pt")
+    content = bytearray((tmp_path / "w.pt").read_bytes())
+    rng = random.Random(0)
+    for _ in range(500):
+        damaged = content.copy()
+        for _ in range(3):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        (tmp_path / "w.pt").write_bytes(damaged)
+        with contextlib.suppress(CheckpointError):
+            read_checkpoint(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize("damage", ["cut", "text", "empty", "bad safetensors", "list"])
 def test_broken_files(tmp_path, damage):
     path = tmp_path / ("w.safetensors" if damage == "bad safetensors" else "w.pt")
@@ -57,12 +89,14 @@ def test_broken_files(tmp_path, damage):
         path.write_bytes(
             {"cut": path.read_bytes()[:-200], "text": b"hello", "empty": b"", "bad safetensors": b"x" * 50}[damage]
         )
-    with pytest.raises(CheckpointError, match="not a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
         read_checkpoint(path)
 
 
 def test_missing_file(model):
-    with pytest.raises(CheckpointError, match=r"no checkpoint at nowhere.pt"):
+    with pytest.raises(
+        CheckpointError, match=r"no checkpoint at nowhere.pt: weights are loaded from a file, not by a tag"
+    ):
         load_checkpoint(model, "nowhere.pt")
 
 
@@ -112,3 +146,45 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
 def test_local_dir_errors(tmp_path):
     with pytest.raises(CheckpointError, match=r"open_clip_config.json is not a model configuration that can be read"):
         create_model(f"local-dir:{tmp_path}")
+    export_open_clip(create_model("ViT-T-8-32"), tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    with pytest.raises(
+        CheckpointError, match=r"holds no weights: neither open_clip_model.safetensors nor open_clip_pytorch"
+    ):
+        create_model(f"local-dir:{tmp_path}")
+    config = json.loads((tmp_path / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["resize_mode"] = "squash"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(
+        CheckpointError, match="preprocesses images with resize_mode 'squash', clipfast only with 'shortest'"
+    ):
+        create_model(f"local-dir:{tmp_path}")
+
+
+def test_local_dir_brings_its_normalisation(model, tmp_path):
+    model.visual.image_mean, model.visual.image_std = (0.5, 0.5, 0.5), (0.25, 0.5, 0.25)
+    export_open_clip(model, tmp_path)
+    loaded, _, preprocess = create_model_and_transforms(f"local-dir:{tmp_path}")
+    assert (loaded.visual.image_mean, loaded.visual.image_std) == ((0.5, 0.5, 0.5), (0.25, 0.5, 0.25))
+    white = preprocess(Image.new("RGB", (40, 40), "white"))
+    torch.testing.assert_close(white[:, 0, 0], torch.tensor([2.0, 1.0, 2.0]))
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[2]
+    torch.testing.assert_close(white, theirs(Image.new("RGB", (40, 40), "white")))
+
+
+def test_weights_of_the_other_name(model, tmp_path):
+    export_open_clip(model, tmp_path)
+    (tmp_path / "open_clip_model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    assert torch.equal(create_model(f"local-dir:{tmp_path}").visual.proj, model.visual.proj)
+
+
+def test_a_checkpoint_by_itself(model, tmp_path):
+    write_checkpoint(
+        tmp_path / "own.pt", {"state_dict": model.state_dict(), "clipfast": {"model_config": CONFIG.to_dict()}}
+    )
+    assert torch.equal(create_model(str(tmp_path / "own.pt")).visual.proj, model.visual.proj)
+    write_checkpoint(tmp_path / "theirs.pt", {"state_dict": model.state_dict()})
+    with pytest.raises(CheckpointError, match="does not say which model it is of"):
+        create_model(str(tmp_path / "theirs.pt"))

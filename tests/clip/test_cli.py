@@ -1,6 +1,7 @@
 """The command line: what it teaches, and what it says when something is wrong."""
 
 import json
+import sys
 
 import pytest
 
@@ -46,13 +47,14 @@ BAD = [
     (["train", "--recipe", "emoji", "--workers", "3"], "2 shard(s) cannot feed 3 data workers"),
     (["train", "--train-data", "missing-{0..2}.tar"], "no such shard: missing-0.tar (3 of 3 are missing)"),
     (["train", "--resume", "nowhere"], "no checkpoint at nowhere"),
+    (["train", "--recipe", "emoji", "--unique-by", "breed"], "has no 'breed' in its json; it has category, hexcode"),
     (
         ["train", "--recipe", "emoji", "--backend", "triton", "--train-num-samples", "256"],
         "backend='triton' cannot run on a cpu tensor",
     ),
     (
         ["eval", "zeroshot", "--model", "ViT-B-32", "--data", "x"],
-        "has random weights: give its checkpoint with --pretrained",
+        "has random weights: give its checkpoint with --pretrained, or a run's folder",
     ),
     (
         ["eval", "zeroshot", "--model", "local-dir:nowhere", "--data", "x"],
@@ -130,6 +132,24 @@ def test_train_then_evaluate(capsys, tmp_path, shards):
     code, out, _ = run(capsys, "eval", "zeroshot", *by_path, "--templates", str(tmp_path / "templates.txt"))
     assert code == 0
     assert json.loads(out)["zero_shot"] == results["zero_shot"]
+
+
+def test_missing_extra_is_named(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "webdataset", None)
+    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    code, _, err = run(capsys, "train", "--recipe", "emoji")
+    assert code == 2
+    assert "install what it needs: pip install 'clipfast[data,eval]'" in err.splitlines()[-1]
+
+
+def test_run_is_named_after_its_recipe(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = run(
+        capsys, "train", "--recipe", "emoji", "--epochs", "1", "--train-num-samples", "64", "--batch-size", "32"
+    )
+    assert code == 0, err
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert folder.name.startswith("emoji-2")
 
 
 def test_template_without_a_place_for_the_name(capsys, tmp_path):

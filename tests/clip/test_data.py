@@ -8,18 +8,11 @@ from collections import Counter
 import pytest
 import torch
 
-from clipfast.data import (
-    PairStream,
-    caption,
-    count_samples,
-    expand_shards,
-    pair_loader,
-    read_samples,
-    trim_padding,
-    unique_batches,
-)
+from clipfast.data import PairStream, caption, count_samples, expand_shards, pair_loader, read_samples
+from clipfast.data.samples import is_local
+from clipfast.data.stream import MAX_HELD_BATCHES, unique_batches
 from clipfast.images import image_transform
-from clipfast.tokenizer import Tokenizer, tokenize
+from clipfast.tokenizer import Tokenizer, tokenize, trim_padding
 
 from .conftest import sample, write_shard
 
@@ -83,9 +76,11 @@ def test_order_is_a_function_of_the_seed(shards):
 @pytest.mark.parametrize("workers", [0, 1, 2])
 def test_skipped_batches_change_nothing_after_them(shards, workers):
     whole = list(pair_loader(stream(shards), workers))
-    rest = list(pair_loader(stream(shards, first_batch=4), workers))
     assert len(whole) == 6
-    assert all(equal(*pair) for pair in zip(whole[4:], rest, strict=True))
+    for first in range(1, 6):
+        rest = list(pair_loader(stream(shards, first_batch=first), workers))
+        assert len(rest) == 6 - first
+        assert all(equal(*pair) for pair in zip(whole[first:], rest, strict=True)), f"from batch {first}"
 
 
 def test_an_epoch_may_be_several_passes(shards):
@@ -104,20 +99,45 @@ def test_no_two_of_a_kind_in_a_batch(shards):
     )
 
 
+def items(keys):
+    """Samples that are nothing but their key."""
+    return ((0, {"k": k}) for k in keys)
+
+
+def key_of(item):
+    """Identity of such a sample."""
+    return item[1]["k"]
+
+
 def test_unique_batches_lose_nothing():
-    items = [(0, {"k": k}) for k in random.Random(0).choices(range(30), k=600)]
-    batches = list(unique_batches(iter(items), 10, lambda item: item[1]["k"]))
-    assert all(len({item[1]["k"] for item in batch}) == 10 for batch in batches)
-    assert len(batches) > 50
-    counts = Counter(item[1]["k"] for batch in batches for item in batch)
-    assert all(counts[k] <= total for k, total in Counter(item[1]["k"] for item in items).items())
+    keys = random.Random(0).choices(range(30), k=600)
+    batches = list(unique_batches(items(keys), 10, key_of))
+    assert all(len({key_of(item) for item in batch}) == 10 for batch in batches)
+    used = Counter(key_of(item) for batch in batches for item in batch)
+    # all but a last batch's worth, and what waits for the like of it to be used up
+    assert not used - Counter(keys)
+    assert sum(used.values()) > 600 - 60
 
 
-def test_impossible_batch(shards):
-    with pytest.raises(ValueError, match="cannot fill a batch of 30 with different samples: only 24 found"):
-        next(iter(stream(shards, batch_size=30, unique_by="label")))
-    with pytest.raises(ValueError, match=r"has no 'breed' in its json; it has \['category', 'keywords', 'label'\]"):
-        next(iter(stream(shards, unique_by="breed")))
+def test_what_is_too_frequent_is_dropped_and_the_rest_goes_on():
+    # One in five is the same: a batch of ten can hold only one of them.
+    rng = random.Random(0)
+    keys = (0 if rng.random() < 0.2 else rng.randrange(1, 10**9) for _ in range(40 * MAX_HELD_BATCHES * 10))
+    batches = list(unique_batches(items(keys), 10, key_of))
+    assert all(len({key_of(item) for item in batch}) == 10 for batch in batches)
+    assert len(batches) > 30 * MAX_HELD_BATCHES
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_impossible_batch(shards, workers):
+    with pytest.raises(
+        ValueError, match=r"^cannot fill a batch of 30 with different samples: only 24 found in a row of"
+    ):
+        next(pair_loader(stream(shards, batch_size=30, unique_by="label"), workers))
+    with pytest.raises(
+        ValueError, match=r"^sample .*/0\d\d has no 'breed' in its json; it has category, keywords, label$"
+    ):
+        next(pair_loader(stream(shards, unique_by="breed"), workers))
 
 
 def test_more_workers_than_shards(shards):
@@ -138,8 +158,10 @@ def test_captions_with_keywords(shards):
     [
         ({"png": b"broken"}, "not an image in one of the formats"),
         ({"txt": b"\xff\xfe\xff"}, "can't decode"),
-        ({"json": b"{"}, "Expecting property name"),
-        ({"json": b"[]"}, "is not an object"),
+        ({"json": b"{"}, "json cannot be read: Expecting property name"),
+        ({"json": b"[]"}, "json is not an object but a list"),
+        ({"json": b'{"keywords": [1, 2]}'}, "keywords are not a list of strings: [1, 2]"),
+        ({"json": b'{"keywords": "abc"}'}, "keywords are not a list of strings: 'abc'"),
     ],
 )
 def test_bad_samples_are_left_out_and_named(tmp_path, changes, reason):
@@ -149,6 +171,14 @@ def test_bad_samples_are_left_out_and_named(tmp_path, changes, reason):
     ((name, why),) = batch.skipped
     assert name == "s.tar/003"
     assert reason in why
+
+
+def test_broken_json_is_one_sample_also_where_it_decides_what_is_alike(tmp_path):
+    write_shard(
+        tmp_path / "s.tar", [sample(index, **({"json": b"{"} if index in (3, 5) else {})) for index in range(8)]
+    )
+    (batch,) = stream(f"{tmp_path}/s.tar", num_batches=1, unique_by="label")
+    assert sorted(name for name, _ in batch.skipped) == ["s.tar/003", "s.tar/005"]
 
 
 def test_sample_without_image_or_caption(tmp_path):
@@ -164,8 +194,22 @@ def test_nothing_usable(tmp_path):
     with pytest.raises(ValueError, match="not one sample of a batch could be used"):
         next(iter(stream(f"{tmp_path}/s.tar")))
     write_shard(tmp_path / "empty.tar", [])
-    with pytest.raises(ValueError, match="hold no samples"):
+    with pytest.raises(ValueError, match="shards hold no samples"):
         next(iter(stream(f"{tmp_path}/empty.tar")))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "local"),
+    [
+        ("a/{0..3}.tar::b.tar.gz", True),
+        ("bundled:emoji/noto::bundled:emoji/twemoji", True),
+        ("pipe:touch owned", False),
+        ("a.tar::https://example.org/b.tar", False),
+        ("bundled:pipe:touch owned", False),
+    ],
+)
+def test_what_is_local(pattern, local):
+    assert is_local(pattern) is local
 
 
 def test_trimming_keeps_every_token():

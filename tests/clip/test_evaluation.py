@@ -21,8 +21,9 @@ from clipfast.evaluation import (
     retrieval_ranks,
     top_classes,
 )
-from clipfast.evaluation.evaluate import _pair_groups
 from clipfast.images import image_transform
+
+from .conftest import sample, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -72,11 +73,22 @@ def test_ranks_against_the_full_matrix():
     assert recall_at(torch.tensor([0, 4, 5, 20])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75}
 
 
-def test_any_member_of_a_group_is_right():
+def test_the_same_thing_twice_answers_for_itself():
     features = torch.eye(3)
-    queries = features[[1, 0, 2]]  # the first two find each other
-    assert retrieval_ranks(queries, features, torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1])).tolist() == [0, 0, 0]
-    assert retrieval_ranks(queries, features, torch.arange(3), torch.arange(3)).tolist() == [2, 2, 0]
+    queries = features[[1, 0, 2]]  # the first two find each other's items
+    same, different = torch.tensor([0, 0, 1]), torch.arange(3)
+    # one item under two numbers, or one query: each finds what belongs to the other
+    assert retrieval_ranks(queries, features, different, same).tolist() == [0, 0, 0]
+    assert retrieval_ranks(queries, features, same, different).tolist() == [0, 0, 0]
+    assert retrieval_ranks(queries, features, different, different).tolist() == [2, 2, 0]
+
+
+def test_no_credit_through_a_chain():
+    # Pairs (image 0, a), (image 0, b), (image 1, b), (image 1, c): text a is no answer to image 1.
+    images, texts = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 2])
+    gallery = torch.eye(2)[images]
+    queries = torch.eye(2)[[1, 0, 0, 1]]  # text a looks like image 1
+    assert retrieval_ranks(queries, gallery, texts, images).tolist() == [2, 0, 0, 0]
 
 
 def test_collapsed_features_get_no_credit():
@@ -91,22 +103,19 @@ def test_nan_features_are_refused():
         retrieval_ranks(bad, bad, torch.arange(3), torch.arange(3))
 
 
-def test_query_without_an_answer():
-    assert retrieval_ranks(torch.eye(2), torch.eye(2), torch.tensor([5, 1]), torch.arange(2)).tolist() == [2, 0]
-
-
 def test_top_classes_in_blocks():
     features, classifier = torch.randn(25, 6), torch.randn(6, 4)
     expected = (features @ classifier).topk(4).indices
     assert torch.equal(top_classes(features, classifier, 5, block=7), expected)
 
 
-def test_pairs_that_answer_for_each_other():
-    images = LabelledFeatures(torch.zeros(5, 1), list("abcde"), ["x", "y", "x", "z", "w"], [""] * 5, [0, 1, 2, 1, 3])
-    groups = _pair_groups(images)
-    assert groups[0] == groups[2]  # same caption
-    assert groups[1] == groups[3]  # same pixels
-    assert len(set(groups)) == 3
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [(["b", "a", "b"], ["a", "b"]), (["10", "9", "0"], ["0", "9", "10"]), (["10", "9", "x"], ["10", "9", "x"])],
+)
+def test_classes_are_in_order(labels, expected):
+    # a file of class names goes by it, whatever order the images come in
+    assert LabelledFeatures(torch.zeros(3, 1), labels, labels, labels, [0, 1, 2]).classnames == expected
 
 
 def write_folder(root):
@@ -132,7 +141,8 @@ def test_image_folder(model, tmp_path):
     assert images.accepted() == [{"cat", "dog"}, {"cat"}, {"cat", "dog"}, {"dog"}]
     result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, ["a photo of a {}."])
     assert result.results["images"] == 4
-    assert result.correct[0] == result.correct[2] == 0
+    assert result.right[0] == result.right[2] == [True, True]
+    assert sum(result.right[1]) == 1
     assert result.results["zero_shot"]["top5"] == 1.0
 
 
@@ -151,10 +161,28 @@ def test_groups_and_left_out_groups(model, shards):
 def test_errors(model, tmp_path, shards):
     with pytest.raises(ValueError, match="has no sub-folders"):
         list(read_labelled(str(tmp_path)))
-    with pytest.raises(ValueError, match="has no 'breed' in its json"):
+    with pytest.raises(ValueError, match=r"^sample a.tar/000 has no 'breed' in its json"):
         list(read_labelled(shards, label_by="breed"))
+    write_shard(tmp_path / "bad.tar", [sample(0), sample(1, png=b"broken")])
+    with pytest.raises(ValueError, match=r"^bad.tar/001: not an image"):
+        list(read_labelled(f"{tmp_path}/bad.tar"))
+    (tmp_path / "folder" / "cat").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"folder/cat has no images \(jpg"):
+        list(read_labelled(str(tmp_path / "folder")))
+    (tmp_path / "folder" / "cat" / "x.png").write_bytes(b"broken")
+    with pytest.raises(ValueError, match=r"cat/x.png: not an image"):
+        list(read_labelled(str(tmp_path / "folder")))
     with pytest.raises(ValueError, match="no images"):
         encode_labelled(model, [], image_transform(32), 4, "cpu")
     images = encode_labelled(model, read_labelled(shards), image_transform(32, uint8=True), 64, "cpu")
     with pytest.raises(ValueError, match="3 class names for 24 classes"):
         evaluate(model, get_tokenizer(), images, classnames=["a", "b", "c"])
+    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
+        encode_labelled(model, read_labelled(shards), image_transform(32), 0, "cpu")
+    grouped = encode_labelled(model, read_labelled(shards, "category"), image_transform(32, uint8=True), 64, "cpu")
+    for left_out, message in (
+        (["evne"], "cannot leave out evne; groups are: even, odd"),
+        (["even", "odd"], "even, odd"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, get_tokenizer(), grouped, leave_out=left_out)

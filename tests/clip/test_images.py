@@ -1,5 +1,6 @@
 """Images that nobody has checked: handled as they should be, or refused with the reason."""
 
+import contextlib
 import io
 import struct
 import zlib
@@ -58,9 +59,10 @@ def test_formats(kind):
         (encoded(gradient(), "TIFF"), "not an image in one of the formats"),
         (png_header(20000, 20000), "20000x20000 pixels, more than the limit|exceeds limit"),
         (png_header(9500, 9500), "9500x9500 pixels, more than the limit of 89478485"),
+        (png_header(1, 65000), "1x65000 pixels, its sides differ more than 200 times"),
         (damaged(encoded(gradient(400, 300))), "cannot be decoded"),
     ],
-    ids=["text", "empty", "cut png", "cut jpeg", "tiff", "bomb", "large", "broken"],
+    ids=["text", "empty", "cut png", "cut jpeg", "tiff", "bomb", "large", "long", "broken"],
 )
 def test_refused(content, message):
     with pytest.raises(ImageError, match=message):
@@ -132,6 +134,26 @@ def test_training_crops_differ_and_evaluation_does_not():
     assert train(image).shape == evaluate(image).shape == (3, 32, 32)
     assert not torch.equal(train(image), train(image))
     assert torch.equal(evaluate(image), evaluate(image))
+
+
+def test_broken_files_raise_nothing_else():
+    # Decoders of broken files raise all sorts of things; a data worker must not die of them.
+    rng = np.random.default_rng(0)
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010F] = 6, "maker"
+    for kind in ("JPEG", "WEBP", "PNG"):
+        content = np.frombuffer(encoded(gradient(), kind, exif=exif), np.uint8)
+        for _ in range(1500):
+            broken = content.copy()
+            places = rng.integers(0, len(content), 3)
+            broken[places] = rng.integers(0, 256, 3)
+            with contextlib.suppress(ImageError):
+                assert open_image(broken.tobytes()).mode == "RGB"
+
+
+def test_training_without_a_crop_is_as_in_evaluation():
+    image = gradient()
+    assert torch.equal(image_transform(32, train=True, scale=(1.0, 1.0))(image), image_transform(32)(image))
 
 
 def test_any_mode_goes_through_the_transform():

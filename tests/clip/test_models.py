@@ -186,6 +186,17 @@ def test_output_dict():
     assert sorted(output) == ["image_features", "logit_scale", "text_features"]
 
 
+def test_one_tower_at_a_time():
+    model = create_model("ViT-T-8-32")
+    image, text = torch.zeros(1, 3, 32, 32), torch.tensor([[49406, 49407]])
+    assert model(image).text_features is None
+    assert model(text=text).image_features is None
+
+
+def test_names_with_a_slash():
+    assert create_model("ViT-B/32", device="meta").config == get_model_config("ViT-B-32")
+
+
 def test_other_image_size():
     model = create_model("ViT-T-8-32", force_image_size=64)
     assert model.visual.positional_embedding.shape == (65, 128)

@@ -67,6 +67,8 @@ def test_lengths():
         tokenize("a cat on a mat", context_length=4, truncate=False)
     with pytest.raises(ValueError, match="context_length must hold at least"):
         Tokenizer(1)
+    with pytest.raises(ValueError, match="context_length must hold at least"):
+        tokenize("a", context_length=1)
 
 
 @pytest.mark.parametrize("bad", [None, 3, b"bytes", ["nested"]])

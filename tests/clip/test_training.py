@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,11 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfast import create_model, load_checkpoint
+from clipfast import create_model, get_model_config, load_checkpoint
 from clipfast.checkpoint import read_checkpoint
+from clipfast.cli import main
 from clipfast.training import TrainConfig, list_recipes, read_recipe
-from clipfast.training.loop import TrainingError, train
+from clipfast.training.loop import train
 from clipfast.training.optim import cosine_lr
+from clipfast.training.run import RunFolder
+from clipfast.training.trainer import Trainer, TrainingError
 
 from .conftest import sample, write_shard
 
@@ -27,7 +32,7 @@ SMALL = {
     "warmup": 2,
     "lr": 1e-3,
     "workers": 1,
-    "log_every": 2,
+    "log_every_n_steps": 2,
 }
 
 
@@ -89,7 +94,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
 
 def saved_step(folder: Path) -> int:
     """Step of the latest checkpoint; reading it fails if it is ever broken."""
-    return read_checkpoint(folder / "checkpoints" / "epoch_latest.pt")["clipfast"]["step"]
+    return read_checkpoint(folder / "checkpoints" / "epoch_latest.pt")["clipfast"]["progress"]["step"]
 
 
 def test_schedule():
@@ -136,10 +141,11 @@ def test_backends_learn_the_same(shards, tmp_path):
     assert ours == pytest.approx(reference, rel=1e-3)
 
 
+@pytest.mark.parametrize("workers", [0, 1, 2])
 @pytest.mark.parametrize("save_every", [3, 0], ids=["within an epoch", "after an epoch"])
-def test_resumed_run_is_the_same_to_the_last_bit(shards, tmp_path, save_every):
-    whole, _ = train(config(shards, tmp_path / "whole"))
-    options = config(shards, tmp_path / "parts", save_every=save_every)
+def test_resumed_run_is_the_same_to_the_last_bit(shards, tmp_path, save_every, workers):
+    whole, _ = train(config(shards, tmp_path / "whole", workers=workers))
+    options = config(shards, tmp_path / "parts", save_every=save_every, workers=workers)
     step = save_every or 4
     # stop after the step that is saved, as a kill right after it would
     stopper = StopAfter(step)
@@ -162,21 +168,17 @@ class StopAfter:
         self.step = step
 
     def __enter__(self) -> None:
-        from clipfast.training.loop import Trainer
-
         self.original = original = Trainer._train_step
         limit = self.step
 
         def stopping(trainer, batch):
-            if trainer.step == limit:
+            if trainer.progress.step == limit:
                 raise KeyboardInterrupt
             return original(trainer, batch)
 
         Trainer._train_step = stopping
 
     def __exit__(self, *_: object) -> None:
-        from clipfast.training.loop import Trainer
-
         Trainer._train_step = self.original
 
 
@@ -198,20 +200,31 @@ def test_kill_9_again_and_again(shards, tmp_path):
     assert "Resuming from" in final.stderr
     a, b = weights(tmp_path / "whole" / "run"), weights(folder)
     assert all(torch.equal(a[name], b[name]) for name in a)
-    assert not list((folder / "checkpoints").glob("*.tmp*")) or saved_step(folder) == 40
+    assert [path.name for path in folder.rglob("*.tmp")] == []
+    # both sessions' time is in the results
+    results = json.loads((folder / "results.json").read_text())
+    assert results["steps"] == 40
+    assert results["train_seconds"] > 0
 
 
+@pytest.mark.parametrize("everybody", [False, True], ids=["the trainer", "the whole process group"])
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
-def test_interruption_saves_and_says_where(shards, tmp_path, signum):
+def test_interruption_saves_and_says_where(shards, tmp_path, signum, everybody):
+    arguments = command(shards, tmp_path, "--epochs", "2000")
     process = subprocess.Popen(
-        command(shards, tmp_path, "--epochs", "2000"), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+        arguments, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True
     )
     wait_for_checkpoint(process, tmp_path / "run", 3)
-    process.send_signal(signum)
+    if everybody:
+        # as a terminal does with Ctrl-C, and a job scheduler with its jobs
+        os.killpg(process.pid, signum)
+    else:
+        process.send_signal(signum)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert f"go on with: clipfast train --resume {tmp_path / 'run'}" in log
     assert "Traceback" not in log
+    assert "killed by signal" not in log
 
 
 def test_open_clip_loads_our_checkpoint_and_we_theirs(shards, tmp_path):
@@ -234,14 +247,130 @@ def test_open_clip_loads_our_checkpoint_and_we_theirs(shards, tmp_path):
 
 
 def test_open_clip_training_can_be_gone_on_with(shards, tmp_path):
-    model = create_model("ViT-T-8-32")
-    from clipfast.training.optim import adamw
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.CLIP(**get_model_config("ViT-T-8-32").to_dict())
 
-    optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2)
-    checkpoint = {"epoch": 1, "name": "theirs", "state_dict": model.state_dict(), "optimizer": optimizer.state_dict()}
+    # the two groups of their trainer: without and with weight decay
+    def exclude(name, p):
+        return p.ndim < 2 or "bn" in name or "ln" in name or "bias" in name or "logit_scale" in name
+
+    named = list(theirs.named_parameters())
+    groups = [[p for name, p in named if exclude(name, p)], [p for name, p in named if not exclude(name, p)]]
+    optimizer = torch.optim.AdamW([{"params": groups[0], "weight_decay": 0.0}, {"params": groups[1]}], lr=1.0)
+    for _, p in named:
+        # a moment that says which parameter it belongs to
+        p.grad = torch.full_like(p, p.numel() % 997 + 1.0)
+    optimizer.step()
+    moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in named}
+    checkpoint = {"epoch": 1, "name": "theirs", "state_dict": theirs.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(checkpoint, tmp_path / "epoch_1.pt")
+    trainer = Trainer(config(shards, tmp_path), RunFolder(tmp_path / "x"), read_checkpoint(tmp_path / "epoch_1.pt"))
+    for name, p in trainer.model.named_parameters():
+        assert torch.equal(trainer.optimizer.state[p]["exp_avg"], moments[name]), name
+    # the options are this run's own
+    assert [group["weight_decay"] for group in trainer.optimizer.param_groups] == [0.0, 0.2]
     folder, _ = train(config(shards, tmp_path), tmp_path / "epoch_1.pt")
     assert [line["step"] for line in folder.metrics() if "loss" in line] == [6, 8]
+
+
+def test_options_of_a_resumed_run_can_change(shards, tmp_path):
+    options = config(shards, tmp_path, epochs=1)
+    folder, _ = train(options)
+    longer = dataclasses.replace(options, epochs=2, wd=0.5, beta2=0.9, batch_size=16)
+    train(longer, folder.latest)
+    checkpoint = read_checkpoint(folder.latest)
+    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.0, 0.5]
+    assert checkpoint["optimizer"]["param_groups"][1]["betas"] == (0.9, 0.9)
+    # four steps of 8, then two of 16
+    assert checkpoint["epoch"] == 2
+    assert checkpoint["clipfast"]["progress"]["step"] == 4
+
+
+def test_data_cannot_change_within_an_epoch(shards, tmp_path):
+    options = config(shards, tmp_path, save_every=3)
+    with pytest.raises(KeyboardInterrupt), StopAfter(3):
+        train(options)
+    latest = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
+    for change, flag in (({"batch_size": 16}, r"--batch-size \(was 8\)"), ({"seed": 5}, r"--seed \(was 0\)")):
+        with pytest.raises(ValueError, match=f"from within an epoch, whose data cannot change: leave {flag}"):
+            train(dataclasses.replace(options, **change), latest)
+
+
+def test_model_and_length_come_from_the_checkpoint(shards, tmp_path):
+    # what the run was started from may be gone by now
+    (tmp_path / "mine.json").write_text(json.dumps(get_model_config("ViT-T-8-32").to_dict()))
+    torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "start.pt")
+    options = config(
+        shards,
+        tmp_path,
+        model=str(tmp_path / "mine.json"),
+        pretrained=str(tmp_path / "start.pt"),
+        train_num_samples=None,
+    )
+    folder, _ = train(dataclasses.replace(options, epochs=1))
+    for name in ("mine.json", "start.pt"):
+        (tmp_path / name).unlink()
+    train(options, folder.latest)
+    assert saved_step(folder.path) == 2 * (48 // 8)
+
+
+def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(shards, tmp_path):
+    folder, _ = train(config(shards, tmp_path, epochs=1))
+    (tmp_path / "home" / "downloads").mkdir(parents=True)
+    downloaded = tmp_path / "home" / "downloads" / "epoch_latest.pt"
+    downloaded.write_bytes(folder.latest.read_bytes())
+    shutil.rmtree(folder.path)
+    assert main(["train", "--resume", str(downloaded), "--epochs", "2"]) == 0
+    assert (tmp_path / "run" / "results.json").exists()
+    assert [path.name for path in (tmp_path / "home").rglob("*")] == ["downloads", "epoch_latest.pt"]
+
+
+@pytest.mark.parametrize("shard", ["pipe:touch owned", "https://example.org/a.tar"])
+def test_a_checkpoint_cannot_bring_a_shell_command(shards, tmp_path, capsys, monkeypatch, shard):
+    monkeypatch.chdir(tmp_path)
+    folder, _ = train(config(shards, tmp_path, epochs=1))
+    checkpoint = read_checkpoint(folder.latest)
+    checkpoint["clipfast"]["config"]["train_data"] = shard
+    torch.save(checkpoint, folder.latest)
+    (tmp_path / "recipe.toml").write_text(f'train_data = "{shard}"')
+    for arguments in (["--resume", str(folder.path)], ["--recipe", str(tmp_path / "recipe.toml")]):
+        assert main(["train", *arguments]) == 2
+        assert (
+            f"names data that is not local, {shard!r}: to use it, give --train-data yourself" in capsys.readouterr().err
+        )
+    assert not (tmp_path / "owned").exists()
+
+
+def test_resume_latest_by_name(shards, tmp_path, capsys):
+    train(config(shards, tmp_path, epochs=1))
+    assert main(["train", "--resume", "latest", "--logs", str(tmp_path), "--name", "run", "--epochs", "2"]) == 0
+    assert saved_step(tmp_path / "run") == 8
+    assert main(["train", "--resume", "latest"]) == 2
+    assert "--resume latest needs the run's --name" in capsys.readouterr().err
+
+
+def test_validation_data_is_looked_at_before_training(shards, tmp_path):
+    for options, message in (
+        ({"val_data": "nowhere.tar"}, "no such shard: nowhere.tar"),
+        ({"val_data": shards, "val_group_by": "breed"}, "has no 'breed' in its json"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(config(shards, tmp_path, **options))
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_epoch_is_saved_before_it_is_evaluated(shards, tmp_path):
+    options = config(shards, tmp_path, val_data=shards, val_group_by="category", val_leave_out=("evne",))
+    with pytest.raises(ValueError, match="cannot leave out evne"):
+        train(options)
+    assert saved_step(tmp_path / "run") == 4
+
+
+def test_a_killed_start_leaves_no_metrics_behind(shards, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"st')
+    folder, _ = train(config(shards, tmp_path))
+    assert [line["step"] for line in folder.metrics() if "loss" in line] == [2, 4, 6, 8]
 
 
 def test_bad_samples_are_counted_and_capped(tmp_path):
@@ -254,15 +383,28 @@ def test_bad_samples_are_counted_and_capped(tmp_path):
     ):
         train(options)
     listed = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
-    assert all(line.split("\t")[0].startswith("s.tar/") for line in listed)
+    assert all(line.split("\t")[1].startswith("s.tar/") for line in listed)
     folder, _ = train(dataclasses.replace(options, max_bad_fraction=0.2, name="tolerant"))
     assert json.loads((folder.path / "results.json").read_text())["skipped_pairs"] == 32
 
 
-def test_loss_that_is_not_finite_stops_and_spares_the_checkpoint(shards, tmp_path):
-    options = config(shards, tmp_path, lr=1e8, save_every=1, epochs=40, log_every=1)
-    with pytest.raises(TrainingError, match="the loss is not finite at step"):
-        train(options)
+@pytest.mark.parametrize("what", ["the loss is", "the weights are"])
+def test_what_is_not_finite_stops_and_spares_the_checkpoint(shards, tmp_path, monkeypatch, what):
+    original = Trainer._train_step
+
+    def ruined(trainer, batch):
+        loss = original(trainer, batch)
+        if trainer.progress.step == 5:
+            if what == "the loss is":
+                return loss * float("nan")
+            with torch.no_grad():
+                trainer.model.text_projection[0, 0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(Trainer, "_train_step", ruined)
+    with pytest.raises(TrainingError, match=f"{what} not finite at step 6: lower --lr"):
+        train(config(shards, tmp_path, save_every=1, log_every_n_steps=1))
+    assert saved_step(tmp_path / "run") == 5
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
@@ -286,6 +428,10 @@ def test_a_run_is_not_overwritten(shards, tmp_path):
         ({"precision": "fp8"}, "--precision must be one of auto, fp32"),
         ({"hue": 0.7}, "--hue must be at most 0.5, got 0.7"),
         ({"keyword_prob": 1.5}, "--keyword-prob must be at most 1"),
+        ({"epochs": 1.5}, "--epochs must be int, got 1.5"),
+        ({"batch_size": "256"}, "--batch-size must be int, got '256'"),
+        ({"val_leave_out": "Flags"}, "--val-leave-out must be a list of str, got 'Flags'"),
+        ({"val_leave_out": ("Flags",)}, "--val-leave-out needs --val-group-by"),
     ],
 )
 def test_bad_options(options, message):
