@@ -22,13 +22,14 @@ SHORT = ["--epochs", "1", "--train-num-samples", "64", "--batch-size", "32"]
 
 
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.split("\n\n")[-1][:40] for snippet in SNIPPETS])
-def test_snippet(snippet):
+def test_snippet(snippet, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     exec(compile(snippet, "README.md", "exec"), {})
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
     programs = {command[0] for command in COMMANDS}
-    assert programs == {"make", "clipfast"}
+    assert programs == {"make", "clipfast", "pip"}
     monkeypatch.chdir(tmp_path)
     for program, *arguments in COMMANDS:
         if program == "clipfast":
@@ -51,5 +52,7 @@ def test_ci_runs_the_readmes_test_command():
 
 def test_extras_hold_what_make_installs():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    for names in re.findall(r"'\.\[(.*?)\]'", (ROOT / "Makefile").read_text()):
+    installed = re.findall(r"'\.\[(.*?)\]'", (ROOT / "Makefile").read_text() + TEXT)
+    assert installed
+    for names in installed:
         assert set(names.split(",")) <= set(extras)
