@@ -4,6 +4,7 @@ and bfloat16.
 The interpreter can do none of the three. ttsem takes over the launch, so it must not run with TRITON_INTERPRET=1.
 """
 
+import contextlib
 import functools
 
 import pytest
@@ -29,13 +30,25 @@ CPU = torch.device("cpu")
 DTYPES = [torch.bfloat16, torch.float32]
 
 
+@contextlib.contextmanager
+def session():
+    """ttsem for sm_90; what it pretends of torch.cuda is taken back, since other tests share the process."""
+    before = dict(vars(torch.cuda))
+    try:
+        with sanitize.session(cc=90) as running:
+            yield running
+    finally:
+        for name, value in before.items():
+            setattr(torch.cuda, name, value)
+
+
 @pytest.fixture
 def sanitizer():
     """Every launch executed and checked; a fault is raised out of it."""
-    with sanitize.session(cc=90) as session, execute_on_cpu():
-        yield session
-        assert session.launches > 0, "nothing was launched"
-        assert session.races_unchecked == 0, "a launch was too large for the race check: shrink the case"
+    with session() as session_, execute_on_cpu():
+        yield session_
+        assert session_.launches > 0, "nothing was launched"
+        assert session_.races_unchecked == 0, "a launch was too large for the race check: shrink the case"
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,5 +90,11 @@ def _column_sum_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr, HAS_MASK: tl.cons
 )
 def test_planted_fault_is_caught(rows, has_mask, fault):
     x, out = torch.ones(rows, 10), torch.zeros(10)
-    with sanitize.session(cc=90), pytest.raises(sanitize.KernelFault, match=fault):
-        _column_sum_kernel[(rows,)](x, out, 10, BLOCK=16, HAS_MASK=has_mask)
+    with session(), pytest.raises(sanitize.KernelFault, match=fault):
+        _column_sum_kernel[(rows,)](x, out, 10, BLOCK=16, HAS_MASK=has_mask, enable_fp_fusion=True)
+
+
+def test_other_tests_see_no_gpu():
+    with session():
+        pass
+    assert not torch.cuda.is_available()
