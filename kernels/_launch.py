@@ -154,8 +154,9 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
 def autocast_to(tensor: Tensor) -> Tensor:
     """``tensor`` in the autocast dtype where autocast is on and would convert it, else unchanged."""
     device_type = tensor.device.type
-    can_autocast = torch.amp.is_autocast_available(device_type) and tensor.dtype != torch.float64
-    if not (can_autocast and torch.is_autocast_enabled(device_type)):
+    if device_type not in ("cuda", "cpu") or tensor.dtype == torch.float64:
+        return tensor
+    if not torch.is_autocast_enabled(device_type):
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))
 

@@ -209,17 +209,12 @@ def _finish_kernel(
         dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
         mask = mask_n[:, None] & (dims < D)[None, :]
         acc = tl.load(acc_ptr + rows[:, None] * D + dims[None, :], mask=mask, other=0.0)  # [BM, BK]
-        x = tl.load(self_ptr + rows[:, None] * stride_sn + dims[None, :] * stride_sd, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        y = tl.load(partner_ptr + rows[:, None] * stride_pn + dims[None, :] * stride_pd, mask=mask, other=0.0).to(
-            tl.float32
-        )
-        total = acc * inv_strip_scale + g[:, None] * y
-        dot += tl.sum(total * x, 1)
-        tl.store(
-            grad_ptr + rows[:, None] * D + dims[None, :], (total * factor).to(grad_ptr.dtype.element_ty), mask=mask
-        )
+        own = tl.load(self_ptr + rows[:, None] * stride_sn + dims[None, :] * stride_sd, mask=mask, other=0.0)
+        partner = tl.load(partner_ptr + rows[:, None] * stride_pn + dims[None, :] * stride_pd, mask=mask, other=0.0)
+        total = acc * inv_strip_scale + g[:, None] * partner.to(tl.float32)  # [BM, BK]
+        dot += tl.sum(total * own.to(tl.float32), 1)
+        grad = (total * factor).to(grad_ptr.dtype.element_ty)
+        tl.store(grad_ptr + rows[:, None] * D + dims[None, :], grad, mask=mask)
     tl.store(dot_ptr + offs_n, dot, mask=mask_n)
 
 

@@ -415,7 +415,7 @@ def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, posit
             f"patch_embed: weight must be [E, {channels}, P, P] for images {tuple(images.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    if height % patch or width % patch:
+    if height % patch or width % patch or height * width == 0:
         raise ValueError(
             f"patch_embed: image size {height}x{width} is not a multiple of the patch size {patch}: "
             "resize or pad the images"

@@ -61,7 +61,7 @@ def test_not_a_tar_file(tmp_path):
 
 
 def test_pickles_in_a_shard_stay_bytes(tmp_path):
-    shard = write_shard(tmp_path / "p.tar", [sample(0, pyd=b"cos\nsystem\n(S'touch /tmp/owned'\ntR.", pth=b"x")])
+    shard = write_shard(tmp_path / "p.tar", [sample(0, pyd=b"cos\nsystem\n(S'echo owned'\ntR.", pth=b"x")])
     (only,) = read_samples([str(shard)])
     assert isinstance(only["pyd"], bytes)
 

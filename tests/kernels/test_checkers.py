@@ -29,7 +29,7 @@ def test_gradient_off_by_one_percent_fails():
     inputs = {"x": torch.randn(50)}
     compare(lambda x: x * 1, lambda x: x * 1, inputs, torch.randn(50))
     with pytest.raises(AssertionError, match="d_x: max error"):
-        compare(Scaled.apply, lambda x: x * 1, {"x": torch.randn(50)}, torch.randn(50))
+        compare(lambda x: Scaled.apply(x), lambda x: x * 1, {"x": torch.randn(50)}, torch.randn(50))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)

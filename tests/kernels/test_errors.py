@@ -71,6 +71,7 @@ PATCH_ERRORS = [
         TypeError,
         "images must be one of float32, .*, uint8, got int64",
     ),
+    ({"images": torch.zeros(2, 3, 0, 8)}, ValueError, "image size 0x8 is not a multiple of the patch size 4"),
     ({"images": torch.zeros(2, 3, 9, 8)}, ValueError, "image size 9x8 is not a multiple of the patch size 4"),
     (
         {"images": torch.zeros(2, 1, 8, 8), "mean": (0.5,), "std": (0.5,)},
