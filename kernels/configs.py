@@ -1,14 +1,25 @@
 """Launch configurations: frozen dataclasses, looked up by kernel, architecture and operand.
 
-Numbers are committed, not tuned at run time: an autotuner would make results depend on a race of timings, and cannot
-run without a GPU. Every entry compiles for its architecture without a spill (tests/kernels/resources.json holds the
-proof).
+Numbers are committed, in ``tuned/sm_<arch>.json``, not tuned at run time: an autotuner would make results depend on a
+race of timings, and cannot run without a GPU. ``python -m clipfast.bench tune`` writes the files. Every entry compiles
+for its architecture without a spill (tests/kernels/resources.json holds the proof).
 """
 
+import contextlib
 import dataclasses
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import torch
+
+TUNED = Path(__file__).parent / "tuned"
+# Newest first: an architecture takes the entry of the newest that is not newer than itself.
+ARCHS = (100, 90, 80)
+# Attention has one entry for each of these largest head dimensions.
+HEAD_DIMS = (64, 128)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,74 +50,60 @@ class RowConfig:
     block_m: int
     block_k: int
     num_warps: int
-    num_stages: int = 1
+    num_stages: int
 
 
-# Entries by kernel, bytes per element and architecture; an architecture takes the newest entry that is not newer than
-# itself.
-_GEMM = {
-    ("contrastive_stats", 2, 80): GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
-    ("contrastive_stats", 2, 90): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    ("contrastive_stats", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
-    ("contrastive_grad_tile", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    ("contrastive_grad_tile", 2, 100): GemmConfig(128, 64, 64, num_warps=8, num_stages=3),
-    ("contrastive_grad_tile", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
-    ("contrastive_product", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    ("contrastive_product", 2, 100): GemmConfig(128, 128, 32, num_warps=8, num_stages=3),
-    ("contrastive_product", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
-    ("patch_embed_fwd", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    ("patch_embed_fwd", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
-    ("patch_embed_bwd_weight", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    ("patch_embed_bwd_weight", 4, 80): GemmConfig(64, 64, 16, num_warps=8, num_stages=1),
-    ("patch_embed_bwd_images", 2, 80): GemmConfig(128, 128, 64, num_warps=8, num_stages=3),
-    ("patch_embed_bwd_images", 4, 80): GemmConfig(64, 64, 32, num_warps=8, num_stages=2),
-}
-_ROWS = {
-    ("contrastive_finish", 2, 80): RowConfig(16, 128, num_warps=4),
-    ("contrastive_finish", 4, 80): RowConfig(16, 128, num_warps=4),
-}
-_ATTENTION_64 = {  # head_dim up to 64
-    ("attention_fwd", 2, 80): AttentionConfig(64, 32, num_warps=4, num_stages=2),
-    ("attention_fwd", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
-    ("attention_fwd", 2, 100): AttentionConfig(128, 64, num_warps=8, num_stages=2),
-    ("attention_fwd", 4, 80): AttentionConfig(32, 32, num_warps=4, num_stages=2),
-    ("attention_bwd_dq", 2, 80): AttentionConfig(64, 32, num_warps=4, num_stages=2),
-    ("attention_bwd_dq", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
-    ("attention_bwd_dq", 4, 80): AttentionConfig(32, 16, num_warps=8, num_stages=1),
-    ("attention_bwd_dkv", 2, 80): AttentionConfig(32, 64, num_warps=4, num_stages=2),
-    ("attention_bwd_dkv", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
-    ("attention_bwd_dkv", 4, 80): AttentionConfig(32, 32, num_warps=8, num_stages=1),
-}
-_ATTENTION_128 = {  # head_dim up to 128
-    ("attention_fwd", 2, 80): AttentionConfig(64, 32, num_warps=4, num_stages=2),
-    ("attention_fwd", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
-    ("attention_fwd", 4, 80): AttentionConfig(16, 16, num_warps=4, num_stages=1),
-    ("attention_bwd_dq", 2, 80): AttentionConfig(64, 64, num_warps=8, num_stages=2),
-    ("attention_bwd_dq", 2, 90): AttentionConfig(64, 64, num_warps=4, num_stages=2),
-    ("attention_bwd_dq", 4, 80): AttentionConfig(16, 16, num_warps=8, num_stages=1),
-    ("attention_bwd_dkv", 2, 80): AttentionConfig(64, 64, num_warps=8, num_stages=2),
-    ("attention_bwd_dkv", 4, 80): AttentionConfig(16, 16, num_warps=4, num_stages=1),
-}
-
-C = TypeVar("C")
+C = TypeVar("C", GemmConfig, AttentionConfig, RowConfig)
+_overrides: dict[str, GemmConfig | AttentionConfig | RowConfig] = {}
 
 
 def gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig:
     """Configuration of a matrix-product kernel for compute capability ``arch`` (90: sm_90) and ``dtype`` operands."""
-    return _lookup(_GEMM, kernel, arch, dtype)
+    return _lookup(GemmConfig, config_key(kernel, dtype), arch)
 
 
 def row_config(kernel: str, arch: int, dtype: torch.dtype) -> RowConfig:
     """Configuration of a row-walking kernel for compute capability ``arch`` and operands of ``dtype``."""
-    return _lookup(_ROWS, kernel, arch, dtype)
+    return _lookup(RowConfig, config_key(kernel, dtype), arch)
 
 
 def attention_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
     """Configuration of an attention kernel for compute capability ``arch``, operands of ``dtype`` and ``head_dim``."""
-    return _lookup(_ATTENTION_64 if head_dim <= 64 else _ATTENTION_128, kernel, arch, dtype)
+    return _lookup(AttentionConfig, config_key(kernel, dtype, head_dim), arch)
 
 
-def _lookup(table: dict[tuple[str, int, int], C], kernel: str, arch: int, dtype: torch.dtype) -> C:
-    known = [entry_arch for name, size, entry_arch in table if name == kernel and size == dtype.itemsize]
-    newest = max(entry_arch for entry_arch in known if entry_arch <= arch)
-    return table[kernel, dtype.itemsize, newest]
+def config_key(kernel: str, dtype: torch.dtype, head_dim: int | None = None) -> str:
+    """Name of an entry in the tables: kernel, width of the operands, and the head dimensions that it serves."""
+    key = f"{kernel} {8 * dtype.itemsize}-bit"
+    return key if head_dim is None else f"{key} head_dim<={min(limit for limit in HEAD_DIMS if head_dim <= limit)}"
+
+
+@contextlib.contextmanager
+def override(key: str, config: GemmConfig | AttentionConfig | RowConfig) -> Iterator[None]:
+    """Use ``config`` for the entry :func:`config_key` names, on every architecture: for the tuner and for tests."""
+    before = dict(_overrides)
+    _overrides[key] = config
+    try:
+        yield
+    finally:
+        _overrides.clear()
+        _overrides.update(before)
+
+
+def read_table(arch: int) -> dict[str, dict[str, int]]:
+    """The committed entries of compute capability ``arch``, by :func:`config_key`."""
+    table: dict[str, dict[str, int]] = json.loads((TUNED / f"sm_{arch}.json").read_text())
+    return table
+
+
+def _lookup(kind: type[C], key: str, arch: int) -> C:
+    config = _overrides.get(key) or _committed(kind, key, arch)
+    if not isinstance(config, kind):
+        raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")
+    return config
+
+
+@functools.cache
+def _committed(kind: type[C], key: str, arch: int) -> C:
+    table = next(table for known in ARCHS if known <= arch and key in (table := read_table(known)))
+    return kind(**table[key])

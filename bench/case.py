@@ -1,0 +1,92 @@
+"""What is measured: a case is one computation at one shape, and the candidates that can do it."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from clipfast.kernels.floors import Floor
+
+OURS = "clipfast"
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+Inputs = dict[str, Tensor]
+Function = Callable[..., Tensor]
+
+
+class MissingError(Exception):
+    """A candidate cannot run here; the message says what it needs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """One implementation.
+
+    Attributes:
+        name: as it appears in tables.
+        make: imports and prepares; returns the function of the case's inputs, by name. Raises :class:`MissingError`.
+        lacks: inputs for which it gives no gradient.
+        note: what else a reader must know to compare.
+    """
+
+    name: str
+    make: Callable[[], Function]
+    lacks: tuple[str, ...] = ()
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One computation at one shape.
+
+    Attributes:
+        suite: name of the suite that :func:`build <clipfast.bench.suites.build>` finds it by.
+        op: what is computed, such as ``contrastive.fwd_bwd``.
+        shape: sizes by name.
+        dtype: of the floating inputs, a key of :data:`DTYPES`.
+        device: where it runs.
+        inputs: draws fresh inputs.
+        candidates: implementations, :data:`OURS` among them.
+        reference: computes the same in plain PyTorch; candidates that differ from it are not timed. None: the case
+            checks itself.
+        floor: the least work of one call, or None where it is not a matter of operations and bytes.
+        items: how many things one call handles, and what they are called, for a throughput.
+        wants_grad: inputs that gradients are taken for; none means that the function does all there is to do.
+        gate_inputs: smaller inputs for the comparison with the reference where it does not fit at this shape.
+    """
+
+    suite: str
+    op: str
+    shape: Mapping[str, int | str | bool]
+    dtype: str
+    device: torch.device
+    inputs: Callable[[], Inputs]
+    candidates: tuple[Candidate, ...]
+    reference: Function | None = None
+    floor: Floor | None = None
+    items: tuple[int, str] = (1, "calls")
+    wants_grad: tuple[str, ...] = ()
+    gate_inputs: Callable[[], Inputs] | None = None
+
+    @property
+    def name(self) -> str:
+        """Op, sizes and dtype in one line."""
+        return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
+
+
+def call(case: Case, candidate: Candidate, function: Function, inputs: Inputs) -> dict[str, Tensor]:
+    """One call: the value, and gradients as ``d_<name>`` where the case asks for them and the candidate has them."""
+    wanted = [name for name in case.wants_grad if name not in candidate.lacks]
+    value = function(**inputs)
+    if not wanted:
+        return {"value": value}
+    # a stand-in of the right size that is not all ones, which would hide a gradient taken along the wrong axis
+    upstream = torch.ones_like(value) if value.ndim == 0 else inputs["grad"].to(value.dtype)
+    grads = torch.autograd.grad(value, [inputs[name] for name in wanted], upstream)
+    return {"value": value.detach(), **{f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}}
+
+
+def require_cuda(device: torch.device) -> None:
+    """Refuse a CPU for a candidate that has kernels for GPUs only."""
+    if device.type != "cuda":
+        raise MissingError("needs a GPU")

@@ -1,0 +1,162 @@
+"""The command line of the benchmarks: ``python -m bench`` in a checkout, ``clipfast bench`` anywhere."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report, results
+from .case import DTYPES
+from .harness import Budget
+from .suites import SUITES, Shape, build
+
+DESCRIPTION = """\
+Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
+and gradients agree with the reference; candidates take turns, and every sample is kept. "of floor" is the time of the
+least possible work, at the copy and matrix-product rates measured in the same run, over the time taken."""
+
+EPILOG = """\
+examples:
+  python -m bench loss --device cpu
+  python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
+  python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if so)
+  python -m bench table                      write the README's tables again from the committed results
+  python -m bench plot FILE.json             draw a result again"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks' command line; bad arguments are one line on stderr and exit code 2."""
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_commands(parser)
+    args = parser.parse_args(argv)
+    try:
+        return run(args)
+    except KeyboardInterrupt:
+        print("bench: interrupted", file=sys.stderr)
+        return 130
+    except (ValueError, OSError, RuntimeError, ImportError) as error:
+        print(f"bench: error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_commands(parser: argparse.ArgumentParser) -> None:
+    """Add what can be done as subcommands."""
+    commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
+    everything = {name: suite.help for name, suite in SUITES.items()}
+    everything |= {"ops": "loss, attention and patch", "all": "every suite"}
+    for name, text in everything.items():
+        _add_measuring(commands.add_parser(name, help=text, description=text.capitalize() + "."))
+    table = commands.add_parser("table", help="write the README's tables again from committed results")
+    table.add_argument("--readme", type=Path, default=Path("README.md"))
+    table.add_argument("--results", type=Path, default=results.FOLDER)
+    plot = commands.add_parser("plot", help="draw a result file again")
+    plot.add_argument("file", type=Path)
+
+
+def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one")
+    parser.add_argument(
+        "--dtype", nargs="+", default=None, help=f"{', '.join(DTYPES)}; default bf16 on a GPU and fp32 on a CPU"
+    )
+    parser.add_argument(
+        "--shape", action="append", default=[], metavar='"KEY=VALUE ..."',
+        help="sizes to measure at, in place of the defaults; may be repeated",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
+    parser.add_argument("--rounds", type=int, default=50, help="rounds at most (default 50)")
+    parser.add_argument("--seconds", type=float, default=60, help="stop adding rounds to a case after this long")
+    parser.add_argument("--min-rounds", type=int, default=5, help="rounds at least, however long they take")
+    parser.add_argument("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
+    parser.add_argument("--no-plots", action="store_true")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help=f"default: {results.FOLDER}/<card>/<date>-<what>-<commit>.json"
+    )
+    parser.add_argument(
+        "--compare", metavar="BASE", help="a commit: time it and this checkout in turns, and say which is slower"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do what the parsed command line asks for."""
+    if args.bench == "table":
+        text = args.readme.read_text()
+        args.readme.write_text(report.fill_readme(text, args.results, results.read))
+        return 0
+    if args.bench == "plot":
+        from .plots import draw
+
+        for path in draw(results.read(args.file), args.file):
+            print(path)
+        return 0
+    device = _device(args.device)
+    plan = _plan(args, device)
+    budget = _budget(args)
+    if args.compare is not None:
+        from .compare import compare
+
+        return compare(args.compare, plan, device, budget)
+    from .session import measure_all
+
+    path = args.json or results.default_path(device, args.bench)
+    measure_all(plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots)
+    return 0
+
+
+def _budget(args: argparse.Namespace) -> Budget:
+    for name in ("rounds", "seconds", "min_rounds"):
+        if getattr(args, name) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}")
+    return Budget(args.seconds, args.rounds, min(args.min_rounds, args.rounds))
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or auto, got {name!r}") from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
+        raise ValueError(f"--device {name}: no such device here")
+    return device
+
+
+def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Shape, str]]:
+    """Suite, shape and dtype of each case; all are checked before anything is measured."""
+    chosen = {"ops": ["loss", "attention", "patch"], "all": list(SUITES)}.get(args.bench, [args.bench])
+    if args.shape and len(chosen) > 1:
+        raise ValueError(f"--shape needs one suite, not {args.bench!r}: {', '.join(chosen)}")
+    dtypes = results.dtypes_of(args.dtype or ["bf16" if device.type == "cuda" else "fp32"])
+    plan = []
+    for suite in chosen:
+        shapes = [_parse_shape(suite, text) for text in args.shape] or SUITES[suite].shapes(device.type)
+        # what does no arithmetic in floating point has one dtype
+        for dtype in dtypes if suite in ("loss", "attention", "patch", "step") else ["fp32"]:
+            plan += [(suite, shape, dtype) for shape in shapes]
+    for case in plan:
+        build(*case, device)
+    return plan
+
+
+def _parse_shape(suite: str, text: str) -> Shape:
+    """``"pairs=4096 embed_dim=512"`` as a dictionary, in the types of the suite's fields."""
+    fields = SUITES[suite].fields
+    shape: dict[str, Any] = {}
+    for item in text.replace(",", " ").split():
+        key, _, value = item.partition("=")
+        if key not in fields:
+            raise ValueError(f"--shape: {suite} has no {key!r}; it has {', '.join(fields)}")
+        kind = type(fields[key])
+        try:
+            shape[key] = {"True": True, "False": False}[value] if kind is bool else kind(value)
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"--shape: {key} must be like {fields[key]!r}, got {value!r}") from error
+    return shape

@@ -1,0 +1,165 @@
+"""What a measurement was taken on: machine, versions, commit, clocks and temperature, and the roofs measured there."""
+
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# Named in every result, installed or not.
+PACKAGES = (
+    "torch", "triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "cut-cross-entropy", "liger-kernel",
+    "siglip-kernel", "flash-attn",
+)  # fmt: skip
+
+
+def versions() -> dict[str, str | None]:
+    """Python, this package and everything it is compared with; None for what is not installed."""
+    import clipfast
+
+    found: dict[str, str | None] = {"python": platform.python_version(), "clipfast": clipfast.__version__}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def commit(folder: Path | None = None) -> dict[str, Any]:
+    """Commit of the checkout that this code runs from, and whether it was changed since."""
+    # resolved: kernels and bench may be reached through links
+    folder = folder or Path(__file__).resolve().parent
+
+    def git(*arguments: str) -> str | None:
+        try:
+            run = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True)
+        except (OSError, subprocess.CalledProcessError):
+            return None
+        return run.stdout.strip()
+
+    sha, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return {"sha": sha, "dirty": bool(changed) if sha else None}
+
+
+def describe(device: torch.device) -> dict[str, Any]:
+    """The machine, as far as a timing depends on it."""
+    machine: dict[str, Any] = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "device": device.type}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine |= {
+            "gpu": properties.name,
+            "arch": f"sm_{properties.major}{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "cuda": torch.version.cuda,
+        }
+    machine["cache_bytes"] = cache_bytes(device)
+    return machine
+
+
+def card(device: torch.device) -> str:
+    """A folder name for the machine: ``nvidia-h100-80gb-hbm3``, or the processor's model."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last cache before memory; inputs are rotated past it."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).L2_cache_size)
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1] in units), default=32 * 2**20)
+
+
+def _cpu_name() -> str:
+    try:
+        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        names = []
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+
+
+def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
+    """Bytes per second of a large copy, read and written, and operations per second of a large matrix product.
+
+    These are the ceilings that a kernel can be held to on this machine as it is now; a datasheet's are not.
+    """
+    side, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    source = torch.empty(copied, dtype=torch.uint8, device=device).random_()
+    target = torch.empty_like(source)
+    # random: zeros draw less power, and run faster than data does
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return {
+        "copy_bytes_per_s": 2 * copied / _best(lambda: target.copy_(source), device),
+        "matmul_flops_per_s": 2 * side**3 / _best(lambda: torch.mm(a, b, out=out), device),
+    }
+
+
+def _best(run: Any, device: torch.device, rounds: int = 8) -> float:
+    times = []
+    for _ in range(rounds):
+        synchronize(device)
+        start = time.perf_counter()
+        run()
+        synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for the device; nothing to do on a CPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Telemetry:
+    """Clocks, power, temperature and reasons for throttling, from NVML; says why where there is none."""
+
+    # Clock limits that mean a slower card than usual (nvml.h, nvmlClocksEventReasons): software and hardware thermal
+    # slowdown, hardware slowdown, power brake. The power cap is normal under load, and only noted.
+    THROTTLED = 0x20 | 0x40 | 0x08 | 0x80
+
+    def __init__(self, device: torch.device) -> None:
+        self.why: str | None = None
+        if device.type != "cuda":
+            self.why = "no GPU"
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            self._nvml = pynvml
+            uuid = str(torch.cuda.get_device_properties(device).uuid)
+            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        except ImportError:
+            self.why = "nvidia-ml-py is not installed"
+        except Exception as error:
+            # a driver without NVML, or a sandbox that hides it: a measurement is still worth having
+            self.why = f"{type(error).__name__}: {error}"
+
+    def sample(self) -> dict[str, Any]:
+        """One reading, or ``{"available": False, "why": ...}``."""
+        if self.why is not None:
+            return {"available": False, "why": self.why}
+        nvml, handle = self._nvml, self._handle
+        try:
+            reasons = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
+            return {
+                "available": True,
+                "sm_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
+                "memory_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
+                "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
+                "temperature_c": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
+                "reasons": reasons,
+                "throttled": bool(reasons & self.THROTTLED),
+            }
+        except Exception as error:
+            return {"available": False, "why": f"{type(error).__name__}: {error}"}

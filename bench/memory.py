@@ -1,0 +1,91 @@
+"""Peak memory of one call beyond its inputs, in a pass of its own: watching memory would slow the timing down.
+
+On a GPU the allocator's own figure. On a CPU a fresh process's high-water mark, since a process that has worked before
+holds on to pages; ``python -m clipfast.bench.memory`` is that process.
+"""
+
+import ctypes
+import gc
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+from .case import Candidate, Case, call
+from .harness import leaves
+from .suites import build
+
+TIMEOUT_S = 600
+
+
+def peak_bytes(case: Case, candidate: Candidate) -> int | None:
+    """Bytes that a call of ``candidate`` adds to what its inputs take, outputs included; None where it fails."""
+    if case.device.type == "cuda":
+        return _peak_on_gpu(case, candidate)
+    request = json.dumps(
+        {"suite": case.suite, "shape": dict(case.shape), "dtype": case.dtype, "candidate": candidate.name}
+    )
+    command = [sys.executable, "-m", "clipfast.bench.memory", request, str(torch.get_num_threads())]
+    # tensors go back to the system as soon as they are freed (mallopt(3)), so that resident means in use
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S, env=environment)
+    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
+        return None
+    return int(run.stdout)
+
+
+def _peak_on_gpu(case: Case, candidate: Candidate) -> int | None:
+    inputs = leaves(case, case.inputs())
+    try:
+        function = candidate.make()
+        call(case, candidate, function, inputs)  # libraries' workspaces are not the call's
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats(case.device)
+        before = torch.cuda.memory_allocated(case.device)
+        kept = call(case, candidate, function, inputs)
+        torch.cuda.synchronize()
+    except torch.cuda.OutOfMemoryError:
+        return None
+    peak = torch.cuda.max_memory_allocated(case.device) - before
+    del kept
+    return peak
+
+
+def _peak_on_cpu(case: Case, candidate: Candidate) -> int:
+    inputs = leaves(case, case.inputs())
+    function = candidate.make()
+    call(case, candidate, function, inputs)  # threads, libraries and compilers take theirs here
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    # the high-water mark starts again from here (proc(5), clear_refs)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = _status("VmRSS")
+    kept = call(case, candidate, function, inputs)
+    peak = _status("VmHWM") - before
+    del kept
+    return peak
+
+
+def _status(name: str) -> int:
+    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if match is None:
+        raise RuntimeError(f"/proc/self/status has no {name}")
+    return 1024 * int(match.group(1))
+
+
+def main() -> None:
+    """Print the bytes that the call described on the command line needs."""
+    request, threads = json.loads(sys.argv[1]), int(sys.argv[2])
+    torch.set_num_threads(threads)
+    case = build(request["suite"], request["shape"], request["dtype"], torch.device("cpu"))
+    (candidate,) = (c for c in case.candidates if c.name == request["candidate"])
+    print(_peak_on_cpu(case, candidate))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,113 @@
+"""One JSON file per run: what was measured, on what, sample by sample. ``schema.json`` describes it."""
+
+import datetime
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from . import machine
+from .case import DTYPES, OURS, Case
+from .harness import Timing, ratio_interval
+
+SCHEMA = 1
+FOLDER = Path("bench/results")
+
+
+def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[str, Any]:
+    """A result without cases yet."""
+    return {
+        "schema": SCHEMA,
+        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "git": machine.commit(),
+        "machine": machine.describe(device),
+        "versions": machine.versions(),
+        "roofs": roofs,
+        "cases": [],
+    }
+
+
+def case_result(
+    case: Case, timings: list[Timing], telemetry: dict[str, Any], peaks: dict[str, int | None], roof: dict[str, float]
+) -> dict[str, Any]:
+    """One entry of ``cases``."""
+    ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
+    floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
+    return {
+        "suite": case.suite,
+        "op": case.op,
+        "shape": dict(case.shape),
+        "dtype": case.dtype,
+        "items": {"count": case.items[0], "unit": case.items[1]},
+        "floor": {"flops": case.floor.flops, "bytes": case.floor.bytes, "seconds": floor_s} if case.floor else None,
+        "telemetry": telemetry,
+        "candidates": [_candidate_result(t, ours, peaks.get(t.candidate.name), floor_s) for t in timings],
+    }
+
+
+def _candidate_result(timing: Timing, ours: Timing | None, peak: int | None, floor_s: float | None) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "name": timing.candidate.name,
+        "note": timing.candidate.note,
+        "refused": timing.refused,
+        "errors": timing.errors,
+        "peak_bytes": peak,
+        "timer": timing.timer,
+        "phases_s": timing.phases,
+        "samples_s": timing.samples,
+    }
+    if timing.samples:
+        points = np.quantile(timing.samples, [0.05, 0.2, 0.5, 0.8, 0.95]).tolist()
+        result |= dict(zip(("p5_s", "p20_s", "median_s", "p80_s", "p95_s"), points, strict=True))
+        if floor_s is not None:
+            result["share_of_floor"] = floor_s / result["median_s"]
+        if ours is not None and ours is not timing:
+            result["times_ours"] = dict(
+                zip(("median", "low", "high"), ratio_interval(ours.samples, timing.samples), strict=True)
+            )
+    return result
+
+
+def default_path(device: torch.device, suite: str) -> Path:
+    """``bench/results/<card>/<date>-<suite>-<commit>.json`` under the current folder."""
+    sha = (machine.commit()["sha"] or "unknown")[:8]
+    day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
+    return FOLDER / machine.card(device) / f"{day}-{suite}-{sha}.json"
+
+
+def write(run: dict[str, Any], path: Path) -> None:
+    """Write ``run`` whole or not at all: a measurement that is stopped keeps what it had."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
+    os.replace(scratch, path)
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file.
+
+    Raises:
+        ValueError: not a result, or of another schema.
+    """
+    try:
+        run = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path} is not a result file: {error}") from error
+    if not isinstance(run, dict) or run.get("schema") != SCHEMA:
+        raise ValueError(f"{path} is not a result file of schema {SCHEMA}")
+    return run
+
+
+def dtypes_of(names: list[str]) -> list[str]:
+    """Check names of dtypes.
+
+    Raises:
+        ValueError: an unknown one.
+    """
+    for name in names:
+        if name not in DTYPES:
+            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return names

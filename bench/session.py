@@ -1,0 +1,89 @@
+"""A run of several cases, written to its file after each, so that whatever stops it leaves what it had."""
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report, results
+from .case import DTYPES, OURS, Case
+from .harness import Budget, measure
+from .machine import measure_roofs
+from .memory import peak_bytes
+from .suites import Shape, build
+
+
+def measure_all(
+    plan: Sequence[tuple[str, Shape, str]],
+    device: torch.device,
+    budget: Budget,
+    path: Path,
+    *,
+    only: Sequence[str] | None = None,
+    memory: bool = True,
+    plots: bool = True,
+) -> dict[str, Any]:
+    """Measure each (suite, shape, dtype) of ``plan``, print its table, and write everything to ``path``.
+
+    Args:
+        only: parts of the names of the candidates to run; the engine itself always does.
+        memory: measure peak memory too.
+        plots: draw pictures beside ``path``, where matplotlib is installed.
+    """
+    roofs = {dtype: measure_roofs(device, DTYPES[dtype]) for dtype in sorted({dtype for _, _, dtype in plan})}
+    run = results.new_run(device, roofs)
+    for number, (suite, shape, dtype) in enumerate(plan, start=1):
+        case = chosen(build(suite, shape, dtype, device), only)
+        _say(f"[{number}/{len(plan)}] {case.name}: timing")
+        timings, telemetry = measure(case, budget)
+        timed = [t.candidate for t in timings if t.samples] if memory and suite not in ("data", "tokenizer") else []
+        peaks = {}
+        for candidate in timed:
+            _say(f"[{number}/{len(plan)}] {case.name}: memory of {candidate.name}")
+            peaks[candidate.name] = peak_bytes(case, candidate)
+        _say("")
+        result = results.case_result(case, timings, telemetry, peaks, roofs[dtype])
+        run["cases"].append(result)
+        results.write(run, path)
+        print(report.case_table(result) + "\n", flush=True)
+    if plots:
+        _draw(run, path)
+    print(path)
+    return run
+
+
+def chosen(case: Case, only: Sequence[str] | None) -> Case:
+    """``case`` with our candidate and those whose name contains one of ``only``.
+
+    Raises:
+        ValueError: a name that no candidate of the case has.
+    """
+
+    if only is None:
+        return case
+    known = [candidate.name for candidate in case.candidates]
+    for part in only:
+        if not any(part.lower() in name.lower() for name in known):
+            raise ValueError(f"--only {part!r}: {case.suite} has {', '.join(known)}")
+    kept = [c for c in case.candidates if c.name == OURS or any(part.lower() in c.name.lower() for part in only)]
+    return dataclasses.replace(case, candidates=tuple(kept))
+
+
+def _draw(run: dict[str, Any], path: Path) -> None:
+    try:
+        from .plots import draw
+    except ImportError:
+        _say("no pictures: matplotlib is not installed (pip install 'clipfast[eval]')\n")
+        return
+    for picture in draw(run, path):
+        print(picture)
+
+
+def _say(text: str) -> None:
+    """One line of progress that the next one replaces; on a terminal only, but a line that ends stays."""
+    if sys.stderr.isatty() or text.endswith("\n"):
+        sys.stderr.write(f"\r\033[K{text}" if sys.stderr.isatty() else text)
+        sys.stderr.flush()

@@ -1,0 +1,60 @@
+"""What can be measured: one module for each kind of computation, with its shapes, its inputs and its candidates."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+
+from ..case import DTYPES, Case
+from . import attention, data, loss, patch, step, tokenizer
+
+Shape = Mapping[str, int | str | bool]
+
+
+@dataclasses.dataclass(frozen=True)
+class Suite:
+    """A kind of computation.
+
+    Attributes:
+        help: one line.
+        shapes: default shapes on a device type, "cpu" or "cuda".
+        build: a case from a shape, a dtype's name and a device.
+        fields: sizes that a shape must name, with an example of each.
+    """
+
+    help: str
+    shapes: Callable[[str], list[Shape]]
+    build: Callable[[Shape, str, torch.device], Case]
+    fields: Shape
+
+
+SUITES = {
+    "loss": Suite("contrastive loss, forward and backward", loss.shapes, loss.build, loss.FIELDS),
+    "attention": Suite(
+        "attention on the packed projection, forward and backward", attention.shapes, attention.build, attention.FIELDS
+    ),
+    "patch": Suite("patch embedding from bytes, forward and backward", patch.shapes, patch.build, patch.FIELDS),
+    "step": Suite("a whole training step: forward, loss, backward, AdamW", step.shapes, step.build, step.FIELDS),
+    "data": Suite("decoding and transforming images", data.shapes, data.build, data.FIELDS),
+    "tokenizer": Suite("captions to token ids", tokenizer.shapes, tokenizer.build, tokenizer.FIELDS),
+}
+
+
+def build(suite: str, shape: Shape, dtype: str, device: torch.device) -> Case:
+    """One case by the name of its suite.
+
+    Raises:
+        ValueError: no such suite or dtype, or sizes that the suite does not have or that are missing.
+    """
+    if suite not in SUITES:
+        raise ValueError(f"no suite {suite!r}: choose from {', '.join(SUITES)}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    fields = SUITES[suite].fields
+    if set(shape) != set(fields):
+        example = " ".join(f"{key}={value}" for key, value in fields.items())
+        raise ValueError(f"a shape of {suite} looks like {example!r}, got {dict(shape)!r}")
+    for key, value in shape.items():
+        if type(value) is not type(fields[key]) or (type(value) is int and value < 1):
+            raise ValueError(f"{suite}: {key}={value!r} must be like {fields[key]!r}, and positive")
+    return SUITES[suite].build(shape, dtype, device)

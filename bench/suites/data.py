@@ -1,0 +1,73 @@
+"""Files to tensors: decoding, resizing and normalising photographs, ours against OpenCLIP's transform."""
+
+import functools
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from clipfast import image_transform, open_image
+
+from ..case import OURS, Candidate, Case, Function
+from . import peers
+
+FIELDS: Mapping[str, int | str | bool] = {"images": 32, "width": 640, "height": 480, "size": 224}
+
+
+def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:  # noqa: ARG001
+    """A photograph as the web has them, to the size that most models take."""
+    return [FIELDS]
+
+
+def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
+    """JPEG files in memory; one thread, since loaders scale by processes."""
+    count, width, height, size = (shape[key] for key in FIELDS)
+    files = _jpegs(count, width, height)
+    return Case(
+        suite="data",
+        op="data.decode_and_transform",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        inputs=lambda: {"order": torch.randperm(count)},
+        candidates=(
+            Candidate(OURS, functools.partial(_ours, files, size, uint8=True), note="bytes, normalised on the device"),
+            Candidate("clipfast, floats", functools.partial(_ours, files, size, uint8=False)),
+            Candidate("OpenCLIP transform", functools.partial(_open_clip, files, size)),
+        ),
+        items=(count, "images"),
+    )
+
+
+def _ours(files: list[bytes], size: int, *, uint8: bool) -> Function:
+    return _all(files, open_image, image_transform(size, uint8=uint8))
+
+
+def _open_clip(files: list[bytes], size: int) -> Function:
+    transform = peers.need("open_clip", "open_clip_torch").image_transform(size, is_train=False)
+    return _all(files, lambda file: Image.open(io.BytesIO(file)), transform)
+
+
+def _all(files: list[bytes], decode: Callable[[bytes], Image.Image], transform: Callable[[Any], Tensor]) -> Function:
+    def run(order: Tensor) -> Tensor:
+        return torch.stack([transform(decode(files[index])) for index in order.tolist()])
+
+    return run
+
+
+def _jpegs(count: int, width: int, height: int) -> list[bytes]:
+    # smooth colours with some noise: about as many bits per pixel as a photograph
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(count):
+        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
+        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
+        noisy = np.clip(pixels + rng.normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
+        out = io.BytesIO()
+        Image.fromarray(noisy).save(out, "JPEG", quality=85)
+        files.append(out.getvalue())
+    return files

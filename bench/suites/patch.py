@@ -1,0 +1,73 @@
+"""Patch embedding from bytes: ours against normalisation, convolution, concatenation and addition."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast.kernels import patch_embed, reference
+from clipfast.kernels.floors import patch_embed_floor
+
+from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
+from . import peers
+
+FIELDS: Mapping[str, int | str | bool] = {"batch": 64, "size": 224, "patch": 16, "embed_dim": 768}
+
+
+def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:
+    """B/32, B/16, L/14, H/14."""
+    batch = 16 if device_type == "cpu" else 256
+    widths = ((32, 768), (16, 768), (14, 1024), (14, 1280))
+    return [{"batch": batch, "size": 224, "patch": patch, "embed_dim": width} for patch, width in widths]
+
+
+def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
+    """Random bytes; weight, class token and positions take gradients."""
+    batch, size, patch, embed_dim = (shape[key] for key in FIELDS)
+    tokens = 1 + (size // patch) ** 2
+
+    def inputs() -> Inputs:
+        def draw(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, device=device).to(DTYPES[dtype])
+
+        return {
+            "images": torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device),
+            "weight": draw(embed_dim, 3, patch, patch) / patch,
+            "class_embedding": draw(embed_dim),
+            "positional_embedding": draw(tokens, embed_dim),
+            "grad": draw(batch, tokens, embed_dim),
+        }
+
+    return Case(
+        suite="patch",
+        op="patch_embed.fwd_bwd",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        inputs=inputs,
+        candidates=(
+            Candidate(OURS, lambda: _without_grad(patch_embed)),
+            Candidate("PyTorch", lambda: _without_grad(reference.patch_embed)),
+            Candidate("PyTorch compiled", lambda: peers.compiled(_without_grad(reference.patch_embed))),
+        ),
+        reference=_without_grad(reference.patch_embed),
+        floor=patch_embed_floor(
+            batch, 3, size, patch, embed_dim, pixel_bytes=1, itemsize=DTYPES[dtype].itemsize, backward=True
+        ),
+        items=(batch, "images"),
+        wants_grad=("weight", "class_embedding", "positional_embedding"),
+    )
+
+
+def _without_grad(function: Function) -> Function:
+    def run(
+        images: Tensor,
+        weight: Tensor,
+        class_embedding: Tensor,
+        positional_embedding: Tensor,
+        grad: Tensor,  # noqa: ARG001
+    ) -> Tensor:
+        return function(images, weight, class_embedding, positional_embedding)
+
+    return run

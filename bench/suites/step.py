@@ -1,0 +1,166 @@
+"""A whole training step, forward, loss, backward and AdamW, on images that are bytes until the model takes them."""
+
+import functools
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from clipfast import create_model, get_model_config, list_models
+from clipfast.kernels import contrastive_loss, reference
+from clipfast.kernels.floors import Floor
+from clipfast.training.optim import adamw
+
+from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
+from ..machine import synchronize
+from . import peers
+
+FIELDS: Mapping[str, int | str | bool] = {"model": "ViT-B-32", "batch": 256}
+
+
+def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:
+    """Published vision transformers at a batch that fills a GPU, or a small one on a CPU."""
+    if device_type == "cpu":
+        return [{"model": "ViT-B-32", "batch": 8}]
+    sizes = (("ViT-B-32", 1024), ("ViT-B-16", 512), ("ViT-L-14", 128))
+    return [{"model": model, "batch": batch} for model, batch in sizes]
+
+
+def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
+    """Every candidate starts from the same random weights, and is held to the reference's loss in its first step."""
+    name, batch = shape["model"], shape["batch"]
+    if name not in list_models():
+        raise ValueError(f"step: unknown model {name!r}; known: {', '.join(list_models())}")
+    config = get_model_config(name)
+    size = config["vision_cfg"]["image_size"]
+
+    def inputs() -> Inputs:
+        return {
+            "images": torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device),
+            "texts": torch.randint(1, 40000, (batch, 77), device=device).index_fill_(
+                1, torch.tensor([0], device=device), 49406
+            ),
+        }
+
+    ours = functools.partial(_ours, name, dtype, device)
+    return Case(
+        suite="step",
+        op="step",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        inputs=inputs,
+        candidates=(
+            Candidate(OURS, functools.partial(ours, "auto")),
+            Candidate("PyTorch", functools.partial(ours, "torch"), note="the same model on the reference ops"),
+            Candidate("OpenCLIP", functools.partial(_open_clip, name, dtype, device)),
+            Candidate("OpenCLIP compiled", functools.partial(_open_clip, name, dtype, device, compiled=True)),
+        ),
+        reference=functools.partial(_first_loss, name, device),
+        floor=Floor(_step_flops(name, batch), 0),
+        items=(batch, "pairs"),
+    )
+
+
+@functools.cache
+def _weights(name: str) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return create_model(name).state_dict()
+
+
+def _first_loss(name: str, device: torch.device, images: Tensor, texts: Tensor) -> Tensor:
+    model = create_model(name, device=device, backend="torch")
+    model.load_state_dict(_weights(name))
+    with torch.no_grad():
+        image, text, scale = model(images, texts)
+        return reference.contrastive_loss(image, text, scale)
+
+
+def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "TrainingStep":
+    model = create_model(name, device=device, backend=backend)
+    model.load_state_dict(_weights(name))
+    return TrainingStep(model, functools.partial(contrastive_loss, backend=backend), dtype)
+
+
+def _open_clip(name: str, dtype: str, device: torch.device, compiled: bool = False) -> "TrainingStep":
+    open_clip = peers.need("open_clip", "open_clip_torch")
+    model = open_clip.create_model(name, device=device)
+    model.load_state_dict(_weights(name))
+    step = TrainingStep(_Normalizing(model), open_clip.ClipLoss(), dtype)
+    if compiled:
+        step.model, step.loss = peers.compiled(step.model), peers.compiled(step.loss)
+    return step
+
+
+class _Normalizing(nn.Module):
+    """OpenCLIP's model takes floats: normalised on the device here, which spares it the larger transfer."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, texts: Tensor) -> Any:
+        pixels = reference.normalize_uint8(images, reference.CLIP_MEAN, reference.CLIP_STD, torch.float32)
+        return self.model(pixels, texts)
+
+
+class TrainingStep:
+    """One step of AdamW on a batch; :meth:`phases` times its parts.
+
+    Args:
+        model: from images and texts to both features and the scale.
+        loss: of these three.
+        dtype: name of the autocast dtype, or "fp32".
+    """
+
+    def __init__(self, model: nn.Module, loss: Function, dtype: str) -> None:
+        self.model, self.loss, self.dtype = model.train(), loss, dtype
+        self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
+
+    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Take a step; returns the loss before it."""
+        return self._run(images, texts, lambda _: None)
+
+    def phases(self, images: Tensor, texts: Tensor) -> dict[str, float]:
+        """Seconds of each part of a step, waiting for the device after each."""
+        times: dict[str, float] = {}
+        synchronize(images.device)
+        last = time.perf_counter()
+
+        def mark(phase: str) -> None:
+            nonlocal last
+            synchronize(images.device)
+            now = time.perf_counter()
+            times[phase], last = now - last, now
+
+        self._run(images, texts, mark)
+        return times
+
+    def _run(self, images: Tensor, texts: Tensor, mark: Callable[[str], None]) -> Tensor:
+        device_type = images.device.type
+        with torch.autocast(device_type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
+            image, text, scale = self.model(images, texts)[:3]
+            mark("both encoders")
+            loss = self.loss(image, text, scale)
+            mark("loss")
+        loss.backward()
+        mark("backward")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mark("optimizer")
+        return loss.detach()
+
+
+@functools.cache
+def _step_flops(name: str, batch: int) -> float:
+    """Operations of a step's matrix products, the loss's included: three times the forward's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    model = create_model(name, device="meta", backend="torch")
+    size = model.visual.image_size
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        image = model.encode_image(torch.empty(1, 3, *((size, size) if isinstance(size, int) else size), device="meta"))
+        model.encode_text(torch.empty(1, 77, dtype=torch.long, device="meta"))
+    return 3.0 * batch * counter.get_total_flops() + 8.0 * batch * batch * image.shape[-1]

@@ -1,0 +1,59 @@
+"""Captions to token ids: ours against OpenCLIP's tokenizer, on ASCII and on other scripts."""
+
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from clipfast import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, Tokenizer
+
+from ..case import OURS, Candidate, Case, Function
+from . import peers
+
+FIELDS: Mapping[str, int | str | bool] = {"captions": 2000, "text": "ascii"}
+SUFFIX = {"ascii": "", "unicode": " – ein Foto, 一张照片 📷"}
+
+
+def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:  # noqa: ARG001
+    """English captions, and the same with accents, ideographs and an emoji."""
+    return [{"captions": 2000, "text": text} for text in SUFFIX]
+
+
+def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
+    """Class names in prompt templates, all different; both must give the same ids."""
+    count, text = shape["captions"], shape["text"]
+    if text not in SUFFIX:
+        raise ValueError(f"tokenizer: text must be one of {', '.join(SUFFIX)}, got {text!r}")
+    filled = (t.format(name) for t in OPENAI_IMAGENET_TEMPLATES for name in IMAGENET_CLASSNAMES)
+    captions = [caption + SUFFIX[text] for caption, _ in zip(filled, range(count), strict=False)]
+    if len(captions) < count:
+        raise ValueError(f"tokenizer: at most {len(captions)} captions, got {count}")
+    return Case(
+        suite="tokenizer",
+        op="tokenizer.encode",
+        shape=shape,
+        dtype=dtype,
+        device=device,
+        inputs=lambda: {"order": torch.randperm(count)},
+        candidates=(
+            Candidate(OURS, functools.partial(_all, captions, Tokenizer())),
+            Candidate("OpenCLIP tokenizer", functools.partial(_open_clip, captions)),
+        ),
+        reference=functools.partial(_encode, captions, Tokenizer()),
+        items=(count, "captions"),
+    )
+
+
+def _open_clip(captions: list[str]) -> Function:
+    return _all(captions, peers.need("open_clip", "open_clip_torch").SimpleTokenizer())
+
+
+def _all(captions: list[str], tokenizer: Any) -> Function:
+    return functools.partial(_encode, captions, tokenizer)
+
+
+def _encode(captions: list[str], tokenizer: Any, order: Tensor) -> Tensor:
+    ids: Tensor = tokenizer([captions[index] for index in order.tolist()])
+    return ids

@@ -1,0 +1,60 @@
+"""The least work that each op must do: floating-point operations, and bytes through device memory.
+
+Each input is read once and each output written once; scratch memory is not counted, since a better kernel needs less of
+it. No version runs faster than the larger of operations over the matrix units' rate and bytes over the memory's, so a
+measured time over that is what is left to gain.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Floor:
+    """Floating-point operations (a multiply-add is two) and bytes of device memory of one call."""
+
+    flops: float
+    bytes: float
+
+    def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
+        """The shortest time on a machine of these rates."""
+        return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
+
+
+def contrastive_floor(pairs: int, embed_dim: int, itemsize: int, *, backward: bool) -> Floor:
+    """Contrastive loss of [pairs, embed_dim] features: one product gives both log-sum-exps; backward recomputes it, and
+    each of the two gradients is another (8 N^2 D in all). Features are read, gradients written.
+    """
+    features = 2 * pairs * embed_dim * itemsize
+    product = 2 * pairs * pairs * embed_dim
+    return Floor(4 * product, 2 * features) if backward else Floor(product, features)
+
+
+def attention_floor(
+    batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int, *, causal: bool, backward: bool
+) -> Floor:
+    """Attention on a packed projection: two products forward; backward recomputes one of them and needs four more.
+
+    Forward reads q, k, v and writes the output; backward reads q, k, v and the output's gradient, and writes three
+    gradients. The output itself need not be read again: its product with the gradient follows from the other two.
+    """
+    scores = tokens * (tokens + 1) / 2 if causal else tokens * tokens
+    product = 2 * batch * num_heads * scores * head_dim
+    plane = batch * tokens * num_heads * head_dim * itemsize
+    return Floor(7 * product, 11 * plane) if backward else Floor(2 * product, 4 * plane)
+
+
+def patch_embed_floor(
+    batch: int, channels: int, size: int, patch: int, embed_dim: int, pixel_bytes: int, itemsize: int, *, backward: bool
+) -> Floor:
+    """Patch embedding of square images: one product forward, one for the gradient of the weight.
+
+    Forward reads pixels, weight and positions and writes the tokens; backward reads pixels and the tokens' gradient and
+    writes the gradients of weight and positions. Pixels get no gradient.
+    """
+    patches, k = (size // patch) ** 2, channels * patch * patch
+    product = 2 * batch * patches * k * embed_dim
+    pixels = batch * channels * size * size * pixel_bytes
+    parameters = (k + 1 + patches) * embed_dim * itemsize
+    tokens = batch * (1 + patches) * embed_dim * itemsize
+    forward = pixels + parameters + tokens
+    return Floor(2 * product, 2 * forward) if backward else Floor(product, forward)
