@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 # The extra "sanitize": it asks for a newer Python than it needs, and for nothing that is not here already.
 TTSEM := $(shell grep -o 'ttsem==[0-9.]*' pyproject.toml)
 
-.PHONY: help train test test-cpu test-interpreter lint fmt clean
+.PHONY: help train test test-cpu test-interpreter bench gpu lint fmt clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
+	@grep -E '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -32,6 +32,18 @@ test-cpu: $(VENV)/test  ## CPU paths, ttsem, offline compilation, model layer, t
 
 test-interpreter: $(VENV)/test  ## The Triton kernels, interpreted
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal tests/kernels
+
+bench: $(VENV)/test  ## Time everything on this machine, against whatever else is installed
+	$(BIN)/python -m bench all
+
+# On a bare GPU machine: nothing is installed, the packages are linked into build/site. GPU_PYTHON has PyTorch and Triton.
+GPU_PYTHON ?= python3
+GPU_OUT ?= runs/gpu
+gpu:  ## Tests, numerics, timings, tuning and sanitizer on a GPU, in 8 minutes; DRY=1 goes through it on a CPU
+	$(GPU_PYTHON) -m bench.gpu --out $(GPU_OUT) $(if $(DRY),--dry)
+
+gpu-%:  ## A part of it: gpu-loss, gpu-attention, gpu-blocks, gpu-step
+	$(GPU_PYTHON) -m bench.gpu --part $* --out $(GPU_OUT) $(if $(DRY),--dry)
 
 # mypy sees the packages as they are installed: kernels/ and bench/ inside clipfast/.
 lint: $(VENV)/test  ## Check style and types

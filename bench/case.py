@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -27,12 +28,14 @@ class Candidate:
         make: imports and prepares; returns the function of the case's inputs, by name. Raises :class:`MissingError`.
         lacks: inputs for which it gives no gradient.
         note: what else a reader must know to compare.
+        context: entered around every call, backward included.
     """
 
     name: str
     make: Callable[[], Function]
     lacks: tuple[str, ...] = ()
     note: str = ""
+    context: Callable[[], AbstractContextManager[object]] = nullcontext
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,12 +80,12 @@ class Case:
 def call(case: Case, candidate: Candidate, function: Function, inputs: Inputs) -> dict[str, Tensor]:
     """One call: the value, and gradients as ``d_<name>`` where the case asks for them and the candidate has them."""
     wanted = [name for name in case.wants_grad if name not in candidate.lacks]
-    value = function(**inputs)
-    if not wanted:
-        return {"value": value}
-    # a stand-in of the right size that is not all ones, which would hide a gradient taken along the wrong axis
-    upstream = torch.ones_like(value) if value.ndim == 0 else inputs["grad"].to(value.dtype)
-    grads = torch.autograd.grad(value, [inputs[name] for name in wanted], upstream)
+    with candidate.context():
+        value = function(**inputs)
+        if not wanted:
+            return {"value": value}
+        upstream = torch.ones_like(value) if value.ndim == 0 else inputs["grad"].to(value.dtype)
+        grads = torch.autograd.grad(value, [inputs[name] for name in wanted], upstream)
     return {"value": value.detach(), **{f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}}
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import report, results
+from . import results, tables, tune
 from .case import DTYPES
 from .harness import Budget
 from .suites import SUITES, Shape, build
@@ -23,14 +23,15 @@ examples:
   python -m bench loss --device cpu
   python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
   python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if so)
+  python -m bench tune --op contrastive --card H100
   python -m bench table                      write the README's tables again from the committed results
   python -m bench plot FILE.json             draw a result again"""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Run the benchmarks' command line; bad arguments are one line on stderr and exit code 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench",
+        prog=prog,
         description=DESCRIPTION,
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -54,6 +55,8 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     everything |= {"ops": "loss, attention and patch", "all": "every suite"}
     for name, text in everything.items():
         _add_measuring(commands.add_parser(name, help=text, description=text.capitalize() + "."))
+    tuner = commands.add_parser("tune", help="search launch configurations on the card here", description=tune.__doc__)
+    tune.add_arguments(tuner)
     table = commands.add_parser("table", help="write the README's tables again from committed results")
     table.add_argument("--readme", type=Path, default=Path("README.md"))
     table.add_argument("--results", type=Path, default=results.FOLDER)
@@ -70,6 +73,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--shape", action="append", default=[], metavar='"KEY=VALUE ..."',
         help="sizes to measure at, in place of the defaults; may be repeated",
     )  # fmt: skip
+    parser.add_argument(
+        "--smoke", action="store_true", help="the smallest shapes, two rounds: shows whether everything runs"
+    )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=50, help="rounds at most (default 50)")
     parser.add_argument("--seconds", type=float, default=60, help="stop adding rounds to a case after this long")
@@ -86,9 +92,11 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the parsed command line asks for."""
+    if args.bench == "tune":
+        return tune.run(args)
     if args.bench == "table":
         text = args.readme.read_text()
-        args.readme.write_text(report.fill_readme(text, args.results, results.read))
+        args.readme.write_text(tables.fill_readme(text, args.results, results.read))
         return 0
     if args.bench == "plot":
         from .plots import draw
@@ -114,7 +122,8 @@ def _budget(args: argparse.Namespace) -> Budget:
     for name in ("rounds", "seconds", "min_rounds"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}")
-    return Budget(args.seconds, args.rounds, min(args.min_rounds, args.rounds))
+    rounds = 2 if args.smoke else args.rounds
+    return Budget(args.seconds, rounds, min(args.min_rounds, rounds))
 
 
 def _device(name: str) -> torch.device:
@@ -137,7 +146,8 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Sha
     dtypes = results.dtypes_of(args.dtype or ["bf16" if device.type == "cuda" else "fp32"])
     plan = []
     for suite in chosen:
-        shapes = [_parse_shape(suite, text) for text in args.shape] or SUITES[suite].shapes(device.type)
+        default = [SUITES[suite].smallest] if args.smoke else SUITES[suite].shapes(device.type)
+        shapes = [_parse_shape(suite, text) for text in args.shape] or default
         # what does no arithmetic in floating point has one dtype
         for dtype in dtypes if suite in ("loss", "attention", "patch", "step") else ["fp32"]:
             plan += [(suite, shape, dtype) for shape in shapes]

@@ -9,7 +9,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,20 @@ import torch
 
 from . import results
 from .case import OURS
+from .checkout import ROOT, link_packages
 from .harness import Budget
-from .report import seconds
 from .suites import Shape
+from .tables import seconds
 
 TURNS = 5
 TOLERANCE = 1.05
+# An editable installation would fill in what a side lacks from this checkout.
+_START = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "_Editable" not in repr(finder)]
+from clipfast.bench.compare import main
+main()
+"""
 
 
 def compare(base: str, plan: Sequence[tuple[str, Shape, str]], device: torch.device, budget: Budget) -> int:
@@ -36,11 +44,10 @@ def compare(base: str, plan: Sequence[tuple[str, Shape, str]], device: torch.dev
     Raises:
         ValueError: ``base`` is no commit of this checkout.
     """
-    root = Path(__file__).resolve().parent.parent
-    with tempfile.TemporaryDirectory() as scratch, _worktree(root, base, Path(scratch) / "base") as base_root:
+    with tempfile.TemporaryDirectory() as scratch, _worktree(base, Path(scratch) / "base") as base_root:
         sides = {
-            "base": link_packages(Path(scratch) / "site-base", base_root, bench=root / "bench"),
-            "head": link_packages(Path(scratch) / "site-head", root, bench=root / "bench"),
+            "base": link_packages(Path(scratch) / "site-base", base_root, bench=ROOT / "bench"),
+            "head": link_packages(Path(scratch) / "site-head"),
         }
         runs: dict[str, list[dict[str, Any]]] = {"base": [], "head": []}
         for turn in range(TURNS):
@@ -49,17 +56,6 @@ def compare(base: str, plan: Sequence[tuple[str, Shape, str]], device: torch.dev
                 out = Path(scratch) / f"{side}-{turn}.json"
                 runs[side].append(_measure(sides[side], plan, device, budget, out))
     return _verdicts(runs, base)
-
-
-def link_packages(site: Path, root: Path, bench: Path) -> Path:
-    """A folder for PYTHONPATH that holds the package as it is installed: kernels/ and bench/ inside clipfast/."""
-    package = site / "clipfast"
-    package.mkdir(parents=True)
-    for entry in (root / "clipfast").iterdir():
-        (package / entry.name).symlink_to(entry)
-    (package / "kernels").symlink_to(root / "kernels")
-    (package / "bench").symlink_to(bench)
-    return site
 
 
 def ratio_of_processes(
@@ -145,7 +141,7 @@ def _measure(
         "threads": torch.get_num_threads(),
     }
     # -P: the current folder must not come before the side's own packages
-    command = [sys.executable, "-P", "-m", "clipfast.bench.compare", json.dumps(request), str(out)]
+    command = [sys.executable, "-P", "-c", _START, json.dumps(request), str(out)]
     environment = {**os.environ, "PYTHONPATH": str(site)}
     run = subprocess.run(command, env=environment, capture_output=True, text=True)
     if run.returncode != 0:
@@ -154,8 +150,8 @@ def _measure(
 
 
 @contextmanager
-def _worktree(root: Path, base: str, folder: Path) -> Any:
-    command = ["git", "-C", str(root), "worktree"]
+def _worktree(base: str, folder: Path) -> Iterator[Path]:
+    command = ["git", "-C", str(ROOT), "worktree"]
     added = subprocess.run([*command, "add", "--detach", str(folder), base], capture_output=True, text=True)
     if added.returncode != 0:
         raise ValueError(f"--compare {base}: no such commit here: {added.stderr.strip().splitlines()[-1]}")
@@ -174,7 +170,3 @@ def main() -> None:
     plan = [(suite, shape, dtype) for suite, shape, dtype in request["plan"]]
     budget = Budget(*request["budget"])
     measure_all(plan, torch.device(request["device"]), budget, out, only=[], memory=False, plots=False)
-
-
-if __name__ == "__main__":
-    main()

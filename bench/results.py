@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,8 @@ def _candidate_result(timing: Timing, ours: Timing | None, peak: int | None, flo
         "name": timing.candidate.name,
         "note": timing.candidate.note,
         "refused": timing.refused,
-        "errors": timing.errors,
+        # JSON has no NaN
+        "errors": {name: error if math.isfinite(error) else None for name, error in timing.errors.items()},
         "peak_bytes": peak,
         "timer": timing.timer,
         "phases_s": timing.phases,

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from . import report, results
+from . import results, tables
 from .case import DTYPES, OURS, Case
 from .harness import Budget, measure
 from .machine import measure_roofs
@@ -48,7 +48,7 @@ def measure_all(
         result = results.case_result(case, timings, telemetry, peaks, roofs[dtype])
         run["cases"].append(result)
         results.write(run, path)
-        print(report.case_table(result) + "\n", flush=True)
+        print(tables.case_table(result) + "\n", flush=True)
     if plots:
         _draw(run, path)
     print(path)

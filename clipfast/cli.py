@@ -1,4 +1,4 @@
-"""The command line: ``clipfast train`` and ``clipfast eval``. Each subcommand imports what it needs when it runs."""
+"""The command line, ``clipfast COMMAND``. Each subcommand imports what it needs when it runs."""
 
 import argparse
 import json
@@ -15,7 +15,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
-    args = parser.parse_args(argv)
+    commands.add_parser("bench", help="time ops, steps and data against other implementations", add_help=False)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if arguments[:1] == ["bench"]:
+        from .bench.cli import main as bench
+
+        return bench(arguments[1:], prog="clipfast bench")
+    args = parser.parse_args(arguments)
     shown: Exception
     try:
         return args.run(args)

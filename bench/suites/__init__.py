@@ -20,23 +20,35 @@ class Suite:
         shapes: default shapes on a device type, "cpu" or "cuda".
         build: a case from a shape, a dtype's name and a device.
         fields: sizes that a shape must name, with an example of each.
+        smallest: a shape that shows whether everything runs.
     """
 
     help: str
     shapes: Callable[[str], list[Shape]]
     build: Callable[[Shape, str, torch.device], Case]
     fields: Shape
+    smallest: Shape
 
 
 SUITES = {
-    "loss": Suite("contrastive loss, forward and backward", loss.shapes, loss.build, loss.FIELDS),
+    "loss": Suite("contrastive loss, forward and backward", loss.shapes, loss.build, loss.FIELDS, loss.SMALLEST),
     "attention": Suite(
-        "attention on the packed projection, forward and backward", attention.shapes, attention.build, attention.FIELDS
+        "attention on the packed projection, forward and backward",
+        attention.shapes,
+        attention.build,
+        attention.FIELDS,
+        attention.SMALLEST,
     ),
-    "patch": Suite("patch embedding from bytes, forward and backward", patch.shapes, patch.build, patch.FIELDS),
-    "step": Suite("a whole training step: forward, loss, backward, AdamW", step.shapes, step.build, step.FIELDS),
-    "data": Suite("decoding and transforming images", data.shapes, data.build, data.FIELDS),
-    "tokenizer": Suite("captions to token ids", tokenizer.shapes, tokenizer.build, tokenizer.FIELDS),
+    "patch": Suite(
+        "patch embedding from bytes, forward and backward", patch.shapes, patch.build, patch.FIELDS, patch.SMALLEST
+    ),
+    "step": Suite(
+        "a whole training step: forward, loss, backward, AdamW", step.shapes, step.build, step.FIELDS, step.SMALLEST
+    ),
+    "data": Suite("decoding and transforming images", data.shapes, data.build, data.FIELDS, data.SMALLEST),
+    "tokenizer": Suite(
+        "captions to token ids", tokenizer.shapes, tokenizer.build, tokenizer.FIELDS, tokenizer.SMALLEST
+    ),
 }
 
 

@@ -16,6 +16,7 @@ from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs, require_cuda
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"batch": 64, "tokens": 197, "heads": 12, "head_dim": 64, "causal": False}
+SMALLEST: Mapping[str, int | str | bool] = {"batch": 2, "tokens": 9, "heads": 2, "head_dim": 16, "causal": True}
 # tokens, heads, head_dim, causal of one layer: B/32, text of B, B/16, L/14, H/14, L/14 at 336 pixels
 LAYERS = (
     (50, 12, 64, False),

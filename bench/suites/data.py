@@ -16,6 +16,7 @@ from ..case import OURS, Candidate, Case, Function
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"images": 32, "width": 640, "height": 480, "size": 224}
+SMALLEST: Mapping[str, int | str | bool] = {"images": 2, "width": 64, "height": 48, "size": 32}
 
 
 def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:  # noqa: ARG001

@@ -16,6 +16,7 @@ from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs, MissingError
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"pairs": 4096, "embed_dim": 512}
+SMALLEST: Mapping[str, int | str | bool] = {"pairs": 40, "embed_dim": 16}
 LOGIT_SCALE = 1 / 0.07  # where training starts
 # The reference holds several N x N matrices in float32.
 GATE_PAIRS = {"cpu": 4096, "cuda": 16384}

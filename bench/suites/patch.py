@@ -13,6 +13,7 @@ from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"batch": 64, "size": 224, "patch": 16, "embed_dim": 768}
+SMALLEST: Mapping[str, int | str | bool] = {"batch": 2, "size": 16, "patch": 8, "embed_dim": 16}
 
 
 def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:

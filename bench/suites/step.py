@@ -18,6 +18,7 @@ from ..machine import synchronize
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"model": "ViT-B-32", "batch": 256}
+SMALLEST: Mapping[str, int | str | bool] = {"model": "ViT-T-8-32", "batch": 2}
 
 
 def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:
@@ -33,8 +34,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     name, batch = shape["model"], shape["batch"]
     if name not in list_models():
         raise ValueError(f"step: unknown model {name!r}; known: {', '.join(list_models())}")
-    config = get_model_config(name)
-    size = config["vision_cfg"]["image_size"]
+    size = get_model_config(name).vision.image_size
 
     def inputs() -> Inputs:
         return {
@@ -161,6 +161,6 @@ def _step_flops(name: str, batch: int) -> float:
     model = create_model(name, device="meta", backend="torch")
     size = model.visual.image_size
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        image = model.encode_image(torch.empty(1, 3, *((size, size) if isinstance(size, int) else size), device="meta"))
+        image = model.encode_image(torch.empty(1, 3, size, size, device="meta"))
         model.encode_text(torch.empty(1, 77, dtype=torch.long, device="meta"))
     return 3.0 * batch * counter.get_total_flops() + 8.0 * batch * batch * image.shape[-1]

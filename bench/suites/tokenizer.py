@@ -13,6 +13,7 @@ from ..case import OURS, Candidate, Case, Function
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"captions": 2000, "text": "ascii"}
+SMALLEST: Mapping[str, int | str | bool] = {"captions": 20, "text": "unicode"}
 SUFFIX = {"ascii": "", "unicode": " – ein Foto, 一张照片 📷"}
 
 

@@ -23,6 +23,14 @@ def step(name, device):
     return run, [x for x in leaves.values() if x.requires_grad]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NAMES)
+def test_finite(name, dtype, device):
+    # small and plain, for compute-sanitizer to watch
+    fn, inputs, grad = small_calls(dtype, device)[name]
+    assert all(value.isfinite().all() for value in value_and_grads(fn, inputs, grad.to(device)).values())
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_no_host_sync(name, device):
     run, _ = step(name, device)

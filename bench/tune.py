@@ -1,0 +1,306 @@
+"""Search launch configurations on the card at hand, and write the table that is committed.
+
+For each kernel of an op, every configuration of a declared space is compiled first, for the card's architecture:
+what spills, passes a limit or misses the tensor cores is dropped, and what is left is ranked by the bound that
+``inspect`` reads from its machine code. The best few are timed, in turns with the committed one, on the whole op: a
+kernel that is fast alone may leave the next one slow. A configuration whose error is larger than the committed one's is
+refused; one that is faster beyond doubt takes its place.
+"""
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import multiprocessing
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipfast.kernels import configs
+
+from . import offline
+from .case import DTYPES, OURS, Candidate, Case, call
+from .harness import Budget, Timing, leaves, measure, ratio_interval
+from .inspect import inspect_launch
+from .report import Report
+from .suites import Shape, build
+
+Config = configs.GemmConfig | configs.AttentionConfig | configs.RowConfig
+# An error may not grow by more than this when sums are taken in another order.
+ERROR_GROWTH = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Tunable:
+    """A kernel that has configurations.
+
+    Attributes:
+        kernel: its name in the tables.
+        function: name of the Triton function.
+        kind: of its configurations.
+    """
+
+    kernel: str
+    function: str
+    kind: type[Config]
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What is tuned together: the kernels of an op, at the shape that stands for its use."""
+
+    suite: str
+    shape: Shape
+    kernels: tuple[Tunable, ...]
+
+
+_GEMM, _ROWS, _ATTENTION = configs.GemmConfig, configs.RowConfig, configs.AttentionConfig
+SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
+    _GEMM: {
+        "block_m": (64, 128, 256),
+        "block_n": (64, 128, 256),
+        "block_k": (32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (2, 3, 4),
+    },
+    _ROWS: {"block_m": (4, 8, 16, 32), "block_k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (1,)},
+    _ATTENTION: {
+        "block_m": (16, 32, 64, 128),
+        "block_n": (16, 32, 64, 128),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2, 3),
+    },
+}
+_ATTENTION_KERNELS = (
+    Tunable("attention_fwd", "_attention_fwd_kernel", _ATTENTION),
+    Tunable("attention_bwd_dq", "_attention_bwd_dq_kernel", _ATTENTION),
+    Tunable("attention_bwd_dkv", "_attention_bwd_dkv_kernel", _ATTENTION),
+)
+TARGETS = {
+    "contrastive": Target(
+        "loss",
+        {"pairs": 16384, "embed_dim": 512},
+        (
+            Tunable("contrastive_stats", "_softmax_stats_kernel", _GEMM),
+            Tunable("contrastive_grad_tile", "_grad_tile_kernel", _GEMM),
+            Tunable("contrastive_product", "_product_kernel", _GEMM),
+            Tunable("contrastive_finish", "_finish_kernel", _ROWS),
+        ),
+    ),
+    "attention-64": Target(
+        "attention",
+        {"batch": 256, "tokens": 257, "heads": 16, "head_dim": 64, "causal": False},
+        _ATTENTION_KERNELS,
+    ),
+    "attention-128": Target(
+        "attention",
+        {"batch": 256, "tokens": 257, "heads": 16, "head_dim": 104, "causal": False},
+        _ATTENTION_KERNELS,
+    ),
+    "patch_embed": Target(
+        "patch",
+        {"batch": 256, "size": 224, "patch": 14, "embed_dim": 1024},
+        (
+            Tunable("patch_embed_fwd", "_patch_embed_fwd_kernel", _GEMM),
+            Tunable("patch_embed_bwd_weight", "_patch_embed_bwd_weight_kernel", _GEMM),
+        ),
+    ),
+}
+
+
+def space(kind: type[Config]) -> Iterator[Config]:
+    """Every configuration that is searched for a kernel of this kind."""
+    axes = SPACES[kind]
+    for values in itertools.product(*axes.values()):
+        yield kind(**dict(zip(axes, values, strict=True)))
+
+
+def spread(configurations: Sequence[Config], limit: int | None) -> list[Config]:
+    """At most ``limit`` of ``configurations``, from all over them."""
+    step = len(configurations) / limit if limit and limit < len(configurations) else 1
+    return [configurations[int(i * step)] for i in range(min(limit or len(configurations), len(configurations)))]
+
+
+def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
+    """The entry of the tables that is tuned."""
+    head_dim = target.shape.get("head_dim")
+    return configs.config_key(tunable.kernel, DTYPES[dtype], head_dim if isinstance(head_dim, int) else None)
+
+
+def prune(
+    tunable: Tunable, target: Target, dtype: str, arch: int, candidates: Sequence[Config], keep: int
+) -> list[tuple[Config, Report]]:
+    """The ``keep`` best configurations that compile soundly for ``arch``, with their reports, best first."""
+    inspect = functools.partial(_inspect, tunable, target, dtype, arch)
+    # spawned: a process that has touched a GPU must not be forked
+    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
+        reports = list(pool.map(inspect, candidates, chunksize=4))
+    sound = [(c, r) for c, r in zip(candidates, reports, strict=True) if r is not None and not r.failures]
+    return sorted(sound, key=lambda pair: pair[1].rank)[:keep]
+
+
+def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Config) -> Report | None:
+    """The worst report of the kernel's launches under ``config``; None where one does not compile: it asks for more
+    shared memory than there is, or for a tile that Triton refuses.
+    """
+    case = build(target.suite, _small(target.shape), dtype, torch.device("cpu"))
+    with configs.override(key_of(tunable, target, dtype), config):
+        launches = offline.record(arch, functools.partial(_once, case))
+    ours = [launch for launch in launches if launch.kernel.__name__ == tunable.function]
+    try:
+        return max((inspect_launch(launch, arch) for launch in ours), key=lambda report: report.rank)
+    except Exception:
+        return None
+
+
+def tune(op: str, dtype: str, device: torch.device, budget: Budget, keep: int, limit: int | None) -> dict[str, Config]:
+    """Search the kernels of ``op`` on ``device`` and return the entries that became faster."""
+    target, arch = TARGETS[op], _table_arch(device)
+    better: dict[str, Config] = {}
+    for tunable in target.kernels:
+        key = key_of(tunable, target, dtype)
+        committed = _committed(tunable, arch, target, dtype)
+        searched = spread(list(space(tunable.kind)), limit)
+        pruned = [c for c, _ in prune(tunable, target, dtype, arch, searched, keep) if c != committed]
+        say(f"{key}: timing {len(pruned)} configurations against {committed}")
+        with _overrides(better):
+            case = _case(target, dtype, device, key, pruned)
+            timings, telemetry = measure(case, budget)
+        winner = best(timings, pruned)
+        if telemetry["throttled"]:
+            say(f"{key}: the card was throttled, nothing is changed")
+        elif winner is None:
+            say(f"{key}: the committed configuration stays")
+        else:
+            better[key] = winner
+            say(f"{key}: {winner} instead")
+    return better
+
+
+def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | None:
+    """The fastest configuration that is beyond doubt faster than the committed one and no less accurate.
+
+    Args:
+        timings: the committed one's first, then one for each of ``candidates``.
+    """
+    committed, *others = timings
+    if committed.refused is not None:
+        raise RuntimeError(f"the committed configuration cannot be timed: {committed.refused}")
+    found: list[tuple[float, Config]] = []
+    for timing, config in zip(others, candidates, strict=True):
+        if timing.refused is not None or _less_accurate(timing, committed):
+            continue
+        ratio, _, high = ratio_interval(committed.samples, timing.samples)
+        if high < 1:
+            found.append((ratio, config))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
+
+
+def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TUNED) -> Path:
+    """Put ``entries`` into the committed table of ``arch``, in the order of their names."""
+    path = folder / f"sm_{arch}.json"
+    table = json.loads(path.read_text()) | {key: dataclasses.asdict(config) for key, config in entries.items()}
+    lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())]
+    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    return path
+
+
+def run(args: Any) -> int:
+    """Tune what the parsed command line names, or with ``--dry`` rank configurations without a card."""
+    ops = list(TARGETS) if args.op == "all" else [args.op]
+    if args.dry:
+        for op in ops:
+            _print_ranking(op, args.dtype, args.arch, args.keep, args.limit)
+        return 0
+    if not torch.cuda.is_available():
+        raise ValueError("tuning needs the GPU that is tuned for: --dry ranks configurations without one")
+    device = torch.device("cuda")
+    name = torch.cuda.get_device_name(device)
+    if args.card is None or args.card.lower() not in name.lower():
+        raise ValueError(f"--card must name the card that is tuned for, part of {name!r}, got {args.card!r}")
+    for op in ops:
+        entries = tune(op, args.dtype, device, Budget(args.seconds), args.keep, args.limit)
+        # after each op, so that a stop leaves what came before
+        if entries:
+            print(write_table(entries, _table_arch(device), args.tables), flush=True)
+    print("now run: clipfast verify, clipfast inspect, and tests/kernels/test_offline.py --update-resources")
+    return 0
+
+
+def add_arguments(parser: Any) -> None:
+    """Options of the tuner."""
+    parser.add_argument("--op", default="all", choices=("all", *TARGETS))
+    parser.add_argument("--card", help="part of the name of the card here, such as H100: says that you mean this one")
+    parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
+    parser.add_argument("--keep", type=int, default=8, help="configurations to time for each kernel (default 8)")
+    parser.add_argument("--seconds", type=float, default=10, help="time for each kernel (default 10)")
+    parser.add_argument("--tables", type=Path, default=configs.TUNED, help="folder of the tables to write")
+    parser.add_argument("--dry", action="store_true", help="compile and rank only; needs no GPU, changes nothing")
+    parser.add_argument("--arch", type=int, default=90, choices=configs.ARCHS, help="for --dry (default 90)")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="configurations to compile for each kernel (default: all)"
+    )
+
+
+def _print_ranking(op: str, dtype: str, arch: int, keep: int, limit: int | None) -> None:
+    target = TARGETS[op]
+    for tunable in target.kernels:
+        committed = _committed(tunable, arch, target, dtype)
+        searched = list(space(tunable.kind))
+        chosen = [committed, *(config for config in spread(searched, limit) if config != committed)]
+        print(f"{key_of(tunable, target, dtype)} on sm_{arch}, {len(chosen)} of {len(searched)} configurations:")
+        for config, report in prune(tunable, target, dtype, arch, chosen, keep):
+            note = "  <- committed" if config == committed else ""
+            share = f"{100 * report.bound.share:.0f}%" if report.bound is not None else "unknown"
+            print(f"  bound {share:>7}  {report.resources.registers:3} registers  {config}{note}", flush=True)
+
+
+def say(text: str) -> None:
+    """Progress, at once: a tuner that is stopped has said what it knew."""
+    print(text, flush=True)
+
+
+def _case(target: Target, dtype: str, device: torch.device, key: str, candidates: Sequence[Config]) -> Case:
+    case = build(target.suite, target.shape, dtype, device)
+    ours = next(c for c in case.candidates if c.name == OURS)
+    changed = [
+        Candidate(str(config), ours.make, context=functools.partial(configs.override, key, config))
+        for config in candidates
+    ]
+    return dataclasses.replace(case, candidates=(ours, *changed))
+
+
+def _less_accurate(timing: Timing, committed: Timing) -> bool:
+    return any(not error <= ERROR_GROWTH * committed.errors[name] + 1e-7 for name, error in timing.errors.items())
+
+
+def _committed(tunable: Tunable, arch: int, target: Target, dtype: str) -> Config:
+    key = key_of(tunable, target, dtype)
+    table = next(table for known in configs.ARCHS if known <= arch and key in (table := configs.read_table(known)))
+    return tunable.kind(**table[key])
+
+
+def _table_arch(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return next(arch for arch in configs.ARCHS if arch <= 10 * major + minor)
+
+
+def _overrides(entries: dict[str, Config]) -> contextlib.ExitStack:
+    stack = contextlib.ExitStack()
+    for key, config in entries.items():
+        stack.enter_context(configs.override(key, config))
+    return stack
+
+
+def _small(shape: Shape) -> Shape:
+    """The same shape with a small batch: what is compiled does not depend on it, but empty tensors take memory."""
+    return {key: (1024 if key == "pairs" else 2 if key == "batch" else value) for key, value in shape.items()}
+
+
+def _once(case: Case) -> object:
+    ours = next(candidate for candidate in case.candidates if candidate.name == OURS)
+    return call(case, ours, ours.make(), leaves(case, case.inputs()))

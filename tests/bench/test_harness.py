@@ -1,0 +1,307 @@
+"""Timings: what is refused, what is kept, and whether the judgement is right."""
+
+import json
+import math
+import time
+from pathlib import Path
+
+import jsonschema
+import numpy as np
+import pytest
+import torch
+
+import clipfast.bench
+from clipfast.bench import checkout, cli, compare, results, session, tables
+from clipfast.bench.case import OURS, Candidate, Case, MissingError
+from clipfast.bench.harness import Budget, leaves, measure, ratio_interval
+from clipfast.bench.machine import Telemetry
+from clipfast.bench.memory import peak_bytes
+from clipfast.bench.suites import SUITES, build
+from clipfast.kernels.floors import Floor
+
+from ..conftest import INTERPRET
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
+CPU = torch.device("cpu")
+SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
+SMALL = {name: suite.smallest for name, suite in SUITES.items()}
+# what compiles takes long, and OpenCLIP does not know the small model
+SLOW = ("compiled",)
+
+
+def double(x):
+    return 2 * x
+
+
+def case(candidates, reference=double, **kwargs):
+    return Case(
+        suite="loss", op="double", shape={}, dtype="fp32", device=CPU, inputs=lambda: {"x": torch.randn(8)},
+        candidates=candidates, reference=reference, **kwargs,
+    )  # fmt: skip
+
+
+def quickly(case):
+    timings, _ = measure(case, Budget(seconds=0.0, rounds=3, min_rounds=2))
+    return {timing.candidate.name: timing for timing in timings}
+
+
+def test_a_wrong_candidate_is_not_timed():
+    def nan(x):
+        return 2 * x + float("nan")
+
+    def missing():
+        raise MissingError("not installed (pip install peer)")
+
+    timings = quickly(
+        case(
+            (
+                Candidate(OURS, lambda: double),
+                Candidate("off by 1%", lambda: lambda x: 2.02 * x),
+                Candidate("NaN", lambda: nan),
+                Candidate("raises", lambda: lambda x: x @ torch.ones(3)),
+                Candidate("peer", missing),
+            )
+        )
+    )
+    assert timings[OURS].refused is None
+    assert len(timings[OURS].samples) == 2
+    assert timings["off by 1%"].refused == "wrong: value is off by 1.0e-02, allowed 2e-03"
+    assert "off by nan" in timings["NaN"].refused
+    assert timings["raises"].refused.startswith("RuntimeError: ")
+    assert timings["peer"].refused == "missing: not installed (pip install peer)"
+    assert all(not timings[name].samples for name in timings if name != OURS)
+
+
+def test_a_wrong_gradient_is_not_timed():
+    class Wrong(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return (2 * x).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 2.1 * grad.expand(8)
+
+    def right(x):
+        return (2 * x).sum()
+
+    candidates = (Candidate(OURS, lambda: right), Candidate("wrong", lambda: lambda x: Wrong.apply(x)))
+    timings = quickly(case(candidates, reference=right, wants_grad=("x",)))
+    assert timings[OURS].refused is None
+    assert timings["wrong"].refused.startswith("wrong: d_x is off by 5.0e-02")
+
+
+def test_candidates_take_turns():
+    calls = []
+
+    def candidate(name):
+        def run(x):
+            calls.append(name)
+            time.sleep(0.006)  # longer than a sample needs, so one call is one sample
+            return 2 * x
+
+        return Candidate(name, lambda: run)
+
+    measure(case((candidate("a"), candidate("b"))), Budget(seconds=100, rounds=4))
+    assert calls[-8:] == ["a", "b", "b", "a", "a", "b", "b", "a"]
+
+
+def test_budget_ends_a_case_but_not_before_the_least():
+    slow = case((Candidate(OURS, lambda: lambda x: time.sleep(0.02) or 2 * x),))
+    (timing,), _ = measure(slow, Budget(seconds=0.0, rounds=50, min_rounds=4))
+    assert len(timing.samples) == 4
+
+
+def test_interval_of_the_ratio():
+    rng = np.random.default_rng(1)
+    drift = 1 + np.arange(60) / 30  # both slow down together: it must cancel
+    ours, other = drift * rng.normal(1, 0.05, 60), drift * rng.normal(1.5, 0.05, 60)
+    median, low, high = ratio_interval(ours, other)
+    assert low < median < high
+    assert 1.4 < low < 1.5 < high < 1.6
+    assert ratio_interval([1.0, 1.0], [1.0, 1.0]) == (1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "throttled", "word"),
+    [
+        (1.06, 1.2, False, "slower"),
+        (1.01, 1.2, False, "undecided"),
+        (0.97, 1.04, False, "same"),
+        (0.7, 0.9, False, "faster"),
+        (1.06, 1.2, True, "throttled"),
+    ],
+)
+def test_verdict(low, high, throttled, word):
+    assert compare.verdict(low, high, throttled) == word
+
+
+def test_processes_count_more_than_samples():
+    # Many samples that agree within a process prove nothing about the next process.
+    base, head = [[1.0] * 50, [1.3] * 50, [0.8] * 50], [[1.2] * 50, [0.9] * 50, [1.1] * 50]
+    _, low, high = compare.ratio_of_processes(base, head)
+    assert low < 0.8
+    assert high > 1.2
+    ratio, low, high = compare.ratio_of_processes([[1.0, 1.01]] * 5, [[1.5, 1.52]] * 5)
+    assert 1.45 < low <= ratio <= high < 1.55
+
+
+@pytest.mark.parametrize("suite", SMALL)
+def test_every_suite_runs_and_validates(suite, tmp_path, capsys):
+    built = build(suite, SMALL[suite], "fp32", CPU)
+    names = [c.name for c in built.candidates if not any(word in c.name for word in SLOW)]
+    path = tmp_path / "run.json"
+    plan = [(suite, SMALL[suite], "fp32")]
+    budget = Budget(seconds=0.0, rounds=2, min_rounds=2)
+    run = session.measure_all(plan, CPU, budget, path, only=names, memory=False, plots=True)
+    jsonschema.validate(json.loads(path.read_text()), SCHEMA)
+    entry = next(c for c in run["cases"][0]["candidates"] if c["name"] == OURS)
+    assert entry["refused"] is None
+    assert len(entry["samples_s"]) == 2
+    printed = capsys.readouterr().out
+    assert built.op in printed
+    assert str(path) in printed
+    if built.floor:
+        assert (tmp_path / "run-floor.png").stat().st_size > 1000
+    if suite == "step":
+        assert list(entry["phases_s"]) == ["both encoders", "loss", "backward", "optimizer"]
+        assert (tmp_path / "run-step.png").stat().st_size > 1000
+
+
+def test_committed_results_validate():
+    files = sorted(Path(clipfast.bench.__path__[0], "results").rglob("*.json"))
+    assert files
+    for path in files:
+        jsonschema.validate(results.read(path), SCHEMA)
+
+
+def test_schema_refuses_a_broken_result(tmp_path):
+    run = results.new_run(CPU, {"fp32": {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1.0}})
+    jsonschema.validate(run, SCHEMA)
+    run["cases"].append({"suite": "loss"})
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(run, SCHEMA)
+
+
+def test_gpu_only_peers_are_listed_not_forgotten():
+    timings = quickly(build("loss", SMALL["loss"], "fp32", CPU))
+    for name in ("Inf-CL", "memeff", "Cut Cross-Entropy x2", "Liger x2"):
+        assert timings[name].refused == "missing: needs a GPU"
+
+
+def test_peak_memory_is_the_calls_own():
+    # 4096 x 4096 float32 logits are 64 MiB; the reference holds several, ours none.
+    logits = 4096 * 4096 * 4
+    built = build("loss", {"pairs": 4096, "embed_dim": 64}, "fp32", CPU)
+    by_name = {candidate.name: candidate for candidate in built.candidates}
+    theirs, ours = peak_bytes(built, by_name["PyTorch"]), peak_bytes(built, by_name[OURS])
+    assert 2 * logits < theirs < 10 * logits
+    assert 2 * 4096 * 64 * 4 <= ours < logits  # at least the two gradients
+
+
+def test_failed_memory_pass_is_no_figure(monkeypatch):
+    built = build("loss", SMALL["loss"], "fp32", CPU)
+    assert peak_bytes(built, Candidate("nobody", lambda: double)) is None
+
+
+def test_telemetry_says_why_there_is_none():
+    assert Telemetry(CPU).sample() == {"available": False, "why": "no GPU"}
+
+
+def test_floor_is_the_larger_of_work_and_traffic():
+    assert Floor(flops=100, bytes=10).seconds(flops_per_s=10, bytes_per_s=10) == 10
+    assert Floor(flops=10, bytes=100).seconds(flops_per_s=10, bytes_per_s=10) == 10
+
+
+def test_inputs_rotate_past_the_cache(monkeypatch):
+    monkeypatch.setattr("clipfast.bench.harness.cache_bytes", lambda device: 100)
+    seen = set()
+
+    def run(x):
+        seen.add(x.data_ptr())
+        return 2 * x
+
+    measure(case((Candidate(OURS, lambda: run),), reference=None), Budget(seconds=0, rounds=12, min_rounds=12))
+    assert len(seen) == math.ceil(3 * 100 / 32)
+
+
+def test_leaves_take_no_more_gradients_than_asked():
+    built = build("attention", SMALL["attention"], "fp32", CPU)
+    inputs = leaves(built, built.inputs())
+    assert inputs["qkv"].requires_grad
+    assert not inputs["grad"].requires_grad
+
+
+BAD = [
+    (["loss", "--device", "tpu"], "--device must be cpu, cuda or auto, got 'tpu'"),
+    (["loss", "--dtype", "int8"], "dtype must be one of fp32, fp16, bf16, got 'int8'"),
+    (["loss", "--shape", "pairs=x"], "--shape: pairs must be like 4096, got 'x'"),
+    (["loss", "--shape", "rows=3"], "--shape: loss has no 'rows'; it has pairs, embed_dim"),
+    (["loss", "--shape", "pairs=3"], "a shape of loss looks like 'pairs=4096 embed_dim=512'"),
+    (["loss", "--shape", "pairs=0 embed_dim=4"], "pairs=0 must be like 4096, and positive"),
+    (["ops", "--shape", "pairs=3 embed_dim=4"], "--shape needs one suite, not 'ops'"),
+    (["step", "--shape", "model=ViT-X batch=2"], "unknown model 'ViT-X'"),
+    (["loss", "--rounds", "0"], "--rounds must be more than 0, got 0"),
+    (["loss", "--shape", "pairs=8 embed_dim=4", "--only", "nobody", "--json", "x.json"], "--only 'nobody': loss has"),
+    (["loss", "--compare", "no-such-commit"], "--compare no-such-commit: no such commit here"),
+    (["plot", "nowhere.json"], "nowhere.json is not a result file"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_bad_arguments_are_one_clear_line(arguments, message, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(session, "measure_roofs", lambda device, dtype: {"copy_bytes_per_s": 1.0})
+    assert (
+        cli.main([*arguments, *(["--device", "cpu"] if "--device" not in arguments and arguments[0] != "plot" else [])])
+        == 2
+    )
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert message in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_compare_measures_each_side_with_its_own_kernels(tmp_path, monkeypatch):
+    # The base's tokenizer takes 20 ms longer: it is the base's code that has to run, whatever is installed.
+    root = checkout.ROOT
+    base = tmp_path / "base"
+    (base / "clipfast").mkdir(parents=True)
+    for entry in (root / "clipfast").iterdir():
+        (base / "clipfast" / entry.name).symlink_to(entry)
+    (base / "kernels").symlink_to(root / "kernels")
+    slow = (root / "clipfast" / "tokenizer.py").read_text() + (
+        "\n\n_call = Tokenizer.__call__\n\n\ndef _slow(self, *args, **kwargs):\n    import time\n\n"
+        "    time.sleep(0.02)\n    return _call(self, *args, **kwargs)\n\n\nTokenizer.__call__ = _slow\n"
+    )
+    (base / "clipfast" / "tokenizer.py").unlink()
+    (base / "clipfast" / "tokenizer.py").write_text(slow)
+    monkeypatch.setattr(compare, "TURNS", 1)
+    medians = {}
+    for side, side_root in (("base", base), ("head", root)):
+        site = checkout.link_packages(tmp_path / f"site-{side}", side_root, root / "bench")
+        plan = [("tokenizer", {"captions": 5, "text": "ascii"}, "fp32")]
+        run = compare._measure(site, plan, CPU, Budget(0.0, 3, 3), tmp_path / f"{side}.json")
+        medians[side] = run["cases"][0]["candidates"][0]["median_s"]
+    assert medians["base"] > 0.02
+    assert medians["head"] < medians["base"] / 2
+
+
+def test_readme_tables_are_not_stale():
+    root = checkout.ROOT
+    text = (root / "README.md").read_text()
+    assert "<!-- bench " in text
+    assert tables.fill_readme(text, root / "bench" / "results", results.read) == text
+
+
+def test_a_stale_readme_table_is_seen():
+    root = checkout.ROOT
+    text = (root / "README.md").read_text()
+    changed = text.replace("| 1,024 |", "| 1,025 |", 1)
+    assert changed != text
+    assert tables.fill_readme(changed, root / "bench" / "results", results.read) == text
+
+
+def test_size_and_seconds_are_readable():
+    assert [tables.seconds(s) for s in (2.5, 0.0123, 4.5e-5)] == ["2.5 s", "12.3 ms", "45 us"]
+    assert tables.size(None) == "-"
+    assert tables.size(3 * 2**30) == "3.00 GiB"
