@@ -8,7 +8,6 @@ folder, in few files; the summary is written again after each step and printed l
 import argparse
 import contextlib
 import dataclasses
-import json
 import os
 import signal
 import subprocess

@@ -279,9 +279,7 @@ def _less_accurate(timing: Timing, committed: Timing) -> bool:
 
 
 def _committed(tunable: Tunable, arch: int, target: Target, dtype: str) -> Config:
-    key = key_of(tunable, target, dtype)
-    table = next(table for known in configs.ARCHS if known <= arch and key in (table := configs.read_table(known)))
-    return tunable.kind(**table[key])
+    return tunable.kind(**configs.committed(key_of(tunable, target, dtype), arch))
 
 
 def _table_arch(device: torch.device) -> int:

@@ -96,14 +96,14 @@ def read_table(arch: int) -> dict[str, dict[str, int]]:
     return table
 
 
+@functools.cache
+def committed(key: str, arch: int) -> dict[str, int]:
+    """The entry of the tables that serves compute capability ``arch``."""
+    return next(table[key] for known in ARCHS if known <= arch and key in (table := read_table(known)))
+
+
 def _lookup(kind: type[C], key: str, arch: int) -> C:
-    config = _overrides.get(key) or _committed(kind, key, arch)
+    config = _overrides.get(key) or kind(**committed(key, arch))
     if not isinstance(config, kind):
         raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")
     return config
-
-
-@functools.cache
-def _committed(kind: type[C], key: str, arch: int) -> C:
-    table = next(table for known in ARCHS if known <= arch and key in (table := read_table(known)))
-    return kind(**table[key])

@@ -116,7 +116,8 @@ class TrainingStep:
     """
 
     def __init__(self, model: nn.Module, loss: Function, dtype: str) -> None:
-        self.model, self.loss, self.dtype = model.train(), loss, dtype
+        self.model: Callable[..., Any] = model.train()
+        self.loss, self.dtype = loss, dtype
         self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:

@@ -1,0 +1,49 @@
+"""One timing for each op, forward and backward, to be held against an earlier run on the same machine.
+
+    pytest bench/gates --benchmark-save=base
+    pytest bench/gates --benchmark-compare --benchmark-compare-fail=median:5%
+
+``python -m bench`` compares with other implementations and with another commit in the same run; this is the quick gate.
+"""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from clipfast.bench.case import OURS, Case, call
+from clipfast.bench.harness import leaves
+from clipfast.bench.machine import Telemetry, synchronize
+from clipfast.bench.suites import SUITES, build
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"
+ROUNDS = 50 if DEVICE.type == "cuda" else 10
+
+
+def device_timer() -> float:
+    """The time when everything that was launched so far has run."""
+    synchronize(DEVICE)
+    return time.perf_counter()
+
+
+def cases() -> list[Case]:
+    """The first default shape of each op."""
+    shapes = {suite: SUITES[suite].shapes(DEVICE.type)[0] for suite in ("loss", "attention", "patch")}
+    return [build(suite, shape, DTYPE, DEVICE) for suite, shape in shapes.items()]
+
+
+@pytest.mark.benchmark(timer=device_timer)
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.op)
+def test_forward_and_backward(benchmark: Any, case: Case) -> None:
+    """Time the call, and hold its result to be finite."""
+    ours = next(candidate for candidate in case.candidates if candidate.name == OURS)
+    function, inputs = ours.make(), leaves(case, case.inputs())
+    benchmark.group = case.op
+    benchmark.extra_info |= {"shape": dict(case.shape), "dtype": case.dtype, "before": Telemetry(DEVICE).sample()}
+    if case.floor is not None:
+        benchmark.extra_info |= {"flops": case.floor.flops, "bytes": case.floor.bytes}
+    result = benchmark.pedantic(call, (case, ours, function, inputs), rounds=ROUNDS, warmup_rounds=3)
+    benchmark.extra_info["after"] = Telemetry(DEVICE).sample()
+    assert all(value.isfinite().all() for value in result.values())
