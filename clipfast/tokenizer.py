@@ -13,7 +13,6 @@ from collections.abc import Iterable
 from importlib.resources import files
 from itertools import pairwise
 
-import ftfy
 import regex
 import torch
 from torch import Tensor
@@ -142,6 +141,9 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _clean(text: str) -> str:
+    # here: ASCII does without it, and so does a bare GPU machine
+    import ftfy
+
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
