@@ -1,4 +1,4 @@
-"""The command line: ``clipfast train`` and ``clipfast eval``. Each subcommand imports what it needs when it runs."""
+"""The command line: ``clipfast train``, ``eval``, ``inspect``. Each subcommand imports what it needs when it runs."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_inspect(commands)
     args = parser.parse_args(argv)
     shown: Exception
     try:
@@ -207,6 +208,22 @@ def _lines(path: str, otherwise: str) -> tuple[str, ...]:
     if not Path(path).is_file():
         raise ValueError(f"{otherwise}, got {path!r}")
     return tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+
+
+def _add_inspect(commands: Any) -> None:
+    from .bench.inspect import add_arguments, run
+    from .bench.report import explain
+
+    parser = commands.add_parser(
+        "inspect",
+        help="what the compiler made of every kernel, without a GPU",
+        description=explain(),
+        epilog="Example: clipfast inspect --arch 90 --case attention",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
 
 
 if __name__ == "__main__":

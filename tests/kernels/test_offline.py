@@ -14,7 +14,7 @@ import torch
 import triton
 
 from clipfast.bench import offline
-from clipfast.bench.shipped import shipped_cases
+from clipfast.bench.shipped import known_problem, shipped_cases
 from clipfast.kernels import attention, configs
 
 from ..conftest import INTERPRET, ON_GPU
@@ -27,24 +27,19 @@ SNAPSHOT = Path(__file__).with_name("resources.json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 CASES = shipped_cases()
 ARCHS = (80, 90, 100)
-# Triton 3.6 takes bytes widened to float32 for a type that tf32 holds, and uses it although asked for full precision.
-KNOWN = {("3.6", 100, "bytes fp32"): "multiplies with tcgen05.mma, expected none"}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", CASES)
 def test_resources(case, arch, request):
     compiled = {}
-    for launch in offline.record(arch, CASES[case]):
-        name = launch.kernel.__name__
-        # one kernel may be launched in several ways: strides, or accumulating or not
-        key = f"{name} {sum(key.split()[0] == name for key in compiled)}"
+    for key, launch in offline.named(offline.record(arch, CASES[case])).items():
         resources = offline.compile_launch(launch, arch)
         compiled[key] = dataclasses.asdict(resources)
         found = offline.problems(
             resources, arch, half=not case.endswith("fp32"), multiplies="PRECISION" in launch.constexprs
         )
-        known = KNOWN.get((VERSION, arch, " ".join(case.split()[-2:])))
+        known = known_problem(VERSION, arch, case)
         assert [problem for problem in found if problem != known] == [], f"{case} {key} sm_{arch}"
     snapshot = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
     if request.config.getoption("--update-resources"):
