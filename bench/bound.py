@@ -93,7 +93,9 @@ class Bound:
         return max(self.exp, self.fp32, self.issue) / self.mma
 
 
-def bound(instructions: list[Instruction], arch: int, warps: int, *, multiplies: bool = True) -> Bound | str:
+def bound(
+    instructions: list[Instruction], arch: int, warps: int, *, multiplies: bool = True, specialised: bool = False
+) -> Bound | str:
     """The bound of a kernel, or why there is none.
 
     Args:
@@ -102,8 +104,9 @@ def bound(instructions: list[Instruction], arch: int, warps: int, *, multiplies:
         warps: of one block; all of them are taken to run the loop.
         multiplies: whether the kernel has a matrix product: without matrix instructions the bound is then of the
             float32 lanes.
+        specialised: whether the warps have different roles, so that what one executes says nothing of the others.
     """
-    if any(instruction.name == "USETMAXREG" for instruction in instructions):
+    if specialised or any(instruction.name == "USETMAXREG" for instruction in instructions):
         return "warp-specialised: its warps run different code"
     try:
         graph = Graph(instructions)
@@ -138,6 +141,8 @@ def _hottest(
 ) -> Bound | str:
     """Evaluate the innermost loops with products, and keep the one with most work per turn."""
     holds = {block for block in graph.order if any(map(counts, graph.blocks[block]))}
+    if not holds:
+        return "its products are in a subroutine, or there are none"
     loops = [loop for loop in graph.loops if loop.body & holds]
     inner = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
     if not inner:
@@ -212,14 +217,14 @@ def _tensor_memory_mma(graph: Graph, block: int, position: int) -> Mma:
     """
     instruction = graph.blocks[block][position]
     unknown = Mma(instruction.name, "block", None, "unknown")
-    register = re.search(r"idesc\[(UR\d+)\]", instruction.operands)
+    register = re.search(r"idesc\[UR(\d+)\]", instruction.operands)
     if register is None or instruction.modifiers:
         return unknown
     for earlier in graph.above(block, position):
-        if not re.match(rf"{register[1]}\b", earlier.operands):
+        if not _writes(earlier, int(register[1])):
             continue
         value = re.fullmatch(r"UR\d+, 0x([0-9a-f]+)", earlier.operands)
-        if earlier.name != "UMOV" or value is None:
+        if earlier.opcode != "UMOV" or earlier.guard or value is None:
             return unknown
         descriptor = int(value[1], 16)
         m, n, kind = (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3, descriptor >> 7 & 7
@@ -228,6 +233,14 @@ def _tensor_memory_mma(graph: Graph, block: int, position: int) -> Mma:
         operand = "fp8" if instruction.name == "UTCQMMA" else {0: "fp16", 1: "bf16", 2: "tf32"}.get(kind, "unknown")
         return Mma(instruction.name, "block", (m, n, {"tf32": 8, "fp8": 32}.get(operand, 16)), operand)
     return unknown
+
+
+def _writes(instruction: Instruction, register: int) -> bool:
+    """Whether the first operand, which is the result, covers a uniform register."""
+    first = re.match(r"UR(\d+)\b", instruction.operands)
+    wide = {"64": 2, "WIDE": 2, "128": 4}
+    width = max((wide.get(modifier, 1) for modifier in instruction.modifiers), default=1)
+    return first is not None and 0 <= register - int(first[1]) < width
 
 
 def _always(

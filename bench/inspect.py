@@ -57,7 +57,8 @@ def inspect_launch(
     instructions = parse(text)
     resources = offline.resources(compiled, text)
     warps = offline.threads(compiled) // 32
-    result = bound(instructions, arch, warps, multiplies=multiplies)
+    specialised = "ttg.warp_specialize" in compiled.asm["ttgir"]
+    result = bound(instructions, arch, warps, multiplies=multiplies, specialised=specialised)
     return Report(
         case=case,
         kernel=kernel or launch.kernel.__name__,
