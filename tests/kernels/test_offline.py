@@ -62,12 +62,19 @@ def test_snapshot_holds_nothing_else():
             assert sorted(cases) == sorted(CASES), f"{version} {arch}"
 
 
-def test_planted_spill_is_seen(monkeypatch):
+def test_planted_spill_is_seen_as_the_assembler_reports_it(monkeypatch, capsys, tmp_path):
     # 128 x 128 fp32 scores in the registers of one warp cannot fit.
     too_large = configs.AttentionConfig(128, 128, num_warps=1, num_stages=1)
     monkeypatch.setitem(configs._ATTENTION_64, ("attention_fwd", 2, 80), too_large)
     (launch,) = offline.record(80, lambda: attention(torch.empty(1, 256, 3 * 64, dtype=torch.bfloat16), 1))
-    found = offline.problems(offline.compile_launch(launch, 80), 80, half=True, multiplies=True)
+    with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.cache.dir = str(tmp_path)  # so that the assembler runs
+        triton.knobs.nvidia.dump_ptxas_log = True
+        resources = offline.compile_launch(launch, 80)
+    log = capsys.readouterr().out
+    assert f"{resources.spill_bytes} bytes spill stores" in log
+    assert f"Used {resources.registers} registers" in log
+    found = offline.problems(resources, 80, half=True, multiplies=True)
     assert any(problem.startswith("spills") for problem in found), found
 
 
