@@ -7,8 +7,9 @@ side, so a turn takes at least as long as the busiest of them, and
     bound = cycles of the products at the peak rate of the architecture / cycles of the busiest unit.
 
 It is a bound and no estimate: it leaves out memory latency and bandwidth, shared memory and its bank conflicts,
-barriers, dependencies between instructions, and the code before and after the loop. Only code that runs in every turn
-is counted against the products. A low bound is a fact about the kernel; a high one promises nothing.
+barriers, dependencies between instructions, and (but for :meth:`Bound.over`) the code around the loop. Only code that
+runs in every turn is counted against the products. A low bound is a fact about the kernel; a high one promises nothing.
+A share is of the peak of the operands' own type: products in tf32 at 100% are half as fast as in bf16.
 """
 
 import dataclasses
@@ -16,7 +17,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
-from .sass import Graph, Instruction, UnknownControlFlow
+from .sass import Graph, Instruction, Loop, UnknownControlFlow
 
 SUB_PARTITIONS = 4
 WARP = 32
@@ -58,39 +59,69 @@ class Mma:
 
 
 @dataclasses.dataclass(frozen=True)
-class Bound:
-    """What one turn of the hottest loop asks of a multiprocessor, in clock cycles per block.
+class Cycles:
+    """What a piece of code asks of a multiprocessor, in clock cycles per block.
 
     Attributes:
-        unit: what the bound is of: "tensor", or "fp32" for products that must stay exact.
-        region: addresses of the loop, or "kernel" when the products are in straight-line code.
-        mma: cycles of the products on the matrix unit (0 for "fp32").
+        peak: what its products take at the peak rate, on the matrix unit or as multiply-adds on the float32 lanes.
+        mma: cycles of the matrix unit; more than ``peak`` for instructions that do not reach the peak.
         exp: cycles of the exponential unit (all special functions).
         fp32: cycles of the float32 lanes.
         issue: cycles of the issue slots.
-        share: the bound, 0 to 1.
     """
 
-    unit: str
-    region: str
+    peak: float
     mma: float
     exp: float
     fp32: float
     issue: float
-    share: float
 
     @property
     def limit(self) -> str:
         """The busiest unit."""
-        cycles = {"mma": self.mma, "exp": self.exp, "fp32": self.fp32, "issue": self.issue}
-        return max(cycles, key=lambda unit: cycles[unit])
+        return max(("mma", "exp", "fp32", "issue"), key=lambda unit: getattr(self, unit))
+
+    @property
+    def share(self) -> float:
+        """Cycles at peak rate for each cycle of the busiest unit."""
+        return self.peak / max(self.mma, self.exp, self.fp32, self.issue)
+
+    def plus(self, other: "Cycles", turns: int = 1) -> "Cycles":
+        """These, and ``turns`` times the others."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Cycles(*(getattr(self, name) + turns * getattr(other, name) for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The bound of a kernel.
+
+    Attributes:
+        unit: what it is of: "tensor", or "fp32" for products that must stay exact.
+        region: addresses of the hottest loop, or "kernel" when the products are in straight-line code.
+        loop: cycles of one turn of it.
+        outside: cycles of one turn of the loop around it, or of the kernel, without the loop itself.
+    """
+
+    unit: str
+    region: str
+    loop: Cycles
+    outside: Cycles
+
+    @property
+    def share(self) -> float:
+        """The bound: 0 to 1, for a loop that goes on for ever."""
+        return self.loop.share
+
+    def over(self, turns: int) -> float:
+        """The bound when the loop makes ``turns`` turns each time, the code around it counted."""
+        return self.outside.plus(self.loop, turns).share
 
     @property
     def overhead(self) -> float:
         """Cycles of the busiest other unit for each cycle of the products: of equal bounds, less is better."""
-        if self.unit == "fp32":
-            return max(self.exp, self.issue) / self.fp32
-        return max(self.exp, self.fp32, self.issue) / self.mma
+        others = (self.loop.exp, self.loop.issue, self.loop.fp32 if self.unit == "tensor" else 0.0)
+        return max(others) / self.loop.peak
 
 
 def bound(
@@ -115,9 +146,7 @@ def bound(
     has_mma = any(is_mma(instruction) for instruction in instructions)
     if not has_mma and not multiplies:
         return "no matrix product"
-    if has_mma:
-        return _hottest(graph, is_mma, lambda body, ends: _tensor_bound(graph, body, ends, arch, warps))
-    return _hottest(graph, _is_fp32, lambda body, ends: _fp32_bound(graph, body, ends, arch, warps))
+    return _hottest(graph, "tensor" if has_mma else "fp32", arch, warps)
 
 
 def is_mma(instruction: Instruction) -> bool:
@@ -134,27 +163,28 @@ def mma_kinds(instructions: list[Instruction]) -> tuple[str, ...]:
     return tuple(sorted({str(mma) for mma, _ in _products(graph, graph.order)}))
 
 
-def _hottest(
-    graph: Graph,
-    counts: Callable[[Instruction], bool],
-    evaluate: Callable[[frozenset[int], frozenset[int]], Bound | str],
-) -> Bound | str:
-    """Evaluate the innermost loops with products, and keep the one with most work per turn."""
+def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
+    """The bound from the innermost loop with products, of several the one with most work per turn."""
+    counts = is_mma if unit == "tensor" else _is_fma
     holds = {block for block in graph.order if any(map(counts, graph.blocks[block]))}
     if not holds:
         return "its products are in a subroutine, or there are none"
+    kernel = Loop(graph.order[0], frozenset(graph.order), graph.exits)
     loops = [loop for loop in graph.loops if loop.body & holds]
-    inner = [loop for loop in loops if not any(other.body < loop.body for other in loops)]
-    if not inner:
-        return evaluate(frozenset(graph.order), graph.exits)
-    found = [evaluate(loop.body, loop.latches) for loop in inner]
-    bounds = [result for result in found if isinstance(result, Bound)]
-    if len(bounds) < len(found):
-        return next(result for result in found if isinstance(result, str))
-    return max(bounds, key=lambda result: (result.mma, result.fp32, result.issue))
+    found = []
+    for loop in [loop for loop in loops if not any(other.body < loop.body for other in loops)] or [kernel]:
+        # The loop around it is the smallest that holds it.
+        around = min((o for o in loops if loop.body < o.body), key=lambda o: len(o.body), default=kernel)
+        cycles = _cycles(graph, loop.body, loop.latches, unit, arch, warps)
+        outside = _cycles(graph, around.body - loop.body, around.latches, unit, arch, warps)
+        if isinstance(cycles, str) or isinstance(outside, str):
+            return cycles if isinstance(cycles, str) else str(outside)
+        found.append(Bound(unit, _region(graph, loop.body), cycles, outside))
+    return max(found, key=lambda result: (result.loop.peak, result.loop.issue))
 
 
-def _tensor_bound(graph: Graph, body: frozenset[int], ends: frozenset[int], arch: int, warps: int) -> Bound | str:
+def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str, arch: int, warps: int) -> Cycles | str:
+    """Cycles of the blocks ``body``: all of their products, and whatever else runs before each of ``ends``."""
     peak = busy = 0.0
     for mma, times in _products(graph, body):
         rate = MATRIX_RATE[arch].get(mma.operand)
@@ -168,19 +198,19 @@ def _tensor_bound(graph: Graph, body: frozenset[int], ends: frozenset[int], arch
         cycles = times * issuers * m * n * k / rate
         peak += cycles
         busy += cycles / share
-    blocks = _always(graph, body, ends, is_mma)
-    exp, fp32, issue = _other_units(blocks, arch, warps)
-    return Bound("tensor", _region(graph, body), busy, exp, fp32, issue, peak / max(busy, exp, fp32, issue))
-
-
-def _fp32_bound(graph: Graph, body: frozenset[int], ends: frozenset[int], arch: int, warps: int) -> Bound | str:
-    blocks = _always(graph, body, ends, _is_fp32)
-    exp, fp32, issue = _other_units(blocks, arch, warps)
-    fused = [step for block in blocks for step in block if step.name in ("FFMA", "FFMA2")]
-    peak = _per_block(sum(_FP32[step.name] for step in fused), FP32_RATE[arch], warps)
-    if not peak:
-        return "no multiply-add in a loop"
-    return Bound("fp32", _region(graph, body), 0.0, exp, fp32, issue, peak / max(exp, fp32, issue))
+    always = _always(graph, body, ends, is_mma if unit == "tensor" else _is_fma)
+    exp = sum(step.name == "MUFU" for step in always)
+    fp32 = sum(_FP32.get(step.name, 0) for step in always)
+    if unit == "fp32":
+        fused = sum(_FP32[step.name] for step in always if _is_fma(step))
+        peak = _per_block(fused, FP32_RATE[arch], warps)
+    return Cycles(
+        peak=peak,
+        mma=busy,
+        exp=_per_block(exp, EXP_RATE[arch], warps),
+        fp32=_per_block(fp32, FP32_RATE[arch], warps),
+        issue=len(always) * warps / SUB_PARTITIONS,
+    )
 
 
 def _products(graph: Graph, body: Iterable[int]) -> list[tuple[Mma, int]]:
@@ -245,34 +275,23 @@ def _writes(instruction: Instruction, register: int) -> bool:
 
 def _always(
     graph: Graph, body: frozenset[int], ends: frozenset[int], counts: Callable[[Instruction], bool]
-) -> list[list[Instruction]]:
-    """Blocks of ``body`` that run in every turn, or whenever a product does."""
+) -> list[Instruction]:
+    """The code of ``body`` that runs in every turn, or whenever a product does."""
     products = [block for block in body if any(map(counts, graph.blocks[block]))]
     return [
-        graph.blocks[block]
+        instruction
         for block in sorted(body)
         if all(graph.dominates(block, end) for end in ends)
-        or all(graph.dominates(block, product) for product in products)
+        or (products and all(graph.dominates(block, product) for product in products))
+        for instruction in graph.blocks[block]
     ]
-
-
-def _other_units(blocks: list[list[Instruction]], arch: int, warps: int) -> tuple[float, float, float]:
-    """Cycles of the exponential unit, the float32 lanes and the issue slots."""
-    instructions = [instruction for block in blocks for instruction in block]
-    exp = sum(instruction.name == "MUFU" for instruction in instructions)
-    fp32 = sum(_FP32.get(instruction.name, 0) for instruction in instructions)
-    return (
-        _per_block(exp, EXP_RATE[arch], warps),
-        _per_block(fp32, FP32_RATE[arch], warps),
-        len(instructions) * warps / SUB_PARTITIONS,
-    )
 
 
 def _per_block(warp_instructions: int, rate: int, warps: int) -> float:
     return warp_instructions * warps * WARP / rate
 
 
-def _is_fp32(instruction: Instruction) -> bool:
+def _is_fma(instruction: Instruction) -> bool:
     return instruction.name in ("FFMA", "FFMA2")
 
 

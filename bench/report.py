@@ -23,6 +23,7 @@ _COLUMNS = {
     "issue": "the same of the issue slots",
     "bound": "how busy the matrix unit can be at most, and the unit that sets it; 'fp32': of the float32 lanes, for "
     "products that must stay exact. A bound, not an estimate: memory and waiting are left out",
+    "around": "cycles of the busiest unit in the code around that loop: much of it wants many turns of the loop",
 }
 
 
@@ -89,10 +90,11 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """A report as JSON holds it: its fields, and the unit that limits the bound."""
+    """A report as JSON holds it: its fields, and what follows from the bound."""
     record = dataclasses.asdict(report)
     if report.bound is not None:
-        record["bound"] |= {"limit": report.bound.limit, "overhead": report.bound.overhead}
+        bound = report.bound
+        record["bound"] |= {"share": bound.share, "limit": bound.loop.limit, "overhead": bound.overhead}
     return record
 
 
@@ -112,7 +114,7 @@ def _row(report: Report) -> dict[str, str]:
     bound, resources = report.bound, report.resources
     name, _, number = report.kernel.partition(" ")
     label = name.removeprefix("_").removesuffix("_kernel")
-    cycles = {unit: f"{getattr(bound, unit):.0f}" if bound else "-" for unit in ("mma", "exp", "fp32", "issue")}
+    cycles = {unit: f"{getattr(bound.loop, unit):.0f}" if bound else "-" for unit in ("mma", "exp", "fp32", "issue")}
     kind = " fp32" if bound and bound.unit == "fp32" else ""
     notes = [problem if problem in report.failures else f"known: {problem}" for problem in report.problems]
     if report.unbounded and report.unbounded != "no matrix product":
@@ -128,7 +130,8 @@ def _row(report: Report) -> dict[str, str]:
         "MMA": _kinds(report.mma),
         "TMA": "yes" if report.tma else "no",
         **cycles,
-        "bound": f"{bound.share:.0%}{kind} {bound.limit}" if bound else "-",
+        "bound": f"{bound.share:.0%}{kind} {bound.loop.limit}" if bound else "-",
+        "around": f"{getattr(bound.outside, bound.outside.limit):.0f} {bound.outside.limit}" if bound else "-",
         "": "; ".join(notes),
     }
 

@@ -112,8 +112,8 @@ def test_attention_on_hopper_is_bound_by_its_softmax():
         inspect.inspect_launch(launch, 90)
         for launch in offline.record(90, lambda: attention(torch.empty(1, 257, 192, dtype=torch.bfloat16), 1))
     )
-    assert report.bound.mma == 256
-    assert report.bound.exp >= 256
+    assert report.bound.loop.mma == 256
+    assert report.bound.loop.exp >= 256
     assert report.bound.share < 1
 
 
@@ -169,7 +169,7 @@ def test_report_is_that_of_the_snapshot(capsys, tmp_path):
     ]
     for record in found["reports"]:
         assert {"case", "arch", "resources", "warps", "occupancy", "mma", "tma", "bound", "problems"} <= set(record)
-        assert {"mma", "exp", "fp32", "issue", "share", "limit", "overhead"} <= set(record["bound"])
+        assert {"unit", "loop", "outside", "share", "limit", "overhead"} <= set(record["bound"])
     snapshot = json.loads(inspect.SNAPSHOT.read_text())[inspect.VERSION]["sm_90"][SMALL]
     assert snapshot == {record["kernel"]: record["resources"] for record in found["reports"]}
 

@@ -3,7 +3,7 @@
 import pytest
 
 from clipfast.bench import bound, sass
-from clipfast.bench.bound import Bound
+from clipfast.bench.bound import Bound, Cycles
 
 MMA_90 = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24"  # 64 * 64 * 16 / 2048 = 32 cycles for a warpgroup
 EXP = "MUFU.EX2 R1, R2"  # 32 lanes, 16 per clock: 2 cycles for a warp
@@ -42,19 +42,21 @@ def test_parse_takes_one_function():
 def test_cycles_of_a_loop_are_those_counted_by_hand():
     found = evaluate("NOP", MMA_90, EXP, EXP, "FADD R1, R2, R3", "@P0 BRA 0x10", "EXIT", warps=8)
     # two warpgroups; 2 * 8 warps * 32 lanes / 16; 8 * 32 / 128; 5 instructions * 8 warps / 4 slots
-    assert found == Bound("tensor", "0x10-0x50", mma=64, exp=32, fp32=2, issue=10, share=1.0)
-    assert found.limit == "mma"
+    assert found.region == "0x10-0x50"
+    assert found.loop == Cycles(peak=64, mma=64, exp=32, fp32=2, issue=10)
+    assert found.outside == Cycles(peak=0, mma=0, exp=0, fp32=0, issue=4)
+    assert (found.share, found.loop.limit) == (1.0, "mma")
     assert found.overhead == 0.5
 
 
 def test_exponentials_lower_the_bound():
     found = evaluate(MMA_90, *[EXP] * 8, "@P0 BRA 0x0", "EXIT")
-    assert (found.exp, found.share, found.limit) == (64, 0.5, "exp")
+    assert (found.loop.exp, found.share, found.loop.limit) == (64, 0.5, "exp")
 
 
 def test_instructions_lower_the_bound():
     found = evaluate(MMA_90, *["IADD3 R1, R2, R3, RZ"] * 62, "@P0 BRA 0x0", "EXIT")
-    assert (found.issue, found.share, found.limit) == (64, 0.5, "issue")
+    assert (found.loop.issue, found.share, found.loop.limit) == (64, 0.5, "issue")
 
 
 def test_mma_sync_cannot_fill_hopper():
@@ -63,7 +65,7 @@ def test_mma_sync_cannot_fill_hopper():
     assert evaluate(*loop, arch=80).share == 1.0
     hopper = evaluate(*loop, arch=90)
     assert hopper.share == pytest.approx(2 / 3)
-    assert hopper.mma == pytest.approx(48)
+    assert hopper.loop.mma == pytest.approx(48)
     assert "no rate is published" in evaluate(*loop, arch=100)
 
 
@@ -72,7 +74,7 @@ def test_tf32_runs_at_half_the_rate():
         evaluate(f"HMMA.{kind} R4, R8, R12, R4", "@P0 BRA 0x0", "EXIT", arch=80)
         for kind in ("16816.F32.BF16", "1688.F32.TF32")
     )
-    assert one.mma == two.mma  # half the depth, half the rate
+    assert one.loop.mma == two.loop.mma  # half the depth, half the rate
 
 
 def test_the_innermost_loop_with_products_counts():
@@ -80,9 +82,20 @@ def test_the_innermost_loop_with_products_counts():
     assert found.region == "0x20-0x30"
 
 
+def test_code_around_the_loop_counts_less_the_more_turns_it_makes():
+    found = evaluate(*[EXP] * 4, MMA_90, "@P0 BRA 0x40", *[EXP] * 4, "EXIT")
+    assert (found.loop.mma, found.loop.exp, found.outside.exp) == (32, 0, 64)
+    assert (found.over(1), found.over(4), found.share) == (0.5, 1.0, 1.0)
+
+
+def test_around_an_inner_loop_is_the_outer_one():
+    found = evaluate(EXP, EXP, MMA_90, "@P0 BRA 0x20", EXP, "@P1 BRA 0x0", EXP, "EXIT")
+    assert (found.region, found.outside.exp) == ("0x20-0x30", 24)
+
+
 def test_of_two_loops_the_one_with_more_work_counts():
     found = evaluate(MMA_90, "@P0 BRA 0x0", MMA_90, MMA_90, "@P0 BRA 0x20", "EXIT")
-    assert (found.region, found.mma) == ("0x20-0x40", 64)
+    assert (found.region, found.loop.mma) == ("0x20-0x40", 64)
 
 
 def test_a_wait_out_of_line_neither_makes_nor_ends_a_loop():
@@ -91,29 +104,29 @@ def test_a_wait_out_of_line_neither_makes_nor_ends_a_loop():
         "@!P1 BRA 0x40", MMA_90, "@P0 BRA 0x0", "EXIT", "@!P1 BRA 0x40", "BRA 0x10", *["NOP"] * 9, "BRA 0xf0"
     )
     assert isinstance(found, Bound)
-    assert found.issue == 3
+    assert found.loop.issue == 3
 
 
 def test_code_that_may_be_skipped_is_not_held_against_the_products():
     found = evaluate(MMA_90, "@P1 BRA 0x40", EXP, EXP, "@P0 BRA 0x0", "EXIT")
-    assert (found.exp, found.issue) == (0, 3)
+    assert (found.loop.exp, found.loop.issue) == (0, 3)
 
 
 def test_products_that_may_be_skipped_count_with_what_leads_to_them():
     found = evaluate("@P1 BRA 0x40", "NOP", MMA_90, "NOP", "@P0 BRA 0x0", "EXIT")
-    assert (found.mma, found.issue) == (32, 5)
+    assert (found.loop.mma, found.loop.issue) == (32, 5)
 
 
 def test_predicate_as_operand_makes_a_branch_conditional():
     found = evaluate(MMA_90, "BRA.U UP0, 0x0", EXP, "EXIT")
     assert found.region == "0x0-0x10"
-    assert evaluate("BRA.U UP0, 0x20", EXP, MMA_90, "BRA 0x0").exp == 0
+    assert evaluate("BRA.U UP0, 0x20", EXP, MMA_90, "BRA 0x0").loop.exp == 0
 
 
 def test_reconvergence_goes_where_its_barrier_says():
     # BSYNC at 0x40 goes on at 0x20, out of order: without that edge the loop is not seen.
     found = evaluate("BSSY B0, 0x20", "BRA 0x40", MMA_90, "BRA 0x50", "BSYNC B0", "@P0 BRA 0x0", "EXIT")
-    assert (found.region, found.issue) == ("0x0-0x50", 6)
+    assert (found.region, found.loop.issue) == ("0x0-0x50", 6)
 
 
 def test_products_outside_loops_are_taken_with_the_kernel():
@@ -122,9 +135,9 @@ def test_products_outside_loops_are_taken_with_the_kernel():
 
 def test_products_in_float32_are_measured_in_multiply_adds():
     found = evaluate("FFMA R1, R2, R3, R1", "FFMA R1, R2, R3, R1", "LDS R2, [R4]", "@P0 BRA 0x0", "EXIT")
-    assert (found.unit, found.fp32, found.issue, found.share) == ("fp32", 2, 4, 0.5)
+    assert (found.unit, found.loop.fp32, found.loop.issue, found.share) == ("fp32", 2, 4, 0.5)
     # half the lanes on sm_80
-    assert evaluate("FFMA R1, R2, R3, R1", "@P0 BRA 0x0", "EXIT", arch=80).fp32 == 2
+    assert evaluate("FFMA R1, R2, R3, R1", "@P0 BRA 0x0", "EXIT", arch=80).loop.fp32 == 2
 
 
 @pytest.mark.parametrize(
@@ -153,7 +166,7 @@ def test_tensor_memory_products_take_their_shape_from_the_descriptor():
     # fields of 0x8100490: M / 16 = 8, N / 8 = 8, operands of type 1 (bf16); one issue for the whole block
     lines = ("UMOV UR21, 0x8100490", "NOP", "@P1 BRA 0x40", TENSOR, "@P0 BRA 0x10", "EXIT")
     found = evaluate(*lines, arch=100, warps=8)
-    assert found.mma == 128 * 64 * 16 / 4096
+    assert found.loop.mma == 128 * 64 * 16 / 4096
     assert bound.mma_kinds(sass.parse(listing(*lines))) == ("UTCHMMA 128x64x16 bf16",)
 
 
