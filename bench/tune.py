@@ -22,11 +22,9 @@ import torch
 
 from clipfast.kernels import configs
 
-from . import offline
 from .case import DTYPES, OURS, Candidate, Case, call
 from .harness import Budget, Timing, leaves, measure, ratio_interval
-from .inspect import inspect_launch
-from .report import Report
+from .inspection import Report, inspect_launch, offline
 from .suites import Shape, build
 
 Config = configs.GemmConfig | configs.AttentionConfig | configs.RowConfig

@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_inspect(commands)
     commands.add_parser("bench", help="time ops, steps and data against other implementations", add_help=False)
     arguments = list(sys.argv[1:] if argv is None else argv)
     if arguments[:1] == ["bench"]:
@@ -213,6 +214,22 @@ def _lines(path: str, otherwise: str) -> tuple[str, ...]:
     if not Path(path).is_file():
         raise ValueError(f"{otherwise}, got {path!r}")
     return tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+
+
+def _add_inspect(commands: Any) -> None:
+    from .bench.inspection.command import add_arguments, run
+    from .bench.inspection.report import explain
+
+    parser = commands.add_parser(
+        "inspect",
+        help="what the compiler made of every kernel, without a GPU",
+        description=explain(),
+        epilog="Example: clipfast inspect --arch 90 --case attention",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def test_nothing_imports_upward(layer):
         ("kernels", "def f():\n    from clipfast.models import CLIP", "clipfast.kernels"),
         ("kernels", "try:\n    import clipfast.tokenizer\nexcept ImportError:\n    pass", "clipfast.kernels"),
         ("kernels", "import tests.numerics", "clipfast.kernels"),
-        ("clipfast", "import clipfast.bench.offline", "clipfast"),
+        ("clipfast", "import clipfast.bench.inspection.offline", "clipfast"),
         ("clipfast", "from clipfast import bench", "clipfast"),
         ("clipfast", "from . import bench", "clipfast"),
         ("clipfast", "from .. import bench", "clipfast.models"),
@@ -82,7 +82,7 @@ def test_import_touches_no_gpu_and_no_heavy_library():
 import sys, torch
 def refuse(*args, **kwargs): raise AssertionError("importing asked for the GPU")
 torch.cuda._lazy_init = torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse
-import clipfast, clipfast.kernels, clipfast.bench.offline, clipfast.cli, clipfast.training.config
+import clipfast, clipfast.kernels, clipfast.bench.inspection.offline, clipfast.cli, clipfast.training.config
 heavy = {"torchvision", "webdataset", "matplotlib", "open_clip"} & set(sys.modules)
 assert not heavy, f"importing clipfast imports {heavy}"
 """

@@ -13,8 +13,8 @@ import pytest
 import torch
 import triton
 
-from clipfast.bench import offline
-from clipfast.bench.shipped import shipped_cases
+from clipfast.bench.inspection import offline
+from clipfast.bench.inspection.shipped import known_problem, shipped_cases
 from clipfast.kernels import attention, configs
 
 from ..conftest import INTERPRET, ON_GPU
@@ -27,24 +27,19 @@ SNAPSHOT = Path(__file__).with_name("resources.json")
 VERSION = ".".join(triton.__version__.split(".")[:2])
 CASES = shipped_cases()
 ARCHS = (80, 90, 100)
-# Triton 3.6 takes bytes widened to float32 for a type that tf32 holds, and uses it although asked for full precision.
-KNOWN = {("3.6", 100, "bytes fp32"): "multiplies with tcgen05.mma, expected none"}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("case", CASES)
 def test_resources(case, arch, request):
     compiled = {}
-    for launch in offline.record(arch, CASES[case]):
-        name = launch.kernel.__name__
-        # one kernel may be launched in several ways: strides, or accumulating or not
-        key = f"{name} {sum(key.split()[0] == name for key in compiled)}"
+    for key, launch in offline.named(offline.record(arch, CASES[case])).items():
         resources = offline.compile_launch(launch, arch)
         compiled[key] = dataclasses.asdict(resources)
         found = offline.problems(
             resources, arch, half=not case.endswith("fp32"), multiplies="PRECISION" in launch.constexprs
         )
-        known = KNOWN.get((VERSION, arch, " ".join(case.split()[-2:])))
+        known = known_problem(VERSION, arch, case)
         assert [problem for problem in found if problem != known] == [], f"{case} {key} sm_{arch}"
     snapshot = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
     if request.config.getoption("--update-resources"):
@@ -67,12 +62,19 @@ def test_snapshot_holds_nothing_else():
             assert sorted(cases) == sorted(CASES), f"{version} {arch}"
 
 
-def test_planted_spill_is_seen():
+def test_planted_spill_is_seen_as_the_assembler_reports_it(capsys, tmp_path):
     # 128 x 128 fp32 scores in the registers of one warp cannot fit.
     too_large = configs.AttentionConfig(128, 128, num_warps=1, num_stages=1)
     with configs.override(configs.config_key("attention_fwd", torch.bfloat16, 64), too_large):
         (launch,) = offline.record(80, lambda: attention(torch.empty(1, 256, 3 * 64, dtype=torch.bfloat16), 1))
-    found = offline.problems(offline.compile_launch(launch, 80), 80, half=True, multiplies=True)
+    with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
+        triton.knobs.cache.dir = str(tmp_path)  # so that the assembler runs
+        triton.knobs.nvidia.dump_ptxas_log = True
+        resources = offline.compile_launch(launch, 80)
+    log = capsys.readouterr().out
+    assert f"{resources.spill_bytes} bytes spill stores" in log
+    assert f"Used {resources.registers} registers" in log
+    found = offline.problems(resources, 80, half=True, multiplies=True)
     assert any(problem.startswith("spills") for problem in found), found
 
 

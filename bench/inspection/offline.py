@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from clipfast.kernels._launch import Launch, record_launches
@@ -75,20 +74,58 @@ def record(arch: int, op: Callable[[], object]) -> list[Launch]:
     return list(distinct.values())
 
 
+def named(launches: list[Launch]) -> dict[str, Launch]:
+    """Launches by kernel name and number: one kernel may be launched in several ways, with other strides, or adding."""
+    keys: dict[str, Launch] = {}
+    for launch in launches:
+        name = launch.kernel.__name__
+        keys[f"{name} {sum(key.split()[0] == name for key in keys)}"] = launch
+    return keys
+
+
 def compile_launch(launch: Launch, arch: int) -> Resources:
     """Compile one recorded launch for NVIDIA compute capability ``arch`` (90 for sm_90)."""
+    return resources(compile_kernel(launch, arch))
+
+
+def compile_kernel(launch: Launch, arch: int) -> Any:
+    """Compile one recorded launch; the result is Triton's compiled kernel, with everything it went through."""
     signature, constants, attrs = _specialise(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+
+
+def resources(kernel: Any, sass: str | None = None) -> Resources:
+    """What a compiled kernel takes, read off the machine code that would run.
+
+    Assembling its PTX again would tell of another kernel: Triton gives the assembler options that change registers and
+    spills.
+
+    Args:
+        kernel: compiled.
+        sass: its disassembly, where the caller has it already.
+    """
+    usage = _cuobjdump(kernel, "-res-usage")
+    # Spills live in the stack frame: without one there is nothing to count.
+    spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(sass or disassemble(kernel))
     ptx = kernel.asm["ptx"]
-    log = _ptxas_log(ptx, arch)
     return Resources(
-        registers=_number(r"Used (\d+) registers", log),
-        spill_bytes=_number(r"(\d+) bytes spill stores", log),
+        registers=_number(r"REG:(\d+)", usage),
+        spill_bytes=spills,
         shared_bytes=kernel.metadata.shared,
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         mma="+".join(unit for unit in MATRIX_UNIT.values() if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
     )
+
+
+def threads(kernel: Any) -> int:
+    """Threads of one block, helper warps of a warp-specialised kernel included."""
+    return _number(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])
+
+
+def disassemble(kernel: Any) -> str:
+    """The machine code of a compiled kernel as text."""
+    return _cuobjdump(kernel, "-sass")
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
@@ -102,7 +139,7 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
             signature[name] = "*" + _TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:
                 attrs[(index,)] = [["tt.divisibility", 16]]
-        elif name in launch.constexprs or (isinstance(value, int) and value == 1):
+        elif name in launch.constexprs or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants.setdefault(name, value)
         elif isinstance(value, float):
@@ -114,25 +151,21 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
     return signature, constants, attrs
 
 
-def _ptxas_log(ptx: str, arch: int) -> str:
-    target = re.search(r"\.target\s+(\w+)", ptx)
+def _cuobjdump(kernel: Any, option: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [
-            get_ptxas(arch).path,
-            "-v",
-            f"--gpu-name={target.group(1) if target else f'sm_{arch}'}",
-            str(path),
-            "-o",
-            f"{path}.cubin",
-        ]
-        run = subprocess.run(command, capture_output=True, text=True, check=True)
-    return run.stderr + run.stdout
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(kernel.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def _stored_bytes(sass: str) -> int:
+    """Bytes per thread that are stored to local memory, which is where spills go: each store in the text once."""
+    return sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.[A-Z]+)*(?:\.(\d+))?\b", sass))
 
 
 def _number(pattern: str, text: str) -> int:
     match = re.search(pattern, text)
     if match is None:
-        raise RuntimeError(f"ptxas did not report {pattern!r}: {text}")
+        raise RuntimeError(f"the compiler's output has no {pattern!r}: {text[:1000]}")
     return int(match.group(1))

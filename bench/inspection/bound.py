@@ -1,0 +1,302 @@
+"""An upper bound on how busy a kernel can keep its matrix unit, from its machine code.
+
+For one turn of the loop that holds the matrix products, count what the block asks of each unit of a multiprocessor, in
+clock cycles: the matrix unit, the exponential unit, the float32 lanes and the four issue slots. The units work side by
+side, so a turn takes at least as long as the busiest of them, and
+
+    bound = cycles of the products at the peak rate of the architecture / cycles of the busiest unit.
+
+It is a bound and no estimate: it leaves out memory latency and bandwidth, shared memory and its bank conflicts,
+barriers, dependencies between instructions, and (but for :meth:`Bound.over`) the code around the loop. Only code that
+runs in every turn is counted against the products. A low bound is a fact about the kernel; a high one promises nothing.
+A share is of the peak of the operands' own type: products in tf32 at 100% are half as fast as in bf16.
+"""
+
+import dataclasses
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from .sass import Graph, Instruction, Loop, UnknownControlFlow
+
+SUB_PARTITIONS = 4
+WARP = 32
+
+# Dense multiply-adds per clock and multiprocessor, from the peak rates of the data sheets (A100 SXM: 312 TFLOP/s, 108
+# multiprocessors, 1.41 GHz; H100 SXM: 989, 132, 1.83; B200: 2250, 148, 1.85), which are powers of two per clock.
+MATRIX_RATE = {
+    80: {"fp16": 1024, "bf16": 1024, "tf32": 512},
+    90: {"fp16": 2048, "bf16": 2048, "tf32": 1024, "fp8": 4096},
+    100: {"fp16": 4096, "bf16": 4096, "tf32": 2048, "fp8": 8192},
+}
+# The part of that peak that mma.sync reaches. On Hopper 63% was measured (arXiv:2402.13499, arXiv:2501.12084), rounded
+# up here; for Blackwell no figure is published.
+WARP_MATRIX_SHARE = {80: 1.0, 90: 2 / 3}
+# Results per clock and multiprocessor: CUDA C++ programming guide, "Throughput of native arithmetic instructions".
+EXP_RATE = {80: 16, 90: 16, 100: 16}
+FP32_RATE = {80: 64, 90: 128, 100: 128}
+
+_WARP_MMA = ("HMMA", "QMMA")
+_GROUP_MMA = ("HGMMA", "QGMMA")
+_TENSOR_MMA = ("UTCHMMA", "UTCQMMA")
+_OTHER_MMA = re.compile(r"(UTC)?[A-Z]G?MMA$")
+_WARP_SHAPES = {"1688": (16, 8, 8), "1684": (16, 8, 4), "16816": (16, 8, 16), "16832": (16, 8, 32)}
+_FP32 = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FADD2": 2, "FMUL2": 2, "FFMA2": 2}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mma:
+    """A matrix instruction: who issues it ("warp", "warpgroup" or "block"), its shape (None: unknown) and operands."""
+
+    name: str
+    issuer: str
+    shape: tuple[int, int, int] | None
+    operand: str
+
+    def __str__(self) -> str:
+        shape = "x".join(map(str, self.shape)) if self.shape else "?"
+        return f"{self.name} {shape} {self.operand}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Cycles:
+    """What a piece of code asks of a multiprocessor, in clock cycles per block.
+
+    Attributes:
+        peak: what its products take at the peak rate, on the matrix unit or as multiply-adds on the float32 lanes.
+        mma: cycles of the matrix unit; more than ``peak`` for instructions that do not reach the peak.
+        exp: cycles of the exponential unit (all special functions).
+        fp32: cycles of the float32 lanes.
+        issue: cycles of the issue slots.
+    """
+
+    peak: float
+    mma: float
+    exp: float
+    fp32: float
+    issue: float
+
+    @property
+    def limit(self) -> str:
+        """The busiest unit."""
+        return max(("mma", "exp", "fp32", "issue"), key=lambda unit: getattr(self, unit))
+
+    @property
+    def share(self) -> float:
+        """Cycles at peak rate for each cycle of the busiest unit."""
+        return self.peak / max(self.mma, self.exp, self.fp32, self.issue)
+
+    def plus(self, other: "Cycles", turns: int = 1) -> "Cycles":
+        """These, and ``turns`` times the others."""
+        names = [field.name for field in dataclasses.fields(self)]
+        return Cycles(*(getattr(self, name) + turns * getattr(other, name) for name in names))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bound:
+    """The bound of a kernel.
+
+    Attributes:
+        unit: what it is of: "tensor", or "fp32" for products that must stay exact.
+        region: addresses of the hottest loop, or "kernel" when the products are in straight-line code.
+        loop: cycles of one turn of it.
+        outside: cycles of one turn of the loop around it, or of the kernel, without the loop itself.
+    """
+
+    unit: str
+    region: str
+    loop: Cycles
+    outside: Cycles
+
+    @property
+    def share(self) -> float:
+        """The bound: 0 to 1, for a loop that goes on for ever."""
+        return self.loop.share
+
+    def over(self, turns: int) -> float:
+        """The bound when the loop makes ``turns`` turns each time, the code around it counted."""
+        return self.outside.plus(self.loop, turns).share
+
+    @property
+    def overhead(self) -> float:
+        """Cycles of the busiest other unit for each cycle of the products: of equal bounds, less is better."""
+        others = (self.loop.exp, self.loop.issue, self.loop.fp32 if self.unit == "tensor" else 0.0)
+        return max(others) / self.loop.peak
+
+
+def bound(
+    instructions: list[Instruction], arch: int, warps: int, *, multiplies: bool = True, specialised: bool = False
+) -> Bound | str:
+    """The bound of a kernel, or why there is none.
+
+    Args:
+        instructions: of the kernel.
+        arch: compute capability, 80, 90 or 100.
+        warps: of one block; all of them are taken to run the loop.
+        multiplies: whether the kernel has a matrix product: without matrix instructions the bound is then of the
+            float32 lanes.
+        specialised: whether the warps have different roles, so that what one executes says nothing of the others.
+    """
+    if specialised or any(instruction.name == "USETMAXREG" for instruction in instructions):
+        return "warp-specialised: its warps run different code"
+    try:
+        graph = Graph(instructions)
+    except UnknownControlFlow as error:
+        return f"unknown control flow: {error}"
+    has_mma = any(is_mma(instruction) for instruction in instructions)
+    if not has_mma and not multiplies:
+        return "no matrix product"
+    return _hottest(graph, "tensor" if has_mma else "fp32", arch, warps)
+
+
+def is_mma(instruction: Instruction) -> bool:
+    """Whether an instruction runs on the matrix unit (HFMA2.MMA does not)."""
+    return _OTHER_MMA.match(instruction.name) is not None
+
+
+def mma_kinds(instructions: list[Instruction]) -> tuple[str, ...]:
+    """The kinds of matrix instructions in a kernel, such as "HGMMA 64x128x16 bf16", each once."""
+    try:
+        graph = Graph(instructions)
+    except UnknownControlFlow:
+        return tuple(sorted({instruction.name for instruction in instructions if is_mma(instruction)}))
+    return tuple(sorted({str(mma) for mma, _ in _products(graph, graph.order)}))
+
+
+def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
+    """The bound from the innermost loop with products, of several the one with most work per turn."""
+    counts = is_mma if unit == "tensor" else _is_fma
+    holds = {block for block in graph.order if any(map(counts, graph.blocks[block]))}
+    if not holds:
+        return "its products are in a subroutine, or there are none"
+    kernel = Loop(graph.order[0], frozenset(graph.order), graph.exits)
+    loops = [loop for loop in graph.loops if loop.body & holds]
+    found = []
+    for loop in [loop for loop in loops if not any(other.body < loop.body for other in loops)] or [kernel]:
+        # The loop around it is the smallest that holds it.
+        around = min((o for o in loops if loop.body < o.body), key=lambda o: len(o.body), default=kernel)
+        cycles = _cycles(graph, loop.body, loop.latches, unit, arch, warps)
+        outside = _cycles(graph, around.body - loop.body, around.latches, unit, arch, warps)
+        if isinstance(cycles, str) or isinstance(outside, str):
+            return cycles if isinstance(cycles, str) else str(outside)
+        found.append(Bound(unit, _region(graph, loop.body), cycles, outside))
+    return max(found, key=lambda result: (result.loop.peak, result.loop.issue))
+
+
+def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str, arch: int, warps: int) -> Cycles | str:
+    """Cycles of the blocks ``body``: all of their products, and whatever else runs before each of ``ends``."""
+    peak = busy = 0.0
+    for mma, times in _products(graph, body):
+        rate = MATRIX_RATE[arch].get(mma.operand)
+        if mma.shape is None or rate is None:
+            return f"unknown matrix instruction: {mma}"
+        share = WARP_MATRIX_SHARE.get(arch) if mma.issuer == "warp" else 1.0
+        if share is None:
+            return f"no rate is published for mma.sync on sm_{arch}"
+        m, n, k = mma.shape
+        issuers = {"warp": warps, "warpgroup": warps / SUB_PARTITIONS, "block": 1}[mma.issuer]
+        cycles = times * issuers * m * n * k / rate
+        peak += cycles
+        busy += cycles / share
+    always = _always(graph, body, ends, is_mma if unit == "tensor" else _is_fma)
+    exp = sum(step.name == "MUFU" for step in always)
+    fp32 = sum(_FP32.get(step.name, 0) for step in always)
+    if unit == "fp32":
+        fused = sum(_FP32[step.name] for step in always if _is_fma(step))
+        peak = _per_block(fused, FP32_RATE[arch], warps)
+    return Cycles(
+        peak=peak,
+        mma=busy,
+        exp=_per_block(exp, EXP_RATE[arch], warps),
+        fp32=_per_block(fp32, FP32_RATE[arch], warps),
+        issue=len(always) * warps / SUB_PARTITIONS,
+    )
+
+
+def _products(graph: Graph, body: Iterable[int]) -> list[tuple[Mma, int]]:
+    """Matrix instructions in ``body``, and how often each kind is there."""
+    found: Counter[Mma] = Counter()
+    for block in body:
+        for position, instruction in enumerate(graph.blocks[block]):
+            if is_mma(instruction):
+                found[_describe(graph, block, position)] += 1
+    return list(found.items())
+
+
+def _describe(graph: Graph, block: int, position: int) -> Mma:
+    instruction = graph.blocks[block][position]
+    if instruction.name in _TENSOR_MMA:
+        return _tensor_memory_mma(graph, block, position)
+    shape_text = instruction.modifiers[0] if instruction.modifiers else ""
+    operand = next((kind.lower() for kind in ("TF32", "BF16") if kind in instruction.modifiers), "fp16")
+    if instruction.name.startswith("Q"):
+        operand = "fp8"
+    if "SP" in instruction.modifiers or instruction.name not in (*_WARP_MMA, *_GROUP_MMA):
+        return Mma(instruction.name, "warp", None, "unknown")
+    if instruction.name in _WARP_MMA:
+        return Mma(instruction.name, "warp", _WARP_SHAPES.get(shape_text), operand)
+    match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", shape_text)
+    shape = (int(match[1]), int(match[2]), int(match[3])) if match else None
+    return Mma(instruction.name, "warpgroup", shape, operand)
+
+
+def _tensor_memory_mma(graph: Graph, block: int, position: int) -> Mma:
+    """tcgen05.mma: M, N and operand type are fields of a descriptor (PTX ISA, "Instruction descriptor").
+
+    The descriptor is a constant in a uniform register; it is looked for in the code that certainly ran before.
+    """
+    instruction = graph.blocks[block][position]
+    unknown = Mma(instruction.name, "block", None, "unknown")
+    register = re.search(r"idesc\[UR(\d+)\]", instruction.operands)
+    if register is None or instruction.modifiers:
+        return unknown
+    for earlier in graph.above(block, position):
+        if not _writes(earlier, int(register[1])):
+            continue
+        value = re.fullmatch(r"UR\d+, 0x([0-9a-f]+)", earlier.operands)
+        if earlier.opcode != "UMOV" or earlier.guard or value is None:
+            return unknown
+        descriptor = int(value[1], 16)
+        m, n, kind = (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3, descriptor >> 7 & 7
+        if m not in (64, 128) or not 8 <= n <= 256:
+            return unknown
+        operand = "fp8" if instruction.name == "UTCQMMA" else {0: "fp16", 1: "bf16", 2: "tf32"}.get(kind, "unknown")
+        return Mma(instruction.name, "block", (m, n, {"tf32": 8, "fp8": 32}.get(operand, 16)), operand)
+    return unknown
+
+
+def _writes(instruction: Instruction, register: int) -> bool:
+    """Whether the first operand, which is the result, covers a uniform register."""
+    first = re.match(r"UR(\d+)\b", instruction.operands)
+    wide = {"64": 2, "WIDE": 2, "128": 4}
+    width = max((wide.get(modifier, 1) for modifier in instruction.modifiers), default=1)
+    return first is not None and 0 <= register - int(first[1]) < width
+
+
+def _always(
+    graph: Graph, body: frozenset[int], ends: frozenset[int], counts: Callable[[Instruction], bool]
+) -> list[Instruction]:
+    """The code of ``body`` that runs in every turn, or whenever a product does."""
+    products = [block for block in body if any(map(counts, graph.blocks[block]))]
+    return [
+        instruction
+        for block in sorted(body)
+        if all(graph.dominates(block, end) for end in ends)
+        or (products and all(graph.dominates(block, product) for product in products))
+        for instruction in graph.blocks[block]
+    ]
+
+
+def _per_block(warp_instructions: int, rate: int, warps: int) -> float:
+    return warp_instructions * warps * WARP / rate
+
+
+def _is_fma(instruction: Instruction) -> bool:
+    return instruction.name in ("FFMA", "FFMA2")
+
+
+def _region(graph: Graph, body: frozenset[int]) -> str:
+    if len(body) == len(graph.order):
+        return "kernel"
+    addresses = [instruction.address for block in body for instruction in graph.blocks[block]]
+    return f"{min(addresses):#x}-{max(addresses):#x}"

@@ -1,0 +1,236 @@
+"""What the compiler made of every kernel on every architecture, without a GPU: ``clipfast inspect``.
+
+:func:`inspect_launch` reports one launch; ``Report.rank`` orders reports, the best first, so that a tuner can drop
+configurations before it times any.
+"""
+
+import argparse
+import concurrent.futures
+import dataclasses
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from clipfast.kernels._launch import INTERPRET, Launch
+
+from . import offline
+from .bound import Bound, bound, mma_kinds
+from .occupancy import occupancy
+from .peer_kernels import installed_cases, record_peer
+from .report import Report, differences, table, to_json
+from .sass import parse
+from .shipped import known_problem, shipped_cases
+
+ARCHS = (80, 90, 100)
+VERSION = ".".join(triton.__version__.split(".")[:2])
+SNAPSHOT = Path(__file__).parents[2] / "tests" / "kernels" / "resources.json"
+
+
+def inspect_launch(
+    launch: Launch, arch: int, *, case: str = "", kernel: str | None = None, half: bool | None = None
+) -> Report:
+    """Compile one recorded launch and read what it takes, whether it is sound, and its bound.
+
+    Args:
+        launch: from :func:`offline.record`.
+        arch: compute capability, 80, 90 or 100.
+        case: name of the call, for the report.
+        kernel: name for the report; default: the kernel's own.
+        half: whether its products are of 16-bit operands, which have to use the matrix unit; default: whether any of
+            its tensors has 16 bits.
+
+    Raises:
+        triton.CompilationError, RuntimeError: the kernel does not compile.
+    """
+    if half is None:
+        half = any(isinstance(arg, torch.Tensor) and arg.dtype.itemsize == 2 for arg in launch.args.values())
+    compiled = offline.compile_kernel(launch, arch)
+    multiplies = "tt.dot" in compiled.asm["ttir"]
+    text = offline.disassemble(compiled)
+    instructions = parse(text)
+    resources = offline.resources(compiled, text)
+    warps = offline.threads(compiled) // 32
+    specialised = "ttg.warp_specialize" in compiled.asm["ttgir"]
+    result = bound(instructions, arch, warps, multiplies=multiplies, specialised=specialised)
+    return Report(
+        case=case,
+        kernel=kernel or launch.kernel.__name__,
+        arch=arch,
+        resources=resources,
+        warps=warps,
+        occupancy=occupancy(
+            arch,
+            registers=resources.registers,
+            warps=warps,
+            shared_bytes=resources.shared_bytes,
+            tmem_columns=resources.tmem_columns,
+        ),
+        mma=mma_kinds(instructions),
+        tma=any(instruction.name.startswith(("UTMALDG", "UTMASTG", "UTMAREDG")) for instruction in instructions),
+        bound=result if isinstance(result, Bound) else None,
+        unbounded=result if isinstance(result, str) else "",
+        problems=tuple(offline.problems(resources, arch, half=half, multiplies=multiplies)),
+    )
+
+
+def inspect_case(arch: int, case: str) -> list[Report]:
+    """Reports of a shipped case's launches."""
+    launches = offline.named(offline.record(arch, shipped_cases()[case]))
+    reports = [inspect_launch(launch, arch, case=case, kernel=key) for key, launch in launches.items()]
+    known = known_problem(VERSION, arch, case)
+    return [dataclasses.replace(report, known=(known,) if known else ()) for report in reports]
+
+
+def inspect_peer(arch: int, case: str) -> list[Report]:
+    """Reports of a peer's launches.
+
+    Raises:
+        RuntimeError: the peer cannot be imported, called or compiled; it names case and cause.
+    """
+    cases, _ = installed_cases()
+    try:
+        launches = offline.named(record_peer(arch, cases[case]))
+        # A peer has 16-bit input; what it makes of it is its own choice.
+        reports = [inspect_launch(launch, arch, case=case, kernel=key, half=True) for key, launch in launches.items()]
+        return [dataclasses.replace(report, peer=True) for report in reports]
+    except Exception as error:
+        last = str(error).strip().splitlines()[-1:] or [""]
+        raise RuntimeError(f"{case} on sm_{arch}: {type(error).__name__}: {last[0][:160]}") from None
+
+
+def inspect_all(
+    archs: Sequence[int] = ARCHS, *, substring: str = "", peers: bool = False, jobs: int | None = None
+) -> tuple[list[Report], list[str]]:
+    """Reports of all shipped kernels, in order, and what is missing (peers that are not installed or do not compile).
+
+    Args:
+        archs: compute capabilities.
+        substring: take only cases whose name contains it.
+        peers: report the peers' kernels too.
+        jobs: processes; default: one for each core.
+
+    Raises:
+        ValueError: an unknown architecture, no case that matches, ``jobs`` below 1.
+        RuntimeError: the kernels are interpreted, or a shipped one does not compile.
+    """
+    if INTERPRET:
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
+    unknown = [arch for arch in archs if arch not in ARCHS]
+    if unknown:
+        raise ValueError(f"unknown architecture {unknown[0]}: known are {', '.join(map(str, ARCHS))}")
+    if jobs is not None and jobs < 1:
+        raise ValueError(f"jobs must be at least 1, got {jobs}")
+    theirs, missing = installed_cases() if peers else ({}, [])
+    ours = shipped_cases()
+    chosen = [case for case in (*ours, *theirs) if substring in case]
+    if not chosen:
+        raise ValueError(f"no case contains {substring!r}; there are: {'; '.join((*ours, *theirs, *missing))}")
+    tasks = [(arch, case, case in theirs) for arch in dict.fromkeys(archs) for case in chosen]
+    reports: list[Report] = []
+    for result in _run(tasks, jobs or os.cpu_count() or 1):
+        if isinstance(result, str):
+            missing.append(result)
+        else:
+            reports += result
+    return reports, missing
+
+
+def _run(tasks: list[tuple[int, str, bool]], jobs: int) -> Iterator[list[Report] | str]:
+    """Results in the order of the tasks."""
+    jobs = min(jobs, len(tasks))
+    if jobs == 1:
+        yield from _progress(map(_inspect, tasks), len(tasks))
+        return
+    # The server imports everything once; its children start with that, and with no thread of this process.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__])
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+        yield from _progress(pool.map(_inspect, tasks), len(tasks))
+
+
+def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
+    arch, case, is_peer = task
+    if not is_peer:
+        return inspect_case(arch, case)
+    try:
+        return inspect_peer(arch, case)
+    except RuntimeError as error:
+        return str(error)
+
+
+def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from results
+        return
+    yield from tqdm(results, total=total, desc="compiling", unit="case", leave=False, disable=None)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``clipfast inspect``."""
+    parser.add_argument(
+        "--arch",
+        nargs="+",
+        type=int,
+        default=list(ARCHS),
+        metavar="N",
+        help="compute capabilities (default: 80 90 100)",
+    )
+    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
+    parser.add_argument("--peers", action="store_true", help="also the kernels of other packages, where installed")
+    parser.add_argument("--json", metavar="FILE", help="also write everything there")
+    parser.add_argument(
+        "--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)"
+    )
+    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print table and differences; 1 when a shipped kernel has a problem, else 0.
+
+    Raises:
+        ValueError, RuntimeError, OSError: see :func:`inspect_all`; a snapshot that is no such file.
+    """
+    snapshot = _read_snapshot(args.snapshot)
+    reports, missing = inspect_all(args.arch, substring=args.case, peers=args.peers, jobs=args.jobs)
+    shipped = [report for report in reports if not report.peer]
+    changes = [] if snapshot is None else differences(shipped, snapshot, VERSION)
+    failing = [report for report in shipped if report.failures]
+    if args.json:
+        record = {
+            "triton": triton.__version__,
+            "reports": [to_json(report) for report in reports],
+            "missing": missing,
+            "differences": changes,
+        }
+        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+    print(table(reports))
+    print(f"\n{len(shipped)} shipped kernels, Triton {triton.__version__}: {len(failing)} with a problem")
+    if snapshot is None:
+        print("no snapshot to compare with: give one with --snapshot FILE")
+    else:
+        print("\n".join(["differs from the snapshot:", *changes] if changes else ["equal to the snapshot"]))
+    for line in missing:
+        print(f"missing: {line}")
+    return 1 if failing else 0
+
+
+def _read_snapshot(path: str | None) -> dict[str, Any] | None:
+    """The snapshot; without a path the one of the checkout, or None where there is no checkout."""
+    if path is None and not SNAPSHOT.exists():
+        return None
+    text = Path(path or SNAPSHOT).read_text()
+    try:
+        snapshot = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--snapshot {path} is not JSON: {error}") from None
+    if not isinstance(snapshot, dict):
+        raise ValueError(f"--snapshot {path} must hold resources by Triton version, as tests/kernels/resources.json")
+    return snapshot

@@ -1,0 +1,62 @@
+"""How many blocks of a kernel fit on one multiprocessor, and what stops the next one: CUDA's occupancy calculation."""
+
+import dataclasses
+import math
+
+# Limits per multiprocessor and units of allocation (CUDA C++ programming guide, "Compute capabilities"; the rounding is
+# that of cuda_occupancy.h). Registers are given out per warp, and belong to one of four sub-partitions.
+REGISTERS = 65536
+REGISTER_UNIT = 256
+SUB_PARTITIONS = 4
+WARPS = 64
+BLOCKS = 32
+SHARED = {80: 167936, 90: 233472, 100: 233472}
+SHARED_RESERVED = 1024  # for the system, in each block
+SHARED_UNIT = 128
+TENSOR_COLUMNS = 512
+TENSOR_UNIT = 32  # and a power of two
+
+
+@dataclasses.dataclass(frozen=True)
+class Occupancy:
+    """Blocks per multiprocessor, the resources that allow no more, and the share of the warps that are then there."""
+
+    blocks: int
+    limits: tuple[str, ...]
+    warps: float
+
+
+def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_columns: int = 0) -> Occupancy:
+    """Occupancy of a kernel.
+
+    Args:
+        arch: compute capability, 80, 90 or 100.
+        registers: per thread.
+        warps: per block.
+        shared_bytes: per block, static and dynamic.
+        tmem_columns: of tensor memory, per block; a block whose columns are not free waits, so they count as a limit.
+
+    Raises:
+        ValueError: unknown ``arch``, or no warps.
+    """
+    if arch not in SHARED:
+        raise ValueError(f"arch must be one of {', '.join(map(str, SHARED))}, got {arch}")
+    if warps < 1:
+        raise ValueError(f"warps must be at least 1, got {warps}")
+    per_warp = _up(max(registers, 1) * 32, REGISTER_UNIT)
+    allowed = {
+        "blocks": BLOCKS,
+        "warps": WARPS // warps,
+        "registers": REGISTERS // SUB_PARTITIONS // per_warp * SUB_PARTITIONS // warps,
+        "shared": SHARED[arch] // _up(shared_bytes + SHARED_RESERVED, SHARED_UNIT),
+    }
+    if tmem_columns:
+        columns = max(TENSOR_UNIT, 2 ** math.ceil(math.log2(tmem_columns)))
+        allowed["tmem"] = TENSOR_COLUMNS // columns
+    blocks = min(allowed.values())
+    limits = tuple(resource for resource, number in allowed.items() if number == blocks)
+    return Occupancy(blocks, limits, blocks * warps / WARPS)
+
+
+def _up(value: int, unit: int) -> int:
+    return -(-value // unit) * unit

@@ -1,0 +1,105 @@
+"""The published kernels of others, as their own package would launch them on a GPU that is not there.
+
+Nothing of theirs is in this repository: the packages are looked for where this Python looks for modules. A peer's
+public function is called on CPU tensors that claim to be on a GPU of the architecture, and what it launches is
+recorded: its kernels, with the tiles, warps and stages that it chooses itself.
+"""
+
+import contextlib
+import dataclasses
+import importlib.util
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+
+from clipfast.kernels._launch import Launch
+
+from .shipped import Case
+
+
+@dataclasses.dataclass(frozen=True)
+class Peer:
+    """A package: the module to look for, what pip calls it, and its calls by case name."""
+
+    module: str
+    requirement: str
+    cases: dict[str, Case]
+
+
+def peers() -> list[Peer]:
+    """The peers of the contrastive loss: forward and backward of 1,024 pairs in bfloat16."""
+    return [
+        # 1280: bigG/14, beyond what its FlashAttention-style backward takes
+        Peer("memeff", "memeff==0.3.1", {f"memeff N1024 D{dim} bf16": _memeff(dim) for dim in (512, 768, 1280)}),
+        Peer("inf_cl", "inf-cl==1.2.1", {f"inf-cl N1024 D{dim} bf16": _inf_cl(dim) for dim in (512, 768)}),
+    ]
+
+
+def installed_cases() -> tuple[dict[str, Case], list[str]]:
+    """Cases of the peers that are installed, and one line for each that is missing."""
+    cases: dict[str, Case] = {}
+    missing = []
+    for peer in peers():
+        if importlib.util.find_spec(peer.module) is None:
+            missing.append(f"{peer.module} is missing: pip install --no-deps {peer.requirement}")
+        else:
+            cases |= peer.cases
+    return cases, missing
+
+
+def record_peer(arch: int, case: Case) -> list[Launch]:
+    """The launches of a peer on compute capability ``arch``, each distinct one once.
+
+    Raises:
+        Whatever the peer raises, such as ImportError for a dependency that it lacks.
+    """
+    with _pretend_gpu(arch) as launches:
+        case()
+    distinct = {(launch.kernel.__name__, str(launch.constexprs), str(launch.options)): launch for launch in launches}
+    return list(distinct.values())
+
+
+@contextlib.contextmanager
+def _pretend_gpu(arch: int) -> Iterator[list[Launch]]:
+    launches: list[Launch] = []
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> None:  # noqa: ARG001
+        names = kernel.arg_names
+        given = dict(zip(names, args, strict=False)) | {name: kwargs.pop(name) for name in names if name in kwargs}
+        constant = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+        constexprs = {name: value for name, value in given.items() if name in constant}
+        named = {name: value for name, value in given.items() if name not in constant}
+        launches.append(Launch(kernel, grid if isinstance(grid, tuple) else (), named, constexprs, kwargs))
+
+    with (
+        mock.patch.object(JITFunction, "run", record),
+        mock.patch.object(torch.cuda, "get_device_capability", return_value=divmod(arch, 10)),
+        mock.patch.object(torch.Tensor, "is_cuda", True),
+    ):
+        yield launches
+
+
+def _features(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    image, text = (torch.ones(1024, dim, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    return image, text
+
+
+def _memeff(dim: int) -> Case:
+    def run() -> None:
+        from memeff import MemoryEfficientCLIPLoss  # type: ignore[import-not-found]
+
+        MemoryEfficientCLIPLoss(normalized_inputs=True)(*_features(dim)).backward()
+
+    return run
+
+
+def _inf_cl(dim: int) -> Case:
+    def run() -> None:
+        from inf_cl import cal_flash_loss  # type: ignore[import-not-found]
+
+        cal_flash_loss(*_features(dim), scale=10.0).mean().backward()
+
+    return run

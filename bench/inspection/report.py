@@ -1,0 +1,179 @@
+"""What an inspected kernel is, as a record, a table row and JSON, and how it differs from a snapshot."""
+
+import dataclasses
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+from .bound import Bound
+from .occupancy import Occupancy
+from .offline import Resources
+
+_COLUMNS = {
+    "regs": "registers per thread, at most 255",
+    "spill": "bytes per thread that found no register and go through memory: must be 0",
+    "smem": "shared memory per block, KiB",
+    "tmem": "columns of tensor memory per block; 512 exist",
+    "blocks": "blocks that fit on one multiprocessor at a time, and what allows no more",
+    "MMA": "matrix instructions: HMMA is mma.sync, HGMMA wgmma, UTCHMMA tcgen05.mma",
+    "TMA": "whether the tensor memory accelerator moves tiles",
+    "mma": "clock cycles of the matrix unit for one turn of the hottest loop",
+    "exp": "the same of the exponential unit",
+    "fp32": "the same of the float32 lanes",
+    "issue": "the same of the issue slots",
+    "bound": "how busy the matrix unit can be at most, and the unit that sets it; 'fp32': of the float32 lanes, for "
+    "products that must stay exact. A bound, not an estimate: memory and waiting are left out",
+    "around": "cycles of the busiest unit in the code around that loop: much of it wants many turns of the loop",
+}
+
+
+def explain() -> str:
+    """What ``clipfast inspect`` does and what its columns say, for ``--help``."""
+    what = (
+        "Compile every shipped kernel for GPUs that need not be there, and report what each takes. The exit code is 1 "
+        "when one spills, passes a limit or misses the matrix unit."
+    )
+    columns = [
+        textwrap.fill(text, 100, initial_indent=f"  {name:8}", subsequent_indent=" " * 10)
+        for name, text in _COLUMNS.items()
+    ]
+    return "\n".join([textwrap.fill(what, 100), "", "columns:", *columns])
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """One compiled launch on one architecture.
+
+    Attributes:
+        case: the call that makes the launch.
+        kernel: name of the kernel, and its number among the launches of that kernel.
+        arch: compute capability, 80, 90 or 100.
+        resources: registers, spills, shared memory, tensor memory, matrix unit.
+        warps: per block.
+        occupancy: blocks per multiprocessor, and what limits them.
+        mma: kinds of matrix instructions, such as "HGMMA 64x128x16 bf16".
+        tma: whether it uses the tensor memory accelerator.
+        bound: upper bound on the use of the matrix unit, or None.
+        unbounded: why there is no bound, or "".
+        problems: what is wrong with it; see :func:`clipfast.bench.inspection.offline.problems`.
+        known: those of ``problems`` that the compiler causes and clipfast cannot help.
+        peer: whether it is somebody else's.
+    """
+
+    case: str
+    kernel: str
+    arch: int
+    resources: Resources
+    warps: int
+    occupancy: Occupancy
+    mma: tuple[str, ...]
+    tma: bool
+    bound: Bound | None
+    unbounded: str
+    problems: tuple[str, ...]
+    known: tuple[str, ...] = ()
+    peer: bool = False
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Problems that are not known ones."""
+        return tuple(problem for problem in self.problems if problem not in self.known)
+
+    @property
+    def rank(self) -> tuple[bool, float, float, float]:
+        """Key that sorts configurations of one kernel, the best first: sound ones, by bound, by overhead beside the
+        products, by warps on the multiprocessor. A kernel that does not fit on one counts as unsound.
+        """
+        share, overhead = (self.bound.share, self.bound.overhead) if self.bound else (0.0, float("inf"))
+        unsound = bool(self.failures) or self.occupancy.blocks == 0
+        return unsound, -share, overhead, -self.occupancy.warps
+
+
+def to_json(report: Report) -> dict[str, Any]:
+    """A report as JSON holds it: its fields, and what follows from the bound."""
+    record = dataclasses.asdict(report)
+    if report.bound is not None:
+        bound = report.bound
+        record["bound"] |= {"share": bound.share, "limit": bound.loop.limit, "overhead": bound.overhead}
+    return record
+
+
+def table(reports: Sequence[Report]) -> str:
+    """Reports as text, one row each, by architecture."""
+    parts = []
+    for arch in sorted({report.arch for report in reports}):
+        rows = [_row(report) for report in reports if report.arch == arch]
+        widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
+        lines = ["  ".join(name.ljust(widths[name]) for name in widths).rstrip()]
+        lines += ["  ".join(row[name].ljust(widths[name]) for name in widths).rstrip() for row in rows]
+        parts.append("\n".join([f"sm_{arch}", *lines]))
+    return "\n\n".join(parts)
+
+
+def _row(report: Report) -> dict[str, str]:
+    bound, resources = report.bound, report.resources
+    name, _, number = report.kernel.partition(" ")
+    label = name.removeprefix("_").removesuffix("_kernel")
+    cycles = {unit: f"{getattr(bound.loop, unit):.0f}" if bound else "-" for unit in ("mma", "exp", "fp32", "issue")}
+    kind = " fp32" if bound and bound.unit == "fp32" else ""
+    notes = [problem if problem in report.failures else f"known: {problem}" for problem in report.problems]
+    if report.unbounded and report.unbounded != "no matrix product":
+        notes.append(f"no bound: {report.unbounded}")
+    return {
+        "case": report.case,
+        "kernel": label if number in ("", "0") else f"{label} {number}",
+        "regs": str(resources.registers),
+        "spill": str(resources.spill_bytes),
+        "smem": f"{resources.shared_bytes / 1024:.0f}",
+        "tmem": str(resources.tmem_columns),
+        "blocks": f"{report.occupancy.blocks} {'+'.join(report.occupancy.limits)}",
+        "MMA": _kinds(report.mma),
+        "TMA": "yes" if report.tma else "no",
+        **cycles,
+        "bound": f"{bound.share:.0%}{kind} {bound.loop.limit}" if bound else "-",
+        "around": f"{getattr(bound.outside, bound.outside.limit):.0f} {bound.outside.limit}" if bound else "-",
+        "": "; ".join(notes),
+    }
+
+
+def _kinds(kinds: Sequence[str]) -> str:
+    """Kinds that differ only in shape, together: "HGMMA 64x32x16+64x64x16 bf16"."""
+    shapes: dict[tuple[str, str], list[str]] = {}
+    for kind in kinds:
+        name, _, rest = kind.partition(" ")
+        shape, _, operand = rest.partition(" ")
+        shapes.setdefault((name, operand), []).append(shape)
+    return ", ".join(f"{name} {'+'.join(found)} {operand}".strip() for (name, operand), found in shapes.items()) or "-"
+
+
+def differences(reports: Sequence[Report], snapshot: dict[str, Any], version: str) -> list[str]:
+    """What changed against a snapshot, one line each; only cases that were inspected are compared.
+
+    Args:
+        reports: of the shipped kernels.
+        snapshot: resources by Triton version ("3.9"), architecture ("sm_90"), case and kernel.
+        version: of Triton now.
+    """
+    if version not in snapshot:
+        return [f"the snapshot has no entry for Triton {version}, only {', '.join(sorted(snapshot)) or 'none at all'}"]
+    now: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for report in reports:
+        kernels = now.setdefault((f"sm_{report.arch}", report.case), {})
+        kernels[report.kernel] = dataclasses.asdict(report.resources)
+    lines = []
+    for (arch, case), kernels in now.items():
+        before: dict[str, dict[str, Any]] = snapshot[version].get(arch, {}).get(case, {})
+        for kernel in sorted({*kernels, *before}):
+            old, new = before.get(kernel), kernels.get(kernel)
+            if old == new:
+                continue
+            if old is None or new is None:
+                change = "new" if old is None else "gone"
+            else:
+                change = ", ".join(
+                    f"{key} {old.get(key)} -> {new.get(key)}"
+                    for key in sorted({*old, *new})
+                    if old.get(key) != new.get(key)
+                )
+            lines.append(f"{arch} {case}: {kernel}: {change}")
+    return lines

@@ -1,0 +1,210 @@
+"""Machine code as the disassembler prints it: instructions, basic blocks, and the loops between them.
+
+Loops are found on the control-flow graph (an edge back to a block that dominates its source), so that code laid out of
+line, such as the waits on a barrier, neither makes a loop of its own nor ends one.
+"""
+
+import dataclasses
+import functools
+import re
+
+_FUNCTION = re.compile(r"\s*Function : (\S+)")
+_LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*?)\s*;")
+_TEXT = re.compile(r"(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z]\w*(?:\.\w+)*)\s*(?P<operands>.*)")
+_ENDS = ("EXIT", "RET", "KILL")
+_INDIRECT = ("BRX", "BRXU", "JMX", "JMXU", "JMP")
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """One instruction: its address in bytes, guard predicate (None: always), opcode with modifiers, operands."""
+
+    address: int
+    guard: str | None
+    opcode: str
+    operands: str
+
+    @functools.cached_property
+    def name(self) -> str:
+        """The opcode without its modifiers."""
+        return self.opcode.split(".")[0]
+
+    @property
+    def modifiers(self) -> list[str]:
+        """What follows the opcode's name."""
+        return self.opcode.split(".")[1:]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loop:
+    """Indices of basic blocks: the header, the whole body, and the sources of the edges back to the header."""
+
+    header: int
+    body: frozenset[int]
+    latches: frozenset[int]
+
+
+class UnknownControlFlow(Exception):  # noqa: N818  (a finding, not a failure)
+    """A branch whose target is not in the text."""
+
+
+def parse(text: str, function: str | None = None) -> list[Instruction]:
+    """The instructions of ``function`` (default: the first one) in the output of ``cuobjdump -sass``.
+
+    Raises:
+        ValueError: the text holds no such function, or no instruction.
+    """
+    found: list[Instruction] = []
+    current: str | None = None
+    for line in text.splitlines():
+        if header := _FUNCTION.match(line):
+            if found:
+                break
+            current = header.group(1)
+        elif (function is None or current == function) and (match := _LINE.match(line)):
+            parts = _TEXT.match(match["text"])
+            if parts is None:
+                raise ValueError(f"cannot read the instruction {match['text']!r}")
+            found.append(Instruction(int(match["address"], 16), parts["guard"], parts["opcode"], parts["operands"]))
+    if not found:
+        raise ValueError(f"no instructions of {function or 'any function'} in the disassembly")
+    return found
+
+
+class Graph:
+    """Basic blocks that can be reached from the entry, who dominates whom, and the natural loops.
+
+    Calls are taken to return: a called subroutine is not part of the graph.
+    """
+
+    def __init__(self, instructions: list[Instruction]) -> None:
+        self.blocks = _blocks(instructions)
+        starts = {block[0].address: index for index, block in enumerate(self.blocks)}
+        self.successors = [_successors(self.blocks, index, starts) for index in range(len(self.blocks))]
+        self.order = _reverse_postorder(self.successors)
+        self.dominators = _dominators(self.successors, self.order)
+
+    def dominates(self, block: int, other: int) -> bool:
+        """Whether every way from the entry to ``other`` passes ``block``."""
+        return bool(self.dominators[other] >> block & 1)
+
+    @functools.cached_property
+    def exits(self) -> frozenset[int]:
+        """Reachable blocks that nothing follows."""
+        return frozenset(block for block in self.order if not self.successors[block])
+
+    @functools.cached_property
+    def loops(self) -> list[Loop]:
+        """All natural loops, those with one header taken together."""
+        predecessors: dict[int, list[int]] = {block: [] for block in self.order}
+        latches: dict[int, set[int]] = {}
+        for block in self.order:
+            for successor in self.successors[block]:
+                predecessors[successor].append(block)
+                if self.dominates(successor, block):
+                    latches.setdefault(successor, set()).add(block)
+        loops = []
+        for header, sources in latches.items():
+            body, pending = {header}, list(sources)
+            while pending:
+                block = pending.pop()
+                if block not in body:
+                    body.add(block)
+                    pending.extend(predecessors[block])
+            loops.append(Loop(header, frozenset(body), frozenset(sources)))
+        return loops
+
+    def above(self, block: int, position: int) -> list[Instruction]:
+        """Instructions that certainly ran before number ``position`` of ``block``, the latest first."""
+        found = self.blocks[block][:position][::-1]
+        # Dominators of one block form a chain: the nearer, the more dominators it has itself.
+        chain = [other for other in self.order if other != block and self.dominates(other, block)]
+        for other in sorted(chain, key=lambda index: self.dominators[index].bit_count(), reverse=True):
+            found += self.blocks[other][::-1]
+        return found
+
+
+def _blocks(instructions: list[Instruction]) -> list[list[Instruction]]:
+    targets = {target for instruction in instructions if (target := _target(instruction)) is not None}
+    blocks: list[list[Instruction]] = [[]]
+    for instruction in instructions:
+        if instruction.address in targets and blocks[-1]:
+            blocks.append([])
+        blocks[-1].append(instruction)
+        if instruction.name in ("BRA", "BSYNC", *_ENDS, *_INDIRECT):
+            blocks.append([])
+    return [block for block in blocks if block]
+
+
+def _target(instruction: Instruction) -> int | None:
+    if instruction.name not in ("BRA", "BSSY"):
+        return None
+    match = re.search(r"\b0x([0-9a-f]+)\s*$", instruction.operands)
+    return int(match.group(1), 16) if match else None
+
+
+def _successors(blocks: list[list[Instruction]], index: int, starts: dict[int, int]) -> tuple[int, ...]:
+    last = blocks[index][-1]
+    following = (index + 1,) if index + 1 < len(blocks) else ()
+    always = last.guard in (None, "PT", "UPT")
+    if last.name == "BRA":
+        target = _target(last)
+        if target is None or target not in starts:
+            raise UnknownControlFlow(f"branch at {last.address:#x} to {last.operands!r}")
+        # With a second operand the predicate is written as one: BRA.U UP0, 0x40
+        unconditional = always and "," not in last.operands
+        return (starts[target],) if unconditional else (starts[target], *following)
+    if last.name == "BSYNC":
+        return _reconvergence(blocks, index, starts) or following
+    if last.name in _INDIRECT:
+        raise UnknownControlFlow(f"indirect branch at {last.address:#x}")
+    if last.name in _ENDS and always:
+        return ()
+    return following
+
+
+def _reconvergence(blocks: list[list[Instruction]], index: int, starts: dict[int, int]) -> tuple[int, ...]:
+    """Where BSYNC goes on: the address that the BSSY before it, on the same barrier, was given."""
+    barrier = blocks[index][-1].operands.split(",")[0].strip()
+    for block in reversed(blocks[: index + 1]):
+        for instruction in reversed(block):
+            if instruction.name == "BSSY" and instruction.operands.split(",")[0].strip() == barrier:
+                target = _target(instruction)
+                return (starts[target],) if target in starts else ()
+    return ()
+
+
+def _reverse_postorder(successors: list[tuple[int, ...]]) -> list[int]:
+    seen, postorder, stack = {0}, [], [(0, iter(successors[0]))]
+    while stack:
+        block, remaining = stack[-1]
+        successor = next(remaining, None)
+        if successor is None:
+            postorder.append(block)
+            stack.pop()
+        elif successor not in seen:
+            seen.add(successor)
+            stack.append((successor, iter(successors[successor])))
+    return postorder[::-1]
+
+
+def _dominators(successors: list[tuple[int, ...]], order: list[int]) -> dict[int, int]:
+    """For each reachable block a bit set of its dominators, itself included; the iterative algorithm."""
+    predecessors: dict[int, list[int]] = {block: [] for block in order}
+    for block in order:
+        for successor in successors[block]:
+            predecessors[successor].append(block)
+    everything = sum(1 << block for block in order)
+    dominators = dict.fromkeys(order, everything)
+    dominators[order[0]] = 1 << order[0]
+    changed = True
+    while changed:
+        changed = False
+        for block in order[1:]:
+            common = everything
+            for predecessor in predecessors[block]:
+                common &= dominators[predecessor]
+            common |= 1 << block
+            if common != dominators[block]:
+                dominators[block], changed = common, True
+    return dominators

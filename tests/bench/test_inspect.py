@@ -1,0 +1,307 @@
+"""``clipfast inspect``: occupancy counted by hand, the order of kernels whose worth is known, and what it prints.
+
+The kernels are compiled here, for GPUs that are not there.
+"""
+
+import dataclasses
+import json
+import sys
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from clipfast.bench.inspection import command as inspect
+from clipfast.bench.inspection import offline, peer_kernels
+from clipfast.bench.inspection.occupancy import occupancy
+from clipfast.bench.inspection.report import differences, table, to_json
+from clipfast.bench.inspection.shipped import shipped_cases
+from clipfast.cli import main
+from clipfast.kernels import attention, configs
+from clipfast.kernels._launch import Launch
+
+from ..conftest import INTERPRET, ON_GPU
+
+pytestmark = pytest.mark.skipif(
+    INTERPRET or ON_GPU, reason="compiles from recorded CPU calls, which the interpreter would execute"
+)
+
+SMALL = "attention N17 D32 bf16"
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``clipfast inspect``, in this process."""
+    code = main(["inspect", "--jobs", "1", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return inspect.inspect_case(90, SMALL)
+
+
+# The figures are those of CUDA's occupancy calculator.
+@pytest.mark.parametrize(
+    ("arch", "registers", "warps", "shared", "tmem", "blocks", "limits"),
+    [
+        (90, 128, 8, 0, 0, 2, ("registers",)),
+        (80, 255, 4, 0, 0, 2, ("registers",)),
+        (80, 32, 8, 0, 0, 8, ("warps", "registers")),
+        (90, 16, 1, 0, 0, 32, ("blocks",)),
+        # 6,400 registers a warp: 10 warps in all, but only 2 in each of four parts
+        (90, 200, 5, 0, 0, 1, ("registers",)),
+        (80, 32, 4, 166912, 0, 1, ("shared",)),
+        (80, 32, 4, 166913, 0, 0, ("shared",)),
+        # two blocks of 114 KiB fill 228 KiB, 1 KiB of each being the system's
+        (90, 32, 4, 115712, 0, 2, ("shared",)),
+        (90, 32, 4, 115713, 0, 1, ("shared",)),
+        (100, 64, 4, 0, 256, 2, ("tmem",)),
+        # handed out in powers of two
+        (100, 64, 4, 0, 257, 1, ("tmem",)),
+        (100, 64, 4, 0, 16, 8, ("registers",)),
+        (100, 64, 4, 0, 576, 0, ("tmem",)),
+    ],
+)
+def test_occupancy(arch, registers, warps, shared, tmem, blocks, limits):
+    found = occupancy(arch, registers=registers, warps=warps, shared_bytes=shared, tmem_columns=tmem)
+    assert (found.blocks, found.limits) == (blocks, limits)
+    assert found.warps == blocks * warps / 64
+
+
+def test_occupancy_refuses_what_it_does_not_know():
+    with pytest.raises(ValueError, match="arch must be one of 80, 90, 100, got 75"):
+        occupancy(75, registers=32, warps=4, shared_bytes=0)
+    with pytest.raises(ValueError, match="warps must be at least 1, got 0"):
+        occupancy(90, registers=32, warps=0, shared_bytes=0)
+
+
+def product(config: configs.GemmConfig) -> inspect.Report:
+    """The contrastive loss's plain matrix product on sm_90, with another tile."""
+    with configs.override(configs.config_key("contrastive_product", torch.bfloat16), config):
+        launches = offline.named(offline.record(90, shipped_cases()["contrastive N1024 D512 bf16"]))
+    return inspect.inspect_launch(launches["_product_kernel 0"], 90)
+
+
+def test_rank_orders_what_is_known():
+    clean = product(configs.GemmConfig(128, 128, 64, num_warps=8, num_stages=3))
+    # wgmma needs 64 rows; 128 x 256 scores in the registers of one warpgroup do not fit
+    narrow = product(configs.GemmConfig(32, 128, 64, num_warps=4, num_stages=3))
+    spilling = product(configs.GemmConfig(128, 256, 64, num_warps=4, num_stages=3))
+    assert clean.problems == ()
+    assert clean.mma == ("HGMMA 64x128x16 bf16",)
+    assert narrow.problems == ("multiplies with mma.sync, expected wgmma.mma_async",)
+    assert narrow.mma == ("HMMA 16x8x16 bf16",)
+    assert [problem.split()[0] for problem in spilling.problems] == ["spills"]
+    assert min((narrow, spilling, clean), key=lambda report: report.rank) is clean
+    # not only because it is told of the problem: the bound alone puts mma.sync below wgmma
+    assert dataclasses.replace(narrow, problems=()).rank > clean.rank
+    assert narrow.bound.share <= 2 / 3 < clean.bound.share
+
+
+def test_smaller_tile_has_more_overhead():
+    large = product(configs.GemmConfig(128, 128, 64, num_warps=8, num_stages=3))
+    small = product(configs.GemmConfig(64, 32, 32, num_warps=4, num_stages=3))
+    assert small.problems == large.problems == ()
+    assert large.rank < small.rank
+
+
+def test_attention_on_hopper_is_bound_by_its_softmax():
+    # two products of 64 x 64 x 64 a turn: 256 cycles; at least one exponential per score: 64 * 64 / 16
+    (report,) = (
+        inspect.inspect_launch(launch, 90)
+        for launch in offline.record(90, lambda: attention(torch.empty(1, 257, 192, dtype=torch.bfloat16), 1))
+    )
+    assert report.bound.loop.mma == 256
+    assert report.bound.loop.exp >= 256
+    assert report.bound.share < 1
+
+
+@triton.jit
+def _descriptor_kernel(x_ptr, out_ptr, M, N, BLOCK: tl.constexpr, SPECIALISE: tl.constexpr):
+    x = tl.make_tensor_descriptor(x_ptr, [M, N], [N, 1], [BLOCK, BLOCK])
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.range(0, N, BLOCK, warp_specialize=SPECIALISE):
+        tile = x.load([tl.program_id(0) * BLOCK, start])
+        acc = tl.dot(tile, tile, acc)
+    offs = tl.arange(0, BLOCK)
+    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], acc)
+
+
+def descriptor_launch(*, specialise: bool) -> Launch:
+    x, out = torch.empty(1024, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
+    args = {"x_ptr": x, "out_ptr": out, "M": 1024, "N": 1024}
+    options = {"num_warps": 4, "num_stages": 3, "enable_fp_fusion": True}
+    return Launch(_descriptor_kernel, (8,), args, {"BLOCK": 128, "SPECIALISE": specialise}, options)
+
+
+def test_tma_is_seen(reports):
+    assert inspect.inspect_launch(descriptor_launch(specialise=False), 90).tma
+    assert not any(report.tma for report in reports)
+
+
+def test_warp_specialised_kernel_has_no_bound():
+    report = inspect.inspect_launch(descriptor_launch(specialise=True), 100)
+    assert report.bound is None
+    assert "warp-specialised" in report.unbounded
+    assert report.warps > 4
+
+
+def test_float32_is_measured_in_multiply_adds():
+    forward = inspect.inspect_case(90, "attention N17 D32 fp32")[0]
+    assert forward.mma == ()
+    assert forward.bound.unit == "fp32"
+    assert 0 < forward.bound.share < 1
+
+
+def test_report_is_that_of_the_snapshot(capsys, tmp_path):
+    path = tmp_path / "inspect.json"
+    code, out, _ = run(capsys, "--arch", "90", "--case", SMALL, "--json", str(path))
+    assert code == 0
+    assert "equal to the snapshot" in out
+    assert "3 shipped kernels" in out
+    found = json.loads(path.read_text())
+    assert sorted(found) == ["differences", "missing", "reports", "triton"]
+    assert [record["kernel"] for record in found["reports"]] == [
+        "_attention_fwd_kernel 0",
+        "_attention_bwd_dq_kernel 0",
+        "_attention_bwd_dkv_kernel 0",
+    ]
+    for record in found["reports"]:
+        assert {"case", "arch", "resources", "warps", "occupancy", "mma", "tma", "bound", "problems"} <= set(record)
+        assert {"unit", "loop", "outside", "share", "limit", "overhead"} <= set(record["bound"])
+    snapshot = json.loads(inspect.SNAPSHOT.read_text())[inspect.VERSION]["sm_90"][SMALL]
+    assert snapshot == {record["kernel"]: record["resources"] for record in found["reports"]}
+
+
+def test_processes_find_the_same_in_the_same_order():
+    one, two = (inspect.inspect_all([80, 90], substring=SMALL, jobs=jobs) for jobs in (1, 2))
+    assert one == two
+    assert [report.arch for report in one[0]] == [80] * 3 + [90] * 3
+
+
+def test_spilling_kernel_fails(capsys):
+    too_large = configs.AttentionConfig(128, 128, num_warps=1, num_stages=1)
+    with configs.override(configs.config_key("attention_fwd", torch.bfloat16, 64), too_large):
+        code, out, _ = run(capsys, "--arch", "80", "--case", SMALL)
+    assert code == 1
+    assert "spills" in out
+    assert "1 with a problem" in out
+    assert f"sm_80 {SMALL}: _attention_fwd_kernel 0: " in out  # the difference to the snapshot
+
+
+def test_known_problem_does_not_fail(reports):
+    spilling = dataclasses.replace(reports[0], problems=("spills 12 bytes",))
+    excused = dataclasses.replace(spilling, known=("spills 12 bytes",))
+    assert spilling.failures == ("spills 12 bytes",)
+    assert excused.failures == ()
+    assert "known: spills 12 bytes" in table([excused])
+    assert reports[0].rank == excused.rank < spilling.rank
+
+
+def test_what_does_not_fit_ranks_last(reports):
+    homeless = dataclasses.replace(reports[0], occupancy=occupancy(90, registers=255, warps=64, shared_bytes=0))
+    assert homeless.occupancy.blocks == 0
+    assert homeless.rank > dataclasses.replace(reports[0], bound=None).rank
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (
+            lambda kernels: kernels["_attention_fwd_kernel 0"].update(registers=7),
+            "_attention_fwd_kernel 0: registers 7 -> ",
+        ),
+        (lambda kernels: kernels.pop("_attention_fwd_kernel 0"), "_attention_fwd_kernel 0: new"),
+        (lambda kernels: kernels.update(other={}), "other: gone"),
+    ],
+)
+def test_planted_difference_is_shown(reports, change, expected):
+    snapshot = {"3.x": {"sm_90": {SMALL: {report.kernel: to_json(report)["resources"] for report in reports}}}}
+    assert differences(reports, snapshot, "3.x") == []
+    change(snapshot["3.x"]["sm_90"][SMALL])
+    (line,) = differences(reports, snapshot, "3.x")
+    assert line.startswith(f"sm_90 {SMALL}: {expected}")
+
+
+def test_snapshot_of_another_triton_is_said(reports):
+    (line,) = differences(reports, {"2.0": {}}, "3.x")
+    assert line == "the snapshot has no entry for Triton 3.x, only 2.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--arch", "75"], "unknown architecture 75: known are 80, 90, 100"),
+        (["--case", "attentoin"], "no case contains 'attentoin'; there are: contrastive N1024 D512 bf16"),
+        (["--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["--snapshot", "nowhere.json"], "nowhere.json"),
+        (["--snapshot", __file__], "is not JSON"),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, arguments, expected):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith("clipfast inspect: error: ")
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def test_missing_peers_are_listed_with_how_to_get_them(capsys, monkeypatch):
+    monkeypatch.setattr(peer_kernels.importlib.util, "find_spec", lambda name: None)
+    code, out, _ = run(capsys, "--arch", "90", "--case", SMALL, "--peers")
+    assert code == 0
+    assert "missing: memeff is missing: pip install --no-deps memeff==" in out
+    assert "missing: inf_cl is missing: pip install --no-deps inf-cl==" in out
+
+
+PEER = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def peer_kernel(x_ptr, out_ptr, n, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs[:, None] * BLOCK + offs[None, :], mask=offs[:, None] < n)
+    tl.store(out_ptr + offs[:, None] * BLOCK + offs[None, :], tl.dot(x, x))
+
+def loss(x):
+    assert x.is_cuda
+    major, _ = torch.cuda.get_device_capability(x.device)
+    peer_kernel[lambda meta: (1,)](x, x, 7, BLOCK=16 * major, num_warps=2)
+"""
+
+
+@pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION")  # a peer leaves it to its default
+def test_peer_is_recorded_as_it_would_launch(capsys, monkeypatch, tmp_path):
+    (tmp_path / "memeff.py").write_text(PEER)
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def call() -> None:
+        import memeff
+
+        memeff.loss(torch.ones(128, 128, dtype=torch.bfloat16))
+
+    def fails() -> None:
+        raise ImportError("no module named flash_attn")
+
+    fake = peer_kernels.Peer("memeff", "memeff", {"fake good": call, "fake bad": fails})
+    monkeypatch.setattr(peer_kernels, "peers", lambda: [fake])
+    (launch,) = peer_kernels.record_peer(80, call)
+    assert (launch.constexprs, launch.options) == ({"BLOCK": 128}, {"num_warps": 2})
+    assert sorted(launch.args) == ["n", "out_ptr", "x_ptr"]
+    assert not torch.ones(1).is_cuda
+    code, out, _ = run(capsys, "--arch", "80", "--case", "fake", "--peers")
+    sys.modules.pop("memeff")
+    assert code == 0
+    assert "HMMA 16x8x16 bf16" in out
+    assert "missing: fake bad on sm_80: ImportError: no module named flash_attn" in out
+    assert "0 shipped kernels" in out
+
+
+def test_help_explains_the_columns(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["inspect", "--help"])
+    out = capsys.readouterr().out
+    assert "Example: clipfast inspect --arch 90" in out
+    assert all(f"\n  {column} " in out for column in ("spill", "blocks", "TMA", "issue", "bound"))
