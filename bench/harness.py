@@ -7,6 +7,7 @@ device busy while the host runs ahead.
 """
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -111,16 +112,19 @@ def leaves(case: Case, inputs: Inputs) -> Inputs:
 
 def _passed_gate(case: Case, timings: list[Timing]) -> list[tuple[Timing, Function]]:
     inputs = leaves(case, (case.gate_inputs or case.inputs)())
-    truth = None
-    if case.reference is not None:
-        exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
-        truth = call(case, Candidate("reference", lambda: case.reference), case.reference, exact)  # type: ignore[arg-type,return-value]
+    exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
+
+    @functools.cache
+    def truth_of(reference: Function) -> dict[str, torch.Tensor]:
+        return call(case, Candidate("reference", lambda: reference), reference, exact)
+
     passed = []
     for timing in timings:
         try:
             function = timing.candidate.make()
-            if truth is not None:
-                timing.errors = _errors(case, timing.candidate, function, truth, inputs)
+            reference = timing.candidate.reference or case.reference
+            if reference is not None:
+                timing.errors = _errors(case, timing.candidate, function, truth_of(reference), inputs)
                 timing.refused = "; ".join(_differences(case, timing.errors)) or None
         except MissingError as error:
             timing.refused = f"missing: {error}"

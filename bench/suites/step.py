@@ -86,7 +86,8 @@ def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "Trainin
 
 def _open_clip(name: str, dtype: str, device: torch.device, compiled: bool = False) -> "TrainingStep":
     open_clip = peers.need("open_clip", "open_clip_torch")
-    model = open_clip.create_model(name, device=device)
+    # from our configuration: OpenCLIP does not know the small model's name
+    model = open_clip.CLIP(**get_model_config(name).to_dict()).to(device)
     model.load_state_dict(_weights(name))
     step = TrainingStep(_Normalizing(model), open_clip.ClipLoss(), dtype)
     if compiled:

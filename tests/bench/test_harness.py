@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users ru
 CPU = torch.device("cpu")
 SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
 SMALL = {name: suite.smallest for name, suite in SUITES.items()}
-# what compiles takes long, and OpenCLIP does not know the small model
+# compiling takes long
 SLOW = ("compiled",)
 
 
@@ -89,6 +89,17 @@ def test_a_wrong_gradient_is_not_timed():
     timings = quickly(case(candidates, reference=right, wants_grad=("x",)))
     assert timings[OURS].refused is None
     assert timings["wrong"].refused.startswith("wrong: d_x is off by 5.0e-02")
+
+
+def test_a_candidate_may_compute_another_function_and_is_held_to_that():
+    def triple(x):
+        return 3 * x
+
+    other = Candidate("other", lambda: triple, reference=triple)
+    wrong = Candidate("wrong", lambda: double, reference=triple)
+    timings = quickly(case((Candidate(OURS, lambda: double), other, wrong)))
+    assert timings["other"].refused is None
+    assert timings["wrong"].refused.startswith("wrong: value")
 
 
 def test_candidates_take_turns():
@@ -185,7 +196,7 @@ def test_schema_refuses_a_broken_result(tmp_path):
 
 def test_gpu_only_peers_are_listed_not_forgotten():
     timings = quickly(build("loss", SMALL["loss"], "fp32", CPU))
-    for name in ("Inf-CL", "memeff", "Cut Cross-Entropy x2", "Liger x2"):
+    for name in ("Inf-CL", "memeff", "Cut Cross-Entropy x2", "Liger x2", "siglip-kernel"):
         assert timings[name].refused == "missing: needs a GPU"
 
 
