@@ -1,4 +1,4 @@
-"""The command line: ``clipfast train`` and ``clipfast eval``. Each subcommand imports what it needs when it runs."""
+"""The command line: ``clipfast train``, ``eval`` and ``verify``. Each subcommand imports what it needs when it runs."""
 
 import argparse
 import json
@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_verify(commands)
     args = parser.parse_args(argv)
     shown: Exception
     try:
@@ -181,6 +182,12 @@ def _eval_zeroshot(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(text + "\n")
     return 0
+
+
+def _add_verify(commands: Any) -> None:
+    from .verify.command import add_parser
+
+    add_parser(commands)
 
 
 def _templates(name: str) -> tuple[str, ...]:
