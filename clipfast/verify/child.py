@@ -18,6 +18,7 @@ from typing import IO, Any
 from .report import FAIL, Row
 from .shapes import INTERPRETER
 
+PROGRAM = "from clipfast.verify.child import main; main()"
 FINISHED = "finished"
 STDERR_TAIL = 1500  # characters
 
@@ -35,7 +36,7 @@ def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> I
         environment["TRITON_INTERPRET"] = "1"
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from clipfast.verify.child import main; main()", json.dumps(options)],
+            [sys.executable, "-c", PROGRAM, json.dumps(options)],
             stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=environment, text=True,
         )  # fmt: skip
         try:
@@ -88,7 +89,8 @@ def main() -> None:
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what others print must not get between the rows
     from .ops import timed
-    from .run import Options, checks, here
+    from .options import Options
+    from .plan import checks, here
 
     options = Options.from_dict(json.loads(sys.argv[1]))
     for check in checks(options, here()):

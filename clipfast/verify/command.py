@@ -57,14 +57,14 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the checks, print the report, and return the exit code."""
+    from .options import Options
     from .report import Row, exit_code
-    from .run import Options, run_verify
+    from .run import run_verify
     from .table import summary, table
 
     given = {"ops": args.op, "models": args.model, "dtypes": args.dtype, "against": args.against}
-    options = Options(
-        device=args.device, quick=args.quick, **{key: tuple(value) for key, value in given.items() if value is not None}
-    )
+    chosen: dict[str, Any] = {key: tuple(value) for key, value in given.items() if value is not None}
+    options = Options(device=args.device, quick=args.quick, **chosen)
     for path in (args.json, args.junit):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"no folder {path.parent} to write {path.name} in")

@@ -3,6 +3,7 @@
 import contextlib
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 
@@ -10,7 +11,7 @@ import torch
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Float32 means float32: a yardstick in TF32, cuDNN's default, would allow a thousand times the error."""
-    backends = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
     before = [backend.fp32_precision for backend in backends]
     for backend in backends:
         backend.fp32_precision = "ieee"
@@ -24,8 +25,9 @@ def exact_float32() -> Iterator[None]:
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
     """Memory that a kernel forgets to write is NaN, not the right answer left over from another call."""
-    fill, mode = torch.utils.deterministic.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings: Any = torch.utils.deterministic
+    fill, mode = settings.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
+    settings.fill_uninitialized_memory = True
     with warnings.catch_warnings():
         # the filling comes with deterministic algorithms; where PyTorch has none it warns and goes on
         warnings.simplefilter("ignore", UserWarning)
@@ -34,4 +36,4 @@ def poisoned() -> Iterator[None]:
             yield
         finally:
             torch.set_deterministic_debug_mode(mode)
-            torch.utils.deterministic.fill_uninitialized_memory = fill
+            settings.fill_uninitialized_memory = fill

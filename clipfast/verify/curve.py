@@ -17,11 +17,11 @@ from ..kernels import contrastive_loss
 from ..models import CLIP, get_model_config
 from ..training.optim import adamw, cosine_lr
 from .context import exact_float32
+from .options import CURVE
 from .report import FAIL, PASS, Row
 from .rule import GRADIENT, Figure
 from .shapes import CUDA
 
-CURVE = "curve"
 MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12
 VOCABULARY = 1024  # of the 49,408: the rest would only cost time

@@ -3,13 +3,17 @@
 Only vision transformers have a counterpart. Names differ, and the packed projection of attention is three there.
 """
 
+import importlib.util
 import re
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
 from ..models import CLIP, CLIPConfig
 
 # Ours on the left, theirs on the right. Blocks are treated below.
@@ -38,7 +42,7 @@ _TRANSPOSED = ("text_projection", "visual.proj")
 _BLOCK = re.compile(r"((?:visual\.)?transformer)\.resblocks\.(\d+)\.(.+)")
 
 
-class NoCounterpart(ValueError):
+class NoCounterpartError(ValueError):
     """Hugging Face's CLIP cannot express this model."""
 
 
@@ -46,32 +50,45 @@ def build(model: CLIP) -> nn.Module:
     """``CLIPModel`` with the weights, dtype and device of ``model``, in evaluation mode.
 
     Raises:
-        NoCounterpart: a model with a ResNet, or an MLP whose width is not a whole number there.
+        NoCounterpartError: a model with a ResNet, or an MLP whose width is not a whole number there.
     """
+    _hide_own_kernels()
     from transformers import CLIPModel
 
     like = next(model.parameters())
-    other: nn.Module = CLIPModel(_config(model.config)).to(like).eval()
+    other: Any = CLIPModel(_config(model.config))
+    other = other.to(like.device, like.dtype).eval()
     other.load_state_dict(_from_ours(model.state_dict()), strict=True)
-    return other
+    module: nn.Module = other
+    return module
 
 
-def caller(other: nn.Module) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
+def _hide_own_kernels() -> None:
+    """Keep transformers from taking the folder ``kernels`` of a checkout, found in the working directory, for the
+    package of that name: it would be imported a second time, and register its ops over those that are verified.
+    """
+    spec = importlib.util.find_spec("kernels")
+    if spec is not None and spec.origin is not None and Path(spec.origin).samefile(str(kernels.__file__)):
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+
+
+def caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
     """A call like ours: normalised features of images and texts, and the exponentiated scale."""
 
     def call(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output = other(input_ids=texts, pixel_values=images)
-        return output.image_embeds, output.text_embeds, other.logit_scale.exp()  # type: ignore[operator]
+        return output.image_embeds, output.text_embeds, other.logit_scale.exp()
 
     return call
 
 
 def _config(config: CLIPConfig) -> Any:
+    _hide_own_kernels()
     from transformers import CLIPConfig as Theirs
 
     vision, text = config.vision, config.text
     if not isinstance(vision.layers, int):
-        raise NoCounterpart("Hugging Face's CLIP has no ResNets")
+        raise NoCounterpartError("Hugging Face's CLIP has no ResNets")
     common = {
         "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
         "projection_dim": config.embed_dim,

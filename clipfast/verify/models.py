@@ -6,7 +6,6 @@ dtype of the check.
 
 import copy
 import dataclasses
-import importlib.util
 from collections.abc import Callable, Mapping
 
 import torch
@@ -18,26 +17,19 @@ from ..kernels.reference import normalize_uint8
 from ..models import CLIP
 from . import hf
 from .context import exact_float32, poisoned
-from .ops import DTYPES, MANY_DRAWS
+from .ops import MANY_DRAWS, TORCH_DTYPES
+from .options import HF, MODEL, OPENCLIP
 from .report import SKIP, Row, rows_of
 from .rule import Draw, judge_fairly
 from .shapes import ACCURACY, CUDA
 
-MODEL, OPENCLIP, HF = "model", "openclip", "hf"
-# Module that each peer is imported as, and how it is installed.
-PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
 # A float64 model and its gradients take 16 bytes a parameter: above this, float32 is the truth for half precision.
 FLOAT64_PARAMETERS = 1e9
 SMALL_PARAMETERS = 2e7  # up to here several draws are cheap
-BATCH, DRAWS = 4, 4
+BATCH, DRAWS = 4, 2
 
 
-def installed(peer: str) -> bool:
-    """Whether a peer can be imported."""
-    return importlib.util.find_spec(PEERS[peer][0]) is not None
-
-
-def verify_model(peer: str, name: str, leg: str, dtype: str) -> list[Row]:
+def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = False) -> list[Row]:
     """Rows of model ``name`` against ``peer``: features, loss and the gradient of every parameter."""
     device = "cuda" if leg == CUDA else "cpu"
     torch.manual_seed(0)
@@ -49,10 +41,10 @@ def verify_model(peer: str, name: str, leg: str, dtype: str) -> list[Row]:
         reason = f"{parameters:.1e} parameters: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
     # rounded to the dtype of the check first, so that all start from the same numbers
-    model.to(DTYPES[dtype])
+    model.to(TORCH_DTYPES[dtype])
     try:
         same = _OTHERS[peer](model)
-    except hf.NoCounterpart as error:
+    except hf.NoCounterpartError as error:
         return [dataclasses.replace(template, verdict=SKIP, reason=str(error))]
     truth = _OTHERS[peer](model)
     truth.module.to(torch.float32 if in_float32 else torch.float64)
@@ -61,13 +53,13 @@ def verify_model(peer: str, name: str, leg: str, dtype: str) -> list[Row]:
     def draw(number: int) -> Draw:
         images, texts = _inputs(model, number)
         if peer != MODEL:  # theirs take no bytes
-            images = normalize_uint8(images, model.visual.image_mean, model.visual.image_std, DTYPES[dtype])
+            images = normalize_uint8(images, model.visual.image_mean, model.visual.image_std, TORCH_DTYPES[dtype])
         with poisoned():
             result = ours.results(images, texts)
         with exact_float32():
             return result, same.results(images, texts), truth.results(images, texts)
 
-    few, many = (DRAWS, MANY_DRAWS) if parameters <= SMALL_PARAMETERS else (1, DRAWS)
+    few, many = (DRAWS, MANY_DRAWS) if parameters <= SMALL_PARAMETERS and not quick else (1, 2 * DRAWS)
     return rows_of(template, judge_fairly(draw, few, many)[0])
 
 

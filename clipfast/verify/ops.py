@@ -4,7 +4,8 @@ import dataclasses
 import functools
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,8 +19,7 @@ from .report import FAIL, PASS, SKIP, Row, rows_of
 from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
 from .shapes import AttentionShape, Case, LossShape, PatchShape
 
-OPS = ("contrastive_loss", "attention", "patch_embed")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Elements of the reference's largest tensor up to which the truth is computed in float64 (eight such tensors exist at
 # once); above, in float32, which can only judge the half-precision dtypes.
 FLOAT64_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}
@@ -52,8 +52,8 @@ def problem(case: Case, dtype: torch.dtype, device: str, draw: int = 0) -> Probl
         laid_out["image"] = cast["image"][:1].expand_as(cast["image"])
     if grad.ndim:
         grad = grad.flatten()[0].expand_as(grad) if case.layout == shapes.EXPANDED else _lay_out(grad, case.layout)
-    functions = (getattr(kernels, name), getattr(reference, name))
-    return Problem(*(functools.partial(fn, **options) for fn in functions), laid_out, grad)
+    op, expected = (functools.partial(getattr(module, name), **options) for module in (kernels, reference))
+    return Problem(op, expected, laid_out, grad)
 
 
 def _takes(name: str, x: Tensor) -> bool:
@@ -64,7 +64,7 @@ def _normal(generator: torch.Generator, *size: int) -> Tensor:
     return torch.randn(size, generator=generator)
 
 
-Made = tuple[str, dict[str, object], dict[str, Tensor], Tensor]
+Made = tuple[str, dict[str, Any], dict[str, Tensor], Tensor]
 
 
 def _make_loss(case: Case, generator: torch.Generator) -> Made:
@@ -175,8 +175,8 @@ def verify_case(op: str, leg: str, case: Case, dtype: str, *, quick: bool) -> li
     device = "cuda" if leg == shapes.CUDA else "cpu"
     if case.check == shapes.DETERMINISM:
         repeats = (QUICK_REPEATS if quick else REPEATS)[leg]
-        return _repeat(template, problem(case, DTYPES[dtype], device), repeats)
-    return _hold_to_rule(template, case, DTYPES[dtype], device)
+        return _repeat(template, problem(case, TORCH_DTYPES[dtype], device), repeats)
+    return _hold_to_rule(template, case, TORCH_DTYPES[dtype], device)
 
 
 def _hold_to_rule(template: Row, case: Case, dtype: torch.dtype, device: str) -> list[Row]:
@@ -238,7 +238,7 @@ def _different_bytes(first: Tensor, second: Tensor) -> int:
     return int((one != other).sum())
 
 
-def planned(op: str, leg: str, dtypes: Mapping[str, torch.dtype], *, quick: bool) -> Iterator[tuple[Case, str]]:
+def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterator[tuple[Case, str]]:
     """Cases of ``op`` on ``leg``, each with a dtype."""
     for case in shapes.CASES[op]:
         if leg not in case.legs or (quick and not case.quick):

@@ -73,7 +73,7 @@ def _finite(value: Any) -> Any:
 
 
 def rows_of(template: Row, judgements: Mapping[str, Judgement]) -> list[Row]:
-    """``template`` once for each judged output. What could not be judged though it has values is skipped, not passed."""
+    """``template`` once for each judged output. What has values but no yardstick is skipped, not passed."""
     rows = []
     for name, judgement in judgements.items():
         verdict = PASS if judgement.passed else FAIL

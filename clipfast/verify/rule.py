@@ -46,7 +46,8 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Figures of one output. ``fault`` fails whatever they say; ``note`` says why there are none, or how they came about."""
+    """Figures of one output. ``fault`` fails whatever they say; ``note`` says how they came about,
+    or why there are none."""
 
     figures: tuple[Figure, ...] = ()
     fault: str = ""
@@ -138,11 +139,13 @@ def _judge_output(
     for result in (*ours, *same_dtype, *truth):
         if name not in result:
             return Judgement(fault="one side has no such output")
-    for mine, exact in zip(ours, truth, strict=True):
-        if mine[name].shape != exact[name].shape:
-            return Judgement(fault=f"shape {tuple(mine[name].shape)}, expected {tuple(exact[name].shape)}")
-    together = (torch.cat([result[name].flatten() for result in results]) for results in (ours, same_dtype, truth))
-    return judge(*together, k)
+    for got, expected in zip(ours, truth, strict=True):
+        if got[name].shape != expected[name].shape:
+            return Judgement(fault=f"shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}")
+    mine, yardstick, exact = (
+        torch.cat([result[name].flatten() for result in results]) for results in (ours, same_dtype, truth)
+    )
+    return judge(mine, yardstick, exact, k)
 
 
 def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict[str, Judgement], list[Draw]]:

@@ -5,7 +5,7 @@ small, or it would take minutes) and ``CUDA`` (the Triton kernels, natively: as 
 """
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 CPU, INTERPRETER, CUDA = "cpu", "interpreter", "cuda"
 LEGS = (CPU, INTERPRETER, CUDA)
@@ -100,22 +100,22 @@ def _on(*legs: str) -> frozenset[str]:
     return frozenset(legs)
 
 
-def _loss(pairs: int, dim: int, why: str, **options: object) -> list[Case]:
+def _loss(pairs: int, dim: int, why: str, **options: Any) -> list[Case]:
     """The case at the start, in the middle and at the end of training."""
     moments = ((14.3, 0.0), (50.0, 0.2), (100.0, 0.3))
-    return [Case(LossShape(pairs, dim, *moment), why, **options) for moment in moments]  # type: ignore[arg-type]
+    return [Case(LossShape(pairs, dim, *moment), why, **options) for moment in moments]
 
 
-FEW = {"draws": 6}  # the loss and the gradient of its scale are single numbers
+FEW = 6  # the loss and the gradient of its scale are single numbers
 LOSS = [
-    *_loss(1, 16, "one pair: both softmaxes are 1, every gradient is 0", **FEW),
-    *_loss(2, 8, "less than any tile in both directions", **FEW),
-    Case(LossShape(63, 64), "one less than a float32 tile", **FEW),
-    Case(LossShape(64, 64), "exactly one float32 tile: no mask is ever false", **FEW),
-    Case(LossShape(65, 64), "one past a float32 tile", **FEW),
-    *_loss(67, 40, "prime, and a dimension that no tile divides", quick=True, **FEW),
-    Case(LossShape(127, 72), "one less than a half-precision tile", **FEW),
-    *_loss(129, 72, "one past a half-precision tile", quick=True, **FEW),
+    *_loss(1, 16, "one pair: both softmaxes are 1, every gradient is 0", draws=FEW),
+    *_loss(2, 8, "less than any tile in both directions", draws=FEW),
+    Case(LossShape(63, 64), "one less than a float32 tile", draws=FEW),
+    Case(LossShape(64, 64), "exactly one float32 tile: no mask is ever false", draws=FEW),
+    Case(LossShape(65, 64), "one past a float32 tile", draws=FEW),
+    *_loss(67, 40, "prime, and a dimension that no tile divides", quick=True, draws=FEW),
+    Case(LossShape(127, 72), "one less than a half-precision tile", draws=FEW),
+    *_loss(129, 72, "one past a half-precision tile", draws=FEW),
     Case(LossShape(0, 16), "no pairs: the mean of nothing is NaN"),
     Case(LossShape(131, 512), "B/32's dimension", _on(INTERPRETER)),
     *_loss(1021, 512, "B/32's dimension; a prime of the size of one GPU's share", legs=_on(CPU), slow=("float16",)),
@@ -129,18 +129,18 @@ LOSS = [
     Case(LossShape(16384, 1024, 100.0, 0.3), "H/14 at a large batch, late in training", _on(CUDA)),
     Case(LossShape(32768, 512), "CLIP's published batch", _on(CUDA)),
     # layouts
-    Case(LossShape(67, 40, 20.0, 0.5), "columns contiguous", layout="transposed", **FEW),
-    Case(LossShape(67, 40, 20.0, 0.5), "every second column of a wider tensor", layout="sliced", quick=True, **FEW),
-    Case(LossShape(67, 40, 20.0, 0.5), "one element past an aligned address", layout="offset", **FEW),
-    Case(LossShape(37, 24, 10.0), "every image is the same memory: stride 0", layout=EXPANDED, **FEW),
+    Case(LossShape(67, 40, 20.0, 0.5), "columns contiguous", layout="transposed", draws=FEW),
+    Case(LossShape(67, 40, 20.0, 0.5), "every second column of a wider tensor", layout="sliced", quick=True, draws=FEW),
+    Case(LossShape(67, 40, 20.0, 0.5), "one element past an aligned address", layout="offset", draws=FEW),
+    Case(LossShape(37, 24, 10.0), "every image is the same memory: stride 0", layout=EXPANDED, draws=FEW),
     # extremes
-    Case(LossShape(129, 72, 100.0, 1.0), "largest scale in training, every pair exactly alike", check=EXTREME, **FEW),
-    Case(LossShape(67, 40, 100.0, 0.3), "every feature occurs twice: two positives", check=EXTREME, values="duplicate rows", quick=True, **FEW),
-    Case(LossShape(50, 16, 100.0), "all features equal: the loss is log N", check=EXTREME, values="all-equal rows", **FEW),
-    Case(LossShape(45, 24, 1.0), "lengths of 100 and 1: logits of hundreds, of both signs", check=EXTREME, values="large", quick=True, **FEW),
-    Case(LossShape(48, 48, 100.0), "orthogonal pairs: logits are 0 or 100", check=EXTREME, values="one-hot", **FEW),
-    Case(LossShape(37, 24, 0.0, 0.3), "scale 0: every logit is 0", check=EXTREME, **FEW),
-    Case(LossShape(37, 24, -30.0, 0.3), "negative scale: the best pair is the worst", check=EXTREME, **FEW),
+    Case(LossShape(129, 72, 100.0, 1.0), "largest scale in training, every pair exactly alike", check=EXTREME, quick=True, draws=FEW),
+    Case(LossShape(67, 40, 100.0, 0.3), "every feature occurs twice: two positives", check=EXTREME, values="duplicate rows", quick=True, draws=FEW),
+    Case(LossShape(50, 16, 100.0), "all features equal: the loss is log N", check=EXTREME, values="all-equal rows", draws=FEW),
+    Case(LossShape(45, 24, 1.0), "lengths of 100 and 1: logits of hundreds, of both signs", check=EXTREME, values="large", quick=True, draws=FEW),
+    Case(LossShape(48, 48, 100.0), "orthogonal pairs: logits are 0 or 100", check=EXTREME, values="one-hot", draws=FEW),
+    Case(LossShape(37, 24, 0.0, 0.3), "scale 0: every logit is 0", check=EXTREME, draws=FEW),
+    Case(LossShape(37, 24, -30.0, 0.3), "negative scale: the best pair is the worst", check=EXTREME, draws=FEW),
 ]  # fmt: skip
 
 ATTENTION = [
@@ -190,13 +190,14 @@ ATTENTION = [
 ]  # fmt: skip
 
 
-def _patch(shape: PatchShape, why: str, **options: object) -> list[Case]:
+def _patch(shape: PatchShape, why: str, **options: Any) -> list[Case]:
     """The case from bytes and from floats."""
-    return [Case(shape._replace(uint8=uint8), why, **options) for uint8 in (True, False)]  # type: ignore[arg-type]
+    return [Case(shape._replace(uint8=uint8), why, **options) for uint8 in (True, False)]
 
 
 PATCH = [
-    *_patch(PatchShape(2, 224, 224, 32, 768), "B/32", legs=NOT_INTERPRETED, quick=True),
+    Case(PatchShape(2, 224, 224, 32, 768), "B/32", NOT_INTERPRETED, quick=True),
+    Case(PatchShape(2, 224, 224, 32, 768, False), "B/32", NOT_INTERPRETED),
     *_patch(PatchShape(1, 224, 224, 16, 768), "B/16", legs=NOT_INTERPRETED),
     *_patch(PatchShape(1, 224, 224, 14, 1024), "L/14: 588 pixels a patch, which no tile divides", legs=NOT_INTERPRETED),
     *_patch(PatchShape(1, 336, 336, 14, 1024), "L/14 at 336 pixels", legs=_on(CUDA)),
