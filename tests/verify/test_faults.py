@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfast import create_model, kernels
+from clipfast import kernels
 from clipfast.kernels import cpu
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
