@@ -15,6 +15,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _add_train(commands)
     _add_eval(commands)
+    _add_verify(commands)
     _add_inspect(commands)
     commands.add_parser("bench", help="time ops, steps and data against other implementations", add_help=False)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -188,6 +189,12 @@ def _eval_zeroshot(args: argparse.Namespace) -> int:
     if args.json:
         Path(args.json).write_text(text + "\n")
     return 0
+
+
+def _add_verify(commands: Any) -> None:
+    from .verify.command import add_parser
+
+    add_parser(commands)
 
 
 def _templates(name: str) -> tuple[str, ...]:

@@ -26,13 +26,14 @@ def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *
 
 def attention(qkv: Tensor, num_heads: int, *, causal: bool = False) -> Tensor:
     """Softmax attention on a packed projection (Vaswani et al. 2017), with the score matrix in memory."""
-    batch, length, _ = qkv.shape
-    q, k, v = qkv.reshape(batch, length, 3, num_heads, -1).permute(2, 0, 3, 1, 4)
+    batch, length, width3 = qkv.shape
+    # no -1: of an empty batch it could be anything
+    q, k, v = qkv.reshape(batch, length, 3, num_heads, width3 // (3 * num_heads)).permute(2, 0, 3, 1, 4)
     scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
     if causal:
         future = torch.ones(length, length, dtype=torch.bool, device=qkv.device).triu(1)
         scores = scores.masked_fill(future, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, -1)
+    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
 
 def patch_embed(

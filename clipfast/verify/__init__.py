@@ -1,0 +1,31 @@
+"""Numerics as a report: every op, a whole model and a training curve, held to PyTorch.
+
+``rule`` is the rule for errors, ``shapes`` what is checked and why, ``ops``, ``models`` and ``curve`` the checks,
+``options``,
+``plan`` and ``run`` what runs, ``child`` a leg in another process, ``report`` and ``table`` how rows are written.
+
+    from clipfast.verify import Options, exit_code, run_verify
+    rows = run_verify(Options(ops=("attention",)), json_path=Path("verify.json"))
+"""
+
+from .options import Options
+from .report import Row, exit_code, read_json, write_json, write_junit
+from .rule import Figure, Judgement, judge
+from .run import iter_groups, run_verify
+from .table import summary, table
+
+__all__ = [
+    "Figure",
+    "Judgement",
+    "Options",
+    "Row",
+    "exit_code",
+    "iter_groups",
+    "judge",
+    "read_json",
+    "run_verify",
+    "summary",
+    "table",
+    "write_json",
+    "write_junit",
+]

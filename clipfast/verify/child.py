@@ -1,0 +1,100 @@
+"""A leg in a process of its own: Triton decides when it is imported whether its kernels are interpreted.
+
+The child writes one line of JSON for each check, then one that says it has finished. Whatever else happens to it (a
+crash, a hang, an early end) becomes a row that fails, with the end of its stderr.
+"""
+
+import contextlib
+import json
+import os
+import queue
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from typing import IO, Any
+
+from .report import FAIL, Row
+from .shapes import INTERPRETER
+
+PROGRAM = "from clipfast.verify.child import main; main()"
+FINISHED = "finished"
+STDERR_TAIL = 1500  # characters
+
+
+def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Iterator[list[Row]]:
+    """Rows of ``leg``, one check after the other, run in a subprocess.
+
+    Args:
+        options: of :meth:`clipfast.verify.Options.to_dict`.
+        leg: "interpreter" or "cpu".
+        hang_seconds: how long it may be silent before it is killed.
+    """
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    if leg == INTERPRETER:
+        environment["TRITON_INTERPRET"] = "1"
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, "-c", PROGRAM, json.dumps(options)],
+            stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=environment, text=True,
+        )  # fmt: skip
+        try:
+            yield from _groups(process, leg, hang_seconds, stderr)
+        finally:
+            process.kill()
+            process.wait()
+
+
+def _groups(process: "subprocess.Popen[str]", leg: str, hang_seconds: float, stderr: IO[str]) -> Iterator[list[Row]]:
+    lines: queue.Queue[str | None] = queue.Queue()
+    threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+    last = "before its first check"
+    while True:
+        try:
+            line = lines.get(timeout=hang_seconds)
+        except queue.Empty:
+            process.kill()
+            yield [_failed(leg, f"hung: silent for {hang_seconds:.0f} s, {last}", stderr)]
+            return
+        if line is None:
+            code = process.wait()
+            yield [_failed(leg, f"ended early with exit code {code}, {last}", stderr)]
+            return
+        message = json.loads(line)
+        if message == FINISHED:
+            return
+        rows = [Row.from_dict(raw) for raw in message]
+        last = f"after {' '.join(part for part in rows[-1].group if part)}"
+        yield rows
+
+
+def _read(stream: IO[str] | None, lines: "queue.Queue[str | None]") -> None:
+    with contextlib.suppress(ValueError, OSError):
+        for line in stream or ():
+            lines.put(line)
+    lines.put(None)
+
+
+def _failed(leg: str, what: str, stderr: IO[str]) -> Row:
+    stderr.flush()
+    stderr.seek(0)
+    tail = stderr.read()[-STDERR_TAIL:].strip()
+    reason = f"the process of the {leg} leg {what}" + (f"; its stderr ends:\n{tail}" if tail else "")
+    return Row("legs", leg, "process", "subprocess", verdict=FAIL, reason=reason)
+
+
+def main() -> None:
+    """Run the leg that the first argument describes, in this process."""
+    out = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # what others print must not get between the rows
+    from .ops import timed
+    from .options import Options
+    from .plan import checks, here
+
+    options = Options.from_dict(json.loads(sys.argv[1]))
+    for check in checks(options, here()):
+        out.write(json.dumps([row.to_dict() for row in timed(check.rows, check.template)], allow_nan=False) + "\n")
+        out.flush()
+    out.write(json.dumps(FINISHED) + "\n")
+    out.flush()

@@ -1,0 +1,117 @@
+"""``clipfast verify``: its arguments, progress, and what it prints."""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Hold every kernel, a whole model and a training curve to PyTorch, and say by how much they keep the rule.
+
+The rule: against a float64 truth, the maximum and the RMS error of each output are at most 2x PyTorch's own error at
+the same dtype (3x for gradients), plus one unit in the last place of each value. NaN and infinity sit where the truth
+has them. Each row shows three figures for either error: ours, PyTorch's, allowed.
+
+On a CPU: the PyTorch paths in this process, and the Triton kernels interpreted in a second one (float32, float16).
+On a GPU: the Triton kernels natively, at the sizes of real use. What could not be run is listed."""
+
+EPILOG = """\
+examples:
+  clipfast verify --quick                              a minute: is this installation sound?
+  clipfast verify                                      everything that this machine can run
+  clipfast verify --op attention --dtype fp32          one op
+  clipfast verify --op model --model ViT-B-32 --against openclip hf
+  clipfast verify --junit verify.xml --json verify.json      for CI
+
+exit code: 0 all that ran passed, 1 something failed, 2 bad arguments, 130 interrupted"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand. Names are checked when it runs, so that ``--help`` imports nothing."""
+    parser = commands.add_parser(
+        "verify",
+        help="check the numerics of kernels, model and training",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    several = {"nargs": "+", "action": "extend"}
+    parser.add_argument(
+        "--op", **several, metavar="OP", help="contrastive_loss, attention, patch_embed, model, curve (default: all)"
+    )
+    parser.add_argument("--model", **several, metavar="NAME", help="models for the model check (default: ViT-T-8-32)")
+    parser.add_argument("--dtype", **several, metavar="DTYPE", help="fp32, fp16, bf16 (default: all)")
+    parser.add_argument(
+        "--against", **several, metavar="PEER", help="openclip, hf: other models with the same weights "
+        "(default: openclip if installed)",
+    )  # fmt: skip
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--quick", action="store_true", help="fewer cases, about a minute")
+    parser.add_argument("--all-rows", action="store_true", help="print every output, not the nearest to its limit")
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML, a testcase for each row")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows, kept up to date while it runs")
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run the checks, print the report, and return the exit code."""
+    from .options import Options
+    from .report import Row, exit_code
+    from .run import run_verify
+    from .table import summary, table
+
+    given = {"ops": args.op, "models": args.model, "dtypes": args.dtype, "against": args.against}
+    chosen: dict[str, Any] = {key: tuple(value) for key, value in given.items() if value is not None}
+    options = Options(device=args.device, quick=args.quick, **chosen)
+    for path in (args.json, args.junit):
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"no folder {path.parent} to write {path.name} in")
+    rows: list[Row] = []
+    started, complete = time.perf_counter(), False
+    bar = _progress(options)
+    try:
+        run_verify(options, json_path=args.json, junit_path=args.junit, on_group=bar, rows=rows)
+        complete = True
+    except KeyboardInterrupt:
+        print("clipfast verify: interrupted", file=sys.stderr)
+    finally:
+        bar.close()
+    if rows:
+        print(table(rows, all_rows=args.all_rows), end="\n\n")
+    print(summary(rows, time.perf_counter() - started, complete=complete))
+    return exit_code(rows) if complete else 130
+
+
+def _progress(options: Any) -> Any:
+    """A callable for each group of rows: a bar on a terminal's stderr, else nothing."""
+    from .run import number_of_groups
+
+    return _Progress(number_of_groups(options) if sys.stderr.isatty() else 0)
+
+
+class _Progress:
+    """tqdm where it is installed and stderr is a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self.bar: Any = None
+        self.failed = 0
+        if total:
+            try:
+                from tqdm import tqdm
+            except ImportError:
+                return
+            self.bar = tqdm(total=total, unit="case", desc="verify", leave=False, file=sys.stderr)
+
+    def __call__(self, group: list[Any]) -> None:
+        if self.bar is None:
+            return
+        self.failed += sum(row.verdict == "FAIL" for row in group)
+        self.bar.set_postfix_str(f"{group[-1].op} {group[-1].leg}, {self.failed} failed")
+        self.bar.update()
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,129 @@
+"""A whole model, forward and every gradient: this package against its own reference backend, OpenCLIP or Hugging Face.
+
+All get the same weights and inputs. The truth is the other model in float64, the yardstick the other model in the
+dtype of the check.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..factory import create_model
+from ..kernels import contrastive_loss, reference
+from ..kernels.reference import normalize_uint8
+from ..models import CLIP
+from . import hf
+from .context import exact_float32, poisoned
+from .ops import MANY_DRAWS, TORCH_DTYPES
+from .options import HF, MODEL, OPENCLIP
+from .report import SKIP, Row, rows_of
+from .rule import Draw, judge_fairly
+from .shapes import ACCURACY, CUDA
+
+# A float64 model and its gradients take 16 bytes a parameter: above this, float32 is the truth for half precision.
+FLOAT64_PARAMETERS = 1e9
+SMALL_PARAMETERS = 2e7  # up to here several draws are cheap
+BATCH, DRAWS = 4, 2
+
+
+def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = False) -> list[Row]:
+    """Rows of model ``name`` against ``peer``: features, loss and the gradient of every parameter."""
+    device = "cuda" if leg == CUDA else "cpu"
+    torch.manual_seed(0)
+    model = create_model(name, device=device).eval()
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    in_float32 = parameters > FLOAT64_PARAMETERS
+    template = Row(peer, leg, ACCURACY, name, dtype, truth="float32" if in_float32 else "float64", why=_WHY[peer])
+    if in_float32 and dtype == "float32":
+        reason = f"{parameters:.1e} parameters: a float64 truth does not fit; a float32 one cannot judge float32"
+        return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
+    # rounded to the dtype of the check first, so that all start from the same numbers
+    model.to(TORCH_DTYPES[dtype])
+    try:
+        same = _OTHERS[peer](model)
+    except hf.NoCounterpartError as error:
+        return [dataclasses.replace(template, verdict=SKIP, reason=str(error))]
+    truth = _OTHERS[peer](model)
+    truth.module.to(torch.float32 if in_float32 else torch.float64)
+    ours = Model(model, contrastive_loss)
+
+    def draw(number: int) -> Draw:
+        images, texts = _inputs(model, number)
+        if peer != MODEL:  # theirs take no bytes
+            images = normalize_uint8(images, model.visual.image_mean, model.visual.image_std, TORCH_DTYPES[dtype])
+        with poisoned():
+            result = ours.results(images, texts)
+        with exact_float32():
+            return result, same.results(images, texts), truth.results(images, texts)
+
+    few, many = (DRAWS, MANY_DRAWS) if parameters <= SMALL_PARAMETERS and not quick else (1, 2 * DRAWS)
+    return rows_of(template, judge_fairly(draw, few, many)[0])
+
+
+@dataclasses.dataclass
+class Model:
+    """A model to compare: its module, its loss, how it is called where not like ours, and its parameters' names."""
+
+    module: nn.Module
+    loss: Callable[..., Tensor] = reference.contrastive_loss
+    call: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+
+    def results(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
+        """Features of images [B, 3, H, W] and texts [B, L], the loss, and ``d_<name>`` of every parameter."""
+        like = next(self.module.parameters())
+        if images.is_floating_point():
+            images = images.to(like.dtype)
+        self.module.zero_grad()
+        image, text, logit_scale = (self.call or self.module)(images, texts)
+        loss = self.loss(image, text, logit_scale)
+        loss.backward()
+        gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
+        values = {"image_features": image, "text_features": text, "loss": loss}
+        return {name: value.detach() for name, value in values.items()} | {
+            f"d_{name}": grad for name, grad in self.rename(gradients).items()
+        }
+
+
+def _reference(model: CLIP) -> Model:
+    other = copy.deepcopy(model)
+    other.set_backend("torch")
+    return Model(other)
+
+
+def _open_clip(model: CLIP) -> Model:
+    import open_clip
+
+    other = open_clip.CLIP(**model.config.to_dict()).to(next(model.parameters())).eval()
+    other.load_state_dict(model.state_dict())
+    return Model(other)
+
+
+def _hugging_face(model: CLIP) -> Model:
+    other = hf.build(model)
+    return Model(other, call=hf.caller(other), rename=hf.to_ours)
+
+
+_OTHERS: dict[str, Callable[[CLIP], Model]] = {MODEL: _reference, OPENCLIP: _open_clip, HF: _hugging_face}
+_WHY = {
+    MODEL: "all parts together, from bytes, against the reference backend",
+    OPENCLIP: "all parts together, from floats, against OpenCLIP",
+    HF: "all parts together, from floats, against Hugging Face",
+}
+
+
+def _inputs(model: CLIP, draw: int) -> tuple[Tensor, Tensor]:
+    """Bytes [BATCH, 3, H, W] and texts [BATCH, context_length] of different lengths, zero after the end of the text."""
+    generator = torch.Generator().manual_seed(1000 + draw)
+    side, length, vocabulary = model.visual.image_size, model.context_length, model.vocab_size
+    images = torch.randint(0, 256, (BATCH, 3, side, side), generator=generator, dtype=torch.uint8)
+    texts = torch.randint(1, vocabulary - 2, (BATCH, length), generator=generator)
+    ends = torch.randint(1, length, (BATCH, 1), generator=generator)
+    ends[0] = length - 1
+    positions = torch.arange(length)
+    texts = texts.where(positions < ends, 0).where(positions != ends, vocabulary - 1)
+    device = model.logit_scale.device
+    return images.to(device), texts.to(device)

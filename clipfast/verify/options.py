@@ -1,0 +1,90 @@
+"""What to verify: names of ops, models, dtypes and peers, checked before anything runs."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from ..models import list_models
+from .shapes import LEGS
+
+MODEL, CURVE = "model", "curve"
+OPENCLIP, HF = "openclip", "hf"
+OPS = ("contrastive_loss", "attention", "patch_embed", MODEL, CURVE)
+DTYPES = ("float32", "float16", "bfloat16")
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | {name: name for name in DTYPES}
+# Module that each peer is imported as, and how it is installed.
+PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
+DEFAULT_MODEL = "ViT-T-8-32"
+HANG_SECONDS = 300.0  # without a row, after which the interpreter counts as hung
+
+
+def installed(peer: str) -> bool:
+    """Whether a peer can be imported."""
+    return importlib.util.find_spec(PEERS[peer][0]) is not None
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What to verify. Each list is checked here.
+
+    Args:
+        ops: of ``OPS``: the three ops, "model" and "curve".
+        models: names that :func:`clipfast.list_models` has.
+        dtypes: "float32", "float16", "bfloat16", or "fp32", "fp16", "bf16".
+        against: "openclip", "hf"; None compares with OpenCLIP where it is installed.
+        device: "auto" (a GPU where there is one), "cpu" or "cuda".
+        quick: fewer cases, for a minute.
+        legs: only these of ``LEGS``; None for those of the device.
+        hang_seconds: how long the subprocess may be silent.
+
+    Raises:
+        ValueError: an unknown name; the message lists what is known.
+        RuntimeError: a device or a package that is asked for and is not there.
+    """
+
+    ops: tuple[str, ...] = OPS
+    models: tuple[str, ...] = (DEFAULT_MODEL,)
+    dtypes: tuple[str, ...] = DTYPES
+    against: tuple[str, ...] | None = None
+    device: str = "auto"
+    quick: bool = False
+    legs: tuple[str, ...] | None = None
+    hang_seconds: float = HANG_SECONDS
+
+    def __post_init__(self) -> None:
+        _known("--op", self.ops, OPS)
+        _known("--dtype", self.dtypes, tuple(DTYPE_NAMES))
+        _known("--model", self.models, tuple(list_models()))
+        _known("--against", self.against or (), tuple(PEERS))
+        _known("--device", (self.device,), ("auto", "cpu", "cuda"))
+        _known("legs", self.legs or (), LEGS)
+        object.__setattr__(self, "dtypes", tuple(dict.fromkeys(DTYPE_NAMES[name] for name in self.dtypes)))
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("--device cuda: PyTorch sees no CUDA GPU here")
+        for peer in self.against or ():
+            if not installed(peer):
+                raise RuntimeError(f"--against {peer}: not installed; pip install {PEERS[peer][1]}")
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the kernels run natively."""
+        return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: tuples as lists."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
+
+    @classmethod
+    def from_dict(cls, raw: dict[str, Any]) -> "Options":
+        """Inverse of :meth:`to_dict`."""
+        given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
+        return cls(**given)
+
+
+def _known(flag: str, given: Iterable[str], known: tuple[str, ...]) -> None:
+    unknown = [name for name in given if name not in known]
+    if unknown:
+        raise ValueError(f"{flag}: unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")

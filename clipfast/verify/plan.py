@@ -1,0 +1,105 @@
+"""Which checks run on which leg, and what cannot run here."""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+
+import torch
+
+from ..kernels._launch import INTERPRET
+from .curve import MODEL_NAME, verify_curve
+from .models import verify_model
+from .ops import planned, verify_case
+from .options import CURVE, MODEL, OPENCLIP, PEERS, Options, installed
+from .report import Row
+from .shapes import ACCURACY, CPU, CUDA, INTERPRETER
+
+NO_GPU = "no CUDA GPU here: the native kernels were not run"
+BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a GPU can run the kernels in it"
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """Something to run: the rows it gives, and what its row says where it raises."""
+
+    template: Row
+    rows: Callable[[], list[Row]]
+
+
+def here() -> str:
+    """The leg of CPU tensors in this process, which Triton fixed when it was imported."""
+    return INTERPRETER if INTERPRET else CPU
+
+
+def legs_of(options: Options) -> tuple[str, ...]:
+    """Legs to run, in order."""
+    if options.legs is not None:
+        return options.legs
+    return (CUDA,) if options.on_gpu else (CPU, INTERPRETER)
+
+
+def checks(options: Options, leg: str) -> list[Check]:
+    """Everything that runs on ``leg``; the interpreter is too slow for models and training."""
+    dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
+    found: list[Check] = []
+    for op in options.ops:
+        if op not in (MODEL, CURVE):
+            found += [
+                Check(
+                    Row(op, leg, case.check, case.name, dtype, why=case.why),
+                    partial(verify_case, op, leg, case, dtype, quick=options.quick),
+                )
+                for case, dtype in planned(op, leg, dtypes, quick=options.quick)
+            ]
+        elif leg != INTERPRETER:
+            found += (_model_checks if op == MODEL else _curve_checks)(options, leg, dtypes)
+    return found
+
+
+def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
+    peers = options.against or ((OPENCLIP,) if installed(OPENCLIP) else ())
+    return [
+        Check(
+            Row(peer, leg, ACCURACY, name, dtype),
+            partial(verify_model, peer, name, leg, dtype, quick=options.quick),
+        )
+        for peer in (MODEL, *peers)
+        for name in options.models
+        for dtype in dtypes[: 1 if options.quick else None]
+    ]
+
+
+def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
+    """Float32 everywhere; bfloat16 autocast on a GPU, or where it is asked for alone: a CPU takes minutes."""
+    wanted = [] if options.quick and leg == CPU else [name for name in dtypes if name != "float16"]
+    if leg == CPU and "float32" in wanted:
+        wanted = ["float32"]
+    return [
+        Check(
+            Row(CURVE, leg, "training", MODEL_NAME, dtype),
+            partial(verify_curve, leg, dtype),
+        )
+        for dtype in wanted
+    ]
+
+
+def not_run(options: Options) -> list[Row]:
+    """What cannot be run here, as rows that are skipped."""
+    legs = legs_of(options)
+    rows: list[Row] = []
+    if CUDA not in legs and options.legs is None:
+        rows.append(Row("legs", CUDA, "leg", "native kernels", reason=NO_GPU if not torch.cuda.is_available() else
+                        "--device cpu: the native kernels were not run"))  # fmt: skip
+    if options.legs is None and CUDA in legs:
+        reason = "runs with --device cpu"
+        rows += [Row("legs", leg, "leg", name, reason=reason) for leg, name in
+                 ((CPU, "PyTorch paths"), (INTERPRETER, "interpreted kernels"))]  # fmt: skip
+    if INTERPRETER in legs and "bfloat16" in options.dtypes:
+        rows.append(Row("legs", INTERPRETER, "leg", "kernels", "bfloat16", reason=BF16_INTERPRETED))
+    asks_openclip = MODEL in options.ops and options.against is None
+    if asks_openclip and not installed(OPENCLIP):
+        reason = f"OpenCLIP is not installed: pip install {PEERS[OPENCLIP][1]}"
+        rows.append(Row(OPENCLIP, legs[0], ACCURACY, ", ".join(options.models), reason=reason))
+    if options.quick and CURVE in options.ops and CPU in legs:
+        rows.append(Row(CURVE, CPU, "training", MODEL_NAME, "float32", reason="left out by --quick"))
+    return rows

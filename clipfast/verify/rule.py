@@ -1,0 +1,196 @@
+"""The rule for errors: as good as PyTorch at the same dtype, both held against a truth of higher precision.
+
+Allowed is ``k`` times PyTorch's own error, plus a unit in the last place of each value: ``k`` is 2 for values and 3 for
+gradients, after FlashAttention's tests (Dao et al. 2022). It holds for the maximum and for the root mean square of the
+error, so neither one wrong value among many nor a small bias of all of them gets by.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+FORWARD, GRADIENT = 2.0, 3.0
+VALUE = "value"
+BEYOND_CHANCE = 300.0  # times the allowed error: no luck of the draw
+
+# Named results of one draw: ours, PyTorch's at the same dtype, the truth.
+Draw = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One kind of error ("max" or "rms"): ours, PyTorch's at the same dtype, and what is allowed."""
+
+    kind: str
+    ours: float
+    torch: float
+    allowed: float
+
+    @property
+    def passed(self) -> bool:
+        """Whether ours is allowed; never where it is NaN."""
+        return self.ours <= self.allowed
+
+    @property
+    def ratio(self) -> float:
+        """Ours as a share of what is allowed: more than 1 fails."""
+        if self.ours == 0:
+            return 0.0
+        return self.ours / self.allowed if self.allowed > 0 else float("inf")
+
+    def __str__(self) -> str:
+        return f"{self.kind} error {self.ours:.3e} > allowed {self.allowed:.3e} (PyTorch's own {self.torch:.3e})"
+
+
+@dataclasses.dataclass(frozen=True)
+class Judgement:
+    """Figures of one output. ``fault`` fails whatever they say; ``note`` says how they came about,
+    or why there are none."""
+
+    figures: tuple[Figure, ...] = ()
+    fault: str = ""
+    note: str = ""
+    no_yardstick: bool = False
+
+    @property
+    def passed(self) -> bool:
+        """Whether the output keeps the rule."""
+        return not self.fault and all(figure.passed for figure in self.figures)
+
+    @property
+    def reason(self) -> str:
+        """What is wrong, or why nothing was judged; empty for a plain pass."""
+        return self.fault or "; ".join(str(f) for f in self.figures if not f.passed) or self.note
+
+
+def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgement:
+    """Hold ``ours`` to the rule.
+
+    Args:
+        ours: the result in question, any shape.
+        same_dtype: PyTorch's result at the same dtype, same shape: the yardstick.
+        truth: the result at a higher precision, same shape. NaN and infinity must sit where it has them.
+        k: how many times PyTorch's error is allowed: ``FORWARD`` or ``GRADIENT``.
+
+    Returns:
+        The figures over all values that are finite in ``truth`` and in ``same_dtype``.
+    """
+    if ours.shape != truth.shape:
+        return Judgement(fault=f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}")
+    if ours.dtype != same_dtype.dtype:
+        return Judgement(fault=f"dtype {ours.dtype}, expected {same_dtype.dtype}")
+    if ours.numel() == 0:
+        return Judgement(note="empty")
+    for name, where in (("NaN", torch.isnan), ("infinity", torch.isposinf), ("minus infinity", torch.isneginf)):
+        if not torch.equal(where(ours), where(truth)):
+            return Judgement(fault=f"{name} in other places than in the truth")
+    if not truth.isfinite().any():
+        return Judgement(note="no finite value in the truth")
+    finite = truth.isfinite() & same_dtype.isfinite()
+    if not finite.any():
+        return Judgement(note="PyTorch's own result is not finite: no yardstick", no_yardstick=True)
+    return Judgement(_figures(ours[finite], same_dtype[finite], truth[finite], k))
+
+
+def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple[Figure, ...]:
+    exact = truth.double()
+    info = torch.finfo(ours.dtype)
+    rounding = (exact.abs() * info.eps).clamp(min=info.smallest_normal * info.eps)
+    figures = []
+    for kind, reduce in (("max", _largest), ("rms", _root_mean_square)):
+        error, yardstick = reduce(ours.double() - exact), reduce(same_dtype.double() - exact)
+        figures.append(Figure(kind, error, yardstick, k * yardstick + reduce(rounding)))
+    return tuple(figures)
+
+
+def _largest(error: Tensor) -> float:
+    return error.abs().max().item()
+
+
+def _root_mean_square(error: Tensor) -> float:
+    return error.square().mean().sqrt().item()
+
+
+def judge_draws(
+    ours: Sequence[Mapping[str, Tensor]],
+    same_dtype: Sequence[Mapping[str, Tensor]],
+    truth: Sequence[Mapping[str, Tensor]],
+) -> dict[str, Judgement]:
+    """Judge each named output of an op over several draws as one: a single number is right by chance now and then.
+
+    Names that start with ``d_`` are gradients. A name that is not everywhere is a fault.
+    """
+    judgements = {}
+    for name in dict.fromkeys([*truth[0], *ours[0]]):
+        k = GRADIENT if name.startswith("d_") else FORWARD
+        judgements[name] = _judge_output(name, ours, same_dtype, truth, k)
+    return judgements
+
+
+def _judge_output(
+    name: str,
+    ours: Sequence[Mapping[str, Tensor]],
+    same_dtype: Sequence[Mapping[str, Tensor]],
+    truth: Sequence[Mapping[str, Tensor]],
+    k: float,
+) -> Judgement:
+    for result in (*ours, *same_dtype, *truth):
+        if name not in result:
+            return Judgement(fault="one side has no such output")
+    for got, expected in zip(ours, truth, strict=True):
+        if got[name].shape != expected[name].shape:
+            return Judgement(fault=f"shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}")
+    mine, yardstick, exact = (
+        torch.cat([result[name].flatten() for result in results]) for results in (ours, same_dtype, truth)
+    )
+    return judge(mine, yardstick, exact, k)
+
+
+def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict[str, Judgement], list[Draw]]:
+    """Judge ``draw(0)``, ``draw(1)``, ... over ``few`` draws, and where they fail, over ``many``.
+
+    Two honest errors differ by chance: of six losses, PyTorch's largest error is less than half of ours about once in
+    twenty. Over thirty draws it is not, while a fault stays one.
+    """
+    draws = [draw(number) for number in range(few)]
+    judgements = _judge(draws)
+    failed = [judgement for judgement in judgements.values() if not judgement.passed]
+    by_chance = all(not j.fault and max(f.ratio for f in j.figures) < BEYOND_CHANCE for j in failed)
+    if failed and by_chance and many > few:
+        draws += [draw(number) for number in range(few, many)]
+        judgements = {
+            name: dataclasses.replace(judgement, note=f"judged over {many} draws, as {few} were too few")
+            for name, judgement in _judge(draws).items()
+        }
+    return judgements, draws
+
+
+def _judge(draws: Sequence[Draw]) -> dict[str, Judgement]:
+    ours, same_dtype, truth = zip(*draws, strict=True)
+    return judge_draws(ours, same_dtype, truth)
+
+
+def value_and_grads(fn: Callable[..., Tensor], inputs: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    """``fn`` of ``inputs``, and the gradients of those that are floating: ``{"value": ..., "d_<name>": ...}``.
+
+    Raises:
+        RuntimeError: an input that gets no gradient.
+    """
+    # A detached view keeps the layout that a check asks for.
+    leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
+    value = fn(**leaves)
+    value.backward(grad.to(value))
+    results = {VALUE: value.detach()}
+    for name, leaf in leaves.items():
+        if leaf.requires_grad:
+            if leaf.grad is None:
+                raise RuntimeError(f"no gradient for {name}")
+            results[f"d_{name}"] = leaf.grad
+    return results
+
+
+def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """``inputs`` with floating tensors in float64, the others as they are."""
+    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}

@@ -1,0 +1,102 @@
+"""The report as a table of plain text, and what it comes to."""
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from .report import FAIL, PASS, SKIP, Row, count
+
+KINDS = ("max", "rms")
+HEADER = (
+    "", "leg", "dtype", "check", "case", "output",
+    "max: ours", "PyTorch", "allowed", "rms: ours", "PyTorch", "allowed", "",
+)  # fmt: skip
+REASON_WIDTH = 100
+
+
+def table(rows: Sequence[Row], *, all_rows: bool = False) -> str:
+    """Rows grouped by op. Of a case that passes, only the output nearest to its limit, unless ``all_rows``."""
+    blocks = []
+    for op, group in groupby(_by_op(rows), key=lambda row: row.op):
+        lines = [_cells(row, outputs) for row, outputs in (_each(group) if all_rows else _nearest(group))]
+        blocks.append(f"{op}\n" + _align([HEADER, *lines]))
+    return "\n\n".join(blocks)
+
+
+def _by_op(rows: Iterable[Row]) -> list[Row]:
+    order = {op: index for index, op in enumerate(dict.fromkeys(row.op for row in rows))}
+    return sorted(rows, key=lambda row: order[row.op])
+
+
+def _each(rows: Iterable[Row]) -> list[tuple[Row, int]]:
+    return [(row, 1) for row in rows]
+
+
+def _nearest(rows: Iterable[Row]) -> list[tuple[Row, int]]:
+    """Every row that did not pass; of those that did, one for each case, with how many it stands for."""
+    shown: list[tuple[Row, int]] = []
+    for _, group in groupby(rows, key=lambda row: row.group):
+        members = list(group)
+        passed = [row for row in members if row.verdict == PASS]
+        shown += [(row, 1) for row in members if row.verdict != PASS]
+        if passed:
+            shown.append((max(passed, key=lambda row: row.ratio), len(passed)))
+    return shown
+
+
+def _cells(row: Row, outputs: int) -> tuple[str, ...]:
+    figures = {figure.kind: figure for figure in row.figures}
+    numbers = [
+        f"{getattr(figures[kind], name):.1e}" if kind in figures else ""
+        for kind in KINDS
+        for name in ("ours", "torch", "allowed")
+    ]
+    output = row.output if outputs == 1 else f"{row.output} (nearest of {outputs})"
+    note = row.reason.splitlines()[0][:REASON_WIDTH] if row.reason and not (row.figures and row.verdict == FAIL) else ""
+    if row.truth and row.truth != "float64":
+        note = f"truth in {row.truth}; {note}".removesuffix("; ")
+    return row.verdict, row.leg, row.dtype, row.check, row.case, output, *numbers, note
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
+
+
+def summary(rows: Sequence[Row], seconds: float, *, complete: bool = True) -> str:
+    """What failed by name, what was not run, and the counts as the last line."""
+    lines = []
+    for (op, leg, output), failed in _collect(rows, FAIL).items():
+        worst = max(failed, key=lambda row: row.ratio)
+        dtypes = ", ".join(dict.fromkeys(row.dtype for row in failed if row.dtype))
+        lines.append(
+            f"FAILED   {' '.join(part for part in (op, leg, output) if part)}: {len(failed)} of "
+            f"{_number_of(rows, op, leg, output)} checks ({dtypes}); worst: {worst.case}: {_last_line(worst.reason)}"
+        )
+    for (op, leg, output), skipped in _collect(rows, SKIP).items():
+        what = " ".join(part for part in (op, leg, output, skipped[0].dtype) if part)
+        lines.append(f"NOT RUN  {what}: {skipped[0].reason}" + (f" ({len(skipped)} rows)" if len(skipped) > 1 else ""))
+    counts = count(rows)
+    ending = "" if complete else "; INTERRUPTED, the rest was not run"
+    lines.append(
+        f"{len(rows)} checks: {counts[PASS]} passed, {counts[FAIL]} failed, {counts[SKIP]} skipped "
+        f"in {seconds:.0f} s{ending}"
+    )
+    return "\n".join(lines)
+
+
+def _collect(rows: Sequence[Row], verdict: str) -> dict[tuple[str, str, str], list[Row]]:
+    found: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.verdict == verdict:
+            output = row.output if verdict == FAIL else row.case
+            found.setdefault((row.op, row.leg, output), []).append(row)
+    return found
+
+
+def _number_of(rows: Sequence[Row], op: str, leg: str, output: str) -> int:
+    return sum((row.op, row.leg, row.output) == (op, leg, output) for row in rows)
+
+
+def _last_line(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1] if lines else ""

@@ -1,0 +1,26 @@
+"""Small cases, so that a run of the checks takes a second."""
+
+import pytest
+
+from clipfast.verify import shapes
+from clipfast.verify.shapes import ACCURACY, DETERMINISM, EVERYWHERE, AttentionShape, Case, LossShape, PatchShape
+
+SMALL = {
+    "contrastive_loss": [Case(LossShape(21, 24, 20.0, 0.3), "small", draws=6)],
+    "attention": [Case(AttentionShape(2, 9, 2, 16, True), "small")],
+    "patch_embed": [Case(PatchShape(2, 16, 24, 8, 20, False), "small")],
+}
+GRADIENTS = {
+    "contrastive_loss": ["d_image", "d_text", "d_logit_scale"],
+    "attention": ["d_qkv"],
+    "patch_embed": ["d_images", "d_weight", "d_class_embedding", "d_positional_embedding"],
+}
+
+
+@pytest.fixture
+def small_cases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each op at one small case, and bitwise repeats of it."""
+    for op, cases in SMALL.items():
+        repeated = Case(cases[0].shape, "again", EVERYWHERE, DETERMINISM)
+        assert cases[0].check == ACCURACY
+        monkeypatch.setitem(shapes.CASES, op, [*cases, repeated])

@@ -1,0 +1,247 @@
+"""A fault that is planted in one op, model or curve is found and named; without it the same run passes."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipfast import kernels
+from clipfast.kernels import cpu
+from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
+from clipfast.verify.models import verify_model
+from clipfast.verify.report import FAIL, PASS
+
+from .conftest import GRADIENTS, SMALL
+
+ROOT = Path(__file__).parent.parent.parent
+FACTOR = 1.01
+
+
+def scaled(fn, index=None):
+    """``fn`` with its result, or one of its results, too large by one percent."""
+
+    def wrong(*args):
+        result = fn(*args)
+        if index is None:
+            return FACTOR * result
+        return tuple(FACTOR * part if i == index else part for i, part in enumerate(result))
+
+    return wrong
+
+
+class ScaledGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return FACTOR * grad
+
+
+def gradient_off(fn, name):
+    """The op with the gradient of one input too large."""
+
+    def wrong(**inputs):
+        return fn(**{key: ScaledGradient.apply(x) if key == name else x for key, x in inputs.items()})
+
+    return wrong
+
+
+# Where each output of each op is computed on a CPU: function, and which of its results.
+ON_CPU = {
+    ("contrastive_loss", "value"): ("contrastive_fwd", 0),
+    ("contrastive_loss", "d_image"): ("contrastive_bwd", 0),
+    ("contrastive_loss", "d_text"): ("contrastive_bwd", 1),
+    ("contrastive_loss", "d_logit_scale"): ("contrastive_bwd", 2),
+    ("attention", "value"): ("attention_fwd", 0),
+    ("attention", "d_qkv"): ("attention_bwd", None),
+    ("patch_embed", "value"): ("patch_embed_fwd", None),
+    ("patch_embed", "d_weight"): ("patch_embed_bwd_weight", None),
+    ("patch_embed", "d_images"): ("patch_embed_bwd_images", None),
+}
+
+
+def failures(op: str, dtype: str = "float32") -> tuple[int, set[tuple[str, str, str]]]:
+    """Exit code of a run of ``op`` on the CPU path, and what it says is wrong."""
+    rows = run_verify(Options(ops=(op,), dtypes=(dtype,), legs=("cpu",)))
+    return exit_code(rows), {(row.op, row.leg, row.output) for row in rows if row.verdict == FAIL}
+
+
+@pytest.mark.usefixtures("small_cases")
+@pytest.mark.parametrize("op", SMALL)
+def test_without_a_fault_every_row_passes(op):
+    rows = run_verify(Options(ops=(op,), legs=("cpu",)))
+    assert {row.verdict for row in rows} == {PASS}
+    outputs = {row.output for row in rows if row.figures}
+    assert outputs == {"value", *GRADIENTS[op]}
+    assert {row.dtype for row in rows} == {"float32", "float16", "bfloat16"}
+
+
+@pytest.mark.usefixtures("small_cases")
+@pytest.mark.parametrize(("op", "output"), ON_CPU)
+def test_fault_in_the_cpu_path(op, output, monkeypatch):
+    name, index = ON_CPU[op, output]
+    monkeypatch.setattr(cpu, name, scaled(getattr(cpu, name), index))
+    code, failed = failures(op)
+    assert code == 1
+    assert (op, "cpu", output) in failed
+    if output.startswith("d_"):
+        assert failed == {(op, "cpu", output)}
+
+
+@pytest.mark.usefixtures("small_cases")
+@pytest.mark.parametrize(("op", "output"), [(op, name) for op in GRADIENTS for name in GRADIENTS[op]])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_fault_in_each_gradient(op, output, dtype, monkeypatch):
+    monkeypatch.setattr(kernels, op, gradient_off(getattr(kernels, op), output.removeprefix("d_")))
+    code, failed = failures(op, dtype)
+    if dtype == "float16" and op == "contrastive_loss":
+        # PyTorch forms the logits in float16: its own error is larger than one percent
+        assert failed <= {(op, "cpu", output)}
+        return
+    assert code == 1
+    assert failed == {(op, "cpu", output)}
+
+
+@pytest.mark.usefixtures("small_cases")
+@pytest.mark.parametrize(("op", "name"), [("attention", "attention_fwd"), ("contrastive_loss", "contrastive_fwd")])
+def test_other_bits_fail_the_repeats(op, name, monkeypatch):
+    right = getattr(cpu, name)
+    calls = []
+
+    def wobbly(*args):
+        out, *rest = right(*args)
+        calls.append(name)
+        return torch.nextafter(out, out + 1) if len(calls) % 2 else out, *rest
+
+    monkeypatch.setattr(cpu, name, wobbly)
+    rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("cpu",)))
+    (row,) = (row for row in rows if row.check == "determinism" and row.output == "value")
+    assert row.verdict == FAIL
+    assert "repeat 1 of 5 differs" in row.reason
+
+
+@pytest.mark.usefixtures("small_cases")
+def test_an_op_that_raises_is_a_row(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no such kernel")
+
+    monkeypatch.setattr(cpu, "attention_bwd", broken)
+    rows = run_verify(Options(ops=("attention",), dtypes=("float32",), legs=("cpu",)))
+    assert {row.verdict for row in rows} == {FAIL}
+    assert all("RuntimeError: no such kernel" in row.reason for row in rows)
+
+
+INTERPRETED = """
+import json, sys
+from clipfast.verify import Options, exit_code, run_verify, shapes
+from tests.verify.conftest import SMALL
+from tests.verify.test_faults import scaled
+shapes.CASES.update(SMALL)
+places = {
+    "contrastive_loss": [("contrastive", "_bwd_triton", 0), ("contrastive", "_bwd_triton", 1),
+                         ("contrastive", "_bwd_triton", 2)],
+    "attention": [("attention", "_bwd_triton", None)],
+    "patch_embed": [("patch_embed", "_bwd_images_triton", None), ("patch_embed", "_bwd_weight_triton", None)],
+}
+found = {}
+for op, faults in places.items():
+    for fault in [None, *faults]:
+        if fault:
+            module = sys.modules["clipfast.kernels." + fault[0]]
+            right = getattr(module, fault[1])
+            setattr(module, fault[1], scaled(right, fault[2]))
+        rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("interpreter",)))
+        if fault:
+            setattr(module, fault[1], right)
+        failed = sorted({(row.op, row.leg, row.output) for row in rows if row.verdict == "FAIL"})
+        found.setdefault(op, []).append([exit_code(rows), failed])
+print(json.dumps(found))
+"""
+
+
+def test_fault_in_the_interpreted_kernels():
+    run = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found = json.loads(run.stdout)
+    for op, results in found.items():
+        assert results[0] == [0, []]
+        assert results[1:] == [[1, [[op, "interpreter", name]]] for name in GRADIENTS[op][: len(results) - 1]]
+
+
+@pytest.mark.parametrize("peer", ["openclip", "hf"])
+def test_one_wrong_weight_of_a_model(peer, monkeypatch):
+    pytest.importorskip("open_clip" if peer == "openclip" else "transformers")
+    rows = verify_model(peer, "ViT-T-8-32", "cpu", "float32", quick=True)
+    assert len(rows) == 89
+    assert {row.verdict for row in rows} == {PASS}
+    right = models._OTHERS[peer]
+
+    def wrong(model):
+        other = right(model)
+        with torch.no_grad():
+            named = other.module.named_parameters()
+            next(p for name, p in named if name.endswith("out_proj.weight"))[3, 5] *= 1.1
+        return other
+
+    monkeypatch.setitem(models._OTHERS, peer, wrong)
+    rows = verify_model(peer, "ViT-T-8-32", "cpu", "float32", quick=True)
+    failed = {row.output for row in rows if row.verdict == FAIL}
+    assert failed & {"image_features", "text_features"}
+    assert all(row.op == peer for row in rows)
+
+
+def test_a_parameter_without_a_gradient_fails(monkeypatch):
+    # a kernel that gives no gradient must not shorten the list of checks
+    right = kernels.attention
+
+    def detached(qkv, *args, **kwargs):
+        return right(qkv.detach(), *args, **kwargs) if kwargs["backend"] == "auto" else right(qkv, *args, **kwargs)
+
+    monkeypatch.setattr("clipfast.models.transformer.attention", detached)
+    rows = verify_model("model", "ViT-T-8-32", "cpu", "float32", quick=True)
+    wrong = {row.output: row.reason for row in rows if row.verdict == FAIL}
+    assert wrong["d_transformer.resblocks.0.attn.in_proj_weight"] == "one side has no such output"
+
+
+def test_hugging_face_has_no_resnets():
+    pytest.importorskip("transformers")
+    from clipfast.models import get_model_config
+
+    with pytest.raises(hf.NoCounterpartError, match="no ResNets"):
+        hf._config(get_model_config("RN50"))
+
+
+def test_wrong_gradients_bend_the_curve(monkeypatch):
+    monkeypatch.setattr(curve, "STEPS", 8)
+    (row,) = curve.verify_curve("cpu", "float32")
+    assert row.verdict == PASS, row.reason
+    assert [figure.kind for figure in row.figures] == ["max", "rms"]
+    monkeypatch.setattr(cpu, "attention_bwd", scaled(cpu.attention_bwd))
+    (row,) = curve.verify_curve("cpu", "float32")
+    assert row.verdict == FAIL
+    assert "allowed" in row.reason
+
+
+def test_hugging_face_does_not_import_the_kernels_again():
+    # from a checkout: its folder "kernels" has the name of a package that transformers looks for
+    pytest.importorskip("transformers")
+    code = """
+import sys
+from clipfast import create_model
+from clipfast.verify import hf
+hf.build(create_model("ViT-T-8-32"))
+assert sys.modules.get("kernels") is None, sys.modules["kernels"]
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,256 @@
+"""The report: table, summary, JSON, JUnit, exit codes, and a second process that fails."""
+
+import json
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from clipfast.cli import main
+from clipfast.verify import (
+    Figure,
+    Options,
+    Row,
+    child,
+    options,
+    plan,
+    read_json,
+    run,
+    run_verify,
+    summary,
+    table,
+    write_json,
+    write_junit,
+)
+from clipfast.verify.report import FAIL, PASS, SKIP
+from clipfast.verify.shapes import CASES, LEGS, AttentionShape, LossShape, PatchShape
+
+GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
+BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
+ROWS = [
+    Row(
+        "attention", "cpu", "accuracy", "T=50", "float32", "value", PASS, figures=(GOOD,), truth="float64", seconds=0.5
+    ),
+    Row("attention", "cpu", "accuracy", "T=50", "float32", "d_qkv", FAIL, "max error 1 > \x1b[31mallowed", (GOOD, BAD)),
+    Row("attention", "cuda", "leg", "native kernels", reason="no GPU"),
+    Row("patch_embed", "cpu", "accuracy", "P=14", "float32", "value", PASS, figures=(GOOD,)),
+    Row(
+        "patch_embed", "cpu", "accuracy", "P=14", "float32", "d_weight", PASS, figures=(Figure("max", 9.0, 9.0, 10.0),)
+    ),
+]
+
+
+@pytest.fixture
+def one_leg(monkeypatch, small_cases):
+    """Only the CPU path, at small cases."""
+    for module in (plan, run):
+        monkeypatch.setattr(module, "legs_of", lambda options: ("cpu",))
+
+
+def command(capsys, *arguments):
+    code = main(["verify", *map(str, arguments)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_json_round_trip(tmp_path):
+    path = tmp_path / "v.json"
+    write_json(path, ROWS, Options(ops=("attention",)).to_dict(), complete=True)
+    rows, rest = read_json(path)
+    assert rows == ROWS
+    assert Options.from_dict(rest["options"]) == Options(ops=("attention",))
+    assert rest["summary"] == {PASS: 3, FAIL: 1, SKIP: 1}
+    assert rest["complete"] is True
+    assert "torch" in rest["environment"]
+    assert list(tmp_path.iterdir()) == [path]
+    path.write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 1, got 99"):
+        read_json(path)
+
+
+def test_junit_counts_and_figures(tmp_path):
+    path = tmp_path / "v.xml"
+    write_junit(path, ROWS)
+    suite = ET.parse(path).getroot().find("testsuite")
+    assert [suite.get(key) for key in ("tests", "failures", "skipped")] == ["5", "1", "1"]
+    cases = suite.findall("testcase")
+    assert len(cases) == 5
+    assert cases[0].get("classname") == "attention.cpu"
+    assert float(cases[0].get("time")) == 0.5
+    (failure,) = suite.iter("failure")
+    assert "max error 1 > ?[31mallowed" in failure.get("message")
+    assert "max: ours 1.000e-07, PyTorch's 1.000e-07, allowed 3.000e-07" in failure.text
+    assert len(list(suite.iter("skipped"))) == 1
+
+
+def test_table_shows_the_nearest_and_every_failure():
+    text = table(ROWS)
+    assert text.index("attention\n") < text.index("patch_embed\n")
+    assert "d_weight (nearest of 2)" in text
+    assert sum(line.lstrip().startswith("FAIL") for line in text.splitlines()) == 1
+    everything = [line for line in table(ROWS, all_rows=True).splitlines() if line.lstrip()[:4] in (PASS, FAIL, SKIP)]
+    assert len(everything) == len(ROWS)
+
+
+def test_summary_names_failures_and_what_was_not_run():
+    lines = summary(ROWS, 12.0).splitlines()
+    assert lines[0].startswith("FAILED   attention cpu d_qkv: 1 of 1 checks (float32); worst: T=50: max error 1")
+    assert lines[1] == "NOT RUN  attention cuda native kernels: no GPU"
+    assert lines[-1] == "5 checks: 3 passed, 1 failed, 1 skipped in 12 s"
+
+
+def test_command_writes_everything(capsys, tmp_path, one_leg):
+    code, out, _ = command(
+        capsys, "--op", "attention", "--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml", "--dtype", "fp32"
+    )
+    assert code == 0
+    rows, rest = read_json(tmp_path / "v.json")
+    assert rest["complete"]
+    assert ET.parse(tmp_path / "v.xml").getroot().get("tests") == str(len(rows))
+    assert "attention\n" in out
+    assert f"{len(rows)} checks: {len(rows) - 1} passed, 0 failed, 1 skipped" in out.splitlines()[-1]
+    assert "NOT RUN  legs cuda native kernels: no CUDA GPU here" in out
+
+
+def test_command_fails_where_a_row_does(capsys, one_leg, monkeypatch):
+    right = run.timed
+    monkeypatch.setattr(run, "timed", lambda rows, template: [*right(rows, template), ROWS[1]])
+    code, out, _ = command(capsys, "--op", "attention", "--dtype", "fp32")
+    assert code == 1
+    assert "FAILED   attention cpu d_qkv" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "softmax"], "--op: unknown 'softmax'; known: contrastive_loss, attention, patch_embed, model, curve"),
+        (["--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
+        (["--model", "ViT-Z"], "--model: unknown 'ViT-Z'; known: RN50"),
+        (["--against", "timm"], "--against: unknown 'timm'; known: openclip, hf"),
+        (["--device", "tpu"], "--device: unknown 'tpu'; known: auto, cpu, cuda"),
+        (["--device", "cuda"], "--device cuda: PyTorch sees no CUDA GPU here"),
+        (["--op", "attention", "--json", "no/such/v.json"], "no folder no/such to write v.json in"),
+        (["--op", "curve", "--quick"], "leave nothing to check"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line(capsys, monkeypatch, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    code, _, err = command(capsys, *arguments)
+    assert code == 2
+    assert message in err.splitlines()[-1]
+    assert "Traceback" not in err
+
+
+def test_peer_that_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr(options, "installed", lambda peer: False)
+    code, _, err = command(capsys, "--against", "openclip")
+    assert code == 2
+    assert "--against openclip: not installed; pip install open-clip-torch" in err
+    monkeypatch.setattr(plan, "installed", lambda peer: False)
+    (row,) = (row for row in plan.not_run(Options(ops=("model",))) if row.op == "openclip")
+    assert row.verdict == SKIP
+    assert "OpenCLIP is not installed" in row.reason
+
+
+def test_help_teaches(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["verify", "--help"])
+    assert exit_.value.code == 0
+    out = capsys.readouterr().out
+    assert all(
+        text in out for text in ("at most 2x PyTorch's own error", "3x for gradients", "clipfast verify --quick")
+    )
+
+
+def test_interruption_prints_what_is_there(capsys, tmp_path, one_leg, monkeypatch):
+    right, calls = run.timed, []
+
+    def interrupted(rows, template):
+        calls.append(template)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return right(rows, template)
+
+    monkeypatch.setattr(run, "timed", interrupted)
+    code, out, _ = command(capsys, "--op", "attention", "--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml")
+    assert code == 130
+    assert out.splitlines()[-1].endswith("INTERRUPTED, the rest was not run")
+    rows, rest = read_json(tmp_path / "v.json")
+    assert rows
+    assert not rest["complete"]
+    assert ET.parse(tmp_path / "v.xml").getroot().get("tests") == str(len(rows))
+
+
+def test_rows_are_on_disk_after_every_case(tmp_path, one_leg):
+    path, seen = tmp_path / "v.json", []
+
+    def look(group):
+        before, rest = read_json(path)
+        assert not rest["complete"]
+        assert len(before) == len(seen)
+        seen.extend(group)
+
+    assert run_verify(Options(ops=("attention",)), json_path=path, on_group=look) == seen
+    assert len(seen) > 6
+
+
+def only_row(hang_seconds=120.0, **changes):
+    (group,) = child.groups_of_child(Options(ops=("attention",)).to_dict() | changes, "interpreter", hang_seconds)
+    (row,) = group
+    assert row.verdict == FAIL
+    assert (row.op, row.leg) == ("legs", "interpreter")
+    return row
+
+
+def test_crash_of_the_process_is_a_row():
+    row = only_row(ops=["softmax"])
+    assert "ended early with exit code 1" in row.reason
+    assert "unknown 'softmax'" in row.reason.splitlines()[-1]
+
+
+def test_silent_end_of_the_process_is_a_row(monkeypatch):
+    monkeypatch.setattr(child, "PROGRAM", "pass")
+    assert "ended early with exit code 0, before its first check" in only_row().reason
+
+
+def test_death_after_some_rows_keeps_them(monkeypatch):
+    lines = json.dumps([ROWS[0].to_dict()])
+    monkeypatch.setattr(child, "PROGRAM", f"import os; print({lines!r}, flush=True); os.kill(os.getpid(), 9)")
+    first, last = child.groups_of_child({}, "interpreter", 120.0)
+    assert first == [ROWS[0]]
+    assert "exit code -9, after attention cpu accuracy T=50 float32" in last[0].reason
+
+
+def test_hung_process_is_a_row(monkeypatch):
+    monkeypatch.setattr(child, "PROGRAM", "import time; time.sleep(60)")
+    assert "hung: silent for 1 s" in only_row(hang_seconds=1.0).reason
+
+
+def test_interpreter_leg_comes_back_from_its_process():
+    chosen = Options(ops=("attention",), dtypes=("fp32",), legs=("interpreter",), quick=True)
+    rows = run_verify(chosen)
+    assert len(rows) > 5
+    assert {(row.op, row.leg) for row in rows} == {("attention", "interpreter")}
+
+
+def test_every_case_has_a_reason_and_its_own_name():
+    for op, cases in CASES.items():
+        assert all(case.why and case.legs for case in cases)
+        for leg in LEGS:
+            names = [(case.name, case.check) for case in cases if leg in case.legs]
+            assert len(names) == len(set(names)), op
+        for leg in ("cpu", "interpreter"):
+            assert any(case.quick for case in cases if leg in case.legs)
+
+
+def test_clips_own_shapes_are_there():
+    for leg in LEGS:
+        shapes = [case.shape for cases in CASES.values() for case in cases if leg in case.legs]
+        attention = {(s.tokens, s.causal) for s in shapes if isinstance(s, AttentionShape)}
+        assert {(50, False), (77, True), (197, False), (257, False), (577, False)} <= attention
+        assert {64, 80, 88, 104} <= {s.head_dim for s in shapes if isinstance(s, AttentionShape)}
+        patches = {(s.patch, s.uint8) for s in shapes if isinstance(s, PatchShape)}
+        assert {(p, kind) for p in (14, 16, 32) for kind in (True, False)} <= patches
+        if leg != "interpreter":
+            loss = [s for s in shapes if isinstance(s, LossShape)]
+            assert {512, 640, 768, 1024} <= {s.dim for s in loss}
+            assert max(s.pairs for s in loss) > 4000

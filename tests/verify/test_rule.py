@@ -1,0 +1,126 @@
+"""The rule catches what it exists for, and is not fooled by chance."""
+
+import pytest
+import torch
+
+from clipfast.verify import Row, judge
+from clipfast.verify.context import exact_float32, poisoned
+from clipfast.verify.report import FAIL, PASS, SKIP, rows_of
+from clipfast.verify.rule import judge_draws, judge_fairly
+
+NAN, INF = float("nan"), float("inf")
+
+
+def test_three_figures_of_two_errors():
+    truth = torch.tensor([1.0, -2.0], dtype=torch.float64)
+    same = torch.tensor([1.0 + 2e-6, -2.0])
+    judgement = judge(torch.tensor([1.0, -2.0 + 1e-6]), same, truth, 2.0)
+    assert judgement.passed
+    largest, rms = judgement.figures
+    assert (largest.kind, rms.kind) == ("max", "rms")
+    eps = torch.finfo(torch.float32).eps
+    assert largest.torch == pytest.approx((same.double() - truth).abs().max().item())
+    assert largest.ours == pytest.approx(1e-6, rel=0.1)
+    assert largest.allowed == pytest.approx(2 * largest.torch + 2 * eps)
+    assert rms.allowed == pytest.approx(2 * rms.torch + eps * 2.5**0.5)
+
+
+@pytest.mark.parametrize(
+    ("ours", "truth", "fault"),
+    [
+        ([NAN, 1.0], [1.0, 1.0], "NaN in other places"),
+        ([1.0, 1.0], [NAN, 1.0], "NaN in other places"),
+        ([INF, 1.0], [1.0, 1.0], "infinity in other places"),
+        ([-INF, 1.0], [INF, 1.0], "infinity in other places"),
+        ([1.0, 1.0, 1.0], [1.0, 1.0], "shape"),
+        ([2.0, 1.0], [1.0, 1.0], "max error"),
+    ],
+)
+def test_faults(ours, truth, fault):
+    exact = torch.tensor(truth, dtype=torch.float64)
+    judgement = judge(torch.tensor(ours), exact.float(), exact, 2.0)
+    assert not judgement.passed
+    assert fault in judgement.reason
+
+
+def test_nan_and_infinity_in_the_same_places_pass():
+    truth = torch.tensor([NAN, INF, -INF, 1.0], dtype=torch.float64)
+    judgement = judge(truth.float(), truth.float(), truth, 2.0)
+    assert judgement.passed
+    assert judgement.figures
+
+
+def test_other_dtype_fails():
+    truth = torch.ones(2, dtype=torch.float64)
+    assert "dtype" in judge(truth.half(), truth.float(), truth, 2.0).reason
+
+
+def test_without_a_yardstick_is_not_a_pass():
+    truth = torch.tensor([1e6], dtype=torch.float64)
+    judgement = judge(torch.tensor([1.0]).half(), torch.tensor([NAN]).half(), truth, 2.0)
+    (row,) = rows_of(Row("op", "cpu", "accuracy", "case"), {"value": judgement})
+    assert row.verdict == SKIP
+    assert "no yardstick" in row.reason
+
+
+@pytest.mark.parametrize("side", [0, 1, 2])
+def test_an_output_that_one_side_lacks_fails(side):
+    sides = [[{"value": torch.ones(2), "d_x": torch.ones(2)}] for _ in range(3)]
+    assert judge_draws(*sides)["d_x"].passed
+    del sides[side][0]["d_x"]
+    assert not judge_draws(*sides)["d_x"].passed
+
+
+def bad_luck(error: float):
+    """Draws of one number: the yardstick is exact in the first ones and errs by 1e-5 later, ours errs by ``error``."""
+    counted = []
+
+    def draw(number):
+        counted.append(number)
+        truth = torch.ones(1, dtype=torch.float64)
+        return {"value": (truth + error).float()}, {"value": (truth + 1e-5 * (number > 2)).float()}, {"value": truth}
+
+    return draw, counted
+
+
+def test_bad_luck_is_judged_over_more_draws():
+    draw, counted = bad_luck(1e-5)
+    judgements, _ = judge_fairly(draw, 3, 32)
+    assert judgements["value"].passed
+    assert "32 draws" in judgements["value"].reason
+    assert len(counted) == 32
+
+
+def test_a_fault_stays_a_fault_over_more_draws():
+    draw, _ = bad_luck(3e-5)
+    judgements, _ = judge_fairly(draw, 3, 32)
+    assert not judgements["value"].passed
+    draw, counted = bad_luck(1e-2)
+    assert not judge_fairly(draw, 3, 32)[0]["value"].passed
+    assert len(counted) == 3  # beyond chance: nothing more to learn
+
+
+def test_forgotten_memory_is_nan():
+    before = torch.are_deterministic_algorithms_enabled()
+    with poisoned():
+        assert torch.empty(7).isnan().all()
+        assert torch.ones(3).new_empty(5).isnan().all()
+    assert torch.are_deterministic_algorithms_enabled() == before
+
+
+def test_float32_is_not_tf32_and_comes_back():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    with exact_float32():
+        assert conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
+    assert conv.fp32_precision == before
+
+
+def test_rows_name_their_verdict():
+    truth = torch.ones(2, dtype=torch.float64)
+    judgements = {
+        "value": judge(truth.float(), truth.float(), truth, 2.0),
+        "d_x": judge(truth.float() * 2, truth.float(), truth, 3.0),
+    }
+    rows = rows_of(Row("op", "cpu", "accuracy", "case"), judgements)
+    assert [(row.output, row.verdict) for row in rows] == [("value", PASS), ("d_x", FAIL)]
