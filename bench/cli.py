@@ -74,7 +74,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         help="sizes to measure at, in place of the defaults; may be repeated",
     )  # fmt: skip
     parser.add_argument(
-        "--smoke", action="store_true", help="the smallest shapes, two rounds: shows whether everything runs"
+        "--smoke",
+        action="store_true",
+        help=f"the smallest shapes, two rounds, written to {results.SMOKE_FOLDER}: shows whether everything runs",
     )
     parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
     parser.add_argument("--rounds", type=int, default=50, help="rounds at most (default 50)")
@@ -113,7 +115,7 @@ def run(args: argparse.Namespace) -> int:
         return compare(args.compare, plan, device, budget)
     from .session import measure_all
 
-    path = args.json or results.default_path(device, args.bench)
+    path = args.json or results.default_path(device, args.bench, smoke=args.smoke)
     measure_all(plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots)
     return 0
 

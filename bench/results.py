@@ -16,6 +16,7 @@ from .harness import Timing, ratio_interval
 
 SCHEMA = 1
 FOLDER = Path("bench/results")
+SMOKE_FOLDER = Path("runs/bench")  # what git ignores
 
 
 def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[str, Any]:
@@ -73,11 +74,11 @@ def _candidate_result(timing: Timing, ours: Timing | None, peak: int | None, flo
     return result
 
 
-def default_path(device: torch.device, suite: str) -> Path:
-    """``bench/results/<card>/<date>-<suite>-<commit>.json`` under the current folder."""
+def default_path(device: torch.device, suite: str, *, smoke: bool = False) -> Path:
+    """``bench/results/<card>/<date>-<suite>-<commit>.json`` under the current folder; ``runs/bench`` for a smoke test."""
     sha = (machine.commit()["sha"] or "unknown")[:8]
     day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
-    return FOLDER / machine.card(device) / f"{day}-{suite}-{sha}.json"
+    return (SMOKE_FOLDER if smoke else FOLDER) / machine.card(device) / f"{day}-{suite}-{sha}.json"
 
 
 def write(run: dict[str, Any], path: Path) -> None:

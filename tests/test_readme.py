@@ -1,7 +1,9 @@
 """Every snippet and every command of the README runs."""
 
 import re
+import shlex
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -13,7 +15,7 @@ ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
 SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
 COMMANDS = [
-    line.split("#")[0].split()
+    shlex.split(line, comments=True)
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
     for line in block.splitlines()
 ]
@@ -29,21 +31,37 @@ def test_snippet(snippet, tmp_path, monkeypatch):
 
 def test_commands(tmp_path, monkeypatch, capsys):
     programs = {command[0] for command in COMMANDS}
-    assert programs == {"make", "clipfast", "pip"}
+    assert programs == {"make", "clipfast", "pip", "python", "pytest"}
     monkeypatch.chdir(tmp_path)
     for program, *arguments in COMMANDS:
-        if program == "clipfast":
+        if program == "clipfast" and arguments[0] != "verify":
             short = SHORT if "--recipe" in arguments else []
             assert main([*arguments, *short]) == 0, capsys.readouterr().err
 
 
+def test_verify_command():
+    """Its legs have tests of their own, and take a minute: here, the command as it is written, for one op."""
+    (command,) = [arguments for program, *arguments in COMMANDS if program == "clipfast" and arguments[0] == "verify"]
+    assert main([*command, "--op", "patch_embed"]) == 0
+
+
+@pytest.mark.parametrize("program", ["python", "pytest"])
+def test_commands_in_the_checkout(program):
+    commands = [arguments for name, *arguments in COMMANDS if name == program]
+    start = {"python": [sys.executable], "pytest": [sys.executable, "-m", "pytest"]}[program]
+    assert commands
+    for arguments in commands:
+        done = subprocess.run([*start, *arguments], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_make_targets():
-    expected = {"train": "clipfast train --recipe emoji", "test": "pytest"}
-    targets = [arguments[0] for program, *arguments in COMMANDS if program == "make"]
-    assert sorted(targets) == sorted(expected)
+    expected = {"train": "clipfast train --recipe emoji", "test": "pytest", "gpu": "-m bench.gpu --out runs/gpu --dry"}
+    targets = [arguments for program, *arguments in COMMANDS if program == "make"]
+    assert sorted(target for target, *_ in targets) == sorted(expected)
     for target in targets:
-        plan = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert expected[target] in plan.stdout
+        plan = subprocess.run(["make", "-n", *target], cwd=ROOT, capture_output=True, text=True, check=True)
+        assert expected[target[0]] in plan.stdout
 
 
 def test_ci_runs_the_readmes_test_command():
