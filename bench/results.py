@@ -75,7 +75,7 @@ def _candidate_result(timing: Timing, ours: Timing | None, peak: int | None, flo
 
 
 def default_path(device: torch.device, suite: str, *, smoke: bool = False) -> Path:
-    """``bench/results/<card>/<date>-<suite>-<commit>.json`` under the current folder; a smoke test in ``runs/bench``."""
+    """``bench/results/<card>/<date>-<suite>-<commit>.json`` under the current folder, or ``runs/bench``."""
     sha = (machine.commit()["sha"] or "unknown")[:8]
     day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return (SMOKE_FOLDER if smoke else FOLDER) / machine.card(device) / f"{day}-{suite}-{sha}.json"
