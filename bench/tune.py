@@ -83,10 +83,10 @@ TARGETS = {
         "loss",
         {"pairs": 16384, "embed_dim": 512},
         (
-            Tunable("contrastive_stats", "_softmax_stats_kernel", _GEMM),
+            Tunable("contrastive_stats", "_stats_kernel", _GEMM),
             Tunable("contrastive_grad_tile", "_grad_tile_kernel", _GEMM),
-            Tunable("contrastive_product", "_product_kernel", _GEMM),
-            Tunable("contrastive_finish", "_finish_kernel", _ROWS),
+            Tunable("contrastive_products", "_products_kernel", _GEMM),
+            Tunable("contrastive_rows", "_finish_kernel", _ROWS),
         ),
     ),
     "attention-64": Target(

@@ -6,6 +6,7 @@ references.
 
 from . import kernels
 from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
+from .evaluation.retrieval import recall_at
 from .evaluation.zero_shot import (
     IMAGENET_CLASSNAMES,
     OPENAI_IMAGENET_TEMPLATES,
@@ -14,7 +15,7 @@ from .evaluation.zero_shot import (
 )
 from .factory import create_model, create_model_and_transforms, get_tokenizer
 from .images import ImageError, image_transform, open_image
-from .kernels import attention, contrastive_loss, patch_embed
+from .kernels import attention, contrastive_loss, patch_embed, retrieval_ranks
 from .models import CLIP, add_model_config, get_model_config, list_models
 from .tokenizer import Tokenizer, tokenize
 
@@ -43,5 +44,7 @@ __all__ = [
     "load_checkpoint",
     "open_image",
     "patch_embed",
+    "recall_at",
+    "retrieval_ranks",
     "tokenize",
 ]

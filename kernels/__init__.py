@@ -8,5 +8,6 @@ from . import reference
 from .attention import attention
 from .contrastive import contrastive_loss
 from .patch_embed import patch_embed
+from .retrieval import retrieval_ranks
 
-__all__ = ["attention", "contrastive_loss", "patch_embed", "reference"]
+__all__ = ["attention", "contrastive_loss", "patch_embed", "reference", "retrieval_ranks"]

@@ -1,4 +1,4 @@
-"""Tile arithmetic shared by the kernels: pure functions of values, with no loads and no stores."""
+"""Tile arithmetic shared by the kernels: functions of values, and the load of a tile."""
 
 import triton
 import triton.language as tl
@@ -42,3 +42,22 @@ def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     rows = tl.minimum(num_m - first_m, GROUP_M)
     within = pid % (GROUP_M * num_n)
     return first_m + within % rows, within // rows
+
+
+@triton.jit
+def load_tile(
+    source, row, col, num_rows, num_cols, stride,
+    ROWS: tl.constexpr, COLS: tl.constexpr, IS_TMA: tl.constexpr,
+):  # fmt: skip
+    """Tile [ROWS, COLS] at (row, col) of a matrix [num_rows, num_cols] with unit stride along rows; zeros past its end.
+
+    ``source`` is a tensor descriptor whose block is the tile, or a pointer.
+    """
+    if IS_TMA:
+        tile = source.load([row, col])
+    else:
+        offs_r = row + tl.arange(0, ROWS)
+        offs_c = col + tl.arange(0, COLS)
+        mask = (offs_r < num_rows)[:, None] & (offs_c < num_cols)[None, :]
+        tile = tl.load(source + offs_r.to(tl.int64)[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
+    return tile

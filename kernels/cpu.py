@@ -3,73 +3,11 @@
 Products go through PyTorch, in float32 at least. Arguments and results are those of the launchers in the op's own file.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ._launch import LN2, LOG2E, accumulate_dtype
-
-CHUNK_ELEMENTS = 2**22  # of the logits: 16 MiB of float32 stay near the last-level cache
-
-
-def contrastive_fwd(image: Tensor, text: Tensor, logit_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss, then maximum, sum and nll of both sides: one product per chunk of rows serves rows and columns."""
-    acc_dtype = accumulate_dtype(image.dtype)
-    x, y = image.to(acc_dtype), text.to(acc_dtype)
-    n = len(x)
-    scale = logit_scale.to(acc_dtype) * LOG2E
-    maximum, total = x.new_full((2, n), float("-inf")), x.new_zeros(2, n)
-    diagonal = x.new_empty(n)
-    for rows, logits, p in _chunks(x, y):
-        logits.mul_(scale)
-        diagonal[rows] = logits.diagonal(offset=rows.start)
-        maximum[0, rows] = row_max = logits.amax(1)
-        total[0, rows] = torch.sub(logits, row_max[:, None], out=p).exp2_().sum(1)
-        column_max = torch.maximum(maximum[1], logits.amax(0))
-        # a finite pivot: while all logits of a column are -inf, its maximum minus itself would be NaN
-        pivot = column_max.where(column_max > float("-inf"), 0)
-        total[1].mul_((maximum[1] - pivot).exp2_()).add_(torch.sub(logits, pivot, out=p).exp2_().sum(0))
-        maximum[1] = column_max
-    nll = (maximum - diagonal) + total.log2()
-    return nll.mean() * LN2, maximum, total, nll
-
-
-def contrastive_bwd(
-    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, maximum: Tensor, total: Tensor, nll: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of images, texts and scale: one recomputed product per chunk serves both."""
-    acc_dtype = accumulate_dtype(image.dtype)
-    x, y = image.to(acc_dtype), text.to(acc_dtype)
-    scale = logit_scale.to(acc_dtype)
-    grad_x, grad_y = x.new_empty(x.shape), y.new_zeros(y.shape)
-    inverse_total = total[1].reciprocal()
-    for rows, logits, p in _chunks(x, y):
-        logits.mul_(scale * LOG2E)
-        torch.sub(logits, maximum[0, rows, None], out=p).exp2_().div_(total[0, rows, None])
-        grad = p.addcmul_(logits.sub_(maximum[1]).exp2_(), inverse_total)
-        grad.diagonal(offset=rows.start).zero_()
-        torch.mm(grad, y, out=grad_x[rows])
-        grad_y.addmm_(grad.T, x[rows])
-    g = torch.expm1(nll * -LN2).sum(0)[:, None]
-    grad_x.addcmul_(g, y)
-    grad_y.addcmul_(g, x)
-    coefficient = grad_loss.to(acc_dtype) / max(2 * len(x), 1)
-    grad_scale = torch.linalg.vecdot(grad_x, x).sum() * coefficient
-    factor = coefficient * scale
-    return grad_x.mul_(factor).to(image.dtype), grad_y.mul_(factor).to(text.dtype), grad_scale
-
-
-def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Row slices of x with their products x[rows] y^T, and a scratch tensor of the same shape; both are reused."""
-    n = len(x)
-    size = min(n, max(16, CHUNK_ELEMENTS // max(n, 1)))
-    buffers = x.new_empty(2, size, n)
-    for start in range(0, n, max(size, 1)):
-        rows = slice(start, min(start + size, n))
-        product, scratch = buffers[:, : rows.stop - start]
-        yield rows, torch.mm(x[rows], y.T, out=product), scratch
 
 
 def attention_fwd(qkv: Tensor, num_heads: int, causal: bool) -> tuple[Tensor, Tensor]:

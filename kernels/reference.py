@@ -14,14 +14,25 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def contrastive_loss(image: Tensor, text: Tensor, logit_scale: Tensor | float, *, normalize: bool = False) -> Tensor:
+def contrastive_loss(
+    image: Tensor, text: Tensor, logit_scale: Tensor | float, *, normalize: bool = False, offset: int = 0
+) -> Tensor:
     """Symmetric cross-entropy over the full logits matrix (Radford et al. 2021, figure 3)."""
+    return pairwise_loss(image, text, logit_scale, both=True, normalize=normalize, offset=offset)
+
+
+def pairwise_loss(
+    rows: Tensor, cols: Tensor, logit_scale: Tensor | float, *, both: bool, normalize: bool, offset: int
+) -> Tensor:
+    """Cross-entropy of the pairs (i, i + offset) over rows, and in ``both`` directions over columns too."""
     if normalize:
-        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    logits = logit_scale * (image @ text.T)
+        rows, cols = F.normalize(rows, dim=-1), F.normalize(cols, dim=-1)
+    logits = logit_scale * (rows @ cols.T)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = torch.arange(len(logits), device=logits.device)
-    return (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
+    of_rows = torch.arange(max(0, -offset), min(len(rows), len(cols) - offset), device=logits.device)
+    of_cols = of_rows + offset
+    loss = F.cross_entropy(logits[of_rows], of_cols)
+    return (loss + F.cross_entropy(logits.T[of_cols], of_rows)) / 2 if both else loss
 
 
 def attention(qkv: Tensor, num_heads: int, *, causal: bool = False) -> Tensor:
@@ -60,3 +71,19 @@ def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float],
     mean_c = torch.tensor(mean, dtype=work).to(images.device, non_blocking=True)[:, None, None]
     std_c = torch.tensor(std, dtype=work).to(images.device, non_blocking=True)[:, None, None]
     return ((images.to(work) / 255 - mean_c) / std_c).to(dtype)
+
+
+def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """How many others score at least as high as the best own one, by the full scores, in float32 at least."""
+    dtype = torch.promote_types(image.dtype, torch.float32)
+    scores = image.to(dtype) @ text.to(dtype).T
+    images = torch.arange(len(image), device=image.device)
+    owner = images if text_image is None else text_image
+    own = images[:, None] == owner
+    # one row and one column more: a maximum of nothing is -inf
+    own_scores = F.pad(scores.where(own & ~scores.isnan(), float("-inf")), (0, 1, 0, 1), value=float("-inf"))
+    image_best, text_best = own_scores.amax(1, keepdim=True)[:-1], own_scores.amax(0)[:-1]
+    # not "at least": NaN is ahead as well
+    image_ranks = (~own & ~(scores < image_best)).sum(1)
+    text_ranks = (~own & ~(scores < text_best)).sum(0)
+    return image_ranks.where(own.any(1), -1), text_ranks.where(own.any(0), -1)

@@ -49,7 +49,7 @@ def inspect_launch(
         triton.CompilationError, RuntimeError: the kernel does not compile.
     """
     if half is None:
-        half = any(isinstance(arg, torch.Tensor) and arg.dtype.itemsize == 2 for arg in launch.args.values())
+        half = any(tensor.dtype.itemsize == 2 for tensor in offline.tensors(launch))
     compiled = offline.compile_kernel(launch, arch)
     multiplies = "tt.dot" in compiled.asm["ttir"]
     text = offline.disassemble(compiled)

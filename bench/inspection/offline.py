@@ -16,13 +16,21 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast.kernels._launch import Launch, record_launches
 
 # Shared memory that one block may ask for, in bytes (CUDA C programming guide, compute capabilities).
 SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
 TENSOR_MEMORY_COLUMNS = 512
-_TYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.uint8: "u8"}
+_TYPES = {
+    torch.float32: "fp32",
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int32: "i32",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +70,12 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
     if resources.mma != expected:
         found.append(f"multiplies with {resources.mma}, expected {expected}")
     return found
+
+
+def tensors(launch: Launch) -> list[torch.Tensor]:
+    """The tensors that a launch is given, those behind descriptors too."""
+    values = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in launch.args.values()]
+    return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def record(arch: int, op: Callable[[], object]) -> list[Launch]:
@@ -139,6 +153,8 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
             signature[name] = "*" + _TYPES[value.dtype]
             if value.data_ptr() % 16 == 0:
                 attrs[(index,)] = [["tt.divisibility", 16]]
+        elif isinstance(value, TensorDescriptor):
+            signature[name] = f"tensordesc<{_TYPES[value.base.dtype]}{list(value.block_shape)}>"
         elif name in launch.constexprs or value is None or (isinstance(value, int) and value == 1):
             signature[name] = "constexpr"
             constants.setdefault(name, value)

@@ -2,7 +2,7 @@
 
 from .evaluate import Evaluation, evaluate
 from .labelled import LabelledFeatures, LabelledImage, encode_labelled, read_labelled
-from .retrieval import recall_at, retrieval_ranks
+from .retrieval import pair_ranks, recall_at
 from .zero_shot import (
     IMAGENET_CLASSNAMES,
     OPENAI_IMAGENET_TEMPLATES,
@@ -23,8 +23,8 @@ __all__ = [
     "build_zero_shot_classifier",
     "encode_labelled",
     "evaluate",
+    "pair_ranks",
     "read_labelled",
     "recall_at",
-    "retrieval_ranks",
     "top_classes",
 ]

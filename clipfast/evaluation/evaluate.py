@@ -10,7 +10,7 @@ from torch import Tensor
 from ..models import CLIP
 from ..tokenizer import Tokenizer, trim_padding
 from .labelled import LabelledFeatures
-from .retrieval import recall_at, retrieval_ranks
+from .retrieval import pair_ranks, recall_at
 from .zero_shot import Template, build_zero_shot_classifier, top_classes
 
 
@@ -89,6 +89,6 @@ def _retrieval(model: CLIP, tokenizer: Tokenizer, images: LabelledFeatures) -> d
     text_keys = torch.tensor([numbers[text] for text in images.captions], device=device)
     image_keys = torch.tensor(images.twins, device=device)
     return {
-        "text_to_image": recall_at(retrieval_ranks(texts, images.features, text_keys, image_keys)),
-        "image_to_text": recall_at(retrieval_ranks(images.features, texts, image_keys, text_keys)),
+        "text_to_image": recall_at(pair_ranks(texts, images.features, text_keys, image_keys)),
+        "image_to_text": recall_at(pair_ranks(images.features, texts, image_keys, text_keys)),
     }

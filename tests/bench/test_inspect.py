@@ -79,9 +79,9 @@ def test_occupancy_refuses_what_it_does_not_know():
 
 def product(config: configs.GemmConfig) -> inspect.Report:
     """The contrastive loss's plain matrix product on sm_90, with another tile."""
-    with configs.override(configs.config_key("contrastive_product", torch.bfloat16), config):
+    with configs.override(configs.config_key("contrastive_products", torch.bfloat16), config):
         launches = offline.named(offline.record(90, shipped_cases()["contrastive N1024 D512 bf16"]))
-    return inspect.inspect_launch(launches["_product_kernel 0"], 90)
+    return inspect.inspect_launch(launches["_products_kernel 0"], 90)
 
 
 def test_rank_orders_what_is_known():

@@ -16,9 +16,9 @@ from clipfast.evaluation import (
     LabelledFeatures,
     encode_labelled,
     evaluate,
+    pair_ranks,
     read_labelled,
     recall_at,
-    retrieval_ranks,
     top_classes,
 )
 from clipfast.images import image_transform
@@ -68,9 +68,25 @@ def test_ranks_against_the_full_matrix():
     groups = torch.arange(37)
     scores = queries @ gallery.T
     expected = (scores > scores.diagonal()[:, None]).sum(1)
-    for block in (1, 10, 1000):
-        assert torch.equal(retrieval_ranks(queries, gallery, groups, groups, block), expected)
+    assert torch.equal(pair_ranks(queries, gallery, groups, groups), expected)
     assert recall_at(torch.tensor([0, 4, 5, 20])) == {"R@1": 0.25, "R@5": 0.5, "R@10": 0.75}
+
+
+def test_what_was_not_asked_is_no_hit():
+    assert recall_at(torch.tensor([-1, 3, 0, -1]), (1, 5)) == {"R@1": 0.5, "R@5": 1.0}
+
+
+def test_ranks_of_many_to_many():
+    # Captions of several images, and images with several captions, by the definition.
+    pairs, queries, items = 60, torch.randint(20, (60,)), torch.randint(15, (60,))
+    query_features, item_features = (F.normalize(torch.randn(n, 8), dim=-1) for n in (20, 15))
+    scores = (query_features @ item_features.T)[queries][:, items]
+    joined = {(int(q), int(i)) for q, i in zip(queries, items, strict=True)}
+    right = torch.tensor([[(int(q), int(i)) in joined for i in items] for q in queries])
+    best = scores.masked_fill(~right, -1.0).amax(1, keepdim=True)
+    assert (right.sum(0) < pairs).all()
+    expected = ((scores >= best) & ~right).sum(1)
+    assert torch.equal(pair_ranks(query_features[queries], item_features[items], queries, items), expected)
 
 
 def test_the_same_thing_twice_answers_for_itself():
@@ -78,9 +94,9 @@ def test_the_same_thing_twice_answers_for_itself():
     queries = features[[1, 0, 2]]  # the first two find each other's items
     same, different = torch.tensor([0, 0, 1]), torch.arange(3)
     # one item under two numbers, or one query: each finds what belongs to the other
-    assert retrieval_ranks(queries, features, different, same).tolist() == [0, 0, 0]
-    assert retrieval_ranks(queries, features, same, different).tolist() == [0, 0, 0]
-    assert retrieval_ranks(queries, features, different, different).tolist() == [2, 2, 0]
+    assert pair_ranks(queries, features, different, same).tolist() == [0, 0, 0]
+    assert pair_ranks(queries, features, same, different).tolist() == [0, 0, 0]
+    assert pair_ranks(queries, features, different, different).tolist() == [2, 2, 0]
 
 
 def test_no_credit_through_a_chain():
@@ -88,19 +104,19 @@ def test_no_credit_through_a_chain():
     images, texts = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 1, 1, 2])
     gallery = torch.eye(2)[images]
     queries = torch.eye(2)[[1, 0, 0, 1]]  # text a looks like image 1
-    assert retrieval_ranks(queries, gallery, texts, images).tolist() == [2, 0, 0, 0]
+    assert pair_ranks(queries, gallery, texts, images).tolist() == [2, 0, 0, 0]
 
 
 def test_collapsed_features_get_no_credit():
     same = F.normalize(torch.ones(10, 4), dim=-1)
-    ranks = retrieval_ranks(same, same, torch.arange(10), torch.arange(10))
+    ranks = pair_ranks(same, same, torch.arange(10), torch.arange(10))
     assert recall_at(ranks, (1, 5)) == {"R@1": 0.0, "R@5": 0.0}
 
 
 def test_nan_features_are_refused():
     bad = torch.full((3, 4), float("nan"))
     with pytest.raises(ValueError, match="features contain NaN"):
-        retrieval_ranks(bad, bad, torch.arange(3), torch.arange(3))
+        pair_ranks(bad, bad, torch.arange(3), torch.arange(3))
 
 
 def test_top_classes_in_blocks():

@@ -50,6 +50,13 @@ def loss_inputs(
     }
 
 
+def rank_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Features of small integers, whose products are exact in any order, and an image or none (-1) for each text."""
+    images, texts, width = shape
+    image, text = (torch.randint(-2, 3, (rows, width)).to(device, dtype) for rows in (images, texts))
+    return {"image": image, "text": text, "text_image": torch.randint(-1, images, (texts,)).to(device)}
+
+
 def attention_inputs(
     shape: tuple[int, int, int, int, bool], dtype: torch.dtype, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:

@@ -2,21 +2,27 @@
 
 import functools
 import math
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.kernels import contrastive_loss, cpu, reference
+from clipfast.kernels import _launch, contrastive_loss, reference
+from clipfast.kernels.contrastive import cpu, launches
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
 from .cases import LOSS_SHAPES, huge_strides, loss_inputs, strided
 
-module = sys.modules["clipfast.kernels.contrastive"]
 pytestmark = pytest.mark.usefixtures("poison")
 DRAWS = 6
+
+
+@pytest.fixture(params=[80, 90] if INTERPRET else [0])
+def arch(request, monkeypatch):
+    """With pointers, and with tensor descriptors."""
+    if request.param:
+        monkeypatch.setattr(_launch, "CPU_ARCH", request.param)
 
 
 def unnormalised(scale, device):
@@ -28,7 +34,7 @@ def unnormalised(scale, device):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LOSS_SHAPES, ids=str)
 @pytest.mark.parametrize(("matched", "scale"), [(0.0, 14.3), (0.2, 50.0), (0.3, 100.0)], ids=["start", "middle", "end"])
-def test_value_and_gradients(shape, dtype, matched, scale, device):
+def test_value_and_gradients(shape, dtype, matched, scale, device, arch):
     inputs = [loss_inputs(shape, dtype, device, matched=matched, scale=scale) for _ in range(DRAWS)]
     compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
 
@@ -53,14 +59,17 @@ def test_expanded_features(device):
     compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
 
 
-def test_blocks_add_up(device, monkeypatch):
-    # Several strips and several chunks must give what one gives; 300 is no multiple of either.
-    inputs = loss_inputs((300, 32), torch.float32, device, matched=0.5, scale=20.0)
+@pytest.mark.parametrize("scale", [20.0, 1e4], ids=["shared", "online"])
+def test_blocks_add_up(scale, device, arch, monkeypatch):
+    # Several blocks and several chunks must give what one gives; 300 is no multiple of either.
+    inputs = loss_inputs((300, 32), torch.float32, device, matched=0.5, scale=scale)
     expected = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
-    monkeypatch.setattr(module, "STRIP_ELEMENTS", 128 * 300)
+    monkeypatch.setattr(launches, "STATS_EDGE", 128)
+    monkeypatch.setattr(launches, "_block_edge", lambda x: 128)
     monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 300)
+    monkeypatch.setattr(cpu, "PIECE_ELEMENTS", 4 * 300)
     for name, value in value_and_grads(contrastive_loss, inputs, torch.tensor(1.0)).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7 * scale, msg=name)
 
 
 @pytest.mark.skipif(LEG == "cpu", reason="the CPU path has no tiles")
@@ -110,6 +119,78 @@ def test_no_pairs(device):
     result = value_and_grads(contrastive_loss, {name: x.to(device) for name, x in inputs.items()}, torch.tensor(1.0))
     assert result["value"].isnan()
     assert result["d_image"].shape == result["d_text"].shape == (0, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("m", "n", "offset"), [(5, 9, 2), (9, 5, -3), (70, 133, 60), (133, 70, -40), (1, 6, 5), (65, 64, -1)], ids=str
+)
+def test_rectangular(m, n, offset, dtype, device, arch):
+    inputs = [
+        {
+            "image": loss_inputs((m, 24), dtype, device, matched=0.0, scale=1.0)["image"],
+            "text": loss_inputs((n, 24), dtype, device, matched=0.0, scale=1.0)["image"],
+            "logit_scale": torch.tensor(30.0, device=device),
+        }
+        for _ in range(DRAWS)
+    ]
+    ours, expected = (functools.partial(fn, offset=offset) for fn in (contrastive_loss, reference.contrastive_loss))
+    compare(ours, expected, inputs, torch.tensor(1.0))
+
+
+def test_offset_without_pairs(device):
+    image, text = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device)
+    loss = contrastive_loss(image, text, 10.0, offset=7)
+    loss.backward()
+    assert loss.isnan()
+    assert image.grad.shape == image.shape
+
+
+@pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
+def test_saving_memory_changes_nothing(normalize, device, arch, monkeypatch):
+    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
+    inputs = loss_inputs((150, 24), torch.float32, device, matched=0.3, scale=20.0)
+    expected = value_and_grads(functools.partial(contrastive_loss, normalize=normalize), inputs, torch.tensor(1.0))
+    op = functools.partial(contrastive_loss, normalize=normalize, memory="min")
+    for name, value in value_and_grads(op, inputs, torch.tensor(1.0)).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+
+
+def test_zero_rows_when_normalized(device):
+    inputs = unnormalised(50.0, device)
+    inputs["image"][3] = 0
+    inputs["text"][[3, 7]] = 0
+    op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
+    ours = value_and_grads(op, inputs, torch.tensor(1.0))
+    truth = value_and_grads(expected, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0))
+    for name, value in ours.items():
+        # such a row's gradient is 10^12 times the others', with PyTorch too
+        assert value.isfinite().all(), name
+        torch.testing.assert_close(value.double(), truth[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("cosine", [-1.0, -0.9, -0.5, 0.0, 1.0])
+def test_any_cosine_at_scale_100(cosine, device):
+    # All images alike and all texts alike: at -1 every term of the shared shift underflows.
+    image = torch.zeros(40, 16)
+    image[:, 0] = 1.0
+    text = torch.zeros(40, 16)
+    text[:, 0], text[:, 1] = cosine, (1 - cosine**2) ** 0.5
+    inputs = {"image": image.to(device), "text": text.to(device), "logit_scale": torch.tensor(100.0, device=device)}
+    result = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
+    assert result["value"].item() == pytest.approx(math.log(40), rel=1e-6)
+    truth = value_and_grads(
+        reference.contrastive_loss, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0)
+    )
+    for name, value in result.items():
+        torch.testing.assert_close(value.double(), truth[name], rtol=1e-5, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("scale", "is_shared"), [(14.3, 1), (78.0, 1), (100.0, 1), (1e4, 0)])
+def test_shared_shift_is_taken_where_it_is_exact(scale, is_shared, device):
+    inputs = loss_inputs((100, 64), torch.float32, device, matched=0.3, scale=scale)
+    *_, shared = torch.ops.clipfast.contrastive_fwd(*inputs.values(), 0, True, False, torch.float32, False)
+    assert shared.item() == is_shared
 
 
 def test_normalize(device):

@@ -5,7 +5,9 @@ import sys
 import pytest
 import torch
 
-from clipfast.kernels import attention, contrastive_loss, cpu, patch_embed, reference
+from clipfast.kernels import attention, contrastive_loss, cpu, patch_embed, reference, retrieval_ranks
+from clipfast.kernels.contrastive import cpu as contrastive_cpu
+from clipfast.kernels.contrastive import launches
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -21,6 +23,7 @@ PATCH = {
 LOSS_ERRORS = [
     ((X.tolist(), X, 1.0), TypeError, "image must be a torch.Tensor, got list"),
     ((X[0], X, 1.0), ValueError, r"image must have 2 dimensions, got shape \(8,\)"),
+    ((X, X[:, :5], 1.0), ValueError, r"same shape, got \(4, 8\) and \(4, 5\)"),
     ((X, X[:3], 1.0), ValueError, r"same shape, got \(4, 8\) and \(3, 8\)"),
     ((X.int(), X.int(), 1.0), TypeError, "image must be one of float32, float16, bfloat16, float64, got int32"),
     ((X, X.half(), 1.0), TypeError, "text is float16, but image is float32"),
@@ -100,6 +103,37 @@ def test_patch_embed(changed, error, message):
         patch_embed(**(PATCH | changed))
 
 
+OWNERS = torch.tensor([0, 3, 3, -1])
+RANK_ERRORS = [
+    ((X.tolist(), X), None, TypeError, "image must be a torch.Tensor, got list"),
+    ((X, X[0]), None, ValueError, r"text must have 2 dimensions, got shape \(8,\)"),
+    ((X, X.half()), None, TypeError, "text is float16, but image is float32"),
+    ((X, X.to("meta")), None, ValueError, "text is on meta, but image is on cpu"),
+    ((X, X[:, :7]), None, ValueError, r"the same width, got \(4, 8\) and \(4, 7\)"),
+    ((X, X[:3]), None, ValueError, "as many texts as images, got 3 and 4"),
+    ((X, X), [0, 1, 2, 3], TypeError, "text_image must be a torch.Tensor, got list"),
+    ((X, X), OWNERS.int(), TypeError, "text_image must be int64, got int32"),
+    ((X, X), OWNERS[:3], ValueError, r"text_image must be \[4\], one per text, got \(3,\)"),
+    ((X, X), OWNERS.to("meta"), ValueError, "text_image is on meta, but image is on cpu"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "owners", "error", "message"), RANK_ERRORS, ids=[case[3][:40] for case in RANK_ERRORS]
+)
+def test_retrieval_ranks(arguments, owners, error, message):
+    with pytest.raises(error, match=f"retrieval_ranks: .*{message}"):
+        retrieval_ranks(*arguments, text_image=owners)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("wrong", [4, -2, 2**32])
+def test_index_that_is_no_image(wrong, backend):
+    message = rf"indices of the 4 images, or -1 for a text of none, got {wrong} at 2"
+    with pytest.raises(ValueError, match=f"retrieval_ranks: .*{message}"):
+        retrieval_ranks(X, X, text_image=torch.tensor([0, -1, wrong, 3]), backend=backend)
+
+
 @pytest.mark.skipif(INTERPRET or ON_GPU, reason="Triton runs here")
 def test_triton_where_it_cannot_run():
     with pytest.raises(
@@ -116,27 +150,46 @@ def test_interpreter_refuses_what_it_would_get_wrong():
         attention(QKV.double(), 2)
 
 
-def calls():
-    """Each op with its arguments, and the name of its first registered op and of its reference."""
+def paths():
+    """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
+    attention_, patch_, retrieval = (
+        sys.modules[f"clipfast.kernels.{name}"] for name in ("attention", "patch_embed", "retrieval")
+    )
     return {
-        "contrastive_loss": (lambda **options: contrastive_loss(X, X, 1.0, **options), "contrastive_fwd"),
-        "attention": (lambda **options: attention(QKV, 2, **options), "attention_fwd"),
-        "patch_embed": (lambda **options: patch_embed(**PATCH, **options), "patch_embed_fwd"),
+        "contrastive_loss": (
+            lambda **options: contrastive_loss(X, X, 1.0, **options),
+            (contrastive_cpu, "stats"),
+            (launches, "stats"),
+        ),
+        "attention": (
+            lambda **options: attention(QKV, 2, **options),
+            (cpu, "attention_fwd"),
+            (attention_, "_fwd_triton"),
+        ),
+        "patch_embed": (
+            lambda **options: patch_embed(**PATCH, **options),
+            (cpu, "patch_embed_fwd"),
+            (patch_, "_fwd_triton"),
+        ),
+        "retrieval_ranks": (
+            lambda **options: retrieval_ranks(X, X, **options),
+            (retrieval, "_ahead_cpu"),
+            (retrieval, "_ahead_triton"),
+        ),
     }
 
 
-@pytest.mark.parametrize("name", calls())
+@pytest.mark.parametrize("name", paths())
 @pytest.mark.parametrize(
     "backend",
     ["auto", "torch", pytest.param("triton", marks=pytest.mark.skipif(not INTERPRET, reason="no Triton here"))],
 )
 def test_backend_is_the_one_that_runs(name, backend, monkeypatch):
-    call, op = calls()[name]
+    call, on_cpu, with_triton = paths()[name]
     ran = []
-    monkeypatch.setattr(reference, name, lambda *args, **kwargs: ran.append("torch"))
-    for path in ("_fwd_triton", "cpu"):
-        module = sys.modules[f"clipfast.kernels.{name.removesuffix('_loss')}"]
-        owner, attribute, kind = (module, path, "triton") if path == "_fwd_triton" else (cpu, op, "cpu")
+    specification = "pairwise_loss" if name == "contrastive_loss" else name
+    monkeypatch.setattr(reference, specification, lambda *args, **kwargs: ran.append("torch"))
+    for (owner, attribute), kind in ((with_triton, "triton"), (on_cpu, "cpu")):
         original = getattr(owner, attribute)
         monkeypatch.setattr(owner, attribute, lambda *args, _o=original, _k=kind: (ran.append(_k), _o(*args))[1])
     call(backend=backend)

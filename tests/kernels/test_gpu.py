@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from clipfast.kernels import reference, retrieval_ranks
+
 from ..conftest import ON_GPU
 from ..numerics import value_and_grads
-from .cases import small_calls
+from .cases import rank_inputs, small_calls
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 NAMES = list(small_calls(torch.float32, torch.device("cpu")))
@@ -71,3 +73,29 @@ def test_same_bits_from_many_programs(name, device):
     for _ in range(50):
         again = value_and_grads(fn, inputs, grad)
         assert all(torch.equal(again[key], value) for key, value in first.items())
+
+
+def test_ranks_without_a_host_sync_in_a_graph(device):
+    # The graph is replayed on other features than it was captured with.
+    inputs, other = (rank_inputs((700, 2500, 40), torch.bfloat16, device) for _ in range(2))
+    retrieval_ranks(**inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        retrieval_ranks(**inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ranks = retrieval_ranks(**inputs)
+    for name, x in inputs.items():
+        x.copy_(other[name])
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(ranks, reference.retrieval_ranks(**other), strict=True))
+
+
+def test_index_that_is_no_image_is_a_text_of_none(device):
+    inputs = rank_inputs((40, 90, 16), torch.float32, device)
+    expected = retrieval_ranks(**inputs)
+    wrong = torch.tensor([40, -2, 2**32], device=device).repeat(30)
+    inputs["text_image"] = wrong.where(inputs["text_image"] < 0, inputs["text_image"])
+    assert all(torch.equal(a, b) for a, b in zip(retrieval_ranks(**inputs), expected, strict=True))

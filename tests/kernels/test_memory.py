@@ -1,4 +1,4 @@
-"""The loss never holds N x N, shown by the peak of a fresh process."""
+"""The loss and the ranks never hold N x N, shown by the peak of a fresh process."""
 
 import subprocess
 import sys
@@ -12,31 +12,49 @@ pytestmark = pytest.mark.skipif(INTERPRET or ON_GPU, reason="measures the CPU pa
 PEAK = """
 import re, torch
 {setup}
+def status(name):
+    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) // 1024
+open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
+before = status("VmRSS")
+{call}
+print(status("VmHWM") - before)
+"""
+LOSS = """
 image, text = (torch.randn(16384, 512) for _ in range(2))
 for features in (image, text):
     features.div_(features.norm(dim=-1, keepdim=True)).requires_grad_()
 scale = torch.tensor(14.3, requires_grad=True)
 small = image[:64].detach().requires_grad_()
 loss(small, small, scale).backward()
-def status(name):
-    return int(re.search(name + r":\\s+(\\d+) kB", open("/proc/self/status").read()).group(1)) // 1024
-open("/proc/self/clear_refs", "w").write("5")  # the high-water mark starts again from here
-before = status("VmRSS")
-loss(image, text, scale).backward()
-print(status("VmHWM") - before)
+"""
+RANKS = """
+from clipfast import retrieval_ranks
+torch.set_num_threads(1)  # threads that wait for each other take minutes where other tests run beside this one
+image, text = torch.randn({images}, 16), torch.randn({texts}, 16)
+owner = torch.randint({images}, ({texts},))
+retrieval_ranks(image[:9], text[:9])
 """
 
 
-def peak_mib(setup: str) -> int:
-    """Peak memory of forward and backward at N = 16,384, beyond inputs and libraries, in MiB."""
-    run = subprocess.run([sys.executable, "-c", PEAK.format(setup=setup)], capture_output=True, text=True, check=True)
-    return int(run.stdout)
+def peak_mib(setup: str, call: str) -> int:
+    """Peak memory of ``call``, beyond what ``setup`` has made and loaded, in MiB."""
+    code = PEAK.format(setup=setup, call=call)
+    return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 
 
 def test_peak_is_an_eighth_of_open_clip():
     pytest.importorskip("open_clip")
-    theirs = peak_mib("from open_clip.loss import ClipLoss; loss = ClipLoss()")
-    ours = peak_mib("from clipfast import contrastive_loss as loss")
+    call = "loss(image, text, scale).backward()"
+    theirs = peak_mib(f"from open_clip.loss import ClipLoss; loss = ClipLoss(){LOSS}", call)
+    ours = peak_mib(f"from clipfast import contrastive_loss as loss{LOSS}", call)
     # N x N in float32 is 1024 MiB: if theirs is less than that, the measurement is wrong.
     assert theirs > 1024
     assert ours <= theirs / 8, f"{ours} MiB against OpenCLIP's {theirs} MiB"
+
+
+def test_ranks_of_200000_captions():
+    call = "retrieval_ranks(image, text, text_image=owner, backend={!r})"
+    # 64 million scores in float32 are 256 MiB: if the reference takes less, the measurement is wrong.
+    assert peak_mib(RANKS.format(images=8192, texts=8192), call.format("torch")) > 256
+    # The scores would be 30 GiB. Four tiles are 9 MiB, and what is kept of each caption 10 MiB.
+    assert peak_mib(RANKS.format(images=40_000, texts=200_000), call.format("auto")) < 40

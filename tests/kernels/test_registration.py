@@ -17,7 +17,7 @@ each_op = pytest.mark.parametrize("name", OPS)
 def test_opcheck(name, device):
     _, inputs, _ = small_calls(torch.float32, device)[name]
     overloads = {
-        "contrastive_loss": ("contrastive_fwd", lambda x: (x["image"], x["text"], x["logit_scale"])),
+        "contrastive_loss": ("contrastive_fwd", lambda x: (*x.values(), 0, True, True, torch.float32, False)),
         "attention": ("attention_fwd", lambda x: (x["qkv"], 2, True)),
         "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
     }

@@ -6,18 +6,20 @@ The interpreter can do none of the three. ttsem takes over the launch, so it mus
 
 import contextlib
 import functools
+import sys
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from clipfast.kernels import attention, contrastive_loss, patch_embed, reference
+from clipfast.kernels import _launch, attention, contrastive_loss, patch_embed, reference, retrieval_ranks
 from clipfast.kernels._launch import execute_on_cpu
+from clipfast.kernels.contrastive import launches
 
 from ..conftest import INTERPRET, ON_GPU
 from ..numerics import compare
-from .cases import attention_inputs, loss_inputs, patch_inputs
+from .cases import attention_inputs, loss_inputs, patch_inputs, rank_inputs
 
 sanitize = pytest.importorskip(
     "ttsem.sanitize",
@@ -56,10 +58,22 @@ def sanitizer():
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [50.0, 1e4], ids=["shared", "online"])
 @pytest.mark.parametrize("shape", [(1, 16), (67, 40)], ids=str)
-def test_contrastive_loss(shape, dtype, sanitizer):
-    inputs = loss_inputs(shape, dtype, CPU, matched=0.3, scale=50.0)
-    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
+def test_contrastive_loss(shape, scale, dtype, sanitizer, monkeypatch):
+    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
+    inputs = loss_inputs(shape, dtype, CPU, matched=0.3, scale=scale)
+    op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
+    compare(op, expected, inputs, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("scale", [50.0, 1e4], ids=["shared", "online"])
+def test_contrastive_value_through_descriptors(scale, sanitizer, monkeypatch):
+    # ttsem does not bring back what is stored through a descriptor, so gradients cannot be checked; the interpreter can
+    monkeypatch.setattr(_launch, "CPU_ARCH", 90)
+    inputs = loss_inputs((67, 40), torch.bfloat16, CPU, matched=0.3, scale=scale)
+    truth = reference.contrastive_loss(**{name: x.double() for name, x in inputs.items()})
+    torch.testing.assert_close(contrastive_loss(**inputs).double(), truth, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -78,6 +92,15 @@ def test_attention(shape, dtype, sanitizer):
 def test_patch_embed(shape, uint8, dtype, sanitizer):
     inputs, grad = patch_inputs(shape, dtype, CPU, uint8=uint8)
     compare(patch_embed, reference.patch_embed, inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 16), (67, 150, 24)], ids=str)
+def test_retrieval_ranks(shape, dtype, sanitizer, monkeypatch):
+    monkeypatch.setattr(sys.modules["clipfast.kernels.retrieval"], "SPAN", 128)  # two programs add to the same images
+    inputs = rank_inputs(shape, dtype, CPU)
+    for ours, expected in zip(retrieval_ranks(**inputs), reference.retrieval_ranks(**inputs), strict=True):
+        assert torch.equal(ours, expected)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import torch
 
 from clipfast import kernels
 from clipfast.kernels import cpu
+from clipfast.kernels.contrastive import symmetric
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
 from clipfast.verify.report import FAIL, PASS
@@ -52,17 +53,17 @@ def gradient_off(fn, name):
     return wrong
 
 
-# Where each output of each op is computed on a CPU: function, and which of its results.
+# Where each output of each op is computed on a CPU: module, function, and which of its results.
 ON_CPU = {
-    ("contrastive_loss", "value"): ("contrastive_fwd", 0),
-    ("contrastive_loss", "d_image"): ("contrastive_bwd", 0),
-    ("contrastive_loss", "d_text"): ("contrastive_bwd", 1),
-    ("contrastive_loss", "d_logit_scale"): ("contrastive_bwd", 2),
-    ("attention", "value"): ("attention_fwd", 0),
-    ("attention", "d_qkv"): ("attention_bwd", None),
-    ("patch_embed", "value"): ("patch_embed_fwd", None),
-    ("patch_embed", "d_weight"): ("patch_embed_bwd_weight", None),
-    ("patch_embed", "d_images"): ("patch_embed_bwd_images", None),
+    ("contrastive_loss", "value"): (symmetric, "forward", 0),
+    ("contrastive_loss", "d_image"): (symmetric, "backward", 0),
+    ("contrastive_loss", "d_text"): (symmetric, "backward", 1),
+    ("contrastive_loss", "d_logit_scale"): (symmetric, "backward", 2),
+    ("attention", "value"): (cpu, "attention_fwd", 0),
+    ("attention", "d_qkv"): (cpu, "attention_bwd", None),
+    ("patch_embed", "value"): (cpu, "patch_embed_fwd", None),
+    ("patch_embed", "d_weight"): (cpu, "patch_embed_bwd_weight", None),
+    ("patch_embed", "d_images"): (cpu, "patch_embed_bwd_images", None),
 }
 
 
@@ -85,8 +86,8 @@ def test_without_a_fault_every_row_passes(op):
 @pytest.mark.usefixtures("small_cases")
 @pytest.mark.parametrize(("op", "output"), ON_CPU)
 def test_fault_in_the_cpu_path(op, output, monkeypatch):
-    name, index = ON_CPU[op, output]
-    monkeypatch.setattr(cpu, name, scaled(getattr(cpu, name), index))
+    module, name, index = ON_CPU[op, output]
+    monkeypatch.setattr(module, name, scaled(getattr(module, name), index))
     code, failed = failures(op)
     assert code == 1
     assert (op, "cpu", output) in failed
@@ -109,9 +110,10 @@ def test_fault_in_each_gradient(op, output, dtype, monkeypatch):
 
 
 @pytest.mark.usefixtures("small_cases")
-@pytest.mark.parametrize(("op", "name"), [("attention", "attention_fwd"), ("contrastive_loss", "contrastive_fwd")])
-def test_other_bits_fail_the_repeats(op, name, monkeypatch):
-    right = getattr(cpu, name)
+@pytest.mark.parametrize("op", ["attention", "contrastive_loss"])
+def test_other_bits_fail_the_repeats(op, monkeypatch):
+    module, name, _ = ON_CPU[op, "value"]
+    right = getattr(module, name)
     calls = []
 
     def wobbly(*args):
@@ -119,7 +121,7 @@ def test_other_bits_fail_the_repeats(op, name, monkeypatch):
         calls.append(name)
         return torch.nextafter(out, out + 1) if len(calls) % 2 else out, *rest
 
-    monkeypatch.setattr(cpu, name, wobbly)
+    monkeypatch.setattr(module, name, wobbly)
     rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("cpu",)))
     (row,) = (row for row in rows if row.check == "determinism" and row.output == "value")
     assert row.verdict == FAIL
@@ -144,8 +146,8 @@ from tests.verify.conftest import SMALL
 from tests.verify.test_faults import scaled
 shapes.CASES.update(SMALL)
 places = {
-    "contrastive_loss": [("contrastive", "_bwd_triton", 0), ("contrastive", "_bwd_triton", 1),
-                         ("contrastive", "_bwd_triton", 2)],
+    "contrastive_loss": [("contrastive.symmetric", "backward", 0), ("contrastive.symmetric", "backward", 1),
+                         ("contrastive.symmetric", "backward", 2)],
     "attention": [("attention", "_bwd_triton", None)],
     "patch_embed": [("patch_embed", "_bwd_images_triton", None), ("patch_embed", "_bwd_weight_triton", None)],
 }
