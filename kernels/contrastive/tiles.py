@@ -69,17 +69,19 @@ def _without_pairs(
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     first_pair = start_m + diagonal  # column of the first row's pair
     has_pairs = (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M)
-    # most tiles have neither pairs nor an edge, and no time for masks
-    if has_pairs | (start_m + BLOCK_M > M) | (start_n + BLOCK_N > N):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        is_pair = (offs_m + diagonal)[:, None] == offs_n[None, :]  # [BM, BN]
-        if has_pairs:
-            paired = offs_m + diagonal
-            in_tile = (offs_m < M) & (paired >= start_n) & (paired < tl.minimum(start_n + BLOCK_N, N))
-            tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_pair, logits, 0.0), 1), mask=in_tile)
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        logits = tl.where(mask & (is_pair == 0), logits, float("-inf"))
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    # most tiles have neither pairs nor an edge, and no time for masks; one after the other, they need fewer registers
+    if has_pairs:
+        paired = offs_m + diagonal
+        is_pair = paired[:, None] == offs_n[None, :]  # [BM, BN]
+        in_tile = (offs_m < M) & (paired >= start_n) & (paired < tl.minimum(start_n + BLOCK_N, N))
+        tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_pair, logits, 0.0), 1), mask=in_tile)
+        logits = tl.where(is_pair, float("-inf"), logits)
+    if start_m + BLOCK_M > M:
+        logits = tl.where((offs_m < M)[:, None], logits, float("-inf"))
+    if start_n + BLOCK_N > N:
+        logits = tl.where((offs_n < N)[None, :], logits, float("-inf"))
     return logits
 
 
