@@ -210,9 +210,10 @@ def test_peak_memory_is_the_calls_own():
     assert 2 * 4096 * 64 * 4 <= ours < logits  # at least the two gradients
 
 
-def test_failed_memory_pass_is_no_figure(monkeypatch):
+def test_failed_memory_pass_says_why():
     built = build("loss", SMALL["loss"], "fp32", CPU)
-    assert peak_bytes(built, Candidate("nobody", lambda: double)) is None
+    with pytest.raises(RuntimeError, match="not enough values to unpack"):
+        peak_bytes(built, Candidate("nobody", lambda: double))
 
 
 def test_telemetry_says_why_there_is_none():
