@@ -272,6 +272,7 @@ def _throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
 
 
 def short(error: BaseException) -> str:
-    """Kind and first line of an error."""
+    """Kind and first line of an error; Triton's first line is only where, and its last one says what."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return f"{type(error).__name__}: {text[:200]}"
