@@ -29,9 +29,9 @@ MARGIN_S = 12.0
 # In a command: the seconds in which the step should begin what it does.
 LEFT = "{left}"
 SECONDS = {
-    "environment": 50.0,
-    "tests": 100.0,
-    "verify": 50.0,
+    "environment": 60.0,
+    "tests": 95.0,
+    "verify": 45.0,
     "loss": 75.0,
     "attention": 50.0,
     "patch": 30.0,

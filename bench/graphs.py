@@ -31,8 +31,11 @@ class Graphs:
         current = torch.cuda.current_stream(self.device)
         try:
             return [self._capture(call) for call in calls]
-        except Exception:
-            self._end_failed(current)
+        except Exception as error:
+            try:
+                self._end_failed(current)
+            except RuntimeError as after:
+                raise RuntimeError(f"{error} (and no capture works after it: {after})") from error
             raise
 
     def _capture(self, call: Call) -> Call:

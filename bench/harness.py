@@ -128,7 +128,9 @@ def _refusing(*timings: Timing) -> Iterator[None]:
             timing.samples.clear()
     if any(timing.refused for timing in timings) and torch.cuda.is_initialized():
         gc.collect()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):
+            # after an illegal access every call fails, this one too; the reason is kept above
+            torch.cuda.empty_cache()
 
 
 def ratio_interval(

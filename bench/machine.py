@@ -64,7 +64,7 @@ def use(device: torch.device) -> torch.device:
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
     """Products and convolutions of float32 in float32: cuDNN would take TF32 otherwise, for the truth too."""
-    flags = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [flag.allow_tf32 for flag in flags]
     for flag in flags:
         flag.allow_tf32 = False

@@ -44,15 +44,7 @@ def measure_all(
         if time.monotonic() - start > total_s:
             print(f"not begun, {total_s:.0f} s are over: {case.name}", flush=True)
             continue
-        _say(f"[{number}/{len(plan)}] {case.name}: timing")
-        timings, telemetry = measure(case, budget)
-        timed = [t for t in timings if t.samples] if memory and suite not in ("data", "tokenizer") else []
-        peaks = {}
-        for timing in timed:
-            _say(f"[{number}/{len(plan)}] {case.name}: memory of {timing.candidate.name}")
-            peaks[timing.candidate.name] = _peak(case, timing)
-        _say("")
-        result = results.case_result(case, timings, telemetry, peaks, roofs[dtype])
+        result = _measure_one(case, budget, roofs[dtype], f"[{number}/{len(plan)}] {case.name}", memory=memory)
         run["cases"].append(result)
         results.write(run, path)
         print(tables.case_table(result) + "\n", flush=True)
@@ -60,6 +52,19 @@ def measure_all(
         _draw(run, path)
     print(path)
     return run
+
+
+def _measure_one(case: Case, budget: Budget, roof: dict[str, float], label: str, *, memory: bool) -> dict[str, Any]:
+    # by itself: what candidates have made, whole models among it, is gone when the next case begins
+    _say(f"{label}: timing")
+    timings, telemetry = measure(case, budget)
+    peaks = {}
+    for timing in timings if memory and case.suite not in ("data", "tokenizer") else []:
+        if timing.samples:
+            _say(f"{label}: memory of {timing.candidate.name}")
+            peaks[timing.candidate.name] = _peak(case, timing)
+    _say("")
+    return results.case_result(case, timings, telemetry, peaks, roof)
 
 
 def refused_of_ours(run: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Ranks of image-text retrieval: ours, without the scores, against the reference, which has them all."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -53,8 +53,8 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     )
 
 
-def _as_one(function: Function) -> Function:
+def _as_one(function: Callable[..., tuple[Tensor, Tensor]]) -> Function:
     def run(image: Tensor, text: Tensor, text_image: Tensor) -> Tensor:
-        return torch.cat(function(image, text, text_image=text_image))  # type: ignore[arg-type]
+        return torch.cat(function(image, text, text_image=text_image))
 
     return run

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
+import weakref
 from pathlib import Path
 
 import jsonschema
@@ -52,6 +53,37 @@ def test_an_error_while_timing_refuses_one_candidate():
     assert timings["warm-up"].refused == "RuntimeError: no kernel image"
     assert timings["missing"].refused == "missing: needs a GPU"
     assert not timings["late"].samples
+
+
+def test_a_card_that_has_failed_for_good_still_gives_a_result(monkeypatch):
+    def gone():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", gone)
+    timings = quickly(case((Candidate(OURS, fails(RuntimeError("illegal memory access"))),)))
+    assert timings[OURS].refused == "RuntimeError: illegal memory access"
+
+
+def test_what_a_case_has_made_is_gone_before_the_next(tmp_path, monkeypatch):
+    class Model:
+        def __call__(self, x):
+            return 2 * x
+
+    alive = weakref.WeakSet()
+    most = []
+
+    def make():
+        model = Model()
+        alive.add(model)
+        most.append(len(alive))
+        return model
+
+    monkeypatch.setattr(session, "build", lambda *args: case((Candidate(OURS, make),)))
+    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
+    plan = [("loss", {}, "fp32")] * 3
+    session.measure_all(plan, CPU, Budget(0.0, 2, 2), tmp_path / "run.json", memory=False, plots=False)
+    assert most == [1, 1, 1]
 
 
 @pytest.mark.parametrize("when", ["gate", "sets", "reference"])
