@@ -68,9 +68,13 @@ def patch_embed(
 def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """``(images / 255 - mean) / std`` per channel of uint8 [B, C, H, W], computed in float32 at least, as ``dtype``."""
     work = torch.promote_types(dtype, torch.float32)
-    mean_c = torch.tensor(mean, dtype=work).to(images.device, non_blocking=True)[:, None, None]
-    std_c = torch.tensor(std, dtype=work).to(images.device, non_blocking=True)[:, None, None]
+    mean_c, std_c = (_per_channel(values, work, images.device) for values in (mean, std))
     return ((images.to(work) / 255 - mean_c) / std_c).to(dtype)
+
+
+def _per_channel(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # filled on the device: a copy from the host cannot be captured in a CUDA graph
+    return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
 
 
 def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = None) -> tuple[Tensor, Tensor]:
