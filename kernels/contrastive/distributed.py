@@ -11,10 +11,10 @@ for ds, of which each of its ranks has a share; DDP's mean is the same.
 
 Of a row or column, others need its maximum and its weight only. Three ways to get there, b = b_r, per rank:
 
-    mode        sent                                           FLOPs (forward, backward)   memory, in rows
-    gather      texts once; text gradients back, in float32    2 b N D, 6 b N D            N texts; 4 blocks of b in float32
-    ring        texts round twice, text gradients once         2 b N D, 6 b N D            2 texts; 4 blocks of b in float32
-    scalars     texts and images once                          4 b N D, 8 b N D            N texts, N images; 2 blocks
+    mode      sent                                          FLOPs                 memory, in rows
+    gather    texts once; text gradients back, in float32   8 b N D               N texts, 4 b of float32
+    ring      texts round twice, text gradients once        8 b N D               3 b of texts, 5 b of float32
+    scalars   texts and images once                         12 b N D              N texts, N images, 2 b of float32
 
 Texts and images travel in the dtype that they are multiplied in. Vectors of N are sent in each mode. Gradients travel
 while the next block is computed, and in the ring texts as well.
@@ -40,7 +40,7 @@ from .._launch import (
     outside_autocast,
 )
 from .blocks import blocks_on
-from .exchange import Ranks, Reduction, Sums, Travel, gather_equal
+from .exchange import Ranks, Reduction, Sums, Travel, check_initialised, gather_equal
 from .loss import contrastive_loss, scale_tensor
 from .stats import Stats, Weights, merge, no_stats, terms
 
@@ -265,7 +265,7 @@ def distributed_contrastive_loss(
     if mode == "auto":
         mode = choose_mode(ranks.sizes, image.shape[1], operand.dtype)
     plan = Plan(ranks, mode, normalize, operand.dtype)
-    return _RankLoss.apply(image, text, scale.to(accumulate_dtype(operand.dtype)), plan)
+    return _RankLoss.apply(image, text, scale.to(accumulate_dtype(operand.dtype)), plan)  # type: ignore[no-untyped-call]
 
 
 def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str:
@@ -280,11 +280,7 @@ def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str
 
 
 def _ranks(image: Tensor, group: "dist.ProcessGroup | None", sizes: Sequence[int] | None) -> Ranks:
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"{OP}: torch.distributed is not initialised: call torch.distributed.init_process_group() first, "
-            "or contrastive_loss() in a single process"
-        )
+    check_initialised(OP)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
         raise ValueError(f"{OP}: this process is not in the group")

@@ -87,6 +87,15 @@ class Ranks:
         return Transfer(dist.batch_isend_irecv(operations) if operations else [], block, received)
 
 
+def check_initialised(op: str) -> None:
+    """Refuse a process that is in no group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"{op}: torch.distributed is not initialised: call torch.distributed.init_process_group() first, or use "
+            "contrastive_loss() in a single process"
+        )
+
+
 def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
     """The same shape on every rank -> [ranks, ...] on every rank."""
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
