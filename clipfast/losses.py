@@ -156,10 +156,7 @@ class ClipLoss(nn.Module):
 
     def _gather(self, features: Tensor) -> Tensor:
         if self.gather_with_grad:
-            # a build of PyTorch may be without it
-            from torch.distributed.nn.functional import all_gather
-
-            return torch.cat(all_gather(features))
+            return _Gather.apply(features).flatten(0, 1)  # type: ignore[no-untyped-call]
         blocks = list(gather_equal(features.detach(), None))
         if not self.local_loss:
             blocks[self.rank] = features
@@ -177,9 +174,22 @@ class _Mean(torch.autograd.Function):
         return total / dist.get_world_size()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        total = grad.clone()
         if ctx.of_all:
-            dist.all_reduce(total)
-        return total / dist.get_world_size(), None
+            return _Mean.apply(grad, True), None  # type: ignore[no-untyped-call]
+        return grad / dist.get_world_size(), None
+
+
+class _Gather(torch.autograd.Function):
+    """[b, D] of each rank -> [ranks, b, D]; the gradient is the sum over ranks."""
+
+    @staticmethod
+    def forward(_: Any, features: Tensor) -> Tensor:
+        return gather_equal(features, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(_: Any, grad: Tensor) -> Tensor:
+        total = grad.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total)
+        return total[dist.get_rank()]

@@ -70,7 +70,7 @@ class Found(NamedTuple):
     col: tuple[Tensor, Tensor]
     positive: Tensor
     shared: Tensor
-    gathered: list[Tensor]
+    gathered: tuple[Tensor, ...]
 
 
 class _RankLoss(torch.autograd.Function):
@@ -92,11 +92,19 @@ class _RankLoss(torch.autograd.Function):
         return (rows.nll + cols.nll).sum() * _pair_weight(ranks)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    @outside_autocast
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        image, text, logit_scale, everyones, miss, *gathered = ctx.saved_tensors
-        plan: Plan = ctx.plan
+        return *_Gradients.apply(grad_loss, ctx.plan, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of :class:`_RankLoss`: a function of its own, so that theirs are an error and not silently none."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        _: Any, grad_loss: Tensor, plan: Plan, image: Tensor, text: Tensor, logit_scale: Tensor,
+        everyones: Tensor, miss: Tensor, *gathered: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ranks, blocks = plan.ranks, blocks_on(image.device)
         x, x_inv_norm = blocks.prepare(image, plan.dtype, normalize=plan.normalize)
         y, y_inv_norm = blocks.prepare(text, plan.dtype, normalize=plan.normalize)
@@ -116,7 +124,11 @@ class _RankLoss(torch.autograd.Function):
         blocks.finish(acc_y, y, x, 0, *end, y_inv_norm, text_grad)
         scale_grad = dot.sum() * coefficient
         dist.all_reduce(scale_grad, group=ranks.group)
-        return image_grad, text_grad, scale_grad / len(ranks.sizes), None
+        return image_grad, text_grad, scale_grad / len(ranks.sizes)
+
+    @staticmethod
+    def backward(*_: Any) -> None:
+        raise RuntimeError(f"{OP}: there is no second derivative")
 
 
 def _pair_weight(ranks: Ranks) -> float:
@@ -138,7 +150,7 @@ def _operand(rows: Tensor, plan: Plan) -> Tensor:
 def _own_strips(x: Tensor, y: Tensor, logit_scale: Tensor, plan: Plan) -> Found:
     """Own images against all texts, and own texts against all images."""
     ranks = plan.ranks
-    gathered = [ranks.gather(side.to(plan.dtype)) for side in (x, y)]
+    gathered = tuple(ranks.gather(side.to(plan.dtype)) for side in (x, y))
     all_x, all_y = (_operand(rows, plan) for rows in gathered)
     rows = _stats(x, all_y, logit_scale, ranks.own.start)
     cols = _stats(y, all_x, logit_scale, ranks.own.start)
@@ -149,10 +161,10 @@ def _own_strips(x: Tensor, y: Tensor, logit_scale: Tensor, plan: Plan) -> Found:
 def _own_rows(x: Tensor, y: Tensor, logit_scale: Tensor, plan: Plan) -> Found:
     """Own images against all texts, at once or as they come round; what that says of columns goes to their owners."""
     ranks, rows = plan.ranks, y.to(plan.dtype)
-    gathered: list[Tensor] = []
+    gathered: tuple[Tensor, ...] = ()
     source: Iterable[tuple[slice, Tensor]]
     if plan.mode == "gather":
-        gathered.append(ranks.gather(rows))
+        gathered = (ranks.gather(rows),)
         source = [(slice(0, ranks.total), gathered[0])]
     else:
         source = ((ranks.slices[owner], block) for owner, block in ranks.ring(rows))
@@ -172,7 +184,7 @@ def _own_rows(x: Tensor, y: Tensor, logit_scale: Tensor, plan: Plan) -> Found:
 
 def _accumulate_strips(
     x: Tensor, y: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, shared: Tensor,
-    gathered: list[Tensor], plan: Plan,
+    gathered: tuple[Tensor, ...], plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """G times the other side, for own images and own texts."""
     own, blocks = plan.ranks.own, blocks_on(x.device)
@@ -185,7 +197,7 @@ def _accumulate_strips(
 
 def _accumulate_rows(
     x: Tensor, y: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, shared: Tensor,
-    gathered: list[Tensor], plan: Plan,
+    gathered: tuple[Tensor, ...], plan: Plan,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same from own images only: block by block, and the part of each block of texts goes to its owner."""
     ranks, blocks = plan.ranks, blocks_on(x.device)

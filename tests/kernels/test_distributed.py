@@ -6,7 +6,6 @@ import itertools
 import os
 import re
 import signal
-import time
 
 import open_clip
 import pytest
@@ -45,14 +44,16 @@ class Case:
 
     @property
     def limit(self):
-        """Relative error; a logit of 100 is itself right to 6e-6 in float32."""
-        return 1e-12 if self.dtype == torch.float64 else 1e-6 * max(1.0, KINDS[self.kind] / 20)
+        """Relative error; in float32 a logit of 100 is itself right to 6e-6 only."""
+        return 1e-12 if self.dtype == torch.float64 else 1e-6 if KINDS[self.kind] < 100 else 2e-7 * KINDS[self.kind]
 
 
 def cases(world_size):
-    # float64 shows any mistake; the kernels do not have it
-    dtypes = [torch.float32] if INTERPRET else [torch.float64, torch.float32]
-    return [Case(*case) for case in itertools.product(MODES, SIZES[world_size], KINDS, dtypes)]
+    if INTERPRET:
+        return [Case(mode, (1, 7), kind, torch.float32) for mode, kind in itertools.product(MODES, KINDS)]
+    every = itertools.product(MODES, SIZES[world_size], KINDS)
+    # float64 shows any mistake
+    return [Case(*case, torch.float64 if case[2] != "normalized" else torch.float32) for case in every]
 
 
 def batch(case):
@@ -108,7 +109,7 @@ def every_case(rank, world_size):
 def test_like_one_process(world_size, tmp_path):
     results = run_ranks(every_case, world_size, world_size, folder=tmp_path)
     for case, *ranks in zip(cases(world_size), *results, strict=True):
-        truth = value_and_grads(contrastive_loss, [x.double() for x in batch(case)], **case.options)
+        truth = value_and_grads(contrastive_loss, [x.double() for x in batch(case)], backend="torch", **case.options)
         assert_close(of_batch([first for first, _ in ranks]), truth, case.limit, case)
         for first, again in ranks:
             assert all(torch.equal(first[name], again[name]) for name in first), case
@@ -153,7 +154,7 @@ class Largest(TorchDispatchMode):
 
 
 def largest(rank, mode):
-    wide = torch.randn(8, 512)
+    wide = torch.randn(64, 4096)
     with Largest() as seen:
         value_and_grads(distributed_contrastive_loss, [wide, wide, torch.tensor(10.0)], mode=mode, normalize=True)
     return seen.numel
@@ -233,7 +234,7 @@ REFUSED = [
     "ValueError: .*mode must be one of auto, gather, ring, scalars, got 'rings'",
     "ValueError: .*image and text must have the same shape",
     "TypeError: .*text is float16, but image is float64",
-    "once_differentiable",
+    "distributed_contrastive_loss: there is no second derivative",
 ]
 
 
@@ -243,7 +244,7 @@ def test_ways_to_use_it(tmp_path):
     case = Case("gather", (3, 2, 4), "shared", torch.float64)
     expected = value_and_grads(contrastive_loss, batch(case))
     twice = {name: 2 * value for name, value in expected.items()}
-    wide = 3 * 8 * 512
+    wide = 3 * 64 * 4096
     for rank in ranks:
         # no more than the rank's own features, and than everyone's
         assert rank["largest"] == {"ring": wide // 3, "gather": wide, "scalars": wide}
