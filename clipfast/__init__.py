@@ -16,6 +16,7 @@ from .evaluation.zero_shot import (
 from .factory import create_model, create_model_and_transforms, get_tokenizer
 from .images import ImageError, image_transform, open_image
 from .kernels import attention, contrastive_loss, patch_embed, retrieval_ranks
+from .losses import ClipLoss
 from .models import CLIP, add_model_config, get_model_config, list_models
 from .tokenizer import Tokenizer, tokenize
 
@@ -27,6 +28,7 @@ __all__ = [
     "OPENAI_IMAGENET_TEMPLATES",
     "SIMPLE_IMAGENET_TEMPLATES",
     "CheckpointError",
+    "ClipLoss",
     "ImageError",
     "Tokenizer",
     "add_model_config",

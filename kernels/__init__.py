@@ -6,8 +6,15 @@ configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` 
 
 from . import reference
 from .attention import attention
-from .contrastive import contrastive_loss
+from .contrastive import contrastive_loss, distributed_contrastive_loss
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
 
-__all__ = ["attention", "contrastive_loss", "patch_embed", "reference", "retrieval_ranks"]
+__all__ = [
+    "attention",
+    "contrastive_loss",
+    "distributed_contrastive_loss",
+    "patch_embed",
+    "reference",
+    "retrieval_ranks",
+]
