@@ -108,7 +108,7 @@ def _nt_xent_fwd(
 def _(
     first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row, col = (x.new_empty(3, x.shape[0], dtype=accumulate_dtype(dtype)) for x in (first, second))
+    row, col = (x.new_empty(2, 3, x.shape[0], dtype=accumulate_dtype(dtype)) for x in (first, second))
     return row.new_empty(()), row, col, row.new_empty((), dtype=torch.int8)
 
 

@@ -73,20 +73,26 @@ def info_nce_backward(
 def nt_xent_forward(
     first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Loss; of the first views [3, N] and of the second, maximum, weight and miss; whether maxima are one shift."""
+    """Loss; of the first views [2, 3, N] and of the second, as rows and as columns among their own, maximum, weight and
+    miss; whether maxima are one shift.
+    """
     blocks = blocks_on(first.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize)[0] for side in (first, second))
     # without their diagonals, the views of one side are each other's negatives
     within: list[Stats] = [blocks.stats(side, side, logit_scale, 0) for side in (x, y)]
     across: Stats = blocks.stats(x, y, logit_scale, 0)
+    sums = [
+        [merge([part, other]) for part in (own[:2], own[2:4])]
+        for own, other in zip(within, (across[:2], across[2:4]), strict=True)
+    ]
+    found = [[terms(*side, across.positive) for side in sides] for sides in sums]
+    miss = found[0][0].miss + found[1][0].miss
+    row, col = (
+        torch.stack([torch.stack([sums[side][i][0], found[side][i].weight, miss]) for i in range(2)])
+        for side in range(2)
+    )
     shared = torch.stack([part.shared for part in (*within, across)]).amin()
-    sides = []
-    for own, other in zip(within, (across[:2], across[2:4]), strict=True):
-        maximum, total = merge([own[:2], other])
-        sides.append((maximum, terms(maximum, total, across.positive)))
-    miss = sides[0][1].miss + sides[1][1].miss
-    rows, cols = (torch.stack([maximum, side.weight, miss]) for maximum, side in sides)
-    return (sides[0][1].nll.mean() + sides[1][1].nll.mean()) / 2, rows, cols, shared
+    return (found[0][0].nll.mean() + found[1][0].nll.mean()) / 2, row, col, shared
 
 
 def nt_xent_backward(
@@ -101,14 +107,16 @@ def nt_xent_backward(
     first_grad, second_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (first, second))
     acc_y = blocks.new_accumulator(len(y), y)
     dot = row.new_zeros(())
+    (row, row_within), (col, col_within) = row, col
     for strip in blocks.strips(x):
         acc, start = blocks.new_accumulator(strip.stop - strip.start, x), strip.start
         blocks.add_gradients(x[strip], y, logit_scale, Weights(row[:, strip], col, shared), start, acc, acc_y)
-        # G of a side with itself is symmetric: its rows alone hold the whole gradient
-        blocks.add_gradients(x[strip], x, logit_scale, Weights(row[:, strip], row, shared), start, acc, None)
+        # G of a side with itself is symmetric: its rows alone hold the whole gradient. Only rounding tells its column
+        # sums from its row sums, but a probability near 1 must be taken of the sum that it is in.
+        blocks.add_gradients(x[strip], x, logit_scale, Weights(row[:, strip], row_within, shared), start, acc, None)
         finish = (row[2, strip], factor, _part(x_inv_norm, strip), first_grad[strip])
         dot += blocks.finish(acc, x[strip], y, start, *finish).sum()
-    blocks.add_gradients(y, y, logit_scale, Weights(col, col, shared), 0, acc_y, None)
+    blocks.add_gradients(y, y, logit_scale, Weights(col, col_within, shared), 0, acc_y, None)
     dot += blocks.finish(acc_y, y, x, 0, col[2], factor, y_inv_norm, second_grad).sum()
     # each logit is a product of two features, so the features' gradients count it twice
     return first_grad, second_grad, dot / 2 * coefficient
