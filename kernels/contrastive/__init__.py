@@ -7,5 +7,6 @@ logits has one interface (``blocks``) and two implementations, ``launches`` of t
 
 from .loss import contrastive_loss
 from .nce import info_nce_loss, nt_xent_loss
+from .sigmoid import sigmoid_loss
 
-__all__ = ["contrastive_loss", "info_nce_loss", "nt_xent_loss"]
+__all__ = ["contrastive_loss", "info_nce_loss", "nt_xent_loss", "sigmoid_loss"]
