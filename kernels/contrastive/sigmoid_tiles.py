@@ -57,9 +57,16 @@ def _sigmoid_sums_kernel(
     logits += tl.load(bias_ptr) * log2e
     # what is left out becomes -inf: no loss, no probability
     logits = _without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, diagonal, BLOCK_M, BLOCK_N)
-    e = tl.exp2(-tl.abs(logits))
-    tl.store(loss_ptr + pid, tl.sum(tl.sum(tl.maximum(logits, 0.0) + _log2_1p(e), 1), 0))
-    tl.store(probability_ptr + pid, tl.sum(tl.sum(_probability(logits, e), 1), 0))
+    # one half after the other: for all columns at once, both terms would not fit the registers
+    halves = tl.split(tl.permute(tl.reshape(logits, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    loss = tl.zeros((BLOCK_M,), tl.float32)
+    probability = tl.zeros((BLOCK_M,), tl.float32)
+    for half in tl.static_range(2):
+        e = tl.exp2(-tl.abs(halves[half]))
+        loss += tl.sum(tl.maximum(halves[half], 0.0) + _log2_1p(e), 1)
+        probability += tl.sum(_probability(halves[half], e), 1)
+    tl.store(loss_ptr + pid, tl.sum(loss, 0))
+    tl.store(probability_ptr + pid, tl.sum(probability, 0))
 
 
 @triton.jit
