@@ -9,9 +9,7 @@ from .cpu import _chunks, _pieces
 from .stats import pairs_in
 
 
-def sums(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, diagonal: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def sums(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over all but the pairs (i, i + diagonal) of losses and of probabilities, [] in float64; logits of the pairs,
     [M].
     """

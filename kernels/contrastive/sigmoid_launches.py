@@ -20,9 +20,7 @@ from .launches import (
 from .sigmoid_tiles import _sigmoid_grad_tile_kernel, _sigmoid_sums_kernel
 
 
-def sums(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, diagonal: int
-) -> tuple[Tensor, Tensor, Tensor]:
+def sums(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, diagonal: int) -> tuple[Tensor, Tensor, Tensor]:
     """Sums over all but the pairs (i, i + diagonal) of losses and of probabilities, [] in float64; logits of the pairs,
     [M].
     """

@@ -1,7 +1,7 @@
 """The Triton kernels of the sigmoid loss. Logits are in base 2: l_ij = log2e * (scale * x_i . y_j + bias).
 
-    sums      of one tile: losses log2(1 + 2^l) and probabilities 1 / (1 + 2^-l), pairs left out
-    gradient  G_ij = 1 / (1 + 2^-l_ij), pairs 0, in the operands' dtype
+sums      of one tile: losses log2(1 + 2^l) and probabilities 1 / (1 + 2^-l), pairs left out
+gradient  G_ij = 1 / (1 + 2^-l_ij), pairs 0, in the operands' dtype
 """
 
 import triton

@@ -16,9 +16,11 @@ from .cases import LOSS_SHAPES, loss_inputs, strided
 
 pytestmark = pytest.mark.usefixtures("poison")
 
+
 def draws(shape):
     """Luck evens out among many rows, and large cases take long where kernels are interpreted."""
     return range(30 if shape[0] < 10 else 2)
+
 
 ONE = torch.tensor(1.0)
 QUEUES = (1, 70, 64, 1, 150)  # by LOSS_SHAPES; 70 is past a tile of float32, 150 past one of 16 bits

@@ -45,9 +45,7 @@ def in_double(inputs):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", LOSS_SHAPES, ids=str)
-@pytest.mark.parametrize(
-    ("matched", "scale", "bias"), [(0.0, 10.0, -10.0), (0.3, 110.0, -16.0)], ids=["start", "end"]
-)
+@pytest.mark.parametrize(("matched", "scale", "bias"), [(0.0, 10.0, -10.0), (0.3, 110.0, -16.0)], ids=["start", "end"])
 def test_value_and_gradients(shape, dtype, matched, scale, bias, device, arch):
     inputs = [sigmoid_inputs(shape, dtype, device, matched=matched, scale=scale, bias=bias) for _ in draws(shape)]
     compare(sigmoid_loss, reference.sigmoid_loss, inputs, ONE)
