@@ -24,9 +24,8 @@ class SigLipLoss(nn.Module):
         rank: number of this process in the default group.
         world_size: how many processes there are.
         dist_impl: how texts get to the other processes. "bidir" (for None) and "shift" pass them on to the neighbours,
-            in both directions or one, and meet them one process at a time: memory does not grow with the number of
-            processes' texts at once. "gather" collects all texts first and takes the loss in one call. "reduce" has
-            OpenCLIP's result, and does as "gather": its sums have one term that is not zero.
+            in both directions or one, and meet them one process at a time. "gather" collects all texts first and takes
+            the loss in one call. "reduce" has OpenCLIP's result, and does as "gather".
 
     Raises:
         ValueError: an unknown ``dist_impl``, or a rank that is not among the processes.
@@ -84,8 +83,9 @@ class SigLipLoss(nn.Module):
         parameters = logit_scale, 0.0 if logit_bias is None else logit_bias
         num_pairs = len(text_features)
         if self.world_size > 1 and self.dist_impl in ("reduce", "gather"):
-            texts = torch.cat(all_gather(text_features.contiguous()))
-            loss = sigmoid_loss(image_features, texts, *parameters, offset=self.rank * num_pairs)
+            texts = all_gather(text_features.contiguous())
+            ordered = torch.cat([*texts[: self.rank], *texts[self.rank + 1 :], texts[self.rank]])
+            loss = sigmoid_loss(image_features, ordered, *parameters, offset=len(ordered) - num_pairs)
         else:
             loss = sigmoid_loss(image_features, text_features, *parameters)
             if self.world_size > 1:
