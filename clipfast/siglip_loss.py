@@ -1,5 +1,6 @@
 """OpenCLIP's ``SigLipLoss`` on :func:`clipfast.kernels.sigmoid_loss`: the same names, the same values, no N x N."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,16 +94,21 @@ class SigLipLoss(nn.Module):
                     loss = loss + sigmoid_loss(image_features, texts, *parameters, offset=num_pairs)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _of_others(self, text_features: Tensor) -> Any:
+    def _of_others(self, text_features: Tensor) -> Iterator[Tensor]:
         """Texts of each other process, once."""
         others = self.world_size - 1
         steps = (1, -1) if self.dist_impl == "bidir" else (1,)
         passed: tuple[Tensor, ...] = (text_features,) * len(steps)
         for _ in range(others // len(steps)):
-            passed = _Exchange.apply(self.rank, self.world_size, steps, *passed)
+            passed = _exchange(self.rank, self.world_size, steps, *passed)
             yield from passed
         if others % len(steps):  # in both directions, the last would come twice
-            yield from _Exchange.apply(self.rank, self.world_size, steps[:1], passed[0])
+            yield from _exchange(self.rank, self.world_size, steps[:1], passed[0])
+
+
+def _exchange(rank: int, world_size: int, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    received: tuple[Tensor, ...] = _Exchange.apply(rank, world_size, steps, *tensors)  # type: ignore[no-untyped-call]
+    return received
 
 
 class _Exchange(torch.autograd.Function):
@@ -124,4 +130,4 @@ class _Exchange(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         rank, world_size, steps = ctx.ring
         back = tuple(-step for step in steps)
-        return None, None, None, *_Exchange.apply(rank, world_size, back, *gradients)
+        return None, None, None, *_exchange(rank, world_size, back, *gradients)

@@ -97,7 +97,9 @@ def test_losses_of_several_blocks(scale, dtype, sanitizer, monkeypatch):
 def test_sigmoid_loss(shape, offset, dtype, sanitizer, monkeypatch):
     for module in (launches, sigmoid_launches):
         monkeypatch.setattr(module, "_block_edge", lambda x: 64)
-    inputs = loss_inputs(shape, dtype, CPU, matched=0.3, scale=20.0) | {"logit_bias": torch.tensor(-10.0)}
+    bias = {"logit_bias": torch.tensor(-10.0)}
+    # one number's error can be nearly nothing by chance, PyTorch's too
+    inputs = [loss_inputs(shape, dtype, CPU, matched=0.3, scale=20.0) | bias for _ in range(3)]
     op, expected = (functools.partial(fn, offset=offset) for fn in (sigmoid_loss, reference.sigmoid_loss))
     compare(op, expected, inputs, torch.tensor(1.0))
 
