@@ -6,7 +6,7 @@ configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` 
 
 from . import reference
 from .attention import attention
-from .contrastive import contrastive_loss, distributed_contrastive_loss
+from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
 
@@ -14,7 +14,10 @@ __all__ = [
     "attention",
     "contrastive_loss",
     "distributed_contrastive_loss",
+    "info_nce_loss",
+    "nt_xent_loss",
     "patch_embed",
     "reference",
     "retrieval_ranks",
+    "sigmoid_loss",
 ]

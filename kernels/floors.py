@@ -32,6 +32,15 @@ def contrastive_floor(pairs: int, embed_dim: int, itemsize: int, *, backward: bo
     return Floor(4 * product, 2 * features) if backward else Floor(product, features)
 
 
+def sigmoid_floor(pairs: int, embed_dim: int, itemsize: int, *, backward: bool) -> Floor:
+    """Sigmoid loss of [pairs, embed_dim] features: one product gives value and G, since no sum must be known first, and
+    each of the two gradients is another (6 N^2 D in all). Features are read, gradients written.
+    """
+    features = 2 * pairs * embed_dim * itemsize
+    product = 2 * pairs * pairs * embed_dim
+    return Floor(3 * product, 2 * features) if backward else Floor(product, features)
+
+
 def attention_floor(
     batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int, *, causal: bool, backward: bool
 ) -> Floor:
