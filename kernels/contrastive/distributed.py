@@ -122,9 +122,7 @@ class _Gradients(torch.autograd.Function):
         image_grad, text_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image, text))
         dot = blocks.finish(acc_x, x, y, 0, *end, x_inv_norm, image_grad)
         blocks.finish(acc_y, y, x, 0, *end, y_inv_norm, text_grad)
-        scale_grad = dot.sum() * coefficient
-        dist.all_reduce(scale_grad, group=ranks.group)
-        return image_grad, text_grad, scale_grad / len(ranks.sizes)
+        return image_grad, text_grad, gather_equal(dot.sum() * coefficient, ranks.group).mean()
 
     @staticmethod
     def backward(*_: Any) -> None:
@@ -261,13 +259,7 @@ def distributed_contrastive_loss(
             ranks; a process that is not in ``group``.
         RuntimeError: ``torch.distributed`` is not initialised, or a rank of the group is gone.
     """
-    check_tensor(OP, "image", image, 2)
-    check_tensor(OP, "text", text, 2)
-    if image.shape != text.shape:
-        raise ValueError(f"{OP}: image and text must have the same shape, got {(*image.shape,)} and {(*text.shape,)}")
-    check_like(OP, "text", text, "image", image)
-    if mode not in MODES:
-        raise ValueError(f"{OP}: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    _check(image, text, mode)
     operand = autocast_to(image.new_empty(0))
     check_float(OP, "image", operand)
     scale = scale_tensor(OP, logit_scale, image)
@@ -278,6 +270,16 @@ def distributed_contrastive_loss(
         mode = choose_mode(ranks.sizes, image.shape[1], operand.dtype)
     plan = Plan(ranks, mode, normalize, operand.dtype)
     return _RankLoss.apply(image, text, scale.to(accumulate_dtype(operand.dtype)), plan)  # type: ignore[no-untyped-call]
+
+
+def _check(image: Tensor, text: Tensor, mode: str) -> None:
+    check_tensor(OP, "image", image, 2)
+    check_tensor(OP, "text", text, 2)
+    if image.shape != text.shape:
+        raise ValueError(f"{OP}: image and text must have the same shape, got {(*image.shape,)} and {(*text.shape,)}")
+    check_like(OP, "text", text, "image", image)
+    if mode not in MODES:
+        raise ValueError(f"{OP}: mode must be one of {', '.join(MODES)}, got {mode!r}")
 
 
 def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str:
