@@ -58,6 +58,8 @@ class Case:
         items: how many things one call handles, and what they are called, for a throughput.
         wants_grad: inputs that gradients are taken for; none means that the function does all there is to do.
         gate_inputs: smaller inputs for the comparison with the reference where it does not fit at this shape.
+        slack: outputs whose error may be larger than usual, by this factor, as rounding reaches them enlarged.
+        graph: whether a call can be a CUDA graph. One that cannot is timed with the host, on one set of inputs.
     """
 
     suite: str
@@ -72,6 +74,8 @@ class Case:
     items: tuple[int, str] = (1, "calls")
     wants_grad: tuple[str, ...] = ()
     gate_inputs: Callable[[], Inputs] | None = None
+    slack: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    graph: bool = True
 
     @property
     def name(self) -> str:
@@ -89,6 +93,15 @@ def call(case: Case, candidate: Candidate, function: Function, inputs: Inputs) -
         upstream = torch.ones_like(value) if value.ndim == 0 else inputs["grad"].to(value.dtype)
         grads = torch.autograd.grad(value, [inputs[name] for name in wanted], upstream)
     return {"value": value.detach(), **{f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}}
+
+
+def observe(case: Case, candidate: Candidate, function: Function, inputs: Inputs) -> dict[str, Tensor]:
+    """What is compared with the reference: what the function itself says (its method ``observe``), or one call."""
+    if hasattr(function, "observe"):
+        with candidate.context():
+            values: dict[str, Tensor] = function.observe(**inputs)
+        return values
+    return call(case, candidate, function, inputs)
 
 
 def require_cuda(device: torch.device) -> None:

@@ -2,6 +2,9 @@
 two commits side by side. Imports nothing but the standard library.
 """
 
+import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -17,10 +20,18 @@ def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> P
     """
     package = site / "clipfast"
     package.mkdir(parents=True, exist_ok=True)
-    for link in package.iterdir():
-        link.unlink()
+    for entry in package.iterdir():
+        # what is no link, Python has left: __pycache__
+        entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
     for entry in (root / "clipfast").iterdir():
-        (package / entry.name).symlink_to(entry)
+        if entry.name != "__pycache__":
+            (package / entry.name).symlink_to(entry)
     (package / "kernels").symlink_to(root / "kernels")
     (package / "bench").symlink_to(bench or root / "bench")
     return site
+
+
+def environment_with(site: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """``environment`` with ``site`` in front of its PYTHONPATH: what else it finds packages by stays."""
+    paths = [str(site), *filter(None, [environment.get("PYTHONPATH")])]
+    return {**environment, "PYTHONPATH": os.pathsep.join(paths)}

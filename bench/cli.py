@@ -11,12 +11,14 @@ import torch
 from . import results, tables, tune
 from .case import DTYPES
 from .harness import Budget
+from .machine import use
 from .suites import SUITES, Shape, build
 
 DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
 and gradients agree with the reference; candidates take turns, and every sample is kept. "of floor" is the time of the
-least possible work, at the copy and matrix-product rates measured in the same run, over the time taken."""
+least work (for the loss: of versions that keep no N x N matrix), at the copy and matrix-product rates measured in the
+same run, over the time taken. Exit code 1: a candidate of clipfast was refused."""
 
 EPILOG = """\
 examples:
@@ -52,7 +54,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add what can be done as subcommands."""
     commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
     everything = {name: suite.help for name, suite in SUITES.items()}
-    everything |= {"ops": "loss, attention and patch", "all": "every suite"}
+    everything |= {"ops": "loss, attention, patch and retrieval", "all": "every suite"}
     for name, text in everything.items():
         _add_measuring(commands.add_parser(name, help=text, description=text.capitalize() + "."))
     tuner = commands.add_parser("tune", help="search launch configurations on the card here", description=tune.__doc__)
@@ -82,6 +84,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=int, default=50, help="rounds at most (default 50)")
     parser.add_argument("--seconds", type=float, default=60, help="stop adding rounds to a case after this long")
     parser.add_argument("--min-rounds", type=int, default=5, help="rounds at least, however long they take")
+    parser.add_argument(
+        "--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after this long"
+    )
     parser.add_argument("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument(
@@ -113,15 +118,21 @@ def run(args: argparse.Namespace) -> int:
         from .compare import compare
 
         return compare(args.compare, plan, device, budget)
-    from .session import measure_all
+    from .session import measure_all, refused_of_ours
 
     path = args.json or results.default_path(device, args.bench, smoke=args.smoke)
-    measure_all(plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots)
-    return 0
+    done = measure_all(
+        plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots,
+        total_s=args.total,
+    )  # fmt: skip
+    refused = refused_of_ours(done)
+    for line in refused:
+        print(f"bench: refused: {line}", file=sys.stderr)
+    return 1 if refused else 0
 
 
 def _budget(args: argparse.Namespace) -> Budget:
-    for name in ("rounds", "seconds", "min_rounds"):
+    for name in ("rounds", "seconds", "min_rounds", "total"):
         if getattr(args, name) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}")
     rounds = 2 if args.smoke else args.rounds
@@ -137,12 +148,12 @@ def _device(name: str) -> torch.device:
         raise ValueError(f"--device must be cpu, cuda or auto, got {name!r}") from error
     if device.type not in ("cpu", "cuda") or (device.type == "cuda" and not torch.cuda.is_available()):
         raise ValueError(f"--device {name}: no such device here")
-    return device
+    return use(device)
 
 
 def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Shape, str]]:
     """Suite, shape and dtype of each case; all are checked before anything is measured."""
-    chosen = {"ops": ["loss", "attention", "patch"], "all": list(SUITES)}.get(args.bench, [args.bench])
+    chosen = {"ops": ["loss", "attention", "patch", "retrieval"], "all": list(SUITES)}.get(args.bench, [args.bench])
     if args.shape and len(chosen) > 1:
         raise ValueError(f"--shape needs one suite, not {args.bench!r}: {', '.join(chosen)}")
     dtypes = results.dtypes_of(args.dtype or ["bf16" if device.type == "cuda" else "fp32"])
@@ -151,7 +162,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Sha
         default = [SUITES[suite].smallest] if args.smoke else SUITES[suite].shapes(device.type)
         shapes = [_parse_shape(suite, text) for text in args.shape] or default
         # what does no arithmetic in floating point has one dtype
-        for dtype in dtypes if suite in ("loss", "attention", "patch", "step") else ["fp32"]:
+        for dtype in ["fp32"] if suite in ("data", "tokenizer") else dtypes:
             plan += [(suite, shape, dtype) for shape in shapes]
     for case in plan:
         build(*case, device)

@@ -5,7 +5,6 @@ runs in processes of its own, since two versions of an op cannot be registered i
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
@@ -19,8 +18,9 @@ import torch
 
 from . import results
 from .case import OURS
-from .checkout import ROOT, link_packages
+from .checkout import ROOT, environment_with, link_packages
 from .harness import Budget
+from .machine import use
 from .suites import Shape
 from .tables import seconds
 
@@ -142,8 +142,7 @@ def _measure(
     }
     # -P: the current folder must not come before the side's own packages
     command = [sys.executable, "-P", "-c", _START, json.dumps(request), str(out)]
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    run = subprocess.run(command, env=environment_with(site), capture_output=True, text=True)
     if run.returncode != 0:
         raise RuntimeError(f"a side could not be measured: {(run.stderr.strip().splitlines() or ['no message'])[-1]}")
     return results.read(out)
@@ -169,4 +168,4 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     plan = [(suite, shape, dtype) for suite, shape, dtype in request["plan"]]
     budget = Budget(*request["budget"])
-    measure_all(plan, torch.device(request["device"]), budget, out, only=[], memory=False, plots=False)
+    measure_all(plan, use(torch.device(request["device"])), budget, out, only=[], memory=False, plots=False)

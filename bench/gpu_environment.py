@@ -1,29 +1,53 @@
-"""What the machine is, what its roofs are, and whether each op runs there at all: the first step of ``make gpu``."""
+"""Whether each op runs here at all, what the machine is, and what its roofs are: the first step of ``make gpu``."""
 
-import json
 import sys
-from pathlib import Path
+import time
 
 import torch
 
 from . import machine
-from .case import DTYPES
+from .case import DTYPES, OURS
+from .harness import Timing, pass_gate
+from .suites import SUITES, build
+
+SMOKE = ("loss", "attention", "patch", "retrieval")
 
 
-def main() -> None:
-    """Write the file named on the command line."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtypes = ("bf16", "fp32") if device.type == "cuda" else ("fp32",)
-    found = {
-        "git": machine.commit(),
-        "machine": machine.describe(device),
-        "versions": machine.versions(),
-        "telemetry": machine.Telemetry(device).sample(),
-        "roofs": {dtype: machine.measure_roofs(device, DTYPES[dtype]) for dtype in dtypes},
-    }
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps(found["machine"]))
+def main() -> int:
+    """Print it, the most telling first; 1 if an op fails or is wrong."""
+    device = machine.use(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found, versions, commit = machine.describe(device), machine.versions(), machine.commit()
+    print(
+        f"{found.get('gpu', found['cpu'])}, {found.get('arch', 'no GPU')}, torch {versions['torch']}, "
+        f"triton {versions['triton']}, commit {commit['sha']}{' and changes' if commit['dirty'] else ''}",
+        flush=True,
+    )
+    refused = [line for suite in SMOKE if (line := smoke(suite, device))]
+    print(f"machine: {found}\ntelemetry: {machine.Telemetry(device).sample()}", flush=True)
+    for dtype in ("bf16", "fp32") if device.type == "cuda" else ("fp32",):
+        roofs = machine.measure_roofs(device, DTYPES[dtype])
+        print(
+            f"roofs, {dtype}: copy {roofs['copy_bytes_per_s'] / 1e12:.3g} TB/s, "
+            f"products {roofs['matmul_flops_per_s'] / 1e12:.3g} TFLOP/s",
+            flush=True,
+        )
+    return 1 if refused else 0
+
+
+def smoke(suite: str, device: torch.device) -> str | None:
+    """Run our op of ``suite`` once, forward and backward, in bf16 at the smallest size, and print how it went.
+
+    Returns:
+        why it is refused, if it is.
+    """
+    start = time.perf_counter()
+    case = build(suite, SUITES[suite].smallest, "bf16", device)
+    timing = Timing(next(candidate for candidate in case.candidates if candidate.name == OURS))
+    pass_gate(case, [timing])
+    errors = ", ".join(f"{name} off by {error:.1e}" for name, error in timing.errors.items())
+    print(f"{case.op}: {timing.refused or f'right ({errors})'}, {time.perf_counter() - start:.1f} s", flush=True)
+    return timing.refused
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

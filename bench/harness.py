@@ -3,21 +3,26 @@
 A candidate is timed only after it gave the reference's result at that shape. Candidates take turns, call by call, so
 that a drift of the clocks meets all of them; inputs rotate past three times the cache; every sample is kept. On a GPU a
 call is a CUDA graph, so that a short kernel is not hidden by the host that starts it, behind a backlog that keeps the
-device busy while the host runs ahead.
+device busy while the host runs ahead. Whatever fails, runs out of memory or does not compile is refused with its
+reason, and the others go on.
 """
 
+import contextlib
 import dataclasses
 import functools
+import gc
 import math
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from .case import Candidate, Case, Function, Inputs, MissingError, call
-from .machine import Telemetry, cache_bytes, synchronize
+from .case import Candidate, Case, Function, Inputs, MissingError, call, observe
+from .graphs import Graphs
+from .machine import Telemetry, cache_bytes, exact_float32, free_bytes, synchronize
 
 # Relative error (norm of the difference over norm of the reference, which is computed in float32) up to which a result
 # counts as the same function: float32 may be TF32 somewhere, and 16 bits round at 2^-9. ``clipfast verify`` is the test
@@ -25,6 +30,9 @@ from .machine import Telemetry, cache_bytes, synchronize
 GATE = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 4e-2}
 MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
 BACKLOG_CYCLES = 2_000_000
+MAX_SETS = 16
+# Sets of inputs may take this share of the free memory: the rest is the candidates'.
+SETS_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,18 +44,27 @@ class Budget:
     min_rounds: int = 5
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Timing:
-    """Seconds per call of one candidate, sample by sample, or why there are none."""
+    """Seconds per call of one candidate, sample by sample, or why there are none.
+
+    Attributes:
+        refused: why it was not timed.
+        eager: why a call is no CUDA graph although it should be: the host's time is in the samples.
+        function: what the candidate has made.
+    """
 
     candidate: Candidate
     samples: list[float] = dataclasses.field(default_factory=list)
     timer: str = ""
     refused: str | None = None
+    eager: str | None = None
+    function: Function | None = None
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
+@exact_float32()
 def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
     """Time every candidate of ``case`` that can run here and is right.
 
@@ -55,31 +72,65 @@ def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
         timings: one for each candidate, in the case's order.
         telemetry: NVML readings before and after, and whether the card was throttled.
     """
+    if "torch._dynamo" in sys.modules:
+        # what was compiled for an earlier case only fills its cache; candidates of one case keep theirs
+        torch._dynamo.reset()
     telemetry = Telemetry(case.device)
     timings = [Timing(candidate) for candidate in case.candidates]
-    sets = _input_sets(case)
-    running = []
-    for timing, function in _passed_gate(case, timings):
-        try:
-            running.append((timing, _Runner(case, timing.candidate, function, sets)))
-        except Exception as error:
-            timing.refused = _short(error)
+    pass_gate(case, timings)
+    running = _ready(case, timings)
     before = telemetry.sample()
-    rounds = 0
+    _take_turns(running, budget)
+    after = telemetry.sample()
+    for timing, runner in running.items():
+        with _refusing(timing):
+            timing.phases = runner.phases()
+    return timings, {"before": before, "after": after, "throttled": _throttled(before, after)}
+
+
+def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
+    chosen = [timing for timing in timings if timing.refused is None]
+    running: dict[Timing, _Runner] = {}
+    with _refusing(*chosen):
+        sets = _input_sets(case)
+        graphs = Graphs(case.device) if case.graph and case.device.type == "cuda" else None
+        for timing in chosen:
+            with _refusing(timing):
+                running[timing] = _Runner(case, timing, sets, graphs)
+    return running
+
+
+def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
+    """Add samples; who fails is taken out of ``running``."""
     start = time.perf_counter()
-    while running and rounds < budget.rounds:
-        if rounds >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
+    for number in range(budget.rounds):
+        if number >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
             break
         # who goes first changes, so that nobody always runs on what another left in the cache
-        turn = rounds % len(running)
-        for timing, runner in running[turn:] + running[:turn]:
-            timing.samples.append(runner.sample())
-            timing.timer = runner.timer
-        rounds += 1
-    after = telemetry.sample()
-    for timing, runner in running:
-        timing.phases = runner.phases()
-    return timings, {"before": before, "after": after, "throttled": _throttled(before, after)}
+        order = list(running)
+        turn = number % max(len(order), 1)
+        for timing in order[turn:] + order[:turn]:
+            with _refusing(timing):
+                timing.samples.append(running[timing].sample())
+            if timing.refused is not None:
+                del running[timing]
+
+
+@contextlib.contextmanager
+def _refusing(*timings: Timing) -> Iterator[None]:
+    """An error in here refuses ``timings``, for its reason, and goes no further."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"missing: {error}" if isinstance(error, MissingError) else short(error)
+        for timing in timings:
+            timing.refused = timing.refused or reason
+            timing.samples.clear()
+    if any(timing.refused for timing in timings) and torch.cuda.is_initialized():
+        gc.collect()
+        with contextlib.suppress(RuntimeError):
+            # after an illegal access every call fails, this one too; the reason is kept above
+            torch.cuda.empty_cache()
 
 
 def ratio_interval(
@@ -99,10 +150,12 @@ def ratio_interval(
 
 
 def _input_sets(case: Case) -> list[Inputs]:
+    """Inputs that the cache cannot hold, as far as memory goes."""
     first = leaves(case, case.inputs())
-    size = sum(x.numel() * x.element_size() for x in first.values())
-    count = min(16, math.ceil(3 * cache_bytes(case.device) / max(size, 1)))
-    return [first, *(leaves(case, case.inputs()) for _ in range(count - 1))]
+    size = max(sum(x.numel() * x.element_size() for x in first.values()), 1)
+    wanted = math.ceil(3 * cache_bytes(case.device) / size) if case.graph else 1
+    room = 1 + int(SETS_SHARE * free_bytes(case.device) / size)
+    return [first, *(leaves(case, case.inputs()) for _ in range(min(MAX_SETS, wanted, room) - 1))]
 
 
 def leaves(case: Case, inputs: Inputs) -> Inputs:
@@ -110,35 +163,29 @@ def leaves(case: Case, inputs: Inputs) -> Inputs:
     return {name: x.detach().requires_grad_(name in case.wants_grad) for name, x in inputs.items()}
 
 
-def _passed_gate(case: Case, timings: list[Timing]) -> list[tuple[Timing, Function]]:
-    inputs = leaves(case, (case.gate_inputs or case.inputs)())
-    exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
+@exact_float32()
+def pass_gate(case: Case, timings: list[Timing]) -> None:
+    """Make the function of each of ``timings``, and refuse it unless it agrees with the reference on fresh inputs."""
+    with _refusing(*timings):
+        inputs = leaves(case, (case.gate_inputs or case.inputs)())
+        exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
 
-    @functools.cache
-    def truth_of(reference: Function) -> dict[str, torch.Tensor]:
-        return call(case, Candidate("reference", lambda: reference), reference, exact)
+        @functools.cache
+        def truth_of(reference: Function) -> dict[str, torch.Tensor]:
+            return observe(case, Candidate("reference", lambda: reference), reference, exact)
 
-    passed = []
-    for timing in timings:
-        try:
-            function = timing.candidate.make()
-            reference = timing.candidate.reference or case.reference
-            if reference is not None:
-                timing.errors = _errors(case, timing.candidate, function, truth_of(reference), inputs)
-                timing.refused = "; ".join(_differences(case, timing.errors)) or None
-        except MissingError as error:
-            timing.refused = f"missing: {error}"
-        except Exception as error:
-            timing.refused = _short(error)
-        if timing.refused is None:
-            passed.append((timing, function))
-    return passed
+        for timing in timings:
+            with _refusing(timing):
+                timing.function = timing.candidate.make()
+                reference = timing.candidate.reference or case.reference
+                if reference is not None:
+                    timing.errors = _errors(
+                        observe(case, timing.candidate, timing.function, inputs), truth_of(reference)
+                    )
+                    timing.refused = "; ".join(_differences(case, timing.errors)) or None
 
 
-def _errors(
-    case: Case, candidate: Candidate, function: Function, truth: dict[str, torch.Tensor], inputs: Inputs
-) -> dict[str, float]:
-    result = call(case, candidate, function, inputs)
+def _errors(result: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:
     return {
         name: ((value.double() - truth[name]).norm() / truth[name].double().norm().clamp(min=1e-30)).item()
         for name, value in result.items()
@@ -146,37 +193,37 @@ def _errors(
 
 
 def _differences(case: Case, errors: dict[str, float]) -> list[str]:
-    limit = GATE[case.dtype]
+    limits = {name: case.slack.get(name, 1.0) * GATE[case.dtype] for name in errors}
     # not (error <= limit): NaN does not pass
     return [
-        f"wrong: {name} is off by {error:.1e}, allowed {limit:.0e}"
+        f"wrong: {name} is off by {error:.1e}, allowed {limits[name]:.0e}"
         for name, error in errors.items()
-        if not error <= limit
+        if not error <= limits[name]
     ]
 
 
 class _Runner:
     """One candidate, warmed up, ready to give one sample after another."""
 
-    def __init__(self, case: Case, candidate: Candidate, function: Function, sets: list[Inputs]) -> None:
+    def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Graphs | None) -> None:
+        if timing.function is None:
+            raise RuntimeError(f"{timing.candidate.name} has made nothing yet")
         self.device = case.device
-        self._function, self._inputs = function, sets[0]
+        self._function, self._inputs = timing.function, sets[0]
         self.calls: list[Callable[[], object]] = [
-            lambda inputs=inputs: call(case, candidate, function, inputs)  # type: ignore[misc]
-            for inputs in sets
+            functools.partial(call, case, timing.candidate, self._function, inputs) for inputs in sets
         ]
-        self.timer = "perf_counter"
+        timing.timer = "cuda events" if self.device.type == "cuda" else "perf_counter"
         self._next = 0
         self._warm_up(0.2 if self.device.type == "cuda" else 0.0)
-        if self.device.type == "cuda":
-            self.timer = "cuda events"
+        if graphs is not None:
             try:
-                self.calls = [_graph(run) for run in self.calls]
-                self.timer = "cuda graph, cuda events"
-            except Exception:
-                # what cannot be captured syncs with the host: it is timed as it is, host included
-                torch.cuda.synchronize()
-        estimate = self._timed(1)
+                self.calls = graphs.capture(self.calls)
+                timing.timer = "cuda graph, cuda events"
+            except Exception as error:
+                # it is timed as it is, host included, and says so
+                timing.eager = short(error)
+        estimate = max(self._timed(1), 1e-7)
         self.repeats = max(1, min(200, math.ceil(MIN_SAMPLE_S[self.device.type] / estimate)))
 
     def sample(self) -> float:
@@ -219,23 +266,6 @@ class _Runner:
         return begin.elapsed_time(end) / 1e3
 
 
-def _graph(run: Callable[[], object]) -> Callable[[], object]:
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-
-    def replay() -> object:
-        graph.replay()
-        return kept
-
-    return replay
-
-
 def _throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
     """None: nobody knows."""
     if not (before["available"] and after["available"]):
@@ -243,6 +273,8 @@ def _throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
     return bool(before["throttled"] or after["throttled"])
 
 
-def _short(error: Exception) -> str:
+def short(error: BaseException) -> str:
+    """Kind and first line of an error; Triton's first line is only where, and its last one says what."""
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0][:200]}"
+    text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return f"{type(error).__name__}: {text[:200]}"

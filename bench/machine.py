@@ -1,11 +1,13 @@
 """What a measurement was taken on: machine, versions, commit, clocks and temperature, and the roofs measured there."""
 
+import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +34,10 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(folder: Path | None = None) -> dict[str, Any]:
-    """Commit of the checkout that this code runs from, and whether it was changed since."""
+    """Commit of the checkout that this code runs from, and whether it was changed since.
+
+    A copy without its history does not know: ``CLIPFAST_COMMIT`` in the environment says it then.
+    """
     # resolved: kernels and bench may be reached through links
     folder = folder or Path(__file__).resolve().parent
 
@@ -44,7 +49,41 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
         return run.stdout.strip()
 
     sha, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
-    return {"sha": sha, "dirty": bool(changed) if sha else None}
+    return {"sha": sha or os.environ.get("CLIPFAST_COMMIT"), "dirty": bool(changed) if sha else None}
+
+
+def use(device: torch.device) -> torch.device:
+    """Make ``device`` the current one, and return it with its number: streams, events and memory figures are its."""
+    if device.type != "cuda":
+        return device
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    torch.cuda.set_device(device)
+    return device
+
+
+@contextlib.contextmanager
+def exact_float32() -> Iterator[None]:
+    """Products and convolutions of float32 in float32: cuDNN would take TF32 otherwise, for the truth too."""
+    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [flag.allow_tf32 for flag in flags]
+    for flag in flags:
+        flag.allow_tf32 = False
+    try:
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that is left on the device, or in the machine."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        found = None
+    return 1024 * int(found.group(1)) if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -86,6 +125,7 @@ def _cpu_name() -> str:
     return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
 
 
+@exact_float32()
 def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     """Bytes per second of a large copy, read and written, and operations per second of a large matrix product.
 
@@ -103,15 +143,24 @@ def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     }
 
 
-def _best(run: Any, device: torch.device, rounds: int = 8) -> float:
-    times = []
-    for _ in range(rounds):
-        synchronize(device)
+def _best(run: Callable[[], object], device: torch.device, rounds: int = 8) -> float:
+    # handles, workspaces and clocks come up in the first ones
+    for _ in range(3):
+        run()
+    return min(_seconds(run, device) for _ in range(rounds))
+
+
+def _seconds(run: Callable[[], object], device: torch.device) -> float:
+    if device.type != "cuda":
         start = time.perf_counter()
         run()
-        synchronize(device)
-        times.append(time.perf_counter() - start)
-    return min(times)
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    run()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3
 
 
 def synchronize(device: torch.device) -> None:

@@ -15,17 +15,25 @@ from pathlib import Path
 
 import torch
 
-from .case import Candidate, Case, call
+from .case import Candidate, Case, Function, call
 from .harness import leaves
+from .machine import exact_float32
 from .suites import build
 
 TIMEOUT_S = 600
 
 
-def peak_bytes(case: Case, candidate: Candidate) -> int | None:
-    """Bytes that a call of ``candidate`` adds to what its inputs take, outputs included; None where it fails."""
+def peak_bytes(case: Case, candidate: Candidate, function: Function | None = None) -> int:
+    """Bytes that a call of ``candidate`` adds to what its inputs take, outputs included.
+
+    Args:
+        function: what the candidate has made already; on a CPU it is made again, in a process of its own.
+
+    Raises:
+        RuntimeError: the call fails.
+    """
     if case.device.type == "cuda":
-        return _peak_on_gpu(case, candidate)
+        return _peak_on_gpu(case, candidate, function or candidate.make())
     request = json.dumps(
         {"suite": case.suite, "shape": dict(case.shape), "dtype": case.dtype, "candidate": candidate.name}
     )
@@ -34,23 +42,22 @@ def peak_bytes(case: Case, candidate: Candidate) -> int | None:
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S, env=environment)
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired):
-        return None
+    except subprocess.CalledProcessError as error:
+        raise RuntimeError((error.stderr.strip().splitlines() or [str(error)])[-1]) from error
+    except subprocess.TimeoutExpired as error:
+        raise RuntimeError(f"stopped after {TIMEOUT_S} s") from error
     return int(run.stdout)
 
 
-def _peak_on_gpu(case: Case, candidate: Candidate) -> int | None:
+@exact_float32()
+def _peak_on_gpu(case: Case, candidate: Candidate, function: Function) -> int:
     inputs = leaves(case, case.inputs())
-    try:
-        function = candidate.make()
-        call(case, candidate, function, inputs)  # libraries' workspaces are not the call's
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats(case.device)
-        before = torch.cuda.memory_allocated(case.device)
-        kept = call(case, candidate, function, inputs)
-        torch.cuda.synchronize()
-    except torch.cuda.OutOfMemoryError:
-        return None
+    call(case, candidate, function, inputs)  # libraries' workspaces are not the call's
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats(case.device)
+    before = torch.cuda.memory_allocated(case.device)
+    kept = call(case, candidate, function, inputs)
+    torch.cuda.synchronize()
     peak = torch.cuda.max_memory_allocated(case.device) - before
     del kept
     return peak

@@ -47,10 +47,11 @@ def _against_batch(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
     # one width and dtype: a picture of several would not be read
     embed_dim, dtype = kinds[0]
     chosen = [c for c in cases if (c["shape"]["embed_dim"], c["dtype"]) == (embed_dim, dtype)]
+    chosen.sort(key=lambda case: case["shape"]["pairs"])
     _lines(time_axes, chosen, "median_s", 1e3, "time, ms")
     _lines(memory_axes, chosen, "peak_bytes", 2**-20, "peak memory beyond the inputs, MiB")
     floor = [(c["shape"]["pairs"], 1e3 * c["floor"]["seconds"]) for c in chosen]
-    time_axes.plot(*zip(*floor, strict=True), color="0.6", linestyle=":", label="floor (8N²D at the measured roof)")
+    time_axes.plot(*zip(*floor, strict=True), color="0.6", linestyle=":", label="floor without N² matrix (8N²D)")
     time_axes.legend(fontsize=8, frameon=False)
     figure.suptitle(f"Contrastive loss, forward and backward, D = {embed_dim}, {dtype}\n{_where(run)}", fontsize=11)
     figure.tight_layout()
@@ -97,7 +98,7 @@ def _share_of_floor(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
     axes.set_yticks(range(len(cases)), labels, fontsize=7)
     axes.invert_yaxis()
     axes.set_xlim(0, 100)
-    axes.set_xlabel("% of the floor reached (100 = no version can be faster on this machine)")
+    axes.set_xlabel("% of the floor reached, at the rates of this machine")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.set_title(_where(run), fontsize=10)
     return figure

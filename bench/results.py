@@ -33,9 +33,13 @@ def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[st
 
 
 def case_result(
-    case: Case, timings: list[Timing], telemetry: dict[str, Any], peaks: dict[str, int | None], roof: dict[str, float]
+    case: Case, timings: list[Timing], telemetry: dict[str, Any], peaks: dict[str, int | str], roof: dict[str, float]
 ) -> dict[str, Any]:
-    """One entry of ``cases``."""
+    """One entry of ``cases``.
+
+    Args:
+        peaks: bytes by candidate, or why there is no figure.
+    """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
     return {
@@ -50,15 +54,19 @@ def case_result(
     }
 
 
-def _candidate_result(timing: Timing, ours: Timing | None, peak: int | None, floor_s: float | None) -> dict[str, Any]:
+def _candidate_result(
+    timing: Timing, ours: Timing | None, peak: int | str | None, floor_s: float | None
+) -> dict[str, Any]:
     result: dict[str, Any] = {
         "name": timing.candidate.name,
         "note": timing.candidate.note,
         "refused": timing.refused,
         # JSON has no NaN
         "errors": {name: error if math.isfinite(error) else None for name, error in timing.errors.items()},
-        "peak_bytes": peak,
+        "peak_bytes": peak if isinstance(peak, int) else None,
+        "peak_refused": peak if isinstance(peak, str) else None,
         "timer": timing.timer,
+        "eager": timing.eager,
         "phases_s": timing.phases,
         "samples_s": timing.samples,
     }

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 
 from . import results, tables
 from .case import DTYPES, OURS, Case
-from .harness import Budget, measure
+from .harness import Budget, Timing, measure, short
 from .machine import measure_roofs
 from .memory import peak_bytes
 from .suites import Shape, build
@@ -25,6 +26,7 @@ def measure_all(
     only: Sequence[str] | None = None,
     memory: bool = True,
     plots: bool = True,
+    total_s: float = float("inf"),
 ) -> dict[str, Any]:
     """Measure each (suite, shape, dtype) of ``plan``, print its table, and write everything to ``path``.
 
@@ -32,20 +34,17 @@ def measure_all(
         only: parts of the names of the candidates to run; the engine itself always does.
         memory: measure peak memory too.
         plots: draw pictures beside ``path``, where matplotlib is installed.
+        total_s: no case is begun after this long; those that are left are named.
     """
+    start = time.monotonic()
     roofs = {dtype: measure_roofs(device, DTYPES[dtype]) for dtype in sorted({dtype for _, _, dtype in plan})}
     run = results.new_run(device, roofs)
     for number, (suite, shape, dtype) in enumerate(plan, start=1):
         case = chosen(build(suite, shape, dtype, device), only)
-        _say(f"[{number}/{len(plan)}] {case.name}: timing")
-        timings, telemetry = measure(case, budget)
-        timed = [t.candidate for t in timings if t.samples] if memory and suite not in ("data", "tokenizer") else []
-        peaks = {}
-        for candidate in timed:
-            _say(f"[{number}/{len(plan)}] {case.name}: memory of {candidate.name}")
-            peaks[candidate.name] = peak_bytes(case, candidate)
-        _say("")
-        result = results.case_result(case, timings, telemetry, peaks, roofs[dtype])
+        if time.monotonic() - start > total_s:
+            print(f"not begun, {total_s:.0f} s are over: {case.name}", flush=True)
+            continue
+        result = _measure_one(case, budget, roofs[dtype], f"[{number}/{len(plan)}] {case.name}", memory=memory)
         run["cases"].append(result)
         results.write(run, path)
         print(tables.case_table(result) + "\n", flush=True)
@@ -53,6 +52,39 @@ def measure_all(
         _draw(run, path)
     print(path)
     return run
+
+
+def _measure_one(case: Case, budget: Budget, roof: dict[str, float], label: str, *, memory: bool) -> dict[str, Any]:
+    # by itself: what candidates have made, whole models among it, is gone when the next case begins
+    _say(f"{label}: timing")
+    timings, telemetry = measure(case, budget)
+    peaks = {}
+    for timing in timings if memory and case.suite not in ("data", "tokenizer") else []:
+        if timing.samples:
+            _say(f"{label}: memory of {timing.candidate.name}")
+            peaks[timing.candidate.name] = _peak(case, timing)
+    _say("")
+    return results.case_result(case, timings, telemetry, peaks, roof)
+
+
+def refused_of_ours(run: dict[str, Any]) -> list[str]:
+    """What this package should have done and did not: case, candidate and reason."""
+    return [
+        f"{case['op']} {candidate['name']}: {candidate['refused']}"
+        for case in run["cases"]
+        for candidate in case["candidates"]
+        if candidate["name"].startswith(OURS)
+        and candidate["refused"]
+        # what needs a GPU is not wrong for that
+        and not candidate["refused"].startswith("missing: ")
+    ]
+
+
+def _peak(case: Case, timing: Timing) -> int | str:
+    try:
+        return peak_bytes(case, timing.candidate, timing.function)
+    except Exception as error:
+        return short(error)
 
 
 def chosen(case: Case, only: Sequence[str] | None) -> Case:

@@ -10,7 +10,7 @@ UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
 def case_table(case: dict[str, Any]) -> str:
-    """One case: a line for each candidate, and what could not run below."""
+    """One case: a line for each candidate; below, what could not run, and whose figures are not like the others'."""
     shape = " ".join(f"{key}={value}" for key, value in case["shape"].items())
     head = f"{case['op']}  {shape}  {case['dtype']}"
     if case["floor"]:
@@ -18,12 +18,16 @@ def case_table(case: dict[str, Any]) -> str:
     if case["telemetry"]["throttled"]:
         head += "   THROTTLED: no verdict"
     rows = [["", "time", "p20..p80", "x ours [95%]", "of floor", "peak memory", f"{case['items']['unit']}/s"]]
-    missing = []
+    remarks = []
     for candidate in case["candidates"]:
         if candidate["refused"]:
-            missing.append(f"  not timed: {candidate['name']}: {candidate['refused']}")
-        else:
-            rows.append(_row(candidate, case))
+            remarks.append(f"  not timed: {candidate['name']}: {candidate['refused']}")
+            continue
+        rows.append(_row(candidate, case))
+        if candidate.get("eager"):
+            remarks.append(f"  host included, no CUDA graph: {candidate['name']}: {candidate['eager']}")
+        if candidate.get("peak_refused"):
+            remarks.append(f"  no memory figure: {candidate['name']}: {candidate['peak_refused']}")
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = [
         "  ".join(
@@ -31,14 +35,14 @@ def case_table(case: dict[str, Any]) -> str:
         )
         for row in rows
     ]
-    return "\n".join([head, *(f"  {line}" for line in lines), *missing])
+    return "\n".join([head, *(f"  {line}" for line in lines), *remarks])
 
 
 def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
     ratio = candidate.get("times_ours")
     share = candidate.get("share_of_floor")
     return [
-        candidate["name"] + (" *" if candidate["note"] else ""),
+        candidate["name"] + (" *" if candidate["note"] else "") + (" (eager)" if candidate.get("eager") else ""),
         seconds(candidate["median_s"]),
         f"{seconds(candidate['p20_s'])}..{seconds(candidate['p80_s'])}",
         f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "",

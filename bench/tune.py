@@ -4,7 +4,8 @@ For each kernel of an op, every configuration of a declared space is compiled fi
 what spills, passes a limit or misses the tensor cores is dropped, and what is left is ranked by the bound that
 ``inspect`` reads from its machine code. The best few are timed, in turns with the committed one, on the whole op: a
 kernel that is fast alone may leave the next one slow. A configuration whose error is larger than the committed one's is
-refused; one that is faster beyond doubt takes its place.
+refused; one that is faster beyond doubt, and by more than noise, takes its place. The table is written after each
+kernel, so that a stop loses nothing.
 """
 
 import concurrent.futures
@@ -14,7 +15,9 @@ import functools
 import itertools
 import json
 import multiprocessing
-from collections.abc import Iterator, Sequence
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +25,18 @@ import torch
 
 from clipfast.kernels import configs
 
-from .case import DTYPES, OURS, Candidate, Case, call
-from .harness import Budget, Timing, leaves, measure, ratio_interval
+from .case import DTYPES, OURS, Candidate, Case, Inputs, call
+from .harness import Budget, Timing, leaves, measure, ratio_interval, short
 from .inspection import Report, inspect_launch, offline
+from .machine import use
 from .suites import Shape, build
 
 Config = configs.GemmConfig | configs.AttentionConfig | configs.RowConfig
 # An error may not grow by more than this when sums are taken in another order.
 ERROR_GROWTH = 1.5
+# The whole interval of the ratio has to be below this.
+WORTH = 0.98
+MIN_ROUNDS = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,11 +56,19 @@ class Tunable:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What is tuned together: the kernels of an op, at the shape that stands for its use."""
+    """What is tuned together: the kernels of an op, at the shape that stands for its use.
+
+    Attributes:
+        suite: that builds it.
+        shape: of the suite.
+        kernels: in the order of their worth.
+        logit_scale: in place of the suite's, where it decides which kernel does the work.
+    """
 
     suite: str
     shape: Shape
     kernels: tuple[Tunable, ...]
+    logit_scale: float | None = None
 
 
 _GEMM, _ROWS, _ATTENTION = configs.GemmConfig, configs.RowConfig, configs.AttentionConfig
@@ -83,9 +98,9 @@ TARGETS = {
         "loss",
         {"pairs": 16384, "embed_dim": 512},
         (
-            Tunable("contrastive_stats", "_stats_kernel", _GEMM),
             Tunable("contrastive_grad_tile", "_grad_tile_kernel", _GEMM),
             Tunable("contrastive_products", "_products_kernel", _GEMM),
+            Tunable("contrastive_stats", "_stats_kernel", _GEMM),
             Tunable("contrastive_rows", "_finish_kernel", _ROWS),
         ),
     ),
@@ -106,6 +121,18 @@ TARGETS = {
             Tunable("patch_embed_fwd", "_patch_embed_fwd_kernel", _GEMM),
             Tunable("patch_embed_bwd_weight", "_patch_embed_bwd_weight_kernel", _GEMM),
         ),
+    ),
+    "retrieval_ranks": Target(
+        "retrieval",
+        {"images": 5120, "texts": 25600, "embed_dim": 512},
+        (Tunable("retrieval_ranks", "_count_ahead_kernel", _GEMM),),
+    ),
+    # so large a scale that sums with one shift underflow, and maxima are needed
+    "contrastive-online": Target(
+        "loss",
+        {"pairs": 16384, "embed_dim": 512},
+        (Tunable("contrastive_online_stats", "_online_stats_kernel", _GEMM),),
+        logit_scale=1000.0,
     ),
 }
 
@@ -129,54 +156,88 @@ def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
     return configs.config_key(tunable.kernel, DTYPES[dtype], head_dim if isinstance(head_dim, int) else None)
 
 
-def prune(
-    tunable: Tunable, target: Target, dtype: str, arch: int, candidates: Sequence[Config], keep: int
-) -> list[tuple[Config, Report]]:
-    """The ``keep`` best configurations that compile soundly for ``arch``, with their reports, best first."""
-    inspect = functools.partial(_inspect, tunable, target, dtype, arch)
+@contextlib.contextmanager
+def compilers() -> Iterator[concurrent.futures.Executor]:
+    """Processes that compile, one for each core; work that is waiting when they are left is dropped."""
     # spawned: a process that has touched a GPU must not be forked
-    with concurrent.futures.ProcessPoolExecutor(mp_context=multiprocessing.get_context("spawn")) as pool:
-        reports = list(pool.map(inspect, candidates, chunksize=4))
-    sound = [(c, r) for c, r in zip(candidates, reports, strict=True) if r is not None and not r.failures]
+    context = multiprocessing.get_context("spawn")
+    pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def prune(
+    tunable: Tunable,
+    target: Target,
+    dtype: str,
+    arch: int,
+    candidates: Sequence[Config],
+    keep: int,
+    pool: concurrent.futures.Executor,
+) -> list[tuple[Config, Report]]:
+    """The ``keep`` best configurations that compile soundly for ``arch``, with their reports, best first; says how many
+    do not, and why the first of them does not.
+    """
+    reports = list(pool.map(functools.partial(_inspect, tunable, target, dtype, arch), candidates))
+    sound = [(c, r) for c, r in zip(candidates, reports, strict=True) if isinstance(r, Report) and not r.failures]
+    if len(sound) < len(candidates):
+        why = next(
+            f"{config}: {report if isinstance(report, str) else '; '.join(report.failures)}"
+            for config, report in zip(candidates, reports, strict=True)
+            if isinstance(report, str) or report.failures
+        )
+        say(f"{len(candidates) - len(sound)} of {len(candidates)} configurations are not sound: {why}")
     return sorted(sound, key=lambda pair: pair[1].rank)[:keep]
 
 
-def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Config) -> Report | None:
-    """The worst report of the kernel's launches under ``config``; None where one does not compile: it asks for more
-    shared memory than there is, or for a tile that Triton refuses.
+def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Config) -> Report | str:
+    """The worst report of the kernel's launches under ``config``, or why one does not compile: it asks for more shared
+    memory than there is, or for a tile that Triton refuses.
+
+    Raises:
+        RuntimeError: the op does not launch this kernel.
     """
     case = build(target.suite, _small(target.shape), dtype, torch.device("cpu"))
     with configs.override(key_of(tunable, target, dtype), config):
         launches = offline.record(arch, functools.partial(_once, case))
     ours = [launch for launch in launches if launch.kernel.__name__ == tunable.function]
+    if not ours:
+        raise RuntimeError(f"{case.op} launches no {tunable.function}")
     try:
         return max((inspect_launch(launch, arch) for launch in ours), key=lambda report: report.rank)
-    except Exception:
-        return None
+    except Exception as error:
+        # compilers raise many kinds; none is lost, prune says them
+        return short(error)
 
 
-def tune(op: str, dtype: str, device: torch.device, budget: Budget, keep: int, limit: int | None) -> dict[str, Config]:
-    """Search the kernels of ``op`` on ``device`` and return the entries that became faster."""
+def tune(
+    op: str, dtype: str, device: torch.device, budget: Budget, keep: int, limit: int | None,
+    pool: concurrent.futures.Executor,
+) -> Iterator[tuple[str, Config | None]]:  # fmt: skip
+    """Search the kernels of ``op`` on ``device``, one after another, each with what was found for those before.
+
+    Yields:
+        after each kernel, its entry's key and what is faster, or None if the committed configuration stays.
+    """
     target, arch = TARGETS[op], _table_arch(device)
     better: dict[str, Config] = {}
     for tunable in target.kernels:
         key = key_of(tunable, target, dtype)
         committed = _committed(tunable, arch, target, dtype)
         searched = spread(list(space(tunable.kind)), limit)
-        pruned = [c for c, _ in prune(tunable, target, dtype, arch, searched, keep) if c != committed]
+        pruned = [c for c, _ in prune(tunable, target, dtype, arch, searched, keep, pool) if c != committed]
         say(f"{key}: timing {len(pruned)} configurations against {committed}")
         with _overrides(better):
             case = _case(target, dtype, device, key, pruned)
             timings, telemetry = measure(case, budget)
-        winner = best(timings, pruned)
-        if telemetry["throttled"]:
-            say(f"{key}: the card was throttled, nothing is changed")
-        elif winner is None:
-            say(f"{key}: the committed configuration stays")
-        else:
+        winner = None if telemetry["throttled"] else best(timings, pruned)
+        if winner is not None:
             better[key] = winner
-            say(f"{key}: {winner} instead")
-    return better
+        stays = "the card was throttled, nothing is changed" if telemetry["throttled"] else "the committed one stays"
+        say(f"{key}: {stays if winner is None else f'{winner} instead'}")
+        yield key, winner
 
 
 def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | None:
@@ -193,17 +254,23 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
         if timing.refused is not None or _less_accurate(timing, committed):
             continue
         ratio, _, high = ratio_interval(committed.samples, timing.samples)
-        if high < 1:
+        if high < WORTH:
             found.append((ratio, config))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TUNED) -> Path:
-    """Put ``entries`` into the committed table of ``arch``, in the order of their names."""
+    """Put ``entries`` into the table of ``arch`` in ``folder``, in the order of their names; where there is none, it
+    starts as the committed one.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"sm_{arch}.json"
-    table = json.loads(path.read_text()) | {key: dataclasses.asdict(config) for key, config in entries.items()}
+    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(configs.read_table(arch))
+    table |= {key: dataclasses.asdict(config) for key, config in entries.items()}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())]
-    path.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    scratch = path.with_suffix(".tmp")
+    scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+    os.replace(scratch, path)
     return path
 
 
@@ -211,22 +278,36 @@ def run(args: Any) -> int:
     """Tune what the parsed command line names, or with ``--dry`` rank configurations without a card."""
     ops = list(TARGETS) if args.op == "all" else [args.op]
     if args.dry:
-        for op in ops:
-            _print_ranking(op, args.dtype, args.arch, args.keep, args.limit)
+        with compilers() as pool:
+            for op in ops:
+                _print_ranking(op, args.dtype, args.arch, args.keep, args.limit, pool)
         return 0
     if not torch.cuda.is_available():
         raise ValueError("tuning needs the GPU that is tuned for: --dry ranks configurations without one")
-    device = torch.device("cuda")
+    device = use(torch.device("cuda"))
     name = torch.cuda.get_device_name(device)
     if args.card is None or args.card.lower() not in name.lower():
         raise ValueError(f"--card must name the card that is tuned for, part of {name!r}, got {args.card!r}")
-    for op in ops:
-        entries = tune(op, args.dtype, device, Budget(args.seconds), args.keep, args.limit)
-        # after each op, so that a stop leaves what came before
-        if entries:
-            print(write_table(entries, _table_arch(device), args.tables), flush=True)
-    print("now run: clipfast verify, clipfast inspect, and tests/kernels/test_offline.py --update-resources")
-    return 0
+    return _tune_all(ops, args, device)
+
+
+def _tune_all(ops: Sequence[str], args: Any, device: torch.device) -> int:
+    start, failed = time.monotonic(), 0
+    with compilers() as pool:
+        for op in ops:
+            budget = Budget(args.seconds, min_rounds=MIN_ROUNDS)
+            try:
+                for key, config in tune(op, args.dtype, device, budget, args.keep, args.limit, pool):
+                    write_table({key: config} if config is not None else {}, _table_arch(device), args.tables)
+                    if time.monotonic() - start > args.total:
+                        say(f"{args.total:.0f} s are over: nothing is tuned after {key}")
+                        return 1 if failed else 0
+            except RuntimeError as error:
+                # one op that cannot be tuned does not keep the others from it
+                say(f"{op}: {short(error)}")
+                failed += 1
+    say("now run: clipfast verify, clipfast inspect, and tests/kernels/test_offline.py --update-resources")
+    return 1 if failed else 0
 
 
 def add_arguments(parser: Any) -> None:
@@ -236,6 +317,9 @@ def add_arguments(parser: Any) -> None:
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--keep", type=int, default=8, help="configurations to time for each kernel (default 8)")
     parser.add_argument("--seconds", type=float, default=10, help="time for each kernel (default 10)")
+    parser.add_argument(
+        "--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no kernel after this long"
+    )
     parser.add_argument("--tables", type=Path, default=configs.TUNED, help="folder of the tables to write")
     parser.add_argument("--dry", action="store_true", help="compile and rank only; needs no GPU, changes nothing")
     parser.add_argument("--arch", type=int, default=90, choices=configs.ARCHS, help="for --dry (default 90)")
@@ -244,14 +328,16 @@ def add_arguments(parser: Any) -> None:
     )
 
 
-def _print_ranking(op: str, dtype: str, arch: int, keep: int, limit: int | None) -> None:
+def _print_ranking(
+    op: str, dtype: str, arch: int, keep: int, limit: int | None, pool: concurrent.futures.Executor
+) -> None:
     target = TARGETS[op]
     for tunable in target.kernels:
         committed = _committed(tunable, arch, target, dtype)
         searched = list(space(tunable.kind))
         chosen = [committed, *(config for config in spread(searched, limit) if config != committed)]
         print(f"{key_of(tunable, target, dtype)} on sm_{arch}, {len(chosen)} of {len(searched)} configurations:")
-        for config, report in prune(tunable, target, dtype, arch, chosen, keep):
+        for config, report in prune(tunable, target, dtype, arch, chosen, keep, pool):
             note = "  <- committed" if config == committed else ""
             share = f"{100 * report.bound.share:.0f}%" if report.bound is not None else "unknown"
             print(f"  bound {share:>7}  {report.resources.registers:3} registers  {config}{note}", flush=True)
@@ -264,12 +350,21 @@ def say(text: str) -> None:
 
 def _case(target: Target, dtype: str, device: torch.device, key: str, candidates: Sequence[Config]) -> Case:
     case = build(target.suite, target.shape, dtype, device)
+    if target.logit_scale is not None:
+        drawn = (case.inputs, case.gate_inputs or case.inputs)
+        inputs, gate_inputs = (functools.partial(_with_scale, draw, target.logit_scale) for draw in drawn)
+        case = dataclasses.replace(case, inputs=inputs, gate_inputs=gate_inputs)
     ours = next(c for c in case.candidates if c.name == OURS)
     changed = [
         Candidate(str(config), ours.make, context=functools.partial(configs.override, key, config))
         for config in candidates
     ]
     return dataclasses.replace(case, candidates=(ours, *changed))
+
+
+def _with_scale(draw: Callable[[], Inputs], logit_scale: float) -> Inputs:
+    inputs = draw()
+    return {**inputs, "logit_scale": torch.full_like(inputs["logit_scale"], logit_scale)}
 
 
 def _less_accurate(timing: Timing, committed: Timing) -> bool:
@@ -294,7 +389,8 @@ def _overrides(entries: dict[str, Config]) -> contextlib.ExitStack:
 
 def _small(shape: Shape) -> Shape:
     """The same shape with a small batch: what is compiled does not depend on it, but empty tensors take memory."""
-    return {key: (1024 if key == "pairs" else 2 if key == "batch" else value) for key, value in shape.items()}
+    small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2}
+    return {key: small.get(key, value) for key, value in shape.items()}
 
 
 def _once(case: Case) -> object:

@@ -15,8 +15,18 @@ from .evaluation.zero_shot import (
 )
 from .factory import create_model, create_model_and_transforms, get_tokenizer
 from .images import ImageError, image_transform, open_image
-from .kernels import attention, contrastive_loss, patch_embed, retrieval_ranks
+from .kernels import (
+    attention,
+    contrastive_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    patch_embed,
+    retrieval_ranks,
+    sigmoid_loss,
+)
+from .losses import ClipLoss
 from .models import CLIP, add_model_config, get_model_config, list_models
+from .siglip_loss import SigLipLoss
 from .tokenizer import Tokenizer, tokenize
 
 __version__ = "0.1.0"
@@ -27,7 +37,9 @@ __all__ = [
     "OPENAI_IMAGENET_TEMPLATES",
     "SIMPLE_IMAGENET_TEMPLATES",
     "CheckpointError",
+    "ClipLoss",
     "ImageError",
+    "SigLipLoss",
     "Tokenizer",
     "add_model_config",
     "attention",
@@ -39,12 +51,15 @@ __all__ = [
     "get_model_config",
     "get_tokenizer",
     "image_transform",
+    "info_nce_loss",
     "kernels",
     "list_models",
     "load_checkpoint",
+    "nt_xent_loss",
     "open_image",
     "patch_embed",
     "recall_at",
     "retrieval_ranks",
+    "sigmoid_loss",
     "tokenize",
 ]

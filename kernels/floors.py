@@ -22,11 +22,23 @@ class Floor:
 
 def contrastive_floor(pairs: int, embed_dim: int, itemsize: int, *, backward: bool) -> Floor:
     """Contrastive loss of [pairs, embed_dim] features: one product gives both log-sum-exps; backward recomputes it, and
-    each of the two gradients is another (8 N^2 D in all). Features are read, gradients written.
+    each of the two gradients is another. Features are read, gradients written.
+
+    These 8 N^2 D are the floor of versions that keep no N x N matrix between the passes. One that keeps it does
+    without the recomputation (6 N^2 D), and may be faster than this floor where the matrix fits.
     """
     features = 2 * pairs * embed_dim * itemsize
     product = 2 * pairs * pairs * embed_dim
     return Floor(4 * product, 2 * features) if backward else Floor(product, features)
+
+
+def sigmoid_floor(pairs: int, embed_dim: int, itemsize: int, *, backward: bool) -> Floor:
+    """Sigmoid loss of [pairs, embed_dim] features: one product gives value and G, since no sum must be known first, and
+    each of the two gradients is another (6 N^2 D in all). Features are read, gradients written.
+    """
+    features = 2 * pairs * embed_dim * itemsize
+    product = 2 * pairs * pairs * embed_dim
+    return Floor(3 * product, 2 * features) if backward else Floor(product, features)
 
 
 def attention_floor(

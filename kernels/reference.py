@@ -35,6 +35,59 @@ def pairwise_loss(
     return (loss + F.cross_entropy(logits.T[of_cols], of_rows)) / 2 if both else loss
 
 
+def info_nce_loss(
+    query: Tensor,
+    key: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    negatives: Tensor | None = None,
+    in_batch: bool = True,
+    normalize: bool = False,
+) -> Tensor:
+    """Cross-entropy of each query's own key against the other keys (van den Oord et al. 2018, equation 4), the
+    ``negatives`` (He et al. 2020, algorithm 1), or both.
+    """
+    if negatives is None:
+        negatives = key[:0]
+    if normalize:
+        query, key, negatives = (F.normalize(x, dim=-1) for x in (query, key, negatives))
+    own = torch.arange(len(query), device=query.device)
+    candidates, labels = (query @ key.T, own) if in_batch else ((query * key).sum(1, keepdim=True), 0 * own)
+    logits = logit_scale * torch.cat([candidates, query @ negatives.T], dim=1)
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+
+
+def nt_xent_loss(first: Tensor, second: Tensor, logit_scale: Tensor | float, *, normalize: bool = True) -> Tensor:
+    """Cross-entropy of the other view among all views but oneself (Chen et al. 2020, equation 1)."""
+    views = torch.cat([first, second])
+    if normalize:
+        views = F.normalize(views, dim=-1)
+    logits = logit_scale * (views @ views.T)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    own = torch.arange(len(views), device=views.device)
+    logits = logits.masked_fill(own[:, None] == own, float("-inf"))
+    return F.cross_entropy(logits, own.roll(len(first)))
+
+
+def sigmoid_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    logit_bias: Tensor | float,
+    *,
+    normalize: bool = False,
+    offset: int = 0,
+) -> Tensor:
+    """Binary cross-entropy of every image with every text, summed over texts (Zhai et al. 2023, equation 1)."""
+    if normalize:
+        image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
+    logits = logit_scale * (image @ text.T)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) + logit_bias
+    images, texts = (torch.arange(len(x), device=image.device) for x in (image, text))
+    is_pair = (images + offset)[:, None] == texts
+    return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum() / len(image)
+
+
 def attention(
     qkv: Tensor,
     num_heads: int,
@@ -102,9 +155,13 @@ def patch_embed(
 def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """``(images / 255 - mean) / std`` per channel of uint8 [B, C, H, W], computed in float32 at least, as ``dtype``."""
     work = torch.promote_types(dtype, torch.float32)
-    mean_c = torch.tensor(mean, dtype=work).to(images.device, non_blocking=True)[:, None, None]
-    std_c = torch.tensor(std, dtype=work).to(images.device, non_blocking=True)[:, None, None]
+    mean_c, std_c = (_per_channel(values, work, images.device) for values in (mean, std))
     return ((images.to(work) / 255 - mean_c) / std_c).to(dtype)
+
+
+def _per_channel(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    # filled on the device: a copy from the host cannot be captured in a CUDA graph
+    return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
 
 
 def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = None) -> tuple[Tensor, Tensor]:

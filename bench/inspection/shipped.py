@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from clipfast.kernels import attention, contrastive_loss, patch_embed, retrieval_ranks
+from clipfast.kernels import attention, contrastive_loss, patch_embed, retrieval_ranks, sigmoid_loss
 
 Case = Callable[[], object]
 
@@ -23,6 +23,7 @@ def shipped_cases() -> dict[str, Case]:
     cases: dict[str, Case] = {}
     for dtype, name in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         cases[f"contrastive N1024 D512 {name}"] = _contrastive(dtype, 1024)
+        cases[f"sigmoid N1024 D512 {name}"] = _sigmoid(dtype, 1024)
         cases[f"retrieval_ranks M1024 N5120 D512 {name}"] = _retrieval_ranks(dtype, 1024, 5120)
         # 64: all texts, B and L; 80: H/14; 88: g/14; 104: bigG/14; 32: the small model
         for tokens, head_dim in ((257, 64), (257, 80), (257, 88), (257, 104), (17, 32)):
@@ -33,9 +34,11 @@ def shipped_cases() -> dict[str, Case]:
         cases[f"patch_embed P16 floats {name}"] = _patch_embed(dtype, 16, dtype)
     # a last batch of any size: nothing is aligned
     cases["contrastive N1001 D512 bf16"] = _contrastive(torch.bfloat16, 1001)
+    cases["sigmoid N1001 D512 bf16"] = _sigmoid(torch.bfloat16, 1001)
     cases["retrieval_ranks M1001 N5005 D512 bf16"] = _retrieval_ranks(torch.bfloat16, 1001, 5005)
     # 16 bits like bf16, but with scales of its own
     cases["contrastive N1024 D512 fp16"] = _contrastive(torch.float16, 1024)
+    cases["sigmoid N1024 D512 fp16"] = _sigmoid(torch.float16, 1024)
     cases["retrieval_ranks M1024 N5120 D512 fp16"] = _retrieval_ranks(torch.float16, 1024, 5120)
     cases["attention N77 D64 causal fp16"] = _attention(torch.float16, 77, 64, causal=True)
     cases["patch_embed P16 bytes fp16"] = _patch_embed(torch.float16, 16, torch.uint8)
@@ -46,6 +49,14 @@ def _contrastive(dtype: torch.dtype, pairs: int) -> Case:
     def run() -> None:
         image, text = (torch.empty(pairs, 512, dtype=dtype, requires_grad=True) for _ in range(2))
         contrastive_loss(image, text, 10.0).backward()
+
+    return run
+
+
+def _sigmoid(dtype: torch.dtype, pairs: int) -> Case:
+    def run() -> None:
+        image, text = (torch.empty(pairs, 512, dtype=dtype, requires_grad=True) for _ in range(2))
+        sigmoid_loss(image, text, 10.0, -10.0).backward()
 
     return run
 

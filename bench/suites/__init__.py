@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..case import DTYPES, Case
-from . import attention, data, loss, patch, step, tokenizer
+from . import attention, data, loss, patch, retrieval, step, tokenizer
 
 Shape = Mapping[str, int | str | bool]
 
@@ -41,6 +41,9 @@ SUITES = {
     ),
     "patch": Suite(
         "patch embedding from bytes, forward and backward", patch.shapes, patch.build, patch.FIELDS, patch.SMALLEST
+    ),
+    "retrieval": Suite(
+        "retrieval ranks without the scores", retrieval.shapes, retrieval.build, retrieval.FIELDS, retrieval.SMALLEST
     ),
     "step": Suite(
         "a whole training step: forward, loss, backward, AdamW", step.shapes, step.build, step.FIELDS, step.SMALLEST

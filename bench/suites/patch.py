@@ -17,9 +17,9 @@ SMALLEST: Mapping[str, int | str | bool] = {"batch": 2, "size": 16, "patch": 8, 
 
 
 def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:
-    """B/32, B/16, L/14, H/14."""
+    """L/14, B/16, B/32, H/14: the most telling first, since a run may be stopped."""
     batch = 16 if device_type == "cpu" else 256
-    widths = ((32, 768), (16, 768), (14, 1024), (14, 1280))
+    widths = ((14, 1024), (16, 768), (32, 768), (14, 1280))
     return [{"batch": batch, "size": 224, "patch": patch, "embed_dim": width} for patch, width in widths]
 
 

@@ -26,6 +26,5 @@ def need(module: str, package: str) -> ModuleType:
 
 
 def compiled(function: Function) -> Function:
-    """``torch.compile`` of a candidate, for the shape at hand."""
-    torch._dynamo.reset()
+    """``torch.compile`` of a candidate, for the shape at hand; ``harness.measure`` forgets those of earlier cases."""
     return torch.compile(function, dynamic=False)

@@ -43,7 +43,7 @@ def forward(
     if short is not None:
         launch(
             _short_fwd_kernel, (batch * heads,), *args, config=short, device=device,
-            BLOCK_M=short.block_m, N_PARTS=_parts(n), **options,
+            BLOCK_M=short.block_m, N_PARTS=_key_parts(n), **options,
         )  # fmt: skip
         return out, lse
     cfg = attention_config(LoopedConfig, "attention_looped_fwd", arch, q.dtype, head_dim)
@@ -101,14 +101,18 @@ def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tens
 
 def _options(head_dim: int, seqlens: Tensor | None, causal: bool) -> dict[str, object]:
     return {
-        "HEAD_DIM": head_dim, "D_PARTS": _parts(head_dim), "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
+        "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
         "PRECISION": "ieee",
     }  # fmt: skip
 
 
-def _parts(size: int) -> tuple[int, ...]:
-    """Powers of two, no smaller than the 16 of the matrix unit, that add up to ``size`` or little more: 197 is 128 + 64
-    + 16.
-    """
-    rounded = triton.cdiv(size, 16) * 16
+def _key_parts(n: int) -> tuple[int, ...]:
+    """Powers of two, no smaller than the 16 of the matrix unit, that add up to ``n`` or little more: 197 is 128 + 64 + 16."""
+    rounded = triton.cdiv(n, 16) * 16
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
+
+
+def _head_parts(head_dim: int) -> tuple[int, ...]:
+    """The same for a head dimension, in at most two parts: 104 as 64 + 32 + 16 does not fit the registers of sm_80."""
+    parts = _key_parts(head_dim)
+    return parts if len(parts) <= 2 else (triton.next_power_of_2(head_dim),)

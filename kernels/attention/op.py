@@ -121,9 +121,7 @@ def _attention_qkv_fwd(
 
 
 @_attention_qkv_fwd.register_fake
-def _(
-    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     batch, m, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, m, dtype=accumulate_dtype(q.dtype))
 
@@ -265,9 +263,7 @@ def attention_qkv(
     return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
 
 
-def _check_options(
-    op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor
-) -> Tensor | None:
+def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
     """Lengths as the kernels take them."""
     if not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")

@@ -161,16 +161,18 @@ def pairwise_loss(
     return _contrastive_fwd(rows, cols, scale, offset, both, normalize, dtype, memory == "min")[0]
 
 
-def scale_tensor(op: str, logit_scale: Tensor | float, like: Tensor) -> Tensor:
-    """``logit_scale`` as a tensor without dimensions, on the device of ``like``."""
+def scale_tensor(
+    op: str, logit_scale: Tensor | float, like: Tensor, *, name: str = "logit_scale", like_name: str = "image"
+) -> Tensor:
+    """``logit_scale`` (or what else ``name`` says) as a tensor without dimensions, on the device of ``like``."""
     if isinstance(logit_scale, (int, float)):
         return torch.full((), logit_scale, dtype=torch.float32, device=like.device)
     if not isinstance(logit_scale, Tensor):
-        raise TypeError(f"{op}: logit_scale must be a number or a torch.Tensor, got {type(logit_scale).__name__}")
+        raise TypeError(f"{op}: {name} must be a number or a torch.Tensor, got {type(logit_scale).__name__}")
     if logit_scale.dtype not in FLOATS:
-        raise TypeError(f"{op}: logit_scale must have a floating dtype, got {dtype_name(logit_scale.dtype)}")
+        raise TypeError(f"{op}: {name} must have a floating dtype, got {dtype_name(logit_scale.dtype)}")
     if logit_scale.numel() != 1:
-        raise ValueError(f"{op}: logit_scale must have one element, got shape {tuple(logit_scale.shape)}")
+        raise ValueError(f"{op}: {name} must have one element, got shape {tuple(logit_scale.shape)}")
     if logit_scale.device != like.device:
-        raise ValueError(f"{op}: logit_scale is on {logit_scale.device}, but image is on {like.device}")
+        raise ValueError(f"{op}: {name} is on {logit_scale.device}, but {like_name} is on {like.device}")
     return logit_scale.reshape(())

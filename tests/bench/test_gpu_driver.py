@@ -1,41 +1,56 @@
 """The driver of ``make gpu``: a stop at any moment leaves what came before."""
 
+import json
 import os
+import re
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
+import torch
 
-from clipfast.bench import checkout, gpu
+from clipfast.bench import checkout, gpu, gpu_environment
+from clipfast.bench.gpu_summary import Done, cache_entries, summarise
 
 from ..conftest import INTERPRET
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="runs processes of its own")
+ROOFS = ("copy_bytes_per_s", "matmul_flops_per_s")
 
 
-def step(name, code, seconds=20.0):
-    return gpu.Step(name, [sys.executable, "-c", code], seconds, "log.txt")
+def step(name, code, seconds=20.0, **kwargs):
+    return gpu.Step(name, [sys.executable, "-c", code], seconds, **kwargs)
+
+
+def results_in(summary):
+    return {line.split()[0]: " ".join(line.split()[1:-2]) for line in summary.splitlines() if line.endswith(" s")}
 
 
 def test_steps_that_fail_or_hang_do_not_stop_the_others(tmp_path, capsys):
     # the hanging step starts a process of its own, which must not outlive it
     hang = "import subprocess, sys; print('x', flush=True); subprocess.run([sys.executable, '-c', {!r}])".format(
-        f"import time; time.sleep(6); open({str(tmp_path / 'late')!r}, 'w')"
+        f"import time; time.sleep(8); open({str(tmp_path / 'late')!r}, 'w')"
     )
     todo = [
         step("fails", "raise SystemExit(3)"),
-        step("hangs", hang, seconds=5.0),
-        gpu.Step("tool", ["no-such-tool-anywhere"], 20, "log.txt"),
+        step("hangs", hang, seconds=7.0),
+        gpu.Step("tool", ["no-such-tool-anywhere"], 20),
         step("works", "print('here')"),
     ]
-    assert gpu.run_steps(todo, tmp_path, dict(os.environ)) == 1
+    assert gpu.run_steps(todo, tmp_path, dict(os.environ), total_s=47.0) == 1
     summary = (tmp_path / "summary.txt").read_text()
-    results = {line.split()[0]: " ".join(line.split()[1:-2]) for line in summary.splitlines() if line.endswith(" s")}
-    assert results == {"fails": "exit code 3", "hangs": "stopped after 5 s", "tool": "not here", "works": "ok"}
+    assert results_in(summary) == {
+        "fails": "exit code 3",
+        "hangs": "stopped after 3 s",
+        "tool": "not here",
+        "works": "ok",
+    }
     assert capsys.readouterr().out.rstrip().endswith(summary.rstrip())
     assert "here" in (tmp_path / "log.txt").read_text()
-    time.sleep(2)
+    time.sleep(5)
     assert not (tmp_path / "late").exists()
 
 
@@ -49,12 +64,146 @@ def test_no_step_starts_after_the_end(tmp_path):
     assert "no time left" in (tmp_path / "summary.txt").read_text()
 
 
+def test_a_step_that_is_stopped_says_what_it_has(tmp_path):
+    code = """
+import time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    print("so far: 7")
+"""
+    gpu.run_steps([step("long", code, seconds=7.0)], tmp_path, dict(os.environ), total_s=7.0)
+    assert "so far: 7" in (tmp_path / "summary.txt").read_text()
+
+
+def test_time_that_is_left_goes_to_the_next_but_each_keeps_its_own(tmp_path, monkeypatch):
+    given = []
+
+    def run(step, out, environment, seconds):
+        given.append(round(seconds))
+        return Done(step.name, "ok", 0.0, [])
+
+    monkeypatch.setattr(gpu, "_run", run)
+    gpu.run_steps([step("a", ""), step("b", ""), step("c", "")], tmp_path, {}, total_s=90.0)
+    assert given == [50, 70, 90]
+
+
+def test_a_command_is_told_how_long_it_has(tmp_path):
+    told = gpu.Step("told", [sys.executable, "-c", "import sys; print('has', sys.argv[1])", gpu.LEFT], 40.0)
+    gpu.run_steps([told], tmp_path, dict(os.environ), total_s=40.0)
+    (seconds,) = re.findall(r"has (\d+)", (tmp_path / "summary.txt").read_text())
+    assert 20 < int(seconds) <= 40 - gpu.MARGIN_S
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_step_and_keeps_what_is_done(number, tmp_path):
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+from clipfast.bench import gpu
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in a shell's background
+late = "import time; print('begun', flush=True); time.sleep(30)"
+todo = [gpu.Step(n, [sys.executable, "-c", c], 60) for n, c in (("first", "print(1)"), ("second", late), ("third", ""))]
+sys.exit(gpu.run_steps(todo, Path({str(tmp_path)!r}), dict(os.environ)))
+"""
+    driver = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.DEVNULL)
+    log = tmp_path / "log.txt"
+    end = time.monotonic() + 30
+    while time.monotonic() < end and "\nbegun" not in (log.read_text() if log.exists() else ""):
+        time.sleep(0.1)
+    driver.send_signal(number)
+    assert driver.wait(timeout=20) == 1
+    summary = (tmp_path / "summary.txt").read_text()
+    assert results_in(summary) == {"first": "ok", "second": "interrupted"}
+    # asked to end, it did so at once
+    assert "KeyboardInterrupt" in summary
+
+
 @pytest.mark.parametrize("part", gpu.PARTS)
-def test_steps_come_in_order_of_value_and_leave_few_files(part, tmp_path):
-    found = [step.name for step in gpu.steps(part, tmp_path, dry=False)]
-    order = ["environment", "tests", "verify", "ops", "steps", "tune", "sanitizer"]
-    assert found == [name for name in order if name in found]
-    assert found[:2] == ["environment", "tests"]
+def test_steps_come_in_order_of_value_end_in_time_and_leave_few_files(part, tmp_path):
+    found = gpu.steps(part, tmp_path, dry=False)
+    order = ["environment", "tests", "verify", "loss", "attention", "patch", "step", "tune", "sanitizer"]
+    names = [step.name for step in found]
+    assert names == [name for name in order if name in names]
+    assert names[:2] == ["environment", "tests"]
+    assert sum(step.seconds for step in found) < gpu.TOTAL_S <= 470
+    # the tuner writes one file, its table
+    written = {part for step in found for part in step.command if part.startswith(str(tmp_path))}
+    assert len(written | {"summary.txt", "log.txt"}) <= 8
+
+
+def test_the_sanitizer_sees_every_allocation_and_pytest_lists_what_failed(tmp_path):
+    by_name = {step.name: step for step in gpu.steps("all", tmp_path, dry=False)}
+    assert by_name["sanitizer"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    assert "-rfE" in by_name["tests"].command
+    assert by_name["tests"].environment == {}
+
+
+def test_the_environment_of_a_step_reaches_it(tmp_path):
+    todo = [step("asks", "import os; print('got', os.environ['MINE'])", environment={"MINE": "yes"})]
+    gpu.run_steps(todo, tmp_path, dict(os.environ))
+    assert "got yes" in (tmp_path / "summary.txt").read_text()
+
+
+def test_an_earlier_run_is_not_taken_for_this_one(tmp_path):
+    (tmp_path / "tables").mkdir()
+    for name in ("bench-loss.json", "summary.txt", "tables/sm_90.json", "mine.txt"):
+        (tmp_path / name).write_text("{}")
+    gpu.clear(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+def test_summary_names_refusals_fallbacks_missing_peers_and_caches(tmp_path):
+    def candidate(name, refused=None, eager=None):
+        return {"name": name, "refused": refused, "eager": eager}
+
+    case = {
+        "op": "loss", "shape": {"pairs": 8}, "dtype": "bf16",
+        "candidates": [
+            candidate("clipfast", "OutOfMemoryError: no"), candidate("peer", "missing: not installed"),
+            candidate("slow", eager="RuntimeError: syncs"), candidate("fine"),
+        ],
+    }  # fmt: skip
+    (tmp_path / "bench-loss.json").write_text(json.dumps({"cases": [case]}))
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    environment = {"TRITON_CACHE_DIR": str(cache), "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "none")}
+    before = cache_entries(environment)
+    (cache / "kernel").mkdir()
+    summarise([Done("loss", "stopped after 9 s", 9.0, ["a table"])], tmp_path, before, environment)
+    assert (tmp_path / "summary.txt").read_text().splitlines() == [
+        "-- loss",
+        "a table",
+        "",
+        "refused: loss pairs=8 bf16: clipfast: OutOfMemoryError: no",
+        "no CUDA graph: loss pairs=8 bf16: slow: RuntimeError: syncs",
+        "bench-loss.json: peer: missing: not installed",
+        "triton cache: 0 entries at the start, 1 now",
+        "inductor cache: 0 entries at the start, 0 now",
+        "loss         stopped after 9 s       9.0 s",
+    ]
+
+
+def test_smoke_says_which_op_is_wrong(monkeypatch, capsys):
+    cpu = torch.device("cpu")
+    assert gpu_environment.smoke("loss", cpu) is None
+    assert "contrastive.fwd_bwd: right (value off by" in capsys.readouterr().out
+
+    def broken(image, text, logit_scale):
+        raise RuntimeError("illegal instruction")
+
+    monkeypatch.setattr("clipfast.bench.suites.loss.contrastive_loss", broken)
+    monkeypatch.setattr(gpu_environment.machine, "measure_roofs", lambda *args: dict.fromkeys(ROOFS, 1e12))
+    assert gpu_environment.main() == 1
+    printed = capsys.readouterr().out
+    assert "contrastive.fwd_bwd: RuntimeError: illegal instruction" in printed
+    assert "attention.fwd_bwd: right" in printed
+
+
+def test_a_folder_in_front_keeps_what_was_behind():
+    there = {"PYTHONPATH": os.pathsep.join(["/a", "/b"]), "X": "1"}
+    assert checkout.environment_with(Path("/site"), there)["PYTHONPATH"].split(os.pathsep) == ["/site", "/a", "/b"]
+    assert checkout.environment_with(Path("/site"), {}) == {"PYTHONPATH": "/site"}
 
 
 def test_package_runs_from_links_alone(tmp_path):
@@ -75,5 +224,7 @@ print(clipfast.__file__, k.__file__, b.__file__)
         env={**os.environ, "PYTHONPATH": str(site)}, cwd=tmp_path, capture_output=True, text=True, check=True,
     )  # fmt: skip
     assert all(path.startswith(str(site)) for path in run.stdout.split())
-    # and again, over what is there
+    # and again, over what is there, which Python's own files are among
+    (site / "clipfast" / "__pycache__").mkdir(exist_ok=True)
+    (site / "clipfast" / "__pycache__" / "x.pyc").touch()
     assert checkout.link_packages(site) == site

@@ -1,5 +1,6 @@
 """Timings: what is refused, what is kept, and whether the judgement is right."""
 
+import dataclasses
 import json
 import math
 import time
@@ -11,8 +12,8 @@ import pytest
 import torch
 
 import clipfast.bench
-from clipfast.bench import checkout, cli, compare, results, session, tables
-from clipfast.bench.case import OURS, Candidate, Case, MissingError
+from clipfast.bench import checkout, cli, compare, harness, results, session, tables
+from clipfast.bench.case import OURS, Candidate, MissingError
 from clipfast.bench.harness import Budget, leaves, measure, ratio_interval
 from clipfast.bench.machine import Telemetry
 from clipfast.bench.memory import peak_bytes
@@ -20,29 +21,14 @@ from clipfast.bench.suites import SUITES, build
 from clipfast.kernels.floors import Floor
 
 from ..conftest import INTERPRET
+from .cases import CPU, case, double, quickly
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
-CPU = torch.device("cpu")
+
 SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
 SMALL = {name: suite.smallest for name, suite in SUITES.items()}
 # compiling takes long
 SLOW = ("compiled",)
-
-
-def double(x):
-    return 2 * x
-
-
-def case(candidates, reference=double, **kwargs):
-    return Case(
-        suite="loss", op="double", shape={}, dtype="fp32", device=CPU, inputs=lambda: {"x": torch.randn(8)},
-        candidates=candidates, reference=reference, **kwargs,
-    )  # fmt: skip
-
-
-def quickly(case):
-    timings, _ = measure(case, Budget(seconds=0.0, rounds=3, min_rounds=2))
-    return {timing.candidate.name: timing for timing in timings}
 
 
 def test_a_wrong_candidate_is_not_timed():
@@ -210,9 +196,10 @@ def test_peak_memory_is_the_calls_own():
     assert 2 * 4096 * 64 * 4 <= ours < logits  # at least the two gradients
 
 
-def test_failed_memory_pass_is_no_figure(monkeypatch):
+def test_failed_memory_pass_says_why():
     built = build("loss", SMALL["loss"], "fp32", CPU)
-    assert peak_bytes(built, Candidate("nobody", lambda: double)) is None
+    with pytest.raises(RuntimeError, match="not enough values to unpack"):
+        peak_bytes(built, Candidate("nobody", lambda: double))
 
 
 def test_telemetry_says_why_there_is_none():
@@ -234,6 +221,16 @@ def test_inputs_rotate_past_the_cache(monkeypatch):
 
     measure(case((Candidate(OURS, lambda: run),), reference=None), Budget(seconds=0, rounds=12, min_rounds=12))
     assert len(seen) == math.ceil(3 * 100 / 32)
+
+
+def test_inputs_do_not_fill_the_memory(monkeypatch):
+    monkeypatch.setattr("clipfast.bench.harness.cache_bytes", lambda device: 2**20)
+    monkeypatch.setattr("clipfast.bench.harness.free_bytes", lambda device: 10 * 32)
+    built = case((Candidate(OURS, lambda: double),))
+    assert len(harness._input_sets(built)) == 1 + 2  # a fifth of ten sets, and the first
+    monkeypatch.setattr("clipfast.bench.harness.free_bytes", lambda device: 2**30)
+    assert len(harness._input_sets(built)) == harness.MAX_SETS
+    assert len(harness._input_sets(dataclasses.replace(built, graph=False))) == 1
 
 
 def test_leaves_take_no_more_gradients_than_asked():

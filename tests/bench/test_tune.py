@@ -1,5 +1,8 @@
 """The tuner: what it drops, what it refuses, and what it writes."""
 
+import argparse
+import concurrent.futures
+import dataclasses
 import json
 
 import pytest
@@ -8,21 +11,48 @@ import torch
 from clipfast.bench import cli, tune
 from clipfast.bench.case import OURS, Candidate
 from clipfast.bench.harness import Timing
+from clipfast.bench.inspection import offline
+from clipfast.bench.suites import build
 from clipfast.kernels import configs
+from clipfast.kernels.contrastive.blocks import blocks_on
 
 from ..conftest import INTERPRET, ON_GPU
 
 pytestmark = pytest.mark.skipif(INTERPRET or ON_GPU, reason="ranks configurations without a GPU")
+CPU = torch.device("cpu")
+SMALLEST = {"batch": 2, "tokens": 9, "heads": 2, "head_dim": 16, "causal": True}
 TARGET = tune.TARGETS["attention-64"]
 FORWARD = TARGET.kernels[0]
 GOOD = configs.AttentionConfig(64, 64, num_warps=4, num_stages=2)
+OTHER = configs.AttentionConfig(32, 64, num_warps=4, num_stages=2)
 SPILLS = configs.AttentionConfig(128, 128, num_warps=4, num_stages=1)
 TOO_LARGE = configs.AttentionConfig(128, 128, num_warps=4, num_stages=30)
 
 
-def test_what_spills_or_does_not_fit_is_dropped():
-    kept = tune.prune(FORWARD, TARGET, "bf16", 90, [SPILLS, TOO_LARGE, GOOD], keep=3)
+class InThisProcess(concurrent.futures.Executor):
+    def map(self, fn, *iterables, **kwargs):
+        return map(fn, *iterables)
+
+
+def test_what_spills_or_does_not_fit_is_dropped_and_said(capsys):
+    kept = tune.prune(FORWARD, TARGET, "bf16", 90, [SPILLS, TOO_LARGE, GOOD], keep=3, pool=InThisProcess())
     assert [config for config, _ in kept] == [GOOD]
+    said = capsys.readouterr().out
+    assert f"2 of 3 configurations are not sound: {SPILLS}: " in said
+    assert "spills" in said
+
+
+def test_what_does_not_compile_says_why():
+    odd = configs.AttentionConfig(24, 64, num_warps=4, num_stages=1)
+    reason = tune._inspect(FORWARD, TARGET, "bf16", 90, odd)
+    assert isinstance(reason, str)
+    assert "power of 2" in reason
+
+
+def test_a_kernel_that_is_not_launched_is_an_error():
+    gone = tune.Tunable("attention_fwd", "_renamed_kernel", configs.AttentionConfig)
+    with pytest.raises(RuntimeError, match=r"attention\.fwd_bwd launches no _renamed_kernel"):
+        tune._inspect(gone, TARGET, "bf16", 90, GOOD)
 
 
 def timing(samples, errors, refused=None):
@@ -31,8 +61,9 @@ def timing(samples, errors, refused=None):
 
 def test_only_what_is_faster_beyond_doubt_and_no_less_accurate_wins():
     committed = timing([1.0, 1.1, 0.9, 1.0], {"value": 1e-3})
-    faster, wrong, unsure, refused = (
+    faster, hardly, wrong, unsure, refused = (
         timing([0.8, 0.85, 0.75, 0.8], {"value": 1.1e-3}),
+        timing([0.99, 1.09, 0.89, 0.99], {"value": 1e-3}),
         timing([0.5, 0.5, 0.5, 0.5], {"value": 2e-3}),
         timing([0.7, 1.3, 0.7, 1.3], {"value": 1e-3}),
         timing([], {}, "wrong: value is off by 1.0e+00, allowed 4e-02"),
@@ -40,6 +71,7 @@ def test_only_what_is_faster_beyond_doubt_and_no_less_accurate_wins():
     names = [GOOD, SPILLS, TOO_LARGE, configs.AttentionConfig(16, 16, num_warps=4, num_stages=1)]
     assert tune.best([committed, faster, wrong, unsure, refused], names) == GOOD
     assert tune.best([committed, wrong, unsure, refused], names[1:]) is None
+    assert tune.best([committed, hardly], names[:1]) is None
     nan = timing([0.5, 0.5, 0.5, 0.5], {"value": float("nan")})
     assert tune.best([committed, nan], names[:1]) is None
 
@@ -59,6 +91,101 @@ def test_table_is_written_in_the_committed_form(tmp_path):
     changed = json.loads((tmp_path / "sm_90.json").read_text())
     assert changed.pop(key) == {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 30}
     assert changed == {k: v for k, v in json.loads(before).items() if k != key}
+
+
+def test_a_new_folder_starts_with_the_committed_table(tmp_path):
+    key = configs.config_key("attention_fwd", torch.bfloat16, 64)
+    path = tune.write_table({key: TOO_LARGE}, 90, tmp_path / "tables")
+    written = json.loads(path.read_text())
+    assert written == configs.read_table(90) | {key: dataclasses.asdict(TOO_LARGE)}
+    assert list(path.parent.iterdir()) == [path]
+
+
+def on_a_card(monkeypatch, timings):
+    """The tuner as it would be on a card, with timings that are given."""
+    monkeypatch.setattr(tune, "_table_arch", lambda device: 90)
+    monkeypatch.setattr(tune, "prune", lambda *args: [(OTHER, None)])
+    monkeypatch.setattr(tune, "build", lambda suite, shape, dtype, device: build(suite, SMALLEST, dtype, device))
+    budgets = []
+
+    def measured(case, budget):
+        budgets.append(budget)
+        return timings(len(budgets)), {"throttled": False}
+
+    monkeypatch.setattr(tune, "measure", measured)
+    return budgets
+
+
+def arguments(tmp_path, **changed):
+    given = {"dtype": "bf16", "seconds": 3.0, "keep": 8, "limit": 4, "total": 100.0, "tables": tmp_path / "out"}
+    return argparse.Namespace(**given | changed)
+
+
+def test_each_kernel_is_written_before_the_next_is_measured(tmp_path, monkeypatch):
+    before = []
+
+    def timings(number):
+        path = tmp_path / "out" / "sm_90.json"
+        before.append(json.loads(path.read_text()) if path.exists() else None)
+        if number == 3:
+            raise KeyboardInterrupt
+        return [timing([1.0] * 20, {}), timing([0.8] * 20, {})]
+
+    budgets = on_a_card(monkeypatch, timings)
+    with pytest.raises(KeyboardInterrupt):
+        tune._tune_all(["attention-64"], arguments(tmp_path), CPU)
+    keys = [tune.key_of(kernel, TARGET, "bf16") for kernel in TARGET.kernels]
+    assert before[0] is None
+    assert before[1][keys[0]] == before[2][keys[1]] == dataclasses.asdict(OTHER)
+    assert all(budget.min_rounds >= 20 for budget in budgets)
+
+
+def test_an_op_that_cannot_be_tuned_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    def timings(number):
+        return [timing([], {}, "no memory" if number == 1 else None), timing([], {}, "slow")]
+
+    budgets = on_a_card(monkeypatch, timings)
+    assert tune._tune_all(["attention-64", "attention-128"], arguments(tmp_path), CPU) == 1
+    assert len(budgets) == 4
+    assert (
+        "attention-64: RuntimeError: the committed configuration cannot be timed: no memory" in capsys.readouterr().out
+    )
+
+
+def test_no_kernel_is_begun_after_the_end(tmp_path, monkeypatch, capsys):
+    budgets = on_a_card(monkeypatch, lambda _: [timing([1.0] * 20, {}), timing([1.0] * 20, {})])
+    assert tune._tune_all(["attention-64"], arguments(tmp_path, total=0.0), CPU) == 0
+    assert len(budgets) == 1
+    assert "nothing is tuned after attention_fwd" in capsys.readouterr().out
+
+
+def test_a_target_with_a_scale_of_its_own_is_built_with_it():
+    target = tune.TARGETS["contrastive-online"]
+    small = dataclasses.replace(target, shape={"pairs": 8, "embed_dim": 16})
+    case = tune._case(small, "fp32", CPU, "any", [])
+    assert case.inputs()["logit_scale"] == case.gate_inputs()["logit_scale"] == target.logit_scale
+
+
+def test_that_scale_makes_the_kernel_work():
+    target = tune.TARGETS["contrastive-online"]
+    case = tune._case(dataclasses.replace(target, shape={"pairs": 512, "embed_dim": 512}), "fp32", CPU, "any", [])
+    inputs = case.inputs()
+    assert not blocks_on(CPU).stats(inputs["image"], inputs["text"], inputs["logit_scale"], 0).shared
+
+
+def test_every_entry_of_the_tables_can_be_tuned():
+    tunable = {tunable.kernel for target in tune.TARGETS.values() for tunable in target.kernels}
+    # the gradient of images is for images that are no bytes, which is not how models are trained
+    entries = {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
+    assert tunable == entries - {"patch_embed_bwd_images"}
+
+
+@pytest.mark.parametrize("op", tune.TARGETS)
+def test_every_tunable_kernel_is_launched(op):
+    target = tune.TARGETS[op]
+    case = build(target.suite, tune._small(target.shape), "bf16", CPU)
+    names = {launch.kernel.__name__ for launch in offline.record(90, lambda: tune._once(case))}
+    assert {tunable.function for tunable in target.kernels} <= names
 
 
 @pytest.mark.parametrize("op", tune.TARGETS)

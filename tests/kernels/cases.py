@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.kernels import attention, contrastive_loss, patch_embed
+from clipfast.kernels import attention, contrastive_loss, info_nce_loss, nt_xent_loss, patch_embed, sigmoid_loss
 
 # (pairs, embed_dim)
 LOSS_SHAPES = [
@@ -94,8 +94,16 @@ def small_calls(
     patch, patch_grad = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=False)
     byte, _ = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=True)
     loss = loss_inputs((11 * scale, 6), dtype, device, matched=0.3, scale=5.0)
+    image, text, logit_scale = loss.values()
+    queue = loss_inputs((7 * scale, 6), dtype, device, matched=0.3, scale=5.0)["image"]
+    queued = {"query": image, "key": text, "negatives": queue, "logit_scale": logit_scale}
+    views = {"first": image, "second": text, "logit_scale": logit_scale}
+    biased = loss | {"logit_bias": torch.tensor(-3.0, device=device)}
     return {
         "contrastive_loss": (contrastive_loss, loss, torch.tensor(1.0)),
+        "info_nce_loss": (info_nce_loss, queued, torch.tensor(1.0)),
+        "nt_xent_loss": (nt_xent_loss, views, torch.tensor(1.0)),
+        "sigmoid_loss": (sigmoid_loss, biased, torch.tensor(1.0)),
         "attention": (functools.partial(attention, num_heads=2, causal=True), attn, attn_grad),
         "patch_embed": (patch_embed, patch, patch_grad),
         "patch_embed of bytes": (patch_embed, byte, patch_grad),

@@ -5,11 +5,21 @@ import sys
 import pytest
 import torch
 
-from clipfast.kernels import attention, contrastive_loss, cpu, patch_embed, reference, retrieval_ranks
+from clipfast.kernels import (
+    attention,
+    contrastive_loss,
+    cpu,
+    info_nce_loss,
+    nt_xent_loss,
+    patch_embed,
+    reference,
+    retrieval_ranks,
+    sigmoid_loss,
+)
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.contrastive import cpu as contrastive_cpu
-from clipfast.kernels.contrastive import launches
+from clipfast.kernels.contrastive import launches, sigmoid_cpu, sigmoid_launches
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -46,6 +56,64 @@ LOSS_ERRORS = [
 def test_contrastive_loss(arguments, error, message):
     with pytest.raises(error, match=f"contrastive_loss: .*{message}"):
         contrastive_loss(*arguments)
+
+
+QUEUE_ERRORS = [
+    ((X.tolist(), X, 1.0), {}, TypeError, "query must be a torch.Tensor, got list"),
+    ((X, X[0], 1.0), {}, ValueError, r"key must have 2 dimensions, got shape \(8,\)"),
+    ((X, X[:3], 1.0), {}, ValueError, r"query and key must have the same shape, got \(4, 8\) and \(3, 8\)"),
+    ((X, X.half(), 1.0), {}, TypeError, "key is float16, but query is float32"),
+    ((X, X, torch.ones(2)), {}, ValueError, r"logit_scale must have one element, got shape \(2,\)"),
+    ((X, X, torch.ones((), device="meta")), {}, ValueError, "logit_scale is on meta, but query is on cpu"),
+    ((X, X, 1.0), {"in_batch": False}, ValueError, r"in_batch=False needs negatives \[K, D\], got None"),
+    ((X, X, 1.0), {"in_batch": 1}, TypeError, "in_batch must be a bool, got int"),
+    ((X, X, 1.0), {"negatives": X[:, :7]}, ValueError, r"negatives must be \[K, 8\], got \(4, 7\)"),
+    ((X, X, 1.0), {"negatives": X.half()}, TypeError, "negatives is float16, but query is float32"),
+    ((X, X, 1.0), {"negatives": X.to("meta")}, ValueError, "negatives is on meta, but query is on cpu"),
+    ((X, X, 1.0), {"negatives": [0.0]}, TypeError, "negatives must be a torch.Tensor, got list"),
+    ((X, X, 1.0), {"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"), QUEUE_ERRORS, ids=[case[3][:40] for case in QUEUE_ERRORS]
+)
+def test_info_nce_loss(arguments, options, error, message):
+    with pytest.raises(error, match=f"info_nce_loss: .*{message}"):
+        info_nce_loss(*arguments, **options)
+
+
+VIEW_ERRORS = [
+    ((X.tolist(), X, 1.0), TypeError, "first must be a torch.Tensor, got list"),
+    ((X, X[:3], 1.0), ValueError, r"first and second must have the same shape, got \(4, 8\) and \(3, 8\)"),
+    ((X, X.half(), 1.0), TypeError, "second is float16, but first is float32"),
+    ((X, X, "ten"), TypeError, "logit_scale must be a number or a torch.Tensor, got str"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), VIEW_ERRORS, ids=[case[2][:40] for case in VIEW_ERRORS])
+def test_nt_xent_loss(arguments, error, message):
+    with pytest.raises(error, match=f"nt_xent_loss: .*{message}"):
+        nt_xent_loss(*arguments)
+
+
+SIGMOID_ERRORS = [
+    ((X.tolist(), X, 1.0, 0.0), TypeError, "image must be a torch.Tensor, got list"),
+    ((X, X[:3], 1.0, 0.0), ValueError, r"same shape, got \(4, 8\) and \(3, 8\)"),
+    ((X, X.half(), 1.0, 0.0), TypeError, "text is float16, but image is float32"),
+    ((X, X, torch.ones(2), 0.0), ValueError, r"logit_scale must have one element, got shape \(2,\)"),
+    ((X, X, 1.0, torch.ones(2)), ValueError, r"logit_bias must have one element, got shape \(2,\)"),
+    ((X, X, 1.0, None), TypeError, "logit_bias must be a number or a torch.Tensor, got NoneType"),
+    ((X, X, 1.0, torch.ones((), device="meta")), ValueError, "logit_bias is on meta, but image is on cpu"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"), SIGMOID_ERRORS, ids=[case[2][:40] for case in SIGMOID_ERRORS]
+)
+def test_sigmoid_loss(arguments, error, message):
+    with pytest.raises(error, match=f"sigmoid_loss: .*{message}"):
+        sigmoid_loss(*arguments)
 
 
 ATTENTION_ERRORS = [
@@ -160,6 +228,16 @@ def paths():
             lambda **options: contrastive_loss(X, X, 1.0, **options),
             (contrastive_cpu, "stats"),
             (launches, "stats"),
+        ),
+        "info_nce_loss": (
+            lambda **options: info_nce_loss(X, X, 1.0, negatives=X, in_batch=False, **options),
+            (contrastive_cpu, "stats"),
+            (launches, "stats"),
+        ),
+        "sigmoid_loss": (
+            lambda **options: sigmoid_loss(X, X, 1.0, 0.0, **options),
+            (sigmoid_cpu, "sums"),
+            (sigmoid_launches, "sums"),
         ),
         "attention": (
             lambda **options: attention(QKV, 2, **options),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from clipfast.bench.graphs import Graphs
 from clipfast.kernels import reference, retrieval_ranks
 
 from ..conftest import ON_GPU
@@ -99,3 +100,44 @@ def test_index_that_is_no_image_is_a_text_of_none(device):
     wrong = torch.tensor([40, -2, 2**32], device=device).repeat(30)
     inputs["text_image"] = wrong.where(inputs["text_image"] < 0, inputs["text_image"])
     assert all(torch.equal(a, b) for a, b in zip(retrieval_ranks(**inputs), expected, strict=True))
+
+
+def test_reference_of_bytes_in_a_graph(device):
+    images = torch.randint(0, 256, (2, 3, 8, 8), dtype=torch.uint8, device=device)
+
+    def run():
+        return reference.normalize_uint8(images, reference.CLIP_MEAN, reference.CLIP_STD, torch.float32)
+
+    expected = run()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+def test_captures_of_benchmarks_share_a_pool_and_survive_a_failure(device):
+    device = torch.device("cuda", torch.cuda.current_device())
+    graphs = Graphs(device)
+    x, total = torch.randn(1000, 1000, device=device), torch.zeros(1000, 1000, device=device)
+
+    def good():
+        total.add_(x @ x)
+
+    def syncs():
+        return (x @ x).sum().item()
+
+    def syncs_unseen():
+        # not through PyTorch, which would say so before the capture
+        torch.cuda.current_stream().synchronize()
+
+    for bad in (syncs, syncs_unseen):
+        replays = graphs.capture([good, good])
+        with pytest.raises(RuntimeError):
+            graphs.capture([bad])
+        total.zero_()
+        for replay in [*replays, *graphs.capture([good])]:
+            replay()
+        torch.testing.assert_close(total, 3 * (x @ x), rtol=1e-4, atol=1e-2)
+        torch.rand(5, device=device)  # the generator is out of the capture too

@@ -19,6 +19,20 @@ before = status("VmRSS")
 {call}
 print(status("VmHWM") - before)
 """
+OTHERS = {
+    "info_nce_loss": "info_nce_loss(image, key, 14.3, negatives=text, in_batch=False{}).backward()",
+    "nt_xent_loss": "nt_xent_loss(image, text, 14.3{}).backward()",
+    "sigmoid_loss": "sigmoid_loss(image, text, 14.3, -10.0{}).backward()",
+}
+FEATURES = """
+from clipfast import {op}
+torch.set_num_threads(1)  # threads that wait for each other take minutes where other tests run beside this one
+image, key, text = (torch.nn.functional.normalize(torch.randn(8192, 16), dim=-1).requires_grad_() for _ in range(3))
+pairs = image, key, text
+image, key, text = (x[:9].detach().requires_grad_() for x in pairs)
+{call}
+image, key, text = pairs
+"""
 LOSS = """
 image, text = (torch.randn(16384, 512) for _ in range(2))
 for features in (image, text):
@@ -50,6 +64,14 @@ def test_peak_is_an_eighth_of_open_clip():
     # N x N in float32 is 1024 MiB: if theirs is less than that, the measurement is wrong.
     assert theirs > 1024
     assert ours <= theirs / 8, f"{ours} MiB against OpenCLIP's {theirs} MiB"
+
+
+@pytest.mark.parametrize("op", OTHERS)
+def test_losses_hold_no_matrix_of_logits(op):
+    setup = FEATURES.format(op=op, call=OTHERS[op].format(""))
+    # 64 million logits in float32 are 256 MiB: if the reference takes less, the measurement is wrong.
+    assert peak_mib(setup, OTHERS[op].format(", backend='torch'")) > 256
+    assert peak_mib(setup, OTHERS[op].format("")) < 64  # a chunk of logits is 32 MiB
 
 
 def test_ranks_of_200000_captions():

@@ -18,6 +18,9 @@ def test_opcheck(name, device):
     _, inputs, _ = small_calls(torch.float32, device)[name]
     overloads = {
         "contrastive_loss": ("contrastive_fwd", lambda x: (*x.values(), 0, True, True, torch.float32, False)),
+        "info_nce_loss": ("info_nce_fwd", lambda x: (*x.values(), True, True, torch.float32)),
+        "nt_xent_loss": ("nt_xent_fwd", lambda x: (*x.values(), True, torch.float32)),
+        "sigmoid_loss": ("sigmoid_fwd", lambda x: (*x.values(), 0, True, torch.float32)),
         "attention": ("attention_fwd", lambda x: (x["qkv"], 2, True)),
         "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
     }
@@ -147,7 +150,7 @@ def test_autocast_takes_matrix_operands_down(name, device):
     with torch.autocast(device.type, torch.bfloat16):
         value = fn(**leaves)
     # the loss itself stays in float32
-    assert value.dtype == (torch.float32 if name == "contrastive_loss" else torch.bfloat16)
+    assert value.dtype == (torch.float32 if name.endswith("loss") else torch.bfloat16)
     value.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in leaves.values() if x.requires_grad)
     torch.testing.assert_close(value.float(), fn(**inputs), rtol=2e-2, atol=5e-2)

@@ -13,9 +13,19 @@ import torch
 import triton
 import triton.language as tl
 
-from clipfast.kernels import _launch, attention, contrastive_loss, patch_embed, reference, retrieval_ranks
+from clipfast.kernels import (
+    _launch,
+    attention,
+    contrastive_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    patch_embed,
+    reference,
+    retrieval_ranks,
+    sigmoid_loss,
+)
 from clipfast.kernels._launch import execute_on_cpu
-from clipfast.kernels.contrastive import launches
+from clipfast.kernels.contrastive import launches, sigmoid_launches
 
 from ..conftest import INTERPRET, ON_GPU
 from ..numerics import compare
@@ -64,6 +74,33 @@ def test_contrastive_loss(shape, scale, dtype, sanitizer, monkeypatch):
     monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
     inputs = loss_inputs(shape, dtype, CPU, matched=0.3, scale=scale)
     op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
+    compare(op, expected, inputs, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scale", [50.0, 1e4], ids=["shared", "online"])
+def test_losses_of_several_blocks(scale, dtype, sanitizer, monkeypatch):
+    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
+    image, text, logit_scale = loss_inputs((67, 40), dtype, CPU, matched=0.3, scale=scale).values()
+    queue = loss_inputs((70, 40), dtype, CPU, matched=0.3, scale=scale)["image"]
+    queued = {"query": image, "key": text, "negatives": queue, "logit_scale": logit_scale}
+    compare(info_nce_loss, reference.info_nce_loss, queued, torch.tensor(1.0))
+    op, expected = (functools.partial(fn, in_batch=False) for fn in (info_nce_loss, reference.info_nce_loss))
+    compare(op, expected, queued, torch.tensor(1.0))
+    views = {"first": image, "second": text, "logit_scale": logit_scale}
+    compare(nt_xent_loss, reference.nt_xent_loss, views, torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("offset", [0, 67], ids=["pairs", "no pairs"])
+@pytest.mark.parametrize("shape", [(1, 16), (67, 40)], ids=str)
+def test_sigmoid_loss(shape, offset, dtype, sanitizer, monkeypatch):
+    for module in (launches, sigmoid_launches):
+        monkeypatch.setattr(module, "_block_edge", lambda x: 64)
+    bias = {"logit_bias": torch.tensor(-10.0)}
+    # one number's error can be nearly nothing by chance, PyTorch's too
+    inputs = [loss_inputs(shape, dtype, CPU, matched=0.3, scale=20.0) | bias for _ in range(3)]
+    op, expected = (functools.partial(fn, offset=offset) for fn in (sigmoid_loss, reference.sigmoid_loss))
     compare(op, expected, inputs, torch.tensor(1.0))
 
 

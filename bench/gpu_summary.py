@@ -1,0 +1,63 @@
+"""What ``make gpu`` came to, as text. Imports nothing but the standard library: it has to survive anything."""
+
+import dataclasses
+import getpass
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """A step that has ended: its name, what it came to, how long it took, and the end of its output."""
+
+    name: str
+    result: str
+    seconds: float
+    lines: list[str]
+
+
+def summarise(done: list[Done], out: Path, cached: Mapping[str, int], environment: Mapping[str, str]) -> None:
+    """Write summary.txt: the end of each step's output; then refusals, caches, and what each step came to.
+
+    Args:
+        done: the steps so far.
+        out: folder of the results.
+        cached: :func:`cache_entries` before the first step.
+        environment: of the steps.
+    """
+    lines: list[str] = []
+    for step in done:
+        lines += [f"-- {step.name}", *step.lines, ""]
+    lines += [line for path in sorted(out.glob("bench-*.json")) for line in _refusals(path)]
+    for name, now in cache_entries(environment).items():
+        lines.append(f"{name} cache: {cached[name]} entries at the start, {now} now")
+    lines += [f"{step.name:12} {step.result:20} {step.seconds:6.1f} s" for step in done]
+    (out / "summary.txt").write_text("\n".join(lines) + "\n")
+
+
+def cache_entries(environment: Mapping[str, str]) -> dict[str, int]:
+    """Entries of the compilers' caches: from an empty one, a step takes longer."""
+    inductor = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
+    folders = {
+        "triton": Path(environment.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"),
+        "inductor": Path(environment.get("TORCHINDUCTOR_CACHE_DIR") or inductor),
+    }
+    return {name: sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0 for name, folder in folders.items()}
+
+
+def _refusals(path: Path) -> Iterator[str]:
+    """What was not timed or not timed like the others, and once for each what is not installed."""
+    missing: dict[str, str] = {}
+    for case in json.loads(path.read_text())["cases"]:
+        label = " ".join([case["op"], *(f"{key}={value}" for key, value in case["shape"].items()), case["dtype"]])
+        for candidate in case["candidates"]:
+            reason = candidate["refused"]
+            if reason and reason.startswith("missing: "):
+                missing[candidate["name"]] = reason
+            elif reason or candidate["eager"]:
+                word = "refused" if reason else "no CUDA graph"
+                yield f"{word}: {label}: {candidate['name']}: {reason or candidate['eager']}"
+    if missing:
+        yield f"{path.name}: " + "; ".join(f"{name}: {reason}" for name, reason in missing.items())

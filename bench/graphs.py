@@ -1,0 +1,77 @@
+"""Calls as CUDA graphs, so that a short kernel is not hidden by the host that starts it."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+
+Call = Callable[[], object]
+
+
+class Graphs:
+    """Captures calls as CUDA graphs on one stream, in one memory pool: they are replayed one after another, and what
+    one leaves there nobody reads.
+
+    A capture that fails leaves PyTorch's allocator, its random numbers and the current stream in the middle of a
+    capture. It is ended here, so that the next one works; what synchronises with the host is found before its capture.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._renew()
+
+    def capture(self, calls: Sequence[Call]) -> list[Call]:
+        """Replays of ``calls``, which have run before. Their results are dropped.
+
+        Raises:
+            RuntimeError: one of them cannot be captured; PyTorch says why.
+        """
+        with self._on_stream(), _no_host_sync():
+            calls[0]()  # a library's workspace for this stream is not the graph's
+        current = torch.cuda.current_stream(self.device)
+        try:
+            return [self._capture(call) for call in calls]
+        except Exception as error:
+            try:
+                self._end_failed(current)
+            except RuntimeError as after:
+                raise RuntimeError(f"{error} (and no capture works after it: {after})") from error
+            raise
+
+    def _capture(self, call: Call) -> Call:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            call()
+        return graph.replay
+
+    def _end_failed(self, current: torch.cuda.Stream) -> None:
+        torch.cuda.set_stream(current)
+        with contextlib.suppress(RuntimeError):
+            # RuntimeError: the allocator has left the pool already
+            torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
+        self._renew()
+        torch.cuda.synchronize(self.device)
+        # a capture that ends well takes the random number generator out of the failed one
+        self._capture(lambda: torch.zeros(1, device=self.device))
+        torch.cuda.synchronize(self.device)
+
+    def _renew(self) -> None:
+        self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
+
+    @contextlib.contextmanager
+    def _on_stream(self) -> Iterator[None]:
+        current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream):
+            yield
+        current.wait_stream(self._stream)
+
+
+@contextlib.contextmanager
+def _no_host_sync() -> Iterator[None]:
+    before = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)

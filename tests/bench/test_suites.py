@@ -1,0 +1,101 @@
+"""What suites draw, how a step is judged, and what is known of the machine."""
+
+import pytest
+import torch
+
+from clipfast.bench import checkout, harness, machine
+from clipfast.bench.case import Candidate, MissingError
+from clipfast.bench.suites import SUITES, build
+from clipfast.kernels.contrastive import launches
+
+from ..conftest import INTERPRET
+from .cases import CPU
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
+
+
+def test_texts_of_a_step_end_anywhere_and_are_read_there():
+    torch.manual_seed(0)
+    texts = build("step", {"model": "ViT-T-8-32", "batch": 64}, "fp32", CPU).inputs()["texts"]
+    end = texts.argmax(1)
+    assert len(end.unique()) > 20
+    assert (texts.gather(1, end[:, None]) == 49407).all()
+    assert all(
+        (row[: stop + 1] > 0).all() and (row[stop + 1 :] == 0).all() for row, stop in zip(texts, end, strict=True)
+    )
+
+
+class _GradTwice(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong"),
+    [
+        (lambda image, text, scale: (image.roll(1, 0), text.roll(1, 0), scale), "image"),
+        (lambda image, text, scale: (_GradTwice.apply(image), text, scale), "d_parameters"),
+    ],
+    ids=["features", "gradients"],
+)
+def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, wrong):
+    built = build("step", {"model": "ViT-T-8-32", "batch": 3}, "fp32", CPU)
+    ours = built.candidates[0]
+
+    def make():
+        step = ours.make()
+        model = step.model
+        step.model = lambda images, texts: fault(*model(images, texts)[:3])
+        return step
+
+    timings = [harness.Timing(candidate) for candidate in (ours, Candidate("faulty", make))]
+    harness.pass_gate(built, timings)
+    right, faulty = timings
+    assert right.refused is None
+    assert set(right.errors) == {"value", "image", "text", "d_parameters"}
+    assert faulty.errors["value"] < 1e-4  # the loss alone would not show it
+    assert f"wrong: {wrong} is off by" in faulty.refused
+
+
+def test_the_loss_is_timed_by_its_other_routes_too():
+    by_name = {c.name: c for c in build("loss", SUITES["loss"].smallest, "fp32", CPU).candidates}
+    addmm, least = by_name["clipfast, addmm"], by_name["clipfast, memory=min"]
+    with pytest.raises(MissingError, match="needs a GPU"):
+        addmm.make()
+    with pytest.raises(MissingError, match="needs a GPU"):
+        least.make()
+    with addmm.context():
+        assert launches._products == "addmm"
+    assert launches._products == "triton"
+
+
+def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPFAST_COMMIT", "abc123")
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert machine.commit(tmp_path) == {"sha": "abc123", "dirty": None}
+    assert machine.commit(checkout.ROOT)["sha"] != "abc123"
+    monkeypatch.delenv("CLIPFAST_COMMIT")
+    assert machine.commit(tmp_path) == {"sha": None, "dirty": None}
+
+
+def test_roofs_are_taken_warm(monkeypatch):
+    seconds = iter([5.0, 3.0, 4.0])
+    calls = []
+    monkeypatch.setattr(machine, "_seconds", lambda run, device: next(seconds))
+    assert machine._best(lambda: calls.append(1), CPU, rounds=3) == 3.0
+    assert len(calls) == 3
+
+
+def test_the_chosen_gpu_becomes_the_current_one(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert machine.use(torch.device("cuda")) == torch.device("cuda:1")
+    assert machine.use(torch.device("cuda:2")) == torch.device("cuda:2")
+    assert machine.use(CPU) == CPU
+    assert chosen == [torch.device("cuda:1"), torch.device("cuda:2")]

@@ -1,0 +1,208 @@
+"""ClipLoss in OpenCLIP's place: values, gradients, and a training run."""
+
+import argparse
+import functools
+import itertools
+
+import open_clip
+import pytest
+import torch
+import torch.nn.functional as F
+from open_clip_train.train import train_one_epoch
+
+from clipfast import ClipLoss
+
+from ..process_group import run_ranks
+
+DIM = 24
+PAIRS = 5
+# local_loss, gather_with_grad
+COMBINATIONS = list(itertools.product([False, True], repeat=2))
+
+
+def features(scale, dtype=torch.float64, rank=0):
+    generator = torch.Generator().manual_seed(rank)
+    image, text = (F.normalize(torch.randn(PAIRS, DIM, generator=generator), dim=-1) for _ in range(2))
+    return [x.to(dtype) for x in (image, text, torch.tensor(scale))]
+
+
+def value_and_grads(loss, inputs, **options):
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    value = loss(*leaves, **options)
+    (2.5 * value).backward()
+    return [value.detach(), *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("scale", [20.0, 300.0])
+def test_one_process(scale):
+    inputs = features(scale)
+    ours, theirs = ClipLoss(), open_clip.ClipLoss()
+    torch.testing.assert_close(value_and_grads(ours, inputs), value_and_grads(theirs, inputs), rtol=1e-11, atol=1e-12)
+    found, expected = (loss(*inputs, output_dict=True) for loss in (ours, theirs))
+    assert list(found) == list(expected) == ["contrastive_loss"]
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("bias", [torch.tensor(-10.0), torch.tensor([3.0])], ids=["scalar", "one element"])
+def test_bias(bias):
+    # every logit has it, so no softmax does: OpenCLIP's gradient is what rounding leaves of zero
+    inputs = [*features(20.0), bias.double()]
+    found, expected = (value_and_grads(loss, inputs) for loss in (ClipLoss(), open_clip.ClipLoss()))
+    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
+    assert torch.equal(found[-1], torch.zeros_like(bias.double()))
+    torch.testing.assert_close(ClipLoss().get_logits(*inputs), open_clip.ClipLoss().get_logits(*inputs))
+    assert ClipLoss()(*features(20.0), -10.0) == found[0]
+
+
+def test_bias_by_pair_is_refused():
+    with pytest.raises(ValueError, match=r"ClipLoss: logit_bias must have one element, got shape \(5,\)"):
+        ClipLoss()(*features(20.0), torch.zeros(PAIRS))
+
+
+def test_horovod_is_refused():
+    with pytest.raises(ValueError, match="ClipLoss: use_horovod must be False"):
+        ClipLoss(use_horovod=True)
+
+
+def test_several_ranks_need_a_process_group():
+    for local_loss, gather_with_grad in COMBINATIONS:
+        loss = ClipLoss(local_loss, gather_with_grad, rank=1, world_size=2)
+        with pytest.raises(RuntimeError, match=r"ClipLoss: torch\.distributed is not initialised"):
+            loss(*features(20.0))
+
+
+@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 2, "world_size": 4}, {"local_loss": True, "rank": 2, "world_size": 4}]
+)
+def test_ground_truth(options, cache):
+    device = torch.device("cpu")
+    ours, theirs = (loss(cache_labels=cache, **options) for loss in (ClipLoss, open_clip.ClipLoss))
+    for pairs in (5, 5, 7):
+        labels = ours.get_ground_truth(device, pairs)
+        assert torch.equal(labels, theirs.get_ground_truth(device, pairs))
+        assert (ours.get_ground_truth(device, pairs) is labels) == cache
+
+
+def every_combination(rank, world_size):
+    results = []
+    for local_loss, gather_with_grad in COMBINATIONS:
+        options = {"local_loss": local_loss, "gather_with_grad": gather_with_grad}
+        for scale in (20.0, 300.0):
+            inputs = [*features(scale, rank=rank), torch.tensor(-3.0)]
+            losses = [loss(**options, rank=rank, world_size=world_size) for loss in (ClipLoss, open_clip.ClipLoss)]
+            results.append([value_and_grads(loss, inputs) for loss in losses])
+            results[-1] += [value_and_grads(functools.partial(of_logits, loss), inputs[:3]) for loss in losses]
+    wrong = [refused(rank=rank, world_size=world_size + 1), refused(rank=rank + 1, world_size=world_size)]
+    return results, wrong
+
+
+def of_logits(loss, *inputs):
+    """A number that depends on each of the logits, and on which are whose."""
+    return sum((logits * torch.arange(logits.numel()).view_as(logits)).sum() for logits in loss.get_logits(*inputs))
+
+
+def refused(**options):
+    try:
+        ClipLoss(**options)(*features(20.0))
+    except ValueError as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_several_ranks(world_size, tmp_path):
+    by_rank = run_ranks(every_combination, world_size, world_size, folder=tmp_path)
+    close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-12)
+    for _, wrong in by_rank:
+        assert all("ClipLoss: " in text and " must be " in text for text in wrong), wrong
+    for index, (combination, _) in enumerate(itertools.product(COMBINATIONS, range(2))):
+        ranks = [results[index] for results, _ in by_rank]
+        for ours, theirs, our_logits, their_logits in ranks:
+            close(our_logits, their_logits)
+            close(ours[:3], theirs[:3])
+            close(ours[4], theirs[4])
+            if combination != (True, True):
+                close(ours[3], theirs[3])
+        # theirs is a share of it there, and the mean is what DistributedDataParallel takes
+        close(*(torch.stack([rank[which][3] for rank in ranks]).mean() for which in (0, 1)))
+
+
+WIDTH = 32
+MODEL = {
+    "embed_dim": WIDTH,
+    "vision_cfg": {"image_size": 16, "patch_size": 8, "width": WIDTH, "layers": 1, "head_width": 16},
+    "text_cfg": {"context_length": 8, "vocab_size": 64, "width": WIDTH, "heads": 2, "layers": 1},
+}
+STEPS = 50
+BATCH = 16
+
+
+class Batches:
+    """Synthetic pairs, in the form that OpenCLIP's training loop reads."""
+
+    num_batches = STEPS
+    num_samples = STEPS * BATCH
+
+    def __init__(self):
+        self.dataloader = self
+
+    def set_epoch(self, epoch):
+        """Always the same."""
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(7)
+        images = torch.randn(4 * BATCH, 3, 16, 16, generator=generator)
+        texts = torch.randint(1, 64, (4 * BATCH, 8), generator=generator)
+        for _ in range(STEPS):
+            some = torch.randperm(4 * BATCH, generator=generator)[:BATCH]
+            yield images[some], texts[some]
+
+
+class Recorded(torch.nn.Module):
+    """A loss that keeps its values."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss, self.values = loss, []
+
+    def forward(self, *args, **kwargs):
+        out = self.loss(*args, **kwargs)
+        self.values.append(out["contrastive_loss"].item())
+        return out
+
+
+def trained(loss, **settings):
+    """Losses of an epoch of OpenCLIP's own training loop, and the scale after it."""
+    torch.manual_seed(0)
+    model = open_clip.model.CLIP(**MODEL, output_dict=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    args = argparse.Namespace(
+        device="cpu", precision="fp32", distill=False, accum_freq=1, skip_scheduler=True, grad_clip_norm=1.0,
+        horovod=False, rank=0, local_rank=0, world_size=1, log_every_n_steps=STEPS, log_local=False,
+        batch_size=BATCH, wandb=False,
+    )  # fmt: skip
+    vars(args).update(settings)
+    loss = Recorded(loss)
+    train_one_epoch(model, {"train": Batches()}, loss, 0, optimizer, None, None, None, args)
+    return loss.values, model.logit_scale.item()
+
+
+@pytest.fixture
+def one_thread():
+    """For a small model, threads cost more than they do."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("accum_freq", [1, 2])
+def test_open_clip_trains_as_with_its_own_loss(accum_freq):
+    (ours, our_scale), (theirs, their_scale) = (
+        trained(loss, accum_freq=accum_freq) for loss in (ClipLoss(), open_clip.ClipLoss())
+    )
+    assert len(ours) == STEPS
+    assert ours[-1] < 0.5 * ours[0]
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert our_scale == pytest.approx(their_scale, rel=1e-5)
