@@ -33,22 +33,6 @@ def arch(request, monkeypatch):
         monkeypatch.setattr(_launch, "CPU_ARCH", 90 if request.getfixturevalue("dtype").itemsize == 2 else 80)
 
 
-def draws(shape):
-    """Luck evens out among many rows, and large cases take long where kernels are interpreted."""
-    return range((8 if INTERPRET else 30) if shape[0] < 10 else 2)
-
-
-ONE = torch.tensor(1.0)
-QUEUES = (1, 70, 64, 1, 150)  # by LOSS_SHAPES; 70 is past a tile of float32, 150 past one of 16 bits
-
-
-@pytest.fixture(params=[80, 90] if INTERPRET else [0])
-def arch(request, monkeypatch):
-    """With pointers, and with tensor descriptors."""
-    if request.param:
-        monkeypatch.setattr(_launch, "CPU_ARCH", request.param)
-
-
 def queue_inputs(shape, queue, dtype, device, *, matched=0.3, scale=20.0):
     """Queries, their keys, and a queue of other keys."""
     pairs = loss_inputs(shape, dtype, device, matched=matched, scale=scale)
