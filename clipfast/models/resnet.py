@@ -65,8 +65,8 @@ class AttentionPool2d(nn.Module):
         """[B, width, H, W] -> [B, embed_dim]."""
         x = x.flatten(2).transpose(1, 2)  # [B, HW, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
-        # Only the first token's output is used, so there is one query. W_k goes to it, and W_v to what it pooled: exactly
-        # the same, but for one row in place of all.
+        # Only the first token's output is used, so there is one query. W_k goes to it, and W_v to what it pooled: the
+        # same function, with one row to project in place of all.
         q, weight_k, weight_v = (
             t.unflatten(dim, (self.num_heads, -1))
             for t, dim in ((self.q_proj(x[:, 0]), 1), (self.k_proj.weight, 0), (self.v_proj.weight, 0))

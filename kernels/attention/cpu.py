@@ -29,7 +29,7 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``; with ``with_sums``, sums of those of q and v over batch and rows."""
+    """Write the gradients of q, k and v to ``grads``; ``with_sums`` of those of q and v over batch and rows."""
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()

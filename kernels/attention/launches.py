@@ -65,8 +65,8 @@ def backward(
         With ``with_sums``, sums over batch and rows of the gradients of q and v, [H * D] float32 each.
     """
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
-    dq, dk, dv = grads
-    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *dq.stride()[:2], *dk.stride()[:2])
+    to_grads = (*grads[0].stride()[:2], *grads[1].stride()[:2])
+    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *to_grads)
     options = _options(head_dim, seqlens, causal) | {"HAS_SUMS": with_sums}
     arch = arch_of(device)
     short = short_config("attention_short_bwd", arch, q.dtype, head_dim, n)
@@ -107,7 +107,7 @@ def _options(head_dim: int, seqlens: Tensor | None, causal: bool) -> dict[str, o
 
 
 def _key_parts(n: int) -> tuple[int, ...]:
-    """Powers of two, no smaller than the 16 of the matrix unit, that add up to ``n`` or little more: 197 is 128 + 64 + 16."""
+    """Powers of two, at least the 16 of the matrix unit, that add up to ``n`` or little more: 197 is 128 + 64 + 16."""
     rounded = triton.cdiv(n, 16) * 16
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
 

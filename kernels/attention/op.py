@@ -43,9 +43,8 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    batch, length, width3 = qkv.shape
     # no -1: of an empty batch it could be anything
-    q, k, v = qkv.unflatten(-1, (3, num_heads, width3 // (3 * num_heads))).unbind(2)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).unbind(2)
     return q, k, v
 
 
