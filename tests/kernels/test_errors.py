@@ -16,6 +16,8 @@ from clipfast.kernels import (
     retrieval_ranks,
     sigmoid_loss,
 )
+from clipfast.kernels.attention import cpu as attention_cpu
+from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.contrastive import cpu as contrastive_cpu
 from clipfast.kernels.contrastive import launches, sigmoid_cpu, sigmoid_launches
 
@@ -220,9 +222,7 @@ def test_interpreter_refuses_what_it_would_get_wrong():
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    attention_, patch_, retrieval = (
-        sys.modules[f"clipfast.kernels.{name}"] for name in ("attention", "patch_embed", "retrieval")
-    )
+    patch_, retrieval = (sys.modules[f"clipfast.kernels.{name}"] for name in ("patch_embed", "retrieval"))
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -241,8 +241,8 @@ def paths():
         ),
         "attention": (
             lambda **options: attention(QKV, 2, **options),
-            (cpu, "attention_fwd"),
-            (attention_, "_fwd_triton"),
+            (attention_cpu, "forward"),
+            (attention_launches, "forward"),
         ),
         "patch_embed": (
             lambda **options: patch_embed(**PATCH, **options),
