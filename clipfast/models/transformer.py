@@ -38,11 +38,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        bias = self.in_proj_bias
-        # attention makes the gradient of the bias from what it has at hand; a sum over all of qkv's would read it again
-        qkv = F.linear(x, self.in_proj_weight, bias.detach())
-        attn = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
-        return self.out_proj(attn)
+        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        return self.out_proj(attention(qkv, self.num_heads, causal=self.causal, backend=self.backend))
 
 
 class MLP(nn.Module):

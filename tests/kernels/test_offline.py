@@ -64,8 +64,8 @@ def test_snapshot_holds_nothing_else():
 
 def test_planted_spill_is_seen_as_the_assembler_reports_it(capsys, tmp_path):
     # 128 x 128 fp32 scores in the registers of one warp cannot fit.
-    too_large = configs.LoopedConfig(128, 128, num_warps=1, num_stages=1)
-    with configs.override(configs.config_key("attention_looped_fwd", torch.bfloat16, 64), too_large):
+    too_large = configs.AttentionConfig(128, 128, num_warps=1, num_stages=1)
+    with configs.override(configs.config_key("attention_fwd", torch.bfloat16, 64), too_large):
         (launch,) = offline.record(80, lambda: attention(torch.empty(1, 256, 3 * 64, dtype=torch.bfloat16), 1))
     with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = str(tmp_path)  # so that the assembler runs
