@@ -15,13 +15,6 @@ from ..numerics import compare, value_and_grads
 from .cases import LOSS_SHAPES, loss_inputs, strided
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-
-def draws(shape):
-    """Luck evens out among many rows, and large cases take long where kernels are interpreted."""
-    return range((8 if INTERPRET else 30) if shape[0] < 10 else 2)
-
-
 ONE = torch.tensor(1.0)
 QUEUES = (1, 70, 64, 1, 150)  # by LOSS_SHAPES; 70 is past a tile of float32, 150 past one of 16 bits
 
@@ -31,6 +24,11 @@ def arch(request, monkeypatch):
     """Float32 with pointers and 16 bits with tensor descriptors; the other way is tested with the contrastive loss."""
     if INTERPRET and "dtype" in request.fixturenames:
         monkeypatch.setattr(_launch, "CPU_ARCH", 90 if request.getfixturevalue("dtype").itemsize == 2 else 80)
+
+
+def draws(shape, dtype):
+    """Luck evens out among many rows, and large cases take long where kernels are interpreted."""
+    return range((30 if dtype.itemsize > 2 else 8) if shape[0] < 10 else 2)
 
 
 def queue_inputs(shape, queue, dtype, device, *, matched=0.3, scale=20.0):
@@ -55,7 +53,7 @@ def in_double(inputs):
 @pytest.mark.parametrize(("shape", "queue"), list(zip(LOSS_SHAPES, QUEUES, strict=True)), ids=str)
 @pytest.mark.parametrize(("matched", "scale"), [(0.0, 14.3), (0.3, 100.0)], ids=["start", "end"])
 def test_info_nce(shape, queue, in_batch, dtype, matched, scale, device, arch):
-    inputs = [queue_inputs(shape, queue, dtype, device, matched=matched, scale=scale) for _ in draws(shape)]
+    inputs = [queue_inputs(shape, queue, dtype, device, matched=matched, scale=scale) for _ in draws(shape, dtype)]
     op, expected = (functools.partial(fn, in_batch=in_batch) for fn in (info_nce_loss, reference.info_nce_loss))
     compare(op, expected, inputs, ONE)
 
@@ -64,7 +62,7 @@ def test_info_nce(shape, queue, in_batch, dtype, matched, scale, device, arch):
 @pytest.mark.parametrize("shape", LOSS_SHAPES, ids=str)
 @pytest.mark.parametrize(("matched", "scale"), [(0.0, 14.3), (0.3, 100.0)], ids=["start", "end"])
 def test_nt_xent(shape, dtype, matched, scale, device, arch):
-    inputs = [view_inputs(shape, dtype, device, matched=matched, scale=scale) for _ in draws(shape)]
+    inputs = [view_inputs(shape, dtype, device, matched=matched, scale=scale) for _ in draws(shape, dtype)]
     compare(nt_xent_loss, reference.nt_xent_loss, inputs, ONE)
 
 
