@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.nn.functional import all_gather
 
 from .kernels import contrastive_loss, distributed_contrastive_loss
 from .kernels.contrastive.exchange import check_initialised, gather_equal
@@ -156,7 +157,7 @@ class ClipLoss(nn.Module):
 
     def _gather(self, features: Tensor) -> Tensor:
         if self.gather_with_grad:
-            return _Gather.apply(features).flatten(0, 1)  # type: ignore[no-untyped-call]
+            return torch.cat(all_gather(features.contiguous()))
         blocks = list(gather_equal(features.detach(), None))
         if not self.local_loss:
             blocks[self.rank] = features
@@ -178,18 +179,3 @@ class _Mean(torch.autograd.Function):
         if ctx.of_all:
             return _Mean.apply(grad, True), None  # type: ignore[no-untyped-call]
         return grad / dist.get_world_size(), None
-
-
-class _Gather(torch.autograd.Function):
-    """[b, D] of each rank -> [ranks, b, D]; the gradient is the sum over ranks."""
-
-    @staticmethod
-    def forward(_: Any, features: Tensor) -> Tensor:
-        return gather_equal(features, None)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(_: Any, grad: Tensor) -> Tensor:
-        total = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total)
-        return total[dist.get_rank()]

@@ -193,6 +193,11 @@ def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
         raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}, but {other_name} is {dtype_name(other.dtype)}")
 
 
+def slices(length: int, size: int) -> list[slice]:
+    """``range(length)`` in pieces of ``size``, the last of what is left."""
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
 def dtype_name(dtype: torch.dtype) -> str:
     """``torch.float32`` as ``float32``."""
     return str(dtype).removeprefix("torch.")

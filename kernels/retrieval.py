@@ -13,8 +13,6 @@ FLOPs: 2 M N D, and 2 N T D for the own scores, T the side of a tile. Memory bey
 few tiles more.
 """
 
-from collections.abc import Iterator
-
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +28,7 @@ from ._launch import (
     dtype_name,
     launch,
     outside_autocast,
+    slices,
     triton_runs_on,
     uses_reference,
 )
@@ -161,10 +160,10 @@ def _ahead_cpu(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tens
         own[texts] = torch.mm(x, y.T, out=scores).diagonal()[: len(texts)]
     image_best, text_best = _best(own, owner, m)
     image_ahead, text_ahead = owner.new_full((m,), n), owner.new_full((n,), m)
-    for images in _slices(m, side):
+    for images in slices(m, side):
         rows = images.stop - images.start
         x[:rows] = image[images]
-        for texts in _slices(n, side):
+        for texts in slices(n, side):
             columns = texts.stop - texts.start
             y[:columns] = text[texts]
             tile, mark = torch.mm(x, y.T, out=scores)[:rows, :columns], marks[:rows, :columns]
@@ -177,11 +176,6 @@ def _ahead_cpu(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tens
             behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)
             text_ahead[texts] -= behind.sum(0).long()
     return image_ahead, text_ahead
-
-
-def _slices(length: int, size: int) -> Iterator[slice]:
-    for start in range(0, length, size):
-        yield slice(start, min(start + size, length))
 
 
 def _slots(owner: Tensor, num_images: int) -> Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._launch import LOG2E, accumulate_dtype
+from .._launch import LOG2E, accumulate_dtype, slices
 from .stats import Stats, Weights, is_exact, no_stats, pairs_in, shared_shift
 
 CHUNK_ELEMENTS = 2**23  # of the logits: 32 MiB of float32
@@ -140,15 +140,12 @@ def _chunks(x: Tensor, y: Tensor, logit_scale: Tensor) -> Iterator[tuple[slice, 
     size = min(m, max(16, CHUNK_ELEMENTS // n))
     buffer = x.new_empty(size, n)
     factor = logit_scale.to(x.dtype) * LOG2E
-    for start in range(0, m, size):
-        rows = slice(start, min(start + size, m))
-        yield rows, torch.mm(x[rows] * factor, y.T, out=buffer[: rows.stop - start])
+    for rows in slices(m, size):
+        yield rows, torch.mm(x[rows] * factor, y.T, out=buffer[: rows.stop - rows.start])
 
 
-def _pieces(chunk: Tensor) -> Iterator[slice]:
-    size = max(1, PIECE_ELEMENTS // chunk.shape[1])
-    for start in range(0, len(chunk), size):
-        yield slice(start, min(start + size, len(chunk)))
+def _pieces(chunk: Tensor) -> list[slice]:
+    return slices(len(chunk), max(1, PIECE_ELEMENTS // chunk.shape[1]))
 
 
 def _finite(maximum: Tensor) -> Tensor:

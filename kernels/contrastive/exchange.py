@@ -149,7 +149,8 @@ class Reduction:
     def result(self) -> Tensor:
         """The sum of this rank's own block, after all have been given."""
         self._wait()
-        assert self.own is not None
+        if self.own is None:
+            raise RuntimeError("no rank has given this rank's own block")
         return self.own
 
     def _wait(self) -> None:
@@ -173,5 +174,6 @@ class Travel:
 
     def result(self) -> Tensor:
         """The sum of this rank's own block, after all have been given."""
-        assert self.pending is not None
+        if self.pending is None:
+            raise RuntimeError("no block has been given")
         return self.pending.wait()

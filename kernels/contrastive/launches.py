@@ -2,7 +2,7 @@
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,15 +10,15 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._launch import LOG2E, arch_of, launch
-from ..configs import gemm_config, row_config
+from .._launch import LOG2E, arch_of, launch, slices
+from ..configs import RowConfig, gemm_config, row_config
 from .row_tiles import _finish_kernel, _normalize_kernel
 from .stats import Stats, Weights, is_exact, no_stats, shared_shift
 from .tiles import _grad_tile_kernel, _merge_kernel, _online_stats_kernel, _products_kernel, _stats_kernel
 
 # Rows and columns whose sums by tile are held at once: 16 MiB in all, whatever M and N are.
 STATS_EDGE = 16384
-MERGE_BLOCK = 256
+MERGE = RowConfig(block_m=256, block_k=1, num_warps=4, num_stages=1)
 GROUP_M = 8
 PRODUCTS = ("triton", "addmm")
 _products = "triton"
@@ -66,7 +66,7 @@ def new_accumulator(rows: int, like: Tensor) -> Tensor:
 
 def strips(x: Tensor) -> list[slice]:
     """Rows to accumulate before they are finished."""
-    return _slices(len(x), _block_edge(x))
+    return slices(len(x), _block_edge(x))
 
 
 def stats(x: Tensor, y: Tensor, logit_scale: Tensor, diagonal: int) -> Stats:
@@ -92,8 +92,8 @@ def _accumulate_stats(
     of_rows, of_cols = (
         result.row_sum.new_empty(2 if is_online else 1, count * edge) for count, edge in zip(tiles, edges, strict=True)
     )
-    for rows in _slices(len(x), STATS_EDGE):
-        for cols in _slices(len(y), STATS_EDGE):
+    for rows in slices(len(x), STATS_EDGE):
+        for cols in slices(len(y), STATS_EDGE):
             m, n = rows.stop - rows.start, cols.stop - cols.start
             num_m, num_n = triton.cdiv(m, cfg.block_m), triton.cdiv(n, cfg.block_n)
             kernel, programs, buffers = _stats_kernel, num_m * num_n, (of_rows[0], of_cols[0])
@@ -114,9 +114,9 @@ def _accumulate_stats(
             )
             for buffer, count, size, maximum, total, is_first in sides:
                 launch(
-                    _merge_kernel, (triton.cdiv(size, MERGE_BLOCK),), buffer[0], buffer[-1], maximum, total,
-                    result.shared, count, size, config=_MERGE, device=device,
-                    BLOCK=MERGE_BLOCK, IS_ONLINE=is_online, IS_FIRST=is_first,
+                    _merge_kernel, (triton.cdiv(size, MERGE.block_m),), buffer[0], buffer[-1], maximum, total,
+                    result.shared, count, size, config=MERGE, device=device,
+                    BLOCK=MERGE.block_m, IS_ONLINE=is_online, IS_FIRST=is_first,
                 )  # fmt: skip
 
 
@@ -130,15 +130,29 @@ def add_gradients(
     acc_y: Tensor | None,
 ) -> None:
     """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with G recomputed once for both."""
+
+    def write(grad: Tensor, rows: slice, cols: slice) -> None:
+        row, col = weights.row[:, rows], weights.col[:, cols]
+        offset = diagonal + rows.start - cols.start
+        _launch_grad_tile(x[rows], y[cols], grad, logit_scale, weights.shared, row, col, offset)
+
+    add_products(x, y, write, acc_x, acc_y)
+
+
+def add_products(
+    x: Tensor,
+    y: Tensor,
+    write: Callable[[Tensor, slice, slice], None],
+    acc_x: Tensor | None,
+    acc_y: Tensor | None,
+) -> None:
+    """acc_x += G y and acc_y += G^T x, with blocks of G that ``write(grad, rows, cols)`` writes to ``grad``."""
     edge = _block_edge(x)
     buffer = _aligned((min(edge, len(x)), min(edge, len(y))), x)
-    for rows in _slices(len(x), edge):
-        for cols in _slices(len(y), edge):
+    for rows in slices(len(x), edge):
+        for cols in slices(len(y), edge):
             grad = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-            _launch_grad_tile(
-                x[rows], y[cols], grad, logit_scale, weights.shared, weights.row[:, rows], weights.col[:, cols],
-                diagonal + rows.start - cols.start,
-            )  # fmt: skip
+            write(grad, rows, cols)
             _add_products(
                 grad, x[rows], y[cols], None if acc_x is None else acc_x[rows], None if acc_y is None else acc_y[cols]
             )
@@ -224,10 +238,6 @@ def _multiprocessors(device: torch.device) -> int:
     return 132
 
 
-def _slices(length: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
-
-
 def _has_tma(x: Tensor) -> bool:
     # float32 products must stay exact, so they do not reach the matrix units that tiles are copied for
     return arch_of(x.device) >= 90 and x.dtype.itemsize == 2
@@ -246,10 +256,3 @@ def _aligned(shape: tuple[int, ...], like: Tensor) -> Tensor:
     """Uninitialised [rows, cols] whose rows start at multiples of 16 bytes, as tensor descriptors need."""
     multiple = 16 // like.dtype.itemsize
     return like.new_empty(shape[0], triton.cdiv(shape[1], multiple) * multiple)[:, : shape[1]]
-
-
-class _MergeConfig:
-    num_warps, num_stages = 4, 1
-
-
-_MERGE = _MergeConfig()

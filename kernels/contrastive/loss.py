@@ -125,13 +125,7 @@ def contrastive_loss(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "contrastive_loss"
-    check_tensor(op, "image", image, 2)
-    check_tensor(op, "text", text, 2)
-    if offset == 0 and image.shape != text.shape:
-        raise ValueError(
-            f"{op}: image and text must have the same shape, got {tuple(image.shape)} and {tuple(text.shape)}; "
-            "with offset=..., they may have other numbers of rows"
-        )
+    check_sides(op, image, text, offset)
     return pairwise_loss(op, image, text, logit_scale, True, normalize, offset, memory, backend)
 
 
@@ -147,18 +141,34 @@ def pairwise_loss(
     backend: str,
 ) -> Tensor:
     """The loss of rows against columns, ``both`` directions or that of the rows only; see :func:`contrastive_loss`."""
-    if rows.shape[1] != cols.shape[1]:
-        raise ValueError(f"{op}: features must have the same size, got {rows.shape[1]} and {cols.shape[1]}")
+    check_width(op, rows, cols)
     if memory not in MEMORY:
         raise ValueError(f"{op}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
     scale = scale_tensor(op, logit_scale, rows)
     check_like(op, "text", cols, "image", rows)
-    dtype = autocast_to(rows.new_empty(0)).dtype
+    operand = autocast_to(rows.new_empty(0))
     if uses_reference(op, backend, rows):
         return reference.pairwise_loss(rows, cols, scale, both=both, normalize=normalize, offset=offset)
-    check_float(op, "image", autocast_to(rows.new_empty(0)))
-    scale = scale.to(accumulate_dtype(dtype))
-    return _contrastive_fwd(rows, cols, scale, offset, both, normalize, dtype, memory == "min")[0]
+    check_float(op, "image", operand)
+    scale = scale.to(accumulate_dtype(operand.dtype))
+    return _contrastive_fwd(rows, cols, scale, offset, both, normalize, operand.dtype, memory == "min")[0]
+
+
+def check_sides(op: str, image: Tensor, text: Tensor, offset: int) -> None:
+    """Refuse what are no features, and sides of different shapes unless ``offset`` says where the pairs are."""
+    check_tensor(op, "image", image, 2)
+    check_tensor(op, "text", text, 2)
+    if offset == 0 and image.shape != text.shape:
+        raise ValueError(
+            f"{op}: image and text must have the same shape, got {tuple(image.shape)} and {tuple(text.shape)}; "
+            "with offset=..., they may have other numbers of rows"
+        )
+
+
+def check_width(op: str, rows: Tensor, cols: Tensor) -> None:
+    """Refuse features of different sizes."""
+    if rows.shape[1] != cols.shape[1]:
+        raise ValueError(f"{op}: features must have the same size, got {rows.shape[1]} and {cols.shape[1]}")
 
 
 def scale_tensor(

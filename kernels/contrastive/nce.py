@@ -192,12 +192,12 @@ def info_nce_loss(
     check_like(op, "negatives", negatives, "query", query)
     if negatives.shape[1] != query.shape[1]:
         raise ValueError(f"{op}: negatives must be [K, {query.shape[1]}], got {tuple(negatives.shape)}")
-    dtype = autocast_to(query.new_empty(0)).dtype
+    operand = autocast_to(query.new_empty(0))
     if uses_reference(op, backend, query):
         return reference.info_nce_loss(query, key, scale, negatives=negatives, in_batch=in_batch, normalize=normalize)
-    check_float(op, "query", autocast_to(query.new_empty(0)))
-    scale = scale.to(accumulate_dtype(dtype))
-    return _info_nce_fwd(query, key, negatives, scale, in_batch, normalize, dtype)[0]
+    check_float(op, "query", operand)
+    scale = scale.to(accumulate_dtype(operand.dtype))
+    return _info_nce_fwd(query, key, negatives, scale, in_batch, normalize, operand.dtype)[0]
 
 
 def nt_xent_loss(
@@ -229,11 +229,12 @@ def nt_xent_loss(
     op = "nt_xent_loss"
     _check_pairs(op, "first", first, "second", second)
     scale = scale_tensor(op, logit_scale, first, like_name="first")
-    dtype = autocast_to(first.new_empty(0)).dtype
+    operand = autocast_to(first.new_empty(0))
     if uses_reference(op, backend, first):
         return reference.nt_xent_loss(first, second, scale, normalize=normalize)
-    check_float(op, "first", autocast_to(first.new_empty(0)))
-    return _nt_xent_fwd(first, second, scale.to(accumulate_dtype(dtype)), normalize, dtype)[0]
+    check_float(op, "first", operand)
+    scale = scale.to(accumulate_dtype(operand.dtype))
+    return _nt_xent_fwd(first, second, scale, normalize, operand.dtype)[0]
 
 
 def _check_pairs(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -26,13 +26,12 @@ from .._launch import (
     autocast_to,
     check_float,
     check_like,
-    check_tensor,
     outside_autocast,
     triton_runs_on,
     uses_reference,
 )
 from .blocks import blocks_on
-from .loss import scale_tensor
+from .loss import check_sides, check_width, scale_tensor
 from .stats import pairs_in
 from .symmetric import _part
 
@@ -163,21 +162,14 @@ def sigmoid_loss(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "sigmoid_loss"
-    check_tensor(op, "image", image, 2)
-    check_tensor(op, "text", text, 2)
-    if offset == 0 and image.shape != text.shape:
-        raise ValueError(
-            f"{op}: image and text must have the same shape, got {tuple(image.shape)} and {tuple(text.shape)}; "
-            "with offset=..., they may have other numbers of rows"
-        )
-    if image.shape[1] != text.shape[1]:
-        raise ValueError(f"{op}: features must have the same size, got {image.shape[1]} and {text.shape[1]}")
+    check_sides(op, image, text, offset)
+    check_width(op, image, text)
     scale = scale_tensor(op, logit_scale, image)
     bias = scale_tensor(op, logit_bias, image, name="logit_bias")
     check_like(op, "text", text, "image", image)
-    dtype = autocast_to(image.new_empty(0)).dtype
+    operand = autocast_to(image.new_empty(0))
     if uses_reference(op, backend, image):
         return reference.sigmoid_loss(image, text, scale, bias, normalize=normalize, offset=offset)
-    check_float(op, "image", autocast_to(image.new_empty(0)))
-    wide = accumulate_dtype(dtype)
-    return _sigmoid_fwd(image, text, scale.to(wide), bias.to(wide), offset, normalize, dtype)[0]
+    check_float(op, "image", operand)
+    wide = accumulate_dtype(operand.dtype)
+    return _sigmoid_fwd(image, text, scale.to(wide), bias.to(wide), offset, normalize, operand.dtype)[0]

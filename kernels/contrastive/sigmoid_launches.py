@@ -4,19 +4,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import LN2, LOG2E, arch_of, launch
+from .._launch import LN2, LOG2E, arch_of, launch, slices
 from ..configs import gemm_config
-from .launches import (
-    GROUP_M,
-    STATS_EDGE,
-    _add_products,
-    _aligned,
-    _block_edge,
-    _grad_scale,
-    _has_tma,
-    _slices,
-    _source,
-)
+from .launches import GROUP_M, STATS_EDGE, _grad_scale, _has_tma, _source, add_products
 from .sigmoid_tiles import _sigmoid_grad_tile_kernel, _sigmoid_sums_kernel
 
 
@@ -27,8 +17,8 @@ def sums(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, diagonal
     positive = x.new_empty(len(x), dtype=torch.float32)
     totals = x.new_zeros(2, dtype=torch.float64)
     cfg = gemm_config("sigmoid_sums", arch_of(x.device), x.dtype)
-    for rows in _slices(len(x), STATS_EDGE):
-        for cols in _slices(len(y), STATS_EDGE):
+    for rows in slices(len(x), STATS_EDGE):
+        for cols in slices(len(y), STATS_EDGE):
             m, n = rows.stop - rows.start, cols.stop - cols.start
             tiles = triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n)
             of_tiles = x.new_empty(2, tiles, dtype=torch.float32)
@@ -54,20 +44,18 @@ def add_gradients(
     acc_y: Tensor,
 ) -> None:
     """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with G recomputed once for both."""
-    edge = _block_edge(x)
-    buffer = _aligned((min(edge, len(x)), min(edge, len(y))), x)
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
-    for rows in _slices(len(x), edge):
-        for cols in _slices(len(y), edge):
-            grad = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-            (m, n), d = grad.shape, x.shape[1]
-            launch(
-                _sigmoid_grad_tile_kernel, (triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n),),
-                _source(x[rows], cfg.block_m, cfg.block_k), _source(y[cols], cfg.block_n, cfg.block_k),
-                _source(grad, cfg.block_m, cfg.block_n), logit_scale, logit_bias,
-                m, n, d, diagonal + rows.start - cols.start, x.stride(0), y.stride(0), grad.stride(0),
-                LOG2E, _grad_scale(x.dtype),
-                config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-                GROUP_M=GROUP_M, PRECISION="ieee", IS_TMA=_has_tma(x),
-            )  # fmt: skip
-            _add_products(grad, x[rows], y[cols], acc_x[rows], acc_y[cols])
+
+    def write(grad: Tensor, rows: slice, cols: slice) -> None:
+        (m, n), d = grad.shape, x.shape[1]
+        launch(
+            _sigmoid_grad_tile_kernel, (triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n),),
+            _source(x[rows], cfg.block_m, cfg.block_k), _source(y[cols], cfg.block_n, cfg.block_k),
+            _source(grad, cfg.block_m, cfg.block_n), logit_scale, logit_bias,
+            m, n, d, diagonal + rows.start - cols.start, x.stride(0), y.stride(0), grad.stride(0),
+            LOG2E, _grad_scale(x.dtype),
+            config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
+            GROUP_M=GROUP_M, PRECISION="ieee", IS_TMA=_has_tma(x),
+        )  # fmt: skip
+
+    add_products(x, y, write, acc_x, acc_y)

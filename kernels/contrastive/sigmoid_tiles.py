@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .._tiles import grouped_tile
-from .tiles import _logits, _without_pairs
+from .tiles import _logits, _without_pairs, store_grad
 
 
 @triton.jit
@@ -89,14 +89,4 @@ def _sigmoid_grad_tile_kernel(
     )  # fmt: skip
     logits += tl.load(bias_ptr) * log2e
     tile = _probability(logits, tl.exp2(-tl.abs(logits))) * grad_scale
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    first_pair = start_m + diagonal
-    if (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M):
-        tile = tl.where((offs_m + diagonal)[:, None] == offs_n[None, :], 0.0, tile)
-    if IS_TMA:
-        grad.store([start_m, start_n], tile.to(grad.dtype))
-    else:
-        pointers = grad + offs_m.to(tl.int64)[:, None] * stride_grad + offs_n[None, :]
-        mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(pointers, tile.to(grad.dtype.element_ty), mask=mask)
+    store_grad(grad, tile, start_m, start_n, M, N, diagonal, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)

@@ -214,6 +214,17 @@ def _store_grad_half(
             tl.exp2(logits - row_max[:, None]) * row_weight[:, None]
             + tl.exp2(logits - col_max[None, :]) * col_weight[None, :]
         )
+    store_grad(grad, tile, start_m, start_n, M, N, diagonal, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)
+
+
+@triton.jit
+def store_grad(
+    grad, tile, start_m, start_n, M, N, diagonal, stride_grad,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_TMA: tl.constexpr,
+):  # fmt: skip
+    """Store a tile of G, with zeros for its pairs."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    offs_n = start_n + tl.arange(0, BLOCK_N)
     first_pair = start_m + diagonal
     if (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M):
         tile = tl.where((offs_m + diagonal)[:, None] == offs_n[None, :], 0.0, tile)
