@@ -81,7 +81,9 @@ def add_gradients(
     acc_x: Tensor | None,
     acc_y: Tensor | None,
 ) -> None:
-    """acc_x += G y and acc_y += G^T x, with G recomputed once for both."""
+    """acc_x += G y and acc_y += G^T x, with G recomputed once for both. G is not rounded, so it says nothing that the
+    accumulators do not.
+    """
     shift = shared_shift(logit_scale)
     (row_max, row_weights, _), (col_max, col_weight, _) = weights.row, weights.col
     row_max, col_max = _finite(row_max), _finite(col_max)

@@ -128,15 +128,23 @@ def add_gradients(
     diagonal: int,
     acc_x: Tensor | None,
     acc_y: Tensor | None,
-) -> None:
-    """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with G recomputed once for both."""
+) -> Tensor:
+    """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with G recomputed once for both.
+
+    Returns:
+        Sum of G_ij x_i . y_j, [] in float64, from G before it is rounded to the operands' dtype. What the accumulators
+        say of that has G's rounding in it, which the gradient of the scale would show.
+    """
+    total = x.new_zeros((), dtype=torch.float64)
 
     def write(grad: Tensor, rows: slice, cols: slice) -> None:
         row, col = weights.row[:, rows], weights.col[:, cols]
         offset = diagonal + rows.start - cols.start
-        _launch_grad_tile(x[rows], y[cols], grad, logit_scale, weights.shared, row, col, offset)
+        dots = _launch_grad_tile(x[rows], y[cols], grad, logit_scale, weights.shared, row, col, offset)
+        total.add_(dots.sum(dtype=torch.float64))
 
     add_products(x, y, write, acc_x, acc_y)
+    return total / _grad_scale(x.dtype)
 
 
 def add_products(
@@ -167,17 +175,19 @@ def _launch_grad_tile(
     row: Tensor,
     col: Tensor,
     diagonal: int,
-) -> None:
+) -> Tensor:
     (m, d), n = x.shape, len(y)
     cfg = gemm_config("contrastive_grad_tile", arch_of(x.device), x.dtype)
+    dots = x.new_empty(triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n), dtype=torch.float32)
     launch(
-        _grad_tile_kernel, (triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n),),
+        _grad_tile_kernel, (len(dots),),
         _source(x, cfg.block_m, cfg.block_k), _source(y, cfg.block_n, cfg.block_k),
-        _source(grad, cfg.block_m, cfg.block_n // 2), logit_scale, shared, row[0], row[1], col[0], col[1],
+        _source(grad, cfg.block_m, cfg.block_n // 2), logit_scale, shared, row[0], row[1], col[0], col[1], dots,
         m, n, d, diagonal, x.stride(0), y.stride(0), grad.stride(0), LOG2E, _grad_scale(x.dtype),
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
         GROUP_M=GROUP_M, PRECISION="ieee", IS_TMA=_has_tma(x),
     )  # fmt: skip
+    return dots
 
 
 def _add_products(grad: Tensor, x: Tensor, y: Tensor, acc_x: Tensor | None, acc_y: Tensor | None) -> None:

@@ -7,12 +7,10 @@ ones, so no block needs to know of the others.
 import torch
 from torch import Tensor
 
-from .._launch import LOG2E, accumulate_dtype
+from .._launch import LOG2E
 from .blocks import blocks_on
 from .stats import Stats, Weights, merge, no_stats, terms
-from .symmetric import _part
-
-PAIR_ROWS = 4096
+from .symmetric import _part, pair_products
 
 
 def info_nce_forward(
@@ -27,7 +25,7 @@ def info_nce_forward(
         parts.append(blocks.stats(x, y, logit_scale, 0))
         positive = parts[-1].positive
     else:
-        positive = _pair_logits(x, y, logit_scale)
+        positive = pair_products(x, y) * (logit_scale * LOG2E)
     maximum, total, shared = _merged([(part.row_max, part.row_sum, part.shared) for part in parts])
     rows = terms(maximum, total, positive)
     return rows.nll.mean(), torch.stack([maximum, rows.weight, rows.miss]), shared
@@ -132,11 +130,3 @@ def _no_weights(row: Tensor, columns: int) -> Tensor:
     col = row.new_zeros(3, columns)
     col[0] = float("inf")
     return col
-
-
-def _pair_logits(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
-    """Logits [N] in base 2 of the pairs (i, i); few rows are widened at once."""
-    wide = accumulate_dtype(x.dtype)
-    rows = zip(x.split(PAIR_ROWS), y.split(PAIR_ROWS), strict=True)
-    dots = [torch.linalg.vecdot(a.to(wide), b.to(wide)) for a, b in rows]
-    return torch.cat(dots) * (logit_scale * LOG2E)

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from .._tiles import grouped_tile
-from .tiles import _logits, _without_pairs, store_grad
+from .tiles import _logits, _without_pairs, store_grad, zero_pairs
 
 
 @triton.jit
@@ -89,4 +89,5 @@ def _sigmoid_grad_tile_kernel(
     )  # fmt: skip
     logits += tl.load(bias_ptr) * log2e
     tile = _probability(logits, tl.exp2(-tl.abs(logits))) * grad_scale
-    store_grad(grad, tile, start_m, start_n, M, N, diagonal, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)
+    tile = zero_pairs(tile, start_m, start_n, diagonal, BLOCK_M, BLOCK_N)
+    store_grad(grad, tile, start_m, start_n, M, N, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)

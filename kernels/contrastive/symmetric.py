@@ -3,8 +3,11 @@
 import torch
 from torch import Tensor
 
+from .._launch import accumulate_dtype
 from .blocks import blocks_on
 from .stats import Weights, pairs_in, terms
+
+PAIR_ROWS = 4096
 
 
 def forward(
@@ -33,16 +36,18 @@ def backward(
     blocks = blocks_on(image.device)
     x, x_inv_norm = blocks.prepare(image, dtype, normalize=normalize)
     y, y_inv_norm = blocks.prepare(text, dtype, normalize=normalize)
-    paired, _ = pairs_in(len(x), len(y), offset)
+    paired, partners = pairs_in(len(x), len(y), offset)
     coefficient = grad_loss.to(row.dtype) / max((2 if both else 1) * (paired.stop - paired.start), 1)
     factor = coefficient * logit_scale
     image_grad, text_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image, text))
     acc_text = None if save_memory else blocks.new_accumulator(len(y), y)
     dot = row.new_empty(len(x))
+    products = []
     for strip in blocks.strips(x):
         acc = blocks.new_accumulator(strip.stop - strip.start, x)
         diagonal = offset + strip.start
-        blocks.add_gradients(x[strip], y, logit_scale, Weights(row[:, strip], col, shared), diagonal, acc, acc_text)
+        weights = Weights(row[:, strip], col, shared)
+        products.append(blocks.add_gradients(x[strip], y, logit_scale, weights, diagonal, acc, acc_text))
         finish = (row[2, strip], factor, _part(x_inv_norm, strip), image_grad[strip])
         dot[strip] = blocks.finish(acc, x[strip], y, diagonal, *finish)
     for strip in blocks.strips(y) if acc_text is None else [slice(0, len(y))]:
@@ -53,7 +58,19 @@ def backward(
             blocks.add_gradients(x, y[strip], logit_scale, weights, offset - strip.start, None, acc)
         finish = (col[2, strip], factor, _part(y_inv_norm, strip), text_grad[strip])
         blocks.finish(acc, y[strip], x, strip.start - offset, *finish)
-    return image_grad, text_grad, dot.sum() * coefficient
+    if any(part is None for part in products):
+        of_scale = dot.sum()
+    else:
+        of_pairs = row[2, paired] * pair_products(x[paired], y[partners])
+        of_scale = (sum(products) - of_pairs.sum(dtype=torch.float64)).to(row.dtype)
+    return image_grad, text_grad, of_scale * coefficient
+
+
+def pair_products(x: Tensor, y: Tensor) -> Tensor:
+    """x_i . y_i [N], in float32 at least; few rows are widened at once."""
+    wide = accumulate_dtype(x.dtype)
+    rows = zip(x.split(PAIR_ROWS), y.split(PAIR_ROWS), strict=True)
+    return torch.cat([torch.linalg.vecdot(a.to(wide), b.to(wide)) for a, b in rows])
 
 
 def _part(vector: Tensor | None, strip: slice) -> Tensor | None:

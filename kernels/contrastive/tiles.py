@@ -19,18 +19,35 @@ from .._tiles import grouped_tile, load_tile
 
 
 @triton.jit
-def _logits(
-    x, y, scale_ptr, start_m, start_n, M, N, D, stride_x, stride_y, log2e,
+def _cosines(
+    x, y, start_m, start_n, M, N, D, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Logits [BM, BN] in base 2 of one tile, and their shared shift."""
+    """Products x_i . y_j [BM, BN] of one tile; zeros past the edges."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_k in range(0, D, BLOCK_K):
         x_tile = load_tile(x, start_m, start_k, M, D, stride_x, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
         y_tile = load_tile(y, start_n, start_k, N, D, stride_y, BLOCK_N, BLOCK_K, IS_TMA)  # [BN, BK]
         acc = tl.dot(x_tile, y_tile.T, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def _logits(
+    x, y, scale_ptr, start_m, start_n, M, N, D, stride_x, stride_y, log2e,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+):  # fmt: skip
+    """Logits [BM, BN] in base 2 of one tile, and their shared shift."""
+    cosines = _cosines(
+        x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA
+    )
     factor = tl.load(scale_ptr) * log2e
-    return acc * factor, tl.maximum(tl.ceil(tl.abs(factor)) - 100.0, 0.0)
+    return cosines * factor, _shared_shift(factor)
+
+
+@triton.jit
+def _shared_shift(factor):
+    return tl.maximum(tl.ceil(tl.abs(factor)) - 100.0, 0.0)
 
 
 @triton.jit
@@ -174,30 +191,33 @@ def _grad_tile_kernel(
     row_weight_ptr,  # [M] fp32
     col_max_ptr,  # [N] fp32
     col_weight_ptr,  # [N] fp32
+    dot_ptr,  # [tiles] fp32
     M, N, D, diagonal, stride_x, stride_y, stride_grad, log2e, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_scale * G for one tile."""
+    """grad = grad_scale * G for one tile, and the tile's sum of grad_ij x_i . y_j before grad is rounded."""
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    logits, shift = _logits(
-        x, y, scale_ptr, start_m, start_n, M, N, D, stride_x, stride_y, log2e,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA,
-    )  # fmt: skip
+    cosines = _cosines(
+        x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA
+    )
+    factor = tl.load(scale_ptr) * log2e
     # one half after the other: for all columns at once, maxima and weights would not fit the registers
     HALF: tl.constexpr = BLOCK_N // 2
-    halves = tl.split(tl.permute(tl.reshape(logits, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    halves = tl.split(tl.permute(tl.reshape(cosines, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    dot = 0.0
     for half in tl.static_range(2):
-        _store_grad_half(
-            grad, halves[half], shift, shared_ptr, row_max_ptr, row_weight_ptr, col_max_ptr, col_weight_ptr,
+        dot += _store_grad_half(
+            grad, halves[half], factor, shared_ptr, row_max_ptr, row_weight_ptr, col_max_ptr, col_weight_ptr,
             start_m, start_n + half * HALF, M, N, diagonal, stride_grad, grad_scale, BLOCK_M, HALF, IS_TMA,
         )  # fmt: skip
+    tl.store(dot_ptr + tl.program_id(0), dot)
 
 
 @triton.jit
 def _store_grad_half(
-    grad, logits, shift, shared_ptr, row_max_ptr, row_weight_ptr, col_max_ptr, col_weight_ptr,
+    grad, cosines, factor, shared_ptr, row_max_ptr, row_weight_ptr, col_max_ptr, col_weight_ptr,
     start_m, start_n, M, N, diagonal, stride_grad, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
@@ -206,28 +226,46 @@ def _store_grad_half(
     row_weight = tl.load(row_weight_ptr + offs_m, mask=offs_m < M, other=0.0) * grad_scale
     col_weight = tl.load(col_weight_ptr + offs_n, mask=offs_n < N, other=0.0) * grad_scale
     if tl.load(shared_ptr) != 0:
-        tile = tl.exp2(logits - shift) * (row_weight[:, None] + col_weight[None, :])  # [BM, BN]
+        tile = tl.exp2(cosines * factor - _shared_shift(factor)) * (
+            row_weight[:, None] + col_weight[None, :]
+        )  # [BM, BN]
     else:
         row_max = tl.load(row_max_ptr + offs_m, mask=offs_m < M, other=0.0)
         col_max = tl.load(col_max_ptr + offs_n, mask=offs_n < N, other=0.0)
         tile = (
-            tl.exp2(logits - row_max[:, None]) * row_weight[:, None]
-            + tl.exp2(logits - col_max[None, :]) * col_weight[None, :]
+            tl.exp2(cosines * factor - row_max[:, None]) * row_weight[:, None]
+            + tl.exp2(cosines * factor - col_max[None, :]) * col_weight[None, :]
         )
-    store_grad(grad, tile, start_m, start_n, M, N, diagonal, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)
+        # past the edges, a logit of 0 may be far above the maximum
+        if start_m + BLOCK_M > M:
+            tile = tl.where((offs_m < M)[:, None], tile, 0.0)
+        if start_n + BLOCK_N > N:
+            tile = tl.where((offs_n < N)[None, :], tile, 0.0)
+    tile = zero_pairs(tile, start_m, start_n, diagonal, BLOCK_M, BLOCK_N)
+    store_grad(grad, tile, start_m, start_n, M, N, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)
+    # of all at once: Triton 3.6 fails on sm_100 where what was split is summed along an axis
+    return tl.sum(tile * cosines)
+
+
+@triton.jit
+def zero_pairs(tile, start_m, start_n, diagonal, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """A tile of G with zeros for its pairs."""
+    first_pair = start_m + diagonal
+    if (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        tile = tl.where((offs_m + diagonal)[:, None] == offs_n[None, :], 0.0, tile)
+    return tile
 
 
 @triton.jit
 def store_grad(
-    grad, tile, start_m, start_n, M, N, diagonal, stride_grad,
+    grad, tile, start_m, start_n, M, N, stride_grad,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of G, with zeros for its pairs."""
+    """Store a tile of G in the operands' dtype."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
-    first_pair = start_m + diagonal
-    if (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M):
-        tile = tl.where((offs_m + diagonal)[:, None] == offs_n[None, :], 0.0, tile)
     if IS_TMA:
         grad.store([start_m, start_n], tile.to(grad.dtype))
     else:
