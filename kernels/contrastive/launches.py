@@ -128,12 +128,12 @@ def add_gradients(
     diagonal: int,
     acc_x: Tensor | None,
     acc_y: Tensor | None,
-) -> Tensor:
+) -> Tensor | None:
     """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with G recomputed once for both.
 
     Returns:
-        Sum of G_ij x_i . y_j, [] in float64, from G before it is rounded to the operands' dtype. What the accumulators
-        say of that has G's rounding in it, which the gradient of the scale would show.
+        Sum of G_ij x_i . y_j, [] in float64, from G before it is rounded to 16 bits: what the accumulators say of that
+        has the rounding in it, which the gradient of the scale would show. None if G is not rounded.
     """
     total = x.new_zeros((), dtype=torch.float64)
 
@@ -144,7 +144,7 @@ def add_gradients(
         total.add_(dots.sum(dtype=torch.float64))
 
     add_products(x, y, write, acc_x, acc_y)
-    return total / _grad_scale(x.dtype)
+    return total / _grad_scale(x.dtype) if x.dtype.itemsize == 2 else None
 
 
 def add_products(
