@@ -31,8 +31,17 @@ def pairwise_loss(
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     of_rows = torch.arange(max(0, -offset), min(len(rows), len(cols) - offset), device=logits.device)
     of_cols = of_rows + offset
-    loss = F.cross_entropy(logits[of_rows], of_cols)
-    return (loss + F.cross_entropy(logits.T[of_cols], of_rows)) / 2 if both else loss
+    loss = _cross_entropy(logits[of_rows], of_cols)
+    return (loss + _cross_entropy(logits.T[of_cols], of_rows)) / 2 if both else loss
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """PyTorch's; in float64, where it is the truth, of losses too that are nothing beside 1."""
+    if logits.dtype != torch.float64:
+        return F.cross_entropy(logits, labels)
+    positive = logits.gather(1, labels[:, None])
+    others = logits.scatter(1, labels[:, None], float("-inf")).logsumexp(1)
+    return torch.logaddexp(others - positive.squeeze(1), others.new_zeros(())).mean()
 
 
 def info_nce_loss(
