@@ -12,7 +12,7 @@ from torch import Tensor
 from .._launch import LOG2E, accumulate_dtype, slices
 from .stats import Stats, Weights, is_exact, no_stats, pairs_in, shared_shift
 
-CHUNK_ELEMENTS = 2**23  # of the logits: 32 MiB of float32
+CHUNK_ELEMENTS = 2**24  # of the logits: 64 MiB of float32, and products of 1,024 rows at 16,384 pairs
 EPS = 1e-12  # of torch.nn.functional.normalize
 PIECE_ELEMENTS = 2**17  # 512 KiB: half of a core's second-level cache
 
