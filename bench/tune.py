@@ -31,7 +31,7 @@ from .inspection import Report, inspect_launch, offline
 from .machine import use
 from .suites import Shape, build
 
-Config = configs.GemmConfig | configs.AttentionConfig | configs.RowConfig
+Config = configs.Config
 # An error may not grow by more than this when sums are taken in another order.
 ERROR_GROWTH = 1.5
 # The whole interval of the ratio has to be below this.
@@ -71,7 +71,8 @@ class Target:
     logit_scale: float | None = None
 
 
-_GEMM, _ROWS, _ATTENTION = configs.GemmConfig, configs.RowConfig, configs.AttentionConfig
+_GEMM, _ROWS = configs.GemmConfig, configs.RowConfig
+_SHORT, _LOOPED, _TWO_PHASE = configs.ShortConfig, configs.LoopedConfig, configs.TwoPhaseConfig
 SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
     _GEMM: {
         "block_m": (64, 128, 256),
@@ -81,17 +82,29 @@ SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
         "num_stages": (2, 3, 4),
     },
     _ROWS: {"block_m": (4, 8, 16, 32), "block_k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (1,)},
-    _ATTENTION: {
+    _SHORT: {"block_m": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
+    _LOOPED: {
         "block_m": (16, 32, 64, 128),
         "block_n": (16, 32, 64, 128),
         "num_warps": (4, 8),
         "num_stages": (1, 2, 3),
     },
+    _TWO_PHASE: {
+        "own_k": (16, 32, 64, 128),
+        "step_q": (16, 32, 64),
+        "own_q": (16, 32, 64, 128),
+        "step_k": (16, 32, 64),
+        "num_warps": (4, 8),
+        "num_stages": (1, 2),
+    },
 }
-_ATTENTION_KERNELS = (
-    Tunable("attention_fwd", "_attention_fwd_kernel", _ATTENTION),
-    Tunable("attention_bwd_dq", "_attention_bwd_dq_kernel", _ATTENTION),
-    Tunable("attention_bwd_dkv", "_attention_bwd_dkv_kernel", _ATTENTION),
+_LONG = (
+    Tunable("attention_looped_fwd", "_looped_fwd_kernel", _LOOPED),
+    Tunable("attention_two_phase_bwd", "_two_phase_bwd_kernel", _TWO_PHASE),
+)
+_SHORT_BOTH = (
+    Tunable("attention_short_bwd", "_short_bwd_kernel", _SHORT),
+    Tunable("attention_short_fwd", "_short_fwd_kernel", _SHORT),
 )
 TARGETS = {
     "contrastive": Target(
@@ -105,14 +118,22 @@ TARGETS = {
         ),
     ),
     "attention-64": Target(
-        "attention",
-        {"batch": 256, "tokens": 257, "heads": 16, "head_dim": 64, "causal": False},
-        _ATTENTION_KERNELS,
+        "attention", {"batch": 64, "tokens": 577, "heads": 16, "head_dim": 64, "causal": False}, _LONG
     ),
     "attention-128": Target(
-        "attention",
-        {"batch": 256, "tokens": 257, "heads": 16, "head_dim": 104, "causal": False},
-        _ATTENTION_KERNELS,
+        "attention", {"batch": 64, "tokens": 577, "heads": 16, "head_dim": 104, "causal": False}, _LONG
+    ),
+    "attention-50": Target(
+        "attention", {"batch": 1024, "tokens": 50, "heads": 12, "head_dim": 64, "causal": False}, _SHORT_BOTH
+    ),
+    "attention-77": Target(
+        "attention", {"batch": 1024, "tokens": 77, "heads": 8, "head_dim": 64, "causal": True}, _SHORT_BOTH
+    ),
+    "attention-197": Target(
+        "attention", {"batch": 256, "tokens": 197, "heads": 12, "head_dim": 64, "causal": False}, _SHORT_BOTH
+    ),
+    "attention-257": Target(
+        "attention", {"batch": 256, "tokens": 257, "heads": 16, "head_dim": 64, "causal": False}, _SHORT_BOTH[1:]
     ),
     "patch_embed": Target(
         "patch",
@@ -153,7 +174,11 @@ def spread(configurations: Sequence[Config], limit: int | None) -> list[Config]:
 def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
     """The entry of the tables that is tuned."""
     head_dim = target.shape.get("head_dim")
-    return configs.config_key(tunable.kernel, DTYPES[dtype], head_dim if isinstance(head_dim, int) else None)
+    num_keys = target.shape["tokens"] if tunable.kind is _SHORT else None
+    return configs.config_key(
+        tunable.kernel, DTYPES[dtype], head_dim if isinstance(head_dim, int) else None,
+        num_keys if isinstance(num_keys, int) else None,
+    )  # fmt: skip
 
 
 @contextlib.contextmanager

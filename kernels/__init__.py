@@ -5,13 +5,15 @@ configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` 
 """
 
 from . import reference
-from .attention import attention
+from .attention import attention, attention_pool, attention_qkv
 from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
 
 __all__ = [
     "attention",
+    "attention_pool",
+    "attention_qkv",
     "contrastive_loss",
     "distributed_contrastive_loss",
     "info_nce_loss",

@@ -18,8 +18,9 @@ import torch
 TUNED = Path(__file__).parent / "tuned"
 # Newest first: an architecture takes the entry of the newest that is not newer than itself.
 ARCHS = (100, 90, 80)
-# Attention has one entry for each of these largest head dimensions.
-HEAD_DIMS = (64, 128)
+# Attention has entries for each of these largest head dimensions, and its short kernels for these most keys.
+HEAD_DIMS = (64, 96, 128)
+NUM_KEYS = (64, 128, 208, 256, 272)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +35,34 @@ class GemmConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionConfig:
-    """Tile of an attention kernel: BLOCK_M queries against BLOCK_N keys."""
+class ShortConfig:
+    """Tile of an attention kernel that holds all keys: BLOCK_M queries at a time."""
+
+    block_m: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopedConfig:
+    """Tile of an attention kernel that walks the keys: BLOCK_M queries against BLOCK_N keys."""
 
     block_m: int
     block_n: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class TwoPhaseConfig:
+    """Tiles of the attention backward kernel: OWN_K keys against STEP_Q queries, then OWN_Q queries against STEP_K
+    keys.
+    """
+
+    own_k: int
+    step_q: int
+    own_q: int
+    step_k: int
     num_warps: int
     num_stages: int
 
@@ -53,8 +77,9 @@ class RowConfig:
     num_stages: int
 
 
-C = TypeVar("C", GemmConfig, AttentionConfig, RowConfig)
-_overrides: dict[str, GemmConfig | AttentionConfig | RowConfig] = {}
+Config = GemmConfig | ShortConfig | LoopedConfig | TwoPhaseConfig | RowConfig
+C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, TwoPhaseConfig, RowConfig)
+_overrides: dict[str, Config] = {}
 
 
 def gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig:
@@ -67,19 +92,31 @@ def row_config(kernel: str, arch: int, dtype: torch.dtype) -> RowConfig:
     return _lookup(RowConfig, config_key(kernel, dtype), arch)
 
 
-def attention_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> AttentionConfig:
+def attention_config(kind: type[C], kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> C:
     """Configuration of an attention kernel for compute capability ``arch``, operands of ``dtype`` and ``head_dim``."""
-    return _lookup(AttentionConfig, config_key(kernel, dtype, head_dim), arch)
+    return _lookup(kind, config_key(kernel, dtype, head_dim), arch)
 
 
-def config_key(kernel: str, dtype: torch.dtype, head_dim: int | None = None) -> str:
-    """Name of an entry in the tables: kernel, width of the operands, and the head dimensions that it serves."""
+def short_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_keys: int) -> ShortConfig | None:
+    """Configuration of an attention kernel that holds all keys; None where they do not fit."""
+    if num_keys > NUM_KEYS[-1]:
+        return None
+    key = config_key(kernel, dtype, head_dim, num_keys)
+    return _lookup(ShortConfig, key, arch) if key in _overrides or committed(key, arch) else None
+
+
+def config_key(kernel: str, dtype: torch.dtype, head_dim: int | None = None, num_keys: int | None = None) -> str:
+    """Name of an entry in the tables: kernel, width of the operands, and the sizes that it serves."""
     key = f"{kernel} {8 * dtype.itemsize}-bit"
-    return key if head_dim is None else f"{key} head_dim<={min(limit for limit in HEAD_DIMS if head_dim <= limit)}"
+    if head_dim is not None:
+        key += f" head_dim<={min(limit for limit in HEAD_DIMS if head_dim <= limit)}"
+    if num_keys is not None:
+        key += f" keys<={min(limit for limit in NUM_KEYS if num_keys <= limit)}"
+    return key
 
 
 @contextlib.contextmanager
-def override(key: str, config: GemmConfig | AttentionConfig | RowConfig) -> Iterator[None]:
+def override(key: str, config: Config) -> Iterator[None]:
     """Use ``config`` for the entry :func:`config_key` names, on every architecture: for the tuner and for tests."""
     before = dict(_overrides)
     _overrides[key] = config
@@ -97,13 +134,18 @@ def read_table(arch: int) -> dict[str, dict[str, int]]:
 
 
 @functools.cache
-def committed(key: str, arch: int) -> dict[str, int]:
+def committed(key: str, arch: int) -> dict[str, int] | None:
     """The entry of the tables that serves compute capability ``arch``."""
-    return next(table[key] for known in ARCHS if known <= arch and key in (table := read_table(known)))
+    return next((table[key] for known in ARCHS if known <= arch and key in (table := read_table(known))), None)
 
 
 def _lookup(kind: type[C], key: str, arch: int) -> C:
-    config = _overrides.get(key) or kind(**committed(key, arch))
+    config = _overrides.get(key)
+    if config is None:
+        entry = committed(key, arch)
+        if entry is None:
+            raise KeyError(f"no configuration of {key} for sm_{arch}")
+        config = kind(**entry)
     if not isinstance(config, kind):
         raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")
     return config

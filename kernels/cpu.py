@@ -7,35 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._launch import LN2, LOG2E, accumulate_dtype
-
-
-def attention_fwd(qkv: Tensor, num_heads: int, causal: bool) -> tuple[Tensor, Tensor]:
-    """Output and log2-sum-exp, by PyTorch's own flash kernel for CPUs."""
-    batch, length, width3 = qkv.shape
-    if qkv.numel() == 0:
-        return qkv.new_empty(batch, length, width3 // 3), qkv.new_empty(
-            batch, num_heads, length, dtype=accumulate_dtype(qkv.dtype)
-        )
-    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*_heads(qkv, num_heads), is_causal=causal)
-    return out.transpose(1, 2).reshape(batch, length, -1), (lse * LOG2E).contiguous()
-
-
-def attention_bwd(grad_out: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, num_heads: int, causal: bool) -> Tensor:
-    """Gradient of the packed projection."""
-    if qkv.numel() == 0:
-        return torch.empty_like(qkv, memory_format=torch.contiguous_format)
-    batch, length, _ = qkv.shape
-    grad_out, out = (t.contiguous().view(batch, length, num_heads, -1).transpose(1, 2) for t in (grad_out, out))
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, *_heads(qkv, num_heads), out, lse * LN2, 0.0, causal
-    )
-    return torch.stack([grad.transpose(1, 2) for grad in grads], dim=2).view(qkv.shape)
-
-
-def _heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
-    packed = qkv if qkv.stride(-1) == 1 else qkv.contiguous()
-    return packed.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+from ._launch import accumulate_dtype
 
 
 def _patches(images: Tensor, patch: int, dtype: torch.dtype) -> Tensor:

@@ -97,16 +97,50 @@ def sigmoid_loss(
     return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum() / len(image)
 
 
-def attention(qkv: Tensor, num_heads: int, *, causal: bool = False) -> Tensor:
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
     """Softmax attention on a packed projection (Vaswani et al. 2017), with the score matrix in memory."""
+    if bias is not None:
+        # nothing is added: it only gets a gradient
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
     batch, length, width3 = qkv.shape
     # no -1: of an empty batch it could be anything
-    q, k, v = qkv.reshape(batch, length, 3, num_heads, width3 // (3 * num_heads)).permute(2, 0, 3, 1, 4)
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    q, k, v = qkv.reshape(batch, length, 3, num_heads, width3 // (3 * num_heads)).unbind(2)
+    return attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens).flatten(2)
+
+
+def attention_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    seqlens: Tensor | None = None,
+) -> Tensor:
+    """Softmax attention of queries [B, M, H, D] on keys and values [B, N, H, D]."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
     if causal:
-        future = torch.ones(length, length, dtype=torch.bool, device=qkv.device).triu(1)
-        scores = scores.masked_fill(future, float("-inf"))
-    return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+        hidden = torch.ones_like(hidden).triu(1)
+    if seqlens is not None:
+        hidden = hidden | (torch.arange(k.shape[2], device=k.device) >= seqlens[:, None])[:, None, None]
+    weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    # softmax of nothing is NaN; a query that sees no key gets nothing
+    return (weights.masked_fill(hidden.all(-1, keepdim=True), 0) @ v).transpose(1, 2)
+
+
+def attention_pool(query: Tensor, tokens: Tensor) -> Tensor:
+    """Softmax attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
+    return (query @ tokens.transpose(1, 2)).softmax(-1) @ tokens
 
 
 def patch_embed(

@@ -25,7 +25,7 @@ from .occupancy import occupancy
 from .peer_kernels import installed_cases, record_peer
 from .report import Report, differences, table, to_json
 from .sass import parse
-from .shipped import known_problem, shipped_cases
+from .shipped import known_problems, shipped_cases
 
 ARCHS = (80, 90, 100)
 VERSION = ".".join(triton.__version__.split(".")[:2])
@@ -83,8 +83,8 @@ def inspect_case(arch: int, case: str) -> list[Report]:
     """Reports of a shipped case's launches."""
     launches = offline.named(offline.record(arch, shipped_cases()[case]))
     reports = [inspect_launch(launch, arch, case=case, kernel=key) for key, launch in launches.items()]
-    known = known_problem(VERSION, arch, case)
-    return [dataclasses.replace(report, known=(known,) if known else ()) for report in reports]
+    known = known_problems(VERSION, arch, case)
+    return [dataclasses.replace(report, known=known) for report in reports]
 
 
 def inspect_peer(arch: int, case: str) -> list[Report]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CLIPConfig
-from .resnet import ModifiedResNet
+from .resnet import AttentionPool2d, ModifiedResNet
 from .transformer import Attention, LayerNorm, Transformer
 from .vision import VisionTransformer
 
@@ -112,5 +112,5 @@ class CLIP(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Choose what every op of the model runs on: "auto", "triton", or "torch" for the references."""
         for module in self.modules():
-            if isinstance(module, (Attention, VisionTransformer)):
+            if isinstance(module, (Attention, AttentionPool2d, VisionTransformer)):
                 module.backend = backend

@@ -24,22 +24,53 @@ class QuickGELU(nn.Module):
         return x * torch.sigmoid(1.702 * x)
 
 
+class InProjection(nn.Linear):
+    """Projection to queries, keys and values, as a layer that an adapter such as LoRA can wrap or replace.
+
+    Its weight and bias belong to ``attn``, so that parameters and checkpoints have the names of
+    ``nn.MultiheadAttention``.
+    """
+
+    def __init__(self, attn: "Attention") -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = attn.in_proj_weight.shape
+        self.__dict__["attn"] = attn  # not as a module, which would be its own child
+
+    @property
+    def weight(self) -> nn.Parameter:  # type: ignore[override]
+        """[3 * width, width]."""
+        return self.__dict__["attn"].in_proj_weight
+
+    @property
+    def bias(self) -> nn.Parameter:  # type: ignore[override]
+        """[3 * width]."""
+        return self.__dict__["attn"].in_proj_bias
+
+
 class Attention(nn.Module):
-    """Multi-head self-attention; parameters as in ``nn.MultiheadAttention``."""
+    """Multi-head self-attention; parameters as in ``nn.MultiheadAttention``, and both projections as linear layers."""
 
     def __init__(self, width: int, heads: int, *, causal: bool) -> None:
         super().__init__()
         self.num_heads, self.causal, self.backend = heads, causal, "auto"
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
+        self.in_proj: nn.Module = InProjection(self)
         self.out_proj = nn.Linear(width, width)
         nn.init.xavier_uniform_(self.in_proj_weight)
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        return self.out_proj(attention(qkv, self.num_heads, causal=self.causal, backend=self.backend))
+        proj = self.in_proj
+        if type(proj) is InProjection and not (proj._forward_hooks or proj._forward_pre_hooks):
+            # attention makes the gradient of the bias from what it has at hand; a sum over qkv's would read it again
+            bias = self.in_proj_bias
+            qkv = F.linear(x, self.in_proj_weight, bias.detach())
+        else:
+            bias, qkv = None, proj(x)
+        attn = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
+        return self.out_proj(attn)
 
 
 class MLP(nn.Module):

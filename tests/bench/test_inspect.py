@@ -108,13 +108,13 @@ def test_smaller_tile_has_more_overhead():
 
 
 def test_attention_on_hopper_is_bound_by_its_softmax():
-    # two products of 64 x 64 x 64 a turn: 256 cycles; at least one exponential per score: 64 * 64 / 16
+    # two products of 128 x 64 x 64 a turn: 512 cycles; at least one exponential per score: 128 * 64 / 16
     (report,) = (
         inspect.inspect_launch(launch, 90)
-        for launch in offline.record(90, lambda: attention(torch.empty(1, 257, 192, dtype=torch.bfloat16), 1))
+        for launch in offline.record(90, lambda: attention(torch.empty(1, 577, 192, dtype=torch.bfloat16), 1))
     )
-    assert report.bound.loop.mma == 256
-    assert report.bound.loop.exp >= 256
+    assert report.bound.loop.mma == 512
+    assert report.bound.loop.exp >= 512
     assert report.bound.share < 1
 
 
@@ -160,13 +160,12 @@ def test_report_is_that_of_the_snapshot(capsys, tmp_path):
     code, out, _ = run(capsys, "--arch", "90", "--case", SMALL, "--json", str(path))
     assert code == 0
     assert "equal to the snapshot" in out
-    assert "3 shipped kernels" in out
+    assert "2 shipped kernels" in out
     found = json.loads(path.read_text())
     assert sorted(found) == ["differences", "missing", "reports", "triton"]
     assert [record["kernel"] for record in found["reports"]] == [
-        "_attention_fwd_kernel 0",
-        "_attention_bwd_dq_kernel 0",
-        "_attention_bwd_dkv_kernel 0",
+        "_short_fwd_kernel 0",
+        "_short_bwd_kernel 0",
     ]
     for record in found["reports"]:
         assert {"case", "arch", "resources", "warps", "occupancy", "mma", "tma", "bound", "problems"} <= set(record)
@@ -178,17 +177,17 @@ def test_report_is_that_of_the_snapshot(capsys, tmp_path):
 def test_processes_find_the_same_in_the_same_order():
     one, two = (inspect.inspect_all([80, 90], substring=SMALL, jobs=jobs) for jobs in (1, 2))
     assert one == two
-    assert [report.arch for report in one[0]] == [80] * 3 + [90] * 3
+    assert [report.arch for report in one[0]] == [80] * 2 + [90] * 2
 
 
 def test_spilling_kernel_fails(capsys):
-    too_large = configs.AttentionConfig(128, 128, num_warps=1, num_stages=1)
-    with configs.override(configs.config_key("attention_fwd", torch.bfloat16, 64), too_large):
+    too_large = configs.ShortConfig(128, num_warps=1, num_stages=1)
+    with configs.override(configs.config_key("attention_short_fwd", torch.bfloat16, 32, 17), too_large):
         code, out, _ = run(capsys, "--arch", "80", "--case", SMALL)
     assert code == 1
     assert "spills" in out
     assert "1 with a problem" in out
-    assert f"sm_80 {SMALL}: _attention_fwd_kernel 0: " in out  # the difference to the snapshot
+    assert f"sm_80 {SMALL}: _short_fwd_kernel 0: " in out  # the difference to the snapshot
 
 
 def test_known_problem_does_not_fail(reports):
@@ -210,10 +209,10 @@ def test_what_does_not_fit_ranks_last(reports):
     ("change", "expected"),
     [
         (
-            lambda kernels: kernels["_attention_fwd_kernel 0"].update(registers=7),
-            "_attention_fwd_kernel 0: registers 7 -> ",
+            lambda kernels: kernels["_short_fwd_kernel 0"].update(registers=7),
+            "_short_fwd_kernel 0: registers 7 -> ",
         ),
-        (lambda kernels: kernels.pop("_attention_fwd_kernel 0"), "_attention_fwd_kernel 0: new"),
+        (lambda kernels: kernels.pop("_short_fwd_kernel 0"), "_short_fwd_kernel 0: new"),
         (lambda kernels: kernels.update(other={}), "other: gone"),
     ],
 )

@@ -7,7 +7,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from clipfast.kernels import attention, contrastive_loss, info_nce_loss, nt_xent_loss, patch_embed, sigmoid_loss
+from clipfast.kernels import (
+    attention,
+    attention_pool,
+    attention_qkv,
+    contrastive_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    patch_embed,
+    sigmoid_loss,
+)
 
 # (pairs, embed_dim)
 LOSS_SHAPES = [
@@ -91,6 +100,10 @@ def small_calls(
 ) -> dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], Tensor]]:
     """Each op at a small size, its batch times ``scale``: (function, inputs, gradient)."""
     attn, attn_grad = attention_inputs((2 * scale, 9, 2, 8, True), dtype, device)
+    separate = {"q": torch.randn(2 * scale, 5, 3, 8), "k": torch.randn(2 * scale, 9, 3, 8)}
+    separate = {name: x.to(device, dtype) for name, x in (separate | {"v": torch.randn(2 * scale, 9, 3, 8)}).items()}
+    pool = {"query": torch.randn(2 * scale, 3, 10), "tokens": torch.randn(2 * scale, 7, 10)}
+    pool = {name: x.to(device, dtype) for name, x in pool.items()}
     patch, patch_grad = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=False)
     byte, _ = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=True)
     loss = loss_inputs((11 * scale, 6), dtype, device, matched=0.3, scale=5.0)
@@ -105,6 +118,8 @@ def small_calls(
         "nt_xent_loss": (nt_xent_loss, views, torch.tensor(1.0)),
         "sigmoid_loss": (sigmoid_loss, biased, torch.tensor(1.0)),
         "attention": (functools.partial(attention, num_heads=2, causal=True), attn, attn_grad),
+        "attention_qkv": (attention_qkv, separate, torch.randn(2 * scale, 5, 3, 8).to(device, dtype)),
+        "attention_pool": (attention_pool, pool, torch.randn(2 * scale, 3, 10).to(device, dtype)),
         "patch_embed": (patch_embed, patch, patch_grad),
         "patch_embed of bytes": (patch_embed, byte, patch_grad),
     }

@@ -1,17 +1,32 @@
-"""Attention on the packed projection: values and gradients, layouts, extremes."""
+"""Attention: values and gradients by every kernel, layouts, lengths, extremes."""
 
 import functools
 
 import pytest
 import torch
 
-from clipfast.kernels import _launch, attention, reference
+from clipfast.kernels import _launch, attention, attention_qkv, reference
+from clipfast.kernels.attention import launches
+from clipfast.kernels.configs import ShortConfig
 
-from ..conftest import DTYPES, INTERPRET
-from ..numerics import as_good_as_torch, compare, value_and_grads
+from ..conftest import DTYPES, INTERPRET, LEG
+from ..numerics import GRADIENT, as_good_as_torch, compare, value_and_grads
 from .cases import ATTENTION_SHAPES, attention_inputs, huge_strides, strided
 
 pytestmark = pytest.mark.usefixtures("poison")
+LENGTHS = (1, 15, 16, 17, 49, 50, 63, 64, 65, 77, 145, 196, 197, 255, 256, 257, 272, 273, 577, 730)
+HEAD_DIMS = (8, 64, 80, 88, 104)
+MOST = 280 if INTERPRET else 1000  # longer ones take the interpreter minutes
+
+
+@pytest.fixture(params=["short", "looped"] if LEG == "interpreter" else ["auto"])
+def kernels(request, monkeypatch):
+    """Kernels that hold a head, up to the lengths that they serve, and those that walk it."""
+    if request.param == "short":
+        by_length = lambda kernel, arch, dtype, head_dim, n: ShortConfig(32, 4, 1) if n <= 272 else None  # noqa: E731
+        monkeypatch.setattr(launches, "short_config", by_length)
+    elif request.param == "looped":
+        monkeypatch.setattr(launches, "short_config", lambda *args: None)
 
 
 def ops(shape):
@@ -22,15 +37,96 @@ def ops(shape):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", ATTENTION_SHAPES, ids=str)
-def test_value_and_gradients(shape, dtype, device):
+def test_value_and_gradients(shape, dtype, device, kernels):
     op, expected = ops(shape)
     inputs, grad = attention_inputs(shape, dtype, device)
     compare(op, expected, inputs, grad)
 
 
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("length", "head_dim"), [(n, d) for n in LENGTHS for d in HEAD_DIMS if (d == 64 or n in (50, 77)) and n < MOST]
+)
+def test_every_length(length, head_dim, causal, device, kernels):
+    # the heads lie apart and the gradient is expanded: no layout is easy
+    shape = (1, length, 1, head_dim, causal)
+    op, expected = ops(shape)
+    inputs, grad = attention_inputs(shape, torch.float16, device)
+    inputs["qkv"] = torch.cat([inputs["qkv"], inputs["qkv"]], -1)[..., : 3 * head_dim]
+    compare(op, expected, inputs, grad[:, :, :1].expand(grad.shape))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(("m", "n"), [(2, 33), (50, 17), (17, 130)], ids=str)
+def test_separate_queries_and_keys(m, n, causal, dtype, device, kernels):
+    # every tensor has strides of its own: heads first, heads last, a slice of something wider
+    inputs = {
+        "q": torch.randn(2, 3, m, 24).transpose(1, 2),
+        "k": torch.randn(2, n, 3, 24),
+        "v": torch.randn(2, n, 3, 48)[..., ::2],
+    }
+    grad = torch.randn(2, m, 3, 24).to(device, dtype)
+    inputs = {name: x.to(device, dtype) for name, x in inputs.items()}
+    op, expected = (functools.partial(fn, causal=causal) for fn in (attention_qkv, reference.attention_qkv))
+    compare(op, expected, inputs, grad)
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize("length", [50, 130])
+def test_lengths_of_images(length, causal, device, kernels):
+    seqlens = torch.tensor([length, 1, 0, 37, length + 5], device=device)
+    shape = (5, length, 2, 16, causal)
+    op, expected = (functools.partial(fn, seqlens=seqlens) for fn in ops(shape))
+    inputs, grad = attention_inputs(shape, torch.float32, device)
+    compare(op, expected, inputs, grad)
+    result = value_and_grads(op, inputs, grad)
+    assert result["value"][2].abs().max() == 0
+    assert result["d_qkv"][2].abs().max() == 0
+    # what lies behind the end has no influence, not even as NaN
+    inputs["qkv"][3, 37:, 32:] = float("nan")
+    poisoned = value_and_grads(op, inputs, grad)
+    assert torch.equal(poisoned["value"][3, :37], result["value"][3, :37])
+    assert poisoned["d_qkv"][3, 37:, 32:].abs().max() == 0
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0])
+def test_scale(scale, device, kernels):
+    shape = (2, 50, 2, 16, False)
+    op, expected = (functools.partial(fn, scale=scale) for fn in ops(shape))
+    inputs, grad = attention_inputs(shape, torch.float32, device)
+    compare(op, expected, inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 50, 2, 24, False), (2, 77, 1, 80, True), (1, 300, 2, 16, False)], ids=str)
+def test_gradient_of_the_bias(shape, dtype, device, kernels):
+    inputs, grad = attention_inputs(shape, dtype, device)
+    inputs["bias"] = torch.randn(inputs["qkv"].shape[-1]).to(device)
+    op, expected = ops(shape)
+    plain = value_and_grads(op, {"qkv": inputs["qkv"]}, grad)
+    result = value_and_grads(op, inputs, grad)
+    assert all(torch.equal(result[name], value) for name, value in plain.items())
+    of_q, of_k, of_v = result["d_bias"].chunk(3)
+    assert of_k.abs().max() == 0
+    truth = value_and_grads(expected, {name: x.double() for name, x in inputs.items()}, grad.double())
+    same = value_and_grads(expected, inputs, grad)
+    for ours, i in ((of_q, 0), (of_v, 2)):
+        # added up in float32 from gradients that are not rounded yet
+        as_good_as_torch(ours, same["d_bias"].chunk(3)[i], truth["d_bias"].chunk(3)[i], GRADIENT, f"d_bias {i}")
+
+
+@pytest.mark.parametrize("size", [30.0, 1e-4], ids=["one-hot", "uniform"])
+def test_large_and_small_values(size, device, kernels):
+    shape = (1, 77, 1, 64, False)
+    op, expected = ops(shape)
+    inputs, grad = attention_inputs(shape, torch.float32, device)
+    compare(op, expected, {"qkv": inputs["qkv"] * size}, grad)
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
-def test_layouts(layout, causal, device):
+def test_layouts(layout, causal, device, kernels):
     shape = (2, 70, 2, 32, causal)
     op, _ = ops(shape)
     inputs, grad = attention_inputs(shape, torch.float32, device)
@@ -40,7 +136,7 @@ def test_layouts(layout, causal, device):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6, msg=name)
 
 
-def test_expanded_gradient(device):
+def test_expanded_gradient(device, kernels):
     # What loss.sum().backward() sends: one number with every stride 0.
     op, expected = ops((2, 50, 2, 16, False))
     inputs, _ = attention_inputs((2, 50, 2, 16, False), torch.float32, device)
@@ -48,14 +144,14 @@ def test_expanded_gradient(device):
 
 
 @pytest.mark.parametrize("size", [8.0, 1e-4], ids=["one-hot", "uniform"])
-def test_extreme_scores(size, device):
+def test_extreme_scores(size, device, kernels):
     shape = (1, 77, 1, 64, True)
     op, expected = ops(shape)
     inputs, grad = attention_inputs(shape, torch.float32, device)
     compare(op, expected, {"qkv": inputs["qkv"] * size}, grad)
 
 
-def test_keys_beyond_the_end_have_no_weight(device):
+def test_keys_beyond_the_end_have_no_weight(device, kernels):
     # Scores far below zero everywhere: padded keys, whose score is 0, would take all the weight if they were let in.
     qkv = torch.zeros(1, 50, 3 * 64, device=device)
     qkv[..., :64], qkv[..., 64:128], qkv[..., 128:] = 10.0, -10.0, 1.0
@@ -67,7 +163,7 @@ def test_keys_beyond_the_end_have_no_weight(device):
 
 
 @pytest.mark.parametrize("shape", [(0, 50, 2, 16, False), (3, 0, 2, 16, True)], ids=["no images", "no tokens"])
-def test_empty(shape, device):
+def test_empty(shape, device, kernels):
     op, _ = ops(shape)
     inputs, grad = attention_inputs(shape, torch.float32, device)
     result = value_and_grads(op, inputs, grad)
@@ -85,7 +181,7 @@ def test_configurations_of_other_architectures(shape, arch, device, monkeypatch)
     compare(op, expected, inputs, grad)
 
 
-def test_scores_of_minus_infinity(device):
+def test_scores_of_minus_infinity(device, kernels):
     # A whole first tile without weight: its maximum minus itself must not become NaN.
     qkv = torch.randn(1, 70, 3 * 16, device=device)
     qkv[..., :16].abs_()
@@ -95,14 +191,14 @@ def test_scores_of_minus_infinity(device):
 
 
 @pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
-def test_offsets_beyond_32_bits():
+def test_offsets_beyond_32_bits(kernels):
     qkv = huge_strides((2, 5, 48))
     values = torch.randn(2, 5, 48).half()
     qkv.copy_(values)
     torch.testing.assert_close(attention(qkv, 2), attention(values, 2))
 
 
-def test_causal_ignores_the_future(device):
+def test_causal_ignores_the_future(device, kernels):
     op, _ = ops((1, 77, 2, 32, True))
     inputs, _ = attention_inputs((1, 77, 2, 32, True), torch.float32, device)
     changed = inputs["qkv"].clone()
@@ -110,7 +206,7 @@ def test_causal_ignores_the_future(device):
     assert torch.equal(op(**inputs)[:, :40], op(changed)[:, :40])
 
 
-def test_nan_stays_in_its_image(device):
+def test_nan_stays_in_its_image(device, kernels):
     op, _ = ops((2, 20, 1, 16, False))
     inputs, _ = attention_inputs((2, 20, 1, 16, False), torch.float32, device)
     inputs["qkv"][0, 3, 20] = float("nan")

@@ -7,6 +7,8 @@ import torch
 
 from clipfast.kernels import (
     attention,
+    attention_pool,
+    attention_qkv,
     contrastive_loss,
     cpu,
     info_nce_loss,
@@ -16,6 +18,8 @@ from clipfast.kernels import (
     retrieval_ranks,
     sigmoid_loss,
 )
+from clipfast.kernels.attention import cpu as attention_cpu
+from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.contrastive import cpu as contrastive_cpu
 from clipfast.kernels.contrastive import launches, sigmoid_cpu, sigmoid_launches
 
@@ -220,9 +224,7 @@ def test_interpreter_refuses_what_it_would_get_wrong():
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    attention_, patch_, retrieval = (
-        sys.modules[f"clipfast.kernels.{name}"] for name in ("attention", "patch_embed", "retrieval")
-    )
+    patch_, retrieval = (sys.modules[f"clipfast.kernels.{name}"] for name in ("patch_embed", "retrieval"))
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -241,8 +243,8 @@ def paths():
         ),
         "attention": (
             lambda **options: attention(QKV, 2, **options),
-            (cpu, "attention_fwd"),
-            (attention_, "_fwd_triton"),
+            (attention_cpu, "forward"),
+            (attention_launches, "forward"),
         ),
         "patch_embed": (
             lambda **options: patch_embed(**PATCH, **options),
@@ -255,6 +257,43 @@ def paths():
             (retrieval, "_ahead_triton"),
         ),
     }
+
+
+Q = torch.zeros(2, 5, 2, 8)
+SEPARATE_ERRORS = [
+    ((Q[0], Q, Q), {}, ValueError, r"q must have 4 dimensions, got shape \(5, 2, 8\)"),
+    ((Q, Q, Q.half()), {}, TypeError, "v is float16, but q is float32"),
+    ((Q, Q, Q[:, :3]), {}, ValueError, r"k and v \[B, N, H, D\], got .* and \(2, 3, 2, 8\)"),
+    ((Q, Q, Q), {"scale": -1.0}, ValueError, "scale must be positive, got -1.0"),
+    ((Q, Q, Q), {"causal": 1}, TypeError, "causal must be a bool, got int"),
+    ((Q, Q, Q), {"seqlens": torch.ones(2)}, TypeError, "seqlens must be an int32 or int64 tensor, got float32"),
+    ((Q, Q, Q), {"seqlens": [5, 5]}, TypeError, "seqlens must be an int32 or int64 tensor, got list"),
+    ((Q, Q, Q), {"seqlens": torch.tensor([5])}, ValueError, r"seqlens must be \[2\] on cpu, got \(1,\) on cpu"),
+]
+
+
+@pytest.mark.parametrize(("args", "options", "error", "match"), SEPARATE_ERRORS)
+def test_attention_of_separate_tensors(args, options, error, match):
+    with pytest.raises(error, match="attention_qkv: .*" + match):
+        attention_qkv(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("args", "match"),
+    [
+        ((X[None], X[None, :, :5]), r"tokens \[B, N, C\] with at least one token, got \(1, 4, 8\) and \(1, 4, 5\)"),
+        ((X[None], X[None, :0]), "at least one token"),
+        ((X[None], torch.zeros(1, 300, 8)), "at most 64 queries and 256 tokens, got 4 and 300"),
+    ],
+)
+def test_attention_pool(args, match):
+    with pytest.raises(ValueError, match="attention_pool: .*" + match):
+        attention_pool(*args)
+
+
+def test_bias_of_another_size():
+    with pytest.raises(ValueError, match=r"attention: bias must be \[48\] on cpu, got \(47,\) on cpu"):
+        attention(QKV, 2, bias=torch.zeros(47))
 
 
 @pytest.mark.parametrize("name", paths())

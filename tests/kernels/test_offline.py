@@ -14,7 +14,7 @@ import torch
 import triton
 
 from clipfast.bench.inspection import offline
-from clipfast.bench.inspection.shipped import known_problem, shipped_cases
+from clipfast.bench.inspection.shipped import known_problems, shipped_cases
 from clipfast.kernels import attention, configs
 
 from ..conftest import INTERPRET, ON_GPU
@@ -39,8 +39,8 @@ def test_resources(case, arch, request):
         found = offline.problems(
             resources, arch, half=not case.endswith("fp32"), multiplies="PRECISION" in launch.constexprs
         )
-        known = known_problem(VERSION, arch, case)
-        assert [problem for problem in found if problem != known] == [], f"{case} {key} sm_{arch}"
+        known = known_problems(VERSION, arch, case)
+        assert [problem for problem in found if problem not in known] == [], f"{case} {key} sm_{arch}"
     snapshot = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
     if request.config.getoption("--update-resources"):
         snapshot.setdefault(VERSION, {}).setdefault(f"sm_{arch}", {})[case] = compiled
@@ -64,8 +64,8 @@ def test_snapshot_holds_nothing_else():
 
 def test_planted_spill_is_seen_as_the_assembler_reports_it(capsys, tmp_path):
     # 128 x 128 fp32 scores in the registers of one warp cannot fit.
-    too_large = configs.AttentionConfig(128, 128, num_warps=1, num_stages=1)
-    with configs.override(configs.config_key("attention_fwd", torch.bfloat16, 64), too_large):
+    too_large = configs.LoopedConfig(128, 128, num_warps=1, num_stages=1)
+    with configs.override(configs.config_key("attention_looped_fwd", torch.bfloat16, 64), too_large):
         (launch,) = offline.record(80, lambda: attention(torch.empty(1, 256, 3 * 64, dtype=torch.bfloat16), 1))
     with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = str(tmp_path)  # so that the assembler runs

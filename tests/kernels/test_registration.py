@@ -21,7 +21,22 @@ def test_opcheck(name, device):
         "info_nce_loss": ("info_nce_fwd", lambda x: (*x.values(), True, True, torch.float32)),
         "nt_xent_loss": ("nt_xent_fwd", lambda x: (*x.values(), True, torch.float32)),
         "sigmoid_loss": ("sigmoid_fwd", lambda x: (*x.values(), 0, True, torch.float32)),
-        "attention": ("attention_fwd", lambda x: (x["qkv"], 2, True)),
+        "attention": (
+            "attention_fwd",
+            lambda x: (
+                x["qkv"],
+                torch.ones(48, device=device),
+                torch.tensor([9, 3], dtype=torch.int32, device=device),
+                2,
+                True,
+                0.5,
+            ),
+        ),
+        "attention_qkv": (
+            "attention_qkv_fwd",
+            lambda x: (*x.values(), torch.tensor([9, 3], dtype=torch.int32, device=device), False, 0.5),
+        ),
+        "attention_pool": ("attention_pool_fwd", lambda x: (*x.values(),)),
         "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
     }
     op, arguments = overloads[name.removesuffix(" of bytes")]

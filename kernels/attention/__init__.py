@@ -1,0 +1,11 @@
+"""Softmax attention at CLIP's lengths.
+
+``op`` holds the ops, ``launches`` says which kernel serves which shape: those in ``short`` hold a whole head, those in
+``looped`` walk it. ``tiles`` is what they share, ``cpu`` the path without a GPU. ``pool`` is the attention of a few
+queries on whole tokens.
+"""
+
+from .op import attention, attention_qkv
+from .pool import attention_pool
+
+__all__ = ["attention", "attention_pool", "attention_qkv"]

@@ -1,0 +1,62 @@
+"""Attention on a CPU: PyTorch's own flash kernel, with the arguments and results of the launches."""
+
+import torch
+from torch import Tensor
+
+from .._launch import LN2, LOG2E, accumulate_dtype
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [B, M, H, D], contiguous, and log-sum-exp [B, H, M] in base 2."""
+    batch, m, heads, _ = q.shape
+    if q.numel() == 0 or k.numel() == 0:
+        lse = q.new_full((batch, heads, m), float("inf"), dtype=accumulate_dtype(q.dtype))
+        return q.new_zeros(q.shape), lse
+    k, v, mask = _without_hidden(k, v, seqlens)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        *_heads_first(q, k, v), is_causal=causal, attn_mask=mask, scale=scale
+    )
+    out, lse = out.transpose(1, 2), lse * LOG2E
+    if seqlens is not None:
+        is_empty = (seqlens == 0)[:, None, None]
+        out, lse = out.masked_fill(is_empty[..., None], 0), lse.masked_fill(is_empty, float("inf"))
+    return out.contiguous(), lse.contiguous()
+
+
+def backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
+    causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Write the gradients of q, k and v to ``grads``; ``with_sums`` of those of q and v over batch and rows."""
+    if q.numel() == 0 or k.numel() == 0:
+        for grad in grads:
+            grad.zero_()
+    else:
+        k, v, mask = _without_hidden(k, v, seqlens)
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            *_heads_first(grad_out, q, k, v, out), lse * LN2, 0.0, causal, attn_mask=mask, scale=scale
+        )
+        for grad, result in zip(grads, results, strict=True):
+            grad.copy_(result.transpose(1, 2))
+            if seqlens is not None:
+                grad.masked_fill_((seqlens == 0)[:, None, None, None], 0)
+    if not with_sums:
+        return None
+    dq, dv = (grad.flatten(2).sum((0, 1), dtype=accumulate_dtype(grad.dtype)) for grad in (grads[0], grads[2]))
+    return dq, dv
+
+
+def _heads_first(*tensors: Tensor) -> list[Tensor]:
+    # the kernel needs unit stride along a head
+    return [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
+
+
+def _without_hidden(k: Tensor, v: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Keys and values with zeros behind each end, where there may be anything, and a mask for the scores."""
+    if seqlens is None:
+        return k, v, None
+    hidden = torch.arange(k.shape[1], device=k.device) >= seqlens[:, None]
+    mask = k.new_zeros(hidden.shape).masked_fill(hidden, float("-inf"))[:, None, None]
+    return k.masked_fill(hidden[..., None, None], 0), v.masked_fill(hidden[..., None, None], 0), mask

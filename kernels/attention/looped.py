@@ -1,0 +1,200 @@
+"""Attention of any length: a program owns a block of queries or of keys and walks the other side.
+
+Each block of each gradient has one writer, so that the result is deterministic without atomics; for that, the scores
+are computed once more than the short kernels do.
+"""
+
+import triton
+import triton.language as tl
+
+from .._tiles import online_softmax_step
+from .tiles import add_product, inner, load_rows, row_dot, scaled_rows, store_row_sums, store_rows, zero_rows
+
+
+@triton.jit
+def _looped_fwd_kernel(
+    q_ptr,  # [B, M, H, D]
+    k_ptr,  # [B, N, H, D]
+    v_ptr,  # [B, N, H, D]
+    out_ptr,  # [B, M, H, D] contiguous
+    lse_ptr,  # [B, H, M] fp32, base 2
+    seqlens_ptr,  # [B] int32
+    M, N, H,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    qk_scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """One program owns BLOCK_M queries. TAIL is the width that the last keys need, no multiple of BLOCK_N."""
+    num_m = tl.cdiv(M, BLOCK_M)
+    pid_bh, start_m = tl.program_id(0) // num_m, tl.program_id(0) % num_m * BLOCK_M
+    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    out_ptr += (b * M * H + h) * HEAD_DIM
+    num_keys = N
+    if HAS_SEQLENS:
+        num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
+    row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_M,), tl.float32)
+    acc = zero_rows(BLOCK_M, D_PARTS)
+    # whole blocks that every query sees need no mask
+    whole = num_keys // BLOCK_N * BLOCK_N
+    if IS_CAUSAL:
+        whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
+    for start_n in range(0, whole, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
+        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
+        scores = inner(q, k, BLOCK_M, BLOCK_N, PRECISION)  # [BM, BN]
+        p, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
+        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v, PRECISION)
+    end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
+    for start_n in range(whole, end, TAIL):
+        offs_n = start_n + tl.arange(0, TAIL)
+        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+        visible = (offs_n < num_keys)[None, :]
+        if IS_CAUSAL:
+            visible = visible & (offs_n[None, :] <= offs_m[:, None])
+        scores = tl.where(visible, inner(q, k, BLOCK_M, TAIL, PRECISION), float("-inf"))  # [BM, TAIL]
+        p, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
+        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v, PRECISION)
+    is_empty = row_sum == 0.0
+    factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
+    store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
+    lse = tl.where(is_empty, float("inf"), row_max * qk_scale + tl.log2(row_sum))
+    tl.store(lse_ptr + pid_bh.to(tl.int64) * M + offs_m, lse, mask=offs_m < M)
+
+
+@triton.jit
+def _two_phase_bwd_kernel(
+    q_ptr,  # [B, M, H, D]
+    k_ptr,  # [B, N, H, D]
+    v_ptr,  # [B, N, H, D]
+    out_ptr,  # [B, M, H, D] contiguous
+    grad_ptr,  # [B, M, H, D]
+    lse_ptr,  # [B, H, M] fp32, base 2
+    seqlens_ptr,  # [B] int32
+    dq_ptr,  # [B, M, H, D]
+    dk_ptr,  # [B, N, H, D]
+    dv_ptr,  # [B, N, H, D]
+    dq_sum_ptr,  # [B, blocks of M, H, D] fp32, over the queries of each
+    dv_sum_ptr,  # [B, blocks of N, H, D] fp32, over the values of each
+    M, N, H,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    stride_gb, stride_gn, stride_gh, stride_gd,
+    stride_dqb, stride_dqn, stride_dkb, stride_dkn,
+    qk_scale, scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr,
+    OWN_K: tl.constexpr, STEP_Q: tl.constexpr, OWN_Q: tl.constexpr, STEP_K: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first programs of a head own OWN_K keys each and walk STEP_Q queries at a time; the others own OWN_Q queries
+    and walk STEP_K keys. A head's gradients are contiguous, and dv has the strides of dk.
+    """
+    num_k, num_q = tl.cdiv(N, OWN_K), tl.cdiv(M, OWN_Q)
+    pid_bh, pid = tl.program_id(0) // (num_k + num_q), tl.program_id(0) % (num_k + num_q)
+    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    out_ptr += (b * M * H + h) * HEAD_DIM
+    grad_ptr += b * stride_gb + h * stride_gh
+    lse_ptr += pid_bh.to(tl.int64) * M
+    num_keys = N
+    if HAS_SEQLENS:
+        num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
+    if pid < num_k:
+        acc_dk, acc_dv = _key_gradients(
+            q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, pid * OWN_K, M, num_keys, H * HEAD_DIM, stride_qn,
+            stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
+            HEAD_DIM, D_PARTS, OWN_K, STEP_Q, IS_CAUSAL, PRECISION,
+        )  # fmt: skip
+        offs_n = pid * OWN_K + tl.arange(0, OWN_K)
+        offset = b * stride_dkb + h * HEAD_DIM
+        store_rows(dk_ptr + offset, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+        store_rows(dv_ptr + offset, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+        if HAS_SUMS:
+            store_row_sums(dv_sum_ptr + ((b * num_k + pid) * H + h) * HEAD_DIM, acc_dv, 1.0, HEAD_DIM, D_PARTS)
+    else:
+        pid -= num_k
+        acc_dq = _query_gradients(
+            q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, pid * OWN_Q, M, num_keys, H * HEAD_DIM, stride_qn,
+            stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
+            HEAD_DIM, D_PARTS, OWN_Q, STEP_K, IS_CAUSAL, PRECISION,
+        )  # fmt: skip
+        offs_m = pid * OWN_Q + tl.arange(0, OWN_Q)
+        offset = b * stride_dqb + h * HEAD_DIM
+        store_rows(dq_ptr + offset, acc_dq, scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)
+        if HAS_SUMS:
+            store_row_sums(dq_sum_ptr + ((b * num_q + pid) * H + h) * HEAD_DIM, acc_dq, scale, HEAD_DIM, D_PARTS)
+
+
+@triton.jit
+def _key_gradients(
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, start_n, M, num_keys, width,
+    stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk / scale and dv of BLOCK_N keys, on transposed scores; zeros for keys that are not there."""
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
+    v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
+    acc_dk = zero_rows(BLOCK_N, D_PARTS)
+    acc_dv = zero_rows(BLOCK_N, D_PARTS)
+    first_m = start_n // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
+    for start_m in range(first_m, M, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
+        do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
+        delta = row_dot(do, load_rows(out_ptr, offs_m, M, width, 1, HEAD_DIM, D_PARTS))  # [BM]
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
+        p_t = tl.exp2(inner(k, q, BLOCK_N, BLOCK_M, PRECISION) * qk_scale - lse[None, :])  # [BN, BM]
+        visible = (offs_n < num_keys)[:, None]
+        if IS_CAUSAL:
+            visible = visible & (offs_n[:, None] <= offs_m[None, :])
+        p_t = tl.where(visible, p_t, 0.0)
+        acc_dv = add_product(acc_dv, p_t.to(q_ptr.dtype.element_ty), do, PRECISION)
+        dp_t = inner(v, do, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        ds_t = (p_t * (dp_t - delta[None, :])).to(q_ptr.dtype.element_ty)
+        acc_dk = add_product(acc_dk, ds_t, q, PRECISION)
+    return acc_dk, acc_dv
+
+
+@triton.jit
+def _query_gradients(
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, start_m, M, num_keys, width,
+    stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq / scale of BLOCK_M queries."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
+    do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
+    delta = row_dot(do, load_rows(out_ptr, offs_m, M, width, 1, HEAD_DIM, D_PARTS))  # [BM]
+    lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
+    acc_dq = zero_rows(BLOCK_M, D_PARTS)
+    end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
+    for start_n in range(0, end, BLOCK_N):
+        offs_n = start_n + tl.arange(0, BLOCK_N)
+        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
+        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
+        p = tl.exp2(inner(q, k, BLOCK_M, BLOCK_N, PRECISION) * qk_scale - lse[:, None])  # [BM, BN]
+        visible = (offs_n < num_keys)[None, :]
+        if IS_CAUSAL:
+            visible = visible & (offs_n[None, :] <= offs_m[:, None])
+        p = tl.where(visible, p, 0.0)
+        dp = inner(do, v, BLOCK_M, BLOCK_N, PRECISION)  # [BM, BN]
+        ds = (p * (dp - delta[:, None])).to(q_ptr.dtype.element_ty)
+        acc_dq = add_product(acc_dq, ds, k, PRECISION)
+    return acc_dq

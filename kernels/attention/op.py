@@ -1,0 +1,289 @@
+"""Attention on a packed projection: [B, N, 3 H D] in, [B, N, H D] out, read and written in place of any transpose or
+copy; or on separate queries, keys and values.
+
+Per image and head, with scores s_ij = scale q_i . k_j (j <= i where causal; j < seqlen where lengths are given):
+
+    p_ij = exp(s_ij - lse_i)        lse_i = logsumexp_j s_ij        o_i = sum_j p_ij v_j
+    delta_i = do_i . o_i            ds_ij = p_ij (do_i . v_j - delta_i)
+    dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i    dv_j = sum_i p_ij do_i
+
+The gradient of a bias on the projection is the sum of these over images and tokens; that of the keys' part is zero,
+since what all keys of a query have in common does not change its softmax.
+
+Bytes for N tokens: forward 4 N D items, backward 7 N D (short) or 12 N D and more (two phases). FLOPs: 4 N^2 D forward,
+10 N^2 D (short) or 14 N^2 D backward.
+Method: FlashAttention (Dao et al. 2022) and FlashAttention-2 (Dao 2023).
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._launch import (
+    accumulate_dtype,
+    autocast_to,
+    check_float,
+    check_like,
+    check_tensor,
+    dtype_name,
+    outside_autocast,
+    triton_runs_on,
+    uses_reference,
+)
+from . import cpu, launches
+
+MAX_HEAD_DIM = 128
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    return launches if triton_runs_on(x.device) else cpu
+
+
+def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    # no -1: of an empty batch it could be anything
+    q, k, v = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).unbind(2)
+    return q, k, v
+
+
+@torch.library.custom_op("clipfast::attention_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _attention_fwd(
+    qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _kernels(qkv).forward(*_views(qkv, num_heads), seqlens, causal, scale)
+    return out.flatten(2), lse
+
+
+@_attention_fwd.register_fake
+def _(
+    qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    batch, length, width3 = qkv.shape
+    lse = qkv.new_empty(batch, num_heads, length, dtype=accumulate_dtype(qkv.dtype))
+    return qkv.new_empty(batch, length, width3 // 3), lse
+
+
+@torch.library.custom_op("clipfast::attention_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _attention_bwd(
+    grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
+    num_heads: int, causal: bool, scale: float, with_bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    grad_qkv = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    views = _views(qkv, num_heads)
+    sums = _kernels(qkv).backward(
+        grad_out.reshape(views[0].shape), *views, out.view(views[0].shape), lse, seqlens, causal, scale,
+        _views(grad_qkv, num_heads), with_bias,
+    )  # fmt: skip
+    if sums is None:
+        return grad_qkv, lse.new_empty(0)
+    return grad_qkv, torch.cat([sums[0], torch.zeros_like(sums[0]), sums[1]])
+
+
+@_attention_bwd.register_fake
+def _(
+    grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
+    num_heads: int, causal: bool, scale: float, with_bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    return qkv.new_empty(qkv.shape), lse.new_empty(qkv.shape[-1] if with_bias else 0)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    qkv, bias, seqlens, *ctx.options = inputs
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(qkv, seqlens, *output)
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 6
+    with_bias = ctx.needs_input_grad[1]
+    grad_qkv, grad_bias = torch.ops.clipfast.attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, with_bias)
+    return grad_qkv, grad_bias.to(ctx.bias_dtype) if with_bias else None, None, None, None, None
+
+
+_attention_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+@torch.library.custom_op("clipfast::attention_qkv_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _attention_qkv_fwd(
+    q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    out, lse = _kernels(q).forward(q, k, v, seqlens, causal, scale)
+    return out, lse
+
+
+@_attention_qkv_fwd.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    batch, m, heads, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty(batch, heads, m, dtype=accumulate_dtype(q.dtype))
+
+
+@torch.library.custom_op("clipfast::attention_qkv_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _attention_qkv_bwd(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    _kernels(q).backward(grad_out, q, k, v, out, lse, seqlens, causal, scale, (dq, dk, dv), False)
+    return dq, dk, dv
+
+
+@_attention_qkv_bwd.register_fake
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _setup_qkv_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, seqlens, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(q, k, v, seqlens, *output)
+
+
+def _qkv_backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad_out is None:
+        return (None,) * 6
+    return *torch.ops.clipfast.attention_qkv_bwd(grad_out, *ctx.saved_tensors, *ctx.options), None, None, None
+
+
+_attention_qkv_fwd.register_autograd(_qkv_backward, setup_context=_setup_qkv_context)
+
+
+def attention(
+    qkv: Tensor,
+    num_heads: int,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    seqlens: Tensor | None = None,
+    bias: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention of every head, straight from the packed projection.
+
+    Args:
+        qkv: [B, N, 3 * num_heads * head_dim], the projections to queries, keys and values one after the other (the
+            layout of ``nn.MultiheadAttention``'s ``in_proj``); float32, float16 or bfloat16 (float64 on the CPU); any
+            strides. Under autocast it is taken in the autocast dtype.
+        num_heads: heads; head_dim is at most 128 outside the reference.
+        causal: token i sees tokens 0 .. i only.
+        scale: positive factor on the scores, by default head_dim ** -0.5.
+        seqlens: integers [B]: in each image only the first so many tokens are seen. A token that sees none gets zeros.
+        bias: [3 * num_heads * head_dim], the bias that is in ``qkv`` already; nothing is added. It only receives its
+            gradient, which the backward pass has at hand: pass ``F.linear(x, weight, bias.detach())`` with it.
+        backend: "auto" (Triton on GPUs, PyTorch's flash kernel on CPUs), "triton", or "torch" for the reference.
+
+    Returns:
+        [B, N, num_heads * head_dim] in the dtype of ``qkv``, contiguous.
+
+    Raises:
+        ValueError, TypeError: a shape, a dtype or a value that does not fit.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    op = "attention"
+    check_tensor(op, "qkv", qkv, 3)
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
+    if num_heads < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"{op}: the last dimension of qkv must be 3 * num_heads * head_dim, "
+            f"got {qkv.shape[-1]} with num_heads={num_heads}"
+        )
+    if bias is not None:
+        check_tensor(op, "bias", bias, 1)
+        if bias.shape[0] != qkv.shape[-1] or bias.device != qkv.device:
+            raise ValueError(
+                f"{op}: bias must be [{qkv.shape[-1]}] on {qkv.device}, got {tuple(bias.shape)} on {bias.device}"
+            )
+    seqlens = _check_options(op, causal, scale, seqlens, qkv)
+    qkv = autocast_to(qkv)
+    if uses_reference(op, backend, qkv):
+        return reference.attention(qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, bias=bias)
+    head_dim = _check_head_dim(op, "qkv", qkv, qkv.shape[-1] // (3 * num_heads))
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return _attention_fwd(qkv, bias, seqlens, num_heads, causal, scale)[0]
+
+
+def attention_qkv(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool = False,
+    scale: float | None = None,
+    seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Softmax attention on separate tensors, for models that do not pack them: cross-attention, or a cache of keys.
+
+    Args:
+        q: [B, M, H, D], float32, float16 or bfloat16 (float64 on the CPU); any strides, so that
+            ``[B, H, M, D].transpose(1, 2)`` costs nothing. D is at most 128 outside the reference.
+        k: [B, N, H, D], same dtype and device.
+        v: [B, N, H, D], same dtype and device.
+        causal: query i sees keys 0 .. i only.
+        scale: positive factor on the scores, by default D ** -0.5.
+        seqlens: integers [B]: in each image only the first so many keys are seen. A query that sees none gets zeros.
+        backend: see :func:`attention`.
+
+    Returns:
+        [B, M, H, D] in the dtype of ``q``, contiguous.
+
+    Raises:
+        ValueError, TypeError: a shape, a dtype or a value that does not fit.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    op = "attention_qkv"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        check_tensor(op, name, x, 4)
+        check_like(op, name, x, "q", q)
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+        raise ValueError(
+            f"{op}: q must be [B, M, H, D], k and v [B, N, H, D], got {tuple(q.shape)}, {tuple(k.shape)} and "
+            f"{tuple(v.shape)}"
+        )
+    seqlens = _check_options(op, causal, scale, seqlens, q)
+    q, k, v = (autocast_to(x) for x in (q, k, v))
+    if uses_reference(op, backend, q):
+        return reference.attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens)
+    head_dim = _check_head_dim(op, "q", q, q.shape[-1])
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
+
+
+def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
+    """Lengths as the kernels take them."""
+    if not isinstance(causal, bool):
+        raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"{op}: scale must be positive, got {scale}")
+    if seqlens is None:
+        return None
+    if not isinstance(seqlens, Tensor) or seqlens.dtype not in (torch.int32, torch.int64):
+        got = dtype_name(seqlens.dtype) if isinstance(seqlens, Tensor) else type(seqlens).__name__
+        raise TypeError(f"{op}: seqlens must be an int32 or int64 tensor, got {got}")
+    if seqlens.shape != like.shape[:1] or seqlens.device != like.device:
+        raise ValueError(
+            f"{op}: seqlens must be [{like.shape[0]}] on {like.device}, got {tuple(seqlens.shape)} on {seqlens.device}"
+        )
+    return seqlens.clamp(min=0).to(torch.int32).contiguous()
+
+
+def _check_head_dim(op: str, name: str, x: Tensor, head_dim: int) -> int:
+    check_float(op, name, x)
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(
+            f"{op}: head_dim must be at most {MAX_HEAD_DIM}, got {head_dim}: use more heads or backend='torch'"
+        )
+    return head_dim

@@ -1,0 +1,170 @@
+"""Attention of short sequences: one program owns a head, reads it once and writes it once.
+
+No program shares anything with another, so each result has one writer. The forward pass holds whole rows of scores:
+softmax without a running maximum. Keys are held in parts, 257 as 256 + 16, so that little is computed that is not
+there. The backward pass holds the gradients of all keys and values in registers and walks the queries, on transposed
+scores: delta_i = sum_j p_ij (do_i . v_j) / sum_j p_ij, so that the output is not read again.
+"""
+
+import triton
+import triton.language as tl
+
+from .tiles import (
+    add_product,
+    add_transposed_product,
+    inner,
+    load_rows,
+    offs_of,
+    size_of,
+    store_row_sums,
+    store_rows,
+    transposed,
+    zero_columns,
+    zero_rows,
+)
+
+
+@triton.jit
+def _short_fwd_kernel(
+    q_ptr,  # [B, M, H, D]
+    k_ptr,  # [B, N, H, D]
+    v_ptr,  # [B, N, H, D]
+    out_ptr,  # [B, M, H, D] contiguous
+    lse_ptr,  # [B, H, M] fp32, base 2
+    seqlens_ptr,  # [B] int32
+    M, N, H,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    qk_scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """qk_scale = scale * log2(e)."""
+    pid = tl.program_id(0)
+    b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    out_ptr += (b * M * H + h) * HEAD_DIM
+    num_keys = N
+    if HAS_SEQLENS:
+        num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
+    keys = ()
+    values = ()
+    for j in tl.static_range(len(N_PARTS)):
+        offs_n = offs_of(N_PARTS, j)
+        keys = keys + (load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS),)
+        values = values + (load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS),)
+    for start_m in range(0, M, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)
+        row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+        scores = ()
+        for j in tl.static_range(len(N_PARTS)):
+            tile = inner(q, keys[j], BLOCK_M, size_of(N_PARTS, j), PRECISION)
+            # only the last part ends past the keys
+            if IS_CAUSAL or HAS_SEQLENS or j == len(N_PARTS) - 1:
+                offs_n = offs_of(N_PARTS, j)
+                visible = (offs_n < num_keys)[None, :]
+                if IS_CAUSAL:
+                    visible = visible & (offs_n[None, :] <= offs_m[:, None])
+                tile = tl.where(visible, tile, float("-inf"))
+            row_max = tl.maximum(row_max, tl.max(tile, 1))
+            scores = scores + (tile,)
+        # a finite pivot: where no key is seen, the maximum minus itself would be NaN
+        pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
+        row_sum = tl.zeros((BLOCK_M,), tl.float32)
+        acc = zero_rows(BLOCK_M, D_PARTS)
+        for j in tl.static_range(len(N_PARTS)):
+            # the difference first: it is exact where it matters
+            p = tl.exp2((scores[j] - pivot[:, None]) * qk_scale)
+            row_sum += tl.sum(p, 1)
+            acc = add_product(acc, p.to(q_ptr.dtype.element_ty), values[j], PRECISION)
+        is_empty = row_sum == 0.0
+        factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
+        store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
+        lse = tl.where(is_empty, float("inf"), pivot * qk_scale + tl.log2(row_sum))
+        tl.store(lse_ptr + pid.to(tl.int64) * M + offs_m, lse, mask=offs_m < M)
+
+
+@triton.jit
+def _short_bwd_kernel(
+    q_ptr,  # [B, M, H, D]
+    k_ptr,  # [B, N, H, D]
+    v_ptr,  # [B, N, H, D]
+    grad_ptr,  # [B, M, H, D]
+    lse_ptr,  # [B, H, M] fp32, base 2
+    seqlens_ptr,  # [B] int32
+    dq_ptr,  # [B, M, H, D]
+    dk_ptr,  # [B, N, H, D]
+    dv_ptr,  # [B, N, H, D]
+    dq_sum_ptr,  # [B, H, D] fp32, over the queries
+    dv_sum_ptr,  # [B, H, D] fp32, over the values
+    M, N, H,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    stride_gb, stride_gn, stride_gh, stride_gd,
+    stride_dqb, stride_dqn, stride_dkb, stride_dkn,
+    qk_scale, scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N holds all keys; a head's gradients are contiguous, and dv has the strides of dk."""
+    pid = tl.program_id(0)
+    b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
+    dtype = q_ptr.dtype.element_ty
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    grad_ptr += b * stride_gb + h * stride_gh
+    dq_ptr += b * stride_dqb + h * HEAD_DIM
+    dk_ptr += b * stride_dkb + h * HEAD_DIM
+    dv_ptr += b * stride_dkb + h * HEAD_DIM
+    lse_ptr += pid.to(tl.int64) * M
+    num_keys = N
+    if HAS_SEQLENS:
+        num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
+    offs_n = tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
+    v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
+    acc_dk = zero_rows(BLOCK_N, D_PARTS)
+    acc_dv = zero_rows(BLOCK_N, D_PARTS)
+    dq_sum = zero_columns(BLOCK_M, D_PARTS)
+    for start_m in range(0, M, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
+        do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
+        p_t = tl.exp2(inner(k, q, BLOCK_N, BLOCK_M, PRECISION) * qk_scale - lse[None, :])  # [BN, BM]
+        visible = (offs_n < num_keys)[:, None]
+        if IS_CAUSAL:
+            visible = visible & (offs_n[:, None] <= offs_m[None, :])
+        # masked where p is made: a key that is not there has score 0, and 2^(0 - lse) can be infinite
+        p_t = tl.where(visible, p_t, 0.0)
+        acc_dv = add_product(acc_dv, p_t.to(dtype), do, PRECISION)
+        dp_t = inner(v, do, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        # over the sum of p, which is 1 but for the rounding of lse: of what cancels in dp - delta, that would be left
+        total = tl.sum(p_t, 0)
+        delta = tl.sum(p_t * dp_t, 0) / tl.where(total == 0.0, 1.0, total)  # [BM]
+        ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
+        acc_dk = add_product(acc_dk, ds_t, q, PRECISION)
+        # transposed: D rows fill the matrix unit, BLOCK_M would not
+        dq_t = add_transposed_product(zero_columns(BLOCK_M, D_PARTS), k, ds_t, PRECISION)  # [D, BM]
+        if HAS_SUMS:
+            dq_sum = _added(dq_sum, dq_t)
+        store_rows(dq_ptr, transposed(dq_t), scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)
+    store_rows(dk_ptr, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+    store_rows(dv_ptr, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+    if HAS_SUMS:
+        store_row_sums(dq_sum_ptr + pid.to(tl.int64) * HEAD_DIM, transposed(dq_sum), scale, HEAD_DIM, D_PARTS)
+        store_row_sums(dv_sum_ptr + pid.to(tl.int64) * HEAD_DIM, acc_dv, 1.0, HEAD_DIM, D_PARTS)
+
+
+@triton.jit
+def _added(a, b):
+    parts = ()
+    for i in tl.static_range(len(a)):
+        parts = parts + (a[i] + b[i],)
+    return parts
