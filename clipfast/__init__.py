@@ -17,6 +17,8 @@ from .factory import create_model, create_model_and_transforms, get_tokenizer
 from .images import ImageError, image_transform, open_image
 from .kernels import (
     attention,
+    attention_pool,
+    attention_qkv,
     contrastive_loss,
     info_nce_loss,
     nt_xent_loss,
@@ -26,6 +28,7 @@ from .kernels import (
 )
 from .losses import ClipLoss
 from .models import CLIP, add_model_config, get_model_config, list_models
+from .report import report
 from .siglip_loss import SigLipLoss
 from .tokenizer import Tokenizer, tokenize
 
@@ -43,6 +46,8 @@ __all__ = [
     "Tokenizer",
     "add_model_config",
     "attention",
+    "attention_pool",
+    "attention_qkv",
     "build_zero_shot_classifier",
     "contrastive_loss",
     "create_model",
@@ -59,6 +64,7 @@ __all__ = [
     "open_image",
     "patch_embed",
     "recall_at",
+    "report",
     "retrieval_ranks",
     "sigmoid_loss",
     "tokenize",

@@ -5,7 +5,7 @@ configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` 
 """
 
 from . import reference
-from .attention import attention, attention_pool, attention_qkv
+from .attention import attention, attention_pool, attention_qkv, attention_route
 from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
@@ -14,6 +14,7 @@ __all__ = [
     "attention",
     "attention_pool",
     "attention_qkv",
+    "attention_route",
     "contrastive_loss",
     "distributed_contrastive_loss",
     "info_nce_loss",

@@ -68,6 +68,14 @@ class TwoPhaseConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SdpaConfig:
+    """Keys from which on PyTorch's own attention is faster than ours, with and without a causal mask."""
+
+    min_keys: int
+    min_keys_causal: int
+
+
+@dataclasses.dataclass(frozen=True)
 class RowConfig:
     """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_K columns at a time."""
 
@@ -77,8 +85,8 @@ class RowConfig:
     num_stages: int
 
 
-Config = GemmConfig | ShortConfig | LoopedConfig | TwoPhaseConfig | RowConfig
-C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, TwoPhaseConfig, RowConfig)
+Config = GemmConfig | ShortConfig | LoopedConfig | TwoPhaseConfig | SdpaConfig | RowConfig
+C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, TwoPhaseConfig, SdpaConfig, RowConfig)
 _overrides: dict[str, Config] = {}
 
 
@@ -101,8 +109,12 @@ def short_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_
     """Configuration of an attention kernel that holds all keys; None where they do not fit."""
     if num_keys > NUM_KEYS[-1]:
         return None
-    key = config_key(kernel, dtype, head_dim, num_keys)
-    return _lookup(ShortConfig, key, arch) if key in _overrides or committed(key, arch) else None
+    return _lookup_any(ShortConfig, config_key(kernel, dtype, head_dim, num_keys), arch)
+
+
+def sdpa_config(arch: int, dtype: torch.dtype, head_dim: int) -> SdpaConfig | None:
+    """Where PyTorch's own attention serves compute capability ``arch``; None where it nowhere measured faster."""
+    return _lookup_any(SdpaConfig, config_key("attention_sdpa", dtype, head_dim), arch)
 
 
 def config_key(kernel: str, dtype: torch.dtype, head_dim: int | None = None, num_keys: int | None = None) -> str:
@@ -137,6 +149,10 @@ def read_table(arch: int) -> dict[str, dict[str, int]]:
 def committed(key: str, arch: int) -> dict[str, int] | None:
     """The entry of the tables that serves compute capability ``arch``."""
     return next((table[key] for known in ARCHS if known <= arch and key in (table := read_table(known))), None)
+
+
+def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:
+    return _lookup(kind, key, arch) if key in _overrides or committed(key, arch) else None
 
 
 def _lookup(kind: type[C], key: str, arch: int) -> C:

@@ -108,12 +108,16 @@ def attention(
 ) -> Tensor:
     """Softmax attention on a packed projection (Vaswani et al. 2017), with the score matrix in memory."""
     if bias is not None:
-        # nothing is added: it only gets a gradient
-        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
+        qkv = with_bias_gradient(qkv, bias)
     batch, length, width3 = qkv.shape
     # no -1: of an empty batch it could be anything
     q, k, v = qkv.reshape(batch, length, 3, num_heads, width3 // (3 * num_heads)).unbind(2)
     return attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens).flatten(2)
+
+
+def with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
+    """``qkv``, through which ``bias`` gets a gradient: nothing is added, since it is in there already."""
+    return qkv + (bias - bias.detach()).to(qkv.dtype)
 
 
 def attention_qkv(

@@ -5,7 +5,8 @@
 queries on whole tokens.
 """
 
+from .launches import Route, attention_route
 from .op import attention, attention_qkv
 from .pool import attention_pool
 
-__all__ = ["attention", "attention_pool", "attention_qkv"]
+__all__ = ["Route", "attention", "attention_pool", "attention_qkv", "attention_route"]

@@ -10,7 +10,7 @@ import triton
 from torch import Tensor
 
 from .._launch import LOG2E, arch_of, launch
-from ..configs import LoopedConfig, TwoPhaseConfig, attention_config, short_config
+from ..configs import LoopedConfig, TwoPhaseConfig, attention_config, sdpa_config, short_config
 from .looped import _looped_fwd_kernel, _two_phase_bwd_kernel
 from .short import _short_bwd_kernel, _short_fwd_kernel
 
@@ -18,12 +18,19 @@ from .short import _short_bwd_kernel, _short_fwd_kernel
 class Route(NamedTuple):
     """The kernels that a shape takes."""
 
-    forward: str  # "short" or "looped"
-    backward: str  # "short" or "two_phase"
+    forward: str  # "short", "looped" or "sdpa"
+    backward: str  # "short", "two_phase" or "sdpa"
 
 
-def route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int) -> Route:
-    """The kernels for compute capability ``arch``: the short ones where the tables have a configuration for them."""
+def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int, *, causal: bool) -> Route:
+    """The kernels that serve a shape on a GPU of compute capability ``arch`` (90 for sm_90).
+
+    The tables decide: the short kernels where they have a configuration for them, and PyTorch's own attention from the
+    number of keys on at which it measured faster.
+    """
+    sdpa = sdpa_config(arch, dtype, head_dim)
+    if sdpa is not None and num_keys >= (sdpa.min_keys_causal if causal else sdpa.min_keys):
+        return Route("sdpa", "sdpa")
     forward = short_config("attention_short_fwd", arch, dtype, head_dim, num_keys)
     backward = short_config("attention_short_bwd", arch, dtype, head_dim, num_keys)
     return Route("short" if forward else "looped", "short" if backward else "two_phase")

@@ -19,11 +19,13 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from .._launch import (
     accumulate_dtype,
+    arch_of,
     autocast_to,
     check_float,
     check_like,
@@ -182,7 +184,8 @@ def attention(
         seqlens: integers [B]: in each image only the first so many tokens are seen. A token that sees none gets zeros.
         bias: [3 * num_heads * head_dim], the bias that is in ``qkv`` already; nothing is added. It only receives its
             gradient, which the backward pass has at hand: pass ``F.linear(x, weight, bias.detach())`` with it.
-        backend: "auto" (Triton on GPUs, PyTorch's flash kernel on CPUs), "triton", or "torch" for the reference.
+        backend: "auto" (on GPUs Triton, or PyTorch's own attention where :func:`attention_route` says so; on CPUs
+            PyTorch's flash kernel), "triton", or "torch" for the reference.
 
     Returns:
         [B, N, num_heads * head_dim] in the dtype of ``qkv``, contiguous.
@@ -212,6 +215,10 @@ def attention(
         return reference.attention(qkv, num_heads, causal=causal, scale=scale, seqlens=seqlens, bias=bias)
     head_dim = _check_head_dim(op, "qkv", qkv, qkv.shape[-1] // (3 * num_heads))
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if _takes_sdpa(backend, qkv, head_dim, qkv.shape[1], seqlens, causal):
+        if bias is not None:
+            qkv = reference.with_bias_gradient(qkv, bias)
+        return _sdpa(*_views(qkv, num_heads), causal, scale).flatten(2)
     return _attention_fwd(qkv, bias, seqlens, num_heads, causal, scale)[0]
 
 
@@ -259,7 +266,22 @@ def attention_qkv(
         return reference.attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens)
     head_dim = _check_head_dim(op, "q", q, q.shape[-1])
     scale = head_dim**-0.5 if scale is None else float(scale)
+    if _takes_sdpa(backend, q, head_dim, k.shape[1], seqlens, causal):
+        return _sdpa(q, k, v, causal, scale)
     return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
+
+
+def _takes_sdpa(
+    backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool
+) -> bool:  # fmt: skip
+    if backend != "auto" or seqlens is not None or not triton_runs_on(x.device):
+        return False
+    return launches.attention_route(arch_of(x.device), x.dtype, head_dim, num_keys, causal=causal).forward == "sdpa"
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
 
 
 def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:

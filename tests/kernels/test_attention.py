@@ -4,8 +4,9 @@ import functools
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from clipfast.kernels import _launch, attention, attention_qkv, reference
+from clipfast.kernels import _launch, attention, attention_qkv, configs, reference
 from clipfast.kernels.attention import launches
 from clipfast.kernels.configs import ShortConfig
 
@@ -169,6 +170,26 @@ def test_empty(shape, device, kernels):
     result = value_and_grads(op, inputs, grad)
     assert result["value"].shape == grad.shape
     assert result["d_qkv"].shape == inputs["qkv"].shape
+
+
+@pytest.mark.skipif(LEG == "cpu", reason="PyTorch's is the only route on a CPU")
+def test_pytorch_serves_what_the_table_says(device, monkeypatch):
+    calls = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *args, **kw: calls.append(1) or sdpa(*args, **kw))
+    key = configs.config_key("attention_sdpa", torch.float32, 16)
+    with configs.override(key, configs.SdpaConfig(min_keys=50, min_keys_causal=51)):
+        for length, causal, expected in ((50, False, 1), (49, False, 0), (50, True, 0), (51, True, 1)):
+            calls.clear()
+            shape = (2, length, 2, 16, causal)
+            inputs, grad = attention_inputs(shape, torch.float32, device)
+            op, reference_op = ops(shape)
+            compare(op, reference_op, inputs | {"bias": torch.randn(96, device=device)}, grad)
+            assert len(calls) == expected
+        calls.clear()
+        attention(inputs["qkv"], 2, causal=True, backend="triton")
+        attention(inputs["qkv"], 2, causal=True, seqlens=torch.tensor([3, 4], device=device))
+        assert not calls
 
 
 @pytest.mark.skipif(not INTERPRET, reason="a GPU has its own architecture")

@@ -1,0 +1,48 @@
+"""What a model runs on: the kernels that each of its attentions takes."""
+
+import torch
+
+from .kernels import attention_route
+from .models import CLIP
+from .models.resnet import AttentionPool2d
+from .models.transformer import Transformer
+
+ROUTES = {
+    "short": "short (a program holds a head)",
+    "looped": "looped",
+    "two_phase": "two phases",
+    "sdpa": "PyTorch's scaled_dot_product_attention",
+}
+
+
+def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Say which kernels the attentions of a model take, one line for each tower.
+
+    Args:
+        model: of :func:`create_model`.
+        arch: compute capability of a GPU, 90 for sm_90; by default that of the GPU at hand, and 90 without one.
+        dtype: of the activations: under autocast, the autocast dtype.
+
+    Returns:
+        Lines such as "visual.transformer: 12 x attention, 197 tokens, 12 heads of 64: forward short (a program holds a
+        head), backward two phases".
+    """
+    if arch is None:
+        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        arch = 10 * major + minor
+    lines = [f"on sm_{arch} with {str(dtype).removeprefix('torch.')}, by backend='auto'; a CPU takes PyTorch's kernel"]
+    for name, module in model.named_modules():
+        if isinstance(module, AttentionPool2d):
+            tokens, width = module.positional_embedding.shape
+            lines.append(f"{name}: attention_pool, {tokens} tokens, {module.num_heads} queries of {width}")
+        elif isinstance(module, Transformer):
+            owner = model.get_submodule(name.rpartition(".")[0])
+            tokens, causal = owner.positional_embedding.shape[0], module.resblocks[0].attn.causal
+            heads = module.resblocks[0].attn.num_heads
+            head_dim = module.width // heads
+            route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
+            lines.append(
+                f"{name}: {len(module.resblocks)} x attention, {tokens} tokens{', causal' if causal else ''}, "
+                f"{heads} heads of {head_dim}: forward {ROUTES[route.forward]}, backward {ROUTES[route.backward]}"
+            )
+    return "\n".join(lines)

@@ -1,0 +1,127 @@
+"""The blocks: what a tower does beside its products, adapters around its projections, what it says it runs on."""
+
+import collections
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import clipfast
+from clipfast.kernels import configs
+from clipfast.models.transformer import Attention, InProjection, Transformer
+
+VIEWS = {"aten.view.default", "aten.t.default", "aten.detach.default"}
+
+
+class Operations(TorchDispatchMode):
+    """Counts what reaches a device, but for views."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = collections.Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if str(function) not in VIEWS:
+            self.counts[str(function)] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("causal", [False, True], ids=["image", "text"])
+def test_a_block_has_no_operation_too_many(causal):
+    tower = Transformer(64, 3, 2, 4.0, causal=causal, quick_gelu=False)
+    x = torch.randn(2, 17, 64, requires_grad=True)
+    with Operations() as forward:
+        out = tower(x)
+    assert forward.counts == {
+        "aten.native_layer_norm.default": 3 * 2,
+        "aten.addmm.default": 3 * 4,
+        "clipfast.attention_fwd.default": 3,
+        "aten.gelu.default": 3,
+        "aten.add.Tensor": 3 * 2,
+    }
+    grad = torch.randn(out.shape)
+    with Operations() as backward:
+        out.backward(grad)
+    assert backward.counts == {
+        "aten.native_layer_norm_backward.default": 3 * 2,
+        "aten.mm.default": 3 * 8,
+        "aten.sum.dim_IntList": 3 * 3,  # gradients of the biases but that of the packed projection
+        "clipfast.attention_bwd.default": 3,
+        "aten.gelu_backward.default": 3,
+        "aten.add.Tensor": 3 * 2,
+    }
+
+
+class LowRank(nn.Module):
+    """An adapter around a linear layer, as LoRA (Hu et al. 2022) has it."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base = base
+        self.a, self.b = nn.Linear(base.in_features, 3, bias=False), nn.Linear(3, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.b(self.a(x))
+
+
+def result(attn, x):
+    attn.zero_grad()
+    out = attn(x)
+    out.square().sum().backward()
+    return out, attn.in_proj_weight.grad, attn.in_proj_bias.grad
+
+
+def test_projections_are_linear_layers_that_an_adapter_can_wrap():
+    attn = Attention(32, 2, causal=False)
+    nn.init.normal_(attn.in_proj_bias)
+    names, x = set(attn.state_dict()), torch.randn(2, 9, 32)
+    assert names == {"in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"}
+    assert all(isinstance(attn.get_submodule(name), nn.Linear) for name in ("in_proj", "out_proj"))
+    plain = result(attn, x)
+    attn.in_proj = LowRank(attn.in_proj)
+    nn.init.zeros_(attn.in_proj.b.weight)
+    assert set(attn.state_dict()) == names | {"in_proj.a.weight", "in_proj.b.weight"}
+    for ours, expected in zip(result(attn, x), plain, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    nn.init.normal_(attn.in_proj.b.weight)
+    merged = copy.deepcopy(attn)
+    merged.in_proj.base.weight.data += merged.in_proj.b.weight @ merged.in_proj.a.weight
+    merged.in_proj = InProjection(merged)
+    for ours, expected in zip(result(attn, x), result(merged, x), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_hook_sees_the_projection():
+    attn = Attention(32, 2, causal=False)
+    seen = []
+    attn.in_proj.register_forward_hook(lambda module, args, out: seen.append(out.shape))
+    expected = result(copy.deepcopy(attn), torch.ones(1, 5, 32))
+    assert seen == [(1, 5, 96)]
+    attn.in_proj._forward_hooks.clear()
+    for ours, other in zip(result(attn, torch.ones(1, 5, 32)), expected, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_a_copy_has_parameters_of_its_own():
+    attn = Attention(32, 2, causal=False)
+    twin = copy.deepcopy(attn)
+    nn.init.zeros_(attn.in_proj_weight)
+    assert twin.in_proj.weight is twin.in_proj_weight
+    assert twin.in_proj_weight.any()
+
+
+def test_report_names_the_kernels():
+    model = clipfast.create_model("ViT-L-14", device="meta")
+    text = clipfast.report(model, 90)
+    assert "visual.transformer: 24 x attention, 257 tokens, 16 heads of 64: forward short" in text
+    assert "\ntransformer: 12 x attention, 77 tokens, causal, 12 heads of 64: forward short" in text
+    assert "backward two phases" in text
+    assert "257 tokens, 16 heads of 64: forward looped" in clipfast.report(model, 80)
+    key = configs.config_key("attention_sdpa", torch.bfloat16, 64)
+    with configs.override(key, configs.SdpaConfig(min_keys=257, min_keys_causal=78)):
+        image, text = clipfast.report(model, 90).splitlines()[1:]
+    assert "forward PyTorch's scaled_dot_product_attention" in image
+    assert "PyTorch" not in text
+    assert "attnpool: attention_pool, 50 tokens" in clipfast.report(clipfast.create_model("RN50", device="meta"))
