@@ -28,10 +28,20 @@ def pytest_report_header() -> str:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Register ``--update-resources``."""
+    """Register our options."""
     parser.addoption(
         "--update-resources", action="store_true", help="rewrite tests/kernels/resources.json from this Triton version"
     )
+    parser.addoption("--slow", action="store_true", help="also the sizes that take a CPU minutes")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what is marked slow, unless it is asked for or a GPU makes it fast."""
+    if ON_GPU or config.getoption("--slow"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
 
 
 @pytest.fixture(scope="session")

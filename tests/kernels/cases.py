@@ -2,7 +2,9 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,6 +39,10 @@ ATTENTION_SHAPES = [
     (1, 33, 1, 104, True),  # bigG/14's head_dim
     (3, 7, 1, 8, True),  # less than any tile in both directions
 ]
+# one below, at and above every width at which something changes, and CLIP's own
+ATTENTION_LENGTHS = (1, 15, 16, 17, 49, 50, 63, 64, 65, 77, 145, 196, 197, 255, 256, 257, 272, 273, 577, 730)
+ATTENTION_HEAD_DIMS = (8, 64, 80, 88, 104)
+ATTENTION_SIZES = [(n, d) for n in ATTENTION_LENGTHS for d in ATTENTION_HEAD_DIMS if d == 64 or n in (50, 77)]
 # (batch, height, width, patch, embed_dim)
 PATCH_SHAPES = [
     (1, 8, 8, 8, 16),  # one patch
@@ -64,6 +70,11 @@ def rank_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
     images, texts, width = shape
     image, text = (torch.randint(-2, 3, (rows, width)).to(device, dtype) for rows in (images, texts))
     return {"image": image, "text": text, "text_image": torch.randint(-1, images, (texts,)).to(device)}
+
+
+def attention_sizes(quick: Callable[[int, int], bool]) -> list[Any]:
+    """(length, head_dim), all but the ``quick`` ones marked slow."""
+    return [pytest.param(*size, marks=[] if quick(*size) else pytest.mark.slow) for size in ATTENTION_SIZES]
 
 
 def attention_inputs(

@@ -25,11 +25,13 @@ from clipfast.kernels import (
     sigmoid_loss,
 )
 from clipfast.kernels._launch import execute_on_cpu
+from clipfast.kernels.attention import launches as attention_launches
+from clipfast.kernels.configs import ShortConfig
 from clipfast.kernels.contrastive import launches
 
 from ..conftest import INTERPRET, ON_GPU
 from ..numerics import compare
-from .cases import attention_inputs, loss_inputs, patch_inputs, rank_inputs
+from .cases import attention_inputs, attention_sizes, loss_inputs, patch_inputs, rank_inputs
 
 sanitize = pytest.importorskip(
     "ttsem.sanitize",
@@ -112,14 +114,19 @@ def test_contrastive_value_through_descriptors(scale, sanitizer, monkeypatch):
     torch.testing.assert_close(contrastive_loss(**inputs).double(), truth, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 77, 1, 64, True), (2, 50, 1, 16, False), (1, 20, 1, 80, True)], ids=str)
-def test_attention(shape, dtype, sanitizer):
-    op, expected = (
-        functools.partial(fn, num_heads=shape[2], causal=shape[4]) for fn in (attention, reference.attention)
-    )
-    inputs, grad = attention_inputs(shape, dtype, CPU)
-    compare(op, expected, inputs, grad)
+@pytest.mark.parametrize("kernels", ["short", "looped"])
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("length", "head_dim"), attention_sizes(lambda n, d: (n, d) in {(1, 64), (50, 8), (50, 88), (77, 64), (257, 64)})
+)
+def test_attention(length, head_dim, causal, kernels, sanitizer, monkeypatch):
+    short = ShortConfig(32, 4, 1) if kernels == "short" and length <= 272 else None
+    monkeypatch.setattr(attention_launches, "short_config", lambda *args: short)
+    op, expected = (functools.partial(fn, num_heads=1, causal=causal) for fn in (attention, reference.attention))
+    inputs, grad = attention_inputs((1, length, 1, head_dim, causal), torch.bfloat16, CPU)
+    # the heads lie apart and the gradient is expanded: no layout is easy
+    inputs["qkv"] = torch.cat([inputs["qkv"], inputs["qkv"]], -1)[..., : 3 * head_dim]
+    compare(op, expected, inputs, grad[:, :, :1].expand(grad.shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
