@@ -31,7 +31,9 @@ computing; max pairs is the largest batch of all GPUs that fits, with its featur
 exit code: 0 printed, 1 --check found a formula wrong, 2 bad arguments"""
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-PREDICTED = "Predicted, never measured on a GPU."
+PREDICTED = (
+    "Predicted, never measured on a GPU: rates are published figures and latencies assumed, where none were given."
+)
 
 
 def add_parser(commands: Any) -> None:
