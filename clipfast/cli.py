@@ -16,6 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     _add_train(commands)
     _add_eval(commands)
     _add_verify(commands)
+    _add_plan(commands)
     _add_inspect(commands)
     commands.add_parser("bench", help="time ops, steps and data against other implementations", add_help=False)
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -193,6 +194,12 @@ def _eval_zeroshot(args: argparse.Namespace) -> int:
 
 def _add_verify(commands: Any) -> None:
     from .verify.command import add_parser
+
+    add_parser(commands)
+
+
+def _add_plan(commands: Any) -> None:
+    from .plan.command import add_parser
 
     add_parser(commands)
 

@@ -139,11 +139,16 @@ def _chunks(x: Tensor, y: Tensor, logit_scale: Tensor) -> Iterator[tuple[slice, 
     m, n = len(x), len(y)
     if m == 0 or n == 0:
         return
-    size = min(m, max(16, CHUNK_ELEMENTS // n))
+    size = chunk_rows(m, n)
     buffer = x.new_empty(size, n)
     factor = logit_scale.to(x.dtype) * LOG2E
     for rows in slices(m, size):
         yield rows, torch.mm(x[rows] * factor, y.T, out=buffer[: rows.stop - rows.start])
+
+
+def chunk_rows(m: int, n: int) -> int:
+    """Rows of [m, n] logits that are worked on at once."""
+    return min(m, max(16, CHUNK_ELEMENTS // n))
 
 
 def _pieces(chunk: Tensor) -> list[slice]:

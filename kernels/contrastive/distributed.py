@@ -9,15 +9,18 @@ Rank r of W holds b_r of the N pairs (x_i, y_i). With the terms of ``loss``, its
 which for equal b_r are the values and gradients of OpenCLIP's ``ClipLoss(local_loss=True, gather_with_grad=True)``, but
 for ds, of which each of its ranks has a share; DDP's mean is the same.
 
-Of a row or column, others need its maximum and its weight only. Three ways to get there, b = b_r, per rank:
+Of a row or column, others need its maximum and its weight only. Three ways to get there. What a rank sends and holds,
+in rows of D numbers of the dtype that is multiplied, or with a prime of float32, for b pairs on each of W > 2 ranks:
 
-    mode      sent                                          FLOPs                 memory, in rows
-    gather    texts once; text gradients back, in float32   8 b N D               N texts, 4 b of float32
-    ring      texts round twice, text gradients once        8 b N D               3 b of texts, 5 b of float32
-    scalars   texts and images once                         12 b N D              N texts, N images, 2 b of float32
+    mode       sent forward    sent backward        FLOPs       held at most
+    gather     (W-1) b         (W-1) b'             8 b N D     N + 4 b'
+    ring       (W-1) b         (W-1) b + W b'       8 b N D     2 b + 5 b'
+    scalars    2 (W-1) b       0                    12 b N D    2 N + 2 b + 2 b'
 
-Texts and images travel in the dtype that they are multiplied in. Vectors of N are sent in each mode. Gradients travel
-while the next block is computed, and in the ring texts as well.
+"gather" collects texts and sends text gradients back; "ring" passes texts round, twice, and sums of their gradients
+after them; "scalars" collects texts and images. Gradients travel while the next block is computed, and in the ring
+texts as well. On top come vectors, in float32: 5 (W-1) b are sent forward, without "scalars" 2 (W-1) b more, and at
+most 12 N + b held; and what blocks hold for a while. ``clipfast plan`` computes with all of it.
 Method: loss of own rows after Cherti et al. 2023 (OpenCLIP); ring after Liu et al. 2023 (Ring Attention); exchange of
 scalars in place of gradients after Wei et al. 2024 (FastCLIP).
 """

@@ -11,12 +11,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .._launch import LOG2E, arch_of, launch, slices
-from ..configs import RowConfig, gemm_config, row_config
+from ..configs import GemmConfig, RowConfig, gemm_config, row_config
 from .row_tiles import _finish_kernel, _normalize_kernel
 from .stats import Stats, Weights, is_exact, no_stats, shared_shift
 from .tiles import _grad_tile_kernel, _merge_kernel, _online_stats_kernel, _products_kernel, _stats_kernel
 
-# Rows and columns whose sums by tile are held at once: 16 MiB in all, whatever M and N are.
+# Rows and columns whose sums by tile are held at once: at most 64 MiB, whatever M and N are.
 STATS_EDGE = 16384
 MERGE = RowConfig(block_m=256, block_k=1, num_warps=4, num_stages=1)
 GROUP_M = 8
@@ -86,11 +86,9 @@ def _accumulate_stats(
 ) -> None:
     device = x.device
     cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch_of(device), x.dtype)
-    edges = [min(STATS_EDGE, len(x)), min(STATS_EDGE, len(y))]
-    tiles = [triton.cdiv(edges[1], cfg.block_n), triton.cdiv(edges[0], cfg.block_m)]
     # by tile, of rows and of columns: sums, and maxima before them
     of_rows, of_cols = (
-        result.row_sum.new_empty(2 if is_online else 1, count * edge) for count, edge in zip(tiles, edges, strict=True)
+        result.row_sum.new_empty(2 if is_online else 1, size) for size in _sums_by_tile(cfg, len(x), len(y))
     )
     for rows in slices(len(x), STATS_EDGE):
         for cols in slices(len(y), STATS_EDGE):
@@ -118,6 +116,17 @@ def _accumulate_stats(
                     result.shared, count, size, config=MERGE, device=device,
                     BLOCK=MERGE.block_m, IS_ONLINE=is_online, IS_FIRST=is_first,
                 )  # fmt: skip
+
+
+def _sums_by_tile(cfg: GemmConfig, m: int, n: int) -> tuple[int, int]:
+    """Elements that hold the sums of rows and of columns by tile."""
+    m, n = min(STATS_EDGE, m), min(STATS_EDGE, n)
+    return triton.cdiv(n, cfg.block_n) * m, triton.cdiv(m, cfg.block_m) * n
+
+
+def stats_scratch(arch: int, dtype: torch.dtype, m: int, n: int) -> int:
+    """Bytes that :func:`stats` of ``m`` rows and ``n`` columns takes for a while: the online pass has the most."""
+    return 4 * 2 * sum(_sums_by_tile(gemm_config("contrastive_online_stats", arch, dtype), m, n))
 
 
 def add_gradients(
@@ -236,9 +245,13 @@ def _grad_scale(dtype: torch.dtype) -> float:
 
 
 def _block_edge(x: Tensor) -> int:
+    return block_edge(arch_of(x.device), x.dtype, x.shape[1], _multiprocessors(x.device))
+
+
+def block_edge(arch: int, dtype: torch.dtype, embed_dim: int, multiprocessors: int) -> int:
     """Rows and columns of a block of G: as many as make the two products one wave of tiles, so that G stays in L2."""
-    cfg = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
-    return cfg.block_m * max(4, _multiprocessors(x.device) // 2 // triton.cdiv(x.shape[1], cfg.block_n))
+    cfg = gemm_config("contrastive_products", arch, dtype)
+    return cfg.block_m * max(4, multiprocessors // 2 // triton.cdiv(embed_dim, cfg.block_n))
 
 
 @functools.cache

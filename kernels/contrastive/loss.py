@@ -113,7 +113,7 @@ def contrastive_loss(
         offset: image i and text ``i + offset`` are a pair, where both exist; other rows are negatives only. Without it,
             M and N must be the same.
         memory: "min" recomputes the logits once more in the backward pass (8 in place of 6 M N D) and keeps no float32
-            copy of the text gradients; it changes nothing on a CPU.
+            copy of the text gradients.
         backend: "auto" (Triton on GPUs, blockwise PyTorch on CPUs), "triton", or "torch" for the full-matrix reference.
 
     Returns:
