@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,15 @@ def test_nothing_imports_upward(layer):
         # the command line may reach up, inside a subcommand
         wrong = violations(layer, path.read_text(), package, lazily=path.name == "cli.py")
         assert wrong == set(), f"{path.relative_to(ROOT)} imports {wrong}"
+
+
+def test_every_package_is_installed():
+    # an editable install would find the others as well
+    folders = [path.parent for layer in LAYERS for path in (ROOT / layer).rglob("__init__.py") if layer != "tests"]
+    layers = {folder: folder.relative_to(ROOT).parts[0] for folder in folders}
+    expected = {".".join([LAYERS[top], *folder.relative_to(ROOT / top).parts]) for folder, top in layers.items()}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(declared) == sorted(expected)
 
 
 @pytest.mark.parametrize(
