@@ -26,7 +26,7 @@ def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
     unit = offline.MATRIX_UNIT[arch]
     if case in _SMALL_TILES and arch >= 90:
         return tuple(f"multiplies with {found}, expected {unit}" for found in ("mma.sync", f"mma.sync+{unit}"))
-    # Triton 3.6 takes bytes widened to float32 for a type that tf32 holds, and uses it although asked for full precision
+    # Triton 3.6 takes bytes widened to float32 for a type that tf32 holds, and uses it though asked for full precision
     if (version, arch) == ("3.6", 100) and case.endswith("bytes fp32"):
         return (f"multiplies with {unit}, expected none",)
     return ()

@@ -2,9 +2,7 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -70,11 +68,6 @@ def rank_inputs(shape: tuple[int, int, int], dtype: torch.dtype, device: torch.d
     images, texts, width = shape
     image, text = (torch.randint(-2, 3, (rows, width)).to(device, dtype) for rows in (images, texts))
     return {"image": image, "text": text, "text_image": torch.randint(-1, images, (texts,)).to(device)}
-
-
-def attention_sizes(quick: Callable[[int, int], bool]) -> list[Any]:
-    """(length, head_dim), all but the ``quick`` ones marked slow."""
-    return [pytest.param(*size, marks=[] if quick(*size) else pytest.mark.slow) for size in ATTENTION_SIZES]
 
 
 def attention_inputs(

@@ -13,7 +13,7 @@ from clipfast.kernels.configs import ShortConfig
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import GRADIENT, as_good_as_torch, compare, value_and_grads
-from .cases import ATTENTION_SHAPES, attention_inputs, attention_sizes, huge_strides, strided
+from .cases import ATTENTION_SHAPES, ATTENTION_SIZES, attention_inputs, huge_strides, strided
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -43,9 +43,7 @@ def test_value_and_gradients(shape, dtype, device, kernels):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize(
-    ("length", "head_dim"), attention_sizes(lambda n, d: n < 280 or not INTERPRET)
-)
+@pytest.mark.parametrize(("length", "head_dim"), ATTENTION_SIZES)
 def test_every_length(length, head_dim, causal, device, kernels):
     # the heads lie apart and the gradient is expanded: no layout is easy
     shape = (1, length, 1, head_dim, causal)

@@ -31,7 +31,7 @@ from clipfast.kernels.contrastive import launches
 
 from ..conftest import INTERPRET, ON_GPU
 from ..numerics import compare
-from .cases import attention_inputs, attention_sizes, loss_inputs, patch_inputs, rank_inputs
+from .cases import ATTENTION_SIZES, attention_inputs, loss_inputs, patch_inputs, rank_inputs
 
 sanitize = pytest.importorskip(
     "ttsem.sanitize",
@@ -46,6 +46,7 @@ pytestmark = [
 CPU = torch.device("cpu")
 # Launches must stay small: above 4 million accesses ttsem no longer checks each for races.
 DTYPES = [torch.bfloat16, torch.float32]
+QUICK_SIZES = {(1, 64), (50, 8), (50, 88), (77, 64), (257, 64)}  # of attention
 
 
 @contextlib.contextmanager
@@ -117,7 +118,8 @@ def test_contrastive_value_through_descriptors(scale, sanitizer, monkeypatch):
 @pytest.mark.parametrize("kernels", ["short", "looped"])
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 @pytest.mark.parametrize(
-    ("length", "head_dim"), attention_sizes(lambda n, d: (n, d) in {(1, 64), (50, 8), (50, 88), (77, 64), (257, 64)})
+    ("length", "head_dim"),
+    [pytest.param(*size, marks=[] if size in QUICK_SIZES else pytest.mark.slow) for size in ATTENTION_SIZES],
 )
 def test_attention(length, head_dim, causal, kernels, sanitizer, monkeypatch):
     short = ShortConfig(32, 4, 1) if kernels == "short" and length <= 272 else None
