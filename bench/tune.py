@@ -397,7 +397,11 @@ def _less_accurate(timing: Timing, committed: Timing) -> bool:
 
 
 def _committed(tunable: Tunable, arch: int, target: Target, dtype: str) -> Config:
-    return tunable.kind(**configs.committed(key_of(tunable, target, dtype), arch))
+    key = key_of(tunable, target, dtype)
+    entry = configs.committed(key, arch)
+    if entry is None:
+        raise ValueError(f"{key}: another kernel serves it on sm_{arch}, so that there is nothing to compare with")
+    return tunable.kind(**entry)
 
 
 def _table_arch(device: torch.device) -> int:

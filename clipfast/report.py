@@ -5,7 +5,7 @@ import torch
 from .kernels import attention_route
 from .models import CLIP
 from .models.resnet import AttentionPool2d
-from .models.transformer import Transformer
+from .models.transformer import Attention, Transformer
 
 ROUTES = {
     "short": "short (a program holds a head)",
@@ -36,10 +36,9 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
             tokens, width = module.positional_embedding.shape
             lines.append(f"{name}: attention_pool, {tokens} tokens, {module.num_heads} queries of {width}")
         elif isinstance(module, Transformer):
-            owner = model.get_submodule(name.rpartition(".")[0])
-            tokens, causal = owner.positional_embedding.shape[0], module.resblocks[0].attn.causal
-            heads = module.resblocks[0].attn.num_heads
-            head_dim = module.width // heads
+            tokens = model.get_parameter(name.replace("transformer", "positional_embedding")).shape[0]
+            attn = next(block for block in module.modules() if isinstance(block, Attention))
+            heads, head_dim, causal = attn.num_heads, module.width // attn.num_heads, attn.causal
             route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
             lines.append(
                 f"{name}: {len(module.resblocks)} x attention, {tokens} tokens{', causal' if causal else ''}, "
