@@ -195,20 +195,7 @@ def attention(
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "attention"
-    check_tensor(op, "qkv", qkv, 3)
-    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
-        raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
-    if num_heads < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
-        raise ValueError(
-            f"{op}: the last dimension of qkv must be 3 * num_heads * head_dim, "
-            f"got {qkv.shape[-1]} with num_heads={num_heads}"
-        )
-    if bias is not None:
-        check_tensor(op, "bias", bias, 1)
-        if bias.shape[0] != qkv.shape[-1] or bias.device != qkv.device:
-            raise ValueError(
-                f"{op}: bias must be [{qkv.shape[-1]}] on {qkv.device}, got {tuple(bias.shape)} on {bias.device}"
-            )
+    _check_packed(op, qkv, num_heads, bias)
     seqlens = _check_options(op, causal, scale, seqlens, qkv)
     qkv = autocast_to(qkv)
     if uses_reference(op, backend, qkv):
@@ -282,6 +269,23 @@ def _takes_sdpa(
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale).transpose(1, 2)
+
+
+def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> None:
+    check_tensor(op, "qkv", qkv, 3)
+    if isinstance(num_heads, bool) or not isinstance(num_heads, int):
+        raise TypeError(f"{op}: num_heads must be an int, got {type(num_heads).__name__}")
+    if num_heads < 1 or qkv.shape[-1] == 0 or qkv.shape[-1] % (3 * num_heads):
+        raise ValueError(
+            f"{op}: the last dimension of qkv must be 3 * num_heads * head_dim, "
+            f"got {qkv.shape[-1]} with num_heads={num_heads}"
+        )
+    if bias is not None:
+        check_tensor(op, "bias", bias, 1)
+        if bias.shape[0] != qkv.shape[-1] or bias.device != qkv.device:
+            raise ValueError(
+                f"{op}: bias must be [{qkv.shape[-1]}] on {qkv.device}, got {tuple(bias.shape)} on {bias.device}"
+            )
 
 
 def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
