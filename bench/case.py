@@ -29,7 +29,6 @@ class Candidate:
         lacks: inputs for which it gives no gradient.
         note: what else a reader must know to compare.
         context: entered around every call, backward included.
-        reference: what it computes, where that is another function than the case's; the note says which.
     """
 
     name: str
@@ -37,7 +36,6 @@ class Candidate:
     lacks: tuple[str, ...] = ()
     note: str = ""
     context: Callable[[], AbstractContextManager[object]] = nullcontext
-    reference: Function | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,8 @@ from .harness import Budget
 from .machine import use
 from .suites import SUITES, Shape, build
 
+# What one name stands for.
+GROUPS = {"ops": ("loss", "attention", "patch", "retrieval"), "losses": ("loss", "sigmoid", "info_nce", "nt_xent")}
 DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
 and gradients agree with the reference; candidates take turns, and every sample is kept. "of floor" is the time of the
@@ -54,7 +56,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     """Add what can be done as subcommands."""
     commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
     everything = {name: suite.help for name, suite in SUITES.items()}
-    everything |= {"ops": "loss, attention, patch and retrieval", "all": "every suite"}
+    everything |= {group: ", ".join(suites) for group, suites in GROUPS.items()} | {"all": "every suite"}
     for name, text in everything.items():
         _add_measuring(commands.add_parser(name, help=text, description=text.capitalize() + "."))
     tuner = commands.add_parser("tune", help="search launch configurations on the card here", description=tune.__doc__)
@@ -153,7 +155,7 @@ def _device(name: str) -> torch.device:
 
 def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Shape, str]]:
     """Suite, shape and dtype of each case; all are checked before anything is measured."""
-    chosen = {"ops": ["loss", "attention", "patch", "retrieval"], "all": list(SUITES)}.get(args.bench, [args.bench])
+    chosen = {**GROUPS, "all": tuple(SUITES)}.get(args.bench, (args.bench,))
     if args.shape and len(chosen) > 1:
         raise ValueError(f"--shape needs one suite, not {args.bench!r}: {', '.join(chosen)}")
     dtypes = results.dtypes_of(args.dtype or ["bf16" if device.type == "cuda" else "fp32"])

@@ -28,11 +28,13 @@ GRACE_S = 4.0
 MARGIN_S = 12.0
 # In a command: the seconds in which the step should begin what it does.
 LEFT = "{left}"
+# For each step, in proportion: all that are chosen take :data:`TOTAL_S` together.
 SECONDS = {
     "environment": 60.0,
     "tests": 95.0,
     "verify": 45.0,
     "loss": 75.0,
+    "losses": 100.0,
     "attention": 50.0,
     "patch": 30.0,
     "step": 40.0,
@@ -41,7 +43,12 @@ SECONDS = {
 }
 PARTS: dict[str, dict[str, str]] = {
     "all": {"tests": "", "op": "", "bench": "loss attention patch step", "tune": "all"},
-    "loss": {"tests": "contrastive", "op": "contrastive_loss", "bench": "loss", "tune": "contrastive"},
+    "loss": {
+        "tests": "contrastive or sigmoid or nce",
+        "op": "contrastive_loss sigmoid_loss info_nce_loss nt_xent_loss",
+        "bench": "losses",
+        "tune": "contrastive",
+    },
     "attention": {"tests": "attention", "op": "attention", "bench": "attention", "tune": "attention-64"},
     "blocks": {"tests": "patch", "op": "patch_embed", "bench": "patch", "tune": "patch_embed"},
     "step": {"tests": "", "op": "", "bench": "step", "tune": ""},
@@ -84,7 +91,7 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
     pytest = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short", "--maxfail=100"]
     only = ["-k", "checkers" if dry else chosen["tests"]] if dry or chosen["tests"] else []
     verify = [*python, "clipfast.cli", "verify", "--json", str(out / "verify.json")]
-    verify += (["--op", chosen["op"]] if chosen["op"] else []) + (["--quick"] if dry or part == "all" else [])
+    verify += (["--op", *chosen["op"].split()] if chosen["op"] else []) + (["--quick"] if dry or part == "all" else [])
     device = (
         ["--device", "cpu", "--smoke", "--no-memory"]
         if dry
@@ -113,7 +120,7 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
     if part == "step":
         del found["verify"]
     seconds = {name: PART_TUNE_S if name == "tune" and part != "all" else SECONDS[name] for name in found}
-    share = (DRY_FACTOR if dry else 1.0) * sum(SECONDS.values()) / sum(seconds.values())
+    share = (DRY_FACTOR if dry else 1.0) * (TOTAL_S - GRACE_S) / sum(seconds.values())
     return [dataclasses.replace(step, seconds=share * seconds[name]) for name, step in found.items()]
 
 

@@ -10,7 +10,7 @@ from .case import DTYPES, OURS
 from .harness import Timing, pass_gate
 from .suites import SUITES, build
 
-SMOKE = ("loss", "attention", "patch", "retrieval")
+SMOKE = ("loss", "sigmoid", "info_nce", "nt_xent", "attention", "patch", "retrieval")
 
 
 def main() -> int:

@@ -177,11 +177,9 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
         for timing in timings:
             with _refusing(timing):
                 timing.function = timing.candidate.make()
-                reference = timing.candidate.reference or case.reference
-                if reference is not None:
-                    timing.errors = _errors(
-                        observe(case, timing.candidate, timing.function, inputs), truth_of(reference)
-                    )
+                if case.reference is not None:
+                    truth = truth_of(case.reference)
+                    timing.errors = _errors(observe(case, timing.candidate, timing.function, inputs), truth)
                     timing.refused = "; ".join(_differences(case, timing.errors)) or None
 
 

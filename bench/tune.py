@@ -138,15 +138,17 @@ TARGETS = {
     "patch_embed": Target(
         "patch",
         {"batch": 256, "size": 224, "patch": 14, "embed_dim": 1024},
-        (
-            Tunable("patch_embed_fwd", "_patch_embed_fwd_kernel", _GEMM),
-            Tunable("patch_embed_bwd_weight", "_patch_embed_bwd_weight_kernel", _GEMM),
-        ),
+        tuple(Tunable(name, f"_{name}_kernel", _GEMM) for name in ("patch_embed_fwd", "patch_embed_bwd_weight")),
     ),
     "retrieval_ranks": Target(
         "retrieval",
         {"images": 5120, "texts": 25600, "embed_dim": 512},
         (Tunable("retrieval_ranks", "_count_ahead_kernel", _GEMM),),
+    ),
+    "sigmoid": Target(
+        "sigmoid",
+        {"pairs": 16384, "embed_dim": 512},
+        tuple(Tunable(name, f"_{name}_kernel", _GEMM) for name in ("sigmoid_grad_tile", "sigmoid_sums")),
     ),
     # so large a scale that sums with one shift underflow, and maxima are needed
     "contrastive-online": Target(

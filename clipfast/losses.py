@@ -7,9 +7,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
-from .kernels import contrastive_loss, distributed_contrastive_loss
-from .kernels.contrastive.exchange import check_initialised, gather_equal
-from .kernels.contrastive.loss import pairwise_loss
+from .kernels import contrastive_loss, distributed_contrastive_loss, info_nce_loss
+from .kernels.contrastive.exchange import check_ranks, gather_equal
 
 
 class ClipLoss(nn.Module):
@@ -87,7 +86,7 @@ class ClipLoss(nn.Module):
             RuntimeError: several ranks, but ``torch.distributed`` is not initialised.
         """
         if self.world_size > 1:
-            self._check_ranks()
+            check_ranks("ClipLoss", self.rank, self.world_size)
         if self.world_size == 1:
             loss = contrastive_loss(image_features, text_features, logit_scale)
         elif self.local_loss and not self.gather_with_grad:
@@ -113,7 +112,7 @@ class ClipLoss(nn.Module):
         """
         all_images, all_texts = image_features, text_features
         if self.world_size > 1:
-            self._check_ranks()
+            check_ranks("ClipLoss", self.rank, self.world_size)
             all_images, all_texts = (self._gather(side) for side in (image_features, text_features))
         if self.world_size > 1 and not self.local_loss:
             image_features, text_features = all_images, all_texts
@@ -133,12 +132,6 @@ class ClipLoss(nn.Module):
             self.prev_num_logits = num_logits
         return labels
 
-    def _check_ranks(self) -> None:
-        check_initialised("ClipLoss")
-        for name, expected in (("rank", dist.get_rank()), ("world_size", dist.get_world_size())):
-            if getattr(self, name) != expected:
-                raise ValueError(f"ClipLoss: {name} must be {expected}, this process's, got {getattr(self, name)}")
-
     def _loss_of_ranks(self, image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
         scale = logit_scale
         if not (self.local_loss or self.gather_with_grad) and isinstance(scale, Tensor) and scale.requires_grad:
@@ -149,11 +142,13 @@ class ClipLoss(nn.Module):
         return loss if self.local_loss else _Mean.apply(loss, self.gather_with_grad)  # type: ignore[no-untyped-call]
 
     def _loss_of_own(self, image: Tensor, text: Tensor, logit_scale: Tensor | float) -> Tensor:
-        first = self.rank * len(image)
-        all_images, all_texts = (gather_equal(side.detach(), None).flatten(0, 1) for side in (image, text))
-        rest = logit_scale, False, False, first, "default", "auto"
-        of_images = pairwise_loss("ClipLoss", image, all_texts, *rest)
-        return (of_images + pairwise_loss("ClipLoss", text, all_images, *rest)) / 2
+        return (self._among(image, text, logit_scale) + self._among(text, image, logit_scale)) / 2
+
+    def _among(self, features: Tensor, partners: Tensor, logit_scale: Tensor | float) -> Tensor:
+        """Each of ``features`` among the partners of all ranks, which get no gradient: none is computed for them."""
+        everyones = gather_equal(partners.detach(), None)
+        others = torch.cat([everyones[: self.rank], everyones[self.rank + 1 :]]).flatten(0, 1)
+        return info_nce_loss(features, partners.detach(), logit_scale, negatives=others)
 
     def _gather(self, features: Tensor) -> Tensor:
         if self.gather_with_grad:

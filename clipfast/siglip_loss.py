@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.nn.functional import all_gather
 
 from .kernels import sigmoid_loss
+from .kernels.contrastive.exchange import Ranks, check_ranks
 
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
 
@@ -80,7 +81,13 @@ class SigLipLoss(nn.Module):
             logit_scale: factor on the cosine similarities, already exponentiated.
             logit_bias: what is added to every logit; None adds nothing.
             output_dict: see above.
+
+        Raises:
+            ValueError: another rank, or another number of processes, than this process's.
+            RuntimeError: several processes, but ``torch.distributed`` is not initialised.
         """
+        if self.world_size > 1:
+            check_ranks("SigLipLoss", self.rank, self.world_size)
         parameters = logit_scale, 0.0 if logit_bias is None else logit_bias
         num_pairs = len(text_features)
         if self.world_size > 1 and self.dist_impl in ("reduce", "gather"):
@@ -96,18 +103,19 @@ class SigLipLoss(nn.Module):
 
     def _of_others(self, text_features: Tensor) -> Iterator[Tensor]:
         """Texts of each other process, once."""
+        ranks = Ranks(None, self.rank, (len(text_features),) * self.world_size)
         others = self.world_size - 1
         steps = (1, -1) if self.dist_impl == "bidir" else (1,)
         passed: tuple[Tensor, ...] = (text_features,) * len(steps)
         for _ in range(others // len(steps)):
-            passed = _exchange(self.rank, self.world_size, steps, *passed)
+            passed = _exchange(ranks, steps, *passed)
             yield from passed
         if others % len(steps):  # in both directions, the last would come twice
-            yield from _exchange(self.rank, self.world_size, steps[:1], passed[0])
+            yield from _exchange(ranks, steps[:1], passed[0])
 
 
-def _exchange(rank: int, world_size: int, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-    received: tuple[Tensor, ...] = _Exchange.apply(rank, world_size, steps, *tensors)  # type: ignore[no-untyped-call]
+def _exchange(ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+    received: tuple[Tensor, ...] = _Exchange.apply(ranks, steps, *tensors)  # type: ignore[no-untyped-call]
     return received
 
 
@@ -115,19 +123,19 @@ class _Exchange(torch.autograd.Function):
     """Tensors go ``steps`` processes on, each its own way round the ring; their gradients come back."""
 
     @staticmethod
-    def forward(ctx: Any, rank: int, world_size: int, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.ring = rank, world_size, steps
+    def forward(ctx: Any, ranks: Ranks, steps: tuple[int, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.ranks, ctx.steps = ranks, steps
         received = tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in tensors)
-        transfers = []
-        for step, sent, place in zip(steps, tensors, received, strict=True):
-            transfers.append(dist.P2POp(dist.isend, sent.contiguous(), (rank + step) % world_size, tag=step % 3))
-            transfers.append(dist.P2POp(dist.irecv, place, (rank - step) % world_size, tag=step % 3))
-        for request in dist.batch_isend_irecv(transfers):
-            request.wait()
+        # both ways at once
+        operations = [
+            operation
+            for step, sent, place in zip(steps, tensors, received, strict=True)
+            for operation in ranks.operations(sent.contiguous(), place, step)
+        ]
+        for work in dist.batch_isend_irecv(operations) if operations else ():
+            work.wait()
         return received
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        rank, world_size, steps = ctx.ring
-        back = tuple(-step for step in steps)
-        return None, None, None, *_exchange(rank, world_size, back, *gradients)
+        return None, None, *_exchange(ctx.ranks, tuple(-step for step in ctx.steps), *gradients)

@@ -27,14 +27,6 @@ def online_softmax_step(
 
 
 @triton.jit
-def exp2_minus_1(x):
-    """2^x - 1 for x <= 0, with full relative precision near 0, where the difference would cancel."""
-    y = x * 0.6931471805599453
-    series = y * (1.0 + y * (1.0 / 2 + y * (1.0 / 6 + y * (1.0 / 24 + y * (1.0 / 120)))))
-    return tl.where(y > -0.125, series, tl.exp2(x) - 1.0)
-
-
-@triton.jit
 def grouped_tile(pid, num_m, num_n, GROUP_M: tl.constexpr):
     """Tile of program ``pid`` when tiles are walked in groups of ``GROUP_M`` rows, so that operands stay in L2."""
     group = pid // (GROUP_M * num_n)

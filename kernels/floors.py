@@ -41,6 +41,24 @@ def sigmoid_floor(pairs: int, embed_dim: int, itemsize: int, *, backward: bool) 
     return Floor(3 * product, 2 * features) if backward else Floor(product, features)
 
 
+def info_nce_floor(pairs: int, queue: int, embed_dim: int, itemsize: int, *, backward: bool) -> Floor:
+    """InfoNCE of [pairs, embed_dim] queries among their keys and [queue, embed_dim] negatives, gradients of the queries
+    only: one product gives the sums; backward recomputes it, and the gradient is another.
+    """
+    row = embed_dim * itemsize
+    product, reading = 2 * pairs * (queue + 1) * embed_dim, (2 * pairs + queue) * row
+    return Floor(3 * product, reading + pairs * row) if backward else Floor(product, reading)
+
+
+def nt_xent_floor(pairs: int, embed_dim: int, itemsize: int, *, backward: bool) -> Floor:
+    """NT-Xent of 2 x [pairs, embed_dim] views, each among all: a logit serves two of them, so half a product gives the
+    sums; backward recomputes it, and the gradient is a whole one.
+    """
+    views = 2 * pairs
+    product, features = 2 * views * views * embed_dim, views * embed_dim * itemsize
+    return Floor(2 * product, 2 * features) if backward else Floor(product / 2, features)
+
+
 def attention_floor(
     batch: int, tokens: int, num_heads: int, head_dim: int, itemsize: int, *, causal: bool, backward: bool
 ) -> Floor:

@@ -63,7 +63,7 @@ def info_nce_loss(
     own = torch.arange(len(query), device=query.device)
     candidates, labels = (query @ key.T, own) if in_batch else ((query * key).sum(1, keepdim=True), 0 * own)
     logits = logit_scale * torch.cat([candidates, query @ negatives.T], dim=1)
-    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    return _cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
 
 
 def nt_xent_loss(first: Tensor, second: Tensor, logit_scale: Tensor | float, *, normalize: bool = True) -> Tensor:
@@ -75,7 +75,7 @@ def nt_xent_loss(first: Tensor, second: Tensor, logit_scale: Tensor | float, *, 
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     own = torch.arange(len(views), device=views.device)
     logits = logits.masked_fill(own[:, None] == own, float("-inf"))
-    return F.cross_entropy(logits, own.roll(len(first)))
+    return _cross_entropy(logits, own.roll(len(first)))
 
 
 def sigmoid_loss(

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..case import DTYPES, Case
-from . import attention, data, loss, patch, retrieval, step, tokenizer
+from . import attention, data, loss, losses, patch, retrieval, step, tokenizer
 
 Shape = Mapping[str, int | str | bool]
 
@@ -32,6 +32,19 @@ class Suite:
 
 SUITES = {
     "loss": Suite("contrastive loss, forward and backward", loss.shapes, loss.build, loss.FIELDS, loss.SMALLEST),
+    "sigmoid": Suite(
+        "sigmoid loss, forward and backward", losses.shapes, losses.sigmoid, losses.FIELDS, losses.SMALLEST
+    ),
+    "info_nce": Suite(
+        "InfoNCE with a queue of negatives, forward and backward",
+        losses.queue_shapes,
+        losses.info_nce,
+        losses.QUEUE_FIELDS,
+        losses.QUEUE_SMALLEST,
+    ),
+    "nt_xent": Suite(
+        "NT-Xent of two views, forward and backward", losses.shapes, losses.nt_xent, losses.FIELDS, losses.SMALLEST
+    ),
     "attention": Suite(
         "attention on the packed projection, forward and backward",
         attention.shapes,

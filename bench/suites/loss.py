@@ -19,7 +19,6 @@ from . import peers
 FIELDS: Mapping[str, int | str | bool] = {"pairs": 4096, "embed_dim": 512}
 SMALLEST: Mapping[str, int | str | bool] = {"pairs": 40, "embed_dim": 16}
 LOGIT_SCALE = 1 / 0.07  # where training starts
-SIGMOID_BIAS = -10.0
 # The reference holds several N x N matrices in float32.
 GATE_PAIRS = {"cpu": 4096, "cuda": 16384}
 
@@ -82,12 +81,6 @@ def _candidates(device: torch.device) -> tuple[Candidate, ...]:
         Candidate("memeff", functools.partial(_memeff, device), lacks=("logit_scale",), note=python_scale),
         Candidate("Cut Cross-Entropy x2", functools.partial(_cut_cross_entropy, device)),
         Candidate("Liger x2", functools.partial(_liger, device)),
-        Candidate(
-            "siglip-kernel",
-            functools.partial(_siglip_kernel, device),
-            reference=_sigmoid_loss,
-            note="SigLIP's sigmoid loss: 6 N^2 D operations, not 8",
-        ),
     )
 
 
@@ -152,23 +145,6 @@ def _memeff(device: torch.device) -> Function:
 def _cut_cross_entropy(device: torch.device) -> Function:
     require_cuda(device)
     return _two_sided(peers.need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy)
-
-
-def _siglip_kernel(device: torch.device) -> Function:
-    require_cuda(device)
-    loss = peers.need("siglip_kernel", "siglip-kernel").fused_siglip_loss
-
-    def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        return loss(image, text, logit_scale.log(), logit_scale.new_tensor(SIGMOID_BIAS))
-
-    return run
-
-
-def _sigmoid_loss(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-    """Binary cross-entropy of every pair (Zhai et al. 2023)."""
-    logits = logit_scale * image @ text.T + SIGMOID_BIAS
-    labels = 2 * torch.eye(len(image), device=image.device) - 1
-    return -F.logsigmoid(labels * logits).sum() / len(image)
 
 
 def _liger(device: torch.device) -> Function:

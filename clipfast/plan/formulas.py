@@ -31,8 +31,8 @@ PRODUCTS = {
 # Kernels that the host starts, forward and backward: for a pass, and for a block of logits. Merging what W ranks say of
 # columns takes 4 W; the ring merges rows as well, which is in its blocks. Counted, but OpenCLIP's few are a guess.
 LAUNCHES = {
-    "default": ((39, 32), (19, 7)), "min": ((39, 32), (18, 7)), "gather": ((55, 32), (22, 7)),
-    "ring": ((51, 40), (21, 8)), "scalars": ((35, 32), (21, 7)), OPENCLIP: ((20, 0), (20, 0)),
+    "default": ((39, 32), (19, 7)), "min": ((39, 32), (18, 7)), "gather": ((55, 32), (30, 8)),
+    "ring": ((51, 40), (29, 9)), "scalars": ((35, 32), (30, 7)), OPENCLIP: ((20, 0), (20, 0)),
 }  # fmt: skip
 # Bytes for each logit of [b, N] at OpenCLIP's peak, the same in either precision. Autocast: both logits in 16 bits, and
 # in float32 both log-softmaxes and one copy of the logits; float32: both logits and both log-softmaxes.
@@ -196,8 +196,6 @@ def _of_one(problem: Problem, scratch: Scratch, *, save_memory: bool) -> Phases:
     strip = scratch.strip(n)
     strip_sums = FLOAT * strip * problem.embed_dim
     kept = 0 if save_memory else problem.sums
-    # both sides in float32, and their products
-    widened = 3 * FLOAT * min(n, scratch.widened_rows) * problem.embed_dim
     copies = {COPIES: 2 * operand.kept}
     base = copies | {GRADS: 2 * problem.features, VECTORS: 7 * n * FLOAT}
     return {
@@ -206,7 +204,7 @@ def _of_one(problem: Problem, scratch: Scratch, *, save_memory: bool) -> Phases:
         "backward": base | {SUMS: kept + strip_sums, SCRATCH: scratch.gradients(strip, n)},
         "backward, next strip": base | {SUMS: kept + (2 if strip < n else 1) * strip_sums},
         "backward, end": base | {SUMS: kept + strip_sums, SCRATCH: scratch.finish(strip)},
-        "backward, scale": base | {SUMS: kept or strip_sums, SCRATCH: widened},
+        "backward, scale": base | {SUMS: kept or strip_sums, SCRATCH: _widened(problem, scratch, n)},
     }
 
 
@@ -223,8 +221,14 @@ def _backward_vectors(problem: Problem) -> int:
     return FLOAT * (12 * problem.total + problem.rows)
 
 
+def _widened(problem: Problem, scratch: Scratch, pairs: int) -> int:
+    # both sides in float32, and their products
+    return 3 * FLOAT * min(pairs, scratch.widened_rows) * problem.embed_dim
+
+
 def _end(problem: Problem, scratch: Scratch) -> dict[str, int]:
-    return {SUMS: 2 * problem.sums, GRADS: 2 * problem.features, SCRATCH: scratch.finish(problem.rows)}
+    most = max(scratch.finish(problem.rows), _widened(problem, scratch, problem.rows))
+    return {SUMS: 2 * problem.sums, GRADS: 2 * problem.features, SCRATCH: most}
 
 
 def _gather(problem: Problem, scratch: Scratch) -> Phases:

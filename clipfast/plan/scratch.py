@@ -28,7 +28,7 @@ class Scratch(Protocol):
 
     @property
     def widened_rows(self) -> int:
-        """Rows (no bytes) of pairs that are multiplied at once for the gradient of the scale, on one device."""
+        """Rows (no bytes) of pairs that are multiplied at once for the gradient of the scale."""
 
     def operand(self, rows: int) -> Operand:
         """Rows prepared for products."""

@@ -1,4 +1,4 @@
-"""The three ops at the cases of ``shapes``: inputs, the rule on value and gradients, and bitwise repeats."""
+"""The ops at the cases of ``shapes``: inputs, the rule on value and gradients, and bitwise repeats."""
 
 import dataclasses
 import functools
@@ -17,7 +17,7 @@ from . import shapes
 from .context import exact_float32, poisoned
 from .report import FAIL, PASS, SKIP, Row, rows_of
 from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
-from .shapes import AttentionShape, Case, LossShape, PatchShape
+from .shapes import AnyLoss, AttentionShape, Case, LossShape, PatchShape, QueueShape, SigmoidShape, ViewShape
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Elements of the reference's largest tensor up to which the truth is computed in float64 (eight such tensors exist at
@@ -44,20 +44,17 @@ def problem(case: Case, dtype: torch.dtype, device: str, draw: int = 0) -> Probl
     """Inputs of ``case``: the same on every machine, device and leg, drawn from a seed made of its name."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.name} {draw}".encode()))
     name, options, inputs, grad = _MAKERS[type(case.shape)](case, generator)
-    cast = {key: (x.to(dtype) if _takes(key, x) else x).to(device) for key, x in inputs.items()}
-    # logit_scale is a parameter of its own and stays float32, as under autocast.
+    # scale and bias of the logits are parameters of their own and stay float32, as under autocast
+    cast = {key: (x.to(dtype) if x.is_floating_point() and x.ndim else x).to(device) for key, x in inputs.items()}
     laid_out = {key: x if x.ndim == 0 else _lay_out(x, case.layout) for key, x in cast.items()}
     grad = grad.to(device, dtype if grad.ndim else torch.float32)
-    if case.layout == shapes.EXPANDED and isinstance(case.shape, LossShape):
-        laid_out["image"] = cast["image"][:1].expand_as(cast["image"])
-    if grad.ndim:
+    if grad.ndim == 0 and case.layout == shapes.EXPANDED:
+        first = next(iter(cast))
+        laid_out[first] = cast[first][:1].expand_as(cast[first])
+    elif grad.ndim:
         grad = grad.flatten()[0].expand_as(grad) if case.layout == shapes.EXPANDED else _lay_out(grad, case.layout)
     op, expected = (functools.partial(getattr(module, name), **options) for module in (kernels, reference))
     return Problem(op, expected, laid_out, grad)
-
-
-def _takes(name: str, x: Tensor) -> bool:
-    return x.is_floating_point() and name != "logit_scale"
 
 
 def _normal(generator: torch.Generator, *size: int) -> Tensor:
@@ -69,8 +66,28 @@ Made = tuple[str, dict[str, Any], dict[str, Tensor], Tensor]
 
 def _make_loss(case: Case, generator: torch.Generator) -> Made:
     shape = case.shape
-    if not isinstance(shape, LossShape):
-        raise TypeError(f"expected a LossShape, got {shape!r}")
+    if not isinstance(shape, AnyLoss):
+        raise TypeError(f"expected the shape of a loss, got {shape!r}")
+    image, text = _features(shape, case.values, generator)
+    scale, grad = torch.tensor(shape.scale), torch.tensor(1.0)
+    if isinstance(shape, ViewShape):
+        # of a row of zeros that is normalised, the gradient is 10^12 times the others'
+        options = {"normalize": case.values != "zero rows"}
+        return "nt_xent_loss", options, {"first": image, "second": text, "logit_scale": scale}, grad
+    if isinstance(shape, LossShape):
+        return "contrastive_loss", {}, {"image": image, "text": text, "logit_scale": scale}, grad
+    if isinstance(shape, SigmoidShape):
+        parameters = {"logit_scale": scale, "logit_bias": torch.tensor(shape.bias)}
+        return "sigmoid_loss", {}, {"image": image, "text": text, **parameters}, grad
+    negatives = F.normalize(_normal(generator, shape.queue, shape.dim), dim=-1)
+    if case.values == "all-equal rows":
+        negatives = image[:1].repeat(shape.queue, 1)
+    inputs = {"query": image, "key": text, "negatives": negatives, "logit_scale": scale}
+    return "info_nce_loss", {"in_batch": shape.in_batch}, inputs, grad
+
+
+def _features(shape: AnyLoss, values: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Both sides of the pairs, [pairs, dim]."""
     n, d = shape.pairs, shape.dim
     image = F.normalize(_normal(generator, n, d), dim=-1)
     noise = F.normalize(_normal(generator, n, d), dim=-1)
@@ -79,16 +96,17 @@ def _make_loss(case: Case, generator: torch.Generator) -> Made:
         if shape.matched == 1
         else F.normalize(shape.matched * image + (1 - shape.matched) * noise, dim=-1)
     )
-    if case.values == "duplicate rows":
+    if values == "duplicate rows":
         image, text = (x[torch.arange(n) // 2] for x in (image, text))
-    elif case.values == "all-equal rows":
+    elif values == "all-equal rows":
         image = text = image[:1].repeat(n, 1)
-    elif case.values == "large":
+    elif values == "zero rows":
+        image[:3], text[-3:] = 0, 0
+    elif values == "large":
         image = 100 * image
-    elif case.values == "one-hot":
+    elif values == "one-hot":
         image = text = torch.eye(n, d)
-    inputs = {"image": image, "text": text, "logit_scale": torch.tensor(shape.scale)}
-    return "contrastive_loss", {}, inputs, torch.tensor(1.0)
+    return image, text
 
 
 def _make_attention(case: Case, generator: torch.Generator) -> Made:
@@ -146,7 +164,7 @@ def _make_patch(case: Case, generator: torch.Generator) -> Made:
 
 
 _MAKERS: dict[type, Callable[[Case, torch.Generator], Made]] = {
-    LossShape: _make_loss,
+    **dict.fromkeys((LossShape, SigmoidShape, QueueShape, ViewShape), _make_loss),
     AttentionShape: _make_attention,
     PatchShape: _make_patch,
 }

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ..models import list_models
-from .shapes import LEGS
+from .shapes import CASES, LEGS
 
 MODEL, CURVE = "model", "curve"
 OPENCLIP, HF = "openclip", "hf"
-OPS = ("contrastive_loss", "attention", "patch_embed", MODEL, CURVE)
+OPS = (*CASES, MODEL, CURVE)
 DTYPES = ("float32", "float16", "bfloat16")
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | {name: name for name in DTYPES}
 # Module that each peer is imported as, and how it is installed.
@@ -31,7 +31,7 @@ class Options:
     """What to verify. Each list is checked here.
 
     Args:
-        ops: of ``OPS``: the three ops, "model" and "curve".
+        ops: of ``OPS``: the ops, "model" and "curve".
         models: names that :func:`clipfast.list_models` has.
         dtypes: "float32", "float16", "bfloat16", or "fp32", "fp16", "bf16".
         against: "openclip", "hf"; None compares with OpenCLIP where it is installed.

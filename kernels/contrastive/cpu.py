@@ -41,7 +41,7 @@ def stats(x: Tensor, y: Tensor, logit_scale: Tensor, diagonal: int) -> Stats:
     """One product and one exponential per logit serve rows and columns, if the shared shift suits the logits."""
     result = no_stats(x, y)
     shift = shared_shift(logit_scale)
-    for rows, logits in _chunks(x, y, logit_scale):
+    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
         paired, _ = pairs_in(len(logits), len(y), rows.start + diagonal)
         pairs = logits.diagonal(rows.start + diagonal)
         result.positive[rows][paired] = pairs
@@ -59,7 +59,7 @@ def _online_stats(x: Tensor, y: Tensor, logit_scale: Tensor, diagonal: int, resu
     """The same for any logits: a maximum for each row and column, two exponentials per logit."""
     result.col_max.fill_(float("-inf"))
     result.col_sum.zero_()
-    for rows, logits in _chunks(x, y, logit_scale):
+    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
         logits.diagonal(rows.start + diagonal).fill_(float("-inf"))
         for piece in _pieces(logits):
             tile = logits[piece]
@@ -89,7 +89,7 @@ def add_gradients(
     (row_max, row_weights, _), (col_max, col_weight, _) = weights.row, weights.col
     row_max, col_max = _finite(row_max), _finite(col_max)
     scratch = x.new_empty(max(PIECE_ELEMENTS, len(y)))
-    for rows, logits in _chunks(x, y, logit_scale):
+    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
         for piece in _pieces(logits):
             tile, row_weight = logits[piece], row_weights[rows][piece, None]
             other = scratch[: tile.numel()].view_as(tile)
@@ -135,14 +135,14 @@ def finish(
     return dot
 
 
-def _chunks(x: Tensor, y: Tensor, logit_scale: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows with their logits in base 2, in one buffer that is used again."""
+def _chunks(x: Tensor, y: Tensor, factor: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Slices of rows with ``factor`` times their products, in one buffer that is used again."""
     m, n = len(x), len(y)
     if m == 0 or n == 0:
         return
     size = chunk_rows(m, n)
     buffer = x.new_empty(size, n)
-    factor = logit_scale.to(x.dtype) * LOG2E
+    factor = factor.to(x.dtype)
     for rows in slices(m, size):
         yield rows, torch.mm(x[rows] * factor, y.T, out=buffer[: rows.stop - rows.start])
 

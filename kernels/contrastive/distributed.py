@@ -46,6 +46,7 @@ from .blocks import blocks_on
 from .exchange import Ranks, Reduction, Sums, Travel, check_initialised, gather_equal
 from .loss import contrastive_loss, scale_tensor
 from .stats import Stats, Weights, merge, no_stats, terms
+from .symmetric import scale_gradient
 
 OP = "distributed_contrastive_loss"
 MODES = ("auto", "gather", "ring", "scalars")
@@ -119,13 +120,15 @@ class _Gradients(torch.autograd.Function):
         row, col = (torch.stack([m, w * share, share]) for m, w in ((row_max, row_weight), (col_max, col_weight)))
         accumulate = _accumulate_strips if plan.mode == "scalars" else _accumulate_rows
         is_shared = (shared > 0).all().to(torch.int8)
-        acc_x, acc_y = accumulate(x, y, logit_scale, row, col, is_shared, gathered, plan)
+        acc_x, acc_y, products = accumulate(x, y, logit_scale, row, col, is_shared, gathered, plan)
         coefficient = largest * _pair_weight(ranks)
-        end = (miss * share[ranks.own], coefficient * logit_scale)
+        miss = miss * share[ranks.own]
+        end = (miss, coefficient * logit_scale)
         image_grad, text_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image, text))
         dot = blocks.finish(acc_x, x, y, 0, *end, x_inv_norm, image_grad)
         blocks.finish(acc_y, y, x, 0, *end, y_inv_norm, text_grad)
-        return image_grad, text_grad, gather_equal(dot.sum() * coefficient, ranks.group).mean()
+        of_scale = scale_gradient(dot, products, miss, x, y) * coefficient
+        return image_grad, text_grad, gather_equal(of_scale, ranks.group).mean()
 
     @staticmethod
     def backward(*_: Any) -> None:
@@ -186,20 +189,20 @@ def _own_rows(x: Tensor, y: Tensor, logit_scale: Tensor, plan: Plan) -> Found:
 def _accumulate_strips(
     x: Tensor, y: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, shared: Tensor,
     gathered: tuple[Tensor, ...], plan: Plan,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """G times the other side, for own images and own texts."""
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
+    """G times the other side, for own images and own texts; sums over own images of G_ij x_i . y_j."""
     own, blocks = plan.ranks.own, blocks_on(x.device)
     all_x, all_y = (_operand(rows, plan) for rows in gathered)
     acc_x, acc_y = (blocks.new_accumulator(len(side), side) for side in (x, y))
-    blocks.add_gradients(x, all_y, logit_scale, Weights(row[:, own], col, shared), own.start, acc_x, None)
+    product = blocks.add_gradients(x, all_y, logit_scale, Weights(row[:, own], col, shared), own.start, acc_x, None)
     blocks.add_gradients(y, all_x, logit_scale, Weights(col[:, own], row, shared), own.start, acc_y, None)
-    return acc_x, acc_y
+    return acc_x, acc_y, [product]
 
 
 def _accumulate_rows(
     x: Tensor, y: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, shared: Tensor,
     gathered: tuple[Tensor, ...], plan: Plan,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
     """The same from own images only: block by block, and the part of each block of texts goes to its owner."""
     ranks, blocks = plan.ranks, blocks_on(x.device)
     own = ranks.own
@@ -210,13 +213,15 @@ def _accumulate_rows(
     else:
         source, sums = ranks.ring(y.to(plan.dtype)), Travel(ranks)
     acc_x = blocks.new_accumulator(len(x), x)
+    products = []
     for owner, block in source:
         cols = ranks.slices[owner]
         acc = blocks.new_accumulator(len(block), x)
         weights = Weights(row[:, own], col[:, cols], shared)
-        blocks.add_gradients(x, _operand(block, plan), logit_scale, weights, own.start - cols.start, acc_x, acc)
+        diagonal = own.start - cols.start
+        products.append(blocks.add_gradients(x, _operand(block, plan), logit_scale, weights, diagonal, acc_x, acc))
         sums.add(owner, acc)
-    return acc_x, sums.result()
+    return acc_x, sums.result(), products
 
 
 @torch.compiler.disable

@@ -78,13 +78,16 @@ class Ranks:
     def shift(self, block: Tensor, size: int) -> "Transfer":
         """Start to send ``block`` to the next rank, and to receive ``size`` such rows from the one before."""
         received = block.new_empty(size, *block.shape[1:])
-        next_rank = (self.rank + 1) % len(self.sizes)
-        operations = []
-        if block.numel() > 0:
-            operations.append(dist.P2POp(dist.isend, block, group=self.group, group_peer=next_rank))
-        if received.numel() > 0:
-            operations.append(dist.P2POp(dist.irecv, received, group=self.group, group_peer=self.before(self.rank)))
+        operations = self.operations(block, received, 1)
         return Transfer(dist.batch_isend_irecv(operations) if operations else [], block, received)
+
+    def operations(self, block: Tensor, received: Tensor, step: int) -> "list[dist.P2POp]":
+        """What sends ``block`` to the rank ``step`` further on and fills ``received`` from the one as far back; nothing
+        that is empty is sent.
+        """
+        count = len(self.sizes)
+        pairs = (dist.isend, block, (self.rank + step) % count), (dist.irecv, received, (self.rank - step) % count)
+        return [dist.P2POp(do, x, group=self.group, group_peer=peer) for do, x, peer in pairs if x.numel() > 0]
 
 
 def check_initialised(op: str) -> None:
@@ -94,6 +97,14 @@ def check_initialised(op: str) -> None:
             f"{op}: torch.distributed is not initialised: call torch.distributed.init_process_group() first, or use "
             "contrastive_loss() in a single process"
         )
+
+
+def check_ranks(op: str, rank: int, world_size: int) -> None:
+    """Refuse what this process is not in the default group."""
+    check_initialised(op)
+    for name, given, expected in (("rank", rank, dist.get_rank()), ("world_size", world_size, dist.get_world_size())):
+        if given != expected:
+            raise ValueError(f"{op}: {name} must be {expected}, this process's, got {given}")
 
 
 def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:

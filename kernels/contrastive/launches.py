@@ -138,41 +138,43 @@ def add_gradients(
     acc_x: Tensor | None,
     acc_y: Tensor | None,
 ) -> Tensor | None:
-    """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with G recomputed once for both.
+    """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with G recomputed once for both; returns what
+    :func:`add_products` does.
+    """
+
+    def write(grad: Tensor, rows: slice, cols: slice) -> Tensor:
+        row, col = weights.row[:, rows], weights.col[:, cols]
+        offset = diagonal + rows.start - cols.start
+        return _launch_grad_tile(x[rows], y[cols], grad, logit_scale, weights.shared, row, col, offset)
+
+    return add_products(x, y, write, acc_x, acc_y)
+
+
+def add_products(
+    x: Tensor,
+    y: Tensor,
+    write: Callable[[Tensor, slice, slice], Tensor],
+    acc_x: Tensor | None,
+    acc_y: Tensor | None,
+) -> Tensor | None:
+    """acc_x += grad_scale * G y and acc_y += grad_scale * G^T x, with blocks of grad_scale * G that ``write(grad, rows,
+    cols)`` writes to ``grad``; it returns the sums of their tiles of grad_scale * G_ij x_i . y_j, [tiles] in float32.
 
     Returns:
         Sum of G_ij x_i . y_j, [] in float64, from G before it is rounded to 16 bits: what the accumulators say of that
         has the rounding in it, which the gradient of the scale would show. None if G is not rounded.
     """
     total = x.new_zeros((), dtype=torch.float64)
-
-    def write(grad: Tensor, rows: slice, cols: slice) -> None:
-        row, col = weights.row[:, rows], weights.col[:, cols]
-        offset = diagonal + rows.start - cols.start
-        dots = _launch_grad_tile(x[rows], y[cols], grad, logit_scale, weights.shared, row, col, offset)
-        total.add_(dots.sum(dtype=torch.float64))
-
-    add_products(x, y, write, acc_x, acc_y)
-    return total / _grad_scale(x.dtype) if x.dtype.itemsize == 2 else None
-
-
-def add_products(
-    x: Tensor,
-    y: Tensor,
-    write: Callable[[Tensor, slice, slice], None],
-    acc_x: Tensor | None,
-    acc_y: Tensor | None,
-) -> None:
-    """acc_x += G y and acc_y += G^T x, with blocks of G that ``write(grad, rows, cols)`` writes to ``grad``."""
     edge = _block_edge(x)
     buffer = _aligned((min(edge, len(x)), min(edge, len(y))), x)
     for rows in slices(len(x), edge):
         for cols in slices(len(y), edge):
             grad = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-            write(grad, rows, cols)
+            total += write(grad, rows, cols).sum(dtype=torch.float64)
             _add_products(
                 grad, x[rows], y[cols], None if acc_x is None else acc_x[rows], None if acc_y is None else acc_y[cols]
             )
+    return total / _grad_scale(x.dtype) if x.dtype.itemsize == 2 else None
 
 
 def _launch_grad_tile(

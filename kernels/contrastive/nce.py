@@ -188,10 +188,7 @@ def info_nce_loss(
         if not in_batch:
             raise ValueError(f"{op}: in_batch=False needs negatives [K, D], got None")
         return pairwise_loss(op, query, key, scale, False, normalize, 0, "default", backend)
-    check_tensor(op, "negatives", negatives, 2)
-    check_like(op, "negatives", negatives, "query", query)
-    if negatives.shape[1] != query.shape[1]:
-        raise ValueError(f"{op}: negatives must be [K, {query.shape[1]}], got {tuple(negatives.shape)}")
+    _check_negatives(op, negatives, query)
     operand = autocast_to(query.new_empty(0))
     if uses_reference(op, backend, query):
         return reference.info_nce_loss(query, key, scale, negatives=negatives, in_batch=in_batch, normalize=normalize)
@@ -235,6 +232,13 @@ def nt_xent_loss(
     check_float(op, "first", operand)
     scale = scale.to(accumulate_dtype(operand.dtype))
     return _nt_xent_fwd(first, second, scale, normalize, operand.dtype)[0]
+
+
+def _check_negatives(op: str, negatives: Tensor, query: Tensor) -> None:
+    check_tensor(op, "negatives", negatives, 2)
+    check_like(op, "negatives", negatives, "query", query)
+    if negatives.shape[1] != query.shape[1]:
+        raise ValueError(f"{op}: negatives must be [K, {query.shape[1]}], got {tuple(negatives.shape)}")
 
 
 def _check_pairs(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from .._launch import LOG2E
 from .blocks import blocks_on
 from .stats import Stats, Weights, merge, no_stats, terms
-from .symmetric import _part, pair_products
+from .symmetric import _part, pair_products, scale_gradient
 
 
 def info_nce_forward(
@@ -51,13 +51,15 @@ def info_nce_backward(
     acc_queue = blocks.new_accumulator(len(queue), queue) if needs_negatives else None
     of_keys, of_queue = _no_weights(row, len(y)), _no_weights(row, len(queue))
     dot = row.new_empty(len(x))
+    products = []
     for strip in blocks.strips(x):
         acc = blocks.new_accumulator(strip.stop - strip.start, x)
         of_rows, start = row[:, strip], strip.start
         if in_batch:
-            blocks.add_gradients(x[strip], y, logit_scale, Weights(of_rows, of_keys, shared), start, acc, acc_y)
+            weights = Weights(of_rows, of_keys, shared)
+            products.append(blocks.add_gradients(x[strip], y, logit_scale, weights, start, acc, acc_y))
         weights = Weights(of_rows, of_queue, shared)
-        blocks.add_gradients(x[strip], queue, logit_scale, weights, len(queue), acc, acc_queue)
+        products.append(blocks.add_gradients(x[strip], queue, logit_scale, weights, len(queue), acc, acc_queue))
         finish = (row[2, strip], factor, _part(x_inv_norm, strip), query_grad[strip])
         dot[strip] = blocks.finish(acc, x[strip], y, start, *finish)
     if acc_y is not None:
@@ -65,7 +67,8 @@ def info_nce_backward(
     if acc_queue is not None:
         miss = row.new_zeros(len(queue))
         blocks.finish(acc_queue, queue, x, len(x), miss, factor, queue_inv_norm, negatives_grad)
-    return query_grad, key_grad, negatives_grad, dot.sum() * coefficient
+    of_scale = scale_gradient(dot, products, row[2], x, y)
+    return query_grad, key_grad, negatives_grad, of_scale * coefficient
 
 
 def nt_xent_forward(
@@ -105,19 +108,24 @@ def nt_xent_backward(
     first_grad, second_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (first, second))
     acc_y = blocks.new_accumulator(len(y), y)
     dot = row.new_zeros(())
+    products = []
     (row, row_within), (col, col_within) = row, col
     for strip in blocks.strips(x):
         acc, start = blocks.new_accumulator(strip.stop - strip.start, x), strip.start
-        blocks.add_gradients(x[strip], y, logit_scale, Weights(row[:, strip], col, shared), start, acc, acc_y)
+        weights = Weights(row[:, strip], col, shared)
+        across = blocks.add_gradients(x[strip], y, logit_scale, weights, start, acc, acc_y)
         # G of a side with itself is symmetric: its rows alone hold the whole gradient. Only rounding tells its column
         # sums from its row sums, but a probability near 1 must be taken of the sum that it is in.
-        blocks.add_gradients(x[strip], x, logit_scale, Weights(row[:, strip], row_within, shared), start, acc, None)
+        weights = Weights(row[:, strip], row_within, shared)
+        within = blocks.add_gradients(x[strip], x, logit_scale, weights, start, acc, None)
+        products += [across, across, within]
         finish = (row[2, strip], factor, _part(x_inv_norm, strip), first_grad[strip])
         dot += blocks.finish(acc, x[strip], y, start, *finish).sum()
-    blocks.add_gradients(y, y, logit_scale, Weights(col, col_within, shared), 0, acc_y, None)
+    products.append(blocks.add_gradients(y, y, logit_scale, Weights(col, col_within, shared), 0, acc_y, None))
     dot += blocks.finish(acc_y, y, x, 0, col[2], factor, y_inv_norm, second_grad).sum()
     # each logit is a product of two features, so the features' gradients count it twice
-    return first_grad, second_grad, dot / 2 * coefficient
+    of_scale = scale_gradient(dot, products, 2 * row[2], x, y) / 2
+    return first_grad, second_grad, of_scale * coefficient
 
 
 def _merged(parts: list[tuple[Tensor, Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -27,24 +27,12 @@ from .._launch import (
     check_float,
     check_like,
     outside_autocast,
-    triton_runs_on,
     uses_reference,
 )
 from .blocks import blocks_on
 from .loss import check_sides, check_width, scale_tensor
 from .stats import pairs_in
-from .symmetric import _part
-
-
-def _sigmoid_on(device: torch.device) -> Any:
-    """The module that has ``sums`` and ``add_gradients``."""
-    if not triton_runs_on(device):
-        from . import sigmoid_cpu
-
-        return sigmoid_cpu
-    from . import sigmoid_launches
-
-    return sigmoid_launches
+from .symmetric import _part, scale_gradient
 
 
 @torch.library.custom_op("clipfast::sigmoid_fwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -54,9 +42,9 @@ def _sigmoid_fwd(
     offset: int, normalize: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss, g [M], and the gradient of the bias."""
-    blocks = blocks_on(image.device)
+    blocks, sigmoid = blocks_on(image.device), blocks_on(image.device, "sigmoid_")
     x, y = (blocks.prepare(side, dtype, normalize=normalize)[0] for side in (image, text))
-    loss, probability, positive = _sigmoid_on(image.device).sums(x, y, logit_scale, logit_bias, offset)
+    loss, probability, positive = sigmoid.sums(x, y, logit_scale, logit_bias, offset)
     paired, _ = pairs_in(len(x), len(y), offset)
     nll = torch.logaddexp(-positive[paired], positive.new_zeros(()))
     miss = torch.zeros_like(positive)
@@ -82,7 +70,7 @@ def _sigmoid_bwd(
     offset: int, normalize: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of images, texts and scale."""
-    blocks, sigmoid = blocks_on(image.device), _sigmoid_on(image.device)
+    blocks, sigmoid = blocks_on(image.device), blocks_on(image.device, "sigmoid_")
     x, x_inv_norm = blocks.prepare(image, dtype, normalize=normalize)
     y, y_inv_norm = blocks.prepare(text, dtype, normalize=normalize)
     paired, partners = pairs_in(len(x), len(y), offset)
@@ -91,16 +79,18 @@ def _sigmoid_bwd(
     image_grad, text_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image, text))
     acc_text = blocks.new_accumulator(len(y), y)
     dot = torch.empty_like(miss)
+    products = []
     for strip in blocks.strips(x):
         acc = blocks.new_accumulator(strip.stop - strip.start, x)
         diagonal = offset + strip.start
-        sigmoid.add_gradients(x[strip], y, logit_scale, logit_bias, diagonal, acc, acc_text)
+        products.append(sigmoid.add_gradients(x[strip], y, logit_scale, logit_bias, diagonal, acc, acc_text))
         finish = (miss[strip], factor, _part(x_inv_norm, strip), image_grad[strip])
         dot[strip] = blocks.finish(acc, x[strip], y, diagonal, *finish)
     of_texts = miss.new_zeros(len(y))
     of_texts[partners] = miss[paired]
     blocks.finish(acc_text, y, x, -offset, of_texts, factor, y_inv_norm, text_grad)
-    return image_grad, text_grad, dot.sum() * coefficient
+    of_scale = scale_gradient(dot, products, miss[paired], x[paired], y[partners])
+    return image_grad, text_grad, of_scale * coefficient
 
 
 @_sigmoid_bwd.register_fake

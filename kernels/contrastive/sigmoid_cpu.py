@@ -4,7 +4,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._launch import LN2
 from .cpu import _chunks, _pieces
 from .stats import pairs_in
 
@@ -15,7 +14,7 @@ def sums(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, diagonal
     """
     positive = x.new_empty(len(x))
     loss, probability = x.new_zeros(2, dtype=torch.float64).unbind()
-    for rows, logits in _chunks(x, y, logit_scale * LN2):  # not in base 2
+    for rows, logits in _chunks(x, y, logit_scale):
         paired, _ = pairs_in(len(logits), len(y), rows.start + diagonal)
         pairs = logits.diagonal(rows.start + diagonal)
         positive[rows][paired] = pairs + logit_bias
@@ -37,7 +36,7 @@ def add_gradients(
     acc_y: Tensor,
 ) -> None:
     """acc_x += G y and acc_y += G^T x, with G recomputed once for both."""
-    for rows, logits in _chunks(x, y, logit_scale * LN2):  # not in base 2
+    for rows, logits in _chunks(x, y, logit_scale):
         for piece in _pieces(logits):
             logits[piece].add_(logit_bias).sigmoid_()
         logits.diagonal(rows.start + diagonal).zero_()

@@ -1,36 +1,37 @@
-"""The Triton kernels of the sigmoid loss. Logits are in base 2: l_ij = log2e * (scale * x_i . y_j + bias).
+"""The Triton kernels of the sigmoid loss. Logits are l_ij = scale * x_i . y_j + bias, not in base 2: the two terms may
+cancel, and in base 2 each would be rounded before.
 
-sums      of one tile: losses log2(1 + 2^l) and probabilities 1 / (1 + 2^-l), pairs left out
-gradient  G_ij = 1 / (1 + 2^-l_ij), pairs 0, in the operands' dtype
+sums      of one tile: losses log(1 + exp l) and probabilities 1 / (1 + exp -l), pairs left out
+gradient  G_ij = 1 / (1 + exp -l_ij), pairs 0, in the operands' dtype; of one tile, sum of G_ij x_i . y_j before that
 """
 
 import triton
 import triton.language as tl
 
 from .._tiles import grouped_tile
-from .tiles import _logits, _without_pairs, store_grad, zero_pairs
+from .tiles import _cosines, _without_pairs, store_grad, zero_pairs
 
 
 @triton.jit
-def _log2_1p(e):
-    """log2(1 + e) for e in [0, 1], with full relative precision: in the sum, a small e would lose its digits.
+def _log_1p(e):
+    """log(1 + e) for e in [0, 1], with full relative precision: in the sum, a small e would lose its digits.
 
-    e times the polynomial of degree 8 whose largest relative error is least: 3e-8.
+    e times the polynomial of degree 8 whose largest relative error is least: 3e-8, and 1e-7 with float32 coefficients.
     """
-    p = e * 0.007549182046204805 - 0.04256706312298775
-    p = p * e + 0.1128561943769455
-    p = p * e - 0.19711896777153015
-    p = p * e + 0.27564141154289246
-    p = p * e - 0.35840848088264465
-    p = p * e + 0.48069295287132263
-    p = p * e - 0.7213401794433594
-    p = p * e + 1.4426950216293335
+    p = e * 0.0052326940931379795 - 0.02950523979961872
+    p = p * e + 0.07822595536708832
+    p = p * e - 0.13663245737552643
+    p = p * e + 0.19106006622314453
+    p = p * e - 0.24842983484268188
+    p = p * e + 0.3331909775733948
+    p = p * e - 0.4999949038028717
+    p = p * e + 1.0
     return p * e
 
 
 @triton.jit
 def _probability(logits, e):
-    """1 / (1 + 2^-logits), given e = 2^-|logits|."""
+    """1 / (1 + exp -logits), given e = exp -|logits|."""
     return tl.where(logits > 0, 1.0, e) / (1.0 + e)
 
 
@@ -43,18 +44,18 @@ def _sigmoid_sums_kernel(
     loss_ptr,  # [tiles] fp32
     probability_ptr,  # [tiles] fp32
     positive_ptr,  # [M] fp32
-    M, N, D, diagonal, stride_x, stride_y, log2e,
+    M, N, D, diagonal, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Sums over one tile without its pairs (i, i + diagonal), and the logits of the pairs."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    logits, _ = _logits(
-        x, y, scale_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y, log2e,
+    cosines = _cosines(
+        x, y, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA,
     )  # fmt: skip
-    logits += tl.load(bias_ptr) * log2e
+    logits = cosines * tl.load(scale_ptr) + tl.load(bias_ptr)
     # what is left out becomes -inf: no loss, no probability
     logits = _without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, diagonal, BLOCK_M, BLOCK_N)
     # one half after the other: for all columns at once, both terms would not fit the registers
@@ -62,8 +63,8 @@ def _sigmoid_sums_kernel(
     loss = tl.zeros((BLOCK_M,), tl.float32)
     probability = tl.zeros((BLOCK_M,), tl.float32)
     for half in tl.static_range(2):
-        e = tl.exp2(-tl.abs(halves[half]))
-        loss += tl.sum(tl.maximum(halves[half], 0.0) + _log2_1p(e), 1)
+        e = tl.exp(-tl.abs(halves[half]))
+        loss += tl.sum(tl.maximum(halves[half], 0.0) + _log_1p(e), 1)
         probability += tl.sum(_probability(halves[half], e), 1)
     tl.store(loss_ptr + pid, tl.sum(loss, 0))
     tl.store(probability_ptr + pid, tl.sum(probability, 0))
@@ -76,18 +77,29 @@ def _sigmoid_grad_tile_kernel(
     grad,  # [M, N], the operands' dtype
     scale_ptr,  # [] fp32
     bias_ptr,  # [] fp32
-    M, N, D, diagonal, stride_x, stride_y, stride_grad, log2e, grad_scale,
+    dot_ptr,  # [tiles] fp32
+    M, N, D, diagonal, stride_x, stride_y, stride_grad, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_scale * G for one tile."""
-    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    """grad = grad_scale * G for one tile, and the tile's sum of grad_ij x_i . y_j before grad is rounded."""
+    pid = tl.program_id(0)
+    pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    logits, _ = _logits(
-        x, y, scale_ptr, start_m, start_n, M, N, D, stride_x, stride_y, log2e,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA,
-    )  # fmt: skip
-    logits += tl.load(bias_ptr) * log2e
-    tile = _probability(logits, tl.exp2(-tl.abs(logits))) * grad_scale
-    tile = zero_pairs(tile, start_m, start_n, diagonal, BLOCK_M, BLOCK_N)
-    store_grad(grad, tile, start_m, start_n, M, N, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)
+    cosines = _cosines(
+        x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA
+    )
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
+    # one half after the other: all of cosines and of G at once would not fit the registers
+    HALF: tl.constexpr = BLOCK_N // 2
+    halves = tl.split(tl.permute(tl.reshape(cosines, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    dot = 0.0
+    for half in tl.static_range(2):
+        start = start_n + half * HALF
+        # exact at both ends: an infinity below the line is a probability of 0
+        tile = grad_scale / (1.0 + tl.exp(-(halves[half] * scale + bias)))
+        tile = zero_pairs(tile, start_m, start, diagonal, BLOCK_M, HALF)
+        # of all at once: Triton 3.6 fails on sm_100 where what was split is summed along an axis
+        dot += tl.sum(tile * halves[half])
+        store_grad(grad, tile, start_m, start, M, N, stride_grad, BLOCK_M, HALF, IS_TMA)
+    tl.store(dot_ptr + pid, dot)

@@ -1,5 +1,7 @@
 """Forward and backward pass of the loss of pairs, on blocks: values and gradients, without autograd."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -58,12 +60,27 @@ def backward(
             blocks.add_gradients(x, y[strip], logit_scale, weights, offset - strip.start, None, acc)
         finish = (col[2, strip], factor, _part(y_inv_norm, strip), text_grad[strip])
         blocks.finish(acc, y[strip], x, strip.start - offset, *finish)
-    if any(part is None for part in products):
-        of_scale = dot.sum()
-    else:
-        of_pairs = row[2, paired] * pair_products(x[paired], y[partners])
-        of_scale = (sum(products) - of_pairs.sum(dtype=torch.float64)).to(row.dtype)
+    of_scale = scale_gradient(dot, products, row[2, paired], x[paired], y[partners])
     return image_grad, text_grad, of_scale * coefficient
+
+
+def scale_gradient(dot: Tensor, products: Sequence[Tensor | None], miss: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Sum of G_ij x_i . y_j over all that are no pairs, less the sum of miss_i x_i . y_i over the pairs.
+
+    Args:
+        dot: finished rows' share of it, any shape: what rounding has done to G is in there.
+        products: what ``add_gradients`` has returned for each block.
+        miss: [P], of the pairs.
+        x: [P, D], first features of the pairs; ``y``: [P, D], second ones.
+
+    Returns:
+        [], in the dtype of ``dot``: from G before it was rounded, or from ``dot`` if it is not rounded.
+    """
+    before = [part for part in products if part is not None]
+    if len(before) < len(products):
+        return dot.sum()
+    of_pairs = (miss * pair_products(x, y)).sum(dtype=torch.float64)
+    return sum(before, -of_pairs).to(dot.dtype)
 
 
 def pair_products(x: Tensor, y: Tensor) -> Tensor:

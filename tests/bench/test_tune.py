@@ -176,9 +176,9 @@ def test_that_scale_makes_the_kernel_work():
 def test_every_entry_of_the_tables_can_be_tuned():
     tunable = {tunable.kernel for target in tune.TARGETS.values() for tunable in target.kernels}
     # the gradient of images is for images that are no bytes, which is not how models are trained; a pool is a sliver of
-    # a step; the sigmoid loss has no suite
+    # a step
     entries = {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
-    assert tunable == entries - {"attention_pool", "patch_embed_bwd_images", "sigmoid_grad_tile", "sigmoid_sums"}
+    assert tunable == entries - {"attention_pool", "patch_embed_bwd_images"}
 
 
 @pytest.mark.parametrize("op", tune.TARGETS)

@@ -127,6 +127,26 @@ def test_several_ranks(world_size, tmp_path):
         close(*(torch.stack([rank[which][3] for rank in ranks]).mean() for which in (0, 1)))
 
 
+def under_autocast(rank, world_size):
+    """Features in float32, and rounded first and then in float64: the same products."""
+    found = []
+    for local_loss, gather_with_grad in COMBINATIONS:
+        loss = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world_size)
+        inputs = features(20.0, torch.float32, rank)
+        with torch.autocast("cpu", torch.bfloat16):
+            ours = value_and_grads(loss, inputs)
+        rounded = [x.bfloat16().double() if x.ndim else x.double() for x in inputs]
+        found.append([ours, value_and_grads(loss, rounded)])
+    return found
+
+
+def test_several_ranks_under_autocast(tmp_path):
+    for rank in run_ranks(under_autocast, 2, 2, folder=tmp_path):
+        for ours, expected in rank:
+            assert [x.dtype for x in ours] == [torch.float32] * 4
+            torch.testing.assert_close([x.double() for x in ours], expected, rtol=1e-4, atol=1e-5)
+
+
 WIDTH = 32
 MODEL = {
     "embed_dim": WIDTH,

@@ -42,6 +42,10 @@ def on_rank(rank, world_size, path, folder):
         found[dist_impl, "frozen"] = SigLipLoss(rank=rank, world_size=world_size, dist_impl=dist_impl)(
             image.requires_grad_(), text, 10.0, -3.0
         ).detach()
+    image, text = features(world_size)[rank]
+    for wrong in ({"rank": (rank + 1) % world_size, "world_size": world_size}, {"rank": rank, "world_size": 9}):
+        with pytest.raises(ValueError, match=r"SigLipLoss: (rank|world_size) must be \d, this process's, got \d"):
+            SigLipLoss(**wrong)(image, text, 10.0, -3.0)
     torch.save(found, f"{folder}/{rank}")
     dist.barrier()
     dist.destroy_process_group()
@@ -107,6 +111,11 @@ def test_logits_and_labels_are_open_clips():
     for negative_only in (False, True):
         arguments = torch.device("cpu"), torch.bfloat16, 5, negative_only
         assert torch.equal(ours.get_ground_truth(*arguments), theirs.get_ground_truth(*arguments))
+
+
+def test_several_processes_need_a_process_group():
+    with pytest.raises(RuntimeError, match=r"SigLipLoss: torch\.distributed is not initialised"):
+        SigLipLoss(rank=1, world_size=2)(*features(1)[0], 10.0, -3.0)
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from clipfast.kernels.contrastive.distributed import choose_mode
 
 from ..conftest import INTERPRET
 from ..process_group import error_of, run_ranks, start_ranks, wait_for
+from .cases import loss_inputs
 
 MODES = ("gather", "ring", "scalars")
 DIM = 24
@@ -114,6 +115,32 @@ def test_like_one_process(world_size, tmp_path):
         for first, again in ranks:
             assert all(torch.equal(first[name], again[name]) for name in first), case
             assert torch.equal(first["scale"], ranks[0][0]["scale"])
+
+
+def late_in_training():
+    """Features of 16 bits, in float32: their pairs are alike, and the scale is large."""
+    torch.manual_seed(0)
+    dtype = torch.float16 if INTERPRET else torch.bfloat16
+    image, text, scale = loss_inputs((129, 64), dtype, torch.device("cpu"), matched=0.33, scale=100.0).values()
+    return dtype, [image.float(), text.float(), scale]
+
+
+def in_16_bits(rank):
+    dtype, (image, text, scale) = late_in_training()
+    own = [slice(0, 60), slice(60, 129)][rank]
+    with torch.autocast("cpu", dtype):
+        return [
+            value_and_grads(distributed_contrastive_loss, [image[own], text[own], scale], mode=mode) for mode in MODES
+        ]
+
+
+def test_16_bit_operands(tmp_path):
+    by_rank = run_ranks(in_16_bits, 2, folder=tmp_path)
+    truth = value_and_grads(contrastive_loss, [x.double() for x in late_in_training()[1]], backend="torch")
+    for mode, *ranks in zip(MODES, *by_rank, strict=True):
+        found = of_batch(ranks)
+        assert_close({name: found.pop(name) for name in ("loss", "scale")}, truth, 1e-4, mode)
+        assert_close(found, truth, 6e-4, mode)
 
 
 def like_open_clip(rank):

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clipfast.kernels._tiles import exp2_minus_1, grouped_tile
+from clipfast.kernels._tiles import grouped_tile
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -27,17 +27,3 @@ def test_every_tile_has_one_program(num_m, num_n, device):
     m, n = (torch.full((num_m * num_n,), -1, dtype=torch.int32, device=device) for _ in range(2))
     _tiles_kernel[(num_m * num_n,)](m, n, num_m, num_n, GROUP_M=8)
     assert sorted(zip(m.tolist(), n.tolist(), strict=True)) == [(i, j) for i in range(num_m) for j in range(num_n)]
-
-
-@triton.jit
-def _exp2_minus_1_kernel(x_ptr, out_ptr, BLOCK: tl.constexpr):
-    offs = tl.arange(0, BLOCK)
-    tl.store(out_ptr + offs, exp2_minus_1(tl.load(x_ptr + offs)))
-
-
-def test_exp2_minus_1_is_precise_near_zero(device):
-    x = -torch.logspace(-12, 1.5, 1024, device=device)
-    out = torch.empty_like(x)
-    _exp2_minus_1_kernel[(1,)](x, out, BLOCK=1024)
-    truth = torch.expm1(x.double() * torch.log(torch.tensor(2.0, dtype=torch.float64)))
-    assert ((out.double() - truth) / truth).abs().max() < 1e-6

@@ -3,15 +3,32 @@
 import pytest
 
 from clipfast.verify import shapes
-from clipfast.verify.shapes import ACCURACY, DETERMINISM, EVERYWHERE, AttentionShape, Case, LossShape, PatchShape
+from clipfast.verify.shapes import (
+    ACCURACY,
+    DETERMINISM,
+    EVERYWHERE,
+    AttentionShape,
+    Case,
+    LossShape,
+    PatchShape,
+    QueueShape,
+    SigmoidShape,
+    ViewShape,
+)
 
 SMALL = {
     "contrastive_loss": [Case(LossShape(21, 24, 20.0, 0.3), "small", draws=6)],
+    "sigmoid_loss": [Case(SigmoidShape(21, 24, 20.0, -3.0, 0.3), "small", draws=6)],
+    "info_nce_loss": [Case(QueueShape(21, 30, 24, 20.0, 0.3, True), "small", draws=6)],
+    "nt_xent_loss": [Case(ViewShape(21, 24, 20.0, 0.3), "small", draws=6)],
     "attention": [Case(AttentionShape(2, 9, 2, 16, True), "small")],
     "patch_embed": [Case(PatchShape(2, 16, 24, 8, 20, False), "small")],
 }
 GRADIENTS = {
     "contrastive_loss": ["d_image", "d_text", "d_logit_scale"],
+    "sigmoid_loss": ["d_image", "d_text", "d_logit_scale", "d_logit_bias"],
+    "info_nce_loss": ["d_query", "d_key", "d_negatives", "d_logit_scale"],
+    "nt_xent_loss": ["d_first", "d_second", "d_logit_scale"],
     "attention": ["d_qkv"],
     "patch_embed": ["d_images", "d_weight", "d_class_embedding", "d_positional_embedding"],
 }

@@ -11,7 +11,7 @@ import torch
 
 from clipfast import kernels
 from clipfast.kernels import cpu
-from clipfast.kernels.contrastive import symmetric
+from clipfast.kernels.contrastive import several, sigmoid, sigmoid_cpu, symmetric
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
 from clipfast.verify.report import FAIL, PASS
@@ -59,6 +59,13 @@ ON_CPU = {
     ("contrastive_loss", "d_image"): (symmetric, "backward", 0),
     ("contrastive_loss", "d_text"): (symmetric, "backward", 1),
     ("contrastive_loss", "d_logit_scale"): (symmetric, "backward", 2),
+    ("sigmoid_loss", "value"): (sigmoid_cpu, "sums", 0),
+    ("sigmoid_loss", "d_logit_scale"): (sigmoid, "scale_gradient", None),
+    ("sigmoid_loss", "d_logit_bias"): (sigmoid_cpu, "sums", 1),
+    ("info_nce_loss", "value"): (several, "info_nce_forward", 0),
+    ("info_nce_loss", "d_negatives"): (several, "info_nce_backward", 2),
+    ("nt_xent_loss", "value"): (several, "nt_xent_forward", 0),
+    ("nt_xent_loss", "d_logit_scale"): (several, "nt_xent_backward", 2),
     ("attention", "value"): (cpu, "attention_fwd", 0),
     ("attention", "d_qkv"): (cpu, "attention_bwd", None),
     ("patch_embed", "value"): (cpu, "patch_embed_fwd", None),
@@ -101,7 +108,7 @@ def test_fault_in_the_cpu_path(op, output, monkeypatch):
 def test_fault_in_each_gradient(op, output, dtype, monkeypatch):
     monkeypatch.setattr(kernels, op, gradient_off(getattr(kernels, op), output.removeprefix("d_")))
     code, failed = failures(op, dtype)
-    if dtype == "float16" and op == "contrastive_loss":
+    if dtype == "float16" and op.endswith("_loss"):
         # PyTorch forms the logits in float16: its own error is larger than one percent
         assert failed <= {(op, "cpu", output)}
         return
@@ -148,6 +155,8 @@ shapes.CASES.update(SMALL)
 places = {
     "contrastive_loss": [("contrastive.symmetric", "backward", 0), ("contrastive.symmetric", "backward", 1),
                          ("contrastive.symmetric", "backward", 2)],
+    "nt_xent_loss": [("contrastive.several", "nt_xent_backward", 0), ("contrastive.several", "nt_xent_backward", 1),
+                     ("contrastive.several", "nt_xent_backward", 2)],
     "attention": [("attention", "_bwd_triton", None)],
     "patch_embed": [("patch_embed", "_bwd_images_triton", None), ("patch_embed", "_bwd_weight_triton", None)],
 }

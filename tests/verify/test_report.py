@@ -122,7 +122,7 @@ def test_command_fails_where_a_row_does(capsys, one_leg, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "softmax"], "--op: unknown 'softmax'; known: contrastive_loss, attention, patch_embed, model, curve"),
+        (["--op", "softmax"], "--op: unknown 'softmax'; known: contrastive_loss, sigmoid_loss, info_nce_loss"),
         (["--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
         (["--model", "ViT-Z"], "--model: unknown 'ViT-Z'; known: RN50"),
         (["--against", "timm"], "--against: unknown 'timm'; known: openclip, hf"),
