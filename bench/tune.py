@@ -12,7 +12,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
-import itertools
 import json
 import multiprocessing
 import os
@@ -30,8 +29,8 @@ from .harness import Budget, Timing, leaves, measure, ratio_interval, short
 from .inspection import Report, inspect_launch, offline
 from .machine import use
 from .suites import Shape, build
+from .tune_targets import TARGETS, Config, Target, Tunable, key_of, space
 
-Config = configs.Config
 # An error may not grow by more than this when sums are taken in another order.
 ERROR_GROWTH = 1.5
 # The whole interval of the ratio has to be below this.
@@ -39,148 +38,10 @@ WORTH = 0.98
 MIN_ROUNDS = 20
 
 
-@dataclasses.dataclass(frozen=True)
-class Tunable:
-    """A kernel that has configurations.
-
-    Attributes:
-        kernel: its name in the tables.
-        function: name of the Triton function.
-        kind: of its configurations.
-    """
-
-    kernel: str
-    function: str
-    kind: type[Config]
-
-
-@dataclasses.dataclass(frozen=True)
-class Target:
-    """What is tuned together: the kernels of an op, at the shape that stands for its use.
-
-    Attributes:
-        suite: that builds it.
-        shape: of the suite.
-        kernels: in the order of their worth.
-        logit_scale: in place of the suite's, where it decides which kernel does the work.
-    """
-
-    suite: str
-    shape: Shape
-    kernels: tuple[Tunable, ...]
-    logit_scale: float | None = None
-
-
-_GEMM, _ROWS = configs.GemmConfig, configs.RowConfig
-_SHORT, _LOOPED, _TWO_PHASE = configs.ShortConfig, configs.LoopedConfig, configs.TwoPhaseConfig
-SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
-    _GEMM: {
-        "block_m": (64, 128, 256),
-        "block_n": (64, 128, 256),
-        "block_k": (32, 64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (2, 3, 4),
-    },
-    _ROWS: {"block_m": (4, 8, 16, 32), "block_k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (1,)},
-    _SHORT: {"block_m": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
-    _LOOPED: {
-        "block_m": (16, 32, 64, 128),
-        "block_n": (16, 32, 64, 128),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2, 3),
-    },
-    _TWO_PHASE: {
-        "own_k": (16, 32, 64, 128),
-        "step_q": (16, 32, 64),
-        "own_q": (16, 32, 64, 128),
-        "step_k": (16, 32, 64),
-        "num_warps": (4, 8),
-        "num_stages": (1, 2),
-    },
-}
-_LONG = (
-    Tunable("attention_looped_fwd", "_looped_fwd_kernel", _LOOPED),
-    Tunable("attention_two_phase_bwd", "_two_phase_bwd_kernel", _TWO_PHASE),
-)
-_SHORT_BOTH = (
-    Tunable("attention_short_bwd", "_short_bwd_kernel", _SHORT),
-    Tunable("attention_short_fwd", "_short_fwd_kernel", _SHORT),
-)
-TARGETS = {
-    "contrastive": Target(
-        "loss",
-        {"pairs": 16384, "embed_dim": 512},
-        (
-            Tunable("contrastive_grad_tile", "_grad_tile_kernel", _GEMM),
-            Tunable("contrastive_products", "_products_kernel", _GEMM),
-            Tunable("contrastive_stats", "_stats_kernel", _GEMM),
-            Tunable("contrastive_rows", "_finish_kernel", _ROWS),
-        ),
-    ),
-    "attention-64": Target(
-        "attention", {"batch": 64, "tokens": 577, "heads": 16, "head_dim": 64, "causal": False}, _LONG
-    ),
-    "attention-128": Target(
-        "attention", {"batch": 64, "tokens": 577, "heads": 16, "head_dim": 104, "causal": False}, _LONG
-    ),
-    "attention-50": Target(
-        "attention", {"batch": 1024, "tokens": 50, "heads": 12, "head_dim": 64, "causal": False}, _SHORT_BOTH
-    ),
-    "attention-77": Target(
-        "attention", {"batch": 1024, "tokens": 77, "heads": 8, "head_dim": 64, "causal": True}, _SHORT_BOTH
-    ),
-    "attention-197": Target(
-        "attention", {"batch": 256, "tokens": 197, "heads": 12, "head_dim": 64, "causal": False}, _SHORT_BOTH
-    ),
-    "attention-257": Target(
-        "attention", {"batch": 256, "tokens": 257, "heads": 16, "head_dim": 64, "causal": False}, _SHORT_BOTH[1:]
-    ),
-    "patch_embed": Target(
-        "patch",
-        {"batch": 256, "size": 224, "patch": 14, "embed_dim": 1024},
-        tuple(Tunable(name, f"_{name}_kernel", _GEMM) for name in ("patch_embed_fwd", "patch_embed_bwd_weight")),
-    ),
-    "retrieval_ranks": Target(
-        "retrieval",
-        {"images": 5120, "texts": 25600, "embed_dim": 512},
-        (Tunable("retrieval_ranks", "_count_ahead_kernel", _GEMM),),
-    ),
-    "sigmoid": Target(
-        "sigmoid",
-        {"pairs": 16384, "embed_dim": 512},
-        tuple(Tunable(name, f"_{name}_kernel", _GEMM) for name in ("sigmoid_grad_tile", "sigmoid_sums")),
-    ),
-    # so large a scale that sums with one shift underflow, and maxima are needed
-    "contrastive-online": Target(
-        "loss",
-        {"pairs": 16384, "embed_dim": 512},
-        (Tunable("contrastive_online_stats", "_online_stats_kernel", _GEMM),),
-        logit_scale=1000.0,
-    ),
-}
-
-
-def space(kind: type[Config]) -> Iterator[Config]:
-    """Every configuration that is searched for a kernel of this kind."""
-    axes = SPACES[kind]
-    for values in itertools.product(*axes.values()):
-        yield kind(**dict(zip(axes, values, strict=True)))
-
-
 def spread(configurations: Sequence[Config], limit: int | None) -> list[Config]:
     """At most ``limit`` of ``configurations``, from all over them."""
     step = len(configurations) / limit if limit and limit < len(configurations) else 1
     return [configurations[int(i * step)] for i in range(min(limit or len(configurations), len(configurations)))]
-
-
-def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
-    """The entry of the tables that is tuned."""
-    head_dim = target.shape.get("head_dim")
-    num_keys = target.shape["tokens"] if tunable.kind is _SHORT else None
-    return configs.config_key(
-        tunable.kernel, DTYPES[dtype], head_dim if isinstance(head_dim, int) else None,
-        num_keys if isinstance(num_keys, int) else None,
-    )  # fmt: skip
 
 
 @contextlib.contextmanager

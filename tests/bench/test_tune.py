@@ -8,7 +8,7 @@ import json
 import pytest
 import torch
 
-from clipfast.bench import cli, tune
+from clipfast.bench import cli, tune, tune_targets
 from clipfast.bench.case import OURS, Candidate
 from clipfast.bench.harness import Timing
 from clipfast.bench.inspection import offline
@@ -21,7 +21,7 @@ from ..conftest import INTERPRET, ON_GPU
 pytestmark = pytest.mark.skipif(INTERPRET or ON_GPU, reason="ranks configurations without a GPU")
 CPU = torch.device("cpu")
 SMALLEST = {"batch": 2, "tokens": 9, "heads": 2, "head_dim": 16, "causal": True}
-TARGET = tune.TARGETS["attention-64"]
+TARGET = tune_targets.TARGETS["attention-64"]
 FORWARD = TARGET.kernels[0]
 GOOD = configs.LoopedConfig(64, 64, num_warps=4, num_stages=2)
 OTHER = configs.LoopedConfig(32, 64, num_warps=4, num_stages=2)
@@ -50,7 +50,7 @@ def test_what_does_not_compile_says_why():
 
 
 def test_a_kernel_that_is_not_launched_is_an_error():
-    gone = tune.Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
+    gone = tune_targets.Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
     with pytest.raises(RuntimeError, match=r"attention\.fwd_bwd launches no _renamed_kernel"):
         tune._inspect(gone, TARGET, "bf16", 90, GOOD)
 
@@ -134,7 +134,7 @@ def test_each_kernel_is_written_before_the_next_is_measured(tmp_path, monkeypatc
     budgets = on_a_card(monkeypatch, timings)
     with pytest.raises(KeyboardInterrupt):
         tune._tune_all(["attention-64"], arguments(tmp_path), CPU)
-    keys = [tune.key_of(kernel, TARGET, "bf16") for kernel in TARGET.kernels]
+    keys = [tune_targets.key_of(kernel, TARGET, "bf16") for kernel in TARGET.kernels]
     assert before[0] is None
     assert before[1][keys[0]] == dataclasses.asdict(OTHER)
     assert all(budget.min_rounds >= 20 for budget in budgets)
@@ -160,44 +160,44 @@ def test_no_kernel_is_begun_after_the_end(tmp_path, monkeypatch, capsys):
 
 
 def test_a_target_with_a_scale_of_its_own_is_built_with_it():
-    target = tune.TARGETS["contrastive-online"]
+    target = tune_targets.TARGETS["contrastive-online"]
     small = dataclasses.replace(target, shape={"pairs": 8, "embed_dim": 16})
     case = tune._case(small, "fp32", CPU, "any", [])
     assert case.inputs()["logit_scale"] == case.gate_inputs()["logit_scale"] == target.logit_scale
 
 
 def test_that_scale_makes_the_kernel_work():
-    target = tune.TARGETS["contrastive-online"]
+    target = tune_targets.TARGETS["contrastive-online"]
     case = tune._case(dataclasses.replace(target, shape={"pairs": 512, "embed_dim": 512}), "fp32", CPU, "any", [])
     inputs = case.inputs()
     assert not blocks_on(CPU).stats(inputs["image"], inputs["text"], inputs["logit_scale"], 0).shared
 
 
 def test_every_entry_of_the_tables_can_be_tuned():
-    tunable = {tunable.kernel for target in tune.TARGETS.values() for tunable in target.kernels}
+    tunable = {tunable.kernel for target in tune_targets.TARGETS.values() for tunable in target.kernels}
     # the gradient of images is for images that are no bytes, which is not how models are trained; a pool is a sliver of
     # a step
     entries = {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
     assert tunable == entries - {"attention_pool", "patch_embed_bwd_images"}
 
 
-@pytest.mark.parametrize("op", tune.TARGETS)
+@pytest.mark.parametrize("op", tune_targets.TARGETS)
 def test_every_tunable_kernel_is_launched(op):
-    target = tune.TARGETS[op]
+    target = tune_targets.TARGETS[op]
     case = build(target.suite, tune._small(target.shape), "bf16", CPU)
     names = {launch.kernel.__name__ for launch in offline.record(90, lambda: tune._once(case))}
     assert {tunable.function for tunable in target.kernels} <= names
 
 
-@pytest.mark.parametrize("op", tune.TARGETS)
+@pytest.mark.parametrize("op", tune_targets.TARGETS)
 def test_every_tunable_kernel_has_a_committed_entry(op):
-    target = tune.TARGETS[op]
+    target = tune_targets.TARGETS[op]
     for tunable in target.kernels:
         # heads of float32 do not fit the registers
         for dtype in ("bf16",) if tunable.kind is configs.ShortConfig else ("bf16", "fp32"):
-            key = tune.key_of(tunable, target, dtype)
+            key = tune_targets.key_of(tunable, target, dtype)
             assert any(key in configs.read_table(arch) for arch in configs.ARCHS), key
-        assert isinstance(next(tune.space(tunable.kind)), tunable.kind)
+        assert isinstance(next(tune_targets.space(tunable.kind)), tunable.kind)
 
 
 def test_the_override_reaches_forward_and_backward():
