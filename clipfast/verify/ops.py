@@ -128,7 +128,8 @@ def _make_attention(case: Case, generator: torch.Generator) -> Made:
         qkv[..., :width], qkv[..., width : 2 * width] = 10, -10 + qkv[..., width : 2 * width] / 10
     elif case.values == "large":
         qkv *= 30
-    return "attention", {"num_heads": shape.heads, "causal": shape.causal}, {"qkv": qkv}, grad
+    inputs = {"qkv": qkv, "bias": _normal(generator, 3 * width)}
+    return "attention", {"num_heads": shape.heads, "causal": shape.causal}, inputs, grad
 
 
 def _make_patch(case: Case, generator: torch.Generator) -> Made:
@@ -226,8 +227,8 @@ def _hold_to_rule(template: Row, case: Case, dtype: torch.dtype, device: str) ->
 def _fused_attention(call: Problem) -> Callable[..., Tensor]:
     num_heads, causal = call.reference.keywords["num_heads"], call.reference.keywords["causal"]  # type: ignore[attr-defined]
 
-    def fused(qkv: Tensor) -> Tensor:
-        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
+    def fused(qkv: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = reference.with_bias_gradient(qkv, bias).unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
         return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).flatten(2)
 
     return fused

@@ -3,13 +3,13 @@
 import torch
 from torch import Tensor
 
-from .._launch import LN2, LOG2E, accumulate_dtype
+from .._launch import accumulate_dtype
 
 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, M, H, D], contiguous, and log-sum-exp [B, H, M] in base 2."""
+    """Output [B, M, H, D], contiguous, and log-sum-exp [B, H, M] of the scaled scores."""
     batch, m, heads, _ = q.shape
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full((batch, heads, m), float("inf"), dtype=accumulate_dtype(q.dtype))
@@ -18,7 +18,7 @@ def forward(
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         *_heads_first(q, k, v), is_causal=causal, attn_mask=mask, scale=scale
     )
-    out, lse = out.transpose(1, 2), lse * LOG2E
+    out = out.transpose(1, 2)
     if seqlens is not None:
         is_empty = (seqlens == 0)[:, None, None]
         out, lse = out.masked_fill(is_empty[..., None], 0), lse.masked_fill(is_empty, float("inf"))
@@ -36,7 +36,7 @@ def backward(
     else:
         k, v, mask = _without_hidden(k, v, seqlens)
         results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *_heads_first(grad_out, q, k, v, out), lse * LN2, 0.0, causal, attn_mask=mask, scale=scale
+            *_heads_first(grad_out, q, k, v, out), lse, 0.0, causal, attn_mask=mask, scale=scale
         )
         for grad, result in zip(grads, results, strict=True):
             grad.copy_(result.transpose(1, 2))

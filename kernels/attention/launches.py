@@ -39,7 +39,7 @@ def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int,
 def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, M, H, D], contiguous, and log-sum-exp [B, H, M] in base 2."""
+    """Output [B, M, H, D], contiguous, and log-sum-exp [B, H, M] over the scale: in units of q . k."""
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, m, dtype=torch.float32)

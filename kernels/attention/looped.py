@@ -8,7 +8,17 @@ import triton
 import triton.language as tl
 
 from .._tiles import online_softmax_step
-from .tiles import add_product, inner, load_rows, row_dot, scaled_rows, store_row_sums, store_rows, zero_rows
+from .tiles import (
+    add_product,
+    inner,
+    load_rows,
+    probabilities,
+    row_dot,
+    scaled_rows,
+    store_row_sums,
+    store_rows,
+    zero_rows,
+)
 
 
 @triton.jit
@@ -17,7 +27,7 @@ def _looped_fwd_kernel(
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
     out_ptr,  # [B, M, H, D] contiguous
-    lse_ptr,  # [B, H, M] fp32, base 2
+    lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
     M, N, H,
     stride_qb, stride_qn, stride_qh, stride_qd,
@@ -68,7 +78,7 @@ def _looped_fwd_kernel(
     is_empty = row_sum == 0.0
     factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
     store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
-    lse = tl.where(is_empty, float("inf"), row_max * qk_scale + tl.log2(row_sum))
+    lse = tl.where(is_empty, float("inf"), row_max + tl.log2(row_sum) / qk_scale)
     tl.store(lse_ptr + pid_bh.to(tl.int64) * M + offs_m, lse, mask=offs_m < M)
 
 
@@ -79,7 +89,7 @@ def _two_phase_bwd_kernel(
     v_ptr,  # [B, N, H, D]
     out_ptr,  # [B, M, H, D] contiguous
     grad_ptr,  # [B, M, H, D]
-    lse_ptr,  # [B, H, M] fp32, base 2
+    lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
     dq_ptr,  # [B, M, H, D]
     dk_ptr,  # [B, N, H, D]
@@ -146,6 +156,7 @@ def _key_gradients(
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv of BLOCK_N keys, on transposed scores; zeros for keys that are not there."""
+    dtype = q_ptr.dtype.element_ty
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
     v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
@@ -158,14 +169,15 @@ def _key_gradients(
         do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
         delta = row_dot(do, load_rows(out_ptr, offs_m, M, width, 1, HEAD_DIM, D_PARTS))  # [BM]
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        p_t = tl.exp2(inner(k, q, BLOCK_N, BLOCK_M, PRECISION) * qk_scale - lse[None, :])  # [BN, BM]
+        scores = inner(k, q, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        p_t = probabilities(scores, lse[None, :], qk_scale, dtype == tl.float32)
         visible = (offs_n < num_keys)[:, None]
         if IS_CAUSAL:
             visible = visible & (offs_n[:, None] <= offs_m[None, :])
         p_t = tl.where(visible, p_t, 0.0)
-        acc_dv = add_product(acc_dv, p_t.to(q_ptr.dtype.element_ty), do, PRECISION)
+        acc_dv = add_product(acc_dv, p_t.to(dtype), do, PRECISION)
         dp_t = inner(v, do, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
-        ds_t = (p_t * (dp_t - delta[None, :])).to(q_ptr.dtype.element_ty)
+        ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
         acc_dk = add_product(acc_dk, ds_t, q, PRECISION)
     return acc_dk, acc_dv
 
@@ -178,6 +190,7 @@ def _query_gradients(
     IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq / scale of BLOCK_M queries."""
+    dtype = q_ptr.dtype.element_ty
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
     do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
@@ -189,12 +202,13 @@ def _query_gradients(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
         v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
-        p = tl.exp2(inner(q, k, BLOCK_M, BLOCK_N, PRECISION) * qk_scale - lse[:, None])  # [BM, BN]
+        scores = inner(q, k, BLOCK_M, BLOCK_N, PRECISION)  # [BM, BN]
+        p = probabilities(scores, lse[:, None], qk_scale, dtype == tl.float32)
         visible = (offs_n < num_keys)[None, :]
         if IS_CAUSAL:
             visible = visible & (offs_n[None, :] <= offs_m[:, None])
         p = tl.where(visible, p, 0.0)
         dp = inner(do, v, BLOCK_M, BLOCK_N, PRECISION)  # [BM, BN]
-        ds = (p * (dp - delta[:, None])).to(q_ptr.dtype.element_ty)
+        ds = (p * (dp - delta[:, None])).to(dtype)
         acc_dq = add_product(acc_dq, ds, k, PRECISION)
     return acc_dq

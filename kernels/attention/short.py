@@ -15,6 +15,7 @@ from .tiles import (
     inner,
     load_rows,
     offs_of,
+    probabilities,
     size_of,
     store_row_sums,
     store_rows,
@@ -30,7 +31,7 @@ def _short_fwd_kernel(
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
     out_ptr,  # [B, M, H, D] contiguous
-    lse_ptr,  # [B, H, M] fp32, base 2
+    lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
     M, N, H,
     stride_qb, stride_qn, stride_qh, stride_qd,
@@ -84,7 +85,7 @@ def _short_fwd_kernel(
         is_empty = row_sum == 0.0
         factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
         store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
-        lse = tl.where(is_empty, float("inf"), pivot * qk_scale + tl.log2(row_sum))
+        lse = tl.where(is_empty, float("inf"), pivot + tl.log2(row_sum) / qk_scale)
         tl.store(lse_ptr + pid.to(tl.int64) * M + offs_m, lse, mask=offs_m < M)
 
 
@@ -94,7 +95,7 @@ def _short_bwd_kernel(
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
     grad_ptr,  # [B, M, H, D]
-    lse_ptr,  # [B, H, M] fp32, base 2
+    lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
     dq_ptr,  # [B, M, H, D]
     dk_ptr,  # [B, N, H, D]
@@ -137,7 +138,8 @@ def _short_bwd_kernel(
         q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
         do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        p_t = tl.exp2(inner(k, q, BLOCK_N, BLOCK_M, PRECISION) * qk_scale - lse[None, :])  # [BN, BM]
+        scores = inner(k, q, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        p_t = probabilities(scores, lse[None, :], qk_scale, dtype == tl.float32)
         visible = (offs_n < num_keys)[:, None]
         if IS_CAUSAL:
             visible = visible & (offs_n[:, None] <= offs_m[None, :])

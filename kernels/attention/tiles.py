@@ -88,6 +88,16 @@ def inner(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr)
 
 
 @triton.jit
+def probabilities(scores, lse, qk_scale, IS_EXACT: tl.constexpr):
+    """2^(qk_scale (scores - lse)), for an ``lse`` in units of the scores that broadcasts against them."""
+    if IS_EXACT:
+        # the difference first: scores of thousands would lose what tells them apart
+        return tl.exp2((scores - lse) * qk_scale)
+    # one operation less; probabilities are rounded to 16 bits afterwards
+    return tl.exp2(scores * qk_scale - lse * qk_scale)
+
+
+@triton.jit
 def add_product(acc, weights, rows, PRECISION: tl.constexpr):
     """acc + weights rows."""
     parts = ()
