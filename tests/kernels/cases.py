@@ -40,7 +40,7 @@ ATTENTION_SHAPES = [
 # one below, at and above every width at which something changes, and CLIP's own
 ATTENTION_LENGTHS = (1, 15, 16, 17, 49, 50, 63, 64, 65, 77, 145, 196, 197, 255, 256, 257, 272, 273, 577, 730)
 ATTENTION_HEAD_DIMS = (8, 64, 80, 88, 104)
-ATTENTION_SIZES = [(n, d) for n in ATTENTION_LENGTHS for d in ATTENTION_HEAD_DIMS if d == 64 or n in (50, 77)]
+ATTENTION_SIZES = [(n, d) for n in ATTENTION_LENGTHS for d in ATTENTION_HEAD_DIMS]
 # (batch, height, width, patch, embed_dim)
 PATCH_SHAPES = [
     (1, 8, 8, 8, 16),  # one patch

@@ -43,12 +43,16 @@ def test_value_and_gradients(shape, dtype, device, kernels):
 
 
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
-@pytest.mark.parametrize(("length", "head_dim"), ATTENTION_SIZES)
-def test_every_length(length, head_dim, causal, device, kernels):
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.parametrize(
+    ("length", "head_dim"),
+    [pytest.param(n, d, marks=[] if d == 64 or n in (50, 77) else pytest.mark.slow) for n, d in ATTENTION_SIZES],
+)
+def test_every_length(length, head_dim, causal, dtype, device, kernels):
     # the heads lie apart and the gradient is expanded: no layout is easy
     shape = (1, length, 1, head_dim, causal)
     op, expected = ops(shape)
-    inputs, grad = attention_inputs(shape, torch.float16, device)
+    inputs, grad = attention_inputs(shape, dtype, device)
     inputs["qkv"] = torch.cat([inputs["qkv"], inputs["qkv"]], -1)[..., : 3 * head_dim]
     compare(op, expected, inputs, grad[:, :, :1].expand(grad.shape))
 
