@@ -52,9 +52,12 @@ def test_every_length(length, head_dim, causal, dtype, device, kernels):
     # the heads lie apart and the gradient is expanded: no layout is easy
     shape = (1, length, 1, head_dim, causal)
     op, expected = ops(shape)
-    inputs, grad = attention_inputs(shape, dtype, device)
-    inputs["qkv"] = torch.cat([inputs["qkv"], inputs["qkv"]], -1)[..., : 3 * head_dim]
-    compare(op, expected, inputs, grad[:, :, :1].expand(grad.shape))
+    draws = []
+    # of few numbers, PyTorch's largest error is small by chance
+    for _ in range(3 if head_dim == 8 else 1):
+        inputs, grad = attention_inputs(shape, dtype, device)
+        draws.append({"qkv": torch.cat([inputs["qkv"], inputs["qkv"]], -1)[..., : 3 * head_dim]})
+    compare(op, expected, draws, grad[:, :, :1].expand(grad.shape))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
