@@ -5,8 +5,10 @@ configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` 
 """
 
 from . import reference
+from .activation import bias_gelu, bias_quick_gelu
 from .attention import attention, attention_pool, attention_qkv, attention_route
 from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
+from .norm import layer_norm
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
 
@@ -15,9 +17,12 @@ __all__ = [
     "attention_pool",
     "attention_qkv",
     "attention_route",
+    "bias_gelu",
+    "bias_quick_gelu",
     "contrastive_loss",
     "distributed_contrastive_loss",
     "info_nce_loss",
+    "layer_norm",
     "nt_xent_loss",
     "patch_embed",
     "reference",

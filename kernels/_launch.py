@@ -27,6 +27,9 @@ LN2 = math.log(2.0)
 INTERPRET: bool = triton.knobs.runtime.interpret
 # Interpreted kernels take the configurations of this architecture; tests set others.
 CPU_ARCH = 80
+REGISTERS = 65536  # of a multiprocessor, on every architecture
+# Few enough that a small test has rows for every program to walk.
+CPU_MULTIPROCESSORS = 2
 
 _execute_on_cpu = INTERPRET
 _recorder: "_Recorder | None" = None
@@ -103,6 +106,21 @@ def arch_of(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def programs_at_once(device: torch.device, num_warps: int, registers: int) -> int:
+    """How many programs run at once, if a thread takes ``registers``: as many as a kernel that walks rows is given.
+
+    More would load its parameters again, and leave more sums to add up.
+    """
+    return _multiprocessors(device) * max(1, REGISTERS // (32 * num_warps * registers))
+
+
+@functools.cache
+def _multiprocessors(device: torch.device) -> int:
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).multi_processor_count)
+    return CPU_MULTIPROCESSORS
+
+
 def launch(
     kernel: Any, grid: tuple[int, ...], *args: Any, config: LaunchConfig, device: torch.device, **constexprs: Any
 ) -> None:
@@ -172,8 +190,10 @@ def check_float(op: str, name: str, tensor: Tensor) -> None:
         raise TypeError(f"{op}: {name} is float64, which only the CPU path and backend='torch' compute in")
 
 
-def check_tensor(op: str, name: str, tensor: Tensor, ndim: int, *, also: tuple[torch.dtype, ...] = ()) -> None:
-    """Refuse anything but a tensor with ``ndim`` dimensions of a floating dtype, or of a dtype in ``also``."""
+def check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None, *, also: tuple[torch.dtype, ...] = ()) -> None:
+    """Refuse anything but a tensor with ``ndim`` dimensions (None: one or more) of a floating dtype, or of a dtype in
+    ``also``.
+    """
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
     allowed = (*FLOATS, *also)
@@ -181,8 +201,9 @@ def check_tensor(op: str, name: str, tensor: Tensor, ndim: int, *, also: tuple[t
         raise TypeError(
             f"{op}: {name} must be one of {', '.join(map(dtype_name, allowed))}, got {dtype_name(tensor.dtype)}"
         )
-    if tensor.ndim != ndim:
-        raise ValueError(f"{op}: {name} must have {ndim} dimensions, got shape {tuple(tensor.shape)}")
+    if tensor.ndim != (ndim or max(1, tensor.ndim)):
+        expected = "one dimension or more" if ndim is None else f"{ndim} dimensions"
+        raise ValueError(f"{op}: {name} must have {expected}, got shape {tuple(tensor.shape)}")
 
 
 def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
@@ -191,6 +212,20 @@ def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
         raise ValueError(f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}")
     if tensor.dtype != other.dtype:
         raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}, but {other_name} is {dtype_name(other.dtype)}")
+
+
+def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Refuse anything but a value for each element of the last dimension of ``x``, of any floating dtype."""
+    check_tensor(op, name, tensor, 1)
+    if tensor.shape[0] != x.shape[-1] or tensor.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
+        )
+
+
+def as_rows(x: Tensor) -> Tensor:
+    """[..., N] -> [M, N], a view where the rows lie evenly apart."""
+    return x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def slices(length: int, size: int) -> list[slice]:

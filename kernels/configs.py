@@ -21,6 +21,8 @@ ARCHS = (100, 90, 80)
 # Attention has entries for each of these largest head dimensions, and its short kernels for these most keys.
 HEAD_DIMS = (64, 96, 128)
 NUM_KEYS = (64, 128, 208, 256, 272)
+# A kernel that holds whole rows has entries for each of these largest widths.
+WIDTHS = (1024, 2048, 4096, 8192)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +79,10 @@ class SdpaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
-    """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_K columns at a time."""
+    """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_K columns at a time.
+
+    A kernel that holds whole rows takes as many as fit into a tile of that size.
+    """
 
     block_m: int
     block_k: int
@@ -95,9 +100,11 @@ def gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig:
     return _lookup(GemmConfig, config_key(kernel, dtype), arch)
 
 
-def row_config(kernel: str, arch: int, dtype: torch.dtype) -> RowConfig:
-    """Configuration of a row-walking kernel for compute capability ``arch`` and operands of ``dtype``."""
-    return _lookup(RowConfig, config_key(kernel, dtype), arch)
+def row_config(kernel: str, arch: int, dtype: torch.dtype, width: int | None = None) -> RowConfig:
+    """Configuration of a row-walking kernel for compute capability ``arch`` and operands of ``dtype``; with ``width``,
+    of one that holds whole rows.
+    """
+    return _lookup(RowConfig, config_key(kernel, dtype, width=width), arch)
 
 
 def attention_config(kind: type[C], kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> C:
@@ -117,13 +124,21 @@ def sdpa_config(arch: int, dtype: torch.dtype, head_dim: int) -> SdpaConfig | No
     return _lookup_any(SdpaConfig, config_key("attention_sdpa", dtype, head_dim), arch)
 
 
-def config_key(kernel: str, dtype: torch.dtype, head_dim: int | None = None, num_keys: int | None = None) -> str:
+def config_key(
+    kernel: str,
+    dtype: torch.dtype,
+    head_dim: int | None = None,
+    num_keys: int | None = None,
+    width: int | None = None,
+) -> str:
     """Name of an entry in the tables: kernel, width of the operands, and the sizes that it serves."""
     key = f"{kernel} {8 * dtype.itemsize}-bit"
     if head_dim is not None:
         key += f" head_dim<={min(limit for limit in HEAD_DIMS if head_dim <= limit)}"
     if num_keys is not None:
         key += f" keys<={min(limit for limit in NUM_KEYS if num_keys <= limit)}"
+    if width is not None:
+        key += f" width<={min(limit for limit in WIDTHS if width <= limit)}"
     return key
 
 

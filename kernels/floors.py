@@ -73,6 +73,26 @@ def attention_floor(
     return Floor(7 * product, 11 * plane) if backward else Floor(2 * product, 4 * plane)
 
 
+def layer_norm_floor(rows: int, width: int, itemsize: int, *, residual: bool, backward: bool) -> Floor:
+    """Layer norm of [rows, width], with the addition of a residual or without, and float32 parameters.
+
+    Forward reads the tensors that it adds and the parameters, and writes the result and the sum; backward reads what
+    was normalised, the gradient of each result and the weight, and writes one gradient for all that was added, and
+    those of the parameters. Mean and rstd of each row, in float32, come on top of that.
+    """
+    tensors = (4 if residual else 3) if backward else (4 if residual else 2)
+    parameters = (3 if backward else 2) * width * 4
+    return Floor((13 if backward else 8) * rows * width, tensors * rows * width * itemsize + parameters + 8 * rows)
+
+
+def bias_act_floor(rows: int, width: int, itemsize: int, *, backward: bool) -> Floor:
+    """Activation of [rows, width] plus a float32 bias: forward reads one tensor and writes one; backward reads the
+    gradient besides, and writes the bias's.
+    """
+    parameters = (2 if backward else 1) * width * 4
+    return Floor(20 * rows * width, (3 if backward else 2) * rows * width * itemsize + parameters)
+
+
 def patch_embed_floor(
     batch: int, channels: int, size: int, patch: int, embed_dim: int, pixel_bytes: int, itemsize: int, *, backward: bool
 ) -> Floor:

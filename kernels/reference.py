@@ -5,6 +5,7 @@ truth; with the op's own dtype it is the yardstick for how large an error is all
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,6 +146,27 @@ def attention_qkv(
 def attention_pool(query: Tensor, tokens: Tensor) -> Tensor:
     """Softmax attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
     return (query @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Any:
+    """Addition in the dtype of the residual, then normalisation (Ba et al. 2016) in float32 at least."""
+    stream = x if residual is None else (x + residual).to(residual.dtype)
+    work = torch.promote_types(stream.dtype, torch.float32)
+    y = F.layer_norm(stream.to(work), x.shape[-1:], weight.to(work), bias.to(work), eps).to(x.dtype)
+    return y if residual is None else (y, stream)
+
+
+def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """GELU (Hendrycks and Gimpel 2016), by the error function, of x + bias, in float32 at least."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x.to(work) + bias.to(work)).to(x.dtype)
+
+
+def bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    """u sigmoid(1.702 u) of u = x + bias, in float32 at least: the approximation of Hendrycks and Gimpel (2016)."""
+    work = torch.promote_types(x.dtype, torch.float32)
+    u = x.to(work) + bias.to(work)
+    return (u * torch.sigmoid(1.702 * u)).to(x.dtype)
 
 
 def patch_embed(

@@ -7,7 +7,10 @@ import torch
 from clipfast.kernels import (
     attention,
     attention_pool,
+    bias_gelu,
+    bias_quick_gelu,
     contrastive_loss,
+    layer_norm,
     patch_embed,
     retrieval_ranks,
     sigmoid_loss,
@@ -50,6 +53,16 @@ def shipped_cases() -> dict[str, Case]:
     # B/32, B/16, and L/14 at 336 pixels, which only 16 bits treat in another way
     for tokens in (50, 197, 577):
         cases[f"attention N{tokens} D64 bf16"] = _attention(torch.bfloat16, tokens, 64)
+    # B, L, H and bigG, and their MLPs; the widest of all
+    for width in (768, 1024, 1280, 1664, 4096, 8192):
+        cases[f"layer_norm residual N{width} bf16"] = _layer_norm(torch.bfloat16, width)
+    cases["layer_norm residual N1024 fp32"] = _layer_norm(torch.float32, 1024)
+    cases["layer_norm residual N8192 fp32"] = _layer_norm(torch.float32, 8192)
+    cases["layer_norm residual N1024 bf16 into fp32"] = _layer_norm(torch.float32, 1024, torch.bfloat16)
+    for width in (4096, 5120):
+        cases[f"bias_gelu N{width} bf16"] = _bias_act(bias_gelu, torch.bfloat16, width)
+    cases["bias_gelu N4096 fp32"] = _bias_act(bias_gelu, torch.float32, 4096)
+    cases["bias_quick_gelu N4096 bf16"] = _bias_act(bias_quick_gelu, torch.bfloat16, 4096)
     # a last batch of any size: nothing is aligned
     cases["contrastive N1001 D512 bf16"] = _contrastive(torch.bfloat16, 1001)
     cases["sigmoid N1001 D512 bf16"] = _sigmoid(torch.bfloat16, 1001)
@@ -101,6 +114,24 @@ def _attention_pool(dtype: torch.dtype) -> Case:
     def run() -> None:
         query, tokens = (torch.empty(2, rows, 2048, dtype=dtype, requires_grad=True) for rows in (32, 50))
         attention_pool(query, tokens).backward(torch.empty_like(query))
+
+    return run
+
+
+def _layer_norm(stream: torch.dtype, width: int, added: torch.dtype | None = None) -> Case:
+    def run() -> None:
+        x, residual = (torch.empty(64, width, dtype=dtype, requires_grad=True) for dtype in (added or stream, stream))
+        weight, bias = (torch.empty(width, requires_grad=True) for _ in range(2))
+        results = layer_norm(x, weight, bias, residual=residual)
+        torch.autograd.backward(results, [torch.empty_like(result) for result in results])
+
+    return run
+
+
+def _bias_act(op: Callable[..., torch.Tensor], dtype: torch.dtype, width: int) -> Case:
+    def run() -> None:
+        x = torch.empty(64, width, dtype=dtype, requires_grad=True)
+        op(x, torch.empty(width, requires_grad=True)).backward(torch.empty_like(x))
 
     return run
 

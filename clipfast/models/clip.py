@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import CLIPConfig
 from .resnet import AttentionPool2d, ModifiedResNet
-from .transformer import Attention, LayerNorm, Transformer
+from .transformer import MLP, Attention, LayerNorm, Transformer
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -112,5 +112,5 @@ class CLIP(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Choose what every op of the model runs on: "auto", "triton", or "torch" for the references."""
         for module in self.modules():
-            if isinstance(module, (Attention, AttentionPool2d, VisionTransformer)):
+            if isinstance(module, (Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
                 module.backend = backend

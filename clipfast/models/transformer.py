@@ -5,15 +5,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import attention
+from ..kernels import attention, bias_gelu, bias_quick_gelu, layer_norm
+from ..kernels._launch import triton_runs_on
+
+
+def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Whether calling ``module`` does what its kind does, and nothing else: no adapter, no hook."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in kinds and not any(hooks)
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm that returns its input's dtype: autocast would otherwise widen the residual stream to float32."""
+    """Layer norm in its input's dtype: autocast would otherwise widen the residual stream to float32, and a cast back
+    would follow.
+    """
+
+    backend = "auto"
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return super().forward(x).to(x.dtype)
+        return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
+
+    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Of x + residual, and that sum: two tensors [..., width]."""
+        return layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
 
 
 class QuickGELU(nn.Module):
@@ -63,7 +78,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
         proj = self.in_proj
-        if type(proj) is InProjection and not (proj._forward_hooks or proj._forward_pre_hooks):
+        if _is_plain(proj, InProjection):
             # attention makes the gradient of the bias from what it has at hand; a sum over qkv's would read it again
             bias = self.in_proj_bias
             qkv = F.linear(x, self.in_proj_weight, bias.detach())
@@ -76,6 +91,8 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """Two linear layers around the activation."""
 
+    backend = "auto"
+
     def __init__(self, width: int, hidden: int, *, quick_gelu: bool) -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
@@ -84,7 +101,17 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.c_proj(self.gelu(self.c_fc(x)))
+        return self.c_proj(self._hidden(x))
+
+    def _hidden(self, x: Tensor) -> Tensor:
+        fc, act = self.c_fc, self.gelu
+        # PyTorch's linear adds the bias for nothing on a CPU, where apart it would be one more pass
+        fused = self.backend != "torch" and triton_runs_on(x.device)
+        if not (fused and _is_plain(fc, nn.Linear) and _is_plain(act, nn.GELU, QuickGELU)):
+            return act(fc(x))
+        bias_act = bias_quick_gelu if isinstance(act, QuickGELU) else bias_gelu
+        # the activation makes the gradient of the bias in passing; the linear layer would read its output's for it
+        return bias_act(F.linear(x, fc.weight), fc.bias, backend=self.backend)
 
 
 class ResidualAttentionBlock(nn.Module):
@@ -99,8 +126,13 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        x = x + self.attn(self.ln_1(x))
-        return x + self.mlp(self.ln_2(x))
+        attn = self.attn(self.ln_1(x))
+        if _is_plain(self.ln_2, LayerNorm):
+            normed, x = self.ln_2.of_sum(attn, x)
+        else:
+            x = attn + x
+            normed = self.ln_2(x)
+        return x + self.mlp(normed)
 
 
 class Transformer(nn.Module):

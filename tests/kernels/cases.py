@@ -1,8 +1,10 @@
 """Inputs of the kernel tests: each size says why it is there."""
 
 import functools
+import importlib
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,8 +13,11 @@ from clipfast.kernels import (
     attention,
     attention_pool,
     attention_qkv,
+    bias_gelu,
+    bias_quick_gelu,
     contrastive_loss,
     info_nce_loss,
+    layer_norm,
     nt_xent_loss,
     patch_embed,
     sigmoid_loss,
@@ -99,6 +104,23 @@ def patch_inputs(
     return inputs, torch.randn(batch, tokens, embed_dim).to(device, dtype)
 
 
+def norm_inputs(
+    shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, *, residual: bool
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Rows away from zero, the parameters of a layer norm in float32, and a gradient of the output."""
+    x = (torch.randn(shape) + 0.5).to(device, dtype)
+    weight, bias = (torch.randn(shape[-1]).to(device, torch.promote_types(dtype, torch.float32)) for _ in range(2))
+    inputs = {"x": x, "weight": weight, "bias": bias}
+    if residual:
+        inputs["residual"] = torch.randn(shape).to(device, dtype)
+    return inputs, torch.randn(shape).to(device, dtype)
+
+
+def both(inputs: dict[str, Tensor], norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm) -> Tensor:
+    """Both results of a layer norm with a residual, side by side."""
+    return torch.cat(norm(**inputs), -1)
+
+
 def small_calls(
     dtype: torch.dtype, device: torch.device, scale: int = 1
 ) -> dict[str, tuple[Callable[..., Tensor], dict[str, Tensor], Tensor]]:
@@ -110,6 +132,9 @@ def small_calls(
     pool = {name: x.to(device, dtype) for name, x in pool.items()}
     patch, patch_grad = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=False)
     byte, _ = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=True)
+    norm, norm_grad = norm_inputs((2 * scale, 5, 12), dtype, device, residual=True)
+    alone = {name: norm[name] for name in ("x", "weight", "bias")}
+    act = {"x": norm["x"], "bias": norm["bias"]}
     loss = loss_inputs((11 * scale, 6), dtype, device, matched=0.3, scale=5.0)
     image, text, logit_scale = loss.values()
     queue = loss_inputs((7 * scale, 6), dtype, device, matched=0.3, scale=5.0)["image"]
@@ -124,6 +149,10 @@ def small_calls(
         "attention": (functools.partial(attention, num_heads=2, causal=True), attn, attn_grad),
         "attention_qkv": (attention_qkv, separate, torch.randn(2 * scale, 5, 3, 8).to(device, dtype)),
         "attention_pool": (attention_pool, pool, torch.randn(2 * scale, 3, 10).to(device, dtype)),
+        "layer_norm": (layer_norm, alone, norm_grad),
+        "layer_norm of a sum": (lambda **inputs: both(inputs), norm, torch.cat([norm_grad, norm_grad], -1)),
+        "bias_gelu": (bias_gelu, act, norm_grad),
+        "bias_quick_gelu": (bias_quick_gelu, act, norm_grad),
         "patch_embed": (patch_embed, patch, patch_grad),
         "patch_embed of bytes": (patch_embed, byte, patch_grad),
     }
@@ -143,6 +172,25 @@ def strided(x: Tensor, layout: str) -> Tensor:
         flat[1:] = x.flatten()
         return flat[1:].view(x.shape)
     return x
+
+
+def counted_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the bytes of each load and store that the interpreter does."""
+    moved: list[int] = []
+    interpreter = importlib.import_module("triton.runtime.interpreter")
+
+    def counting(name: str, mask_at: int) -> None:
+        original = getattr(interpreter.InterpreterBuilder, name)
+
+        def run(self, ptrs, *args):
+            moved.append(int(args[mask_at].data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8)
+            return original(self, ptrs, *args)
+
+        monkeypatch.setattr(interpreter.InterpreterBuilder, name, run)
+
+    counting("create_masked_load", 0)
+    counting("create_masked_store", 1)
+    return moved
 
 
 def huge_strides(shape: tuple[int, ...]) -> Tensor:

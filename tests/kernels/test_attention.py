@@ -1,7 +1,6 @@
 """Attention: values and gradients by every kernel, layouts, lengths, extremes."""
 
 import functools
-import importlib
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from clipfast.kernels.configs import ShortConfig
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import GRADIENT, as_good_as_torch, compare, value_and_grads
-from .cases import ATTENTION_SHAPES, ATTENTION_SIZES, attention_inputs, huge_strides, strided
+from .cases import ATTENTION_SHAPES, ATTENTION_SIZES, attention_inputs, counted_bytes, huge_strides, strided
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -243,20 +242,7 @@ def test_nan_stays_in_its_image(device, kernels):
 @pytest.mark.parametrize("shape", [(2, 50, 3, 64, False), (1, 77, 2, 80, True), (1, 257, 1, 16, False)], ids=str)
 @pytest.mark.parametrize("kernels", ["short"], indirect=True)
 def test_whole_heads_are_read_and_written_once(shape, device, kernels, monkeypatch):
-    moved = []
-
-    def counting(name, mask_at):
-        original = getattr(interpreter.InterpreterBuilder, name)
-
-        def run(self, ptrs, *args):
-            moved.append(int(args[mask_at].data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8)
-            return original(self, ptrs, *args)
-
-        monkeypatch.setattr(interpreter.InterpreterBuilder, name, run)
-
-    interpreter = importlib.import_module("triton.runtime.interpreter")
-    counting("create_masked_load", 0)
-    counting("create_masked_store", 1)
+    moved = counted_bytes(monkeypatch)
     batch, length, heads, head_dim, causal = shape
     inputs, grad = attention_inputs(shape, torch.float16, device)
     qkv = inputs["qkv"].requires_grad_()

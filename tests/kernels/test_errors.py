@@ -9,9 +9,11 @@ from clipfast.kernels import (
     attention,
     attention_pool,
     attention_qkv,
+    bias_gelu,
     contrastive_loss,
     cpu,
     info_nce_loss,
+    layer_norm,
     nt_xent_loss,
     patch_embed,
     reference,
@@ -139,6 +141,46 @@ def test_attention(arguments, options, error, message):
         attention(*arguments, **options)
 
 
+W = torch.ones(8)
+NORM_ERRORS = [
+    ((X.tolist(), W, W), {}, TypeError, "x must be a torch.Tensor, got list"),
+    ((torch.zeros(()), W, W), {}, ValueError, r"x must have one dimension or more, got shape \(\)"),
+    ((X.int(), W, W), {}, TypeError, "x must be one of float32, .*, got int32"),
+    ((X, W[:7], W), {}, ValueError, r"weight must be \[8\] on cpu, got \(7,\) on cpu"),
+    ((X, W, W[None]), {}, ValueError, r"bias must have 1 dimensions, got shape \(1, 8\)"),
+    ((X, W, W.to("meta")), {}, ValueError, r"bias must be \[8\] on cpu, got \(8,\) on meta"),
+    ((X, W, W, "small"), {}, TypeError, "eps must be a number, got str"),
+    ((X, W, W, -1.0), {}, ValueError, "eps must not be negative, got -1.0"),
+    ((X, W, W), {"residual": X[:3]}, ValueError, r"residual must be \(4, 8\) on cpu, got \(3, 8\) on cpu"),
+    ((X, W, W), {"residual": X.long()}, TypeError, "residual must be one of float32, .*, got int64"),
+    ((X, W, W), {"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, got 'cuda'"),
+    ((X[:, :0], W[:0], W[:0]), {}, ValueError, "rows must be 1 to 8192 wide, got 0"),
+    ((torch.zeros(2, 8193), torch.ones(8193), torch.ones(8193)), {}, ValueError, "wide, got 8193: use backend='torch'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"), NORM_ERRORS, ids=[case[3][:40] for case in NORM_ERRORS]
+)
+def test_layer_norm(arguments, options, error, message):
+    with pytest.raises(error, match=f"layer_norm: .*{message}"):
+        layer_norm(*arguments, **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((X.tolist(), W), TypeError, "x must be a torch.Tensor, got list"),
+        ((X, 1.0), TypeError, "bias must be a torch.Tensor, got float"),
+        ((X, W[:7]), ValueError, r"bias must be \[8\] on cpu, got \(7,\) on cpu"),
+        ((X.bool(), W), TypeError, "x must be one of float32, .*, got bool"),
+    ],
+)
+def test_bias_gelu(arguments, error, message):
+    with pytest.raises(error, match=f"bias_gelu: .*{message}"):
+        bias_gelu(*arguments)
+
+
 PATCH_ERRORS = [
     ({"images": torch.zeros(2, 3, 8)}, ValueError, r"images must have 4 dimensions, got shape \(2, 3, 8\)"),
     (
@@ -224,7 +266,8 @@ def test_interpreter_refuses_what_it_would_get_wrong():
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    patch_, retrieval = (sys.modules[f"clipfast.kernels.{name}"] for name in ("patch_embed", "retrieval"))
+    names = ("patch_embed", "retrieval", "norm", "activation")
+    patch_, retrieval, norm, activation = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -245,6 +288,16 @@ def paths():
             lambda **options: attention(QKV, 2, **options),
             (attention_cpu, "forward"),
             (attention_launches, "forward"),
+        ),
+        "layer_norm": (
+            lambda **options: layer_norm(X, W, W, **options),
+            (norm, "_fwd_cpu"),
+            (norm, "_fwd_triton"),
+        ),
+        "bias_gelu": (
+            lambda **options: bias_gelu(X, W, **options),
+            (activation, "_fwd_cpu"),
+            (activation, "_fwd_triton"),
         ),
         "patch_embed": (
             lambda **options: patch_embed(**PATCH, **options),

@@ -37,6 +37,13 @@ def test_opcheck(name, device):
             lambda x: (*x.values(), torch.tensor([9, 3], dtype=torch.int32, device=device), False, 0.5),
         ),
         "attention_pool": ("attention_pool_fwd", lambda x: (*x.values(),)),
+        "layer_norm": ("layer_norm_fwd", lambda x: (x["x"], None, x["weight"], x["bias"], 1e-5)),
+        "layer_norm of a sum": (
+            "layer_norm_fwd",
+            lambda x: (x["x"], x["residual"], x["weight"], x["bias"], 1e-5),
+        ),
+        "bias_gelu": ("bias_act_fwd", lambda x: (*x.values(), False)),
+        "bias_quick_gelu": ("bias_act_fwd", lambda x: (*x.values(), True)),
         "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
     }
     op, arguments = overloads[name.removesuffix(" of bytes")]
@@ -164,8 +171,9 @@ def test_autocast_takes_matrix_operands_down(name, device):
     leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
     with torch.autocast(device.type, torch.bfloat16):
         value = fn(**leaves)
-    # the loss itself stays in float32
-    assert value.dtype == (torch.float32 if name.endswith("loss") else torch.bfloat16)
+    # the loss itself stays in float32, and what is no product takes its stream as it is
+    as_it_is = name.endswith("loss") or name.split()[0] in ("layer_norm", "bias_gelu", "bias_quick_gelu")
+    assert value.dtype == (torch.float32 if as_it_is else torch.bfloat16)
     value.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in leaves.values() if x.requires_grad)
     torch.testing.assert_close(value.float(), fn(**inputs), rtol=2e-2, atol=5e-2)
