@@ -5,6 +5,7 @@ references.
 """
 
 from . import kernels
+from .accumulation import accumulate_gradients, largest_micro_batch
 from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
 from .evaluation.retrieval import recall_at
 from .evaluation.zero_shot import (
@@ -41,6 +42,7 @@ __all__ = [
     "ImageError",
     "SigLipLoss",
     "Tokenizer",
+    "accumulate_gradients",
     "add_model_config",
     "attention",
     "build_zero_shot_classifier",
@@ -53,6 +55,7 @@ __all__ = [
     "image_transform",
     "info_nce_loss",
     "kernels",
+    "largest_micro_batch",
     "list_models",
     "load_checkpoint",
     "nt_xent_loss",
