@@ -87,7 +87,7 @@ def accumulate_gradients(
         for part in parts:
             random_states.append(_random_state(devices))
             features.append(_outputs(model(*part)))
-    torch.clear_autocast_cache()  # it holds weights as they were cast in this pass, cut off from their gradients
+    torch.clear_autocast_cache()  # weights as they were cast in this pass are cut off from their gradients
     after = _Buffers(model)
     inputs = _join(features, len(images))
     value = _backward_of(loss, inputs, loss_scale)
@@ -99,7 +99,6 @@ def accumulate_gradients(
             _set_random_state(devices, state)
             with _without_exchange(model, when=index < len(parts) - 1):
                 _backward_from(model(*part), gradients[index])
-            torch.clear_autocast_cache()
     finally:
         after.restore()
         _set_random_state(devices, random_after)

@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from clipfast import (
     CLIP,
@@ -172,6 +173,23 @@ def test_a_state_that_features_depend_on_is_replayed():
             return (image * self.state, *rest)
 
     agree(*both(Drifting().double(), batch(), 4), rel=1e-12)
+
+
+def test_what_is_left_is_of_one_pass_also_where_more_is_computed():
+    class Recomputed(Toy):
+        """Its statistics are updated again in the backward pass."""
+
+        def forward(self, images, texts):
+            if not torch.is_grad_enabled():
+                return super().forward(images, texts)
+            return checkpoint(super().forward, images, texts, use_reentrant=False)
+
+    def loss(*features):
+        return contrastive_loss(*features) * torch.rand(())
+
+    model = Recomputed().double()
+    both(model, batch(), 4, loss)
+    assert model.norm.num_batches_tracked == 4
 
 
 @pytest.mark.parametrize("output_dict", [False, True])
