@@ -308,41 +308,6 @@ def test_a_loss_or_features_of_another_shape():
         accumulate_gradients(Pooling().double(), *data, 4)
 
 
-class Limited(Toy):
-    """Room for so many pairs."""
-
-    def __init__(self, room):
-        super().__init__()
-        self.room, self.sizes = room, []
-
-    def forward(self, images, texts):
-        output = super().forward(images, texts)
-        if torch.is_grad_enabled():
-            self.sizes.append(len(images))
-            if len(images) > self.room:
-                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return output
-
-
-def test_largest_micro_batch_changes_nothing():
-    model, data = Limited(room=5).double(), batch(18)
-    accumulate_gradients(model, *data, 5)
-    before, kept = copy.deepcopy(model.state_dict()), gradients(model)
-    values = {name: gradient.clone() for name, gradient in kept.items()}
-    state = torch.get_rng_state()
-    model.sizes.clear()
-    assert largest_micro_batch(model, *data, reserve=1000) == 5
-    assert model.sizes == [18, 9, 5, 5, 5, 3]
-    assert largest_micro_batch(model, *data, start=4) == 4
-    assert torch.equal(state, torch.get_rng_state())
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    for name, gradient in gradients(model).items():
-        assert gradient is kept[name]
-        assert torch.equal(gradient, values[name])
-    with pytest.raises(torch.cuda.OutOfMemoryError):
-        largest_micro_batch(Limited(room=0).double().eval(), *data)
-
-
 def test_activations_are_those_of_a_micro_batch():
     data = batch(32)
     held = {}

@@ -1,15 +1,20 @@
-"""``clipfast train --micro-batch-size``: the same training in less memory, also when it is interrupted."""
+"""``clipfast train --micro-batch-size``: the same training in less memory, also when it is interrupted; and how
+the size is found.
+"""
 
+import copy
 import json
 
 import pytest
 import torch
 
+from clipfast import accumulate_gradients, largest_micro_batch
 from clipfast.cli import main
 from clipfast.training import TrainConfig, trainer
 from clipfast.training.loop import train
 from clipfast.training.trainer import Trainer
 
+from .test_accumulation import Toy, batch, gradients
 from .test_training import StopAfter, config, weights
 
 RESNET = {
@@ -40,6 +45,41 @@ def test_the_loss_goes_where_it_goes_with_the_whole_batch(shards, tmp_path):
     parts, _ = train(config(shards, tmp_path / "parts", micro_batch_size=16, **options))
     assert len(losses(whole)) == 6
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+class Limited(Toy):
+    """Room for so many pairs."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.sizes = room, []
+
+    def forward(self, images, texts):
+        output = super().forward(images, texts)
+        if torch.is_grad_enabled():
+            self.sizes.append(len(images))
+            if len(images) > self.room:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return output
+
+
+def test_largest_micro_batch_changes_nothing():
+    model, data = Limited(room=5).double(), batch(18)
+    accumulate_gradients(model, *data, 5)
+    before, kept = copy.deepcopy(model.state_dict()), gradients(model)
+    values = {name: gradient.clone() for name, gradient in kept.items()}
+    state = torch.get_rng_state()
+    model.sizes.clear()
+    assert largest_micro_batch(model, *data, reserve=1000) == 5
+    assert model.sizes == [18, 9, 5, 5, 5, 3]
+    assert largest_micro_batch(model, *data, start=4) == 4
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, gradient in gradients(model).items():
+        assert gradient is kept[name]
+        assert torch.equal(gradient, values[name])
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        largest_micro_batch(Limited(room=0).double().eval(), *data)
 
 
 def test_auto_on_a_cpu_is_the_whole_batch(shards, tmp_path):
