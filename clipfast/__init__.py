@@ -5,6 +5,7 @@ references.
 """
 
 from . import kernels
+from .accumulation import accumulate_gradients, largest_micro_batch
 from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
 from .evaluation.retrieval import recall_at
 from .evaluation.zero_shot import (
@@ -47,6 +48,7 @@ __all__ = [
     "ImageError",
     "SigLipLoss",
     "Tokenizer",
+    "accumulate_gradients",
     "add_model_config",
     "attention",
     "attention_pool",
@@ -64,6 +66,7 @@ __all__ = [
     "info_nce_loss",
     "kernels",
     "layer_norm",
+    "largest_micro_batch",
     "list_models",
     "load_checkpoint",
     "nt_xent_loss",

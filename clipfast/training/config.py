@@ -9,12 +9,20 @@ from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
+AUTO = "auto"
 
 
 def _flag(
-    default: Any, text: str, *, kind: type = str, many: bool = False, choices: Sequence[str] | None = None
+    default: Any,
+    text: str,
+    *,
+    kind: type = str,
+    many: bool = False,
+    choices: Sequence[str] | None = None,
+    auto: bool = False,
 ) -> Any:
-    return dataclasses.field(default=default, metadata={"help": text, "kind": kind, "many": many, "choices": choices})
+    metadata = {"help": text, "kind": kind, "many": many, "choices": choices, "auto": auto}
+    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,13 @@ class TrainConfig:
     model: str = _flag("ViT-B-32", "model name (clipfast.list_models()) or path of an OpenCLIP model JSON")
     pretrained: str | None = _flag(None, "checkpoint to start the weights from")
     batch_size: int = _flag(256, "pairs per step", kind=int)
+    micro_batch_size: int | str | None = _flag(
+        None,
+        "hold activations of so many pairs at a time, for one more forward pass; the gradient stays that of the batch, "
+        "but BatchNorm normalises by micro-batch; auto: the most that a GPU has room for (default: the whole batch)",
+        kind=int,
+        auto=True,
+    )
     epochs: int = _flag(32, "passes over train-num-samples", kind=int)
     lr: float = _flag(5e-4, "peak learning rate", kind=float)
     wd: float = _flag(0.2, "weight decay; not on gains, biases and the logit scale", kind=float)
@@ -81,7 +96,7 @@ class TrainConfig:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
         if not self.train_data:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
-        positive = ("batch_size", "epochs", "lr", "log_every_n_steps")
+        positive = ("batch_size", "micro_batch_size", "epochs", "lr", "log_every_n_steps")
         not_negative = (
             "wd",
             "warmup",
@@ -96,8 +111,9 @@ class TrainConfig:
             "save_frequency",
         )
         for name in positive:
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{flag_name(name)} must be more than 0, got {getattr(self, name)}")
+            value = getattr(self, name)
+            if value not in (None, AUTO) and value <= 0:
+                raise ValueError(f"{flag_name(name)} must be more than 0, got {value}")
         for name in not_negative:
             if getattr(self, name) < 0:
                 raise ValueError(f"{flag_name(name)} must not be negative, got {getattr(self, name)}")
@@ -124,14 +140,22 @@ class TrainConfig:
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
     kind, many = field.metadata["kind"], field.metadata["many"]
-    if value is None and field.default is None:
+    if (value is None and field.default is None) or (field.metadata["auto"] and value == AUTO):
         return
     accepted = (int, float) if kind is float else kind
     values = value if many and isinstance(value, tuple) else (value,)
     right = all(isinstance(one, accepted) and (kind is bool or not isinstance(one, bool)) for one in values)
     if not right or isinstance(value, tuple) != many:
         expected = f"a list of {kind.__name__}" if many else kind.__name__
+        expected += " or 'auto'" if field.metadata["auto"] else ""
         raise ValueError(f"{flag_name(field.name)} must be {expected}, got {value!r}")
+
+
+def _int_or_auto(text: str) -> int | str:
+    try:
+        return text if text == AUTO else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be int or 'auto', got {text!r}") from None
 
 
 def flag_name(field: str) -> str:
@@ -158,7 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options["action"] = argparse.BooleanOptionalAction
         else:
             options |= {
-                "type": meta["kind"],
+                "type": _int_or_auto if meta["auto"] else meta["kind"],
                 "choices": meta["choices"],
                 "metavar": None if meta["choices"] else meta["kind"].__name__.upper(),
             }

@@ -1,6 +1,7 @@
 """One training run as an object: model, optimiser, position, and how they are saved and taken up again."""
 
 import dataclasses
+import functools
 import json
 import time
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..accumulation import accumulate_gradients, largest_micro_batch
 from ..checkpoint import CheckpointError, load_weights, write_checkpoint
 from ..data import Batch, PairStream, count_samples, expand_shards, pair_loader
 from ..evaluation import Evaluation, encode_labelled, evaluate, read_labelled
@@ -19,13 +21,14 @@ from ..images import augmentation, image_transform
 from ..kernels import contrastive_loss
 from ..models import CLIP, CLIPConfig, add_model_config
 from ..tokenizer import Tokenizer
-from .config import TrainConfig, flag_name
+from .config import AUTO, TrainConfig, flag_name
 from .optim import adamw, cosine_lr
 from .run import Interruption, Meter, RunFolder, log
 
 MIN_SEEN_FOR_BAD_FRACTION = 100
 CHECKPOINT_VERSION = 1
 EVAL_BATCH_SIZE = 256
+MOMENTS = 2  # of AdamW, each as large as the weights
 
 
 class TrainingError(RuntimeError):
@@ -77,6 +80,8 @@ class Trainer:
         is_vit = isinstance(self.model.config.vision.layers, int)
         betas = (config.beta1, config.beta2 or (0.98 if is_vit else 0.999))
         self.optimizer = adamw(self.model, config.lr, betas, config.eps or (1e-6 if is_vit else 1e-8), config.wd)
+        self.loss = functools.partial(contrastive_loss, backend=config.backend)
+        self.micro_batch_size = self._first_micro_batch_size(own)
         self.progress = Progress()
         if checkpoint is not None:
             self._take_up(checkpoint, own)
@@ -84,6 +89,17 @@ class Trainer:
     def _known_samples(self, own: dict[str, Any]) -> int | None:
         stream = own.get("stream", {})
         return stream.get("num_samples") if stream.get("train_data") == self.config.train_data else None
+
+    def _first_micro_batch_size(self, own: dict[str, Any]) -> int:
+        """What is asked for. For "auto" what the run had, since BatchNorm depends on it, or else the whole batch; what
+        does not fit is halved before the first step.
+        """
+        size, batch_size = self.config.micro_batch_size, self.config.batch_size
+        if isinstance(size, int):
+            return min(size, batch_size)
+        was_same = own.get("config", {}).get("micro_batch_size") == size
+        was_same &= own.get("stream", {}).get("batch_size") == batch_size
+        return own.get("micro_batch_size", batch_size) if was_same else batch_size
 
     def _build_model(self, own: dict[str, Any]) -> CLIP:
         config = self.config
@@ -153,6 +169,7 @@ class Trainer:
                 "model_config": self.model.config.to_dict(),
                 "progress": dataclasses.asdict(self.progress),
                 "stream": self._stream(),
+                "micro_batch_size": self.micro_batch_size,
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
         }
@@ -164,6 +181,8 @@ class Trainer:
     def fit(self, interruption: Interruption) -> Evaluation | None:
         """Train to the end, or to an interruption; returns the last evaluation, if there was one."""
         evaluation = None
+        if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
+            self._fit_micro_batch()
         while self.progress.step < self.total_steps and interruption.signum is None:
             self._train_epoch(interruption)
             epoch, within = divmod(self.progress.step, self.steps_per_epoch)
@@ -174,6 +193,28 @@ class Trainer:
         if interruption.signum is not None:
             log.info(f"Interrupted. Saved {self.save()}; go on with: clipfast train --resume {self.folder.path}")
         return evaluation
+
+    def _fit_micro_batch(self) -> None:
+        """Halve the micro-batch until it fits, and say what became of it."""
+        batch_size, how = self.config.batch_size, "a CPU does not say what fits: nothing was tried"
+        if _can_run_out(self.device):
+            size = self.model.visual.image_size
+            images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=self.device)
+            texts = torch.zeros(batch_size, self.model.context_length, dtype=torch.long, device=self.device)
+            weights = sum(parameter.nbytes for parameter in self.model.parameters())
+            self.model.train()
+            with self._autocast():
+                self.micro_batch_size = largest_micro_batch(
+                    self.model, images, texts, self.loss, start=self.micro_batch_size,
+                    reserve=0 if self.optimizer.state else MOMENTS * weights,
+                )  # fmt: skip
+            how = "the most that was found to fit"
+        whole = self.micro_batch_size == batch_size
+        pairs = f"the whole batch of {batch_size} pairs" if whole else f"{self.micro_batch_size} of {batch_size} pairs"
+        log.info(f"--micro-batch-size auto: {pairs} at a time ({how})")
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
 
     def _train_epoch(self, interruption: Interruption) -> None:
         epoch, first = divmod(self.progress.step, self.steps_per_epoch)
@@ -223,16 +264,14 @@ class Trainer:
             group["lr"] = cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps)
         images = batch.images.to(self.device, non_blocking=True)
         texts = batch.texts.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
-            image_features, text_features, logit_scale = self.model(images, texts)
-            loss = contrastive_loss(image_features, text_features, logit_scale, backend=self.config.backend)
         self.optimizer.zero_grad()
-        loss.backward()
+        with self._autocast():
+            loss = accumulate_gradients(self.model, images, texts, self.micro_batch_size, self.loss)
         if self.config.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
         self.optimizer.step()
         self.model.clamp_logit_scale()
-        return loss.detach()
+        return loss
 
     def _count_skipped(self, batch: Batch) -> None:
         progress, limit = self.progress, self.config.max_bad_fraction
@@ -290,6 +329,11 @@ def _not_finite(what: str, step: int) -> TrainingError:
     return TrainingError(
         f"{what} not finite at step {step}: lower --lr, or set --grad-clip-norm; the last checkpoint is from before"
     )
+
+
+def _can_run_out(device: torch.device) -> bool:
+    """Whether there is an error to catch when memory runs out."""
+    return device.type == "cuda"
 
 
 def resolve_device(name: str) -> str:

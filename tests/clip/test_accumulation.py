@@ -1,0 +1,373 @@
+"""Gradients of a large batch by micro-batches: those of one graph, whatever is random or normalised over the batch."""
+
+import copy
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from clipfast import (
+    CLIP,
+    ClipLoss,
+    SigLipLoss,
+    accumulate_gradients,
+    accumulation,
+    contrastive_loss,
+    largest_micro_batch,
+)
+from clipfast.kernels import distributed_contrastive_loss
+from clipfast.models import CLIPConfig
+
+from ..process_group import run_ranks
+
+DIM, LENGTH, SIZE, VOCABULARY = 16, 6, 32, 50
+TEXT = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 1}
+VISION = {
+    "ViT": {"image_size": SIZE, "layers": 2, "width": 16, "head_width": 8, "patch_size": 16},
+    "ResNet": {"image_size": SIZE, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+}
+
+
+class Toy(nn.Module):
+    """Towers with dropout and, on request, patch dropout; a scale and a bias."""
+
+    def __init__(self, dropout=0.3, patch_dropout=False, bias=False, output_dict=False):
+        super().__init__()
+        self.patch_dropout, self.output_dict = patch_dropout, output_dict
+        self.patches, self.norm = nn.Linear(8, 2 * DIM), nn.BatchNorm1d(2 * DIM)
+        self.image_dropout, self.text_dropout = nn.Dropout(dropout), nn.Dropout(dropout)
+        self.project, self.words = nn.Linear(2 * DIM, DIM), nn.Embedding(VOCABULARY, DIM)
+        self.logit_scale = nn.Parameter(torch.tensor(2.0))
+        self.logit_bias = nn.Parameter(torch.tensor(-1.0)) if bias else None
+        self.seen = []
+
+    def forward(self, images, texts):
+        tokens = images.flatten(1).unflatten(1, (-1, 8))[:, :32]
+        if self.patch_dropout and self.training:
+            kept = torch.rand(tokens.shape[:2]).topk(16).indices
+            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, 8))
+        pooled = self.norm(F.gelu(self.patches(tokens.to(self.logit_scale.dtype))).mean(1))
+        image = F.normalize(self.project(self.image_dropout(pooled)), dim=-1)
+        text = F.normalize(self.text_dropout(self.words(texts)).mean(1), dim=-1)
+        self.seen.append((image.detach(), text.detach()))
+        if not self.output_dict:
+            return image, text, self.logit_scale.exp(), self.logit_bias
+        output = {"image_features": image, "text_features": text, "logit_scale": self.logit_scale.exp()}
+        return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
+
+
+def clip(tower, dtype=torch.float64):
+    model = CLIP(CLIPConfig.from_dict({"embed_dim": DIM, "vision_cfg": VISION[tower], "text_cfg": TEXT}))
+    for name, parameter in model.named_parameters():
+        if "bn3.weight" in name:
+            nn.init.ones_(parameter)  # every block starts as the identity, which would hide its gradients
+    return model.to(dtype)
+
+
+def batch(pairs=16, dtype=torch.float64):
+    return torch.randn(pairs, 3, SIZE, SIZE, dtype=dtype), torch.randint(0, VOCABULARY, (pairs, LENGTH))
+
+
+def in_one_graph(model, images, texts, size, loss=contrastive_loss):
+    """The truth: the loss of all micro-batches' features, by autograd through all of them."""
+    parts = [model(*part) for part in zip(images.split(size), texts.split(size), strict=True)]
+    parts = [tuple(part.values()) if isinstance(part, dict) else part for part in parts]
+    features = [torch.cat([part[side] for part in parts]) for side in (0, 1)]
+    value = loss(*features, *(x for x in parts[-1][2:] if x is not None))
+    value.backward()
+    return value.detach()
+
+
+def gradients(model):
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def agree(model, truth, rel):
+    """Same parameters with gradients, relative difference of each at most ``rel``; the same buffers to the last bit."""
+    ours, theirs = gradients(model), gradients(truth)
+    assert ours.keys() == theirs.keys() != set()
+    largest = max(theirs[name].norm() for name in theirs)
+    for name, expected in theirs.items():
+        # a gradient that is zero but for rounding has no relative difference
+        assert (ours[name] - expected).norm() <= rel * max(expected.norm(), 1e-3 * largest), name
+    for (name, ours), theirs in zip(model.named_buffers(), truth.buffers(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+def both(model, data, size, loss=contrastive_loss, whole=False):
+    """Model after ours, model after the truth; both draw from the same seed, and leave the generator alike."""
+    truth = copy.deepcopy(model)
+    torch.manual_seed(1)
+    ours = accumulate_gradients(model, *data, size, loss)
+    left = torch.get_rng_state()
+    torch.manual_seed(1)
+    theirs = in_one_graph(truth, *data, len(data[0]) if whole else size, loss)
+    assert ours == pytest.approx(theirs.item(), rel=1e-12 if ours.dtype == torch.float64 else 1e-5)
+    if not whole:
+        assert torch.equal(left, torch.get_rng_state())
+    return model, truth
+
+
+@pytest.mark.parametrize("size", [1, 5, 8, 16, 100])
+def test_vision_transformer_is_as_the_whole_batch(size):
+    agree(*both(clip("ViT"), batch(16 if size > 1 else 4), size, whole=True), rel=1e-12)
+
+
+def test_patch_dropout_and_frozen_batch_norm_are_as_the_whole_batch():
+    # nothing else draws, and pair by pair: the same numbers, whatever the micro-batch
+    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        model = Toy(dropout=0.0, patch_dropout=True).to(dtype)
+        model.norm.eval()
+        agree(*both(model, batch(32, dtype), 4, whole=True), rel=rel)
+
+
+@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("size", [2, 6])
+def test_dropout_and_batch_norm_are_as_one_graph_of_micro_batches(dtype, rel, size):
+    model = Toy(patch_dropout=True).to(dtype)
+    before = copy.deepcopy(model.norm)
+    data = batch(16, dtype)
+    agree(*both(model, data, size), rel=rel)
+    parts = -(-16 // size)
+    assert model.norm.num_batches_tracked == parts
+    assert not torch.equal(model.norm.running_mean, before.running_mean)
+    for first, second in zip(model.seen[:parts], model.seen[parts:], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_resnet(frozen):
+    model = clip("ResNet").train()
+    for module in model.modules():
+        if frozen and isinstance(module, nn.BatchNorm2d):
+            module.eval()
+    agree(*both(model, batch(), 4, whole=frozen), rel=1e-10)
+
+
+@pytest.mark.parametrize("fault", ["random numbers", "statistics"])
+def test_faults_are_seen(monkeypatch, fault):
+    owner, name = {
+        "random numbers": (accumulation, "_set_random_state"),
+        "statistics": (accumulation._Buffers, "restore"),
+    }[fault]
+    monkeypatch.setattr(owner, name, lambda *_: None)
+    with pytest.raises(AssertionError):
+        agree(*both(Toy(), batch(), 4), rel=1e-5)
+
+
+def test_a_state_that_features_depend_on_is_replayed():
+    class Drifting(Toy):
+        """As spectral normalisation or a running mean that is used at once."""
+
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("state", torch.ones((), dtype=torch.float64))
+
+        def forward(self, images, texts):
+            self.state = self.state * 1.5
+            image, *rest = super().forward(images, texts)
+            return (image * self.state, *rest)
+
+    agree(*both(Drifting().double(), batch(), 4), rel=1e-12)
+
+
+def test_what_is_left_is_of_one_pass_also_where_more_is_computed():
+    class Recomputed(Toy):
+        """Its statistics are updated again in the backward pass."""
+
+        def forward(self, images, texts):
+            if not torch.is_grad_enabled():
+                return super().forward(images, texts)
+            return checkpoint(super().forward, images, texts, use_reentrant=False)
+
+    def loss(*features):
+        return contrastive_loss(*features) * torch.rand(())
+
+    model = Recomputed().double()
+    both(model, batch(), 4, loss)
+    assert model.norm.num_batches_tracked == 4
+
+
+@pytest.mark.parametrize("output_dict", [False, True])
+@pytest.mark.parametrize("loss", [ClipLoss(), SigLipLoss(), lambda *x: SigLipLoss()(*x) + x[0].square().sum()])
+def test_losses_with_a_bias(loss, output_dict):
+    model = Toy(bias=True, output_dict=output_dict).double()
+    agree(*both(model, batch(), 4, loss), rel=1e-12)
+    assert model.logit_bias.grad is not None
+
+
+def test_a_loss_with_parameters_and_a_scale_that_is_a_number():
+    class Loss(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(0.5, dtype=torch.float64))
+
+        def forward(self, image, text, scale):
+            return contrastive_loss(image, text, scale * self.temperature.exp())
+
+    class Model(Toy):
+        def forward(self, images, texts):
+            return (*super().forward(images, texts)[:2], 5.0)
+
+    losses = Loss(), Loss()
+    models = Model().double(), Model().double()
+    models[1].load_state_dict(models[0].state_dict())
+    data = batch()
+    for step, model, loss in zip((accumulate_gradients, in_one_graph), models, losses, strict=True):
+        torch.manual_seed(1)
+        step(model, *data, 4, loss)
+    agree(*models, rel=1e-12)
+    assert losses[0].temperature.grad == pytest.approx(losses[1].temperature.grad.item(), rel=1e-12)
+
+
+def test_gradients_are_added_and_scaled():
+    model = clip("ViT")
+    data = batch()
+    accumulate_gradients(model, *data, 4)
+    once = {name: gradient.clone() for name, gradient in gradients(model).items()}
+    loss = accumulate_gradients(model, *data, 4, loss_scale=torch.tensor(1024.0))
+    assert loss == pytest.approx(accumulate_gradients(copy.deepcopy(model), *data, 16).item(), rel=1e-12)
+    assert not loss.requires_grad
+    for name, gradient in gradients(model).items():
+        assert torch.allclose(gradient, 1025 * once[name], rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_tower():
+    model = clip("ViT")
+    model.visual.requires_grad_(False)
+    agree(*both(model, batch(), 4), rel=1e-12)
+    # only the scale learns
+    model.requires_grad_(False)
+    model.zero_grad()
+    model.logit_scale.requires_grad_()
+    agree(*both(model, batch(), 4), rel=1e-12)
+
+
+def test_autocast():
+    model, data = clip("ViT", torch.float32), batch(dtype=torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, truth = both(model, data, 4)
+    agree(ours, truth, rel=2e-2)
+    assert len(gradients(ours)) == len(list(ours.parameters()))
+
+
+def test_bad_input_changes_nothing():
+    model = Toy().double()
+    images, texts = batch()
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    for arguments, message in (
+        ((images, texts, 0), "micro_batch_size must be at least 1, got 0"),
+        ((images, texts, -2), "micro_batch_size must be at least 1, got -2"),
+        ((images[:0], texts[:0], 4), "equally many, at least one, got 0 and 0"),
+        ((images, texts[:-1], 4), "got 16 and 15"),
+    ):
+        for call in (accumulate_gradients, lambda *x: largest_micro_batch(*x[:3], start=x[3])):
+            with pytest.raises(ValueError, match=message):
+                call(model, *arguments)
+    assert torch.equal(state, torch.get_rng_state())
+    assert gradients(model) == {}
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("size", [4, 16])
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda image, text: image, r"must give image_features, text_features, logit_scale .*, got Tensor"),
+        (lambda image, text: (image, text), r"got \(Tensor, Tensor\)"),
+        (lambda image, text: (image, None, 1.0), r"features of images and of texts, got \(Tensor, NoneType, float\)"),
+        (lambda image, text: {"logits": image}, "got a dict with logits"),
+    ],
+)
+def test_a_model_that_gives_something_else(output, message, size):
+    class Model(nn.Linear):
+        def forward(self, images, texts):
+            return output(super().forward(images), texts)
+
+    with pytest.raises(TypeError, match=message):
+        accumulate_gradients(Model(4, 4), torch.randn(16, 4), torch.randn(16, 4), size)
+
+
+def test_a_loss_or_features_of_another_shape():
+    model, data = clip("ViT"), batch()
+    with pytest.raises(TypeError, match=r"the loss must be a tensor of one element, got shape \(16,\)"):
+        accumulate_gradients(model, *data, 4, lambda image, text, scale: (image * text).sum(1))
+    with pytest.raises(TypeError, match="one element, got dict"):
+        accumulate_gradients(model, *data, 4, lambda *x: ClipLoss()(*x, output_dict=True))
+
+    class Pooling(Toy):
+        def forward(self, images, texts):
+            image, *rest = super().forward(images, texts)
+            return (image[:1], *rest)
+
+    with pytest.raises(ValueError, match="one feature per image and text, got 4 and 16 for 16"):
+        accumulate_gradients(Pooling().double(), *data, 4)
+
+
+def test_activations_are_those_of_a_micro_batch():
+    data = batch(32)
+    held = {}
+    for size in (4, 32):
+        peak = Peak()
+        with torch.autograd.graph.saved_tensors_hooks(peak.pack, lambda held: held.tensor):
+            accumulate_gradients(clip("ViT"), *data, size)
+        held[size] = peak.most
+    assert held[4] < held[32] / 5
+
+
+class Peak:
+    """The most bytes that graphs held at once for their backward passes."""
+
+    def __init__(self):
+        self.now = self.most = 0
+
+    def pack(self, tensor):
+        return Held(self, tensor)
+
+
+class Held:
+    def __init__(self, peak, tensor):
+        self.peak, self.tensor = peak, tensor
+        peak.now += tensor.nbytes
+        peak.most = max(peak.most, peak.now)
+
+    def __del__(self):
+        self.peak.now -= self.tensor.nbytes
+
+
+def on_rank(rank, world_size):
+    """Gradients of DistributedDataParallel, by micro-batches and in one graph, and how often they were exchanged."""
+    torch.manual_seed(0)
+    whole = batch(6 * world_size)
+    data = [x[6 * rank : 6 * rank + 6] for x in whole]
+    found = []
+    for size in (6, 4, 2):
+        torch.manual_seed(0)
+        model = DistributedDataParallel(clip("ViT"))
+        exchanges = []
+        model.register_comm_hook(exchanges, count_exchanges)
+        accumulate_gradients(model, *data, size, distributed_contrastive_loss)
+        found.append((gradients(model.module), len(exchanges)))
+    torch.manual_seed(0)
+    model = clip("ViT")
+    in_one_graph(model, *whole, len(whole[0]))
+    return found, gradients(model)
+
+
+def count_exchanges(exchanges, bucket):
+    exchanges.append(1)
+    return dist.all_reduce(bucket.buffer() / dist.get_world_size(), async_op=True).get_future().then(
+        lambda done: done.value()[0]
+    )  # fmt: skip
+
+
+def test_distributed_data_parallel(tmp_path):
+    for found, expected in run_ranks(on_rank, 2, 2, folder=tmp_path):
+        for gradient, exchanges in found:
+            assert exchanges == found[0][1]
+            for name, value in expected.items():
+                assert (gradient[name] - value).norm() <= 1e-10 * value.norm().clamp(min=1e-3), name

@@ -1,0 +1,170 @@
+"""``clipfast train --micro-batch-size``: the same training in less memory, also when it is interrupted; and how
+the size is found.
+"""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from clipfast import accumulate_gradients, largest_micro_batch
+from clipfast.cli import main
+from clipfast.training import TrainConfig, trainer
+from clipfast.training.loop import train
+from clipfast.training.trainer import Trainer
+
+from .test_accumulation import Toy, batch, gradients
+from .test_training import StopAfter, config, weights
+
+RESNET = {
+    "embed_dim": 16,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+}
+LINE = "--micro-batch-size auto: "
+
+
+@pytest.fixture
+def resnet(tmp_path):
+    (tmp_path / "resnet.json").write_text(json.dumps(RESNET))
+    return str(tmp_path / "resnet.json")
+
+
+def losses(folder):
+    return [line["loss"] for line in folder.metrics() if "loss" in line]
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_loss_goes_where_it_goes_with_the_whole_batch(shards, tmp_path):
+    options = {"batch_size": 32, "train_num_samples": 96, "unique_by": None, "log_every_n_steps": 1}
+    whole, _ = train(config(shards, tmp_path / "whole", **options))
+    parts, _ = train(config(shards, tmp_path / "parts", micro_batch_size=16, **options))
+    assert len(losses(whole)) == 6
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
+
+
+class Limited(Toy):
+    """Room for so many pairs."""
+
+    def __init__(self, room):
+        super().__init__()
+        self.room, self.sizes = room, []
+
+    def forward(self, images, texts):
+        output = super().forward(images, texts)
+        if torch.is_grad_enabled():
+            self.sizes.append(len(images))
+            if len(images) > self.room:
+                raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return output
+
+
+def test_largest_micro_batch_changes_nothing():
+    model, data = Limited(room=5).double(), batch(18)
+    accumulate_gradients(model, *data, 5)
+    before, kept = copy.deepcopy(model.state_dict()), gradients(model)
+    values = {name: gradient.clone() for name, gradient in kept.items()}
+    state = torch.get_rng_state()
+    model.sizes.clear()
+    assert largest_micro_batch(model, *data, reserve=1000) == 5
+    assert model.sizes == [18, 9, 5, 5, 5, 3]
+    assert largest_micro_batch(model, *data, start=4) == 4
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    for name, gradient in gradients(model).items():
+        assert gradient is kept[name]
+        assert torch.equal(gradient, values[name])
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        largest_micro_batch(Limited(room=0).double().eval(), *data)
+
+
+def test_auto_on_a_cpu_is_the_whole_batch(shards, tmp_path):
+    default, _ = train(config(shards, tmp_path / "default", epochs=1))
+    auto, _ = train(config(shards, tmp_path / "auto", epochs=1, micro_batch_size="auto"))
+    assert same(weights(default.path), weights(auto.path))
+    (line,) = [line for line in (auto.path / "out.log").read_text().splitlines() if LINE in line]
+    assert line.endswith("the whole batch of 8 pairs at a time (a CPU does not say what fits: nothing was tried)")
+    assert LINE not in (default.path / "out.log").read_text()
+
+
+def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(shards, tmp_path, resnet, monkeypatch):
+    given, _ = train(config(shards, tmp_path / "given", model=resnet, micro_batch_size=4))
+    whole, _ = train(config(shards, tmp_path / "whole", model=resnet))
+    options = config(shards, tmp_path / "auto", model=resnet, micro_batch_size="auto", save_every=3)
+    run = tmp_path / "auto" / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_can_run_out", lambda device: True)
+        patch.setattr("clipfast.accumulation.accumulate_gradients", limited(4))
+        with pytest.raises(KeyboardInterrupt), StopAfter(3):
+            train(options)
+    train(options, run / "checkpoints" / "epoch_latest.pt")
+    assert same(weights(given.path), weights(run))
+    # normalisation by micro-batch is another function, so the size was in it
+    assert not same(weights(whole.path), weights(run))
+    found, kept = [line.split(LINE)[1] for line in (run / "out.log").read_text().splitlines() if LINE in line]
+    assert found == "4 of 8 pairs at a time (the most that was found to fit)"
+    assert kept.startswith("4 of 8 pairs at a time")
+
+
+def limited(room):
+    """As on a GPU with room for so many pairs."""
+    original = trainer.accumulate_gradients
+
+    def accumulate(model, images, texts, size, loss):
+        value = original(model, images, texts, size, loss)
+        if size > room:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+        return value
+
+    return accumulate
+
+
+def test_resumed_run_is_the_same_to_the_last_bit(shards, tmp_path, resnet):
+    options = {"model": resnet, "micro_batch_size": 3, "save_every": 3}
+    whole, _ = train(config(shards, tmp_path / "whole", **options))
+    with pytest.raises(KeyboardInterrupt), StopAfter(3):
+        train(config(shards, tmp_path / "parts", **options))
+    run = tmp_path / "parts" / "run"
+    assert main(["train", "--resume", str(run)]) == 0
+    assert same(weights(whole.path), weights(run))
+    tracked = [value for name, value in weights(run).items() if name.endswith("num_batches_tracked")]
+    # eight steps of 3, 3 and 2 pairs
+    assert {int(value) for value in tracked} == {24}
+
+
+def test_another_batch_size_is_fitted_anew(shards, tmp_path):
+    options = config(shards, tmp_path, epochs=1, micro_batch_size="auto")
+    folder, _ = train(options)
+    checkpoint = torch.load(folder.latest, weights_only=True)
+    checkpoint["clipfast"]["micro_batch_size"] = 2
+    for batch_size, expected in ((8, 2), (16, 16)):
+        changed = config(shards, tmp_path, micro_batch_size="auto", batch_size=batch_size)
+        assert Trainer(changed, folder, checkpoint).micro_batch_size == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("0", "--micro-batch-size must be more than 0, got 0"),
+        ("-4", "--micro-batch-size must be more than 0, got -4"),
+        ("many", "--micro-batch-size: must be int or 'auto', got 'many'"),
+        ("1.5", "--micro-batch-size: must be int or 'auto', got '1.5'"),
+    ],
+)
+def test_bad_values(capsys, value, message):
+    try:
+        code = main(["train", "--recipe", "emoji", "--micro-batch-size", value])
+    except SystemExit as exit_:
+        code = exit_.code
+    assert code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("value", ["many", 1.5, True])
+def test_bad_values_of_a_recipe(value):
+    with pytest.raises(ValueError, match=f"--micro-batch-size must be int or 'auto', got {value!r}"):
+        TrainConfig(train_data="x.tar", micro_batch_size=value)
