@@ -107,7 +107,8 @@ class MLP(nn.Module):
         fc, act = self.c_fc, self.gelu
         # PyTorch's linear adds the bias for nothing on a CPU, where apart it would be one more pass
         fused = self.backend != "torch" and triton_runs_on(x.device)
-        if not (fused and _is_plain(fc, nn.Linear) and _is_plain(act, nn.GELU, QuickGELU)):
+        is_exact = getattr(act, "approximate", "none") == "none"
+        if not (fused and is_exact and _is_plain(fc, nn.Linear) and _is_plain(act, nn.GELU, QuickGELU)):
             return act(fc(x))
         bias_act = bias_quick_gelu if isinstance(act, QuickGELU) else bias_gelu
         # the activation makes the gradient of the bias in passing; the linear layer would read its output's for it

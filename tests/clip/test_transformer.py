@@ -134,6 +134,13 @@ def test_hooks_and_adapters_of_norm_and_mlp(as_on_a_gpu):
         torch.testing.assert_close(adapted[name.replace("c_fc", "c_fc.base")], value, rtol=1e-4, atol=1e-4)
 
 
+def test_another_activation_is_not_taken_for_ours(as_on_a_gpu):
+    tower, x = Transformer(32, 1, 2, 4.0, causal=False, quick_gelu=False), torch.randn(2, 9, 32)
+    mlp = tower.resblocks[0].mlp
+    mlp.gelu = nn.GELU(approximate="tanh")
+    assert torch.equal(mlp(x), mlp.c_proj(mlp.gelu(mlp.c_fc(x))))
+
+
 def test_autocast_leaves_the_stream_in_16_bits(as_on_a_gpu):
     tower = Transformer(32, 2, 2, 4.0, causal=False, quick_gelu=False)
     x = torch.randn(2, 9, 32).bfloat16().requires_grad_()
