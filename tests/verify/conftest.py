@@ -29,7 +29,7 @@ GRADIENTS = {
     "sigmoid_loss": ["d_image", "d_text", "d_logit_scale", "d_logit_bias"],
     "info_nce_loss": ["d_query", "d_key", "d_negatives", "d_logit_scale"],
     "nt_xent_loss": ["d_first", "d_second", "d_logit_scale"],
-    "attention": ["d_qkv"],
+    "attention": ["d_qkv", "d_bias"],
     "patch_embed": ["d_images", "d_weight", "d_class_embedding", "d_positional_embedding"],
 }
 

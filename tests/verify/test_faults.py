@@ -11,6 +11,7 @@ import torch
 
 from clipfast import kernels
 from clipfast.kernels import cpu
+from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.contrastive import several, sigmoid, sigmoid_cpu, symmetric
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
@@ -20,13 +21,20 @@ from .conftest import GRADIENTS, SMALL
 
 ROOT = Path(__file__).parent.parent.parent
 FACTOR = 1.01
+WRITTEN = "written"
 
 
 def scaled(fn, index=None):
-    """``fn`` with its result, or one of its results, too large by one percent."""
+    """``fn`` with its result, or one of its results, or what it writes to its last argument but one, too large by one
+    percent.
+    """
 
     def wrong(*args):
         result = fn(*args)
+        if index == WRITTEN:
+            for written in args[-2]:
+                written.mul_(FACTOR)
+            return result
         if index is None:
             return FACTOR * result
         return tuple(FACTOR * part if i == index else part for i, part in enumerate(result))
@@ -66,8 +74,9 @@ ON_CPU = {
     ("info_nce_loss", "d_negatives"): (several, "info_nce_backward", 2),
     ("nt_xent_loss", "value"): (several, "nt_xent_forward", 0),
     ("nt_xent_loss", "d_logit_scale"): (several, "nt_xent_backward", 2),
-    ("attention", "value"): (cpu, "attention_fwd", 0),
-    ("attention", "d_qkv"): (cpu, "attention_bwd", None),
+    ("attention", "value"): (attention_cpu, "forward", 0),
+    ("attention", "d_qkv"): (attention_cpu, "backward", WRITTEN),
+    ("attention", "d_bias"): (attention_cpu, "backward", 1),
     ("patch_embed", "value"): (cpu, "patch_embed_fwd", None),
     ("patch_embed", "d_weight"): (cpu, "patch_embed_bwd_weight", None),
     ("patch_embed", "d_images"): (cpu, "patch_embed_bwd_images", None),
@@ -140,7 +149,7 @@ def test_an_op_that_raises_is_a_row(monkeypatch):
     def broken(*args):
         raise RuntimeError("no such kernel")
 
-    monkeypatch.setattr(cpu, "attention_bwd", broken)
+    monkeypatch.setattr(attention_cpu, "backward", broken)
     rows = run_verify(Options(ops=("attention",), dtypes=("float32",), legs=("cpu",)))
     assert {row.verdict for row in rows} == {FAIL}
     assert all("RuntimeError: no such kernel" in row.reason for row in rows)
@@ -150,14 +159,14 @@ INTERPRETED = """
 import json, sys
 from clipfast.verify import Options, exit_code, run_verify, shapes
 from tests.verify.conftest import SMALL
-from tests.verify.test_faults import scaled
+from tests.verify.test_faults import WRITTEN, scaled
 shapes.CASES.update(SMALL)
 places = {
     "contrastive_loss": [("contrastive.symmetric", "backward", 0), ("contrastive.symmetric", "backward", 1),
                          ("contrastive.symmetric", "backward", 2)],
     "nt_xent_loss": [("contrastive.several", "nt_xent_backward", 0), ("contrastive.several", "nt_xent_backward", 1),
                      ("contrastive.several", "nt_xent_backward", 2)],
-    "attention": [("attention", "_bwd_triton", None)],
+    "attention": [("attention.launches", "backward", WRITTEN), ("attention.launches", "backward", 1)],
     "patch_embed": [("patch_embed", "_bwd_images_triton", None), ("patch_embed", "_bwd_weight_triton", None)],
 }
 found = {}
@@ -238,7 +247,7 @@ def test_wrong_gradients_bend_the_curve(monkeypatch):
     (row,) = curve.verify_curve("cpu", "float32")
     assert row.verdict == PASS, row.reason
     assert [figure.kind for figure in row.figures] == ["max", "rms"]
-    monkeypatch.setattr(cpu, "attention_bwd", scaled(cpu.attention_bwd))
+    monkeypatch.setattr(attention_cpu, "backward", scaled(attention_cpu.backward, WRITTEN))
     (row,) = curve.verify_curve("cpu", "float32")
     assert row.verdict == FAIL
     assert "allowed" in row.reason
