@@ -28,12 +28,20 @@ def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int,
     The tables decide: the short kernels where they have a configuration for them, and PyTorch's own attention from the
     number of keys on at which it measured faster.
     """
-    sdpa = sdpa_config(arch, dtype, head_dim)
-    if sdpa is not None and num_keys >= (sdpa.min_keys_causal if causal else sdpa.min_keys):
+    least = least_keys_of_sdpa(arch, dtype, head_dim, causal=causal)
+    if least is not None and num_keys >= least:
         return Route("sdpa", "sdpa")
     forward = short_config("attention_short_fwd", arch, dtype, head_dim, num_keys)
     backward = short_config("attention_short_bwd", arch, dtype, head_dim, num_keys)
     return Route("short" if forward else "looped", "short" if backward else "two_phase")
+
+
+def least_keys_of_sdpa(arch: int, dtype: torch.dtype, head_dim: int, *, causal: bool) -> int | None:
+    """Keys from which on PyTorch's own attention serves; None where it never does."""
+    found = sdpa_config(arch, dtype, head_dim)
+    if found is None:
+        return None
+    return found.min_keys_causal if causal else found.min_keys
 
 
 def forward(

@@ -35,6 +35,7 @@ from .._launch import (
     triton_runs_on,
     uses_reference,
 )
+from ..configs import HEAD_DIMS
 from . import cpu, launches
 
 MAX_HEAD_DIM = 128
@@ -258,12 +259,20 @@ def attention_qkv(
     return _attention_qkv_fwd(q, k, v, seqlens, causal, scale)[0]
 
 
-def _takes_sdpa(
-    backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool
-) -> bool:  # fmt: skip
+def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: Tensor | None, causal: bool) -> bool:
     if backend != "auto" or seqlens is not None or not triton_runs_on(x.device):
         return False
-    return launches.attention_route(arch_of(x.device), x.dtype, head_dim, num_keys, causal=causal).forward == "sdpa"
+    for largest, least in _least_keys_of_sdpa(x.device, x.dtype, causal):
+        if head_dim <= largest:
+            return least is not None and num_keys >= least
+    return False
+
+
+@torch.compiler.assume_constant_result  # tables are read, which cannot be traced
+def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
+    """For each largest head dimension of the tables, keys from which on PyTorch's own attention serves."""
+    arch = arch_of(device)
+    return tuple((limit, launches.least_keys_of_sdpa(arch, dtype, limit, causal=causal)) for limit in HEAD_DIMS)
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

@@ -42,6 +42,8 @@ def test_value_and_gradients(width, dtype, residual, device):
     if width == 1:
         # a row of one is its own mean: what is left of its gradient is rounding
         inputs["x"] = torch.zeros(rows, 1, dtype=dtype, device=device)
+        # the gradient of the bias is one number, of which PyTorch's error is small by chance: this sum is exact
+        grad = (8 * grad).round() / 8
     compare(*ops(residual), inputs, grad)
 
 
