@@ -25,7 +25,7 @@ $(VENV)/test: $(VENV)/base
 train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recognises (about 8 minutes on two cores)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clipfast train --recipe emoji
 
-test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 15 minutes on two cores)
+test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 17 minutes on two cores)
 
 test-cpu: $(VENV)/test  ## CPU paths, ttsem, offline compilation, model layer, training
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal tests
