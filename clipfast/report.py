@@ -3,6 +3,7 @@
 import torch
 
 from .kernels import attention_route
+from .kernels._launch import dtype_name
 from .models import CLIP
 from .models.resnet import AttentionPool2d
 from .models.transformer import Attention, Transformer
@@ -30,7 +31,7 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
     if arch is None:
         major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
         arch = 10 * major + minor
-    lines = [f"on sm_{arch} with {str(dtype).removeprefix('torch.')}, by backend='auto'; a CPU takes PyTorch's kernel"]
+    lines = [f"on sm_{arch} with {dtype_name(dtype)}, by backend='auto'; a CPU takes PyTorch's kernel"]
     for name, module in model.named_modules():
         if isinstance(module, AttentionPool2d):
             tokens, width = module.positional_embedding.shape

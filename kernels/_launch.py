@@ -111,14 +111,13 @@ def programs_at_once(device: torch.device, num_warps: int, registers: int) -> in
 
     More would load its parameters again, and leave more sums to add up.
     """
-    return _multiprocessors(device) * max(1, REGISTERS // (32 * num_warps * registers))
+    return multiprocessors(device, CPU_MULTIPROCESSORS) * max(1, REGISTERS // (32 * num_warps * registers))
 
 
 @functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return CPU_MULTIPROCESSORS
+def multiprocessors(device: torch.device, on_cpu: int) -> int:
+    """How many the GPU has; ``on_cpu`` where there is none, and kernels are interpreted or recorded."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
 
 
 def launch(

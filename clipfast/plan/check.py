@@ -13,7 +13,7 @@ TOLERANCE = 0.03
 MOST_PROCESSES = 8
 MOST_PAIRS = 16384
 # Of the card that kernels are recorded for.
-RECORDED_ARCH, RECORDED_MULTIPROCESSORS = 90, 132
+RECORDED_ARCH = 90
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,6 +69,8 @@ def scratch_of(problem: Problem, path: str) -> Scratch:
     if path == CPU:
         return CpuScratch(problem.embed_dim, problem.dtype)
     if path == RECORDED:
+        from ..kernels.contrastive.launches import RECORDED_MULTIPROCESSORS
+
         return GpuScratch(problem.embed_dim, problem.dtype, RECORDED_ARCH, RECORDED_MULTIPROCESSORS)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())
     arch = 10 * properties.major + properties.minor

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from ..kernels._launch import dtype_name
 from .check import Row
 from .formulas import OPENCLIP, Problem
 from .machine import Machine
@@ -26,7 +27,7 @@ def plan_table(problem: Problem, machine: Machine, predictions: Sequence[Predict
 
 
 def _title(problem: Problem, card: str) -> str:
-    dtype = str(problem.dtype).removeprefix("torch.")
+    dtype = dtype_name(problem.dtype)
     shared = f"{problem.gpus} ranks of {problem.rows:,} pairs" if problem.gpus > 1 else "one rank"
     rounded = f" (rounded up from {problem.pairs:,})" if problem.pairs != problem.total else ""
     where = f", {card}" if card else ""

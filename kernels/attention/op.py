@@ -29,6 +29,7 @@ from .._launch import (
     autocast_to,
     check_float,
     check_like,
+    check_parameter,
     check_tensor,
     dtype_name,
     outside_autocast,
@@ -290,11 +291,7 @@ def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> 
             f"got {qkv.shape[-1]} with num_heads={num_heads}"
         )
     if bias is not None:
-        check_tensor(op, "bias", bias, 1)
-        if bias.shape[0] != qkv.shape[-1] or bias.device != qkv.device:
-            raise ValueError(
-                f"{op}: bias must be [{qkv.shape[-1]}] on {qkv.device}, got {tuple(bias.shape)} on {bias.device}"
-            )
+        check_parameter(op, "bias", bias, qkv)
 
 
 def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:

@@ -1,7 +1,6 @@
 """The blocks of the contrastive losses on a GPU: launches of the Triton kernels."""
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._launch import LOG2E, arch_of, launch, slices
+from .._launch import LOG2E, arch_of, launch, multiprocessors, slices
 from ..configs import GemmConfig, RowConfig, gemm_config, row_config
 from .row_tiles import _finish_kernel, _normalize_kernel
 from .stats import Stats, Weights, is_exact, no_stats, shared_shift
@@ -19,6 +18,7 @@ from .tiles import _grad_tile_kernel, _merge_kernel, _online_stats_kernel, _prod
 # Rows and columns whose sums by tile are held at once: at most 64 MiB, whatever M and N are.
 STATS_EDGE = 16384
 MERGE = RowConfig(block_m=256, block_k=1, num_warps=4, num_stages=1)
+RECORDED_MULTIPROCESSORS = 132  # of an H100, where none is at hand
 GROUP_M = 8
 PRODUCTS = ("triton", "addmm")
 _products = "triton"
@@ -96,7 +96,7 @@ def _accumulate_stats(
             num_m, num_n = triton.cdiv(m, cfg.block_m), triton.cdiv(n, cfg.block_n)
             kernel, programs, buffers = _stats_kernel, num_m * num_n, (of_rows[0], of_cols[0])
             if is_online:
-                programs = min(programs, 2 * _multiprocessors(device))
+                programs = min(programs, 2 * multiprocessors(device, RECORDED_MULTIPROCESSORS))
                 kernel, buffers = _online_stats_kernel, (result.shared, *of_rows, *of_cols)
             launch(
                 kernel, (programs,),
@@ -247,20 +247,13 @@ def _grad_scale(dtype: torch.dtype) -> float:
 
 
 def _block_edge(x: Tensor) -> int:
-    return block_edge(arch_of(x.device), x.dtype, x.shape[1], _multiprocessors(x.device))
+    return block_edge(arch_of(x.device), x.dtype, x.shape[1], multiprocessors(x.device, RECORDED_MULTIPROCESSORS))
 
 
 def block_edge(arch: int, dtype: torch.dtype, embed_dim: int, multiprocessors: int) -> int:
     """Rows and columns of a block of G: as many as make the two products one wave of tiles, so that G stays in L2."""
     cfg = gemm_config("contrastive_products", arch, dtype)
     return cfg.block_m * max(4, multiprocessors // 2 // triton.cdiv(embed_dim, cfg.block_n))
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).multi_processor_count)
-    return 132
 
 
 def _has_tma(x: Tensor) -> bool:
