@@ -143,9 +143,15 @@ def attention_qkv(
     return (weights.masked_fill(hidden.all(-1, keepdim=True), 0) @ v).transpose(1, 2)
 
 
-def attention_pool(query: Tensor, tokens: Tensor) -> Tensor:
+def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = None) -> Tensor:
     """Softmax attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
-    return (query @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+    if seqlens is None:
+        return (query @ tokens.transpose(1, 2)).softmax(-1) @ tokens
+    hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]
+    tokens = tokens.masked_fill(hidden[..., None], 0)
+    weights = (query @ tokens.transpose(1, 2)).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
+    # softmax of nothing is NaN; a query that sees no token gets nothing
+    return weights.masked_fill(hidden.all(-1)[:, None, None], 0) @ tokens
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Any:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .config import CLIPConfig
 from .resnet import AttentionPool2d, ModifiedResNet
-from .transformer import MLP, Attention, LayerNorm, Transformer
+from .transformer import MLP, Attention, LayerNorm, Transformer, pooled
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -83,10 +83,9 @@ class CLIP(nn.Module):
                 f"encode_text: text must be [B, L] with L at most {self.context_length}, got shape {tuple(text.shape)}"
             )
         x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
-        x = self.transformer(x)
         # The end-of-text token has the highest id of the vocabulary.
-        x = self.ln_final(x[torch.arange(len(x), device=x.device), text.argmax(-1)])
-        features = x @ self.text_projection
+        x = pooled(self.transformer, x, text.argmax(-1))
+        features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> CLIPOutput | dict[str, Tensor | None]:

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention_pool
 from ..kernels.reference import CLIP_MEAN, CLIP_STD, normalize_uint8
 from .config import VisionConfig
+from .transformer import pooled_attention
 
 
 class Bottleneck(nn.Module):
@@ -65,15 +65,12 @@ class AttentionPool2d(nn.Module):
         """[B, width, H, W] -> [B, embed_dim]."""
         x = x.flatten(2).transpose(1, 2)  # [B, HW, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
-        # Only the first token's output is used, so there is one query. W_k goes to it, and W_v to what it pooled: the
-        # same function, with one row to project in place of all.
+        # only the first token's output is used, so there is one query
         q, weight_k, weight_v = (
             t.unflatten(dim, (self.num_heads, -1))
             for t, dim in ((self.q_proj(x[:, 0]), 1), (self.k_proj.weight, 0), (self.v_proj.weight, 0))
         )
-        query = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, weight_k)
-        pooled = attention_pool(query.to(x.dtype), x, backend=self.backend)
-        values = torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1) + self.v_proj.bias
+        values = pooled_attention(q, x, weight_k, weight_v, None, self.backend) + self.v_proj.bias
         # what is added to all keys changes no weight: a gradient of zero, not none, for DistributedDataParallel
         return self.c_proj(values + 0 * self.k_proj.bias)
 

@@ -1,11 +1,13 @@
 """Pre-norm transformer blocks, with OpenCLIP's parameter names."""
 
+from collections.abc import Iterable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..kernels import attention, bias_gelu, bias_quick_gelu, layer_norm
+from ..kernels import attention, attention_pool, bias_gelu, bias_quick_gelu, layer_norm
 from ..kernels._launch import triton_runs_on
 
 
@@ -29,6 +31,45 @@ class LayerNorm(nn.LayerNorm):
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Of x + residual, and that sum: two tensors [..., width]."""
         return layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
+
+
+def _norm_of_sum(norm: nn.Module, branch: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``norm`` makes of ``x + branch``, and that sum."""
+    if branch is None:
+        return norm(x), x
+    if isinstance(norm, LayerNorm) and _is_plain(norm, LayerNorm):
+        return norm.of_sum(branch, x)
+    x = x + branch
+    return norm(x), x
+
+
+def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
+    """[B, N, width] -> [B, width], the first row of each sequence or that of its number in ``rows``."""
+    return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
+
+
+def pooled_attention(
+    q: Tensor, tokens: Tensor, weight_k: Tensor, weight_v: Tensor, seqlens: Tensor | None, backend: str
+) -> Tensor:
+    """Attention of one query per image and head, without projecting every token.
+
+    W_k goes to the query, and W_v to what it pooled: the same function, with one row to project in place of all. A bias
+    of the keys would change no weight of the softmax, and the weights' sum is one, so that of the values is the
+    caller's to add.
+
+    Args:
+        q: [B, heads, head_dim].
+        tokens: [B, N, width].
+        weight_k, weight_v: [heads, head_dim, width].
+        seqlens: [B], how many tokens of each image are seen; default all.
+        backend: of :func:`clipfast.kernels.attention_pool`.
+
+    Returns:
+        [B, heads * head_dim].
+    """
+    query = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, weight_k)
+    pooled = attention_pool(query.to(tokens.dtype), tokens, seqlens=seqlens, backend=backend)
+    return torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
 
 
 class QuickGELU(nn.Module):
@@ -87,6 +128,15 @@ class Attention(nn.Module):
         attn = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
         return self.out_proj(attn)
 
+    def pooled(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """One row of what ``forward`` gives: [B, N, width] -> [B, width]."""
+        weight_q, weight_k, weight_v = self.in_proj_weight.unflatten(0, (3, self.num_heads, -1)).unbind()
+        bias_q, _, bias_v = self.in_proj_bias.unflatten(0, (3, -1)).unbind()
+        q = F.linear(_rows_of(x, rows), weight_q.flatten(0, 1), bias_q).unflatten(1, (self.num_heads, -1))
+        seqlens = None if rows is None or not self.causal else rows + 1
+        attn = pooled_attention(q, x, weight_k, weight_v, seqlens, self.backend)
+        return self.out_proj(attn + bias_v.to(attn.dtype))
+
 
 class MLP(nn.Module):
     """Two linear layers around the activation."""
@@ -127,13 +177,32 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        attn = self.attn(self.ln_1(x))
-        if _is_plain(self.ln_2, LayerNorm):
-            normed, x = self.ln_2.of_sum(attn, x)
-        else:
-            x = attn + x
-            normed = self.ln_2(x)
+        branch, x = self.split(None, x)
+        return x + branch
+
+    def split(self, branch: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What the MLP adds to the stream, and the stream without it; so is the stream that comes in given.
+
+        The next layer norm does the addition in its own pass.
+        """
+        normed, x = _norm_of_sum(self.ln_1, branch, x)
+        normed, x = _norm_of_sum(self.ln_2, self.attn(normed), x)
+        return self.mlp(normed), x
+
+    def pooled(self, branch: Tensor | None, x: Tensor, rows: Tensor | None) -> Tensor:
+        """One row of the stream behind the block: [B, N, width] -> [B, width]."""
+        normed, x = _norm_of_sum(self.ln_1, branch, x)
+        normed, x = _norm_of_sum(self.ln_2, self.attn.pooled(normed, rows), _rows_of(x, rows))
         return x + self.mlp(normed)
+
+    def is_plain(self) -> bool:
+        """Whether nobody put anything into the block that may want to see every row."""
+        return all(_is_plain(module, *_BLOCK_MODULES) for module in self.modules())
+
+
+_BLOCK_MODULES = (
+    ResidualAttentionBlock, LayerNorm, Attention, InProjection, MLP, nn.Linear, nn.GELU, QuickGELU,
+)  # fmt: skip
 
 
 class Transformer(nn.Module):
@@ -162,10 +231,56 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        for block in self.resblocks:
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.grad_checkpointing and torch.is_grad_enabled()
-                else block(x)
-            )
-        return x
+        branch, x = self._run(self.resblocks, x)
+        return x if branch is None else x + branch
+
+    def pooled(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """One row of what ``forward`` gives for each sequence, which is all that the last block then computes.
+
+        See :func:`pooled`.
+        """
+        *blocks, last = self.resblocks
+        assert isinstance(last, ResidualAttentionBlock)
+        branch, x = self._run(blocks, x)
+        if self._recomputes():
+            return checkpoint(last.pooled, branch, x, rows, use_reentrant=False)
+        return last.pooled(branch, x, rows)
+
+    def _run(self, blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The stream behind ``blocks``, its last addition not done where the next norm can do it."""
+        branch: Tensor | None = None
+        for block in blocks:
+            if self._recomputes():
+                # of one tensor: two would be kept for each block
+                x = checkpoint(block, x, use_reentrant=False)
+            elif isinstance(block, ResidualAttentionBlock) and _is_plain(block, ResidualAttentionBlock):
+                branch, x = block.split(branch, x)
+            else:
+                x = block(x if branch is None else x + branch)
+                branch = None
+        return branch, x
+
+    def _recomputes(self) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled()
+
+    def can_pool(self) -> bool:
+        """Whether nothing is there that wants every row of the last block; the references compute them all."""
+        last = self.resblocks[-1] if _is_plain(self, Transformer) and len(self.resblocks) else None
+        return isinstance(last, ResidualAttentionBlock) and last.is_plain() and last.attn.backend != "torch"
+
+
+def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """The rows of ``transformer(x)`` that a tower reads.
+
+    Args:
+        transformer: of a tower; with a hook or an adapter in its last block it computes every row, as it does where
+            something else has taken its place.
+        x: [B, N, width].
+        rows: [B], the number of a row of each sequence; default the first.
+
+    Returns:
+        [B, width].
+    """
+    if isinstance(transformer, Transformer) and transformer.can_pool():
+        return transformer.pooled(x, rows)
+    return _rows_of(transformer(x), rows)

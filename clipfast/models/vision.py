@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .config import VisionConfig
-from .transformer import LayerNorm, Transformer
+from .transformer import LayerNorm, Transformer, pooled
 
 
 class VisionTransformer(nn.Module):
@@ -46,5 +46,5 @@ class VisionTransformer(nn.Module):
             images, self.conv1.weight, self.class_embedding, self.positional_embedding,
             mean=self.image_mean, std=self.image_std, backend=self.backend,
         )  # fmt: skip
-        x = self.transformer(self.ln_pre(x))
-        return self.ln_post(x[:, 0]) @ self.proj
+        x = pooled(self.transformer, self.ln_pre(x))
+        return self.ln_post(x) @ self.proj

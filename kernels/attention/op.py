@@ -300,6 +300,15 @@ def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor |
         raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")
+    return check_seqlens(op, seqlens, like)
+
+
+def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
+    """Lengths as the kernels take them, one for each image of ``like``.
+
+    Raises:
+        ValueError, TypeError: they are no integers, or not as many.
+    """
     if seqlens is None:
         return None
     if not isinstance(seqlens, Tensor) or seqlens.dtype not in (torch.int32, torch.int64):

@@ -1,5 +1,7 @@
 """Attention pooling: values and gradients, and the ResNets' pool against the projections of every token."""
 
+import functools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from clipfast.kernels import attention_pool, reference
 from clipfast.models.resnet import AttentionPool2d
 
 from ..conftest import DTYPES
-from ..numerics import compare
+from ..numerics import compare, value_and_grads
 from .cases import strided
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -23,10 +25,29 @@ def inputs_of(shape, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1, 8), (2, 3, 50, 72), (2, 32, 50, 128), (1, 40, 82, 40)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1, 8), (2, 3, 50, 72), (2, 32, 50, 128), (1, 40, 82, 40), (1, 3, 577, 24)], ids=str
+)
 def test_value_and_gradients(shape, dtype, device):
     inputs, grad = inputs_of(shape, dtype, device)
     compare(attention_pool, reference.attention_pool, inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_lengths(dtype, device):
+    # none, one, some, all, and more than there are; what is beyond must not count, whatever it is
+    inputs, grad = inputs_of((5, 3, 17, 24), dtype, device)
+    seqlens = torch.tensor([0, 1, 9, 17, 99], device=device)
+    inputs["tokens"][2, 9:] = float("inf")
+    ours, plain = (functools.partial(op, seqlens=seqlens) for op in (attention_pool, reference.attention_pool))
+    compare(ours, plain, inputs, grad)
+    result = value_and_grads(ours, inputs, grad)
+    assert not result["value"][0].any()
+    assert not result["d_query"][0].any()
+    assert not result["d_tokens"][2, 9:].any()
+    cut = {"query": inputs["query"][2:3], "tokens": inputs["tokens"][2:3, :9]}
+    expected = value_and_grads(attention_pool, cut, grad[2:3])
+    torch.testing.assert_close(result["value"][2:3], expected["value"])
 
 
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
