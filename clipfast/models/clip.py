@@ -102,11 +102,17 @@ class CLIP(nn.Module):
         """Keep the scale between 1 and 100, as training does after each step (without a host sync)."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute transformer blocks in the backward pass instead of keeping their activations."""
+    def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
+        """Recompute transformer blocks in the backward pass instead of keeping their activations.
+
+        Args:
+            enable: or keep them, as at first.
+            selective: recompute norms and activations only, and keep what products and attention gave: less memory
+                saved, and hardly any time lost.
+        """
         for module in self.modules():
             if isinstance(module, Transformer):
-                module.grad_checkpointing = enable
+                module.grad_checkpointing = "selective" if enable and selective else enable
 
     def set_backend(self, backend: str) -> None:
         """Choose what every op of the model runs on: "auto", "triton", or "torch" for the references."""

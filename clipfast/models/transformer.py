@@ -1,14 +1,24 @@
 """Pre-norm transformer blocks, with OpenCLIP's parameter names."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..kernels import attention, attention_pool, bias_gelu, bias_quick_gelu, layer_norm
 from ..kernels._launch import triton_runs_on
+
+# What selective checkpointing does not compute again.
+_EXPENSIVE = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.clipfast.attention_fwd.default,
+    torch.ops.clipfast.attention_pool_fwd.default,
+)
 
 
 def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
@@ -206,14 +216,18 @@ _BLOCK_MODULES = (
 
 
 class Transformer(nn.Module):
-    """A stack of blocks; ``grad_checkpointing`` recomputes each block in the backward pass."""
+    """A stack of blocks.
+
+    ``grad_checkpointing`` recomputes each block in the backward pass; if it is "selective" only norms and activations and
+    no product, which saves about a third of the memory (11 of 16 widths per token stay).
+    """
 
     def __init__(
         self, width: int, layers: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool
     ) -> None:
         super().__init__()
         self.width = width
-        self.grad_checkpointing = False
+        self.grad_checkpointing: bool | str = False
         self.resblocks = nn.ModuleList(
             ResidualAttentionBlock(width, heads, mlp_ratio, causal=causal, quick_gelu=quick_gelu) for _ in range(layers)
         )
@@ -243,7 +257,7 @@ class Transformer(nn.Module):
         assert isinstance(last, ResidualAttentionBlock)
         branch, x = self._run(blocks, x)
         if self._recomputes():
-            return checkpoint(last.pooled, branch, x, rows, use_reentrant=False)
+            return self._recomputed(last.pooled, branch, x, rows)
         return last.pooled(branch, x, rows)
 
     def _run(self, blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor | None, Tensor]:
@@ -252,7 +266,7 @@ class Transformer(nn.Module):
         for block in blocks:
             if self._recomputes():
                 # of one tensor: two would be kept for each block
-                x = checkpoint(block, x, use_reentrant=False)
+                x = self._recomputed(block, x)
             elif isinstance(block, ResidualAttentionBlock) and _is_plain(block, ResidualAttentionBlock):
                 branch, x = block.split(branch, x)
             else:
@@ -261,7 +275,13 @@ class Transformer(nn.Module):
         return branch, x
 
     def _recomputes(self) -> bool:
-        return self.grad_checkpointing and torch.is_grad_enabled()
+        return bool(self.grad_checkpointing) and torch.is_grad_enabled()
+
+    def _recomputed(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
+        if self.grad_checkpointing != "selective":
+            return checkpoint(function, *args, use_reentrant=False)
+        kept = functools.partial(create_selective_checkpoint_contexts, list(_EXPENSIVE))
+        return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
 
     def can_pool(self) -> bool:
         """Whether nothing is there that wants every row of the last block; the references compute them all."""

@@ -155,6 +155,25 @@ def test_the_last_block_computes_the_row_that_is_read(kind, checkpointed):
     assert short.get_total_flops() < (0.7 if checkpointed else 0.6) * full.get_total_flops()
 
 
+@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
+def test_selective_checkpointing_repeats_no_product(on_gpu, monkeypatch):
+    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: on_gpu)
+    tower, x = random_tower(True), torch.randn(3, 9, 32, dtype=torch.float64)
+    runs = {}
+    for kind in (False, "selective", True):
+        tower.grad_checkpointing = kind
+        with FlopCounterMode(display=False) as flops, Operations() as operations:
+            runs[kind] = read_rows(tower, ROWS["end of text"][1], x), flops.get_total_flops(), operations.counts
+    kept, selective, whole = runs.values()
+    for name, value in selective[0].items():
+        torch.testing.assert_close(value, kept[0][name], rtol=1e-12, atol=1e-12, msg=name)
+    assert selective[1] == kept[1] < whole[1]
+    repeated = {name for name, count in selective[2].items() if count > kept[2][name]}
+    activation = "clipfast.bias_act_fwd.default" if on_gpu else "aten.gelu.default"
+    assert {"clipfast.layer_norm_fwd.default", activation} <= repeated
+    assert not any("mm" in name or "attention" in name for name in repeated)
+
+
 def test_whoever_looks_into_the_last_block_sees_every_row():
     tower, x, seen = random_tower(False), torch.randn(3, 9, 32, dtype=torch.float64), []
     for name in ("", "ln_1", "attn", "attn.in_proj", "attn.out_proj", "ln_2", "mlp", "mlp.c_fc", "mlp.gelu"):
