@@ -218,8 +218,8 @@ _BLOCK_MODULES = (
 class Transformer(nn.Module):
     """A stack of blocks.
 
-    ``grad_checkpointing`` recomputes each block in the backward pass; if it is "selective" only norms and activations and
-    no product, which saves about a third of the memory (11 of 16 widths per token stay).
+    ``grad_checkpointing`` recomputes each block in the backward pass; if it is "selective", norms and activations only,
+    which saves about a third of the memory (11 of 16 widths per token stay).
     """
 
     def __init__(

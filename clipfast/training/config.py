@@ -55,6 +55,15 @@ class TrainConfig:
     grad_clip_norm: float | None = _flag(None, "clip the gradient to this norm", kind=float)
     precision: str = _flag("auto", "auto is amp_bf16 on a GPU and fp32 elsewhere; amp is amp_bf16", choices=PRECISIONS)
     grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", kind=bool)
+    selective_checkpointing: bool = _flag(
+        False, "recompute norms and activations only: less memory saved, hardly any time lost", kind=bool
+    )
+    torchcompile: bool = _flag(False, "compile the model with torch.compile, as one graph", kind=bool)
+    cuda_graphs: bool = _flag(
+        False,
+        "replay the step as one CUDA graph: for small models, whose kernels the host starts too slowly",
+        kind=bool,
+    )
     device: str = _flag("auto", "auto is cuda where there is one")
     backend: str = _flag("auto", "what the ops run on", choices=("auto", "triton", "torch"))
     workers: int = _flag(1, "data worker processes; at most one per shard", kind=int)
@@ -92,6 +101,8 @@ class TrainConfig:
         """
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
+        if self.cuda_graphs and self.micro_batch_size is not None:
+            raise ValueError("--cuda-graphs replays a whole batch: leave out --micro-batch-size, or --cuda-graphs")
         if self.val_leave_out and self.val_group_by is None:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
         if not self.train_data:

@@ -8,15 +8,32 @@ from torch import nn
 
 
 def adamw(
-    model: nn.Module, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
+    model: nn.Module,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    *,
+    capturable: bool = False,
 ) -> torch.optim.AdamW:
-    """AdamW (Loshchilov and Hutter 2019), without decay on gains, biases and scalars."""
+    """AdamW (Loshchilov and Hutter 2019), no decay on gains, biases and scalars; ``capturable`` in a CUDA graph."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {"params": [parameter for _, parameter in named if parameter.ndim < 2], "weight_decay": 0.0},
         {"params": [parameter for _, parameter in named if parameter.ndim >= 2], "weight_decay": weight_decay},
     ]
-    return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=eps, fused=True)
+    # in a graph, a number would stay what it was when it was captured
+    rate = torch.tensor(lr, device=named[0][1].device) if capturable else lr
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=capturable)
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Set the learning rate of every parameter, in place where it is a tensor."""
+    for group in optimizer.param_groups:
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def cosine_lr(step: int, base_lr: float, warmup: int, total: int) -> float:

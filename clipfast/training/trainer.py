@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
-from ..accumulation import accumulate_gradients, largest_micro_batch
+from ..accumulation import largest_micro_batch
 from ..checkpoint import CheckpointError, load_weights, write_checkpoint
 from ..data import Batch, PairStream, count_samples, expand_shards, pair_loader
 from ..evaluation import Evaluation, encode_labelled, evaluate, read_labelled
@@ -22,12 +22,14 @@ from ..kernels import contrastive_loss
 from ..models import CLIP, CLIPConfig, add_model_config
 from ..tokenizer import Tokenizer
 from .config import AUTO, TrainConfig, flag_name
-from .optim import adamw, cosine_lr
+from .optim import adamw, cosine_lr, set_lr
 from .run import Interruption, Meter, RunFolder, log
+from .step import GraphedStep, TrainingStep, Upload
 
 MIN_SEEN_FOR_BAD_FRACTION = 100
 CHECKPOINT_VERSION = 1
 EVAL_BATCH_SIZE = 256
+COMPILER = "inductor"
 MOMENTS = 2  # of AdamW, each as large as the weights
 
 
@@ -61,6 +63,8 @@ class Trainer:
     def __init__(self, config: TrainConfig, folder: RunFolder, checkpoint: dict[str, Any] | None = None) -> None:
         self.config, self.folder = config, folder
         self.device = torch.device(resolve_device(config.device))
+        if config.cuda_graphs and self.device.type != "cuda":
+            raise ValueError(f"--cuda-graphs needs a GPU, and this run is on {self.device}")
         self.autocast = config.precision.startswith("amp") or (
             config.precision == "auto" and self.device.type == "cuda"
         )
@@ -79,9 +83,14 @@ class Trainer:
         self.tokenizer = Tokenizer(self.model.context_length)
         is_vit = isinstance(self.model.config.vision.layers, int)
         betas = (config.beta1, config.beta2 or (0.98 if is_vit else 0.999))
-        self.optimizer = adamw(self.model, config.lr, betas, config.eps or (1e-6 if is_vit else 1e-8), config.wd)
-        self.loss = functools.partial(contrastive_loss, backend=config.backend)
-        self.micro_batch_size = self._first_micro_batch_size(own)
+        eps = config.eps or (1e-6 if is_vit else 1e-8)
+        self.optimizer = adamw(self.model, config.lr, betas, eps, config.wd, capturable=config.cuda_graphs)
+        loss = functools.partial(contrastive_loss, backend=config.backend)
+        self.step = TrainingStep(
+            self.model, self.optimizer, loss, self._autocast, config.grad_clip_norm, self._first_micro_batch_size(own)
+        )
+        self.upload = Upload(self.device)
+        self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
         self.progress = Progress()
         if checkpoint is not None:
             self._take_up(checkpoint, own)
@@ -114,7 +123,10 @@ class Trainer:
             model = create_model(
                 name, config.pretrained, precision=precision, device=self.device, backend=config.backend
             )
-        model.set_grad_checkpointing(config.grad_checkpointing)
+        selective = config.selective_checkpointing
+        model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
+        if config.torchcompile:
+            model.compile(fullgraph=True, backend=COMPILER)
         return model
 
     def _take_up(self, checkpoint: dict[str, Any], own: dict[str, Any]) -> None:
@@ -159,17 +171,20 @@ class Trainer:
         """
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             raise _not_finite("the weights are", self.progress.step)
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
         checkpoint = {
             "epoch": self.progress.step // self.steps_per_epoch,
             "name": self.folder.path.name,
             "state_dict": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "clipfast": {
                 "version": CHECKPOINT_VERSION,
                 "model_config": self.model.config.to_dict(),
                 "progress": dataclasses.asdict(self.progress),
                 "stream": self._stream(),
-                "micro_batch_size": self.micro_batch_size,
+                "micro_batch_size": self.step.micro_batch_size,
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
         }
@@ -204,13 +219,13 @@ class Trainer:
             weights = sum(parameter.nbytes for parameter in self.model.parameters())
             self.model.train()
             with self._autocast():
-                self.micro_batch_size = largest_micro_batch(
-                    self.model, images, texts, self.loss, start=self.micro_batch_size,
+                self.step.micro_batch_size = largest_micro_batch(
+                    self.model, images, texts, self.step.loss, start=self.step.micro_batch_size,
                     reserve=0 if self.optimizer.state else MOMENTS * weights,
                 )  # fmt: skip
             how = "the most that was found to fit"
-        whole = self.micro_batch_size == batch_size
-        pairs = f"the whole batch of {batch_size} pairs" if whole else f"{self.micro_batch_size} of {batch_size} pairs"
+        found = self.step.micro_batch_size
+        pairs = f"{found} of {batch_size} pairs" if found < batch_size else f"the whole batch of {batch_size} pairs"
         log.info(f"--micro-batch-size auto: {pairs} at a time ({how})")
 
     def _autocast(self) -> torch.autocast:
@@ -260,18 +275,8 @@ class Trainer:
                 bar.update()
 
     def _train_step(self, batch: Batch) -> Tensor:
-        for group in self.optimizer.param_groups:
-            group["lr"] = cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps)
-        images = batch.images.to(self.device, non_blocking=True)
-        texts = batch.texts.to(self.device, non_blocking=True)
-        self.optimizer.zero_grad()
-        with self._autocast():
-            loss = accumulate_gradients(self.model, images, texts, self.micro_batch_size, self.loss)
-        if self.config.grad_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip_norm)
-        self.optimizer.step()
-        self.model.clamp_logit_scale()
-        return loss
+        set_lr(self.optimizer, cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps))
+        return self._take_step(*self.upload(batch))
 
     def _count_skipped(self, batch: Batch) -> None:
         progress, limit = self.progress, self.config.max_bad_fraction
@@ -292,7 +297,7 @@ class Trainer:
         rates = meter.read()
         last, mean = losses[-1].item(), losses.mean().item()
         scale = self.model.logit_scale.exp().item()
-        lr = self.optimizer.param_groups[0]["lr"]
+        lr = float(self.optimizer.param_groups[0]["lr"])
         epoch, within = divmod(self.progress.step - 1, self.steps_per_epoch)
         pairs, total = (within + 1) * self.config.batch_size, self.steps_per_epoch * self.config.batch_size
         log.info(

@@ -10,7 +10,7 @@ import torch
 
 from clipfast import accumulate_gradients, largest_micro_batch
 from clipfast.cli import main
-from clipfast.training import TrainConfig, trainer
+from clipfast.training import TrainConfig, step, trainer
 from clipfast.training.loop import train
 from clipfast.training.trainer import Trainer
 
@@ -112,7 +112,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(shards, tmp_pa
 
 def limited(room):
     """As on a GPU with room for so many pairs."""
-    original = trainer.accumulate_gradients
+    original = step.accumulate_gradients
 
     def accumulate(model, images, texts, size, loss):
         value = original(model, images, texts, size, loss)
@@ -143,7 +143,7 @@ def test_another_batch_size_is_fitted_anew(shards, tmp_path):
     checkpoint["clipfast"]["micro_batch_size"] = 2
     for batch_size, expected in ((8, 2), (16, 16)):
         changed = config(shards, tmp_path, micro_batch_size="auto", batch_size=batch_size)
-        assert Trainer(changed, folder, checkpoint).micro_batch_size == expected
+        assert Trainer(changed, folder, checkpoint).step.micro_batch_size == expected
 
 
 @pytest.mark.parametrize(

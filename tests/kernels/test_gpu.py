@@ -1,10 +1,15 @@
 """Promises that only a GPU can show: no host sync, CUDA graphs, and the same bits from many programs at once."""
 
+import functools
+
 import pytest
 import torch
 
+from clipfast import create_model
 from clipfast.bench.graphs import Graphs
-from clipfast.kernels import reference, retrieval_ranks
+from clipfast.kernels import contrastive_loss, reference, retrieval_ranks
+from clipfast.training.optim import adamw, set_lr
+from clipfast.training.step import GraphedStep, TrainingStep
 
 from ..conftest import ON_GPU
 from ..numerics import value_and_grads
@@ -141,3 +146,22 @@ def test_captures_of_benchmarks_share_a_pool_and_survive_a_failure(device):
             replay()
         torch.testing.assert_close(total, 3 * (x @ x), rtol=1e-4, atol=1e-2)
         torch.rand(5, device=device)  # the generator is out of the capture too
+
+
+def test_a_training_step_as_one_graph(device):
+    losses = {}
+    for graphed in (False, True):
+        torch.manual_seed(0)
+        model = create_model("ViT-T-8-32", device=device)
+        optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2, capturable=graphed)
+        autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16)
+        step = TrainingStep(model, optimizer, contrastive_loss, autocast, 1.0, 64)
+        take = GraphedStep(step, model.context_length) if graphed else step
+        generator = torch.Generator(device).manual_seed(0)
+        losses[graphed] = []
+        for index in range(8):
+            images = torch.randint(0, 256, (64, 3, 32, 32), dtype=torch.uint8, generator=generator, device=device)
+            texts = torch.randint(1, 49408, (64, 9 + index), generator=generator, device=device)
+            set_lr(optimizer, 1e-3 / (1 + index))
+            losses[graphed].append(take(images, texts))
+    torch.testing.assert_close(torch.stack(losses[True]), torch.stack(losses[False]), rtol=1e-3, atol=0)

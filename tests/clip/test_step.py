@@ -1,0 +1,132 @@
+"""The step of training: compiled, with selective checkpointing, and as a CUDA graph."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from clipfast import create_model
+from clipfast.kernels import contrastive_loss
+from clipfast.training import TrainConfig, trainer
+from clipfast.training.loop import train
+from clipfast.training.optim import adamw, set_lr
+from clipfast.training.step import WARMUP_STEPS, GraphedStep, TrainingStep, Upload
+
+from .test_micro_batches import losses
+from .test_training import config
+
+
+def run(shards, folder, **options):
+    """Loss of each of eight steps, of texts whose lengths differ."""
+    return losses(train(config(shards, folder, log_every_n_steps=1, **options))[0])
+
+
+@pytest.mark.parametrize("checkpointing", ["", "selective_checkpointing"])
+def test_a_compiled_run_has_the_same_losses(checkpointing, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer, "COMPILER", "aot_eager")
+    torch.compiler.reset()
+    options = {checkpointing: True} if checkpointing else {}
+    expected = run(shards, tmp_path / "plain")
+    assert len(expected) == 8
+    assert run(shards, tmp_path / "compiled", torchcompile=True, **options) == pytest.approx(expected, rel=1e-5)
+
+
+def test_generated_code_has_the_same_losses(shards, tmp_path):
+    torch.compiler.reset()
+    options = {"epochs": 1, "warmup": 1}
+    expected = run(shards, tmp_path / "plain", **options)
+    assert run(shards, tmp_path / "compiled", torchcompile=True, **options) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_run_with_selective_checkpointing_has_the_same_losses(shards, tmp_path):
+    expected = run(shards, tmp_path / "plain")
+    assert run(shards, tmp_path / "selective", selective_checkpointing=True) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_graph_needs_a_gpu_and_the_whole_batch(shards, tmp_path):
+    with pytest.raises(ValueError, match="--cuda-graphs needs a GPU, and this run is on cpu"):
+        train(config(shards, tmp_path, cuda_graphs=True, device="cpu"))
+    with pytest.raises(ValueError, match="--cuda-graphs replays a whole batch: leave out --micro-batch-size"):
+        TrainConfig(train_data="x.tar", cuda_graphs=True, micro_batch_size=4)
+
+
+@dataclasses.dataclass
+class Recorded(GraphedStep):
+    """A graph that a CPU can replay: the step again, on the tensors that it was captured with."""
+
+    def __init__(self, step, context_length):
+        super().__init__(step, context_length)
+        self.captured, self.replayed, self.beside = 0, 0, 0
+
+    def _beside(self, images, texts):
+        self.beside += 1
+        return self.step(images, texts)
+
+    def _capture(self, images, texts):
+        self.captured += 1
+        loss = torch.zeros(())
+
+        def replay():
+            self.replayed += 1
+            loss.copy_(self.step(images, texts))
+
+        return replay, loss
+
+
+def batches(number, pairs=6):
+    """Random images and texts, each batch with texts of another length."""
+    generator = torch.Generator().manual_seed(0)
+    for index in range(number):
+        texts = torch.randint(1, 40000, (pairs, 5 + index), generator=generator)
+        texts[:, -1] = 49407
+        yield torch.randint(0, 256, (pairs, 3, 32, 32), dtype=torch.uint8, generator=generator), texts
+
+
+def steps(kind):
+    torch.manual_seed(1)
+    model = create_model("ViT-T-8-32")
+    optimizer = adamw(model, 1e-3, (0.9, 0.98), 1e-6, 0.2)
+    step = TrainingStep(model, optimizer, contrastive_loss, lambda: torch.autocast("cpu", enabled=False), 1.0, 64)
+    return model, optimizer, Recorded(step, model.context_length) if kind == "graph" else step
+
+
+def test_a_graph_is_captured_once_and_fed_each_batch():
+    (plain, *_, step), (model, *_, graphed) = steps("plain"), steps("graph")
+    losses = []
+    for images, texts in batches(7):
+        losses.append(graphed(images, texts))
+        torch.testing.assert_close(losses[-1], step(images, texts), rtol=1e-6, atol=0)
+    # the graph writes each loss to the same place
+    assert len({loss.item() for loss in losses}) == 7
+    assert (graphed.beside, graphed.captured, graphed.replayed) == (WARMUP_STEPS, 1, 7 - WARMUP_STEPS)
+    # as it is where samples of a batch could not be used
+    short = next(batches(1, pairs=5))
+    torch.testing.assert_close(graphed(*short), step(*short), rtol=1e-6, atol=0)
+    assert (graphed.captured, graphed.replayed) == (1, 7 - WARMUP_STEPS)
+    for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves them by 1e-3
+
+
+def test_learning_rate_in_a_graph_is_set_in_place():
+    _, optimizer, _ = steps("plain")
+    set_lr(optimizer, 0.25)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.25, 0.25]
+    rates = [torch.tensor(1.0), torch.tensor(1.0)]
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    set_lr(optimizer, 0.5)
+    assert [rate.item() for rate in rates] == [0.5, 0.5]
+
+
+def test_images_reach_the_device_as_bytes(shards, tmp_path, monkeypatch):
+    seen = []
+    original = Upload.__call__
+
+    def watched(upload, batch):
+        images, texts = original(upload, batch)
+        seen.append((batch.images.dtype, images.dtype, images.shape[1:]))
+        return images, texts
+
+    monkeypatch.setattr(Upload, "__call__", watched)
+    train(config(shards, tmp_path, epochs=1))
+    assert seen == [(torch.uint8, torch.uint8, (3, 32, 32))] * 4
