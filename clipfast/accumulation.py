@@ -209,7 +209,8 @@ def _backward_of(loss: Callable[..., Tensor], inputs: tuple[Any, ...], loss_scal
     if not isinstance(value, Tensor) or value.numel() != 1:
         kind = f"shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"the loss must be a tensor of one element, got {kind}")
-    factor = torch.as_tensor(loss_scale, dtype=value.dtype, device=value.device)
+    # a number is filled in on the device: a copy from the host would be a wait, and cannot be in a CUDA graph
+    factor = loss_scale.to(value) if isinstance(loss_scale, Tensor) else torch.full_like(value, loss_scale)
     _backward([value], [factor.expand_as(value)])
     return value.detach()
 

@@ -25,8 +25,8 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
         dtype: of the activations: under autocast, the autocast dtype.
 
     Returns:
-        Lines such as "visual.transformer: 12 x attention, 197 tokens, 12 heads of 64: forward short (a program holds a
-        head), backward two phases".
+        Lines such as "visual.transformer: 11 x attention, 197 tokens, 12 heads of 64: forward short (a program holds a
+        head), backward two phases; last block: attention_pool of the row that is read, 12 queries of 768".
     """
     if arch is None:
         major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
@@ -41,8 +41,11 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
             attn = next(block for block in module.modules() if isinstance(block, Attention))
             heads, head_dim, causal = attn.num_heads, module.width // attn.num_heads, attn.causal
             route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
+            pools = module.can_pool()
+            last = f"; last block: attention_pool of the row that is read, {heads} queries of {module.width}"
             lines.append(
-                f"{name}: {len(module.resblocks)} x attention, {tokens} tokens{', causal' if causal else ''}, "
+                f"{name}: {len(module.resblocks) - pools} x attention, {tokens} tokens{', causal' if causal else ''}, "
                 f"{heads} heads of {head_dim}: forward {ROUTES[route.forward]}, backward {ROUTES[route.backward]}"
+                f"{last if pools else ''}"
             )
     return "\n".join(lines)

@@ -1,11 +1,13 @@
 """The step of training: compiled, with selective checkpointing, and as a CUDA graph."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipfast import create_model
+from clipfast import accumulate_gradients, create_model
 from clipfast.kernels import contrastive_loss
 from clipfast.training import TrainConfig, trainer
 from clipfast.training.loop import train
@@ -116,6 +118,33 @@ def test_learning_rate_in_a_graph_is_set_in_place():
         group["lr"] = rate
     set_lr(optimizer, 0.5)
     assert [rate.item() for rate in rates] == [0.5, 0.5]
+
+
+class OnlyMeta(TorchDispatchMode):
+    """On "meta", every tensor that is not there comes from the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(x, torch.Tensor) or x.device.type == "meta", function
+        return out
+
+
+@pytest.mark.parametrize("name", ["ViT-T-8-32", "RN50"])
+def test_a_step_copies_nothing_from_the_host(name, monkeypatch):
+    # it would be a wait for the device, and cannot be captured in a CUDA graph
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no "meta"
+    model = create_model(name, device="meta").train()
+    size = model.visual.image_size
+    images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
+    texts = torch.empty(4, 77, dtype=torch.long, device="meta")
+    # what they make on the host and copy does not pass the dispatcher
+    for name in ("tensor", "as_tensor", "from_numpy"):
+        monkeypatch.delattr(torch, name)
+    with OnlyMeta():
+        loss = accumulate_gradients(model, images, texts, 4)
+        model.clamp_logit_scale()
+    assert loss.shape == ()
 
 
 def test_images_reach_the_device_as_bytes(shards, tmp_path, monkeypatch):

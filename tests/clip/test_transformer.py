@@ -300,9 +300,11 @@ def test_a_copy_has_parameters_of_its_own():
 def test_report_names_the_kernels():
     model = clipfast.create_model("ViT-L-14", device="meta")
     text = clipfast.report(model, 90)
-    assert "visual.transformer: 24 x attention, 257 tokens, 16 heads of 64: forward short" in text
-    assert "\ntransformer: 12 x attention, 77 tokens, causal, 12 heads of 64: forward short" in text
-    assert "backward two phases" in text
+    assert "visual.transformer: 23 x attention, 257 tokens, 16 heads of 64: forward short" in text
+    assert "\ntransformer: 11 x attention, 77 tokens, causal, 12 heads of 64: forward short" in text
+    assert "backward two phases; last block: attention_pool of the row that is read, 16 queries of 1024" in text
+    model.visual.transformer.resblocks[-1].register_forward_hook(lambda *_: None)
+    assert "visual.transformer: 24 x attention" in clipfast.report(model, 90)
     assert "257 tokens, 16 heads of 64: forward looped" in clipfast.report(model, 80)
     key = configs.config_key("attention_sdpa", torch.bfloat16, 64)
     with configs.override(key, configs.SdpaConfig(min_keys=257, min_keys_causal=78)):
