@@ -3,18 +3,9 @@
 import pytest
 
 from clipfast.verify import shapes
-from clipfast.verify.shapes import (
-    ACCURACY,
-    DETERMINISM,
-    EVERYWHERE,
-    AttentionShape,
-    Case,
-    LossShape,
-    PatchShape,
-    QueueShape,
-    SigmoidShape,
-    ViewShape,
-)
+from clipfast.verify.cases import ACCURACY, DETERMINISM, EVERYWHERE, Case
+from clipfast.verify.loss_shapes import LossShape, QueueShape, SigmoidShape, ViewShape
+from clipfast.verify.shapes import AttentionShape, PatchShape
 
 SMALL = {
     "contrastive_loss": [Case(LossShape(21, 24, 20.0, 0.3), "small", draws=6)],
