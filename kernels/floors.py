@@ -85,6 +85,17 @@ def layer_norm_floor(rows: int, width: int, itemsize: int, *, residual: bool, ba
     return Floor((13 if backward else 8) * rows * width, tensors * rows * width * itemsize + parameters + 8 * rows)
 
 
+def layer_norm_pair_floor(rows: int, width: int, itemsize: int, *, backward: bool) -> Floor:
+    """Two layer norms in a row of [rows, width], with float32 parameters: forward reads one tensor and the parameters
+    and writes two; backward reads that tensor, the gradients of both results and three parameters (the last bias is
+    only added), and writes the gradients of the tensor and of four parameters. Means and rstds, in float32, come on
+    top.
+    """
+    tensors, parameters = (4, 7) if backward else (3, 4)
+    flops = (28 if backward else 16) * rows * width
+    return Floor(flops, tensors * rows * width * itemsize + parameters * width * 4 + 16 * rows)
+
+
 def bias_act_floor(rows: int, width: int, itemsize: int, *, backward: bool) -> Floor:
     """Activation of [rows, width] plus a float32 bias: forward reads one tensor and writes one; backward reads the
     gradient besides, and writes the bias's.

@@ -11,6 +11,7 @@ from clipfast.kernels import (
     bias_quick_gelu,
     contrastive_loss,
     layer_norm,
+    layer_norm_pair,
     patch_embed,
     retrieval_ranks,
     sigmoid_loss,
@@ -56,6 +57,9 @@ def shipped_cases() -> dict[str, Case]:
     # B, L, H and bigG, and their MLPs; the widest of all
     for width in (768, 1024, 1280, 1664, 4096, 8192):
         cases[f"layer_norm residual N{width} bf16"] = _layer_norm(torch.bfloat16, width)
+        cases[f"layer_norm_pair N{width} bf16"] = _layer_norm_pair(torch.bfloat16, width)
+    for width in (1024, 4096, 8192):
+        cases[f"layer_norm_pair N{width} fp32"] = _layer_norm_pair(torch.float32, width)
     cases["layer_norm residual N1024 fp32"] = _layer_norm(torch.float32, 1024)
     cases["layer_norm residual N8192 fp32"] = _layer_norm(torch.float32, 8192)
     cases["layer_norm residual N1024 bf16 into fp32"] = _layer_norm(torch.float32, 1024, torch.bfloat16)
@@ -123,6 +127,16 @@ def _layer_norm(stream: torch.dtype, width: int, added: torch.dtype | None = Non
         x, residual = (torch.empty(64, width, dtype=dtype, requires_grad=True) for dtype in (added or stream, stream))
         weight, bias = (torch.empty(width, requires_grad=True) for _ in range(2))
         results = layer_norm(x, weight, bias, residual=residual)
+        torch.autograd.backward(results, [torch.empty_like(result) for result in results])
+
+    return run
+
+
+def _layer_norm_pair(dtype: torch.dtype, width: int) -> Case:
+    def run() -> None:
+        x = torch.empty(64, width, dtype=dtype, requires_grad=True)
+        weight_1, bias_1, weight_2, bias_2 = (torch.empty(width, requires_grad=True) for _ in range(4))
+        results = layer_norm_pair(x, weight_1, bias_1, weight_2, bias_2)
         torch.autograd.backward(results, [torch.empty_like(result) for result in results])
 
     return run
