@@ -73,6 +73,18 @@ def attention_floor(
     return Floor(7 * product, 11 * plane) if backward else Floor(2 * product, 4 * plane)
 
 
+def attention_pool_floor(batch: int, queries: int, tokens: int, width: int, itemsize: int, *, backward: bool) -> Floor:
+    """Attention of [batch, queries, width] on tokens that are keys and values at once: two products forward; backward
+    recomputes one of them and needs four more.
+
+    Forward reads queries and tokens and writes as much as the queries; with backward, both and the gradient are read,
+    and gradients of both are written.
+    """
+    product = 2 * batch * queries * tokens * width
+    query, key = (batch * rows * width * itemsize for rows in (queries, tokens))
+    return Floor(7 * product, 5 * query + 3 * key) if backward else Floor(2 * product, 2 * query + key)
+
+
 def layer_norm_floor(rows: int, width: int, itemsize: int, *, residual: bool, backward: bool) -> Floor:
     """Layer norm of [rows, width], with the addition of a residual or without, and float32 parameters.
 
