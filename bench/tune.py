@@ -27,6 +27,7 @@ from clipfast.kernels import configs
 from .case import DTYPES, OURS, Candidate, Case, Inputs, call
 from .harness import Budget, Timing, leaves, measure, ratio_interval, short
 from .inspection import Report, inspect_launch, offline
+from .inspection.shipped import small_tile_problems
 from .machine import use
 from .suites import Shape, build
 from .tune_targets import TARGETS, Config, Target, Tunable, key_of, space
@@ -94,7 +95,9 @@ def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Co
     if not ours:
         raise RuntimeError(f"{case.op} launches no {tunable.function}")
     try:
-        return max((inspect_launch(launch, arch) for launch in ours), key=lambda report: report.rank)
+        known = small_tile_problems(arch) if tunable.small_tiles else ()
+        reports = (dataclasses.replace(inspect_launch(launch, arch), known=known) for launch in ours)
+        return max(reports, key=lambda report: report.rank)
     except Exception as error:
         # compilers raise many kinds; none is lost, prune says them
         return short(error)

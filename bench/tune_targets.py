@@ -22,6 +22,7 @@ class Tunable:
         kind: of its configurations.
         axes: what is searched in place of :data:`SPACES`, for the fields that it names.
         per_width: whether it has entries by the width of its rows.
+        small_tiles: whether its tiles have too few rows for the largest matrix units.
     """
 
     kernel: str
@@ -29,6 +30,7 @@ class Tunable:
     kind: type[Config]
     axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     per_width: bool = False
+    small_tiles: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +157,7 @@ TARGETS = {
     "attention_pool": Target(
         "attention_pool",
         {"batch": 256, "queries": 32, "tokens": 50, "width": 2048},
-        (Tunable("attention_pool", "_pool_bwd_kernel", _ROWS, _POOL),),
+        (Tunable("attention_pool", "_pool_bwd_kernel", _ROWS, _POOL, small_tiles=True),),
     ),
     "patch_embed_images": Target(
         "patch_floats",
@@ -184,7 +186,7 @@ TARGETS = {
 
 def space(tunable: Tunable) -> Iterator[Config]:
     """Every configuration that is searched for a kernel."""
-    axes = SPACES[tunable.kind] | tunable.axes
+    axes = {**SPACES[tunable.kind], **tunable.axes}
     for values in itertools.product(*axes.values()):
         yield tunable.kind(**dict(zip(axes, values, strict=True)))
 

@@ -49,6 +49,17 @@ def test_what_does_not_compile_says_why():
     assert "power of 2" in reason
 
 
+def test_small_tiles_may_miss_the_largest_matrix_units():
+    target = tune_targets.TARGETS["attention_pool"]
+    (pool,) = target.kernels
+    committed = configs.RowConfig(**configs.committed(tune_targets.key_of(pool, target, "bf16"), 90))
+    assert [c for c, _ in tune.prune(pool, target, "bf16", 90, [committed], keep=1, pool=InThisProcess())] == [
+        committed
+    ]
+    strict = dataclasses.replace(pool, small_tiles=False)
+    assert tune.prune(strict, target, "bf16", 90, [committed], keep=1, pool=InThisProcess()) == []
+
+
 def test_a_kernel_that_is_not_launched_is_an_error():
     gone = tune_targets.Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
     with pytest.raises(RuntimeError, match=r"attention\.fwd_bwd launches no _renamed_kernel"):
