@@ -14,6 +14,8 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import reference
 from . import cases, shapes
+from .block_inputs import BLOCK_MAKERS, Made
+from .block_shapes import RowShape
 from .cases import Case
 from .context import exact_float32, poisoned
 from .loss_shapes import AnyLoss, LossShape, QueueShape, SigmoidShape, ViewShape
@@ -46,8 +48,10 @@ def problem(case: Case, dtype: torch.dtype, device: str, draw: int = 0) -> Probl
     """Inputs of ``case``: the same on every machine, device and leg, drawn from a seed made of its name."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.name} {draw}".encode()))
     name, options, inputs, grad = _MAKERS[type(case.shape)](case, generator)
-    # scale and bias of the logits are parameters of their own and stay float32, as under autocast
-    cast = {key: (x.to(dtype) if x.is_floating_point() and x.ndim else x).to(device) for key, x in inputs.items()}
+    cast = {
+        key: (x.to(dtype) if x.is_floating_point() and not _stays_float32(case, key, x) else x).to(device)
+        for key, x in inputs.items()
+    }
     laid_out = {key: x if x.ndim == 0 else _lay_out(x, case.layout) for key, x in cast.items()}
     grad = grad.to(device, dtype if grad.ndim else torch.float32)
     if grad.ndim == 0 and case.layout == cases.EXPANDED:
@@ -55,15 +59,27 @@ def problem(case: Case, dtype: torch.dtype, device: str, draw: int = 0) -> Probl
         laid_out[first] = cast[first][:1].expand_as(cast[first])
     elif grad.ndim:
         grad = grad.flatten()[0].expand_as(grad) if case.layout == cases.EXPANDED else _lay_out(grad, case.layout)
-    op, expected = (functools.partial(getattr(module, name), **options) for module in (kernels, reference))
+    op, expected = (
+        functools.partial(_side_by_side, getattr(module, name), **options) for module in (kernels, reference)
+    )
     return Problem(op, expected, laid_out, grad)
+
+
+def _stays_float32(case: Case, name: str, x: Tensor) -> bool:
+    """Scale and bias of the logits are parameters of their own, as under autocast, and so are those of what walks
+    rows.
+    """
+    return x.ndim == 0 or (isinstance(case.shape, RowShape) and name not in ("x", "residual"))
+
+
+def _side_by_side(op: Callable[..., Tensor | tuple[Tensor, ...]], **inputs: Any) -> Tensor:
+    """The result of ``op``, or its results in one tensor."""
+    results = op(**inputs)
+    return torch.cat(results, -1) if isinstance(results, tuple) else results
 
 
 def _normal(generator: torch.Generator, *size: int) -> Tensor:
     return torch.randn(size, generator=generator)
-
-
-Made = tuple[str, dict[str, Any], dict[str, Tensor], Tensor]
 
 
 def _make_loss(case: Case, generator: torch.Generator) -> Made:
@@ -170,6 +186,7 @@ _MAKERS: dict[type, Callable[[Case, torch.Generator], Made]] = {
     **dict.fromkeys((LossShape, SigmoidShape, QueueShape, ViewShape), _make_loss),
     AttentionShape: _make_attention,
     PatchShape: _make_patch,
+    **BLOCK_MAKERS,
 }
 
 

@@ -1,7 +1,9 @@
-"""What the ops are verified at: every case says why it is there. The losses have theirs in ``loss_shapes``."""
+"""What the ops are verified at: every case says why it is there. The losses have theirs in ``loss_shapes``, and
+parts of a block in ``block_shapes``."""
 
 from typing import Any, NamedTuple
 
+from .block_shapes import BLOCK_CASES
 from .cases import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, NOT_INTERPRETED, Case, on
 from .loss_shapes import FEW, LOSS_CASES
 
@@ -147,4 +149,5 @@ CASES = {
     **LOSS_CASES,
     "attention": ATTENTION + REPEATED["attention"],
     "patch_embed": PATCH + REPEATED["patch_embed"],
+    **BLOCK_CASES,
 }
