@@ -13,6 +13,11 @@ OURS = "clipfast"
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor]
+Results = Tensor | tuple[Tensor, Tensor]
+# Of one result or of two.
+AnyFunction = Callable[..., Results]
+# What the inputs call the gradient of each result, and what the result is called.
+GRADS, VALUES = ("grad", "grad_2"), ("value", "value_2")
 
 
 class MissingError(Exception):
@@ -32,7 +37,7 @@ class Candidate:
     """
 
     name: str
-    make: Callable[[], Function]
+    make: Callable[[], AnyFunction]
     lacks: tuple[str, ...] = ()
     note: str = ""
     context: Callable[[], AbstractContextManager[object]] = nullcontext
@@ -67,7 +72,7 @@ class Case:
     device: torch.device
     inputs: Callable[[], Inputs]
     candidates: tuple[Candidate, ...]
-    reference: Function | None = None
+    reference: AnyFunction | None = None
     floor: Floor | None = None
     items: tuple[int, str] = (1, "calls")
     wants_grad: tuple[str, ...] = ()
@@ -81,19 +86,26 @@ class Case:
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
 
 
-def call(case: Case, candidate: Candidate, function: Function, inputs: Inputs) -> dict[str, Tensor]:
-    """One call: the value, and gradients as ``d_<name>`` where the case asks for them and the candidate has them."""
+def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
+    """One call: the value or values, and gradients as ``d_<name>`` where the case asks for them and the candidate has
+    them.
+    """
     wanted = [name for name in case.wants_grad if name not in candidate.lacks]
     with candidate.context():
-        value = function(**inputs)
+        results = function(**inputs)
+        values = results if isinstance(results, tuple) else (results,)
         if not wanted:
-            return {"value": value}
-        upstream = torch.ones_like(value) if value.ndim == 0 else inputs["grad"].to(value.dtype)
-        grads = torch.autograd.grad(value, [inputs[name] for name in wanted], upstream)
-    return {"value": value.detach(), **{f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}}
+            return dict(zip(VALUES, values, strict=False))
+        upstream = [
+            torch.ones_like(value) if value.ndim == 0 else inputs[name].to(value.dtype)
+            for value, name in zip(values, GRADS, strict=False)
+        ]
+        grads = torch.autograd.grad(values, [inputs[name] for name in wanted], upstream)
+    detached = {name: value.detach() for name, value in zip(VALUES, values, strict=False)}
+    return detached | {f"d_{name}": grad for name, grad in zip(wanted, grads, strict=True)}
 
 
-def observe(case: Case, candidate: Candidate, function: Function, inputs: Inputs) -> dict[str, Tensor]:
+def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
     """What is compared with the reference: what the function itself says (its method ``observe``), or one call."""
     if hasattr(function, "observe"):
         with candidate.context():

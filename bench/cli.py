@@ -15,7 +15,11 @@ from .machine import use
 from .suites import SUITES, Shape, build
 
 # What one name stands for.
-GROUPS = {"ops": ("loss", "attention", "patch", "retrieval"), "losses": ("loss", "sigmoid", "info_nce", "nt_xent")}
+GROUPS = {
+    "ops": ("loss", "attention", "patch", "retrieval"),
+    "losses": ("loss", "sigmoid", "info_nce", "nt_xent"),
+    "blocks": ("layer_norm", "layer_norm_pair", "bias_act", "attention_pool"),
+}
 DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
 and gradients agree with the reference; candidates take turns, and every sample is kept. "of floor" is the time of the

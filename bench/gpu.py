@@ -37,6 +37,7 @@ SECONDS = {
     "losses": 100.0,
     "attention": 50.0,
     "patch": 30.0,
+    "blocks": 90.0,
     "step": 40.0,
     "tune": 40.0,
     "sanitizer": 30.0,
@@ -50,7 +51,12 @@ PARTS: dict[str, dict[str, str]] = {
         "tune": "contrastive",
     },
     "attention": {"tests": "attention", "op": "attention", "bench": "attention", "tune": "attention-64"},
-    "blocks": {"tests": "patch", "op": "patch_embed", "bench": "patch", "tune": "patch_embed"},
+    "blocks": {
+        "tests": "patch or norm or activation or pool",
+        "op": "patch_embed layer_norm layer_norm_pair bias_gelu bias_quick_gelu attention_pool",
+        "bench": "patch blocks",
+        "tune": "layer_norm-1024 layer_norm_pair-1024 bias_act patch_embed attention_pool",
+    },
     "step": {"tests": "", "op": "", "bench": "step", "tune": ""},
 }
 # A part has time to tune.
@@ -97,7 +103,7 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
         if dry
         else ["--device", "cuda", "--seconds", "3", "--total", LEFT]
     )
-    tune = [*python, "clipfast.bench", "tune", "--op", "attention-64" if dry else chosen["tune"]]
+    tune = [*python, "clipfast.bench", "tune", "--op", *(["attention-64"] if dry else chosen["tune"].split())]
     tune += ["--dry", "--limit", "3"] if dry else ["--card", "", "--limit", "48", "--seconds", "3", "--total", LEFT]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
     found = {

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .case import Candidate, Case, Function, Inputs, MissingError, call, observe
+from .case import AnyFunction, Candidate, Case, Inputs, MissingError, call, observe
 from .graphs import Graphs
 from .machine import Telemetry, cache_bytes, exact_float32, free_bytes, synchronize
 
@@ -59,7 +59,7 @@ class Timing:
     timer: str = ""
     refused: str | None = None
     eager: str | None = None
-    function: Function | None = None
+    function: AnyFunction | None = None
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     errors: dict[str, float] = dataclasses.field(default_factory=dict)
 
@@ -171,7 +171,7 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
         exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
 
         @functools.cache
-        def truth_of(reference: Function) -> dict[str, torch.Tensor]:
+        def truth_of(reference: AnyFunction) -> dict[str, torch.Tensor]:
             return observe(case, Candidate("reference", lambda: reference), reference, exact)
 
         for timing in timings:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from .case import Candidate, Case, Function, call
+from .case import AnyFunction, Candidate, Case, call
 from .harness import leaves
 from .machine import exact_float32
 from .suites import build
@@ -23,7 +23,7 @@ from .suites import build
 TIMEOUT_S = 600
 
 
-def peak_bytes(case: Case, candidate: Candidate, function: Function | None = None) -> int:
+def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = None) -> int:
     """Bytes that a call of ``candidate`` adds to what its inputs take, outputs included.
 
     Args:
@@ -50,7 +50,7 @@ def peak_bytes(case: Case, candidate: Candidate, function: Function | None = Non
 
 
 @exact_float32()
-def _peak_on_gpu(case: Case, candidate: Candidate, function: Function) -> int:
+def _peak_on_gpu(case: Case, candidate: Candidate, function: AnyFunction) -> int:
     inputs = leaves(case, case.inputs())
     call(case, candidate, function, inputs)  # libraries' workspaces are not the call's
     torch.cuda.synchronize()

@@ -27,6 +27,7 @@ from clipfast.kernels import configs
 from .case import DTYPES, OURS, Candidate, Case, Inputs, call
 from .harness import Budget, Timing, leaves, measure, ratio_interval, short
 from .inspection import Report, inspect_launch, offline
+from .inspection.shipped import small_tile_problems
 from .machine import use
 from .suites import Shape, build
 from .tune_targets import TARGETS, Config, Target, Tunable, key_of, space
@@ -94,7 +95,9 @@ def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Co
     if not ours:
         raise RuntimeError(f"{case.op} launches no {tunable.function}")
     try:
-        return max((inspect_launch(launch, arch) for launch in ours), key=lambda report: report.rank)
+        known = small_tile_problems(arch) if tunable.small_tiles else ()
+        reports = (dataclasses.replace(inspect_launch(launch, arch), known=known) for launch in ours)
+        return max(reports, key=lambda report: report.rank)
     except Exception as error:
         # compilers raise many kinds; none is lost, prune says them
         return short(error)
@@ -114,7 +117,7 @@ def tune(
     for tunable in target.kernels:
         key = key_of(tunable, target, dtype)
         committed = _committed(tunable, arch, target, dtype)
-        searched = spread(list(space(tunable.kind)), limit)
+        searched = spread(list(space(tunable)), limit)
         pruned = [c for c, _ in prune(tunable, target, dtype, arch, searched, keep, pool) if c != committed]
         say(f"{key}: timing {len(pruned)} configurations against {committed}")
         with _overrides(better):
@@ -164,7 +167,7 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
 
 def run(args: Any) -> int:
     """Tune what the parsed command line names, or with ``--dry`` rank configurations without a card."""
-    ops = list(TARGETS) if args.op == "all" else [args.op]
+    ops = list(TARGETS) if "all" in args.op else args.op
     if args.dry:
         with compilers() as pool:
             for op in ops:
@@ -200,7 +203,7 @@ def _tune_all(ops: Sequence[str], args: Any, device: torch.device) -> int:
 
 def add_arguments(parser: Any) -> None:
     """Options of the tuner."""
-    parser.add_argument("--op", default="all", choices=("all", *TARGETS))
+    parser.add_argument("--op", nargs="+", default=["all"], choices=("all", *TARGETS))
     parser.add_argument("--card", help="part of the name of the card here, such as H100: says that you mean this one")
     parser.add_argument("--dtype", default="bf16", choices=tuple(DTYPES))
     parser.add_argument("--keep", type=int, default=8, help="configurations to time for each kernel (default 8)")
@@ -222,7 +225,7 @@ def _print_ranking(
     target = TARGETS[op]
     for tunable in target.kernels:
         committed = _committed(tunable, arch, target, dtype)
-        searched = list(space(tunable.kind))
+        searched = list(space(tunable))
         chosen = [committed, *(config for config in spread(searched, limit) if config != committed)]
         print(f"{key_of(tunable, target, dtype)} on sm_{arch}, {len(chosen)} of {len(searched)} configurations:")
         for config, report in prune(tunable, target, dtype, arch, chosen, keep, pool):
@@ -281,7 +284,7 @@ def _overrides(entries: dict[str, Config]) -> contextlib.ExitStack:
 
 def _small(shape: Shape) -> Shape:
     """The same shape with a small batch: what is compiled does not depend on it, but empty tensors take memory."""
-    small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2}
+    small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2, "rows": 1024}
     return {key: small.get(key, value) for key, value in shape.items()}
 
 

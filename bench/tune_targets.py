@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from clipfast.kernels import configs
 
@@ -20,11 +20,17 @@ class Tunable:
         kernel: its name in the tables.
         function: name of the Triton function.
         kind: of its configurations.
+        axes: what is searched in place of :data:`SPACES`, for the fields that it names.
+        per_width: whether it has entries by the width of its rows.
+        small_tiles: whether its tiles have too few rows for the largest matrix units.
     """
 
     kernel: str
     function: str
     kind: type[Config]
+    axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    per_width: bool = False
+    small_tiles: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +85,28 @@ _SHORT_BOTH = (
     Tunable("attention_short_bwd", "_short_bwd_kernel", _SHORT),
     Tunable("attention_short_fwd", "_short_fwd_kernel", _SHORT),
 )
+
+
+def _whole_rows(kernel: str, width: int) -> Tunable:
+    """A kernel that holds whole rows: up to four at a time in tiles of the entry's width."""
+    widest = min(limit for limit in configs.WIDTHS if width <= limit)
+    axes = {"block_m": (1, 2, 4), "block_k": (widest,), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3)}
+    return Tunable(kernel, f"_{kernel}_kernel", _ROWS, axes, per_width=True)
+
+
+def _norm(rows: int, width: int) -> Target:
+    """Layer norm with the addition of a residual: what a block has twice."""
+    kernels = (_whole_rows("layer_norm_bwd", width), _whole_rows("layer_norm_fwd", width))
+    return Target("layer_norm", {"rows": rows, "width": width, "residual": True}, kernels)
+
+
+def _norm_pair(rows: int, width: int) -> Target:
+    kernels = (_whole_rows("layer_norm_pair_bwd", width), _whole_rows("layer_norm_pair_fwd", width))
+    return Target("layer_norm_pair", {"rows": rows, "width": width}, kernels)
+
+
+_ACT = {"block_m": (2, 4, 8, 16), "block_k": (128, 256, 512, 1024), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+_POOL = {"block_m": (16,), "block_k": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 TARGETS = {
     "contrastive": Target(
         "loss",
@@ -113,6 +141,29 @@ TARGETS = {
         {"batch": 256, "size": 224, "patch": 14, "embed_dim": 1024},
         tuple(Tunable(name, f"_{name}_kernel", _GEMM) for name in ("patch_embed_fwd", "patch_embed_bwd_weight")),
     ),
+    # 256 images of L/14 and of bigG/14; no model is wider
+    "layer_norm-1024": _norm(65792, 1024),
+    "layer_norm-2048": _norm(65792, 1664),
+    "layer_norm-4096": _norm(16384, 4096),
+    "layer_norm-8192": _norm(8192, 8192),
+    "layer_norm_pair-1024": _norm_pair(65792, 1024),
+    "layer_norm_pair-2048": _norm_pair(65792, 1664),
+    "layer_norm_pair-4096": _norm_pair(16384, 4096),
+    "bias_act": Target(
+        "bias_act",
+        {"rows": 65792, "width": 4096, "quick": False},
+        tuple(Tunable(name, f"_{name}_kernel", _ROWS, _ACT) for name in ("bias_act_bwd", "bias_act_fwd")),
+    ),
+    "attention_pool": Target(
+        "attention_pool",
+        {"batch": 256, "queries": 32, "tokens": 50, "width": 2048},
+        (Tunable("attention_pool", "_pool_bwd_kernel", _ROWS, _POOL, small_tiles=True),),
+    ),
+    "patch_embed_images": Target(
+        "patch_floats",
+        {"batch": 64, "size": 224, "patch": 14, "embed_dim": 1024},
+        (Tunable("patch_embed_bwd_images", "_patch_embed_bwd_images_kernel", _GEMM),),
+    ),
     "retrieval_ranks": Target(
         "retrieval",
         {"images": 5120, "texts": 25600, "embed_dim": 512},
@@ -133,18 +184,17 @@ TARGETS = {
 }
 
 
-def space(kind: type[Config]) -> Iterator[Config]:
-    """Every configuration that is searched for a kernel of this kind."""
-    axes = SPACES[kind]
+def space(tunable: Tunable) -> Iterator[Config]:
+    """Every configuration that is searched for a kernel."""
+    axes = {**SPACES[tunable.kind], **tunable.axes}
     for values in itertools.product(*axes.values()):
-        yield kind(**dict(zip(axes, values, strict=True)))
+        yield tunable.kind(**dict(zip(axes, values, strict=True)))
 
 
 def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
     """The entry of the tables that is tuned."""
     head_dim = target.shape.get("head_dim")
     num_keys = target.shape["tokens"] if tunable.kind is _SHORT else None
-    return configs.config_key(
-        tunable.kernel, DTYPES[dtype], head_dim if isinstance(head_dim, int) else None,
-        num_keys if isinstance(num_keys, int) else None,
-    )  # fmt: skip
+    width = target.shape["width"] if tunable.per_width else None
+    sizes = (size if isinstance(size, int) else None for size in (head_dim, num_keys, width))
+    return configs.config_key(tunable.kernel, DTYPES[dtype], *sizes)

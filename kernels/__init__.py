@@ -9,6 +9,7 @@ from .activation import bias_gelu, bias_quick_gelu
 from .attention import attention, attention_pool, attention_qkv, attention_route
 from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .norm import layer_norm
+from .norm_pair import layer_norm_pair
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
 
@@ -23,6 +24,7 @@ __all__ = [
     "distributed_contrastive_loss",
     "info_nce_loss",
     "layer_norm",
+    "layer_norm_pair",
     "nt_xent_loss",
     "patch_embed",
     "reference",

@@ -73,6 +73,18 @@ def attention_floor(
     return Floor(7 * product, 11 * plane) if backward else Floor(2 * product, 4 * plane)
 
 
+def attention_pool_floor(batch: int, queries: int, tokens: int, width: int, itemsize: int, *, backward: bool) -> Floor:
+    """Attention of [batch, queries, width] on tokens that are keys and values at once: two products forward; backward
+    recomputes one of them and needs four more.
+
+    Forward reads queries and tokens and writes as much as the queries; with backward, both and the gradient are read,
+    and gradients of both are written.
+    """
+    product = 2 * batch * queries * tokens * width
+    query, key = (batch * rows * width * itemsize for rows in (queries, tokens))
+    return Floor(7 * product, 5 * query + 3 * key) if backward else Floor(2 * product, 2 * query + key)
+
+
 def layer_norm_floor(rows: int, width: int, itemsize: int, *, residual: bool, backward: bool) -> Floor:
     """Layer norm of [rows, width], with the addition of a residual or without, and float32 parameters.
 
@@ -83,6 +95,17 @@ def layer_norm_floor(rows: int, width: int, itemsize: int, *, residual: bool, ba
     tensors = (4 if residual else 3) if backward else (4 if residual else 2)
     parameters = (3 if backward else 2) * width * 4
     return Floor((13 if backward else 8) * rows * width, tensors * rows * width * itemsize + parameters + 8 * rows)
+
+
+def layer_norm_pair_floor(rows: int, width: int, itemsize: int, *, backward: bool) -> Floor:
+    """Two layer norms in a row of [rows, width], with float32 parameters: forward reads one tensor and the parameters
+    and writes two; backward reads that tensor, the gradients of both results and three parameters (the last bias is
+    only added), and writes the gradients of the tensor and of four parameters. Means and rstds, in float32, come on
+    top.
+    """
+    tensors, parameters = (4, 7) if backward else (3, 4)
+    flops = (28 if backward else 16) * rows * width
+    return Floor(flops, tensors * rows * width * itemsize + parameters * width * 4 + 16 * rows)
 
 
 def bias_act_floor(rows: int, width: int, itemsize: int, *, backward: bool) -> Floor:

@@ -45,6 +45,24 @@ FWD_REGISTERS, BWD_REGISTERS = 64, 128
 
 
 @triton.jit
+def centred_rows(s, mask, N, eps):
+    """Rows [BM, BN] less their means, the means [BM], and the rstd [BM]."""
+    mean = tl.sum(s, 1) / N
+    # around the mean, not E[s^2] - mean^2, which cancels; what lies past the row must not count
+    centred = tl.where(mask, s - mean[:, None], 0.0)
+    return centred, mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)
+
+
+@triton.jit
+def grad_of_rows(dy, weight, normed, rstd, N):
+    """ds [BM, BN] of the rows that ``normed`` was made of; ``dy`` or ``weight`` is zero past the row."""
+    g = dy * weight
+    g_mean = tl.sum(g, 1)[:, None] / N
+    g_slope = tl.sum(g * normed, 1)[:, None] / N
+    return (g - g_mean - normed * g_slope) * rstd
+
+
+@triton.jit
 def _layer_norm_fwd_kernel(
     x_ptr,  # [M, N]
     residual_ptr,  # [M, N]
@@ -75,10 +93,7 @@ def _layer_norm_fwd_kernel(
             rounded = (s + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
             tl.store(s_ptr + rows * N + columns, rounded, mask=mask)
             s = rounded.to(tl.float32)
-        mean = tl.sum(s, 1) / N  # [BM]
-        # around the mean, not E[s^2] - mean^2, which cancels; what lies past the row must not count
-        centred = tl.where(mask, s - mean[:, None], 0.0)
-        rstd = 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)
+        centred, mean, rstd = centred_rows(s, mask, N, eps)
         y = centred * rstd[:, None] * weight + bias
         tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(mean_ptr + offs_m, mean, mask=mask_m)
@@ -120,10 +135,7 @@ def _layer_norm_bwd_kernel(
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         normed = (s - mean) * rstd  # not zero past the row, where dy and weight are
-        g = dy * weight
-        g_mean = tl.sum(g, 1)[:, None] / N
-        g_slope = tl.sum(g * normed, 1)[:, None] / N
-        ds = (g - g_mean - normed * g_slope) * rstd
+        ds = grad_of_rows(dy, weight, normed, rstd, N)
         if HAS_GRAD_S:
             ds += tl.load(grad_s_ptr + rows * stride_gm + columns * stride_gn, mask=mask, other=0.0).to(tl.float32)
         tl.store(ds_ptr + rows * N + columns, ds.to(ds_ptr.dtype.element_ty), mask=mask)
@@ -138,7 +150,7 @@ def _layer_norm_bwd_kernel(
         tl.store(db_ptr + sums, tl.sum(acc_db, 0), mask=mask_n)
 
 
-def _tiles(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, dict[str, int]]:
+def row_tiles(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, dict[str, int]]:
     """Configuration, number of programs and tile for the rows of ``x``: narrow rows share a tile."""
     num_rows, width = x.shape
     cfg = row_config(kernel, arch_of(x.device), x.dtype, width)
@@ -146,6 +158,20 @@ def _tiles(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, dict
     block_m = max(1, cfg.block_m * cfg.block_k // block_n)
     programs = min(triton.cdiv(num_rows, block_m), programs_at_once(x.device, cfg.num_warps, registers))
     return cfg, programs, {"BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": cfg.num_stages}
+
+
+def check_eps(op: str, name: str, eps: float) -> None:
+    """Refuse what cannot be added to a variance."""
+    if isinstance(eps, bool) or not isinstance(eps, int | float):
+        raise TypeError(f"{op}: {name} must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"{op}: {name} must not be negative, got {eps}")
+
+
+def check_width(op: str, x: Tensor) -> None:
+    """Refuse rows that do not fit the registers."""
+    if not 1 <= x.shape[-1] <= MAX_WIDTH:
+        raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
 
 
 def _fwd_triton(
@@ -156,7 +182,7 @@ def _fwd_triton(
     y = x.new_empty(x.shape)
     s = stream.new_empty(0 if residual is None else x.shape)
     mean, rstd = (x.new_empty(num_rows, dtype=torch.float32) for _ in range(2))
-    cfg, programs, tile = _tiles("layer_norm_fwd", stream, FWD_REGISTERS)
+    cfg, programs, tile = row_tiles("layer_norm_fwd", stream, FWD_REGISTERS)
     launch(
         _layer_norm_fwd_kernel, (programs,), x, residual, weight.contiguous(), bias.contiguous(), y, s, mean, rstd,
         num_rows, width, eps, *x.stride(), *stream.stride(),
@@ -170,7 +196,7 @@ def _bwd_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     num_rows, width = s.shape
     with_dx = grad_y.dtype != s.dtype
-    cfg, programs, tile = _tiles("layer_norm_bwd", s, BWD_REGISTERS)
+    cfg, programs, tile = row_tiles("layer_norm_bwd", s, BWD_REGISTERS)
     ds = s.new_empty(s.shape)
     dx = grad_y.new_empty(s.shape if with_dx else 0)
     dw, db = (s.new_empty(programs if with_sums else 0, width, dtype=torch.float32) for _ in range(2))
@@ -317,10 +343,7 @@ def layer_norm(
     check_tensor(op, "x", x, None)
     check_parameter(op, "weight", weight, x)
     check_parameter(op, "bias", bias, x)
-    if isinstance(eps, bool) or not isinstance(eps, int | float):
-        raise TypeError(f"{op}: eps must be a number, got {type(eps).__name__}")
-    if not eps >= 0:
-        raise ValueError(f"{op}: eps must not be negative, got {eps}")
+    check_eps(op, "eps", eps)
     if residual is not None:
         check_tensor(op, "residual", residual, None)
         if residual.shape != x.shape or residual.device != x.device:
@@ -333,7 +356,6 @@ def layer_norm(
     for name, tensor in (("x", x), ("weight", weight), ("bias", bias), ("residual", residual)):
         if tensor is not None:
             check_float(op, name, tensor)
-    if not 1 <= x.shape[-1] <= MAX_WIDTH:
-        raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
+    check_width(op, x)
     y, s, _, _ = _layer_norm_fwd(x, residual, weight, bias, float(eps))
     return y if residual is None else (y, s)

@@ -11,6 +11,7 @@ from clipfast.kernels import (
     bias_quick_gelu,
     contrastive_loss,
     layer_norm,
+    layer_norm_pair,
     patch_embed,
     retrieval_ranks,
     sigmoid_loss,
@@ -27,12 +28,19 @@ _SMALL_TILES = ("attention N17 D32 bf16", "attention_pool")
 def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
     """The problems that a case may have under a Triton version ("3.9") and that clipfast cannot help."""
     unit = offline.MATRIX_UNIT[arch]
-    if case.startswith(_SMALL_TILES) and case.endswith("bf16") and arch >= 90:
-        return tuple(f"multiplies with {found}, expected {unit}" for found in ("mma.sync", f"mma.sync+{unit}"))
+    if case.startswith(_SMALL_TILES) and case.endswith("bf16"):
+        return small_tile_problems(arch)
     # Triton 3.6 takes bytes widened to float32 for a type that tf32 holds, and uses it though asked for full precision
     if (version, arch) == ("3.6", 100) and case.endswith("bytes fp32"):
         return (f"multiplies with {unit}, expected none",)
     return ()
+
+
+def small_tile_problems(arch: int) -> tuple[str, ...]:
+    """The problems of a kernel whose tiles have fewer rows than the matrix units of ``arch`` want."""
+    unit = offline.MATRIX_UNIT[arch]
+    kinds = ("mma.sync", f"mma.sync+{unit}") if arch >= 90 else ()
+    return tuple(f"multiplies with {found}, expected {unit}" for found in kinds)
 
 
 def shipped_cases() -> dict[str, Case]:
@@ -60,6 +68,9 @@ def shipped_cases() -> dict[str, Case]:
     # B, L, H and bigG, and their MLPs; the widest of all
     for width in (768, 1024, 1280, 1664, 4096, 8192):
         cases[f"layer_norm residual N{width} bf16"] = _layer_norm(torch.bfloat16, width)
+        cases[f"layer_norm_pair N{width} bf16"] = _layer_norm_pair(torch.bfloat16, width)
+    for width in (1024, 4096, 8192):
+        cases[f"layer_norm_pair N{width} fp32"] = _layer_norm_pair(torch.float32, width)
     cases["layer_norm residual N1024 fp32"] = _layer_norm(torch.float32, 1024)
     cases["layer_norm residual N8192 fp32"] = _layer_norm(torch.float32, 8192)
     cases["layer_norm residual N1024 bf16 into fp32"] = _layer_norm(torch.float32, 1024, torch.bfloat16)
@@ -128,6 +139,16 @@ def _layer_norm(stream: torch.dtype, width: int, added: torch.dtype | None = Non
         x, residual = (torch.empty(64, width, dtype=dtype, requires_grad=True) for dtype in (added or stream, stream))
         weight, bias = (torch.empty(width, requires_grad=True) for _ in range(2))
         results = layer_norm(x, weight, bias, residual=residual)
+        torch.autograd.backward(results, [torch.empty_like(result) for result in results])
+
+    return run
+
+
+def _layer_norm_pair(dtype: torch.dtype, width: int) -> Case:
+    def run() -> None:
+        x = torch.empty(64, width, dtype=dtype, requires_grad=True)
+        weight_1, bias_1, weight_2, bias_2 = (torch.empty(width, requires_grad=True) for _ in range(4))
+        results = layer_norm_pair(x, weight_1, bias_1, weight_2, bias_2)
         torch.autograd.backward(results, [torch.empty_like(result) for result in results])
 
     return run

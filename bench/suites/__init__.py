@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..case import DTYPES, Case
-from . import attention, data, loss, losses, patch, retrieval, step, tokenizer
+from . import attention, blocks, data, loss, losses, patch, pool, retrieval, step, tokenizer
 
 Shape = Mapping[str, int | str | bool]
 
@@ -52,8 +52,39 @@ SUITES = {
         attention.FIELDS,
         attention.SMALLEST,
     ),
+    "attention_pool": Suite(
+        "attention pooling of the ResNets, forward and backward", pool.shapes, pool.build, pool.FIELDS, pool.SMALLEST
+    ),
+    "layer_norm": Suite(
+        "layer norm, with the addition before it or without, forward and backward",
+        blocks.norm_shapes,
+        blocks.norm,
+        blocks.NORM_FIELDS,
+        blocks.NORM_SMALLEST,
+    ),
+    "layer_norm_pair": Suite(
+        "two layer norms in a row, forward and backward",
+        blocks.pair_shapes,
+        blocks.norm_pair,
+        blocks.PAIR_FIELDS,
+        blocks.PAIR_SMALLEST,
+    ),
+    "bias_act": Suite(
+        "GELU and QuickGELU with a bias, forward and backward",
+        blocks.act_shapes,
+        blocks.bias_act,
+        blocks.ACT_FIELDS,
+        blocks.ACT_SMALLEST,
+    ),
     "patch": Suite(
         "patch embedding from bytes, forward and backward", patch.shapes, patch.build, patch.FIELDS, patch.SMALLEST
+    ),
+    "patch_floats": Suite(
+        "patch embedding from floats, and the gradient of the images",
+        patch.shapes,
+        patch.build_floats,
+        patch.FIELDS,
+        patch.SMALLEST,
     ),
     "retrieval": Suite(
         "retrieval ranks without the scores", retrieval.shapes, retrieval.build, retrieval.FIELDS, retrieval.SMALLEST

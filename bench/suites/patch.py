@@ -1,5 +1,6 @@
 """Patch embedding from bytes: ours against normalisation, convolution, concatenation and addition."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 
 from clipfast.kernels import patch_embed, reference
-from clipfast.kernels.floors import patch_embed_floor
+from clipfast.kernels.floors import Floor, patch_embed_floor
 
 from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
 from . import peers
@@ -59,6 +60,25 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         items=(batch, "images"),
         wants_grad=("weight", "class_embedding", "positional_embedding"),
     )
+
+
+def build_floats(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
+    """Random floats, which take a gradient too, as where a model guides the making of images."""
+    case = build(shape, dtype, device)
+    batch, size, patch, embed_dim = (shape[key] for key in FIELDS)
+
+    def inputs() -> Inputs:
+        images = torch.randn(batch, 3, size, size, device=device).to(DTYPES[dtype])
+        return {**case.inputs(), "images": images}
+
+    itemsize = DTYPES[dtype].itemsize
+    others = patch_embed_floor(batch, 3, size, patch, embed_dim, itemsize, itemsize, backward=True)
+    # a third product like the two, and the images' gradient
+    floor = Floor(1.5 * others.flops, others.bytes + 3 * batch * size * size * itemsize)
+    return dataclasses.replace(
+        case, suite="patch_floats", op="patch_embed_floats.fwd_bwd", inputs=inputs, floor=floor,
+        wants_grad=("images", *case.wants_grad),
+    )  # fmt: skip
 
 
 def _without_grad(function: Function) -> Function:

@@ -1,11 +1,15 @@
 """Other people's implementations, where they are installed."""
 
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
-from ..case import Function, MissingError
+from ..case import MissingError
+
+R = TypeVar("R")
 
 
 def need(module: str, package: str) -> ModuleType:
@@ -25,6 +29,6 @@ def need(module: str, package: str) -> ModuleType:
         raise MissingError(f"{package} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def compiled(function: Function) -> Function:
+def compiled(function: Callable[..., R]) -> Callable[..., R]:
     """``torch.compile`` of a candidate, for the shape at hand; ``harness.measure`` forgets those of earlier cases."""
     return torch.compile(function, dynamic=False)

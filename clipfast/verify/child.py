@@ -15,8 +15,8 @@ import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
+from .cases import INTERPRETER
 from .report import FAIL, Row
-from .shapes import INTERPRETER
 
 PROGRAM = "from clipfast.verify.child import main; main()"
 FINISHED = "finished"

@@ -16,11 +16,11 @@ from torch import Tensor
 from ..kernels import contrastive_loss
 from ..models import CLIP, get_model_config
 from ..training.optim import adamw, cosine_lr
+from .cases import CUDA
 from .context import exact_float32
 from .options import CURVE
 from .report import FAIL, PASS, Row
 from .rule import GRADIENT, Figure
-from .shapes import CUDA
 
 MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12

@@ -16,12 +16,12 @@ from ..kernels import contrastive_loss, reference
 from ..kernels.reference import normalize_uint8
 from ..models import CLIP
 from . import hf
+from .cases import ACCURACY, CUDA
 from .context import exact_float32, poisoned
 from .ops import MANY_DRAWS, TORCH_DTYPES
 from .options import HF, MODEL, OPENCLIP
 from .report import SKIP, Row, rows_of
 from .rule import Draw, judge_fairly
-from .shapes import ACCURACY, CUDA
 
 # A float64 model and its gradients take 16 bytes a parameter: above this, float32 is the truth for half precision.
 FLOAT64_PARAMETERS = 1e9

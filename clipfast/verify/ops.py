@@ -13,11 +13,15 @@ from torch import Tensor
 
 from .. import kernels
 from ..kernels import reference
-from . import shapes
+from . import cases, shapes
+from .block_inputs import BLOCK_MAKERS, Made
+from .block_shapes import RowShape
+from .cases import Case
 from .context import exact_float32, poisoned
+from .loss_shapes import AnyLoss, LossShape, QueueShape, SigmoidShape, ViewShape
 from .report import FAIL, PASS, SKIP, Row, rows_of
 from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
-from .shapes import AnyLoss, AttentionShape, Case, LossShape, PatchShape, QueueShape, SigmoidShape, ViewShape
+from .shapes import AttentionShape, PatchShape
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Elements of the reference's largest tensor up to which the truth is computed in float64 (eight such tensors exist at
@@ -26,8 +30,8 @@ FLOAT64_ELEMENTS = {"cpu": 2**26, "cuda": 2**29}
 # A case that fails over a few draws is judged over as many of these as the elements allow.
 MANY_DRAWS, MANY_ELEMENTS = 32, 2**25
 INTERPRETER_DRAWS = 3
-REPEATS = {shapes.CPU: 5, shapes.CUDA: 100}
-QUICK_REPEATS = {shapes.CPU: 3, shapes.CUDA: 20}
+REPEATS = {cases.CPU: 5, cases.CUDA: 100}
+QUICK_REPEATS = {cases.CPU: 3, cases.CUDA: 20}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,24 +48,38 @@ def problem(case: Case, dtype: torch.dtype, device: str, draw: int = 0) -> Probl
     """Inputs of ``case``: the same on every machine, device and leg, drawn from a seed made of its name."""
     generator = torch.Generator().manual_seed(zlib.crc32(f"{case.name} {draw}".encode()))
     name, options, inputs, grad = _MAKERS[type(case.shape)](case, generator)
-    # scale and bias of the logits are parameters of their own and stay float32, as under autocast
-    cast = {key: (x.to(dtype) if x.is_floating_point() and x.ndim else x).to(device) for key, x in inputs.items()}
+    cast = {
+        key: (x.to(dtype) if x.is_floating_point() and not _stays_float32(case, key, x) else x).to(device)
+        for key, x in inputs.items()
+    }
     laid_out = {key: x if x.ndim == 0 else _lay_out(x, case.layout) for key, x in cast.items()}
     grad = grad.to(device, dtype if grad.ndim else torch.float32)
-    if grad.ndim == 0 and case.layout == shapes.EXPANDED:
+    if grad.ndim == 0 and case.layout == cases.EXPANDED:
         first = next(iter(cast))
         laid_out[first] = cast[first][:1].expand_as(cast[first])
     elif grad.ndim:
-        grad = grad.flatten()[0].expand_as(grad) if case.layout == shapes.EXPANDED else _lay_out(grad, case.layout)
-    op, expected = (functools.partial(getattr(module, name), **options) for module in (kernels, reference))
+        grad = grad.flatten()[0].expand_as(grad) if case.layout == cases.EXPANDED else _lay_out(grad, case.layout)
+    op, expected = (
+        functools.partial(_side_by_side, getattr(module, name), **options) for module in (kernels, reference)
+    )
     return Problem(op, expected, laid_out, grad)
+
+
+def _stays_float32(case: Case, name: str, x: Tensor) -> bool:
+    """Scale and bias of the logits are parameters of their own, as under autocast, and so are those of what walks
+    rows.
+    """
+    return x.ndim == 0 or (isinstance(case.shape, RowShape) and name not in ("x", "residual"))
+
+
+def _side_by_side(op: Callable[..., Tensor | tuple[Tensor, ...]], **inputs: Any) -> Tensor:
+    """The result of ``op``, or its results in one tensor."""
+    results = op(**inputs)
+    return torch.cat(results, -1) if isinstance(results, tuple) else results
 
 
 def _normal(generator: torch.Generator, *size: int) -> Tensor:
     return torch.randn(size, generator=generator)
-
-
-Made = tuple[str, dict[str, Any], dict[str, Tensor], Tensor]
 
 
 def _make_loss(case: Case, generator: torch.Generator) -> Made:
@@ -168,6 +186,7 @@ _MAKERS: dict[type, Callable[[Case, torch.Generator], Made]] = {
     **dict.fromkeys((LossShape, SigmoidShape, QueueShape, ViewShape), _make_loss),
     AttentionShape: _make_attention,
     PatchShape: _make_patch,
+    **BLOCK_MAKERS,
 }
 
 
@@ -191,8 +210,8 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
 def verify_case(op: str, leg: str, case: Case, dtype: str, *, quick: bool) -> list[Row]:
     """All rows of one case: an exception of the op is a row that fails."""
     template = Row(op, leg, case.check, case.name, dtype, why=case.why)
-    device = "cuda" if leg == shapes.CUDA else "cpu"
-    if case.check == shapes.DETERMINISM:
+    device = "cuda" if leg == cases.CUDA else "cpu"
+    if case.check == cases.DETERMINISM:
         repeats = (QUICK_REPEATS if quick else REPEATS)[leg]
         return _repeat(template, problem(case, TORCH_DTYPES[dtype], device), repeats)
     return _hold_to_rule(template, case, TORCH_DTYPES[dtype], device)
@@ -216,10 +235,10 @@ def _hold_to_rule(template: Row, case: Case, dtype: torch.dtype, device: str) ->
                 same_dtype = {name: _less_exact(same_dtype[name], fused[name], truth[name]) for name in truth}
             return ours, same_dtype, truth
 
-    few = min(case.draws, INTERPRETER_DRAWS) if template.leg == shapes.INTERPRETER else case.draws
+    few = min(case.draws, INTERPRETER_DRAWS) if template.leg == cases.INTERPRETER else case.draws
     many = max(few, min(MANY_DRAWS, MANY_ELEMENTS // max(case.shape.elements, 1)))
     judgements, draws = judge_fairly(draw, few, many)
-    if case.check == shapes.EXTREME:
+    if case.check == cases.EXTREME:
         judgements = {name: _finite(name, judgement, draws) for name, judgement in judgements.items()}
     return rows_of(dataclasses.replace(template, truth="float32" if wide else "float64"), judgements)
 
@@ -283,7 +302,7 @@ def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterato
         if leg not in case.legs or (quick and not case.quick):
             continue
         for dtype in dtypes:
-            if not (leg == shapes.CPU and dtype in case.slow):
+            if not (leg == cases.CPU and dtype in case.slow):
                 yield case, dtype
 
 

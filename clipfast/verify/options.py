@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from ..models import list_models
-from .shapes import CASES, LEGS
+from .cases import LEGS
+from .shapes import CASES
 
 MODEL, CURVE = "model", "curve"
 OPENCLIP, HF = "openclip", "hf"

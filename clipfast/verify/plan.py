@@ -7,12 +7,12 @@ from functools import partial
 import torch
 
 from ..kernels._launch import INTERPRET
+from .cases import ACCURACY, CPU, CUDA, INTERPRETER
 from .curve import MODEL_NAME, verify_curve
 from .models import verify_model
 from .ops import planned, verify_case
 from .options import CURVE, MODEL, OPENCLIP, PEERS, Options, installed
 from .report import Row
-from .shapes import ACCURACY, CPU, CUDA, INTERPRETER
 
 NO_GPU = "no CUDA GPU here: the native kernels were not run"
 BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a GPU can run the kernels in it"

@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from .cases import CUDA
 from .child import groups_of_child
 from .ops import timed
 from .options import Options
 from .plan import checks, here, legs_of, not_run
 from .report import Row, write_json, write_junit
-from .shapes import CUDA
 
 
 def number_of_groups(options: Options) -> int:

@@ -122,7 +122,8 @@ sys.exit(gpu.run_steps(todo, Path({str(tmp_path)!r}), dict(os.environ)))
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_steps_come_in_order_of_value_end_in_time_and_leave_few_files(part, tmp_path):
     found = gpu.steps(part, tmp_path, dry=False)
-    order = ["environment", "tests", "verify", "loss", "losses", "attention", "patch", "step", "tune", "sanitizer"]
+    benches = ["loss", "losses", "attention", "patch", "blocks", "step"]
+    order = ["environment", "tests", "verify", *benches, "tune", "sanitizer"]
     names = [step.name for step in found]
     assert names == [name for name in order if name in names]
     assert names[:2] == ["environment", "tests"]

@@ -99,3 +99,38 @@ def test_the_chosen_gpu_becomes_the_current_one(monkeypatch):
     assert machine.use(torch.device("cuda:2")) == torch.device("cuda:2")
     assert machine.use(CPU) == CPU
     assert chosen == [torch.device("cuda:1"), torch.device("cuda:2")]
+
+
+@pytest.mark.parametrize(
+    ("fault", "wrong"),
+    [
+        (lambda s, y: (1.1 * s, y), "value"),
+        (lambda s, y: (s, 1.1 * y), "value_2"),
+        (lambda s, y: (_GradTwice.apply(s), y), "d_x"),
+        (lambda s, y: (s, _GradTwice.apply(y)), "d_weight_2"),
+    ],
+    ids=["first", "second", "gradient of the first", "gradient of the second"],
+)
+def test_both_results_of_an_op_are_held_to_the_reference(fault, wrong):
+    built = build("layer_norm_pair", SUITES["layer_norm_pair"].smallest, "fp32", CPU)
+    right = built.candidates[0].make()
+    faulty = Candidate("faulty", lambda: lambda **inputs: fault(*right(**inputs)))
+    (timing,) = timings = [harness.Timing(faulty)]
+    harness.pass_gate(built, timings)
+    assert f"wrong: {wrong} is off by" in timing.refused
+
+
+def test_images_that_are_floats_take_a_gradient():
+    bytes_, floats = (build(name, SUITES["patch"].smallest, "fp32", CPU) for name in ("patch", "patch_floats"))
+    assert floats.inputs()["images"].is_floating_point()
+    assert "images" in floats.wants_grad
+    assert "images" not in bytes_.wants_grad
+    assert floats.floor.flops == 1.5 * bytes_.floor.flops
+
+
+def test_parts_of_a_block_are_timed_at_the_published_towers():
+    widths = {shape["width"] for shape in SUITES["layer_norm_pair"].shapes("cuda")}
+    assert widths == {768, 1024, 1280, 1664}
+    assert {shape["width"] for shape in SUITES["bias_act"].shapes("cuda")} == {3072, 4096, 5120, 8192}
+    for name, field in (("layer_norm", "residual"), ("bias_act", "quick")):
+        assert {shape[field] for shape in SUITES[name].shapes("cuda")} == {False, True}

@@ -49,6 +49,17 @@ def test_what_does_not_compile_says_why():
     assert "power of 2" in reason
 
 
+def test_small_tiles_may_miss_the_largest_matrix_units():
+    target = tune_targets.TARGETS["attention_pool"]
+    (pool,) = target.kernels
+    committed = configs.RowConfig(**configs.committed(tune_targets.key_of(pool, target, "bf16"), 90))
+    assert [c for c, _ in tune.prune(pool, target, "bf16", 90, [committed], keep=1, pool=InThisProcess())] == [
+        committed
+    ]
+    strict = dataclasses.replace(pool, small_tiles=False)
+    assert tune.prune(strict, target, "bf16", 90, [committed], keep=1, pool=InThisProcess()) == []
+
+
 def test_a_kernel_that_is_not_launched_is_an_error():
     gone = tune_targets.Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
     with pytest.raises(RuntimeError, match=r"attention\.fwd_bwd launches no _renamed_kernel"):
@@ -175,12 +186,18 @@ def test_that_scale_makes_the_kernel_work():
 
 def test_every_entry_of_the_tables_can_be_tuned():
     tunable = {tunable.kernel for target in tune_targets.TARGETS.values() for tunable in target.kernels}
-    # the gradient of images is for images that are no bytes, which is not how models are trained; a pool is a sliver of
-    # a step; the norm and the activation have no suite
-    entries = {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
-    untuned = {"attention_pool", "patch_embed_bwd_images"}
-    untuned |= {"layer_norm_fwd", "layer_norm_bwd", "bias_act_fwd", "bias_act_bwd"}
-    assert tunable == entries - untuned
+    assert tunable == {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
+
+
+def test_every_width_can_be_tuned():
+    tuned = {
+        tune_targets.key_of(tunable, target, dtype)
+        for target in tune_targets.TARGETS.values()
+        for tunable in target.kernels
+        for dtype in ("bf16", "fp32")
+        if tunable.per_width
+    }
+    assert tuned == {key for arch in configs.ARCHS for key in configs.read_table(arch) if " width<=" in key}
 
 
 @pytest.mark.parametrize("op", tune_targets.TARGETS)
@@ -199,7 +216,7 @@ def test_every_tunable_kernel_has_a_committed_entry(op):
         for dtype in ("bf16",) if tunable.kind is configs.ShortConfig else ("bf16", "fp32"):
             key = tune_targets.key_of(tunable, target, dtype)
             assert any(key in configs.read_table(arch) for arch in configs.ARCHS), key
-        assert isinstance(next(tune_targets.space(tunable.kind)), tunable.kind)
+        assert isinstance(next(tune_targets.space(tunable)), tunable.kind)
 
 
 def test_the_override_reaches_forward_and_backward():

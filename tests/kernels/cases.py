@@ -18,6 +18,7 @@ from clipfast.kernels import (
     contrastive_loss,
     info_nce_loss,
     layer_norm,
+    layer_norm_pair,
     nt_xent_loss,
     patch_embed,
     sigmoid_loss,
@@ -117,8 +118,16 @@ def norm_inputs(
 
 
 def both(inputs: dict[str, Tensor], norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm) -> Tensor:
-    """Both results of a layer norm with a residual, side by side."""
+    """Both results of a layer norm with a residual, or of a pair of them, side by side."""
     return torch.cat(norm(**inputs), -1)
+
+
+def pair_inputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs of a pair of layer norms, and a gradient of its two results side by side."""
+    first, grad_s = norm_inputs(shape, dtype, device, residual=False)
+    second, grad_y = norm_inputs(shape, dtype, device, residual=False)
+    parameters = {f"{name}_{i}": x[name] for i, x in ((1, first), (2, second)) for name in ("weight", "bias")}
+    return {"x": first["x"], **parameters}, torch.cat([grad_s, grad_y], -1)
 
 
 def small_calls(
@@ -134,6 +143,7 @@ def small_calls(
     byte, _ = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=True)
     norm, norm_grad = norm_inputs((2 * scale, 5, 12), dtype, device, residual=True)
     alone = {name: norm[name] for name in ("x", "weight", "bias")}
+    pair, pair_grad = pair_inputs((2 * scale, 5, 12), dtype, device)
     act = {"x": norm["x"], "bias": norm["bias"]}
     loss = loss_inputs((11 * scale, 6), dtype, device, matched=0.3, scale=5.0)
     image, text, logit_scale = loss.values()
@@ -151,6 +161,7 @@ def small_calls(
         "attention_pool": (attention_pool, pool, torch.randn(2 * scale, 3, 10).to(device, dtype)),
         "layer_norm": (layer_norm, alone, norm_grad),
         "layer_norm of a sum": (lambda **inputs: both(inputs), norm, torch.cat([norm_grad, norm_grad], -1)),
+        "layer_norm_pair": (lambda **inputs: both(inputs, layer_norm_pair), pair, pair_grad),
         "bias_gelu": (bias_gelu, act, norm_grad),
         "bias_quick_gelu": (bias_quick_gelu, act, norm_grad),
         "patch_embed": (patch_embed, patch, patch_grad),

@@ -14,6 +14,7 @@ from clipfast.kernels import (
     cpu,
     info_nce_loss,
     layer_norm,
+    layer_norm_pair,
     nt_xent_loss,
     patch_embed,
     reference,
@@ -167,6 +168,29 @@ def test_layer_norm(arguments, options, error, message):
         layer_norm(*arguments, **options)
 
 
+PAIR_ERRORS = [
+    ((X.tolist(), W, W, W, W), {}, TypeError, "x must be a torch.Tensor, got list"),
+    ((X.int(), W, W, W, W), {}, TypeError, "x must be one of float32, .*, got int32"),
+    ((X, W[:7], W, W, W), {}, ValueError, r"weight_1 must be \[8\] on cpu, got \(7,\) on cpu"),
+    ((X, W, W[None], W, W), {}, ValueError, r"bias_1 must have 1 dimensions, got shape \(1, 8\)"),
+    ((X, W, W, 1.0, W), {}, TypeError, "weight_2 must be a torch.Tensor, got float"),
+    ((X, W, W, W, W.to("meta")), {}, ValueError, r"bias_2 must be \[8\] on cpu, got \(8,\) on meta"),
+    ((X, W, W, W, W, "small"), {}, TypeError, "eps_1 must be a number, got str"),
+    ((X, W, W, W, W), {"eps_2": -1.0}, ValueError, "eps_2 must not be negative, got -1.0"),
+    ((X, W, W, W, W), {"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, got 'cuda'"),
+    ((X[:, :0], *[W[:0]] * 4), {}, ValueError, "rows must be 1 to 8192 wide, got 0"),
+    ((torch.zeros(2, 8193), *[torch.ones(8193)] * 4), {}, ValueError, "wide, got 8193: use backend='torch'"),
+]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "error", "message"), PAIR_ERRORS, ids=[case[3][:40] for case in PAIR_ERRORS]
+)
+def test_layer_norm_pair(arguments, options, error, message):
+    with pytest.raises(error, match=f"layer_norm_pair: .*{message}"):
+        layer_norm_pair(*arguments, **options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -266,8 +290,8 @@ def test_interpreter_refuses_what_it_would_get_wrong():
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    names = ("patch_embed", "retrieval", "norm", "activation")
-    patch_, retrieval, norm, activation = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
+    names = ("patch_embed", "retrieval", "norm", "norm_pair", "activation")
+    patch_, retrieval, norm, norm_pair, activation = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -293,6 +317,11 @@ def paths():
             lambda **options: layer_norm(X, W, W, **options),
             (norm, "_fwd_cpu"),
             (norm, "_fwd_triton"),
+        ),
+        "layer_norm_pair": (
+            lambda **options: layer_norm_pair(X, W, W, W, W, **options),
+            (norm_pair, "_fwd_cpu"),
+            (norm_pair, "_fwd_triton"),
         ),
         "bias_gelu": (
             lambda **options: bias_gelu(X, W, **options),

@@ -42,6 +42,7 @@ def test_opcheck(name, device):
             "layer_norm_fwd",
             lambda x: (x["x"], x["residual"], x["weight"], x["bias"], 1e-5),
         ),
+        "layer_norm_pair": ("layer_norm_pair_fwd", lambda x: (*x.values(), 1e-5, 1e-2)),
         "bias_gelu": ("bias_act_fwd", lambda x: (*x.values(), False)),
         "bias_quick_gelu": ("bias_act_fwd", lambda x: (*x.values(), True)),
         "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
@@ -172,7 +173,8 @@ def test_autocast_takes_matrix_operands_down(name, device):
     with torch.autocast(device.type, torch.bfloat16):
         value = fn(**leaves)
     # the loss itself stays in float32, and what is no product takes its stream as it is
-    as_it_is = name.endswith("loss") or name.split()[0] in ("layer_norm", "bias_gelu", "bias_quick_gelu")
+    streams = ("layer_norm", "layer_norm_pair", "bias_gelu", "bias_quick_gelu")
+    as_it_is = name.endswith("loss") or name.split()[0] in streams
     assert value.dtype == (torch.float32 if as_it_is else torch.bfloat16)
     value.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in leaves.values() if x.requires_grad)

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from clipfast import kernels
 from clipfast.kernels import (
     _launch,
     attention,
@@ -31,7 +32,16 @@ from clipfast.kernels.contrastive import launches
 
 from ..conftest import INTERPRET, ON_GPU
 from ..numerics import compare
-from .cases import ATTENTION_SIZES, attention_inputs, loss_inputs, patch_inputs, rank_inputs
+from .cases import (
+    ATTENTION_SIZES,
+    attention_inputs,
+    both,
+    loss_inputs,
+    norm_inputs,
+    pair_inputs,
+    patch_inputs,
+    rank_inputs,
+)
 
 sanitize = pytest.importorskip(
     "ttsem.sanitize",
@@ -137,6 +147,21 @@ def test_attention(length, head_dim, causal, kernels, sanitizer, monkeypatch):
 def test_patch_embed(shape, uint8, dtype, sanitizer):
     inputs, grad = patch_inputs(shape, dtype, CPU, uint8=uint8)
     compare(patch_embed, reference.patch_embed, inputs, grad)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 16), (37, 77), (5, 1100)], ids=str)
+def test_layer_norms(shape, dtype, sanitizer):
+    inputs, grad = norm_inputs(shape, dtype, CPU, residual=True)
+    ops = (functools.partial(_side_by_side, module.layer_norm) for module in (kernels, reference))
+    compare(*ops, inputs, torch.cat([grad, grad.flip(0)], -1))
+    inputs, grad = pair_inputs(shape, dtype, CPU)
+    ops = (functools.partial(_side_by_side, module.layer_norm_pair) for module in (kernels, reference))
+    compare(*ops, inputs, grad)
+
+
+def _side_by_side(norm, **inputs):
+    return both(inputs, norm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -3,18 +3,10 @@
 import pytest
 
 from clipfast.verify import shapes
-from clipfast.verify.shapes import (
-    ACCURACY,
-    DETERMINISM,
-    EVERYWHERE,
-    AttentionShape,
-    Case,
-    LossShape,
-    PatchShape,
-    QueueShape,
-    SigmoidShape,
-    ViewShape,
-)
+from clipfast.verify.block_shapes import ActShape, NormShape, PairShape, PoolShape
+from clipfast.verify.cases import ACCURACY, DETERMINISM, EVERYWHERE, Case
+from clipfast.verify.loss_shapes import LossShape, QueueShape, SigmoidShape, ViewShape
+from clipfast.verify.shapes import AttentionShape, PatchShape
 
 SMALL = {
     "contrastive_loss": [Case(LossShape(21, 24, 20.0, 0.3), "small", draws=6)],
@@ -23,6 +15,11 @@ SMALL = {
     "nt_xent_loss": [Case(ViewShape(21, 24, 20.0, 0.3), "small", draws=6)],
     "attention": [Case(AttentionShape(2, 9, 2, 16, True), "small")],
     "patch_embed": [Case(PatchShape(2, 16, 24, 8, 20, False), "small")],
+    "layer_norm": [Case(NormShape(19, 24, True), "small")],
+    "layer_norm_pair": [Case(PairShape(19, 24), "small")],
+    "bias_gelu": [Case(ActShape(19, 24), "small")],
+    "bias_quick_gelu": [Case(ActShape(19, 24, True), "small")],
+    "attention_pool": [Case(PoolShape(2, 3, 7, 24), "small")],
 }
 GRADIENTS = {
     "contrastive_loss": ["d_image", "d_text", "d_logit_scale"],
@@ -31,6 +28,11 @@ GRADIENTS = {
     "nt_xent_loss": ["d_first", "d_second", "d_logit_scale"],
     "attention": ["d_qkv", "d_bias"],
     "patch_embed": ["d_images", "d_weight", "d_class_embedding", "d_positional_embedding"],
+    "layer_norm": ["d_x", "d_weight", "d_bias", "d_residual"],
+    "layer_norm_pair": ["d_x", "d_weight_1", "d_bias_1", "d_weight_2", "d_bias_2"],
+    "bias_gelu": ["d_x", "d_bias"],
+    "bias_quick_gelu": ["d_x", "d_bias"],
+    "attention_pool": ["d_query", "d_tokens"],
 }
 
 

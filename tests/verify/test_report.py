@@ -21,8 +21,10 @@ from clipfast.verify import (
     write_json,
     write_junit,
 )
+from clipfast.verify.cases import LEGS
+from clipfast.verify.loss_shapes import LossShape
 from clipfast.verify.report import FAIL, PASS, SKIP
-from clipfast.verify.shapes import CASES, LEGS, AttentionShape, LossShape, PatchShape
+from clipfast.verify.shapes import CASES, AttentionShape, PatchShape
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
