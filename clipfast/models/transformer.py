@@ -1,14 +1,14 @@
 """Pre-norm transformer blocks, with OpenCLIP's parameter names."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import attention, attention_pool, bias_gelu, bias_quick_gelu, layer_norm
+from ..kernels import attention, attention_pool, bias_gelu, bias_quick_gelu, layer_norm, layer_norm_pair
 from ..kernels._launch import triton_runs_on
 
 # What selective checkpointing does not compute again.
@@ -41,6 +41,11 @@ class LayerNorm(nn.LayerNorm):
     def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Of x + residual, and that sum: two tensors [..., width]."""
         return layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
+
+    def then(self, norm: "LayerNorm", x: Tensor) -> tuple[Tensor, Tensor]:
+        """This norm of x, and ``norm`` of that: two tensors [..., width]."""
+        both = (self.weight, self.bias, norm.weight, norm.bias, self.eps, norm.eps)
+        return layer_norm_pair(x, *both, backend=self.backend)
 
 
 def _norm_of_sum(norm: nn.Module, branch: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,9 +200,17 @@ class ResidualAttentionBlock(nn.Module):
 
         The next layer norm does the addition in its own pass.
         """
-        normed, x = _norm_of_sum(self.ln_1, branch, x)
+        return self.split_normed(*_norm_of_sum(self.ln_1, branch, x))
+
+    def split_normed(self, normed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same where ``ln_1`` of the stream is there already."""
         normed, x = _norm_of_sum(self.ln_2, self.attn(normed), x)
         return self.mlp(normed), x
+
+    def takes_after(self, norm: nn.Module) -> bool:
+        """Whether ``norm``, in front of the block, and ``ln_1`` can be one pass."""
+        plain = _is_plain(norm, LayerNorm) and _is_plain(self.ln_1, LayerNorm)
+        return plain and _is_plain(self, ResidualAttentionBlock)
 
     def pooled(self, branch: Tensor | None, x: Tensor, rows: Tensor | None) -> Tensor:
         """One row of the stream behind the block: [B, N, width] -> [B, width]."""
@@ -245,24 +258,33 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        branch, x = self._run(self.resblocks, x)
+        branch, x = self._run(list(self.resblocks), x)
         return x if branch is None else x + branch
 
-    def pooled(self, x: Tensor, rows: Tensor | None) -> Tensor:
+    def pooled(self, x: Tensor, rows: Tensor | None, norm: nn.Module | None) -> Tensor:
         """One row of what ``forward`` gives for each sequence, which is all that the last block then computes.
 
         See :func:`pooled`.
         """
         *blocks, last = self.resblocks
         assert isinstance(last, ResidualAttentionBlock)
-        branch, x = self._run(blocks, x)
+        branch, x = self._run(blocks, x, norm)
         if self._recomputes():
             return self._recomputed(last.pooled, branch, x, rows)
         return last.pooled(branch, x, rows)
 
-    def _run(self, blocks: Iterable[nn.Module], x: Tensor) -> tuple[Tensor | None, Tensor]:
-        """The stream behind ``blocks``, its last addition not done where the next norm can do it."""
+    def _run(
+        self, blocks: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None
+    ) -> tuple[Tensor | None, Tensor]:
+        """The stream behind ``norm`` and ``blocks``, its last addition not done where the next norm can do it."""
         branch: Tensor | None = None
+        first = blocks[0] if blocks and not self._recomputes() else None
+        if isinstance(norm, LayerNorm) and isinstance(first, ResidualAttentionBlock) and first.takes_after(norm):
+            stream, normed = norm.then(first.ln_1, x)
+            branch, x = first.split_normed(normed, stream)
+            blocks = blocks[1:]
+        elif norm is not None:
+            x = norm(x)
         for block in blocks:
             if self._recomputes():
                 # of one tensor: two would be kept for each block
@@ -289,18 +311,19 @@ class Transformer(nn.Module):
         return isinstance(last, ResidualAttentionBlock) and last.is_plain() and last.attn.backend != "torch"
 
 
-def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
-    """The rows of ``transformer(x)`` that a tower reads.
+def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, norm: nn.Module | None = None) -> Tensor:
+    """The rows of ``transformer(x)`` that a tower reads, or of ``transformer(norm(x))``.
 
     Args:
         transformer: of a tower; with a hook or an adapter in its last block it computes every row, as it does where
             something else has taken its place.
         x: [B, N, width].
         rows: [B], the number of a row of each sequence; default the first.
+        norm: in front of the first block, whose own norm is then computed in the same pass.
 
     Returns:
         [B, width].
     """
     if isinstance(transformer, Transformer) and transformer.can_pool():
-        return transformer.pooled(x, rows)
-    return _rows_of(transformer(x), rows)
+        return transformer.pooled(x, rows, norm)
+    return _rows_of(transformer(x if norm is None else norm(x)), rows)

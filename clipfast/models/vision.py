@@ -46,5 +46,5 @@ class VisionTransformer(nn.Module):
             images, self.conv1.weight, self.class_embedding, self.positional_embedding,
             mean=self.image_mean, std=self.image_std, backend=self.backend,
         )  # fmt: skip
-        x = pooled(self.transformer, self.ln_pre(x))
+        x = pooled(self.transformer, x, norm=self.ln_pre)
         return self.ln_post(x) @ self.proj
