@@ -11,6 +11,7 @@ from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nc
 from .norm import layer_norm
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
+from .text_embed import text_embed
 
 __all__ = [
     "attention",
@@ -28,4 +29,5 @@ __all__ = [
     "reference",
     "retrieval_ranks",
     "sigmoid_loss",
+    "text_embed",
 ]
