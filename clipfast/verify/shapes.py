@@ -5,120 +5,15 @@ small, or it would take minutes) and ``CUDA`` (the Triton kernels, natively: as 
 """
 
 import dataclasses
-from typing import Any, NamedTuple
+from typing import Any
+
+from .sizes import AttentionShape, LossShape, PatchShape, QueueShape, Shape, SigmoidShape, TextShape, ViewShape
 
 CPU, INTERPRETER, CUDA = "cpu", "interpreter", "cuda"
 LEGS = (CPU, INTERPRETER, CUDA)
 EVERYWHERE, NOT_INTERPRETED = frozenset(LEGS), frozenset((CPU, CUDA))
 ACCURACY, EXTREME, DETERMINISM = "accuracy", "extreme", "determinism"
 EXPANDED = "expanded"
-
-
-class LossShape(NamedTuple):
-    """Features [pairs, dim]; ``matched`` is how alike the pairs are: 0 at the start of training, more at its end."""
-
-    pairs: int
-    dim: int
-    scale: float = 14.3
-    matched: float = 0.0
-
-    def __str__(self) -> str:
-        return f"N={self.pairs} D={self.dim} scale={self.scale:g} matched={self.matched:g}"
-
-    @property
-    def elements(self) -> int:
-        """Size of the reference's largest tensor."""
-        return self.pairs**2
-
-
-class ViewShape(LossShape):
-    """Two views [pairs, dim] of as many images; each view is among all of both."""
-
-    @property
-    def elements(self) -> int:
-        """Size of the reference's largest tensor."""
-        return (2 * self.pairs) ** 2
-
-
-class SigmoidShape(NamedTuple):
-    """Features [pairs, dim], and a bias of the logits; ``matched`` as of :class:`LossShape`."""
-
-    pairs: int
-    dim: int
-    scale: float = 10.0
-    bias: float = -10.0
-    matched: float = 0.0
-
-    def __str__(self) -> str:
-        return f"N={self.pairs} D={self.dim} scale={self.scale:g} bias={self.bias:g} matched={self.matched:g}"
-
-    @property
-    def elements(self) -> int:
-        """Size of the reference's largest tensor."""
-        return self.pairs**2
-
-
-class QueueShape(NamedTuple):
-    """Features [pairs, dim] and a queue [queue, dim] of negatives, beside the other keys if they are ``in_batch``."""
-
-    pairs: int
-    queue: int
-    dim: int
-    scale: float = 14.3
-    matched: float = 0.0
-    in_batch: bool = False
-
-    def __str__(self) -> str:
-        keys = " in batch" if self.in_batch else ""
-        return f"N={self.pairs} K={self.queue} D={self.dim} scale={self.scale:g} matched={self.matched:g}{keys}"
-
-    @property
-    def elements(self) -> int:
-        """Size of the reference's largest tensor."""
-        return self.pairs * (self.queue + (self.pairs if self.in_batch else 1))
-
-
-class AttentionShape(NamedTuple):
-    """A packed projection [batch, tokens, 3 heads head_dim]."""
-
-    batch: int
-    tokens: int
-    heads: int
-    head_dim: int
-    causal: bool = False
-
-    def __str__(self) -> str:
-        return f"B={self.batch} T={self.tokens} H={self.heads} D={self.head_dim}{' causal' if self.causal else ''}"
-
-    @property
-    def elements(self) -> int:
-        """Size of the reference's largest tensor."""
-        return max(self.batch * self.heads * self.tokens**2, 3 * self.batch * self.tokens * self.heads * self.head_dim)
-
-
-class PatchShape(NamedTuple):
-    """Images [batch, 3, height, width] as bytes or floats, and a projection [embed_dim, 3, patch, patch]."""
-
-    batch: int
-    height: int
-    width: int
-    patch: int
-    embed_dim: int
-    uint8: bool = True
-
-    def __str__(self) -> str:
-        kind = "bytes" if self.uint8 else "floats"
-        return f"B={self.batch} {self.height}x{self.width} P={self.patch} E={self.embed_dim} {kind}"
-
-    @property
-    def elements(self) -> int:
-        """Size of the reference's largest tensor."""
-        tokens = 1 + self.height * self.width // self.patch**2
-        return self.batch * max(3 * self.height * self.width, tokens * self.embed_dim)
-
-
-AnyLoss = LossShape | SigmoidShape | QueueShape
-Shape = AnyLoss | AttentionShape | PatchShape
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,6 +238,29 @@ PATCH = [
     Case(PatchShape(2, 28, 28, 14, 40), "weights of 1e-4: folding the normalisation must not flush them", check=EXTREME, values="tiny weight"),
 ]  # fmt: skip
 
+TEXT = [
+    Case(TextShape(4, 77, 49408, 512), "B's texts", NOT_INTERPRETED, quick=True),
+    Case(TextShape(3, 77, 49408, 1280), "bigG/14's texts", NOT_INTERPRETED),
+    Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", _on(INTERPRETER), quick=True),
+    Case(TextShape(512, 77, 49408, 768), "L/14's texts, a batch", _on(CUDA)),
+    Case(TextShape(4096, 77, 49408, 512), "B's texts, a large batch: four launches", _on(CUDA)),
+    # nasty ones
+    Case(TextShape(1, 1, 1, 1), "one of everything"),
+    Case(TextShape(67, 1, 7, 24), "one position; every id in many texts"),
+    Case(TextShape(13, 11, 5, 63), "more tokens than a chunk of the sums, few ids; an odd width", quick=True),
+    Case(TextShape(3, 8, 50, 300), "the width is past a tile"),
+    Case(TextShape(0, 9, 5, 16), "no texts: gradients are zero"),
+    # layouts
+    Case(TextShape(3, 7, 11, 24), "last axis first", layout="transposed"),
+    Case(TextShape(3, 7, 11, 24), "every second element of a wider tensor", layout="sliced", quick=True),
+    Case(TextShape(3, 7, 11, 24), "one element past an aligned address", layout="offset"),
+    Case(TextShape(3, 7, 11, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(TextShape(40, 7, 11, 24), "one id everywhere", check=EXTREME, values="one id", quick=True),
+    Case(TextShape(9, 77, 1000, 24), "mostly padding", check=EXTREME, values="padded", quick=True),
+    Case(TextShape(9, 77, 693, 24), "every id once", check=EXTREME, values="all different"),
+]  # fmt: skip
+
 REPEATED = {
     "contrastive_loss": [
         Case(LossShape(129, 72, 50.0, 0.5), "several tiles", _on(CPU), DETERMINISM, quick=True),
@@ -375,6 +293,10 @@ REPEATED = {
         Case(PatchShape(8, 112, 112, 16, 256), "sums over hundreds of patches", _on(CPU), DETERMINISM),
         Case(PatchShape(64, 224, 224, 16, 768), "more programs than the GPU holds at once", _on(CUDA), DETERMINISM),
     ],
+    "text_embed": [
+        Case(TextShape(64, 77, 1000, 96), "ids in many texts, two threads", _on(CPU), DETERMINISM, quick=True),
+        Case(TextShape(4096, 77, 49408, 512), "more programs than the GPU holds at once", _on(CUDA), DETERMINISM),
+    ],
 }
 
 CASES = {
@@ -384,4 +306,5 @@ CASES = {
     "nt_xent_loss": NT_XENT + REPEATED["nt_xent_loss"],
     "attention": ATTENTION + REPEATED["attention"],
     "patch_embed": PATCH + REPEATED["patch_embed"],
+    "text_embed": TEXT + REPEATED["text_embed"],
 }

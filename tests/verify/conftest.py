@@ -13,6 +13,7 @@ from clipfast.verify.shapes import (
     PatchShape,
     QueueShape,
     SigmoidShape,
+    TextShape,
     ViewShape,
 )
 
@@ -23,6 +24,7 @@ SMALL = {
     "nt_xent_loss": [Case(ViewShape(21, 24, 20.0, 0.3), "small", draws=6)],
     "attention": [Case(AttentionShape(2, 9, 2, 16, True), "small")],
     "patch_embed": [Case(PatchShape(2, 16, 24, 8, 20, False), "small")],
+    "text_embed": [Case(TextShape(4, 9, 5, 20), "small")],
 }
 GRADIENTS = {
     "contrastive_loss": ["d_image", "d_text", "d_logit_scale"],
@@ -31,6 +33,7 @@ GRADIENTS = {
     "nt_xent_loss": ["d_first", "d_second", "d_logit_scale"],
     "attention": ["d_qkv", "d_bias"],
     "patch_embed": ["d_images", "d_weight", "d_class_embedding", "d_positional_embedding"],
+    "text_embed": ["d_token_embedding", "d_positional_embedding"],
 }
 
 
