@@ -155,7 +155,7 @@ NT_XENT = [
 ATTENTION = [
     Case(AttentionShape(2, 50, 12, 64), "B/32's images", NOT_INTERPRETED, quick=True),
     Case(AttentionShape(2, 77, 8, 64, True), "B's texts: crosses a tile under the causal mask", NOT_INTERPRETED, quick=True),
-    Case(AttentionShape(1, 77, 20, 64, True), "bigG/14's texts", NOT_INTERPRETED),
+    Case(AttentionShape(1, 77, 20, 64, True), "bigG/14's texts", _on(CUDA)),
     Case(AttentionShape(1, 197, 12, 64), "B/16's images", NOT_INTERPRETED),
     Case(AttentionShape(1, 257, 16, 64), "L/14's images", NOT_INTERPRETED),
     Case(AttentionShape(1, 257, 16, 80), "H/14's images", NOT_INTERPRETED),
@@ -239,9 +239,9 @@ PATCH = [
 ]  # fmt: skip
 
 TEXT = [
-    Case(TextShape(4, 77, 49408, 512), "B's texts", NOT_INTERPRETED, quick=True),
+    Case(TextShape(4, 77, 49408, 512), "B's texts", NOT_INTERPRETED),
     Case(TextShape(3, 77, 49408, 1280), "bigG/14's texts", NOT_INTERPRETED),
-    Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", _on(INTERPRETER), quick=True),
+    Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", _on(CPU, INTERPRETER), quick=True),
     Case(TextShape(512, 77, 49408, 768), "L/14's texts, a batch", _on(CUDA)),
     Case(TextShape(4096, 77, 49408, 512), "B's texts, a large batch: four launches", _on(CUDA)),
     # nasty ones
