@@ -239,7 +239,7 @@ PATCH = [
 ]  # fmt: skip
 
 TEXT = [
-    Case(TextShape(4, 77, 49408, 512), "B's texts", NOT_INTERPRETED),
+    Case(TextShape(4, 77, 49408, 512), "B's texts", _on(CUDA)),
     Case(TextShape(3, 77, 49408, 1280), "bigG/14's texts", NOT_INTERPRETED),
     Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", _on(CPU, INTERPRETER), quick=True),
     Case(TextShape(512, 77, 49408, 768), "L/14's texts, a batch", _on(CUDA)),
