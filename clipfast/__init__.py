@@ -30,6 +30,7 @@ from .kernels import (
     patch_embed,
     retrieval_ranks,
     sigmoid_loss,
+    text_embed,
 )
 from .losses import ClipLoss
 from .models import CLIP, add_model_config, get_model_config, list_models
@@ -78,5 +79,6 @@ __all__ = [
     "report",
     "retrieval_ranks",
     "sigmoid_loss",
+    "text_embed",
     "tokenize",
 ]

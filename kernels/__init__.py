@@ -12,6 +12,7 @@ from .norm import layer_norm
 from .norm_pair import layer_norm_pair
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
+from .text_embed import text_embed
 
 __all__ = [
     "attention",
@@ -30,4 +31,5 @@ __all__ = [
     "reference",
     "retrieval_ranks",
     "sigmoid_loss",
+    "text_embed",
 ]

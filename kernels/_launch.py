@@ -168,14 +168,17 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
     return backend == "torch" or tensor.device.type not in ("cuda", "cpu", "meta")
 
 
-def autocast_to(tensor: Tensor) -> Tensor:
-    """``tensor`` in the autocast dtype where autocast is on and would convert it, else unchanged."""
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """What autocast, where it is on, would convert ``tensor`` to; else the dtype that it has."""
     device_type = tensor.device.type
     if device_type not in ("cuda", "cpu") or tensor.dtype == torch.float64:
-        return tensor
-    if not torch.is_autocast_enabled(device_type):
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device_type))
+        return tensor.dtype
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else tensor.dtype
+
+
+def autocast_to(tensor: Tensor) -> Tensor:
+    """``tensor`` in the autocast dtype where autocast is on and would convert it, else unchanged."""
+    return tensor.to(autocast_dtype(tensor))
 
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:

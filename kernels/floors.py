@@ -131,3 +131,18 @@ def patch_embed_floor(
     tokens = batch * (1 + patches) * embed_dim * itemsize
     forward = pixels + parameters + tokens
     return Floor(2 * product, 2 * forward) if backward else Floor(product, forward)
+
+
+def text_embed_floor(
+    batch: int, tokens: int, vocab: int, width: int, itemsize: int, parameter_itemsize: int, *, backward: bool
+) -> Floor:
+    """Embedding of [batch, tokens] ids of 8 bytes from a table [vocab, width], as if each token were another row of it.
+
+    Forward reads ids, rows and positions and writes the tokens. Backward reads ids and, for two sums that take it in
+    different orders, twice the tokens' gradient, and writes the gradients of table and positions.
+    """
+    ids, elements = 8 * batch * tokens, batch * tokens * width
+    positions = tokens * width * parameter_itemsize
+    if not backward:
+        return Floor(elements, ids + elements * (parameter_itemsize + itemsize) + positions)
+    return Floor(2 * elements, ids + 2 * elements * itemsize + positions + vocab * width * parameter_itemsize)

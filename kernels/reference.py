@@ -207,6 +207,11 @@ def patch_embed(
     return tokens + positional_embedding.to(weight.dtype)
 
 
+def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> Tensor:
+    """Rows of a table, positions added (Vaswani et al. 2017, sections 3.4 and 3.5)."""
+    return F.embedding(text, token_embedding) + positional_embedding[: text.shape[1]].to(token_embedding.dtype)
+
+
 def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """``(images / 255 - mean) / std`` per channel of uint8 [B, C, H, W], computed in float32 at least, as ``dtype``."""
     work = torch.promote_types(dtype, torch.float32)

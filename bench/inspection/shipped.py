@@ -15,6 +15,7 @@ from clipfast.kernels import (
     patch_embed,
     retrieval_ranks,
     sigmoid_loss,
+    text_embed,
 )
 
 from . import offline
@@ -78,6 +79,11 @@ def shipped_cases() -> dict[str, Case]:
         cases[f"bias_gelu N{width} bf16"] = _bias_act(bias_gelu, torch.bfloat16, width)
     cases["bias_gelu N4096 fp32"] = _bias_act(bias_gelu, torch.float32, 4096)
     cases["bias_quick_gelu N4096 bf16"] = _bias_act(bias_quick_gelu, torch.bfloat16, 4096)
+    # B, L and bigG; a table in float32 under autocast, as in training
+    for width in (512, 768, 1280):
+        cases[f"text_embed fp32 table N{width} bf16"] = _text_embed(torch.float32, width, autocast=True)
+    cases["text_embed N768 bf16"] = _text_embed(torch.bfloat16, 768)
+    cases["text_embed N512 fp32"] = _text_embed(torch.float32, 512)
     # a last batch of any size: nothing is aligned
     cases["contrastive N1001 D512 bf16"] = _contrastive(torch.bfloat16, 1001)
     cases["sigmoid N1001 D512 bf16"] = _sigmoid(torch.bfloat16, 1001)
@@ -158,6 +164,19 @@ def _bias_act(op: Callable[..., torch.Tensor], dtype: torch.dtype, width: int) -
     def run() -> None:
         x = torch.empty(64, width, dtype=dtype, requires_grad=True)
         op(x, torch.empty(width, requires_grad=True)).backward(torch.empty_like(x))
+
+    return run
+
+
+def _text_embed(dtype: torch.dtype, width: int, *, autocast: bool = False) -> Case:
+    def run() -> None:
+        # so many that the sums take three launches, one of each kind
+        batch, length = 128, 77
+        table = torch.empty(49408, width, dtype=dtype, requires_grad=True)
+        positions = torch.empty(length, width, dtype=dtype, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            x = text_embed(torch.zeros(batch, length, dtype=torch.int64), table, positions)
+        x.backward(torch.empty_like(x))
 
     return run
 

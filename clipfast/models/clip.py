@@ -7,9 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..kernels import text_embed
 from .config import CLIPConfig
 from .resnet import AttentionPool2d, ModifiedResNet
-from .transformer import MLP, Attention, LayerNorm, Transformer, pooled
+from .transformer import MLP, Attention, LayerNorm, Transformer, is_plain, pooled
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -24,8 +25,15 @@ class CLIPOutput(NamedTuple):
     logit_scale: Tensor  # [], exponentiated
 
 
+def _is_plain_table(table: nn.Embedding) -> bool:
+    """Whether each row is looked up as it is, and gets the whole gradient of its tokens."""
+    return (table.padding_idx, table.max_norm, table.scale_grad_by_freq, table.sparse) == (None, None, False, False)
+
+
 class CLIP(nn.Module):
     """Image tower ``visual``, text tower at the top level, ``logit_scale``: the layout of the published checkpoints."""
+
+    backend = "auto"
 
     def __init__(self, config: CLIPConfig, *, output_dict: bool = False) -> None:
         super().__init__()
@@ -82,7 +90,11 @@ class CLIP(nn.Module):
             raise ValueError(
                 f"encode_text: text must be [B, L] with L at most {self.context_length}, got shape {tuple(text.shape)}"
             )
-        x = self.token_embedding(text) + self.positional_embedding[: text.shape[1]]
+        table = self.token_embedding
+        if is_plain(table, nn.Embedding) and _is_plain_table(table):
+            x = text_embed(text, table.weight, self.positional_embedding, backend=self.backend)
+        else:
+            x = table(text) + self.positional_embedding[: text.shape[1]]
         # The end-of-text token has the highest id of the vocabulary.
         x = pooled(self.transformer, x, text.argmax(-1))
         features = self.ln_final(x) @ self.text_projection
@@ -117,5 +129,5 @@ class CLIP(nn.Module):
     def set_backend(self, backend: str) -> None:
         """Choose what every op of the model runs on: "auto", "triton", or "torch" for the references."""
         for module in self.modules():
-            if isinstance(module, (Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
+            if isinstance(module, (CLIP, Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
                 module.backend = backend

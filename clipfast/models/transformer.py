@@ -21,7 +21,7 @@ _EXPENSIVE = (
 )
 
 
-def _is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
     """Whether calling ``module`` does what its kind does, and nothing else: no adapter, no hook."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return type(module) in kinds and not any(hooks)
@@ -52,7 +52,7 @@ def _norm_of_sum(norm: nn.Module, branch: Tensor | None, x: Tensor) -> tuple[Ten
     """What ``norm`` makes of ``x + branch``, and that sum."""
     if branch is None:
         return norm(x), x
-    if isinstance(norm, LayerNorm) and _is_plain(norm, LayerNorm):
+    if isinstance(norm, LayerNorm) and is_plain(norm, LayerNorm):
         return norm.of_sum(branch, x)
     x = x + branch
     return norm(x), x
@@ -134,7 +134,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
         proj = self.in_proj
-        if _is_plain(proj, InProjection):
+        if is_plain(proj, InProjection):
             # attention makes the gradient of the bias from what it has at hand; a sum over qkv's would read it again
             bias = self.in_proj_bias
             qkv = F.linear(x, self.in_proj_weight, bias.detach())
@@ -173,7 +173,7 @@ class MLP(nn.Module):
         # PyTorch's linear adds the bias for nothing on a CPU, where apart it would be one more pass
         fused = self.backend != "torch" and triton_runs_on(x.device)
         is_exact = getattr(act, "approximate", "none") == "none"
-        if not (fused and is_exact and _is_plain(fc, nn.Linear) and _is_plain(act, nn.GELU, QuickGELU)):
+        if not (fused and is_exact and is_plain(fc, nn.Linear) and is_plain(act, nn.GELU, QuickGELU)):
             return act(fc(x))
         bias_act = bias_quick_gelu if isinstance(act, QuickGELU) else bias_gelu
         # the activation makes the gradient of the bias in passing; the linear layer would read its output's for it
@@ -209,8 +209,8 @@ class ResidualAttentionBlock(nn.Module):
 
     def takes_after(self, norm: nn.Module) -> bool:
         """Whether ``norm``, in front of the block, and ``ln_1`` can be one pass."""
-        plain = _is_plain(norm, LayerNorm) and _is_plain(self.ln_1, LayerNorm)
-        return plain and _is_plain(self, ResidualAttentionBlock)
+        plain = is_plain(norm, LayerNorm) and is_plain(self.ln_1, LayerNorm)
+        return plain and is_plain(self, ResidualAttentionBlock)
 
     def pooled(self, branch: Tensor | None, x: Tensor, rows: Tensor | None) -> Tensor:
         """One row of the stream behind the block: [B, N, width] -> [B, width]."""
@@ -218,9 +218,9 @@ class ResidualAttentionBlock(nn.Module):
         normed, x = _norm_of_sum(self.ln_2, self.attn.pooled(normed, rows), _rows_of(x, rows))
         return x + self.mlp(normed)
 
-    def is_plain(self) -> bool:
-        """Whether nobody put anything into the block that may want to see every row."""
-        return all(_is_plain(module, *_BLOCK_MODULES) for module in self.modules())
+    def can_pool(self) -> bool:
+        """Whether nothing is in the block that may want to see every row; the reference computes them all."""
+        return self.attn.backend != "torch" and all(is_plain(module, *_BLOCK_MODULES) for module in self.modules())
 
 
 _BLOCK_MODULES = (
@@ -289,7 +289,7 @@ class Transformer(nn.Module):
             if self._recomputes():
                 # of one tensor: two would be kept for each block
                 x = self._recomputed(block, x)
-            elif isinstance(block, ResidualAttentionBlock) and _is_plain(block, ResidualAttentionBlock):
+            elif isinstance(block, ResidualAttentionBlock) and is_plain(block, ResidualAttentionBlock):
                 branch, x = block.split(branch, x)
             else:
                 x = block(x if branch is None else x + branch)
@@ -306,9 +306,9 @@ class Transformer(nn.Module):
         return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
 
     def can_pool(self) -> bool:
-        """Whether nothing is there that wants every row of the last block; the references compute them all."""
-        last = self.resblocks[-1] if _is_plain(self, Transformer) and len(self.resblocks) else None
-        return isinstance(last, ResidualAttentionBlock) and last.is_plain() and last.attn.backend != "torch"
+        """Whether the last block may compute only the row that is read."""
+        last = self.resblocks[-1] if is_plain(self, Transformer) and len(self.resblocks) else None
+        return isinstance(last, ResidualAttentionBlock) and last.can_pool()
 
 
 def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, norm: nn.Module | None = None) -> Tensor:

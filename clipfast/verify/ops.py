@@ -21,7 +21,7 @@ from .context import exact_float32, poisoned
 from .loss_shapes import AnyLoss, LossShape, QueueShape, SigmoidShape, ViewShape
 from .report import FAIL, PASS, SKIP, Row, rows_of
 from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
-from .shapes import AttentionShape, PatchShape
+from .shapes import AttentionShape, PatchShape, TextShape
 
 TORCH_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 # Elements of the reference's largest tensor up to which the truth is computed in float64 (eight such tensors exist at
@@ -182,10 +182,31 @@ def _make_patch(case: Case, generator: torch.Generator) -> Made:
     return "patch_embed", {}, inputs, _normal(generator, shape.batch, tokens, shape.embed_dim)
 
 
+def _make_text(case: Case, generator: torch.Generator) -> Made:
+    shape = case.shape
+    if not isinstance(shape, TextShape):
+        raise TypeError(f"expected a TextShape, got {shape!r}")
+    batch, length, vocab, width = shape
+    text = torch.randint(0, vocab, (batch, length), generator=generator)
+    if case.values == "one id":
+        text.fill_(vocab - 1)
+    elif case.values == "padded":
+        text[:, 10:] = 0
+    elif case.values == "all different":
+        text = torch.randperm(vocab, generator=generator)[: text.numel()].view_as(text)
+    inputs = {
+        "text": text,
+        "token_embedding": _normal(generator, vocab, width),
+        "positional_embedding": _normal(generator, length, width),
+    }
+    return "text_embed", {}, inputs, _normal(generator, batch, length, width)
+
+
 _MAKERS: dict[type, Callable[[Case, torch.Generator], Made]] = {
     **dict.fromkeys((LossShape, SigmoidShape, QueueShape, ViewShape), _make_loss),
     AttentionShape: _make_attention,
     PatchShape: _make_patch,
+    TextShape: _make_text,
     **BLOCK_MAKERS,
 }
 

@@ -47,6 +47,23 @@ class PatchShape(NamedTuple):
         return self.batch * max(3 * self.height * self.width, tokens * self.embed_dim)
 
 
+class TextShape(NamedTuple):
+    """Ids [batch, length] of a table [vocab, width]."""
+
+    batch: int
+    length: int
+    vocab: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"B={self.batch} L={self.length} V={self.vocab} W={self.width}"
+
+    @property
+    def elements(self) -> int:
+        """Size of the reference's largest tensor."""
+        return max(self.batch * self.length, self.vocab) * self.width
+
+
 ATTENTION = [
     Case(AttentionShape(2, 50, 12, 64), "B/32's images", NOT_INTERPRETED, quick=True),
     Case(AttentionShape(2, 77, 8, 64, True), "B's texts: crosses a tile under the causal mask", NOT_INTERPRETED, quick=True),
@@ -133,6 +150,29 @@ PATCH = [
     Case(PatchShape(2, 28, 28, 14, 40), "weights of 1e-4: folding the normalisation must not flush them", check=EXTREME, values="tiny weight"),
 ]  # fmt: skip
 
+TEXT = [
+    Case(TextShape(4, 77, 49408, 512), "B's texts", on(CUDA)),
+    Case(TextShape(3, 77, 49408, 1280), "bigG/14's texts", NOT_INTERPRETED),
+    Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", on(CPU, INTERPRETER), quick=True),
+    Case(TextShape(512, 77, 49408, 768), "L/14's texts, a batch", on(CUDA)),
+    Case(TextShape(4096, 77, 49408, 512), "B's texts, a large batch: four launches", on(CUDA)),
+    # nasty ones
+    Case(TextShape(1, 1, 1, 1), "one of everything"),
+    Case(TextShape(67, 1, 7, 24), "one position; every id in many texts"),
+    Case(TextShape(13, 11, 5, 63), "more tokens than a chunk of the sums, few ids; an odd width", quick=True),
+    Case(TextShape(3, 8, 50, 300), "the width is past a tile"),
+    Case(TextShape(0, 9, 5, 16), "no texts: gradients are zero"),
+    # layouts
+    Case(TextShape(3, 7, 11, 24), "last axis first", layout="transposed"),
+    Case(TextShape(3, 7, 11, 24), "every second element of a wider tensor", layout="sliced", quick=True),
+    Case(TextShape(3, 7, 11, 24), "one element past an aligned address", layout="offset"),
+    Case(TextShape(3, 7, 11, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(TextShape(40, 7, 11, 24), "one id everywhere", check=EXTREME, values="one id", quick=True),
+    Case(TextShape(9, 77, 1000, 24), "mostly padding", check=EXTREME, values="padded", quick=True),
+    Case(TextShape(9, 77, 693, 24), "every id once", check=EXTREME, values="all different"),
+]  # fmt: skip
+
 REPEATED = {
     "attention": [
         Case(AttentionShape(2, 77, 2, 64, True), "several tiles", on(CPU), DETERMINISM, quick=True),
@@ -143,11 +183,16 @@ REPEATED = {
         Case(PatchShape(8, 112, 112, 16, 256), "sums over hundreds of patches", on(CPU), DETERMINISM),
         Case(PatchShape(64, 224, 224, 16, 768), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
     ],
+    "text_embed": [
+        Case(TextShape(64, 77, 1000, 96), "ids in many texts, two threads", on(CPU), DETERMINISM, quick=True),
+        Case(TextShape(4096, 77, 49408, 512), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+    ],
 }
 
 CASES = {
     **LOSS_CASES,
     "attention": ATTENTION + REPEATED["attention"],
     "patch_embed": PATCH + REPEATED["patch_embed"],
+    "text_embed": TEXT + REPEATED["text_embed"],
     **BLOCK_CASES,
 }

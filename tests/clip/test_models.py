@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from clipfast import CLIP, create_model, get_model_config, list_models
-from clipfast.models import CLIPConfig, TextConfig, VisionConfig, add_model_config
+from clipfast.kernels import text_embed
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig, add_model_config, clip
 from clipfast.training.optim import adamw
 
 PUBLISHED = json.loads(
@@ -239,3 +240,79 @@ def test_open_clip_json_configs_can_be_added(tmp_path):
     path.write_text(json.dumps(config.to_dict()))
     add_model_config(path)
     assert get_model_config("my-model") == config
+
+
+@pytest.fixture
+def texts():
+    torch.manual_seed(0)
+    texts = torch.randint(1, 49406, (6, 12))
+    texts[:, -1] = 49407
+    return texts
+
+
+@pytest.fixture
+def fused(monkeypatch):
+    """The backends that text_embed is called with."""
+    backends = []
+
+    def recorded(*args, backend):
+        backends.append(backend)
+        return text_embed(*args, backend=backend)
+
+    monkeypatch.setattr(clip, "text_embed", recorded)
+    return backends
+
+
+def test_texts_are_embedded_in_one_pass_on_the_backend_of_the_model(texts, fused):
+    model = CLIP(small_config("vit", False))
+    entered = []
+    model.transformer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
+    for backend in ("auto", "torch"):
+        model.set_backend(backend)
+        model.encode_text(texts[:, 2:])
+    assert fused == ["auto", "torch"]
+    for x in entered:
+        assert torch.equal(x, model.token_embedding(texts[:, 2:]) + model.positional_embedding[:10])
+
+
+@pytest.mark.parametrize(
+    "option", [{"padding_idx": 0}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str
+)
+def test_a_table_that_does_more_is_called(option, texts, fused):
+    model = CLIP(small_config("vit", False))
+    other = torch.nn.Embedding(*model.token_embedding.weight.shape, **option)
+    model.token_embedding = other
+    model.encode_text(texts)
+    assert fused == []
+
+
+def test_a_hook_or_an_adapter_of_the_table_is_called(texts, fused):
+    class Shifted(torch.nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) + 1
+
+    model = CLIP(small_config("vit", False))
+    expected = model.encode_text(texts)
+    assert fused.pop() == "auto"
+    hook = model.token_embedding.register_forward_hook(lambda module, args, out: out + 1)
+    hooked = model.encode_text(texts)
+    hook.remove()
+    shifted = Shifted(*model.token_embedding.weight.shape)
+    shifted.weight = model.token_embedding.weight
+    model.token_embedding = shifted
+    assert torch.equal(hooked, model.encode_text(texts))
+    assert not torch.allclose(hooked, expected)
+    assert fused == []
+
+
+def test_autocast_leaves_the_texts_in_16_bits(texts):
+    model = create_model("ViT-T-8-32")
+    entered = []
+    model.transformer.register_forward_pre_hook(lambda module, args: entered.append(args[0].dtype))
+    with torch.no_grad():
+        exact = model.encode_text(texts, normalize=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = model.encode_text(texts, normalize=True)
+    assert entered == [torch.float32, torch.bfloat16]
+    # one percent; with a residual stream in float32 it is 0.9
+    assert (rounded.float() - exact).norm() < 0.02 * exact.norm()

@@ -22,6 +22,7 @@ from clipfast.kernels import (
     nt_xent_loss,
     patch_embed,
     sigmoid_loss,
+    text_embed,
 )
 
 # (pairs, embed_dim)
@@ -117,6 +118,19 @@ def norm_inputs(
     return inputs, torch.randn(shape).to(device, dtype)
 
 
+def text_inputs(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, device: torch.device, *, spare: int = 2
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Ids [batch, length] of a table [vocab, width], positions of which ``spare`` are not used, and a gradient."""
+    batch, length, vocab, width = shape
+    inputs = {
+        "text": torch.randint(0, vocab, (batch, length)).to(device),
+        "token_embedding": torch.randn(vocab, width).to(device, dtype),
+        "positional_embedding": torch.randn(length + spare, width).to(device, dtype),
+    }
+    return inputs, torch.randn(batch, length, width).to(device, dtype)
+
+
 def both(inputs: dict[str, Tensor], norm: Callable[..., tuple[Tensor, Tensor]] = layer_norm) -> Tensor:
     """Both results of a layer norm with a residual, or of a pair of them, side by side."""
     return torch.cat(norm(**inputs), -1)
@@ -145,6 +159,7 @@ def small_calls(
     alone = {name: norm[name] for name in ("x", "weight", "bias")}
     pair, pair_grad = pair_inputs((2 * scale, 5, 12), dtype, device)
     act = {"x": norm["x"], "bias": norm["bias"]}
+    text_ids, text_grad = text_inputs((2 * scale, 5, 7, 12), dtype, device)
     loss = loss_inputs((11 * scale, 6), dtype, device, matched=0.3, scale=5.0)
     image, text, logit_scale = loss.values()
     queue = loss_inputs((7 * scale, 6), dtype, device, matched=0.3, scale=5.0)["image"]
@@ -166,6 +181,7 @@ def small_calls(
         "bias_quick_gelu": (bias_quick_gelu, act, norm_grad),
         "patch_embed": (patch_embed, patch, patch_grad),
         "patch_embed of bytes": (patch_embed, byte, patch_grad),
+        "text_embed": (text_embed, text_ids, text_grad),
     }
 
 
@@ -207,6 +223,6 @@ def counted_bytes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def huge_strides(shape: tuple[int, ...]) -> Tensor:
     """A float16 tensor whose last axis strides over more than 2^31 elements; only the pages that are touched exist."""
     stride = 2**31 // (shape[-1] - 1) + 16
-    storage = torch.empty(stride * shape[-1], dtype=torch.float16)
     inner = torch.empty(shape[:-1]).stride()
-    return storage.as_strided(shape, (*inner, stride))
+    # not torch.empty, whose memory the tests fill
+    return torch.empty_strided(shape, (*inner, stride), dtype=torch.float16)

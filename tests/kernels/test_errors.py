@@ -20,6 +20,7 @@ from clipfast.kernels import (
     reference,
     retrieval_ranks,
     sigmoid_loss,
+    text_embed,
 )
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
@@ -35,6 +36,11 @@ PATCH = {
     "weight": torch.zeros(6, 3, 4, 4),
     "class_embedding": torch.zeros(6),
     "positional_embedding": torch.zeros(5, 6),
+}
+TEXT = {
+    "text": torch.zeros(2, 5, dtype=torch.int64),
+    "token_embedding": torch.zeros(9, 8),
+    "positional_embedding": torch.zeros(5, 8),
 }
 
 LOSS_ERRORS = [
@@ -290,8 +296,9 @@ def test_interpreter_refuses_what_it_would_get_wrong():
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    names = ("patch_embed", "retrieval", "norm", "norm_pair", "activation")
-    patch_, retrieval, norm, norm_pair, activation = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
+    names = ("patch_embed", "text_embed", "retrieval", "norm", "norm_pair", "activation")
+    modules = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
+    patch_, text_, retrieval, norm, norm_pair, activation = modules
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -332,6 +339,11 @@ def paths():
             lambda **options: patch_embed(**PATCH, **options),
             (cpu, "patch_embed_fwd"),
             (patch_, "_fwd_triton"),
+        ),
+        "text_embed": (
+            lambda **options: text_embed(**TEXT, **options),
+            (text_, "_fwd_cpu"),
+            (text_, "_fwd_triton"),
         ),
         "retrieval_ranks": (
             lambda **options: retrieval_ranks(X, X, **options),
@@ -387,7 +399,7 @@ def test_backend_is_the_one_that_runs(name, backend, monkeypatch):
     call, on_cpu, with_triton = paths()[name]
     ran = []
     specification = "pairwise_loss" if name == "contrastive_loss" else name
-    monkeypatch.setattr(reference, specification, lambda *args, **kwargs: ran.append("torch"))
+    monkeypatch.setattr(reference, specification, lambda *args, **kwargs: (ran.append("torch"), X)[1])
     for (owner, attribute), kind in ((with_triton, "triton"), (on_cpu, "cpu")):
         original = getattr(owner, attribute)
         monkeypatch.setattr(owner, attribute, lambda *args, _o=original, _k=kind: (ran.append(_k), _o(*args))[1])

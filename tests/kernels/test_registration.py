@@ -46,6 +46,7 @@ def test_opcheck(name, device):
         "bias_gelu": ("bias_act_fwd", lambda x: (*x.values(), False)),
         "bias_quick_gelu": ("bias_act_fwd", lambda x: (*x.values(), True)),
         "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
+        "text_embed": ("text_embed_fwd", lambda x: (*x.values(), torch.float32)),
     }
     op, arguments = overloads[name.removesuffix(" of bytes")]
     leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}

@@ -24,14 +24,15 @@ from clipfast.kernels import (
     reference,
     retrieval_ranks,
     sigmoid_loss,
+    text_embed,
 )
 from clipfast.kernels._launch import execute_on_cpu
 from clipfast.kernels.attention import launches as attention_launches
-from clipfast.kernels.configs import ShortConfig
+from clipfast.kernels.configs import RowConfig, ShortConfig, config_key, override
 from clipfast.kernels.contrastive import launches
 
 from ..conftest import INTERPRET, ON_GPU
-from ..numerics import compare
+from ..numerics import compare, value_and_grads
 from .cases import (
     ATTENTION_SIZES,
     attention_inputs,
@@ -41,6 +42,7 @@ from .cases import (
     pair_inputs,
     patch_inputs,
     rank_inputs,
+    text_inputs,
 )
 
 sanitize = pytest.importorskip(
@@ -171,6 +173,20 @@ def test_retrieval_ranks(shape, dtype, sanitizer, monkeypatch):
     inputs = rank_inputs(shape, dtype, CPU)
     for ours, expected in zip(retrieval_ranks(**inputs), reference.retrieval_ranks(**inputs), strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1), (11, 7, 5, 40), (3, 9, 50, 24)], ids=str)
+def test_text_embed(shape, dtype, sanitizer):
+    inputs, grad = text_inputs(shape, dtype, CPU)
+    with override(config_key("text_embed_bwd", dtype), RowConfig(4, 16, 1, 2)):
+        compare(text_embed, reference.text_embed, inputs, grad)
+
+
+def test_ids_that_are_no_rows_touch_nothing_outside(sanitizer):
+    inputs, grad = text_inputs((5, 7, 9, 24), torch.float32, CPU)
+    inputs["text"][::2, ::3] = torch.tensor([-1, 9, 2**31 - 1, -(2**31), 2**32, 2**40, -7, 10, 2**62]).view(3, 3)
+    value_and_grads(text_embed, inputs, grad)
 
 
 @triton.jit

@@ -6,7 +6,7 @@ from clipfast.verify import shapes
 from clipfast.verify.block_shapes import ActShape, NormShape, PairShape, PoolShape
 from clipfast.verify.cases import ACCURACY, DETERMINISM, EVERYWHERE, Case
 from clipfast.verify.loss_shapes import LossShape, QueueShape, SigmoidShape, ViewShape
-from clipfast.verify.shapes import AttentionShape, PatchShape
+from clipfast.verify.shapes import AttentionShape, PatchShape, TextShape
 
 SMALL = {
     "contrastive_loss": [Case(LossShape(21, 24, 20.0, 0.3), "small", draws=6)],
@@ -20,6 +20,7 @@ SMALL = {
     "bias_gelu": [Case(ActShape(19, 24), "small")],
     "bias_quick_gelu": [Case(ActShape(19, 24, True), "small")],
     "attention_pool": [Case(PoolShape(2, 3, 7, 24), "small")],
+    "text_embed": [Case(TextShape(4, 9, 5, 20), "small")],
 }
 GRADIENTS = {
     "contrastive_loss": ["d_image", "d_text", "d_logit_scale"],
@@ -33,6 +34,7 @@ GRADIENTS = {
     "bias_gelu": ["d_x", "d_bias"],
     "bias_quick_gelu": ["d_x", "d_bias"],
     "attention_pool": ["d_query", "d_tokens"],
+    "text_embed": ["d_token_embedding", "d_positional_embedding"],
 }
 
 

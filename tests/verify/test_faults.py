@@ -22,6 +22,7 @@ from .conftest import GRADIENTS, SMALL
 ROOT = Path(__file__).parent.parent.parent
 FACTOR = 1.01
 WRITTEN = "written"
+TEXT = sys.modules["clipfast.kernels.text_embed"]  # the op has the name of its module
 
 
 def scaled(fn, index=None):
@@ -80,6 +81,8 @@ ON_CPU = {
     ("patch_embed", "value"): (cpu, "patch_embed_fwd", None),
     ("patch_embed", "d_weight"): (cpu, "patch_embed_bwd_weight", None),
     ("patch_embed", "d_images"): (cpu, "patch_embed_bwd_images", None),
+    ("text_embed", "value"): (TEXT, "_fwd_cpu", None),
+    ("text_embed", "d_token_embedding"): (TEXT, "_bwd_token_cpu", None),
 }
 
 
@@ -168,6 +171,7 @@ places = {
                      ("contrastive.several", "nt_xent_backward", 2)],
     "attention": [("attention.launches", "backward", WRITTEN), ("attention.launches", "backward", 1)],
     "patch_embed": [("patch_embed", "_bwd_images_triton", None), ("patch_embed", "_bwd_weight_triton", None)],
+    "text_embed": [("text_embed", "_bwd_token_triton", None)],
 }
 found = {}
 for op, faults in places.items():
