@@ -18,7 +18,7 @@ from .suites import SUITES, Shape, build
 GROUPS = {
     "ops": ("loss", "attention", "patch", "retrieval"),
     "losses": ("loss", "sigmoid", "info_nce", "nt_xent"),
-    "blocks": ("layer_norm", "layer_norm_pair", "bias_act", "attention_pool"),
+    "blocks": ("layer_norm", "layer_norm_pair", "bias_act", "attention_pool", "text"),
 }
 DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result

@@ -52,10 +52,10 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "attention": {"tests": "attention", "op": "attention", "bench": "attention", "tune": "attention-64"},
     "blocks": {
-        "tests": "patch or norm or activation or pool",
-        "op": "patch_embed layer_norm layer_norm_pair bias_gelu bias_quick_gelu attention_pool",
+        "tests": "patch or text or norm or activation or pool",
+        "op": "patch_embed text_embed layer_norm layer_norm_pair bias_gelu bias_quick_gelu attention_pool",
         "bench": "patch blocks",
-        "tune": "layer_norm-1024 layer_norm_pair-1024 bias_act patch_embed attention_pool",
+        "tune": "layer_norm-1024 layer_norm_pair-1024 bias_act patch_embed text_embed attention_pool",
     },
     "step": {"tests": "", "op": "", "bench": "step", "tune": ""},
 }

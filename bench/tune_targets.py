@@ -159,6 +159,14 @@ TARGETS = {
         {"batch": 256, "queries": 32, "tokens": 50, "width": 2048},
         (Tunable("attention_pool", "_pool_bwd_kernel", _ROWS, _POOL, small_tiles=True),),
     ),
+    "text_embed": Target(
+        "text",
+        {"batch": 1024, "tokens": 77, "vocab": 49408, "width": 512},
+        (
+            Tunable("text_embed_bwd", "_segment_sums_kernel", _ROWS),
+            Tunable("text_embed_fwd", "_text_embed_fwd_kernel", _ROWS),
+        ),
+    ),
     "patch_embed_images": Target(
         "patch_floats",
         {"batch": 64, "size": 224, "patch": 14, "embed_dim": 1024},

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from ..case import DTYPES, Case
-from . import attention, blocks, data, loss, losses, patch, pool, retrieval, step, tokenizer
+from . import attention, blocks, data, loss, losses, patch, pool, retrieval, step, text, tokenizer
 
 Shape = Mapping[str, int | str | bool]
 
@@ -79,6 +79,7 @@ SUITES = {
     "patch": Suite(
         "patch embedding from bytes, forward and backward", patch.shapes, patch.build, patch.FIELDS, patch.SMALLEST
     ),
+    "text": Suite("text embedding, forward and backward", text.shapes, text.build, text.FIELDS, text.SMALLEST),
     "patch_floats": Suite(
         "patch embedding from floats, and the gradient of the images",
         patch.shapes,

@@ -377,12 +377,14 @@ def test_attention_of_separate_tensors(args, options, error, match):
     [
         ((X[None], X[None, :, :5]), r"tokens \[B, N, C\] with at least one token, got \(1, 4, 8\) and \(1, 4, 5\)"),
         ((X[None], X[None, :0]), "at least one token"),
-        ((X[None], torch.zeros(1, 300, 8)), "at most 64 queries and 256 tokens, got 4 and 300"),
+        ((X[None], torch.zeros(1, 1100, 8)), "at most 64 queries and 1024 tokens, got 4 and 1100"),
+        ((X[None], X[None], torch.ones(2, dtype=torch.int64)), r"seqlens must be \[1\] on cpu, got \(2,\) on cpu"),
+        ((X[None], X[None], torch.ones(1)), "seqlens must be an int32 or int64 tensor, got float32"),
     ],
 )
 def test_attention_pool(args, match):
-    with pytest.raises(ValueError, match="attention_pool: .*" + match):
-        attention_pool(*args)
+    with pytest.raises((ValueError, TypeError), match="attention_pool: .*" + match):
+        attention_pool(*args[:2], seqlens=args[2] if len(args) > 2 else None)
 
 
 def test_bias_of_another_size():
