@@ -63,7 +63,7 @@ def _make_act(case: Case, generator: torch.Generator) -> Made:
         raise TypeError(f"expected an ActShape, got {shape!r}")
     x = 2 * _normal(generator, shape.rows, shape.width)
     if case.values == "range":
-        x = torch.linspace(-60, 60, shape.rows)[:, None].repeat(1, shape.width)
+        x = torch.linspace(-60, 60, shape.elements).view(shape.rows, shape.width)
     elif case.values == "large":
         x *= 1e3
     elif case.values == "tiny":

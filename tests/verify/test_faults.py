@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from clipfast import kernels
-from clipfast.kernels import cpu
+from clipfast.kernels import activation, cpu, norm, norm_pair
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.contrastive import several, sigmoid, sigmoid_cpu, symmetric
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
@@ -83,6 +83,12 @@ ON_CPU = {
     ("patch_embed", "d_images"): (cpu, "patch_embed_bwd_images", None),
     ("text_embed", "value"): (TEXT, "_fwd_cpu", None),
     ("text_embed", "d_token_embedding"): (TEXT, "_bwd_token_cpu", None),
+    ("layer_norm", "value"): (norm, "_fwd_cpu", 0),
+    ("layer_norm", "d_weight"): (norm, "_bwd_cpu", 2),
+    ("layer_norm_pair", "value"): (norm_pair, "_fwd_cpu", 1),
+    ("layer_norm_pair", "d_x"): (norm_pair, "_bwd_cpu", 0),
+    ("bias_gelu", "value"): (activation, "_fwd_cpu", None),
+    ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),
 }
 
 
@@ -172,6 +178,8 @@ places = {
     "attention": [("attention.launches", "backward", WRITTEN), ("attention.launches", "backward", 1)],
     "patch_embed": [("patch_embed", "_bwd_images_triton", None), ("patch_embed", "_bwd_weight_triton", None)],
     "text_embed": [("text_embed", "_bwd_token_triton", None)],
+    "layer_norm_pair": [("norm_pair", "_bwd_triton", 0)],
+    "bias_gelu": [("activation", "_bwd_triton", 0), ("activation", "_bwd_triton", 1)],
 }
 found = {}
 for op, faults in places.items():

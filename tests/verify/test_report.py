@@ -256,3 +256,11 @@ def test_clips_own_shapes_are_there():
             loss = [s for s in shapes if isinstance(s, LossShape)]
             assert {512, 640, 768, 1024} <= {s.dim for s in loss}
             assert max(s.pairs for s in loss) > 4000
+
+
+def test_help_names_every_op(capsys):
+    # a list of its own: help imports nothing
+    with pytest.raises(SystemExit):
+        main(["verify", "--help"])
+    named = " ".join(capsys.readouterr().out.split()).split("--op OP [OP ...] ", 2)[-1]
+    assert named.startswith(", ".join(options.OPS) + " (default: all)")
