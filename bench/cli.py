@@ -82,7 +82,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"the smallest shapes, two rounds, written to {results.SMOKE_FOLDER}: shows whether everything runs",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates of that name, or whose name contains it")
     parser.add_argument("--rounds", type=int, default=50, help="rounds at most (default 50)")
     parser.add_argument("--seconds", type=float, default=60, help="stop adding rounds to a case after this long")
     parser.add_argument("--min-rounds", type=int, default=5, help="rounds at least, however long they take")
@@ -90,6 +90,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after this long"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
+    parser.add_argument(
+        "--no-breakdown", action="store_true", help="leave out the pass that traces where the time of a step goes"
+    )
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help=f"default: {results.FOLDER}/<card>/<date>-<what>-<commit>.json"
@@ -125,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.json or results.default_path(device, args.bench, smoke=args.smoke)
     done = measure_all(
         plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots,
-        total_s=args.total,
+        breakdown=not args.no_breakdown, total_s=args.total,
     )  # fmt: skip
     refused = refused_of_ours(done)
     for line in refused:
