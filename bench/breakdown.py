@@ -11,6 +11,7 @@ A backward op belongs to what its forward op belongs to: the profiler knows pair
 
 import dataclasses
 import json
+import os
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
@@ -89,6 +90,9 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
     """
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     steps = 1 if seconds > LONG_S else STEPS
+    if device.type != "cuda":
+        # on a CPU it has nothing to say but that it starts and stops
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=activities) as profiler:
         step()  # the profiler starts up in it
         for _ in range(steps):

@@ -4,7 +4,8 @@ MFU (model FLOPs utilisation; Chowdhery et al. 2022, PaLM, appendix B) = model F
 rate of the matrix units). Model FLOPs are those of the published architecture, whatever an implementation spares itself
 or does twice: three times the forward pass (backward takes two products for each of its own), and 6 N^2 D for the loss
 of N pairs (one product of the features forward, two backward). Every token counts in every layer, and so do all scores
-of a causal one, though the last layer is read at one token. A multiply-add is two; only products and convolutions count.
+of a causal one, though the last layer is read at one token. A multiply-add is two; only products and convolutions are
+counted.
 """
 
 from clipfast.models import CLIPConfig

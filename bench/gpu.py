@@ -53,8 +53,8 @@ PARTS: dict[str, dict[str, str]] = {
     "blocks": {"tests": "patch", "op": "patch_embed", "bench": "patch", "tune": "patch_embed"},
     "step": {"tests": "", "op": "", "bench": "step", "tune": ""},
 }
-# A part has time to tune.
-PART_TUNE_S = 150.0
+# A part has time to tune, and to compile what whole steps are compared with.
+PART_SECONDS = {"tune": 150.0, "step": 250.0}
 # A CPU, perhaps a busy one, takes longer, and what it shows is not in the time.
 DRY_FACTOR = 3.0
 
@@ -106,7 +106,9 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
         "verify": Step("verify", verify, 0),
     }
     for suite in chosen["bench"].split():
-        results = ["--no-plots", "--json", str(out / f"bench-{suite}.json")]
+        results = ["--json", str(out / f"bench-{suite}.json")]
+        # three pictures of a step, where the part leaves room for them in the folder
+        results += [] if part == "step" else ["--no-plots"]
         found[suite] = Step(suite, [*python, "clipfast.bench", suite, *device, *results], 0, lines=200)
     if chosen["tune"]:
         found["tune"] = Step("tune", [*tune, "--tables", str(out / "tables")], 0)
@@ -119,7 +121,7 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
     )
     if part == "step":
         del found["verify"]
-    seconds = {name: PART_TUNE_S if name == "tune" and part != "all" else SECONDS[name] for name in found}
+    seconds = {name: SECONDS[name] if part == "all" else PART_SECONDS.get(name, SECONDS[name]) for name in found}
     share = (DRY_FACTOR if dry else 1.0) * (TOTAL_S - GRACE_S) / sum(seconds.values())
     return [dataclasses.replace(step, seconds=share * seconds[name]) for name, step in found.items()]
 
@@ -143,7 +145,7 @@ def main() -> int:
 def clear(out: Path) -> None:
     """Make ``out``, without what an earlier run has left there: it would be taken for this one's."""
     out.mkdir(parents=True, exist_ok=True)
-    for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "*.tmp"):
+    for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "bench-*.png", "*.tmp"):
         for path in out.glob(pattern):
             path.unlink()
     shutil.rmtree(out / "tables", ignore_errors=True)

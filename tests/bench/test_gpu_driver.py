@@ -132,6 +132,17 @@ def test_steps_come_in_order_of_value_end_in_time_and_leave_few_files(part, tmp_
     assert len(written | {"summary.txt", "log.txt"}) <= 8
 
 
+def test_a_part_for_steps_draws_them_and_has_the_time_to_compile(tmp_path):
+    by_part = {part: {step.name: step for step in gpu.steps(part, tmp_path, dry=False)} for part in ("all", "step")}
+    assert "--no-plots" in by_part["all"]["step"].command
+    assert "--no-plots" not in by_part["step"]["step"].command
+    # summary, log, result and three pictures
+    assert by_part["step"]["step"].seconds > gpu.TOTAL_S / 2
+    (tmp_path / "bench-step-breakdown.png").touch()
+    gpu.clear(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_sanitizer_sees_every_allocation_and_pytest_lists_what_failed(tmp_path):
     by_name = {step.name: step for step in gpu.steps("all", tmp_path, dry=False)}
     assert by_name["sanitizer"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
