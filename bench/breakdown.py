@@ -13,7 +13,7 @@ import dataclasses
 import json
 import os
 import tempfile
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,8 @@ STEP_RANGE = "step: traced"
 # A long step is traced once.
 STEPS = 3
 NAMED = 5
+# Microseconds by category or by name.
+Sums = defaultdict[str, float]
 
 _RANGES = ("cpu_op", "user_annotation")
 _LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
@@ -128,8 +130,8 @@ def of_device(events: Iterable[dict[str, Any]], seconds: float) -> Breakdown:
     ]
     if not spans:
         raise RuntimeError("the profiler saw no work of the device (CUPTI may not be allowed here)")
-    total: Counter[str] = Counter()
-    unknown: Counter[str] = Counter()
+    total: Sums = defaultdict(float)
+    unknown: Sums = defaultdict(float)
     covered = -float("inf")
     for start, end, name, correlation in sorted(spans, key=lambda span: span[:2]):
         alone = max(0.0, end - max(start, covered))
@@ -152,8 +154,8 @@ def of_host(events: Iterable[dict[str, Any]]) -> Breakdown:
     ranges = _named(_ranges_of([event for event in events if event.get("ph") == "X"]))
     windows = _steps(ranges)
     (thread,) = {r.thread for r in ranges if r.name == STEP_RANGE}
-    total: Counter[str] = Counter()
-    unknown: Counter[str] = Counter()
+    total: Sums = defaultdict(float)
+    unknown: Sums = defaultdict(float)
     for r in ranges:
         if r.thread != thread or not any(low <= r.start and r.end <= high for low, high in windows):
             continue
@@ -164,15 +166,13 @@ def of_host(events: Iterable[dict[str, Any]]) -> Breakdown:
     return _result(total, unknown, windows, 1e-6 * sum(total.values()) / len(windows))
 
 
-def _result(
-    total: Counter[str], unknown: Counter[str], windows: Sequence[tuple[float, float]], step_s: float
-) -> Breakdown:
+def _result(total: Sums, unknown: Sums, windows: Sequence[tuple[float, float]], step_s: float) -> Breakdown:
     per_step = 1e-6 / len(windows)
     return Breakdown(
         step_s=step_s,
         traced_s=per_step * sum(high - low for low, high in windows),
         seconds={category: per_step * total[category] for category in CATEGORIES},
-        unknown=tuple((name, per_step * us) for name, us in unknown.most_common(NAMED)),
+        unknown=tuple((name, per_step * us) for name, us in sorted(unknown.items(), key=lambda item: -item[1])[:NAMED]),
     )
 
 

@@ -20,12 +20,14 @@ DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
 and gradients agree with the reference; candidates take turns, and every sample is kept. "of floor" is the time of the
 least work (for the loss: of versions that keep no N x N matrix), at the copy and matrix-product rates measured in the
-same run, over the time taken. Exit code 1: a candidate of clipfast was refused."""
+same run, over the time taken. Of a step, MFU and a breakdown say where the time goes. Exit code 1: a candidate of
+clipfast was refused."""
 
 EPILOG = """\
 examples:
   python -m bench loss --device cpu
   python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
+  python -m bench step --shape model=RN50,batch=64 --rounds 3      a step of 15 s; memory and trace take a few more
   python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if so)
   python -m bench tune --op contrastive --card H100
   python -m bench table                      write the README's tables again from the committed results

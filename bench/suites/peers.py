@@ -2,7 +2,9 @@
 
 import functools
 import importlib
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -33,7 +35,7 @@ def compiled(function: Function, *, fullgraph: bool = False) -> Function:
         fullgraph: refuse a function that is not one graph.
     """
     # on a CPU, the profiler sees what TorchInductor has compiled only if it was told so
-    options: dict[str, bool] = {"cpp.enable_kernel_profile": True}
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.enable_kernel_profile": True}
     return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=options)
 
 
