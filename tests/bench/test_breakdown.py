@@ -95,6 +95,7 @@ def test_kernels_by_name(name, category):
         ("cutlass_gemm_relu", ("aten::linear", "aten::addmm"), GEMM),
         ("cutlass_gemm", ("aten::conv2d", "aten::cudnn_convolution"), CONVOLUTION),
         (ELEMENTWISE, ("aten::linear", "aten::to", "aten::_to_copy", "aten::copy_"), COPIES),
+        (ELEMENTWISE, ("aten::addmm", "aten::copy_"), COPIES),
         ("nvjet_x", ("aten::linear", "somebody::s_linear"), GEMM),
         # what a compiler made is no part of the op that happens to be around it
         ("triton_poi_fused_gelu_1", ("CompiledFunction", "aten::mm"), NORM),
