@@ -160,9 +160,11 @@ def of_host(events: Iterable[dict[str, Any]]) -> Breakdown:
         if r.thread != thread or not any(low <= r.start and r.end <= high for low, high in windows):
             continue
         category = HOST if r.name == STEP_RANGE else classify_op(r.names)
-        total[category] += r.self_us
+        # the last digit of a start or an end may be off
+        self_us = max(0.0, r.self_us)
+        total[category] += self_us
         if category == OTHER:
-            unknown[r.name] += r.self_us
+            unknown[r.name] += self_us
     return _result(total, unknown, windows, 1e-6 * sum(total.values()) / len(windows))
 
 

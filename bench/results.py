@@ -49,7 +49,7 @@ def case_result(
     Args:
         peaks: bytes by candidate, or why there is no figure.
         breakdowns: where the time goes by candidate, or why that is not known.
-        transfers: seconds of each of the case's ``transfers``; None where nothing crosses.
+        transfers: seconds of each of the case's ``transfers``; None where nothing crosses, or does not fit.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None

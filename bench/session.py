@@ -1,5 +1,6 @@
 """A run of several cases, written to its file after each, so that whatever stops it leaves what it had."""
 
+import contextlib
 import dataclasses
 import statistics
 import sys
@@ -76,7 +77,7 @@ def _measure_one(
             _say(f"{label}: memory of {timing.candidate.name}")
             peaks[timing.candidate.name] = _peak(case, timing)
     _say("")
-    transfers = {name: copy_seconds(size, case.device) for name, size in case.transfers.items()}
+    transfers = {name: _copied(size, case.device) for name, size in case.transfers.items()}
     return results.case_result(case, timings, telemetry, peaks, roof, broken_down, transfers)
 
 
@@ -98,6 +99,13 @@ def _peak(case: Case, timing: Timing) -> int | str:
         return peak_bytes(case, timing.candidate, timing.function)
     except Exception as error:
         return short(error)
+
+
+def _copied(size: int, device: torch.device) -> float | None:
+    # no memory left for it, pinned or on the device, is no reason to lose what was timed
+    with contextlib.suppress(RuntimeError):
+        return copy_seconds(size, device)
+    return None
 
 
 def _breakdown(case: Case, timing: Timing) -> Breakdown | str:

@@ -149,7 +149,7 @@ def test_a_machine_that_cannot_compile_is_missing_something_and_nobody_is_wrong(
     assert [timing.refused for timing in timings] == [reason]
 
 
-def test_model_and_loss_are_compiled_as_one_graph_each(monkeypatch):
+def test_our_model_and_loss_are_compiled_as_one_graph_each(monkeypatch):
     asked = []
 
     def compile(function, **kwargs):
@@ -161,6 +161,21 @@ def test_model_and_loss_are_compiled_as_one_graph_each(monkeypatch):
     built = build("step", {"model": "ViT-T-8-32", "batch": 2}, "fp32", CPU)
     step = next(c for c in built.candidates if c.name == f"{OURS} compiled").make()
     assert asked == [(step.model, True), (step.loss, True)]
+
+
+def test_a_copy_that_does_not_fit_loses_no_timing(monkeypatch, tmp_path):
+    def full(size, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    built = case((Candidate(OURS, lambda: double),), transfers={"uint8": 8})
+    monkeypatch.setattr(session, "build", lambda *args: built)
+    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
+    monkeypatch.setattr(session, "copy_seconds", full)
+    path = tmp_path / "run.json"
+    run = session.measure_all([("loss", {}, "fp32")], CPU, Budget(0.0, 2, 2), path, memory=False, plots=False)
+    jsonschema.validate(run, SCHEMA)
+    assert run["cases"][0]["transfers"] == {"uint8": {"bytes": 8, "seconds": None}}
+    assert run["cases"][0]["candidates"][0]["samples_s"]
 
 
 def test_no_case_is_begun_after_the_end(tmp_path, monkeypatch, capsys):
