@@ -62,6 +62,8 @@ class Case:
         wants_grad: inputs that gradients are taken for; none means that the function does all there is to do.
         gate_inputs: smaller inputs for the comparison with the reference where it does not fit at this shape.
         slack: outputs whose error may be larger than usual, by this factor, as rounding reaches them enlarged.
+        model_flops: of one call of the published model, by :mod:`clipfast.bench.flops`; 0: it is no model's.
+        transfers: bytes that cross to the device before a call, by how they may travel.
         graph: whether a call can be a CUDA graph. One that cannot is timed with the host, on one set of inputs.
     """
 
@@ -78,6 +80,8 @@ class Case:
     wants_grad: tuple[str, ...] = ()
     gate_inputs: Callable[[], Inputs] | None = None
     slack: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    model_flops: float = 0.0
+    transfers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     graph: bool = True
 
     @property
@@ -118,3 +122,10 @@ def require_cuda(device: torch.device) -> None:
     """Refuse a CPU for a candidate that has kernels for GPUs only."""
     if device.type != "cuda":
         raise MissingError("needs a GPU")
+
+
+def short(error: BaseException) -> str:
+    """Kind and first line of an error; Triton's first line is only where, and its last one says what."""
+    lines = str(error).strip().splitlines() or [""]
+    text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
+    return f"{type(error).__name__}: {text[:200]}"

@@ -24,12 +24,14 @@ DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
 and gradients agree with the reference; candidates take turns, and every sample is kept. "of floor" is the time of the
 least work (for the loss: of versions that keep no N x N matrix), at the copy and matrix-product rates measured in the
-same run, over the time taken. Exit code 1: a candidate of clipfast was refused."""
+same run, over the time taken. Of a step, MFU and a breakdown say where the time goes. Exit code 1: a candidate of
+clipfast was refused."""
 
 EPILOG = """\
 examples:
   python -m bench loss --device cpu
   python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
+  python -m bench step --shape model=RN50,batch=64 --rounds 3      a step of 15 s; memory and trace take a few more
   python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if so)
   python -m bench tune --op contrastive --card H100
   python -m bench table                      write the README's tables again from the committed results
@@ -86,7 +88,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help=f"the smallest shapes, two rounds, written to {results.SMOKE_FOLDER}: shows whether everything runs",
     )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates whose name contains one of these")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates of that name, or whose name contains it")
     parser.add_argument("--rounds", type=int, default=50, help="rounds at most (default 50)")
     parser.add_argument("--seconds", type=float, default=60, help="stop adding rounds to a case after this long")
     parser.add_argument("--min-rounds", type=int, default=5, help="rounds at least, however long they take")
@@ -94,6 +96,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
         "--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after this long"
     )
     parser.add_argument("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
+    parser.add_argument(
+        "--no-breakdown", action="store_true", help="leave out the pass that traces where the time of a step goes"
+    )
     parser.add_argument("--no-plots", action="store_true")
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help=f"default: {results.FOLDER}/<card>/<date>-<what>-<commit>.json"
@@ -129,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.json or results.default_path(device, args.bench, smoke=args.smoke)
     done = measure_all(
         plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots,
-        total_s=args.total,
+        breakdown=not args.no_breakdown, total_s=args.total,
     )  # fmt: skip
     refused = refused_of_ours(done)
     for line in refused:

@@ -168,4 +168,5 @@ def main() -> None:
     torch.set_num_threads(request["threads"])
     plan = [(suite, shape, dtype) for suite, shape, dtype in request["plan"]]
     budget = Budget(*request["budget"])
-    measure_all(plan, use(torch.device(request["device"])), budget, out, only=[], memory=False, plots=False)
+    device = use(torch.device(request["device"]))
+    measure_all(plan, device, budget, out, only=[], memory=False, breakdown=False, plots=False)

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .case import AnyFunction, Candidate, Case, Inputs, MissingError, call, observe
+from .case import AnyFunction, Candidate, Case, Inputs, MissingError, call, observe, short
 from .graphs import Graphs
 from .machine import Telemetry, cache_bytes, exact_float32, free_bytes, synchronize
 
@@ -31,6 +31,8 @@ GATE = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 4e-2}
 MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
 BACKLOG_CYCLES = 2_000_000
 MAX_SETS = 16
+# A call that takes longer is not repeated for what is no timing.
+LONG_S = 1.0
 # Sets of inputs may take this share of the free memory: the rest is the candidates'.
 SETS_SHARE = 0.2
 
@@ -229,10 +231,12 @@ class _Runner:
         return self._timed(self.repeats) / self.repeats
 
     def phases(self, rounds: int = 3) -> dict[str, float]:
-        """Seconds of the parts of a call, for functions that know theirs."""
+        """Seconds of the parts of a call, for functions that know theirs; a long one is read once."""
         if not hasattr(self._function, "phases"):
             return {}
-        readings = [self._function.phases(**self._inputs) for _ in range(rounds)]
+        readings = [self._function.phases(**self._inputs)]
+        if sum(readings[0].values()) < LONG_S:
+            readings += [self._function.phases(**self._inputs) for _ in range(rounds - 1)]
         return {phase: float(np.median([reading[phase] for reading in readings])) for phase in readings[0]}
 
     def _turn(self) -> None:
@@ -269,10 +273,3 @@ def _throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
     if not (before["available"] and after["available"]):
         return None
     return bool(before["throttled"] or after["throttled"])
-
-
-def short(error: BaseException) -> str:
-    """Kind and first line of an error; Triton's first line is only where, and its last one says what."""
-    lines = str(error).strip().splitlines() or [""]
-    text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
-    return f"{type(error).__name__}: {text[:200]}"

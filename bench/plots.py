@@ -1,4 +1,6 @@
-"""Pictures of a result: the loss against the batch, the share of the floor by shape, and where the time goes."""
+"""Pictures of a result: the loss against the batch, the share of the floor by shape, the phases of a step, and where
+its time goes.
+"""
 
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,27 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .case import OURS
+from .categories import (
+    ATTENTION,
+    CATEGORIES,
+    CONVOLUTION,
+    COPIES,
+    DATA,
+    GEMM,
+    HOST,
+    INPUT,
+    LOSS,
+    NORM,
+    OPTIMIZER,
+    OTHER,
+)
 
 OUR_COLOUR = "#0b6e4f"
+# Products are green, what a step could do without is grey.
+COLOURS = {
+    GEMM: "#0b6e4f", CONVOLUTION: "#5aa17f", ATTENTION: "#2c7fb8", NORM: "#7fcdbb", INPUT: "#c7a252", LOSS: "#d95f0e",
+    OPTIMIZER: "#8856a7", COPIES: "#fdbe85", OTHER: "#e7298a", DATA: "#969696", HOST: "#d9d9d9",
+}  # fmt: skip
 
 
 def draw(run: dict[str, Any], path: Path) -> list[Path]:
@@ -26,7 +47,10 @@ def draw(run: dict[str, Any], path: Path) -> list[Path]:
         written.append(_save(_share_of_floor(run, timed), path.with_name(path.stem + "-floor.png")))
     steps = [case for case in run["cases"] if any(c["phases_s"] for c in case["candidates"])]
     if steps:
-        written.append(_save(_breakdown(run, steps), path.with_name(path.stem + "-step.png")))
+        written.append(_save(_phases(run, steps), path.with_name(path.stem + "-step.png")))
+    traced = [case for case in run["cases"] if any(c.get("breakdown") for c in case["candidates"])]
+    if traced:
+        written.append(_save(_breakdown(run, traced), path.with_name(path.stem + "-breakdown.png")))
     return written
 
 
@@ -104,23 +128,42 @@ def _share_of_floor(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
     return figure
 
 
+def _phases(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
+    bars = [(_label(case, c), c["phases_s"]) for case in cases for c in case["candidates"] if c["phases_s"]]
+    colours = {phase: f"C{index}" for index, phase in enumerate(bars[0][1])}
+    return _stacked(run, bars, colours, "ms in a step, waiting for the device after each part")
+
+
 def _breakdown(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
-    bars = [(case, c) for case in cases for c in case["candidates"] if c["phases_s"]]
+    bars = [
+        (_label(case, c), c["breakdown"]["seconds"]) for case in cases for c in case["candidates"] if c.get("breakdown")
+    ]
+    used = {name: COLOURS[name] for name in CATEGORIES if any(parts[name] for _, parts in bars)}
+    return _stacked(run, bars, used, "ms in a step, by what the device does; host: the device waits, or there is none")
+
+
+def _label(case: dict[str, Any], candidate: dict[str, Any]) -> str:
+    return f"{candidate['name']}\n{case['shape']['model']}, {case['shape']['batch']} pairs"
+
+
+def _stacked(
+    run: dict[str, Any], bars: list[tuple[str, dict[str, float]]], colours: dict[str, str], label: str
+) -> Figure:
+    """A bar for each of ``bars``, of seconds by the names in ``colours``."""
     figure = Figure(figsize=(9, 1.4 + 0.45 * len(bars)))
     axes = figure.subplots()
-    phases = list(bars[0][1]["phases_s"])
-    for row, (_, candidate) in enumerate(bars):
+    for row, (_, parts) in enumerate(bars):
         left = 0.0
-        for index, phase in enumerate(phases):
-            width = 1e3 * candidate["phases_s"][phase]
-            axes.barh(row, width, left=left, color=f"C{index}", label=phase if row == 0 else None)
+        for name, colour in colours.items():
+            width = 1e3 * parts[name]
+            axes.barh(row, width, left=left, color=colour, label=name if row == 0 else None)
             left += width
         axes.text(left, row, f" {left:.0f} ms", va="center", fontsize=8)
-    labels = [f"{c['name']}\n{case['shape']['model']}, {case['shape']['batch']} pairs" for case, c in bars]
-    axes.set_yticks(range(len(bars)), labels, fontsize=7)
+    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
     axes.invert_yaxis()
     axes.margins(x=0.12)
-    axes.set_xlabel("ms in a step, waiting for the device after each part")
-    axes.legend(fontsize=8, frameon=False, ncols=len(phases), loc="upper center", bbox_to_anchor=(0.5, -0.18))
+    axes.set_xlabel(label)
+    below = -0.6 / (1.4 + 0.45 * len(bars))
+    axes.legend(fontsize=8, frameon=False, ncols=min(len(colours), 6), loc="upper center", bbox_to_anchor=(0.5, below))
     axes.set_title(_where(run), fontsize=10)
     return figure

@@ -4,6 +4,7 @@ import datetime
 import json
 import math
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,9 @@ import numpy as np
 import torch
 
 from . import machine
+from .breakdown import Breakdown
 from .case import DTYPES, OURS, Case
+from .flops import DEFINITION, data_sheet_flops_per_s
 from .harness import Timing, ratio_interval
 
 SCHEMA = 1
@@ -33,16 +36,24 @@ def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[st
 
 
 def case_result(
-    case: Case, timings: list[Timing], telemetry: dict[str, Any], peaks: dict[str, int | str], roof: dict[str, float]
+    case: Case,
+    timings: list[Timing],
+    telemetry: dict[str, Any],
+    peaks: dict[str, int | str],
+    roof: dict[str, float],
+    breakdowns: Mapping[str, Breakdown | str] | None = None,
+    transfers: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
     """One entry of ``cases``.
 
     Args:
         peaks: bytes by candidate, or why there is no figure.
+        breakdowns: where the time goes by candidate, or why that is not known.
+        transfers: seconds of each of the case's ``transfers``; None where nothing crosses, or does not fit.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
-    return {
+    result: dict[str, Any] = {
         "suite": case.suite,
         "op": case.op,
         "shape": dict(case.shape),
@@ -52,6 +63,40 @@ def case_result(
         "telemetry": telemetry,
         "candidates": [_candidate_result(t, ours, peaks.get(t.candidate.name), floor_s) for t in timings],
     }
+    for entry in result["candidates"]:
+        _add_breakdown(entry, (breakdowns or {}).get(entry["name"]))
+    if case.model_flops:
+        _add_utilisation(result, case, roof["matmul_flops_per_s"])
+    if transfers:
+        result["transfers"] = {
+            name: {"bytes": size, "seconds": transfers[name]} for name, size in case.transfers.items()
+        }
+    return result
+
+
+def _add_utilisation(result: dict[str, Any], case: Case, measured: float) -> None:
+    """MFU of each candidate that was timed, against the peak measured in this run and the data sheet's."""
+    is_gpu = case.device.type == "cuda"
+    data_sheet = data_sheet_flops_per_s(torch.cuda.get_device_name(case.device), case.dtype) if is_gpu else None
+    peaks = {"measured": measured, "data_sheet": data_sheet}
+    result["model_flops"] = {"value": case.model_flops, "definition": DEFINITION, "peak_flops_per_s": peaks}
+    for entry in result["candidates"]:
+        if entry["samples_s"]:
+            entry["mfu"] = {
+                name: case.model_flops / entry["median_s"] / peak if peak else None for name, peak in peaks.items()
+            }
+
+
+def _add_breakdown(entry: dict[str, Any], breakdown: Breakdown | str | None) -> None:
+    if isinstance(breakdown, str):
+        entry["breakdown_refused"] = breakdown
+    elif breakdown is not None:
+        entry["breakdown"] = {
+            "step_s": breakdown.step_s,
+            "traced_s": breakdown.traced_s,
+            "seconds": breakdown.seconds,
+            "unknown": dict(breakdown.unknown),
+        }
 
 
 def _candidate_result(

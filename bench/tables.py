@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from .case import OURS
+from .categories import CATEGORIES, HOST
 
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
@@ -18,6 +19,7 @@ def case_table(case: dict[str, Any]) -> str:
     if case["telemetry"]["throttled"]:
         head += "   THROTTLED: no verdict"
     rows = [["", "time", "p20..p80", "x ours [95%]", "of floor", "peak memory", f"{case['items']['unit']}/s"]]
+    rows[0] += ["MFU"] if "model_flops" in case else []
     remarks = []
     for candidate in case["candidates"]:
         if candidate["refused"]:
@@ -28,14 +30,60 @@ def case_table(case: dict[str, Any]) -> str:
             remarks.append(f"  host included, no CUDA graph: {candidate['name']}: {candidate['eager']}")
         if candidate.get("peak_refused"):
             remarks.append(f"  no memory figure: {candidate['name']}: {candidate['peak_refused']}")
+    return "\n".join([head, *_aligned(rows), *remarks, *_utilisation(case), *_breakdown(case)])
+
+
+def _aligned(rows: list[list[str]]) -> list[str]:
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(
+    return [
+        "  "
+        + "  ".join(
             cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows
     ]
-    return "\n".join([head, *(f"  {line}" for line in lines), *remarks])
+
+
+def _utilisation(case: dict[str, Any]) -> list[str]:
+    """What MFU means here, and what crosses to the device."""
+    lines = []
+    if flops := case.get("model_flops"):
+        peaks = flops["peak_flops_per_s"]
+        against = f"{peaks['measured'] / 1e12:.3g} TFLOP/s measured in this run"
+        if peaks["data_sheet"]:
+            against += f" (in brackets: {peaks['data_sheet'] / 1e12:.4g} of the data sheet)"
+        lines.append(f"  MFU: {flops['value'] / 1e9:.4g} GFLOP, {flops['definition']}, against {against}")
+    if transfers := case.get("transfers"):
+        parts = [
+            f"{size(entry['bytes'])} with {pixels} pixels"
+            + (f" ({seconds(entry['seconds'])})" if entry["seconds"] is not None else "")
+            for pixels, entry in transfers.items()
+        ]
+        lines.append(f"  to the device in a step, before the time begins: {', '.join(parts)}")
+    return lines
+
+
+def _breakdown(case: dict[str, Any]) -> list[str]:
+    """Where the time goes: a line for each candidate, and the names that no rule knows."""
+    found = [c for c in case["candidates"] if c.get("breakdown")]
+    remarks = [
+        f"  no breakdown: {c['name']}: {c['breakdown_refused']}"
+        for c in case["candidates"]
+        if c.get("breakdown_refused")
+    ]
+    if not found:
+        return remarks
+    used = [name for name in CATEGORIES if name == HOST or any(c["breakdown"]["seconds"][name] for c in found)]
+    rows = [["where the time goes", "step", *used, "traced"]]
+    for candidate in found:
+        breakdown = candidate["breakdown"]
+        step_s = breakdown["step_s"]
+        shares = [f"{100 * breakdown['seconds'][name] / step_s:.1f}%" for name in used]
+        rows.append([candidate["name"], seconds(step_s), *shares, seconds(breakdown["traced_s"])])
+        unknown = [f"{name[:80]} {100 * s / step_s:.2f}%" for name, s in breakdown["unknown"].items()]
+        if unknown:
+            remarks.append(f"  in other, {candidate['name']}: {', '.join(unknown)}")
+    return [*_aligned(rows), *remarks]
 
 
 def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
@@ -48,8 +96,18 @@ def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
         f"{ratio['median']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]" if ratio else "",
         f"{100 * share:.0f}%" if share is not None else "",
         size(candidate["peak_bytes"]),
-        f"{case['items']['count'] / candidate['median_s']:,.0f}",
+        _rate(case["items"]["count"] / candidate["median_s"]),
+        *([_mfu(candidate["mfu"])] if "mfu" in candidate else []),
     ]
+
+
+def _rate(per_s: float) -> str:
+    return f"{per_s:,.0f}" if per_s >= 10 else f"{per_s:.3g}"
+
+
+def _mfu(mfu: dict[str, float | None]) -> str:
+    measured, data_sheet = mfu["measured"] or 0.0, mfu["data_sheet"]
+    return f"{100 * measured:.1f}%" + (f" ({100 * data_sheet:.1f}%)" if data_sheet else "")
 
 
 def seconds(value: float) -> str:

@@ -24,8 +24,8 @@ import torch
 
 from clipfast.kernels import configs
 
-from .case import DTYPES, OURS, Candidate, Case, Inputs, call
-from .harness import Budget, Timing, leaves, measure, ratio_interval, short
+from .case import DTYPES, OURS, Candidate, Case, Inputs, call, short
+from .harness import Budget, Timing, leaves, measure, ratio_interval
 from .inspection import Report, inspect_launch, offline
 from .inspection.shipped import small_tile_problems
 from .machine import use

@@ -1,13 +1,14 @@
 """Other people's implementations, where they are installed."""
 
+import functools
 import importlib
 from collections.abc import Callable
 from types import ModuleType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from ..case import MissingError
+from ..case import MissingError, short
 
 R = TypeVar("R")
 
@@ -29,6 +30,25 @@ def need(module: str, package: str) -> ModuleType:
         raise MissingError(f"{package} cannot be imported: {type(error).__name__}: {error}") from error
 
 
-def compiled(function: Callable[..., R]) -> Callable[..., R]:
-    """``torch.compile`` of a candidate, for the shape at hand; ``harness.measure`` forgets those of earlier cases."""
-    return torch.compile(function, dynamic=False)
+def compiled(function: Callable[..., R], *, fullgraph: bool = False) -> Callable[..., R]:
+    """``torch.compile`` of a candidate, for the shape at hand; ``harness.measure`` forgets those of earlier cases.
+
+    Args:
+        fullgraph: refuse a function that is not one graph.
+    """
+    # on a CPU, the profiler sees what TorchInductor has compiled only if it was told so
+    options: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.enable_kernel_profile": True}
+    return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=options)
+
+
+@functools.cache
+def need_compiler(device: torch.device) -> None:
+    """Compile something small for ``device``.
+
+    Raises:
+        MissingError: TorchInductor cannot do it here, for want of a compiler perhaps.
+    """
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.ones(8, device=device))
+    except Exception as error:
+        raise MissingError(f"torch.compile does not work here: {short(error)}") from error

@@ -16,7 +16,7 @@ from clipfast.bench import cli, harness, results, session, tables
 from clipfast.bench.case import OURS, Candidate, MissingError
 from clipfast.bench.graphs import Graphs
 from clipfast.bench.harness import Budget
-from clipfast.bench.suites import peers
+from clipfast.bench.suites import build, peers
 
 from ..conftest import INTERPRET
 from .cases import CPU, ROOFS, case, double, quickly
@@ -128,6 +128,54 @@ def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, cap
     monkeypatch.setattr("clipfast.bench.suites.loss.contrastive_loss", broken)
     assert cli.main(arguments) == 1
     assert "refused: contrastive.fwd_bwd clipfast: RuntimeError: illegal" in capsys.readouterr().err
+
+
+def test_a_machine_that_cannot_compile_is_missing_something_and_nobody_is_wrong(monkeypatch):
+    def compile(function, **kwargs):
+        def fail(*args):
+            raise RuntimeError("Python.h: no such file")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    peers.need_compiler.cache_clear()
+    try:
+        built = build("step", {"model": "ViT-T-8-32", "batch": 2}, "fp32", CPU)
+        timings = [harness.Timing(c) for c in built.candidates if c.name == f"{OURS} compiled"]
+        harness.pass_gate(built, timings)
+    finally:
+        peers.need_compiler.cache_clear()
+    reason = "missing: torch.compile does not work here: RuntimeError: Python.h: no such file"
+    assert [timing.refused for timing in timings] == [reason]
+
+
+def test_our_model_and_loss_are_compiled_as_one_graph_each(monkeypatch):
+    asked = []
+
+    def compile(function, **kwargs):
+        asked.append((function, kwargs.get("fullgraph")))
+        return function
+
+    monkeypatch.setattr(peers, "need_compiler", lambda device: None)
+    monkeypatch.setattr(torch, "compile", compile)
+    built = build("step", {"model": "ViT-T-8-32", "batch": 2}, "fp32", CPU)
+    step = next(c for c in built.candidates if c.name == f"{OURS} compiled").make()
+    assert asked == [(step.model, True), (step.loss, True)]
+
+
+def test_a_copy_that_does_not_fit_loses_no_timing(monkeypatch, tmp_path):
+    def full(size, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    built = case((Candidate(OURS, lambda: double),), transfers={"uint8": 8})
+    monkeypatch.setattr(session, "build", lambda *args: built)
+    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
+    monkeypatch.setattr(session, "copy_seconds", full)
+    path = tmp_path / "run.json"
+    run = session.measure_all([("loss", {}, "fp32")], CPU, Budget(0.0, 2, 2), path, memory=False, plots=False)
+    jsonschema.validate(run, SCHEMA)
+    assert run["cases"][0]["transfers"] == {"uint8": {"bytes": 8, "seconds": None}}
+    assert run["cases"][0]["candidates"][0]["samples_s"]
 
 
 def test_no_case_is_begun_after_the_end(tmp_path, monkeypatch, capsys):

@@ -14,6 +14,8 @@ import torch
 
 from clipfast.bench import checkout, gpu, gpu_environment
 from clipfast.bench.gpu_summary import Done, cache_entries, summarise
+from clipfast.bench.session import chosen
+from clipfast.bench.suites import SUITES, build
 
 from ..conftest import INTERPRET
 
@@ -131,6 +133,22 @@ def test_steps_come_in_order_of_value_end_in_time_and_leave_few_files(part, tmp_
     # the tuner writes one file, its table
     written = {part for step in found for part in step.command if part.startswith(str(tmp_path))}
     assert len(written | {"summary.txt", "log.txt"}) <= 8
+
+
+def test_a_part_for_steps_draws_them_and_has_the_time_to_compile(tmp_path):
+    by_part = {part: {step.name: step for step in gpu.steps(part, tmp_path, dry=False)} for part in ("all", "step")}
+    assert "--no-plots" in by_part["all"]["step"].command
+    assert "--no-plots" not in by_part["step"]["step"].command
+    assert "--only" not in by_part["step"]["step"].command
+    only = by_part["all"]["step"].command[by_part["all"]["step"].command.index("--only") + 1 :]
+    built = build("step", SUITES["step"].smallest, "bf16", torch.device("cpu"))
+    names = [candidate.name for candidate in chosen(built, only).candidates]
+    assert names == ["clipfast", "PyTorch", "OpenCLIP", "OpenCLIP compiled"]
+    # summary, log, result and three pictures
+    assert by_part["step"]["step"].seconds > gpu.TOTAL_S / 2
+    (tmp_path / "bench-step-breakdown.png").touch()
+    gpu.clear(tmp_path)
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_sanitizer_sees_every_allocation_and_pytest_lists_what_failed(tmp_path):

@@ -152,6 +152,42 @@ def test_every_suite_runs_and_validates(suite, tmp_path, capsys):
     if suite == "step":
         assert list(entry["phases_s"]) == ["both encoders", "loss", "backward", "optimizer"]
         assert (tmp_path / "run-step.png").stat().st_size > 1000
+        assert sum(entry["breakdown"]["seconds"].values()) == pytest.approx(entry["breakdown"]["step_s"])
+        assert (tmp_path / "run-breakdown.png").stat().st_size > 1000
+        assert "where the time goes" in printed
+        assert entry["mfu"]["measured"] > 0
+
+
+def test_a_whole_name_means_that_candidate_alone():
+    built = case(tuple(Candidate(name, lambda: double) for name in (OURS, f"{OURS} compiled", "peer", "peer compiled")))
+
+    def names(*only):
+        return [candidate.name for candidate in session.chosen(built, only).candidates]
+
+    assert names() == [OURS]
+    assert names("Peer") == [OURS, "peer"]
+    assert names("pee") == [OURS, "peer", "peer compiled"]
+    assert names("peer", "compiled") == [OURS, f"{OURS} compiled", "peer", "peer compiled"]
+    with pytest.raises(ValueError, match="--only 'nobody'"):
+        names("peer", "nobody")
+
+
+def test_parts_of_a_long_call_are_read_once():
+    class Parts:
+        def __init__(self, seconds):
+            self.seconds, self.readings = seconds, 0
+
+        def __call__(self, x):
+            return 2 * x
+
+        def phases(self, x):
+            self.readings += 1
+            return {"all": self.seconds}
+
+    short, long = Parts(0.1), Parts(15.0)
+    timings = quickly(case((Candidate(OURS, lambda: short), Candidate("long", lambda: long))))
+    assert (short.readings, long.readings) == (3, 1)
+    assert timings["long"].phases == {"all": 15.0}
 
 
 def test_committed_results_validate():

@@ -1,0 +1,133 @@
+"""What a step spends its time on, told from the names of kernels and of the ops around them.
+
+:func:`classify` is a pure function of names. It asks, in this order: whether an op around the kernel takes all that is
+in it (the loss, the optimizer, an op of ours, attention); the innermost op that has a category of its own; the kernel's
+name. A kernel that a compiler has fused counts once, where the dearest op in its name belongs; products of an attention
+that is written out in PyTorch are products. What no rule knows is OTHER, never guessed at.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+GEMM, ATTENTION, NORM, CONVOLUTION, INPUT = "GEMM", "attention", "norm, activation", "convolution", "patch, text input"
+LOSS, OPTIMIZER, COPIES, OTHER = "loss", "optimizer", "copies, elementwise", "other"
+DATA, HOST = "data", "host"
+# In the order of tables and pictures.
+CATEGORIES = (GEMM, ATTENTION, NORM, CONVOLUTION, INPUT, LOSS, OPTIMIZER, COPIES, OTHER, DATA, HOST)
+# A range of the profiler's around the loss, whose products have the same names as the model's.
+LOSS_RANGE = "step: loss"
+
+Rules = tuple[tuple[str, re.Pattern[str]], ...]
+
+
+def _rules(*rules: tuple[str, str]) -> Rules:
+    return tuple((category, re.compile(pattern)) for category, pattern in rules)
+
+
+# Ops that take all that happens in them, the outermost first.
+OWNERS = _rules(
+    (LOSS, rf"^{LOSS_RANGE}$|clipfast(::|_)(contrastive|sigmoid|info_nce|nt_xent)"),
+    (OPTIMIZER, r"^Optimizer\.step"),
+    (ATTENTION, r"clipfast(::|_)attention|scaled_dot_product|ScaledDotProduct|_(flash|efficient|cudnn)_attention"),
+    (NORM, r"clipfast(::|_)(layer_norm|batch_norm|bias_act|bias_gelu|bias_quick_gelu)"),
+    (INPUT, r"clipfast(::|_)(patch_embed|text_embed|token_embed|embed)"),
+)
+_ATEN = {
+    GEMM: r"(addmm|mm|bmm|baddbmm|addmv|mv|dot|_addmm_activation|_scaled_mm)_?",
+    CONVOLUTION: r"_?(conv[123]d|\w*convolution\w*|\w*conv2d\w*)",
+    NORM: r"\w*(layer_norm|batch_norm|group_norm)\w*|(gelu|relu|silu|sigmoid|threshold|hardtanh)(_backward)?_?",
+    INPUT: r"embedding\w*",
+    LOSS: r"_?log_softmax\w*|nll_loss\w*|cross_entropy\w*",
+    ATTENTION: r"_?softmax\w*|_masked_softmax\w*|_safe_softmax",
+    OPTIMIZER: r"_fused_adam\w*|_foreach_\w+",
+    # what only describes memory, allocates it or calls something else: no work, so on a CPU it is the host's
+    HOST: r"empty\w*|new_empty\w*|new_zeros|new_full|zeros|zeros_like|ones|ones_like|full|full_like|scalar_tensor|"
+    r"_?reshape\w*|_?unsafe_view|view\w*|as_strided_?|t|numpy_T|transpose|permute|expand\w*|select|slice|narrow|split\w*|"
+    r"chunk|unbind|unsqueeze|squeeze|flatten|unflatten|alias|detach_?|resize_|resolve_conj|resolve_neg|lift_fresh|"
+    r"promote_types|item|_local_scalar_dense|is_nonzero|set_|diagonal|movedim|moveaxis|result_type|to|matmul|linear|"
+    r"einsum|contiguous|mkldnn_linear|type_as|__and__|record_stream|unfold|native_dropout|dropout|is_pinned|"
+    r"_pin_memory|pin_memory|_has_compatible_shallow_copy_type",
+    COPIES: r"_to_copy|copy_|clone|cat|stack|fill_|zero_|add_?|sub_?|mul_?|div_?|neg_?|reciprocal|exp2?_?|log2?_?|"
+    r"sqrt_?|rsqrt_?|pow_?|abs_?|clamp\w*|where|masked_fill_?|index\w*|_index_put_impl_|gather\w*|scatter\w*|"
+    r"select_backward|slice_backward|sum|mean|any|all|max|min|amax|amin|argmax|arange|eq|ne|lt|le|gt|ge|bitwise_\w+|"
+    r"logical_\w+|linalg_\w+|norm|avg_pool2d\w*|mean_backward|addcmul_?|addcdiv_?|lerp_?|_adaptive_avg_pool2d\w*|"
+    r"ceil_?|floor_?|round_?|frexp|logaddexp|maximum|minimum|triu_?|tril_?|repeat|tanh\w*",
+}  # fmt: skip
+# Ops by name, asked of the innermost first.
+OPS = _rules(
+    *((category, rf"^(aten|mkldnn|mkl)::({names})$") for category, names in _ATEN.items()),
+    (GEMM, r"^(mkldnn::_linear_pointwise|mkl::_mkl_linear)"),
+    (CONVOLUTION, r"^mkldnn::_convolution"),
+)
+# What PyTorch itself writes around ops.
+FRAMEWORK = re.compile(
+    r"^(autograd::|torch::autograd::|Optimizer\.|CompiledFunction|Torch-Compiled|TorchDynamo|AOTDispatcher|Pregraph|"
+    r"## Call|ProfilerStep|step: |detach$|cuda[A-Z]|cu[A-Z]\w*$|hip[A-Z])|Backward\d*$"
+)
+# Names that TorchInductor gives kernels, and the ops that it writes into them; the first that is there counts.
+INDUCTOR = re.compile(r"(?:^|_)(?:triton|cpp)_(?:[a-z]{3}_)?fused_")
+FUSED = _rules(
+    (GEMM, r"(?<=tem_fused).*_(mm|addmm|bmm)"),
+    (LOSS, r"log_softmax|nll_loss|cross_entropy"),
+    (NORM, r"layer_norm|batch_norm|group_norm|gelu|relu|sigmoid|silu|threshold|bias_act"),
+    (ATTENTION, r"scaled_dot_product|softmax|attention"),
+    (INPUT, r"embedding|patch_embed"),
+    (OPTIMIZER, r"adam"),
+    (COPIES, r"."),
+)
+# Kernels by name: ours first, then libraries', the more special before the more general.
+KERNELS = _rules(
+    (LOSS, r"^_(online_)?(stats|merge|grad_tile|products|normalize|finish|sigmoid_sums|sigmoid_grad_tile)_kernel"),
+    (ATTENTION, r"^_(short|looped|two_phase|pool|attention|attention_pool)_\w*kernel"),
+    (NORM, r"^_(layer_norm|batch_norm|bias_act|gelu|norm)\w*_kernel"),
+    (INPUT, r"^_(patch_embed|text_embed|token_embed|embed)\w*_kernel"),
+    (DATA, r"(?i)memcpy *(HtoD|host *to *device)"),
+    (COPIES, r"(?i)^(memcpy|memset)"),
+    (LOSS, r"(?i)nll_?loss|log_?softmax|cross_?entropy"),
+    (ATTENTION, r"(?i)flash|fmha|sdpa|mem_eff|attention|softmax"),
+    (OPTIMIZER, r"(?i)multi_tensor_apply|fused_?adam"),
+    (NORM, r"(?i)layer_?norm|batch_?norm|bn_(fw|bw)|GammaBeta|cuComputeGradInput|gelu|relu|threshold|sigmoid|silu"),
+    (CONVOLUTION, r"(?i)conv|implicit_gemm|fprop|dgrad|wgrad|winograd|nchwToNhwc|nhwcToNchw"),
+    (INPUT, r"(?i)embedding"),
+    (GEMM, r"(?i)gemm|nvjet|xmma|cutlass|cublas|splitK|gemv|^Cijk_"),
+    (COPIES, r"(?i)elementwise|copy|CatArray|reduce_kernel|index|scatter|gather|fill|transpose|sort|scan|pool"),
+)  # fmt: skip
+
+
+@functools.cache
+def _first(rules: Rules, name: str) -> str | None:
+    return next((category for category, pattern in rules if pattern.search(name)), None)
+
+
+@functools.cache
+def _of_op(name: str) -> str | None:
+    if INDUCTOR.search(name):
+        return _first(FUSED, name)
+    return _first(OPS, name) or (HOST if FRAMEWORK.search(name) else None)
+
+
+def classify(kernel: str, ops: Sequence[str] = ()) -> str:
+    """Category of a kernel on a device.
+
+    Args:
+        kernel: its name.
+        ops: names of the ops and ranges around its launch, the outermost first.
+    """
+    by_owner = next((category for op in ops if (category := _first(OWNERS, op))), None)
+    if by_owner is not None:
+        return by_owner
+    inductor = _first(FUSED, kernel) if INDUCTOR.search(kernel) else None
+    # no kernel is the host's work: an op that says so says nothing about its kernel
+    by_op = next((category for op in reversed(ops) if (category := _of_op(op)) not in (None, HOST)), None)
+    return inductor or by_op or _first(KERNELS, kernel) or OTHER
+
+
+def classify_op(ops: Sequence[str]) -> str:
+    """Category of the time that the last of ``ops`` spends itself on a CPU, outside of the ops that it calls.
+
+    Args:
+        ops: names of the op and of those around it, the outermost first.
+    """
+    by_owner = next((category for op in ops if (category := _first(OWNERS, op))), None)
+    return by_owner or _of_op(ops[-1]) or OTHER

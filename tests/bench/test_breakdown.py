@@ -1,0 +1,371 @@
+"""Where the time of a step goes: names to categories, and categories that add up to the step."""
+
+import functools
+import json
+import re
+from pathlib import Path
+
+import jsonschema
+import pytest
+import torch
+
+import clipfast.bench
+import clipfast.kernels
+from clipfast.bench import breakdown, plots, results, session, tables
+from clipfast.bench.breakdown import STEP_RANGE, Breakdown, of_device, of_host
+from clipfast.bench.case import OURS
+from clipfast.bench.categories import (
+    ATTENTION,
+    CATEGORIES,
+    CONVOLUTION,
+    COPIES,
+    DATA,
+    GEMM,
+    HOST,
+    INPUT,
+    LOSS,
+    LOSS_RANGE,
+    NORM,
+    OPTIMIZER,
+    OTHER,
+    classify,
+    classify_op,
+)
+from clipfast.bench.harness import Timing
+from clipfast.bench.suites import SUITES, build
+
+from ..conftest import INTERPRET
+from .cases import CPU
+
+pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
+SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
+# Kernels that no step launches.
+NOT_IN_A_STEP = ("_own_score_kernel", "_count_ahead_kernel")
+ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>"
+
+KERNELS = [
+    ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNT", GEMM),
+    ("sm90_xmma_gemm_bf16bf16_bf16f32_f32_tn_n_tilesize128x128x64", GEMM),
+    ("cutlass_80_tensorop_bf16_s16816gemm_relu_bf16_128x128", NORM),  # by name alone, its epilogue; its op says GEMM
+    ("void cublasLt::splitKreduce_kernel<32, 16, int, float>", GEMM),
+    ("ampere_sgemm_128x64_tn", GEMM),
+    ("void flash_fwd_kernel<Flash_fwd_kernel_traits<64, 128, 128, 4>>", ATTENTION),
+    ("fmha_cutlassF_bf16_aligned_64x64_rf_sm80", ATTENTION),
+    ("cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16", ATTENTION),
+    ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", OPTIMIZER),
+    ("void at::native::vectorized_layer_norm_kernel<c10::BFloat16, float>", NORM),
+    ("void cudnn::bn_fw_tr_1C11_kernel_NCHW<float>", NORM),
+    ("sm80_xmma_fprop_implicit_gemm_indexed_bf16bf16_bf16f32", CONVOLUTION),
+    ("void cudnn::cnn::wgrad2d_grouped_direct_kernel", CONVOLUTION),
+    ("void (anonymous namespace)::softmax_warp_forward<float>", ATTENTION),
+    ("void cunn_SoftMaxForward<LogSoftMaxForwardEpilogue> log_softmax", LOSS),
+    ("Memcpy HtoD (Pinned -> Device)", DATA),
+    ("Memcpy DtoD (Device -> Device)", COPIES),
+    ("Memset (Device)", COPIES),
+    (ELEMENTWISE, COPIES),
+    ("triton_poi_fused_gelu_view_3", NORM),
+    ("triton_red_fused_add_native_layer_norm_native_layer_norm_backward_5", NORM),
+    ("triton_per_fused__log_softmax_nll_loss_forward_0", LOSS),
+    ("triton_poi_fused_add_embedding_2", INPUT),
+    ("triton_poi_fused__to_copy_1", COPIES),
+    ("triton_poi_fused_addmm_t_1", COPIES),
+    ("triton_tem_fused_addmm_3", GEMM),
+    ("_short_bwd_kernel", ATTENTION),
+    ("_grad_tile_kernel", LOSS),
+    ("mystery_kernel_7", OTHER),
+]
+
+
+@pytest.mark.parametrize(("name", "category"), KERNELS, ids=[name[:50] for name, _ in KERNELS])
+def test_kernels_by_name(name, category):
+    assert classify(name) == category
+
+
+@pytest.mark.parametrize(
+    ("kernel", "ops", "category"),
+    [
+        # what is around it takes everything
+        ("nvjet_x", (LOSS_RANGE, "aten::matmul", "aten::mm"), LOSS),
+        (ELEMENTWISE, ("Optimizer.step#AdamW.step", "aten::_foreach_add_"), OPTIMIZER),
+        ("ampere_sgemm", ("clipfast::contrastive_bwd", "aten::addmm"), LOSS),
+        ("ampere_sgemm", ("aten::scaled_dot_product_attention", "aten::bmm"), ATTENTION),
+        ("any_kernel", ("clipfast::layer_norm_fwd",), NORM),
+        # the innermost op, where its name says more than the kernel's
+        ("void reduce_kernel", ("aten::linear", "aten::addmm"), GEMM),
+        ("cutlass_gemm_relu", ("aten::linear", "aten::addmm"), GEMM),
+        ("cutlass_gemm", ("aten::conv2d", "aten::cudnn_convolution"), CONVOLUTION),
+        (ELEMENTWISE, ("aten::linear", "aten::to", "aten::_to_copy", "aten::copy_"), COPIES),
+        (ELEMENTWISE, ("aten::addmm", "aten::copy_"), COPIES),
+        ("nvjet_x", ("aten::linear", "somebody::s_linear"), GEMM),
+        # what a compiler made is no part of the op that happens to be around it
+        ("triton_poi_fused_gelu_1", ("CompiledFunction", "aten::mm"), NORM),
+        ("mystery_kernel_7", ("aten::view", "autograd::engine::evaluate_function: FooBackward0"), OTHER),
+    ],
+)
+def test_kernels_by_what_launched_them(kernel, ops, category):
+    assert classify(kernel, ops) == category
+
+
+@pytest.mark.parametrize(
+    ("ops", "category"),
+    [
+        (("aten::linear", "aten::addmm"), GEMM),
+        (("aten::linear",), HOST),
+        (("aten::mkldnn_convolution",), CONVOLUTION),
+        (("aten::convolution_backward",), CONVOLUTION),
+        (("aten::native_layer_norm_backward",), NORM),
+        (("aten::native_batch_norm",), NORM),
+        (("aten::gelu",), NORM),
+        (("aten::embedding_dense_backward",), INPUT),
+        (("clipfast::patch_embed_fwd", "aten::mm"), INPUT),
+        (("clipfast::attention_pool_bwd", "aten::bmm"), ATTENTION),
+        (("GeneratedBackwardFor_clipfast_attention_fwd_default",), ATTENTION),
+        (("aten::_scaled_dot_product_flash_attention_for_cpu",), ATTENTION),
+        (("aten::nll_loss_forward",), LOSS),
+        (("Optimizer.step#AdamW.step",), OPTIMIZER),
+        (("aten::_fused_adamw_",), OPTIMIZER),
+        (("aten::copy_",), COPIES),
+        (("aten::sum",), COPIES),
+        (("aten::transpose",), HOST),
+        (("autograd::engine::evaluate_function: MmBackward0", "MmBackward0"), HOST),
+        (("CompiledFunction", "graph_2_cpp_fused_add_clone_native_layer_norm_transpose_view_5"), NORM),
+        (("CompiledFunction",), HOST),
+        (("aten::something_new",), OTHER),
+        (("somebody::op",), OTHER),
+    ],
+)
+def test_ops_of_a_cpu(ops, category):
+    assert classify_op(ops) == category
+
+
+def test_every_kernel_and_op_of_ours_has_a_category():
+    sources = [path.read_text() for path in Path(clipfast.kernels.__path__[0]).rglob("*.py")]
+    kernels = {name for text in sources for name in re.findall(r"@triton\.jit\s+def (\w+_kernel)\(", text)}
+    ops = {name for text in sources for name in re.findall(r'custom_op\("(clipfast::\w+)"', text)}
+    assert len(kernels) > 15
+    assert len(ops) > 15
+    unknown = {name for name in kernels if classify(name) == OTHER} | {
+        name for name in ops if classify_op((name,)) == OTHER
+    }
+    assert unknown <= {*NOT_IN_A_STEP, "clipfast::retrieval_ranks"}, "give them a rule in bench/categories.py"
+
+
+def op(name, start, end, thread=1, **args):
+    names = {"sequence": "Sequence number", "forward_thread": "Fwd thread id"}
+    kind = "user_annotation" if name.startswith("step: ") else "cpu_op"
+    return {
+        "ph": "X", "cat": kind, "name": name, "tid": thread, "ts": start, "dur": end - start,
+        "args": {names[key]: value for key, value in args.items()},
+    }  # fmt: skip
+
+
+def launch(at, correlation, thread=1):
+    return {
+        "ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "tid": thread, "ts": at, "dur": 1.0,
+        "args": {"correlation": correlation},
+    }  # fmt: skip
+
+
+def kernel(name, start, end, correlation=None, cat="kernel"):
+    return {
+        "ph": "X", "cat": cat, "name": name, "tid": "stream 7", "ts": start, "dur": end - start,
+        "args": {"correlation": correlation},
+    }  # fmt: skip
+
+
+def test_time_of_a_cpu_is_that_of_ops_without_the_ops_they_call():
+    found = of_host(
+        [
+            op("aten::mm", 0, 50),  # the profiler's own start: in no marked step
+            op(STEP_RANGE, 100, 200),
+            op("aten::linear", 100, 140),
+            op("aten::addmm", 105, 135),
+            op("aten::copy_", 110, 115),
+            op("aten::gelu", 140, 160),
+            op("somebody::op", 160, 163),
+            op("aten::mm", 100, 200, thread=2),  # not the thread that takes the step
+        ]
+    )
+    us = {category: 1e6 * seconds for category, seconds in found.seconds.items() if seconds}
+    assert us == pytest.approx({GEMM: 25, COPIES: 5, NORM: 20, OTHER: 3, HOST: 37 + 10})
+    assert found.unknown == (("somebody::op", pytest.approx(3e-6)),)
+    assert found.step_s == found.traced_s == pytest.approx(100e-6)
+    assert sum(found.seconds.values()) == pytest.approx(found.step_s)
+
+
+def test_a_backward_op_belongs_where_its_forward_does():
+    events = [
+        op(STEP_RANGE, 0, 100),
+        op("aten::linear", 0, 10, sequence=4),
+        op("aten::addmm", 1, 9, sequence=5),
+        op("aten::argmax", 10, 11, sequence=6),  # makes no node: the next one has its number
+        op(LOSS_RANGE, 20, 40),
+        op("aten::mm", 20, 40, sequence=6),
+        op("autograd::engine::evaluate_function: MmBackward0", 50, 70, sequence=6, forward_thread=1),
+        op("aten::mm", 50, 70),
+        op("autograd::engine::evaluate_function: AddmmBackward0", 70, 90, sequence=5, forward_thread=1),
+        op("aten::mm", 70, 90),
+    ]
+    us = {category: 1e6 * seconds for category, seconds in of_host(events).seconds.items() if seconds}
+    assert us == pytest.approx({GEMM: 8 + 20, LOSS: 20 + 20, COPIES: 1, HOST: 2 + 9 + 10 + 10})
+
+
+def steps_of_a_device():
+    """Two steps on the host's thread 1; backward is launched from thread 2."""
+    events = []
+    for base, correlation in ((1000, 10), (2000, 20)):
+        events += [
+            op(STEP_RANGE, base, base + 500),
+            op("aten::addmm", base, base + 10), launch(base + 2, correlation),
+            op(LOSS_RANGE, base + 20, base + 40),
+            op("aten::mm", base + 21, base + 39, sequence=correlation), launch(base + 30, correlation + 1),
+            op("autograd::engine::evaluate_function: MmBackward0", base + 50, base + 60, thread=2,
+               sequence=correlation, forward_thread=1),
+            launch(base + 55, correlation + 2, thread=2),
+            kernel("nvjet_a", base + 100, base + 200, correlation),
+            kernel("nvjet_b", base + 150, base + 250, correlation + 1),  # half of it hidden by the one before
+            kernel("nvjet_c", base + 300, base + 330, correlation + 2),
+            kernel("mystery", base + 330, base + 334),
+            kernel("Memset (Device)", base + 340, base + 346, cat="gpu_memset"),
+        ]  # fmt: skip
+    return [kernel("nvjet_warm_up", 0, 900), *events]
+
+
+def test_time_of_a_device_counts_no_moment_twice_and_gaps_are_the_rest():
+    found = of_device(steps_of_a_device(), seconds=400e-6)
+    us = {category: 1e6 * seconds for category, seconds in found.seconds.items() if seconds}
+    assert us == pytest.approx({GEMM: 100, LOSS: 50 + 30, OTHER: 4, COPIES: 6, HOST: 400 - 190})
+    assert found.unknown == (("mystery", pytest.approx(4e-6)),)
+    assert (found.step_s, found.traced_s) == (400e-6, pytest.approx(500e-6))
+    assert sum(found.seconds.values()) == pytest.approx(found.step_s)
+
+
+def test_a_device_that_was_slower_under_the_profiler_has_no_gaps():
+    found = of_device(steps_of_a_device(), seconds=100e-6)
+    assert found.seconds[HOST] == 0
+    assert sum(found.seconds.values()) == pytest.approx(found.step_s) == pytest.approx(190e-6)
+
+
+def test_a_profiler_that_sees_nothing_says_so():
+    with pytest.raises(RuntimeError, match="saw no work of the device"):
+        of_device([op(STEP_RANGE, 0, 10), kernel("nvjet", 20, 30)], seconds=1.0)
+    with pytest.raises(RuntimeError, match="no range"):
+        of_host([op("aten::mm", 0, 10)])
+
+
+def test_inputs_on_their_way_and_patches_keep_the_sum():
+    seconds = {**dict.fromkeys(CATEGORIES, 0.0), GEMM: 3.0, CONVOLUTION: 1.0}
+    found = Breakdown(4.0, 5.0, seconds).with_convolutions_as_input().with_data(0.5)
+    assert found.step_s == sum(found.seconds.values()) == 4.5
+    assert (found.seconds[INPUT], found.seconds[CONVOLUTION], found.seconds[DATA]) == (1.0, 0.0, 0.5)
+
+
+@pytest.mark.parametrize("name", [OURS, "OpenCLIP"])
+def test_a_step_on_a_cpu_is_told_apart(name):
+    built = build("step", {"model": "ViT-T-8-32", "batch": 16}, "fp32", CPU)
+    if name == "OpenCLIP":
+        pytest.importorskip("open_clip")
+    (candidate,) = (c for c in built.candidates if c.name == name)
+    step, inputs = candidate.make(), built.inputs()
+    step(**inputs)
+    found = step.breakdown(**inputs, seconds=0.01)
+    assert sum(found.seconds.values()) == pytest.approx(found.step_s)
+    assert found.step_s == pytest.approx(found.traced_s)
+    for category in (GEMM, ATTENTION, NORM, INPUT, LOSS, OPTIMIZER, COPIES, HOST):
+        assert found.seconds[category] > 0, category
+    assert found.seconds[CONVOLUTION] == found.seconds[DATA] == 0
+    # every op of a step has a rule
+    assert found.unknown == ()
+    assert found.seconds[GEMM] > found.seconds[INPUT]
+
+
+def test_ranges_are_in_no_step_that_is_timed(monkeypatch):
+    built = build("step", SUITES["step"].smallest, "fp32", CPU)
+    step, inputs = built.candidates[0].make(), built.inputs()
+    monkeypatch.setattr("clipfast.bench.suites.step.record_function", lambda name: pytest.fail("a range"))
+    monkeypatch.setattr("clipfast.bench.suites.step.trace", lambda run, device, seconds: run())
+    step(**inputs)
+    with pytest.raises(pytest.fail.Exception, match="a range"):
+        step.breakdown(**inputs, seconds=1.0)
+    step(**inputs)
+
+
+def traced_run(breakdowns, transfers, device_s=2.0):
+    built = build("step", SUITES["step"].smallest, "fp32", CPU)
+    timings = [Timing(candidate, samples=[device_s] * 3) for candidate in built.candidates[:2]]
+    reading = {"available": False, "why": "no GPU"}
+    roofs = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": built.model_flops}
+    telemetry = {"before": reading, "after": reading, "throttled": None}
+    run = results.new_run(CPU, {"fp32": roofs})
+    run["cases"] = [results.case_result(built, timings, telemetry, {}, roofs, breakdowns, transfers)]
+    return json.loads(json.dumps(run, allow_nan=False))
+
+
+def test_a_breakdown_is_written_printed_and_drawn(tmp_path):
+    seconds = {**dict.fromkeys(CATEGORIES, 0.0), GEMM: 1.5, OTHER: 0.25, HOST: 0.25}
+    found = Breakdown(2.0, 2.5, seconds, (("mystery_kernel", 0.25),))
+    run = traced_run({OURS: found, f"{OURS} compiled": "RuntimeError: no CUPTI"}, {"uint8": 1e-3, "float32": 4e-3})
+    jsonschema.validate(run, SCHEMA)
+    case = run["cases"][0]
+    ours, compiled = case["candidates"]
+    assert ours["breakdown"]["seconds"] == seconds
+    assert ours["mfu"] == {"measured": 0.5, "data_sheet": None}
+    assert compiled["breakdown_refused"] == "RuntimeError: no CUPTI"
+    pixels, texts = 2 * 3 * 32 * 32, 2 * 77 * 8
+    assert [case["transfers"][p]["bytes"] for p in ("uint8", "float32")] == [pixels + texts, 4 * pixels + texts]
+    table = tables.case_table(case)
+    for expected in (
+        "50.0%", "3 x forward of the published model + 6 N^2 D for the loss", "75.0%", "12.5%",
+        "in other, clipfast: mystery_kernel 12.50%", "no breakdown: clipfast compiled: RuntimeError: no CUPTI",
+        "with uint8 pixels (1 ms)", "with float32 pixels (4 ms)",
+    ):  # fmt: skip
+        assert expected in table
+    assert "convolution" not in table.split("where the time goes")[1]  # nobody has any
+    pictures = plots.draw(run, tmp_path / "run.json")
+    assert tmp_path / "run-breakdown.png" in pictures
+    assert (tmp_path / "run-breakdown.png").stat().st_size > 1000
+
+
+def test_schema_wants_every_category():
+    run = traced_run({OURS: Breakdown(1.0, 1.0, dict.fromkeys(CATEGORIES, 0.0))}, {})
+    jsonschema.validate(run, SCHEMA)
+    for category in CATEGORIES:
+        broken = json.loads(json.dumps(run))
+        del broken["cases"][0]["candidates"][0]["breakdown"]["seconds"][category]
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(broken, SCHEMA)
+
+
+def test_a_failed_trace_refuses_no_timing(monkeypatch):
+    built = build("step", SUITES["step"].smallest, "fp32", CPU)
+    timing = Timing(built.candidates[0], samples=[1.0, 2.0, 4.0], function=built.candidates[0].make())
+    seen = []
+
+    def trace(run, device, seconds):
+        seen.append(seconds)
+        raise RuntimeError("CUPTI is not allowed here\nsecond line")
+
+    monkeypatch.setattr("clipfast.bench.suites.step.trace", trace)
+    assert session._breakdown(built, timing) == "RuntimeError: CUPTI is not allowed here"
+    assert seen == [2.0]  # the gaps are those of the timed step
+    assert timing.samples
+
+
+def test_a_long_step_is_traced_once(monkeypatch):
+    calls = []
+    monkeypatch.setattr(breakdown, "of_host", lambda events: calls)
+    for seconds, times in ((0.1, 1 + breakdown.STEPS), (15.0, 2)):
+        calls.clear()
+        breakdown.trace(functools.partial(calls.append, 1), CPU, seconds)
+        assert len(calls) == times
+
+
+def test_nothing_crosses_to_a_cpu():
+    assert breakdown.copy_seconds(2**40, CPU) is None
+
+
+def test_float32_products_stay_exact_under_the_profiler(monkeypatch):
+    seen = []
+    monkeypatch.setattr(breakdown, "of_host", lambda events: None)
+    breakdown.trace(lambda: seen.append(torch.backends.cudnn.allow_tf32), CPU, 15.0)
+    assert seen == [False, False]
