@@ -30,6 +30,7 @@ _TYPES = {
     torch.uint8: "u8",
     torch.int8: "i8",
     torch.int32: "i32",
+    torch.int64: "i64",
 }
 
 

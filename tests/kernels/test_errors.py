@@ -11,7 +11,6 @@ from clipfast.kernels import (
     attention_qkv,
     bias_gelu,
     contrastive_loss,
-    cpu,
     info_nce_loss,
     layer_norm,
     nt_xent_loss,
@@ -24,6 +23,8 @@ from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.contrastive import cpu as contrastive_cpu
 from clipfast.kernels.contrastive import launches, sigmoid_cpu, sigmoid_launches
+from clipfast.kernels.patch_embed import cpu as patch_cpu
+from clipfast.kernels.patch_embed import launches as patch_launches
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -266,8 +267,8 @@ def test_interpreter_refuses_what_it_would_get_wrong():
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    names = ("patch_embed", "retrieval", "norm", "activation")
-    patch_, retrieval, norm, activation = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
+    names = ("retrieval", "norm", "activation")
+    retrieval, norm, activation = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -301,8 +302,8 @@ def paths():
         ),
         "patch_embed": (
             lambda **options: patch_embed(**PATCH, **options),
-            (cpu, "patch_embed_fwd"),
-            (patch_, "_fwd_triton"),
+            (patch_cpu, "forward"),
+            (patch_launches, "forward"),
         ),
         "retrieval_ranks": (
             lambda **options: retrieval_ranks(X, X, **options),

@@ -1,19 +1,18 @@
 """Patch embedding: values and gradients from bytes and from floats, layouts, the folded normalisation."""
 
 import functools
-import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast.kernels import patch_embed, reference
+from clipfast.kernels.patch_embed import launches
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
 from .cases import PATCH_SHAPES, patch_inputs, strided
 
-module = sys.modules["clipfast.kernels.patch_embed"]
 pytestmark = pytest.mark.usefixtures("poison")
 
 
@@ -96,7 +95,7 @@ def test_splits_add_up(device, monkeypatch):
     # 6 x 6 patches of 3 images in several splits, the last one short.
     inputs, grad = patch_inputs((3, 48, 48, 8, 24), torch.float32, device, uint8=True)
     expected = value_and_grads(patch_embed, inputs, grad)
-    monkeypatch.setattr(module, "PATCHES_PER_SPLIT", 40)
+    monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
     for name, value in value_and_grads(patch_embed, inputs, grad).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4, msg=name)
 
