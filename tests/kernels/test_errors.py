@@ -182,6 +182,7 @@ def test_bias_gelu(arguments, error, message):
         bias_gelu(*arguments)
 
 
+KEEP = torch.tensor([[2, 0], [3, 1]])
 PATCH_ERRORS = [
     ({"images": torch.zeros(2, 3, 8)}, ValueError, r"images must have 4 dimensions, got shape \(2, 3, 8\)"),
     (
@@ -209,6 +210,12 @@ PATCH_ERRORS = [
     ({"std": (0.5, float("nan"), 0.5)}, ValueError, "std must be 3 positive numbers"),
     ({"std": (0.5, 0.0, 0.5)}, ValueError, r"std must be 3 positive numbers, one per channel, got \(0.5, 0.0, 0.5\)"),
     ({"weight": PATCH["weight"].to("meta")}, ValueError, "weight is on meta, but images is on cpu"),
+    ({"keep": [[0], [1]]}, TypeError, "keep must be a torch.Tensor, got list"),
+    ({"keep": torch.zeros(2, 1)}, TypeError, "keep must be int64 or int32, got float32"),
+    ({"keep": KEEP[0]}, ValueError, r"keep must be \[2, K\], K at most the 4 patches of an image, got \(2,\)"),
+    ({"keep": KEEP[:1]}, ValueError, r"keep must be \[2, K\].*got \(1, 2\)"),
+    ({"keep": KEEP.repeat(1, 3)}, ValueError, r"K at most the 4 patches of an image, got \(2, 6\)"),
+    ({"keep": KEEP.to("meta")}, ValueError, "keep is on meta, but images is on cpu"),
 ]
 
 
@@ -216,6 +223,20 @@ PATCH_ERRORS = [
 def test_patch_embed(changed, error, message):
     with pytest.raises(error, match=f"patch_embed: .*{message}"):
         patch_embed(**(PATCH | changed))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[0, 3], [1, 4]], IndexError, r"keep must hold indices of the 4 patches, got 4 at \[1, 1\]"),
+        ([[-1, 3], [1, 2]], IndexError, r"keep must hold indices of the 4 patches, got -1 at \[0, 0\]"),
+        ([[0, 3], [2, 2]], ValueError, r"keep must hold each patch of an image once, got \[2, 2\]"),
+    ],
+)
+def test_patches_that_cannot_be_kept(rows, error, message, backend):
+    with pytest.raises(error, match=f"patch_embed: {message}"):
+        patch_embed(**PATCH, keep=torch.tensor(rows), backend=backend)
 
 
 OWNERS = torch.tensor([0, 3, 3, -1])

@@ -44,7 +44,11 @@ def test_opcheck(name, device):
         ),
         "bias_gelu": ("bias_act_fwd", lambda x: (*x.values(), False)),
         "bias_quick_gelu": ("bias_act_fwd", lambda x: (*x.values(), True)),
-        "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
+        "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), None, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
+        "patch_embed of kept patches": (
+            "patch_embed_fwd",
+            lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]),
+        ),
     }
     op, arguments = overloads[name.removesuffix(" of bytes")]
     leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
