@@ -78,12 +78,16 @@ def _patch_embed_fwd_kernel(
     num_n = tl.cdiv(E, BLOCK_N)
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    token = offs_m % T
-    is_patch = (offs_m < ROWS) & (token > 0)
+    token = tl.where(offs_m < ROWS, offs_m % T, 0).to(tl.int32)
+    is_patch = token > 0
     mask_n = offs_n < E
     image, index = offs_m // T, tl.where(is_patch, token - 1, 0)
     patch, has_pixels = _kept_patch(keep_ptr, image, index, is_patch, T - 1, NUM_PATCHES, HAS_KEEP)
     first_pixel = images_ptr + _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH)  # [BM]
+    # all that the loop has to keep of a row: its position, or -1 for an index of no patch
+    position = token
+    if HAS_KEEP:
+        position = tl.where(has_pixels, patch + 1, tl.where(is_patch, -1, 0)).to(tl.int32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_k in range(0, K, BLOCK_K):
         k = start_k + tl.arange(0, BLOCK_K)
@@ -96,12 +100,11 @@ def _patch_embed_fwd_kernel(
     mask = (offs_m < ROWS)[:, None] & mask_n[None, :]
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
     class_token = tl.load(class_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    acc += tl.where(is_patch[:, None], bias[None, :], class_token[None, :])
-    pos = pos_ptr + tl.where(has_pixels, patch + 1, 0).to(tl.int64)[:, None] * E + offs_n[None, :]
-    acc += tl.load(pos, mask=mask, other=0.0).to(tl.float32)
+    acc += tl.where((position == 0)[:, None], class_token[None, :], bias[None, :])
+    pos = pos_ptr + position.to(tl.int64)[:, None] * E + offs_n[None, :]
+    acc += tl.load(pos, mask=mask & (position >= 0)[:, None], other=0.0).to(tl.float32)
     if HAS_KEEP:
-        # a token of no patch must not pass for one
-        acc = tl.where((is_patch & ~has_pixels)[:, None], float("nan"), acc)
+        acc = tl.where((position < 0)[:, None], float("nan"), acc)  # must not pass for a token
     tl.store(out_ptr + offs_m[:, None] * E + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -17,6 +17,7 @@ from .kernels import (
 
 MAX_SPLITS = 32  # of the weight gradient's sum over patches
 PATCHES_PER_SPLIT = 1024
+TOKENS_PER_PROGRAM = 512  # where positions are looked up: a few for each thread
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -67,10 +68,10 @@ def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> T
     cfg = row_config("patch_embed_bwd_pos", arch_of(grad.device), grad.dtype)
     token = torch.full((1 + num_patches, batch), -1, dtype=torch.int32, device=grad.device)
     out = torch.empty(1 + num_patches, embed_dim, dtype=torch.float32, device=grad.device)
-    block = cfg.block_m * cfg.block_k
     launch(
-        _token_of_position_kernel, (triton.cdiv(batch * tokens, block),),
-        keep.contiguous(), token, batch, tokens - 1, num_patches, config=cfg, device=grad.device, BLOCK=block,
+        _token_of_position_kernel, (triton.cdiv(batch * tokens, TOKENS_PER_PROGRAM),),
+        keep.contiguous(), token, batch, tokens - 1, num_patches,
+        config=cfg, device=grad.device, BLOCK=TOKENS_PER_PROGRAM,
     )  # fmt: skip
     launch(
         _patch_embed_bwd_pos_kernel, ((1 + num_patches) * triton.cdiv(embed_dim, cfg.block_k),),
