@@ -104,16 +104,21 @@ class Trainer:
     def _build_model(self, own: dict[str, Any]) -> CLIP:
         config = self.config
         if "model_config" in own:
+            known = CLIPConfig.from_dict(own["model_config"])
+            if config.force_patch_dropout is not None:
+                vision = dataclasses.replace(known.vision, patch_dropout=config.force_patch_dropout)
+                known = dataclasses.replace(known, vision=vision)
             with self.device:
-                model = CLIP(CLIPConfig.from_dict(own["model_config"]))
+                model = CLIP(known)
             model.set_backend(config.backend)
             model.to(torch.bfloat16 if config.precision == "pure_bf16" else torch.float32)
         else:
             precision = "pure_bf16" if config.precision == "pure_bf16" else "fp32"
             name = _known_model(config.model)
             model = create_model(
-                name, config.pretrained, precision=precision, device=self.device, backend=config.backend
-            )
+                name, config.pretrained, precision=precision, device=self.device,
+                force_patch_dropout=config.force_patch_dropout, backend=config.backend,
+            )  # fmt: skip
         model.set_grad_checkpointing(config.grad_checkpointing)
         return model
 
@@ -265,6 +270,8 @@ class Trainer:
         images = batch.images.to(self.device, non_blocking=True)
         texts = batch.texts.to(self.device, non_blocking=True)
         self.optimizer.zero_grad()
+        # what is drawn depends on the step alone: a run that was interrupted drops the patches that it would have
+        torch.manual_seed(self.config.seed + self.progress.step)
         with self._autocast():
             loss = accumulate_gradients(self.model, images, texts, self.micro_batch_size, self.loss)
         if self.config.grad_clip_norm is not None:

@@ -19,9 +19,9 @@ def _kept_patch(
     """Number in its image of the patch that is kept as the index-th, [R], and whether there is one: not outside."""
     patch = index
     if HAS_KEEP:
-        patch = tl.load(keep_ptr + image * KEPT + index, mask=mask, other=0)
-        mask = mask & (patch >= 0) & (patch < NUM_PATCHES)
-        patch = tl.where(mask, patch, 0)
+        patch = tl.load(keep_ptr + image * KEPT + index, mask=mask, other=-1)
+        mask = (patch >= 0) & (patch < NUM_PATCHES)
+        patch = patch.to(tl.int32)
     return patch, mask
 
 
@@ -81,13 +81,13 @@ def _patch_embed_fwd_kernel(
     token = tl.where(offs_m < ROWS, offs_m % T, 0).to(tl.int32)
     is_patch = token > 0
     mask_n = offs_n < E
-    image, index = offs_m // T, tl.where(is_patch, token - 1, 0)
-    patch, has_pixels = _kept_patch(keep_ptr, image, index, is_patch, T - 1, NUM_PATCHES, HAS_KEEP)
+    image = offs_m // T
+    patch, has_pixels = _kept_patch(keep_ptr, image, token - 1, is_patch, T - 1, NUM_PATCHES, HAS_KEEP)
     first_pixel = images_ptr + _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH)  # [BM]
     # all that the loop has to keep of a row: its position, or -1 for an index of no patch
     position = token
     if HAS_KEEP:
-        position = tl.where(has_pixels, patch + 1, tl.where(is_patch, -1, 0)).to(tl.int32)
+        position = tl.where(has_pixels, patch + 1, tl.where(is_patch, -1, 0))
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_k in range(0, K, BLOCK_K):
         k = start_k + tl.arange(0, BLOCK_K)
@@ -95,7 +95,7 @@ def _patch_embed_fwd_kernel(
         pixels = first_pixel[:, None] + _pixel_offsets(k, stride_ic, stride_ih, stride_iw, PATCH)[None, :]
         w_tile = weight_ptr + offs_n.to(tl.int64)[None, :] * K + k[:, None]
         w = tl.load(w_tile, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
-        x = _load_pixels(pixels, has_pixels[:, None] & mask_k[None, :], w.dtype, IS_UINT8)  # [BM, BK]
+        x = _load_pixels(pixels, (position > 0)[:, None] & mask_k[None, :], w.dtype, IS_UINT8)  # [BM, BK]
         acc = tl.dot(x, w, acc, input_precision=PRECISION)
     mask = (offs_m < ROWS)[:, None] & mask_n[None, :]
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
@@ -134,7 +134,6 @@ def _patch_embed_bwd_weight_kernel(
     for start_r in range(start, end, BLOCK_K):
         rows = start_r + tl.arange(0, BLOCK_K)
         mask_r = rows < end
-        rows = tl.where(mask_r, rows, 0)
         image, index = rows // KEPT, rows % KEPT
         patch, mask_r = _kept_patch(keep_ptr, image, index, mask_r, KEPT, NUM_PATCHES, HAS_KEEP)
         token = image * stride_gb + (index + 1) * stride_gt  # [BK]

@@ -175,10 +175,10 @@ def test_that_scale_makes_the_kernel_work():
 
 def test_every_entry_of_the_tables_can_be_tuned():
     tunable = {tunable.kernel for target in tune_targets.TARGETS.values() for tunable in target.kernels}
-    # the gradient of images is for images that are no bytes, which is not how models are trained; a pool is a sliver of
-    # a step; the norm and the activation have no suite
+    # the gradient of images is for images that are no bytes, which is not how models are trained; that of positions and
+    # a pool are slivers of a step; the norm and the activation have no suite
     entries = {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
-    untuned = {"attention_pool", "patch_embed_bwd_images"}
+    untuned = {"attention_pool", "patch_embed_bwd_images", "patch_embed_bwd_pos"}
     untuned |= {"layer_norm_fwd", "layer_norm_bwd", "bias_act_fwd", "bias_act_bwd"}
     assert tunable == entries - untuned
 
