@@ -11,9 +11,7 @@ from .config import VisionConfig
 from .transformer import LayerNorm, Transformer
 
 
-def interpolate_positions(
-    positional_embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]
-) -> Tensor:
+def interpolate_positions(positional_embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
     """Positions of a grid of patches for a grid of another size: what OpenCLIP (``resize_pos_embed``) does to those of
     a checkpoint. Bicubic with antialiasing, corners not aligned, in float32 at least; the class token's stays.
     Differentiable.
@@ -92,7 +90,8 @@ class VisionTransformer(nn.Module):
         """[B, 3, H, W] -> [B, embed_dim]."""
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         positions = self.positional_embedding
-        if grid != self.grid_size and min(grid) > 0:  # of a grid without patches, the patch embedding says what is wrong
+        # what is wrong with a grid without patches, the patch embedding says
+        if grid != self.grid_size and min(grid) > 0:
             positions = interpolate_positions(positions, self.grid_size, grid)
         x = patch_embed(
             images, self.conv1.weight, self.class_embedding, positions, keep=self._kept_patches(images, grid),

@@ -134,6 +134,8 @@ def _patch_embed_bwd_weight_kernel(
     for start_r in range(start, end, BLOCK_K):
         rows = start_r + tl.arange(0, BLOCK_K)
         mask_r = rows < end
+        if not HAS_KEEP:
+            rows = tl.where(mask_r, rows, 0)  # read by no one, but without it sm_80 has too few registers
         image, index = rows // KEPT, rows % KEPT
         patch, mask_r = _kept_patch(keep_ptr, image, index, mask_r, KEPT, NUM_PATCHES, HAS_KEEP)
         token = image * stride_gb + (index + 1) * stride_gt  # [BK]

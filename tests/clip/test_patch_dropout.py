@@ -42,9 +42,7 @@ def test_as_many_as_open_clip_keeps():
     transformer = pytest.importorskip("open_clip.transformer")
     for share in (0.1, 0.3, 0.5, 0.7, 0.75, 0.999):
         theirs = transformer.PatchDropout(share).train()(torch.zeros(1, 1 + 16, 4)).shape[1]
-        assert theirs == tokens_seen(
-            create_model("ViT-T-8-32", force_patch_dropout=share), torch.zeros(1, 3, 32, 32)
-        )
+        assert theirs == tokens_seen(create_model("ViT-T-8-32", force_patch_dropout=share), torch.zeros(1, 3, 32, 32))
 
 
 def test_each_image_and_each_time_has_others():

@@ -1,4 +1,4 @@
-"""Patch embedding: values and gradients from bytes and from floats, layouts, the folded normalisation, dropped patches."""
+"""Patch embedding: values and gradients from bytes and from floats, layouts, normalisation, dropped patches."""
 
 import functools
 

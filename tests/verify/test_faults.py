@@ -167,7 +167,8 @@ places = {
     "nt_xent_loss": [("contrastive.several", "nt_xent_backward", 0), ("contrastive.several", "nt_xent_backward", 1),
                      ("contrastive.several", "nt_xent_backward", 2)],
     "attention": [("attention.launches", "backward", WRITTEN), ("attention.launches", "backward", 1)],
-    "patch_embed": [("patch_embed.launches", "backward_images", None), ("patch_embed.launches", "backward_weight", None)],
+    "patch_embed": [("patch_embed.launches", "backward_images", None),
+                    ("patch_embed.launches", "backward_weight", None)],
 }
 found = {}
 for op, faults in places.items():
