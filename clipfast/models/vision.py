@@ -89,7 +89,7 @@ class VisionTransformer(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, embed_dim]."""
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
-        positions = self.positional_embedding
+        positions: Tensor = self.positional_embedding
         # what is wrong with a grid without patches, the patch embedding says
         if grid != self.grid_size and min(grid) > 0:
             positions = interpolate_positions(positions, self.grid_size, grid)
