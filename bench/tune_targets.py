@@ -167,6 +167,11 @@ TARGETS = {
             Tunable("text_embed_fwd", "_text_embed_fwd_kernel", _ROWS),
         ),
     ),
+    "patch_embed_kept": Target(
+        "patch_kept",
+        {"batch": 256, "size": 224, "patch": 16, "embed_dim": 768},
+        (Tunable("patch_embed_bwd_pos", "_patch_embed_bwd_pos_kernel", _ROWS),),
+    ),
     "patch_embed_images": Target(
         "patch_floats",
         {"batch": 64, "size": 224, "patch": 14, "embed_dim": 1024},

@@ -8,6 +8,8 @@ model's configuration (its activation included) and the position in training. An
 
 import dataclasses
 import json
+import logging
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,12 @@ from torch import Tensor
 
 from .kernels.reference import CLIP_MEAN, CLIP_STD
 from .models import CLIP, CLIPConfig
+from .models.vision import VisionTransformer, interpolate_positions
 
+log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
+POSITIONS_NAME = "visual.positional_embedding"
 _PREPROCESSING = {"interpolation": "bicubic", "resize_mode": "shortest"}
 
 
@@ -62,8 +67,13 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
         return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, "clipfast": json.loads(own)}  # noqa: SIM118
 
 
-def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path) -> None:
+def load_weights(
+    model: CLIP, checkpoint: dict[str, Any], source: str | Path, *, resize_positions: bool = False
+) -> None:
     """Load the weights of ``checkpoint`` into ``model``; both stay as they are if they do not fit.
+
+    With ``resize_positions``, those of a vision transformer on images of another size are made to fit, and the log says
+    so.
 
     Raises:
         CheckpointError: other keys, other shapes, or the other activation (GELU against QuickGELU), which no shape
@@ -78,6 +88,7 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path) ->
             "choose the model name with or without '-quickgelu' accordingly"
         )
     weights = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+    resized = _resize_positions(weights, model) if resize_positions else None
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in weights] + [
         f"unexpected {name}" for name in weights if name not in own
@@ -91,13 +102,36 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path) ->
         raise CheckpointError(
             f"{source} does not fit the model: {'; '.join(problems[:5])}{'; …' if len(problems) > 5 else ''}"
         )
+    if resized is not None:
+        log.info(f"{source}: positions were resized from {resized}")
     model.load_state_dict({name: weights[name].reshape(value.shape) for name, value in own.items()})
 
 
+def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> str | None:
+    """Replace positions of another square grid than the model's, and say of which; None where there are none."""
+    visual, positions = model.visual, weights.get(POSITIONS_NAME)
+    if not isinstance(visual, VisionTransformer) or positions is None or not positions.is_floating_point():
+        return None
+    own = visual.positional_embedding
+    if positions.ndim != 2 or positions.shape == own.shape or positions.shape[1:] != own.shape[1:]:
+        return None
+    side = math.isqrt(max(0, len(positions) - 1))
+    if side == 0 or len(positions) != 1 + side * side:
+        return None
+    weights[POSITIONS_NAME] = interpolate_positions(positions, (side, side), visual.grid_size)
+    return f"{side}x{side} to {visual.grid_size[0]}x{visual.grid_size[1]}"
+
+
 def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
-    """Read ``path``, load its weights into ``model`` and return it; raises as :func:`load_weights` does."""
+    """Read ``path``, load its weights into ``model`` and return it as it was read.
+
+    Positions of a vision transformer on images of another size are resized, as OpenCLIP does; the log says so.
+
+    Raises:
+        CheckpointError: as :func:`read_checkpoint` and :func:`load_weights`.
+    """
     checkpoint = read_checkpoint(path)
-    load_weights(model, checkpoint, path)
+    load_weights(model, checkpoint, path, resize_positions=True)
     return checkpoint
 
 

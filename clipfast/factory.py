@@ -32,6 +32,7 @@ def create_model(
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     force_quick_gelu: bool = False,
+    force_patch_dropout: float | None = None,
     force_image_size: int | None = None,
     backend: str = "auto",
     output_dict: bool = False,
@@ -46,7 +47,10 @@ def create_model(
         precision: "fp32", "amp" or "amp_bf16" (float32 weights), "pure_bf16", "pure_fp16".
         device: where to build it; on "meta" no memory is taken.
         force_quick_gelu: use QuickGELU whatever the name says.
-        force_image_size: side of the images in pixels, other than the configuration's.
+        force_patch_dropout: share of each image's patches that a vision transformer drops in training, other than the
+            configuration's.
+        force_image_size: side of the images in pixels, other than the configuration's; the positions of a checkpoint
+            are resized to it.
         backend: "auto", "triton" or "torch" for every op of the model.
         output_dict: let ``forward`` return a dict.
 
@@ -62,8 +66,9 @@ def create_model(
     config = source.config
     if force_quick_gelu:
         config = dataclasses.replace(config, quick_gelu=True)
-    if force_image_size is not None:
-        config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, image_size=force_image_size))
+    forced = {"patch_dropout": force_patch_dropout, "image_size": force_image_size}
+    changes: dict[str, Any] = {name: value for name, value in forced.items() if value is not None}
+    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
     with torch.device(device):
         model = CLIP(config, output_dict=output_dict)
     model.set_backend(backend)

@@ -117,20 +117,32 @@ def bias_act_floor(rows: int, width: int, itemsize: int, *, backward: bool) -> F
 
 
 def patch_embed_floor(
-    batch: int, channels: int, size: int, patch: int, embed_dim: int, pixel_bytes: int, itemsize: int, *, backward: bool
+    batch: int,
+    channels: int,
+    size: int,
+    patch: int,
+    embed_dim: int,
+    pixel_bytes: int,
+    itemsize: int,
+    *,
+    backward: bool,
+    keep: int | None = None,
 ) -> Floor:
     """Patch embedding of square images: one product forward, one for the gradient of the weight.
 
-    Forward reads pixels, weight and positions and writes the tokens; backward reads pixels and the tokens' gradient and
-    writes the gradients of weight and positions. Pixels get no gradient.
+    Forward reads pixels, weight, class token and positions and writes the tokens; backward reads pixels and the tokens'
+    gradient and writes the gradients of weight and positions. Pixels get no gradient. Of ``keep`` patches an image,
+    only their pixels and as many positions are read, and 8 bytes of index with them; every position has a gradient.
     """
     patches, k = (size // patch) ** 2, channels * patch * patch
-    product = 2 * batch * patches * k * embed_dim
-    pixels = batch * channels * size * size * pixel_bytes
-    parameters = (k + 1 + patches) * embed_dim * itemsize
-    tokens = batch * (1 + patches) * embed_dim * itemsize
-    forward = pixels + parameters + tokens
-    return Floor(2 * product, 2 * forward) if backward else Floor(product, forward)
+    kept, index_bytes = (patches, 0) if keep is None else (keep, 8 * batch * keep)
+    product = 2 * batch * kept * k * embed_dim
+    pixels = batch * kept * k * pixel_bytes + index_bytes
+    row = embed_dim * itemsize
+    tokens, others = batch * (1 + kept) * row, (k + 1) * row  # weight and class token
+    forward = pixels + others + (1 + kept) * row + tokens
+    with_backward = 2 * (pixels + others + tokens) + (1 + kept) * row + (1 + patches) * row
+    return Floor(2 * product, with_backward) if backward else Floor(product, forward)
 
 
 def text_embed_floor(

@@ -195,16 +195,23 @@ def patch_embed(
     class_embedding: Tensor,
     positional_embedding: Tensor,
     *,
+    keep: Tensor | None = None,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
-    """Strided convolution, class token in front, positions added (Dosovitskiy et al. 2021, equation 1)."""
+    """Strided convolution, class token in front, positions added (Dosovitskiy et al. 2021, equation 1), of which class
+    token and kept patches are gathered.
+    """
     if images.dtype == torch.uint8:
         images = normalize_uint8(images, mean, std, weight.dtype)
     patches = F.conv2d(images.to(weight.dtype), weight, stride=weight.shape[-1])
     class_token = class_embedding.to(weight.dtype).expand(len(images), 1, -1)
     tokens = torch.cat([class_token, patches.flatten(2).transpose(1, 2)], dim=1)
-    return tokens + positional_embedding.to(weight.dtype)
+    tokens = tokens + positional_embedding.to(weight.dtype)
+    if keep is None:
+        return tokens
+    rows = F.pad(keep.long() + 1, (1, 0))  # position 0 is the class token's
+    return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> Tensor:

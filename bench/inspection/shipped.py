@@ -94,6 +94,10 @@ def shipped_cases() -> dict[str, Case]:
     cases["retrieval_ranks M1024 N5120 D512 fp16"] = _retrieval_ranks(torch.float16, 1024, 5120)
     cases["attention N77 D64 causal fp16"] = _attention(torch.float16, 77, 64, causal=True)
     cases["patch_embed P16 bytes fp16"] = _patch_embed(torch.float16, 16, torch.uint8)
+    # half of the patches are dropped
+    cases["patch_embed P16 bytes keep98 bf16"] = _patch_embed(torch.bfloat16, 16, torch.uint8, keep=98)
+    cases["patch_embed P16 floats keep98 bf16"] = _patch_embed(torch.bfloat16, 16, torch.bfloat16, keep=98)
+    cases["patch_embed P16 floats keep98 fp32"] = _patch_embed(torch.float32, 16, torch.float32, keep=98)
     return cases
 
 
@@ -181,13 +185,15 @@ def _text_embed(dtype: torch.dtype, width: int, *, autocast: bool = False) -> Ca
     return run
 
 
-def _patch_embed(dtype: torch.dtype, patch: int, pixels: torch.dtype) -> Case:
+def _patch_embed(dtype: torch.dtype, patch: int, pixels: torch.dtype, *, keep: int | None = None) -> Case:
     def run() -> None:
         size, embed_dim = 224, 768
-        tokens = 1 + (size // patch) ** 2
+        num_patches = (size // patch) ** 2
+        kept = None if keep is None else torch.arange(keep).expand(2, keep)
         images = torch.empty(2, 3, size, size, dtype=pixels, requires_grad=pixels.is_floating_point)
         weight = torch.empty(embed_dim, 3, patch, patch, dtype=dtype, requires_grad=True)
-        embed = patch_embed(images, weight, torch.empty(embed_dim), torch.empty(tokens, embed_dim))
-        embed.backward(torch.empty(2, tokens, embed_dim, dtype=dtype))
+        positions = torch.empty(1 + num_patches, embed_dim)
+        embed = patch_embed(images, weight, torch.empty(embed_dim), positions, keep=kept)
+        embed.backward(torch.empty_like(embed))
 
     return run

@@ -80,6 +80,9 @@ SUITES = {
         "patch embedding from bytes, forward and backward", patch.shapes, patch.build, patch.FIELDS, patch.SMALLEST
     ),
     "text": Suite("text embedding, forward and backward", text.shapes, text.build, text.FIELDS, text.SMALLEST),
+    "patch_kept": Suite(
+        "patch embedding of half of the patches", patch.shapes, patch.build_kept, patch.FIELDS, patch.SMALLEST
+    ),
     "patch_floats": Suite(
         "patch embedding from floats, and the gradient of the images",
         patch.shapes,

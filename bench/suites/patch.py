@@ -81,6 +81,25 @@ def build_floats(shape: Mapping[str, Any], dtype: str, device: torch.device) -> 
     )  # fmt: skip
 
 
+def build_kept(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
+    """Half of the patches of each image, as where training drops the others (FLIP)."""
+    case = build(shape, dtype, device)
+    batch, size, patch, embed_dim = (shape[key] for key in FIELDS)
+    patches = (size // patch) ** 2
+    kept = patches // 2
+
+    def inputs() -> Inputs:
+        drawn = case.inputs()
+        keep = torch.rand(batch, patches, device=device).topk(kept, dim=1).indices
+        return {**drawn, "keep": keep, "grad": drawn["grad"][:, : 1 + kept].contiguous()}
+
+    itemsize = DTYPES[dtype].itemsize
+    floor = patch_embed_floor(batch, 3, size, patch, embed_dim, 1, itemsize, keep=kept, backward=True)
+    return dataclasses.replace(
+        case, suite="patch_kept", op="patch_embed_kept.fwd_bwd", inputs=inputs, floor=floor
+    )  # fmt: skip
+
+
 def _without_grad(function: Function) -> Function:
     def run(
         images: Tensor,
@@ -88,7 +107,8 @@ def _without_grad(function: Function) -> Function:
         class_embedding: Tensor,
         positional_embedding: Tensor,
         grad: Tensor,  # noqa: ARG001
+        keep: Tensor | None = None,
     ) -> Tensor:
-        return function(images, weight, class_embedding, positional_embedding)
+        return function(images, weight, class_embedding, positional_embedding, keep=keep)
 
     return run

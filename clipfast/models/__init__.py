@@ -2,6 +2,7 @@
 
 from .clip import CLIP, CLIPOutput
 from .config import CLIPConfig, TextConfig, VisionConfig, add_model_config, get_model_config, list_models
+from .vision import interpolate_positions
 
 __all__ = [
     "CLIP",
@@ -11,5 +12,6 @@ __all__ = [
     "VisionConfig",
     "add_model_config",
     "get_model_config",
+    "interpolate_positions",
     "list_models",
 ]

@@ -10,7 +10,10 @@ QUICK_GELU_SUFFIX = "-quickgelu"
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Image tower: a vision transformer where ``layers`` is a number, a modified ResNet where it has four."""
+    """Image tower: a vision transformer where ``layers`` is a number, a modified ResNet where it has four.
+
+    In training, a vision transformer drops the share ``patch_dropout`` of each image's patches.
+    """
 
     image_size: int = 224
     layers: int | tuple[int, int, int, int] = 12
@@ -18,6 +21,18 @@ class VisionConfig:
     head_width: int = 64
     mlp_ratio: float = 4.0
     patch_size: int | None = 16
+    patch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        """Refuse a share of patches that cannot be dropped.
+
+        Raises:
+            ValueError: it is not from 0 to less than 1, or the tower has no patches.
+        """
+        if not 0 <= self.patch_dropout < 1:
+            raise ValueError(f"patch_dropout must be at least 0 and less than 1, got {self.patch_dropout}")
+        if self.patch_dropout and not isinstance(self.layers, int):
+            raise ValueError(f"patch_dropout is of vision transformers: a ResNet has no patches, got {self}")
 
     @property
     def heads(self) -> int:
@@ -71,6 +86,8 @@ class CLIPConfig:
             "vision_cfg": dataclasses.asdict(self.vision),
             "text_cfg": dataclasses.asdict(self.text),
         }
+        if not self.vision.patch_dropout:
+            del raw["vision_cfg"]["patch_dropout"]
         if not isinstance(self.vision.layers, int):
             raw["vision_cfg"]["layers"] = list(self.vision.layers)
         return raw | ({"quick_gelu": True} if self.quick_gelu else {})

@@ -37,6 +37,9 @@ class TrainConfig:
     )
     model: str = _flag("ViT-B-32", "model name (clipfast.list_models()) or path of an OpenCLIP model JSON")
     pretrained: str | None = _flag(None, "checkpoint to start the weights from")
+    force_patch_dropout: float | None = _flag(
+        None, "drop this share of each image's patches in training, whatever the model says (FLIP)", kind=float
+    )
     batch_size: int = _flag(256, "pairs per step", kind=int)
     micro_batch_size: int | str | None = _flag(
         None,
@@ -137,6 +140,8 @@ class TrainConfig:
         ):
             if getattr(self, name) > limit:
                 raise ValueError(f"{flag_name(name)} must be at most {limit}, got {getattr(self, name)}")
+        if self.force_patch_dropout is not None and not 0 <= self.force_patch_dropout < 1:
+            raise ValueError(f"--force-patch-dropout must be from 0 to less than 1, got {self.force_patch_dropout}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-scale needs two shares of the area, 0 < low <= high <= 1, got {low} {high}")

@@ -113,16 +113,21 @@ class Trainer:
     def _build_model(self, own: dict[str, Any]) -> CLIP:
         config = self.config
         if "model_config" in own:
+            known = CLIPConfig.from_dict(own["model_config"])
+            if config.force_patch_dropout is not None:
+                vision = dataclasses.replace(known.vision, patch_dropout=config.force_patch_dropout)
+                known = dataclasses.replace(known, vision=vision)
             with self.device:
-                model = CLIP(CLIPConfig.from_dict(own["model_config"]))
+                model = CLIP(known)
             model.set_backend(config.backend)
             model.to(torch.bfloat16 if config.precision == "pure_bf16" else torch.float32)
         else:
             precision = "pure_bf16" if config.precision == "pure_bf16" else "fp32"
             name = _known_model(config.model)
             model = create_model(
-                name, config.pretrained, precision=precision, device=self.device, backend=config.backend
-            )
+                name, config.pretrained, precision=precision, device=self.device,
+                force_patch_dropout=config.force_patch_dropout, backend=config.backend,
+            )  # fmt: skip
         selective = config.selective_checkpointing
         model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
         if config.torchcompile:
@@ -276,6 +281,8 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> Tensor:
         set_lr(self.optimizer, cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps))
+        # what is drawn depends on the step alone: a run that was interrupted drops the patches that it would have
+        torch.manual_seed(self.config.seed + self.progress.step)
         return self._take_step(*self.upload(batch))
 
     def _count_skipped(self, batch: Batch) -> None:

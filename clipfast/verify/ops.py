@@ -155,7 +155,7 @@ def _make_patch(case: Case, generator: torch.Generator) -> Made:
     if not isinstance(shape, PatchShape):
         raise TypeError(f"expected a PatchShape, got {shape!r}")
     size = (shape.batch, 3, shape.height, shape.width)
-    tokens = 1 + (shape.height // shape.patch) * (shape.width // shape.patch)
+    num_patches = (shape.height // shape.patch) * (shape.width // shape.patch)
     images = (
         torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
         if shape.uint8
@@ -177,9 +177,13 @@ def _make_patch(case: Case, generator: torch.Generator) -> Made:
         "images": images,
         "weight": weight,
         "class_embedding": scale * _normal(generator, shape.embed_dim),
-        "positional_embedding": scale * _normal(generator, tokens, shape.embed_dim),
+        "positional_embedding": scale * _normal(generator, 1 + num_patches, shape.embed_dim),
     }
-    return "patch_embed", {}, inputs, _normal(generator, shape.batch, tokens, shape.embed_dim)
+    kept = num_patches
+    if shape.keep is not None:
+        kept = shape.keep
+        inputs["keep"] = torch.rand(shape.batch, num_patches, generator=generator).argsort(1)[:, :kept]
+    return "patch_embed", {}, inputs, _normal(generator, shape.batch, 1 + kept, shape.embed_dim)
 
 
 def _make_text(case: Case, generator: torch.Generator) -> Made:

@@ -27,7 +27,9 @@ class AttentionShape(NamedTuple):
 
 
 class PatchShape(NamedTuple):
-    """Images [batch, 3, height, width] as bytes or floats, and a projection [embed_dim, 3, patch, patch]."""
+    """Images [batch, 3, height, width] as bytes or floats, and a projection [embed_dim, 3, patch, patch]; with ``keep``,
+    so many patches of each image become tokens.
+    """
 
     batch: int
     height: int
@@ -35,9 +37,10 @@ class PatchShape(NamedTuple):
     patch: int
     embed_dim: int
     uint8: bool = True
+    keep: int | None = None
 
     def __str__(self) -> str:
-        kind = "bytes" if self.uint8 else "floats"
+        kind = ("bytes" if self.uint8 else "floats") + ("" if self.keep is None else f" keep={self.keep}")
         return f"B={self.batch} {self.height}x{self.width} P={self.patch} E={self.embed_dim} {kind}"
 
     @property
@@ -134,6 +137,12 @@ PATCH = [
     *_patch(PatchShape(7, 24, 24, 8, 63), "as many rows as a tile less one; the width one less than a tile"),
     *_patch(PatchShape(5, 40, 40, 8, 65), "130 rows: past a tile; the width one past a tile"),
     *_patch(PatchShape(0, 28, 28, 14, 40), "no images"),
+    # dropped patches
+    *_patch(PatchShape(2, 224, 224, 16, 768, keep=98), "B/16, half of the patches dropped", legs=NOT_INTERPRETED),
+    *_patch(PatchShape(64, 224, 224, 16, 768, keep=49), "B/16, a batch, three quarters of the patches dropped", legs=on(CUDA)),
+    *_patch(PatchShape(35, 21, 35, 7, 40, keep=7), "patch 7, an odd grid, some patches dropped; past a tile of images", quick=True),
+    *_patch(PatchShape(3, 28, 28, 14, 40, keep=0), "every patch dropped: the class token alone"),
+    *_patch(PatchShape(2, 28, 42, 14, 40, keep=3), "dropped patches of pixels as a decoder leaves them", layout="hwc"),
     # layouts
     *_patch(PatchShape(2, 28, 42, 14, 40), "pixels as a decoder leaves them", layout="hwc", quick=True),
     *_patch(PatchShape(2, 28, 42, 14, 40), "last axis first", layout="transposed"),
@@ -182,6 +191,8 @@ REPEATED = {
         Case(PatchShape(3, 32, 48, 16, 72, False), "several tiles", on(CPU), DETERMINISM, quick=True),
         Case(PatchShape(8, 112, 112, 16, 256), "sums over hundreds of patches", on(CPU), DETERMINISM),
         Case(PatchShape(64, 224, 224, 16, 768), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+        Case(PatchShape(70, 32, 48, 16, 72, keep=3), "dropped patches, several tiles of images", on(CPU), DETERMINISM),
+        Case(PatchShape(256, 224, 224, 16, 768, keep=98), "dropped patches, of a batch", on(CUDA), DETERMINISM),
     ],
     "text_embed": [
         Case(TextShape(64, 77, 1000, 96), "ids in many texts, two threads", on(CPU), DETERMINISM, quick=True),

@@ -54,6 +54,7 @@ PATCH_SHAPES = [
     (2, 28, 28, 14, 40),  # patch 14: 588 pixels, which no tile divides
     (3, 32, 48, 16, 72),  # not square; embed_dim past a tile
     (5, 64, 32, 32, 24),  # patch 32
+    (2, 21, 35, 7, 40),  # patch 7: rows of 7 pixels, which no vector load divides; 3 x 5 patches
 ]
 
 
@@ -87,11 +88,16 @@ def attention_inputs(
 
 
 def patch_inputs(
-    shape: tuple[int, int, int, int, int], dtype: torch.dtype, device: torch.device, *, uint8: bool
+    shape: tuple[int, int, int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    uint8: bool,
+    keep: int | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Images and parameters, and a gradient of the tokens."""
+    """Images and parameters, and a gradient of the tokens; with ``keep``, of so many patches an image in any order."""
     batch, height, width, patch, embed_dim = shape
-    tokens = 1 + (height // patch) * (width // patch)
+    num_patches = (height // patch) * (width // patch)
     images = (
         torch.randint(0, 256, (batch, 3, height, width), dtype=torch.uint8)
         if uint8
@@ -101,8 +107,11 @@ def patch_inputs(
         "images": images.to(device),
         "weight": (torch.randn(embed_dim, 3, patch, patch) / patch).to(device, dtype),
         "class_embedding": torch.randn(embed_dim).to(device, dtype),
-        "positional_embedding": torch.randn(tokens, embed_dim).to(device, dtype),
+        "positional_embedding": torch.randn(1 + num_patches, embed_dim).to(device, dtype),
     }
+    if keep is not None:
+        inputs["keep"] = torch.rand(batch, num_patches).argsort(1)[:, :keep].to(device)
+    tokens = 1 + (num_patches if keep is None else keep)
     return inputs, torch.randn(batch, tokens, embed_dim).to(device, dtype)
 
 
@@ -155,6 +164,7 @@ def small_calls(
     pool = {name: x.to(device, dtype) for name, x in pool.items()}
     patch, patch_grad = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=False)
     byte, _ = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=True)
+    kept, kept_grad = patch_inputs((2 * scale, 8, 12, 4, 10), dtype, device, uint8=False, keep=4)
     norm, norm_grad = norm_inputs((2 * scale, 5, 12), dtype, device, residual=True)
     alone = {name: norm[name] for name in ("x", "weight", "bias")}
     pair, pair_grad = pair_inputs((2 * scale, 5, 12), dtype, device)
@@ -182,6 +192,7 @@ def small_calls(
         "patch_embed": (patch_embed, patch, patch_grad),
         "patch_embed of bytes": (patch_embed, byte, patch_grad),
         "text_embed": (text_embed, text_ids, text_grad),
+        "patch_embed of kept patches": (patch_embed, kept, kept_grad),
     }
 
 

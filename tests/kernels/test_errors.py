@@ -11,7 +11,6 @@ from clipfast.kernels import (
     attention_qkv,
     bias_gelu,
     contrastive_loss,
-    cpu,
     info_nce_loss,
     layer_norm,
     layer_norm_pair,
@@ -26,6 +25,8 @@ from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.contrastive import cpu as contrastive_cpu
 from clipfast.kernels.contrastive import launches, sigmoid_cpu, sigmoid_launches
+from clipfast.kernels.patch_embed import cpu as patch_cpu
+from clipfast.kernels.patch_embed import launches as patch_launches
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -211,6 +212,7 @@ def test_bias_gelu(arguments, error, message):
         bias_gelu(*arguments)
 
 
+KEEP = torch.tensor([[2, 0], [3, 1]])
 PATCH_ERRORS = [
     ({"images": torch.zeros(2, 3, 8)}, ValueError, r"images must have 4 dimensions, got shape \(2, 3, 8\)"),
     (
@@ -238,6 +240,12 @@ PATCH_ERRORS = [
     ({"std": (0.5, float("nan"), 0.5)}, ValueError, "std must be 3 positive numbers"),
     ({"std": (0.5, 0.0, 0.5)}, ValueError, r"std must be 3 positive numbers, one per channel, got \(0.5, 0.0, 0.5\)"),
     ({"weight": PATCH["weight"].to("meta")}, ValueError, "weight is on meta, but images is on cpu"),
+    ({"keep": [[0], [1]]}, TypeError, "keep must be a torch.Tensor, got list"),
+    ({"keep": torch.zeros(2, 1)}, TypeError, "keep must be int64 or int32, got float32"),
+    ({"keep": KEEP[0]}, ValueError, r"keep must be \[2, K\], K at most the 4 patches of an image, got \(2,\)"),
+    ({"keep": KEEP[:1]}, ValueError, r"keep must be \[2, K\].*got \(1, 2\)"),
+    ({"keep": KEEP.repeat(1, 3)}, ValueError, r"K at most the 4 patches of an image, got \(2, 6\)"),
+    ({"keep": KEEP.to("meta")}, ValueError, "keep is on meta, but images is on cpu"),
 ]
 
 
@@ -245,6 +253,20 @@ PATCH_ERRORS = [
 def test_patch_embed(changed, error, message):
     with pytest.raises(error, match=f"patch_embed: .*{message}"):
         patch_embed(**(PATCH | changed))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[0, 3], [1, 4]], IndexError, r"keep must hold indices of the 4 patches, got 4 at \[1, 1\]"),
+        ([[-1, 3], [1, 2]], IndexError, r"keep must hold indices of the 4 patches, got -1 at \[0, 0\]"),
+        ([[0, 3], [2, 2]], ValueError, r"keep must hold each patch of an image once, got \[2, 2\]"),
+    ],
+)
+def test_patches_that_cannot_be_kept(rows, error, message, backend):
+    with pytest.raises(error, match=f"patch_embed: {message}"):
+        patch_embed(**PATCH, keep=torch.tensor(rows), backend=backend)
 
 
 OWNERS = torch.tensor([0, 3, 3, -1])
@@ -296,9 +318,9 @@ def test_interpreter_refuses_what_it_would_get_wrong():
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    names = ("patch_embed", "text_embed", "retrieval", "norm", "norm_pair", "activation")
+    names = ("text_embed", "retrieval", "norm", "norm_pair", "activation")
     modules = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
-    patch_, text_, retrieval, norm, norm_pair, activation = modules
+    text_, retrieval, norm, norm_pair, activation = modules
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -337,8 +359,8 @@ def paths():
         ),
         "patch_embed": (
             lambda **options: patch_embed(**PATCH, **options),
-            (cpu, "patch_embed_fwd"),
-            (patch_, "_fwd_triton"),
+            (patch_cpu, "forward"),
+            (patch_launches, "forward"),
         ),
         "text_embed": (
             lambda **options: text_embed(**TEXT, **options),

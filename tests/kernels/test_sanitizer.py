@@ -145,9 +145,11 @@ def test_attention(length, head_dim, causal, kernels, sanitizer, monkeypatch):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-@pytest.mark.parametrize("shape", [(2, 28, 28, 14, 24), (3, 16, 24, 8, 20)], ids=str)
-def test_patch_embed(shape, uint8, dtype, sanitizer):
-    inputs, grad = patch_inputs(shape, dtype, CPU, uint8=uint8)
+@pytest.mark.parametrize(
+    ("shape", "keep"), [((2, 28, 28, 14, 24), None), ((3, 16, 24, 8, 20), None), ((3, 16, 24, 8, 20), 4)], ids=str
+)
+def test_patch_embed(shape, keep, uint8, dtype, sanitizer):
+    inputs, grad = patch_inputs(shape, dtype, CPU, uint8=uint8, keep=keep)
     compare(patch_embed, reference.patch_embed, inputs, grad)
 
 

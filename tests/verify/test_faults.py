@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from clipfast import kernels
-from clipfast.kernels import activation, cpu, norm, norm_pair
+from clipfast.kernels import activation, norm, norm_pair
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.contrastive import several, sigmoid, sigmoid_cpu, symmetric
+from clipfast.kernels.patch_embed import cpu as patch_cpu
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
 from clipfast.verify.report import FAIL, PASS
@@ -78,9 +79,9 @@ ON_CPU = {
     ("attention", "value"): (attention_cpu, "forward", 0),
     ("attention", "d_qkv"): (attention_cpu, "backward", WRITTEN),
     ("attention", "d_bias"): (attention_cpu, "backward", 1),
-    ("patch_embed", "value"): (cpu, "patch_embed_fwd", None),
-    ("patch_embed", "d_weight"): (cpu, "patch_embed_bwd_weight", None),
-    ("patch_embed", "d_images"): (cpu, "patch_embed_bwd_images", None),
+    ("patch_embed", "value"): (patch_cpu, "forward", None),
+    ("patch_embed", "d_weight"): (patch_cpu, "backward_weight", None),
+    ("patch_embed", "d_images"): (patch_cpu, "backward_images", None),
     ("text_embed", "value"): (TEXT, "_fwd_cpu", None),
     ("text_embed", "d_token_embedding"): (TEXT, "_bwd_token_cpu", None),
     ("layer_norm", "value"): (norm, "_fwd_cpu", 0),
@@ -176,7 +177,8 @@ places = {
     "nt_xent_loss": [("contrastive.several", "nt_xent_backward", 0), ("contrastive.several", "nt_xent_backward", 1),
                      ("contrastive.several", "nt_xent_backward", 2)],
     "attention": [("attention.launches", "backward", WRITTEN), ("attention.launches", "backward", 1)],
-    "patch_embed": [("patch_embed", "_bwd_images_triton", None), ("patch_embed", "_bwd_weight_triton", None)],
+    "patch_embed": [("patch_embed.launches", "backward_images", None),
+                    ("patch_embed.launches", "backward_weight", None)],
     "text_embed": [("text_embed", "_bwd_token_triton", None)],
     "layer_norm_pair": [("norm_pair", "_bwd_triton", 0)],
     "bias_gelu": [("activation", "_bwd_triton", 0), ("activation", "_bwd_triton", 1)],

@@ -1,0 +1,297 @@
+"""Patch embedding from pixels to tokens in one kernel: gather, normalise, project, add class token and positions.
+
+    token_0 = class + pos_0                  token_t = W p_k(t) + pos_k(t),   t = 1 .. T - 1, p_k the pixels of patch k
+
+k(t) = t, counted from 1, where every patch is embedded; where patches are dropped, k(t) is the t-th that is kept.
+
+For uint8 pixels u the normalisation (u/255 - mean)/std folds into the projection. Per channel c, v = (u - 128)/128:
+
+    W' = W 128 / (255 std_c)     b' = sum_c W (128/255 - mean_c) / std_c     token_t = W' v_k(t) + b' + pos_k(t)
+
+v is exact in bfloat16 and W' is of the size of W, so neither loses anything; and pixels cross PCIe and lie in memory as
+bytes. Backward, with g = dL/dtoken and each sum over the images too:
+
+    dpos_k = sum_{t: k(t) = k} g_t      dclass = dpos_0      db' = sum_{k>0} dpos_k      dW' = sum_{t>0} g_t v_k(t)^T
+    dW = dW' 128 / (255 std_c) + db' (128/255 - mean_c) / std_c          dpixels = W^T g (floating images only)
+
+Each patch is in an image at most once, so that dpos follows from the token of each position, image by image: one pass
+over g and no atomics.
+
+FLOPs: 2 B T E C P^2 forward and for each of dW and dpixels. Bytes: one read of the pixels that are embedded, one write
+of the tokens.
+Method: the patch projection of Dosovitskiy et al. 2021 as an implicit GEMM; dropped patches as FLIP (Li et al. 2023).
+"""
+
+import math
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .._launch import (
+    accumulate_dtype,
+    autocast_to,
+    check_float,
+    check_tensor,
+    dtype_name,
+    outside_autocast,
+    triton_runs_on,
+    uses_reference,
+)
+from ..reference import CLIP_MEAN, CLIP_STD
+from . import cpu, launches
+
+
+def _kernels(x: Tensor) -> ModuleType:
+    return launches if triton_runs_on(x.device) else cpu
+
+
+def _fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
+    """W' in the weight's dtype and b' in the accumulation dtype."""
+    work = weight.to(accumulate_dtype(weight.dtype))
+    folded = _scale_channels(work, _gains(std))
+    bias = _scale_channels(work, _shifts(mean, std)).sum((1, 2, 3))
+    return folded.to(weight.dtype), bias
+
+
+def _unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """Gradient of W from those of W' and b'."""
+    shift = _scale_channels(grad_bias[:, None, None, None].expand_as(grad_folded), _shifts(mean, std))
+    return _scale_channels(grad_folded, _gains(std)) + shift
+
+
+def _gains(std: Sequence[float]) -> list[float]:
+    return [128 / (255 * s) for s in std]
+
+
+def _shifts(mean: Sequence[float], std: Sequence[float]) -> list[float]:
+    return [(128 / 255 - m) / s for m, s in zip(mean, std, strict=True)]
+
+
+def _scale_channels(weight: Tensor, factors: Sequence[float]) -> Tensor:
+    # Channel by channel with numbers: a tensor of factors would be a copy to the device, which a CUDA graph cannot
+    # capture.
+    return torch.stack([weight[:, c] * factor for c, factor in enumerate(factors)], dim=1)
+
+
+def _num_patches(images: Tensor, patch: int) -> int:
+    return (images.shape[2] // patch) * (images.shape[3] // patch)
+
+
+def _check_indices(keep: Tensor | None, num_patches: int) -> None:
+    """Refuse an index that is no patch's or comes twice; not on a GPU, where to look would be to wait."""
+    if keep is None or keep.device.type != "cpu":
+        return
+    wrong = (keep < 0) | (keep >= num_patches)
+    if wrong.any():
+        image, place = (int(x) for x in wrong.nonzero()[0])
+        raise IndexError(
+            f"patch_embed: keep must hold indices of the {num_patches} patches, got {keep[image, place].item()} "
+            f"at [{image}, {place}]"
+        )
+    in_order = keep.sort(1).values
+    twice = (in_order[:, 1:] == in_order[:, :-1]).any(1)
+    if twice.any():
+        raise ValueError(f"patch_embed: keep must hold each patch of an image once, got {keep[twice][0].tolist()}")
+
+
+@torch.library.custom_op("clipfast::patch_embed_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _patch_embed_fwd(
+    images: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positional_embedding: Tensor,
+    keep: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    _check_indices(keep, len(positional_embedding) - 1)
+    if images.dtype == torch.uint8:
+        weight, bias = _fold(weight, mean, std)
+    else:
+        bias = weight.new_zeros(len(weight), dtype=accumulate_dtype(weight.dtype))
+    return _kernels(images).forward(images, weight, bias, class_embedding, positional_embedding, keep)
+
+
+@_patch_embed_fwd.register_fake
+def _(
+    images: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positional_embedding: Tensor,
+    keep: Tensor | None,
+    mean: Sequence[float],
+    std: Sequence[float],
+) -> Tensor:
+    tokens = positional_embedding.shape[0] if keep is None else 1 + keep.shape[1]
+    return weight.new_empty(images.shape[0], tokens, weight.shape[0])
+
+
+@torch.library.custom_op("clipfast::patch_embed_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _patch_embed_bwd(
+    grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and positions, in the accumulation dtype."""
+    kernels = _kernels(images)
+    grad_pos = kernels.backward_positions(grad, keep, _num_patches(images, weight.shape[-1]))
+    grad_weight = kernels.backward_weight(grad, images, weight, keep)
+    if images.dtype == torch.uint8:
+        grad_weight = _unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std)
+    return grad_weight, grad_pos
+
+
+@_patch_embed_bwd.register_fake
+def _(
+    grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    dtype = accumulate_dtype(weight.dtype)
+    positions = 1 + _num_patches(images, weight.shape[-1])
+    return weight.new_empty(weight.shape, dtype=dtype), grad.new_empty(positions, grad.shape[2], dtype=dtype)
+
+
+@torch.library.custom_op("clipfast::patch_embed_bwd_images", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
+    return _kernels(images).backward_images(grad, images, weight, keep)
+
+
+@_patch_embed_bwd_images.register_fake
+def _(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
+    return images.new_empty(images.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    images, weight, class_embedding, positional_embedding, keep, ctx.mean, ctx.std = inputs
+    ctx.class_dtype, ctx.pos_dtype = class_embedding.dtype, positional_embedding.dtype
+    ctx.save_for_backward(images, weight, keep)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    ops = torch.ops.clipfast
+    images, weight, keep = ctx.saved_tensors
+    grad_images = ops.patch_embed_bwd_images(grad, images, weight, keep) if ctx.needs_input_grad[0] else None
+    if not any(ctx.needs_input_grad[1:4]):
+        return grad_images, None, None, None, None, None, None
+    grad_weight, grad_pos = ops.patch_embed_bwd(grad, images, weight, keep, ctx.mean, ctx.std)
+    # a copy: autograd accumulates into what it is given, and two gradients must not share memory
+    grad_class = grad_pos[0].to(ctx.class_dtype, copy=True)
+    return grad_images, grad_weight.to(weight.dtype), grad_class, grad_pos.to(ctx.pos_dtype), None, None, None
+
+
+_patch_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def patch_embed(
+    images: Tensor,
+    weight: Tensor,
+    class_embedding: Tensor,
+    positional_embedding: Tensor,
+    *,
+    keep: Tensor | None = None,
+    mean: Sequence[float] = CLIP_MEAN,
+    std: Sequence[float] = CLIP_STD,
+    backend: str = "auto",
+) -> Tensor:
+    """Tokens of a vision transformer from raw images: class token first, positions added.
+
+    Args:
+        images: [B, C, H, W], uint8 as decoded (normalised here) or floating (taken as already normalised); any
+            strides, so that ``hwc.permute(0, 3, 1, 2)`` needs no copy. Gradients flow into floating images.
+        weight: projection [E, C, P, P] without a bias, P dividing H and W. Under autocast it is taken in the autocast
+            dtype.
+        class_embedding: [E].
+        positional_embedding: [1 + (H / P)(W / P), E].
+        keep: [B, K] int64 or int32, the patches of each image that become tokens (patch dropout: Li et al. 2023), in
+            this order, each at most once; 0 is the first patch, row by row, and the class token stays anyway. Pixels
+            and positions of the others are not read. Default: all patches. An index that is no patch's, or that comes
+            twice, is refused on a CPU. A GPU would have to be waited for: there the token of the first is NaN, and the
+            second may leave the gradient of its position and its pixels without one of its tokens.
+        mean, std: per channel, for pixels scaled to [0, 1]; only uint8 images use them. Default: CLIP's.
+        backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
+
+    Returns:
+        [B, 1 + K, E] in the dtype of ``weight``, contiguous; K is (H / P)(W / P) without ``keep``.
+
+    Raises:
+        ValueError, TypeError: shapes or dtypes that do not fit together; on a CPU, a patch that is kept twice.
+        IndexError: on a CPU, an index in ``keep`` that is no patch's.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    op = "patch_embed"
+    check_tensor(op, "images", images, 4, also=(torch.uint8,))
+    check_tensor(op, "weight", weight, 4)
+    check_tensor(op, "class_embedding", class_embedding, 1)
+    check_tensor(op, "positional_embedding", positional_embedding, 2)
+    mean, std = _channel_values("mean", mean, images.shape[1]), _channel_values("std", std, images.shape[1])
+    _check_shapes(images, weight, class_embedding, positional_embedding)
+    _check_keep(keep, images, weight.shape[-1])
+    weight = autocast_to(weight)
+    if uses_reference(op, backend, images):
+        if not torch.compiler.is_compiling():
+            _check_indices(keep, len(positional_embedding) - 1)
+        return reference.patch_embed(
+            images, weight, class_embedding, positional_embedding, keep=keep, mean=mean, std=std
+        )
+    check_float(op, "weight", weight)
+    return _patch_embed_fwd(images, weight, class_embedding, positional_embedding, keep, mean, std)
+
+
+def _channel_values(name: str, values: Sequence[float], channels: int) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"patch_embed: {name} must be a sequence of numbers, got {values!r}") from error
+    usable = all((0 if name == "std" else -math.inf) < number < math.inf for number in numbers)
+    if len(numbers) != channels or not usable:
+        kind = "positive" if name == "std" else "finite"
+        raise ValueError(f"patch_embed: {name} must be {channels} {kind} numbers, one per channel, got {values!r}")
+    return numbers
+
+
+def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor) -> None:
+    channels, height, width = images.shape[1:]
+    embed_dim, patch = weight.shape[0], weight.shape[-1]
+    if channels == 0 or patch == 0 or weight.shape[1:] != (channels, patch, patch):
+        raise ValueError(
+            f"patch_embed: weight must be [E, {channels}, P, P] for images {tuple(images.shape)}, "
+            f"got {tuple(weight.shape)}"
+        )
+    if height % patch or width % patch or height * width == 0:
+        raise ValueError(
+            f"patch_embed: image size {height}x{width} is not a multiple of the patch size {patch}: "
+            "resize or pad the images"
+        )
+    tokens = 1 + (height // patch) * (width // patch)
+    if class_embedding.shape != (embed_dim,):
+        raise ValueError(f"patch_embed: class_embedding must be [{embed_dim}], got {tuple(class_embedding.shape)}")
+    if positional_embedding.shape != (tokens, embed_dim):
+        raise ValueError(
+            f"patch_embed: positional_embedding must be [{tokens}, {embed_dim}] "
+            f"for {height}x{width} images and patch {patch}, got {tuple(positional_embedding.shape)}"
+        )
+    parameters = {"weight": weight, "class_embedding": class_embedding, "positional_embedding": positional_embedding}
+    for name, tensor in parameters.items():
+        if tensor.device != images.device:
+            raise ValueError(f"patch_embed: {name} is on {tensor.device}, but images is on {images.device}")
+
+
+def _check_keep(keep: Tensor | None, images: Tensor, patch: int) -> None:
+    if keep is None:
+        return
+    if not isinstance(keep, Tensor):
+        raise TypeError(f"patch_embed: keep must be a torch.Tensor, got {type(keep).__name__}")
+    if keep.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"patch_embed: keep must be int64 or int32, got {dtype_name(keep.dtype)}")
+    num_patches = _num_patches(images, patch)
+    if keep.ndim != 2 or keep.shape[0] != images.shape[0] or keep.shape[1] > num_patches:
+        raise ValueError(
+            f"patch_embed: keep must be [{images.shape[0]}, K], K at most the {num_patches} patches of an image, "
+            f"got {tuple(keep.shape)}"
+        )
+    if keep.device != images.device:
+        raise ValueError(f"patch_embed: keep is on {keep.device}, but images is on {images.device}")

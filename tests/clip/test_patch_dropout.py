@@ -1,0 +1,138 @@
+"""Patch dropout of vision transformers: how many patches are kept, and the gradients of those."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from clipfast import CLIP, accumulate_gradients, contrastive_loss, create_model
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig, get_model_config
+from clipfast.training import TrainConfig
+from clipfast.training.run import RunFolder
+from clipfast.training.trainer import Trainer
+
+SMALL = CLIPConfig(
+    16, VisionConfig(32, 2, 32, 16, patch_size=8, patch_dropout=0.5), TextConfig(width=32, heads=2, layers=1)
+)
+TEXTS = torch.tensor([[49406, 320, 1125, 49407]])
+
+
+def tokens_seen(model, images):
+    """How many tokens an image has in the transformer."""
+    seen = []
+    hook = model.visual.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    model.encode_image(images)
+    hook.remove()
+    return seen.pop()
+
+
+@pytest.mark.parametrize(
+    ("share", "kept"), [(0.0, 16), (0.01, 15), (0.25, 12), (0.5, 8), (0.55, 7), (0.9, 1), (0.99, 1)]
+)
+def test_number_of_patches(share, kept):
+    # 16 patches; rounded down, as OpenCLIP does, but at least one
+    model = create_model("ViT-T-8-32", force_patch_dropout=share)
+    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
+    assert tokens_seen(model.train(), images) == 1 + kept
+    assert tokens_seen(model.eval(), images) == 17
+
+
+def test_as_many_as_open_clip_keeps():
+    transformer = pytest.importorskip("open_clip.transformer")
+    for share in (0.1, 0.3, 0.5, 0.7, 0.75, 0.999):
+        theirs = transformer.PatchDropout(share).train()(torch.zeros(1, 1 + 16, 4)).shape[1]
+        assert theirs == tokens_seen(create_model("ViT-T-8-32", force_patch_dropout=share), torch.zeros(1, 3, 32, 32))
+
+
+def test_each_image_and_each_time_has_others():
+    visual = CLIP(SMALL).visual
+    kept = [visual._kept_patches(torch.zeros(64, 3, 32, 32), (4, 4)) for _ in range(2)]
+    assert kept[0].shape == (64, 8)
+    assert len({tuple(sorted(row.tolist())) for row in torch.cat(kept)}) > 100
+    # each is kept as often as the others
+    counts = torch.cat(kept).flatten().bincount(minlength=16)
+    assert counts.min() > 40
+    assert counts.max() < 90
+
+
+@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_gradients_are_of_all_embedded_and_some_gathered(uint8, checkpointing):
+    model = CLIP(SMALL).double()
+    model.set_grad_checkpointing(checkpointing)
+    images = torch.randint(0, 256, (5, 3, 32, 32), dtype=torch.uint8)
+    images = images if uint8 else images.double() / 255
+    truth = copy.deepcopy(model)
+    truth.set_backend("torch")  # the reference embeds all
+    for each in (model, truth):
+        torch.manual_seed(3)
+        each.encode_image(images, normalize=True).square().mul(torch.arange(16)).sum().backward()
+    for (name, ours), theirs in zip(model.visual.named_parameters(), truth.visual.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-9, atol=1e-12, msg=name)
+        assert ours.grad.any(), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_micro_batches_are_as_the_whole_batch(checkpointing):
+    model = CLIP(SMALL)
+    model.set_grad_checkpointing(checkpointing)
+    truth = copy.deepcopy(model)
+    images = torch.randint(0, 256, (32, 3, 32, 32), dtype=torch.uint8)
+    texts = torch.cat([torch.randint(1, 49406, (32, 6)), torch.full((32, 1), 49407)], 1)
+    torch.manual_seed(1)
+    loss = accumulate_gradients(model, images, texts, 4)
+    # image by image the same numbers, in whatever micro-batch: the whole batch drops the same patches
+    torch.manual_seed(1)
+    expected = contrastive_loss(*truth(images, texts))
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    for (name, ours), theirs in zip(model.named_parameters(), truth.parameters(), strict=True):
+        assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
+    # and what is compared depends on which
+    other = copy.deepcopy(truth)
+    torch.manual_seed(2)
+    assert contrastive_loss(*other(images, texts)).item() != pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_config_of_open_clip():
+    raw = SMALL.to_dict()
+    assert raw["vision_cfg"]["patch_dropout"] == 0.5
+    assert CLIPConfig.from_dict(json.loads(json.dumps(raw))) == SMALL
+    # a model without is written as it always was
+    plain = get_model_config("ViT-B-32")
+    assert "patch_dropout" not in plain.to_dict()["vision_cfg"]
+    assert CLIPConfig.from_dict(plain.to_dict()) == plain
+    assert "patch_dropout" not in get_model_config("RN50").to_dict()["vision_cfg"]
+    pytest.importorskip("open_clip").CLIP(**raw)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
+def test_shares_that_cannot_be_dropped(share):
+    for call in (
+        lambda: VisionConfig(patch_dropout=share),
+        lambda: create_model("ViT-T-8-32", force_patch_dropout=share),
+    ):
+        with pytest.raises(ValueError, match="patch_dropout must be at least 0 and less than 1, got "):
+            call()
+    with pytest.raises(ValueError, match="--force-patch-dropout must be from 0 to less than 1, got "):
+        TrainConfig(train_data="x", force_patch_dropout=share)
+
+
+def test_a_resnet_has_no_patches():
+    with pytest.raises(ValueError, match="patch_dropout is of vision transformers"):
+        create_model("RN50", device="meta", force_patch_dropout=0.5)
+    create_model("RN50", device="meta", force_patch_dropout=0.0)
+
+
+def test_flag_of_training(shards, tmp_path):
+    options = {"train_data": shards, "model": "ViT-T-8-32", "batch_size": 8, "train_num_samples": 32, "epochs": 1}
+    trainer = Trainer(TrainConfig(**options, force_patch_dropout=0.75), RunFolder(tmp_path))
+    assert tokens_seen(trainer.model, torch.zeros(1, 3, 32, 32)) == 5
+    trainer.folder.checkpoints.mkdir()
+    saved = torch.load(trainer.save(), weights_only=True)
+    # the checkpoint's stands, unless another is forced: at the end of training none are dropped
+    assert Trainer(TrainConfig(**options), RunFolder(tmp_path), saved).model.visual.patch_dropout == 0.75
+    none = Trainer(TrainConfig(**options, force_patch_dropout=0.0), RunFolder(tmp_path), saved)
+    assert tokens_seen(none.model, torch.zeros(1, 3, 32, 32)) == 17
+    assert none.model.config.vision.patch_dropout == 0

@@ -1,0 +1,115 @@
+"""Positions of images of another size than the model's: OpenCLIP's interpolation, in the model and on loading."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast import CheckpointError, create_model, load_checkpoint
+from clipfast.models import interpolate_positions
+
+GRIDS = [((7, 7), (14, 14)), ((16, 16), (7, 7)), ((4, 4), (3, 5)), ((3, 5), (8, 2)), ((4, 4), (1, 1)), ((1, 1), (2, 3))]
+
+
+@pytest.mark.parametrize(("old", "new"), GRIDS, ids=str)
+def test_bicubic_with_antialiasing(old, new):
+    positions = torch.randn(1 + old[0] * old[1], 12)
+    grid = positions[1:].T.unflatten(1, old)[None]
+    expected = F.interpolate(grid, new, mode="bicubic", antialias=True, align_corners=False)[0].flatten(1).T
+    resized = interpolate_positions(positions, old, new)
+    assert torch.equal(resized[0], positions[0])
+    torch.testing.assert_close(resized[1:], expected, rtol=0, atol=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(interpolate_positions(positions, old, new), resized)
+
+
+def test_dtype_is_kept_and_computed_in_float32():
+    positions = torch.randn(17, 12)
+    expected = interpolate_positions(positions.bfloat16().float(), (4, 4), (6, 6)).bfloat16()
+    assert torch.equal(interpolate_positions(positions.bfloat16(), (4, 4), (6, 6)), expected)
+    assert interpolate_positions(positions, (4, 4), (4, 4)) is positions
+
+
+def test_gradient():
+    positions = torch.randn(1 + 3 * 4, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: interpolate_positions(x, (3, 4), (5, 2)), positions)
+
+
+@pytest.mark.parametrize(("old", "new"), [((4, 4), (5, 5)), ((0, 0), (2, 2)), ((3, 3), (0, 2))])
+def test_grids_that_do_not_fit(old, new):
+    with pytest.raises(ValueError, match=r"interpolate_positions: expected 1 \+ h \* w positions .*, got 10 for"):
+        interpolate_positions(torch.zeros(10, 4), old, new)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (16, 40), (8, 8)], ids=str)
+def test_model_takes_images_of_any_grid(size):
+    model = create_model("ViT-T-8-32").eval()
+    images = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+    features = model.encode_image(images)
+    features.square().sum().backward()
+    # a model of this size, whose positions are the interpolated ones
+    other = create_model("ViT-T-8-32").eval()
+    other.load_state_dict(model.state_dict())
+    grid = (size[0] // 8, size[1] // 8)
+    resized = interpolate_positions(model.visual.positional_embedding, (4, 4), grid)
+    other.visual.positional_embedding = torch.nn.Parameter(resized.detach())
+    other.visual.grid_size = grid
+    expected = other.encode_image(images)
+    expected.square().sum().backward()
+    torch.testing.assert_close(features, expected)
+    (expected_grad,) = torch.autograd.grad(
+        resized, model.visual.positional_embedding, other.visual.positional_embedding.grad
+    )
+    torch.testing.assert_close(model.visual.positional_embedding.grad, expected_grad)
+
+
+def test_patches_are_dropped_of_the_grid_of_the_images():
+    model = create_model("ViT-T-8-32", force_patch_dropout=0.5)
+    seen = []
+    model.visual.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    model.encode_image(torch.zeros(2, 3, 24, 40)).sum().backward()
+    assert seen == [1 + 7]
+
+
+@pytest.mark.parametrize("size", [(30, 32), (4, 32)])
+def test_size_that_is_no_multiple(size):
+    with pytest.raises(ValueError, match=rf"patch_embed: image size {size[0]}x{size[1]} is not a multiple"):
+        create_model("ViT-T-8-32").encode_image(torch.zeros(1, 3, *size))
+
+
+@pytest.mark.parametrize("size", [64, 16])
+def test_loading_resizes_as_open_clip_does(size, tmp_path, caplog):
+    saved = create_model("ViT-T-8-32")
+    torch.save(saved.state_dict(), tmp_path / "w.pt")
+    with caplog.at_level(logging.INFO, "clipfast"):
+        model = create_model("ViT-T-8-32", tmp_path / "w.pt", force_image_size=size)
+    side = size // 8
+    assert [record.getMessage() for record in caplog.records] == [
+        f"{tmp_path / 'w.pt'}: positions were resized from 4x4 to {side}x{side}"
+    ]
+    assert torch.equal(model.visual.proj, saved.visual.proj)
+    state = dict(saved.state_dict())
+    theirs = pytest.importorskip("open_clip.model")
+    theirs.resize_pos_embed(state, SimpleNamespace(visual=SimpleNamespace(grid_size=(side, side))))
+    torch.testing.assert_close(
+        model.visual.positional_embedding.detach(), state["visual.positional_embedding"], rtol=0, atol=1e-6
+    )
+
+
+def test_loading_says_nothing_where_all_fits(tmp_path, caplog):
+    torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
+    with caplog.at_level(logging.INFO, "clipfast"):
+        create_model("ViT-T-8-32", tmp_path / "w.pt")
+    assert not caplog.records
+
+
+@pytest.mark.parametrize("shape", [(1, 128), (13, 128), (65, 64), (65,)], ids=str)
+def test_positions_of_no_square_grid_do_not_fit(shape, tmp_path):
+    model = create_model("ViT-T-8-32")
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.save(model.state_dict() | {"visual.positional_embedding": torch.zeros(shape)}, tmp_path / "w.pt")
+    with pytest.raises(CheckpointError, match=r"visual.positional_embedding is .*, the model has \(17, 128\)"):
+        load_checkpoint(model, tmp_path / "w.pt")
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
