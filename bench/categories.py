@@ -30,8 +30,8 @@ OWNERS = _rules(
     (LOSS, rf"^{LOSS_RANGE}$|clipfast(::|_)(contrastive|sigmoid|info_nce|nt_xent)"),
     (OPTIMIZER, r"^Optimizer\.step"),
     (ATTENTION, r"clipfast(::|_)attention|scaled_dot_product|ScaledDotProduct|_(flash|efficient|cudnn)_attention"),
-    (NORM, r"clipfast(::|_)(layer_norm|batch_norm|bias_act|bias_gelu|bias_quick_gelu)"),
-    (INPUT, r"clipfast(::|_)(patch_embed|text_embed|token_embed|embed)"),
+    (NORM, r"clipfast(::|_)(layer_norm|bias_act)"),
+    (INPUT, r"clipfast(::|_)(patch_embed|text_embed)"),
 )
 _ATEN = {
     GEMM: r"(addmm|mm|bmm|baddbmm|addmv|mv|dot|_addmm_activation|_scaled_mm)_?",
@@ -80,8 +80,8 @@ FUSED = _rules(
 KERNELS = _rules(
     (LOSS, r"^_(online_)?(stats|merge|grad_tile|products|normalize|finish|sigmoid_sums|sigmoid_grad_tile)_kernel"),
     (ATTENTION, r"^_(short|looped|two_phase|pool|attention|attention_pool)_\w*kernel"),
-    (NORM, r"^_(layer_norm|batch_norm|bias_act|gelu|norm)\w*_kernel"),
-    (INPUT, r"^_(patch_embed|text_embed|token_embed|embed)\w*_kernel"),
+    (NORM, r"^_(layer_norm|bias_act)\w*_kernel"),
+    (INPUT, r"^_(patch_embed|text_embed|token_of_position|segment_sums)\w*_kernel"),
     (DATA, r"(?i)memcpy *(HtoD|host *to *device)"),
     (COPIES, r"(?i)^(memcpy|memset)"),
     (LOSS, r"(?i)nll_?loss|log_?softmax|cross_?entropy"),

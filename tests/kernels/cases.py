@@ -184,6 +184,11 @@ def small_calls(
         "attention": (functools.partial(attention, num_heads=2, causal=True), attn, attn_grad),
         "attention_qkv": (attention_qkv, separate, torch.randn(2 * scale, 5, 3, 8).to(device, dtype)),
         "attention_pool": (attention_pool, pool, torch.randn(2 * scale, 3, 10).to(device, dtype)),
+        "attention_pool of lengths": (
+            attention_pool,
+            pool | {"seqlens": torch.arange(2 * scale, dtype=torch.int32, device=device) % 7 + 1},
+            torch.randn(2 * scale, 3, 10).to(device, dtype),
+        ),
         "layer_norm": (layer_norm, alone, norm_grad),
         "layer_norm of a sum": (lambda **inputs: both(inputs), norm, torch.cat([norm_grad, norm_grad], -1)),
         "layer_norm_pair": (lambda **inputs: both(inputs, layer_norm_pair), pair, pair_grad),

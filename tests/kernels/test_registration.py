@@ -36,7 +36,8 @@ def test_opcheck(name, device):
             "attention_qkv_fwd",
             lambda x: (*x.values(), torch.tensor([9, 3], dtype=torch.int32, device=device), False, 0.5),
         ),
-        "attention_pool": ("attention_pool_fwd", lambda x: (*x.values(),)),
+        "attention_pool": ("attention_pool_fwd", lambda x: (*x.values(), None)),
+        "attention_pool of lengths": ("attention_pool_fwd", lambda x: (*x.values(),)),
         "layer_norm": ("layer_norm_fwd", lambda x: (x["x"], None, x["weight"], x["bias"], 1e-5)),
         "layer_norm of a sum": (
             "layer_norm_fwd",
