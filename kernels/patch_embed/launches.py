@@ -45,7 +45,7 @@ def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     """Gradient of the (folded) weight, summed over the patches that were embedded."""
     embed_dim, patch, kept = len(weight), weight.shape[-1], grad.shape[1] - 1
     rows, k = len(images) * kept, weight[0].numel()
-    cfg = gemm_config("patch_embed_bwd_weight", arch_of(images.device), weight.dtype)
+    cfg = gemm_config("patch_embed_bwd_weight", arch_of(images.device), grad.dtype)
     splits = max(1, min(MAX_SPLITS, rows // PATCHES_PER_SPLIT))
     per_split = triton.cdiv(triton.cdiv(rows, splits), cfg.block_k) * cfg.block_k
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
@@ -54,7 +54,7 @@ def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
         images, grad, _contiguous(keep), partial, rows, kept, _num_patches(images, patch), embed_dim, k,
         images.shape[3] // patch, per_split, *images.stride(), *grad.stride(),
         config=cfg, device=images.device, PATCH=patch, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, DTYPE=TL_DTYPES[weight.dtype], PRECISION="ieee",
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, DTYPE=TL_DTYPES[grad.dtype], PRECISION="ieee",
     )  # fmt: skip
     return partial.sum(0)
 

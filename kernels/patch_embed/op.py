@@ -33,7 +33,7 @@ from torch import Tensor
 from .. import reference
 from .._launch import (
     accumulate_dtype,
-    autocast_to,
+    autocast_dtype,
     check_float,
     check_tensor,
     dtype_name,
@@ -50,11 +50,9 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 def _fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """W' in the weight's dtype and b' in the accumulation dtype."""
+    """W' and b', in the accumulation dtype."""
     work = weight.to(accumulate_dtype(weight.dtype))
-    folded = _scale_channels(work, _gains(std))
-    bias = _scale_channels(work, _shifts(mean, std)).sum((1, 2, 3))
-    return folded.to(weight.dtype), bias
+    return _scale_channels(work, _gains(std)), _scale_channels(work, _shifts(mean, std)).sum((1, 2, 3))
 
 
 def _unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -108,13 +106,15 @@ def _patch_embed_fwd(
     keep: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
+    """Tokens in ``dtype``, to which a folded weight is rounded once: not first, and then again."""
     _check_indices(keep, len(positional_embedding) - 1)
     if images.dtype == torch.uint8:
         weight, bias = _fold(weight, mean, std)
     else:
         bias = weight.new_zeros(len(weight), dtype=accumulate_dtype(weight.dtype))
-    return _kernels(images).forward(images, weight, bias, class_embedding, positional_embedding, keep)
+    return _kernels(images).forward(images, weight.to(dtype), bias, class_embedding, positional_embedding, keep)
 
 
 @_patch_embed_fwd.register_fake
@@ -126,9 +126,10 @@ def _(
     keep: Tensor | None,
     mean: Sequence[float],
     std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
     tokens = positional_embedding.shape[0] if keep is None else 1 + keep.shape[1]
-    return weight.new_empty(images.shape[0], tokens, weight.shape[0])
+    return weight.new_empty(images.shape[0], tokens, weight.shape[0], dtype=dtype)
 
 
 @torch.library.custom_op("clipfast::patch_embed_bwd", mutates_args=(), device_types=("cuda", "cpu"))
@@ -136,7 +137,7 @@ def _(
 def _patch_embed_bwd(
     grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and positions, in the accumulation dtype."""
+    """Gradients of weight and positions, in the accumulation dtype; products are in the dtype of ``grad``."""
     kernels = _kernels(images)
     grad_pos = kernels.backward_positions(grad, keep, _num_patches(images, weight.shape[-1]))
     grad_weight = kernels.backward_weight(grad, images, weight, keep)
@@ -157,7 +158,7 @@ def _(
 @torch.library.custom_op("clipfast::patch_embed_bwd_images", mutates_args=(), device_types=("cuda", "cpu"))
 @outside_autocast
 def _patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    return _kernels(images).backward_images(grad, images, weight, keep)
+    return _kernels(images).backward_images(grad, images, weight.to(grad.dtype), keep)
 
 
 @_patch_embed_bwd_images.register_fake
@@ -166,7 +167,7 @@ def _(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tens
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    images, weight, class_embedding, positional_embedding, keep, ctx.mean, ctx.std = inputs
+    images, weight, class_embedding, positional_embedding, keep, ctx.mean, ctx.std, _ = inputs
     ctx.class_dtype, ctx.pos_dtype = class_embedding.dtype, positional_embedding.dtype
     ctx.save_for_backward(images, weight, keep)
 
@@ -176,11 +177,11 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     images, weight, keep = ctx.saved_tensors
     grad_images = ops.patch_embed_bwd_images(grad, images, weight, keep) if ctx.needs_input_grad[0] else None
     if not any(ctx.needs_input_grad[1:4]):
-        return grad_images, None, None, None, None, None, None
+        return grad_images, None, None, None, None, None, None, None
     grad_weight, grad_pos = ops.patch_embed_bwd(grad, images, weight, keep, ctx.mean, ctx.std)
     # a copy: autograd accumulates into what it is given, and two gradients must not share memory
     grad_class = grad_pos[0].to(ctx.class_dtype, copy=True)
-    return grad_images, grad_weight.to(weight.dtype), grad_class, grad_pos.to(ctx.pos_dtype), None, None, None
+    return grad_images, grad_weight.to(weight.dtype), grad_class, grad_pos.to(ctx.pos_dtype), None, None, None, None
 
 
 _patch_embed_fwd.register_autograd(_backward, setup_context=_setup_context)
@@ -202,8 +203,9 @@ def patch_embed(
     Args:
         images: [B, C, H, W], uint8 as decoded (normalised here) or floating (taken as already normalised); any
             strides, so that ``hwc.permute(0, 3, 1, 2)`` needs no copy. Gradients flow into floating images.
-        weight: projection [E, C, P, P] without a bias, P dividing H and W. Under autocast it is taken in the autocast
-            dtype.
+        weight: projection [E, C, P, P] without a bias, P dividing H and W. Under autocast products are in the autocast
+            dtype, to which the weight is rounded after the normalisation of bytes has been folded in, and its gradient
+            is not rounded at all.
         class_embedding: [E].
         positional_embedding: [1 + (H / P)(W / P), E].
         keep: [B, K] int64 or int32, the patches of each image that become tokens (patch dropout: Li et al. 2023), in
@@ -215,7 +217,8 @@ def patch_embed(
         backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 
     Returns:
-        [B, 1 + K, E] in the dtype of ``weight``, contiguous; K is (H / P)(W / P) without ``keep``.
+        [B, 1 + K, E] in the dtype of ``weight`` or the autocast dtype, contiguous; without ``keep``, K is
+        (H / P)(W / P).
 
     Raises:
         ValueError, TypeError: shapes or dtypes that do not fit together; on a CPU, a patch that is kept twice.
@@ -230,15 +233,15 @@ def patch_embed(
     mean, std = _channel_values("mean", mean, images.shape[1]), _channel_values("std", std, images.shape[1])
     _check_shapes(images, weight, class_embedding, positional_embedding)
     _check_keep(keep, images, weight.shape[-1])
-    weight = autocast_to(weight)
+    dtype = autocast_dtype(weight)
     if uses_reference(op, backend, images):
         if not torch.compiler.is_compiling():
             _check_indices(keep, len(positional_embedding) - 1)
         return reference.patch_embed(
-            images, weight, class_embedding, positional_embedding, keep=keep, mean=mean, std=std
+            images, weight.to(dtype), class_embedding, positional_embedding, keep=keep, mean=mean, std=std
         )
     check_float(op, "weight", weight)
-    return _patch_embed_fwd(images, weight, class_embedding, positional_embedding, keep, mean, std)
+    return _patch_embed_fwd(images, weight, class_embedding, positional_embedding, keep, mean, std, dtype)
 
 
 def _channel_values(name: str, values: Sequence[float], channels: int) -> list[float]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clipfast import CLIP, create_model, get_model_config, list_models
 from clipfast.kernels import text_embed
@@ -316,3 +317,19 @@ def test_autocast_leaves_the_texts_in_16_bits(texts):
     assert entered == [torch.float32, torch.bfloat16]
     # one percent; with a residual stream in float32 it is 0.9
     assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
+
+
+def test_bytes_enter_as_by_convolution_and_norm():
+    model = create_model("ViT-B-16")
+    visual, seen = model.visual, []
+    for parameter in (visual.ln_pre.weight, visual.ln_pre.bias):
+        torch.nn.init.normal_(parameter)
+    visual.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    with torch.no_grad():
+        visual(images)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (visual.image_mean, visual.image_std))
+        patches = visual.conv1((images / 255 - mean) / std).flatten(2).transpose(1, 2)
+        tokens = torch.cat([visual.class_embedding.expand(2, 1, -1), patches], 1) + visual.positional_embedding
+        expected = F.layer_norm(tokens, (768,), visual.ln_pre.weight, visual.ln_pre.bias)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-5)

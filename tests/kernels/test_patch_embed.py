@@ -291,11 +291,37 @@ def test_what_is_kept_is_read_or_written_once(keep, uint8, device, monkeypatch):
 
 @pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
 def test_autocast_of_kept_patches(device):
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=True, keep=2)
+    # of floats: with those of bytes, the normalisation is folded into the weight before it is rounded
+    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=False, keep=2)
     with torch.autocast(device.type, torch.bfloat16):
         actual = value_and_grads(patch_embed, inputs, grad)
     expected = value_and_grads(patch_embed, inputs | {"weight": inputs["weight"].bfloat16()}, grad)
     assert actual["value"].dtype == torch.bfloat16
     assert actual["d_weight"].dtype == torch.float32
     for name, value in actual.items():
-        assert torch.equal(value, expected[name].to(value.dtype)), name
+        assert torch.equal(value.to(expected[name].dtype), expected[name]), name
+
+
+@pytest.mark.parametrize("patch", [14, 16, 32])
+def test_bytes_are_rounded_less_than_normalised_pixels(patch, device):
+    # under autocast, against exact tokens: PyTorch rounds pixels and weights; bytes are exact, and weights rounded once
+    inputs, _ = patch_inputs((4, 2 * patch, 3 * patch, patch, 96), torch.float32, device, uint8=True)
+    for name in ("class_embedding", "positional_embedding"):
+        inputs[name] *= 0
+    truth = reference.patch_embed(**{name: x if name == "images" else x.double() for name, x in inputs.items()})
+    errors = {}
+    for backend in ("auto", "torch"):
+        with torch.autocast(device.type, torch.float16 if INTERPRET else torch.bfloat16):
+            errors[backend] = (patch_embed(**inputs, backend=backend) - truth).norm()
+    # tokens are rounded as well, by both
+    assert errors["auto"] < 0.9 * errors["torch"]
+
+
+def test_gradients_of_float32_weights_are_not_rounded(device):
+    inputs, grad = patch_inputs((4, 28, 28, 14, 40), torch.float32, device, uint8=True)
+    weight = inputs["weight"].requires_grad_()
+    with torch.autocast(device.type, torch.float16 if INTERPRET else torch.bfloat16):
+        out = patch_embed(**inputs)
+    out.backward(grad.to(out.dtype))
+    assert weight.grad.dtype == torch.float32
+    assert not torch.equal(weight.grad, weight.grad.to(out.dtype).float())

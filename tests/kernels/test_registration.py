@@ -13,6 +13,9 @@ OPS = list(small_calls(torch.float32, torch.device("cpu")))
 each_op = pytest.mark.parametrize("name", OPS)
 
 
+NORMALISATION = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4], torch.float32)
+
+
 @each_op
 def test_opcheck(name, device):
     _, inputs, _ = small_calls(torch.float32, device)[name]
@@ -46,10 +49,10 @@ def test_opcheck(name, device):
         "layer_norm_pair": ("layer_norm_pair_fwd", lambda x: (*x.values(), 1e-5, 1e-2)),
         "bias_gelu": ("bias_act_fwd", lambda x: (*x.values(), False)),
         "bias_quick_gelu": ("bias_act_fwd", lambda x: (*x.values(), True)),
-        "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), None, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4])),
+        "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), None, *NORMALISATION)),
         "patch_embed of kept patches": (
             "patch_embed_fwd",
-            lambda x: (*x.values(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]),
+            lambda x: (*x.values(), *NORMALISATION),
         ),
         "text_embed": ("text_embed_fwd", lambda x: (*x.values(), torch.float32)),
     }
