@@ -139,23 +139,57 @@ def loss_table(run: dict[str, Any]) -> str:
             f"| {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f}) "
             f"| {size(ours['peak_bytes'])} | {size(theirs['peak_bytes'])} |"
         )
-    where = run["machine"].get("gpu") or run["machine"]["cpu"]
-    versions = run["versions"]
-    caption = (
-        f"{where}; torch {versions['torch']}, OpenCLIP {versions['open_clip_torch']}; D = "
-        f"{', '.join(sorted({str(c['shape']['embed_dim']) for c in run['cases'] if c['suite'] == 'loss'}))}, "
-        f"{', '.join(sorted({c['dtype'] for c in run['cases'] if c['suite'] == 'loss'}))}; {run['when'][:10]}, "
-        f"commit {(run['git']['sha'] or 'unknown')[:8]}."
-    )
-    return "\n".join([*lines, "", caption])
+    return "\n".join([*lines, "", _caption([run], [f"D = {_sizes(run, 'embed_dim')}"])])
+
+
+def step_table(runs: list[dict[str, Any]]) -> str:
+    """Markdown for the README: steps of training against OpenCLIP's, by model."""
+    lines = [
+        "| model, batch | clipfast | OpenCLIP | times faster (95%) | pairs/s | MFU | memory | OpenCLIP |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for case in (case for run in runs for case in run["cases"]):
+        by_name = {c["name"]: c for c in case["candidates"] if not c["refused"]}
+        ours, theirs = by_name.get(OURS), by_name.get("OpenCLIP")
+        if case["suite"] != "step" or ours is None or theirs is None:
+            continue
+        ratio = theirs["times_ours"]
+        lines.append(
+            f"| {case['shape']['model']}, {case['shape']['batch']:,} "
+            f"| {seconds(ours['median_s'])} | {seconds(theirs['median_s'])} "
+            f"| {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f}) "
+            f"| {_rate(case['items']['count'] / ours['median_s'])} | {_mfu(ours['mfu'])} "
+            f"| {size(ours['peak_bytes'])} | {size(theirs['peak_bytes'])} |"
+        )
+    return "\n".join([*lines, "", _caption(runs, [])])
+
+
+def _sizes(run: dict[str, Any], field: str) -> str:
+    return ", ".join(sorted({str(case["shape"][field]) for case in run["cases"] if field in case["shape"]}))
+
+
+def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
+    """Where, with what, and when; of several runs, of those that were on one machine with the same packages."""
+
+    def one(values: set[str]) -> str:
+        return ", ".join(sorted(values))
+
+    where = one({run["machine"].get("gpu") or run["machine"]["cpu"] for run in runs})
+    torch, open_clip = (one({run["versions"][name] for run in runs}) for name in ("torch", "open_clip_torch"))
+    facts = [*facts, one({case["dtype"] for run in runs for case in run["cases"]})]
+    when, commit = one({run["when"][:10] for run in runs}), one({(run["git"]["sha"] or "unknown")[:8] for run in runs})
+    return f"{where}; torch {torch}, OpenCLIP {open_clip}; {', '.join(facts)}; {when}, commit {commit}."
 
 
 def fill_readme(text: str, folder: Path, read: Any) -> str:
-    """``text`` with each block between ``<!-- bench FILE -->`` and ``<!-- /bench -->`` made anew from that file in
-    ``folder``.
+    """``text`` with each block between ``<!-- bench FILE... -->`` and ``<!-- /bench -->`` made anew from those files in
+    ``folder``: of the loss, or of steps, which may be in several.
     """
 
     def block(match: re.Match[str]) -> str:
-        return f"<!-- bench {match[1]} -->\n{loss_table(read(folder / match[1]))}\n<!-- /bench -->"
+        runs = [read(folder / name) for name in match[1].split()]
+        steps = all(case["suite"] == "step" for run in runs for case in run["cases"])
+        table = step_table(runs) if steps else loss_table(*runs)
+        return f"<!-- bench {match[1]} -->\n{table}\n<!-- /bench -->"
 
-    return re.sub(r"<!-- bench (\S+) -->.*?<!-- /bench -->", block, text, flags=re.S)
+    return re.sub(r"<!-- bench (.+?) -->.*?<!-- /bench -->", block, text, flags=re.S)
