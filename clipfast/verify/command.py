@@ -39,8 +39,8 @@ def add_parser(commands: Any) -> None:
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument(
         "--op", **several, metavar="OP", help="contrastive_loss, sigmoid_loss, info_nce_loss, nt_xent_loss, "
-        "attention, attention_pool, patch_embed, text_embed, layer_norm, layer_norm_pair, bias_gelu, "
-        "bias_quick_gelu, model, curve (default: all)",
+        "attention, patch_embed, text_embed, layer_norm, layer_norm_pair, bias_gelu, bias_quick_gelu, "
+        "attention_pool, model, curve (default: all)",
     )  # fmt: skip
     parser.add_argument("--model", **several, metavar="NAME", help="models for the model check (default: ViT-T-8-32)")
     parser.add_argument("--dtype", **several, metavar="DTYPE", help="fp32, fp16, bf16 (default: all)")
