@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from ..kernels import attention, attention_pool, bias_gelu, bias_quick_gelu, layer_norm, layer_norm_pair
 from ..kernels._launch import triton_runs_on
+from ..kernels.attention.pool import MAX_HEADS, MAX_TOKENS
 
 # What selective checkpointing does not compute again.
 _EXPENSIVE = (
@@ -218,9 +219,10 @@ class ResidualAttentionBlock(nn.Module):
         normed, x = _norm_of_sum(self.ln_2, self.attn.pooled(normed, rows), _rows_of(x, rows))
         return x + self.mlp(normed)
 
-    def can_pool(self) -> bool:
+    def can_pool(self, num_tokens: int) -> bool:
         """Whether nothing is in the block that may want to see every row; the reference computes them all."""
-        return self.attn.backend != "torch" and all(is_plain(module, *_BLOCK_MODULES) for module in self.modules())
+        fits = num_tokens <= MAX_TOKENS and self.attn.num_heads <= MAX_HEADS and self.attn.backend != "torch"
+        return fits and all(is_plain(module, *_BLOCK_MODULES) for module in self.modules())
 
 
 _BLOCK_MODULES = (
@@ -305,10 +307,10 @@ class Transformer(nn.Module):
         kept = functools.partial(create_selective_checkpoint_contexts, list(_EXPENSIVE))
         return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
 
-    def can_pool(self) -> bool:
+    def can_pool(self, num_tokens: int) -> bool:
         """Whether the last block may compute only the row that is read."""
         last = self.resblocks[-1] if is_plain(self, Transformer) and len(self.resblocks) else None
-        return isinstance(last, ResidualAttentionBlock) and last.can_pool()
+        return isinstance(last, ResidualAttentionBlock) and last.can_pool(num_tokens)
 
 
 def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, norm: nn.Module | None = None) -> Tensor:
@@ -316,7 +318,7 @@ def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, nor
 
     Args:
         transformer: of a tower; with a hook or an adapter in its last block it computes every row, as it does where
-            something else has taken its place.
+            something else has taken its place, and of more tokens than ``attention_pool`` takes.
         x: [B, N, width].
         rows: [B], the number of a row of each sequence; default the first.
         norm: in front of the first block, whose own norm is then computed in the same pass.
@@ -324,6 +326,6 @@ def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, nor
     Returns:
         [B, width].
     """
-    if isinstance(transformer, Transformer) and transformer.can_pool():
+    if isinstance(transformer, Transformer) and transformer.can_pool(x.shape[1]):
         return transformer.pooled(x, rows, norm)
     return _rows_of(transformer(x if norm is None else norm(x)), rows)

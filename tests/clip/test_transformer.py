@@ -204,6 +204,15 @@ def test_whoever_looks_into_the_last_block_sees_every_row():
     assert seen[-1] == (3, 9, 32)
 
 
+@pytest.mark.parametrize(("tokens", "pools"), [(1024, True), (1025, False)])
+def test_more_tokens_than_the_pool_takes(tokens, pools):
+    tower, x = random_tower(False, dtype=torch.float32), torch.randn(1, tokens, 32)
+    with torch.no_grad(), Operations() as operations:
+        out = pooled(tower, x)
+    assert operations.counts["clipfast.attention_pool_fwd.default"] == pools
+    torch.testing.assert_close(out, tower(x)[:, 0], rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", ROWS)
 def test_rounding_of_the_read_row(kind):
     # the folded projections round at other places, but not more
