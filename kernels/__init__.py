@@ -1,7 +1,8 @@
 """Triton kernels for CLIP: each op with its gradients, its CPU path and a PyTorch reference that specifies it.
 
-One op per file. ``reference`` holds the specification, ``cpu`` the path without a GPU, ``configs`` the launch
-configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` the arithmetic that kernels share.
+One op per file, or per folder where it has several kernels. ``reference`` holds the specification, ``floors`` the least
+work, ``configs`` the launch configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` the
+arithmetic that kernels share.
 """
 
 from . import reference
