@@ -90,6 +90,15 @@ class Case:
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
 
 
+def without_grads(function: AnyFunction) -> AnyFunction:
+    """``function`` as a case calls it: no op takes the gradients of its results, which the inputs of the case carry."""
+
+    def run(grad: Tensor, grad_2: Tensor | None = None, **inputs: Tensor) -> Results:  # noqa: ARG001
+        return function(**inputs)
+
+    return run
+
+
 def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
     """One call: the value or values, and gradients as ``d_<name>`` where the case asks for them and the candidate has
     them.

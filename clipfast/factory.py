@@ -66,9 +66,7 @@ def create_model(
     config = source.config
     if force_quick_gelu:
         config = dataclasses.replace(config, quick_gelu=True)
-    forced = {"patch_dropout": force_patch_dropout, "image_size": force_image_size}
-    changes: dict[str, Any] = {name: value for name, value in forced.items() if value is not None}
-    config = dataclasses.replace(config, vision=dataclasses.replace(config.vision, **changes))
+    config = config.with_vision(patch_dropout=force_patch_dropout, image_size=force_image_size)
     with torch.device(device):
         model = CLIP(config, output_dict=output_dict)
     model.set_backend(backend)

@@ -41,7 +41,7 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
             attn = next(block for block in module.modules() if isinstance(block, Attention))
             heads, head_dim, causal = attn.num_heads, module.width // attn.num_heads, attn.causal
             route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
-            pools = module.can_pool(tokens)
+            pools = module.pooling_block(tokens) is not None
             last = f"; last block: attention_pool of the row that is read, {heads} queries of {module.width}"
             lines.append(
                 f"{name}: {len(module.resblocks) - pools} x attention, {tokens} tokens{', causal' if causal else ''}, "

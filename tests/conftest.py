@@ -14,12 +14,23 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import pytest
 import torch
 import triton
+from torch.utils._python_dispatch import TorchDispatchMode
 
 INTERPRET = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRET
 LEG = "interpreter" if INTERPRET else "gpu" if ON_GPU else "cpu"
 # The interpreter multiplies bfloat16 operands as raw bits; on a CPU the sanitizer leg covers that dtype.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+
+
+class OnlyMeta(TorchDispatchMode):
+    """On "meta", every tensor that is not there comes from the host."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for x in out if isinstance(out, (tuple, list)) else [out]:
+            assert not isinstance(x, torch.Tensor) or x.device.type == "meta", function
+        return out
 
 
 def pytest_report_header() -> str:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from clipfast.kernels import attention, reference
 from clipfast.kernels.floors import attention_floor
 
-from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs, require_cuda
+from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs, require_cuda, without_grads
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"batch": 64, "tokens": 197, "heads": 12, "head_dim": 64, "causal": False}
@@ -57,7 +57,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         device=device,
         inputs=inputs,
         candidates=_candidates(heads, causal, device),
-        reference=_without_grad(functools.partial(reference.attention, num_heads=heads, causal=causal)),
+        reference=without_grads(functools.partial(reference.attention, num_heads=heads, causal=causal)),
         floor=attention_floor(batch, tokens, heads, head_dim, DTYPES[dtype].itemsize, causal=causal, backward=True),
         items=(batch, "sequences"),
         wants_grad=("qkv",),
@@ -68,21 +68,12 @@ def _candidates(heads: int, causal: bool, device: torch.device) -> tuple[Candida
     ours = functools.partial(attention, num_heads=heads, causal=causal)
     plain = functools.partial(reference.attention, num_heads=heads, causal=causal)
     return (
-        Candidate(OURS, lambda: _without_grad(ours)),
-        Candidate("PyTorch", lambda: _without_grad(plain)),
-        Candidate("PyTorch compiled", lambda: peers.compiled(_without_grad(plain))),
+        Candidate(OURS, lambda: without_grads(ours)),
+        Candidate("PyTorch", lambda: without_grads(plain)),
+        Candidate("PyTorch compiled", lambda: peers.compiled(without_grads(plain))),
         *(Candidate(name, functools.partial(_sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
         Candidate("flash-attn", functools.partial(_flash_attn, heads, causal, device)),
     )
-
-
-def _without_grad(function: Function) -> Function:
-    """The op does not take the gradient of its output, which the inputs of the case carry."""
-
-    def run(qkv: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG001
-        return function(qkv)
-
-    return run
 
 
 def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:

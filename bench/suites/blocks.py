@@ -15,7 +15,7 @@ from torch import Tensor
 from clipfast.kernels import bias_gelu, bias_quick_gelu, layer_norm, layer_norm_pair, reference
 from clipfast.kernels.floors import Floor, bias_act_floor, layer_norm_floor, layer_norm_pair_floor
 
-from ..case import DTYPES, OURS, AnyFunction, Candidate, Case, Inputs, Results
+from ..case import DTYPES, OURS, AnyFunction, Candidate, Case, Inputs, Results, without_grads
 from . import peers
 
 Shape = Mapping[str, int | str | bool]
@@ -103,7 +103,7 @@ def _case(
     suite: str, op: str, shape: Shape, dtype: str, device: torch.device, inputs: Callable[[], Inputs],
     functions: tuple[AnyFunction, AnyFunction, AnyFunction], floor: Floor, wants_grad: tuple[str, ...], note: str = "",
 ) -> Case:  # fmt: skip
-    ours, specification, plain = (_without_grads(function) for function in functions)
+    ours, specification, plain = (without_grads(function) for function in functions)
     return Case(
         suite=suite,
         op=f"{op}.fwd_bwd",
@@ -134,15 +134,6 @@ def _draw(dtype: str, device: torch.device, *sizes: int) -> Tensor:
 
 def _parameters(device: torch.device, width: int, *names: str) -> Inputs:
     return {name: torch.randn(width, device=device) for name in names}
-
-
-def _without_grads(function: AnyFunction) -> AnyFunction:
-    """No op takes the gradients of its results, which the inputs of the case carry."""
-
-    def run(grad: Tensor, grad_2: Tensor | None = None, **inputs: Tensor) -> Results:  # noqa: ARG001
-        return function(**inputs)
-
-    return run
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:

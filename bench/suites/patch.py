@@ -10,7 +10,7 @@ from torch import Tensor
 from clipfast.kernels import patch_embed, reference
 from clipfast.kernels.floors import Floor, patch_embed_floor
 
-from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
+from ..case import DTYPES, OURS, Candidate, Case, Inputs, without_grads
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"batch": 64, "size": 224, "patch": 16, "embed_dim": 768}
@@ -49,11 +49,11 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         device=device,
         inputs=inputs,
         candidates=(
-            Candidate(OURS, lambda: _without_grad(patch_embed)),
-            Candidate("PyTorch", lambda: _without_grad(reference.patch_embed)),
-            Candidate("PyTorch compiled", lambda: peers.compiled(_without_grad(reference.patch_embed))),
+            Candidate(OURS, lambda: without_grads(patch_embed)),
+            Candidate("PyTorch", lambda: without_grads(reference.patch_embed)),
+            Candidate("PyTorch compiled", lambda: peers.compiled(without_grads(reference.patch_embed))),
         ),
-        reference=_without_grad(reference.patch_embed),
+        reference=without_grads(reference.patch_embed),
         floor=patch_embed_floor(
             batch, 3, size, patch, embed_dim, pixel_bytes=1, itemsize=DTYPES[dtype].itemsize, backward=True
         ),
@@ -95,20 +95,4 @@ def build_kept(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Ca
 
     itemsize = DTYPES[dtype].itemsize
     floor = patch_embed_floor(batch, 3, size, patch, embed_dim, 1, itemsize, keep=kept, backward=True)
-    return dataclasses.replace(
-        case, suite="patch_kept", op="patch_embed_kept.fwd_bwd", inputs=inputs, floor=floor
-    )  # fmt: skip
-
-
-def _without_grad(function: Function) -> Function:
-    def run(
-        images: Tensor,
-        weight: Tensor,
-        class_embedding: Tensor,
-        positional_embedding: Tensor,
-        grad: Tensor,  # noqa: ARG001
-        keep: Tensor | None = None,
-    ) -> Tensor:
-        return function(images, weight, class_embedding, positional_embedding, keep=keep)
-
-    return run
+    return dataclasses.replace(case, suite="patch_kept", op="patch_embed_kept.fwd_bwd", inputs=inputs, floor=floor)

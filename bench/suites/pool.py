@@ -4,12 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from clipfast.kernels import attention_pool, reference
 from clipfast.kernels.floors import attention_pool_floor
 
-from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
+from ..case import DTYPES, OURS, Candidate, Case, Inputs, without_grads
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"batch": 256, "queries": 32, "tokens": 50, "width": 2048}
@@ -31,7 +30,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         inputs["query"] /= width**0.5
         return {name: x.to(DTYPES[dtype]) for name, x in inputs.items()}
 
-    ours, plain = (_without_grad(function) for function in (attention_pool, reference.attention_pool))
+    ours, plain = (without_grads(function) for function in (attention_pool, reference.attention_pool))
     return Case(
         suite="attention_pool",
         op="attention_pool.fwd_bwd",
@@ -49,10 +48,3 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         items=(batch, "images"),
         wants_grad=("query", "tokens"),
     )
-
-
-def _without_grad(function: Function) -> Function:
-    def run(query: Tensor, tokens: Tensor, grad: Tensor) -> Tensor:  # noqa: ARG001
-        return function(query, tokens)
-
-    return run

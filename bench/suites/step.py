@@ -236,7 +236,11 @@ def _sent_bytes(name: str, batch: int, pixels: str) -> int:
 
 @functools.cache
 def _step_flops(name: str, batch: int) -> float:
-    """Operations of our step's products and convolutions, the loss's included: three times the forward's."""
+    """Operations of our step's products and convolutions, the loss's included: three times the forward's.
+
+    Those of the rows of a last block that are not read are counted with them, so a step may come nearer to this than it
+    seems to be able to.
+    """
     from torch.utils.flop_counter import FlopCounterMode
 
     model = create_model(name, device="meta", backend="torch")

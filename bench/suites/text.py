@@ -9,7 +9,7 @@ from torch import Tensor
 from clipfast.kernels import reference, text_embed
 from clipfast.kernels.floors import text_embed_floor
 
-from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
+from ..case import DTYPES, OURS, Candidate, Case, Inputs, without_grads
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"batch": 64, "tokens": 77, "vocab": 49408, "width": 512}
@@ -49,24 +49,12 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         device=device,
         inputs=inputs,
         candidates=(
-            Candidate(OURS, lambda: _without_grad(text_embed)),
-            Candidate("PyTorch", lambda: _without_grad(reference.text_embed)),
-            Candidate("PyTorch compiled", lambda: peers.compiled(_without_grad(reference.text_embed))),
+            Candidate(OURS, lambda: without_grads(text_embed)),
+            Candidate("PyTorch", lambda: without_grads(reference.text_embed)),
+            Candidate("PyTorch compiled", lambda: peers.compiled(without_grads(reference.text_embed))),
         ),
-        reference=_without_grad(reference.text_embed),
+        reference=without_grads(reference.text_embed),
         floor=text_embed_floor(batch, tokens, vocab, width, itemsize, itemsize, backward=True),
         items=(batch, "texts"),
         wants_grad=("token_embedding", "positional_embedding"),
     )
-
-
-def _without_grad(function: Function) -> Function:
-    def run(
-        text: Tensor,
-        token_embedding: Tensor,
-        positional_embedding: Tensor,
-        grad: Tensor,  # noqa: ARG001
-    ) -> Tensor:
-        return function(text, token_embedding, positional_embedding)
-
-    return run

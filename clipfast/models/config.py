@@ -79,6 +79,11 @@ class CLIPConfig:
         text = _fields(TextConfig, "text_cfg", raw["text_cfg"])
         return cls(raw["embed_dim"], VisionConfig(**vision), TextConfig(**text), raw.get("quick_gelu", False))
 
+    def with_vision(self, **changes: Any) -> "CLIPConfig":
+        """The same with other settings of the image tower; None leaves one as it is."""
+        changes = {name: value for name, value in changes.items() if value is not None}
+        return dataclasses.replace(self, vision=dataclasses.replace(self.vision, **changes))
+
     def to_dict(self) -> dict[str, Any]:
         """OpenCLIP's layout, loadable by either package."""
         raw: dict[str, Any] = {

@@ -263,14 +263,12 @@ class Transformer(nn.Module):
         branch, x = self._run(list(self.resblocks), x)
         return x if branch is None else x + branch
 
-    def pooled(self, x: Tensor, rows: Tensor | None, norm: nn.Module | None) -> Tensor:
-        """One row of what ``forward`` gives for each sequence, which is all that the last block then computes.
+    def pooled(self, x: Tensor, rows: Tensor | None, norm: nn.Module | None, last: ResidualAttentionBlock) -> Tensor:
+        """One row of what ``forward`` gives for each sequence, all that ``last``, the last block, then computes.
 
         See :func:`pooled`.
         """
-        *blocks, last = self.resblocks
-        assert isinstance(last, ResidualAttentionBlock)
-        branch, x = self._run(blocks, x, norm)
+        branch, x = self._run(list(self.resblocks)[:-1], x, norm)
         if self._recomputes():
             return self._recomputed(last.pooled, branch, x, rows)
         return last.pooled(branch, x, rows)
@@ -307,10 +305,10 @@ class Transformer(nn.Module):
         kept = functools.partial(create_selective_checkpoint_contexts, list(_EXPENSIVE))
         return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
 
-    def can_pool(self, num_tokens: int) -> bool:
-        """Whether the last block may compute only the row that is read."""
+    def pooling_block(self, num_tokens: int) -> ResidualAttentionBlock | None:
+        """The last block, if it may compute only the row that is read."""
         last = self.resblocks[-1] if is_plain(self, Transformer) and len(self.resblocks) else None
-        return isinstance(last, ResidualAttentionBlock) and last.can_pool(num_tokens)
+        return last if isinstance(last, ResidualAttentionBlock) and last.can_pool(num_tokens) else None
 
 
 def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, norm: nn.Module | None = None) -> Tensor:
@@ -326,6 +324,6 @@ def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, nor
     Returns:
         [B, width].
     """
-    if isinstance(transformer, Transformer) and transformer.can_pool(x.shape[1]):
-        return transformer.pooled(x, rows, norm)
+    if isinstance(transformer, Transformer) and (last := transformer.pooling_block(x.shape[1])) is not None:
+        return transformer.pooled(x, rows, norm, last)
     return _rows_of(transformer(x if norm is None else norm(x)), rows)

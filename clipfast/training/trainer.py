@@ -113,10 +113,7 @@ class Trainer:
     def _build_model(self, own: dict[str, Any]) -> CLIP:
         config = self.config
         if "model_config" in own:
-            known = CLIPConfig.from_dict(own["model_config"])
-            if config.force_patch_dropout is not None:
-                vision = dataclasses.replace(known.vision, patch_dropout=config.force_patch_dropout)
-                known = dataclasses.replace(known, vision=vision)
+            known = CLIPConfig.from_dict(own["model_config"]).with_vision(patch_dropout=config.force_patch_dropout)
             with self.device:
                 model = CLIP(known)
             model.set_backend(config.backend)

@@ -13,7 +13,8 @@ from .cases import Case
 Made = tuple[str, dict[str, Any], dict[str, Tensor], Tensor]
 
 
-def _normal(generator: torch.Generator, *size: int) -> Tensor:
+def normal(generator: torch.Generator, *size: int) -> Tensor:
+    """Of the standard normal distribution."""
     return torch.randn(size, generator=generator)
 
 
@@ -23,8 +24,8 @@ def _make_norm(case: Case, generator: torch.Generator) -> Made:
         raise TypeError(f"expected a NormShape, got {shape!r}")
     size = shape.rows, shape.width
     x = _rows(case, size, generator)
-    grad = _normal(generator, shape.rows, (1 + shape.residual) * shape.width)
-    inputs = {"x": x, "weight": _normal(generator, shape.width), "bias": _normal(generator, shape.width)}
+    grad = normal(generator, shape.rows, (1 + shape.residual) * shape.width)
+    inputs = {"x": x, "weight": normal(generator, shape.width), "bias": normal(generator, shape.width)}
     if shape.residual:
         inputs["residual"] = _rows(case, size, generator)
     return "layer_norm", {}, inputs, grad
@@ -36,13 +37,13 @@ def _make_pair(case: Case, generator: torch.Generator) -> Made:
         raise TypeError(f"expected a PairShape, got {shape!r}")
     x = _rows(case, (shape.rows, shape.width), generator)
     names = "weight_1", "bias_1", "weight_2", "bias_2"
-    inputs = {"x": x, **{name: _normal(generator, shape.width) for name in names}}
-    return "layer_norm_pair", {}, inputs, _normal(generator, shape.rows, 2 * shape.width)
+    inputs = {"x": x, **{name: normal(generator, shape.width) for name in names}}
+    return "layer_norm_pair", {}, inputs, normal(generator, shape.rows, 2 * shape.width)
 
 
 def _rows(case: Case, size: tuple[int, int], generator: torch.Generator) -> Tensor:
     """Rows that are not centred, or as the case wants them."""
-    x = _normal(generator, *size) + 0.5
+    x = normal(generator, *size) + 0.5
     if case.values == "constant rows":
         # small numbers, whose sums are exact
         x = torch.randint(-8, 9, (size[0], 1), generator=generator).float().repeat(1, size[1])
@@ -61,7 +62,7 @@ def _make_act(case: Case, generator: torch.Generator) -> Made:
     shape = case.shape
     if not isinstance(shape, ActShape):
         raise TypeError(f"expected an ActShape, got {shape!r}")
-    x = 2 * _normal(generator, shape.rows, shape.width)
+    x = 2 * normal(generator, shape.rows, shape.width)
     if case.values == "range":
         x = torch.linspace(-60, 60, shape.elements).view(shape.rows, shape.width)
     elif case.values == "large":
@@ -69,24 +70,24 @@ def _make_act(case: Case, generator: torch.Generator) -> Made:
     elif case.values == "tiny":
         x *= 1e-4
     scale = 1e-4 if case.values == "tiny" else 1.0
-    inputs = {"x": x, "bias": scale * _normal(generator, shape.width)}
+    inputs = {"x": x, "bias": scale * normal(generator, shape.width)}
     op = "bias_quick_gelu" if shape.quick else "bias_gelu"
-    return op, {}, inputs, _normal(generator, shape.rows, shape.width)
+    return op, {}, inputs, normal(generator, shape.rows, shape.width)
 
 
 def _make_pool(case: Case, generator: torch.Generator) -> Made:
     shape = case.shape
     if not isinstance(shape, PoolShape):
         raise TypeError(f"expected a PoolShape, got {shape!r}")
-    query = _normal(generator, shape.batch, shape.queries, shape.width) / shape.width**0.5
-    tokens = _normal(generator, shape.batch, shape.tokens, shape.width)
+    query = normal(generator, shape.batch, shape.queries, shape.width) / shape.width**0.5
+    tokens = normal(generator, shape.batch, shape.tokens, shape.width)
     if case.values == "one-hot":
         query *= 8
     elif case.values == "uniform":
         query *= 1e-4
     elif case.values == "duplicate rows":
         tokens = tokens[:, torch.arange(shape.tokens) // 2]
-    grad = _normal(generator, shape.batch, shape.queries, shape.width)
+    grad = normal(generator, shape.batch, shape.queries, shape.width)
     return "attention_pool", {}, {"query": query, "tokens": tokens}, grad
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .. import kernels
 from ..kernels import reference
 from . import cases, shapes
-from .block_inputs import BLOCK_MAKERS, Made
+from .block_inputs import BLOCK_MAKERS, Made, normal
 from .block_shapes import RowShape
 from .cases import Case
 from .context import exact_float32, poisoned
@@ -78,10 +78,6 @@ def _side_by_side(op: Callable[..., Tensor | tuple[Tensor, ...]], **inputs: Any)
     return torch.cat(results, -1) if isinstance(results, tuple) else results
 
 
-def _normal(generator: torch.Generator, *size: int) -> Tensor:
-    return torch.randn(size, generator=generator)
-
-
 def _make_loss(case: Case, generator: torch.Generator) -> Made:
     shape = case.shape
     if not isinstance(shape, AnyLoss):
@@ -97,7 +93,7 @@ def _make_loss(case: Case, generator: torch.Generator) -> Made:
     if isinstance(shape, SigmoidShape):
         parameters = {"logit_scale": scale, "logit_bias": torch.tensor(shape.bias)}
         return "sigmoid_loss", {}, {"image": image, "text": text, **parameters}, grad
-    negatives = F.normalize(_normal(generator, shape.queue, shape.dim), dim=-1)
+    negatives = F.normalize(normal(generator, shape.queue, shape.dim), dim=-1)
     if case.values == "all-equal rows":
         negatives = image[:1].repeat(shape.queue, 1)
     inputs = {"query": image, "key": text, "negatives": negatives, "logit_scale": scale}
@@ -107,8 +103,8 @@ def _make_loss(case: Case, generator: torch.Generator) -> Made:
 def _features(shape: AnyLoss, values: str, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Both sides of the pairs, [pairs, dim]."""
     n, d = shape.pairs, shape.dim
-    image = F.normalize(_normal(generator, n, d), dim=-1)
-    noise = F.normalize(_normal(generator, n, d), dim=-1)
+    image = F.normalize(normal(generator, n, d), dim=-1)
+    noise = F.normalize(normal(generator, n, d), dim=-1)
     text = (
         image.clone()
         if shape.matched == 1
@@ -132,8 +128,8 @@ def _make_attention(case: Case, generator: torch.Generator) -> Made:
     if not isinstance(shape, AttentionShape):
         raise TypeError(f"expected an AttentionShape, got {shape!r}")
     width = shape.heads * shape.head_dim
-    qkv = _normal(generator, shape.batch, shape.tokens, 3 * width)
-    grad = _normal(generator, shape.batch, shape.tokens, width)
+    qkv = normal(generator, shape.batch, shape.tokens, 3 * width)
+    grad = normal(generator, shape.batch, shape.tokens, width)
     if case.values == "one-hot":
         qkv[..., : 2 * width] *= 8
     elif case.values == "uniform":
@@ -146,7 +142,7 @@ def _make_attention(case: Case, generator: torch.Generator) -> Made:
         qkv[..., :width], qkv[..., width : 2 * width] = 10, -10 + qkv[..., width : 2 * width] / 10
     elif case.values == "large":
         qkv *= 30
-    inputs = {"qkv": qkv, "bias": _normal(generator, 3 * width)}
+    inputs = {"qkv": qkv, "bias": normal(generator, 3 * width)}
     return "attention", {"num_heads": shape.heads, "causal": shape.causal}, inputs, grad
 
 
@@ -157,11 +153,9 @@ def _make_patch(case: Case, generator: torch.Generator) -> Made:
     size = (shape.batch, 3, shape.height, shape.width)
     num_patches = (shape.height // shape.patch) * (shape.width // shape.patch)
     images = (
-        torch.randint(0, 256, size, generator=generator, dtype=torch.uint8)
-        if shape.uint8
-        else _normal(generator, *size)
+        torch.randint(0, 256, size, generator=generator, dtype=torch.uint8) if shape.uint8 else normal(generator, *size)
     )
-    weight = _normal(generator, shape.embed_dim, 3, shape.patch, shape.patch) / shape.patch
+    weight = normal(generator, shape.embed_dim, 3, shape.patch, shape.patch) / shape.patch
     if case.values.startswith("all "):
         images.fill_(int(case.values.split()[1]))
     elif case.values == "large":
@@ -176,14 +170,14 @@ def _make_patch(case: Case, generator: torch.Generator) -> Made:
     inputs = {
         "images": images,
         "weight": weight,
-        "class_embedding": scale * _normal(generator, shape.embed_dim),
-        "positional_embedding": scale * _normal(generator, 1 + num_patches, shape.embed_dim),
+        "class_embedding": scale * normal(generator, shape.embed_dim),
+        "positional_embedding": scale * normal(generator, 1 + num_patches, shape.embed_dim),
     }
     kept = num_patches
     if shape.keep is not None:
         kept = shape.keep
         inputs["keep"] = torch.rand(shape.batch, num_patches, generator=generator).argsort(1)[:, :kept]
-    return "patch_embed", {}, inputs, _normal(generator, shape.batch, 1 + kept, shape.embed_dim)
+    return "patch_embed", {}, inputs, normal(generator, shape.batch, 1 + kept, shape.embed_dim)
 
 
 def _make_text(case: Case, generator: torch.Generator) -> Made:
@@ -200,10 +194,10 @@ def _make_text(case: Case, generator: torch.Generator) -> Made:
         text = torch.randperm(vocab, generator=generator)[: text.numel()].view_as(text)
     inputs = {
         "text": text,
-        "token_embedding": _normal(generator, vocab, width),
-        "positional_embedding": _normal(generator, length, width),
+        "token_embedding": normal(generator, vocab, width),
+        "positional_embedding": normal(generator, length, width),
     }
-    return "text_embed", {}, inputs, _normal(generator, batch, length, width)
+    return "text_embed", {}, inputs, normal(generator, batch, length, width)
 
 
 _MAKERS: dict[type, Callable[[Case, torch.Generator], Made]] = {

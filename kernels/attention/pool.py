@@ -157,18 +157,21 @@ def _wide(*tensors: Tensor) -> list[Tensor]:
     return [x.to(accumulate_dtype(x.dtype)) for x in tensors]
 
 
-def _hidden(seqlens: Tensor | None, tokens: Tensor) -> Tensor:
-    """[B, N] which tokens no query sees."""
-    n = torch.arange(tokens.shape[1], device=tokens.device)
-    return (n >= (len(n) if seqlens is None else seqlens[:, None])).expand(tokens.shape[:2])
+def _without_hidden(tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Tokens with zeros where no query looks, where there may be anything, and [B, 1, N] which these are."""
+    if seqlens is None:
+        return tokens, None
+    hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]
+    return tokens.masked_fill(hidden[..., None], 0), hidden[:, None]
 
 
 def _fwd_cpu(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     """As the kernel, but for the base of the log-sum-exp, which is e."""
     q, x = _wide(query, tokens)
-    hidden = _hidden(seqlens, tokens)
-    x = x.masked_fill(hidden[..., None], 0)  # there may be anything
-    scores = (q @ x.transpose(1, 2)).masked_fill_(hidden[:, None], float("-inf"))
+    x, hidden = _without_hidden(x, seqlens)
+    scores = q @ x.transpose(1, 2)
+    if hidden is not None:
+        scores.masked_fill_(hidden, float("-inf"))
     lse = scores.logsumexp(-1, keepdim=True)
     lse = lse.masked_fill(lse == float("-inf"), float("inf"))
     return ((scores - lse).exp() @ x).to(query.dtype), lse.squeeze(-1)
@@ -178,9 +181,10 @@ def _bwd_cpu(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
     do, q, x = _wide(grad_out, query, tokens)
-    hidden = _hidden(seqlens, tokens)
-    x = x.masked_fill(hidden[..., None], 0)
-    p = (q @ x.transpose(1, 2) - lse[..., None]).exp_().masked_fill_(hidden[:, None], 0)
+    x, hidden = _without_hidden(x, seqlens)
+    p = (q @ x.transpose(1, 2) - lse[..., None]).exp_()
+    if hidden is not None:
+        p.masked_fill_(hidden, 0)
     dp = do @ x.transpose(1, 2)
     ds = p * (dp - (p * dp).sum(-1, keepdim=True))
     dx = p.transpose(1, 2) @ do + ds.transpose(1, 2) @ q

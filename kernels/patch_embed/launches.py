@@ -51,7 +51,7 @@ def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
     launch(
         _patch_embed_bwd_weight_kernel, (triton.cdiv(embed_dim, cfg.block_m) * triton.cdiv(k, cfg.block_n), splits),
-        images, grad, _contiguous(keep), partial, rows, kept, _num_patches(images, patch), embed_dim, k,
+        images, grad, _contiguous(keep), partial, rows, kept, num_patches_of(images, patch), embed_dim, k,
         images.shape[3] // patch, per_split, *images.stride(), *grad.stride(),
         config=cfg, device=images.device, PATCH=patch, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
         BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, DTYPE=TL_DTYPES[grad.dtype], PRECISION="ieee",
@@ -90,7 +90,7 @@ def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     cfg = gemm_config("patch_embed_bwd_images", arch_of(images.device), weight.dtype)
     launch(
         _patch_embed_bwd_images_kernel, (triton.cdiv(rows, cfg.block_m) * triton.cdiv(k, cfg.block_n),),
-        grad, weight.contiguous(), _contiguous(keep), out, rows, kept, _num_patches(images, patch), len(weight), k,
+        grad, weight.contiguous(), _contiguous(keep), out, rows, kept, num_patches_of(images, patch), len(weight), k,
         images.shape[3] // patch, *grad.stride(), *out.stride()[:3],
         config=cfg, device=images.device, PATCH=patch, HAS_KEEP=keep is not None,
         BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PRECISION="ieee",
@@ -98,7 +98,8 @@ def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     return out
 
 
-def _num_patches(images: Tensor, patch: int) -> int:
+def num_patches_of(images: Tensor, patch: int) -> int:
+    """Patches of an image."""
     return (images.shape[2] // patch) * (images.shape[3] // patch)
 
 

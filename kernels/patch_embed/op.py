@@ -43,6 +43,7 @@ from .._launch import (
 )
 from ..reference import CLIP_MEAN, CLIP_STD
 from . import cpu, launches
+from .launches import num_patches_of
 
 
 def _kernels(x: Tensor) -> ModuleType:
@@ -73,10 +74,6 @@ def _scale_channels(weight: Tensor, factors: Sequence[float]) -> Tensor:
     # Channel by channel with numbers: a tensor of factors would be a copy to the device, which a CUDA graph cannot
     # capture.
     return torch.stack([weight[:, c] * factor for c, factor in enumerate(factors)], dim=1)
-
-
-def _num_patches(images: Tensor, patch: int) -> int:
-    return (images.shape[2] // patch) * (images.shape[3] // patch)
 
 
 def _check_indices(keep: Tensor | None, num_patches: int) -> None:
@@ -139,7 +136,7 @@ def _patch_embed_bwd(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of weight and positions, in the accumulation dtype; products are in the dtype of ``grad``."""
     kernels = _kernels(images)
-    grad_pos = kernels.backward_positions(grad, keep, _num_patches(images, weight.shape[-1]))
+    grad_pos = kernels.backward_positions(grad, keep, num_patches_of(images, weight.shape[-1]))
     grad_weight = kernels.backward_weight(grad, images, weight, keep)
     if images.dtype == torch.uint8:
         grad_weight = _unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std)
@@ -151,7 +148,7 @@ def _(
     grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
     dtype = accumulate_dtype(weight.dtype)
-    positions = 1 + _num_patches(images, weight.shape[-1])
+    positions = 1 + num_patches_of(images, weight.shape[-1])
     return weight.new_empty(weight.shape, dtype=dtype), grad.new_empty(positions, grad.shape[2], dtype=dtype)
 
 
@@ -290,7 +287,7 @@ def _check_keep(keep: Tensor | None, images: Tensor, patch: int) -> None:
         raise TypeError(f"patch_embed: keep must be a torch.Tensor, got {type(keep).__name__}")
     if keep.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"patch_embed: keep must be int64 or int32, got {dtype_name(keep.dtype)}")
-    num_patches = _num_patches(images, patch)
+    num_patches = num_patches_of(images, patch)
     if keep.ndim != 2 or keep.shape[0] != images.shape[0] or keep.shape[1] > num_patches:
         raise ValueError(
             f"patch_embed: keep must be [{images.shape[0]}, K], K at most the {num_patches} patches of an image, "

@@ -233,7 +233,7 @@ def test_gradients_are_added_and_scaled():
     assert loss == pytest.approx(accumulate_gradients(copy.deepcopy(model), *data, 16).item(), rel=1e-12)
     assert not loss.requires_grad
     for name, gradient in gradients(model).items():
-        assert torch.allclose(gradient, 1025 * once[name], rtol=1e-9, atol=1e-12)
+        torch.testing.assert_close(gradient, 1025 * once[name], rtol=1e-9, atol=1e-12)
 
 
 def test_frozen_tower():

@@ -1,19 +1,19 @@
-"""The step of training: compiled, with selective checkpointing, and as a CUDA graph."""
+"""The step of training: compiled, with selective checkpointing, as a CUDA graph, and its learning rate."""
 
 import contextlib
 import dataclasses
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import accumulate_gradients, create_model
 from clipfast.kernels import contrastive_loss
 from clipfast.training import TrainConfig, trainer
 from clipfast.training.loop import train
-from clipfast.training.optim import adamw, set_lr
+from clipfast.training.optim import adamw, cosine_lr, set_lr
 from clipfast.training.step import WARMUP_STEPS, GraphedStep, TrainingStep, Upload
 
+from ..conftest import OnlyMeta
 from .test_micro_batches import losses
 from .test_training import config
 
@@ -109,6 +109,16 @@ def test_a_graph_is_captured_once_and_fed_each_batch():
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves them by 1e-3
 
 
+def test_schedule():
+    rates = [cosine_lr(step, 1.0, 10, 110) for step in range(110)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == pytest.approx(1.0)
+    assert rates[10] == pytest.approx(1.0)
+    assert rates[60] == pytest.approx(0.5)
+    assert rates[-1] < 1e-3
+    assert cosine_lr(0, 1.0, 0, 5) == 1.0
+
+
 def test_learning_rate_in_a_graph_is_set_in_place():
     _, optimizer, _ = steps("plain")
     set_lr(optimizer, 0.25)
@@ -118,16 +128,6 @@ def test_learning_rate_in_a_graph_is_set_in_place():
         group["lr"] = rate
     set_lr(optimizer, 0.5)
     assert [rate.item() for rate in rates] == [0.5, 0.5]
-
-
-class OnlyMeta(TorchDispatchMode):
-    """On "meta", every tensor that is not there comes from the host."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        for x in out if isinstance(out, (tuple, list)) else [out]:
-            assert not isinstance(x, torch.Tensor) or x.device.type == "meta", function
-        return out
 
 
 @pytest.mark.parametrize("name", ["ViT-T-8-32", "RN50"])

@@ -4,12 +4,11 @@ import functools
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast.kernels import floors, patch_embed, reference
 from clipfast.kernels.patch_embed import launches
 
-from ..conftest import DTYPES, INTERPRET, LEG
+from ..conftest import DTYPES, INTERPRET, LEG, OnlyMeta
 from ..numerics import compare, value_and_grads
 from .cases import PATCH_SHAPES, counted_bytes, huge_strides, patch_inputs, strided
 
@@ -33,13 +32,7 @@ def test_other_normalisation(device):
 
 
 def test_reference_copies_nothing_from_the_host():
-    # A CUDA graph cannot hold such a copy; on "meta", every tensor that is not there comes from the host.
-    class OnlyMeta(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            assert not isinstance(out, torch.Tensor) or out.device.type == "meta", func
-            return out
-
+    # a CUDA graph cannot hold such a copy
     images = torch.empty(2, 3, 8, 8, dtype=torch.uint8, device="meta")
     with OnlyMeta():
         out = reference.normalize_uint8(images, reference.CLIP_MEAN, reference.CLIP_STD, torch.float32)

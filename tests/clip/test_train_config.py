@@ -1,0 +1,41 @@
+"""Options of training: what cannot work is refused, and recipes are read."""
+
+import pytest
+
+from clipfast.training import TrainConfig, list_recipes, read_recipe
+
+from .test_training import SMALL
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"train_data": ""}, "--train-data is needed"),
+        ({"batch_size": 0}, "--batch-size must be more than 0, got 0"),
+        ({"lr": -1.0}, "--lr must be more than 0"),
+        ({"warmup": -1}, "--warmup must not be negative"),
+        ({"crop_scale": (0.9, 0.1)}, "--crop-scale needs two shares of the area"),
+        ({"train_num_samples": 4}, "--train-num-samples 4 is less than one batch of 8"),
+        ({"precision": "fp8"}, "--precision must be one of auto, fp32"),
+        ({"hue": 0.7}, "--hue must be at most 0.5, got 0.7"),
+        ({"keyword_prob": 1.5}, "--keyword-prob must be at most 1"),
+        ({"epochs": 1.5}, "--epochs must be int, got 1.5"),
+        ({"batch_size": "256"}, "--batch-size must be int, got '256'"),
+        ({"val_leave_out": "Flags"}, "--val-leave-out must be a list of str, got 'Flags'"),
+        ({"val_leave_out": ("Flags",)}, "--val-leave-out needs --val-group-by"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**({"train_data": "x.tar"} | SMALL | options))
+
+
+def test_recipes(tmp_path):
+    assert list_recipes() == ["emoji"]
+    assert TrainConfig(**read_recipe("emoji")).unique_by == "label"
+    (tmp_path / "mine.toml").write_text("batch-size = 4\ncrop-scale = [0.5, 1.0]")
+    assert read_recipe(str(tmp_path / "mine.toml")) == {"batch_size": 4, "crop_scale": (0.5, 1.0)}
+    (tmp_path / "typo.toml").write_text("bach_size = 4")
+    for name, message in (("typo.toml", "unknown options: bach_size"), ("none.toml", "no recipe")):
+        with pytest.raises(ValueError, match=message):
+            read_recipe(str(tmp_path / name))
