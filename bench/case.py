@@ -7,10 +7,15 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.floors import Floor
 
+__all__ = [
+    "DTYPES", "OURS", "AnyFunction", "Candidate", "Case", "Function", "Inputs", "MissingError", "Results", "call",
+    "observe", "require_cuda", "short", "without_grads",
+]  # fmt: skip
+
 OURS = "clipfast"
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor]
 Results = Tensor | tuple[Tensor, Tensor]

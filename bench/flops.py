@@ -8,17 +8,11 @@ of a causal one, though the last layer is read at one token. A multiply-add is t
 counted.
 """
 
+from clipfast.kernels.hardware import card_named
 from clipfast.models import CLIPConfig
 from clipfast.models.config import VisionConfig
 
 DEFINITION = "3 x forward of the published model + 6 N^2 D for the loss"
-# Dense rates of the matrix units on NVIDIA's data sheets, SXM versions: of bf16 and fp16, and of fp32 without TF32.
-DATA_SHEET = {
-    "A100-SXM": (312e12, 19.5e12),
-    "H100 80GB HBM3": (989.4e12, 67e12),
-    "H200": (989.4e12, 67e12),
-    "B200": (2250e12, 75e12),
-}
 
 
 def step_flops(config: CLIPConfig, pairs: int) -> float:
@@ -39,10 +33,8 @@ def forward_flops(config: CLIPConfig) -> float:
 
 def data_sheet_flops_per_s(gpu: str, dtype: str) -> float | None:
     """Dense peak of the card that names itself ``gpu``; None: not in the table."""
-    for name, (half, single) in DATA_SHEET.items():
-        if name in gpu:
-            return single if dtype == "fp32" else half
-    return None
+    card = card_named(gpu)
+    return None if card is None else card.peak(half=dtype != "fp32")
 
 
 def _transformer(tokens: int, width: int, layers: int, mlp_ratio: float) -> float:

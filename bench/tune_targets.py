@@ -60,7 +60,7 @@ SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
         "num_warps": (4, 8),
         "num_stages": (2, 3, 4),
     },
-    _ROWS: {"block_m": (4, 8, 16, 32), "block_k": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (1,)},
+    _ROWS: {"block_m": (4, 8, 16, 32), "block_n": (64, 128, 256), "num_warps": (2, 4, 8), "num_stages": (1,)},
     _SHORT: {"block_m": (16, 32, 64, 128), "num_warps": (4, 8), "num_stages": (1, 2)},
     _LOOPED: {
         "block_m": (16, 32, 64, 128),
@@ -90,7 +90,7 @@ _SHORT_BOTH = (
 def _whole_rows(kernel: str, width: int) -> Tunable:
     """A kernel that holds whole rows: up to four at a time in tiles of the entry's width."""
     widest = min(limit for limit in configs.WIDTHS if width <= limit)
-    axes = {"block_m": (1, 2, 4), "block_k": (widest,), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3)}
+    axes = {"block_m": (1, 2, 4), "block_n": (widest,), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3)}
     return Tunable(kernel, f"_{kernel}_kernel", _ROWS, axes, per_width=True)
 
 
@@ -105,8 +105,8 @@ def _norm_pair(rows: int, width: int) -> Target:
     return Target("layer_norm_pair", {"rows": rows, "width": width}, kernels)
 
 
-_ACT = {"block_m": (2, 4, 8, 16), "block_k": (128, 256, 512, 1024), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
-_POOL = {"block_m": (16,), "block_k": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+_ACT = {"block_m": (2, 4, 8, 16), "block_n": (128, 256, 512, 1024), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+_POOL = {"block_m": (16,), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 TARGETS = {
     "contrastive": Target(
         "loss",

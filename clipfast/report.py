@@ -3,7 +3,7 @@
 import torch
 
 from .kernels import attention_route
-from .kernels._launch import dtype_name
+from .kernels.dtypes import dtype_name
 from .models import CLIP
 from .models.resnet import AttentionPool2d
 from .models.transformer import Attention, Transformer

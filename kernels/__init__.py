@@ -1,8 +1,9 @@
 """Triton kernels for CLIP: each op with its gradients, its CPU path and a PyTorch reference that specifies it.
 
-One op per file, or per folder where it has several kernels. ``reference`` holds the specification, ``floors`` the least
-work, ``configs`` the launch configurations, ``_launch`` what lies between an op and its kernels, ``_tiles`` the
-arithmetic that kernels share.
+Each op stands in one file, or in a folder where it has several kernels. ``reference`` holds the specification of every
+op in PyTorch, ``configs`` the launch configurations, ``hardware`` the limits and rates of GPUs. What lies between an op
+and its kernels is in ``checks`` (input), ``backends`` (what an op runs on), ``dtypes`` and ``launch`` (the one place
+where a kernel starts); ``tiles`` has the arithmetic that kernels share.
 """
 
 from . import reference

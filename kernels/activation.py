@@ -21,20 +21,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._launch import (
-    accumulate_dtype,
-    arch_of,
-    as_rows,
-    check_float,
-    check_parameter,
-    check_tensor,
-    launch,
-    outside_autocast,
-    programs_at_once,
-    triton_runs_on,
-    uses_reference,
-)
+from .backends import outside_autocast, uses_reference
+from .checks import check_float, check_parameter, check_tensor
+from .common import as_rows
 from .configs import RowConfig, row_config
+from .dtypes import accumulate_dtype
+from .launch import arch_of, launch, programs_at_once, triton_runs_on
 
 # Of a thread, about: backward has the sums over rows to keep.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
@@ -123,10 +115,10 @@ def _grid(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, tuple
     """Configuration, programs for each block of columns, grid, and tile."""
     num_rows, width = x.shape
     cfg = row_config(kernel, arch_of(x.device), x.dtype)
-    num_n = triton.cdiv(width, cfg.block_k)
+    num_n = triton.cdiv(width, cfg.block_n)
     at_once = programs_at_once(x.device, cfg.num_warps, registers)
     per_block = min(triton.cdiv(num_rows, cfg.block_m), max(1, at_once // max(1, num_n)))
-    tile = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_k, "NUM_STAGES": cfg.num_stages}
+    tile = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "NUM_STAGES": cfg.num_stages}
     return cfg, per_block, (per_block * num_n,), tile
 
 

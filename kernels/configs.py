@@ -79,13 +79,13 @@ class SdpaConfig:
 
 @dataclasses.dataclass(frozen=True)
 class RowConfig:
-    """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_K columns at a time.
+    """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_N columns at a time.
 
     A kernel that holds whole rows takes as many as fit into a tile of that size.
     """
 
     block_m: int
-    block_k: int
+    block_n: int
     num_warps: int
     num_stages: int
 

@@ -24,20 +24,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._launch import (
-    accumulate_dtype,
-    arch_of,
-    as_rows,
-    check_float,
-    check_parameter,
-    check_tensor,
-    launch,
-    outside_autocast,
-    programs_at_once,
-    triton_runs_on,
-    uses_reference,
-)
+from .backends import outside_autocast, uses_reference
+from .checks import check_float, check_parameter, check_tensor
+from .common import as_rows
 from .configs import WIDTHS, RowConfig, row_config
+from .dtypes import accumulate_dtype
+from .launch import arch_of, launch, programs_at_once, triton_runs_on
 
 MAX_WIDTH = WIDTHS[-1]
 # Of a thread, about: backward has the sums over rows to keep.
@@ -155,7 +147,7 @@ def row_tiles(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, d
     num_rows, width = x.shape
     cfg = row_config(kernel, arch_of(x.device), x.dtype, width)
     block_n = triton.next_power_of_2(width)
-    block_m = max(1, cfg.block_m * cfg.block_k // block_n)
+    block_m = max(1, cfg.block_m * cfg.block_n // block_n)
     programs = min(triton.cdiv(num_rows, block_m), programs_at_once(x.device, cfg.num_warps, registers))
     return cfg, programs, {"BLOCK_M": block_m, "BLOCK_N": block_n, "NUM_STAGES": cfg.num_stages}
 

@@ -25,17 +25,11 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._launch import (
-    accumulate_dtype,
-    as_rows,
-    check_float,
-    check_parameter,
-    check_tensor,
-    launch,
-    outside_autocast,
-    triton_runs_on,
-    uses_reference,
-)
+from .backends import outside_autocast, uses_reference
+from .checks import check_float, check_parameter, check_tensor
+from .common import as_rows
+from .dtypes import accumulate_dtype
+from .launch import launch, triton_runs_on
 from .norm import centred_rows, check_eps, check_width, grad_of_rows, layer_norm, row_tiles
 
 # With four sums over rows, wider ones do not fit the registers.

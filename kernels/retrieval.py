@@ -19,21 +19,13 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._launch import (
-    accumulate_dtype,
-    arch_of,
-    check_float,
-    check_like,
-    check_tensor,
-    dtype_name,
-    launch,
-    outside_autocast,
-    slices,
-    triton_runs_on,
-    uses_reference,
-)
-from ._tiles import grouped_tile
+from .backends import outside_autocast, uses_reference
+from .checks import check_float, check_like, check_tensor
+from .common import slices
 from .configs import gemm_config
+from .dtypes import accumulate_dtype, dtype_name
+from .launch import arch_of, launch, triton_runs_on
+from .tiles import grouped_tile
 
 SPAN = 1024  # texts that one program compares with its images: fewer atomics than with a program for each tile
 TILE = 768  # side of a tile on the CPU: its scores and marks stay in cache
@@ -48,7 +40,7 @@ def _scores(
     mask_n,  # [BN]
     D,
     stride_xd, stride_yd,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One tile of x y^T [BM, BN]: both kernels take it from here, so that equal rows have equal bits in both."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -61,7 +53,7 @@ def _scores(
         y = tl.load(
             y_rows[None, :] + dims[:, None] * stride_yd, mask=mask_n[None, :] & mask_k[:, None], other=0.0
         )  # [BK, BN]
-        acc = tl.dot(x, y, acc, input_precision=PRECISION)
+        acc = tl.dot(x, y, acc, input_precision="ieee")
     return acc
 
 
@@ -74,7 +66,6 @@ def _own_score_kernel(
     N, D,
     stride_xm, stride_xd, stride_yn, stride_yd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PAIRS: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Score of each text with its own image: the diagonal of a tile, PAIRS = min(BLOCK_M, BLOCK_N) of them."""
     first = tl.program_id(0) * PAIRS
@@ -83,7 +74,7 @@ def _own_score_kernel(
     owner = tl.load(owner_ptr + offs_m, mask=offs_m < N, other=-1)  # [BM]
     acc = _scores(
         x_ptr + owner.to(tl.int64) * stride_xm, y_ptr + offs_n.to(tl.int64) * stride_yn, owner >= 0, offs_n < N,
-        D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION,
+        D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     score = tl.sum(tl.where(offs_m[:, None] == offs_n[None, :], acc, 0.0), 0)  # [BN]
     tl.store(score_ptr + offs_n, score, mask=offs_n < tl.minimum(first + PAIRS, N))
@@ -101,7 +92,6 @@ def _count_ahead_kernel(
     M, N, D,
     stride_xm, stride_xd, stride_yn, stride_yd,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPAN: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Others that come before the best own one, for BLOCK_M images and SPAN texts, added up in integers: the order in
     which programs add does not matter.
@@ -116,9 +106,7 @@ def _count_ahead_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         y_rows = y_ptr + offs_n.to(tl.int64) * stride_yn  # [BN]
-        acc = _scores(
-            x_rows, y_rows, mask_m, mask_n, D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION
-        )  # [BM, BN]
+        acc = _scores(x_rows, y_rows, mask_m, mask_n, D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K)  # [BM, BN]
         text_best = tl.load(text_best_ptr + offs_n, mask=mask_n, other=0.0)
         owner = tl.load(owner_ptr + offs_n, mask=mask_n, other=-1)
         others = ((owner[None, :] != offs_m[:, None]) & mask_m[:, None] & mask_n[None, :]).to(tl.int32)
@@ -131,7 +119,7 @@ def _count_ahead_kernel(
 def _ahead_triton(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
     (m, d), n, device = image.shape, len(text), image.device
     cfg = gemm_config("retrieval_ranks", arch_of(device), image.dtype)
-    blocks = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "BLOCK_K": cfg.block_k, "PRECISION": "ieee"}
+    blocks = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "BLOCK_K": cfg.block_k}
     owner32, strides = owner.to(torch.int32), (*image.stride(), *text.stride())
     own = torch.empty(n, dtype=torch.float32, device=device)
     pairs = min(cfg.block_m, cfg.block_n)

@@ -25,21 +25,12 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from ._launch import (
-    accumulate_dtype,
-    arch_of,
-    as_rows,
-    autocast_dtype,
-    check_float,
-    check_tensor,
-    dtype_name,
-    launch,
-    outside_autocast,
-    programs_at_once,
-    triton_runs_on,
-    uses_reference,
-)
+from .backends import outside_autocast, uses_reference
+from .checks import check_float, check_tensor
+from .common import as_rows
 from .configs import row_config
+from .dtypes import accumulate_dtype, autocast_dtype, dtype_name
+from .launch import arch_of, launch, programs_at_once, triton_runs_on
 
 FWD_REGISTERS = 64  # of a thread, about
 
@@ -129,13 +120,13 @@ def _fwd_triton(text: Tensor, token_embedding: Tensor, positional_embedding: Ten
     (batch, length), (vocab, width) = text.shape, token_embedding.shape
     out = token_embedding.new_empty(batch, length, width, dtype=dtype)
     cfg = row_config("text_embed_fwd", arch_of(text.device), dtype)
-    tiles = triton.cdiv(length, cfg.block_m) * triton.cdiv(width, cfg.block_k)
+    tiles = triton.cdiv(length, cfg.block_m) * triton.cdiv(width, cfg.block_n)
     at_once = programs_at_once(text.device, cfg.num_warps, FWD_REGISTERS)
     walkers = min(batch, max(1, at_once // max(1, tiles)))
     launch(
         _text_embed_fwd_kernel, (walkers * tiles,), text, token_embedding, positional_embedding, out,
         batch, length, width, vocab, *text.stride(), *token_embedding.stride(), *positional_embedding.stride(),
-        config=cfg, device=text.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_k, NUM_STAGES=cfg.num_stages,
+        config=cfg, device=text.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, NUM_STAGES=cfg.num_stages,
     )  # fmt: skip
     return out
 
@@ -145,7 +136,7 @@ def _bwd_token_triton(grad: Tensor, text: Tensor, vocab: int, dtype: torch.dtype
     ids, order = torch.where((ids >= 0) & (ids < vocab), ids, -1).to(torch.int32).sort(stable=True)
     out = grad.new_zeros(vocab, grad.shape[-1], dtype=dtype)
     cfg = row_config("text_embed_bwd", arch_of(grad.device), grad.dtype)
-    num_n = triton.cdiv(rows.shape[1], cfg.block_k)
+    num_n = triton.cdiv(rows.shape[1], cfg.block_n)
     has_order, is_last = True, False
     while not is_last:
         chunks = triton.cdiv(len(ids), cfg.block_m)
@@ -156,7 +147,7 @@ def _bwd_token_triton(grad: Tensor, text: Tensor, vocab: int, dtype: torch.dtype
             _segment_sums_kernel, (chunks * num_n,), rows, order if has_order else None, ids, out, sums, sum_ids,
             *rows.shape, *rows.stride(),
             config=cfg, device=grad.device, HAS_ORDER=has_order, IS_LAST=is_last,
-            CHUNK=cfg.block_m, BLOCK_N=cfg.block_k, NUM_STAGES=cfg.num_stages,
+            CHUNK=cfg.block_m, BLOCK_N=cfg.block_n, NUM_STAGES=cfg.num_stages,
         )  # fmt: skip
         rows, ids, has_order = sums, sum_ids, False
     return out

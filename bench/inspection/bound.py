@@ -17,24 +17,12 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 
+from clipfast.kernels.hardware import ARCHITECTURES
+
 from .sass import Graph, Instruction, Loop, UnknownControlFlow
 
 SUB_PARTITIONS = 4
 WARP = 32
-
-# Dense multiply-adds per clock and multiprocessor, from the peak rates of the data sheets (A100 SXM: 312 TFLOP/s, 108
-# multiprocessors, 1.41 GHz; H100 SXM: 989, 132, 1.83; B200: 2250, 148, 1.85), which are powers of two per clock.
-MATRIX_RATE = {
-    80: {"fp16": 1024, "bf16": 1024, "tf32": 512},
-    90: {"fp16": 2048, "bf16": 2048, "tf32": 1024, "fp8": 4096},
-    100: {"fp16": 4096, "bf16": 4096, "tf32": 2048, "fp8": 8192},
-}
-# The part of that peak that mma.sync reaches. On Hopper 63% was measured (arXiv:2402.13499, arXiv:2501.12084), rounded
-# up here; for Blackwell no figure is published.
-WARP_MATRIX_SHARE = {80: 1.0, 90: 2 / 3}
-# Results per clock and multiprocessor: CUDA C++ programming guide, "Throughput of native arithmetic instructions".
-EXP_RATE = {80: 16, 90: 16, 100: 16}
-FP32_RATE = {80: 64, 90: 128, 100: 128}
 
 _WARP_MMA = ("HMMA", "QMMA")
 _GROUP_MMA = ("HGMMA", "QGMMA")
@@ -187,10 +175,10 @@ def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str,
     """Cycles of the blocks ``body``: all of their products, and whatever else runs before each of ``ends``."""
     peak = busy = 0.0
     for mma, times in _products(graph, body):
-        rate = MATRIX_RATE[arch].get(mma.operand)
+        rate = ARCHITECTURES[arch].matrix_rate.get(mma.operand)
         if mma.shape is None or rate is None:
             return f"unknown matrix instruction: {mma}"
-        share = WARP_MATRIX_SHARE.get(arch) if mma.issuer == "warp" else 1.0
+        share = ARCHITECTURES[arch].warp_matrix_share if mma.issuer == "warp" else 1.0
         if share is None:
             return f"no rate is published for mma.sync on sm_{arch}"
         m, n, k = mma.shape
@@ -203,12 +191,12 @@ def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str,
     fp32 = sum(_FP32.get(step.name, 0) for step in always)
     if unit == "fp32":
         fused = sum(_FP32[step.name] for step in always if _is_fma(step))
-        peak = _per_block(fused, FP32_RATE[arch], warps)
+        peak = _per_block(fused, ARCHITECTURES[arch].fp32_rate, warps)
     return Cycles(
         peak=peak,
         mma=busy,
-        exp=_per_block(exp, EXP_RATE[arch], warps),
-        fp32=_per_block(fp32, FP32_RATE[arch], warps),
+        exp=_per_block(exp, ARCHITECTURES[arch].exp_rate, warps),
+        fp32=_per_block(fp32, ARCHITECTURES[arch].fp32_rate, warps),
         issue=len(always) * warps / SUB_PARTITIONS,
     )
 

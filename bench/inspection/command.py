@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import triton
 
-from clipfast.kernels._launch import INTERPRET, Launch
+from clipfast.kernels.launch import INTERPRET, Launch
 
 from . import offline
 from .bound import Bound, bound, mma_kinds
@@ -51,7 +51,7 @@ def inspect_launch(
     if half is None:
         half = any(tensor.dtype.itemsize == 2 for tensor in offline.tensors(launch))
     compiled = offline.compile_kernel(launch, arch)
-    multiplies = "tt.dot" in compiled.asm["ttir"]
+    multiplies = offline.multiplies(compiled)
     text = offline.disassemble(compiled)
     instructions = parse(text)
     resources = offline.resources(compiled, text)

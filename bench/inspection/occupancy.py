@@ -3,17 +3,14 @@
 import dataclasses
 import math
 
-# Limits per multiprocessor and units of allocation (CUDA C++ programming guide, "Compute capabilities"; the rounding is
-# that of cuda_occupancy.h). Registers are given out per warp, and belong to one of four sub-partitions.
-REGISTERS = 65536
+from clipfast.kernels.hardware import ARCHITECTURES
+
+# Units of allocation, as cuda_occupancy.h rounds. Registers are given out per warp, and belong to one of four
+# sub-partitions.
 REGISTER_UNIT = 256
 SUB_PARTITIONS = 4
-WARPS = 64
-BLOCKS = 32
-SHARED = {80: 167936, 90: 233472, 100: 233472}
 SHARED_RESERVED = 1024  # for the system, in each block
 SHARED_UNIT = 128
-TENSOR_COLUMNS = 512
 TENSOR_UNIT = 32  # and a power of two
 
 
@@ -39,23 +36,24 @@ def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_
     Raises:
         ValueError: unknown ``arch``, or no warps.
     """
-    if arch not in SHARED:
-        raise ValueError(f"arch must be one of {', '.join(map(str, SHARED))}, got {arch}")
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(map(str, ARCHITECTURES))}, got {arch}")
     if warps < 1:
         raise ValueError(f"warps must be at least 1, got {warps}")
+    limits = ARCHITECTURES[arch]
     per_warp = _up(max(registers, 1) * 32, REGISTER_UNIT)
     allowed = {
-        "blocks": BLOCKS,
-        "warps": WARPS // warps,
-        "registers": REGISTERS // SUB_PARTITIONS // per_warp * SUB_PARTITIONS // warps,
-        "shared": SHARED[arch] // _up(shared_bytes + SHARED_RESERVED, SHARED_UNIT),
+        "blocks": limits.blocks,
+        "warps": limits.warps // warps,
+        "registers": limits.registers // SUB_PARTITIONS // per_warp * SUB_PARTITIONS // warps,
+        "shared": limits.shared_bytes // _up(shared_bytes + SHARED_RESERVED, SHARED_UNIT),
     }
     if tmem_columns:
         columns = max(TENSOR_UNIT, 2 ** math.ceil(math.log2(tmem_columns)))
-        allowed["tmem"] = TENSOR_COLUMNS // columns
+        allowed["tmem"] = limits.tensor_columns // columns
     blocks = min(allowed.values())
-    limits = tuple(resource for resource, number in allowed.items() if number == blocks)
-    return Occupancy(blocks, limits, blocks * warps / WARPS)
+    binding = tuple(resource for resource, number in allowed.items() if number == blocks)
+    return Occupancy(blocks, binding, blocks * warps / limits.warps)
 
 
 def _up(value: int, unit: int) -> int:

@@ -18,11 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from clipfast.kernels._launch import Launch, record_launches
+from clipfast.kernels.hardware import ARCHITECTURES
+from clipfast.kernels.launch import Launch, record_launches
 
-# Shared memory that one block may ask for, in bytes (CUDA C programming guide, compute capabilities).
-SHARED_LIMIT = {80: 166912, 90: 232448, 100: 232448}
-TENSOR_MEMORY_COLUMNS = 512
+MATRIX_UNITS = tuple(architecture.matrix_unit for architecture in ARCHITECTURES.values())
 _TYPES = {
     torch.float32: "fp32",
     torch.float16: "fp16",
@@ -45,10 +44,6 @@ class Resources:
     mma: str
 
 
-# The matrix unit of each architecture; half-precision products have to reach it.
-MATRIX_UNIT = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}
-
-
 def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
     """What is wrong with a compiled kernel: spills, limits passed, or a product that misses the tensor cores or should
     not use them.
@@ -59,15 +54,16 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
         half: whether its operands are 16-bit; float32 must stay exact, so it must not use them.
         multiplies: whether it has a matrix product.
     """
+    limits = ARCHITECTURES[arch]
     found = []
     if resources.spill_bytes:
         found.append(f"spills {resources.spill_bytes} bytes")
-    if resources.shared_bytes > SHARED_LIMIT[arch]:
-        found.append(f"needs {resources.shared_bytes} bytes of shared memory, {SHARED_LIMIT[arch]} are allowed")
-    if resources.tmem_columns > TENSOR_MEMORY_COLUMNS:
+    if resources.shared_bytes > limits.block_shared_bytes:
+        found.append(f"needs {resources.shared_bytes} bytes of shared memory, {limits.block_shared_bytes} are allowed")
+    if resources.tmem_columns > limits.tensor_columns:
         # Triton compiles such a kernel to an empty body and says nothing.
-        found.append(f"needs {resources.tmem_columns} columns of tensor memory, {TENSOR_MEMORY_COLUMNS} exist")
-    expected = MATRIX_UNIT[arch] if half and multiplies else "none"
+        found.append(f"needs {resources.tmem_columns} columns of tensor memory, {limits.tensor_columns} exist")
+    expected = limits.matrix_unit if half and multiplies else "none"
     if resources.mma != expected:
         found.append(f"multiplies with {resources.mma}, expected {expected}")
     return found
@@ -129,8 +125,13 @@ def resources(kernel: Any, sass: str | None = None) -> Resources:
         spill_bytes=spills,
         shared_bytes=kernel.metadata.shared,
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
-        mma="+".join(unit for unit in MATRIX_UNIT.values() if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
+        mma="+".join(unit for unit in MATRIX_UNITS if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
     )
+
+
+def multiplies(kernel: Any) -> bool:
+    """Return whether a compiled kernel has a matrix product."""
+    return "tt.dot" in kernel.asm["ttir"]
 
 
 def threads(kernel: Any) -> int:

@@ -15,7 +15,7 @@ from unittest import mock
 import torch
 from triton.runtime.jit import JITFunction
 
-from clipfast.kernels._launch import Launch
+from clipfast.kernels.launch import Launch
 
 from .shipped import Case
 

@@ -17,8 +17,7 @@ from clipfast.kernels import (
     sigmoid_loss,
     text_embed,
 )
-
-from . import offline
+from clipfast.kernels.hardware import ARCHITECTURES
 
 Case = Callable[[], object]
 
@@ -28,7 +27,7 @@ _SMALL_TILES = ("attention N17 D32 bf16", "attention_pool")
 
 def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
     """The problems that a case may have under a Triton version ("3.9") and that clipfast cannot help."""
-    unit = offline.MATRIX_UNIT[arch]
+    unit = ARCHITECTURES[arch].matrix_unit
     if case.startswith(_SMALL_TILES) and case.endswith("bf16"):
         return small_tile_problems(arch)
     # Triton 3.6 takes bytes widened to float32 for a type that tf32 holds, and uses it though asked for full precision
@@ -39,7 +38,7 @@ def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
 
 def small_tile_problems(arch: int) -> tuple[str, ...]:
     """The problems of a kernel whose tiles have fewer rows than the matrix units of ``arch`` want."""
-    unit = offline.MATRIX_UNIT[arch]
+    unit = ARCHITECTURES[arch].matrix_unit
     kinds = ("mma.sync", f"mma.sync+{unit}") if arch >= 90 else ()
     return tuple(f"multiplies with {found}, expected {unit}" for found in kinds)
 

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import patch_embed
-from ..kernels._launch import accumulate_dtype
+from ..kernels.dtypes import accumulate_dtype
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .config import VisionConfig
 from .transformer import LayerNorm, Transformer, pooled

@@ -24,8 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import contrastive_loss, distributed_contrastive_loss
-from ..kernels._launch import Launch, record_launches
 from ..kernels.contrastive import symmetric
+from ..kernels.launch import Launch, record_launches
 from .formulas import Problem
 
 CPU, RECORDED, CUDA = "cpu", "recorded", "cuda"

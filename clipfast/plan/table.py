@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..kernels._launch import dtype_name
+from ..kernels.dtypes import dtype_name
 from .check import Row
 from .formulas import OPENCLIP, Problem
 from .machine import Machine

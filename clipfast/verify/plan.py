@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ..kernels._launch import INTERPRET
+from ..kernels.launch import INTERPRET
 from .cases import ACCURACY, CPU, CUDA, INTERPRETER
 from .curve import MODEL_NAME, verify_curve
 from .models import verify_model

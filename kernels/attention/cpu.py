@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from .._launch import accumulate_dtype
+from ..dtypes import accumulate_dtype
 
 
 def forward(

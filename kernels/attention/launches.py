@@ -9,8 +9,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import LOG2E, arch_of, launch
+from ..common import LOG2E
 from ..configs import LoopedConfig, TwoPhaseConfig, attention_config, sdpa_config, short_config
+from ..launch import arch_of, launch
 from .looped import _looped_fwd_kernel, _two_phase_bwd_kernel
 from .short import _short_bwd_kernel, _short_fwd_kernel
 
@@ -117,7 +118,7 @@ def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tens
 def _options(head_dim: int, seqlens: Tensor | None, causal: bool) -> dict[str, object]:
     return {
         "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
-        "PRECISION": "ieee",
+
     }  # fmt: skip
 
 

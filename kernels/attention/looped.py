@@ -7,7 +7,7 @@ are computed once more than the short kernels do.
 import triton
 import triton.language as tl
 
-from .._tiles import online_softmax_step
+from ..tiles import online_softmax_step
 from .tiles import (
     add_product,
     inner,
@@ -35,7 +35,7 @@ def _looped_fwd_kernel(
     stride_vb, stride_vn, stride_vh, stride_vd,
     qk_scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
 ):  # fmt: skip
     """One program owns BLOCK_M queries. TAIL is the width that the last keys need, no multiple of BLOCK_N."""
     num_m = tl.cdiv(M, BLOCK_M)
@@ -61,9 +61,9 @@ def _looped_fwd_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
         v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
-        scores = inner(q, k, BLOCK_M, BLOCK_N, PRECISION)  # [BM, BN]
+        scores = inner(q, k, BLOCK_M, BLOCK_N)  # [BM, BN]
         p, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
-        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v, PRECISION)
+        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v)
     end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
     for start_n in range(whole, end, TAIL):
         offs_n = start_n + tl.arange(0, TAIL)
@@ -72,9 +72,9 @@ def _looped_fwd_kernel(
         visible = (offs_n < num_keys)[None, :]
         if IS_CAUSAL:
             visible = visible & (offs_n[None, :] <= offs_m[:, None])
-        scores = tl.where(visible, inner(q, k, BLOCK_M, TAIL, PRECISION), float("-inf"))  # [BM, TAIL]
+        scores = tl.where(visible, inner(q, k, BLOCK_M, TAIL), float("-inf"))  # [BM, TAIL]
         p, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
-        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v, PRECISION)
+        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v)
     is_empty = row_sum == 0.0
     factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
     store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
@@ -105,7 +105,7 @@ def _two_phase_bwd_kernel(
     qk_scale, scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr,
     OWN_K: tl.constexpr, STEP_Q: tl.constexpr, OWN_Q: tl.constexpr, STEP_K: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """The first programs of a head own OWN_K keys each and walk STEP_Q queries at a time; the others own OWN_Q queries
     and walk STEP_K keys. A head's gradients are contiguous, and dv has the strides of dk.
@@ -126,7 +126,7 @@ def _two_phase_bwd_kernel(
         acc_dk, acc_dv = _key_gradients(
             q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, pid * OWN_K, M, num_keys, H * HEAD_DIM, stride_qn,
             stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
-            HEAD_DIM, D_PARTS, OWN_K, STEP_Q, IS_CAUSAL, PRECISION,
+            HEAD_DIM, D_PARTS, OWN_K, STEP_Q, IS_CAUSAL,
         )  # fmt: skip
         offs_n = pid * OWN_K + tl.arange(0, OWN_K)
         offset = b * stride_dkb + h * HEAD_DIM
@@ -139,7 +139,7 @@ def _two_phase_bwd_kernel(
         acc_dq = _query_gradients(
             q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, pid * OWN_Q, M, num_keys, H * HEAD_DIM, stride_qn,
             stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
-            HEAD_DIM, D_PARTS, OWN_Q, STEP_K, IS_CAUSAL, PRECISION,
+            HEAD_DIM, D_PARTS, OWN_Q, STEP_K, IS_CAUSAL,
         )  # fmt: skip
         offs_m = pid * OWN_Q + tl.arange(0, OWN_Q)
         offset = b * stride_dqb + h * HEAD_DIM
@@ -153,7 +153,7 @@ def _key_gradients(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, start_n, M, num_keys, width,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dk / scale and dv of BLOCK_N keys, on transposed scores; zeros for keys that are not there."""
     dtype = q_ptr.dtype.element_ty
@@ -169,16 +169,16 @@ def _key_gradients(
         do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
         delta = row_dot(do, load_rows(out_ptr, offs_m, M, width, 1, HEAD_DIM, D_PARTS))  # [BM]
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        scores = inner(k, q, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        scores = inner(k, q, BLOCK_N, BLOCK_M)  # [BN, BM]
         p_t = probabilities(scores, lse[None, :], qk_scale, dtype == tl.float32)
         visible = (offs_n < num_keys)[:, None]
         if IS_CAUSAL:
             visible = visible & (offs_n[:, None] <= offs_m[None, :])
         p_t = tl.where(visible, p_t, 0.0)
-        acc_dv = add_product(acc_dv, p_t.to(dtype), do, PRECISION)
-        dp_t = inner(v, do, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        acc_dv = add_product(acc_dv, p_t.to(dtype), do)
+        dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
         ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
-        acc_dk = add_product(acc_dk, ds_t, q, PRECISION)
+        acc_dk = add_product(acc_dk, ds_t, q)
     return acc_dk, acc_dv
 
 
@@ -187,7 +187,7 @@ def _query_gradients(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, start_m, M, num_keys, width,
     stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
     """dq / scale of BLOCK_M queries."""
     dtype = q_ptr.dtype.element_ty
@@ -202,13 +202,13 @@ def _query_gradients(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
         v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
-        scores = inner(q, k, BLOCK_M, BLOCK_N, PRECISION)  # [BM, BN]
+        scores = inner(q, k, BLOCK_M, BLOCK_N)  # [BM, BN]
         p = probabilities(scores, lse[:, None], qk_scale, dtype == tl.float32)
         visible = (offs_n < num_keys)[None, :]
         if IS_CAUSAL:
             visible = visible & (offs_n[None, :] <= offs_m[:, None])
         p = tl.where(visible, p, 0.0)
-        dp = inner(do, v, BLOCK_M, BLOCK_N, PRECISION)  # [BM, BN]
+        dp = inner(do, v, BLOCK_M, BLOCK_N)  # [BM, BN]
         ds = (p * (dp - delta[:, None])).to(dtype)
-        acc_dq = add_product(acc_dq, ds, k, PRECISION)
+        acc_dq = add_product(acc_dq, ds, k)
     return acc_dq

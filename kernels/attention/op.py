@@ -23,20 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from .._launch import (
-    accumulate_dtype,
-    arch_of,
-    autocast_to,
-    check_float,
-    check_like,
-    check_parameter,
-    check_tensor,
-    dtype_name,
-    outside_autocast,
-    triton_runs_on,
-    uses_reference,
-)
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_like, check_parameter, check_tensor
 from ..configs import HEAD_DIMS
+from ..dtypes import accumulate_dtype, autocast_to, dtype_name
+from ..launch import arch_of, triton_runs_on
 from . import cpu, launches
 
 MAX_HEAD_DIM = 128

@@ -22,20 +22,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import reference
-from .._launch import (
-    LOG2E,
-    accumulate_dtype,
-    arch_of,
-    autocast_to,
-    check_float,
-    check_like,
-    check_tensor,
-    launch,
-    outside_autocast,
-    triton_runs_on,
-    uses_reference,
-)
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_like, check_tensor
+from ..common import LOG2E
 from ..configs import row_config
+from ..dtypes import accumulate_dtype, autocast_to
+from ..launch import arch_of, launch, triton_runs_on
 from .op import check_seqlens
 
 MAX_HEADS, MAX_TOKENS = 64, 1024
@@ -59,7 +51,6 @@ def _pool_fwd_kernel(
     H, N, C,
     stride_qb, stride_qh, stride_qc, stride_xb, stride_xn, stride_xc, log2e,
     HAS_SEQLENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program owns an image."""
     b = tl.program_id(0).to(tl.int64)
@@ -73,7 +64,7 @@ def _pool_fwd_kernel(
         columns = start + tl.arange(0, BLOCK_K)
         q = _load(q_ptr, heads, H, stride_qh, columns, C, stride_qc)  # [BH, BK]
         x = _load(x_ptr, tokens, N, stride_xn, columns, C, stride_xc)  # [BN, BK]
-        scores = tl.dot(q, x.T, scores, input_precision=PRECISION)
+        scores = tl.dot(q, x.T, scores, input_precision="ieee")
     scores = tl.where((tokens < N)[None, :], scores * log2e, float("-inf"))
     row_max = tl.max(scores, 1)
     row_max = tl.where(row_max == float("-inf"), 0.0, row_max)  # no token at all: not -inf less -inf
@@ -86,7 +77,7 @@ def _pool_fwd_kernel(
     for start in range(0, C, BLOCK_K):
         columns = start + tl.arange(0, BLOCK_K)
         x = _load(x_ptr, tokens, N, stride_xn, columns, C, stride_xc)  # [BN, BK]
-        out = tl.dot(p, x, input_precision=PRECISION)
+        out = tl.dot(p, x, input_precision="ieee")
         pointers = out_ptr + (b * H + heads)[:, None] * C + columns[None, :]
         tl.store(pointers, out.to(out_ptr.dtype.element_ty), mask=(heads < H)[:, None] & (columns < C)[None, :])
 
@@ -103,7 +94,6 @@ def _pool_bwd_kernel(
     H, N, C,
     stride_gb, stride_gh, stride_gc, stride_qb, stride_qh, stride_qc, stride_xb, stride_xn, stride_xc, log2e,
     HAS_SEQLENS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One program owns an image; a token that no query sees gets a gradient of zero."""
     b = tl.program_id(0).to(tl.int64)
@@ -122,8 +112,8 @@ def _pool_bwd_kernel(
         q = _load(q_ptr, heads, H, stride_qh, columns, C, stride_qc)  # [BH, BK]
         do = _load(grad_ptr, heads, H, stride_gh, columns, C, stride_gc)  # [BH, BK]
         x = _load(x_ptr, tokens, num_tokens, stride_xn, columns, C, stride_xc)  # [BN, BK]
-        scores = tl.dot(q, x.T, scores, input_precision=PRECISION)
-        dp = tl.dot(do, x.T, dp, input_precision=PRECISION)
+        scores = tl.dot(q, x.T, scores, input_precision="ieee")
+        dp = tl.dot(do, x.T, dp, input_precision="ieee")
     lse = tl.load(lse_ptr + b * H + heads, mask=heads < H, other=0.0)
     is_there = (heads < H)[:, None] & (tokens < num_tokens)[None, :]
     p = tl.where(is_there, tl.exp2(scores * log2e - lse[:, None]), 0.0)
@@ -135,10 +125,10 @@ def _pool_bwd_kernel(
         do = _load(grad_ptr, heads, H, stride_gh, columns, C, stride_gc)  # [BH, BK]
         x = _load(x_ptr, tokens, num_tokens, stride_xn, columns, C, stride_xc)  # [BN, BK]
         mask_c = (columns < C)[None, :]
-        dq = tl.dot(ds, x, input_precision=PRECISION)
+        dq = tl.dot(ds, x, input_precision="ieee")
         pointers = dq_ptr + (b * H + heads)[:, None] * C + columns[None, :]
         tl.store(pointers, dq.to(dq_ptr.dtype.element_ty), mask=(heads < H)[:, None] & mask_c)
-        dx = tl.dot(ds.T, q, tl.dot(p.T, do, input_precision=PRECISION), input_precision=PRECISION)
+        dx = tl.dot(ds.T, q, tl.dot(p.T, do, input_precision="ieee"), input_precision="ieee")
         pointers = dx_ptr + (b * N + tokens)[:, None] * C + columns[None, :]
         tl.store(pointers, dx.to(dx_ptr.dtype.element_ty), mask=(tokens < N)[:, None] & mask_c)
 
@@ -148,7 +138,7 @@ def _constexprs(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> dict[s
     block_h, block_n = (max(16, triton.next_power_of_2(x.shape[1])) for x in (query, tokens))
     return {
         "config": cfg, "device": query.device, "HAS_SEQLENS": seqlens is not None,
-        "BLOCK_H": block_h, "BLOCK_N": block_n, "BLOCK_K": min(cfg.block_k, MAX_TILE // block_n), "PRECISION": "ieee",
+        "BLOCK_H": block_h, "BLOCK_N": block_n, "BLOCK_K": min(cfg.block_n, MAX_TILE // block_n),
     }  # fmt: skip
 
 

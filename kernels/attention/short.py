@@ -39,7 +39,7 @@ def _short_fwd_kernel(
     stride_vb, stride_vn, stride_vh, stride_vd,
     qk_scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
 ):  # fmt: skip
     """qk_scale = scale * log2(e)."""
     pid = tl.program_id(0)
@@ -63,7 +63,7 @@ def _short_fwd_kernel(
         row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
         scores = ()
         for j in tl.static_range(len(N_PARTS)):
-            tile = inner(q, keys[j], BLOCK_M, size_of(N_PARTS, j), PRECISION)
+            tile = inner(q, keys[j], BLOCK_M, size_of(N_PARTS, j))
             # only the last part ends past the keys
             if IS_CAUSAL or HAS_SEQLENS or j == len(N_PARTS) - 1:
                 offs_n = offs_of(N_PARTS, j)
@@ -81,7 +81,7 @@ def _short_fwd_kernel(
             # the difference first: it is exact where it matters
             p = tl.exp2((scores[j] - pivot[:, None]) * qk_scale)
             row_sum += tl.sum(p, 1)
-            acc = add_product(acc, p.to(q_ptr.dtype.element_ty), values[j], PRECISION)
+            acc = add_product(acc, p.to(q_ptr.dtype.element_ty), values[j])
         is_empty = row_sum == 0.0
         factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
         store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
@@ -110,7 +110,7 @@ def _short_bwd_kernel(
     stride_dqb, stride_dqn, stride_dkb, stride_dkn,
     qk_scale, scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr, PRECISION: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N holds all keys; a head's gradients are contiguous, and dv has the strides of dk."""
     pid = tl.program_id(0)
@@ -138,22 +138,22 @@ def _short_bwd_kernel(
         q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
         do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        scores = inner(k, q, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        scores = inner(k, q, BLOCK_N, BLOCK_M)  # [BN, BM]
         p_t = probabilities(scores, lse[None, :], qk_scale, dtype == tl.float32)
         visible = (offs_n < num_keys)[:, None]
         if IS_CAUSAL:
             visible = visible & (offs_n[:, None] <= offs_m[None, :])
         # masked where p is made: a key that is not there has score 0, and 2^(0 - lse) can be infinite
         p_t = tl.where(visible, p_t, 0.0)
-        acc_dv = add_product(acc_dv, p_t.to(dtype), do, PRECISION)
-        dp_t = inner(v, do, BLOCK_N, BLOCK_M, PRECISION)  # [BN, BM]
+        acc_dv = add_product(acc_dv, p_t.to(dtype), do)
+        dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
         # over the sum of p, which is 1 but for the rounding of lse: of what cancels in dp - delta, that would be left
         total = tl.sum(p_t, 0)
         delta = tl.sum(p_t * dp_t, 0) / tl.where(total == 0.0, 1.0, total)  # [BM]
         ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
-        acc_dk = add_product(acc_dk, ds_t, q, PRECISION)
+        acc_dk = add_product(acc_dk, ds_t, q)
         # transposed: D rows fill the matrix unit, BLOCK_M would not
-        dq_t = add_transposed_product(zero_columns(BLOCK_M, D_PARTS), k, ds_t, PRECISION)  # [D, BM]
+        dq_t = add_transposed_product(zero_columns(BLOCK_M, D_PARTS), k, ds_t)  # [D, BM]
         if HAS_SUMS:
             dq_sum = _added(dq_sum, dq_t)
         store_rows(dq_ptr, transposed(dq_t), scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)

@@ -79,11 +79,11 @@ def zero_columns(COLS: tl.constexpr, D_PARTS: tl.constexpr):
 
 
 @triton.jit
-def inner(a, b, ROWS: tl.constexpr, COLS: tl.constexpr, PRECISION: tl.constexpr):
+def inner(a, b, ROWS: tl.constexpr, COLS: tl.constexpr):
     """a b^T: products of all rows [ROWS] of ``a`` with all rows [COLS] of ``b``."""
     acc = tl.zeros((ROWS, COLS), tl.float32)
     for i in tl.static_range(len(a)):
-        acc = tl.dot(a[i], b[i].T, acc, input_precision=PRECISION)
+        acc = tl.dot(a[i], b[i].T, acc, input_precision="ieee")
     return acc
 
 
@@ -98,20 +98,20 @@ def probabilities(scores, lse, qk_scale, IS_EXACT: tl.constexpr):
 
 
 @triton.jit
-def add_product(acc, weights, rows, PRECISION: tl.constexpr):
+def add_product(acc, weights, rows):
     """acc + weights rows."""
     parts = ()
     for i in tl.static_range(len(acc)):
-        parts = parts + (tl.dot(weights, rows[i], acc[i], input_precision=PRECISION),)
+        parts = parts + (tl.dot(weights, rows[i], acc[i], input_precision="ieee"),)
     return parts
 
 
 @triton.jit
-def add_transposed_product(acc, rows, weights, PRECISION: tl.constexpr):
+def add_transposed_product(acc, rows, weights):
     """acc + rows^T weights."""
     parts = ()
     for i in tl.static_range(len(acc)):
-        parts = parts + (tl.dot(rows[i].T, weights, acc[i], input_precision=PRECISION),)
+        parts = parts + (tl.dot(rows[i].T, weights, acc[i], input_precision="ieee"),)
     return parts
 
 

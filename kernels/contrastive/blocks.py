@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from .._launch import triton_runs_on
+from ..launch import triton_runs_on
 
 
 def blocks_on(device: torch.device, prefix: str = "") -> Any:

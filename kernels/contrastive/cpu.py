@@ -9,7 +9,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .._launch import LOG2E, accumulate_dtype, slices
+from ..common import LOG2E, slices
+from ..dtypes import accumulate_dtype
 from .stats import Stats, Weights, is_exact, no_stats, pairs_in, shared_shift
 
 CHUNK_ROWS = 1024  # more would not make the products faster

@@ -32,16 +32,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._launch import (
-    FLOATS,
-    accumulate_dtype,
-    autocast_to,
-    check_float,
-    check_like,
-    check_tensor,
-    dtype_name,
-    outside_autocast,
-)
+from ..backends import outside_autocast
+from ..checks import check_float, check_like, check_tensor
+from ..dtypes import FLOATS, accumulate_dtype, autocast_to, dtype_name
 from .blocks import blocks_on
 from .exchange import Ranks, Reduction, Sums, Travel, check_initialised, gather_equal
 from .loss import contrastive_loss, scale_tensor

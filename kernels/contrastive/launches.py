@@ -9,15 +9,16 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .._launch import LOG2E, arch_of, launch, multiprocessors, slices
+from ..common import LOG2E, slices
 from ..configs import GemmConfig, RowConfig, gemm_config, row_config
+from ..launch import arch_of, launch, multiprocessors
 from .row_tiles import _finish_kernel, _normalize_kernel
 from .stats import Stats, Weights, is_exact, no_stats, shared_shift
 from .tiles import _grad_tile_kernel, _merge_kernel, _online_stats_kernel, _products_kernel, _stats_kernel
 
 # Rows and columns whose sums by tile are held at once: at most 64 MiB, whatever M and N are.
 STATS_EDGE = 16384
-MERGE = RowConfig(block_m=256, block_k=1, num_warps=4, num_stages=1)
+MERGE = RowConfig(block_m=256, block_n=1, num_warps=4, num_stages=1)
 RECORDED_MULTIPROCESSORS = 132  # of an H100, where none is at hand
 GROUP_M = 8
 PRODUCTS = ("triton", "addmm")
@@ -54,7 +55,7 @@ def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> tuple[Tensor, 
     cfg = row_config("contrastive_rows", arch_of(device), x.dtype)
     launch(
         _normalize_kernel, (triton.cdiv(n, cfg.block_m),), x, out, inv_norm, n, d, *x.stride(), out.stride(0),
-        config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_k,
+        config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n,
     )  # fmt: skip
     return out, inv_norm
 
@@ -104,7 +105,7 @@ def _accumulate_stats(
                 *buffers, result.positive[rows], m, n, x.shape[1], diagonal + rows.start - cols.start,
                 x.stride(0), y.stride(0), LOG2E,
                 config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-                GROUP_M=GROUP_M, PRECISION="ieee", IS_TMA=_has_tma(x),
+                GROUP_M=GROUP_M, IS_TMA=_has_tma(x),
             )  # fmt: skip
             sides = (
                 (of_rows, num_n, m, result.row_max[rows], result.row_sum[rows], cols.start == 0),
@@ -196,7 +197,7 @@ def _launch_grad_tile(
         _source(grad, cfg.block_m, cfg.block_n // 2), logit_scale, shared, row[0], row[1], col[0], col[1], dots,
         m, n, d, diagonal, x.stride(0), y.stride(0), grad.stride(0), LOG2E, _grad_scale(x.dtype),
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-        GROUP_M=GROUP_M, PRECISION="ieee", IS_TMA=_has_tma(x),
+        GROUP_M=GROUP_M, IS_TMA=_has_tma(x),
     )  # fmt: skip
     return dots
 
@@ -220,7 +221,7 @@ def _add_products(grad: Tensor, x: Tensor, y: Tensor, acc_x: Tensor | None, acc_
         nowhere if acc_x is None else acc_x, nowhere if acc_y is None else acc_y,
         m, n, d, num_x_tiles, grad.stride(0), x.stride(0), y.stride(0),
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-        PRECISION="ieee", IS_TMA=_has_tma(x),
+        IS_TMA=_has_tma(x),
     )  # fmt: skip
 
 
@@ -236,7 +237,7 @@ def finish(
         _finish_kernel, (triton.cdiv(n, cfg.block_m),),
         acc, own, other, miss, factor, miss if inv_norm is None else inv_norm, out, dot,
         n, len(other), d, diagonal, own.stride(0), other.stride(0), 1.0 / _grad_scale(own.dtype),
-        config=cfg, device=own.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_k, HAS_NORM=inv_norm is not None,
+        config=cfg, device=own.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, HAS_NORM=inv_norm is not None,
     )  # fmt: skip
     return dot
 

@@ -22,17 +22,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._launch import (
-    FLOATS,
-    accumulate_dtype,
-    autocast_to,
-    check_float,
-    check_like,
-    check_tensor,
-    dtype_name,
-    outside_autocast,
-    uses_reference,
-)
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_like, check_tensor
+from ..dtypes import FLOATS, accumulate_dtype, autocast_to, dtype_name
 from . import symmetric
 
 MEMORY = ("default", "min")

@@ -21,15 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._launch import (
-    accumulate_dtype,
-    autocast_to,
-    check_float,
-    check_like,
-    check_tensor,
-    outside_autocast,
-    uses_reference,
-)
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_like, check_tensor
+from ..dtypes import accumulate_dtype, autocast_to
 from . import several
 from .loss import pairwise_loss, scale_tensor
 

@@ -7,7 +7,7 @@ ones, so no block needs to know of the others.
 import torch
 from torch import Tensor
 
-from .._launch import LOG2E
+from ..common import LOG2E
 from .blocks import blocks_on
 from .stats import Stats, Weights, merge, no_stats, terms
 from .symmetric import _part, pair_products, scale_gradient

@@ -21,14 +21,9 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._launch import (
-    accumulate_dtype,
-    autocast_to,
-    check_float,
-    check_like,
-    outside_autocast,
-    uses_reference,
-)
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_like
+from ..dtypes import accumulate_dtype, autocast_to
 from .blocks import blocks_on
 from .loss import check_sides, check_width, scale_tensor
 from .stats import pairs_in

@@ -4,8 +4,9 @@ import torch
 import triton
 from torch import Tensor
 
-from .._launch import arch_of, launch, slices
+from ..common import slices
 from ..configs import gemm_config
+from ..launch import arch_of, launch
 from .launches import GROUP_M, STATS_EDGE, _grad_scale, _has_tma, _source, add_products
 from .sigmoid_tiles import _sigmoid_grad_tile_kernel, _sigmoid_sums_kernel
 
@@ -28,7 +29,7 @@ def sums(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, diagonal
                 logit_scale, logit_bias, of_tiles[0], of_tiles[1], positive[rows],
                 m, n, x.shape[1], diagonal + rows.start - cols.start, x.stride(0), y.stride(0),
                 config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-                GROUP_M=GROUP_M, PRECISION="ieee", IS_TMA=_has_tma(x),
+                GROUP_M=GROUP_M, IS_TMA=_has_tma(x),
             )  # fmt: skip
             totals += of_tiles.sum(1, dtype=torch.float64)
     return totals[0], totals[1], positive
@@ -58,7 +59,7 @@ def add_gradients(
             m, n, d, diagonal + rows.start - cols.start, x.stride(0), y.stride(0), grad.stride(0),
             _grad_scale(x.dtype),
             config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-            GROUP_M=GROUP_M, PRECISION="ieee", IS_TMA=_has_tma(x),
+            GROUP_M=GROUP_M, IS_TMA=_has_tma(x),
         )  # fmt: skip
         return dots
 

@@ -8,7 +8,7 @@ gradient  G_ij = 1 / (1 + exp -l_ij), pairs 0, in the operands' dtype; of one ti
 import triton
 import triton.language as tl
 
-from .._tiles import grouped_tile
+from ..tiles import grouped_tile
 from .tiles import _cosines, _without_pairs, store_grad, zero_pairs
 
 
@@ -46,14 +46,14 @@ def _sigmoid_sums_kernel(
     positive_ptr,  # [M] fp32
     M, N, D, diagonal, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+    IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Sums over one tile without its pairs (i, i + diagonal), and the logits of the pairs."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     cosines = _cosines(
         x, y, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA,
+        BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
     )  # fmt: skip
     logits = cosines * tl.load(scale_ptr) + tl.load(bias_ptr)
     # what is left out becomes -inf: no loss, no probability
@@ -80,15 +80,13 @@ def _sigmoid_grad_tile_kernel(
     dot_ptr,  # [tiles] fp32
     M, N, D, diagonal, stride_x, stride_y, stride_grad, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+    IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_scale * G for one tile, and the tile's sum of grad_ij x_i . y_j before grad is rounded."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    cosines = _cosines(
-        x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA
-    )
+    cosines = _cosines(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
     # one half after the other: all of cosines and of G at once would not fit the registers
     HALF: tl.constexpr = BLOCK_N // 2

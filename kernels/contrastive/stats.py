@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._launch import LN2, LOG2E, accumulate_dtype
+from ..common import LN2, LOG2E
+from ..dtypes import accumulate_dtype
 
 # Largest logit of unit features after the shared shift: 2^28 of them still fit float32's exponent.
 HEADROOM = 100.0

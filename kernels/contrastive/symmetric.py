@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._launch import accumulate_dtype
+from ..dtypes import accumulate_dtype
 from .blocks import blocks_on
 from .stats import Weights, pairs_in, terms
 

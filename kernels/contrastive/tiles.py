@@ -15,32 +15,30 @@ case start, read the flag and end.
 import triton
 import triton.language as tl
 
-from .._tiles import grouped_tile, load_tile
+from ..tiles import grouped_tile, load_tile
 
 
 @triton.jit
 def _cosines(
     x, y, start_m, start_n, M, N, D, stride_x, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Products x_i . y_j [BM, BN] of one tile; zeros past the edges."""
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_k in range(0, D, BLOCK_K):
         x_tile = load_tile(x, start_m, start_k, M, D, stride_x, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
         y_tile = load_tile(y, start_n, start_k, N, D, stride_y, BLOCK_N, BLOCK_K, IS_TMA)  # [BN, BK]
-        acc = tl.dot(x_tile, y_tile.T, acc, input_precision=PRECISION)
+        acc = tl.dot(x_tile, y_tile.T, acc, input_precision="ieee")
     return acc
 
 
 @triton.jit
 def _logits(
     x, y, scale_ptr, start_m, start_n, M, N, D, stride_x, stride_y, log2e,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Logits [BM, BN] in base 2 of one tile, and their shared shift."""
-    cosines = _cosines(
-        x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA
-    )
+    cosines = _cosines(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
     factor = tl.load(scale_ptr) * log2e
     return cosines * factor, _shared_shift(factor)
 
@@ -60,7 +58,7 @@ def _stats_kernel(
     positive_ptr,  # [M] fp32
     M, N, D, diagonal, stride_x, stride_y, log2e,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+    IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Sums of one tile's rows and columns with the shared shift, without the pairs (i, i + diagonal), and the logits of
     the pairs.
@@ -68,7 +66,7 @@ def _stats_kernel(
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     logits, shift = _logits(
         x, y, scale_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y, log2e,
-        BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA,
+        BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
     )  # fmt: skip
     logits = _without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, diagonal, BLOCK_M, BLOCK_N)
     p = tl.exp2(logits - shift)
@@ -115,7 +113,7 @@ def _online_stats_kernel(
     positive_ptr,  # [M] fp32
     M, N, D, diagonal, stride_x, stride_y, log2e,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+    IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Maxima and sums of tiles, for logits that the shared shift does not suit; few programs: most end at once."""
     if tl.load(shared_ptr) != 0:
@@ -125,7 +123,7 @@ def _online_stats_kernel(
         pid_m, pid_n = grouped_tile(tile, num_m, num_n, GROUP_M)
         logits, _ = _logits(
             x, y, scale_ptr, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y, log2e,
-            BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA,
+            BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
         )  # fmt: skip
         logits = _without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, diagonal, BLOCK_M, BLOCK_N)
         offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -194,14 +192,12 @@ def _grad_tile_kernel(
     dot_ptr,  # [tiles] fp32
     M, N, D, diagonal, stride_x, stride_y, stride_grad, log2e, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
-    PRECISION: tl.constexpr, IS_TMA: tl.constexpr,
+    IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """grad = grad_scale * G for one tile, and the tile's sum of grad_ij x_i . y_j before grad is rounded."""
     pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    cosines = _cosines(
-        x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION, IS_TMA
-    )
+    cosines = _cosines(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
     factor = tl.load(scale_ptr) * log2e
     # one half after the other: for all columns at once, maxima and weights would not fit the registers
     HALF: tl.constexpr = BLOCK_N // 2
@@ -283,7 +279,7 @@ def _products_kernel(
     acc_x_ptr,  # [M, D] fp32, contiguous
     acc_y_ptr,  # [N, D] fp32, contiguous
     M, N, D, num_x_tiles, stride_grad, stride_x, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
     IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """acc_x += grad y (the first ``num_x_tiles`` programs) and acc_y += grad^T x (the others)."""
@@ -295,7 +291,7 @@ def _products_kernel(
         for start_k in range(0, N, BLOCK_K):
             g = load_tile(grad, start_m, start_k, M, N, stride_grad, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
             b = load_tile(y, start_k, start_d, N, D, stride_y, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
-            acc = tl.dot(g, b, acc, input_precision=PRECISION)
+            acc = tl.dot(g, b, acc, input_precision="ieee")
         _store_accumulator(acc_x_ptr, acc, start_m, start_d, M, D, BLOCK_M, BLOCK_N)
     else:
         pid -= num_x_tiles
@@ -304,7 +300,7 @@ def _products_kernel(
         for start_k in range(0, M, BLOCK_K):
             g = load_tile(grad_cols, start_k, start_m, M, N, stride_grad, BLOCK_K, BLOCK_M, IS_TMA)  # [BK, BM]
             b = load_tile(x, start_k, start_d, M, D, stride_x, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
-            acc = tl.dot(g.T, b, acc, input_precision=PRECISION)
+            acc = tl.dot(g.T, b, acc, input_precision="ieee")
         _store_accumulator(acc_y_ptr, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N)
 
 

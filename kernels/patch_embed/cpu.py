@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._launch import accumulate_dtype
+from ..dtypes import accumulate_dtype
 
 
 def forward(

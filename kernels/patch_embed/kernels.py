@@ -72,7 +72,7 @@ def _patch_embed_fwd_kernel(
     T, NUM_PATCHES, E, K, GRID_W,
     stride_ib, stride_ic, stride_ih, stride_iw,
     PATCH: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """One program computes BLOCK_M tokens x BLOCK_N dimensions; the class token is a row without pixels."""
     num_n = tl.cdiv(E, BLOCK_N)
@@ -96,7 +96,7 @@ def _patch_embed_fwd_kernel(
         w_tile = weight_ptr + offs_n.to(tl.int64)[None, :] * K + k[:, None]
         w = tl.load(w_tile, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
         x = _load_pixels(pixels, (position > 0)[:, None] & mask_k[None, :], w.dtype, IS_UINT8)  # [BM, BK]
-        acc = tl.dot(x, w, acc, input_precision=PRECISION)
+        acc = tl.dot(x, w, acc, input_precision="ieee")
     mask = (offs_m < ROWS)[:, None] & mask_n[None, :]
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
     class_token = tl.load(class_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
@@ -118,7 +118,7 @@ def _patch_embed_bwd_weight_kernel(
     KEPT, NUM_PATCHES, E, K, GRID_W, rows_per_split,
     stride_ib, stride_ic, stride_ih, stride_iw, stride_gb, stride_gt, stride_ge,
     PATCH: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
     """partial[split] = sum over the split's patches of g p^T, in a fixed order; the splits are summed in order."""
     num_k = tl.cdiv(K, BLOCK_N)
@@ -145,7 +145,7 @@ def _patch_embed_bwd_weight_kernel(
         x = _load_pixels(
             images_ptr + first_pixel[:, None] + pixel[None, :], mask_r[:, None] & mask_k[None, :], DTYPE, IS_UINT8
         )  # [BK, BN]
-        acc = tl.dot(g, x, acc, input_precision=PRECISION)
+        acc = tl.dot(g, x, acc, input_precision="ieee")
     partial = partial_ptr + split * E * K + offs_e.to(tl.int64)[:, None] * K + offs_k[None, :]
     tl.store(partial, acc, mask=mask_e[:, None] & mask_k[None, :])
 
@@ -203,7 +203,6 @@ def _patch_embed_bwd_images_kernel(
     KEPT, NUM_PATCHES, E, K, GRID_W,
     stride_gb, stride_gt, stride_ge, stride_ob, stride_oc, stride_oh,
     PATCH: tl.constexpr, HAS_KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dpixels = g W, stored where the forward read: every pixel belongs to one patch, so it has one writer."""
     num_n = tl.cdiv(K, BLOCK_N)
@@ -222,7 +221,7 @@ def _patch_embed_bwd_images_kernel(
         )  # [BK, BN]
         g_tile = grad_ptr + token[:, None] + offs_e[None, :] * stride_ge
         g = tl.load(g_tile, mask=mask_m[:, None] & mask_e[None, :], other=0.0).to(w.dtype)  # [BM, BK]
-        acc = tl.dot(g, w, acc, input_precision=PRECISION)
+        acc = tl.dot(g, w, acc, input_precision="ieee")
     first_pixel = _patch_offsets(image, patch, GRID_W, stride_ob, stride_oh, 1, PATCH)
     pixels = out_ptr + first_pixel[:, None] + _pixel_offsets(offs_n, stride_oc, stride_oh, 1, PATCH)[None, :]
     tl.store(pixels, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])

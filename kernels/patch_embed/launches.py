@@ -5,8 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._launch import arch_of, launch
 from ..configs import gemm_config, row_config
+from ..launch import arch_of, launch
 from .kernels import (
     _patch_embed_bwd_images_kernel,
     _patch_embed_bwd_pos_kernel,
@@ -36,7 +36,7 @@ def forward(
         _contiguous(keep), out, batch * tokens, tokens, num_patches, embed_dim, weight[0].numel(),
         images.shape[3] // patch, *images.stride(),
         config=cfg, device=images.device, PATCH=patch, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PRECISION="ieee",
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
     )  # fmt: skip
     return out
 
@@ -54,7 +54,7 @@ def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
         images, grad, _contiguous(keep), partial, rows, kept, num_patches_of(images, patch), embed_dim, k,
         images.shape[3] // patch, per_split, *images.stride(), *grad.stride(),
         config=cfg, device=images.device, PATCH=patch, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, DTYPE=TL_DTYPES[grad.dtype], PRECISION="ieee",
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, DTYPE=TL_DTYPES[grad.dtype],
     )  # fmt: skip
     return partial.sum(0)
 
@@ -74,9 +74,9 @@ def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> T
         config=cfg, device=grad.device, BLOCK=TOKENS_PER_PROGRAM,
     )  # fmt: skip
     launch(
-        _patch_embed_bwd_pos_kernel, ((1 + num_patches) * triton.cdiv(embed_dim, cfg.block_k),),
+        _patch_embed_bwd_pos_kernel, ((1 + num_patches) * triton.cdiv(embed_dim, cfg.block_n),),
         grad, token, out, batch, embed_dim, *grad.stride(),
-        config=cfg, device=grad.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_k, NUM_STAGES=cfg.num_stages,
+        config=cfg, device=grad.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, NUM_STAGES=cfg.num_stages,
     )  # fmt: skip
     return out
 
@@ -93,7 +93,7 @@ def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
         grad, weight.contiguous(), _contiguous(keep), out, rows, kept, num_patches_of(images, patch), len(weight), k,
         images.shape[3] // patch, *grad.stride(), *out.stride()[:3],
         config=cfg, device=images.device, PATCH=patch, HAS_KEEP=keep is not None,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PRECISION="ieee",
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
     )  # fmt: skip
     return out
 

@@ -31,16 +31,10 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from .._launch import (
-    accumulate_dtype,
-    autocast_dtype,
-    check_float,
-    check_tensor,
-    dtype_name,
-    outside_autocast,
-    triton_runs_on,
-    uses_reference,
-)
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_tensor
+from ..dtypes import accumulate_dtype, autocast_dtype, dtype_name
+from ..launch import triton_runs_on
 from ..reference import CLIP_MEAN, CLIP_STD
 from . import cpu, launches
 from .launches import num_patches_of

@@ -19,7 +19,7 @@ from clipfast.bench.inspection.report import differences, table, to_json
 from clipfast.bench.inspection.shipped import shipped_cases
 from clipfast.cli import main
 from clipfast.kernels import attention, configs
-from clipfast.kernels._launch import Launch
+from clipfast.kernels.launch import Launch
 
 from ..conftest import INTERPRET, ON_GPU
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.kernels import _launch, attention, attention_qkv, configs, floors, reference
+from clipfast.kernels import attention, attention_qkv, configs, floors, launch, reference
 from clipfast.kernels.attention import launches
 from clipfast.kernels.configs import ShortConfig
 
@@ -214,7 +214,7 @@ def test_pytorch_serves_what_the_table_says(device, monkeypatch):
 @pytest.mark.parametrize("arch", [90, 100])
 @pytest.mark.parametrize("shape", [(1, 77, 1, 64, True), (1, 65, 1, 80, False)], ids=str)
 def test_configurations_of_other_architectures(shape, arch, device, monkeypatch):
-    monkeypatch.setattr(_launch, "CPU_ARCH", arch)
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
     op, expected = ops(shape)
     inputs, grad = attention_inputs(shape, torch.float16, device)
     compare(op, expected, inputs, grad)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.kernels import _launch, contrastive_loss, reference
+from clipfast.kernels import contrastive_loss, launch, reference
 from clipfast.kernels.contrastive import cpu, launches
 
 from ..conftest import DTYPES, INTERPRET, LEG
@@ -22,7 +22,7 @@ DRAWS = 6
 def arch(request, monkeypatch):
     """With pointers, and with tensor descriptors."""
     if request.param:
-        monkeypatch.setattr(_launch, "CPU_ARCH", request.param)
+        monkeypatch.setattr(launch, "CPU_ARCH", request.param)
 
 
 def unnormalised(scale, device):

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast import kernels
-from clipfast.kernels import _launch, contrastive_loss, reference
+from clipfast.kernels import contrastive_loss, launch, reference
 
 from ..conftest import INTERPRET, LEG, ON_GPU
 from ..numerics import value_and_grads
@@ -102,7 +102,7 @@ def call(name, inputs):
 def test_16_bit_operands(loss, pairs, arch, stage, device, monkeypatch):
     # float32 features with values of 16 bits, under autocast: the gradients come back before they are rounded.
     # The interpreter has no bfloat16; float16 goes the same way through the kernels.
-    monkeypatch.setattr(_launch, "CPU_ARCH", arch or 80)
+    monkeypatch.setattr(launch, "CPU_ARCH", arch or 80)
     dtype = torch.float16 if INTERPRET else torch.bfloat16
     scale, inputs = features(pairs, 64, stage, torch.float32, device)
     op, expected, inputs = call(loss, inputs)

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast.kernels import _launch, info_nce_loss, nt_xent_loss, reference
+from clipfast.kernels import info_nce_loss, launch, nt_xent_loss, reference
 from clipfast.kernels.contrastive import cpu, launches
 
 from ..conftest import DTYPES, INTERPRET
@@ -23,7 +23,7 @@ QUEUES = (1, 70, 64, 1, 150)  # by LOSS_SHAPES; 70 is past a tile of float32, 15
 def arch(request, monkeypatch):
     """Float32 with pointers and 16 bits with tensor descriptors; the other way is tested with the contrastive loss."""
     if INTERPRET and "dtype" in request.fixturenames:
-        monkeypatch.setattr(_launch, "CPU_ARCH", 90 if request.getfixturevalue("dtype").itemsize == 2 else 80)
+        monkeypatch.setattr(launch, "CPU_ARCH", 90 if request.getfixturevalue("dtype").itemsize == 2 else 80)
 
 
 def draws(shape, dtype):

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 
-from clipfast.kernels import _launch, configs, floors, layer_norm, reference
+from clipfast.kernels import configs, floors, launch, layer_norm, reference
 
 from ..conftest import DTYPES, INTERPRET
 from ..numerics import FORWARD, as_good_as_torch, compare, value_and_grads
@@ -204,8 +204,8 @@ def test_every_tensor_is_read_or_written_once(shape, residual, device, monkeypat
 def test_the_buffer_of_sums_does_not_grow_with_the_rows():
     for rows in (1, 3, 100000):
         x = torch.zeros(rows, 64, requires_grad=True)
-        with _launch.record_launches(90) as launches:
+        with launch.record_launches(90) as launches:
             layer_norm(x, torch.ones(64, requires_grad=True), torch.ones(64)).sum().backward()
         cfg = configs.row_config("layer_norm_bwd", 90, torch.float32, 64)
-        at_most = _launch.programs_at_once(x.device, cfg.num_warps, 128)
+        at_most = launch.programs_at_once(x.device, cfg.num_warps, 128)
         assert len(launches[-1].args["dw_ptr"]) == launches[-1].grid[0] <= at_most

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from clipfast.kernels import _launch, configs, floors, layer_norm, layer_norm_pair, reference
+from clipfast.kernels import configs, floors, launch, layer_norm, layer_norm_pair, reference
 
 from ..conftest import DTYPES, INTERPRET
 from ..numerics import FORWARD, GRADIENT, as_good_as_torch, compare, value_and_grads
@@ -225,8 +225,8 @@ def test_every_tensor_is_read_or_written_once(shape, device, monkeypatch):
 def test_the_buffer_of_sums_does_not_grow_with_the_rows():
     for rows in (1, 3, 100000):
         x = torch.zeros(rows, 64, requires_grad=True)
-        with _launch.record_launches(90) as launches:
+        with launch.record_launches(90) as launches:
             torch.cat(layer_norm_pair(x, *torch.ones(4, 64, requires_grad=True))).sum().backward()
         cfg = configs.row_config("layer_norm_pair_bwd", 90, torch.float32, 64)
-        at_most = _launch.programs_at_once(x.device, cfg.num_warps, 128)
+        at_most = launch.programs_at_once(x.device, cfg.num_warps, 128)
         assert len(launches[-1].args["sums_ptr"]) == launches[-1].grid[0] <= at_most

@@ -34,11 +34,10 @@ ARCHS = (80, 90, 100)
 def test_resources(case, arch, request):
     compiled = {}
     for key, launch in offline.named(offline.record(arch, CASES[case])).items():
-        resources = offline.compile_launch(launch, arch)
+        kernel = offline.compile_kernel(launch, arch)
+        resources = offline.resources(kernel)
         compiled[key] = dataclasses.asdict(resources)
-        found = offline.problems(
-            resources, arch, half=not case.endswith("fp32"), multiplies="PRECISION" in launch.constexprs
-        )
+        found = offline.problems(resources, arch, half=not case.endswith("fp32"), multiplies=offline.multiplies(kernel))
         known = known_problems(VERSION, arch, case)
         assert [problem for problem in found if problem not in known] == [], f"{case} {key} sm_{arch}"
     snapshot = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}

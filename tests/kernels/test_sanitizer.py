@@ -15,10 +15,10 @@ import triton.language as tl
 
 from clipfast import kernels
 from clipfast.kernels import (
-    _launch,
     attention,
     contrastive_loss,
     info_nce_loss,
+    launch,
     nt_xent_loss,
     patch_embed,
     reference,
@@ -26,10 +26,10 @@ from clipfast.kernels import (
     sigmoid_loss,
     text_embed,
 )
-from clipfast.kernels._launch import execute_on_cpu
 from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.configs import RowConfig, ShortConfig, config_key, override
 from clipfast.kernels.contrastive import launches
+from clipfast.kernels.launch import execute_on_cpu
 
 from ..conftest import INTERPRET, ON_GPU
 from ..numerics import compare, value_and_grads
@@ -121,7 +121,7 @@ def test_sigmoid_loss(shape, offset, dtype, sanitizer, monkeypatch):
 @pytest.mark.parametrize("scale", [50.0, 1e4], ids=["shared", "online"])
 def test_contrastive_value_through_descriptors(scale, sanitizer, monkeypatch):
     # ttsem does not bring back what is stored through a descriptor, so gradients cannot be checked; the interpreter can
-    monkeypatch.setattr(_launch, "CPU_ARCH", 90)
+    monkeypatch.setattr(launch, "CPU_ARCH", 90)
     inputs = loss_inputs((67, 40), torch.bfloat16, CPU, matched=0.3, scale=scale)
     truth = reference.contrastive_loss(**{name: x.double() for name, x in inputs.items()})
     torch.testing.assert_close(contrastive_loss(**inputs).double(), truth, rtol=1e-6, atol=0)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from clipfast.kernels import _launch, reference, sigmoid_loss
+from clipfast.kernels import launch, reference, sigmoid_loss
 from clipfast.kernels.contrastive import cpu, launches, sigmoid_launches
 from clipfast.kernels.contrastive.sigmoid_tiles import _log_1p, _probability
 
@@ -24,7 +24,7 @@ ONE = torch.tensor(1.0)
 def arch(request, monkeypatch):
     """With pointers, and with tensor descriptors."""
     if request.param:
-        monkeypatch.setattr(_launch, "CPU_ARCH", request.param)
+        monkeypatch.setattr(launch, "CPU_ARCH", request.param)
 
 
 def draws(shape):

@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from clipfast.kernels import _launch, configs, floors, reference, text_embed
+from clipfast.kernels import configs, floors, launch, reference, text_embed
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
@@ -98,7 +98,7 @@ def test_any_ids_in_chunks_of_any_size(chunk, device):
 def test_launches_grow_with_the_logarithm_of_the_rows():
     # 128 rows to a chunk leave 2: 1, 64, 64^2 chunks ...
     for batch, expected in {0: 1, 1: 1, 2: 2, 106: 2, 107: 3, 6808: 3, 6809: 4}.items():
-        with _launch.record_launches(90) as launches:
+        with launch.record_launches(90) as launches:
             text = torch.zeros(batch, 77, dtype=torch.int64)
             grad = torch.empty(batch, 77, 1, dtype=torch.bfloat16)
             torch.ops.clipfast.text_embed_bwd_token(grad, text, 8, torch.float32)

@@ -1,0 +1,26 @@
+"""Files that are replaced as a whole: a reader, or a kill at any moment, never meets half of one."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary path beside ``path``, then move the result into place.
+
+    Args:
+        path: the file to replace; its folder must exist.
+        write: writes the whole content to the path that it is given. If it raises, ``path`` stays as it was and the
+            temporary file is removed.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Replace ``path`` by a file that holds ``text``."""
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))

@@ -1,0 +1,68 @@
+"""Checks of an op's input. Each error names the op, the argument, what was expected and what came."""
+
+import torch
+from torch import Tensor
+
+from . import launch
+from .dtypes import FLOATS, dtype_name
+
+
+def check_float(op: str, name: str, tensor: Tensor) -> None:
+    """Refuse a floating dtype that the op's kernels cannot compute in where they would run.
+
+    Raises:
+        TypeError: bfloat16 under Triton's interpreter, or float64 anywhere but on the CPU path.
+    """
+    if launch.INTERPRET and tensor.dtype == torch.bfloat16:
+        raise TypeError(
+            f"{op}: {name} is bfloat16, which Triton's interpreter multiplies as raw bits: use float32 or float16"
+        )
+    on_cpu_path = tensor.device.type in ("cpu", "meta") and not launch.executes_on_cpu()
+    if tensor.dtype == torch.float64 and not on_cpu_path:
+        raise TypeError(f"{op}: {name} is float64, which only the CPU path and backend='torch' compute in")
+
+
+def check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None, *, also: tuple[torch.dtype, ...] = ()) -> None:
+    """Refuse anything but a tensor with ``ndim`` dimensions (None: one or more) whose dtype is floating or in ``also``.
+
+    Raises:
+        TypeError: not a tensor, or another dtype.
+        ValueError: another number of dimensions.
+    """
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(tensor).__name__}")
+    allowed = (*FLOATS, *also)
+    if tensor.dtype not in allowed:
+        raise TypeError(
+            f"{op}: {name} must be one of {', '.join(map(dtype_name, allowed))}, got {dtype_name(tensor.dtype)}"
+        )
+    if tensor.ndim != (ndim or max(1, tensor.ndim)):
+        expected = "one dimension or more" if ndim is None else f"{ndim} dimensions"
+        raise ValueError(f"{op}: {name} must have {expected}, got shape {tuple(tensor.shape)}")
+
+
+def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor whose device or dtype differs from that of ``other``.
+
+    Raises:
+        ValueError: another device.
+        TypeError: another dtype.
+    """
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}")
+    if tensor.dtype != other.dtype:
+        raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}, but {other_name} is {dtype_name(other.dtype)}")
+
+
+def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
+    """Refuse anything but a floating vector with one value for each element of the last dimension of ``x``.
+
+    Raises:
+        TypeError: not a tensor, or not floating.
+        ValueError: another size or another device.
+    """
+    check_tensor(op, name, tensor, 1)
+    if tensor.shape[0] != x.shape[-1] or tensor.device != x.device:
+        raise ValueError(
+            f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
+        )

@@ -1,0 +1,110 @@
+"""The one table of hardware: limits of GPU architectures, and published rates of cards.
+
+What a card reaches is taken from publications; nothing here was measured by this project.
+"""
+
+import dataclasses
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """Limits of one multiprocessor of an NVIDIA compute capability.
+
+    Source: CUDA C++ programming guide, "Compute capabilities" and "Throughput of native arithmetic instructions".
+
+    Attributes:
+        shared_bytes: shared memory of a multiprocessor.
+        block_shared_bytes: shared memory that one block may ask for.
+        matrix_unit: the PTX instruction of the tensor cores that half-precision products must reach.
+        matrix_rate: dense multiply-adds per clock by operand type. They follow from the data sheets' peak rates (A100
+            SXM: 312 TFLOP/s, 108 multiprocessors, 1.41 GHz; H100 SXM: 989, 132, 1.83; B200: 2250, 148, 1.85).
+        warp_matrix_share: the part of that rate that mma.sync reaches; None where nothing is published. On Hopper 63%
+            was measured (arXiv:2402.13499, arXiv:2501.12084), and two thirds stand here.
+        exp_rate: results of the exponential unit per clock.
+        fp32_rate: float32 results per clock.
+        multiprocessors: their number on the card that launches are recorded for.
+        registers: 32-bit registers of a multiprocessor.
+        warps: resident warps at most.
+        blocks: resident blocks at most.
+        tensor_columns: columns of tensor memory.
+    """
+
+    shared_bytes: int
+    block_shared_bytes: int
+    matrix_unit: str
+    matrix_rate: dict[str, int]
+    warp_matrix_share: float | None
+    exp_rate: int
+    fp32_rate: int
+    multiprocessors: int
+    registers: int = 65536
+    warps: int = 64
+    blocks: int = 32
+    tensor_columns: int = 512
+
+
+ARCHITECTURES = {
+    80: Architecture(167936, 166912, "mma.sync", {"fp16": 1024, "bf16": 1024, "tf32": 512}, 1.0, 16, 64, 108),
+    90: Architecture(
+        233472, 232448, "wgmma.mma_async", {"fp16": 2048, "bf16": 2048, "tf32": 1024, "fp8": 4096}, 2 / 3, 16, 128, 132
+    ),
+    100: Architecture(
+        233472, 232448, "tcgen05.mma", {"fp16": 4096, "bf16": 4096, "tf32": 2048, "fp8": 8192}, None, 16, 128, 148
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Card:
+    """Published rates of a GPU and of the links that it comes with, SXM versions.
+
+    Attributes:
+        name: part of the name that the driver gives.
+        arch: compute capability, 90 for sm_90.
+        half_peak: dense products of bfloat16 and float16 by the data sheet, FLOP/s.
+        single_peak: float32 products without TF32 by the data sheet, FLOP/s.
+        half_reached: the share of ``half_peak`` that large products reach: the best of ``torch.matmul`` in the MAMF
+            table of Stas Bekman's "Machine Learning Engineering Open Book".
+        single_reached: the share of ``single_peak`` that is assumed.
+        memory_bytes: size of the memory.
+        memory_bytes_per_s: bandwidth of the memory.
+        link_bytes_per_s: NVLink to other GPUs of the node, in one direction.
+        network_bytes_per_s: one adapter for each GPU to other nodes: 200 Gbit/s (DGX A100) or 400 Gbit/s.
+    """
+
+    name: str
+    arch: int
+    half_peak: float
+    single_peak: float
+    half_reached: float
+    single_reached: float
+    memory_bytes: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    network_bytes_per_s: float
+
+    @property
+    def multiprocessors(self) -> int:
+        """The number of multiprocessors."""
+        return ARCHITECTURES[self.arch].multiprocessors
+
+    def peak(self, *, half: bool) -> float:
+        """Dense FLOP/s by the data sheet, for 16-bit or for float32 products."""
+        return self.half_peak if half else self.single_peak
+
+    def reached(self, *, half: bool) -> float:
+        """FLOP/s that large products reach, for 16-bit or for float32 products."""
+        return self.half_peak * self.half_reached if half else self.single_peak * self.single_reached
+
+
+CARDS = {
+    "a100": Card("A100-SXM", 80, 312e12, 19.5e12, 0.8587, 0.80, 80e9, 2039e9, 300e9, 25e9),
+    "h100": Card("H100 80GB HBM3", 90, 989.4e12, 67e12, 0.8030, 0.80, 80e9, 3350e9, 450e9, 50e9),
+    "h200": Card("H200", 90, 989.4e12, 67e12, 0.8030, 0.80, 141e9, 4800e9, 450e9, 50e9),
+    "b200": Card("B200", 100, 2250e12, 75e12, 0.7756, 0.80, 180e9, 7700e9, 900e9, 50e9),
+}
+
+
+def card_named(gpu: str) -> Card | None:
+    """Return the card whose driver name is part of ``gpu``, or None where the table does not have it."""
+    return next((card for card in CARDS.values() if card.name in gpu), None)

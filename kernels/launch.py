@@ -1,0 +1,142 @@
+"""The one place where a kernel starts.
+
+Every kernel of the package starts through :func:`launch`, so that a tool can see them all. :func:`record_launches`
+collects what an op would launch on a given architecture, without a GPU; the offline compiler compiles exactly that.
+"""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+import triton
+
+from .hardware import ARCHITECTURES
+
+# Triton decides when a kernel is decorated whether it will be interpreted, so the answer is fixed for this process.
+INTERPRET: bool = triton.knobs.runtime.interpret
+# Interpreted kernels take the configurations of this architecture; tests set another one.
+CPU_ARCH = 80
+# On a CPU, kernels that walk rows are launched as if there were this few multiprocessors: then even a small test has
+# more rows than programs.
+CPU_MULTIPROCESSORS = 2
+
+_execute_on_cpu = INTERPRET
+_recorder: "_Recorder | None" = None
+
+
+class LaunchConfig(Protocol):
+    """The compile options that :func:`launch` reads from a configuration."""
+
+    @property
+    def num_warps(self) -> int:
+        """Warps of a program."""
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the software pipeline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch: the kernel, its arguments by name, and its compile options."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constexprs: dict[str, Any]
+    options: dict[str, Any]
+
+
+@dataclasses.dataclass
+class _Recorder:
+    arch: int
+    launches: list[Launch]
+
+
+@contextlib.contextmanager
+def record_launches(arch: int) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, configured for compute capability ``arch`` (90 for sm_90)."""
+    global _recorder
+    outer, _recorder = _recorder, _Recorder(arch, [])
+    try:
+        yield _recorder.launches
+    finally:
+        _recorder = outer
+
+
+@contextlib.contextmanager
+def execute_on_cpu() -> Iterator[None]:
+    """Launch the Triton kernels for CPU tensors too; this is for tools that take over the launch."""
+    global _execute_on_cpu
+    outer, _execute_on_cpu = _execute_on_cpu, True
+    try:
+        yield
+    finally:
+        _execute_on_cpu = outer
+
+
+def executes_on_cpu() -> bool:
+    """Return whether kernels really run for CPU tensors: interpreted, or by a tool that took over the launch."""
+    return _execute_on_cpu
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Return whether a Triton kernel can be launched for tensors on ``device``."""
+    return device.type == "cuda" or (device.type == "cpu" and (_execute_on_cpu or _recorder is not None))
+
+
+def arch_of(device: torch.device) -> int:
+    """Return the compute capability that configurations are looked up for, as ``10 * major + minor``.
+
+    Raises:
+        RuntimeError: a GPU that is too old for the kernels.
+    """
+    if _recorder is not None:
+        return _recorder.arch
+    if device.type != "cuda":
+        return CPU_ARCH
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        name = torch.cuda.get_device_name(device)
+        raise RuntimeError(f"the kernels need compute capability 8.0, {name} has {major}.{minor}: use backend='torch'")
+    return 10 * major + minor
+
+
+def programs_at_once(device: torch.device, num_warps: int, registers: int) -> int:
+    """Return how many programs run at once if each thread takes ``registers``.
+
+    A kernel that walks rows is given this many programs. More of them would load its parameters again, and would leave
+    more partial sums to add up.
+    """
+    per_multiprocessor = max(1, ARCHITECTURES[80].registers // (32 * num_warps * registers))
+    return multiprocessors(device, CPU_MULTIPROCESSORS) * per_multiprocessor
+
+
+@functools.cache
+def multiprocessors(device: torch.device, on_cpu: int) -> int:
+    """Return the number of multiprocessors of a GPU; for the CPU, where kernels are interpreted or recorded,
+    ``on_cpu``.
+    """
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
+
+
+def launch(
+    kernel: Any, grid: tuple[int, ...], *args: Any, config: LaunchConfig, device: torch.device, **constexprs: Any
+) -> None:
+    """Start ``kernel`` on ``device``; an empty grid starts nothing.
+
+    FP fusion is set explicitly: its default differs between Triton versions, and the last bits of the results with it.
+    """
+    if 0 in grid:
+        return
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if _recorder is not None:
+        named = dict(zip(kernel.arg_names, args, strict=False))
+        _recorder.launches.append(Launch(kernel, grid, named, constexprs, options))
+        return
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        kernel[grid](*args, **constexprs, **options)
