@@ -24,13 +24,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import reference
-from .backends import outside_autocast, uses_reference
-from .checks import check_float, check_tensor
-from .common import as_rows
-from .configs import row_config
-from .dtypes import accumulate_dtype, autocast_dtype, dtype_name
-from .launch import arch_of, launch, programs_at_once, triton_runs_on
+from .. import reference
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_tensor
+from ..common import as_rows
+from ..configs import row_config
+from ..dtypes import accumulate_dtype, autocast_dtype, dtype_name
+from ..launch import arch_of, launch, programs_at_once, triton_runs_on
 
 FWD_REGISTERS = 64  # of a thread, about
 

@@ -1,0 +1,153 @@
+"""The specification of the text embedding: sizes, inputs, cases, floor, and what ships."""
+
+import dataclasses
+from contextlib import AbstractContextManager
+
+import torch
+
+from .. import reference
+from ..configs import RowConfig, config_key, override
+from ..spec import (
+    CPU,
+    CUDA,
+    DETERMINISM,
+    EXPANDED,
+    EXTREME,
+    INTERPRETER,
+    NOT_INTERPRETED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    on,
+)  # fmt: skip
+from .op import text_embed
+
+
+@dataclasses.dataclass(frozen=True)
+class TextShape(Shape):
+    """Ids [batch, tokens] of a table [vocab, width]."""
+
+    batch: int
+    tokens: int
+    vocab: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of the result or of the table, whichever is larger."""
+        return max(self.batch * self.tokens, self.vocab) * self.width
+
+
+WORDS = 10  # of a padded text; the rest is id 0
+
+
+def make(shape: TextShape, values: str, draw: Draw) -> Call:
+    """Make random ids, a table and positions; ``values`` says which ids there are."""
+    text = draw.integers(0, shape.vocab, shape.batch, shape.tokens)
+    if values == "one id":
+        text.fill_(shape.vocab - 1)
+    elif values == "padded":
+        text[:, WORDS:] = 0
+    elif values == "all different":
+        text = draw.subsets(1, shape.vocab, text.numel()).view_as(text)
+    inputs = {
+        "text": text,
+        "token_embedding": draw.normal(shape.vocab, shape.width),
+        "positional_embedding": draw.normal(shape.tokens, shape.width),
+    }
+    return Call(inputs, (draw.normal(shape.batch, shape.tokens, shape.width),))
+
+
+def floor(shape: TextShape, itemsize: int, backward: bool) -> Floor:
+    """Count each token as another row of the table. Backward reads the gradient twice, for two sums that take it in
+    different orders.
+    """
+    ids, elements = 8 * shape.batch * shape.tokens, shape.batch * shape.tokens * shape.width
+    positions = shape.tokens * shape.width * itemsize
+    if backward:
+        table = shape.vocab * shape.width * itemsize
+        return Floor(2 * elements, ids + 2 * elements * itemsize + positions + table)
+    return Floor(elements, ids + 2 * elements * itemsize + positions)
+
+
+def small_chunks(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Sum chunks of 4 rows and 16 columns, so that a few rows take several launches."""
+    return override(config_key("text_embed_bwd", dtype), RowConfig(4, 16, num_warps=1, num_stages=2))
+
+
+CASES = [
+    Case(TextShape(4, 77, 49408, 512), "B's texts", on(CUDA)),
+    Case(TextShape(3, 77, 49408, 1280), "bigG/14's texts", NOT_INTERPRETED),
+    Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", on(CPU, INTERPRETER), quick=True),
+    Case(TextShape(512, 77, 49408, 768), "L/14's texts, a batch", on(CUDA)),
+    Case(TextShape(4096, 77, 49408, 512), "B's texts, a large batch: four launches", on(CUDA)),
+    # nasty ones
+    Case(TextShape(1, 1, 1, 1), "one of everything", sanitize=True),
+    Case(TextShape(67, 1, 7, 24), "one position; every id in many texts"),
+    Case(TextShape(11, 7, 5, 40), "several chunks of the sums, the last one short", sanitize=True),
+    Case(TextShape(3, 7, 1, 8), "one row for all"),
+    Case(TextShape(13, 11, 5, 63), "more tokens than a chunk of the sums, few ids; an odd width", quick=True),
+    Case(TextShape(3, 9, 50, 24), "more ids than tokens", sanitize=True),
+    Case(TextShape(2, 77, 200, 40), "past a tile of positions"),
+    Case(TextShape(3, 8, 50, 300), "exactly a tile of positions; the width is past a tile"),
+    Case(TextShape(40, 3, 11, 12), "more texts than programs"),
+    Case(TextShape(0, 9, 5, 16), "no texts: gradients are zero"),
+    # layouts
+    Case(TextShape(3, 7, 11, 24), "last axis first", layout="transposed"),
+    Case(TextShape(3, 7, 11, 24), "every second element of a wider tensor", layout="sliced", quick=True),
+    Case(TextShape(3, 7, 11, 24), "one element past an aligned address", layout="offset"),
+    Case(TextShape(3, 7, 11, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(TextShape(40, 7, 11, 24), "one id everywhere", check=EXTREME, values="one id", quick=True),
+    Case(TextShape(9, 77, 1000, 24), "mostly padding", check=EXTREME, values="padded", quick=True),
+    Case(TextShape(9, 77, 693, 24), "every id once", check=EXTREME, values="all different"),
+    # repeats
+    Case(TextShape(64, 77, 1000, 96), "ids in many texts, two threads", on(CPU), DETERMINISM, quick=True),
+    Case(TextShape(4096, 77, 49408, 512), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+]
+
+SPECS = (
+    OpSpec(
+        op=text_embed,
+        reference=reference.text_embed,
+        make=make,
+        cases=CASES,
+        small=(TextShape(2, 5, 7, 12),),
+        category="patch, text input",
+        kernels=("_text_embed_fwd_kernel", "_segment_sums_kernel"),
+        suite="text",
+        floor=floor,
+        bench={
+            "cpu": tuple(TextShape(32, 77, 49408, width) for width in (512, 768, 1024)),
+            "cuda": tuple(TextShape(1024, 77, 49408, width) for width in (512, 768, 1024)),
+        },
+        bench_values="padded",
+        items=("batch", "texts"),
+        # a table in float32 under autocast, as in training, of B, L and bigG; 128 texts take all three kinds of launch
+        shipped=(
+            *(
+                Shipped(f"fp32 table N{width}", TextShape(128, 77, 49408, width), autocast=True)
+                for width in (512, 768, 1280)
+            ),
+            Shipped("N768", TextShape(128, 77, 49408, 768)),
+            Shipped("N512", TextShape(128, 77, 49408, 512), ("fp32",)),
+        ),
+        targets=(
+            Target(
+                "text_embed",
+                TextShape(1024, 77, 49408, 512),
+                (
+                    Tunable("text_embed_bwd", "_segment_sums_kernel", RowConfig),
+                    Tunable("text_embed_fwd", "_text_embed_fwd_kernel", RowConfig),
+                ),
+            ),
+        ),
+        small_tiles=small_chunks,
+    ),
+)
