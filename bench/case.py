@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from clipfast.kernels.dtypes import DTYPES
-from clipfast.kernels.floors import Floor
+from clipfast.kernels.spec import Floor
 
 __all__ = [
     "DTYPES", "OURS", "AnyFunction", "Candidate", "Case", "Function", "Inputs", "MissingError", "Results", "call",
-    "observe", "require_cuda", "short", "without_grads",
+    "observe", "require_cuda", "short",
 ]  # fmt: skip
 
 OURS = "clipfast"
@@ -21,7 +21,7 @@ Function = Callable[..., Tensor]
 Results = Tensor | tuple[Tensor, Tensor]
 # Of one result or of two.
 AnyFunction = Callable[..., Results]
-# What the inputs call the gradient of each result, and what the result is called.
+# The names of each result's gradient among the inputs, which no candidate is called with, and of each result.
 GRADS, VALUES = ("grad", "grad_2"), ("value", "value_2")
 
 
@@ -95,22 +95,14 @@ class Case:
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
 
 
-def without_grads(function: AnyFunction) -> AnyFunction:
-    """``function`` as a case calls it: no op takes the gradients of its results, which the inputs of the case carry."""
-
-    def run(grad: Tensor, grad_2: Tensor | None = None, **inputs: Tensor) -> Results:  # noqa: ARG001
-        return function(**inputs)
-
-    return run
-
-
 def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
     """One call: the value or values, and gradients as ``d_<name>`` where the case asks for them and the candidate has
     them.
     """
     wanted = [name for name in case.wants_grad if name not in candidate.lacks]
+    arguments = {name: x for name, x in inputs.items() if name not in GRADS}
     with candidate.context():
-        results = function(**inputs)
+        results = function(**arguments)
         values = results if isinstance(results, tuple) else (results,)
         if not wanted:
             return dict(zip(VALUES, values, strict=False))

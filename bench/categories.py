@@ -10,6 +10,8 @@ import functools
 import re
 from collections.abc import Sequence
 
+from clipfast.kernels.spec import specs
+
 GEMM, ATTENTION, NORM, CONVOLUTION, INPUT = "GEMM", "attention", "norm, activation", "convolution", "patch, text input"
 LOSS, OPTIMIZER, COPIES, OTHER = "loss", "optimizer", "copies, elementwise", "other"
 DATA, HOST = "data", "host"
@@ -27,11 +29,10 @@ def _rules(*rules: tuple[str, str]) -> Rules:
 
 # Ops that take all that happens in them, the outermost first.
 OWNERS = _rules(
-    (LOSS, rf"^{LOSS_RANGE}$|clipfast(::|_)(contrastive|sigmoid|info_nce|nt_xent)"),
+    (LOSS, rf"^{LOSS_RANGE}$"),
     (OPTIMIZER, r"^Optimizer\.step"),
-    (ATTENTION, r"clipfast(::|_)attention|scaled_dot_product|ScaledDotProduct|_(flash|efficient|cudnn)_attention"),
-    (NORM, r"clipfast(::|_)(layer_norm|bias_act)"),
-    (INPUT, r"clipfast(::|_)(patch_embed|text_embed)"),
+    (ATTENTION, r"scaled_dot_product|ScaledDotProduct|_(flash|efficient|cudnn)_attention"),
+    *((spec.category, rf"clipfast(::|_){spec.torch_op or spec.name}") for spec in specs().values()),
 )
 _ATEN = {
     GEMM: r"(addmm|mm|bmm|baddbmm|addmv|mv|dot|_addmm_activation|_scaled_mm)_?",
@@ -78,10 +79,7 @@ FUSED = _rules(
 )
 # Kernels by name: ours first, then libraries', the more special before the more general.
 KERNELS = _rules(
-    (LOSS, r"^_(online_)?(stats|merge|grad_tile|products|normalize|finish|sigmoid_sums|sigmoid_grad_tile)_kernel"),
-    (ATTENTION, r"^_(short|looped|two_phase|pool|attention|attention_pool)_\w*kernel"),
-    (NORM, r"^_(layer_norm|bias_act)\w*_kernel"),
-    (INPUT, r"^_(patch_embed|text_embed|token_of_position|segment_sums)\w*_kernel"),
+    *((spec.category, rf"^({'|'.join(spec.kernels)})$") for spec in specs().values()),
     (DATA, r"(?i)memcpy *(HtoD|host *to *device)"),
     (COPIES, r"(?i)^(memcpy|memset)"),
     (LOSS, r"(?i)nll_?loss|log_?softmax|cross_?entropy"),

@@ -10,15 +10,17 @@ import torch
 
 from . import results, tables, tune
 from .case import DTYPES
+from .categories import INPUT, LOSS, NORM
 from .harness import Budget
 from .machine import use
 from .suites import SUITES, Shape, build
 
+_OPS = {name: suite.op for name, suite in SUITES.items() if suite.op is not None}
 # What one name stands for.
 GROUPS = {
-    "ops": ("loss", "attention", "patch", "retrieval"),
-    "losses": ("loss", "sigmoid", "info_nce", "nt_xent"),
-    "blocks": ("layer_norm", "layer_norm_pair", "bias_act", "attention_pool", "text"),
+    "ops": tuple(_OPS),
+    "losses": tuple(name for name, op in _OPS.items() if op.category == LOSS),
+    "blocks": tuple(name for name, op in _OPS.items() if op.category in (NORM, INPUT)),
 }
 DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
@@ -172,8 +174,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Sha
     for suite in chosen:
         default = [SUITES[suite].smallest] if args.smoke else SUITES[suite].shapes(device.type)
         shapes = [_parse_shape(suite, text) for text in args.shape] or default
-        # what does no arithmetic in floating point has one dtype
-        for dtype in ["fp32"] if suite in ("data", "tokenizer") else dtypes:
+        for dtype in SUITES[suite].dtypes or dtypes:
             plan += [(suite, shape, dtype) for shape in shapes]
     for case in plan:
         build(*case, device)

@@ -16,21 +16,24 @@ import json
 import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from clipfast.files import replace_text
 from clipfast.kernels import configs
+from clipfast.kernels.configs import Config
+from clipfast.kernels.spec import Target, Tunable
 
-from .case import DTYPES, OURS, Candidate, Case, Inputs, call, short
+from .case import DTYPES, OURS, Candidate, Case, call, short
 from .harness import Budget, Timing, leaves, measure, ratio_interval
 from .inspection import Report, inspect_launch, offline
 from .inspection.shipped import small_tile_problems
 from .machine import use
 from .suites import Shape, build
-from .tune_targets import TARGETS, Config, Target, Tunable, key_of, space
+from .tune_targets import TARGETS, key_of, space
 
 # An error may not grow by more than this when sums are taken in another order.
 ERROR_GROWTH = 1.5
@@ -88,7 +91,7 @@ def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Co
     Raises:
         RuntimeError: the op does not launch this kernel.
     """
-    case = build(target.suite, _small(target.shape), dtype, torch.device("cpu"))
+    case = build(_suite(target), _small(target.shape.to_dict()), dtype, torch.device("cpu"))
     with configs.override(key_of(tunable, target, dtype), config):
         launches = offline.record(arch, functools.partial(_once, case))
     ours = [launch for launch in launches if launch.kernel.__name__ == tunable.function]
@@ -112,7 +115,7 @@ def tune(
     Yields:
         after each kernel, its entry's key and what is faster, or None if the committed configuration stays.
     """
-    target, arch = TARGETS[op], _table_arch(device)
+    (_, target), arch = TARGETS[op], _table_arch(device)
     better: dict[str, Config] = {}
     for tunable in target.kernels:
         key = key_of(tunable, target, dtype)
@@ -159,9 +162,7 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(configs.read_table(arch))
     table |= {key: dataclasses.asdict(config) for key, config in entries.items()}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())]
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text("{\n" + ",\n".join(lines) + "\n}\n")
-    os.replace(scratch, path)
+    replace_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
 
 
@@ -222,7 +223,7 @@ def add_arguments(parser: Any) -> None:
 def _print_ranking(
     op: str, dtype: str, arch: int, keep: int, limit: int | None, pool: concurrent.futures.Executor
 ) -> None:
-    target = TARGETS[op]
+    _, target = TARGETS[op]
     for tunable in target.kernels:
         committed = _committed(tunable, arch, target, dtype)
         searched = list(space(tunable))
@@ -240,11 +241,7 @@ def say(text: str) -> None:
 
 
 def _case(target: Target, dtype: str, device: torch.device, key: str, candidates: Sequence[Config]) -> Case:
-    case = build(target.suite, target.shape, dtype, device)
-    if target.logit_scale is not None:
-        drawn = (case.inputs, case.gate_inputs or case.inputs)
-        inputs, gate_inputs = (functools.partial(_with_scale, draw, target.logit_scale) for draw in drawn)
-        case = dataclasses.replace(case, inputs=inputs, gate_inputs=gate_inputs)
+    case = build(_suite(target), target.shape.to_dict(), dtype, device)
     ours = next(c for c in case.candidates if c.name == OURS)
     changed = [
         Candidate(str(config), ours.make, context=functools.partial(configs.override, key, config))
@@ -253,9 +250,9 @@ def _case(target: Target, dtype: str, device: torch.device, key: str, candidates
     return dataclasses.replace(case, candidates=(ours, *changed))
 
 
-def _with_scale(draw: Callable[[], Inputs], logit_scale: float) -> Inputs:
-    inputs = draw()
-    return {**inputs, "logit_scale": torch.full_like(inputs["logit_scale"], logit_scale)}
+def _suite(target: Target) -> str:
+    spec, _ = TARGETS[target.name]
+    return spec.suite_name
 
 
 def _less_accurate(timing: Timing, committed: Timing) -> bool:

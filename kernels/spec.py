@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,26 +45,6 @@ class Shape:
         """The number of elements of the largest tensor that the reference makes."""
         raise NotImplementedError
 
-    @classmethod
-    def from_mapping(cls, sizes: Mapping[str, int | float | bool]) -> Self:
-        """Make a shape from sizes by name.
-
-        Raises:
-            ValueError: a name that the shape does not have, one that is missing, or a value of another type.
-        """
-        fields = {field.name: field for field in dataclasses.fields(cls)}
-        required = {name for name, field in fields.items() if field.default is dataclasses.MISSING}
-        if not required <= set(sizes) <= set(fields):
-            example = " ".join(f"{name}={field.type}" for name, field in fields.items())
-            raise ValueError(f"a shape looks like {example!r}, got {dict(sizes)!r}")
-        for name, value in sizes.items():
-            kind = fields[name].type
-            if kind in (int, int | None) and (type(value) is not int or value < 1):
-                raise ValueError(f"{name} must be a positive whole number, got {value!r}")
-            if kind is bool and type(value) is not bool:
-                raise ValueError(f"{name} must be True or False, got {value!r}")
-        return cls(**sizes)
-
     def to_dict(self) -> dict[str, int | float | bool]:
         """Return the sizes by name, without those that have their usual value."""
         return {
@@ -90,7 +70,7 @@ class Draw:
 
     def __init__(self, seed: int = 0, device: torch.device | str = "cpu", *, empty: bool = False) -> None:
         self.device, self.empty = torch.device(device), empty
-        self._generator = torch.Generator(self.device).manual_seed(seed)
+        self._generator = None if empty else torch.Generator(self.device).manual_seed(seed)
 
     def normal(self, *size: int) -> Tensor:
         """Draw from the standard normal distribution, float32."""
@@ -276,6 +256,7 @@ class OpSpec:
         shipped: calls that the offline compiler compiles.
         targets: what the tuner tunes.
         small_tiles: overrides configurations so that a small case has several tiles or blocks.
+        fused: PyTorch's fused implementation, which is a second yardstick for cases that cancel.
     """
 
     op: Callable[..., Any]
@@ -298,11 +279,17 @@ class OpSpec:
     shipped: tuple[Shipped, ...] = ()
     targets: tuple[Target, ...] = ()
     small_tiles: Callable[[torch.dtype], AbstractContextManager[object]] = no_overrides
+    fused: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
         """The name of the public function."""
         return self.op.__name__
+
+    @property
+    def suite_name(self) -> str:
+        """The name of its benchmarks."""
+        return self.suite or self.name
 
     def call(self, shape: Shape, values: str, draw: Draw, dtype: torch.dtype) -> Call:
         """Make the arguments at a shape, with floating tensors in ``dtype`` where they do not stay float32."""

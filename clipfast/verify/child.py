@@ -15,7 +15,7 @@ import threading
 from collections.abc import Iterator
 from typing import IO, Any
 
-from .cases import INTERPRETER
+from ..kernels.spec import INTERPRETER
 from .report import FAIL, Row
 
 PROGRAM = "from clipfast.verify.child import main; main()"

@@ -28,7 +28,9 @@ exit code: 0 all that ran passed, 1 something failed, 2 bad arguments, 130 inter
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand. Names are checked when it runs, so that ``--help`` imports nothing."""
+    """Add the subcommand."""
+    from .options import OPS
+
     parser = commands.add_parser(
         "verify",
         help="check the numerics of kernels, model and training",
@@ -38,9 +40,7 @@ def add_parser(commands: Any) -> None:
     )
     several = {"nargs": "+", "action": "extend"}
     parser.add_argument(
-        "--op", **several, metavar="OP", help="contrastive_loss, sigmoid_loss, info_nce_loss, nt_xent_loss, "
-        "attention, patch_embed, text_embed, layer_norm, layer_norm_pair, bias_gelu, bias_quick_gelu, "
-        "attention_pool, model, curve (default: all)",
+        "--op", **several, metavar="OP", help=f"what to check: {', '.join(OPS)} (default: all)"
     )  # fmt: skip
     parser.add_argument("--model", **several, metavar="NAME", help="models for the model check (default: ViT-T-8-32)")
     parser.add_argument("--dtype", **several, metavar="DTYPE", help="fp32, fp16, bf16 (default: all)")

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import contrastive_loss
+from ..kernels.spec import CUDA
 from ..models import CLIP, get_model_config
 from ..training.optim import adamw, cosine_lr
-from .cases import CUDA
 from .context import exact_float32
 from .options import CURVE
 from .report import FAIL, PASS, Row

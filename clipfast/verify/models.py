@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from ..factory import create_model
 from ..kernels import contrastive_loss, reference
 from ..kernels.reference import normalize_uint8
+from ..kernels.spec import ACCURACY, CUDA
 from ..models import CLIP
 from . import hf
-from .cases import ACCURACY, CUDA
 from .context import exact_float32, poisoned
 from .ops import MANY_DRAWS, TORCH_DTYPES
 from .options import HF, MODEL, OPENCLIP

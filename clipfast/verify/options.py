@@ -7,15 +7,16 @@ from typing import Any
 
 import torch
 
+from ..kernels.dtypes import DTYPES as DTYPES_BY_NAME
+from ..kernels.dtypes import dtype_name
+from ..kernels.spec import LEGS, specs
 from ..models import list_models
-from .cases import LEGS
-from .shapes import CASES
 
 MODEL, CURVE = "model", "curve"
 OPENCLIP, HF = "openclip", "hf"
-OPS = (*CASES, MODEL, CURVE)
-DTYPES = ("float32", "float16", "bfloat16")
-DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"} | {name: name for name in DTYPES}
+OPS = (*specs(), MODEL, CURVE)
+DTYPES = tuple(map(dtype_name, DTYPES_BY_NAME.values()))
+DTYPE_NAMES = {short: dtype_name(dtype) for short, dtype in DTYPES_BY_NAME.items()} | {name: name for name in DTYPES}
 # Module that each peer is imported as, and how it is installed.
 PEERS = {OPENCLIP: ("open_clip", "open-clip-torch==3.3.0"), HF: ("transformers", "transformers")}
 DEFAULT_MODEL = "ViT-T-8-32"

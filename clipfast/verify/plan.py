@@ -7,7 +7,7 @@ from functools import partial
 import torch
 
 from ..kernels.launch import INTERPRET
-from .cases import ACCURACY, CPU, CUDA, INTERPRETER
+from ..kernels.spec import ACCURACY, CPU, CUDA, INTERPRETER, specs
 from .curve import MODEL_NAME, verify_curve
 from .models import verify_model
 from .ops import planned, verify_case
@@ -47,7 +47,7 @@ def checks(options: Options, leg: str) -> list[Check]:
             found += [
                 Check(
                     Row(op, leg, case.check, case.name, dtype, why=case.why),
-                    partial(verify_case, op, leg, case, dtype, quick=options.quick),
+                    partial(verify_case, specs()[op], leg, case, dtype, quick=options.quick),
                 )
                 for case, dtype in planned(op, leg, dtypes, quick=options.quick)
             ]

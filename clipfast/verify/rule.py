@@ -7,6 +7,7 @@ error, so neither one wrong value among many nor a small bias of all of them get
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,9 @@ def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgemen
         return Judgement(fault=f"dtype {ours.dtype}, expected {same_dtype.dtype}")
     if ours.numel() == 0:
         return Judgement(note="empty")
+    if not ours.is_floating_point():
+        wrong = int((ours != truth).sum())
+        return Judgement(fault=f"{wrong} of {ours.numel()} values differ" if wrong else "", note="exact")
     for name, where in (("NaN", torch.isnan), ("infinity", torch.isposinf), ("minus infinity", torch.isneginf)):
         if not torch.equal(where(ours), where(truth)):
             return Judgement(fault=f"{name} in other places than in the truth")
@@ -172,17 +176,29 @@ def _judge(draws: Sequence[Draw]) -> dict[str, Judgement]:
     return judge_draws(ours, same_dtype, truth)
 
 
-def value_and_grads(fn: Callable[..., Tensor], inputs: Mapping[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
-    """``fn`` of ``inputs``, and the gradients of those that are floating: ``{"value": ..., "d_<name>": ...}``.
+def value_and_grads(
+    fn: Callable[..., Any], inputs: Mapping[str, Tensor], grads: Tensor | Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Compute the results of ``fn`` and the gradients of its floating inputs.
+
+    Args:
+        fn: returns a tensor or a tuple of tensors; it is called with ``inputs`` by name.
+        inputs: they keep the memory layout that they have.
+        grads: a gradient for each result, cast to its dtype; an empty sequence for a function without gradients.
+
+    Returns:
+        ``{"value": ..., "value_2": ..., "d_<name>": ...}``.
 
     Raises:
         RuntimeError: an input that gets no gradient.
     """
-    # A detached view keeps the layout that a check asks for.
-    leaves = {name: x.detach().requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
-    value = fn(**leaves)
-    value.backward(grad.to(value))
-    results = {VALUE: value.detach()}
+    upstream = (grads,) if isinstance(grads, Tensor) else tuple(grads)
+    leaves = {name: x.detach().requires_grad_(bool(upstream) and x.is_floating_point()) for name, x in inputs.items()}
+    found = fn(**leaves)
+    values = found if isinstance(found, tuple) else (found,)
+    results = {f"{VALUE}_{i + 1}" if i else VALUE: value.detach() for i, value in enumerate(values)}
+    if upstream:
+        torch.autograd.backward(values, [grad.to(value) for grad, value in zip(upstream, values, strict=True)])
     for name, leaf in leaves.items():
         if leaf.requires_grad:
             if leaf.grad is None:

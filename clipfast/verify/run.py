@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .cases import CUDA
+from ..kernels.spec import CUDA
 from .child import groups_of_child
 from .ops import timed
 from .options import Options

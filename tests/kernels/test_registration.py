@@ -2,81 +2,99 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast.kernels import contrastive_loss
 
-from ..conftest import INTERPRET, LEG
+from ..conftest import INTERPRET, LEG, OnlyMeta
 from ..numerics import value_and_grads
-from .cases import small_calls, strided
-
-OPS = list(small_calls(torch.float32, torch.device("cpu")))
-each_op = pytest.mark.parametrize("name", OPS)
+from .conftest import CALLS, call_of, each_call, each_gradient, leaves_of, tuple_of
 
 
-NORMALISATION = ([0.5, 0.4, 0.3], [0.2, 0.3, 0.4], torch.float32)
+class Recorded(TorchDispatchMode):
+    """Remembers the calls of our registered ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "clipfast":
+            self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
-@each_op
-def test_opcheck(name, device):
-    _, inputs, _ = small_calls(torch.float32, device)[name]
-    overloads = {
-        "contrastive_loss": ("contrastive_fwd", lambda x: (*x.values(), 0, True, True, torch.float32, False)),
-        "info_nce_loss": ("info_nce_fwd", lambda x: (*x.values(), True, True, torch.float32)),
-        "nt_xent_loss": ("nt_xent_fwd", lambda x: (*x.values(), True, torch.float32)),
-        "sigmoid_loss": ("sigmoid_fwd", lambda x: (*x.values(), 0, True, torch.float32)),
-        "attention": (
-            "attention_fwd",
-            lambda x: (
-                x["qkv"],
-                torch.ones(48, device=device),
-                torch.tensor([9, 3], dtype=torch.int32, device=device),
-                2,
-                True,
-                0.5,
-            ),
-        ),
-        "attention_qkv": (
-            "attention_qkv_fwd",
-            lambda x: (*x.values(), torch.tensor([9, 3], dtype=torch.int32, device=device), False, 0.5),
-        ),
-        "attention_pool": ("attention_pool_fwd", lambda x: (*x.values(), None)),
-        "attention_pool of lengths": ("attention_pool_fwd", lambda x: (*x.values(),)),
-        "layer_norm": ("layer_norm_fwd", lambda x: (x["x"], None, x["weight"], x["bias"], 1e-5)),
-        "layer_norm of a sum": (
-            "layer_norm_fwd",
-            lambda x: (x["x"], x["residual"], x["weight"], x["bias"], 1e-5),
-        ),
-        "layer_norm_pair": ("layer_norm_pair_fwd", lambda x: (*x.values(), 1e-5, 1e-2)),
-        "bias_gelu": ("bias_act_fwd", lambda x: (*x.values(), False)),
-        "bias_quick_gelu": ("bias_act_fwd", lambda x: (*x.values(), True)),
-        "patch_embed": ("patch_embed_fwd", lambda x: (*x.values(), None, *NORMALISATION)),
-        "patch_embed of kept patches": (
-            "patch_embed_fwd",
-            lambda x: (*x.values(), *NORMALISATION),
-        ),
-        "text_embed": ("text_embed_fwd", lambda x: (*x.values(), torch.float32)),
-    }
-    op, arguments = overloads[name.removesuffix(" of bytes")]
-    leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
-    torch.library.opcheck(getattr(torch.ops.clipfast, op).default, arguments(leaves))
+def recorded(call, leaves, lay_out=lambda grad: grad):
+    """The registered ops that a call, forward and backward, comes down to."""
+    with Recorded() as mode:
+        results = tuple_of(call.function(**leaves))
+        if call.grads:
+            torch.autograd.backward(results, [lay_out(g).to(r) for g, r in zip(call.grads, results, strict=True)])
+    assert mode.calls
+    return mode.calls
+
+
+def transposed(x):
+    return x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim > 1 else x
+
+
+def again(x):
+    """The same argument as a leaf of its own."""
+    return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
+
+
+@each_call
+def test_forward_ops(name, device):
+    call = call_of(name, torch.float32, device)
+    for op, arguments in recorded(call, leaves_of(call.inputs)):
+        if "bwd" not in op.name():
+            torch.library.opcheck(op, tuple(map(again, arguments)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@each_gradient
+def test_backward_ops(name, layout, device):
+    # with other strides than the fake promises, compiled code would read the gradients wrongly
+    lay_out = transposed if layout == "transposed" else lambda x: x
+    call = call_of(name, torch.float32, device)
+    leaves = leaves_of({key: lay_out(x) for key, x in call.inputs.items()})
+    check_backward(recorded(call, leaves, lay_out))
+
+
+@each_gradient
+def test_backward_ops_of_one_input(name, device):
+    # frozen parameters: a gradient that is not needed may be left out, by the op and by its fake alike
+    call = call_of(name, torch.float32, device)
+    for wanted, x in call.inputs.items():
+        if x.is_floating_point():
+            leaves = {key: y.detach().requires_grad_(key == wanted) for key, y in call.inputs.items()}
+            check_backward(recorded(call, leaves))
+
+
+def check_backward(calls):
+    """opcheck of the ops of a backward pass, whose arguments need no gradient."""
+    for op, arguments in calls:
+        if "bwd" in op.name():
+            detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
+            torch.library.opcheck(op, tuple(detached), test_utils=("test_schema", "test_faketensor"))
 
 
 @pytest.mark.skipif(LEG != "cpu", reason="the kernels compute in float32; gradcheck needs the float64 of the CPU path")
-@each_op
+@each_gradient
 def test_gradcheck(name, device):
-    fn, inputs, _ = small_calls(torch.float64, device)[name]
-    names = list(inputs)
-    leaves = [x.detach().double().requires_grad_() if x.is_floating_point() else x for x in inputs.values()]
-    assert torch.autograd.gradcheck(lambda *xs: fn(**dict(zip(names, xs, strict=True))), leaves)
+    call = call_of(name, torch.float64, device)
+    names = list(call.inputs)
+    leaves = list(leaves_of(call.inputs).values())
+    assert torch.autograd.gradcheck(lambda *xs: call.function(**dict(zip(names, xs, strict=True))), leaves)
 
 
-@each_op
+@each_call
 def test_compiles_without_a_break(name, device):
-    fn, inputs, grad = small_calls(torch.float32, device)[name]
-    expected = value_and_grads(fn, inputs, grad)
+    call = call_of(name, torch.float32, device)
+    expected = value_and_grads(*call)
     torch.compiler.reset()
-    compiled = torch.compile(lambda **kwargs: fn(**kwargs), backend="aot_eager", fullgraph=True)
-    for key, value in value_and_grads(compiled, inputs, grad).items():
+    compiled = torch.compile(lambda **kwargs: call.function(**kwargs), backend="aot_eager", fullgraph=True)
+    for key, value in value_and_grads(compiled, call.inputs, call.grads).items():
         torch.testing.assert_close(value, expected[key], msg=key)
 
 
@@ -91,18 +109,19 @@ class Counting:
         return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
 
 
-@each_op
+@each_call
 def test_compiles_once_for_every_batch_size(name, device):
     torch.compiler.reset()
     backend = Counting()
     compiled = torch.compile(lambda fn, inputs: fn(**inputs), backend=backend, fullgraph=True, dynamic=True)
     counts = []
     for scale in (1, 2, 5):
-        fn, inputs, grad = small_calls(torch.float32, device, scale)[name]
-        leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
-        value = compiled(fn, leaves)
-        torch.testing.assert_close(value, fn(**inputs))
-        value.backward(grad.to(value))
+        function, inputs, grads = call_of(name, torch.float32, device, scale)
+        values = tuple_of(compiled(function, leaves_of(inputs)))
+        for value, expected in zip(values, tuple_of(function(**inputs)), strict=True):
+            torch.testing.assert_close(value, expected)
+        if grads:
+            torch.autograd.backward(values, [grad.to(value) for grad, value in zip(grads, values, strict=True)])
         # one compilation may ask twice; another batch size must not ask again
         counts.append(backend.graphs)
     assert counts == [counts[0]] * 3
@@ -118,91 +137,70 @@ def test_compiles_once_for_every_scale(device):
     assert backend.graphs == 1
 
 
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
-@each_op
-def test_backward_ops_are_registered_as_they_are(name, layout, device):
-    # With other strides than the fake promises, compiled code reads the gradients wrongly.
-    fn, inputs, grad = small_calls(torch.float32, device)[name]
-    inputs = {key: strided(x, layout) if x.ndim > 1 else x for key, x in inputs.items()}
-    recorded = []
-
-    class Record(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            if func.namespace == "clipfast" and "bwd" in func.name():
-                recorded.append((func, args))
-            return func(*args, **(kwargs or {}))
-
-    leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
-    with Record():
-        value = fn(**leaves)
-        value.backward(strided(grad, layout).to(value) if grad.ndim > 1 else grad.to(value))
-    assert recorded
-    for op, arguments in recorded:
-        detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
-        torch.library.opcheck(op, tuple(detached), test_utils=("test_schema", "test_faketensor"))
-
-
-@each_op
+@each_gradient
 def test_graph_can_be_used_twice(name, device):
-    fn, inputs, grad = small_calls(torch.float32, device)[name]
-    once = value_and_grads(fn, inputs, grad)
-    leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
-    value = fn(**leaves)
+    call = call_of(name, torch.float32, device)
+    once = value_and_grads(*call)
+    leaves = leaves_of(call.inputs)
+    values = tuple_of(call.function(**leaves))
     for _ in range(2):
-        value.backward(grad.to(value), retain_graph=True)
+        torch.autograd.backward(values, [g.to(v) for g, v in zip(call.grads, values, strict=True)], retain_graph=True)
     for key, leaf in leaves.items():
         if leaf.requires_grad:
             assert torch.equal(leaf.grad, 2 * once[f"d_{key}"])
 
 
-@each_op
+@each_gradient
 def test_second_derivative_is_refused(name, device):
-    fn, inputs, grad = small_calls(torch.float32, device)[name]
-    leaf = next(x.requires_grad_() for x in inputs.values() if x.is_floating_point())
-    (first,) = torch.autograd.grad(fn(**inputs), leaf, grad.to(device).requires_grad_(), create_graph=True)
+    call = call_of(name, torch.float32, device)
+    leaf = next(x.requires_grad_() for x in call.inputs.values() if x.is_floating_point())
+    grads = [grad.requires_grad_() for grad in call.grads]
+    values = tuple_of(call.function(**call.inputs))
+    (first,) = torch.autograd.grad(values, leaf, grads, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.sum().backward()
 
 
-@each_op
+@each_call
 def test_inputs_stay_as_they_were(name, device):
-    fn, inputs, grad = small_calls(torch.float32, device)[name]
-    before = {key: x.clone() for key, x in inputs.items()}
-    gradient = grad.clone()
-    value_and_grads(fn, inputs, grad)
-    assert all(torch.equal(inputs[key], x) for key, x in before.items())
-    assert torch.equal(grad, gradient)
+    call = call_of(name, torch.float32, device)
+    before = {key: x.clone() for key, x in call.inputs.items()}
+    gradients = [grad.clone() for grad in call.grads]
+    value_and_grads(*call)
+    assert all(torch.equal(call.inputs[key], x) for key, x in before.items())
+    assert all(map(torch.equal, call.grads, gradients))
 
 
 @pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
-@each_op
-def test_autocast_takes_matrix_operands_down(name, device):
-    fn, inputs, _ = small_calls(torch.float32, device)[name]
-    leaves = {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
+@each_gradient
+def test_autocast_takes_operands_down(name, device):
+    call, spec = call_of(name, torch.float32, device), CALLS[name][0]
+    leaves = leaves_of(call.inputs)
     with torch.autocast(device.type, torch.bfloat16):
-        value = fn(**leaves)
-    # the loss itself stays in float32, and what is no product takes its stream as it is
-    streams = ("layer_norm", "layer_norm_pair", "bias_gelu", "bias_quick_gelu")
-    as_it_is = name.endswith("loss") or name.split()[0] in streams
-    assert value.dtype == (torch.float32 if as_it_is else torch.bfloat16)
-    value.float().sum().backward()
+        values = tuple_of(call.function(**leaves))
+    # a loss stays in float32, and what is no product takes its stream as it is
+    dtype = torch.bfloat16 if spec.follows_autocast else torch.float32
+    assert all(value.dtype == dtype for value in values)
+    sum(value.float().sum() for value in values).backward()
     assert all(x.grad.dtype == torch.float32 for x in leaves.values() if x.requires_grad)
-    torch.testing.assert_close(value.float(), fn(**inputs), rtol=2e-2, atol=5e-2)
+    for value, expected in zip(values, tuple_of(call.function(**call.inputs)), strict=True):
+        torch.testing.assert_close(value.float(), expected, rtol=2e-2, atol=5e-2)
 
 
 @pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
-@each_op
+@each_call
 def test_autocast_does_not_reach_inside(name, device):
-    # Only the operands are converted: what follows is as exact as without autocast.
-    fn, inputs, _ = small_calls(torch.bfloat16, device)[name]
+    # only the operands are converted: what follows is as exact as without autocast
+    function, inputs, _ = call_of(name, torch.bfloat16, device)
     with torch.autocast(device.type, torch.bfloat16):
-        inside = fn(**inputs)
-    assert torch.equal(inside, fn(**inputs))
+        inside = tuple_of(function(**inputs))
+    assert all(map(torch.equal, inside, tuple_of(function(**inputs))))
 
 
-@each_op
-def test_meta_tensors_give_shapes(name, device):
-    fn, inputs, _ = small_calls(torch.float32, device)[name]
-    value = fn(**{key: x.to("meta") for key, x in inputs.items()})
-    assert value.device.type == "meta"
-    assert value.shape == fn(**inputs).shape
+@each_call
+def test_meta_tensors_give_shapes_and_nothing_comes_from_the_host(name, device):
+    function, inputs, _ = call_of(name, torch.float32, device)
+    on_meta = {key: x.to("meta") for key, x in inputs.items()}
+    with OnlyMeta():
+        values = tuple_of(function(**on_meta))
+    assert [value.shape for value in values] == [value.shape for value in tuple_of(function(**inputs))]

@@ -1,0 +1,70 @@
+"""The benchmarks of the ops: each is made from the op's specification.
+
+A case times the forward and the backward pass of our op, of the reference, of the compiled reference, and of what
+:mod:`clipfast.bench.suites.rivals` knows of other people's implementations.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+
+import torch
+
+from clipfast.kernels.spec import Call, Draw, OpSpec, Shape
+
+from ..case import DTYPES, GRADS, OURS, AnyFunction, Candidate, Case, Inputs
+from . import peers
+from .rivals import PLAIN, RIVALS
+
+
+def build(spec: OpSpec, sizes: Mapping[str, int | float | bool], dtype: str, device: torch.device) -> Case:
+    """Make the case of an op at the given sizes; all floating inputs take gradients but those that the op freezes."""
+    shape = type(spec.small[0])(**sizes)
+    draw = functools.partial(_inputs, spec, dtype=dtype, device=device)
+    smaller = {name: min(size, getattr(shape, name)) for name, size in spec.gate.get(device.type, {}).items()}
+    call = spec.make(shape, spec.bench_values, Draw(device="meta", empty=True))
+    floor, suffix = spec.floor(shape, DTYPES[dtype].itemsize, False), ""
+    if call.grads:
+        floor, suffix = floor + spec.floor(shape, DTYPES[dtype].itemsize, True), ".fwd_bwd"
+    size, noun = spec.items
+    return Case(
+        suite=spec.suite_name,
+        op=f"{spec.name}{suffix}",
+        shape=shape.to_dict(),
+        dtype=dtype,
+        device=device,
+        inputs=functools.partial(draw, shape),
+        gate_inputs=functools.partial(draw, dataclasses.replace(shape, **smaller)) if smaller else None,
+        candidates=_candidates(spec, call, device),
+        reference=functools.partial(spec.reference, **call.options),
+        floor=floor,
+        items=(getattr(shape, size), noun),
+        wants_grad=_wants_grad(spec, call),
+    )
+
+
+def _inputs(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Inputs:
+    seed = int(torch.randint(2**31, ()))  # another one for each set of inputs
+    call = spec.call(shape, spec.bench_values, Draw(seed, device), DTYPES[dtype])
+    return call.inputs | {name: grad for name, grad in zip(GRADS, call.grads, strict=False) if grad.ndim}
+
+
+def _wants_grad(spec: OpSpec, call: Call) -> tuple[str, ...]:
+    if not call.grads:
+        return ()
+    return tuple(name for name, x in call.inputs.items() if x.is_floating_point() and name not in spec.frozen)
+
+
+def _candidates(spec: OpSpec, call: Call, device: torch.device) -> tuple[Candidate, ...]:
+    ours = functools.partial(spec.op, **call.options)
+    plain, note = PLAIN.get(spec.name, (functools.partial(spec.reference, **call.options), ""))
+    return (
+        Candidate(OURS, lambda: ours),
+        Candidate("PyTorch", lambda: plain, note=note),
+        Candidate("PyTorch compiled", lambda: _compiled(plain), note=note),
+        *(RIVALS[spec.name](call.options, device) if spec.name in RIVALS else ()),
+    )
+
+
+def _compiled(function: AnyFunction) -> AnyFunction:
+    return peers.compiled(function)

@@ -1,0 +1,230 @@
+"""Other implementations of the ops, by the op's name: plain PyTorch, and what others have published."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from clipfast.kernels import contrastive_loss
+
+from ..case import OURS, AnyFunction, Candidate, Function, MissingError, Results, require_cuda
+from . import peers
+
+SDPA = {
+    "SDPA flash": SDPBackend.FLASH_ATTENTION,
+    "SDPA efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "SDPA cuDNN": SDPBackend.CUDNN_ATTENTION,
+    "SDPA math": SDPBackend.MATH,
+}
+LOGIT_SCALE = 1 / 0.07  # of the benchmarks, and of the start of training
+PYTHON_SCALE = "its temperature is a number, not learned"
+IN_A_PASS = "the bias in a pass, where a linear layer adds it in its product"
+
+
+def _on_gpu(device: torch.device, function: Function) -> Function:
+    require_cuda(device)
+    return function
+
+
+# What a model in the dtype of the case does: it casts float32 parameters, which takes next to nothing, and leaves the
+# arithmetic to PyTorch's own kernels. The references compute in float32.
+
+
+def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = None) -> Results:
+    s = x if residual is None else x + residual
+    y = F.layer_norm(s, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype))
+    return y if residual is None else (y, s)
+
+
+def _norm_pair(x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor) -> Results:
+    s = F.layer_norm(x, x.shape[-1:], weight_1.to(x.dtype), bias_1.to(x.dtype))
+    return s, F.layer_norm(s, x.shape[-1:], weight_2.to(x.dtype), bias_2.to(x.dtype))
+
+
+def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    return F.gelu(x + bias.to(x.dtype))
+
+
+def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
+    u = x + bias.to(x.dtype)
+    return u * torch.sigmoid(1.702 * u)
+
+
+def _attention(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:
+    heads, causal = options["num_heads"], options["causal"]
+    return (
+        *(Candidate(name, functools.partial(_sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
+        Candidate("flash-attn", functools.partial(_flash_attn, heads, causal, device)),
+    )
+
+
+def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
+    def run(qkv: Tensor, bias: Tensor) -> Tensor:
+        batch, tokens, _ = qkv.shape
+        q, k, v = _with_bias_gradient(qkv, bias).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        with sdpa_kernel(backend):
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return out.transpose(1, 2).reshape(batch, tokens, -1)
+
+    return run
+
+
+def _flash_attn(heads: int, causal: bool, device: torch.device) -> Function:
+    require_cuda(device)
+    packed = peers.need("flash_attn", "flash-attn").flash_attn_qkvpacked_func
+
+    def run(qkv: Tensor, bias: Tensor) -> Tensor:
+        batch, tokens, _ = qkv.shape
+        qkv = _with_bias_gradient(qkv, bias)
+        return packed(qkv.view(batch, tokens, 3, heads, -1), causal=causal).reshape(batch, tokens, -1)
+
+    return run
+
+
+class _BiasGradient(torch.autograd.Function):
+    """The gradient of a bias that the projection has added already: a sum over rows, as a linear layer takes it."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
+        ctx.dtype = bias.dtype
+        return qkv.view_as(qkv)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
+        (grad,) = grads
+        return grad, grad.sum((0, 1)).to(ctx.dtype)
+
+
+def _with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
+    result: Tensor = _BiasGradient.apply(qkv, bias)
+    return result
+
+
+def _contrastive(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
+    return (
+        Candidate(
+            f"{OURS}, memory=min",
+            functools.partial(_on_gpu, device, functools.partial(contrastive_loss, memory="min")),
+            note="10 N^2 D operations, no float32 copy of the text gradients",
+        ),
+        Candidate("OpenCLIP ClipLoss", _open_clip),
+        Candidate("OpenCLIP ClipLoss compiled", lambda: peers.compiled(_open_clip())),
+        Candidate("F.linear_cross_entropy x2", _linear_cross_entropy),
+        Candidate("Inf-CL", functools.partial(_inf_cl, device)),
+        Candidate("memeff", functools.partial(_memeff, device), lacks=("logit_scale",), note=PYTHON_SCALE),
+        Candidate("Cut Cross-Entropy x2", functools.partial(_cut_cross_entropy, device)),
+        Candidate("Liger x2", functools.partial(_liger, device)),
+    )
+
+
+def _open_clip() -> Function:
+    loss = peers.need("open_clip.loss", "open_clip_torch").ClipLoss()
+
+    def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        return loss(image, text, logit_scale)
+
+    return run
+
+
+def _two_sided(one_sided: Function) -> Function:
+    """Make the symmetric loss from a cross-entropy of a linear layer, whose weight is the other modality."""
+
+    def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        targets = torch.arange(len(image), device=image.device)
+        scaled = (logit_scale * image).to(image.dtype), (logit_scale * text).to(text.dtype)
+        return (one_sided(scaled[0], text, targets) + one_sided(scaled[1], image, targets)) / 2
+
+    return run
+
+
+def _linear_cross_entropy() -> Function:
+    if not hasattr(F, "linear_cross_entropy"):
+        raise MissingError("needs torch 2.13")
+    options = peers.need("torch.nn", "torch").LinearCrossEntropyOptions()
+    return _two_sided(functools.partial(F.linear_cross_entropy, options=options))
+
+
+def _inf_cl(device: torch.device) -> Function:
+    require_cuda(device)
+    flash_loss = peers.need("inf_cl.flash", "inf-cl").cal_flash_loss
+
+    def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+        # heads must divide the width, and be a power of two of at most 256
+        head_dim = math.gcd(image.shape[1], 256)
+        loss = flash_loss(image, text, None, logit_scale, head_dim)
+        loss = loss + flash_loss(text, image, None, logit_scale, head_dim)
+        return loss.mean() / 2
+
+    return run
+
+
+def _memeff(device: torch.device) -> Function:
+    require_cuda(device)
+    module = peers.need("memeff", "memeff")
+
+    def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:  # noqa: ARG001
+        # stable=True would scale the gradient by the batch size
+        return module.MemoryEfficientCLIPLoss(1 / LOGIT_SCALE, normalized_inputs=True, stable=False)(image, text)
+
+    return run
+
+
+def _cut_cross_entropy(device: torch.device) -> Function:
+    require_cuda(device)
+    return _two_sided(peers.need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy)
+
+
+def _liger(device: torch.device) -> Function:
+    require_cuda(device)
+    function = peers.need("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel")
+
+    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        return function.LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)[0]
+
+    return _two_sided(run)
+
+
+def _sigmoid(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
+    return (
+        Candidate("OpenCLIP SigLipLoss", _open_siglip),
+        Candidate("siglip-kernel", functools.partial(_siglip_kernel, device)),
+    )
+
+
+def _open_siglip() -> Function:
+    loss = peers.need("open_clip.loss", "open_clip_torch").SigLipLoss()
+
+    def run(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        return loss(image, text, logit_scale, logit_bias)
+
+    return run
+
+
+def _siglip_kernel(device: torch.device) -> Function:
+    require_cuda(device)
+    loss = peers.need("siglip_kernel", "siglip-kernel").fused_siglip_loss
+
+    def run(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
+        return loss(image, text, logit_scale.log(), logit_bias)
+
+    return run
+
+
+# What stands in place of the reference as "PyTorch", with a note for the reader.
+PLAIN: dict[str, tuple[AnyFunction, str]] = {
+    "layer_norm": (_norm, ""),
+    "layer_norm_pair": (_norm_pair, ""),
+    "bias_gelu": (_bias_gelu, IN_A_PASS),
+    "bias_quick_gelu": (_bias_quick_gelu, IN_A_PASS),
+}
+# More candidates, from the options of a call and the device.
+RIVALS: dict[str, Callable[[Mapping[str, Any], torch.device], tuple[Candidate, ...]]] = {
+    "attention": _attention,
+    "contrastive_loss": _contrastive,
+    "sigmoid_loss": _sigmoid,
+}

@@ -1,0 +1,82 @@
+"""What the kernel tests share: calls of every op from its specification, and the sanitizer."""
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from clipfast.kernels.launch import execute_on_cpu
+from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
+
+from ..conftest import INTERPRET, ON_GPU
+
+TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
+needs_sanitizer = [
+    pytest.mark.skipif(INTERPRET or ON_GPU, reason="ttsem replaces the launch on a CPU"),
+    pytest.mark.skipif(TRITON < (3, 8), reason="ttsem knows Triton 3.8 and newer; races and bf16 go UNCHECKED"),
+]
+# Each op in each way in which it can be called.
+CALLS: dict[str, tuple[OpSpec, Shape]] = {
+    f"{name} {shape}": (spec, shape) for name, spec in specs().items() for shape in spec.small
+}
+DIFFERENTIABLE = [name for name, (spec, shape) in CALLS.items() if spec.make(shape, "", Draw(empty=True)).grads]
+each_call = pytest.mark.parametrize("name", CALLS)
+each_gradient = pytest.mark.parametrize("name", DIFFERENTIABLE)
+
+
+class OpCall(NamedTuple):
+    """A function of tensors by name, the tensors, and a gradient for each result."""
+
+    function: Callable[..., Any]
+    inputs: dict[str, Tensor]
+    grads: tuple[Tensor, ...]
+
+
+def call_of(name: str, dtype: torch.dtype, device: torch.device, scale: int = 1) -> OpCall:
+    """One of ``CALLS``, its first size (the batch) times ``scale``."""
+    spec, shape = CALLS[name]
+    first = dataclasses.fields(shape)[0].name
+    call = spec.call(dataclasses.replace(shape, **{first: scale * getattr(shape, first)}), "", Draw(scale), dtype)
+    inputs = {key: x.to(device) for key, x in call.inputs.items()}
+    return OpCall(functools.partial(spec.op, **call.options), inputs, tuple(grad.to(device) for grad in call.grads))
+
+
+def leaves_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs as leaves of a graph; the floating ones take gradients."""
+    return {key: x.detach().requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
+
+
+def tuple_of(results: Any) -> tuple[Tensor, ...]:
+    """Results as a tuple, also where there is only one."""
+    return results if isinstance(results, tuple) else (results,)
+
+
+@contextlib.contextmanager
+def sanitizer_session() -> Iterator[Any]:
+    """ttsem for sm_90; what it pretends of torch.cuda is taken back, since other tests share the process."""
+    sanitize = pytest.importorskip(
+        "ttsem.sanitize",
+        reason="ttsem is not installed: 'make test' installs the pinned version; races and bf16 go UNCHECKED",
+    )
+    before = dict(vars(torch.cuda))
+    try:
+        with sanitize.session(cc=90) as running:
+            yield running
+    finally:
+        for name, value in before.items():
+            setattr(torch.cuda, name, value)
+
+
+@pytest.fixture
+def sanitizer() -> Iterator[Any]:
+    """Every launch is executed and checked; a fault is raised out of it."""
+    with sanitizer_session() as session, execute_on_cpu():
+        yield session
+        assert session.launches > 0, "nothing was launched"
+        assert session.races_unchecked == 0, "a launch was too large for the race check: shrink the case"

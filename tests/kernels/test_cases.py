@@ -1,0 +1,95 @@
+"""Every case of every specification, held to the rule of ``clipfast.verify`` on the leg that the tests run on."""
+
+import contextlib
+
+import pytest
+import torch
+
+from clipfast.kernels.spec import CUDA, Case, OpSpec, specs
+from clipfast.verify.ops import TORCH_DTYPES, verify_case
+from clipfast.verify.report import FAIL
+
+from ..conftest import DTYPES, INTERPRET, LEG
+from .conftest import needs_sanitizer
+
+VERIFY_LEG = CUDA if LEG == "gpu" else LEG
+NAMES = [name for name, dtype in TORCH_DTYPES.items() if dtype in DTYPES]
+# Elements of the reference's largest tensor up to which a CPU checks a case among the tests; "clipfast verify" checks
+# the larger ones too.
+MOST_ELEMENTS = 2**20
+
+
+def cases(*, small_tiles: bool = False) -> list[object]:
+    """The cases of this leg, each with a dtype; or those that the sanitizer runs too."""
+    found = []
+    for spec in specs().values():
+        for number, case in enumerate(spec.cases):
+            if VERIFY_LEG not in case.legs or (small_tiles and not case.sanitize):
+                continue
+            marks = [pytest.mark.slow] if case.shape.elements > MOST_ELEMENTS else []
+            for dtype in NAMES:
+                if not (VERIFY_LEG == "cpu" and dtype in case.slow):
+                    label = f"{spec.name}-{number} {case.name}-{dtype}"
+                    found.append(pytest.param(spec, case, dtype, id=label, marks=marks))
+    return found
+
+
+def hold(spec: OpSpec, case: Case, dtype: str) -> None:
+    """Fail with what the report would say."""
+    rows = verify_case(spec, VERIFY_LEG, case, dtype, quick=True)
+    assert rows
+    failed = [f"{row.output}: {row.reason}" for row in rows if row.verdict == FAIL]
+    assert not failed, f"{case.why}: {'; '.join(failed)}"
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases())
+def test_case(spec, case, dtype, request):
+    with two_threads() if case.check == "determinism" else contextlib.nullcontext():
+        hold(spec, case, dtype)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="the CPU paths have no tiles; a GPU has larger cases")
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases(small_tiles=True) if INTERPRET else [])
+def test_case_of_several_tiles(spec, case, dtype):
+    with spec.small_tiles(TORCH_DTYPES[dtype]):
+        hold(spec, case, dtype)
+
+
+@contextlib.contextmanager
+def two_threads():
+    """PyTorch on two threads, whose sums could come in any order."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("spec", specs().values(), ids=specs())
+def test_specification_is_whole(spec):
+    assert len({case.name + case.check for case in spec.cases}) == len(spec.cases)
+    assert all(case.why and case.legs for case in spec.cases)
+    assert sum(case.quick for case in spec.cases) >= 3
+    assert any(case.sanitize for case in spec.cases)
+    assert {"cpu", "cuda"} == set(spec.bench)
+
+
+SANITIZED = [
+    pytest.param(spec, case, dtype, id=f"{spec.name}-{case.name}-{dtype}")
+    for spec in specs().values()
+    for case in spec.cases
+    if case.sanitize
+    for dtype in ("bfloat16", "float32")
+]
+
+
+@pytest.mark.parametrize(("spec", "case", "dtype"), SANITIZED)
+class TestSanitized:
+    """The kernels under ttsem, which executes Triton's own IR on the CPU: bounds, races between programs, bfloat16."""
+
+    pytestmark = needs_sanitizer
+
+    def test_case(self, spec, case, dtype, sanitizer):
+        with spec.small_tiles(TORCH_DTYPES[dtype]):
+            hold(spec, case, dtype)
