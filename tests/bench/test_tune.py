@@ -15,13 +15,14 @@ from clipfast.bench.inspection import offline
 from clipfast.bench.suites import build
 from clipfast.kernels import configs
 from clipfast.kernels.contrastive.blocks import blocks_on
+from clipfast.kernels.spec import Draw, Tunable
 
 from ..conftest import INTERPRET, ON_GPU
 
 pytestmark = pytest.mark.skipif(INTERPRET or ON_GPU, reason="ranks configurations without a GPU")
 CPU = torch.device("cpu")
 SMALLEST = {"batch": 2, "tokens": 9, "heads": 2, "head_dim": 16, "causal": True}
-TARGET = tune_targets.TARGETS["attention-64"]
+TARGET = tune_targets.TARGETS["attention-64"][1]
 FORWARD = TARGET.kernels[0]
 GOOD = configs.LoopedConfig(64, 64, num_warps=4, num_stages=2)
 OTHER = configs.LoopedConfig(32, 64, num_warps=4, num_stages=2)
@@ -50,7 +51,7 @@ def test_what_does_not_compile_says_why():
 
 
 def test_small_tiles_may_miss_the_largest_matrix_units():
-    target = tune_targets.TARGETS["attention_pool"]
+    _, target = tune_targets.TARGETS["attention_pool"]
     (pool,) = target.kernels
     committed = configs.RowConfig(**configs.committed(tune_targets.key_of(pool, target, "bf16"), 90))
     assert [c for c, _ in tune.prune(pool, target, "bf16", 90, [committed], keep=1, pool=InThisProcess())] == [
@@ -61,7 +62,7 @@ def test_small_tiles_may_miss_the_largest_matrix_units():
 
 
 def test_a_kernel_that_is_not_launched_is_an_error():
-    gone = tune_targets.Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
+    gone = Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
     with pytest.raises(RuntimeError, match=r"attention\.fwd_bwd launches no _renamed_kernel"):
         tune._inspect(gone, TARGET, "bf16", 90, GOOD)
 
@@ -170,29 +171,22 @@ def test_no_kernel_is_begun_after_the_end(tmp_path, monkeypatch, capsys):
     assert "nothing is tuned after attention_looped_fwd" in capsys.readouterr().out
 
 
-def test_a_target_with_a_scale_of_its_own_is_built_with_it():
-    target = tune_targets.TARGETS["contrastive-online"]
-    small = dataclasses.replace(target, shape={"pairs": 8, "embed_dim": 16})
-    case = tune._case(small, "fp32", CPU, "any", [])
-    assert case.inputs()["logit_scale"] == case.gate_inputs()["logit_scale"] == target.logit_scale
-
-
-def test_that_scale_makes_the_kernel_work():
-    target = tune_targets.TARGETS["contrastive-online"]
-    case = tune._case(dataclasses.replace(target, shape={"pairs": 512, "embed_dim": 512}), "fp32", CPU, "any", [])
-    inputs = case.inputs()
+def test_the_scale_of_a_target_decides_which_kernel_works():
+    spec, target = tune_targets.TARGETS["contrastive-online"]
+    shape = dataclasses.replace(target.shape, pairs=512)
+    inputs = spec.call(shape, spec.bench_values, Draw(), torch.float32).inputs
     assert not blocks_on(CPU).stats(inputs["image"], inputs["text"], inputs["logit_scale"], 0).shared
 
 
 def test_every_entry_of_the_tables_can_be_tuned():
-    tunable = {tunable.kernel for target in tune_targets.TARGETS.values() for tunable in target.kernels}
+    tunable = {tunable.kernel for _, target in tune_targets.TARGETS.values() for tunable in target.kernels}
     assert tunable == {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
 
 
 def test_every_width_can_be_tuned():
     tuned = {
         tune_targets.key_of(tunable, target, dtype)
-        for target in tune_targets.TARGETS.values()
+        for _, target in tune_targets.TARGETS.values()
         for tunable in target.kernels
         for dtype in ("bf16", "fp32")
         if tunable.per_width
@@ -202,15 +196,15 @@ def test_every_width_can_be_tuned():
 
 @pytest.mark.parametrize("op", tune_targets.TARGETS)
 def test_every_tunable_kernel_is_launched(op):
-    target = tune_targets.TARGETS[op]
-    case = build(target.suite, tune._small(target.shape), "bf16", CPU)
+    spec, target = tune_targets.TARGETS[op]
+    case = build(spec.suite_name, tune._small(target.shape.to_dict()), "bf16", CPU)
     names = {launch.kernel.__name__ for launch in offline.record(90, lambda: tune._once(case))}
     assert {tunable.function for tunable in target.kernels} <= names
 
 
 @pytest.mark.parametrize("op", tune_targets.TARGETS)
 def test_every_tunable_kernel_has_a_committed_entry(op):
-    target = tune_targets.TARGETS[op]
+    _, target = tune_targets.TARGETS[op]
     for tunable in target.kernels:
         # heads of float32 do not fit the registers
         for dtype in ("bf16",) if tunable.kind is configs.ShortConfig else ("bf16", "fp32"):
