@@ -276,6 +276,7 @@ class OpSpec:
         shipped: calls that the offline compiler compiles.
         targets: what the tuner tunes.
         small_tiles: overrides configurations so that a small case has several tiles or blocks.
+        fused: PyTorch's fused implementation, which is a second yardstick for cases that cancel.
     """
 
     op: Callable[..., Any]
@@ -298,6 +299,7 @@ class OpSpec:
     shipped: tuple[Shipped, ...] = ()
     targets: tuple[Target, ...] = ()
     small_tiles: Callable[[torch.dtype], AbstractContextManager[object]] = no_overrides
+    fused: Callable[..., Any] | None = None
 
     @property
     def name(self) -> str:
