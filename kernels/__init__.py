@@ -8,7 +8,8 @@ where a kernel starts); ``tiles`` has the arithmetic that kernels share.
 
 from . import reference
 from .activation import bias_gelu, bias_quick_gelu
-from .attention import attention, attention_pool, attention_qkv, attention_route
+from .attention import attention, attention_qkv, attention_route
+from .attention_pool import attention_pool
 from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .norm import layer_norm
 from .norm_pair import layer_norm_pair

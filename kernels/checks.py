@@ -66,3 +66,22 @@ def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
         raise ValueError(
             f"{op}: {name} must be [{x.shape[-1]}] on {x.device}, got {tuple(tensor.shape)} on {tensor.device}"
         )
+
+
+def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
+    """Return lengths, one for each image of ``like``, as the kernels take them: contiguous int32, none below zero.
+
+    Raises:
+        TypeError: they are no tensor of integers.
+        ValueError: there are not as many as images, or they are on another device.
+    """
+    if seqlens is None:
+        return None
+    if not isinstance(seqlens, Tensor) or seqlens.dtype not in (torch.int32, torch.int64):
+        got = dtype_name(seqlens.dtype) if isinstance(seqlens, Tensor) else type(seqlens).__name__
+        raise TypeError(f"{op}: seqlens must be an int32 or int64 tensor, got {got}")
+    if seqlens.shape != like.shape[:1] or seqlens.device != like.device:
+        raise ValueError(
+            f"{op}: seqlens must be [{like.shape[0]}] on {like.device}, got {tuple(seqlens.shape)} on {seqlens.device}"
+        )
+    return seqlens.clamp(min=0).to(torch.int32).contiguous()

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..kernels import attention, attention_pool, bias_gelu, bias_quick_gelu, layer_norm, layer_norm_pair
-from ..kernels.attention.pool import MAX_HEADS, MAX_TOKENS
+from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.launch import triton_runs_on
 
 # What selective checkpointing does not compute again.

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from .. import reference
 from ..backends import outside_autocast, uses_reference
-from ..checks import check_float, check_like, check_parameter, check_tensor
+from ..checks import check_float, check_like, check_parameter, check_seqlens, check_tensor
 from ..configs import HEAD_DIMS
-from ..dtypes import accumulate_dtype, autocast_to, dtype_name
+from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import arch_of, triton_runs_on
 from . import cpu, launches
 
@@ -292,24 +292,6 @@ def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor |
     if scale is not None and not scale > 0:
         raise ValueError(f"{op}: scale must be positive, got {scale}")
     return check_seqlens(op, seqlens, like)
-
-
-def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
-    """Lengths as the kernels take them, one for each image of ``like``.
-
-    Raises:
-        ValueError, TypeError: they are no integers, or not as many.
-    """
-    if seqlens is None:
-        return None
-    if not isinstance(seqlens, Tensor) or seqlens.dtype not in (torch.int32, torch.int64):
-        got = dtype_name(seqlens.dtype) if isinstance(seqlens, Tensor) else type(seqlens).__name__
-        raise TypeError(f"{op}: seqlens must be an int32 or int64 tensor, got {got}")
-    if seqlens.shape != like.shape[:1] or seqlens.device != like.device:
-        raise ValueError(
-            f"{op}: seqlens must be [{like.shape[0]}] on {like.device}, got {tuple(seqlens.shape)} on {seqlens.device}"
-        )
-    return seqlens.clamp(min=0).to(torch.int32).contiguous()
 
 
 def _check_head_dim(op: str, name: str, x: Tensor, head_dim: int) -> int:

@@ -1,0 +1,353 @@
+"""The specifications of both attentions, on a packed projection and on separate tensors: sizes, inputs, cases, floors,
+and what ships.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..configs import HEAD_DIMS, NUM_KEYS, LoopedConfig, ShortConfig, TwoPhaseConfig, config_key, override
+from ..spec import (
+    CPU,
+    CUDA,
+    DETERMINISM,
+    EXPANDED,
+    EXTREME,
+    INTERPRETER,
+    NOT_INTERPRETED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    on,
+)  # fmt: skip
+from .op import attention, attention_qkv
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape(Shape):
+    """A packed projection [batch, tokens, 3 heads head_dim], with the bias that it contains and with lengths, or without
+    them.
+    """
+
+    batch: int
+    tokens: int
+    heads: int
+    head_dim: int
+    causal: bool = False
+    lengths: bool = False
+    bias: bool = True
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of the scores or of the projection, whichever is larger."""
+        return self.batch * self.heads * self.tokens * max(self.tokens, 3 * self.head_dim)
+
+
+@dataclasses.dataclass(frozen=True)
+class QkvShape(Shape):
+    """Queries [batch, queries, heads, head_dim], and keys and values [batch, keys, heads, head_dim]."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    head_dim: int
+    causal: bool = False
+    lengths: bool = False
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of the scores, of the queries or of the keys, whichever is the largest."""
+        m, n, head_dim = self.queries, self.keys, self.head_dim
+        return self.batch * self.heads * max(m * n, m * head_dim, n * head_dim)
+
+
+def draw_lengths(draw: Draw, batch: int, tokens: int, dtype: torch.dtype) -> Tensor:
+    """Draw how many tokens of each image are seen: more than there are, one, none, and then any number.
+
+    Returns:
+        Integers [batch] of ``dtype``.
+    """
+    lengths = draw.integers(0, tokens + 1, batch, dtype=dtype)
+    for image, length in enumerate((tokens + 5, 1, 0)[:batch]):
+        lengths[image] = length
+    return lengths
+
+
+def make(shape: AttentionShape, values: str, draw: Draw) -> Call:
+    """Make a random projection; ``values`` says what the scores are like."""
+    width = shape.heads * shape.head_dim
+    qkv = draw.normal(shape.batch, shape.tokens, 3 * width)
+    q, k = qkv[..., :width], qkv[..., width : 2 * width]
+    if values == "one-hot":
+        qkv[..., : 2 * width] *= 8
+    elif values == "uniform":
+        qkv[..., : 2 * width] *= 1e-4
+    elif values == "duplicate rows":
+        qkv = qkv[:, torch.arange(shape.tokens) // 2]
+    elif values == "all-equal rows":
+        qkv = qkv[:, :1].repeat(1, shape.tokens, 1)
+    elif values == "large negative":
+        q.fill_(10)
+        k.div_(10).sub_(10)
+    elif values == "large":
+        qkv *= 30
+    inputs = {"qkv": qkv}
+    if shape.bias:
+        inputs["bias"] = draw.normal(3 * width)
+    if shape.lengths:
+        inputs["seqlens"] = draw_lengths(draw, shape.batch, shape.tokens, torch.int64)
+    grad = draw.normal(shape.batch, shape.tokens, width)
+    return Call(inputs, (grad,), {"num_heads": shape.heads, "causal": shape.causal})
+
+
+def make_qkv(shape: QkvShape, values: str, draw: Draw) -> Call:
+    """Make random queries, keys and values; ``values`` says what the scores are like."""
+    factor = {"one-hot": 8.0, "uniform": 1e-4}.get(values, 1.0)
+    inputs = {
+        "q": factor * draw.normal(shape.batch, shape.queries, shape.heads, shape.head_dim),
+        "k": factor * draw.normal(shape.batch, shape.keys, shape.heads, shape.head_dim),
+        "v": draw.normal(shape.batch, shape.keys, shape.heads, shape.head_dim),
+    }
+    if shape.lengths:
+        inputs["seqlens"] = draw_lengths(draw, shape.batch, shape.keys, torch.int32)
+    grad = draw.normal(shape.batch, shape.queries, shape.heads, shape.head_dim)
+    return Call(inputs, (grad,), {"causal": shape.causal})
+
+
+def fused_reference(qkv: Tensor, num_heads: int, *, causal: bool = False, bias: Tensor | None = None) -> Tensor:
+    """Compute the same with PyTorch's fused attention; see :attr:`clipfast.kernels.spec.Case.cancels`."""
+    if bias is not None:
+        qkv = reference.with_bias_gradient(qkv, bias)
+    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
+    return fused_reference_qkv(q, k, v, causal=causal).flatten(2)
+
+
+def fused_reference_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+    """Compute the same as :func:`attention_qkv` with PyTorch's fused attention."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+
+
+def floor(shape: AttentionShape, itemsize: int, backward: bool) -> Floor:
+    """Count two products forward. Backward recomputes one of them and needs four more.
+
+    Forward reads q, k and v and writes the output. Backward reads q, k, v and the output's gradient, and writes three
+    gradients; the output need not be read again, since its product with the gradient follows from the other two.
+    """
+    separate = QkvShape(shape.batch, shape.tokens, shape.tokens, shape.heads, shape.head_dim, shape.causal)
+    return floor_qkv(separate, itemsize, backward)
+
+
+def floor_qkv(shape: QkvShape, itemsize: int, backward: bool) -> Floor:
+    """Count as :func:`floor` does."""
+    scores = shape.queries * shape.keys
+    if shape.causal:
+        # query i sees keys 0 .. i: a triangle, and whole rows for the queries after it
+        side = min(shape.queries, shape.keys)
+        scores = side * (side + 1) // 2 + (shape.queries - side) * shape.keys
+    product = 2 * shape.batch * shape.heads * scores * shape.head_dim
+    query, key = (shape.batch * rows * shape.heads * shape.head_dim * itemsize for rows in (shape.queries, shape.keys))
+    if backward:
+        return Floor(5 * product, 3 * query + 4 * key)
+    return Floor(2 * product, 2 * query + 2 * key)
+
+
+@contextlib.contextmanager
+def small_blocks(dtype: torch.dtype) -> Iterator[None]:
+    """Take 16 rows at a time in every kernel. Up to 272 keys a program holds them all, and above it walks them."""
+    with contextlib.ExitStack() as stack:
+        for head_dim in HEAD_DIMS:
+            for num_keys in NUM_KEYS:
+                for kernel in ("attention_short_fwd", "attention_short_bwd"):
+                    key = config_key(kernel, dtype, head_dim, num_keys)
+                    stack.enter_context(override(key, ShortConfig(16, num_warps=4, num_stages=1)))
+            looped = LoopedConfig(16, 16, num_warps=4, num_stages=1)
+            stack.enter_context(override(config_key("attention_looped_fwd", dtype, head_dim), looped))
+            two_phase = TwoPhaseConfig(16, 16, 16, 16, num_warps=4, num_stages=1)
+            stack.enter_context(override(config_key("attention_two_phase_bwd", dtype, head_dim), two_phase))
+        yield
+
+
+FEW = 6  # draws of inputs so small that PyTorch's largest error can be next to nothing by chance
+
+CASES = [
+    Case(AttentionShape(2, 50, 12, 64), "B/32's images", NOT_INTERPRETED, quick=True),
+    Case(AttentionShape(2, 77, 8, 64, True), "B's texts: crosses a tile under the causal mask", NOT_INTERPRETED, quick=True),
+    Case(AttentionShape(1, 77, 20, 64, True), "bigG/14's texts", NOT_INTERPRETED),
+    Case(AttentionShape(1, 197, 12, 64), "B/16's images", NOT_INTERPRETED),
+    Case(AttentionShape(1, 257, 16, 64), "L/14's images", NOT_INTERPRETED),
+    Case(AttentionShape(1, 257, 16, 80), "H/14's images", NOT_INTERPRETED),
+    Case(AttentionShape(1, 257, 16, 88), "g/14's images", NOT_INTERPRETED),
+    Case(AttentionShape(1, 257, 16, 104), "bigG/14's images", NOT_INTERPRETED),
+    Case(AttentionShape(1, 577, 4, 64), "L/14's images at 336 pixels, four heads", on(CPU)),
+    Case(AttentionShape(64, 50, 12, 64), "B/32's images, a batch", on(CUDA)),
+    Case(AttentionShape(64, 77, 8, 64, True), "B's texts, a batch", on(CUDA)),
+    Case(AttentionShape(16, 577, 16, 64), "L/14's images at 336 pixels", on(CUDA)),
+    Case(AttentionShape(16, 257, 16, 104), "bigG/14's images, a batch", on(CUDA)),
+    Case(AttentionShape(1, 50, 2, 64), "B/32's images, two heads", on(INTERPRETER), quick=True),
+    Case(AttentionShape(1, 77, 2, 64, True), "the texts, two heads", on(INTERPRETER), quick=True),
+    Case(AttentionShape(1, 197, 1, 64), "B/16's images, one head", on(INTERPRETER)),
+    Case(AttentionShape(1, 257, 1, 80), "H/14's images, one head", on(INTERPRETER)),
+    Case(AttentionShape(1, 257, 1, 88), "g/14's images, one head", on(INTERPRETER)),
+    Case(AttentionShape(1, 257, 1, 104), "bigG/14's images, one head", on(INTERPRETER)),
+    Case(AttentionShape(1, 577, 1, 64), "L/14's images at 336 pixels, one head", on(INTERPRETER)),
+    # nasty ones
+    Case(AttentionShape(1, 1, 1, 64), "one token: softmax of one (PyTorch: eager or fused)", quick=True, draws=FEW, cancels=True, sanitize=True),
+    Case(AttentionShape(2, 2, 1, 64, True), "two tokens under the mask"),
+    Case(AttentionShape(3, 7, 1, 8, True), "less than any tile in both directions", sanitize=True),
+    Case(AttentionShape(1, 31, 2, 32), "one token less than a small tile"),
+    Case(AttentionShape(1, 63, 2, 64), "one token less than a tile"),
+    Case(AttentionShape(1, 64, 2, 32, True), "exactly one tile; the small model's head_dim"),
+    Case(AttentionShape(1, 65, 1, 80), "one token past a tile; H/14's head_dim, padded to 128"),
+    Case(AttentionShape(1, 33, 1, 104, True), "one token past a small tile; bigG/14's head_dim", quick=True, sanitize=True),
+    Case(AttentionShape(1, 67, 3, 128), "prime tokens; the largest head_dim"),
+    Case(AttentionShape(1, 140, 1, 16), "the bias's gradient is a sum over several blocks of queries and of keys"),
+    Case(AttentionShape(1, 273, 1, 8, True), "one key more than any program holds", sanitize=True),
+    Case(AttentionShape(0, 50, 2, 16), "no images"),
+    Case(AttentionShape(3, 0, 2, 16, True), "no tokens"),
+    # lengths
+    Case(AttentionShape(4, 50, 1, 16, lengths=True), "images that end early, or have no token", quick=True, sanitize=True),
+    Case(AttentionShape(4, 70, 1, 16, True, lengths=True), "texts that end early, past a tile"),
+    # layouts
+    Case(AttentionShape(2, 70, 2, 32, True), "batch contiguous", layout="transposed"),
+    Case(AttentionShape(2, 70, 2, 32), "every second channel of a wider tensor", layout="sliced", quick=True),
+    Case(AttentionShape(2, 70, 2, 32), "one element past an aligned address", layout="offset"),
+    Case(AttentionShape(2, 50, 2, 16), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(AttentionShape(1, 77, 1, 64, True), "queries and keys times 8: each softmax is one-hot", check=EXTREME, values="one-hot", quick=True),
+    Case(AttentionShape(1, 77, 1, 64), "times 1e-4: each softmax is flat", check=EXTREME, values="uniform"),
+    Case(AttentionShape(1, 70, 2, 32), "every token occurs twice: equal weights", check=EXTREME, values="duplicate rows"),
+    Case(AttentionShape(1, 70, 2, 32), "all tokens equal: the output is the value (PyTorch: eager or fused)", check=EXTREME, values="all-equal rows", draws=FEW, cancels=True),
+    Case(AttentionShape(1, 50, 1, 64), "all scores near -800: padded keys must not win with 0 (PyTorch: eager or fused)", check=EXTREME, values="large negative", cancels=True),
+    Case(AttentionShape(1, 50, 1, 64), "queries, keys and values of 30: scores of thousands", check=EXTREME, values="large", draws=24, quick=True),
+    # repeats
+    Case(AttentionShape(2, 77, 2, 64, True), "several tiles, two threads", on(CPU), DETERMINISM, quick=True),
+    Case(AttentionShape(64, 257, 16, 64), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+]  # fmt: skip
+
+QKV_CASES = [
+    Case(QkvShape(2, 1, 196, 12, 64), "SigLIP B/16's pool: one query for all tokens of an image", NOT_INTERPRETED, quick=True),
+    Case(QkvShape(1, 76, 255, 12, 64), "CoCa's texts on the tokens of an image", NOT_INTERPRETED),
+    Case(QkvShape(1, 256, 257, 8, 96), "CoCa L/14's pool: 256 queries", NOT_INTERPRETED),
+    Case(QkvShape(64, 76, 255, 12, 64), "CoCa's texts, a batch", on(CUDA)),
+    Case(QkvShape(2, 77, 77, 8, 64, True), "B's texts, not packed", NOT_INTERPRETED),
+    Case(QkvShape(1, 1, 196, 1, 64), "SigLIP's pool, one head", on(INTERPRETER)),
+    Case(QkvShape(1, 76, 255, 1, 64), "CoCa's texts, one head", on(INTERPRETER)),
+    # nasty ones
+    Case(QkvShape(1, 1, 1, 1, 8), "one of everything (PyTorch: eager or fused)", draws=FEW, cancels=True),
+    Case(QkvShape(2, 2, 33, 3, 24), "a key past a small tile, two queries", sanitize=True),
+    Case(QkvShape(2, 2, 33, 3, 24, True), "most keys are seen by no query, one query sees one key (PyTorch: eager or fused)", draws=FEW, quick=True, cancels=True),
+    Case(QkvShape(2, 50, 17, 3, 24), "more queries than keys", quick=True),
+    Case(QkvShape(2, 50, 17, 3, 24, True), "more queries than keys: the last ones see all of them", sanitize=True),
+    Case(QkvShape(2, 17, 130, 3, 24), "fewer queries than keys, past a tile of keys"),
+    Case(QkvShape(2, 17, 130, 3, 24, True), "fewer queries than keys: whole tiles of keys are seen by no query"),
+    Case(QkvShape(1, 3, 290, 1, 8), "more keys than any program holds, less than a tile of queries", sanitize=True),
+    Case(QkvShape(0, 5, 9, 2, 16), "no images"),
+    Case(QkvShape(2, 0, 9, 2, 16), "no queries: gradients of keys and values are zero"),
+    # lengths
+    Case(QkvShape(5, 17, 50, 1, 16, lengths=True), "keys that end early, or are none", quick=True, sanitize=True),
+    Case(QkvShape(5, 50, 33, 2, 16, True, lengths=True), "keys that end early, under the causal mask"),
+    # layouts
+    Case(QkvShape(2, 17, 33, 3, 24), "batch contiguous", layout="transposed"),
+    Case(QkvShape(2, 17, 33, 3, 24), "every second channel of a wider tensor", layout="sliced"),
+    Case(QkvShape(2, 17, 33, 3, 24), "one element past an aligned address", layout="offset"),
+    Case(QkvShape(2, 17, 33, 3, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(QkvShape(1, 17, 77, 1, 64), "queries and keys times 8: each softmax is one-hot", check=EXTREME, values="one-hot"),
+    Case(QkvShape(1, 17, 77, 1, 64), "times 1e-4: each softmax is flat", check=EXTREME, values="uniform"),
+    # repeats
+    Case(QkvShape(2, 50, 77, 2, 64), "several tiles, two threads", on(CPU), DETERMINISM),
+    Case(QkvShape(64, 76, 255, 12, 64), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+]  # fmt: skip
+
+# One layer of L/14, of B's texts, of B/16, B/32, H/14 and of L/14 at 336 pixels: tokens, heads, head_dim, causal.
+LAYERS = (
+    (257, 16, 64, False),
+    (77, 8, 64, True),
+    (197, 12, 64, False),
+    (50, 12, 64, False),
+    (257, 16, 80, False),
+    (577, 16, 64, False),
+)
+BOTH = ("bf16", "fp32")
+SHIPPED = (
+    # 64 is the head_dim of all texts, of B and of L; 80 of H/14, 88 of g/14, 104 of bigG/14, and 32 of the small model
+    *(
+        Shipped(f"N{tokens} D{head_dim}", AttentionShape(2, tokens, 16, head_dim), BOTH)
+        for tokens, head_dim in ((257, 64), (257, 80), (257, 88), (257, 104))
+    ),
+    Shipped("N17 D32", AttentionShape(2, 17, 16, 32), BOTH, small_tiles=True),
+    # fp16 is here too, since its configurations are those of bf16
+    Shipped("N77 D64 causal", AttentionShape(2, 77, 16, 64, True), (*BOTH, "fp16")),
+    # B/32, B/16, and L/14 at 336 pixels, which only 16 bits treat in another way
+    *(Shipped(f"N{tokens} D64", AttentionShape(2, tokens, 16, 64)) for tokens in (50, 197, 577)),
+)
+LONG = (
+    Tunable("attention_looped_fwd", "_looped_fwd_kernel", LoopedConfig),
+    Tunable("attention_two_phase_bwd", "_two_phase_bwd_kernel", TwoPhaseConfig),
+)
+SHORT = (
+    Tunable("attention_short_bwd", "_short_bwd_kernel", ShortConfig),
+    Tunable("attention_short_fwd", "_short_fwd_kernel", ShortConfig),
+)
+KERNELS = ("_short_fwd_kernel", "_short_bwd_kernel", "_looped_fwd_kernel", "_two_phase_bwd_kernel")
+
+SPECS = (
+    OpSpec(
+        op=attention,
+        reference=reference.attention,
+        make=make,
+        cases=CASES,
+        # without the bias, whose gradient is by design not the one that gradcheck finds
+        small=(
+            AttentionShape(2, 9, 2, 8, True, bias=False),
+            AttentionShape(2, 9, 2, 8, lengths=True, bias=False),
+        ),
+        category="attention",
+        kernels=KERNELS,
+        floor=floor,
+        bench={
+            "cpu": tuple(AttentionShape(8, *layer) for layer in LAYERS),
+            "cuda": tuple(AttentionShape(256, *layer) for layer in LAYERS),
+        },
+        items=("batch", "sequences"),
+        frozen=("bias",),
+        shipped=SHIPPED,
+        targets=(
+            Target("attention-64", AttentionShape(64, 577, 16, 64), LONG),
+            Target("attention-128", AttentionShape(64, 577, 16, 104), LONG),
+            Target("attention-50", AttentionShape(1024, 50, 12, 64), SHORT),
+            Target("attention-77", AttentionShape(1024, 77, 8, 64, True), SHORT),
+            Target("attention-197", AttentionShape(256, 197, 12, 64), SHORT),
+            Target("attention-257", AttentionShape(256, 257, 16, 64), SHORT[1:]),
+        ),
+        small_tiles=small_blocks,
+        fused=fused_reference,
+    ),
+    OpSpec(
+        op=attention_qkv,
+        reference=reference.attention_qkv,
+        make=make_qkv,
+        cases=QKV_CASES,
+        small=(QkvShape(2, 5, 9, 3, 8), QkvShape(2, 5, 9, 3, 8, True, lengths=True)),
+        category="attention",
+        kernels=KERNELS,
+        floor=floor_qkv,
+        bench={},
+        items=("batch", "sequences"),
+        small_tiles=small_blocks,
+        fused=fused_reference_qkv,
+    ),
+)

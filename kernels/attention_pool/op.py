@@ -1,0 +1,117 @@
+"""Attention pooling: a few queries as wide as the tokens, which are keys and values at once.
+
+Per image, with queries q [H, C] and tokens x [N, C]:
+
+    p_hn = exp(q_h . x_n - lse_h)       lse_h = logsumexp_n q_h . x_n       o_h = sum_n p_hn x_n
+    dp_hn = do_h . x_n                  ds_hn = p_hn (dp_hn - sum_m p_hm dp_hm)
+    dq_h = sum_n ds_hn x_n              dx_n = sum_h p_hn do_h + ds_hn q_h
+
+CLIP's ResNets pool with one query per head. There a head's key projection can be folded into its query, and its value
+projection can be applied to what was pooled: with C = 2048 and N = 50 that is one fiftieth of the products. The last
+block of a transformer of which one row is read is such a pooling too; in a causal one that row sees the tokens up to
+its own.
+
+The kernels read the tokens twice in the forward pass, the second time from the cache, and twice in the backward pass.
+FLOPs: 4 B H N C forward, 10 B H N C backward.
+"""
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_like, check_seqlens, check_tensor
+from ..dtypes import accumulate_dtype, autocast_to
+from ..launch import triton_runs_on
+from . import cpu, launches
+
+MAX_HEADS, MAX_TOKENS = 64, 1024
+
+
+def _path(x: Tensor) -> ModuleType:
+    return launches if triton_runs_on(x.device) else cpu
+
+
+@torch.library.custom_op("clipfast::attention_pool_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _pool_fwd(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    out, lse = _path(query).forward(query, tokens, seqlens)
+    return out, lse
+
+
+@_pool_fwd.register_fake
+def _(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate_dtype(query.dtype))
+
+
+@torch.library.custom_op("clipfast::attention_pool_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _pool_bwd(
+    grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
+) -> tuple[Tensor, Tensor]:
+    dq, dx = _path(query).backward(grad_out, query, tokens, seqlens, lse)
+    return dq, dx
+
+
+@_pool_bwd.register_fake
+def _(grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+    return query.new_empty(query.shape), tokens.new_empty(tokens.shape)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor | None], output: tuple[Tensor, Tensor]) -> None:
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None, Tensor | None, None]:
+    if grad_out is None:
+        return None, None, None
+    dq, dx = torch.ops.clipfast.attention_pool_bwd(grad_out, *ctx.saved_tensors)
+    return dq, dx, None
+
+
+_pool_fwd.register_autograd(_backward, setup_context=_setup_context)
+
+
+def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = None, backend: str = "auto") -> Tensor:
+    """Compute the softmax attention of a few queries on tokens, which are the keys and the values of every query.
+
+    Args:
+        query: [B, H, C], scaled already; float32, float16 or bfloat16 (float64 on the CPU); any strides. H is at most
+            64 outside the reference. Under autocast it is taken in the autocast dtype.
+        tokens: [B, N, C], same dtype and device; N is from 1 to 1,024 outside the reference.
+        seqlens: int32 or int64 [B]: of each image only the first so many tokens are seen, and where that is none, the
+            result is zero. Default: all.
+        backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
+
+    Returns:
+        [B, H, C]: for each query, the mean of the tokens by their weights.
+
+    Raises:
+        ValueError, TypeError: a shape or a dtype that does not fit.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    op = "attention_pool"
+    check_tensor(op, "query", query, 3)
+    check_tensor(op, "tokens", tokens, 3)
+    check_like(op, "tokens", tokens, "query", query)
+    if query.shape[::2] != tokens.shape[::2] or tokens.shape[1] == 0:
+        raise ValueError(
+            f"{op}: query must be [B, H, C] and tokens [B, N, C] with at least one token, "
+            f"got {tuple(query.shape)} and {tuple(tokens.shape)}"
+        )
+    seqlens = check_seqlens(op, seqlens, query)
+    query, tokens = autocast_to(query), autocast_to(tokens)
+    if uses_reference(op, backend, query):
+        return reference.attention_pool(query, tokens, seqlens=seqlens)
+    check_float(op, "query", query)
+    if query.shape[1] > MAX_HEADS or tokens.shape[1] > MAX_TOKENS:
+        raise ValueError(
+            f"{op}: at most {MAX_HEADS} queries and {MAX_TOKENS} tokens, got {query.shape[1]} and {tokens.shape[1]}: "
+            "use attention_qkv or backend='torch'"
+        )
+    return _pool_fwd(query, tokens, seqlens)[0]

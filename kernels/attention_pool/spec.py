@@ -1,0 +1,148 @@
+"""The specification of attention pooling: sizes, inputs, cases, floor, and what ships."""
+
+import dataclasses
+from contextlib import AbstractContextManager
+
+import torch
+
+from .. import reference
+from ..attention.spec import draw_lengths
+from ..configs import RowConfig, config_key, override
+from ..spec import (
+    CPU,
+    CUDA,
+    DETERMINISM,
+    EXPANDED,
+    EXTREME,
+    INTERPRETER,
+    NOT_INTERPRETED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    on,
+)  # fmt: skip
+from .op import attention_pool
+
+
+@dataclasses.dataclass(frozen=True)
+class PoolShape(Shape):
+    """Queries [batch, queries, width] on tokens [batch, tokens, width]."""
+
+    batch: int
+    queries: int
+    tokens: int
+    width: int
+    lengths: bool = False
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of the weights, of the queries or of the tokens, whichever is the largest."""
+        return self.batch * max(self.queries * self.tokens, max(self.queries, self.tokens) * self.width)
+
+
+def make(shape: PoolShape, values: str, draw: Draw) -> Call:
+    """Make random tokens, and queries of such a length that weights are neither equal nor one; ``values`` says what
+    else the weights are like.
+    """
+    query = draw.normal(shape.batch, shape.queries, shape.width) / shape.width**0.5
+    tokens = draw.normal(shape.batch, shape.tokens, shape.width)
+    if values == "one-hot":
+        query *= 8
+    elif values == "uniform":
+        query *= 1e-4
+    elif values == "duplicate rows":
+        tokens = tokens[:, torch.arange(shape.tokens) // 2]
+    inputs = {"query": query, "tokens": tokens}
+    if shape.lengths:
+        inputs["seqlens"] = draw_lengths(draw, shape.batch, shape.tokens, torch.int64)
+    return Call(inputs, (draw.normal(shape.batch, shape.queries, shape.width),))
+
+
+def floor(shape: PoolShape, itemsize: int, backward: bool) -> Floor:
+    """Count two products forward. Backward recomputes one of them and needs four more.
+
+    Forward reads queries and tokens and writes as much as the queries. Backward reads both and the gradient, and
+    writes the gradients of both.
+    """
+    product = 2 * shape.batch * shape.queries * shape.tokens * shape.width
+    query, key = (shape.batch * rows * shape.width * itemsize for rows in (shape.queries, shape.tokens))
+    if backward:
+        return Floor(5 * product, 3 * query + 2 * key)
+    return Floor(2 * product, 2 * query + key)
+
+
+def few_columns(dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Take 16 columns at a time, so that a narrow case takes several steps."""
+    return override(config_key("attention_pool", dtype), RowConfig(16, 16, num_warps=4, num_stages=1))
+
+
+CASES = [
+    Case(PoolShape(2, 32, 50, 2048), "RN50", NOT_INTERPRETED, quick=True),
+    Case(PoolShape(1, 40, 82, 2560), "RN50x4", NOT_INTERPRETED),
+    Case(PoolShape(1, 48, 145, 3072), "RN50x16", NOT_INTERPRETED),
+    Case(PoolShape(1, 64, 197, 4096), "RN50x64", NOT_INTERPRETED),
+    Case(PoolShape(256, 32, 50, 2048), "RN50, a batch", on(CUDA)),
+    Case(PoolShape(1, 32, 50, 256), "RN50, an eighth of its width", on(INTERPRETER), quick=True),
+    # nasty ones
+    Case(PoolShape(1, 1, 1, 8), "one of everything: the weight is 1, and the query's gradient 0", sanitize=True),
+    Case(PoolShape(3, 2, 5, 24), "less than any tile", quick=True, sanitize=True),
+    Case(PoolShape(1, 17, 33, 40), "one past a small tile in both directions", sanitize=True),
+    Case(PoolShape(2, 3, 50, 72), "few queries; the width is past a tile of columns"),
+    Case(PoolShape(1, 40, 82, 40), "RN50x4's queries and tokens, narrow"),
+    Case(PoolShape(1, 64, 256, 72), "64 queries, the most that one program takes"),
+    Case(PoolShape(1, 3, 577, 24), "L/14's tokens at 336 pixels: the largest tile of tokens"),
+    Case(PoolShape(0, 32, 50, 64), "no images"),
+    # lengths
+    Case(PoolShape(5, 3, 17, 24, lengths=True), "texts that end early, or have no token", quick=True, sanitize=True),
+    Case(PoolShape(4, 8, 77, 512, lengths=True), "the last block of B's texts", NOT_INTERPRETED),
+    # layouts
+    Case(PoolShape(2, 3, 17, 24), "batch contiguous", layout="transposed"),
+    Case(PoolShape(2, 3, 17, 24), "every second channel of a wider tensor", layout="sliced", quick=True),
+    Case(PoolShape(2, 3, 17, 24), "one element past an aligned address", layout="offset"),
+    Case(PoolShape(2, 3, 17, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(PoolShape(1, 32, 50, 128), "queries times 8: each softmax is nearly one-hot", check=EXTREME, values="one-hot", quick=True),
+    Case(PoolShape(1, 32, 50, 128), "queries times 1e-4: each softmax is flat", check=EXTREME, values="uniform"),
+    Case(PoolShape(1, 32, 50, 128), "every token occurs twice: equal weights", check=EXTREME, values="duplicate rows"),
+    # repeats
+    Case(PoolShape(2, 8, 50, 96), "several images, two threads", on(CPU), DETERMINISM, quick=True),
+    Case(PoolShape(512, 32, 50, 2048), "more images than the GPU holds at once", on(CUDA), DETERMINISM),
+]  # fmt: skip
+COLUMNS = {"block_m": (16,), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+RN50 = PoolShape(256, 32, 50, 2048)
+
+SPECS = (
+    OpSpec(
+        op=attention_pool,
+        reference=reference.attention_pool,
+        make=make,
+        cases=CASES,
+        small=(PoolShape(2, 3, 7, 10), PoolShape(2, 3, 7, 10, lengths=True)),
+        category="attention",
+        kernels=("_pool_fwd_kernel", "_pool_bwd_kernel"),
+        floor=floor,
+        bench={"cpu": (dataclasses.replace(RN50, batch=8),), "cuda": (RN50,)},
+        items=("batch", "images"),
+        shipped=(
+            Shipped("H32 N50 C2048", PoolShape(2, 32, 50, 2048), ("bf16", "fp32"), small_tiles=True),
+            # the last blocks of B's texts, of bigG, and of L/14 at 336 pixels
+            Shipped("H8 N77 C512 lengths", PoolShape(2, 8, 77, 512, lengths=True), small_tiles=True),
+            Shipped("H16 N257 C1664", PoolShape(2, 16, 257, 1664), small_tiles=True),
+            Shipped("H16 N577 C1024", PoolShape(2, 16, 577, 1024), small_tiles=True),
+        ),
+        targets=(
+            Target(
+                "attention_pool",
+                RN50,
+                (Tunable("attention_pool", "_pool_bwd_kernel", RowConfig, COLUMNS, small_tiles=True),),
+            ),
+        ),
+        small_tiles=few_columns,
+    ),
+)
