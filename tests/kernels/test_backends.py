@@ -30,9 +30,9 @@ from .test_errors import PATCH, QKV, TEXT, W, X
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    names = ("text_embed", "retrieval", "norm", "norm_pair", "activation")
+    names = ("text_embed", "retrieval", "layer_norm.cpu", "layer_norm.launches", "activation")
     modules = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
-    text_, retrieval, norm, norm_pair, activation = modules
+    text_, retrieval, norm_cpu, norm_launches, activation = modules
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -56,13 +56,13 @@ def paths():
         ),
         "layer_norm": (
             lambda **options: layer_norm(X, W, W, **options),
-            (norm, "_fwd_cpu"),
-            (norm, "_fwd_triton"),
+            (norm_cpu, "forward"),
+            (norm_launches, "forward"),
         ),
         "layer_norm_pair": (
             lambda **options: layer_norm_pair(X, W, W, W, W, **options),
-            (norm_pair, "_fwd_cpu"),
-            (norm_pair, "_fwd_triton"),
+            (norm_cpu, "pair_forward"),
+            (norm_launches, "pair_forward"),
         ),
         "bias_gelu": (
             lambda **options: bias_gelu(X, W, **options),
