@@ -11,8 +11,7 @@ from .activation import bias_gelu, bias_quick_gelu
 from .attention import attention, attention_qkv, attention_route
 from .attention_pool import attention_pool
 from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
-from .norm import layer_norm
-from .norm_pair import layer_norm_pair
+from .layer_norm import layer_norm, layer_norm_pair
 from .patch_embed import patch_embed
 from .retrieval import retrieval_ranks
 from .text_embed import text_embed

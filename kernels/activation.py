@@ -1,4 +1,4 @@
-"""GELU of a linear layer's output, with the layer's bias: the bias is added, and its gradient made, in passing.
+"""GELU and QuickGELU of a linear layer's output plus the layer's bias, and the gradient of the bias, in one pass.
 
 With u_mn = x_mn + b_n, Phi the distribution function of the normal distribution and phi its density:
 
@@ -7,11 +7,15 @@ With u_mn = x_mn + b_n, Phi the distribution function of the normal distribution
 
     dx = dy y'(u)           db_n = sum over rows of dx_mn
 
-Bytes for M rows: forward 2 M N items, backward 3 M N. A linear layer without its bias before it saves the pass over dx
-that sums up the bias's gradient. FLOPs: about 20 M N either way, far below what the bytes take.
-Method: GELU (Hendrycks and Gimpel 2016), by the error function, and their approximation, which CLIP was trained with.
+Bytes for M rows: forward 2 M N items, backward 3 M N. If the linear layer before it has no bias of its own,
+no other pass over dx is needed to sum up the gradient of the bias.
+FLOPs: about 20 M N either way, far below what the bytes take.
+Method: GELU by the error function (Hendrycks and Gimpel 2016), and their approximation, which OpenAI's CLIP was
+trained with.
 """
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,8 +31,26 @@ from .common import as_rows
 from .configs import RowConfig, row_config
 from .dtypes import accumulate_dtype
 from .launch import arch_of, launch, programs_at_once, triton_runs_on
+from .spec import (
+    CPU,
+    CUDA,
+    DETERMINISM,
+    EXPANDED,
+    EXTREME,
+    NOT_INTERPRETED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    on,
+)  # fmt: skip
 
-# Of a thread, about: backward has the sums over rows to keep.
+# Registers of a thread, about. In backward the sums over rows stay in registers.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
 
 
@@ -40,7 +62,7 @@ def _quick_gelu(u):
 @triton.jit
 def _quick_gelu_slope(u):
     p = tl.sigmoid(1.702 * u)
-    # u last: it may be so large that it times 1.702 is infinite, and that times zero NaN
+    # u comes last: 1.702 * u may be infinite, and infinity times zero is NaN
     return p + 1.702 * (p * (1.0 - p) * u)
 
 
@@ -63,7 +85,7 @@ def _bias_act_fwd_kernel(
     M, N, stride_xm, stride_xn,
     IS_QUICK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N columns and walks tiles of rows."""
+    """Walk tiles of rows in the BLOCK_N columns of this program, so that the bias is loaded once."""
     num_n = tl.cdiv(N, BLOCK_N)
     offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -89,12 +111,12 @@ def _bias_act_bwd_kernel(
     IS_QUICK: tl.constexpr, HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program owns BLOCK_N columns, walks tiles of rows and keeps its part of the sums over rows."""
+    """Walk tiles of rows in the BLOCK_N columns of this program, and keep its part of the sums over rows."""
     num_n = tl.cdiv(N, BLOCK_N)
     offs_n = (tl.program_id(0) % num_n).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
-    # a sum for each row of the tile: adding rows up is left to the end
+    # one sum for each row of the tile; these are added up at the end
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     first, step = (tl.program_id(0) // num_n).to(tl.int64), tl.num_programs(0) // num_n
     for tile in tl.range(first, tl.cdiv(M, BLOCK_M), step, num_stages=NUM_STAGES):
@@ -106,13 +128,13 @@ def _bias_act_bwd_kernel(
         dx = dy.to(tl.float32) * (_quick_gelu_slope(u) if IS_QUICK else _gelu_slope(u))
         tl.store(dx_ptr + rows * N + offs_n[None, :], dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_SUMS:
-            acc += dx  # zero past the last row, where dy is
+            acc += dx  # past the last row, dx is zero since dy is
     if HAS_SUMS:
         tl.store(sums_ptr + first * N + offs_n, tl.sum(acc, 0), mask=mask_n)
 
 
 def _grid(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, tuple[int], dict[str, int]]:
-    """Configuration, programs for each block of columns, grid, and tile."""
+    """Return the configuration, the number of programs for each block of columns, the grid, and the sizes of a tile."""
     num_rows, width = x.shape
     cfg = row_config(kernel, arch_of(x.device), x.dtype)
     num_n = triton.cdiv(width, cfg.block_n)
@@ -145,7 +167,7 @@ def _bwd_triton(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: b
 
 def _fwd_cpu(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
     u = x.to(accumulate_dtype(x.dtype)) + bias
-    return (u * torch.sigmoid(1.702 * u) if quick else F.gelu(u)).to(x.dtype)
+    return (u * torch.sigmoid(1.702 * u) if quick else F.gelu(u)).to(x.dtype).contiguous()
 
 
 def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
@@ -174,7 +196,7 @@ def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
 @torch.library.custom_op("clipfast::bias_act_bwd", mutates_args=(), device_types=("cuda", "cpu"))
 @outside_autocast
 def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
-    """Gradients of x, and of the bias in float32 (or empty)."""
+    """Return the gradients of x, and of the bias in float32 (empty unless ``with_sums``)."""
     bwd = _bwd_triton if triton_runs_on(x.device) else _bwd_cpu
     dx, sums = bwd(as_rows(grad), as_rows(x), bias, quick, with_sums)
     return dx.view(x.shape), sums
@@ -202,9 +224,9 @@ _bias_act_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
-    """GELU(x + bias), by the error function.
+    """Compute GELU(x + bias), by the error function.
 
-    Autocast changes nothing: the sum and the function are in float32, the result in the dtype of ``x``.
+    Autocast changes nothing: the sum and the function are computed in float32, and the result has the dtype of ``x``.
 
     Args:
         x: [..., N], float32, float16 or bfloat16 (float64 on the CPU), such as ``F.linear(h, weight)``; any strides
@@ -216,16 +238,16 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
         [..., N] in the dtype of ``x``, contiguous.
 
     Raises:
-        ValueError, TypeError: a shape or a dtype that does not fit.
+        ValueError, TypeError: a shape, a device or a dtype that does not fit.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     return _bias_act("bias_gelu", x, bias, backend)
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor, *, backend: str = "auto") -> Tensor:
-    """QuickGELU of x + bias: u sigmoid(1.702 u), which OpenAI's weights were trained with.
+    """Compute QuickGELU(x + bias), u sigmoid(1.702 u), which OpenAI's weights were trained with.
 
-    Arguments, result and errors are those of :func:`bias_gelu`.
+    The arguments, the result and the errors are those of :func:`bias_gelu`.
     """
     return _bias_act("bias_quick_gelu", x, bias, backend)
 
@@ -239,3 +261,116 @@ def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
     check_float(op, "x", x)
     check_float(op, "bias", bias)
     return _bias_act_fwd(x, bias, quick)
+
+
+@dataclasses.dataclass(frozen=True)
+class ActShape(Shape):
+    """Rows [rows, width]."""
+
+    rows: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all rows."""
+        return self.rows * self.width
+
+
+def make(shape: ActShape, values: str, draw: Draw) -> Call:
+    """Make rows, a bias and a gradient; ``values`` says how large they are."""
+    size = shape.rows, shape.width
+    scale = {"large": 1e3, "tiny": 1e-4}.get(values, 1.0)
+    x = 2 * scale * draw.normal(*size)
+    if values == "range":
+        x = torch.linspace(-60, 60, shape.elements, device=draw.device).view(size)
+    bias = draw.normal(shape.width) * (scale if values == "tiny" else 1.0)
+    return Call({"x": x, "bias": bias}, (draw.normal(*size),))
+
+
+def floor(shape: ActShape, itemsize: int, backward: bool) -> Floor:
+    """Count a float32 bias. Forward reads one tensor and writes one; backward also reads the gradient, and writes that
+    of the bias.
+    """
+    tensors, parameters = (3, 2) if backward else (2, 1)
+    return Floor(20 * shape.elements, tensors * shape.elements * itemsize + parameters * shape.width * 4)
+
+
+FEW = 6  # draws to judge as one: the error of the gradient of a narrow bias is that of a few sums
+CASES = [
+    Case(ActShape(37, 3), "three columns", draws=FEW, sanitize=True),
+    Case(ActShape(67, 77), "odd rows and an odd width", quick=True, sanitize=True),
+    Case(ActShape(50, 3072), "B/32's MLP, an image", NOT_INTERPRETED),
+    Case(ActShape(3, 5120), "H/14's MLP"),
+    Case(ActShape(2, 8200), "wider than bigG/14's MLP, and no multiple of a tile"),
+    Case(ActShape(37, 1), "one column", draws=FEW),
+    Case(ActShape(37, 1024), "whole tiles of columns"),
+    Case(ActShape(1, 24), "one row"),
+    Case(ActShape(1033, 24), "many tiles of rows, the last one short"),
+    Case(ActShape(0, 64), "no rows"),
+    Case(ActShape(3, 0), "no columns"),
+    Case(ActShape(257, 4096), "L/14's MLP, an image", NOT_INTERPRETED),
+    Case(ActShape(65792, 4096), "L/14's MLP, a batch", on(CUDA)),
+    # layouts
+    Case(ActShape(67, 40), "rows contiguous", layout="transposed"),
+    Case(ActShape(67, 40), "every second column of a wider tensor", layout="sliced", quick=True),
+    Case(ActShape(67, 40), "one element past an aligned address", layout="offset"),
+    Case(ActShape(37, 72), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(ActShape(67, 40), "from -60 to 60: both tails, and all between", check=EXTREME, values="range", quick=True),
+    Case(ActShape(33, 72), "values of thousands: a product of two overflows in 16 bits", check=EXTREME, values="large"),
+    Case(ActShape(33, 72), "next to zero, where the slope is a half", check=EXTREME, values="tiny"),
+    # repeats
+    Case(ActShape(517, 96), "several tiles, two threads", on(CPU), DETERMINISM, quick=True),
+    Case(ActShape(65792, 4096), "more rows than the GPU holds at once", on(CUDA), DETERMINISM),
+]
+# tokens and width of the MLP in the towers L/14, B/16, H/14 and bigG/14, and how many images are measured together
+TOWERS = ((257, 4096), (197, 3072), (257, 5120), (257, 8192))
+IMAGES = {"cpu": 4, "cuda": 256}
+TILES = {"block_m": (2, 4, 8, 16), "block_n": (128, 256, 512, 1024), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
+
+
+def _spec(
+    op: Callable[..., Tensor], plain: Callable[..., Tensor], shipped: tuple[Shipped, ...], targets: tuple[Target, ...]
+) -> OpSpec:
+    return OpSpec(
+        op=op,
+        reference=plain,
+        make=make,
+        cases=CASES,
+        small=(ActShape(10, 12),),
+        category="norm, activation",
+        torch_op="bias_act",
+        kernels=("_bias_act_fwd_kernel", "_bias_act_bwd_kernel"),
+        floor=floor,
+        bench={
+            device: tuple(ActShape(images * tokens, width) for tokens, width in TOWERS)
+            for device, images in IMAGES.items()
+        },
+        items=("rows", "rows"),
+        float32=("bias",),
+        follows_autocast=False,
+        shipped=shipped,
+        targets=targets,
+    )
+
+
+SPECS = (
+    _spec(
+        bias_gelu,
+        reference.bias_gelu,
+        # the MLPs of L and H
+        (Shipped("N4096", ActShape(64, 4096), ("bf16", "fp32")), Shipped("N5120", ActShape(64, 5120))),
+        # both ops have these kernels: 256 images of L/14
+        (
+            Target(
+                "bias_act",
+                ActShape(65792, 4096),
+                tuple(
+                    Tunable(f"bias_act_{pass_}", f"_bias_act_{pass_}_kernel", RowConfig, TILES)
+                    for pass_ in ("bwd", "fwd")
+                ),
+            ),
+        ),
+    ),
+    _spec(bias_quick_gelu, reference.bias_quick_gelu, (Shipped("N4096", ActShape(64, 4096)),), ()),
+)

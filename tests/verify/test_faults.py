@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from clipfast import kernels
-from clipfast.kernels import activation, norm, norm_pair
+from clipfast.kernels import activation
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.contrastive import several, sigmoid, sigmoid_cpu, symmetric
+from clipfast.kernels.layer_norm import cpu as norm_cpu
 from clipfast.kernels.patch_embed import cpu as patch_cpu
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
@@ -84,10 +85,10 @@ ON_CPU = {
     ("patch_embed", "d_images"): (patch_cpu, "backward_images", None),
     ("text_embed", "value"): (TEXT, "_fwd_cpu", None),
     ("text_embed", "d_token_embedding"): (TEXT, "_bwd_token_cpu", None),
-    ("layer_norm", "value"): (norm, "_fwd_cpu", 0),
-    ("layer_norm", "d_weight"): (norm, "_bwd_cpu", 2),
-    ("layer_norm_pair", "value"): (norm_pair, "_fwd_cpu", 1),
-    ("layer_norm_pair", "d_x"): (norm_pair, "_bwd_cpu", 0),
+    ("layer_norm", "value"): (norm_cpu, "forward", 0),
+    ("layer_norm", "d_weight"): (norm_cpu, "backward", 2),
+    ("layer_norm_pair", "value"): (norm_cpu, "pair_forward", 1),
+    ("layer_norm_pair", "d_x"): (norm_cpu, "pair_backward", 0),
     ("bias_gelu", "value"): (activation, "_fwd_cpu", None),
     ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),
 }
@@ -180,7 +181,7 @@ places = {
     "patch_embed": [("patch_embed.launches", "backward_images", None),
                     ("patch_embed.launches", "backward_weight", None)],
     "text_embed": [("text_embed", "_bwd_token_triton", None)],
-    "layer_norm_pair": [("norm_pair", "_bwd_triton", 0)],
+    "layer_norm_pair": [("layer_norm.launches", "pair_backward", 0)],
     "bias_gelu": [("activation", "_bwd_triton", 0), ("activation", "_bwd_triton", 1)],
 }
 found = {}

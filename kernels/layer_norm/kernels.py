@@ -1,0 +1,110 @@
+"""Triton kernels of the layer norm. Each program walks tiles of whole rows, which stay in registers."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def centred_rows(s, mask, N, eps):
+    """Return rows [BM, BN] less their means, the means [BM], and the rstds [BM]."""
+    mean = tl.sum(s, 1) / N
+    # around the mean, since E[s^2] - mean^2 cancels; what lies past the end of a row must not count
+    centred = tl.where(mask, s - mean[:, None], 0.0)
+    return centred, mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)
+
+
+@triton.jit
+def grad_of_rows(dy, weight, normed, rstd, N):
+    """Return ds [BM, BN] from dy, weight and normalised rows; ``dy`` or ``weight`` is zero past the end of a row."""
+    g = dy * weight
+    g_mean = tl.sum(g, 1)[:, None] / N
+    g_slope = tl.sum(g * normed, 1)[:, None] / N
+    return (g - g_mean - normed * g_slope) * rstd
+
+
+@triton.jit
+def _layer_norm_fwd_kernel(
+    x_ptr,  # [M, N]
+    residual_ptr,  # [M, N]
+    weight_ptr,  # [N] contiguous
+    bias_ptr,  # [N] contiguous
+    y_ptr,  # [M, N] contiguous
+    s_ptr,  # [M, N] contiguous
+    mean_ptr,  # [M] fp32
+    rstd_ptr,  # [M] fp32
+    M, N, eps,
+    stride_xm, stride_xn, stride_rm, stride_rn,
+    HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk tiles of whole rows, so that weight and bias are loaded once."""
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
+    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
+    columns = offs_n.to(tl.int64)[None, :]
+    first = tl.program_id(0).to(tl.int64)
+    for tile in tl.range(first, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
+        offs_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        rows, mask_m = offs_m[:, None], offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        s = tl.load(x_ptr + rows * stride_xm + columns * stride_xn, mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
+        if HAS_RESIDUAL:
+            residual = tl.load(residual_ptr + rows * stride_rm + columns * stride_rn, mask=mask, other=0.0)
+            rounded = (s + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
+            tl.store(s_ptr + rows * N + columns, rounded, mask=mask)
+            s = rounded.to(tl.float32)
+        centred, mean, rstd = centred_rows(s, mask, N, eps)
+        y = centred * rstd[:, None] * weight + bias
+        tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
+        tl.store(mean_ptr + offs_m, mean, mask=mask_m)
+        tl.store(rstd_ptr + offs_m, rstd, mask=mask_m)
+
+
+@triton.jit
+def _layer_norm_bwd_kernel(
+    grad_y_ptr,  # [M, N]
+    grad_s_ptr,  # [M, N]
+    s_ptr,  # [M, N]
+    weight_ptr,  # [N] contiguous
+    mean_ptr,  # [M] fp32
+    rstd_ptr,  # [M] fp32
+    ds_ptr,  # [M, N] contiguous
+    dx_ptr,  # [M, N] contiguous, ds in another dtype
+    dw_ptr,  # [programs, N] fp32
+    db_ptr,  # [programs, N] fp32
+    M, N,
+    stride_ym, stride_yn, stride_gm, stride_gn, stride_sm, stride_sn,
+    HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+):  # fmt: skip
+    """Walk tiles of whole rows, and keep this program's part of the sums over rows."""
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_n = offs_n < N
+    weight = tl.load(weight_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]  # [1, BN]
+    columns = offs_n.to(tl.int64)[None, :]
+    # one sum for each row of the tile; these are added up at the end
+    acc_dw = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    acc_db = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    first = tl.program_id(0).to(tl.int64)
+    for tile in tl.range(first, tl.cdiv(M, BLOCK_M), tl.num_programs(0), num_stages=NUM_STAGES):
+        offs_m = (tile * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+        rows, mask_m = offs_m[:, None], offs_m < M
+        mask = mask_m[:, None] & mask_n[None, :]
+        s = tl.load(s_ptr + rows * stride_sm + columns * stride_sn, mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
+        dy = tl.load(grad_y_ptr + rows * stride_ym + columns * stride_yn, mask=mask, other=0.0).to(tl.float32)
+        mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+        rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+        normed = (s - mean) * rstd  # not zero past the end of a row, but dy and weight are
+        ds = grad_of_rows(dy, weight, normed, rstd, N)
+        if HAS_GRAD_S:
+            ds += tl.load(grad_s_ptr + rows * stride_gm + columns * stride_gn, mask=mask, other=0.0).to(tl.float32)
+        tl.store(ds_ptr + rows * N + columns, ds.to(ds_ptr.dtype.element_ty), mask=mask)
+        if HAS_DX:
+            tl.store(dx_ptr + rows * N + columns, ds.to(dx_ptr.dtype.element_ty), mask=mask)
+        if HAS_SUMS:
+            acc_dw += dy * normed
+            acc_db += dy
+    if HAS_SUMS:
+        sums = first * N + offs_n
+        tl.store(dw_ptr + sums, tl.sum(acc_dw, 0), mask=mask_n)
+        tl.store(db_ptr + sums, tl.sum(acc_db, 0), mask=mask_n)

@@ -1,0 +1,246 @@
+"""The specifications of both layer norms: sizes, inputs, cases, floors, and what ships."""
+
+import dataclasses
+from collections.abc import Callable
+
+from torch import Tensor
+
+from .. import reference
+from ..configs import WIDTHS, RowConfig
+from ..spec import (
+    CPU,
+    CUDA,
+    DETERMINISM,
+    EXPANDED,
+    EXTREME,
+    NOT_INTERPRETED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    on,
+)  # fmt: skip
+from .op import layer_norm
+from .pair_op import layer_norm_pair
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape(Shape):
+    """Rows [rows, width]."""
+
+    rows: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all rows."""
+        return self.rows * self.width
+
+
+@dataclasses.dataclass(frozen=True)
+class NormShape(RowShape):
+    """Rows [rows, width], with or without a residual that is added before the norm."""
+
+    residual: bool = False
+
+
+def make(shape: NormShape, values: str, draw: Draw) -> Call:
+    """Make rows, the parameters, and one gradient for each result."""
+    inputs = {
+        "x": rows_of(shape, values, draw),
+        "weight": draw.normal(shape.width),
+        "bias": draw.normal(shape.width),
+    }
+    if shape.residual:
+        inputs["residual"] = rows_of(shape, values, draw)
+    return Call(inputs, gradients(shape, values, draw, 1 + shape.residual))
+
+
+def make_pair(shape: RowShape, values: str, draw: Draw) -> Call:
+    """Make rows, the parameters of both norms, and the gradients of both results."""
+    names = "weight_1", "bias_1", "weight_2", "bias_2"
+    inputs = {"x": rows_of(shape, values, draw), **{name: draw.normal(shape.width) for name in names}}
+    if values == "zeros":
+        inputs["bias_1"].fill_(0.5)
+        inputs["weight_2"].fill_(1)
+    elif values == "large bias":
+        inputs["bias_1"] += 3000
+    return Call(inputs, gradients(shape, values, draw, 2))
+
+
+def rows_of(shape: RowShape, values: str, draw: Draw) -> Tensor:
+    """Make rows whose mean is not zero, or what ``values`` asks for."""
+    x = draw.normal(shape.rows, shape.width) + 0.5
+    if values == "zeros":
+        x.zero_()
+    elif values == "constant rows":
+        # small whole numbers, whose sums are exact
+        x = draw.integers(-8, 9, shape.rows, 1).float().repeat(1, shape.width)
+    elif values == "large mean":
+        x += 3000
+    elif values == "outlier":
+        x[:, shape.width // 3] += 300
+    elif values == "large":
+        x *= 1e3
+    elif values == "tiny":
+        x *= 1e-4
+    return x
+
+
+def gradients(shape: RowShape, values: str, draw: Draw, results: int) -> tuple[Tensor, ...]:
+    """Make a gradient for each result; for rows of zeros it is 1 or -1, so that its sums are exact."""
+    grads = tuple(draw.normal(shape.rows, shape.width) for _ in range(results))
+    return tuple(grad.sign() for grad in grads) if values == "zeros" else grads
+
+
+def floor(shape: NormShape, itemsize: int, backward: bool) -> Floor:
+    """Count float32 parameters, and mean and rstd of each row in float32.
+
+    Forward reads what is added and writes the result and the sum. Backward reads what was normalised, the gradient of
+    each result and the weight; it writes one gradient for all that was added, and those of both parameters.
+    """
+    tensors = (4 if shape.residual else 3) if backward else (4 if shape.residual else 2)
+    parameters = (3 if backward else 2) * shape.width * 4
+    flops = (13 if backward else 8) * shape.elements
+    return Floor(flops, tensors * shape.elements * itemsize + parameters + 8 * shape.rows)
+
+
+def floor_pair(shape: RowShape, itemsize: int, backward: bool) -> Floor:
+    """Count float32 parameters, and means and rstds of each row in float32.
+
+    Forward reads one tensor and four parameters, and writes two tensors. Backward reads the same tensor, the gradients
+    of both results and three parameters, since the last bias is only added; it writes the gradients of the tensor and
+    of four parameters.
+    """
+    tensors, parameters = (4, 7) if backward else (3, 4)
+    flops = (28 if backward else 16) * shape.elements
+    return Floor(flops, tensors * shape.elements * itemsize + parameters * shape.width * 4 + 16 * shape.rows)
+
+
+FEW = 6  # draws to judge as one: the errors of narrow rows are those of a few sums
+
+
+def cases(sized: Callable[[int, int], RowShape]) -> list[Case]:
+    """Return the cases of one kind of layer norm; ``sized`` makes its shape from rows and width."""
+    return [
+        Case(sized(37, 3), "three numbers a row", draws=FEW),
+        Case(sized(67, 77), "odd rows and an odd width", quick=True, sanitize=True),
+        Case(sized(17, 768), "B/32's width"),
+        Case(sized(9, 1000), "no power of two, and no multiple of a warp's columns"),
+        Case(sized(7, 1024), "L/14's width: no column is masked"),
+        Case(sized(5, 1025), "one past that", sanitize=True),
+        Case(sized(5, 1664), "bigG/14's width"),
+        Case(sized(3, 4096), "the widest that two norms take in one pass"),
+        Case(sized(2, 8192), "the widest"),
+        Case(sized(37, 1), "rows of one zero, which is its own mean", values="zeros"),
+        Case(sized(37, 64), "no column is masked; several rows share a tile"),
+        Case(sized(1, 24), "one row", sanitize=True),
+        Case(sized(4099, 24), "many tiles for each program, the last one short"),
+        Case(sized(0, 64), "no rows"),
+        Case(sized(1028, 1024), "L/14, four images", NOT_INTERPRETED),
+        Case(sized(65792, 1024), "L/14, a batch", on(CUDA)),
+        Case(sized(65792, 1664), "bigG/14, a batch", on(CUDA)),
+        # layouts
+        Case(sized(67, 40), "rows contiguous", layout="transposed"),
+        Case(sized(67, 40), "every second column of a wider tensor", layout="sliced", quick=True),
+        Case(sized(67, 40), "one element past an aligned address", layout="offset"),
+        Case(sized(37, 72), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+        # extremes
+        Case(sized(33, 64), "rows without variance: eps alone keeps the scale finite", check=EXTREME,
+             values="constant rows", quick=True, draws=FEW),
+        Case(sized(9, 768), "a mean of 3000: E[x^2] - E[x]^2 would have nothing left", check=EXTREME,
+             values="large mean", quick=True),
+        Case(sized(9, 768), "one channel of hundreds, as in towers", check=EXTREME, values="outlier", draws=FEW),
+        Case(sized(33, 72), "values of thousands", check=EXTREME, values="large"),
+        Case(sized(33, 72), "a variance far below eps", check=EXTREME, values="tiny"),
+        # repeats
+        Case(sized(517, 96), "several tiles, two threads", on(CPU), DETERMINISM, quick=True),
+        Case(sized(65792, 1024), "more rows than the GPU holds at once", on(CUDA), DETERMINISM),
+    ]  # fmt: skip
+
+
+def alone(rows: int, width: int) -> NormShape:
+    """Return the shape of a norm without a residual."""
+    return NormShape(rows, width)
+
+
+def after_residual(rows: int, width: int) -> NormShape:
+    """Return the shape of a norm with a residual."""
+    return NormShape(rows, width, residual=True)
+
+
+# tokens and width of the image towers L/14, B/16, H/14 and bigG/14, and how many images are measured together
+TOWERS = ((257, 1024), (197, 768), (257, 1280), (257, 1664))
+IMAGES = {"cpu": 4, "cuda": 256}
+
+
+def towers(device_type: str, sized: Callable[[int, int], RowShape]) -> tuple[RowShape, ...]:
+    """Return the shape of one layer of each image tower."""
+    return tuple(sized(IMAGES[device_type] * tokens, width) for tokens, width in TOWERS)
+
+
+def target(op: str, shape: RowShape) -> Target:
+    """Return both kernels of an op, to be tuned at a shape: a tile has up to four rows, as wide as the entry allows."""
+    widest = min(limit for limit in WIDTHS if shape.width <= limit)
+    axes = {"block_m": (1, 2, 4), "block_n": (widest,), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3)}
+    kernels = tuple(
+        Tunable(f"{op}_{pass_}", f"_{op}_{pass_}_kernel", RowConfig, axes, per_width=True) for pass_ in ("bwd", "fwd")
+    )
+    return Target(f"{op}-{widest}", shape, kernels)
+
+
+# 256 images of L/14 and of bigG/14; no model is as wide as the others
+TUNED_SHAPES = (65792, 1024), (65792, 1664), (16384, 4096), (8192, 8192)
+
+SPECS = (
+    OpSpec(
+        op=layer_norm,
+        reference=reference.layer_norm,
+        make=make,
+        cases=[*cases(alone), *cases(after_residual)],
+        small=(alone(10, 12), after_residual(10, 12)),
+        category="norm, activation",
+        kernels=("_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"),
+        floor=floor,
+        bench={device: (*towers(device, after_residual), *towers(device, alone)) for device in IMAGES},
+        items=("rows", "rows"),
+        float32=("weight", "bias"),
+        follows_autocast=False,
+        # B, L, H and bigG; the widest of all; a 16-bit x that is added to a float32 stream, as under autocast
+        shipped=(
+            *(Shipped(f"residual N{width}", after_residual(64, width)) for width in (768, 1280, 1664, 4096)),
+            *(Shipped(f"residual N{width}", after_residual(64, width), ("bf16", "fp32")) for width in (1024, 8192)),
+            Shipped("residual N1024 bf16 into", after_residual(64, 1024), ("fp32",), casts={"x": "bf16"}),
+        ),
+        targets=tuple(target("layer_norm", after_residual(*size)) for size in TUNED_SHAPES),
+    ),
+    OpSpec(
+        op=layer_norm_pair,
+        reference=reference.layer_norm_pair,
+        make=make_pair,
+        cases=[
+            *cases(RowShape),
+            Case(RowShape(9, 768), "a mean of 3000 in the second norm", check=EXTREME, values="large bias"),
+        ],
+        small=(RowShape(10, 12),),
+        category="norm, activation",
+        kernels=("_layer_norm_pair_fwd_kernel", "_layer_norm_pair_bwd_kernel"),
+        floor=floor_pair,
+        bench={device: towers(device, RowShape) for device in IMAGES},
+        items=("rows", "rows"),
+        float32=("weight_1", "bias_1", "weight_2", "bias_2"),
+        follows_autocast=False,
+        # B, L, H and bigG; the widest that one pass takes; wider rows, which take two layer norms
+        shipped=(
+            *(Shipped(f"N{width}", RowShape(64, width)) for width in (768, 1280, 1664)),
+            *(Shipped(f"N{width}", RowShape(64, width), ("bf16", "fp32")) for width in (1024, 4096, 8192)),
+        ),
+        # wider rows than these take two layer norms
+        targets=tuple(target("layer_norm_pair", RowShape(*size)) for size in TUNED_SHAPES[:3]),
+    ),
+)
