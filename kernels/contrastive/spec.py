@@ -1,0 +1,251 @@
+"""The specifications of the contrastive losses: inputs, floors, what ships and what is tuned."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..configs import GemmConfig, RowConfig, config_key, override
+from ..spec import Call, Draw, Floor, OpSpec, Shipped, Target, Tunable
+from . import contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
+from .cases import CONTRASTIVE, INFO_NCE, NT_XENT, SIGMOID, LossShape, QueueShape, SigmoidShape, ViewShape
+
+ONE = torch.tensor(1.0)
+
+
+def features(shape: LossShape | SigmoidShape | QueueShape, values: str, draw: Draw) -> tuple[Tensor, Tensor]:
+    """Make both sides of the pairs, unit rows [pairs, embed_dim] unless ``values`` says otherwise."""
+    size = shape.pairs, shape.embed_dim
+    first, noise = draw.unit(*size), draw.unit(*size)
+    if shape.matched == 1:
+        second = first.clone()
+    else:
+        second = F.normalize(shape.matched * first + (1 - shape.matched) * noise, dim=-1)
+    if values == "duplicate rows":
+        twice = torch.arange(shape.pairs, device=draw.device) // 2
+        first, second = first[twice], second[twice]
+    elif values == "all-equal rows":
+        first = second = first[:1].repeat(shape.pairs, 1)
+    elif values == "zero rows":
+        first[:3], second[-3:] = 0, 0
+    elif values == "large":
+        first = 100 * first
+    elif values == "one-hot":
+        first = second = torch.eye(*size, device=draw.device)
+    return first, second
+
+
+def number(value: float, draw: Draw) -> Tensor:
+    """Make a tensor without dimensions."""
+    return torch.tensor(value, device=draw.device)
+
+
+def make_contrastive(shape: LossShape, values: str, draw: Draw) -> Call:
+    """Make features and the scale of the logits."""
+    image, text = features(shape, values, draw)
+    inputs = {"image": image, "text": text, "logit_scale": number(shape.scale, draw)}
+    return Call(inputs, (ONE,), {"normalize": shape.normalize})
+
+
+def make_sigmoid(shape: SigmoidShape, values: str, draw: Draw) -> Call:
+    """Make features, and scale and bias of the logits."""
+    image, text = features(shape, values, draw)
+    numbers = {"logit_scale": number(shape.scale, draw), "logit_bias": number(shape.bias, draw)}
+    return Call({"image": image, "text": text, **numbers}, (ONE,), {"offset": shape.offset})
+
+
+def make_info_nce(shape: QueueShape, values: str, draw: Draw) -> Call:
+    """Make queries, keys, a queue of negatives and the scale of the logits."""
+    query, key = features(shape, values, draw)
+    negatives = draw.unit(shape.queue, shape.embed_dim)
+    if values == "all-equal rows":
+        negatives = query[:1].repeat(shape.queue, 1)
+    inputs = {"query": query, "key": key, "negatives": negatives, "logit_scale": number(shape.scale, draw)}
+    return Call(inputs, (ONE,), {"in_batch": shape.in_batch})
+
+
+def make_nt_xent(shape: ViewShape, values: str, draw: Draw) -> Call:
+    """Make two views and the scale of the logits."""
+    first, second = features(shape, values, draw)
+    inputs = {"first": first, "second": second, "logit_scale": number(shape.scale, draw)}
+    return Call(inputs, (ONE,), {"normalize": shape.normalize})
+
+
+def contrastive_floor(shape: LossShape, itemsize: int, backward: bool) -> Floor:
+    """Forward, one product gives both log-sum-exps. Backward recomputes it, and each of the two gradients is another.
+
+    These 8 N^2 D operations are the least of versions that keep no N x N matrix between the passes. A version that
+    keeps it needs no recomputation (6 N^2 D), and may be faster than this floor where the matrix fits.
+    """
+    product, bytes_of_features = _product_and_bytes(shape.pairs, shape.embed_dim, itemsize)
+    return Floor(3 * product, 2 * bytes_of_features) if backward else Floor(product, bytes_of_features)
+
+
+def sigmoid_floor(shape: SigmoidShape, itemsize: int, backward: bool) -> Floor:
+    """One product gives the loss and G, since no sum must be known first: G counts as made in the forward pass.
+    Backward, each of the two gradients is a product.
+    """
+    product, bytes_of_features = _product_and_bytes(shape.pairs, shape.embed_dim, itemsize)
+    return Floor(2 * product, 2 * bytes_of_features) if backward else Floor(product, bytes_of_features)
+
+
+def info_nce_floor(shape: QueueShape, itemsize: int, backward: bool) -> Floor:
+    """Forward, one product gives the sums. Backward recomputes it, and the gradient of the queries is another; keys and
+    queue have none.
+    """
+    row = shape.embed_dim * itemsize
+    product, reading = 2 * shape.pairs * shape.columns * shape.embed_dim, (2 * shape.pairs + shape.queue) * row
+    return Floor(2 * product, reading + shape.pairs * row) if backward else Floor(product, reading)
+
+
+def nt_xent_floor(shape: ViewShape, itemsize: int, backward: bool) -> Floor:
+    """A logit serves two views, so half a product gives the sums. Backward recomputes that half, and the gradient is a
+    whole product.
+    """
+    views = 2 * shape.pairs
+    product, bytes_of_views = 2 * views**2 * shape.embed_dim, views * shape.embed_dim * itemsize
+    return Floor(1.5 * product, 2 * bytes_of_views) if backward else Floor(product / 2, bytes_of_views)
+
+
+def _product_and_bytes(pairs: int, embed_dim: int, itemsize: int) -> tuple[int, int]:
+    """Return the operations of the product of all logits, and the bytes of both sides' features."""
+    return 2 * pairs**2 * embed_dim, 2 * pairs * embed_dim * itemsize
+
+
+TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile", "sigmoid_sums", "sigmoid_grad_tile")
+
+
+@contextlib.contextmanager
+def small_blocks(dtype: torch.dtype) -> Iterator[None]:
+    """Take tiles of 32 x 32 logits, and blocks of 64 x 64 where features have more than 256 dimensions.
+
+    The edge of a block follows from the tile of the products: with so many dimensions it has four times its rows.
+    """
+    small = {name: GemmConfig(32, 32, 16, num_warps=4, num_stages=1) for name in TILED}
+    small["contrastive_products"] = GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
+    with contextlib.ExitStack() as stack:
+        for name, config in small.items():
+            stack.enter_context(override(config_key(name, dtype), config))
+        yield
+
+
+def _gemm(*kernels: str) -> tuple[Tunable, ...]:
+    """Return kernels with a matrix product, by their names in the tables."""
+    functions = (f"_{kernel.removeprefix('contrastive_')}_kernel" for kernel in kernels)
+    return tuple(Tunable(*names, GemmConfig) for names in zip(kernels, functions, strict=True))
+
+
+SUMS = ("_stats_kernel", "_online_stats_kernel", "_merge_kernel")
+GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
+DTYPES = ("bf16", "fp32", "fp16")
+
+SPECS = (
+    OpSpec(
+        op=contrastive_loss,
+        reference=reference.contrastive_loss,
+        make=make_contrastive,
+        cases=CONTRASTIVE,
+        small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
+        category="loss",
+        suite="loss",
+        torch_op="contrastive",
+        kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
+        floor=contrastive_floor,
+        bench={
+            "cpu": tuple(LossShape(pairs, 512) for pairs in (1024, 2048, 4096, 8192, 16384)),
+            "cuda": (
+                LossShape(16384, 512),
+                LossShape(32768, 768),
+                LossShape(4096, 512),
+                LossShape(65536, 768),
+                LossShape(8192, 512),
+                LossShape(32768, 512),
+            ),
+        },
+        items=("pairs", "pairs"),
+        gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
+        float32=("logit_scale",),
+        follows_autocast=False,
+        # 1001: a last batch of any size, where nothing is aligned; fp16 has a scale of its own for G
+        shipped=(
+            Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
+            Shipped("N1001 D512", LossShape(1001, 512, 10.0)),
+        ),
+        targets=(
+            Target(
+                "contrastive",
+                LossShape(16384, 512),
+                (
+                    *_gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats"),
+                    Tunable("contrastive_rows", "_finish_kernel", RowConfig),
+                ),
+            ),
+            # the scale is so large that sums with one shift underflow, and maxima are needed
+            Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_online_stats")),
+        ),
+        small_tiles=small_blocks,
+    ),
+    OpSpec(
+        op=sigmoid_loss,
+        reference=reference.sigmoid_loss,
+        make=make_sigmoid,
+        cases=SIGMOID,
+        small=(SigmoidShape(11, 6, 5.0, -3.0, 0.3),),
+        category="loss",
+        suite="sigmoid",
+        torch_op="sigmoid",
+        kernels=("_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", *GRADIENTS[1:]),
+        floor=sigmoid_floor,
+        bench={"cpu": (SigmoidShape(2048, 512),), "cuda": (SigmoidShape(16384, 512), SigmoidShape(4096, 512))},
+        items=("pairs", "pairs"),
+        gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
+        float32=("logit_scale", "logit_bias"),
+        follows_autocast=False,
+        shipped=(
+            Shipped("N1024 D512", SigmoidShape(1024, 512), DTYPES),
+            Shipped("N1001 D512", SigmoidShape(1001, 512)),
+        ),
+        targets=(Target("sigmoid", SigmoidShape(16384, 512), _gemm("sigmoid_grad_tile", "sigmoid_sums")),),
+        small_tiles=small_blocks,
+    ),
+    OpSpec(
+        op=info_nce_loss,
+        reference=reference.info_nce_loss,
+        make=make_info_nce,
+        cases=INFO_NCE,
+        small=(QueueShape(11, 7, 6, 5.0, 0.3, in_batch=True), QueueShape(11, 7, 6, 5.0, 0.3)),
+        category="loss",
+        suite="info_nce",
+        torch_op="info_nce",
+        kernels=(*SUMS, *GRADIENTS),
+        floor=info_nce_floor,
+        bench={"cpu": (QueueShape(256, 16384, 128),), "cuda": (QueueShape(1024, 65536, 128),)},
+        items=("pairs", "pairs"),
+        gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
+        frozen=("key", "negatives"),
+        float32=("logit_scale",),
+        follows_autocast=False,
+        small_tiles=small_blocks,
+    ),
+    OpSpec(
+        op=nt_xent_loss,
+        reference=reference.nt_xent_loss,
+        make=make_nt_xent,
+        cases=NT_XENT,
+        small=(ViewShape(11, 6, 5.0, 0.3),),
+        category="loss",
+        suite="nt_xent",
+        torch_op="nt_xent",
+        kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
+        floor=nt_xent_floor,
+        bench={"cpu": (ViewShape(2048, 512),), "cuda": (ViewShape(16384, 512), ViewShape(4096, 512))},
+        items=("pairs", "pairs"),
+        gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
+        float32=("logit_scale",),
+        follows_autocast=False,
+        small_tiles=small_blocks,
+    ),
+)
