@@ -120,12 +120,12 @@ TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile
 
 @contextlib.contextmanager
 def small_blocks(dtype: torch.dtype) -> Iterator[None]:
-    """Take tiles of 32 x 32 logits, and blocks of 64 x 64 where features have more than 256 dimensions.
+    """Take tiles of 32 x 32 logits, and blocks of 64 x 64 where features have more than 104 dimensions.
 
-    The edge of a block follows from the tile of the products: with so many dimensions it has four times its rows.
+    The edge of a block follows from the products' tiles: it is four times their rows where many of them hold D columns.
     """
-    small = {name: GemmConfig(32, 32, 16, num_warps=4, num_stages=1) for name in TILED}
-    small["contrastive_products"] = GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
+    small = {name: GemmConfig(32, 32, 64, num_warps=4, num_stages=1) for name in TILED}
+    small["contrastive_products"] = GemmConfig(16, 8, 64, num_warps=4, num_stages=1)
     with contextlib.ExitStack() as stack:
         for name, config in small.items():
             stack.enter_context(override(config_key(name, dtype), config))

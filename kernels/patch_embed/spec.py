@@ -1,0 +1,303 @@
+"""The specification of the patch embedding: sizes, inputs, cases, floor, and what ships."""
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from .. import reference
+from ..configs import GemmConfig, RowConfig, config_key, override
+from ..spec import (
+    ACCURACY,
+    CPU,
+    CUDA,
+    DETERMINISM,
+    EVERYWHERE,
+    EXPANDED,
+    EXTREME,
+    NOT_INTERPRETED,
+    Call,
+    Case,
+    Draw,
+    Floor,
+    OpSpec,
+    Shape,
+    Shipped,
+    Target,
+    Tunable,
+    on,
+)  # fmt: skip
+from .op import patch_embed
+
+
+@dataclasses.dataclass(frozen=True)
+class PatchShape(Shape):
+    """Images [batch, 3, height, width] as bytes or floats, and a projection [embed_dim, 3, patch_size, patch_size].
+
+    With ``keep``, so many patches of each image become tokens.
+    """
+
+    batch: int
+    height: int
+    width: int
+    patch_size: int
+    embed_dim: int
+    uint8: bool = True
+    keep: int | None = None
+
+    @property
+    def patches(self) -> int:
+        """The number of patches of an image."""
+        return (self.height // self.patch_size) * (self.width // self.patch_size)
+
+    @property
+    def kept(self) -> int:
+        """The number of patches of an image that become tokens."""
+        return self.patches if self.keep is None else self.keep
+
+    @property
+    def elements(self) -> int:
+        """The number of pixels, or of elements of the result, whichever is larger."""
+        return self.batch * max(3 * self.height * self.width, (1 + self.patches) * self.embed_dim)
+
+
+def make(shape: PatchShape, values: str, draw: Draw) -> Call:
+    """Make random images, parameters and, with ``keep``, the patches to keep of each image, in any order."""
+    size = shape.batch, 3, shape.height, shape.width
+    images = draw.integers(0, 256, *size, dtype=torch.uint8) if shape.uint8 else draw.normal(*size)
+    weight = draw.normal(shape.embed_dim, 3, shape.patch_size, shape.patch_size) / shape.patch_size
+    if values.startswith("all "):
+        images.fill_(int(values.removeprefix("all ")))
+    elif values == "large":
+        images *= 100
+    elif values == "one-hot":
+        weight = torch.eye(shape.embed_dim, weight[0].numel(), device=draw.device).view_as(weight)
+    elif values == "duplicate rows":
+        images = images[:1].repeat(shape.batch, 1, 1, 1)
+    elif values == "tiny weight":
+        weight *= 1e-3
+    scale = 0.0 if values == "tiny weight" else 1.0  # what is added to the products must not hide them
+    inputs = {
+        "images": images,
+        "weight": weight,
+        "class_embedding": scale * draw.normal(shape.embed_dim),
+        "positional_embedding": scale * draw.normal(1 + shape.patches, shape.embed_dim),
+    }
+    if shape.keep is not None:
+        inputs["keep"] = draw.subsets(shape.batch, shape.patches, shape.keep)
+    return Call(inputs, (draw.normal(shape.batch, 1 + shape.kept, shape.embed_dim),))
+
+
+def floor(shape: PatchShape, itemsize: int, backward: bool) -> Floor:
+    """Forward, one product reads the pixels that are kept, the parameters and 8 bytes of index for each kept patch.
+
+    Backward, one product gives the gradient of the weight, and each position has a gradient. Floating images have one
+    as well: another product, which reads the weight.
+    """
+    pixels_of_patch, row = 3 * shape.patch_size**2, shape.embed_dim * itemsize
+    product = 2 * shape.batch * shape.kept * pixels_of_patch * shape.embed_dim
+    indices = 0 if shape.keep is None else 8 * shape.batch * shape.kept
+    pixels = shape.batch * shape.kept * pixels_of_patch * (1 if shape.uint8 else itemsize)
+    weight, tokens = pixels_of_patch * row, shape.batch * (1 + shape.kept) * row
+    read_and_made = pixels + indices + weight + row + tokens  # the row is the class token
+    if not backward:
+        return Floor(product, read_and_made + (1 + shape.kept) * row)
+    of_parameters = Floor(product, read_and_made + (1 + shape.patches) * row)
+    if shape.uint8:
+        return of_parameters
+    return of_parameters + Floor(product, weight + 3 * shape.batch * shape.height * shape.width * itemsize)
+
+
+@contextlib.contextmanager
+def small_tiles(dtype: torch.dtype) -> Iterator[None]:
+    """Take tiles of 16 rows and columns, so that a few patches make several tiles."""
+    with contextlib.ExitStack() as stack:
+        for name in ("fwd", "bwd_weight", "bwd_images"):
+            config = GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
+            stack.enter_context(override(config_key(f"patch_embed_{name}", dtype), config))
+        config = RowConfig(2, 16, num_warps=1, num_stages=1)
+        stack.enter_context(override(config_key("patch_embed_bwd_pos", dtype), config))
+        yield
+
+
+def _both(
+    shape: PatchShape,
+    why: str,
+    legs: frozenset[str] = EVERYWHERE,
+    check: str = ACCURACY,
+    *,
+    layout: str = "",
+    quick: bool = False,
+    sanitize: bool = False,
+) -> list[Case]:
+    """Return the case of bytes and that of floats."""
+    return [
+        Case(dataclasses.replace(shape, uint8=uint8), why, legs, check, layout, quick=quick, sanitize=sanitize)
+        for uint8 in (True, False)
+    ]
+
+
+# What the layouts of the images are like in use, or hard to address.
+LAYOUTS = {
+    "hwc": "pixels as a decoder leaves them",
+    "transposed": "last axis first",
+    "sliced": "every second element of a wider tensor",
+    "offset": "one element past an aligned address",
+}
+# Small shapes of which none, one, half and all of the patches are kept.
+KEPT_OF = (
+    PatchShape(1, 8, 8, 8, 16),
+    PatchShape(2, 28, 28, 14, 40),
+    PatchShape(3, 32, 48, 16, 72),
+    PatchShape(5, 64, 32, 32, 24),
+    PatchShape(2, 21, 35, 7, 40),
+)
+
+CASES = [
+    Case(PatchShape(2, 224, 224, 32, 768), "B/32", NOT_INTERPRETED, quick=True),
+    Case(PatchShape(2, 224, 224, 32, 768, uint8=False), "B/32", NOT_INTERPRETED),
+    *_both(PatchShape(1, 224, 224, 16, 768), "B/16", NOT_INTERPRETED),
+    *_both(PatchShape(1, 224, 224, 14, 1024), "L/14: 588 pixels a patch, which no tile divides", NOT_INTERPRETED),
+    *_both(PatchShape(1, 336, 336, 14, 1024), "L/14 at 336 pixels", on(CUDA)),
+    *_both(PatchShape(1, 224, 224, 14, 1280), "H/14", on(CUDA)),
+    *_both(PatchShape(1, 224, 224, 14, 1408), "g/14", on(CUDA)),
+    *_both(PatchShape(1, 224, 224, 14, 1664), "bigG/14", NOT_INTERPRETED),
+    *_both(PatchShape(64, 224, 224, 16, 768), "B/16, a batch: the weight gradient is split", on(CUDA)),
+    # nasty ones
+    *_both(PatchShape(1, 8, 8, 8, 16), "one patch, one image"),
+    *_both(PatchShape(2, 28, 28, 14, 24), "patch size 14, several tiles of pixels", sanitize=True),
+    *_both(PatchShape(2, 28, 28, 14, 40), "patch size 14, and a width that no tile divides", quick=True),
+    *_both(PatchShape(3, 16, 24, 8, 20), "several tiles of tokens, across images", sanitize=True),
+    *_both(PatchShape(3, 32, 48, 16, 72), "not square; the width is past a tile"),
+    *_both(PatchShape(5, 64, 32, 32, 24), "patch size 32; a prime number of images"),
+    *_both(PatchShape(2, 21, 35, 7, 40), "patch size 7: rows of 7 pixels, which no vector load divides"),
+    *_both(PatchShape(7, 24, 24, 8, 63), "as many rows as a tile less one; the width one less than a tile"),
+    *_both(PatchShape(5, 40, 40, 8, 65), "130 rows: past a tile; the width one past a tile"),
+    *_both(PatchShape(0, 28, 28, 14, 40), "no images"),
+    # dropped patches
+    *_both(PatchShape(2, 224, 224, 16, 768, keep=98), "B/16, half of the patches dropped", NOT_INTERPRETED),
+    *_both(PatchShape(64, 224, 224, 16, 768, keep=49), "B/16, a batch, three quarters of the patches", on(CUDA)),
+    *_both(PatchShape(35, 21, 35, 7, 40, keep=7), "dropped patches; several tiles of images", quick=True),
+    *_both(PatchShape(3, 16, 24, 8, 20, keep=4), "dropped patches, several tiles of tokens", sanitize=True),
+    *_both(PatchShape(3, 28, 28, 14, 40, keep=0), "every patch dropped: the class token alone"),
+    *(
+        case
+        for shape in KEPT_OF
+        for keep in sorted({0, 1, shape.patches // 2, shape.patches})
+        for case in _both(dataclasses.replace(shape, keep=keep), f"{keep} of {shape.patches} patches kept")
+    ),
+    *(
+        Case(PatchShape(batch, 8, 16, 4, 9, uint8=False, keep=3), "one past or less than a tile of images, and several")
+        for batch in (1, 31, 33, 70)
+    ),
+    *_both(PatchShape(0, 28, 28, 14, 40, keep=2), "no images, and patches are dropped"),
+    # layouts
+    *(
+        case
+        for keep, prefix in ((None, ""), (3, "dropped patches: "))
+        for layout, why in LAYOUTS.items()
+        for case in _both(
+            PatchShape(2, 28, 42, 14, 40, keep=keep), prefix + why,
+            layout=layout, quick=layout == "hwc" and keep is None,
+        )
+    ),
+    *_both(PatchShape(2, 28, 28, 14, 40), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    # extremes
+    Case(PatchShape(2, 28, 28, 14, 40), "black: the low end of the range", check=EXTREME, values="all 0"),
+    Case(PatchShape(2, 28, 28, 14, 40), "the byte that becomes 0 inside", check=EXTREME, values="all 128"),
+    Case(
+        PatchShape(2, 28, 28, 14, 40), "white: the high end of the range",
+        check=EXTREME, values="all 255", quick=True,
+    ),
+    Case(
+        PatchShape(2, 28, 28, 14, 40, uint8=False), "pixels of 100: far outside what a model sees",
+        check=EXTREME, values="large", quick=True,
+    ),
+    Case(PatchShape(2, 28, 28, 14, 40), "each row of the weight reads one pixel", check=EXTREME, values="one-hot"),
+    Case(PatchShape(4, 28, 28, 14, 40), "the same image again and again", check=EXTREME, values="duplicate rows"),
+    Case(
+        PatchShape(2, 28, 28, 14, 40), "weights of 1e-4: folding the normalisation must not flush them",
+        check=EXTREME, values="tiny weight",
+    ),
+    # repeats
+    Case(PatchShape(3, 32, 48, 16, 72, uint8=False), "several tiles", on(CPU), DETERMINISM, quick=True),
+    Case(PatchShape(8, 112, 112, 16, 256), "sums over hundreds of patches", on(CPU), DETERMINISM),
+    Case(PatchShape(64, 224, 224, 16, 768), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+    *_both(PatchShape(70, 32, 48, 16, 72, keep=3), "dropped patches, several tiles of images", on(CPU), DETERMINISM),
+    Case(PatchShape(256, 224, 224, 16, 768, keep=98), "dropped patches of a batch", on(CUDA), DETERMINISM),
+]  # fmt: skip
+
+# L/14, B/16, B/32 and H/14: the most telling first
+TOWERS = ((14, 1024), (16, 768), (32, 768), (14, 1280))
+PARAMETERS = {"class_embedding": "fp32", "positional_embedding": "fp32"}
+
+
+def _bench(batch: int) -> tuple[PatchShape, ...]:
+    """Return the first layer of the published towers: of bytes, with half of the patches dropped, and of floats."""
+    whole = [PatchShape(batch, 224, 224, patch_size, embed_dim) for patch_size, embed_dim in TOWERS]
+    kept = [dataclasses.replace(shape, keep=shape.patches // 2) for shape in whole]
+    return *whole, *kept, *(dataclasses.replace(shape, uint8=False) for shape in whole)
+
+
+def _shipped(patch_size: int, dtypes: tuple[str, ...], *, uint8: bool = True, keep: int | None = None) -> Shipped:
+    """Return a call of B's width, whose class token and positions are parameters in float32."""
+    label = f"P{patch_size} {'bytes' if uint8 else 'floats'}" + ("" if keep is None else f" keep{keep}")
+    shape = PatchShape(2, 224, 224, patch_size, 768, uint8, keep)
+    return Shipped(label, shape, dtypes, casts=PARAMETERS, tf32_by_triton_36=uint8)
+
+
+SPECS = (
+    OpSpec(
+        op=patch_embed,
+        reference=reference.patch_embed,
+        make=make,
+        cases=CASES,
+        small=(
+            PatchShape(2, 8, 12, 4, 10, uint8=False),
+            PatchShape(2, 8, 12, 4, 10),
+            PatchShape(2, 8, 12, 4, 10, uint8=False, keep=4),
+        ),
+        category="patch, text input",
+        kernels=(
+            "_patch_embed_fwd_kernel",
+            "_patch_embed_bwd_weight_kernel",
+            "_token_of_position_kernel",
+            "_patch_embed_bwd_pos_kernel",
+            "_patch_embed_bwd_images_kernel",
+        ),
+        suite="patch",
+        floor=floor,
+        bench={"cpu": _bench(16), "cuda": _bench(256)},
+        items=("batch", "images"),
+        shipped=(
+            _shipped(14, ("bf16", "fp32")),
+            _shipped(16, ("bf16", "fp32", "fp16")),
+            _shipped(32, ("bf16", "fp32")),
+            _shipped(16, ("bf16", "fp32"), uint8=False),
+            _shipped(16, ("bf16",), keep=98),
+            _shipped(16, ("bf16", "fp32"), uint8=False, keep=98),
+        ),
+        targets=(
+            Target(
+                "patch_embed",
+                PatchShape(256, 224, 224, 14, 1024),
+                (
+                    Tunable("patch_embed_fwd", "_patch_embed_fwd_kernel", GemmConfig),
+                    Tunable("patch_embed_bwd_weight", "_patch_embed_bwd_weight_kernel", GemmConfig),
+                ),
+            ),
+            Target(
+                "patch_embed_kept",
+                PatchShape(256, 224, 224, 16, 768, keep=98),
+                (Tunable("patch_embed_bwd_pos", "_patch_embed_bwd_pos_kernel", RowConfig),),
+            ),
+            Target(
+                "patch_embed_images",
+                PatchShape(64, 224, 224, 14, 1024, uint8=False),
+                (Tunable("patch_embed_bwd_images", "_patch_embed_bwd_images_kernel", GemmConfig),),
+            ),
+        ),
+        small_tiles=small_tiles,
+    ),
+)
