@@ -126,18 +126,30 @@ def make_qkv(shape: QkvShape, values: str, draw: Draw) -> Call:
     return Call(inputs, (grad,), {"causal": shape.causal})
 
 
-def fused_reference(qkv: Tensor, num_heads: int, *, causal: bool = False, bias: Tensor | None = None) -> Tensor:
-    """Compute the same with PyTorch's fused attention; see :attr:`clipfast.kernels.spec.Case.cancels`."""
+def fused_reference(
+    qkv: Tensor, num_heads: int, *, causal: bool = False, seqlens: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """Compute the same as :func:`attention` with PyTorch's fused attention."""
     if bias is not None:
         qkv = reference.with_bias_gradient(qkv, bias)
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(2)
-    return fused_reference_qkv(q, k, v, causal=causal).flatten(2)
+    return fused_reference_qkv(q, k, v, causal=causal, seqlens=seqlens).flatten(2)
 
 
-def fused_reference_qkv(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False) -> Tensor:
+def fused_reference_qkv(
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, seqlens: Tensor | None = None
+) -> Tensor:
     """Compute the same as :func:`attention_qkv` with PyTorch's fused attention."""
+    mask = None
+    if seqlens is not None:
+        keys = torch.arange(k.shape[1], device=k.device)
+        # each query sees a key at least, since fused kernels do not agree on the softmax of nothing
+        mask = (keys < seqlens.clamp(min=1)[:, None])[:, None, None]
+        if causal:
+            mask = mask & (keys <= torch.arange(q.shape[1], device=k.device)[:, None])
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal and mask is None).transpose(1, 2)
+    return out if seqlens is None else out.masked_fill((seqlens == 0)[:, None, None, None], 0)
 
 
 def floor(shape: AttentionShape, itemsize: int, backward: bool) -> Floor:
@@ -218,8 +230,8 @@ CASES = [
     Case(AttentionShape(0, 50, 2, 16), "no images"),
     Case(AttentionShape(3, 0, 2, 16, True), "no tokens"),
     # lengths
-    Case(AttentionShape(4, 50, 1, 16, lengths=True), "images that end early, or have no token", quick=True, sanitize=True),
-    Case(AttentionShape(4, 70, 1, 16, True, lengths=True), "texts that end early, past a tile"),
+    Case(AttentionShape(4, 50, 1, 16, lengths=True), "images that end early, or have no token (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
+    Case(AttentionShape(4, 70, 1, 16, True, lengths=True), "texts that end early, past a tile (PyTorch: eager or fused)", cancels=True),
     # layouts
     Case(AttentionShape(2, 70, 2, 32, True), "batch contiguous", layout="transposed"),
     Case(AttentionShape(2, 70, 2, 32), "every second channel of a wider tensor", layout="sliced", quick=True),
@@ -237,6 +249,8 @@ CASES = [
     Case(AttentionShape(64, 257, 16, 64), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip
 
+# Where there are few queries, a narrow head would make PyTorch's eager error smaller than the rounding of the log-sum-exp
+# with which every fused attention computes its gradients.
 QKV_CASES = [
     Case(QkvShape(2, 1, 196, 12, 64), "SigLIP B/16's pool: one query for all tokens of an image", NOT_INTERPRETED, quick=True),
     Case(QkvShape(1, 76, 255, 12, 64), "CoCa's texts on the tokens of an image", NOT_INTERPRETED),
@@ -247,23 +261,23 @@ QKV_CASES = [
     Case(QkvShape(1, 76, 255, 1, 64), "CoCa's texts, one head", on(INTERPRETER)),
     # nasty ones
     Case(QkvShape(1, 1, 1, 1, 8), "one of everything (PyTorch: eager or fused)", draws=FEW, cancels=True),
-    Case(QkvShape(2, 2, 33, 3, 24), "a key past a small tile, two queries", sanitize=True),
-    Case(QkvShape(2, 2, 33, 3, 24, True), "most keys are seen by no query, one query sees one key (PyTorch: eager or fused)", draws=FEW, quick=True, cancels=True),
+    Case(QkvShape(2, 2, 33, 2, 64), "a key past a small tile, two queries", sanitize=True),
+    Case(QkvShape(2, 2, 33, 2, 64, True), "most keys are seen by no query, one query sees one key (PyTorch: eager or fused)", draws=FEW, quick=True, cancels=True),
     Case(QkvShape(2, 50, 17, 3, 24), "more queries than keys", quick=True),
     Case(QkvShape(2, 50, 17, 3, 24, True), "more queries than keys: the last ones see all of them", sanitize=True),
-    Case(QkvShape(2, 17, 130, 3, 24), "fewer queries than keys, past a tile of keys"),
-    Case(QkvShape(2, 17, 130, 3, 24, True), "fewer queries than keys: whole tiles of keys are seen by no query"),
-    Case(QkvShape(1, 3, 290, 1, 8), "more keys than any program holds, less than a tile of queries", sanitize=True),
+    Case(QkvShape(1, 17, 130, 2, 64), "fewer queries than keys, past a tile of keys"),
+    Case(QkvShape(1, 17, 130, 2, 64, True), "fewer queries than keys: whole tiles of keys are seen by no query"),
+    Case(QkvShape(1, 3, 290, 1, 64), "more keys than any program holds, less than a tile of queries", sanitize=True),
     Case(QkvShape(0, 5, 9, 2, 16), "no images"),
     Case(QkvShape(2, 0, 9, 2, 16), "no queries: gradients of keys and values are zero"),
     # lengths
-    Case(QkvShape(5, 17, 50, 1, 16, lengths=True), "keys that end early, or are none", quick=True, sanitize=True),
-    Case(QkvShape(5, 50, 33, 2, 16, True, lengths=True), "keys that end early, under the causal mask"),
+    Case(QkvShape(5, 17, 50, 1, 64, lengths=True), "keys that end early, or are none (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
+    Case(QkvShape(5, 50, 33, 1, 64, True, lengths=True), "keys that end early, under the causal mask (PyTorch: eager or fused)", cancels=True),
     # layouts
-    Case(QkvShape(2, 17, 33, 3, 24), "batch contiguous", layout="transposed"),
-    Case(QkvShape(2, 17, 33, 3, 24), "every second channel of a wider tensor", layout="sliced"),
-    Case(QkvShape(2, 17, 33, 3, 24), "one element past an aligned address", layout="offset"),
-    Case(QkvShape(2, 17, 33, 3, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
+    Case(QkvShape(2, 17, 33, 2, 64), "batch contiguous", layout="transposed"),
+    Case(QkvShape(2, 17, 33, 2, 64), "every second channel of a wider tensor", layout="sliced"),
+    Case(QkvShape(2, 17, 33, 2, 64), "one element past an aligned address", layout="offset"),
+    Case(QkvShape(2, 17, 33, 2, 64), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
     # extremes
     Case(QkvShape(1, 17, 77, 1, 64), "queries and keys times 8: each softmax is one-hot", check=EXTREME, values="one-hot"),
     Case(QkvShape(1, 17, 77, 1, 64), "times 1e-4: each softmax is flat", check=EXTREME, values="uniform"),
