@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from clipfast.kernels import contrastive_loss, reference
-from clipfast.kernels.contrastive import launches
 from clipfast.kernels.floors import contrastive_floor
 
 from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs, MissingError, require_cuda
@@ -61,12 +60,6 @@ def _candidates(device: torch.device) -> tuple[Candidate, ...]:
     python_scale = "its temperature is a number, not learned"
     return (
         Candidate(OURS, lambda: contrastive_loss),
-        Candidate(
-            f"{OURS}, addmm",
-            functools.partial(_on_gpu, device, contrastive_loss),
-            context=functools.partial(launches.products_by, "addmm"),
-            note="gradients multiplied by the library",
-        ),
         Candidate(
             f"{OURS}, memory=min",
             functools.partial(_on_gpu, device, functools.partial(contrastive_loss, memory="min")),

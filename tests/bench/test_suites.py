@@ -6,7 +6,6 @@ import torch
 from clipfast.bench import checkout, harness, machine
 from clipfast.bench.case import Candidate, MissingError
 from clipfast.bench.suites import SUITES, build
-from clipfast.kernels.contrastive import launches
 
 from ..conftest import INTERPRET
 from .cases import CPU
@@ -64,14 +63,8 @@ def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, w
 
 def test_the_loss_is_timed_by_its_other_routes_too():
     by_name = {c.name: c for c in build("loss", SUITES["loss"].smallest, "fp32", CPU).candidates}
-    addmm, least = by_name["clipfast, addmm"], by_name["clipfast, memory=min"]
     with pytest.raises(MissingError, match="needs a GPU"):
-        addmm.make()
-    with pytest.raises(MissingError, match="needs a GPU"):
-        least.make()
-    with addmm.context():
-        assert launches._products == "addmm"
-    assert launches._products == "triton"
+        by_name["clipfast, memory=min"].make()
 
 
 def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from clipfast.bench.harness import Timing
 from clipfast.bench.inspection import offline
 from clipfast.bench.suites import build
 from clipfast.kernels import configs
-from clipfast.kernels.contrastive.blocks import blocks_on
+from clipfast.kernels.contrastive.logit_blocks import logit_blocks
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -181,7 +181,8 @@ def test_that_scale_makes_the_kernel_work():
     target = tune_targets.TARGETS["contrastive-online"]
     case = tune._case(dataclasses.replace(target, shape={"pairs": 512, "embed_dim": 512}), "fp32", CPU, "any", [])
     inputs = case.inputs()
-    assert not blocks_on(CPU).stats(inputs["image"], inputs["text"], inputs["logit_scale"], 0).shared
+    stats = logit_blocks(CPU).statistics(inputs["image"], inputs["text"], inputs["logit_scale"], 0)
+    assert not stats.uses_shared_shift
 
 
 def test_every_entry_of_the_tables_can_be_tuned():

@@ -19,8 +19,7 @@ from clipfast.kernels import (
 )
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
-from clipfast.kernels.contrastive import cpu as contrastive_cpu
-from clipfast.kernels.contrastive import launches, sigmoid_cpu, sigmoid_launches
+from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 from clipfast.kernels.patch_embed import cpu as patch_cpu
 from clipfast.kernels.patch_embed import launches as patch_launches
 
@@ -36,18 +35,18 @@ def paths():
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
-            (contrastive_cpu, "stats"),
-            (launches, "stats"),
+            (cpu_blocks, "statistics"),
+            (triton_blocks, "statistics"),
         ),
         "info_nce_loss": (
             lambda **options: info_nce_loss(X, X, 1.0, negatives=X, in_batch=False, **options),
-            (contrastive_cpu, "stats"),
-            (launches, "stats"),
+            (cpu_blocks, "statistics"),
+            (triton_blocks, "statistics"),
         ),
         "sigmoid_loss": (
             lambda **options: sigmoid_loss(X, X, 1.0, 0.0, **options),
-            (sigmoid_cpu, "sums"),
-            (sigmoid_launches, "sums"),
+            (cpu_blocks, "sigmoid_sums"),
+            (triton_blocks, "sigmoid_sums"),
         ),
         "attention": (
             lambda **options: attention(QKV, 2, **options),

@@ -28,7 +28,7 @@ from clipfast.kernels import (
 )
 from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.configs import RowConfig, ShortConfig, config_key, override
-from clipfast.kernels.contrastive import launches
+from clipfast.kernels.contrastive import triton_blocks
 from clipfast.kernels.launch import execute_on_cpu
 
 from ..conftest import INTERPRET, ON_GPU
@@ -86,7 +86,7 @@ def sanitizer():
 @pytest.mark.parametrize("scale", [50.0, 1e4], ids=["shared", "online"])
 @pytest.mark.parametrize("shape", [(1, 16), (67, 40)], ids=str)
 def test_contrastive_loss(shape, scale, dtype, sanitizer, monkeypatch):
-    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
+    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 64)
     inputs = loss_inputs(shape, dtype, CPU, matched=0.3, scale=scale)
     op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
     compare(op, expected, inputs, torch.tensor(1.0))
@@ -95,7 +95,7 @@ def test_contrastive_loss(shape, scale, dtype, sanitizer, monkeypatch):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", [50.0, 1e4], ids=["shared", "online"])
 def test_losses_of_several_blocks(scale, dtype, sanitizer, monkeypatch):
-    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
+    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 64)
     image, text, logit_scale = loss_inputs((67, 40), dtype, CPU, matched=0.3, scale=scale).values()
     queue = loss_inputs((70, 40), dtype, CPU, matched=0.3, scale=scale)["image"]
     queued = {"query": image, "key": text, "negatives": queue, "logit_scale": logit_scale}
@@ -110,7 +110,7 @@ def test_losses_of_several_blocks(scale, dtype, sanitizer, monkeypatch):
 @pytest.mark.parametrize("offset", [0, 67], ids=["pairs", "no pairs"])
 @pytest.mark.parametrize("shape", [(1, 16), (67, 40)], ids=str)
 def test_sigmoid_loss(shape, offset, dtype, sanitizer, monkeypatch):
-    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
+    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 64)
     bias = {"logit_bias": torch.tensor(-10.0)}
     # one number's error can be nearly nothing by chance, PyTorch's too
     inputs = [loss_inputs(shape, dtype, CPU, matched=0.3, scale=20.0) | bias for _ in range(3)]

@@ -12,7 +12,7 @@ import torch
 from clipfast import kernels
 from clipfast.kernels import activation, norm, norm_pair
 from clipfast.kernels.attention import cpu as attention_cpu
-from clipfast.kernels.contrastive import several, sigmoid, sigmoid_cpu, symmetric
+from clipfast.kernels.contrastive import contrastive, cpu_blocks, info_nce, nt_xent, sigmoid
 from clipfast.kernels.patch_embed import cpu as patch_cpu
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
@@ -65,17 +65,17 @@ def gradient_off(fn, name):
 
 # Where each output of each op is computed on a CPU: module, function, and which of its results.
 ON_CPU = {
-    ("contrastive_loss", "value"): (symmetric, "forward", 0),
-    ("contrastive_loss", "d_image"): (symmetric, "backward", 0),
-    ("contrastive_loss", "d_text"): (symmetric, "backward", 1),
-    ("contrastive_loss", "d_logit_scale"): (symmetric, "backward", 2),
-    ("sigmoid_loss", "value"): (sigmoid_cpu, "sums", 0),
+    ("contrastive_loss", "value"): (contrastive, "forward", 0),
+    ("contrastive_loss", "d_image"): (contrastive, "backward", 0),
+    ("contrastive_loss", "d_text"): (contrastive, "backward", 1),
+    ("contrastive_loss", "d_logit_scale"): (contrastive, "backward", 2),
+    ("sigmoid_loss", "value"): (cpu_blocks, "sigmoid_sums", 0),
     ("sigmoid_loss", "d_logit_scale"): (sigmoid, "scale_gradient", None),
-    ("sigmoid_loss", "d_logit_bias"): (sigmoid_cpu, "sums", 1),
-    ("info_nce_loss", "value"): (several, "info_nce_forward", 0),
-    ("info_nce_loss", "d_negatives"): (several, "info_nce_backward", 2),
-    ("nt_xent_loss", "value"): (several, "nt_xent_forward", 0),
-    ("nt_xent_loss", "d_logit_scale"): (several, "nt_xent_backward", 2),
+    ("sigmoid_loss", "d_logit_bias"): (cpu_blocks, "sigmoid_sums", 1),
+    ("info_nce_loss", "value"): (info_nce, "forward", 0),
+    ("info_nce_loss", "d_negatives"): (info_nce, "backward", 2),
+    ("nt_xent_loss", "value"): (nt_xent, "forward", 0),
+    ("nt_xent_loss", "d_logit_scale"): (nt_xent, "backward", 2),
     ("attention", "value"): (attention_cpu, "forward", 0),
     ("attention", "d_qkv"): (attention_cpu, "backward", WRITTEN),
     ("attention", "d_bias"): (attention_cpu, "backward", 1),
@@ -172,10 +172,10 @@ from tests.verify.conftest import SMALL
 from tests.verify.test_faults import WRITTEN, scaled
 shapes.CASES.update(SMALL)
 places = {
-    "contrastive_loss": [("contrastive.symmetric", "backward", 0), ("contrastive.symmetric", "backward", 1),
-                         ("contrastive.symmetric", "backward", 2)],
-    "nt_xent_loss": [("contrastive.several", "nt_xent_backward", 0), ("contrastive.several", "nt_xent_backward", 1),
-                     ("contrastive.several", "nt_xent_backward", 2)],
+    "contrastive_loss": [("contrastive.contrastive", "backward", 0), ("contrastive.contrastive", "backward", 1),
+                         ("contrastive.contrastive", "backward", 2)],
+    "nt_xent_loss": [("contrastive.nt_xent", "backward", 0), ("contrastive.nt_xent", "backward", 1),
+                     ("contrastive.nt_xent", "backward", 2)],
     "attention": [("attention.launches", "backward", WRITTEN), ("attention.launches", "backward", 1)],
     "patch_embed": [("patch_embed.launches", "backward_images", None),
                     ("patch_embed.launches", "backward_weight", None)],
