@@ -69,7 +69,7 @@ def scratch_of(problem: Problem, path: str) -> Scratch:
     if path == CPU:
         return CpuScratch(problem.embed_dim, problem.dtype)
     if path == RECORDED:
-        from ..kernels.contrastive.launches import RECORDED_MULTIPROCESSORS
+        from ..kernels.contrastive.triton_blocks import RECORDED_MULTIPROCESSORS
 
         return GpuScratch(problem.embed_dim, problem.dtype, RECORDED_ARCH, RECORDED_MULTIPROCESSORS)
     properties = torch.cuda.get_device_properties(torch.cuda.current_device())

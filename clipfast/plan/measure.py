@@ -24,7 +24,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import contrastive_loss, distributed_contrastive_loss
-from ..kernels.contrastive import symmetric
+from ..kernels.contrastive import contrastive
+from ..kernels.contrastive.softmax_stats import Normalizers
 from ..kernels.launch import Launch, record_launches
 from .formulas import Problem
 
@@ -148,9 +149,10 @@ def _rank_of_many(image: Tensor, text: Tensor, scale: Tensor, mode: str) -> Iter
 def _one_process(image: Tensor, text: Tensor, scale: Tensor, mode: str) -> Iterator[None]:
     # not by the public function, into whose custom ops no dispatch mode sees
     options = 0, True, False, image.dtype
-    loss, row, col, shared = symmetric.forward(image, text, scale, *options)
+    loss, *saved = contrastive.forward(image, text, scale, *options)
     yield
-    grads = symmetric.backward(torch.ones_like(loss), image, text, scale, row, col, shared, *options, mode == "min")
+    normalizers = Normalizers(*saved)
+    grads = contrastive.backward(torch.ones_like(loss), image, text, scale, normalizers, *options, mode == "min")
     yield
     del grads
 

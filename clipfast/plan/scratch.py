@@ -5,8 +5,8 @@ from typing import Protocol
 
 import torch
 
-from ..kernels.contrastive import cpu
-from ..kernels.contrastive.symmetric import PAIR_ROWS
+from ..kernels.contrastive import cpu_blocks as cpu
+from ..kernels.contrastive.features import PAIR_ROWS
 
 FLOAT = 4  # bytes of the float32 that is accumulated in
 
@@ -111,7 +111,7 @@ class GpuScratch:
 
     def stats(self, m: int, n: int) -> int:
         """Sums and maxima by tile."""
-        from ..kernels.contrastive.launches import stats_scratch
+        from ..kernels.contrastive.triton_blocks import stats_scratch
 
         return stats_scratch(self.arch, self.dtype, m, n)
 
@@ -125,7 +125,7 @@ class GpuScratch:
 
     @property
     def _edge(self) -> int:
-        from ..kernels.contrastive.launches import block_edge
+        from ..kernels.contrastive.triton_blocks import block_edge
 
         return block_edge(self.arch, self.dtype, self.embed_dim, self.multiprocessors)
 

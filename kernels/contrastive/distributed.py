@@ -1,28 +1,30 @@
 """The symmetric contrastive loss of a batch that is spread over processes: each holds some of the pairs.
 
-Rank r of W holds b_r of the N pairs (x_i, y_i). With the terms of ``loss``, its loss and gradients are
+Rank r of W holds b_r of the N pairs (x_i, y_i). With the terms of ``contrastive``, its loss and gradients are
 
     L_r = W/(2N) sum_(i of r) [log Zr_i + log Zc_i - 2 s_ii]        the mean of all L_r is the loss of the batch
     dx_i = d(sum_r L_r)/dx_i,  dy_i likewise                        so their mean in DDP is the gradient of the batch's
     ds = 1/W d(sum_r L_r)/ds                                        the same on every rank
 
-which for equal b_r are the values and gradients of OpenCLIP's ``ClipLoss(local_loss=True, gather_with_grad=True)``, but
-for ds, of which each of its ranks has a share; DDP's mean is the same.
+For equal b_r these are the values and gradients of OpenCLIP's ``ClipLoss(local_loss=True, gather_with_grad=True)``,
+except ds: each of its ranks has a share of it. The mean that DDP takes is the same.
 
-Of a row or column, others need its maximum and its weight only. Three ways to get there. What a rank sends and holds,
-in rows of D numbers of the dtype that is multiplied, or with a prime of float32, for b pairs on each of W > 2 ranks:
+Of a row or column, other ranks need only the maximum and inv_denom. There are three ways to exchange the rest. The
+table has what a rank sends and holds for b pairs on each of W > 2 ranks. The unit is a row of D numbers in the dtype
+that is multiplied, or with a prime in float32:
 
     mode       sent forward    sent backward        FLOPs       held at most
     gather     (W-1) b         (W-1) b'             8 b N D     N + 4 b'
     ring       (W-1) b         (W-1) b + W b'       8 b N D     2 b + 5 b'
     scalars    2 (W-1) b       0                    12 b N D    2 N + 2 b + 2 b'
 
-"gather" collects texts and sends text gradients back; "ring" passes texts round, twice, and sums of their gradients
-after them; "scalars" collects texts and images. Gradients travel while the next block is computed, and in the ring
-texts as well. On top come vectors, in float32: 5 (W-1) b are sent forward, without "scalars" 2 (W-1) b more, and at
-most 12 N + b held; and what blocks hold for a while. ``clipfast plan`` computes with all of it.
-Method: loss of own rows after Cherti et al. 2023 (OpenCLIP); ring after Liu et al. 2023 (Ring Attention); exchange of
-scalars in place of gradients after Wei et al. 2024 (FastCLIP).
+"gather" collects the texts of all ranks and sends text gradients back to their owners. "ring" passes texts round, in
+the forward pass and again in the backward pass, where sums of their gradients follow them. "scalars" collects texts and
+images. Gradients travel while the next block is computed, and so do the texts of the ring. Vectors come on top, in
+float32: a rank sends 5 (W-1) b numbers forward, without "scalars" 2 (W-1) b more, and holds at most 10 N + b of them.
+What blocks hold while they are computed comes on top as well. ``clipfast plan`` counts all of it.
+Method: the loss of own rows is that of Cherti et al. 2023 (OpenCLIP), the ring that of Liu et al. 2023 (Ring
+Attention), the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).
 """
 
 from collections.abc import Iterable, Sequence
@@ -33,94 +35,98 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..backends import outside_autocast
-from ..checks import check_float, check_like, check_tensor
-from ..dtypes import FLOATS, accumulate_dtype, autocast_to, dtype_name
-from .blocks import blocks_on
-from .exchange import Ranks, Reduction, Sums, Travel, check_initialised, gather_equal
-from .loss import contrastive_loss, scale_tensor
-from .stats import Stats, Weights, merge, no_stats, terms
-from .symmetric import scale_gradient
+from ..dtypes import FLOATS, accumulate_dtype, dtype_name
+from .contrastive import contrastive_loss
+from .exchange import BlockReduce, OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal
+from .gradients import new_gradients, scale_gradient
+from .logit_blocks import logit_blocks
+from .loss_arguments import check_pairs, operand_dtype, scale_tensor
+from .softmax_stats import Normalizers, SoftmaxStats, merge, new_stats, pair_terms
 
 OP = "distributed_contrastive_loss"
 MODES = ("auto", "gather", "ring", "scalars")
-# What ``mode="auto"`` goes by: see :func:`choose_mode`.
+# The limits by which :func:`choose_mode` decides.
 FEW_ROWS = 1024
 MANY_RANKS = 8
 LARGEST_GATHER = 2**30  # bytes
 
 
-class Plan(NamedTuple):
-    """How a batch is worked on."""
+class Options(NamedTuple):
+    """How the ranks work on a batch."""
 
     ranks: Ranks
-    mode: str
+    mode: str  # "gather", "ring" or "scalars"
     normalize: bool
-    dtype: torch.dtype
+    dtype: torch.dtype  # of the operands
 
 
-class Found(NamedTuple):
-    """Of this rank's rows, and of its columns over all rows: maximum and sum; logits of the pairs; whether all maxima
-    are the shared shift; features of all ranks, for the backward pass.
-    """
+class RankStats(NamedTuple):
+    """Statistics of a rank's b rows over all columns and of its b columns over all rows, and features to keep."""
 
-    row: tuple[Tensor, Tensor]
+    row: tuple[Tensor, Tensor]  # maximum and sum, each [b]
     col: tuple[Tensor, Tensor]
-    positive: Tensor
-    shared: Tensor
-    gathered: tuple[Tensor, ...]
+    positive: Tensor  # [b], logits of the pairs
+    uses_shared_shift: Tensor  # [] int8, as in SoftmaxStats
+    gathered: tuple[Tensor, ...]  # features of all ranks, [N, D] each, for the backward pass
 
 
 class _RankLoss(torch.autograd.Function):
-    """L_r, and the gradients of the sum of all L_r."""
+    """L_r, with the gradients of the sum of all L_r."""
 
     @staticmethod
     @outside_autocast
-    def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, plan: Plan) -> Tensor:
-        ranks = plan.ranks
-        blocks = blocks_on(image.device)
-        x, y = (blocks.prepare(side, plan.dtype, normalize=plan.normalize)[0] for side in (image, text))
-        found = (_own_strips if plan.mode == "scalars" else _own_rows)(x, y, logit_scale, plan)
-        rows, cols = terms(*found.row, found.positive), terms(*found.col, found.positive)
-        shared = found.shared.to(x.device, rows.weight.dtype).expand(len(x))
-        mine = torch.stack([found.row[0], rows.weight, found.col[0], cols.weight, shared], dim=1)
+    def forward(ctx: Any, image: Tensor, text: Tensor, logit_scale: Tensor, options: Options) -> Tensor:
+        ranks = options.ranks
+        blocks = logit_blocks(image.device)
+        x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize).rows for side in (image, text))
+        found = (_stats_from_strips if options.mode == "scalars" else _stats_from_rows)(x, y, logit_scale, options)
+        rows, cols = pair_terms(*found.row, found.positive), pair_terms(*found.col, found.positive)
+        uses_shared_shift = found.uses_shared_shift.to(x.device, rows.inv_denom.dtype).expand(len(x))
+        mine = torch.stack([found.row[0], rows.inv_denom, found.col[0], cols.inv_denom, uses_shared_shift], dim=1)
         everyones = ranks.gather(mine).T.contiguous()  # [5, N]
-        ctx.plan = plan
-        ctx.save_for_backward(image, text, logit_scale, everyones, rows.miss + cols.miss, *found.gathered)
+        ctx.options = options
+        one_minus_p = rows.one_minus_p + cols.one_minus_p
+        ctx.save_for_backward(image, text, logit_scale, everyones, one_minus_p, *found.gathered)
         return (rows.nll + cols.nll).sum() * _pair_weight(ranks)
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        return *_Gradients.apply(grad_loss, ctx.plan, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
+        return *_RankGradients.apply(grad_loss, ctx.options, *ctx.saved_tensors), None  # type: ignore[no-untyped-call]
 
 
-class _Gradients(torch.autograd.Function):
-    """The gradients of :class:`_RankLoss`: a function of its own, so that theirs are an error and not silently none."""
+class _RankGradients(torch.autograd.Function):
+    """The gradients of :class:`_RankLoss`.
+
+    They are a function of their own so that a second derivative is an error. Otherwise it would silently be missing.
+    """
 
     @staticmethod
     @outside_autocast
     def forward(
-        _: Any, grad_loss: Tensor, plan: Plan, image: Tensor, text: Tensor, logit_scale: Tensor,
-        everyones: Tensor, miss: Tensor, *gathered: Tensor,
+        _: Any, grad_loss: Tensor, options: Options, image: Tensor, text: Tensor, logit_scale: Tensor,
+        everyones: Tensor, one_minus_p: Tensor, *gathered: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        ranks, blocks = plan.ranks, blocks_on(image.device)
-        x, x_inv_norm = blocks.prepare(image, plan.dtype, normalize=plan.normalize)
-        y, y_inv_norm = blocks.prepare(text, plan.dtype, normalize=plan.normalize)
-        # Relative to the largest, since G may have 16 bits.
-        grads = gather_equal(grad_loss.to(miss.dtype), ranks.group)
+        ranks, blocks = options.ranks, logit_blocks(image.device)
+        x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize) for side in (image, text))
+        # G may be rounded to 16 bits, so the gradients of the ranks' losses enter it relative to the largest of them.
+        grads = gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group)
         largest = grads.abs().amax()
-        share = ranks.spread(grads / largest.clamp(min=torch.finfo(miss.dtype).tiny))  # [N]
-        row_max, row_weight, col_max, col_weight, shared = everyones
-        row, col = (torch.stack([m, w * share, share]) for m, w in ((row_max, row_weight), (col_max, col_weight)))
-        accumulate = _accumulate_strips if plan.mode == "scalars" else _accumulate_rows
-        is_shared = (shared > 0).all().to(torch.int8)
-        acc_x, acc_y, products = accumulate(x, y, logit_scale, row, col, is_shared, gathered, plan)
+        share = ranks.spread(grads / largest.clamp(min=torch.finfo(one_minus_p.dtype).tiny))  # [N]
+        row_max, row_inv_denom, col_max, col_inv_denom, shared = everyones
+        normalizers = Normalizers(
+            torch.stack([row_max, row_inv_denom * share]),
+            torch.stack([col_max, col_inv_denom * share]),
+            (shared > 0).all().to(torch.int8),
+        )
+        accumulate = _accumulate_strips if options.mode == "scalars" else _accumulate_rows
+        acc_x, acc_y, scale_sums = accumulate(x.rows, y.rows, logit_scale, normalizers, gathered, options)
         coefficient = largest * _pair_weight(ranks)
-        miss = miss * share[ranks.own]
-        end = (miss, coefficient * logit_scale)
-        image_grad, text_grad = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (image, text))
-        dot = blocks.finish(acc_x, x, y, 0, *end, x_inv_norm, image_grad)
-        blocks.finish(acc_y, y, x, 0, *end, y_inv_norm, text_grad)
-        of_scale = scale_gradient(dot, products, miss, x, y) * coefficient
+        one_minus_p = one_minus_p * share[ranks.own]
+        factor = coefficient * logit_scale
+        image_grad, text_grad = new_gradients(image, text)
+        dot = blocks.finish(acc_x, x, y.rows, 0, one_minus_p, factor, image_grad)
+        blocks.finish(acc_y, y, x.rows, 0, one_minus_p, factor, text_grad)
+        of_scale = scale_gradient(dot, scale_sums, one_minus_p, x.rows, y.rows) * coefficient
         return image_grad, text_grad, gather_equal(of_scale, ranks.group).mean()
 
     @staticmethod
@@ -129,92 +135,95 @@ class _Gradients(torch.autograd.Function):
 
 
 def _pair_weight(ranks: Ranks) -> float:
+    """Return the weight W/(2N) of a pair in the ranks' losses; NaN without pairs."""
     return len(ranks.sizes) / (2 * ranks.total) if ranks.total > 0 else float("nan")
 
 
-def _stats(x: Tensor, y: Tensor, logit_scale: Tensor, diagonal: int) -> Stats:
+def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     if len(x) == 0 or len(y) == 0:
-        # nothing that could not be shared
-        return no_stats(x, y)._replace(shared=torch.ones((), dtype=torch.int8, device=x.device))
-    return blocks_on(x.device).stats(x, y, logit_scale, diagonal)
+        # Without a logit, nothing stands against the shared shift.
+        return new_stats(x, y)._replace(uses_shared_shift=torch.ones((), dtype=torch.int8, device=x.device))
+    return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
 
 
-def _operand(rows: Tensor, plan: Plan) -> Tensor:
-    """Rows that were sent, as the blocks take them."""
-    return blocks_on(rows.device).prepare(rows, plan.dtype, normalize=False)[0]
+def _prepared(rows: Tensor, options: Options) -> Tensor:
+    """Return rows that a rank has sent, already normalised, as the products take them."""
+    return logit_blocks(rows.device).prepare(rows, options.dtype, normalize=False).rows
 
 
-def _own_strips(x: Tensor, y: Tensor, logit_scale: Tensor, plan: Plan) -> Found:
-    """Own images against all texts, and own texts against all images."""
-    ranks = plan.ranks
-    gathered = tuple(ranks.gather(side.to(plan.dtype)) for side in (x, y))
-    all_x, all_y = (_operand(rows, plan) for rows in gathered)
-    rows = _stats(x, all_y, logit_scale, ranks.own.start)
-    cols = _stats(y, all_x, logit_scale, ranks.own.start)
-    sums = (rows.row_max, rows.row_sum), (cols.row_max, cols.row_sum)
-    return Found(*sums, rows.positive, rows.shared * cols.shared, gathered)
+def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
+    """Compute the statistics of own images against all texts, and of own texts against all images."""
+    ranks = options.ranks
+    gathered = tuple(ranks.gather(side.to(options.dtype)) for side in (x, y))
+    all_x, all_y = (_prepared(rows, options) for rows in gathered)
+    of_images = _statistics(x, all_y, logit_scale, ranks.own.start)
+    of_texts = _statistics(y, all_x, logit_scale, ranks.own.start)
+    uses_shared_shift = of_images.uses_shared_shift * of_texts.uses_shared_shift
+    return RankStats(of_images.rows, of_texts.rows, of_images.positive, uses_shared_shift, gathered)
 
 
-def _own_rows(x: Tensor, y: Tensor, logit_scale: Tensor, plan: Plan) -> Found:
-    """Own images against all texts, at once or as they come round; what that says of columns goes to their owners."""
-    ranks, rows = plan.ranks, y.to(plan.dtype)
+def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
+    """Compute the statistics of own images against all texts, which are gathered or come round the ring.
+
+    These say something about every rank's columns too; each rank sends it to the columns' owner.
+    """
+    ranks, rows = options.ranks, y.to(options.dtype)
     gathered: tuple[Tensor, ...] = ()
     source: Iterable[tuple[slice, Tensor]]
-    if plan.mode == "gather":
+    if options.mode == "gather":
         gathered = (ranks.gather(rows),)
         source = [(slice(0, ranks.total), gathered[0])]
     else:
         source = ((ranks.slices[owner], block) for owner, block in ranks.ring(rows))
     parts = [
-        (cols.start, _stats(x, _operand(block, plan), logit_scale, ranks.own.start - cols.start))
+        (cols.start, _statistics(x, _prepared(block, options), logit_scale, ranks.own.start - cols.start))
         for cols, block in source
     ]
-    # the first block has the pairs
-    positive = parts[0][1].positive
-    row = merge([(part.row_max, part.row_sum) for _, part in parts])
-    shared = torch.stack([part.shared for _, part in parts]).amin()
+    positive = parts[0][1].positive  # the first block has the pairs
+    row = merge([part.rows for _, part in parts])
+    uses_shared_shift = torch.stack([part.uses_shared_shift for _, part in parts]).amin()
     parts.sort(key=lambda item: item[0])
-    of_cols = torch.stack([torch.cat([getattr(p, name) for _, p in parts]) for name in ("col_max", "col_sum")], dim=1)
-    col = merge([(part[:, 0], part[:, 1]) for part in ranks.to_owners(of_cols)])
-    return Found(row, col, positive, shared, gathered)
+    col_max, col_sum = (torch.cat(vectors) for vectors in zip(*(part.cols for _, part in parts), strict=True))
+    received = ranks.to_owners(torch.stack([col_max, col_sum], dim=1))  # [ranks, b, 2]
+    col = merge([(part[:, 0], part[:, 1]) for part in received])
+    return RankStats(row, col, positive, uses_shared_shift, gathered)
 
 
 def _accumulate_strips(
-    x: Tensor, y: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, shared: Tensor,
-    gathered: tuple[Tensor, ...], plan: Plan,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
-    """G times the other side, for own images and own texts; sums over own images of G_ij x_i . y_j."""
-    own, blocks = plan.ranks.own, blocks_on(x.device)
-    all_x, all_y = (_operand(rows, plan) for rows in gathered)
+    x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Return G times the other side for own images and for own texts, and what ``add_gradients`` of images returns."""
+    own, blocks = options.ranks.own, logit_blocks(x.device)
+    row, col, uses_shared_shift = normalizers
+    all_x, all_y = (_prepared(rows, options) for rows in gathered)
     acc_x, acc_y = (blocks.new_accumulator(len(side), side) for side in (x, y))
-    product = blocks.add_gradients(x, all_y, logit_scale, Weights(row[:, own], col, shared), own.start, acc_x, None)
-    blocks.add_gradients(y, all_x, logit_scale, Weights(col[:, own], row, shared), own.start, acc_y, None)
-    return acc_x, acc_y, [product]
+    of_images = Normalizers(row[:, own], col, uses_shared_shift)
+    of_texts = Normalizers(col[:, own], row, uses_shared_shift)
+    scale_sum = blocks.add_gradients(x, all_y, logit_scale, of_images, own.start, acc_x, None)
+    blocks.add_gradients(y, all_x, logit_scale, of_texts, own.start, acc_y, None)
+    return acc_x, acc_y, [scale_sum]
 
 
 def _accumulate_rows(
-    x: Tensor, y: Tensor, logit_scale: Tensor, row: Tensor, col: Tensor, shared: Tensor,
-    gathered: tuple[Tensor, ...], plan: Plan,
-) -> tuple[Tensor, Tensor, list[Tensor | None]]:  # fmt: skip
-    """The same from own images only: block by block, and the part of each block of texts goes to its owner."""
-    ranks, blocks = plan.ranks, blocks_on(x.device)
-    own = ranks.own
+    x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
+) -> tuple[Tensor, Tensor, list[Tensor | None]]:
+    """Return the same, computed from own images only: each block of texts has its part of the sum sent to its owner."""
+    ranks, blocks = options.ranks, logit_blocks(x.device)
     source: Iterable[tuple[int, Tensor]]
-    sums: Sums
-    if plan.mode == "gather":
-        source, sums = enumerate(gathered[0][cols] for cols in ranks.slices), Reduction(ranks)
+    reduce: BlockReduce
+    if options.mode == "gather":
+        source, reduce = enumerate(gathered[0][cols] for cols in ranks.slices), OwnerReduce(ranks)
     else:
-        source, sums = ranks.ring(y.to(plan.dtype)), Travel(ranks)
+        source, reduce = ranks.ring(y.to(options.dtype)), RingReduce(ranks)
     acc_x = blocks.new_accumulator(len(x), x)
-    products = []
+    scale_sums = []
     for owner, block in source:
         cols = ranks.slices[owner]
         acc = blocks.new_accumulator(len(block), x)
-        weights = Weights(row[:, own], col[:, cols], shared)
-        diagonal = own.start - cols.start
-        products.append(blocks.add_gradients(x, _operand(block, plan), logit_scale, weights, diagonal, acc_x, acc))
-        sums.add(owner, acc)
-    return acc_x, sums.result(), products
+        part, offset = normalizers.part(ranks.own, cols), ranks.own.start - cols.start
+        scale_sums.append(blocks.add_gradients(x, _prepared(block, options), logit_scale, part, offset, acc_x, acc))
+        reduce.add(owner, acc)
+    return acc_x, reduce.result(), scale_sums
 
 
 @torch.compiler.disable
@@ -235,9 +244,9 @@ def distributed_contrastive_loss(
         ranks / (2 * pairs of all ranks) * sum over its pairs of (loss among texts + loss among images)
 
     so that the mean over ranks is the loss of the whole batch. The gradients of features are those of the sum over
-    ranks of ``grad * loss``, and that of ``logit_scale`` is, on every rank, its mean over ranks: with the mean over
-    ranks that DistributedDataParallel takes of parameters' gradients, it is the gradient of the whole batch's loss.
-    Results are the same bits from run to run, as far as the backend's own reduction is (``mode="gather"``).
+    ranks of ``grad * loss``; the gradient of ``logit_scale`` is the mean over ranks, the same on every rank. After the
+    mean over ranks that DistributedDataParallel takes, a parameter has the gradient of the whole batch's loss. Results
+    are the same bits from run to run, if those of the backend's own reduction are, which ``mode="gather"`` uses.
     ``torch.compile`` leaves the call as it is. With one rank it is :func:`contrastive_loss`.
 
     Args:
@@ -247,10 +256,10 @@ def distributed_contrastive_loss(
         logit_scale: factor on the cosine similarities: a one-element tensor or a number, the same on every rank.
         group: the ranks that share the batch; all by default.
         mode: "gather" collects the texts of all ranks; "ring" passes them round, in memory that does not grow with the
-            number of ranks; "scalars" collects texts and images, for half as many FLOPs again and no gradients to
-            send; "auto" is :func:`choose_mode`.
+            number of ranks; "scalars" collects texts and images, which costs half as many FLOPs again and sends no
+            gradients; "auto" takes that of :func:`choose_mode`.
         normalize: divide each row by its Euclidean norm first.
-        sizes: b of every rank, in order. Without it, they are exchanged first, which waits for the device.
+        sizes: b of every rank, in order of rank. Without it the ranks exchange them first, and wait for the device.
 
     Returns:
         This rank's loss, a float32 scalar (float64 for float64 input); NaN if no rank has a pair.
@@ -260,34 +269,26 @@ def distributed_contrastive_loss(
             ranks; a process that is not in ``group``.
         RuntimeError: ``torch.distributed`` is not initialised, or a rank of the group is gone.
     """
-    _check(image, text, mode)
-    operand = autocast_to(image.new_empty(0))
-    check_float(OP, "image", operand)
+    check_pairs(OP, ("image", "text"), image, text)
+    if mode not in MODES:
+        raise ValueError(f"{OP}: mode must be one of {', '.join(MODES)}, got {mode!r}")
+    dtype = operand_dtype(OP, "image", image)
     scale = scale_tensor(OP, logit_scale, image)
     ranks = _ranks(image, group, sizes)
     if len(ranks.sizes) == 1:
         return contrastive_loss(image, text, scale, normalize=normalize)
     if mode == "auto":
-        mode = choose_mode(ranks.sizes, image.shape[1], operand.dtype)
-    plan = Plan(ranks, mode, normalize, operand.dtype)
-    return _RankLoss.apply(image, text, scale.to(accumulate_dtype(operand.dtype)), plan)  # type: ignore[no-untyped-call]
-
-
-def _check(image: Tensor, text: Tensor, mode: str) -> None:
-    check_tensor(OP, "image", image, 2)
-    check_tensor(OP, "text", text, 2)
-    if image.shape != text.shape:
-        raise ValueError(f"{OP}: image and text must have the same shape, got {(*image.shape,)} and {(*text.shape,)}")
-    check_like(OP, "text", text, "image", image)
-    if mode not in MODES:
-        raise ValueError(f"{OP}: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        mode = choose_mode(ranks.sizes, image.shape[1], dtype)
+    options = Options(ranks, mode, normalize, dtype)
+    return _RankLoss.apply(image, text, scale.to(accumulate_dtype(dtype)), options)  # type: ignore[no-untyped-call]
 
 
 def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str:
-    """The mode that "auto" stands for; the same on every rank, since it goes by what all ranks know.
+    """Return the mode that "auto" stands for: the same on every rank, since it depends on what all ranks know.
 
-    With few rows per rank on many ranks ("scalars": at most 1,024 on more than 8) there is too little to compute while
-    gradients travel. Texts of more than 1 GiB in all are not collected ("ring"). Otherwise "gather".
+    "scalars" for at most 1,024 rows per rank on more than 8 ranks: there is too little to compute while gradients
+    travel. Otherwise "ring" for texts of more than 1 GiB in all, which no rank should have to hold, and "gather" for
+    fewer.
     """
     if max(sizes) <= FEW_ROWS and len(sizes) > MANY_RANKS:
         return "scalars"
@@ -295,6 +296,7 @@ def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str
 
 
 def _ranks(image: Tensor, group: "dist.ProcessGroup | None", sizes: Sequence[int] | None) -> Ranks:
+    """Return the ranks of the group, with ``sizes`` checked, or exchanged where they are not given."""
     check_initialised(OP)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
@@ -310,6 +312,7 @@ def _ranks(image: Tensor, group: "dist.ProcessGroup | None", sizes: Sequence[int
 
 
 def _exchange_sizes(image: Tensor, group: "dist.ProcessGroup | None") -> tuple[int, ...]:
+    """Return the rows of every rank; refuse ranks whose features differ in width or dtype."""
     mine = torch.tensor([*image.shape, FLOATS.index(image.dtype)], device=image.device)
     everyones = gather_equal(mine, group).tolist()
     if any(theirs[1:] != everyones[0][1:] for theirs in everyones):

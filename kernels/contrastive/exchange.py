@@ -1,13 +1,13 @@
-"""What processes that share a batch tell each other: rows, statistics of columns, and gradients of columns.
+"""What processes that share a batch send each other: rows, statistics of columns, and gradients of columns.
 
-Every process makes the same calls in the same order, and no size is read back from a device. What is gathered, sent to
-its owner or sent round is added in a fixed order; only :class:`Reduction` leaves the order to the backend.
+Every process makes the same calls in the same order, and no size is read back from a device. Sums are added in a fixed
+order, except in :class:`OwnerReduce`, which leaves the order to the backend.
 """
 
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,22 +24,22 @@ class Ranks:
 
     @functools.cached_property
     def slices(self) -> list[slice]:
-        """Rows of the batch that each rank holds."""
+        """The rows of the batch that each rank holds."""
         stops = [sum(self.sizes[: rank + 1]) for rank in range(len(self.sizes))]
         return [slice(stop - size, stop) for size, stop in zip(self.sizes, stops, strict=True)]
 
     @property
     def own(self) -> slice:
-        """Rows of the batch that this rank holds."""
+        """The rows of the batch that this rank holds."""
         return self.slices[self.rank]
 
     @property
     def total(self) -> int:
-        """Rows of the batch."""
+        """The number of rows of the batch."""
         return sum(self.sizes)
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[own, ...] of each rank -> [N, ...] on every rank."""
+        """Collect the rows of each rank, [own, ...], into those of the batch, [N, ...], on every rank."""
         most = max(self.sizes)
         padded = rows.contiguous()
         if len(rows) < most:
@@ -50,7 +50,11 @@ class Ranks:
         return torch.cat([block[:size] for block, size in zip(out, self.sizes, strict=True)])
 
     def to_owners(self, columns: Tensor) -> Tensor:
-        """[N, ...] on each rank -> [ranks, own, ...]: what every rank says of this rank's columns."""
+        """Send each rank the part about its own columns, from [N, ...] on every rank.
+
+        Returns:
+            [ranks, own, ...], what every rank has computed about this rank's columns.
+        """
         size = self.sizes[self.rank]
         out = columns.new_empty(len(self.sizes), size, *columns.shape[1:])
         splits = [size] * len(self.sizes), list(self.sizes)
@@ -58,11 +62,14 @@ class Ranks:
         return out
 
     def spread(self, of_ranks: Tensor) -> Tensor:
-        """[ranks] -> [N]: for each row of the batch, the value of the rank that holds it."""
+        """Return for each row of the batch, [N], the value of the rank that holds it, from ``of_ranks`` [ranks]."""
         return torch.cat([value.expand(size) for value, size in zip(of_ranks, self.sizes, strict=True)])
 
     def ring(self, rows: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Each rank with its rows, from this one downwards; the next block is under way while one is worked on."""
+        """Yield each rank and its rows: this rank first, then rank - 1, and so on round the ring.
+
+        The next block is received while the caller works on the one before.
+        """
         owner, block = self.rank, rows.contiguous()
         for _ in self.sizes[1:]:
             following = self.before(owner)
@@ -72,18 +79,19 @@ class Ranks:
         yield owner, block
 
     def before(self, rank: int) -> int:
-        """The rank before ``rank`` in the ring."""
+        """Return the rank before ``rank`` in the ring."""
         return (rank - 1) % len(self.sizes)
 
     def shift(self, block: Tensor, size: int) -> "Transfer":
-        """Start to send ``block`` to the next rank, and to receive ``size`` such rows from the one before."""
+        """Start to send ``block`` to the next rank in the ring and to receive ``size`` rows from the rank before."""
         received = block.new_empty(size, *block.shape[1:])
         operations = self.operations(block, received, 1)
         return Transfer(dist.batch_isend_irecv(operations) if operations else [], block, received)
 
     def operations(self, block: Tensor, received: Tensor, step: int) -> "list[dist.P2POp]":
-        """What sends ``block`` to the rank ``step`` further on and fills ``received`` from the one as far back; nothing
-        that is empty is sent.
+        """Return the operations that send ``block`` ``step`` ranks onwards and fill ``received`` from as far back.
+
+        An empty block has no operation: it is not sent.
         """
         count = len(self.sizes)
         pairs = (dist.isend, block, (self.rank + step) % count), (dist.irecv, received, (self.rank - step) % count)
@@ -91,7 +99,11 @@ class Ranks:
 
 
 def check_initialised(op: str) -> None:
-    """Refuse a process that is in no group."""
+    """Refuse to run where ``torch.distributed`` is not initialised.
+
+    Raises:
+        RuntimeError: it is not.
+    """
     if not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError(
             f"{op}: torch.distributed is not initialised: call torch.distributed.init_process_group() first, or use "
@@ -100,7 +112,12 @@ def check_initialised(op: str) -> None:
 
 
 def check_ranks(op: str, rank: int, world_size: int) -> None:
-    """Refuse what this process is not in the default group."""
+    """Refuse a rank or a number of ranks that are not those of this process in the default group.
+
+    Raises:
+        RuntimeError: ``torch.distributed`` is not initialised.
+        ValueError: another rank or number of ranks.
+    """
     check_initialised(op)
     for name, given, expected in (("rank", rank, dist.get_rank()), ("world_size", world_size, dist.get_world_size())):
         if given != expected:
@@ -108,9 +125,9 @@ def check_ranks(op: str, rank: int, world_size: int) -> None:
 
 
 def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
-    """The same shape on every rank -> [ranks, ...] on every rank."""
+    """Collect a tensor that has the same shape on every rank: [...] -> [ranks, ...] on every rank."""
     out = tensor.new_empty(dist.get_world_size(group), *tensor.shape)
-    # PyTorch 2.13 has a new name for it
+    # all_gather_single is the name since PyTorch 2.13
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out.view(-1), tensor.contiguous().view(-1), group=group)
     return out
@@ -118,39 +135,39 @@ def gather_equal(tensor: Tensor, group: "dist.ProcessGroup | None") -> Tensor:
 
 @dataclasses.dataclass
 class Transfer:
-    """A block that is being sent, and one that is being received."""
+    """A block that is being sent while another is being received."""
 
-    works: list[Any]
-    sent: Tensor  # must live until it has been sent
+    works: "list[dist.Work]"
+    sent: Tensor  # kept, since its memory must not be used again before it has been sent
     received: Tensor
 
     def wait(self) -> Tensor:
-        """The received block, for whatever is computed from now on."""
+        """Return the received block; what is computed from now on can use it."""
         for work in self.works:
             work.wait()
         return self.received
 
 
-class Sums(Protocol):
-    """Sums of blocks over all ranks, each for the rank that owns it."""
+class BlockReduce(Protocol):
+    """A reduction over ranks: every rank adds a block for each owner, and each owner gets the sum of its blocks."""
 
     def add(self, owner: int, block: Tensor) -> None:
-        """Give this rank's part of the block of ``owner``; ``block`` is used up."""
+        """Add this rank's block for ``owner``; the reduction may overwrite it."""
 
     def result(self) -> Tensor:
-        """The sum of this rank's own block."""
+        """Return the sum of the blocks for this rank, after blocks for all ranks have been added."""
 
 
-class Reduction:
-    """Sums of blocks that every rank gives in order of owner: one is reduced while the next is computed."""
+class OwnerReduce:
+    """A reduction where every rank adds its blocks in order of owner: one is sent while the next is computed."""
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
-        self.pending: tuple[Any, Tensor] | None = None
+        self.pending: tuple[dist.Work | None, Tensor] | None = None  # with the block, which must stay as it is
         self.own: Tensor | None = None
 
     def add(self, owner: int, block: Tensor) -> None:
-        """Start to reduce ``block``."""
+        """Start to reduce ``block`` to its owner, after the block before has been reduced."""
         self._wait()
         if owner == self.ranks.rank:
             self.own = block
@@ -158,33 +175,36 @@ class Reduction:
             self.pending = dist.reduce(block, group=self.ranks.group, group_dst=owner, async_op=True), block
 
     def result(self) -> Tensor:
-        """The sum of this rank's own block, after all have been given."""
+        """Return the sum of the blocks for this rank, after blocks for all ranks have been added."""
         self._wait()
         if self.own is None:
-            raise RuntimeError("no rank has given this rank's own block")
+            raise RuntimeError("no block has been added for this rank")
         return self.own
 
     def _wait(self) -> None:
-        if self.pending is not None:
+        if self.pending is not None and self.pending[0] is not None:
             self.pending[0].wait()
         self.pending = None
 
 
-class Travel:
-    """Sums of blocks given in order of the ring: a sum follows its block round, one step behind, and so gets home."""
+class RingReduce:
+    """A reduction where every rank adds its blocks in the order of :meth:`Ranks.ring`.
+
+    The sum for an owner follows the owner's rows round the ring, one step behind them, and so ends with the owner.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
         self.pending: Transfer | None = None
 
     def add(self, owner: int, block: Tensor) -> None:
-        """Add ``block`` to the sum that comes from the rank before, and send it on."""
+        """Add ``block`` to the sum that comes from the rank before, and start to send the sum on."""
         if self.pending is not None:
             block = self.pending.wait().add_(block)
         self.pending = self.ranks.shift(block, self.ranks.sizes[self.ranks.before(owner)])
 
     def result(self) -> Tensor:
-        """The sum of this rank's own block, after all have been given."""
+        """Return the sum of the blocks for this rank, after blocks for all ranks have been added."""
         if self.pending is None:
-            raise RuntimeError("no block has been given")
+            raise RuntimeError("no block has been added")
         return self.pending.wait()

@@ -14,7 +14,7 @@ from clipfast.bench.harness import Timing
 from clipfast.bench.inspection import offline
 from clipfast.bench.suites import build
 from clipfast.kernels import configs
-from clipfast.kernels.contrastive.blocks import blocks_on
+from clipfast.kernels.contrastive.logit_blocks import logit_blocks
 from clipfast.kernels.spec import Draw, Tunable
 
 from ..conftest import INTERPRET, ON_GPU
@@ -175,7 +175,8 @@ def test_the_scale_of_a_target_decides_which_kernel_works():
     spec, target = tune_targets.TARGETS["contrastive-online"]
     shape = dataclasses.replace(target.shape, pairs=512)
     inputs = spec.call(shape, spec.bench_values, Draw(), torch.float32).inputs
-    assert not blocks_on(CPU).stats(inputs["image"], inputs["text"], inputs["logit_scale"], 0).shared
+    stats = logit_blocks(CPU).statistics(inputs["image"], inputs["text"], inputs["logit_scale"], 0)
+    assert not stats.uses_shared_shift
 
 
 def test_every_entry_of_the_tables_can_be_tuned():

@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast.cli import main
-from clipfast.kernels.contrastive import cpu, distributed
+from clipfast.kernels.contrastive import cpu_blocks as cpu
+from clipfast.kernels.contrastive import distributed
 from clipfast.kernels.launch import record_launches
 from clipfast.plan import Machine, Problem, flops, largest_pairs, memory, predict, predict_all, traffic
 from clipfast.plan import check as checks

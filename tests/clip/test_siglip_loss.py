@@ -7,7 +7,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 
 from clipfast import SigLipLoss
-from clipfast.kernels.contrastive import cpu
+from clipfast.kernels.contrastive import cpu_blocks as cpu
 
 open_clip_loss = pytest.importorskip("open_clip.loss")
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")

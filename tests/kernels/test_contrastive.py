@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.kernels import contrastive_loss, launch, reference
-from clipfast.kernels.contrastive import cpu, launches
+from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
@@ -64,10 +64,10 @@ def test_blocks_add_up(scale, device, arch, monkeypatch):
     # Several blocks and several chunks must give what one gives; 300 is no multiple of either.
     inputs = loss_inputs((300, 32), torch.float32, device, matched=0.5, scale=scale)
     expected = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
-    monkeypatch.setattr(launches, "STATS_EDGE", 128)
-    monkeypatch.setattr(launches, "_block_edge", lambda x: 128)
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 300)
-    monkeypatch.setattr(cpu, "PIECE_ELEMENTS", 4 * 300)
+    monkeypatch.setattr(triton_blocks, "STATS_EDGE", 128)
+    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 128)
+    monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 17 * 300)
+    monkeypatch.setattr(cpu_blocks, "PIECE_ELEMENTS", 4 * 300)
     for name, value in value_and_grads(contrastive_loss, inputs, torch.tensor(1.0)).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7 * scale, msg=name)
 
@@ -148,7 +148,7 @@ def test_offset_without_pairs(device):
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
 def test_saving_memory_changes_nothing(normalize, device, arch, monkeypatch):
-    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
+    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 64)
     inputs = loss_inputs((150, 24), torch.float32, device, matched=0.3, scale=20.0)
     expected = value_and_grads(functools.partial(contrastive_loss, normalize=normalize), inputs, torch.tensor(1.0))
     op = functools.partial(contrastive_loss, normalize=normalize, memory="min")

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.kernels import info_nce_loss, launch, nt_xent_loss, reference
-from clipfast.kernels.contrastive import cpu, launches
+from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 
 from ..conftest import DTYPES, INTERPRET
 from ..numerics import compare, value_and_grads
@@ -125,10 +125,10 @@ def test_blocks_add_up(scale, device, arch, monkeypatch):
     queue = queue_inputs((150, 24), 170, torch.float32, device, matched=0.5, scale=scale)
     views = view_inputs((150, 24), torch.float32, device, matched=0.5, scale=scale)
     expected = [value_and_grads(op, x, ONE) for op, x in ((info_nce_loss, queue), (nt_xent_loss, views))]
-    monkeypatch.setattr(launches, "STATS_EDGE", 64)
-    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 150)
-    monkeypatch.setattr(cpu, "PIECE_ELEMENTS", 4 * 150)
+    monkeypatch.setattr(triton_blocks, "STATS_EDGE", 64)
+    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 64)
+    monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 17 * 150)
+    monkeypatch.setattr(cpu_blocks, "PIECE_ELEMENTS", 4 * 150)
     for op, inputs, once in ((info_nce_loss, queue, expected[0]), (nt_xent_loss, views, expected[1])):
         for name, value in value_and_grads(op, inputs, ONE).items():
             torch.testing.assert_close(value, once[name], rtol=1e-5, atol=1e-7 * scale, msg=name)

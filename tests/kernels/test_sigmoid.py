@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 
 from clipfast.kernels import launch, reference, sigmoid_loss
-from clipfast.kernels.contrastive import cpu, launches, sigmoid_launches
-from clipfast.kernels.contrastive.sigmoid_tiles import _log_1p, _probability
+from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
+from clipfast.kernels.contrastive.sigmoid_kernels import _log_1p, _probability
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
@@ -85,10 +85,10 @@ def test_normalize(device):
 def test_blocks_add_up(device, arch, monkeypatch):
     inputs = sigmoid_inputs((150, 24), torch.float32, device, matched=0.5)
     expected = value_and_grads(sigmoid_loss, inputs, ONE)
-    monkeypatch.setattr(sigmoid_launches, "STATS_EDGE", 64)
-    monkeypatch.setattr(launches, "_block_edge", lambda x: 64)
-    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 150)
-    monkeypatch.setattr(cpu, "PIECE_ELEMENTS", 4 * 150)
+    monkeypatch.setattr(triton_blocks, "STATS_EDGE", 64)
+    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 64)
+    monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 17 * 150)
+    monkeypatch.setattr(cpu_blocks, "PIECE_ELEMENTS", 4 * 150)
     for name, value in value_and_grads(sigmoid_loss, inputs, ONE).items():
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 

@@ -1,22 +1,25 @@
-"""The Triton kernels of the sigmoid loss. Logits are l_ij = scale * x_i . y_j + bias, not in base 2: the two terms may
-cancel, and in base 2 each would be rounded before.
+"""The Triton kernels of the sigmoid loss. Logits are l_ij = scale * x_i . y_j + bias.
 
-sums      of one tile: losses log(1 + exp l) and probabilities 1 / (1 + exp -l), pairs left out
-gradient  G_ij = 1 / (1 + exp -l_ij), pairs 0, in the operands' dtype; of one tile, sum of G_ij x_i . y_j before that
+    sums      of one tile without its pairs, the sums of the losses log(1 + exp l) and of the probabilities
+              1 / (1 + exp -l)
+    gradient  G_ij = 1 / (1 + exp -l_ij), 0 for pairs, in the operands' dtype
+
+They are not in base 2: its factor would round both terms of a logit, and where the two cancel, the error would stay.
 """
 
 import triton
 import triton.language as tl
 
 from ..tiles import grouped_tile
-from .tiles import _cosines, _without_pairs, store_grad, zero_pairs
+from .logit_tiles import cosine_tile, store_grad, without_pairs, zero_pairs
 
 
 @triton.jit
 def _log_1p(e):
-    """log(1 + e) for e in [0, 1], with full relative precision: in the sum, a small e would lose its digits.
+    """Return log(1 + e) for e in [0, 1] with full relative precision; 1 + e would round the digits of a small e away.
 
-    e times the polynomial of degree 8 whose largest relative error is least: 3e-8, and 1e-7 with float32 coefficients.
+    It is e times a polynomial of degree 8, the one with the least largest relative error: 3e-8, or 1e-7 with its
+    coefficients in float32.
     """
     p = e * 0.0052326940931379795 - 0.02950523979961872
     p = p * e + 0.07822595536708832
@@ -31,7 +34,7 @@ def _log_1p(e):
 
 @triton.jit
 def _probability(logits, e):
-    """1 / (1 + exp -logits), given e = exp -|logits|."""
+    """Return 1 / (1 + exp -logits), given e = exp -|logits|."""
     return tl.where(logits > 0, 1.0, e) / (1.0 + e)
 
 
@@ -44,21 +47,21 @@ def _sigmoid_sums_kernel(
     loss_ptr,  # [tiles] fp32
     probability_ptr,  # [tiles] fp32
     positive_ptr,  # [M] fp32
-    M, N, D, diagonal, stride_x, stride_y,
+    M, N, D, offset, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Sums over one tile without its pairs (i, i + diagonal), and the logits of the pairs."""
+    """Sum losses and probabilities of one tile without its pairs (i, i + offset), and store the logits of the pairs."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
-    cosines = _cosines(
+    cosines = cosine_tile(
         x, y, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
     )  # fmt: skip
     logits = cosines * tl.load(scale_ptr) + tl.load(bias_ptr)
-    # what is left out becomes -inf: no loss, no probability
-    logits = _without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, diagonal, BLOCK_M, BLOCK_N)
-    # one half after the other: for all columns at once, both terms would not fit the registers
+    # Logits that are left out become -inf, which has no loss and no probability.
+    logits = without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
+    # One half of the columns after the other: for all of them at once, both terms would not fit the registers.
     halves = tl.split(tl.permute(tl.reshape(logits, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
     loss = tl.zeros((BLOCK_M,), tl.float32)
     probability = tl.zeros((BLOCK_M,), tl.float32)
@@ -77,27 +80,27 @@ def _sigmoid_grad_tile_kernel(
     grad,  # [M, N], the operands' dtype
     scale_ptr,  # [] fp32
     bias_ptr,  # [] fp32
-    dot_ptr,  # [tiles] fp32
-    M, N, D, diagonal, stride_x, stride_y, stride_grad, grad_scale,
+    scale_sum_ptr,  # [tiles] fp32
+    M, N, D, offset, stride_x, stride_y, stride_grad, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """grad = grad_scale * G for one tile, and the tile's sum of grad_ij x_i . y_j before grad is rounded."""
+    """Compute grad = grad_scale * G for one tile, and the tile's sum of grad_ij x_i . y_j before grad is rounded."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    cosines = _cosines(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
+    cosines = cosine_tile(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
     scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
-    # one half after the other: all of cosines and of G at once would not fit the registers
+    # One half of the columns after the other: all of cosines and G at once would not fit the registers.
     HALF: tl.constexpr = BLOCK_N // 2
     halves = tl.split(tl.permute(tl.reshape(cosines, (BLOCK_M, 2, HALF)), (0, 2, 1)))
-    dot = 0.0
+    scale_sum = 0.0
     for half in tl.static_range(2):
         start = start_n + half * HALF
-        # exact at both ends: an infinity below the line is a probability of 0
-        tile = grad_scale / (1.0 + tl.exp(-(halves[half] * scale + bias)))
-        tile = zero_pairs(tile, start_m, start, diagonal, BLOCK_M, HALF)
-        # of all at once: Triton 3.6 fails on sm_100 where what was split is summed along an axis
-        dot += tl.sum(tile * halves[half])
+        # This is exact at both ends: if exp overflows, the probability is 0.
+        tile = grad_scale / (1.0 + tl.exp(-(halves[half] * scale + bias)))  # [BM, BN / 2]
+        tile = zero_pairs(tile, start_m, start, offset, BLOCK_M, HALF)
+        # The sum is over both axes at once: on sm_100, Triton 3.6 fails to sum a half along one axis.
+        scale_sum += tl.sum(tile * halves[half])
         store_grad(grad, tile, start_m, start, M, N, stride_grad, BLOCK_M, HALF, IS_TMA)
-    tl.store(dot_ptr + pid, dot)
+    tl.store(scale_sum_ptr + pid, scale_sum)

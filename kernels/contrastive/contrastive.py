@@ -1,0 +1,190 @@
+"""Symmetric contrastive loss of image and text features, blockwise: the M x N logits never exist.
+
+With features x [M, D], y [N, D], scale s, logits s_ij = s x_i . y_j and pairs (i, j = i + offset):
+
+    Zr_i = sum_j exp s_ij,  Zc_j = sum_i exp s_ij                L = 1/(2P) sum_pairs [log Zr_i + log Zc_j - 2 s_ij]
+    G_ij = exp(s_ij) (1/Zr_i + 1/Zc_j), without the pairs        g_i = (1 - p of its row) + (1 - p of its column)
+    dL/dx = s/(2P) (G y - g * y)    dL/dy = s/(2P) (G^T x - g * x)    dL/ds = 1/(2P) sum_i (G y - g * y)_i . x_i
+
+A pair is in neither the sums nor G. Late in training its probability p is nearly 1, and all that is left to learn from
+is 1 - p: it is computed from the sum of the other logits, never as a difference from 1, and never passes through a
+16-bit tile.
+
+FLOPs: 2 M N D forward (one product gives both sums), 6 M N D backward (one recomputed product feeds both gradients).
+Memory beyond inputs and gradients: vectors of M and N, one tile of G, and float32 accumulators: [N, D] and a strip of
+[M, D], or with ``memory="min"`` strips only, for 8 M N D backward.
+Method: the loss of Radford et al. 2021, with the blockwise softmax of FlashAttention (Dao et al. 2022) in both
+directions at once.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import outside_autocast, uses_reference
+from ..dtypes import accumulate_dtype
+from .features import pairs_in
+from .gradients import gradients_in_strips, new_gradients, scale_gradient
+from .logit_blocks import logit_blocks
+from .loss_arguments import check_pairs, operand_dtype, scale_tensor
+from .registration import register_gradients
+from .softmax_stats import ALL, Normalizers, pair_terms
+
+MEMORY = ("default", "min")
+
+
+@torch.library.custom_op("clipfast::contrastive_fwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _contrastive_fwd(
+    image: Tensor, text: Tensor, logit_scale: Tensor,
+    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return forward(image, text, logit_scale, offset, both, normalize, dtype)
+
+
+@_contrastive_fwd.register_fake
+def _(image: Tensor, text: Tensor, logit_scale: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row, col = (logit_scale.new_empty(3, x.shape[0]) for x in (image, text))
+    return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
+
+
+@torch.library.custom_op("clipfast::contrastive_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _contrastive_bwd(
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
+    row: Tensor, col: Tensor, uses_shared_shift: Tensor,
+    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    normalizers = Normalizers(row, col, uses_shared_shift)
+    return backward(grad_loss, image, text, logit_scale, normalizers, offset, both, normalize, dtype, save_memory)
+
+
+@_contrastive_bwd.register_fake
+def _(
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *saved_and_options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    return image.new_empty(image.shape), text.new_empty(text.shape), logit_scale.new_empty(())
+
+
+register_gradients(_contrastive_fwd, _contrastive_bwd)
+
+
+def forward(
+    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, both: bool, normalize: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return the loss and what the backward pass needs: row [3, M], col [3, N] and uses_shared_shift [].
+
+    row and col hold maximum, inv_denom and g, which is one_minus_p summed over the directions of the loss.
+    """
+    blocks = logit_blocks(image.device)
+    x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (image, text))
+    stats = blocks.statistics(x, y, logit_scale, offset)
+    paired, partners = pairs_in(len(x), len(y), offset)
+    rows = pair_terms(stats.row_max[paired], stats.row_sum[paired], stats.positive[paired])
+    cols = pair_terms(stats.col_max[partners], stats.col_sum[partners], stats.positive[paired])
+    loss = (rows.nll.mean() + cols.nll.mean()) / 2 if both else rows.nll.mean()
+    one_minus_p = rows.one_minus_p + cols.one_minus_p if both else rows.one_minus_p
+    row, col = stats.row_max.new_zeros(3, len(x)), stats.row_max.new_zeros(3, len(y))
+    row[0], row[1, paired], row[2, paired] = stats.row_max, rows.inv_denom, one_minus_p
+    col[0], col[1, partners], col[2, partners] = stats.col_max, cols.inv_denom if both else 0, one_minus_p
+    return loss, row, col, stats.uses_shared_shift
+
+
+def backward(
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, normalizers: Normalizers,
+    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the gradients of images, texts and scale; ``normalizers`` are what :func:`forward` has returned."""
+    blocks = logit_blocks(image.device)
+    x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
+    row_one_minus_p, col_one_minus_p = normalizers.row[2], normalizers.col[2]
+    paired, partners = pairs_in(len(image), len(text), offset)
+    coefficient = grad_loss.to(row_one_minus_p.dtype) / max((2 if both else 1) * (paired.stop - paired.start), 1)
+    factor = coefficient * logit_scale
+    image_grad, text_grad = new_gradients(image, text)
+    acc_text = None if save_memory else blocks.new_accumulator(len(text), y.rows)
+
+    def add_images(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        part = normalizers.part(strip, ALL)
+        start = offset + strip.start
+        return [blocks.add_gradients(x.rows[strip], y.rows, logit_scale, part, start, acc, acc_text)]
+
+    def add_texts(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        part = normalizers.part(ALL, strip)
+        return [blocks.add_gradients(x.rows, y.rows[strip], logit_scale, part, offset - strip.start, None, acc)]
+
+    dot, scale_sums = gradients_in_strips(blocks, x, y.rows, offset, row_one_minus_p, factor, image_grad, add_images)
+    if acc_text is None:
+        gradients_in_strips(blocks, y, x.rows, -offset, col_one_minus_p, factor, text_grad, add_texts)
+    else:
+        blocks.finish(acc_text, y, x.rows, -offset, col_one_minus_p, factor, text_grad)
+    of_scale = scale_gradient(dot, scale_sums, row_one_minus_p[paired], x.rows[paired], y.rows[partners])
+    return image_grad, text_grad, of_scale * coefficient
+
+
+def contrastive_loss(
+    image: Tensor,
+    text: Tensor,
+    logit_scale: Tensor | float,
+    *,
+    normalize: bool = False,
+    offset: int = 0,
+    memory: str = "default",
+    backend: str = "auto",
+) -> Tensor:
+    """CLIP's symmetric contrastive loss of matching rows, without the M x N logits.
+
+    Args:
+        image: image features [M, D], float32, float16 or bfloat16 (float64 on the CPU); any strides. Under autocast
+            both are taken in the autocast dtype, as a matrix product would.
+        text: text features [N, D], same dtype and device as ``image``.
+        logit_scale: the factor on the cosine similarities, already exponentiated: a one-element tensor, into which
+            gradients flow, or a number (which ``torch.compile`` takes for a constant).
+        normalize: divide each row by its Euclidean norm first (at least 1e-12), in float32.
+        offset: image i and text ``i + offset`` are a pair, where both exist; other rows are negatives only. Without it,
+            M and N must be the same.
+        memory: "min" recomputes the logits once more in the backward pass (8 in place of 6 M N D) and keeps no float32
+            copy of the text gradients.
+        backend: "auto" (Triton on GPUs, blockwise PyTorch on CPUs), "triton", or "torch" for the full-matrix reference.
+
+    Returns:
+        Mean loss over pairs and directions, a float32 scalar (float64 for float64 input); NaN without pairs, as a mean
+        is.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit together.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    op = "contrastive_loss"
+    check_pairs(op, ("image", "text"), image, text, offset)
+    if memory not in MEMORY:
+        raise ValueError(f"{op}: memory must be one of {', '.join(MEMORY)}, got {memory!r}")
+    scale = scale_tensor(op, logit_scale, image)
+    return pairwise_loss(
+        op, "image", image, text, scale, backend,
+        both=True, normalize=normalize, offset=offset, save_memory=memory == "min",
+    )  # fmt: skip
+
+
+def pairwise_loss(
+    op: str,
+    row_name: str,
+    rows: Tensor,
+    cols: Tensor,
+    logit_scale: Tensor,
+    backend: str,
+    *,
+    both: bool,
+    normalize: bool,
+    offset: int,
+    save_memory: bool,
+) -> Tensor:
+    """Return the loss of rows against columns, in ``both`` directions or of the rows only; arguments are checked.
+
+    ``op`` and ``row_name`` are for errors: the name of the loss, and what it calls ``rows``.
+    """
+    if uses_reference(op, backend, rows):
+        return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)
+    dtype = operand_dtype(op, row_name, rows)
+    scale = logit_scale.to(accumulate_dtype(dtype))
+    return _contrastive_fwd(rows, cols, scale, offset, both, normalize, dtype, save_memory)[0]

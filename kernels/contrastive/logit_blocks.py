@@ -1,0 +1,92 @@
+"""The work on blocks of logits, as the losses call it, and the choice of what does it on a device.
+
+Two modules answer to the protocol, each with functions of these names: ``triton_blocks`` launches the Triton kernels,
+``cpu_blocks`` does the same in PyTorch. A block is the logits of features x [M, D] against features y [N, D]; a pair is
+(i, i + offset), where both exist.
+"""
+
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..launch import triton_runs_on
+from . import cpu_blocks, triton_blocks
+from .features import Features
+from .softmax_stats import Normalizers, SoftmaxStats
+
+
+class LogitBlocks(Protocol):
+    """What the losses need of an implementation."""
+
+    def prepare(self, x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
+        """Return ``x`` [M, D] as the products take it, rounded to ``dtype``; with ``normalize``, as unit rows."""
+
+    def new_accumulator(self, rows: int, like: Tensor) -> Tensor:
+        """Return zeros [rows, D] that gradients are added to, for prepared features ``like`` [any, D]."""
+
+    def strips(self, x: Tensor) -> list[slice]:
+        """Return the strips of rows to accumulate and finish one after the other, so that accumulators stay small."""
+
+    def statistics(self, x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
+        """Return the statistics of the logits of x against y."""
+
+    def add_gradients(
+        self,
+        x: Tensor,
+        y: Tensor,
+        logit_scale: Tensor,
+        normalizers: Normalizers,
+        offset: int,
+        acc_x: Tensor | None,
+        acc_y: Tensor | None,
+    ) -> Tensor | None:
+        """Add G y to acc_x [M, D] and G^T x to acc_y [N, D], from one computation of G; one of the two may be None.
+
+        Both are multiplied by a constant that :meth:`finish` takes out again.
+
+        Returns:
+            Sum of G_ij x_i . y_j, [] in float64, if G is rounded to 16 bits for the products: it is taken from G
+            before that. None if G is not rounded. Then the accumulators say as much.
+        """
+
+    def sigmoid_sums(
+        self, x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return what the sigmoid loss needs of the logits l = logit_scale * x . y + logit_bias.
+
+        Returns:
+            Sum of log(1 + exp l) over all but the pairs, [] in float64; sum of 1 / (1 + exp -l) over the same, [] in
+            float64; logits of the pairs, [M], undefined in a row without a pair.
+        """
+
+    def add_sigmoid_gradients(
+        self, x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
+    ) -> Tensor | None:
+        """Do as :meth:`add_gradients` does, with G of the sigmoid loss."""
+
+    def finish(
+        self, acc: Tensor, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor
+    ) -> Tensor:
+        """Write the gradient of features: factor * (acc - one_minus_p * positive), through the normalisation if any.
+
+        Args:
+            acc: [R, D], G times the features of the other side, of :meth:`new_accumulator`; its values are lost.
+            own: the R rows whose gradient it is.
+            other: [C, D], features of the other side; the positive of row i is row i + offset, if there is one.
+            offset: see ``other``.
+            one_minus_p: [R], one minus the probability of the positive, summed over the directions of the loss; not
+                used in a row without a positive.
+            factor: [], gradient of the loss times scale.
+            out: [R, D], contiguous, in any dtype; the gradient is written here.
+
+        Returns:
+            [R], the product of each row's gradient and features, before factor and normalisation.
+        """
+
+
+def logit_blocks(device: torch.device) -> LogitBlocks:
+    """Return the implementation that works on tensors of ``device``."""
+    if triton_runs_on(device):
+        return triton_blocks
+    return cpu_blocks

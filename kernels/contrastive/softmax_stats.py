@@ -1,0 +1,119 @@
+"""The statistics of a softmax over logits in blocks, as vectors over rows and columns, and the loss that follows.
+
+A block is the logits of some rows against some columns. Logits, maxima and positives are in base 2 here, log2e times
+what they are in the loss. The logit of a pair (i, i + offset) is left out of the sums. Therefore the loss of a pair,
+log(1 + others / positive), and one minus its probability, others / (others + positive), are exact however small they
+are.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common import LN2, LOG2E
+from ..dtypes import accumulate_dtype
+
+# The largest logit of unit features after the shared shift: 2^28 powers of that size still fit float32's exponent.
+HEADROOM = 100.0
+# A sum below this may lack terms that underflowed. Above it, such terms are less than the rounding of the sum.
+LEAST_SUM = 2.0**-70
+ALL = slice(None)
+
+
+class SoftmaxStats(NamedTuple):
+    """Statistics of the logits of M rows against N columns, float32 (float64 for float64 features).
+
+    A sum is that of 2^(logit - maximum) over all logits but those of pairs. With the shared shift, this one number
+    stands in the place of every maximum.
+    """
+
+    row_max: Tensor  # [M]
+    row_sum: Tensor  # [M]
+    col_max: Tensor  # [N]
+    col_sum: Tensor  # [N]
+    positive: Tensor  # [M], the logit of each row's pair; undefined in a row without a pair
+    uses_shared_shift: Tensor  # [] int8, 1 if every maximum is the shared shift, otherwise 0
+
+    @property
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Maximum and sum of each row."""
+        return self.row_max, self.row_sum
+
+    @property
+    def cols(self) -> tuple[Tensor, Tensor]:
+        """Maximum and sum of each column."""
+        return self.col_max, self.col_sum
+
+
+class PairTerms(NamedTuple):
+    """What follows for rows (or columns) that have a positive, each [P]."""
+
+    nll: Tensor  # the loss: minus the logarithm of the positive's probability
+    inv_denom: Tensor  # 1 / (others + positive), in units of 2^-maximum
+    one_minus_p: Tensor  # one minus the positive's probability
+
+
+class Normalizers(NamedTuple):
+    """What turns logits into G: G_ij = 2^(l_ij - max_i) inv_denom_i + 2^(l_ij - max_j) inv_denom_j.
+
+    ``row`` [2 or more, M] has the maxima of the rows, then their inv_denom; ``col`` [2 or more, N] those of the
+    columns. What stands below these two is not used for G.
+    """
+
+    row: Tensor
+    col: Tensor
+    uses_shared_shift: Tensor  # [] int8, as in SoftmaxStats
+
+    def part(self, rows: slice, cols: slice) -> "Normalizers":
+        """Return the normalizers of a block of the logits."""
+        return Normalizers(self.row[:, rows], self.col[:, cols], self.uses_shared_shift)
+
+
+def new_stats(x: Tensor, y: Tensor) -> SoftmaxStats:
+    """Return the statistics of the logits x y^T before any logit has been seen."""
+    row_max, col_max = (x.new_full((len(side),), float("-inf"), dtype=accumulate_dtype(x.dtype)) for side in (x, y))
+    uses_shared_shift = torch.zeros((), dtype=torch.int8, device=x.device)
+    row_sum, col_sum = torch.zeros_like(row_max), torch.zeros_like(col_max)
+    return SoftmaxStats(row_max, row_sum, col_max, col_sum, row_max.clone(), uses_shared_shift)
+
+
+def shared_shift(logit_scale: Tensor) -> Tensor:
+    """Return one shift [] for all rows and columns, such that no 2^(logit - shift) of unit features overflows.
+
+    For a scale of up to 78 none of them underflows either. The shift is a whole number, and 0 for as long as possible,
+    so that the subtraction does not round.
+    """
+    return ((logit_scale.abs() * LOG2E).ceil() - HEADROOM).clamp(min=0)
+
+
+def is_exact(*sums: Tensor) -> Tensor:
+    """Return [] bool: True if sums with the shared shift have neither overflowed nor lost terms that matter."""
+    checks = [((total >= LEAST_SUM) & (total < float("inf"))).all() for total in sums]
+    return torch.stack(checks).all()
+
+
+def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return maximum and sum over several blocks, given those of each block; sums are added in the order given."""
+    maximum = torch.stack([part_max for part_max, _ in parts]).amax(0)
+    pivot = finite(maximum)
+    total = torch.zeros_like(maximum)
+    for part_max, part_sum in parts:
+        total = total + part_sum * (part_max - pivot).exp2()
+    return maximum, total
+
+
+def finite(maximum: Tensor) -> Tensor:
+    """Return the maxima with 0 for -inf: where every logit is -inf, the logit minus its maximum would be NaN."""
+    return maximum.where(maximum > float("-inf"), 0)
+
+
+def pair_terms(maximum: Tensor, total: Tensor, positive: Tensor) -> PairTerms:
+    """Return loss, inv_denom and one_minus_p of rows (or columns) with these statistics and positives, all [P]."""
+    # log2(total) would be rounded in proportion to its size. frexp splits it: the whole part is added to the maximum's
+    # distance without rounding where the two cancel, and only a logarithm in [-1, 0] is rounded.
+    mantissa, exponent = torch.frexp(total)
+    others = (((maximum - positive) + exponent) + mantissa.log2()) * LN2  # log(others / positive)
+    inv_denom = (total + (positive - maximum).exp2()).reciprocal()
+    return PairTerms(torch.logaddexp(others, torch.zeros_like(others)), inv_denom, others.sigmoid())
