@@ -30,9 +30,9 @@ from .test_errors import PATCH, QKV, TEXT, W, X
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    names = ("text_embed", "retrieval.cpu", "retrieval.launches", "layer_norm.cpu", "layer_norm.launches", "activation")
+    names = ("text_embed", "retrieval", "layer_norm.cpu", "layer_norm.launches", "activation")
     modules = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
-    text_, ranks_cpu, ranks_launches, norm_cpu, norm_launches, activation = modules
+    text_, retrieval, norm_cpu, norm_launches, activation = modules
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -81,8 +81,8 @@ def paths():
         ),
         "retrieval_ranks": (
             lambda **options: retrieval_ranks(X, X, **options),
-            (ranks_cpu, "ahead"),
-            (ranks_launches, "ahead"),
+            (retrieval, "_ahead_cpu"),
+            (retrieval, "_ahead_triton"),
         ),
     }
 

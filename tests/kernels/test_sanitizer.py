@@ -171,9 +171,7 @@ def _side_by_side(norm, **inputs):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 16), (67, 150, 24)], ids=str)
 def test_retrieval_ranks(shape, dtype, sanitizer, monkeypatch):
-    monkeypatch.setattr(
-        sys.modules["clipfast.kernels.retrieval.launches"], "SPAN", 128
-    )  # two programs add to the same images
+    monkeypatch.setattr(sys.modules["clipfast.kernels.retrieval"], "SPAN", 128)  # two programs add to the same images
     inputs = rank_inputs(shape, dtype, CPU)
     for ours, expected in zip(retrieval_ranks(**inputs), reference.retrieval_ranks(**inputs), strict=True):
         assert torch.equal(ours, expected)
