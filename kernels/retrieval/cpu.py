@@ -1,0 +1,43 @@
+"""Ranks on the CPU: tile after tile of the scores, by PyTorch's own product."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..common import slices
+from ..dtypes import accumulate_dtype
+from .best import best_scores
+
+TILE = 768  # side of a tile: its scores and marks stay in cache
+TILE_UNIT = 192  # a multiple of the rows and columns that any BLAS keeps in registers
+
+
+def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the texts ahead of each image [M] and the images ahead of each text [N], int64."""
+    (m, d), n = image.shape, len(text)
+    # Every product has one shape, of whole register blocks, because BLAS sums an incomplete block in another order.
+    side = min(TILE, triton.cdiv(max(min(m, n), 1), TILE_UNIT) * TILE_UNIT)
+    x, y = image.new_zeros(2, side, d, dtype=accumulate_dtype(image.dtype))
+    scores, marks = x.new_empty(2, side, side)
+    own, one = x.new_empty(n), x.new_ones(())
+    for texts in (owner >= 0).nonzero().squeeze(1).split(side):
+        x[: len(texts)], y[: len(texts)] = image[owner[texts]], text[texts]
+        own[texts] = torch.mm(x, y.T, out=scores).diagonal()[: len(texts)]
+    image_best, text_best = best_scores(own, owner, m)
+    image_ahead, text_ahead = owner.new_full((m,), n), owner.new_full((n,), m)
+    for images in slices(m, side):
+        rows = images.stop - images.start
+        x[:rows] = image[images]
+        for texts in slices(n, side):
+            columns = texts.stop - texts.start
+            y[:columns] = text[texts]
+            tile, mark = torch.mm(x, y.T, out=scores)[:rows, :columns], marks[:rows, :columns]
+            row = owner[texts] - images.start
+            column = ((row >= 0) & (row < rows)).nonzero().squeeze(1)
+            pairs = row[column], column
+            # own pairs and worse scores are not ahead, and have a 1; sums of ones are exact
+            behind = torch.lt(tile, image_best[images, None], out=mark).index_put_(pairs, one)
+            image_ahead[images] -= behind.sum(1).long()
+            behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)
+            text_ahead[texts] -= behind.sum(0).long()
+    return image_ahead, text_ahead

@@ -1,0 +1,33 @@
+"""Host side of the ranks' kernels."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..configs import gemm_config
+from ..launch import arch_of, launch
+from .best import best_scores
+from .kernels import _count_ahead_kernel, _own_score_kernel
+
+SPAN = 1024  # texts that one program compares with its images: fewer atomics than with one program for each tile
+
+
+def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Count the texts ahead of each image [M] and the images ahead of each text [N], int32."""
+    (m, d), n, device = image.shape, len(text), image.device
+    cfg = gemm_config("retrieval_ranks", arch_of(device), image.dtype)
+    blocks = {"BLOCK_M": cfg.block_m, "BLOCK_N": cfg.block_n, "BLOCK_K": cfg.block_k}
+    owner32, strides = owner.to(torch.int32), (*image.stride(), *text.stride())
+    own = torch.empty(n, dtype=torch.float32, device=device)
+    pairs = min(cfg.block_m, cfg.block_n)
+    launch(
+        _own_score_kernel, (triton.cdiv(n, pairs),), image, text, owner32, own, n, d, *strides,
+        config=cfg, device=device, PAIRS=pairs, **blocks,
+    )  # fmt: skip
+    counts = torch.zeros(m, dtype=torch.int32, device=device), torch.zeros(n, dtype=torch.int32, device=device)
+    launch(
+        _count_ahead_kernel, (triton.cdiv(m, cfg.block_m) * triton.cdiv(n, SPAN),),
+        image, text, owner32, *best_scores(own, owner, m), *counts, m, n, d, *strides,
+        config=cfg, device=device, SPAN=SPAN, GROUP_M=8, **blocks,
+    )  # fmt: skip
+    return counts

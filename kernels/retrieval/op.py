@@ -1,0 +1,124 @@
+"""Ranks for recall@k, blockwise: the M x N scores of images and texts never exist.
+
+With features x [M, D], y [N, D], scores s_ij = x_i . y_j, and o_j the image that text j belongs to:
+
+    text rank_j  = #{i : i != o_j, not s_ij < s_(o_j)j}
+    image rank_i = #{j : o_j != i, not s_ij < b_i}        b_i = max over o_j = i of s_(o_j)j
+
+A tie counts against, and so does NaN, since no comparison with it holds. For ties to be exact, a score must have the
+same bits wherever it is computed: the own scores come from tiles of the same shape and arithmetic as all others, with
+images gathered so that the pairs lie on the diagonal.
+
+FLOPs: 2 M N D, and 2 N T D for the own scores, T the side of a tile. Memory beyond the inputs: O(M + N), and
+on the CPU a few tiles.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..backends import outside_autocast, uses_reference
+from ..checks import check_float, check_like, check_tensor
+from ..dtypes import dtype_name
+from ..launch import triton_runs_on
+from . import cpu, launches
+from .best import slots
+
+
+def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
+    """Refuse an index that belongs to no image.
+
+    On a GPU the check would have to wait for the device: there such a text counts as one of no image.
+
+    Raises:
+        ValueError: an index below -1 or past the last image.
+    """
+    if text_image.device.type != "cpu":
+        return
+    wrong = (text_image < -1) | (text_image >= num_images)
+    if wrong.any():
+        place = int(wrong.int().argmax())
+        raise ValueError(
+            f"{op}: text_image must hold indices of the {num_images} images, or -1 for a text of none, "
+            f"got {text_image[place].item()} at {place}"
+        )
+
+
+@torch.library.custom_op("clipfast::retrieval_ranks", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _retrieval_ranks(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[Tensor, Tensor]:
+    m = len(image)
+    _check_indices("retrieval_ranks", text_image, m)
+    owner = text_image.where((text_image >= 0) & (text_image < m), -1)
+    path = launches if triton_runs_on(image.device) else cpu
+    image_ahead, text_ahead = path.ahead(image, text, owner)
+    has_text = torch.zeros(m + 1, dtype=torch.bool, device=owner.device).index_fill_(0, slots(owner, m), True)[:m]
+    return image_ahead.long().where(has_text, -1), text_ahead.long().where(owner >= 0, -1)
+
+
+@_retrieval_ranks.register_fake
+def _(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[Tensor, Tensor]:
+    return image.new_empty(image.shape[0], dtype=torch.int64), image.new_empty(text.shape[0], dtype=torch.int64)
+
+
+def retrieval_ranks(
+    image: Tensor, text: Tensor, *, text_image: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Compute the ranks of images and texts in each other's results, for recall@k, without the M x N scores.
+
+    The score of a pair is the product of its features: the cosine, if they have unit length. The rank of a text is the
+    number of images other than its own that score at least as high as its own; the rank of an image is the number of
+    texts that are not its own and score at least as high as its best own one. 0 is a hit at rank 1. A tie counts
+    against, so that a collapsed model, for which all scores are equal, gets no credit; equal features tie to the last
+    bit. A score that is NaN counts against, too: that of another comes before, and an own one comes last.
+
+    Autocast changes nothing. There is no gradient.
+
+    Args:
+        image: image features [M, D], float32, float16 or bfloat16 (float64 on the CPU); any strides.
+        text: text features [N, D], same dtype and device as ``image``.
+        text_image: int64 [N], the image that each text belongs to: an image may have several texts, or none. -1 means
+            no image; such a text can only be ahead of others. Default: text i belongs to image i, and M is N.
+        backend: "auto" (Triton on GPUs, blockwise PyTorch on CPUs), "triton", or "torch" for the full-matrix reference.
+
+    Returns:
+        Ranks of images [M] and of texts [N], int64; -1 for an image without texts and a text without an image.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit together; on the CPU, an index that
+            belongs to no image (on a GPU, where the check would have to wait, it means -1).
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    op = "retrieval_ranks"
+    check_tensor(op, "image", image, 2)
+    check_tensor(op, "text", text, 2)
+    check_like(op, "text", text, "image", image)
+    if image.shape[1] != text.shape[1]:
+        raise ValueError(
+            f"{op}: image and text must have the same width, got {tuple(image.shape)} and {tuple(text.shape)}"
+        )
+    owner = _owner_tensor(op, text_image, image, text)
+    if uses_reference(op, backend, image):
+        if not torch.compiler.is_compiling():
+            _check_indices(op, owner, len(image))
+        return reference.retrieval_ranks(image.detach(), text.detach(), text_image=owner)
+    check_float(op, "image", image)
+    return _retrieval_ranks(image.detach(), text.detach(), owner)
+
+
+def _owner_tensor(op: str, text_image: Tensor | None, image: Tensor, text: Tensor) -> Tensor:
+    if text_image is None:
+        if len(image) != len(text):
+            raise ValueError(
+                f"{op}: without text_image there must be as many texts as images, got {len(text)} and {len(image)}"
+            )
+        return torch.arange(len(text), device=text.device)
+    if not isinstance(text_image, Tensor):
+        raise TypeError(f"{op}: text_image must be a torch.Tensor, got {type(text_image).__name__}")
+    if text_image.dtype != torch.int64:
+        raise TypeError(f"{op}: text_image must be int64, got {dtype_name(text_image.dtype)}")
+    if text_image.shape != text.shape[:1]:
+        raise ValueError(f"{op}: text_image must be [{len(text)}], one per text, got {tuple(text_image.shape)}")
+    if text_image.device != image.device:
+        raise ValueError(f"{op}: text_image is on {text_image.device}, but image is on {image.device}")
+    return text_image
