@@ -23,6 +23,8 @@ from clipfast.kernels.contrastive import cpu as contrastive_cpu
 from clipfast.kernels.contrastive import launches, sigmoid_cpu, sigmoid_launches
 from clipfast.kernels.patch_embed import cpu as patch_cpu
 from clipfast.kernels.patch_embed import launches as patch_launches
+from clipfast.kernels.text_embed import cpu as text_cpu
+from clipfast.kernels.text_embed import launches as text_launches
 
 from ..conftest import INTERPRET
 from .test_errors import PATCH, QKV, TEXT, W, X
@@ -30,9 +32,9 @@ from .test_errors import PATCH, QKV, TEXT, W, X
 
 def paths():
     """Each op with its arguments, and where its paths are: on a CPU, and with Triton."""
-    names = ("text_embed", "retrieval", "norm", "norm_pair", "activation")
+    names = ("retrieval", "norm", "norm_pair", "activation")
     modules = (sys.modules[f"clipfast.kernels.{name}"] for name in names)
-    text_, retrieval, norm, norm_pair, activation = modules
+    retrieval, norm, norm_pair, activation = modules
     return {
         "contrastive_loss": (
             lambda **options: contrastive_loss(X, X, 1.0, **options),
@@ -76,8 +78,8 @@ def paths():
         ),
         "text_embed": (
             lambda **options: text_embed(**TEXT, **options),
-            (text_, "_fwd_cpu"),
-            (text_, "_fwd_triton"),
+            (text_cpu, "forward"),
+            (text_launches, "forward"),
         ),
         "retrieval_ranks": (
             lambda **options: retrieval_ranks(X, X, **options),
