@@ -1,6 +1,7 @@
-"""Patch embedding: pixels to the tokens of a vision transformer, all patches of an image or those that are kept.
+"""Patch embedding: pixels to the tokens of a vision transformer, from all patches of an image or from those kept.
 
-``op`` holds the op, ``launches`` the launches of the Triton functions in ``kernels``, ``cpu`` the path without a GPU.
+``op`` holds the public function, ``launches`` launches the Triton kernels of ``kernels``, ``cpu`` computes the same
+without a GPU, and ``spec`` says what is checked, measured, tuned and compiled.
 """
 
 from .op import patch_embed

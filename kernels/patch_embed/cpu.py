@@ -1,5 +1,6 @@
-"""The patch embedding on a CPU, with the arguments and results of the launches. Products go through PyTorch, in float32
-at least, and patches that are dropped are not gathered, so that memory stays as small as on a GPU.
+"""The patch embedding on a CPU: the same functions as in ``launches``, by PyTorch.
+
+Products are taken in float32 or more. Dropped patches are not gathered, so that memory stays as small as on a GPU.
 """
 
 import torch
@@ -13,7 +14,7 @@ def forward(
     images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor,
     keep: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Tokens; ``weight`` and ``bias`` are folded for bytes."""
+    """Return the tokens [B, T, E]. For bytes, ``weight`` and ``bias`` hold the folded normalisation."""
     dtype = accumulate_dtype(weight.dtype)
     patches = _patches(images, weight.shape[-1], dtype, keep)
     pos = positional_embedding.to(dtype)
@@ -24,26 +25,26 @@ def forward(
 
 
 def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Gradient of the (folded) weight, summed over the patches that were embedded."""
+    """Return the gradient of the weight that forward was given, summed over the embedded patches."""
     dtype = accumulate_dtype(weight.dtype)
     patches = _patches(images, weight.shape[-1], dtype, keep)
     return (grad[:, 1:].to(dtype).flatten(0, 1).T @ patches.flatten(0, 1)).view_as(weight)
 
 
 def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> Tensor:
-    """Gradient of the positions, [1 + num_patches, E], in float32 at least."""
+    """Return the gradient of the positions, [1 + num_patches, E], in float32 or more."""
     dtype = accumulate_dtype(grad.dtype)
     if keep is None:
         return grad.sum(0, dtype=dtype)
     out = grad.new_zeros(1 + num_patches, grad.shape[2], dtype=dtype)
-    # image by image: a position is in each at most once, so the order of the sum is fixed
+    # The order of the sum is fixed: it goes image by image, and a position is at most once in each.
     for positions, gradient in zip(_positions(keep), grad, strict=True):
         out[positions] += gradient
     return out
 
 
 def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Gradient of floating images, zero where nothing was embedded."""
+    """Return the gradient of floating images, zero where a patch was dropped."""
     dtype = accumulate_dtype(weight.dtype)
     patches = (grad[:, 1:].to(dtype) @ weight.to(dtype).flatten(1)).unflatten(2, weight.shape[1:])
     out = torch.zeros_like(images, memory_format=torch.contiguous_format)
@@ -55,27 +56,27 @@ def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     return out
 
 
-def _grid(images: Tensor, patch: int) -> Tensor:
-    """A view [B, H / P, W / P, C, P, P] of [B, C, H, W]."""
+def _grid(images: Tensor, patch_size: int) -> Tensor:
+    """Return the view [B, H / P, W / P, C, P, P] of images [B, C, H, W]."""
     height, width = images.shape[2:]
-    grid = images.unflatten(3, (width // patch, patch)).unflatten(2, (height // patch, patch))
+    grid = images.unflatten(3, (width // patch_size, patch_size)).unflatten(2, (height // patch_size, patch_size))
     return grid.permute(0, 2, 4, 1, 3, 5)
 
 
 def _at(keep: Tensor, grid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Image, row and column of each kept patch in a grid."""
+    """Return image, row and column of each kept patch, as indices of a grid."""
     keep = keep.long()
     return torch.arange(len(keep))[:, None], keep // grid.shape[2], keep % grid.shape[2]
 
 
 def _positions(keep: Tensor) -> Tensor:
-    """[B, 1 + K]: the position of each token, 0 of the class token."""
+    """Return the position of each token, [B, 1 + K]; that of the class token is 0."""
     return F.pad(keep.long() + 1, (1, 0))
 
 
-def _patches(images: Tensor, patch: int, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
-    """[B, C, H, W] -> [B, T - 1, C P P], bytes brought to [-1, 1)."""
-    grid = _grid(images, patch)
+def _patches(images: Tensor, patch_size: int, dtype: torch.dtype, keep: Tensor | None) -> Tensor:
+    """Return the embedded patches of [B, C, H, W] as rows, [B, T - 1, C P P], with bytes mapped to [-1, 1)."""
+    grid = _grid(images, patch_size)
     kept = grid.flatten(1, 2) if keep is None else grid[_at(keep, grid)]
     patches = kept.flatten(2).to(dtype)
     return patches.sub_(128).div_(128) if images.dtype == torch.uint8 else patches

@@ -1,7 +1,7 @@
-"""The Triton functions of the patch embedding; equations in ``op``.
+"""The Triton kernels of the patch embedding; ``op`` has the equations.
 
-A row of a product is a token: token 1 + i of an image is its patch i or, where patches are dropped, its patch keep[i].
-The row knows its patch before it loads a pixel, so that dropped patches are never read.
+A row of a product is a token. Token 1 + i of an image is its patch i or, where patches are dropped, its patch keep[i].
+The number of the patch is known before a pixel is loaded, so that dropped patches are never read.
 """
 
 import triton
@@ -10,13 +10,13 @@ import triton.language as tl
 
 @triton.jit
 def _kept_patch(
-    keep_ptr,  # [B, KEPT] contiguous, or nothing
+    keep_ptr,  # [B, KEPT] contiguous, unused if HAS_KEEP is false
     image, index,  # [R], [R]
     mask,  # [R]
     KEPT, NUM_PATCHES,
     HAS_KEEP: tl.constexpr,
 ):  # fmt: skip
-    """Number in its image of the patch that is kept as the index-th, [R], and whether there is one: not outside."""
+    """Return the patch that is kept as the index-th of its image, [R], and whether the image has such a patch, [R]."""
     patch = index
     if HAS_KEEP:
         patch = tl.load(keep_ptr + image * KEPT + index, mask=mask, other=-1)
@@ -30,11 +30,11 @@ def _patch_offsets(
     image, patch,  # [R] int64, [R]
     GRID_W,
     stride_b, stride_h, stride_w,
-    PATCH: tl.constexpr,
+    PATCH_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Offset of each patch's first pixel in the images, [R] int64."""
-    top = (patch // GRID_W * PATCH).to(tl.int64)
-    left = (patch % GRID_W * PATCH).to(tl.int64)
+    """Return the offset of each patch's first pixel in the images, [R] int64."""
+    top = (patch // GRID_W * PATCH_SIZE).to(tl.int64)
+    left = (patch % GRID_W * PATCH_SIZE).to(tl.int64)
     return image * stride_b + top * stride_h + left * stride_w
 
 
@@ -42,18 +42,18 @@ def _patch_offsets(
 def _pixel_offsets(
     k,  # [K] index into a flattened patch (channel, row, column)
     stride_c, stride_h, stride_w,
-    PATCH: tl.constexpr,
+    PATCH_SIZE: tl.constexpr,
 ):  # fmt: skip
-    """Offset of each element of a patch from its first pixel, [K] int64."""
-    channel = (k // (PATCH * PATCH)).to(tl.int64)
-    row = (k // PATCH % PATCH).to(tl.int64)
-    column = (k % PATCH).to(tl.int64)
+    """Return the offset of each element of a patch from its first pixel, [K] int64."""
+    channel = (k // (PATCH_SIZE * PATCH_SIZE)).to(tl.int64)
+    row = (k // PATCH_SIZE % PATCH_SIZE).to(tl.int64)
+    column = (k % PATCH_SIZE).to(tl.int64)
     return channel * stride_c + row * stride_h + column * stride_w
 
 
 @triton.jit
 def _load_pixels(pointers, mask, dtype: tl.constexpr, IS_UINT8: tl.constexpr):
-    """Pixels as a matrix operand, zero where masked; bytes as (u - 128) / 128, exact in every float format."""
+    """Load pixels as a matrix operand, 0 where masked. A byte u becomes (u - 128) / 128, exact in any float format."""
     if IS_UINT8:
         return ((tl.load(pointers, mask=mask, other=128).to(tl.float32) - 128.0) * 0.0078125).to(dtype)
     return tl.load(pointers, mask=mask, other=0.0).to(dtype)
@@ -71,10 +71,10 @@ def _patch_embed_fwd_kernel(
     ROWS,  # B T
     T, NUM_PATCHES, E, K, GRID_W,
     stride_ib, stride_ic, stride_ih, stride_iw,
-    PATCH: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
+    PATCH_SIZE: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """One program computes BLOCK_M tokens x BLOCK_N dimensions; the class token is a row without pixels."""
+    """Each program computes BLOCK_M tokens x BLOCK_N dimensions. The class token is a row without pixels."""
     num_n = tl.cdiv(E, BLOCK_N)
     offs_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -83,8 +83,8 @@ def _patch_embed_fwd_kernel(
     mask_n = offs_n < E
     image = offs_m // T
     patch, has_pixels = _kept_patch(keep_ptr, image, token - 1, is_patch, T - 1, NUM_PATCHES, HAS_KEEP)
-    first_pixel = images_ptr + _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH)  # [BM]
-    # all that the loop has to keep of a row: its position, or -1 for an index of no patch
+    first_pixel = images_ptr + _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH_SIZE)  # [BM]
+    # The loop needs only one number for each row: its position, or -1 where the index is no patch's.
     position = token
     if HAS_KEEP:
         position = tl.where(has_pixels, patch + 1, tl.where(is_patch, -1, 0))
@@ -92,7 +92,7 @@ def _patch_embed_fwd_kernel(
     for start_k in range(0, K, BLOCK_K):
         k = start_k + tl.arange(0, BLOCK_K)
         mask_k = k < K
-        pixels = first_pixel[:, None] + _pixel_offsets(k, stride_ic, stride_ih, stride_iw, PATCH)[None, :]
+        pixels = first_pixel[:, None] + _pixel_offsets(k, stride_ic, stride_ih, stride_iw, PATCH_SIZE)[None, :]
         w_tile = weight_ptr + offs_n.to(tl.int64)[None, :] * K + k[:, None]
         w = tl.load(w_tile, mask=mask_k[:, None] & mask_n[None, :], other=0.0)  # [BK, BN]
         x = _load_pixels(pixels, (position > 0)[:, None] & mask_k[None, :], w.dtype, IS_UINT8)  # [BM, BK]
@@ -104,7 +104,7 @@ def _patch_embed_fwd_kernel(
     pos = pos_ptr + position.to(tl.int64)[:, None] * E + offs_n[None, :]
     acc += tl.load(pos, mask=mask & (position >= 0)[:, None], other=0.0).to(tl.float32)
     if HAS_KEEP:
-        acc = tl.where((position < 0)[:, None], float("nan"), acc)  # must not pass for a token
+        acc = tl.where((position < 0)[:, None], float("nan"), acc)  # a wrong index must not look like a token
     tl.store(out_ptr + offs_m[:, None] * E + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -117,17 +117,17 @@ def _patch_embed_bwd_weight_kernel(
     ROWS,  # B KEPT
     KEPT, NUM_PATCHES, E, K, GRID_W, rows_per_split,
     stride_ib, stride_ic, stride_ih, stride_iw, stride_gb, stride_gt, stride_ge,
-    PATCH: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
+    PATCH_SIZE: tl.constexpr, IS_UINT8: tl.constexpr, HAS_KEEP: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """partial[split] = sum over the split's patches of g p^T, in a fixed order; the splits are summed in order."""
+    """Compute partial[split] = sum of g p^T over the patches of the split, in order. PyTorch then sums the splits."""
     num_k = tl.cdiv(K, BLOCK_N)
     offs_e = tl.program_id(0) // num_k * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.program_id(0) % num_k * BLOCK_N + tl.arange(0, BLOCK_N)
     split = tl.program_id(1).to(tl.int64)
     mask_e = offs_e < E
     mask_k = offs_k < K
-    pixel = _pixel_offsets(offs_k, stride_ic, stride_ih, stride_iw, PATCH)  # [BN]
+    pixel = _pixel_offsets(offs_k, stride_ic, stride_ih, stride_iw, PATCH_SIZE)  # [BN]
     start = split * rows_per_split
     end = tl.minimum(start + rows_per_split, ROWS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -135,13 +135,13 @@ def _patch_embed_bwd_weight_kernel(
         rows = start_r + tl.arange(0, BLOCK_K)
         mask_r = rows < end
         if not HAS_KEEP:
-            rows = tl.where(mask_r, rows, 0)  # read by no one, but without it sm_80 has too few registers
+            rows = tl.where(mask_r, rows, 0)  # masked rows are not read, but without this sm_80 runs out of registers
         image, index = rows // KEPT, rows % KEPT
         patch, mask_r = _kept_patch(keep_ptr, image, index, mask_r, KEPT, NUM_PATCHES, HAS_KEEP)
         token = image * stride_gb + (index + 1) * stride_gt  # [BK]
         g_tile = grad_ptr + token[None, :] + offs_e.to(tl.int64)[:, None] * stride_ge
         g = tl.load(g_tile, mask=mask_e[:, None] & mask_r[None, :], other=0.0).to(DTYPE)  # [BM, BK]
-        first_pixel = _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH)  # [BK]
+        first_pixel = _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH_SIZE)  # [BK]
         x = _load_pixels(
             images_ptr + first_pixel[:, None] + pixel[None, :], mask_r[:, None] & mask_k[None, :], DTYPE, IS_UINT8
         )  # [BK, BN]
@@ -157,7 +157,7 @@ def _token_of_position_kernel(
     B, KEPT, NUM_PATCHES,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """token[p, b] = the token of image b that position p was added to; -1 where its patch was dropped."""
+    """Write token[p, b], the token of image b that position p was added to; -1 stays where its patch was dropped."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = tokens < B * (1 + KEPT)
     image, token = tokens // (1 + KEPT), tokens % (1 + KEPT)
@@ -175,21 +175,21 @@ def _patch_embed_bwd_pos_kernel(
     out_ptr,  # [1 + NUM_PATCHES, E] fp32 contiguous
     B, E,
     stride_gb, stride_gt, stride_ge,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, NUM_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
-    """dpos of one position: the gradients of its tokens, summed image by image, each row of them read once."""
-    num_e = tl.cdiv(E, BLOCK_K)
+    """Sum dpos of one position image by image, so that each row of the tokens' gradient is read once."""
+    num_e = tl.cdiv(E, BLOCK_N)
     position = (tl.program_id(0) // num_e).to(tl.int64)
-    offs_e = tl.program_id(0) % num_e * BLOCK_K + tl.arange(0, BLOCK_K)
+    offs_e = tl.program_id(0) % num_e * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_e = offs_e < E
     columns = offs_e.to(tl.int64)[None, :] * stride_ge
-    # a sum for each row of the tile, so that as many loads are under way: adding rows up is left to the end
-    acc = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+    # Each row of the tile has its own sum, so that loads overlap; the rows are added at the end.
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_b in tl.range(0, B, BLOCK_M, num_stages=NUM_STAGES):
         image = (start_b + tl.arange(0, BLOCK_M)).to(tl.int64)
         token = tl.load(token_ptr + position * B + image, mask=image < B, other=-1)  # [BM]
         g_tile = grad_ptr + (image * stride_gb + token * stride_gt)[:, None] + columns
-        acc += tl.load(g_tile, mask=(token >= 0)[:, None] & mask_e[None, :], other=0.0).to(tl.float32)  # [BM, BK]
+        acc += tl.load(g_tile, mask=(token >= 0)[:, None] & mask_e[None, :], other=0.0).to(tl.float32)  # [BM, BN]
     tl.store(out_ptr + position * E + offs_e, tl.sum(acc, 0), mask=mask_e)
 
 
@@ -202,9 +202,10 @@ def _patch_embed_bwd_images_kernel(
     ROWS,  # B KEPT
     KEPT, NUM_PATCHES, E, K, GRID_W,
     stride_gb, stride_gt, stride_ge, stride_ob, stride_oc, stride_oh,
-    PATCH: tl.constexpr, HAS_KEEP: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+    PATCH_SIZE: tl.constexpr, HAS_KEEP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """dpixels = g W, stored where the forward read: every pixel belongs to one patch, so it has one writer."""
+    """Compute dpixels = g W and store it where forward read. A pixel is in one patch, so it has one writer."""
     num_n = tl.cdiv(K, BLOCK_N)
     rows = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -222,6 +223,6 @@ def _patch_embed_bwd_images_kernel(
         g_tile = grad_ptr + token[:, None] + offs_e[None, :] * stride_ge
         g = tl.load(g_tile, mask=mask_m[:, None] & mask_e[None, :], other=0.0).to(w.dtype)  # [BM, BK]
         acc = tl.dot(g, w, acc, input_precision="ieee")
-    first_pixel = _patch_offsets(image, patch, GRID_W, stride_ob, stride_oh, 1, PATCH)
-    pixels = out_ptr + first_pixel[:, None] + _pixel_offsets(offs_n, stride_oc, stride_oh, 1, PATCH)[None, :]
+    first_pixel = _patch_offsets(image, patch, GRID_W, stride_ob, stride_oh, 1, PATCH_SIZE)
+    pixels = out_ptr + first_pixel[:, None] + _pixel_offsets(offs_n, stride_oc, stride_oh, 1, PATCH_SIZE)[None, :]
     tl.store(pixels, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])

@@ -1,4 +1,4 @@
-"""The launches of the patch embedding's Triton functions."""
+"""The launches of the patch embedding's Triton kernels."""
 
 import torch
 import triton
@@ -15,9 +15,10 @@ from .kernels import (
     _token_of_position_kernel,
 )
 
-MAX_SPLITS = 32  # of the weight gradient's sum over patches
+# The gradient of the weight is a sum over patches, which is split among at most so many programs of so many patches.
+MAX_SPLITS = 32
 PATCHES_PER_SPLIT = 1024
-TOKENS_PER_PROGRAM = 512  # where positions are looked up: a few for each thread
+TOKENS_PER_PROGRAM = 512  # of the kernel that finds the token of each position: a few for each thread
 TL_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -25,8 +26,9 @@ def forward(
     images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor,
     keep: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Tokens; ``weight`` and ``bias`` are folded for bytes."""
-    batch, embed_dim, patch, num_patches = len(images), len(weight), weight.shape[-1], len(positional_embedding) - 1
+    """Return the tokens [B, T, E]. For bytes, ``weight`` and ``bias`` hold the folded normalisation."""
+    batch, embed_dim, patch_size = len(images), len(weight), weight.shape[-1]
+    num_patches = len(positional_embedding) - 1
     tokens = 1 + (num_patches if keep is None else keep.shape[1])
     out = weight.new_empty(batch, tokens, embed_dim)
     cfg = gemm_config("patch_embed_fwd", arch_of(images.device), weight.dtype)
@@ -34,16 +36,17 @@ def forward(
         _patch_embed_fwd_kernel, (triton.cdiv(batch * tokens, cfg.block_m) * triton.cdiv(embed_dim, cfg.block_n),),
         images, weight.contiguous(), bias, class_embedding.contiguous(), positional_embedding.contiguous(),
         _contiguous(keep), out, batch * tokens, tokens, num_patches, embed_dim, weight[0].numel(),
-        images.shape[3] // patch, *images.stride(),
-        config=cfg, device=images.device, PATCH=patch, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
+        images.shape[3] // patch_size, *images.stride(),
+        config=cfg, device=images.device,
+        PATCH_SIZE=patch_size, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
         BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
     )  # fmt: skip
     return out
 
 
 def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Gradient of the (folded) weight, summed over the patches that were embedded."""
-    embed_dim, patch, kept = len(weight), weight.shape[-1], grad.shape[1] - 1
+    """Return the gradient of the weight that forward was given, in float32, summed over the embedded patches."""
+    embed_dim, patch_size, kept = len(weight), weight.shape[-1], grad.shape[1] - 1
     rows, k = len(images) * kept, weight[0].numel()
     cfg = gemm_config("patch_embed_bwd_weight", arch_of(images.device), grad.dtype)
     splits = max(1, min(MAX_SPLITS, rows // PATCHES_PER_SPLIT))
@@ -51,18 +54,19 @@ def backward_weight(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor |
     partial = torch.empty(splits, *weight.shape, dtype=torch.float32, device=weight.device)
     launch(
         _patch_embed_bwd_weight_kernel, (triton.cdiv(embed_dim, cfg.block_m) * triton.cdiv(k, cfg.block_n), splits),
-        images, grad, _contiguous(keep), partial, rows, kept, num_patches_of(images, patch), embed_dim, k,
-        images.shape[3] // patch, per_split, *images.stride(), *grad.stride(),
-        config=cfg, device=images.device, PATCH=patch, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
+        images, grad, _contiguous(keep), partial, rows, kept, num_patches_of(images, patch_size), embed_dim, k,
+        images.shape[3] // patch_size, per_split, *images.stride(), *grad.stride(),
+        config=cfg, device=images.device,
+        PATCH_SIZE=patch_size, IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
         BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, DTYPE=TL_DTYPES[grad.dtype],
     )  # fmt: skip
     return partial.sum(0)
 
 
 def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> Tensor:
-    """Gradient of the positions, [1 + num_patches, E] in float32."""
+    """Return the gradient of the positions, [1 + num_patches, E], in float32."""
     if keep is None:
-        # the same token everywhere: PyTorch's sum reads each gradient once as well
+        # Each position belongs to one token of every image, so PyTorch's sum reads each gradient once as well.
         return grad.sum(0, dtype=torch.float32)
     batch, tokens, embed_dim = grad.shape
     cfg = row_config("patch_embed_bwd_pos", arch_of(grad.device), grad.dtype)
@@ -76,31 +80,32 @@ def backward_positions(grad: Tensor, keep: Tensor | None, num_patches: int) -> T
     launch(
         _patch_embed_bwd_pos_kernel, ((1 + num_patches) * triton.cdiv(embed_dim, cfg.block_n),),
         grad, token, out, batch, embed_dim, *grad.stride(),
-        config=cfg, device=grad.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, NUM_STAGES=cfg.num_stages,
+        config=cfg, device=grad.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, NUM_STAGES=cfg.num_stages,
     )  # fmt: skip
     return out
 
 
 def backward_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    """Gradient of floating images, zero where nothing was embedded."""
-    patch, kept, k = weight.shape[-1], grad.shape[1] - 1, weight[0].numel()
+    """Return the gradient of floating images, zero where a patch was dropped."""
+    patch_size, kept, k = weight.shape[-1], grad.shape[1] - 1, weight[0].numel()
     rows = len(images) * kept
     empty = torch.empty_like if keep is None else torch.zeros_like
     out = empty(images, memory_format=torch.contiguous_format)
     cfg = gemm_config("patch_embed_bwd_images", arch_of(images.device), weight.dtype)
     launch(
         _patch_embed_bwd_images_kernel, (triton.cdiv(rows, cfg.block_m) * triton.cdiv(k, cfg.block_n),),
-        grad, weight.contiguous(), _contiguous(keep), out, rows, kept, num_patches_of(images, patch), len(weight), k,
-        images.shape[3] // patch, *grad.stride(), *out.stride()[:3],
-        config=cfg, device=images.device, PATCH=patch, HAS_KEEP=keep is not None,
+        grad, weight.contiguous(), _contiguous(keep), out,
+        rows, kept, num_patches_of(images, patch_size), len(weight), k, images.shape[3] // patch_size,
+        *grad.stride(), *out.stride()[:3],
+        config=cfg, device=images.device, PATCH_SIZE=patch_size, HAS_KEEP=keep is not None,
         BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
     )  # fmt: skip
     return out
 
 
-def num_patches_of(images: Tensor, patch: int) -> int:
-    """Patches of an image."""
-    return (images.shape[2] // patch) * (images.shape[3] // patch)
+def num_patches_of(images: Tensor, patch_size: int) -> int:
+    """Return the number of patches of an image."""
+    return (images.shape[2] // patch_size) * (images.shape[3] // patch_size)
 
 
 def _contiguous(keep: Tensor | None) -> Tensor | None:

@@ -2,30 +2,29 @@
 
     token_0 = class + pos_0                  token_t = W p_k(t) + pos_k(t),   t = 1 .. T - 1, p_k the pixels of patch k
 
-k(t) = t, counted from 1, where every patch is embedded; where patches are dropped, k(t) is the t-th that is kept.
+Patches are counted from 1. If all of them are embedded, k(t) = t; if some are dropped, k(t) is the t-th kept patch.
 
 For uint8 pixels u the normalisation (u/255 - mean)/std folds into the projection. Per channel c, v = (u - 128)/128:
 
     W' = W 128 / (255 std_c)     b' = sum_c W (128/255 - mean_c) / std_c     token_t = W' v_k(t) + b' + pos_k(t)
 
-v is exact in bfloat16 and W' is of the size of W, so neither loses anything; and pixels cross PCIe and lie in memory as
-bytes. Backward, with g = dL/dtoken and each sum over the images too:
+v is exact in bfloat16, and the values of W' are about as large as those of W, so neither loses precision. The pixels
+stay bytes on the way to the GPU and in its memory. Backward, with g = dL/dtoken, each sum also runs over the images:
 
     dpos_k = sum_{t: k(t) = k} g_t      dclass = dpos_0      db' = sum_{k>0} dpos_k      dW' = sum_{t>0} g_t v_k(t)^T
     dW = dW' 128 / (255 std_c) + db' (128/255 - mean_c) / std_c          dpixels = W^T g (floating images only)
 
-Each patch is in an image at most once, so that dpos follows from the token of each position, image by image: one pass
-over g and no atomics.
+An image has each patch at most once. So dpos needs one pass over g and no atomics: a first kernel finds the token of
+each position in every image, and a second one sums these tokens' gradients image by image.
 
-FLOPs: 2 B T E C P^2 forward and for each of dW and dpixels. Bytes: one read of the pixels that are embedded, one write
-of the tokens.
+FLOPs: 2 B T E C P^2 forward, and as many for each of dW and dpixels. Bytes: the embedded pixels are read once, and the
+tokens are written once.
 Method: the patch projection of Dosovitskiy et al. 2021 as an implicit GEMM; dropped patches as FLIP (Li et al. 2023).
 """
 
 import math
 from collections.abc import Sequence
-from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -40,18 +39,38 @@ from . import cpu, launches
 from .launches import num_patches_of
 
 
-def _kernels(x: Tensor) -> ModuleType:
-    return launches if triton_runs_on(x.device) else cpu
+class Implementation(Protocol):
+    """The functions that ``launches`` and ``cpu`` both have. Gradients of parameters are in the accumulation dtype."""
+
+    def forward(
+        self, images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor,
+        keep: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """Return the tokens in the dtype of ``weight``."""
+
+    def backward_weight(self, grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
+        """Return the gradient of the weight that forward was given."""
+
+    def backward_positions(self, grad: Tensor, keep: Tensor | None, num_patches: int) -> Tensor:
+        """Return the gradient of the positions."""
+
+    def backward_images(self, grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
+        """Return the gradient of floating images."""
+
+
+def _implementation(device: torch.device) -> Implementation:
+    """Return the Triton launches where Triton runs, otherwise the CPU's functions."""
+    return launches if triton_runs_on(device) else cpu
 
 
 def _fold(weight: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """W' and b', in the accumulation dtype."""
+    """Return W' and b' in the accumulation dtype."""
     work = weight.to(accumulate_dtype(weight.dtype))
     return _scale_channels(work, _gains(std)), _scale_channels(work, _shifts(mean, std)).sum((1, 2, 3))
 
 
 def _unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Gradient of W from those of W' and b'."""
+    """Return the gradient of W from those of W' and b'."""
     shift = _scale_channels(grad_bias[:, None, None, None].expand_as(grad_folded), _shifts(mean, std))
     return _scale_channels(grad_folded, _gains(std)) + shift
 
@@ -65,13 +84,12 @@ def _shifts(mean: Sequence[float], std: Sequence[float]) -> list[float]:
 
 
 def _scale_channels(weight: Tensor, factors: Sequence[float]) -> Tensor:
-    # Channel by channel with numbers: a tensor of factors would be a copy to the device, which a CUDA graph cannot
-    # capture.
+    # The factors stay numbers, since a tensor of them would be copied to the device, which a CUDA graph cannot capture.
     return torch.stack([weight[:, c] * factor for c, factor in enumerate(factors)], dim=1)
 
 
 def _check_indices(keep: Tensor | None, num_patches: int) -> None:
-    """Refuse an index that is no patch's or comes twice; not on a GPU, where to look would be to wait."""
+    """Refuse an index of no patch, and a patch that is kept twice. On a GPU a look at them would have to wait."""
     if keep is None or keep.device.type != "cpu":
         return
     wrong = (keep < 0) | (keep >= num_patches)
@@ -99,13 +117,14 @@ def _patch_embed_fwd(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """Tokens in ``dtype``, to which a folded weight is rounded once: not first, and then again."""
+    """Return the tokens in ``dtype``. A weight is rounded to it once, after the normalisation has been folded in."""
     _check_indices(keep, len(positional_embedding) - 1)
     if images.dtype == torch.uint8:
         weight, bias = _fold(weight, mean, std)
     else:
         bias = weight.new_zeros(len(weight), dtype=accumulate_dtype(weight.dtype))
-    return _kernels(images).forward(images, weight.to(dtype), bias, class_embedding, positional_embedding, keep)
+    forward = _implementation(images.device).forward
+    return forward(images, weight.to(dtype), bias, class_embedding, positional_embedding, keep)
 
 
 @_patch_embed_fwd.register_fake
@@ -128,10 +147,10 @@ def _(
 def _patch_embed_bwd(
     grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of weight and positions, in the accumulation dtype; products are in the dtype of ``grad``."""
-    kernels = _kernels(images)
-    grad_pos = kernels.backward_positions(grad, keep, num_patches_of(images, weight.shape[-1]))
-    grad_weight = kernels.backward_weight(grad, images, weight, keep)
+    """Return the gradients of weight and positions in the accumulation dtype. Operands have the dtype of ``grad``."""
+    implementation = _implementation(images.device)
+    grad_pos = implementation.backward_positions(grad, keep, num_patches_of(images, weight.shape[-1]))
+    grad_weight = implementation.backward_weight(grad, images, weight, keep)
     if images.dtype == torch.uint8:
         grad_weight = _unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std)
     return grad_weight, grad_pos
@@ -149,7 +168,8 @@ def _(
 @torch.library.custom_op("clipfast::patch_embed_bwd_images", mutates_args=(), device_types=("cuda", "cpu"))
 @outside_autocast
 def _patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-    return _kernels(images).backward_images(grad, images, weight.to(grad.dtype), keep)
+    """Return the gradient of floating images."""
+    return _implementation(images.device).backward_images(grad, images, weight.to(grad.dtype), keep)
 
 
 @_patch_embed_bwd_images.register_fake
@@ -170,7 +190,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     if not any(ctx.needs_input_grad[1:4]):
         return grad_images, None, None, None, None, None, None, None
     grad_weight, grad_pos = ops.patch_embed_bwd(grad, images, weight, keep, ctx.mean, ctx.std)
-    # a copy: autograd accumulates into what it is given, and two gradients must not share memory
+    # This must be a copy: autograd adds to the gradients that it is given, so two of them must not share memory.
     grad_class = grad_pos[0].to(ctx.class_dtype, copy=True)
     return grad_images, grad_weight.to(weight.dtype), grad_class, grad_pos.to(ctx.pos_dtype), None, None, None, None
 
@@ -189,22 +209,23 @@ def patch_embed(
     std: Sequence[float] = CLIP_STD,
     backend: str = "auto",
 ) -> Tensor:
-    """Tokens of a vision transformer from raw images: class token first, positions added.
+    """Embed images as tokens of a vision transformer: the class token, then the patches, with positions added.
 
     Args:
         images: [B, C, H, W], uint8 as decoded (normalised here) or floating (taken as already normalised); any
             strides, so that ``hwc.permute(0, 3, 1, 2)`` needs no copy. Gradients flow into floating images.
-        weight: projection [E, C, P, P] without a bias, P dividing H and W. Under autocast products are in the autocast
-            dtype, to which the weight is rounded after the normalisation of bytes has been folded in, and its gradient
-            is not rounded at all.
+        weight: projection [E, C, P, P] without a bias, where P divides H and W. Under autocast products are in the
+            autocast dtype. The weight is rounded to it after the normalisation of bytes has been folded in, and its
+            gradient is not rounded.
         class_embedding: [E].
         positional_embedding: [1 + (H / P)(W / P), E].
         keep: [B, K] int64 or int32, the patches of each image that become tokens (patch dropout: Li et al. 2023), in
-            this order, each at most once; 0 is the first patch, row by row, and the class token stays anyway. Pixels
-            and positions of the others are not read. Default: all patches. An index that is no patch's, or that comes
-            twice, is refused on a CPU. A GPU would have to be waited for: there the token of the first is NaN, and the
-            second may leave the gradient of its position and its pixels without one of its tokens.
-        mean, std: per channel, for pixels scaled to [0, 1]; only uint8 images use them. Default: CLIP's.
+            this order and each at most once. Patches are counted from 0, row by row; the class token always stays.
+            Pixels and positions of the other patches are not read. The default keeps all patches. A CPU refuses an
+            index of no patch and a patch that is kept twice. On a GPU the check would have to wait for the device:
+            there the token of a wrong index is NaN, and of a patch that is kept twice, the gradients of its position
+            and its pixels may lack one of its tokens.
+        mean, std: for each channel, of pixels scaled to [0, 1]; only uint8 images use them. The default is CLIP's.
         backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 
     Returns:
@@ -212,8 +233,8 @@ def patch_embed(
         (H / P)(W / P).
 
     Raises:
-        ValueError, TypeError: shapes or dtypes that do not fit together; on a CPU, a patch that is kept twice.
-        IndexError: on a CPU, an index in ``keep`` that is no patch's.
+        ValueError, TypeError: shapes, dtypes or devices that do not fit together; on a CPU, a patch that is kept twice.
+        IndexError: on a CPU, an index in ``keep`` that belongs to no patch.
         RuntimeError: ``backend="triton"`` where Triton cannot run.
     """
     op = "patch_embed"
@@ -236,6 +257,7 @@ def patch_embed(
 
 
 def _channel_values(name: str, values: Sequence[float], channels: int) -> list[float]:
+    """Return mean or std as numbers, and refuse what does not fit the channels."""
     try:
         numbers = [float(value) for value in values]
     except (TypeError, ValueError) as error:
@@ -248,25 +270,26 @@ def _channel_values(name: str, values: Sequence[float], channels: int) -> list[f
 
 
 def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor) -> None:
+    """Refuse parameters whose shapes or devices do not fit the images."""
     channels, height, width = images.shape[1:]
-    embed_dim, patch = weight.shape[0], weight.shape[-1]
-    if channels == 0 or patch == 0 or weight.shape[1:] != (channels, patch, patch):
+    embed_dim, patch_size = weight.shape[0], weight.shape[-1]
+    if channels == 0 or patch_size == 0 or weight.shape[1:] != (channels, patch_size, patch_size):
         raise ValueError(
             f"patch_embed: weight must be [E, {channels}, P, P] for images {tuple(images.shape)}, "
             f"got {tuple(weight.shape)}"
         )
-    if height % patch or width % patch or height * width == 0:
+    if height % patch_size or width % patch_size or height * width == 0:
         raise ValueError(
-            f"patch_embed: image size {height}x{width} is not a multiple of the patch size {patch}: "
+            f"patch_embed: image size {height}x{width} is not a multiple of the patch size {patch_size}: "
             "resize or pad the images"
         )
-    tokens = 1 + (height // patch) * (width // patch)
+    tokens = 1 + (height // patch_size) * (width // patch_size)
     if class_embedding.shape != (embed_dim,):
         raise ValueError(f"patch_embed: class_embedding must be [{embed_dim}], got {tuple(class_embedding.shape)}")
     if positional_embedding.shape != (tokens, embed_dim):
         raise ValueError(
             f"patch_embed: positional_embedding must be [{tokens}, {embed_dim}] "
-            f"for {height}x{width} images and patch {patch}, got {tuple(positional_embedding.shape)}"
+            f"for {height}x{width} images and patch size {patch_size}, got {tuple(positional_embedding.shape)}"
         )
     parameters = {"weight": weight, "class_embedding": class_embedding, "positional_embedding": positional_embedding}
     for name, tensor in parameters.items():
@@ -274,14 +297,15 @@ def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, posit
             raise ValueError(f"patch_embed: {name} is on {tensor.device}, but images is on {images.device}")
 
 
-def _check_keep(keep: Tensor | None, images: Tensor, patch: int) -> None:
+def _check_keep(keep: Tensor | None, images: Tensor, patch_size: int) -> None:
+    """Refuse patches to keep whose type, shape or device does not fit the images."""
     if keep is None:
         return
     if not isinstance(keep, Tensor):
         raise TypeError(f"patch_embed: keep must be a torch.Tensor, got {type(keep).__name__}")
     if keep.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"patch_embed: keep must be int64 or int32, got {dtype_name(keep.dtype)}")
-    num_patches = num_patches_of(images, patch)
+    num_patches = num_patches_of(images, patch_size)
     if keep.ndim != 2 or keep.shape[0] != images.shape[0] or keep.shape[1] > num_patches:
         raise ValueError(
             f"patch_embed: keep must be [{images.shape[0]}, K], K at most the {num_patches} patches of an image, "

@@ -114,10 +114,10 @@ def small_tiles(dtype: torch.dtype) -> Iterator[None]:
     """Take tiles of 16 rows and columns, so that a few patches make several tiles."""
     with contextlib.ExitStack() as stack:
         for name in ("fwd", "bwd_weight", "bwd_images"):
-            config = GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
-            stack.enter_context(override(config_key(f"patch_embed_{name}", dtype), config))
-        config = RowConfig(2, 16, num_warps=1, num_stages=1)
-        stack.enter_context(override(config_key("patch_embed_bwd_pos", dtype), config))
+            tile = GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
+            stack.enter_context(override(config_key(f"patch_embed_{name}", dtype), tile))
+        rows = RowConfig(2, 16, num_warps=1, num_stages=1)
+        stack.enter_context(override(config_key("patch_embed_bwd_pos", dtype), rows))
         yield
 
 

@@ -1,4 +1,8 @@
-"""Text embedding: token ids and positions to tokens, in one pass."""
+"""Text embedding: token ids and positions to tokens, in one pass.
+
+``op`` holds the public function, ``launches`` launches the Triton kernels of ``kernels``, ``cpu`` computes the same
+without a GPU, and ``spec`` says what is checked, measured, tuned and compiled.
+"""
 
 from .op import text_embed
 

@@ -1,31 +1,32 @@
-"""Patch embedding: values and gradients from bytes and from floats, layouts, normalisation, dropped patches."""
+"""Patch embedding: normalisation, splits, what is not read, wrong indices, dtypes that differ, bytes that move."""
 
 import functools
 
 import pytest
 import torch
 
-from clipfast.kernels import floors, patch_embed, reference
+from clipfast.kernels import patch_embed, reference
 from clipfast.kernels.patch_embed import launches
+from clipfast.kernels.patch_embed.spec import SPECS, PatchShape
+from clipfast.kernels.spec import Draw
 
-from ..conftest import DTYPES, INTERPRET, LEG, OnlyMeta
+from ..conftest import INTERPRET, LEG, OnlyMeta
 from ..numerics import compare, value_and_grads
-from .cases import PATCH_SHAPES, counted_bytes, huge_strides, patch_inputs, strided
+from .cases import counted_bytes, huge_strides
 
 pytestmark = pytest.mark.usefixtures("poison")
+(SPEC,) = SPECS
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-@pytest.mark.parametrize("shape", PATCH_SHAPES, ids=str)
-def test_value_and_gradients(shape, uint8, dtype, device):
-    inputs, grad = patch_inputs(shape, dtype, device, uint8=uint8)
-    compare(patch_embed, reference.patch_embed, inputs, grad)
+def inputs_of(shape, dtype, device, **options):
+    """Return images and parameters, and a gradient of the tokens."""
+    call = SPEC.call(PatchShape(*shape, **options), "", Draw(0, device), dtype)
+    return call.inputs, call.grads[0]
 
 
 def test_other_normalisation(device):
     options = {"mean": (0.1, 0.9, 0.5), "std": (0.5, 0.02, 1.5)}
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=True)
+    inputs, grad = inputs_of((2, 28, 28, 14, 40), torch.float32, device, uint8=True)
     compare(
         functools.partial(patch_embed, **options), functools.partial(reference.patch_embed, **options), inputs, grad
     )
@@ -39,114 +40,25 @@ def test_reference_copies_nothing_from_the_host():
     assert out.shape == images.shape
 
 
-def test_small_weights_in_half_precision(device):
-    # Folding 1 / (255 std) into these weights would leave them below what float16 holds.
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float16, device, uint8=True)
-    inputs["weight"] *= 1e-3
-    inputs["positional_embedding"] *= 0
-    inputs["class_embedding"] *= 0
-    compare(patch_embed, reference.patch_embed, inputs, grad)
-
-
-@pytest.mark.parametrize("value", [0, 128, 255])
-def test_plain_images(value, device):
-    # The ends of the range, and the byte that becomes 0 inside.
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=True)
-    inputs["images"].fill_(value)
-    compare(patch_embed, reference.patch_embed, inputs, grad)
-
-
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-@pytest.mark.parametrize("layout", ["hwc", "transposed", "sliced", "offset"])
-def test_layouts(layout, uint8, device):
-    inputs, grad = patch_inputs((2, 28, 42, 14, 40), torch.float32, device, uint8=uint8)
-    agree_in_layout(inputs, grad, layout)
-
-
-def agree_in_layout(inputs, grad, layout):
-    expected = value_and_grads(patch_embed, inputs, grad)
-    images = inputs["images"]
-    moved = images.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if layout == "hwc" else strided(images, layout)
-    moved_inputs = {name: strided(x, layout) for name, x in inputs.items()} | {"images": moved}
-    actual = value_and_grads(patch_embed, moved_inputs, strided(grad, layout))
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-5, msg=name)
-
-
-def test_expanded_gradient(device):
-    inputs, _ = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=False)
-    compare(patch_embed, reference.patch_embed, inputs, torch.ones((), device=device).expand(2, 5, 40))
-
-
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-def test_no_images(uint8, device):
-    inputs, grad = patch_inputs((0, 28, 28, 14, 40), torch.float32, device, uint8=uint8)
-    result = value_and_grads(patch_embed, inputs, grad)
-    assert result["value"].shape == (0, 5, 40)
-    assert not result["d_weight"].any()
-    assert not result["d_positional_embedding"].any()
-
-
 @pytest.mark.skipif(LEG == "cpu", reason="the CPU path does not split")
-def test_splits_add_up(device, monkeypatch):
-    # 6 x 6 patches of 3 images in several splits, the last one short.
-    inputs, grad = patch_inputs((3, 48, 48, 8, 24), torch.float32, device, uint8=True)
-    expected = value_and_grads(patch_embed, inputs, grad)
+@pytest.mark.parametrize("keep", [None, 29], ids=["all", "some"])
+def test_splits_add_up(keep, device, monkeypatch):
+    # 36 or 29 patches of each of 3 images in several splits, the last one short
+    inputs, grad = inputs_of((3, 48, 48, 8, 24), torch.float32, device, keep=keep)
     monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
-    for name, value in value_and_grads(patch_embed, inputs, grad).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-4, msg=name)
+    compare(patch_embed, reference.patch_embed, inputs, grad)
 
 
 def test_frozen_parameters_get_no_gradient(device):
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=False)
+    inputs, grad = inputs_of((2, 28, 28, 14, 40), torch.float32, device, uint8=False)
     inputs["images"].requires_grad_()
     patch_embed(**inputs).backward(grad)
     assert inputs["images"].grad is not None
     assert all(x.grad is None for name, x in inputs.items() if name != "images")
 
 
-def test_mixed_dtypes_keep_theirs(device):
-    # As under autocast: half-precision weight, float32 positions and pixels.
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=False)
-    inputs["weight"] = inputs["weight"].half()
-    result = value_and_grads(patch_embed, inputs, grad)
-    assert result["value"].dtype == result["d_weight"].dtype == torch.float16
-    assert result["d_positional_embedding"].dtype == result["d_images"].dtype == torch.float32
-
-
-@pytest.mark.skipif(INTERPRET, reason="the interpreter runs one program after the other")
-def test_same_bits_every_time(device, two_threads):
-    inputs, grad = patch_inputs((3, 32, 48, 16, 72), torch.float32, device, uint8=False)
-    first = value_and_grads(patch_embed, inputs, grad)
-    for _ in range(5):
-        again = value_and_grads(patch_embed, inputs, grad)
-        assert all(torch.equal(again[name], value) for name, value in first.items())
-
-
-def how_many(share, shape):
-    _, height, width, patch, _ = shape
-    num_patches = (height // patch) * (width // patch)
-    return {"none": 0, "one": 1, "half": num_patches // 2, "all": num_patches}[share]
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-@pytest.mark.parametrize("share", ["none", "one", "half", "all"])
-@pytest.mark.parametrize("shape", PATCH_SHAPES, ids=str)
-def test_kept_patches(shape, share, uint8, dtype, device):
-    inputs, grad = patch_inputs(shape, dtype, device, uint8=uint8, keep=how_many(share, shape))
-    compare(patch_embed, reference.patch_embed, inputs, grad)
-
-
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-@pytest.mark.parametrize("layout", ["hwc", "transposed", "sliced", "offset"])
-def test_layouts_of_kept_patches(layout, uint8, device):
-    inputs, grad = patch_inputs((2, 28, 42, 14, 40), torch.float32, device, uint8=uint8, keep=3)
-    agree_in_layout(inputs, grad, layout)
-
-
 def test_indices_of_32_bits(device):
-    inputs, grad = patch_inputs((3, 32, 48, 16, 72), torch.float32, device, uint8=False, keep=4)
+    inputs, grad = inputs_of((3, 32, 48, 16, 72), torch.float32, device, uint8=False, keep=4)
     expected = value_and_grads(patch_embed, inputs, grad)
     for name, value in value_and_grads(patch_embed, inputs | {"keep": inputs["keep"].int()}, grad).items():
         assert torch.equal(value, expected[name]), name
@@ -154,7 +66,7 @@ def test_indices_of_32_bits(device):
 
 @pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
 def test_all_in_order_is_as_none_dropped(uint8, device):
-    inputs, grad = patch_inputs((3, 32, 48, 16, 72), torch.float32, device, uint8=uint8)
+    inputs, grad = inputs_of((3, 32, 48, 16, 72), torch.float32, device, uint8=uint8)
     expected = value_and_grads(patch_embed, inputs, grad)
     keep = torch.arange(6, device=device).expand(3, 6)
     for name, value in value_and_grads(functools.partial(patch_embed, keep=keep), inputs, grad).items():
@@ -162,8 +74,8 @@ def test_all_in_order_is_as_none_dropped(uint8, device):
 
 
 def test_dropped_patches_are_not_read(device):
-    # What is NaN in a pixel, a position or a gradient would be NaN in everything that it is multiplied by.
-    inputs, grad = patch_inputs((2, 21, 35, 7, 40), torch.float32, device, uint8=False, keep=6)
+    # A NaN in a pixel or a position would make everything NaN that it is multiplied by or added to.
+    inputs, grad = inputs_of((2, 21, 35, 7, 40), torch.float32, device, uint8=False, keep=6)
     expected = value_and_grads(patch_embed, inputs, grad)
     dropped = torch.ones(2, 15, dtype=torch.bool, device=device).scatter_(1, inputs["keep"], False)
     pixels = dropped.view(2, 1, 3, 5).repeat_interleave(7, 2).repeat_interleave(7, 3)
@@ -178,31 +90,10 @@ def test_dropped_patches_are_not_read(device):
     assert not result["d_positional_embedding"][1:][dropped.all(0)].any()
 
 
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-def test_no_images_of_kept_patches(uint8, device):
-    inputs, grad = patch_inputs((0, 28, 28, 14, 40), torch.float32, device, uint8=uint8, keep=2)
-    result = value_and_grads(patch_embed, inputs, grad)
-    assert result["value"].shape == (0, 3, 40)
-    assert result["d_positional_embedding"].shape == (5, 40)
-    assert not any(result[f"d_{name}"].any() for name in ("weight", "class_embedding", "positional_embedding"))
-
-
-@pytest.mark.parametrize("batch", [1, 31, 33, 70])
-def test_positions_of_many_images(batch, device):
-    # one less and one more than a tile of images, and several tiles
-    inputs, grad = patch_inputs((batch, 8, 16, 4, 9), torch.float32, device, uint8=False, keep=3)
-    compare(patch_embed, reference.patch_embed, inputs, grad)
-
-
-@pytest.mark.skipif(LEG == "cpu", reason="the CPU path does not split")
-def test_splits_of_kept_patches_add_up(device, monkeypatch):
-    inputs, grad = patch_inputs((3, 48, 48, 8, 24), torch.float32, device, uint8=True, keep=29)
-    monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
-    compare(patch_embed, reference.patch_embed, inputs, grad)
-
-
-def test_mixed_dtypes_of_kept_patches(device):
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=False, keep=3)
+@pytest.mark.parametrize("keep", [None, 3], ids=["all", "some"])
+def test_mixed_dtypes_keep_theirs(keep, device):
+    # as under autocast: a half-precision weight, float32 positions and pixels
+    inputs, grad = inputs_of((2, 28, 28, 14, 40), torch.float32, device, uint8=False, keep=keep)
     inputs["weight"] = inputs["weight"].half()
     compare(patch_embed, reference.patch_embed, inputs, grad.half())
     result = value_and_grads(patch_embed, inputs, grad)
@@ -210,21 +101,11 @@ def test_mixed_dtypes_of_kept_patches(device):
     assert result["d_positional_embedding"].dtype == result["d_images"].dtype == torch.float32
 
 
-@pytest.mark.skipif(INTERPRET, reason="the interpreter runs one program after the other")
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-def test_same_bits_every_time_of_kept_patches(uint8, device, two_threads):
-    inputs, grad = patch_inputs((70, 32, 48, 16, 72), torch.float32, device, uint8=uint8, keep=3)
-    first = value_and_grads(patch_embed, inputs, grad)
-    for _ in range(5):
-        again = value_and_grads(patch_embed, inputs, grad)
-        assert all(torch.equal(again[name], value) for name, value in first.items())
-
-
-@pytest.mark.skipif(LEG == "cpu", reason="refused there")
+@pytest.mark.skipif(LEG == "cpu", reason="the CPU path refuses it")
 @pytest.mark.parametrize("wrong", [-1, 15, 2**31 + 1])
 def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, device):
-    # not through the op, which refuses it on a CPU
-    inputs, grad = patch_inputs((2, 21, 35, 7, 40), torch.float32, device, uint8=False, keep=6)
+    # The op refuses such an index on a CPU, so this calls the launches.
+    inputs, grad = inputs_of((2, 21, 35, 7, 40), torch.float32, device, uint8=False, keep=6)
     images, weight, class_embedding, pos, keep = inputs.values()
     bias = torch.zeros(40, device=device)
     right = launches.forward(images, weight, bias, class_embedding, pos, keep)
@@ -252,40 +133,48 @@ def test_offsets_beyond_32_bits():
     images = huge_strides((2, 3, 8, 12))
     values = torch.randn(2, 3, 8, 12).half()
     images.copy_(values)
-    inputs, grad = patch_inputs((2, 8, 12, 4, 10), torch.float32, images.device, uint8=False, keep=3)
+    inputs, grad = inputs_of((2, 8, 12, 4, 10), torch.float32, images.device, uint8=False, keep=3)
     op = functools.partial(patch_embed, **{name: x for name, x in inputs.items() if name != "images"})
     for name, value in value_and_grads(op, {"images": images}, grad).items():
         torch.testing.assert_close(value, value_and_grads(op, {"images": values}, grad)[name], msg=name)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="only the interpreter tells what is loaded and stored")
+@pytest.mark.skipif(not INTERPRET, reason="only the interpreter counts what is loaded and stored")
 @pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
 @pytest.mark.parametrize("keep", [None, 0, 1, 7])
 def test_what_is_kept_is_read_or_written_once(keep, uint8, device, monkeypatch):
-    # one tile of tokens and one of the embedding, of one image: two read each position that they share
-    inputs, grad = patch_inputs((1, 12, 12, 4, 24), torch.float32, device, uint8=uint8, keep=keep)
-    floor = functools.partial(floors.patch_embed_floor, 1, 3, 12, 4, 24, 1 if uint8 else 4, 4, keep=keep)
-    row, kept = 24 * 4, 9 if keep is None else keep
-    leaves = {name: x.requires_grad_(x.is_floating_point() and name != "images") for name, x in inputs.items()}
+    # One image gives one tile of tokens and one of the embedding. Two tiles would both read the positions they share.
+    shape = PatchShape(1, 12, 12, 4, 24, uint8, keep)
+    inputs, grad = inputs_of((1, 12, 12, 4, 24), torch.float32, device, uint8=uint8, keep=keep)
+    floor = functools.partial(SPEC.floor, shape, 4)
+    row, indices = 24 * 4, 0 if keep is None else 8 * keep
+    leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     moved = counted_bytes(monkeypatch)
     value = patch_embed(**leaves)
-    bias = row  # of the normalisation, made from the weight
+    bias = row  # forward also reads b', which is made from the weight
     assert sum(moved) == floor(backward=False).bytes + bias
+    moved.clear()
     value.backward(grad)
-    again = kept * row  # the gradient of the patches' tokens: for the weight, and for the positions
+    of_patches = shape.kept * row  # the kernels of the weight, the positions and the images each read this gradient
+    expected = floor(backward=True).bytes - row  # the gradient of the class token is a copy of that of its position
     if keep is None:
-        # the positions are PyTorch's: it is not seen to read the gradient and to write theirs
-        expected = floor(backward=True).bytes - row - (1 + 9) * row - row
+        # PyTorch's sum over images reads the gradient of all tokens and writes that of the positions, unseen
+        expected -= (1 + 9) * row + row
     else:
-        indices, tokens = kept * 8, (1 + kept) * 4  # again; and which token each position was added to
-        expected = floor(backward=True).bytes + again + indices + tokens + (1 + 9) * 4 - row
-    assert sum(moved) == expected + bias
+        # a list tells which token each position was added to; the indices are read for it too
+        expected += of_patches + indices + (1 + shape.kept) * 4 + (1 + 9) * 4
+    if not uint8:
+        # zeros under dropped patches are written unseen
+        expected += of_patches + indices - (9 - shape.kept) * 3 * 4 * 4 * 4
+    if not uint8 and keep == 0:
+        expected -= 3 * 4 * 4 * row  # the kernel of the images, which would read the weight, has nothing to do
+    assert sum(moved) == expected
 
 
 @pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
 def test_autocast_of_kept_patches(device):
-    # of floats: with those of bytes, the normalisation is folded into the weight before it is rounded
-    inputs, grad = patch_inputs((2, 28, 28, 14, 40), torch.float32, device, uint8=False, keep=2)
+    # of floats, since the weight of bytes is rounded after the normalisation is folded in
+    inputs, grad = inputs_of((2, 28, 28, 14, 40), torch.float32, device, uint8=False, keep=2)
     with torch.autocast(device.type, torch.bfloat16):
         actual = value_and_grads(patch_embed, inputs, grad)
     expected = value_and_grads(patch_embed, inputs | {"weight": inputs["weight"].bfloat16()}, grad)
@@ -297,8 +186,8 @@ def test_autocast_of_kept_patches(device):
 
 @pytest.mark.parametrize("patch", [14, 16, 32])
 def test_bytes_are_rounded_less_than_normalised_pixels(patch, device):
-    # under autocast, against exact tokens: PyTorch rounds pixels and weights; bytes are exact, and weights rounded once
-    inputs, _ = patch_inputs((4, 2 * patch, 3 * patch, patch, 96), torch.float32, device, uint8=True)
+    # Under autocast, PyTorch rounds normalised pixels and weights. Ours has exact bytes and rounds the weights only.
+    inputs, _ = inputs_of((4, 2 * patch, 3 * patch, patch, 96), torch.float32, device, uint8=True)
     for name in ("class_embedding", "positional_embedding"):
         inputs[name] *= 0
     truth = reference.patch_embed(**{name: x if name == "images" else x.double() for name, x in inputs.items()})
@@ -306,15 +195,72 @@ def test_bytes_are_rounded_less_than_normalised_pixels(patch, device):
     for backend in ("auto", "torch"):
         with torch.autocast(device.type, torch.float16 if INTERPRET else torch.bfloat16):
             errors[backend] = (patch_embed(**inputs, backend=backend) - truth).norm()
-    # tokens are rounded as well, by both
+    # both round the tokens as well
     assert errors["auto"] < 0.9 * errors["torch"]
 
 
 def test_gradients_of_float32_weights_are_not_rounded(device):
-    inputs, grad = patch_inputs((4, 28, 28, 14, 40), torch.float32, device, uint8=True)
+    inputs, grad = inputs_of((4, 28, 28, 14, 40), torch.float32, device, uint8=True)
     weight = inputs["weight"].requires_grad_()
     with torch.autocast(device.type, torch.float16 if INTERPRET else torch.bfloat16):
         out = patch_embed(**inputs)
     out.backward(grad.to(out.dtype))
     assert weight.grad.dtype == torch.float32
     assert not torch.equal(weight.grad, weight.grad.to(out.dtype).float())
+
+
+IMAGES, KEEP = torch.zeros(2, 3, 8, 8), torch.tensor([[2, 0], [3, 1]])
+VALID = {
+    "images": IMAGES,
+    "weight": torch.zeros(6, 3, 4, 4),
+    "class_embedding": torch.zeros(6),
+    "positional_embedding": torch.zeros(5, 6),
+}
+ERRORS = [
+    ({"images": IMAGES[0]}, ValueError, r"images must have 4 dimensions, got shape \(3, 8, 8\)"),
+    ({"images": IMAGES.long()}, TypeError, "images must be one of float32, .*, uint8, got int64"),
+    ({"images": IMAGES[:, :, :0]}, ValueError, "image size 0x8 is not a multiple of the patch size 4"),
+    ({"images": torch.zeros(2, 3, 9, 8)}, ValueError, "image size 9x8 is not a multiple of the patch size 4"),
+    (
+        {"images": IMAGES[:, :1], "mean": (0.5,), "std": (0.5,)},
+        ValueError,
+        r"weight must be \[E, 1, P, P\].*got \(6, 3, 4, 4\)",
+    ),
+    ({"weight": torch.zeros(6, 3, 4, 2)}, ValueError, r"weight must be \[E, 3, P, P\].*got \(6, 3, 4, 2\)"),
+    ({"class_embedding": torch.zeros(7)}, ValueError, r"class_embedding must be \[6\], got \(7,\)"),
+    (
+        {"positional_embedding": torch.zeros(4, 6)},
+        ValueError,
+        r"positional_embedding must be \[5, 6\] for 8x8 images and patch size 4, got \(4, 6\)",
+    ),
+    ({"mean": (0.5,)}, ValueError, r"mean must be 3 finite numbers, one per channel, got \(0.5,\)"),
+    ({"mean": 0.5}, TypeError, "mean must be a sequence of numbers, got 0.5"),
+    ({"mean": ("a", "b", "c")}, TypeError, "mean must be a sequence of numbers"),
+    ({"std": (0.5, float("nan"), 0.5)}, ValueError, "std must be 3 positive numbers"),
+    ({"std": (0.5, 0.0, 0.5)}, ValueError, r"std must be 3 positive numbers, one per channel, got \(0.5, 0.0, 0.5\)"),
+    ({"keep": KEEP.float()}, TypeError, "keep must be int64 or int32, got float32"),
+    ({"keep": KEEP[0]}, ValueError, r"keep must be \[2, K\], K at most the 4 patches of an image, got \(2,\)"),
+    ({"keep": KEEP[:1]}, ValueError, r"keep must be \[2, K\].*got \(1, 2\)"),
+    ({"keep": KEEP.repeat(1, 3)}, ValueError, r"K at most the 4 patches of an image, got \(2, 6\)"),
+    ({"keep": KEEP.to("meta")}, ValueError, "keep is on meta, but images is on cpu"),
+]
+
+
+@pytest.mark.parametrize(("changed", "error", "message"), ERRORS, ids=[case[2][:40] for case in ERRORS])
+def test_errors(changed, error, message):
+    with pytest.raises(error, match=f"patch_embed: .*{message}"):
+        patch_embed(**(VALID | changed))
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(
+    ("rows", "error", "message"),
+    [
+        ([[0, 3], [1, 4]], IndexError, r"keep must hold indices of the 4 patches, got 4 at \[1, 1\]"),
+        ([[-1, 3], [1, 2]], IndexError, r"keep must hold indices of the 4 patches, got -1 at \[0, 0\]"),
+        ([[0, 3], [2, 2]], ValueError, r"keep must hold each patch of an image once, got \[2, 2\]"),
+    ],
+)
+def test_patches_that_cannot_be_kept(rows, error, message, backend):
+    with pytest.raises(error, match=f"patch_embed: {message}"):
+        patch_embed(**VALID, keep=torch.tensor(rows), backend=backend)

@@ -1,59 +1,39 @@
-"""Text embedding: values and gradients, the recursion of the segmented sums, ids of every kind, layouts, bytes."""
+"""Text embedding: the recursion of the segmented sums, ids of every kind, parameters of other dtypes, bytes."""
 
 import functools
 import itertools
-import sys
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from clipfast.kernels import configs, floors, launch, reference, text_embed
+from clipfast.kernels import configs, launch, reference, text_embed
+from clipfast.kernels.spec import Draw
+from clipfast.kernels.text_embed import launches
+from clipfast.kernels.text_embed.spec import SPECS, TextShape, small_chunks
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
-from .cases import counted_bytes, huge_strides, strided, text_inputs
+from .cases import counted_bytes, huge_strides
 
 pytestmark = pytest.mark.usefixtures("poison")
-
-# (batch, length, vocab, width)
-SHAPES = [
-    (1, 1, 1, 1),  # one of everything
-    (19, 1, 5, 16),  # one position
-    (3, 7, 1, 8),  # one row for all
-    (5, 9, 3, 24),  # every row occurs in many texts
-    (2, 77, 200, 40),  # the length in use; past a tile of positions
-    (3, 8, 50, 300),  # exactly a tile of positions; the width is past a tile
-    (40, 3, 11, 12),  # more texts than programs
-]
+(SPEC,) = SPECS
 
 
-@pytest.fixture
-def small_chunks(monkeypatch):
-    """Chunks of 4 rows and 16 columns, so that a few rows take several launches."""
-    small = configs.RowConfig(4, 16, num_warps=1, num_stages=2)
-    for dtype in (torch.float32, torch.float16):
-        monkeypatch.setitem(configs._overrides, configs.config_key("text_embed_bwd", dtype), small)
+def inputs_of(shape, dtype, device, *, spare=0):
+    """Return ids, a table and positions, of which ``spare`` are not used, and a gradient."""
+    call = SPEC.call(TextShape(*shape), "", Draw(0, device), dtype)
+    positions = call.inputs["positional_embedding"]
+    unused = torch.randn(spare, shape[-1]).to(positions)
+    return call.inputs | {"positional_embedding": torch.cat([positions, unused])}, call.grads[0]
 
 
 def sums_of(ids, vocab, width, dtype, device):
-    """Gradient of the table for a row of integers under each of ``ids``, and what it is; sums of these are exact."""
+    """Return the gradient of the table for random integers under the ids, and the exact sums of these integers."""
     rows = torch.randint(-3, 4, (1, len(ids), width))
     expected = torch.zeros(vocab, width, dtype=torch.int64).index_add_(0, ids, rows[0])
     grad, text = rows.to(device, dtype), ids[None].to(device)
     return torch.ops.clipfast.text_embed_bwd_token(grad, text, vocab, dtype), expected.to(device, dtype)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_value_and_gradients(shape, dtype, device):
-    compare(text_embed, reference.text_embed, *text_inputs(shape, dtype, device))
-
-
-@pytest.mark.usefixtures("small_chunks")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
-def test_gradients_of_several_launches(shape, dtype, device):
-    compare(text_embed, reference.text_embed, *text_inputs(shape, dtype, device))
 
 
 RUNS = {
@@ -71,15 +51,15 @@ RUNS = {
 }
 
 
-@pytest.mark.usefixtures("small_chunks")
 @pytest.mark.parametrize("order", ["sorted", "reversed", "shuffled"])
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_runs_of_ids(runs, order, device):
-    # every other row of the table has no token; the first and the last one have
+    # every second row of the table has no token, the first and the last row have some
     vocab = 2 * len(runs) - 1
     ids = torch.arange(0, vocab, 2).repeat_interleave(torch.tensor(runs))
     ids = {"sorted": ids, "reversed": ids.flip(0), "shuffled": ids[torch.randperm(len(ids))]}[order]
-    actual, expected = sums_of(ids, vocab, 20, torch.float32, device)
+    with small_chunks(torch.float32):
+        actual, expected = sums_of(ids, vocab, 20, torch.float32, device)
     assert torch.equal(actual, expected)
 
 
@@ -96,27 +76,27 @@ def test_any_ids_in_chunks_of_any_size(chunk, device):
 
 
 def test_launches_grow_with_the_logarithm_of_the_rows():
-    # 128 rows to a chunk leave 2: 1, 64, 64^2 chunks ...
+    # each chunk of 128 rows leaves 2: the launches have 1, 64, 64^2 ... chunks
     for batch, expected in {0: 1, 1: 1, 2: 2, 106: 2, 107: 3, 6808: 3, 6809: 4}.items():
-        with launch.record_launches(90) as launches:
+        with launch.record_launches(90) as recorded:
             text = torch.zeros(batch, 77, dtype=torch.int64)
             grad = torch.empty(batch, 77, 1, dtype=torch.bfloat16)
             torch.ops.clipfast.text_embed_bwd_token(grad, text, 8, torch.float32)
-        sizes = [len(launch.args["ids_ptr"]) for launch in launches]
+        sizes = [len(launch.args["ids_ptr"]) for launch in recorded]
         assert len(sizes) == (expected if batch else 0), (batch, sizes)
         assert all(after <= 2 * -(-before // 128) for before, after in itertools.pairwise(sizes))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *DTYPES[1:]], ids=str)
 def test_ten_thousand_times_the_same_id(dtype, device):
-    # start, end and padding are in every text: their sums must not lose what is small beside them
+    # Start, end and padding are in every text: their sums must not lose small terms.
     repeats = 700 if INTERPRET else 10_000
     ids = torch.full((repeats, 1), 3)
     ids[repeats // 2] = 0
     grad = (torch.randn(repeats, 1, 24) + 0.1).to(device, dtype)
     actual = torch.ops.clipfast.text_embed_bwd_token(grad, ids.to(device), 5, torch.float32)
     expected = torch.zeros(5, 24, dtype=torch.float64).index_add_(0, ids[:, 0], grad[:, 0].cpu().double())
-    # of 24 sums of 10,000 that add to 1,000, float32 keeps this much whatever the order, 16 bits do not
+    # The sums of 10,000 numbers are about 1,000: float32 holds them to this precision in any order, 16 bits do not.
     torch.testing.assert_close(actual.cpu().double(), expected, rtol=1e-5, atol=0)
     rounded = torch.ops.clipfast.text_embed_bwd_token(grad, ids.to(device), 5, dtype)
     assert torch.equal(rounded, actual.to(dtype))
@@ -124,15 +104,15 @@ def test_ten_thousand_times_the_same_id(dtype, device):
 
 @pytest.mark.parametrize("spare", [0, 3])
 def test_positions_that_are_not_used_get_zero(spare, device):
-    inputs, grad = text_inputs((3, 5, 7, 12), torch.float32, device, spare=spare)
+    inputs, grad = inputs_of((3, 5, 7, 12), torch.float32, device, spare=spare)
     result = value_and_grads(text_embed, inputs, grad)["d_positional_embedding"]
     torch.testing.assert_close(result[:5], grad.sum(0))
     assert result[5:].tolist() == [[0.0] * 12] * spare
 
 
-@pytest.mark.parametrize("shape", [(0, 5, 7, 12), (3, 0, 7, 12), (0, 0, 7, 12)], ids=str)
-def test_no_tokens(shape, device):
-    inputs, grad = text_inputs(shape, torch.float32, device)
+@pytest.mark.parametrize("shape", [(3, 0, 7, 12), (0, 0, 7, 12)], ids=str)
+def test_texts_without_tokens(shape, device):
+    inputs, grad = inputs_of(shape, torch.float32, device)
     result = value_and_grads(text_embed, inputs, grad)
     assert result["value"].shape == grad.shape
     for name in ("token_embedding", "positional_embedding"):
@@ -142,7 +122,7 @@ def test_no_tokens(shape, device):
 @pytest.mark.parametrize("dtypes", [("float16", "float32"), ("float32", "float16")], ids=str)
 def test_positions_of_another_dtype(dtypes, device):
     of_table, of_positions = (getattr(torch, name) for name in dtypes)
-    inputs, grad = text_inputs((3, 7, 11, 24), of_table, device)
+    inputs, grad = inputs_of((3, 7, 11, 24), of_table, device)
     inputs["positional_embedding"] = inputs["positional_embedding"].to(of_positions)
     compare(text_embed, reference.text_embed, inputs, grad)
     result = value_and_grads(text_embed, inputs, grad)
@@ -155,7 +135,7 @@ def test_positions_of_another_dtype(dtypes, device):
 
 @pytest.mark.parametrize("frozen", ["token_embedding", "positional_embedding"])
 def test_frozen_parameters(frozen, device):
-    inputs, grad = text_inputs((3, 7, 11, 24), torch.float32, device)
+    inputs, grad = inputs_of((3, 7, 11, 24), torch.float32, device)
     expected = value_and_grads(text_embed, inputs, grad)
     (trained,) = {"token_embedding", "positional_embedding"} - {frozen}
     inputs[trained].requires_grad_()
@@ -164,26 +144,22 @@ def test_frozen_parameters(frozen, device):
 
 
 def test_ids_of_32_bits(device):
-    inputs, grad = text_inputs((3, 7, 11, 24), torch.float32, device)
+    inputs, grad = inputs_of((3, 7, 11, 24), torch.float32, device)
     expected = value_and_grads(text_embed, inputs, grad)
     actual = value_and_grads(text_embed, inputs | {"text": inputs["text"].int()}, grad)
     assert all(torch.equal(actual[name], value) for name, value in expected.items())
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
-def test_layouts(layout, device):
-    inputs, grad = text_inputs((3, 7, 11, 24), torch.float32, device)
-    laid_out = {name: strided(x, layout) for name, x in inputs.items()}
-    assert text_embed(**laid_out).is_contiguous()
-    compare(text_embed, reference.text_embed, laid_out, strided(grad, layout))
-    # the same text again and again, one row for all, and what loss.sum().backward() sends
-    same = inputs | {"text": inputs["text"][:1].expand(3, 7)}
-    compare(text_embed, reference.text_embed, same, grad[:, :1].expand(grad.shape))
-    compare(text_embed, reference.text_embed, inputs, torch.ones((), device=device).expand(grad.shape))
+def test_the_same_text_again_and_again(device):
+    # ids of stride 0, and a gradient of one row for all tokens
+    inputs, grad = inputs_of((3, 7, 11, 24), torch.float32, device)
+    inputs["text"] = inputs["text"][:1].expand(3, 7)
+    assert text_embed(**inputs).is_contiguous()
+    compare(text_embed, reference.text_embed, inputs, grad[:, :1].expand(grad.shape))
 
 
 def test_nan_stays_in_its_row(device):
-    inputs, grad = text_inputs((5, 7, 11, 24), torch.float32, device)
+    inputs, grad = inputs_of((5, 7, 11, 24), torch.float32, device)
     inputs["token_embedding"][4, 3] = float("nan")
     grad[2, 3, 5] = float("nan")
     result = value_and_grads(text_embed, inputs, grad)
@@ -193,7 +169,7 @@ def test_nan_stays_in_its_row(device):
 
 @pytest.mark.skipif(LEG == "cpu", reason="the CPU path refuses them")
 def test_ids_that_are_no_rows_have_no_part_in_gradients(device):
-    inputs, grad = text_inputs((5, 7, 11, 24), torch.float32, device)
+    inputs, grad = inputs_of((5, 7, 11, 24), torch.float32, device)
     wrong = torch.tensor([-1, 11, 2**31, -(2**31), 2**32, 2**32 + 3, -9]).to(device)
     expected_grad = grad.clone()
     expected_grad[2] = 0
@@ -220,18 +196,8 @@ def test_offsets_beyond_32_bits():
     assert torch.equal(of_table(grad), of_table(rows))
 
 
-@pytest.mark.skipif(INTERPRET, reason="the interpreter runs one program after the other")
-def test_same_bits_every_time(device, two_threads):
-    inputs, grad = text_inputs((200, 77, 500, 96), torch.float32, device)
-    inputs["text"][:, 40:] = 0
-    first = value_and_grads(text_embed, inputs, grad)
-    for _ in range(5):
-        again = value_and_grads(text_embed, inputs, grad)
-        assert all(torch.equal(again[name], value) for name, value in first.items())
-
-
-class Copies(torch.utils._python_dispatch.TorchDispatchMode):
-    """Records the shapes of what is converted."""
+class Copies(TorchDispatchMode):
+    """A record of the shapes of all tensors that are converted."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,34 +212,34 @@ class Copies(torch.utils._python_dispatch.TorchDispatchMode):
 @pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_autocast_reads_the_table_as_it_is(backend, device):
-    inputs, grad = text_inputs((3, 7, 11, 24), torch.float32, device)
+    inputs, grad = inputs_of((3, 7, 11, 24), torch.float32, device)
     leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     with Copies() as copies, torch.autocast(device.type, torch.bfloat16):
         x = text_embed(**leaves, backend=backend)
     assert (11, 24) not in copies.shapes
-    # the sum is made in float32 and rounded once
+    # the sum is taken in float32 and rounded once
     assert torch.equal(x, reference.text_embed(**inputs).to(torch.bfloat16))
     grad = grad.bfloat16()
     x.backward(grad)
-    # and so is the gradient, which stays as it is
+    # the gradient of a float32 table is not rounded
     expected = value_and_grads(reference.text_embed, inputs, grad.float())
     for name in ("token_embedding", "positional_embedding"):
         torch.testing.assert_close(leaves[name].grad, expected[f"d_{name}"])
 
 
-@pytest.mark.skipif(not INTERPRET, reason="only the interpreter tells what is loaded and stored")
+@pytest.mark.skipif(not INTERPRET, reason="only the interpreter counts what is loaded and stored")
 @pytest.mark.parametrize("shape", [(4, 8, 128), (8, 13, 77), (1, 1, 256)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("chunk", [128, 8])
 def test_every_tensor_is_read_or_written_once(chunk, shape, dtype, device, monkeypatch):
-    # one program for each tile of positions, which loads them once
-    monkeypatch.setattr(sys.modules["clipfast.kernels.text_embed"], "programs_at_once", lambda *args: 1)
+    # each tile of positions has one program, which loads them once
+    monkeypatch.setattr(launches, "programs_at_once", lambda *args: 1)
     batch, length, width = shape
     tokens = batch * length
-    inputs, grad = text_inputs((batch, length, tokens, width), dtype, device, spare=0)
+    inputs, grad = inputs_of((batch, length, tokens, width), dtype, device)
     # every row of the table once
     inputs["text"] = torch.randperm(tokens).view(batch, length)
-    floor = functools.partial(floors.text_embed_floor, batch, length, tokens, width, dtype.itemsize, dtype.itemsize)
+    floor = functools.partial(SPEC.floor, TextShape(batch, length, tokens, width), dtype.itemsize)
     small = configs.RowConfig(chunk, 256, num_warps=1, num_stages=2)
     leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
     moved = counted_bytes(monkeypatch)
@@ -282,9 +248,9 @@ def test_every_tensor_is_read_or_written_once(chunk, shape, dtype, device, monke
         assert sum(moved) == floor(backward=False).bytes
         moved.clear()
         x.backward(grad)
-    # the sum over texts is PyTorch's; the ids come sorted, in 4 bytes, with 8 for the place where each was
+    # PyTorch sums over texts, unseen. The ids come sorted in 4 bytes, with 8 bytes for the row of each.
     by_torch = (tokens + length) * width * dtype.itemsize
-    # all chunks but a last one leave two sums with their ids, which are written and read
+    # all chunks but a last one leave two sums and their ids, which are written and read again
     scratch, rows = 4 * tokens, tokens
     while rows > chunk:
         rows = 2 * -(-rows // chunk)
@@ -295,30 +261,16 @@ def test_every_tensor_is_read_or_written_once(chunk, shape, dtype, device, monke
 IDS = torch.zeros(2, 5, dtype=torch.int64)
 VALID = {"text": IDS, "token_embedding": torch.zeros(9, 8), "positional_embedding": torch.zeros(5, 8)}
 TEXT_ERRORS = [
-    ({"text": [[0, 1]]}, TypeError, "text must be an int32 or int64 tensor, got list"),
     ({"text": torch.zeros(2, 5)}, TypeError, "text must be an int32 or int64 tensor, got float32"),
     ({"text": IDS.bool()}, TypeError, "text must be an int32 or int64 tensor, got bool"),
     ({"text": IDS[0]}, ValueError, r"text must be \[B, L\], got shape \(5,\)"),
     ({"token_embedding": torch.zeros(9)}, ValueError, r"token_embedding must have 2 dimensions, got shape \(9,\)"),
-    ({"token_embedding": torch.zeros(9, 8).int()}, TypeError, "token_embedding must be one of float32, .*, got int32"),
-    ({"positional_embedding": 1.0}, TypeError, "positional_embedding must be a torch.Tensor, got float"),
     (
         {"positional_embedding": torch.zeros(4, 8)},
         ValueError,
         r"positional_embedding must be \[5 or more, 8\] for text \(2, 5\) and token_embedding \(9, 8\), got \(4, 8\)",
     ),
     ({"positional_embedding": torch.zeros(5, 7)}, ValueError, r"must be \[5 or more, 8\] .*, got \(5, 7\)"),
-    (
-        {"token_embedding": torch.zeros(9, 8, device="meta")},
-        ValueError,
-        "token_embedding is on meta, but text is on cpu",
-    ),
-    (
-        {"positional_embedding": torch.zeros(5, 8, device="meta")},
-        ValueError,
-        "positional_embedding is on meta, but text",
-    ),
-    ({"backend": "cuda"}, ValueError, "backend must be one of auto, triton, torch, got 'cuda'"),
 ]
 
 
@@ -328,7 +280,7 @@ def test_errors(changed, error, message):
         text_embed(**(VALID | changed))
 
 
-@pytest.mark.skipif(INTERPRET, reason="Triton runs here, which does not wait to see what the ids are")
+@pytest.mark.skipif(INTERPRET, reason="Triton runs here, and does not wait to see the ids")
 @pytest.mark.parametrize("wrong", [9, -1, 2**32])
 def test_id_that_is_no_row_of_the_table(wrong):
     text = IDS.clone()

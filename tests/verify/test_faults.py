@@ -18,6 +18,7 @@ from clipfast.kernels.contrastive import contrastive, cpu_blocks, info_nce, nt_x
 from clipfast.kernels.layer_norm import cpu as norm_cpu
 from clipfast.kernels.patch_embed import cpu as patch_cpu
 from clipfast.kernels.spec import specs
+from clipfast.kernels.text_embed import cpu as text_cpu
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
 from clipfast.verify.report import FAIL, PASS
@@ -27,7 +28,6 @@ from .conftest import GRADIENTS, SMALL
 ROOT = Path(__file__).parent.parent.parent
 FACTOR = 1.01
 WRITTEN = "written"
-TEXT = sys.modules["clipfast.kernels.text_embed.op"]
 
 
 def scaled(fn, index=None):
@@ -88,8 +88,8 @@ ON_CPU = {
     ("patch_embed", "value"): (patch_cpu, "forward", None),
     ("patch_embed", "d_weight"): (patch_cpu, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_cpu, "backward_images", None),
-    ("text_embed", "value"): (TEXT, "_fwd_cpu", None),
-    ("text_embed", "d_token_embedding"): (TEXT, "_bwd_token_cpu", None),
+    ("text_embed", "value"): (text_cpu, "forward", None),
+    ("text_embed", "d_token_embedding"): (text_cpu, "backward_token", None),
     ("layer_norm", "value"): (norm_cpu, "forward", 0),
     ("layer_norm", "d_weight"): (norm_cpu, "backward", 2),
     ("layer_norm_pair", "value"): (norm_cpu, "pair_forward", 1),
@@ -202,13 +202,14 @@ INTERPRETED = {
         "d_images": ("patch_embed.launches", "backward_images", None),
         "d_weight": ("patch_embed.launches", "backward_weight", None),
     },
-    "text_embed": {"d_token_embedding": ("text_embed.op", "_bwd_token_triton", None)},
+    "text_embed": {"d_token_embedding": ("text_embed.launches", "backward_token", None)},
     "layer_norm_pair": {"d_x": ("layer_norm.launches", "pair_backward", 0)},
     "bias_gelu": {"d_x": ("activation", "_bwd_triton", 0), "d_bias": ("activation", "_bwd_triton", 1)},
 }
 PROGRAM = """
 import json, sys
 from clipfast.kernels.spec import specs
+from clipfast.kernels.text_embed import cpu as text_cpu
 from clipfast.verify import Options, exit_code, run_verify
 from tests.verify.conftest import SMALL
 from tests.verify.test_faults import INTERPRETED, scaled
