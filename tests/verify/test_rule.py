@@ -108,12 +108,24 @@ def test_forgotten_memory_is_nan():
     assert torch.are_deterministic_algorithms_enabled() == before
 
 
-def test_float32_is_not_tf32_and_comes_back():
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    with exact_float32():
-        assert conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
-    assert conv.fp32_precision == before
+def float32_settings():
+    """The new and the old settings: PyTorch raises an error where they disagree."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    new = [setting.fp32_precision for setting in (matmul, cudnn.conv, cudnn.rnn)]
+    return new, [cudnn.allow_tf32, matmul.allow_tf32]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_is_not_tf32_and_comes_back(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = float32_settings()
+        with exact_float32():
+            assert float32_settings() == (["ieee"] * 3, [False, False])
+        assert float32_settings() == found
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_rows_name_their_verdict():
