@@ -19,7 +19,7 @@ from .block_shapes import RowShape
 from .cases import Case
 from .context import exact_float32, poisoned
 from .loss_shapes import AnyLoss, LossShape, QueueShape, SigmoidShape, ViewShape
-from .report import FAIL, PASS, SKIP, Row, rows_of
+from .report import FAIL, PASS, SKIP, CheckResult, results_of
 from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
 from .shapes import AttentionShape, PatchShape, TextShape
 
@@ -226,9 +226,9 @@ def _lay_out(x: Tensor, layout: str) -> Tensor:
     return x
 
 
-def verify_case(op: str, leg: str, case: Case, dtype: str, *, quick: bool) -> list[Row]:
+def verify_case(op: str, leg: str, case: Case, dtype: str, *, quick: bool) -> list[CheckResult]:
     """All rows of one case: an exception of the op is a row that fails."""
-    template = Row(op, leg, case.check, case.name, dtype, why=case.why)
+    template = CheckResult(op, leg, case.check, case.name, dtype, why=case.why)
     device = "cuda" if leg == cases.CUDA else "cpu"
     if case.check == cases.DETERMINISM:
         repeats = (QUICK_REPEATS if quick else REPEATS)[leg]
@@ -236,7 +236,7 @@ def verify_case(op: str, leg: str, case: Case, dtype: str, *, quick: bool) -> li
     return _hold_to_rule(template, case, TORCH_DTYPES[dtype], device)
 
 
-def _hold_to_rule(template: Row, case: Case, dtype: torch.dtype, device: str) -> list[Row]:
+def _hold_to_rule(template: CheckResult, case: Case, dtype: torch.dtype, device: str) -> list[CheckResult]:
     wide = case.shape.elements > FLOAT64_ELEMENTS[device]
     if wide and dtype == torch.float32:
         reason = f"{case.shape.elements:.1e} logits: a float64 truth does not fit; a float32 one cannot judge float32"
@@ -259,7 +259,7 @@ def _hold_to_rule(template: Row, case: Case, dtype: torch.dtype, device: str) ->
     judgements, draws = judge_fairly(draw, few, many)
     if case.check == cases.EXTREME:
         judgements = {name: _finite(name, judgement, draws) for name, judgement in judgements.items()}
-    return rows_of(dataclasses.replace(template, truth="float32" if wide else "float64"), judgements)
+    return results_of(dataclasses.replace(template, truth="float32" if wide else "float64"), judgements)
 
 
 def _fused_attention(call: Problem) -> Callable[..., Tensor]:
@@ -290,7 +290,7 @@ def _finite(name: str, judgement: Judgement, draws: Sequence[Draw]) -> Judgement
     return dataclasses.replace(judgement, fault="not finite")
 
 
-def _repeat(template: Row, call: Problem, repeats: int) -> list[Row]:
+def _repeat(template: CheckResult, call: Problem, repeats: int) -> list[CheckResult]:
     """The same bits again and again; a row for each output."""
     first = value_and_grads(call.op, call.inputs, call.grad)
     changed: dict[str, str] = {}
@@ -325,7 +325,7 @@ def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterato
                 yield case, dtype
 
 
-def timed(rows: Callable[[], list[Row]], template: Row) -> list[Row]:
+def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[CheckResult]:
     """``rows()`` with the seconds it took, shared out evenly; an exception as one row that fails."""
     started = time.perf_counter()
     try:

@@ -7,10 +7,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from clipfast import get_model_config
 from clipfast.bench.flops import data_sheet_flops_per_s, forward_flops, step_floor_flops, step_flops
 
-from ..conftest import INTERPRET
-
-pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
-
 
 @pytest.mark.parametrize("name", ["ViT-T-8-32", "ViT-B-16", "ViT-g-14", "RN50", "RN50x4"])
 def test_count_agrees_with_what_open_clip_computes(name):

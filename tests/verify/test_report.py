@@ -7,9 +7,9 @@ import pytest
 
 from clipfast.cli import main
 from clipfast.verify import (
+    CheckResult,
     Figure,
     Options,
-    Row,
     child,
     options,
     plan,
@@ -28,16 +28,15 @@ from clipfast.verify.shapes import CASES, AttentionShape, PatchShape
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
+ATTENTION, PATCH = (
+    (op, "cpu", "accuracy", case, "float32") for op, case in (("attention", "T=50"), ("patch_embed", "P=14"))
+)
 ROWS = [
-    Row(
-        "attention", "cpu", "accuracy", "T=50", "float32", "value", PASS, figures=(GOOD,), truth="float64", seconds=0.5
-    ),
-    Row("attention", "cpu", "accuracy", "T=50", "float32", "d_qkv", FAIL, "max error 1 > \x1b[31mallowed", (GOOD, BAD)),
-    Row("attention", "cuda", "leg", "native kernels", reason="no GPU"),
-    Row("patch_embed", "cpu", "accuracy", "P=14", "float32", "value", PASS, figures=(GOOD,)),
-    Row(
-        "patch_embed", "cpu", "accuracy", "P=14", "float32", "d_weight", PASS, figures=(Figure("max", 9.0, 9.0, 10.0),)
-    ),
+    CheckResult(*ATTENTION, "value", PASS, figures=(GOOD,), truth="float64", seconds=0.5),
+    CheckResult(*ATTENTION, "d_qkv", FAIL, "max error 1 > \x1b[31mallowed", (GOOD, BAD)),
+    CheckResult("attention", "cuda", "leg", "native kernels", reason="no GPU"),
+    CheckResult(*PATCH, "value", PASS, figures=(GOOD,)),
+    CheckResult(*PATCH, "d_weight", PASS, figures=(Figure("max", 9.0, 9.0, 10.0),)),
 ]
 
 
