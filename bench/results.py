@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from clipfast.files import replace_text
+from clipfast.kernels.dtypes import DTYPES
 
 from . import machine
 from .breakdown import Breakdown
-from .case import DTYPES, OURS, Case
+from .case import OURS, Case
 from .flops import DEFINITION, data_sheet_flops_per_s
 from .harness import Timing, ratio_interval
 

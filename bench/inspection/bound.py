@@ -7,9 +7,9 @@ by side, so an iteration takes at least as long as the busiest of them, and
     bound = cycles of the products at the peak rate of the architecture / cycles of the busiest unit.
 
 This is a bound and not an estimate: it leaves out memory latency and bandwidth, shared memory and its bank conflicts,
-barriers, dependencies between instructions, and (except in :meth:`Bound.over`) the code around the loop. Besides the
-products, only code that runs in every iteration is counted. A low bound is a fact about the kernel; a high one promises
-nothing. A bound is a share of the peak for the operands' own type: at 100%, tf32 has half the speed of bf16.
+barriers, dependencies between instructions, and the code around the loop. Besides the products, only code that runs in
+every iteration is counted. A low bound is a fact about the kernel; a high one promises nothing. A bound is a share of
+the peak for the operands' own type: at 100%, tf32 has half the speed of bf16.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable
 
 from clipfast.kernels.hardware import ARCHITECTURES
 
+from .occupancy import SUB_PARTITIONS
 from .sass import Graph, Instruction, Loop, UnknownControlFlow
 
-SUB_PARTITIONS = 4
 WARP = 32
 
 _WARP_MMA = ("HMMA", "QMMA")
@@ -74,11 +74,6 @@ class Cycles:
         """Return the cycles at peak rate for each cycle of the busiest unit."""
         return self.peak / max(self.mma, self.exp, self.fp32, self.issue)
 
-    def plus(self, other: "Cycles", turns: int = 1) -> "Cycles":
-        """Return the sum of these cycles and ``turns`` times the others."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return Cycles(*(getattr(self, name) + turns * getattr(other, name) for name in names))
-
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
@@ -100,10 +95,6 @@ class Bound:
     def share(self) -> float:
         """Return the bound, from 0 to 1, of a loop that never ends."""
         return self.loop.share
-
-    def over(self, turns: int) -> float:
-        """Return the bound of ``turns`` iterations of the loop together with the code around it."""
-        return self.outside.plus(self.loop, turns).share
 
     @property
     def overhead(self) -> float:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 
+from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
 
 from . import offline
@@ -27,7 +28,7 @@ from .report import Report, differences, table, to_json
 from .sass import parse
 from .shipped import known_problems, shipped_cases
 
-ARCHS = (80, 90, 100)
+ARCHS = tuple(ARCHITECTURES)
 VERSION = ".".join(triton.__version__.split(".")[:2])
 SNAPSHOT = Path(__file__).parents[2] / "tests" / "kernels" / "resources.json"
 
@@ -79,29 +80,20 @@ def inspect_launch(
     )
 
 
-def inspect_case(arch: int, case: str) -> list[Report]:
-    """Report the launches of a shipped case."""
-    launches = offline.named(offline.record(arch, shipped_cases()[case]))
-    reports = [inspect_launch(launch, arch, case=case, kernel=key) for key, launch in launches.items()]
-    known = known_problems(VERSION, arch, case)
-    return [dataclasses.replace(report, known=known) for report in reports]
-
-
-def inspect_peer(arch: int, case: str) -> list[Report]:
-    """Report the launches of a peer.
+def inspect_case(arch: int, case: str, *, peer: bool = False) -> list[Report]:
+    """Report the launches of a shipped case, or of an installed peer's case.
 
     Raises:
-        RuntimeError: the peer cannot be imported, called or compiled. The message names case and cause.
+        Exception: anything that a peer or the compiler raises.
     """
-    cases, _ = installed_cases()
-    try:
-        launches = offline.named(record_peer(arch, cases[case]))
-        # the inputs have 16 bits, even where a peer converts them to other dtypes
-        reports = [inspect_launch(launch, arch, case=case, kernel=key, half=True) for key, launch in launches.items()]
-        return [dataclasses.replace(report, peer=True) for report in reports]
-    except Exception as error:
-        last = str(error).strip().splitlines()[-1:] or [""]
-        raise RuntimeError(f"{case} on sm_{arch}: {type(error).__name__}: {last[0][:160]}") from None
+    launches = record_peer(arch, installed_cases()[0][case]) if peer else offline.record(arch, shipped_cases()[case])
+    known = () if peer else known_problems(VERSION, arch, case)
+    # the inputs of a peer have 16 bits, even where it converts them to another dtype
+    half = True if peer else None
+    return [
+        dataclasses.replace(inspect_launch(launch, arch, case=case, kernel=key, half=half), known=known, peer=peer)
+        for key, launch in offline.named(launches).items()
+    ]
 
 
 def inspect_all(
@@ -158,13 +150,15 @@ def _run(tasks: list[tuple[int, str, bool]], jobs: int) -> Iterator[list[Report]
 
 
 def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
+    """Report one case, or say in one line why a peer has failed."""
     arch, case, is_peer = task
-    if not is_peer:
-        return inspect_case(arch, case)
     try:
-        return inspect_peer(arch, case)
-    except RuntimeError as error:
-        return str(error)
+        return inspect_case(arch, case, peer=is_peer)
+    except Exception as error:
+        if not is_peer:
+            raise
+        last = str(error).strip().splitlines()[-1:] or [""]
+        return f"{case} on sm_{arch}: {type(error).__name__}: {last[0][:160]}"
 
 
 def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:

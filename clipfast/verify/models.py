@@ -71,7 +71,8 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
 class Model:
     """A model to compare.
 
-    ``call`` is called in place of ``module``, if that does not take what ours takes; ``rename`` gives gradients our names.
+    ``call`` is called in place of ``module`` if that takes other arguments than ours. ``rename`` gives gradients our
+    names.
     """
 
     module: nn.Module

@@ -62,10 +62,11 @@ def summary(rows: Sequence[CheckResult], seconds: float, *, complete: bool = Tru
     lines = []
     for (op, leg, output), failed in _collect(rows, FAIL).items():
         worst = max(failed, key=lambda row: row.ratio)
+        number = sum((row.op, row.leg, row.output) == (op, leg, output) for row in rows)
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in failed if row.dtype))
         lines.append(
-            f"FAILED   {' '.join(part for part in (op, leg, output) if part)}: {len(failed)} of "
-            f"{_number_of(rows, op, leg, output)} checks ({dtypes}); worst: {worst.case}: {_last_line(worst.reason)}"
+            f"FAILED   {' '.join(part for part in (op, leg, output) if part)}: {len(failed)} of {number} checks "
+            f"({dtypes}); worst: {worst.case}: {_last_line(worst.reason)}"
         )
     for (op, leg, output), skipped in _collect(rows, SKIP).items():
         what = " ".join(part for part in (op, leg, output, skipped[0].dtype) if part)
@@ -86,10 +87,6 @@ def _collect(rows: Sequence[CheckResult], verdict: str) -> dict[tuple[str, str, 
             output = row.output if verdict == FAIL else row.case
             found.setdefault((row.op, row.leg, output), []).append(row)
     return found
-
-
-def _number_of(rows: Sequence[CheckResult], op: str, leg: str, output: str) -> int:
-    return sum((row.op, row.leg, row.output) == (op, leg, output) for row in rows)
 
 
 def _last_line(text: str) -> str:
