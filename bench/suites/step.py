@@ -20,6 +20,7 @@ from clipfast.kernels import contrastive_loss, reference
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.floors import Floor
 from clipfast.training.optim import adamw
+from clipfast.verify.models import draw_batch
 
 from ..breakdown import Breakdown, copy_seconds, trace
 from ..case import OURS, Candidate, Case, Function, Inputs
@@ -30,7 +31,6 @@ from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"model": "ViT-B-32", "batch": 256}
 SMALLEST: Mapping[str, int | str | bool] = {"model": "ViT-T-8-32", "batch": 2}
-END_OF_TEXT = 49407
 # The reference keeps the scores of every layer in float32, so a large batch would not fit.
 GATE_BATCH = 16
 # The loss depends on the differences between the features of a batch, and random weights make them nearly equal: in
@@ -90,18 +90,8 @@ def _weights(name: str) -> dict[str, Tensor]:
 
 
 def _inputs(name: str, batch: int, device: torch.device) -> Inputs:
-    """Draw random images, and texts of random lengths: a feature is read at the end of its text, so texts of one length
-    would have similar features.
-    """
-    config = get_model_config(name)
-    size, length = config.vision.image_size, config.text.context_length
-    texts = torch.randint(1, 40000, (batch, length), device=device)
-    end = torch.randint(1, length, (batch, 1), device=device)
-    texts.masked_fill_(torch.arange(length, device=device) > end, 0)
-    return {
-        "images": torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device),
-        "texts": texts.scatter_(1, end, END_OF_TEXT),
-    }
+    images, texts = draw_batch(get_model_config(name), batch)
+    return {"images": images.to(device), "texts": texts.to(device)}
 
 
 class _Exact:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..factory import create_model
 from ..kernels import contrastive_loss, reference
 from ..kernels.reference import normalize_uint8
-from ..models import CLIP
+from ..models import CLIP, CLIPConfig
 from . import hf
 from .cases import ACCURACY, CUDA
 from .context import exact_float32, poisoned
@@ -55,7 +55,8 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
     ours = Model(model, contrastive_loss)
 
     def draw(number: int) -> Draw:
-        images, texts = _inputs(model, number)
+        batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
+        images, texts = (x.to(device) for x in batch)
         if peer != MODEL:  # other packages' models take no bytes
             images = normalize_uint8(images, model.visual.image_mean, model.visual.image_std, TORCH_DTYPES[dtype])
         with poisoned():
@@ -123,15 +124,15 @@ _WHY = {
 }
 
 
-def _inputs(model: CLIP, draw: int) -> tuple[Tensor, Tensor]:
-    """Draw bytes [BATCH, 3, H, W], and texts [BATCH, context_length] of different lengths, zero after their ends."""
-    generator = torch.Generator().manual_seed(1000 + draw)
-    side, length, vocabulary = model.visual.image_size, model.context_length, model.vocab_size
-    images = torch.randint(0, 256, (BATCH, 3, side, side), generator=generator, dtype=torch.uint8)
-    texts = torch.randint(1, vocabulary - 2, (BATCH, length), generator=generator)
-    ends = torch.randint(1, length, (BATCH, 1), generator=generator)
+def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw bytes [batch, 3, H, W], and texts [batch, context_length] of different lengths, zero after their ends.
+
+    The feature of a text is read at its end, so texts of one length would have similar features.
+    """
+    side, length, vocabulary = config.vision.image_size, config.text.context_length, config.text.vocab_size
+    images = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
+    texts = torch.randint(1, vocabulary - 2, (batch, length), generator=generator)
+    ends = torch.randint(1, length, (batch, 1), generator=generator)
     ends[0] = length - 1
     positions = torch.arange(length)
-    texts = texts.where(positions < ends, 0).where(positions != ends, vocabulary - 1)
-    device = model.logit_scale.device
-    return images.to(device), texts.to(device)
+    return images, texts.where(positions < ends, 0).where(positions != ends, vocabulary - 1)
