@@ -124,7 +124,7 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
         "sanitizer",
         [*sanitizer, *pytest, "tests/kernels/test_gpu.py", "-k", "finite"],
         0,
-        # without the cache, since memory behind a tensor in a cached block belongs to the process: no error is seen
+        # the cache is off: memory behind a tensor in a cached block is allocated too, so an overrun would be no error
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     if part == "step":
