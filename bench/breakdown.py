@@ -1,12 +1,14 @@
 """Where the time of a step goes: a few steps under PyTorch's profiler, outside of the timing, summed by category.
 
-On a GPU, what counts is the device: each kernel, copy and fill by its name and by the ops that launched it. Where two
-overlap, the one that began first has the time, so that categories add up to the time that the device was busy. What is
-left of the step, as it was timed without a profiler (which slows the host down), are the gaps: the device waits for the
-host. On a CPU, it is the time of each op without the ops that it calls, in the thread that takes the step; what is
-outside of ops is the host's, and so is the bookkeeping of PyTorch. There the step is the traced one.
+On a GPU, the device's work is counted: each kernel, copy and fill, by its name and by the ops that launched it. Where
+two of them overlap, the one that began first has the time, so the categories add up to the time that the device was
+busy. The rest of the step are gaps in which the device waits for the host. They are computed from the time of a step
+without a profiler, which slows the host down.
 
-A backward op belongs to what its forward op belongs to: the profiler knows pairs of them by a sequence number.
+On a CPU, each op counts without the ops that it calls, in the thread that takes the step. Time outside of ops, and the
+bookkeeping of PyTorch, belong to the host. The step is the traced one.
+
+A backward op has the category of its forward op: the profiler connects the two by a sequence number.
 """
 
 import dataclasses
@@ -21,13 +23,16 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
+from clipfast.verify.context import exact_float32
+
 from .categories import CATEGORIES, CONVOLUTION, DATA, HOST, INPUT, OTHER, classify, classify_op
 from .harness import LONG_S
-from .machine import exact_float32, synchronize
+from .machine import elapsed, synchronize
 
 STEP_RANGE = "step: traced"
-# A long step is traced once.
+# Steps that are traced; a long step is traced once.
 STEPS = 3
+# Unknown names that are reported.
 NAMED = 5
 # Microseconds by category or by name.
 Sums = defaultdict[str, float]
@@ -42,10 +47,10 @@ class Breakdown:
     """Seconds of one step, by category.
 
     Attributes:
-        step_s: of the step; all categories together.
-        traced_s: of a step under the profiler.
-        seconds: by category, all of :data:`CATEGORIES`.
-        unknown: names that no rule knows, with their seconds, the longest first.
+        step_s: seconds of the step, the sum of all categories.
+        traced_s: seconds of a step under the profiler.
+        seconds: seconds by category, for all of :data:`CATEGORIES`.
+        unknown: names that belong to no category, with their seconds, the longest first.
     """
 
     step_s: float
@@ -54,19 +59,26 @@ class Breakdown:
     unknown: tuple[tuple[str, float], ...] = ()
 
     def with_data(self, seconds: float) -> "Breakdown":
-        """The same with the copy of its inputs to the device, which comes before the step."""
+        """Return the same with ``seconds`` more for the copy of the inputs to the device, before the step."""
         added = {**self.seconds, DATA: self.seconds[DATA] + seconds}
         return dataclasses.replace(self, step_s=self.step_s + seconds, seconds=added)
 
     def with_convolutions_as_input(self) -> "Breakdown":
-        """The same of a model whose only convolution cuts images into patches."""
+        """Return the same for a model whose only convolution cuts images into patches."""
         moved = {**self.seconds, INPUT: self.seconds[INPUT] + self.seconds[CONVOLUTION], CONVOLUTION: 0.0}
         return dataclasses.replace(self, seconds=moved)
 
 
 @dataclasses.dataclass
 class _Range:
-    """An op or an annotation of a thread, in microseconds."""
+    """An op, an annotation or a launch in a thread of the host.
+
+    Attributes:
+        start, end, self_us: in microseconds; ``self_us`` is the time outside of the ranges inside this one.
+        sequence: the number that connects a forward op with its backward op.
+        correlation: the number that connects a launch with the device's work.
+        names: names of the ranges around this one, the outermost first, and its own.
+    """
 
     name: str
     thread: Any
@@ -84,8 +96,9 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
     """Take a few steps under the profiler.
 
     Args:
-        step: takes one, and has done so before.
-        seconds: of a step without a profiler.
+        step: takes one step, and has done so before.
+        device: where the step runs.
+        seconds: the time of a step without a profiler.
 
     Raises:
         RuntimeError: the profiler saw nothing of the device.
@@ -93,10 +106,10 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     steps = 1 if seconds > LONG_S else STEPS
     if device.type != "cuda":
-        # on a CPU it has nothing to say but that it starts and stops
+        # on a CPU, it would only print that it starts and stops
         os.environ.setdefault("KINETO_LOG_LEVEL", "9")
     with profile(activities=activities) as profiler:
-        step()  # the profiler starts up in it
+        step()  # the profiler starts up during this one
         for _ in range(steps):
             synchronize(device)
             with record_function(STEP_RANGE):
@@ -113,14 +126,14 @@ def of_device(events: Iterable[dict[str, Any]], seconds: float) -> Breakdown:
     """Break a step down by the device's work.
 
     Args:
-        events: of a Chrome trace, with steps marked by :data:`STEP_RANGE`.
-        seconds: of a step without a profiler.
+        events: events of a Chrome trace, with steps marked by :data:`STEP_RANGE`.
+        seconds: the time of a step without a profiler.
 
     Raises:
-        RuntimeError: no work of a device is in a marked step.
+        RuntimeError: no work of a device lies in a marked step.
     """
     events = [event for event in events if event.get("ph") == "X"]
-    ranges = _named(_ranges_of(events))
+    ranges = _ranges(events)
     windows = _steps(ranges)
     launched = {r.correlation: r.names for r in ranges if r.correlation is not None}
     spans = [
@@ -130,56 +143,58 @@ def of_device(events: Iterable[dict[str, Any]], seconds: float) -> Breakdown:
     ]
     if not spans:
         raise RuntimeError("the profiler saw no work of the device (CUPTI may not be allowed here)")
-    total: Sums = defaultdict(float)
-    unknown: Sums = defaultdict(float)
+    parts = []
     covered = -float("inf")
     for start, end, name, correlation in sorted(spans, key=lambda span: span[:2]):
-        alone = max(0.0, end - max(start, covered))
+        parts.append((classify(name, launched.get(correlation, ())), name, max(0.0, end - max(start, covered))))
         covered = max(covered, end)
-        category = classify(name, launched.get(correlation, ()))
-        total[category] += alone
-        if category == OTHER:
-            unknown[name] += alone
-    busy_s = 1e-6 * sum(total.values()) / len(windows)
-    result = _result(total, unknown, windows, max(seconds, busy_s))
-    return dataclasses.replace(result, seconds={**result.seconds, HOST: max(0.0, seconds - busy_s)})
+    result = _sum(parts, windows)
+    gaps_s = max(0.0, seconds - result.step_s)
+    return dataclasses.replace(result, step_s=max(seconds, result.step_s), seconds={**result.seconds, HOST: gaps_s})
 
 
 def of_host(events: Iterable[dict[str, Any]]) -> Breakdown:
-    """Break a step down by the ops of the thread that took it; ``events`` as in :func:`of_device`.
+    """Break a step down by the ops of the thread that took it.
+
+    Args:
+        events: events of a Chrome trace, with steps marked by :data:`STEP_RANGE`.
 
     Raises:
-        RuntimeError: no marked step.
+        RuntimeError: no step is marked.
     """
-    ranges = _named(_ranges_of([event for event in events if event.get("ph") == "X"]))
+    ranges = _ranges([event for event in events if event.get("ph") == "X"])
     windows = _steps(ranges)
     (thread,) = {r.thread for r in ranges if r.name == STEP_RANGE}
+    parts = [
+        # the last digit of a start or an end may be off, so a difference may be below zero
+        (HOST if r.name == STEP_RANGE else classify_op(r.names), r.name, max(0.0, r.self_us))
+        for r in ranges
+        if r.thread == thread and any(low <= r.start and r.end <= high for low, high in windows)
+    ]
+    return _sum(parts, windows)
+
+
+def _sum(parts: Iterable[tuple[str, str, float]], windows: Sequence[tuple[float, float]]) -> Breakdown:
+    """Add up ``parts``, each a category, a name and microseconds, over the steps in ``windows``."""
     total: Sums = defaultdict(float)
     unknown: Sums = defaultdict(float)
-    for r in ranges:
-        if r.thread != thread or not any(low <= r.start and r.end <= high for low, high in windows):
-            continue
-        category = HOST if r.name == STEP_RANGE else classify_op(r.names)
-        # the last digit of a start or an end may be off
-        self_us = max(0.0, r.self_us)
-        total[category] += self_us
+    for category, name, microseconds in parts:
+        total[category] += microseconds
         if category == OTHER:
-            unknown[r.name] += self_us
-    return _result(total, unknown, windows, 1e-6 * sum(total.values()) / len(windows))
-
-
-def _result(total: Sums, unknown: Sums, windows: Sequence[tuple[float, float]], step_s: float) -> Breakdown:
+            unknown[name] += microseconds
     per_step = 1e-6 / len(windows)
     return Breakdown(
-        step_s=step_s,
+        step_s=per_step * sum(total.values()),
         traced_s=per_step * sum(high - low for low, high in windows),
         seconds={category: per_step * total[category] for category in CATEGORIES},
         unknown=tuple((name, per_step * us) for name, us in sorted(unknown.items(), key=lambda item: -item[1])[:NAMED]),
     )
 
 
-def _ranges_of(events: Iterable[dict[str, Any]]) -> list[_Range]:
-    """Ops, annotations and launches, those of a thread in the order that they began in."""
+def _ranges(events: Iterable[dict[str, Any]]) -> list[_Range]:
+    """Return ops, annotations and launches in the order in which they began, with the names around each and its own
+    time.
+    """
     found = []
     for event in events:
         is_launch = event.get("cat") in _LAUNCHES
@@ -192,14 +207,10 @@ def _ranges_of(events: Iterable[dict[str, Any]]) -> list[_Range]:
                 bool(args.get("Fwd thread id")), args.get("correlation") if is_launch else None,
             )
         )  # fmt: skip
-    return sorted(found, key=lambda r: (r.start, -r.end))
-
-
-def _named(ranges: list[_Range]) -> list[_Range]:
-    """``ranges`` with the names around each, outermost first, and the time that each spends itself."""
+    found.sort(key=lambda r: (r.start, -r.end))
     stacks: dict[Any, list[_Range]] = defaultdict(list)
     forward: dict[int, tuple[str, ...]] = {}
-    for r in ranges:
+    for r in found:
         stack = stacks[r.thread]
         while stack and stack[-1].end <= r.start:
             stack.pop()
@@ -211,10 +222,11 @@ def _named(ranges: list[_Range]) -> list[_Range]:
             around = (*around, *forward[r.sequence])
         r.names = (*around, r.name)
         if r.sequence is not None and not r.is_backward:
-            # ops that make no node see the number of the next that does: the last to see it made it
+            # An op that makes no node of the autograd graph has the number of the next one that does. The last op with
+            # a number has made the node.
             forward[r.sequence] = r.names
         stack.append(r)
-    return ranges
+    return found
 
 
 def _steps(ranges: Iterable[_Range]) -> list[tuple[float, float]]:
@@ -225,17 +237,12 @@ def _steps(ranges: Iterable[_Range]) -> list[tuple[float, float]]:
 
 
 def copy_seconds(size: int, device: torch.device, rounds: int = 5) -> float | None:
-    """Seconds that ``size`` bytes take from pinned memory to the device; None on a CPU, where nothing crosses."""
+    """Return the seconds that ``size`` bytes take from pinned memory to the device, or None on a CPU, to which nothing
+    is sent.
+    """
     if device.type != "cuda":
         return None
     source = torch.empty(size, dtype=torch.uint8, pin_memory=True)
     target = torch.empty(size, dtype=torch.uint8, device=device)
-    times = []
-    for _ in range(rounds):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        target.copy_(source, non_blocking=True)
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+    times = [elapsed(lambda: target.copy_(source, non_blocking=True), device) for _ in range(rounds)]
     return sorted(times)[rounds // 2]

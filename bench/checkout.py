@@ -1,5 +1,5 @@
-"""The package as it is installed, from a checkout that is not: for machines where nothing can be installed, and for
-two commits side by side. Imports nothing but the standard library.
+"""The package layout of an installation, made of links to a checkout: for machines where nothing can be installed, and
+for two commits side by side. This module imports only the standard library.
 """
 
 import os
@@ -11,17 +11,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> Path:
-    """Make ``site`` a folder for PYTHONPATH, with kernels/ and bench/ inside clipfast/.
+    """Make ``site`` a folder for PYTHONPATH, with kernels/ and bench/ inside clipfast/, and return it.
 
     Args:
-        site: is made; what it links from an earlier time is replaced.
+        site: the folder to make. Links from an earlier call are replaced.
         root: the checkout.
-        bench: benchmarks of another checkout, in place of its own.
+        bench: folder bench/ of another checkout, in place of its own.
     """
     package = site / "clipfast"
     package.mkdir(parents=True, exist_ok=True)
     for entry in package.iterdir():
-        # what is no link, Python has left: __pycache__
+        # only __pycache__ is no link; Python has made it
         entry.unlink() if entry.is_symlink() else shutil.rmtree(entry)
     for entry in (root / "clipfast").iterdir():
         if entry.name != "__pycache__":
@@ -32,6 +32,6 @@ def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> P
 
 
 def environment_with(site: Path, environment: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """``environment`` with ``site`` in front of its PYTHONPATH: what else it finds packages by stays."""
+    """Return ``environment`` with ``site`` in front of its PYTHONPATH."""
     paths = [str(site), *filter(None, [environment.get("PYTHONPATH")])]
     return {**environment, "PYTHONPATH": os.pathsep.join(paths)}

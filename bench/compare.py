@@ -1,14 +1,14 @@
-"""Is this checkout slower than another commit? Both are timed in turns on the same machine, and judged by an interval.
+"""Is this checkout slower than another commit? Both are timed in turns on one machine, and judged by an interval.
 
-The same benchmarks measure both: the base gives its kernels and its model layer, this checkout gives bench/. Each side
-runs in processes of its own, since two versions of an op cannot be registered in one.
+The same benchmarks measure both sides: kernels and model layer are those of the base, bench/ is that of this checkout.
+Each side runs in processes of its own, since one process cannot register two versions of an op.
 """
 
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,17 +16,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from . import results
+from . import results, session
 from .case import OURS
 from .checkout import ROOT, environment_with, link_packages
 from .harness import Budget
 from .machine import use
-from .suites import Shape
-from .tables import seconds
+from .session import CaseKey
+from .tables import seconds, sizes
 
 TURNS = 5
 TOLERANCE = 1.05
-# An editable installation would fill in what a side lacks from this checkout.
+# Finders of editable installations are removed: they would take modules that a side lacks from this checkout.
 _START = """
 import sys
 sys.meta_path[:] = [finder for finder in sys.meta_path if "_Editable" not in repr(finder)]
@@ -35,8 +35,14 @@ main()
 """
 
 
-def compare(base: str, plan: Sequence[tuple[str, Shape, str]], device: torch.device, budget: Budget) -> int:
-    """Time ``base`` and this checkout on each case of ``plan`` and print a verdict for each.
+def compare(base: str, keys: Sequence[CaseKey], device: torch.device, budget: Budget) -> int:
+    """Time ``base`` and this checkout on the case of each of ``keys``, and print a verdict for each.
+
+    Args:
+        base: a commit of this checkout.
+        keys: suite, shape and dtype of each case.
+        device: where the cases run.
+        budget: how long to measure a case, all turns of a side together.
 
     Returns:
         0; 1 if a case is slower by more than 5% beyond doubt; 2 if nothing could be compared.
@@ -54,17 +60,22 @@ def compare(base: str, plan: Sequence[tuple[str, Shape, str]], device: torch.dev
             for side in ("base", "head") if turn % 2 == 0 else ("head", "base"):
                 print(f"turn {turn + 1} of {TURNS}: {side}", file=sys.stderr)
                 out = Path(scratch) / f"{side}-{turn}.json"
-                runs[side].append(_measure(sides[side], plan, device, budget, out))
+                runs[side].append(_measure(sides[side], keys, device, budget, out))
     return _verdicts(runs, base)
 
 
 def ratio_of_processes(
     base: Sequence[Sequence[float]], head: Sequence[Sequence[float]], resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """How many times as long ``head`` takes: each holds the samples of several processes.
+    """Return how many times as long ``head`` takes as ``base``, with an interval from the bootstrap.
 
-    Processes differ more from one another than samples within one (memory layout, clocks), so the bootstrap draws
-    processes first, and then samples inside them.
+    Processes differ more from one another (memory layout, clocks) than the samples of one process, so the bootstrap
+    draws processes first, and then samples of each.
+
+    Args:
+        base: samples in seconds, by process.
+        head: samples in seconds, by process.
+        resamples: draws of the bootstrap.
 
     Returns:
         (ratio of medians, low, high), the interval at 95%.
@@ -82,7 +93,7 @@ def ratio_of_processes(
 
 
 def verdict(low: float, high: float, throttled: bool) -> str:
-    """What an interval of the ratio says."""
+    """Return the verdict on an interval of the ratio, in one word."""
     if throttled:
         return "throttled"
     if low > TOLERANCE:
@@ -98,15 +109,15 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
         return 2
     slower = compared = 0
     for index, case in enumerate(runs["head"][0]["cases"]):
-        shape = " ".join(f"{key}={value}" for key, value in case["shape"].items())
-        label = f"{case['op']} {shape} {case['dtype']}"
+        label = f"{case['op']} {sizes(case)} {case['dtype']}"
         cases = {side: [run["cases"][index] for run in side_runs] for side, side_runs in runs.items()}
-        samples = {side: [_our_samples(c) for c in entries] for side, entries in cases.items()}
-        refused = [_ours(c)["refused"] for entries in cases.values() for c in entries if _ours(c)["refused"]]
+        ours = {side: [_ours(c) for c in entries] for side, entries in cases.items()}
+        refused = [candidate["refused"] for side in ours.values() for candidate in side if candidate["refused"]]
         if refused:
             print(f"{label}: not compared: {refused[0]}")
             continue
         compared += 1
+        samples = {side: [candidate["samples_s"] for candidate in candidates] for side, candidates in ours.items()}
         ratio, low, high = ratio_of_processes(samples["base"], samples["head"])
         throttled = any(c["telemetry"]["throttled"] for entries in cases.values() for c in entries)
         word = verdict(low, high, throttled)
@@ -126,21 +137,14 @@ def _ours(case: dict[str, Any]) -> dict[str, Any]:
     return next(candidate for candidate in case["candidates"] if candidate["name"] == OURS)
 
 
-def _our_samples(case: dict[str, Any]) -> list[float]:
-    samples: list[float] = _ours(case)["samples_s"]
-    return samples
-
-
-def _measure(
-    site: Path, plan: Iterable[tuple[str, Shape, str]], device: torch.device, budget: Budget, out: Path
-) -> dict[str, Any]:
+def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:
     request = {
-        "plan": [[suite, dict(shape), dtype] for suite, shape, dtype in plan],
+        "keys": [[suite, dict(shape), dtype] for suite, shape, dtype in keys],
         "device": str(device),
         "budget": [budget.seconds / TURNS, budget.rounds, budget.min_rounds],
         "threads": torch.get_num_threads(),
     }
-    # -P: the current folder must not come before the side's own packages
+    # -P keeps the current folder from coming before the side's own packages
     command = [sys.executable, "-P", "-c", _START, json.dumps(request), str(out)]
     run = subprocess.run(command, env=environment_with(site), capture_output=True, text=True)
     if run.returncode != 0:
@@ -161,12 +165,10 @@ def _worktree(base: str, folder: Path) -> Iterator[Path]:
 
 
 def main() -> None:
-    """One turn of one side, described on the command line."""
-    from .session import measure_all
-
+    """Measure one turn of one side, as the command line describes it."""
     request, out = json.loads(sys.argv[1]), Path(sys.argv[2])
     torch.set_num_threads(request["threads"])
-    plan = [(suite, shape, dtype) for suite, shape, dtype in request["plan"]]
+    keys = [(suite, shape, dtype) for suite, shape, dtype in request["keys"]]
     budget = Budget(*request["budget"])
     device = use(torch.device(request["device"]))
-    measure_all(plan, device, budget, out, only=[], memory=False, breakdown=False, plots=False)
+    session.measure_all(keys, device, budget, out, only=[], memory=False, breakdown=False, plots=False)

@@ -1,9 +1,10 @@
 """Everything that a GPU can tell, in one command: ``make gpu``.
 
-Steps run in the order of their value, each in a process of its own with an end, so that a stop at any moment leaves
-what came before; what a step leaves of its time goes to those after it. Needs PyTorch, Triton and pytest, and neither a
-network nor an installation. Everything lands in one folder, in at most eight files; the summary is written again after
-each step and printed last. In a copy without its history, ``CLIPFAST_COMMIT`` says which commit it is.
+The steps run in the order of their value, each in a process of its own with a time limit, so a stop at any moment
+leaves the results of the steps before it. Time that a step does not use goes to the steps after it. The command needs
+PyTorch, Triton and pytest, but no network and no installation. All results are in one folder, in at most eight files;
+the summary is written again after each step and printed last. In a copy without git history, the environment variable
+``CLIPFAST_COMMIT`` names the commit.
 """
 
 import argparse
@@ -22,13 +23,13 @@ from .checkout import ROOT, environment_with, link_packages
 from .gpu_summary import Done, cache_entries, summarise
 
 TOTAL_S = 470.0
-# What a step may take to end after it was asked to.
+# Seconds that a step may take to end after it was interrupted.
 GRACE_S = 4.0
-# What a bench or the tuner needs for what it has begun.
+# Seconds that a benchmark or the tuner needs to finish what it has begun.
 MARGIN_S = 12.0
-# In a command: the seconds in which the step should begin what it does.
+# A placeholder in commands for the seconds after which the step should begin nothing new.
 LEFT = "{left}"
-# For each step, in proportion: all that are chosen take :data:`TOTAL_S` together.
+# Time of each step, in proportion: all chosen steps together take :data:`TOTAL_S`.
 SECONDS = {
     "environment": 60.0,
     "tests": 95.0,
@@ -59,9 +60,9 @@ PARTS: dict[str, dict[str, str]] = {
     },
     "step": {"tests": "", "op": "", "bench": "step", "tune": ""},
 }
-# A part has time to tune, and to compile what whole steps are compared with.
+# A part has more time to tune, and to compile the models that whole steps are compared with.
 PART_SECONDS = {"tune": 150.0, "step": 250.0}
-# A CPU, perhaps a busy one, takes longer, and what it shows is not in the time.
+# A dry run shows that every step runs, and not how fast. A CPU, perhaps a busy one, takes longer.
 DRY_FACTOR = 3.0
 
 
@@ -70,11 +71,11 @@ class Step:
     """One process.
 
     Attributes:
-        name: of what it shows.
-        command: its arguments.
-        seconds: that it is sure to get.
-        lines: of its output that the summary shows, from the end.
-        environment: beyond that of the others.
+        name: says what the step shows.
+        command: program and arguments.
+        seconds: time that the step gets in any case.
+        lines: number of lines at the end of its output that the summary shows.
+        environment: environment variables that only this step has.
     """
 
     name: str
@@ -85,12 +86,12 @@ class Step:
 
 
 def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
-    """The steps of ``part``, the most valuable first; together they end within :data:`TOTAL_S` on a GPU.
+    """Return the steps of ``part``, the most valuable first. Together they take at most :data:`TOTAL_S` on a GPU.
 
     Args:
         part: a key of :data:`PARTS`.
         out: folder for the results.
-        dry: on a CPU, with the smallest sizes: shows that every step runs.
+        dry: run the smallest sizes on a CPU, to show that every step runs.
     """
     chosen = PARTS[part]
     python = [sys.executable, "-P", "-m"]
@@ -113,7 +114,7 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
     }
     for suite in chosen["bench"].split():
         results = ["--json", str(out / f"bench-{suite}.json")]
-        # a part for steps has room for three pictures, and the time to compile our model too
+        # the part "step" has room for three pictures, and the time to compile our model too
         results += [] if part == "step" else ["--no-plots"]
         results += ["--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled"] if suite == "step" and part != "step" else []
         found[suite] = Step(suite, [*python, "clipfast.bench", suite, *device, *results], 0, lines=200)
@@ -123,7 +124,7 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
         "sanitizer",
         [*sanitizer, *pytest, "tests/kernels/test_gpu.py", "-k", "finite"],
         0,
-        # in a cached block, memory past a tensor is another's and no error
+        # the cache is off: memory behind a tensor in a cached block is allocated too, so an overrun would be no error
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
     )
     if part == "step":
@@ -134,11 +135,13 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
 
 
 def main() -> int:
-    """Run the steps; 0 if everything that ran is right."""
+    """Run the steps that the command line asks for, and return 0 if all of them succeeded."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="all", choices=tuple(PARTS))
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--dry", action="store_true", help="on a CPU, smallest sizes: shows that every step runs")
+    parser.add_argument(
+        "--dry", action="store_true", help="run the smallest sizes on a CPU, to show that every step runs"
+    )
     args = parser.parse_args()
     out = args.out.resolve()
     clear(out)
@@ -150,7 +153,7 @@ def main() -> int:
 
 
 def clear(out: Path) -> None:
-    """Make ``out``, without what an earlier run has left there: it would be taken for this one's."""
+    """Make the folder ``out`` and remove the files of an earlier run, which would be taken for those of this run."""
     out.mkdir(parents=True, exist_ok=True)
     for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "bench-*.png", "*.tmp"):
         for path in out.glob(pattern):
@@ -159,8 +162,10 @@ def clear(out: Path) -> None:
 
 
 def run_steps(todo: list[Step], out: Path, environment: dict[str, str], total_s: float = TOTAL_S) -> int:
-    """Run ``todo`` in order while ``total_s`` last; one that fails or hangs does not keep the others from running, and
-    an interrupt or SIGTERM ends the running one and keeps what is done.
+    """Run ``todo`` in order until ``total_s`` are over, and return 0 if all of them succeeded or are not here.
+
+    A step that fails or hangs does not keep the others from running. An interrupt or SIGTERM ends the running step, and
+    the results so far are kept.
     """
     start = time.monotonic()
     cached = cache_entries(environment)
@@ -189,7 +194,7 @@ def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> 
         log.flush()
         begin = log.tell()
         try:
-            # a session of its own: what a step has started is stopped with it
+            # in a session of its own, so that processes that the step starts can be stopped with it
             process = subprocess.Popen(
                 command, cwd=ROOT, env={**environment, **step.environment}, stdout=log, stderr=subprocess.STDOUT,
                 start_new_session=True,
@@ -213,7 +218,9 @@ def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End what the process has started too: by an interrupt, which lets it say what it has, and then for good."""
+    """End a process and all that it has started: interrupt them, so that they can report what they have, then kill
+    them.
+    """
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -225,7 +232,10 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """SIGTERM is a KeyboardInterrupt, and so is SIGINT where it was ignored: a step would inherit that."""
+    """Turn SIGTERM and SIGINT into a KeyboardInterrupt.
+
+    SIGINT too, because a shell lets programs in its background ignore it, and the steps would inherit that.
+    """
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -239,7 +249,9 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _workers(dry: bool) -> list[str]:
-    """pytest-xdist where it is installed: most of the time goes into compiling kernels, on the host."""
+    """Return pytest's option for several processes, if pytest-xdist is installed: compiling kernels on the host takes
+    most of the time.
+    """
     found = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0
     return ["-n", str(min(2 if dry else 12, os.cpu_count() or 1))] if found else []
 

@@ -1,4 +1,4 @@
-"""What ``make gpu`` came to, as text. Imports nothing but the standard library: it has to survive anything."""
+"""The summary of ``make gpu``. This module imports only the standard library, so that nothing can break it."""
 
 import dataclasses
 import getpass
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A step that has ended: its name, what it came to, how long it took, and the end of its output."""
+    """A step that has ended: its name, its result, how long it took, and the end of its output."""
 
     name: str
     result: str
@@ -19,13 +19,13 @@ class Done:
 
 
 def summarise(done: list[Done], out: Path, cached: Mapping[str, int], environment: Mapping[str, str]) -> None:
-    """Write summary.txt: the end of each step's output; then refusals, caches, and what each step came to.
+    """Write summary.txt: the end of each step's output, then refusals, caches, and the result of each step.
 
     Args:
         done: the steps so far.
         out: folder of the results.
         cached: :func:`cache_entries` before the first step.
-        environment: of the steps.
+        environment: environment variables of the steps.
     """
     lines: list[str] = []
     for step in done:
@@ -38,7 +38,7 @@ def summarise(done: list[Done], out: Path, cached: Mapping[str, int], environmen
 
 
 def cache_entries(environment: Mapping[str, str]) -> dict[str, int]:
-    """Entries of the compilers' caches: from an empty one, a step takes longer."""
+    """Count the entries of the compilers' caches: with an empty cache, a step takes longer."""
     inductor = Path(tempfile.gettempdir(), f"torchinductor_{getpass.getuser()}")
     folders = {
         "triton": Path(environment.get("TRITON_CACHE_DIR") or Path.home() / ".triton" / "cache"),
@@ -48,7 +48,7 @@ def cache_entries(environment: Mapping[str, str]) -> dict[str, int]:
 
 
 def _refusals(path: Path) -> Iterator[str]:
-    """What was not timed or not timed like the others, and once for each what is not installed."""
+    """Yield what was not timed, or not timed like the others; and in one line the candidates that are not installed."""
     missing: dict[str, str] = {}
     for case in json.loads(path.read_text())["cases"]:
         label = " ".join([case["op"], *(f"{key}={value}" for key, value in case["shape"].items()), case["dtype"]])

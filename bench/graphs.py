@@ -1,4 +1,4 @@
-"""Calls as CUDA graphs, so that a short kernel is not hidden by the host that starts it."""
+"""Calls as CUDA graphs: the time of a short kernel is then its own, and not that of the host that launches it."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -9,11 +9,13 @@ Call = Callable[[], object]
 
 
 class Graphs:
-    """Captures calls as CUDA graphs on one stream, in one memory pool: they are replayed one after another, and what
-    one leaves there nobody reads.
+    """A stream and a memory pool in which calls are captured as CUDA graphs.
+
+    All graphs share the pool: they are replayed one after another, and nobody reads the results that one leaves there.
 
     A capture that fails leaves PyTorch's allocator, its random numbers and the current stream in the middle of a
-    capture. It is ended here, so that the next one works; what synchronises with the host is found before its capture.
+    capture. This class ends such a capture, so that the next one works. Calls that synchronise with the host are found
+    before they are captured.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -21,13 +23,13 @@ class Graphs:
         self._renew()
 
     def capture(self, calls: Sequence[Call]) -> list[Call]:
-        """Replays of ``calls``, which have run before. Their results are dropped.
+        """Return functions that replay ``calls``, which have run before. Their results are dropped.
 
         Raises:
             RuntimeError: one of them cannot be captured; PyTorch says why.
         """
         with self._on_stream(), _no_host_sync():
-            calls[0]()  # a library's workspace for this stream is not the graph's
+            calls[0]()  # a library allocates its workspace for this stream now, outside of the graph
         current = torch.cuda.current_stream(self.device)
         try:
             return [self._capture(call) for call in calls]
@@ -47,11 +49,11 @@ class Graphs:
     def _end_failed(self, current: torch.cuda.Stream) -> None:
         torch.cuda.set_stream(current)
         with contextlib.suppress(RuntimeError):
-            # RuntimeError: the allocator has left the pool already
+            # it raises where the allocator has left the pool already
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
         self._renew()
         torch.cuda.synchronize(self.device)
-        # a capture that ends well takes the random number generator out of the failed one
+        # only a capture that succeeds takes the random number generator out of the failed one
         self._capture(lambda: torch.zeros(1, device=self.device))
         torch.cuda.synchronize(self.device)
 

@@ -1,10 +1,10 @@
 """Timings that can be believed.
 
 A candidate is timed only after it gave the reference's result at that shape. Candidates take turns, call by call, so
-that a drift of the clocks meets all of them; inputs rotate past three times the cache; every sample is kept. On a GPU a
-call is a CUDA graph, so that a short kernel is not hidden by the host that starts it, behind a backlog that keeps the
-device busy while the host runs ahead. Whatever fails, runs out of memory or does not compile is refused with its
-reason, and the others go on.
+that a drift of the clocks affects all of them. Inputs rotate through three times the size of the cache, and every
+sample is kept. On a GPU a call is a CUDA graph, since the host may take longer to launch a short kernel than the kernel
+runs, and the device is kept busy until the host has run ahead. A candidate that fails, runs out of memory or does not
+compile is refused with its reason, and the others go on.
 """
 
 import contextlib
@@ -20,26 +20,28 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfast.verify.context import exact_float32
+
 from .case import AnyFunction, Candidate, Case, Inputs, MissingError, call, observe, short
 from .graphs import Graphs
-from .machine import Telemetry, cache_bytes, exact_float32, free_bytes, synchronize
+from .machine import Telemetry, cache_bytes, elapsed, free_bytes, synchronize
 
-# Relative error (norm of the difference over norm of the reference, which is computed in float32) up to which a result
-# counts as the same function: float32 may be TF32 somewhere, and 16 bits round at 2^-9. ``clipfast verify`` is the test
-# of accuracy; this keeps a wrong kernel out of the tables.
+# The largest relative error (norm of the difference over norm of the reference, which is computed in float32) with
+# which a result counts as the same function. A peer may use TF32 for float32, and bf16 rounds at 2^-9. ``clipfast
+# verify`` tests the accuracy; these limits only keep wrong kernels out of the tables.
 GATE = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 4e-2}
 MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
 BACKLOG_CYCLES = 2_000_000
 MAX_SETS = 16
-# A call that takes longer is not repeated for what is no timing.
+# A call that takes longer is not repeated, except to time it.
 LONG_S = 1.0
-# Sets of inputs may take this share of the free memory: the rest is the candidates'.
+# The share of the free memory that sets of inputs may take. The candidates need the rest.
 SETS_SHARE = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class Budget:
-    """How long to measure: up to ``rounds`` rounds while ``seconds`` last, and never fewer than ``min_rounds``."""
+    """How long to measure: at least ``min_rounds`` rounds, then up to ``rounds`` until ``seconds`` are over."""
 
     seconds: float
     rounds: int = 50
@@ -51,9 +53,14 @@ class Timing:
     """Seconds per call of one candidate, sample by sample, or why there are none.
 
     Attributes:
-        refused: why it was not timed.
-        eager: why a call is no CUDA graph although it should be: the host's time is in the samples.
-        function: what the candidate has made.
+        candidate: the implementation that is timed.
+        samples: seconds per call, one for each round.
+        timer: how the time is taken.
+        refused: why it was not timed, or None.
+        eager: why a call is no CUDA graph although it should be, or None. The samples then include the host's time.
+        function: the function that the candidate has made.
+        phases: seconds of the parts of a call, where the function knows them.
+        errors: relative errors by output.
     """
 
     candidate: Candidate
@@ -68,14 +75,14 @@ class Timing:
 
 @exact_float32()
 def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
-    """Time every candidate of ``case`` that can run here and is right.
+    """Time every candidate of ``case`` that can run here and gives the right result.
 
     Returns:
-        timings: one for each candidate, in the case's order.
-        telemetry: NVML readings before and after, and whether the card was throttled.
+        The timings, one for each candidate in the case's order; and the telemetry: NVML readings before and after, and
+        whether the card was throttled.
     """
     if "torch._dynamo" in sys.modules:
-        # what was compiled for an earlier case only fills its cache; candidates of one case keep theirs
+        # Functions that were compiled for an earlier case only fill the cache. Those of this case stay compiled.
         torch._dynamo.reset()
     telemetry = Telemetry(case.device)
     timings = [Timing(candidate) for candidate in case.candidates]
@@ -103,12 +110,12 @@ def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
 
 
 def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
-    """Add samples; who fails is taken out of ``running``."""
+    """Add one sample to each timing in each round, and drop those that fail from ``running``."""
     start = time.perf_counter()
     for number in range(budget.rounds):
         if number >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
             break
-        # who goes first changes, so that nobody always runs on what another left in the cache
+        # Another candidate goes first each time: none shall always find the cache as the same other one left it.
         order = list(running)
         turn = number % max(len(order), 1)
         for timing in order[turn:] + order[:turn]:
@@ -120,7 +127,7 @@ def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
 
 @contextlib.contextmanager
 def _refusing(*timings: Timing) -> Iterator[None]:
-    """An error in here refuses ``timings``, for its reason, and goes no further."""
+    """Turn an exception inside the context into the reason why ``timings`` are refused, and do not raise it."""
     try:
         yield
     except Exception as error:
@@ -131,16 +138,23 @@ def _refusing(*timings: Timing) -> Iterator[None]:
     if any(timing.refused for timing in timings) and torch.cuda.is_initialized():
         gc.collect()
         with contextlib.suppress(RuntimeError):
-            # after an illegal access every call fails, this one too; the reason is kept above
+            # after an illegal access every call fails, this one too; the reason was kept above
             torch.cuda.empty_cache()
 
 
 def ratio_interval(
     ours: Sequence[float], other: Sequence[float], resamples: int = 2000, level: float = 0.95
 ) -> tuple[float, float, float]:
-    """How many times as long ``other`` takes as ``ours``: median of the rounds' ratios, and its bootstrap interval.
+    """Return how many times as long ``other`` takes as ``ours``: the median of the rounds' ratios, with an interval
+    from the bootstrap.
 
-    Both must come from the same rounds: what slowed a round down slowed both, and cancels.
+    Both must come from the same rounds: what slowed down a round slowed down both, and cancels in the ratio.
+
+    Args:
+        ours: seconds by round.
+        other: seconds in the same rounds.
+        resamples: draws of the bootstrap.
+        level: the share of them inside the interval.
 
     Returns:
         (median, low, high)
@@ -152,7 +166,7 @@ def ratio_interval(
 
 
 def _input_sets(case: Case) -> list[Inputs]:
-    """Inputs that the cache cannot hold, as far as memory goes."""
+    """Draw as many sets of inputs as it takes to exceed the cache three times, or as memory allows."""
     first = leaves(case, case.inputs())
     size = max(sum(x.numel() * x.element_size() for x in first.values()), 1)
     wanted = math.ceil(3 * cache_bytes(case.device) / size) if case.graph else 1
@@ -161,13 +175,13 @@ def _input_sets(case: Case) -> list[Inputs]:
 
 
 def leaves(case: Case, inputs: Inputs) -> Inputs:
-    """``inputs`` with gradients switched on where the case takes them."""
+    """Return ``inputs``, detached, with ``requires_grad`` set where the case takes gradients."""
     return {name: x.detach().requires_grad_(name in case.wants_grad) for name, x in inputs.items()}
 
 
 @exact_float32()
 def pass_gate(case: Case, timings: list[Timing]) -> None:
-    """Make the function of each of ``timings``, and refuse it unless it agrees with the reference on fresh inputs."""
+    """Make the function of each candidate, and refuse it unless it agrees with the reference on fresh inputs."""
     with _refusing(*timings):
         inputs = leaves(case, (case.gate_inputs or case.inputs)())
         exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
@@ -203,11 +217,11 @@ def _differences(case: Case, errors: dict[str, float]) -> list[str]:
 
 
 class _Runner:
-    """One candidate, warmed up, ready to give one sample after another."""
+    """One candidate that is warmed up and gives one sample after another."""
 
     def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Graphs | None) -> None:
         if timing.function is None:
-            raise RuntimeError(f"{timing.candidate.name} has made nothing yet")
+            raise RuntimeError(f"{timing.candidate.name} has made no function yet")
         self.device = case.device
         self._function, self._inputs = timing.function, sets[0]
         self.calls: list[Callable[[], object]] = [
@@ -221,17 +235,17 @@ class _Runner:
                 self.calls = graphs.capture(self.calls)
                 timing.timer = "cuda graph, cuda events"
             except Exception as error:
-                # it is timed as it is, host included, and says so
+                # it is timed without a graph, and the table says that the host is included
                 timing.eager = short(error)
         estimate = max(self._timed(1), 1e-7)
         self.repeats = max(1, min(200, math.ceil(MIN_SAMPLE_S[self.device.type] / estimate)))
 
     def sample(self) -> float:
-        """Seconds per call."""
+        """Return the seconds per call."""
         return self._timed(self.repeats) / self.repeats
 
     def phases(self, rounds: int = 3) -> dict[str, float]:
-        """Seconds of the parts of a call, for functions that know theirs; a long one is read once."""
+        """Return the seconds of the parts of a call, for functions that know them. A long call is read only once."""
         if not hasattr(self._function, "phases"):
             return {}
         readings = [self._function.phases(**self._inputs)]
@@ -252,24 +266,18 @@ class _Runner:
             synchronize(self.device)
 
     def _timed(self, repeats: int) -> float:
-        if self.device.type != "cuda":
-            start = time.perf_counter()
+        def turns() -> None:
             for _ in range(repeats):
                 self._turn()
-            return time.perf_counter() - start
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        torch.cuda._sleep(BACKLOG_CYCLES)
-        begin.record()
-        for _ in range(repeats):
-            self._turn()
-        end.record()
-        torch.cuda.synchronize()
-        return begin.elapsed_time(end) / 1e3
+
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda._sleep(BACKLOG_CYCLES)
+        return elapsed(turns, self.device)
 
 
 def _throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
-    """None: nobody knows."""
+    """Return whether the card was throttled at one of two readings, or None where one could not be taken."""
     if not (before["available"] and after["available"]):
         return None
     return bool(before["throttled"] or after["throttled"])

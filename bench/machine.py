@@ -1,19 +1,22 @@
-"""What a measurement was taken on: machine, versions, commit, clocks and temperature, and the roofs measured there."""
+"""The conditions of a measurement: machine, versions, commit, clocks and temperature, and the machine's measured
+rates.
+"""
 
-import contextlib
 import importlib.metadata
 import os
 import platform
 import re
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-# Named in every result, installed or not.
+from clipfast.verify.context import exact_float32
+
+# Packages whose versions every result names, installed or not.
 PACKAGES = (
     "torch", "triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "cut-cross-entropy", "liger-kernel",
     "siglip-kernel", "flash-attn",
@@ -21,7 +24,7 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str | None]:
-    """Python, this package and everything it is compared with; None for what is not installed."""
+    """Return the versions of Python, of this package and of all :data:`PACKAGES`; None for what is not installed."""
     import clipfast
 
     found: dict[str, str | None] = {"python": platform.python_version(), "clipfast": clipfast.__version__}
@@ -34,11 +37,11 @@ def versions() -> dict[str, str | None]:
 
 
 def commit(folder: Path | None = None) -> dict[str, Any]:
-    """Commit of the checkout that this code runs from, and whether it was changed since.
+    """Return the commit of the checkout that this code runs from, and whether its files have changed since.
 
-    A copy without its history does not know: ``CLIPFAST_COMMIT`` in the environment says it then.
+    In a copy without git history, the environment variable ``CLIPFAST_COMMIT`` names the commit.
     """
-    # resolved: kernels and bench may be reached through links
+    # resolved, because kernels/ and bench/ may be reached through links
     folder = folder or Path(__file__).resolve().parent
 
     def git(*arguments: str) -> str | None:
@@ -53,7 +56,7 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
 
 
 def use(device: torch.device) -> torch.device:
-    """Make ``device`` the current one, and return it with its number: streams, events and memory figures are its."""
+    """Make ``device`` the current one and return it with its number, which streams, events and memory figures need."""
     if device.type != "cuda":
         return device
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
@@ -61,33 +64,16 @@ def use(device: torch.device) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def exact_float32() -> Iterator[None]:
-    """Products and convolutions of float32 in float32: cuDNN would take TF32 otherwise, for the truth too."""
-    flags: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [flag.allow_tf32 for flag in flags]
-    for flag in flags:
-        flag.allow_tf32 = False
-    try:
-        yield
-    finally:
-        for flag, value in zip(flags, before, strict=True):
-            flag.allow_tf32 = value
-
-
 def free_bytes(device: torch.device) -> int:
-    """Memory that is left on the device, or in the machine."""
+    """Return the bytes of free memory on the GPU, or of available memory in the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    try:
-        found = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        found = None
+    found = re.search(r"MemAvailable:\s+(\d+) kB", _proc("meminfo"))
     return 1024 * int(found.group(1)) if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine, as far as a timing depends on it."""
+    """Return those properties of the machine that a timing depends on."""
     machine: dict[str, Any] = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "device": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -103,13 +89,13 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def card(device: torch.device) -> str:
-    """A folder name for the machine: ``nvidia-h100-80gb-hbm3``, or the processor's model."""
+    """Return a folder name for the machine, such as ``nvidia-h100-80gb-hbm3``, or the name of the processor."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def cache_bytes(device: torch.device) -> int:
-    """Size of the last cache before memory; inputs are rotated past it."""
+    """Return the size of the last cache before memory. Inputs rotate past it."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).L2_cache_size)
     sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
@@ -118,23 +104,28 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _cpu_name() -> str:
+    found = re.search(r"model name\s*:\s*(.+)", _proc("cpuinfo"))
+    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+
+
+def _proc(name: str) -> str:
+    """Return the text of a file in /proc, or nothing on a system without it."""
     try:
-        names = re.findall(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+        return Path("/proc", name).read_text()
     except OSError:
-        names = []
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} cores"
+        return ""
 
 
 @exact_float32()
 def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """Bytes per second of a large copy, read and written, and operations per second of a large matrix product.
+    """Measure the bytes per second of a large copy (read and written) and the FLOP/s of a large matrix product.
 
-    These are the ceilings that a kernel can be held to on this machine as it is now; a datasheet's are not.
+    A kernel can be held to these rates on this machine as it is now, but not to those of a data sheet.
     """
     side, copied = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
     source = torch.empty(copied, dtype=torch.uint8, device=device).random_()
     target = torch.empty_like(source)
-    # random: zeros draw less power, and run faster than data does
+    # random numbers: zeros draw less power and run faster than data does
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     return {
@@ -144,13 +135,14 @@ def measure_roofs(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
 
 
 def _best(run: Callable[[], object], device: torch.device, rounds: int = 8) -> float:
-    # handles, workspaces and clocks come up in the first ones
+    # the first runs create handles and workspaces, and raise the clocks
     for _ in range(3):
         run()
-    return min(_seconds(run, device) for _ in range(rounds))
+    return min(elapsed(run, device) for _ in range(rounds))
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
+def elapsed(run: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds that ``run`` takes: by CUDA events on a GPU, by the clock on a CPU."""
     if device.type != "cuda":
         start = time.perf_counter()
         run()
@@ -164,16 +156,16 @@ def _seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for the device; nothing to do on a CPU."""
+    """Wait for the GPU. On a CPU there is nothing to wait for."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 class Telemetry:
-    """Clocks, power, temperature and reasons for throttling, from NVML; says why where there is none."""
+    """Clocks, power, temperature and reasons for throttling, read from NVML; or the reason why they cannot be read."""
 
-    # Clock limits that mean a slower card than usual (nvml.h, nvmlClocksEventReasons): software and hardware thermal
-    # slowdown, hardware slowdown, power brake. The power cap is normal under load, and only noted.
+    # Limits of the clocks that make a card slower than usual (nvml.h, nvmlClocksEventReasons): software and hardware
+    # thermal slowdown, hardware slowdown, power brake. The power cap is normal under load, so it is only noted.
     THROTTLED = 0x20 | 0x40 | 0x08 | 0x80
 
     def __init__(self, device: torch.device) -> None:
@@ -191,11 +183,11 @@ class Telemetry:
         except ImportError:
             self.why = "nvidia-ml-py is not installed"
         except Exception as error:
-            # a driver without NVML, or a sandbox that hides it: a measurement is still worth having
+            # A driver may lack NVML, or a sandbox may hide it. The measurement is useful without it.
             self.why = f"{type(error).__name__}: {error}"
 
     def sample(self) -> dict[str, Any]:
-        """One reading, or ``{"available": False, "why": ...}``."""
+        """Return one reading, or ``{"available": False, "why": ...}``."""
         if self.why is not None:
             return {"available": False, "why": self.why}
         nvml, handle = self._nvml, self._handle

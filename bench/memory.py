@@ -1,7 +1,7 @@
-"""Peak memory of one call beyond its inputs, in a pass of its own: watching memory would slow the timing down.
+"""Peak memory of one call beyond its inputs, measured apart from the timing, which it would slow down.
 
-On a GPU the allocator's own figure. On a CPU a fresh process's high-water mark, since a process that has worked before
-holds on to pages; ``python -m clipfast.bench.memory`` is that process.
+On a GPU it is the allocator's figure. On a CPU it is the high-water mark of a fresh process, since a process that has
+worked before keeps pages; ``python -m clipfast.bench.memory`` is that process.
 """
 
 import ctypes
@@ -15,19 +15,22 @@ from pathlib import Path
 
 import torch
 
+from clipfast.verify.context import exact_float32
+
 from .case import AnyFunction, Candidate, Case, call
 from .harness import leaves
-from .machine import exact_float32
 from .suites import build
 
 TIMEOUT_S = 600
 
 
 def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = None) -> int:
-    """Bytes that a call of ``candidate`` adds to what its inputs take, outputs included.
+    """Return the bytes that a call of ``candidate`` needs in addition to its inputs, outputs included.
 
     Args:
-        function: what the candidate has made already; on a CPU it is made again, in a process of its own.
+        case: the computation.
+        candidate: the implementation.
+        function: what the candidate has made already. On a CPU it is made again, in a process of its own.
 
     Raises:
         RuntimeError: the call fails.
@@ -38,7 +41,7 @@ def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = 
         {"suite": case.suite, "shape": dict(case.shape), "dtype": case.dtype, "candidate": candidate.name}
     )
     command = [sys.executable, "-m", "clipfast.bench.memory", request, str(torch.get_num_threads())]
-    # tensors go back to the system as soon as they are freed (mallopt(3)), so that resident means in use
+    # freed tensors go back to the system at once (mallopt(3)), so resident memory is memory in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=TIMEOUT_S, env=environment)
@@ -52,7 +55,7 @@ def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = 
 @exact_float32()
 def _peak_on_gpu(case: Case, candidate: Candidate, function: AnyFunction) -> int:
     inputs = leaves(case, case.inputs())
-    call(case, candidate, function, inputs)  # libraries' workspaces are not the call's
+    call(case, candidate, function, inputs)  # libraries allocate their workspaces now, outside of the measurement
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats(case.device)
     before = torch.cuda.memory_allocated(case.device)
@@ -66,7 +69,7 @@ def _peak_on_gpu(case: Case, candidate: Candidate, function: AnyFunction) -> int
 def _peak_on_cpu(case: Case, candidate: Candidate) -> int:
     inputs = leaves(case, case.inputs())
     function = candidate.make()
-    call(case, candidate, function, inputs)  # threads, libraries and compilers take theirs here
+    call(case, candidate, function, inputs)  # threads, libraries and compilers allocate now
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     # the high-water mark starts again from here (proc(5), clear_refs)
@@ -86,7 +89,7 @@ def _status(name: str) -> int:
 
 
 def main() -> None:
-    """Print the bytes that the call described on the command line needs."""
+    """Print the bytes that the call described on the command line needs: see :func:`peak_bytes`."""
     request, threads = json.loads(sys.argv[1]), int(sys.argv[2])
     torch.set_num_threads(threads)
     case = build(request["suite"], request["shape"], request["dtype"], torch.device("cpu"))

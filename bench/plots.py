@@ -1,62 +1,53 @@
-"""Pictures of a result: the loss against the batch, the share of the floor by shape, the phases of a step, and where
-its time goes.
+"""Pictures of a result: the loss by batch, the share of the floor by shape, the phases of a step, and where its time
+goes.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from . import categories
 from .case import OURS
-from .categories import (
-    ATTENTION,
-    CATEGORIES,
-    CONVOLUTION,
-    COPIES,
-    DATA,
-    GEMM,
-    HOST,
-    INPUT,
-    LOSS,
-    NORM,
-    OPTIMIZER,
-    OTHER,
-)
+from .tables import sizes
 
 OUR_COLOUR = "#0b6e4f"
-# Products are green, what a step could do without is grey.
+# Products are green; what a step could do without is grey.
 COLOURS = {
-    GEMM: "#0b6e4f", CONVOLUTION: "#5aa17f", ATTENTION: "#2c7fb8", NORM: "#7fcdbb", INPUT: "#c7a252", LOSS: "#d95f0e",
-    OPTIMIZER: "#8856a7", COPIES: "#fdbe85", OTHER: "#e7298a", DATA: "#969696", HOST: "#d9d9d9",
+    categories.GEMM: "#0b6e4f", categories.CONVOLUTION: "#5aa17f", categories.ATTENTION: "#2c7fb8",
+    categories.NORM: "#7fcdbb", categories.INPUT: "#c7a252", categories.LOSS: "#d95f0e",
+    categories.OPTIMIZER: "#8856a7", categories.COPIES: "#fdbe85", categories.OTHER: "#e7298a",
+    categories.DATA: "#969696", categories.HOST: "#d9d9d9",
 }  # fmt: skip
 
 
 def draw(run: dict[str, Any], path: Path) -> list[Path]:
-    """Draw what ``run`` has; files are named after ``path``.
+    """Draw every picture that ``run`` has data for, into files that are named after ``path``.
 
     Returns:
-        the pictures written.
+        The pictures that were written.
     """
+    cases = run["cases"]
+    loss = [case for case in cases if case["suite"] == "loss"]
+    pictures: dict[str, tuple[Callable[..., Figure], list[Any]]] = {
+        "loss": (_against_batch, loss if len({case["shape"]["pairs"] for case in loss}) > 1 else []),
+        "floor": (_share_of_floor, [case for case in cases if case["floor"] and _have(case, "samples_s")]),
+        "step": (_phases, [case for case in cases if _have(case, "phases_s")]),
+        "breakdown": (_breakdown, [case for case in cases if _have(case, "breakdown")]),
+    }
     written = []
-    loss = [case for case in run["cases"] if case["suite"] == "loss"]
-    if len({case["shape"]["pairs"] for case in loss}) > 1:
-        written.append(_save(_against_batch(run, loss), path.with_name(path.stem + "-loss.png")))
-    timed = [case for case in run["cases"] if case["floor"] and any(c["samples_s"] for c in case["candidates"])]
-    if timed:
-        written.append(_save(_share_of_floor(run, timed), path.with_name(path.stem + "-floor.png")))
-    steps = [case for case in run["cases"] if any(c["phases_s"] for c in case["candidates"])]
-    if steps:
-        written.append(_save(_phases(run, steps), path.with_name(path.stem + "-step.png")))
-    traced = [case for case in run["cases"] if any(c.get("breakdown") for c in case["candidates"])]
-    if traced:
-        written.append(_save(_breakdown(run, traced), path.with_name(path.stem + "-breakdown.png")))
+    for name, (picture, drawn) in pictures.items():
+        if drawn:
+            written.append(path.with_name(f"{path.stem}-{name}.png"))
+            picture(run, drawn).savefig(written[-1], dpi=110, bbox_inches="tight", metadata={"Software": None})
     return written
 
 
-def _save(figure: Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
-    return path
+def _have(case: dict[str, Any], key: str) -> list[dict[str, Any]]:
+    """Return the candidates of a case that have something at ``key``."""
+    return [candidate for candidate in case["candidates"] if candidate.get(key)]
 
 
 def _where(run: dict[str, Any]) -> str:
@@ -67,9 +58,8 @@ def _where(run: dict[str, Any]) -> str:
 def _against_batch(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(11, 4.6))
     time_axes, memory_axes = figure.subplots(1, 2)
-    kinds = sorted({(case["shape"]["embed_dim"], case["dtype"]) for case in cases})
-    # one width and dtype: a picture of several would not be read
-    embed_dim, dtype = kinds[0]
+    # one width and one dtype: nobody could read a picture of several
+    embed_dim, dtype = min((case["shape"]["embed_dim"], case["dtype"]) for case in cases)
     chosen = [c for c in cases if (c["shape"]["embed_dim"], c["dtype"]) == (embed_dim, dtype)]
     chosen.sort(key=lambda case: case["shape"]["pairs"])
     _lines(time_axes, chosen, "median_s", 1e3, "time, ms")
@@ -83,13 +73,12 @@ def _against_batch(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
 
 
 def _lines(axes: Axes, cases: list[dict[str, Any]], key: str, factor: float, label: str) -> None:
-    names = [candidate["name"] for candidate in cases[0]["candidates"]]
-    for name in names:
+    for name in [candidate["name"] for candidate in cases[0]["candidates"]]:
         points = [
             (case["shape"]["pairs"], factor * candidate[key])
             for case in cases
-            for candidate in case["candidates"]
-            if candidate["name"] == name and candidate.get(key)
+            for candidate in _have(case, key)
+            if candidate["name"] == name
         ]
         if not points:
             continue
@@ -109,18 +98,14 @@ def _lines(axes: Axes, cases: list[dict[str, Any]], key: str, factor: float, lab
 def _share_of_floor(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 1.2 + 0.55 * len(cases)))
     axes = figure.subplots()
-    labels = []
     for row, case in enumerate(cases):
-        sizes = " ".join(f"{key}={value}" for key, value in case["shape"].items())
-        labels.append(f"{case['op']}\n{sizes} {case['dtype']}")
-        timed = [c for c in case["candidates"] if c.get("share_of_floor")]
+        timed = _have(case, "share_of_floor")
         best = max((c["share_of_floor"] for c in timed if c["name"] != OURS), default=None)
         ours = next((c["share_of_floor"] for c in timed if c["name"] == OURS), 0.0)
         axes.barh(row - 0.18, 100 * ours, height=0.34, color=OUR_COLOUR, label="clipfast" if row == 0 else None)
         if best is not None:
             axes.barh(row + 0.18, 100 * best, height=0.34, color="0.7", label="best other" if row == 0 else None)
-    axes.set_yticks(range(len(cases)), labels, fontsize=7)
-    axes.invert_yaxis()
+    _name_rows(axes, [f"{case['op']}\n{sizes(case)} {case['dtype']}" for case in cases])
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of the floor reached, at the rates of this machine")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
@@ -129,16 +114,14 @@ def _share_of_floor(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
 
 
 def _phases(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
-    bars = [(_label(case, c), c["phases_s"]) for case in cases for c in case["candidates"] if c["phases_s"]]
+    bars = [(_label(case, c), c["phases_s"]) for case in cases for c in _have(case, "phases_s")]
     colours = {phase: f"C{index}" for index, phase in enumerate(bars[0][1])}
     return _stacked(run, bars, colours, "ms in a step, waiting for the device after each part")
 
 
 def _breakdown(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
-    bars = [
-        (_label(case, c), c["breakdown"]["seconds"]) for case in cases for c in case["candidates"] if c.get("breakdown")
-    ]
-    used = {name: COLOURS[name] for name in CATEGORIES if any(parts[name] for _, parts in bars)}
+    bars = [(_label(case, c), c["breakdown"]["seconds"]) for case in cases for c in _have(case, "breakdown")]
+    used = {name: COLOURS[name] for name in categories.CATEGORIES if any(parts[name] for _, parts in bars)}
     return _stacked(run, bars, used, "ms in a step, by what the device does; host: the device waits, or there is none")
 
 
@@ -149,7 +132,7 @@ def _label(case: dict[str, Any], candidate: dict[str, Any]) -> str:
 def _stacked(
     run: dict[str, Any], bars: list[tuple[str, dict[str, float]]], colours: dict[str, str], label: str
 ) -> Figure:
-    """A bar for each of ``bars``, of seconds by the names in ``colours``."""
+    """Draw a horizontal bar for each of ``bars``: a label, and seconds by the names in ``colours``."""
     figure = Figure(figsize=(9, 1.4 + 0.45 * len(bars)))
     axes = figure.subplots()
     for row, (_, parts) in enumerate(bars):
@@ -159,11 +142,15 @@ def _stacked(
             axes.barh(row, width, left=left, color=colour, label=name if row == 0 else None)
             left += width
         axes.text(left, row, f" {left:.0f} ms", va="center", fontsize=8)
-    axes.set_yticks(range(len(bars)), [name for name, _ in bars], fontsize=7)
-    axes.invert_yaxis()
+    _name_rows(axes, [name for name, _ in bars])
     axes.margins(x=0.12)
     axes.set_xlabel(label)
     below = -0.6 / (1.4 + 0.45 * len(bars))
     axes.legend(fontsize=8, frameon=False, ncols=min(len(colours), 6), loc="upper center", bbox_to_anchor=(0.5, below))
     axes.set_title(_where(run), fontsize=10)
     return figure
+
+
+def _name_rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names, fontsize=7)
+    axes.invert_yaxis()

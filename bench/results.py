@@ -1,9 +1,8 @@
-"""One JSON file per run: what was measured, on what, sample by sample. ``schema.json`` describes it."""
+"""One JSON file for each run, with every sample and everything it was measured on. ``schema.json`` describes it."""
 
 import datetime
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,19 +10,22 @@ from typing import Any
 import numpy as np
 import torch
 
+from clipfast.files import replace_text
+from clipfast.kernels.dtypes import DTYPES
+
 from . import machine
 from .breakdown import Breakdown
-from .case import DTYPES, OURS, Case
+from .case import OURS, Case
 from .flops import DEFINITION, data_sheet_flops_per_s
 from .harness import Timing, ratio_interval
 
 SCHEMA = 1
 FOLDER = Path("bench/results")
-SMOKE_FOLDER = Path("runs/bench")  # what git ignores
+SMOKE_FOLDER = Path("runs/bench")  # git ignores it
 
 
 def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[str, Any]:
-    """A result without cases yet."""
+    """Return a result without cases."""
     return {
         "schema": SCHEMA,
         "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -44,12 +46,16 @@ def case_result(
     breakdowns: Mapping[str, Breakdown | str] | None = None,
     transfers: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """One entry of ``cases``.
+    """Return one entry of ``cases``.
 
     Args:
-        peaks: bytes by candidate, or why there is no figure.
-        breakdowns: where the time goes by candidate, or why that is not known.
-        transfers: seconds of each of the case's ``transfers``; None where nothing crosses, or does not fit.
+        case: what was measured.
+        timings: one for each candidate.
+        telemetry: readings before and after, from :func:`clipfast.bench.harness.measure`.
+        peaks: peak memory in bytes by candidate, or the reason why there is no figure.
+        roof: the rates measured in this run for the dtype of the case.
+        breakdowns: where the time of a step goes, by candidate, or the reason why that is not known.
+        transfers: seconds of each of the case's ``transfers``; None where nothing is sent, or where it does not fit.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
@@ -75,7 +81,7 @@ def case_result(
 
 
 def _add_utilisation(result: dict[str, Any], case: Case, measured: float) -> None:
-    """MFU of each candidate that was timed, against the peak measured in this run and the data sheet's."""
+    """Add the MFU of each timed candidate, against the peak measured in this run and against the data sheet's."""
     is_gpu = case.device.type == "cuda"
     data_sheet = data_sheet_flops_per_s(torch.cuda.get_device_name(case.device), case.dtype) if is_gpu else None
     peaks = {"measured": measured, "data_sheet": data_sheet}
@@ -91,12 +97,7 @@ def _add_breakdown(entry: dict[str, Any], breakdown: Breakdown | str | None) -> 
     if isinstance(breakdown, str):
         entry["breakdown_refused"] = breakdown
     elif breakdown is not None:
-        entry["breakdown"] = {
-            "step_s": breakdown.step_s,
-            "traced_s": breakdown.traced_s,
-            "seconds": breakdown.seconds,
-            "unknown": dict(breakdown.unknown),
-        }
+        entry["breakdown"] = {**vars(breakdown), "unknown": dict(breakdown.unknown)}
 
 
 def _candidate_result(
@@ -128,25 +129,23 @@ def _candidate_result(
 
 
 def default_path(device: torch.device, suite: str, *, smoke: bool = False) -> Path:
-    """``bench/results/<card>/<date>-<suite>-<commit>.json`` under the current folder, or ``runs/bench``."""
+    """Return ``bench/results/<card>/<date>-<suite>-<commit>.json``; with ``smoke``, a path in ``runs/bench``."""
     sha = (machine.commit()["sha"] or "unknown")[:8]
     day = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     return (SMOKE_FOLDER if smoke else FOLDER) / machine.card(device) / f"{day}-{suite}-{sha}.json"
 
 
 def write(run: dict[str, Any], path: Path) -> None:
-    """Write ``run`` whole or not at all: a measurement that is stopped keeps what it had."""
+    """Replace ``path`` by ``run``. A measurement that is stopped keeps what was written before."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_suffix(".tmp")
-    scratch.write_text(json.dumps(run, indent=1, allow_nan=False) + "\n")
-    os.replace(scratch, path)
+    replace_text(path, json.dumps(run, indent=1, allow_nan=False) + "\n")
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result file.
+    """Read a result file.
 
     Raises:
-        ValueError: not a result, or of another schema.
+        ValueError: the file is no result, or is of another schema.
     """
     try:
         run = json.loads(path.read_text())
@@ -158,10 +157,10 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def dtypes_of(names: list[str]) -> list[str]:
-    """Check names of dtypes.
+    """Return ``names`` if all of them are names of dtypes.
 
     Raises:
-        ValueError: an unknown one.
+        ValueError: a name is unknown.
     """
     for name in names:
         if name not in DTYPES:

@@ -1,27 +1,34 @@
-"""A run of several cases, written to its file after each, so that whatever stops it leaves what it had."""
+"""A run of several cases. The file is written again after each case, so a run that is stopped keeps what it has."""
 
 import contextlib
 import dataclasses
+import functools
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
+from clipfast.kernels.dtypes import DTYPES
+
 from . import results, tables
 from .breakdown import Breakdown, copy_seconds
-from .case import DTYPES, OURS, Case, short
+from .case import OURS, Case, short
 from .harness import Budget, Timing, leaves, measure
 from .machine import measure_roofs
 from .memory import peak_bytes
 from .suites import Shape, build
 
+T = TypeVar("T")
+# What :func:`build` makes a case from: suite, shape and dtype.
+CaseKey = tuple[str, Shape, str]
+
 
 def measure_all(
-    plan: Sequence[tuple[str, Shape, str]],
+    keys: Sequence[CaseKey],
     device: torch.device,
     budget: Budget,
     path: Path,
@@ -32,24 +39,28 @@ def measure_all(
     plots: bool = True,
     total_s: float = float("inf"),
 ) -> dict[str, Any]:
-    """Measure each (suite, shape, dtype) of ``plan``, print its table, and write everything to ``path``.
+    """Measure the case of each of ``keys``, print its table, and write everything to ``path``.
 
     Args:
-        only: parts of the names of the candidates to run; the engine itself always does.
+        keys: suite, shape and dtype of each case.
+        device: where the cases run.
+        budget: how long to measure a case.
+        path: the result file.
+        only: see :func:`chosen`.
         memory: measure peak memory too.
         breakdown: trace where the time of whole steps goes.
-        plots: draw pictures beside ``path``, where matplotlib is installed.
-        total_s: no case is begun after this long; those that are left are named.
+        plots: draw pictures beside ``path``, if matplotlib is installed.
+        total_s: begin no case after so many seconds, and name those that are left.
     """
     start = time.monotonic()
-    roofs = {dtype: measure_roofs(device, DTYPES[dtype]) for dtype in sorted({dtype for _, _, dtype in plan})}
+    roofs = {dtype: measure_roofs(device, DTYPES[dtype]) for dtype in sorted({dtype for _, _, dtype in keys})}
     run = results.new_run(device, roofs)
-    for number, (suite, shape, dtype) in enumerate(plan, start=1):
+    for number, (suite, shape, dtype) in enumerate(keys, start=1):
         case = chosen(build(suite, shape, dtype, device), only)
         if time.monotonic() - start > total_s:
             print(f"not begun, {total_s:.0f} s are over: {case.name}", flush=True)
             continue
-        label = f"[{number}/{len(plan)}] {case.name}"
+        label = f"[{number}/{len(keys)}] {case.name}"
         result = _measure_one(case, budget, roofs[dtype], label, memory=memory, breakdown=breakdown)
         run["cases"].append(result)
         results.write(run, path)
@@ -63,68 +74,71 @@ def measure_all(
 def _measure_one(
     case: Case, budget: Budget, roof: dict[str, float], label: str, *, memory: bool, breakdown: bool
 ) -> dict[str, Any]:
-    # by itself: what candidates have made, whole models among it, is gone when the next case begins
+    # a function of its own, so that whole models that the candidates have made are freed before the next case
     _say(f"{label}: timing")
     timings, telemetry = measure(case, budget)
-    broken_down = {}
-    for timing in timings if breakdown else []:
-        if timing.samples and hasattr(timing.function, "breakdown"):
+    timed = [timing for timing in timings if timing.samples]
+    breakdowns, peaks = {}, {}
+    for timing in timed if breakdown else []:
+        if hasattr(timing.function, "breakdown"):
             _say(f"{label}: trace of {timing.candidate.name}")
-            broken_down[timing.candidate.name] = _breakdown(case, timing)
-    peaks = {}
-    for timing in timings if memory and case.suite not in ("data", "tokenizer") else []:
-        if timing.samples:
-            _say(f"{label}: memory of {timing.candidate.name}")
-            peaks[timing.candidate.name] = _peak(case, timing)
+            breakdowns[timing.candidate.name] = _breakdown(case, timing)
+    for timing in timed if memory and case.suite not in ("data", "tokenizer") else []:
+        _say(f"{label}: memory of {timing.candidate.name}")
+        peaks[timing.candidate.name] = _or_reason(
+            functools.partial(peak_bytes, case, timing.candidate, timing.function)
+        )
     _say("")
     transfers = {name: _copied(size, case.device) for name, size in case.transfers.items()}
-    return results.case_result(case, timings, telemetry, peaks, roof, broken_down, transfers)
+    return results.case_result(case, timings, telemetry, peaks, roof, breakdowns, transfers)
 
 
 def refused_of_ours(run: dict[str, Any]) -> list[str]:
-    """What this package should have done and did not: case, candidate and reason."""
+    """Return op, candidate and reason for each candidate of this package that was refused, unless it needs something
+    that is not here, such as a GPU.
+    """
     return [
         f"{case['op']} {candidate['name']}: {candidate['refused']}"
         for case in run["cases"]
         for candidate in case["candidates"]
         if candidate["name"].startswith(OURS)
         and candidate["refused"]
-        # what needs a GPU is not wrong for that
         and not candidate["refused"].startswith("missing: ")
     ]
 
 
-def _peak(case: Case, timing: Timing) -> int | str:
+def _or_reason(function: Callable[[], T]) -> T | str:
+    """Return the result of ``function``, or in one line why it failed."""
     try:
-        return peak_bytes(case, timing.candidate, timing.function)
+        return function()
     except Exception as error:
         return short(error)
 
 
+def _breakdown(case: Case, timing: Timing) -> Breakdown | str:
+    seconds = statistics.median(timing.samples)
+    return _or_reason(
+        lambda: timing.function.breakdown(**leaves(case, case.inputs()), seconds=seconds)  # type: ignore[union-attr]
+    )
+
+
 def _copied(size: int, device: torch.device) -> float | None:
-    # no memory left for it, pinned or on the device, is no reason to lose what was timed
+    # a copy that does not fit into memory, pinned or on the device, is no reason to lose the timings
     with contextlib.suppress(RuntimeError):
         return copy_seconds(size, device)
     return None
 
 
-def _breakdown(case: Case, timing: Timing) -> Breakdown | str:
-    try:
-        result: Breakdown = timing.function.breakdown(  # type: ignore[union-attr]
-            **leaves(case, case.inputs()), seconds=statistics.median(timing.samples)
-        )
-    except Exception as error:
-        return short(error)
-    return result
-
-
 def chosen(case: Case, only: Sequence[str] | None) -> Case:
-    """``case`` with our candidate and those whose name contains one of ``only``; a whole name means that one alone.
+    """Return ``case`` with our candidate and those that ``only`` names.
+
+    Args:
+        case: the case with all of its candidates.
+        only: names, or parts of names. The whole name of a candidate selects that candidate alone. None selects all.
 
     Raises:
-        ValueError: a name that no candidate of the case has.
+        ValueError: no candidate of the case has such a name.
     """
-
     if only is None:
         return case
     known = [candidate.name for candidate in case.candidates]
@@ -152,7 +166,10 @@ def _draw(run: dict[str, Any], path: Path) -> None:
 
 
 def _say(text: str) -> None:
-    """One line of progress that the next one replaces; on a terminal only, but a line that ends stays."""
+    """Show a line of progress on a terminal, where the next one replaces it.
+
+    A line that ends in a newline stays, and is written to files too.
+    """
     if sys.stderr.isatty() or text.endswith("\n"):
         sys.stderr.write(f"\r\033[K{text}" if sys.stderr.isatty() else text)
         sys.stderr.flush()

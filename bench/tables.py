@@ -1,8 +1,11 @@
-"""Results as text: the table after a run, and the tables that the README takes from committed results."""
+"""Results as text: the table that is printed after a case, and the README's tables, made from committed results."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from clipfast.columns import align
 
 from .case import OURS
 from .categories import CATEGORIES, HOST
@@ -10,10 +13,16 @@ from .categories import CATEGORIES, HOST
 UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "us"))
 
 
+def sizes(case: dict[str, Any]) -> str:
+    """Return the sizes of a case in one line, such as ``pairs=4096 embed_dim=512``."""
+    return " ".join(f"{key}={value}" for key, value in case["shape"].items())
+
+
 def case_table(case: dict[str, Any]) -> str:
-    """One case: a line for each candidate; below, what could not run, and whose figures are not like the others'."""
-    shape = " ".join(f"{key}={value}" for key, value in case["shape"].items())
-    head = f"{case['op']}  {shape}  {case['dtype']}"
+    """Return the table of one case: a row for each candidate, and below it remarks on what could not be measured, or
+    was measured in another way than the rest.
+    """
+    head = f"{case['op']}  {sizes(case)}  {case['dtype']}"
     if case["floor"]:
         head += f"   floor {seconds(case['floor']['seconds'])}"
     if case["telemetry"]["throttled"]:
@@ -30,22 +39,15 @@ def case_table(case: dict[str, Any]) -> str:
             remarks.append(f"  host included, no CUDA graph: {candidate['name']}: {candidate['eager']}")
         if candidate.get("peak_refused"):
             remarks.append(f"  no memory figure: {candidate['name']}: {candidate['peak_refused']}")
-    return "\n".join([head, *_aligned(rows), *remarks, *_utilisation(case), *_breakdown(case)])
+    return "\n".join([head, _aligned(rows), *remarks, *_utilisation(case), *_breakdown(case)])
 
 
-def _aligned(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  "
-        + "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
+def _aligned(rows: list[list[str]]) -> str:
+    return align(rows, right=range(1, len(rows[0])), indent="  ")
 
 
 def _utilisation(case: dict[str, Any]) -> list[str]:
-    """What MFU means here, and what crosses to the device."""
+    """Say what MFU is relative to, and how many bytes a step sends to the device."""
     lines = []
     if flops := case.get("model_flops"):
         peaks = flops["peak_flops_per_s"]
@@ -64,7 +66,7 @@ def _utilisation(case: dict[str, Any]) -> list[str]:
 
 
 def _breakdown(case: dict[str, Any]) -> list[str]:
-    """Where the time goes: a line for each candidate, and the names that no rule knows."""
+    """Return the table of where the time goes, one row for each candidate, and the names that belong to no category."""
     found = [c for c in case["candidates"] if c.get("breakdown")]
     remarks = [
         f"  no breakdown: {c['name']}: {c['breakdown_refused']}"
@@ -83,7 +85,7 @@ def _breakdown(case: dict[str, Any]) -> list[str]:
         unknown = [f"{name[:80]} {100 * s / step_s:.2f}%" for name, s in breakdown["unknown"].items()]
         if unknown:
             remarks.append(f"  in other, {candidate['name']}: {', '.join(unknown)}")
-    return [*_aligned(rows), *remarks]
+    return [_aligned(rows), *remarks]
 
 
 def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
@@ -111,65 +113,48 @@ def _mfu(mfu: dict[str, float | None]) -> str:
 
 
 def seconds(value: float) -> str:
-    """``0.0123`` as ``12.3 ms``."""
-    for factor, unit in UNITS:
-        if value >= factor:
-            return f"{value / factor:.3g} {unit}"
-    return f"{value * 1e6:.3g} us"
+    """Return a time with its unit: ``0.0123`` becomes ``12.3 ms``."""
+    factor, unit = next((found for found in UNITS if value >= found[0]), UNITS[-1])
+    return f"{value / factor:.3g} {unit}"
 
 
 def size(value: int | None) -> str:
-    """Bytes as ``12.3 MiB``."""
+    """Return a number of bytes with its unit, such as ``12.3 MiB``, or ``-`` for None."""
     if value is None:
         return "-"
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
 
 
-def loss_table(run: dict[str, Any]) -> str:
-    """Markdown for the README: the loss against OpenCLIP's, by batch."""
-    lines = ["| pairs | clipfast | OpenCLIP | times faster (95%) | memory | OpenCLIP |", "|---|---|---|---|---|---|"]
-    for case in run["cases"]:
+def readme_table(runs: list[dict[str, Any]]) -> str:
+    """Return the README's table of ours against OpenCLIP's: of the loss by batch, or of training steps by model."""
+    cases = [case for run in runs for case in run["cases"]]
+    is_step = all(case["suite"] == "step" for case in cases)
+    rates = ["pairs/s", "MFU"] if is_step else []
+    columns = ["model, batch" if is_step else "pairs", "clipfast", "OpenCLIP", "times faster (95%)", *rates]
+    rows = [[*columns, "memory", "OpenCLIP"], ["---"] * (len(columns) + 2)]
+    for case in cases:
         by_name = {c["name"]: c for c in case["candidates"] if not c["refused"]}
-        ours, theirs = by_name.get(OURS), by_name.get("OpenCLIP ClipLoss")
-        if case["suite"] != "loss" or ours is None or theirs is None:
+        ours, theirs = by_name.get(OURS), by_name.get("OpenCLIP" if is_step else "OpenCLIP ClipLoss")
+        if case["suite"] not in ("loss", "step") or ours is None or theirs is None:
             continue
-        ratio = theirs["times_ours"]
-        lines.append(
-            f"| {case['shape']['pairs']:,} | {seconds(ours['median_s'])} | {seconds(theirs['median_s'])} "
-            f"| {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f}) "
-            f"| {size(ours['peak_bytes'])} | {size(theirs['peak_bytes'])} |"
+        shape, ratio = case["shape"], theirs["times_ours"]
+        rates = [_rate(case["items"]["count"] / ours["median_s"]), _mfu(ours["mfu"])] if is_step else []
+        rows.append(
+            [
+                f"{shape['model']}, {shape['batch']:,}" if is_step else f"{shape['pairs']:,}",
+                *(seconds(c["median_s"]) for c in (ours, theirs)),
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})",
+                *rates,
+                *(size(c["peak_bytes"]) for c in (ours, theirs)),
+            ]
         )
-    return "\n".join([*lines, "", _caption([run], [f"D = {_sizes(run, 'embed_dim')}"])])
-
-
-def step_table(runs: list[dict[str, Any]]) -> str:
-    """Markdown for the README: steps of training against OpenCLIP's, by model."""
-    lines = [
-        "| model, batch | clipfast | OpenCLIP | times faster (95%) | pairs/s | MFU | memory | OpenCLIP |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for case in (case for run in runs for case in run["cases"]):
-        by_name = {c["name"]: c for c in case["candidates"] if not c["refused"]}
-        ours, theirs = by_name.get(OURS), by_name.get("OpenCLIP")
-        if case["suite"] != "step" or ours is None or theirs is None:
-            continue
-        ratio = theirs["times_ours"]
-        lines.append(
-            f"| {case['shape']['model']}, {case['shape']['batch']:,} "
-            f"| {seconds(ours['median_s'])} | {seconds(theirs['median_s'])} "
-            f"| {ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f}) "
-            f"| {_rate(case['items']['count'] / ours['median_s'])} | {_mfu(ours['mfu'])} "
-            f"| {size(ours['peak_bytes'])} | {size(theirs['peak_bytes'])} |"
-        )
-    return "\n".join([*lines, "", _caption(runs, [])])
-
-
-def _sizes(run: dict[str, Any], field: str) -> str:
-    return ", ".join(sorted({str(case["shape"][field]) for case in run["cases"] if field in case["shape"]}))
+    widths = {str(case["shape"]["embed_dim"]) for case in cases if "embed_dim" in case["shape"]}
+    lines = [f"|{'|'.join(row)}|" if row[0] == "---" else f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join([*lines, "", _caption(runs, [f"D = {', '.join(sorted(widths))}"] if widths else [])])
 
 
 def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
-    """Where, with what, and when; of several runs, of those that were on one machine with the same packages."""
+    """Say on which machine, with which versions, at which commit and when ``runs`` were measured."""
 
     def one(values: set[str]) -> str:
         return ", ".join(sorted(values))
@@ -181,15 +166,17 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
     return f"{where}; torch {torch}, OpenCLIP {open_clip}; {', '.join(facts)}; {when}, commit {commit}."
 
 
-def fill_readme(text: str, folder: Path, read: Any) -> str:
-    """``text`` with each block between ``<!-- bench FILE... -->`` and ``<!-- /bench -->`` made anew from those files in
-    ``folder``: of the loss, or of steps, which may be in several.
+def fill_readme(text: str, folder: Path, read: Callable[[Path], dict[str, Any]]) -> str:
+    """Return ``text`` with every table between ``<!-- bench FILE... -->`` and ``<!-- /bench -->`` made again.
+
+    Args:
+        text: the README.
+        folder: where the named result files are; several of them may hold one table's training steps.
+        read: reads a result file.
     """
 
     def block(match: re.Match[str]) -> str:
-        runs = [read(folder / name) for name in match[1].split()]
-        steps = all(case["suite"] == "step" for run in runs for case in run["cases"])
-        table = step_table(runs) if steps else loss_table(*runs)
+        table = readme_table([read(folder / name) for name in match[1].split()])
         return f"<!-- bench {match[1]} -->\n{table}\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench (.+?) -->.*?<!-- /bench -->", block, text, flags=re.S)

@@ -1,6 +1,6 @@
-"""What the compiler made of every kernel, for GPUs that are not there: ``clipfast inspect``.
+"""``clipfast inspect``: compile every kernel for GPUs that need not be there, and report what the compiler made of it.
 
-``shipped`` lists the calls, ``offline`` records what they launch and compiles it, ``sass`` and ``bound`` read the
+``shipped`` lists the calls, ``offline`` records their launches and compiles them, ``sass`` and ``bound`` read the
 machine code, ``report`` holds and prints the findings, and ``command`` is the command line.
 """
 

@@ -1,15 +1,15 @@
 """An upper bound on how busy a kernel can keep its matrix unit, from its machine code.
 
-For one turn of the loop that holds the matrix products, count what the block asks of each unit of a multiprocessor, in
-clock cycles: the matrix unit, the exponential unit, the float32 lanes and the four issue slots. The units work side by
-side, so a turn takes at least as long as the busiest of them, and
+For one iteration of the loop that holds the matrix products, count the clock cycles for which a block uses each unit of
+a multiprocessor: the matrix unit, the exponential unit, the float32 lanes and the four issue slots. The units work side
+by side, so an iteration takes at least as long as the busiest of them, and
 
     bound = cycles of the products at the peak rate of the architecture / cycles of the busiest unit.
 
-It is a bound and no estimate: it leaves out memory latency and bandwidth, shared memory and its bank conflicts,
-barriers, dependencies between instructions, and (but for :meth:`Bound.over`) the code around the loop. Only code that
-runs in every turn is counted against the products. A low bound is a fact about the kernel; a high one promises nothing.
-A share is of the peak of the operands' own type: products in tf32 at 100% are half as fast as in bf16.
+This is a bound and not an estimate: it leaves out memory latency and bandwidth, shared memory and its bank conflicts,
+barriers, dependencies between instructions, and the code around the loop. Besides the products, only code that runs in
+every iteration is counted. A low bound is a fact about the kernel; a high one promises nothing. A bound is a share of
+the peak for the operands' own type: at 100%, tf32 has half the speed of bf16.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable
 
 from clipfast.kernels.hardware import ARCHITECTURES
 
+from .occupancy import SUB_PARTITIONS
 from .sass import Graph, Instruction, Loop, UnknownControlFlow
 
-SUB_PARTITIONS = 4
 WARP = 32
 
 _WARP_MMA = ("HMMA", "QMMA")
@@ -34,7 +34,7 @@ _FP32 = {"FADD": 1, "FMUL": 1, "FFMA": 1, "FADD2": 2, "FMUL2": 2, "FFMA2": 2}
 
 @dataclasses.dataclass(frozen=True)
 class Mma:
-    """A matrix instruction: who issues it ("warp", "warpgroup" or "block"), its shape (None: unknown) and operands."""
+    """A matrix instruction: its issuer ("warp", "warpgroup" or "block"), its shape (None: unknown) and operand type."""
 
     name: str
     issuer: str
@@ -48,11 +48,11 @@ class Mma:
 
 @dataclasses.dataclass(frozen=True)
 class Cycles:
-    """What a piece of code asks of a multiprocessor, in clock cycles per block.
+    """Clock cycles per block for which a piece of code uses each unit of a multiprocessor.
 
     Attributes:
-        peak: what its products take at the peak rate, on the matrix unit or as multiply-adds on the float32 lanes.
-        mma: cycles of the matrix unit; more than ``peak`` for instructions that do not reach the peak.
+        peak: cycles of its products at the peak rate, on the matrix unit or as multiply-adds on the float32 lanes.
+        mma: cycles of the matrix unit, more than ``peak`` for instructions that do not reach the peak.
         exp: cycles of the exponential unit (all special functions).
         fp32: cycles of the float32 lanes.
         issue: cycles of the issue slots.
@@ -66,18 +66,13 @@ class Cycles:
 
     @property
     def limit(self) -> str:
-        """The busiest unit."""
+        """Return the busiest unit."""
         return max(("mma", "exp", "fp32", "issue"), key=lambda unit: getattr(self, unit))
 
     @property
     def share(self) -> float:
-        """Cycles at peak rate for each cycle of the busiest unit."""
+        """Return the cycles at peak rate for each cycle of the busiest unit."""
         return self.peak / max(self.mma, self.exp, self.fp32, self.issue)
-
-    def plus(self, other: "Cycles", turns: int = 1) -> "Cycles":
-        """These, and ``turns`` times the others."""
-        names = [field.name for field in dataclasses.fields(self)]
-        return Cycles(*(getattr(self, name) + turns * getattr(other, name) for name in names))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,10 +80,10 @@ class Bound:
     """The bound of a kernel.
 
     Attributes:
-        unit: what it is of: "tensor", or "fp32" for products that must stay exact.
-        region: addresses of the hottest loop, or "kernel" when the products are in straight-line code.
-        loop: cycles of one turn of it.
-        outside: cycles of one turn of the loop around it, or of the kernel, without the loop itself.
+        unit: the unit of the products: "tensor", or "fp32" for products that must stay exact.
+        region: addresses of the hottest loop, or "kernel" if the products are in straight-line code.
+        loop: cycles of one iteration of that loop.
+        outside: cycles of one iteration of the loop around it, or of the kernel, without the loop itself.
     """
 
     unit: str
@@ -98,16 +93,12 @@ class Bound:
 
     @property
     def share(self) -> float:
-        """The bound: 0 to 1, for a loop that goes on for ever."""
+        """Return the bound, from 0 to 1, of a loop that never ends."""
         return self.loop.share
-
-    def over(self, turns: int) -> float:
-        """The bound when the loop makes ``turns`` turns each time, the code around it counted."""
-        return self.outside.plus(self.loop, turns).share
 
     @property
     def overhead(self) -> float:
-        """Cycles of the busiest other unit for each cycle of the products: of equal bounds, less is better."""
+        """Return the cycles of the busiest other unit for each cycle of the products: less is better."""
         others = (self.loop.exp, self.loop.issue, self.loop.fp32 if self.unit == "tensor" else 0.0)
         return max(others) / self.loop.peak
 
@@ -115,15 +106,15 @@ class Bound:
 def bound(
     instructions: list[Instruction], arch: int, warps: int, *, multiplies: bool = True, specialised: bool = False
 ) -> Bound | str:
-    """The bound of a kernel, or why there is none.
+    """Compute the bound of a kernel, or return the reason why there is none.
 
     Args:
-        instructions: of the kernel.
+        instructions: the kernel's code.
         arch: compute capability, 80, 90 or 100.
-        warps: of one block; all of them are taken to run the loop.
-        multiplies: whether the kernel has a matrix product: without matrix instructions the bound is then of the
-            float32 lanes.
-        specialised: whether the warps have different roles, so that what one executes says nothing of the others.
+        warps: warps of one block. It is assumed that all of them run the loop.
+        multiplies: whether the kernel has a matrix product. If it has, but no matrix instructions, the bound is that of
+            the float32 lanes.
+        specialised: whether warps have different roles, so that the code of one says nothing about the others.
     """
     if specialised or any(instruction.name == "USETMAXREG" for instruction in instructions):
         return "warp-specialised: its warps run different code"
@@ -138,12 +129,12 @@ def bound(
 
 
 def is_mma(instruction: Instruction) -> bool:
-    """Whether an instruction runs on the matrix unit (HFMA2.MMA does not)."""
+    """Return whether an instruction runs on the matrix unit (HFMA2.MMA does not)."""
     return _OTHER_MMA.match(instruction.name) is not None
 
 
 def mma_kinds(instructions: list[Instruction]) -> tuple[str, ...]:
-    """The kinds of matrix instructions in a kernel, such as "HGMMA 64x128x16 bf16", each once."""
+    """Return the kinds of matrix instructions in a kernel, such as "HGMMA 64x128x16 bf16", each once."""
     try:
         graph = Graph(instructions)
     except UnknownControlFlow:
@@ -152,7 +143,7 @@ def mma_kinds(instructions: list[Instruction]) -> tuple[str, ...]:
 
 
 def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
-    """The bound from the innermost loop with products, of several the one with most work per turn."""
+    """Compute the bound from the innermost loop with products; of several, from the one with most work."""
     counts = is_mma if unit == "tensor" else _is_fma
     holds = {block for block in graph.order if any(map(counts, graph.blocks[block]))}
     if not holds:
@@ -161,7 +152,7 @@ def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
     loops = [loop for loop in graph.loops if loop.body & holds]
     found = []
     for loop in [loop for loop in loops if not any(other.body < loop.body for other in loops)] or [kernel]:
-        # The loop around it is the smallest that holds it.
+        # the loop around it is the smallest one that contains it
         around = min((o for o in loops if loop.body < o.body), key=lambda o: len(o.body), default=kernel)
         cycles = _cycles(graph, loop.body, loop.latches, unit, arch, warps)
         outside = _cycles(graph, around.body - loop.body, around.latches, unit, arch, warps)
@@ -172,7 +163,7 @@ def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
 
 
 def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str, arch: int, warps: int) -> Cycles | str:
-    """Cycles of the blocks ``body``: all of their products, and whatever else runs before each of ``ends``."""
+    """Count the cycles of the blocks ``body``: all products, and other code that runs before each of ``ends``."""
     peak = busy = 0.0
     for mma, times in _products(graph, body):
         rate = ARCHITECTURES[arch].matrix_rate.get(mma.operand)
@@ -202,7 +193,7 @@ def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str,
 
 
 def _products(graph: Graph, body: Iterable[int]) -> list[tuple[Mma, int]]:
-    """Matrix instructions in ``body``, and how often each kind is there."""
+    """Return the kinds of matrix instructions in ``body``, and the number of each."""
     found: Counter[Mma] = Counter()
     for block in body:
         for position, instruction in enumerate(graph.blocks[block]):
@@ -229,9 +220,9 @@ def _describe(graph: Graph, block: int, position: int) -> Mma:
 
 
 def _tensor_memory_mma(graph: Graph, block: int, position: int) -> Mma:
-    """tcgen05.mma: M, N and operand type are fields of a descriptor (PTX ISA, "Instruction descriptor").
+    """Describe a tcgen05.mma. M, N and operand type are fields of a descriptor (PTX ISA, "Instruction descriptor").
 
-    The descriptor is a constant in a uniform register; it is looked for in the code that certainly ran before.
+    The descriptor is a constant in a uniform register, so search the code that certainly ran before for that constant.
     """
     instruction = graph.blocks[block][position]
     unknown = Mma(instruction.name, "block", None, "unknown")
@@ -254,7 +245,7 @@ def _tensor_memory_mma(graph: Graph, block: int, position: int) -> Mma:
 
 
 def _writes(instruction: Instruction, register: int) -> bool:
-    """Whether the first operand, which is the result, covers a uniform register."""
+    """Return whether the first operand, which is the result, covers a uniform register."""
     first = re.match(r"UR(\d+)\b", instruction.operands)
     wide = {"64": 2, "WIDE": 2, "128": 4}
     width = max((wide.get(modifier, 1) for modifier in instruction.modifiers), default=1)
@@ -264,7 +255,7 @@ def _writes(instruction: Instruction, register: int) -> bool:
 def _always(
     graph: Graph, body: frozenset[int], ends: frozenset[int], counts: Callable[[Instruction], bool]
 ) -> list[Instruction]:
-    """The code of ``body`` that runs in every turn, or whenever a product does."""
+    """Return the code of ``body`` that runs in every iteration, or whenever a product does."""
     products = [block for block in body if any(map(counts, graph.blocks[block]))]
     return [
         instruction

@@ -1,6 +1,6 @@
-"""What the compiler made of every kernel on every architecture, without a GPU: ``clipfast inspect``.
+"""``clipfast inspect``: report what the compiler made of every kernel on every architecture, without a GPU.
 
-:func:`inspect_launch` reports one launch; ``Report.rank`` orders reports, the best first, so that a tuner can drop
+:func:`inspect_launch` reports one launch. ``Report.rank`` orders reports, the best first, so that a tuner can drop
 configurations before it times any.
 """
 
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import triton
 
+from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
 
 from . import offline
@@ -27,7 +28,7 @@ from .report import Report, differences, table, to_json
 from .sass import parse
 from .shipped import known_problems, shipped_cases
 
-ARCHS = (80, 90, 100)
+ARCHS = tuple(ARCHITECTURES)
 VERSION = ".".join(triton.__version__.split(".")[:2])
 SNAPSHOT = Path(__file__).parents[2] / "tests" / "kernels" / "resources.json"
 
@@ -35,15 +36,15 @@ SNAPSHOT = Path(__file__).parents[2] / "tests" / "kernels" / "resources.json"
 def inspect_launch(
     launch: Launch, arch: int, *, case: str = "", kernel: str | None = None, half: bool | None = None
 ) -> Report:
-    """Compile one recorded launch and read what it takes, whether it is sound, and its bound.
+    """Compile one recorded launch, and report what it takes, what is wrong with it, and its bound.
 
     Args:
-        launch: from :func:`offline.record`.
+        launch: a launch from :func:`offline.record`.
         arch: compute capability, 80, 90 or 100.
         case: name of the call, for the report.
-        kernel: name for the report; default: the kernel's own.
-        half: whether its products are of 16-bit operands, which have to use the matrix unit; default: whether any of
-            its tensors has 16 bits.
+        kernel: name for the report (default: the kernel's own name).
+        half: whether its products have 16-bit operands, and so must use the matrix unit (default: whether any of its
+            tensors has 16 bits).
 
     Raises:
         triton.CompilationError, RuntimeError: the kernel does not compile.
@@ -79,44 +80,38 @@ def inspect_launch(
     )
 
 
-def inspect_case(arch: int, case: str) -> list[Report]:
-    """Reports of a shipped case's launches."""
-    launches = offline.named(offline.record(arch, shipped_cases()[case]))
-    reports = [inspect_launch(launch, arch, case=case, kernel=key) for key, launch in launches.items()]
-    known = known_problems(VERSION, arch, case)
-    return [dataclasses.replace(report, known=known) for report in reports]
-
-
-def inspect_peer(arch: int, case: str) -> list[Report]:
-    """Reports of a peer's launches.
+def inspect_case(arch: int, case: str, *, peer: bool = False) -> list[Report]:
+    """Report the launches of a shipped case, or of an installed peer's case.
 
     Raises:
-        RuntimeError: the peer cannot be imported, called or compiled; it names case and cause.
+        Exception: anything that a peer or the compiler raises.
     """
-    cases, _ = installed_cases()
-    try:
-        launches = offline.named(record_peer(arch, cases[case]))
-        # A peer has 16-bit input; what it makes of it is its own choice.
-        reports = [inspect_launch(launch, arch, case=case, kernel=key, half=True) for key, launch in launches.items()]
-        return [dataclasses.replace(report, peer=True) for report in reports]
-    except Exception as error:
-        last = str(error).strip().splitlines()[-1:] or [""]
-        raise RuntimeError(f"{case} on sm_{arch}: {type(error).__name__}: {last[0][:160]}") from None
+    launches = record_peer(arch, installed_cases()[0][case]) if peer else offline.record(arch, shipped_cases()[case])
+    known = () if peer else known_problems(VERSION, arch, case)
+    # the inputs of a peer have 16 bits, even where it converts them to another dtype
+    half = True if peer else None
+    return [
+        dataclasses.replace(inspect_launch(launch, arch, case=case, kernel=key, half=half), known=known, peer=peer)
+        for key, launch in offline.named(launches).items()
+    ]
 
 
 def inspect_all(
     archs: Sequence[int] = ARCHS, *, substring: str = "", peers: bool = False, jobs: int | None = None
 ) -> tuple[list[Report], list[str]]:
-    """Reports of all shipped kernels, in order, and what is missing (peers that are not installed or do not compile).
+    """Report all shipped kernels.
 
     Args:
         archs: compute capabilities.
         substring: take only cases whose name contains it.
         peers: report the peers' kernels too.
-        jobs: processes; default: one for each core.
+        jobs: number of processes (default: one for each core).
+
+    Returns:
+        The reports, in order, and a line for each peer that is not installed or does not compile.
 
     Raises:
-        ValueError: an unknown architecture, no case that matches, ``jobs`` below 1.
+        ValueError: an architecture is unknown, no case matches, or ``jobs`` is below 1.
         RuntimeError: the kernels are interpreted, or a shipped one does not compile.
     """
     if INTERPRET:
@@ -142,12 +137,12 @@ def inspect_all(
 
 
 def _run(tasks: list[tuple[int, str, bool]], jobs: int) -> Iterator[list[Report] | str]:
-    """Results in the order of the tasks."""
+    """Yield the results in the order of the tasks."""
     jobs = min(jobs, len(tasks))
     if jobs == 1:
         yield from _progress(map(_inspect, tasks), len(tasks))
         return
-    # The server imports everything once; its children start with that, and with no thread of this process.
+    # a fork server imports everything once, and its children have no thread of this process
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
     with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
@@ -155,13 +150,15 @@ def _run(tasks: list[tuple[int, str, bool]], jobs: int) -> Iterator[list[Report]
 
 
 def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
+    """Report one case, or say in one line why a peer has failed."""
     arch, case, is_peer = task
-    if not is_peer:
-        return inspect_case(arch, case)
     try:
-        return inspect_peer(arch, case)
-    except RuntimeError as error:
-        return str(error)
+        return inspect_case(arch, case, peer=is_peer)
+    except Exception as error:
+        if not is_peer:
+            raise
+        last = str(error).strip().splitlines()[-1:] or [""]
+        return f"{case} on sm_{arch}: {type(error).__name__}: {last[0][:160]}"
 
 
 def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
@@ -174,7 +171,7 @@ def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of ``clipfast inspect``."""
+    """Add the options of ``clipfast inspect``."""
     parser.add_argument(
         "--arch",
         nargs="+",
@@ -183,20 +180,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="compute capabilities (default: 80 90 100)",
     )
-    parser.add_argument("--case", default="", metavar="TEXT", help="only cases whose name contains TEXT")
-    parser.add_argument("--peers", action="store_true", help="also the kernels of other packages, where installed")
-    parser.add_argument("--json", metavar="FILE", help="also write everything there")
+    parser.add_argument("--case", default="", metavar="TEXT", help="report only cases whose name contains TEXT")
+    parser.add_argument("--peers", action="store_true", help="report the kernels of installed peers too")
+    parser.add_argument("--json", metavar="FILE", help="write everything to FILE too")
     parser.add_argument(
-        "--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)"
+        "--snapshot", metavar="FILE", help="file of resources to compare with (default: tests/kernels/resources.json)"
     )
-    parser.add_argument("--jobs", type=int, metavar="N", help="processes (default: one for each core)")
+    parser.add_argument("--jobs", type=int, metavar="N", help="number of processes (default: one for each core)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print table and differences; 1 when a shipped kernel has a problem, else 0.
+    """Print the table and the differences from the snapshot; return 1 if a shipped kernel has a problem, else 0.
 
     Raises:
-        ValueError, RuntimeError, OSError: see :func:`inspect_all`; a snapshot that is no such file.
+        ValueError, RuntimeError: see :func:`inspect_all`.
+        ValueError, OSError: the snapshot cannot be read.
     """
     snapshot = _read_snapshot(args.snapshot)
     reports, missing = inspect_all(args.arch, substring=args.case, peers=args.peers, jobs=args.jobs)
@@ -223,7 +221,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _read_snapshot(path: str | None) -> dict[str, Any] | None:
-    """The snapshot; without a path the one of the checkout, or None where there is no checkout."""
+    """Read the snapshot: without a path that of the checkout, or None where there is no checkout."""
     if path is None and not SNAPSHOT.exists():
         return None
     text = Path(path or SNAPSHOT).read_text()

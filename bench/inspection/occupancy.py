@@ -1,22 +1,22 @@
-"""How many blocks of a kernel fit on one multiprocessor, and what stops the next one: CUDA's occupancy calculation."""
+"""CUDA's occupancy calculation: how many blocks of a kernel fit on one multiprocessor, and what is the limit."""
 
 import dataclasses
 import math
 
 from clipfast.kernels.hardware import ARCHITECTURES
 
-# Units of allocation, as cuda_occupancy.h rounds. Registers are given out per warp, and belong to one of four
+# Units of allocation, as cuda_occupancy.h rounds. Registers are allocated for a warp at a time, in one of four
 # sub-partitions.
 REGISTER_UNIT = 256
 SUB_PARTITIONS = 4
-SHARED_RESERVED = 1024  # for the system, in each block
+SHARED_RESERVED = 1024  # bytes of each block that the system takes
 SHARED_UNIT = 128
 TENSOR_UNIT = 32  # and a power of two
 
 
 @dataclasses.dataclass(frozen=True)
 class Occupancy:
-    """Blocks per multiprocessor, the resources that allow no more, and the share of the warps that are then there."""
+    """Blocks per multiprocessor, the resources that allow no more, and the resident share of the possible warps."""
 
     blocks: int
     limits: tuple[str, ...]
@@ -24,17 +24,17 @@ class Occupancy:
 
 
 def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_columns: int = 0) -> Occupancy:
-    """Occupancy of a kernel.
+    """Compute the occupancy of a kernel.
 
     Args:
         arch: compute capability, 80, 90 or 100.
-        registers: per thread.
-        warps: per block.
-        shared_bytes: per block, static and dynamic.
-        tmem_columns: of tensor memory, per block; a block whose columns are not free waits, so they count as a limit.
+        registers: registers per thread.
+        warps: warps per block.
+        shared_bytes: shared memory per block, static and dynamic.
+        tmem_columns: columns of tensor memory per block. They are a limit, because a block waits for free columns.
 
     Raises:
-        ValueError: unknown ``arch``, or no warps.
+        ValueError: ``arch`` is unknown, or there are no warps.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(map(str, ARCHITECTURES))}, got {arch}")

@@ -1,7 +1,7 @@
-"""Compile what an op launches for a GPU that is not there, and report what the compiler made of it.
+"""Compile the kernels that an op launches for a GPU that need not be there, and read what they take of it.
 
-The launches are recorded from the op itself, so what is compiled here is what would run: the same kernel, the same
-constants, the same specialisation of its arguments.
+The launches are recorded from the op itself, so the compiled kernels are those that would run: with the same constants
+and the same specialisation of the arguments.
 """
 
 import dataclasses
@@ -18,24 +18,20 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import Launch, record_launches
 
 MATRIX_UNITS = tuple(architecture.matrix_unit for architecture in ARCHITECTURES.values())
-_TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.uint8: "u8",
-    torch.int8: "i8",
-    torch.int32: "i32",
-    torch.int64: "i64",
-}
+# Triton's names of dtypes.
+_TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
+    torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a multiprocessor, registers per thread, and which matrix unit it uses."""
+    """What one compiled kernel takes of a multiprocessor (registers: per thread), and which matrix unit it uses."""
 
     registers: int
     spill_bytes: int
@@ -45,13 +41,13 @@ class Resources:
 
 
 def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
-    """What is wrong with a compiled kernel: spills, limits passed, or a product that misses the tensor cores or should
-    not use them.
+    """Return what is wrong with a compiled kernel: it spills, exceeds a limit, or multiplies with the wrong unit.
 
     Args:
-        resources: of the kernel.
+        resources: what the kernel takes.
         arch: compute capability, 80, 90 or 100.
-        half: whether its operands are 16-bit; float32 must stay exact, so it must not use them.
+        half: whether its operands have 16 bits, and so must use the tensor cores. Float32 must stay exact, and so must
+            not use them.
         multiplies: whether it has a matrix product.
     """
     limits = ARCHITECTURES[arch]
@@ -61,7 +57,7 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
     if resources.shared_bytes > limits.block_shared_bytes:
         found.append(f"needs {resources.shared_bytes} bytes of shared memory, {limits.block_shared_bytes} are allowed")
     if resources.tmem_columns > limits.tensor_columns:
-        # Triton compiles such a kernel to an empty body and says nothing.
+        # Triton compiles such a kernel to an empty body, without a message
         found.append(f"needs {resources.tmem_columns} columns of tensor memory, {limits.tensor_columns} exist")
     expected = limits.matrix_unit if half and multiplies else "none"
     if resources.mma != expected:
@@ -70,13 +66,13 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
 
 
 def tensors(launch: Launch) -> list[torch.Tensor]:
-    """The tensors that a launch is given, those behind descriptors too."""
+    """Return the tensor arguments of a launch, including those behind descriptors."""
     values = [arg.base if isinstance(arg, TensorDescriptor) else arg for arg in launch.args.values()]
     return [value for value in values if isinstance(value, torch.Tensor)]
 
 
 def record(arch: int, op: Callable[[], object]) -> list[Launch]:
-    """The launches that ``op`` would make on compute capability ``arch``, each distinct one once."""
+    """Record the launches that ``op`` would make on compute capability ``arch``, each distinct one once."""
     with record_launches(arch) as launches:
         op()
     distinct = {
@@ -86,7 +82,9 @@ def record(arch: int, op: Callable[[], object]) -> list[Launch]:
 
 
 def named(launches: list[Launch]) -> dict[str, Launch]:
-    """Launches by kernel name and number: one kernel may be launched in several ways, with other strides, or adding."""
+    """Return launches by kernel name and number, since one kernel may be launched in several ways, such as with other
+    strides.
+    """
     keys: dict[str, Launch] = {}
     for launch in launches:
         name = launch.kernel.__name__
@@ -95,29 +93,29 @@ def named(launches: list[Launch]) -> dict[str, Launch]:
 
 
 def compile_launch(launch: Launch, arch: int) -> Resources:
-    """Compile one recorded launch for NVIDIA compute capability ``arch`` (90 for sm_90)."""
+    """Compile one recorded launch for compute capability ``arch`` (90 for sm_90), and return what it takes."""
     return resources(compile_kernel(launch, arch))
 
 
 def compile_kernel(launch: Launch, arch: int) -> Any:
-    """Compile one recorded launch; the result is Triton's compiled kernel, with everything it went through."""
+    """Compile one recorded launch into Triton's compiled kernel, which holds all intermediate code."""
     signature, constants, attrs = _specialise(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
 
 
 def resources(kernel: Any, sass: str | None = None) -> Resources:
-    """What a compiled kernel takes, read off the machine code that would run.
+    """Return what a compiled kernel takes, read from the machine code that would run.
 
-    Assembling its PTX again would tell of another kernel: Triton gives the assembler options that change registers and
-    spills.
+    Assembling its PTX again would describe another kernel, because Triton gives the assembler options that change
+    registers and spills.
 
     Args:
-        kernel: compiled.
-        sass: its disassembly, where the caller has it already.
+        kernel: the compiled kernel.
+        sass: its disassembly, if the caller has it already.
     """
     usage = _cuobjdump(kernel, "-res-usage")
-    # Spills live in the stack frame: without one there is nothing to count.
+    # spills are in the stack frame: without one there are none to count
     spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(sass or disassemble(kernel))
     ptx = kernel.asm["ptx"]
     return Resources(
@@ -135,17 +133,17 @@ def multiplies(kernel: Any) -> bool:
 
 
 def threads(kernel: Any) -> int:
-    """Threads of one block, helper warps of a warp-specialised kernel included."""
+    """Return the threads of one block, including the helper warps of a warp-specialised kernel."""
     return _number(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])
 
 
 def disassemble(kernel: Any) -> str:
-    """The machine code of a compiled kernel as text."""
+    """Return the machine code of a compiled kernel as text."""
     return _cuobjdump(kernel, "-sass")
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:
-    """Signature, constants and divisibility of a launch, as Triton's own launcher would derive them."""
+    """Return signature, constants and divisibility of a launch, as Triton's own launcher would derive them."""
     signature: dict[str, str] = {}
     constants: dict[str, object] = dict(launch.constexprs)
     attrs: dict[tuple[int, ...], list[list[object]]] = {}
@@ -178,7 +176,7 @@ def _cuobjdump(kernel: Any, option: str) -> str:
 
 
 def _stored_bytes(sass: str) -> int:
-    """Bytes per thread that are stored to local memory, which is where spills go: each store in the text once."""
+    """Return the bytes per thread that are stored to local memory, which is where spills go. Each store counts once."""
     return sum(int(bits or 32) // 8 for bits in re.findall(r"\bSTL(?:\.[A-Z]+)*(?:\.(\d+))?\b", sass))
 
 

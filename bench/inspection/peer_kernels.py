@@ -1,8 +1,8 @@
-"""The published kernels of others, as their own package would launch them on a GPU that is not there.
+"""The published kernels of other packages, as those packages would launch them on a GPU that need not be there.
 
-Nothing of theirs is in this repository: the packages are looked for where this Python looks for modules. A peer's
-public function is called on CPU tensors that claim to be on a GPU of the architecture, and what it launches is
-recorded: its kernels, with the tiles, warps and stages that it chooses itself.
+The packages are not part of this repository; they are used where they are installed. The public function of such a peer
+is called on CPU tensors that claim to be on a GPU of the architecture, and its launches are recorded, with the tiles,
+warps and stages that it chooses itself.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from .shipped import Case
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A package: the module to look for, what pip calls it, and its calls by case name."""
+    """A package: the module to import, its name and version for pip, and calls of it by case name."""
 
     module: str
     requirement: str
@@ -30,16 +30,16 @@ class Peer:
 
 
 def peers() -> list[Peer]:
-    """The peers of the contrastive loss: forward and backward of 1,024 pairs in bfloat16."""
+    """Return the peers of the contrastive loss, with forward and backward passes on 1,024 pairs in bfloat16."""
     return [
-        # 1280: bigG/14, beyond what its FlashAttention-style backward takes
+        # 1280, the features of bigG/14, are more than its backward in the style of FlashAttention takes
         Peer("memeff", "memeff==0.3.1", {f"memeff N1024 D{dim} bf16": _memeff(dim) for dim in (512, 768, 1280)}),
         Peer("inf_cl", "inf-cl==1.2.1", {f"inf-cl N1024 D{dim} bf16": _inf_cl(dim) for dim in (512, 768)}),
     ]
 
 
 def installed_cases() -> tuple[dict[str, Case], list[str]]:
-    """Cases of the peers that are installed, and one line for each that is missing."""
+    """Return the cases of the peers that are installed, and one line for each peer that is not."""
     cases: dict[str, Case] = {}
     missing = []
     for peer in peers():
@@ -51,10 +51,10 @@ def installed_cases() -> tuple[dict[str, Case], list[str]]:
 
 
 def record_peer(arch: int, case: Case) -> list[Launch]:
-    """The launches of a peer on compute capability ``arch``, each distinct one once.
+    """Record the launches of a peer on compute capability ``arch``, each distinct one once.
 
     Raises:
-        Whatever the peer raises, such as ImportError for a dependency that it lacks.
+        Exception: anything that the peer raises, such as ImportError for a dependency that is missing.
     """
     with _pretend_gpu(arch) as launches:
         case()

@@ -1,9 +1,11 @@
-"""What an inspected kernel is, as a record, a table row and JSON, and how it differs from a snapshot."""
+"""The report of a compiled kernel: as a record, as a table row, as JSON, and its differences from a snapshot."""
 
 import dataclasses
 import textwrap
 from collections.abc import Sequence
 from typing import Any
+
+from clipfast.columns import align
 
 from .bound import Bound
 from .occupancy import Occupancy
@@ -14,24 +16,24 @@ _COLUMNS = {
     "spill": "bytes per thread that found no register and go through memory: must be 0",
     "smem": "shared memory per block, KiB",
     "tmem": "columns of tensor memory per block; 512 exist",
-    "blocks": "blocks that fit on one multiprocessor at a time, and what allows no more",
+    "blocks": "blocks that fit on one multiprocessor at a time, and the resources that allow no more",
     "MMA": "matrix instructions: HMMA is mma.sync, HGMMA wgmma, UTCHMMA tcgen05.mma",
     "TMA": "whether the tensor memory accelerator moves tiles",
-    "mma": "clock cycles of the matrix unit for one turn of the hottest loop",
+    "mma": "clock cycles of the matrix unit for one iteration of the hottest loop",
     "exp": "the same of the exponential unit",
     "fp32": "the same of the float32 lanes",
     "issue": "the same of the issue slots",
     "bound": "how busy the matrix unit can be at most, and the unit that sets it; 'fp32': of the float32 lanes, for "
     "products that must stay exact. A bound, not an estimate: memory and waiting are left out",
-    "around": "cycles of the busiest unit in the code around that loop: much of it wants many turns of the loop",
+    "around": "cycles of the busiest unit in the code around that loop: few, if the loop has many iterations",
 }
 
 
 def explain() -> str:
-    """What ``clipfast inspect`` does and what its columns say, for ``--help``."""
+    """Return the text for ``--help``: what ``clipfast inspect`` does and what its columns mean."""
     what = (
         "Compile every shipped kernel for GPUs that need not be there, and report what each takes. The exit code is 1 "
-        "when one spills, passes a limit or misses the matrix unit."
+        "if one spills, exceeds a limit or misses the matrix unit."
     )
     columns = [
         textwrap.fill(text, 100, initial_indent=f"  {name:8}", subsequent_indent=" " * 10)
@@ -45,19 +47,19 @@ class Report:
     """One compiled launch on one architecture.
 
     Attributes:
-        case: the call that makes the launch.
+        case: name of the call that makes the launch.
         kernel: name of the kernel, and its number among the launches of that kernel.
         arch: compute capability, 80, 90 or 100.
         resources: registers, spills, shared memory, tensor memory, matrix unit.
-        warps: per block.
+        warps: warps per block.
         occupancy: blocks per multiprocessor, and what limits them.
         mma: kinds of matrix instructions, such as "HGMMA 64x128x16 bf16".
         tma: whether it uses the tensor memory accelerator.
         bound: upper bound on the use of the matrix unit, or None.
         unbounded: why there is no bound, or "".
         problems: what is wrong with it; see :func:`clipfast.bench.inspection.offline.problems`.
-        known: those of ``problems`` that the compiler causes and clipfast cannot help.
-        peer: whether it is somebody else's.
+        known: those of ``problems`` that the compiler causes and clipfast cannot avoid.
+        peer: whether it is a kernel of another package.
     """
 
     case: str
@@ -76,13 +78,15 @@ class Report:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Problems that are not known ones."""
+        """Return the problems that are not known ones."""
         return tuple(problem for problem in self.problems if problem not in self.known)
 
     @property
     def rank(self) -> tuple[bool, float, float, float]:
-        """Key that sorts configurations of one kernel, the best first: sound ones, by bound, by overhead beside the
-        products, by warps on the multiprocessor. A kernel that does not fit on one counts as unsound.
+        """Return the key that sorts configurations of one kernel, the best first.
+
+        Sound ones come first; then the bound decides, then the overhead beside the products, then the warps on a
+        multiprocessor. A kernel that does not fit on a multiprocessor is not sound.
         """
         share, overhead = (self.bound.share, self.bound.overhead) if self.bound else (0.0, float("inf"))
         unsound = bool(self.failures) or self.occupancy.blocks == 0
@@ -90,7 +94,7 @@ class Report:
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """A report as JSON holds it: its fields, and what follows from the bound."""
+    """Return a report for JSON: its fields, and the figures that follow from the bound."""
     record = dataclasses.asdict(report)
     if report.bound is not None:
         bound = report.bound
@@ -99,14 +103,11 @@ def to_json(report: Report) -> dict[str, Any]:
 
 
 def table(reports: Sequence[Report]) -> str:
-    """Reports as text, one row each, by architecture."""
+    """Return a table of reports for each architecture, one row for each report."""
     parts = []
     for arch in sorted({report.arch for report in reports}):
         rows = [_row(report) for report in reports if report.arch == arch]
-        widths = {name: max(len(name), *(len(row[name]) for row in rows)) for name in rows[0]}
-        lines = ["  ".join(name.ljust(widths[name]) for name in widths).rstrip()]
-        lines += ["  ".join(row[name].ljust(widths[name]) for name in widths).rstrip() for row in rows]
-        parts.append("\n".join([f"sm_{arch}", *lines]))
+        parts.append(f"sm_{arch}\n" + align([list(rows[0]), *(list(row.values()) for row in rows)]))
     return "\n\n".join(parts)
 
 
@@ -137,7 +138,7 @@ def _row(report: Report) -> dict[str, str]:
 
 
 def _kinds(kinds: Sequence[str]) -> str:
-    """Kinds that differ only in shape, together: "HGMMA 64x32x16+64x64x16 bf16"."""
+    """Return the kinds of instructions in one text, with those that differ only in shape put together."""
     shapes: dict[tuple[str, str], list[str]] = {}
     for kind in kinds:
         name, _, rest = kind.partition(" ")
@@ -147,12 +148,12 @@ def _kinds(kinds: Sequence[str]) -> str:
 
 
 def differences(reports: Sequence[Report], snapshot: dict[str, Any], version: str) -> list[str]:
-    """What changed against a snapshot, one line each; only cases that were inspected are compared.
+    """Return what differs from a snapshot, one line for each kernel. Only inspected cases are compared.
 
     Args:
-        reports: of the shipped kernels.
+        reports: reports of the shipped kernels.
         snapshot: resources by Triton version ("3.9"), architecture ("sm_90"), case and kernel.
-        version: of Triton now.
+        version: the installed version of Triton.
     """
     if version not in snapshot:
         return [f"the snapshot has no entry for Triton {version}, only {', '.join(sorted(snapshot)) or 'none at all'}"]

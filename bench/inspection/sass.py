@@ -1,7 +1,7 @@
-"""Machine code as the disassembler prints it: instructions, basic blocks, and the loops between them.
+"""Machine code as the disassembler prints it: instructions, basic blocks and loops.
 
-Loops are found on the control-flow graph (an edge back to a block that dominates its source), so that code laid out of
-line, such as the waits on a barrier, neither makes a loop of its own nor ends one.
+Loops are found on the control-flow graph: an edge back to a block that dominates its source closes one. So code that is
+placed out of line, such as a wait on a barrier, neither makes a loop of its own nor ends one.
 """
 
 import dataclasses
@@ -26,12 +26,12 @@ class Instruction:
 
     @functools.cached_property
     def name(self) -> str:
-        """The opcode without its modifiers."""
+        """Return the opcode without its modifiers."""
         return self.opcode.split(".")[0]
 
     @property
     def modifiers(self) -> list[str]:
-        """What follows the opcode's name."""
+        """Return the modifiers behind the opcode's name."""
         return self.opcode.split(".")[1:]
 
 
@@ -49,10 +49,10 @@ class UnknownControlFlow(Exception):  # noqa: N818  (a finding, not a failure)
 
 
 def parse(text: str, function: str | None = None) -> list[Instruction]:
-    """The instructions of ``function`` (default: the first one) in the output of ``cuobjdump -sass``.
+    """Read the instructions of ``function`` (default: the first one) from the output of ``cuobjdump -sass``.
 
     Raises:
-        ValueError: the text holds no such function, or no instruction.
+        ValueError: the text has no such function, or no instruction.
     """
     found: list[Instruction] = []
     current: str | None = None
@@ -72,9 +72,9 @@ def parse(text: str, function: str | None = None) -> list[Instruction]:
 
 
 class Graph:
-    """Basic blocks that can be reached from the entry, who dominates whom, and the natural loops.
+    """Basic blocks that can be reached from the entry, their dominators and the natural loops.
 
-    Calls are taken to return: a called subroutine is not part of the graph.
+    It is assumed that calls return. A called subroutine is not part of the graph.
     """
 
     def __init__(self, instructions: list[Instruction]) -> None:
@@ -85,27 +85,24 @@ class Graph:
         self.dominators = _dominators(self.successors, self.order)
 
     def dominates(self, block: int, other: int) -> bool:
-        """Whether every way from the entry to ``other`` passes ``block``."""
+        """Return whether every path from the entry to ``other`` passes through ``block``."""
         return bool(self.dominators[other] >> block & 1)
 
     @functools.cached_property
     def exits(self) -> frozenset[int]:
-        """Reachable blocks that nothing follows."""
+        """Return the reachable blocks without a successor."""
         return frozenset(block for block in self.order if not self.successors[block])
 
     @functools.cached_property
     def loops(self) -> list[Loop]:
-        """All natural loops, those with one header taken together."""
-        predecessors: dict[int, list[int]] = {block: [] for block in self.order}
-        latches: dict[int, set[int]] = {}
-        for block in self.order:
-            for successor in self.successors[block]:
-                predecessors[successor].append(block)
-                if self.dominates(successor, block):
-                    latches.setdefault(successor, set()).add(block)
+        """Return all natural loops. Loops with the same header count as one."""
+        predecessors = _predecessors(self.successors, self.order)
         loops = []
-        for header, sources in latches.items():
-            body, pending = {header}, list(sources)
+        for header in self.order:
+            sources = [block for block in predecessors[header] if self.dominates(header, block)]
+            if not sources:
+                continue
+            body, pending = {header}, sources.copy()
             while pending:
                 block = pending.pop()
                 if block not in body:
@@ -115,9 +112,9 @@ class Graph:
         return loops
 
     def above(self, block: int, position: int) -> list[Instruction]:
-        """Instructions that certainly ran before number ``position`` of ``block``, the latest first."""
+        """Return the instructions that certainly ran before number ``position`` of ``block``, the latest first."""
         found = self.blocks[block][:position][::-1]
-        # Dominators of one block form a chain: the nearer, the more dominators it has itself.
+        # the dominators of a block form a chain, in which a nearer one has more dominators itself
         chain = [other for other in self.order if other != block and self.dominates(other, block)]
         for other in sorted(chain, key=lambda index: self.dominators[index].bit_count(), reverse=True):
             found += self.blocks[other][::-1]
@@ -151,7 +148,7 @@ def _successors(blocks: list[list[Instruction]], index: int, starts: dict[int, i
         target = _target(last)
         if target is None or target not in starts:
             raise UnknownControlFlow(f"branch at {last.address:#x} to {last.operands!r}")
-        # With a second operand the predicate is written as one: BRA.U UP0, 0x40
+        # a predicate may be written as a first operand: BRA.U UP0, 0x40
         unconditional = always and "," not in last.operands
         return (starts[target],) if unconditional else (starts[target], *following)
     if last.name == "BSYNC":
@@ -164,7 +161,7 @@ def _successors(blocks: list[list[Instruction]], index: int, starts: dict[int, i
 
 
 def _reconvergence(blocks: list[list[Instruction]], index: int, starts: dict[int, int]) -> tuple[int, ...]:
-    """Where BSYNC goes on: the address that the BSSY before it, on the same barrier, was given."""
+    """Return the block where BSYNC continues: the target of the BSSY before it on the same barrier."""
     barrier = blocks[index][-1].operands.split(",")[0].strip()
     for block in reversed(blocks[: index + 1]):
         for instruction in reversed(block):
@@ -188,12 +185,17 @@ def _reverse_postorder(successors: list[tuple[int, ...]]) -> list[int]:
     return postorder[::-1]
 
 
-def _dominators(successors: list[tuple[int, ...]], order: list[int]) -> dict[int, int]:
-    """For each reachable block a bit set of its dominators, itself included; the iterative algorithm."""
+def _predecessors(successors: list[tuple[int, ...]], order: list[int]) -> dict[int, list[int]]:
     predecessors: dict[int, list[int]] = {block: [] for block in order}
     for block in order:
         for successor in successors[block]:
             predecessors[successor].append(block)
+    return predecessors
+
+
+def _dominators(successors: list[tuple[int, ...]], order: list[int]) -> dict[int, int]:
+    """Compute a bit set of dominators for each reachable block, itself included, by the iterative algorithm."""
+    predecessors = _predecessors(successors, order)
     everything = sum(1 << block for block in order)
     dominators = dict.fromkeys(order, everything)
     dominators[order[0]] = 1 << order[0]

@@ -1,4 +1,4 @@
-"""Files to tensors: decoding, resizing and normalising photographs, ours against OpenCLIP's transform."""
+"""From files to tensors: decode, resize and normalise photographs, ours against OpenCLIP's transform."""
 
 import functools
 import io
@@ -20,12 +20,12 @@ SMALLEST: Mapping[str, int | str | bool] = {"images": 2, "width": 64, "height": 
 
 
 def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:  # noqa: ARG001
-    """A photograph as the web has them, to the size that most models take."""
+    """Return one shape: photographs of a size that is common on the web, resized to what most models take."""
     return [FIELDS]
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
-    """JPEG files in memory; one thread, since loaders scale by processes."""
+    """Return the case of JPEG files in memory. It uses one thread, because data loaders scale by processes."""
     count, width, height, size = (shape[key] for key in FIELDS)
     files = _jpegs(count, width, height)
     return Case(
@@ -61,7 +61,7 @@ def _all(files: list[bytes], decode: Callable[[bytes], Image.Image], transform: 
 
 
 def _jpegs(count: int, width: int, height: int) -> list[bytes]:
-    # smooth colours with some noise: about as many bits per pixel as a photograph
+    # smooth colours with noise have about as many bits per pixel as a photograph
     rng = np.random.default_rng(0)
     files = []
     for _ in range(count):

@@ -1,7 +1,8 @@
-"""A whole training step, forward, loss, backward and AdamW, on images that are bytes until the model takes them.
+"""A whole training step: forward, loss, backward and AdamW, on images that stay bytes until the model takes them.
 
-AdamW here counts its steps on the host, so a step is no CUDA graph: the host that starts its kernels is in the time.
-Inputs are on the device when the time begins; what their way there costs, as bytes or as floats, is told apart.
+AdamW counts its steps on the host here, so a step cannot be a CUDA graph, and its time includes the host that launches
+the kernels. The inputs are on the device when the time begins. What it costs to send them there, as bytes or as floats,
+is reported separately.
 """
 
 import functools
@@ -16,28 +17,29 @@ from torch.profiler import record_function
 
 from clipfast import create_model, get_model_config, list_models
 from clipfast.kernels import contrastive_loss, reference
-from clipfast.kernels.floors import Floor
+from clipfast.kernels.dtypes import DTYPES
+from clipfast.kernels.spec import Floor
 from clipfast.training.optim import adamw
+from clipfast.verify.models import draw_batch
 
 from ..breakdown import Breakdown, copy_seconds, trace
-from ..case import DTYPES, OURS, Candidate, Case, Function, Inputs
+from ..case import OURS, Candidate, Case, Function, Inputs
 from ..categories import LOSS_RANGE
-from ..flops import step_flops
+from ..flops import step_floor_flops, step_flops
 from ..machine import synchronize
 from . import peers
 
 FIELDS: Mapping[str, int | str | bool] = {"model": "ViT-B-32", "batch": 256}
 SMALLEST: Mapping[str, int | str | bool] = {"model": "ViT-T-8-32", "batch": 2}
-END_OF_TEXT = 49407
-# The reference keeps the scores of every layer in float32.
+# The reference keeps the scores of every layer in float32, so a large batch would not fit.
 GATE_BATCH = 16
-# The loss depends on how features of a batch differ, and at the start they are nearly the same: in bf16, PyTorch's own
-# gradients are 3% off where its features are 1% off.
+# The loss depends on the differences between the features of a batch, and random weights make them nearly equal: in
+# bf16, PyTorch's own gradients are off by 3% where its features are off by 1%.
 SLACK = {"d_parameters": 3.0}
 
 
 def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:
-    """Published models at a batch that fills a GPU, or a small one on a CPU."""
+    """Return published models, each at a batch that fills a GPU; on a CPU one model at a small batch."""
     if device_type == "cpu":
         return [{"model": "ViT-B-32", "batch": 8}]
     sizes = (("ViT-B-32", 1024), ("ViT-B-16", 512), ("ViT-L-14", 128), ("RN50", 256))
@@ -45,8 +47,10 @@ def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
-    """Every candidate starts from the same random weights, and is held to the reference's loss, features and gradients
-    in its first step.
+    """Return the case of one model and batch.
+
+    All candidates start from the same random weights. The first step of each is compared with the reference: the loss,
+    the features and all gradients.
     """
     name, batch = shape["model"], shape["batch"]
     if name not in list_models():
@@ -72,8 +76,8 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
             Candidate("OpenCLIP compiled", lambda: _compiled(theirs, device, fullgraph=False)),
         ),
         reference=_Exact(name, device),
-        floor=Floor(_step_flops(name, batch), 0),
-        model_flops=step_flops(get_model_config(name), batch),
+        floor=Floor(step_floor_flops(name, batch), 0),
+        model_flops=step_flops(name, batch),
         transfers={pixels: _sent_bytes(name, batch, pixels) for pixels in ("uint8", "float32")},
         items=(batch, "pairs"),
     )
@@ -86,22 +90,12 @@ def _weights(name: str) -> dict[str, Tensor]:
 
 
 def _inputs(name: str, batch: int, device: torch.device) -> Inputs:
-    """Random images, and texts that end anywhere: features are read at the end, and would be alike if all ended at
-    once.
-    """
-    config = get_model_config(name)
-    size, length = config.vision.image_size, config.text.context_length
-    texts = torch.randint(1, 40000, (batch, length), device=device)
-    end = torch.randint(1, length, (batch, 1), device=device)
-    texts.masked_fill_(torch.arange(length, device=device) > end, 0)
-    return {
-        "images": torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device),
-        "texts": texts.scatter_(1, end, END_OF_TEXT),
-    }
+    images, texts = draw_batch(get_model_config(name), batch)
+    return {"images": images.to(device), "texts": texts.to(device)}
 
 
 class _Exact:
-    """What a step computes, by the reference ops in float32; the model lives as long as the call."""
+    """The reference: a step by the reference ops in float32. The model exists only during the call, to save memory."""
 
     def __init__(self, name: str, device: torch.device) -> None:
         self.name, self.device = name, device
@@ -113,22 +107,22 @@ class _Exact:
         return _ours(self.name, "fp32", self.device, "torch").observe(images, texts)
 
 
-def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "TrainingStep":
+def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "MeasuredStep":
     model = create_model(name, device=device, backend=backend)
     model.load_state_dict(_weights(name))
-    return TrainingStep(name, model, functools.partial(contrastive_loss, backend=backend), dtype)
+    return MeasuredStep(name, model, functools.partial(contrastive_loss, backend=backend), dtype)
 
 
-def _open_clip(name: str, dtype: str, device: torch.device) -> "TrainingStep":
+def _open_clip(name: str, dtype: str, device: torch.device) -> "MeasuredStep":
     open_clip = peers.need("open_clip", "open_clip_torch")
-    # from our configuration: OpenCLIP does not know the small model's name
+    # made from our configuration, because OpenCLIP does not know the small model by name
     model = open_clip.CLIP(**get_model_config(name).to_dict()).to(device)
     model.load_state_dict(_weights(name))
-    return TrainingStep(name, _Normalizing(model), open_clip.ClipLoss(), dtype, pixels="float32")
+    return MeasuredStep(name, _Normalizing(model), open_clip.ClipLoss(), dtype, pixels="float32")
 
 
-def _compiled(make: Callable[[], "TrainingStep"], device: torch.device, *, fullgraph: bool) -> "TrainingStep":
-    """Model and loss compiled, each as one graph if ``fullgraph``; the optimizer is fused already."""
+def _compiled(make: Callable[[], "MeasuredStep"], device: torch.device, *, fullgraph: bool) -> "MeasuredStep":
+    """Compile model and loss, each as one graph if ``fullgraph``. The optimizer is fused already."""
     peers.need_compiler(device)
     step = make()
     step.model, step.loss = (peers.compiled(function, fullgraph=fullgraph) for function in (step.model, step.loss))
@@ -136,7 +130,7 @@ def _compiled(make: Callable[[], "TrainingStep"], device: torch.device, *, fullg
 
 
 class _Normalizing(nn.Module):
-    """OpenCLIP's model takes floats: normalised on the device here, which spares it the larger transfer."""
+    """OpenCLIP's model behind a normalisation on the device: it takes floats, and sending bytes is cheaper."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -147,33 +141,35 @@ class _Normalizing(nn.Module):
         return self.model(pixels, texts)
 
 
-class TrainingStep:
-    """One step of AdamW on a batch; :meth:`phases` times its parts, :meth:`observe` says what it computes, and
-    :meth:`breakdown` where the time goes.
+class MeasuredStep:
+    """One step of AdamW on a batch, as a function of images and texts.
+
+    :meth:`phases` times its parts, :meth:`observe` returns what it computes, and :meth:`breakdown` finds where the time
+    goes.
 
     Args:
-        name: of the model's configuration.
-        model: from images and texts to both features and the scale.
-        loss: of these three.
+        name: name of the model's configuration.
+        model: computes both features and the logit scale from images and texts.
+        loss: computes the loss from these three.
         dtype: name of the autocast dtype, or "fp32".
-        pixels: dtype of the pixels that its users send to the device.
+        pixels: dtype in which users of this implementation send pixels to the device.
     """
 
     def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str, pixels: str = "uint8") -> None:
         self.name, self.pixels = name, pixels
         self._range: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext()
         self.model: Callable[..., Any] = model.train()
-        # by the names of our model, which OpenCLIP's has too
+        # OpenCLIP's model has the same names, behind the prefix of the module that normalises
         self.parameters = {name.removeprefix("model."): p for name, p in model.named_parameters()}
         self.loss, self.dtype = loss, dtype
         self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a step; returns the loss before it."""
+        """Take a step and return the loss before it."""
         return self._run(images, texts, lambda _: None)
 
     def phases(self, images: Tensor, texts: Tensor) -> dict[str, float]:
-        """Seconds of each part of a step, waiting for the device after each."""
+        """Take a step and return the seconds of each part. The host waits for the device after each."""
         times: dict[str, float] = {}
         synchronize(images.device)
         last = time.perf_counter()
@@ -188,7 +184,13 @@ class TrainingStep:
         return times
 
     def breakdown(self, images: Tensor, texts: Tensor, seconds: float) -> Breakdown:
-        """Where the time goes in a step that takes ``seconds``, its inputs' way to the device included."""
+        """Trace steps and return where the time goes, including the transfer of the inputs to the device.
+
+        Args:
+            images: bytes [B, 3, H, W].
+            texts: token ids [B, context_length].
+            seconds: the time that a step takes without a profiler.
+        """
         plain, self._range = self._range, record_function
         try:
             result = trace(functools.partial(self, images, texts), images.device, seconds)
@@ -200,7 +202,7 @@ class TrainingStep:
         return result if sent is None else result.with_data(sent)
 
     def observe(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Loss, features and the gradient of all parameters, without taking the step."""
+        """Return loss, features and the gradient of all parameters, without taking the step."""
         image, text, loss = self._forward(images, texts, lambda _: None)
         loss.backward()
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
@@ -228,24 +230,7 @@ class TrainingStep:
 
 
 def _sent_bytes(name: str, batch: int, pixels: str) -> int:
-    """Bytes of a batch of images, in the dtype ``pixels``, and of its texts."""
+    """Return the bytes of a batch: images with pixels of the dtype ``pixels``, and texts."""
     config = get_model_config(name)
     image = 3 * config.vision.image_size**2 * getattr(torch, pixels).itemsize
     return int(batch * (image + config.text.context_length * torch.long.itemsize))
-
-
-@functools.cache
-def _step_flops(name: str, batch: int) -> float:
-    """Operations of our step's products and convolutions, the loss's included: three times the forward's.
-
-    Those of the rows of a last block that are not read are counted with them, so a step may come nearer to this than it
-    seems to be able to.
-    """
-    from torch.utils.flop_counter import FlopCounterMode
-
-    model = create_model(name, device="meta", backend="torch")
-    size = model.visual.image_size
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        image = model.encode_image(torch.empty(1, 3, size, size, device="meta"))
-        model.encode_text(torch.empty(1, model.context_length, dtype=torch.long, device="meta"))
-    return 3.0 * batch * counter.get_total_flops() + 8.0 * batch * batch * image.shape[-1]

@@ -1,4 +1,4 @@
-"""Captions to token ids: ours against OpenCLIP's tokenizer, on ASCII and on other scripts."""
+"""From captions to token ids: our tokenizer against OpenCLIP's, on ASCII and on other scripts."""
 
 import functools
 from collections.abc import Mapping
@@ -18,12 +18,12 @@ SUFFIX = {"ascii": "", "unicode": " – ein Foto, 一张照片 📷"}
 
 
 def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:  # noqa: ARG001
-    """English captions, and the same with accents, ideographs and an emoji."""
+    """Return English captions, and the same captions with other letters, ideographs and an emoji."""
     return [{"captions": 2000, "text": text} for text in SUFFIX]
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
-    """Class names in prompt templates, all different; both must give the same ids."""
+    """Return the case of class names in prompt templates, all different. Both tokenizers must give the same ids."""
     count, text = shape["captions"], shape["text"]
     if text not in SUFFIX:
         raise ValueError(f"tokenizer: text must be one of {', '.join(SUFFIX)}, got {text!r}")
@@ -39,7 +39,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         device=device,
         inputs=lambda: {"order": torch.randperm(count)},
         candidates=(
-            Candidate(OURS, functools.partial(_all, captions, Tokenizer())),
+            Candidate(OURS, lambda: functools.partial(_encode, captions, Tokenizer())),
             Candidate("OpenCLIP tokenizer", functools.partial(_open_clip, captions)),
         ),
         reference=functools.partial(_encode, captions, Tokenizer()),
@@ -48,11 +48,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
 
 
 def _open_clip(captions: list[str]) -> Function:
-    return _all(captions, peers.need("open_clip", "open_clip_torch").SimpleTokenizer())
-
-
-def _all(captions: list[str], tokenizer: Any) -> Function:
-    return functools.partial(_encode, captions, tokenizer)
+    return functools.partial(_encode, captions, peers.need("open_clip", "open_clip_torch").SimpleTokenizer())
 
 
 def _encode(captions: list[str], tokenizer: Any, order: Tensor) -> Tensor:

@@ -9,16 +9,16 @@
 """
 
 from .options import Options
-from .report import Row, exit_code, read_json, write_json, write_junit
+from .report import CheckResult, exit_code, read_json, write_json, write_junit
 from .rule import Figure, Judgement, judge
 from .run import iter_groups, run_verify
 from .table import summary, table
 
 __all__ = [
+    "CheckResult",
     "Figure",
     "Judgement",
     "Options",
-    "Row",
     "exit_code",
     "iter_groups",
     "judge",

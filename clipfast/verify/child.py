@@ -1,7 +1,7 @@
-"""A leg in a process of its own: Triton decides when it is imported whether its kernels are interpreted.
+"""A leg in a process of its own, since Triton decides on import whether kernels are interpreted.
 
-The child writes one line of JSON for each check, then one that says it has finished. Whatever else happens to it (a
-crash, a hang, an early end) becomes a row that fails, with the end of its stderr.
+The child writes one line of JSON for each check, and a last one that says that it has finished. Anything else that
+happens to it (a crash, a hang, an early end) becomes a result that fails, with the end of its stderr.
 """
 
 import contextlib
@@ -16,20 +16,20 @@ from collections.abc import Iterator
 from typing import IO, Any
 
 from ..kernels.spec import INTERPRETER
-from .report import FAIL, Row
+from .report import FAIL, CheckResult
 
 PROGRAM = "from clipfast.verify.child import main; main()"
 FINISHED = "finished"
 STDERR_TAIL = 1500  # characters
 
 
-def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Iterator[list[Row]]:
-    """Rows of ``leg``, one check after the other, run in a subprocess.
+def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Iterator[list[CheckResult]]:
+    """Run ``leg`` in a subprocess, and yield the results of one check after the other.
 
     Args:
-        options: of :meth:`clipfast.verify.Options.to_dict`.
+        options: options from :meth:`clipfast.verify.Options.to_dict`.
         leg: "interpreter" or "cpu".
-        hang_seconds: how long it may be silent before it is killed.
+        hang_seconds: how long the subprocess may be silent before it is killed.
     """
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if leg == INTERPRETER:
@@ -46,7 +46,9 @@ def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> I
             process.wait()
 
 
-def _groups(process: "subprocess.Popen[str]", leg: str, hang_seconds: float, stderr: IO[str]) -> Iterator[list[Row]]:
+def _groups(
+    process: "subprocess.Popen[str]", leg: str, hang_seconds: float, stderr: IO[str]
+) -> Iterator[list[CheckResult]]:
     lines: queue.Queue[str | None] = queue.Queue()
     threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
     last = "before its first check"
@@ -64,7 +66,7 @@ def _groups(process: "subprocess.Popen[str]", leg: str, hang_seconds: float, std
         message = json.loads(line)
         if message == FINISHED:
             return
-        rows = [Row.from_dict(raw) for raw in message]
+        rows = [CheckResult.from_dict(raw) for raw in message]
         last = f"after {' '.join(part for part in rows[-1].group if part)}"
         yield rows
 
@@ -76,18 +78,18 @@ def _read(stream: IO[str] | None, lines: "queue.Queue[str | None]") -> None:
     lines.put(None)
 
 
-def _failed(leg: str, what: str, stderr: IO[str]) -> Row:
+def _failed(leg: str, what: str, stderr: IO[str]) -> CheckResult:
     stderr.flush()
     stderr.seek(0)
     tail = stderr.read()[-STDERR_TAIL:].strip()
     reason = f"the process of the {leg} leg {what}" + (f"; its stderr ends:\n{tail}" if tail else "")
-    return Row("legs", leg, "process", "subprocess", verdict=FAIL, reason=reason)
+    return CheckResult("legs", leg, "process", "subprocess", verdict=FAIL, reason=reason)
 
 
 def main() -> None:
     """Run the leg that the first argument describes, in this process."""
     out = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what others print must not get between the rows
+    os.dup2(2, 1)  # anything else that is printed goes to stderr, and not between the results
     from .ops import timed
     from .options import Options
     from .plan import checks, here

@@ -60,7 +60,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the checks, print the report, and return the exit code."""
     from .options import Options
-    from .report import Row, exit_code
+    from .report import CheckResult, exit_code
     from .run import run_verify
     from .table import summary, table
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
     for path in (args.json, args.junit):
         if path is not None and not path.absolute().parent.is_dir():
             raise ValueError(f"no folder {path.parent} to write {path.name} in")
-    rows: list[Row] = []
+    rows: list[CheckResult] = []
     started, complete = time.perf_counter(), False
     bar = _progress(options)
     try:

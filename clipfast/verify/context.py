@@ -1,4 +1,4 @@
-"""Settings of PyTorch while something is verified."""
+"""Settings of PyTorch while something is verified or measured."""
 
 import contextlib
 import warnings
@@ -10,26 +10,38 @@ import torch
 
 @contextlib.contextmanager
 def exact_float32() -> Iterator[None]:
-    """Float32 means float32: a yardstick in TF32, cuDNN's default, would allow a thousand times the error."""
-    backends: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)  # type: ignore[attr-defined]
-    before = [backend.fp32_precision for backend in backends]
-    for backend in backends:
-        backend.fp32_precision = "ieee"
+    """Compute float32 products and convolutions in float32 while the context is open.
+
+    cuDNN uses TF32 by default. A yardstick in TF32 would allow a thousand times the error, and the truth that a
+    benchmark compares with would be as wrong. PyTorch has an old and a new setting of this. Both are set here, because
+    TorchInductor reads the old one, which raises an error where the two disagree.
+    """
+    matmul: Any = torch.backends.cuda.matmul
+    cudnn: Any = torch.backends.cudnn
+    settings = (matmul, cudnn.conv, cudnn.rnn)
+    before = [setting.fp32_precision for setting in settings]
+    cudnn.allow_tf32 = matmul.allow_tf32 = False
+    for setting in settings:
+        setting.fp32_precision = "ieee"
     try:
         yield
     finally:
-        for backend, precision in zip(backends, before, strict=True):
-            backend.fp32_precision = precision
+        matmul.allow_tf32, cudnn.allow_tf32 = before[0] == "tf32", before[1:] == ["tf32", "tf32"]
+        for setting, precision in zip(settings, before, strict=True):
+            setting.fp32_precision = precision
 
 
 @contextlib.contextmanager
 def poisoned() -> Iterator[None]:
-    """Memory that a kernel forgets to write is NaN, not the right answer left over from another call."""
+    """Fill uninitialised memory with NaN while the context is open.
+
+    A value that a kernel forgets to write is then NaN, and not the right answer that another call left there.
+    """
     settings: Any = torch.utils.deterministic
     fill, mode = settings.fill_uninitialized_memory, torch.get_deterministic_debug_mode()
     settings.fill_uninitialized_memory = True
     with warnings.catch_warnings():
-        # the filling comes with deterministic algorithms; where PyTorch has none it warns and goes on
+        # PyTorch fills memory only with deterministic algorithms on, and warns where an op has no such algorithm
         warnings.simplefilter("ignore", UserWarning)
         torch.use_deterministic_algorithms(True, warn_only=True)
         try:

@@ -1,9 +1,9 @@
-"""Fifty steps of training: does the loss go where it goes with PyTorch?
+"""Fifty steps of training: does the loss take the same course as with PyTorch?
 
-A small difference in one gradient grows from step to step, so the curve sees what no single call shows. What may remain
-is measured, not chosen: the same training with the reference backend, in float32, drifts from itself in float64, and
-drifts again when the pairs of each batch come in another order, which changes nothing but the order of the sums. The
-allowance is the rule's for gradients: three times the larger of these drifts.
+A small difference in one gradient grows from step to step, so the curve shows what no single call does. The allowed
+difference is measured and not chosen. With the reference backend, training in float32 drifts away from training in
+float64, and drifts in another way if the pairs of each batch come in another order, which changes only the order of the
+sums. As the rule has it for gradients, three times the larger of these drifts is allowed.
 """
 
 import dataclasses
@@ -19,18 +19,18 @@ from ..models import CLIP, get_model_config
 from ..training.optim import adamw, cosine_lr
 from .context import exact_float32
 from .options import CURVE
-from .report import FAIL, PASS, Row
-from .rule import GRADIENT, Figure
+from .report import CheckResult, results_of
+from .rule import GRADIENT, Figure, Judgement
 
 MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12
-VOCABULARY = 1024  # of the 49,408: the rest would only cost time
+VOCABULARY = 1024  # all 49,408 words would only cost time
 LEARNING_RATE, WARMUP = 1e-3, 5
-ORDERS = 2  # runs of the reference, the first in the order of ours
+ORDERS = 2  # runs of the reference, the first in the same order as ours
 
 
-def verify_curve(leg: str, dtype: str) -> list[Row]:
-    """One row for float32, one for bfloat16 autocast: relative difference of the loss, per step, from float64."""
+def verify_curve(leg: str, dtype: str) -> list[CheckResult]:
+    """Check the loss of each step, in float32 or with bfloat16 autocast: its relative difference from float64."""
     device = "cuda" if leg == CUDA else "cpu"
     autocast = None if dtype == "float32" else torch.bfloat16
     ours = train("auto", device, autocast=autocast)
@@ -41,17 +41,14 @@ def verify_curve(leg: str, dtype: str) -> list[Row]:
     for kind, error in _apart(ours, truth).items():
         drift = max(drift[kind] for drift in drifts)
         figures.append(Figure(kind, error, drift, GRADIENT * drift + torch.finfo(torch.float32).eps))
-    row = Row(
-        CURVE, leg, "training", f"{MODEL_NAME} with {VOCABULARY} words, {STEPS} steps of {BATCH} pairs", dtype, "loss",
+    template = CheckResult(
+        CURVE, leg, "training", f"{MODEL_NAME} with {VOCABULARY} words, {STEPS} steps of {BATCH} pairs", dtype,
         why=f"loss {truth[0].item():.3f} to {truth[-1].item():.3f}; relative, all steps; the allowance is the drift of "
         f"{ORDERS} runs of the reference",
-        truth="float64", figures=tuple(figures),
+        truth="float64",
     )  # fmt: skip
-    if not ours.isfinite().all():
-        return [dataclasses.replace(row, verdict=FAIL, reason="the loss is not finite")]
-    passed = all(figure.passed for figure in figures)
-    reason = "" if passed else "; ".join(str(figure) for figure in figures if not figure.passed)
-    return [dataclasses.replace(row, verdict=PASS if passed else FAIL, reason=reason)]
+    fault = "" if ours.isfinite().all() else "the loss is not finite"
+    return results_of(template, {"loss": Judgement(tuple(figures), fault)})
 
 
 def _apart(losses: Tensor, truth: Tensor) -> dict[str, float]:
@@ -62,14 +59,14 @@ def _apart(losses: Tensor, truth: Tensor) -> dict[str, float]:
 def train(
     backend: str, device: str, *, double: bool = False, autocast: torch.dtype | None = None, order: int = 0
 ) -> Tensor:
-    """Losses [STEPS], float64, of a model that starts and learns as any other call's does.
+    """Train a model and return its losses [STEPS] in float64. Every call begins with the same weights.
 
     Args:
-        backend: of model and loss.
+        backend: backend of model and loss.
         device: "cpu" or "cuda".
         double: train in float64.
-        autocast: dtype of the forward pass, None for that of the weights.
-        order: another number is another order of the pairs within each batch.
+        autocast: autocast dtype of the forward pass, or None for the dtype of the weights.
+        order: number of the order of the pairs within each batch.
     """
     torch.manual_seed(0)
     model = _model(backend, device)
@@ -102,7 +99,7 @@ def _loss(model: CLIP, images: Tensor, texts: Tensor, backend: str) -> Tensor:
 
 
 def _batches(order: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pairs that can be learned: a pattern of colours with noise, and the words of its class."""
+    """Yield batches of pairs that can be learned: a pattern of colours with noise, and the words of its class."""
     generator = torch.Generator().manual_seed(1)
     patterns = 255 * torch.rand(CLASSES, 3, 4, 4, generator=generator)
     words = torch.randint(1, VOCABULARY - 2, (CLASSES, TOKENS), generator=generator)

@@ -1,12 +1,13 @@
-"""Hugging Face's ``CLIPModel`` with the weights of one of ours: built from a config made here, nothing is downloaded.
+"""Hugging Face's ``CLIPModel`` with the weights of one of our models. Nothing is downloaded.
 
-Only vision transformers have a counterpart. Names differ, and the packed projection of attention is three there.
+Only vision transformers have a counterpart. Parameters have other names there, and the packed projection of attention
+is three parameters.
 """
 
 import importlib.util
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from .. import kernels
 from ..models import CLIP, CLIPConfig
 
-# Ours on the left, theirs on the right. Blocks are treated below.
+# Our names on the left, theirs on the right; modules stand for their weight and bias. Then the same inside blocks.
 _OUTER = {
     "logit_scale": "logit_scale",
     "text_projection": "text_projection.weight",
@@ -47,10 +48,10 @@ class NoCounterpartError(ValueError):
 
 
 def build(model: CLIP) -> nn.Module:
-    """``CLIPModel`` with the weights, dtype and device of ``model``, in evaluation mode.
+    """Build a ``CLIPModel`` with the weights, dtype and device of ``model``, in evaluation mode.
 
     Raises:
-        NoCounterpartError: a model with a ResNet, or an MLP whose width is not a whole number there.
+        NoCounterpartError: the model has a ResNet.
     """
     _hide_own_kernels()
     from transformers import CLIPModel
@@ -64,8 +65,8 @@ def build(model: CLIP) -> nn.Module:
 
 
 def _hide_own_kernels() -> None:
-    """Keep transformers from taking the folder ``kernels`` of a checkout, found in the working directory, for the
-    package of that name: it would be imported a second time, and register its ops over those that are verified.
+    """Keep transformers from importing the folder ``kernels`` of a checkout, if that is the working directory, as the
+    package of that name. The second import would register its ops over those that are verified.
     """
     spec = importlib.util.find_spec("kernels")
     if spec is not None and spec.origin is not None and Path(spec.origin).samefile(str(kernels.__file__)):
@@ -73,7 +74,7 @@ def _hide_own_kernels() -> None:
 
 
 def caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """A call like ours: normalised features of images and texts, and the exponentiated scale."""
+    """Return a function like our models: it gives normalised image and text features, and the exponentiated scale."""
 
     def call(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         output = other(input_ids=texts, pixel_values=images)
@@ -108,7 +109,7 @@ def _config(config: CLIPConfig) -> Any:
             "bos_token_id": text.vocab_size - 2, "eos_token_id": text.vocab_size - 1, "pad_token_id": 0,
         },
     )  # fmt: skip
-    # its other implementation computes the softmax in float32 whatever the dtype, so it cannot be the truth
+    # the other implementation computes the softmax in float32 for every dtype, so it cannot be the truth
     theirs._attn_implementation = "sdpa"
     return theirs
 
@@ -122,10 +123,15 @@ def _from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return theirs
 
 
-def to_ours(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients by Hugging Face's names as gradients by ours; one that is missing there is missing here."""
+def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return gradients by our names.
+
+    Args:
+        names: our names.
+        theirs: gradients by Hugging Face's names. One that is missing is missing in the result too.
+    """
     ours: dict[str, Tensor] = {}
-    for name in _our_names(theirs):
+    for name in names:
         parts = [theirs[their_name] for their_name in _their_names(name) if their_name in theirs]
         if len(parts) == len(_their_names(name)):
             whole = torch.cat(parts) if len(parts) > 1 else parts[0]
@@ -133,23 +139,8 @@ def to_ours(theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return ours
 
 
-def _our_names(theirs: Mapping[str, object]) -> list[str]:
-    names = [*_expand(_OUTER)]
-    for ours, tower in _TOWERS.items():
-        layers = {match[1] for key in theirs if (match := re.match(rf"{tower}\.encoder\.layers\.(\d+)\.", key))}
-        inner = [*_expand(_INNER), "attn.in_proj_weight", "attn.in_proj_bias"]
-        names += [f"{ours}.resblocks.{layer}.{part}" for layer in sorted(layers, key=int) for part in inner]
-    return names
-
-
-def _expand(names: Mapping[str, str]) -> list[str]:
-    """Modules as their weight and bias, parameters as they are."""
-    plain = (".weight", "_embedding", "_scale", "projection", ".proj")
-    return [full for name in names for full in ([name] if name.endswith(plain) else [f"{name}.weight", f"{name}.bias"])]
-
-
 def _their_names(name: str) -> list[str]:
-    """Names under which Hugging Face holds a parameter of ours; three of them for a packed projection."""
+    """Return Hugging Face's names for one of our parameters: three for a packed projection, else one."""
     match = _BLOCK.fullmatch(name)
     if match is None:
         return [_renamed(name, _OUTER)]

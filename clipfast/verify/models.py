@@ -1,11 +1,12 @@
-"""A whole model, forward and every gradient: this package against its own reference backend, OpenCLIP or Hugging Face.
+"""Whole models, forward and all gradients: this package against its own reference backend, OpenCLIP or Hugging Face.
 
-All get the same weights and inputs. The truth is the other model in float64, the yardstick the other model in the
-dtype of the check.
+Both models get the same weights and inputs. The truth is the other model in float64, the yardstick is the other model
+in the dtype of the check.
 """
 
 import copy
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,32 +16,35 @@ from ..factory import create_model
 from ..kernels import contrastive_loss, reference
 from ..kernels.reference import normalize_uint8
 from ..kernels.spec import ACCURACY, CUDA
-from ..models import CLIP
+from ..models import CLIP, CLIPConfig
 from . import hf
 from .context import exact_float32, poisoned
 from .ops import MANY_DRAWS, TORCH_DTYPES
 from .options import HF, MODEL, OPENCLIP
-from .report import SKIP, Row, rows_of
+from .report import SKIP, CheckResult, results_of
 from .rule import Draw, judge_fairly
 
-# A float64 model and its gradients take 16 bytes a parameter: above this, float32 is the truth for half precision.
+# A float64 model and its gradients take 16 bytes for each parameter. For a model with more parameters than this, the
+# truth is in float32, and judges only half precision.
 FLOAT64_PARAMETERS = 1e9
-SMALL_PARAMETERS = 2e7  # up to here several draws are cheap
+SMALL_PARAMETERS = 2e7  # models of up to so many are fast, and get several draws
 BATCH, DRAWS = 4, 2
 
 
-def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = False) -> list[Row]:
-    """Rows of model ``name`` against ``peer``: features, loss and the gradient of every parameter."""
+def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = False) -> list[CheckResult]:
+    """Compare model ``name`` with ``peer``: features, loss and the gradient of every parameter."""
     device = "cuda" if leg == CUDA else "cpu"
     torch.manual_seed(0)
     model = create_model(name, device=device).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     in_float32 = parameters > FLOAT64_PARAMETERS
-    template = Row(peer, leg, ACCURACY, name, dtype, truth="float32" if in_float32 else "float64", why=_WHY[peer])
+    template = CheckResult(
+        peer, leg, ACCURACY, name, dtype, truth="float32" if in_float32 else "float64", why=_WHY[peer]
+    )
     if in_float32 and dtype == "float32":
         reason = f"{parameters:.1e} parameters: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
-    # rounded to the dtype of the check first, so that all start from the same numbers
+    # weights are rounded to the dtype of the check first, so that all models have the same ones
     model.to(TORCH_DTYPES[dtype])
     try:
         same = _OTHERS[peer](model)
@@ -51,8 +55,9 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
     ours = Model(model, contrastive_loss)
 
     def draw(number: int) -> Draw:
-        images, texts = _inputs(model, number)
-        if peer != MODEL:  # theirs take no bytes
+        batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
+        images, texts = (x.to(device) for x in batch)
+        if peer != MODEL:  # other packages' models take no bytes
             images = normalize_uint8(images, model.visual.image_mean, model.visual.image_std, TORCH_DTYPES[dtype])
         with poisoned():
             result = ours.results(images, texts)
@@ -60,12 +65,16 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
             return result, same.results(images, texts), truth.results(images, texts)
 
     few, many = (DRAWS, MANY_DRAWS) if parameters <= SMALL_PARAMETERS and not quick else (1, 2 * DRAWS)
-    return rows_of(template, judge_fairly(draw, few, many)[0])
+    return results_of(template, judge_fairly(draw, few, many)[0])
 
 
 @dataclasses.dataclass
 class Model:
-    """A model to compare: its module, its loss, how it is called where not like ours, and its parameters' names."""
+    """A model to compare.
+
+    ``call`` is called in place of ``module`` if that takes other arguments than ours. ``rename`` gives gradients our
+    names.
+    """
 
     module: nn.Module
     loss: Callable[..., Tensor] = reference.contrastive_loss
@@ -73,7 +82,7 @@ class Model:
     rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
 
     def results(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        """Features of images [B, 3, H, W] and texts [B, L], the loss, and ``d_<name>`` of every parameter."""
+        """Return features of images [B, 3, H, W] and texts [B, L], the loss, and ``d_<name>`` of every parameter."""
         like = next(self.module.parameters())
         if images.is_floating_point():
             images = images.to(like.dtype)
@@ -104,7 +113,7 @@ def _open_clip(model: CLIP) -> Model:
 
 def _hugging_face(model: CLIP) -> Model:
     other = hf.build(model)
-    return Model(other, call=hf.caller(other), rename=hf.to_ours)
+    return Model(other, call=hf.caller(other), rename=functools.partial(hf.to_ours, list(model.state_dict())))
 
 
 _OTHERS: dict[str, Callable[[CLIP], Model]] = {MODEL: _reference, OPENCLIP: _open_clip, HF: _hugging_face}
@@ -115,15 +124,15 @@ _WHY = {
 }
 
 
-def _inputs(model: CLIP, draw: int) -> tuple[Tensor, Tensor]:
-    """Bytes [BATCH, 3, H, W] and texts [BATCH, context_length] of different lengths, zero after the end of the text."""
-    generator = torch.Generator().manual_seed(1000 + draw)
-    side, length, vocabulary = model.visual.image_size, model.context_length, model.vocab_size
-    images = torch.randint(0, 256, (BATCH, 3, side, side), generator=generator, dtype=torch.uint8)
-    texts = torch.randint(1, vocabulary - 2, (BATCH, length), generator=generator)
-    ends = torch.randint(1, length, (BATCH, 1), generator=generator)
+def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """Draw bytes [batch, 3, H, W], and texts [batch, context_length] of different lengths, zero after their ends.
+
+    The feature of a text is read at its end, so texts of one length would have similar features.
+    """
+    side, length, vocabulary = config.vision.image_size, config.text.context_length, config.text.vocab_size
+    images = torch.randint(0, 256, (batch, 3, side, side), generator=generator, dtype=torch.uint8)
+    texts = torch.randint(1, vocabulary - 2, (batch, length), generator=generator)
+    ends = torch.randint(1, length, (batch, 1), generator=generator)
     ends[0] = length - 1
     positions = torch.arange(length)
-    texts = texts.where(positions < ends, 0).where(positions != ends, vocabulary - 1)
-    device = model.logit_scale.device
-    return images.to(device), texts.to(device)
+    return images, texts.where(positions < ends, 0).where(positions != ends, vocabulary - 1)

@@ -12,7 +12,7 @@ from ..kernels.dtypes import DTYPES, dtype_name
 from ..kernels.spec import CPU, CUDA, DETERMINISM, EXTREME, INTERPRETER, Call, Case, OpSpec, specs
 from .context import exact_float32, poisoned
 from .inputs import inputs_of
-from .report import FAIL, PASS, SKIP, Row, rows_of
+from .report import FAIL, PASS, SKIP, CheckResult, results_of
 from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
@@ -26,7 +26,7 @@ REPEATS = {CPU: 5, CUDA: 100}
 QUICK_REPEATS = {CPU: 3, CUDA: 20}
 
 
-def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) -> list[Row]:
+def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) -> list[CheckResult]:
     """Check one case.
 
     Args:
@@ -39,7 +39,7 @@ def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) 
     Returns:
         A row for each output.
     """
-    template = Row(spec.name, leg, case.check, case.name, dtype, why=case.why)
+    template = CheckResult(spec.name, leg, case.check, case.name, dtype, why=case.why)
     device = "cuda" if leg == CUDA else "cpu"
     if case.check == DETERMINISM:
         repeats = (QUICK_REPEATS if quick else REPEATS)[leg]
@@ -47,7 +47,9 @@ def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) 
     return _hold_to_rule(template, spec, case, TORCH_DTYPES[dtype], device)
 
 
-def _hold_to_rule(template: Row, spec: OpSpec, case: Case, dtype: torch.dtype, device: str) -> list[Row]:
+def _hold_to_rule(
+    template: CheckResult, spec: OpSpec, case: Case, dtype: torch.dtype, device: str
+) -> list[CheckResult]:
     wide = case.shape.elements > FLOAT64_ELEMENTS[device]
     if wide and dtype == torch.float32:
         reason = f"{case.shape.elements:.1e} elements: a float64 truth does not fit; a float32 one cannot judge float32"
@@ -70,7 +72,7 @@ def _hold_to_rule(template: Row, spec: OpSpec, case: Case, dtype: torch.dtype, d
     judgements, draws = judge_fairly(draw, few, many)
     if case.check == EXTREME:
         judgements = {name: _finite(name, judgement, draws) for name, judgement in judgements.items()}
-    return rows_of(dataclasses.replace(template, truth="float32" if wide else "float64"), judgements)
+    return results_of(dataclasses.replace(template, truth="float32" if wide else "float64"), judgements)
 
 
 def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
@@ -97,7 +99,7 @@ def _finite(name: str, judgement: Judgement, draws: Sequence[Draw]) -> Judgement
     return dataclasses.replace(judgement, fault="not finite")
 
 
-def _repeat(template: Row, spec: OpSpec, call: Call, repeats: int) -> list[Row]:
+def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> list[CheckResult]:
     """Run the same call again and again, and expect the same bits; there is a row for each output."""
     first = _results(spec.op, call)
     changed: dict[str, str] = {}
@@ -132,7 +134,7 @@ def planned(op: str, leg: str, dtypes: Iterable[str], *, quick: bool) -> Iterato
                 yield case, dtype
 
 
-def timed(rows: Callable[[], list[Row]], template: Row) -> list[Row]:
+def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[CheckResult]:
     """Return ``rows()`` with the seconds that it took, shared out evenly; an exception becomes one row that fails."""
     started = time.perf_counter()
     try:

@@ -12,7 +12,7 @@ from .curve import MODEL_NAME, verify_curve
 from .models import verify_model
 from .ops import planned, verify_case
 from .options import CURVE, MODEL, OPENCLIP, PEERS, Options, installed
-from .report import Row
+from .report import CheckResult
 
 NO_GPU = "no CUDA GPU here: the native kernels were not run"
 BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a GPU can run the kernels in it"
@@ -22,8 +22,8 @@ BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a
 class Check:
     """Something to run: the rows it gives, and what its row says where it raises."""
 
-    template: Row
-    rows: Callable[[], list[Row]]
+    template: CheckResult
+    rows: Callable[[], list[CheckResult]]
 
 
 def here() -> str:
@@ -46,7 +46,7 @@ def checks(options: Options, leg: str) -> list[Check]:
         if op not in (MODEL, CURVE):
             found += [
                 Check(
-                    Row(op, leg, case.check, case.name, dtype, why=case.why),
+                    CheckResult(op, leg, case.check, case.name, dtype, why=case.why),
                     partial(verify_case, specs()[op], leg, case, dtype, quick=options.quick),
                 )
                 for case, dtype in planned(op, leg, dtypes, quick=options.quick)
@@ -60,7 +60,7 @@ def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
     peers = options.against or ((OPENCLIP,) if installed(OPENCLIP) else ())
     return [
         Check(
-            Row(peer, leg, ACCURACY, name, dtype),
+            CheckResult(peer, leg, ACCURACY, name, dtype),
             partial(verify_model, peer, name, leg, dtype, quick=options.quick),
         )
         for peer in (MODEL, *peers)
@@ -76,30 +76,30 @@ def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
         wanted = ["float32"]
     return [
         Check(
-            Row(CURVE, leg, "training", MODEL_NAME, dtype),
+            CheckResult(CURVE, leg, "training", MODEL_NAME, dtype),
             partial(verify_curve, leg, dtype),
         )
         for dtype in wanted
     ]
 
 
-def not_run(options: Options) -> list[Row]:
+def not_run(options: Options) -> list[CheckResult]:
     """What cannot be run here, as rows that are skipped."""
     legs = legs_of(options)
-    rows: list[Row] = []
+    rows: list[CheckResult] = []
     if CUDA not in legs and options.legs is None:
-        rows.append(Row("legs", CUDA, "leg", "native kernels", reason=NO_GPU if not torch.cuda.is_available() else
+        rows.append(CheckResult("legs", CUDA, "leg", "native kernels", reason=NO_GPU if not torch.cuda.is_available() else
                         "--device cpu: the native kernels were not run"))  # fmt: skip
     if options.legs is None and CUDA in legs:
         reason = "runs with --device cpu"
-        rows += [Row("legs", leg, "leg", name, reason=reason) for leg, name in
+        rows += [CheckResult("legs", leg, "leg", name, reason=reason) for leg, name in
                  ((CPU, "PyTorch paths"), (INTERPRETER, "interpreted kernels"))]  # fmt: skip
     if INTERPRETER in legs and "bfloat16" in options.dtypes:
-        rows.append(Row("legs", INTERPRETER, "leg", "kernels", "bfloat16", reason=BF16_INTERPRETED))
+        rows.append(CheckResult("legs", INTERPRETER, "leg", "kernels", "bfloat16", reason=BF16_INTERPRETED))
     asks_openclip = MODEL in options.ops and options.against is None
     if asks_openclip and not installed(OPENCLIP):
         reason = f"OpenCLIP is not installed: pip install {PEERS[OPENCLIP][1]}"
-        rows.append(Row(OPENCLIP, legs[0], ACCURACY, ", ".join(options.models), reason=reason))
+        rows.append(CheckResult(OPENCLIP, legs[0], ACCURACY, ", ".join(options.models), reason=reason))
     if options.quick and CURVE in options.ops and CPU in legs:
-        rows.append(Row(CURVE, CPU, "training", MODEL_NAME, "float32", reason="left out by --quick"))
+        rows.append(CheckResult(CURVE, CPU, "training", MODEL_NAME, "float32", reason="left out by --quick"))
     return rows

@@ -1,8 +1,7 @@
-"""Rows of the report, and how they are written: a table for people, JSON and JUnit XML for machines."""
+"""The results of checks, and how they are written for machines: as JSON and as JUnit XML."""
 
 import dataclasses
 import json
-import os
 import platform
 import re
 import xml.etree.ElementTree as ET
@@ -13,20 +12,21 @@ from typing import Any
 import torch
 import triton
 
+from ..files import replace_text
 from .rule import Figure, Judgement
 
 PASS, FAIL, SKIP = "PASS", "FAIL", "SKIP"
 FORMAT = 1
-# What XML 1.0 cannot hold, such as the colours in the stderr of a crashed process.
+# Characters that XML 1.0 cannot hold, such as the colour codes in the stderr of a crashed process.
 _NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
-    """One check: an output of ``op`` in one ``case`` and dtype on one ``leg``.
+class CheckResult:
+    """The result of one check, a row of the report: one output of ``op`` in one ``case`` and dtype on one ``leg``.
 
-    ``figures`` are empty where there is nothing to measure (repeats, what was skipped). ``truth`` is the dtype of the
-    truth, ``why`` the reason that the case is in the list, ``seconds`` the share of the time.
+    ``figures`` are empty where nothing is measured (repeated calls, skipped checks). ``truth`` is the dtype of the
+    truth, ``why`` the reason why the case is in the list, and ``seconds`` the share of the case's time.
     """
 
     op: str
@@ -44,23 +44,23 @@ class Row:
 
     @property
     def group(self) -> tuple[str, ...]:
-        """What a row has in common with the other outputs of its case."""
+        """Return what the result has in common with those of the other outputs of its case."""
         return self.op, self.leg, self.check, self.case, self.dtype
 
     @property
     def ratio(self) -> float:
-        """The larger error as a share of what is allowed."""
+        """Return the larger error as a share of the allowed one."""
         return max((figure.ratio for figure in self.figures), default=0.0)
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON; a figure that is not finite becomes a string, which JSON can hold."""
+        """Return the fields for JSON. A figure that is not finite becomes a string, since JSON has no such numbers."""
         raw = dataclasses.asdict(self)
         raw["figures"] = [{key: _finite(value) for key, value in figure.items()} for figure in raw["figures"]]
         return raw
 
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> "Row":
-        """Inverse of :meth:`to_dict`."""
+    def from_dict(cls, raw: Mapping[str, Any]) -> "CheckResult":
+        """Restore a result from :meth:`to_dict`."""
         figures = tuple(
             Figure(figure["kind"], *(float(figure[key]) for key in ("ours", "torch", "allowed")))
             for figure in raw["figures"]
@@ -72,33 +72,32 @@ def _finite(value: Any) -> Any:
     return str(value) if isinstance(value, float) and not abs(value) < float("inf") else value
 
 
-def rows_of(template: Row, judgements: Mapping[str, Judgement]) -> list[Row]:
-    """``template`` once for each judged output. What has values but no yardstick is skipped, not passed."""
-    rows = []
-    for name, judgement in judgements.items():
-        verdict = PASS if judgement.passed else FAIL
-        if judgement.no_yardstick:
-            verdict = SKIP
-        rows.append(
-            dataclasses.replace(
-                template, output=name, verdict=verdict, reason=judgement.reason, figures=judgement.figures
-            )
+def results_of(template: CheckResult, judgements: Mapping[str, Judgement]) -> list[CheckResult]:
+    """Return ``template`` once for each judged output. An output without a yardstick is skipped and does not pass."""
+    return [
+        dataclasses.replace(
+            template,
+            output=name,
+            verdict=SKIP if judgement.no_yardstick else PASS if judgement.passed else FAIL,
+            reason=judgement.reason,
+            figures=judgement.figures,
         )
-    return rows
+        for name, judgement in judgements.items()
+    ]
 
 
-def exit_code(rows: Sequence[Row]) -> int:
-    """1 where any row failed, else 0."""
+def exit_code(rows: Sequence[CheckResult]) -> int:
+    """Return 1 if any check failed, else 0."""
     return int(any(row.verdict == FAIL for row in rows))
 
 
-def count(rows: Sequence[Row]) -> dict[str, int]:
-    """Rows by verdict."""
+def count(rows: Sequence[CheckResult]) -> dict[str, int]:
+    """Count the results by verdict."""
     return {verdict: sum(row.verdict == verdict for row in rows) for verdict in (PASS, FAIL, SKIP)}
 
 
 def environment() -> dict[str, str]:
-    """Versions and processor that the figures belong to."""
+    """Return the versions and the hardware that the figures belong to."""
     found = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -111,8 +110,8 @@ def environment() -> dict[str, str]:
     return found
 
 
-def write_json(path: Path, rows: Sequence[Row], options: Mapping[str, Any], *, complete: bool) -> None:
-    """Write all rows so far; the file is replaced as a whole, so that a reader or a kill never meets half of it."""
+def write_json(path: Path, rows: Sequence[CheckResult], options: Mapping[str, Any], *, complete: bool) -> None:
+    """Replace ``path`` by a report of all results so far."""
     report = {
         "format": FORMAT,
         "complete": complete,
@@ -121,23 +120,23 @@ def write_json(path: Path, rows: Sequence[Row], options: Mapping[str, Any], *, c
         "summary": count(rows),
         "rows": [row.to_dict() for row in rows],
     }
-    _replace(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
+    replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> tuple[list[Row], dict[str, Any]]:
-    """Rows of a report, and everything else in it.
+def read_json(path: Path) -> tuple[list[CheckResult], dict[str, Any]]:
+    """Return the results in a report, and everything else in it.
 
     Raises:
-        ValueError: not a report of this format.
+        ValueError: the file is no report of this format.
     """
     report = json.loads(path.read_text())
     if report.get("format") != FORMAT:
         raise ValueError(f"{path} is not a report of format {FORMAT}, got {report.get('format')!r}")
-    return [Row.from_dict(raw) for raw in report.pop("rows")], report
+    return [CheckResult.from_dict(raw) for raw in report.pop("rows")], report
 
 
-def write_junit(path: Path, rows: Sequence[Row]) -> None:
-    """Write JUnit XML: a testcase for each row, its class named after op and leg."""
+def write_junit(path: Path, rows: Sequence[CheckResult]) -> None:
+    """Replace ``path`` by JUnit XML: a testcase for each result, whose class is named after op and leg."""
     counts, seconds = count(rows), f"{sum(row.seconds for row in rows):.3f}"
     totals = {"tests": str(len(rows)), "failures": str(counts[FAIL]), "skipped": str(counts[SKIP]), "errors": "0"}
     root = ET.Element("testsuites", totals | {"time": seconds})
@@ -156,21 +155,15 @@ def write_junit(path: Path, rows: Sequence[Row]) -> None:
         elif row.figures:
             ET.SubElement(case, "system-out").text = _xml(_all_figures(row))
     ET.indent(root)
-    _replace(path, ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
+    replace_text(path, ET.tostring(root, encoding="unicode", xml_declaration=True) + "\n")
 
 
 def _xml(text: str) -> str:
     return _NOT_XML.sub("?", text)
 
 
-def _all_figures(row: Row) -> str:
+def _all_figures(row: CheckResult) -> str:
     return "\n".join(
         f"{figure.kind}: ours {figure.ours:.3e}, PyTorch's {figure.torch:.3e}, allowed {figure.allowed:.3e}"
         for figure in row.figures
     )
-
-
-def _replace(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)

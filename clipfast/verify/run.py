@@ -1,4 +1,4 @@
-"""A run of the checks. ``run_verify`` is the whole of it; ``iter_groups`` streams the rows, case by case."""
+"""A run of the checks: ``run_verify`` does all of it, ``iter_groups`` yields the results case by case."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
@@ -9,19 +9,19 @@ from .child import groups_of_child
 from .ops import timed
 from .options import Options
 from .plan import checks, here, legs_of, not_run
-from .report import Row, write_json, write_junit
+from .report import CheckResult, write_json, write_junit
 
 
 def number_of_groups(options: Options) -> int:
-    """How many groups :func:`iter_groups` gives when all goes well."""
+    """Return the number of groups that :func:`iter_groups` yields when nothing goes wrong."""
     return sum(len(checks(options, leg)) for leg in legs_of(options))
 
 
-def iter_groups(options: Options) -> Iterator[list[Row]]:
-    """The rows of one check after the other. A check that raises is a row that fails; nothing is raised for it.
+def iter_groups(options: Options) -> Iterator[list[CheckResult]]:
+    """Yield the results of one check after the other. A check that raises becomes a result that fails.
 
     Raises:
-        ValueError: options that leave nothing to check.
+        ValueError: the options leave nothing to check.
     """
     if number_of_groups(options) == 0:
         raise ValueError("these options leave nothing to check: bfloat16 needs the CPU paths or a GPU, as do models")
@@ -42,21 +42,21 @@ def run_verify(
     *,
     json_path: Path | None = None,
     junit_path: Path | None = None,
-    on_group: Callable[[list[Row]], None] | None = None,
-    rows: list[Row] | None = None,
-) -> list[Row]:
+    on_group: Callable[[list[CheckResult]], None] | None = None,
+    rows: list[CheckResult] | None = None,
+) -> list[CheckResult]:
     """Run all checks.
 
     Args:
         options: what to verify.
-        json_path: rewritten after every case, so that a kill at any moment leaves the rows so far; ``complete`` in it
-            is true at the end only.
-        junit_path: written at the end, also of an interrupted run.
-        on_group: called with the rows of each case.
-        rows: appended to as they come, for a caller that survives an interruption.
+        json_path: JSON file, written again after every case, so that a kill at any moment leaves the results so far.
+            Its field ``complete`` is true only at the end.
+        junit_path: JUnit file, written at the end, also of an interrupted run.
+        on_group: function to call with the results of each case.
+        rows: a list to append the results to, for a caller that handles an interruption.
 
     Returns:
-        All rows; ``clipfast.verify.exit_code`` says what they come to.
+        All results. ``clipfast.verify.exit_code`` makes an exit code of them.
     """
     rows = [] if rows is None else rows
     raw, complete = options.to_dict(), False

@@ -1,9 +1,10 @@
-"""The report as a table of plain text, and what it comes to."""
+"""The report for people: tables of plain text and a summary."""
 
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from .report import FAIL, PASS, SKIP, Row, count
+from ..columns import align
+from .report import FAIL, PASS, SKIP, CheckResult, count
 
 KINDS = ("max", "rms")
 HEADER = (
@@ -13,27 +14,26 @@ HEADER = (
 REASON_WIDTH = 100
 
 
-def table(rows: Sequence[Row], *, all_rows: bool = False) -> str:
-    """Rows grouped by op. Of a case that passes, only the output nearest to its limit, unless ``all_rows``."""
+def table(rows: Sequence[CheckResult], *, all_rows: bool = False) -> str:
+    """Return a table for each op. Of a case that passes, it shows only the output nearest to its limit.
+
+    Args:
+        rows: the results.
+        all_rows: show every output.
+    """
+    by_op: dict[str, list[CheckResult]] = {}
+    for row in rows:
+        by_op.setdefault(row.op, []).append(row)
     blocks = []
-    for op, group in groupby(_by_op(rows), key=lambda row: row.op):
-        lines = [_cells(row, outputs) for row, outputs in (_each(group) if all_rows else _nearest(group))]
-        blocks.append(f"{op}\n" + _align([HEADER, *lines]))
+    for op, group in by_op.items():
+        shown = [(row, 1) for row in group] if all_rows else _nearest(group)
+        blocks.append(f"{op}\n" + align([HEADER, *(_cells(row, outputs) for row, outputs in shown)], indent="  "))
     return "\n\n".join(blocks)
 
 
-def _by_op(rows: Iterable[Row]) -> list[Row]:
-    order = {op: index for index, op in enumerate(dict.fromkeys(row.op for row in rows))}
-    return sorted(rows, key=lambda row: order[row.op])
-
-
-def _each(rows: Iterable[Row]) -> list[tuple[Row, int]]:
-    return [(row, 1) for row in rows]
-
-
-def _nearest(rows: Iterable[Row]) -> list[tuple[Row, int]]:
-    """Every row that did not pass; of those that did, one for each case, with how many it stands for."""
-    shown: list[tuple[Row, int]] = []
+def _nearest(rows: Iterable[CheckResult]) -> list[tuple[CheckResult, int]]:
+    """Return each result that did not pass; and for each case one that did, with the number that it stands for."""
+    shown: list[tuple[CheckResult, int]] = []
     for _, group in groupby(rows, key=lambda row: row.group):
         members = list(group)
         passed = [row for row in members if row.verdict == PASS]
@@ -43,7 +43,7 @@ def _nearest(rows: Iterable[Row]) -> list[tuple[Row, int]]:
     return shown
 
 
-def _cells(row: Row, outputs: int) -> tuple[str, ...]:
+def _cells(row: CheckResult, outputs: int) -> tuple[str, ...]:
     figures = {figure.kind: figure for figure in row.figures}
     numbers = [
         f"{getattr(figures[kind], name):.1e}" if kind in figures else ""
@@ -57,20 +57,16 @@ def _cells(row: Row, outputs: int) -> tuple[str, ...]:
     return row.verdict, row.leg, row.dtype, row.check, row.case, output, *numbers, note
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    return "\n".join("  " + "  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
-
-
-def summary(rows: Sequence[Row], seconds: float, *, complete: bool = True) -> str:
-    """What failed by name, what was not run, and the counts as the last line."""
+def summary(rows: Sequence[CheckResult], seconds: float, *, complete: bool = True) -> str:
+    """Return a line for each output that failed, one for each check that was not run, and a last one of counts."""
     lines = []
     for (op, leg, output), failed in _collect(rows, FAIL).items():
         worst = max(failed, key=lambda row: row.ratio)
+        number = sum((row.op, row.leg, row.output) == (op, leg, output) for row in rows)
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in failed if row.dtype))
         lines.append(
-            f"FAILED   {' '.join(part for part in (op, leg, output) if part)}: {len(failed)} of "
-            f"{_number_of(rows, op, leg, output)} checks ({dtypes}); worst: {worst.case}: {_last_line(worst.reason)}"
+            f"FAILED   {' '.join(part for part in (op, leg, output) if part)}: {len(failed)} of {number} checks "
+            f"({dtypes}); worst: {worst.case}: {_last_line(worst.reason)}"
         )
     for (op, leg, output), skipped in _collect(rows, SKIP).items():
         what = " ".join(part for part in (op, leg, output, skipped[0].dtype) if part)
@@ -84,17 +80,13 @@ def summary(rows: Sequence[Row], seconds: float, *, complete: bool = True) -> st
     return "\n".join(lines)
 
 
-def _collect(rows: Sequence[Row], verdict: str) -> dict[tuple[str, str, str], list[Row]]:
-    found: dict[tuple[str, str, str], list[Row]] = {}
+def _collect(rows: Sequence[CheckResult], verdict: str) -> dict[tuple[str, str, str], list[CheckResult]]:
+    found: dict[tuple[str, str, str], list[CheckResult]] = {}
     for row in rows:
         if row.verdict == verdict:
             output = row.output if verdict == FAIL else row.case
             found.setdefault((row.op, row.leg, output), []).append(row)
     return found
-
-
-def _number_of(rows: Sequence[Row], op: str, leg: str, output: str) -> int:
-    return sum((row.op, row.leg, row.output) == (op, leg, output) for row in rows)
 
 
 def _last_line(text: str) -> str:

@@ -1,12 +1,19 @@
 """A case that takes no time: numbers, doubled."""
 
+import json
+from pathlib import Path
+
 import torch
 
+import clipfast.bench
 from clipfast.bench.case import Case
 from clipfast.bench.harness import Budget, measure
 
 CPU = torch.device("cpu")
 ROOFS = {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1.0}
+NO_GPU = {"available": False, "why": "no GPU"}
+TELEMETRY = {"before": NO_GPU, "after": NO_GPU, "throttled": None}
+SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
 
 
 def double(x):
@@ -14,9 +21,10 @@ def double(x):
 
 
 def case(candidates, reference=double, **kwargs):
+    inputs = {"inputs": lambda: {"x": torch.randn(8)}, **kwargs}
     return Case(
-        suite="loss", op="double", shape={}, dtype="fp32", device=CPU, inputs=lambda: {"x": torch.randn(8)},
-        candidates=candidates, reference=reference, **kwargs,
+        suite="loss", op="double", shape={}, dtype="fp32", device=CPU, candidates=candidates, reference=reference,
+        **inputs,
     )  # fmt: skip
 
 

@@ -9,7 +9,6 @@ import jsonschema
 import pytest
 import torch
 
-import clipfast.bench
 import clipfast.kernels
 from clipfast.bench import breakdown, plots, results, session, tables
 from clipfast.bench.breakdown import STEP_RANGE, Breakdown, of_device, of_host
@@ -34,11 +33,8 @@ from clipfast.bench.categories import (
 from clipfast.bench.harness import Timing
 from clipfast.bench.suites import SUITES, build
 
-from ..conftest import INTERPRET
-from .cases import CPU
+from .cases import CPU, SCHEMA, TELEMETRY
 
-pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
-SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
 # Kernels that no step launches.
 NOT_IN_A_STEP = ("_own_score_kernel", "_count_ahead_kernel")
 ELEMENTWISE = "void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>"
@@ -150,27 +146,28 @@ def test_every_kernel_and_op_of_ours_has_a_category():
     assert unknown <= {*NOT_IN_A_STEP, "clipfast::retrieval_ranks"}, "give them a rule in bench/categories.py"
 
 
+def event(cat, name, start, end, thread=1, **args):
+    return {"ph": "X", "cat": cat, "name": name, "tid": thread, "ts": start, "dur": end - start, "args": args}
+
+
 def op(name, start, end, thread=1, **args):
     names = {"sequence": "Sequence number", "forward_thread": "Fwd thread id"}
     kind = "user_annotation" if name.startswith("step: ") else "cpu_op"
-    return {
-        "ph": "X", "cat": kind, "name": name, "tid": thread, "ts": start, "dur": end - start,
-        "args": {names[key]: value for key, value in args.items()},
-    }  # fmt: skip
+    return event(kind, name, start, end, thread, **{names[key]: value for key, value in args.items()})
 
 
 def launch(at, correlation, thread=1):
-    return {
-        "ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "tid": thread, "ts": at, "dur": 1.0,
-        "args": {"correlation": correlation},
-    }  # fmt: skip
+    return event("cuda_runtime", "cudaLaunchKernel", at, at + 1.0, thread, correlation=correlation)
 
 
 def kernel(name, start, end, correlation=None, cat="kernel"):
-    return {
-        "ph": "X", "cat": cat, "name": name, "tid": "stream 7", "ts": start, "dur": end - start,
-        "args": {"correlation": correlation},
-    }  # fmt: skip
+    return event(cat, name, start, end, "stream 7", correlation=correlation)
+
+
+def microseconds(found):
+    """By category; categories add up to the step."""
+    assert sum(found.seconds.values()) == pytest.approx(found.step_s)
+    return {category: 1e6 * seconds for category, seconds in found.seconds.items() if seconds}
 
 
 def test_time_of_a_cpu_is_that_of_ops_without_the_ops_they_call():
@@ -186,11 +183,9 @@ def test_time_of_a_cpu_is_that_of_ops_without_the_ops_they_call():
             op("aten::mm", 100, 200, thread=2),  # not the thread that takes the step
         ]
     )
-    us = {category: 1e6 * seconds for category, seconds in found.seconds.items() if seconds}
-    assert us == pytest.approx({GEMM: 25, COPIES: 5, NORM: 20, OTHER: 3, HOST: 37 + 10})
+    assert microseconds(found) == pytest.approx({GEMM: 25, COPIES: 5, NORM: 20, OTHER: 3, HOST: 37 + 10})
     assert found.unknown == (("somebody::op", pytest.approx(3e-6)),)
     assert found.step_s == found.traced_s == pytest.approx(100e-6)
-    assert sum(found.seconds.values()) == pytest.approx(found.step_s)
 
 
 def test_a_backward_op_belongs_where_its_forward_does():
@@ -206,8 +201,9 @@ def test_a_backward_op_belongs_where_its_forward_does():
         op("autograd::engine::evaluate_function: AddmmBackward0", 70, 90, sequence=5, forward_thread=1),
         op("aten::mm", 70, 90),
     ]
-    us = {category: 1e6 * seconds for category, seconds in of_host(events).seconds.items() if seconds}
-    assert us == pytest.approx({GEMM: 8 + 20, LOSS: 20 + 20, COPIES: 1, HOST: 2 + 9 + 10 + 10})
+    assert microseconds(of_host(events)) == pytest.approx(
+        {GEMM: 8 + 20, LOSS: 20 + 20, COPIES: 1, HOST: 2 + 9 + 10 + 10}
+    )
 
 
 def steps_of_a_device():
@@ -233,17 +229,13 @@ def steps_of_a_device():
 
 def test_time_of_a_device_counts_no_moment_twice_and_gaps_are_the_rest():
     found = of_device(steps_of_a_device(), seconds=400e-6)
-    us = {category: 1e6 * seconds for category, seconds in found.seconds.items() if seconds}
-    assert us == pytest.approx({GEMM: 100, LOSS: 50 + 30, OTHER: 4, COPIES: 6, HOST: 400 - 190})
+    assert microseconds(found) == pytest.approx({GEMM: 100, LOSS: 50 + 30, OTHER: 4, COPIES: 6, HOST: 400 - 190})
     assert found.unknown == (("mystery", pytest.approx(4e-6)),)
     assert (found.step_s, found.traced_s) == (400e-6, pytest.approx(500e-6))
-    assert sum(found.seconds.values()) == pytest.approx(found.step_s)
-
-
-def test_a_device_that_was_slower_under_the_profiler_has_no_gaps():
-    found = of_device(steps_of_a_device(), seconds=100e-6)
-    assert found.seconds[HOST] == 0
-    assert sum(found.seconds.values()) == pytest.approx(found.step_s) == pytest.approx(190e-6)
+    # a device that was slower under the profiler has no gaps
+    slower = of_device(steps_of_a_device(), seconds=100e-6)
+    assert HOST not in microseconds(slower)
+    assert slower.step_s == pytest.approx(190e-6)
 
 
 def test_a_profiler_that_sees_nothing_says_so():
@@ -293,11 +285,9 @@ def test_ranges_are_in_no_step_that_is_timed(monkeypatch):
 def traced_run(breakdowns, transfers, device_s=2.0):
     built = build("step", SUITES["step"].smallest, "fp32", CPU)
     timings = [Timing(candidate, samples=[device_s] * 3) for candidate in built.candidates[:2]]
-    reading = {"available": False, "why": "no GPU"}
     roofs = {"copy_bytes_per_s": 1e9, "matmul_flops_per_s": built.model_flops}
-    telemetry = {"before": reading, "after": reading, "throttled": None}
     run = results.new_run(CPU, {"fp32": roofs})
-    run["cases"] = [results.case_result(built, timings, telemetry, {}, roofs, breakdowns, transfers)]
+    run["cases"] = [results.case_result(built, timings, TELEMETRY, {}, roofs, breakdowns, transfers)]
     return json.loads(json.dumps(run, allow_nan=False))
 
 

@@ -1,28 +1,18 @@
 """What fails while it is measured is refused with its reason, and the others go on."""
 
 import contextlib
-import dataclasses
-import json
 import time
 import weakref
-from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 
-import clipfast.bench
 from clipfast.bench import cli, harness, results, session, tables
 from clipfast.bench.case import OURS, Candidate, MissingError
 from clipfast.bench.graphs import Graphs
-from clipfast.bench.harness import Budget
 from clipfast.bench.suites import build, peers
 
-from ..conftest import INTERPRET
-from .cases import CPU, ROOFS, case, double, quickly
-
-pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
-SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
+from .cases import CPU, TELEMETRY, case, double, quickly
 
 
 def fails(error, after=0):
@@ -65,7 +55,7 @@ def test_a_card_that_has_failed_for_good_still_gives_a_result(monkeypatch):
     assert timings[OURS].refused == "RuntimeError: illegal memory access"
 
 
-def test_what_a_case_has_made_is_gone_before_the_next(tmp_path, monkeypatch):
+def test_what_a_case_has_made_is_gone_before_the_next(run_session):
     class Model:
         def __call__(self, x):
             return 2 * x
@@ -79,15 +69,12 @@ def test_what_a_case_has_made_is_gone_before_the_next(tmp_path, monkeypatch):
         most.append(len(alive))
         return model
 
-    monkeypatch.setattr(session, "build", lambda *args: case((Candidate(OURS, make),)))
-    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
-    plan = [("loss", {}, "fp32")] * 3
-    session.measure_all(plan, CPU, Budget(0.0, 2, 2), tmp_path / "run.json", memory=False, plots=False)
+    run_session(*(case((Candidate(OURS, make),)) for _ in range(3)))
     assert most == [1, 1, 1]
 
 
 @pytest.mark.parametrize("when", ["gate", "sets", "reference"])
-def test_inputs_that_do_not_fit_refuse_the_case_and_no_more(when, tmp_path, monkeypatch, capsys):
+def test_inputs_that_do_not_fit_refuse_the_case_and_no_more(when, run_session, capsys):
     drawn = []
 
     def inputs():
@@ -101,22 +88,18 @@ def test_inputs_that_do_not_fit_refuse_the_case_and_no_more(when, tmp_path, monk
             raise torch.OutOfMemoryError("CUDA out of memory")
         return 2 * x
 
-    large = dataclasses.replace(case((Candidate(OURS, lambda: double),), reference=reference), inputs=inputs)
-    cases = iter([large, large, case((Candidate(OURS, lambda: double),))])
-    monkeypatch.setattr(session, "build", lambda *args: next(cases))
-    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
-    plan = [("loss", {}, "fp32")] * 3
-    drawn.clear()
-    budget = Budget(0.0, 2, 2)
-    run = session.measure_all(plan, CPU, budget, tmp_path / "run.json", memory=False, plots=False)
-    jsonschema.validate(run, SCHEMA)
+    large, small = (
+        case((Candidate(OURS, lambda: double),), **kwargs)
+        for kwargs in ({"inputs": inputs, "reference": reference}, {})
+    )
+    run = run_session(large, large, small)
     assert run["cases"][0]["candidates"][0]["refused"] == "OutOfMemoryError: CUDA out of memory"
     assert run["cases"][2]["candidates"][0]["refused"] is None
     assert "not timed: clipfast: OutOfMemoryError" in capsys.readouterr().out
     assert session.refused_of_ours(run)[0] == "double clipfast: OutOfMemoryError: CUDA out of memory"
 
 
-def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, capsys):
+def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, no_roofs, capsys):
     arguments = ["loss", "--device", "cpu", "--smoke", "--no-memory", "--no-plots", "--only", "PyTorch compiled"]
     monkeypatch.setattr("clipfast.bench.suites.peers.compiled", lambda function: function)
     arguments += ["--json", str(tmp_path / "run.json")]
@@ -163,27 +146,19 @@ def test_our_model_and_loss_are_compiled_as_one_graph_each(monkeypatch):
     assert asked == [(step.model, True), (step.loss, True)]
 
 
-def test_a_copy_that_does_not_fit_loses_no_timing(monkeypatch, tmp_path):
+def test_a_copy_that_does_not_fit_loses_no_timing(monkeypatch, run_session):
     def full(size, device):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    built = case((Candidate(OURS, lambda: double),), transfers={"uint8": 8})
-    monkeypatch.setattr(session, "build", lambda *args: built)
-    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
     monkeypatch.setattr(session, "copy_seconds", full)
-    path = tmp_path / "run.json"
-    run = session.measure_all([("loss", {}, "fp32")], CPU, Budget(0.0, 2, 2), path, memory=False, plots=False)
-    jsonschema.validate(run, SCHEMA)
+    run = run_session(case((Candidate(OURS, lambda: double),), transfers={"uint8": 8}))
     assert run["cases"][0]["transfers"] == {"uint8": {"bytes": 8, "seconds": None}}
     assert run["cases"][0]["candidates"][0]["samples_s"]
 
 
-def test_no_case_is_begun_after_the_end(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(session, "build", lambda *args: case((Candidate(OURS, lambda: double),)))
-    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
-    plan, path = [("loss", {}, "fp32")] * 2, tmp_path / "run.json"
-    run = session.measure_all(plan, CPU, Budget(0.0, 2, 2), path, memory=False, plots=False, total_s=0.0)
-    assert run["cases"] == []
+def test_no_case_is_begun_after_the_end(run_session, capsys):
+    doubled = case((Candidate(OURS, lambda: double),))
+    assert run_session(doubled, doubled, total_s=0.0)["cases"] == []
     assert capsys.readouterr().out.count("not begun, 0 s are over: double fp32") == 2
 
 
@@ -213,25 +188,20 @@ def test_what_is_compiled_lives_for_a_case(monkeypatch):
     assert len(resets) == 1
 
 
-def test_memory_is_that_of_the_function_that_was_timed(monkeypatch, tmp_path):
+def test_memory_is_that_of_the_function_that_was_timed(monkeypatch, run_session):
     made, measured = [], []
 
     def make():
         made.append(lambda x: 2 * x)
         return made[-1]
 
-    monkeypatch.setattr(session, "build", lambda *args: case((Candidate(OURS, make),)))
-    monkeypatch.setattr(session, "measure_roofs", lambda *args: ROOFS)
-
     def peak(case, candidate, function):
         measured.append(function)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(session, "peak_bytes", peak)
-    path = tmp_path / "run.json"
-    run = session.measure_all([("loss", {}, "fp32")], CPU, Budget(0.0, 2, 2), path, plots=False)
+    run = run_session(case((Candidate(OURS, make),)), memory=True)
     assert measured == made
-    jsonschema.validate(run, SCHEMA)
     entry = run["cases"][0]["candidates"][0]
     assert (entry["peak_bytes"], entry["peak_refused"]) == (None, "OutOfMemoryError: CUDA out of memory")
     assert "no memory figure: clipfast: OutOfMemoryError" in tables.case_table(run["cases"][0])
@@ -247,9 +217,7 @@ def test_a_call_that_is_no_graph_is_timed_and_says_so(monkeypatch):
     runner = harness._Runner(built, timing, [{"x": torch.randn(8)}], Graphs())
     timing.samples += [runner.sample(), runner.sample()]
     assert timing.eager == "RuntimeError: called a synchronizing CUDA operation"
-    reading = {"available": False, "why": "no GPU"}
-    telemetry = {"before": reading, "after": reading, "throttled": None}
-    table = tables.case_table(results.case_result(built, [timing], telemetry, {}, {}))
+    table = tables.case_table(results.case_result(built, [timing], TELEMETRY, {}, {}))
     assert "clipfast (eager)" in table
     assert "host included, no CUDA graph: clipfast: RuntimeError: called a synchronizing" in table
 

@@ -49,14 +49,12 @@ def test_cycles_of_a_loop_are_those_counted_by_hand():
     assert found.overhead == 0.5
 
 
-def test_exponentials_lower_the_bound():
-    found = evaluate(MMA_90, *[EXP] * 8, "@P0 BRA 0x0", "EXIT")
-    assert (found.loop.exp, found.share, found.loop.limit) == (64, 0.5, "exp")
-
-
-def test_instructions_lower_the_bound():
-    found = evaluate(MMA_90, *["IADD3 R1, R2, R3, RZ"] * 62, "@P0 BRA 0x0", "EXIT")
-    assert (found.loop.issue, found.share, found.loop.limit) == (64, 0.5, "issue")
+@pytest.mark.parametrize(
+    ("unit", "code"), [("exp", [EXP] * 8), ("issue", ["IADD3 R1, R2, R3, RZ"] * 62)], ids=["exp", "issue"]
+)
+def test_other_work_lowers_the_bound(unit, code):
+    found = evaluate(MMA_90, *code, "@P0 BRA 0x0", "EXIT")
+    assert (getattr(found.loop, unit), found.share, found.loop.limit) == (64, 0.5, unit)
 
 
 def test_mma_sync_cannot_fill_hopper():
@@ -77,18 +75,12 @@ def test_tf32_runs_at_half_the_rate():
     assert one.loop.mma == two.loop.mma  # half the depth, half the rate
 
 
-def test_the_innermost_loop_with_products_counts():
-    found = evaluate("NOP", "NOP", MMA_90, "@P0 BRA 0x20", "@P1 BRA 0x0", "EXIT")
-    assert found.region == "0x20-0x30"
-
-
-def test_code_around_the_loop_counts_less_the_more_turns_it_makes():
+def test_code_around_the_loop_is_counted_apart():
     found = evaluate(*[EXP] * 4, MMA_90, "@P0 BRA 0x40", *[EXP] * 4, "EXIT")
-    assert (found.loop.mma, found.loop.exp, found.outside.exp) == (32, 0, 64)
-    assert (found.over(1), found.over(4), found.share) == (0.5, 1.0, 1.0)
+    assert (found.loop.mma, found.loop.exp, found.outside.exp, found.share) == (32, 0, 64, 1.0)
 
 
-def test_around_an_inner_loop_is_the_outer_one():
+def test_the_innermost_loop_with_products_counts_and_around_it_is_the_outer_one():
     found = evaluate(EXP, EXP, MMA_90, "@P0 BRA 0x20", EXP, "@P1 BRA 0x0", EXP, "EXIT")
     assert (found.region, found.outside.exp) == ("0x20-0x30", 24)
 

@@ -81,7 +81,7 @@ def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):
 def test_roofs_are_taken_warm(monkeypatch):
     seconds = iter([5.0, 3.0, 4.0])
     calls = []
-    monkeypatch.setattr(machine, "_seconds", lambda run, device: next(seconds))
+    monkeypatch.setattr(machine, "elapsed", lambda run, device: next(seconds))
     assert machine._best(lambda: calls.append(1), CPU, rounds=3) == 3.0
     assert len(calls) == 3
 

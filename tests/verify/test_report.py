@@ -1,15 +1,16 @@
 """The report: table, summary, JSON, JUnit, exit codes, and a second process that fails."""
 
 import json
+import re
 import xml.etree.ElementTree as ET
 
 import pytest
 
 from clipfast.cli import main
 from clipfast.verify import (
+    CheckResult,
     Figure,
     Options,
-    Row,
     child,
     options,
     plan,
@@ -28,16 +29,15 @@ from clipfast.verify.shapes import CASES, AttentionShape, PatchShape
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
+ATTENTION, PATCH = (
+    (op, "cpu", "accuracy", case, "float32") for op, case in (("attention", "T=50"), ("patch_embed", "P=14"))
+)
 ROWS = [
-    Row(
-        "attention", "cpu", "accuracy", "T=50", "float32", "value", PASS, figures=(GOOD,), truth="float64", seconds=0.5
-    ),
-    Row("attention", "cpu", "accuracy", "T=50", "float32", "d_qkv", FAIL, "max error 1 > \x1b[31mallowed", (GOOD, BAD)),
-    Row("attention", "cuda", "leg", "native kernels", reason="no GPU"),
-    Row("patch_embed", "cpu", "accuracy", "P=14", "float32", "value", PASS, figures=(GOOD,)),
-    Row(
-        "patch_embed", "cpu", "accuracy", "P=14", "float32", "d_weight", PASS, figures=(Figure("max", 9.0, 9.0, 10.0),)
-    ),
+    CheckResult(*ATTENTION, "value", PASS, figures=(GOOD,), truth="float64", seconds=0.5),
+    CheckResult(*ATTENTION, "d_qkv", FAIL, "max error 1 > \x1b[31mallowed", (GOOD, BAD)),
+    CheckResult("attention", "cuda", "leg", "native kernels", reason="no GPU"),
+    CheckResult(*PATCH, "value", PASS, figures=(GOOD,)),
+    CheckResult(*PATCH, "d_weight", PASS, figures=(Figure("max", 9.0, 9.0, 10.0),)),
 ]
 
 
@@ -153,14 +153,15 @@ def test_peer_that_is_not_installed(capsys, monkeypatch):
     assert "OpenCLIP is not installed" in row.reason
 
 
-def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as exit_:
+def test_help_teaches_and_names_every_op(capsys):
+    with pytest.raises(SystemExit, match="0"):
         main(["verify", "--help"])
-    assert exit_.value.code == 0
     out = capsys.readouterr().out
-    assert all(
-        text in out for text in ("at most 2x PyTorch's own error", "3x for gradients", "clipfast verify --quick")
-    )
+    for text in ("at most 2x PyTorch's own error", "3x for gradients", "clipfast verify --quick"):
+        assert text in out
+    # a list of its own: help imports nothing
+    named = " ".join(out.split()).split("--op OP [OP ...] ", 2)[-1]
+    assert named.startswith(", ".join(options.OPS) + " (default: all)")
 
 
 def test_interruption_prints_what_is_there(capsys, tmp_path, one_leg, monkeypatch):
@@ -195,36 +196,26 @@ def test_rows_are_on_disk_after_every_case(tmp_path, one_leg):
     assert len(seen) > 6
 
 
-def only_row(hang_seconds=120.0, **changes):
-    (group,) = child.groups_of_child(Options(ops=("attention",)).to_dict() | changes, "interpreter", hang_seconds)
-    (row,) = group
-    assert row.verdict == FAIL
-    assert (row.op, row.leg) == ("legs", "interpreter")
-    return row
+DEATH = f"import os; print({json.dumps([ROWS[0].to_dict()])!r}, flush=True); os.kill(os.getpid(), 9)"
 
 
-def test_crash_of_the_process_is_a_row():
-    row = only_row(ops=["softmax"])
-    assert "ended early with exit code 1" in row.reason
-    assert "unknown 'softmax'" in row.reason.splitlines()[-1]
-
-
-def test_silent_end_of_the_process_is_a_row(monkeypatch):
-    monkeypatch.setattr(child, "PROGRAM", "pass")
-    assert "ended early with exit code 0, before its first check" in only_row().reason
-
-
-def test_death_after_some_rows_keeps_them(monkeypatch):
-    lines = json.dumps([ROWS[0].to_dict()])
-    monkeypatch.setattr(child, "PROGRAM", f"import os; print({lines!r}, flush=True); os.kill(os.getpid(), 9)")
-    first, last = child.groups_of_child({}, "interpreter", 120.0)
-    assert first == [ROWS[0]]
-    assert "exit code -9, after attention cpu accuracy T=50 float32" in last[0].reason
-
-
-def test_hung_process_is_a_row(monkeypatch):
-    monkeypatch.setattr(child, "PROGRAM", "import time; time.sleep(60)")
-    assert "hung: silent for 1 s" in only_row(hang_seconds=1.0).reason
+@pytest.mark.parametrize(
+    ("program", "hang_seconds", "kept", "reason"),
+    [
+        (child.PROGRAM, 120.0, [], r"ended early with exit code 1(?s:.*)\n.*unknown 'softmax'.*$"),
+        ("pass", 120.0, [], "ended early with exit code 0, before its first check"),
+        (DEATH, 120.0, ROWS[:1], "exit code -9, after attention cpu accuracy T=50 float32"),
+        ("import time; time.sleep(60)", 1.0, [], "hung: silent for 1 s"),
+    ],
+    ids=["crash", "silent end", "death", "hang"],
+)
+def test_a_process_that_fails_is_a_row_and_keeps_those_before(monkeypatch, program, hang_seconds, kept, reason):
+    monkeypatch.setattr(child, "PROGRAM", program)
+    raw = Options(ops=("attention",)).to_dict() | {"ops": ["softmax"]}
+    *before, (row,) = child.groups_of_child(raw, "interpreter", hang_seconds)
+    assert before == [[found] for found in kept]
+    assert (row.op, row.leg, row.verdict) == ("legs", "interpreter", FAIL)
+    assert re.search(reason, row.reason)
 
 
 def test_interpreter_leg_comes_back_from_its_process():
@@ -256,11 +247,3 @@ def test_clips_own_shapes_are_there():
             loss = [s for s in shapes if isinstance(s, LossShape)]
             assert {512, 640, 768, 1024} <= {s.dim for s in loss}
             assert max(s.pairs for s in loss) > 4000
-
-
-def test_help_names_every_op(capsys):
-    # a list of its own: help imports nothing
-    with pytest.raises(SystemExit):
-        main(["verify", "--help"])
-    named = " ".join(capsys.readouterr().out.split()).split("--op OP [OP ...] ", 2)[-1]
-    assert named.startswith(", ".join(options.OPS) + " (default: all)")

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from clipfast.verify import Row, judge
+from clipfast.verify import CheckResult, judge
 from clipfast.verify.context import exact_float32, poisoned
-from clipfast.verify.report import FAIL, PASS, SKIP, rows_of
+from clipfast.verify.report import FAIL, PASS, SKIP, results_of
 from clipfast.verify.rule import judge_draws, judge_fairly
 
 NAN, INF = float("nan"), float("inf")
@@ -58,7 +58,7 @@ def test_other_dtype_fails():
 def test_without_a_yardstick_is_not_a_pass():
     truth = torch.tensor([1e6], dtype=torch.float64)
     judgement = judge(torch.tensor([1.0]).half(), torch.tensor([NAN]).half(), truth, 2.0)
-    (row,) = rows_of(Row("op", "cpu", "accuracy", "case"), {"value": judgement})
+    (row,) = results_of(CheckResult("op", "cpu", "accuracy", "case"), {"value": judgement})
     assert row.verdict == SKIP
     assert "no yardstick" in row.reason
 
@@ -108,12 +108,24 @@ def test_forgotten_memory_is_nan():
     assert torch.are_deterministic_algorithms_enabled() == before
 
 
-def test_float32_is_not_tf32_and_comes_back():
-    conv = torch.backends.cudnn.conv
-    before = conv.fp32_precision
-    with exact_float32():
-        assert conv.fp32_precision == torch.backends.cuda.matmul.fp32_precision == "ieee"
-    assert conv.fp32_precision == before
+def float32_settings():
+    """The new and the old settings: PyTorch raises an error where they disagree."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    new = [setting.fp32_precision for setting in (matmul, cudnn.conv, cudnn.rnn)]
+    return new, [cudnn.allow_tf32, matmul.allow_tf32]
+
+
+@pytest.mark.parametrize("precision", ["highest", "high"])
+def test_float32_is_not_tf32_and_comes_back(precision):
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        found = float32_settings()
+        with exact_float32():
+            assert float32_settings() == (["ieee"] * 3, [False, False])
+        assert float32_settings() == found
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def test_rows_name_their_verdict():
@@ -122,5 +134,5 @@ def test_rows_name_their_verdict():
         "value": judge(truth.float(), truth.float(), truth, 2.0),
         "d_x": judge(truth.float() * 2, truth.float(), truth, 3.0),
     }
-    rows = rows_of(Row("op", "cpu", "accuracy", "case"), judgements)
+    rows = results_of(CheckResult("op", "cpu", "accuracy", "case"), judgements)
     assert [(row.output, row.verdict) for row in rows] == [("value", PASS), ("d_x", FAIL)]
