@@ -11,11 +11,13 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import Floor
 
 __all__ = [
-    "DTYPES", "OURS", "AnyFunction", "Candidate", "Case", "Function", "Inputs", "MissingError", "Results", "call",
-    "observe", "require_cuda", "short",
+    "DTYPES", "OURS", "AnyFunction", "Candidate", "Case", "Function", "Inputs", "MissingError", "Results", "Sizes",
+    "call", "observe", "require_cuda", "short",
 ]  # fmt: skip
 
 OURS = "clipfast"
+# The sizes of a case by name.
+Sizes = Mapping[str, int | float | str | bool]
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor]
 Results = Tensor | tuple[Tensor, Tensor]
@@ -74,7 +76,7 @@ class Case:
 
     suite: str
     op: str
-    shape: Mapping[str, int | str | bool]
+    shape: Sizes
     dtype: str
     device: torch.device
     inputs: Callable[[], Inputs]

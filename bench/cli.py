@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from . import results, tables, tune
-from .case import DTYPES
+from .case import DTYPES, Sizes
 from .categories import INPUT, LOSS, NORM
 from .harness import Budget
 from .machine import use
-from .suites import SUITES, Shape, build
+from .suites import SUITES, build
 
 _OPS = {name: suite.op for name, suite in SUITES.items() if suite.op is not None}
 # What one name stands for.
@@ -164,7 +164,7 @@ def _device(name: str) -> torch.device:
     return use(device)
 
 
-def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Shape, str]]:
+def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Sizes, str]]:
     """Suite, shape and dtype of each case; all are checked before anything is measured."""
     chosen = {**GROUPS, "all": tuple(SUITES)}.get(args.bench, (args.bench,))
     if args.shape and len(chosen) > 1:
@@ -181,7 +181,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Sha
     return plan
 
 
-def _parse_shape(suite: str, text: str) -> Shape:
+def _parse_shape(suite: str, text: str) -> Sizes:
     """``"pairs=4096 embed_dim=512"`` as a dictionary, in the types of the suite's fields."""
     fields = SUITES[suite].fields
     shape: dict[str, Any] = {}

@@ -10,7 +10,7 @@ Two numbers belong to a step of N pairs with D features, and they differ on purp
   Every token counts in every layer, and all scores of a causal layer count. The published loss keeps its logits, so it
   needs one product of the features forward and two backward, each of 2 N^2 D: 6 N^2 D.
 * :func:`step_floor_flops`, for "of floor", counts the products of our own step. Our loss keeps no N x N matrix and
-  computes the logits once more in backward: 8 N^2 D, as in :func:`clipfast.kernels.floors.contrastive_floor`. Our
+  computes the logits once more in backward: 8 N^2 D, as the specification of ``contrastive_loss`` says. Our
   attention pool of a ResNet has one query, where the published one has as many as there are positions.
 """
 
@@ -21,8 +21,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from clipfast import create_model
-from clipfast.kernels.floors import contrastive_floor
+from clipfast.kernels.contrastive.cases import LossShape
 from clipfast.kernels.hardware import card_named
+from clipfast.kernels.spec import specs
 from clipfast.models.resnet import ModifiedResNet
 
 DEFINITION = "3 x forward of the published model + 6 N^2 D for the loss"
@@ -41,7 +42,9 @@ def step_floor_flops(name: str, pairs: int) -> float:
     floor than seems possible.
     """
     flops, embed_dim = forward_flops(name, published=False)
-    return 3.0 * pairs * flops + contrastive_floor(pairs, embed_dim, 0, backward=True).flops
+    loss = specs()["contrastive_loss"]
+    shape = LossShape(pairs, embed_dim)
+    return 3.0 * pairs * flops + loss.floor(shape, 0, False).flops + loss.floor(shape, 0, True).flops
 
 
 @functools.cache

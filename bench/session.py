@@ -16,15 +16,15 @@ from clipfast.kernels.dtypes import DTYPES
 
 from . import results, tables
 from .breakdown import Breakdown, copy_seconds
-from .case import OURS, Case, short
+from .case import OURS, Case, Sizes, short
 from .harness import Budget, Timing, leaves, measure
 from .machine import measure_roofs
 from .memory import peak_bytes
-from .suites import Shape, build
+from .suites import build
 
 T = TypeVar("T")
 # What :func:`build` makes a case from: suite, shape and dtype.
-CaseKey = tuple[str, Shape, str]
+CaseKey = tuple[str, Sizes, str]
 
 
 def measure_all(

@@ -27,12 +27,12 @@ from clipfast.kernels import configs
 from clipfast.kernels.configs import Config
 from clipfast.kernels.spec import Target, Tunable
 
-from .case import DTYPES, OURS, Candidate, Case, call, short
+from .case import DTYPES, OURS, Candidate, Case, Sizes, call, short
 from .harness import Budget, Timing, leaves, measure, ratio_interval
 from .inspection import Report, inspect_launch, offline
 from .inspection.shipped import small_tile_problems
 from .machine import use
-from .suites import Shape, build
+from .suites import build
 from .tune_targets import TARGETS, key_of, space
 
 # An error may not grow by more than this when sums are taken in another order.
@@ -279,7 +279,7 @@ def _overrides(entries: dict[str, Config]) -> contextlib.ExitStack:
     return stack
 
 
-def _small(shape: Shape) -> Shape:
+def _small(shape: Sizes) -> Sizes:
     """The same shape with a small batch: what is compiled does not depend on it, but empty tensors take memory."""
     small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2, "rows": 1024}
     return {key: small.get(key, value) for key, value in shape.items()}

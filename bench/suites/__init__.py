@@ -2,16 +2,14 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 
 from clipfast.kernels.spec import OpSpec, specs
 
-from ..case import DTYPES, Case
+from ..case import DTYPES, Case, Sizes
 from . import data, ops, step, tokenizer
-
-Shape = Mapping[str, int | float | str | bool]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,10 +28,10 @@ class Suite:
     """
 
     help: str
-    shapes: Callable[[str], list[Shape]]
-    build: Callable[[Shape, str, torch.device], Case]
-    fields: Shape
-    smallest: Shape
+    shapes: Callable[[str], list[Sizes]]
+    build: Callable[[Sizes, str, torch.device], Case]
+    fields: Sizes
+    smallest: Sizes
     optional: frozenset[str] = frozenset()
     dtypes: tuple[str, ...] = ()
     op: OpSpec | None = None
@@ -75,7 +73,7 @@ SUITES = {spec.suite_name: _suite_of(spec) for spec in specs().values()} | {
 }
 
 
-def build(suite: str, shape: Shape, dtype: str, device: torch.device) -> Case:
+def build(suite: str, shape: Sizes, dtype: str, device: torch.device) -> Case:
     """Make one case by the name of its suite.
 
     Raises:

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from clipfast import image_transform, open_image
 
-from ..case import OURS, Candidate, Case, Function
+from ..case import OURS, Candidate, Case, Function, Sizes
 from . import peers
 
-FIELDS: Mapping[str, int | str | bool] = {"images": 32, "width": 640, "height": 480, "size": 224}
-SMALLEST: Mapping[str, int | str | bool] = {"images": 2, "width": 64, "height": 48, "size": 32}
+FIELDS: Sizes = {"images": 32, "width": 640, "height": 480, "size": 224}
+SMALLEST: Sizes = {"images": 2, "width": 64, "height": 48, "size": 32}
 
 
-def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:  # noqa: ARG001
+def shapes(device_type: str) -> list[Sizes]:  # noqa: ARG001
     """Return one shape: photographs of a size that is common on the web, resized to what most models take."""
     return [FIELDS]
 

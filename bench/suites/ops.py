@@ -6,18 +6,17 @@ A case times the forward and the backward pass of our op, of the reference, of t
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 
 import torch
 
 from clipfast.kernels.spec import Call, Draw, OpSpec, Shape
 
-from ..case import DTYPES, GRADS, OURS, AnyFunction, Candidate, Case, Inputs
+from ..case import DTYPES, GRADS, OURS, AnyFunction, Candidate, Case, Inputs, Sizes
 from . import peers
 from .rivals import PLAIN, RIVALS
 
 
-def build(spec: OpSpec, sizes: Mapping[str, int | float | bool], dtype: str, device: torch.device) -> Case:
+def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
     """Make the case of an op at the given sizes; all floating inputs take gradients but those that the op freezes."""
     shape = type(spec.small[0])(**sizes)
     draw = functools.partial(_inputs, spec, dtype=dtype, device=device)

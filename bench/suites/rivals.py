@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from clipfast.kernels import contrastive_loss
+from clipfast.kernels import contrastive_loss, reference
 
 from ..case import OURS, AnyFunction, Candidate, Function, MissingError, Results, require_cuda
 from . import peers
@@ -66,7 +66,7 @@ def _attention(options: Mapping[str, Any], device: torch.device) -> tuple[Candid
 def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
     def run(qkv: Tensor, bias: Tensor) -> Tensor:
         batch, tokens, _ = qkv.shape
-        q, k, v = _with_bias_gradient(qkv, bias).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = reference.with_bias_gradient(qkv, bias).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return out.transpose(1, 2).reshape(batch, tokens, -1)
@@ -80,29 +80,10 @@ def _flash_attn(heads: int, causal: bool, device: torch.device) -> Function:
 
     def run(qkv: Tensor, bias: Tensor) -> Tensor:
         batch, tokens, _ = qkv.shape
-        qkv = _with_bias_gradient(qkv, bias)
+        qkv = reference.with_bias_gradient(qkv, bias)
         return packed(qkv.view(batch, tokens, 3, heads, -1), causal=causal).reshape(batch, tokens, -1)
 
     return run
-
-
-class _BiasGradient(torch.autograd.Function):
-    """The gradient of a bias that the projection has added already: a sum over rows, as a linear layer takes it."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv: Tensor, bias: Tensor) -> Tensor:
-        ctx.dtype = bias.dtype
-        return qkv.view_as(qkv)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor]:
-        (grad,) = grads
-        return grad, grad.sum((0, 1)).to(ctx.dtype)
-
-
-def _with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
-    result: Tensor = _BiasGradient.apply(qkv, bias)
-    return result
 
 
 def _contrastive(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001

@@ -23,14 +23,14 @@ from clipfast.training.optim import adamw
 from clipfast.verify.models import draw_batch
 
 from ..breakdown import Breakdown, copy_seconds, trace
-from ..case import OURS, Candidate, Case, Function, Inputs
+from ..case import OURS, Candidate, Case, Function, Inputs, Sizes
 from ..categories import LOSS_RANGE
 from ..flops import step_floor_flops, step_flops
 from ..machine import synchronize
 from . import peers
 
-FIELDS: Mapping[str, int | str | bool] = {"model": "ViT-B-32", "batch": 256}
-SMALLEST: Mapping[str, int | str | bool] = {"model": "ViT-T-8-32", "batch": 2}
+FIELDS: Sizes = {"model": "ViT-B-32", "batch": 256}
+SMALLEST: Sizes = {"model": "ViT-T-8-32", "batch": 2}
 # The reference keeps the scores of every layer in float32, so a large batch would not fit.
 GATE_BATCH = 16
 # The loss depends on the differences between the features of a batch, and random weights make them nearly equal: in
@@ -38,7 +38,7 @@ GATE_BATCH = 16
 SLACK = {"d_parameters": 3.0}
 
 
-def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:
+def shapes(device_type: str) -> list[Sizes]:
     """Return published models, each at a batch that fills a GPU; on a CPU one model at a small batch."""
     if device_type == "cpu":
         return [{"model": "ViT-B-32", "batch": 8}]

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from clipfast import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, Tokenizer
 
-from ..case import OURS, Candidate, Case, Function
+from ..case import OURS, Candidate, Case, Function, Sizes
 from . import peers
 
-FIELDS: Mapping[str, int | str | bool] = {"captions": 2000, "text": "ascii"}
-SMALLEST: Mapping[str, int | str | bool] = {"captions": 20, "text": "unicode"}
+FIELDS: Sizes = {"captions": 2000, "text": "ascii"}
+SMALLEST: Sizes = {"captions": 20, "text": "unicode"}
 SUFFIX = {"ascii": "", "unicode": " – ein Foto, 一张照片 📷"}
 
 
-def shapes(device_type: str) -> list[Mapping[str, int | str | bool]]:  # noqa: ARG001
+def shapes(device_type: str) -> list[Sizes]:  # noqa: ARG001
     """Return English captions, and the same captions with other letters, ideographs and an emoji."""
     return [{"captions": 2000, "text": text} for text in SUFFIX]
 

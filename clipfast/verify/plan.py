@@ -87,13 +87,13 @@ def not_run(options: Options) -> list[CheckResult]:
     """What cannot be run here, as rows that are skipped."""
     legs = legs_of(options)
     rows: list[CheckResult] = []
-    if CUDA not in legs and options.legs is None:
-        rows.append(CheckResult("legs", CUDA, "leg", "native kernels", reason=NO_GPU if not torch.cuda.is_available() else
-                        "--device cpu: the native kernels were not run"))  # fmt: skip
     if options.legs is None and CUDA in legs:
         reason = "runs with --device cpu"
-        rows += [CheckResult("legs", leg, "leg", name, reason=reason) for leg, name in
-                 ((CPU, "PyTorch paths"), (INTERPRETER, "interpreted kernels"))]  # fmt: skip
+        rows.append(CheckResult("legs", CPU, "leg", "PyTorch paths", reason=reason))
+        rows.append(CheckResult("legs", INTERPRETER, "leg", "interpreted kernels", reason=reason))
+    elif options.legs is None:
+        reason = "--device cpu: the native kernels were not run" if torch.cuda.is_available() else NO_GPU
+        rows.append(CheckResult("legs", CUDA, "leg", "native kernels", reason=reason))
     if INTERPRETER in legs and "bfloat16" in options.dtypes:
         rows.append(CheckResult("legs", INTERPRETER, "leg", "kernels", "bfloat16", reason=BF16_INTERPRETED))
     asks_openclip = MODEL in options.ops and options.against is None
