@@ -15,7 +15,7 @@ from .cases import loss_inputs
 
 PAIRS = (1, 2, 3, 127, 129)
 DIMS = (8, 64, 512, 520, 640, 768, 1024, 1280)
-# Each stage of training has a scale, and the number of standard deviations by which the cosine of a pair exceeds chance.
+# Each stage of training has a scale, and the standard deviations by which the cosine of a pair exceeds that of chance.
 # In the last stage the scale is that of a trained model, but the features are not.
 STAGES = {"start": (14.3, 0.0), "middle": (50.0, 2.0), "end": (100.0, 3.5), "new at 100": (100.0, 0.0)}
 ONE = torch.tensor(1.0)
