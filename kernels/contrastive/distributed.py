@@ -112,11 +112,11 @@ class _RankGradients(torch.autograd.Function):
         grads = gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group)
         largest = grads.abs().amax()
         share = ranks.spread(grads / largest.clamp(min=torch.finfo(one_minus_p.dtype).tiny))  # [N]
-        row_max, row_inv_denom, col_max, col_inv_denom, shared = everyones
+        row_max, row_inv_denom, col_max, col_inv_denom, uses_shared_shift = everyones
         normalizers = Normalizers(
             torch.stack([row_max, row_inv_denom * share]),
             torch.stack([col_max, col_inv_denom * share]),
-            (shared > 0).all().to(torch.int8),
+            (uses_shared_shift > 0).all().to(torch.int8),
         )
         accumulate = _accumulate_strips if options.mode == "scalars" else _accumulate_rows
         acc_x, acc_y, scale_sums = accumulate(x.rows, y.rows, logit_scale, normalizers, gathered, options)

@@ -66,7 +66,7 @@ def _accumulate_stats(
     x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, result: SoftmaxStats, *, is_online: bool
 ) -> None:
     cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch_of(x.device), x.dtype)
-    # of each tile's rows and of its columns: the sums, and before them the maxima if they are taken
+    # These hold the sums of each tile's rows and of its columns; where maxima are taken, they come before the sums.
     of_rows, of_cols = (
         result.row_sum.new_empty(2 if is_online else 1, size) for size in _sums_by_tile(cfg, len(x), len(y))
     )

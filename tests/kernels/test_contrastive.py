@@ -1,4 +1,4 @@
-"""The contrastive loss: values and gradients, layouts, extremes, and no N x N."""
+"""The contrastive loss: values and gradients, layouts, extremes; and what all losses do with bad or empty features."""
 
 import functools
 import math
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from clipfast import kernels
 from clipfast.kernels import contrastive_loss, launch, reference
 from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 
@@ -20,13 +21,13 @@ DRAWS = 6
 
 @pytest.fixture(params=[80, 90] if INTERPRET else [0])
 def arch(request, monkeypatch):
-    """With pointers, and with tensor descriptors."""
+    """Take the kernels' configurations of sm_80, which load by pointers, and of sm_90, which load by descriptors."""
     if request.param:
         monkeypatch.setattr(launch, "CPU_ARCH", request.param)
 
 
 def unnormalised(scale, device):
-    """Features of very different lengths."""
+    """Return features of very different lengths."""
     inputs = {"image": 30 * torch.randn(45, 24), "text": 3 * torch.randn(45, 24), "logit_scale": torch.tensor(scale)}
     return {name: x.to(device) for name, x in inputs.items()}
 
@@ -78,7 +79,7 @@ def test_more_row_tiles_than_a_group(device):
     compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
+@pytest.mark.skipif(not INTERPRET, reason="tests how the kernels compute addresses")
 def test_offsets_beyond_32_bits():
     image, text = huge_strides((4, 40)), F.normalize(torch.randn(4, 40), dim=-1).half()
     image.copy_(text.flip(0))
@@ -164,7 +165,7 @@ def test_zero_rows_when_normalized(device):
     ours = value_and_grads(op, inputs, torch.tensor(1.0))
     truth = value_and_grads(expected, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0))
     for name, value in ours.items():
-        # such a row's gradient is 10^12 times the others', with PyTorch too
+        # The gradient of a zero row is 10^12 times as large as the others, in PyTorch too.
         assert value.isfinite().all(), name
         torch.testing.assert_close(value.double(), truth[name], rtol=1e-4, atol=1e-6, msg=name)
 
@@ -217,17 +218,17 @@ def test_same_bits_every_time(device, two_threads):
 
 
 def test_late_training_keeps_every_row(device):
-    # Where the positive's softmax is near 1, rounding it before 1 is subtracted would leave rows without a correct
-    # digit.
+    # A positive's probability is nearly 1. Rounded before it is subtracted from 1, it would leave rows without one
+    # correct digit.
     dtype = DTYPES[-1]
     inputs = loss_inputs((129, 72), dtype, device, matched=0.3, scale=100.0)
-    grad = torch.tensor(2.0**14)  # as loss scaling does: float16 cannot hold the gradients otherwise
+    grad = torch.tensor(2.0**14)  # loss scaling does the same: otherwise float16 could not hold the gradients
     ours = value_and_grads(contrastive_loss, inputs, grad)
     truth = value_and_grads(reference.contrastive_loss, {name: x.double() for name, x in inputs.items()}, grad)
     for name in ("d_image", "d_text"):
         size = truth[name].norm(dim=1)
         error = (ours[name].double() - truth[name]).norm(dim=1) / size
-        # smaller rows are below what the dtype of the gradient can hold
+        # Rows smaller than that are below what the dtype of the gradient can hold.
         worst = error[size > 1e-3 * size.max()].max()
         assert worst < 1e-2, f"{name}: worst row is off by {worst:.1%}"
 
@@ -243,3 +244,78 @@ def test_acceptance_size_against_float64():
     for name, limit in limits.items():
         error = (ours[name].double() - truth[name]).norm() / truth[name].norm()
         assert error < limit, f"{name}: relative error {error:.2e}"
+
+
+# Each loss with two arguments for features, their names, and its other arguments.
+LOSSES = {
+    "contrastive_loss": (("image", "text"), {"logit_scale": 10.0}),
+    "distributed_contrastive_loss": (("image", "text"), {"logit_scale": 10.0}),
+    "sigmoid_loss": (("image", "text"), {"logit_scale": 10.0, "logit_bias": -3.0}),
+    "nt_xent_loss": (("first", "second"), {"logit_scale": 10.0}),
+    "info_nce_loss": (("query", "key"), {"logit_scale": 10.0}),
+    "info_nce_loss of a queue": (("query", "key"), {"logit_scale": 10.0, "negatives": torch.zeros(3, 8)}),
+}
+ONE_PROCESS = [loss for loss in LOSSES if not loss.startswith("distributed")]
+X = torch.zeros(4, 8)
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    ("first", "second", "changed", "message"),
+    [
+        (X.tolist(), X, {}, "{0} must be a torch.Tensor, got list"),
+        (X, X[0], {}, r"{1} must have 2 dimensions, got shape \(8,\)"),
+        (X, X[:3], {}, r"{0} and {1} must have the same shape, got \(4, 8\) and \(3, 8\)"),
+        (X, X.half(), {}, "{1} is float16, but {0} is float32"),
+        (X, X.to("meta"), {}, "{1} is on meta, but {0} is on cpu"),
+        (X, X, {"logit_scale": torch.ones((), device="meta")}, "logit_scale is on meta, but {0} is on cpu"),
+        (X.double(), X.double(), {}, "{0} is float64, which only the CPU path"),
+    ],
+    ids=lambda value: value[:24] if isinstance(value, str) else "",
+)
+def test_errors_name_the_arguments_of_their_own_loss(loss, first, second, changed, message):
+    (names, others), op = LOSSES[loss], loss.split()[0]
+    arguments = dict(zip(names, (first, second), strict=True)) | others | changed
+    if "negatives" in arguments and isinstance(first, torch.Tensor):
+        arguments["negatives"] = arguments["negatives"].to(first)
+    # float64 is refused only where the kernels run, which they would do here
+    with launch.execute_on_cpu(), pytest.raises((TypeError, ValueError), match=f"{op}: {message.format(*names)}"):
+        getattr(kernels, op)(**arguments)
+
+
+EMPTY = [(loss, rows, rows, width) for loss in ONE_PROCESS for rows, width in ((5, 0), (70, 0), (0, 8))]
+EMPTY += [(loss, m, n, 8) for loss in ("contrastive_loss", "sigmoid_loss") for m, n in ((0, 4), (4, 0))]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(("loss", "m", "n", "width"), EMPTY)
+def test_empty_features(loss, m, n, width, dtype, device, arch):
+    (names, others), op = LOSSES[loss], loss.split()[0]
+    options = {"offset": 1} if m != n else {}
+    features = (torch.randn(rows, width).to(device, dtype) for rows in (m, n))
+    inputs = dict(zip(names, features, strict=True)) | {
+        name: torch.randn(3, width).to(device, dtype) if name == "negatives" else torch.tensor(x, device=device)
+        for name, x in others.items()
+    }
+    fn, expected = (functools.partial(getattr(module, op), **options) for module in (kernels, reference))
+    ours = value_and_grads(fn, inputs, torch.tensor(1.0))
+    if (op, m, n) == ("contrastive_loss", 4, 0):  # a mean over no pairs, which the reference cannot take
+        assert ours["value"].isnan()
+        return
+    truth = value_and_grads(expected, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0))
+    for name, value in ours.items():
+        torch.testing.assert_close(value.double(), truth[name], equal_nan=True, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.skipif(LEG != "cpu", reason="launches are recorded from CPU tensors")
+@pytest.mark.parametrize("arch", [80, 90])
+@pytest.mark.parametrize("loss", ONE_PROCESS)
+def test_launches_for_features_without_dimensions(loss, arch):
+    # tensor descriptors of sm_90 cannot describe a matrix without columns
+    (names, others), op = LOSSES[loss], loss.split()[0]
+    features = {name: torch.zeros(70, 0, dtype=torch.bfloat16, requires_grad=True) for name in names}
+    others = {name: x[:, :0].bfloat16() if isinstance(x, torch.Tensor) else x for name, x in others.items()}
+    with launch.record_launches(arch) as launches:
+        getattr(kernels, op)(**features, **others).backward()
+    assert launches
+    assert not any(item.constexprs.get("IS_TMA") for item in launches)

@@ -1,4 +1,4 @@
-"""The contrastive losses against float64 at every size and scale that is promised, start of training and end of it."""
+"""The contrastive losses against float64, at every promised size and scale, at the start and at the end of training."""
 
 import functools
 
@@ -15,22 +15,22 @@ from .cases import loss_inputs
 
 PAIRS = (1, 2, 3, 127, 129)
 DIMS = (8, 64, 512, 520, 640, 768, 1024, 1280)
-# Scale, and by how many standard deviations a pair is more alike than chance: a new model, one in the middle, a trained
-# one, and features that do not fit the scale yet.
+# Each stage of training has a scale, and the standard deviations by which the cosine of a pair exceeds that of chance.
+# In the last stage the scale is that of a trained model, but the features are not.
 STAGES = {"start": (14.3, 0.0), "middle": (50.0, 2.0), "end": (100.0, 3.5), "new at 100": (100.0, 0.0)}
 ONE = torch.tensor(1.0)
 
 
 def features(pairs, embed_dim, stage, dtype, device):
     scale, deviations = STAGES[stage]
-    # among few, a trained model makes so few mistakes that float64 itself could not say how few
+    # With few pairs, a trained model makes so few mistakes that even float64 could not tell how few.
     cosine = min(0.8, deviations * (1.0 if pairs > 3 else 0.3) / embed_dim**0.5)
     matched = cosine / (cosine + (1 - cosine**2) ** 0.5)
     return scale, loss_inputs((pairs, embed_dim), dtype, device, matched=matched, scale=scale)
 
 
 def errors(ours, truth):
-    """Relative error of each result, and the worst of rows that are not tiny."""
+    """Return the relative error of each result, and the worst relative error of a row that is not tiny."""
     found = {}
     for name, value in ours.items():
         difference = value.double() - truth[name]
@@ -57,7 +57,7 @@ def held(found, limits):
 
 
 def limits(names, pairs, scale, gradient):
-    # a logit of 100 is right to 6e-6 in float32: the mean over many pairs forgets it, that over a few does not
+    # In float32 a logit of 100 has an error of up to 6e-6. It averages out over many pairs, but not over a few.
     known = {"value": 1e-6 if pairs > 100 else 1e-6 * scale, "d_logit_scale": 1e-4, "d_logit_bias": 1e-4}
     return {name: known.get(name, 8 * gradient if name.endswith(" row") else gradient) for name in names}
 
@@ -83,7 +83,7 @@ def test_many_pairs(embed_dim, stage, device):
 
 
 def call(name, inputs):
-    """A loss and its reference, and the features under the names that it has for them."""
+    """Return a loss, its reference, and the features by the names of its arguments."""
     image, text, scale = inputs.values()
     negatives = F.normalize(torch.randn(150, image.shape[1], device=image.device), dim=-1)
     options, inputs = {
@@ -100,8 +100,9 @@ def call(name, inputs):
 @pytest.mark.parametrize("pairs", [127, 129])
 @pytest.mark.parametrize("loss", ["contrastive_loss", "sigmoid_loss", "info_nce_loss", "nt_xent_loss"])
 def test_16_bit_operands(loss, pairs, arch, stage, device, monkeypatch):
-    # float32 features with values of 16 bits, under autocast: the gradients come back before they are rounded.
-    # The interpreter has no bfloat16; float16 goes the same way through the kernels.
+    # The features are float32, but their values fit 16 bits. Under autocast the operands then have 16 bits, while the
+    # gradients are returned in float32, before they are rounded. The interpreter has no bfloat16; float16 takes the
+    # same way through the kernels.
     monkeypatch.setattr(launch, "CPU_ARCH", arch or 80)
     dtype = torch.float16 if INTERPRET else torch.bfloat16
     scale, inputs = features(pairs, 64, stage, torch.float32, device)
@@ -117,12 +118,12 @@ def test_16_bit_operands(loss, pairs, arch, stage, device, monkeypatch):
     scalar = 1e-4 / (8 if INTERPRET else 1)
     held(found, limits(found, pairs, scale, 6e-4) | {"d_logit_scale": scalar, "d_logit_bias": scalar})
     if LEG != "cpu":
-        # rounding the tile of G to 16 bits shows: otherwise this would not be the kernels' path
+        # The rounding of G to 16 bits must show. Otherwise this was not the kernels' path.
         assert found[first] > 1e-6
 
 
 def test_zero_gradients_are_zero(device):
-    # every pair the same: the gradient of choosing between them is nothing
+    # All rows are the same, so the gradient of choosing between them is 0.
     inputs = {name: torch.ones(60, 32, device=device) / 32**0.5 for name in ("image", "text")}
     inputs["logit_scale"] = torch.tensor(100.0, device=device)
     ours = value_and_grads(contrastive_loss, inputs, ONE)

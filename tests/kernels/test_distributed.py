@@ -1,4 +1,4 @@
-"""The loss of a batch spread over processes: that of one process, in values, gradients and bits."""
+"""The loss of a batch spread over processes has the values and gradients of one process, always in the same bits."""
 
 import dataclasses
 import functools
@@ -7,7 +7,6 @@ import os
 import re
 import signal
 
-import open_clip
 import pytest
 import torch
 import torch.distributed as dist
@@ -24,12 +23,13 @@ from .cases import loss_inputs
 
 MODES = ("gather", "ring", "scalars")
 DIM = 24
-# Rows of each rank: as many on each; one, which leaves a column without others; none.
+# The rows of each rank: equally many, a single one, or none.
 SIZES = {2: [(5, 5), (1, 7), (0, 6)], 3: [(4, 4, 4), (6, 0, 3)], 4: [(3, 3, 3, 3), (9, 1, 4, 2)]}
-# By the scale: the shared shift everywhere, nowhere, and on some ranks only; and features of other lengths than 1.
+# The scale decides where the shared shift is used: on all ranks, on none, on some. The last kind has features that are
+# not unit rows.
 KINDS = {"shared": 20.0, "online": 1e4, "mixed": 100.0, "normalized": 20.0}
 NAMES = ("image", "text", "scale")
-not_interpreted = pytest.mark.skipif(INTERPRET, reason="of the exchange, which is the same for all kernels")
+not_interpreted = pytest.mark.skipif(INTERPRET, reason="tests the exchange, which is the same for all kernels")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Case:
 
     @property
     def limit(self):
-        """Relative error; in float32 a logit of 100 is itself right to 6e-6 only."""
+        """The largest relative error allowed; in float32, a logit of 100 itself is only right to 6e-6."""
         return 1e-12 if self.dtype == torch.float64 else 1e-6 if KINDS[self.kind] < 100 else 2e-7 * KINDS[self.kind]
 
 
@@ -53,16 +53,16 @@ def cases(world_size):
     if INTERPRET:
         return [Case(mode, (1, 7), kind, torch.float32) for mode, kind in itertools.product(MODES, KINDS)]
     every = itertools.product(MODES, SIZES[world_size], KINDS)
-    # float64 shows any mistake
+    # In float64 even a small mistake exceeds the limit.
     return [Case(*case, torch.float64 if case[2] != "normalized" else torch.float32) for case in every]
 
 
 def batch(case):
-    """Features of the whole batch, and the scale."""
+    """Return the features of the whole batch, and the scale."""
     generator = torch.Generator().manual_seed(len(case.sizes))
     image, text = (F.normalize(torch.randn(sum(case.sizes), DIM, generator=generator), dim=-1) for _ in range(2))
     if case.kind == "mixed":
-        # the last rank's images are as unlike all texts as can be: with the shared shift, nothing is left of them
+        # The last rank's images are nearly opposite to all texts, so with the shared shift their sums underflow.
         text[:, 0] += 5
         image[-case.sizes[-1] :, 0] -= 5
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
@@ -72,7 +72,7 @@ def batch(case):
 
 
 def part(case, rank):
-    """What a rank holds."""
+    """Return what a rank holds."""
     image, text, scale = batch(case)
     own = slice(sum(case.sizes[:rank]), sum(case.sizes[: rank + 1]))
     return [image[own], text[own], scale]
@@ -86,7 +86,7 @@ def value_and_grads(fn, leaves, grad=1.0, **options):
 
 
 def of_batch(ranks):
-    """What DistributedDataParallel makes of the ranks' results."""
+    """Return what DistributedDataParallel makes of the ranks' results."""
     mean = {name: torch.stack([rank[name] for rank in ranks]).mean(0) for name in ("loss", "scale")}
     return mean | {name: torch.cat([rank[name] for rank in ranks]) / len(ranks) for name in ("image", "text")}
 
@@ -118,7 +118,7 @@ def test_like_one_process(world_size, tmp_path):
 
 
 def late_in_training():
-    """Features of 16 bits, in float32: their pairs are alike, and the scale is large."""
+    """Return features as late in training: pairs are alike and the scale is large. Their values fit 16 bits."""
     torch.manual_seed(0)
     dtype = torch.float16 if INTERPRET else torch.bfloat16
     image, text, scale = loss_inputs((129, 64), dtype, torch.device("cpu"), matched=0.33, scale=100.0).values()
@@ -144,7 +144,9 @@ def test_16_bit_operands(tmp_path):
 
 
 def like_open_clip(rank):
-    theirs = open_clip.ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=3)
+    from open_clip import ClipLoss
+
+    theirs = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=3)
     results = []
     for kind in ("shared", "online"):
         inputs = part(Case("", (4, 4, 4), kind, torch.float64), rank)
@@ -155,20 +157,21 @@ def like_open_clip(rank):
 
 @not_interpreted
 def test_like_open_clip(tmp_path):
+    pytest.importorskip("open_clip")
     by_rank = run_ranks(like_open_clip, 3, folder=tmp_path)
     for kind in zip(*by_rank, strict=True):
         for theirs, *ours in kind:
             expected = {name: theirs[name] for name in ("loss", "image", "text")}
             for mode, found in zip(MODES, ours, strict=True):
                 assert_close({name: found[name] for name in expected}, expected, 1e-12, mode)
-        # a share of it is each of theirs, and the mean of them each of ours
+        # Each of OpenCLIP's ranks has a share of the scale's gradient, each of ours the mean of these shares.
         scale = torch.stack([theirs["scale"] for theirs, *_ in kind]).mean()
         for _, *ours in kind:
             assert_close({"scale": ours[0]["scale"]}, {"scale": scale}, 1e-12, "mean")
 
 
 class Largest(TorchDispatchMode):
-    """The most elements that a tensor has, of all that come out of an operation."""
+    """A record of the largest tensor that any operation returns, in elements."""
 
     def __init__(self):
         super().__init__()
@@ -188,7 +191,7 @@ def largest(rank, mode):
 
 
 def ways_to_use_it(rank):
-    """What each rank finds, in one process group."""
+    """Run everything that one process group can serve, and return what this rank finds."""
     case = Case("gather", (3, 2, 4), "shared", torch.float64)
     inputs = part(case, rank)
     found = {"largest": {mode: largest(rank, mode) for mode in MODES}}
@@ -273,7 +276,7 @@ def test_ways_to_use_it(tmp_path):
     twice = {name: 2 * value for name, value in expected.items()}
     wide = 3 * 64 * 4096
     for rank in ranks:
-        # no more than the rank's own features, and than everyone's
+        # The largest tensor is the rank's own features in the ring, and everyone's otherwise.
         assert rank["largest"] == {"ring": wide // 3, "gather": wide, "scalars": wide}
         for pattern, text in zip(REFUSED, rank["refused"], strict=True):
             assert re.match(pattern, text) or pattern in text, (pattern, text)
@@ -294,7 +297,7 @@ def of_bfloat16(case):
 
 
 def weighted(case):
-    """The mean of 1, -3 and 0 times the losses of the three ranks."""
+    """Return the mean of 1, -3 and 0 times the losses of the three ranks."""
 
     def loss(image, text, scale):
         logits, labels = scale * image @ text.T, torch.arange(len(image))
@@ -303,7 +306,7 @@ def weighted(case):
         factor = torch.tensor([1.0, -3.0, 0.0]).repeat_interleave(torch.tensor(case.sizes))
         return (factor * nll).sum() / (2 * len(image))
 
-    # the value that ranks return is not weighted
+    # The value that ranks return is not weighted; only gradients are.
     return value_and_grads(loss, batch(case)) | {"loss": contrastive_loss(*batch(case))}
 
 

@@ -1,4 +1,4 @@
-"""The loss and the ranks never hold N x N, shown by the peak of a fresh process."""
+"""Neither the losses nor the retrieval ranks ever hold N x N, as the peak memory of a fresh process shows."""
 
 import subprocess
 import sys
@@ -51,7 +51,7 @@ retrieval_ranks(image[:9], text[:9])
 
 
 def peak_mib(setup: str, call: str) -> int:
-    """Peak memory of ``call``, beyond what ``setup`` has made and loaded, in MiB."""
+    """Return the peak memory of ``call`` in MiB, beyond what ``setup`` has made and loaded."""
     code = PEAK.format(setup=setup, call=call)
     return int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
 

@@ -16,30 +16,36 @@ from .cases import LOSS_SHAPES, loss_inputs, strided
 
 pytestmark = pytest.mark.usefixtures("poison")
 ONE = torch.tensor(1.0)
-QUEUES = (1, 70, 64, 1, 150)  # by LOSS_SHAPES; 70 is past a tile of float32, 150 past one of 16 bits
+QUEUES = (
+    1,
+    70,
+    64,
+    1,
+    150,
+)  # one for each of LOSS_SHAPES; 70 is more than a tile of float32, 150 more than one of 16 bits
 
 
 @pytest.fixture
 def arch(request, monkeypatch):
-    """Float32 with pointers and 16 bits with tensor descriptors; the other way is tested with the contrastive loss."""
+    """Load float32 by pointers and 16 bits by descriptors; the tests of the contrastive loss have the other two."""
     if INTERPRET and "dtype" in request.fixturenames:
         monkeypatch.setattr(launch, "CPU_ARCH", 90 if request.getfixturevalue("dtype").itemsize == 2 else 80)
 
 
 def draws(shape, dtype):
-    """Luck evens out among many rows, and large cases take long where kernels are interpreted."""
+    """Return how many draws to judge as one: many of few rows, since luck evens out only among many rows."""
     return range((30 if dtype.itemsize > 2 else 8) if shape[0] < 10 else 2)
 
 
 def queue_inputs(shape, queue, dtype, device, *, matched=0.3, scale=20.0):
-    """Queries, their keys, and a queue of other keys."""
+    """Return queries, their keys, and a queue of other keys."""
     pairs = loss_inputs(shape, dtype, device, matched=matched, scale=scale)
     negatives = F.normalize(torch.randn(queue, shape[1]), dim=-1).to(device, dtype)
     return {"query": pairs["image"], "key": pairs["text"], "negatives": negatives, "logit_scale": pairs["logit_scale"]}
 
 
 def view_inputs(shape, dtype, device, *, matched=0.3, scale=20.0):
-    """Two views of each image."""
+    """Return two views of each image."""
     pairs = loss_inputs(shape, dtype, device, matched=matched, scale=scale)
     return {"first": pairs["image"], "second": pairs["text"], "logit_scale": pairs["logit_scale"]}
 

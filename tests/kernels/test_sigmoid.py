@@ -22,18 +22,18 @@ ONE = torch.tensor(1.0)
 
 @pytest.fixture(params=[80, 90] if INTERPRET else [0])
 def arch(request, monkeypatch):
-    """With pointers, and with tensor descriptors."""
+    """Take the kernels' configurations of sm_80, which load by pointers, and of sm_90, which load by descriptors."""
     if request.param:
         monkeypatch.setattr(launch, "CPU_ARCH", request.param)
 
 
 def draws(shape):
-    """Luck evens out among many rows, and large cases take long where kernels are interpreted."""
+    """Return how many draws to judge as one: many of few rows, since luck evens out only among many rows."""
     return range(30 if shape[0] < 10 else 2)
 
 
 def sigmoid_inputs(shape, dtype, device, *, matched=0.3, scale=10.0, bias=-10.0):
-    """Features as of the contrastive loss, and a bias."""
+    """Return the inputs of the contrastive loss, and a bias."""
     inputs = loss_inputs(shape, dtype, device, matched=matched, scale=scale)
     return {**inputs, "logit_bias": torch.tensor(bias, device=device)}
 
@@ -57,7 +57,7 @@ def test_value_and_gradients(shape, dtype, matched, scale, bias, device, arch):
     ids=str,
 )
 def test_rectangular(m, n, offset, dtype, device, arch):
-    # the last two have no pairs, as the texts of another process
+    # The last two have no pairs, like the texts of another process.
     inputs = [sigmoid_inputs((m, 24), dtype, device, scale=10.0, bias=-3.0) for _ in draws((m, n))]
     for draw in inputs:
         draw["text"] = F.normalize(torch.randn(n, 24), dim=-1).to(device, dtype)
@@ -94,7 +94,7 @@ def test_blocks_add_up(device, arch, monkeypatch):
 
 
 def test_texts_in_parts_add_up(device):
-    # What a process computes that meets the texts of the others one after the other.
+    # A process that receives the texts of the others one after the other adds up these losses.
     inputs = sigmoid_inputs((20, 16), torch.float32, device)
     texts = F.normalize(torch.randn(60, 16), dim=-1).to(device)
 
@@ -103,7 +103,7 @@ def test_texts_in_parts_add_up(device):
         parts = [sigmoid_loss(image, other, logit_scale, logit_bias, offset=20) for other in others]
         return sigmoid_loss(image, own, logit_scale, logit_bias) + sum(parts)
 
-    # all at once: own texts first, so pairs are (i, i), and there are more columns than rows
+    # All texts at once must give the same. In the first order the own texts come first, so that pairs are (i, i).
     inputs["text"] = texts
     whole = value_and_grads(in_parts, inputs, ONE)
     turned = {**inputs, "text": texts.roll(20, 0)}
@@ -114,7 +114,8 @@ def test_texts_in_parts_add_up(device):
 
 
 def test_value_is_exact(device):
-    # At the start nearly all of the loss is small terms: were each rounded as 1 + e, digits of the sum would go.
+    # At the start of training the loss is a sum of many small terms log(1 + e). If 1 + e were rounded, they would lose
+    # digits, and the sum with them.
     inputs = sigmoid_inputs((129, 72), torch.float32, device, matched=0.0)
     ours = value_and_grads(sigmoid_loss, inputs, ONE)
     truth = value_and_grads(reference.sigmoid_loss, in_double(inputs), ONE)
@@ -124,7 +125,7 @@ def test_value_is_exact(device):
 
 
 def test_late_training_keeps_every_pair(device):
-    # With a bias that rules out all others, what is left is the pairs' own gradient: exact in 16 bits too.
+    # The bias makes all other gradients vanish. What is left is the gradient of the pairs: exact in 16 bits too.
     dtype, grad = DTYPES[-1], torch.tensor(2.0**14)
     inputs = sigmoid_inputs((129, 72), dtype, device, matched=0.9, scale=100.0, bias=-80.0)
     ours = value_and_grads(sigmoid_loss, inputs, grad)
@@ -185,14 +186,14 @@ def _terms_kernel(x_ptr, loss_ptr, probability_ptr, BLOCK: tl.constexpr):
     tl.store(probability_ptr + offs, _probability(logits, e))
 
 
-@pytest.mark.skipif(LEG == "cpu", reason="of the kernels' own arithmetic")
+@pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
 def test_terms_keep_their_digits(device):
-    # from where the others' losses are to where the pairs' probabilities are
+    # The range reaches from the logits of other rows to those of pairs.
     logits = torch.linspace(-70, 70, 4096, device=device)
     loss, probability = torch.empty_like(logits), torch.empty_like(logits)
     _terms_kernel[(4,)](logits, loss, probability, BLOCK=1024)
     exact = logits.double()
-    # a GPU takes exponentials in base 2, and a logit of 70 is right to 4e-6 there
+    # A GPU computes exponentials in base 2, where the logit of 70 is rounded by up to 4e-6.
     limit = 5e-7 if INTERPRET else 5e-6
     torch.testing.assert_close(loss.double(), F.softplus(exact, threshold=1e3), rtol=limit, atol=0)
     torch.testing.assert_close(probability.double(), exact.sigmoid(), rtol=limit, atol=0)
