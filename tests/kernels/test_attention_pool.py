@@ -1,4 +1,4 @@
-"""Attention pooling: values and gradients, and the ResNets' pool against the projections of every token."""
+"""Attention pooling: lengths, the ResNets' pool against the projections of every token, and its own errors."""
 
 import functools
 
@@ -7,38 +7,23 @@ import torch
 import torch.nn.functional as F
 
 from clipfast.kernels import attention_pool, reference
+from clipfast.kernels.attention_pool.spec import PoolShape
+from clipfast.kernels.spec import Draw, specs
 from clipfast.models.resnet import AttentionPool2d
 
 from ..conftest import DTYPES
 from ..numerics import compare, value_and_grads
-from .cases import strided
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 
-def inputs_of(shape, dtype, device):
-    batch, heads, tokens, width = shape
-    query = torch.randn(batch, heads, width) / width**0.5
-    x = torch.randn(batch, tokens, width)
-    grad = torch.randn(batch, heads, width).to(device, dtype)
-    return {"query": query.to(device, dtype), "tokens": x.to(device, dtype)}, grad
-
-
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 1, 8), (2, 3, 50, 72), (2, 32, 50, 128), (1, 40, 82, 40), (1, 3, 577, 24)], ids=str
-)
-def test_value_and_gradients(shape, dtype, device):
-    inputs, grad = inputs_of(shape, dtype, device)
-    compare(attention_pool, reference.attention_pool, inputs, grad)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_lengths(dtype, device):
-    # none, one, some, all, and more than there are; what is beyond must not count, whatever it is
-    inputs, grad = inputs_of((5, 3, 17, 24), dtype, device)
-    seqlens = torch.tensor([0, 1, 9, 17, 99], device=device)
+def test_nothing_behind_the_end_counts(dtype, device):
+    # none, one, some, all, and more than there are
+    call = specs()["attention_pool"].call(PoolShape(5, 3, 17, 24), "", Draw(), dtype)
+    inputs, grad = {name: x.to(device) for name, x in call.inputs.items()}, call.grads[0].to(device)
     inputs["tokens"][2, 9:] = float("inf")
+    seqlens = torch.tensor([0, 1, 9, 17, 99], device=device)
     ours, plain = (functools.partial(op, seqlens=seqlens) for op in (attention_pool, reference.attention_pool))
     compare(ours, plain, inputs, grad)
     result = value_and_grads(ours, inputs, grad)
@@ -48,13 +33,6 @@ def test_lengths(dtype, device):
     cut = {"query": inputs["query"][2:3], "tokens": inputs["tokens"][2:3, :9]}
     expected = value_and_grads(attention_pool, cut, grad[2:3])
     torch.testing.assert_close(result["value"][2:3], expected["value"])
-
-
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
-def test_layouts(layout, device):
-    inputs, grad = inputs_of((2, 3, 17, 24), torch.float32, device)
-    inputs = {name: strided(x, layout) for name, x in inputs.items()}
-    compare(attention_pool, reference.attention_pool, inputs, grad[:, :1].expand(grad.shape))
 
 
 def test_folding_the_projections_changes_nothing(device):
@@ -75,3 +53,20 @@ def test_folding_the_projections_changes_nothing(device):
     # none, and DistributedDataParallel would wait for it
     result.sum().backward()
     assert pool.k_proj.bias.grad.abs().max() == 0
+
+
+X = torch.zeros(1, 4, 8)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "seqlens", "message"),
+    [
+        (X[..., :5], None, r"tokens \[B, N, C\] with at least one token, got \(1, 4, 8\) and \(1, 4, 5\)"),
+        (X[:, :0], None, "at least one token"),
+        (torch.zeros(1, 1100, 8), None, "at most 64 queries and 1024 tokens, got 4 and 1100"),
+        (X, torch.ones(2, dtype=torch.int64), r"seqlens must be \[1\] on cpu, got \(2,\) on cpu"),
+    ],
+)
+def test_errors(tokens, seqlens, message):
+    with pytest.raises(ValueError, match=f"^attention_pool: .*{message}"):
+        attention_pool(X, tokens, seqlens=seqlens)

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from clipfast.kernels._tiles import grouped_tile
+from clipfast.kernels.tiles import grouped_tile
 
 from ..conftest import INTERPRET, ON_GPU
 
