@@ -277,7 +277,7 @@ def test_bad_input_changes_nothing():
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda image, text: image, r"must give image_features, text_features, logit_scale .*, got Tensor"),
+        (lambda image, text: image, r"must return image_features, text_features, logit_scale .*, got Tensor"),
         (lambda image, text: (image, text), r"got \(Tensor, Tensor\)"),
         (lambda image, text: (image, None, 1.0), r"features of images and of texts, got \(Tensor, NoneType, float\)"),
         (lambda image, text: {"logits": image}, "got a dict with logits"),

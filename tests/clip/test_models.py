@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from clipfast import CLIP, create_model, get_model_config, list_models
 from clipfast.kernels import text_embed
-from clipfast.models import CLIPConfig, TextConfig, VisionConfig, add_model_config, clip
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig, add_model_config, transformer
 from clipfast.training.optim import adamw
 
 PUBLISHED = json.loads(
@@ -275,7 +275,7 @@ def fused(monkeypatch):
         backends.append(backend)
         return text_embed(*args, backend=backend)
 
-    monkeypatch.setattr(clip, "text_embed", recorded)
+    monkeypatch.setattr(transformer, "text_embed", recorded)
     return backends
 
 

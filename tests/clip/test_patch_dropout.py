@@ -120,7 +120,7 @@ def test_shares_that_cannot_be_dropped(share):
 
 
 def test_a_resnet_has_no_patches():
-    with pytest.raises(ValueError, match="patch_dropout is of vision transformers"):
+    with pytest.raises(ValueError, match="patch_dropout is for vision transformers"):
         create_model("RN50", device="meta", force_patch_dropout=0.5)
     create_model("RN50", device="meta", force_patch_dropout=0.0)
 

@@ -12,7 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import clipfast
 from clipfast.kernels import configs
 from clipfast.models import transformer
-from clipfast.models.transformer import Attention, InProjection, LayerNorm, Transformer, pooled
+from clipfast.models.layers import InProjection, LayerNorm
+from clipfast.models.transformer import Attention, Transformer, read_rows
 
 VIEWS = {"aten.view.default", "aten._unsafe_view.default", "aten.t.default", "aten.detach.default"}
 
@@ -120,11 +121,11 @@ def test_every_route_of_a_block_is_the_same(quick_gelu, checkpointed, monkeypatc
 ROWS = {"class": (False, None), "end of text": (True, torch.tensor([4, 0, 8]))}
 
 
-def read_rows(tower, rows, x):
+def read_with_grads(tower, rows, x):
     """What a tower reads, and every gradient."""
     tower.zero_grad()
     x = x.clone().requires_grad_()
-    out = pooled(tower, x, rows)
+    out = read_rows(tower, x, rows)
     out.square().sum().backward()
     return {"out": out, "x": x.grad} | {name: parameter.grad for name, parameter in tower.named_parameters()}
 
@@ -142,16 +143,16 @@ def test_the_last_block_computes_the_row_that_is_read(kind, checkpointed):
     causal, rows = ROWS[kind]
     tower, x = random_tower(causal), torch.randn(3, 9, 32, dtype=torch.float64)
     handle = tower.resblocks[-1].mlp.c_fc.register_forward_hook(lambda *_: None)
-    expected = read_rows(tower, rows, x)
+    expected = read_with_grads(tower, rows, x)
     handle.remove()
     tower.grad_checkpointing = checkpointed
     with FlopCounterMode(display=False) as short:
-        actual = read_rows(tower, rows, x)
+        actual = read_with_grads(tower, rows, x)
     for name, value in actual.items():
         torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
     tower.resblocks[-1].attn.backend = "torch"  # the reference computes every row
     with FlopCounterMode(display=False) as full:
-        read_rows(tower, rows, x)
+        read_with_grads(tower, rows, x)
     assert short.get_total_flops() < (0.7 if checkpointed else 0.6) * full.get_total_flops()
 
 
@@ -163,7 +164,7 @@ def test_selective_checkpointing_repeats_no_product(on_gpu, monkeypatch):
     for kind in (False, "selective", True):
         tower.grad_checkpointing = kind
         with FlopCounterMode(display=False) as flops, Operations() as operations:
-            runs[kind] = read_rows(tower, ROWS["end of text"][1], x), flops.get_total_flops(), operations.counts
+            runs[kind] = read_with_grads(tower, ROWS["end of text"][1], x), flops.get_total_flops(), operations.counts
     kept, selective, whole = runs.values()
     for name, value in selective[0].items():
         torch.testing.assert_close(value, kept[0][name], rtol=1e-12, atol=1e-12, msg=name)
@@ -179,13 +180,13 @@ def test_the_norm_in_front_is_one_pass_with_the_first(hooked):
     tower, norm, x = random_tower(False), LayerNorm(32).double(), torch.randn(3, 9, 32, dtype=torch.float64)
     for parameter in norm.parameters():
         nn.init.normal_(parameter)
-    expected = read_rows(tower, None, norm(x).detach())["out"]
+    expected = read_with_grads(tower, None, norm(x).detach())["out"]
     seen = []
     if hooked:
         module = {"norm": norm, "ln_1": tower.resblocks[0].ln_1, "block": tower.resblocks[0]}[hooked]
         module.register_forward_hook(lambda module, args, out: seen.append(out.shape))
     with Operations() as operations:
-        torch.testing.assert_close(pooled(tower, x, norm=norm), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(read_rows(tower, x, norm=norm), expected, rtol=1e-12, atol=1e-12)
     assert seen == ([(3, 9, 32)] if hooked else [])
     assert operations.counts["clipfast.layer_norm_pair_fwd.default"] == (0 if hooked else 1)
     assert operations.counts["clipfast.layer_norm_fwd.default"] == (5 if hooked else 3)
@@ -196,11 +197,11 @@ def test_whoever_looks_into_the_last_block_sees_every_row():
     for name in ("", "ln_1", "attn", "attn.in_proj", "attn.out_proj", "ln_2", "mlp", "mlp.c_fc", "mlp.gelu"):
         module = tower.resblocks[-1].get_submodule(name)
         handle = module.register_forward_hook(lambda module, args, out: seen.append(out.shape[:2]))
-        pooled(tower, x)
+        read_rows(tower, x)
         handle.remove()
     assert seen == [(3, 9)] * 9
     tower.register_forward_hook(lambda module, args, out: seen.append(out.shape))
-    pooled(tower, x)
+    read_rows(tower, x)
     assert seen[-1] == (3, 9, 32)
 
 
@@ -208,7 +209,7 @@ def test_whoever_looks_into_the_last_block_sees_every_row():
 def test_more_tokens_than_the_pool_takes(tokens, pools):
     tower, x = random_tower(False, dtype=torch.float32), torch.randn(1, tokens, 32)
     with torch.no_grad(), Operations() as operations:
-        out = pooled(tower, x)
+        out = read_rows(tower, x)
     assert operations.counts["clipfast.attention_pool_fwd.default"] == pools
     torch.testing.assert_close(out, tower(x)[:, 0], rtol=1e-4, atol=1e-4)
 
@@ -220,12 +221,12 @@ def test_rounding_of_the_read_row(kind):
     errors = {"short": 0.0, "full": 0.0}
     for _ in range(4):
         tower, x = random_tower(causal, dtype=torch.float32), torch.randn(3, 9, 32)
-        exact = read_rows(tower.double(), rows, x.double())
+        exact = read_with_grads(tower.double(), rows, x.double())
         tower.float()
         for name in errors:
             tower.resblocks[-1].attn.backend = "torch" if name == "full" else "auto"
             with torch.autocast("cpu", torch.bfloat16):
-                rounded = read_rows(tower, rows, x.bfloat16())
+                rounded = read_with_grads(tower, rows, x.bfloat16())
             errors[name] += sum((rounded[key] - exact[key]).norm() / exact[key].norm() for key in ("out", "x"))
     assert errors["short"] < 1.2 * errors["full"]
 
