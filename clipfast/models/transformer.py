@@ -240,7 +240,7 @@ def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor,
 def project_qkv(in_proj: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return ``in_proj(x)``, and its bias if attention is to compute the gradient of it.
 
-    Attention sums that gradient from values that it holds anyway; the linear layer would read the gradient of qkv again.
+    Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv once more.
     """
     if is_plain(in_proj, InProjection):
         return F.linear(x, in_proj.weight, in_proj.bias.detach()), in_proj.bias
