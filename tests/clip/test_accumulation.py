@@ -1,6 +1,7 @@
 """Gradients of a large batch by micro-batches: those of one graph, whatever is random or normalised over the batch."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -117,15 +118,18 @@ def test_vision_transformer_is_as_the_whole_batch(size):
     agree(*both(clip("ViT"), batch(16 if size > 1 else 4), size, whole=True), rel=1e-12)
 
 
-def test_patch_dropout_and_frozen_batch_norm_are_as_the_whole_batch():
-    # nothing else draws, and pair by pair: the same numbers, whatever the micro-batch
-    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        model = Toy(dropout=0.0, patch_dropout=True).to(dtype)
-        model.norm.eval()
-        agree(*both(model, batch(32, dtype), 4, whole=True), rel=rel)
+PRECISIONS = pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@PRECISIONS
+def test_patch_dropout_and_frozen_batch_norm_are_as_the_whole_batch(dtype, rel):
+    # Nothing else is random, and each pair draws for itself: the same numbers in micro-batches of any size.
+    model = Toy(dropout=0.0, patch_dropout=True).to(dtype)
+    model.norm.eval()
+    agree(*both(model, batch(32, dtype), 4, whole=True), rel=rel)
+
+
+@PRECISIONS
 @pytest.mark.parametrize("size", [2, 6])
 def test_dropout_and_batch_norm_are_as_one_graph_of_micro_batches(dtype, rel, size):
     model = Toy(patch_dropout=True).to(dtype)
@@ -148,12 +152,12 @@ def test_resnet(frozen):
     agree(*both(model, batch(), 4, whole=frozen), rel=1e-10)
 
 
-@pytest.mark.parametrize("fault", ["random numbers", "statistics"])
-def test_faults_are_seen(monkeypatch, fault):
-    owner, name = {
-        "random numbers": (accumulation, "_set_random_state"),
-        "statistics": (accumulation._Buffers, "restore"),
-    }[fault]
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(accumulation, "_set_random_state"), (accumulation._Buffers, "restore")],
+    ids=["random", "buffers"],
+)
+def test_faults_are_seen(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda *_: None)
     with pytest.raises(AssertionError):
         agree(*both(Toy(), batch(), 4), rel=1e-5)
@@ -310,36 +314,31 @@ def test_a_loss_or_features_of_another_shape():
 
 def test_activations_are_those_of_a_micro_batch():
     data = batch(32)
-    held = {}
-    for size in (4, 32):
-        model = clip("ViT")
-        peak = Peak(model)
-        with torch.autograd.graph.saved_tensors_hooks(peak.pack, lambda held: held.tensor):
-            accumulate_gradients(model, *data, size)
-        held[size] = peak.most
-    assert held[4] < held[32] / 5
+    most = {size: most_saved(clip("ViT"), data, size) for size in (4, 32)}
+    assert most[4] < most[32] / 5
 
 
-class Peak:
-    """The most bytes that graphs held at once for their backward passes, but for the weights and views of them."""
+def most_saved(model, data, size):
+    """The most bytes that graphs held at once for their backward passes, without the weights and views of them."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = [0]
+    most = 0
 
-    def __init__(self, model):
-        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.now = self.most = 0
+    def pack(tensor):
+        nonlocal most
+        saved = tensor.detach()
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[0] += tensor.nbytes
+            weakref.finalize(saved, release, tensor.nbytes)
+            most = max(most, held[0])
+        return saved
 
-    def pack(self, tensor):
-        return Held(self, tensor)
+    def release(size):
+        held[0] -= size
 
-
-class Held:
-    def __init__(self, peak, tensor):
-        self.peak, self.tensor = peak, tensor
-        self.bytes = 0 if tensor.untyped_storage().data_ptr() in peak.weights else tensor.nbytes
-        peak.now += self.bytes
-        peak.most = max(peak.most, peak.now)
-
-    def __del__(self):
-        self.peak.now -= self.bytes
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        accumulate_gradients(model, *data, size)
+    return most
 
 
 def on_rank(rank, world_size):
