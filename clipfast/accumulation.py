@@ -223,16 +223,11 @@ def _gradients(inputs: tuple[Any, ...], size: int) -> list[tuple[Tensor | None, 
     Scale and bias have one gradient for the whole batch. The last micro-batch gets it, because that is where
     ``DistributedDataParallel`` waits for a gradient of every parameter.
     """
-    rows = [_rows(x, size) for x in inputs[:2]]
+    rows = [(torch.zeros_like(x) if x.grad is None else x.grad).split(size) for x in inputs[:2]]
     shared = tuple(x.grad if isinstance(x, Tensor) else None for x in inputs[2:])
     gradients = [(*pair, *(None for _ in shared)) for pair in zip(*rows, strict=True)]
     gradients[-1] = (*gradients[-1][:2], *shared)
     return gradients
-
-
-def _rows(features: Tensor, size: int) -> tuple[Tensor, ...]:
-    gradient = torch.zeros_like(features) if features.grad is None else features.grad
-    return gradient.split(size)
 
 
 def _backward_from(output: Any, gradients: tuple[Tensor | None, ...]) -> None:

@@ -165,16 +165,16 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportedModel:
-    """The content of a folder in OpenCLIP's layout."""
+class ModelSource:
+    """All that is needed to build a model: its configuration, the file of its weights, and its normalisation."""
 
     config: CLIPConfig
-    weights: Path
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    weights: Path | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
 
 
-def read_open_clip_folder(folder: str | Path) -> ExportedModel:
+def read_open_clip_folder(folder: str | Path) -> ModelSource:
     """Read the configuration of the model in a folder, and find its weights.
 
     Raises:
@@ -198,4 +198,4 @@ def read_open_clip_folder(folder: str | Path) -> ExportedModel:
     if weights is None:
         raise CheckpointError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS_NAMES)}")
     mean, std = (tuple(preprocess.get(key, default)) for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
-    return ExportedModel(config, weights, mean, std)
+    return ModelSource(config, weights, mean, std)

@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import load_checkpoint, read_open_clip_folder, read_own_config
+from .checkpoint import ModelSource, load_checkpoint, read_open_clip_folder, read_own_config
 from .images import image_transform
-from .kernels.reference import CLIP_MEAN, CLIP_STD
-from .models import CLIP, CLIPConfig, get_model_config
+from .models import CLIP, get_model_config
 from .tokenizer import Tokenizer
 
 LOCAL_DIR_PREFIX = "local-dir:"
@@ -104,20 +103,9 @@ def get_tokenizer(model_name: str = "ViT-B-32", context_length: int | None = Non
     return Tokenizer(_resolve(model_name).config.text.context_length if context_length is None else context_length)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """The configuration, weights and normalisation that a model name stands for."""
-
-    config: CLIPConfig
-    weights: Path | None = None
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
-
-
-def _resolve(model_name: str) -> _Source:
+def _resolve(model_name: str) -> ModelSource:
     if model_name.startswith(LOCAL_DIR_PREFIX):
-        exported = read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
-        return _Source(exported.config, exported.weights, exported.mean, exported.std)
+        return read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
     if model_name.endswith(".pt"):
-        return _Source(read_own_config(model_name), Path(model_name))
-    return _Source(get_model_config(model_name.replace("/", "-")))
+        return ModelSource(read_own_config(model_name), Path(model_name))
+    return ModelSource(get_model_config(model_name.replace("/", "-")))

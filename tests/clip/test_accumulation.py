@@ -1,4 +1,4 @@
-"""Gradients of a large batch by micro-batches: those of one graph, whatever is random or normalised over the batch."""
+"""Gradients by micro-batches equal those of one graph, also with dropout and batch normalisation."""
 
 import copy
 import weakref
@@ -65,7 +65,7 @@ def clip(tower, dtype=torch.float64):
     model = CLIP(CLIPConfig.from_dict({"embed_dim": DIM, "vision_cfg": VISION[tower], "text_cfg": TEXT}))
     for name, parameter in model.named_parameters():
         if "bn3.weight" in name:
-            nn.init.ones_(parameter)  # every block starts as the identity, which would hide its gradients
+            nn.init.ones_(parameter)  # zero at first, which would make most gradients of a block zero
     return model.to(dtype)
 
 
@@ -74,7 +74,7 @@ def batch(pairs=16, dtype=torch.float64):
 
 
 def in_one_graph(model, images, texts, size, loss=contrastive_loss):
-    """The truth: the loss of all micro-batches' features, by autograd through all of them."""
+    """The expected result: the loss of the features of all micro-batches, by autograd through all of them."""
     parts = [model(*part) for part in zip(images.split(size), texts.split(size), strict=True)]
     parts = [tuple(part.values()) if isinstance(part, dict) else part for part in parts]
     features = [torch.cat([part[side] for part in parts]) for side in (0, 1)]
@@ -88,19 +88,19 @@ def gradients(model):
 
 
 def agree(model, truth, rel):
-    """Same parameters with gradients, relative difference of each at most ``rel``; the same buffers to the last bit."""
+    """Assert that gradients differ by at most ``rel``, relatively, and that buffers are equal to the last bit."""
     ours, theirs = gradients(model), gradients(truth)
     assert ours.keys() == theirs.keys() != set()
     largest = max(theirs[name].norm() for name in theirs)
     for name, expected in theirs.items():
-        # a gradient that is zero but for rounding has no relative difference
+        # Of a gradient that is zero up to rounding, the relative difference says nothing.
         assert (ours[name] - expected).norm() <= rel * max(expected.norm(), 1e-3 * largest), name
     for (name, ours), theirs in zip(model.named_buffers(), truth.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
 def both(model, data, size, loss=contrastive_loss, whole=False):
-    """Model after ours, model after the truth; both draw from the same seed, and leave the generator alike."""
+    """Return a model after our step and its copy after the expected one, from the same seed."""
     truth = copy.deepcopy(model)
     torch.manual_seed(1)
     ours = accumulate_gradients(model, *data, size, loss)
@@ -165,7 +165,7 @@ def test_faults_are_seen(monkeypatch, owner, name):
 
 def test_a_state_that_features_depend_on_is_replayed():
     class Drifting(Toy):
-        """As spectral normalisation or a running mean that is used at once."""
+        """Features depend on a buffer that the forward pass changes, as in spectral normalisation."""
 
         def __init__(self):
             super().__init__()
@@ -179,9 +179,9 @@ def test_a_state_that_features_depend_on_is_replayed():
     agree(*both(Drifting().double(), batch(), 4), rel=1e-12)
 
 
-def test_what_is_left_is_of_one_pass_also_where_more_is_computed():
+def test_buffers_and_generators_are_as_after_one_pass_in_spite_of_checkpointing():
     class Recomputed(Toy):
-        """Its statistics are updated again in the backward pass."""
+        """Its forward pass runs again in the backward pass, and updates the statistics again."""
 
         def forward(self, images, texts):
             if not torch.is_grad_enabled():
@@ -342,7 +342,7 @@ def most_saved(model, data, size):
 
 
 def on_rank(rank, world_size):
-    """Gradients of DistributedDataParallel, by micro-batches and in one graph, and how often they were exchanged."""
+    """Gradients of DistributedDataParallel by micro-batches, with the number of exchanges, and those of one graph."""
     torch.manual_seed(0)
     whole = batch(6 * world_size)
     data = [x[6 * rank : 6 * rank + 6] for x in whole]

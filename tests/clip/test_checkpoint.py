@@ -1,4 +1,4 @@
-"""Checkpoints: whole at every moment, never unpickled, and refused with a reason where they do not fit."""
+"""Checkpoints: always whole on disk, read without running a pickle, and refused with a reason if they do not fit."""
 
 import contextlib
 import dataclasses

@@ -1,6 +1,4 @@
-"""``clipfast train --micro-batch-size``: the same training in less memory, also when it is interrupted; and how
-the size is found.
-"""
+"""``clipfast train --micro-batch-size``: the same training in less memory, interruptions, and how the size is found."""
 
 import copy
 import json
@@ -51,7 +49,7 @@ def test_the_loss_goes_where_it_goes_with_the_whole_batch(tiny):
 
 
 class Limited(Toy):
-    """Room for so many pairs."""
+    """A model that runs out of memory with more than ``room`` pairs."""
 
     def __init__(self, room):
         super().__init__()
@@ -106,7 +104,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
             train(options)
     train(options, run / "checkpoints" / "epoch_latest.pt")
     assert same(weights(given.path), weights(run))
-    # normalisation by micro-batch is another function, so the size was in it
+    # Batch normalisation by micro-batches is another function, so the size did matter.
     assert not same(weights(whole.path), weights(run))
     found, kept = [line.split(LINE)[1] for line in (run / "out.log").read_text().splitlines() if LINE in line]
     assert found == "4 of 8 pairs at a time (the most that was found to fit)"
@@ -114,7 +112,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
 
 
 def limited(room):
-    """As on a GPU with room for so many pairs."""
+    """``accumulate_gradients`` as on a GPU that has memory for ``room`` pairs at a time."""
     original = step.accumulate_gradients
 
     def accumulate(model, images, texts, size, loss):

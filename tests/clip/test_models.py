@@ -1,4 +1,4 @@
-"""The model layer: exactly the published models, and OpenCLIP's values with OpenCLIP's weights."""
+"""The models: layout of the published ones, and OpenCLIP's outputs with OpenCLIP's weights."""
 
 import gzip
 import json
@@ -25,7 +25,7 @@ def test_published_layout_and_weight_decay(name):
     model = create_model(name, device="meta")
     parameters = {key: list(value.shape) for key, value in model.named_parameters()}
     assert parameters == facts["params"]
-    # the order is that of the optimiser's state in a checkpoint
+    # The optimizer state in a checkpoint depends on the order.
     assert [key for key in model.state_dict() if key in parameters] == list(facts["params"])
     assert {key: list(value.shape) for key, value in model.named_buffers()} == facts["buffers"]
     assert set(model.state_dict()) <= facts["params"].keys() | facts["buffers"].keys()
@@ -92,7 +92,7 @@ def test_same_embeddings_as_open_clip(kind, quick_gelu):
     config = small_config(kind, quick_gelu)
     theirs = open_clip.CLIP(**config.to_dict()).eval()
     for module in theirs.modules():
-        # a batch norm that does nothing would hide a missing one
+        # A batch norm with its initial statistics does nothing, so a missing one would not be noticed.
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean, std=0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
@@ -137,7 +137,7 @@ def test_convolutions_get_channels_side_by_side(pixels):
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_backends_agree_on_values_and_gradients(kind):
     torch.manual_seed(0)
-    # in float64: BatchNorm of four images makes much of the last bits
+    # In float64, because BatchNorm over four images amplifies rounding errors.
     model = CLIP(small_config(kind, False)).double()
     images, texts = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), torch.randint(1, 49406, (4, 12))
     texts[:, -1] = 49407
@@ -309,7 +309,7 @@ def test_autocast_leaves_the_texts_in_16_bits(texts):
         with torch.autocast("cpu", torch.bfloat16):
             rounded = model.encode_text(texts, normalize=True)
     assert entered == [torch.float32, torch.bfloat16]
-    # one percent; with a residual stream in float32 it is 0.9
+    # The error is one percent; with a residual stream in float32 it would be 0.9.
     assert (rounded.float() - exact).norm() < 0.02 * exact.norm()
 
 

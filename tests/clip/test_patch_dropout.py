@@ -82,14 +82,14 @@ def test_micro_batches_are_as_the_whole_batch(checkpointing):
     texts = torch.cat([torch.randint(1, 49406, (32, 6)), torch.full((32, 1), 49407)], 1)
     torch.manual_seed(1)
     loss = accumulate_gradients(model, images, texts, 4)
-    # image by image the same numbers, in whatever micro-batch: the whole batch drops the same patches
+    # Every image draws for itself, so the whole batch drops the same patches as its micro-batches.
     torch.manual_seed(1)
     expected = contrastive_loss(*truth(images, texts))
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     for (name, ours), theirs in zip(model.named_parameters(), truth.parameters(), strict=True):
         assert (ours.grad - theirs.grad).norm() <= 1e-5 * theirs.grad.norm(), name
-    # and what is compared depends on which
+    # The comparison would notice other patches.
     other = copy.deepcopy(truth)
     torch.manual_seed(2)
     assert contrastive_loss(*other(images, texts)).item() != pytest.approx(expected.item(), rel=1e-5)
@@ -99,7 +99,7 @@ def test_config_of_open_clip():
     raw = SMALL.to_dict()
     assert raw["vision_cfg"]["patch_dropout"] == 0.5
     assert CLIPConfig.from_dict(json.loads(json.dumps(raw))) == SMALL
-    # a model without is written as it always was
+    # A model without patch dropout is written as OpenCLIP writes it.
     plain = get_model_config("ViT-B-32")
     assert "patch_dropout" not in plain.to_dict()["vision_cfg"]
     assert CLIPConfig.from_dict(plain.to_dict()) == plain
@@ -131,7 +131,7 @@ def test_flag_of_training(shards, tmp_path):
     assert tokens_seen(trainer.model, torch.zeros(1, 3, 32, 32)) == 5
     trainer.folder.checkpoints.mkdir()
     saved = torch.load(trainer.save(), weights_only=True)
-    # the checkpoint's stands, unless another is forced: at the end of training none are dropped
+    # The share of the checkpoint holds unless another is forced, such as none at the end of training.
     assert Trainer(TrainConfig(**options), RunFolder(tmp_path), saved).model.visual.patch_dropout == 0.75
     none = Trainer(TrainConfig(**options, force_patch_dropout=0.0), RunFolder(tmp_path), saved)
     assert tokens_seen(none.model, torch.zeros(1, 3, 32, 32)) == 17
