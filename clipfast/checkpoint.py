@@ -1,5 +1,4 @@
-"""Checkpoints in OpenCLIP's layout, written so that the file on disk is always whole, and read without unpickling
-anything.
+"""Checkpoints in OpenCLIP's layout. The file on disk is always whole, and reading runs no code of a pickle.
 
 A training checkpoint is ``{epoch, name, state_dict, optimizer}`` plus one key of our own, ``clipfast``, with the
 model's configuration (its activation included) and the position in training. An exported folder holds
@@ -10,7 +9,6 @@ import dataclasses
 import json
 import logging
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from .files import replace_file, replace_text
 from .kernels.reference import CLIP_MEAN, CLIP_STD
 from .models import CLIP, CLIPConfig
 from .models.vision import VisionTransformer, interpolate_positions
@@ -35,15 +34,15 @@ class CheckpointError(ValueError):
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint; ``path`` holds the old or the new one, whole, whenever the machine stops."""
-    _write_atomically(path, lambda temporary: torch.save(checkpoint, temporary))
+    """Write a checkpoint. Whenever the process stops, ``path`` holds the old or the new one, and it is whole."""
+    replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a training checkpoint, or a bare state dict as ``{"state_dict": ...}``; ``.safetensors`` files too.
 
     Raises:
-        CheckpointError: missing, broken, or holding anything but tensors and plain values.
+        CheckpointError: if the file is missing or broken, or holds anything but tensors and plain values.
     """
     path = Path(path)
     if not path.is_file():
@@ -52,7 +51,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         loaded = (
             _read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
         )
-    except Exception as error:  # whatever a broken file makes the readers run into
+    except Exception as error:  # Broken files make the readers raise almost anything.
         raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
     state = checkpoint["state_dict"]
@@ -70,14 +69,17 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 def load_weights(
     model: CLIP, checkpoint: dict[str, Any], source: str | Path, *, resize_positions: bool = False
 ) -> None:
-    """Load the weights of ``checkpoint`` into ``model``; both stay as they are if they do not fit.
+    """Load the weights of ``checkpoint`` into ``model``, or change nothing if they do not fit.
 
-    With ``resize_positions``, those of a vision transformer on images of another size are made to fit, and the log says
-    so.
+    Args:
+        model: the model to fill.
+        checkpoint: as :func:`read_checkpoint` returns it.
+        source: the name of the checkpoint in errors and in the log.
+        resize_positions: resize the positions of a vision transformer that was trained on another image size, and log
+            it.
 
     Raises:
-        CheckpointError: other keys, other shapes, or the other activation (GELU against QuickGELU), which no shape
-            would show.
+        CheckpointError: if keys, shapes or the activation differ. Loading would not notice GELU in place of QuickGELU.
     """
     saved = checkpoint.get("clipfast", {}).get("model_config")
     if saved is not None and saved.get("quick_gelu", False) != model.config.quick_gelu:
@@ -108,7 +110,7 @@ def load_weights(
 
 
 def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> str | None:
-    """Replace positions of another square grid than the model's, and say of which; None where there are none."""
+    """Resize the positions in ``weights`` from another square grid; return "4x4 to 8x8", or None if nothing changed."""
     visual, positions = model.visual, weights.get(POSITIONS_NAME)
     if not isinstance(visual, VisionTransformer) or positions is None or not positions.is_floating_point():
         return None
@@ -123,12 +125,12 @@ def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> str | None:
 
 
 def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
-    """Read ``path``, load its weights into ``model`` and return it as it was read.
+    """Load the weights of the file ``path`` into ``model``, and return the checkpoint as it was read.
 
-    Positions of a vision transformer on images of another size are resized, as OpenCLIP does; the log says so.
+    Positions of a vision transformer that was trained on another image size are resized, as OpenCLIP does.
 
     Raises:
-        CheckpointError: as :func:`read_checkpoint` and :func:`load_weights`.
+        CheckpointError: as :func:`read_checkpoint` and :func:`load_weights` do.
     """
     checkpoint = read_checkpoint(path)
     load_weights(model, checkpoint, path, resize_positions=True)
@@ -136,46 +138,48 @@ def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
 
 
 def read_own_config(path: str | Path) -> CLIPConfig:
-    """Model configuration that a checkpoint of this package holds.
+    """Return the model configuration that a checkpoint of this package holds.
 
     Raises:
-        CheckpointError: as :func:`read_checkpoint`, or a checkpoint without one, such as OpenCLIP's.
+        CheckpointError: if the checkpoint has none, as OpenCLIP's, or cannot be read.
     """
     own = read_checkpoint(path).get("clipfast", {}).get("model_config")
     if own is None:
-        raise CheckpointError(f"{path} does not say which model it is of: give the model's name, and it as pretrained")
+        raise CheckpointError(
+            f"{path} does not say which model it belongs to: pass the name of the model, and this path as pretrained"
+        )
     return CLIPConfig.from_dict(own)
 
 
 def export_open_clip(model: CLIP, folder: str | Path) -> None:
-    """Write ``model`` as a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP."""
+    """Write ``model`` to a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     normalization = {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)}
     config = {"model_cfg": model.config.to_dict(), "preprocess_cfg": normalization | _PREPROCESSING}
     weights: dict[str, Tensor] = {name: value.contiguous() for name, value in model.state_dict().items()}
-    # The activation travels with the weights too: no shape would show it.
+    # No shape shows which activation the weights were trained with, so the file says it.
     own = {"format": "pt", "clipfast": json.dumps({"model_config": model.config.to_dict()})}
-    _write_atomically(folder / WEIGHTS_NAMES[0], lambda temporary: save_file(weights, temporary, own))
-    _write_atomically(folder / CONFIG_NAME, lambda temporary: temporary.write_text(json.dumps(config, indent=2) + "\n"))
+    replace_file(folder / WEIGHTS_NAMES[0], lambda temporary: save_file(weights, temporary, own))
+    replace_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportedModel:
-    """What a folder in OpenCLIP's layout holds."""
+class ModelSource:
+    """All that is needed to build a model: its configuration, the file of its weights, and its normalisation."""
 
     config: CLIPConfig
-    weights: Path
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    weights: Path | None = None
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
 
 
-def read_open_clip_folder(folder: str | Path) -> ExportedModel:
-    """Configuration of a model in a folder, and where its weights are.
+def read_open_clip_folder(folder: str | Path) -> ModelSource:
+    """Read the configuration of the model in a folder, and find its weights.
 
     Raises:
-        CheckpointError: no such folder, no readable configuration or no weights in it, or a preprocessing that this
-            package does not do.
+        CheckpointError: if there is no readable configuration or no weights, or if this package does not implement the
+            preprocessing.
     """
     folder = Path(folder)
     try:
@@ -194,25 +198,4 @@ def read_open_clip_folder(folder: str | Path) -> ExportedModel:
     if weights is None:
         raise CheckpointError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS_NAMES)}")
     mean, std = (tuple(preprocess.get(key, default)) for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
-    return ExportedModel(config, weights, mean, std)
-
-
-def _write_atomically(path: Path, write: Any) -> None:
-    # One name per checkpoint, so that what a killed process left is written over by the next.
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        write(temporary)
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    # On a directory this makes the rename itself durable.
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return ModelSource(config, weights, mean, std)

@@ -8,14 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import load_checkpoint, read_open_clip_folder, read_own_config
+from .checkpoint import ModelSource, load_checkpoint, read_open_clip_folder, read_own_config
 from .images import image_transform
-from .kernels.reference import CLIP_MEAN, CLIP_STD
-from .models import CLIP, CLIPConfig, get_model_config
+from .models import CLIP, get_model_config
 from .tokenizer import Tokenizer
 
 LOCAL_DIR_PREFIX = "local-dir:"
-# Weights' dtype by precision name; "amp" names keep float32 weights and leave the rest to autocast.
+# The dtype of the weights for each precision. With "amp", weights are float32, and the caller uses autocast.
 PRECISIONS = {
     "fp32": torch.float32,
     "amp": torch.float32,
@@ -37,7 +36,7 @@ def create_model(
     backend: str = "auto",
     output_dict: bool = False,
 ) -> CLIP:
-    """Build a model, with random weights or those of a checkpoint.
+    """Build a model with random weights or the weights of a checkpoint.
 
     Args:
         model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` for a folder with
@@ -45,20 +44,20 @@ def create_model(
             configuration.
         pretrained: path of a checkpoint (``.pt``, ``.bin`` or ``.safetensors``).
         precision: "fp32", "amp" or "amp_bf16" (float32 weights), "pure_bf16", "pure_fp16".
-        device: where to build it; on "meta" no memory is taken.
-        force_quick_gelu: use QuickGELU whatever the name says.
-        force_patch_dropout: share of each image's patches that a vision transformer drops in training, other than the
-            configuration's.
-        force_image_size: side of the images in pixels, other than the configuration's; the positions of a checkpoint
+        device: where to build the model; on "meta" it takes no memory.
+        force_quick_gelu: use QuickGELU even if the name does not say so.
+        force_patch_dropout: share of each image's patches that a vision transformer drops in training, in place of
+            the share in the configuration.
+        force_image_size: side of the images in pixels, in place of the configuration's; the positions in a checkpoint
             are resized to it.
         backend: "auto", "triton" or "torch" for every op of the model.
-        output_dict: let ``forward`` return a dict.
+        output_dict: make ``forward`` return a dict.
 
     Returns:
         The model, in training mode.
 
     Raises:
-        ValueError: unknown name or precision, or a checkpoint that does not fit.
+        ValueError: if name or precision are unknown, or the checkpoint does not fit.
     """
     if precision not in PRECISIONS:
         raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
@@ -80,12 +79,12 @@ def create_model(
 def create_model_and_transforms(
     model_name: str, pretrained: str | Path | None = None, *, uint8: bool = False, **kwargs: Any
 ) -> tuple[CLIP, Callable[..., Tensor], Callable[..., Tensor]]:
-    """A model with its preprocessing for training and for evaluation.
+    """Build a model, and its preprocessing for training and for evaluation.
 
     Args:
         model_name, pretrained, **kwargs: as :func:`create_model`.
-        uint8: let the preprocessing return bytes, which the model normalises itself: a quarter of the memory and of the
-            traffic to the GPU.
+        uint8: make the preprocessing return bytes, which the model normalises itself. They take a quarter of the memory
+            of floats, and of the time to copy them to the GPU.
 
     Returns:
         ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W].
@@ -100,24 +99,13 @@ def create_model_and_transforms(
 
 
 def get_tokenizer(model_name: str = "ViT-B-32", context_length: int | None = None) -> Tokenizer:
-    """The tokenizer that goes with a model: text to ids [B, context_length]."""
+    """Return the tokenizer of a model, which turns texts into ids [B, context_length]."""
     return Tokenizer(_resolve(model_name).config.text.context_length if context_length is None else context_length)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Source:
-    """What a model name stands for."""
-
-    config: CLIPConfig
-    weights: Path | None = None
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
-
-
-def _resolve(model_name: str) -> _Source:
+def _resolve(model_name: str) -> ModelSource:
     if model_name.startswith(LOCAL_DIR_PREFIX):
-        exported = read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
-        return _Source(exported.config, exported.weights, exported.mean, exported.std)
+        return read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
     if model_name.endswith(".pt"):
-        return _Source(read_own_config(model_name), Path(model_name))
-    return _Source(get_model_config(model_name.replace("/", "-")))
+        return ModelSource(read_own_config(model_name), Path(model_name))
+    return ModelSource(get_model_config(model_name.replace("/", "-")))

@@ -1,4 +1,4 @@
-"""What a model runs on: the kernels that each of its attentions takes."""
+"""A report of the kernels that the attention layers of a model run on."""
 
 import torch
 
@@ -6,7 +6,7 @@ from .kernels import attention_route
 from .kernels.dtypes import dtype_name
 from .models import CLIP
 from .models.resnet import AttentionPool2d
-from .models.transformer import Attention, Transformer
+from .models.transformer import Attention, Transformer, plan
 
 ROUTES = {
     "short": "short (a program holds a head)",
@@ -17,12 +17,12 @@ ROUTES = {
 
 
 def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Say which kernels the attentions of a model take, one line for each tower.
+    """Say which kernels the attention layers of a model run on, one line for each tower.
 
     Args:
         model: of :func:`create_model`.
-        arch: compute capability of a GPU, 90 for sm_90; by default that of the GPU at hand, and 90 without one.
-        dtype: of the activations: under autocast, the autocast dtype.
+        arch: compute capability of a GPU, such as 90 for sm_90; the default is that of the GPU at hand, or 90.
+        dtype: dtype of the activations, which under autocast is the autocast dtype.
 
     Returns:
         Lines such as "visual.transformer: 11 x attention, 197 tokens, 12 heads of 64: forward short (a program holds a
@@ -41,7 +41,7 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
             attn = next(block for block in module.modules() if isinstance(block, Attention))
             heads, head_dim, causal = attn.num_heads, module.width // attn.num_heads, attn.causal
             route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
-            pools = module.pooling_block(tokens) is not None
+            pools = plan(module, tokens).last is not None
             last = f"; last block: attention_pool of the row that is read, {heads} queries of {module.width}"
             lines.append(
                 f"{name}: {len(module.resblocks) - pools} x attention, {tokens} tokens{', causal' if causal else ''}, "

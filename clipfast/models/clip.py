@@ -1,4 +1,4 @@
-"""CLIP (Radford et al. 2021): two encoders that meet in one space."""
+"""CLIP (Radford et al. 2021): an image and a text encoder into one embedding space."""
 
 import math
 from typing import NamedTuple
@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import text_embed
 from .config import CLIPConfig
+from .layers import LayerNorm
 from .resnet import AttentionPool2d, ModifiedResNet
-from .transformer import MLP, Attention, LayerNorm, Transformer, is_plain, pooled
+from .transformer import MLP, Attention, Transformer, embed_text, read_rows
 from .vision import VisionTransformer
 
 INIT_LOGIT_SCALE = math.log(1 / 0.07)
@@ -18,20 +18,15 @@ MAX_LOGIT_SCALE = math.log(100)
 
 
 class CLIPOutput(NamedTuple):
-    """What a training step needs: features of unit length and the factor on their cosine."""
+    """The input of a loss: features of unit length, and the factor on their cosine similarities."""
 
     image_features: Tensor | None  # [B, embed_dim]
     text_features: Tensor | None  # [B, embed_dim]
-    logit_scale: Tensor  # [], exponentiated
-
-
-def _is_plain_table(table: nn.Embedding) -> bool:
-    """Whether each row is looked up as it is, and gets the whole gradient of its tokens."""
-    return (table.padding_idx, table.max_norm, table.scale_grad_by_freq, table.sparse) == (None, None, False, False)
+    logit_scale: Tensor  # [], after exp
 
 
 class CLIP(nn.Module):
-    """Image tower ``visual``, text tower at the top level, ``logit_scale``: the layout of the published checkpoints."""
+    """The image tower in ``visual``, the text tower at the top level, as in the published checkpoints."""
 
     backend = "auto"
 
@@ -60,11 +55,11 @@ class CLIP(nn.Module):
         self.transformer.init_scaled()
 
     def encode_image(self, image: Tensor, normalize: bool = False) -> Tensor:
-        """Features of images.
+        """Compute the features of images.
 
         Args:
-            image: [B, 3, H, W], uint8 as decoded or floating and normalised.
-            normalize: divide each feature by its length.
+            image: [B, 3, H, W]; uint8 as decoded, or floating and already normalised.
+            normalize: divide each feature vector by its length.
 
         Returns:
             [B, embed_dim].
@@ -73,35 +68,31 @@ class CLIP(nn.Module):
         return F.normalize(features, dim=-1) if normalize else features
 
     def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
-        """Features of texts, read at each end-of-text token.
+        """Compute the features of texts, read at their end-of-text tokens.
 
         Args:
-            text: [B, L] token ids, L at most the context length. Columns that are padding in every row may be cut off:
-                the transformer is causal, so they change nothing.
-            normalize: divide each feature by its length.
+            text: [B, L] token ids, with L at most the context length. Columns that are padding in every row may be cut
+                off: the transformer is causal, so they change nothing.
+            normalize: divide each feature vector by its length.
 
         Returns:
             [B, embed_dim].
 
         Raises:
-            ValueError: more tokens than the model has positions.
+            ValueError: if ``text`` has more tokens than the model has positions.
         """
         if text.ndim != 2 or text.shape[1] > self.context_length:
             raise ValueError(
                 f"encode_text: text must be [B, L] with L at most {self.context_length}, got shape {tuple(text.shape)}"
             )
-        table = self.token_embedding
-        if is_plain(table, nn.Embedding) and _is_plain_table(table):
-            x = text_embed(text, table.weight, self.positional_embedding, backend=self.backend)
-        else:
-            x = table(text) + self.positional_embedding[: text.shape[1]]
+        x = embed_text(self.token_embedding, self.positional_embedding, text, self.backend)
         # The end-of-text token has the highest id of the vocabulary.
-        x = pooled(self.transformer, x, text.argmax(-1))
+        x = read_rows(self.transformer, x, text.argmax(-1))
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> CLIPOutput | dict[str, Tensor | None]:
-        """Normalised features of what is given, and the exponentiated scale; a dict where ``output_dict`` is set."""
+        """Return normalised features of the inputs that are given, and exp(logit_scale); a dict if ``output_dict``."""
         output = CLIPOutput(
             None if image is None else self.encode_image(image, normalize=True),
             None if text is None else self.encode_text(text, normalize=True),
@@ -111,23 +102,23 @@ class CLIP(nn.Module):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Keep the scale between 1 and 100, as training does after each step (without a host sync)."""
+        """Clamp exp(logit_scale) to [1, 100] without a host sync; training does it after each step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
     def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
         """Recompute transformer blocks in the backward pass instead of keeping their activations.
 
         Args:
-            enable: or keep them, as at first.
-            selective: recompute norms and activations only, and keep what products and attention gave: less memory
-                saved, and hardly any time lost.
+            enable: False keeps the activations, as a new model does.
+            selective: recompute norms and activation functions only, and keep the results of matrix products and
+                attention. It saves less memory, and costs hardly any time.
         """
         for module in self.modules():
             if isinstance(module, Transformer):
                 module.grad_checkpointing = "selective" if enable and selective else enable
 
     def set_backend(self, backend: str) -> None:
-        """Choose what every op of the model runs on: "auto", "triton", or "torch" for the references."""
+        """Set the backend of every op of the model: "auto", "triton", or "torch" for the references."""
         for module in self.modules():
             if isinstance(module, (CLIP, Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
                 module.backend = backend

@@ -1,4 +1,4 @@
-"""Model configurations: typed, named as OpenCLIP names them, and readable from its JSON files."""
+"""Model configurations, with OpenCLIP's names; its JSON files can be read."""
 
 import dataclasses
 import json
@@ -10,7 +10,7 @@ QUICK_GELU_SUFFIX = "-quickgelu"
 
 @dataclasses.dataclass(frozen=True)
 class VisionConfig:
-    """Image tower: a vision transformer where ``layers`` is a number, a modified ResNet where it has four.
+    """Settings of the image tower: a vision transformer if ``layers`` is a number, a ResNet if it is four numbers.
 
     In training, a vision transformer drops the share ``patch_dropout`` of each image's patches.
     """
@@ -24,25 +24,25 @@ class VisionConfig:
     patch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a share of patches that cannot be dropped.
+        """Refuse a patch_dropout that is not in [0, 1), or that belongs to a ResNet.
 
         Raises:
-            ValueError: it is not from 0 to less than 1, or the tower has no patches.
+            ValueError: as above.
         """
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout must be at least 0 and less than 1, got {self.patch_dropout}")
         if self.patch_dropout and not isinstance(self.layers, int):
-            raise ValueError(f"patch_dropout is of vision transformers: a ResNet has no patches, got {self}")
+            raise ValueError(f"patch_dropout is for vision transformers, since a ResNet has no patches; got {self}")
 
     @property
     def heads(self) -> int:
-        """Attention heads, of the transformer or of the ResNet's pooling."""
+        """The number of attention heads of the transformer, or of the ResNet's attention pooling."""
         return (self.width if isinstance(self.layers, int) else self.width * 32) // self.head_width
 
 
 @dataclasses.dataclass(frozen=True)
 class TextConfig:
-    """Text tower: a causal transformer read at the end-of-text token."""
+    """Settings of the text tower: a causal transformer that is read at the end-of-text token."""
 
     context_length: int = 77
     vocab_size: int = 49408
@@ -54,7 +54,7 @@ class TextConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
-    """Both towers, the dimension they meet in, and their activation: GELU, or QuickGELU as OpenAI trained."""
+    """Settings of a model: both towers, the dimension of the embedding, and GELU or (as OpenAI trained) QuickGELU."""
 
     embed_dim: int
     vision: VisionConfig
@@ -63,10 +63,11 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "CLIPConfig":
-        """Read OpenCLIP's layout: ``embed_dim``, ``vision_cfg``, ``text_cfg``, optionally ``quick_gelu``.
+        """Read OpenCLIP's layout: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and, optionally, ``quick_gelu``.
 
         Raises:
-            ValueError: a key that this package does not implement; it would change the model if it were ignored.
+            ValueError: if a key is missing, or is one that this package does not implement; to ignore it would build
+                another model.
         """
         unknown = set(raw) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
         if unknown or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(raw):
@@ -80,12 +81,12 @@ class CLIPConfig:
         return cls(raw["embed_dim"], VisionConfig(**vision), TextConfig(**text), raw.get("quick_gelu", False))
 
     def with_vision(self, **changes: Any) -> "CLIPConfig":
-        """The same with other settings of the image tower; None leaves one as it is."""
+        """Return a copy with other settings of the image tower; a setting that is None stays as it is."""
         changes = {name: value for name, value in changes.items() if value is not None}
         return dataclasses.replace(self, vision=dataclasses.replace(self.vision, **changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """OpenCLIP's layout, loadable by either package."""
+        """Return the configuration in OpenCLIP's layout, which either package loads."""
         raw: dict[str, Any] = {
             "embed_dim": self.embed_dim,
             "vision_cfg": dataclasses.asdict(self.vision),
@@ -130,7 +131,7 @@ _CONFIGS = {
     "ViT-H-14": _vit(1024, VisionConfig(224, 32, 1280, 80, patch_size=14), 1024, 24),
     "ViT-g-14": _vit(1024, VisionConfig(224, 40, 1408, 88, 4.3637, 14), 1024, 24),
     "ViT-bigG-14": _vit(1280, VisionConfig(224, 48, 1664, 104, 4.9231, 14), 1280, 32),
-    # Small enough to learn on a CPU: the model of the emoji recipe.
+    # The model of the emoji recipe, small enough to be trained on a CPU.
     "ViT-T-8-32": CLIPConfig(128, VisionConfig(32, 4, 128, 32, patch_size=8), TextConfig(width=128, heads=4, layers=2)),
 }
 _CONFIGS |= {
@@ -139,25 +140,25 @@ _CONFIGS |= {
 
 
 def list_models() -> list[str]:
-    """Names that :func:`clipfast.create_model` takes."""
+    """Return the names that :func:`clipfast.create_model` takes."""
     return list(_CONFIGS)
 
 
 def add_model_config(path: str | Path) -> None:
-    """Make the configuration in OpenCLIP's JSON file ``path`` known under the file's stem.
+    """Register the configuration in OpenCLIP's JSON file ``path`` under the file's stem.
 
     Raises:
-        ValueError: a config that this package cannot build.
+        ValueError: if this package cannot build the model.
     """
     path = Path(path)
     _CONFIGS[path.stem] = CLIPConfig.from_dict(json.loads(path.read_text()))
 
 
 def get_model_config(name: str) -> CLIPConfig:
-    """Configuration of a model by name.
+    """Return the configuration of a model.
 
     Raises:
-        ValueError: unknown name; the message lists those that are known.
+        ValueError: if the name is unknown; the message lists the known ones.
     """
     if name not in _CONFIGS:
         raise ValueError(f"unknown model {name!r}; known: {', '.join(_CONFIGS)}")

@@ -1,7 +1,7 @@
-"""CLIP's ResNets (Radford et al. 2021, section 2.4): three-convolution stem, average pooling in front of every stride,
-attention pooling.
+"""CLIP's ResNets (Radford et al. 2021, section 2.4), with a stem of three convolutions, average pooling in place of
+strides, and attention pooling at the end.
 
-Parameter names as published; a ``Sequential`` named "0", "1" is part of that layout.
+Parameters have their published names; the children "0" and "1" of ``downsample`` are part of them.
 """
 
 from collections import OrderedDict
@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from ..kernels.reference import CLIP_MEAN, CLIP_STD, normalize_uint8
 from .config import VisionConfig
-from .transformer import pooled_attention
+from .layers import single_query_attention
 
 
 class Bottleneck(nn.Module):
-    """1x1, 3x3, 1x1 with a shortcut; strides are average pools, so nothing is skipped over."""
+    """Convolutions 1x1, 3x3 and 1x1 with a shortcut; average pooling in place of a stride uses every pixel."""
 
     expansion = 4
 
@@ -48,7 +48,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool2d(nn.Module):
-    """One attention query, the mean of all positions, pools the feature map."""
+    """Attention pooling of the feature map, whose one query is the mean of all positions."""
 
     def __init__(self, grid: int, width: int, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -65,18 +65,19 @@ class AttentionPool2d(nn.Module):
         """[B, width, H, W] -> [B, embed_dim]."""
         x = x.flatten(2).transpose(1, 2)  # [B, HW, width]
         x = torch.cat([x.mean(1, keepdim=True), x], 1) + self.positional_embedding.to(x.dtype)
-        # only the first token's output is used, so there is one query
+        # Only the output of the first token is used, so there is one query.
         q, weight_k, weight_v = (
             t.unflatten(dim, (self.num_heads, -1))
             for t, dim in ((self.q_proj(x[:, 0]), 1), (self.k_proj.weight, 0), (self.v_proj.weight, 0))
         )
-        values = pooled_attention(q, x, weight_k, weight_v, None, self.backend) + self.v_proj.bias
-        # what is added to all keys changes no weight: a gradient of zero, not none, for DistributedDataParallel
+        values = single_query_attention(q, x, weight_k, weight_v, None, self.backend) + self.v_proj.bias
+        # A bias of all keys does not change the softmax. Its gradient is zero, and must not be None, because
+        # DistributedDataParallel waits for it.
         return self.c_proj(values + 0 * self.k_proj.bias)
 
 
 class ModifiedResNet(nn.Module):
-    """Images to features; uint8 images are normalised here, floating images are taken as normalised."""
+    """The image tower; it normalises uint8 images, and expects floating images to be normalised already."""
 
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
@@ -84,7 +85,7 @@ class ModifiedResNet(nn.Module):
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()
         if isinstance(config.layers, int):
-            raise ValueError(f"a modified ResNet needs four numbers of layers, got {config.layers}")
+            raise ValueError(f"a ResNet needs four numbers of layers, got {config.layers}")
         width = config.width
         self.image_size = config.image_size
         self.conv1 = nn.Conv2d(3, width // 2, 3, stride=2, padding=1, bias=False)
@@ -101,8 +102,8 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, embed_dim]."""
-        # Convolutions are faster with a pixel's channels side by side, and what follows keeps the layout. Weights stay
-        # as they are: FSDP shards no others.
+        # Convolutions are faster if the channels of a pixel lie side by side, and every layer keeps that layout.
+        # Weights stay contiguous, since FSDP shards no others.
         images = images.contiguous(memory_format=torch.channels_last)
         if images.dtype == torch.uint8:
             images = normalize_uint8(images, self.image_mean, self.image_std, self.conv1.weight.dtype)

@@ -1,122 +1,38 @@
-"""Pre-norm transformer blocks, with OpenCLIP's parameter names."""
+"""Pre-norm transformer blocks with OpenCLIP's parameter names, and the plan of what they fuse, leave out or recompute.
+
+The classes come first. Everything that differs from the textbook is decided in the functions below them:
+
+    what                                                          when
+    a norm also adds the branch before it to the residual stream  the norm is plain
+    ln_pre and the first block's ln_1 are one pass                both norms and the first block are plain, the last
+                                                                  block computes one row, and nothing is recomputed
+    the last block computes only the row that the tower reads     everything in it is plain, its backend is not "torch",
+                                                                  and attention_pool takes as many tokens and heads
+    attention computes the gradient of in_proj's bias             in_proj is plain
+    the activation adds the bias of c_fc                          both are plain, the activation is exact, the backend
+                                                                  is not "torch", and Triton runs on the device
+    one op adds token and positional embeddings                   the table is plain, and does nothing but look up
+    the backward pass recomputes blocks, or only what is cheap    grad_checkpointing is set, and gradients are recorded
+
+A module is plain if calling it does what its class does and nothing else (:func:`is_plain`). Any other module is
+called, so that hooks, adapters and wrapped blocks see what they would see if nothing were fused.
+"""
 
 import functools
 from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeGuard, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import attention, attention_pool, bias_gelu, bias_quick_gelu, layer_norm, layer_norm_pair
+from ..kernels import attention, bias_gelu, bias_quick_gelu, layer_norm, layer_norm_pair, text_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.launch import triton_runs_on
+from .layers import InProjection, LayerNorm, QuickGELU, single_query_attention
 
-# What selective checkpointing does not compute again.
-_EXPENSIVE = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-    torch.ops.clipfast.attention_fwd.default,
-    torch.ops.clipfast.attention_pool_fwd.default,
-)
-
-
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Whether calling ``module`` does what its kind does, and nothing else: no adapter, no hook."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in kinds and not any(hooks)
-
-
-class LayerNorm(nn.LayerNorm):
-    """Layer norm in its input's dtype: autocast would otherwise widen the residual stream to float32, and a cast back
-    would follow.
-    """
-
-    backend = "auto"
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
-        return layer_norm(x, self.weight, self.bias, self.eps, backend=self.backend)
-
-    def of_sum(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        """Of x + residual, and that sum: two tensors [..., width]."""
-        return layer_norm(x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend)
-
-    def then(self, norm: "LayerNorm", x: Tensor) -> tuple[Tensor, Tensor]:
-        """This norm of x, and ``norm`` of that: two tensors [..., width]."""
-        both = (self.weight, self.bias, norm.weight, norm.bias, self.eps, norm.eps)
-        return layer_norm_pair(x, *both, backend=self.backend)
-
-
-def _norm_of_sum(norm: nn.Module, branch: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``norm`` makes of ``x + branch``, and that sum."""
-    if branch is None:
-        return norm(x), x
-    if isinstance(norm, LayerNorm) and is_plain(norm, LayerNorm):
-        return norm.of_sum(branch, x)
-    x = x + branch
-    return norm(x), x
-
-
-def _rows_of(x: Tensor, rows: Tensor | None) -> Tensor:
-    """[B, N, width] -> [B, width], the first row of each sequence or that of its number in ``rows``."""
-    return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
-
-
-def pooled_attention(
-    q: Tensor, tokens: Tensor, weight_k: Tensor, weight_v: Tensor, seqlens: Tensor | None, backend: str
-) -> Tensor:
-    """Attention of one query per image and head, without projecting every token.
-
-    W_k goes to the query, and W_v to what it pooled: the same function, with one row to project in place of all. A bias
-    of the keys would change no weight of the softmax, and the weights' sum is one, so that of the values is the
-    caller's to add.
-
-    Args:
-        q: [B, heads, head_dim].
-        tokens: [B, N, width].
-        weight_k, weight_v: [heads, head_dim, width].
-        seqlens: [B], how many tokens of each image are seen; default all.
-        backend: of :func:`clipfast.kernels.attention_pool`.
-
-    Returns:
-        [B, heads * head_dim].
-    """
-    query = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, weight_k)
-    pooled = attention_pool(query.to(tokens.dtype), tokens, seqlens=seqlens, backend=backend)
-    return torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
-
-
-class QuickGELU(nn.Module):
-    """x sigmoid(1.702 x), the approximation of GELU that OpenAI's weights were trained with."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Elementwise."""
-        return x * torch.sigmoid(1.702 * x)
-
-
-class InProjection(nn.Linear):
-    """Projection to queries, keys and values, as a layer that an adapter such as LoRA can wrap or replace.
-
-    Its weight and bias belong to ``attn``, so that parameters and checkpoints have the names of
-    ``nn.MultiheadAttention``.
-    """
-
-    def __init__(self, attn: "Attention") -> None:
-        nn.Module.__init__(self)
-        self.out_features, self.in_features = attn.in_proj_weight.shape
-        self.__dict__["attn"] = attn  # not as a module, which would be its own child
-
-    @property
-    def weight(self) -> nn.Parameter:  # type: ignore[override]
-        """[3 * width, width]."""
-        return self.__dict__["attn"].in_proj_weight
-
-    @property
-    def bias(self) -> nn.Parameter:  # type: ignore[override]
-        """[3 * width]."""
-        return self.__dict__["attn"].in_proj_bias
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class Attention(nn.Module):
@@ -134,24 +50,18 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        proj = self.in_proj
-        if is_plain(proj, InProjection):
-            # attention makes the gradient of the bias from what it has at hand; a sum over qkv's would read it again
-            bias = self.in_proj_bias
-            qkv = F.linear(x, self.in_proj_weight, bias.detach())
-        else:
-            bias, qkv = None, proj(x)
-        attn = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
-        return self.out_proj(attn)
+        qkv, bias = project_qkv(self.in_proj, x)
+        out = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
+        return self.out_proj(out)
 
-    def pooled(self, x: Tensor, rows: Tensor | None) -> Tensor:
-        """One row of what ``forward`` gives: [B, N, width] -> [B, width]."""
+    def forward_row(self, x: Tensor, rows: Tensor | None) -> Tensor:
+        """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
         weight_q, weight_k, weight_v = self.in_proj_weight.unflatten(0, (3, self.num_heads, -1)).unbind()
         bias_q, _, bias_v = self.in_proj_bias.unflatten(0, (3, -1)).unbind()
-        q = F.linear(_rows_of(x, rows), weight_q.flatten(0, 1), bias_q).unflatten(1, (self.num_heads, -1))
+        q = F.linear(take_rows(x, rows), weight_q.flatten(0, 1), bias_q).unflatten(1, (self.num_heads, -1))
         seqlens = None if rows is None or not self.causal else rows + 1
-        attn = pooled_attention(q, x, weight_k, weight_v, seqlens, self.backend)
-        return self.out_proj(attn + bias_v.to(attn.dtype))
+        out = single_query_attention(q, x, weight_k, weight_v, seqlens, self.backend)
+        return self.out_proj(out + bias_v.to(out.dtype))
 
 
 class MLP(nn.Module):
@@ -167,22 +77,11 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] -> [..., width]."""
-        return self.c_proj(self._hidden(x))
-
-    def _hidden(self, x: Tensor) -> Tensor:
-        fc, act = self.c_fc, self.gelu
-        # PyTorch's linear adds the bias for nothing on a CPU, where apart it would be one more pass
-        fused = self.backend != "torch" and triton_runs_on(x.device)
-        is_exact = getattr(act, "approximate", "none") == "none"
-        if not (fused and is_exact and is_plain(fc, nn.Linear) and is_plain(act, nn.GELU, QuickGELU)):
-            return act(fc(x))
-        bias_act = bias_quick_gelu if isinstance(act, QuickGELU) else bias_gelu
-        # the activation makes the gradient of the bias in passing; the linear layer would read its output's for it
-        return bias_act(F.linear(x, fc.weight), fc.bias, backend=self.backend)
+        return self.c_proj(linear_gelu(self.c_fc, self.gelu, x, self.backend))
 
 
 class ResidualAttentionBlock(nn.Module):
-    """x + attn(ln_1(x)), then + mlp(ln_2(.))."""
+    """x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))."""
 
     def __init__(self, width: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool) -> None:
         super().__init__()
@@ -193,48 +92,15 @@ class ResidualAttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        branch, x = self.split(None, x)
-        return x + branch
-
-    def split(self, branch: Tensor | None, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What the MLP adds to the stream, and the stream without it; so is the stream that comes in given.
-
-        The next layer norm does the addition in its own pass.
-        """
-        return self.split_normed(*_norm_of_sum(self.ln_1, branch, x))
-
-    def split_normed(self, normed: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The same where ``ln_1`` of the stream is there already."""
-        normed, x = _norm_of_sum(self.ln_2, self.attn(normed), x)
-        return self.mlp(normed), x
-
-    def takes_after(self, norm: nn.Module) -> bool:
-        """Whether ``norm``, in front of the block, and ``ln_1`` can be one pass."""
-        plain = is_plain(norm, LayerNorm) and is_plain(self.ln_1, LayerNorm)
-        return plain and is_plain(self, ResidualAttentionBlock)
-
-    def pooled(self, branch: Tensor | None, x: Tensor, rows: Tensor | None) -> Tensor:
-        """One row of the stream behind the block: [B, N, width] -> [B, width]."""
-        normed, x = _norm_of_sum(self.ln_1, branch, x)
-        normed, x = _norm_of_sum(self.ln_2, self.attn.pooled(normed, rows), _rows_of(x, rows))
+        x, normed = add_norm(x, self.attn(self.ln_1(x)), self.ln_2)
         return x + self.mlp(normed)
-
-    def can_pool(self, num_tokens: int) -> bool:
-        """Whether nothing is in the block that may want to see every row; the reference computes them all."""
-        fits = num_tokens <= MAX_TOKENS and self.attn.num_heads <= MAX_HEADS and self.attn.backend != "torch"
-        return fits and all(is_plain(module, *_BLOCK_MODULES) for module in self.modules())
-
-
-_BLOCK_MODULES = (
-    ResidualAttentionBlock, LayerNorm, Attention, InProjection, MLP, nn.Linear, nn.GELU, QuickGELU,
-)  # fmt: skip
 
 
 class Transformer(nn.Module):
     """A stack of blocks.
 
-    ``grad_checkpointing`` recomputes each block in the backward pass; if it is "selective", norms and activations only,
-    which saves about a third of the memory (11 of 16 widths per token stay).
+    ``grad_checkpointing`` recomputes each block in the backward pass. If it is "selective", only norms and activations
+    are recomputed, which saves about a third of the memory (11 of 16 widths per token stay).
     """
 
     def __init__(
@@ -248,7 +114,7 @@ class Transformer(nn.Module):
         )
 
     def init_scaled(self) -> None:
-        """Initialise for the depth, as the text tower was published: output layers shrink with the number of blocks."""
+        """Initialise as the published text tower: the deeper the stack, the smaller its output layers."""
         output_std = self.width**-0.5 * (2 * len(self.resblocks)) ** -0.5
         for module in self.modules():
             if isinstance(module, Attention):
@@ -260,70 +126,173 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, N, width] -> [B, N, width]."""
-        branch, x = self._run(list(self.resblocks), x)
+        x, branch = _run_blocks(plan(self), x)
         return x if branch is None else x + branch
 
-    def pooled(self, x: Tensor, rows: Tensor | None, norm: nn.Module | None, last: ResidualAttentionBlock) -> Tensor:
-        """One row of what ``forward`` gives for each sequence, all that ``last``, the last block, then computes.
 
-        See :func:`pooled`.
-        """
-        branch, x = self._run(list(self.resblocks)[:-1], x, norm)
-        if self._recomputes():
-            return self._recomputed(last.pooled, branch, x, rows)
-        return last.pooled(branch, x, rows)
+class Plan(NamedTuple):
+    """The steps that a stack of blocks takes in one call."""
 
-    def _run(
-        self, blocks: Sequence[nn.Module], x: Tensor, norm: nn.Module | None = None
-    ) -> tuple[Tensor | None, Tensor]:
-        """The stream behind ``norm`` and ``blocks``, its last addition not done where the next norm can do it."""
-        branch: Tensor | None = None
-        first = blocks[0] if blocks and not self._recomputes() else None
-        if isinstance(norm, LayerNorm) and isinstance(first, ResidualAttentionBlock) and first.takes_after(norm):
-            stream, normed = norm.then(first.ln_1, x)
-            branch, x = first.split_normed(normed, stream)
-            blocks = blocks[1:]
-        elif norm is not None:
-            x = norm(x)
-        for block in blocks:
-            if self._recomputes():
-                # of one tensor: two would be kept for each block
-                x = self._recomputed(block, x)
-            elif isinstance(block, ResidualAttentionBlock) and is_plain(block, ResidualAttentionBlock):
-                branch, x = block.split(branch, x)
-            else:
-                x = block(x if branch is None else x + branch)
-                branch = None
-        return branch, x
-
-    def _recomputes(self) -> bool:
-        return bool(self.grad_checkpointing) and torch.is_grad_enabled()
-
-    def _recomputed(self, function: Callable[..., Tensor], *args: Tensor | None) -> Tensor:
-        if self.grad_checkpointing != "selective":
-            return checkpoint(function, *args, use_reentrant=False)
-        kept = functools.partial(create_selective_checkpoint_contexts, list(_EXPENSIVE))
-        return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
-
-    def pooling_block(self, num_tokens: int) -> ResidualAttentionBlock | None:
-        """The last block, if it may compute only the row that is read."""
-        last = self.resblocks[-1] if is_plain(self, Transformer) and len(self.resblocks) else None
-        return last if isinstance(last, ResidualAttentionBlock) and last.can_pool(num_tokens) else None
+    recompute: bool | str  # the backward pass computes every block again, or, if "selective", what is cheap in it
+    blocks: Sequence[nn.Module]  # the blocks that compute every row
+    last: ResidualAttentionBlock | None = None  # the block behind them, which computes only the row that is read
+    pair: tuple[LayerNorm, LayerNorm] | None = None  # the norm in front of the stack and the first ln_1, in one pass
 
 
-def pooled(transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, norm: nn.Module | None = None) -> Tensor:
-    """The rows of ``transformer(x)`` that a tower reads, or of ``transformer(norm(x))``.
+def plan(transformer: Transformer, num_tokens: int | None = None, norm: nn.Module | None = None) -> Plan:
+    """Decide which steps ``transformer`` takes.
 
     Args:
-        transformer: of a tower; with a hook or an adapter in its last block it computes every row, as it does where
-            something else has taken its place, and of more tokens than ``attention_pool`` takes.
+        transformer: the stack.
+        num_tokens: the number of tokens in a sequence if the caller reads one row of it; None if it reads every row.
+        norm: the norm in front of the stack.
+    """
+    recompute = torch.is_grad_enabled() and transformer.grad_checkpointing
+    blocks = list(transformer.resblocks)
+    if num_tokens is None or not is_plain(transformer, Transformer) or not blocks:
+        return Plan(recompute, blocks)
+    first, last = blocks[0], blocks[-1]
+    if not is_plain(last, ResidualAttentionBlock) or not all(is_plain(part, *_PLAIN) for part in last.modules()):
+        return Plan(recompute, blocks)
+    if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
+        return Plan(recompute, blocks)
+    pair = None
+    if len(blocks) > 1 and not recompute and norm is not None and is_plain(first, ResidualAttentionBlock):
+        ln_1: nn.Module = first.ln_1
+        pair = (norm, ln_1) if is_plain(norm, LayerNorm) and is_plain(ln_1, LayerNorm) else None
+    return Plan(recompute, blocks[:-1], last, pair)
+
+
+def read_rows(
+    transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, norm: nn.Module | None = None
+) -> Tensor:
+    """Compute the rows of ``transformer(norm(x))`` that a tower reads.
+
+    Args:
+        transformer: the stack of a tower, or the module that has taken its place.
         x: [B, N, width].
-        rows: [B], the number of a row of each sequence; default the first.
-        norm: in front of the first block, whose own norm is then computed in the same pass.
+        rows: [B], the index of the row that is read in each sequence; the first row if it is None.
+        norm: the norm in front of the stack; None if there is none.
 
     Returns:
         [B, width].
     """
-    if isinstance(transformer, Transformer) and (last := transformer.pooling_block(x.shape[1])) is not None:
-        return transformer.pooled(x, rows, norm, last)
-    return _rows_of(transformer(x if norm is None else norm(x)), rows)
+    steps = plan(transformer, x.shape[1], norm) if isinstance(transformer, Transformer) else None
+    if steps is None or steps.last is None:
+        return take_rows(transformer(x if norm is None else norm(x)), rows)
+    normed = None
+    if steps.pair is not None:
+        before, ln_1 = steps.pair
+        weights = (before.weight, before.bias, ln_1.weight, ln_1.bias)
+        x, normed = layer_norm_pair(x, *weights, before.eps, ln_1.eps, backend=before.backend)
+    elif norm is not None:
+        x = norm(x)
+    x, branch = _run_blocks(steps, x, normed)
+    if steps.recompute:
+        return _recomputed(steps, _run_last, steps.last, x, branch, rows)
+    return _run_last(steps.last, x, branch, rows)
+
+
+def _run_blocks(steps: Plan, x: Tensor, normed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Return the residual stream behind the blocks, and the last branch, which is still to be added to it.
+
+    ``normed`` is ln_1 of the first block if it is known already.
+    """
+    branch: Tensor | None = None
+    for block in steps.blocks:
+        if steps.recompute:
+            # Checkpointing keeps the arguments: one tensor here, where x and its branch would be two.
+            x = _recomputed(steps, block, x)
+        elif is_plain(block, ResidualAttentionBlock):
+            if normed is None:
+                x, normed = add_norm(x, branch, block.ln_1)
+            x, normed = add_norm(x, block.attn(normed), block.ln_2)
+            branch, normed = block.mlp(normed), None
+        else:
+            x, branch = block(x if branch is None else x + branch), None
+    return x, branch
+
+
+def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Compute one row behind ``block``: [B, N, width] -> [B, width]."""
+    x, normed = add_norm(x, branch, block.ln_1)
+    x, normed = add_norm(take_rows(x, rows), block.attn.forward_row(normed, rows), block.ln_2)
+    return x + block.mlp(normed)
+
+
+def _recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
+    """Call ``function`` so that the backward pass computes it again."""
+    if steps.recompute != "selective":
+        return checkpoint(function, *args, use_reentrant=False)
+    kept = functools.partial(create_selective_checkpoint_contexts, list(_KEPT))
+    return checkpoint(function, *args, use_reentrant=False, context_fn=kept)
+
+
+def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return ``x + branch`` and ``norm(x + branch)``; without a branch, ``x`` and ``norm(x)``."""
+    if branch is not None and is_plain(norm, LayerNorm):
+        normed, x = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual=x, backend=norm.backend)
+        return x, normed
+    x = x if branch is None else x + branch
+    return x, norm(x)
+
+
+def project_qkv(in_proj: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return ``in_proj(x)``, and its bias if attention is to compute the gradient of it.
+
+    Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv once more.
+    """
+    if is_plain(in_proj, InProjection):
+        return F.linear(x, in_proj.weight, in_proj.bias.detach()), in_proj.bias
+    return in_proj(x), None
+
+
+def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> Tensor:
+    """Return ``gelu(linear(x))``.
+
+    On a GPU the activation adds the bias, and sums its gradient in the same pass. On a CPU that would cost a pass,
+    since PyTorch's linear layer adds the bias at no cost.
+    """
+    is_exact = getattr(gelu, "approximate", "none") == "none"
+    if backend == "torch" or not is_exact or not triton_runs_on(x.device):
+        return gelu(linear(x))
+    if not is_plain(linear, nn.Linear) or not is_plain(gelu, nn.GELU, QuickGELU):
+        return gelu(linear(x))
+    bias_act = bias_quick_gelu if isinstance(gelu, QuickGELU) else bias_gelu
+    return bias_act(F.linear(x, linear.weight), linear.bias, backend=backend)
+
+
+def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, backend: str) -> Tensor:
+    """Return ``table(text)`` with the embedding of each position added: [B, L] ids -> [B, L, width]."""
+    if is_plain(table, nn.Embedding):
+        options = (table.padding_idx, table.max_norm, table.scale_grad_by_freq, table.sparse)
+        if options == (None, None, False, False):  # it does nothing but look up
+            return text_embed(text, table.weight, positional_embedding, backend=backend)
+    return table(text) + positional_embedding[: text.shape[1]]
+
+
+def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Take the row of each sequence whose index is in ``rows``, or the first: [B, N, width] -> [B, width]."""
+    return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
+
+
+def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
+    """Return True if ``module`` is exactly one of ``kinds`` and has no hook.
+
+    An adapter or a wrapper such as FSDP's has another class, or a hook.
+    """
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return type(module) in kinds and not any(hooks)
+
+
+# The classes that a block consists of.
+_PLAIN = (ResidualAttentionBlock, LayerNorm, Attention, InProjection, MLP, nn.Linear, nn.GELU, QuickGELU)
+
+# The results that selective checkpointing keeps; it recomputes everything else, which is norms and activations.
+_KEPT = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten.bmm.default,
+    torch.ops.clipfast.attention_fwd.default,
+    torch.ops.clipfast.attention_pool_fwd.default,
+)

@@ -1,4 +1,4 @@
-"""Vision transformer (Dosovitskiy et al. 2021) as CLIP uses it: layer norm before the blocks, class token projected."""
+"""CLIP's vision transformer (Dosovitskiy et al. 2021), with a layer norm before the blocks."""
 
 import torch
 import torch.nn.functional as F
@@ -8,24 +8,26 @@ from ..kernels import patch_embed
 from ..kernels.dtypes import accumulate_dtype
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .config import VisionConfig
-from .transformer import LayerNorm, Transformer, pooled
+from .layers import LayerNorm
+from .transformer import Transformer, read_rows
 
 
 def interpolate_positions(positional_embedding: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
-    """Positions of a grid of patches for a grid of another size: what OpenCLIP (``resize_pos_embed``) does to those of
-    a checkpoint. Bicubic with antialiasing, corners not aligned, in float32 at least; the class token's stays.
-    Differentiable.
+    """Resize the positional embedding to another grid of patches, as OpenCLIP (``resize_pos_embed``) does on loading.
+
+    The interpolation is bicubic with antialiasing, without aligned corners, in float32 at least, and differentiable.
+    The position of the class token stays as it is.
 
     Args:
-        positional_embedding: [1 + h * w, E], the class token's first, of any floating dtype.
-        old_grid: (h, w), rows and columns of patches.
-        new_grid: (H, W), likewise.
+        positional_embedding: [1 + h * w, E], of any floating dtype; the class token comes first.
+        old_grid: (h, w), its rows and columns of patches.
+        new_grid: (H, W), the rows and columns to resize to.
 
     Returns:
-        [1 + H * W, E] in the same dtype; ``positional_embedding`` itself where the grids are the same.
+        [1 + H * W, E] in the same dtype; ``positional_embedding`` itself if the grids are equal.
 
     Raises:
-        ValueError: not as many positions as ``old_grid`` has, or a grid without any.
+        ValueError: if a grid is empty, or ``old_grid`` does not have as many positions as there are.
     """
     if min(*old_grid, *new_grid) < 1 or len(positional_embedding) != 1 + old_grid[0] * old_grid[1]:
         raise ValueError(
@@ -34,30 +36,30 @@ def interpolate_positions(positional_embedding: Tensor, old_grid: tuple[int, int
         )
     if new_grid == old_grid:
         return positional_embedding
-    of_class, of_patches = positional_embedding[:1], positional_embedding[1:]
-    grid = of_patches.to(accumulate_dtype(of_patches.dtype)).unflatten(0, old_grid)  # [h, w, E]
-    # As two products, since the gradient of F.interpolate comes of atomics on a GPU.
+    class_token, patches = positional_embedding[:1], positional_embedding[1:]
+    grid = patches.to(accumulate_dtype(patches.dtype)).unflatten(0, old_grid)  # [h, w, E]
+    # Two matrix products, because F.interpolate uses atomics for its gradient on a GPU, which is not deterministic.
     with torch.autocast(grid.device.type, enabled=False):
         rows = (_resizing(old_grid[0], new_grid[0], grid) @ grid.flatten(1)).unflatten(1, grid.shape[1:])  # [H, w, E]
         resized = _resizing(old_grid[1], new_grid[1], grid) @ rows  # [H, W, E]
-    return torch.cat([of_class, resized.flatten(0, 1).to(of_class.dtype)])
+    return torch.cat([class_token, resized.flatten(0, 1).to(class_token.dtype)])
 
 
 def _resizing(old: int, new: int, like: Tensor) -> Tensor:
-    """[new, old], what each of the old values counts in each of the new along one side."""
-    each = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
-    return F.interpolate(each, (new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+    """Return [new, old], the weight of each old value in each new value along one side of the grid."""
+    identity = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
+    return F.interpolate(identity, (new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
 
 
 class VisionTransformer(nn.Module):
-    """Images to features.
+    """The image tower.
 
-    Takes uint8 images as decoded (normalised by ``image_mean`` and ``image_std`` inside the patch embedding) or
-    floating images that are already normalised, of any size that is a multiple of the patch size: where it is not
-    ``image_size`` squared, positions are interpolated.
+    It takes uint8 images as decoded, which the patch embedding normalises by ``image_mean`` and ``image_std``, or
+    floating images that are normalised already. Height and width may be any multiples of the patch size; if they are
+    not ``image_size``, positions are interpolated.
 
-    In training mode the share ``patch_dropout`` of each image's patches is dropped before they are embedded (FLIP: Li
-    et al. 2023), others for each image and each time, and at least one is kept.
+    In training mode, the share ``patch_dropout`` of the patches is dropped before they are embedded (FLIP: Li et al.
+    2023). They are drawn anew for each image and each call, and at least one patch is kept.
     """
 
     image_mean: tuple[float, ...] = CLIP_MEAN
@@ -74,7 +76,7 @@ class VisionTransformer(nn.Module):
         self.grid_size = (config.image_size // config.patch_size,) * 2
         tokens = 1 + self.grid_size[0] * self.grid_size[1]
         std = config.width**-0.5
-        # A convolution in name only: it holds the projection under the key and with the initialisation of the
+        # The patch embedding reads only the weight. A convolution gives it the key and the initialisation of the
         # published models.
         self.conv1 = nn.Conv2d(3, config.width, config.patch_size, config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(std * torch.randn(config.width))
@@ -90,18 +92,18 @@ class VisionTransformer(nn.Module):
         """[B, 3, H, W] -> [B, embed_dim]."""
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         positions: Tensor = self.positional_embedding
-        # what is wrong with a grid without patches, the patch embedding says
+        # The patch embedding refuses an empty grid, with a better message.
         if grid != self.grid_size and min(grid) > 0:
             positions = interpolate_positions(positions, self.grid_size, grid)
         x = patch_embed(
             images, self.conv1.weight, self.class_embedding, positions, keep=self._kept_patches(images, grid),
             mean=self.image_mean, std=self.image_std, backend=self.backend,
         )  # fmt: skip
-        x = pooled(self.transformer, x, norm=self.ln_pre)
+        x = read_rows(self.transformer, x, norm=self.ln_pre)
         return self.ln_post(x) @ self.proj
 
     def _kept_patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """[B, K], the patches of each image that stay, drawn on the images' device; None where all do."""
+        """Draw the indices [B, K] of the patches that are kept, on the images' device; None if all are."""
         if not self.training or self.patch_dropout == 0:
             return None
         num_patches = grid[0] * grid[1]

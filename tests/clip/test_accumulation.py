@@ -1,6 +1,7 @@
-"""Gradients of a large batch by micro-batches: those of one graph, whatever is random or normalised over the batch."""
+"""Gradients by micro-batches equal those of one graph, also with dropout and batch normalisation."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def clip(tower, dtype=torch.float64):
     model = CLIP(CLIPConfig.from_dict({"embed_dim": DIM, "vision_cfg": VISION[tower], "text_cfg": TEXT}))
     for name, parameter in model.named_parameters():
         if "bn3.weight" in name:
-            nn.init.ones_(parameter)  # every block starts as the identity, which would hide its gradients
+            nn.init.ones_(parameter)  # zero at first, which would make most gradients of a block zero
     return model.to(dtype)
 
 
@@ -73,7 +74,7 @@ def batch(pairs=16, dtype=torch.float64):
 
 
 def in_one_graph(model, images, texts, size, loss=contrastive_loss):
-    """The truth: the loss of all micro-batches' features, by autograd through all of them."""
+    """The expected result: the loss of the features of all micro-batches, by autograd through all of them."""
     parts = [model(*part) for part in zip(images.split(size), texts.split(size), strict=True)]
     parts = [tuple(part.values()) if isinstance(part, dict) else part for part in parts]
     features = [torch.cat([part[side] for part in parts]) for side in (0, 1)]
@@ -87,19 +88,19 @@ def gradients(model):
 
 
 def agree(model, truth, rel):
-    """Same parameters with gradients, relative difference of each at most ``rel``; the same buffers to the last bit."""
+    """Assert that gradients differ by at most ``rel``, relatively, and that buffers are equal to the last bit."""
     ours, theirs = gradients(model), gradients(truth)
     assert ours.keys() == theirs.keys() != set()
     largest = max(theirs[name].norm() for name in theirs)
     for name, expected in theirs.items():
-        # a gradient that is zero but for rounding has no relative difference
+        # Of a gradient that is zero up to rounding, the relative difference says nothing.
         assert (ours[name] - expected).norm() <= rel * max(expected.norm(), 1e-3 * largest), name
     for (name, ours), theirs in zip(model.named_buffers(), truth.buffers(), strict=True):
         assert torch.equal(ours, theirs), name
 
 
 def both(model, data, size, loss=contrastive_loss, whole=False):
-    """Model after ours, model after the truth; both draw from the same seed, and leave the generator alike."""
+    """Return a model after our step and its copy after the expected one, from the same seed."""
     truth = copy.deepcopy(model)
     torch.manual_seed(1)
     ours = accumulate_gradients(model, *data, size, loss)
@@ -117,15 +118,18 @@ def test_vision_transformer_is_as_the_whole_batch(size):
     agree(*both(clip("ViT"), batch(16 if size > 1 else 4), size, whole=True), rel=1e-12)
 
 
-def test_patch_dropout_and_frozen_batch_norm_are_as_the_whole_batch():
-    # nothing else draws, and pair by pair: the same numbers, whatever the micro-batch
-    for dtype, rel in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
-        model = Toy(dropout=0.0, patch_dropout=True).to(dtype)
-        model.norm.eval()
-        agree(*both(model, batch(32, dtype), 4, whole=True), rel=rel)
+PRECISIONS = pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 
 
-@pytest.mark.parametrize(("dtype", "rel"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@PRECISIONS
+def test_patch_dropout_and_frozen_batch_norm_are_as_the_whole_batch(dtype, rel):
+    # Nothing else is random, and each pair draws for itself: the same numbers in micro-batches of any size.
+    model = Toy(dropout=0.0, patch_dropout=True).to(dtype)
+    model.norm.eval()
+    agree(*both(model, batch(32, dtype), 4, whole=True), rel=rel)
+
+
+@PRECISIONS
 @pytest.mark.parametrize("size", [2, 6])
 def test_dropout_and_batch_norm_are_as_one_graph_of_micro_batches(dtype, rel, size):
     model = Toy(patch_dropout=True).to(dtype)
@@ -148,12 +152,12 @@ def test_resnet(frozen):
     agree(*both(model, batch(), 4, whole=frozen), rel=1e-10)
 
 
-@pytest.mark.parametrize("fault", ["random numbers", "statistics"])
-def test_faults_are_seen(monkeypatch, fault):
-    owner, name = {
-        "random numbers": (accumulation, "_set_random_state"),
-        "statistics": (accumulation._Buffers, "restore"),
-    }[fault]
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(accumulation, "_set_random_state"), (accumulation._Buffers, "restore")],
+    ids=["random", "buffers"],
+)
+def test_faults_are_seen(monkeypatch, owner, name):
     monkeypatch.setattr(owner, name, lambda *_: None)
     with pytest.raises(AssertionError):
         agree(*both(Toy(), batch(), 4), rel=1e-5)
@@ -161,7 +165,7 @@ def test_faults_are_seen(monkeypatch, fault):
 
 def test_a_state_that_features_depend_on_is_replayed():
     class Drifting(Toy):
-        """As spectral normalisation or a running mean that is used at once."""
+        """Features depend on a buffer that the forward pass changes, as in spectral normalisation."""
 
         def __init__(self):
             super().__init__()
@@ -175,9 +179,9 @@ def test_a_state_that_features_depend_on_is_replayed():
     agree(*both(Drifting().double(), batch(), 4), rel=1e-12)
 
 
-def test_what_is_left_is_of_one_pass_also_where_more_is_computed():
+def test_buffers_and_generators_are_as_after_one_pass_in_spite_of_checkpointing():
     class Recomputed(Toy):
-        """Its statistics are updated again in the backward pass."""
+        """Its forward pass runs again in the backward pass, and updates the statistics again."""
 
         def forward(self, images, texts):
             if not torch.is_grad_enabled():
@@ -277,7 +281,7 @@ def test_bad_input_changes_nothing():
 @pytest.mark.parametrize(
     ("output", "message"),
     [
-        (lambda image, text: image, r"must give image_features, text_features, logit_scale .*, got Tensor"),
+        (lambda image, text: image, r"must return image_features, text_features, logit_scale .*, got Tensor"),
         (lambda image, text: (image, text), r"got \(Tensor, Tensor\)"),
         (lambda image, text: (image, None, 1.0), r"features of images and of texts, got \(Tensor, NoneType, float\)"),
         (lambda image, text: {"logits": image}, "got a dict with logits"),
@@ -310,40 +314,35 @@ def test_a_loss_or_features_of_another_shape():
 
 def test_activations_are_those_of_a_micro_batch():
     data = batch(32)
-    held = {}
-    for size in (4, 32):
-        model = clip("ViT")
-        peak = Peak(model)
-        with torch.autograd.graph.saved_tensors_hooks(peak.pack, lambda held: held.tensor):
-            accumulate_gradients(model, *data, size)
-        held[size] = peak.most
-    assert held[4] < held[32] / 5
+    most = {size: most_saved(clip("ViT"), data, size) for size in (4, 32)}
+    assert most[4] < most[32] / 5
 
 
-class Peak:
-    """The most bytes that graphs held at once for their backward passes, but for the weights and views of them."""
+def most_saved(model, data, size):
+    """The most bytes that graphs held at once for their backward passes, without the weights and views of them."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    held = [0]
+    most = 0
 
-    def __init__(self, model):
-        self.weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        self.now = self.most = 0
+    def pack(tensor):
+        nonlocal most
+        saved = tensor.detach()
+        if tensor.untyped_storage().data_ptr() not in weights:
+            held[0] += tensor.nbytes
+            weakref.finalize(saved, release, tensor.nbytes)
+            most = max(most, held[0])
+        return saved
 
-    def pack(self, tensor):
-        return Held(self, tensor)
+    def release(size):
+        held[0] -= size
 
-
-class Held:
-    def __init__(self, peak, tensor):
-        self.peak, self.tensor = peak, tensor
-        self.bytes = 0 if tensor.untyped_storage().data_ptr() in peak.weights else tensor.nbytes
-        peak.now += self.bytes
-        peak.most = max(peak.most, peak.now)
-
-    def __del__(self):
-        self.peak.now -= self.bytes
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved):
+        accumulate_gradients(model, *data, size)
+    return most
 
 
 def on_rank(rank, world_size):
-    """Gradients of DistributedDataParallel, by micro-batches and in one graph, and how often they were exchanged."""
+    """Gradients of DistributedDataParallel by micro-batches, with the number of exchanges, and those of one graph."""
     torch.manual_seed(0)
     whole = batch(6 * world_size)
     data = [x[6 * rank : 6 * rank + 6] for x in whole]

@@ -1,4 +1,4 @@
-"""Checkpoints: whole at every moment, never unpickled, and refused with a reason where they do not fit."""
+"""Checkpoints: always whole on disk, read without running a pickle, and refused with a reason if they do not fit."""
 
 import contextlib
 import dataclasses
@@ -186,5 +186,5 @@ def test_a_checkpoint_by_itself(model, tmp_path):
     )
     assert torch.equal(create_model(str(tmp_path / "own.pt")).visual.proj, model.visual.proj)
     write_checkpoint(tmp_path / "theirs.pt", {"state_dict": model.state_dict()})
-    with pytest.raises(CheckpointError, match="does not say which model it is of"):
+    with pytest.raises(CheckpointError, match="does not say which model it belongs to"):
         create_model(str(tmp_path / "theirs.pt"))

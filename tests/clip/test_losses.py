@@ -45,7 +45,7 @@ def test_one_process(scale):
 
 @pytest.mark.parametrize("bias", [torch.tensor(-10.0), torch.tensor([3.0])], ids=["scalar", "one element"])
 def test_bias(bias):
-    # every logit has it, so no softmax does: OpenCLIP's gradient is what rounding leaves of zero
+    # The bias is in every logit, so it changes no softmax: OpenCLIP's gradient is zero up to rounding.
     inputs = [*features(20.0), bias.double()]
     found, expected = (value_and_grads(loss, inputs) for loss in (ClipLoss(), open_clip.ClipLoss()))
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
@@ -98,7 +98,7 @@ def every_combination(rank, world_size):
 
 
 def of_logits(loss, *inputs):
-    """A number that depends on each of the logits, and on which are whose."""
+    """A number that depends on every logit and on its place."""
     return sum((logits * torch.arange(logits.numel()).view_as(logits)).sum() for logits in loss.get_logits(*inputs))
 
 
@@ -123,12 +123,12 @@ def test_several_ranks(world_size, tmp_path):
             close(ours[4], theirs[4])
             if combination != (True, True):
                 close(ours[3], theirs[3])
-        # theirs is a share of it there, and the mean is what DistributedDataParallel takes
+        # OpenCLIP's gradient of the scale may be a share of ours; DistributedDataParallel takes the mean of both.
         close(*(torch.stack([rank[which][3] for rank in ranks]).mean() for which in (0, 1)))
 
 
 def under_autocast(rank, world_size):
-    """Features in float32, and rounded first and then in float64: the same products."""
+    """Losses of float32 features under autocast, and of features that are rounded first, in float64."""
     found = []
     for local_loss, gather_with_grad in COMBINATIONS:
         loss = ClipLoss(local_loss, gather_with_grad, rank=rank, world_size=world_size)
@@ -209,7 +209,7 @@ def trained(loss, **settings):
 
 @pytest.fixture
 def one_thread():
-    """For a small model, threads cost more than they do."""
+    """One thread: for a small model, more cost more than they save."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

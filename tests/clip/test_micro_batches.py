@@ -1,6 +1,4 @@
-"""``clipfast train --micro-batch-size``: the same training in less memory, also when it is interrupted; and how
-the size is found.
-"""
+"""``clipfast train --micro-batch-size``: the same training in less memory, interruptions, and how the size is found."""
 
 import copy
 import json
@@ -14,21 +12,24 @@ from clipfast.training import TrainConfig, step, trainer
 from clipfast.training.loop import train
 from clipfast.training.trainer import Trainer
 
-from .test_accumulation import Toy, batch, gradients
+from .test_accumulation import DIM, TEXT, VISION, Toy, batch, gradients
 from .test_training import StopAfter, config, weights
 
-RESNET = {
-    "embed_dim": 16,
-    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8, "patch_size": None},
-    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
-}
 LINE = "--micro-batch-size auto: "
 
 
 @pytest.fixture
-def resnet(tmp_path):
-    (tmp_path / "resnet.json").write_text(json.dumps(RESNET))
-    return str(tmp_path / "resnet.json")
+def tiny(shards, tmp_path):
+    """Options of a run of a tiny model, a ViT or a ResNet, whose checkpoints are written in no time."""
+    text = TEXT | {"context_length": 16, "vocab_size": 49408}
+    for name, vision in VISION.items():
+        model = {"embed_dim": DIM, "vision_cfg": vision, "text_cfg": text}
+        (tmp_path / f"{name}.json").write_text(json.dumps(model))
+
+    def options(folder, model="ViT", **changes):
+        return config(shards, tmp_path / folder, model=str(tmp_path / f"{model}.json"), **changes)
+
+    return options
 
 
 def losses(folder):
@@ -39,16 +40,16 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_loss_goes_where_it_goes_with_the_whole_batch(shards, tmp_path):
+def test_the_loss_goes_where_it_goes_with_the_whole_batch(tiny):
     options = {"batch_size": 32, "train_num_samples": 96, "unique_by": None, "log_every_n_steps": 1}
-    whole, _ = train(config(shards, tmp_path / "whole", **options))
-    parts, _ = train(config(shards, tmp_path / "parts", micro_batch_size=16, **options))
+    whole, _ = train(tiny("whole", **options))
+    parts, _ = train(tiny("parts", micro_batch_size=16, **options))
     assert len(losses(whole)) == 6
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
 class Limited(Toy):
-    """Room for so many pairs."""
+    """A model that runs out of memory with more than ``room`` pairs."""
 
     def __init__(self, room):
         super().__init__()
@@ -82,19 +83,19 @@ def test_largest_micro_batch_changes_nothing():
         largest_micro_batch(Limited(room=0).double().eval(), *data)
 
 
-def test_auto_on_a_cpu_is_the_whole_batch(shards, tmp_path):
-    default, _ = train(config(shards, tmp_path / "default", epochs=1))
-    auto, _ = train(config(shards, tmp_path / "auto", epochs=1, micro_batch_size="auto"))
+def test_auto_on_a_cpu_is_the_whole_batch(tiny):
+    default, _ = train(tiny("default", epochs=1))
+    auto, _ = train(tiny("auto", epochs=1, micro_batch_size="auto"))
     assert same(weights(default.path), weights(auto.path))
     (line,) = [line for line in (auto.path / "out.log").read_text().splitlines() if LINE in line]
     assert line.endswith("the whole batch of 8 pairs at a time (a CPU does not say what fits: nothing was tried)")
     assert LINE not in (default.path / "out.log").read_text()
 
 
-def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(shards, tmp_path, resnet, monkeypatch):
-    given, _ = train(config(shards, tmp_path / "given", model=resnet, micro_batch_size=4))
-    whole, _ = train(config(shards, tmp_path / "whole", model=resnet))
-    options = config(shards, tmp_path / "auto", model=resnet, micro_batch_size="auto", save_every=3)
+def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path, monkeypatch):
+    given, _ = train(tiny("given", "ResNet", micro_batch_size=4))
+    whole, _ = train(tiny("whole", "ResNet"))
+    options = tiny("auto", "ResNet", micro_batch_size="auto", save_every=3)
     run = tmp_path / "auto" / "run"
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_can_run_out", lambda device: True)
@@ -103,7 +104,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(shards, tmp_pa
             train(options)
     train(options, run / "checkpoints" / "epoch_latest.pt")
     assert same(weights(given.path), weights(run))
-    # normalisation by micro-batch is another function, so the size was in it
+    # Batch normalisation by micro-batches is another function, so the size did matter.
     assert not same(weights(whole.path), weights(run))
     found, kept = [line.split(LINE)[1] for line in (run / "out.log").read_text().splitlines() if LINE in line]
     assert found == "4 of 8 pairs at a time (the most that was found to fit)"
@@ -111,7 +112,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(shards, tmp_pa
 
 
 def limited(room):
-    """As on a GPU with room for so many pairs."""
+    """``accumulate_gradients`` as on a GPU that has memory for ``room`` pairs at a time."""
     original = step.accumulate_gradients
 
     def accumulate(model, images, texts, size, loss):
@@ -123,11 +124,11 @@ def limited(room):
     return accumulate
 
 
-def test_resumed_run_is_the_same_to_the_last_bit(shards, tmp_path, resnet):
-    options = {"model": resnet, "micro_batch_size": 3, "save_every": 3}
-    whole, _ = train(config(shards, tmp_path / "whole", **options))
+def test_resumed_run_is_the_same_to_the_last_bit(tiny, tmp_path):
+    options = {"model": "ResNet", "micro_batch_size": 3, "save_every": 3}
+    whole, _ = train(tiny("whole", **options))
     with pytest.raises(KeyboardInterrupt), StopAfter(3):
-        train(config(shards, tmp_path / "parts", **options))
+        train(tiny("parts", **options))
     run = tmp_path / "parts" / "run"
     assert main(["train", "--resume", str(run)]) == 0
     assert same(weights(whole.path), weights(run))
@@ -136,13 +137,12 @@ def test_resumed_run_is_the_same_to_the_last_bit(shards, tmp_path, resnet):
     assert {int(value) for value in tracked} == {24}
 
 
-def test_another_batch_size_is_fitted_anew(shards, tmp_path):
-    options = config(shards, tmp_path, epochs=1, micro_batch_size="auto")
-    folder, _ = train(options)
+def test_another_batch_size_is_fitted_anew(tiny):
+    folder, _ = train(tiny("run", epochs=1, micro_batch_size="auto"))
     checkpoint = torch.load(folder.latest, weights_only=True)
     checkpoint["clipfast"]["micro_batch_size"] = 2
     for batch_size, expected in ((8, 2), (16, 16)):
-        changed = config(shards, tmp_path, micro_batch_size="auto", batch_size=batch_size)
+        changed = tiny("run", micro_batch_size="auto", batch_size=batch_size)
         assert Trainer(changed, folder, checkpoint).step.micro_batch_size == expected
 
 

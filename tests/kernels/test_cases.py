@@ -1,11 +1,9 @@
 """Every case of every specification, held to the rule of ``clipfast.verify`` on the leg that the tests run on."""
 
-import contextlib
-
 import pytest
-import torch
 
-from clipfast.kernels.spec import CUDA, Case, OpSpec, specs
+from clipfast.kernels import launch
+from clipfast.kernels.spec import CUDA, DETERMINISM, Case, OpSpec, specs
 from clipfast.verify.ops import TORCH_DTYPES, verify_case
 from clipfast.verify.report import FAIL
 
@@ -44,31 +42,24 @@ def hold(spec: OpSpec, case: Case, dtype: str) -> None:
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases())
 def test_case(spec, case, dtype, request):
-    with two_threads() if case.check == "determinism" else contextlib.nullcontext():
-        hold(spec, case, dtype)
+    if case.check == DETERMINISM:
+        request.getfixturevalue("two_threads")  # sums could then come in any order
+    hold(spec, case, dtype)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="the CPU paths have no tiles; a GPU has larger cases")
+@pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases(small_tiles=True) if INTERPRET else [])
-def test_case_of_several_tiles(spec, case, dtype):
+def test_case_of_several_tiles(spec, case, dtype, arch, monkeypatch):
+    # sm_90 loads 16-bit tiles through descriptors
+    monkeypatch.setattr(launch, "CPU_ARCH", arch)
     with spec.small_tiles(TORCH_DTYPES[dtype]):
         hold(spec, case, dtype)
 
 
-@contextlib.contextmanager
-def two_threads():
-    """PyTorch on two threads, whose sums could come in any order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("spec", specs().values(), ids=specs())
 def test_specification_is_whole(spec):
-    assert len({case.name + case.check for case in spec.cases}) == len(spec.cases)
+    assert len({(case.name, case.check, case.legs) for case in spec.cases}) == len(spec.cases)
     assert all(case.why and case.legs for case in spec.cases)
     assert sum(case.quick for case in spec.cases) >= 3
     assert any(case.sanitize for case in spec.cases)
