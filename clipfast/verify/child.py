@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import IO, Any
 
 from ..kernels.spec import INTERPRETER
@@ -23,34 +23,44 @@ FINISHED = "finished"
 STDERR_TAIL = 1500  # characters
 
 
-def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Iterator[list[CheckResult]]:
-    """Run ``leg`` in a subprocess, and yield the results of one check after the other.
+def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
+    """Start ``leg`` in a subprocess, and return a generator of the results of one check after the other.
+
+    The subprocess runs beside the caller from the start, on one thread; closing the generator kills it.
 
     Args:
         options: options from :meth:`clipfast.verify.Options.to_dict`.
         leg: "interpreter" or "cpu".
-        hang_seconds: how long the subprocess may be silent before it is killed.
+        hang_seconds: how long the subprocess may be silent, while the caller waits for it, before it is killed.
     """
+    groups = _groups(options, leg, hang_seconds)
+    next(groups)
+    return groups
+
+
+def _groups(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
+    """Yield an empty group as soon as the process runs, and then what it writes."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     if leg == INTERPRETER:
-        environment["TRITON_INTERPRET"] = "1"
+        environment |= {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
     with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as stderr:
         process = subprocess.Popen(
             [sys.executable, "-c", PROGRAM, json.dumps(options)],
             stdout=subprocess.PIPE, stderr=stderr, stdin=subprocess.DEVNULL, env=environment, text=True,
         )  # fmt: skip
         try:
-            yield from _groups(process, leg, hang_seconds, stderr)
+            lines: queue.Queue[str | None] = queue.Queue()
+            threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
+            yield []
+            yield from _results(process, lines, leg, hang_seconds, stderr)
         finally:
             process.kill()
             process.wait()
 
 
-def _groups(
-    process: "subprocess.Popen[str]", leg: str, hang_seconds: float, stderr: IO[str]
+def _results(
+    process: "subprocess.Popen[str]", lines: "queue.Queue[str | None]", leg: str, hang_seconds: float, stderr: IO[str]
 ) -> Iterator[list[CheckResult]]:
-    lines: queue.Queue[str | None] = queue.Queue()
-    threading.Thread(target=_read, args=(process.stdout, lines), daemon=True).start()
     last = "before its first check"
     while True:
         try:

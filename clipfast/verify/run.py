@@ -1,7 +1,8 @@
 """A run of the checks: ``run_verify`` does all of it, ``iter_groups`` yields the results case by case."""
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 
 from ..kernels.spec import CUDA
@@ -25,16 +26,26 @@ def iter_groups(options: Options) -> Iterator[list[CheckResult]]:
     """
     if number_of_groups(options) == 0:
         raise ValueError("these options leave nothing to check: bfloat16 needs the CPU paths or a GPU, as do models")
-    for leg in legs_of(options):
-        if leg in (CUDA, here()):
-            for check in checks(options, leg):
-                yield timed(check.rows, check.template)
-        elif checks(options, leg):
-            child = dataclasses.replace(options, legs=(leg,), device="cpu")
-            yield from groups_of_child(child.to_dict(), leg, options.hang_seconds)
+    legs = [leg for leg in legs_of(options) if checks(options, leg)]
+    with contextlib.ExitStack() as stack:
+        # a leg in another process runs beside this one's
+        children = [
+            stack.enter_context(contextlib.closing(_child(options, leg))) for leg in legs if leg not in (CUDA, here())
+        ]
+        for leg in legs:
+            if leg in (CUDA, here()):
+                for check in checks(options, leg):
+                    yield timed(check.rows, check.template)
+        for child in children:
+            yield from child
     skipped = not_run(options)
     if skipped:
         yield skipped
+
+
+def _child(options: Options, leg: str) -> Generator[list[CheckResult], None, None]:
+    of_leg = dataclasses.replace(options, legs=(leg,), device="cpu")
+    return groups_of_child(of_leg.to_dict(), leg, options.hang_seconds)
 
 
 def run_verify(

@@ -22,7 +22,7 @@ from clipfast.verify import (
     write_json,
     write_junit,
 )
-from clipfast.verify.cases import LEGS
+from clipfast.kernels.spec import LEGS
 from clipfast.verify.loss_shapes import LossShape
 from clipfast.verify.report import FAIL, PASS, SKIP
 from clipfast.verify.shapes import CASES, AttentionShape, PatchShape
