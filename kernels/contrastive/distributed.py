@@ -141,7 +141,7 @@ def _pair_weight(ranks: Ranks) -> float:
 
 def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     if len(x) == 0 or len(y) == 0:
-        # Without a logit, nothing stands against the shared shift.
+        # A block without logits suits the shared shift.
         return new_stats(x, y)._replace(uses_shared_shift=torch.ones((), dtype=torch.int8, device=x.device))
     return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
 
@@ -165,7 +165,7 @@ def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Optio
 def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
     """Compute the statistics of own images against all texts, which are gathered or come round the ring.
 
-    These say something about every rank's columns too; each rank sends it to the columns' owner.
+    Each rank sends the statistics of another rank's columns to that rank.
     """
     ranks, rows = options.ranks, y.to(options.dtype)
     gathered: tuple[Tensor, ...] = ()
@@ -207,7 +207,7 @@ def _accumulate_strips(
 def _accumulate_rows(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return the same, computed from own images only: each block of texts has its part of the sum sent to its owner."""
+    """Return the same as :func:`_accumulate_strips`, from own images only: other ranks get the sums for their texts."""
     ranks, blocks = options.ranks, logit_blocks(x.device)
     source: Iterable[tuple[int, Tensor]]
     reduce: BlockReduce

@@ -46,8 +46,8 @@ class LogitBlocks(Protocol):
         Both are multiplied by a constant that :meth:`finish` takes out again.
 
         Returns:
-            Sum of G_ij x_i . y_j, [] in float64, if G is rounded to 16 bits for the products: it is taken from G
-            before that. None if G is not rounded. Then the accumulators say as much.
+            Sum of G_ij x_i . y_j, [] in float64, if G is rounded to 16 bits for the products; the sum is taken before
+            the rounding. None if G is not rounded, since the accumulators then give the sum as exactly.
         """
 
     def sigmoid_sums(

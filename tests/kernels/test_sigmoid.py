@@ -146,12 +146,6 @@ def test_layouts(layout, device):
         torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
 
 
-def test_no_images(device):
-    result = value_and_grads(sigmoid_loss, sigmoid_inputs((0, 8), torch.float32, device), ONE)
-    assert result["value"].isnan()
-    assert result["d_image"].shape == result["d_text"].shape == (0, 8)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_not_finite_features_are_not_hidden(bad, device):
     inputs = sigmoid_inputs((20, 16), torch.float32, device)
