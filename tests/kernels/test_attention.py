@@ -68,8 +68,8 @@ def cases_by_family():
             marks = [pytest.mark.slow] if case.shape.elements > 2**16 else []
             # looped kernels in float32 are what the tables choose for test_cases.py
             for kernels, dtype in (("short", "float32"), ("short", "float16"), ("looped", "float16")):
-                # The tables give float32 to the looped kernels alone. The backward pass of the short ones adds up scores
-                # in another order than the forward pass, which float32 shows where scores are hundreds.
+                # Float32 ships with the looped kernels alone. The backward pass of the short ones sums the scores in
+                # another order than the forward pass, which float32 shows where scores are hundreds.
                 if (kernels, dtype, spec.name, case.values) != ("short", "float32", "attention_qkv", "one-hot"):
                     label = f"{spec.name}-{number} {case.name}-{kernels}-{dtype}"
                     found.append(pytest.param(spec, case, kernels, dtype, id=label, marks=marks))
