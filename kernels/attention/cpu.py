@@ -9,7 +9,7 @@ from ..dtypes import accumulate_dtype
 def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, M, H, D], contiguous, and log-sum-exp [B, H, M] of the scaled scores."""
+    """Return the output [B, M, H, D], contiguous, and the log-sum-exp [B, H, M] of the scaled scores."""
     batch, m, heads, _ = q.shape
     if q.numel() == 0 or k.numel() == 0:
         lse = q.new_full((batch, heads, m), float("inf"), dtype=accumulate_dtype(q.dtype))
@@ -29,7 +29,11 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``; ``with_sums`` of those of q and v over batch and rows."""
+    """Write the gradients of q, k and v to ``grads``.
+
+    Returns:
+        With ``with_sums``, the sums over batch and rows of the gradients of q and of v, [H * D] each.
+    """
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()
@@ -49,12 +53,12 @@ def backward(
 
 
 def _heads_first(*tensors: Tensor) -> list[Tensor]:
-    # the kernel needs unit stride along a head
+    # PyTorch's kernel needs unit stride along a head
     return [(x if x.stride(-1) == 1 else x.contiguous()).transpose(1, 2) for x in tensors]
 
 
 def _without_hidden(k: Tensor, v: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Keys and values with zeros behind each end, where there may be anything, and a mask for the scores."""
+    """Return keys and values with zeros behind each end, where anything may be, and a mask to add to the scores."""
     if seqlens is None:
         return k, v, None
     hidden = torch.arange(k.shape[1], device=k.device) >= seqlens[:, None]

@@ -1,4 +1,4 @@
-"""Which kernel serves which shape, and its launch.
+"""The choice of the kernels for a shape, and their launches.
 
 Queries, keys and values are [B, M or N, H, D] with any strides: a packed projection is three views of one tensor.
 """
@@ -24,10 +24,10 @@ class Route(NamedTuple):
 
 
 def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int, *, causal: bool) -> Route:
-    """The kernels that serve a shape on a GPU of compute capability ``arch`` (90 for sm_90).
+    """Return the kernels that serve a shape on a GPU of compute capability ``arch`` (90 for sm_90).
 
-    The tables decide: the short kernels where they have a configuration for them, and PyTorch's own attention from the
-    number of keys on at which it measured faster.
+    The tables decide. The short kernels serve where the tables have a configuration for them, and PyTorch's own
+    attention serves from the number of keys on at which it measured faster.
     """
     least = least_keys_of_sdpa(arch, dtype, head_dim, causal=causal)
     if least is not None and num_keys >= least:
@@ -38,7 +38,7 @@ def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int,
 
 
 def least_keys_of_sdpa(arch: int, dtype: torch.dtype, head_dim: int, *, causal: bool) -> int | None:
-    """Keys from which on PyTorch's own attention serves; None where it never does."""
+    """Return the number of keys from which on PyTorch's own attention serves, or None where it never does."""
     found = sdpa_config(arch, dtype, head_dim)
     if found is None:
         return None
@@ -48,7 +48,7 @@ def least_keys_of_sdpa(arch: int, dtype: torch.dtype, head_dim: int, *, causal: 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Output [B, M, H, D], contiguous, and log-sum-exp [B, H, M] over the scale: in units of q . k."""
+    """Return the output [B, M, H, D], contiguous, and the log-sum-exp [B, H, M], which is divided by the scale."""
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, m, dtype=torch.float32)
@@ -78,7 +78,7 @@ def backward(
     """Write the gradients of q, k and v to ``grads``, whose heads are contiguous.
 
     Returns:
-        With ``with_sums``, sums over batch and rows of the gradients of q and v, [H * D] float32 each.
+        With ``with_sums``, the sums over batch and rows of the gradients of q and of v, [H * D] float32 each.
     """
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     to_grads = (*grads[0].stride()[:2], *grads[1].stride()[:2])
@@ -118,17 +118,16 @@ def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tens
 def _options(head_dim: int, seqlens: Tensor | None, causal: bool) -> dict[str, object]:
     return {
         "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
-
     }  # fmt: skip
 
 
 def _key_parts(n: int) -> tuple[int, ...]:
-    """Powers of two, at least the 16 of the matrix unit, that add up to ``n`` or little more: 197 is 128 + 64 + 16."""
+    """Split ``n`` into powers of two of 16, which the matrix unit wants, or more: 197 into 128 + 64 + 16."""
     rounded = triton.cdiv(n, 16) * 16
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
 
 
 def _head_parts(head_dim: int) -> tuple[int, ...]:
-    """The same for a head dimension, in at most two parts: 104 as 64 + 32 + 16 does not fit the registers of sm_80."""
+    """Split a head dimension likewise, but into two parts at most: three for 104 do not fit the registers of sm_80."""
     parts = _key_parts(head_dim)
     return parts if len(parts) <= 2 else (triton.next_power_of_2(head_dim),)

@@ -1,7 +1,7 @@
 """Attention of any length: a program owns a block of queries or of keys and walks the other side.
 
-Each block of each gradient has one writer, so that the result is deterministic without atomics; for that, the scores
-are computed once more than the short kernels do.
+Each block of each gradient has one writer, so that the result is deterministic without atomics. The price is that the
+backward pass computes the scores twice, where the short kernels compute them once.
 """
 
 import triton
@@ -17,6 +17,8 @@ from .tiles import (
     scaled_rows,
     store_row_sums,
     store_rows,
+    transposed_probabilities,
+    visible_keys,
     zero_rows,
 )
 
@@ -37,7 +39,10 @@ def _looped_fwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
 ):  # fmt: skip
-    """One program owns BLOCK_M queries. TAIL is the width that the last keys need, no multiple of BLOCK_N."""
+    """Compute the output and the log-sum-exp of BLOCK_M queries, which one program owns.
+
+    TAIL is how many keys a step takes behind the last whole block. ``qk_scale`` is scale * log2(e).
+    """
     num_m = tl.cdiv(M, BLOCK_M)
     pid_bh, start_m = tl.program_id(0) // num_m, tl.program_id(0) % num_m * BLOCK_M
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
@@ -53,7 +58,7 @@ def _looped_fwd_kernel(
     row_max = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_M,), tl.float32)
     acc = zero_rows(BLOCK_M, D_PARTS)
-    # whole blocks that every query sees need no mask
+    # a whole block that every query sees needs no mask
     whole = num_keys // BLOCK_N * BLOCK_N
     if IS_CAUSAL:
         whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
@@ -69,9 +74,7 @@ def _looped_fwd_kernel(
         offs_n = start_n + tl.arange(0, TAIL)
         k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
         v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
-        visible = (offs_n < num_keys)[None, :]
-        if IS_CAUSAL:
-            visible = visible & (offs_n[None, :] <= offs_m[:, None])
+        visible = visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL)
         scores = tl.where(visible, inner(q, k, BLOCK_M, TAIL), float("-inf"))  # [BM, TAIL]
         p, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
         acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v)
@@ -107,8 +110,10 @@ def _two_phase_bwd_kernel(
     OWN_K: tl.constexpr, STEP_Q: tl.constexpr, OWN_Q: tl.constexpr, STEP_K: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """The first programs of a head own OWN_K keys each and walk STEP_Q queries at a time; the others own OWN_Q queries
-    and walk STEP_K keys. A head's gradients are contiguous, and dv has the strides of dk.
+    """Compute the gradients of a block of keys or of a block of queries.
+
+    The first programs of a head own OWN_K keys each and walk STEP_Q queries at a time; the others own OWN_Q queries
+    and walk STEP_K keys. The gradients of a head are contiguous, and dv has the strides of dk.
     """
     num_k, num_q = tl.cdiv(N, OWN_K), tl.cdiv(M, OWN_Q)
     pid_bh, pid = tl.program_id(0) // (num_k + num_q), tl.program_id(0) % (num_k + num_q)
@@ -155,7 +160,7 @@ def _key_gradients(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dk / scale and dv of BLOCK_N keys, on transposed scores; zeros for keys that are not there."""
+    """Return dk / scale and dv of BLOCK_N keys, from transposed scores; they are zero for keys that do not exist."""
     dtype = q_ptr.dtype.element_ty
     offs_n = start_n + tl.arange(0, BLOCK_N)
     k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
@@ -169,12 +174,9 @@ def _key_gradients(
         do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
         delta = row_dot(do, load_rows(out_ptr, offs_m, M, width, 1, HEAD_DIM, D_PARTS))  # [BM]
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        scores = inner(k, q, BLOCK_N, BLOCK_M)  # [BN, BM]
-        p_t = probabilities(scores, lse[None, :], qk_scale, dtype == tl.float32)
-        visible = (offs_n < num_keys)[:, None]
-        if IS_CAUSAL:
-            visible = visible & (offs_n[:, None] <= offs_m[None, :])
-        p_t = tl.where(visible, p_t, 0.0)
+        p_t = transposed_probabilities(
+            k, q, lse, offs_n, offs_m, num_keys, qk_scale, BLOCK_N, BLOCK_M, IS_CAUSAL, dtype == tl.float32
+        )  # [BN, BM]
         acc_dv = add_product(acc_dv, p_t.to(dtype), do)
         dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
         ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
@@ -189,7 +191,7 @@ def _query_gradients(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale of BLOCK_M queries."""
+    """Return dq / scale of BLOCK_M queries."""
     dtype = q_ptr.dtype.element_ty
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
@@ -204,10 +206,7 @@ def _query_gradients(
         v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
         scores = inner(q, k, BLOCK_M, BLOCK_N)  # [BM, BN]
         p = probabilities(scores, lse[:, None], qk_scale, dtype == tl.float32)
-        visible = (offs_n < num_keys)[None, :]
-        if IS_CAUSAL:
-            visible = visible & (offs_n[None, :] <= offs_m[:, None])
-        p = tl.where(visible, p, 0.0)
+        p = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), p, 0.0)
         dp = inner(do, v, BLOCK_M, BLOCK_N)  # [BM, BN]
         ds = (p * (dp - delta[:, None])).to(dtype)
         acc_dq = add_product(acc_dq, ds, k)

@@ -1,5 +1,7 @@
-"""Attention on a packed projection: [B, N, 3 H D] in, [B, N, H D] out, read and written in place of any transpose or
-copy; or on separate queries, keys and values.
+"""Attention on a packed projection or on separate queries, keys and values.
+
+The packed projection is [B, N, 3 H D] and the output [B, N, H D]. The kernels read the one and write the other as they
+are, so that nothing is transposed or copied.
 
 Per image and head, with scores s_ij = scale q_i . k_j (j <= i where causal; j < seqlen where lengths are given):
 
@@ -7,11 +9,11 @@ Per image and head, with scores s_ij = scale q_i . k_j (j <= i where causal; j <
     delta_i = do_i . o_i            ds_ij = p_ij (do_i . v_j - delta_i)
     dq_i = scale sum_j ds_ij k_j    dk_j = scale sum_i ds_ij q_i    dv_j = sum_i p_ij do_i
 
-The gradient of a bias on the projection is the sum of these over images and tokens; that of the keys' part is zero,
-since what all keys of a query have in common does not change its softmax.
+The gradient of a bias on the projection is the sum of these over images and tokens. That of the keys' part is zero,
+since a term that all keys of a query have in common does not change its softmax.
 
-Bytes for N tokens: forward 4 N D items, backward 7 N D (short) or 12 N D and more (two phases). FLOPs: 4 N^2 D forward,
-10 N^2 D (short) or 14 N^2 D backward.
+A head of N tokens moves 4 N D items forward, and 7 N D (short) or 12 N D and more (two phases) backward. It takes
+4 N^2 D FLOPs forward, and 10 N^2 D (short) or 14 N^2 D (two phases) backward.
 Method: FlashAttention (Dao et al. 2022) and FlashAttention-2 (Dao 2023).
 """
 
@@ -38,7 +40,7 @@ def _kernels(x: Tensor) -> ModuleType:
 
 
 def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    # no -1: of an empty batch it could be anything
+    # -1 would be ambiguous for an empty batch
     q, k, v = qkv.unflatten(-1, (3, num_heads, qkv.shape[-1] // (3 * num_heads))).unbind(2)
     return q, k, v
 
@@ -165,7 +167,7 @@ def attention(
     bias: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention of every head, straight from the packed projection.
+    """Compute the softmax attention of every head, straight from the packed projection.
 
     Args:
         qkv: [B, N, 3 * num_heads * head_dim], the projections to queries, keys and values one after the other (the
@@ -174,9 +176,10 @@ def attention(
         num_heads: heads; head_dim is at most 128 outside the reference.
         causal: token i sees tokens 0 .. i only.
         scale: positive factor on the scores, by default head_dim ** -0.5.
-        seqlens: integers [B]: in each image only the first so many tokens are seen. A token that sees none gets zeros.
-        bias: [3 * num_heads * head_dim], the bias that is in ``qkv`` already; nothing is added. It only receives its
-            gradient, which the backward pass has at hand: pass ``F.linear(x, weight, bias.detach())`` with it.
+        seqlens: int32 or int64 [B]: of each image only the first so many tokens are seen as keys. A token that sees
+            none gets zeros.
+        bias: [3 * num_heads * head_dim], the bias that ``qkv`` contains already. It is not added, and only receives
+            its gradient, which the backward pass has at hand: let ``qkv`` be ``F.linear(x, weight, bias.detach())``.
         backend: "auto" (on GPUs Triton, or PyTorch's own attention where :func:`attention_route` says so; on CPUs
             PyTorch's flash kernel), "triton", or "torch" for the reference.
 
@@ -212,7 +215,7 @@ def attention_qkv(
     seqlens: Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Softmax attention on separate tensors, for models that do not pack them: cross-attention, or a cache of keys.
+    """Compute softmax attention on separate tensors: cross-attention, a cache of keys, or a model that does not pack.
 
     Args:
         q: [B, M, H, D], float32, float16 or bfloat16 (float64 on the CPU); any strides, so that
@@ -221,7 +224,8 @@ def attention_qkv(
         v: [B, N, H, D], same dtype and device.
         causal: query i sees keys 0 .. i only.
         scale: positive factor on the scores, by default D ** -0.5.
-        seqlens: integers [B]: in each image only the first so many keys are seen. A query that sees none gets zeros.
+        seqlens: int32 or int64 [B]: of each image only the first so many keys are seen. A query that sees none gets
+            zeros.
         backend: see :func:`attention`.
 
     Returns:
@@ -262,7 +266,7 @@ def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: 
 
 @torch.compiler.assume_constant_result  # tables are read, which cannot be traced
 def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
-    """For each largest head dimension of the tables, keys from which on PyTorch's own attention serves."""
+    """Return the number of keys from which on PyTorch's own attention serves, for each head dimension of the tables."""
     arch = arch_of(device)
     return tuple((limit, launches.least_keys_of_sdpa(arch, dtype, limit, causal=causal)) for limit in HEAD_DIMS)
 
@@ -286,7 +290,7 @@ def _check_packed(op: str, qkv: Tensor, num_heads: int, bias: Tensor | None) -> 
 
 
 def _check_options(op: str, causal: bool, scale: float | None, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
-    """Lengths as the kernels take them."""
+    """Refuse options that do not fit, and return the lengths as the kernels take them."""
     if not isinstance(causal, bool):
         raise TypeError(f"{op}: causal must be a bool, got {type(causal).__name__}")
     if scale is not None and not scale > 0:

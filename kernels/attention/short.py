@@ -1,9 +1,9 @@
 """Attention of short sequences: one program owns a head, reads it once and writes it once.
 
-No program shares anything with another, so each result has one writer. The forward pass holds whole rows of scores:
-softmax without a running maximum. Keys are held in parts, 257 as 256 + 16, so that little is computed that is not
-there. The backward pass holds the gradients of all keys and values in registers and walks the queries, on transposed
-scores: delta_i = sum_j p_ij (do_i . v_j) / sum_j p_ij, so that the output is not read again.
+Programs share nothing, so each result has one writer. The forward pass holds whole rows of scores, and its softmax
+needs no running maximum. It holds the keys in parts, 257 as 256 + 16, so that little is computed for keys that do not
+exist. The backward pass holds the gradients of all keys and values in registers and walks the queries, on transposed
+scores. There delta_i = sum_j p_ij (do_i . v_j) / sum_j p_ij, so that the output is not read again.
 """
 
 import triton
@@ -15,11 +15,12 @@ from .tiles import (
     inner,
     load_rows,
     offs_of,
-    probabilities,
     size_of,
     store_row_sums,
     store_rows,
     transposed,
+    transposed_probabilities,
+    visible_keys,
     zero_columns,
     zero_rows,
 )
@@ -41,7 +42,7 @@ def _short_fwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
 ):  # fmt: skip
-    """qk_scale = scale * log2(e)."""
+    """Compute the output and the log-sum-exp of a head. ``qk_scale`` is scale * log2(e)."""
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     q_ptr += b * stride_qb + h * stride_qh
@@ -64,21 +65,18 @@ def _short_fwd_kernel(
         scores = ()
         for j in tl.static_range(len(N_PARTS)):
             tile = inner(q, keys[j], BLOCK_M, size_of(N_PARTS, j))
-            # only the last part ends past the keys
+            # only the last part contains offsets past the keys
             if IS_CAUSAL or HAS_SEQLENS or j == len(N_PARTS) - 1:
                 offs_n = offs_of(N_PARTS, j)
-                visible = (offs_n < num_keys)[None, :]
-                if IS_CAUSAL:
-                    visible = visible & (offs_n[None, :] <= offs_m[:, None])
-                tile = tl.where(visible, tile, float("-inf"))
+                tile = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), tile, float("-inf"))
             row_max = tl.maximum(row_max, tl.max(tile, 1))
             scores = scores + (tile,)
-        # a finite pivot: where no key is seen, the maximum minus itself would be NaN
+        # the pivot is finite: where no key is seen, the maximum minus itself would be NaN
         pivot = tl.where(row_max == float("-inf"), 0.0, row_max)
         row_sum = tl.zeros((BLOCK_M,), tl.float32)
         acc = zero_rows(BLOCK_M, D_PARTS)
         for j in tl.static_range(len(N_PARTS)):
-            # the difference first: it is exact where it matters
+            # the difference is taken before it is scaled, since it is exact where scores are close
             p = tl.exp2((scores[j] - pivot[:, None]) * qk_scale)
             row_sum += tl.sum(p, 1)
             acc = add_product(acc, p.to(q_ptr.dtype.element_ty), values[j])
@@ -112,7 +110,10 @@ def _short_bwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N holds all keys; a head's gradients are contiguous, and dv has the strides of dk."""
+    """Compute the gradients of a head. BLOCK_N holds all keys.
+
+    The gradients of a head are contiguous, and dv has the strides of dk.
+    """
     pid = tl.program_id(0)
     b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
     dtype = q_ptr.dtype.element_ty
@@ -138,21 +139,17 @@ def _short_bwd_kernel(
         q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
         do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
         lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        scores = inner(k, q, BLOCK_N, BLOCK_M)  # [BN, BM]
-        p_t = probabilities(scores, lse[None, :], qk_scale, dtype == tl.float32)
-        visible = (offs_n < num_keys)[:, None]
-        if IS_CAUSAL:
-            visible = visible & (offs_n[:, None] <= offs_m[None, :])
-        # masked where p is made: a key that is not there has score 0, and 2^(0 - lse) can be infinite
-        p_t = tl.where(visible, p_t, 0.0)
+        p_t = transposed_probabilities(
+            k, q, lse, offs_n, offs_m, num_keys, qk_scale, BLOCK_N, BLOCK_M, IS_CAUSAL, dtype == tl.float32
+        )  # [BN, BM]
         acc_dv = add_product(acc_dv, p_t.to(dtype), do)
         dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
-        # over the sum of p, which is 1 but for the rounding of lse: of what cancels in dp - delta, that would be left
+        # the sum of p is 1 but for the rounding of lse; without the division that rounding would stay in dp - delta
         total = tl.sum(p_t, 0)
         delta = tl.sum(p_t * dp_t, 0) / tl.where(total == 0.0, 1.0, total)  # [BM]
         ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
         acc_dk = add_product(acc_dk, ds_t, q)
-        # transposed: D rows fill the matrix unit, BLOCK_M would not
+        # transposed, since D rows fill the matrix unit and BLOCK_M rows would not
         dq_t = add_transposed_product(zero_columns(BLOCK_M, D_PARTS), k, ds_t)  # [D, BM]
         if HAS_SUMS:
             dq_sum = _added(dq_sum, dq_t)
@@ -166,6 +163,7 @@ def _short_bwd_kernel(
 
 @triton.jit
 def _added(a, b):
+    """Return the sum of two tiles."""
     parts = ()
     for i in tl.static_range(len(a)):
         parts = parts + (a[i] + b[i],)
