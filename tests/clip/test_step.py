@@ -8,7 +8,7 @@ import torch
 
 from clipfast import accumulate_gradients, create_model
 from clipfast.kernels import contrastive_loss
-from clipfast.training import TrainConfig, trainer
+from clipfast.training import TrainConfig, build
 from clipfast.training.loop import train
 from clipfast.training.optim import adamw, cosine_lr, set_lr
 from clipfast.training.step import WARMUP_STEPS, GraphedStep, TrainingStep, Upload
@@ -25,7 +25,7 @@ def run(shards, folder, **options):
 
 @pytest.mark.parametrize("checkpointing", ["", "selective_checkpointing"])
 def test_a_compiled_run_has_the_same_losses(checkpointing, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "COMPILER", "aot_eager")
+    monkeypatch.setattr(build, "COMPILER", "aot_eager")
     torch.compiler.reset()
     options = {checkpointing: True} if checkpointing else {}
     expected = run(shards, tmp_path / "plain")

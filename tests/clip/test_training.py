@@ -17,9 +17,10 @@ from clipfast import create_model, get_model_config, load_checkpoint
 from clipfast.checkpoint import read_checkpoint
 from clipfast.cli import main
 from clipfast.training import TrainConfig
+from clipfast.training.errors import TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
-from clipfast.training.trainer import Trainer, TrainingError
+from clipfast.training.trainer import Trainer
 
 from .conftest import sample, write_shard
 
