@@ -142,10 +142,10 @@ class TrainConfig:
         0.01, "stop the run if more than this share of the pairs cannot be decoded", float, not_negative=True, most=1
     )
     save_every: int = _flag(
-        0, "save a checkpoint every so many steps as well (0: after each epoch only)", int, not_negative=True
+        0, "save a checkpoint every so many steps, or with 0 only after each epoch", int, not_negative=True
     )
     save_frequency: int = _flag(
-        1, "keep epoch_N.pt every so many epochs (0: keep only epoch_latest.pt)", int, not_negative=True
+        1, "keep epoch_N.pt every so many epochs, or with 0 only epoch_latest.pt", int, not_negative=True
     )
     log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)
     name: str | None = _flag(None, "name of the run (default: the recipe or the model, and the time)")
@@ -225,11 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     for field in dataclasses.fields(TrainConfig):
         meta = field.metadata
         default: Any = field.default
-        shown = (
-            ""
-            if default in (None, "", (), False)
-            else f" (default: {' '.join(map(str, default)) if meta['many'] else default})"
-        )
+        shown = "" if default is False or default in (None, "", ()) else f" (default: {_shown(default)})"
         options: dict[str, Any] = {
             "dest": field.name,
             "default": argparse.SUPPRESS,
@@ -246,6 +242,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         if meta["many"]:
             options["nargs"] = "*" if default == () else len(default)
         parser.add_argument(flag_name(field.name), **options)
+
+
+def _shown(default: Any) -> str:
+    """Return a default as one would type it."""
+    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def list_recipes() -> list[str]:
