@@ -93,13 +93,13 @@ def test_what_is_allowed_is_not_a_violation():
     assert not violations("bench", "from clipfast import create_model\nfrom .offline import record", "clipfast.bench")
 
 
-def python(code: str, **options) -> subprocess.CompletedProcess[str]:
-    """Run ``code`` in a process of its own."""
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, **options)
+def python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, in the checkout."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, **options)
 
 
-def test_import_touches_no_gpu_and_no_heavy_library():
-    code = """
+ALONE = {
+    "importing touches no GPU and no heavy library": """
 import sys, torch
 def refuse(*args, **kwargs): raise AssertionError("importing asked for the GPU")
 torch.cuda._lazy_init = torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse
@@ -107,30 +107,20 @@ from clipfast import *
 import clipfast.kernels, clipfast.bench.inspection.offline, clipfast.cli, clipfast.training.config
 heavy = {"torchvision", "webdataset", "matplotlib", "open_clip"} & set(sys.modules)
 assert not heavy, f"importing clipfast imports {heavy}"
-"""
-    run = python(code)
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"]], ids=" ".join)
-def test_help_needs_no_heavy_library(arguments):
-    """That is what makes it fast: importing PyTorch alone takes longer than a user wants to wait for help."""
-    code = f"""
+""",
+    # That is what makes help fast: importing PyTorch alone takes longer than a user wants to wait.
+    "help needs no heavy library": """
 import sys
 from clipfast.cli import main
-try:
-    main({arguments})
-except SystemExit as exit_:
-    assert exit_.code == 0
-heavy = {{"torch", "triton", "PIL", "numpy", "clipfast.kernels", "clipfast.bench", "clipfast.api"}} & set(sys.modules)
-assert not heavy, f"help imports {{heavy}}"
-"""
-    run = python(code)
-    assert run.returncode == 0, run.stderr
-
-
-def test_public_names_are_imported_when_they_are_asked_for():
-    code = """
+for arguments in ["--help"], ["train", "--help"]:
+    try:
+        main(arguments)
+    except SystemExit as exit_:
+        assert exit_.code == 0
+    unwanted = {"torch", "triton", "PIL", "numpy", "clipfast.kernels", "clipfast.bench", "clipfast.api"}
+    assert not unwanted & set(sys.modules), (arguments, unwanted & set(sys.modules))
+""",
+    "public names are imported when one is asked for": """
 import sys, clipfast
 assert "torch" not in sys.modules
 assert not hasattr(clipfast, "no_such_name")
@@ -139,8 +129,13 @@ import clipfast.routes
 assert callable(clipfast.report) and clipfast.kernels.attention is clipfast.attention
 from clipfast import *
 assert [name for name in clipfast.__all__ if globals()[name] is not getattr(clipfast.api, name)] == []
-"""
-    run = python(code)
+""",
+}
+
+
+@pytest.mark.parametrize("code", ALONE.values(), ids=ALONE)
+def test_in_a_process_of_its_own(code):
+    run = python("-c", code)
     assert run.returncode == 0, run.stderr
 
 
@@ -152,7 +147,7 @@ def test_no_public_name_is_that_of_a_module():
 
 def test_a_checkout_that_is_not_installed_says_so():
     # -S: without the site-packages, where the installation is
-    run = subprocess.run([sys.executable, "-S", "-c", "import clipfast"], cwd=ROOT, capture_output=True, text=True)
+    run = python("-S", "-c", "import clipfast")
     assert run.returncode == 1
     expected = "ImportError: clipfast is not installed: run pip install -e . in the checkout"
     assert run.stderr.splitlines()[-1] == expected
@@ -165,5 +160,5 @@ for name in {OPTIONAL}:
     sys.modules[name] = None
 sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests"]))
 """
-    run = python(code, cwd=ROOT, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    run = python("-c", code, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
     assert run.returncode == 0, run.stdout[-3000:]

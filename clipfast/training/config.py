@@ -2,48 +2,27 @@
 
 import argparse
 import dataclasses
-import math
 import tomllib
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
-BACKENDS = ("auto", "triton", "torch")
 AUTO = "auto"
+SHARE = {"not_negative": True, "most": 1}
 
 
-def _flag(
-    default: Any,
-    text: str,
-    kind: type = str,
-    *,
-    many: bool = False,
-    choices: Sequence[str] | None = None,
-    auto: bool = False,
-    positive: bool = False,
-    not_negative: bool = False,
-    most: float = math.inf,
-) -> Any:
+def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
     """Return the field of an option.
 
     Args:
         default: value of a run that does not set it.
         text: what ``--help`` says.
-        kind: type of the value, or of each value if there are ``many``.
-        many: the value is a tuple.
-        choices: the only values that it may have.
-        auto: "auto" is a value as well.
-        positive, not_negative, most: limits of a number.
+        kind: type of the value, or of each value if it is a tuple.
+        limits: what :func:`_check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most``. With
+            ``auto=True``, "auto" is a value as well.
     """
-    return dataclasses.field(
-        default=default,
-        metadata={
-            "help": text, "kind": kind, "many": many, "choices": choices, "auto": auto,
-            "positive": positive, "not_negative": not_negative, "most": most,
-        },
-    )  # fmt: skip
+    return dataclasses.field(default=default, metadata={"help": text, "kind": kind, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,76 +30,50 @@ class TrainConfig:
     """Options of a training run. Names follow OpenCLIP's flags; the help text of each is its documentation."""
 
     train_data: str = _flag(
-        "",
-        "WebDataset shards (.tar, .tar.gz); braces such as {000..099} expand, '::' joins several patterns, and "
+        "", "WebDataset shards (.tar, .tar.gz); braces such as {000..099} expand, '::' joins patterns, and "
         "'bundled:emoji/noto' ships with the package",
-    )
-    train_num_samples: int | None = _flag(
-        None, "pairs per epoch (default: their number in the shards, which are read once to count them)", int
-    )
+    )  # fmt: skip
+    train_num_samples: int | None = _flag(None, "pairs per epoch (default: all, counted by reading all shards)", int)
     model: str = _flag("ViT-B-32", "model name, as clipfast.list_models() gives it, or path of an OpenCLIP model JSON")
     pretrained: str | None = _flag(None, "checkpoint that the weights start from")
     force_patch_dropout: float | None = _flag(
-        None,
-        "drop this share of each image's patches in training (FLIP), whatever the model's configuration says",
-        float,
+        None, "share of each image's patches to drop in training (FLIP), in place of the model's own", float
     )
     batch_size: int = _flag(256, "pairs per step", int, positive=True)
     micro_batch_size: int | str | None = _flag(
-        None,
-        "hold the activations of only so many pairs at a time, for one more forward pass; the gradient stays that of "
-        "the whole batch, except that BatchNorm normalises each micro-batch by itself; auto takes the most that fits "
-        "on the GPU (default: the whole batch)",
-        int,
-        auto=True,
-        positive=True,
-    )
+        None, "hold the activations of only so many pairs at a time, for one more forward pass; the gradient stays "
+        "that of the whole batch, except that BatchNorm normalises each micro-batch by itself; auto takes the most "
+        "that fits on the GPU (default: the whole batch)", int, positive=True, auto=True,
+    )  # fmt: skip
     epochs: int = _flag(32, "passes over the --train-num-samples pairs", int, positive=True)
     lr: float = _flag(5e-4, "peak learning rate", float, positive=True)
     wd: float = _flag(0.2, "weight decay of all but gains, biases and the logit scale", float, not_negative=True)
     beta1: float = _flag(0.9, "beta1 of AdamW", float)
-    beta2: float | None = _flag(
-        None, "beta2 of AdamW (default: 0.98 for vision transformers, 0.999 for ResNets)", float
-    )
-    eps: float | None = _flag(None, "epsilon of AdamW (default: 1e-6 for vision transformers, 1e-8 for ResNets)", float)
-    warmup: int = _flag(2000, "steps in which the learning rate rises, before a cosine to zero", int, not_negative=True)
+    beta2: float | None = _flag(None, "beta2 of AdamW (default: 0.98 for vision transformers, 0.999 for others)", float)
+    eps: float | None = _flag(None, "epsilon of AdamW (default: 1e-6 for vision transformers, 1e-8 for others)", float)
+    warmup: int = _flag(2000, "steps of a rising learning rate, before a cosine to zero", int, not_negative=True)
     grad_clip_norm: float | None = _flag(None, "clip the norm of the gradient to this (default: no clipping)", float)
-    precision: str = _flag(
-        "auto", "auto is amp_bf16 on a GPU and fp32 on a CPU; amp is another name of amp_bf16", choices=PRECISIONS
-    )
+    precision: str = _flag("auto", "auto is amp_bf16 on a GPU, else fp32; amp is amp_bf16 too", choices=PRECISIONS)
     grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", bool)
     selective_checkpointing: bool = _flag(
-        False,
-        "recompute only norms and activation functions in the backward pass: this saves less memory, but takes hardly "
-        "any time",
-        bool,
+        False, "recompute only norms and activation functions: this saves less memory, but takes hardly any time", bool
     )
     torchcompile: bool = _flag(False, "compile the model with torch.compile, as one graph", bool)
     cuda_graphs: bool = _flag(
-        False,
-        "replay each step as one CUDA graph: faster for small models, whose kernels run shorter than the host needs to "
-        "start them",
-        bool,
+        False, "replay each step as one CUDA graph: faster for small models, which wait for the host otherwise", bool
     )
     device: str = _flag("auto", "cpu, cuda, or auto for a GPU if there is one")
-    backend: str = _flag("auto", "implementation of the ops", choices=BACKENDS)
+    backend: str = _flag("auto", "implementation of the ops", choices=("auto", "triton", "torch"))
     workers: int = _flag(1, "data worker processes, at most one per shard", int, not_negative=True)
     seed: int = _flag(0, "seed of every random number generator", int)
-    unique_by: str | None = _flag(
-        None, "key of the pairs' json, or 'caption': no two pairs of a batch have the same value of it"
-    )
-    keyword_prob: float = _flag(
-        0.0, "probability that keywords from a pair's json are added to its caption", float, not_negative=True, most=1
-    )
+    unique_by: str | None = _flag(None, "json key, or 'caption', whose value no two pairs of a batch may share")
+    keyword_prob: float = _flag(0.0, "probability of adding keywords from a pair's json to its caption", float, **SHARE)
     crop_scale: tuple[float, float] = _flag(
-        (0.9, 1.0),
-        "smallest and largest share of the area that a random crop keeps; 1 1 takes the centre as in evaluation",
-        float,
-        many=True,
+        (0.9, 1.0), "smallest and largest share of the area that a random crop keeps; 1 1 takes the centre", float
     )
     affine: float = _flag(
         0.0, "augmentation: rotate by up to 100 times this in degrees, shift by up to half of this share, and scale by "
-        "up to this share", float, not_negative=True, most=1,
+        "up to this share", float, **SHARE,
     )  # fmt: skip
     color_jitter: float = _flag(
         0.0, "augmentation: change brightness, contrast and saturation by up to this share", float, not_negative=True
@@ -128,25 +81,13 @@ class TrainConfig:
     hue: float = _flag(
         0.0, "augmentation: turn the colour wheel by up to this share, at most 0.5", float, not_negative=True, most=0.5
     )
-    gray_prob: float = _flag(
-        0.0, "augmentation: probability that an image loses its colour", float, not_negative=True, most=1
-    )
-    val_data: str | None = _flag(
-        None, "labelled shards or image folder; zero-shot accuracy and retrieval are computed on it after each epoch"
-    )
-    val_group_by: str | None = _flag(
-        None, "key of the validation data's json; accuracy is also reported for each of its values"
-    )
-    val_leave_out: tuple[str, ...] = _flag((), "groups to leave out of a second overall accuracy", many=True)
-    max_bad_fraction: float = _flag(
-        0.01, "stop the run if more than this share of the pairs cannot be decoded", float, not_negative=True, most=1
-    )
-    save_every: int = _flag(
-        0, "save a checkpoint every so many steps, or with 0 only after each epoch", int, not_negative=True
-    )
-    save_frequency: int = _flag(
-        1, "keep epoch_N.pt every so many epochs, or with 0 only epoch_latest.pt", int, not_negative=True
-    )
+    gray_prob: float = _flag(0.0, "augmentation: probability that an image loses its colour", float, **SHARE)
+    val_data: str | None = _flag(None, "labelled shards or image folder for zero-shot evaluation after each epoch")
+    val_group_by: str | None = _flag(None, "key of the validation json; accuracy is also given for each of its values")
+    val_leave_out: tuple[str, ...] = _flag((), "groups to leave out of a second overall accuracy")
+    max_bad_fraction: float = _flag(0.01, "stop if more than this share of the pairs cannot be decoded", float, **SHARE)
+    save_every: int = _flag(0, "save every so many steps; with 0, only after each epoch", int, not_negative=True)
+    save_frequency: int = _flag(1, "keep epoch_N.pt every so many epochs; with 0, never", int, not_negative=True)
     log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)
     name: str | None = _flag(None, "name of the run (default: the recipe or the model, and the time)")
     logs: str = _flag("runs", "folder in which the run gets a folder of its own")
@@ -180,30 +121,30 @@ class TrainConfig:
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a value of another type than its option has, which a recipe can contain."""
-    kind, many = field.metadata["kind"], field.metadata["many"]
-    if (value is None and field.default is None) or (field.metadata["auto"] and value == AUTO):
+    kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
+    if (value is None and field.default is None) or (auto and value == AUTO):
         return
     accepted = (int, float) if kind is float else kind
     values = value if many and isinstance(value, tuple) else (value,)
     right = all(isinstance(one, accepted) and (kind is bool or not isinstance(one, bool)) for one in values)
     if not right or isinstance(value, tuple) != many:
         expected = f"a list of {kind.__name__}" if many else kind.__name__
-        expected += " or 'auto'" if field.metadata["auto"] else ""
+        expected += " or 'auto'" if auto else ""
         raise ValueError(f"{flag_name(field.name)} must be {expected}, got {value!r}")
 
 
 def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a number beyond the limits of its option, and a word that is not one of the choices."""
     meta, flag = field.metadata, flag_name(field.name)
-    if meta["choices"] and value not in meta["choices"]:
+    if "choices" in meta and value not in meta["choices"]:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
     if isinstance(value, str | tuple | None):
         return
-    if meta["positive"] and value <= 0:
+    if "positive" in meta and value <= 0:
         raise ValueError(f"{flag} must be more than 0, got {value}")
-    if meta["not_negative"] and value < 0:
+    if "not_negative" in meta and value < 0:
         raise ValueError(f"{flag} must not be negative, got {value}")
-    if value > meta["most"]:
+    if "most" in meta and value > meta["most"]:
         raise ValueError(f"{flag} must be at most {meta['most']}, got {value}")
 
 
@@ -223,30 +164,18 @@ def flag_name(field: str) -> str:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add a flag for each option. A flag that is not given leaves no attribute, so that a recipe can set it."""
     for field in dataclasses.fields(TrainConfig):
-        meta = field.metadata
-        default: Any = field.default
-        shown = "" if default is False or default in (None, "", ()) else f" (default: {_shown(default)})"
-        options: dict[str, Any] = {
-            "dest": field.name,
-            "default": argparse.SUPPRESS,
-            "help": meta["help"].replace("%", "%%") + shown,
-        }
+        meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
         if meta["kind"] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {
-                "type": _int_or_auto if meta["auto"] else meta["kind"],
-                "choices": meta["choices"],
-                "metavar": None if meta["choices"] else meta["kind"].__name__.upper(),
-            }
-        if meta["many"]:
-            options["nargs"] = "*" if default == () else len(default)
+            options["type"] = _int_or_auto if "auto" in meta else meta["kind"]
+            options |= {"choices": choices, "metavar": None if choices else meta["kind"].__name__.upper()}
+            options["help"] += f" (default: {shown})" if shown else ""
+        if isinstance(default, tuple):
+            options["nargs"] = len(default) or "*"
         parser.add_argument(flag_name(field.name), **options)
-
-
-def _shown(default: Any) -> str:
-    """Return a default as one would type it."""
-    return " ".join(map(str, default)) if isinstance(default, tuple) else str(default)
 
 
 def list_recipes() -> list[str]:

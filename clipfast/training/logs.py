@@ -34,39 +34,6 @@ def logging_to(folder: Path) -> Iterator[None]:
             handler.close()
 
 
-class Meter:
-    """Time spent waiting for data, time in all, and pairs trained, since it was made."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._waiting = 0.0
-        self._steps = 0
-        self._pairs = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count the time inside as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waiting += time.perf_counter() - start
-
-    def step(self, pairs: int) -> None:
-        """Count a finished step."""
-        self._steps += 1
-        self._pairs += pairs
-
-    def read(self) -> dict[str, float]:
-        """Return seconds per step, seconds per step spent waiting, the share of waiting, and pairs per second."""
-        elapsed = time.perf_counter() - self._start
-        steps = max(1, self._steps)
-        return {
-            "batch_time": elapsed / steps,
-            "data_time": self._waiting / steps,
-            "data_wait": self._waiting / elapsed,
-            "pairs_per_second": self._pairs / elapsed,
-        }
-
-
 class TrainLog:
     """Progress bar, log lines and metrics of a run.
 
@@ -91,15 +58,16 @@ class TrainLog:
             total=self.steps_per_epoch, initial=first, desc=description, unit="step", disable=None, leave=False
         ) as bar:
             for _ in range(first, self.steps_per_epoch):
-                with self._meter.waiting():
-                    batch = next(batches)
+                asked = time.perf_counter()
+                batch = next(batches)
+                self._waiting += time.perf_counter() - asked
                 yield batch
                 bar.update()
 
     def step(self, loss: Tensor, pairs: int) -> None:
         """Count a finished step. ``loss`` is a scalar, and stays on its device until it is logged."""
         self._losses.append(loss)
-        self._meter.step(pairs)
+        self._pairs += pairs
 
     def write(self, step: int, lr: float, logit_scale: Tensor) -> None:
         """Log and record the steps since the last line.
@@ -115,7 +83,13 @@ class TrainLog:
         losses = torch.stack(self._losses)
         if not losses.isfinite().all():
             raise not_finite("the loss is", step)
-        rates = self._meter.read()
+        elapsed = time.perf_counter() - self._started
+        rates = {
+            "batch_time": elapsed / len(losses),
+            "data_time": self._waiting / len(losses),
+            "data_wait": self._waiting / elapsed,
+            "pairs_per_second": self._pairs / elapsed,
+        }
         last, mean, scale = losses[-1].item(), losses.mean().item(), logit_scale.item()
         epoch, within = divmod(step - 1, self.steps_per_epoch)
         pairs, total = (within + 1) * self.batch_size, self.steps_per_epoch * self.batch_size
@@ -140,5 +114,6 @@ class TrainLog:
         self.folder.record(step=step, eval=results)
 
     def _start_again(self) -> None:
+        """Forget the steps that were logged, and start the clock."""
         self._losses: list[Tensor] = []
-        self._meter = Meter()
+        self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

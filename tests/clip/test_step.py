@@ -1,7 +1,6 @@
 """The step of training: compiled, with selective checkpointing, as a CUDA graph, and its learning rate."""
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
@@ -53,7 +52,6 @@ def test_a_graph_needs_a_gpu_and_the_whole_batch(shards, tmp_path):
         TrainConfig(train_data="x.tar", cuda_graphs=True, micro_batch_size=4)
 
 
-@dataclasses.dataclass
 class Recorded(GraphedStep):
     """A graph that a CPU can replay: the step again, on the tensors that it was captured with."""
 
