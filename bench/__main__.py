@@ -2,7 +2,7 @@
 
 import sys
 
-# by its installed name, also where this file is reached as bench/__main__.py
+# By its installed name: this file may run as bench/__main__.py, where a relative import would make a second package.
 from clipfast.bench.cli import main
 
 sys.exit(main())

@@ -16,7 +16,7 @@ from .machine import use
 from .suites import SUITES, build
 
 _OPS = {name: suite.op for name, suite in SUITES.items() if suite.op is not None}
-# What one name stands for.
+# Names that stand for several suites.
 GROUPS = {
     "ops": tuple(_OPS),
     "losses": tuple(name for name, op in _OPS.items() if op.category == LOSS),
@@ -24,24 +24,24 @@ GROUPS = {
 }
 DESCRIPTION = """\
 Time clipfast against PyTorch and the other implementations that are installed. A candidate is timed only if its result
-and gradients agree with the reference; candidates take turns, and every sample is kept. "of floor" is the time of the
-least work (for the loss: of versions that keep no N x N matrix), at the copy and matrix-product rates measured in the
-same run, over the time taken. Of a step, MFU and a breakdown say where the time goes. Exit code 1: a candidate of
-clipfast was refused."""
+and gradients agree with the reference. Candidates take turns, and every sample is kept. "of floor" is a quotient: the
+time that the least possible work needs, at the copy and matrix-product rates measured in the same run, over the time
+taken (for the loss, the least work of versions that keep no N x N matrix). For a training step, MFU and a breakdown
+show where the time goes. The exit code is 1 if a candidate of clipfast was refused."""
 
 EPILOG = """\
 examples:
   python -m bench loss --device cpu
   python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
-  python -m bench step --shape model=RN50,batch=64 --rounds 3      a step of 15 s; memory and trace take a few more
-  python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if so)
+  python -m bench step --shape model=RN50,batch=64 --rounds 3    steps of 15 s; memory and trace add a few steps
+  python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if it is)
   python -m bench tune --op contrastive --card H100
   python -m bench table                      write the README's tables again from the committed results
-  python -m bench plot FILE.json             draw a result again"""
+  python -m bench plot FILE.json             draw the plots of a result file again"""
 
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
-    """Run the benchmarks' command line; bad arguments are one line on stderr and exit code 2."""
+    """Run the command line of the benchmarks and return its exit code: 2 for bad arguments, with one line on stderr."""
     parser = argparse.ArgumentParser(
         prog=prog,
         description=DESCRIPTION,
@@ -61,53 +61,43 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
 
 
 def add_commands(parser: argparse.ArgumentParser) -> None:
-    """Add what can be done as subcommands."""
+    """Add a subcommand for each suite and group of suites, and those that work on results."""
     commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
     everything = {name: suite.help for name, suite in SUITES.items()}
     everything |= {group: ", ".join(suites) for group, suites in GROUPS.items()} | {"all": "every suite"}
     for name, text in everything.items():
         _add_measuring(commands.add_parser(name, help=text, description=text.capitalize() + "."))
-    tuner = commands.add_parser("tune", help="search launch configurations on the card here", description=tune.__doc__)
+    text = "search launch configurations on the GPU of this machine"
+    tuner = commands.add_parser("tune", help=text, description=tune.__doc__)
     tune.add_arguments(tuner)
     table = commands.add_parser("table", help="write the README's tables again from committed results")
-    table.add_argument("--readme", type=Path, default=Path("README.md"))
-    table.add_argument("--results", type=Path, default=results.FOLDER)
+    table.add_argument("--readme", type=Path, default=Path("README.md"), help="file to write (default: README.md)")
+    table.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results")
     plot = commands.add_parser("plot", help="draw a result file again")
-    plot.add_argument("file", type=Path)
+    plot.add_argument("file", type=Path, help="result file (.json)")
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto: a GPU if there is one")
-    parser.add_argument(
-        "--dtype", nargs="+", default=None, help=f"{', '.join(DTYPES)}; default bf16 on a GPU and fp32 on a CPU"
-    )
-    parser.add_argument(
-        "--shape", action="append", default=[], metavar='"KEY=VALUE ..."',
-        help="sizes to measure at, in place of the defaults; may be repeated",
-    )  # fmt: skip
-    parser.add_argument(
-        "--smoke",
-        action="store_true",
-        help=f"the smallest shapes, two rounds, written to {results.SMOKE_FOLDER}: shows whether everything runs",
-    )
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="candidates of that name, or whose name contains it")
-    parser.add_argument("--rounds", type=int, default=50, help="rounds at most (default 50)")
-    parser.add_argument("--seconds", type=float, default=60, help="stop adding rounds to a case after this long")
-    parser.add_argument("--min-rounds", type=int, default=5, help="rounds at least, however long they take")
-    parser.add_argument(
-        "--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no case after this long"
-    )
-    parser.add_argument("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
-    parser.add_argument(
-        "--no-breakdown", action="store_true", help="leave out the pass that traces where the time of a step goes"
-    )
-    parser.add_argument("--no-plots", action="store_true")
-    parser.add_argument(
-        "--json", type=Path, metavar="FILE", help=f"default: {results.FOLDER}/<card>/<date>-<what>-<commit>.json"
-    )
-    parser.add_argument(
-        "--compare", metavar="BASE", help="a commit: time it and this checkout in turns, and say which is slower"
-    )
+    """Add the options of a measurement."""
+    add = parser.add_argument
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    add("--dtype", nargs="+", help=f"{', '.join(DTYPES)} (default: bf16 on a GPU and fp32 on a CPU)")
+    shapes = "sizes to measure, in place of the default ones; may be given several times"
+    add("--shape", action="append", default=[], metavar='"KEY=VALUE ..."', help=shapes)
+    smoke = f"run the smallest shapes for two rounds, to see that everything works, and write to {results.SMOKE_FOLDER}"
+    add("--smoke", action="store_true", help=smoke)
+    add("--only", nargs="+", metavar="NAME", help="measure only candidates with this name, or whose name contains it")
+    add("--rounds", type=int, default=50, help="largest number of rounds (default: 50)")
+    add("--seconds", type=float, default=60, help="add no round to a case after this time (default: 60)")
+    add("--min-rounds", type=int, default=5, help="smallest number of rounds, whatever their time (default: 5)")
+    total = "begin no case after this time (default: no limit)"
+    add("--total", type=float, default=float("inf"), metavar="SECONDS", help=total)
+    add("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
+    add("--no-breakdown", action="store_true", help="leave out the pass that traces where the time of a step goes")
+    add("--no-plots", action="store_true", help="draw no plots")
+    target = f"{results.FOLDER}/<card>/<date>-<what>-<commit>.json"
+    add("--json", type=Path, metavar="FILE", help=f"result file (default: {target})")
+    add("--compare", metavar="BASE", help="time this commit and the checkout in turns, and say which is slower")
 
 
 def run(args: argparse.Namespace) -> int:

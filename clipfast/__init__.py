@@ -1,84 +1,34 @@
 """clipfast: the performance engine for CLIP.
 
 Triton kernels (``clipfast.kernels``) under a thin model layer with OpenCLIP's names, checked against PyTorch
-references.
+references. ``api`` lists the public names. PyTorch and Triton are imported when one of them is first asked for, so that
+the command line can print its help without them.
 """
 
-from . import kernels
-from .accumulation import accumulate_gradients, largest_micro_batch
-from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
-from .evaluation.retrieval import recall_at
-from .evaluation.zero_shot import (
-    IMAGENET_CLASSNAMES,
-    OPENAI_IMAGENET_TEMPLATES,
-    SIMPLE_IMAGENET_TEMPLATES,
-    build_zero_shot_classifier,
-)
-from .factory import create_model, create_model_and_transforms, get_tokenizer
-from .images import ImageError, image_transform, open_image
-from .kernels import (
-    attention,
-    attention_pool,
-    attention_qkv,
-    bias_gelu,
-    bias_quick_gelu,
-    contrastive_loss,
-    info_nce_loss,
-    layer_norm,
-    layer_norm_pair,
-    nt_xent_loss,
-    patch_embed,
-    retrieval_ranks,
-    sigmoid_loss,
-    text_embed,
-)
-from .losses import ClipLoss
-from .models import CLIP, add_model_config, get_model_config, list_models
-from .report import report
-from .siglip_loss import SigLipLoss
-from .tokenizer import Tokenizer, tokenize
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "CLIP",
-    "IMAGENET_CLASSNAMES",
-    "OPENAI_IMAGENET_TEMPLATES",
-    "SIMPLE_IMAGENET_TEMPLATES",
-    "CheckpointError",
-    "ClipLoss",
-    "ImageError",
-    "SigLipLoss",
-    "Tokenizer",
-    "accumulate_gradients",
-    "add_model_config",
-    "attention",
-    "attention_pool",
-    "attention_qkv",
-    "bias_gelu",
-    "bias_quick_gelu",
-    "build_zero_shot_classifier",
-    "contrastive_loss",
-    "create_model",
-    "create_model_and_transforms",
-    "export_open_clip",
-    "get_model_config",
-    "get_tokenizer",
-    "image_transform",
-    "info_nce_loss",
-    "kernels",
-    "largest_micro_batch",
-    "layer_norm",
-    "layer_norm_pair",
-    "list_models",
-    "load_checkpoint",
-    "nt_xent_loss",
-    "open_image",
-    "patch_embed",
-    "recall_at",
-    "report",
-    "retrieval_ranks",
-    "sigmoid_loss",
-    "text_embed",
-    "tokenize",
-]
+# kernels/ lies beside clipfast/ in a checkout, and an installation puts it inside.
+if find_spec(f"{__name__}.kernels") is None:
+    raise ImportError("clipfast is not installed: run pip install -e . in the checkout")
+
+if TYPE_CHECKING:
+    from .api import *  # noqa: F403
+else:
+
+    def __getattr__(name):
+        """Import the public names, and return the one that is asked for (PEP 562)."""
+        if name.startswith("__") and name != "__all__":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        api = import_module(".api", __name__)
+        globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]
+
+    def __dir__():
+        """Return the public names, and those of the modules that are loaded."""
+        return sorted({*globals(), *import_module(".api", __name__).__all__})

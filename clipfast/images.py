@@ -1,7 +1,7 @@
-"""Opening images that nobody has checked, and bringing them to the model's size.
+"""Opening images that nobody has checked, and transforming them into the input of a model.
 
-Files are decoded only in formats that occur in image-text data, with a limit on pixels that is checked on the header;
-whatever cannot be decoded whole is refused with an :class:`ImageError`, never shown half.
+Only formats that occur in image-text data are decoded, and only images whose header names an acceptable size. A file
+that cannot be decoded completely is refused with an :class:`ImageError`; half an image is never returned.
 """
 
 import io
@@ -23,7 +23,7 @@ _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 
 
 class ImageError(ValueError):
-    """A file that is not an image that can be used; the message says why."""
+    """An image that cannot be used; the message says why."""
 
 
 def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -31,13 +31,13 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> I
 
     Args:
         source: a path, or the file's bytes.
-        max_pixels: larger images are refused before they are decoded.
+        max_pixels: images with more pixels are refused before they are decoded.
 
     Returns:
-        The first frame, upright (EXIF orientation applied).
+        The first frame, turned upright by its EXIF orientation.
 
     Raises:
-        ImageError: not an image, an unexpected format, truncated, too large, or too long.
+        ImageError: the file is not an image, has another format, is truncated, or is too large or too long.
     """
     stream = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
     try:
@@ -51,23 +51,24 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> I
         raise
     except UnidentifiedImageError as error:
         raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
-    except Exception as error:  # decoders of broken files raise anything, struct.error and SyntaxError among it
+    except Exception as error:  # on broken files, decoders raise anything, even struct.error and SyntaxError
         raise ImageError(f"image cannot be decoded: {error}") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
+    """Refuse an image by the size in its header, before anything is decoded."""
     size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:
         raise ImageError(f"image has {size} pixels, more than the limit of {max_pixels}")
     if max(image.size) > MAX_ASPECT * min(image.size):
-        # scaled by its shorter side, it would be as large as a bomb
+        # When its shorter side is scaled to the model's size, the longer one would need gigabytes.
         raise ImageError(f"image has {size} pixels, its sides differ more than {MAX_ASPECT} times")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB from any mode: palette, grey, CMYK, 16 bits (scaled, where Pillow would clip).
+    """Convert an image of any mode to RGB. Transparency is dropped, as in OpenCLIP.
 
-    Transparency is dropped, as in OpenCLIP.
+    Pixels of 16 bits are scaled to 8 bits; Pillow would clip them.
     """
     if image.mode in _SIXTEEN_BIT:
         grey = np.asarray(image).astype(np.float32) / 257
@@ -76,14 +77,14 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def augmentation(affine: float, color_jitter: float, hue: float, gray_prob: float) -> list[nn.Module]:
-    """Training augmentations for PIL images; 0 leaves one out.
+    """Return training augmentations for PIL images; an argument of 0 leaves one out.
 
     Args:
-        affine: share by which an image is scaled and shifted at most, and a hundredth of the degrees it is turned by;
-            white comes in.
-        color_jitter: share by which brightness, contrast and saturation change at most.
-        hue: share of the colour wheel by which colours turn at most.
-        gray_prob: probability of losing the colour.
+        affine: an image is scaled by up to this share, shifted by up to half of it, and rotated by up to 100 times
+            this in degrees; the parts that this uncovers are white.
+        color_jitter: largest share by which brightness, contrast and saturation change.
+        hue: largest share of the colour wheel by which colours turn.
+        gray_prob: probability that an image loses its colour.
     """
     from torchvision.transforms import v2
 
@@ -110,19 +111,19 @@ def image_transform(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Callable[[Image.Image], Tensor]:
-    """Preprocessing from a decoded image to the model's input.
+    """Return the preprocessing of images for a model.
 
     Args:
         image_size: side of the square result, in pixels.
-        train: random crop of ``scale`` of the area, resized; otherwise the shorter side is resized and the centre
-            taken.
-        scale: least and largest share of the area that a training crop keeps; with (1, 1) it is as in evaluation.
-        augment: torchvision transforms for PIL images, applied after the crop, in training only.
+        train: take a random crop and resize it; otherwise the shorter side is resized and the centre is cropped.
+        scale: smallest and largest share of the area that a random crop keeps; with (1, 1) there is no random crop.
+        augment: torchvision transforms for PIL images, applied after the crop in training only.
         uint8: return bytes, for models that normalise them on the device (a quarter of the traffic); otherwise floats
             normalised with ``mean`` and ``std``, as other packages expect.
+        mean, std: of each channel, for floats only.
 
     Returns:
-        A function from a PIL image to a tensor [3, image_size, image_size]. Resampling is bicubic.
+        A function that turns a PIL image into a tensor [3, image_size, image_size]. Resampling is bicubic.
     """
     from torchvision.transforms import v2
 

@@ -1,8 +1,8 @@
 """CLIP's byte-pair tokenizer: 49,408 ids, lower-cased, exact on any Unicode.
 
-Text is cleaned as OpenAI's tokenizer does (ftfy, HTML unescaped twice, white space folded, lower case), split into
-words, and each word's UTF-8 bytes are merged by rank (Sennrich et al. 2016). Two things make it fast: plain ASCII
-needs none of the cleaning, and a word's ids are remembered.
+Text is cleaned as OpenAI's tokenizer does (ftfy, HTML unescaped twice, white space folded, lower case) and split into
+words, and the UTF-8 bytes of each word are merged by rank (Sennrich et al. 2016). Two things make it fast: plain ASCII
+is not cleaned, since that would not change it, and the ids of each word are cached.
 """
 
 import functools
@@ -24,17 +24,20 @@ WORD_CACHE_SIZE = 2**17
 
 _SPECIAL_AND_CONTRACTIONS = rf"{START_OF_TEXT}|{END_OF_TEXT}|'s|'t|'re|'ve|'m|'ll|'d"
 _WORD = regex.compile(_SPECIAL_AND_CONTRACTIONS + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-# The same on lower-case ASCII, where the standard library's engine does and is faster.
+# The same for lower-case ASCII, for which the standard library's faster engine is enough.
 _ASCII_WORD = re.compile(_SPECIAL_AND_CONTRACTIONS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
-# Printable ASCII and line white space, without "&": ftfy and HTML unescaping leave such text as it is.
+# Any character but printable ASCII and white space without "&": ftfy and HTML unescaping change nothing else.
 _NEEDS_CLEANING = re.compile(r"[^\t\n\r -%'-~]")
 
 
 class Tokenizer:
-    """Text to token ids, and back.
+    """CLIP's tokenizer, which turns text into token ids and back.
 
     Args:
-        context_length: tokens per text, start and end included.
+        context_length: tokens per text, including start and end.
+
+    Raises:
+        ValueError: ``context_length`` is less than 2.
     """
 
     def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
@@ -57,11 +60,11 @@ class Tokenizer:
         self._word_ids = functools.lru_cache(WORD_CACHE_SIZE)(self._encode_word)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int]]:
-        """Rebuilt from its argument in another process: the cache of words does not travel."""
+        """Pickle the argument only: another process rebuilds the tokenizer, with an empty cache."""
         return Tokenizer, (self.context_length,)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of ``text``, without start, end or padding.
+        """Return the token ids of ``text``, without start, end or padding.
 
         Raises:
             TypeError: ``text`` is not a string.
@@ -76,26 +79,26 @@ class Tokenizer:
         return [token for word in words for token in word_ids(word)]
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
-        """Text of token ids; words are separated by a space, and start and end appear as their names."""
+        """Return the text of token ids, with a space after each word, and with start and end by their names."""
         symbols = {index: symbol for symbol, index in self._ids.items()}
         to_byte = {symbol: byte for byte, symbol in self._byte_symbols.items()}
         text = "".join(symbols[int(token)] for token in tokens)
         return bytes(to_byte[symbol] for symbol in text).decode("utf-8", errors="replace").replace("</w>", " ")
 
     def __call__(self, texts: str | list[str], context_length: int | None = None, truncate: bool = True) -> Tensor:
-        """Token ids of texts as a batch.
+        """Return the token ids of texts as a batch.
 
         Args:
             texts: one text or several.
-            context_length: other than the tokenizer's own.
-            truncate: cut longer texts, keeping the end token; False makes them an error.
+            context_length: tokens per text; default: the tokenizer's own.
+            truncate: cut texts that are too long, and keep their end token; if False they are an error.
 
         Returns:
-            [len(texts), context_length] int64: start, tokens, end, zeros.
+            [len(texts), context_length] int64; each row is start, tokens, end, zeros.
 
         Raises:
             TypeError: a text is not a string.
-            ValueError: a text is too long and ``truncate`` is False.
+            ValueError: a text is too long and ``truncate`` is False, or ``context_length`` is less than 2.
         """
         length = self.context_length if context_length is None else context_length
         if length < 2:
@@ -114,6 +117,7 @@ class Tokenizer:
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
 
     def _encode_word(self, word: str) -> tuple[int, ...]:
+        """Return the token ids of a word: its bytes, merged pair by pair, the pair of lowest rank first."""
         if word in (START_OF_TEXT, END_OF_TEXT):
             return (self._ids[word],)
         parts = [self._byte_symbols[byte] for byte in word.encode("utf-8")]
@@ -127,7 +131,7 @@ class Tokenizer:
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
-    """Join every occurrence of ``pair``, left to right."""
+    """Join every occurrence of ``pair``, from left to right."""
     merged: list[str] = []
     index = 0
     while index < len(parts):
@@ -141,30 +145,34 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
 
 
 def _clean(text: str) -> str:
-    # here: ASCII does without it, and so does a bare GPU machine
-    import ftfy
+    """Clean text as OpenAI's tokenizer does."""
+    import ftfy  # not at the top: ASCII needs no cleaning, so that a machine without ftfy can train on it
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return " ".join(text.split()).lower()
 
 
 def _byte_symbols() -> dict[int, str]:
-    """A printable character for each byte, in vocabulary order: itself where it is visible, else one from U+0100 on."""
+    """Return a printable character for each byte, in vocabulary order.
+
+    A visible character stands for itself; the other bytes get the characters from U+0100 on.
+    """
     visible = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {byte: chr(byte) for byte in visible} | {byte: chr(256 + index) for index, byte in enumerate(hidden)}
 
 
 def _read_merges() -> list[tuple[str, str]]:
+    """Return the pairs of symbols that are merged, in the order of their rank."""
     packed = files("clipfast").joinpath("assets/bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : NUM_MERGES + 1]
     return [(first, second) for first, second in (line.split() for line in lines)]
 
 
 def trim_padding(texts: Tensor, multiple: int = 4) -> Tensor:
-    """Cut the columns that are padding in every row, up to a multiple: [B, L] -> [B, L'].
+    """Cut columns that are padding in every row, so that a multiple of ``multiple`` remains: [B, L] -> [B, L'].
 
-    A causal text tower gives the same features for them.
+    A causal text tower gives the same features without them.
     """
     longest = int(texts.argmax(-1).max()) + 1
     return texts[:, : min(texts.shape[1], -(-longest // multiple) * multiple)].contiguous()
@@ -176,5 +184,5 @@ def _default() -> Tokenizer:
 
 
 def tokenize(texts: str | list[str], context_length: int = CONTEXT_LENGTH, truncate: bool = True) -> Tensor:
-    """Token ids of texts by CLIP's tokenizer; see :class:`Tokenizer`."""
+    """Return the token ids of texts, [len(texts), context_length] int64; see :class:`Tokenizer`."""
     return _default()(texts, context_length, truncate)

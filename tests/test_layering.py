@@ -1,6 +1,7 @@
-"""kernels <- clipfast <- bench <- tests: nothing imports upward, and importing touches no GPU."""
+"""kernels <- clipfast <- bench <- tests: nothing imports upward, and nothing is imported before it is needed."""
 
 import ast
+import os
 import subprocess
 import sys
 import tomllib
@@ -8,8 +9,15 @@ from pathlib import Path
 
 import pytest
 
+from clipfast import api
+
 ROOT = Path(__file__).parent.parent
 # From the lowest layer up: the folder, and the name that its modules are imported by.
+# What pyproject.toml's extras install, and what only some tests compare with.
+OPTIONAL = [
+    "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml", "tqdm", "transformers",
+    "ttsem", "webdataset", "yaml",
+]  # fmt: skip
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench", "tests": "tests"}
 
 
@@ -21,11 +29,10 @@ def layer_of(module: str) -> int | None:
     return None
 
 
-def imports(source: str, package: str, *, lazily: bool) -> set[str]:
-    """Absolute names of the modules that ``source``, in ``package``, imports; in functions too, unless ``lazily``."""
-    tree = ast.parse(source)
+def imports(source: str, package: str) -> set[str]:
+    """Absolute names of the modules that ``source``, in ``package``, imports; in functions too."""
     found: set[str] = set()
-    for node in tree.body if lazily else ast.walk(tree):
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
@@ -36,10 +43,10 @@ def imports(source: str, package: str, *, lazily: bool) -> set[str]:
     return found
 
 
-def violations(layer: str, source: str, package: str, *, lazily: bool = False) -> set[str]:
+def violations(layer: str, source: str, package: str) -> set[str]:
     """Imports of ``source`` from a layer above its own."""
     own = list(LAYERS).index(layer)
-    return {name for name in imports(source, package, lazily=lazily) if (layer_of(name) or 0) > own}
+    return {name for name in imports(source, package) if (layer_of(name) or 0) > own}
 
 
 @pytest.mark.parametrize("layer", ["kernels", "clipfast", "bench"])
@@ -48,8 +55,7 @@ def test_nothing_imports_upward(layer):
     assert paths
     for path in paths:
         package = ".".join([LAYERS[layer], *path.relative_to(ROOT / layer).parent.parts])
-        # the command line may reach up, inside a subcommand
-        wrong = violations(layer, path.read_text(), package, lazily=path.name == "cli.py")
+        wrong = violations(layer, path.read_text(), package)
         assert wrong == set(), f"{path.relative_to(ROOT)} imports {wrong}"
 
 
@@ -74,6 +80,7 @@ def test_every_package_is_installed():
         ("clipfast", "from clipfast import bench", "clipfast"),
         ("clipfast", "from . import bench", "clipfast"),
         ("clipfast", "from .. import bench", "clipfast.models"),
+        ("clipfast", "def f():\n    from .bench import offline", "clipfast"),
         ("bench", "from tests import numerics", "clipfast.bench"),
     ],
 )
@@ -84,17 +91,74 @@ def test_planted_violation_is_seen(layer, source, package):
 def test_what_is_allowed_is_not_a_violation():
     assert not violations("clipfast", "from .kernels import attention\nfrom ..models import CLIP", "clipfast.training")
     assert not violations("bench", "from clipfast import create_model\nfrom .offline import record", "clipfast.bench")
-    assert not violations("clipfast", "def f():\n    from .bench import offline", "clipfast", lazily=True)
 
 
-def test_import_touches_no_gpu_and_no_heavy_library():
-    code = """
+def python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
+    """Run Python in a process of its own, in the checkout."""
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, **options)
+
+
+ALONE = {
+    "importing touches no GPU and no heavy library": """
 import sys, torch
 def refuse(*args, **kwargs): raise AssertionError("importing asked for the GPU")
 torch.cuda._lazy_init = torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse
-import clipfast, clipfast.kernels, clipfast.bench.inspection.offline, clipfast.cli, clipfast.training.config
+from clipfast import *
+import clipfast.kernels, clipfast.bench.inspection.offline, clipfast.cli, clipfast.training.config
 heavy = {"torchvision", "webdataset", "matplotlib", "open_clip"} & set(sys.modules)
 assert not heavy, f"importing clipfast imports {heavy}"
-"""
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+""",
+    # That is what makes help fast: importing PyTorch alone takes longer than a user wants to wait.
+    "help needs no heavy library": """
+import sys
+from clipfast.cli import main
+for arguments in ["--help"], ["train", "--help"]:
+    try:
+        main(arguments)
+    except SystemExit as exit_:
+        assert exit_.code == 0
+    unwanted = {"torch", "triton", "PIL", "numpy", "clipfast.kernels", "clipfast.bench", "clipfast.api"}
+    assert not unwanted & set(sys.modules), (arguments, unwanted & set(sys.modules))
+""",
+    "public names are imported when one is asked for": """
+import sys, clipfast
+assert "torch" not in sys.modules
+assert not hasattr(clipfast, "no_such_name")
+assert set(clipfast.api.__all__) <= set(dir(clipfast))
+import clipfast.routes
+assert callable(clipfast.report) and clipfast.kernels.attention is clipfast.attention
+from clipfast import *
+assert [name for name in clipfast.__all__ if globals()[name] is not getattr(clipfast.api, name)] == []
+""",
+}
+
+
+@pytest.mark.parametrize("code", ALONE.values(), ids=ALONE)
+def test_in_a_process_of_its_own(code):
+    run = python("-c", code)
     assert run.returncode == 0, run.stderr
+
+
+def test_no_public_name_is_that_of_a_module():
+    # importing the module would hide the name
+    modules = {path.stem for path in (ROOT / "clipfast").iterdir()}
+    assert not modules & (set(api.__all__) - {"kernels"})
+
+
+def test_a_checkout_that_is_not_installed_says_so():
+    # -S: without the site-packages, where the installation is
+    run = python("-S", "-c", "import clipfast")
+    assert run.returncode == 1
+    expected = "ImportError: clipfast is not installed: run pip install -e . in the checkout"
+    assert run.stderr.splitlines()[-1] == expected
+
+
+def test_tests_can_be_collected_without_optional_packages():
+    code = f"""
+import sys, pytest
+for name in {OPTIONAL}:
+    sys.modules[name] = None
+sys.exit(pytest.main(["--collect-only", "-q", "-p", "no:cacheprovider", "tests"]))
+"""
+    run = python("-c", code, env={**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"})
+    assert run.returncode == 0, run.stdout[-3000:]

@@ -24,7 +24,7 @@ from . import offline
 from .bound import Bound, bound, mma_kinds
 from .occupancy import occupancy
 from .peer_kernels import installed_cases, record_peer
-from .report import Report, differences, table, to_json
+from .report import Report, differences, explain, table, to_json
 from .sass import parse
 from .shipped import known_problems, shipped_cases
 
@@ -232,3 +232,16 @@ def _read_snapshot(path: str | None) -> dict[str, Any] | None:
     if not isinstance(snapshot, dict):
         raise ValueError(f"--snapshot {path} must hold resources by Triton version, as tests/kernels/resources.json")
     return snapshot
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to those of ``clipfast``."""
+    parser = commands.add_parser(
+        "inspect",
+        description=explain(),
+        epilog="Example: clipfast inspect --arch 90 --case attention",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)

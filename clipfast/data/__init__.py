@@ -1,4 +1,4 @@
-"""Image-text pairs: reading them from shards (``samples``), and batches of them for training (``stream``)."""
+"""Image-text pairs: ``samples`` reads them from shards, ``stream`` makes batches of them for training."""
 
 from .samples import caption, count_samples, decode_image, expand_shards, metadata, read_samples
 from .stream import Batch, PairStream, pair_loader

@@ -1,4 +1,4 @@
-"""Samples of WebDataset shards: what they are called, how they are read, and what is in them. Nothing is unpickled."""
+"""Samples of WebDataset shards: their names, how they are read, and what is in them. Nothing is unpickled."""
 
 import json
 import random
@@ -18,11 +18,14 @@ RawSample = dict[str, Any]
 
 
 def expand_shards(pattern: str | Iterable[str]) -> list[str]:
-    """Shards named by ``pattern``: braces (``{000..099}``), ``::`` between patterns, ``bundled:emoji/noto`` for what
-    ships inside, and whatever else webdataset opens (``https:``, ``pipe:``).
+    """Return the shards that ``pattern`` names.
+
+    Args:
+        pattern: paths with braces (``{000..099}``), joined by ``::``. ``bundled:emoji/noto`` is a shard of this
+            package, and webdataset opens names with a scheme (``https:``, ``pipe:``).
 
     Raises:
-        ValueError: a local file that is not there.
+        ValueError: a local file does not exist, or no shard is named.
     """
     from webdataset.shardlists import expand_urls
 
@@ -37,11 +40,12 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
 
 
 def is_local(pattern: str) -> bool:
-    """Whether ``pattern`` names only files; webdataset opens whatever has a scheme, such as ``https:``, by a shell."""
+    """Return True if ``pattern`` names only files: webdataset opens a name with a scheme by a shell command."""
     return all(":" not in part.removeprefix(BUNDLED_PREFIX) for part in pattern.split("::"))
 
 
 def _bundled(shard: str) -> str:
+    """Return the path of a bundled shard, and any other shard as it is."""
     if not shard.startswith(BUNDLED_PREFIX):
         return shard
     name = shard.removeprefix(BUNDLED_PREFIX)
@@ -53,10 +57,10 @@ def _bundled(shard: str) -> str:
 
 
 def read_samples(shards: Iterable[str]) -> Iterator[RawSample]:
-    """Samples of tar files in order, undecoded: ``__key__``, ``__url__`` and bytes by extension.
+    """Yield the samples of tar files in order, undecoded: ``__key__``, ``__url__``, and bytes by file extension.
 
     Raises:
-        ValueError: a shard that is not a readable tar file.
+        ValueError: a shard is not a readable tar file.
     """
     from webdataset.tariterators import tarfile_samples
 
@@ -68,20 +72,20 @@ def read_samples(shards: Iterable[str]) -> Iterator[RawSample]:
 
 
 def count_samples(shards: Iterable[str]) -> int:
-    """Number of samples, by reading every shard once."""
+    """Return the number of samples; every shard is read once."""
     return sum(1 for _ in read_samples(shards))
 
 
 def sample_name(sample: RawSample) -> str:
-    """Shard and key, as a person would look for it."""
+    """Return the file name of the shard and the key of the sample, as a person would look for it."""
     return f"{Path(sample['__url__']).name}/{sample['__key__']}"
 
 
 def decode_image(sample: RawSample) -> Image.Image:
-    """The sample's image.
+    """Return the image of a sample.
 
     Raises:
-        ImageError: none, or one that cannot be decoded.
+        ImageError: the sample has no image, or the image cannot be decoded.
     """
     for extension in IMAGE_EXTENSIONS:
         if extension in sample:
@@ -91,10 +95,10 @@ def decode_image(sample: RawSample) -> Image.Image:
 
 
 def metadata(sample: RawSample) -> dict[str, Any]:
-    """The sample's ``json``, empty where it has none.
+    """Return the ``json`` of a sample, or an empty dict if it has none.
 
     Raises:
-        ValueError: not valid JSON, or not an object.
+        ValueError: it is not valid JSON, or not an object.
     """
     try:
         parsed = json.loads(sample.get("json", b"{}"))
@@ -106,10 +110,10 @@ def metadata(sample: RawSample) -> dict[str, Any]:
 
 
 def field(sample: RawSample, key: str) -> str:
-    """``key`` of the sample's ``json``.
+    """Return the value of ``key`` in the ``json`` of a sample.
 
     Raises:
-        KeyError: it has no such key; the message lists those that it has.
+        KeyError: there is no such key; the message lists those that there are.
         ValueError: as :func:`metadata`.
     """
     fields = metadata(sample)
@@ -119,10 +123,13 @@ def field(sample: RawSample, key: str) -> str:
 
 
 def caption(sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | None = None) -> str:
-    """The sample's ``txt``; with probability ``keyword_prob`` up to three ``keywords`` of its ``json`` behind it.
+    """Return the caption of a sample, its ``txt``.
+
+    With probability ``keyword_prob``, from one to three of the ``keywords`` in its ``json`` are appended, drawn by
+    ``rng``.
 
     Raises:
-        ValueError: no caption, one that is not UTF-8, or keywords that are not a list of strings.
+        ValueError: there is no caption, it is not UTF-8, or the keywords are not a list of strings.
     """
     if "txt" not in sample:
         raise ValueError("sample has no txt")

@@ -1,8 +1,8 @@
 """Batches of image-text pairs for training, in an order that the seed and the number of workers determine.
 
-A sample is decoded and augmented from a random state that its name, the epoch and the pass determine, and the order is
-decided before anything is decoded. So a run that was interrupted can skip the batches that it has seen without decoding
-them, and goes on as if nothing had happened.
+The order is decided before anything is decoded, and each sample is augmented from a random state that depends only on
+its name, the epoch and the pass. A run that was interrupted can therefore skip the batches that it has seen without
+decoding them, and continues to the last bit as if it had never stopped.
 """
 
 import dataclasses
@@ -10,7 +10,8 @@ import random
 import signal
 import zlib
 from collections import deque
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from typing import TypeVar
 
 import torch
 from PIL import Image
@@ -21,16 +22,16 @@ from ..tokenizer import Tokenizer, trim_padding
 from .samples import RawSample, caption, decode_image, field, metadata, read_samples, sample_name
 
 SHUFFLE_BUFFER = 5000
-# Samples held back for a batch without their like, in batches. What is more than that is too frequent to be used.
+# How many batches' worth of samples may wait for a batch without another sample of their identity. More are dropped.
 MAX_HELD_BATCHES = 16
 
-# (pass over the shards, sample)
-Item = tuple[int, RawSample]
+T = TypeVar("T")
+Item = tuple[int, RawSample]  # number of the pass over the shards, and sample
 
 
 @dataclasses.dataclass
 class Batch:
-    """Images and texts that belong together, and the samples that had to be left out."""
+    """Images and their texts, and the samples that had to be left out."""
 
     images: Tensor  # [B, 3, H, W]
     texts: Tensor  # [B, L]
@@ -40,24 +41,25 @@ class Batch:
         return len(self.images)
 
     def pin_memory(self) -> "Batch":
-        """Called by the data loader where it copies to a GPU."""
+        """Return the batch in pinned memory; the data loader calls this if batches are copied to a GPU."""
         return Batch(self.images.pin_memory(), self.texts.pin_memory(), self.skipped)
 
 
 @dataclasses.dataclass
 class PairStream(IterableDataset[Batch]):
-    """One epoch of batches from shards, shared out among the workers of a data loader.
+    """One epoch of batches from shards, divided among the workers of a data loader.
 
     Attributes:
         shards: tar files, as :func:`clipfast.data.expand_shards` gives them.
-        transform: from PIL image to tensor; its randomness comes from torch's generator.
-        tokenizer: from captions to ids.
+        transform: turns a PIL image into a tensor; draws its random numbers from torch's generator.
+        tokenizer: turns captions into token ids.
         batch_size: pairs per batch.
-        num_batches: batches in the epoch; the shards are read again as often as that takes.
-        epoch: number of the epoch; with ``seed`` it determines everything.
-        first_batch: batches to leave out at the start, without decoding them.
-        unique_by: "caption", or a key of the samples' json: no two samples of a batch share its value (a second
-            drawing of one concept would be a false negative).
+        num_batches: batches in the epoch; the shards are read as often as that needs.
+        seed: seed of the order and of the augmentations.
+        epoch: number of the epoch; another epoch has another order.
+        first_batch: number of batches to leave out at the start, without decoding them.
+        unique_by: "caption", or a key of the samples' json: no two samples of a batch have the same value of it, since
+            a second drawing of the same concept would be a false negative.
         keyword_prob: see :func:`clipfast.data.caption`.
     """
 
@@ -73,14 +75,14 @@ class PairStream(IterableDataset[Batch]):
     keyword_prob: float = 0.0
 
     def __iter__(self) -> Iterator[Batch]:
-        """This worker's share of the batches: every ``num_workers``-th of the epoch.
+        """Yield this worker's share of the batches, every ``num_workers``-th of the epoch.
 
         Raises:
             ValueError: the shards cannot be read, or give no batch.
         """
         info = get_worker_info()
         slot, num_workers = (info.id, info.num_workers) if info else (0, 1)
-        # A loader asks its workers in turn, always beginning with the first: it must hold the first batch.
+        # A loader always asks worker 0 first, so worker 0 must produce ``first_batch``.
         share = (slot + self.first_batch) % num_workers
         batches = unique_batches(self._shuffled(share, num_workers), self.batch_size, self._identity)
         for index in range(share, self.num_batches, num_workers):
@@ -89,20 +91,19 @@ class PairStream(IterableDataset[Batch]):
                 yield self._decode(items)
 
     def _shuffled(self, share: int, num_workers: int) -> Iterator[Item]:
-        """Samples of this share of the shards, pass after pass, without end."""
-        from webdataset.filters import _shuffle
-
+        """Yield the samples of this share of the shards, pass after pass, without end."""
         for data_pass in range(1 << 62):
             rng = random.Random(f"{self.seed}/{self.epoch}/{data_pass}")
             mine = rng.sample(self.shards, len(self.shards))[share::num_workers]
             empty = True
-            for sample in _shuffle(read_samples(mine), SHUFFLE_BUFFER, SHUFFLE_BUFFER, rng):
+            for sample in shuffle(read_samples(mine), SHUFFLE_BUFFER, rng):
                 empty = False
                 yield data_pass, sample
             if empty:
                 raise ValueError(f"shards hold no samples: {', '.join(mine)}")
 
     def _identity(self, item: Item) -> Hashable:
+        """Return the value that no other sample of a batch may have."""
         _, sample = item
         if self.unique_by == "caption":
             return sample.get("txt", b"").strip()
@@ -112,10 +113,11 @@ class PairStream(IterableDataset[Batch]):
             except KeyError as error:
                 raise ValueError(error.args[0]) from error
             except ValueError:
-                pass  # a broken sample is unlike any other, and left out when it is decoded
+                pass  # A broken sample equals no other here, and is left out when it is decoded.
         return sample["__url__"], sample["__key__"]
 
     def _decode(self, items: list[Item]) -> Batch:
+        """Return the batch of these samples; those that cannot be used are left out and listed in ``skipped``."""
         images, captions, skipped = [], [], []
         for data_pass, sample in items:
             name = sample_name(sample)
@@ -134,12 +136,34 @@ class PairStream(IterableDataset[Batch]):
         return Batch(torch.stack(images), trim_padding(self.tokenizer(captions)), skipped)
 
 
+def shuffle(samples: Iterable[T], buffer_size: int, rng: random.Random) -> Iterator[T]:
+    """Yield ``samples`` in random order: whenever ``buffer_size`` of them are held, one of these is drawn.
+
+    The order is that of ``webdataset.shuffle(buffer_size, initial=buffer_size, rng=rng)``.
+    """
+    buffer: list[T] = []
+    for sample in samples:
+        buffer.append(sample)
+        if len(buffer) == buffer_size:
+            yield _draw(buffer, rng)
+    while buffer:
+        yield _draw(buffer, rng)
+
+
+def _draw(buffer: list[T], rng: random.Random) -> T:
+    """Remove a random element and return it; the last one takes its place."""
+    index = rng.randrange(len(buffer))
+    buffer[index], buffer[-1] = buffer[-1], buffer[index]
+    return buffer.pop()
+
+
 def unique_batches(
     samples: Iterator[Item], batch_size: int, identity: Callable[[Item], Hashable]
 ) -> Iterator[list[Item]]:
-    """Group samples into batches in which no identity occurs twice; one that would waits for the next batch.
+    """Yield batches in which no identity occurs twice; a sample whose identity is taken waits for a later batch.
 
-    What is too frequent to be in every batch is dropped, once ``MAX_HELD_BATCHES`` batches of it wait.
+    When ``MAX_HELD_BATCHES`` batches' worth of samples wait, the oldest are dropped: their identities are more frequent
+    than one per batch.
 
     Raises:
         ValueError: a batch cannot be filled, because too few identities occur.
@@ -174,13 +198,13 @@ def unique_batches(
 
 @dataclasses.dataclass
 class _Failure:
-    """An error that crosses from a worker as a value: raised there, it would arrive wrapped in a traceback."""
+    """An error of a worker, passed on as a value: if the worker raised it, it would arrive wrapped in a traceback."""
 
     message: str
 
 
 class _Reporting(IterableDataset[Batch | _Failure]):
-    """A stream whose last item is its error, if it has one."""
+    """A stream that yields its ValueError as the last item in place of raising it."""
 
     def __init__(self, stream: PairStream) -> None:
         self.stream = stream
@@ -193,10 +217,11 @@ class _Reporting(IterableDataset[Batch | _Failure]):
 
 
 def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = False) -> Iterator[Batch]:
-    """Batches of ``stream``, decoded by ``num_workers`` processes (0: by this one).
+    """Return the batches of ``stream``, decoded by ``num_workers`` processes; 0 decodes them in this process.
 
     Raises:
-        ValueError: more workers than shards, since a worker would have nothing to read; or an error of the stream.
+        ValueError: there are more workers than shards, so that one would have nothing to read; or an error of the
+            stream.
     """
     if num_workers > len(stream.shards):
         raise ValueError(
@@ -214,6 +239,7 @@ def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = Fals
 
 
 def _raising(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch]:
+    """Yield the batches, and raise the error that stands in place of one."""
     for batch in batches:
         if isinstance(batch, _Failure):
             raise ValueError(batch.message)
@@ -221,7 +247,7 @@ def _raising(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch]:
 
 
 def _leave_signals_to_trainer(_: int) -> None:
-    # Both reach every process of a terminal or a job. The trainer decides when to stop, and needs its batches until
-    # then. A second SIGTERM ends the worker: that is the loader, which wants to be rid of it.
+    # A terminal or a job scheduler sends these to every process. The trainer decides when to stop, and needs batches
+    # until then. A second SIGTERM comes from the loader, which ends its workers that way.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))

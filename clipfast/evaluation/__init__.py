@@ -1,4 +1,4 @@
-"""What a checkpoint can do: zero-shot classification and retrieval."""
+"""Evaluation of a checkpoint without training on the task: zero-shot classification and image-text retrieval."""
 
 from .evaluate import Evaluation, evaluate
 from .labelled import LabelledFeatures, LabelledImage, encode_labelled, read_labelled

@@ -1,4 +1,4 @@
-"""All figures of one checkpoint on one labelled set: zero-shot accuracy by group, and retrieval both ways."""
+"""All figures of a checkpoint on a labelled set: zero-shot accuracy, overall and by group, and retrieval both ways."""
 
 import dataclasses
 from collections.abc import Iterable, Sequence
@@ -16,11 +16,11 @@ from .zero_shot import Template, build_zero_shot_classifier, top_classes
 
 @dataclasses.dataclass
 class Evaluation:
-    """Results as plain values for ``results.json``, and the predictions behind them."""
+    """The figures as plain values for ``results.json``, and the predictions behind them."""
 
     results: dict[str, Any]
-    predictions: list[list[str]]  # five best classes of each image
-    right: list[list[bool]]  # which of them are right
+    predictions: list[list[str]]  # the five best classes of each image, the best first
+    right: list[list[bool]]  # True for those of them that are right
 
 
 def evaluate(
@@ -32,17 +32,17 @@ def evaluate(
     classnames: Sequence[str] | None = None,
     leave_out: Iterable[str] = (),
 ) -> Evaluation:
-    """Evaluate a model in evaluation mode.
+    """Compute zero-shot accuracy and retrieval of ``model``, which must be in evaluation mode.
 
     Args:
-        model, tokenizer: what encodes the texts.
-        images: the set, encoded by the same model.
-        templates: prompt templates, averaged per class.
-        classnames: prompt name per class, in the order of ``images.classnames``; default: the labels themselves.
-        leave_out: groups that a second overall figure does without.
+        model, tokenizer: encode the texts.
+        images: the labelled set, encoded by the same model.
+        templates: prompt templates; their features are averaged for each class.
+        classnames: the name of each class in prompts, in the order of ``images.classnames``; default: the labels.
+        leave_out: groups to leave out of a second overall accuracy.
 
     Raises:
-        ValueError: a number of names other than the number of classes, a group to leave out that there is not, or all.
+        ValueError: there are not as many names as classes, a group to leave out does not exist, or none would remain.
     """
     labels = images.classnames
     names = labels if classnames is None else list(classnames)
@@ -53,7 +53,7 @@ def evaluate(
     best = [[labels[index] for index in row] for row in top_classes(images.features, classifier, 5).tolist()]
     accepted = images.accepted()
     right = [[label in names for label in row] for row, names in zip(best, accepted, strict=True)]
-    # position of the first right one, beyond the last where there is none
+    # Position of the first right class among the best; beyond the last class if none of them is right.
     hits = torch.tensor([row.index(True) if True in row else len(labels) for row in right])
     groups = sorted(set(images.groups) - {""})
     left_out = sorted(set(leave_out))
@@ -71,15 +71,18 @@ def evaluate(
 
 
 def _accuracy(hits: Tensor) -> dict[str, float | int]:
+    """Return top-1 and top-5 accuracy; ``hits`` [N] are the positions of the right classes, from 0."""
     return {"top1": (hits < 1).double().mean().item(), "top5": (hits < 5).double().mean().item(), "images": len(hits)}
 
 
 def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
+    """Return a mask [N] of the images whose group is wanted."""
     return torch.tensor([group in wanted for group in groups])
 
 
 @torch.no_grad()
 def _retrieval(model: CLIP, tokenizer: Tokenizer, images: LabelledFeatures) -> dict[str, dict[str, float]]:
+    """Return recall of images by text and of text by images; equal texts count as one, and so do equal images."""
     device = images.features.device
     batches = (images.captions[start : start + 256] for start in range(0, len(images.captions), 256))
     texts = torch.cat(

@@ -1,4 +1,4 @@
-"""A labelled image set as features: what every evaluation of a checkpoint starts from."""
+"""Labelled image sets: reading them, and encoding them into the features that every evaluation starts from."""
 
 import dataclasses
 import hashlib
@@ -29,8 +29,8 @@ class LabelledImage:
 class LabelledFeatures:
     """Features of an image set, and what is known of each image.
 
-    ``twins`` numbers images by their pixels: images that are equal to the last bit have the same number. Nothing can
-    tell them apart, so the label of any of them is right for all.
+    ``twins`` numbers images by their pixels: images that are equal to the last bit have the same number. No model can
+    tell such images apart, so the label of each is right for all of them.
     """
 
     features: Tensor  # [N, embed_dim], unit length
@@ -41,12 +41,12 @@ class LabelledFeatures:
 
     @property
     def classnames(self) -> list[str]:
-        """Distinct labels, sorted: by number where all are numbers."""
+        """The distinct labels, sorted; by value if all of them are numbers."""
         labels = set(self.labels)
         return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
 
     def accepted(self) -> list[set[str]]:
-        """For each image, the labels that are right for it: its own and those of its twins."""
+        """Return, for each image, the labels that are right for it: its own and those of its twins."""
         by_twin: dict[int, set[str]] = {}
         for twin, label in zip(self.twins, self.labels, strict=True):
             by_twin.setdefault(twin, set()).add(label)
@@ -54,16 +54,16 @@ class LabelledFeatures:
 
 
 def read_labelled(data: str, group_by: str | None = None, label_by: str | None = None) -> Iterator[LabelledImage]:
-    """Images of a folder with one sub-folder per class, or of WebDataset shards.
+    """Yield the images of a folder with one sub-folder per class, or of WebDataset shards.
 
     Args:
         data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
-        group_by: key of the shards' json to report results by.
+        group_by: key of the shards' json that names the group of an image.
         label_by: key of the shards' json that names the class; without it the caption does.
 
     Raises:
-        ValueError: nothing there, a sample without the key, or an image that cannot be decoded; an evaluation that
-            leaves out what it cannot read would not be comparable.
+        ValueError: there are no images, a sample lacks the key, or an image cannot be decoded. None is left out, since
+            results on different images could not be compared.
     """
     if Path(data).is_dir():
         yield from _read_folder(Path(data))
@@ -81,6 +81,7 @@ def read_labelled(data: str, group_by: str | None = None, label_by: str | None =
 
 
 def _read_folder(root: Path) -> Iterator[LabelledImage]:
+    """Yield the images of each sub-folder, whose name is their label and caption."""
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     if not folders:
         raise ValueError(f"{root} has no sub-folders; an image folder has one per class")
@@ -103,10 +104,17 @@ def encode_labelled(
     batch_size: int,
     device: str | torch.device,
 ) -> LabelledFeatures:
-    """Encode an image set batch by batch; only features stay in memory. ``model`` is in evaluation mode.
+    """Encode an image set, of which only the features stay in memory.
+
+    Args:
+        model: in evaluation mode.
+        images: the set.
+        transform: turns a PIL image into the model's input.
+        batch_size: images to encode at once.
+        device: the model's device.
 
     Raises:
-        ValueError: no images, or a batch size below 1.
+        ValueError: there are no images, or the batch size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")

@@ -1,4 +1,4 @@
-"""Pictures of a run: how it learned, and what it sees."""
+"""Pictures of a run: its learning curve, and a sheet of images with the captions that it finds most like them."""
 
 import random
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ RIGHT, WRONG = "#1a7f37", "#57606a"
 
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
-    """Plot training loss, and accuracy on the validation set where there was one, against the step."""
+    """Plot the training loss, and the accuracy on the validation set if there is one, against the step."""
     losses = [(line["step"], line["loss"]) for line in metrics if "loss" in line]
     evals = [(line["step"], line["eval"]) for line in metrics if "eval" in line]
     figure = Figure(figsize=(8, 4.5), layout="constrained")
@@ -41,7 +41,7 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
 def contact_sheet(
     images: Iterable[LabelledImage], evaluation: Evaluation, path: Path, *, rows: int = 6, columns: int = 4
 ) -> None:
-    """Show some images with the five captions that the model finds most like each; right ones are marked."""
+    """Draw some images, each with the five captions that the model finds most like it; right captions are marked."""
     total = len(evaluation.predictions)
     chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
     shown = [(index, item) for index, item in enumerate(images) if index in chosen]

@@ -11,19 +11,19 @@ from ..kernels import retrieval_ranks
 
 @torch.no_grad()
 def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_keys: Tensor) -> Tensor:
-    """For each query of N pairs, how many wrong items of the gallery come before its best right one.
+    """Return, for each query of N pairs, the number of wrong items that come before its best right item.
 
-    Pair i joins query i and item i. Several queries may be the same thing, such as one caption of many images, and so
-    may several items: then they have the same key. An item is right for a query if some pair joins their keys. A wrong
-    item with the same score as the right one counts as before it, so that a collapsed model, for which all scores are
-    equal, gets no credit.
+    Pair i joins query i and item i of the gallery. Queries that are the same thing, such as one caption of several
+    images, have the same key, and so do items that are the same. An item is right for a query if some pair joins their
+    keys. A wrong item with the same score as the right one counts as before it, so that a collapsed model, for which
+    all scores are equal, gets no credit.
 
     Args:
         queries, gallery: features [N, D] of unit length.
         query_keys, gallery_keys: [N] integers from 0.
 
     Returns:
-        [N] int64; 0 is a hit at rank 1. Queries of one key have the rank of the first.
+        [N] int64; 0 is a hit at rank 1. Queries with the same key get the rank of the first of them.
 
     Raises:
         ValueError: a feature is not finite.
@@ -48,7 +48,7 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
 
 
 def _turns(right: dict[int, set[int]]) -> list[list[int]]:
-    """Queries in groups that share no right item, since there each item can belong to one query only."""
+    """Split queries into groups without a common right item: ``retrieval_ranks`` lets an item belong to one query."""
     turns: dict[int, list[int]] = defaultdict(list)
     next_turn: dict[int, int] = defaultdict(int)
     for query, items in right.items():
@@ -59,6 +59,9 @@ def _turns(right: dict[int, set[int]]) -> list[list[int]]:
 
 
 def recall_at(ranks: Tensor, ks: Sequence[int] = (1, 5, 10)) -> dict[str, float]:
-    """Share of queries with a right item among the first k: ``{"R@1": ..., ...}``; a negative rank is of no query."""
+    """Return ``{"R@1": ..., ...}``, the shares of queries with a right item among the first k.
+
+    A negative rank marks a row that is not a query, and is left out.
+    """
     asked = ranks[ranks >= 0]
     return {f"R@{k}": (asked < k).double().mean().item() for k in ks}

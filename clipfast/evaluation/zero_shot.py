@@ -1,4 +1,4 @@
-"""Zero-shot classification: prompts of the class names are the classifier (Radford et al. 2021, section 3.1)."""
+"""Zero-shot classification by prompts made from the class names (Radford et al. 2021, section 3.1)."""
 
 import functools
 import json
@@ -42,22 +42,22 @@ def build_zero_shot_classifier(
     device: str | torch.device = "cpu",
     use_tqdm: bool = False,
 ) -> Tensor:
-    """Classifier weights from class names: the mean of each class's prompt features, of unit length.
+    """Return classifier weights: the mean of each class's prompt features, scaled to unit length.
 
     Args:
         model: in evaluation mode.
         tokenizer: the model's.
         classnames: one name per class.
-        templates: strings with ``{}`` for the name, or functions of the name.
-        num_classes_per_batch: classes that are encoded at once, each with all templates.
+        templates: strings with ``{}`` in place of the name, or functions that turn a name into a prompt.
+        num_classes_per_batch: number of classes to encode at once, each with all templates.
         device: the model's device.
         use_tqdm: show a progress bar.
 
     Returns:
-        [embed_dim, len(classnames)]; image features times this are cosine similarities.
+        [embed_dim, len(classnames)]; features of images @ these weights are cosine similarities.
 
     Raises:
-        ValueError: no classes or no templates.
+        ValueError: there are no classes or no templates.
     """
     if not classnames or not templates:
         raise ValueError(
@@ -78,12 +78,15 @@ def build_zero_shot_classifier(
 
 
 def fill_template(template: Template, name: str) -> str:
-    """The prompt for class ``name``."""
+    """Return the prompt for class ``name``."""
     return template.replace("{}", name) if isinstance(template, str) else template(name)
 
 
 def top_classes(image_features: Tensor, classifier: Tensor, k: int, block: int = 4096) -> Tensor:
-    """The ``k`` most similar classes of each image, best first: [N, embed_dim] -> [N, k], in blocks of images."""
+    """Return the ``k`` most similar classes of each image, best first: [N, embed_dim] -> [N, k].
+
+    Only the scores of ``block`` images are held at a time.
+    """
     k = min(k, classifier.shape[1])
     return torch.cat([(rows @ classifier).topk(k, dim=1).indices for rows in _blocks(image_features, block)])
 

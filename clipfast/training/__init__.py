@@ -1,6 +1,9 @@
-"""Training: its options (``config``), the loop (``loop``), the run's folder (``run``), and AdamW with its schedule.
+"""Training: what ``clipfast train`` does.
 
-``clipfast.training.loop.train`` is the entry point; it is not imported here, so that ``--help`` does without it.
+``config`` holds the options and ``command`` the command line. ``loop.train`` is the entry point, and ``trainer`` the
+loop over the components of a run: ``build`` (model, optimizer, device), ``data``, ``step``, ``validation``, ``logs``,
+``state`` (what a checkpoint holds, and how a run is continued) and ``run`` (its folder). Only the options are imported
+here, so that ``--help`` needs no PyTorch.
 """
 
 from .config import TrainConfig, list_recipes, read_recipe

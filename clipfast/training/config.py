@@ -1,28 +1,28 @@
-"""All that ``clipfast train`` can be told: the flags, the recipes' keys and the checks are made from it."""
+"""The options of ``clipfast train``: one table, from which come the flags, the keys of recipes and the checks."""
 
 import argparse
 import dataclasses
 import tomllib
-from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 AUTO = "auto"
+SHARE = {"not_negative": True, "most": 1}
 
 
-def _flag(
-    default: Any,
-    text: str,
-    *,
-    kind: type = str,
-    many: bool = False,
-    choices: Sequence[str] | None = None,
-    auto: bool = False,
-) -> Any:
-    metadata = {"help": text, "kind": kind, "many": many, "choices": choices, "auto": auto}
-    return dataclasses.field(default=default, metadata=metadata)
+def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
+    """Return the field of an option.
+
+    Args:
+        default: value of a run that does not set it.
+        text: what ``--help`` says.
+        kind: type of the value, or of each value if it is a tuple.
+        limits: what :func:`_check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most``. With
+            ``auto=True``, "auto" is a value as well.
+    """
+    return dataclasses.field(default=default, metadata={"help": text, "kind": kind, **limits})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,77 +30,73 @@ class TrainConfig:
     """Options of a training run. Names follow OpenCLIP's flags; the help text of each is its documentation."""
 
     train_data: str = _flag(
-        "", "WebDataset shards (.tar, .tar.gz): braces and '::' expand; 'bundled:emoji/noto' ships inside"
-    )
-    train_num_samples: int | None = _flag(
-        None, "pairs per epoch; default: counted by reading the shards once", kind=int
-    )
-    model: str = _flag("ViT-B-32", "model name (clipfast.list_models()) or path of an OpenCLIP model JSON")
-    pretrained: str | None = _flag(None, "checkpoint to start the weights from")
+        "", "WebDataset shards (.tar, .tar.gz); braces such as {000..099} expand, '::' joins patterns, and "
+        "'bundled:emoji/noto' ships with the package",
+    )  # fmt: skip
+    train_num_samples: int | None = _flag(None, "pairs per epoch (default: all, counted by reading all shards)", int)
+    model: str = _flag("ViT-B-32", "model name, as clipfast.list_models() gives it, or path of an OpenCLIP model JSON")
+    pretrained: str | None = _flag(None, "checkpoint that the weights start from")
     force_patch_dropout: float | None = _flag(
-        None, "drop this share of each image's patches in training, whatever the model says (FLIP)", kind=float
+        None, "share of each image's patches to drop in training (FLIP), in place of the model's own", float
     )
-    batch_size: int = _flag(256, "pairs per step", kind=int)
+    batch_size: int = _flag(256, "pairs per step", int, positive=True)
     micro_batch_size: int | str | None = _flag(
-        None,
-        "hold activations of so many pairs at a time, for one more forward pass; the gradient stays that of the batch, "
-        "but BatchNorm normalises by micro-batch; auto: the most that a GPU has room for (default: the whole batch)",
-        kind=int,
-        auto=True,
-    )
-    epochs: int = _flag(32, "passes over train-num-samples", kind=int)
-    lr: float = _flag(5e-4, "peak learning rate", kind=float)
-    wd: float = _flag(0.2, "weight decay; not on gains, biases and the logit scale", kind=float)
-    beta1: float = _flag(0.9, "AdamW", kind=float)
-    beta2: float | None = _flag(None, "AdamW; default 0.98 for vision transformers, 0.999 for ResNets", kind=float)
-    eps: float | None = _flag(None, "AdamW; default 1e-6 for vision transformers, 1e-8 for ResNets", kind=float)
-    warmup: int = _flag(2000, "steps of linear warm-up, before a cosine to zero", kind=int)
-    grad_clip_norm: float | None = _flag(None, "clip the gradient to this norm", kind=float)
-    precision: str = _flag("auto", "auto is amp_bf16 on a GPU and fp32 elsewhere; amp is amp_bf16", choices=PRECISIONS)
-    grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", kind=bool)
+        None, "hold the activations of only so many pairs at a time, for one more forward pass; the gradient stays "
+        "that of the whole batch, except that BatchNorm normalises each micro-batch by itself; auto takes the most "
+        "that fits on the GPU (default: the whole batch)", int, positive=True, auto=True,
+    )  # fmt: skip
+    epochs: int = _flag(32, "passes over the --train-num-samples pairs", int, positive=True)
+    lr: float = _flag(5e-4, "peak learning rate", float, positive=True)
+    wd: float = _flag(0.2, "weight decay of all but gains, biases and the logit scale", float, not_negative=True)
+    beta1: float = _flag(0.9, "beta1 of AdamW", float)
+    beta2: float | None = _flag(None, "beta2 of AdamW (default: 0.98 for vision transformers, 0.999 for others)", float)
+    eps: float | None = _flag(None, "epsilon of AdamW (default: 1e-6 for vision transformers, 1e-8 for others)", float)
+    warmup: int = _flag(2000, "steps of a rising learning rate, before a cosine to zero", int, not_negative=True)
+    grad_clip_norm: float | None = _flag(None, "clip the norm of the gradient to this (default: no clipping)", float)
+    precision: str = _flag("auto", "auto is amp_bf16 on a GPU, else fp32; amp is amp_bf16 too", choices=PRECISIONS)
+    grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", bool)
     selective_checkpointing: bool = _flag(
-        False, "recompute norms and activations only: less memory saved, hardly any time lost", kind=bool
+        False, "recompute only norms and activation functions: this saves less memory, but takes hardly any time", bool
     )
-    torchcompile: bool = _flag(False, "compile the model with torch.compile, as one graph", kind=bool)
+    torchcompile: bool = _flag(False, "compile the model with torch.compile, as one graph", bool)
     cuda_graphs: bool = _flag(
-        False,
-        "replay the step as one CUDA graph: for small models, whose kernels the host starts too slowly",
-        kind=bool,
+        False, "replay each step as one CUDA graph: faster for small models, which wait for the host otherwise", bool
     )
-    device: str = _flag("auto", "auto is cuda where there is one")
-    backend: str = _flag("auto", "what the ops run on", choices=("auto", "triton", "torch"))
-    workers: int = _flag(1, "data worker processes; at most one per shard", kind=int)
-    seed: int = _flag(0, "of everything random", kind=int)
-    unique_by: str | None = _flag(None, "let no two pairs of a batch share this key of their json, or 'caption'")
-    keyword_prob: float = _flag(0.0, "how often to add keywords of a pair's json to its caption", kind=float)
+    device: str = _flag("auto", "cpu, cuda, or auto for a GPU if there is one")
+    backend: str = _flag("auto", "implementation of the ops", choices=("auto", "triton", "torch"))
+    workers: int = _flag(1, "data worker processes, at most one per shard", int, not_negative=True)
+    seed: int = _flag(0, "seed of every random number generator", int)
+    unique_by: str | None = _flag(None, "json key, or 'caption', whose value no two pairs of a batch may share")
+    keyword_prob: float = _flag(0.0, "probability of adding keywords from a pair's json to its caption", float, **SHARE)
     crop_scale: tuple[float, float] = _flag(
-        (0.9, 1.0), "least and largest share of the area of the random crop; 1 1: the centre", kind=float, many=True
+        (0.9, 1.0), "smallest and largest share of the area that a random crop keeps; 1 1 takes the centre", float
     )
     affine: float = _flag(
-        0.0, "augmentation: rotate by up to 100 times this in degrees, shift and scale by up to this share", kind=float
-    )
+        0.0, "augmentation: rotate by up to 100 times this in degrees, shift by up to half of this share, and scale by "
+        "up to this share", float, **SHARE,
+    )  # fmt: skip
     color_jitter: float = _flag(
-        0.0, "augmentation: brightness, contrast and saturation change by up to this share", kind=float
+        0.0, "augmentation: change brightness, contrast and saturation by up to this share", float, not_negative=True
     )
-    hue: float = _flag(0.0, "augmentation: turn the colour wheel by up to this share, at most 0.5", kind=float)
-    gray_prob: float = _flag(0.0, "augmentation: how often an image loses its colour", kind=float)
-    val_data: str | None = _flag(
-        None, "labelled shards or image folder for zero-shot accuracy and retrieval after each epoch"
+    hue: float = _flag(
+        0.0, "augmentation: turn the colour wheel by up to this share, at most 0.5", float, not_negative=True, most=0.5
     )
-    val_group_by: str | None = _flag(None, "key of the validation json to report accuracy by")
-    val_leave_out: tuple[str, ...] = _flag((), "groups that a second accuracy does without", many=True)
-    max_bad_fraction: float = _flag(0.01, "stop when more than this share of the pairs cannot be decoded", kind=float)
-    save_every: int = _flag(0, "also save each so many steps (0: after each epoch only)", kind=int)
-    save_frequency: int = _flag(1, "keep epoch_N.pt for each so many epochs (0: only epoch_latest.pt)", kind=int)
-    log_every_n_steps: int = _flag(50, "steps between log lines", kind=int)
-    name: str | None = _flag(None, "of the run; default: recipe or model, and the time")
-    logs: str = _flag("runs", "folder that the run's own folder is made in")
+    gray_prob: float = _flag(0.0, "augmentation: probability that an image loses its colour", float, **SHARE)
+    val_data: str | None = _flag(None, "labelled shards or image folder for zero-shot evaluation after each epoch")
+    val_group_by: str | None = _flag(None, "key of the validation json; accuracy is also given for each of its values")
+    val_leave_out: tuple[str, ...] = _flag((), "groups to leave out of a second overall accuracy")
+    max_bad_fraction: float = _flag(0.01, "stop if more than this share of the pairs cannot be decoded", float, **SHARE)
+    save_every: int = _flag(0, "save every so many steps; with 0, only after each epoch", int, not_negative=True)
+    save_frequency: int = _flag(1, "keep epoch_N.pt every so many epochs; with 0, never", int, not_negative=True)
+    log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)
+    name: str | None = _flag(None, "name of the run (default: the recipe or the model, and the time)")
+    logs: str = _flag("runs", "folder in which the run gets a folder of its own")
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work before anything is built.
+        """Check every option before anything is built.
 
         Raises:
-            ValueError: naming the flag, its value, and what would fit.
+            ValueError: an option cannot work; the message names the flag, its value, and what would fit.
         """
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
@@ -110,36 +106,8 @@ class TrainConfig:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
         if not self.train_data:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
-        positive = ("batch_size", "micro_batch_size", "epochs", "lr", "log_every_n_steps")
-        not_negative = (
-            "wd",
-            "warmup",
-            "workers",
-            "keyword_prob",
-            "affine",
-            "color_jitter",
-            "hue",
-            "gray_prob",
-            "max_bad_fraction",
-            "save_every",
-            "save_frequency",
-        )
-        for name in positive:
-            value = getattr(self, name)
-            if value not in (None, AUTO) and value <= 0:
-                raise ValueError(f"{flag_name(name)} must be more than 0, got {value}")
-        for name in not_negative:
-            if getattr(self, name) < 0:
-                raise ValueError(f"{flag_name(name)} must not be negative, got {getattr(self, name)}")
-        for name, limit in (
-            ("hue", 0.5),
-            ("affine", 1),
-            ("gray_prob", 1),
-            ("keyword_prob", 1),
-            ("max_bad_fraction", 1),
-        ):
-            if getattr(self, name) > limit:
-                raise ValueError(f"{flag_name(name)} must be at most {limit}, got {getattr(self, name)}")
+        for field in dataclasses.fields(self):
+            _check_value(field, getattr(self, field.name))
         if self.force_patch_dropout is not None and not 0 <= self.force_patch_dropout < 1:
             raise ValueError(f"--force-patch-dropout must be from 0 to less than 1, got {self.force_patch_dropout}")
         low, high = self.crop_scale
@@ -149,25 +117,39 @@ class TrainConfig:
             raise ValueError(
                 f"--train-num-samples {self.train_num_samples} is less than one batch of {self.batch_size}"
             )
-        for name, choices in (("precision", PRECISIONS), ("backend", ("auto", "triton", "torch"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{flag_name(name)} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
 
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    kind, many = field.metadata["kind"], field.metadata["many"]
-    if (value is None and field.default is None) or (field.metadata["auto"] and value == AUTO):
+    """Refuse a value of another type than its option has, which a recipe can contain."""
+    kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
+    if (value is None and field.default is None) or (auto and value == AUTO):
         return
     accepted = (int, float) if kind is float else kind
     values = value if many and isinstance(value, tuple) else (value,)
     right = all(isinstance(one, accepted) and (kind is bool or not isinstance(one, bool)) for one in values)
     if not right or isinstance(value, tuple) != many:
         expected = f"a list of {kind.__name__}" if many else kind.__name__
-        expected += " or 'auto'" if field.metadata["auto"] else ""
+        expected += " or 'auto'" if auto else ""
         raise ValueError(f"{flag_name(field.name)} must be {expected}, got {value!r}")
 
 
+def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a number beyond the limits of its option, and a word that is not one of the choices."""
+    meta, flag = field.metadata, flag_name(field.name)
+    if "choices" in meta and value not in meta["choices"]:
+        raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
+    if isinstance(value, str | tuple | None):
+        return
+    if "positive" in meta and value <= 0:
+        raise ValueError(f"{flag} must be more than 0, got {value}")
+    if "not_negative" in meta and value < 0:
+        raise ValueError(f"{flag} must not be negative, got {value}")
+    if "most" in meta and value > meta["most"]:
+        raise ValueError(f"{flag} must be at most {meta['most']}, got {value}")
+
+
 def _int_or_auto(text: str) -> int | str:
+    """Parse the value of a flag that takes a number or "auto"."""
     try:
         return text if text == AUTO else int(text)
     except ValueError:
@@ -175,48 +157,37 @@ def _int_or_auto(text: str) -> int | str:
 
 
 def flag_name(field: str) -> str:
-    """``batch_size`` as ``--batch-size``."""
+    """Return the flag of an option: ``--batch-size`` for ``batch_size``."""
     return "--" + field.replace("_", "-")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each option; what is not given stays absent, so that a recipe can fill it."""
+    """Add a flag for each option. A flag that is not given leaves no attribute, so that a recipe can set it."""
     for field in dataclasses.fields(TrainConfig):
-        meta = field.metadata
-        default: Any = field.default
-        shown = (
-            ""
-            if default in (None, "", (), False)
-            else f" (default: {' '.join(map(str, default)) if meta['many'] else default})"
-        )
-        options: dict[str, Any] = {
-            "dest": field.name,
-            "default": argparse.SUPPRESS,
-            "help": meta["help"].replace("%", "%%") + shown,
-        }
+        meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
         if meta["kind"] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options |= {
-                "type": _int_or_auto if meta["auto"] else meta["kind"],
-                "choices": meta["choices"],
-                "metavar": None if meta["choices"] else meta["kind"].__name__.upper(),
-            }
-        if meta["many"]:
-            options["nargs"] = "*" if default == () else len(default)
+            options["type"] = _int_or_auto if "auto" in meta else meta["kind"]
+            options |= {"choices": choices, "metavar": None if choices else meta["kind"].__name__.upper()}
+            options["help"] += f" (default: {shown})" if shown else ""
+        if isinstance(default, tuple):
+            options["nargs"] = len(default) or "*"
         parser.add_argument(flag_name(field.name), **options)
 
 
 def list_recipes() -> list[str]:
-    """Names of the recipes that ship inside the package."""
+    """Return the names of the recipes that ship with the package."""
     return sorted(path.name.removesuffix(".toml") for path in files("clipfast").joinpath("recipes").iterdir())
 
 
 def read_recipe(name: str) -> dict[str, Any]:
-    """Options of a bundled recipe, or of a TOML file.
+    """Return the options that a bundled recipe or a TOML file sets.
 
     Raises:
-        ValueError: no such recipe, not TOML, or a key that is no option.
+        ValueError: there is no such recipe or file, it is not TOML, or one of its keys is not an option.
     """
     source = files("clipfast").joinpath(f"recipes/{name}.toml") if name in list_recipes() else Path(name)
     if not source.is_file():

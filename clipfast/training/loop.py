@@ -1,17 +1,17 @@
 """From options to a finished run: what ``clipfast train`` does."""
 
 import dataclasses
-import json
 import time
 from pathlib import Path
 
 import torch
 
 from ..checkpoint import export_open_clip, read_checkpoint
-from ..evaluation import Evaluation, read_labelled
-from ..evaluation.pictures import contact_sheet, learning_curve
+from ..evaluation import Evaluation
 from .config import TrainConfig
-from .run import Interruption, RunFolder, log, logging_to
+from .interruption import Interruption
+from .logs import log, logging_to
+from .run import RunFolder
 from .trainer import Trainer
 
 
@@ -20,26 +20,31 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
 
     Args:
         config: all options.
-        resume: checkpoint to go on from; a run's own goes on in its folder.
+        resume: checkpoint to continue from. A run whose own checkpoint it is continues in its folder.
 
     Returns:
-        The run's folder, and the signal that interrupted it, if one did.
+        The run's folder, and the signal that interrupted the run if one did.
 
     Raises:
-        ValueError: options, data or a checkpoint that cannot be used; nothing has been trained then.
+        ImportError: a package is missing that reads the data or draws the pictures.
+        ValueError: options, data or the checkpoint cannot be used; nothing has been trained then.
         TrainingError: loss or weights are not finite, or too many pairs cannot be decoded; the last checkpoint is left.
     """
+    # Not at the top, where it would keep those without matplotlib from every other use of this module. Not in
+    # ``finish``, where they would learn only after the training that it is missing.
+    from ..evaluation import pictures  # noqa: F401
+
     name = config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"
     folder = RunFolder(Path(config.logs) / name)
     is_own = resume is not None and resume.resolve().parent == folder.checkpoints.resolve()
     folder.refuse_other_run(resuming=is_own)
     trainer = Trainer(config, folder, read_checkpoint(resume) if resume is not None else None)
     folder.create(after_step=trainer.progress.step if is_own else None)
-    folder.write_text("config.json", json.dumps(dataclasses.asdict(config), indent=2) + "\n")
+    folder.write_json("config.json", dataclasses.asdict(config))
     with logging_to(folder.path), Interruption() as interruption:
         log.info(
             f"{config.model} on {trainer.device}, {trainer.total_steps} steps of {config.batch_size} pairs "
-            f"from {len(trainer.shards)} shard(s); run folder {folder.path}"
+            f"from {len(trainer.data.shards)} shard(s); run folder {folder.path}"
         )
         if resume is not None:
             log.info(f"Resuming from {resume} at step {trainer.progress.step} of {trainer.total_steps}.")
@@ -50,7 +55,9 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
 
 
 def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
-    """Leave what a finished run is judged by: ``results.json``, the exported model, and the pictures."""
+    """Write ``results.json``, the exported model and the pictures of a finished run into its folder."""
+    from ..evaluation.pictures import contact_sheet, learning_curve
+
     folder, config = trainer.folder, trainer.config
     export_open_clip(trainer.model, folder.path)
     losses = [line["loss"] for line in folder.metrics() if "loss" in line]
@@ -60,17 +67,16 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
         "steps": trainer.progress.step,
         "train_seconds": round(trainer.progress.seconds, 1),
         "train_loss": losses[-1] if losses else None,
-        "skipped_pairs": trainer.progress.skipped,
+        "skipped_pairs": trainer.budget.skipped,
         "device": str(trainer.device),
         "torch": torch.__version__,
         **(evaluation.results if evaluation else {}),
     }
-    folder.write_text("results.json", json.dumps(results, indent=2) + "\n")
+    folder.write_json("results.json", results)
     title = f"{config.model} on {config.train_data}\nvalidated on {config.val_data or 'nothing'}"
     learning_curve(folder.metrics(), title, folder.path / "learning_curve.png")
     made = ["results.json", "learning_curve.png"]
-    if evaluation is not None and config.val_data is not None:
-        images = read_labelled(config.val_data, config.val_group_by)
-        contact_sheet(images, evaluation, folder.path / "contact_sheet.png")
+    if evaluation is not None:
+        contact_sheet(trainer.validation.images(), evaluation, folder.path / "contact_sheet.png")
         made.append("contact_sheet.png")
     log.info(f"Finished: {', '.join(made)} in {folder.path}; load the model as local-dir:{folder.path}")

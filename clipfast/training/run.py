@@ -1,19 +1,13 @@
-"""The folder of a run: log, metrics, checkpoints, and what became of the samples that could not be used."""
+"""The folder of a run: metrics, checkpoints, and the list of samples that could not be used."""
 
 import dataclasses
 import json
-import logging
-import os
-import signal
-import time
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
-log = logging.getLogger("clipfast")
-LATEST = "epoch_latest.pt"
+from ..checkpoint import write_checkpoint
+from ..files import replace_text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,29 +18,29 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """Folder of the checkpoints."""
+        """The folder of the checkpoints."""
         return self.path / "checkpoints"
 
     @property
     def latest(self) -> Path:
-        """The checkpoint that ``--resume`` goes on from."""
-        return self.checkpoints / LATEST
+        """The checkpoint that ``--resume`` continues from."""
+        return self.checkpoints / "epoch_latest.pt"
 
     @property
     def metrics_path(self) -> Path:
-        """One JSON object per line: training figures by step, evaluations by step."""
+        """A file with one JSON object per line: training figures by step, evaluations by step."""
         return self.path / "metrics.jsonl"
 
     @property
     def skipped_path(self) -> Path:
-        """Samples that could not be used: step, name and reason, tab-separated."""
+        """The list of samples that could not be used: step, name and reason, tab-separated."""
         return self.path / "skipped.tsv"
 
     def refuse_other_run(self, *, resuming: bool) -> None:
-        """Refuse a folder that another run lives in.
+        """Refuse a folder that holds another run.
 
         Raises:
-            ValueError: it holds a run, and this is not its resumption.
+            ValueError: it holds a run, and this run does not resume it.
         """
         if self.latest.exists() and not resuming:
             raise ValueError(
@@ -54,13 +48,24 @@ class RunFolder:
             )
 
     def create(self, *, after_step: int | None) -> None:
-        """Make the folder; of what was recorded before, keep what belongs to the steps up to ``after_step``."""
+        """Make the folder. Records of an earlier session are kept up to ``after_step``, and removed if it is None."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         kept = [line for line in self.metrics() if after_step is not None and line["step"] <= after_step]
-        self.write_text(self.metrics_path.name, "".join(json.dumps(line) + "\n" for line in kept))
+        replace_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
         lines = self.skipped_path.read_text().splitlines(keepends=True) if self.skipped_path.exists() else []
         kept_lines = [line for line in lines if after_step is not None and int(line.split("\t")[0]) <= after_step]
-        self.write_text(self.skipped_path.name, "".join(kept_lines))
+        replace_text(self.skipped_path, "".join(kept_lines))
+
+    def save(self, checkpoint: dict[str, Any], *, keep: bool) -> Path:
+        """Write ``epoch_latest.pt``, and with ``keep`` also ``epoch_N.pt``; returns the path of the first."""
+        if keep:
+            write_checkpoint(self.checkpoints / f"epoch_{checkpoint['epoch']}.pt", checkpoint)
+        write_checkpoint(self.latest, checkpoint)
+        return self.latest
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        """Replace the file ``name`` of the folder by ``content`` as JSON."""
+        replace_text(self.path / name, json.dumps(content, indent=2) + "\n")
 
     def record(self, **values: Any) -> None:
         """Append a line of metrics."""
@@ -68,101 +73,20 @@ class RunFolder:
             file.write(json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Every line of metrics that is whole: a kill can cut the last one."""
+        """Return the lines of metrics that are complete: a kill can cut the last one short."""
         if not self.metrics_path.exists():
             return []
-        return list(_whole_lines(self.metrics_path.read_text().splitlines()))
+        return list(_complete_lines(self.metrics_path.read_text().splitlines()))
 
     def record_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
-        """Append samples that could not be used, with the reason."""
+        """Append samples that could not be used, each as name and reason."""
         with self.skipped_path.open("a") as file:
             file.writelines(f"{step}\t{name}\t{' '.join(reason.split())}\n" for name, reason in skipped)
 
-    def write_text(self, name: str, text: str) -> None:
-        """Replace a file of the folder as a whole."""
-        temporary = self.path / f".{name}.{os.getpid()}.tmp"
-        temporary.write_text(text)
-        temporary.replace(self.path / name)
 
-
-def _whole_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+def _complete_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
     for line in lines:
         try:
             yield json.loads(line)
         except json.JSONDecodeError:
             continue
-
-
-@contextmanager
-def logging_to(folder: Path) -> Iterator[None]:
-    """Log to the console and to ``out.log``, in OpenCLIP's format."""
-    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
-    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(folder / "out.log")]
-    for handler in handlers:
-        handler.setFormatter(formatter)
-        log.addHandler(handler)
-    log.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        for handler in handlers:
-            log.removeHandler(handler)
-            handler.close()
-
-
-class Interruption:
-    """Remembers the first SIGINT or SIGTERM, so that the step can finish and be saved; a second one stops at once."""
-
-    def __init__(self) -> None:
-        self.signum: int | None = None
-
-    def __enter__(self) -> "Interruption":
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for signum, handler in self._previous.items():
-            signal.signal(signum, handler)
-
-    def _handle(self, signum: int, _: FrameType | None) -> None:
-        if self.signum is not None:
-            raise KeyboardInterrupt
-        self.signum = signum
-        log.info("Stopping after this step; once more to stop at once, without saving.")
-
-
-class Meter:
-    """Time spent waiting for data, and in all, since it was last read."""
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Start again from zero."""
-        self._start = time.perf_counter()
-        self._waiting = 0.0
-        self._steps = 0
-        self._pairs = 0
-
-    @contextmanager
-    def waiting(self) -> Iterator[None]:
-        """Count what happens inside as waiting for data."""
-        start = time.perf_counter()
-        yield
-        self._waiting += time.perf_counter() - start
-
-    def step(self, pairs: int) -> None:
-        """Count a finished step."""
-        self._steps += 1
-        self._pairs += pairs
-
-    def read(self) -> dict[str, float]:
-        """Seconds per step, of which waiting, share of waiting, and pairs per second."""
-        elapsed = time.perf_counter() - self._start
-        steps = max(1, self._steps)
-        return {
-            "batch_time": elapsed / steps,
-            "data_time": self._waiting / steps,
-            "data_wait": self._waiting / elapsed,
-            "pairs_per_second": self._pairs / elapsed,
-        }

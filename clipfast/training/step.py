@@ -1,4 +1,4 @@
-"""One step of training on a device: forward, loss, backward and AdamW; as one CUDA graph if asked for."""
+"""One step of training on a device: forward, loss, backward and optimizer, as one CUDA graph if that is asked for."""
 
 from collections.abc import Callable
 
@@ -6,24 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..accumulation import accumulate_gradients
+from ..accumulation import accumulate_gradients, largest_micro_batch
 from ..data import Batch
 from ..models import CLIP
+from .logs import log
 
-WARMUP_STEPS = 3  # outside the graph: what is allocated or compiled once is there when it is captured
+WARMUP_STEPS = 3  # before the graph is captured: everything that is allocated or compiled once must exist by then
+MOMENTS = 2  # that AdamW keeps, each as large as the weights
 
 Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class Upload:
-    """Batches to a device, on a stream of their own: a batch is copied while the step before it still runs."""
+    """The copy of batches to a device, on a stream of its own: the step before can still run meanwhile."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Images, as bytes, and texts of ``batch``; they lie in pinned memory if the device is a GPU."""
+        """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` lies in pinned memory."""
         if self._stream is None:
             return batch.images.to(self.device), batch.texts.to(self.device)
         current = torch.cuda.current_stream(self.device)
@@ -31,7 +33,7 @@ class Upload:
             images, texts = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.texts))
         current.wait_stream(self._stream)
         for x in (images, texts):
-            x.record_stream(current)  # its memory belongs to the other stream, which must not use it again too early
+            x.record_stream(current)  # else the other stream, which owns the memory, could use it again too early
         return images, texts
 
 
@@ -39,12 +41,12 @@ class TrainingStep:
     """Gradients of a batch, and the update of the weights.
 
     Args:
-        model: in training mode when it is called.
-        optimizer: of its parameters.
+        model: in training mode when a step is taken.
+        optimizer: updates the parameters of ``model``.
         loss: as :func:`clipfast.accumulate_gradients` takes it.
         autocast: makes the context of the forward pass.
-        grad_clip_norm: as the option of ``clipfast train``.
-        micro_batch_size: pairs at a time; may be set later.
+        grad_clip_norm: largest norm of the gradient; None does not clip it.
+        micro_batch_size: pairs whose activations are held at a time.
     """
 
     def __init__(
@@ -60,26 +62,68 @@ class TrainingStep:
         self.autocast, self.grad_clip_norm, self.micro_batch_size = autocast, grad_clip_norm, micro_batch_size
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a step; returns the loss before it."""
+        """Take a step and return the loss of the batch before it, a scalar without a graph."""
         self.optimizer.zero_grad()
-        with self.autocast():
-            loss = accumulate_gradients(self.model, images, texts, self.micro_batch_size, self.loss)
+        loss = self.backward(images, texts)
         if self.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
         self.optimizer.step()
         self.model.clamp_logit_scale()
         return loss
 
+    def backward(self, images: Tensor, texts: Tensor) -> Tensor:
+        """Add the gradients of a batch to ``.grad`` and return its loss, a scalar without a graph."""
+        if self.micro_batch_size < len(images):
+            with self.autocast():
+                return accumulate_gradients(self.model, images, texts, self.micro_batch_size, self.loss)
+        with self.autocast():
+            loss = self.loss(*self.model(images, texts))
+        loss.backward()
+        return loss.detach()
+
+    def fit_micro_batch(self, batch_size: int) -> None:
+        """Halve the micro-batch until it fits into the memory of the GPU, and log what came of it."""
+        how = "a CPU does not say what fits: nothing was tried"
+        device = self.model.logit_scale.device
+        if _can_run_out(device):
+            size = self.model.visual.image_size
+            images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
+            texts = torch.zeros(batch_size, self.model.context_length, dtype=torch.long, device=device)
+            weights = sum(parameter.nbytes for parameter in self.model.parameters())
+            self.model.train()
+            with self.autocast():
+                self.micro_batch_size = largest_micro_batch(
+                    self.model, images, texts, self.loss, start=self.micro_batch_size,
+                    reserve=0 if self.optimizer.state else MOMENTS * weights,
+                )  # fmt: skip
+            how = "the most that was found to fit"
+        found = self.micro_batch_size
+        pairs = f"{found} of {batch_size} pairs" if found < batch_size else f"the whole batch of {batch_size} pairs"
+        log.info(f"--micro-batch-size auto: {pairs} at a time ({how})")
+
+    def state_dict(self) -> dict[str, int]:
+        """Return the size of the micro-batches, which BatchNorm depends on."""
+        return {"micro_batch_size": self.micro_batch_size}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Set the size of the micro-batches."""
+        self.micro_batch_size = state["micro_batch_size"]
+
+
+def _can_run_out(device: torch.device) -> bool:
+    """Return True if there is an error to catch when the memory of ``device`` runs out."""
+    return device.type == "cuda"
+
 
 class GraphedStep:
-    """A step as one CUDA graph, so that the host starts one thing in place of a thousand kernels.
+    """A step as one CUDA graph, so that the host starts one graph in place of a thousand kernels.
 
-    The first calls run as they are. Then the step is captured, and replayed for every batch of that many pairs; another
-    number of pairs, where some could not be decoded, runs as it is.
+    The first calls run the step directly. Then it is captured, and replayed for every batch of the same size. A smaller
+    batch, of which some pairs could not be decoded, runs directly.
 
     Args:
-        step: reads nothing from the host that changes from call to call: learning rates are tensors.
-        context_length: texts are padded to it, so that every batch has one shape.
+        step: takes a step; everything that changes from call to call must be a tensor, learning rates included.
+        context_length: length in tokens that texts are padded to, so that every batch has the same shape.
     """
 
     def __init__(self, step: Step, context_length: int) -> None:
@@ -89,7 +133,7 @@ class GraphedStep:
         self._inputs: tuple[Tensor, Tensor] | None = None
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a step; returns the loss before it."""
+        """Take a step and return the loss of the batch before it, a scalar without a graph."""
         texts = F.pad(texts, (0, self.context_length - texts.shape[1]))
         if self._inputs is None and self._calls < WARMUP_STEPS:
             self._calls += 1
@@ -105,7 +149,7 @@ class GraphedStep:
         return self._loss.clone()
 
     def _beside(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Run on a stream that is not the default one, on which nothing can be captured."""
+        """Run the step on a stream of its own, as it will be captured: the default stream cannot capture."""
         self._stream = self._stream or torch.cuda.Stream(images.device)
         current = torch.cuda.current_stream(images.device)
         self._stream.wait_stream(current)
@@ -115,6 +159,7 @@ class GraphedStep:
         return loss
 
     def _capture(self, images: Tensor, texts: Tensor) -> tuple[Callable[[], None], Tensor]:
+        """Capture the step on these tensors; returns the function that replays it, and the loss that it writes."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             loss = self.step(images, texts)

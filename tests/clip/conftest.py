@@ -1,4 +1,4 @@
-"""Small image-text shards, written with what a real one has and what a bad one has."""
+"""Small image-text shards, with everything that a real one has."""
 
 import io
 import json
@@ -45,9 +45,10 @@ def sample(index: int, **changes: bytes) -> dict[str, bytes]:
     } | changes
 
 
-@pytest.fixture
-def shards(tmp_path: Path) -> str:
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
     """Two shards of 24 samples with the same labels, the second one gzipped."""
-    write_shard(tmp_path / "a.tar", [sample(index) for index in range(24)])
-    write_shard(tmp_path / "b.tar.gz", [sample(index, png=picture(100 + index)) for index in range(24)])
-    return f"{tmp_path}/a.tar::{tmp_path}/b.tar.gz"
+    folder = tmp_path_factory.mktemp("shards")
+    write_shard(folder / "a.tar", [sample(index) for index in range(24)])
+    write_shard(folder / "b.tar.gz", [sample(index, png=picture(100 + index)) for index in range(24)])
+    return f"{folder}/a.tar::{folder}/b.tar.gz"

@@ -1,12 +1,8 @@
 """Zero-shot classification and retrieval: by hand, against the full matrix, and where a score would be too good."""
 
-import io
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 
 from clipfast import build_zero_shot_classifier, create_model, get_tokenizer
 from clipfast.evaluation import (
@@ -23,7 +19,7 @@ from clipfast.evaluation import (
 )
 from clipfast.images import image_transform
 
-from .conftest import sample, write_shard
+from .conftest import picture, sample, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -134,26 +130,15 @@ def test_classes_are_in_order(labels, expected):
     assert LabelledFeatures(torch.zeros(3, 1), labels, labels, labels, [0, 1, 2]).classnames == expected
 
 
-def write_folder(root):
-    """Two classes of two images each, one image twice."""
-    rng = np.random.default_rng(0)
-    for name in ("cat", "dog"):
-        (root / name).mkdir()
-        for index in range(2):
-            pixels = (
-                np.full((20, 20, 3), 77, np.uint8) if index == 0 else rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)
-            )
-            stream = io.BytesIO()
-            Image.fromarray(pixels).save(stream, "PNG")
-            (root / name / f"{index}.png").write_bytes(stream.getvalue())
-
-
 def test_image_folder(model, tmp_path):
-    write_folder(tmp_path)
+    for name, pictures in {"cat": [0, 1], "dog": [0, 2]}.items():
+        (tmp_path / name).mkdir()
+        for index, seed in enumerate(pictures):
+            (tmp_path / name / f"{index}.png").write_bytes(picture(seed))
     images = encode_labelled(model, read_labelled(str(tmp_path)), image_transform(32, uint8=True), 3, "cpu")
     assert images.labels == ["cat", "cat", "dog", "dog"]
     assert images.classnames == ["cat", "dog"]
-    # the grey image lies in both folders: nothing can tell which it is
+    # The first image lies in both folders, so that no model can tell which label it has.
     assert images.accepted() == [{"cat", "dog"}, {"cat"}, {"cat", "dog"}, {"dog"}]
     result = evaluate(model, get_tokenizer("ViT-T-8-32"), images, ["a photo of a {}."])
     assert result.results["images"] == 4

@@ -8,7 +8,7 @@ import torch
 
 from clipfast import accumulate_gradients, largest_micro_batch
 from clipfast.cli import main
-from clipfast.training import TrainConfig, step, trainer
+from clipfast.training import TrainConfig, step
 from clipfast.training.loop import train
 from clipfast.training.trainer import Trainer
 
@@ -98,7 +98,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
     options = tiny("auto", "ResNet", micro_batch_size="auto", save_every=3)
     run = tmp_path / "auto" / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(trainer, "_can_run_out", lambda device: True)
+        patch.setattr(step, "_can_run_out", lambda device: True)
         patch.setattr("clipfast.accumulation.accumulate_gradients", limited(4))
         with pytest.raises(KeyboardInterrupt), StopAfter(3):
             train(options)

@@ -1,14 +1,13 @@
 """The step of training: compiled, with selective checkpointing, as a CUDA graph, and its learning rate."""
 
 import contextlib
-import dataclasses
 
 import pytest
 import torch
 
-from clipfast import accumulate_gradients, create_model
+from clipfast import create_model
 from clipfast.kernels import contrastive_loss
-from clipfast.training import TrainConfig, trainer
+from clipfast.training import TrainConfig, build
 from clipfast.training.loop import train
 from clipfast.training.optim import adamw, cosine_lr, set_lr
 from clipfast.training.step import WARMUP_STEPS, GraphedStep, TrainingStep, Upload
@@ -23,26 +22,27 @@ def run(shards, folder, **options):
     return losses(train(config(shards, folder, log_every_n_steps=1, **options))[0])
 
 
-@pytest.mark.parametrize("checkpointing", ["", "selective_checkpointing"])
-def test_a_compiled_run_has_the_same_losses(checkpointing, shards, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer, "COMPILER", "aot_eager")
+@pytest.fixture(scope="module")
+def plain(shards, tmp_path_factory):
+    """Losses of a run without any of the options below."""
+    return run(shards, tmp_path_factory.mktemp("plain"))
+
+
+@pytest.mark.parametrize(
+    ("options", "compiler", "tolerance"),
+    [
+        ({"selective_checkpointing": True}, None, 1e-6),
+        ({"torchcompile": True}, "aot_eager", 1e-5),
+        ({"torchcompile": True, "selective_checkpointing": True}, "aot_eager", 1e-5),
+        ({"torchcompile": True}, "inductor", 1e-4),
+    ],
+    ids=["selective", "compiled", "compiled selective", "generated code"],
+)
+def test_the_losses_are_the_same(options, compiler, tolerance, plain, shards, tmp_path, monkeypatch):
+    monkeypatch.setattr(build, "COMPILER", compiler)
     torch.compiler.reset()
-    options = {checkpointing: True} if checkpointing else {}
-    expected = run(shards, tmp_path / "plain")
-    assert len(expected) == 8
-    assert run(shards, tmp_path / "compiled", torchcompile=True, **options) == pytest.approx(expected, rel=1e-5)
-
-
-def test_generated_code_has_the_same_losses(shards, tmp_path):
-    torch.compiler.reset()
-    options = {"epochs": 1, "warmup": 1}
-    expected = run(shards, tmp_path / "plain", **options)
-    assert run(shards, tmp_path / "compiled", torchcompile=True, **options) == pytest.approx(expected, rel=1e-4)
-
-
-def test_a_run_with_selective_checkpointing_has_the_same_losses(shards, tmp_path):
-    expected = run(shards, tmp_path / "plain")
-    assert run(shards, tmp_path / "selective", selective_checkpointing=True) == pytest.approx(expected, rel=1e-6)
+    assert len(plain) == 8
+    assert run(shards, tmp_path, **options) == pytest.approx(plain, rel=tolerance)
 
 
 def test_a_graph_needs_a_gpu_and_the_whole_batch(shards, tmp_path):
@@ -52,7 +52,6 @@ def test_a_graph_needs_a_gpu_and_the_whole_batch(shards, tmp_path):
         TrainConfig(train_data="x.tar", cuda_graphs=True, micro_batch_size=4)
 
 
-@dataclasses.dataclass
 class Recorded(GraphedStep):
     """A graph that a CPU can replay: the step again, on the tensors that it was captured with."""
 
@@ -130,21 +129,35 @@ def test_learning_rate_in_a_graph_is_set_in_place():
     assert [rate.item() for rate in rates] == [0.5, 0.5]
 
 
+@pytest.mark.parametrize("micro_batch_size", [4, 2])
 @pytest.mark.parametrize("name", ["ViT-T-8-32", "RN50"])
-def test_a_step_copies_nothing_from_the_host(name, monkeypatch):
+def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch):
     # it would be a wait for the device, and cannot be captured in a CUDA graph
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no "meta"
     model = create_model(name, device="meta").train()
     size = model.visual.image_size
+    optimizer = torch.optim.SGD(model.parameters())
+    step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, None, micro_batch_size)
     images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
     texts = torch.empty(4, 77, dtype=torch.long, device="meta")
     # what they make on the host and copy does not pass the dispatcher
     for name in ("tensor", "as_tensor", "from_numpy"):
         monkeypatch.delattr(torch, name)
     with OnlyMeta():
-        loss = accumulate_gradients(model, images, texts, 4)
-        model.clamp_logit_scale()
+        loss = step(images, texts)
     assert loss.shape == ()
+
+
+def test_micro_batches_are_used_only_where_they_are_smaller_than_the_batch(monkeypatch):
+    sizes = []
+    monkeypatch.setattr(
+        "clipfast.training.step.accumulate_gradients",
+        lambda model, images, texts, size, loss: sizes.append(size) or torch.zeros(()),
+    )
+    _, _, step = steps("plain")
+    for step.micro_batch_size in (64, 6, 5):
+        step(*next(batches(1)))
+    assert sizes == [5]
 
 
 def test_images_reach_the_device_as_bytes(shards, tmp_path, monkeypatch):

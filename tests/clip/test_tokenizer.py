@@ -6,12 +6,12 @@ import string
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from clipfast import get_tokenizer, tokenize
 from clipfast.tokenizer import Tokenizer
 
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
 TOKENIZER = Tokenizer()
 # What the cleaning is there for: entities, mojibake, ligatures, wide letters, control characters, odd white space,
 # lone surrogates.
@@ -31,8 +31,8 @@ def theirs():
     return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
 
 
-@settings(max_examples=2000, deadline=None)
-@given(text=TEXT)
+@hypothesis.settings(max_examples=2000, deadline=None)
+@hypothesis.given(text=TEXT)
 def test_same_ids_as_open_clip(theirs, text):
     assert TOKENIZER.encode(text) == theirs.encode(text)
 

@@ -7,6 +7,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from clipfast.cli import main
+from clipfast.kernels.spec import LEGS, specs
 from clipfast.verify import (
     CheckResult,
     Figure,
@@ -22,10 +23,7 @@ from clipfast.verify import (
     write_json,
     write_junit,
 )
-from clipfast.kernels.spec import LEGS
-from clipfast.verify.loss_shapes import LossShape
 from clipfast.verify.report import FAIL, PASS, SKIP
-from clipfast.verify.shapes import CASES, AttentionShape, PatchShape
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
@@ -225,25 +223,15 @@ def test_interpreter_leg_comes_back_from_its_process():
     assert {(row.op, row.leg) for row in rows} == {("attention", "interpreter")}
 
 
-def test_every_case_has_a_reason_and_its_own_name():
-    for op, cases in CASES.items():
-        assert all(case.why and case.legs for case in cases)
-        for leg in LEGS:
-            names = [(case.name, case.check) for case in cases if leg in case.legs]
-            assert len(names) == len(set(names)), op
-        for leg in ("cpu", "interpreter"):
-            assert any(case.quick for case in cases if leg in case.legs)
-
-
-def test_clips_own_shapes_are_there():
-    for leg in LEGS:
-        shapes = [case.shape for cases in CASES.values() for case in cases if leg in case.legs]
-        attention = {(s.tokens, s.causal) for s in shapes if isinstance(s, AttentionShape)}
-        assert {(50, False), (77, True), (197, False), (257, False), (577, False)} <= attention
-        assert {64, 80, 88, 104} <= {s.head_dim for s in shapes if isinstance(s, AttentionShape)}
-        patches = {(s.patch, s.uint8) for s in shapes if isinstance(s, PatchShape)}
-        assert {(p, kind) for p in (14, 16, 32) for kind in (True, False)} <= patches
-        if leg != "interpreter":
-            loss = [s for s in shapes if isinstance(s, LossShape)]
-            assert {512, 640, 768, 1024} <= {s.dim for s in loss}
-            assert max(s.pairs for s in loss) > 4000
+@pytest.mark.parametrize("leg", LEGS)
+def test_clips_own_shapes_are_there(leg):
+    shapes = {name: [case.shape for case in spec.cases if leg in case.legs] for name, spec in specs().items()}
+    assert {(50, False), (77, True), (197, False), (257, False), (577, False)} <= {
+        (s.tokens, s.causal) for s in shapes["attention"]
+    }
+    assert {64, 80, 88, 104} <= {s.head_dim for s in shapes["attention"]}
+    patches = {(s.patch_size, s.uint8) for s in shapes["patch_embed"]}
+    assert {(p, kind) for p in (14, 16, 32) for kind in (True, False)} <= patches
+    if leg != "interpreter":
+        assert {512, 640, 768, 1024} <= {s.embed_dim for s in shapes["contrastive_loss"]}
+        assert max(s.pairs for s in shapes["contrastive_loss"]) > 4000

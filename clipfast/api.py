@@ -1,0 +1,45 @@
+"""The public names of clipfast: ``clipfast.X`` is ``clipfast.api.X``, imported when a name is first asked for."""
+
+from . import kernels
+from .accumulation import accumulate_gradients, largest_micro_batch
+from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
+from .evaluation.retrieval import recall_at
+from .evaluation.zero_shot import (
+    IMAGENET_CLASSNAMES,
+    OPENAI_IMAGENET_TEMPLATES,
+    SIMPLE_IMAGENET_TEMPLATES,
+    build_zero_shot_classifier,
+)
+from .factory import create_model, create_model_and_transforms, get_tokenizer
+from .images import ImageError, image_transform, open_image
+from .kernels import (
+    attention,
+    attention_pool,
+    attention_qkv,
+    bias_gelu,
+    bias_quick_gelu,
+    contrastive_loss,
+    info_nce_loss,
+    layer_norm,
+    layer_norm_pair,
+    nt_xent_loss,
+    patch_embed,
+    retrieval_ranks,
+    sigmoid_loss,
+    text_embed,
+)
+from .losses import ClipLoss
+from .models import CLIP, add_model_config, get_model_config, list_models
+from .routes import report
+from .siglip_loss import SigLipLoss
+from .tokenizer import Tokenizer, tokenize
+
+__all__ = [
+    "CLIP", "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "CheckpointError",
+    "ClipLoss", "ImageError", "SigLipLoss", "Tokenizer", "accumulate_gradients", "add_model_config", "attention",
+    "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "build_zero_shot_classifier", "contrastive_loss",
+    "create_model", "create_model_and_transforms", "export_open_clip", "get_model_config", "get_tokenizer",
+    "image_transform", "info_nce_loss", "kernels", "largest_micro_batch", "layer_norm", "layer_norm_pair",
+    "list_models", "load_checkpoint", "nt_xent_loss", "open_image", "patch_embed", "recall_at", "report",
+    "retrieval_ranks", "sigmoid_loss", "text_embed", "tokenize",
+]  # fmt: skip

@@ -1,0 +1,99 @@
+"""``clipfast eval``: its arguments, and what it prints."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand with its one task. Files and names are checked when it runs."""
+    parser = commands.add_parser("eval", description="Evaluate a checkpoint without training on the task.")
+    tasks = parser.add_subparsers(dest="task", required=True, metavar="TASK")
+    zero_shot = tasks.add_parser(
+        "zeroshot",
+        help="zero-shot accuracy and image-text retrieval",
+        description="Compute zero-shot accuracy and retrieval on a folder with one sub-folder of images per class, or "
+        "on WebDataset shards.",
+        epilog="Example: clipfast eval zeroshot --model local-dir:runs/demo --data bundled:emoji/fluent",
+    )
+    add = zero_shot.add_argument
+    add("--model", required=True, help="local-dir:FOLDER (a finished run), a run's checkpoint (.pt), or a model name")
+    add("--pretrained", metavar="PATH", help="checkpoint with the weights (.pt, .bin, .safetensors)")
+    add("--data", required=True, help="image folder, or shards; 'bundled:emoji/fluent' ships with the package")
+    add("--label-by", metavar="KEY", help="key of the shards' json that names the class (default: the caption does)")
+    add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
+    templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
+    add("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
+    add("--group-by", metavar="KEY", help="key of the shards' json; accuracy is also reported for each of its values")
+    add("--leave-out", nargs="*", default=[], metavar="GROUP", help="groups to leave out of a second overall accuracy")
+    add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    backends = ("auto", "triton", "torch")
+    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    add("--json", metavar="FILE", help="also write the results to this file")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    zero_shot.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate the checkpoint, print the results as JSON, and return the exit code."""
+    from tqdm import tqdm
+
+    from ..devices import resolve_device
+    from ..factory import create_model, get_tokenizer
+    from ..files import replace_text
+    from ..images import image_transform
+    from . import encode_labelled, evaluate, read_labelled
+
+    if args.pretrained is None and not args.model.startswith("local-dir:") and not args.model.endswith(".pt"):
+        raise ValueError(
+            f"--model {args.model} has random weights: give its checkpoint with --pretrained, "
+            "or a run's folder as --model local-dir:FOLDER"
+        )
+    device = resolve_device(args.device)
+    templates, classnames = _templates(args.templates), _classnames(args.classnames)
+    model = create_model(args.model, args.pretrained, device=device, backend=args.backend).eval()
+    images = tqdm(read_labelled(args.data, args.group_by, args.label_by), desc="images", unit="image", disable=None)
+    transform = image_transform(model.visual.image_size, uint8=True)
+    features = encode_labelled(model, images, transform, args.batch_size, device)
+    tokenizer = get_tokenizer(args.model)
+    results = evaluate(model, tokenizer, features, templates, classnames=classnames, leave_out=args.leave_out).results
+    text = json.dumps({"model": args.model, "data": args.data, "templates": args.templates, **results}, indent=2)
+    print(text)
+    if args.json:
+        replace_text(Path(args.json), text + "\n")
+    return 0
+
+
+def _templates(name: str) -> tuple[str, ...]:
+    """Return the prompt templates of ``name``, which may be a file.
+
+    Raises:
+        ValueError: there is no such name or file, or a template has no place for the class name.
+    """
+    from .zero_shot import TEMPLATES
+
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    templates = _lines(name, f"--templates must be one of {', '.join(TEMPLATES)} or a file")
+    lacking = [template for template in templates if "{}" not in template]
+    if lacking:
+        raise ValueError(f"template {lacking[0]!r} in {name} has no {{}} for the class name")
+    return templates
+
+
+def _classnames(name: str | None) -> tuple[str, ...] | None:
+    """Return the class names that ``name`` stands for, which may be a file; None keeps the labels of the data."""
+    from .zero_shot import IMAGENET_CLASSNAMES
+
+    if name is None:
+        return None
+    return IMAGENET_CLASSNAMES if name == "imagenet" else _lines(name, "--classnames must be 'imagenet' or a file")
+
+
+def _lines(path: str, otherwise: str) -> tuple[str, ...]:
+    """Return the lines of a text file that are not empty; ``otherwise`` is the error if there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{otherwise}, got {path!r}")
+    return tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())

@@ -1,0 +1,75 @@
+"""The model, the optimizer and the device that the options of a run ask for."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..devices import resolve_device
+from ..factory import create_model
+from ..models import CLIP, CLIPConfig, add_model_config
+from .config import TrainConfig
+from .optim import adamw
+
+COMPILER = "inductor"
+
+
+def build_device(config: TrainConfig) -> torch.device:
+    """Return the device of a run.
+
+    Raises:
+        ValueError: ``--cuda-graphs`` was given and the device is not a GPU.
+    """
+    device = torch.device(resolve_device(config.device))
+    if config.cuda_graphs and device.type != "cuda":
+        raise ValueError(f"--cuda-graphs needs a GPU, and this run is on {device}")
+    return device
+
+
+def build_model(config: TrainConfig, saved: dict[str, Any] | None, device: torch.device) -> CLIP:
+    """Build the model of a run.
+
+    Args:
+        config: options of the run.
+        saved: model configuration of the checkpoint that is continued, if it has one; it replaces ``config.model``,
+            and the weights are those of the checkpoint, which are loaded later.
+        device: where the model is built.
+
+    Returns:
+        The model, in training mode, compiled if that is asked for.
+
+    Raises:
+        ValueError: the model is unknown, or its configuration or weights cannot be used.
+    """
+    is_bf16 = config.precision == "pure_bf16"
+    if saved is not None:
+        with device:
+            model = CLIP(CLIPConfig.from_dict(saved).with_vision(patch_dropout=config.force_patch_dropout))
+        model.set_backend(config.backend)
+        model.to(torch.bfloat16 if is_bf16 else torch.float32)
+    else:
+        model = create_model(
+            _known_model(config.model), config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
+            force_patch_dropout=config.force_patch_dropout, backend=config.backend,
+        )  # fmt: skip
+    selective = config.selective_checkpointing
+    model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
+    if config.torchcompile:
+        model.compile(fullgraph=True, backend=COMPILER)
+    return model
+
+
+def _known_model(model: str) -> str:
+    """Return the name of a model, which is made known first if ``model`` is the path of its JSON file."""
+    if not model.endswith(".json"):
+        return model
+    add_model_config(model)
+    return Path(model).stem
+
+
+def build_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.AdamW:
+    """Return the optimizer of ``model``; options that are not given depend on its image tower, as in OpenCLIP."""
+    is_vit = isinstance(model.config.vision.layers, int)
+    betas = (config.beta1, config.beta2 or (0.98 if is_vit else 0.999))
+    eps = config.eps or (1e-6 if is_vit else 1e-8)
+    return adamw(model, config.lr, betas, eps, config.wd, capturable=config.cuda_graphs)

@@ -1,0 +1,101 @@
+"""``clipfast train``: its arguments, and the options that a recipe or a checkpoint adds to them."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any
+
+from .config import TrainConfig, add_arguments, list_recipes, read_recipe
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand. Values are checked when it runs, so that ``--help`` needs no PyTorch."""
+    parser = commands.add_parser(
+        "train",
+        description="Train CLIP on WebDataset shards. Ctrl-C saves and stops; --resume continues.",
+        epilog="Example: clipfast train --recipe emoji --name demo\nTo continue: clipfast train --resume runs/demo",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME",
+        help=f"take options from a bundled recipe ({', '.join(list_recipes())}) or a TOML file; flags override them",
+    )
+    parser.add_argument(
+        "--resume",
+        metavar="RUN",
+        help="continue a run, given by its folder or a checkpoint, or 'latest' with the run's --name; "
+        "it keeps the options that it was started with unless flags change them",
+    )
+    add_arguments(parser)
+    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train, print ``results.json``, and return the exit code: 128 plus the signal if one interrupted the run."""
+    from .loop import train
+
+    given = _tuples(vars(args))
+    for key in ("command", "run", "traceback", "recipe", "resume"):
+        given.pop(key)
+    options: dict[str, Any] = {}
+    checkpoint = None
+    if args.resume is not None:
+        checkpoint = _checkpoint(args.resume, given)
+        options |= _trusted(_saved_options(checkpoint), given, checkpoint)
+    if args.recipe is not None:
+        options |= _trusted(read_recipe(args.recipe), given, args.recipe)
+        if checkpoint is None:
+            options.setdefault("name", f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
+    folder, signum = train(TrainConfig(**(options | given)), checkpoint)
+    if signum is not None:
+        return 128 + signum
+    print((folder.path / "results.json").read_text())
+    return 0
+
+
+def _tuples(options: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of ``options`` with tuples in place of lists, as ``TrainConfig`` wants them."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
+
+
+def _checkpoint(resume: str, given: dict[str, Any]) -> Path:
+    """Return the checkpoint that ``--resume`` names: a file, the latest of a folder, or the latest of ``--name``."""
+    from .run import RunFolder
+
+    path = Path(resume)
+    if resume == "latest":
+        if "name" not in given:
+            raise ValueError("--resume latest needs the run's --name; or give its folder: --resume runs/NAME")
+        path = Path(given.get("logs", "runs")) / given["name"]
+    return RunFolder(path).latest if path.is_dir() else path
+
+
+def _saved_options(checkpoint: Path) -> dict[str, Any]:
+    """Return the options of the run that wrote ``checkpoint``; none if OpenCLIP wrote it."""
+    from ..checkpoint import read_checkpoint
+
+    options = _tuples(read_checkpoint(checkpoint).get("clipfast", {}).get("config", {}))
+    path = checkpoint.resolve()
+    if options and path.parent.name == "checkpoints":
+        # The run continues where its checkpoint lies, even if the folder was moved or renamed.
+        options |= {"logs": str(path.parent.parent.parent), "name": path.parent.parent.name}
+    return options
+
+
+def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> dict[str, Any]:
+    """Refuse data that is not local unless the user typed it.
+
+    A recipe or a checkpoint may come from anybody, and webdataset opens remote data by a shell command that contains
+    its name.
+    """
+    from ..data.samples import is_local
+
+    for key in ("train_data", "val_data"):
+        if key not in given and not is_local(str(options.get(key))):
+            flag = "--" + key.replace("_", "-")
+            raise ValueError(
+                f"{source} names data that is not local, {options[key]!r}: to use it, give {flag} yourself"
+            )
+    return options

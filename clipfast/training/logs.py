@@ -1,0 +1,119 @@
+"""Log lines in OpenCLIP's format on the console and in ``out.log``, and metrics in the folder of the run."""
+
+import logging
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..data import Batch
+from .errors import not_finite
+from .run import RunFolder
+
+log = logging.getLogger("clipfast")
+
+
+@contextmanager
+def logging_to(folder: Path) -> Iterator[None]:
+    """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format."""
+    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(folder / "out.log")]
+    for handler in handlers:
+        handler.setFormatter(formatter)
+        log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        for handler in handlers:
+            log.removeHandler(handler)
+            handler.close()
+
+
+class TrainLog:
+    """Progress bar, log lines and metrics of a run.
+
+    Args:
+        folder: where metrics are recorded.
+        batch_size: pairs per step.
+        steps_per_epoch: steps of an epoch.
+        epochs: number of epochs.
+    """
+
+    def __init__(self, folder: RunFolder, batch_size: int, steps_per_epoch: int, epochs: int) -> None:
+        self.folder, self.batch_size, self.steps_per_epoch, self.epochs = folder, batch_size, steps_per_epoch, epochs
+
+    def watch(self, batches: Iterable[Batch], epoch: int, first: int) -> Iterator[Batch]:
+        """Pass on the batches of an epoch from number ``first``, with a progress bar, and time the wait for each."""
+        from tqdm import tqdm
+
+        description = f"epoch {epoch + 1}/{self.epochs}"
+        self._start_again()
+        batches = iter(batches)
+        with tqdm(
+            total=self.steps_per_epoch, initial=first, desc=description, unit="step", disable=None, leave=False
+        ) as bar:
+            for _ in range(first, self.steps_per_epoch):
+                asked = time.perf_counter()
+                batch = next(batches)
+                self._waiting += time.perf_counter() - asked
+                yield batch
+                bar.update()
+
+    def step(self, loss: Tensor, pairs: int) -> None:
+        """Count a finished step. ``loss`` is a scalar, and stays on its device until it is logged."""
+        self._losses.append(loss)
+        self._pairs += pairs
+
+    def write(self, step: int, lr: float, logit_scale: Tensor) -> None:
+        """Log and record the steps since the last line.
+
+        Args:
+            step: number of steps that are finished.
+            lr: learning rate of the last one.
+            logit_scale: scalar, the factor of the cosines after the last one.
+
+        Raises:
+            TrainingError: a loss is not finite.
+        """
+        losses = torch.stack(self._losses)
+        if not losses.isfinite().all():
+            raise not_finite("the loss is", step)
+        elapsed = time.perf_counter() - self._started
+        rates = {
+            "batch_time": elapsed / len(losses),
+            "data_time": self._waiting / len(losses),
+            "data_wait": self._waiting / elapsed,
+            "pairs_per_second": self._pairs / elapsed,
+        }
+        last, mean, scale = losses[-1].item(), losses.mean().item(), logit_scale.item()
+        epoch, within = divmod(step - 1, self.steps_per_epoch)
+        pairs, total = (within + 1) * self.batch_size, self.steps_per_epoch * self.batch_size
+        log.info(
+            f"Train Epoch: {epoch} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
+            f"Data (t): {rates['data_time']:.3f} Batch (t): {rates['batch_time']:.3f}, "
+            f"{rates['pairs_per_second']:.6g}/s, {rates['pairs_per_second']:.6g}/s/gpu "
+            f"LR: {lr:.6f} Logit Scale: {scale:.3f} "
+            f"Contrastive_loss: {last:.5g} ({mean:.5g}) Loss: {last:.5g} ({mean:.5g}) "
+            f"Data-wait: {100 * rates['data_wait']:.1f}%"
+        )
+        self.folder.record(step=step, epoch=epoch, loss=mean, lr=lr, logit_scale=scale, **rates)
+        self._start_again()
+
+    def evaluation(self, step: int, results: dict[str, Any]) -> None:
+        """Log and record an evaluation after ``step`` steps."""
+        zero_shot, retrieval = results["zero_shot"], results["retrieval"]
+        log.info(
+            f"Eval step {step}: zero-shot top-1 {zero_shot['top1']:.4f}, top-5 {zero_shot['top5']:.4f}; "
+            f"text to image R@1 {retrieval['text_to_image']['R@1']:.4f}"
+        )
+        self.folder.record(step=step, eval=results)
+
+    def _start_again(self) -> None:
+        """Forget the steps that were logged, and start the clock."""
+        self._losses: list[Tensor] = []
+        self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

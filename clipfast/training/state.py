@@ -1,0 +1,111 @@
+"""What a checkpoint holds of a run, and how a run is continued from one."""
+
+import dataclasses
+import json
+from typing import Any
+
+import torch
+
+from ..checkpoint import CheckpointError, load_weights
+from ..models import CLIP
+from .config import AUTO, TrainConfig, flag_name
+from .data import SkipBudget, TrainingData
+from .errors import not_finite
+from .step import TrainingStep
+
+CHECKPOINT_VERSION = 1
+
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0  # steps that are finished
+    seconds: float = 0.0  # spent training, over all sessions
+
+
+@dataclasses.dataclass
+class RunState:
+    """Everything of a run that a checkpoint holds, in OpenCLIP's layout with one key more, ``clipfast``.
+
+    Weights, optimizer state and progress are restored to the last bit. The options stay those of this run, which may
+    differ from the checkpoint's; only the data cannot change within an epoch.
+    """
+
+    config: TrainConfig
+    name: str
+    model: CLIP
+    optimizer: torch.optim.Optimizer
+    step: TrainingStep
+    data: TrainingData
+    budget: SkipBudget
+    progress: Progress
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the content of a checkpoint.
+
+        Raises:
+            TrainingError: the weights are not finite.
+        """
+        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+            raise not_finite("the weights are", self.progress.step)
+        optimizer = self.optimizer.state_dict()
+        for group in optimizer["param_groups"]:
+            group["lr"] = float(group["lr"])
+        return {
+            "epoch": self.progress.step // self.data.steps_per_epoch,
+            "name": self.name,
+            "state_dict": self.model.state_dict(),
+            "optimizer": optimizer,
+            "clipfast": {
+                "version": CHECKPOINT_VERSION,
+                "model_config": self.model.config.to_dict(),
+                "progress": dataclasses.asdict(self.progress) | self.budget.state_dict(),
+                "stream": self.data.state_dict(),
+                **self.step.state_dict(),
+                "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
+            },
+        }
+
+    def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
+        """Continue from the content of a checkpoint of this package or of OpenCLIP.
+
+        Raises:
+            CheckpointError: the checkpoint has no optimizer state, or does not fit the model.
+            ValueError: the checkpoint is from within an epoch, and this run has other data.
+        """
+        if "optimizer" not in checkpoint or "epoch" not in checkpoint:
+            raise CheckpointError(
+                "the checkpoint has no optimizer state, so training cannot go on from it: "
+                "use --pretrained to start from its weights"
+            )
+        load_weights(self.model, checkpoint, "the checkpoint")
+        self._load_optimizer(checkpoint["optimizer"])
+        own: dict[str, Any] = checkpoint.get("clipfast", {})
+        progress, stream = own.get("progress"), own.get("stream", {})
+        if progress is None:  # OpenCLIP's
+            self.progress.step = checkpoint["epoch"] * self.data.steps_per_epoch
+        else:
+            self.progress.step, self.progress.seconds = progress["step"], progress["seconds"]
+            self.budget.load_state_dict(progress)
+        data = self.data.state_dict()
+        changed = {key: was for key, was in stream.items() if was != data[key]}
+        if changed and self.progress.step % stream["steps_per_epoch"]:
+            flags = ", ".join(f"{flag_name(key)} (was {changed[key]})" for key in changed if hasattr(self.config, key))
+            raise ValueError(
+                f"the checkpoint is from within an epoch, whose data cannot change: leave {flags} as it was"
+            )
+        if changed:
+            self.progress.step = checkpoint["epoch"] * self.data.steps_per_epoch
+        is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
+        if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
+            self.step.load_state_dict(own)
+
+    def _load_optimizer(self, state: dict[str, Any]) -> None:
+        """Load the moments of an optimizer; its learning rate and other options stay those of this run."""
+        for group, mine in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
+            group.update({key: value for key, value in mine.items() if key != "params"})
+        try:
+            self.optimizer.load_state_dict(state)
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"the checkpoint's optimizer state does not fit the model: {error}") from error
