@@ -20,7 +20,14 @@ from .kernels.flops import launch_flops
 from .kernels.launch import Launch
 
 ATEN = torch.ops.aten
-ATEN_FLOPS = {**flop_registry, ATEN.addmm_: flop_registry[ATEN.addmm]}
+# What PyTorch's own counter lacks: a product in place, and attention on a CPU.
+ATEN_FLOPS = flop_registry | {
+    ATEN.addmm_: flop_registry[ATEN.addmm],
+    ATEN._scaled_dot_product_flash_attention_for_cpu: flop_registry[ATEN._scaled_dot_product_flash_attention],
+    ATEN._scaled_dot_product_flash_attention_for_cpu_backward: flop_registry[
+        ATEN._scaled_dot_product_flash_attention_backward
+    ],
+}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,12 +12,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-# A collective may take this long. When a rank dies, the others must notice it sooner.
-COLLECTIVE_TIMEOUT = datetime.timedelta(seconds=60)
-
 
 def start_ranks(
-    fn: Callable[..., Any], world_size: int, *args: Any, folder: Path, preload: Sequence[str] = ("clipfast",)
+    fn: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    folder: Path,
+    preload: Sequence[str] = ("clipfast",),
+    collective_s: float = 60.0,
 ) -> list[multiprocessing.context.ForkServerProcess]:
     """Start ``fn(rank, *args)`` on each rank of a new group.
 
@@ -27,10 +29,11 @@ def start_ranks(
         args: further arguments, which are pickled.
         folder: an empty folder, for what the processes tell each other and what they return.
         preload: modules that are imported once, in the process that all ranks are forked from.
+        collective_s: seconds that a collective may take before it fails.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.nn", *preload])
-    arguments = (fn, world_size, folder, args)
+    arguments = (fn, world_size, folder, collective_s, args)
     processes = [context.Process(target=_run, args=(rank, *arguments), daemon=True) for rank in range(world_size)]
     for process in processes:
         process.start()
@@ -75,7 +78,9 @@ def error_of(folder: Path, rank: int) -> str:
     return f"rank {rank}: {path.read_text()}" if path.exists() else ""
 
 
-def _run(rank: int, fn: Callable[..., Any], world_size: int, folder: Path, args: tuple[Any, ...]) -> None:
+def _run(
+    rank: int, fn: Callable[..., Any], world_size: int, folder: Path, collective_s: float, args: tuple[Any, ...]
+) -> None:
     torch.set_num_threads(1)
     try:
         dist.init_process_group(
@@ -83,7 +88,7 @@ def _run(rank: int, fn: Callable[..., Any], world_size: int, folder: Path, args:
             init_method=f"file://{folder / 'store'}",
             rank=rank,
             world_size=world_size,
-            timeout=COLLECTIVE_TIMEOUT,
+            timeout=datetime.timedelta(seconds=collective_s),
         )
         torch.save(fn(rank, *args), folder / f"{rank}.pt")
         dist.destroy_process_group()

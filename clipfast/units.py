@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 BYTES = ((2**40, " TiB"), (2**30, " GiB"), (2**20, " MiB"), (2**10, " KiB"), (1, " B"))
 COUNTS = ((1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1, ""))
+ONES = COUNTS[-1:]
 SECONDS = ((1, " s"), (1e-3, " ms"), (1e-6, " us"))
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..columns import align
-from ..units import BYTES, COUNTS, SECONDS, scaled
+from ..units import BYTES, COUNTS, ONES, SECONDS, scaled
 
 if TYPE_CHECKING:
     from ..kernels.hardware import Cluster
@@ -28,8 +28,8 @@ examples:
   clipfast plan --pairs 32768 --gpus 64 --model ViT-L-14 --card h200 --largest
   clipfast plan --check --gpus 3                         runs three processes on this machine
 
-Figures are those of one rank, memory at its peak. "exposed" is what messages add to the time of computing; "(auto)"
-marks the mode that mode="auto" takes.
+Figures are those of one rank, memory at its peak. Kernels and messages are counted as one rank starts them, messages by
+ring algorithms. "exposed" is what messages add to the time of computing; "(auto)" is the mode that mode="auto" takes.
 exit code: 0 printed, 1 --check found a figure wrong, 2 bad arguments"""
 NOTE = "Predicted, never measured on a GPU: rates are published, and latencies are assumed unless you gave them."
 # Options of the machine: the fields of Card or Cluster that each sets, their unit, and its help.
@@ -56,7 +56,7 @@ def _number(kind: Callable[[str], float], *, or_zero: bool = False) -> Callable[
 
 
 def add_parser(commands: Any) -> None:
-    """Add the subcommand. What needs imports is checked when it runs."""
+    """Add the subcommand. Values that need an import to be checked are checked when it runs."""
     parser = commands.add_parser(
         "plan",
         help="predict memory, FLOPs, traffic and time of a training step on many GPUs",
@@ -68,13 +68,13 @@ def add_parser(commands: Any) -> None:
     add("--pairs", type=count, metavar="N", help="pairs of all GPUs (default: 32768; with --check 256 for each GPU)")
     add("--gpus", type=count, metavar="W", help="GPUs that share the batch (default: 1; with --check 3)")
     add("--model", metavar="NAME", help="model that is trained; without it, the loss is planned alone")
-    add("--embed-dim", type=count, default=512, metavar="D", help="size of the features without --model (default: 512)")
+    add("--embed-dim", type=count, metavar="D", help="size of the features without --model (default: 512)")
     add("--dtype", default="bf16", help="dtype of features and autocast: bf16, fp16 or fp32 (default: bf16)")
     add("--card", help="a100, h100, h200 or b200 (default: h100)")
     for name, (_, _, text) in MACHINE.items():
         kind = count if name == "gpus_per_node" else _number(float, or_zero=name.endswith("_us"))
         add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
-    add("--largest", action="store_true", help="also search the largest batch that fits, which takes minutes")
+    add("--largest", action="store_true", help="also search the largest batch that fits, in minutes, up to 16384 a GPU")
     add("--check", action="store_true", help="run the step on this machine, and compare with the prediction")
     add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
@@ -89,16 +89,18 @@ def run(args: argparse.Namespace) -> int:
     problem, cluster = _problem(args), _cluster(args)
     ranks = f"{problem.gpus} ranks of {problem.rows:,} pairs" if problem.gpus > 1 else "one rank"
     trained = f"a step of {problem.model}" if problem.model else "the loss alone"
-    print(f"{problem.rows * problem.gpus:,} pairs, D = {problem.embed_dim}, {args.dtype}; {ranks}; {trained}\n")
+    rounded = f" (rounded up from {problem.pairs:,})" if problem.pairs % problem.gpus else ""
+    print(
+        f"{problem.rows * problem.gpus:,} pairs{rounded}, D = {problem.embed_dim}, {args.dtype}; {ranks}; {trained}\n"
+    )
     rows = check(problem) if args.check else predict(problem, cluster, searches=args.largest)
     (_print_check if args.check else _print_plan)(rows)
     if not args.check:
         print(f"\n{_basis(problem, cluster)}\n{NOTE}")
     if args.json is not None:
         size = dataclasses.asdict(problem) | {"dtype": args.dtype, "rows": problem.rows}
-        result = (
-            {"check": rows} if args.check else {"note": NOTE, "machine": dataclasses.asdict(cluster), "modes": rows}
-        )
+        plan = {"note": NOTE, "machine": dataclasses.asdict(cluster), "modes": rows}
+        result = {"check": rows} if args.check else plan
         replace_text(args.json, json.dumps({"problem": size, **result}, indent=1) + "\n")
     return int(args.check and not all(row["agrees"] for row in rows))
 
@@ -117,7 +119,9 @@ def _problem(args: argparse.Namespace) -> "Problem":
     for flag, value, most in (("gpus", gpus, 8), ("pairs", pairs, 16384)):
         if args.check and value > most:
             raise ValueError(f"--check runs every rank on this machine: --{flag} must be at most {most}, got {value}")
-    dim = args.embed_dim if args.model is None else get_model_config(args.model).embed_dim
+    if args.model is not None and args.embed_dim is not None:
+        raise ValueError("--embed-dim is the model's own with --model: leave it out")
+    dim = (args.embed_dim or 512) if args.model is None else get_model_config(args.model).embed_dim
     return Problem(pairs, gpus, DTYPES[args.dtype], args.model, dim)
 
 
@@ -142,9 +146,8 @@ def _cluster(args: argparse.Namespace) -> "Cluster":
 def _basis(problem: "Problem", cluster: "Cluster") -> str:
     card = cluster.card
     gb, gb_per_s = card.memory_bytes / 1e9, card.memory_bytes_per_s / 1e9
-    rates = (
-        f"{card.reached(half=problem.dtype.itemsize == 2) / 1e12:g} TFLOP/s, {gb:g} GB of memory at {gb_per_s:g} GB/s"
-    )
+    tflops = card.reached(half=problem.dtype.itemsize == 2) / 1e12
+    rates = f"{tflops:g} TFLOP/s, {gb:g} GB of memory at {gb_per_s:g} GB/s"
     if problem.gpus > 1:
         collective, ring = (cluster.bytes_per_s(problem.gpus, is_ring=is_ring) / 1e9 for is_ring in (False, True))
         rates += f", {collective:g} GB/s that a rank sends in collectives and {ring:g} GB/s in a ring"
@@ -173,8 +176,9 @@ def _print_check(rows: list[dict[str, Any]]) -> None:
 
 def _cell(name: str, value: Any) -> str:
     if name == "sent by collective":
-        return f"{scaled(value['bytes'], BYTES)} in {value['messages']:,}"
+        return f"{scaled(value['bytes'], BYTES)} in {value['messages']:,} messages"
     if isinstance(value, bool):
         return "yes" if value else "NO"
-    units = BYTES if name.startswith(("memory", "sent")) else SECONDS if isinstance(value, float) else COUNTS
-    return scaled(value, units if name != "messages" else COUNTS[-1:])
+    if name.startswith(("memory", "sent")):
+        return scaled(value, BYTES)
+    return scaled(value, SECONDS) if isinstance(value, float) else scaled(value, COUNTS if name == "FLOPs" else ONES)

@@ -16,6 +16,7 @@ from .step import FORWARD, LOSS_FORWARD, OPENCLIP, Problem, run_step
 
 MOST_ROWS = 16384  # pairs of a GPU up to which the largest batch is searched
 TOLERANCE = 0.03  # of memory: a block that has been sent may live for a moment longer
+TIMEOUT_S = 1800.0
 # What a step is checked on: PyTorch's kernels for the CPU, and ours for an H100, which are recorded and not run.
 PATHS = {"CPU path": None, "GPU path, kernels recorded": CARDS["h100"]}
 
@@ -104,7 +105,8 @@ def check(problem: Problem) -> list[dict[str, Any]]:
         ranks = [_measure(0, problem)]
     else:
         with tempfile.TemporaryDirectory() as folder:
-            ranks = run_ranks(_measure, problem.gpus, problem, folder=Path(folder), timeout=300.0)
+            waits = {"timeout": TIMEOUT_S, "collective_s": TIMEOUT_S}
+            ranks = run_ranks(_measure, problem.gpus, problem, folder=Path(folder), **waits)
     rows = []
     for (path, mode, what), predicted in _measure(0, problem, is_fake=True).items():
         measured = max(rank[path, mode, what] for rank in ranks)  # of the rank that has most of it

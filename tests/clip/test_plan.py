@@ -13,7 +13,6 @@ import clipfast
 from clipfast.cli import main
 from clipfast.kernels.contrastive.distributed import choose_mode
 from clipfast.kernels.hardware import CARDS, Cluster
-from clipfast.kernels.launch import record_launches
 from clipfast.ledger import Event, Ledger
 from clipfast.plan import predict as predicting
 from clipfast.plan.predict import PATHS, check, figures, largest_pairs, predict, seconds
@@ -51,40 +50,40 @@ def test_memory_on_a_gpu(mode, dtype):
     major, _ = torch.cuda.get_device_capability()
     card = next(card for card in CARDS.values() if card.arch == 10 * major)
     image, text = (F.normalize(torch.randn(8192, 512, device="cuda"), dim=-1).to(dtype) for _ in range(2))
-    image, text = image.requires_grad_(), text.requires_grad_()
     for _ in range(2):  # the first call compiles
-        image.grad = text.grad = None
-        torch.cuda.synchronize()
+        sides = [side.detach().requires_grad_() for side in (image, text)]
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        clipfast.contrastive_loss(image, text, 14.3, memory=mode).backward()
-        torch.cuda.synchronize()
+        clipfast.contrastive_loss(*sides, 14.3, memory=mode).backward()
         measured = torch.cuda.max_memory_allocated() - before
     assert measured == pytest.approx(run_step(Problem(8192, dtype=dtype), mode, card).peak["loss"], rel=0.03)
 
 
-@pytest.mark.parametrize(
-    ("mode", "flops", "forward", "backward", "held"),
-    # of the table in distributed.py, in rows: FLOPs over b N D, sent forward and backward, and held at most
-    [
-        ("gather", 8, (3, 0), (0, 3), (4, 4)),
-        ("ring", 8, (3, 0), (3, 4), (2, 5)),
-        ("scalars", 12, (6, 0), (0, 0), (8, 2)),
-    ],
-)
-def test_loss_takes_what_its_docs_say(mode, flops, forward, backward, held):
-    b, width, ranks = 16384, 64, 4
-    ledger = run_step(Problem(b * ranks, ranks, embed_dim=width), mode, H100)
-    found = figures(ledger)
-    in_rows = lambda counts: b * width * (2 * counts[0] + 4 * counts[1])  # noqa: E731
-    assert found["FLOPs"] == flops * b * b * ranks * width
-    assert found["sent forward"] == in_rows(forward) + 4 * 3 * b * (5 if mode == "scalars" else 7)
-    assert found["sent backward"] == in_rows(backward) + 2 * 3 * 4
-    vectors, scratch = 4 * (12 * b * ranks + b), 2 * 64 * 2**20  # blocks hold at most so much for a while
-    assert in_rows(held) <= ledger.peak["loss"] <= in_rows(held) + vectors + scratch
+# The table in distributed.py for four ranks: FLOPs over b N D, and rows that are sent forward, sent backward and held.
+# The first number of each pair is of rows in the dtype of the features, the second of rows in float32.
+DOCUMENTED = {
+    "gather": (8, (3, 0), (0, 3), (4, 4)),
+    "ring": (8, (3, 0), (3, 4), (2, 5)),
+    "scalars": (12, (6, 0), (0, 0), (10, 2)),
+}
 
 
-@pytest.mark.parametrize(("name", "gpus"), [("ViT-B-32", 1), ("ViT-B-32", 8), ("RN50", 8)])
+@pytest.mark.parametrize("mode", DOCUMENTED)
+def test_loss_takes_what_its_docs_say(mode):
+    b, width = 1024, 2048
+    flops, *rows = DOCUMENTED[mode]
+    for dtype in (torch.bfloat16, torch.float32):
+        ledger = run_step(Problem(4 * b, 4, dtype, embed_dim=width), mode, H100)
+        found = figures(ledger)
+        forward, backward, held = (b * width * (dtype.itemsize * narrow + 4 * wide) for narrow, wide in rows)
+        assert found["FLOPs"] == flops * b * 4 * b * width
+        assert found["sent forward"] == forward + 4 * 3 * b * (5 if mode == "scalars" else 7)
+        assert found["sent backward"] == backward + 2 * 3 * 4
+    # in float32, where pairs are not widened; vectors, and what blocks hold for a while, come on top
+    assert held <= ledger.peak["loss"] <= 1.05 * held
+
+
+@pytest.mark.parametrize(("name", "gpus"), [("ViT-T-8-32", 1), ("RN50", 8)])
 def test_step_of_a_model(name, gpus):
     ledger = run_step(Problem(2 * gpus, gpus, model=name), "gather" if gpus > 1 else "default", H100)
     model = clipfast.create_model(name, device="meta")
@@ -92,74 +91,29 @@ def test_step_of_a_model(name, gpus):
     size = sum(sizes)
     assert ledger.peak["weights"] == size + sum(buffer.nbytes for buffer in model.buffers())
     assert ledger.peak["optimizer state"] == 2 * size + 4 * len(sizes)
-    assert ledger.peak["inputs"] == 2 * (3 * 224**2 + 8 * 77)
+    assert ledger.peak["inputs"] == 2 * (3 * model.visual.image_size**2 + 8 * model.context_length)
     # DDP keeps all gradients; else the peak comes before the last of them
     assert ledger.peak["gradients"] == size if gpus > 1 else 0.9 * size < ledger.peak["gradients"] <= size
     reduced = [event.bytes for event in ledger.events if event.collective == "allreduce"]
     assert sum(reduced) == pytest.approx(2 * size * (gpus - 1) / gpus, abs=len(reduced))
-    assert (len(reduced) > 10) == (gpus > 1)
+    assert len(reduced) > size / (40 * 2**20) if gpus > 1 else not reduced  # buckets of about 25 MiB
     phases = list(dict.fromkeys(event.phase for event in ledger.events))
     assert phases == ["forward", "loss forward", "loss backward", "backward", "update"]
     on_cpu = run_step(Problem(2 * gpus, gpus, model=name), "gather" if gpus > 1 else "default", None)
     assert figures(ledger)["FLOPs"] == pytest.approx(figures(on_cpu)["FLOPs"], rel=0.03)
 
 
-# Products of forward and backward, each of the FLOPs that follow.
-OPS = {
-    "patches": (lambda: clipfast.patch_embed(torch.zeros(2, 3, 64, 64), *WEIGHTS), 2, 2 * 2 * 17 * 128 * 768),
-    "short attention": (lambda: clipfast.attention(ones(2, 77, 192), 1), 2 + 5, 2 * 2 * 77 * 77 * 64),
-    "looped attention": (lambda: clipfast.attention(ones(2, 900, 192), 1), 2 + 7, 2 * 2 * 900 * 900 * 64),
-}
-
-
-def ones(*shape):
-    return torch.ones(shape, dtype=torch.bfloat16, requires_grad=True)
-
-
-WEIGHTS = ones(128, 3, 16, 16), ones(128), ones(17, 128)
-
-
-@pytest.mark.parametrize("op", OPS)
-def test_flops_of_recorded_kernels(op):
-    run, products, flops = OPS[op]
-    with record_launches(90) as launches, Ledger(launches) as ledger:
-        run().sum().backward()
-        ledger.book_launches()
-    # the backward pass of patches has no row of a class token
-    assert sum(event.flops for event in ledger.events) == pytest.approx(products * flops, rel=0.04)
-
-
-@pytest.mark.parametrize("gpus", [1, 4])
-def test_open_clip(gpus):
-    b, total, width = 256, 256 * gpus, 64
-    found = run_step(Problem(total, gpus, torch.float32, embed_dim=width), OPENCLIP, None)
-    assert figures(found)["FLOPs"] == 12 * b * total * width
-    assert sum(event.bytes for event in found.events) > 0
-    sent = 2 * 2 * (gpus - 1) * b * width * 4
-    assert sum(event.bytes for event in found.events if event.collective) == sent
-    if gpus == 1:
-        image, text = (F.normalize(torch.randn(b, width), dim=-1).requires_grad_() for _ in range(2))
-        with Ledger() as real:
-            open_clip.ClipLoss()(image, text, torch.tensor(14.3, requires_grad=True)).backward()
-        assert figures(real)["memory"] == pytest.approx(found.peak.total(), rel=0.05)
-
-
-def test_ledger():
-    given = torch.zeros(1000)
-    ledger = Ledger(categories={"later": "kept"})
-    with ledger:
-        one = given + 1  # given and one: 8000 bytes
-        one[::2].add_(1)  # a view
-        ledger.phase = "later"
-        two = torch.cat([one, one])  # 8000
-        del one
-        torch.zeros(1000)  # 4000, in place of what was let go
-        torch.mm(two.view(50, 40), two.view(40, 50), out=torch.empty(50, 50))  # 10000
-        ledger.move(two, "moved")
-        torch.zeros(50, 50).addmm_(two.view(50, 40), two.view(40, 50))
-    assert ledger.peak == {"": 4000, "kept": 10000, "moved": 8000} or ledger.peak.total() == 22000
-    assert sum(event.flops for event in ledger.events) == 2 * 2 * 50 * 50 * 40
-    assert ledger.live == {"": 4000, "kept": 0, "moved": 8000}
+def test_open_clip():
+    b, width = 256, 64
+    for gpus in (1, 4):
+        found = figures(run_step(Problem(b * gpus, gpus, torch.float32, embed_dim=width), OPENCLIP, None))
+        assert found["FLOPs"] == 12 * b * b * gpus * width
+        assert found["sent forward"] == found["sent backward"] == 2 * (gpus - 1) * b * width * 4
+    image, text = (F.normalize(torch.randn(b, width), dim=-1).requires_grad_() for _ in range(2))
+    with Ledger() as real:
+        open_clip.ClipLoss()(image, text, torch.tensor(14.3, requires_grad=True)).backward()
+    fake = run_step(Problem(b, 1, torch.float32, embed_dim=width), OPENCLIP, None)
+    assert figures(real)["memory"] == pytest.approx(figures(fake)["memory"], rel=0.05)
 
 
 def test_clocks_hide_messages_behind_kernels():
@@ -183,10 +137,8 @@ def test_between_nodes_a_ring_has_one_adapter():
 
 @pytest.mark.parametrize(("pairs", "gpus"), [(1024 * 9, 9), (8192, 4), (64, 1)])
 def test_auto_is_what_the_loss_takes(pairs, gpus):
-    expected = choose_mode([pairs // gpus] * gpus, 512, torch.bfloat16) if gpus > 1 else None
-    assert [row["mode"] for row in predict(Problem(pairs, gpus), Cluster(H100)) if row["is_auto"]] == [expected] * (
-        gpus > 1
-    )
+    expected = [choose_mode([pairs // gpus] * gpus, 512, torch.bfloat16)] if gpus > 1 else []
+    assert [row["mode"] for row in predict(Problem(pairs, gpus), Cluster(H100)) if row["is_auto"]] == expected
 
 
 def test_largest_batch_fits_and_a_larger_one_does_not():
@@ -202,20 +154,10 @@ def test_plan(capsys, tmp_path):
     path = tmp_path / "plan.json"
     assert main(["plan", "--pairs", "9216", "--gpus", "9", "--card", "b200", "--json", str(path)]) == 0
     out = capsys.readouterr().out
-    texts = [
-        "gather",
-        "ring",
-        "scalars (auto)",
-        "openclip",
-        "never measured on a GPU",
-        "9 ranks of 1,024 pairs",
-        "B200",
-    ]
+    texts = ["gather", "ring", "scalars (auto)", "openclip", "never measured", "9 ranks of 1,024 pairs", "B200"]
     assert all(text in out for text in texts), out
     saved = json.loads(path.read_text())
-    assert saved["problem"] == {
-        "pairs": 9216, "rows": 1024, "embed_dim": 512, "gpus": 9, "dtype": "bf16", "model": None,
-    }  # fmt: skip
+    assert [saved["problem"][key] for key in ("pairs", "rows", "gpus", "dtype")] == [9216, 1024, 9, "bf16"]
     (scalars,) = [mode for mode in saved["modes"] if mode["is_auto"]]
     assert scalars["FLOPs"] == 12 * 1024 * 9216 * 512
     assert scalars["memory"] == sum(scalars["memory by category"].values())
@@ -232,15 +174,14 @@ def test_check_says_which_figure_is_wrong(capsys, monkeypatch, tmp_path, what):
     monkeypatch.setattr(predicting, "_measure", measure)
     path = tmp_path / "check.json"
     assert main(["plan", "--check", "--gpus", "1", "--json", str(path)]) == 1
-    assert re.findall(r"(\w+)  (\w[\w ]*?)  .*WRONG", capsys.readouterr().out) == [("min", what)]
+    assert re.findall(r"CPU path +(\w+) +(\w[\w ]*?)  +1,000 .*WRONG", capsys.readouterr().out) == [("min", what)]
     assert [row["what"] for row in json.loads(path.read_text())["check"] if not row["agrees"]] == [what]
 
 
 def test_help_teaches(capsys):
-    with pytest.raises(SystemExit) as ended:
+    with pytest.raises(SystemExit, match="0"):
         main(["plan", "--help"])
     out = capsys.readouterr().out
-    assert ended.value.code == 0
     assert all(text in out for text in ["clipfast plan --pairs 32768", "--check", "exit code", "These are predictions"])
 
 
@@ -248,6 +189,7 @@ BAD = [
     (["--pairs", "0"], "argument --pairs: must be more than 0, got 0"),
     (["--gpus", "-2"], "argument --gpus: must be more than 0, got -2"),
     (["--embed-dim", "0"], "argument --embed-dim: must be more than 0, got 0"),
+    (["--embed-dim", "8", "--model", "RN50"], "--embed-dim is the model's own with --model: leave it out"),
     (["--pairs", "many"], "argument --pairs: invalid int value: 'many'"),
     (["--model", "ViT-X"], "unknown model 'ViT-X'; known: "),
     (["--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
