@@ -108,3 +108,31 @@ CARDS = {
 def card_named(gpu: str) -> Card | None:
     """Return the card whose driver name is part of ``gpu``, or None where the table does not have it."""
     return next((card for card in CARDS.values() if card.name in gpu), None)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind in nodes of some, with what is assumed of the host and of messages.
+
+    Attributes:
+        card: the GPU.
+        gpus_per_node: GPUs with fast links to each other.
+        launch_s: seconds in which the host starts a kernel.
+        latency_s: seconds that a message takes beyond its bytes.
+    """
+
+    card: Card
+    gpus_per_node: int = 8
+    launch_s: float = 10e-6
+    latency_s: float = 5e-6
+
+    def bytes_per_s(self, gpus: int, *, is_ring: bool) -> float:
+        """Return the rate at which each of ``gpus`` sends to others.
+
+        Between nodes, a collective spreads over the adapters of all GPUs of a node, as NCCL's rings do; a ring of
+        single messages enters and leaves a node by one.
+        """
+        if gpus <= self.gpus_per_node:
+            return self.card.link_bytes_per_s
+        adapters = 1 if is_ring else self.gpus_per_node
+        return min(self.card.link_bytes_per_s, adapters * self.card.network_bytes_per_s)

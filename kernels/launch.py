@@ -53,14 +53,18 @@ class Launch:
 @dataclasses.dataclass
 class _Recorder:
     arch: int
+    multiprocessors: int | None
     launches: list[Launch]
 
 
 @contextlib.contextmanager
-def record_launches(arch: int) -> Iterator[list[Launch]]:
-    """Collect launches instead of running them, configured for compute capability ``arch`` (90 for sm_90)."""
+def record_launches(arch: int, multiprocessors: int | None = None) -> Iterator[list[Launch]]:
+    """Collect launches instead of running them, configured for compute capability ``arch`` (90 for sm_90).
+
+    With ``multiprocessors``, sizes that depend on their number are those of a GPU that has so many.
+    """
     global _recorder
-    outer, _recorder = _recorder, _Recorder(arch, [])
+    outer, _recorder = _recorder, _Recorder(arch, multiprocessors, [])
     try:
         yield _recorder.launches
     finally:
@@ -115,11 +119,17 @@ def programs_at_once(device: torch.device, num_warps: int, registers: int) -> in
     return multiprocessors(device, CPU_MULTIPROCESSORS) * per_multiprocessor
 
 
-@functools.cache
 def multiprocessors(device: torch.device, on_cpu: int) -> int:
     """Return the number of multiprocessors of a GPU; for the CPU, where kernels are interpreted or recorded,
-    ``on_cpu``.
+    ``on_cpu`` unless the recorder says another number.
     """
+    if _recorder is not None and _recorder.multiprocessors is not None:
+        return _recorder.multiprocessors
+    return _multiprocessors_of(device, on_cpu)
+
+
+@functools.cache
+def _multiprocessors_of(device: torch.device, on_cpu: int) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else on_cpu
 
 

@@ -1,174 +1,125 @@
-"""Times from counts and rates, and what fits.
-
-A block of logits takes the longest of its FLOPs over the card's rate, its bytes over the memory's, and the host's time
-to start its kernels. A message takes its bytes over the link's rate, and a latency. Of what is sent while the next
-block is computed, only what that block does not cover adds to the time: with c per block and w per message, B blocks
-take c + (B - 1) max(c, w), and the last message comes on top where nothing is left to compute.
-"""
+"""What a training step takes: figures that are counted, times that follow from them, and a check of the figures."""
 
 import dataclasses
+import tempfile
+from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..kernels.contrastive.distributed import choose_mode
-from .formulas import (
-    BACKWARD,
-    FORWARD,
-    OPENCLIP,
-    Exchange,
-    Memory,
-    Problem,
-    blocks,
-    flops,
-    launches,
-    memory,
-    traffic,
-)
-from .machine import Machine
-from .scratch import FLOAT
+from ..kernels.hardware import CARDS, Cluster
+from ..ledger import Event, Ledger
+from ..ranks import run_ranks
+from .step import FORWARD, LOSS_FORWARD, OPENCLIP, Problem, run_step
 
-# Of a logit at OpenCLIP, bytes that pass through memory, both directions of the loss and both passes: each operation on
-# the logits reads and writes them all.
-OPENCLIP_TRAFFIC = {2: 84, 4: 72}
+MOST_ROWS = 16384  # pairs of a GPU up to which the largest batch is searched
+TOLERANCE = 0.03  # of memory: a block that has been sent may live for a moment longer
+TIMEOUT_S = 1800.0
+# What a step is checked on: PyTorch's kernels for the CPU, and ours for an H100, which are recorded and not run.
+PATHS = {"CPU path": None, "GPU path, kernels recorded": CARDS["h100"]}
 
 
-@dataclasses.dataclass(frozen=True)
-class Prediction:
-    """One mode of one problem on one machine; sizes in bytes, times in seconds, per rank.
+def seconds(events: list[Event], problem: Problem, cluster: Cluster, *, with_messages: bool = True) -> dict[str, float]:
+    """Return the seconds of each phase, by clocks of the host, of the GPU and of the wire.
 
-    Attributes:
-        mode: its name.
-        is_auto: whether ``mode="auto"`` takes it, on several GPUs.
-        memory: at its peak, beyond the rank's features.
-        flops: forward and backward.
-        sent: forward and backward.
-        messages: of both passes, one after another.
-        compute_s: of both passes.
-        wire_s: of all messages, hidden or not.
-        exposed_s: what messages add to the time of computing.
-        fits: the peak and the features, in the memory that there is.
-        largest_pairs: the most pairs of all GPUs with which it would fit.
+    The host starts one kernel after another. A kernel runs when the one before it has ended and what it uses has
+    arrived, for its FLOPs or its bytes, whichever takes longer. A message leaves when what it sends is there and the
+    message before it has left.
     """
-
-    mode: str
-    is_auto: bool
-    memory: Memory
-    flops: tuple[int, int]
-    sent: tuple[int, int]
-    messages: int
-    compute_s: float
-    wire_s: float
-    exposed_s: float
-    fits: bool
-    largest_pairs: int
-
-    @property
-    def seconds(self) -> float:
-        """Forward and backward."""
-        return self.compute_s + self.exposed_s
-
-    def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        found = dataclasses.asdict(self)
-        memory_bytes = {"total": self.memory.total, "phase": self.memory.phase, "items": self.memory.items}
-        pair = {key: dict(zip((FORWARD, BACKWARD), found.pop(key), strict=True)) for key in ("flops", "sent")}
-        del found["memory"]
-        return found | {"seconds": self.seconds, "memory_bytes": memory_bytes} | {
-            "flops": pair["flops"], "sent_bytes": pair["sent"]
-        }  # fmt: skip
+    host = gpu = wire = 0.0
+    arrivals: dict[int, float] = {}
+    ends = {"": 0.0}
+    flops_per_s = cluster.card.reached(half=problem.dtype != torch.float32)
+    for event in events:
+        host += cluster.launch_s
+        start = max([host, gpu, *(arrivals.pop(storage) for storage in event.uses & arrivals.keys())])
+        if not event.collective:
+            gpu = start + max(event.flops / flops_per_s, event.bytes / cluster.card.memory_bytes_per_s)
+        elif with_messages:
+            rate = cluster.bytes_per_s(problem.gpus, is_ring=event.collective == "send")
+            wire = max(wire, start) + event.bytes / rate + cluster.latency_s * event.messages
+            if event.collective != "send":
+                arrivals |= dict.fromkeys(event.uses, wire)
+        ends[event.phase] = max(host, gpu)
+    ends[events[-1].phase] = max(host, gpu, wire)
+    return {phase: end - start for (phase, end), start in zip([*ends.items()][1:], ends.values(), strict=False)}
 
 
-def predict_all(problem: Problem, machine: Machine) -> list[Prediction]:
-    """Every mode that there is on so many GPUs, and OpenCLIP's loss."""
-    return [predict(problem, mode, machine) for mode in (*problem.modes, OPENCLIP)]
+def figures(ledger: Ledger) -> dict[str, int]:
+    """Return what is counted of a step; bytes and messages are those that this rank sends."""
+    sent = Counter[bool]()
+    for event in ledger.events:
+        sent[event.phase in (FORWARD, LOSS_FORWARD)] += event.bytes if event.collective else 0
+    return {
+        "memory": ledger.peak.total(),
+        "FLOPs": sum(event.flops for event in ledger.events),
+        "sent forward": sent[True],
+        "sent backward": sent[False],
+        "messages": sum(event.messages for event in ledger.events),
+        "kernels": sum(not event.collective for event in ledger.events),
+    }
 
 
-def predict(problem: Problem, mode: str, machine: Machine) -> Prediction:
-    """What ``mode`` will need.
+def predict(problem: Problem, cluster: Cluster, *, searches: bool = False) -> list[dict[str, Any]]:
+    """Return the figures of a step, its seconds, and what they consist of, for each mode and for OpenCLIP's loss.
 
-    Raises:
-        KeyError: not a mode of ``problem``, nor "openclip".
+    Args:
+        problem: what to run.
+        cluster: where to run it.
+        searches: also find the largest batch that fits, by running many steps.
     """
-    exchanges = traffic(problem, mode)
-    counted = flops(problem, mode)
-    peak = memory(problem, mode, machine.scratch(problem.embed_dim, problem.dtype))
-    compute = total = 0.0
-    for index, when in enumerate((FORWARD, BACKWARD)):
-        computing, with_wire = _pass_seconds(problem, mode, machine, index, [e for e in exchanges if e.when == when])
-        compute, total = compute + computing, total + with_wire
-    return Prediction(
-        mode,
-        mode == auto_mode(problem),
-        peak,
-        counted,
-        (sum(e.bytes for e in exchanges if e.when == FORWARD), sum(e.bytes for e in exchanges if e.when == BACKWARD)),
-        sum(e.messages for e in exchanges),
-        compute,
-        sum(_wire_seconds(e, problem, machine) for e in exchanges),
-        total - compute,
-        _fits(problem, mode, machine),
-        largest_pairs(problem, mode, machine),
-    )
+    auto = choose_mode([problem.rows] * problem.gpus, problem.embed_dim, problem.dtype) if problem.gpus > 1 else None
+    rows = []
+    for mode in (*problem.modes, OPENCLIP):
+        ledger = run_step(problem, mode, cluster.card)
+        sent: dict[str, Counter[str]] = {}
+        for event in ledger.events:
+            if event.messages:
+                sent.setdefault(event.collective, Counter()).update(bytes=event.bytes, messages=event.messages)
+        silent, phases = (seconds(ledger.events, problem, cluster, with_messages=on) for on in (False, True))
+        compute, total = sum(silent.values()), sum(phases.values())
+        times = {"compute": compute, "exposed": total - compute, "time": total}
+        fits: dict[str, int] = {"fits": ledger.peak.total() <= cluster.card.memory_bytes}
+        if searches:
+            fits["max pairs"] = largest_pairs(problem, mode, cluster)
+        parts = {"memory by category": dict(+ledger.peak), "time by phase": phases, "sent by collective": sent}
+        rows.append({"mode": mode, "is_auto": mode == auto, **fits, **figures(ledger), **times} | parts)
+    return rows
 
 
-def auto_mode(problem: Problem) -> str | None:
-    """What ``mode="auto"`` takes; None on one GPU, where there is no such choice."""
-    if problem.gpus == 1:
-        return None
-    return choose_mode([problem.rows] * problem.gpus, problem.embed_dim, problem.dtype)
-
-
-def largest_pairs(problem: Problem, mode: str, machine: Machine) -> int:
-    """The most pairs of all GPUs with which ``mode`` fits, a multiple of the GPUs; 0 if none do."""
-
-    def fits(rows: int) -> bool:
-        return _fits(dataclasses.replace(problem, pairs=rows * problem.gpus), mode, machine)
-
-    if not fits(1):
-        return 0
-    low, high = 1, 2
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+def largest_pairs(problem: Problem, mode: str, cluster: Cluster) -> int:
+    """Return the most pairs whose step fits, to a percent, by running steps of up to ``MOST_ROWS`` pairs a GPU."""
+    low, high = 0, MOST_ROWS + 1
+    while high - low > 1 + low // 100:
+        rows = (low + high) // 2
+        ledger = run_step(dataclasses.replace(problem, pairs=rows * problem.gpus), mode, cluster.card)
+        low, high = (rows, high) if ledger.peak.total() <= cluster.card.memory_bytes else (low, rows)
     return low * problem.gpus
 
 
-def _fits(problem: Problem, mode: str, machine: Machine) -> bool:
-    peak = memory(problem, mode, machine.scratch(problem.embed_dim, problem.dtype))
-    return peak.total + 2 * problem.features <= machine.memory_bytes
+def check(problem: Problem) -> list[dict[str, Any]]:
+    """Run each mode on each path, on fake tensors and in real gloo processes, and return a row for each figure."""
+    if problem.gpus == 1:
+        ranks = [_measure(0, problem)]
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            waits = {"timeout": TIMEOUT_S, "collective_s": TIMEOUT_S}
+            ranks = run_ranks(_measure, problem.gpus, problem, folder=Path(folder), **waits)
+    rows = []
+    for (path, mode, what), predicted in _measure(0, problem, is_fake=True).items():
+        measured = max(rank[path, mode, what] for rank in ranks)  # of the rank that has most of it
+        agrees = abs(measured - predicted) <= (TOLERANCE * predicted if what == "memory" else 0)
+        row = {"path": path, "mode": mode, "what": what, "predicted": predicted, "measured": measured}
+        rows.append(row | {"agrees": agrees})
+    return rows
 
 
-def _pass_seconds(
-    problem: Problem, mode: str, machine: Machine, index: int, exchanges: list[Exchange]
-) -> tuple[float, float]:
-    """Of the forward (0) or backward (1) pass: seconds of computing, and with what messages add."""
-    number, block = blocks(problem, mode)[index], _block_seconds(problem, mode, machine, index)
-    rest = 1e-6 * machine.launch_us * launches(problem, mode)[index][0]
-    hidden = [e for e in exchanges if e.hidden]
-    exposed = sum(_wire_seconds(e, problem, machine) for e in exchanges if not e.hidden)
-    computing = rest + number * block
-    if not hidden:
-        return computing, computing + exposed
-    travel = sum(_wire_seconds(e, problem, machine) / e.messages for e in hidden)
-    # gradients of the last block have nothing left to hide behind; texts of the next block always have this one
-    last = sum(_wire_seconds(e, problem, machine) / e.messages for e in hidden if e.what == "text gradients")
-    return computing, rest + block + (number - 1) * max(block, travel) + last + exposed
-
-
-def _block_seconds(problem: Problem, mode: str, machine: Machine, index: int) -> float:
-    number, columns = blocks(problem, mode)[index], blocks(problem, mode)[2 + index]
-    computing = flops(problem, mode)[index] / number / machine.flops_per_s(problem.dtype)
-    if mode == OPENCLIP:
-        # one operation after another: what the logits take to pass through memory comes on top
-        logits = problem.rows * problem.total * OPENCLIP_TRAFFIC[problem.dtype.itemsize] / 2
-        return computing + logits / machine.bytes_per_s
-    elements = (problem.rows + columns) * problem.embed_dim
-    # features are read, in both passes; sums are made, read and written
-    moved = elements * problem.dtype.itemsize if index == 0 else elements * (problem.dtype.itemsize + 3 * FLOAT)
-    return max(computing, moved / machine.bytes_per_s, 1e-6 * machine.launch_us * launches(problem, mode)[index][1])
-
-
-def _wire_seconds(exchange: Exchange, problem: Problem, machine: Machine) -> float:
-    rate = machine.wire_bytes_per_s(problem.gpus, ring=exchange.ring)
-    return exchange.bytes / rate + 1e-6 * machine.latency_us * exchange.messages
+def _measure(_: int, problem: Problem, is_fake: bool = False) -> dict[tuple[str, str, str], int]:
+    found: dict[tuple[str, str, str], int] = {}
+    for path, card in PATHS.items():
+        for mode in problem.modes:
+            ledger = run_step(problem, mode, card, is_fake=is_fake)
+            found |= {(path, mode, what): count for what, count in figures(ledger).items()}
+    return found

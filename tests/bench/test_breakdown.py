@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-import jsonschema
 import pytest
 import torch
 
@@ -292,6 +291,7 @@ def traced_run(breakdowns, transfers, device_s=2.0):
 
 
 def test_a_breakdown_is_written_printed_and_drawn(tmp_path):
+    jsonschema = pytest.importorskip("jsonschema")
     seconds = {**dict.fromkeys(CATEGORIES, 0.0), GEMM: 1.5, OTHER: 0.25, HOST: 0.25}
     found = Breakdown(2.0, 2.5, seconds, (("mystery_kernel", 0.25),))
     run = traced_run({OURS: found, f"{OURS} compiled": "RuntimeError: no CUPTI"}, {"uint8": 1e-3, "float32": 4e-3})
@@ -317,6 +317,7 @@ def test_a_breakdown_is_written_printed_and_drawn(tmp_path):
 
 
 def test_schema_wants_every_category():
+    jsonschema = pytest.importorskip("jsonschema")
     run = traced_run({OURS: Breakdown(1.0, 1.0, dict.fromkeys(CATEGORIES, 0.0))}, {})
     jsonschema.validate(run, SCHEMA)
     for category in CATEGORIES:

@@ -6,7 +6,6 @@ import math
 import time
 from pathlib import Path
 
-import jsonschema
 import numpy as np
 import pytest
 import torch
@@ -129,6 +128,7 @@ def test_processes_count_more_than_samples():
 
 @pytest.mark.parametrize("suite", SMALL)
 def test_every_suite_runs_and_validates(suite, tmp_path, no_roofs, capsys):
+    jsonschema = pytest.importorskip("jsonschema")
     built = build(suite, SMALL[suite], "fp32", CPU)
     names = [c.name for c in built.candidates if not any(word in c.name for word in SLOW)]
     path = tmp_path / "run.json"
@@ -185,6 +185,7 @@ def test_parts_of_a_long_call_are_read_once():
 
 
 def test_committed_results_validate():
+    jsonschema = pytest.importorskip("jsonschema")
     files = sorted(Path(clipfast.bench.__path__[0], "results").rglob("*.json"))
     assert files
     for path in files:
@@ -192,6 +193,7 @@ def test_committed_results_validate():
 
 
 def test_schema_refuses_a_broken_result():
+    jsonschema = pytest.importorskip("jsonschema")
     run = results.new_run(CPU, {"fp32": ROOFS})
     jsonschema.validate(run, SCHEMA)
     run["cases"].append({"suite": "loss"})

@@ -43,7 +43,7 @@ def scaled(fn, index=None):
             return result
         if index is None:
             return FACTOR * result
-        return tuple(FACTOR * part if i == index else part for i, part in enumerate(result))
+        return tuple(FACTOR * part if i == index and part is not None else part for i, part in enumerate(result))
 
     return wrong
 
@@ -92,7 +92,7 @@ ON_CPU = {
     ("text_embed", "d_token_embedding"): (text_cpu, "backward_token", None),
     ("layer_norm", "value"): (norm_cpu, "forward", 0),
     ("layer_norm", "d_weight"): (norm_cpu, "backward", 2),
-    ("layer_norm_pair", "value"): (norm_cpu, "pair_forward", 1),
+    ("layer_norm_pair", "value_2"): (norm_cpu, "pair_forward", 1),
     ("layer_norm_pair", "d_x"): (norm_cpu, "pair_backward", 0),
     ("bias_gelu", "value"): (activation, "_fwd_cpu", None),
     ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),

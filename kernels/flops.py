@@ -1,0 +1,51 @@
+"""FLOPs of the kernels that multiply matrices, from a recorded launch; a multiply-add is two."""
+
+from collections.abc import Callable
+
+from .launch import Launch
+
+
+def launch_flops(launch: Launch) -> int:
+    """Return the FLOPs of a launch's matrix products; zero for a kernel that has none.
+
+    ``_online_stats_kernel`` counts as none: for the logits of unit features it ends at once.
+    """
+    count = _FLOPS.get(launch.kernel.__name__)
+    return 0 if count is None else count(launch)
+
+
+def _block(launch: Launch) -> int:
+    """One product of [M, D] and [N, D] features."""
+    return 2 * launch.args["M"] * launch.args["N"] * launch.args["D"]
+
+
+def _block_products(launch: Launch) -> int:
+    """G y by the first ``num_x_tiles`` programs, and G^T x by the others; one of them may be missing."""
+    of_x = launch.args["num_x_tiles"]
+    return ((of_x > 0) + (launch.grid[0] > of_x)) * _block(launch)
+
+
+def _scores(launch: Launch) -> int:
+    """One product of attention. Every score counts, also where a causal mask leaves it out."""
+    return 2 * launch.args["q_ptr"].numel() * launch.args["N"]
+
+
+def _patches(launch: Launch) -> int:
+    """One product of patches [ROWS, K] and the weight [E, K]."""
+    return 2 * launch.args["ROWS"] * launch.args["E"] * launch.args["K"]
+
+
+_FLOPS: dict[str, Callable[[Launch], int]] = {
+    "_stats_kernel": _block,
+    "_grad_tile_kernel": _block,
+    "_products_kernel": _block_products,
+    "_short_fwd_kernel": lambda launch: 2 * _scores(launch),
+    "_looped_fwd_kernel": lambda launch: 2 * _scores(launch),
+    "_pool_fwd_kernel": lambda launch: 2 * _scores(launch),
+    "_short_bwd_kernel": lambda launch: 5 * _scores(launch),
+    "_two_phase_bwd_kernel": lambda launch: 7 * _scores(launch),
+    "_pool_bwd_kernel": lambda launch: 5 * _scores(launch),
+    "_patch_embed_fwd_kernel": _patches,
+    "_patch_embed_bwd_weight_kernel": _patches,
+    "_patch_embed_bwd_images_kernel": _patches,
+}
