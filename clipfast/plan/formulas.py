@@ -204,7 +204,7 @@ def _of_one(problem: Problem, scratch: Scratch, *, save_memory: bool) -> Phases:
         "backward": base | {SUMS: kept + strip_sums, SCRATCH: scratch.gradients(strip, n)},
         "backward, next strip": base | {SUMS: kept + (2 if strip < n else 1) * strip_sums},
         "backward, end": base | {SUMS: kept + strip_sums, SCRATCH: scratch.finish(strip)},
-        "backward, scale": base | {SUMS: kept or strip_sums, SCRATCH: _widened(problem, scratch, n)},
+        "backward, scale": base | {SUMS: kept, SCRATCH: _widened(problem, scratch, n)},
     }
 
 
