@@ -44,15 +44,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--update-resources", action="store_true", help="rewrite tests/kernels/resources.json from this Triton version"
     )
     parser.addoption("--slow", action="store_true", help="also the sizes that take a CPU minutes")
+    parser.addoption("--fast", action="store_true", help="without what is marked long: for every edit")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what is marked slow, unless it is asked for or a GPU makes it fast."""
-    if ON_GPU or config.getoption("--slow"):
-        return
-    slow = [item for item in items if item.get_closest_marker("slow")]
-    config.hook.pytest_deselected(items=slow)
-    items[:] = [item for item in items if item not in slow]
+    """Leave out what is marked slow, unless it is asked for or a GPU makes it fast; and with --fast what is long."""
+    left_out = set() if ON_GPU or config.getoption("--slow") else {"slow"}
+    if config.getoption("--fast"):
+        left_out |= {"slow", "long"}
+    dropped = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
 
 
 @pytest.fixture(scope="session")
