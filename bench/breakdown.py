@@ -44,19 +44,12 @@ _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 @dataclasses.dataclass(frozen=True)
 class Breakdown:
-    """Seconds of one step, by category.
+    """Seconds of one step, by category."""
 
-    Attributes:
-        step_s: seconds of the step, the sum of all categories.
-        traced_s: seconds of a step under the profiler.
-        seconds: seconds by category, for all of :data:`CATEGORIES`.
-        unknown: names that belong to no category, with their seconds, the longest first.
-    """
-
-    step_s: float
-    traced_s: float
-    seconds: dict[str, float]
-    unknown: tuple[tuple[str, float], ...] = ()
+    step_s: float  # the sum of all categories
+    traced_s: float  # of a step under the profiler
+    seconds: dict[str, float]  # for all of CATEGORIES
+    unknown: tuple[tuple[str, float], ...] = ()  # names that belong to no category, the longest first
 
     def with_data(self, seconds: float) -> "Breakdown":
         """Return the same with ``seconds`` more for the copy of the inputs to the device, before the step."""
@@ -71,34 +64,22 @@ class Breakdown:
 
 @dataclasses.dataclass
 class _Range:
-    """An op, an annotation or a launch in a thread of the host.
-
-    Attributes:
-        start, end, self_us: in microseconds; ``self_us`` is the time outside of the ranges inside this one.
-        sequence: the number that connects a forward op with its backward op.
-        correlation: the number that connects a launch with the device's work.
-        names: names of the ranges around this one, the outermost first, and its own.
-    """
+    """An op, an annotation or a launch in a thread of the host. Times are in microseconds."""
 
     name: str
     thread: Any
     start: float
     end: float
-    sequence: int | None
+    sequence: int | None  # connects a forward op with its backward op
     is_backward: bool
-    correlation: int | None
-    self_us: float = 0.0
-    names: tuple[str, ...] = ()
+    correlation: int | None  # connects a launch with the device's work
+    self_us: float = 0.0  # outside of the ranges inside this one
+    names: tuple[str, ...] = ()  # of the ranges around this one, the outermost first, and its own
 
 
 @exact_float32()
 def trace(step: Callable[[], object], device: torch.device, seconds: float) -> Breakdown:
-    """Take a few steps under the profiler.
-
-    Args:
-        step: takes one step, and has done so before.
-        device: where the step runs.
-        seconds: the time of a step without a profiler.
+    """Take a few steps under the profiler; ``step`` has run before and takes ``seconds`` without a profiler.
 
     Raises:
         RuntimeError: the profiler saw nothing of the device.
@@ -123,11 +104,7 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
 
 
 def of_device(events: Iterable[dict[str, Any]], seconds: float) -> Breakdown:
-    """Break a step down by the device's work.
-
-    Args:
-        events: events of a Chrome trace, with steps marked by :data:`STEP_RANGE`.
-        seconds: the time of a step without a profiler.
+    """Break a step, which takes ``seconds`` without a profiler, down by the device's work in a Chrome trace.
 
     Raises:
         RuntimeError: no work of a device lies in a marked step.
@@ -154,10 +131,7 @@ def of_device(events: Iterable[dict[str, Any]], seconds: float) -> Breakdown:
 
 
 def of_host(events: Iterable[dict[str, Any]]) -> Breakdown:
-    """Break a step down by the ops of the thread that took it.
-
-    Args:
-        events: events of a Chrome trace, with steps marked by :data:`STEP_RANGE`.
+    """Break a step in a Chrome trace down by the ops of the thread that took it.
 
     Raises:
         RuntimeError: no step is marked.
@@ -192,9 +166,7 @@ def _sum(parts: Iterable[tuple[str, str, float]], windows: Sequence[tuple[float,
 
 
 def _ranges(events: Iterable[dict[str, Any]]) -> list[_Range]:
-    """Return ops, annotations and launches in the order in which they began, with the names around each and its own
-    time.
-    """
+    """Return ops, annotations and launches, the earliest first, with the names around each and its own time."""
     found = []
     for event in events:
         is_launch = event.get("cat") in _LAUNCHES
@@ -237,9 +209,7 @@ def _steps(ranges: Iterable[_Range]) -> list[tuple[float, float]]:
 
 
 def copy_seconds(size: int, device: torch.device, rounds: int = 5) -> float | None:
-    """Return the seconds that ``size`` bytes take from pinned memory to the device, or None on a CPU, to which nothing
-    is sent.
-    """
+    """Return the seconds that ``size`` bytes take from pinned memory to a GPU, or None on a CPU."""
     if device.type != "cuda":
         return None
     source = torch.empty(size, dtype=torch.uint8, pin_memory=True)

@@ -7,13 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
-from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import Floor
-
-__all__ = [
-    "DTYPES", "OURS", "AnyFunction", "Candidate", "Case", "Function", "Inputs", "MissingError", "Results", "Sizes",
-    "call", "observe", "require_cuda", "short",
-]  # fmt: skip
 
 OURS = "clipfast"
 # The sizes of a case by name.
@@ -35,72 +29,49 @@ class MissingError(Exception):
 class Candidate:
     """One implementation.
 
-    Attributes:
-        name: as it appears in tables.
-        make: imports and prepares; returns the function of the case's inputs, by name. Raises :class:`MissingError`.
-        lacks: inputs for which it gives no gradient.
-        note: what else a reader must know to compare.
-        context: entered around every call, backward included.
+    ``make`` imports and prepares what it needs and returns the function of the case's inputs, by name. It raises
+    :class:`MissingError` where it cannot.
     """
 
     name: str
     make: Callable[[], AnyFunction]
-    lacks: tuple[str, ...] = ()
-    note: str = ""
-    context: Callable[[], AbstractContextManager[object]] = nullcontext
+    lacks: tuple[str, ...] = ()  # inputs for which it gives no gradient
+    note: str = ""  # what else a reader must know to compare
+    context: Callable[[], AbstractContextManager[object]] = nullcontext  # entered around every call and its backward
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One computation at one shape.
+    """One computation at one shape."""
 
-    Attributes:
-        suite: name of the suite that :func:`build <clipfast.bench.suites.build>` finds it by.
-        op: what is computed, such as ``contrastive.fwd_bwd``.
-        shape: sizes by name.
-        dtype: of the floating inputs, a key of :data:`DTYPES`.
-        device: where it runs.
-        inputs: draws fresh inputs.
-        candidates: implementations, :data:`OURS` among them.
-        reference: computes the same in plain PyTorch; candidates that differ from it are not timed. None: the case
-            checks itself.
-        floor: the least work of one call, or None where it is not a matter of operations and bytes.
-        items: how many things one call handles, and what they are called, for a throughput.
-        wants_grad: inputs that gradients are taken for; none means that the function does all there is to do.
-        gate_inputs: smaller inputs for the comparison with the reference where it does not fit at this shape.
-        slack: outputs whose error may be larger than usual, by this factor, as rounding reaches them enlarged.
-        model_flops: of one call of the published model, by :mod:`clipfast.bench.flops`; 0: it is no model's.
-        transfers: bytes that cross to the device before a call, by how they may travel.
-        graph: whether a call can be a CUDA graph. One that cannot is timed with the host, on one set of inputs.
-    """
-
-    suite: str
-    op: str
+    suite: str  # the name by which :func:`clipfast.bench.suites.build` finds it
+    op: str  # such as "contrastive_loss.fwd_bwd"
     shape: Sizes
-    dtype: str
+    dtype: str  # name of the dtype of the floating inputs
     device: torch.device
-    inputs: Callable[[], Inputs]
-    candidates: tuple[Candidate, ...]
+    inputs: Callable[[], Inputs]  # draws fresh ones
+    candidates: tuple[Candidate, ...]  # OURS is among them
+    # The same in plain PyTorch; a candidate that differs from it is not timed. None: the case checks itself.
     reference: AnyFunction | None = None
-    floor: Floor | None = None
-    items: tuple[int, str] = (1, "calls")
-    wants_grad: tuple[str, ...] = ()
-    gate_inputs: Callable[[], Inputs] | None = None
+    floor: Floor | None = None  # the least work of one call, where operations and bytes say it
+    items: tuple[int, str] = (1, "calls")  # how many things one call handles, and what they are called
+    wants_grad: tuple[str, ...] = ()  # inputs that gradients are taken for; none: the function does all there is to do
+    gate_inputs: Callable[[], Inputs] | None = None  # smaller ones, if the reference does not fit at this shape
+    # Factors for outputs whose error may be larger than usual, as rounding reaches them enlarged.
     slack: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    model_flops: float = 0.0
+    model_flops: float = 0.0  # of one call of the published model; 0: it is no model's
+    # Bytes that cross to the device before a call, by the dtype of the pixels.
     transfers: Mapping[str, int] = dataclasses.field(default_factory=dict)
-    graph: bool = True
+    graph: bool = True  # whether a call can be a CUDA graph; if not, the host is timed too, on one set of inputs
 
     @property
     def name(self) -> str:
-        """Op, sizes and dtype in one line."""
+        """Return op, sizes and dtype in one line."""
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
 
 
 def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
-    """One call: the value or values, and gradients as ``d_<name>`` where the case asks for them and the candidate has
-    them.
-    """
+    """Call ``function``; return its values, and the wanted gradients that the candidate has as ``d_<name>``."""
     wanted = [name for name in case.wants_grad if name not in candidate.lacks]
     arguments = {name: x for name, x in inputs.items() if name not in GRADS}
     with candidate.context():
@@ -118,7 +89,7 @@ def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs
 
 
 def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
-    """What is compared with the reference: what the function itself says (its method ``observe``), or one call."""
+    """Return what is compared with the reference: the function's own method ``observe``, or one call."""
     if hasattr(function, "observe"):
         with candidate.context():
             values: dict[str, Tensor] = function.observe(**inputs)
@@ -133,7 +104,7 @@ def require_cuda(device: torch.device) -> None:
 
 
 def short(error: BaseException) -> str:
-    """Kind and first line of an error; Triton's first line is only where, and its last one says what."""
+    """Return kind and first line of an error, and the last too where the first, as Triton's, only says where."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
     return f"{type(error).__name__}: {text[:200]}"

@@ -106,12 +106,7 @@ def _of_op(name: str) -> str | None:
 
 
 def classify(kernel: str, ops: Sequence[str] = ()) -> str:
-    """Category of a kernel on a device.
-
-    Args:
-        kernel: its name.
-        ops: names of the ops and ranges around its launch, the outermost first.
-    """
+    """Return the category of a kernel; ``ops`` are the names around its launch, the outermost first."""
     by_owner = next((category for op in ops if (category := _first(OWNERS, op))), None)
     if by_owner is not None:
         return by_owner
@@ -122,10 +117,6 @@ def classify(kernel: str, ops: Sequence[str] = ()) -> str:
 
 
 def classify_op(ops: Sequence[str]) -> str:
-    """Category of the time that the last of ``ops`` spends itself on a CPU, outside of the ops that it calls.
-
-    Args:
-        ops: names of the op and of those around it, the outermost first.
-    """
+    """Return the category of the time that the last of ``ops`` spends on a CPU itself, inside all the others."""
     by_owner = next((category for op in ops if (category := _first(OWNERS, op))), None)
     return by_owner or _of_op(ops[-1]) or OTHER

@@ -13,10 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 def link_packages(site: Path, root: Path = ROOT, bench: Path | None = None) -> Path:
     """Make ``site`` a folder for PYTHONPATH, with kernels/ and bench/ inside clipfast/, and return it.
 
-    Args:
-        site: the folder to make. Links from an earlier call are replaced.
-        root: the checkout.
-        bench: folder bench/ of another checkout, in place of its own.
+    ``bench`` is the folder bench/ of another checkout, in place of that of ``root``. Earlier links are replaced.
     """
     package = site / "clipfast"
     package.mkdir(parents=True, exist_ok=True)

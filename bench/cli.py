@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 
+from clipfast.kernels.dtypes import DTYPES
+
 from . import results, tables, tune
-from .case import DTYPES, Sizes
+from .case import Sizes
 from .categories import INPUT, LOSS, NORM
 from .harness import Budget
 from .machine import use
@@ -42,12 +44,8 @@ examples:
 
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Run the command line of the benchmarks and return its exit code: 2 for bad arguments, with one line on stderr."""
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     add_commands(parser)
     args = parser.parse_args(argv)
     try:
@@ -115,8 +113,7 @@ def run(args: argparse.Namespace) -> int:
             print(path)
         return 0
     device = _device(args.device)
-    plan = _plan(args, device)
-    budget = _budget(args)
+    plan, budget = _plan(args, device), _budget(args)
     if args.compare is not None:
         from .compare import compare
 
@@ -159,7 +156,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Siz
     chosen = {**GROUPS, "all": tuple(SUITES)}.get(args.bench, (args.bench,))
     if args.shape and len(chosen) > 1:
         raise ValueError(f"--shape needs one suite, not {args.bench!r}: {', '.join(chosen)}")
-    dtypes = results.dtypes_of(args.dtype or ["bf16" if device.type == "cuda" else "fp32"])
+    dtypes = args.dtype or ["bf16" if device.type == "cuda" else "fp32"]
     plan = []
     for suite in chosen:
         default = [SUITES[suite].smallest] if args.smoke else SUITES[suite].shapes(device.type)

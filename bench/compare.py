@@ -36,13 +36,9 @@ main()
 
 
 def compare(base: str, keys: Sequence[CaseKey], device: torch.device, budget: Budget) -> int:
-    """Time ``base`` and this checkout on the case of each of ``keys``, and print a verdict for each.
+    """Time the commit ``base`` and this checkout on the case of each of ``keys``, and print a verdict for each.
 
-    Args:
-        base: a commit of this checkout.
-        keys: suite, shape and dtype of each case.
-        device: where the cases run.
-        budget: how long to measure a case, all turns of a side together.
+    The turns of a side share the budget of a case.
 
     Returns:
         0; 1 if a case is slower by more than 5% beyond doubt; 2 if nothing could be compared.
@@ -67,18 +63,10 @@ def compare(base: str, keys: Sequence[CaseKey], device: torch.device, budget: Bu
 def ratio_of_processes(
     base: Sequence[Sequence[float]], head: Sequence[Sequence[float]], resamples: int = 2000
 ) -> tuple[float, float, float]:
-    """Return how many times as long ``head`` takes as ``base``, with an interval from the bootstrap.
+    """Return how many times as long ``head`` takes as ``base``: the ratio of medians, and low and high end at 95%.
 
-    Processes differ more from one another (memory layout, clocks) than the samples of one process, so the bootstrap
-    draws processes first, and then samples of each.
-
-    Args:
-        base: samples in seconds, by process.
-        head: samples in seconds, by process.
-        resamples: draws of the bootstrap.
-
-    Returns:
-        (ratio of medians, low, high), the interval at 95%.
+    Both are samples in seconds, by process. Processes differ more from one another (memory layout, clocks) than the
+    samples of one process, so the bootstrap draws processes first, and then samples of each.
     """
     rng = np.random.default_rng(0)
 
@@ -111,7 +99,10 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
     for index, case in enumerate(runs["head"][0]["cases"]):
         label = f"{case['op']} {sizes(case)} {case['dtype']}"
         cases = {side: [run["cases"][index] for run in side_runs] for side, side_runs in runs.items()}
-        ours = {side: [_ours(c) for c in entries] for side, entries in cases.items()}
+        ours = {
+            side: [next(c for c in case["candidates"] if c["name"] == OURS) for case in entries]
+            for side, entries in cases.items()
+        }
         refused = [candidate["refused"] for side in ours.values() for candidate in side if candidate["refused"]]
         if refused:
             print(f"{label}: not compared: {refused[0]}")
@@ -131,10 +122,6 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
         print("not comparable: no case ran on both sides")
         return 2
     return 1 if slower else 0
-
-
-def _ours(case: dict[str, Any]) -> dict[str, Any]:
-    return next(candidate for candidate in case["candidates"] if candidate["name"] == OURS)
 
 
 def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:

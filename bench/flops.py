@@ -49,14 +49,9 @@ def step_floor_flops(name: str, pairs: int) -> float:
 
 @functools.cache
 def forward_flops(name: str, *, published: bool = True) -> tuple[float, int]:
-    """Count the FLOPs of one pair through both towers of the model ``name``.
+    """Return the FLOPs of one pair through both towers of the model ``name``, and the number of features.
 
-    Args:
-        name: one of :func:`clipfast.list_models`.
-        published: count the attention pool of a ResNet as published: the queries, keys and values of all positions.
-
-    Returns:
-        The FLOPs, and the number of features.
+    ``published`` counts the attention pool of a ResNet as published: the queries, keys and values of all positions.
     """
     model = create_model(name, device="meta", backend="torch")
     size, embed_dim, pool = model.visual.image_size, model.config.embed_dim, 0.0
@@ -71,8 +66,6 @@ def forward_flops(name: str, *, published: bool = True) -> tuple[float, int]:
 
 
 def data_sheet_flops_per_s(gpu: str, dtype: str) -> float | None:
-    """Return the dense peak of the card whose driver name is ``gpu``, or None where the hardware table has no such
-    card.
-    """
+    """Return the dense peak of the card whose driver name is ``gpu``, or None if the hardware table lacks it."""
     card = card_named(gpu)
     return None if card is None else card.peak(half=dtype != "fp32")

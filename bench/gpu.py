@@ -31,18 +31,9 @@ MARGIN_S = 12.0
 LEFT = "{left}"
 # Time of each step, in proportion: all chosen steps together take :data:`TOTAL_S`.
 SECONDS = {
-    "environment": 60.0,
-    "tests": 95.0,
-    "verify": 45.0,
-    "loss": 75.0,
-    "losses": 100.0,
-    "attention": 50.0,
-    "patch": 30.0,
-    "blocks": 90.0,
-    "step": 40.0,
-    "tune": 40.0,
-    "sanitizer": 30.0,
-}
+    "environment": 60.0, "tests": 95.0, "verify": 45.0, "loss": 75.0, "losses": 100.0, "attention": 50.0,
+    "patch": 30.0, "blocks": 90.0, "step": 40.0, "tune": 40.0, "sanitizer": 30.0,
+}  # fmt: skip
 PARTS: dict[str, dict[str, str]] = {
     "all": {"tests": "", "op": "", "bench": "loss attention patch step", "tune": "all"},
     "loss": {
@@ -68,42 +59,25 @@ DRY_FACTOR = 3.0
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One process.
-
-    Attributes:
-        name: says what the step shows.
-        command: program and arguments.
-        seconds: time that the step gets in any case.
-        lines: number of lines at the end of its output that the summary shows.
-        environment: environment variables that only this step has.
-    """
+    """One process."""
 
     name: str
     command: list[str]
-    seconds: float
-    lines: int = 20
-    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    seconds: float  # that it gets in any case
+    lines: int = 20  # of the end of its output, for the summary
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
 
 
 def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
-    """Return the steps of ``part``, the most valuable first. Together they take at most :data:`TOTAL_S` on a GPU.
-
-    Args:
-        part: a key of :data:`PARTS`.
-        out: folder for the results.
-        dry: run the smallest sizes on a CPU, to show that every step runs.
-    """
+    """Return the steps of ``part``, the most valuable first. Together they take at most :data:`TOTAL_S` on a GPU."""
     chosen = PARTS[part]
     python = [sys.executable, "-P", "-m"]
     pytest = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short", "--maxfail=100"]
     only = ["-k", "checkers" if dry else chosen["tests"]] if dry or chosen["tests"] else []
     verify = [*python, "clipfast.cli", "verify", "--json", str(out / "verify.json")]
     verify += (["--op", *chosen["op"].split()] if chosen["op"] else []) + (["--quick"] if dry or part == "all" else [])
-    device = (
-        ["--device", "cpu", "--smoke", "--no-memory"]
-        if dry
-        else ["--device", "cuda", "--seconds", "3", "--total", LEFT]
-    )
+    on_gpu, on_cpu = (["--device", "cuda", "--seconds", "3", "--total"], ["--device", "cpu", "--smoke", "--no-memory"])
+    device = on_cpu if dry else [*on_gpu, LEFT]
     tune = [*python, "clipfast.bench", "tune", "--op", *(["attention-64"] if dry else chosen["tune"].split())]
     tune += ["--dry", "--limit", "3"] if dry else ["--card", "", "--limit", "48", "--seconds", "3", "--total", LEFT]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
@@ -120,13 +94,10 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
         found[suite] = Step(suite, [*python, "clipfast.bench", suite, *device, *results], 0, lines=200)
     if chosen["tune"]:
         found["tune"] = Step("tune", [*tune, "--tables", str(out / "tables")], 0)
-    found["sanitizer"] = Step(
-        "sanitizer",
-        [*sanitizer, *pytest, "tests/kernels/test_gpu.py", "-k", "finite"],
-        0,
-        # the cache is off: memory behind a tensor in a cached block is allocated too, so an overrun would be no error
-        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-    )
+    # without the cache: memory behind a tensor in a cached block is allocated too, so an overrun would be no error
+    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    command = [*sanitizer, *pytest, "tests/kernels/test_gpu.py", "-k", "finite"]
+    found["sanitizer"] = Step("sanitizer", command, 0, environment=uncached)
     if part == "step":
         del found["verify"]
     seconds = {name: SECONDS[name] if part == "all" else PART_SECONDS.get(name, SECONDS[name]) for name in found}
@@ -139,9 +110,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", default="all", choices=tuple(PARTS))
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument(
-        "--dry", action="store_true", help="run the smallest sizes on a CPU, to show that every step runs"
-    )
+    parser.add_argument("--dry", action="store_true", help="run small sizes on a CPU, to show that every step runs")
     args = parser.parse_args()
     out = args.out.resolve()
     clear(out)
@@ -218,9 +187,7 @@ def _run(step: Step, out: Path, environment: dict[str, str], seconds: float) -> 
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it has started: interrupt them, so that they can report what they have, then kill
-    them.
-    """
+    """Interrupt a process and all that it has started, so that they can report what they have; then kill them."""
     with contextlib.suppress(ProcessLookupError, subprocess.TimeoutExpired):
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGINT)
@@ -249,9 +216,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 
 
 def _workers(dry: bool) -> list[str]:
-    """Return pytest's option for several processes, if pytest-xdist is installed: compiling kernels on the host takes
-    most of the time.
-    """
+    """Return pytest's option for several processes if pytest-xdist is installed: compiling takes most of the time."""
     found = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0
     return ["-n", str(min(2 if dry else 12, os.cpu_count() or 1))] if found else []
 

@@ -21,11 +21,7 @@ class Done:
 def summarise(done: list[Done], out: Path, cached: Mapping[str, int], environment: Mapping[str, str]) -> None:
     """Write summary.txt: the end of each step's output, then refusals, caches, and the result of each step.
 
-    Args:
-        done: the steps so far.
-        out: folder of the results.
-        cached: :func:`cache_entries` before the first step.
-        environment: environment variables of the steps.
+    ``cached`` is what :func:`cache_entries` said before the first step.
     """
     lines: list[str] = []
     for step in done:

@@ -35,6 +35,8 @@ BACKLOG_CYCLES = 2_000_000
 MAX_SETS = 16
 # A call that takes longer is not repeated, except to time it.
 LONG_S = 1.0
+# Draws of the bootstrap, and the quantiles between which 95% of them lie.
+RESAMPLES, INTERVAL = 2000, (0.025, 0.975)
 # The share of the free memory that sets of inputs may take. The candidates need the rest.
 SETS_SHARE = 0.2
 
@@ -50,27 +52,16 @@ class Budget:
 
 @dataclasses.dataclass(eq=False)
 class Timing:
-    """Seconds per call of one candidate, sample by sample, or why there are none.
-
-    Attributes:
-        candidate: the implementation that is timed.
-        samples: seconds per call, one for each round.
-        timer: how the time is taken.
-        refused: why it was not timed, or None.
-        eager: why a call is no CUDA graph although it should be, or None. The samples then include the host's time.
-        function: the function that the candidate has made.
-        phases: seconds of the parts of a call, where the function knows them.
-        errors: relative errors by output.
-    """
+    """Seconds per call of one candidate, sample by sample, or why there are none."""
 
     candidate: Candidate
-    samples: list[float] = dataclasses.field(default_factory=list)
-    timer: str = ""
-    refused: str | None = None
-    eager: str | None = None
-    function: AnyFunction | None = None
-    phases: dict[str, float] = dataclasses.field(default_factory=dict)
-    errors: dict[str, float] = dataclasses.field(default_factory=dict)
+    samples: list[float] = dataclasses.field(default_factory=list)  # one for each round
+    timer: str = ""  # how the time is taken
+    refused: str | None = None  # why it was not timed
+    eager: str | None = None  # why a call is no CUDA graph although it should be; the host's time is then included
+    function: AnyFunction | None = None  # what the candidate has made
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of the parts of a call, if known
+    errors: dict[str, float] = dataclasses.field(default_factory=dict)  # relative errors by output
 
 
 @exact_float32()
@@ -142,26 +133,15 @@ def _refusing(*timings: Timing) -> Iterator[None]:
             torch.cuda.empty_cache()
 
 
-def ratio_interval(
-    ours: Sequence[float], other: Sequence[float], resamples: int = 2000, level: float = 0.95
-) -> tuple[float, float, float]:
-    """Return how many times as long ``other`` takes as ``ours``: the median of the rounds' ratios, with an interval
-    from the bootstrap.
+def ratio_interval(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
+    """Return how many times as long ``other`` takes as ``ours``: the median of the rounds' ratios, and low and high end
+    of an interval from the bootstrap.
 
     Both must come from the same rounds: what slowed down a round slowed down both, and cancels in the ratio.
-
-    Args:
-        ours: seconds by round.
-        other: seconds in the same rounds.
-        resamples: draws of the bootstrap.
-        level: the share of them inside the interval.
-
-    Returns:
-        (median, low, high)
     """
     ratios = np.asarray(other) / np.asarray(ours)
-    draws = np.random.default_rng(0).choice(ratios, (resamples, len(ratios)))
-    low, high = np.quantile(np.median(draws, axis=1), [(1 - level) / 2, (1 + level) / 2])
+    draws = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
+    low, high = np.quantile(np.median(draws, axis=1), INTERVAL)
     return float(np.median(ratios)), float(low), float(high)
 
 
@@ -194,26 +174,20 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
             with _refusing(timing):
                 timing.function = timing.candidate.make()
                 if case.reference is not None:
-                    truth = truth_of(case.reference)
-                    timing.errors = _errors(observe(case, timing.candidate, timing.function, inputs), truth)
+                    result, truth = observe(case, timing.candidate, timing.function, inputs), truth_of(case.reference)
+                    timing.errors = {name: _error(value, truth[name]) for name, value in result.items()}
                     timing.refused = "; ".join(_differences(case, timing.errors)) or None
 
 
-def _errors(result: dict[str, torch.Tensor], truth: dict[str, torch.Tensor]) -> dict[str, float]:
-    return {
-        name: ((value.double() - truth[name]).norm() / truth[name].double().norm().clamp(min=1e-30)).item()
-        for name, value in result.items()
-    }
+def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return ((value.double() - truth).norm() / truth.double().norm().clamp(min=1e-30)).item()
 
 
-def _differences(case: Case, errors: dict[str, float]) -> list[str]:
-    limits = {name: case.slack.get(name, 1.0) * GATE[case.dtype] for name in errors}
-    # not (error <= limit): NaN does not pass
-    return [
-        f"wrong: {name} is off by {error:.1e}, allowed {limits[name]:.0e}"
-        for name, error in errors.items()
-        if not error <= limits[name]
-    ]
+def _differences(case: Case, errors: dict[str, float]) -> Iterator[str]:
+    for name, error in errors.items():
+        limit = case.slack.get(name, 1.0) * GATE[case.dtype]
+        if not error <= limit:  # NaN does not pass
+            yield f"wrong: {name} is off by {error:.1e}, allowed {limit:.0e}"
 
 
 class _Runner:
@@ -276,8 +250,8 @@ class _Runner:
         return elapsed(turns, self.device)
 
 
-def _throttled(before: dict[str, Any], after: dict[str, Any]) -> bool | None:
-    """Return whether the card was throttled at one of two readings, or None where one could not be taken."""
-    if not (before["available"] and after["available"]):
+def _throttled(*readings: dict[str, Any]) -> bool | None:
+    """Return whether the card was throttled at one of the readings, or None if one of them could not be taken."""
+    if not all(reading["available"] for reading in readings):
         return None
-    return bool(before["throttled"] or after["throttled"])
+    return any(reading["throttled"] for reading in readings)

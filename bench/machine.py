@@ -1,6 +1,4 @@
-"""The conditions of a measurement: machine, versions, commit, clocks and temperature, and the machine's measured
-rates.
-"""
+"""The conditions of a measurement: machine, versions, commit, clocks, temperature, and the machine's measured rates."""
 
 import importlib.metadata
 import os
@@ -77,13 +75,9 @@ def describe(device: torch.device) -> dict[str, Any]:
     machine: dict[str, Any] = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "device": device.type}
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        machine |= {
-            "gpu": properties.name,
-            "arch": f"sm_{properties.major}{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_bytes": properties.total_memory,
-            "cuda": torch.version.cuda,
-        }
+        machine |= {"gpu": properties.name, "arch": f"sm_{properties.major}{properties.minor}"}
+        machine |= {"multiprocessors": properties.multi_processor_count, "memory_bytes": properties.total_memory}
+        machine["cuda"] = torch.version.cuda
     machine["cache_bytes"] = cache_bytes(device)
     return machine
 

@@ -27,20 +27,15 @@ TIMEOUT_S = 600
 def peak_bytes(case: Case, candidate: Candidate, function: AnyFunction | None = None) -> int:
     """Return the bytes that a call of ``candidate`` needs in addition to its inputs, outputs included.
 
-    Args:
-        case: the computation.
-        candidate: the implementation.
-        function: what the candidate has made already. On a CPU it is made again, in a process of its own.
+    ``function`` is what the candidate has made already. On a CPU it is made again, in a process of its own.
 
     Raises:
         RuntimeError: the call fails.
     """
     if case.device.type == "cuda":
         return _peak_on_gpu(case, candidate, function or candidate.make())
-    request = json.dumps(
-        {"suite": case.suite, "shape": dict(case.shape), "dtype": case.dtype, "candidate": candidate.name}
-    )
-    command = [sys.executable, "-m", "clipfast.bench.memory", request, str(torch.get_num_threads())]
+    request = json.dumps([case.suite, dict(case.shape), case.dtype, candidate.name, torch.get_num_threads()])
+    command = [sys.executable, "-m", "clipfast.bench.memory", request]
     # freed tensors go back to the system at once (mallopt(3)), so resident memory is memory in use
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     try:
@@ -90,10 +85,10 @@ def _status(name: str) -> int:
 
 def main() -> None:
     """Print the bytes that the call described on the command line needs: see :func:`peak_bytes`."""
-    request, threads = json.loads(sys.argv[1]), int(sys.argv[2])
+    suite, shape, dtype, name, threads = json.loads(sys.argv[1])
     torch.set_num_threads(threads)
-    case = build(request["suite"], request["shape"], request["dtype"], torch.device("cpu"))
-    (candidate,) = (c for c in case.candidates if c.name == request["candidate"])
+    case = build(suite, shape, dtype, torch.device("cpu"))
+    (candidate,) = (c for c in case.candidates if c.name == name)
     print(_peak_on_cpu(case, candidate))
 
 

@@ -1,6 +1,4 @@
-"""Pictures of a result: the loss by batch, the share of the floor by shape, the phases of a step, and where its time
-goes.
-"""
+"""Pictures of a result: the loss by batch, the share of the floor by shape, the phases and the breakdown of a step."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -24,11 +22,7 @@ COLOURS = {
 
 
 def draw(run: dict[str, Any], path: Path) -> list[Path]:
-    """Draw every picture that ``run`` has data for, into files that are named after ``path``.
-
-    Returns:
-        The pictures that were written.
-    """
+    """Draw every picture that ``run`` has data for, into files named after ``path``, and return the files."""
     cases = run["cases"]
     loss = [case for case in cases if case["suite"] == "loss"]
     pictures: dict[str, tuple[Callable[..., Figure], list[Any]]] = {

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from clipfast.files import replace_text
-from clipfast.kernels.dtypes import DTYPES
 
 from . import machine
 from .breakdown import Breakdown
@@ -51,11 +50,11 @@ def case_result(
     Args:
         case: what was measured.
         timings: one for each candidate.
-        telemetry: readings before and after, from :func:`clipfast.bench.harness.measure`.
+        telemetry: readings from :func:`clipfast.bench.harness.measure`.
         peaks: peak memory in bytes by candidate, or the reason why there is no figure.
         roof: the rates measured in this run for the dtype of the case.
         breakdowns: where the time of a step goes, by candidate, or the reason why that is not known.
-        transfers: seconds of each of the case's ``transfers``; None where nothing is sent, or where it does not fit.
+        transfers: seconds of each of the case's ``transfers``; None where nothing is sent or it does not fit.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
@@ -70,7 +69,11 @@ def case_result(
         "candidates": [_candidate_result(t, ours, peaks.get(t.candidate.name), floor_s) for t in timings],
     }
     for entry in result["candidates"]:
-        _add_breakdown(entry, (breakdowns or {}).get(entry["name"]))
+        breakdown = (breakdowns or {}).get(entry["name"])
+        if isinstance(breakdown, str):
+            entry["breakdown_refused"] = breakdown
+        elif breakdown is not None:
+            entry["breakdown"] = {**vars(breakdown), "unknown": dict(breakdown.unknown)}
     if case.model_flops:
         _add_utilisation(result, case, roof["matmul_flops_per_s"])
     if transfers:
@@ -91,13 +94,6 @@ def _add_utilisation(result: dict[str, Any], case: Case, measured: float) -> Non
             entry["mfu"] = {
                 name: case.model_flops / entry["median_s"] / peak if peak else None for name, peak in peaks.items()
             }
-
-
-def _add_breakdown(entry: dict[str, Any], breakdown: Breakdown | str | None) -> None:
-    if isinstance(breakdown, str):
-        entry["breakdown_refused"] = breakdown
-    elif breakdown is not None:
-        entry["breakdown"] = {**vars(breakdown), "unknown": dict(breakdown.unknown)}
 
 
 def _candidate_result(
@@ -122,9 +118,8 @@ def _candidate_result(
         if floor_s is not None:
             result["share_of_floor"] = floor_s / result["median_s"]
         if ours is not None and ours is not timing:
-            result["times_ours"] = dict(
-                zip(("median", "low", "high"), ratio_interval(ours.samples, timing.samples), strict=True)
-            )
+            interval = ratio_interval(ours.samples, timing.samples)
+            result["times_ours"] = dict(zip(("median", "low", "high"), interval, strict=True))
     return result
 
 
@@ -154,15 +149,3 @@ def read(path: Path) -> dict[str, Any]:
     if not isinstance(run, dict) or run.get("schema") != SCHEMA:
         raise ValueError(f"{path} is not a result file of schema {SCHEMA}")
     return run
-
-
-def dtypes_of(names: list[str]) -> list[str]:
-    """Return ``names`` if all of them are names of dtypes.
-
-    Raises:
-        ValueError: a name is unknown.
-    """
-    for name in names:
-        if name not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return names

@@ -28,17 +28,9 @@ CaseKey = tuple[str, Sizes, str]
 
 
 def measure_all(
-    keys: Sequence[CaseKey],
-    device: torch.device,
-    budget: Budget,
-    path: Path,
-    *,
-    only: Sequence[str] | None = None,
-    memory: bool = True,
-    breakdown: bool = True,
-    plots: bool = True,
-    total_s: float = float("inf"),
-) -> dict[str, Any]:
+    keys: Sequence[CaseKey], device: torch.device, budget: Budget, path: Path, *, only: Sequence[str] | None = None,
+    memory: bool = True, breakdown: bool = True, plots: bool = True, total_s: float = float("inf"),
+) -> dict[str, Any]:  # fmt: skip
     """Measure the case of each of ``keys``, print its table, and write everything to ``path``.
 
     Args:
@@ -85,18 +77,15 @@ def _measure_one(
             breakdowns[timing.candidate.name] = _breakdown(case, timing)
     for timing in timed if memory and case.suite not in ("data", "tokenizer") else []:
         _say(f"{label}: memory of {timing.candidate.name}")
-        peaks[timing.candidate.name] = _or_reason(
-            functools.partial(peak_bytes, case, timing.candidate, timing.function)
-        )
+        peak = functools.partial(peak_bytes, case, timing.candidate, timing.function)
+        peaks[timing.candidate.name] = _or_reason(peak)
     _say("")
     transfers = {name: _copied(size, case.device) for name, size in case.transfers.items()}
     return results.case_result(case, timings, telemetry, peaks, roof, breakdowns, transfers)
 
 
 def refused_of_ours(run: dict[str, Any]) -> list[str]:
-    """Return op, candidate and reason for each candidate of this package that was refused, unless it needs something
-    that is not here, such as a GPU.
-    """
+    """Return op, candidate and reason of each refused candidate of ours, unless it needs what is not here (a GPU)."""
     return [
         f"{case['op']} {candidate['name']}: {candidate['refused']}"
         for case in run["cases"]
@@ -116,10 +105,8 @@ def _or_reason(function: Callable[[], T]) -> T | str:
 
 
 def _breakdown(case: Case, timing: Timing) -> Breakdown | str:
-    seconds = statistics.median(timing.samples)
-    return _or_reason(
-        lambda: timing.function.breakdown(**leaves(case, case.inputs()), seconds=seconds)  # type: ignore[union-attr]
-    )
+    given = {**leaves(case, case.inputs()), "seconds": statistics.median(timing.samples)}
+    return _or_reason(lambda: timing.function.breakdown(**given))  # type: ignore[union-attr]
 
 
 def _copied(size: int, device: torch.device) -> float | None:
@@ -130,11 +117,9 @@ def _copied(size: int, device: torch.device) -> float | None:
 
 
 def chosen(case: Case, only: Sequence[str] | None) -> Case:
-    """Return ``case`` with our candidate and those that ``only`` names.
+    """Return ``case`` with our candidate and those that ``only`` names, or with all of them if it is None.
 
-    Args:
-        case: the case with all of its candidates.
-        only: names, or parts of names. The whole name of a candidate selects that candidate alone. None selects all.
+    A part of a name selects all candidates that have it, the whole name of a candidate that candidate alone.
 
     Raises:
         ValueError: no candidate of the case has such a name.

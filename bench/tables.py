@@ -19,9 +19,7 @@ def sizes(case: dict[str, Any]) -> str:
 
 
 def case_table(case: dict[str, Any]) -> str:
-    """Return the table of one case: a row for each candidate, and below it remarks on what could not be measured, or
-    was measured in another way than the rest.
-    """
+    """Return the table of one case: a row for each candidate, and remarks on what was not measured like the rest."""
     head = f"{case['op']}  {sizes(case)}  {case['dtype']}"
     if case["floor"]:
         head += f"   floor {seconds(case['floor']['seconds'])}"
@@ -167,12 +165,9 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
 
 
 def fill_readme(text: str, folder: Path, read: Callable[[Path], dict[str, Any]]) -> str:
-    """Return ``text`` with every table between ``<!-- bench FILE... -->`` and ``<!-- /bench -->`` made again.
+    """Return ``text``, a README, with each table from ``<!-- bench FILE... -->`` to ``<!-- /bench -->`` made again.
 
-    Args:
-        text: the README.
-        folder: where the named result files are; several of them may hold one table's training steps.
-        read: reads a result file.
+    ``read`` reads a result file in ``folder``; several files may hold the training steps of one table.
     """
 
     def block(match: re.Match[str]) -> str:

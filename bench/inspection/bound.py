@@ -48,21 +48,13 @@ class Mma:
 
 @dataclasses.dataclass(frozen=True)
 class Cycles:
-    """Clock cycles per block for which a piece of code uses each unit of a multiprocessor.
+    """Clock cycles per block for which a piece of code uses each unit of a multiprocessor."""
 
-    Attributes:
-        peak: cycles of its products at the peak rate, on the matrix unit or as multiply-adds on the float32 lanes.
-        mma: cycles of the matrix unit, more than ``peak`` for instructions that do not reach the peak.
-        exp: cycles of the exponential unit (all special functions).
-        fp32: cycles of the float32 lanes.
-        issue: cycles of the issue slots.
-    """
-
-    peak: float
-    mma: float
-    exp: float
-    fp32: float
-    issue: float
+    peak: float  # of its products at the peak rate, on the matrix unit or as multiply-adds on the float32 lanes
+    mma: float  # of the matrix unit, more than ``peak`` for instructions that do not reach the peak
+    exp: float  # of the exponential unit (all special functions)
+    fp32: float  # of the float32 lanes
+    issue: float  # of the issue slots
 
     @property
     def limit(self) -> str:
@@ -77,19 +69,12 @@ class Cycles:
 
 @dataclasses.dataclass(frozen=True)
 class Bound:
-    """The bound of a kernel.
+    """The bound of a kernel."""
 
-    Attributes:
-        unit: the unit of the products: "tensor", or "fp32" for products that must stay exact.
-        region: addresses of the hottest loop, or "kernel" if the products are in straight-line code.
-        loop: cycles of one iteration of that loop.
-        outside: cycles of one iteration of the loop around it, or of the kernel, without the loop itself.
-    """
-
-    unit: str
-    region: str
-    loop: Cycles
-    outside: Cycles
+    unit: str  # of the products: "tensor", or "fp32" for products that must stay exact
+    region: str  # addresses of the hottest loop, or "kernel" if the products are in straight-line code
+    loop: Cycles  # of one iteration of that loop
+    outside: Cycles  # of one iteration of the loop around it, or of the kernel, without the loop itself
 
     @property
     def share(self) -> float:

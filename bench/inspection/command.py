@@ -99,13 +99,7 @@ def inspect_case(arch: int, case: str, *, peer: bool = False) -> list[Report]:
 def inspect_all(
     archs: Sequence[int] = ARCHS, *, substring: str = "", peers: bool = False, jobs: int | None = None
 ) -> tuple[list[Report], list[str]]:
-    """Report all shipped kernels.
-
-    Args:
-        archs: compute capabilities.
-        substring: take only cases whose name contains it.
-        peers: report the peers' kernels too.
-        jobs: number of processes (default: one for each core).
+    """Report all shipped kernels, and with ``peers`` those of installed peers, in the cases that contain ``substring``.
 
     Returns:
         The reports, in order, and a line for each peer that is not installed or does not compile.
@@ -138,8 +132,7 @@ def inspect_all(
 
 def _run(tasks: list[tuple[int, str, bool]], jobs: int) -> Iterator[list[Report] | str]:
     """Yield the results in the order of the tasks."""
-    jobs = min(jobs, len(tasks))
-    if jobs == 1:
+    if min(jobs, len(tasks)) == 1:
         yield from _progress(map(_inspect, tasks), len(tasks))
         return
     # a fork server imports everything once, and its children have no thread of this process
@@ -172,21 +165,14 @@ def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``clipfast inspect``."""
-    parser.add_argument(
-        "--arch",
-        nargs="+",
-        type=int,
-        default=list(ARCHS),
-        metavar="N",
-        help="compute capabilities (default: 80 90 100)",
-    )
-    parser.add_argument("--case", default="", metavar="TEXT", help="report only cases whose name contains TEXT")
-    parser.add_argument("--peers", action="store_true", help="report the kernels of installed peers too")
-    parser.add_argument("--json", metavar="FILE", help="write everything to FILE too")
-    parser.add_argument(
-        "--snapshot", metavar="FILE", help="file of resources to compare with (default: tests/kernels/resources.json)"
-    )
-    parser.add_argument("--jobs", type=int, metavar="N", help="number of processes (default: one for each core)")
+    add = parser.add_argument
+    add("--arch", nargs="+", type=int, default=ARCHS, metavar="N", help="compute capabilities (default: 80 90 100)")
+    add("--case", default="", metavar="TEXT", help="report only cases whose name contains TEXT")
+    add("--peers", action="store_true", help="report the kernels of installed peers too")
+    add("--json", metavar="FILE", help="write everything to FILE too")
+    add("--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)")
+    add("--jobs", type=int, metavar="N", help="number of processes (default: one for each core)")
+    add("--traceback", action="store_true", help="show where an error was raised")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -202,12 +188,8 @@ def run(args: argparse.Namespace) -> int:
     changes = [] if snapshot is None else differences(shipped, snapshot, VERSION)
     failing = [report for report in shipped if report.failures]
     if args.json:
-        record = {
-            "triton": triton.__version__,
-            "reports": [to_json(report) for report in reports],
-            "missing": missing,
-            "differences": changes,
-        }
+        record = {"triton": triton.__version__, "reports": [to_json(report) for report in reports]}
+        record |= {"missing": missing, "differences": changes}
         Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
     print(table(reports))
     print(f"\n{len(shipped)} shipped kernels, Triton {triton.__version__}: {len(failing)} with a problem")
@@ -236,12 +218,7 @@ def _read_snapshot(path: str | None) -> dict[str, Any] | None:
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand to those of ``clipfast``."""
-    parser = commands.add_parser(
-        "inspect",
-        description=explain(),
-        epilog="Example: clipfast inspect --arch 90 --case attention",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    raw, example = argparse.RawDescriptionHelpFormatter, "Example: clipfast inspect --arch 90 --case attention"
+    parser = commands.add_parser("inspect", description=explain(), epilog=example, formatter_class=raw)
     add_arguments(parser)
-    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)

@@ -1,7 +1,8 @@
 """CUDA's occupancy calculation: how many blocks of a kernel fit on one multiprocessor, and what is the limit."""
 
 import dataclasses
-import math
+
+import triton
 
 from clipfast.kernels.hardware import ARCHITECTURES
 
@@ -26,12 +27,8 @@ class Occupancy:
 def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_columns: int = 0) -> Occupancy:
     """Compute the occupancy of a kernel.
 
-    Args:
-        arch: compute capability, 80, 90 or 100.
-        registers: registers per thread.
-        warps: warps per block.
-        shared_bytes: shared memory per block, static and dynamic.
-        tmem_columns: columns of tensor memory per block. They are a limit, because a block waits for free columns.
+    ``registers`` are those of a thread. Warps, shared memory (static and dynamic) and columns of tensor memory are
+    those of a block. Tensor memory is a limit, because a block waits for free columns.
 
     Raises:
         ValueError: ``arch`` is unknown, or there are no warps.
@@ -41,20 +38,16 @@ def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_
     if warps < 1:
         raise ValueError(f"warps must be at least 1, got {warps}")
     limits = ARCHITECTURES[arch]
-    per_warp = _up(max(registers, 1) * 32, REGISTER_UNIT)
+    per_warp = triton.cdiv(max(registers, 1) * 32, REGISTER_UNIT) * REGISTER_UNIT
+    per_block = triton.cdiv(shared_bytes + SHARED_RESERVED, SHARED_UNIT) * SHARED_UNIT
     allowed = {
         "blocks": limits.blocks,
         "warps": limits.warps // warps,
         "registers": limits.registers // SUB_PARTITIONS // per_warp * SUB_PARTITIONS // warps,
-        "shared": limits.shared_bytes // _up(shared_bytes + SHARED_RESERVED, SHARED_UNIT),
+        "shared": limits.shared_bytes // per_block,
     }
     if tmem_columns:
-        columns = max(TENSOR_UNIT, 2 ** math.ceil(math.log2(tmem_columns)))
-        allowed["tmem"] = limits.tensor_columns // columns
+        allowed["tmem"] = limits.tensor_columns // max(TENSOR_UNIT, triton.next_power_of_2(tmem_columns))
     blocks = min(allowed.values())
     binding = tuple(resource for resource, number in allowed.items() if number == blocks)
     return Occupancy(blocks, binding, blocks * warps / limits.warps)
-
-
-def _up(value: int, unit: int) -> int:
-    return -(-value // unit) * unit

@@ -43,12 +43,8 @@ class Resources:
 def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
     """Return what is wrong with a compiled kernel: it spills, exceeds a limit, or multiplies with the wrong unit.
 
-    Args:
-        resources: what the kernel takes.
-        arch: compute capability, 80, 90 or 100.
-        half: whether its operands have 16 bits, and so must use the tensor cores. Float32 must stay exact, and so must
-            not use them.
-        multiplies: whether it has a matrix product.
+    A kernel that ``multiplies`` operands of 16 bits (``half``) must use the tensor cores. Float32 must stay exact, and
+    so must not use them.
     """
     limits = ARCHITECTURES[arch]
     found = []
@@ -75,16 +71,11 @@ def record(arch: int, op: Callable[[], object]) -> list[Launch]:
     """Record the launches that ``op`` would make on compute capability ``arch``, each distinct one once."""
     with record_launches(arch) as launches:
         op()
-    distinct = {
-        (launch.kernel.__name__, str(_specialise(launch)), str(launch.constexprs)): launch for launch in launches
-    }
-    return list(distinct.values())
+    return list({(launch.kernel.__name__, str(_specialise(launch))): launch for launch in launches}.values())
 
 
 def named(launches: list[Launch]) -> dict[str, Launch]:
-    """Return launches by kernel name and number, since one kernel may be launched in several ways, such as with other
-    strides.
-    """
+    """Return launches by kernel name and number: one kernel may be launched in several ways, as with other strides."""
     keys: dict[str, Launch] = {}
     for launch in launches:
         name = launch.kernel.__name__
@@ -105,14 +96,10 @@ def compile_kernel(launch: Launch, arch: int) -> Any:
 
 
 def resources(kernel: Any, sass: str | None = None) -> Resources:
-    """Return what a compiled kernel takes, read from the machine code that would run.
+    """Return what a compiled kernel takes, read from the machine code that would run; ``sass`` is its text, if known.
 
     Assembling its PTX again would describe another kernel, because Triton gives the assembler options that change
     registers and spills.
-
-    Args:
-        kernel: the compiled kernel.
-        sass: its disassembly, if the caller has it already.
     """
     usage = _cuobjdump(kernel, "-res-usage")
     # spills are in the stack frame: without one there are none to count

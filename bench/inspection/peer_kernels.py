@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import importlib.util
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -33,8 +34,8 @@ def peers() -> list[Peer]:
     """Return the peers of the contrastive loss, with forward and backward passes on 1,024 pairs in bfloat16."""
     return [
         # 1280, the features of bigG/14, are more than its backward in the style of FlashAttention takes
-        Peer("memeff", "memeff==0.3.1", {f"memeff N1024 D{dim} bf16": _memeff(dim) for dim in (512, 768, 1280)}),
-        Peer("inf_cl", "inf-cl==1.2.1", {f"inf-cl N1024 D{dim} bf16": _inf_cl(dim) for dim in (512, 768)}),
+        Peer("memeff", "memeff==0.3.1", {f"memeff N1024 D{d} bf16": partial(_memeff, d) for d in (512, 768, 1280)}),
+        Peer("inf_cl", "inf-cl==1.2.1", {f"inf-cl N1024 D{d} bf16": partial(_inf_cl, d) for d in (512, 768)}),
     ]
 
 
@@ -87,19 +88,13 @@ def _features(dim: int) -> tuple[torch.Tensor, torch.Tensor]:
     return image, text
 
 
-def _memeff(dim: int) -> Case:
-    def run() -> None:
-        from memeff import MemoryEfficientCLIPLoss  # type: ignore[import-not-found]
+def _memeff(dim: int) -> None:
+    from memeff import MemoryEfficientCLIPLoss  # type: ignore[import-not-found]
 
-        MemoryEfficientCLIPLoss(normalized_inputs=True)(*_features(dim)).backward()
-
-    return run
+    MemoryEfficientCLIPLoss(normalized_inputs=True)(*_features(dim)).backward()
 
 
-def _inf_cl(dim: int) -> Case:
-    def run() -> None:
-        from inf_cl import cal_flash_loss  # type: ignore[import-not-found]
+def _inf_cl(dim: int) -> None:
+    from inf_cl import cal_flash_loss  # type: ignore[import-not-found]
 
-        cal_flash_loss(*_features(dim), scale=10.0).mean().backward()
-
-    return run
+    cal_flash_loss(*_features(dim), scale=10.0).mean().backward()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import textwrap
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,37 +45,21 @@ def explain() -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """One compiled launch on one architecture.
+    """One compiled launch on one architecture."""
 
-    Attributes:
-        case: name of the call that makes the launch.
-        kernel: name of the kernel, and its number among the launches of that kernel.
-        arch: compute capability, 80, 90 or 100.
-        resources: registers, spills, shared memory, tensor memory, matrix unit.
-        warps: warps per block.
-        occupancy: blocks per multiprocessor, and what limits them.
-        mma: kinds of matrix instructions, such as "HGMMA 64x128x16 bf16".
-        tma: whether it uses the tensor memory accelerator.
-        bound: upper bound on the use of the matrix unit, or None.
-        unbounded: why there is no bound, or "".
-        problems: what is wrong with it; see :func:`clipfast.bench.inspection.offline.problems`.
-        known: those of ``problems`` that the compiler causes and clipfast cannot avoid.
-        peer: whether it is a kernel of another package.
-    """
-
-    case: str
-    kernel: str
-    arch: int
+    case: str  # name of the call that makes the launch
+    kernel: str  # name of the kernel, and its number among the launches of that kernel
+    arch: int  # compute capability, 80, 90 or 100
     resources: Resources
-    warps: int
+    warps: int  # per block
     occupancy: Occupancy
-    mma: tuple[str, ...]
-    tma: bool
-    bound: Bound | None
-    unbounded: str
-    problems: tuple[str, ...]
-    known: tuple[str, ...] = ()
-    peer: bool = False
+    mma: tuple[str, ...]  # kinds of matrix instructions, such as "HGMMA 64x128x16 bf16"
+    tma: bool  # whether it uses the tensor memory accelerator
+    bound: Bound | None  # upper bound on the use of the matrix unit
+    unbounded: str  # why there is no bound, or ""
+    problems: tuple[str, ...]  # what :func:`clipfast.bench.inspection.offline.problems` found
+    known: tuple[str, ...] = ()  # problems that the compiler causes and clipfast cannot avoid
+    peer: bool = False  # whether it is a kernel of another package
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -139,42 +124,35 @@ def _row(report: Report) -> dict[str, str]:
 
 def _kinds(kinds: Sequence[str]) -> str:
     """Return the kinds of instructions in one text, with those that differ only in shape put together."""
-    shapes: dict[tuple[str, str], list[str]] = {}
+    shapes: dict[tuple[str, str], list[str]] = defaultdict(list)
     for kind in kinds:
         name, _, rest = kind.partition(" ")
         shape, _, operand = rest.partition(" ")
-        shapes.setdefault((name, operand), []).append(shape)
+        shapes[name, operand].append(shape)
     return ", ".join(f"{name} {'+'.join(found)} {operand}".strip() for (name, operand), found in shapes.items()) or "-"
 
 
 def differences(reports: Sequence[Report], snapshot: dict[str, Any], version: str) -> list[str]:
     """Return what differs from a snapshot, one line for each kernel. Only inspected cases are compared.
 
-    Args:
-        reports: reports of the shipped kernels.
-        snapshot: resources by Triton version ("3.9"), architecture ("sm_90"), case and kernel.
-        version: the installed version of Triton.
+    The snapshot holds resources by Triton version ("3.9"), architecture ("sm_90"), case and kernel.
     """
     if version not in snapshot:
         return [f"the snapshot has no entry for Triton {version}, only {', '.join(sorted(snapshot)) or 'none at all'}"]
-    now: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    found: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for report in reports:
-        kernels = now.setdefault((f"sm_{report.arch}", report.case), {})
-        kernels[report.kernel] = dataclasses.asdict(report.resources)
+        found[f"sm_{report.arch}", report.case][report.kernel] = dataclasses.asdict(report.resources)
     lines = []
-    for (arch, case), kernels in now.items():
+    for (arch, case), kernels in found.items():
         before: dict[str, dict[str, Any]] = snapshot[version].get(arch, {}).get(case, {})
         for kernel in sorted({*kernels, *before}):
             old, new = before.get(kernel), kernels.get(kernel)
             if old == new:
                 continue
             if old is None or new is None:
-                change = "new" if old is None else "gone"
+                changes = ["new" if old is None else "gone"]
             else:
-                change = ", ".join(
-                    f"{key} {old.get(key)} -> {new.get(key)}"
-                    for key in sorted({*old, *new})
-                    if old.get(key) != new.get(key)
-                )
-            lines.append(f"{arch} {case}: {kernel}: {change}")
+                both = [(key, old.get(key), new.get(key)) for key in sorted({*old, *new})]
+                changes = [f"{key} {was} -> {now}" for key, was, now in both if was != now]
+            lines.append(f"{arch} {case}: {kernel}: {', '.join(changes)}")
     return lines

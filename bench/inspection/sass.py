@@ -48,26 +48,23 @@ class UnknownControlFlow(Exception):  # noqa: N818  (a finding, not a failure)
     """A branch whose target is not in the text."""
 
 
-def parse(text: str, function: str | None = None) -> list[Instruction]:
-    """Read the instructions of ``function`` (default: the first one) from the output of ``cuobjdump -sass``.
+def parse(text: str) -> list[Instruction]:
+    """Read the instructions of the first function in the output of ``cuobjdump -sass``.
 
     Raises:
-        ValueError: the text has no such function, or no instruction.
+        ValueError: the text has no instruction, or one that cannot be read.
     """
     found: list[Instruction] = []
-    current: str | None = None
     for line in text.splitlines():
-        if header := _FUNCTION.match(line):
-            if found:
-                break
-            current = header.group(1)
-        elif (function is None or current == function) and (match := _LINE.match(line)):
+        if found and _FUNCTION.match(line):
+            break
+        if match := _LINE.match(line):
             parts = _TEXT.match(match["text"])
             if parts is None:
                 raise ValueError(f"cannot read the instruction {match['text']!r}")
             found.append(Instruction(int(match["address"], 16), parts["guard"], parts["opcode"], parts["operands"]))
     if not found:
-        raise ValueError(f"no instructions of {function or 'any function'} in the disassembly")
+        raise ValueError("no instructions in the disassembly")
     return found
 
 

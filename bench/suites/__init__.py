@@ -6,35 +6,25 @@ from collections.abc import Callable
 
 import torch
 
+from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import OpSpec, specs
 
-from ..case import DTYPES, Case, Sizes
+from ..case import Case, Sizes
 from . import data, ops, step, tokenizer
 
 
 @dataclasses.dataclass(frozen=True)
 class Suite:
-    """A kind of computation.
+    """A kind of computation."""
 
-    Attributes:
-        help: one line.
-        shapes: default shapes on a device type, "cpu" or "cuda".
-        build: a case from a shape, a dtype's name and a device.
-        fields: sizes that a shape has, with an example of each.
-        smallest: a shape that shows whether everything runs.
-        optional: sizes that a shape need not name.
-        dtypes: the only dtypes that make sense; none means any.
-        op: the op's specification, if it measures one.
-    """
-
-    help: str
-    shapes: Callable[[str], list[Sizes]]
-    build: Callable[[Sizes, str, torch.device], Case]
-    fields: Sizes
-    smallest: Sizes
-    optional: frozenset[str] = frozenset()
-    dtypes: tuple[str, ...] = ()
-    op: OpSpec | None = None
+    help: str  # one line
+    shapes: Callable[[str], list[Sizes]]  # default shapes on a device type, "cpu" or "cuda"
+    build: Callable[[Sizes, str, torch.device], Case]  # makes a case from a shape, a dtype's name and a device
+    fields: Sizes  # sizes that a shape has, with an example of each
+    smallest: Sizes  # a shape that shows whether everything runs
+    optional: frozenset[str] = frozenset()  # sizes that a shape need not name
+    dtypes: tuple[str, ...] = ()  # the only ones that make sense; none means any
+    op: OpSpec | None = None  # the op's specification, if it measures one
 
 
 def _suite_of(spec: OpSpec) -> Suite:
@@ -44,31 +34,23 @@ def _suite_of(spec: OpSpec) -> Suite:
         help=f"{spec.name}: {title[0].lower()}{title[1:]}",
         shapes=lambda device_type: [shape.to_dict() for shape in spec.bench[device_type]],
         build=functools.partial(ops.build, spec),
-        fields={field.name: _example(field) for field in fields},
+        fields={field.name: field.default if isinstance(field.default, (bool, int, float)) else 64 for field in fields},
         smallest=spec.small[0].to_dict(),
         optional=frozenset(field.name for field in fields if field.default is not dataclasses.MISSING),
         op=spec,
     )
 
 
-def _example(field: dataclasses.Field[object]) -> int | float | bool:
-    return field.default if isinstance(field.default, (bool, int, float)) else 64
-
-
+_FP32 = ("fp32",)
 SUITES = {spec.suite_name: _suite_of(spec) for spec in specs().values()} | {
     "step": Suite(
         "a whole training step: forward, loss, backward, AdamW", step.shapes, step.build, step.FIELDS, step.SMALLEST
     ),
     "data": Suite(
-        "decoding and transforming images", data.shapes, data.build, data.FIELDS, data.SMALLEST, dtypes=("fp32",)
+        "decoding and transforming images", data.shapes, data.build, data.FIELDS, data.SMALLEST, dtypes=_FP32
     ),
     "tokenizer": Suite(
-        "captions to token ids",
-        tokenizer.shapes,
-        tokenizer.build,
-        tokenizer.FIELDS,
-        tokenizer.SMALLEST,
-        dtypes=("fp32",),
+        "captions to token ids", tokenizer.shapes, tokenizer.build, tokenizer.FIELDS, tokenizer.SMALLEST, dtypes=_FP32
     ),
 }
 

@@ -45,19 +45,18 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
 
 
 def _ours(files: list[bytes], size: int, *, uint8: bool) -> Function:
-    return _all(files, open_image, image_transform(size, uint8=uint8))
+    return functools.partial(_all, files, open_image, image_transform(size, uint8=uint8))
 
 
 def _open_clip(files: list[bytes], size: int) -> Function:
     transform = peers.need("open_clip", "open_clip_torch").image_transform(size, is_train=False)
-    return _all(files, lambda file: Image.open(io.BytesIO(file)), transform)
+    return functools.partial(_all, files, lambda file: Image.open(io.BytesIO(file)), transform)
 
 
-def _all(files: list[bytes], decode: Callable[[bytes], Image.Image], transform: Callable[[Any], Tensor]) -> Function:
-    def run(order: Tensor) -> Tensor:
-        return torch.stack([transform(decode(files[index])) for index in order.tolist()])
-
-    return run
+def _all(
+    files: list[bytes], decode: Callable[[bytes], Image.Image], transform: Callable[[Any], Tensor], order: Tensor
+) -> Tensor:
+    return torch.stack([transform(decode(files[index])) for index in order.tolist()])
 
 
 def _jpegs(count: int, width: int, height: int) -> list[bytes]:

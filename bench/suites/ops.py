@@ -9,9 +9,10 @@ import functools
 
 import torch
 
+from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import Call, Draw, OpSpec, Shape
 
-from ..case import DTYPES, GRADS, OURS, AnyFunction, Candidate, Case, Inputs, Sizes
+from ..case import GRADS, OURS, Candidate, Case, Inputs, Sizes
 from . import peers
 from .rivals import PLAIN, RIVALS
 
@@ -38,7 +39,9 @@ def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
         reference=functools.partial(spec.reference, **call.options),
         floor=floor,
         items=(getattr(shape, size), noun),
-        wants_grad=_wants_grad(spec, call),
+        wants_grad=tuple(
+            name for name, x in call.inputs.items() if call.grads and x.is_floating_point() and name not in spec.frozen
+        ),
     )
 
 
@@ -48,22 +51,12 @@ def _inputs(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Inp
     return call.inputs | {name: grad for name, grad in zip(GRADS, call.grads, strict=False) if grad.ndim}
 
 
-def _wants_grad(spec: OpSpec, call: Call) -> tuple[str, ...]:
-    if not call.grads:
-        return ()
-    return tuple(name for name, x in call.inputs.items() if x.is_floating_point() and name not in spec.frozen)
-
-
 def _candidates(spec: OpSpec, call: Call, device: torch.device) -> tuple[Candidate, ...]:
     ours = functools.partial(spec.op, **call.options)
     plain, note = PLAIN.get(spec.name, (functools.partial(spec.reference, **call.options), ""))
     return (
         Candidate(OURS, lambda: ours),
         Candidate("PyTorch", lambda: plain, note=note),
-        Candidate("PyTorch compiled", lambda: _compiled(plain), note=note),
+        Candidate("PyTorch compiled", lambda: peers.compiled(plain), note=note),
         *(RIVALS[spec.name](call.options, device) if spec.name in RIVALS else ()),
     )
-
-
-def _compiled(function: AnyFunction) -> AnyFunction:
-    return peers.compiled(function)

@@ -31,11 +31,7 @@ def need(module: str, package: str) -> ModuleType:
 
 
 def compiled(function: Callable[..., R], *, fullgraph: bool = False) -> Callable[..., R]:
-    """``torch.compile`` of a candidate, for the shape at hand; ``harness.measure`` forgets those of earlier cases.
-
-    Args:
-        fullgraph: refuse a function that is not one graph.
-    """
+    """Compile a candidate for the shape at hand. ``harness.measure`` forgets what was compiled for earlier cases."""
     # on a CPU, the profiler sees what TorchInductor has compiled only if it was told so
     options: dict[str, str | int | bool | Callable[..., Any]] = {"cpp.enable_kernel_profile": True}
     return torch.compile(function, dynamic=False, fullgraph=fullgraph, options=options)

@@ -26,11 +26,6 @@ PYTHON_SCALE = "its temperature is a number, not learned"
 IN_A_PASS = "the bias in a pass, where a linear layer adds it in its product"
 
 
-def _on_gpu(device: torch.device, function: Function) -> Function:
-    require_cuda(device)
-    return function
-
-
 # What a model in the dtype of the case does: it casts float32 parameters, which takes next to nothing, and leaves the
 # arithmetic to PyTorch's own kernels. The references compute in float32.
 
@@ -87,12 +82,9 @@ def _flash_attn(heads: int, causal: bool, device: torch.device) -> Function:
 
 
 def _contrastive(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
+    copyless = "10 N^2 D operations, no float32 copy of the text gradients"
     return (
-        Candidate(
-            f"{OURS}, memory=min",
-            functools.partial(_on_gpu, device, functools.partial(contrastive_loss, memory="min")),
-            note="10 N^2 D operations, no float32 copy of the text gradients",
-        ),
+        Candidate(f"{OURS}, memory=min", functools.partial(_least_memory, device), note=copyless),
         Candidate("OpenCLIP ClipLoss", _open_clip),
         Candidate("OpenCLIP ClipLoss compiled", lambda: peers.compiled(_open_clip())),
         Candidate("F.linear_cross_entropy x2", _linear_cross_entropy),
@@ -103,13 +95,15 @@ def _contrastive(options: Mapping[str, Any], device: torch.device) -> tuple[Cand
     )
 
 
+def _least_memory(device: torch.device) -> Function:
+    require_cuda(device)
+    return functools.partial(contrastive_loss, memory="min")
+
+
 def _open_clip() -> Function:
     loss = peers.need("open_clip.loss", "open_clip_torch").ClipLoss()
-
-    def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
-        return loss(image, text, logit_scale)
-
-    return run
+    # the parameters of its forward have other names
+    return lambda image, text, logit_scale: loss(image, text, logit_scale)
 
 
 def _two_sided(one_sided: Function) -> Function:
@@ -164,10 +158,7 @@ def _liger(device: torch.device) -> Function:
     require_cuda(device)
     function = peers.need("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel")
 
-    def run(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        return function.LigerFusedLinearCrossEntropyFunction.apply(x, weight, targets)[0]
-
-    return _two_sided(run)
+    return _two_sided(lambda *args: function.LigerFusedLinearCrossEntropyFunction.apply(*args)[0])
 
 
 def _sigmoid(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
@@ -179,21 +170,13 @@ def _sigmoid(options: Mapping[str, Any], device: torch.device) -> tuple[Candidat
 
 def _open_siglip() -> Function:
     loss = peers.need("open_clip.loss", "open_clip_torch").SigLipLoss()
-
-    def run(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        return loss(image, text, logit_scale, logit_bias)
-
-    return run
+    return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale, logit_bias)
 
 
 def _siglip_kernel(device: torch.device) -> Function:
     require_cuda(device)
     loss = peers.need("siglip_kernel", "siglip-kernel").fused_siglip_loss
-
-    def run(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor) -> Tensor:
-        return loss(image, text, logit_scale.log(), logit_bias)
-
-    return run
+    return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale.log(), logit_bias)
 
 
 # What stands in place of the reference as "PyTorch", with a note for the reader.

@@ -144,9 +144,6 @@ class _Normalizing(nn.Module):
 class MeasuredStep:
     """One step of AdamW on a batch, as a function of images and texts.
 
-    :meth:`phases` times its parts, :meth:`observe` returns what it computes, and :meth:`breakdown` finds where the time
-    goes.
-
     Args:
         name: name of the model's configuration.
         model: computes both features and the logit scale from images and texts.
@@ -184,12 +181,9 @@ class MeasuredStep:
         return times
 
     def breakdown(self, images: Tensor, texts: Tensor, seconds: float) -> Breakdown:
-        """Trace steps and return where the time goes, including the transfer of the inputs to the device.
+        """Trace steps, which take ``seconds`` without a profiler, and return where the time goes.
 
-        Args:
-            images: bytes [B, 3, H, W].
-            texts: token ids [B, context_length].
-            seconds: the time that a step takes without a profiler.
+        The transfer of the inputs to the device counts too: bytes [B, 3, H, W] and token ids [B, context_length].
         """
         plain, self._range = self._range, record_function
         try:

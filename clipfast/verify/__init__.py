@@ -1,8 +1,7 @@
 """Numerics as a report: every op, a whole model and a training curve, held to PyTorch.
 
-``rule`` is the rule for errors, ``shapes`` what is checked and why, ``ops``, ``models`` and ``curve`` the checks,
-``options``,
-``plan`` and ``run`` what runs, ``child`` a leg in another process, ``report`` and ``table`` how rows are written.
+``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options``, ``plan`` and ``run`` say
+what runs, ``child`` runs a leg in another process, and ``report`` and ``table`` write the results.
 
     from clipfast.verify import Options, exit_code, run_verify
     rows = run_verify(Options(ops=("attention",)), json_path=Path("verify.json"))
@@ -15,17 +14,6 @@ from .run import iter_groups, run_verify
 from .table import summary, table
 
 __all__ = [
-    "CheckResult",
-    "Figure",
-    "Judgement",
-    "Options",
-    "exit_code",
-    "iter_groups",
-    "judge",
-    "read_json",
-    "run_verify",
-    "summary",
-    "table",
-    "write_json",
-    "write_junit",
-]
+    "CheckResult", "Figure", "Judgement", "Options", "exit_code", "iter_groups", "judge", "read_json", "run_verify",
+    "summary", "table", "write_json", "write_junit",
+]  # fmt: skip

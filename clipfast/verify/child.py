@@ -26,12 +26,9 @@ STDERR_TAIL = 1500  # characters
 def groups_of_child(options: dict[str, Any], leg: str, hang_seconds: float) -> Generator[list[CheckResult], None, None]:
     """Start ``leg`` in a subprocess, and return a generator of the results of one check after the other.
 
-    The subprocess runs beside the caller from the start, on one thread; closing the generator kills it.
-
-    Args:
-        options: options from :meth:`clipfast.verify.Options.to_dict`.
-        leg: "interpreter" or "cpu".
-        hang_seconds: how long the subprocess may be silent, while the caller waits for it, before it is killed.
+    The subprocess runs beside the caller from the start, on one thread. Closing the generator kills it, and so does a
+    silence of ``hang_seconds`` while the caller waits for it. ``options`` come from
+    :meth:`clipfast.verify.Options.to_dict`.
     """
     groups = _groups(options, leg, hang_seconds)
     next(groups)
@@ -106,7 +103,6 @@ def main() -> None:
 
     options = Options.from_dict(json.loads(sys.argv[1]))
     for check in checks(options, here()):
-        out.write(json.dumps([row.to_dict() for row in timed(check.rows, check.template)], allow_nan=False) + "\n")
-        out.flush()
-    out.write(json.dumps(FINISHED) + "\n")
-    out.flush()
+        rows = [row.to_dict() for row in timed(check.rows, check.template)]
+        print(json.dumps(rows, allow_nan=False), file=out, flush=True)
+    print(json.dumps(FINISHED), file=out, flush=True)

@@ -1,6 +1,7 @@
 """``clipfast verify``: its arguments, progress, and what it prints."""
 
 import argparse
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -32,28 +33,21 @@ def add_parser(commands: Any) -> None:
     from .options import OPS
 
     parser = commands.add_parser(
-        "verify",
-        help="check the numerics of kernels, model and training",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        "verify", help="check the numerics of kernels, model and training", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    several = {"nargs": "+", "action": "extend"}
-    parser.add_argument(
-        "--op", **several, metavar="OP", help=f"what to check: {', '.join(OPS)} (default: all)"
     )  # fmt: skip
-    parser.add_argument("--model", **several, metavar="NAME", help="models for the model check (default: ViT-T-8-32)")
-    parser.add_argument("--dtype", **several, metavar="DTYPE", help="fp32, fp16, bf16 (default: all)")
-    parser.add_argument(
-        "--against", **several, metavar="PEER", help="openclip, hf: other models with the same weights "
-        "(default: openclip if installed)",
-    )  # fmt: skip
-    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--quick", action="store_true", help="fewer cases, about a minute")
-    parser.add_argument("--all-rows", action="store_true", help="print every output, not the nearest to its limit")
-    parser.add_argument("--junit", type=Path, metavar="FILE", help="write JUnit XML, a testcase for each row")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all rows, kept up to date while it runs")
-    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    add, several = parser.add_argument, {"nargs": "+", "action": "extend"}
+    add("--op", **several, metavar="OP", help=f"what to check: {', '.join(OPS)} (default: all)")
+    add("--model", **several, metavar="NAME", help="models for the model check (default: ViT-T-8-32)")
+    add("--dtype", **several, metavar="DTYPE", help="fp32, fp16, bf16 (default: all)")
+    peers = "openclip, hf: other models with the same weights (default: openclip if installed)"
+    add("--against", **several, metavar="PEER", help=peers)
+    add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+    add("--quick", action="store_true", help="fewer cases, about a minute")
+    add("--all-rows", action="store_true", help="print every output, not the nearest to its limit")
+    add("--junit", type=Path, metavar="FILE", help="write JUnit XML, a testcase for each row")
+    add("--json", type=Path, metavar="FILE", help="write all rows, kept up to date while it runs")
+    add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
 
@@ -61,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     """Run the checks, print the report, and return the exit code."""
     from .options import Options
     from .report import CheckResult, exit_code
-    from .run import run_verify
+    from .run import number_of_groups, run_verify
     from .table import summary, table
 
     given = {"ops": args.op, "models": args.model, "dtypes": args.dtype, "against": args.against}
@@ -72,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"no folder {path.parent} to write {path.name} in")
     rows: list[CheckResult] = []
     started, complete = time.perf_counter(), False
-    bar = _progress(options)
+    bar = _Progress(number_of_groups(options) if sys.stderr.isatty() else 0)
     try:
         run_verify(options, json_path=args.json, junit_path=args.junit, on_group=bar, rows=rows)
         complete = True
@@ -86,25 +80,16 @@ def run(args: argparse.Namespace) -> int:
     return exit_code(rows) if complete else 130
 
 
-def _progress(options: Any) -> Any:
-    """A callable for each group of rows: a bar on a terminal's stderr, else nothing."""
-    from .run import number_of_groups
-
-    return _Progress(number_of_groups(options) if sys.stderr.isatty() else 0)
-
-
 class _Progress:
-    """tqdm where it is installed and stderr is a terminal."""
+    """A bar of ``total`` groups on stderr, where tqdm is installed, or nothing for a total of 0."""
 
     def __init__(self, total: int) -> None:
         self.bar: Any = None
         self.failed = 0
-        if total:
-            try:
-                from tqdm import tqdm
-            except ImportError:
-                return
-            self.bar = tqdm(total=total, unit="case", desc="verify", leave=False, file=sys.stderr)
+        with contextlib.suppress(ImportError):
+            from tqdm import tqdm
+
+            self.bar = tqdm(total=total, unit="case", desc="verify", leave=False, file=sys.stderr) if total else None
 
     def __call__(self, group: list[Any]) -> None:
         if self.bar is None:

@@ -61,41 +61,27 @@ def train(
 ) -> Tensor:
     """Train a model and return its losses [STEPS] in float64. Every call begins with the same weights.
 
-    Args:
-        backend: backend of model and loss.
-        device: "cpu" or "cuda".
-        double: train in float64.
-        autocast: autocast dtype of the forward pass, or None for the dtype of the weights.
-        order: number of the order of the pairs within each batch.
+    ``order`` is the number of the order of the pairs within each batch.
     """
     torch.manual_seed(0)
-    model = _model(backend, device)
-    model = model.double() if double else model
+    config = get_model_config(MODEL_NAME)
+    model = CLIP(dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=VOCABULARY)))
+    model.set_backend(backend)
+    model.to(device, torch.float64 if double else torch.float32)
+    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
     optimizer = adamw(model, LEARNING_RATE, (0.9, 0.98), 1e-6, 0.2)
     losses = []
     for step, (images, texts) in enumerate(_batches(order)):
         for group in optimizer.param_groups:
             group["lr"] = cosine_lr(step, LEARNING_RATE, WARMUP, STEPS)
         with torch.autocast(device, autocast, enabled=autocast is not None):
-            loss = _loss(model, images.to(device), texts.to(device), backend)
+            loss = contrastive_loss(*call(images.to(device), texts.to(device)), backend=backend)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         model.clamp_logit_scale()
         losses.append(loss.detach().double())
     return torch.stack(losses).cpu()
-
-
-def _model(backend: str, device: str) -> CLIP:
-    config = get_model_config(MODEL_NAME)
-    model = CLIP(dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=VOCABULARY)))
-    model.set_backend(backend)
-    return model.to(device)
-
-
-def _loss(model: CLIP, images: Tensor, texts: Tensor, backend: str) -> Tensor:
-    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
-    return contrastive_loss(*call(images, texts), backend=backend)
 
 
 def _batches(order: int) -> Iterator[tuple[Tensor, Tensor]]:

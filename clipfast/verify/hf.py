@@ -57,16 +57,16 @@ def build(model: CLIP) -> nn.Module:
     from transformers import CLIPModel
 
     like = next(model.parameters())
-    other: Any = CLIPModel(_config(model.config))
-    other = other.to(like.device, like.dtype).eval()
+    other: nn.Module = CLIPModel(_config(model.config))
+    other.to(like.device, like.dtype).eval()
     other.load_state_dict(_from_ours(model.state_dict()), strict=True)
-    module: nn.Module = other
-    return module
+    return other
 
 
 def _hide_own_kernels() -> None:
-    """Keep transformers from importing the folder ``kernels`` of a checkout, if that is the working directory, as the
-    package of that name. The second import would register its ops over those that are verified.
+    """Keep transformers from importing the folder ``kernels`` of a checkout that is the working directory.
+
+    It would take it for the package of that name, and so register its ops over those that are verified.
     """
     spec = importlib.util.find_spec("kernels")
     if spec is not None and spec.origin is not None and Path(spec.origin).samefile(str(kernels.__file__)):
@@ -90,11 +90,8 @@ def _config(config: CLIPConfig) -> Any:
     vision, text = config.vision, config.text
     if not isinstance(vision.layers, int):
         raise NoCounterpartError("Hugging Face's CLIP has no ResNets")
-    common = {
-        "hidden_act": "quick_gelu" if config.quick_gelu else "gelu",
-        "projection_dim": config.embed_dim,
-        "attention_dropout": 0.0,
-    }
+    activation = "quick_gelu" if config.quick_gelu else "gelu"
+    common = {"hidden_act": activation, "projection_dim": config.embed_dim, "attention_dropout": 0.0}
     theirs = Theirs(
         projection_dim=config.embed_dim,
         vision_config=common | {
@@ -124,12 +121,7 @@ def _from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return gradients by our names.
-
-    Args:
-        names: our names.
-        theirs: gradients by Hugging Face's names. One that is missing is missing in the result too.
-    """
+    """Return the gradients of ``theirs`` by our ``names``. One that is missing is missing in the result too."""
     ours: dict[str, Tensor] = {}
     for name in names:
         parts = [theirs[their_name] for their_name in _their_names(name) if their_name in theirs]

@@ -10,15 +10,7 @@ from ..kernels.spec import EXPANDED, Call, Case, Draw, OpSpec
 
 
 def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number: int = 0) -> Call:
-    """Make the inputs of a case: the same values on every machine, device and leg.
-
-    Args:
-        spec: of the op.
-        case: one of its cases.
-        dtype: of the floating inputs that do not stay float32.
-        device: where they lie.
-        number: of the draw.
-    """
+    """Make the inputs of a case: in each draw (``number``) the same values on every machine, device and leg."""
     draw = Draw(zlib.crc32(f"{case.name} {number}".encode()))
     call = spec.call(case.shape, case.values, draw, dtype)
     inputs = {name: _lay_out(x.to(device), case.layout) for name, x in call.inputs.items()}

@@ -70,16 +70,13 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
 
 @dataclasses.dataclass
 class Model:
-    """A model to compare.
-
-    ``call`` is called in place of ``module`` if that takes other arguments than ours. ``rename`` gives gradients our
-    names.
-    """
+    """A model to compare."""
 
     module: nn.Module
     loss: Callable[..., Tensor] = reference.contrastive_loss
+    # called in place of a module that takes other arguments than ours
     call: Callable[[Tensor, Tensor], tuple[Tensor, ...]] | None = None
-    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+    rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict  # gives gradients our names
 
     def results(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Return features of images [B, 3, H, W] and texts [B, L], the loss, and ``d_<name>`` of every parameter."""

@@ -13,7 +13,7 @@ from ..kernels.spec import CPU, CUDA, DETERMINISM, EXTREME, INTERPRETER, Call, C
 from .context import exact_float32, poisoned
 from .inputs import inputs_of
 from .report import FAIL, PASS, SKIP, CheckResult, results_of
-from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
+from .rule import Draw, Judgement, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 # The truth is computed in float64 up to this many elements of the reference's largest tensor, of which eight exist at
@@ -27,18 +27,7 @@ QUICK_REPEATS = {CPU: 3, CUDA: 20}
 
 
 def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) -> list[CheckResult]:
-    """Check one case.
-
-    Args:
-        spec: of the op.
-        leg: where it runs: "cpu", "interpreter" or "cuda".
-        case: one of the op's cases.
-        dtype: such as "float32".
-        quick: repeat it less often.
-
-    Returns:
-        A row for each output.
-    """
+    """Check one case of an op in a dtype such as "float32", and return a row for each output."""
     template = CheckResult(spec.name, leg, case.check, case.name, dtype, why=case.why)
     device = "cuda" if leg == CUDA else "cpu"
     if case.check == DETERMINISM:
@@ -81,10 +70,8 @@ def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
 
 def _widened(call: Call, *, in_float32: bool) -> Call:
     """Return the call with floating inputs in the dtype that the truth is computed in."""
-    if in_float32:
-        inputs = {name: x.float() if x.is_floating_point() else x for name, x in call.inputs.items()}
-    else:
-        inputs = in_double(call.inputs)
+    dtype = torch.float32 if in_float32 else torch.float64
+    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in call.inputs.items()}
     return dataclasses.replace(call, inputs=inputs)
 
 
@@ -108,13 +95,9 @@ def _repeat(template: CheckResult, spec: OpSpec, call: Call, repeats: int) -> li
             different = _different_bytes(first[name], value)
             if different and name not in changed:
                 changed[name] = f"repeat {repeat} of {repeats} differs in {different} of {value.nbytes} bytes"
+    same, verdict = f"{repeats} repeats, the same bits", {True: FAIL, False: PASS}
     return [
-        dataclasses.replace(
-            template,
-            output=name,
-            verdict=FAIL if name in changed else PASS,
-            reason=changed.get(name, f"{repeats} repeats, the same bits"),
-        )
+        dataclasses.replace(template, output=name, verdict=verdict[name in changed], reason=changed.get(name, same))
         for name in first
     ]
 

@@ -24,23 +24,13 @@ HANG_SECONDS = 300.0  # without a row, after which the interpreter counts as hun
 
 
 def installed(peer: str) -> bool:
-    """Whether a peer can be imported."""
+    """Return whether a peer can be imported."""
     return importlib.util.find_spec(PEERS[peer][0]) is not None
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
     """What to verify. Each list is checked here.
-
-    Args:
-        ops: of ``OPS``: the ops, "model" and "curve".
-        models: names that :func:`clipfast.list_models` has.
-        dtypes: "float32", "float16", "bfloat16", or "fp32", "fp16", "bf16".
-        against: "openclip", "hf"; None compares with OpenCLIP where it is installed.
-        device: "auto" (a GPU where there is one), "cpu" or "cuda".
-        quick: fewer cases, for a minute.
-        legs: only these of ``LEGS``; None for those of the device.
-        hang_seconds: how long the subprocess may be silent.
 
     Raises:
         ValueError: an unknown name; the message lists what is known.
@@ -49,12 +39,12 @@ class Options:
 
     ops: tuple[str, ...] = OPS
     models: tuple[str, ...] = (DEFAULT_MODEL,)
-    dtypes: tuple[str, ...] = DTYPES
-    against: tuple[str, ...] | None = None
-    device: str = "auto"
-    quick: bool = False
-    legs: tuple[str, ...] | None = None
-    hang_seconds: float = HANG_SECONDS
+    dtypes: tuple[str, ...] = DTYPES  # or their short names, such as "fp32"
+    against: tuple[str, ...] | None = None  # "openclip", "hf"; None: OpenCLIP where it is installed
+    device: str = "auto"  # a GPU where there is one; or "cpu" or "cuda"
+    quick: bool = False  # fewer cases, for a minute
+    legs: tuple[str, ...] | None = None  # of LEGS; None: those of the device
+    hang_seconds: float = HANG_SECONDS  # how long the subprocess may be silent
 
     def __post_init__(self) -> None:
         _known("--op", self.ops, OPS)
@@ -72,16 +62,16 @@ class Options:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the kernels run natively."""
+        """Return whether the kernels run natively."""
         return self.device == "cuda" or (self.device == "auto" and torch.cuda.is_available())
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON: tuples as lists."""
+        """Return the options for JSON, with lists in place of tuples."""
         return {key: list(value) if isinstance(value, tuple) else value for key, value in vars(self).items()}
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "Options":
-        """Inverse of :meth:`to_dict`."""
+        """Restore options from :meth:`to_dict`."""
         given: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
         return cls(**given)
 

@@ -27,19 +27,18 @@ class Check:
 
 
 def here() -> str:
-    """The leg of CPU tensors in this process, which Triton fixed when it was imported."""
+    """Return the leg of CPU tensors in this process, which Triton fixed when it was imported."""
     return INTERPRETER if INTERPRET else CPU
 
 
 def legs_of(options: Options) -> tuple[str, ...]:
-    """Legs to run, in order."""
-    if options.legs is not None:
-        return options.legs
-    return (CUDA,) if options.on_gpu else (CPU, INTERPRETER)
+    """Return the legs to run, in order."""
+    by_device = (CUDA,) if options.on_gpu else (CPU, INTERPRETER)
+    return by_device if options.legs is None else options.legs
 
 
 def checks(options: Options, leg: str) -> list[Check]:
-    """Everything that runs on ``leg``; the interpreter is too slow for models and training."""
+    """Return everything that runs on ``leg``; the interpreter is too slow for models and training."""
     dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
     found: list[Check] = []
     for op in options.ops:
@@ -75,29 +74,24 @@ def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
     if leg == CPU and "float32" in wanted:
         wanted = ["float32"]
     return [
-        Check(
-            CheckResult(CURVE, leg, "training", MODEL_NAME, dtype),
-            partial(verify_curve, leg, dtype),
-        )
+        Check(CheckResult(CURVE, leg, "training", MODEL_NAME, dtype), partial(verify_curve, leg, dtype))
         for dtype in wanted
     ]
 
 
 def not_run(options: Options) -> list[CheckResult]:
-    """What cannot be run here, as rows that are skipped."""
+    """Return what cannot be run here, as rows that are skipped."""
     legs = legs_of(options)
     rows: list[CheckResult] = []
     if options.legs is None and CUDA in legs:
-        reason = "runs with --device cpu"
-        rows.append(CheckResult("legs", CPU, "leg", "PyTorch paths", reason=reason))
-        rows.append(CheckResult("legs", INTERPRETER, "leg", "interpreted kernels", reason=reason))
+        for leg, what in ((CPU, "PyTorch paths"), (INTERPRETER, "interpreted kernels")):
+            rows.append(CheckResult("legs", leg, "leg", what, reason="runs with --device cpu"))
     elif options.legs is None:
         reason = "--device cpu: the native kernels were not run" if torch.cuda.is_available() else NO_GPU
         rows.append(CheckResult("legs", CUDA, "leg", "native kernels", reason=reason))
     if INTERPRETER in legs and "bfloat16" in options.dtypes:
         rows.append(CheckResult("legs", INTERPRETER, "leg", "kernels", "bfloat16", reason=BF16_INTERPRETED))
-    asks_openclip = MODEL in options.ops and options.against is None
-    if asks_openclip and not installed(OPENCLIP):
+    if MODEL in options.ops and options.against is None and not installed(OPENCLIP):
         reason = f"OpenCLIP is not installed: pip install {PEERS[OPENCLIP][1]}"
         rows.append(CheckResult(OPENCLIP, legs[0], ACCURACY, ", ".join(options.models), reason=reason))
     if options.quick and CURVE in options.ops and CPU in legs:

@@ -74,16 +74,12 @@ def _finite(value: Any) -> Any:
 
 def results_of(template: CheckResult, judgements: Mapping[str, Judgement]) -> list[CheckResult]:
     """Return ``template`` once for each judged output. An output without a yardstick is skipped and does not pass."""
-    return [
-        dataclasses.replace(
-            template,
-            output=name,
-            verdict=SKIP if judgement.no_yardstick else PASS if judgement.passed else FAIL,
-            reason=judgement.reason,
-            figures=judgement.figures,
-        )
-        for name, judgement in judgements.items()
-    ]
+    rows = []
+    for name, judgement in judgements.items():
+        verdict = SKIP if judgement.no_yardstick else PASS if judgement.passed else FAIL
+        row = dataclasses.replace(template, output=name, verdict=verdict, reason=judgement.reason)
+        rows.append(dataclasses.replace(row, figures=judgement.figures))
+    return rows
 
 
 def exit_code(rows: Sequence[CheckResult]) -> int:
@@ -98,13 +94,8 @@ def count(rows: Sequence[CheckResult]) -> dict[str, int]:
 
 def environment() -> dict[str, str]:
     """Return the versions and the hardware that the figures belong to."""
-    found = {
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "machine": platform.machine(),
-        "threads": str(torch.get_num_threads()),
-    }
+    found = {"python": platform.python_version(), "torch": torch.__version__, "triton": triton.__version__}
+    found |= {"machine": platform.machine(), "threads": str(torch.get_num_threads())}
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
     return found
@@ -113,13 +104,9 @@ def environment() -> dict[str, str]:
 def write_json(path: Path, rows: Sequence[CheckResult], options: Mapping[str, Any], *, complete: bool) -> None:
     """Replace ``path`` by a report of all results so far."""
     report = {
-        "format": FORMAT,
-        "complete": complete,
-        "environment": environment(),
-        "options": dict(options),
-        "summary": count(rows),
-        "rows": [row.to_dict() for row in rows],
-    }
+        "format": FORMAT, "complete": complete, "environment": environment(), "options": dict(options),
+        "summary": count(rows), "rows": [row.to_dict() for row in rows],
+    }  # fmt: skip
     replace_text(path, json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 

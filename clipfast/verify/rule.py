@@ -18,6 +18,8 @@ BEYOND_CHANCE = 300.0  # times the allowed error: no luck of the draw
 
 # Named results of one draw: ours, PyTorch's at the same dtype, the truth.
 Draw = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
+# Those of one of the three over several draws.
+Results = Sequence[Mapping[str, Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Figure:
 
     @property
     def passed(self) -> bool:
-        """Whether ours is allowed; never where it is NaN."""
+        """Return whether ours is allowed; never where it is NaN."""
         return self.ours <= self.allowed
 
     @property
     def ratio(self) -> float:
-        """Ours as a share of what is allowed: more than 1 fails."""
+        """Return ours as a share of what is allowed: more than 1 fails."""
         if self.ours == 0:
             return 0.0
         return self.ours / self.allowed if self.allowed > 0 else float("inf")
@@ -47,36 +49,32 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Figures of one output. ``fault`` fails whatever they say; ``note`` says how they came about,
-    or why there are none."""
+    """What the rule says of one output."""
 
     figures: tuple[Figure, ...] = ()
-    fault: str = ""
-    note: str = ""
+    fault: str = ""  # fails, whatever the figures say
+    note: str = ""  # how the figures came about, or why there are none
     no_yardstick: bool = False
 
     @property
     def passed(self) -> bool:
-        """Whether the output keeps the rule."""
+        """Return whether the output keeps the rule."""
         return not self.fault and all(figure.passed for figure in self.figures)
 
     @property
     def reason(self) -> str:
-        """What is wrong, or why nothing was judged; empty for a plain pass."""
+        """Return what is wrong, or why nothing was judged; empty for a plain pass."""
         return self.fault or "; ".join(str(f) for f in self.figures if not f.passed) or self.note
 
 
 def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgement:
-    """Hold ``ours`` to the rule.
+    """Hold ``ours`` to the rule, over all values that are finite in the truth and in PyTorch's result.
 
     Args:
         ours: the result in question, any shape.
         same_dtype: PyTorch's result at the same dtype, same shape: the yardstick.
         truth: the result at a higher precision, same shape. NaN and infinity must sit where it has them.
         k: how many times PyTorch's error is allowed: ``FORWARD`` or ``GRADIENT``.
-
-    Returns:
-        The figures over all values that are finite in ``truth`` and in ``same_dtype``.
     """
     if ours.shape != truth.shape:
         return Judgement(fault=f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}")
@@ -117,11 +115,7 @@ def _root_mean_square(error: Tensor) -> float:
     return error.square().mean().sqrt().item()
 
 
-def judge_draws(
-    ours: Sequence[Mapping[str, Tensor]],
-    same_dtype: Sequence[Mapping[str, Tensor]],
-    truth: Sequence[Mapping[str, Tensor]],
-) -> dict[str, Judgement]:
+def judge_draws(ours: Results, same_dtype: Results, truth: Results) -> dict[str, Judgement]:
     """Judge each named output of an op over several draws as one: a single number is right by chance now and then.
 
     Names that start with ``d_`` are gradients. A name that is not everywhere is a fault.
@@ -133,16 +127,9 @@ def judge_draws(
     return judgements
 
 
-def _judge_output(
-    name: str,
-    ours: Sequence[Mapping[str, Tensor]],
-    same_dtype: Sequence[Mapping[str, Tensor]],
-    truth: Sequence[Mapping[str, Tensor]],
-    k: float,
-) -> Judgement:
-    for result in (*ours, *same_dtype, *truth):
-        if name not in result:
-            return Judgement(fault="one side has no such output")
+def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results, k: float) -> Judgement:
+    if any(name not in result for result in (*ours, *same_dtype, *truth)):
+        return Judgement(fault="one side has no such output")
     for got, expected in zip(ours, truth, strict=True):
         if got[name].shape != expected[name].shape:
             return Judgement(fault=f"shape {tuple(got[name].shape)}, expected {tuple(expected[name].shape)}")
@@ -179,15 +166,12 @@ def _judge(draws: Sequence[Draw]) -> dict[str, Judgement]:
 def value_and_grads(
     fn: Callable[..., Any], inputs: Mapping[str, Tensor], grads: Tensor | Sequence[Tensor]
 ) -> dict[str, Tensor]:
-    """Compute the results of ``fn`` and the gradients of its floating inputs.
+    """Return the results of ``fn`` and the gradients of its floating inputs, as "value", "value_2", "d_<name>".
 
     Args:
-        fn: returns a tensor or a tuple of tensors; it is called with ``inputs`` by name.
-        inputs: they keep the memory layout that they have.
+        fn: returns a tensor or a tuple of tensors; it is called with ``inputs`` by name, in the layout that they have.
+        inputs: tensors by name.
         grads: a gradient for each result, cast to its dtype; an empty sequence for a function without gradients.
-
-    Returns:
-        ``{"value": ..., "value_2": ..., "d_<name>": ...}``.
 
     Raises:
         RuntimeError: an input that gets no gradient.
@@ -208,5 +192,5 @@ def value_and_grads(
 
 
 def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """``inputs`` with floating tensors in float64, the others as they are."""
+    """Return ``inputs`` with floating tensors in float64, and the others as they are."""
     return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}

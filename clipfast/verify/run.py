@@ -2,7 +2,7 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from ..kernels.spec import CUDA
@@ -28,10 +28,12 @@ def iter_groups(options: Options) -> Iterator[list[CheckResult]]:
         raise ValueError("these options leave nothing to check: bfloat16 needs the CPU paths or a GPU, as do models")
     legs = [leg for leg in legs_of(options) if checks(options, leg)]
     with contextlib.ExitStack() as stack:
-        # a leg in another process runs beside this one's
-        children = [
-            stack.enter_context(contextlib.closing(_child(options, leg))) for leg in legs if leg not in (CUDA, here())
-        ]
+        children = []
+        for leg in legs:
+            if leg not in (CUDA, here()):  # it runs in another process, beside the checks of this one
+                of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
+                child = groups_of_child(of_leg, leg, options.hang_seconds)
+                children.append(stack.enter_context(contextlib.closing(child)))
         for leg in legs:
             if leg in (CUDA, here()):
                 for check in checks(options, leg):
@@ -43,11 +45,6 @@ def iter_groups(options: Options) -> Iterator[list[CheckResult]]:
         yield skipped
 
 
-def _child(options: Options, leg: str) -> Generator[list[CheckResult], None, None]:
-    of_leg = dataclasses.replace(options, legs=(leg,), device="cpu")
-    return groups_of_child(of_leg.to_dict(), leg, options.hang_seconds)
-
-
 def run_verify(
     options: Options,
     *,
@@ -56,7 +53,7 @@ def run_verify(
     on_group: Callable[[list[CheckResult]], None] | None = None,
     rows: list[CheckResult] | None = None,
 ) -> list[CheckResult]:
-    """Run all checks.
+    """Run all checks and return the results. ``clipfast.verify.exit_code`` makes an exit code of them.
 
     Args:
         options: what to verify.
@@ -65,25 +62,24 @@ def run_verify(
         junit_path: JUnit file, written at the end, also of an interrupted run.
         on_group: function to call with the results of each case.
         rows: a list to append the results to, for a caller that handles an interruption.
-
-    Returns:
-        All results. ``clipfast.verify.exit_code`` makes an exit code of them.
     """
     rows = [] if rows is None else rows
     raw, complete = options.to_dict(), False
-    if json_path is not None:
-        write_json(json_path, rows, raw, complete=False)
+
+    def save() -> None:
+        if json_path is not None:
+            write_json(json_path, rows, raw, complete=complete)
+
+    save()
     try:
         for group in iter_groups(options):
             rows += group
             if on_group is not None:
                 on_group(group)
-            if json_path is not None:
-                write_json(json_path, rows, raw, complete=False)
+            save()
         complete = True
     finally:
-        if json_path is not None:
-            write_json(json_path, rows, raw, complete=complete)
+        save()
         if junit_path is not None:
             write_junit(junit_path, rows)
     return rows

@@ -1,5 +1,6 @@
 """The report for people: tables of plain text and a summary."""
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
@@ -15,15 +16,10 @@ REASON_WIDTH = 100
 
 
 def table(rows: Sequence[CheckResult], *, all_rows: bool = False) -> str:
-    """Return a table for each op. Of a case that passes, it shows only the output nearest to its limit.
-
-    Args:
-        rows: the results.
-        all_rows: show every output.
-    """
-    by_op: dict[str, list[CheckResult]] = {}
+    """Return a table for each op: of every output, or of a case that passes only the one nearest to its limit."""
+    by_op: dict[str, list[CheckResult]] = defaultdict(list)
     for row in rows:
-        by_op.setdefault(row.op, []).append(row)
+        by_op[row.op].append(row)
     blocks = []
     for op, group in by_op.items():
         shown = [(row, 1) for row in group] if all_rows else _nearest(group)
@@ -66,29 +62,20 @@ def summary(rows: Sequence[CheckResult], seconds: float, *, complete: bool = Tru
         dtypes = ", ".join(dict.fromkeys(row.dtype for row in failed if row.dtype))
         lines.append(
             f"FAILED   {' '.join(part for part in (op, leg, output) if part)}: {len(failed)} of {number} checks "
-            f"({dtypes}); worst: {worst.case}: {_last_line(worst.reason)}"
+            f"({dtypes}); worst: {worst.case}: {''.join(worst.reason.strip().splitlines()[-1:])}"
         )
     for (op, leg, output), skipped in _collect(rows, SKIP).items():
         what = " ".join(part for part in (op, leg, output, skipped[0].dtype) if part)
         lines.append(f"NOT RUN  {what}: {skipped[0].reason}" + (f" ({len(skipped)} rows)" if len(skipped) > 1 else ""))
     counts = count(rows)
     ending = "" if complete else "; INTERRUPTED, the rest was not run"
-    lines.append(
-        f"{len(rows)} checks: {counts[PASS]} passed, {counts[FAIL]} failed, {counts[SKIP]} skipped "
-        f"in {seconds:.0f} s{ending}"
-    )
-    return "\n".join(lines)
+    totals = f"{len(rows)} checks: {counts[PASS]} passed, {counts[FAIL]} failed, {counts[SKIP]} skipped"
+    return "\n".join([*lines, f"{totals} in {seconds:.0f} s{ending}"])
 
 
 def _collect(rows: Sequence[CheckResult], verdict: str) -> dict[tuple[str, str, str], list[CheckResult]]:
-    found: dict[tuple[str, str, str], list[CheckResult]] = {}
+    found: dict[tuple[str, str, str], list[CheckResult]] = defaultdict(list)
     for row in rows:
         if row.verdict == verdict:
-            output = row.output if verdict == FAIL else row.case
-            found.setdefault((row.op, row.leg, output), []).append(row)
+            found[row.op, row.leg, row.output if verdict == FAIL else row.case].append(row)
     return found
-
-
-def _last_line(text: str) -> str:
-    lines = text.strip().splitlines()
-    return lines[-1] if lines else ""

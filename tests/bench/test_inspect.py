@@ -163,10 +163,7 @@ def test_report_is_that_of_the_snapshot(capsys, tmp_path):
     assert "2 shipped kernels" in out
     found = json.loads(path.read_text())
     assert sorted(found) == ["differences", "missing", "reports", "triton"]
-    assert [record["kernel"] for record in found["reports"]] == [
-        "_short_fwd_kernel 0",
-        "_short_bwd_kernel 0",
-    ]
+    assert [record["kernel"] for record in found["reports"]] == ["_short_fwd_kernel 0", "_short_bwd_kernel 0"]
     for record in found["reports"]:
         assert {"case", "arch", "resources", "warps", "occupancy", "mma", "tma", "bound", "problems"} <= set(record)
         assert {"unit", "loop", "outside", "share", "limit", "overhead"} <= set(record["bound"])
@@ -208,10 +205,7 @@ def test_what_does_not_fit_ranks_last(reports):
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        (
-            lambda kernels: kernels["_short_fwd_kernel 0"].update(registers=7),
-            "_short_fwd_kernel 0: registers 7 -> ",
-        ),
+        (lambda kernels: kernels["_short_fwd_kernel 0"].update(registers=7), "_short_fwd_kernel 0: registers 7 -> "),
         (lambda kernels: kernels.pop("_short_fwd_kernel 0"), "_short_fwd_kernel 0: new"),
         (lambda kernels: kernels.update(other={}), "other: gone"),
     ],

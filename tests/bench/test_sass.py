@@ -163,8 +163,7 @@ def test_tensor_memory_products_take_their_shape_from_the_descriptor():
 
 
 @pytest.mark.parametrize(
-    "writer",
-    ["UMOV UR21, UR6", "ULDC.64 UR20, c[0x0][0x210]", "@UP0 UMOV UR21, 0x8100490", "UMOV UR21, 0x3", "NOP"],
+    "writer", ["UMOV UR21, UR6", "ULDC.64 UR20, c[0x0][0x210]", "@UP0 UMOV UR21, 0x8100490", "UMOV UR21, 0x3", "NOP"]
 )
 def test_descriptor_that_is_not_certain_is_unknown(writer):
     earlier = ["UMOV UR21, 0x8100490"] if writer != "NOP" else []
