@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from clipfast.kernels import bias_gelu, bias_quick_gelu
-from clipfast.kernels.activation import ActShape
-from clipfast.kernels.spec import Draw, specs
+from clipfast.kernels.spec import Draw, RowShape, specs
 
 from ..conftest import INTERPRET
 from ..numerics import compare, value_and_grads
@@ -20,7 +19,7 @@ def call(name, size, dtype, device):
     """The op, its reference, inputs with an x of shape ``size``, and a gradient."""
     spec = specs()[name]
     *rows, width = size
-    made = spec.call(ActShape(torch.Size(rows).numel(), width), "", Draw(), dtype)
+    made = spec.call(RowShape(torch.Size(rows).numel(), width), "", Draw(), dtype)
     inputs = {"x": made.inputs["x"].view(size).to(device), "bias": made.inputs["bias"].to(device)}
     return spec.op, spec.reference, inputs, made.grads[0].view(size).to(device)
 
@@ -84,10 +83,10 @@ def test_every_tensor_is_read_or_written_once(size, name, device, monkeypatch):
     leaves = {key: x.requires_grad_() for key, x in inputs.items()}
     moved = counted_bytes(monkeypatch)
     y = op(**leaves)
-    assert sum(moved) == floor(ActShape(*size), 2, False).bytes
+    assert sum(moved) == floor(RowShape(*size), 2, False).bytes
     moved.clear()
     y.backward(grad)
-    assert sum(moved) == floor(ActShape(*size), 2, True).bytes
+    assert sum(moved) == floor(RowShape(*size), 2, True).bytes
 
 
 X, W = torch.zeros(4, 8), torch.ones(8)

@@ -8,8 +8,8 @@ import torch
 
 from clipfast.kernels import configs, launch, layer_norm, layer_norm_pair, reference
 from clipfast.kernels.layer_norm import launches
-from clipfast.kernels.layer_norm.spec import NormShape, RowShape
-from clipfast.kernels.spec import Draw, specs
+from clipfast.kernels.layer_norm.spec import NormShape
+from clipfast.kernels.spec import Draw, RowShape, specs
 
 from ..conftest import DTYPES, INTERPRET
 from ..numerics import GRADIENT, as_good_as_torch, compare, value_and_grads
