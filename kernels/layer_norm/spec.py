@@ -22,11 +22,7 @@ class NormShape(RowShape):
 
 def make(shape: NormShape, values: str, draw: Draw) -> Call:
     """Make rows, the parameters, and one gradient for each result."""
-    inputs = {
-        "x": rows_of(shape, values, draw),
-        "weight": draw.normal(shape.width),
-        "bias": draw.normal(shape.width),
-    }
+    inputs = {"x": rows_of(shape, values, draw), "weight": draw.normal(shape.width), "bias": draw.normal(shape.width)}
     if shape.residual:
         inputs["residual"] = rows_of(shape, values, draw)
     return Call(inputs, gradients(shape, values, draw, 1 + shape.residual))

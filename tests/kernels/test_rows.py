@@ -5,15 +5,7 @@ specifications has, algorithms, bytes, errors.
 import pytest
 import torch
 
-from clipfast.kernels import (
-    activation,
-    bias_gelu,
-    bias_quick_gelu,
-    configs,
-    launch,
-    layer_norm,
-    layer_norm_pair,
-)
+from clipfast.kernels import activation, bias_gelu, bias_quick_gelu, configs, launch, layer_norm, layer_norm_pair
 from clipfast.kernels.layer_norm import launches
 from clipfast.kernels.layer_norm.spec import NormShape
 from clipfast.kernels.spec import RowShape, specs
