@@ -15,7 +15,6 @@ trained with.
 """
 
 import dataclasses
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,24 +30,7 @@ from .common import as_rows
 from .configs import RowConfig, row_config
 from .dtypes import accumulate_dtype
 from .launch import arch_of, launch, programs_at_once, triton_runs_on
-from .spec import (
-    CPU,
-    CUDA,
-    DETERMINISM,
-    EXPANDED,
-    EXTREME,
-    NOT_INTERPRETED,
-    Call,
-    Case,
-    Draw,
-    Floor,
-    OpSpec,
-    Shape,
-    Shipped,
-    Target,
-    Tunable,
-    on,
-)  # fmt: skip
+from .spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 
 # Registers of a thread, about. In backward the sums over rows stay in registers.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
@@ -263,20 +245,7 @@ def _bias_act(op: str, x: Tensor, bias: Tensor, backend: str) -> Tensor:
     return _bias_act_fwd(x, bias, quick)
 
 
-@dataclasses.dataclass(frozen=True)
-class ActShape(Shape):
-    """Rows [rows, width]."""
-
-    rows: int
-    width: int
-
-    @property
-    def elements(self) -> int:
-        """The number of elements of all rows."""
-        return self.rows * self.width
-
-
-def make(shape: ActShape, values: str, draw: Draw) -> Call:
+def make(shape: RowShape, values: str, draw: Draw) -> Call:
     """Make rows, a bias and a gradient; ``values`` says how large they are."""
     size = shape.rows, shape.width
     scale = {"large": 1e3, "tiny": 1e-4}.get(values, 1.0)
@@ -287,7 +256,7 @@ def make(shape: ActShape, values: str, draw: Draw) -> Call:
     return Call({"x": x, "bias": bias}, (draw.normal(*size),))
 
 
-def floor(shape: ActShape, itemsize: int, backward: bool) -> Floor:
+def floor(shape: RowShape, itemsize: int, backward: bool) -> Floor:
     """Count a float32 bias. Forward reads one tensor and writes one; backward also reads the gradient, and writes that
     of the bias.
     """
@@ -297,80 +266,57 @@ def floor(shape: ActShape, itemsize: int, backward: bool) -> Floor:
 
 FEW = 6  # draws to judge as one: the error of the gradient of a narrow bias is that of a few sums
 CASES = [
-    Case(ActShape(37, 3), "three columns", draws=FEW, sanitize=True),
-    Case(ActShape(67, 77), "odd rows and an odd width", quick=True, sanitize=True),
-    Case(ActShape(50, 3072), "B/32's MLP, an image", NOT_INTERPRETED),
-    Case(ActShape(3, 5120), "H/14's MLP"),
-    Case(ActShape(2, 8200), "wider than bigG/14's MLP, and no multiple of a tile"),
-    Case(ActShape(37, 1), "one column", draws=FEW),
-    Case(ActShape(37, 1024), "whole tiles of columns"),
-    Case(ActShape(1, 24), "one row"),
-    Case(ActShape(1033, 24), "many tiles of rows, the last one short"),
-    Case(ActShape(0, 64), "no rows"),
-    Case(ActShape(3, 0), "no columns"),
-    Case(ActShape(257, 4096), "L/14's MLP, an image", NOT_INTERPRETED),
-    Case(ActShape(65792, 4096), "L/14's MLP, a batch", on(CUDA)),
-    # layouts
-    Case(ActShape(67, 40), "rows contiguous", layout="transposed"),
-    Case(ActShape(67, 40), "every second column of a wider tensor", layout="sliced", quick=True),
-    Case(ActShape(67, 40), "one element past an aligned address", layout="offset"),
-    Case(ActShape(37, 72), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
-    # extremes
-    Case(ActShape(67, 40), "from -60 to 60: both tails, and all between", check=EXTREME, values="range", quick=True),
-    Case(ActShape(33, 72), "values of thousands: a product of two overflows in 16 bits", check=EXTREME, values="large"),
-    Case(ActShape(33, 72), "next to zero, where the slope is a half", check=EXTREME, values="tiny"),
-    # repeats
-    Case(ActShape(517, 96), "several tiles, two threads", on(CPU), DETERMINISM, quick=True),
-    Case(ActShape(65792, 4096), "more rows than the GPU holds at once", on(CUDA), DETERMINISM),
+    Case(RowShape(37, 3), "three columns", draws=FEW, sanitize=True),
+    Case(RowShape(67, 77), "odd rows and an odd width", quick=True, sanitize=True),
+    Case(RowShape(50, 3072), "B/32's MLP, an image", NOT_INTERPRETED),
+    Case(RowShape(3, 5120), "H/14's MLP"),
+    Case(RowShape(2, 8200), "wider than bigG/14's MLP, and no multiple of a tile"),
+    Case(RowShape(37, 1), "one column", draws=FEW),
+    Case(RowShape(37, 1024), "whole tiles of columns"),
+    Case(RowShape(1, 24), "one row"),
+    Case(RowShape(1033, 24), "many tiles of rows, the last one short"),
+    Case(RowShape(0, 64), "no rows"),
+    Case(RowShape(3, 0), "no columns"),
+    Case(RowShape(257, 4096), "L/14's MLP, an image", NOT_INTERPRETED),
+    Case(RowShape(65792, 4096), "L/14's MLP, a batch", on(CUDA)),
+    *Case.layouts(RowShape(67, 40), expanded=RowShape(37, 72)),
+    Case.extreme(RowShape(67, 40), "range", "from -60 to 60: both tails, and all between", quick=True),
+    Case.extreme(RowShape(33, 72), "large", "values of thousands: a product of two overflows in 16 bits"),
+    Case.extreme(RowShape(33, 72), "tiny", "next to zero, where the slope is a half"),
+    *Case.repeats(RowShape(517, 96), RowShape(65792, 4096)),
 ]
 # tokens and width of the MLP in the towers L/14, B/16, H/14 and bigG/14, and how many images are measured together
 TOWERS = ((257, 4096), (197, 3072), (257, 5120), (257, 8192))
 IMAGES = {"cpu": 4, "cuda": 256}
 TILES = {"block_m": (2, 4, 8, 16), "block_n": (128, 256, 512, 1024), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
-
-
-def _spec(
-    op: Callable[..., Tensor], plain: Callable[..., Tensor], shipped: tuple[Shipped, ...], targets: tuple[Target, ...]
-) -> OpSpec:
-    return OpSpec(
-        op=op,
-        reference=plain,
-        make=make,
-        cases=CASES,
-        small=(ActShape(10, 12),),
-        category="norm, activation",
-        torch_op="bias_act",
-        kernels=("_bias_act_fwd_kernel", "_bias_act_bwd_kernel"),
-        floor=floor,
-        bench={
-            device: tuple(ActShape(images * tokens, width) for tokens, width in TOWERS)
-            for device, images in IMAGES.items()
-        },
-        items=("rows", "rows"),
-        float32=("bias",),
-        follows_autocast=False,
-        shipped=shipped,
-        targets=targets,
-    )
-
-
-SPECS = (
-    _spec(
-        bias_gelu,
-        reference.bias_gelu,
-        # the MLPs of L and H
-        (Shipped("N4096", ActShape(64, 4096), ("bf16", "fp32")), Shipped("N5120", ActShape(64, 5120))),
-        # both ops have these kernels: 256 images of L/14
-        (
-            Target(
-                "bias_act",
-                ActShape(65792, 4096),
-                tuple(
-                    Tunable(f"bias_act_{pass_}", f"_bias_act_{pass_}_kernel", RowConfig, TILES)
-                    for pass_ in ("bwd", "fwd")
-                ),
-            ),
-        ),
+GELU = OpSpec(
+    op=bias_gelu,
+    reference=reference.bias_gelu,
+    make=make,
+    cases=CASES,
+    small=(RowShape(10, 12),),
+    category="norm, activation",
+    torch_op="bias_act",
+    kernels=("_bias_act_fwd_kernel", "_bias_act_bwd_kernel"),
+    floor=floor,
+    bench={
+        device: tuple(RowShape(images * tokens, width) for tokens, width in TOWERS) for device, images in IMAGES.items()
+    },
+    items=("rows", "rows"),
+    float32=("bias",),
+    follows_autocast=False,
+    # the MLPs of L and H
+    shipped=(Shipped("N4096", RowShape(64, 4096), ("bf16", "fp32")), Shipped("N5120", RowShape(64, 5120))),
+    # both ops have these kernels: 256 images of L/14
+    targets=(
+        Target("bias_act", RowShape(65792, 4096), Tunable.named(RowConfig, "bias_act_bwd", "bias_act_fwd", axes=TILES)),
     ),
-    _spec(bias_quick_gelu, reference.bias_quick_gelu, (Shipped("N4096", ActShape(64, 4096)),), ()),
 )
+QUICK_GELU = dataclasses.replace(
+    GELU,
+    op=bias_quick_gelu,
+    reference=reference.bias_quick_gelu,
+    shipped=(Shipped("N4096", RowShape(64, 4096)),),
+    targets=(),
+)
+SPECS = (GELU, QUICK_GELU)

@@ -125,11 +125,7 @@ def sdpa_config(arch: int, dtype: torch.dtype, head_dim: int) -> SdpaConfig | No
 
 
 def config_key(
-    kernel: str,
-    dtype: torch.dtype,
-    head_dim: int | None = None,
-    num_keys: int | None = None,
-    width: int | None = None,
+    kernel: str, dtype: torch.dtype, head_dim: int | None = None, num_keys: int | None = None, width: int | None = None
 ) -> str:
     """Name of an entry in the tables: kernel, width of the operands, and the sizes that it serves."""
     key = f"{kernel} {8 * dtype.itemsize}-bit"

@@ -122,13 +122,7 @@ def with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
 
 
 def attention_qkv(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    causal: bool = False,
-    scale: float | None = None,
-    seqlens: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, seqlens: Tensor | None = None
 ) -> Tensor:
     """Softmax attention of queries [B, M, H, D] on keys and values [B, N, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))

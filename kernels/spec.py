@@ -11,7 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -53,10 +53,27 @@ class Shape:
             if getattr(self, field.name) != field.default
         }
 
+    def changed(self, **sizes: Any) -> Self:
+        """Return the shape with other values of some sizes."""
+        return dataclasses.replace(self, **sizes)
+
     def __str__(self) -> str:
         return " ".join(
             f"{name}={value:g}" if type(value) is float else f"{name}={value}" for name, value in self.to_dict().items()
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class RowShape(Shape):
+    """Rows [rows, width]."""
+
+    rows: int
+    width: int
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of all rows."""
+        return self.rows * self.width
 
 
 class Draw:
@@ -164,6 +181,36 @@ class Case:
     cancels: bool = False
     sanitize: bool = False
 
+    @classmethod
+    def extreme(cls, shape: Shape, values: str, why: str, **options: Any) -> "Case":
+        """Return a case whose results must be finite as well."""
+        return cls(shape, why, check=EXTREME, values=values, **options)
+
+    @classmethod
+    def in_use(cls, shape: Shape, small: Shape, why: str, **options: Any) -> list["Case"]:
+        """Return the case of a size of real use, and that of a smaller size for the interpreter."""
+        return [cls(shape, why, NOT_INTERPRETED, **options), cls(small, f"{why}, smaller", on(INTERPRETER), **options)]
+
+    @classmethod
+    def layouts(cls, shape: Shape, *, expanded: Shape | None = None, quick: bool = True) -> list["Case"]:
+        """Return a shape in the memory layouts that every op takes, and ``expanded`` with a gradient of stride 0."""
+        cases = [
+            cls(shape, "first axis contiguous", layout="transposed"),
+            cls(shape, "every second element of a wider tensor", layout="sliced", quick=quick),
+            cls(shape, "one element past an aligned address", layout="offset"),
+        ]
+        if expanded is not None:
+            cases.append(cls(expanded, "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED))
+        return cases
+
+    @classmethod
+    def repeats(cls, on_cpu: Shape, on_cuda: Shape, values: str = "") -> list["Case"]:
+        """Return the cases that must give the same bits in every run."""
+        return [
+            cls(on_cpu, "several tiles, two threads", on(CPU), DETERMINISM, values=values, quick=True),
+            cls(on_cuda, "more programs than the GPU holds at once", on(CUDA), DETERMINISM, values=values),
+        ]
+
     @property
     def name(self) -> str:
         """Shape, layout and values in one line."""
@@ -213,6 +260,11 @@ class Tunable:
     axes: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
     per_width: bool = False
     small_tiles: bool = False
+
+    @classmethod
+    def named(cls, kind: type[Config], *kernels: str, **options: Any) -> tuple["Tunable", ...]:
+        """Return kernels whose Triton functions have their names in the tables, as ``_<kernel>_kernel``."""
+        return tuple(cls(kernel, f"_{kernel}_kernel", kind, **options) for kernel in kernels)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,8 @@ def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number:
     """Make the inputs of a case: in each draw (``number``) the same values on every machine, device and leg."""
     draw = Draw(zlib.crc32(f"{case.name} {number}".encode()))
     call = spec.call(case.shape, case.values, draw, dtype)
-    inputs = {name: _lay_out(x.to(device), case.layout) for name, x in call.inputs.items()}
-    grads = tuple(_lay_out(grad.to(device), case.layout) for grad in call.grads)
+    inputs = {name: lay_out(x.to(device), case.layout) for name, x in call.inputs.items()}
+    grads = tuple(lay_out(grad.to(device), case.layout) for grad in call.grads)
     if case.layout == EXPANDED:
         if all(grad.ndim == 0 for grad in grads):
             first = next(iter(inputs))
@@ -23,7 +23,7 @@ def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number:
     return dataclasses.replace(call, inputs=inputs, grads=grads)
 
 
-def _lay_out(x: Tensor, layout: str) -> Tensor:
+def lay_out(x: Tensor, layout: str) -> Tensor:
     """Return the same values in another memory layout; a tensor that the layout does not suit stays as it is."""
     if x.ndim == 0:
         return x

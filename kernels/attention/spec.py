@@ -12,25 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..configs import HEAD_DIMS, NUM_KEYS, LoopedConfig, ShortConfig, TwoPhaseConfig, config_key, override
-from ..spec import (
-    CPU,
-    CUDA,
-    DETERMINISM,
-    EXPANDED,
-    EXTREME,
-    INTERPRETER,
-    NOT_INTERPRETED,
-    Call,
-    Case,
-    Draw,
-    Floor,
-    OpSpec,
-    Shape,
-    Shipped,
-    Target,
-    Tunable,
-    on,
-)  # fmt: skip
+from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from .op import attention, attention_qkv
 
 
@@ -195,26 +177,19 @@ def small_blocks(dtype: torch.dtype) -> Iterator[None]:
 FEW = 6  # draws of inputs so small that PyTorch's largest error can be next to nothing by chance
 
 CASES = [
-    Case(AttentionShape(2, 50, 12, 64), "B/32's images", NOT_INTERPRETED, quick=True),
-    Case(AttentionShape(2, 77, 8, 64, True), "B's texts: crosses a tile under the causal mask", NOT_INTERPRETED, quick=True),
+    *Case.in_use(AttentionShape(2, 50, 12, 64), AttentionShape(1, 50, 2, 64), "B/32's images", quick=True),
+    *Case.in_use(AttentionShape(2, 77, 8, 64, True), AttentionShape(1, 77, 2, 64, True), "B's texts: crosses a tile under the causal mask", quick=True),
     Case(AttentionShape(1, 77, 20, 64, True), "bigG/14's texts", NOT_INTERPRETED),
-    Case(AttentionShape(1, 197, 12, 64), "B/16's images", NOT_INTERPRETED),
+    *Case.in_use(AttentionShape(1, 197, 12, 64), AttentionShape(1, 197, 1, 64), "B/16's images"),
     Case(AttentionShape(1, 257, 16, 64), "L/14's images", NOT_INTERPRETED),
-    Case(AttentionShape(1, 257, 16, 80), "H/14's images", NOT_INTERPRETED),
-    Case(AttentionShape(1, 257, 16, 88), "g/14's images", NOT_INTERPRETED),
-    Case(AttentionShape(1, 257, 16, 104), "bigG/14's images", NOT_INTERPRETED),
-    Case(AttentionShape(1, 577, 4, 64), "L/14's images at 336 pixels, four heads", on(CPU)),
+    *Case.in_use(AttentionShape(1, 257, 16, 80), AttentionShape(1, 257, 1, 80), "H/14's images"),
+    *Case.in_use(AttentionShape(1, 257, 16, 88), AttentionShape(1, 257, 1, 88), "g/14's images"),
+    *Case.in_use(AttentionShape(1, 257, 16, 104), AttentionShape(1, 257, 1, 104), "bigG/14's images"),
+    *Case.in_use(AttentionShape(1, 577, 4, 64), AttentionShape(1, 577, 1, 64), "L/14's images at 336 pixels, four heads"),
     Case(AttentionShape(64, 50, 12, 64), "B/32's images, a batch", on(CUDA)),
     Case(AttentionShape(64, 77, 8, 64, True), "B's texts, a batch", on(CUDA)),
     Case(AttentionShape(16, 577, 16, 64), "L/14's images at 336 pixels", on(CUDA)),
     Case(AttentionShape(16, 257, 16, 104), "bigG/14's images, a batch", on(CUDA)),
-    Case(AttentionShape(1, 50, 2, 64), "B/32's images, two heads", on(INTERPRETER), quick=True),
-    Case(AttentionShape(1, 77, 2, 64, True), "the texts, two heads", on(INTERPRETER), quick=True),
-    Case(AttentionShape(1, 197, 1, 64), "B/16's images, one head", on(INTERPRETER)),
-    Case(AttentionShape(1, 257, 1, 80), "H/14's images, one head", on(INTERPRETER)),
-    Case(AttentionShape(1, 257, 1, 88), "g/14's images, one head", on(INTERPRETER)),
-    Case(AttentionShape(1, 257, 1, 104), "bigG/14's images, one head", on(INTERPRETER)),
-    Case(AttentionShape(1, 577, 1, 64), "L/14's images at 336 pixels, one head", on(INTERPRETER)),
     # nasty ones
     Case(AttentionShape(1, 1, 1, 64), "one token: softmax of one (PyTorch: eager or fused)", quick=True, draws=FEW, cancels=True, sanitize=True),
     Case(AttentionShape(2, 2, 1, 64, True), "two tokens under the mask"),
@@ -232,33 +207,25 @@ CASES = [
     # lengths
     Case(AttentionShape(4, 50, 1, 16, lengths=True), "images that end early, or have no token (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
     Case(AttentionShape(4, 70, 1, 16, True, lengths=True), "texts that end early, past a tile (PyTorch: eager or fused)", cancels=True),
-    # layouts
-    Case(AttentionShape(2, 70, 2, 32, True), "batch contiguous", layout="transposed"),
-    Case(AttentionShape(2, 70, 2, 32), "every second channel of a wider tensor", layout="sliced", quick=True),
-    Case(AttentionShape(2, 70, 2, 32), "one element past an aligned address", layout="offset"),
-    Case(AttentionShape(2, 50, 2, 16), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
-    # extremes
-    Case(AttentionShape(1, 77, 1, 64, True), "queries and keys times 8: each softmax is one-hot", check=EXTREME, values="one-hot", quick=True),
-    Case(AttentionShape(1, 77, 1, 64), "times 1e-4: each softmax is flat", check=EXTREME, values="uniform"),
-    Case(AttentionShape(1, 70, 2, 32), "every token occurs twice: equal weights", check=EXTREME, values="duplicate rows"),
-    Case(AttentionShape(1, 70, 2, 32), "all tokens equal: the output is the value (PyTorch: eager or fused)", check=EXTREME, values="all-equal rows", draws=FEW, cancels=True),
-    Case(AttentionShape(1, 50, 1, 64), "all scores near -800: padded keys must not win with 0 (PyTorch: eager or fused)", check=EXTREME, values="large negative", cancels=True),
-    Case(AttentionShape(1, 50, 1, 64), "queries, keys and values of 30: scores of thousands", check=EXTREME, values="large", draws=24, quick=True),
-    # repeats
-    Case(AttentionShape(2, 77, 2, 64, True), "several tiles, two threads", on(CPU), DETERMINISM, quick=True),
-    Case(AttentionShape(64, 257, 16, 64), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+    Case(AttentionShape(2, 70, 2, 32, True), "first axis contiguous, causal", layout="transposed"),
+    *Case.layouts(AttentionShape(2, 70, 2, 32), expanded=AttentionShape(2, 50, 2, 16)),
+    Case.extreme(AttentionShape(1, 77, 1, 64, True), "one-hot", "queries and keys times 8: each softmax is one-hot", quick=True),
+    Case.extreme(AttentionShape(1, 77, 1, 64), "uniform", "times 1e-4: each softmax is flat"),
+    Case.extreme(AttentionShape(1, 70, 2, 32), "duplicate rows", "every token occurs twice: equal weights"),
+    Case.extreme(AttentionShape(1, 70, 2, 32), "all-equal rows", "all tokens equal: the output is the value (PyTorch: eager or fused)", draws=FEW, cancels=True),
+    Case.extreme(AttentionShape(1, 50, 1, 64), "large negative", "all scores near -800: padded keys must not win with 0 (PyTorch: eager or fused)", cancels=True),
+    Case.extreme(AttentionShape(1, 50, 1, 64), "large", "queries, keys and values of 30: scores of thousands", draws=24, quick=True),
+    *Case.repeats(AttentionShape(2, 77, 2, 64, True), AttentionShape(64, 257, 16, 64)),
 ]  # fmt: skip
 
 # Where there are few queries, a narrow head would make PyTorch's eager error smaller than the rounding of the log-sum-exp
 # with which every fused attention computes its gradients.
 QKV_CASES = [
-    Case(QkvShape(2, 1, 196, 12, 64), "SigLIP B/16's pool: one query for all tokens of an image", NOT_INTERPRETED, quick=True),
-    Case(QkvShape(1, 76, 255, 12, 64), "CoCa's texts on the tokens of an image", NOT_INTERPRETED),
+    *Case.in_use(QkvShape(2, 1, 196, 12, 64), QkvShape(1, 1, 196, 1, 64), "SigLIP B/16's pool: one query for all tokens of an image", quick=True),
+    *Case.in_use(QkvShape(1, 76, 255, 12, 64), QkvShape(1, 76, 255, 1, 64), "CoCa's texts on the tokens of an image"),
     Case(QkvShape(1, 256, 257, 8, 96), "CoCa L/14's pool: 256 queries", NOT_INTERPRETED),
     Case(QkvShape(64, 76, 255, 12, 64), "CoCa's texts, a batch", on(CUDA)),
     Case(QkvShape(2, 77, 77, 8, 64, True), "B's texts, not packed", NOT_INTERPRETED),
-    Case(QkvShape(1, 1, 196, 1, 64), "SigLIP's pool, one head", on(INTERPRETER)),
-    Case(QkvShape(1, 76, 255, 1, 64), "CoCa's texts, one head", on(INTERPRETER)),
     # nasty ones
     Case(QkvShape(1, 1, 1, 1, 8), "one of everything (PyTorch: eager or fused)", draws=FEW, cancels=True),
     Case(QkvShape(2, 2, 33, 2, 64), "a key past a small tile, two queries", sanitize=True),
@@ -273,28 +240,15 @@ QKV_CASES = [
     # lengths
     Case(QkvShape(5, 17, 50, 1, 64, lengths=True), "keys that end early, or are none (PyTorch: eager or fused)", cancels=True, quick=True, sanitize=True),
     Case(QkvShape(5, 50, 33, 1, 64, True, lengths=True), "keys that end early, under the causal mask (PyTorch: eager or fused)", cancels=True),
-    # layouts
-    Case(QkvShape(2, 17, 33, 2, 64), "batch contiguous", layout="transposed"),
-    Case(QkvShape(2, 17, 33, 2, 64), "every second channel of a wider tensor", layout="sliced"),
-    Case(QkvShape(2, 17, 33, 2, 64), "one element past an aligned address", layout="offset"),
-    Case(QkvShape(2, 17, 33, 2, 64), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
-    # extremes
-    Case(QkvShape(1, 65, 77, 1, 64), "queries and keys times 8: each softmax is one-hot", check=EXTREME, values="one-hot"),
-    Case(QkvShape(1, 65, 77, 1, 64), "times 1e-4: each softmax is flat", check=EXTREME, values="uniform"),
-    # repeats
-    Case(QkvShape(2, 50, 77, 2, 64), "several tiles, two threads", on(CPU), DETERMINISM),
-    Case(QkvShape(64, 76, 255, 12, 64), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+    *Case.layouts(QkvShape(2, 17, 33, 2, 64), expanded=QkvShape(2, 17, 33, 2, 64)),
+    Case.extreme(QkvShape(1, 65, 77, 1, 64), "one-hot", "queries and keys times 8: each softmax is one-hot"),
+    Case.extreme(QkvShape(1, 65, 77, 1, 64), "uniform", "times 1e-4: each softmax is flat"),
+    *Case.repeats(QkvShape(2, 50, 77, 2, 64), QkvShape(64, 76, 255, 12, 64)),
 ]  # fmt: skip
 
 # One layer of L/14, of B's texts, of B/16, B/32, H/14 and of L/14 at 336 pixels: tokens, heads, head_dim, causal.
-LAYERS = (
-    (257, 16, 64, False),
-    (77, 8, 64, True),
-    (197, 12, 64, False),
-    (50, 12, 64, False),
-    (257, 16, 80, False),
-    (577, 16, 64, False),
-)
+LAYERS = (257, 16, 64, False), (77, 8, 64, True), (197, 12, 64, False), (50, 12, 64, False), (257, 16, 80, False), (577, 16, 64, False)  # fmt: skip
+BATCHES = {"cpu": 8, "cuda": 256}
 BOTH = ("bf16", "fp32")
 SHIPPED = (
     # 64 is the head_dim of all texts, of B and of L; 80 of H/14, 88 of g/14, 104 of bigG/14, and 32 of the small model
@@ -325,17 +279,11 @@ SPECS = (
         make=make,
         cases=CASES,
         # without the bias, whose gradient is by design not the one that gradcheck finds
-        small=(
-            AttentionShape(2, 9, 2, 8, True, bias=False),
-            AttentionShape(2, 9, 2, 8, lengths=True, bias=False),
-        ),
+        small=(AttentionShape(2, 9, 2, 8, True, bias=False), AttentionShape(2, 9, 2, 8, lengths=True, bias=False)),
         category="attention",
         kernels=KERNELS,
         floor=floor,
-        bench={
-            "cpu": tuple(AttentionShape(8, *layer) for layer in LAYERS),
-            "cuda": tuple(AttentionShape(256, *layer) for layer in LAYERS),
-        },
+        bench={device: tuple(AttentionShape(batch, *layer) for layer in LAYERS) for device, batch in BATCHES.items()},
         items=("batch", "sequences"),
         frozen=("bias",),
         shipped=SHIPPED,

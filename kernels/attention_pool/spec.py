@@ -8,25 +8,7 @@ import torch
 from .. import reference
 from ..attention.spec import draw_lengths
 from ..configs import RowConfig, config_key, override
-from ..spec import (
-    CPU,
-    CUDA,
-    DETERMINISM,
-    EXPANDED,
-    EXTREME,
-    INTERPRETER,
-    NOT_INTERPRETED,
-    Call,
-    Case,
-    Draw,
-    Floor,
-    OpSpec,
-    Shape,
-    Shipped,
-    Target,
-    Tunable,
-    on,
-)  # fmt: skip
+from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from .op import attention_pool
 
 
@@ -83,12 +65,11 @@ def few_columns(dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 CASES = [
-    Case(PoolShape(2, 32, 50, 2048), "RN50", NOT_INTERPRETED, quick=True),
+    *Case.in_use(PoolShape(2, 32, 50, 2048), PoolShape(1, 32, 50, 256), "RN50", quick=True),
     Case(PoolShape(1, 40, 82, 2560), "RN50x4", NOT_INTERPRETED),
     Case(PoolShape(1, 48, 145, 3072), "RN50x16", NOT_INTERPRETED),
     Case(PoolShape(1, 64, 197, 4096), "RN50x64", NOT_INTERPRETED),
     Case(PoolShape(256, 32, 50, 2048), "RN50, a batch", on(CUDA)),
-    Case(PoolShape(1, 32, 50, 256), "RN50, an eighth of its width", on(INTERPRETER), quick=True),
     # nasty ones
     Case(PoolShape(1, 1, 1, 8), "one of everything: the weight is 1, and the query's gradient 0", sanitize=True),
     Case(PoolShape(3, 2, 5, 24), "less than any tile", quick=True, sanitize=True),
@@ -101,21 +82,15 @@ CASES = [
     # lengths
     Case(PoolShape(5, 3, 17, 24, lengths=True), "texts that end early, or have no token", quick=True, sanitize=True),
     Case(PoolShape(4, 8, 77, 512, lengths=True), "the last block of B's texts", NOT_INTERPRETED),
-    # layouts
-    Case(PoolShape(2, 3, 17, 24), "batch contiguous", layout="transposed"),
-    Case(PoolShape(2, 3, 17, 24), "every second channel of a wider tensor", layout="sliced", quick=True),
-    Case(PoolShape(2, 3, 17, 24), "one element past an aligned address", layout="offset"),
-    Case(PoolShape(2, 3, 17, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
-    # extremes
-    Case(PoolShape(1, 32, 50, 128), "queries times 8: each softmax is nearly one-hot", check=EXTREME, values="one-hot", quick=True),
-    Case(PoolShape(1, 32, 50, 128), "queries times 1e-4: each softmax is flat", check=EXTREME, values="uniform"),
-    Case(PoolShape(1, 32, 50, 128), "every token occurs twice: equal weights", check=EXTREME, values="duplicate rows"),
-    # repeats
-    Case(PoolShape(2, 8, 50, 96), "several images, two threads", on(CPU), DETERMINISM, quick=True),
-    Case(PoolShape(512, 32, 50, 2048), "more images than the GPU holds at once", on(CUDA), DETERMINISM),
+    *Case.layouts(PoolShape(2, 3, 17, 24), expanded=PoolShape(2, 3, 17, 24)),
+    Case.extreme(PoolShape(1, 32, 50, 128), "one-hot", "queries times 8: each softmax is nearly one-hot", quick=True),
+    Case.extreme(PoolShape(1, 32, 50, 128), "uniform", "queries times 1e-4: each softmax is flat"),
+    Case.extreme(PoolShape(1, 32, 50, 128), "duplicate rows", "every token occurs twice: equal weights"),
+    *Case.repeats(PoolShape(2, 8, 50, 96), PoolShape(512, 32, 50, 2048)),
 ]  # fmt: skip
 COLUMNS = {"block_m": (16,), "block_n": (16, 32, 64, 128), "num_warps": (2, 4, 8), "num_stages": (1, 2, 3)}
 RN50 = PoolShape(256, 32, 50, 2048)
+TUNED = (Tunable("attention_pool", "_pool_bwd_kernel", RowConfig, COLUMNS, small_tiles=True),)
 
 SPECS = (
     OpSpec(
@@ -127,7 +102,7 @@ SPECS = (
         category="attention",
         kernels=("_pool_fwd_kernel", "_pool_bwd_kernel"),
         floor=floor,
-        bench={"cpu": (dataclasses.replace(RN50, batch=8),), "cuda": (RN50,)},
+        bench={"cpu": (RN50.changed(batch=8),), "cuda": (RN50,)},
         items=("batch", "images"),
         shipped=(
             Shipped("H32 N50 C2048", PoolShape(2, 32, 50, 2048), ("bf16", "fp32"), small_tiles=True),
@@ -136,13 +111,7 @@ SPECS = (
             Shipped("H16 N257 C1664", PoolShape(2, 16, 257, 1664), small_tiles=True),
             Shipped("H16 N577 C1024", PoolShape(2, 16, 577, 1024), small_tiles=True),
         ),
-        targets=(
-            Target(
-                "attention_pool",
-                RN50,
-                (Tunable("attention_pool", "_pool_bwd_kernel", RowConfig, COLUMNS, small_tiles=True),),
-            ),
-        ),
+        targets=(Target("attention_pool", RN50, TUNED),),
         small_tiles=few_columns,
     ),
 )

@@ -137,13 +137,7 @@ def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float = ..., *, residual: Tensor, backend: str = ...
 ) -> tuple[Tensor, Tensor]: ...
 def layer_norm(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float = 1e-5,
-    *,
-    residual: Tensor | None = None,
-    backend: str = "auto",
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None, backend: str = "auto"
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Compute a layer norm over the last dimension, and the residual addition before it in the same pass.
 

@@ -1,45 +1,16 @@
 """The specifications of both layer norms: sizes, inputs, cases, floors, and what ships."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 from torch import Tensor
 
 from .. import reference
 from ..configs import WIDTHS, RowConfig
-from ..spec import (
-    CPU,
-    CUDA,
-    DETERMINISM,
-    EXPANDED,
-    EXTREME,
-    NOT_INTERPRETED,
-    Call,
-    Case,
-    Draw,
-    Floor,
-    OpSpec,
-    Shape,
-    Shipped,
-    Target,
-    Tunable,
-    on,
-)  # fmt: skip
+from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 from .op import layer_norm
 from .pair_op import layer_norm_pair
-
-
-@dataclasses.dataclass(frozen=True)
-class RowShape(Shape):
-    """Rows [rows, width]."""
-
-    rows: int
-    width: int
-
-    @property
-    def elements(self) -> int:
-        """The number of elements of all rows."""
-        return self.rows * self.width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,11 +22,7 @@ class NormShape(RowShape):
 
 def make(shape: NormShape, values: str, draw: Draw) -> Call:
     """Make rows, the parameters, and one gradient for each result."""
-    inputs = {
-        "x": rows_of(shape, values, draw),
-        "weight": draw.normal(shape.width),
-        "bias": draw.normal(shape.width),
-    }
+    inputs = {"x": rows_of(shape, values, draw), "weight": draw.normal(shape.width), "bias": draw.normal(shape.width)}
     if shape.residual:
         inputs["residual"] = rows_of(shape, values, draw)
     return Call(inputs, gradients(shape, values, draw, 1 + shape.residual))
@@ -145,34 +112,17 @@ def cases(sized: Callable[[int, int], RowShape]) -> list[Case]:
         Case(sized(1028, 1024), "L/14, four images", NOT_INTERPRETED),
         Case(sized(65792, 1024), "L/14, a batch", on(CUDA)),
         Case(sized(65792, 1664), "bigG/14, a batch", on(CUDA)),
-        # layouts
-        Case(sized(67, 40), "rows contiguous", layout="transposed"),
-        Case(sized(67, 40), "every second column of a wider tensor", layout="sliced", quick=True),
-        Case(sized(67, 40), "one element past an aligned address", layout="offset"),
-        Case(sized(37, 72), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
-        # extremes
-        Case(sized(33, 64), "rows without variance: eps alone keeps the scale finite", check=EXTREME,
-             values="constant rows", quick=True, draws=FEW),
-        Case(sized(9, 768), "a mean of 3000: E[x^2] - E[x]^2 would have nothing left", check=EXTREME,
-             values="large mean", quick=True),
-        Case(sized(9, 768), "one channel of hundreds, as in towers", check=EXTREME, values="outlier", draws=FEW),
-        Case(sized(33, 72), "values of thousands", check=EXTREME, values="large"),
-        Case(sized(33, 72), "a variance far below eps", check=EXTREME, values="tiny"),
-        # repeats
-        Case(sized(517, 96), "several tiles, two threads", on(CPU), DETERMINISM, quick=True),
-        Case(sized(65792, 1024), "more rows than the GPU holds at once", on(CUDA), DETERMINISM),
+        *Case.layouts(sized(67, 40), expanded=sized(37, 72)),
+        Case.extreme(sized(33, 64), "constant rows", "no variance: eps alone keeps the scale finite", quick=True, draws=FEW),
+        Case.extreme(sized(9, 768), "large mean", "a mean of 3000: E[x^2] - E[x]^2 would have nothing left", quick=True),
+        Case.extreme(sized(9, 768), "outlier", "one channel of hundreds, as in towers", draws=FEW),
+        Case.extreme(sized(33, 72), "large", "values of thousands"),
+        Case.extreme(sized(33, 72), "tiny", "a variance far below eps"),
+        *Case.repeats(sized(517, 96), sized(65792, 1024)),
     ]  # fmt: skip
 
 
-def alone(rows: int, width: int) -> NormShape:
-    """Return the shape of a norm without a residual."""
-    return NormShape(rows, width)
-
-
-def after_residual(rows: int, width: int) -> NormShape:
-    """Return the shape of a norm with a residual."""
-    return NormShape(rows, width, residual=True)
-
+after_residual = functools.partial(NormShape, residual=True)
 
 # tokens and width of the image towers L/14, B/16, H/14 and bigG/14, and how many images are measured together
 TOWERS = ((257, 1024), (197, 768), (257, 1280), (257, 1664))
@@ -188,9 +138,7 @@ def target(op: str, shape: RowShape) -> Target:
     """Return both kernels of an op, to be tuned at a shape: a tile has up to four rows, as wide as the entry allows."""
     widest = min(limit for limit in WIDTHS if shape.width <= limit)
     axes = {"block_m": (1, 2, 4), "block_n": (widest,), "num_warps": (2, 4, 8, 16), "num_stages": (1, 2, 3)}
-    kernels = tuple(
-        Tunable(f"{op}_{pass_}", f"_{op}_{pass_}_kernel", RowConfig, axes, per_width=True) for pass_ in ("bwd", "fwd")
-    )
+    kernels = Tunable.named(RowConfig, f"{op}_bwd", f"{op}_fwd", axes=axes, per_width=True)
     return Target(f"{op}-{widest}", shape, kernels)
 
 
@@ -202,12 +150,12 @@ SPECS = (
         op=layer_norm,
         reference=reference.layer_norm,
         make=make,
-        cases=[*cases(alone), *cases(after_residual)],
-        small=(alone(10, 12), after_residual(10, 12)),
+        cases=[*cases(NormShape), *cases(after_residual)],
+        small=(NormShape(10, 12), after_residual(10, 12)),
         category="norm, activation",
         kernels=("_layer_norm_fwd_kernel", "_layer_norm_bwd_kernel"),
         floor=floor,
-        bench={device: (*towers(device, after_residual), *towers(device, alone)) for device in IMAGES},
+        bench={device: (*towers(device, after_residual), *towers(device, NormShape)) for device in IMAGES},
         items=("rows", "rows"),
         float32=("weight", "bias"),
         follows_autocast=False,
@@ -223,10 +171,7 @@ SPECS = (
         op=layer_norm_pair,
         reference=reference.layer_norm_pair,
         make=make_pair,
-        cases=[
-            *cases(RowShape),
-            Case(RowShape(9, 768), "a mean of 3000 in the second norm", check=EXTREME, values="large bias"),
-        ],
+        cases=[*cases(RowShape), Case.extreme(RowShape(9, 768), "large bias", "a mean of 3000 in the second norm")],
         small=(RowShape(10, 12),),
         category="norm, activation",
         kernels=("_layer_norm_pair_fwd_kernel", "_layer_norm_pair_bwd_kernel"),

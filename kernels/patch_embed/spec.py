@@ -8,26 +8,7 @@ import torch
 
 from .. import reference
 from ..configs import GemmConfig, RowConfig, config_key, override
-from ..spec import (
-    ACCURACY,
-    CPU,
-    CUDA,
-    DETERMINISM,
-    EVERYWHERE,
-    EXPANDED,
-    EXTREME,
-    NOT_INTERPRETED,
-    Call,
-    Case,
-    Draw,
-    Floor,
-    OpSpec,
-    Shape,
-    Shipped,
-    Target,
-    Tunable,
-    on,
-)  # fmt: skip
+from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from .op import patch_embed
 
 
@@ -121,30 +102,7 @@ def small_tiles(dtype: torch.dtype) -> Iterator[None]:
         yield
 
 
-def _both(
-    shape: PatchShape,
-    why: str,
-    legs: frozenset[str] = EVERYWHERE,
-    check: str = ACCURACY,
-    *,
-    layout: str = "",
-    quick: bool = False,
-    sanitize: bool = False,
-) -> list[Case]:
-    """Return the case of bytes and that of floats."""
-    return [
-        Case(dataclasses.replace(shape, uint8=uint8), why, legs, check, layout, quick=quick, sanitize=sanitize)
-        for uint8 in (True, False)
-    ]
-
-
-# What the layouts of the images are like in use, or hard to address.
-LAYOUTS = {
-    "hwc": "pixels as a decoder leaves them",
-    "transposed": "last axis first",
-    "sliced": "every second element of a wider tensor",
-    "offset": "one element past an aligned address",
-}
+TINY = PatchShape(2, 8, 12, 4, 10, uint8=False)
 # Small shapes of which none, one, half and all of the patches are kept.
 KEPT_OF = (
     PatchShape(1, 8, 8, 8, 16),
@@ -153,79 +111,67 @@ KEPT_OF = (
     PatchShape(5, 64, 32, 32, 24),
     PatchShape(2, 21, 35, 7, 40),
 )
+SMALL, WIDE = PatchShape(2, 28, 28, 14, 40), PatchShape(2, 28, 42, 14, 40)
 
-CASES = [
+# Of images as bytes; the same cases are checked of floats.
+OF_BOTH = [
     Case(PatchShape(2, 224, 224, 32, 768), "B/32", NOT_INTERPRETED, quick=True),
-    Case(PatchShape(2, 224, 224, 32, 768, uint8=False), "B/32", NOT_INTERPRETED),
-    *_both(PatchShape(1, 224, 224, 16, 768), "B/16", NOT_INTERPRETED),
-    *_both(PatchShape(1, 224, 224, 14, 1024), "L/14: 588 pixels a patch, which no tile divides", NOT_INTERPRETED),
-    *_both(PatchShape(1, 336, 336, 14, 1024), "L/14 at 336 pixels", on(CUDA)),
-    *_both(PatchShape(1, 224, 224, 14, 1280), "H/14", on(CUDA)),
-    *_both(PatchShape(1, 224, 224, 14, 1408), "g/14", on(CUDA)),
-    *_both(PatchShape(1, 224, 224, 14, 1664), "bigG/14", NOT_INTERPRETED),
-    *_both(PatchShape(64, 224, 224, 16, 768), "B/16, a batch: the weight gradient is split", on(CUDA)),
+    Case(PatchShape(1, 224, 224, 16, 768), "B/16", NOT_INTERPRETED),
+    Case(PatchShape(1, 224, 224, 14, 1024), "L/14: 588 pixels a patch, which no tile divides", NOT_INTERPRETED),
+    Case(PatchShape(1, 336, 336, 14, 1024), "L/14 at 336 pixels", on(CUDA)),
+    Case(PatchShape(1, 224, 224, 14, 1280), "H/14", on(CUDA)),
+    Case(PatchShape(1, 224, 224, 14, 1408), "g/14", on(CUDA)),
+    Case(PatchShape(1, 224, 224, 14, 1664), "bigG/14", NOT_INTERPRETED),
+    Case(PatchShape(64, 224, 224, 16, 768), "B/16, a batch: the weight gradient is split", on(CUDA)),
     # nasty ones
-    *_both(PatchShape(1, 8, 8, 8, 16), "one patch, one image"),
-    *_both(PatchShape(2, 28, 28, 14, 24), "patch size 14, several tiles of pixels", sanitize=True),
-    *_both(PatchShape(2, 28, 28, 14, 40), "patch size 14, and a width that no tile divides", quick=True),
-    *_both(PatchShape(3, 16, 24, 8, 20), "several tiles of tokens, across images", sanitize=True),
-    *_both(PatchShape(3, 32, 48, 16, 72), "not square; the width is past a tile"),
-    *_both(PatchShape(5, 64, 32, 32, 24), "patch size 32; a prime number of images"),
-    *_both(PatchShape(2, 21, 35, 7, 40), "patch size 7: rows of 7 pixels, which no vector load divides"),
-    *_both(PatchShape(7, 24, 24, 8, 63), "as many rows as a tile less one; the width one less than a tile"),
-    *_both(PatchShape(5, 40, 40, 8, 65), "130 rows: past a tile; the width one past a tile"),
-    *_both(PatchShape(0, 28, 28, 14, 40), "no images"),
+    Case(PatchShape(1, 8, 8, 8, 16), "one patch, one image"),
+    Case(PatchShape(2, 28, 28, 14, 24), "patch size 14, several tiles of pixels", sanitize=True),
+    Case(SMALL, "patch size 14, and a width that no tile divides", quick=True),
+    Case(PatchShape(3, 16, 24, 8, 20), "several tiles of tokens, across images", sanitize=True),
+    Case(PatchShape(3, 32, 48, 16, 72), "not square; the width is past a tile"),
+    Case(PatchShape(5, 64, 32, 32, 24), "patch size 32; a prime number of images"),
+    Case(PatchShape(2, 21, 35, 7, 40), "patch size 7: rows of 7 pixels, which no vector load divides"),
+    Case(PatchShape(7, 24, 24, 8, 63), "as many rows as a tile less one; the width one less than a tile"),
+    Case(PatchShape(5, 40, 40, 8, 65), "130 rows: past a tile; the width one past a tile"),
+    Case(PatchShape(0, 28, 28, 14, 40), "no images"),
     # dropped patches
-    *_both(PatchShape(2, 224, 224, 16, 768, keep=98), "B/16, half of the patches dropped", NOT_INTERPRETED),
-    *_both(PatchShape(64, 224, 224, 16, 768, keep=49), "B/16, a batch, three quarters of the patches", on(CUDA)),
-    *_both(PatchShape(35, 21, 35, 7, 40, keep=7), "dropped patches; several tiles of images", quick=True),
-    *_both(PatchShape(3, 16, 24, 8, 20, keep=4), "dropped patches, several tiles of tokens", sanitize=True),
-    *_both(PatchShape(3, 28, 28, 14, 40, keep=0), "every patch dropped: the class token alone"),
+    Case(PatchShape(2, 224, 224, 16, 768, keep=98), "B/16, half of the patches dropped", NOT_INTERPRETED),
+    Case(PatchShape(64, 224, 224, 16, 768, keep=49), "B/16, a batch, three quarters of the patches dropped", on(CUDA)),
+    Case(PatchShape(35, 21, 35, 7, 40, keep=7), "dropped patches; several tiles of images", quick=True),
+    Case(PatchShape(3, 16, 24, 8, 20, keep=4), "dropped patches, several tiles of tokens", sanitize=True),
+    Case(PatchShape(3, 28, 28, 14, 40, keep=0), "every patch dropped: the class token alone"),
     *(
-        case
+        Case(shape.changed(keep=keep), f"{keep} of {shape.patches} patches kept")
         for shape in KEPT_OF
         for keep in sorted({0, 1, shape.patches // 2, shape.patches})
-        for case in _both(dataclasses.replace(shape, keep=keep), f"{keep} of {shape.patches} patches kept")
+    ),
+    Case(PatchShape(0, 28, 28, 14, 40, keep=2), "no images, and patches are dropped"),
+    Case(WIDE, "pixels as a decoder leaves them", layout="hwc", quick=True),
+    Case(WIDE.changed(keep=3), "dropped patches: pixels as a decoder leaves them", layout="hwc"),
+    *Case.layouts(WIDE, expanded=SMALL, quick=False),
+    *Case.layouts(WIDE.changed(keep=3), quick=False),
+]  # fmt: skip
+CASES = [
+    *(
+        dataclasses.replace(case, shape=case.shape.changed(uint8=uint8))
+        for case in OF_BOTH
+        for uint8 in (True, False)
     ),
     *(
         Case(PatchShape(batch, 8, 16, 4, 9, uint8=False, keep=3), "one past or less than a tile of images, and several")
         for batch in (1, 31, 33, 70)
     ),
-    *_both(PatchShape(0, 28, 28, 14, 40, keep=2), "no images, and patches are dropped"),
-    # layouts
-    *(
-        case
-        for keep, prefix in ((None, ""), (3, "dropped patches: "))
-        for layout, why in LAYOUTS.items()
-        for case in _both(
-            PatchShape(2, 28, 42, 14, 40, keep=keep), prefix + why,
-            layout=layout, quick=layout == "hwc" and keep is None,
-        )
-    ),
-    *_both(PatchShape(2, 28, 28, 14, 40), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
-    # extremes
-    Case(PatchShape(2, 28, 28, 14, 40), "black: the low end of the range", check=EXTREME, values="all 0"),
-    Case(PatchShape(2, 28, 28, 14, 40), "the byte that becomes 0 inside", check=EXTREME, values="all 128"),
-    Case(
-        PatchShape(2, 28, 28, 14, 40), "white: the high end of the range",
-        check=EXTREME, values="all 255", quick=True,
-    ),
-    Case(
-        PatchShape(2, 28, 28, 14, 40, uint8=False), "pixels of 100: far outside what a model sees",
-        check=EXTREME, values="large", quick=True,
-    ),
-    Case(PatchShape(2, 28, 28, 14, 40), "each row of the weight reads one pixel", check=EXTREME, values="one-hot"),
-    Case(PatchShape(4, 28, 28, 14, 40), "the same image again and again", check=EXTREME, values="duplicate rows"),
-    Case(
-        PatchShape(2, 28, 28, 14, 40), "weights of 1e-4: folding the normalisation must not flush them",
-        check=EXTREME, values="tiny weight",
-    ),
-    # repeats
-    Case(PatchShape(3, 32, 48, 16, 72, uint8=False), "several tiles", on(CPU), DETERMINISM, quick=True),
-    Case(PatchShape(8, 112, 112, 16, 256), "sums over hundreds of patches", on(CPU), DETERMINISM),
-    Case(PatchShape(64, 224, 224, 16, 768), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
-    *_both(PatchShape(70, 32, 48, 16, 72, keep=3), "dropped patches, several tiles of images", on(CPU), DETERMINISM),
-    Case(PatchShape(256, 224, 224, 16, 768, keep=98), "dropped patches of a batch", on(CUDA), DETERMINISM),
+    Case.extreme(SMALL, "all 0", "black: the low end of the range"),
+    Case.extreme(SMALL, "all 128", "the byte that becomes 0 inside"),
+    Case.extreme(SMALL, "all 255", "white: the high end of the range", quick=True),
+    Case.extreme(PatchShape(2, 28, 28, 14, 40, uint8=False), "large", "pixels of 100: far outside what a model sees", quick=True),
+    Case.extreme(SMALL, "one-hot", "each row of the weight reads one pixel"),
+    Case.extreme(PatchShape(4, 28, 28, 14, 40), "duplicate rows", "the same image again and again"),
+    Case.extreme(SMALL, "tiny weight", "weights of 1e-4: folding the normalisation must not flush them"),
+    *Case.repeats(PatchShape(3, 32, 48, 16, 72, uint8=False), PatchShape(64, 224, 224, 16, 768)),
+    *Case.repeats(PatchShape(70, 32, 48, 16, 72, True, 3), PatchShape(256, 224, 224, 16, 768, True, 98)),
+    *Case.repeats(PatchShape(70, 32, 48, 16, 72, False, 3), PatchShape(256, 224, 224, 16, 768, False, 98)),
+    *Case.repeats(PatchShape(8, 112, 112, 16, 256), PatchShape(64, 224, 224, 16, 768, False)),
 ]  # fmt: skip
 
 # L/14, B/16, B/32 and H/14: the most telling first
@@ -236,8 +182,8 @@ PARAMETERS = {"class_embedding": "fp32", "positional_embedding": "fp32"}
 def _bench(batch: int) -> tuple[PatchShape, ...]:
     """Return the first layer of the published towers: of bytes, with half of the patches dropped, and of floats."""
     whole = [PatchShape(batch, 224, 224, patch_size, embed_dim) for patch_size, embed_dim in TOWERS]
-    kept = [dataclasses.replace(shape, keep=shape.patches // 2) for shape in whole]
-    return *whole, *kept, *(dataclasses.replace(shape, uint8=False) for shape in whole)
+    kept = [shape.changed(keep=shape.patches // 2) for shape in whole]
+    return *whole, *kept, *(shape.changed(uint8=False) for shape in whole)
 
 
 def _shipped(patch_size: int, dtypes: tuple[str, ...], *, uint8: bool = True, keep: int | None = None) -> Shipped:
@@ -247,57 +193,40 @@ def _shipped(patch_size: int, dtypes: tuple[str, ...], *, uint8: bool = True, ke
     return Shipped(label, shape, dtypes, casts=PARAMETERS, tf32_by_triton_36=uint8)
 
 
+BOTH = ("bf16", "fp32")
+SHIPPED = (
+    _shipped(14, BOTH),
+    _shipped(16, (*BOTH, "fp16")),
+    _shipped(32, BOTH),
+    _shipped(16, BOTH, uint8=False),
+    _shipped(16, ("bf16",), keep=98),
+    _shipped(16, BOTH, uint8=False, keep=98),
+)
+TARGETS = (
+    Target("patch_embed", PatchShape(256, 224, 224, 14, 1024), Tunable.named(GemmConfig, "patch_embed_fwd", "patch_embed_bwd_weight")),
+    Target("patch_embed_kept", PatchShape(256, 224, 224, 16, 768, keep=98), Tunable.named(RowConfig, "patch_embed_bwd_pos")),
+    Target("patch_embed_images", PatchShape(64, 224, 224, 14, 1024, False), Tunable.named(GemmConfig, "patch_embed_bwd_images")),
+)  # fmt: skip
+KERNELS = (
+    *(f"_patch_embed_{name}_kernel" for name in ("fwd", "bwd_weight", "bwd_pos", "bwd_images")),
+    "_token_of_position_kernel",
+)
+
 SPECS = (
     OpSpec(
         op=patch_embed,
         reference=reference.patch_embed,
         make=make,
         cases=CASES,
-        small=(
-            PatchShape(2, 8, 12, 4, 10, uint8=False),
-            PatchShape(2, 8, 12, 4, 10),
-            PatchShape(2, 8, 12, 4, 10, uint8=False, keep=4),
-        ),
+        small=(TINY, TINY.changed(uint8=True), TINY.changed(keep=4)),
         category="patch, text input",
-        kernels=(
-            "_patch_embed_fwd_kernel",
-            "_patch_embed_bwd_weight_kernel",
-            "_token_of_position_kernel",
-            "_patch_embed_bwd_pos_kernel",
-            "_patch_embed_bwd_images_kernel",
-        ),
+        kernels=KERNELS,
         suite="patch",
         floor=floor,
         bench={"cpu": _bench(16), "cuda": _bench(256)},
         items=("batch", "images"),
-        shipped=(
-            _shipped(14, ("bf16", "fp32")),
-            _shipped(16, ("bf16", "fp32", "fp16")),
-            _shipped(32, ("bf16", "fp32")),
-            _shipped(16, ("bf16", "fp32"), uint8=False),
-            _shipped(16, ("bf16",), keep=98),
-            _shipped(16, ("bf16", "fp32"), uint8=False, keep=98),
-        ),
-        targets=(
-            Target(
-                "patch_embed",
-                PatchShape(256, 224, 224, 14, 1024),
-                (
-                    Tunable("patch_embed_fwd", "_patch_embed_fwd_kernel", GemmConfig),
-                    Tunable("patch_embed_bwd_weight", "_patch_embed_bwd_weight_kernel", GemmConfig),
-                ),
-            ),
-            Target(
-                "patch_embed_kept",
-                PatchShape(256, 224, 224, 16, 768, keep=98),
-                (Tunable("patch_embed_bwd_pos", "_patch_embed_bwd_pos_kernel", RowConfig),),
-            ),
-            Target(
-                "patch_embed_images",
-                PatchShape(64, 224, 224, 14, 1024, uint8=False),
-                (Tunable("patch_embed_bwd_images", "_patch_embed_bwd_images_kernel", GemmConfig),),
-            ),
-        ),
+        shipped=SHIPPED,
+        targets=TARGETS,
         small_tiles=small_tiles,
     ),
 )

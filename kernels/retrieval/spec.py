@@ -8,23 +8,7 @@ import torch
 
 from .. import reference
 from ..configs import GemmConfig
-from ..spec import (
-    CPU,
-    CUDA,
-    DETERMINISM,
-    EXTREME,
-    NOT_INTERPRETED,
-    Call,
-    Case,
-    Draw,
-    Floor,
-    OpSpec,
-    Shape,
-    Shipped,
-    Target,
-    Tunable,
-    on,
-)  # fmt: skip
+from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from . import cpu, launches
 from .op import retrieval_ranks
 
@@ -98,18 +82,13 @@ CASES = [
     Case(RankShape(0, 0, 8), "nothing"),
     Case(RankShape(1000, 5000, 512), "Flickr30k's test set", NOT_INTERPRETED),
     Case(RankShape(5000, 25000, 512), "COCO's test set", on(CUDA)),
-    # layouts
-    Case(RankShape(67, 201, 40), "features of one dimension side by side", layout="transposed"),
-    Case(RankShape(67, 201, 40), "every second column of a wider tensor", layout="sliced", quick=True),
-    Case(RankShape(67, 201, 40), "one element past an aligned address", layout="offset"),
-    # extremes
-    Case(RankShape(71, 213, 40), "collapsed features: all tie", check=EXTREME, values="all-equal rows", quick=True),
-    Case(RankShape(20, 50, 4), "scores that are infinite, or NaN", check=EXTREME, values="infinite"),
-    Case(RankShape(20, 50, 4), "features that are NaN", check=EXTREME, values="nan", quick=True),
-    # repeats
-    Case(RankShape(600, 411, 24), "several tiles, two threads", on(CPU), DETERMINISM, values="unit", quick=True),
-    Case(RankShape(5000, 25000, 512), "many programs add to an image", on(CUDA), DETERMINISM, values="unit"),
+    *Case.layouts(RankShape(67, 201, 40)),
+    Case.extreme(RankShape(71, 213, 40), "all-equal rows", "collapsed features: all tie", quick=True),
+    Case.extreme(RankShape(20, 50, 4), "infinite", "scores that are infinite, or NaN"),
+    Case.extreme(RankShape(20, 50, 4), "nan", "features that are NaN", quick=True),
+    *Case.repeats(RankShape(600, 411, 24), RankShape(5000, 25000, 512), "unit"),
 ]
+COUNTING = (Tunable("retrieval_ranks", "_count_ahead_kernel", GemmConfig),)
 
 SPECS = (
     OpSpec(
@@ -132,13 +111,7 @@ SPECS = (
             Shipped("M1024 N5120 D512", RankShape(1024, 5120, 512), ("bf16", "fp32", "fp16")),
             Shipped("M1001 N5005 D512", RankShape(1001, 5005, 512)),
         ),
-        targets=(
-            Target(
-                "retrieval_ranks",
-                RankShape(5120, 25600, 512),
-                (Tunable("retrieval_ranks", "_count_ahead_kernel", GemmConfig),),
-            ),
-        ),
+        targets=(Target("retrieval_ranks", RankShape(5120, 25600, 512), COUNTING),),
         small_tiles=small_tiles,
     ),
 )

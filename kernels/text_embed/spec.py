@@ -7,25 +7,7 @@ import torch
 
 from .. import reference
 from ..configs import RowConfig, config_key, override
-from ..spec import (
-    CPU,
-    CUDA,
-    DETERMINISM,
-    EXPANDED,
-    EXTREME,
-    INTERPRETER,
-    NOT_INTERPRETED,
-    Call,
-    Case,
-    Draw,
-    Floor,
-    OpSpec,
-    Shape,
-    Shipped,
-    Target,
-    Tunable,
-    on,
-)  # fmt: skip
+from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from .op import text_embed
 
 
@@ -84,7 +66,7 @@ def small_chunks(dtype: torch.dtype) -> AbstractContextManager[object]:
 CASES = [
     Case(TextShape(4, 77, 49408, 512), "B's texts", on(CUDA)),
     Case(TextShape(3, 77, 49408, 1280), "bigG/14's texts", NOT_INTERPRETED),
-    Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", on(CPU, INTERPRETER), quick=True),
+    Case(TextShape(3, 77, 500, 512), "the length in use, a smaller table", quick=True),
     Case(TextShape(512, 77, 49408, 768), "L/14's texts, a batch", on(CUDA)),
     Case(TextShape(4096, 77, 49408, 512), "B's texts, a large batch: four launches", on(CUDA)),
     # nasty ones
@@ -98,19 +80,16 @@ CASES = [
     Case(TextShape(3, 8, 50, 300), "exactly a tile of positions; the width is past a tile"),
     Case(TextShape(40, 3, 11, 12), "more texts than programs"),
     Case(TextShape(0, 9, 5, 16), "no texts: gradients are zero"),
-    # layouts
-    Case(TextShape(3, 7, 11, 24), "last axis first", layout="transposed"),
-    Case(TextShape(3, 7, 11, 24), "every second element of a wider tensor", layout="sliced", quick=True),
-    Case(TextShape(3, 7, 11, 24), "one element past an aligned address", layout="offset"),
-    Case(TextShape(3, 7, 11, 24), "a gradient of stride 0, as loss.sum() sends", layout=EXPANDED),
-    # extremes
-    Case(TextShape(40, 7, 11, 24), "one id everywhere", check=EXTREME, values="one id", quick=True),
-    Case(TextShape(9, 77, 1000, 24), "mostly padding", check=EXTREME, values="padded", quick=True),
-    Case(TextShape(9, 77, 693, 24), "every id once", check=EXTREME, values="all different"),
-    # repeats
-    Case(TextShape(64, 77, 1000, 96), "ids in many texts, two threads", on(CPU), DETERMINISM, quick=True),
-    Case(TextShape(4096, 77, 49408, 512), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
+    *Case.layouts(TextShape(3, 7, 11, 24), expanded=TextShape(3, 7, 11, 24)),
+    Case.extreme(TextShape(40, 7, 11, 24), "one id", "one id everywhere", quick=True),
+    Case.extreme(TextShape(9, 77, 1000, 24), "padded", "mostly padding", quick=True),
+    Case.extreme(TextShape(9, 77, 693, 24), "all different", "every id once"),
+    *Case.repeats(TextShape(64, 77, 1000, 96), TextShape(4096, 77, 49408, 512)),
 ]
+TUNED = (
+    Tunable("text_embed_bwd", "_segment_sums_kernel", RowConfig),
+    Tunable("text_embed_fwd", "_text_embed_fwd_kernel", RowConfig),
+)
 
 SPECS = (
     OpSpec(
@@ -124,8 +103,8 @@ SPECS = (
         suite="text",
         floor=floor,
         bench={
-            "cpu": tuple(TextShape(32, 77, 49408, width) for width in (512, 768, 1024)),
-            "cuda": tuple(TextShape(1024, 77, 49408, width) for width in (512, 768, 1024)),
+            device: tuple(TextShape(batch, 77, 49408, width) for width in (512, 768, 1024))
+            for device, batch in (("cpu", 32), ("cuda", 1024))
         },
         bench_values="padded",
         items=("batch", "texts"),
@@ -138,16 +117,7 @@ SPECS = (
             Shipped("N768", TextShape(128, 77, 49408, 768)),
             Shipped("N512", TextShape(128, 77, 49408, 512), ("fp32",)),
         ),
-        targets=(
-            Target(
-                "text_embed",
-                TextShape(1024, 77, 49408, 512),
-                (
-                    Tunable("text_embed_bwd", "_segment_sums_kernel", RowConfig),
-                    Tunable("text_embed_fwd", "_text_embed_fwd_kernel", RowConfig),
-                ),
-            ),
-        ),
+        targets=(Target("text_embed", TextShape(1024, 77, 49408, 512), TUNED),),
         small_tiles=small_chunks,
     ),
 )

@@ -1,4 +1,4 @@
-"""What the kernel tests share: calls of every op from its specification, and the sanitizer."""
+"""What the kernel tests share: calls of every op, what the interpreter moves, odd layouts, and the sanitizer."""
 
 import contextlib
 import dataclasses
@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.interpreter import InterpreterBuilder
 
 from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
@@ -42,9 +43,19 @@ def call_of(name: str, dtype: torch.dtype, device: torch.device, scale: int = 1)
     """One of ``CALLS``, its first size (the batch) times ``scale``."""
     spec, shape = CALLS[name]
     first = dataclasses.fields(shape)[0].name
-    call = spec.call(dataclasses.replace(shape, **{first: scale * getattr(shape, first)}), "", Draw(scale), dtype)
+    call = spec.call(shape.changed(**{first: scale * getattr(shape, first)}), "", Draw(scale), dtype)
     inputs = {key: x.to(device) for key, x in call.inputs.items()}
     return OpCall(functools.partial(spec.op, **call.options), inputs, tuple(grad.to(device) for grad in call.grads))
+
+
+def inputs_of(
+    op: str, shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> tuple[dict[str, Tensor], Tensor]:
+    """The inputs of an op at any shape, and the gradient of its result, or of two results side by side."""
+    call = specs()[op].call(shape, "", Draw(), dtype)
+    inputs = {name: x.to(device) for name, x in call.inputs.items()}
+    grads = [grad.to(device) for grad in call.grads]
+    return inputs, torch.cat(grads, -1) if len(grads) > 1 else next(iter(grads), torch.empty(0))
 
 
 def leaves_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,6 +66,32 @@ def leaves_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def tuple_of(results: Any) -> tuple[Tensor, ...]:
     """Results as a tuple, also where there is only one."""
     return results if isinstance(results, tuple) else (results,)
+
+
+@pytest.fixture
+def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that grows by the bytes of each load and store that the interpreter does."""
+    sizes: list[int] = []
+
+    def counting(name: str, mask_at: int) -> None:
+        original = getattr(InterpreterBuilder, name)
+
+        def run(self: Any, ptrs: Any, *args: Any) -> Any:
+            sizes.append(int(args[mask_at].data.sum()) * ptrs.get_element_ty().primitive_bitwidth // 8)
+            return original(self, ptrs, *args)
+
+        monkeypatch.setattr(InterpreterBuilder, name, run)
+
+    counting("create_masked_load", 0)
+    counting("create_masked_store", 1)
+    return sizes
+
+
+def far_apart(x: Tensor) -> Tensor:
+    """The same values, the last axis of which strides over more than 2^31 elements; only touched pages exist."""
+    strides = (*torch.empty(x.shape[:-1], device="meta").stride(), 2**31 // (x.shape[-1] - 1) + 16)
+    # not torch.empty, whose memory the tests fill
+    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
 
 
 @contextlib.contextmanager

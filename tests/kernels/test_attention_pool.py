@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from clipfast.kernels import attention_pool, reference
 from clipfast.kernels.attention_pool.spec import PoolShape
-from clipfast.kernels.spec import Draw, specs
 from clipfast.models.resnet import AttentionPool2d
 
 from ..conftest import DTYPES
 from ..numerics import compare, value_and_grads
+from .conftest import inputs_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -20,8 +20,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_nothing_behind_the_end_counts(dtype, device):
     # none, one, some, all, and more than there are
-    call = specs()["attention_pool"].call(PoolShape(5, 3, 17, 24), "", Draw(), dtype)
-    inputs, grad = {name: x.to(device) for name, x in call.inputs.items()}, call.grads[0].to(device)
+    inputs, grad = inputs_of("attention_pool", PoolShape(5, 3, 17, 24), dtype, device)
     inputs["tokens"][2, 9:] = float("inf")
     seqlens = torch.tensor([0, 1, 9, 17, 99], device=device)
     ours, plain = (functools.partial(op, seqlens=seqlens) for op in (attention_pool, reference.attention_pool))

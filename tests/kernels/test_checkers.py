@@ -8,28 +8,34 @@ from torch.autograd.gradcheck import GradcheckError
 from torch.testing._internal.optests import OpCheckError
 
 from clipfast.kernels import attention, contrastive_loss, reference
+from clipfast.kernels.attention.spec import AttentionShape
+from clipfast.kernels.contrastive.cases import LossShape
 
 from ..conftest import INTERPRET
 from ..numerics import as_good_as_torch, compare
-from .cases import attention_inputs, loss_inputs
+from .conftest import inputs_of
 
 pytestmark = pytest.mark.skipif(INTERPRET, reason="checks the checkers, once")
 
 
+class Scaled(torch.autograd.Function):
+    """Multiply the gradient by a number that is nearly 1."""
+
+    @staticmethod
+    def forward(ctx, x, factor):
+        ctx.factor = factor
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.factor * grad, None
+
+
 def test_gradient_off_by_one_percent_fails():
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 1.01 * grad
-
     inputs = {"x": torch.randn(50)}
     compare(lambda x: x * 1, lambda x: x * 1, inputs, torch.randn(50))
     with pytest.raises(AssertionError, match="d_x: max error"):
-        compare(lambda x: Scaled.apply(x), lambda x: x * 1, {"x": torch.randn(50)}, torch.randn(50))
+        compare(lambda x: Scaled.apply(x, 1.01), lambda x: x * 1, {"x": torch.randn(50)}, torch.randn(50))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -39,7 +45,7 @@ def test_wrong_attention_fails(dtype, fault):
     def op(qkv):
         return fault(attention(qkv, 2))
 
-    inputs, grad = attention_inputs((2, 50, 2, 16, False), dtype, torch.device("cpu"))
+    inputs, grad = inputs_of("attention", AttentionShape(2, 50, 2, 16, bias=False), dtype)
     if dtype == torch.float32 and fault(torch.ones(1)).item() == 1:
         pytest.skip("float32 is the dtype that it should be")
     with pytest.raises(AssertionError, match=r"value: (rms|max|dtype)"):
@@ -49,21 +55,12 @@ def test_wrong_attention_fails(dtype, fault):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_wrong_small_gradient_fails(dtype):
     # Gradients of the loss are about 1 / N: an allowance that is absolute would let anything pass.
-    class Scaled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return 1.02 * grad
-
     def op(image, text, logit_scale):
-        return contrastive_loss(Scaled.apply(image), text, logit_scale)
+        return contrastive_loss(Scaled.apply(image, 1.02), text, logit_scale)
 
-    inputs = loss_inputs((129, 72), dtype, torch.device("cpu"), matched=0.0, scale=14.3)
+    inputs, grad = inputs_of("contrastive_loss", LossShape(129, 72), dtype)
     with pytest.raises(AssertionError, match=r"d_image: (rms|max)"):
-        compare(op, reference.contrastive_loss, inputs, torch.tensor(1.0))
+        compare(op, reference.contrastive_loss, inputs, grad)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

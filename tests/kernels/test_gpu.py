@@ -8,38 +8,37 @@ import torch
 from clipfast import create_model
 from clipfast.bench.graphs import Graphs
 from clipfast.kernels import contrastive_loss, reference, retrieval_ranks
+from clipfast.kernels.retrieval.spec import RankShape
 from clipfast.training.optim import adamw, set_lr
 from clipfast.training.step import GraphedStep, TrainingStep
 
 from ..conftest import ON_GPU
 from ..numerics import value_and_grads
-from .cases import rank_inputs, small_calls
+from .conftest import call_of, each_call, each_gradient, inputs_of, leaves_of, tuple_of
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
-NAMES = list(small_calls(torch.float32, torch.device("cpu")))
 
 
 def step(name, device):
     """A forward and backward call of one op on fixed inputs, and where its gradients go."""
-    fn, inputs, grad = small_calls(torch.bfloat16, device)[name]
-    leaves = {key: x.requires_grad_(x.is_floating_point()) for key, x in inputs.items()}
-    grad = grad.to(device)
+    function, inputs, grads = call_of(name, torch.bfloat16, device)
+    leaves = leaves_of(inputs)
 
     def run():
-        fn(**leaves).backward(grad.to(fn(**leaves).dtype))
+        values = tuple_of(function(**leaves))
+        torch.autograd.backward(values, [grad.to(value) for grad, value in zip(grads, values, strict=True)])
 
     return run, [x for x in leaves.values() if x.requires_grad]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", NAMES)
+@each_call
 def test_finite(name, dtype, device):
     # small and plain, for compute-sanitizer to watch
-    fn, inputs, grad = small_calls(dtype, device)[name]
-    assert all(value.isfinite().all() for value in value_and_grads(fn, inputs, grad.to(device)).values())
+    assert all(value.isfinite().all() for value in value_and_grads(*call_of(name, dtype, device)).values())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_gradient
 def test_no_host_sync(name, device):
     run, _ = step(name, device)
     run()
@@ -50,7 +49,7 @@ def test_no_host_sync(name, device):
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_gradient
 def test_graph_capture(name, device):
     run, leaves = step(name, device)
     stream = torch.cuda.Stream()
@@ -72,18 +71,19 @@ def test_graph_capture(name, device):
         torch.testing.assert_close(leaf.grad, value, rtol=2e-2, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@each_gradient
 def test_same_bits_from_many_programs(name, device):
-    fn, inputs, grad = small_calls(torch.bfloat16, device, scale=20)[name]
-    first = value_and_grads(fn, inputs, grad)
+    call = call_of(name, torch.bfloat16, device, scale=20)
+    first = value_and_grads(*call)
     for _ in range(50):
-        again = value_and_grads(fn, inputs, grad)
+        again = value_and_grads(*call)
         assert all(torch.equal(again[key], value) for key, value in first.items())
 
 
 def test_ranks_without_a_host_sync_in_a_graph(device):
     # The graph is replayed on other features than it was captured with.
-    inputs, other = (rank_inputs((700, 2500, 40), torch.bfloat16, device) for _ in range(2))
+    inputs, _ = inputs_of("retrieval_ranks", RankShape(700, 2500, 40), torch.bfloat16, device)
+    other = {name: x.flip(0) for name, x in inputs.items()}
     retrieval_ranks(**inputs)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -100,7 +100,7 @@ def test_ranks_without_a_host_sync_in_a_graph(device):
 
 
 def test_index_that_is_no_image_is_a_text_of_none(device):
-    inputs = rank_inputs((40, 90, 16), torch.float32, device)
+    inputs = inputs_of("retrieval_ranks", RankShape(40, 90, 16), torch.float32, device)[0]
     expected = retrieval_ranks(**inputs)
     wrong = torch.tensor([40, -2, 2**32], device=device).repeat(30)
     inputs["text_image"] = wrong.where(inputs["text_image"] < 0, inputs["text_image"])

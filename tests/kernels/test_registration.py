@@ -8,7 +8,7 @@ from clipfast.kernels import contrastive_loss
 
 from ..conftest import INTERPRET, LEG, OnlyMeta
 from ..numerics import value_and_grads
-from .conftest import CALLS, call_of, each_call, each_gradient, leaves_of, tuple_of
+from .conftest import CALLS, call_of, each_call, each_gradient, far_apart, leaves_of, tuple_of
 
 
 class Recorded(TorchDispatchMode):
@@ -138,6 +138,34 @@ def test_compiles_once_for_every_scale(device):
     for scale in torch.tensor([2.5, 3.5, 4.5], device=device):
         torch.testing.assert_close(compiled(x, scale), contrastive_loss(x, x, scale))
     assert backend.graphs == 1
+
+
+@each_gradient
+def test_gradient_of_each_input_alone(name, device):
+    # frozen parameters change no other gradient
+    call = call_of(name, torch.float32, device)
+    expected = value_and_grads(*call)
+    for wanted, x in call.inputs.items():
+        if x.is_floating_point():
+            leaf = x.detach().requires_grad_()
+            values = tuple_of(call.function(**call.inputs | {wanted: leaf}))
+            torch.autograd.backward(values, call.grads)
+            torch.testing.assert_close(leaf.grad, expected[f"d_{wanted}"], rtol=0, atol=0, msg=wanted)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
+@each_call
+def test_offsets_beyond_32_bits(name, device):
+    call = call_of(name, torch.float16, device)
+    expected = value_and_grads(*call)
+    for wanted, x in call.inputs.items():
+        if x.is_floating_point() and x.ndim > 1:
+            for key, value in value_and_grads(call.function, call.inputs | {wanted: far_apart(x)}, call.grads).items():
+                torch.testing.assert_close(value, expected[key], msg=f"{wanted}: {key}")
+    if call.grads and call.grads[0].ndim:
+        grads = [far_apart(grad) for grad in call.grads]
+        for key, value in value_and_grads(call.function, call.inputs, grads).items():
+            torch.testing.assert_close(value, expected[key], msg=f"gradient: {key}")
 
 
 @each_gradient

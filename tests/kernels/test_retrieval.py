@@ -13,7 +13,7 @@ from clipfast.kernels.retrieval.spec import RankShape
 from clipfast.kernels.spec import Draw, specs
 
 from ..conftest import DTYPES, INTERPRET, LEG, ON_GPU
-from .cases import huge_strides
+from .conftest import inputs_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 
@@ -22,8 +22,7 @@ FINEST = [torch.float64] if LEG == "cpu" else []
 
 def call(images, texts, embed_dim, dtype, device):
     """Features of small whole numbers, and an image or none for each text."""
-    inputs = specs()["retrieval_ranks"].call(RankShape(images, texts, embed_dim), "", Draw(), dtype).inputs
-    return {name: x.to(device) for name, x in inputs.items()}
+    return inputs_of("retrieval_ranks", RankShape(images, texts, embed_dim), dtype, device)[0]
 
 
 def same(ours, expected):
@@ -112,16 +111,6 @@ def test_nan_never_helps(device):
     assert same(retrieval_ranks(**inputs), reference.retrieval_ranks(**inputs))
 
 
-@pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
-@pytest.mark.parametrize("name", ["image", "text"])
-def test_offsets_beyond_32_bits(name):
-    inputs = call(4, 4, 40, torch.float16, "cpu")
-    expected = retrieval_ranks(**inputs)
-    far = huge_strides((4, 40))
-    far.copy_(inputs[name])
-    assert same(retrieval_ranks(**inputs | {name: far}), expected)
-
-
 @pytest.mark.skipif(LEG != "cpu", reason="the kernels compute in float32")
 def test_float64_sees_what_float32_cannot():
     image, text = torch.tensor([[1.0], [1.0 + 1e-12]], dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)
@@ -131,7 +120,6 @@ def test_float64_sees_what_float32_cannot():
 
 def test_features_that_require_gradients(device):
     inputs = call(7, 11, 6, torch.float32, device)
-    before = {name: x.clone() for name, x in inputs.items()}
     expected = retrieval_ranks(**inputs)
     for name in ("image", "text"):
         inputs[name].requires_grad_()
@@ -139,7 +127,6 @@ def test_features_that_require_gradients(device):
         ranks = retrieval_ranks(**inputs, backend=backend)
         assert same(ranks, expected)
         assert not any(x.requires_grad for x in ranks)
-    assert all(torch.equal(x, before[name]) for name, x in inputs.items())
 
 
 def test_autocast_changes_nothing(device):

@@ -1,26 +1,28 @@
-"""Both layer norms: shapes and dtypes that no case of the specifications has, algorithms, bytes, errors.
-
-Each test runs for ``layer_norm``, for ``layer_norm`` with a residual and for ``layer_norm_pair``, where it can.
+"""Ops on rows, which are the layer norms and the activations: axes, layouts and dtypes that no case of the
+specifications has, algorithms, bytes, errors.
 """
 
 import pytest
 import torch
 
-from clipfast.kernels import configs, launch, layer_norm, layer_norm_pair, reference
+from clipfast.kernels import activation, bias_gelu, bias_quick_gelu, configs, launch, layer_norm, layer_norm_pair
 from clipfast.kernels.layer_norm import launches
-from clipfast.kernels.layer_norm.spec import NormShape, RowShape
-from clipfast.kernels.spec import Draw, specs
+from clipfast.kernels.layer_norm.spec import NormShape
+from clipfast.kernels.spec import RowShape, specs
+from clipfast.verify.inputs import lay_out
 
 from ..conftest import DTYPES, INTERPRET
 from ..numerics import GRADIENT, as_good_as_torch, compare, value_and_grads
-from .cases import counted_bytes, huge_strides, strided
+from .conftest import inputs_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 
 KINDS = {
-    "alone": ("layer_norm", NormShape, {}),
-    "residual": ("layer_norm", NormShape, {"residual": True}),
-    "pair": ("layer_norm_pair", RowShape, {}),
+    "alone": ("layer_norm", NormShape),
+    "residual": ("layer_norm", lambda rows, width: NormShape(rows, width, residual=True)),
+    "pair": ("layer_norm_pair", RowShape),
+    "gelu": ("bias_gelu", RowShape),
+    "quick_gelu": ("bias_quick_gelu", RowShape),
 }
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -39,12 +41,10 @@ def ops(kind):
 
 def call(kind, size, dtype, device):
     """Inputs whose streams have the shape ``size``, and the gradients of all results side by side."""
-    name, shape, options = KINDS[kind]
+    op, shape = KINDS[kind]
     *rows, width = size
-    made = specs()[name].call(shape(torch.Size(rows).numel(), width, **options), "", Draw(), dtype)
-    inputs = {name: x.view(size) if x.ndim == 2 else x for name, x in made.inputs.items()}
-    grad = torch.cat([grad.view(size) for grad in made.grads], -1)
-    return {name: x.to(device) for name, x in inputs.items()}, grad.to(device)
+    inputs, grad = inputs_of(op, shape(torch.Size(rows).numel(), width), dtype, device)
+    return {name: x.view(size) if x.ndim == 2 else x for name, x in inputs.items()}, grad.view(*rows, grad.shape[-1])
 
 
 @each_kind
@@ -61,8 +61,8 @@ def test_any_number_of_axes(size, kind, device):
 @pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
 def test_rows_that_do_not_lie_evenly_apart(layout, kind, device):
     inputs, grad = call(kind, (3, 7, 24), torch.float32, device)
-    inputs = {name: strided(x, layout) for name, x in inputs.items()}
-    compare(*ops(kind), inputs, strided(grad, layout))
+    inputs = {name: lay_out(x, layout) for name, x in inputs.items()}
+    compare(*ops(kind), inputs, lay_out(grad, layout))
     # one row of the gradient for all rows of an image
     compare(*ops(kind), inputs, grad[:, :1].expand(grad.shape))
 
@@ -74,7 +74,7 @@ def test_gradients_of_two_layouts(layout, device):
     same = value_and_grads(ops("pair")[0], inputs, grad)
     grad_s, grad_y = (x.contiguous() for x in grad.chunk(2, -1))
     leaves = {name: x.requires_grad_() for name, x in inputs.items()}
-    torch.autograd.backward(layer_norm_pair(**leaves), (grad_s, strided(grad_y, layout)))
+    torch.autograd.backward(layer_norm_pair(**leaves), (grad_s, lay_out(grad_y, layout)))
     torch.testing.assert_close(leaves["x"].grad, same["d_x"])
     torch.testing.assert_close(leaves["weight_2"].grad, same["d_weight_2"])
 
@@ -100,41 +100,26 @@ def test_parameters_of_any_dtype(of_parameters, kind, device):
     assert {result[f"d_{name}"].dtype for name, x in inputs.items() if x.ndim == 1} == {of_parameters}
 
 
-@each_kind
-def test_frozen_parameters_change_no_other_gradient(kind, device):
-    inputs, grad = call(kind, (9, 24), torch.float32, device)
-    expected = value_and_grads(ops(kind)[0], inputs, grad)
-    for name in inputs:
-        leaf = inputs[name].clone().requires_grad_()
-        ops(kind)[0](**inputs | {name: leaf}).backward(grad)
-        assert torch.equal(leaf.grad, expected[f"d_{name}"]), name
-
-
-@pytest.mark.parametrize("used", [0, 1], ids=["norm", "sum"])
-def test_one_of_the_results_of_a_residual(used, device):
-    inputs, grad = call("residual", (9, 24), torch.float32, device)
-    x, residual = (inputs[name].requires_grad_() for name in ("x", "residual"))
-    actual, expected = (
-        torch.autograd.grad(norm(**inputs)[used], (x, residual), grad.chunk(2, -1)[used])
-        for norm in (layer_norm, reference.layer_norm)
-    )
-    torch.testing.assert_close(actual, expected)
-
-
-@pytest.mark.parametrize("used", [0, 1], ids=["first", "second"])
+@pytest.mark.parametrize(
+    ("kind", "used", "names"),
+    [
+        ("residual", 0, ("x", "residual", "weight", "bias")),
+        ("residual", 1, ("x", "residual")),
+        ("pair", 0, ("x", "weight_1", "bias_1")),
+        ("pair", 1, ("x", "weight_1", "bias_1", "weight_2", "bias_2")),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_of_the_results_of_a_pair(dtype, used, device):
-    inputs, grad = call("pair", (9, 24), dtype, device)
-    names = tuple(inputs) if used else ("x", "weight_1", "bias_1")
-    plain = reference.layer_norm_pair
+def test_one_of_two_results(dtype, kind, used, names, device):
+    inputs, grad = call(kind, (9, 24), dtype, device)
+    spec = specs()[KINDS[kind][0]]
     results = []
-    for norm, copy in ((layer_norm_pair, torch.clone), (plain, torch.clone), (plain, torch.Tensor.double)):
+    for norm, copy in ((spec.op, torch.clone), (spec.reference, torch.clone), (spec.reference, torch.Tensor.double)):
         leaves = {name: copy(x).requires_grad_() for name, x in inputs.items()}
         y = norm(**leaves)[used]
         y.backward(grad.chunk(2, -1)[used].to(y))
         results.append({name: leaf.grad for name, leaf in leaves.items()})
-    for name in inputs:
-        assert (results[0][name] is None) == (name not in names)
+    assert {name for name, gradient in results[0].items() if gradient is not None} == set(names)
     for name in names:
         as_good_as_torch(*(result[name] for result in results), GRADIENT, name)
 
@@ -201,31 +186,21 @@ def test_nan_stays_in_its_row(kind, device):
         assert result[name].isnan().any(1).tolist() == [row == 3 for row in range(9)]
 
 
-@pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
-@pytest.mark.parametrize("kind", ["alone", "pair"])
-def test_offsets_beyond_32_bits(kind, device):
-    inputs, _ = call(kind, (5, 48), torch.float16, device)
-    far = huge_strides((5, 48))
-    far.copy_(inputs["x"])
-    op = ops(kind)[0]
-    torch.testing.assert_close(op(**inputs | {"x": far}), op(**inputs))
-
-
 @each_kind
 @pytest.mark.skipif(not INTERPRET, reason="only the interpreter tells what is loaded and stored")
 @pytest.mark.parametrize("size", [(64, 768), (33, 77), (5, 1664)], ids=str)
-def test_every_tensor_is_read_or_written_once(size, kind, device, monkeypatch):
-    # one program, which loads the parameters once
-    monkeypatch.setattr(launches, "programs_at_once", lambda *args: 1)
+def test_every_tensor_is_read_or_written_once(size, kind, device, monkeypatch, moved):
+    # one program for each block of columns, which loads the parameters once
+    for module in (launches, activation):
+        monkeypatch.setattr(module, "programs_at_once", lambda *args: 1)
     inputs, grad = call(kind, size, torch.float16, device)
-    name, shape, options = KINDS[kind]
-    spec, leaves = specs()[name], {name: x.requires_grad_() for name, x in inputs.items()}
-    moved = counted_bytes(monkeypatch)
+    op, shape = KINDS[kind]
+    spec, leaves = specs()[op], {name: x.requires_grad_() for name, x in inputs.items()}
     results = spec.op(**leaves)
-    assert sum(moved) == spec.floor(shape(*size, **options), 2, False).bytes
+    assert sum(moved) == spec.floor(shape(*size), 2, False).bytes
     moved.clear()
     torch.autograd.backward(results, grad.chunk(2, -1) if isinstance(results, tuple) else grad)
-    assert sum(moved) == spec.floor(shape(*size, **options), 2, True).bytes
+    assert sum(moved) == spec.floor(shape(*size), 2, True).bytes
 
 
 @pytest.mark.parametrize(("kind", "buffer"), [("alone", "dw_ptr"), ("pair", "sums_ptr")])
@@ -239,10 +214,19 @@ def test_the_buffer_of_sums_does_not_grow_with_the_rows(kind, buffer, device):
         assert len(recorded[-1].args[buffer]) == recorded[-1].grid[0] <= at_most
 
 
+@pytest.mark.parametrize("kind", ["gelu", "quick_gelu"])
+def test_huge_values_are_not_nan(kind, device):
+    x = torch.tensor([[-1e38, -1e20, -1e4, 1e4, 1e20, 1e38]], device=device)
+    result = value_and_grads(ops(kind)[0], {"x": x, "bias": torch.zeros(6, device=device)}, torch.ones_like(x))
+    torch.testing.assert_close(result["value"], x.clamp(min=0))
+    torch.testing.assert_close(result["d_x"], (x > 0).float())
+
+
 X, W = torch.zeros(4, 8), torch.ones(8)
-WIDE = {"x": torch.zeros(2, 8193), **{name: torch.ones(8193) for name in ("weight", "bias")}}
 NORM = {"x": X, "weight": W, "bias": W}
 PAIR = {"x": X, "weight_1": W, "bias_1": W, "weight_2": W, "bias_2": W}
+WIDE, WIDE_PAIR = ({name: torch.zeros(*x.shape[:-1], 8193) for name, x in valid.items()} for valid in (NORM, PAIR))
+VALID = {layer_norm: NORM, layer_norm_pair: PAIR, bias_gelu: {"x": X, "bias": W}, bias_quick_gelu: {"x": X, "bias": W}}
 
 
 @pytest.mark.parametrize(
@@ -262,14 +246,12 @@ PAIR = {"x": X, "weight_1": W, "bias_1": W, "weight_2": W, "bias_2": W}
         (layer_norm_pair, {"eps_1": "small"}, TypeError, "eps_1 must be a number, got str"),
         (layer_norm_pair, {"eps_2": -1.0}, ValueError, "eps_2 must not be negative, got -1.0"),
         (layer_norm_pair, {name: x[..., :0] for name, x in PAIR.items()}, ValueError, "1 to 8192 wide, got 0"),
-        (
-            layer_norm_pair,
-            {name: torch.zeros(*x.shape[:-1], 8193) for name, x in PAIR.items()},
-            ValueError,
-            "1 to 8192 wide, got 8193: use backend='torch'",
-        ),
+        (layer_norm_pair, WIDE_PAIR, ValueError, "1 to 8192 wide, got 8193: use backend='torch'"),
+        (bias_gelu, {"bias": 1.0}, TypeError, "bias must be a torch.Tensor, got float"),
+        (bias_gelu, {"bias": W[:7]}, ValueError, r"bias must be \[8\] on cpu, got \(7,\) on cpu"),
+        (bias_quick_gelu, {"bias": W[:7]}, ValueError, r"bias must be \[8\] on cpu, got \(7,\) on cpu"),
     ],
 )
 def test_errors(op, changed, error, message):
     with pytest.raises(error, match=f"^{op.__name__}: .*{message}"):
-        op(**(NORM if op is layer_norm else PAIR) | changed)
+        op(**VALID[op] | changed)
