@@ -29,12 +29,12 @@ class Suite:
 
 def _suite_of(spec: OpSpec) -> Suite:
     title = (spec.op.__doc__ or spec.name).strip().splitlines()[0].rstrip(".")
-    fields = dataclasses.fields(spec.small[0])
+    example, fields = spec.bench["cuda"][0], dataclasses.fields(spec.small[0])
     return Suite(
         help=f"{spec.name}: {title[0].lower()}{title[1:]}",
         shapes=lambda device_type: [shape.to_dict() for shape in spec.bench[device_type]],
         build=functools.partial(ops.build, spec),
-        fields={field.name: field.default if isinstance(field.default, (bool, int, float)) else 64 for field in fields},
+        fields={field.name: 1 if (value := getattr(example, field.name)) is None else value for field in fields},
         smallest=spec.small[0].to_dict(),
         optional=frozenset(field.name for field in fields if field.default is not dataclasses.MISSING),
         op=spec,
@@ -67,7 +67,7 @@ def build(suite: str, shape: Sizes, dtype: str, device: torch.device) -> Case:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     found = SUITES[suite]
     if not set(found.fields) - found.optional <= set(shape) <= set(found.fields):
-        example = " ".join(f"{key}={value}" for key, value in found.smallest.items())
+        example = " ".join(f"{key}={value}" for key, value in found.shapes("cuda")[0].items())
         raise ValueError(f"a shape of {suite} looks like {example!r}, got {dict(shape)!r}")
     for key, value in shape.items():
         example_value = found.fields[key]

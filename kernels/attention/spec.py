@@ -307,7 +307,8 @@ SPECS = (
         category="attention",
         kernels=KERNELS,
         floor=floor_qkv,
-        bench={"cpu": (), "cuda": ()},  # no benchmark of its own: its kernels are those of attention
+        # one query for each image, as SigLIP's towers pool
+        bench={device: (QkvShape(batch, 1, 196, 12, 64),) for device, batch in BATCHES.items()},
         items=("batch", "sequences"),
         small_tiles=small_blocks,
         fused=fused_reference_qkv,
