@@ -110,7 +110,7 @@ def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, no_
 
     monkeypatch.setattr("clipfast.bench.suites.loss.contrastive_loss", broken)
     assert cli.main(arguments) == 1
-    assert "refused: contrastive.fwd_bwd clipfast: RuntimeError: illegal" in capsys.readouterr().err
+    assert "refused: contrastive_loss.fwd_bwd clipfast: RuntimeError: illegal" in capsys.readouterr().err
 
 
 def test_a_machine_that_cannot_compile_is_missing_something_and_nobody_is_wrong(monkeypatch):

@@ -196,7 +196,7 @@ def test_summary_names_refusals_fallbacks_missing_peers_and_caches(tmp_path):
 
 def test_smoke_says_which_op_is_wrong(monkeypatch, capsys):
     assert gpu_environment.smoke("loss", CPU) is None
-    assert "contrastive.fwd_bwd: right (value off by" in capsys.readouterr().out
+    assert "contrastive_loss.fwd_bwd: right (value off by" in capsys.readouterr().out
 
     def broken(image, text, logit_scale):
         raise RuntimeError("illegal instruction")
@@ -205,7 +205,7 @@ def test_smoke_says_which_op_is_wrong(monkeypatch, capsys):
     monkeypatch.setattr(gpu_environment.machine, "measure_roofs", lambda *args: dict.fromkeys(ROOFS, 1e12))
     assert gpu_environment.main() == 1
     printed = capsys.readouterr().out
-    assert "contrastive.fwd_bwd: RuntimeError: illegal instruction" in printed
+    assert "contrastive_loss.fwd_bwd: RuntimeError: illegal instruction" in printed
     assert "attention.fwd_bwd: right" in printed
 
 

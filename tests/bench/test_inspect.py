@@ -80,7 +80,7 @@ def test_occupancy_refuses_what_it_does_not_know():
 def product(config: configs.GemmConfig) -> inspect.Report:
     """The contrastive loss's plain matrix product on sm_90, with another tile."""
     with configs.override(configs.config_key("contrastive_products", torch.bfloat16), config):
-        launches = offline.named(offline.record(90, shipped_cases()["contrastive N1024 D512 bf16"]))
+        launches = offline.named(offline.record(90, shipped_cases()["contrastive_loss N1024 D512 bf16"]))
     return inspect.inspect_launch(launches["_products_kernel 0"], 90)
 
 
@@ -227,7 +227,7 @@ def test_snapshot_of_another_triton_is_said(reports):
     ("arguments", "expected"),
     [
         (["--arch", "75"], "unknown architecture 75: known are 80, 90, 100"),
-        (["--case", "attentoin"], "no case contains 'attentoin'; there are: contrastive N1024 D512 bf16"),
+        (["--case", "attentoin"], "no case contains 'attentoin'; there are: bias_gelu N4096 bf16"),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--snapshot", "nowhere.json"], "nowhere.json"),
         (["--snapshot", __file__], "is not JSON"),

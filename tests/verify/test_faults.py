@@ -37,6 +37,8 @@ def scaled(fn, index=None):
 
     def wrong(*args):
         result = fn(*args)
+        if result is None and index != WRITTEN:
+            return None
         if index == WRITTEN:
             for written in args[-2]:
                 written.mul_(FACTOR)
