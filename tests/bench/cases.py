@@ -1,5 +1,7 @@
 """A case that takes no time: numbers, doubled."""
 
+import dataclasses
+import functools
 import json
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 import clipfast.bench
 from clipfast.bench.case import Case
 from clipfast.bench.harness import Budget, measure
+from clipfast.bench.suites import SUITES, ops
 
 CPU = torch.device("cpu")
 ROOFS = {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1.0}
@@ -26,6 +29,17 @@ def case(candidates, reference=double, **kwargs):
         suite="loss", op="double", shape={}, dtype="fp32", device=CPU, candidates=candidates, reference=reference,
         **inputs,
     )  # fmt: skip
+
+
+def break_loss(monkeypatch):
+    """Make the contrastive loss of the benchmarks raise an error."""
+
+    def contrastive_loss(**arguments):
+        raise RuntimeError("illegal instruction")
+
+    suite = SUITES["loss"]
+    build = functools.partial(ops.build, dataclasses.replace(suite.op, op=contrastive_loss))
+    monkeypatch.setitem(SUITES, "loss", dataclasses.replace(suite, build=build))
 
 
 def quickly(case):

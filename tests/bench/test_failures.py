@@ -1,8 +1,10 @@
 """What fails while it is measured is refused with its reason, and the others go on."""
 
 import contextlib
+import functools
 import time
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from clipfast.bench.case import OURS, Candidate, MissingError
 from clipfast.bench.graphs import Graphs
 from clipfast.bench.suites import build, peers
 
-from .cases import CPU, TELEMETRY, case, double, quickly
+from .cases import CPU, TELEMETRY, break_loss, case, double, quickly
 
 
 def fails(error, after=0):
@@ -56,16 +58,10 @@ def test_a_card_that_has_failed_for_good_still_gives_a_result(monkeypatch):
 
 
 def test_what_a_case_has_made_is_gone_before_the_next(run_session):
-    class Model:
-        def __call__(self, x):
-            return 2 * x
-
-    alive = weakref.WeakSet()
-    most = []
+    alive, most = weakref.WeakSet(), []
 
     def make():
-        model = Model()
-        alive.add(model)
+        alive.add(model := lambda x: 2 * x)
         most.append(len(alive))
         return model
 
@@ -104,23 +100,16 @@ def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, no_
     monkeypatch.setattr("clipfast.bench.suites.peers.compiled", lambda function: function)
     arguments += ["--json", str(tmp_path / "run.json")]
     assert cli.main(arguments) == 0
-
-    def broken(image, text, logit_scale):
-        raise RuntimeError("illegal instruction")
-
-    monkeypatch.setattr("clipfast.bench.suites.loss.contrastive_loss", broken)
+    break_loss(monkeypatch)
     assert cli.main(arguments) == 1
     assert "refused: contrastive_loss.fwd_bwd clipfast: RuntimeError: illegal" in capsys.readouterr().err
 
 
 def test_a_machine_that_cannot_compile_is_missing_something_and_nobody_is_wrong(monkeypatch):
-    def compile(function, **kwargs):
-        def fail(*args):
-            raise RuntimeError("Python.h: no such file")
+    def fail(*args):
+        raise RuntimeError("Python.h: no such file")
 
-        return fail
-
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", lambda function, **kwargs: fail)
     peers.need_compiler.cache_clear()
     try:
         built = build("step", {"model": "ViT-T-8-32", "batch": 2}, "fp32", CPU)
@@ -135,8 +124,8 @@ def test_a_machine_that_cannot_compile_is_missing_something_and_nobody_is_wrong(
 def test_our_model_and_loss_are_compiled_as_one_graph_each(monkeypatch):
     asked = []
 
-    def compile(function, **kwargs):
-        asked.append((function, kwargs.get("fullgraph")))
+    def compile(function, *, fullgraph, **kwargs):
+        asked.append((function, fullgraph))
         return function
 
     monkeypatch.setattr(peers, "need_compiler", lambda device: None)
@@ -230,12 +219,12 @@ class FakeCuda:
         self.calls, self.modes = [], []
         self.current = "outside"
         fakes = {
-            "Stream": lambda device: FakeStream(),
-            "CUDAGraph": lambda: FakeGraph(),
+            "Stream": lambda device: self.stream("side"),
+            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
             "graph_pool_handle": self.new_pool,
             "graph": self.graph,
             "stream": lambda stream: contextlib.nullcontext(),
-            "current_stream": lambda device: FakeStream(self.current),
+            "current_stream": lambda device: self.stream(self.current),
             "set_stream": lambda stream: setattr(self, "current", stream.name),
             "synchronize": lambda device=None: None,
             "get_sync_debug_mode": lambda: self.sync_mode,
@@ -245,6 +234,9 @@ class FakeCuda:
             monkeypatch.setattr(torch.cuda, name, fake)
         monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_pool, raising=False)
         monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: self.calls.append("zeros"))
+
+    def stream(self, name):
+        return SimpleNamespace(name=name, wait_stream=lambda other: None)
 
     def new_pool(self):
         self.pools += 1
@@ -264,36 +256,21 @@ class FakeCuda:
         self.current = "outside"
 
     def call(self, name):
-        def run():
-            self.calls.append(name)
-            self.modes.append(self.sync_mode)
-
-        return run
-
-
-class FakeStream:
-    def __init__(self, name="side"):
-        self.name = name
-
-    def wait_stream(self, other):
-        pass
-
-
-class FakeGraph:
-    def replay(self):
-        return None
+        self.calls.append(name)
+        self.modes.append(self.sync_mode)
 
 
 def test_a_failed_capture_is_ended_and_the_next_works(monkeypatch):
     cuda = FakeCuda(monkeypatch)
+    good, bad = (functools.partial(cuda.call, name) for name in ("good", "bad"))
     graphs = Graphs(torch.device("cuda", 0))
-    assert len(graphs.capture([cuda.call("good"), cuda.call("good")])) == 2
+    assert len(graphs.capture([good, good])) == 2
     assert cuda.used == [1, 1]  # one pool for all
     # host syncs are an error before the capture, and none of its business
     assert cuda.modes == ["error", 0, 0]
     with pytest.raises(RuntimeError, match="previous error during capture"):
-        graphs.capture([cuda.call("bad")])
+        graphs.capture([bad])
     assert cuda.ended == [1]
     assert cuda.current == "outside"
-    assert graphs.capture([cuda.call("good")])
+    assert graphs.capture([good])
     assert cuda.used[-1] == 2

@@ -1,5 +1,7 @@
 """Machine code read from short listings, and the cycles of its loops against counts by hand."""
 
+import operator
+
 import pytest
 
 from clipfast.bench.inspection import bound, sass
@@ -9,9 +11,9 @@ MMA_90 = "HGMMA.64x64x16.F32.BF16 R24, gdesc[UR8], R24"  # 64 * 64 * 16 / 2048 =
 EXP = "MUFU.EX2 R1, R2"  # 32 lanes, 16 per clock: 2 cycles for a warp
 
 
-def listing(*lines: str, name: str = "kernel") -> str:
+def listing(*lines: str) -> str:
     """A listing in the disassembler's form, 16 bytes per instruction."""
-    header = f'\n\t\tFunction : {name}\n\t.headerflags\t@"EF_CUDA_SM90"\n'
+    header = '\n\t\tFunction : kernel\n\t.headerflags\t@"EF_CUDA_SM90"\n'
     code = "".join(
         f"        /*{16 * index:04x}*/                   {line} ;   /* 0x000000ff00057210 */\n"
         "                                                          /* 0x000fe20000000000 */\n"
@@ -31,12 +33,10 @@ def test_parse_splits_guard_opcode_and_operands():
     assert (second.address, second.guard, second.opcode, second.operands) == (16, None, "EXIT", "")
 
 
-def test_parse_takes_one_function():
-    text = listing("NOP", "EXIT", name="helper") + listing("EXIT", name="kernel")
-    assert len(sass.parse(text)) == 2
-    assert len(sass.parse(text, "kernel")) == 1
-    with pytest.raises(ValueError, match="no instructions of other"):
-        sass.parse(text, "other")
+def test_parse_takes_the_first_function():
+    assert len(sass.parse(listing("NOP", "EXIT") + listing("EXIT"))) == 2
+    with pytest.raises(ValueError, match="no instructions in the disassembly"):
+        sass.parse(listing())
 
 
 def test_cycles_of_a_loop_are_those_counted_by_hand():
@@ -75,54 +75,48 @@ def test_tf32_runs_at_half_the_rate():
     assert one.loop.mma == two.loop.mma  # half the depth, half the rate
 
 
-def test_code_around_the_loop_is_counted_apart():
-    found = evaluate(*[EXP] * 4, MMA_90, "@P0 BRA 0x40", *[EXP] * 4, "EXIT")
-    assert (found.loop.mma, found.loop.exp, found.outside.exp, found.share) == (32, 0, 64, 1.0)
+LOOPS = {
+    # only the loop counts
+    "code around the loop": (
+        [*[EXP] * 4, MMA_90, "@P0 BRA 0x40", *[EXP] * 4, "EXIT"],
+        {"loop.mma": 32, "loop.exp": 0, "outside.exp": 64, "share": 1.0},
+    ),
+    "the innermost loop counts, and around it is the outer one": (
+        [EXP, EXP, MMA_90, "@P0 BRA 0x20", EXP, "@P1 BRA 0x0", EXP, "EXIT"],
+        {"region": "0x20-0x30", "outside.exp": 24},
+    ),
+    "of two loops the one with more work": (
+        [MMA_90, "@P0 BRA 0x0", MMA_90, MMA_90, "@P0 BRA 0x20", "EXIT"],
+        {"region": "0x20-0x40", "loop.mma": 64},
+    ),
+    # the branch at 0x50 goes back from behind the exit, into the loop; the one at 0x40 is a loop without products
+    "a wait out of line neither makes nor ends a loop": (
+        ["@!P1 BRA 0x40", MMA_90, "@P0 BRA 0x0", "EXIT", "@!P1 BRA 0x40", "BRA 0x10", *["NOP"] * 9, "BRA 0xf0"],
+        {"loop.issue": 3},
+    ),
+    "code that may be skipped is not held against the products": (
+        [MMA_90, "@P1 BRA 0x40", EXP, EXP, "@P0 BRA 0x0", "EXIT"], {"loop.exp": 0, "loop.issue": 3},
+    ),
+    "products that may be skipped count with what leads to them": (
+        ["@P1 BRA 0x40", "NOP", MMA_90, "NOP", "@P0 BRA 0x0", "EXIT"], {"loop.mma": 32, "loop.issue": 5},
+    ),
+    "a predicate as operand makes a branch conditional": (
+        [MMA_90, "BRA.U UP0, 0x0", EXP, "EXIT"], {"region": "0x0-0x10"},
+    ),
+    "code behind a conditional branch": (["BRA.U UP0, 0x20", EXP, MMA_90, "BRA 0x0"], {"loop.exp": 0}),
+    # BSYNC at 0x40 goes on at 0x20, out of order: without that edge the loop is not seen
+    "reconvergence goes where its barrier says": (
+        ["BSSY B0, 0x20", "BRA 0x40", MMA_90, "BRA 0x50", "BSYNC B0", "@P0 BRA 0x0", "EXIT"],
+        {"region": "0x0-0x50", "loop.issue": 6},
+    ),
+    "products outside loops are taken with the kernel": ([MMA_90, EXP, "EXIT"], {"region": "kernel"}),
+}  # fmt: skip
 
 
-def test_the_innermost_loop_with_products_counts_and_around_it_is_the_outer_one():
-    found = evaluate(EXP, EXP, MMA_90, "@P0 BRA 0x20", EXP, "@P1 BRA 0x0", EXP, "EXIT")
-    assert (found.region, found.outside.exp) == ("0x20-0x30", 24)
-
-
-def test_of_two_loops_the_one_with_more_work_counts():
-    found = evaluate(MMA_90, "@P0 BRA 0x0", MMA_90, MMA_90, "@P0 BRA 0x20", "EXIT")
-    assert (found.region, found.loop.mma) == ("0x20-0x40", 64)
-
-
-def test_a_wait_out_of_line_neither_makes_nor_ends_a_loop():
-    # The branch at 0x50 goes back from behind the exit, into the loop; the one at 0x40 is a loop without products.
-    found = evaluate(
-        "@!P1 BRA 0x40", MMA_90, "@P0 BRA 0x0", "EXIT", "@!P1 BRA 0x40", "BRA 0x10", *["NOP"] * 9, "BRA 0xf0"
-    )
-    assert isinstance(found, Bound)
-    assert found.loop.issue == 3
-
-
-def test_code_that_may_be_skipped_is_not_held_against_the_products():
-    found = evaluate(MMA_90, "@P1 BRA 0x40", EXP, EXP, "@P0 BRA 0x0", "EXIT")
-    assert (found.loop.exp, found.loop.issue) == (0, 3)
-
-
-def test_products_that_may_be_skipped_count_with_what_leads_to_them():
-    found = evaluate("@P1 BRA 0x40", "NOP", MMA_90, "NOP", "@P0 BRA 0x0", "EXIT")
-    assert (found.loop.mma, found.loop.issue) == (32, 5)
-
-
-def test_predicate_as_operand_makes_a_branch_conditional():
-    found = evaluate(MMA_90, "BRA.U UP0, 0x0", EXP, "EXIT")
-    assert found.region == "0x0-0x10"
-    assert evaluate("BRA.U UP0, 0x20", EXP, MMA_90, "BRA 0x0").loop.exp == 0
-
-
-def test_reconvergence_goes_where_its_barrier_says():
-    # BSYNC at 0x40 goes on at 0x20, out of order: without that edge the loop is not seen.
-    found = evaluate("BSSY B0, 0x20", "BRA 0x40", MMA_90, "BRA 0x50", "BSYNC B0", "@P0 BRA 0x0", "EXIT")
-    assert (found.region, found.loop.issue) == ("0x0-0x50", 6)
-
-
-def test_products_outside_loops_are_taken_with_the_kernel():
-    assert evaluate(MMA_90, EXP, "EXIT").region == "kernel"
+@pytest.mark.parametrize(("lines", "expected"), LOOPS.values(), ids=LOOPS)
+def test_what_counts_for_the_bound(lines, expected):
+    found = evaluate(*lines)
+    assert {name: operator.attrgetter(name)(found) for name in expected} == expected
 
 
 def test_products_in_float32_are_measured_in_multiply_adds():

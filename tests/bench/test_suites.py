@@ -4,15 +4,12 @@ import pytest
 import torch
 
 from clipfast.bench import checkout, harness, machine
-from clipfast.bench.case import Candidate, MissingError, call
+from clipfast.bench.case import Candidate, call
 from clipfast.bench.harness import leaves
 from clipfast.bench.suites import SUITES, build
 from clipfast.kernels.spec import specs
 
-from ..conftest import INTERPRET
 from .cases import CPU
-
-pytestmark = pytest.mark.skipif(INTERPRET, reason="benchmarks time what users run")
 
 
 def test_texts_of_a_step_end_anywhere_and_are_read_there():
@@ -21,26 +18,19 @@ def test_texts_of_a_step_end_anywhere_and_are_read_there():
     end = texts.argmax(1)
     assert len(end.unique()) > 20
     assert (texts.gather(1, end[:, None]) == 49407).all()
-    assert all(
-        (row[: stop + 1] > 0).all() and (row[stop + 1 :] == 0).all() for row, stop in zip(texts, end, strict=True)
-    )
+    assert torch.equal(texts > 0, torch.arange(texts.shape[1]) <= end[:, None])
 
 
-class _GradTwice(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        return 2 * grad
+def grad_twice(x):
+    """``x``, with twice its gradient."""
+    return 2 * x - x.detach()
 
 
 @pytest.mark.parametrize(
     ("fault", "wrong"),
     [
         (lambda image, text, scale: (image.roll(1, 0), text.roll(1, 0), scale), "image"),
-        (lambda image, text, scale: (_GradTwice.apply(image), text, scale), "d_parameters"),
+        (lambda image, text, scale: (grad_twice(image), text, scale), "d_parameters"),
     ],
     ids=["features", "gradients"],
 )
@@ -61,12 +51,6 @@ def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, w
     assert set(right.errors) == {"value", "image", "text", "d_parameters"}
     assert faulty.errors["value"] < 1e-4  # the loss alone would not show it
     assert f"wrong: {wrong} is off by" in faulty.refused
-
-
-def test_the_loss_is_timed_with_the_least_memory_too():
-    by_name = {c.name: c for c in build("loss", SUITES["loss"].smallest, "fp32", CPU).candidates}
-    with pytest.raises(MissingError, match="needs a GPU"):
-        by_name["clipfast, memory=min"].make()
 
 
 def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):
@@ -101,8 +85,8 @@ def test_the_chosen_gpu_becomes_the_current_one(monkeypatch):
     [
         (lambda s, y: (1.1 * s, y), "value"),
         (lambda s, y: (s, 1.1 * y), "value_2"),
-        (lambda s, y: (_GradTwice.apply(s), y), "d_x"),
-        (lambda s, y: (s, _GradTwice.apply(y)), "d_weight_2"),
+        (lambda s, y: (grad_twice(s), y), "d_x"),
+        (lambda s, y: (s, grad_twice(y)), "d_weight_2"),
     ],
     ids=["first", "second", "gradient of the first", "gradient of the second"],
 )
@@ -130,10 +114,11 @@ def test_every_op_is_measured_at_published_sizes(name):
     suite = SUITES[spec.suite_name]
     assert suite.op is spec
     for device_type in ("cpu", "cuda"):
-        assert suite.shapes(device_type)
+        # the kernels of attention_qkv are those of attention
+        assert suite.shapes(device_type) or name == "attention_qkv"
         for shape in suite.shapes(device_type):
             assert set(shape) <= set(suite.fields)
-            assert spec.floor(spec.small[0].__class__(**shape), 2, False).bytes > 0
+            assert spec.floor(type(spec.small[0])(**shape), 2, False).bytes > 0
     case = build(spec.suite_name, suite.smallest, "fp32", CPU)
     assert case.candidates[0].name == "clipfast"
     assert call(case, case.candidates[0], case.candidates[0].make(), leaves(case, case.inputs()))

@@ -17,10 +17,10 @@ from clipfast.kernels import configs
 from clipfast.kernels.contrastive.logit_blocks import logit_blocks
 from clipfast.kernels.spec import Draw, Tunable
 
-from ..conftest import INTERPRET, ON_GPU
+from ..conftest import ON_GPU
+from .cases import CPU
 
-pytestmark = pytest.mark.skipif(INTERPRET or ON_GPU, reason="ranks configurations without a GPU")
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.skipif(ON_GPU, reason="ranks configurations without a GPU")
 SMALLEST = {"batch": 2, "tokens": 9, "heads": 2, "head_dim": 16, "causal": True}
 TARGET = tune_targets.TARGETS["attention-64"][1]
 FORWARD = TARGET.kernels[0]
@@ -35,36 +35,34 @@ class InThisProcess(concurrent.futures.Executor):
         return map(fn, *iterables)
 
 
+SEARCH = tune.Search("bf16", 90, keep=3, limit=None, pool=InThisProcess())
+
+
 def test_what_spills_or_does_not_fit_is_dropped_and_said(capsys):
-    kept = tune.prune(FORWARD, TARGET, "bf16", 90, [SPILLS, TOO_LARGE, GOOD], keep=3, pool=InThisProcess())
+    kept = tune.prune(FORWARD, TARGET, [SPILLS, TOO_LARGE, GOOD], SEARCH)
     assert [config for config, _ in kept] == [GOOD]
     said = capsys.readouterr().out
     assert f"2 of 3 configurations are not sound: {SPILLS}: " in said
     assert "spills" in said
 
 
-def test_what_does_not_compile_says_why():
-    odd = configs.LoopedConfig(24, 64, num_warps=4, num_stages=1)
-    reason = tune._inspect(FORWARD, TARGET, "bf16", 90, odd)
-    assert isinstance(reason, str)
-    assert "power of 2" in reason
+def test_what_does_not_compile_says_why(capsys):
+    assert tune.prune(FORWARD, TARGET, [configs.LoopedConfig(24, 64, num_warps=4, num_stages=1)], SEARCH) == []
+    assert "power of 2" in capsys.readouterr().out
 
 
 def test_small_tiles_may_miss_the_largest_matrix_units():
     _, target = tune_targets.TARGETS["attention_pool"]
     (pool,) = target.kernels
     committed = configs.RowConfig(**configs.committed(tune_targets.key_of(pool, target, "bf16"), 90))
-    assert [c for c, _ in tune.prune(pool, target, "bf16", 90, [committed], keep=1, pool=InThisProcess())] == [
-        committed
-    ]
-    strict = dataclasses.replace(pool, small_tiles=False)
-    assert tune.prune(strict, target, "bf16", 90, [committed], keep=1, pool=InThisProcess()) == []
+    assert [config for config, _ in tune.prune(pool, target, [committed], SEARCH)] == [committed]
+    assert tune.prune(dataclasses.replace(pool, small_tiles=False), target, [committed], SEARCH) == []
 
 
 def test_a_kernel_that_is_not_launched_is_an_error():
     gone = Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
     with pytest.raises(RuntimeError, match=r"attention\.fwd_bwd launches no _renamed_kernel"):
-        tune._inspect(gone, TARGET, "bf16", 90, GOOD)
+        tune.prune(gone, TARGET, [GOOD], SEARCH)
 
 
 def timing(samples, errors, refused=None):
@@ -73,43 +71,27 @@ def timing(samples, errors, refused=None):
 
 def test_only_what_is_faster_beyond_doubt_and_no_less_accurate_wins():
     committed = timing([1.0, 1.1, 0.9, 1.0], {"value": 1e-3})
-    faster, hardly, wrong, unsure, refused = (
-        timing([0.8, 0.85, 0.75, 0.8], {"value": 1.1e-3}),
-        timing([0.99, 1.09, 0.89, 0.99], {"value": 1e-3}),
-        timing([0.5, 0.5, 0.5, 0.5], {"value": 2e-3}),
-        timing([0.7, 1.3, 0.7, 1.3], {"value": 1e-3}),
-        timing([], {}, "wrong: value is off by 1.0e+00, allowed 4e-02"),
-    )
-    names = [GOOD, SPILLS, TOO_LARGE, configs.LoopedConfig(16, 16, num_warps=4, num_stages=1)]
-    assert tune.best([committed, faster, wrong, unsure, refused], names) == GOOD
-    assert tune.best([committed, wrong, unsure, refused], names[1:]) is None
-    assert tune.best([committed, hardly], names[:1]) is None
-    nan = timing([0.5, 0.5, 0.5, 0.5], {"value": float("nan")})
-    assert tune.best([committed, nan], names[:1]) is None
-
-
-def test_a_committed_configuration_that_cannot_run_is_an_error():
+    faster = timing([0.8, 0.85, 0.75, 0.8], {"value": 1.1e-3})
+    others = {
+        "hardly faster": timing([0.99, 1.09, 0.89, 0.99], {"value": 1e-3}),
+        "wrong": timing([0.5, 0.5, 0.5, 0.5], {"value": 2e-3}),
+        "NaN": timing([0.5, 0.5, 0.5, 0.5], {"value": float("nan")}),
+        "unsure": timing([0.7, 1.3, 0.7, 1.3], {"value": 1e-3}),
+        "refused": timing([], {}, "wrong: value is off by 1.0e+00, allowed 4e-02"),
+    }
+    assert tune.best([committed, *others.values(), faster], [OTHER] * len(others) + [GOOD]) == GOOD
+    for name, other in others.items():
+        assert tune.best([committed, other], [OTHER]) is None, name
     with pytest.raises(RuntimeError, match="the committed configuration cannot be timed: no"):
         tune.best([timing([], {}, "no")], [])
 
 
-def test_table_is_written_in_the_committed_form(tmp_path):
-    before = (configs.TUNED / "sm_90.json").read_text()
-    (tmp_path / "sm_90.json").write_text(before)
-    tune.write_table({}, 90, tmp_path)
-    assert (tmp_path / "sm_90.json").read_text() == before
+def test_a_new_folder_starts_with_the_committed_table_in_its_form(tmp_path):
+    path = tune.write_table({}, 90, tmp_path / "tables")
+    assert path.read_text() == (configs.TUNED / "sm_90.json").read_text()
     key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
-    tune.write_table({key: TOO_LARGE}, 90, tmp_path)
-    changed = json.loads((tmp_path / "sm_90.json").read_text())
-    assert changed.pop(key) == {"block_m": 128, "block_n": 128, "num_warps": 4, "num_stages": 30}
-    assert changed == {k: v for k, v in json.loads(before).items() if k != key}
-
-
-def test_a_new_folder_starts_with_the_committed_table(tmp_path):
-    key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
-    path = tune.write_table({key: TOO_LARGE}, 90, tmp_path / "tables")
-    written = json.loads(path.read_text())
-    assert written == configs.read_table(90) | {key: dataclasses.asdict(TOO_LARGE)}
+    tune.write_table({key: TOO_LARGE}, 90, path.parent)
+    assert json.loads(path.read_text()) == configs.read_table(90) | {key: dataclasses.asdict(TOO_LARGE)}
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -159,9 +141,8 @@ def test_an_op_that_cannot_be_tuned_does_not_stop_the_next(tmp_path, monkeypatch
     budgets = on_a_card(monkeypatch, timings)
     assert tune._tune_all(["attention-64", "attention-128"], arguments(tmp_path), CPU) == 1
     assert len(budgets) == 3
-    assert (
-        "attention-64: RuntimeError: the committed configuration cannot be timed: no memory" in capsys.readouterr().out
-    )
+    reason = "attention-64: RuntimeError: the committed configuration cannot be timed: no memory"
+    assert reason in capsys.readouterr().out
 
 
 def test_no_kernel_is_begun_after_the_end(tmp_path, monkeypatch, capsys):
@@ -179,52 +160,42 @@ def test_the_scale_of_a_target_decides_which_kernel_works():
     assert not stats.uses_shared_shift
 
 
-def test_every_entry_of_the_tables_can_be_tuned():
-    tunable = {tunable.kernel for _, target in tune_targets.TARGETS.values() for tunable in target.kernels}
-    assert tunable == {key.split()[0] for arch in configs.ARCHS for key in configs.read_table(arch)}
+ENTRIES = {key for arch in configs.ARCHS for key in configs.read_table(arch)}
 
 
-def test_every_width_can_be_tuned():
-    tuned = {
-        tune_targets.key_of(tunable, target, dtype)
-        for _, target in tune_targets.TARGETS.values()
-        for tunable in target.kernels
-        for dtype in ("bf16", "fp32")
-        if tunable.per_width
-    }
-    assert tuned == {key for arch in configs.ARCHS for key in configs.read_table(arch) if " width<=" in key}
+def test_every_entry_and_every_width_of_the_tables_can_be_tuned():
+    tuned = [(tunable, target) for _, target in tune_targets.TARGETS.values() for tunable in target.kernels]
+    assert {tunable.kernel for tunable, _ in tuned} == {key.split()[0] for key in ENTRIES}
+    widths = [pair for pair in tuned if pair[0].per_width]
+    keys = {tune_targets.key_of(*pair, dtype) for pair in widths for dtype in ("bf16", "fp32")}
+    assert keys == {key for key in ENTRIES if " width<=" in key}
 
 
 @pytest.mark.parametrize("op", tune_targets.TARGETS)
-def test_every_tunable_kernel_is_launched(op):
-    spec, target = tune_targets.TARGETS[op]
-    case = build(spec.suite_name, tune._small(target.shape.to_dict()), "bf16", CPU)
-    names = {launch.kernel.__name__ for launch in offline.record(90, lambda: tune._once(case))}
-    assert {tunable.function for tunable in target.kernels} <= names
-
-
-@pytest.mark.parametrize("op", tune_targets.TARGETS)
-def test_every_tunable_kernel_has_a_committed_entry(op):
+def test_every_tunable_kernel_is_launched_and_has_a_committed_entry(op):
     _, target = tune_targets.TARGETS[op]
+    case = tune.small_case(target, "bf16")
+    names = {launch.kernel.__name__ for launch in offline.record(90, lambda: tune.call_ours(case))}
     for tunable in target.kernels:
+        assert tunable.function in names
         # heads of float32 do not fit the registers
         for dtype in ("bf16",) if tunable.kind is configs.ShortConfig else ("bf16", "fp32"):
-            key = tune_targets.key_of(tunable, target, dtype)
-            assert any(key in configs.read_table(arch) for arch in configs.ARCHS), key
+            assert tune_targets.key_of(tunable, target, dtype) in ENTRIES
         assert isinstance(next(tune_targets.space(tunable)), tunable.kind)
 
 
 def test_the_override_reaches_forward_and_backward():
     key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
+
+    def configured(head_dim):
+        return configs.attention_config(configs.LoopedConfig, "attention_looped_fwd", 80, torch.bfloat16, head_dim)
+
     with configs.override(key, GOOD):
-        assert configs.attention_config(configs.LoopedConfig, "attention_looped_fwd", 80, torch.bfloat16, 50) == GOOD
-        assert configs.attention_config(configs.LoopedConfig, "attention_looped_fwd", 80, torch.bfloat16, 80) != GOOD
-    assert configs.attention_config(configs.LoopedConfig, "attention_looped_fwd", 80, torch.bfloat16, 50) != GOOD
-    with (
-        configs.override(key, configs.RowConfig(1, 1, 1, 1)),
-        pytest.raises(TypeError, match="expected a LoopedConfig"),
-    ):
-        configs.attention_config(configs.LoopedConfig, "attention_looped_fwd", 80, torch.bfloat16, 50)
+        assert configured(50) == GOOD != configured(80)
+    assert configured(50) != GOOD
+    wrong = configs.override(key, configs.RowConfig(1, 1, 1, 1))
+    with wrong, pytest.raises(TypeError, match="expected a LoopedConfig"):
+        configured(50)
 
 
 def test_spread_takes_from_everywhere():

@@ -31,9 +31,7 @@ WRITTEN = "written"
 
 
 def scaled(fn, index=None):
-    """``fn`` with its result, or one of its results, or what it writes to its last argument but one, too large by one
-    percent.
-    """
+    """``fn`` with its result, one of its results, or what it writes to its last argument but one, 1% too large."""
 
     def wrong(*args):
         result = fn(*args)
@@ -42,6 +40,7 @@ def scaled(fn, index=None):
         if index == WRITTEN:
             for written in args[-2]:
                 written.mul_(FACTOR)
+        if index == WRITTEN or result is None:
             return result
         if index is None:
             return FACTOR * result
@@ -124,9 +123,8 @@ def test_fault_in_the_cpu_path(op, output, monkeypatch):
     monkeypatch.setattr(module, name, scaled(getattr(module, name), index))
     code, failed = failures(op)
     assert code == 1
-    assert (op, "cpu", output) in failed
-    if output.startswith("d_"):
-        assert failed == {(op, "cpu", output)}
+    expected = {(op, "cpu", output)}
+    assert failed == expected if output.startswith("d_") else failed >= expected
 
 
 @pytest.mark.usefixtures("small_cases")
@@ -136,9 +134,7 @@ def test_fault_in_each_gradient(op, output, dtype, monkeypatch):
     # PyTorch forms the logits of a loss in the dtype of the features: in float16 its own error is above one percent
     factor = 1.25 if dtype == "float16" and op.endswith("_loss") else FACTOR
     monkeypatch.setitem(specs(), op, gradient_off(SMALL[op], output.removeprefix("d_"), factor))
-    code, failed = failures(op, dtype)
-    assert code == 1
-    assert failed == {(op, "cpu", output)}
+    assert failures(op, dtype) == (1, {(op, "cpu", output)})
 
 
 @pytest.mark.usefixtures("small_cases")
@@ -152,9 +148,7 @@ def test_one_wrong_rank_fails(monkeypatch):
         return image_ranks, text_ranks
 
     monkeypatch.setitem(specs(), "retrieval_ranks", dataclasses.replace(right, op=wrong))
-    code, failed = failures("retrieval_ranks")
-    assert code == 1
-    assert failed == {("retrieval_ranks", "cpu", "value_2")}
+    assert failures("retrieval_ranks") == (1, {("retrieval_ranks", "cpu", "value_2")})
 
 
 @pytest.mark.usefixtures("small_cases")
@@ -190,15 +184,15 @@ def test_an_op_that_raises_is_a_row(monkeypatch):
 # Where gradients come from in the interpreted kernels: module, function, and which of its results.
 INTERPRETED = {
     "contrastive_loss": {
-        f"d_{name}": ("contrastive.contrastive", "backward", i)
-        for i, name in enumerate(("image", "text", "logit_scale"))
+        "d_image": ("contrastive.contrastive", "backward", 0), "d_text": ("contrastive.contrastive", "backward", 1),
+        "d_logit_scale": ("contrastive.contrastive", "backward", 2),
     },
     "nt_xent_loss": {
-        f"d_{name}": ("contrastive.nt_xent", "backward", i) for i, name in enumerate(("first", "second", "logit_scale"))
+        "d_first": ("contrastive.nt_xent", "backward", 0), "d_second": ("contrastive.nt_xent", "backward", 1),
+        "d_logit_scale": ("contrastive.nt_xent", "backward", 2),
     },
     "attention": {
-        "d_qkv": ("attention.launches", "backward", WRITTEN),
-        "d_bias": ("attention.launches", "backward", 1),
+        "d_qkv": ("attention.launches", "backward", WRITTEN), "d_bias": ("attention.launches", "backward", 1),
     },
     "patch_embed": {
         "d_images": ("patch_embed.launches", "backward_images", None),
@@ -207,11 +201,10 @@ INTERPRETED = {
     "text_embed": {"d_token_embedding": ("text_embed.launches", "backward_token", None)},
     "layer_norm_pair": {"d_x": ("layer_norm.launches", "pair_backward", 0)},
     "bias_gelu": {"d_x": ("activation", "_bwd_triton", 0), "d_bias": ("activation", "_bwd_triton", 1)},
-}
+}  # fmt: skip
 PROGRAM = """
 import json, sys
 from clipfast.kernels.spec import specs
-from clipfast.kernels.text_embed import cpu as text_cpu
 from clipfast.verify import Options, exit_code, run_verify
 from tests.verify.conftest import SMALL
 from tests.verify.test_faults import INTERPRETED, scaled
@@ -233,14 +226,9 @@ print(json.dumps(found))
 
 
 def test_fault_in_the_interpreted_kernels():
-    run = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-c", PROGRAM]
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == {
         op: [[0, []], *([1, [[op, "interpreter", output]]] for output in faults)] for op, faults in INTERPRETED.items()
     }

@@ -8,22 +8,8 @@ import pytest
 
 from clipfast.cli import main
 from clipfast.kernels.spec import LEGS, specs
-from clipfast.verify import (
-    CheckResult,
-    Figure,
-    Options,
-    child,
-    options,
-    plan,
-    read_json,
-    run,
-    run_verify,
-    summary,
-    table,
-    write_json,
-    write_junit,
-)
-from clipfast.verify.report import FAIL, PASS, SKIP
+from clipfast.verify import CheckResult, Figure, Options, child, options, plan, run, run_verify, summary, table
+from clipfast.verify.report import FAIL, PASS, SKIP, read_json, write_json, write_junit
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
@@ -99,9 +85,8 @@ def test_summary_names_failures_and_what_was_not_run():
 
 
 def test_command_writes_everything(capsys, tmp_path, one_leg):
-    code, out, _ = command(
-        capsys, "--op", "attention", "--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml", "--dtype", "fp32"
-    )
+    files = ("--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml")
+    code, out, _ = command(capsys, "--op", "attention", *files, "--dtype", "fp32")
     assert code == 0
     rows, rest = read_json(tmp_path / "v.json")
     assert rest["complete"]
@@ -216,8 +201,7 @@ def test_a_process_that_fails_is_a_row_and_keeps_those_before(monkeypatch, progr
 
 
 def test_interpreter_leg_comes_back_from_its_process():
-    chosen = Options(ops=("attention",), dtypes=("fp32",), legs=("interpreter",), quick=True)
-    rows = run_verify(chosen)
+    rows = run_verify(Options(ops=("attention",), dtypes=("fp32",), legs=("interpreter",), quick=True))
     assert len(rows) > 5
     assert {(row.op, row.leg) for row in rows} == {("attention", "interpreter")}
 

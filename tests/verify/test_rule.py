@@ -50,19 +50,6 @@ def test_nan_and_infinity_in_the_same_places_pass():
     assert judgement.figures
 
 
-def test_other_dtype_fails():
-    truth = torch.ones(2, dtype=torch.float64)
-    assert "dtype" in judge(truth.half(), truth.float(), truth, 2.0).reason
-
-
-def test_without_a_yardstick_is_not_a_pass():
-    truth = torch.tensor([1e6], dtype=torch.float64)
-    judgement = judge(torch.tensor([1.0]).half(), torch.tensor([NAN]).half(), truth, 2.0)
-    (row,) = results_of(CheckResult("op", "cpu", "accuracy", "case"), {"value": judgement})
-    assert row.verdict == SKIP
-    assert "no yardstick" in row.reason
-
-
 @pytest.mark.parametrize("side", [0, 1, 2])
 def test_an_output_that_one_side_lacks_fails(side):
     sides = [[{"value": torch.ones(2), "d_x": torch.ones(2)}] for _ in range(3)]
@@ -83,21 +70,16 @@ def bad_luck(error: float):
     return draw, counted
 
 
-def test_bad_luck_is_judged_over_more_draws():
-    draw, counted = bad_luck(1e-5)
+@pytest.mark.parametrize(
+    ("error", "passes", "draws"),
+    [(1e-5, True, 32), (3e-5, False, 32), (1e-2, False, 3)],  # the last is beyond chance: there is nothing to learn
+)
+def test_bad_luck_is_judged_over_more_draws_and_a_fault_stays_one(error, passes, draws):
+    draw, counted = bad_luck(error)
     judgements, _ = judge_fairly(draw, 3, 32)
-    assert judgements["value"].passed
-    assert "32 draws" in judgements["value"].reason
-    assert len(counted) == 32
-
-
-def test_a_fault_stays_a_fault_over_more_draws():
-    draw, _ = bad_luck(3e-5)
-    judgements, _ = judge_fairly(draw, 3, 32)
-    assert not judgements["value"].passed
-    draw, counted = bad_luck(1e-2)
-    assert not judge_fairly(draw, 3, 32)[0]["value"].passed
-    assert len(counted) == 3  # beyond chance: nothing more to learn
+    assert judgements["value"].passed == passes
+    assert len(counted) == draws
+    assert not passes or "32 draws" in judgements["value"].reason
 
 
 def test_forgotten_memory_is_nan():
@@ -129,10 +111,14 @@ def test_float32_is_not_tf32_and_comes_back(precision):
 
 
 def test_rows_name_their_verdict():
-    truth = torch.ones(2, dtype=torch.float64)
+    truth = torch.full((2,), 1e6, dtype=torch.float64)
     judgements = {
         "value": judge(truth.float(), truth.float(), truth, 2.0),
         "d_x": judge(truth.float() * 2, truth.float(), truth, 3.0),
+        "other dtype": judge(truth.half(), truth.float(), truth, 2.0),
+        "no yardstick": judge(truth.half().clamp(max=1), truth.half() * NAN, truth, 2.0),
     }
     rows = results_of(CheckResult("op", "cpu", "accuracy", "case"), judgements)
-    assert [(row.output, row.verdict) for row in rows] == [("value", PASS), ("d_x", FAIL)]
+    assert [(row.output, row.verdict) for row in rows] == list(zip(judgements, (PASS, FAIL, FAIL, SKIP), strict=True))
+    assert "dtype" in rows[2].reason
+    assert "no yardstick" in rows[3].reason
