@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import reference
-from .backends import outside_autocast, uses_reference
+from .backends import registered, uses_reference
 from .checks import check_float, check_parameter, check_tensor
 from .common import as_rows
 from .configs import RowConfig, row_config
@@ -163,20 +163,18 @@ def _bwd_cpu(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool
     return dx.to(x.dtype).contiguous(), dx.sum(0) if with_sums else dx.new_empty(0)
 
 
-@torch.library.custom_op("clipfast::bias_act_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("bias_act_fwd")
 def _bias_act_fwd(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
     fwd = _fwd_triton if triton_runs_on(x.device) else _fwd_cpu
     return fwd(as_rows(x), bias, quick).view(x.shape)
 
 
 @_bias_act_fwd.register_fake
-def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
+def _(x, bias, quick):
     return x.new_empty(x.shape)
 
 
-@torch.library.custom_op("clipfast::bias_act_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("bias_act_bwd")
 def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
     """Return the gradients of x, and of the bias in float32 (empty unless ``with_sums``)."""
     bwd = _bwd_triton if triton_runs_on(x.device) else _bwd_cpu
@@ -185,7 +183,7 @@ def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums:
 
 
 @_bias_act_bwd.register_fake
-def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
+def _(grad, x, bias, quick, with_sums):
     sums = x.new_empty(x.shape[-1] if with_sums else 0, dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), sums
 

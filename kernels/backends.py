@@ -2,10 +2,11 @@
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
 
 from .launch import triton_runs_on
 
@@ -30,6 +31,12 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
             "move it to a GPU, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
         )
     return backend == "torch" or tensor.device.type not in ("cuda", "cpu", "meta")
+
+
+def registered(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
+    """Make a function the implementation of the PyTorch op ``clipfast::<name>``, on CPUs and GPUs, outside autocast."""
+    register = torch.library.custom_op(f"clipfast::{name}", mutates_args=(), device_types=("cuda", "cpu"))
+    return lambda fn: register(outside_autocast(fn))
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:

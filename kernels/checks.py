@@ -1,10 +1,14 @@
 """Checks of an op's input. Each error names the op, the argument, what was expected and what came."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from . import launch
 from .dtypes import FLOATS, dtype_name
+
+INTEGERS = (torch.int32, torch.int64)
 
 
 def check_float(op: str, name: str, tensor: Tensor) -> None:
@@ -41,6 +45,19 @@ def check_tensor(op: str, name: str, tensor: Tensor, ndim: int | None, *, also: 
         raise ValueError(f"{op}: {name} must have {expected}, got shape {tuple(tensor.shape)}")
 
 
+def check_integers(op: str, name: str, tensor: Tensor, dtypes: Sequence[torch.dtype] = INTEGERS) -> None:
+    """Refuse anything but a tensor of integers, with a TypeError."""
+    if not isinstance(tensor, Tensor) or tensor.dtype not in dtypes:
+        got = dtype_name(tensor.dtype) if isinstance(tensor, Tensor) else type(tensor).__name__
+        raise TypeError(f"{op}: {name} must be an {' or '.join(map(dtype_name, dtypes))} tensor, got {got}")
+
+
+def check_device(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
+    """Refuse a tensor on another device than that of ``other``, with a ValueError."""
+    if tensor.device != other.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}")
+
+
 def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tensor) -> None:
     """Refuse a tensor whose device or dtype differs from that of ``other``.
 
@@ -48,8 +65,7 @@ def check_like(op: str, name: str, tensor: Tensor, other_name: str, other: Tenso
         ValueError: another device.
         TypeError: another dtype.
     """
-    if tensor.device != other.device:
-        raise ValueError(f"{op}: {name} is on {tensor.device}, but {other_name} is on {other.device}")
+    check_device(op, name, tensor, other_name, other)
     if tensor.dtype != other.dtype:
         raise TypeError(f"{op}: {name} is {dtype_name(tensor.dtype)}, but {other_name} is {dtype_name(other.dtype)}")
 
@@ -77,9 +93,7 @@ def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | Non
     """
     if seqlens is None:
         return None
-    if not isinstance(seqlens, Tensor) or seqlens.dtype not in (torch.int32, torch.int64):
-        got = dtype_name(seqlens.dtype) if isinstance(seqlens, Tensor) else type(seqlens).__name__
-        raise TypeError(f"{op}: seqlens must be an int32 or int64 tensor, got {got}")
+    check_integers(op, "seqlens", seqlens)
     if seqlens.shape != like.shape[:1] or seqlens.device != like.device:
         raise ValueError(
             f"{op}: seqlens must be [{like.shape[0]}] on {like.device}, got {tuple(seqlens.shape)} on {seqlens.device}"

@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..checks import check_float, check_like, check_parameter, check_seqlens, check_tensor
 from ..configs import HEAD_DIMS
 from ..dtypes import accumulate_dtype, autocast_to
@@ -45,8 +45,7 @@ def _views(qkv: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-@torch.library.custom_op("clipfast::attention_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("attention_fwd")
 def _attention_fwd(
     qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -55,16 +54,13 @@ def _attention_fwd(
 
 
 @_attention_fwd.register_fake
-def _(
-    qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float
-) -> tuple[Tensor, Tensor]:
+def _(qkv, bias, seqlens, num_heads, causal, scale):
     batch, length, width3 = qkv.shape
     lse = qkv.new_empty(batch, num_heads, length, dtype=accumulate_dtype(qkv.dtype))
     return qkv.new_empty(batch, length, width3 // 3), lse
 
 
-@torch.library.custom_op("clipfast::attention_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("attention_bwd")
 def _attention_bwd(
     grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     num_heads: int, causal: bool, scale: float, with_bias: bool,
@@ -81,10 +77,7 @@ def _attention_bwd(
 
 
 @_attention_bwd.register_fake
-def _(
-    grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
-    num_heads: int, causal: bool, scale: float, with_bias: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(grad_out, qkv, seqlens, out, lse, num_heads, causal, scale, with_bias):
     return qkv.new_empty(qkv.shape), lse.new_empty(qkv.shape[-1] if with_bias else 0)
 
 
@@ -107,8 +100,7 @@ def _backward(ctx: Any, grad_out: Tensor | None, _: None) -> tuple[Tensor | None
 _attention_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
-@torch.library.custom_op("clipfast::attention_qkv_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("attention_qkv_fwd")
 def _attention_qkv_fwd(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -117,13 +109,12 @@ def _attention_qkv_fwd(
 
 
 @_attention_qkv_fwd.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+def _(q, k, v, seqlens, causal, scale):
     batch, m, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, m, dtype=accumulate_dtype(q.dtype))
 
 
-@torch.library.custom_op("clipfast::attention_qkv_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("attention_qkv_bwd")
 def _attention_qkv_bwd(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
     causal: bool, scale: float,
@@ -134,10 +125,7 @@ def _attention_qkv_bwd(
 
 
 @_attention_qkv_bwd.register_fake
-def _(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
-    causal: bool, scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _(grad_out, q, k, v, seqlens, out, lse, causal, scale):
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..checks import check_float, check_like, check_seqlens, check_tensor
 from ..dtypes import accumulate_dtype, autocast_to
 from ..launch import triton_runs_on
@@ -35,20 +35,18 @@ def _path(x: Tensor) -> ModuleType:
     return launches if triton_runs_on(x.device) else cpu
 
 
-@torch.library.custom_op("clipfast::attention_pool_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("attention_pool_fwd")
 def _pool_fwd(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     out, lse = _path(query).forward(query, tokens, seqlens)
     return out, lse
 
 
 @_pool_fwd.register_fake
-def _(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
+def _(query, tokens, seqlens):
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate_dtype(query.dtype))
 
 
-@torch.library.custom_op("clipfast::attention_pool_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("attention_pool_bwd")
 def _pool_bwd(
     grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -57,7 +55,7 @@ def _pool_bwd(
 
 
 @_pool_bwd.register_fake
-def _(grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
+def _(grad_out, query, tokens, seqlens, lse):
     return query.new_empty(query.shape), tokens.new_empty(tokens.shape)
 
 

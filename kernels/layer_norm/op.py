@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
 from ..common import as_rows
 from ..configs import WIDTHS
@@ -56,8 +56,7 @@ def check_width(op: str, x: Tensor) -> None:
         raise ValueError(f"{op}: rows must be 1 to {MAX_WIDTH} wide, got {x.shape[-1]}: use backend='torch'")
 
 
-@torch.library.custom_op("clipfast::layer_norm_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("layer_norm_fwd")
 def _layer_norm_fwd(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -69,17 +68,14 @@ def _layer_norm_fwd(
 
 
 @_layer_norm_fwd.register_fake
-def _(
-    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(x, residual, weight, bias, eps):
     stream = x if residual is None else residual
     s = stream.new_empty((0,) if residual is None else x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=accumulate_dtype(stream.dtype)) for _ in range(2))
     return x.new_empty(x.shape), s, mean, rstd
 
 
-@torch.library.custom_op("clipfast::layer_norm_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("layer_norm_bwd")
 def _layer_norm_bwd(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -96,9 +92,7 @@ def _layer_norm_bwd(
 
 
 @_layer_norm_bwd.register_fake
-def _(
-    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(grad_y, grad_s, s, weight, mean, rstd, with_sums):
     dx = grad_y.new_empty((0,) if grad_y.dtype == s.dtype else s.shape)
     dw, db = (mean.new_empty(s.shape[-1] if with_sums else 0) for _ in range(2))
     return s.new_empty(s.shape), dx, dw, db

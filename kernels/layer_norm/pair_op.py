@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..checks import check_float, check_parameter, check_tensor
 from ..common import as_rows
 from ..dtypes import accumulate_dtype
@@ -34,8 +34,7 @@ from .op import check_eps, check_width, layer_norm
 MAX_WIDTH = 4096  # of one pass: with four sums over rows, wider rows do not fit the registers
 
 
-@torch.library.custom_op("clipfast::layer_norm_pair_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("layer_norm_pair_fwd")
 def _layer_norm_pair_fwd(
     x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, eps_1: float, eps_2: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -46,15 +45,12 @@ def _layer_norm_pair_fwd(
 
 
 @_layer_norm_pair_fwd.register_fake
-def _(
-    x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, eps_1: float, eps_2: float
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(x, weight_1, bias_1, weight_2, bias_2, eps_1, eps_2):
     stats = x.new_empty((4, *x.shape[:-1]), dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape), stats
 
 
-@torch.library.custom_op("clipfast::layer_norm_pair_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("layer_norm_pair_bwd")
 def _layer_norm_pair_bwd(
     grad_s: Tensor | None, grad_y: Tensor, x: Tensor,
     weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, stats: Tensor, with_sums: bool,
@@ -68,10 +64,7 @@ def _layer_norm_pair_bwd(
 
 
 @_layer_norm_pair_bwd.register_fake
-def _(
-    grad_s: Tensor | None, grad_y: Tensor, x: Tensor,
-    weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, stats: Tensor, with_sums: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def _(grad_s, grad_y, x, weight_1, bias_1, weight_2, stats, with_sums):
     return x.new_empty(x.shape), stats.new_empty(4, x.shape[-1] if with_sums else 0)
 
 

@@ -24,41 +24,23 @@ Method: the patch projection of Dosovitskiy et al. 2021 as an implicit GEMM; dro
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
-from ..checks import check_float, check_tensor
-from ..dtypes import accumulate_dtype, autocast_dtype, dtype_name
+from ..backends import registered, uses_reference
+from ..checks import check_device, check_float, check_integers, check_tensor
+from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from ..reference import CLIP_MEAN, CLIP_STD
 from . import cpu, launches
 from .launches import num_patches_of
 
 
-class Implementation(Protocol):
-    """The functions that ``launches`` and ``cpu`` both have. Gradients of parameters are in the accumulation dtype."""
-
-    def forward(
-        self, images: Tensor, weight: Tensor, bias: Tensor, class_embedding: Tensor, positional_embedding: Tensor,
-        keep: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        """Return the tokens in the dtype of ``weight``."""
-
-    def backward_weight(self, grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-        """Return the gradient of the weight that forward was given."""
-
-    def backward_positions(self, grad: Tensor, keep: Tensor | None, num_patches: int) -> Tensor:
-        """Return the gradient of the positions."""
-
-    def backward_images(self, grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
-        """Return the gradient of floating images."""
-
-
-def _implementation(device: torch.device) -> Implementation:
+def _implementation(device: torch.device) -> ModuleType:
     """Return the Triton launches where Triton runs, otherwise the CPU's functions."""
     return launches if triton_runs_on(device) else cpu
 
@@ -105,18 +87,11 @@ def _check_indices(keep: Tensor | None, num_patches: int) -> None:
         raise ValueError(f"patch_embed: keep must hold each patch of an image once, got {keep[twice][0].tolist()}")
 
 
-@torch.library.custom_op("clipfast::patch_embed_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("patch_embed_fwd")
 def _patch_embed_fwd(
-    images: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    positional_embedding: Tensor,
-    keep: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
+    images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     """Return the tokens in ``dtype``. A weight is rounded to it once, after the normalisation has been folded in."""
     _check_indices(keep, len(positional_embedding) - 1)
     if images.dtype == torch.uint8:
@@ -128,22 +103,12 @@ def _patch_embed_fwd(
 
 
 @_patch_embed_fwd.register_fake
-def _(
-    images: Tensor,
-    weight: Tensor,
-    class_embedding: Tensor,
-    positional_embedding: Tensor,
-    keep: Tensor | None,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
+def _(images, weight, class_embedding, positional_embedding, keep, mean, std, dtype):
     tokens = positional_embedding.shape[0] if keep is None else 1 + keep.shape[1]
     return weight.new_empty(images.shape[0], tokens, weight.shape[0], dtype=dtype)
 
 
-@torch.library.custom_op("clipfast::patch_embed_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("patch_embed_bwd")
 def _patch_embed_bwd(
     grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
 ) -> tuple[Tensor, Tensor]:
@@ -157,23 +122,20 @@ def _patch_embed_bwd(
 
 
 @_patch_embed_bwd.register_fake
-def _(
-    grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float]
-) -> tuple[Tensor, Tensor]:
+def _(grad, images, weight, keep, mean, std):
     dtype = accumulate_dtype(weight.dtype)
     positions = 1 + num_patches_of(images, weight.shape[-1])
     return weight.new_empty(weight.shape, dtype=dtype), grad.new_empty(positions, grad.shape[2], dtype=dtype)
 
 
-@torch.library.custom_op("clipfast::patch_embed_bwd_images", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("patch_embed_bwd_images")
 def _patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
     """Return the gradient of floating images."""
     return _implementation(images.device).backward_images(grad, images, weight.to(grad.dtype), keep)
 
 
 @_patch_embed_bwd_images.register_fake
-def _(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
+def _(grad, images, weight, keep):
     return images.new_empty(images.shape)
 
 
@@ -293,23 +255,18 @@ def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, posit
         )
     parameters = {"weight": weight, "class_embedding": class_embedding, "positional_embedding": positional_embedding}
     for name, tensor in parameters.items():
-        if tensor.device != images.device:
-            raise ValueError(f"patch_embed: {name} is on {tensor.device}, but images is on {images.device}")
+        check_device("patch_embed", name, tensor, "images", images)
 
 
 def _check_keep(keep: Tensor | None, images: Tensor, patch_size: int) -> None:
     """Refuse patches to keep whose type, shape or device does not fit the images."""
     if keep is None:
         return
-    if not isinstance(keep, Tensor):
-        raise TypeError(f"patch_embed: keep must be a torch.Tensor, got {type(keep).__name__}")
-    if keep.dtype not in (torch.int64, torch.int32):
-        raise TypeError(f"patch_embed: keep must be int64 or int32, got {dtype_name(keep.dtype)}")
+    check_integers("patch_embed", "keep", keep)
     num_patches = num_patches_of(images, patch_size)
     if keep.ndim != 2 or keep.shape[0] != images.shape[0] or keep.shape[1] > num_patches:
         raise ValueError(
             f"patch_embed: keep must be [{images.shape[0]}, K], K at most the {num_patches} patches of an image, "
             f"got {tuple(keep.shape)}"
         )
-    if keep.device != images.device:
-        raise ValueError(f"patch_embed: keep is on {keep.device}, but images is on {images.device}")
+    check_device("patch_embed", "keep", keep, "images", images)

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
-from ..checks import check_float, check_like, check_tensor
-from ..dtypes import dtype_name
+from ..backends import registered, uses_reference
+from ..checks import check_device, check_float, check_integers, check_like, check_tensor
 from ..launch import triton_runs_on
 from . import cpu, launches
 from .best import slots
@@ -44,8 +43,7 @@ def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
         )
 
 
-@torch.library.custom_op("clipfast::retrieval_ranks", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("retrieval_ranks")
 def _retrieval_ranks(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[Tensor, Tensor]:
     m = len(image)
     _check_indices("retrieval_ranks", text_image, m)
@@ -57,7 +55,7 @@ def _retrieval_ranks(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[T
 
 
 @_retrieval_ranks.register_fake
-def _(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[Tensor, Tensor]:
+def _(image, text, text_image):
     return image.new_empty(image.shape[0], dtype=torch.int64), image.new_empty(text.shape[0], dtype=torch.int64)
 
 
@@ -113,12 +111,8 @@ def _owner_tensor(op: str, text_image: Tensor | None, image: Tensor, text: Tenso
                 f"{op}: without text_image there must be as many texts as images, got {len(text)} and {len(image)}"
             )
         return torch.arange(len(text), device=text.device)
-    if not isinstance(text_image, Tensor):
-        raise TypeError(f"{op}: text_image must be a torch.Tensor, got {type(text_image).__name__}")
-    if text_image.dtype != torch.int64:
-        raise TypeError(f"{op}: text_image must be int64, got {dtype_name(text_image.dtype)}")
+    check_integers(op, "text_image", text_image, (torch.int64,))
     if text_image.shape != text.shape[:1]:
         raise ValueError(f"{op}: text_image must be [{len(text)}], one per text, got {tuple(text_image.shape)}")
-    if text_image.device != image.device:
-        raise ValueError(f"{op}: text_image is on {text_image.device}, but image is on {image.device}")
+    check_device(op, "text_image", text_image, "image", image)
     return text_image

@@ -23,15 +23,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
-from ..checks import check_float, check_tensor
-from ..dtypes import accumulate_dtype, autocast_dtype, dtype_name
+from ..backends import registered, uses_reference
+from ..checks import check_device, check_float, check_integers, check_tensor
+from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
 
 
-@torch.library.custom_op("clipfast::text_embed_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("text_embed_fwd")
 def _text_embed_fwd(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype) -> Tensor:
     """Return the tokens in ``dtype``."""
     forward = launches.forward if triton_runs_on(text.device) else cpu.forward
@@ -39,12 +38,11 @@ def _text_embed_fwd(text: Tensor, token_embedding: Tensor, positional_embedding:
 
 
 @_text_embed_fwd.register_fake
-def _(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype) -> Tensor:
+def _(text, token_embedding, positional_embedding, dtype):
     return token_embedding.new_empty(*text.shape, token_embedding.shape[1], dtype=dtype)
 
 
-@torch.library.custom_op("clipfast::text_embed_bwd_token", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("text_embed_bwd_token")
 def _text_embed_bwd_token(grad: Tensor, text: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
     """Return the gradient of the table in ``dtype``."""
     backward_token = launches.backward_token if triton_runs_on(text.device) else cpu.backward_token
@@ -52,7 +50,7 @@ def _text_embed_bwd_token(grad: Tensor, text: Tensor, vocab: int, dtype: torch.d
 
 
 @_text_embed_bwd_token.register_fake
-def _(grad: Tensor, text: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+def _(grad, text, vocab, dtype):
     return grad.new_empty(vocab, grad.shape[-1], dtype=dtype)
 
 
@@ -112,9 +110,7 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
 
 def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> None:
     """Refuse inputs whose types, shapes or devices do not fit together."""
-    if not isinstance(text, Tensor) or text.dtype not in (torch.int64, torch.int32):
-        got = dtype_name(text.dtype) if isinstance(text, Tensor) else type(text).__name__
-        raise TypeError(f"text_embed: text must be an int32 or int64 tensor, got {got}")
+    check_integers("text_embed", "text", text)
     if text.ndim != 2:
         raise ValueError(f"text_embed: text must be [B, L], got shape {tuple(text.shape)}")
     check_tensor("text_embed", "token_embedding", token_embedding, 2)
@@ -125,6 +121,5 @@ def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: T
             f"text_embed: positional_embedding must be [{length} or more, {width}] for text {tuple(text.shape)} "
             f"and token_embedding {tuple(token_embedding.shape)}, got {pos_shape}"
         )
-    for name, tensor in {"token_embedding": token_embedding, "positional_embedding": positional_embedding}.items():
-        if tensor.device != text.device:
-            raise ValueError(f"text_embed: {name} is on {tensor.device}, but text is on {text.device}")
+    check_device("text_embed", "token_embedding", token_embedding, "text", text)
+    check_device("text_embed", "positional_embedding", positional_embedding, "text", text)

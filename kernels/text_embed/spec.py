@@ -80,6 +80,7 @@ CASES = [
     Case(TextShape(3, 8, 50, 300), "exactly a tile of positions; the width is past a tile"),
     Case(TextShape(40, 3, 11, 12), "more texts than programs"),
     Case(TextShape(0, 9, 5, 16), "no texts: gradients are zero"),
+    Case(TextShape(3, 0, 7, 12), "texts without tokens: gradients are zero"),
     *Case.layouts(TextShape(3, 7, 11, 24), expanded=TextShape(3, 7, 11, 24)),
     Case.extreme(TextShape(40, 7, 11, 24), "one id", "one id everywhere", quick=True),
     Case.extreme(TextShape(9, 77, 1000, 24), "padded", "mostly padding", quick=True),

@@ -10,6 +10,7 @@ import pytest
 import torch
 import triton
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
 from clipfast.kernels.launch import execute_on_cpu
@@ -66,6 +67,18 @@ def leaves_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
 def tuple_of(results: Any) -> tuple[Tensor, ...]:
     """Results as a tuple, also where there is only one."""
     return results if isinstance(results, tuple) else (results,)
+
+
+class Recorded(TorchDispatchMode):
+    """A record of all calls of PyTorch's ops and of ours: (op, arguments)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any]] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls.append((func, args))
+        return func(*args, **(kwargs or {}))
 
 
 @pytest.fixture

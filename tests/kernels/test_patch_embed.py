@@ -48,13 +48,6 @@ def test_splits_add_up(keep, device, monkeypatch):
     compare(patch_embed, reference.patch_embed, inputs, grad)
 
 
-def test_indices_of_32_bits(device):
-    inputs, grad = inputs_of((3, 32, 48, 16, 72), torch.float32, device, uint8=False, keep=4)
-    expected = value_and_grads(patch_embed, inputs, grad)
-    for name, value in value_and_grads(patch_embed, inputs | {"keep": inputs["keep"].int()}, grad).items():
-        assert torch.equal(value, expected[name]), name
-
-
 @pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
 def test_all_in_order_is_as_none_dropped(uint8, device):
     inputs, grad = inputs_of((3, 32, 48, 16, 72), torch.float32, device, uint8=uint8)
@@ -98,25 +91,23 @@ def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, device):
     # The op refuses such an index on a CPU, so this calls the launches.
     inputs, grad = inputs_of((2, 21, 35, 7, 40), torch.float32, device, uint8=False, keep=6)
     images, weight, class_embedding, pos, keep = inputs.values()
-    bias = torch.zeros(40, device=device)
-    right = launches.forward(images, weight, bias, class_embedding, pos, keep)
     others = [0, 1, 2, 4, 5]
-    expected = [
-        launches.backward_weight(grad[:, [0, *(i + 1 for i in others)]], images, weight, keep[:, others]),
-        launches.backward_positions(grad[:, [0, *(i + 1 for i in others)]], keep[:, others], 15),
-        launches.backward_images(grad[:, [0, *(i + 1 for i in others)]], images, weight, keep[:, others]),
-    ]
+    tokens = [0, *(i + 1 for i in others)]
+
+    def forward():
+        return launches.forward(images, weight, torch.zeros(40, device=device), class_embedding, pos, keep)
+
+    def gradients(grad, keep):
+        of_weight, of_images = launches.backward_weight, launches.backward_images
+        others = [backward(grad, images, weight, keep) for backward in (of_weight, of_images)]
+        return [*others, launches.backward_positions(grad, keep, 15)]
+
+    right, expected = forward(), gradients(grad[:, tokens], keep[:, others])
     keep[:, 3] = wrong
-    tokens = launches.forward(images, weight, bias, class_embedding, pos, keep)
-    assert tokens.isnan().any(2).tolist() == [[token == 4 for token in range(7)]] * 2
-    assert torch.equal(tokens[:, [0, *(i + 1 for i in others)]], right[:, [0, *(i + 1 for i in others)]])
-    actual = [
-        launches.backward_weight(grad, images, weight, keep),
-        launches.backward_positions(grad, keep, 15),
-        launches.backward_images(grad, images, weight, keep),
-    ]
-    for ours, same in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours, same, rtol=1e-5, atol=1e-5)
+    out = forward()
+    assert out.isnan().any(2).tolist() == [[token == 4 for token in range(7)]] * 2
+    assert torch.equal(out[:, tokens], right[:, tokens])
+    torch.testing.assert_close(gradients(grad, keep), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.skipif(not INTERPRET, reason="only the interpreter counts what is loaded and stored")
@@ -217,7 +208,7 @@ ERRORS = [
     ({"mean": ("a", "b", "c")}, TypeError, "mean must be a sequence of numbers"),
     ({"std": (0.5, float("nan"), 0.5)}, ValueError, "std must be 3 positive numbers"),
     ({"std": (0.5, 0.0, 0.5)}, ValueError, r"std must be 3 positive numbers, one per channel, got \(0.5, 0.0, 0.5\)"),
-    ({"keep": KEEP.float()}, TypeError, "keep must be int64 or int32, got float32"),
+    ({"keep": KEEP.float()}, TypeError, "keep must be an int32 or int64 tensor, got float32"),
     ({"keep": KEEP[0]}, ValueError, r"keep must be \[2, K\], K at most the 4 patches of an image, got \(2,\)"),
     ({"keep": KEEP[:1]}, ValueError, r"keep must be \[2, K\].*got \(1, 2\)"),
     ({"keep": KEEP.repeat(1, 3)}, ValueError, r"K at most the 4 patches of an image, got \(2, 6\)"),

@@ -1,27 +1,16 @@
 """The ops as PyTorch sees them: registration, compilation, autocast, and use of the graph."""
 
+import functools
+
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast.kernels import contrastive_loss
+from clipfast.verify.inputs import lay_out
 
 from ..conftest import INTERPRET, LEG, OnlyMeta
 from ..numerics import value_and_grads
-from .conftest import CALLS, call_of, each_call, each_gradient, far_apart, leaves_of, tuple_of
-
-
-class Recorded(TorchDispatchMode):
-    """Remembers the calls of our registered ops."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.namespace == "clipfast":
-            self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
+from .conftest import CALLS, Recorded, call_of, each_call, each_gradient, far_apart, leaves_of, tuple_of
 
 
 def recorded(call, leaves, lay_out=lambda grad: grad):
@@ -30,12 +19,9 @@ def recorded(call, leaves, lay_out=lambda grad: grad):
         results = tuple_of(call.function(**leaves))
         if call.grads:
             torch.autograd.backward(results, [lay_out(g).to(r) for g, r in zip(call.grads, results, strict=True)])
-    assert mode.calls
-    return mode.calls
-
-
-def transposed(x):
-    return x.transpose(0, -1).contiguous().transpose(0, -1) if x.ndim > 1 else x
+    found = [(op, arguments) for op, arguments in mode.calls if op.namespace == "clipfast"]
+    assert found
+    return found
 
 
 def again(x):
@@ -43,43 +29,34 @@ def again(x):
     return x.detach().requires_grad_(x.requires_grad) if isinstance(x, torch.Tensor) else x
 
 
-# With other strides than the fake promises, compiled code would read results wrongly.
-each_layout = pytest.mark.parametrize("lay_out", [lambda x: x, transposed], ids=["contiguous", "transposed"])
-
-
-@each_layout
-@each_call
-def test_forward_ops(name, lay_out, device):
-    call = call_of(name, torch.float32, device)
-    for op, arguments in recorded(call, leaves_of({key: lay_out(x) for key, x in call.inputs.items()}), lay_out):
-        if "bwd" not in op.name():
-            torch.library.opcheck(op, tuple(map(again, arguments)))
-
-
-@each_layout
-@each_gradient
-def test_backward_ops(name, lay_out, device):
-    call = call_of(name, torch.float32, device)
-    leaves = leaves_of({key: lay_out(x) for key, x in call.inputs.items()})
-    check_backward(recorded(call, leaves, lay_out))
-
-
-@each_gradient
-def test_backward_ops_of_one_input(name, device):
-    # frozen parameters: a gradient that is not needed may be left out, by the op and by its fake alike
-    call = call_of(name, torch.float32, device)
-    for wanted, x in call.inputs.items():
-        if x.is_floating_point():
-            leaves = {key: y.detach().requires_grad_(key == wanted) for key, y in call.inputs.items()}
-            check_backward(recorded(call, leaves))
-
-
-def check_backward(calls):
-    """opcheck of the ops of a backward pass, whose arguments need no gradient."""
+def check(calls):
+    """opcheck of registered ops; the arguments of a backward pass need no gradient."""
     for op, arguments in calls:
         if "bwd" in op.name():
             detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
             torch.library.opcheck(op, tuple(detached), test_utils=("test_schema", "test_faketensor"))
+        else:
+            torch.library.opcheck(op, tuple(map(again, arguments)))
+
+
+# With other strides than the fake promises, compiled code would read results wrongly.
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@each_call
+def test_registered_ops(name, layout, device):
+    call, layout_of = call_of(name, torch.float32, device), functools.partial(lay_out, layout=layout)
+    check(recorded(call, leaves_of({key: layout_of(x) for key, x in call.inputs.items()}), layout_of))
+
+
+@each_gradient
+def test_gradient_of_each_input_alone(name, device):
+    # frozen parameters: a gradient that is not needed may be left out, and the others stay the same
+    call = call_of(name, torch.float32, device)
+    expected = value_and_grads(*call)
+    for wanted, x in call.inputs.items():
+        if x.is_floating_point():
+            leaves = {key: y.detach().requires_grad_(key == wanted) for key, y in call.inputs.items()}
+            check(recorded(call, leaves))
+            torch.testing.assert_close(leaves[wanted].grad, expected[f"d_{wanted}"], rtol=0, atol=0, msg=wanted)
 
 
 @pytest.mark.skipif(LEG != "cpu", reason="the kernels compute in float32; gradcheck needs the float64 of the CPU path")
@@ -140,19 +117,6 @@ def test_compiles_once_for_every_scale(device):
     assert backend.graphs == 1
 
 
-@each_gradient
-def test_gradient_of_each_input_alone(name, device):
-    # frozen parameters change no other gradient
-    call = call_of(name, torch.float32, device)
-    expected = value_and_grads(*call)
-    for wanted, x in call.inputs.items():
-        if x.is_floating_point():
-            leaf = x.detach().requires_grad_()
-            values = tuple_of(call.function(**call.inputs | {wanted: leaf}))
-            torch.autograd.backward(values, call.grads)
-            torch.testing.assert_close(leaf.grad, expected[f"d_{wanted}"], rtol=0, atol=0, msg=wanted)
-
-
 @pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
 @each_call
 def test_offsets_beyond_32_bits(name, device):
@@ -190,6 +154,16 @@ def test_second_derivative_is_refused(name, device):
     (first,) = torch.autograd.grad(values, leaf, grads, create_graph=True)
     with pytest.raises(RuntimeError, match="no autograd formula"):
         first.sum().backward()
+
+
+@each_call
+def test_indices_of_32_bits(name, device):
+    call = call_of(name, torch.float32, device)
+    expected = value_and_grads(*call)
+    # text_image takes 64 bits only
+    small = {key: x.int() for key, x in call.inputs.items() if x.dtype == torch.int64 and key != "text_image"}
+    for key, value in value_and_grads(call.function, call.inputs | small, call.grads).items():
+        assert torch.equal(value, expected[key]), key
 
 
 @each_call
