@@ -23,6 +23,15 @@ LEG = "interpreter" if INTERPRET else "gpu" if ON_GPU else "cpu"
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
 
 
+# Files, classes and tests whose tests take seconds each: --fast leaves them out.
+LONG = (
+    "test_offline.py", "test_memory.py", "test_contrastive_numerics.py", "test_distributed.py", "TestSanitized",
+    "test_training.py", "test_micro_batches.py", "test_plan.py", "test_step.py::test_the_losses", "test_readme.py",
+    "test_gpu_driver.py", "test_tune.py", "test_inspect.py", "test_harness.py", "test_faults.py", "test_report.py",
+    "optional_packages", "every_character",
+)  # fmt: skip
+
+
 class OnlyMeta(TorchDispatchMode):
     """On "meta", every tensor that is not there comes from the host."""
 
@@ -49,10 +58,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Leave out what is marked slow, unless it is asked for or a GPU makes it fast; and with --fast what is long."""
+    fast = config.getoption("--fast")
     left_out = set() if ON_GPU or config.getoption("--slow") else {"slow"}
-    if config.getoption("--fast"):
-        left_out |= {"slow", "long"}
-    dropped = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    left_out |= {"slow", "long"} if fast else set()
+    dropped = [
+        item
+        for item in items
+        if any(map(item.get_closest_marker, left_out)) or (fast and any(name in item.nodeid for name in LONG))
+    ]
     config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in set(dropped)]
 

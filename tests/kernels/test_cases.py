@@ -24,7 +24,8 @@ def cases(*, small_tiles: bool = False) -> list[object]:
         for number, case in enumerate(spec.cases):
             if VERIFY_LEG not in case.legs or (small_tiles and not case.sanitize):
                 continue
-            marks = [pytest.mark.slow] if case.shape.elements > MOST_ELEMENTS else []
+            marks = [] if case.quick else [pytest.mark.long]
+            marks += [pytest.mark.slow] if case.shape.elements > MOST_ELEMENTS else []
             for dtype in NAMES:
                 if not (VERIFY_LEG == "cpu" and dtype in case.slow):
                     label = f"{spec.name}-{number} {case.name}-{dtype}"
