@@ -65,6 +65,11 @@ class Case:
     graph: bool = True  # whether a call can be a CUDA graph; if not, the host is timed too, on one set of inputs
 
     @property
+    def ours(self) -> Candidate:
+        """Return the candidate of this package."""
+        return next(candidate for candidate in self.candidates if candidate.name == OURS)
+
+    @property
     def name(self) -> str:
         """Return op, sizes and dtype in one line."""
         return " ".join([self.op, *(f"{key}={value}" for key, value in self.shape.items()), self.dtype])
@@ -95,12 +100,6 @@ def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inp
             values: dict[str, Tensor] = function.observe(**inputs)
         return values
     return call(case, candidate, function, inputs)
-
-
-def require_cuda(device: torch.device) -> None:
-    """Refuse a CPU for a candidate that has kernels for GPUs only."""
-    if device.type != "cuda":
-        raise MissingError("needs a GPU")
 
 
 def short(error: BaseException) -> str:

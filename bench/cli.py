@@ -159,7 +159,7 @@ def _plan(args: argparse.Namespace, device: torch.device) -> list[tuple[str, Siz
     dtypes = args.dtype or ["bf16" if device.type == "cuda" else "fp32"]
     plan = []
     for suite in chosen:
-        default = [SUITES[suite].smallest] if args.smoke else SUITES[suite].shapes(device.type)
+        default = [SUITES[suite].smallest] if args.smoke else SUITES[suite].shapes[device.type]
         shapes = [_parse_shape(suite, text) for text in args.shape] or default
         for dtype in SUITES[suite].dtypes or dtypes:
             plan += [(suite, shape, dtype) for shape in shapes]

@@ -125,12 +125,9 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
 
 
 def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:
-    request = {
-        "keys": [[suite, dict(shape), dtype] for suite, shape, dtype in keys],
-        "device": str(device),
-        "budget": [budget.seconds / TURNS, budget.rounds, budget.min_rounds],
-        "threads": torch.get_num_threads(),
-    }
+    share = [budget.seconds / TURNS, budget.rounds, budget.min_rounds]
+    plain_keys = [[suite, dict(shape), dtype] for suite, shape, dtype in keys]
+    request = [plain_keys, str(device), share, torch.get_num_threads()]
     # -P keeps the current folder from coming before the side's own packages
     command = [sys.executable, "-P", "-c", _START, json.dumps(request), str(out)]
     run = subprocess.run(command, env=environment_with(site), capture_output=True, text=True)
@@ -153,9 +150,7 @@ def _worktree(base: str, folder: Path) -> Iterator[Path]:
 
 def main() -> None:
     """Measure one turn of one side, as the command line describes it."""
-    request, out = json.loads(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(request["threads"])
-    keys = [(suite, shape, dtype) for suite, shape, dtype in request["keys"]]
-    budget = Budget(*request["budget"])
-    device = use(torch.device(request["device"]))
-    session.measure_all(keys, device, budget, out, only=[], memory=False, breakdown=False, plots=False)
+    (keys, device, budget, threads), out = json.loads(sys.argv[1]), Path(sys.argv[2])
+    torch.set_num_threads(threads)
+    off = {"memory": False, "breakdown": False, "plots": False}
+    session.measure_all(keys, use(torch.device(device)), Budget(*budget), out, only=[], **off)

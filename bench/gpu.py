@@ -37,20 +37,17 @@ SECONDS = {
 PARTS: dict[str, dict[str, str]] = {
     "all": {"tests": "", "op": "", "bench": "loss attention patch step", "tune": "all"},
     "loss": {
-        "tests": "contrastive or sigmoid or nce",
+        "tests": "contrastive or sigmoid or nce", "bench": "losses", "tune": "contrastive",
         "op": "contrastive_loss sigmoid_loss info_nce_loss nt_xent_loss",
-        "bench": "losses",
-        "tune": "contrastive",
     },
     "attention": {"tests": "attention", "op": "attention", "bench": "attention", "tune": "attention-64"},
     "blocks": {
-        "tests": "patch or text or norm or activation or pool",
+        "tests": "patch or text or norm or activation or pool", "bench": "patch blocks",
         "op": "patch_embed text_embed layer_norm layer_norm_pair bias_gelu bias_quick_gelu attention_pool",
-        "bench": "patch blocks",
         "tune": "layer_norm-1024 layer_norm_pair-1024 bias_act patch_embed text_embed attention_pool",
     },
     "step": {"tests": "", "op": "", "bench": "step", "tune": ""},
-}
+}  # fmt: skip
 # A part has more time to tune, and to compile the models that whole steps are compared with.
 PART_SECONDS = {"tune": 150.0, "step": 250.0}
 # A dry run shows that every step runs, and not how fast. A CPU, perhaps a busy one, takes longer.
@@ -63,7 +60,7 @@ class Step:
 
     name: str
     command: list[str]
-    seconds: float  # that it gets in any case
+    seconds: float = 0.0  # that it gets in any case
     lines: int = 20  # of the end of its output, for the summary
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
 
@@ -81,28 +78,26 @@ def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
     tune = [*python, "clipfast.bench", "tune", "--op", *(["attention-64"] if dry else chosen["tune"].split())]
     tune += ["--dry", "--limit", "3"] if dry else ["--card", "", "--limit", "48", "--seconds", "3", "--total", LEFT]
     sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-    found = {
-        "environment": Step("environment", [*python, "clipfast.bench.gpu_environment"], 0),
-        "tests": Step("tests", [*pytest, "tests/kernels", *_workers(dry), *only], 0, lines=30),
-        "verify": Step("verify", verify, 0),
-    }
+    found = [
+        Step("environment", [*python, "clipfast.bench.gpu_environment"]),
+        Step("tests", [*pytest, "tests/kernels", *_workers(dry), *only], lines=30),
+        *([] if part == "step" else [Step("verify", verify)]),
+    ]
     for suite in chosen["bench"].split():
         results = ["--json", str(out / f"bench-{suite}.json")]
         # the part "step" has room for three pictures, and the time to compile our model too
         results += [] if part == "step" else ["--no-plots"]
         results += ["--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled"] if suite == "step" and part != "step" else []
-        found[suite] = Step(suite, [*python, "clipfast.bench", suite, *device, *results], 0, lines=200)
+        found.append(Step(suite, [*python, "clipfast.bench", suite, *device, *results], lines=200))
     if chosen["tune"]:
-        found["tune"] = Step("tune", [*tune, "--tables", str(out / "tables")], 0)
+        found.append(Step("tune", [*tune, "--tables", str(out / "tables")]))
     # without the cache: memory behind a tensor in a cached block is allocated too, so an overrun would be no error
     uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     command = [*sanitizer, *pytest, "tests/kernels/test_gpu.py", "-k", "finite"]
-    found["sanitizer"] = Step("sanitizer", command, 0, environment=uncached)
-    if part == "step":
-        del found["verify"]
-    seconds = {name: SECONDS[name] if part == "all" else PART_SECONDS.get(name, SECONDS[name]) for name in found}
-    share = (DRY_FACTOR if dry else 1.0) * (TOTAL_S - GRACE_S) / sum(seconds.values())
-    return [dataclasses.replace(step, seconds=share * seconds[name]) for name, step in found.items()]
+    found.append(Step("sanitizer", command, environment=uncached))
+    weights = SECONDS if part == "all" else SECONDS | PART_SECONDS
+    share = (DRY_FACTOR if dry else 1.0) * (TOTAL_S - GRACE_S) / sum(weights[step.name] for step in found)
+    return [dataclasses.replace(step, seconds=share * weights[step.name]) for step in found]
 
 
 def main() -> int:
@@ -199,10 +194,7 @@ def _end(process: subprocess.Popen[bytes]) -> None:
 
 @contextlib.contextmanager
 def _terminated_as_interrupted() -> Iterator[None]:
-    """Turn SIGTERM and SIGINT into a KeyboardInterrupt.
-
-    SIGINT too, because a shell lets programs in its background ignore it, and the steps would inherit that.
-    """
+    """Turn SIGTERM, and SIGINT, which a shell lets programs in its background ignore, into a KeyboardInterrupt."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt

@@ -25,15 +25,9 @@ SMOKE_FOLDER = Path("runs/bench")  # git ignores it
 
 def new_run(device: torch.device, roofs: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Return a result without cases."""
-    return {
-        "schema": SCHEMA,
-        "when": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "git": machine.commit(),
-        "machine": machine.describe(device),
-        "versions": machine.versions(),
-        "roofs": roofs,
-        "cases": [],
-    }
+    when = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    where = {"git": machine.commit(), "machine": machine.describe(device), "versions": machine.versions()}
+    return {"schema": SCHEMA, "when": when, **where, "roofs": roofs, "cases": []}
 
 
 def case_result(
@@ -45,29 +39,20 @@ def case_result(
     breakdowns: Mapping[str, Breakdown | str] | None = None,
     transfers: Mapping[str, float | None] | None = None,
 ) -> dict[str, Any]:
-    """Return one entry of ``cases``.
+    """Return one entry of ``cases``, from timings, telemetry and the rates (``roof``) of this run.
 
-    Args:
-        case: what was measured.
-        timings: one for each candidate.
-        telemetry: readings from :func:`clipfast.bench.harness.measure`.
-        peaks: peak memory in bytes by candidate, or the reason why there is no figure.
-        roof: the rates measured in this run for the dtype of the case.
-        breakdowns: where the time of a step goes, by candidate, or the reason why that is not known.
-        transfers: seconds of each of the case's ``transfers``; None where nothing is sent or it does not fit.
+    ``peaks`` and ``breakdowns`` hold by candidate a figure, or the reason why there is none. ``transfers`` are seconds
+    of each of the case's, or None where nothing is sent or it does not fit.
     """
     ours = next((t for t in timings if t.candidate.name == OURS and t.samples), None)
     floor_s = case.floor.seconds(roof["matmul_flops_per_s"], roof["copy_bytes_per_s"]) if case.floor else None
     result: dict[str, Any] = {
-        "suite": case.suite,
-        "op": case.op,
-        "shape": dict(case.shape),
-        "dtype": case.dtype,
+        "suite": case.suite, "op": case.op, "shape": dict(case.shape), "dtype": case.dtype,
         "items": {"count": case.items[0], "unit": case.items[1]},
         "floor": {"flops": case.floor.flops, "bytes": case.floor.bytes, "seconds": floor_s} if case.floor else None,
         "telemetry": telemetry,
         "candidates": [_candidate_result(t, ours, peaks.get(t.candidate.name), floor_s) for t in timings],
-    }
+    }  # fmt: skip
     for entry in result["candidates"]:
         breakdown = (breakdowns or {}).get(entry["name"])
         if isinstance(breakdown, str):
@@ -100,18 +85,13 @@ def _candidate_result(
     timing: Timing, ours: Timing | None, peak: int | str | None, floor_s: float | None
 ) -> dict[str, Any]:
     result: dict[str, Any] = {
-        "name": timing.candidate.name,
-        "note": timing.candidate.note,
-        "refused": timing.refused,
+        "name": timing.candidate.name, "note": timing.candidate.note, "refused": timing.refused,
         # JSON has no NaN
         "errors": {name: error if math.isfinite(error) else None for name, error in timing.errors.items()},
         "peak_bytes": peak if isinstance(peak, int) else None,
         "peak_refused": peak if isinstance(peak, str) else None,
-        "timer": timing.timer,
-        "eager": timing.eager,
-        "phases_s": timing.phases,
-        "samples_s": timing.samples,
-    }
+        "timer": timing.timer, "eager": timing.eager, "phases_s": timing.phases, "samples_s": timing.samples,
+    }  # fmt: skip
     if timing.samples:
         points = np.quantile(timing.samples, [0.05, 0.2, 0.5, 0.8, 0.95]).tolist()
         result |= dict(zip(("p5_s", "p20_s", "median_s", "p80_s", "p95_s"), points, strict=True))

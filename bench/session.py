@@ -31,18 +31,11 @@ def measure_all(
     keys: Sequence[CaseKey], device: torch.device, budget: Budget, path: Path, *, only: Sequence[str] | None = None,
     memory: bool = True, breakdown: bool = True, plots: bool = True, total_s: float = float("inf"),
 ) -> dict[str, Any]:  # fmt: skip
-    """Measure the case of each of ``keys``, print its table, and write everything to ``path``.
+    """Measure the case of each of ``keys``, print its table, and write everything to the result file ``path``.
 
-    Args:
-        keys: suite, shape and dtype of each case.
-        device: where the cases run.
-        budget: how long to measure a case.
-        path: the result file.
-        only: see :func:`chosen`.
-        memory: measure peak memory too.
-        breakdown: trace where the time of whole steps goes.
-        plots: draw pictures beside ``path``, if matplotlib is installed.
-        total_s: begin no case after so many seconds, and name those that are left.
+    ``only`` names candidates, see :func:`chosen`. ``memory`` measures peak memory too, ``breakdown`` traces where the
+    time of whole steps goes, and ``plots`` draws pictures beside ``path``, if matplotlib is installed. No case is begun
+    after ``total_s`` seconds; those that are left are named.
     """
     start = time.monotonic()
     roofs = {dtype: measure_roofs(device, DTYPES[dtype]) for dtype in sorted({dtype for _, _, dtype in keys})}
@@ -151,10 +144,7 @@ def _draw(run: dict[str, Any], path: Path) -> None:
 
 
 def _say(text: str) -> None:
-    """Show a line of progress on a terminal, where the next one replaces it.
-
-    A line that ends in a newline stays, and is written to files too.
-    """
+    """Show a line of progress on a terminal until the next one. A line that ends in a newline stays, in files too."""
     if sys.stderr.isatty() or text.endswith("\n"):
         sys.stderr.write(f"\r\033[K{text}" if sys.stderr.isatty() else text)
         sys.stderr.flush()

@@ -28,7 +28,7 @@ from clipfast.kernels.configs import Config
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import Target, Tunable
 
-from .case import OURS, Candidate, Case, call, short
+from .case import Case, call, short
 from .harness import Budget, Timing, leaves, measure, ratio_interval
 from .inspection import Report, inspect_launch, offline
 from .inspection.shipped import small_tile_problems
@@ -93,19 +93,15 @@ def prune(
 
 
 def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Config) -> Report | str:
-    """Return the worst report of the kernel's launches under ``config``, or why one does not compile.
-
-    Raises:
-        RuntimeError: the op does not launch this kernel.
-    """
+    """Return the worst report of the kernel's launches under ``config``, or why one does not compile."""
     case = small_case(target, dtype)
     with configs.override(key_of(tunable, target, dtype), config):
         launches = offline.record(arch, functools.partial(call_ours, case))
     ours = [launch for launch in launches if launch.kernel.__name__ == tunable.function]
     if not ours:
         raise RuntimeError(f"{case.op} launches no {tunable.function}")
+    known = small_tile_problems(arch) if tunable.small_tiles else ()
     try:
-        known = small_tile_problems(arch) if tunable.small_tiles else ()
         reports = (dataclasses.replace(inspect_launch(launch, arch), known=known) for launch in ours)
         return max(reports, key=lambda report: report.rank)
     except Exception as error:
@@ -152,7 +148,9 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
         raise RuntimeError(f"the committed configuration cannot be timed: {committed.refused}")
     found: list[tuple[float, Config]] = []
     for timing, config in zip(others, candidates, strict=True):
-        if timing.refused is not None or _less_accurate(timing, committed):
+        limits = {name: ERROR_GROWTH * error + 1e-7 for name, error in committed.errors.items()}
+        # NaN is less accurate too
+        if timing.refused is not None or not all(error <= limits[name] for name, error in timing.errors.items()):
             continue
         ratio, _, high = ratio_interval(committed.samples, timing.samples)
         if high < WORTH:
@@ -244,16 +242,11 @@ def say(text: str) -> None:
 def _case(target: Target, dtype: str, device: torch.device, key: str, candidates: Sequence[Config]) -> Case:
     spec, _ = TARGETS[target.name]
     case = build(spec.suite_name, target.shape.to_dict(), dtype, device)
-    ours = next(c for c in case.candidates if c.name == OURS)
     changed = [
-        Candidate(str(config), ours.make, context=functools.partial(configs.override, key, config))
+        dataclasses.replace(case.ours, name=str(config), context=functools.partial(configs.override, key, config))
         for config in candidates
     ]
-    return dataclasses.replace(case, candidates=(ours, *changed))
-
-
-def _less_accurate(timing: Timing, committed: Timing) -> bool:
-    return any(not error <= ERROR_GROWTH * committed.errors[name] + 1e-7 for name, error in timing.errors.items())
+    return dataclasses.replace(case, candidates=(case.ours, *changed))
 
 
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
@@ -278,5 +271,4 @@ def small_case(target: Target, dtype: str) -> Case:
 
 def call_ours(case: Case) -> object:
     """Call the candidate of clipfast once."""
-    ours = next(candidate for candidate in case.candidates if candidate.name == OURS)
-    return call(case, ours, ours.make(), leaves(case, case.inputs()))
+    return call(case, case.ours, case.ours.make(), leaves(case, case.inputs()))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from clipfast.bench.case import OURS, Case, call
+from clipfast.bench.case import Case, call
 from clipfast.bench.harness import leaves
 from clipfast.bench.machine import Telemetry, synchronize
 from clipfast.bench.suites import SUITES, build
@@ -30,7 +30,7 @@ def device_timer() -> float:
 
 def cases() -> list[Case]:
     """Make a case of each op that has a benchmark, at its first default shape."""
-    shapes = {name: suite.shapes(DEVICE.type) for name, suite in SUITES.items() if suite.op is not None}
+    shapes = {name: suite.shapes[DEVICE.type] for name, suite in SUITES.items() if suite.op is not None}
     return [build(name, found[0], DTYPE, DEVICE) for name, found in shapes.items() if found]
 
 
@@ -38,12 +38,11 @@ def cases() -> list[Case]:
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.op)
 def test_forward_and_backward(benchmark: Any, case: Case) -> None:
     """Time the call, and hold its result to be finite."""
-    ours = next(candidate for candidate in case.candidates if candidate.name == OURS)
-    function, inputs = ours.make(), leaves(case, case.inputs())
+    function, inputs = case.ours.make(), leaves(case, case.inputs())
     benchmark.group = case.op
     benchmark.extra_info |= {"shape": dict(case.shape), "dtype": case.dtype, "before": Telemetry(DEVICE).sample()}
     if case.floor is not None:
         benchmark.extra_info |= {"flops": case.floor.flops, "bytes": case.floor.bytes}
-    result = benchmark.pedantic(call, (case, ours, function, inputs), rounds=ROUNDS, warmup_rounds=3)
+    result = benchmark.pedantic(call, (case, case.ours, function, inputs), rounds=ROUNDS, warmup_rounds=3)
     benchmark.extra_info["after"] = Telemetry(DEVICE).sample()
     assert all(value.isfinite().all() for value in result.values())

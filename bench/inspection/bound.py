@@ -93,13 +93,8 @@ def bound(
 ) -> Bound | str:
     """Compute the bound of a kernel, or return the reason why there is none.
 
-    Args:
-        instructions: the kernel's code.
-        arch: compute capability, 80, 90 or 100.
-        warps: warps of one block. It is assumed that all of them run the loop.
-        multiplies: whether the kernel has a matrix product. If it has, but no matrix instructions, the bound is that of
-            the float32 lanes.
-        specialised: whether warps have different roles, so that the code of one says nothing about the others.
+    It is assumed that all ``warps`` of a block run the loop. Where they are ``specialised``, the code of one says
+    nothing about the others. A kernel that ``multiplies`` without matrix instructions does so in the float32 lanes.
     """
     if specialised or any(instruction.name == "USETMAXREG" for instruction in instructions):
         return "warp-specialised: its warps run different code"
@@ -133,7 +128,7 @@ def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
     holds = {block for block in graph.order if any(map(counts, graph.blocks[block]))}
     if not holds:
         return "its products are in a subroutine, or there are none"
-    kernel = Loop(graph.order[0], frozenset(graph.order), graph.exits)
+    kernel = Loop(frozenset(graph.order), graph.exits)
     loops = [loop for loop in graph.loops if loop.body & holds]
     found = []
     for loop in [loop for loop in loops if not any(other.body < loop.body for other in loops)] or [kernel]:
@@ -163,18 +158,12 @@ def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str,
         peak += cycles
         busy += cycles / share
     always = _always(graph, body, ends, is_mma if unit == "tensor" else _is_fma)
-    exp = sum(step.name == "MUFU" for step in always)
-    fp32 = sum(_FP32.get(step.name, 0) for step in always)
+    lanes, fp32_rate = warps * WARP, ARCHITECTURES[arch].fp32_rate
+    exp = sum(step.name == "MUFU" for step in always) * lanes / ARCHITECTURES[arch].exp_rate
+    fp32 = sum(_FP32.get(step.name, 0) for step in always) * lanes / fp32_rate
     if unit == "fp32":
-        fused = sum(_FP32[step.name] for step in always if _is_fma(step))
-        peak = _per_block(fused, ARCHITECTURES[arch].fp32_rate, warps)
-    return Cycles(
-        peak=peak,
-        mma=busy,
-        exp=_per_block(exp, ARCHITECTURES[arch].exp_rate, warps),
-        fp32=_per_block(fp32, ARCHITECTURES[arch].fp32_rate, warps),
-        issue=len(always) * warps / SUB_PARTITIONS,
-    )
+        peak = sum(_FP32[step.name] for step in always if _is_fma(step)) * lanes / fp32_rate
+    return Cycles(peak, busy, exp, fp32, issue=len(always) * warps / SUB_PARTITIONS)
 
 
 def _products(graph: Graph, body: Iterable[int]) -> list[tuple[Mma, int]]:
@@ -249,10 +238,6 @@ def _always(
         or (products and all(graph.dominates(block, product) for product in products))
         for instruction in graph.blocks[block]
     ]
-
-
-def _per_block(warp_instructions: int, rate: int, warps: int) -> float:
-    return warp_instructions * warps * WARP / rate
 
 
 def _is_fma(instruction: Instruction) -> bool:

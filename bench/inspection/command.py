@@ -1,8 +1,4 @@
-"""``clipfast inspect``: report what the compiler made of every kernel on every architecture, without a GPU.
-
-:func:`inspect_launch` reports one launch. ``Report.rank`` orders reports, the best first, so that a tuner can drop
-configurations before it times any.
-"""
+"""``clipfast inspect``: report what the compiler made of every kernel on every architecture, without a GPU."""
 
 import argparse
 import concurrent.futures
@@ -20,6 +16,7 @@ import triton
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
 
+from ..case import short
 from . import offline
 from .bound import Bound, bound, mma_kinds
 from .occupancy import occupancy
@@ -36,15 +33,10 @@ SNAPSHOT = Path(__file__).parents[2] / "tests" / "kernels" / "resources.json"
 def inspect_launch(
     launch: Launch, arch: int, *, case: str = "", kernel: str | None = None, half: bool | None = None
 ) -> Report:
-    """Compile one recorded launch, and report what it takes, what is wrong with it, and its bound.
+    """Compile a launch from :func:`offline.record`, and report what it takes, what is wrong with it, and its bound.
 
-    Args:
-        launch: a launch from :func:`offline.record`.
-        arch: compute capability, 80, 90 or 100.
-        case: name of the call, for the report.
-        kernel: name for the report (default: the kernel's own name).
-        half: whether its products have 16-bit operands, and so must use the matrix unit (default: whether any of its
-            tensors has 16 bits).
+    ``case`` and ``kernel`` are names for the report; the kernel has its own one by default. ``half`` says whether its
+    products have 16-bit operands, and so must use the matrix unit (default: whether any of its tensors has 16 bits).
 
     Raises:
         triton.CompilationError, RuntimeError: the kernel does not compile.
@@ -56,28 +48,19 @@ def inspect_launch(
     text = offline.disassemble(compiled)
     instructions = parse(text)
     resources = offline.resources(compiled, text)
-    warps = offline.threads(compiled) // 32
-    specialised = "ttg.warp_specialize" in compiled.asm["ttgir"]
+    warps, specialised = offline.threads(compiled) // 32, "ttg.warp_specialize" in compiled.asm["ttgir"]
     result = bound(instructions, arch, warps, multiplies=multiplies, specialised=specialised)
     return Report(
-        case=case,
-        kernel=kernel or launch.kernel.__name__,
-        arch=arch,
-        resources=resources,
-        warps=warps,
+        case=case, kernel=kernel or launch.kernel.__name__, arch=arch, resources=resources, warps=warps,
         occupancy=occupancy(
-            arch,
-            registers=resources.registers,
-            warps=warps,
-            shared_bytes=resources.shared_bytes,
+            arch, registers=resources.registers, warps=warps, shared_bytes=resources.shared_bytes,
             tmem_columns=resources.tmem_columns,
         ),
         mma=mma_kinds(instructions),
         tma=any(instruction.name.startswith(("UTMALDG", "UTMASTG", "UTMAREDG")) for instruction in instructions),
-        bound=result if isinstance(result, Bound) else None,
-        unbounded=result if isinstance(result, str) else "",
+        bound=result if isinstance(result, Bound) else None, unbounded=result if isinstance(result, str) else "",
         problems=tuple(offline.problems(resources, arch, half=half, multiplies=multiplies)),
-    )
+    )  # fmt: skip
 
 
 def inspect_case(arch: int, case: str, *, peer: bool = False) -> list[Report]:
@@ -88,8 +71,7 @@ def inspect_case(arch: int, case: str, *, peer: bool = False) -> list[Report]:
     """
     launches = record_peer(arch, installed_cases()[0][case]) if peer else offline.record(arch, shipped_cases()[case])
     known = () if peer else known_problems(VERSION, arch, case)
-    # the inputs of a peer have 16 bits, even where it converts them to another dtype
-    half = True if peer else None
+    half = True if peer else None  # the inputs of a peer have 16 bits, even where it converts them
     return [
         dataclasses.replace(inspect_launch(launch, arch, case=case, kernel=key, half=half), known=known, peer=peer)
         for key, launch in offline.named(launches).items()
@@ -150,8 +132,7 @@ def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
     except Exception as error:
         if not is_peer:
             raise
-        last = str(error).strip().splitlines()[-1:] or [""]
-        return f"{case} on sm_{arch}: {type(error).__name__}: {last[0][:160]}"
+        return f"{case} on sm_{arch}: {short(error)}"
 
 
 def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
@@ -163,8 +144,10 @@ def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
     yield from tqdm(results, total=total, desc="compiling", unit="case", leave=False, disable=None)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of ``clipfast inspect``."""
+def add_parser(commands: Any) -> None:
+    """Add the subcommand to those of ``clipfast``."""
+    raw, example = argparse.RawDescriptionHelpFormatter, "Example: clipfast inspect --arch 90 --case attention"
+    parser = commands.add_parser("inspect", description=explain(), epilog=example, formatter_class=raw)
     add = parser.add_argument
     add("--arch", nargs="+", type=int, default=ARCHS, metavar="N", help="compute capabilities (default: 80 90 100)")
     add("--case", default="", metavar="TEXT", help="report only cases whose name contains TEXT")
@@ -173,6 +156,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)")
     add("--jobs", type=int, metavar="N", help="number of processes (default: one for each core)")
     add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -214,11 +198,3 @@ def _read_snapshot(path: str | None) -> dict[str, Any] | None:
     if not isinstance(snapshot, dict):
         raise ValueError(f"--snapshot {path} must hold resources by Triton version, as tests/kernels/resources.json")
     return snapshot
-
-
-def add_parser(commands: Any) -> None:
-    """Add the subcommand to those of ``clipfast``."""
-    raw, example = argparse.RawDescriptionHelpFormatter, "Example: clipfast inspect --arch 90 --case attention"
-    parser = commands.add_parser("inspect", description=explain(), epilog=example, formatter_class=raw)
-    add_arguments(parser)
-    parser.set_defaults(run=run)

@@ -106,12 +106,9 @@ def _row(report: Report) -> dict[str, str]:
     if report.unbounded and report.unbounded != "no matrix product":
         notes.append(f"no bound: {report.unbounded}")
     return {
-        "case": report.case,
-        "kernel": label if number in ("", "0") else f"{label} {number}",
-        "regs": str(resources.registers),
-        "spill": str(resources.spill_bytes),
-        "smem": f"{resources.shared_bytes / 1024:.0f}",
-        "tmem": str(resources.tmem_columns),
+        "case": report.case, "kernel": label if number in ("", "0") else f"{label} {number}",
+        "regs": str(resources.registers), "spill": str(resources.spill_bytes),
+        "smem": f"{resources.shared_bytes / 1024:.0f}", "tmem": str(resources.tmem_columns),
         "blocks": f"{report.occupancy.blocks} {'+'.join(report.occupancy.limits)}",
         "MMA": _kinds(report.mma),
         "TMA": "yes" if report.tma else "no",
@@ -119,7 +116,7 @@ def _row(report: Report) -> dict[str, str]:
         "bound": f"{bound.share:.0%}{kind} {bound.loop.limit}" if bound else "-",
         "around": f"{getattr(bound.outside, bound.outside.limit):.0f} {bound.outside.limit}" if bound else "-",
         "": "; ".join(notes),
-    }
+    }  # fmt: skip
 
 
 def _kinds(kinds: Sequence[str]) -> str:

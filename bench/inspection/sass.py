@@ -37,9 +37,8 @@ class Instruction:
 
 @dataclasses.dataclass(frozen=True)
 class Loop:
-    """Indices of basic blocks: the header, the whole body, and the sources of the edges back to the header."""
+    """Indices of basic blocks: the whole body, and the sources of the edges back to its first block."""
 
-    header: int
     body: frozenset[int]
     latches: frozenset[int]
 
@@ -79,7 +78,11 @@ class Graph:
         starts = {block[0].address: index for index, block in enumerate(self.blocks)}
         self.successors = [_successors(self.blocks, index, starts) for index in range(len(self.blocks))]
         self.order = _reverse_postorder(self.successors)
-        self.dominators = _dominators(self.successors, self.order)
+        self.predecessors: dict[int, list[int]] = {block: [] for block in self.order}
+        for block in self.order:
+            for successor in self.successors[block]:
+                self.predecessors[successor].append(block)
+        self.dominators = _dominators(self.predecessors, self.order)
 
     def dominates(self, block: int, other: int) -> bool:
         """Return whether every path from the entry to ``other`` passes through ``block``."""
@@ -93,10 +96,9 @@ class Graph:
     @functools.cached_property
     def loops(self) -> list[Loop]:
         """Return all natural loops. Loops with the same header count as one."""
-        predecessors = _predecessors(self.successors, self.order)
         loops = []
         for header in self.order:
-            sources = [block for block in predecessors[header] if self.dominates(header, block)]
+            sources = [block for block in self.predecessors[header] if self.dominates(header, block)]
             if not sources:
                 continue
             body, pending = {header}, sources.copy()
@@ -104,8 +106,8 @@ class Graph:
                 block = pending.pop()
                 if block not in body:
                     body.add(block)
-                    pending.extend(predecessors[block])
-            loops.append(Loop(header, frozenset(body), frozenset(sources)))
+                    pending.extend(self.predecessors[block])
+            loops.append(Loop(frozenset(body), frozenset(sources)))
         return loops
 
     def above(self, block: int, position: int) -> list[Instruction]:
@@ -182,17 +184,8 @@ def _reverse_postorder(successors: list[tuple[int, ...]]) -> list[int]:
     return postorder[::-1]
 
 
-def _predecessors(successors: list[tuple[int, ...]], order: list[int]) -> dict[int, list[int]]:
-    predecessors: dict[int, list[int]] = {block: [] for block in order}
-    for block in order:
-        for successor in successors[block]:
-            predecessors[successor].append(block)
-    return predecessors
-
-
-def _dominators(successors: list[tuple[int, ...]], order: list[int]) -> dict[int, int]:
+def _dominators(predecessors: dict[int, list[int]], order: list[int]) -> dict[int, int]:
     """Compute a bit set of dominators for each reachable block, itself included, by the iterative algorithm."""
-    predecessors = _predecessors(successors, order)
     everything = sum(1 << block for block in order)
     dominators = dict.fromkeys(order, everything)
     dominators[order[0]] = 1 << order[0]

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
@@ -18,7 +18,7 @@ class Suite:
     """A kind of computation."""
 
     help: str  # one line
-    shapes: Callable[[str], list[Sizes]]  # default shapes on a device type, "cpu" or "cuda"
+    shapes: Mapping[str, list[Sizes]]  # default shapes by the type of device, "cpu" or "cuda"
     build: Callable[[Sizes, str, torch.device], Case]  # makes a case from a shape, a dtype's name and a device
     fields: Sizes  # sizes that a shape has, with an example of each
     smallest: Sizes  # a shape that shows whether everything runs
@@ -32,7 +32,7 @@ def _suite_of(spec: OpSpec) -> Suite:
     example, fields = spec.bench["cuda"][0], dataclasses.fields(spec.small[0])
     return Suite(
         help=f"{spec.name}: {title[0].lower()}{title[1:]}",
-        shapes=lambda device_type: [shape.to_dict() for shape in spec.bench[device_type]],
+        shapes={device: [shape.to_dict() for shape in shapes] for device, shapes in spec.bench.items()},
         build=functools.partial(ops.build, spec),
         fields={field.name: 1 if (value := getattr(example, field.name)) is None else value for field in fields},
         smallest=spec.small[0].to_dict(),
@@ -44,13 +44,13 @@ def _suite_of(spec: OpSpec) -> Suite:
 _FP32 = ("fp32",)
 SUITES = {spec.suite_name: _suite_of(spec) for spec in specs().values()} | {
     "step": Suite(
-        "a whole training step: forward, loss, backward, AdamW", step.shapes, step.build, step.FIELDS, step.SMALLEST
+        "a whole training step: forward, loss, backward, AdamW", step.SHAPES, step.build, step.FIELDS, step.SMALLEST
     ),
     "data": Suite(
-        "decoding and transforming images", data.shapes, data.build, data.FIELDS, data.SMALLEST, dtypes=_FP32
+        "decoding and transforming images", data.SHAPES, data.build, data.FIELDS, data.SMALLEST, dtypes=_FP32
     ),
     "tokenizer": Suite(
-        "captions to token ids", tokenizer.shapes, tokenizer.build, tokenizer.FIELDS, tokenizer.SMALLEST, dtypes=_FP32
+        "captions to token ids", tokenizer.SHAPES, tokenizer.build, tokenizer.FIELDS, tokenizer.SMALLEST, dtypes=_FP32
     ),
 }
 

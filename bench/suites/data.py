@@ -17,11 +17,8 @@ from . import peers
 
 FIELDS: Sizes = {"images": 32, "width": 640, "height": 480, "size": 224}
 SMALLEST: Sizes = {"images": 2, "width": 64, "height": 48, "size": 32}
-
-
-def shapes(device_type: str) -> list[Sizes]:  # noqa: ARG001
-    """Return one shape: photographs of a size that is common on the web, resized to what most models take."""
-    return [FIELDS]
+# Photographs of a size that is common on the web, resized to what most models take.
+SHAPES = {"cpu": [FIELDS], "cuda": [FIELDS]}
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
@@ -29,11 +26,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     count, width, height, size = (shape[key] for key in FIELDS)
     files = _jpegs(count, width, height)
     return Case(
-        suite="data",
-        op="data.decode_and_transform",
-        shape=shape,
-        dtype=dtype,
-        device=device,
+        suite="data", op="data.decode_and_transform", shape=shape, dtype=dtype, device=device,
         inputs=lambda: {"order": torch.randperm(count)},
         candidates=(
             Candidate(OURS, functools.partial(_ours, files, size, uint8=True), note="bytes, normalised on the device"),
@@ -41,7 +34,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
             Candidate("OpenCLIP transform", functools.partial(_open_clip, files, size)),
         ),
         items=(count, "images"),
-    )
+    )  # fmt: skip
 
 
 def _ours(files: list[bytes], size: int, *, uint8: bool) -> Function:

@@ -28,11 +28,7 @@ def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
         floor, suffix = floor + spec.floor(shape, DTYPES[dtype].itemsize, True), ".fwd_bwd"
     size, noun = spec.items
     return Case(
-        suite=spec.suite_name,
-        op=f"{spec.name}{suffix}",
-        shape=shape.to_dict(),
-        dtype=dtype,
-        device=device,
+        suite=spec.suite_name, op=f"{spec.name}{suffix}", shape=shape.to_dict(), dtype=dtype, device=device,
         inputs=functools.partial(draw, shape),
         gate_inputs=functools.partial(draw, dataclasses.replace(shape, **smaller)) if smaller else None,
         candidates=_candidates(spec, call, device),
@@ -42,7 +38,7 @@ def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
         wants_grad=tuple(
             name for name, x in call.inputs.items() if call.grads and x.is_floating_point() and name not in spec.frozen
         ),
-    )
+    )  # fmt: skip
 
 
 def _inputs(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Inputs:

@@ -12,7 +12,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from clipfast.kernels import contrastive_loss, reference
 
-from ..case import OURS, AnyFunction, Candidate, Function, MissingError, Results, require_cuda
+from ..case import OURS, AnyFunction, Candidate, Function, MissingError, Results
 from . import peers
 
 SDPA = {
@@ -50,11 +50,22 @@ def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
 
 
+def _on_gpu(device: torch.device, name: str, make: Callable[[], Function], **details: Any) -> Candidate:
+    """Return a candidate that has kernels for GPUs only."""
+
+    def make_on_gpu() -> Function:
+        if device.type != "cuda":
+            raise MissingError("needs a GPU")
+        return make()
+
+    return Candidate(name, make_on_gpu, **details)
+
+
 def _attention(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:
     heads, causal = options["num_heads"], options["causal"]
     return (
         *(Candidate(name, functools.partial(_sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
-        Candidate("flash-attn", functools.partial(_flash_attn, heads, causal, device)),
+        _on_gpu(device, "flash-attn", functools.partial(_flash_attn, heads, causal)),
     )
 
 
@@ -69,8 +80,7 @@ def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
     return run
 
 
-def _flash_attn(heads: int, causal: bool, device: torch.device) -> Function:
-    require_cuda(device)
+def _flash_attn(heads: int, causal: bool) -> Function:
     packed = peers.need("flash_attn", "flash-attn").flash_attn_qkvpacked_func
 
     def run(qkv: Tensor, bias: Tensor) -> Tensor:
@@ -84,20 +94,17 @@ def _flash_attn(heads: int, causal: bool, device: torch.device) -> Function:
 def _contrastive(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
     copyless = "10 N^2 D operations, no float32 copy of the text gradients"
     return (
-        Candidate(f"{OURS}, memory=min", functools.partial(_least_memory, device), note=copyless),
+        _on_gpu(
+            device, f"{OURS}, memory=min", lambda: functools.partial(contrastive_loss, memory="min"), note=copyless
+        ),
         Candidate("OpenCLIP ClipLoss", _open_clip),
         Candidate("OpenCLIP ClipLoss compiled", lambda: peers.compiled(_open_clip())),
         Candidate("F.linear_cross_entropy x2", _linear_cross_entropy),
-        Candidate("Inf-CL", functools.partial(_inf_cl, device)),
-        Candidate("memeff", functools.partial(_memeff, device), lacks=("logit_scale",), note=PYTHON_SCALE),
-        Candidate("Cut Cross-Entropy x2", functools.partial(_cut_cross_entropy, device)),
-        Candidate("Liger x2", functools.partial(_liger, device)),
+        _on_gpu(device, "Inf-CL", _inf_cl),
+        _on_gpu(device, "memeff", _memeff, lacks=("logit_scale",), note=PYTHON_SCALE),
+        _on_gpu(device, "Cut Cross-Entropy x2", _cut_cross_entropy),
+        _on_gpu(device, "Liger x2", _liger),
     )
-
-
-def _least_memory(device: torch.device) -> Function:
-    require_cuda(device)
-    return functools.partial(contrastive_loss, memory="min")
 
 
 def _open_clip() -> Function:
@@ -124,8 +131,7 @@ def _linear_cross_entropy() -> Function:
     return _two_sided(functools.partial(F.linear_cross_entropy, options=options))
 
 
-def _inf_cl(device: torch.device) -> Function:
-    require_cuda(device)
+def _inf_cl() -> Function:
     flash_loss = peers.need("inf_cl.flash", "inf-cl").cal_flash_loss
 
     def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
@@ -138,8 +144,7 @@ def _inf_cl(device: torch.device) -> Function:
     return run
 
 
-def _memeff(device: torch.device) -> Function:
-    require_cuda(device)
+def _memeff() -> Function:
     module = peers.need("memeff", "memeff")
 
     def run(image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:  # noqa: ARG001
@@ -149,23 +154,18 @@ def _memeff(device: torch.device) -> Function:
     return run
 
 
-def _cut_cross_entropy(device: torch.device) -> Function:
-    require_cuda(device)
+def _cut_cross_entropy() -> Function:
     return _two_sided(peers.need("cut_cross_entropy", "cut-cross-entropy").linear_cross_entropy)
 
 
-def _liger(device: torch.device) -> Function:
-    require_cuda(device)
+def _liger() -> Function:
     function = peers.need("liger_kernel.ops.fused_linear_cross_entropy", "liger-kernel")
 
     return _two_sided(lambda *args: function.LigerFusedLinearCrossEntropyFunction.apply(*args)[0])
 
 
 def _sigmoid(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
-    return (
-        Candidate("OpenCLIP SigLipLoss", _open_siglip),
-        Candidate("siglip-kernel", functools.partial(_siglip_kernel, device)),
-    )
+    return Candidate("OpenCLIP SigLipLoss", _open_siglip), _on_gpu(device, "siglip-kernel", _siglip_kernel)
 
 
 def _open_siglip() -> Function:
@@ -173,8 +173,7 @@ def _open_siglip() -> Function:
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale, logit_bias)
 
 
-def _siglip_kernel(device: torch.device) -> Function:
-    require_cuda(device)
+def _siglip_kernel() -> Function:
     loss = peers.need("siglip_kernel", "siglip-kernel").fused_siglip_loss
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale.log(), logit_bias)
 

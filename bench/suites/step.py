@@ -38,12 +38,14 @@ GATE_BATCH = 16
 SLACK = {"d_parameters": 3.0}
 
 
-def shapes(device_type: str) -> list[Sizes]:
-    """Return published models, each at a batch that fills a GPU; on a CPU one model at a small batch."""
-    if device_type == "cpu":
-        return [{"model": "ViT-B-32", "batch": 8}]
-    sizes = (("ViT-B-32", 1024), ("ViT-B-16", 512), ("ViT-L-14", 128), ("RN50", 256))
-    return [{"model": model, "batch": batch} for model, batch in sizes]
+# Published models, each at a batch that fills a GPU; on a CPU one model at a small batch.
+SHAPES: dict[str, list[Sizes]] = {
+    "cpu": [{"model": "ViT-B-32", "batch": 8}],
+    "cuda": [
+        {"model": "ViT-B-32", "batch": 1024}, {"model": "ViT-B-16", "batch": 512}, {"model": "ViT-L-14", "batch": 128},
+        {"model": "RN50", "batch": 256},
+    ],
+}  # fmt: skip
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
@@ -59,11 +61,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     ours = functools.partial(_ours, name, dtype, device)
     theirs = functools.partial(_open_clip, name, dtype, device)
     return Case(
-        suite="step",
-        op="step",
-        shape=shape,
-        dtype=dtype,
-        device=device,
+        suite="step", op="step", shape=shape, dtype=dtype, device=device,
         inputs=functools.partial(draw, batch),
         gate_inputs=functools.partial(draw, min(batch, GATE_BATCH)),
         slack=SLACK,
@@ -80,7 +78,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         model_flops=step_flops(name, batch),
         transfers={pixels: _sent_bytes(name, batch, pixels) for pixels in ("uint8", "float32")},
         items=(batch, "pairs"),
-    )
+    )  # fmt: skip
 
 
 @functools.cache
@@ -144,12 +142,8 @@ class _Normalizing(nn.Module):
 class MeasuredStep:
     """One step of AdamW on a batch, as a function of images and texts.
 
-    Args:
-        name: name of the model's configuration.
-        model: computes both features and the logit scale from images and texts.
-        loss: computes the loss from these three.
-        dtype: name of the autocast dtype, or "fp32".
-        pixels: dtype in which users of this implementation send pixels to the device.
+    The model computes both features and the logit scale, and the loss takes these three. ``dtype`` is the name of the
+    autocast dtype or "fp32", ``pixels`` that of the pixels that users of this implementation send to the device.
     """
 
     def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str, pixels: str = "uint8") -> None:

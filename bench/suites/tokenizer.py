@@ -14,12 +14,10 @@ from . import peers
 
 FIELDS: Sizes = {"captions": 2000, "text": "ascii"}
 SMALLEST: Sizes = {"captions": 20, "text": "unicode"}
+# English captions, and the same captions with other letters, ideographs and an emoji.
 SUFFIX = {"ascii": "", "unicode": " – ein Foto, 一张照片 📷"}
-
-
-def shapes(device_type: str) -> list[Sizes]:  # noqa: ARG001
-    """Return English captions, and the same captions with other letters, ideographs and an emoji."""
-    return [{"captions": 2000, "text": text} for text in SUFFIX]
+_CAPTIONS: list[Sizes] = [{"captions": 2000, "text": text} for text in SUFFIX]
+SHAPES = {"cpu": _CAPTIONS, "cuda": _CAPTIONS}
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
@@ -32,11 +30,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     if len(captions) < count:
         raise ValueError(f"tokenizer: at most {len(captions)} captions, got {count}")
     return Case(
-        suite="tokenizer",
-        op="tokenizer.encode",
-        shape=shape,
-        dtype=dtype,
-        device=device,
+        suite="tokenizer", op="tokenizer.encode", shape=shape, dtype=dtype, device=device,
         inputs=lambda: {"order": torch.randperm(count)},
         candidates=(
             Candidate(OURS, lambda: functools.partial(_encode, captions, Tokenizer())),
@@ -44,7 +38,7 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
         ),
         reference=functools.partial(_encode, captions, Tokenizer()),
         items=(count, "captions"),
-    )
+    )  # fmt: skip
 
 
 def _open_clip(captions: list[str]) -> Function:

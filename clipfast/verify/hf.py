@@ -84,12 +84,11 @@ def caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tenso
 
 
 def _config(config: CLIPConfig) -> Any:
-    _hide_own_kernels()
-    from transformers import CLIPConfig as Theirs
-
     vision, text = config.vision, config.text
     if not isinstance(vision.layers, int):
         raise NoCounterpartError("Hugging Face's CLIP has no ResNets")
+    from transformers import CLIPConfig as Theirs
+
     activation = "quick_gelu" if config.quick_gelu else "gelu"
     common = {"hidden_act": activation, "projection_dim": config.embed_dim, "attention_dropout": 0.0}
     theirs = Theirs(

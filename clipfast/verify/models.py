@@ -38,9 +38,8 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
     model = create_model(name, device=device).eval()
     parameters = sum(parameter.numel() for parameter in model.parameters())
     in_float32 = parameters > FLOAT64_PARAMETERS
-    template = CheckResult(
-        peer, leg, ACCURACY, name, dtype, truth="float32" if in_float32 else "float64", why=_WHY[peer]
-    )
+    truth_dtype, why = "float32" if in_float32 else "float64", f"all parts together, {_WHY[peer]}"
+    template = CheckResult(peer, leg, ACCURACY, name, dtype, truth=truth_dtype, why=why)
     if in_float32 and dtype == "float32":
         reason = f"{parameters:.1e} parameters: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
@@ -114,11 +113,8 @@ def _hugging_face(model: CLIP) -> Model:
 
 
 _OTHERS: dict[str, Callable[[CLIP], Model]] = {MODEL: _reference, OPENCLIP: _open_clip, HF: _hugging_face}
-_WHY = {
-    MODEL: "all parts together, from bytes, against the reference backend",
-    OPENCLIP: "all parts together, from floats, against OpenCLIP",
-    HF: "all parts together, from floats, against Hugging Face",
-}
+_WHY = {MODEL: "from bytes, against the reference backend", OPENCLIP: "from floats, against OpenCLIP"}
+_WHY |= {HF: "from floats, against Hugging Face"}
 
 
 def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:

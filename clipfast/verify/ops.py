@@ -13,7 +13,7 @@ from ..kernels.spec import CPU, CUDA, DETERMINISM, EXTREME, INTERPRETER, Call, C
 from .context import exact_float32, poisoned
 from .inputs import inputs_of
 from .report import FAIL, PASS, SKIP, CheckResult, results_of
-from .rule import Draw, Judgement, judge_fairly, value_and_grads
+from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 # The truth is computed in float64 up to this many elements of the reference's largest tensor, of which eight exist at
@@ -70,9 +70,10 @@ def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
 
 def _widened(call: Call, *, in_float32: bool) -> Call:
     """Return the call with floating inputs in the dtype that the truth is computed in."""
-    dtype = torch.float32 if in_float32 else torch.float64
-    inputs = {name: x.to(dtype) if x.is_floating_point() else x for name, x in call.inputs.items()}
-    return dataclasses.replace(call, inputs=inputs)
+    if in_float32:
+        inputs = {name: x.float() if x.is_floating_point() else x for name, x in call.inputs.items()}
+        return dataclasses.replace(call, inputs=inputs)
+    return dataclasses.replace(call, inputs=in_double(call.inputs))
 
 
 def _less_exact(one: Tensor, other: Tensor, truth: Tensor) -> Tensor:

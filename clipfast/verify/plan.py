@@ -43,13 +43,10 @@ def checks(options: Options, leg: str) -> list[Check]:
     found: list[Check] = []
     for op in options.ops:
         if op not in (MODEL, CURVE):
-            found += [
-                Check(
-                    CheckResult(op, leg, case.check, case.name, dtype, why=case.why),
-                    partial(verify_case, specs()[op], leg, case, dtype, quick=options.quick),
-                )
-                for case, dtype in planned(op, leg, dtypes, quick=options.quick)
-            ]
+            for case, dtype in planned(op, leg, dtypes, quick=options.quick):
+                template = CheckResult(op, leg, case.check, case.name, dtype, why=case.why)
+                check = partial(verify_case, specs()[op], leg, case, dtype, quick=options.quick)
+                found.append(Check(template, check))
         elif leg != INTERPRETER:
             found += (_model_checks if op == MODEL else _curve_checks)(options, leg, dtypes)
     return found
@@ -57,11 +54,9 @@ def checks(options: Options, leg: str) -> list[Check]:
 
 def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
     peers = options.against or ((OPENCLIP,) if installed(OPENCLIP) else ())
+    check = partial(verify_model, quick=options.quick)
     return [
-        Check(
-            CheckResult(peer, leg, ACCURACY, name, dtype),
-            partial(verify_model, peer, name, leg, dtype, quick=options.quick),
-        )
+        Check(CheckResult(peer, leg, ACCURACY, name, dtype), partial(check, peer, name, leg, dtype))
         for peer in (MODEL, *peers)
         for name in options.models
         for dtype in dtypes[: 1 if options.quick else None]

@@ -68,13 +68,10 @@ class Judgement:
 
 
 def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgement:
-    """Hold ``ours`` to the rule, over all values that are finite in the truth and in PyTorch's result.
+    """Hold ``ours`` to the rule, over all values that are finite in ``truth`` and in ``same_dtype``; all of one shape.
 
-    Args:
-        ours: the result in question, any shape.
-        same_dtype: PyTorch's result at the same dtype, same shape: the yardstick.
-        truth: the result at a higher precision, same shape. NaN and infinity must sit where it has them.
-        k: how many times PyTorch's error is allowed: ``FORWARD`` or ``GRADIENT``.
+    The yardstick ``same_dtype`` is PyTorch's result at the same dtype: ``k`` times its error is allowed. ``truth`` has
+    a higher precision. NaN and infinity must sit where it has them.
     """
     if ours.shape != truth.shape:
         return Judgement(fault=f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}")
@@ -168,10 +165,8 @@ def value_and_grads(
 ) -> dict[str, Tensor]:
     """Return the results of ``fn`` and the gradients of its floating inputs, as "value", "value_2", "d_<name>".
 
-    Args:
-        fn: returns a tensor or a tuple of tensors; it is called with ``inputs`` by name, in the layout that they have.
-        inputs: tensors by name.
-        grads: a gradient for each result, cast to its dtype; an empty sequence for a function without gradients.
+    ``fn`` is called with ``inputs`` by name, in the layout that they have. Of ``grads`` there is one for each result,
+    cast to its dtype, or none for a function without gradients.
 
     Raises:
         RuntimeError: an input that gets no gradient.

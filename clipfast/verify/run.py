@@ -55,13 +55,9 @@ def run_verify(
 ) -> list[CheckResult]:
     """Run all checks and return the results. ``clipfast.verify.exit_code`` makes an exit code of them.
 
-    Args:
-        options: what to verify.
-        json_path: JSON file, written again after every case, so that a kill at any moment leaves the results so far.
-            Its field ``complete`` is true only at the end.
-        junit_path: JUnit file, written at the end, also of an interrupted run.
-        on_group: function to call with the results of each case.
-        rows: a list to append the results to, for a caller that handles an interruption.
+    The JSON file is written again after every case, so that a kill at any moment leaves the results so far; its field
+    ``complete`` is true only at the end. The JUnit file is written at the end, also of an interrupted run. ``on_group``
+    is called with the results of each case. They are appended to ``rows``, for a caller that handles an interruption.
     """
     rows = [] if rows is None else rows
     raw, complete = options.to_dict(), False

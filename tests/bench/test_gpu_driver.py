@@ -119,6 +119,10 @@ def test_steps_come_in_order_of_value_end_in_time_and_leave_few_files(part, tmp_
     assert names == [name for name in order if name in names]
     assert names[:2] == ["environment", "tests"]
     assert sum(step.seconds for step in found) < gpu.TOTAL_S <= 470
+    by_name = {step.name: step for step in found}
+    assert by_name["sanitizer"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # it sees every allocation
+    assert by_name["tests"].environment == {}
+    assert "-rfE" in by_name["tests"].command  # pytest lists what failed
     # the tuner writes one file, its table
     written = {part for step in found for part in step.command if part.startswith(str(tmp_path))}
     assert len(written | {"summary.txt", "log.txt"}) <= 8
@@ -135,13 +139,6 @@ def test_a_part_for_steps_draws_them_and_has_the_time_to_compile(tmp_path):
     names = [candidate.name for candidate in chosen(built, only).candidates]
     assert names == ["clipfast", "PyTorch", "OpenCLIP", "OpenCLIP compiled"]
     assert alone.seconds > gpu.TOTAL_S / 2
-
-
-def test_the_sanitizer_sees_every_allocation_and_pytest_lists_what_failed(tmp_path):
-    by_name = {step.name: step for step in gpu.steps("all", tmp_path, dry=False)}
-    assert by_name["sanitizer"].environment == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    assert "-rfE" in by_name["tests"].command
-    assert by_name["tests"].environment == {}
 
 
 def test_an_earlier_run_is_not_taken_for_this_one(tmp_path):

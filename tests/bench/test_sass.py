@@ -49,14 +49,6 @@ def test_cycles_of_a_loop_are_those_counted_by_hand():
     assert found.overhead == 0.5
 
 
-@pytest.mark.parametrize(
-    ("unit", "code"), [("exp", [EXP] * 8), ("issue", ["IADD3 R1, R2, R3, RZ"] * 62)], ids=["exp", "issue"]
-)
-def test_other_work_lowers_the_bound(unit, code):
-    found = evaluate(MMA_90, *code, "@P0 BRA 0x0", "EXIT")
-    assert (getattr(found.loop, unit), found.share, found.loop.limit) == (64, 0.5, unit)
-
-
 def test_mma_sync_cannot_fill_hopper():
     # 16 * 8 * 16 for each of four warps: 8 cycles on sm_80, 4 at the peak of sm_90
     loop = [*["HMMA.16816.F32.BF16 R4, R8, R12, R4"] * 8, "@P0 BRA 0x0", "EXIT"]
@@ -76,6 +68,13 @@ def test_tf32_runs_at_half_the_rate():
 
 
 LOOPS = {
+    "exponentials lower the bound": (
+        [MMA_90, *[EXP] * 8, "@P0 BRA 0x0", "EXIT"], {"loop.exp": 64, "share": 0.5, "loop.limit": "exp"},
+    ),
+    "other instructions lower the bound": (
+        [MMA_90, *["IADD3 R1, R2, R3, RZ"] * 62, "@P0 BRA 0x0", "EXIT"],
+        {"loop.issue": 64, "share": 0.5, "loop.limit": "issue"},
+    ),
     # only the loop counts
     "code around the loop": (
         [*[EXP] * 4, MMA_90, "@P0 BRA 0x40", *[EXP] * 4, "EXIT"],
@@ -126,9 +125,19 @@ def test_products_in_float32_are_measured_in_multiply_adds():
     assert evaluate("FFMA R1, R2, R3, R1", "@P0 BRA 0x0", "EXIT", arch=80).loop.fp32 == 2
 
 
+TENSOR = "UTCHMMA gdesc[UR4], gdesc[UR12], tmem[UR10], tmem[UR20], idesc[UR21], UPT"
+# After these, the descriptor in UR21 is not certain.
+WRITERS = ["UMOV UR21, UR6", "ULDC.64 UR20, c[0x0][0x210]", "@UP0 UMOV UR21, 0x8100490", "UMOV UR21, 0x3"]
+
+
 @pytest.mark.parametrize(
     ("lines", "options", "reason"),
     [
+        ([TENSOR, "EXIT"], {"arch": 100}, "unknown matrix instruction: UTCHMMA ?"),
+        *(
+            (["UMOV UR21, 0x8100490", writer, TENSOR, "EXIT"], {"arch": 100}, "unknown matrix instruction: UTCHMMA ?")
+            for writer in WRITERS
+        ),
         ([MMA_90, "BRX R4 -0x10", "EXIT"], {}, "indirect branch at 0x10"),
         ([MMA_90, "BRA 0x8888", "EXIT"], {}, "branch at 0x10"),
         ([MMA_90, "USETMAXREG.DEALLOC.CTAPOOL 0x18", "@P0 BRA 0x0", "EXIT"], {}, "warp-specialised"),
@@ -145,21 +154,9 @@ def test_what_is_not_known_is_said(lines, options, reason):
     assert reason in found
 
 
-TENSOR = "UTCHMMA gdesc[UR4], gdesc[UR12], tmem[UR10], tmem[UR20], idesc[UR21], UPT"
-
-
 def test_tensor_memory_products_take_their_shape_from_the_descriptor():
     # fields of 0x8100490: M / 16 = 8, N / 8 = 8, operands of type 1 (bf16); one issue for the whole block
     lines = ("UMOV UR21, 0x8100490", "NOP", "@P1 BRA 0x40", TENSOR, "@P0 BRA 0x10", "EXIT")
     found = evaluate(*lines, arch=100, warps=8)
     assert found.loop.mma == 128 * 64 * 16 / 4096
     assert bound.mma_kinds(sass.parse(listing(*lines))) == ("UTCHMMA 128x64x16 bf16",)
-
-
-@pytest.mark.parametrize(
-    "writer", ["UMOV UR21, UR6", "ULDC.64 UR20, c[0x0][0x210]", "@UP0 UMOV UR21, 0x8100490", "UMOV UR21, 0x3", "NOP"]
-)
-def test_descriptor_that_is_not_certain_is_unknown(writer):
-    earlier = ["UMOV UR21, 0x8100490"] if writer != "NOP" else []
-    found = evaluate(*earlier, writer, TENSOR, "EXIT", arch=100)
-    assert "unknown matrix instruction: UTCHMMA ?" in found

@@ -9,7 +9,7 @@ from clipfast.bench.harness import leaves
 from clipfast.bench.suites import SUITES, build
 from clipfast.kernels.spec import specs
 
-from .cases import CPU
+from .cases import CPU, grad_twice
 
 
 def test_texts_of_a_step_end_anywhere_and_are_read_there():
@@ -19,11 +19,6 @@ def test_texts_of_a_step_end_anywhere_and_are_read_there():
     assert len(end.unique()) > 20
     assert (texts.gather(1, end[:, None]) == 49407).all()
     assert torch.equal(texts > 0, torch.arange(texts.shape[1]) <= end[:, None])
-
-
-def grad_twice(x):
-    """``x``, with twice its gradient."""
-    return 2 * x - x.detach()
 
 
 @pytest.mark.parametrize(
@@ -115,8 +110,8 @@ def test_every_op_is_measured_at_published_sizes(name):
     assert suite.op is spec
     for device_type in ("cpu", "cuda"):
         # the kernels of attention_qkv are those of attention
-        assert suite.shapes(device_type) or name == "attention_qkv"
-        for shape in suite.shapes(device_type):
+        assert suite.shapes[device_type] or name == "attention_qkv"
+        for shape in suite.shapes[device_type]:
             assert set(shape) <= set(suite.fields)
             assert spec.floor(type(spec.small[0])(**shape), 2, False).bytes > 0
     case = build(spec.suite_name, suite.smallest, "fp32", CPU)
