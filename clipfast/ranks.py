@@ -12,13 +12,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+# What is imported once, in the process that all ranks are forked from.
+PRELOAD = ["torch.distributed.nn", "clipfast.api"]
+
 
 def start_ranks(
     fn: Callable[..., Any],
     world_size: int,
     *args: Any,
     folder: Path,
-    preload: Sequence[str] = ("clipfast",),
     collective_s: float = 60.0,
 ) -> list[multiprocessing.context.ForkServerProcess]:
     """Start ``fn(rank, *args)`` on each rank of a new group.
@@ -28,11 +30,10 @@ def start_ranks(
         world_size: number of processes.
         args: further arguments, which are pickled.
         folder: an empty folder, for what the processes tell each other and what they return.
-        preload: modules that are imported once, in the process that all ranks are forked from.
         collective_s: seconds that a collective may take before it fails.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.nn", *preload])
+    context.set_forkserver_preload(PRELOAD)
     arguments = (fn, world_size, folder, collective_s, args)
     processes = [context.Process(target=_run, args=(rank, *arguments), daemon=True) for rank in range(world_size)]
     for process in processes:

@@ -5,7 +5,9 @@ GPU.
 """
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported: workers of pytest-xdist share the cores.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -15,6 +17,12 @@ import pytest
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from clipfast import ranks
+
+# The processes of clipfast.ranks find the test modules by this path, and are forked with open_clip in memory.
+sys.path.insert(0, str(Path(__file__).parent.parent))
+ranks.PRELOAD.append("open_clip")
 
 INTERPRET = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRET

@@ -112,7 +112,7 @@ assert not heavy, f"importing clipfast imports {heavy}"
     "help needs no heavy library": """
 import sys
 from clipfast.cli import main
-for arguments in ["--help"], ["train", "--help"]:
+for arguments in ["--help"], ["train", "--help"], ["eval", "zeroshot", "--help"], ["plan", "--help"]:
     try:
         main(arguments)
     except SystemExit as exit_:

@@ -4,13 +4,6 @@ from .samples import caption, count_samples, decode_image, expand_shards, metada
 from .stream import Batch, PairStream, pair_loader
 
 __all__ = [
-    "Batch",
-    "PairStream",
-    "caption",
-    "count_samples",
-    "decode_image",
-    "expand_shards",
-    "metadata",
-    "pair_loader",
+    "Batch", "PairStream", "caption", "count_samples", "decode_image", "expand_shards", "metadata", "pair_loader",
     "read_samples",
-]
+]  # fmt: skip

@@ -11,7 +11,7 @@ import signal
 import zlib
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from PIL import Image
@@ -196,24 +196,17 @@ def unique_batches(
         yield list(batch.values())
 
 
-@dataclasses.dataclass
-class _Failure:
-    """An error of a worker, passed on as a value: if the worker raised it, it would arrive wrapped in a traceback."""
-
-    message: str
-
-
-class _Reporting(IterableDataset[Batch | _Failure]):
-    """A stream that yields its ValueError as the last item in place of raising it."""
+class _Reporting(IterableDataset[Batch | str]):
+    """A stream that yields the message of its ValueError: if a worker raised it, it would be wrapped in a traceback."""
 
     def __init__(self, stream: PairStream) -> None:
         self.stream = stream
 
-    def __iter__(self) -> Iterator[Batch | _Failure]:
+    def __iter__(self) -> Iterator[Batch | str]:
         try:
             yield from self.stream
         except ValueError as error:
-            yield _Failure(str(error))
+            yield str(error)
 
 
 def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = False) -> Iterator[Batch]:
@@ -228,21 +221,14 @@ def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = Fals
             f"{len(stream.shards)} shard(s) cannot feed {num_workers} data workers: "
             f"use --workers {len(stream.shards)} or fewer"
         )
-    loader = DataLoader(
-        _Reporting(stream),
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=pin_memory,
-        worker_init_fn=_leave_signals_to_trainer,
-    )
-    return _raising(loader)
+    options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _leave_signals_to_trainer}
+    return _raising(DataLoader(_Reporting(stream), batch_size=None, num_workers=num_workers, **options))
 
 
-def _raising(batches: DataLoader[Batch | _Failure]) -> Iterator[Batch]:
-    """Yield the batches, and raise the error that stands in place of one."""
+def _raising(batches: DataLoader[Batch | str]) -> Iterator[Batch]:
     for batch in batches:
-        if isinstance(batch, _Failure):
-            raise ValueError(batch.message)
+        if isinstance(batch, str):
+            raise ValueError(batch)
         yield batch
 
 

@@ -44,7 +44,8 @@ def run(args: argparse.Namespace) -> int:
     from ..factory import create_model, get_tokenizer
     from ..files import replace_text
     from ..images import image_transform
-    from . import encode_labelled, evaluate, read_labelled
+    from .evaluate import evaluate
+    from .labelled import encode_labelled, read_labelled
 
     if args.pretrained is None and not args.model.startswith("local-dir:") and not args.model.endswith(".pt"):
         raise ValueError(
@@ -67,11 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates of ``name``, which may be a file.
-
-    Raises:
-        ValueError: there is no such name or file, or a template has no place for the class name.
-    """
+    """Return the prompt templates of ``name``, which may be a file."""
     from .zero_shot import TEMPLATES
 
     if name in TEMPLATES:

@@ -118,13 +118,10 @@ def encode_labelled(
     """
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    found = LabelledFeatures(torch.empty(0), [], [], [], [])
     features: list[Tensor] = []
-    labels: list[str] = []
-    captions: list[str] = []
-    groups: list[str] = []
-    twins: dict[bytes, int] = {}
-    twin_of: list[int] = []
     pending: list[Tensor] = []
+    twins: dict[bytes, int] = {}
 
     def flush() -> None:
         if pending:
@@ -133,14 +130,15 @@ def encode_labelled(
 
     for item in images:
         digest = hashlib.sha256(repr(item.image.size).encode() + item.image.tobytes()).digest()
-        twin_of.append(twins.setdefault(digest, len(twins)))
-        labels.append(item.label)
-        captions.append(item.caption)
-        groups.append(item.group)
+        found.twins.append(twins.setdefault(digest, len(twins)))
+        found.labels.append(item.label)
+        found.captions.append(item.caption)
+        found.groups.append(item.group)
         pending.append(transform(item.image))
         if len(pending) == batch_size:
             flush()
     flush()
     if not features:
         raise ValueError("the evaluation set has no images")
-    return LabelledFeatures(torch.cat(features), labels, captions, groups, twin_of)
+    found.features = torch.cat(features)
+    return found

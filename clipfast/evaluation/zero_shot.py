@@ -2,7 +2,7 @@
 
 import functools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
 from typing import Any
 
@@ -71,15 +71,10 @@ def build_zero_shot_classifier(
     weights = []
     for start in starts:
         names = classnames[start : start + num_classes_per_batch]
-        prompts = [fill_template(template, name) for name in names for template in templates]
+        prompts = [t.replace("{}", name) if isinstance(t, str) else t(name) for name in names for t in templates]
         features = model.encode_text(trim_padding(tokenizer(prompts)).to(device), normalize=True)
         weights.append(F.normalize(features.unflatten(0, (len(names), len(templates))).mean(1), dim=-1))
     return torch.cat(weights).T
-
-
-def fill_template(template: Template, name: str) -> str:
-    """Return the prompt for class ``name``."""
-    return template.replace("{}", name) if isinstance(template, str) else template(name)
 
 
 def top_classes(image_features: Tensor, classifier: Tensor, k: int, block: int = 4096) -> Tensor:
@@ -88,9 +83,4 @@ def top_classes(image_features: Tensor, classifier: Tensor, k: int, block: int =
     Only the scores of ``block`` images are held at a time.
     """
     k = min(k, classifier.shape[1])
-    return torch.cat([(rows @ classifier).topk(k, dim=1).indices for rows in _blocks(image_features, block)])
-
-
-def _blocks(features: Tensor, block: int) -> Iterator[Tensor]:
-    for start in range(0, max(len(features), 1), block):
-        yield features[start : start + block]
+    return torch.cat([(rows @ classifier).topk(k, dim=1).indices for rows in image_features.split(block)])

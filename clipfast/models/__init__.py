@@ -5,13 +5,6 @@ from .config import CLIPConfig, TextConfig, VisionConfig, add_model_config, get_
 from .vision import interpolate_positions
 
 __all__ = [
-    "CLIP",
-    "CLIPConfig",
-    "CLIPOutput",
-    "TextConfig",
-    "VisionConfig",
-    "add_model_config",
-    "get_model_config",
-    "interpolate_positions",
-    "list_models",
-]
+    "CLIP", "CLIPConfig", "CLIPOutput", "TextConfig", "VisionConfig", "add_model_config", "get_model_config",
+    "interpolate_positions", "list_models",
+]  # fmt: skip

@@ -58,11 +58,7 @@ def _number(kind: Callable[[str], float], *, or_zero: bool = False) -> Callable[
 def add_parser(commands: Any) -> None:
     """Add the subcommand. Values that need an import to be checked are checked when it runs."""
     parser = commands.add_parser(
-        "plan",
-        help="predict memory, FLOPs, traffic and time of a training step on many GPUs",
-        description=__doc__,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        "plan", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add, count = parser.add_argument, _number(int)
     add("--pairs", type=count, metavar="N", help="pairs of all GPUs (default: 32768; with --check 256 for each GPU)")

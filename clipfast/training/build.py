@@ -48,8 +48,12 @@ def build_model(config: TrainConfig, saved: dict[str, Any] | None, device: torch
         model.set_backend(config.backend)
         model.to(torch.bfloat16 if is_bf16 else torch.float32)
     else:
+        name = config.model
+        if name.endswith(".json"):
+            add_model_config(name)
+            name = Path(name).stem
         model = create_model(
-            _known_model(config.model), config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
+            name, config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
             force_patch_dropout=config.force_patch_dropout, backend=config.backend,
         )  # fmt: skip
     selective = config.selective_checkpointing
@@ -57,14 +61,6 @@ def build_model(config: TrainConfig, saved: dict[str, Any] | None, device: torch
     if config.torchcompile:
         model.compile(fullgraph=True, backend=COMPILER)
     return model
-
-
-def _known_model(model: str) -> str:
-    """Return the name of a model, which is made known first if ``model`` is the path of its JSON file."""
-    if not model.endswith(".json"):
-        return model
-    add_model_config(model)
-    return Path(model).stem
 
 
 def build_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.AdamW:

@@ -47,10 +47,8 @@ class TrainingData:
         """Return the batches of an epoch from number ``first``, decoded and augmented by the data workers.
 
         Args:
-            epoch: number of the epoch, from 0.
-            first: number of the first batch, from 0; those before it are not decoded.
-            image_size: side of the images in pixels.
-            tokenizer: of the captions.
+            epoch, first: numbers of the epoch and of the first batch, from 0; batches before it are not decoded.
+            image_size, tokenizer: those of the model; the size is in pixels.
             pin_memory: place batches in memory that a GPU can copy from asynchronously.
 
         Raises:
@@ -96,11 +94,3 @@ class SkipBudget:
                 f"{self.skipped} of {self.seen} pairs could not be used, more than --max-bad-fraction {self.limit}; "
                 f"they are listed in {self.listed_in}; last: {': '.join(batch.skipped[-1])}"
             )
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the counts."""
-        return {"seen": self.seen, "skipped": self.skipped}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Set the counts."""
-        self.seen, self.skipped = state["seen"], state["skipped"]

@@ -35,14 +35,7 @@ def logging_to(folder: Path) -> Iterator[None]:
 
 
 class TrainLog:
-    """Progress bar, log lines and metrics of a run.
-
-    Args:
-        folder: where metrics are recorded.
-        batch_size: pairs per step.
-        steps_per_epoch: steps of an epoch.
-        epochs: number of epochs.
-    """
+    """Progress bar, log lines and metrics of a run; ``batch_size`` is the number of pairs of a step."""
 
     def __init__(self, folder: RunFolder, batch_size: int, steps_per_epoch: int, epochs: int) -> None:
         self.folder, self.batch_size, self.steps_per_epoch, self.epochs = folder, batch_size, steps_per_epoch, epochs
@@ -114,6 +107,5 @@ class TrainLog:
         self.folder.record(step=step, eval=results)
 
     def _start_again(self) -> None:
-        """Forget the steps that were logged, and start the clock."""
         self._losses: list[Tensor] = []
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

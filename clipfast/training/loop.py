@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ..checkpoint import export_open_clip, read_checkpoint
-from ..evaluation import Evaluation
+from ..evaluation.evaluate import Evaluation
 from .config import TrainConfig
 from .interruption import Interruption
 from .logs import log, logging_to

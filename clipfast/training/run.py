@@ -1,8 +1,8 @@
 """The folder of a run: metrics, checkpoints, and the list of samples that could not be used."""
 
-import dataclasses
+import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -10,31 +10,20 @@ from ..checkpoint import write_checkpoint
 from ..files import replace_text
 
 
-@dataclasses.dataclass(frozen=True)
 class RunFolder:
-    """``runs/<name>/`` and the names in it."""
+    """``runs/<name>/`` and the names in it.
 
-    path: Path
+    Attributes:
+        checkpoints: the folder of the checkpoints.
+        latest: the checkpoint that ``--resume`` continues from.
+        metrics_path: a file with one JSON object per line: training figures by step, evaluations by step.
+        skipped_path: the list of samples that could not be used: step, name and reason, tab-separated.
+    """
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of the checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def latest(self) -> Path:
-        """The checkpoint that ``--resume`` continues from."""
-        return self.checkpoints / "epoch_latest.pt"
-
-    @property
-    def metrics_path(self) -> Path:
-        """A file with one JSON object per line: training figures by step, evaluations by step."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def skipped_path(self) -> Path:
-        """The list of samples that could not be used: step, name and reason, tab-separated."""
-        return self.path / "skipped.tsv"
+    def __init__(self, path: Path) -> None:
+        self.path, self.checkpoints = path, path / "checkpoints"
+        self.latest = self.checkpoints / "epoch_latest.pt"
+        self.metrics_path, self.skipped_path = path / "metrics.jsonl", path / "skipped.tsv"
 
     def refuse_other_run(self, *, resuming: bool) -> None:
         """Refuse a folder that holds another run.
@@ -74,19 +63,13 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics that are complete: a kill can cut the last one short."""
-        if not self.metrics_path.exists():
-            return []
-        return list(_complete_lines(self.metrics_path.read_text().splitlines()))
+        metrics = []
+        for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else ():
+            with contextlib.suppress(json.JSONDecodeError):
+                metrics.append(json.loads(line))
+        return metrics
 
     def record_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
         """Append samples that could not be used, each as name and reason."""
         with self.skipped_path.open("a") as file:
             file.writelines(f"{step}\t{name}\t{' '.join(reason.split())}\n" for name, reason in skipped)
-
-
-def _complete_lines(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
-    for line in lines:
-        try:
-            yield json.loads(line)
-        except json.JSONDecodeError:
-            continue

@@ -49,7 +49,7 @@ class RunState:
         """
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             raise not_finite("the weights are", self.progress.step)
-        optimizer = self.optimizer.state_dict()
+        optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "skipped": self.budget.skipped}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
         return {
@@ -60,9 +60,9 @@ class RunState:
             "clipfast": {
                 "version": CHECKPOINT_VERSION,
                 "model_config": self.model.config.to_dict(),
-                "progress": dataclasses.asdict(self.progress) | self.budget.state_dict(),
+                "progress": dataclasses.asdict(self.progress) | counts,
                 "stream": self.data.state_dict(),
-                **self.step.state_dict(),
+                "micro_batch_size": self.step.micro_batch_size,  # BatchNorm depends on it
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
         }
@@ -87,7 +87,7 @@ class RunState:
             self.progress.step = checkpoint["epoch"] * self.data.steps_per_epoch
         else:
             self.progress.step, self.progress.seconds = progress["step"], progress["seconds"]
-            self.budget.load_state_dict(progress)
+            self.budget.seen, self.budget.skipped = progress["seen"], progress["skipped"]
         data = self.data.state_dict()
         changed = {key: was for key, was in stream.items() if was != data[key]}
         if changed and self.progress.step % stream["steps_per_epoch"]:
@@ -99,7 +99,7 @@ class RunState:
             self.progress.step = checkpoint["epoch"] * self.data.steps_per_epoch
         is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
         if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
-            self.step.load_state_dict(own)
+            self.step.micro_batch_size = own["micro_batch_size"]
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Load the moments of an optimizer; its learning rate and other options stay those of this run."""

@@ -41,8 +41,7 @@ class TrainingStep:
     """Gradients of a batch, and the update of the weights.
 
     Args:
-        model: in training mode when a step is taken.
-        optimizer: updates the parameters of ``model``.
+        model, optimizer: the model must be in training mode when a step is taken.
         loss: as :func:`clipfast.accumulate_gradients` takes it.
         autocast: makes the context of the forward pass.
         grad_clip_norm: largest norm of the gradient; None does not clip it.
@@ -100,14 +99,6 @@ class TrainingStep:
         found = self.micro_batch_size
         pairs = f"{found} of {batch_size} pairs" if found < batch_size else f"the whole batch of {batch_size} pairs"
         log.info(f"--micro-batch-size auto: {pairs} at a time ({how})")
-
-    def state_dict(self) -> dict[str, int]:
-        """Return the size of the micro-batches, which BatchNorm depends on."""
-        return {"micro_batch_size": self.micro_batch_size}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        """Set the size of the micro-batches."""
-        self.micro_batch_size = state["micro_batch_size"]
 
 
 def _can_run_out(device: torch.device) -> bool:

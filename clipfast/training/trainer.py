@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from ..evaluation import Evaluation
+from ..evaluation.evaluate import Evaluation
 from ..kernels import contrastive_loss
 from ..tokenizer import Tokenizer
 from .build import build_device, build_model, build_optimizer
@@ -86,7 +86,6 @@ class Trainer:
         return evaluation
 
     def _train_epoch(self, interruption: Interruption) -> None:
-        """Train to the end of the epoch, or to an interruption."""
         config, progress = self.config, self.progress
         epoch, first = divmod(progress.step, self.data.steps_per_epoch)
         self.model.train()
@@ -112,7 +111,6 @@ class Trainer:
                 break
 
     def _train_step(self, batch: Batch) -> Tensor:
-        """Take a step and return the loss of ``batch`` before it."""
         set_lr(self.optimizer, cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps))
         # Random numbers depend on the step alone, so that a resumed run drops the same patches as an unbroken one.
         torch.manual_seed(self.config.seed + self.progress.step)

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from ..evaluation import Evaluation, LabelledImage, encode_labelled, evaluate, read_labelled
+from ..evaluation.evaluate import Evaluation, evaluate
+from ..evaluation.labelled import LabelledImage, encode_labelled, read_labelled
 from ..images import image_transform
 from ..models import CLIP
 from ..tokenizer import Tokenizer
@@ -13,9 +14,6 @@ BATCH_SIZE = 256
 
 class Validation:
     """The validation data of a run, if it has any.
-
-    Args:
-        config: options of the run.
 
     Raises:
         ValueError: the first sample cannot be used, which should show before an epoch has been spent.

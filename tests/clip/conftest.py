@@ -9,6 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from clipfast.cli import main
+
+# The configuration of a vision transformer whose checkpoints are written in no time.
+TINY = str(Path(__file__).with_name("tiny.json"))
 COLOURS = ("red", "green", "blue", "yellow", "black", "white", "purple", "orange")
 
 
@@ -25,7 +29,6 @@ def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
 
 
 def picture(seed: int, size: int = 24) -> bytes:
-    """A PNG of noise around one colour."""
     rng = np.random.default_rng(seed)
     base = rng.integers(0, 256, 3)
     pixels = np.clip(base + rng.integers(-20, 20, (size, size, 3)), 0, 255).astype(np.uint8)
@@ -43,6 +46,15 @@ def sample(index: int, **changes: bytes) -> dict[str, bytes]:
         "txt": f"a {colour} thing {index}".encode(),
         "json": json.dumps(meta).encode(),
     } | changes
+
+
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of ``clipfast``."""
+    try:
+        code = main(arguments)
+    except SystemExit as exit_:
+        code = exit_.code
+    return code, *capsys.readouterr()
 
 
 @pytest.fixture(scope="session")

@@ -11,19 +11,10 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from clipfast import (
-    CLIP,
-    ClipLoss,
-    SigLipLoss,
-    accumulate_gradients,
-    accumulation,
-    contrastive_loss,
-    largest_micro_batch,
-)
-from clipfast.kernels import distributed_contrastive_loss
+from clipfast import CLIP, ClipLoss, SigLipLoss, accumulate_gradients, accumulation, largest_micro_batch
+from clipfast.kernels import contrastive_loss, distributed_contrastive_loss
 from clipfast.models import CLIPConfig
-
-from ..process_group import run_ranks
+from clipfast.ranks import run_ranks
 
 DIM, LENGTH, SIZE, VOCABULARY = 16, 6, 32, 50
 TEXT = {"context_length": LENGTH, "vocab_size": VOCABULARY, "width": 16, "heads": 2, "layers": 1}
@@ -61,8 +52,8 @@ class Toy(nn.Module):
         return output if self.logit_bias is None else output | {"logit_bias": self.logit_bias}
 
 
-def clip(tower, dtype=torch.float64):
-    model = CLIP(CLIPConfig.from_dict({"embed_dim": DIM, "vision_cfg": VISION[tower], "text_cfg": TEXT}))
+def clip(tower, dtype=torch.float64, **vision):
+    model = CLIP(CLIPConfig.from_dict({"embed_dim": DIM, "vision_cfg": VISION[tower] | vision, "text_cfg": TEXT}))
     for name, parameter in model.named_parameters():
         if "bn3.weight" in name:
             nn.init.ones_(parameter)  # zero at first, which would make most gradients of a block zero
@@ -129,6 +120,13 @@ def test_patch_dropout_and_frozen_batch_norm_are_as_the_whole_batch(dtype, rel):
     agree(*both(model, batch(32, dtype), 4, whole=True), rel=rel)
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_patch_dropout_of_a_vision_transformer_is_as_the_whole_batch(checkpointing):
+    model = clip("ViT", patch_dropout=0.5)
+    model.set_grad_checkpointing(checkpointing)
+    agree(*both(model, batch(), 4, whole=True), rel=1e-12)
+
+
 @PRECISIONS
 @pytest.mark.parametrize("size", [2, 6])
 def test_dropout_and_batch_norm_are_as_one_graph_of_micro_batches(dtype, rel, size):
@@ -153,14 +151,18 @@ def test_resnet(frozen):
 
 
 @pytest.mark.parametrize(
-    ("owner", "name"),
-    [(accumulation, "_set_random_state"), (accumulation._Buffers, "restore")],
-    ids=["random", "buffers"],
+    ("owner", "name", "model"),
+    [
+        (accumulation, "_set_random_state", Toy),
+        (accumulation, "_set_random_state", lambda: clip("ViT", patch_dropout=0.5)),
+        (accumulation._Buffers, "restore", Toy),
+    ],
+    ids=["random", "patch dropout", "buffers"],
 )
-def test_faults_are_seen(monkeypatch, owner, name):
+def test_faults_are_seen(monkeypatch, owner, name, model):
     monkeypatch.setattr(owner, name, lambda *_: None)
     with pytest.raises(AssertionError):
-        agree(*both(Toy(), batch(), 4), rel=1e-5)
+        agree(*both(model(), batch(), 4), rel=1e-5)
 
 
 def test_a_state_that_features_depend_on_is_replayed():

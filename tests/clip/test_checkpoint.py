@@ -12,16 +12,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from clipfast import (
-    CLIP,
-    CheckpointError,
-    create_model,
-    create_model_and_transforms,
-    export_open_clip,
-    get_model_config,
-    load_checkpoint,
-)
-from clipfast.checkpoint import read_checkpoint, write_checkpoint
+from clipfast import CLIP, CheckpointError, create_model, create_model_and_transforms, export_open_clip
+from clipfast.checkpoint import load_checkpoint, read_checkpoint, write_checkpoint
+from clipfast.models import get_model_config
 
 CONFIG = get_model_config("ViT-T-8-32")
 

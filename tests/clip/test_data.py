@@ -133,10 +133,7 @@ def test_what_is_too_frequent_is_dropped_and_the_rest_goes_on():
 @pytest.mark.parametrize("workers", [0, 1])
 def test_impossible_batch(shards, workers):
     for options, message in (
-        (
-            {"batch_size": 30, "unique_by": "label"},
-            "^cannot fill a batch of 30 with different samples: only 24 ",
-        ),
+        ({"batch_size": 30, "unique_by": "label"}, "^cannot fill a batch of 30 with different samples: only 24 "),
         ({"unique_by": "breed"}, r"^sample .*/0\d\d has no 'breed' in its json; it has category, keywords, label$"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -4,19 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast import build_zero_shot_classifier, create_model, get_tokenizer
-from clipfast.evaluation import (
-    IMAGENET_CLASSNAMES,
-    OPENAI_IMAGENET_TEMPLATES,
-    SIMPLE_IMAGENET_TEMPLATES,
-    LabelledFeatures,
-    encode_labelled,
-    evaluate,
-    pair_ranks,
-    read_labelled,
-    recall_at,
-    top_classes,
-)
+from clipfast import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES, create_model, recall_at
+from clipfast.evaluation.evaluate import evaluate
+from clipfast.evaluation.labelled import LabelledFeatures, encode_labelled, read_labelled
+from clipfast.evaluation.retrieval import pair_ranks
+from clipfast.evaluation.zero_shot import build_zero_shot_classifier, top_classes
+from clipfast.factory import get_tokenizer
 from clipfast.images import image_transform
 
 from .conftest import picture, sample, write_shard

@@ -9,8 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from clipfast import ClipLoss
-
-from ..process_group import run_ranks
+from clipfast.ranks import run_ranks
 
 open_clip = pytest.importorskip("open_clip")
 

@@ -207,23 +207,24 @@ def test_options_of_create_model():
     assert model.encode_text(torch.tensor([[49406, 49407]])).dtype == torch.bfloat16
 
 
+def small():
+    return CLIP(small_config("vit", False))
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda: create_model("ViT-Z-99"), "unknown model 'ViT-Z-99'; known: RN50, RN101"),
         (lambda: create_model("ViT-B-32", precision="int4"), "unknown precision 'int4'; known: fp32, amp"),
         (lambda: create_model("ViT-T-8-32", force_image_size=30), "image_size must be a multiple of patch_size"),
-        (
-            lambda: create_model("ViT-T-8-32").encode_text(torch.zeros(1, 78, dtype=torch.int64)),
-            r"L at most 77, got shape \(1, 78\)",
-        ),
+        (lambda: small().encode_image(torch.zeros(1, 3, 30, 32)), "patch_embed: image size 30x32 is not a multiple"),
+        (lambda: small().encode_image(torch.zeros(1, 3, 4, 32)), "patch_embed: image size 4x32 is not a multiple"),
+        (lambda: small().encode_text(torch.zeros(1, 78, dtype=torch.int64)), r"L at most 77, got shape \(1, 78\)"),
         (lambda: CLIPConfig.from_dict({"embed_dim": 8}), "needs embed_dim, vision_cfg and text_cfg"),
-        (
-            lambda: CLIPConfig.from_dict({"embed_dim": 8, "vision_cfg": {"timm_model_name": "x"}, "text_cfg": {}}),
-            "vision_cfg has settings that clipfast does not implement: {'timm_model_name': 'x'}",
-        ),
+        (lambda: CLIPConfig.from_dict({"embed_dim": 8, "vision_cfg": {"timm_model_name": "x"}, "text_cfg": {}}),
+         "vision_cfg has settings that clipfast does not implement: {'timm_model_name': 'x'}"),
     ],
-)
+)  # fmt: skip
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()

@@ -73,12 +73,6 @@ def test_patches_are_dropped_of_the_grid_of_the_images():
     assert seen == [1 + 7]
 
 
-@pytest.mark.parametrize("size", [(30, 32), (4, 32)])
-def test_size_that_is_no_multiple(size):
-    with pytest.raises(ValueError, match=rf"patch_embed: image size {size[0]}x{size[1]} is not a multiple"):
-        create_model("ViT-T-8-32").encode_image(torch.zeros(1, 3, *size))
-
-
 @pytest.mark.parametrize("size", [64, 16, 32])
 def test_loading_resizes_as_open_clip_does(size, tmp_path, caplog):
     saved = create_model("ViT-T-8-32")

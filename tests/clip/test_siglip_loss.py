@@ -6,8 +6,7 @@ import torch.nn.functional as F
 
 from clipfast import SigLipLoss
 from clipfast.kernels.contrastive import cpu_blocks as cpu
-
-from ..process_group import run_ranks
+from clipfast.ranks import run_ranks
 
 open_clip_loss = pytest.importorskip("open_clip.loss")
 DIST_IMPLS = ("bidir", "shift", "reduce", "gather")

@@ -7,14 +7,13 @@ import torch
 
 from clipfast import create_model
 from clipfast.kernels import contrastive_loss
-from clipfast.training import TrainConfig, build
+from clipfast.training import build
 from clipfast.training.loop import train
 from clipfast.training.optim import adamw, cosine_lr, set_lr
 from clipfast.training.step import WARMUP_STEPS, GraphedStep, TrainingStep, Upload
 
 from ..conftest import OnlyMeta
-from .test_micro_batches import losses
-from .test_training import config
+from .test_training import config, losses
 
 
 def run(shards, folder, **options):
@@ -45,11 +44,9 @@ def test_the_losses_are_the_same(options, compiler, tolerance, plain, shards, tm
     assert run(shards, tmp_path, **options) == pytest.approx(plain, rel=tolerance)
 
 
-def test_a_graph_needs_a_gpu_and_the_whole_batch(shards, tmp_path):
+def test_a_graph_needs_a_gpu(shards, tmp_path):
     with pytest.raises(ValueError, match="--cuda-graphs needs a GPU, and this run is on cpu"):
         train(config(shards, tmp_path, cuda_graphs=True, device="cpu"))
-    with pytest.raises(ValueError, match="--cuda-graphs replays a whole batch: leave out --micro-batch-size"):
-        TrainConfig(train_data="x.tar", cuda_graphs=True, micro_batch_size=4)
 
 
 class Recorded(GraphedStep):

@@ -23,6 +23,16 @@ from .test_training import SMALL
         ({"batch_size": "256"}, "--batch-size must be int, got '256'"),
         ({"val_leave_out": "Flags"}, "--val-leave-out must be a list of str, got 'Flags'"),
         ({"val_leave_out": ("Flags",)}, "--val-leave-out needs --val-group-by"),
+        (
+            {"cuda_graphs": True, "micro_batch_size": 4},
+            "--cuda-graphs replays a whole batch: leave out --micro-batch-size",
+        ),
+        ({"micro_batch_size": "many"}, "--micro-batch-size must be int or 'auto', got 'many'"),
+        ({"micro_batch_size": 1.5}, "--micro-batch-size must be int or 'auto', got 1.5"),
+        ({"micro_batch_size": True}, "--micro-batch-size must be int or 'auto', got True"),
+        ({"force_patch_dropout": -0.1}, "--force-patch-dropout must be from 0 to less than 1, got -0.1"),
+        ({"force_patch_dropout": 1.0}, "--force-patch-dropout must be from 0 to less than 1, got 1.0"),
+        ({"force_patch_dropout": float("nan")}, "--force-patch-dropout must be from 0 to less than 1, got nan"),
     ],
 )
 def test_bad_options(options, message):

@@ -1,5 +1,6 @@
 """Training: resumption to the last bit, kill -9, Ctrl-C, and what stops a run."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -22,21 +24,12 @@ from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
 
-from .conftest import sample, write_shard
+from .conftest import TINY, sample, write_shard
 
-# A vision transformer whose checkpoints are written in no time.
-TINY = str(Path(__file__).with_name("tiny.json"))
 SMALL = {
-    "model": TINY,
-    "batch_size": 8,
-    "train_num_samples": 32,
-    "epochs": 2,
-    "warmup": 2,
-    "lr": 1e-3,
-    "workers": 1,
-    "log_every_n_steps": 2,
-    "save_frequency": 0,
-}
+    "model": TINY, "batch_size": 8, "train_num_samples": 32, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 1,
+    "log_every_n_steps": 2, "save_frequency": 0,
+}  # fmt: skip
 
 
 def config(shards, tmp_path, **options):
@@ -44,39 +37,53 @@ def config(shards, tmp_path, **options):
     return TrainConfig(train_data=shards, logs=str(tmp_path), name="run", **(SMALL | {"unique_by": "label"} | options))
 
 
-def losses_of(folder: RunFolder) -> list[float]:
-    """The losses that a run has recorded."""
+def losses(folder: RunFolder) -> list[float]:
     return [line["loss"] for line in folder.metrics() if "loss" in line]
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
     """Weights and optimiser state of a run's latest checkpoint, flat."""
-    checkpoint = read_checkpoint(folder / "checkpoints" / "epoch_latest.pt")
-    moments = {
-        f"{index}.{key}": value
-        for index, state in checkpoint["optimizer"]["state"].items()
-        for key, value in state.items()
-    }
+    checkpoint = read_checkpoint(RunFolder(folder).latest)
+    states = checkpoint["optimizer"]["state"].items()
+    moments = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
     return checkpoint["state_dict"] | moments
 
 
+def same(a: Path, b: Path) -> bool:
+    """Return True if the latest checkpoints of two runs are equal to the last bit."""
+    ours, theirs = weights(a), weights(b)
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@contextlib.contextmanager
+def stopped_after(step: int):
+    """Stop a run after ``step`` steps and before it saves anything more, as a kill would."""
+    original = Trainer._train_step
+
+    def stopping(trainer, batch):
+        if trainer.progress.step == step:
+            raise KeyboardInterrupt
+        return original(trainer, batch)
+
+    with mock.patch.object(Trainer, "_train_step", stopping), pytest.raises(KeyboardInterrupt):
+        yield
+
+
 def command(shards, tmp_path, *extra: str) -> list[str]:
-    """The command line for a run of 40 steps that saves after each."""
-    options = "--name run --batch-size 8 --train-num-samples 160 --epochs 2 --warmup 2 --save-every 1 --unique-by label"
+    """The command line for a run of 24 steps that saves after each."""
+    options = "--name run --batch-size 8 --train-num-samples 96 --epochs 2 --warmup 2 --save-every 1 --unique-by label"
     return ["train", "--train-data", shards, "--model", TINY, "--logs", str(tmp_path), *options.split(), *extra]
 
 
 def started(arguments: list[str], **options) -> subprocess.Popen:
-    """The command line in a process of its own."""
     return subprocess.Popen([sys.executable, "-m", "clipfast", *arguments], stdout=subprocess.DEVNULL, **options)
 
 
 def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> None:
-    """Wait until the run has saved ``step``."""
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline:
         assert process.poll() is None, f"the run ended by itself: {process.communicate()}"
-        if (folder / "checkpoints" / "epoch_latest.pt").exists() and saved_step(folder) >= step:
+        if RunFolder(folder).latest.exists() and saved_step(folder) >= step:
             return
         time.sleep(0.02)
     pytest.fail("no checkpoint after two minutes")
@@ -84,7 +91,7 @@ def wait_for_checkpoint(process: subprocess.Popen, folder: Path, step: int) -> N
 
 def saved_step(folder: Path) -> int:
     """Step of the latest checkpoint; reading it fails if it is ever broken."""
-    return read_checkpoint(folder / "checkpoints" / "epoch_latest.pt")["clipfast"]["progress"]["step"]
+    return read_checkpoint(RunFolder(folder).latest)["clipfast"]["progress"]["step"]
 
 
 def test_a_run_leaves_what_it_should(shards, tmp_path):
@@ -112,13 +119,13 @@ def test_a_run_leaves_what_it_should(shards, tmp_path):
 
 def test_eight_pairs_are_learned(tmp_path):
     write_shard(tmp_path / "s.tar", [sample(index) for index in range(8)])
-    losses = losses_of(train(config(f"{tmp_path}/s.tar", tmp_path, train_num_samples=240, epochs=1))[0])
-    assert losses[-1] < 0.1 * losses[0]
+    folder, _ = train(config(f"{tmp_path}/s.tar", tmp_path, train_num_samples=240, epochs=1))
+    assert losses(folder)[-1] < 0.1 * losses(folder)[0]
 
 
 def test_backends_learn_the_same(shards, tmp_path):
     ours, reference = (
-        losses_of(train(config(shards, tmp_path / backend, backend=backend))[0]) for backend in ("auto", "torch")
+        losses(train(config(shards, tmp_path / backend, backend=backend))[0]) for backend in ("auto", "torch")
     )
     assert ours == pytest.approx(reference, rel=1e-3)
 
@@ -130,50 +137,25 @@ def whole(request, shards, tmp_path_factory):
     return options, train(options)[0]
 
 
-@pytest.mark.parametrize("save_every", [3, 0], ids=["within an epoch", "after an epoch"])
-def test_resumed_run_is_the_same_to_the_last_bit(whole, tmp_path, save_every):
+def test_resumed_run_is_the_same_to_the_last_bit(whole, tmp_path):
     options, whole = whole
-    options = dataclasses.replace(options, logs=str(tmp_path / "parts"), save_every=save_every)
-    step = save_every or 4
-    # stop after the step that is saved, as a kill right after it would
-    with pytest.raises(KeyboardInterrupt), StopAfter(step):
-        train(options)
-    part = tmp_path / "parts" / "run"
-    assert saved_step(part) == step
-    train(options, part / "checkpoints" / "epoch_latest.pt")
-    a, b = weights(whole.path), weights(part)
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    metrics = [json.loads(line) for line in (part / "metrics.jsonl").read_text().splitlines()]
+    options = dataclasses.replace(options, logs=str(tmp_path), save_every=3)
+    part = RunFolder(tmp_path / "run")
+    for resume, step in ((None, 3), (part.latest, 4)):  # within an epoch, and after one
+        with stopped_after(step):
+            train(options, resume)
+        assert saved_step(part.path) == step
+    train(options, part.latest)
+    assert same(whole.path, part.path)
+    metrics = [json.loads(line) for line in part.metrics_path.read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6, 8]
-
-
-class StopAfter:
-    """Raise KeyboardInterrupt in the training step after ``step`` of them, before anything more is saved."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def __enter__(self) -> None:
-        self.original = original = Trainer._train_step
-        limit = self.step
-
-        def stopping(trainer, batch):
-            if trainer.progress.step == limit:
-                raise KeyboardInterrupt
-            return original(trainer, batch)
-
-        Trainer._train_step = stopping
-
-    def __exit__(self, *_: object) -> None:
-        Trainer._train_step = self.original
 
 
 def test_kill_9_again_and_again(shards, tmp_path, capsys):
     assert main(command(shards, tmp_path / "whole")) == 0
     folder = tmp_path / "killed" / "run"
     arguments = command(shards, tmp_path / "killed")
-    for step in (5, 17, 31):
+    for step in (3, 14):
         process = started(arguments, stderr=subprocess.DEVNULL)
         wait_for_checkpoint(process, folder, step)
         process.send_signal(signal.SIGKILL)
@@ -184,31 +166,43 @@ def test_kill_9_again_and_again(shards, tmp_path, capsys):
     capsys.readouterr()
     assert main(arguments) == 0
     assert "Resuming from" in capsys.readouterr().err
-    a, b = weights(tmp_path / "whole" / "run"), weights(folder)
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert same(tmp_path / "whole" / "run", folder)
     assert [path.name for path in folder.rglob("*.tmp")] == []
     # both sessions' time is in the results
     results = json.loads((folder / "results.json").read_text())
-    assert results["steps"] == 40
+    assert results["steps"] == 24
     assert results["train_seconds"] > 0
 
 
-@pytest.mark.parametrize("everybody", [False, True], ids=["the trainer", "the whole process group"])
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM], ids=["ctrl-c", "terminate"])
+# A terminal sends Ctrl-C, and a job scheduler its signals, to the workers as well.
+@pytest.mark.parametrize(
+    ("signum", "everybody"), [(signal.SIGINT, True), (signal.SIGTERM, True), (signal.SIGTERM, False)]
+)
 def test_interruption_saves_and_says_where(shards, tmp_path, signum, everybody):
     arguments = command(shards, tmp_path, "--epochs", "2000")
     process = started(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     wait_for_checkpoint(process, tmp_path / "run", 3)
-    if everybody:
-        # as a terminal does with Ctrl-C, and a job scheduler with its jobs
-        os.killpg(process.pid, signum)
-    else:
-        process.send_signal(signum)
+    (os.killpg if everybody else os.kill)(process.pid, signum)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 128 + signum
     assert f"go on with: clipfast train --resume {tmp_path / 'run'}" in log
     assert "Traceback" not in log
     assert "killed by signal" not in log
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory):
+    """Options of a run of one epoch, and its folder."""
+    options = config(shards, tmp_path_factory.mktemp("finished"), epochs=1)
+    return options, train(options)[0]
+
+
+@pytest.fixture
+def one_epoch(finished, tmp_path):
+    """A copy of that run, to go on with."""
+    options, folder = finished
+    shutil.copytree(folder.path, tmp_path / "run")
+    return dataclasses.replace(options, logs=str(tmp_path)), RunFolder(tmp_path / "run")
 
 
 def test_open_clip_loads_our_checkpoint_and_we_theirs(shards, tmp_path):
@@ -258,9 +252,8 @@ def test_open_clip_training_can_be_gone_on_with(shards, tmp_path):
     assert [line["step"] for line in folder.metrics() if "loss" in line] == [6, 8]
 
 
-def test_options_of_a_resumed_run_can_change(shards, tmp_path):
-    options = config(shards, tmp_path, epochs=1)
-    folder, _ = train(options)
+def test_options_of_a_resumed_run_can_change(one_epoch):
+    options, folder = one_epoch
     longer = dataclasses.replace(options, epochs=2, wd=0.5, beta2=0.9, batch_size=16)
     train(longer, folder.latest)
     checkpoint = read_checkpoint(folder.latest)
@@ -273,9 +266,9 @@ def test_options_of_a_resumed_run_can_change(shards, tmp_path):
 
 def test_data_cannot_change_within_an_epoch(shards, tmp_path):
     options = config(shards, tmp_path, save_every=3)
-    with pytest.raises(KeyboardInterrupt), StopAfter(3):
+    with stopped_after(3):
         train(options)
-    latest = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
+    latest = RunFolder(tmp_path / "run").latest
     for change, flag in (({"batch_size": 16}, r"--batch-size \(was 8\)"), ({"seed": 5}, r"--seed \(was 0\)")):
         with pytest.raises(ValueError, match=f"from within an epoch, whose data cannot change: leave {flag}"):
             train(dataclasses.replace(options, **change), latest)
@@ -318,8 +311,8 @@ def test_a_checkpoint_cannot_bring_a_shell_command(tmp_path, capsys, monkeypatch
     assert not (tmp_path / "owned").exists()
 
 
-def test_resume_latest_by_name(shards, tmp_path, capsys):
-    train(config(shards, tmp_path, epochs=1))
+@pytest.mark.usefixtures("one_epoch")
+def test_resume_latest_by_name(tmp_path, capsys):
     assert main(["train", "--resume", "latest", "--logs", str(tmp_path), "--name", "run", "--epochs", "2"]) == 0
     assert saved_step(tmp_path / "run") == 8
     assert main(["train", "--resume", "latest"]) == 2
@@ -383,10 +376,9 @@ def test_what_is_not_finite_stops_and_spares_the_checkpoint(shards, tmp_path, mo
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
 
 
-def test_a_run_is_not_overwritten(shards, tmp_path):
-    options = config(shards, tmp_path, epochs=1)
-    train(options)
-    before = weights(tmp_path / "run")
+def test_a_run_is_not_overwritten(one_epoch):
+    options, folder = one_epoch
+    before = folder.latest.read_bytes()
     with pytest.raises(ValueError, match=r"holds a run already: go on with --resume .*run, or choose another --name"):
         train(options)
-    assert all(torch.equal(before[name], value) for name, value in weights(tmp_path / "run").items())
+    assert folder.latest.read_bytes() == before

@@ -16,9 +16,9 @@ from torch.utils._pytree import tree_leaves
 
 from clipfast.kernels import contrastive_loss, distributed_contrastive_loss
 from clipfast.kernels.contrastive.distributed import choose_mode
+from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
 
 from ..conftest import INTERPRET
-from ..process_group import error_of, run_ranks, start_ranks, wait_for
 from .cases import loss_inputs
 
 MODES = ("gather", "ring", "scalars")
