@@ -179,29 +179,21 @@ def test_gradients_of_float32_weights_are_not_rounded(device):
 
 
 IMAGES, KEEP = torch.zeros(2, 3, 8, 8), torch.tensor([[2, 0], [3, 1]])
-VALID = {
-    "images": IMAGES,
-    "weight": torch.zeros(6, 3, 4, 4),
-    "class_embedding": torch.zeros(6),
-    "positional_embedding": torch.zeros(5, 6),
-}
+CLASS, POS = torch.zeros(6), torch.zeros(5, 6)
+VALID = {"images": IMAGES, "weight": torch.zeros(6, 3, 4, 4), "class_embedding": CLASS, "positional_embedding": POS}
 ERRORS = [
     ({"images": IMAGES[0]}, ValueError, r"images must have 4 dimensions, got shape \(3, 8, 8\)"),
     ({"images": IMAGES.long()}, TypeError, "images must be one of float32, .*, uint8, got int64"),
     ({"images": IMAGES[:, :, :0]}, ValueError, "image size 0x8 is not a multiple of the patch size 4"),
     ({"images": torch.zeros(2, 3, 9, 8)}, ValueError, "image size 9x8 is not a multiple of the patch size 4"),
     (
-        {"images": IMAGES[:, :1], "mean": (0.5,), "std": (0.5,)},
+        {"images": IMAGES[:, :1], "mean": (1,), "std": (1,)},
         ValueError,
         r"weight must be \[E, 1, P, P\].*got \(6, 3, 4, 4\)",
     ),
     ({"weight": torch.zeros(6, 3, 4, 2)}, ValueError, r"weight must be \[E, 3, P, P\].*got \(6, 3, 4, 2\)"),
     ({"class_embedding": torch.zeros(7)}, ValueError, r"class_embedding must be \[6\], got \(7,\)"),
-    (
-        {"positional_embedding": torch.zeros(4, 6)},
-        ValueError,
-        r"positional_embedding must be \[5, 6\] for 8x8 images and patch size 4, got \(4, 6\)",
-    ),
+    ({"positional_embedding": POS[1:]}, ValueError, r"must be \[5, 6\] for 8x8 images and patch size 4, got \(4, 6\)"),
     ({"mean": (0.5,)}, ValueError, r"mean must be 3 finite numbers, one per channel, got \(0.5,\)"),
     ({"mean": 0.5}, TypeError, "mean must be a sequence of numbers, got 0.5"),
     ({"mean": ("a", "b", "c")}, TypeError, "mean must be a sequence of numbers"),
