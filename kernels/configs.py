@@ -9,7 +9,8 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TypeVar
 
@@ -90,7 +91,8 @@ class RowConfig:
     num_stages: int
 
 
-Config = GemmConfig | ShortConfig | LoopedConfig | TwoPhaseConfig | SdpaConfig | RowConfig
+KernelConfig = GemmConfig | ShortConfig | LoopedConfig | TwoPhaseConfig | RowConfig
+Config = KernelConfig | SdpaConfig
 C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, TwoPhaseConfig, SdpaConfig, RowConfig)
 _overrides: dict[str, Config] = {}
 
@@ -138,11 +140,16 @@ def config_key(
     return key
 
 
-@contextlib.contextmanager
-def override(key: str, config: Config) -> Iterator[None]:
+def override(key: str, config: Config) -> AbstractContextManager[None]:
     """Use ``config`` for the entry :func:`config_key` names, on every architecture: for the tuner and for tests."""
+    return overrides({key: config})
+
+
+@contextlib.contextmanager
+def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
+    """Do as :func:`override` for several entries."""
     before = dict(_overrides)
-    _overrides[key] = config
+    _overrides.update(configs)
     try:
         yield
     finally:

@@ -8,11 +8,12 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import triton
 
+from .configs import KernelConfig
 from .hardware import ARCHITECTURES
 
 # Triton decides when a kernel is decorated whether it will be interpreted, so the answer is fixed for this process.
@@ -25,18 +26,6 @@ CPU_MULTIPROCESSORS = 2
 
 _execute_on_cpu = INTERPRET
 _recorder: "_Recorder | None" = None
-
-
-class LaunchConfig(Protocol):
-    """The compile options that :func:`launch` reads from a configuration."""
-
-    @property
-    def num_warps(self) -> int:
-        """Warps of a program."""
-
-    @property
-    def num_stages(self) -> int:
-        """Stages of the software pipeline."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,7 +123,7 @@ def _multiprocessors_of(device: torch.device, on_cpu: int) -> int:
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, config: LaunchConfig, device: torch.device, **constexprs: Any
+    kernel: Any, grid: tuple[int, ...], *args: Any, config: KernelConfig, device: torch.device, **constexprs: Any
 ) -> None:
     """Start ``kernel`` on ``device``; an empty grid starts nothing.
 

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dtypes import accumulate_dtype
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -28,12 +30,15 @@ def pairwise_loss(
     """Cross-entropy of the pairs (i, i + offset) over rows, and in ``both`` directions over columns too."""
     if normalize:
         rows, cols = F.normalize(rows, dim=-1), F.normalize(cols, dim=-1)
-    logits = logit_scale * (rows @ cols.T)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _wide(logit_scale * (rows @ cols.T))
     of_rows = torch.arange(max(0, -offset), min(len(rows), len(cols) - offset), device=logits.device)
     of_cols = of_rows + offset
     loss = _cross_entropy(logits[of_rows], of_cols)
     return (loss + _cross_entropy(logits.T[of_cols], of_rows)) / 2 if both else loss
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(accumulate_dtype(x.dtype))
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -64,7 +69,7 @@ def info_nce_loss(
     own = torch.arange(len(query), device=query.device)
     candidates, labels = (query @ key.T, own) if in_batch else ((query * key).sum(1, keepdim=True), 0 * own)
     logits = logit_scale * torch.cat([candidates, query @ negatives.T], dim=1)
-    return _cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), labels)
+    return _cross_entropy(_wide(logits), labels)
 
 
 def nt_xent_loss(first: Tensor, second: Tensor, logit_scale: Tensor | float, *, normalize: bool = True) -> Tensor:
@@ -72,8 +77,7 @@ def nt_xent_loss(first: Tensor, second: Tensor, logit_scale: Tensor | float, *, 
     views = torch.cat([first, second])
     if normalize:
         views = F.normalize(views, dim=-1)
-    logits = logit_scale * (views @ views.T)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = _wide(logit_scale * (views @ views.T))
     own = torch.arange(len(views), device=views.device)
     logits = logits.masked_fill(own[:, None] == own, float("-inf"))
     return _cross_entropy(logits, own.roll(len(first)))
@@ -91,8 +95,7 @@ def sigmoid_loss(
     """Binary cross-entropy of every image with every text, summed over texts (Zhai et al. 2023, equation 1)."""
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
-    logits = logit_scale * (image @ text.T)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) + logit_bias
+    logits = _wide(logit_scale * (image @ text.T)) + logit_bias
     images, texts = (torch.arange(len(x), device=image.device) for x in (image, text))
     is_pair = (images + offset)[:, None] == texts
     return -F.logsigmoid(torch.where(is_pair, logits, -logits)).sum() / len(image)
@@ -151,7 +154,7 @@ def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = No
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Any:
     """Addition in the dtype of the residual, then normalisation (Ba et al. 2016) in float32 at least."""
     stream = x if residual is None else (x + residual).to(residual.dtype)
-    work = torch.promote_types(stream.dtype, torch.float32)
+    work = accumulate_dtype(stream.dtype)
     y = F.layer_norm(stream.to(work), x.shape[-1:], weight.to(work), bias.to(work), eps).to(x.dtype)
     return y if residual is None else (y, stream)
 
@@ -172,14 +175,12 @@ def layer_norm_pair(
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """GELU (Hendrycks and Gimpel 2016), by the error function, of x + bias, in float32 at least."""
-    work = torch.promote_types(x.dtype, torch.float32)
-    return F.gelu(x.to(work) + bias.to(work)).to(x.dtype)
+    return F.gelu(_wide(x) + _wide(bias)).to(x.dtype)
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """u sigmoid(1.702 u) of u = x + bias, in float32 at least: the approximation of Hendrycks and Gimpel (2016)."""
-    work = torch.promote_types(x.dtype, torch.float32)
-    u = x.to(work) + bias.to(work)
+    u = _wide(x) + _wide(bias)
     return (u * torch.sigmoid(1.702 * u)).to(x.dtype)
 
 
@@ -215,7 +216,7 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
 
 def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
     """``(images / 255 - mean) / std`` per channel of uint8 [B, C, H, W], computed in float32 at least, as ``dtype``."""
-    work = torch.promote_types(dtype, torch.float32)
+    work = accumulate_dtype(dtype)
     mean_c, std_c = (_per_channel(values, work, images.device) for values in (mean, std))
     return ((images.to(work) / 255 - mean_c) / std_c).to(dtype)
 
@@ -227,8 +228,7 @@ def _per_channel(values: Sequence[float], dtype: torch.dtype, device: torch.devi
 
 def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """How many others score at least as high as the best own one, by the full scores, in float32 at least."""
-    dtype = torch.promote_types(image.dtype, torch.float32)
-    scores = image.to(dtype) @ text.to(dtype).T
+    scores = _wide(image) @ _wide(text).T
     images = torch.arange(len(image), device=image.device)
     owner = images if text_image is None else text_image
     own = images[:, None] == owner

@@ -208,8 +208,7 @@ def attention_qkv(
     Args:
         q: [B, M, H, D], float32, float16 or bfloat16 (float64 on the CPU); any strides, so that
             ``[B, H, M, D].transpose(1, 2)`` costs nothing. D is at most 128 outside the reference.
-        k: [B, N, H, D], same dtype and device.
-        v: [B, N, H, D], same dtype and device.
+        k, v: [B, N, H, D], same dtype and device.
         causal: query i sees keys 0 .. i only.
         scale: positive factor on the scores, by default D ** -0.5.
         seqlens: int32 or int64 [B]: of each image only the first so many keys are seen. A query that sees none gets

@@ -2,16 +2,15 @@
 and what ships.
 """
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..configs import HEAD_DIMS, NUM_KEYS, LoopedConfig, ShortConfig, TwoPhaseConfig, config_key, override
+from ..configs import HEAD_DIMS, NUM_KEYS, Config, LoopedConfig, ShortConfig, TwoPhaseConfig, config_key, overrides
 from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from .op import attention, attention_qkv
 
@@ -158,20 +157,17 @@ def floor_qkv(shape: QkvShape, itemsize: int, backward: bool) -> Floor:
     return Floor(2 * product, 2 * query + 2 * key)
 
 
-@contextlib.contextmanager
-def small_blocks(dtype: torch.dtype) -> Iterator[None]:
+def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
     """Take 16 rows at a time in every kernel. Up to 272 keys a program holds them all, and above it walks them."""
-    with contextlib.ExitStack() as stack:
-        for head_dim in HEAD_DIMS:
-            for num_keys in NUM_KEYS:
-                for kernel in ("attention_short_fwd", "attention_short_bwd"):
-                    key = config_key(kernel, dtype, head_dim, num_keys)
-                    stack.enter_context(override(key, ShortConfig(16, num_warps=4, num_stages=1)))
-            looped = LoopedConfig(16, 16, num_warps=4, num_stages=1)
-            stack.enter_context(override(config_key("attention_looped_fwd", dtype, head_dim), looped))
-            two_phase = TwoPhaseConfig(16, 16, 16, 16, num_warps=4, num_stages=1)
-            stack.enter_context(override(config_key("attention_two_phase_bwd", dtype, head_dim), two_phase))
-        yield
+    small: dict[str, Config] = {}
+    for head_dim in HEAD_DIMS:
+        for num_keys in NUM_KEYS:
+            for kernel in ("attention_short_fwd", "attention_short_bwd"):
+                small[config_key(kernel, dtype, head_dim, num_keys)] = ShortConfig(16, num_warps=4, num_stages=1)
+        small[config_key("attention_looped_fwd", dtype, head_dim)] = LoopedConfig(16, 16, num_warps=4, num_stages=1)
+        two_phase = TwoPhaseConfig(16, 16, 16, 16, num_warps=4, num_stages=1)
+        small[config_key("attention_two_phase_bwd", dtype, head_dim)] = two_phase
+    return overrides(small)
 
 
 FEW = 6  # draws of inputs so small that PyTorch's largest error can be next to nothing by chance

@@ -140,8 +140,7 @@ def layer_norm(
     Args:
         x: [..., N], float32, float16 or bfloat16 (float64 on the CPU); any strides (rows that do not lie evenly apart
             are copied first). N is from 1 to 8,192 outside the reference.
-        weight: [N], of any floating dtype: float32 under a 16-bit ``x``, as a model keeps it.
-        bias: [N], likewise.
+        weight, bias: [N], of any floating dtype: float32 under a 16-bit ``x``, as a model keeps it.
         eps: added to the variance, not negative.
         residual: [..., N], the residual stream that ``x`` is added to; it may have another dtype than ``x``, such as
             float32 where autocast makes ``x`` bfloat16.

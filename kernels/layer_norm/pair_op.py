@@ -116,12 +116,9 @@ def layer_norm_pair(
     Args:
         x: [..., N], float32, float16 or bfloat16 (float64 on the CPU); any strides (rows that do not lie evenly apart
             are copied first). N is from 1 to 8,192 outside the reference.
-        weight_1: [N], of any floating dtype: float32 under a 16-bit ``x``, as a model keeps it.
-        bias_1: [N], likewise.
-        weight_2: [N], likewise, for the second norm.
-        bias_2: [N], likewise.
-        eps_1: added to the variance of the first norm, not negative.
-        eps_2: likewise, for the second.
+        weight_1, bias_1, weight_2, bias_2: [N] of the first and the second norm, of any floating dtype: float32 under
+            a 16-bit ``x``, as a model keeps it.
+        eps_1, eps_2: added to the variance of each norm, not negative.
         backend: "auto" (Triton on GPUs, PyTorch on CPUs), "triton", or "torch" for the reference.
 
     Returns:

@@ -1,13 +1,12 @@
 """The specification of the patch embedding: sizes, inputs, cases, floor, and what ships."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 
 from .. import reference
-from ..configs import GemmConfig, RowConfig, config_key, override
+from ..configs import Config, GemmConfig, RowConfig, config_key, overrides
 from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from .op import patch_embed
 
@@ -90,16 +89,14 @@ def floor(shape: PatchShape, itemsize: int, backward: bool) -> Floor:
     return of_parameters + Floor(product, weight + 3 * shape.batch * shape.height * shape.width * itemsize)
 
 
-@contextlib.contextmanager
-def small_tiles(dtype: torch.dtype) -> Iterator[None]:
+def small_tiles(dtype: torch.dtype) -> AbstractContextManager[object]:
     """Take tiles of 16 rows and columns, so that a few patches make several tiles."""
-    with contextlib.ExitStack() as stack:
-        for name in ("fwd", "bwd_weight", "bwd_images"):
-            tile = GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
-            stack.enter_context(override(config_key(f"patch_embed_{name}", dtype), tile))
-        rows = RowConfig(2, 16, num_warps=1, num_stages=1)
-        stack.enter_context(override(config_key("patch_embed_bwd_pos", dtype), rows))
-        yield
+    small: dict[str, Config] = {
+        config_key(f"patch_embed_{name}", dtype): GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
+        for name in ("fwd", "bwd_weight", "bwd_images")
+    }
+    small[config_key("patch_embed_bwd_pos", dtype)] = RowConfig(2, 16, num_warps=1, num_stages=1)
+    return overrides(small)
 
 
 TINY = PatchShape(2, 8, 12, 4, 10, uint8=False)

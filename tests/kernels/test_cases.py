@@ -1,5 +1,7 @@
 """Every case of every specification, held to the rule of ``clipfast.verify`` on the leg that the tests run on."""
 
+from collections.abc import Callable, Sequence
+
 import pytest
 
 from clipfast.kernels import launch
@@ -17,16 +19,14 @@ NAMES = [name for name, dtype in TORCH_DTYPES.items() if dtype in DTYPES]
 MOST_ELEMENTS = 2**20
 
 
-def cases(*, small_tiles: bool = False) -> list[object]:
-    """The cases of this leg, each with a dtype; or those that the sanitizer runs too."""
+def cases(dtypes: Sequence[str], wanted: Callable[[Case], bool]) -> list[object]:
+    """The cases that are wanted, each with each dtype."""
     found = []
     for spec in specs().values():
         for number, case in enumerate(spec.cases):
-            if VERIFY_LEG not in case.legs or (small_tiles and not case.sanitize):
-                continue
             marks = [] if case.quick else [pytest.mark.long]
             marks += [pytest.mark.slow] if case.shape.elements > MOST_ELEMENTS else []
-            for dtype in NAMES:
+            for dtype in dtypes if wanted(case) else ():
                 if not (VERIFY_LEG == "cpu" and dtype in case.slow):
                     label = f"{spec.name}-{number} {case.name}-{dtype}"
                     found.append(pytest.param(spec, case, dtype, id=label, marks=marks))
@@ -41,7 +41,7 @@ def hold(spec: OpSpec, case: Case, dtype: str) -> None:
     assert not failed, f"{case.why}: {'; '.join(failed)}"
 
 
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases())
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases(NAMES, lambda case: VERIFY_LEG in case.legs))
 def test_case(spec, case, dtype, request):
     if case.check == DETERMINISM:
         request.getfixturevalue("two_threads")  # sums could then come in any order
@@ -50,7 +50,7 @@ def test_case(spec, case, dtype, request):
 
 @pytest.mark.skipif(not INTERPRET, reason="the CPU paths have no tiles; a GPU has larger cases")
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases(small_tiles=True) if INTERPRET else [])
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases(NAMES, lambda case: INTERPRET and case.sanitize))
 def test_case_of_several_tiles(spec, case, dtype, arch, monkeypatch):
     # sm_90 loads 16-bit tiles through descriptors
     monkeypatch.setattr(launch, "CPU_ARCH", arch)
@@ -67,16 +67,7 @@ def test_specification_is_whole(spec):
     assert {"cpu", "cuda"} == set(spec.bench)
 
 
-SANITIZED = [
-    pytest.param(spec, case, dtype, id=f"{spec.name}-{case.name}-{dtype}")
-    for spec in specs().values()
-    for case in spec.cases
-    if case.sanitize
-    for dtype in ("bfloat16", "float32")
-]
-
-
-@pytest.mark.parametrize(("spec", "case", "dtype"), SANITIZED)
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases(("bfloat16", "float32"), lambda case: case.sanitize))
 class TestSanitized:
     """The kernels under ttsem, which executes Triton's own IR on the CPU: bounds, races between programs, bfloat16."""
 

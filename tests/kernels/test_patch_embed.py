@@ -8,24 +8,23 @@ import torch
 from clipfast.kernels import patch_embed, reference
 from clipfast.kernels.patch_embed import launches
 from clipfast.kernels.patch_embed.spec import SPECS, PatchShape
-from clipfast.kernels.spec import Draw
 
 from ..conftest import INTERPRET, LEG, OnlyMeta
 from ..numerics import compare, value_and_grads
+from .conftest import inputs_of
 
 pytestmark = pytest.mark.usefixtures("poison")
 (SPEC,) = SPECS
 
 
-def inputs_of(shape, dtype, device, **options):
-    """Return images and parameters, and a gradient of the tokens."""
-    call = SPEC.call(PatchShape(*shape, **options), "", Draw(0, device), dtype)
-    return call.inputs, call.grads[0]
+def call(shape, device, **options):
+    """Images and parameters in float32, and a gradient of the tokens."""
+    return inputs_of("patch_embed", PatchShape(*shape, **options), torch.float32, device)
 
 
 def test_other_normalisation(device):
     options = {"mean": (0.1, 0.9, 0.5), "std": (0.5, 0.02, 1.5)}
-    inputs, grad = inputs_of((2, 28, 28, 14, 40), torch.float32, device, uint8=True)
+    inputs, grad = call((2, 28, 28, 14, 40), device, uint8=True)
     compare(
         functools.partial(patch_embed, **options), functools.partial(reference.patch_embed, **options), inputs, grad
     )
@@ -43,14 +42,14 @@ def test_reference_copies_nothing_from_the_host():
 @pytest.mark.parametrize("keep", [None, 29], ids=["all", "some"])
 def test_splits_add_up(keep, device, monkeypatch):
     # 36 or 29 patches of each of 3 images in several splits, the last one short
-    inputs, grad = inputs_of((3, 48, 48, 8, 24), torch.float32, device, keep=keep)
+    inputs, grad = call((3, 48, 48, 8, 24), device, keep=keep)
     monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
     compare(patch_embed, reference.patch_embed, inputs, grad)
 
 
 @pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
 def test_all_in_order_is_as_none_dropped(uint8, device):
-    inputs, grad = inputs_of((3, 32, 48, 16, 72), torch.float32, device, uint8=uint8)
+    inputs, grad = call((3, 32, 48, 16, 72), device, uint8=uint8)
     expected = value_and_grads(patch_embed, inputs, grad)
     keep = torch.arange(6, device=device).expand(3, 6)
     for name, value in value_and_grads(functools.partial(patch_embed, keep=keep), inputs, grad).items():
@@ -59,7 +58,7 @@ def test_all_in_order_is_as_none_dropped(uint8, device):
 
 def test_dropped_patches_are_not_read(device):
     # A NaN in a pixel or a position would make everything NaN that it is multiplied by or added to.
-    inputs, grad = inputs_of((2, 21, 35, 7, 40), torch.float32, device, uint8=False, keep=6)
+    inputs, grad = call((2, 21, 35, 7, 40), device, uint8=False, keep=6)
     expected = value_and_grads(patch_embed, inputs, grad)
     dropped = torch.ones(2, 15, dtype=torch.bool, device=device).scatter_(1, inputs["keep"], False)
     pixels = dropped.view(2, 1, 3, 5).repeat_interleave(7, 2).repeat_interleave(7, 3)
@@ -77,7 +76,7 @@ def test_dropped_patches_are_not_read(device):
 @pytest.mark.parametrize("keep", [None, 3], ids=["all", "some"])
 def test_mixed_dtypes_keep_theirs(keep, device):
     # as under autocast: a half-precision weight, float32 positions and pixels
-    inputs, grad = inputs_of((2, 28, 28, 14, 40), torch.float32, device, uint8=False, keep=keep)
+    inputs, grad = call((2, 28, 28, 14, 40), device, uint8=False, keep=keep)
     inputs["weight"] = inputs["weight"].half()
     compare(patch_embed, reference.patch_embed, inputs, grad.half())
     result = value_and_grads(patch_embed, inputs, grad)
@@ -89,7 +88,7 @@ def test_mixed_dtypes_keep_theirs(keep, device):
 @pytest.mark.parametrize("wrong", [-1, 15, 2**31 + 1])
 def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, device):
     # The op refuses such an index on a CPU, so this calls the launches.
-    inputs, grad = inputs_of((2, 21, 35, 7, 40), torch.float32, device, uint8=False, keep=6)
+    inputs, grad = call((2, 21, 35, 7, 40), device, uint8=False, keep=6)
     images, weight, class_embedding, pos, keep = inputs.values()
     others = [0, 1, 2, 4, 5]
     tokens = [0, *(i + 1 for i in others)]
@@ -116,7 +115,7 @@ def test_an_index_of_no_patch_reads_nothing_and_shows(wrong, device):
 def test_what_is_kept_is_read_or_written_once(keep, uint8, device, moved):
     # One image gives one tile of tokens and one of the embedding. Two tiles would both read the positions they share.
     shape = PatchShape(1, 12, 12, 4, 24, uint8, keep)
-    inputs, grad = inputs_of((1, 12, 12, 4, 24), torch.float32, device, uint8=uint8, keep=keep)
+    inputs, grad = call((1, 12, 12, 4, 24), device, uint8=uint8, keep=keep)
     floor = functools.partial(SPEC.floor, shape, 4)
     row, indices = 24 * 4, 0 if keep is None else 8 * keep
     leaves = {name: x.requires_grad_(x.is_floating_point()) for name, x in inputs.items()}
@@ -144,7 +143,7 @@ def test_what_is_kept_is_read_or_written_once(keep, uint8, device, moved):
 @pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
 def test_autocast_of_kept_patches(device):
     # of floats, since the weight of bytes is rounded after the normalisation is folded in
-    inputs, grad = inputs_of((2, 28, 28, 14, 40), torch.float32, device, uint8=False, keep=2)
+    inputs, grad = call((2, 28, 28, 14, 40), device, uint8=False, keep=2)
     with torch.autocast(device.type, torch.bfloat16):
         actual = value_and_grads(patch_embed, inputs, grad)
     expected = value_and_grads(patch_embed, inputs | {"weight": inputs["weight"].bfloat16()}, grad)
@@ -157,7 +156,7 @@ def test_autocast_of_kept_patches(device):
 @pytest.mark.parametrize("patch", [14, 16, 32])
 def test_bytes_are_rounded_less_than_normalised_pixels(patch, device):
     # Under autocast, PyTorch rounds normalised pixels and weights. Ours has exact bytes and rounds the weights only.
-    inputs, _ = inputs_of((4, 2 * patch, 3 * patch, patch, 96), torch.float32, device, uint8=True)
+    inputs, _ = call((4, 2 * patch, 3 * patch, patch, 96), device, uint8=True)
     for name in ("class_embedding", "positional_embedding"):
         inputs[name] *= 0
     truth = reference.patch_embed(**{name: x if name == "images" else x.double() for name, x in inputs.items()})
@@ -170,7 +169,7 @@ def test_bytes_are_rounded_less_than_normalised_pixels(patch, device):
 
 
 def test_gradients_of_float32_weights_are_not_rounded(device):
-    inputs, grad = inputs_of((4, 28, 28, 14, 40), torch.float32, device, uint8=True)
+    inputs, grad = call((4, 28, 28, 14, 40), device, uint8=True)
     weight = inputs["weight"].requires_grad_()
     with torch.autocast(device.type, torch.float16 if INTERPRET else torch.bfloat16):
         out = patch_embed(**inputs)
@@ -180,29 +179,21 @@ def test_gradients_of_float32_weights_are_not_rounded(device):
 
 
 IMAGES, KEEP = torch.zeros(2, 3, 8, 8), torch.tensor([[2, 0], [3, 1]])
-VALID = {
-    "images": IMAGES,
-    "weight": torch.zeros(6, 3, 4, 4),
-    "class_embedding": torch.zeros(6),
-    "positional_embedding": torch.zeros(5, 6),
-}
+CLASS, POS = torch.zeros(6), torch.zeros(5, 6)
+VALID = {"images": IMAGES, "weight": torch.zeros(6, 3, 4, 4), "class_embedding": CLASS, "positional_embedding": POS}
 ERRORS = [
     ({"images": IMAGES[0]}, ValueError, r"images must have 4 dimensions, got shape \(3, 8, 8\)"),
     ({"images": IMAGES.long()}, TypeError, "images must be one of float32, .*, uint8, got int64"),
     ({"images": IMAGES[:, :, :0]}, ValueError, "image size 0x8 is not a multiple of the patch size 4"),
     ({"images": torch.zeros(2, 3, 9, 8)}, ValueError, "image size 9x8 is not a multiple of the patch size 4"),
     (
-        {"images": IMAGES[:, :1], "mean": (0.5,), "std": (0.5,)},
+        {"images": IMAGES[:, :1], "mean": (1,), "std": (1,)},
         ValueError,
         r"weight must be \[E, 1, P, P\].*got \(6, 3, 4, 4\)",
     ),
     ({"weight": torch.zeros(6, 3, 4, 2)}, ValueError, r"weight must be \[E, 3, P, P\].*got \(6, 3, 4, 2\)"),
     ({"class_embedding": torch.zeros(7)}, ValueError, r"class_embedding must be \[6\], got \(7,\)"),
-    (
-        {"positional_embedding": torch.zeros(4, 6)},
-        ValueError,
-        r"positional_embedding must be \[5, 6\] for 8x8 images and patch size 4, got \(4, 6\)",
-    ),
+    ({"positional_embedding": POS[1:]}, ValueError, r"must be \[5, 6\] for 8x8 images and patch size 4, got \(4, 6\)"),
     ({"mean": (0.5,)}, ValueError, r"mean must be 3 finite numbers, one per channel, got \(0.5,\)"),
     ({"mean": 0.5}, TypeError, "mean must be a sequence of numbers, got 0.5"),
     ({"mean": ("a", "b", "c")}, TypeError, "mean must be a sequence of numbers"),

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from clipfast.kernels import contrastive_loss
 from clipfast.verify.inputs import lay_out
@@ -78,21 +79,10 @@ def test_compiles_without_a_break(name, device):
         torch.testing.assert_close(value, expected[key], msg=key)
 
 
-class Counting:
-    """A compiler backend that counts how often it is asked."""
-
-    def __init__(self) -> None:
-        self.graphs = 0
-
-    def __call__(self, graph, example_inputs):
-        self.graphs += 1
-        return torch._dynamo.lookup_backend("aot_eager")(graph, example_inputs)
-
-
 @each_call
 def test_compiles_once_for_every_batch_size(name, device):
     torch.compiler.reset()
-    backend = Counting()
+    backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda fn, inputs: fn(**inputs), backend=backend, fullgraph=True, dynamic=True)
     counts = []
     for scale in (1, 2, 5):
@@ -103,18 +93,18 @@ def test_compiles_once_for_every_batch_size(name, device):
         if grads:
             torch.autograd.backward(values, [grad.to(value) for grad, value in zip(grads, values, strict=True)])
         # one compilation may ask twice; another batch size must not ask again
-        counts.append(backend.graphs)
+        counts.append(backend.frame_count)
     assert counts == [counts[0]] * 3
 
 
 def test_compiles_once_for_every_scale(device):
     torch.compiler.reset()
-    backend = Counting()
+    backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x, scale: contrastive_loss(x, x, scale), backend=backend, fullgraph=True)
     x = torch.randn(7, 8, device=device)
     for scale in torch.tensor([2.5, 3.5, 4.5], device=device):
         torch.testing.assert_close(compiled(x, scale), contrastive_loss(x, x, scale))
-    assert backend.graphs == 1
+    assert backend.frame_count == 1
 
 
 @pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
