@@ -12,6 +12,7 @@ from ..configs import GemmConfig, RowConfig, config_key, override
 from ..spec import Call, Draw, Floor, OpSpec, Shipped, Target, Tunable
 from . import contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .cases import CONTRASTIVE, INFO_NCE, NT_XENT, SIGMOID, LossShape, QueueShape, SigmoidShape, ViewShape
+from .triton_blocks import small_blocks
 
 ONE = torch.tensor(1.0)
 
@@ -33,6 +34,9 @@ def features(shape: LossShape | SigmoidShape | QueueShape, values: str, draw: Dr
         first[:3], second[-3:] = 0, 0
     elif values == "large":
         first = 100 * first
+    elif values == "lengths":
+        lengths = torch.linspace(0.1, 30, shape.pairs, device=draw.device)[:, None]
+        first, second = lengths * first, second / lengths
     elif values == "one-hot":
         first = second = torch.eye(*size, device=draw.device)
     return first, second
@@ -54,17 +58,24 @@ def make_sigmoid(shape: SigmoidShape, values: str, draw: Draw) -> Call:
     """Make features, and scale and bias of the logits."""
     image, text = features(shape, values, draw)
     numbers = {"logit_scale": number(shape.scale, draw), "logit_bias": number(shape.bias, draw)}
-    return Call({"image": image, "text": text, **numbers}, (ONE,), {"offset": shape.offset})
+    options = {"offset": shape.offset, "normalize": shape.normalize}
+    return Call({"image": image, "text": text, **numbers}, (ONE,), options)
 
 
 def make_info_nce(shape: QueueShape, values: str, draw: Draw) -> Call:
-    """Make queries, keys, a queue of negatives and the scale of the logits."""
+    """Make queries, keys, a queue of negatives if there is one, and the scale of the logits."""
     query, key = features(shape, values, draw)
     negatives = draw.unit(shape.queue, shape.embed_dim)
     if values == "all-equal rows":
         negatives = query[:1].repeat(shape.queue, 1)
-    inputs = {"query": query, "key": key, "negatives": negatives, "logit_scale": number(shape.scale, draw)}
-    return Call(inputs, (ONE,), {"in_batch": shape.in_batch})
+    elif values == "long keys":
+        key = 200 * key
+    elif values in ("long negatives", "lengths"):
+        negatives = 200 * negatives
+    inputs = {"query": query, "key": key, "logit_scale": number(shape.scale, draw)}
+    if shape.queue > 0:
+        inputs["negatives"] = negatives
+    return Call(inputs, (ONE,), {"in_batch": shape.in_batch, "normalize": shape.normalize})
 
 
 def make_nt_xent(shape: ViewShape, values: str, draw: Draw) -> Call:
@@ -119,16 +130,14 @@ TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile
 
 
 @contextlib.contextmanager
-def small_blocks(dtype: torch.dtype) -> Iterator[None]:
-    """Take tiles of 32 x 32 logits, and blocks of 64 x 64 where features have more than 104 dimensions.
-
-    The edge of a block follows from the products' tiles: it is four times their rows where many of them hold D columns.
-    """
+def small_tiles(dtype: torch.dtype) -> Iterator[None]:
+    """Take tiles of 32 x 32 logits, and blocks of 64 x 64."""
     small = {name: GemmConfig(32, 32, 64, num_warps=4, num_stages=1) for name in TILED}
     small["contrastive_products"] = GemmConfig(16, 8, 64, num_warps=4, num_stages=1)
     with contextlib.ExitStack() as stack:
         for name, config in small.items():
             stack.enter_context(override(config_key(name, dtype), config))
+        stack.enter_context(small_blocks(64))
         yield
 
 
@@ -186,7 +195,7 @@ SPECS = (
             # the scale is so large that sums with one shift underflow, and maxima are needed
             Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_online_stats")),
         ),
-        small_tiles=small_blocks,
+        small_tiles=small_tiles,
     ),
     OpSpec(
         op=sigmoid_loss,
@@ -209,7 +218,7 @@ SPECS = (
             Shipped("N1001 D512", SigmoidShape(1001, 512)),
         ),
         targets=(Target("sigmoid", SigmoidShape(16384, 512), _gemm("sigmoid_grad_tile", "sigmoid_sums")),),
-        small_tiles=small_blocks,
+        small_tiles=small_tiles,
     ),
     OpSpec(
         op=info_nce_loss,
@@ -228,7 +237,7 @@ SPECS = (
         frozen=("key", "negatives"),
         float32=("logit_scale",),
         follows_autocast=False,
-        small_tiles=small_blocks,
+        small_tiles=small_tiles,
     ),
     OpSpec(
         op=nt_xent_loss,
@@ -246,6 +255,6 @@ SPECS = (
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         float32=("logit_scale",),
         follows_autocast=False,
-        small_tiles=small_blocks,
+        small_tiles=small_tiles,
     ),
 )

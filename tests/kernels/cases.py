@@ -25,14 +25,6 @@ from clipfast.kernels import (
     text_embed,
 )
 
-# (pairs, embed_dim)
-LOSS_SHAPES = [
-    (1, 16),  # one pair: both softmaxes are 1, every gradient is 0
-    (2, 8),  # less than any tile in both directions
-    (64, 64),  # exactly one fp32 tile, no mask is ever false
-    (67, 40),  # prime, and a dimension that no tile divides
-    (129, 72),  # one past the half-precision tile
-]
 # (batch, tokens, heads, head_dim, causal)
 ATTENTION_SHAPES = [
     (1, 1, 1, 64, False),  # one token: softmax of one
