@@ -1,6 +1,7 @@
 """The specifications of the contrastive losses: inputs, floors, what ships and what is tuned."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -150,111 +151,87 @@ def _gemm(*kernels: str) -> tuple[Tunable, ...]:
 SUMS = ("_stats_kernel", "_online_stats_kernel", "_merge_kernel")
 GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
+GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)
+PRODUCTS = _gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats")
+ROWS = Tunable("contrastive_rows", "_finish_kernel", RowConfig)
+loss_spec = functools.partial(
+    OpSpec, category="loss", items=("pairs", "pairs"), follows_autocast=False, small_tiles=small_tiles
+)
 
 SPECS = (
-    OpSpec(
+    loss_spec(
         op=contrastive_loss,
         reference=reference.contrastive_loss,
         make=make_contrastive,
         cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
-        category="loss",
         suite="loss",
         torch_op="contrastive",
         kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
         floor=contrastive_floor,
         bench={
             "cpu": tuple(LossShape(pairs, 512) for pairs in (1024, 2048, 4096, 8192, 16384)),
-            "cuda": (
-                LossShape(16384, 512),
-                LossShape(32768, 768),
-                LossShape(4096, 512),
-                LossShape(65536, 768),
-                LossShape(8192, 512),
-                LossShape(32768, 512),
-            ),
+            "cuda": tuple(LossShape(*size) for size in GPU_SIZES),
         },
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
         float32=("logit_scale",),
-        follows_autocast=False,
         # 1001: a last batch of any size, where nothing is aligned; fp16 has a scale of its own for G
         shipped=(
             Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
             Shipped("N1001 D512", LossShape(1001, 512, 10.0)),
         ),
         targets=(
-            Target(
-                "contrastive",
-                LossShape(16384, 512),
-                (
-                    *_gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats"),
-                    Tunable("contrastive_rows", "_finish_kernel", RowConfig),
-                ),
-            ),
+            Target("contrastive", LossShape(16384, 512), (*PRODUCTS, ROWS)),
             # the scale is so large that sums with one shift underflow, and maxima are needed
             Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_online_stats")),
         ),
-        small_tiles=small_tiles,
     ),
-    OpSpec(
+    loss_spec(
         op=sigmoid_loss,
         reference=reference.sigmoid_loss,
         make=make_sigmoid,
         cases=SIGMOID,
         small=(SigmoidShape(11, 6, 5.0, -3.0, 0.3),),
-        category="loss",
         suite="sigmoid",
         torch_op="sigmoid",
         kernels=("_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", *GRADIENTS[1:]),
         floor=sigmoid_floor,
         bench={"cpu": (SigmoidShape(2048, 512),), "cuda": (SigmoidShape(16384, 512), SigmoidShape(4096, 512))},
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         float32=("logit_scale", "logit_bias"),
-        follows_autocast=False,
         shipped=(
             Shipped("N1024 D512", SigmoidShape(1024, 512), DTYPES),
             Shipped("N1001 D512", SigmoidShape(1001, 512)),
         ),
         targets=(Target("sigmoid", SigmoidShape(16384, 512), _gemm("sigmoid_grad_tile", "sigmoid_sums")),),
-        small_tiles=small_tiles,
     ),
-    OpSpec(
+    loss_spec(
         op=info_nce_loss,
         reference=reference.info_nce_loss,
         make=make_info_nce,
         cases=INFO_NCE,
         small=(QueueShape(11, 7, 6, 5.0, 0.3, in_batch=True), QueueShape(11, 7, 6, 5.0, 0.3)),
-        category="loss",
         suite="info_nce",
         torch_op="info_nce",
         kernels=(*SUMS, *GRADIENTS),
         floor=info_nce_floor,
         bench={"cpu": (QueueShape(256, 16384, 128),), "cuda": (QueueShape(1024, 65536, 128),)},
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         frozen=("key", "negatives"),
         float32=("logit_scale",),
-        follows_autocast=False,
-        small_tiles=small_tiles,
     ),
-    OpSpec(
+    loss_spec(
         op=nt_xent_loss,
         reference=reference.nt_xent_loss,
         make=make_nt_xent,
         cases=NT_XENT,
         small=(ViewShape(11, 6, 5.0, 0.3),),
-        category="loss",
         suite="nt_xent",
         torch_op="nt_xent",
         kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
         floor=nt_xent_floor,
         bench={"cpu": (ViewShape(2048, 512),), "cuda": (ViewShape(16384, 512), ViewShape(4096, 512))},
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         float32=("logit_scale",),
-        follows_autocast=False,
-        small_tiles=small_tiles,
     ),
 )
