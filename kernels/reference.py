@@ -31,7 +31,8 @@ def pairwise_loss(
     if normalize:
         rows, cols = F.normalize(rows, dim=-1), F.normalize(cols, dim=-1)
     logits = _wide(logit_scale * (rows @ cols.T))
-    of_rows = torch.arange(max(0, -offset), min(len(rows), len(cols) - offset), device=logits.device)
+    start = max(0, -offset)
+    of_rows = torch.arange(start, max(start, min(len(rows), len(cols) - offset)), device=logits.device)
     of_cols = of_rows + offset
     loss = _cross_entropy(logits[of_rows], of_cols)
     return (loss + _cross_entropy(logits.T[of_cols], of_rows)) / 2 if both else loss

@@ -59,13 +59,6 @@ def _contrastive_bwd(
     return backward(grad_loss, image, text, logit_scale, normalizers, offset, both, normalize, dtype, save_memory)
 
 
-@_contrastive_bwd.register_fake
-def _(
-    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *saved_and_options: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return image.new_empty(image.shape), text.new_empty(text.shape), logit_scale.new_empty(())
-
-
 register_gradients(_contrastive_fwd, _contrastive_bwd)
 
 

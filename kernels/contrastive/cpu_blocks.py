@@ -78,14 +78,9 @@ def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, r
 
 
 def add_gradients(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    normalizers: Normalizers,
-    offset: int,
-    acc_x: Tensor | None,
-    acc_y: Tensor | None,
-) -> None:
+    x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
+    acc_x: Tensor | None, acc_y: Tensor | None,
+) -> None:  # fmt: skip
     """Add G y to acc_x and G^T x to acc_y. G is not rounded, so there is no sum to return."""
     shift = shared_shift(logit_scale)
     row_max, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]
@@ -157,16 +152,11 @@ def _chunks(x: Tensor, y: Tensor, factor: Tensor) -> Iterator[tuple[slice, Tenso
     m, n = len(x), len(y)
     if m == 0 or n == 0:
         return
-    size = chunk_rows(m, n)
+    size = min(m, CHUNK_ROWS, max(16, CHUNK_ELEMENTS // n))
     buffer = x.new_empty(size, n)
     factor = factor.to(x.dtype)
     for rows in slices(m, size):
         yield rows, torch.mm(x[rows] * factor, y.T, out=buffer[: rows.stop - rows.start])
-
-
-def chunk_rows(m: int, n: int) -> int:
-    """Return how many rows of [m, n] logits are worked on at once."""
-    return min(m, CHUNK_ROWS, max(16, CHUNK_ELEMENTS // n))
 
 
 def _pieces(chunk: Tensor) -> list[slice]:

@@ -22,7 +22,7 @@ that is multiplied, or with a prime in float32:
 the forward pass and again in the backward pass, where sums of their gradients follow them. "scalars" collects texts and
 images. Gradients travel while the next block is computed, and so do the texts of the ring. Vectors come on top, in
 float32: a rank sends 5 (W-1) b numbers forward, without "scalars" 2 (W-1) b more, and holds at most 10 N + b of them.
-What blocks hold while they are computed comes on top as well. ``clipfast plan`` counts all of it.
+What blocks hold while they are computed comes on top as well. ``clipfast plan`` runs a step and counts all of it.
 Method: the loss of own rows is that of Cherti et al. 2023 (OpenCLIP), the ring that of Liu et al. 2023 (Ring
 Attention), the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).
 """
@@ -37,7 +37,7 @@ from torch import Tensor
 from ..backends import outside_autocast
 from ..dtypes import FLOATS, accumulate_dtype, dtype_name
 from .contrastive import contrastive_loss
-from .exchange import BlockReduce, OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal
+from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal
 from .gradients import new_gradients, scale_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
@@ -210,7 +210,7 @@ def _accumulate_rows(
     """Return the same as :func:`_accumulate_strips`, from own images only: other ranks get the sums for their texts."""
     ranks, blocks = options.ranks, logit_blocks(x.device)
     source: Iterable[tuple[int, Tensor]]
-    reduce: BlockReduce
+    reduce: OwnerReduce | RingReduce
     if options.mode == "gather":
         source, reduce = enumerate(gathered[0][cols] for cols in ranks.slices), OwnerReduce(ranks)
     else:

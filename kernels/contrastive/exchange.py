@@ -7,7 +7,6 @@ order, except in :class:`OwnerReduce`, which leaves the order to the backend.
 import dataclasses
 import functools
 from collections.abc import Iterator
-from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -148,18 +147,11 @@ class Transfer:
         return self.received
 
 
-class BlockReduce(Protocol):
-    """A reduction over ranks: every rank adds a block for each owner, and each owner gets the sum of its blocks."""
-
-    def add(self, owner: int, block: Tensor) -> None:
-        """Add this rank's block for ``owner``; the reduction may overwrite it."""
-
-    def result(self) -> Tensor:
-        """Return the sum of the blocks for this rank, after blocks for all ranks have been added."""
-
-
 class OwnerReduce:
-    """A reduction where every rank adds its blocks in order of owner: one is sent while the next is computed."""
+    """A reduction over ranks: every rank adds a block for each owner, and each owner gets the sum of its blocks.
+
+    Every rank adds its blocks in order of owner: one is sent while the next is computed.
+    """
 
     def __init__(self, ranks: Ranks) -> None:
         self.ranks = ranks
@@ -167,7 +159,7 @@ class OwnerReduce:
         self.own: Tensor | None = None
 
     def add(self, owner: int, block: Tensor) -> None:
-        """Start to reduce ``block`` to its owner, after the block before has been reduced."""
+        """Start to reduce ``block`` to its owner, after the block before; the reduction may overwrite it."""
         self._wait()
         if owner == self.ranks.rank:
             self.own = block
@@ -188,7 +180,7 @@ class OwnerReduce:
 
 
 class RingReduce:
-    """A reduction where every rank adds its blocks in the order of :meth:`Ranks.ring`.
+    """The same reduction where every rank adds its blocks in the order of :meth:`Ranks.ring`.
 
     The sum for an owner follows the owner's rows round the ring, one step behind them, and so ends with the owner.
     """

@@ -15,27 +15,13 @@ def new_gradients(*features: Tensor) -> list[Tensor]:
 
 
 def gradients_in_strips(
-    blocks: LogitBlocks,
-    own: Features,
-    other: Tensor,
-    offset: int,
-    one_minus_p: Tensor,
-    factor: Tensor,
-    out: Tensor,
+    blocks: LogitBlocks, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor,
     add: Callable[[slice, Tensor], list[Tensor | None]],
-) -> tuple[Tensor, list[Tensor | None]]:
+) -> tuple[Tensor, list[Tensor | None]]:  # fmt: skip
     """Accumulate and finish the gradient of features strip by strip, so that only a strip is held in float32.
 
-    Args:
-        blocks: the implementation for the device.
-        own: the M rows whose gradient it is.
-        other: [N, D], features of the other side; the positive of row i is row i + offset, if there is one.
-        offset: see ``other``.
-        one_minus_p: [M]; see :meth:`LogitBlocks.finish`, as for
-        factor: [].
-        out: [M, D]; the gradient is written here.
-        add: ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns
-            what each call of :meth:`LogitBlocks.add_gradients` has returned.
+    ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns what each
+    call of :meth:`LogitBlocks.add_gradients` has returned. The other arguments are those of :meth:`LogitBlocks.finish`.
 
     Returns:
         The products [M] of gradients and features that ``finish`` returns, and everything that ``add`` has returned.

@@ -61,19 +61,6 @@ def _info_nce_bwd(
     )  # fmt: skip
 
 
-@_info_nce_bwd.register_fake
-def _(
-    grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
-    row: Tensor, uses_shared_shift: Tensor,
-    in_batch: bool, normalize: bool, dtype: torch.dtype, needs_key: bool, needs_negatives: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    query_grad, key_grad, negatives_grad = (
-        side.new_empty(side.shape[0] if needed else 0, side.shape[1])
-        for side, needed in ((query, True), (key, needs_key), (negatives, needs_negatives))
-    )
-    return query_grad, key_grad, negatives_grad, logit_scale.new_empty(())
-
-
 register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
 
 

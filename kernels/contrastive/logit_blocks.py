@@ -32,15 +32,9 @@ class LogitBlocks(Protocol):
         """Return the statistics of the logits of x against y."""
 
     def add_gradients(
-        self,
-        x: Tensor,
-        y: Tensor,
-        logit_scale: Tensor,
-        normalizers: Normalizers,
-        offset: int,
-        acc_x: Tensor | None,
-        acc_y: Tensor | None,
-    ) -> Tensor | None:
+        self, x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
+        acc_x: Tensor | None, acc_y: Tensor | None,
+    ) -> Tensor | None:  # fmt: skip
         """Add G y to acc_x [M, D] and G^T x to acc_y [N, D], from one computation of G; one of the two may be None.
 
         Both are multiplied by a constant that :meth:`finish` takes out again.

@@ -46,13 +46,6 @@ def _nt_xent_bwd(
     return backward(grad_loss, first, second, logit_scale, row, col, uses_shared_shift, normalize, dtype)
 
 
-@_nt_xent_bwd.register_fake
-def _(
-    grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor, *saved_and_options: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return first.new_empty(first.shape), second.new_empty(second.shape), logit_scale.new_empty(())
-
-
 register_gradients(_nt_xent_fwd, _nt_xent_bwd)
 
 

@@ -82,14 +82,6 @@ def _sigmoid_bwd(
     return image_grad, text_grad, of_scale * coefficient, grad_loss * bias_grad
 
 
-@_sigmoid_bwd.register_fake
-def _(
-    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, *saved_and_options: object
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    of_scale, of_bias = logit_scale.new_empty(()), logit_scale.new_empty(())
-    return image.new_empty(image.shape), text.new_empty(text.shape), of_scale, of_bias
-
-
 register_gradients(_sigmoid_fwd, _sigmoid_bwd)
 
 

@@ -1,6 +1,7 @@
 """The specifications of the contrastive losses: inputs, floors, what ships and what is tuned."""
 
 import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -12,6 +13,7 @@ from ..configs import GemmConfig, RowConfig, config_key, override
 from ..spec import Call, Draw, Floor, OpSpec, Shipped, Target, Tunable
 from . import contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .cases import CONTRASTIVE, INFO_NCE, NT_XENT, SIGMOID, LossShape, QueueShape, SigmoidShape, ViewShape
+from .triton_blocks import small_blocks
 
 ONE = torch.tensor(1.0)
 
@@ -33,6 +35,9 @@ def features(shape: LossShape | SigmoidShape | QueueShape, values: str, draw: Dr
         first[:3], second[-3:] = 0, 0
     elif values == "large":
         first = 100 * first
+    elif values == "lengths":
+        lengths = torch.linspace(0.1, 30, shape.pairs, device=draw.device)[:, None]
+        first, second = lengths * first, second / lengths
     elif values == "one-hot":
         first = second = torch.eye(*size, device=draw.device)
     return first, second
@@ -54,17 +59,24 @@ def make_sigmoid(shape: SigmoidShape, values: str, draw: Draw) -> Call:
     """Make features, and scale and bias of the logits."""
     image, text = features(shape, values, draw)
     numbers = {"logit_scale": number(shape.scale, draw), "logit_bias": number(shape.bias, draw)}
-    return Call({"image": image, "text": text, **numbers}, (ONE,), {"offset": shape.offset})
+    options = {"offset": shape.offset, "normalize": shape.normalize}
+    return Call({"image": image, "text": text, **numbers}, (ONE,), options)
 
 
 def make_info_nce(shape: QueueShape, values: str, draw: Draw) -> Call:
-    """Make queries, keys, a queue of negatives and the scale of the logits."""
+    """Make queries, keys, a queue of negatives if there is one, and the scale of the logits."""
     query, key = features(shape, values, draw)
     negatives = draw.unit(shape.queue, shape.embed_dim)
     if values == "all-equal rows":
         negatives = query[:1].repeat(shape.queue, 1)
-    inputs = {"query": query, "key": key, "negatives": negatives, "logit_scale": number(shape.scale, draw)}
-    return Call(inputs, (ONE,), {"in_batch": shape.in_batch})
+    elif values == "long keys":
+        key = 200 * key
+    elif values in ("long negatives", "lengths"):
+        negatives = 200 * negatives
+    inputs = {"query": query, "key": key, "logit_scale": number(shape.scale, draw)}
+    if shape.queue > 0:
+        inputs["negatives"] = negatives
+    return Call(inputs, (ONE,), {"in_batch": shape.in_batch, "normalize": shape.normalize})
 
 
 def make_nt_xent(shape: ViewShape, values: str, draw: Draw) -> Call:
@@ -119,16 +131,14 @@ TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile
 
 
 @contextlib.contextmanager
-def small_blocks(dtype: torch.dtype) -> Iterator[None]:
-    """Take tiles of 32 x 32 logits, and blocks of 64 x 64 where features have more than 104 dimensions.
-
-    The edge of a block follows from the products' tiles: it is four times their rows where many of them hold D columns.
-    """
+def small_tiles(dtype: torch.dtype) -> Iterator[None]:
+    """Take tiles of 32 x 32 logits, and blocks of 64 x 64."""
     small = {name: GemmConfig(32, 32, 64, num_warps=4, num_stages=1) for name in TILED}
     small["contrastive_products"] = GemmConfig(16, 8, 64, num_warps=4, num_stages=1)
     with contextlib.ExitStack() as stack:
         for name, config in small.items():
             stack.enter_context(override(config_key(name, dtype), config))
+        stack.enter_context(small_blocks(64))
         yield
 
 
@@ -141,111 +151,87 @@ def _gemm(*kernels: str) -> tuple[Tunable, ...]:
 SUMS = ("_stats_kernel", "_online_stats_kernel", "_merge_kernel")
 GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
+GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)
+PRODUCTS = _gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats")
+ROWS = Tunable("contrastive_rows", "_finish_kernel", RowConfig)
+loss_spec = functools.partial(
+    OpSpec, category="loss", items=("pairs", "pairs"), follows_autocast=False, small_tiles=small_tiles
+)
 
 SPECS = (
-    OpSpec(
+    loss_spec(
         op=contrastive_loss,
         reference=reference.contrastive_loss,
         make=make_contrastive,
         cases=CONTRASTIVE,
         small=(LossShape(11, 6, 5.0, 0.3), LossShape(11, 6, 5.0, 0.3, normalize=True)),
-        category="loss",
         suite="loss",
         torch_op="contrastive",
         kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
         floor=contrastive_floor,
         bench={
             "cpu": tuple(LossShape(pairs, 512) for pairs in (1024, 2048, 4096, 8192, 16384)),
-            "cuda": (
-                LossShape(16384, 512),
-                LossShape(32768, 768),
-                LossShape(4096, 512),
-                LossShape(65536, 768),
-                LossShape(8192, 512),
-                LossShape(32768, 512),
-            ),
+            "cuda": tuple(LossShape(*size) for size in GPU_SIZES),
         },
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},
         float32=("logit_scale",),
-        follows_autocast=False,
         # 1001: a last batch of any size, where nothing is aligned; fp16 has a scale of its own for G
         shipped=(
             Shipped("N1024 D512", LossShape(1024, 512, 10.0), DTYPES),
             Shipped("N1001 D512", LossShape(1001, 512, 10.0)),
         ),
         targets=(
-            Target(
-                "contrastive",
-                LossShape(16384, 512),
-                (
-                    *_gemm("contrastive_grad_tile", "contrastive_products", "contrastive_stats"),
-                    Tunable("contrastive_rows", "_finish_kernel", RowConfig),
-                ),
-            ),
+            Target("contrastive", LossShape(16384, 512), (*PRODUCTS, ROWS)),
             # the scale is so large that sums with one shift underflow, and maxima are needed
             Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_online_stats")),
         ),
-        small_tiles=small_blocks,
     ),
-    OpSpec(
+    loss_spec(
         op=sigmoid_loss,
         reference=reference.sigmoid_loss,
         make=make_sigmoid,
         cases=SIGMOID,
         small=(SigmoidShape(11, 6, 5.0, -3.0, 0.3),),
-        category="loss",
         suite="sigmoid",
         torch_op="sigmoid",
         kernels=("_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", *GRADIENTS[1:]),
         floor=sigmoid_floor,
         bench={"cpu": (SigmoidShape(2048, 512),), "cuda": (SigmoidShape(16384, 512), SigmoidShape(4096, 512))},
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         float32=("logit_scale", "logit_bias"),
-        follows_autocast=False,
         shipped=(
             Shipped("N1024 D512", SigmoidShape(1024, 512), DTYPES),
             Shipped("N1001 D512", SigmoidShape(1001, 512)),
         ),
         targets=(Target("sigmoid", SigmoidShape(16384, 512), _gemm("sigmoid_grad_tile", "sigmoid_sums")),),
-        small_tiles=small_blocks,
     ),
-    OpSpec(
+    loss_spec(
         op=info_nce_loss,
         reference=reference.info_nce_loss,
         make=make_info_nce,
         cases=INFO_NCE,
         small=(QueueShape(11, 7, 6, 5.0, 0.3, in_batch=True), QueueShape(11, 7, 6, 5.0, 0.3)),
-        category="loss",
         suite="info_nce",
         torch_op="info_nce",
         kernels=(*SUMS, *GRADIENTS),
         floor=info_nce_floor,
         bench={"cpu": (QueueShape(256, 16384, 128),), "cuda": (QueueShape(1024, 65536, 128),)},
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         frozen=("key", "negatives"),
         float32=("logit_scale",),
-        follows_autocast=False,
-        small_tiles=small_blocks,
     ),
-    OpSpec(
+    loss_spec(
         op=nt_xent_loss,
         reference=reference.nt_xent_loss,
         make=make_nt_xent,
         cases=NT_XENT,
         small=(ViewShape(11, 6, 5.0, 0.3),),
-        category="loss",
         suite="nt_xent",
         torch_op="nt_xent",
         kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
         floor=nt_xent_floor,
         bench={"cpu": (ViewShape(2048, 512),), "cuda": (ViewShape(16384, 512), ViewShape(4096, 512))},
-        items=("pairs", "pairs"),
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},
         float32=("logit_scale",),
-        follows_autocast=False,
-        small_tiles=small_blocks,
     ),
 )

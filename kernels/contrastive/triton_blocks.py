@@ -1,7 +1,8 @@
 """The work on blocks of logits by Triton kernels: their launches. ``logit_blocks`` describes the functions."""
 
+import contextlib
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 import triton
@@ -17,11 +18,26 @@ from .sigmoid_kernels import _sigmoid_grad_tile_kernel, _sigmoid_sums_kernel
 from .softmax_kernels import _grad_tile_kernel, _merge_kernel, _online_stats_kernel, _stats_kernel
 from .softmax_stats import Normalizers, SoftmaxStats, is_exact, new_stats, shared_shift
 
-# Rows and columns whose sums by tile are held at once: these take at most 64 MiB, whatever M and N are.
-STATS_EDGE = 16384
+# The most rows and columns of a block of logits: their sums by tile take at most 64 MiB, whatever M and N are.
+MAX_EDGE = 16384
 MERGE = RowConfig(block_m=256, block_n=1, num_warps=4, num_stages=1)
 RECORDED_MULTIPROCESSORS = 132  # those of an H100, where launches are recorded without a GPU
 GROUP_M = 8
+
+
+@contextlib.contextmanager
+def small_blocks(edge: int) -> Iterator[None]:
+    """Take blocks of at most ``edge`` rows and columns, so that a few features already need several blocks."""
+    global MAX_EDGE
+    before, MAX_EDGE = MAX_EDGE, edge
+    try:
+        yield
+    finally:
+        MAX_EDGE = before
+
+
+def _blocks(x: Tensor, y: Tensor, edge: int) -> Iterator[tuple[slice, slice]]:
+    return itertools.product(slices(len(x), edge), slices(len(y), edge))
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
@@ -67,10 +83,10 @@ def _accumulate_stats(
 ) -> None:
     cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch_of(x.device), x.dtype)
     # These hold the sums of each tile's rows and of its columns; where maxima are taken, they come before the sums.
-    of_rows, of_cols = (
-        result.row_sum.new_empty(2 if is_online else 1, size) for size in _sums_by_tile(cfg, len(x), len(y))
-    )
-    for rows, cols in itertools.product(slices(len(x), STATS_EDGE), slices(len(y), STATS_EDGE)):
+    most_rows, most_cols = min(MAX_EDGE, len(x)), min(MAX_EDGE, len(y))
+    sizes = triton.cdiv(most_cols, cfg.block_n) * most_rows, triton.cdiv(most_rows, cfg.block_m) * most_cols
+    of_rows, of_cols = (result.row_sum.new_empty(2 if is_online else 1, size) for size in sizes)
+    for rows, cols in _blocks(x, y, MAX_EDGE):
         m, n = rows.stop - rows.start, cols.stop - cols.start
         num_m, num_n = triton.cdiv(m, cfg.block_m), triton.cdiv(n, cfg.block_n)
         kernel, programs, buffers = _stats_kernel, num_m * num_n, (of_rows[0], of_cols[0])
@@ -93,41 +109,18 @@ def _accumulate_stats(
             )  # fmt: skip
 
 
-def _sums_by_tile(cfg: GemmConfig, m: int, n: int) -> tuple[int, int]:
-    """Return how many elements hold the sums of rows, and how many those of columns, by tile."""
-    m, n = min(STATS_EDGE, m), min(STATS_EDGE, n)
-    return triton.cdiv(n, cfg.block_n) * m, triton.cdiv(m, cfg.block_m) * n
-
-
-def stats_scratch(arch: int, dtype: torch.dtype, m: int, n: int) -> int:
-    """Return the most bytes that :func:`statistics` of m rows and n columns holds besides its result."""
-    return 4 * 2 * sum(_sums_by_tile(gemm_config("contrastive_online_stats", arch, dtype), m, n))
-
-
 def add_gradients(
-    x: Tensor,
-    y: Tensor,
-    logit_scale: Tensor,
-    normalizers: Normalizers,
-    offset: int,
-    acc_x: Tensor | None,
-    acc_y: Tensor | None,
-) -> Tensor | None:
+    x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
+    acc_x: Tensor | None, acc_y: Tensor | None,
+) -> Tensor | None:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return the sum of G_ij x_i . y_j."""
-    cfg = gemm_config("contrastive_grad_tile", arch_of(x.device), x.dtype)
 
-    def write(grad: Tensor, rows: slice, cols: slice) -> Tensor:
+    def inputs(rows: slice, cols: slice) -> tuple[Tensor, ...]:
         row, col, uses_shared_shift = normalizers.part(rows, cols)
-        scale_sums = _new_scale_sums(grad, cfg)
-        _launch_on_tiles(
-            _grad_tile_kernel, len(scale_sums), cfg, x[rows], y[cols], _tiles(grad, cfg.block_m, cfg.block_n // 2, x),
-            logit_scale, uses_shared_shift, row[0], row[1], col[0], col[1], scale_sums,
-            *grad.shape, x.shape[1], offset + rows.start - cols.start, x.stride(0), y.stride(0), grad.stride(0),
-            LOG2E, _grad_scale(x.dtype),
-        )  # fmt: skip
-        return scale_sums
+        return logit_scale, uses_shared_shift, row[0], row[1], col[0], col[1]
 
-    return _add_products(x, y, write, acc_x, acc_y)
+    cfg = gemm_config("contrastive_grad_tile", arch_of(x.device), x.dtype)
+    return _add_products(_grad_tile_kernel, cfg, x, y, offset, inputs, (LOG2E,), acc_x, acc_y)
 
 
 def sigmoid_sums(
@@ -137,7 +130,7 @@ def sigmoid_sums(
     positive = x.new_empty(len(x), dtype=torch.float32)
     totals = x.new_zeros(2, dtype=torch.float64)
     cfg = gemm_config("sigmoid_sums", arch_of(x.device), x.dtype)
-    for rows, cols in itertools.product(slices(len(x), STATS_EDGE), slices(len(y), STATS_EDGE)):
+    for rows, cols in _blocks(x, y, MAX_EDGE):
         m, n = rows.stop - rows.start, cols.stop - cols.start
         tiles = triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n)
         of_tiles = x.new_empty(2, tiles, dtype=torch.float32)
@@ -154,32 +147,21 @@ def add_sigmoid_gradients(
 ) -> Tensor | None:
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return the sum of G_ij x_i . y_j."""
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
-
-    def write(grad: Tensor, rows: slice, cols: slice) -> Tensor:
-        scale_sums = _new_scale_sums(grad, cfg)
-        _launch_on_tiles(
-            _sigmoid_grad_tile_kernel, len(scale_sums), cfg, x[rows], y[cols],
-            _tiles(grad, cfg.block_m, cfg.block_n // 2, x), logit_scale, logit_bias, scale_sums,
-            *grad.shape, x.shape[1], offset + rows.start - cols.start, x.stride(0), y.stride(0), grad.stride(0),
-            _grad_scale(x.dtype),
-        )  # fmt: skip
-        return scale_sums
-
-    return _add_products(x, y, write, acc_x, acc_y)
+    inputs = logit_scale, logit_bias
+    return _add_products(_sigmoid_grad_tile_kernel, cfg, x, y, offset, lambda *_: inputs, (), acc_x, acc_y)
 
 
 def _add_products(
-    x: Tensor,
-    y: Tensor,
-    write: Callable[[Tensor, slice, slice], Tensor],
-    acc_x: Tensor | None,
-    acc_y: Tensor | None,
-) -> Tensor | None:
+    kernel: triton.JITFunction, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
+    inputs: Callable[[slice, slice], tuple[Tensor, ...]], constants: tuple[float, ...],
+    acc_x: Tensor | None, acc_y: Tensor | None,
+) -> Tensor | None:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
-        write: ``write(grad, rows, cols)`` writes a block of grad_scale * G to ``grad`` and returns, for each of its
-            tiles, the sum of grad_scale * G_ij x_i . y_j, [tiles] in float32.
+        kernel: writes a tile of grad_scale * G, and the sum of grad_scale * G_ij x_i . y_j over the tile.
+        inputs: ``inputs(rows, cols)`` returns what the kernel takes besides features to compute a block of G.
+        constants: what it takes after the strides.
 
     Returns:
         Sum of G_ij x_i . y_j, [] in float64, taken before G is rounded to 16 bits. The accumulators already contain
@@ -187,15 +169,22 @@ def _add_products(
         it is not rounded.
     """
     total = x.new_zeros((), dtype=torch.float64)
-    edge = _block_edge(x)
+    edge, grad_scale = _block_edge(x), _grad_scale(x.dtype)
     buffer = _new_aligned((min(edge, len(x)), min(edge, len(y))), x)
-    for rows, cols in itertools.product(slices(len(x), edge), slices(len(y), edge)):
-        grad = buffer[: rows.stop - rows.start, : cols.stop - cols.start]
-        total += write(grad, rows, cols).sum(dtype=torch.float64)
+    for rows, cols in _blocks(x, y, edge):
+        m, n = rows.stop - rows.start, cols.stop - cols.start
+        grad = buffer[:m, :n]
+        scale_sums = grad.new_empty(triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n), dtype=torch.float32)
+        _launch_on_tiles(
+            kernel, len(scale_sums), cfg, x[rows], y[cols], _tiles(grad, cfg.block_m, cfg.block_n // 2, x),
+            *inputs(rows, cols), scale_sums, m, n, x.shape[1], offset + rows.start - cols.start,
+            x.stride(0), y.stride(0), grad.stride(0), *constants, grad_scale,
+        )  # fmt: skip
+        total += scale_sums.sum(dtype=torch.float64)
         acc_rows = None if acc_x is None else acc_x[rows]
         acc_cols = None if acc_y is None else acc_y[cols]
         _launch_products(grad, x[rows], y[cols], acc_rows, acc_cols)
-    return total / _grad_scale(x.dtype) if x.dtype.itemsize == 2 else None
+    return total / grad_scale if x.dtype.itemsize == 2 else None
 
 
 def _launch_products(grad: Tensor, x: Tensor, y: Tensor, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
@@ -234,25 +223,15 @@ def finish(
 
 
 def _launch_on_tiles(
-    kernel: triton.JITFunction,
-    programs: int,
-    cfg: GemmConfig,
-    x: Tensor,
-    y: Tensor,
+    kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor,
     *args: Tensor | TensorDescriptor | float,
-) -> None:
+) -> None:  # fmt: skip
     """Launch a kernel whose programs take tiles of the products x y^T; ``args`` are its arguments after x and y."""
     launch(
         kernel, (programs,), _tiles(x, cfg.block_m, cfg.block_k, x), _tiles(y, cfg.block_n, cfg.block_k, x), *args,
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
         GROUP_M=GROUP_M, IS_TMA=_has_tma(x),
     )  # fmt: skip
-
-
-def _new_scale_sums(grad: Tensor, cfg: GemmConfig) -> Tensor:
-    """Return room for one number from each tile of a block of G."""
-    tiles = triton.cdiv(grad.shape[0], cfg.block_m) * triton.cdiv(grad.shape[1], cfg.block_n)
-    return grad.new_empty(tiles, dtype=torch.float32)
 
 
 def _grad_scale(dtype: torch.dtype) -> float:
@@ -264,13 +243,10 @@ def _grad_scale(dtype: torch.dtype) -> float:
 
 
 def _block_edge(x: Tensor) -> int:
-    return block_edge(arch_of(x.device), x.dtype, x.shape[1], multiprocessors(x.device, RECORDED_MULTIPROCESSORS))
-
-
-def block_edge(arch: int, dtype: torch.dtype, embed_dim: int, multiprocessors: int) -> int:
     """Return the rows and columns of a block of G: then both products are one wave of tiles, and G stays in L2."""
-    cfg = gemm_config("contrastive_products", arch, dtype)
-    return cfg.block_m * max(4, multiprocessors // 2 // triton.cdiv(max(embed_dim, 1), cfg.block_n))
+    cfg = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
+    half = multiprocessors(x.device, RECORDED_MULTIPROCESSORS) // 2
+    return min(MAX_EDGE, cfg.block_m * max(4, half // triton.cdiv(max(x.shape[1], 1), cfg.block_n)))
 
 
 def _has_tma(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -130,3 +131,24 @@ def sanitizer() -> Iterator[Any]:
         yield session
         assert session.launches > 0, "nothing was launched"
         assert session.races_unchecked == 0, "a launch was too large for the race check: shrink the case"
+
+
+def loss_inputs(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, matched: float, scale: float
+) -> dict[str, Tensor]:
+    """Unit features whose pairs are alike to the degree ``matched``: 0 is the start of training, 1 its end."""
+    image = F.normalize(torch.randn(shape), dim=-1)
+    text = F.normalize(matched * image + (1.001 - matched) * F.normalize(torch.randn(shape), dim=-1), dim=-1)
+    return {
+        "image": image.to(device, dtype),
+        "text": text.to(device, dtype),
+        "logit_scale": torch.tensor(scale, device=device),
+    }
+
+
+def huge_strides(shape: tuple[int, ...]) -> Tensor:
+    """A float16 tensor whose last axis strides over more than 2^31 elements; only the pages that are touched exist."""
+    stride = 2**31 // (shape[-1] - 1) + 16
+    inner = torch.empty(shape[:-1]).stride()
+    # not torch.empty, whose memory the tests fill
+    return torch.empty_strided(shape, (*inner, stride), dtype=torch.float16)

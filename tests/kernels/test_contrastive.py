@@ -1,22 +1,36 @@
-"""The contrastive loss: values and gradients, layouts, extremes; and what all losses do with bad or empty features."""
+"""The contrastive losses beyond their specifications: shapes, blocks, exactness, and what counts as a negative."""
 
+import dataclasses
 import functools
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
 from clipfast import kernels
-from clipfast.kernels import contrastive_loss, launch, reference
+from clipfast.kernels import contrastive_loss, info_nce_loss, launch, nt_xent_loss, reference
 from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
+from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
+from clipfast.kernels.contrastive.sigmoid_kernels import _log_1p, _probability
+from clipfast.kernels.spec import Draw, specs
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
-from .cases import LOSS_SHAPES, huge_strides, loss_inputs, strided
+from .conftest import huge_strides, loss_inputs
 
 pytestmark = pytest.mark.usefixtures("poison")
-DRAWS = 6
+ONE = torch.tensor(1.0)
+# Each loss at a size of several small blocks; 150 is no multiple of a tile or of a block.
+SHAPES = {
+    "contrastive_loss": LossShape(150, 24, 20.0, 0.5),
+    "sigmoid_loss": SigmoidShape(150, 24, 20.0, -10.0, 0.5),
+    "info_nce_loss": QueueShape(150, 170, 24, 20.0, 0.5, in_batch=True),
+    "nt_xent_loss": ViewShape(150, 24, 20.0, 0.5),
+}
+each_loss = pytest.mark.parametrize("loss", SHAPES)
 
 
 @pytest.fixture(params=[80, 90] if INTERPRET else [0])
@@ -26,158 +40,152 @@ def arch(request, monkeypatch):
         monkeypatch.setattr(launch, "CPU_ARCH", request.param)
 
 
-def unnormalised(scale, device):
-    """Return features of very different lengths."""
-    inputs = {"image": 30 * torch.randn(45, 24), "text": 3 * torch.randn(45, 24), "logit_scale": torch.tensor(scale)}
-    return {name: x.to(device) for name, x in inputs.items()}
+def call_of(loss, device, dtype=torch.float32, **changed):
+    """Return a loss, its reference and its inputs, at the size of ``SHAPES`` but for the fields that are changed."""
+    spec = specs()[loss]
+    call = spec.call(dataclasses.replace(SHAPES[loss], **changed), "", Draw(), dtype)
+    inputs = {name: x.to(device) for name, x in call.inputs.items()}
+    return *(functools.partial(fn, **call.options) for fn in (spec.op, spec.reference)), inputs
+
+
+def features_of(inputs):
+    """Return the names of the inputs that are features."""
+    return [name for name, x in inputs.items() if x.ndim == 2]
+
+
+def in_double(inputs):
+    return {name: x.double() for name, x in inputs.items()}
+
+
+def assert_equal(found, expected, rtol=1e-5, atol=1e-7):
+    for name, value in found.items():
+        torch.testing.assert_close(value, expected[name].to(value), rtol=rtol, atol=atol, equal_nan=True, msg=name)
+
+
+# Rows, columns and offset of the pairs. The last one has no pairs, like the texts of another process.
+RECTANGLES = [(5, 9, 2), (9, 5, -3), (70, 133, 60), (133, 70, -40), (1, 6, 5), (65, 64, -1)]
+RECTANGLES += [(0, 4, 1), (4, 0, 1), (67, 70, -67)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", LOSS_SHAPES, ids=str)
-@pytest.mark.parametrize(("matched", "scale"), [(0.0, 14.3), (0.2, 50.0), (0.3, 100.0)], ids=["start", "middle", "end"])
-def test_value_and_gradients(shape, dtype, matched, scale, device, arch):
-    inputs = [loss_inputs(shape, dtype, device, matched=matched, scale=scale) for _ in range(DRAWS)]
-    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
+@pytest.mark.parametrize(("m", "n", "offset"), RECTANGLES, ids=str)
+@pytest.mark.parametrize("loss", ["contrastive_loss", "sigmoid_loss"])
+def test_rectangular(loss, m, n, offset, dtype, device, arch):
+    draws = []  # luck evens out only among many rows
+    for _ in range(30 if loss == "sigmoid_loss" and min(m, n) < 10 else 6):
+        image, text = (F.normalize(torch.randn(rows, 24), dim=-1).to(device, dtype) for rows in (m, n))
+        numbers = {"logit_scale": 30.0} if loss == "contrastive_loss" else {"logit_scale": 10.0, "logit_bias": -3.0}
+        numbers = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
+        draws.append({"image": image, "text": text, **numbers})
+    op, expected = (functools.partial(getattr(module, loss), offset=offset) for module in (kernels, reference))
+    compare(op, expected, draws, ONE)
 
 
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "offset"])
-def test_layouts(layout, device):
-    inputs = loss_inputs((67, 40), torch.float32, device, matched=0.5, scale=20.0)
-    expected = value_and_grads(contrastive_loss, inputs, torch.tensor(2.5))
-    inputs |= {name: strided(inputs[name], layout) for name in ("image", "text")}
-    for name, value in value_and_grads(contrastive_loss, inputs, torch.tensor(2.5)).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
-
-
-def test_expanded_features(device):
-    # Stride 0: every image is the same, so no gradient can come from choosing between them.
-    image = F.normalize(torch.randn(1, 32), dim=-1).to(device).expand(20, 32)
-    inputs = {
-        "image": image,
-        "text": F.normalize(torch.randn(20, 32), dim=-1).to(device),
-        "logit_scale": torch.tensor(10.0, device=device),
-    }
-    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
-
-
+@pytest.mark.skipif(INTERPRET, reason="test_cases.py has several blocks of the kernels")
 @pytest.mark.parametrize("scale", [20.0, 1e4], ids=["shared", "online"])
-def test_blocks_add_up(scale, device, arch, monkeypatch):
-    # Several blocks and several chunks must give what one gives; 300 is no multiple of either.
-    inputs = loss_inputs((300, 32), torch.float32, device, matched=0.5, scale=scale)
-    expected = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
-    monkeypatch.setattr(triton_blocks, "STATS_EDGE", 128)
-    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 128)
-    monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 17 * 300)
-    monkeypatch.setattr(cpu_blocks, "PIECE_ELEMENTS", 4 * 300)
-    for name, value in value_and_grads(contrastive_loss, inputs, torch.tensor(1.0)).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7 * scale, msg=name)
-
-
-@pytest.mark.skipif(LEG == "cpu", reason="the CPU path has no tiles")
-def test_more_row_tiles_than_a_group(device):
-    inputs = loss_inputs((600, 16), torch.float32, device, matched=0.3, scale=20.0)
-    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
-
-
-@pytest.mark.skipif(not INTERPRET, reason="tests how the kernels compute addresses")
-def test_offsets_beyond_32_bits():
-    image, text = huge_strides((4, 40)), F.normalize(torch.randn(4, 40), dim=-1).half()
-    image.copy_(text.flip(0))
-    expected = contrastive_loss(text.flip(0), text, 10.0)
-    torch.testing.assert_close(contrastive_loss(image, text, 10.0), expected)
-
-
-@pytest.mark.parametrize("scale", [0.0, 1e4, -30.0], ids=["zero", "huge", "negative"])
-def test_extreme_scale(scale, device):
-    inputs = [loss_inputs((37, 24), torch.float32, device, matched=0.3, scale=scale) for _ in range(DRAWS)]
-    compare(contrastive_loss, reference.contrastive_loss, inputs, torch.tensor(1.0))
-
-
-def test_unnormalised_features(device):
-    # Logits of thousands: a softmax without a running maximum would overflow.
-    compare(
-        contrastive_loss,
-        reference.contrastive_loss,
-        [unnormalised(1.0, device) for _ in range(DRAWS)],
-        torch.tensor(1.0),
-    )
-
-
-def test_equal_features_give_log_n(device):
-    ones = F.normalize(torch.ones(50, 16), dim=-1).to(device)
-    assert contrastive_loss(ones, ones, 100.0).item() == pytest.approx(math.log(50), rel=1e-5)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_not_finite_features_are_not_hidden(bad, device):
-    inputs = loss_inputs((20, 16), torch.float32, device, matched=0.0, scale=10.0)
-    inputs["image"][3, 5] = bad
-    assert not contrastive_loss(**inputs).isfinite()
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("m", "n", "offset"), [(5, 9, 2), (9, 5, -3), (70, 133, 60), (133, 70, -40), (1, 6, 5), (65, 64, -1)], ids=str
-)
-def test_rectangular(m, n, offset, dtype, device, arch):
-    inputs = [
-        {
-            "image": loss_inputs((m, 24), dtype, device, matched=0.0, scale=1.0)["image"],
-            "text": loss_inputs((n, 24), dtype, device, matched=0.0, scale=1.0)["image"],
-            "logit_scale": torch.tensor(30.0, device=device),
-        }
-        for _ in range(DRAWS)
-    ]
-    ours, expected = (functools.partial(fn, offset=offset) for fn in (contrastive_loss, reference.contrastive_loss))
-    compare(ours, expected, inputs, torch.tensor(1.0))
-
-
-def test_offset_without_pairs(device):
-    image, text = torch.randn(4, 8, device=device, requires_grad=True), torch.randn(5, 8, device=device)
-    loss = contrastive_loss(image, text, 10.0, offset=7)
-    loss.backward()
-    assert loss.isnan()
-    assert image.grad.shape == image.shape
+@each_loss
+def test_blocks_add_up(loss, scale, device, monkeypatch):
+    op, _, inputs = call_of(loss, device, scale=scale)
+    expected = value_and_grads(op, inputs, ONE)
+    monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 17 * 150)
+    monkeypatch.setattr(cpu_blocks, "PIECE_ELEMENTS", 4 * 150)
+    with triton_blocks.small_blocks(64):
+        assert_equal(value_and_grads(op, inputs, ONE), expected, atol=1e-7 * scale)
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
-def test_saving_memory_changes_nothing(normalize, device, arch, monkeypatch):
-    monkeypatch.setattr(triton_blocks, "_block_edge", lambda x: 64)
-    inputs = loss_inputs((150, 24), torch.float32, device, matched=0.3, scale=20.0)
-    expected = value_and_grads(functools.partial(contrastive_loss, normalize=normalize), inputs, torch.tensor(1.0))
-    op = functools.partial(contrastive_loss, normalize=normalize, memory="min")
-    for name, value in value_and_grads(op, inputs, torch.tensor(1.0)).items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-7, msg=name)
+def test_saving_memory_changes_nothing(normalize, device, arch):
+    op, _, inputs = call_of("contrastive_loss", device, normalize=normalize)
+    with triton_blocks.small_blocks(64):
+        expected = value_and_grads(op, inputs, ONE)
+        assert_equal(value_and_grads(functools.partial(op, memory="min"), inputs, ONE), expected)
+
+
+@pytest.mark.skipif(not INTERPRET, reason="tests how the kernels compute addresses")
+@pytest.mark.parametrize("normalize", [False, True], ids=["copied", "normalized"])
+def test_offsets_beyond_32_bits(normalize):
+    image, text = huge_strides((4, 40)), F.normalize(torch.randn(4, 40), dim=-1).half()
+    image.copy_(text.flip(0))
+    expected = contrastive_loss(text.flip(0), text, 10.0, normalize=normalize)
+    torch.testing.assert_close(contrastive_loss(image, text, 10.0, normalize=normalize), expected)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor, lambda x: torch.tensor([x])], ids=["float", "scalar", "vector"])
+@each_loss
+def test_kinds_of_numbers(loss, kind, device):
+    op, _, inputs = call_of(loss, device, pairs=20)
+    expected = op(**inputs)
+    for name in ("logit_scale", "logit_bias"):
+        if name in inputs:
+            number = kind(inputs[name].item())
+            inputs[name] = number.to(device) if isinstance(number, torch.Tensor) else number
+    assert torch.equal(op(**inputs), expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@each_loss
+def test_not_finite_features_are_not_hidden(loss, bad, device):
+    op, _, inputs = call_of(loss, device, pairs=20)
+    for name in features_of(inputs):
+        wrong = inputs[name].clone()
+        wrong[3, 5] = bad
+        assert not op(**inputs | {name: wrong}).isfinite(), name
+
+
+@pytest.mark.parametrize("in_batch", [True, False], ids=["in batch", "queue only"])
+def test_empty_queue(in_batch, device):
+    op, expected, inputs = call_of("info_nce_loss", device, pairs=7, in_batch=in_batch)
+    inputs["negatives"] = inputs["negatives"][:0]
+    assert_equal(value_and_grads(op, inputs, ONE), value_and_grads(expected, in_double(inputs), ONE), atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["query", "key", "negatives"])
+def test_only_what_is_required_gets_a_gradient(name, device):
+    op, _, inputs = call_of("info_nce_loss", device, pairs=20)
+    expected = value_and_grads(op, inputs, ONE)
+    inputs[name] = inputs[name].requires_grad_()
+    op(**inputs).backward()
+    assert torch.equal(inputs[name].grad, expected[f"d_{name}"])
+
+
+def test_queue_of_the_other_keys_is_the_batch(device):
+    # The key itself cannot be in the queue: it would be a negative of itself.
+    query, key = (F.normalize(torch.randn(2, 16, device=device), dim=-1) for _ in range(2))
+    parts = [
+        info_nce_loss(query[i : i + 1], key[i : i + 1], 20.0, negatives=key[1 - i : 2 - i], in_batch=False)
+        for i in range(2)
+    ]
+    torch.testing.assert_close(info_nce_loss(query, key, 20.0), sum(parts) / 2, rtol=1e-6, atol=0)
+
+
+def test_a_view_is_not_its_own_negative(device):
+    # All views alike: 2N - 1 candidates, the positive among them. With itself there would be 2N.
+    ones = F.normalize(torch.ones(50, 16), dim=-1).to(device)
+    assert nt_xent_loss(ones, ones, 100.0).item() == pytest.approx(math.log(99), rel=1e-6)
 
 
 def test_zero_rows_when_normalized(device):
-    inputs = unnormalised(50.0, device)
-    inputs["image"][3] = 0
-    inputs["text"][[3, 7]] = 0
+    # The gradient of a zero row is 10^12 times as large as the others, in PyTorch too.
+    image, text = 30 * torch.randn(45, 24, device=device), 3 * torch.randn(45, 24, device=device)
+    image[3] = text[3] = text[7] = 0
+    inputs = {"image": image, "text": text, "logit_scale": torch.tensor(50.0, device=device)}
     op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
-    ours = value_and_grads(op, inputs, torch.tensor(1.0))
-    truth = value_and_grads(expected, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0))
-    for name, value in ours.items():
-        # The gradient of a zero row is 10^12 times as large as the others, in PyTorch too.
-        assert value.isfinite().all(), name
+    found = value_and_grads(op, inputs, ONE)
+    assert all(value.isfinite().all() for value in found.values())
+    truth = value_and_grads(expected, in_double(inputs), ONE)
+    for name, value in found.items():
         torch.testing.assert_close(value.double(), truth[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize("cosine", [-1.0, -0.9, -0.5, 0.0, 1.0])
 def test_any_cosine_at_scale_100(cosine, device):
     # All images alike and all texts alike: at -1 every term of the shared shift underflows.
-    image = torch.zeros(40, 16)
-    image[:, 0] = 1.0
-    text = torch.zeros(40, 16)
-    text[:, 0], text[:, 1] = cosine, (1 - cosine**2) ** 0.5
-    inputs = {"image": image.to(device), "text": text.to(device), "logit_scale": torch.tensor(100.0, device=device)}
-    result = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
+    image, text = torch.zeros(2, 40, 16, device=device)
+    image[:, 0], text[:, 0], text[:, 1] = 1.0, cosine, (1 - cosine**2) ** 0.5
+    inputs = {"image": image, "text": text, "logit_scale": torch.tensor(100.0, device=device)}
+    result = value_and_grads(contrastive_loss, inputs, ONE)
     assert result["value"].item() == pytest.approx(math.log(40), rel=1e-6)
-    truth = value_and_grads(
-        reference.contrastive_loss, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0)
-    )
-    for name, value in result.items():
-        torch.testing.assert_close(value.double(), truth[name], rtol=1e-5, atol=1e-5, msg=name)
+    assert_equal(result, value_and_grads(reference.contrastive_loss, in_double(inputs), ONE), atol=1e-5)
 
 
 @pytest.mark.parametrize(("scale", "is_shared"), [(14.3, 1), (78.0, 1), (100.0, 1), (1e4, 0)])
@@ -187,128 +195,91 @@ def test_shared_shift_is_taken_where_it_is_exact(scale, is_shared, device):
     assert shared.item() == is_shared
 
 
-def test_normalize(device):
-    op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
-    compare(op, expected, [unnormalised(20.0, device) for _ in range(DRAWS)], torch.tensor(1.0))
-
-
 @pytest.mark.parametrize(
-    "scale", [10.0, torch.tensor([10.0]), torch.tensor(10.0)], ids=["float", "one element", "scalar"]
+    ("loss", "changed"),
+    [
+        ("contrastive_loss", {"matched": 0.3}),
+        # the bias makes all gradients vanish but those of the pairs
+        ("sigmoid_loss", {"matched": 0.9, "bias": -80.0}),
+        ("info_nce_loss", {"matched": 0.3, "in_batch": False}),
+        ("nt_xent_loss", {"matched": 0.3, "normalize": False}),
+    ],
 )
-def test_kinds_of_scale(scale, device):
-    inputs = loss_inputs((20, 16), torch.float32, device, matched=0.0, scale=10.0)
-    scale = scale.to(device) if isinstance(scale, torch.Tensor) else scale
-    assert torch.equal(contrastive_loss(inputs["image"], inputs["text"], scale), contrastive_loss(**inputs))
-
-
-@pytest.mark.skipif(INTERPRET, reason="the interpreter runs one program after the other")
-def test_same_bits_every_time(device, two_threads):
-    inputs = loss_inputs((129, 72), torch.float32, device, matched=0.5, scale=50.0)
-    first = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
-    for _ in range(5):
-        again = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
-        assert all(torch.equal(again[name], value) for name, value in first.items())
-
-
-def test_late_training_keeps_every_row(device):
+def test_late_training_keeps_every_row(loss, changed, device):
     # A positive's probability is nearly 1. Rounded before it is subtracted from 1, it would leave rows without one
     # correct digit.
-    dtype = DTYPES[-1]
-    inputs = loss_inputs((129, 72), dtype, device, matched=0.3, scale=100.0)
+    op, expected, inputs = call_of(loss, device, DTYPES[-1], pairs=129, embed_dim=72, scale=100.0, **changed)
     grad = torch.tensor(2.0**14)  # loss scaling does the same: otherwise float16 could not hold the gradients
-    ours = value_and_grads(contrastive_loss, inputs, grad)
-    truth = value_and_grads(reference.contrastive_loss, {name: x.double() for name, x in inputs.items()}, grad)
-    for name in ("d_image", "d_text"):
-        size = truth[name].norm(dim=1)
-        error = (ours[name].double() - truth[name]).norm(dim=1) / size
+    ours, truth = value_and_grads(op, inputs, grad), value_and_grads(expected, in_double(inputs), grad)
+    for name in features_of(inputs)[:2]:
+        exact = truth[f"d_{name}"]
+        size = exact.norm(dim=1)
+        error = (ours[f"d_{name}"].double() - exact).norm(dim=1) / size
         # Rows smaller than that are below what the dtype of the gradient can hold.
         worst = error[size > 1e-3 * size.max()].max()
         assert worst < 1e-2, f"{name}: worst row is off by {worst:.1%}"
 
 
-@pytest.mark.skipif(LEG != "cpu", reason="large: the interpreter would take minutes")
-def test_acceptance_size_against_float64():
-    inputs = loss_inputs((4099, 512), torch.float32, torch.device("cpu"), matched=0.3, scale=14.3)
-    ours = value_and_grads(contrastive_loss, inputs, torch.tensor(1.0))
-    truth = value_and_grads(
-        reference.contrastive_loss, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0)
-    )
-    limits = {"value": 1e-6, "d_image": 1e-5, "d_text": 1e-5, "d_logit_scale": 1e-5}
-    for name, limit in limits.items():
+def test_value_of_the_sigmoid_loss_is_exact(device):
+    # At the start of training the loss is a sum of many small terms log(1 + e). If 1 + e were rounded, they would lose
+    # digits, and the sum with them.
+    op, expected, inputs = call_of("sigmoid_loss", device, pairs=129, embed_dim=72, scale=10.0, matched=0.0)
+    ours, truth = value_and_grads(op, inputs, ONE), value_and_grads(expected, in_double(inputs), ONE)
+    for name, limit in (("value", 3e-7), ("d_logit_bias", 3e-7), ("d_image", 1e-6), ("d_text", 1e-6)):
         error = (ours[name].double() - truth[name]).norm() / truth[name].norm()
         assert error < limit, f"{name}: relative error {error:.2e}"
 
 
-# Each loss with two arguments for features, their names, and its other arguments.
-LOSSES = {
-    "contrastive_loss": (("image", "text"), {"logit_scale": 10.0}),
-    "distributed_contrastive_loss": (("image", "text"), {"logit_scale": 10.0}),
-    "sigmoid_loss": (("image", "text"), {"logit_scale": 10.0, "logit_bias": -3.0}),
-    "nt_xent_loss": (("first", "second"), {"logit_scale": 10.0}),
-    "info_nce_loss": (("query", "key"), {"logit_scale": 10.0}),
-    "info_nce_loss of a queue": (("query", "key"), {"logit_scale": 10.0, "negatives": torch.zeros(3, 8)}),
-}
-ONE_PROCESS = [loss for loss in LOSSES if not loss.startswith("distributed")]
+@triton.jit
+def _terms_kernel(x_ptr, loss_ptr, probability_ptr, BLOCK: tl.constexpr):
+    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    logits = tl.load(x_ptr + offs)
+    e = tl.exp(-tl.abs(logits))
+    tl.store(loss_ptr + offs, tl.maximum(logits, 0.0) + _log_1p(e))
+    tl.store(probability_ptr + offs, _probability(logits, e))
+
+
+@pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
+def test_terms_of_the_sigmoid_loss_keep_their_digits(device):
+    # The range reaches from the logits of other rows to those of pairs.
+    logits = torch.linspace(-70, 70, 4096, device=device)
+    loss, probability = torch.empty_like(logits), torch.empty_like(logits)
+    _terms_kernel[(4,)](logits, loss, probability, BLOCK=1024)
+    exact = logits.double()
+    # A GPU computes exponentials in base 2, where the logit of 70 is rounded by up to 4e-6.
+    limit = 5e-7 if INTERPRET else 5e-6
+    torch.testing.assert_close(loss.double(), F.softplus(exact, threshold=1e3), rtol=limit, atol=0)
+    torch.testing.assert_close(probability.double(), exact.sigmoid(), rtol=limit, atol=0)
+    assert loss[0] > 0
+
+
 X = torch.zeros(4, 8)
 
 
-@pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(
-    ("first", "second", "changed", "message"),
+    ("second", "message"),
     [
-        (X.tolist(), X, {}, "{0} must be a torch.Tensor, got list"),
-        (X, X[0], {}, r"{1} must have 2 dimensions, got shape \(8,\)"),
-        (X, X[:3], {}, r"{0} and {1} must have the same shape, got \(4, 8\) and \(3, 8\)"),
-        (X, X.half(), {}, "{1} is float16, but {0} is float32"),
-        (X, X.to("meta"), {}, "{1} is on meta, but {0} is on cpu"),
-        (X, X, {"logit_scale": torch.ones((), device="meta")}, "logit_scale is on meta, but {0} is on cpu"),
-        (X.double(), X.double(), {}, "{0} is float64, which only the CPU path"),
+        (X[0], r"{1} must have 2 dimensions, got shape \(8,\)"),
+        (X[:3], r"{0} and {1} must have the same shape, got \(4, 8\) and \(3, 8\)"),
+        (X.half(), "{1} is float16, but {0} is float32"),
     ],
-    ids=lambda value: value[:24] if isinstance(value, str) else "",
+    ids=["dimensions", "shape", "dtype"],
 )
-def test_errors_name_the_arguments_of_their_own_loss(loss, first, second, changed, message):
-    (names, others), op = LOSSES[loss], loss.split()[0]
-    arguments = dict(zip(names, (first, second), strict=True)) | others | changed
-    if "negatives" in arguments and isinstance(first, torch.Tensor):
-        arguments["negatives"] = arguments["negatives"].to(first)
-    # float64 is refused only where the kernels run, which they would do here
-    with launch.execute_on_cpu(), pytest.raises((TypeError, ValueError), match=f"{op}: {message.format(*names)}"):
-        getattr(kernels, op)(**arguments)
-
-
-EMPTY = [(loss, rows, rows, width) for loss in ONE_PROCESS for rows, width in ((5, 0), (70, 0), (0, 8))]
-EMPTY += [(loss, m, n, 8) for loss in ("contrastive_loss", "sigmoid_loss") for m, n in ((0, 4), (4, 0))]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize(("loss", "m", "n", "width"), EMPTY)
-def test_empty_features(loss, m, n, width, dtype, device, arch):
-    (names, others), op = LOSSES[loss], loss.split()[0]
-    options = {"offset": 1} if m != n else {}
-    features = (torch.randn(rows, width).to(device, dtype) for rows in (m, n))
-    inputs = dict(zip(names, features, strict=True)) | {
-        name: torch.randn(3, width).to(device, dtype) if name == "negatives" else torch.tensor(x, device=device)
-        for name, x in others.items()
-    }
-    fn, expected = (functools.partial(getattr(module, op), **options) for module in (kernels, reference))
-    ours = value_and_grads(fn, inputs, torch.tensor(1.0))
-    if (op, m, n) == ("contrastive_loss", 4, 0):  # a mean over no pairs, which the reference cannot take
-        assert ours["value"].isnan()
-        return
-    truth = value_and_grads(expected, {name: x.double() for name, x in inputs.items()}, torch.tensor(1.0))
-    for name, value in ours.items():
-        torch.testing.assert_close(value.double(), truth[name], equal_nan=True, rtol=1e-5, atol=1e-6, msg=name)
+@each_loss
+def test_errors_name_the_arguments_of_their_own_loss(loss, second, message):
+    op, _, inputs = call_of(loss, "cpu")
+    names = features_of(inputs)[:2]
+    with pytest.raises((TypeError, ValueError), match=f"{loss}: {message.format(*names)}"):
+        op(**inputs | dict(zip(names, (X, second), strict=True)))
 
 
 @pytest.mark.skipif(LEG != "cpu", reason="launches are recorded from CPU tensors")
 @pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize("loss", ONE_PROCESS)
+@each_loss
 def test_launches_for_features_without_dimensions(loss, arch):
     # tensor descriptors of sm_90 cannot describe a matrix without columns
-    (names, others), op = LOSSES[loss], loss.split()[0]
-    features = {name: torch.zeros(70, 0, dtype=torch.bfloat16, requires_grad=True) for name in names}
-    others = {name: x[:, :0].bfloat16() if isinstance(x, torch.Tensor) else x for name, x in others.items()}
+    op, _, inputs = call_of(loss, "cpu", torch.bfloat16, embed_dim=0)
     with launch.record_launches(arch) as launches:
-        getattr(kernels, op)(**features, **others).backward()
+        value_and_grads(op, inputs, ONE)
     assert launches
     assert not any(item.constexprs.get("IS_TMA") for item in launches)

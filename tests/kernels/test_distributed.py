@@ -19,7 +19,7 @@ from clipfast.kernels.contrastive.distributed import choose_mode
 from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
 
 from ..conftest import INTERPRET
-from .cases import loss_inputs
+from .conftest import loss_inputs
 
 MODES = ("gather", "ring", "scalars")
 DIM = 24
