@@ -60,10 +60,7 @@ def test_no_softmax_depends_on_a_bias():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (
-            lambda: ClipLoss()(*features(20.0), torch.zeros(PAIRS)),
-            r"logit_bias must have one element, got shape \(5,\)",
-        ),
+        (lambda: ClipLoss()(*features(20.0), torch.zeros(5)), r"logit_bias must have one element, got shape \(5,\)"),
         (lambda: ClipLoss(use_horovod=True), "ClipLoss: use_horovod must be False"),
         (lambda: SigLipLoss(dist_impl="ring"), "dist_impl must be one of bidir, shift, reduce, gather, got 'ring'"),
         (lambda: SigLipLoss(rank=2, world_size=2), r"SigLipLoss: rank must be in \[0, world_size\), got 2 of 2"),
@@ -226,8 +223,6 @@ class Batches:
 
 
 class Recorded(torch.nn.Module):
-    """A loss that keeps its values."""
-
     def __init__(self, loss):
         super().__init__()
         self.loss, self.values = loss, []
