@@ -12,12 +12,12 @@ import pytest
 from clipfast import api
 
 ROOT = Path(__file__).parent.parent
-# From the lowest layer up: the folder, and the name that its modules are imported by.
 # What pyproject.toml's extras install, and what only some tests compare with.
 OPTIONAL = [
     "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml", "tqdm", "transformers",
     "ttsem", "webdataset", "yaml",
 ]  # fmt: skip
+# From the lowest layer up: the folder, and the name that its modules are imported by.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench", "tests": "tests"}
 
 
