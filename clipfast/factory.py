@@ -103,6 +103,13 @@ def get_tokenizer(model_name: str = "ViT-B-32", context_length: int | None = Non
     return Tokenizer(_resolve(model_name).config.text.context_length if context_length is None else context_length)
 
 
+def resolve_device(name: str) -> str:
+    """Return "cuda" or "cpu" for "auto", by whether there is a GPU, and any other name as it is."""
+    if name != "auto":
+        return name
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def _resolve(model_name: str) -> ModelSource:
     if model_name.startswith(LOCAL_DIR_PREFIX):
         return read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))

@@ -12,12 +12,12 @@ import pytest
 from clipfast import api
 
 ROOT = Path(__file__).parent.parent
-# From the lowest layer up: the folder, and the name that its modules are imported by.
 # What pyproject.toml's extras install, and what only some tests compare with.
 OPTIONAL = [
     "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml", "tqdm", "transformers",
     "ttsem", "webdataset", "yaml",
 ]  # fmt: skip
+# From the lowest layer up: the folder, and the name that its modules are imported by.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench", "tests": "tests"}
 
 
@@ -99,12 +99,18 @@ def python(*arguments: str, **options) -> subprocess.CompletedProcess[str]:
 
 
 ALONE = {
-    "importing touches no GPU and no heavy library": """
-import sys, torch
+    "public names are imported when one is asked for, without the GPU and without heavy libraries": """
+import sys, clipfast
+assert "torch" not in sys.modules
+import torch
 def refuse(*args, **kwargs): raise AssertionError("importing asked for the GPU")
 torch.cuda._lazy_init = torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse
+assert not hasattr(clipfast, "no_such_name")
+assert set(clipfast.api.__all__) <= set(dir(clipfast))
+import clipfast.routes, clipfast.bench.inspection.offline, clipfast.cli, clipfast.training.config
+assert callable(clipfast.report) and clipfast.kernels.attention is clipfast.attention
 from clipfast import *
-import clipfast.kernels, clipfast.bench.inspection.offline, clipfast.cli, clipfast.training.config
+assert [name for name in clipfast.__all__ if globals()[name] is not getattr(clipfast.api, name)] == []
 heavy = {"torchvision", "webdataset", "matplotlib", "open_clip"} & set(sys.modules)
 assert not heavy, f"importing clipfast imports {heavy}"
 """,
@@ -119,16 +125,6 @@ for arguments in ["--help"], ["train", "--help"], ["eval", "zeroshot", "--help"]
         assert exit_.code == 0
     unwanted = {"torch", "triton", "PIL", "numpy", "clipfast.kernels", "clipfast.bench", "clipfast.api"}
     assert not unwanted & set(sys.modules), (arguments, unwanted & set(sys.modules))
-""",
-    "public names are imported when one is asked for": """
-import sys, clipfast
-assert "torch" not in sys.modules
-assert not hasattr(clipfast, "no_such_name")
-assert set(clipfast.api.__all__) <= set(dir(clipfast))
-import clipfast.routes
-assert callable(clipfast.report) and clipfast.kernels.attention is clipfast.attention
-from clipfast import *
-assert [name for name in clipfast.__all__ if globals()[name] is not getattr(clipfast.api, name)] == []
 """,
 }
 

@@ -49,30 +49,20 @@ class Batch:
 class PairStream(IterableDataset[Batch]):
     """One epoch of batches from shards, divided among the workers of a data loader.
 
-    Attributes:
-        shards: tar files, as :func:`clipfast.data.expand_shards` gives them.
-        transform: turns a PIL image into a tensor; draws its random numbers from torch's generator.
-        tokenizer: turns captions into token ids.
-        batch_size: pairs per batch.
-        num_batches: batches in the epoch; the shards are read as often as that needs.
-        seed: seed of the order and of the augmentations.
-        epoch: number of the epoch; another epoch has another order.
-        first_batch: number of batches to leave out at the start, without decoding them.
-        unique_by: "caption", or a key of the samples' json: no two samples of a batch have the same value of it, since
-            a second drawing of the same concept would be a false negative.
-        keyword_prob: see :func:`clipfast.data.caption`.
+    ``unique_by`` is "caption" or a key of the samples' json. No two samples of a batch have the same value of it, since
+    a second drawing of the same concept would be a false negative.
     """
 
-    shards: list[str]
-    transform: Callable[[Image.Image], Tensor]
+    shards: list[str]  # tar files, as :func:`clipfast.data.expand_shards` gives them
+    transform: Callable[[Image.Image], Tensor]  # draws its random numbers from torch's generator
     tokenizer: Tokenizer
     batch_size: int
-    num_batches: int
-    seed: int = 0
-    epoch: int = 0
-    first_batch: int = 0
+    num_batches: int  # of the epoch; the shards are read as often as that needs
+    seed: int = 0  # of the order and of the augmentations
+    epoch: int = 0  # another epoch has another order
+    first_batch: int = 0  # so many batches are left out at the start, without being decoded
     unique_by: str | None = None
-    keyword_prob: float = 0.0
+    keyword_prob: float = 0.0  # see :func:`clipfast.data.caption`
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this worker's share of the batches, every ``num_workers``-th of the epoch.

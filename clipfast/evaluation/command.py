@@ -40,8 +40,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results as JSON, and return the exit code."""
     from tqdm import tqdm
 
-    from ..devices import resolve_device
-    from ..factory import create_model, get_tokenizer
+    from ..factory import create_model, get_tokenizer, resolve_device
     from ..files import replace_text
     from ..images import image_transform
     from .evaluate import evaluate

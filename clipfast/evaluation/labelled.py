@@ -104,14 +104,7 @@ def encode_labelled(
     batch_size: int,
     device: str | torch.device,
 ) -> LabelledFeatures:
-    """Encode an image set, of which only the features stay in memory.
-
-    Args:
-        model: in evaluation mode.
-        images: the set.
-        transform: turns a PIL image into the model's input.
-        batch_size: images to encode at once.
-        device: the model's device.
+    """Encode images in batches with ``model``, which must be in evaluation mode; only the features stay in memory.
 
     Raises:
         ValueError: there are no images, or the batch size is below 1.

@@ -38,11 +38,9 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
     figure.savefig(path, dpi=120)
 
 
-def contact_sheet(
-    images: Iterable[LabelledImage], evaluation: Evaluation, path: Path, *, rows: int = 6, columns: int = 4
-) -> None:
+def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path: Path) -> None:
     """Draw some images, each with the five captions that the model finds most like it; right captions are marked."""
-    total = len(evaluation.predictions)
+    rows, columns, total = 6, 4, len(evaluation.predictions)
     chosen = set(random.Random(0).sample(range(total), min(rows * columns, total)))
     shown = [(index, item) for index, item in enumerate(images) if index in chosen]
     figure = Figure(figsize=(4.1 * columns, 1.55 * rows + 0.7), layout="constrained")

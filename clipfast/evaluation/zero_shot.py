@@ -45,8 +45,7 @@ def build_zero_shot_classifier(
     """Return classifier weights: the mean of each class's prompt features, scaled to unit length.
 
     Args:
-        model: in evaluation mode.
-        tokenizer: the model's.
+        model, tokenizer: the model must be in evaluation mode.
         classnames: one name per class.
         templates: strings with ``{}`` in place of the name, or functions that turn a name into a prompt.
         num_classes_per_batch: number of classes to encode at once, each with all templates.

@@ -41,20 +41,12 @@ SETTLE_S = 0.01  # after this time, gloo has let go of a block that has arrived
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """A batch, the GPUs that share it, and what is trained on it.
+    """A batch, the GPUs that share it, and what is trained on it."""
 
-    Attributes:
-        pairs: pairs of all GPUs. Every GPU holds as many, so they are rounded up to a multiple of ``gpus``.
-        gpus: number of ranks.
-        dtype: float32, float16 or bfloat16; the dtype of the features, and with a model that of autocast.
-        model: a name of :func:`clipfast.list_models`; None runs the loss alone.
-        embed_dim: size of the features.
-    """
-
-    pairs: int
+    pairs: int  # of all GPUs; every GPU holds as many, so they are rounded up to a multiple of ``gpus``
     gpus: int = 1
-    dtype: torch.dtype = torch.bfloat16
-    model: str | None = None
+    dtype: torch.dtype = torch.bfloat16  # of the features, and with a model that of autocast
+    model: str | None = None  # a name of :func:`clipfast.list_models`; None runs the loss alone
     embed_dim: int = 512
 
     @property

@@ -5,8 +5,7 @@ from typing import Any
 
 import torch
 
-from ..devices import resolve_device
-from ..factory import create_model
+from ..factory import create_model, resolve_device
 from ..models import CLIP, CLIPConfig, add_model_config
 from .config import TrainConfig
 from .optim import adamw

@@ -66,18 +66,11 @@ class TrainingData:
 
 @dataclasses.dataclass
 class SkipBudget:
-    """How many pairs were seen, how many of them had to be skipped, and how many may be.
+    """How many pairs were seen, how many of them had to be skipped, and how many may be."""
 
-    Attributes:
-        limit: largest share of skipped pairs.
-        listed_in: file that lists the skipped pairs, for the error.
-        seen: pairs so far, skipped ones included.
-        skipped: pairs that could not be used.
-    """
-
-    limit: float
-    listed_in: Path
-    seen: int = 0
+    limit: float  # largest share of skipped pairs
+    listed_in: Path  # the file that lists the skipped pairs, for the error
+    seen: int = 0  # skipped ones included
     skipped: int = 0
 
     def count(self, batch: Batch) -> None:

@@ -77,6 +77,6 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
     learning_curve(folder.metrics(), title, folder.path / "learning_curve.png")
     made = ["results.json", "learning_curve.png"]
     if evaluation is not None:
-        contact_sheet(trainer.validation.images(), evaluation, folder.path / "contact_sheet.png")
+        contact_sheet(trainer.validation_images(), evaluation, folder.path / "contact_sheet.png")
         made.append("contact_sheet.png")
     log.info(f"Finished: {', '.join(made)} in {folder.path}; load the model as local-dir:{folder.path}")

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from ..evaluation.evaluate import Evaluation
+from ..evaluation.evaluate import Evaluation, evaluate
+from ..evaluation.labelled import LabelledImage, encode_labelled, read_labelled
+from ..images import image_transform
 from ..kernels import contrastive_loss
 from ..tokenizer import Tokenizer
 from .build import build_device, build_model, build_optimizer
@@ -21,7 +24,8 @@ from .optim import cosine_lr, set_lr
 from .run import RunFolder
 from .state import Progress, RunState
 from .step import GraphedStep, TrainingStep, Upload
-from .validation import Validation
+
+VALIDATION_BATCH_SIZE = 256
 
 
 class Trainer:
@@ -43,7 +47,7 @@ class Trainer:
         self.device = build_device(config)
         self.data = TrainingData(config, saved.get("stream", {}))
         self.total_steps = self.data.steps_per_epoch * config.epochs
-        self.validation = Validation(config)
+        next(self.validation_images(), None)  # an error in the first sample should show before an epoch is spent
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved.get("model_config"), self.device)
         self.tokenizer = Tokenizer(self.model.context_length)
@@ -126,7 +130,16 @@ class Trainer:
 
     def evaluate(self) -> Evaluation | None:
         """Return zero-shot accuracy and retrieval on the validation data, logged and recorded; None without any."""
-        evaluation = self.validation.evaluate(self.model, self.tokenizer)
-        if evaluation is not None:
-            self.log.evaluation(self.progress.step, evaluation.results)
+        if self.config.val_data is None:
+            return None
+        self.model.eval()
+        transform = image_transform(self.model.visual.image_size, uint8=True)
+        images = encode_labelled(self.model, self.validation_images(), transform, VALIDATION_BATCH_SIZE, self.device)
+        evaluation = evaluate(self.model, self.tokenizer, images, leave_out=self.config.val_leave_out)
+        self.log.evaluation(self.progress.step, evaluation.results)
         return evaluation
+
+    def validation_images(self) -> Iterator[LabelledImage]:
+        """Return the images of the validation data; none if there is no such data."""
+        data = self.config.val_data
+        return iter(()) if data is None else read_labelled(data, self.config.val_group_by)

@@ -21,7 +21,6 @@ CONFIG = get_model_config("ViT-T-8-32")
 
 @pytest.fixture
 def model():
-    """A small model."""
     return create_model("ViT-T-8-32")
 
 
@@ -74,16 +73,15 @@ def test_damaged_files_raise_nothing_else(tmp_path):
             read_checkpoint(tmp_path / "w.pt")
 
 
-@pytest.mark.parametrize("damage", ["cut", "text", "empty", "bad safetensors", "list"])
-def test_broken_files(tmp_path, damage):
-    path = tmp_path / ("w.safetensors" if damage == "bad safetensors" else "w.pt")
-    torch.save([1, 2] if damage == "list" else {"state_dict": {}}, path)
-    if damage != "list":
-        path.write_bytes(
-            {"cut": path.read_bytes()[:-200], "text": b"hello", "empty": b"", "bad safetensors": b"x" * 50}[damage]
-        )
-    with pytest.raises(CheckpointError, match="is not a checkpoint"):
-        read_checkpoint(path)
+@pytest.mark.parametrize("content", [b"cut", b"hello", b"", b"x" * 50])
+@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
+def test_broken_files(tmp_path, name, content):
+    if content == b"cut":
+        torch.save({"state_dict": {}}, tmp_path / "whole.pt")
+        content = (tmp_path / "whole.pt").read_bytes()[:-200]
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+        read_checkpoint(tmp_path / name)
 
 
 def test_missing_file(model):

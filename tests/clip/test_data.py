@@ -26,7 +26,6 @@ def stream(shards, **options):
 
 
 def equal(a, b):
-    """Return True if two batches are the same to the last bit."""
     return torch.equal(a.images, b.images) and torch.equal(a.texts, b.texts)
 
 
@@ -102,12 +101,10 @@ def test_no_two_of_a_kind_in_a_batch(shards):
 
 
 def items(keys):
-    """Samples that are nothing but their key."""
     return ((0, {"k": k}) for k in keys)
 
 
 def key_of(item):
-    """Identity of such a sample."""
     return item[1]["k"]
 
 

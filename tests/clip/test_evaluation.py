@@ -17,7 +17,6 @@ from .conftest import picture, sample, write_shard
 
 @pytest.fixture(scope="module")
 def model():
-    """A small model with random weights."""
     torch.manual_seed(0)
     return create_model("ViT-T-8-32").eval()
 

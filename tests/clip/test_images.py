@@ -14,7 +14,6 @@ from clipfast import ImageError, create_model_and_transforms, image_transform, o
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """``image`` as a file."""
     stream = io.BytesIO()
     image.save(stream, kind, **options)
     return stream.getvalue()

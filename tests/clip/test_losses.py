@@ -1,4 +1,4 @@
-"""ClipLoss in OpenCLIP's place: values, gradients, and a training run."""
+"""ClipLoss and SigLipLoss in OpenCLIP's place: values, gradients, and a training run."""
 
 import argparse
 import functools
@@ -8,15 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast import ClipLoss
+from clipfast import ClipLoss, SigLipLoss
+from clipfast.kernels.contrastive import cpu_blocks
 from clipfast.ranks import run_ranks
 
 open_clip = pytest.importorskip("open_clip")
 
 DIM = 24
 PAIRS = 5
+KINDS = [(ClipLoss, open_clip.ClipLoss), (SigLipLoss, open_clip.loss.SigLipLoss)]
 # local_loss, gather_with_grad
 COMBINATIONS = list(itertools.product([False, True], repeat=2))
+DIST_IMPLS = ("bidir", "shift", "reduce", "gather")
+close = functools.partial(torch.testing.assert_close, rtol=1e-10, atol=1e-11)
 
 
 def features(scale, dtype=torch.float64, rank=0):
@@ -26,47 +30,51 @@ def features(scale, dtype=torch.float64, rank=0):
 
 
 def value_and_grads(loss, inputs, **options):
-    leaves = [x.clone().requires_grad_() for x in inputs]
+    leaves = [x if x is None else x.clone().requires_grad_() for x in inputs]
     value = loss(*leaves, **options)
     (2.5 * value).backward()
-    return [value.detach(), *(leaf.grad for leaf in leaves)]
+    return [value.detach(), *(leaf.grad for leaf in leaves if leaf is not None)]
 
 
+@pytest.mark.parametrize(
+    "bias", [None, torch.tensor(-10.0), torch.tensor([3.0])], ids=["none", "scalar", "one element"]
+)
 @pytest.mark.parametrize("scale", [20.0, 300.0])
-def test_one_process(scale):
-    inputs = features(scale)
-    ours, theirs = ClipLoss(), open_clip.ClipLoss()
-    torch.testing.assert_close(value_and_grads(ours, inputs), value_and_grads(theirs, inputs), rtol=1e-11, atol=1e-12)
+@pytest.mark.parametrize("kinds", KINDS, ids=["clip", "siglip"])
+def test_one_process(kinds, scale, bias):
+    ours, theirs = (kind() for kind in kinds)
+    inputs = [*features(scale), bias if bias is None else bias.double()]
+    close(value_and_grads(ours, inputs), value_and_grads(theirs, inputs))
+    close(ours.get_logits(*inputs), theirs.get_logits(*inputs))
     found, expected = (loss(*inputs, output_dict=True) for loss in (ours, theirs))
     assert list(found) == list(expected) == ["contrastive_loss"]
-    torch.testing.assert_close(found, expected)
+    close(found, expected)
 
 
-@pytest.mark.parametrize("bias", [torch.tensor(-10.0), torch.tensor([3.0])], ids=["scalar", "one element"])
-def test_bias(bias):
-    # The bias is in every logit, so it changes no softmax: OpenCLIP's gradient is zero up to rounding.
-    inputs = [*features(20.0), bias.double()]
-    found, expected = (value_and_grads(loss, inputs) for loss in (ClipLoss(), open_clip.ClipLoss()))
-    torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-12)
-    assert torch.equal(found[-1], torch.zeros_like(bias.double()))
-    torch.testing.assert_close(ClipLoss().get_logits(*inputs), open_clip.ClipLoss().get_logits(*inputs))
-    assert ClipLoss()(*features(20.0), -10.0) == found[0]
+def test_no_softmax_depends_on_a_bias():
+    loss, *_, bias_gradient = value_and_grads(ClipLoss(), [*features(20.0), torch.tensor([3.0])])
+    assert torch.equal(bias_gradient, torch.zeros(1))
+    assert ClipLoss()(*features(20.0), -10.0) == loss
 
 
-def test_bias_by_pair_is_refused():
-    with pytest.raises(ValueError, match=r"ClipLoss: logit_bias must have one element, got shape \(5,\)"):
-        ClipLoss()(*features(20.0), torch.zeros(PAIRS))
-
-
-def test_horovod_is_refused():
-    with pytest.raises(ValueError, match="ClipLoss: use_horovod must be False"):
-        ClipLoss(use_horovod=True)
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: ClipLoss()(*features(20.0), torch.zeros(5)), r"logit_bias must have one element, got shape \(5,\)"),
+        (lambda: ClipLoss(use_horovod=True), "ClipLoss: use_horovod must be False"),
+        (lambda: SigLipLoss(dist_impl="ring"), "dist_impl must be one of bidir, shift, reduce, gather, got 'ring'"),
+        (lambda: SigLipLoss(rank=2, world_size=2), r"SigLipLoss: rank must be in \[0, world_size\), got 2 of 2"),
+    ],
+)
+def test_bad_input(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
 
 
 def test_several_ranks_need_a_process_group():
-    for local_loss, gather_with_grad in COMBINATIONS:
-        loss = ClipLoss(local_loss, gather_with_grad, rank=1, world_size=2)
-        with pytest.raises(RuntimeError, match=r"ClipLoss: torch\.distributed is not initialised"):
+    ranks = {"rank": 1, "world_size": 2}
+    for loss in (*(ClipLoss(*combination, **ranks) for combination in COMBINATIONS), SigLipLoss(**ranks)):
+        with pytest.raises(RuntimeError, match=rf"{type(loss).__name__}: torch\.distributed is not initialised"):
             loss(*features(20.0))
 
 
@@ -83,6 +91,12 @@ def test_ground_truth(options, cache):
         assert (ours.get_ground_truth(device, pairs) is labels) == cache
 
 
+@pytest.mark.parametrize("negative_only", [False, True])
+def test_ground_truth_of_siglip(negative_only):
+    arguments = torch.device("cpu"), torch.bfloat16, 5, negative_only
+    assert torch.equal(*(kind().get_ground_truth(*arguments) for kind in KINDS[1]))
+
+
 def every_combination(rank, world_size):
     results = []
     for local_loss, gather_with_grad in COMBINATIONS:
@@ -92,8 +106,8 @@ def every_combination(rank, world_size):
             losses = [loss(**options, rank=rank, world_size=world_size) for loss in (ClipLoss, open_clip.ClipLoss)]
             results.append([value_and_grads(loss, inputs) for loss in losses])
             results[-1] += [value_and_grads(functools.partial(of_logits, loss), inputs[:3]) for loss in losses]
-    wrong = [refused(rank=rank, world_size=world_size + 1), refused(rank=rank + 1, world_size=world_size)]
-    return results, wrong
+    refuses_other_ranks(ClipLoss, rank, world_size)
+    return results
 
 
 def of_logits(loss, *inputs):
@@ -101,21 +115,17 @@ def of_logits(loss, *inputs):
     return sum((logits * torch.arange(logits.numel()).view_as(logits)).sum() for logits in loss.get_logits(*inputs))
 
 
-def refused(**options):
-    try:
-        ClipLoss(**options)(*features(20.0))
-    except ValueError as error:
-        return str(error)
+def refuses_other_ranks(kind, rank, world_size):
+    for wrong in ({"rank": (rank + 1) % world_size, "world_size": world_size}, {"rank": rank, "world_size": 9}):
+        with pytest.raises(ValueError, match=rf"{kind.__name__}: (rank|world_size) must be \d, this process's, got \d"):
+            kind(**wrong)(*features(20.0))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_several_ranks(world_size, tmp_path):
     by_rank = run_ranks(every_combination, world_size, world_size, folder=tmp_path)
-    close = functools.partial(torch.testing.assert_close, rtol=1e-11, atol=1e-12)
-    for _, wrong in by_rank:
-        assert all("ClipLoss: " in text and " must be " in text for text in wrong), wrong
     for index, (combination, _) in enumerate(itertools.product(COMBINATIONS, range(2))):
-        ranks = [results[index] for results, _ in by_rank]
+        ranks = [results[index] for results in by_rank]
         for ours, theirs, our_logits, their_logits in ranks:
             close(our_logits, their_logits)
             close(ours[:3], theirs[:3])
@@ -144,6 +154,41 @@ def test_several_ranks_under_autocast(tmp_path):
         for ours, expected in rank:
             assert [x.dtype for x in ours] == [torch.float32] * 4
             torch.testing.assert_close([x.double() for x in ours], expected, rtol=1e-4, atol=1e-5)
+
+
+def every_exchange(rank, world_size):
+    inputs, found = [*features(10.0, rank=rank), torch.tensor(-3.0).double()], {}
+    for dist_impl in DIST_IMPLS:
+        options = {"rank": rank, "world_size": world_size, "dist_impl": dist_impl}
+        ours, theirs = (kind(**options) for kind in KINDS[1])
+        # Texts that need no gradient are exchanged as well.
+        frozen = ours(inputs[0].clone().requires_grad_(), *inputs[1:]).detach()
+        found[dist_impl] = [value_and_grads(ours, inputs), value_and_grads(theirs, inputs), frozen]
+    refuses_other_ranks(SigLipLoss, rank, world_size)
+    return found
+
+
+@pytest.mark.parametrize("world_size", [2, 3], ids=["even", "odd"])
+def test_siglip_of_several_ranks(world_size, tmp_path):
+    by_rank = run_ranks(every_exchange, world_size, world_size, folder=tmp_path)
+    sides = [features(10.0, rank=rank)[:2] for rank in range(world_size)]
+    image, text = (torch.cat(side) for side in zip(*sides, strict=True))
+    whole = value_and_grads(SigLipLoss(), [image, text, torch.tensor(10.0).double(), torch.tensor(-3.0).double()])
+    for dist_impl in DIST_IMPLS:
+        found = [rank[dist_impl] for rank in by_rank]
+        for ours, theirs, frozen in found:
+            close(ours, theirs)
+            close(frozen, ours[0])
+        # The mean of the ranks' losses is the loss of all pairs in one process, and so are the gradients.
+        parts = zip(*(ours for ours, *_ in found), strict=True)
+        close([(sum(p) if p[0].ndim == 0 else torch.cat(p)) / world_size for p in parts], whole)
+
+
+def test_siglip_makes_no_matrix_of_logits(monkeypatch):
+    inputs = [*features(10.0), -3.0]
+    expected = SigLipLoss()(*inputs)
+    monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 1)
+    close(SigLipLoss()(*inputs), expected)
 
 
 WIDTH = 32
@@ -178,8 +223,6 @@ class Batches:
 
 
 class Recorded(torch.nn.Module):
-    """A loss that keeps its values."""
-
     def __init__(self, loss):
         super().__init__()
         self.loss, self.values = loss, []

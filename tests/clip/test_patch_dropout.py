@@ -18,7 +18,6 @@ SMALL = CLIPConfig(
 
 
 def tokens_seen(model, images):
-    """How many tokens an image has in the transformer."""
     seen = []
     hook = model.visual.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
     model.encode_image(images)

@@ -27,7 +27,6 @@ TEXT = st.lists(st.one_of(AWKWARD, st.text(max_size=8), st.text(string.printable
 
 @pytest.fixture(scope="module")
 def theirs():
-    """OpenCLIP's tokenizer."""
     return pytest.importorskip("open_clip.tokenizer").SimpleTokenizer()
 
 

@@ -106,7 +106,6 @@ ROWS = {"class": (False, None), "end of text": (True, torch.tensor([4, 0, 8]))}
 
 
 def read_with_grads(tower, rows, x):
-    """The rows that a tower reads, and every gradient."""
     return gradients(tower, x, lambda x: read_rows(tower, x, rows))
 
 
