@@ -29,11 +29,7 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``.
-
-    Returns:
-        With ``with_sums``, the sums over batch and rows of the gradients of q and of v, [H * D] each.
-    """
+    """Write the gradients to ``grads``, and return the sums that ``launches.backward`` returns."""
     if q.numel() == 0 or k.numel() == 0:
         for grad in grads:
             grad.zero_()

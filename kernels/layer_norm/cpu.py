@@ -47,10 +47,7 @@ def pair_forward(x: Tensor, parameters: list[Tensor], eps_1: float, eps_2: float
 def pair_backward(
     grad_s: Tensor | None, grad_y: Tensor, x: Tensor, parameters: list[Tensor], stats: Tensor, with_sums: bool
 ) -> tuple[Tensor, Tensor]:
-    """Compute dx, and the gradients of all four parameters [4, N] (empty unless ``with_sums``).
-
-    ``parameters`` are the first three, since the last bias is only added.
-    """
+    """Compute dx, and the gradients of all four parameters [4, N] (empty unless ``with_sums``) from the first three."""
     dtype, width = accumulate_dtype(x.dtype), x.shape[1:]
     weight_1, bias_1, weight_2 = (p.to(dtype) for p in parameters)
     mean_1, rstd_1, mean_2, rstd_2 = stats[..., None]

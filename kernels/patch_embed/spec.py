@@ -100,14 +100,6 @@ def small_tiles(dtype: torch.dtype) -> AbstractContextManager[object]:
 
 
 TINY = PatchShape(2, 8, 12, 4, 10, uint8=False)
-# Small shapes of which none, one, half and all of the patches are kept.
-KEPT_OF = (
-    PatchShape(1, 8, 8, 8, 16),
-    PatchShape(2, 28, 28, 14, 40),
-    PatchShape(3, 32, 48, 16, 72),
-    PatchShape(5, 64, 32, 32, 24),
-    PatchShape(2, 21, 35, 7, 40),
-)
 SMALL, WIDE = PatchShape(2, 28, 28, 14, 40), PatchShape(2, 28, 42, 14, 40)
 
 # Of images as bytes; the same cases are checked of floats.
@@ -139,7 +131,7 @@ OF_BOTH = [
     Case(PatchShape(3, 28, 28, 14, 40, keep=0), "every patch dropped: the class token alone"),
     *(
         Case(shape.changed(keep=keep), f"{keep} of {shape.patches} patches kept")
-        for shape in KEPT_OF
+        for shape in (PatchShape(1, 8, 8, 8, 16), SMALL, PatchShape(3, 32, 48, 16, 72), PatchShape(5, 64, 32, 32, 24), PatchShape(2, 21, 35, 7, 40))
         for keep in sorted({0, 1, shape.patches // 2, shape.patches})
     ),
     Case(PatchShape(0, 28, 28, 14, 40, keep=2), "no images, and patches are dropped"),

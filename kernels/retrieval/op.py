@@ -25,13 +25,7 @@ from .best import slots
 
 
 def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:
-    """Refuse an index that belongs to no image.
-
-    On a GPU the check would have to wait for the device: there such a text counts as one of no image.
-
-    Raises:
-        ValueError: an index below -1 or past the last image.
-    """
+    """Refuse an index that belongs to no image. On a GPU, where this would wait, such a text counts as one of none."""
     if text_image.device.type != "cpu":
         return
     wrong = (text_image < -1) | (text_image >= num_images)

@@ -18,7 +18,7 @@ from clipfast.kernels.spec import DETERMINISM, INTERPRETER, Draw, specs
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import GRADIENT, as_good_as_torch, compare, value_and_grads
-from .conftest import needs_sanitizer
+from .conftest import inputs_of, needs_sanitizer
 from .test_cases import hold
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -52,9 +52,10 @@ by_each_family = pytest.mark.parametrize("kernels", BOTH_FAMILIES if INTERPRET e
 
 def problem(*shape, dtype=torch.float32, device, **options):
     """The op and its reference at a shape, a projection by name, and a gradient."""
-    call = specs()["attention"].call(AttentionShape(*shape, bias=False), "", Draw(), dtype)
-    op, expected = (functools.partial(fn, **call.options, **options) for fn in (attention, reference.attention))
-    return op, expected, {"qkv": call.inputs["qkv"].to(device)}, call.grads[0].to(device)
+    sizes = AttentionShape(*shape, bias=False)
+    options |= {"num_heads": sizes.heads, "causal": sizes.causal}
+    op, expected = (functools.partial(fn, **options) for fn in (attention, reference.attention))
+    return op, expected, *inputs_of("attention", sizes, dtype, device)
 
 
 def cases_by_family():
@@ -188,10 +189,9 @@ def test_gradient_of_the_bias(shape, dtype, device, kernels):
 
 def test_registration_with_a_bias(device):
     # the shapes that test_registration.py uses have none, since gradcheck would not find the gradient that it gets
-    call = specs()["attention"].call(AttentionShape(2, 9, 2, 8, lengths=True), "", Draw(), torch.float32)
-    qkv, bias = (call.inputs[name].to(device).requires_grad_() for name in ("qkv", "bias"))
-    seqlens = call.inputs["seqlens"].to(device, torch.int32)
-    torch.library.opcheck(torch.ops.clipfast.attention_fwd.default, (qkv, bias, seqlens, 2, True, 0.5))
+    inputs, _ = inputs_of("attention", AttentionShape(2, 9, 2, 8, lengths=True), device=device)
+    qkv, bias = (inputs[name].requires_grad_() for name in ("qkv", "bias"))
+    torch.library.opcheck(torch.ops.clipfast.attention_fwd.default, (qkv, bias, inputs["seqlens"].int(), 2, True, 0.5))
 
 
 @pytest.mark.skipif(LEG == "cpu", reason="PyTorch's is the only path on a CPU")

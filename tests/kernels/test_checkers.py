@@ -39,15 +39,15 @@ def test_gradient_off_by_one_percent_fails():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("fault", [lambda y: 1.02 * y, lambda y: y.float()], ids=["two percent", "other dtype"])
+@pytest.mark.parametrize(
+    "fault", [lambda y: 1.02 * y, lambda y: y.to(torch.float64)], ids=["two percent", "other dtype"]
+)
 def test_wrong_attention_fails(dtype, fault):
     # Through the same door as the ops, at the size of real outputs.
     def op(qkv):
         return fault(attention(qkv, 2))
 
     inputs, grad = inputs_of("attention", AttentionShape(2, 50, 2, 16, bias=False), dtype)
-    if dtype == torch.float32 and fault(torch.ones(1)).item() == 1:
-        pytest.skip("float32 is the dtype that it should be")
     with pytest.raises(AssertionError, match=r"value: (rms|max|dtype)"):
         compare(op, functools.partial(reference.attention, num_heads=2), inputs, grad)
 
@@ -61,13 +61,6 @@ def test_wrong_small_gradient_fails(dtype):
     inputs, grad = inputs_of("contrastive_loss", LossShape(129, 72), dtype)
     with pytest.raises(AssertionError, match=r"d_image: (rms|max)"):
         compare(op, reference.contrastive_loss, inputs, grad)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_hidden_nan_fails(bad):
-    truth = torch.tensor([1.0, bad], dtype=torch.float64)
-    with pytest.raises(AssertionError, match="in other places"):
-        as_good_as_torch(torch.ones(2), truth.float(), truth, 2.0, "x")
 
 
 def test_one_wrong_value_among_many_fails():
@@ -85,14 +78,6 @@ def test_constant_bias_fails():
     yardstick[0] += 1e-4
     with pytest.raises(AssertionError, match="rms error"):
         as_good_as_torch((truth + 5e-5).float(), yardstick, truth, 2.0, "x")
-
-
-def test_wrong_dtype_and_shape_fail():
-    truth = torch.zeros(3, dtype=torch.float64)
-    with pytest.raises(AssertionError, match="dtype"):
-        as_good_as_torch(torch.zeros(3).half(), truth.float(), truth, 2.0, "x")
-    with pytest.raises(AssertionError, match="shape"):
-        as_good_as_torch(torch.zeros(4), truth.float(), truth, 2.0, "x")
 
 
 def test_unwritten_output_is_seen(poison):
