@@ -170,7 +170,7 @@ def _bias_act_fwd(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
 
 
 @_bias_act_fwd.register_fake
-def _(x, bias, quick):
+def _(x: Tensor, bias: Tensor, quick: bool) -> Tensor:
     return x.new_empty(x.shape)
 
 
@@ -183,7 +183,7 @@ def _bias_act_bwd(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums:
 
 
 @_bias_act_bwd.register_fake
-def _(grad, x, bias, quick, with_sums):
+def _(grad: Tensor, x: Tensor, bias: Tensor, quick: bool, with_sums: bool) -> tuple[Tensor, Tensor]:
     sums = x.new_empty(x.shape[-1] if with_sums else 0, dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), sums
 

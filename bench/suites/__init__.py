@@ -67,7 +67,7 @@ def build(suite: str, shape: Sizes, dtype: str, device: torch.device) -> Case:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     found = SUITES[suite]
     if not set(found.fields) - found.optional <= set(shape) <= set(found.fields):
-        example = " ".join(f"{key}={value}" for key, value in found.shapes("cuda")[0].items())
+        example = " ".join(f"{key}={value}" for key, value in found.shapes["cuda"][0].items())
         raise ValueError(f"a shape of {suite} looks like {example!r}, got {dict(shape)!r}")
     for key, value in shape.items():
         example_value = found.fields[key]

@@ -54,7 +54,9 @@ def _attention_fwd(
 
 
 @_attention_fwd.register_fake
-def _(qkv, bias, seqlens, num_heads, causal, scale):
+def _(
+    qkv: Tensor, bias: Tensor | None, seqlens: Tensor | None, num_heads: int, causal: bool, scale: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     batch, length, width3 = qkv.shape
     lse = qkv.new_empty(batch, num_heads, length, dtype=accumulate_dtype(qkv.dtype))
     return qkv.new_empty(batch, length, width3 // 3), lse
@@ -77,7 +79,10 @@ def _attention_bwd(
 
 
 @_attention_bwd.register_fake
-def _(grad_out, qkv, seqlens, out, lse, num_heads, causal, scale, with_bias):
+def _(
+    grad_out: Tensor, qkv: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor, num_heads: int, causal: bool,
+    scale: float, with_bias: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return qkv.new_empty(qkv.shape), lse.new_empty(qkv.shape[-1] if with_bias else 0)
 
 
@@ -109,7 +114,7 @@ def _attention_qkv_fwd(
 
 
 @_attention_qkv_fwd.register_fake
-def _(q, k, v, seqlens, causal, scale):
+def _(q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
     batch, m, heads, _ = q.shape
     return q.new_empty(q.shape), q.new_empty(batch, heads, m, dtype=accumulate_dtype(q.dtype))
 
@@ -125,7 +130,10 @@ def _attention_qkv_bwd(
 
 
 @_attention_qkv_bwd.register_fake
-def _(grad_out, q, k, v, seqlens, out, lse, causal, scale):
+def _(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, out: Tensor, lse: Tensor,
+    causal: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
 
 

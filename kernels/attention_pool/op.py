@@ -42,7 +42,7 @@ def _pool_fwd(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Te
 
 
 @_pool_fwd.register_fake
-def _(query, tokens, seqlens):
+def _(query: Tensor, tokens: Tensor, seqlens: Tensor | None) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), query.new_empty(query.shape[:2], dtype=accumulate_dtype(query.dtype))
 
 
@@ -55,7 +55,7 @@ def _pool_bwd(
 
 
 @_pool_bwd.register_fake
-def _(grad_out, query, tokens, seqlens, lse):
+def _(grad_out: Tensor, query: Tensor, tokens: Tensor, seqlens: Tensor | None, lse: Tensor) -> tuple[Tensor, Tensor]:
     return query.new_empty(query.shape), tokens.new_empty(tokens.shape)
 
 

@@ -68,7 +68,9 @@ def _layer_norm_fwd(
 
 
 @_layer_norm_fwd.register_fake
-def _(x, residual, weight, bias, eps):
+def _(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     stream = x if residual is None else residual
     s = stream.new_empty((0,) if residual is None else x.shape)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=accumulate_dtype(stream.dtype)) for _ in range(2))
@@ -92,7 +94,9 @@ def _layer_norm_bwd(
 
 
 @_layer_norm_bwd.register_fake
-def _(grad_y, grad_s, s, weight, mean, rstd, with_sums):
+def _(
+    grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     dx = grad_y.new_empty((0,) if grad_y.dtype == s.dtype else s.shape)
     dw, db = (mean.new_empty(s.shape[-1] if with_sums else 0) for _ in range(2))
     return s.new_empty(s.shape), dx, dw, db

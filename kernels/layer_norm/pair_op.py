@@ -45,7 +45,9 @@ def _layer_norm_pair_fwd(
 
 
 @_layer_norm_pair_fwd.register_fake
-def _(x, weight_1, bias_1, weight_2, bias_2, eps_1, eps_2):
+def _(
+    x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor, eps_1: float, eps_2: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     stats = x.new_empty((4, *x.shape[:-1]), dtype=accumulate_dtype(x.dtype))
     return x.new_empty(x.shape), x.new_empty(x.shape), stats
 
@@ -64,7 +66,10 @@ def _layer_norm_pair_bwd(
 
 
 @_layer_norm_pair_bwd.register_fake
-def _(grad_s, grad_y, x, weight_1, bias_1, weight_2, stats, with_sums):
+def _(
+    grad_s: Tensor | None, grad_y: Tensor, x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor,
+    stats: Tensor, with_sums: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     return x.new_empty(x.shape), stats.new_empty(4, x.shape[-1] if with_sums else 0)
 
 

@@ -103,7 +103,10 @@ def _patch_embed_fwd(
 
 
 @_patch_embed_fwd.register_fake
-def _(images, weight, class_embedding, positional_embedding, keep, mean, std, dtype):
+def _(
+    images: Tensor, weight: Tensor, class_embedding: Tensor, positional_embedding: Tensor, keep: Tensor | None,
+    mean: Sequence[float], std: Sequence[float], dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     tokens = positional_embedding.shape[0] if keep is None else 1 + keep.shape[1]
     return weight.new_empty(images.shape[0], tokens, weight.shape[0], dtype=dtype)
 
@@ -122,7 +125,9 @@ def _patch_embed_bwd(
 
 
 @_patch_embed_bwd.register_fake
-def _(grad, images, weight, keep, mean, std):
+def _(
+    grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None, mean: Sequence[float], std: Sequence[float],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = accumulate_dtype(weight.dtype)
     positions = 1 + num_patches_of(images, weight.shape[-1])
     return weight.new_empty(weight.shape, dtype=dtype), grad.new_empty(positions, grad.shape[2], dtype=dtype)
@@ -135,7 +140,7 @@ def _patch_embed_bwd_images(grad: Tensor, images: Tensor, weight: Tensor, keep: 
 
 
 @_patch_embed_bwd_images.register_fake
-def _(grad, images, weight, keep):
+def _(grad: Tensor, images: Tensor, weight: Tensor, keep: Tensor | None) -> Tensor:
     return images.new_empty(images.shape)
 
 

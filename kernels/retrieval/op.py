@@ -49,7 +49,7 @@ def _retrieval_ranks(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[T
 
 
 @_retrieval_ranks.register_fake
-def _(image, text, text_image):
+def _(image: Tensor, text: Tensor, text_image: Tensor) -> tuple[Tensor, Tensor]:
     return image.new_empty(image.shape[0], dtype=torch.int64), image.new_empty(text.shape[0], dtype=torch.int64)
 
 

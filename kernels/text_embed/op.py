@@ -38,7 +38,7 @@ def _text_embed_fwd(text: Tensor, token_embedding: Tensor, positional_embedding:
 
 
 @_text_embed_fwd.register_fake
-def _(text, token_embedding, positional_embedding, dtype):
+def _(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype) -> Tensor:
     return token_embedding.new_empty(*text.shape, token_embedding.shape[1], dtype=dtype)
 
 
@@ -50,7 +50,7 @@ def _text_embed_bwd_token(grad: Tensor, text: Tensor, vocab: int, dtype: torch.d
 
 
 @_text_embed_bwd_token.register_fake
-def _(grad, text, vocab, dtype):
+def _(grad: Tensor, text: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
     return grad.new_empty(vocab, grad.shape[-1], dtype=dtype)
 
 
