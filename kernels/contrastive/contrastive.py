@@ -39,32 +39,6 @@ def _contrastive_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor,
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return forward(image, text, logit_scale, offset, both, normalize, dtype)
-
-
-@_contrastive_fwd.register_fake
-def _(image: Tensor, text: Tensor, logit_scale: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row, col = (logit_scale.new_empty(3, x.shape[0]) for x in (image, text))
-    return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
-
-
-@torch.library.custom_op("clipfast::contrastive_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
-def _contrastive_bwd(
-    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
-    row: Tensor, col: Tensor, uses_shared_shift: Tensor,
-    offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    normalizers = Normalizers(row, col, uses_shared_shift)
-    return backward(grad_loss, image, text, logit_scale, normalizers, offset, both, normalize, dtype, save_memory)
-
-
-register_gradients(_contrastive_fwd, _contrastive_bwd)
-
-
-def forward(
-    image: Tensor, text: Tensor, logit_scale: Tensor, offset: int, both: bool, normalize: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss and what the backward pass needs: row [3, M], col [3, N] and uses_shared_shift [].
 
     row and col hold maximum, inv_denom and g, which is one_minus_p summed over the directions of the loss.
@@ -83,14 +57,24 @@ def forward(
     return loss, row, col, stats.uses_shared_shift
 
 
-def backward(
-    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, normalizers: Normalizers,
+@_contrastive_fwd.register_fake
+def _(image: Tensor, text: Tensor, logit_scale: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row, col = (logit_scale.new_empty(3, x.shape[0]) for x in (image, text))
+    return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
+
+
+@torch.library.custom_op("clipfast::contrastive_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _contrastive_bwd(
+    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
+    row: Tensor, col: Tensor, uses_shared_shift: Tensor,
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of images, texts and scale; ``normalizers`` are what :func:`forward` has returned."""
+    """Return the gradients of images, texts and scale."""
+    normalizers = Normalizers(row, col, uses_shared_shift)
     blocks = logit_blocks(image.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
-    row_one_minus_p, col_one_minus_p = normalizers.row[2], normalizers.col[2]
+    row_one_minus_p, col_one_minus_p = row[2], col[2]
     paired, partners = pairs_in(len(image), len(text), offset)
     coefficient = grad_loss.to(row_one_minus_p.dtype) / max((2 if both else 1) * (paired.stop - paired.start), 1)
     factor = coefficient * logit_scale
@@ -113,6 +97,9 @@ def backward(
         blocks.finish(acc_text, y, x.rows, -offset, col_one_minus_p, factor, text_grad)
     of_scale = scale_gradient(dot, scale_sums, row_one_minus_p[paired], x.rows[paired], y.rows[partners])
     return image_grad, text_grad, of_scale * coefficient
+
+
+register_gradients(_contrastive_fwd, _contrastive_bwd)
 
 
 def contrastive_loss(
@@ -160,18 +147,9 @@ def contrastive_loss(
 
 
 def pairwise_loss(
-    op: str,
-    row_name: str,
-    rows: Tensor,
-    cols: Tensor,
-    logit_scale: Tensor,
-    backend: str,
-    *,
-    both: bool,
-    normalize: bool,
-    offset: int,
-    save_memory: bool,
-) -> Tensor:
+    op: str, row_name: str, rows: Tensor, cols: Tensor, logit_scale: Tensor, backend: str, *,
+    both: bool, normalize: bool, offset: int, save_memory: bool,
+) -> Tensor:  # fmt: skip
     """Return the loss of rows against columns, in ``both`` directions or of the rows only; arguments are checked.
 
     ``op`` and ``row_name`` are for errors: the name of the loss, and what it calls ``rows``.

@@ -47,9 +47,7 @@ def scale_gradient(
             rounding error of G where G is rounded.
         scale_sums: what ``add_gradients`` has returned for each block: its part of the first sum, from G before it was
             rounded, or None where G is not rounded.
-        one_minus_p: [P], of the pairs.
-        x: [P, D], first features of the pairs.
-        y: [P, D], second features of the pairs.
+        one_minus_p: [P], of the pairs, whose features are x [P, D] and y [P, D].
 
     Returns:
         [], in the dtype of ``dot``.

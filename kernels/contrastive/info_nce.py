@@ -37,37 +37,6 @@ def _info_nce_fwd(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
     in_batch: bool, normalize: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return forward(query, key, negatives, logit_scale, in_batch, normalize, dtype)
-
-
-@_info_nce_fwd.register_fake
-def _(
-    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *options: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    row = logit_scale.new_empty(3, query.shape[0])
-    return logit_scale.new_empty(()), row, logit_scale.new_empty((), dtype=torch.int8)
-
-
-@torch.library.custom_op("clipfast::info_nce_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
-def _info_nce_bwd(
-    grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
-    row: Tensor, uses_shared_shift: Tensor,
-    in_batch: bool, normalize: bool, dtype: torch.dtype, needs_key: bool, needs_negatives: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(
-        grad_loss, query, key, negatives, logit_scale, row, uses_shared_shift,
-        in_batch, normalize, dtype, needs_key, needs_negatives,
-    )  # fmt: skip
-
-
-register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
-
-
-def forward(
-    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
-    in_batch: bool, normalize: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Return the loss and what the backward pass needs: row [3, N] and uses_shared_shift [].
 
     row holds maximum, inv_denom and one_minus_p of the queries.
@@ -87,7 +56,17 @@ def forward(
     return rows.nll.mean(), torch.stack([maximum, rows.inv_denom, rows.one_minus_p]), uses_shared_shift
 
 
-def backward(
+@_info_nce_fwd.register_fake
+def _(
+    query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor, *options: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    row = logit_scale.new_empty(3, query.shape[0])
+    return logit_scale.new_empty(()), row, logit_scale.new_empty((), dtype=torch.int8)
+
+
+@torch.library.custom_op("clipfast::info_nce_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _info_nce_bwd(
     grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
     row: Tensor, uses_shared_shift: Tensor,
     in_batch: bool, normalize: bool, dtype: torch.dtype, needs_key: bool, needs_negatives: bool,
@@ -125,6 +104,9 @@ def backward(
         blocks.finish(acc_queue, queue, x.rows, len(query), zeros, factor, negatives_grad)
     of_scale = scale_gradient(dot, scale_sums, one_minus_p, x.rows, y.rows)
     return query_grad, key_grad, negatives_grad, of_scale * coefficient
+
+
+register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
 
 
 def _nothing_from_columns(row: Tensor, columns: int) -> Tensor:

@@ -67,8 +67,7 @@ class LogitBlocks(Protocol):
         Args:
             acc: [R, D], G times the features of the other side, of :meth:`new_accumulator`; its values are lost.
             own: the R rows whose gradient it is.
-            other: [C, D], features of the other side; the positive of row i is row i + offset, if there is one.
-            offset: see ``other``.
+            other, offset: [C, D], features of the other side; the positive of row i is row i + offset, if there is one.
             one_minus_p: [R], one minus the probability of the positive, summed over the directions of the loss; not
                 used in a row without a positive.
             factor: [], gradient of the loss times scale.

@@ -10,12 +10,8 @@ from ..dtypes import FLOATS, autocast_to, dtype_name
 def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
     """Refuse features that are not [M, D] and [N, D], of one dtype on one device, with M = N.
 
-    Args:
-        op: name of the loss.
-        names: what the loss calls ``first`` and ``second``.
-        first: features [M, D].
-        second: features [N, D].
-        offset: where the loss takes one, M and N may differ if it is not 0.
+    ``names`` are what the loss ``op`` calls ``first`` and ``second``. Where it takes an ``offset``, M and N may differ
+    if that is not 0.
 
     Raises:
         TypeError: not tensors, or dtypes that are not floating or not the same.
@@ -36,14 +32,9 @@ def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, 
 def scale_tensor(
     op: str, logit_scale: Tensor | float, like: Tensor, *, name: str = "logit_scale", like_name: str = "image"
 ) -> Tensor:
-    """Return ``logit_scale`` as a tensor without dimensions on the device of ``like``.
+    """Return a number, or a tensor of one element, as a tensor without dimensions on the device of ``like``.
 
-    Args:
-        op: name of the loss.
-        logit_scale: a number or a tensor of one element.
-        like: features, which the loss calls ``like_name``.
-        name: what the loss calls ``logit_scale``.
-        like_name: see ``like``.
+    ``name`` and ``like_name`` are what the loss ``op`` calls ``logit_scale`` and ``like``.
 
     Raises:
         TypeError: neither a number nor a floating tensor.

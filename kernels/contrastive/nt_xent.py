@@ -28,30 +28,6 @@ from .softmax_stats import Normalizers, merge, pair_terms
 def _nt_xent_fwd(
     first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return forward(first, second, logit_scale, normalize, dtype)
-
-
-@_nt_xent_fwd.register_fake
-def _(first: Tensor, second: Tensor, logit_scale: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    row, col = (logit_scale.new_empty(2, 3, x.shape[0]) for x in (first, second))
-    return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
-
-
-@torch.library.custom_op("clipfast::nt_xent_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
-def _nt_xent_bwd(
-    grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
-    row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return backward(grad_loss, first, second, logit_scale, row, col, uses_shared_shift, normalize, dtype)
-
-
-register_gradients(_nt_xent_fwd, _nt_xent_bwd)
-
-
-def forward(
-    first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the loss and what the backward pass needs: row [2, 3, N], col [2, 3, N] and uses_shared_shift [].
 
     row is of the first views, col of the second. Each holds maximum, inv_denom and one_minus_p (summed over both views
@@ -77,7 +53,15 @@ def forward(
     return (terms[0][0].nll.mean() + terms[1][0].nll.mean()) / 2, row, col, uses_shared_shift
 
 
-def backward(
+@_nt_xent_fwd.register_fake
+def _(first: Tensor, second: Tensor, logit_scale: Tensor, *options: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    row, col = (logit_scale.new_empty(2, 3, x.shape[0]) for x in (first, second))
+    return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
+
+
+@torch.library.custom_op("clipfast::nt_xent_bwd", mutates_args=(), device_types=("cuda", "cpu"))
+@outside_autocast
+def _nt_xent_bwd(
     grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
     row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -110,6 +94,9 @@ def backward(
     both_dots = dot.sum() + second_dot.sum()
     of_scale = scale_gradient(both_dots, scale_sums, 2 * one_minus_p, x.rows, y.rows) / 2
     return first_grad, second_grad, of_scale * coefficient
+
+
+register_gradients(_nt_xent_fwd, _nt_xent_bwd)
 
 
 def nt_xent_loss(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._library.custom_ops import CustomOpDef
 
 from clipfast import kernels
 from clipfast.kernels import activation
@@ -62,19 +63,20 @@ def gradient_off(spec, name, factor):
     return dataclasses.replace(spec, op=wrong)
 
 
-# Where each output of each op is computed on a CPU: module, function, and which of its results.
+# Where each output of each op is computed on a CPU: module and function, or registered op and device; and which of
+# its results it is.
 ON_CPU = {
-    ("contrastive_loss", "value"): (contrastive, "forward", 0),
-    ("contrastive_loss", "d_image"): (contrastive, "backward", 0),
-    ("contrastive_loss", "d_text"): (contrastive, "backward", 1),
-    ("contrastive_loss", "d_logit_scale"): (contrastive, "backward", 2),
+    ("contrastive_loss", "value"): (contrastive._contrastive_fwd, "cpu", 0),
+    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "cpu", 0),
+    ("contrastive_loss", "d_text"): (contrastive._contrastive_bwd, "cpu", 1),
+    ("contrastive_loss", "d_logit_scale"): (contrastive._contrastive_bwd, "cpu", 2),
     ("sigmoid_loss", "value"): (cpu_blocks, "sigmoid_sums", 0),
     ("sigmoid_loss", "d_logit_scale"): (sigmoid, "scale_gradient", None),
     ("sigmoid_loss", "d_logit_bias"): (cpu_blocks, "sigmoid_sums", 1),
-    ("info_nce_loss", "value"): (info_nce, "forward", 0),
-    ("info_nce_loss", "d_negatives"): (info_nce, "backward", 2),
-    ("nt_xent_loss", "value"): (nt_xent, "forward", 0),
-    ("nt_xent_loss", "d_logit_scale"): (nt_xent, "backward", 2),
+    ("info_nce_loss", "value"): (info_nce._info_nce_fwd, "cpu", 0),
+    ("info_nce_loss", "d_negatives"): (info_nce._info_nce_bwd, "cpu", 2),
+    ("nt_xent_loss", "value"): (nt_xent._nt_xent_fwd, "cpu", 0),
+    ("nt_xent_loss", "d_logit_scale"): (nt_xent._nt_xent_bwd, "cpu", 2),
     ("attention", "value"): (attention_cpu, "forward", 0),
     ("attention", "d_qkv"): (attention_cpu, "backward", WRITTEN),
     ("attention", "d_bias"): (attention_cpu, "backward", 1),
@@ -112,7 +114,10 @@ def test_without_a_fault_every_row_passes(op):
 @pytest.mark.parametrize(("op", "output"), ON_CPU)
 def test_fault_in_the_cpu_path(op, output, monkeypatch):
     module, name, index = ON_CPU[op, output]
-    monkeypatch.setattr(module, name, scaled(getattr(module, name), index))
+    if isinstance(module, CustomOpDef):
+        monkeypatch.setitem(module._backend_fns, name, scaled(module._backend_fns[name], index))
+    else:
+        monkeypatch.setattr(module, name, scaled(getattr(module, name), index))
     code, failed = failures(op)
     assert code == 1
     expected = {(op, "cpu", output)}
