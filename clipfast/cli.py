@@ -51,7 +51,3 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
     for name, (text, _) in {**COMMANDS, BENCH[0]: BENCH[1:]}.items():
         commands.add_parser(name, help=text, add_help=False)
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main())

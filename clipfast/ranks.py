@@ -17,11 +17,7 @@ PRELOAD = ["torch.distributed.nn", "clipfast.api"]
 
 
 def start_ranks(
-    fn: Callable[..., Any],
-    world_size: int,
-    *args: Any,
-    folder: Path,
-    collective_s: float = 60.0,
+    fn: Callable[..., Any], world_size: int, *args: Any, folder: Path, collective_s: float = 60.0
 ) -> list[multiprocessing.context.ForkServerProcess]:
     """Start ``fn(rank, *args)`` on each rank of a new group.
 

@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from clipfast.verify.rule import FORWARD, GRADIENT, in_double, judge, judge_draws, value_and_grads
+from clipfast.verify.rule import GRADIENT, in_double, judge, judge_draws, value_and_grads
 
-__all__ = ["FORWARD", "GRADIENT", "as_good_as_torch", "compare", "value_and_grads"]
+__all__ = ["GRADIENT", "as_good_as_torch", "compare", "value_and_grads"]
 
 
 def as_good_as_torch(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float, name: str) -> None:

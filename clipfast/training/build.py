@@ -26,16 +26,10 @@ def build_device(config: TrainConfig) -> torch.device:
 
 
 def build_model(config: TrainConfig, saved: dict[str, Any] | None, device: torch.device) -> CLIP:
-    """Build the model of a run.
+    """Build the model of a run on ``device``, in training mode, and compile it if that is asked for.
 
-    Args:
-        config: options of the run.
-        saved: model configuration of the checkpoint that is continued, if it has one; it replaces ``config.model``,
-            and the weights are those of the checkpoint, which are loaded later.
-        device: where the model is built.
-
-    Returns:
-        The model, in training mode, compiled if that is asked for.
+    ``saved`` is the model configuration of the checkpoint that is continued, if it has one. It replaces
+    ``config.model``, and the weights are those of the checkpoint, which are loaded later.
 
     Raises:
         ValueError: the model is unknown, or its configuration or weights cannot be used.

@@ -17,10 +17,8 @@ MIN_SEEN_FOR_BAD_FRACTION = 100
 class TrainingData:
     """Shards and the batches from them, in an order that the state determines.
 
-    Args:
-        config: options of the run.
-        saved: state of the run that is continued, or nothing. If it is of the same shards, their number of samples is
-            taken from it, and the shards need not be read to count them.
+    ``saved`` is the state of the run that is continued, or nothing. If it is of the same shards, their number of
+    samples is taken from it, and the shards need not be read to count them.
 
     Raises:
         ValueError: a shard is missing, or the shards hold less than one batch.

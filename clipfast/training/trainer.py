@@ -29,13 +29,10 @@ VALIDATION_BATCH_SIZE = 256
 
 
 class Trainer:
-    """One run.
+    """One run, which writes to ``folder``.
 
-    Args:
-        config: its options.
-        folder: where it writes.
-        checkpoint: what it continues from, written by this package or by OpenCLIP; the model configuration in it, if
-            there is one, replaces ``config.model``.
+    ``checkpoint`` is what it continues from, written by this package or by OpenCLIP; the model configuration in it, if
+    there is one, replaces ``config.model``.
 
     Raises:
         ValueError: options, data or the checkpoint cannot be used.

@@ -94,12 +94,16 @@ def test_missing_file(model):
 def test_weights_that_do_not_fit_change_nothing(model, tmp_path):
     state = dict(model.state_dict())
     before = {name: value.clone() for name, value in state.items()}
-    cases = {
-        "missing text_projection": {name: value for name, value in state.items() if name != "text_projection"},
-        "unexpected extra": state | {"extra": torch.zeros(1)},
-        r"visual.proj is \(3, 3\), the model has \(128, 128\)": state | {"visual.proj": torch.zeros(3, 3)},
-    }
-    for message, broken in cases.items():
+    no_square_grid = [(1, 128), (13, 128), (65, 64), (65,)]
+    positions = "visual.positional_embedding"
+    cases = [
+        ("missing text_projection", {name: value for name, value in state.items() if name != "text_projection"}),
+        ("unexpected extra", state | {"extra": torch.zeros(1)}),
+        (r"visual.proj is \(3, 3\), the model has \(128, 128\)", state | {"visual.proj": torch.zeros(3, 3)}),
+        *((rf"{positions} is .*, the model has \(17, 128\)", state | {positions: torch.zeros(shape)})
+          for shape in no_square_grid),
+    ]  # fmt: skip
+    for message, broken in cases:
         torch.save({"state_dict": {name: value + 1 for name, value in broken.items()}}, tmp_path / "w.pt")
         with pytest.raises(CheckpointError, match=f"does not fit the model: {message}"):
             load_checkpoint(model, tmp_path / "w.pt")

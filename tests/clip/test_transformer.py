@@ -98,8 +98,7 @@ def test_every_route_of_a_block_is_the_same(quick_gelu, checkpointed, monkeypatc
         module.backend = "auto"
     for on_gpu in (False, True):
         monkeypatch.setattr(transformer, "triton_runs_on", lambda device, on_gpu=on_gpu: on_gpu)
-        for name, value in gradients(tower, x).items():
-            torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+        torch.testing.assert_close(gradients(tower, x), expected, rtol=1e-9, atol=1e-9)
 
 
 ROWS = {"class": (False, None), "end of text": (True, torch.tensor([4, 0, 8]))}
@@ -120,8 +119,7 @@ def test_the_last_block_computes_the_row_that_is_read(kind, checkpointed):
     tower.grad_checkpointing = checkpointed
     with FlopCounterMode(display=False) as short:
         actual = read_with_grads(tower, rows, x)
-    for name, value in actual.items():
-        torch.testing.assert_close(value, expected[name], rtol=1e-9, atol=1e-9, msg=name)
+    torch.testing.assert_close(actual, expected, rtol=1e-9, atol=1e-9)
     tower.resblocks[-1].attn.backend = "torch"  # the reference computes every row
     with FlopCounterMode(display=False) as full:
         read_with_grads(tower, rows, x)
@@ -138,8 +136,7 @@ def test_selective_checkpointing_repeats_no_product(on_gpu, monkeypatch):
         with FlopCounterMode(display=False) as flops, Operations() as operations:
             runs[kind] = read_with_grads(tower, ROWS["end of text"][1], x), flops.get_total_flops(), operations.counts
     kept, selective, whole = runs.values()
-    for name, value in selective[0].items():
-        torch.testing.assert_close(value, kept[0][name], rtol=1e-12, atol=1e-12, msg=name)
+    torch.testing.assert_close(selective[0], kept[0], rtol=1e-12, atol=1e-12)
     assert selective[1] == kept[1] < whole[1]
     repeated = {name for name, count in selective[2].items() if count > kept[2][name]}
     activation = "clipfast.bias_act_fwd.default" if on_gpu else "aten.gelu.default"
