@@ -61,7 +61,7 @@ def test_initialisation_is_the_published_one():
     for parameter, std in expected.items():
         assert parameter.std().item() == pytest.approx(std, rel=0.25)
     assert model.logit_scale.item() == pytest.approx(math.log(1 / 0.07))
-    resnet = CLIP(small_config("resnet", False))
+    resnet = small("resnet")
     assert not resnet.visual.layer2[1].bn3.weight.any()
     assert resnet.visual.attnpool.q_proj.weight.std().item() == pytest.approx(512**-0.5, rel=0.05)
 
@@ -75,29 +75,25 @@ def test_logit_scale_is_clamped():
         assert model.logit_scale.exp().item() == pytest.approx(expected)
 
 
-def small_config(kind, quick_gelu):
-    """A ViT and a ResNet with everything that the large ones have, small enough for a test."""
-    vision = (
-        VisionConfig(64, 2, 96, 32, 4.3637, 16)
-        if kind == "vit"
-        else VisionConfig(64, (1, 2, 1, 1), 16, 32, patch_size=None)
-    )
-    return CLIPConfig(48, vision, TextConfig(width=64, heads=4, layers=2), quick_gelu)
+def small(kind="vit", quick_gelu=False):
+    """A ViT or a ResNet with everything that the large ones have, small enough for a test."""
+    resnet = VisionConfig(64, (1, 2, 1, 1), 16, 32, patch_size=None)
+    vision = VisionConfig(64, 2, 96, 32, 4.3637, 16) if kind == "vit" else resnet
+    return CLIP(CLIPConfig(48, vision, TextConfig(width=64, heads=4, layers=2), quick_gelu))
 
 
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quickgelu"])
 @pytest.mark.parametrize("kind", ["vit", "resnet"])
 def test_same_embeddings_as_open_clip(kind, quick_gelu):
     open_clip = pytest.importorskip("open_clip")
-    config = small_config(kind, quick_gelu)
-    theirs = open_clip.CLIP(**config.to_dict()).eval()
+    ours = small(kind, quick_gelu).eval()
+    theirs = open_clip.CLIP(**ours.config.to_dict()).eval()
     for module in theirs.modules():
         # A batch norm with its initial statistics does nothing, so a missing one would not be noticed.
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.normal_(module.running_mean, std=0.1)
             torch.nn.init.uniform_(module.running_var, 0.5, 1.5)
             torch.nn.init.uniform_(module.weight, 0.5, 1.5)
-    ours = CLIP(config).eval()
     ours.load_state_dict(theirs.state_dict())
     images = torch.randn(3, 3, 64, 64)
     texts = open_clip.tokenize(["a photo of a cat", "two dogs and a very long caption about them " * 20, ""])
@@ -122,7 +118,7 @@ def test_full_size_embeddings_as_open_clip(name):
 
 @pytest.mark.parametrize("pixels", [torch.uint8, torch.float32], ids=str)
 def test_convolutions_get_channels_side_by_side(pixels):
-    model, seen = CLIP(small_config("resnet", False)).visual, []
+    model, seen = small("resnet").visual, []
     for module in model.modules():
         if isinstance(module, torch.nn.Conv2d):
             module.register_forward_hook(
@@ -138,7 +134,7 @@ def test_convolutions_get_channels_side_by_side(pixels):
 def test_backends_agree_on_values_and_gradients(kind):
     torch.manual_seed(0)
     # In float64, because BatchNorm over four images amplifies rounding errors.
-    model = CLIP(small_config(kind, False)).double()
+    model = small(kind).double()
     images, texts = torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8), torch.randint(1, 49406, (4, 12))
     texts[:, -1] = 49407
     results = []
@@ -156,7 +152,7 @@ def test_backends_agree_on_values_and_gradients(kind):
 def test_bytes_and_normalised_floats_agree(kind):
     from torchvision.transforms import v2
 
-    model = CLIP(small_config(kind, False)).eval()
+    model = small(kind).eval()
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
     floats = v2.Normalize(model.visual.image_mean, model.visual.image_std)(images.float() / 255)
     with torch.no_grad():
@@ -174,7 +170,7 @@ def test_padding_may_be_cut():
 
 def test_grad_checkpointing_changes_nothing():
     torch.manual_seed(0)
-    model = CLIP(small_config("vit", False))
+    model = small()
     images, texts = torch.randn(2, 3, 64, 64), torch.tensor([[49406, 320, 49407]] * 2)
     grads = []
     for enable in (False, True):
@@ -207,10 +203,6 @@ def test_options_of_create_model():
     assert model.encode_text(torch.tensor([[49406, 49407]])).dtype == torch.bfloat16
 
 
-def small():
-    return CLIP(small_config("vit", False))
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -231,7 +223,7 @@ def test_errors(call, message):
 
 
 def test_open_clip_json_configs_can_be_added(tmp_path):
-    config = small_config("resnet", True)
+    config = small("resnet", quick_gelu=True).config
     path = tmp_path / "my-model.json"
     path.write_text(json.dumps(config.to_dict()))
     add_model_config(path)
@@ -260,7 +252,7 @@ def fused(monkeypatch):
 
 
 def test_texts_are_embedded_in_one_pass_on_the_backend_of_the_model(texts, fused):
-    model = CLIP(small_config("vit", False))
+    model = small()
     entered = []
     model.transformer.register_forward_pre_hook(lambda module, args: entered.append(args[0]))
     for backend in ("auto", "torch"):
@@ -275,7 +267,7 @@ def test_texts_are_embedded_in_one_pass_on_the_backend_of_the_model(texts, fused
     "option", [{"padding_idx": 0}, {"max_norm": 0.5}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str
 )
 def test_a_table_that_does_more_is_called(option, texts, fused):
-    model = CLIP(small_config("vit", False))
+    model = small()
     other = torch.nn.Embedding(*model.token_embedding.weight.shape, **option)
     model.token_embedding = other
     model.encode_text(texts)
@@ -287,7 +279,7 @@ def test_a_hook_or_an_adapter_of_the_table_is_called(texts, fused):
         def forward(self, ids):
             return super().forward(ids) + 1
 
-    model = CLIP(small_config("vit", False))
+    model = small()
     expected = model.encode_text(texts)
     assert fused.pop() == "auto"
     hook = model.token_embedding.register_forward_hook(lambda module, args, out: out + 1)
@@ -315,7 +307,7 @@ def test_autocast_leaves_the_texts_in_16_bits(texts):
 
 
 def test_bytes_enter_as_by_convolution_and_norm():
-    visual, seen = CLIP(small_config("vit", False)).visual, []
+    visual, seen = small().visual, []
     for parameter in (visual.ln_pre.weight, visual.ln_pre.bias):
         torch.nn.init.normal_(parameter)
     visual.transformer.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
