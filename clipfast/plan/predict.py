@@ -65,10 +65,7 @@ def figures(ledger: Ledger) -> dict[str, int]:
 def predict(problem: Problem, cluster: Cluster, *, searches: bool = False) -> list[dict[str, Any]]:
     """Return the figures of a step, its seconds, and what they consist of, for each mode and for OpenCLIP's loss.
 
-    Args:
-        problem: what to run.
-        cluster: where to run it.
-        searches: also find the largest batch that fits, by running many steps.
+    With ``searches``, also find the largest batch that fits, by running many steps.
     """
     auto = choose_mode([problem.rows] * problem.gpus, problem.embed_dim, problem.dtype) if problem.gpus > 1 else None
     rows = []

@@ -6,22 +6,28 @@ from ..spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, NOT_I
 
 
 @dataclasses.dataclass(frozen=True)
-class LossShape(Shape):
-    """Image and text features [pairs, embed_dim] and the scale of the logits, by default that of an untrained CLIP.
-
-    ``matched`` says how alike the two features of a pair are: 0 at the start of training, about 0.3 at its end.
-    """
+class PairShape(Shape):
+    """Features [pairs, embed_dim] of both sides of the pairs."""
 
     pairs: int
     embed_dim: int
-    scale: float = 1 / 0.07
-    matched: float = 0.0
-    normalize: bool = False
 
     @property
     def elements(self) -> int:
         """The number of logits."""
         return self.pairs**2
+
+
+@dataclasses.dataclass(frozen=True)
+class LossShape(PairShape):
+    """Image and text features [pairs, embed_dim] and the scale of the logits, by default that of an untrained CLIP.
+
+    ``matched`` says how alike the two features of a pair are: 0 at the start of training, about 0.3 at its end.
+    """
+
+    scale: float = 1 / 0.07
+    matched: float = 0.0
+    normalize: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,24 +44,17 @@ class ViewShape(LossShape):
 
 
 @dataclasses.dataclass(frozen=True)
-class SigmoidShape(Shape):
+class SigmoidShape(PairShape):
     """Features [pairs, embed_dim], and scale and bias of the logits, by default those of an untrained SigLIP.
 
     With an ``offset`` of ``pairs`` no row has a partner, as between the images and the texts of two processes.
     """
 
-    pairs: int
-    embed_dim: int
     scale: float = 10.0
     bias: float = -10.0
     matched: float = 0.0
     offset: int = 0
     normalize: bool = False
-
-    @property
-    def elements(self) -> int:
-        """The number of logits."""
-        return self.pairs**2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +93,18 @@ SHIFTS = (50.0, 1e4)
 LENGTHS = "rows of many lengths, which are divided by them"
 NO_WIDTH = "features without dimensions: every product is 0"
 
+
+def laid_out(shape: Shape) -> list[Case]:
+    """Return a case for each memory layout of the features."""
+    layouts = {
+        "transposed": "columns contiguous",
+        "sliced": "every second column of a wider tensor",
+        "offset": "one element past an aligned address",
+        EXPANDED: "every row of the first features is the same memory: stride 0",
+    }
+    return [Case(shape, why, layout=layout, quick=layout == "sliced", draws=FEW) for layout, why in layouts.items()]
+
+
 CONTRASTIVE = [
     *(Case(LossShape(1, 16, *at), "one pair: both softmaxes are 1, every gradient is 0", draws=FEW) for at in STAGES),
     *(Case(LossShape(2, 8, *at), "less than any tile in both directions", draws=FEW) for at in STAGES),
@@ -124,11 +135,7 @@ CONTRASTIVE = [
     ),
     Case(LossShape(45, 24, 20.0, 0.3, normalize=True), LENGTHS, values="lengths", draws=FEW),
     Case(LossShape(70, 0), NO_WIDTH, draws=FEW),
-    # layouts
-    Case(LossShape(67, 40, 20.0, 0.5), "columns contiguous", layout="transposed", draws=FEW),
-    Case(LossShape(67, 40, 20.0, 0.5), "every second column of a wider tensor", layout="sliced", quick=True, draws=FEW),
-    Case(LossShape(67, 40, 20.0, 0.5), "one element past an aligned address", layout="offset", draws=FEW),
-    Case(LossShape(37, 24, 10.0), "every image is the same memory: stride 0", layout=EXPANDED, draws=FEW),
+    *laid_out(LossShape(67, 40, 20.0, 0.5)),
     # extremes
     Case(LossShape(129, 72, 100.0, 1.0), "largest scale in training, pairs exactly alike", check=EXTREME, draws=FEW),
     Case(LossShape(67, 40, 100.0, 0.3), "every feature occurs twice: two positives", check=EXTREME, values="duplicate rows", quick=True, draws=FEW),
@@ -167,11 +174,7 @@ SIGMOID = [
     ),
     Case(SigmoidShape(45, 24, matched=0.3, normalize=True), LENGTHS, values="lengths", draws=FEW),
     Case(SigmoidShape(70, 0), NO_WIDTH, draws=FEW),
-    # layouts
-    Case(SigmoidShape(67, 40), "columns contiguous", layout="transposed", draws=FEW),
-    Case(SigmoidShape(67, 40), "every second column of a wider tensor", layout="sliced", draws=FEW),
-    Case(SigmoidShape(67, 40), "one element past an aligned address", layout="offset", draws=FEW),
-    Case(SigmoidShape(37, 24), "every image is the same memory: stride 0", layout=EXPANDED, draws=FEW),
+    *laid_out(SigmoidShape(67, 40)),
     # extremes
     Case(SigmoidShape(67, 40, *LATE), "every feature occurs twice", check=EXTREME, values="duplicate rows", draws=FEW),
     Case(SigmoidShape(50, 16, 14.3), "all features equal: pairs are as the others", check=EXTREME, values="all-equal rows", draws=FEW),
@@ -211,11 +214,7 @@ INFO_NCE = [
     Case(QueueShape(11, 0, 8, 20.0, 0.3, True), "no queue at all", draws=MANY),
     Case(QueueShape(67, 0, 40, 20.0, 0.3, True), "no queue at all; several tiles and small blocks", draws=FEW, sanitize=True),
     *(Case(QueueShape(40, 50, 24, 20.0, 0.3, True), "one block of columns suits the shared shift, the other does not", values=values, draws=FEW) for values in ("long keys", "long negatives")),
-    # layouts
-    Case(QueueShape(67, 70, 40), "columns contiguous", layout="transposed", draws=FEW),
-    Case(QueueShape(67, 70, 40, in_batch=True), "every second column of a wider tensor", layout="sliced", draws=FEW),
-    Case(QueueShape(67, 70, 40), "one element past an aligned address", layout="offset", draws=FEW),
-    Case(QueueShape(37, 20, 24), "every query is the same memory: stride 0", layout=EXPANDED, draws=FEW),
+    *laid_out(QueueShape(67, 70, 40, in_batch=True)),
     # extremes
     Case(QueueShape(67, 70, 40, 100.0, 0.3, True), "every key occurs twice: two positives", check=EXTREME, values="duplicate rows", draws=FEW),
     Case(QueueShape(50, 37, 16, 100.0), "all features equal: the loss is log(K + 1)", check=EXTREME, values="all-equal rows", draws=FEW),
@@ -248,11 +247,7 @@ NT_XENT = [
     *(Case(ViewShape(67, 40, scale, 0.3), "several tiles and small blocks", draws=FEW, sanitize=True) for scale in SHIFTS),
     Case(ViewShape(45, 24, 20.0, 0.3), LENGTHS, values="lengths", draws=FEW),
     Case(ViewShape(70, 0), NO_WIDTH, draws=FEW),
-    # layouts
-    Case(ViewShape(67, 40, *EARLY), "columns contiguous", layout="transposed", draws=FEW),
-    Case(ViewShape(67, 40, *EARLY), "every second column of a wider tensor", layout="sliced", draws=FEW),
-    Case(ViewShape(67, 40, *EARLY), "one element past an aligned address", layout="offset", draws=FEW),
-    Case(ViewShape(37, 24, *EARLY), "every first view is the same memory: stride 0", layout=EXPANDED, draws=FEW),
+    *laid_out(ViewShape(67, 40, *EARLY)),
     # extremes
     Case(ViewShape(37, 24, *END), "every view occurs twice: two positives", check=EXTREME, values="duplicate rows", draws=FEW),
     Case(ViewShape(50, 16, 100.0), "all views equal: the loss is log(2N - 1)", check=EXTREME, values="all-equal rows", draws=MANY),

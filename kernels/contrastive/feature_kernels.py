@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import load_tile
+from .logit_tiles import store_tile
 
 # The least norm that torch.nn.functional.normalize divides by.
 EPS = tl.constexpr(1e-12)
@@ -57,38 +58,24 @@ def _products_kernel(
     """Add grad y to acc_x (the first ``num_x_tiles`` programs) and grad^T x to acc_y (the others)."""
     pid = tl.program_id(0)
     num_d = tl.cdiv(D, BLOCK_N)
+    # The products start with the accumulator: after them, no registers would be left to load it.
     if pid < num_x_tiles:
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = _load_accumulator(acc_x_ptr, start_m, start_d, M, D, BLOCK_M, BLOCK_N)
+        acc = load_tile(acc_x_ptr, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
         for start_k in range(0, N, BLOCK_K):
             g = load_tile(grad, start_m, start_k, M, N, stride_grad, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
             b = load_tile(y, start_k, start_d, N, D, stride_y, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
             acc = tl.dot(g, b, acc, input_precision="ieee")
-        _store_accumulator(acc_x_ptr, acc, start_m, start_d, M, D, BLOCK_M, BLOCK_N)
+        store_tile(acc_x_ptr, acc, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
     else:
         pid -= num_x_tiles
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = _load_accumulator(acc_y_ptr, start_m, start_d, N, D, BLOCK_M, BLOCK_N)
+        acc = load_tile(acc_y_ptr, start_m, start_d, N, D, D, BLOCK_M, BLOCK_N, False)
         for start_k in range(0, M, BLOCK_K):
             g = load_tile(grad_cols, start_k, start_m, M, N, stride_grad, BLOCK_K, BLOCK_M, IS_TMA)  # [BK, BM]
             b = load_tile(x, start_k, start_d, M, D, stride_x, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
             acc = tl.dot(g.T, b, acc, input_precision="ieee")
-        _store_accumulator(acc_y_ptr, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N)
-
-
-@triton.jit
-def _load_accumulator(ptr, start_m, start_d, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Load a tile [BM, BN] of the accumulator, to start the product with: after it, no registers would be left."""
-    return load_tile(ptr, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
-
-
-@triton.jit
-def _store_accumulator(ptr, acc, start_m, start_d, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store a tile [BM, BN] of the accumulator."""
-    offs_m = start_m + tl.arange(0, BLOCK_M)
-    offs_d = start_d + tl.arange(0, BLOCK_N)
-    mask = (offs_m < M)[:, None] & (offs_d < D)[None, :]
-    tl.store(ptr + offs_m.to(tl.int64)[:, None] * D + offs_d[None, :], acc, mask=mask)
+        store_tile(acc_y_ptr, acc, start_m, start_d, N, D, D, BLOCK_M, BLOCK_N, False)
 
 
 @triton.jit

@@ -57,16 +57,16 @@ def zero_pairs(tile, start_m, start_n, offset, BLOCK_M: tl.constexpr, BLOCK_N: t
 
 
 @triton.jit
-def store_grad(
-    grad, tile, start_m, start_n, M, N, stride_grad,
+def store_tile(
+    out, tile, start_m, start_n, M, N, stride,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile of G [BM, BN] in the operands' dtype."""
+    """Store a tile [BM, BN] of a matrix [M, N] in its dtype; ``out`` is a tensor descriptor or a pointer."""
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     if IS_TMA:
-        grad.store([start_m, start_n], tile.to(grad.dtype))
+        out.store([start_m, start_n], tile.to(out.dtype))
     else:
-        pointers = grad + offs_m.to(tl.int64)[:, None] * stride_grad + offs_n[None, :]
+        pointers = out + offs_m.to(tl.int64)[:, None] * stride + offs_n[None, :]
         mask = (offs_m < M)[:, None] & (offs_n < N)[None, :]
-        tl.store(pointers, tile.to(grad.dtype.element_ty), mask=mask)
+        tl.store(pointers, tile.to(out.dtype.element_ty), mask=mask)

@@ -100,12 +100,7 @@ register_gradients(_nt_xent_fwd, _nt_xent_bwd)
 
 
 def nt_xent_loss(
-    first: Tensor,
-    second: Tensor,
-    logit_scale: Tensor | float,
-    *,
-    normalize: bool = True,
-    backend: str = "auto",
+    first: Tensor, second: Tensor, logit_scale: Tensor | float, *, normalize: bool = True, backend: str = "auto"
 ) -> Tensor:
     """SimCLR's loss (Chen et al. 2020, equation 1): each view's other view against all views but itself.
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import grouped_tile
-from .logit_tiles import cosine_tile, store_grad, without_pairs, zero_pairs
+from .logit_tiles import cosine_tile, store_tile, without_pairs, zero_pairs
 
 
 @triton.jit
@@ -102,5 +102,5 @@ def _sigmoid_grad_tile_kernel(
         tile = zero_pairs(tile, start_m, start, offset, BLOCK_M, HALF)
         # The sum is over both axes at once: on sm_100, Triton 3.6 fails to sum a half along one axis.
         scale_sum += tl.sum(tile * halves[half])
-        store_grad(grad, tile, start_m, start, M, N, stride_grad, BLOCK_M, HALF, IS_TMA)
+        store_tile(grad, tile, start_m, start, M, N, stride_grad, BLOCK_M, HALF, IS_TMA)
     tl.store(scale_sum_ptr + pid, scale_sum)

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import grouped_tile
-from .logit_tiles import cosine_tile, store_grad, without_pairs, zero_pairs
+from .logit_tiles import cosine_tile, store_tile, without_pairs, zero_pairs
 
 
 @triton.jit
@@ -205,6 +205,6 @@ def _store_grad_half(
         if start_n + BLOCK_N > N:
             tile = tl.where((offs_n < N)[None, :], tile, 0.0)
     tile = zero_pairs(tile, start_m, start_n, offset, BLOCK_M, BLOCK_N)
-    store_grad(grad, tile, start_m, start_n, M, N, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)
+    store_tile(grad, tile, start_m, start_n, M, N, stride_grad, BLOCK_M, BLOCK_N, IS_TMA)
     # The sum is over both axes at once: on sm_100, Triton 3.6 fails to sum a half along one axis.
     return tl.sum(tile * cosines)

@@ -73,8 +73,7 @@ def test_float32(pairs, embed_dim, stage, device):
 
 @pytest.mark.skipif(LEG == "interpreter", reason="large: the interpreter would take minutes")
 @pytest.mark.parametrize(
-    ("embed_dim", "stage"),
-    [(d, s) for d in DIMS for s in STAGES if d == 512 or s == list(STAGES)[d % 3]],
+    ("embed_dim", "stage"), [(d, s) for d in DIMS for s in STAGES if d == 512 or s == list(STAGES)[d % 3]]
 )
 def test_many_pairs(embed_dim, stage, device):
     # several chunks of rows, the last one short; 4099 pairs are a case of the specification

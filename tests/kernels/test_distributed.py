@@ -118,11 +118,10 @@ def test_like_one_process(world_size, tmp_path):
 
 
 def late_in_training():
-    """Return features as late in training: pairs are alike and the scale is large. Their values fit 16 bits."""
+    """Return a 16-bit dtype, and features as late in training: pairs are alike and the scale is large."""
     torch.manual_seed(0)
-    dtype = torch.float16 if INTERPRET else torch.bfloat16
-    image, text, scale = loss_inputs((129, 64), dtype, torch.device("cpu"), matched=0.33, scale=100.0).values()
-    return dtype, [image.float(), text.float(), scale]
+    inputs = loss_inputs((129, 64), torch.float32, torch.device("cpu"), matched=0.33, scale=100.0)
+    return torch.float16 if INTERPRET else torch.bfloat16, list(inputs.values())
 
 
 def in_16_bits(rank):
@@ -136,11 +135,15 @@ def in_16_bits(rank):
 
 def test_16_bit_operands(tmp_path):
     by_rank = run_ranks(in_16_bits, 2, folder=tmp_path)
-    truth = value_and_grads(contrastive_loss, [x.double() for x in late_in_training()[1]], backend="torch")
+    dtype, (image, text, scale) = late_in_training()
+    rounded = [x.to(dtype).double() for x in (image, text)]
+    truth = value_and_grads(contrastive_loss, [*rounded, scale.double()], backend="torch")
+    # on a CPU only the features are rounded, in kernels G too
+    scalars, features = (1e-4, 6e-4) if INTERPRET else (2e-5, 2e-5)
     for mode, *ranks in zip(MODES, *by_rank, strict=True):
         found = of_batch(ranks)
-        assert_close({name: found.pop(name) for name in ("loss", "scale")}, truth, 1e-4, mode)
-        assert_close(found, truth, 6e-4, mode)
+        assert_close({name: found.pop(name) for name in ("loss", "scale")}, truth, scalars, mode)
+        assert_close(found, truth, features, mode)
 
 
 def like_open_clip(rank):
@@ -203,9 +206,6 @@ def ways_to_use_it(rank):
     found["twice"] = [used_twice(inputs, options[mode]) for mode in MODES]
     compiled = torch.compile(lambda *leaves: 2 * distributed_contrastive_loss(*leaves), backend="aot_eager")
     found["compiled"] = value_and_grads(compiled, inputs)
-    narrow = [x.float() for x in inputs]
-    with torch.autocast("cpu", torch.bfloat16):
-        found["autocast"] = [value_and_grads(distributed_contrastive_loss, narrow, **options[mode]) for mode in MODES]
     found["of two"] = in_a_group_of_two(rank, inputs)
     found["refused"] = refused(rank, inputs)
     return found
@@ -283,17 +283,11 @@ def test_ways_to_use_it(tmp_path):
     for index, mode in enumerate(MODES):
         assert_close(of_batch([rank["once"][index] for rank in ranks]), expected, 1e-12, mode)
         assert_close(of_batch([rank["twice"][index] for rank in ranks]), twice, 1e-12, mode)
-        assert_close(of_batch([rank["autocast"][index] for rank in ranks]), of_bfloat16(case), 1e-5, mode)
         assert_close(of_batch([rank["by rank"][index] for rank in ranks]), weighted(case), 1e-12, mode)
         two = of_batch([ranks[rank]["of two"][index] for rank in (0, 2)])
         assert_close(two, value_and_grads(contrastive_loss, without_rank_1(case)), 1e-12, mode)
     assert_close(of_batch([rank["compiled"] for rank in ranks]), twice, 1e-12, "compiled")
     assert "this process is not in the group" in ranks[1]["of two"]
-
-
-def of_bfloat16(case):
-    image, text, scale = batch(case)
-    return value_and_grads(contrastive_loss, [image.bfloat16().double(), text.bfloat16().double(), scale])
 
 
 def weighted(case):
