@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .features import pairs_in
 from .gradients import gradients_in_strips, new_gradients, scale_gradient
@@ -33,8 +33,7 @@ from .softmax_stats import ALL, Normalizers, pair_terms
 MEMORY = ("default", "min")
 
 
-@torch.library.custom_op("clipfast::contrastive_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("contrastive_fwd")
 def _contrastive_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor,
     offset: int, both: bool, normalize: bool, dtype: torch.dtype, save_memory: bool,
@@ -63,8 +62,7 @@ def _(image: Tensor, text: Tensor, logit_scale: Tensor, *options: object) -> tup
     return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
 
 
-@torch.library.custom_op("clipfast::contrastive_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("contrastive_bwd")
 def _contrastive_bwd(
     grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor,
     row: Tensor, col: Tensor, uses_shared_shift: Tensor,

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..checks import check_like, check_tensor
 from ..common import LOG2E
 from ..dtypes import accumulate_dtype
@@ -31,8 +31,7 @@ from .registration import register_gradients
 from .softmax_stats import Normalizers, merge, new_stats, pair_terms
 
 
-@torch.library.custom_op("clipfast::info_nce_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("info_nce_fwd")
 def _info_nce_fwd(
     query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
     in_batch: bool, normalize: bool, dtype: torch.dtype,
@@ -64,8 +63,7 @@ def _(
     return logit_scale.new_empty(()), row, logit_scale.new_empty((), dtype=torch.int8)
 
 
-@torch.library.custom_op("clipfast::info_nce_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("info_nce_bwd")
 def _info_nce_bwd(
     grad_loss: Tensor, query: Tensor, key: Tensor, negatives: Tensor, logit_scale: Tensor,
     row: Tensor, uses_shared_shift: Tensor,

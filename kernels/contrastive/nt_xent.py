@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .gradients import gradients_in_strips, new_gradients, scale_gradient
 from .logit_blocks import logit_blocks
@@ -23,8 +23,7 @@ from .registration import register_gradients
 from .softmax_stats import Normalizers, merge, pair_terms
 
 
-@torch.library.custom_op("clipfast::nt_xent_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("nt_xent_fwd")
 def _nt_xent_fwd(
     first: Tensor, second: Tensor, logit_scale: Tensor, normalize: bool, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -59,8 +58,7 @@ def _(first: Tensor, second: Tensor, logit_scale: Tensor, *options: object) -> t
     return logit_scale.new_empty(()), row, col, logit_scale.new_empty((), dtype=torch.int8)
 
 
-@torch.library.custom_op("clipfast::nt_xent_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("nt_xent_bwd")
 def _nt_xent_bwd(
     grad_loss: Tensor, first: Tensor, second: Tensor, logit_scale: Tensor,
     row: Tensor, col: Tensor, uses_shared_shift: Tensor, normalize: bool, dtype: torch.dtype,

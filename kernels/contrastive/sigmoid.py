@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..backends import outside_autocast, uses_reference
+from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .features import pairs_in
 from .gradients import gradients_in_strips, new_gradients, scale_gradient
@@ -29,8 +29,7 @@ from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .registration import register_gradients
 
 
-@torch.library.custom_op("clipfast::sigmoid_fwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("sigmoid_fwd")
 def _sigmoid_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     offset: int, normalize: bool, dtype: torch.dtype,
@@ -55,8 +54,7 @@ def _(
     return logit_scale.new_empty(()), logit_scale.new_empty(image.shape[0]), logit_scale.new_empty(())
 
 
-@torch.library.custom_op("clipfast::sigmoid_bwd", mutates_args=(), device_types=("cuda", "cpu"))
-@outside_autocast
+@registered("sigmoid_bwd")
 def _sigmoid_bwd(
     grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
     one_minus_p: Tensor, bias_grad: Tensor, offset: int, normalize: bool, dtype: torch.dtype,

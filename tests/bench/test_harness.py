@@ -237,10 +237,10 @@ def test_leaves_take_no_more_gradients_than_asked():
 BAD = [
     (["loss", "--device", "tpu"], "--device must be cpu, cuda or auto, got 'tpu'"),
     (["loss", "--dtype", "int8"], "dtype must be one of fp32, fp16, bf16, got 'int8'"),
-    (["loss", "--shape", "pairs=x"], "--shape: pairs must be like 64, got 'x'"),
+    (["loss", "--shape", "pairs=x"], "--shape: pairs must be like 16384, got 'x'"),
     (["loss", "--shape", "rows=3"], "--shape: loss has no 'rows'; it has pairs, embed_dim"),
-    (["loss", "--shape", "pairs=3"], "a shape of loss looks like 'pairs=11 embed_dim=6"),
-    (["loss", "--shape", "pairs=0 embed_dim=4"], "pairs=0 must be like 64, and positive"),
+    (["loss", "--shape", "pairs=3"], "a shape of loss looks like 'pairs=16384 embed_dim=512'"),
+    (["loss", "--shape", "pairs=0 embed_dim=4"], "pairs=0 must be like 16384, and positive"),
     (["ops", "--shape", "pairs=3 embed_dim=4"], "--shape needs one suite, not 'ops'"),
     (["step", "--shape", "model=ViT-X batch=2"], "unknown model 'ViT-X'"),
     (["loss", "--rounds", "0"], "--rounds must be more than 0, got 0"),

@@ -15,11 +15,15 @@ from torch._library.custom_ops import CustomOpDef
 from clipfast import kernels
 from clipfast.kernels import activation
 from clipfast.kernels.attention import cpu as attention_cpu
+from clipfast.kernels.attention import launches as attention_launches
 from clipfast.kernels.contrastive import contrastive, cpu_blocks, info_nce, nt_xent, sigmoid
 from clipfast.kernels.layer_norm import cpu as norm_cpu
+from clipfast.kernels.layer_norm import launches as norm_launches
 from clipfast.kernels.patch_embed import cpu as patch_cpu
+from clipfast.kernels.patch_embed import launches as patch_launches
 from clipfast.kernels.spec import specs
 from clipfast.kernels.text_embed import cpu as text_cpu
+from clipfast.kernels.text_embed import launches as text_launches
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
 from clipfast.verify.report import FAIL, PASS
@@ -61,6 +65,11 @@ def gradient_off(spec, name, factor):
         return spec.op(**inputs)
 
     return dataclasses.replace(spec, op=wrong)
+
+
+def functions_of(owner):
+    """The functions of a module by name, or those of a registered op by device."""
+    return owner._backend_fns if isinstance(owner, CustomOpDef) else vars(owner)
 
 
 # Where each output of each op is computed on a CPU: module and function, or registered op and device; and which of
@@ -113,11 +122,9 @@ def test_without_a_fault_every_row_passes(op):
 @pytest.mark.usefixtures("small_cases")
 @pytest.mark.parametrize(("op", "output"), ON_CPU)
 def test_fault_in_the_cpu_path(op, output, monkeypatch):
-    module, name, index = ON_CPU[op, output]
-    if isinstance(module, CustomOpDef):
-        monkeypatch.setitem(module._backend_fns, name, scaled(module._backend_fns[name], index))
-    else:
-        monkeypatch.setattr(module, name, scaled(getattr(module, name), index))
+    owner, name, index = ON_CPU[op, output]
+    functions = functions_of(owner)
+    monkeypatch.setitem(functions, name, scaled(functions[name], index))
     code, failed = failures(op)
     assert code == 1
     expected = {(op, "cpu", output)}
@@ -151,8 +158,8 @@ def test_one_wrong_rank_fails(monkeypatch):
 @pytest.mark.usefixtures("small_cases")
 @pytest.mark.parametrize("op", ["attention", "contrastive_loss"])
 def test_other_bits_fail_the_repeats(op, monkeypatch):
-    module, name, _ = ON_CPU[op, "value"]
-    right = getattr(module, name)
+    owner, name, _ = ON_CPU[op, "value"]
+    right = functions_of(owner)[name]
     calls = []
 
     def wobbly(*args):
@@ -160,7 +167,7 @@ def test_other_bits_fail_the_repeats(op, monkeypatch):
         calls.append(name)
         return torch.nextafter(out, out + 1) if len(calls) % 2 else out, *rest
 
-    monkeypatch.setattr(module, name, wobbly)
+    monkeypatch.setitem(functions_of(owner), name, wobbly)
     rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("cpu",)))
     (row,) = (row for row in rows if row.check == "determinism" and row.output == "value")
     assert row.verdict == FAIL
@@ -178,44 +185,40 @@ def test_an_op_that_raises_is_a_row(monkeypatch):
     assert all("RuntimeError: no such kernel" in row.reason for row in rows)
 
 
-# Where gradients come from in the interpreted kernels: module, function, and which of its results.
+# Where gradients come from in the interpreted kernels.
 INTERPRETED = {
     "contrastive_loss": {
-        "d_image": ("contrastive.contrastive", "backward", 0), "d_text": ("contrastive.contrastive", "backward", 1),
-        "d_logit_scale": ("contrastive.contrastive", "backward", 2),
+        f"d_{name}": (contrastive._contrastive_bwd, "cpu", i) for i, name in enumerate(("image", "text", "logit_scale"))
     },
     "nt_xent_loss": {
-        "d_first": ("contrastive.nt_xent", "backward", 0), "d_second": ("contrastive.nt_xent", "backward", 1),
-        "d_logit_scale": ("contrastive.nt_xent", "backward", 2),
+        f"d_{name}": (nt_xent._nt_xent_bwd, "cpu", i) for i, name in enumerate(("first", "second", "logit_scale"))
     },
-    "attention": {
-        "d_qkv": ("attention.launches", "backward", WRITTEN), "d_bias": ("attention.launches", "backward", 1),
-    },
+    "attention": {"d_qkv": (attention_launches, "backward", WRITTEN), "d_bias": (attention_launches, "backward", 1)},
     "patch_embed": {
-        "d_images": ("patch_embed.launches", "backward_images", None),
-        "d_weight": ("patch_embed.launches", "backward_weight", None),
+        "d_images": (patch_launches, "backward_images", None),
+        "d_weight": (patch_launches, "backward_weight", None),
     },
-    "text_embed": {"d_token_embedding": ("text_embed.launches", "backward_token", None)},
-    "layer_norm_pair": {"d_x": ("layer_norm.launches", "pair_backward", 0)},
-    "bias_gelu": {"d_x": ("activation", "_bwd_triton", 0), "d_bias": ("activation", "_bwd_triton", 1)},
-}  # fmt: skip
+    "text_embed": {"d_token_embedding": (text_launches, "backward_token", None)},
+    "layer_norm_pair": {"d_x": (norm_launches, "pair_backward", 0)},
+    "bias_gelu": {"d_x": (activation, "_bwd_triton", 0), "d_bias": (activation, "_bwd_triton", 1)},
+}
 PROGRAM = """
-import json, sys
+import json
 from clipfast.kernels.spec import specs
 from clipfast.verify import Options, exit_code, run_verify
 from tests.verify.conftest import SMALL
-from tests.verify.test_faults import INTERPRETED, scaled
+from tests.verify.test_faults import INTERPRETED, functions_of, scaled
 specs().update(SMALL)
 found = {}
 for op, faults in INTERPRETED.items():
-    for output, fault in [(None, None), *faults.items()]:
+    for fault in [None, *faults.values()]:
         if fault:
-            module = sys.modules["clipfast.kernels." + fault[0]]
-            right = getattr(module, fault[1])
-            setattr(module, fault[1], scaled(right, fault[2]))
+            owner, name, index = fault
+            right = functions_of(owner)[name]
+            functions_of(owner)[name] = scaled(right, index)
         rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("interpreter",)))
         if fault:
-            setattr(module, fault[1], right)
+            functions_of(owner)[name] = right
         failed = sorted({(row.op, row.leg, row.output) for row in rows if row.verdict == "FAIL"})
         found.setdefault(op, []).append([exit_code(rows), failed])
 print(json.dumps(found))
