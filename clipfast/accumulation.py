@@ -40,14 +40,9 @@ OUTPUTS = ("image_features", "text_features", "logit_scale", "logit_bias")
 
 
 def accumulate_gradients(
-    model: nn.Module,
-    images: Tensor,
-    texts: Tensor,
-    micro_batch_size: int,
-    loss: Callable[..., Tensor] = contrastive_loss,
-    *,
-    loss_scale: Tensor | float = 1.0,
-) -> Tensor:
+    model: nn.Module, images: Tensor, texts: Tensor, micro_batch_size: int,
+    loss: Callable[..., Tensor] = contrastive_loss, *, loss_scale: Tensor | float = 1.0,
+) -> Tensor:  # fmt: skip
     """Do what ``loss(*model(images, texts)).backward()`` does, with the activations of one micro-batch at a time.
 
     Gradients are added to ``.grad``. Afterwards, random number generators and buffers are as one forward pass over the
@@ -61,15 +56,13 @@ def accumulate_gradients(
         model: is called with images and texts of a micro-batch. It returns (image_features, text_features,
             logit_scale) and perhaps logit_bias, as a tuple or as a dict with these names. Scale and bias must be the
             same for every micro-batch. All state that its forward pass changes must be in buffers.
-        images: [B, ...].
-        texts: [B, ...].
+        images, texts: [B, ...] each.
         micro_batch_size: number of pairs in a micro-batch, at least 1; the last micro-batch may be smaller.
         loss: a ``ClipLoss``, a ``SigLipLoss`` or any function that maps the outputs of the model for all B pairs, in
             the order above, to one number. Parameters of the loss get their gradients as well.
         loss_scale: factor on all gradients, such as that of a ``GradScaler``: ``scaler.scale(torch.ones((), ...))``.
 
-    Returns:
-        The loss, without ``loss_scale`` and without a graph.
+    Returns the loss, without ``loss_scale`` and without a graph.
 
     Raises:
         ValueError: if there are no pairs, not as many images as texts, a micro-batch size below 1, or a model that

@@ -33,7 +33,7 @@ def add_parser(commands: Any) -> None:
     from .options import OPS
 
     parser = commands.add_parser(
-        "verify", help="check the numerics of kernels, model and training", description=DESCRIPTION, epilog=EPILOG,
+        "verify", description=DESCRIPTION, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add, several = parser.add_argument, {"nargs": "+", "action": "extend"}
