@@ -27,3 +27,10 @@ def test_options_exist(command, arguments, capsys):
     options = re.findall(r"--[\w-]+", arguments)
     assert options
     assert [option for option in options if option not in help_text] == []
+
+
+def test_the_one_for_cpus_calls_targets_that_exist():
+    folder = Path(checkout.ROOT, "bench", "ci")
+    targets = re.findall(r"run: make (\S+)", (folder / "github-cpu.yml").read_text())
+    assert targets == ["lint", "test"]
+    assert all(re.search(rf"^{target}:", Path(checkout.ROOT, "Makefile").read_text(), re.M) for target in targets)
