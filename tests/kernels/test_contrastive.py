@@ -283,3 +283,29 @@ def test_launches_for_features_without_dimensions(loss, arch):
         value_and_grads(op, inputs, ONE)
     assert launches
     assert not any(item.constexprs.get("IS_TMA") for item in launches)
+
+
+def test_views_in_either_order(device):
+    loss, _, inputs = call_of("nt_xent_loss", device)
+    swapped = {"first": inputs["second"], "second": inputs["first"], "logit_scale": inputs["logit_scale"]}
+    ours, other = (value_and_grads(loss, x, ONE) for x in (inputs, swapped))
+    for name, again in (("value", "value"), ("d_first", "d_second"), ("d_logit_scale", "d_logit_scale")):
+        torch.testing.assert_close(ours[name], other[again], rtol=1e-5, atol=1e-7)
+
+
+def test_texts_in_parts_add_up(device):
+    # a process that meets the texts of the others one after the other computes this
+    loss, _, inputs = call_of("sigmoid_loss", device)
+    n = len(inputs["image"])
+    inputs["text"] = F.normalize(torch.randn(3 * n, inputs["text"].shape[1]), dim=-1).to(device)
+
+    def in_parts(image, text, logit_scale, logit_bias):
+        own, *others = text.split(n)
+        parts = [loss(image, other, logit_scale, logit_bias, offset=n) for other in others]
+        return loss(image, own, logit_scale, logit_bias) + sum(parts)
+
+    whole = value_and_grads(in_parts, inputs, ONE)
+    turned = {**inputs, "text": inputs["text"].roll(n, 0)}
+    again = value_and_grads(functools.partial(loss, offset=n), turned, ONE)
+    again["d_text"] = again["d_text"].roll(-n, 0)
+    assert_equal(whole, again)
