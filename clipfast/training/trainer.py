@@ -1,4 +1,4 @@
-"""A training run: its components, wired, and the loop over them."""
+"""The trainer: it builds the components of a training run, and runs the loop over epochs and steps."""
 
 import functools
 import time
@@ -25,13 +25,13 @@ from .validation import Validation
 
 
 class Trainer:
-    """One run.
+    """A training run, from its start or from a checkpoint.
 
     Args:
-        config: its options.
-        folder: where it writes.
-        checkpoint: what it continues from, written by this package or by OpenCLIP; the model configuration in it, if
-            there is one, replaces ``config.model``.
+        config: the options of the run.
+        folder: the folder that it writes to.
+        checkpoint: the checkpoint that it continues from, written by this package or by OpenCLIP. If it has a model
+            configuration, that replaces ``config.model``.
 
     Raises:
         ValueError: options, data or the checkpoint cannot be used.
@@ -66,7 +66,7 @@ class Trainer:
             self.state.load_state_dict(checkpoint)
 
     def fit(self, interruption: Interruption) -> Evaluation | None:
-        """Train to the end or to an interruption, and return the last evaluation if there was one.
+        """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
 
         Raises:
             TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
@@ -86,6 +86,7 @@ class Trainer:
         return evaluation
 
     def _train_epoch(self, interruption: Interruption) -> None:
+        """Train from the current step until its epoch ends or the run is interrupted."""
         config, progress = self.config, self.progress
         epoch, first = divmod(progress.step, self.data.steps_per_epoch)
         self.model.train()
@@ -111,13 +112,14 @@ class Trainer:
                 break
 
     def _train_step(self, batch: Batch) -> Tensor:
+        """Set the learning rate of the current step, take the step and return its loss."""
         set_lr(self.optimizer, cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps))
-        # Random numbers depend on the step alone, so that a resumed run drops the same patches as an unbroken one.
+        # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         torch.manual_seed(self.config.seed + self.progress.step)
         return self._take_step(*self.upload(batch))
 
     def save(self, *, keep: bool = False) -> Path:
-        """Write ``epoch_latest.pt``, and with ``keep`` also ``epoch_N.pt``; returns the path of the first.
+        """Write ``epoch_latest.pt``, with ``keep`` also ``epoch_N.pt``, and return the path of the former.
 
         Raises:
             TrainingError: the weights are not finite; the checkpoints that exist stay as they are.
@@ -125,7 +127,7 @@ class Trainer:
         return self.folder.save(self.state.state_dict(), keep=keep)
 
     def evaluate(self) -> Evaluation | None:
-        """Return zero-shot accuracy and retrieval on the validation data, logged and recorded; None without any."""
+        """Evaluate zero-shot accuracy and retrieval, and log the results; return None without validation data."""
         evaluation = self.validation.evaluate(self.model, self.tokenizer)
         if evaluation is not None:
             self.log.evaluation(self.progress.step, evaluation.results)
