@@ -1,4 +1,4 @@
-"""What is measured: a case is one computation at one shape, and the candidates that can do it."""
+"""The cases of benchmarks: a case is one computation at one shape, with the candidates that can do it."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -15,9 +15,10 @@ Sizes = Mapping[str, int | float | str | bool]
 Inputs = dict[str, Tensor]
 Function = Callable[..., Tensor]
 Results = Tensor | tuple[Tensor, Tensor]
-# Of one result or of two.
+# A function that returns one result, or two.
 AnyFunction = Callable[..., Results]
-# The names of each result's gradient among the inputs, which no candidate is called with, and of each result.
+# GRADS are the names of the results' upstream gradients. They are among the inputs, but candidates are called without
+# them. VALUES are the names of the results.
 GRADS, VALUES = ("grad", "grad_2"), ("value", "value_2")
 
 
@@ -29,8 +30,8 @@ class MissingError(Exception):
 class Candidate:
     """One implementation.
 
-    ``make`` imports and prepares what it needs and returns the function of the case's inputs, by name. It raises
-    :class:`MissingError` where it cannot.
+    ``make`` imports and prepares what it needs, and returns a function that takes the case's inputs by name. It raises
+    :class:`MissingError` if something that it needs is missing.
     """
 
     name: str
@@ -51,15 +52,16 @@ class Case:
     device: torch.device
     inputs: Callable[[], Inputs]  # draws fresh ones
     candidates: tuple[Candidate, ...]  # OURS is among them
-    # The same in plain PyTorch; a candidate that differs from it is not timed. None: the case checks itself.
+    # The same computation in plain PyTorch. A candidate that differs from it is not timed. If it is None, the case
+    # checks its results itself.
     reference: AnyFunction | None = None
-    floor: Floor | None = None  # the least work of one call, where operations and bytes say it
+    floor: Floor | None = None  # the least work of one call, if operations and bytes describe it
     items: tuple[int, str] = (1, "calls")  # how many things one call handles, and what they are called
-    wants_grad: tuple[str, ...] = ()  # inputs that gradients are taken for; none: the function does all there is to do
-    gate_inputs: Callable[[], Inputs] | None = None  # smaller ones, if the reference does not fit at this shape
-    # Factors for outputs whose error may be larger than usual, as rounding reaches them enlarged.
+    wants_grad: tuple[str, ...] = ()  # inputs whose gradients are taken; if it is empty, only the function runs
+    gate_inputs: Callable[[], Inputs] | None = None  # draws smaller inputs, if the reference does not fit at this shape
+    # Factors by which the errors of some outputs may exceed the usual limit, since they amplify rounding errors.
     slack: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    model_flops: float = 0.0  # of one call of the published model; 0: it is no model's
+    model_flops: float = 0.0  # operations of one call of the published model; 0 if the case is not of a model
     # Bytes that cross to the device before a call, by the dtype of the pixels.
     transfers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     graph: bool = True  # whether a call can be a CUDA graph; if not, the host is timed too, on one set of inputs
@@ -76,7 +78,7 @@ class Case:
 
 
 def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
-    """Call ``function``; return its values, and the wanted gradients that the candidate has as ``d_<name>``."""
+    """Call ``function``; return its values, and as ``d_<name>`` those wanted gradients that the candidate has."""
     wanted = [name for name in case.wants_grad if name not in candidate.lacks]
     arguments = {name: x for name, x in inputs.items() if name not in GRADS}
     with candidate.context():
@@ -94,7 +96,7 @@ def call(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs
 
 
 def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inputs) -> dict[str, Tensor]:
-    """Return what is compared with the reference: the function's own method ``observe``, or one call."""
+    """Return what is compared with the reference: the function's own ``observe()`` if it has one, else one call."""
     if hasattr(function, "observe"):
         with candidate.context():
             values: dict[str, Tensor] = function.observe(**inputs)
@@ -103,7 +105,7 @@ def observe(case: Case, candidate: Candidate, function: AnyFunction, inputs: Inp
 
 
 def short(error: BaseException) -> str:
-    """Return kind and first line of an error, and the last too where the first, as Triton's, only says where."""
+    """Return type and first line of an error, and its last line if the first, as in Triton, only names a place."""
     lines = str(error).strip().splitlines() or [""]
     text = f"{lines[0]} {lines[-1]}" if lines[0].endswith(":") and len(lines) > 1 else lines[0]
     return f"{type(error).__name__}: {text[:200]}"

@@ -1,9 +1,14 @@
-"""What a step spends its time on, told from the names of kernels and of the ops around them.
+"""The categories of what a step spends its time on. The names of kernels, and of the ops around them, decide.
 
-:func:`classify` is a pure function of names. It asks, in this order: whether an op around the kernel takes all that is
-in it (the loss, the optimizer, an op of ours, attention); the innermost op that has a category of its own; the kernel's
-name. A kernel that a compiler has fused counts once, where the dearest op in its name belongs; products of an attention
-that is written out in PyTorch are products. What no rule knows is OTHER, never guessed at.
+:func:`classify` sees nothing but names. The first of these that has a category decides:
+
+1. an op around the kernel that owns everything inside it: the loss, the optimizer, attention, or an op of ours;
+2. the kernel's name, if a compiler has fused the kernel; the most expensive op in that name decides;
+3. the innermost op around the kernel that has a category of its own;
+4. the name of any other kernel.
+
+The matrix products of an attention that is written out in PyTorch count as GEMM. A name that no rule knows is OTHER,
+and is never guessed at.
 """
 
 import functools
@@ -15,19 +20,21 @@ from clipfast.kernels.spec import specs
 GEMM, ATTENTION, NORM, CONVOLUTION, INPUT = "GEMM", "attention", "norm, activation", "convolution", "patch, text input"
 LOSS, OPTIMIZER, COPIES, OTHER = "loss", "optimizer", "copies, elementwise", "other"
 DATA, HOST = "data", "host"
-# In the order of tables and pictures.
+# All categories, in the order in which tables and plots show them.
 CATEGORIES = (GEMM, ATTENTION, NORM, CONVOLUTION, INPUT, LOSS, OPTIMIZER, COPIES, OTHER, DATA, HOST)
-# A range of the profiler's around the loss, whose products have the same names as the model's.
+# The profiler range that a step opens around its loss. Without it, the loss's products would look like the model's.
 LOSS_RANGE = "step: loss"
 
+# Pairs of a category and a pattern; the first pattern that matches a name decides.
 Rules = tuple[tuple[str, re.Pattern[str]], ...]
 
 
 def _rules(*rules: tuple[str, str]) -> Rules:
+    """Compile the patterns of rules."""
     return tuple((category, re.compile(pattern)) for category, pattern in rules)
 
 
-# Ops that take all that happens in them, the outermost first.
+# Ops that own everything that happens inside them. The outermost one that matches decides.
 OWNERS = _rules(
     (LOSS, rf"^{LOSS_RANGE}$"),
     (OPTIMIZER, r"^Optimizer\.step"),
@@ -42,7 +49,7 @@ _ATEN = {
     LOSS: r"_?log_softmax\w*|nll_loss\w*|cross_entropy\w*",
     ATTENTION: r"_?softmax\w*|_masked_softmax\w*|_safe_softmax",
     OPTIMIZER: r"_fused_adam\w*|_foreach_\w+",
-    # what only describes memory, allocates it or calls something else: no work, so on a CPU it is the host's
+    # These only describe memory, allocate it or call other ops. That is no work on data, so it counts as the host's.
     HOST: r"empty\w*|new_empty\w*|new_zeros|new_full|zeros|zeros_like|ones|ones_like|full|full_like|scalar_tensor|"
     r"_?reshape\w*|_?unsafe_view|view\w*|as_strided_?|t|numpy_T|transpose|permute|expand\w*|select|slice|narrow|split\w*|"
     r"chunk|unbind|unsqueeze|squeeze|flatten|unflatten|alias|detach_?|resize_|resolve_conj|resolve_neg|lift_fresh|"
@@ -55,18 +62,19 @@ _ATEN = {
     r"logical_\w+|linalg_\w+|norm|avg_pool2d\w*|mean_backward|addcmul_?|addcdiv_?|lerp_?|_adaptive_avg_pool2d\w*|"
     r"ceil_?|floor_?|round_?|frexp|logaddexp|maximum|minimum|triu_?|tril_?|repeat|tanh\w*",
 }  # fmt: skip
-# Ops by name, asked of the innermost first.
+# Single ops by name. The innermost one that matches decides.
 OPS = _rules(
     *((category, rf"^(aten|mkldnn|mkl)::({names})$") for category, names in _ATEN.items()),
     (GEMM, r"^(mkldnn::_linear_pointwise|mkl::_mkl_linear)"),
     (CONVOLUTION, r"^mkldnn::_convolution"),
 )
-# What PyTorch itself writes around ops.
+# The names that PyTorch itself (autograd, compiler, profiler, CUDA calls) records around ops. They count as the host's.
 FRAMEWORK = re.compile(
     r"^(autograd::|torch::autograd::|Optimizer\.|CompiledFunction|Torch-Compiled|TorchDynamo|AOTDispatcher|Pregraph|"
     r"## Call|ProfilerStep|step: |detach$|cuda[A-Z]|cu[A-Z]\w*$|hip[A-Z])|Backward\d*$"
 )
-# Names that TorchInductor gives kernels, and the ops that it writes into them; the first that is there counts.
+# INDUCTOR matches the names of kernels that TorchInductor has fused. Such a name lists the ops in the kernel, and FUSED
+# finds them, the most expensive first.
 INDUCTOR = re.compile(r"(?:^|_)(?:triton|cpp)_(?:[a-z]{3}_)?fused_")
 FUSED = _rules(
     (GEMM, r"(?<=tem_fused).*_(mm|addmm|bmm)"),
@@ -77,7 +85,7 @@ FUSED = _rules(
     (OPTIMIZER, r"adam"),
     (COPIES, r"."),
 )
-# Kernels by name: ours first, then libraries', the more special before the more general.
+# Kernels by name: ours first, then those of libraries, with special patterns before general ones.
 KERNELS = _rules(
     *((spec.category, rf"^({'|'.join(spec.kernels)})$") for spec in specs().values()),
     (DATA, r"(?i)memcpy *(HtoD|host *to *device)"),
@@ -95,11 +103,13 @@ KERNELS = _rules(
 
 @functools.cache
 def _first(rules: Rules, name: str) -> str | None:
+    """Return the category of the first rule that matches ``name``, or None."""
     return next((category for category, pattern in rules if pattern.search(name)), None)
 
 
 @functools.cache
 def _of_op(name: str) -> str | None:
+    """Return the category of a single op, or None if no rule knows its name."""
     if INDUCTOR.search(name):
         return _first(FUSED, name)
     return _first(OPS, name) or (HOST if FRAMEWORK.search(name) else None)
@@ -111,12 +121,12 @@ def classify(kernel: str, ops: Sequence[str] = ()) -> str:
     if by_owner is not None:
         return by_owner
     inductor = _first(FUSED, kernel) if INDUCTOR.search(kernel) else None
-    # no kernel is the host's work: an op that says so says nothing about its kernel
+    # A kernel is never work of the host, so an op of category HOST says nothing about a kernel inside it.
     by_op = next((category for op in reversed(ops) if (category := _of_op(op)) not in (None, HOST)), None)
     return inductor or by_op or _first(KERNELS, kernel) or OTHER
 
 
 def classify_op(ops: Sequence[str]) -> str:
-    """Return the category of the time that the last of ``ops`` spends on a CPU itself, inside all the others."""
+    """Return the category of the CPU time that the last of ``ops`` spends itself; the others are around it."""
     by_owner = next((category for op in ops if (category := _first(OWNERS, op))), None)
     return by_owner or _of_op(ops[-1]) or OTHER

@@ -1,4 +1,4 @@
-"""Whether each op runs here at all, what the machine is, and what its roofs are: the first step of ``make gpu``."""
+"""The first step of ``make gpu``: run each op once, and print what this machine is and the rates that it can reach."""
 
 import sys
 import time
@@ -13,7 +13,7 @@ from .suites import SUITES, build
 
 
 def main() -> int:
-    """Print all of it, the most telling first; return 1 if an op fails or is wrong, else 0."""
+    """Run each op, then print machine and rates; return 1 if an op fails or is wrong, else 0."""
     device = machine.use(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     found, versions, commit = machine.describe(device), machine.versions(), machine.commit()
     print(

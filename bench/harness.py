@@ -1,10 +1,10 @@
-"""Timings that can be believed.
+"""The measurement of several implementations ("candidates") of one computation, such that timings can be trusted.
 
-A candidate is timed only after it gave the reference's result at that shape. Candidates take turns, call by call, so
-that a drift of the clocks affects all of them. Inputs rotate through three times the size of the cache, and every
-sample is kept. On a GPU a call is a CUDA graph, since the host may take longer to launch a short kernel than the kernel
-runs, and the device is kept busy until the host has run ahead. A candidate that fails, runs out of memory or does not
-compile is refused with its reason, and the others go on.
+A candidate is timed only after it gave the reference's result at that shape. Candidates take turns, sample by sample,
+so that a drift of the clocks affects all of them. Calls rotate through sets of inputs that fill the cache three times,
+and every sample is kept. On a GPU a call is a CUDA graph, since the host may take longer to launch a short kernel than
+the kernel runs. The GPU is also kept busy before each sample, until the host has queued calls ahead. A candidate that
+fails, runs out of memory or does not compile is refused with its reason, and the others go on.
 """
 
 import contextlib
@@ -30,12 +30,15 @@ from .machine import Telemetry, cache_bytes, elapsed, free_bytes, synchronize
 # which a result counts as the same function. A peer may use TF32 for float32, and bf16 rounds at 2^-9. ``clipfast
 # verify`` tests the accuracy; these limits only keep wrong kernels out of the tables.
 GATE = {"fp32": 2e-3, "fp16": 1e-2, "bf16": 4e-2}
+# A sample repeats a call (at most 200 times) until it takes about this long.
 MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
+# The clock cycles for which a GPU is kept busy before a sample, while the host queues the calls.
 BACKLOG_CYCLES = 2_000_000
+# The most sets of inputs that calls rotate through.
 MAX_SETS = 16
-# A call that takes longer is not repeated, except to time it.
+# What only describes a call (its phases, its profile) is taken once, and not several times, if the call takes longer.
 LONG_S = 1.0
-# Draws of the bootstrap, and the quantiles between which 95% of them lie.
+# The number of bootstrap resamples, and the quantiles between which 95% of them lie.
 RESAMPLES, INTERVAL = 2000, (0.025, 0.975)
 # The share of the free memory that sets of inputs may take. The candidates need the rest.
 SETS_SHARE = 0.2
@@ -56,10 +59,10 @@ class Timing:
 
     candidate: Candidate
     samples: list[float] = dataclasses.field(default_factory=list)  # one for each round
-    timer: str = ""  # how the time is taken
+    timer: str = ""  # what the time is measured with
     refused: str | None = None  # why it was not timed
     eager: str | None = None  # why a call is no CUDA graph although it should be; the host's time is then included
-    function: AnyFunction | None = None  # what the candidate has made
+    function: AnyFunction | None = None  # what the candidate's ``make`` returned
     phases: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of the parts of a call, if known
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # relative errors by output
 
@@ -89,6 +92,7 @@ def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
 
 
 def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
+    """Warm up every candidate that is not refused, and return its runner; refuse those that fail meanwhile."""
     chosen = [timing for timing in timings if timing.refused is None]
     running: dict[Timing, _Runner] = {}
     with _refusing(*chosen):
@@ -106,7 +110,7 @@ def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
     for number in range(budget.rounds):
         if number >= budget.min_rounds and time.perf_counter() - start > budget.seconds:
             break
-        # Another candidate goes first each time: none shall always find the cache as the same other one left it.
+        # Another candidate goes first in each round, so that none always finds the cache in the same state.
         order = list(running)
         turn = number % max(len(order), 1)
         for timing in order[turn:] + order[:turn]:
@@ -118,7 +122,7 @@ def _take_turns(running: "dict[Timing, _Runner]", budget: Budget) -> None:
 
 @contextlib.contextmanager
 def _refusing(*timings: Timing) -> Iterator[None]:
-    """Turn an exception inside the context into the reason why ``timings`` are refused, and do not raise it."""
+    """Catch an exception inside the context, and record it as the reason why ``timings`` are refused."""
     try:
         yield
     except Exception as error:
@@ -129,15 +133,15 @@ def _refusing(*timings: Timing) -> Iterator[None]:
     if any(timing.refused for timing in timings) and torch.cuda.is_initialized():
         gc.collect()
         with contextlib.suppress(RuntimeError):
-            # after an illegal access every call fails, this one too; the reason was kept above
+            # After an illegal access every CUDA call fails, this one too. The reason is recorded already.
             torch.cuda.empty_cache()
 
 
 def ratio_interval(ours: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
-    """Return how many times as long ``other`` takes as ``ours``: the median of the rounds' ratios, and low and high end
-    of an interval from the bootstrap.
+    """Return the time of ``other`` divided by that of ``ours``, and both ends of its 95% interval from the bootstrap.
 
-    Both must come from the same rounds: what slowed down a round slowed down both, and cancels in the ratio.
+    The ratio is the median of the ratios of the rounds. Both must come from the same rounds: whatever slows down a
+    round slows down both, and cancels in their ratio.
     """
     ratios = np.asarray(other) / np.asarray(ours)
     draws = np.random.default_rng(0).choice(ratios, (RESAMPLES, len(ratios)))
@@ -146,7 +150,7 @@ def ratio_interval(ours: Sequence[float], other: Sequence[float]) -> tuple[float
 
 
 def _input_sets(case: Case) -> list[Inputs]:
-    """Draw as many sets of inputs as it takes to exceed the cache three times, or as memory allows."""
+    """Draw enough sets of inputs to fill the cache three times, or fewer if memory does not allow that."""
     first = leaves(case, case.inputs())
     size = max(sum(x.numel() * x.element_size() for x in first.values()), 1)
     wanted = math.ceil(3 * cache_bytes(case.device) / size) if case.graph else 1
@@ -161,7 +165,7 @@ def leaves(case: Case, inputs: Inputs) -> Inputs:
 
 @exact_float32()
 def pass_gate(case: Case, timings: list[Timing]) -> None:
-    """Make the function of each candidate, and refuse it unless it agrees with the reference on fresh inputs."""
+    """Make each candidate's function, and refuse the candidate unless it agrees with the reference on fresh inputs."""
     with _refusing(*timings):
         inputs = leaves(case, (case.gate_inputs or case.inputs)())
         exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
@@ -180,10 +184,12 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
 
 
 def _error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    """Return the relative error: the norm of the difference over the norm of ``truth``."""
     return ((value.double() - truth).norm() / truth.double().norm().clamp(min=1e-30)).item()
 
 
 def _differences(case: Case, errors: dict[str, float]) -> Iterator[str]:
+    """Yield a sentence for each output whose error exceeds its limit."""
     for name, error in errors.items():
         limit = case.slack.get(name, 1.0) * GATE[case.dtype]
         if not error <= limit:  # NaN does not pass
@@ -191,7 +197,7 @@ def _differences(case: Case, errors: dict[str, float]) -> Iterator[str]:
 
 
 class _Runner:
-    """One candidate that is warmed up and gives one sample after another."""
+    """A candidate that has been warmed up, and from which samples are taken one after another."""
 
     def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Graphs | None) -> None:
         if timing.function is None:
@@ -209,17 +215,20 @@ class _Runner:
                 self.calls = graphs.capture(self.calls)
                 timing.timer = "cuda graph, cuda events"
             except Exception as error:
-                # it is timed without a graph, and the table says that the host is included
+                # The candidate is timed without a graph, and the table says that the host's time is included.
                 timing.eager = short(error)
         estimate = max(self._timed(1), 1e-7)
         self.repeats = max(1, min(200, math.ceil(MIN_SAMPLE_S[self.device.type] / estimate)))
 
     def sample(self) -> float:
-        """Return the seconds per call."""
+        """Time as many calls as a sample takes, and return the seconds per call."""
         return self._timed(self.repeats) / self.repeats
 
     def phases(self, rounds: int = 3) -> dict[str, float]:
-        """Return the seconds of the parts of a call, for functions that know them. A long call is read only once."""
+        """Return the median seconds of each part of a call; nothing if the function does not report its parts.
+
+        The parts of a call that takes long are read only once.
+        """
         if not hasattr(self._function, "phases"):
             return {}
         readings = [self._function.phases(**self._inputs)]
@@ -228,10 +237,12 @@ class _Runner:
         return {phase: float(np.median([reading[phase] for reading in readings])) for phase in readings[0]}
 
     def _turn(self) -> None:
+        """Call the candidate once, on the next set of inputs."""
         self.calls[self._next % len(self.calls)]()
         self._next += 1
 
     def _warm_up(self, seconds: float) -> None:
+        """Call the candidate at least once, and again until ``seconds`` are over."""
         start = time.perf_counter()
         self._turn()
         synchronize(self.device)
@@ -240,6 +251,8 @@ class _Runner:
             synchronize(self.device)
 
     def _timed(self, repeats: int) -> float:
+        """Return the seconds that ``repeats`` calls take together."""
+
         def turns() -> None:
             for _ in range(repeats):
                 self._turn()

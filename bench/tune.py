@@ -1,11 +1,11 @@
-"""Search launch configurations on the card at hand, and write the table that is committed.
+"""The tuner: it searches launch configurations on this machine's GPU, and writes the table that is committed.
 
-For each kernel of an op, every configuration of a declared space is compiled first, for the card's architecture:
-what spills, passes a limit or misses the tensor cores is dropped, and what is left is ranked by the bound that
-``inspect`` reads from its machine code. The best few are timed, in turns with the committed one, on the whole op: a
-kernel that is fast alone may leave the next one slow. A configuration whose error is larger than the committed one's is
-refused; one that is faster beyond doubt, and by more than noise, takes its place. The table is written after each
-kernel, so that a stop loses nothing.
+For each kernel of an op, every configuration of its search space is first compiled for the GPU's architecture. Those
+that spill registers, exceed a limit or miss the tensor cores are dropped. The others are ranked by how busy they can
+keep the tensor cores, which ``clipfast inspect`` reads from the machine code. The best few are timed, in turns with the
+committed one, on the whole op, since a kernel that is fast alone may slow down the next one. A configuration whose
+error is larger than the committed one's is refused. One that is surely faster, by more than noise, takes its place. The
+table is written after each kernel, so that a stop loses nothing.
 """
 
 import concurrent.futures
@@ -36,23 +36,23 @@ from .machine import use
 from .suites import build
 from .tune_targets import TARGETS, key_of, space
 
-# An error may not grow by more than this when sums are taken in another order.
+# An error may grow by at most this factor. It may grow at all because sums are then taken in another order.
 ERROR_GROWTH = 1.5
-# The whole interval of the ratio has to be below this.
+# A configuration is worth a change if its time over the committed one's is below this, with the whole interval.
 WORTH = 0.98
 MIN_ROUNDS = 20
 
 
 def spread(configurations: Sequence[Config], limit: int | None) -> list[Config]:
-    """Return at most ``limit`` of ``configurations``, from all over them."""
+    """Return at most ``limit`` of ``configurations``, spread evenly over all of them."""
     step = len(configurations) / limit if limit and limit < len(configurations) else 1
     return [configurations[int(i * step)] for i in range(min(limit or len(configurations), len(configurations)))]
 
 
 @contextlib.contextmanager
 def compilers() -> Iterator[concurrent.futures.Executor]:
-    """Start processes that compile, one for each core; what still waits when the context is left is dropped."""
-    # spawned: a process that has touched a GPU must not be forked
+    """Start one compiling process for each core. Jobs that still wait when the context ends are dropped."""
+    # The processes are spawned, since a process that has touched a GPU must not be forked.
     context = multiprocessing.get_context("spawn")
     pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,))
     try:
@@ -63,7 +63,7 @@ def compilers() -> Iterator[concurrent.futures.Executor]:
 
 @dataclasses.dataclass(frozen=True)
 class Search:
-    """How configurations are searched, for operands of a dtype on an architecture."""
+    """The settings of a search, for operands of a dtype on an architecture."""
 
     dtype: str
     arch: int
@@ -75,9 +75,9 @@ class Search:
 def prune(
     tunable: Tunable, target: Target, candidates: Sequence[Config], search: Search
 ) -> list[tuple[Config, Report]]:
-    """Return the best configurations that compile soundly, with their reports, the best first.
+    """Return the best sound configurations, with their reports, the best first.
 
-    Say how many do not compile soundly, and why the first of them does not.
+    A sound one compiles, and its report has no failure. Print how many are not sound, and why the first one is not.
     """
     inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch)
     reports = list(zip(candidates, search.pool.map(inspect, candidates), strict=True))
@@ -105,15 +105,15 @@ def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Co
         reports = (dataclasses.replace(inspect_launch(launch, arch), known=known) for launch in ours)
         return max(reports, key=lambda report: report.rank)
     except Exception as error:
-        # such as too much shared memory, or a tile that Triton refuses: prune says it
+        # The kernel may need too much shared memory, or Triton may refuse its tile. ``prune`` prints the reason.
         return short(error)
 
 
 def tune(op: str, device: torch.device, budget: Budget, search: Search) -> Iterator[tuple[str, Config | None]]:
-    """Search the kernels of ``op`` on ``device``, one after another, each with what was found for those before.
+    """Tune the kernels of ``op`` on ``device`` one after another, with the winners for earlier kernels in use.
 
     Yields:
-        after each kernel, its entry's key and what is faster, or None if the committed configuration stays.
+        After each kernel, the key of its table entry, and a faster configuration or None if the committed one stays.
     """
     _, target = TARGETS[op]
     with contextlib.ExitStack() as better:
@@ -127,6 +127,7 @@ def tune(op: str, device: torch.device, budget: Budget, search: Search) -> Itera
 def _tune_kernel(
     tunable: Tunable, target: Target, device: torch.device, budget: Budget, search: Search
 ) -> tuple[str, Config | None]:
+    """Return the key of the kernel's table entry, and a faster configuration or None if the committed one stays."""
     key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
     searched = spread(list(space(tunable)), search.limit)
     pruned = [config for config, _ in prune(tunable, target, searched, search) if config != committed]
@@ -139,7 +140,7 @@ def _tune_kernel(
 
 
 def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | None:
-    """Return the fastest configuration that is beyond doubt faster than the committed one and no less accurate.
+    """Return the fastest configuration that is surely faster than the committed one and no less accurate, or None.
 
     The first of ``timings`` is that of the committed one, and the others are those of ``candidates``.
     """
@@ -149,7 +150,7 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
     found: list[tuple[float, Config]] = []
     for timing, config in zip(others, candidates, strict=True):
         limits = {name: ERROR_GROWTH * error + 1e-7 for name, error in committed.errors.items()}
-        # NaN is less accurate too
+        # An error that is NaN fails this comparison, as it should.
         if timing.refused is not None or not all(error <= limits[name] for name, error in timing.errors.items()):
             continue
         ratio, _, high = ratio_interval(committed.samples, timing.samples)
@@ -159,7 +160,10 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
 
 
 def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TUNED) -> Path:
-    """Put ``entries``, sorted, into the table of ``arch`` in ``folder``; a new table starts as the committed one."""
+    """Add ``entries`` to the table of ``arch`` in ``folder``, and return its path.
+
+    They replace entries with the same keys. A table that does not exist yet starts as a copy of the committed one.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"sm_{arch}.json"
     table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(configs.read_table(arch))
@@ -170,7 +174,7 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
 
 
 def run(args: Any) -> int:
-    """Tune what the parsed command line names, or with ``--dry`` rank configurations without a card."""
+    """Tune the ops that the parsed command line names, or with ``--dry`` rank their configurations without a GPU."""
     ops = list(TARGETS) if "all" in args.op else args.op
     if args.dry:
         with compilers() as pool:
@@ -187,6 +191,7 @@ def run(args: Any) -> int:
 
 
 def _tune_all(ops: Sequence[str], args: Any, device: torch.device) -> int:
+    """Tune ``ops`` until the time is over, write each winner to the table, and return the exit status."""
     start, failed, arch = time.monotonic(), 0, _table_arch(device)
     budget = Budget(args.seconds, min_rounds=MIN_ROUNDS)
     with compilers() as pool:
@@ -199,7 +204,7 @@ def _tune_all(ops: Sequence[str], args: Any, device: torch.device) -> int:
                         say(f"{args.total:.0f} s are over: nothing is tuned after {key}")
                         return 1 if failed else 0
             except RuntimeError as error:
-                # one op that cannot be tuned does not keep the others from it
+                # If one op cannot be tuned, the others still are.
                 say(f"{op}: {short(error)}")
                 failed += 1
     say("now run: clipfast verify, clipfast inspect, and tests/kernels/test_offline.py --update-resources")
@@ -210,11 +215,11 @@ def add_arguments(parser: Any) -> None:
     """Add the options of the tuner."""
     add = parser.add_argument
     add("--op", nargs="+", default=["all"], choices=("all", *TARGETS))
-    add("--card", help="part of the name of the card here, such as H100: says that you mean this one")
+    add("--card", help="part of the name of this machine's GPU, such as H100, to confirm that you mean it")
     add("--dtype", default="bf16", choices=tuple(DTYPES))
     add("--keep", type=int, default=8, help="configurations to time for each kernel (default 8)")
     add("--seconds", type=float, default=10, help="time for each kernel (default 10)")
-    add("--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no kernel after this long")
+    add("--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no further kernel after this time")
     add("--tables", type=Path, default=configs.TUNED, help="folder of the tables to write")
     add("--dry", action="store_true", help="compile and rank only; needs no GPU, changes nothing")
     add("--arch", type=int, default=90, choices=configs.ARCHS, help="for --dry (default 90)")
@@ -222,6 +227,7 @@ def add_arguments(parser: Any) -> None:
 
 
 def _print_ranking(op: str, search: Search) -> None:
+    """Print the best configurations of each kernel of ``op``, ranked by what the compiler made of them."""
     _, target = TARGETS[op]
     for tunable in target.kernels:
         key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
@@ -235,11 +241,12 @@ def _print_ranking(op: str, search: Search) -> None:
 
 
 def say(text: str) -> None:
-    """Print progress at once: a tuner that is stopped has said what it knew."""
+    """Print progress without buffering, so that a tuner that is stopped has printed all that it found."""
     print(text, flush=True)
 
 
 def _case(target: Target, dtype: str, device: torch.device, key: str, candidates: Sequence[Config]) -> Case:
+    """Make the case of ``target`` whose candidates are our op as committed, and with each configuration for ``key``."""
     spec, _ = TARGETS[target.name]
     case = build(spec.suite_name, target.shape.to_dict(), dtype, device)
     changed = [
@@ -250,6 +257,7 @@ def _case(target: Target, dtype: str, device: torch.device, key: str, candidates
 
 
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
+    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture."""
     key = key_of(tunable, target, search.dtype)
     entry = configs.committed(key, search.arch)
     if entry is None:
@@ -258,17 +266,21 @@ def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
 
 
 def _table_arch(device: torch.device) -> int:
+    """Return the architecture whose table serves ``device``: the newest one that is not newer than the device."""
     major, minor = torch.cuda.get_device_capability(device)
     return next(arch for arch in configs.ARCHS if arch <= 10 * major + minor)
 
 
 def small_case(target: Target, dtype: str) -> Case:
-    """Make the case of ``target`` with a small batch: the same is compiled, and empty tensors take memory too."""
+    """Make the case of ``target`` with a small batch, for compiling.
+
+    The batch does not change what is compiled, and even tensors without values take memory.
+    """
     small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2, "rows": 1024}
     shape = {key: small.get(key, value) for key, value in target.shape.to_dict().items()}
     return build(TARGETS[target.name][0].suite_name, shape, dtype, torch.device("cpu"))
 
 
 def call_ours(case: Case) -> object:
-    """Call the candidate of clipfast once."""
+    """Call clipfast's own candidate once."""
     return call(case, case.ours, case.ours.make(), leaves(case, case.inputs()))

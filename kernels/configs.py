@@ -1,8 +1,8 @@
 """Launch configurations: frozen dataclasses, looked up by kernel, architecture and operand.
 
-Numbers are committed, in ``tuned/sm_<arch>.json``, not tuned at run time: an autotuner would make results depend on a
-race of timings, and cannot run without a GPU. ``python -m clipfast.bench tune`` writes the files. Every entry compiles
-for its architecture without a spill (tests/kernels/resources.json holds the proof).
+Their numbers are committed in ``tuned/sm_<arch>.json``. Nothing is tuned at run time: an autotuner would make results
+depend on a race of timings, and cannot run without a GPU. ``python -m clipfast.bench tune`` writes the files. Every
+entry compiles for its architecture without a spill (tests/kernels/resources.json holds the proof).
 """
 
 import contextlib
@@ -17,12 +17,14 @@ from typing import TypeVar
 import torch
 
 TUNED = Path(__file__).parent / "tuned"
-# Newest first: an architecture takes the entry of the newest that is not newer than itself.
+# The architectures that have a table, newest first. A GPU uses the first table that has the entry, apart from those for
+# architectures newer than its own.
 ARCHS = (100, 90, 80)
-# Attention has entries for each of these largest head dimensions, and its short kernels for these most keys.
+# Attention has an entry for head dimensions up to each of these limits, and its short kernels have one for numbers of
+# keys up to each of these.
 HEAD_DIMS = (64, 96, 128)
 NUM_KEYS = (64, 128, 208, 256, 272)
-# A kernel that holds whole rows has entries for each of these largest widths.
+# A kernel that holds whole rows has an entry for widths up to each of these limits.
 WIDTHS = (1024, 2048, 4096, 8192)
 
 
@@ -72,7 +74,7 @@ class TwoPhaseConfig:
 
 @dataclasses.dataclass(frozen=True)
 class SdpaConfig:
-    """Keys from which on PyTorch's own attention is faster than ours, with and without a causal mask."""
+    """The numbers of keys from which on PyTorch's own attention is faster than ours, without and with a causal mask."""
 
     min_keys: int
     min_keys_causal: int
@@ -82,7 +84,7 @@ class SdpaConfig:
 class RowConfig:
     """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_N columns at a time.
 
-    A kernel that holds whole rows takes as many as fit into a tile of that size.
+    A kernel that holds whole rows takes as many rows as fit into BLOCK_M * BLOCK_N elements.
     """
 
     block_m: int
@@ -98,38 +100,36 @@ _overrides: dict[str, Config] = {}
 
 
 def gemm_config(kernel: str, arch: int, dtype: torch.dtype) -> GemmConfig:
-    """Configuration of a matrix-product kernel for compute capability ``arch`` (90: sm_90) and ``dtype`` operands."""
+    """Return the configuration of a matrix-product kernel on ``arch`` (90 for sm_90) for operands of ``dtype``."""
     return _lookup(GemmConfig, config_key(kernel, dtype), arch)
 
 
 def row_config(kernel: str, arch: int, dtype: torch.dtype, width: int | None = None) -> RowConfig:
-    """Configuration of a row-walking kernel for compute capability ``arch`` and operands of ``dtype``; with ``width``,
-    of one that holds whole rows.
-    """
+    """Return the configuration of a kernel that walks rows, or holds whole rows of ``width``, on ``arch``."""
     return _lookup(RowConfig, config_key(kernel, dtype, width=width), arch)
 
 
 def attention_config(kind: type[C], kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> C:
-    """Configuration of an attention kernel for compute capability ``arch``, operands of ``dtype`` and ``head_dim``."""
+    """Return the configuration of an attention kernel on ``arch`` for operands of ``dtype`` and ``head_dim``."""
     return _lookup(kind, config_key(kernel, dtype, head_dim), arch)
 
 
 def short_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_keys: int) -> ShortConfig | None:
-    """Configuration of an attention kernel that holds all keys; None where they do not fit."""
+    """Return the configuration of an attention kernel that holds all keys, or None if they do not fit."""
     if num_keys > NUM_KEYS[-1]:
         return None
     return _lookup_any(ShortConfig, config_key(kernel, dtype, head_dim, num_keys), arch)
 
 
 def sdpa_config(arch: int, dtype: torch.dtype, head_dim: int) -> SdpaConfig | None:
-    """Where PyTorch's own attention serves compute capability ``arch``; None where it nowhere measured faster."""
+    """Return from how many keys on PyTorch's own attention is used on ``arch``, or None if it never was faster."""
     return _lookup_any(SdpaConfig, config_key("attention_sdpa", dtype, head_dim), arch)
 
 
 def config_key(
     kernel: str, dtype: torch.dtype, head_dim: int | None = None, num_keys: int | None = None, width: int | None = None
 ) -> str:
-    """Name of an entry in the tables: kernel, width of the operands, and the sizes that it serves."""
+    """Return the name of a table entry: the kernel, the bits of its operands, and the sizes that the entry serves."""
     key = f"{kernel} {8 * dtype.itemsize}-bit"
     if head_dim is not None:
         key += f" head_dim<={min(limit for limit in HEAD_DIMS if head_dim <= limit)}"
@@ -141,13 +141,13 @@ def config_key(
 
 
 def override(key: str, config: Config) -> AbstractContextManager[None]:
-    """Use ``config`` for the entry :func:`config_key` names, on every architecture: for the tuner and for tests."""
+    """Return a context in which ``config`` replaces entry ``key`` on every architecture; for the tuner and tests."""
     return overrides({key: config})
 
 
 @contextlib.contextmanager
 def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
-    """Do as :func:`override` for several entries."""
+    """Do as :func:`override` does, for several entries."""
     before = dict(_overrides)
     _overrides.update(configs)
     try:
@@ -158,14 +158,14 @@ def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
 
 
 def read_table(arch: int) -> dict[str, dict[str, int]]:
-    """The committed entries of compute capability ``arch``, by :func:`config_key`."""
+    """Return the committed table of ``arch``; its keys are those of :func:`config_key`."""
     table: dict[str, dict[str, int]] = json.loads((TUNED / f"sm_{arch}.json").read_text())
     return table
 
 
 @functools.cache
 def committed(key: str, arch: int) -> dict[str, int] | None:
-    """The entry of the tables that serves compute capability ``arch``."""
+    """Return the committed entry ``key`` that serves ``arch``, or None if no table has it."""
     return next((table[key] for known in ARCHS if known <= arch and key in (table := read_table(known))), None)
 
 

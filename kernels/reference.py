@@ -1,7 +1,8 @@
 """What each op computes, in plain PyTorch: the specification that the kernels are held to.
 
-Same signatures as the ops, any floating dtype, autograd through every step. With float64 input a function here is the
-truth; with the op's own dtype it is the yardstick for how large an error is allowed to be.
+The functions have the signatures of the ops, take any floating dtype, and use autograd in every step. With
+float64 input a function here is the truth; with the op's own dtype it is the yardstick for how large an error is
+allowed to be.
 """
 
 from collections.abc import Sequence
@@ -20,14 +21,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 def contrastive_loss(
     image: Tensor, text: Tensor, logit_scale: Tensor | float, *, normalize: bool = False, offset: int = 0
 ) -> Tensor:
-    """Symmetric cross-entropy over the full logits matrix (Radford et al. 2021, figure 3)."""
+    """Return the symmetric cross-entropy over the full logits matrix (Radford et al. 2021, figure 3)."""
     return pairwise_loss(image, text, logit_scale, both=True, normalize=normalize, offset=offset)
 
 
 def pairwise_loss(
     rows: Tensor, cols: Tensor, logit_scale: Tensor | float, *, both: bool, normalize: bool, offset: int
 ) -> Tensor:
-    """Cross-entropy of the pairs (i, i + offset) over rows, and in ``both`` directions over columns too."""
+    """Return the cross-entropy of pairs (i, i + offset) over rows; with ``both``, its mean with that over columns."""
     if normalize:
         rows, cols = F.normalize(rows, dim=-1), F.normalize(cols, dim=-1)
     logits = _wide(logit_scale * (rows @ cols.T))
@@ -43,7 +44,10 @@ def _wide(x: Tensor) -> Tensor:
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """PyTorch's; in float64, where it is the truth, of losses too that are nothing beside 1."""
+    """Return what ``F.cross_entropy`` returns.
+
+    In float64, where the result is the truth, it is computed so that losses far below the precision of 1 are exact too.
+    """
     if logits.dtype != torch.float64:
         return F.cross_entropy(logits, labels)
     positive = logits.gather(1, labels[:, None])
@@ -60,8 +64,10 @@ def info_nce_loss(
     in_batch: bool = True,
     normalize: bool = False,
 ) -> Tensor:
-    """Cross-entropy of each query's own key against the other keys (van den Oord et al. 2018, equation 4), the
-    ``negatives`` (He et al. 2020, algorithm 1), or both.
+    """Return the cross-entropy of each query's own key against other candidates.
+
+    These are the other keys (van den Oord et al. 2018, equation 4), the ``negatives`` (He et al. 2020, algorithm 1), or
+    both.
     """
     if negatives is None:
         negatives = key[:0]
@@ -74,7 +80,7 @@ def info_nce_loss(
 
 
 def nt_xent_loss(first: Tensor, second: Tensor, logit_scale: Tensor | float, *, normalize: bool = True) -> Tensor:
-    """Cross-entropy of the other view among all views but oneself (Chen et al. 2020, equation 1)."""
+    """Return the cross-entropy of each view's partner among all views but itself (Chen et al. 2020, equation 1)."""
     views = torch.cat([first, second])
     if normalize:
         views = F.normalize(views, dim=-1)
@@ -93,7 +99,7 @@ def sigmoid_loss(
     normalize: bool = False,
     offset: int = 0,
 ) -> Tensor:
-    """Binary cross-entropy of every image with every text, summed over texts (Zhai et al. 2023, equation 1)."""
+    """Return the binary cross-entropy of every image with every text, summed over texts (Zhai et al. 2023, eq. 1)."""
     if normalize:
         image, text = F.normalize(image, dim=-1), F.normalize(text, dim=-1)
     logits = _wide(logit_scale * (image @ text.T)) + logit_bias
@@ -111,24 +117,24 @@ def attention(
     seqlens: Tensor | None = None,
     bias: Tensor | None = None,
 ) -> Tensor:
-    """Softmax attention on a packed projection (Vaswani et al. 2017), with the score matrix in memory."""
+    """Compute softmax attention on a packed projection (Vaswani et al. 2017), with the score matrix in memory."""
     if bias is not None:
         qkv = with_bias_gradient(qkv, bias)
     batch, length, width3 = qkv.shape
-    # no -1: of an empty batch it could be anything
+    # The last size is given, since reshape cannot infer a -1 from an empty batch.
     q, k, v = qkv.reshape(batch, length, 3, num_heads, width3 // (3 * num_heads)).unbind(2)
     return attention_qkv(q, k, v, causal=causal, scale=scale, seqlens=seqlens).flatten(2)
 
 
 def with_bias_gradient(qkv: Tensor, bias: Tensor) -> Tensor:
-    """``qkv``, through which ``bias`` gets a gradient: nothing is added, since it is in there already."""
+    """Return ``qkv`` unchanged, but let ``bias``, which it contains already, get its gradient through it."""
     return qkv + (bias - bias.detach()).to(qkv.dtype)
 
 
 def attention_qkv(
     q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, scale: float | None = None, seqlens: Tensor | None = None
 ) -> Tensor:
-    """Softmax attention of queries [B, M, H, D] on keys and values [B, N, H, D]."""
+    """Compute softmax attention of queries [B, M, H, D] on keys and values [B, N, H, D]."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     scores = (q @ k.transpose(-1, -2)) * (q.shape[-1] ** -0.5 if scale is None else scale)
     hidden = torch.zeros(scores.shape[-2:], dtype=torch.bool, device=scores.device)
@@ -137,23 +143,23 @@ def attention_qkv(
     if seqlens is not None:
         hidden = hidden | (torch.arange(k.shape[2], device=k.device) >= seqlens[:, None])[:, None, None]
     weights = scores.masked_fill(hidden, float("-inf")).softmax(-1)
-    # softmax of nothing is NaN; a query that sees no key gets nothing
+    # The softmax over no keys is NaN, but a query that sees no key must return zeros.
     return (weights.masked_fill(hidden.all(-1, keepdim=True), 0) @ v).transpose(1, 2)
 
 
 def attention_pool(query: Tensor, tokens: Tensor, *, seqlens: Tensor | None = None) -> Tensor:
-    """Softmax attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
+    """Compute softmax attention of queries [B, H, C] on tokens [B, N, C] that are keys and values at once."""
     if seqlens is None:
         return (query @ tokens.transpose(1, 2)).softmax(-1) @ tokens
     hidden = torch.arange(tokens.shape[1], device=tokens.device) >= seqlens[:, None]
     tokens = tokens.masked_fill(hidden[..., None], 0)
     weights = (query @ tokens.transpose(1, 2)).masked_fill(hidden[:, None], float("-inf")).softmax(-1)
-    # softmax of nothing is NaN; a query that sees no token gets nothing
+    # The softmax over no tokens is NaN, but a query that sees no token must return zeros.
     return weights.masked_fill(hidden.all(-1)[:, None, None], 0) @ tokens
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, residual: Tensor | None = None) -> Any:
-    """Addition in the dtype of the residual, then normalisation (Ba et al. 2016) in float32 at least."""
+    """Add ``x`` to the residual in the residual's dtype, then normalise (Ba et al. 2016) in float32 at least."""
     stream = x if residual is None else (x + residual).to(residual.dtype)
     work = accumulate_dtype(stream.dtype)
     y = F.layer_norm(stream.to(work), x.shape[-1:], weight.to(work), bias.to(work), eps).to(x.dtype)
@@ -169,18 +175,18 @@ def layer_norm_pair(
     eps_1: float = 1e-5,
     eps_2: float = 1e-5,
 ) -> tuple[Tensor, Tensor]:
-    """A layer norm, and the layer norm of what it returns."""
+    """Return a layer norm of ``x``, and a second layer norm of the first one's result."""
     s = layer_norm(x, weight_1, bias_1, eps_1)
     return s, layer_norm(s, weight_2, bias_2, eps_2)
 
 
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """GELU (Hendrycks and Gimpel 2016), by the error function, of x + bias, in float32 at least."""
+    """Return the GELU (Hendrycks and Gimpel 2016), by the error function, of x + bias, in float32 at least."""
     return F.gelu(_wide(x) + _wide(bias)).to(x.dtype)
 
 
 def bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
-    """u sigmoid(1.702 u) of u = x + bias, in float32 at least: the approximation of Hendrycks and Gimpel (2016)."""
+    """Return u sigmoid(1.702 u) of u = x + bias, in float32 at least: the approximation by Hendrycks and Gimpel."""
     u = _wide(x) + _wide(bias)
     return (u * torch.sigmoid(1.702 * u)).to(x.dtype)
 
@@ -195,8 +201,9 @@ def patch_embed(
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
 ) -> Tensor:
-    """Strided convolution, class token in front, positions added (Dosovitskiy et al. 2021, equation 1), of which class
-    token and kept patches are gathered.
+    """Return the tokens of images: a strided convolution, with the class token put in front and positions added.
+
+    This is equation 1 of Dosovitskiy et al. (2021). With ``keep``, only the class token and those patches are returned.
     """
     if images.dtype == torch.uint8:
         images = normalize_uint8(images, mean, std, weight.dtype)
@@ -206,37 +213,40 @@ def patch_embed(
     tokens = tokens + positional_embedding.to(weight.dtype)
     if keep is None:
         return tokens
-    rows = F.pad(keep.long() + 1, (1, 0))  # position 0 is the class token's
+    rows = F.pad(keep.long() + 1, (1, 0))  # row 0 is the class token
     return tokens.gather(1, rows[:, :, None].expand(-1, -1, tokens.shape[2]))
 
 
 def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> Tensor:
-    """Rows of a table, positions added (Vaswani et al. 2017, sections 3.4 and 3.5)."""
+    """Look up the rows of a table and add positions (Vaswani et al. 2017, sections 3.4 and 3.5)."""
     return F.embedding(text, token_embedding) + positional_embedding[: text.shape[1]].to(token_embedding.dtype)
 
 
 def normalize_uint8(images: Tensor, mean: Sequence[float], std: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """``(images / 255 - mean) / std`` per channel of uint8 [B, C, H, W], computed in float32 at least, as ``dtype``."""
+    """Return ``(images / 255 - mean) / std`` of uint8 [B, C, H, W] per channel, computed in float32 at least."""
     work = accumulate_dtype(dtype)
     mean_c, std_c = (_per_channel(values, work, images.device) for values in (mean, std))
     return ((images.to(work) / 255 - mean_c) / std_c).to(dtype)
 
 
 def _per_channel(values: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
-    # filled on the device: a copy from the host cannot be captured in a CUDA graph
+    # The values are filled in on the device: a copy from the host cannot be captured in a CUDA graph
     return torch.stack([torch.full((1, 1), value, dtype=dtype, device=device) for value in values])
 
 
 def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """How many others score at least as high as the best own one, by the full scores, in float32 at least."""
+    """Return for each image (and each text) how many texts (images) of others score as high as its own best or higher.
+
+    All scores are computed at once, in float32 at least. An image or text that has no match gets -1.
+    """
     scores = _wide(image) @ _wide(text).T
     images = torch.arange(len(image), device=image.device)
     owner = images if text_image is None else text_image
     own = images[:, None] == owner
-    # one row and one column more: a maximum of nothing is -inf
+    # One more row and column of -inf let amax accept an empty matrix.
     own_scores = F.pad(scores.where(own & ~scores.isnan(), float("-inf")), (0, 1, 0, 1), value=float("-inf"))
     image_best, text_best = own_scores.amax(1, keepdim=True)[:-1], own_scores.amax(0)[:-1]
-    # not "at least": NaN is ahead as well
+    # This is not written as >=, so that NaN is ahead too.
     image_ranks = (~own & ~(scores < image_best)).sum(1)
     text_ranks = (~own & ~(scores < text_best)).sum(0)
     return image_ranks.where(own.any(1), -1), text_ranks.where(own.any(0), -1)

@@ -1,8 +1,8 @@
 """The specification of an op: all that tools must know about it, in one place beside the op.
 
-An op of one file has its ``SPECS`` at the end, an op's folder has them in ``spec.py``: a tuple of ``OpSpec``, one for
-each op. :func:`specs` finds them all. The verification, the benchmarks, the tuner, the offline compiler and the tests
-iterate over what it returns, and keep no list of ops.
+``SPECS`` is a tuple with an ``OpSpec`` for each op. It stands at the end of the file of a small op, and in ``spec.py``
+of the folder of a larger one. :func:`specs` finds them all. The verification, the benchmarks, the tuner, the offline
+compiler and the tests iterate over what it returns, and keep no list of ops.
 """
 
 import dataclasses
@@ -20,33 +20,35 @@ from torch import Tensor
 from .configs import Config
 from .dtypes import accumulate_dtype
 
-# The legs that a case can run on: the PyTorch paths of a CPU, the Triton kernels interpreted on a CPU (small cases, or
-# it would take minutes), and the Triton kernels on a GPU (sizes of real use).
+# A case runs on one or more "legs": the PyTorch code for CPUs, the Triton kernels in Triton's interpreter on a CPU
+# (small cases only, since others would take minutes), and the Triton kernels on a GPU (sizes of real use).
 CPU, INTERPRETER, CUDA = "cpu", "interpreter", "cuda"
 LEGS = (CPU, INTERPRETER, CUDA)
 EVERYWHERE, NOT_INTERPRETED = frozenset(LEGS), frozenset((CPU, CUDA))
-# The checks: errors are held to the rule; results must be finite as well; repeats must give the same bits.
+# The check of a case. ACCURACY holds errors to the rule in clipfast/verify/rule.py, EXTREME demands finite results as
+# well, and DETERMINISM demands the same bits from repeated calls.
 ACCURACY, EXTREME, DETERMINISM = "accuracy", "extreme", "determinism"
-# The memory layout of a case whose gradient (of a loss: whose first input) has a stride of 0.
+# The memory layout of a case whose upstream gradient has a stride of 0. The upstream gradient of a loss is a scalar, so
+# the first input of a loss has that stride instead.
 EXPANDED = "expanded"
 
 
 def on(*legs: str) -> frozenset[str]:
-    """Return the set of these legs."""
+    """Return the set of the given legs."""
     return frozenset(legs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of an op's inputs. Each op derives its own; fields that are not given have the usual value."""
+    """The sizes of an op's inputs. Each op has a subclass with a field for each size."""
 
     @property
     def elements(self) -> int:
-        """The number of elements of the largest tensor that the reference makes."""
+        """Return the number of elements of the largest tensor that the reference makes."""
         raise NotImplementedError
 
     def to_dict(self) -> dict[str, int | float | bool]:
-        """Return the sizes by name, without those that have their usual value."""
+        """Return the sizes by name, without those that equal their default."""
         return {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)
@@ -54,7 +56,7 @@ class Shape:
         }
 
     def changed(self, **sizes: Any) -> Self:
-        """Return the shape with other values of some sizes."""
+        """Return a copy of the shape in which ``sizes`` are replaced."""
         return dataclasses.replace(self, **sizes)
 
     def __str__(self) -> str:
@@ -65,24 +67,25 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class RowShape(Shape):
-    """Rows [rows, width]."""
+    """The sizes of a matrix [rows, width], for ops that work row by row."""
 
     rows: int
     width: int
 
     @property
     def elements(self) -> int:
-        """The number of elements of all rows."""
+        """Return the number of elements of all rows."""
         return self.rows * self.width
 
 
 class Draw:
-    """Random inputs from one seed, the same on every machine; or memory without values, for a call that only records.
+    """A source of random inputs: one seed gives the same numbers on every machine.
 
     Args:
-        seed: of the generator.
-        device: where the tensors are made. Numbers that are drawn on a GPU are others than those of a CPU.
-        empty: make tensors of the right shape and dtype whose values nobody reads.
+        seed: the seed of the generator.
+        device: the device on which tensors are made. A GPU draws other numbers from a seed than a CPU does.
+        empty: make tensors of the right shape and dtype without drawing values. They are for calls whose launches are
+            recorded, not run.
     """
 
     def __init__(self, seed: int = 0, device: torch.device | str = "cpu", *, empty: bool = False) -> None:
@@ -107,7 +110,7 @@ class Draw:
         return torch.randint(low, high, size, generator=self._generator, device=self.device, dtype=dtype)
 
     def subsets(self, rows: int, count: int, size: int) -> Tensor:
-        """Draw for each of ``rows`` rows ``size`` different numbers of ``range(count)``, in any order."""
+        """Draw ``size`` different numbers of ``range(count)``, in random order, for each of ``rows`` rows."""
         if self.empty:
             return torch.arange(size, device=self.device).expand(rows, size)
         return torch.rand(rows, count, generator=self._generator, device=self.device).argsort(1)[:, :size]
@@ -119,8 +122,9 @@ class Call:
 
     Attributes:
         inputs: tensors by the name of their argument; floating ones in float32.
-        grads: a gradient for each result, float32; none for an op without gradients. That of a scalar is a scalar.
-        options: arguments that are no tensors.
+        grads: the upstream gradient of each result, float32 (a scalar for a scalar result); empty for an op without
+            gradients.
+        options: the arguments that are not tensors.
     """
 
     inputs: dict[str, Tensor]
@@ -133,8 +137,8 @@ class Floor:
     """The least work of a pass: floating-point operations (a multiply-add is two) and bytes of device memory.
 
     Each input is read once and each output is written once. Scratch memory is not counted, since a better kernel needs
-    less of it. No version runs faster than the larger of operations over the rate of the matrix units and bytes over
-    the rate of the memory, so a measured time beyond that is what is left to gain.
+    less of it. No implementation can take less time than :meth:`seconds` returns, so whatever a measured time has
+    beyond that is what can still be gained.
     """
 
     flops: float
@@ -144,7 +148,7 @@ class Floor:
         return Floor(self.flops + other.flops, self.bytes + other.bytes)
 
     def seconds(self, flops_per_s: float, bytes_per_s: float) -> float:
-        """Return the shortest time on a machine of these rates."""
+        """Return the shortest possible time: the longer of the times for operations and for bytes at these rates."""
         return max(self.flops / flops_per_s, self.bytes / bytes_per_s)
 
 
@@ -154,19 +158,19 @@ class Case:
 
     Attributes:
         shape: sizes of the inputs.
-        why: the reason.
-        legs: where it runs.
+        why: the reason why it is checked.
+        legs: the legs that it runs on.
         check: ``ACCURACY``, ``EXTREME`` or ``DETERMINISM``.
-        layout: memory layout of the inputs, or contiguous.
-        values: a kind of values that the op's ``make`` knows, or the usual ones.
-        draws: how many independent draws are judged as one.
+        layout: the memory layout of the inputs; empty if they are contiguous.
+        values: the kind of values to draw, by a name that the op's ``make`` knows; empty for the usual kind.
+        draws: how many independent draws of the inputs are judged together.
         quick: whether it is part of the quick run.
-        slow: names of dtypes that a CPU computes too slowly at this size.
-        cancels: whether exact gradients are zero because terms cancel. Fused attention, PyTorch's too, takes the sum of
-            dO * O for that of P * dP. It is the same number with another rounding error, and so it cancels less well
-            than the eager one: there PyTorch's error is the larger one of its eager and its fused attention.
-        sanitize: whether the sanitizer (bounds, races, bfloat16) runs it too. It must be small: ttsem checks every
-            access for races only up to 4 million of them.
+        slow: names of dtypes that a CPU computes too slowly at this size, so that its leg leaves them out.
+        cancels: whether exact gradients are zero because their terms cancel. Fused attention, PyTorch's included,
+            computes the sum of P * dP as that of dO * O. The two are equal, but their rounding errors differ, and the
+            second cancels less well. The yardstick is then the larger error of PyTorch's eager and fused attention.
+        sanitize: whether the sanitizer ttsem (bounds, races, bfloat16) runs it too. Such a case must be small, since
+            ttsem checks every access for races only if there are at most 4 million.
     """
 
     shape: Shape
@@ -183,17 +187,17 @@ class Case:
 
     @classmethod
     def extreme(cls, shape: Shape, values: str, why: str, **options: Any) -> "Case":
-        """Return a case whose results must be finite as well."""
+        """Return an ``EXTREME`` case: its results must be finite, besides being accurate."""
         return cls(shape, why, check=EXTREME, values=values, **options)
 
     @classmethod
     def in_use(cls, shape: Shape, small: Shape, why: str, **options: Any) -> list["Case"]:
-        """Return the case of a size of real use, and that of a smaller size for the interpreter."""
+        """Return a case at a size of real use for CPUs and GPUs, and one at a smaller size for the interpreter."""
         return [cls(shape, why, NOT_INTERPRETED, **options), cls(small, f"{why}, smaller", on(INTERPRETER), **options)]
 
     @classmethod
     def layouts(cls, shape: Shape, *, expanded: Shape | None = None, quick: bool = True) -> list["Case"]:
-        """Return a shape in the memory layouts that every op takes, and ``expanded`` with a gradient of stride 0."""
+        """Return a case for each memory layout that ops take, and one at ``expanded`` with a gradient of stride 0."""
         cases = [
             cls(shape, "first axis contiguous", layout="transposed"),
             cls(shape, "every second element of a wider tensor", layout="sliced", quick=quick),
@@ -205,7 +209,7 @@ class Case:
 
     @classmethod
     def repeats(cls, on_cpu: Shape, on_cuda: Shape, values: str = "") -> list["Case"]:
-        """Return the cases that must give the same bits in every run."""
+        """Return ``DETERMINISM`` cases: their results must have the same bits in every run."""
         return [
             cls(on_cpu, "several tiles, two threads", on(CPU), DETERMINISM, values=values, quick=True),
             cls(on_cuda, "more programs than the GPU holds at once", on(CUDA), DETERMINISM, values=values),
@@ -213,23 +217,23 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Shape, layout and values in one line."""
+        """Return shape, layout and values in one line."""
         return ", ".join(part for part in (str(self.shape), self.layout, self.values) if part)
 
 
 @dataclasses.dataclass(frozen=True)
 class Shipped:
-    """A call at the sizes of a published model: the offline compiler compiles what it launches.
+    """A call at the sizes of a published model. The offline compiler compiles the kernels that it launches.
 
     Attributes:
-        label: sizes as they stand in the name of the compiled case.
+        label: the sizes, as the name of the compiled case spells them.
         shape: sizes of the inputs.
         dtypes: names of the dtypes that it is compiled for.
-        autocast: inputs are float32, and the op runs under autocast in the dtype.
-        casts: inputs that have another dtype, by name.
-        small_tiles: no tile has the 64 rows that the matrix units of sm_90 and sm_100 want.
-        tf32_by_triton_36: Triton 3.6 takes bytes that are widened to float32 for a type that TF32 holds, and on sm_100
-            it then multiplies float32 in TF32 although full precision is asked for.
+        autocast: whether the inputs are float32 and the op runs under autocast to the dtype.
+        casts: the dtype of each input that has another one, by name of the input.
+        small_tiles: whether no tile has the 64 rows that the matrix units of sm_90 and sm_100 need.
+        tf32_by_triton_36: whether Triton 3.6 multiplies float32 in TF32 on sm_100, although the kernel asks for full
+            precision. It does so for bytes that were widened to float32, because TF32 holds them exactly.
     """
 
     label: str
@@ -243,14 +247,14 @@ class Shipped:
 
 @dataclasses.dataclass(frozen=True)
 class Tunable:
-    """A kernel that has configurations in the tables.
+    """A kernel whose launch configurations stand in the tables (``tuned/*.json``).
 
     Attributes:
         kernel: its name in the tables.
         function: name of the Triton function.
         kind: class of its configurations.
-        axes: values to search for some fields, in place of the tuner's usual ones.
-        per_width: whether it has entries by the width of its rows.
+        axes: the values to search for some fields, if they are not the tuner's usual ones.
+        per_width: whether the tables have separate entries for separate widths of rows.
         small_tiles: whether its tiles have too few rows for the largest matrix units.
     """
 
@@ -263,13 +267,13 @@ class Tunable:
 
     @classmethod
     def named(cls, kind: type[Config], *kernels: str, **options: Any) -> tuple["Tunable", ...]:
-        """Return kernels whose Triton functions have their names in the tables, as ``_<kernel>_kernel``."""
+        """Return kernels whose Triton functions are called ``_<kernel>_kernel``, by their names in the tables."""
         return tuple(cls(kernel, f"_{kernel}_kernel", kind, **options) for kernel in kernels)
 
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """Kernels that are tuned together at the shape that stands for their use, in the order of their worth."""
+    """Kernels that are tuned at one representative shape, one after another, the most important first."""
 
     name: str
     shape: Shape
@@ -277,7 +281,7 @@ class Target:
 
 
 def no_overrides(dtype: torch.dtype) -> AbstractContextManager[object]:
-    """Leave the committed configurations as they are."""
+    """Return a context that leaves the committed configurations as they are."""
     return nullcontext()
 
 
@@ -286,23 +290,24 @@ class OpSpec:
     """All that tools must know about an op.
 
     Attributes:
-        op: the public function. Its tensor arguments are called by name.
+        op: the public function. Its tensor arguments are passed by name.
         reference: the same function in plain PyTorch.
         make: makes the arguments for a shape, a kind of values and a source of random numbers.
-        cases: what is checked, and why.
-        small: one small shape for each way in which the op can be called: for the checks of registration, compilation,
-            autocast and gradients.
-        category: what the op's time counts as in a breakdown, of :mod:`clipfast.bench.categories`.
+        cases: the cases that are checked, each with its reason.
+        small: one small shape for each way in which the op can be called. Registration, compilation, autocast and
+            gradients are checked at these.
+        category: the one of :mod:`clipfast.bench.categories` that the op's time counts towards in a breakdown.
         suite: the name of its benchmarks, by default that of the op.
-        torch_op: what the names of its registered PyTorch ops start with, by default the name of the op.
+        torch_op: the prefix of the names of its registered PyTorch ops, by default the name of the op.
         kernels: names of its Triton functions.
-        floor: the least work of the forward (False) or of the backward pass (True) at a shape, for operands of so many
-            bytes.
+        floor: ``floor(shape, itemsize, backward)`` returns the least work of the forward or the backward pass, for
+            operands of ``itemsize`` bytes per element.
         bench: shapes to measure on a "cpu" and on a "cuda" device, the most telling first, since a run may be stopped.
         bench_values: the kind of values to measure with.
-        items: the size that says how many things one call handles, and what they are called, for a throughput.
-        gate: sizes to replace, by type of device, where the reference does not fit at the shapes that are measured.
-        frozen: inputs whose gradient no benchmark takes.
+        items: what a throughput counts: the name of a size, and the noun for what it counts, as in ("batch", "texts").
+        gate: smaller sizes, by type of device, at which a benchmark compares the op with the reference if the reference
+            does not fit into memory at the shapes that are measured.
+        frozen: inputs for which benchmarks compute no gradient.
         float32: inputs that stay float32 when the others have 16 bits, as parameters do under autocast.
         follows_autocast: whether autocast decides the dtype of the result.
         shipped: calls that the offline compiler compiles.
@@ -335,16 +340,16 @@ class OpSpec:
 
     @property
     def name(self) -> str:
-        """The name of the public function."""
+        """Return the name of the public function."""
         return self.op.__name__
 
     @property
     def suite_name(self) -> str:
-        """The name of its benchmarks."""
+        """Return the name of its benchmarks."""
         return self.suite or self.name
 
     def call(self, shape: Shape, values: str, draw: Draw, dtype: torch.dtype) -> Call:
-        """Make the arguments at a shape, with floating tensors in ``dtype`` where they do not stay float32."""
+        """Make the arguments at a shape, with floating tensors in ``dtype`` except those that stay float32."""
         made = self.make(shape, values, draw)
         wide = accumulate_dtype(dtype)
         inputs = {
@@ -357,7 +362,7 @@ class OpSpec:
 
 @functools.cache
 def specs() -> dict[str, OpSpec]:
-    """Find the specification of every op, by the name of the op."""
+    """Return the specification of every op, by the name of the op."""
     package = importlib.import_module(__package__ or "clipfast.kernels")
     found: list[OpSpec] = []
     for info in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):

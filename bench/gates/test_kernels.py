@@ -23,7 +23,7 @@ ROUNDS = 50 if DEVICE.type == "cuda" else 10
 
 
 def device_timer() -> float:
-    """The time when everything that was launched so far has run."""
+    """Wait until everything that was launched has run, and return the time."""
     synchronize(DEVICE)
     return time.perf_counter()
 
@@ -37,7 +37,7 @@ def cases() -> list[Case]:
 @pytest.mark.benchmark(timer=device_timer)
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.op)
 def test_forward_and_backward(benchmark: Any, case: Case) -> None:
-    """Time the call, and hold its result to be finite."""
+    """Time the call, and check that its results are finite."""
     function, inputs = case.ours.make(), leaves(case, case.inputs())
     benchmark.group = case.op
     benchmark.extra_info |= {"shape": dict(case.shape), "dtype": case.dtype, "before": Telemetry(DEVICE).sample()}

@@ -7,7 +7,7 @@ The classes come first. Everything that differs from the textbook is decided in 
     ln_pre and the first block's ln_1 are one pass                both norms and the first block are plain, the last
                                                                   block computes one row, and nothing is recomputed
     the last block computes only the row that the tower reads     everything in it is plain, its backend is not "torch",
-                                                                  and attention_pool takes as many tokens and heads
+                                                                  and attention_pool takes that many tokens and heads
     attention computes the gradient of in_proj's bias             in_proj is plain
     the activation adds the bias of c_fc                          both are plain, the activation is exact, the backend
                                                                   is not "torch", and Triton runs on the device
@@ -49,7 +49,7 @@ class Attention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Return the attention of every token: [B, N, width] -> [B, N, width]."""
         qkv, bias = project_qkv(self.in_proj, x)
         out = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
         return self.out_proj(out)
@@ -57,6 +57,7 @@ class Attention(nn.Module):
     def forward_row(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
         weight_q, weight_k, weight_v = self.in_proj_weight.unflatten(0, (3, self.num_heads, -1)).unbind()
+        # Softmax cancels a bias of the keys, and the weights sum to 1, so a bias of the values is added to the result.
         bias_q, _, bias_v = self.in_proj_bias.unflatten(0, (3, -1)).unbind()
         q = F.linear(take_rows(x, rows), weight_q.flatten(0, 1), bias_q).unflatten(1, (self.num_heads, -1))
         seqlens = None if rows is None or not self.causal else rows + 1
@@ -65,7 +66,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Two linear layers around the activation."""
+    """Two linear layers with a GELU between them."""
 
     backend = "auto"
 
@@ -76,7 +77,7 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., width] -> [..., width]."""
+        """Return ``c_proj(gelu(c_fc(x)))``: [..., width] -> [..., width]."""
         return self.c_proj(linear_gelu(self.c_fc, self.gelu, x, self.backend))
 
 
@@ -91,7 +92,7 @@ class ResidualAttentionBlock(nn.Module):
         self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu=quick_gelu)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Return the residual stream after both branches: [B, N, width] -> [B, N, width]."""
         x, normed = add_norm(x, self.attn(self.ln_1(x)), self.ln_2)
         return x + self.mlp(normed)
 
@@ -114,7 +115,7 @@ class Transformer(nn.Module):
         )
 
     def init_scaled(self) -> None:
-        """Initialise as the published text tower: the deeper the stack, the smaller its output layers."""
+        """Initialise as in the published text tower: the deeper the stack, the smaller the weights of output layers."""
         output_std = self.width**-0.5 * (2 * len(self.resblocks)) ** -0.5
         for module in self.modules():
             if isinstance(module, Attention):
@@ -125,7 +126,7 @@ class Transformer(nn.Module):
                 nn.init.normal_(module.c_proj.weight, std=output_std)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[B, N, width] -> [B, N, width]."""
+        """Return the residual stream after all blocks: [B, N, width] -> [B, N, width]."""
         x, branch = _run_blocks(plan(self), x)
         return x if branch is None else x + branch
 
@@ -133,14 +134,14 @@ class Transformer(nn.Module):
 class Plan(NamedTuple):
     """The steps that a stack of blocks takes in one call."""
 
-    recompute: bool | str  # the backward pass computes every block again, or, if "selective", what is cheap in it
+    recompute: bool | str  # whether the backward pass computes blocks again; "selective": only what is cheap
     blocks: Sequence[nn.Module]  # the blocks that compute every row
-    last: ResidualAttentionBlock | None = None  # the block behind them, which computes only the row that is read
+    last: ResidualAttentionBlock | None = None  # the block after them, which computes only the row that is read
     pair: tuple[LayerNorm, LayerNorm] | None = None  # the norm in front of the stack and the first ln_1, in one pass
 
 
 def plan(transformer: Transformer, num_tokens: int | None = None, norm: nn.Module | None = None) -> Plan:
-    """Decide which steps ``transformer`` takes.
+    """Decide what ``transformer`` fuses, leaves out or recomputes in one call.
 
     Args:
         transformer: the stack.
@@ -194,14 +195,14 @@ def read_rows(
 
 
 def _run_blocks(steps: Plan, x: Tensor, normed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """Return the residual stream behind the blocks, and the last branch, which is still to be added to it.
+    """Return the residual stream after the blocks, and the last branch, which the caller must still add to it.
 
-    ``normed`` is ln_1 of the first block if it is known already.
+    ``normed`` is what ln_1 of the first block returns, if that is computed already.
     """
     branch: Tensor | None = None
     for block in steps.blocks:
         if steps.recompute:
-            # Checkpointing keeps the arguments: one tensor here, where x and its branch would be two.
+            # Checkpointing keeps the arguments. This is one tensor; x and a branch apart would be two.
             x = _recomputed(steps, block, x)
         elif is_plain(block, ResidualAttentionBlock):
             if normed is None:
@@ -214,7 +215,7 @@ def _run_blocks(steps: Plan, x: Tensor, normed: Tensor | None = None) -> tuple[T
 
 
 def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Compute one row behind ``block``: [B, N, width] -> [B, width]."""
+    """Return one row of what ``block`` returns for ``x + branch``: [B, N, width] -> [B, width]."""
     x, normed = add_norm(x, branch, block.ln_1)
     x, normed = add_norm(take_rows(x, rows), block.attn.forward_row(normed, rows), block.ln_2)
     return x + block.mlp(normed)
@@ -238,9 +239,9 @@ def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor,
 
 
 def project_qkv(in_proj: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return ``in_proj(x)``, and its bias if attention is to compute the gradient of it.
+    """Return ``in_proj(x)``, and in_proj's bias if attention is to compute the gradient of that bias.
 
-    Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv once more.
+    Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv again.
     """
     if is_plain(in_proj, InProjection):
         return F.linear(x, in_proj.weight, in_proj.bias.detach()), in_proj.bias
@@ -250,8 +251,8 @@ def project_qkv(in_proj: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> Tensor:
     """Return ``gelu(linear(x))``.
 
-    On a GPU the activation adds the bias, and sums its gradient in the same pass. On a CPU that would cost a pass,
-    since PyTorch's linear layer adds the bias at no cost.
+    On a GPU the activation adds the bias, and sums its gradient in the same pass. On a CPU that would cost one pass
+    more, since PyTorch's linear layer adds the bias at no cost.
     """
     is_exact = getattr(gelu, "approximate", "none") == "none"
     if backend == "torch" or not is_exact or not triton_runs_on(x.device):
@@ -272,7 +273,7 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, bac
 
 
 def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Take the row of each sequence whose index is in ``rows``, or the first: [B, N, width] -> [B, width]."""
+    """Return row ``rows[b]`` of each sequence b, or its first row if ``rows`` is None: [B, N, width] -> [B, width]."""
     return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
 
 

@@ -1,4 +1,4 @@
-"""A training run: its components, wired, and the loop over them."""
+"""The trainer: it builds the components of a training run, and runs the loop over epochs and steps."""
 
 import functools
 import time
@@ -67,7 +67,7 @@ class Trainer:
             self.state.load_state_dict(checkpoint)
 
     def fit(self, interruption: Interruption) -> Evaluation | None:
-        """Train to the end or to an interruption, and return the last evaluation if there was one.
+        """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
 
         Raises:
             TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
@@ -87,6 +87,7 @@ class Trainer:
         return evaluation
 
     def _train_epoch(self, interruption: Interruption) -> None:
+        """Train from the current step until its epoch ends or the run is interrupted."""
         config, progress = self.config, self.progress
         epoch, first = divmod(progress.step, self.data.steps_per_epoch)
         self.model.train()
@@ -112,13 +113,14 @@ class Trainer:
                 break
 
     def _train_step(self, batch: Batch) -> Tensor:
+        """Set the learning rate of the current step, take the step and return its loss."""
         set_lr(self.optimizer, cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps))
-        # Random numbers depend on the step alone, so that a resumed run drops the same patches as an unbroken one.
+        # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         torch.manual_seed(self.config.seed + self.progress.step)
         return self._take_step(*self.upload(batch))
 
     def save(self, *, keep: bool = False) -> Path:
-        """Write ``epoch_latest.pt``, and with ``keep`` also ``epoch_N.pt``; returns the path of the first.
+        """Write ``epoch_latest.pt``, with ``keep`` also ``epoch_N.pt``, and return the path of the former.
 
         Raises:
             TrainingError: the weights are not finite; the checkpoints that exist stay as they are.

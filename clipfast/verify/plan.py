@@ -1,4 +1,4 @@
-"""Which checks run on which leg, and what cannot run here."""
+"""The plan of a verification: it says which checks run on which leg, and which cannot run on this machine."""
 
 import dataclasses
 from collections.abc import Callable
@@ -20,14 +20,14 @@ BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """Something to run: the rows it gives, and what its row says where it raises."""
+    """A check: ``rows`` runs it and returns its result rows; ``template`` is filled in as its row if that raises."""
 
     template: CheckResult
     rows: Callable[[], list[CheckResult]]
 
 
 def here() -> str:
-    """Return the leg of CPU tensors in this process, which Triton fixed when it was imported."""
+    """Return the leg that CPU tensors run on in this process; Triton chose it when it was imported."""
     return INTERPRETER if INTERPRET else CPU
 
 
@@ -53,6 +53,7 @@ def checks(options: Options, leg: str) -> list[Check]:
 
 
 def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
+    """Return the checks of whole models, against their reference and against other implementations."""
     peers = options.against or ((OPENCLIP,) if installed(OPENCLIP) else ())
     check = partial(verify_model, quick=options.quick)
     return [
@@ -64,7 +65,10 @@ def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
 
 
 def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
-    """Float32 everywhere; bfloat16 autocast on a GPU, or where it is asked for alone: a CPU takes minutes."""
+    """Return the training checks: in float32, and under bfloat16 autocast on a GPU.
+
+    On a CPU, bfloat16 takes minutes and runs only if it is the only dtype that is asked for.
+    """
     wanted = [] if options.quick and leg == CPU else [name for name in dtypes if name != "float16"]
     if leg == CPU and "float32" in wanted:
         wanted = ["float32"]

@@ -1,8 +1,9 @@
-"""The rule for errors: as good as PyTorch at the same dtype, both held against a truth of higher precision.
+"""The rule for errors: a result may be only so much less accurate than PyTorch's result at the same dtype.
 
-Allowed is ``k`` times PyTorch's own error, plus a unit in the last place of each value: ``k`` is 2 for values and 3 for
-gradients, after FlashAttention's tests (Dao et al. 2022). It holds for the maximum and for the root mean square of the
-error, so neither one wrong value among many nor a small bias of all of them gets by.
+The error of either is its difference from a truth of higher precision. The allowed error is ``k`` times PyTorch's, plus
+a unit in the last place of each value. ``k`` is 2 for values and 3 for gradients, after FlashAttention's tests (Dao et
+al. 2022). The rule holds for the maximum and for the root mean square of the error, so that neither one wrong value
+among many nor a small bias of all of them can pass.
 """
 
 import dataclasses
@@ -14,11 +15,12 @@ from torch import Tensor
 
 FORWARD, GRADIENT = 2.0, 3.0
 VALUE = "value"
-BEYOND_CHANCE = 300.0  # times the allowed error: no luck of the draw
+# An error that is this many times the allowed one is a fault and not chance, so more draws are not tried.
+BEYOND_CHANCE = 300.0
 
-# Named results of one draw: ours, PyTorch's at the same dtype, the truth.
+# One draw of the inputs gives three sets of named results: ours, PyTorch's at the same dtype, and the truth.
 Draw = tuple[Mapping[str, Tensor], Mapping[str, Tensor], Mapping[str, Tensor]]
-# Those of one of the three over several draws.
+# One of these three sets (say, ours) for each of several draws.
 Results = Sequence[Mapping[str, Tensor]]
 
 
@@ -33,12 +35,12 @@ class Figure:
 
     @property
     def passed(self) -> bool:
-        """Return whether ours is allowed; never where it is NaN."""
+        """Return whether our error is allowed. An error that is NaN never is."""
         return self.ours <= self.allowed
 
     @property
     def ratio(self) -> float:
-        """Return ours as a share of what is allowed: more than 1 fails."""
+        """Return our error divided by the allowed one; above 1 it fails."""
         if self.ours == 0:
             return 0.0
         return self.ours / self.allowed if self.allowed > 0 else float("inf")
@@ -49,16 +51,16 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What the rule says of one output."""
+    """What the rule says about one output."""
 
     figures: tuple[Figure, ...] = ()
-    fault: str = ""  # fails, whatever the figures say
+    fault: str = ""  # what is wrong besides the figures; an output with a fault fails, whatever its figures are
     note: str = ""  # how the figures came about, or why there are none
-    no_yardstick: bool = False
+    no_yardstick: bool = False  # whether PyTorch's own result has no finite value to compare with
 
     @property
     def passed(self) -> bool:
-        """Return whether the output keeps the rule."""
+        """Return whether the output obeys the rule."""
         return not self.fault and all(figure.passed for figure in self.figures)
 
     @property
@@ -68,10 +70,10 @@ class Judgement:
 
 
 def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgement:
-    """Hold ``ours`` to the rule, over all values that are finite in ``truth`` and in ``same_dtype``; all of one shape.
+    """Judge ``ours`` by the rule, at all places where ``truth`` and ``same_dtype`` are finite. All have the same shape.
 
     The yardstick ``same_dtype`` is PyTorch's result at the same dtype: ``k`` times its error is allowed. ``truth`` has
-    a higher precision. NaN and infinity must sit where it has them.
+    a higher precision. ``ours`` must have NaN and infinity exactly where ``truth`` has them.
     """
     if ours.shape != truth.shape:
         return Judgement(fault=f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}")
@@ -94,6 +96,7 @@ def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgemen
 
 
 def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple[Figure, ...]:
+    """Return the largest error and the root mean square of the errors, each with what is allowed."""
     exact = truth.double()
     info = torch.finfo(ours.dtype)
     rounding = (exact.abs() * info.eps).clamp(min=info.smallest_normal * info.eps)
@@ -113,9 +116,9 @@ def _root_mean_square(error: Tensor) -> float:
 
 
 def judge_draws(ours: Results, same_dtype: Results, truth: Results) -> dict[str, Judgement]:
-    """Judge each named output of an op over several draws as one: a single number is right by chance now and then.
+    """Judge each named output of an op over all draws together, since a single number is sometimes right by chance.
 
-    Names that start with ``d_`` are gradients. A name that is not everywhere is a fault.
+    Names that start with ``d_`` are gradients. A name that is missing from any of the results is a fault.
     """
     judgements = {}
     for name in dict.fromkeys([*truth[0], *ours[0]]):
@@ -137,10 +140,13 @@ def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results,
 
 
 def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict[str, Judgement], list[Draw]]:
-    """Judge ``draw(0)``, ``draw(1)``, ... over ``few`` draws, and where they fail, over ``many``.
+    """Judge ``few`` draws, which are ``draw(0)``, ``draw(1)`` and so on, and judge ``many`` if they may fail by chance.
 
-    Two honest errors differ by chance: of six losses, PyTorch's largest error is less than half of ours about once in
-    twenty. Over thirty draws it is not, while a fault stays one.
+    The errors of two correct implementations differ by chance: over six losses, PyTorch's largest error is less than
+    half of ours about once in twenty times. Over thirty draws that does not happen, while a real fault still fails.
+
+    Returns:
+        The judgement of each output, and the draws that were judged.
     """
     draws = [draw(number) for number in range(few)]
     judgements = _judge(draws)
@@ -165,11 +171,11 @@ def value_and_grads(
 ) -> dict[str, Tensor]:
     """Return the results of ``fn`` and the gradients of its floating inputs, as "value", "value_2", "d_<name>".
 
-    ``fn`` is called with ``inputs`` by name, in the layout that they have. Of ``grads`` there is one for each result,
-    cast to its dtype, or none for a function without gradients.
+    ``fn`` is called with ``inputs`` by name, in their own memory layout. ``grads`` has an upstream gradient for each
+    result, which is cast to the dtype of the result. It is empty for a function without gradients.
 
     Raises:
-        RuntimeError: an input that gets no gradient.
+        RuntimeError: an input gets no gradient.
     """
     upstream = (grads,) if isinstance(grads, Tensor) else tuple(grads)
     leaves = {name: x.detach().requires_grad_(bool(upstream) and x.is_floating_point()) for name, x in inputs.items()}

@@ -1,6 +1,7 @@
-"""The choice of the kernels for a shape, and their launches.
+"""The choice of the attention kernels for a shape, and their launches.
 
-Queries, keys and values are [B, M or N, H, D] with any strides: a packed projection is three views of one tensor.
+Queries are [B, M, H, D], keys and values [B, N, H, D]. They may have any strides, and those of a packed projection are
+three views of one tensor.
 """
 
 from typing import NamedTuple
@@ -17,17 +18,18 @@ from .short import _short_bwd_kernel, _short_fwd_kernel
 
 
 class Route(NamedTuple):
-    """The kernels that a shape takes."""
+    """The names of the kernels that compute attention at a shape."""
 
     forward: str  # "short", "looped" or "sdpa"
     backward: str  # "short", "two_phase" or "sdpa"
 
 
 def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int, *, causal: bool) -> Route:
-    """Return the kernels that serve a shape on a GPU of compute capability ``arch`` (90 for sm_90).
+    """Return the kernels that compute a shape on a GPU of compute capability ``arch`` (90 for sm_90).
 
-    The tables decide. The short kernels serve where the tables have a configuration for them, and PyTorch's own
-    attention serves from the number of keys on at which it measured faster.
+    The tables of configurations decide. With at least as many keys as :func:`least_keys_of_sdpa` returns, PyTorch's own
+    attention was faster when measured, and is used. Otherwise the short kernels, which hold all keys at once, are used
+    where the tables have a configuration for them, and the kernels that loop over the keys everywhere else.
     """
     least = least_keys_of_sdpa(arch, dtype, head_dim, causal=causal)
     if least is not None and num_keys >= least:
@@ -38,7 +40,7 @@ def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int,
 
 
 def least_keys_of_sdpa(arch: int, dtype: torch.dtype, head_dim: int, *, causal: bool) -> int | None:
-    """Return the number of keys from which on PyTorch's own attention serves, or None where it never does."""
+    """Return the smallest number of keys for which PyTorch's own attention is used, or None if it never is."""
     found = sdpa_config(arch, dtype, head_dim)
     if found is None:
         return None
@@ -48,7 +50,7 @@ def least_keys_of_sdpa(arch: int, dtype: torch.dtype, head_dim: int, *, causal: 
 def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the output [B, M, H, D], contiguous, and the log-sum-exp [B, H, M], which is divided by the scale."""
+    """Return the output [B, M, H, D], contiguous, and the log-sum-exp of the scores over ``scale``, [B, H, M]."""
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, m, dtype=torch.float32)
@@ -63,6 +65,7 @@ def forward(
         )  # fmt: skip
         return out, lse
     cfg = attention_config(LoopedConfig, "attention_looped_fwd", arch, q.dtype, head_dim)
+    # Without a mask, only what is left after the last whole block of keys needs the tail, so a smaller tile will do.
     tail = cfg.block_n if causal or seqlens is not None else max(16, triton.next_power_of_2(n % cfg.block_n))
     launch(
         _looped_fwd_kernel, (batch * heads * triton.cdiv(m, cfg.block_m),), *args, config=cfg, device=device,
@@ -75,10 +78,10 @@ def backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
     causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], with_sums: bool,
 ) -> tuple[Tensor, Tensor] | None:  # fmt: skip
-    """Write the gradients of q, k and v to ``grads``, whose heads are contiguous.
+    """Write the gradients of q, k and v to ``grads``, in which the heads of a token must be contiguous.
 
     Returns:
-        With ``with_sums``, the sums over batch and rows of the gradients of q and of v, [H * D] float32 each.
+        The sums over batch and tokens of the gradients of q and of v, [H * D] float32 each; None without ``with_sums``.
     """
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     to_grads = (*grads[0].stride()[:2], *grads[1].stride()[:2])
@@ -110,24 +113,29 @@ def backward(
 
 
 def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tensor]:
+    """Return buffers for each tile's sums of the gradients of q and of v, [B, tiles, H * D]; empty if not wanted."""
     batch, _, heads, head_dim = q.shape
     dq, dv = (q.new_empty(batch, num, heads * head_dim if wanted else 0, dtype=torch.float32) for num in (num_q, num_k))
     return dq, dv
 
 
 def _options(head_dim: int, seqlens: Tensor | None, causal: bool) -> dict[str, object]:
+    """Return the compile-time constants that all these kernels take."""
     return {
         "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
     }  # fmt: skip
 
 
 def _key_parts(n: int) -> tuple[int, ...]:
-    """Split ``n`` into powers of two of 16, which the matrix unit wants, or more: 197 into 128 + 64 + 16."""
+    """Split ``n``, rounded up, into powers of two of at least 16, as matrix units need: 197 into 128 + 64 + 16."""
     rounded = triton.cdiv(n, 16) * 16
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
 
 
 def _head_parts(head_dim: int) -> tuple[int, ...]:
-    """Split a head dimension likewise, but into two parts at most: three for 104 do not fit the registers of sm_80."""
+    """Split a head dimension as :func:`_key_parts` does, but round it up to a power of two if that gives three parts.
+
+    The three parts of 104, for example, do not fit into the registers of sm_80.
+    """
     parts = _key_parts(head_dim)
     return parts if len(parts) <= 2 else (triton.next_power_of_2(head_dim),)

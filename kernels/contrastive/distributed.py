@@ -1,17 +1,17 @@
-"""The symmetric contrastive loss of a batch that is spread over processes: each holds some of the pairs.
+"""The symmetric contrastive loss of a batch that is spread over processes, each of which holds some of the pairs.
 
-Rank r of W holds b_r of the N pairs (x_i, y_i). With the terms of ``contrastive``, its loss and gradients are
+Rank r of W holds b_r of the N pairs (x_i, y_i). In the notation of ``contrastive``, its loss and gradients are
 
     L_r = W/(2N) sum_(i of r) [log Zr_i + log Zc_i - 2 s_ii]        the mean of all L_r is the loss of the batch
-    dx_i = d(sum_r L_r)/dx_i,  dy_i likewise                        so their mean in DDP is the gradient of the batch's
+    dx_i = d(sum_r L_r)/dx_i,  dy_i likewise                        so the mean in DDP is the gradient of the batch
     ds = 1/W d(sum_r L_r)/ds                                        the same on every rank
 
-For equal b_r these are the values and gradients of OpenCLIP's ``ClipLoss(local_loss=True, gather_with_grad=True)``,
-except ds: each of its ranks has a share of it. The mean that DDP takes is the same.
+If all b_r are equal, this is OpenCLIP's ``ClipLoss(local_loss=True, gather_with_grad=True)``, in values and gradients.
+Only ds differs: in OpenCLIP each rank has another share of it. The mean that DDP takes of ds is the same.
 
-Of a row or column, other ranks need only the maximum and inv_denom. There are three ways to exchange the rest. The
-table has what a rank sends and holds for b pairs on each of W > 2 ranks. The unit is a row of D numbers in the dtype
-that is multiplied, or with a prime in float32:
+Each rank sends the maximum and inv_denom of its rows and columns to all ranks. For features and gradients there are
+three modes. The table shows what a rank sends and holds if each of W > 2 ranks has b pairs. The unit is a row of D
+numbers: in the dtype of the products, or in float32 where there is a prime.
 
     mode       sent forward    sent backward        FLOPs       held at most
     gather     (W-1) b         (W-1) b'             8 b N D     N + 4 b'
@@ -19,12 +19,15 @@ that is multiplied, or with a prime in float32:
     scalars    2 (W-1) b       0                    12 b N D    2 N + 2 b + 2 b'
 
 "gather" collects the texts of all ranks and sends text gradients back to their owners. "ring" passes texts round, in
-the forward pass and again in the backward pass, where sums of their gradients follow them. "scalars" collects texts and
-images. Gradients travel while the next block is computed, and so do the texts of the ring. Vectors come on top, in
-float32: a rank sends 5 (W-1) b numbers forward, without "scalars" 2 (W-1) b more, and holds at most 10 N + b of them.
-What blocks hold while they are computed comes on top as well. ``clipfast plan`` runs a step and counts all of it.
-Method: the loss of own rows is that of Cherti et al. 2023 (OpenCLIP), the ring that of Liu et al. 2023 (Ring
-Attention), the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).
+the forward pass and again in the backward pass, in which the sums of their gradients travel behind them. "scalars"
+collects texts and images. Gradients travel while the next block is computed, and so do the texts of the ring.
+
+The table leaves out vectors, which are in float32: in the forward pass a rank sends 5 (W-1) b such numbers (7 (W-1) b
+in "gather" and "ring"), and it holds at most 10 N + b of them. It also leaves out what a block holds while it is
+computed. ``clipfast plan`` counts all of this.
+
+Methods: the loss over a rank's own rows is that of Cherti et al. 2023 (OpenCLIP), the ring that of Liu et al. 2023
+(Ring Attention), and the exchange of scalars in place of gradients that of Wei et al. 2024 (FastCLIP).
 """
 
 from collections.abc import Iterable, Sequence
@@ -52,7 +55,7 @@ LARGEST_GATHER = 2**30  # bytes
 
 
 class Options(NamedTuple):
-    """How the ranks work on a batch."""
+    """The arguments of the loss that are not tensors, checked and completed."""
 
     ranks: Ranks
     mode: str  # "gather", "ring" or "scalars"
@@ -61,7 +64,7 @@ class Options(NamedTuple):
 
 
 class RankStats(NamedTuple):
-    """Statistics of a rank's b rows over all columns and of its b columns over all rows, and features to keep."""
+    """Statistics of this rank's b rows and b columns of the logits, and the features that the backward pass needs."""
 
     row: tuple[Tensor, Tensor]  # maximum and sum, each [b]
     col: tuple[Tensor, Tensor]
@@ -71,7 +74,7 @@ class RankStats(NamedTuple):
 
 
 class _RankLoss(torch.autograd.Function):
-    """L_r, with the gradients of the sum of all L_r."""
+    """The loss L_r of this rank. Its backward pass returns the gradients dx, dy and ds at the top of this file."""
 
     @staticmethod
     @outside_autocast
@@ -97,7 +100,7 @@ class _RankLoss(torch.autograd.Function):
 class _RankGradients(torch.autograd.Function):
     """The gradients of :class:`_RankLoss`.
 
-    They are a function of their own so that a second derivative is an error. Otherwise it would silently be missing.
+    They are an autograd function of their own so that a second derivative raises an error instead of silently missing.
     """
 
     @staticmethod
@@ -108,7 +111,8 @@ class _RankGradients(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         ranks, blocks = options.ranks, logit_blocks(image.device)
         x, y = (blocks.prepare(side, options.dtype, normalize=options.normalize) for side in (image, text))
-        # G may be rounded to 16 bits, so the gradients of the ranks' losses enter it relative to the largest of them.
+        # G may be rounded to 16 bits. The upstream gradients of the ranks' losses could be too small or too large for
+        # that, so they are divided by the largest of them before they enter G.
         grads = gather_equal(grad_loss.to(one_minus_p.dtype), ranks.group)
         largest = grads.abs().amax()
         share = ranks.spread(grads / largest.clamp(min=torch.finfo(one_minus_p.dtype).tiny))  # [N]
@@ -135,24 +139,25 @@ class _RankGradients(torch.autograd.Function):
 
 
 def _pair_weight(ranks: Ranks) -> float:
-    """Return the weight W/(2N) of a pair in the ranks' losses; NaN without pairs."""
+    """Return W/(2N), the weight of a pair in a rank's loss; NaN if there are no pairs."""
     return len(ranks.sizes) / (2 * ranks.total) if ranks.total > 0 else float("nan")
 
 
 def _statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
+    """Return the statistics of the logits of x against y, where row i and column i + offset are a pair."""
     if len(x) == 0 or len(y) == 0:
-        # A block without logits suits the shared shift.
+        # A block without logits must not keep the others from using the shared shift.
         return new_stats(x, y)._replace(uses_shared_shift=torch.ones((), dtype=torch.int8, device=x.device))
     return logit_blocks(x.device).statistics(x, y, logit_scale, offset)
 
 
 def _prepared(rows: Tensor, options: Options) -> Tensor:
-    """Return rows that a rank has sent, already normalised, as the products take them."""
+    """Return rows that a rank has sent, already normalised, in the form that the products take."""
     return logit_blocks(rows.device).prepare(rows, options.dtype, normalize=False).rows
 
 
 def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
-    """Compute the statistics of own images against all texts, and of own texts against all images."""
+    """Compute the statistics of this rank's images against all texts, and of its texts against all images."""
     ranks = options.ranks
     gathered = tuple(ranks.gather(side.to(options.dtype)) for side in (x, y))
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
@@ -163,9 +168,9 @@ def _stats_from_strips(x: Tensor, y: Tensor, logit_scale: Tensor, options: Optio
 
 
 def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options) -> RankStats:
-    """Compute the statistics of own images against all texts, which are gathered or come round the ring.
+    """Compute the statistics of this rank's images against all texts, which are gathered or come round the ring.
 
-    Each rank sends the statistics of another rank's columns to that rank.
+    That gives a part of the statistics of every column. Each rank sends these parts to the ranks that own the columns.
     """
     ranks, rows = options.ranks, y.to(options.dtype)
     gathered: tuple[Tensor, ...] = ()
@@ -192,7 +197,7 @@ def _stats_from_rows(x: Tensor, y: Tensor, logit_scale: Tensor, options: Options
 def _accumulate_strips(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return G times the other side for own images and for own texts, and what ``add_gradients`` of images returns."""
+    """Return G y for this rank's images, G^T x for its texts, and what ``add_gradients`` returns for the images."""
     own, blocks = options.ranks.own, logit_blocks(x.device)
     row, col, uses_shared_shift = normalizers
     all_x, all_y = (_prepared(rows, options) for rows in gathered)
@@ -207,7 +212,10 @@ def _accumulate_strips(
 def _accumulate_rows(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, gathered: tuple[Tensor, ...], options: Options
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
-    """Return the same as :func:`_accumulate_strips`, from own images only: other ranks get the sums for their texts."""
+    """Return the same as :func:`_accumulate_strips`, but compute G only in the rows of this rank's images.
+
+    Each rank sends its part of G^T x to the ranks that own the texts, and receives the other parts for its own texts.
+    """
     ranks, blocks = options.ranks, logit_blocks(x.device)
     source: Iterable[tuple[int, Tensor]]
     reduce: OwnerReduce | RingReduce
@@ -237,17 +245,17 @@ def distributed_contrastive_loss(
     normalize: bool = False,
     sizes: Sequence[int] | None = None,
 ) -> Tensor:
-    """CLIP's symmetric contrastive loss of a batch that is spread over the processes of ``torch.distributed``.
+    """Compute CLIP's symmetric contrastive loss of a batch that is spread over processes of ``torch.distributed``.
 
-    Every rank of the group calls it, with the same options, and runs the backward pass. The rank's loss is
+    Every rank of the group must call it with the same options, and must run the backward pass. The rank's loss is
 
         ranks / (2 * pairs of all ranks) * sum over its pairs of (loss among texts + loss among images)
 
     so that the mean over ranks is the loss of the whole batch. The gradients of features are those of the sum over
     ranks of ``grad * loss``; the gradient of ``logit_scale`` is the mean over ranks, the same on every rank. After the
     mean over ranks that DistributedDataParallel takes, a parameter has the gradient of the whole batch's loss. Results
-    are the same bits from run to run, if those of the backend's own reduction are, which ``mode="gather"`` uses.
-    ``torch.compile`` leaves the call as it is. With one rank it is :func:`contrastive_loss`.
+    have the same bits in every run. In ``mode="gather"`` that also takes a communication backend whose reduction has.
+    ``torch.compile`` does not compile the call. With one rank, the call is that of :func:`contrastive_loss`.
 
     Args:
         image: image features [b, D] of this rank, float32, float16 or bfloat16 (float64 on the CPU); b may differ
@@ -256,10 +264,11 @@ def distributed_contrastive_loss(
         logit_scale: factor on the cosine similarities: a one-element tensor or a number, the same on every rank.
         group: the ranks that share the batch; all by default.
         mode: "gather" collects the texts of all ranks; "ring" passes them round, in memory that does not grow with the
-            number of ranks; "scalars" collects texts and images, which costs half as many FLOPs again and sends no
-            gradients; "auto" takes that of :func:`choose_mode`.
+            number of ranks; "scalars" collects texts and images, which costs 1.5 times the FLOPs but sends no
+            gradients; with "auto", :func:`choose_mode` decides.
         normalize: divide each row by its Euclidean norm first.
-        sizes: b of every rank, in order of rank. Without it the ranks exchange them first, and wait for the device.
+        sizes: b of every rank, in order of rank. Without it the ranks first exchange these numbers, for which the host
+            waits for the device.
 
     Returns:
         This rank's loss, a float32 scalar (float64 for float64 input); NaN if no rank has a pair.
@@ -284,11 +293,11 @@ def distributed_contrastive_loss(
 
 
 def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str:
-    """Return the mode that "auto" stands for: the same on every rank, since it depends on what all ranks know.
+    """Return the mode that "auto" stands for. It is the same on every rank, since all ranks know the arguments.
 
-    "scalars" for at most 1,024 rows per rank on more than 8 ranks: there is too little to compute while gradients
-    travel. Otherwise "ring" for texts of more than 1 GiB in all, which no rank should have to hold, and "gather" for
-    fewer.
+    With at most 1,024 rows per rank on more than 8 ranks it is "scalars", since there is too little to compute while
+    gradients would travel. Otherwise it is "ring" if all texts together take more than 1 GiB, which no rank should have
+    to hold, and "gather" if they take less.
     """
     if max(sizes) <= FEW_ROWS and len(sizes) > MANY_RANKS:
         return "scalars"
@@ -296,7 +305,7 @@ def choose_mode(sizes: Sequence[int], embed_dim: int, dtype: torch.dtype) -> str
 
 
 def _ranks(image: Tensor, group: "dist.ProcessGroup | None", sizes: Sequence[int] | None) -> Ranks:
-    """Return the ranks of the group, with ``sizes`` checked, or exchanged where they are not given."""
+    """Return the ranks of the group. Check ``sizes`` if they are given; otherwise the ranks exchange them."""
     check_initialised(OP)
     rank, world_size = dist.get_rank(group), dist.get_world_size(group)
     if rank < 0:
@@ -312,7 +321,7 @@ def _ranks(image: Tensor, group: "dist.ProcessGroup | None", sizes: Sequence[int
 
 
 def _exchange_sizes(image: Tensor, group: "dist.ProcessGroup | None") -> tuple[int, ...]:
-    """Return the rows of every rank; refuse ranks whose features differ in width or dtype."""
+    """Return the number of rows of every rank. Refuse ranks whose features differ in width or dtype."""
     mine = torch.tensor([*image.shape, FLOATS.index(image.dtype)], device=image.device)
     everyones = gather_equal(mine, group).tolist()
     if any(theirs[1:] != everyones[0][1:] for theirs in everyones):
