@@ -25,9 +25,9 @@ $(VENV)/test: $(VENV)/base
 train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recognises (about 8 minutes on two cores)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clipfast train --recipe emoji
 
-test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 12 minutes on two cores)
+test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 20 minutes on two cores)
 
-test-fast: $(VENV)/test  ## Run what takes no minute of its own: under 4 minutes, for every edit
+test-fast: $(VENV)/test  ## Run what takes no minute of its own: a few minutes, for every edit
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal --fast tests
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal --fast tests/kernels
 
