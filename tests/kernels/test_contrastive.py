@@ -16,6 +16,7 @@ from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
 from clipfast.kernels.contrastive.sigmoid_kernels import _log_1p, _probability
 from clipfast.kernels.spec import Draw, specs
+from clipfast.verify.rule import in_double
 
 from ..conftest import DTYPES, INTERPRET, LEG
 from ..numerics import compare, value_and_grads
@@ -51,10 +52,6 @@ def call_of(loss, device, dtype=torch.float32, **changed):
 def features_of(inputs):
     """Return the names of the inputs that are features."""
     return [name for name, x in inputs.items() if x.ndim == 2]
-
-
-def in_double(inputs):
-    return {name: x.double() for name, x in inputs.items()}
 
 
 def assert_equal(found, expected, rtol=1e-5, atol=1e-7):
