@@ -37,8 +37,7 @@ NAMED = 5
 # Microseconds by category or by name.
 Sums = defaultdict[str, float]
 
-_RANGES = ("cpu_op", "user_annotation")
-_LAUNCHES = ("cuda_runtime", "cuda_driver", "hip_runtime")
+_HOST_WORK = ("cpu_op", "user_annotation", "cuda_runtime", "cuda_driver", "hip_runtime")
 _DEVICE_WORK = ("kernel", "gpu_memcpy", "gpu_memset")
 
 
@@ -72,7 +71,7 @@ class _Range:
     end: float
     sequence: int | None  # connects a forward op with its backward op
     is_backward: bool
-    correlation: int | None  # connects a launch with the device's work
+    correlation: int | None  # connects a launch with the device's work; only launches have one
     self_us: float = 0.0  # outside of the ranges inside this one
     names: tuple[str, ...] = ()  # of the ranges around this one, the outermost first, and its own
 
@@ -99,17 +98,16 @@ def trace(step: Callable[[], object], device: torch.device, seconds: float) -> B
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
-        events = json.loads(path.read_text())["traceEvents"]
+        events = [event for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
     return of_device(events, seconds) if device.type == "cuda" else of_host(events)
 
 
-def of_device(events: Iterable[dict[str, Any]], seconds: float) -> Breakdown:
+def of_device(events: Sequence[dict[str, Any]], seconds: float) -> Breakdown:
     """Break a step, which takes ``seconds`` without a profiler, down by the device's work in a Chrome trace.
 
     Raises:
         RuntimeError: no work of a device lies in a marked step.
     """
-    events = [event for event in events if event.get("ph") == "X"]
     ranges = _ranges(events)
     windows = _steps(ranges)
     launched = {r.correlation: r.names for r in ranges if r.correlation is not None}
@@ -130,13 +128,13 @@ def of_device(events: Iterable[dict[str, Any]], seconds: float) -> Breakdown:
     return dataclasses.replace(result, step_s=max(seconds, result.step_s), seconds={**result.seconds, HOST: gaps_s})
 
 
-def of_host(events: Iterable[dict[str, Any]]) -> Breakdown:
+def of_host(events: Sequence[dict[str, Any]]) -> Breakdown:
     """Break a step in a Chrome trace down by the ops of the thread that took it.
 
     Raises:
         RuntimeError: no step is marked.
     """
-    ranges = _ranges([event for event in events if event.get("ph") == "X"])
+    ranges = _ranges(events)
     windows = _steps(ranges)
     (thread,) = {r.thread for r in ranges if r.name == STEP_RANGE}
     parts = [
@@ -169,16 +167,10 @@ def _ranges(events: Iterable[dict[str, Any]]) -> list[_Range]:
     """Return ops, annotations and launches, the earliest first, with the names around each and its own time."""
     found = []
     for event in events:
-        is_launch = event.get("cat") in _LAUNCHES
-        if not is_launch and event.get("cat") not in _RANGES:
-            continue
-        args = event.get("args", {})
-        found.append(
-            _Range(
-                event["name"], event["tid"], event["ts"], event["ts"] + event["dur"], args.get("Sequence number"),
-                bool(args.get("Fwd thread id")), args.get("correlation") if is_launch else None,
-            )
-        )  # fmt: skip
+        if event.get("cat") in _HOST_WORK:
+            args, end = event.get("args", {}), event["ts"] + event["dur"]
+            connections = args.get("Sequence number"), bool(args.get("Fwd thread id")), args.get("correlation")
+            found.append(_Range(event["name"], event["tid"], event["ts"], end, *connections))
     found.sort(key=lambda r: (r.start, -r.end))
     stacks: dict[Any, list[_Range]] = defaultdict(list)
     forward: dict[int, tuple[str, ...]] = {}

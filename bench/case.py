@@ -38,6 +38,7 @@ class Candidate:
     make: Callable[[], AnyFunction]
     lacks: tuple[str, ...] = ()  # inputs for which it gives no gradient
     note: str = ""  # what else a reader must know to compare
+    needs_gpu: bool = False  # whether it has kernels for GPUs only
     context: Callable[[], AbstractContextManager[object]] = nullcontext  # entered around every call and its backward
 
 
@@ -52,9 +53,9 @@ class Case:
     device: torch.device
     inputs: Callable[[], Inputs]  # draws fresh ones
     candidates: tuple[Candidate, ...]  # OURS is among them
-    # The same computation in plain PyTorch. A candidate that differs from it is not timed. If it is None, the case
-    # checks its results itself.
-    reference: AnyFunction | None = None
+    # The same computation in plain PyTorch. A candidate that differs from it is not timed. If it is None, the results
+    # are not compared.
+    reference: Candidate | None = None
     floor: Floor | None = None  # the least work of one call, if operations and bytes describe it
     items: tuple[int, str] = (1, "calls")  # how many things one call handles, and what they are called
     wants_grad: tuple[str, ...] = ()  # inputs whose gradients are taken; if it is empty, only the function runs

@@ -30,11 +30,10 @@ Rules = tuple[tuple[str, re.Pattern[str]], ...]
 
 
 def _rules(*rules: tuple[str, str]) -> Rules:
-    """Compile the patterns of rules."""
     return tuple((category, re.compile(pattern)) for category, pattern in rules)
 
 
-# Ops that own everything that happens inside them. The outermost one that matches decides.
+# For rule 1: the outermost op that matches decides.
 OWNERS = _rules(
     (LOSS, rf"^{LOSS_RANGE}$"),
     (OPTIMIZER, r"^Optimizer\.step"),

@@ -13,8 +13,10 @@ from clipfast.kernels.dtypes import DTYPES
 from . import results, tables, tune
 from .case import Sizes
 from .categories import INPUT, LOSS, NORM
+from .compare import compare
 from .harness import Budget
 from .machine import use
+from .session import measure_all, refused_of_ours
 from .suites import SUITES, build
 
 _OPS = {name: suite.op for name, suite in SUITES.items() if suite.op is not None}
@@ -76,7 +78,6 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
-    """Add the options of a measurement."""
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
     add("--dtype", nargs="+", help=f"{', '.join(DTYPES)} (default: bf16 on a GPU and fp32 on a CPU)")
@@ -103,8 +104,7 @@ def run(args: argparse.Namespace) -> int:
     if args.bench == "tune":
         return tune.run(args)
     if args.bench == "table":
-        text = args.readme.read_text()
-        args.readme.write_text(tables.fill_readme(text, args.results, results.read))
+        args.readme.write_text(tables.fill_readme(args.readme.read_text(), args.results))
         return 0
     if args.bench == "plot":
         from .plots import draw
@@ -115,11 +115,7 @@ def run(args: argparse.Namespace) -> int:
     device = _device(args.device)
     plan, budget = _plan(args, device), _budget(args)
     if args.compare is not None:
-        from .compare import compare
-
         return compare(args.compare, plan, device, budget)
-    from .session import measure_all, refused_of_ours
-
     path = args.json or results.default_path(device, args.bench, smoke=args.smoke)
     done = measure_all(
         plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots,

@@ -17,7 +17,6 @@ import numpy as np
 import torch
 
 from . import results, session
-from .case import OURS
 from .checkout import ROOT, environment_with, link_packages
 from .harness import Budget
 from .machine import use
@@ -99,19 +98,16 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
     for index, case in enumerate(runs["head"][0]["cases"]):
         label = f"{case['op']} {sizes(case)} {case['dtype']}"
         cases = {side: [run["cases"][index] for run in side_runs] for side, side_runs in runs.items()}
-        ours = {
-            side: [next(c for c in case["candidates"] if c["name"] == OURS) for case in entries]
-            for side, entries in cases.items()
-        }
-        refused = [candidate["refused"] for side in ours.values() for candidate in side if candidate["refused"]]
+        all_turns = [*cases["base"], *cases["head"]]
+        # our candidate is the only one: see :func:`main`
+        refused = [turn["candidates"][0]["refused"] for turn in all_turns if turn["candidates"][0]["refused"]]
         if refused:
             print(f"{label}: not compared: {refused[0]}")
             continue
         compared += 1
-        samples = {side: [candidate["samples_s"] for candidate in candidates] for side, candidates in ours.items()}
+        samples = {side: [turn["candidates"][0]["samples_s"] for turn in turns] for side, turns in cases.items()}
         ratio, low, high = ratio_of_processes(samples["base"], samples["head"])
-        throttled = any(c["telemetry"]["throttled"] for entries in cases.values() for c in entries)
-        word = verdict(low, high, throttled)
+        word = verdict(low, high, any(turn["telemetry"]["throttled"] for turn in all_turns))
         slower += word == "slower"
         base_s, head_s = (float(np.median(np.concatenate(samples[side]))) for side in ("base", "head"))
         print(
@@ -126,8 +122,7 @@ def _verdicts(runs: dict[str, list[dict[str, Any]]], base: str) -> int:
 
 def _measure(site: Path, keys: Sequence[CaseKey], device: torch.device, budget: Budget, out: Path) -> dict[str, Any]:
     share = [budget.seconds / TURNS, budget.rounds, budget.min_rounds]
-    plain_keys = [[suite, dict(shape), dtype] for suite, shape, dtype in keys]
-    request = [plain_keys, str(device), share, torch.get_num_threads()]
+    request = [keys, str(device), share, torch.get_num_threads()]
     # -P keeps the current folder from coming before the side's own packages
     command = [sys.executable, "-P", "-c", _START, json.dumps(request), str(out)]
     run = subprocess.run(command, env=environment_with(site), capture_output=True, text=True)

@@ -23,7 +23,7 @@ def main() -> int:
     )
     ops = [name for name, suite in SUITES.items() if suite.op is not None]
     refused = [line for name in ops if (line := smoke(name, device))]
-    print(f"machine: {found}\ntelemetry: {machine.Telemetry(device).sample()}", flush=True)
+    print(f"machine: {found}\ntelemetry: {machine.telemetry(device)}", flush=True)
     for dtype in ("bf16", "fp32") if device.type == "cuda" else ("fp32",):
         roofs = machine.measure_roofs(device, DTYPES[dtype])
         print(

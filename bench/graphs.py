@@ -28,9 +28,11 @@ class Graphs:
         Raises:
             RuntimeError: one of them cannot be captured; PyTorch says why.
         """
-        with self._on_stream(), _no_host_sync():
-            calls[0]()  # a library allocates its workspace for this stream now, outside of the graph
         current = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(current)
+        with torch.cuda.stream(self._stream), _no_host_sync():
+            calls[0]()  # a library allocates its workspace for this stream now, outside of the graph
+        current.wait_stream(self._stream)
         try:
             return [self._capture(call) for call in calls]
         except Exception as error:
@@ -59,14 +61,6 @@ class Graphs:
 
     def _renew(self) -> None:
         self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(self.device)
-
-    @contextlib.contextmanager
-    def _on_stream(self) -> Iterator[None]:
-        current = torch.cuda.current_stream(self.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            yield
-        current.wait_stream(self._stream)
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import math
 import sys
 import time
@@ -22,9 +23,9 @@ import torch
 
 from clipfast.verify.context import exact_float32
 
-from .case import AnyFunction, Candidate, Case, Inputs, MissingError, call, observe, short
+from .case import Candidate, Case, Inputs, MissingError, call, observe, short
 from .graphs import Graphs
-from .machine import Telemetry, cache_bytes, elapsed, free_bytes, synchronize
+from .machine import cache_bytes, elapsed, free_bytes, synchronize, telemetry
 
 # The largest relative error (norm of the difference over norm of the reference, which is computed in float32) with
 # which a result counts as the same function. A peer may use TF32 for float32, and bf16 rounds at 2^-9. ``clipfast
@@ -62,7 +63,7 @@ class Timing:
     timer: str = ""  # what the time is measured with
     refused: str | None = None  # why it was not timed
     eager: str | None = None  # why a call is no CUDA graph although it should be; the host's time is then included
-    function: AnyFunction | None = None  # what the candidate's ``make`` returned
+    function: Any = None  # what the candidate's ``make`` returned
     phases: dict[str, float] = dataclasses.field(default_factory=dict)  # seconds of the parts of a call, if known
     errors: dict[str, float] = dataclasses.field(default_factory=dict)  # relative errors by output
 
@@ -73,22 +74,24 @@ def measure(case: Case, budget: Budget) -> tuple[list[Timing], dict[str, Any]]:
 
     Returns:
         The timings, one for each candidate in the case's order; and the telemetry: NVML readings before and after, and
-        whether the card was throttled.
+        whether the card was throttled (None if a reading could not be taken).
     """
     if "torch._dynamo" in sys.modules:
         # Functions that were compiled for an earlier case only fill the cache. Those of this case stay compiled.
         torch._dynamo.reset()
-    telemetry = Telemetry(case.device)
     timings = [Timing(candidate) for candidate in case.candidates]
     pass_gate(case, timings)
     running = _ready(case, timings)
-    before = telemetry.sample()
+    before = telemetry(case.device)
     _take_turns(running, budget)
-    after = telemetry.sample()
+    after = telemetry(case.device)
     for timing, runner in running.items():
         with _refusing(timing):
             timing.phases = runner.phases()
-    return timings, {"before": before, "after": after, "throttled": _throttled(before, after)}
+    throttled = None
+    if before["available"] and after["available"]:
+        throttled = before["throttled"] or after["throttled"]
+    return timings, {"before": before, "after": after, "throttled": throttled}
 
 
 def _ready(case: Case, timings: list[Timing]) -> "dict[Timing, _Runner]":
@@ -171,11 +174,13 @@ def pass_gate(case: Case, timings: list[Timing]) -> None:
         exact = leaves(case, {name: x.float() if x.is_floating_point() else x for name, x in inputs.items()})
 
         @functools.cache
-        def truth_of(reference: AnyFunction) -> dict[str, torch.Tensor]:
-            return observe(case, Candidate("reference", lambda: reference), reference, exact)
+        def truth_of(reference: Candidate) -> dict[str, torch.Tensor]:
+            return observe(case, reference, reference.make(), exact)
 
         for timing in timings:
             with _refusing(timing):
+                if timing.candidate.needs_gpu and case.device.type != "cuda":
+                    raise MissingError("needs a GPU")
                 timing.function = timing.candidate.make()
                 if case.reference is not None:
                     result, truth = observe(case, timing.candidate, timing.function, inputs), truth_of(case.reference)
@@ -200,19 +205,15 @@ class _Runner:
     """A candidate that has been warmed up, and from which samples are taken one after another."""
 
     def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Graphs | None) -> None:
-        if timing.function is None:
-            raise RuntimeError(f"{timing.candidate.name} has made no function yet")
-        self.device = case.device
-        self._function, self._inputs = timing.function, sets[0]
-        self.calls: list[Callable[[], object]] = [
-            functools.partial(call, case, timing.candidate, self._function, inputs) for inputs in sets
-        ]
+        self.device, self._inputs = case.device, sets[0]
+        self._function = timing.function
+        calls = [functools.partial(call, case, timing.candidate, self._function, inputs) for inputs in sets]
+        self._turns: Iterator[Callable[[], object]] = itertools.cycle(calls)
         timing.timer = "cuda events" if self.device.type == "cuda" else "perf_counter"
-        self._next = 0
         self._warm_up(0.2 if self.device.type == "cuda" else 0.0)
         if graphs is not None:
             try:
-                self.calls = graphs.capture(self.calls)
+                self._turns = itertools.cycle(graphs.capture(calls))
                 timing.timer = "cuda graph, cuda events"
             except Exception as error:
                 # The candidate is timed without a graph, and the table says that the host's time is included.
@@ -236,35 +237,23 @@ class _Runner:
             readings += [self._function.phases(**self._inputs) for _ in range(rounds - 1)]
         return {phase: float(np.median([reading[phase] for reading in readings])) for phase in readings[0]}
 
-    def _turn(self) -> None:
-        """Call the candidate once, on the next set of inputs."""
-        self.calls[self._next % len(self.calls)]()
-        self._next += 1
-
     def _warm_up(self, seconds: float) -> None:
         """Call the candidate at least once, and again until ``seconds`` are over."""
         start = time.perf_counter()
-        self._turn()
-        synchronize(self.device)
-        while time.perf_counter() - start < seconds:
-            self._turn()
+        for turn in self._turns:
+            turn()
             synchronize(self.device)
+            if time.perf_counter() - start >= seconds:
+                return
 
     def _timed(self, repeats: int) -> float:
         """Return the seconds that ``repeats`` calls take together."""
 
         def turns() -> None:
-            for _ in range(repeats):
-                self._turn()
+            for turn in itertools.islice(self._turns, repeats):
+                turn()
 
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda._sleep(BACKLOG_CYCLES)
         return elapsed(turns, self.device)
-
-
-def _throttled(*readings: dict[str, Any]) -> bool | None:
-    """Return whether the card was throttled at one of the readings, or None if one of them could not be taken."""
-    if not all(reading["available"] for reading in readings):
-        return None
-    return any(reading["throttled"] for reading in readings)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clipfast import __version__
 from clipfast.verify.context import exact_float32
 
 # Packages whose versions every result names, installed or not.
@@ -20,12 +21,14 @@ PACKAGES = (
     "siglip-kernel", "flash-attn",
 )  # fmt: skip
 
+# Limits of the clocks that make a card slower than usual (nvml.h, nvmlClocksEventReasons): software and hardware
+# thermal slowdown, hardware slowdown, power brake. The power cap is normal under load, so it is only noted.
+THROTTLED = 0x20 | 0x40 | 0x08 | 0x80
+
 
 def versions() -> dict[str, str | None]:
     """Return the versions of Python, of this package and of all :data:`PACKAGES`; None for what is not installed."""
-    import clipfast
-
-    found: dict[str, str | None] = {"python": platform.python_version(), "clipfast": clipfast.__version__}
+    found: dict[str, str | None] = {"python": platform.python_version(), "clipfast": __version__}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -55,10 +58,9 @@ def commit(folder: Path | None = None) -> dict[str, Any]:
 
 def use(device: torch.device) -> torch.device:
     """Make ``device`` the current one and return it with its number, which streams, events and memory figures need."""
-    if device.type != "cuda":
-        return device
-    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    torch.cuda.set_device(device)
+    if device.type == "cuda":
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        torch.cuda.set_device(device)
     return device
 
 
@@ -66,8 +68,15 @@ def free_bytes(device: torch.device) -> int:
     """Return the bytes of free memory on the GPU, or of available memory in the machine."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = re.search(r"MemAvailable:\s+(\d+) kB", _proc("meminfo"))
-    return 1024 * int(found.group(1)) if found else os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return proc_bytes("meminfo", "MemAvailable")
+
+
+def proc_bytes(file: str, name: str) -> int:
+    """Return the figure called ``name`` in a file of /proc, in bytes."""
+    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())
+    if found is None:
+        raise RuntimeError(f"/proc/{file} has no {name}")
+    return 1024 * int(found[1])
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -98,16 +107,8 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _cpu_name() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", _proc("cpuinfo"))
+    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
-
-
-def _proc(name: str) -> str:
-    """Return the text of a file in /proc, or nothing on a system without it."""
-    try:
-        return Path("/proc", name).read_text()
-    except OSError:
-        return ""
 
 
 @exact_float32()
@@ -155,46 +156,29 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-class Telemetry:
-    """Clocks, power, temperature and reasons for throttling, read from NVML; or the reason why they cannot be read."""
+def telemetry(device: torch.device) -> dict[str, Any]:
+    """Read clocks, power, temperature and reasons for throttling from NVML, or ``{"available": False, "why": ...}``."""
+    if device.type != "cuda":
+        return {"available": False, "why": "no GPU"}
+    try:
+        import pynvml as nvml
 
-    # Limits of the clocks that make a card slower than usual (nvml.h, nvmlClocksEventReasons): software and hardware
-    # thermal slowdown, hardware slowdown, power brake. The power cap is normal under load, so it is only noted.
-    THROTTLED = 0x20 | 0x40 | 0x08 | 0x80
-
-    def __init__(self, device: torch.device) -> None:
-        self.why: str | None = None
-        if device.type != "cuda":
-            self.why = "no GPU"
-            return
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            self._nvml = pynvml
-            uuid = str(torch.cuda.get_device_properties(device).uuid)
-            self._handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        except ImportError:
-            self.why = "nvidia-ml-py is not installed"
-        except Exception as error:
-            # A driver may lack NVML, or a sandbox may hide it. The measurement is useful without it.
-            self.why = f"{type(error).__name__}: {error}"
-
-    def sample(self) -> dict[str, Any]:
-        """Return one reading, or ``{"available": False, "why": ...}``."""
-        if self.why is not None:
-            return {"available": False, "why": self.why}
-        nvml, handle = self._nvml, self._handle
-        try:
-            reasons = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(handle))
-            return {
-                "available": True,
-                "sm_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM),
-                "memory_mhz": nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM),
-                "power_w": nvml.nvmlDeviceGetPowerUsage(handle) / 1000,
-                "temperature_c": nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU),
-                "reasons": reasons,
-                "throttled": bool(reasons & self.THROTTLED),
-            }
-        except Exception as error:
-            return {"available": False, "why": f"{type(error).__name__}: {error}"}
+        nvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        card = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        reasons = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(card))
+        return {
+            "available": True,
+            "sm_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM),
+            "memory_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM),
+            "power_w": nvml.nvmlDeviceGetPowerUsage(card) / 1000,
+            "temperature_c": nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
+            "reasons": reasons,
+            "throttled": bool(reasons & THROTTLED),
+        }
+    except ImportError:
+        why = "nvidia-ml-py is not installed"
+    except Exception as error:
+        # A driver may lack NVML, or a sandbox may hide it. The measurement is useful without it.
+        why = f"{type(error).__name__}: {error}"
+    return {"available": False, "why": why}

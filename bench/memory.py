@@ -8,7 +8,6 @@ import ctypes
 import gc
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -19,6 +18,7 @@ from clipfast.verify.context import exact_float32
 
 from .case import AnyFunction, Candidate, Case, call
 from .harness import leaves
+from .machine import proc_bytes
 from .suites import build
 
 TIMEOUT_S = 600
@@ -69,18 +69,11 @@ def _peak_on_cpu(case: Case, candidate: Candidate) -> int:
     ctypes.CDLL(None).malloc_trim(0)
     # the high-water mark starts again from here (proc(5), clear_refs)
     Path("/proc/self/clear_refs").write_text("5")
-    before = _status("VmRSS")
+    before = proc_bytes("self/status", "VmRSS")
     kept = call(case, candidate, function, inputs)
-    peak = _status("VmHWM") - before
+    peak = proc_bytes("self/status", "VmHWM") - before
     del kept
     return peak
-
-
-def _status(name: str) -> int:
-    match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    if match is None:
-        raise RuntimeError(f"/proc/self/status has no {name}")
-    return 1024 * int(match.group(1))
 
 
 def main() -> None:

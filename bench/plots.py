@@ -93,12 +93,10 @@ def _share_of_floor(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
     figure = Figure(figsize=(9, 1.2 + 0.55 * len(cases)))
     axes = figure.subplots()
     for row, case in enumerate(cases):
-        timed = _have(case, "share_of_floor")
-        best = max((c["share_of_floor"] for c in timed if c["name"] != OURS), default=None)
-        ours = next((c["share_of_floor"] for c in timed if c["name"] == OURS), 0.0)
-        axes.barh(row - 0.18, 100 * ours, height=0.34, color=OUR_COLOUR, label="clipfast" if row == 0 else None)
-        if best is not None:
-            axes.barh(row + 0.18, 100 * best, height=0.34, color="0.7", label="best other" if row == 0 else None)
+        shares = {candidate["name"]: 100 * candidate["share_of_floor"] for candidate in _have(case, "share_of_floor")}
+        ours, best = shares.pop(OURS, 0.0), max(shares.values(), default=0.0)
+        axes.barh(row - 0.18, ours, height=0.34, color=OUR_COLOUR, label="clipfast" if row == 0 else None)
+        axes.barh(row + 0.18, best, height=0.34, color="0.7", label="best other" if row == 0 else None)
     _name_rows(axes, [f"{case['op']}\n{sizes(case)} {case['dtype']}" for case in cases])
     axes.set_xlim(0, 100)
     axes.set_xlabel("% of the floor reached, at the rates of this machine")

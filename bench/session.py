@@ -99,7 +99,7 @@ def _or_reason(function: Callable[[], T]) -> T | str:
 
 def _breakdown(case: Case, timing: Timing) -> Breakdown | str:
     given = {**leaves(case, case.inputs()), "seconds": statistics.median(timing.samples)}
-    return _or_reason(lambda: timing.function.breakdown(**given))  # type: ignore[union-attr]
+    return _or_reason(lambda: timing.function.breakdown(**given))
 
 
 def _copied(size: int, device: torch.device) -> float | None:
@@ -120,17 +120,14 @@ def chosen(case: Case, only: Sequence[str] | None) -> Case:
     if only is None:
         return case
     known = [candidate.name for candidate in case.candidates]
+    kept = {OURS}
     for part in only:
-        if not any(part.lower() in name.lower() for name in known):
+        found = {name for name in known if name.lower() == part.lower()}
+        found = found or {name for name in known if part.lower() in name.lower()}
+        if not found:
             raise ValueError(f"--only {part!r}: {case.suite} has {', '.join(known)}")
-    named = {part.lower() for part in only} & {name.lower() for name in known}
-    parts = [part.lower() for part in only if part.lower() not in named]
-    kept = [
-        c
-        for c in case.candidates
-        if c.name == OURS or c.name.lower() in named or any(part in c.name.lower() for part in parts)
-    ]
-    return dataclasses.replace(case, candidates=tuple(kept))
+        kept |= found
+    return dataclasses.replace(case, candidates=tuple(c for c in case.candidates if c.name in kept))
 
 
 def _draw(run: dict[str, Any], path: Path) -> None:

@@ -1,12 +1,12 @@
 """Results as text: the table that is printed after a case, and the README's tables, made from committed results."""
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from clipfast.columns import align
 
+from . import results
 from .case import OURS
 from .categories import CATEGORIES, HOST
 
@@ -37,11 +37,8 @@ def case_table(case: dict[str, Any]) -> str:
             remarks.append(f"  host included, no CUDA graph: {candidate['name']}: {candidate['eager']}")
         if candidate.get("peak_refused"):
             remarks.append(f"  no memory figure: {candidate['name']}: {candidate['peak_refused']}")
-    return "\n".join([head, _aligned(rows), *remarks, *_utilisation(case), *_breakdown(case)])
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    return align(rows, right=range(1, len(rows[0])), indent="  ")
+    table = align(rows, right=range(1, len(rows[0])), indent="  ")
+    return "\n".join([head, table, *remarks, *_utilisation(case), *_breakdown(case)])
 
 
 def _utilisation(case: dict[str, Any]) -> list[str]:
@@ -83,7 +80,7 @@ def _breakdown(case: dict[str, Any]) -> list[str]:
         unknown = [f"{name[:80]} {100 * s / step_s:.2f}%" for name, s in breakdown["unknown"].items()]
         if unknown:
             remarks.append(f"  in other, {candidate['name']}: {', '.join(unknown)}")
-    return [_aligned(rows), *remarks]
+    return [align(rows, right=range(1, len(rows[0])), indent="  "), *remarks]
 
 
 def _row(candidate: dict[str, Any], case: dict[str, Any]) -> list[str]:
@@ -164,14 +161,14 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
     return f"{where}; torch {torch}, OpenCLIP {open_clip}; {', '.join(facts)}; {when}, commit {commit}."
 
 
-def fill_readme(text: str, folder: Path, read: Callable[[Path], dict[str, Any]]) -> str:
+def fill_readme(text: str, folder: Path) -> str:
     """Return ``text``, a README, with each table from ``<!-- bench FILE... -->`` to ``<!-- /bench -->`` made again.
 
-    ``read`` reads a result file in ``folder``; several files may hold the training steps of one table.
+    The files are results in ``folder``; several may hold the training steps of one table.
     """
 
     def block(match: re.Match[str]) -> str:
-        table = readme_table([read(folder / name) for name in match[1].split()])
+        table = readme_table([results.read(folder / name) for name in match[1].split()])
         return f"<!-- bench {match[1]} -->\n{table}\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench (.+?) -->.*?<!-- /bench -->", block, text, flags=re.S)

@@ -12,8 +12,8 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 import json
-import multiprocessing
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -26,39 +26,66 @@ from clipfast.files import replace_text
 from clipfast.kernels import configs
 from clipfast.kernels.configs import Config
 from clipfast.kernels.dtypes import DTYPES
-from clipfast.kernels.spec import Target, Tunable
+from clipfast.kernels.launch import Launch
+from clipfast.kernels.spec import OpSpec, Shipped, Target, Tunable, specs
 
-from .case import Case, call, short
-from .harness import Budget, Timing, leaves, measure, ratio_interval
-from .inspection import Report, inspect_launch, offline
-from .inspection.shipped import small_tile_problems
+from .case import short
+from .harness import Budget, Timing, measure, ratio_interval
+from .inspection import Report, compilers, inspect_launch, offline, shipped
 from .machine import use
 from .suites import build
-from .tune_targets import TARGETS, key_of, space
 
 # An error may grow by at most this factor. It may grow at all because sums are then taken in another order.
 ERROR_GROWTH = 1.5
 # A configuration is worth a change if its time over the committed one's is below this, with the whole interval.
 WORTH = 0.98
 MIN_ROUNDS = 20
+_TILES, _SMALL_TILES = (64, 128, 256), (16, 32, 64, 128)
+# The values to search for each field of a configuration.
+SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
+    configs.GemmConfig: {
+        "block_m": _TILES, "block_n": _TILES, "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4),
+    },
+    configs.RowConfig: {
+        "block_m": (4, 8, 16, 32), "block_n": _TILES, "num_warps": (2, 4, 8), "num_stages": (1,),
+    },
+    configs.ShortConfig: {"block_m": _SMALL_TILES, "num_warps": (4, 8), "num_stages": (1, 2)},
+    configs.LoopedConfig: {
+        "block_m": _SMALL_TILES, "block_n": _SMALL_TILES, "num_warps": (4, 8), "num_stages": (1, 2, 3),
+    },
+    configs.TwoPhaseConfig: {
+        "own_k": _SMALL_TILES, "step_q": (16, 32, 64), "own_q": _SMALL_TILES, "step_k": (16, 32, 64),
+        "num_warps": (4, 8), "num_stages": (1, 2),
+    },
+}  # fmt: skip
+TARGETS: dict[str, tuple[OpSpec, Target]] = {
+    target.name: (spec, target) for spec in specs().values() for target in spec.targets
+}
+# Progress is not buffered, so a tuner that is stopped has printed all that it found.
+say = functools.partial(print, flush=True)
+
+
+def space(tunable: Tunable) -> Iterator[Config]:
+    """Iterate over every configuration that is searched for a kernel."""
+    axes = {**SPACES[tunable.kind], **tunable.axes}
+    for values in itertools.product(*axes.values()):
+        yield tunable.kind(**dict(zip(axes, values, strict=True)))
+
+
+def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
+    """Return the key of the table entry that is tuned."""
+    sizes = target.shape.to_dict()
+    head_dim = sizes.get("head_dim")
+    num_keys = sizes["tokens"] if tunable.kind is configs.ShortConfig else None
+    width = sizes["width"] if tunable.per_width else None
+    whole = (size if isinstance(size, int) else None for size in (head_dim, num_keys, width))
+    return configs.config_key(tunable.kernel, DTYPES[dtype], *whole)
 
 
 def spread(configurations: Sequence[Config], limit: int | None) -> list[Config]:
     """Return at most ``limit`` of ``configurations``, spread evenly over all of them."""
     step = len(configurations) / limit if limit and limit < len(configurations) else 1
     return [configurations[int(i * step)] for i in range(min(limit or len(configurations), len(configurations)))]
-
-
-@contextlib.contextmanager
-def compilers() -> Iterator[concurrent.futures.Executor]:
-    """Start one compiling process for each core. Jobs that still wait when the context ends are dropped."""
-    # The processes are spawned, since a process that has touched a GPU must not be forked.
-    context = multiprocessing.get_context("spawn")
-    pool = concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, torch.set_num_threads, (1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,13 +121,11 @@ def prune(
 
 def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Config) -> Report | str:
     """Return the worst report of the kernel's launches under ``config``, or why one does not compile."""
-    case = small_case(target, dtype)
     with configs.override(key_of(tunable, target, dtype), config):
-        launches = offline.record(arch, functools.partial(call_ours, case))
-    ours = [launch for launch in launches if launch.kernel.__name__ == tunable.function]
+        ours = [launch for launch in launches(target, dtype, arch) if launch.kernel.__name__ == tunable.function]
     if not ours:
-        raise RuntimeError(f"{case.op} launches no {tunable.function}")
-    known = small_tile_problems(arch) if tunable.small_tiles else ()
+        raise RuntimeError(f"{target.name} launches no {tunable.function}")
+    known = shipped.small_tile_problems(arch) if tunable.small_tiles else ()
     try:
         reports = (dataclasses.replace(inspect_launch(launch, arch), known=known) for launch in ours)
         return max(reports, key=lambda report: report.rank)
@@ -109,34 +134,44 @@ def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Co
         return short(error)
 
 
+def launches(target: Target, dtype: str, arch: int) -> list[Launch]:
+    """Record the launches of ``target`` with a small batch.
+
+    The batch does not change what is compiled, and even tensors without values take memory.
+    """
+    small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2, "rows": 1024}
+    shape = target.shape.changed(**{name: small[name] for name in target.shape.to_dict() if name in small})
+    spec, _ = TARGETS[target.name]
+    return offline.record(arch, functools.partial(shipped.run, spec, Shipped(target.name, shape), dtype))
+
+
 def tune(op: str, device: torch.device, budget: Budget, search: Search) -> Iterator[tuple[str, Config | None]]:
     """Tune the kernels of ``op`` on ``device`` one after another, with the winners for earlier kernels in use.
 
     Yields:
         After each kernel, the key of its table entry, and a faster configuration or None if the committed one stays.
     """
-    _, target = TARGETS[op]
+    spec, target = TARGETS[op]
+    case = build(spec.suite_name, target.shape.to_dict(), search.dtype, device)
     with contextlib.ExitStack() as better:
         for tunable in target.kernels:
-            key, winner = _tune_kernel(tunable, target, device, budget, search)
+            key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
+            searched = spread(list(space(tunable)), search.limit)
+            pruned = [config for config, _ in prune(tunable, target, searched, search) if config != committed]
+            say(f"{key}: timing {len(pruned)} configurations against {committed}")
+            override = functools.partial(configs.override, key)
+            changed = [
+                dataclasses.replace(case.ours, name=str(config), context=functools.partial(override, config))
+                for config in pruned
+            ]
+            timings, telemetry = measure(dataclasses.replace(case, candidates=(case.ours, *changed)), budget)
+            throttled = telemetry["throttled"]
+            winner = None if throttled else best(timings, pruned)
+            stays = "the card was throttled, nothing is changed" if throttled else "the committed one stays"
+            say(f"{key}: {stays if winner is None else f'{winner} instead'}")
             if winner is not None:
-                better.enter_context(configs.override(key, winner))
+                better.enter_context(override(winner))
             yield key, winner
-
-
-def _tune_kernel(
-    tunable: Tunable, target: Target, device: torch.device, budget: Budget, search: Search
-) -> tuple[str, Config | None]:
-    """Return the key of the kernel's table entry, and a faster configuration or None if the committed one stays."""
-    key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
-    searched = spread(list(space(tunable)), search.limit)
-    pruned = [config for config, _ in prune(tunable, target, searched, search) if config != committed]
-    say(f"{key}: timing {len(pruned)} configurations against {committed}")
-    timings, telemetry = measure(_case(target, search.dtype, device, key, pruned), budget)
-    winner = None if telemetry["throttled"] else best(timings, pruned)
-    stays = "the card was throttled, nothing is changed" if telemetry["throttled"] else "the committed one stays"
-    say(f"{key}: {stays if winner is None else f'{winner} instead'}")
-    return key, winner
 
 
 def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | None:
@@ -177,7 +212,7 @@ def run(args: Any) -> int:
     """Tune the ops that the parsed command line names, or with ``--dry`` rank their configurations without a GPU."""
     ops = list(TARGETS) if "all" in args.op else args.op
     if args.dry:
-        with compilers() as pool:
+        with compilers(os.cpu_count() or 1) as pool:
             for op in ops:
                 _print_ranking(op, Search(args.dtype, args.arch, args.keep, args.limit, pool))
         return 0
@@ -194,7 +229,7 @@ def _tune_all(ops: Sequence[str], args: Any, device: torch.device) -> int:
     """Tune ``ops`` until the time is over, write each winner to the table, and return the exit status."""
     start, failed, arch = time.monotonic(), 0, _table_arch(device)
     budget = Budget(args.seconds, min_rounds=MIN_ROUNDS)
-    with compilers() as pool:
+    with compilers(os.cpu_count() or 1) as pool:
         search = Search(args.dtype, arch, args.keep, args.limit, pool)
         for op in ops:
             try:
@@ -240,22 +275,6 @@ def _print_ranking(op: str, search: Search) -> None:
             print(f"  bound {share:>7}  {report.resources.registers:3} registers  {config}{note}", flush=True)
 
 
-def say(text: str) -> None:
-    """Print progress without buffering, so that a tuner that is stopped has printed all that it found."""
-    print(text, flush=True)
-
-
-def _case(target: Target, dtype: str, device: torch.device, key: str, candidates: Sequence[Config]) -> Case:
-    """Make the case of ``target`` whose candidates are our op as committed, and with each configuration for ``key``."""
-    spec, _ = TARGETS[target.name]
-    case = build(spec.suite_name, target.shape.to_dict(), dtype, device)
-    changed = [
-        dataclasses.replace(case.ours, name=str(config), context=functools.partial(configs.override, key, config))
-        for config in candidates
-    ]
-    return dataclasses.replace(case, candidates=(case.ours, *changed))
-
-
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
     """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture."""
     key = key_of(tunable, target, search.dtype)
@@ -269,18 +288,3 @@ def _table_arch(device: torch.device) -> int:
     """Return the architecture whose table serves ``device``: the newest one that is not newer than the device."""
     major, minor = torch.cuda.get_device_capability(device)
     return next(arch for arch in configs.ARCHS if arch <= 10 * major + minor)
-
-
-def small_case(target: Target, dtype: str) -> Case:
-    """Make the case of ``target`` with a small batch, for compiling.
-
-    The batch does not change what is compiled, and even tensors without values take memory.
-    """
-    small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2, "rows": 1024}
-    shape = {key: small.get(key, value) for key, value in target.shape.to_dict().items()}
-    return build(TARGETS[target.name][0].suite_name, shape, dtype, torch.device("cpu"))
-
-
-def call_ours(case: Case) -> object:
-    """Call clipfast's own candidate once."""
-    return call(case, case.ours, case.ours.make(), leaves(case, case.inputs()))

@@ -14,12 +14,15 @@ import torch
 
 from clipfast.bench.case import Case, call
 from clipfast.bench.harness import leaves
-from clipfast.bench.machine import Telemetry, synchronize
+from clipfast.bench.machine import synchronize, telemetry
 from clipfast.bench.suites import SUITES, build
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"
 ROUNDS = 50 if DEVICE.type == "cuda" else 10
+# Each op that has a benchmark, at its first default shape.
+SHAPES = {name: suite.shapes[DEVICE.type][:1] for name, suite in SUITES.items() if suite.op is not None}
+CASES = [build(name, shape, DTYPE, DEVICE) for name, shapes in SHAPES.items() for shape in shapes]
 
 
 def device_timer() -> float:
@@ -28,21 +31,15 @@ def device_timer() -> float:
     return time.perf_counter()
 
 
-def cases() -> list[Case]:
-    """Make a case of each op that has a benchmark, at its first default shape."""
-    shapes = {name: suite.shapes[DEVICE.type] for name, suite in SUITES.items() if suite.op is not None}
-    return [build(name, found[0], DTYPE, DEVICE) for name, found in shapes.items() if found]
-
-
 @pytest.mark.benchmark(timer=device_timer)
-@pytest.mark.parametrize("case", cases(), ids=lambda case: case.op)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.op)
 def test_forward_and_backward(benchmark: Any, case: Case) -> None:
     """Time the call, and check that its results are finite."""
     function, inputs = case.ours.make(), leaves(case, case.inputs())
     benchmark.group = case.op
-    benchmark.extra_info |= {"shape": dict(case.shape), "dtype": case.dtype, "before": Telemetry(DEVICE).sample()}
+    benchmark.extra_info |= {"shape": dict(case.shape), "dtype": case.dtype, "before": telemetry(DEVICE)}
     if case.floor is not None:
         benchmark.extra_info |= {"flops": case.floor.flops, "bytes": case.floor.bytes}
     result = benchmark.pedantic(call, (case, case.ours, function, inputs), rounds=ROUNDS, warmup_rounds=3)
-    benchmark.extra_info["after"] = Telemetry(DEVICE).sample()
+    benchmark.extra_info["after"] = telemetry(DEVICE)
     assert all(value.isfinite().all() for value in result.values())

@@ -4,7 +4,7 @@
 machine code, ``report`` holds and prints the findings, and ``command`` is the command line.
 """
 
-from .command import inspect_all, inspect_launch
+from .command import compilers, inspect_all, inspect_launch
 from .report import Report
 
-__all__ = ["Report", "inspect_all", "inspect_launch"]
+__all__ = ["Report", "compilers", "inspect_all", "inspect_launch"]

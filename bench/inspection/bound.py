@@ -14,7 +14,6 @@ the peak for the operands' own type: at 100%, tf32 has half the speed of bf16.
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 
 from clipfast.kernels.hardware import ARCHITECTURES
@@ -119,7 +118,7 @@ def mma_kinds(instructions: list[Instruction]) -> tuple[str, ...]:
         graph = Graph(instructions)
     except UnknownControlFlow:
         return tuple(sorted({instruction.name for instruction in instructions if is_mma(instruction)}))
-    return tuple(sorted({str(mma) for mma, _ in _products(graph, graph.order)}))
+    return tuple(sorted({str(mma) for mma in _products(graph, graph.order)}))
 
 
 def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
@@ -145,7 +144,7 @@ def _hottest(graph: Graph, unit: str, arch: int, warps: int) -> Bound | str:
 def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str, arch: int, warps: int) -> Cycles | str:
     """Count the cycles of the blocks ``body``: all products, and other code that runs before each of ``ends``."""
     peak = busy = 0.0
-    for mma, times in _products(graph, body):
+    for mma in _products(graph, body):
         rate = ARCHITECTURES[arch].matrix_rate.get(mma.operand)
         if mma.shape is None or rate is None:
             return f"unknown matrix instruction: {mma}"
@@ -154,7 +153,7 @@ def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str,
             return f"no rate is published for mma.sync on sm_{arch}"
         m, n, k = mma.shape
         issuers = {"warp": warps, "warpgroup": warps / SUB_PARTITIONS, "block": 1}[mma.issuer]
-        cycles = times * issuers * m * n * k / rate
+        cycles = issuers * m * n * k / rate
         peak += cycles
         busy += cycles / share
     always = _always(graph, body, ends, is_mma if unit == "tensor" else _is_fma)
@@ -166,14 +165,14 @@ def _cycles(graph: Graph, body: frozenset[int], ends: frozenset[int], unit: str,
     return Cycles(peak, busy, exp, fp32, issue=len(always) * warps / SUB_PARTITIONS)
 
 
-def _products(graph: Graph, body: Iterable[int]) -> list[tuple[Mma, int]]:
-    """Return the kinds of matrix instructions in ``body``, and the number of each."""
-    found: Counter[Mma] = Counter()
-    for block in body:
-        for position, instruction in enumerate(graph.blocks[block]):
-            if is_mma(instruction):
-                found[_describe(graph, block, position)] += 1
-    return list(found.items())
+def _products(graph: Graph, body: Iterable[int]) -> list[Mma]:
+    """Return the matrix instructions in ``body``."""
+    return [
+        _describe(graph, block, position)
+        for block in body
+        for position, instruction in enumerate(graph.blocks[block])
+        if is_mma(instruction)
+    ]
 
 
 def _describe(graph: Graph, block: int, position: int) -> Mma:
@@ -203,19 +202,17 @@ def _tensor_memory_mma(graph: Graph, block: int, position: int) -> Mma:
     register = re.search(r"idesc\[UR(\d+)\]", instruction.operands)
     if register is None or instruction.modifiers:
         return unknown
-    for earlier in graph.above(block, position):
-        if not _writes(earlier, int(register[1])):
-            continue
-        value = re.fullmatch(r"UR\d+, 0x([0-9a-f]+)", earlier.operands)
-        if earlier.opcode != "UMOV" or earlier.guard or value is None:
-            return unknown
-        descriptor = int(value[1], 16)
-        m, n, kind = (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3, descriptor >> 7 & 7
-        if m not in (64, 128) or not 8 <= n <= 256:
-            return unknown
-        operand = "fp8" if instruction.name == "UTCQMMA" else {0: "fp16", 1: "bf16", 2: "tf32"}.get(kind, "unknown")
-        return Mma(instruction.name, "block", (m, n, {"tf32": 8, "fp8": 32}.get(operand, 16)), operand)
-    return unknown
+    writers = (step for step in graph.above(block, position) if _writes(step, int(register[1])))
+    writer = next(writers, None)
+    value = re.fullmatch(r"UR\d+, 0x([0-9a-f]+)", writer.operands) if writer else None
+    if writer is None or value is None or writer.opcode != "UMOV" or writer.guard:
+        return unknown
+    descriptor = int(value[1], 16)
+    m, n, kind = (descriptor >> 24 & 31) << 4, (descriptor >> 17 & 63) << 3, descriptor >> 7 & 7
+    if m not in (64, 128) or not 8 <= n <= 256:
+        return unknown
+    operand = "fp8" if instruction.name == "UTCQMMA" else {0: "fp16", 1: "bf16", 2: "tf32"}.get(kind, "unknown")
+    return Mma(instruction.name, "block", (m, n, {"tf32": 8, "fp8": 32}.get(operand, 16)), operand)
 
 
 def _writes(instruction: Instruction, register: int) -> bool:

@@ -2,6 +2,7 @@
 
 import argparse
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import multiprocessing
@@ -117,11 +118,21 @@ def _run(tasks: list[tuple[int, str, bool]], jobs: int) -> Iterator[list[Report]
     if min(jobs, len(tasks)) == 1:
         yield from _progress(map(_inspect, tasks), len(tasks))
         return
-    # a fork server imports everything once, and its children have no thread of this process
+    with compilers(jobs) as pool:
+        yield from _progress(pool.map(_inspect, tasks), len(tasks))
+
+
+@contextlib.contextmanager
+def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
+    """Start ``jobs`` processes that compile. Tasks that still wait when the context ends are dropped."""
+    # a fork server imports everything once, and its children have no thread of this process and none of its GPU
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([__name__])
-    with concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
-        yield from _progress(pool.map(_inspect, tasks), len(tasks))
+    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,))
+    try:
+        yield pool
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
@@ -135,13 +146,12 @@ def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
         return f"{case} on sm_{arch}: {short(error)}"
 
 
-def _progress(results: Iterable[Any], total: int) -> Iterator[Any]:
+def _progress(results: Iterable[Any], total: int) -> Iterable[Any]:
     try:
         from tqdm import tqdm
     except ImportError:
-        yield from results
-        return
-    yield from tqdm(results, total=total, desc="compiling", unit="case", leave=False, disable=None)
+        return results
+    return tqdm(results, total=total, desc="compiling", unit="case", leave=False, disable=None)
 
 
 def add_parser(commands: Any) -> None:

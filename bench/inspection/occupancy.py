@@ -29,14 +29,7 @@ def occupancy(arch: int, *, registers: int, warps: int, shared_bytes: int, tmem_
 
     ``registers`` are those of a thread. Warps, shared memory (static and dynamic) and columns of tensor memory are
     those of a block. Tensor memory is a limit, because a block waits for free columns.
-
-    Raises:
-        ValueError: ``arch`` is unknown, or there are no warps.
     """
-    if arch not in ARCHITECTURES:
-        raise ValueError(f"arch must be one of {', '.join(map(str, ARCHITECTURES))}, got {arch}")
-    if warps < 1:
-        raise ValueError(f"warps must be at least 1, got {warps}")
     limits = ARCHITECTURES[arch]
     per_warp = triton.cdiv(max(registers, 1) * 32, REGISTER_UNIT) * REGISTER_UNIT
     per_block = triton.cdiv(shared_bytes + SHARED_RESERVED, SHARED_UNIT) * SHARED_UNIT

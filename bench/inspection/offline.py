@@ -83,13 +83,8 @@ def named(launches: list[Launch]) -> dict[str, Launch]:
     return keys
 
 
-def compile_launch(launch: Launch, arch: int) -> Resources:
-    """Compile one recorded launch for compute capability ``arch`` (90 for sm_90), and return what it takes."""
-    return resources(compile_kernel(launch, arch))
-
-
 def compile_kernel(launch: Launch, arch: int) -> Any:
-    """Compile one recorded launch into Triton's compiled kernel, which holds all intermediate code."""
+    """Compile one recorded launch for compute capability ``arch`` into Triton's compiled kernel, with all its code."""
     signature, constants, attrs = _specialise(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)

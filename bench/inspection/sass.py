@@ -7,6 +7,7 @@ placed out of line, such as a wait on a barrier, neither makes a loop of its own
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable, Mapping
 
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
 _LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*?)\s*;")
@@ -76,17 +77,16 @@ class Graph:
     def __init__(self, instructions: list[Instruction]) -> None:
         self.blocks = _blocks(instructions)
         starts = {block[0].address: index for index, block in enumerate(self.blocks)}
-        self.successors = [_successors(self.blocks, index, starts) for index in range(len(self.blocks))]
-        self.order = _reverse_postorder(self.successors)
-        self.predecessors: dict[int, list[int]] = {block: [] for block in self.order}
-        for block in self.order:
-            for successor in self.successors[block]:
-                self.predecessors[successor].append(block)
-        self.dominators = _dominators(self.predecessors, self.order)
+        self.successors = {index: _successors(self.blocks, index, starts) for index in range(len(self.blocks))}
+        self.order = sorted(_reachable(self.successors, [0]))
+        self.predecessors = {
+            block: [other for other in self.order if block in self.successors[other]] for block in self.order
+        }
+        self._avoiding = {block: _reachable(self.successors, [0], without=block) for block in self.order}
 
     def dominates(self, block: int, other: int) -> bool:
         """Return whether every path from the entry to ``other`` passes through ``block``."""
-        return bool(self.dominators[other] >> block & 1)
+        return other not in self._avoiding[block]
 
     @functools.cached_property
     def exits(self) -> frozenset[int]:
@@ -98,24 +98,18 @@ class Graph:
         """Return all natural loops. Loops with the same header count as one."""
         loops = []
         for header in self.order:
-            sources = [block for block in self.predecessors[header] if self.dominates(header, block)]
-            if not sources:
-                continue
-            body, pending = {header}, sources.copy()
-            while pending:
-                block = pending.pop()
-                if block not in body:
-                    body.add(block)
-                    pending.extend(self.predecessors[block])
-            loops.append(Loop(frozenset(body), frozenset(sources)))
+            latches = [block for block in self.predecessors[header] if self.dominates(header, block)]
+            if latches:
+                body = {header} | _reachable(self.predecessors, latches, without=header)
+                loops.append(Loop(frozenset(body), frozenset(latches)))
         return loops
 
     def above(self, block: int, position: int) -> list[Instruction]:
         """Return the instructions that certainly ran before number ``position`` of ``block``, the latest first."""
         found = self.blocks[block][:position][::-1]
-        # the dominators of a block form a chain, in which a nearer one has more dominators itself
+        # the dominators of a block form a chain, in which a nearer one dominates fewer of the others
         chain = [other for other in self.order if other != block and self.dominates(other, block)]
-        for other in sorted(chain, key=lambda index: self.dominators[index].bit_count(), reverse=True):
+        for other in sorted(chain, key=lambda index: sum(self.dominates(index, after) for after in chain)):
             found += self.blocks[other][::-1]
         return found
 
@@ -170,33 +164,13 @@ def _reconvergence(blocks: list[list[Instruction]], index: int, starts: dict[int
     return ()
 
 
-def _reverse_postorder(successors: list[tuple[int, ...]]) -> list[int]:
-    seen, postorder, stack = {0}, [], [(0, iter(successors[0]))]
-    while stack:
-        block, remaining = stack[-1]
-        successor = next(remaining, None)
-        if successor is None:
-            postorder.append(block)
-            stack.pop()
-        elif successor not in seen:
-            seen.add(successor)
-            stack.append((successor, iter(successors[successor])))
-    return postorder[::-1]
-
-
-def _dominators(predecessors: dict[int, list[int]], order: list[int]) -> dict[int, int]:
-    """Compute a bit set of dominators for each reachable block, itself included, by the iterative algorithm."""
-    everything = sum(1 << block for block in order)
-    dominators = dict.fromkeys(order, everything)
-    dominators[order[0]] = 1 << order[0]
-    changed = True
-    while changed:
-        changed = False
-        for block in order[1:]:
-            common = everything
-            for predecessor in predecessors[block]:
-                common &= dominators[predecessor]
-            common |= 1 << block
-            if common != dominators[block]:
-                dominators[block], changed = common, True
-    return dominators
+def _reachable(edges: Mapping[int, Iterable[int]], starts: Iterable[int], *, without: int | None = None) -> set[int]:
+    """Return the blocks that can be reached from ``starts`` along ``edges`` without passing through ``without``."""
+    found: set[int] = set()
+    pending = list(starts)
+    while pending:
+        block = pending.pop()
+        if block not in found and block != without:
+            found.add(block)
+            pending.extend(edges[block])
+    return found

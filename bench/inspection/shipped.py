@@ -31,7 +31,7 @@ def small_tile_problems(arch: int) -> tuple[str, ...]:
 
 def shipped_cases() -> dict[str, Case]:
     """Return forward and backward calls by name, ``<op> <label> <dtype>``."""
-    return {name: functools.partial(_run, *named) for name, named in _named().items()}
+    return {name: functools.partial(run, *named) for name, named in _named().items()}
 
 
 @functools.cache
@@ -44,7 +44,7 @@ def _named() -> dict[str, tuple[OpSpec, Shipped, str]]:
     }
 
 
-def _run(spec: OpSpec, shipped: Shipped, dtype: str) -> None:
+def run(spec: OpSpec, shipped: Shipped, dtype: str) -> None:
     """Call the op forward and backward on tensors whose values nobody reads."""
     given = torch.float32 if shipped.autocast else DTYPES[dtype]
     call = spec.call(shipped.shape, "", Draw(empty=True), given)

@@ -31,8 +31,8 @@ def build(spec: OpSpec, sizes: Sizes, dtype: str, device: torch.device) -> Case:
         suite=spec.suite_name, op=f"{spec.name}{suffix}", shape=shape.to_dict(), dtype=dtype, device=device,
         inputs=functools.partial(draw, shape),
         gate_inputs=functools.partial(draw, dataclasses.replace(shape, **smaller)) if smaller else None,
-        candidates=_candidates(spec, call, device),
-        reference=functools.partial(spec.reference, **call.options),
+        candidates=_candidates(spec, call),
+        reference=Candidate("reference", lambda: functools.partial(spec.reference, **call.options)),
         floor=floor,
         items=(getattr(shape, size), noun),
         wants_grad=tuple(
@@ -47,12 +47,12 @@ def _inputs(spec: OpSpec, shape: Shape, dtype: str, device: torch.device) -> Inp
     return call.inputs | {name: grad for name, grad in zip(GRADS, call.grads, strict=False) if grad.ndim}
 
 
-def _candidates(spec: OpSpec, call: Call, device: torch.device) -> tuple[Candidate, ...]:
+def _candidates(spec: OpSpec, call: Call) -> tuple[Candidate, ...]:
     ours = functools.partial(spec.op, **call.options)
     plain, note = PLAIN.get(spec.name, (functools.partial(spec.reference, **call.options), ""))
     return (
         Candidate(OURS, lambda: ours),
         Candidate("PyTorch", lambda: plain, note=note),
         Candidate("PyTorch compiled", lambda: peers.compiled(plain), note=note),
-        *(RIVALS[spec.name](call.options, device) if spec.name in RIVALS else ()),
+        *(RIVALS[spec.name](call.options) if spec.name in RIVALS else ()),
     )

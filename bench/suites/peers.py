@@ -21,13 +21,11 @@ def need(module: str, package: str) -> ModuleType:
     """
     try:
         return importlib.import_module(module)
-    except ImportError as error:
-        if error.name == module.split(".")[0]:
-            raise MissingError(f"not installed (pip install {package})") from error
-        raise MissingError(f"{package} cannot be imported: {error}") from error
     except Exception as error:
         # some peers ask for a GPU, or for another Triton, when they are imported
-        raise MissingError(f"{package} cannot be imported: {type(error).__name__}: {error}") from error
+        if isinstance(error, ImportError) and error.name == module.split(".")[0]:
+            raise MissingError(f"not installed (pip install {package})") from error
+        raise MissingError(f"{package} cannot be imported: {short(error)}") from error
 
 
 def compiled(function: Callable[..., R], *, fullgraph: bool = False) -> Callable[..., R]:

@@ -23,6 +23,7 @@ SDPA = {
 }
 LOGIT_SCALE = 1 / 0.07  # of the benchmarks, and of the start of training
 PYTHON_SCALE = "its temperature is a number, not learned"
+COPYLESS = "10 N^2 D operations, no float32 copy of the text gradients"
 IN_A_PASS = "the bias in a pass, where a linear layer adds it in its product"
 
 
@@ -50,22 +51,11 @@ def _bias_quick_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return u * torch.sigmoid(1.702 * u)
 
 
-def _on_gpu(device: torch.device, name: str, make: Callable[[], Function], **details: Any) -> Candidate:
-    """Return a candidate that has kernels for GPUs only."""
-
-    def make_on_gpu() -> Function:
-        if device.type != "cuda":
-            raise MissingError("needs a GPU")
-        return make()
-
-    return Candidate(name, make_on_gpu, **details)
-
-
-def _attention(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:
+def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
     heads, causal = options["num_heads"], options["causal"]
     return (
         *(Candidate(name, functools.partial(_sdpa, backend, heads, causal)) for name, backend in SDPA.items()),
-        _on_gpu(device, "flash-attn", functools.partial(_flash_attn, heads, causal)),
+        Candidate("flash-attn", functools.partial(_flash_attn, heads, causal), needs_gpu=True),
     )
 
 
@@ -91,20 +81,7 @@ def _flash_attn(heads: int, causal: bool) -> Function:
     return run
 
 
-def _contrastive(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
-    copyless = "10 N^2 D operations, no float32 copy of the text gradients"
-    return (
-        _on_gpu(
-            device, f"{OURS}, memory=min", lambda: functools.partial(contrastive_loss, memory="min"), note=copyless
-        ),
-        Candidate("OpenCLIP ClipLoss", _open_clip),
-        Candidate("OpenCLIP ClipLoss compiled", lambda: peers.compiled(_open_clip())),
-        Candidate("F.linear_cross_entropy x2", _linear_cross_entropy),
-        _on_gpu(device, "Inf-CL", _inf_cl),
-        _on_gpu(device, "memeff", _memeff, lacks=("logit_scale",), note=PYTHON_SCALE),
-        _on_gpu(device, "Cut Cross-Entropy x2", _cut_cross_entropy),
-        _on_gpu(device, "Liger x2", _liger),
-    )
+_least_memory = functools.partial(contrastive_loss, memory="min")
 
 
 def _open_clip() -> Function:
@@ -164,10 +141,6 @@ def _liger() -> Function:
     return _two_sided(lambda *args: function.LigerFusedLinearCrossEntropyFunction.apply(*args)[0])
 
 
-def _sigmoid(options: Mapping[str, Any], device: torch.device) -> tuple[Candidate, ...]:  # noqa: ARG001
-    return Candidate("OpenCLIP SigLipLoss", _open_siglip), _on_gpu(device, "siglip-kernel", _siglip_kernel)
-
-
 def _open_siglip() -> Function:
     loss = peers.need("open_clip.loss", "open_clip_torch").SigLipLoss()
     return lambda image, text, logit_scale, logit_bias: loss(image, text, logit_scale, logit_bias)
@@ -185,9 +158,21 @@ PLAIN: dict[str, tuple[AnyFunction, str]] = {
     "bias_gelu": (_bias_gelu, IN_A_PASS),
     "bias_quick_gelu": (_bias_quick_gelu, IN_A_PASS),
 }
-# More candidates, from the options of a call and the device.
-RIVALS: dict[str, Callable[[Mapping[str, Any], torch.device], tuple[Candidate, ...]]] = {
+# More candidates, from the options of a call.
+RIVALS: dict[str, Callable[[Mapping[str, Any]], tuple[Candidate, ...]]] = {
     "attention": _attention,
-    "contrastive_loss": _contrastive,
-    "sigmoid_loss": _sigmoid,
+    "contrastive_loss": lambda _: (
+        Candidate(f"{OURS}, memory=min", lambda: _least_memory, note=COPYLESS, needs_gpu=True),
+        Candidate("OpenCLIP ClipLoss", _open_clip),
+        Candidate("OpenCLIP ClipLoss compiled", lambda: peers.compiled(_open_clip())),
+        Candidate("F.linear_cross_entropy x2", _linear_cross_entropy),
+        Candidate("Inf-CL", _inf_cl, needs_gpu=True),
+        Candidate("memeff", _memeff, lacks=("logit_scale",), note=PYTHON_SCALE, needs_gpu=True),
+        Candidate("Cut Cross-Entropy x2", _cut_cross_entropy, needs_gpu=True),
+        Candidate("Liger x2", _liger, needs_gpu=True),
+    ),
+    "sigmoid_loss": lambda _: (
+        Candidate("OpenCLIP SigLipLoss", _open_siglip),
+        Candidate("siglip-kernel", _siglip_kernel, needs_gpu=True),
+    ),
 }

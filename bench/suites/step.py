@@ -29,6 +29,9 @@ from ..flops import step_floor_flops, step_flops
 from ..machine import synchronize
 from . import peers
 
+Mark = Callable[[str], None]
+# Opens a range of the profiler, by its name.
+Range = Callable[[str], AbstractContextManager[object]]
 FIELDS: Sizes = {"model": "ViT-B-32", "batch": 256}
 SMALLEST: Sizes = {"model": "ViT-T-8-32", "batch": 2}
 # The reference keeps the scores of every layer in float32, so a large batch would not fit.
@@ -36,8 +39,6 @@ GATE_BATCH = 16
 # The loss depends on the differences between the features of a batch, and random weights make them nearly equal: in
 # bf16, PyTorch's own gradients are off by 3% where its features are off by 1%.
 SLACK = {"d_parameters": 3.0}
-
-
 # Published models, each at a batch that fills a GPU; on a CPU one model at a small batch.
 SHAPES: dict[str, list[Sizes]] = {
     "cpu": [{"model": "ViT-B-32", "batch": 8}],
@@ -73,7 +74,8 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
             Candidate("OpenCLIP", theirs),
             Candidate("OpenCLIP compiled", lambda: _compiled(theirs, device, fullgraph=False)),
         ),
-        reference=_Exact(name, device),
+        # its model exists only while the truth is computed, to save memory
+        reference=Candidate("reference", functools.partial(_ours, name, "fp32", device, "torch")),
         floor=Floor(step_floor_flops(name, batch), 0),
         model_flops=step_flops(name, batch),
         transfers={pixels: _sent_bytes(name, batch, pixels) for pixels in ("uint8", "float32")},
@@ -90,19 +92,6 @@ def _weights(name: str) -> dict[str, Tensor]:
 def _inputs(name: str, batch: int, device: torch.device) -> Inputs:
     images, texts = draw_batch(get_model_config(name), batch)
     return {"images": images.to(device), "texts": texts.to(device)}
-
-
-class _Exact:
-    """The reference: a step by the reference ops in float32. The model exists only during the call, to save memory."""
-
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.name, self.device = name, device
-
-    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        return self.observe(images, texts)["value"]
-
-    def observe(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
-        return _ours(self.name, "fp32", self.device, "torch").observe(images, texts)
 
 
 def _ours(name: str, dtype: str, device: torch.device, backend: str) -> "MeasuredStep":
@@ -148,16 +137,23 @@ class MeasuredStep:
 
     def __init__(self, name: str, model: nn.Module, loss: Function, dtype: str, pixels: str = "uint8") -> None:
         self.name, self.pixels = name, pixels
-        self._range: Callable[[str], AbstractContextManager[object]] = lambda _: nullcontext()
         self.model: Callable[..., Any] = model.train()
         # OpenCLIP's model has the same names, behind the prefix of the module that normalises
         self.parameters = {name.removeprefix("model."): p for name, p in model.named_parameters()}
         self.loss, self.dtype = loss, dtype
         self.optimizer = adamw(model, 1e-4, (0.9, 0.98), 1e-6, 0.2)
 
-    def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
-        """Take a step and return the loss before it."""
-        return self._run(images, texts, lambda _: None)
+    def __call__(
+        self, images: Tensor, texts: Tensor, mark: Mark = lambda _: None, loss_range: Range = nullcontext
+    ) -> Tensor:
+        """Take a step and return the loss before it. ``mark`` is told of each part that ends."""
+        *_, loss = self._forward(images, texts, mark, loss_range)
+        loss.backward()
+        mark("backward")
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        mark("optimizer")
+        return loss.detach()
 
     def phases(self, images: Tensor, texts: Tensor) -> dict[str, float]:
         """Take a step and return the seconds of each part. The host waits for the device after each."""
@@ -171,7 +167,7 @@ class MeasuredStep:
             now = time.perf_counter()
             times[phase], last = now - last, now
 
-        self._run(images, texts, mark)
+        self(images, texts, mark)
         return times
 
     def breakdown(self, images: Tensor, texts: Tensor, seconds: float) -> Breakdown:
@@ -179,11 +175,8 @@ class MeasuredStep:
 
         The transfer of the inputs to the device counts too: bytes [B, 3, H, W] and token ids [B, context_length].
         """
-        plain, self._range = self._range, record_function
-        try:
-            result = trace(functools.partial(self, images, texts), images.device, seconds)
-        finally:
-            self._range = plain
+        step = functools.partial(self, images, texts, loss_range=record_function)
+        result = trace(step, images.device, seconds)
         if isinstance(get_model_config(self.name).vision.layers, int):
             result = result.with_convolutions_as_input()
         sent = copy_seconds(_sent_bytes(self.name, len(images), self.pixels), images.device)
@@ -191,30 +184,23 @@ class MeasuredStep:
 
     def observe(self, images: Tensor, texts: Tensor) -> dict[str, Tensor]:
         """Return loss, features and the gradient of all parameters, without taking the step."""
-        image, text, loss = self._forward(images, texts, lambda _: None)
+        image, text, loss = self._forward(images, texts)
         loss.backward()
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         flat = torch.cat([grads[name].flatten().float() for name in sorted(grads)])
         self.optimizer.zero_grad(set_to_none=True)
         return {"value": loss.detach(), "image": image.detach(), "text": text.detach(), "d_parameters": flat}
 
-    def _forward(self, images: Tensor, texts: Tensor, mark: Callable[[str], None]) -> tuple[Tensor, Tensor, Tensor]:
+    def _forward(
+        self, images: Tensor, texts: Tensor, mark: Mark = lambda _: None, loss_range: Range = nullcontext
+    ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.autocast(images.device.type, DTYPES[self.dtype], enabled=self.dtype != "fp32"):
             image, text, scale = self.model(images, texts)[:3]
             mark("both encoders")
-            with self._range(LOSS_RANGE):
+            with loss_range(LOSS_RANGE):
                 loss = self.loss(image, text, scale)
             mark("loss")
         return image, text, loss
-
-    def _run(self, images: Tensor, texts: Tensor, mark: Callable[[str], None]) -> Tensor:
-        *_, loss = self._forward(images, texts, mark)
-        loss.backward()
-        mark("backward")
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        mark("optimizer")
-        return loss.detach()
 
 
 def _sent_bytes(name: str, batch: int, pixels: str) -> int:

@@ -1,12 +1,65 @@
-"""What the tests of the benchmarks share."""
+"""What the tests of the benchmarks share: a case that takes no time (numbers, doubled), and ways to measure cases."""
+
+import dataclasses
+import functools
+import json
+from pathlib import Path
+from unittest import mock
 
 import pytest
+import torch
 
+import clipfast.bench
 from clipfast.bench import session
-from clipfast.bench.harness import Budget
+from clipfast.bench.case import Candidate, Case
+from clipfast.bench.harness import Budget, measure
+from clipfast.bench.suites import SUITES, build, ops
 
 from ..conftest import INTERPRET
-from .cases import CPU, ROOFS, SCHEMA
+
+CPU = torch.device("cpu")
+ROOFS = {"copy_bytes_per_s": 1.0, "matmul_flops_per_s": 1.0}
+NO_GPU = {"available": False, "why": "no GPU"}
+TELEMETRY = {"before": NO_GPU, "after": NO_GPU, "throttled": None}
+SCHEMA = json.loads(Path(clipfast.bench.__path__[0], "schema.json").read_text())
+
+
+def double(x):
+    return 2 * x
+
+
+def grad_twice(x):
+    """``x``, with twice its gradient."""
+    return 2 * x - x.detach()
+
+
+def case(candidates, reference=double, **kwargs):
+    kwargs = {"inputs": lambda: {"x": torch.randn(8)}, **kwargs}
+    made = Candidate("reference", lambda: reference) if reference else None
+    return Case("loss", "double", {}, "fp32", CPU, candidates=candidates, reference=made, **kwargs)
+
+
+def smallest(suite):
+    """The case of ``suite`` at its smallest shape."""
+    return build(suite, SUITES[suite].smallest, "fp32", CPU)
+
+
+def break_loss(monkeypatch):
+    """Make the contrastive loss of the benchmarks raise an error."""
+    suite = SUITES["loss"]
+    broken = mock.Mock(side_effect=RuntimeError("illegal instruction"), __name__=suite.op.name)
+    spec = dataclasses.replace(suite.op, op=broken)
+    monkeypatch.setitem(SUITES, "loss", dataclasses.replace(suite, build=functools.partial(ops.build, spec)))
+
+
+def validate(run):
+    """Refuse a result that does not fit the schema."""
+    pytest.importorskip("jsonschema").validate(run, SCHEMA)
+
+
+def quickly(case):
+    timings, _ = measure(case, Budget(seconds=0.0, rounds=3, min_rounds=2))
+    return {timing.candidate.name: timing for timing in timings}
 
 
 @pytest.fixture(autouse=True)
@@ -27,12 +80,11 @@ def run_session(monkeypatch, no_roofs, tmp_path):
     """A function that measures the given cases in a session, and returns a result that fits the schema."""
 
     def run(*cases, **options):
-        left = iter(cases)
-        monkeypatch.setattr(session, "build", lambda *key: next(left))
+        monkeypatch.setattr(session, "build", mock.Mock(side_effect=cases))
         options = {"memory": False, "plots": False, **options}
         keys = [("loss", {}, "fp32")] * len(cases)
         result = session.measure_all(keys, CPU, Budget(0.0, 2, 2), tmp_path / "run.json", **options)
-        pytest.importorskip("jsonschema").validate(result, SCHEMA)
+        validate(result)
         return result
 
     return run

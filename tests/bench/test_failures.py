@@ -1,10 +1,8 @@
 """What fails while it is measured is refused with its reason, and the others go on."""
 
-import contextlib
-import functools
 import time
 import weakref
-from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -12,28 +10,22 @@ import torch
 from clipfast.bench import cli, harness, results, session, tables
 from clipfast.bench.case import OURS, Candidate
 from clipfast.bench.graphs import Graphs
-from clipfast.bench.suites import build, peers
+from clipfast.bench.suites import peers
 
-from .cases import CPU, TELEMETRY, break_loss, case, double, quickly
+from .conftest import TELEMETRY, break_loss, case, double, quickly, smallest
+
+FULL = torch.OutOfMemoryError("CUDA out of memory")
 
 
 def fails(error, after=0):
-    """A candidate that is right for ``after`` calls."""
-    calls = []
-
-    def run(x):
-        calls.append(1)
-        if len(calls) > after:
-            raise error
-        return 2 * x
-
-    return lambda: run
+    """Return what makes a function that is right for ``after`` calls."""
+    return lambda: mock.Mock(double, wraps=double, side_effect=[mock.DEFAULT] * after + [error])
 
 
 def test_an_error_while_timing_refuses_one_candidate():
     # calls: one at the gate, one to warm up, one for the estimate, then a sample each
     candidates = (
-        Candidate("late", fails(torch.OutOfMemoryError("CUDA out of memory"), after=4)),
+        Candidate("late", fails(FULL, after=4)),
         Candidate("warm-up", fails(RuntimeError("no kernel image"), after=1)),
         Candidate(OURS, lambda: lambda x: time.sleep(0.006) or 2 * x),
     )
@@ -46,11 +38,9 @@ def test_an_error_while_timing_refuses_one_candidate():
 
 
 def test_a_card_that_has_failed_for_good_still_gives_a_result(monkeypatch):
-    def gone():
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
+    gone = RuntimeError("CUDA error: an illegal memory access was encountered")
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", gone)
+    monkeypatch.setattr(torch.cuda, "empty_cache", mock.Mock(side_effect=gone))
     timings = quickly(case((Candidate(OURS, fails(RuntimeError("illegal memory access"))),)))
     assert timings[OURS].refused == "RuntimeError: illegal memory access"
 
@@ -67,25 +57,17 @@ def test_what_a_case_has_made_is_gone_before_the_next(run_session):
     assert most == [1, 1, 1]
 
 
-@pytest.mark.parametrize("when", ["gate", "sets", "reference"])
-def test_inputs_that_do_not_fit_refuse_the_case_and_no_more(when, run_session, capsys):
-    drawn = []
-
-    def inputs():
-        drawn.append(1)
-        if when == ("gate", "sets")[len(drawn) > 1]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return {"x": torch.randn(8)}
-
-    def reference(x):
-        if when == "reference":
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return 2 * x
-
-    large, small = (
-        case((Candidate(OURS, lambda: double),), **kwargs)
-        for kwargs in ({"inputs": inputs, "reference": reference}, {})
-    )
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"inputs": mock.Mock(side_effect=FULL)},
+        {"inputs": mock.Mock(side_effect=[{"x": torch.ones(8)}, FULL, FULL])},  # for the gate they fit
+        {"reference": mock.Mock(double, side_effect=FULL)},
+    ],
+    ids=["gate", "sets", "reference"],
+)
+def test_inputs_that_do_not_fit_refuse_the_case_and_no_more(fault, run_session, capsys):
+    large, small = (case((Candidate(OURS, lambda: double),), **kwargs) for kwargs in (fault, {}))
     run = run_session(large, large, small)
     assert run["cases"][0]["candidates"][0]["refused"] == "OutOfMemoryError: CUDA out of memory"
     assert run["cases"][2]["candidates"][0]["refused"] is None
@@ -104,40 +86,27 @@ def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, no_
 
 
 def test_a_machine_that_cannot_compile_is_missing_something_and_nobody_is_wrong(monkeypatch):
-    def fail(*args):
-        raise RuntimeError("Python.h: no such file")
-
+    fail = mock.Mock(side_effect=RuntimeError("Python.h: no such file"))
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: fail)
-    peers.need_compiler.cache_clear()
-    try:
-        built = build("step", {"model": "ViT-T-8-32", "batch": 2}, "fp32", CPU)
-        timings = [harness.Timing(c) for c in built.candidates if c.name == f"{OURS} compiled"]
-        harness.pass_gate(built, timings)
-    finally:
-        peers.need_compiler.cache_clear()
+    monkeypatch.setattr(peers, "need_compiler", peers.need_compiler.__wrapped__)  # nothing is remembered
+    built = smallest("step")
+    timings = [harness.Timing(c) for c in built.candidates if c.name == f"{OURS} compiled"]
+    harness.pass_gate(built, timings)
     reason = "missing: torch.compile does not work here: RuntimeError: Python.h: no such file"
     assert [timing.refused for timing in timings] == [reason]
 
 
 def test_our_model_and_loss_are_compiled_as_one_graph_each(monkeypatch):
-    asked = []
-
-    def compile(function, *, fullgraph, **kwargs):
-        asked.append((function, fullgraph))
-        return function
-
+    compiled = mock.Mock(side_effect=lambda function, **kwargs: function)
     monkeypatch.setattr(peers, "need_compiler", lambda device: None)
-    monkeypatch.setattr(torch, "compile", compile)
-    built = build("step", {"model": "ViT-T-8-32", "batch": 2}, "fp32", CPU)
-    step = next(c for c in built.candidates if c.name == f"{OURS} compiled").make()
-    assert asked == [(step.model, True), (step.loss, True)]
+    monkeypatch.setattr(torch, "compile", compiled)
+    step = next(c for c in smallest("step").candidates if c.name == f"{OURS} compiled").make()
+    assert [call.args for call in compiled.call_args_list] == [(step.model,), (step.loss,)]
+    assert all(call.kwargs["fullgraph"] for call in compiled.call_args_list)
 
 
 def test_a_copy_that_does_not_fit_loses_no_timing(monkeypatch, run_session):
-    def full(size, device):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(session, "copy_seconds", full)
+    monkeypatch.setattr(session, "copy_seconds", mock.Mock(side_effect=FULL))
     run = run_session(case((Candidate(OURS, lambda: double),), transfers={"uint8": 8}))
     assert run["cases"][0]["transfers"] == {"uint8": {"bytes": 8, "seconds": None}}
     assert run["cases"][0]["candidates"][0]["samples_s"]
@@ -167,41 +136,29 @@ def test_float32_is_exact_while_measuring_and_as_before_afterwards():
 
 
 def test_what_is_compiled_lives_for_a_case(monkeypatch):
-    resets = []
-    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
-    candidates = [Candidate(name, lambda: peers.compiled(double)) for name in (OURS, "other")]
+    reset = mock.Mock()
+    monkeypatch.setattr(torch._dynamo, "reset", reset)
     monkeypatch.setattr(torch, "compile", lambda function, **kwargs: function)
-    quickly(case(tuple(candidates)))
-    assert len(resets) == 1
+    quickly(case(tuple(Candidate(name, lambda: peers.compiled(double)) for name in (OURS, "other"))))
+    reset.assert_called_once_with()
 
 
 def test_memory_is_that_of_the_function_that_was_timed(monkeypatch, run_session):
-    made, measured = [], []
-
-    def make():
-        made.append(lambda x: 2 * x)
-        return made[-1]
-
-    def peak(case, candidate, function):
-        measured.append(function)
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
+    make, peak = mock.Mock(return_value=double), mock.Mock(side_effect=FULL)
     monkeypatch.setattr(session, "peak_bytes", peak)
     run = run_session(case((Candidate(OURS, make),)), memory=True)
-    assert measured == made
+    make.assert_called_once_with()
+    assert peak.call_args.args[2] is double
     entry = run["cases"][0]["candidates"][0]
     assert (entry["peak_bytes"], entry["peak_refused"]) == (None, "OutOfMemoryError: CUDA out of memory")
     assert "no memory figure: clipfast: OutOfMemoryError" in tables.case_table(run["cases"][0])
 
 
 def test_a_call_that_is_no_graph_is_timed_and_says_so(monkeypatch):
-    class Graphs:
-        def capture(self, calls):
-            raise RuntimeError("called a synchronizing CUDA operation")
-
+    graphs = mock.Mock(**{"capture.side_effect": RuntimeError("called a synchronizing CUDA operation")})
     built = case((Candidate(OURS, lambda: double),))
-    timing = harness.Timing(built.candidates[0], function=double)
-    runner = harness._Runner(built, timing, [{"x": torch.randn(8)}], Graphs())
+    timing = harness.Timing(built.ours, function=double)
+    runner = harness._Runner(built, timing, [built.inputs()], graphs)
     timing.samples += [runner.sample(), runner.sample()]
     assert timing.eager == "RuntimeError: called a synchronizing CUDA operation"
     table = tables.case_table(results.case_result(built, [timing], TELEMETRY, {}, {}))
@@ -209,66 +166,29 @@ def test_a_call_that_is_no_graph_is_timed_and_says_so(monkeypatch):
     assert "host included, no CUDA graph: clipfast: RuntimeError: called a synchronizing" in table
 
 
-class FakeCuda:
-    """As much of torch.cuda as captures use; a capture of "bad" fails at its end, as one of a host sync does."""
-
-    def __init__(self, monkeypatch):
-        self.pools, self.ended, self.used, self.sync_mode = 0, [], [], 0
-        self.calls, self.modes = [], []
-        self.current = "outside"
-        fakes = {
-            "Stream": lambda device: self.stream("side"),
-            "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None),
-            "graph_pool_handle": self.new_pool,
-            "graph": self.graph,
-            "stream": lambda stream: contextlib.nullcontext(),
-            "current_stream": lambda device: self.stream(self.current),
-            "set_stream": lambda stream: setattr(self, "current", stream.name),
-            "synchronize": lambda device=None: None,
-            "get_sync_debug_mode": lambda: self.sync_mode,
-            "set_sync_debug_mode": lambda mode: setattr(self, "sync_mode", mode),
-        }
-        for name, fake in fakes.items():
-            monkeypatch.setattr(torch.cuda, name, fake)
-        monkeypatch.setattr(torch._C, "_cuda_endAllocateToPool", self.end_pool, raising=False)
-        monkeypatch.setattr(torch, "zeros", lambda *args, **kwargs: self.calls.append("zeros"))
-
-    def stream(self, name):
-        return SimpleNamespace(name=name, wait_stream=lambda other: None)
-
-    def new_pool(self):
-        self.pools += 1
-        return self.pools
-
-    def end_pool(self, index, pool):
-        self.ended.append(pool)
-        raise RuntimeError("not currently recording to mempool_id")
-
-    @contextlib.contextmanager
-    def graph(self, graph, pool, stream):
-        self.used.append(pool)
-        self.current = "capturing"
-        yield
-        if self.calls[-1] == "bad":
-            raise RuntimeError("operation failed due to a previous error during capture")
-        self.current = "outside"
-
-    def call(self, name):
-        self.calls.append(name)
-        self.modes.append(self.sync_mode)
-
-
 def test_a_failed_capture_is_ended_and_the_next_works(monkeypatch):
-    cuda = FakeCuda(monkeypatch)
-    good, bad = (functools.partial(cuda.call, name) for name in ("good", "bad"))
+    # As much of PyTorch as captures use. The third capture fails at its end, as one of a host sync does.
+    fake = mock.MagicMock()
+    cuda, streams, modes = fake.cuda, [mock.Mock() for _ in range(3)], []
+    cuda.current_stream.side_effect = streams
+    cuda.graph_pool_handle.side_effect = [1, 2]
+    failed = RuntimeError("operation failed due to a previous error during capture")
+    cuda.graph.return_value.__exit__.side_effect = [False, False, failed, False, False]
+    fake._C._cuda_endAllocateToPool.side_effect = RuntimeError("not currently recording to mempool_id")
+    monkeypatch.setattr("clipfast.bench.graphs.torch", fake)
+
+    def call():
+        modes.append(cuda.set_sync_debug_mode.call_args.args[0])
+
     graphs = Graphs(torch.device("cuda", 0))
-    assert len(graphs.capture([good, good])) == 2
-    assert cuda.used == [1, 1]  # one pool for all
+    assert len(graphs.capture([call, call])) == 2
     # host syncs are an error before the capture, and none of its business
-    assert cuda.modes == ["error", 0, 0]
+    before = cuda.get_sync_debug_mode.return_value
+    assert modes == ["error", before, before]
     with pytest.raises(RuntimeError, match="previous error during capture"):
-        graphs.capture([bad])
-    assert cuda.ended == [1]
-    assert cuda.current == "outside"
-    assert graphs.capture([good])
-    assert cuda.used[-1] == 2
+        graphs.capture([call])
+    fake._C._cuda_endAllocateToPool.assert_called_once_with(0, 1)
+    cuda.set_stream.assert_called_once_with(streams[1])  # that was current before the failed capture
+    assert graphs.capture([call])
+    # all share a pool, until one fails; PyTorch's random numbers need one that works after it
+    assert [graph.kwargs["pool"] for graph in cuda.graph.call_args_list] == [1, 1, 1, 2, 2]

@@ -8,15 +8,15 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from clipfast.bench import checkout, gpu, gpu_environment
 from clipfast.bench.gpu_summary import Done, cache_entries, summarise
 from clipfast.bench.session import chosen
-from clipfast.bench.suites import SUITES, build
 
-from .cases import CPU, ROOFS, break_loss
+from .conftest import CPU, ROOFS, break_loss, smallest
 
 LATE = """
 import signal, sys, time
@@ -75,15 +75,10 @@ def test_no_step_starts_after_the_end(tmp_path):
 
 
 def test_time_that_is_left_goes_to_the_next_but_each_keeps_its_own(tmp_path, monkeypatch):
-    given = []
-
-    def run(step, out, environment, seconds):
-        given.append(round(seconds))
-        return Done(step.name, "ok", 0.0, [])
-
+    run = mock.Mock(return_value=Done("any", "ok", 0.0, []))
     monkeypatch.setattr(gpu, "_run", run)
     gpu.run_steps([step("a", ""), step("b", ""), step("c", "")], tmp_path, {}, total_s=90.0)
-    assert given == [50, 70, 90]
+    assert [round(call.args[3]) for call in run.call_args_list] == [50, 70, 90]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -135,8 +130,7 @@ def test_a_part_for_steps_draws_them_and_has_the_time_to_compile(tmp_path):
     assert "--no-plots" in among_all.command
     assert not {"--no-plots", "--only"} & set(alone.command)
     only = among_all.command[among_all.command.index("--only") + 1 :]
-    built = build("step", SUITES["step"].smallest, "bf16", CPU)
-    names = [candidate.name for candidate in chosen(built, only).candidates]
+    names = [candidate.name for candidate in chosen(smallest("step"), only).candidates]
     assert names == ["clipfast", "PyTorch", "OpenCLIP", "OpenCLIP compiled"]
     assert alone.seconds > gpu.TOTAL_S / 2
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from clipfast.bench.memory import peak_bytes
 from clipfast.bench.suites import SUITES, build
 from clipfast.kernels.spec import Floor
 
-from .cases import CPU, SCHEMA, case, double, grad_twice, quickly
+from .conftest import CPU, case, double, quickly, smallest, validate
 
 
 def test_a_wrong_candidate_is_not_timed():
@@ -38,14 +39,6 @@ def test_a_wrong_candidate_is_not_timed():
     assert timings["raises"].refused.startswith("RuntimeError: ")
     assert timings["peer"].refused == "missing: not installed (pip install peer)"
     assert all(not timings[name].samples for name in timings if name != OURS)
-
-
-def test_a_wrong_gradient_is_not_timed():
-    right, wrong = (lambda x: x.sum()), (lambda x: grad_twice(x).sum())
-    candidates = (Candidate(OURS, lambda: right), Candidate("wrong", lambda: wrong))
-    timings = quickly(case(candidates, reference=right, wants_grad=("x",)))
-    assert timings[OURS].refused is None
-    assert timings["wrong"].refused.startswith("wrong: d_x is off by 1.0e+00")
 
 
 def test_candidates_take_turns():
@@ -105,13 +98,12 @@ def test_processes_count_more_than_samples():
 
 @pytest.mark.parametrize("suite", SUITES)
 def test_every_suite_runs_and_validates(suite, tmp_path, no_roofs, capsys):
-    jsonschema = pytest.importorskip("jsonschema")
     key = suite, SUITES[suite].smallest, "fp32"
     built = build(*key, CPU)
     names = [c.name for c in built.candidates if "compiled" not in c.name]  # compiling takes long
     path = tmp_path / "run.json"
     run = session.measure_all([key], CPU, Budget(0.0, 2, 2), path, only=names, memory=False)
-    jsonschema.validate(json.loads(path.read_text()), SCHEMA)
+    validate(json.loads(path.read_text()))
     entry = next(c for c in run["cases"][0]["candidates"] if c["name"] == OURS)
     assert entry["refused"] is None
     assert len(entry["samples_s"]) == 2
@@ -122,7 +114,6 @@ def test_every_suite_runs_and_validates(suite, tmp_path, no_roofs, capsys):
     assert all((tmp_path / f"run-{picture}.png").stat().st_size > 1000 for picture in pictures)
     if suite == "step":
         assert list(entry["phases_s"]) == ["both encoders", "loss", "backward", "optimizer"]
-        assert sum(entry["breakdown"]["seconds"].values()) == pytest.approx(entry["breakdown"]["step_s"])
         assert "where the time goes" in printed
         assert entry["mfu"]["measured"] > 0
 
@@ -142,32 +133,22 @@ def test_a_whole_name_means_that_candidate_alone():
 
 
 def test_parts_of_a_long_call_are_read_once():
-    class Parts:
-        def __init__(self, seconds):
-            self.seconds, self.readings = seconds, 0
-
-        def __call__(self, x):
-            return 2 * x
-
-        def phases(self, x):
-            self.readings += 1
-            return {"all": self.seconds}
-
-    short, long = Parts(0.1), Parts(15.0)
+    short, long = (
+        mock.Mock(double, wraps=double, phases=mock.Mock(return_value={"all": seconds})) for seconds in (0.1, 15.0)
+    )
     timings = quickly(case((Candidate(OURS, lambda: short), Candidate("long", lambda: long))))
-    assert (short.readings, long.readings) == (3, 1)
+    assert (short.phases.call_count, long.phases.call_count) == (3, 1)
     assert timings["long"].phases == {"all": 15.0}
 
 
 def test_committed_results_validate_and_a_broken_one_does_not():
-    jsonschema = pytest.importorskip("jsonschema")
     runs = [results.read(path) for path in (checkout.ROOT / "bench" / "results").rglob("*.json")]
     assert runs
     for run in runs:
-        jsonschema.validate(run, SCHEMA)
+        validate(run)
     runs[0]["cases"].append({"suite": "loss"})
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(runs[0], SCHEMA)
+    with pytest.raises(Exception, match="is a required property"):
+        validate(runs[0])
 
 
 LOSSES = ["clipfast, memory=min", "Inf-CL", "memeff", "Cut Cross-Entropy x2", "Liger x2"]
@@ -177,7 +158,7 @@ LOSSES = ["clipfast, memory=min", "Inf-CL", "memeff", "Cut Cross-Entropy x2", "L
     ("suite", "peers"), [("loss", LOSSES), ("sigmoid", ["siglip-kernel"]), ("attention", ["flash-attn"])]
 )
 def test_gpu_only_peers_are_listed_not_forgotten(suite, peers):
-    built = build(suite, SUITES[suite].smallest, "fp32", CPU)
+    built = smallest(suite)
     timings = quickly(dataclasses.replace(built, candidates=[c for c in built.candidates if c.name in peers]))
     assert {name: timing.refused for name, timing in timings.items()} == dict.fromkeys(peers, "missing: needs a GPU")
 
@@ -196,7 +177,7 @@ def test_peak_memory_is_the_calls_own():
 
 
 def test_a_cpu_has_roofs_and_no_telemetry():
-    assert machine.Telemetry(CPU).sample() == {"available": False, "why": "no GPU"}
+    assert machine.telemetry(CPU) == {"available": False, "why": "no GPU"}
     assert all(rate > 1e6 for rate in machine.measure_roofs(CPU, torch.float32).values())
 
 
@@ -228,7 +209,7 @@ def test_inputs_do_not_fill_the_memory(monkeypatch):
 
 
 def test_leaves_take_no_more_gradients_than_asked():
-    built = build("attention", SUITES["attention"].smallest, "fp32", CPU)
+    built = smallest("attention")
     inputs = leaves(built, built.inputs())
     assert inputs["qkv"].requires_grad
     assert not inputs["grad"].requires_grad
@@ -293,7 +274,7 @@ def test_readme_tables_are_made_of_the_results(figure):
     assert text.count("| 1,024 |") == 1
     # as they are, and where one is stale
     stale = text.replace("| 1,024 |", figure)
-    assert tables.fill_readme(stale, root / "bench" / "results", results.read) == text
+    assert tables.fill_readme(stale, root / "bench" / "results") == text
 
 
 def test_size_and_seconds_are_readable():

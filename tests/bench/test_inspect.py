@@ -6,6 +6,7 @@ The kernels are compiled here, for GPUs that are not there.
 import dataclasses
 import json
 import sys
+from unittest import mock
 
 import pytest
 import torch
@@ -66,13 +67,6 @@ def test_occupancy(arch, registers, warps, shared, tmem, blocks, limits):
     found = occupancy(arch, registers=registers, warps=warps, shared_bytes=shared, tmem_columns=tmem)
     assert (found.blocks, found.limits) == (blocks, limits)
     assert found.warps == blocks * warps / 64
-
-
-def test_occupancy_refuses_what_it_does_not_know():
-    with pytest.raises(ValueError, match="arch must be one of 80, 90, 100, got 75"):
-        occupancy(75, registers=32, warps=4, shared_bytes=0)
-    with pytest.raises(ValueError, match="warps must be at least 1, got 0"):
-        occupancy(90, registers=32, warps=0, shared_bytes=0)
 
 
 def product(config: configs.GemmConfig) -> inspect.Report:
@@ -258,11 +252,8 @@ def test_peer_is_recorded_as_it_would_launch(capsys, monkeypatch, tmp_path):
 
         memeff.loss(torch.ones(128, 128, dtype=torch.bfloat16))
 
-    def fails() -> None:
-        raise ImportError("no module named flash_attn")
-
-    fake = peer_kernels.Peer("memeff", "memeff", {"fake good": call, "fake bad": fails})
-    monkeypatch.setattr(peer_kernels, "peers", lambda: [fake])
+    fails = mock.Mock(side_effect=ImportError("no module named flash_attn"))
+    monkeypatch.setattr(peer_kernels, "PEERS", {"memeff": ("memeff", {"fake good": call, "fake bad": fails})})
     (launch,) = peer_kernels.record_peer(80, call)
     assert (launch.constexprs, launch.options) == ({"BLOCK": 128}, {"num_warps": 2})
     assert sorted(launch.args) == ["n", "out_ptr", "x_ptr"]

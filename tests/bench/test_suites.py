@@ -1,15 +1,17 @@
-"""What suites draw, how a step is judged, and what is known of the machine."""
+"""What suites draw, how a step is judged, its FLOPs against PyTorch's count, and what is known of the machine."""
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
+from clipfast import get_model_config
 from clipfast.bench import checkout, harness, machine
-from clipfast.bench.case import Candidate, call
-from clipfast.bench.harness import leaves
+from clipfast.bench.case import Candidate
+from clipfast.bench.flops import data_sheet_flops_per_s, forward_flops, step_floor_flops, step_flops
 from clipfast.bench.suites import SUITES, build
 from clipfast.kernels.spec import specs
 
-from .cases import CPU, grad_twice
+from .conftest import CPU, grad_twice, smallest
 
 
 def test_texts_of_a_step_end_anywhere_and_are_read_there():
@@ -31,15 +33,14 @@ def test_texts_of_a_step_end_anywhere_and_are_read_there():
 )
 def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, wrong):
     built = build("step", {"model": "ViT-T-8-32", "batch": 3}, "fp32", CPU)
-    ours = built.candidates[0]
 
     def make():
-        step = ours.make()
+        step = built.ours.make()
         model = step.model
         step.model = lambda images, texts: fault(*model(images, texts)[:3])
         return step
 
-    timings = [harness.Timing(candidate) for candidate in (ours, Candidate("faulty", make))]
+    timings = [harness.Timing(candidate) for candidate in (built.ours, Candidate("faulty", make))]
     harness.pass_gate(built, timings)
     right, faulty = timings
     assert right.refused is None
@@ -86,8 +87,8 @@ def test_the_chosen_gpu_becomes_the_current_one(monkeypatch):
     ids=["first", "second", "gradient of the first", "gradient of the second"],
 )
 def test_both_results_of_an_op_are_held_to_the_reference(fault, wrong):
-    built = build("layer_norm_pair", SUITES["layer_norm_pair"].smallest, "fp32", CPU)
-    right = built.candidates[0].make()
+    built = smallest("layer_norm_pair")
+    right = built.ours.make()
     faulty = Candidate("faulty", lambda: lambda **inputs: fault(*right(**inputs)))
     (timing,) = timings = [harness.Timing(faulty)]
     harness.pass_gate(built, timings)
@@ -106,14 +107,46 @@ def test_images_that_are_floats_take_a_gradient():
 @pytest.mark.parametrize("name", specs())
 def test_every_op_is_measured_at_published_sizes(name):
     spec = specs()[name]
-    suite = SUITES[spec.suite_name]
-    assert suite.op is spec
+    assert SUITES[spec.suite_name].op is spec
     for device_type in ("cpu", "cuda"):
         # the kernels of attention_qkv are those of attention
-        assert suite.shapes[device_type] or name == "attention_qkv"
-        for shape in suite.shapes[device_type]:
-            assert set(shape) <= set(suite.fields)
-            assert spec.floor(type(spec.small[0])(**shape), 2, False).bytes > 0
-    case = build(spec.suite_name, suite.smallest, "fp32", CPU)
-    assert case.candidates[0].name == "clipfast"
-    assert call(case, case.candidates[0], case.candidates[0].make(), leaves(case, case.inputs()))
+        assert spec.bench[device_type] or name == "attention_qkv"
+        assert all(spec.floor(shape, 2, False).bytes > 0 for shape in spec.bench[device_type])
+
+
+@pytest.mark.parametrize("name", ["ViT-T-8-32", "ViT-B-16", "ViT-g-14", "RN50", "RN50x4"])
+def test_count_agrees_with_what_open_clip_computes(name):
+    open_clip = pytest.importorskip("open_clip")
+    config = get_model_config(name)
+    with torch.device("meta"):
+        model = open_clip.CLIP(**config.to_dict())
+        size = config.vision.image_size
+        image, text = torch.empty(1, 3, size, size), torch.empty(1, config.text.context_length, dtype=torch.long)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.encode_image(image)
+        model.encode_text(text)
+    assert forward_flops(name) == (pytest.approx(counter.get_total_flops(), rel=0.001), config.embed_dim)
+
+
+def test_a_step_is_three_forwards_and_the_loss():
+    # 14.8 GFLOP for a pair, as OpenCLIP's own table of models has it
+    flops, _ = forward_flops("ViT-B-32")
+    assert flops == pytest.approx(14.78e9, rel=0.001)
+    assert step_flops("ViT-B-32", 8) == 24 * flops + 6 * 64 * 512
+    assert step_floor_flops("ViT-B-32", 8) == 24 * flops + 8 * 64 * 512
+    # one query pools a ResNet's positions here
+    assert forward_flops("RN50", published=False)[0] < 0.95 * forward_flops("RN50")[0]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "dtype", "peak"),
+    [
+        ("NVIDIA H100 80GB HBM3", "bf16", 989.4e12),
+        ("NVIDIA H100 80GB HBM3", "fp32", 67e12),
+        ("NVIDIA A100-SXM4-80GB", "fp16", 312e12),
+        ("NVIDIA H100 PCIe", "bf16", None),  # slower, and not in the table
+        ("NVIDIA GeForce RTX 4090", "bf16", None),
+    ],
+)
+def test_data_sheet(gpu, dtype, peak):
+    assert data_sheet_flops_per_s(gpu, dtype) == peak

@@ -1,28 +1,27 @@
 """The tuner: what it drops, what it refuses, and what it writes."""
 
 import argparse
-import concurrent.futures
 import dataclasses
 import json
+from unittest import mock
 
 import pytest
 import torch
 
-from clipfast.bench import cli, tune, tune_targets
+from clipfast.bench import cli, tune
 from clipfast.bench.case import OURS, Candidate
 from clipfast.bench.harness import Timing
-from clipfast.bench.inspection import offline
 from clipfast.bench.suites import build
 from clipfast.kernels import configs
 from clipfast.kernels.contrastive.logit_blocks import logit_blocks
 from clipfast.kernels.spec import Draw, Tunable
 
 from ..conftest import ON_GPU
-from .cases import CPU
+from .conftest import CPU
 
 pytestmark = pytest.mark.skipif(ON_GPU, reason="ranks configurations without a GPU")
 SMALLEST = {"batch": 2, "tokens": 9, "heads": 2, "head_dim": 16, "causal": True}
-TARGET = tune_targets.TARGETS["attention-64"][1]
+TARGET = tune.TARGETS["attention-64"][1]
 FORWARD = TARGET.kernels[0]
 GOOD = configs.LoopedConfig(64, 64, num_warps=4, num_stages=2)
 OTHER = configs.LoopedConfig(32, 64, num_warps=4, num_stages=2)
@@ -30,12 +29,7 @@ SPILLS = configs.LoopedConfig(128, 128, num_warps=4, num_stages=1)
 TOO_LARGE = configs.LoopedConfig(128, 128, num_warps=4, num_stages=30)
 
 
-class InThisProcess(concurrent.futures.Executor):
-    def map(self, fn, *iterables, **kwargs):
-        return map(fn, *iterables)
-
-
-SEARCH = tune.Search("bf16", 90, keep=3, limit=None, pool=InThisProcess())
+SEARCH = tune.Search("bf16", 90, keep=3, limit=None, pool=mock.Mock(map=map))  # compiles in this process
 
 
 def test_what_spills_or_does_not_fit_is_dropped_and_said(capsys):
@@ -52,16 +46,16 @@ def test_what_does_not_compile_says_why(capsys):
 
 
 def test_small_tiles_may_miss_the_largest_matrix_units():
-    _, target = tune_targets.TARGETS["attention_pool"]
+    _, target = tune.TARGETS["attention_pool"]
     (pool,) = target.kernels
-    committed = configs.RowConfig(**configs.committed(tune_targets.key_of(pool, target, "bf16"), 90))
+    committed = configs.RowConfig(**configs.committed(tune.key_of(pool, target, "bf16"), 90))
     assert [config for config, _ in tune.prune(pool, target, [committed], SEARCH)] == [committed]
     assert tune.prune(dataclasses.replace(pool, small_tiles=False), target, [committed], SEARCH) == []
 
 
 def test_a_kernel_that_is_not_launched_is_an_error():
     gone = Tunable("attention_looped_fwd", "_renamed_kernel", configs.LoopedConfig)
-    with pytest.raises(RuntimeError, match=r"attention\.fwd_bwd launches no _renamed_kernel"):
+    with pytest.raises(RuntimeError, match="attention-64 launches no _renamed_kernel"):
         tune.prune(gone, TARGET, [GOOD], SEARCH)
 
 
@@ -95,65 +89,51 @@ def test_a_new_folder_starts_with_the_committed_table_in_its_form(tmp_path):
     assert list(path.parent.iterdir()) == [path]
 
 
-def on_a_card(monkeypatch, timings):
-    """The tuner as it would be on a card, with timings that are given."""
+@pytest.fixture
+def tune_all(monkeypatch, tmp_path):
+    """A function that tunes ops as on a card, where each kernel is measured with the next of the given outcomes."""
     monkeypatch.setattr(tune, "_table_arch", lambda device: 90)
     monkeypatch.setattr(tune, "prune", lambda *args: [(OTHER, None)])
     monkeypatch.setattr(tune, "build", lambda suite, shape, dtype, device: build(suite, SMALLEST, dtype, device))
-    budgets = []
 
-    def measured(case, budget):
-        budgets.append(budget)
-        return timings(len(budgets)), {"throttled": False}
+    def run(*ops, outcomes, total=100.0):
+        monkeypatch.setattr(tune, "measure", mock.Mock(side_effect=outcomes))
+        args = {"dtype": "bf16", "seconds": 3.0, "keep": 8, "limit": 4, "total": total, "tables": tmp_path}
+        return tune._tune_all(ops, argparse.Namespace(**args), CPU)
 
-    monkeypatch.setattr(tune, "measure", measured)
-    return budgets
-
-
-def arguments(tmp_path, **changed):
-    given = {"dtype": "bf16", "seconds": 3.0, "keep": 8, "limit": 4, "total": 100.0, "tables": tmp_path / "out"}
-    return argparse.Namespace(**given | changed)
+    return run
 
 
-def test_each_kernel_is_written_before_the_next_is_measured(tmp_path, monkeypatch):
-    before = []
+def outcome(committed, other):
+    return [committed, other], {"throttled": False}
 
-    def timings(number):
-        path = tmp_path / "out" / "sm_90.json"
-        before.append(json.loads(path.read_text()) if path.exists() else None)
-        if number == 2:
-            raise KeyboardInterrupt
-        return [timing([1.0] * 20, {}), timing([0.8] * 20, {})]
 
-    budgets = on_a_card(monkeypatch, timings)
+SLOW, FAST = timing([1.0] * 20, {}), timing([0.8] * 20, {})
+
+
+def test_each_kernel_is_written_before_the_next_is_measured(tune_all, tmp_path):
     with pytest.raises(KeyboardInterrupt):
-        tune._tune_all(["attention-64"], arguments(tmp_path), CPU)
-    keys = [tune_targets.key_of(kernel, TARGET, "bf16") for kernel in TARGET.kernels]
-    assert before[0] is None
-    assert before[1][keys[0]] == dataclasses.asdict(OTHER)
-    assert all(budget.min_rounds >= 20 for budget in budgets)
+        tune_all("attention-64", outcomes=[outcome(SLOW, FAST), KeyboardInterrupt])
+    table = json.loads((tmp_path / "sm_90.json").read_text())
+    assert table[tune.key_of(FORWARD, TARGET, "bf16")] == dataclasses.asdict(OTHER)
+    assert tune.measure.call_args.args[1].min_rounds >= 20
 
 
-def test_an_op_that_cannot_be_tuned_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
-    def timings(number):
-        return [timing([], {}, "no memory" if number == 1 else None), timing([], {}, "slow")]
-
-    budgets = on_a_card(monkeypatch, timings)
-    assert tune._tune_all(["attention-64", "attention-128"], arguments(tmp_path), CPU) == 1
-    assert len(budgets) == 3
+def test_an_op_that_cannot_be_tuned_does_not_stop_the_next(tune_all, capsys):
+    outcomes = [outcome(timing([], {}, "no memory"), SLOW), outcome(SLOW, SLOW), outcome(SLOW, SLOW)]
+    assert tune_all("attention-64", "attention-128", outcomes=outcomes) == 1
+    assert tune.measure.call_count == 3
     reason = "attention-64: RuntimeError: the committed configuration cannot be timed: no memory"
     assert reason in capsys.readouterr().out
 
 
-def test_no_kernel_is_begun_after_the_end(tmp_path, monkeypatch, capsys):
-    budgets = on_a_card(monkeypatch, lambda _: [timing([1.0] * 20, {}), timing([1.0] * 20, {})])
-    assert tune._tune_all(["attention-64"], arguments(tmp_path, total=0.0), CPU) == 0
-    assert len(budgets) == 1
+def test_no_kernel_is_begun_after_the_end(tune_all, capsys):
+    assert tune_all("attention-64", outcomes=[outcome(SLOW, SLOW)], total=0.0) == 0
     assert "nothing is tuned after attention_looped_fwd" in capsys.readouterr().out
 
 
 def test_the_scale_of_a_target_decides_which_kernel_works():
-    spec, target = tune_targets.TARGETS["contrastive-online"]
+    spec, target = tune.TARGETS["contrastive-online"]
     shape = dataclasses.replace(target.shape, pairs=512)
     inputs = spec.call(shape, spec.bench_values, Draw(), torch.float32).inputs
     stats = logit_blocks(CPU).statistics(inputs["image"], inputs["text"], inputs["logit_scale"], 0)
@@ -164,24 +144,23 @@ ENTRIES = {key for arch in configs.ARCHS for key in configs.read_table(arch)}
 
 
 def test_every_entry_and_every_width_of_the_tables_can_be_tuned():
-    tuned = [(tunable, target) for _, target in tune_targets.TARGETS.values() for tunable in target.kernels]
+    tuned = [(tunable, target) for _, target in tune.TARGETS.values() for tunable in target.kernels]
     assert {tunable.kernel for tunable, _ in tuned} == {key.split()[0] for key in ENTRIES}
     widths = [pair for pair in tuned if pair[0].per_width]
-    keys = {tune_targets.key_of(*pair, dtype) for pair in widths for dtype in ("bf16", "fp32")}
+    keys = {tune.key_of(*pair, dtype) for pair in widths for dtype in ("bf16", "fp32")}
     assert keys == {key for key in ENTRIES if " width<=" in key}
 
 
-@pytest.mark.parametrize("op", tune_targets.TARGETS)
+@pytest.mark.parametrize("op", tune.TARGETS)
 def test_every_tunable_kernel_is_launched_and_has_a_committed_entry(op):
-    _, target = tune_targets.TARGETS[op]
-    case = tune.small_case(target, "bf16")
-    names = {launch.kernel.__name__ for launch in offline.record(90, lambda: tune.call_ours(case))}
+    _, target = tune.TARGETS[op]
+    names = {launch.kernel.__name__ for launch in tune.launches(target, "bf16", 90)}
     for tunable in target.kernels:
         assert tunable.function in names
         # heads of float32 do not fit the registers
         for dtype in ("bf16",) if tunable.kind is configs.ShortConfig else ("bf16", "fp32"):
-            assert tune_targets.key_of(tunable, target, dtype) in ENTRIES
-        assert isinstance(next(tune_targets.space(tunable)), tunable.kind)
+            assert tune.key_of(tunable, target, dtype) in ENTRIES
+        assert isinstance(next(tune.space(tunable)), tunable.kind)
 
 
 def test_the_override_reaches_forward_and_backward():
