@@ -19,13 +19,13 @@ def adamw(
 
     Gains, biases and scalars have no weight decay. With ``capturable``, a step can be captured in a CUDA graph.
     """
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [parameter for _, parameter in named if parameter.ndim < 2], "weight_decay": 0.0},
-        {"params": [parameter for _, parameter in named if parameter.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
+        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
     ]
     # A graph would keep a number as it was at the capture; a tensor it reads anew.
-    rate = torch.tensor(lr, device=named[0][1].device) if capturable else lr
+    rate = torch.tensor(lr, device=trained[0].device) if capturable else lr
     return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=capturable)
 
 

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..files import check_target
+
 DESCRIPTION = """\
 Hold every kernel, a whole model and a training curve to PyTorch, and say by how much they keep the rule.
 
@@ -61,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     given = {"ops": args.op, "models": args.model, "dtypes": args.dtype, "against": args.against}
     chosen: dict[str, Any] = {key: tuple(value) for key, value in given.items() if value is not None}
     options = Options(device=args.device, quick=args.quick, **chosen)
-    for path in (args.json, args.junit):
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"no folder {path.parent} to write {path.name} in")
+    check_target(args.json, args.junit)
     rows: list[CheckResult] = []
     started, complete = time.perf_counter(), False
     bar = _Progress(number_of_groups(options) if sys.stderr.isatty() else 0)

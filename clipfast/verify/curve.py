@@ -7,7 +7,7 @@ sums. As the rule has it for gradients, three times the larger of these drifts i
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +16,11 @@ from torch import Tensor
 from ..kernels import contrastive_loss
 from ..kernels.spec import CUDA
 from ..models import CLIP, get_model_config
-from ..training.optim import adamw, cosine_lr
+from ..training.optim import adamw, cosine_lr, set_lr
 from .context import exact_float32
 from .options import CURVE
 from .report import CheckResult, results_of
-from .rule import GRADIENT, Figure, Judgement
+from .rule import GRADIENT, KINDS, Figure, Judgement
 
 MODEL_NAME = "ViT-T-8-32"
 STEPS, BATCH, CLASSES, TOKENS = 50, 16, 64, 12
@@ -52,8 +52,7 @@ def verify_curve(leg: str, dtype: str) -> list[CheckResult]:
 
 
 def _apart(losses: Tensor, truth: Tensor) -> dict[str, float]:
-    relative = (losses - truth) / truth
-    return {"max": relative.abs().max().item(), "rms": relative.square().mean().sqrt().item()}
+    return {kind: reduce((losses - truth) / truth) for kind, reduce in KINDS.items()}
 
 
 def train(
@@ -68,14 +67,12 @@ def train(
     model = CLIP(dataclasses.replace(config, text=dataclasses.replace(config.text, vocab_size=VOCABULARY)))
     model.set_backend(backend)
     model.to(device, torch.float64 if double else torch.float32)
-    call: Callable[..., tuple[Tensor, Tensor, Tensor]] = model
     optimizer = adamw(model, LEARNING_RATE, (0.9, 0.98), 1e-6, 0.2)
     losses = []
     for step, (images, texts) in enumerate(_batches(order)):
-        for group in optimizer.param_groups:
-            group["lr"] = cosine_lr(step, LEARNING_RATE, WARMUP, STEPS)
+        set_lr(optimizer, cosine_lr(step, LEARNING_RATE, WARMUP, STEPS))
         with torch.autocast(device, autocast, enabled=autocast is not None):
-            loss = contrastive_loss(*call(images.to(device), texts.to(device)), backend=backend)
+            loss = contrastive_loss(*model(images.to(device), texts.to(device)), backend=backend)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

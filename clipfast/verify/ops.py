@@ -13,7 +13,7 @@ from ..kernels.spec import CPU, CUDA, DETERMINISM, EXTREME, INTERPRETER, Call, C
 from .context import exact_float32, poisoned
 from .inputs import inputs_of
 from .report import FAIL, PASS, SKIP, CheckResult, results_of
-from .rule import Draw, Judgement, in_double, judge_fairly, value_and_grads
+from .rule import Draw, Judgement, cast_floats, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 # The truth is computed in float64 up to this many elements of the reference's largest tensor, of which eight exist at
@@ -39,8 +39,8 @@ def verify_case(spec: OpSpec, leg: str, case: Case, dtype: str, *, quick: bool) 
 def _hold_to_rule(
     template: CheckResult, spec: OpSpec, case: Case, dtype: torch.dtype, device: str
 ) -> list[CheckResult]:
-    wide = case.shape.elements > FLOAT64_ELEMENTS[device]
-    if wide and dtype == torch.float32:
+    truth_dtype = torch.float32 if case.shape.elements > FLOAT64_ELEMENTS[device] else torch.float64
+    if dtype == truth_dtype:
         reason = f"{case.shape.elements:.1e} elements: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
 
@@ -48,8 +48,9 @@ def _hold_to_rule(
         call = inputs_of(spec, case, dtype, device, number)
         with poisoned():
             ours = _results(spec.op, call)
+        widened = dataclasses.replace(call, inputs=cast_floats(call.inputs, truth_dtype))
         with exact_float32():
-            truth = _results(spec.reference, _widened(call, in_float32=wide))
+            truth = _results(spec.reference, widened)
             same_dtype = _results(spec.reference, call)
             if case.cancels and spec.fused is not None:
                 fused = _results(spec.fused, call)
@@ -61,19 +62,11 @@ def _hold_to_rule(
     judgements, draws = judge_fairly(draw, few, many)
     if case.check == EXTREME:
         judgements = {name: _finite(name, judgement, draws) for name, judgement in judgements.items()}
-    return results_of(dataclasses.replace(template, truth="float32" if wide else "float64"), judgements)
+    return results_of(dataclasses.replace(template, truth=dtype_name(truth_dtype)), judgements)
 
 
 def _results(function: Callable[..., object], call: Call) -> dict[str, Tensor]:
     return value_and_grads(functools.partial(function, **call.options), call.inputs, call.grads)
-
-
-def _widened(call: Call, *, in_float32: bool) -> Call:
-    """Return the call with floating inputs in the dtype that the truth is computed in."""
-    if in_float32:
-        inputs = {name: x.float() if x.is_floating_point() else x for name, x in call.inputs.items()}
-        return dataclasses.replace(call, inputs=inputs)
-    return dataclasses.replace(call, inputs=in_double(call.inputs))
 
 
 def _less_exact(one: Tensor, other: Tensor, truth: Tensor) -> Tensor:

@@ -15,6 +15,11 @@ from torch import Tensor
 
 FORWARD, GRADIENT = 2.0, 3.0
 VALUE = "value"
+# The kinds of error: each is one number for the differences of all values from the truth.
+KINDS: dict[str, Callable[[Tensor], float]] = {
+    "max": lambda differences: differences.abs().max().item(),
+    "rms": lambda differences: differences.square().mean().sqrt().item(),
+}
 # An error that is this many times the allowed one is a fault and not chance, so more draws are not tried.
 BEYOND_CHANCE = 300.0
 
@@ -26,7 +31,7 @@ Results = Sequence[Mapping[str, Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One kind of error ("max" or "rms"): ours, PyTorch's at the same dtype, and what is allowed."""
+    """One of ``KINDS`` of error: ours, PyTorch's at the same dtype, and what is allowed."""
 
     kind: str
     ours: float
@@ -96,23 +101,15 @@ def judge(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> Judgemen
 
 
 def _figures(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float) -> tuple[Figure, ...]:
-    """Return the largest error and the root mean square of the errors, each with what is allowed."""
+    """Return each kind of error, with what is allowed."""
     exact = truth.double()
     info = torch.finfo(ours.dtype)
     rounding = (exact.abs() * info.eps).clamp(min=info.smallest_normal * info.eps)
     figures = []
-    for kind, reduce in (("max", _largest), ("rms", _root_mean_square)):
+    for kind, reduce in KINDS.items():
         error, yardstick = reduce(ours.double() - exact), reduce(same_dtype.double() - exact)
         figures.append(Figure(kind, error, yardstick, k * yardstick + reduce(rounding)))
     return tuple(figures)
-
-
-def _largest(error: Tensor) -> float:
-    return error.abs().max().item()
-
-
-def _root_mean_square(error: Tensor) -> float:
-    return error.square().mean().sqrt().item()
 
 
 def judge_draws(ours: Results, same_dtype: Results, truth: Results) -> dict[str, Judgement]:
@@ -120,14 +117,10 @@ def judge_draws(ours: Results, same_dtype: Results, truth: Results) -> dict[str,
 
     Names that start with ``d_`` are gradients. A name that is missing from any of the results is a fault.
     """
-    judgements = {}
-    for name in dict.fromkeys([*truth[0], *ours[0]]):
-        k = GRADIENT if name.startswith("d_") else FORWARD
-        judgements[name] = _judge_output(name, ours, same_dtype, truth, k)
-    return judgements
+    return {name: _judge_output(name, ours, same_dtype, truth) for name in dict.fromkeys([*truth[0], *ours[0]])}
 
 
-def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results, k: float) -> Judgement:
+def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results) -> Judgement:
     if any(name not in result for result in (*ours, *same_dtype, *truth)):
         return Judgement(fault="one side has no such output")
     for got, expected in zip(ours, truth, strict=True):
@@ -136,7 +129,7 @@ def _judge_output(name: str, ours: Results, same_dtype: Results, truth: Results,
     mine, yardstick, exact = (
         torch.cat([result[name].flatten() for result in results]) for results in (ours, same_dtype, truth)
     )
-    return judge(mine, yardstick, exact, k)
+    return judge(mine, yardstick, exact, GRADIENT if name.startswith("d_") else FORWARD)
 
 
 def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict[str, Judgement], list[Draw]]:
@@ -149,21 +142,16 @@ def judge_fairly(draw: Callable[[int], Draw], few: int, many: int) -> tuple[dict
         The judgement of each output, and the draws that were judged.
     """
     draws = [draw(number) for number in range(few)]
-    judgements = _judge(draws)
+    judgements = judge_draws(*zip(*draws, strict=True))
     failed = [judgement for judgement in judgements.values() if not judgement.passed]
     by_chance = all(not j.fault and max(f.ratio for f in j.figures) < BEYOND_CHANCE for j in failed)
     if failed and by_chance and many > few:
         draws += [draw(number) for number in range(few, many)]
         judgements = {
             name: dataclasses.replace(judgement, note=f"judged over {many} draws, as {few} were too few")
-            for name, judgement in _judge(draws).items()
+            for name, judgement in judge_draws(*zip(*draws, strict=True)).items()
         }
     return judgements, draws
-
-
-def _judge(draws: Sequence[Draw]) -> dict[str, Judgement]:
-    ours, same_dtype, truth = zip(*draws, strict=True)
-    return judge_draws(ours, same_dtype, truth)
 
 
 def value_and_grads(
@@ -192,6 +180,11 @@ def value_and_grads(
     return results
 
 
+def cast_floats(inputs: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return ``inputs`` with floating tensors in ``dtype``, and the others as they are."""
+    return {name: x.to(dtype) if x.is_floating_point() else x for name, x in inputs.items()}
+
+
 def in_double(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``inputs`` with floating tensors in float64, and the others as they are."""
-    return {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+    """Return ``inputs`` with floating tensors in float64."""
+    return cast_floats(inputs, torch.float64)

@@ -6,8 +6,8 @@ from itertools import groupby
 
 from ..columns import align
 from .report import FAIL, PASS, SKIP, CheckResult, count
+from .rule import KINDS
 
-KINDS = ("max", "rms")
 HEADER = (
     "", "leg", "dtype", "check", "case", "output",
     "max: ours", "PyTorch", "allowed", "rms: ours", "PyTorch", "allowed", "",

@@ -48,10 +48,10 @@ def sample(index: int, **changes: bytes) -> dict[str, bytes]:
     } | changes
 
 
-def run_command(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
     """Exit code, stdout and stderr of ``clipfast``."""
     try:
-        code = main(arguments)
+        code = main([str(argument) for argument in arguments])
     except SystemExit as exit_:
         code = exit_.code
     return code, *capsys.readouterr()

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from clipfast import ImageError, create_model_and_transforms, image_transform, open_image
+from clipfast.kernels.reference import CLIP_MEAN, CLIP_STD
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -53,6 +54,7 @@ def test_formats(kind):
     [
         (b"not an image at all", "not an image in one of the formats JPEG, PNG"),
         (b"", "not an image"),
+        ("nothing.png", "No such file"),
         (encoded(gradient(400, 300))[:1000], "cannot be decoded: .*truncated"),
         (encoded(gradient(400, 300), "JPEG")[:3000], "cannot be decoded: image file is truncated"),
         (encoded(gradient(), "TIFF"), "not an image in one of the formats"),
@@ -61,16 +63,11 @@ def test_formats(kind):
         (png_header(1, 65000), "1x65000 pixels, its sides differ more than 200 times"),
         (damaged(encoded(gradient(400, 300))), "cannot be decoded"),
     ],
-    ids=["text", "empty", "cut png", "cut jpeg", "tiff", "bomb", "large", "long", "broken"],
+    ids=["text", "empty", "missing", "cut png", "cut jpeg", "tiff", "bomb", "large", "long", "broken"],
 )
 def test_refused(content, message):
     with pytest.raises(ImageError, match=message):
         open_image(content)
-
-
-def test_missing_file(tmp_path):
-    with pytest.raises(ImageError, match="No such file"):
-        open_image(tmp_path / "nothing.png")
 
 
 def test_limit_can_be_lowered():
@@ -85,6 +82,7 @@ def test_palette_and_cmyk_and_grey():
     assert abs(cmyk - exact).mean() < 5
     grey = np.asarray(open_image(encoded(gradient().convert("L"))))
     assert (grey[..., 0] == grey[..., 2]).all()
+    assert image_transform(32)(gradient().convert("LA")).shape == (3, 32, 32)
 
 
 def test_sixteen_bits_are_scaled():
@@ -120,10 +118,7 @@ def test_bytes_are_the_floats_before_normalisation():
     image = gradient()
     floats, ints = image_transform(32)(image), image_transform(32, uint8=True)(image)
     assert ints.dtype == torch.uint8
-    mean, std = (
-        torch.tensor(v)[:, None, None]
-        for v in ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
-    )
+    mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     torch.testing.assert_close((ints / 255 - mean) / std, floats)
 
 
@@ -133,6 +128,8 @@ def test_training_crops_differ_and_evaluation_does_not():
     assert train(image).shape == evaluate(image).shape == (3, 32, 32)
     assert not torch.equal(train(image), train(image))
     assert torch.equal(evaluate(image), evaluate(image))
+    without_crop = image_transform(32, train=True, scale=(1.0, 1.0), uint8=True)
+    assert torch.equal(without_crop(image), evaluate(image))
 
 
 def test_broken_files_raise_nothing_else():
@@ -148,12 +145,3 @@ def test_broken_files_raise_nothing_else():
             broken[places] = rng.integers(0, 256, 3)
             with contextlib.suppress(ImageError):
                 assert open_image(broken.tobytes()).mode == "RGB"
-
-
-def test_training_without_a_crop_is_as_in_evaluation():
-    image = gradient()
-    assert torch.equal(image_transform(32, train=True, scale=(1.0, 1.0))(image), image_transform(32)(image))
-
-
-def test_any_mode_goes_through_the_transform():
-    assert image_transform(32)(gradient().convert("LA")).shape == (3, 32, 32)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from clipfast import accumulate_gradients, largest_micro_batch
+from clipfast import CLIP, accumulate_gradients, largest_micro_batch
 from clipfast.training import step
 from clipfast.training.loop import train
 from clipfast.training.trainer import Trainer
@@ -36,39 +36,39 @@ def test_the_loss_goes_where_it_goes_with_the_whole_batch(tiny):
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
-class Limited(Toy):
-    """A model that runs out of memory with more than ``room`` pairs."""
+def limited(forward, room, sizes):
+    """``forward`` on a device that runs out of memory with the graph of more than ``room`` pairs."""
 
-    def __init__(self, room):
-        super().__init__()
-        self.room, self.sizes = room, []
-
-    def forward(self, images, texts):
-        output = super().forward(images, texts)
+    def run(*inputs):
+        output = forward(*inputs)
         if torch.is_grad_enabled():
-            self.sizes.append(len(images))
-            if len(images) > self.room:
+            sizes.append(len(inputs[-1]))
+            if sizes[-1] > room:
                 raise torch.cuda.OutOfMemoryError("CUDA out of memory")
         return output
 
+    return run
+
 
 def test_largest_micro_batch_changes_nothing():
-    model, data = Limited(room=5).double(), batch(18)
+    model, data, sizes = Toy().double(), batch(18), []
+    model.forward = limited(model.forward, 5, sizes)
     accumulate_gradients(model, *data, 5)
     before, kept = copy.deepcopy(model.state_dict()), gradients(model)
     values = {name: gradient.clone() for name, gradient in kept.items()}
     state = torch.get_rng_state()
-    model.sizes.clear()
+    sizes.clear()
     assert largest_micro_batch(model, *data, reserve=1000) == 5
-    assert model.sizes == [18, 9, 5, 5, 5, 3]
+    assert sizes == [18, 9, 5, 5, 5, 3]
     assert largest_micro_batch(model, *data, start=4) == 4
     assert torch.equal(state, torch.get_rng_state())
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     for name, gradient in gradients(model).items():
         assert gradient is kept[name]
         assert torch.equal(gradient, values[name])
+    model.forward = limited(model.forward, 0, sizes)
     with pytest.raises(torch.cuda.OutOfMemoryError):
-        largest_micro_batch(Limited(room=0).double().eval(), *data)
+        largest_micro_batch(model.eval(), *data)
 
 
 def test_auto_on_a_cpu_is_the_whole_batch(tiny):
@@ -87,7 +87,7 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
     run = tmp_path / "auto" / "run"
     with monkeypatch.context() as patch:
         patch.setattr(step, "_can_run_out", lambda device: True)
-        patch.setattr("clipfast.accumulation.accumulate_gradients", limited(4))
+        patch.setattr(CLIP, "forward", limited(CLIP.forward, 4, []))
         with stopped_after(3):
             train(options)
     train(options, run / "checkpoints" / "epoch_latest.pt")
@@ -99,19 +99,6 @@ def test_auto_halves_what_does_not_fit_and_a_resumed_run_keeps_it(tiny, tmp_path
     found, kept = [line.split(LINE)[1] for line in (run / "out.log").read_text().splitlines() if LINE in line]
     assert found == "4 of 8 pairs at a time (the most that was found to fit)"
     assert kept.startswith("4 of 8 pairs at a time")
-
-
-def limited(room):
-    """``accumulate_gradients`` as on a GPU that has memory for ``room`` pairs at a time."""
-    original = step.accumulate_gradients
-
-    def accumulate(model, images, texts, size, loss):
-        value = original(model, images, texts, size, loss)
-        if size > room:
-            raise torch.cuda.OutOfMemoryError("CUDA out of memory")
-        return value
-
-    return accumulate
 
 
 def test_another_batch_size_is_fitted_anew(tiny):

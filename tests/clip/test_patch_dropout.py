@@ -8,19 +8,20 @@ import torch
 
 from clipfast import CLIP, create_model
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig, get_model_config
-from clipfast.training import TrainConfig
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
+
+from .test_training import config
 
 SMALL = CLIPConfig(
     16, VisionConfig(32, 2, 32, 16, patch_size=8, patch_dropout=0.5), TextConfig(width=32, heads=2, layers=1)
 )
 
 
-def tokens_seen(model, images):
+def tokens_seen(model, height=32, width=32):
     seen = []
     hook = model.visual.transformer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
-    model.encode_image(images)
+    model.encode_image(torch.zeros(2, 3, height, width)).sum().backward()
     hook.remove()
     return seen.pop()
 
@@ -32,9 +33,12 @@ KEPT = {0.0: 16, 0.01: 15, 0.25: 12, 0.3: 11, 0.5: 8, 0.55: 7, 0.9: 1, 0.999: 1}
 @pytest.mark.parametrize(("share", "kept"), KEPT.items())
 def test_number_of_patches(share, kept):
     model = create_model("ViT-T-8-32", force_patch_dropout=share)
-    images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
-    assert tokens_seen(model.train(), images) == 1 + kept
-    assert tokens_seen(model.eval(), images) == 17
+    assert tokens_seen(model.train()) == 1 + kept
+    assert tokens_seen(model.eval()) == 17
+
+
+def test_patches_are_dropped_of_the_grid_of_the_images():
+    assert tokens_seen(create_model("ViT-T-8-32", force_patch_dropout=0.5), 24, 40) == 1 + 7
 
 
 def test_as_many_as_open_clip_keeps():
@@ -76,33 +80,28 @@ def test_config_of_open_clip():
     assert raw["vision_cfg"]["patch_dropout"] == 0.5
     assert CLIPConfig.from_dict(json.loads(json.dumps(raw))) == SMALL
     # A model without patch dropout is written as OpenCLIP writes it.
-    plain = get_model_config("ViT-B-32")
-    assert "patch_dropout" not in plain.to_dict()["vision_cfg"]
-    assert CLIPConfig.from_dict(plain.to_dict()) == plain
-    assert "patch_dropout" not in get_model_config("RN50").to_dict()["vision_cfg"]
+    for plain in (get_model_config("ViT-B-32"), get_model_config("RN50-quickgelu")):
+        assert "patch_dropout" not in plain.to_dict()["vision_cfg"]
+        assert CLIPConfig.from_dict(json.loads(json.dumps(plain.to_dict()))) == plain
     pytest.importorskip("open_clip").CLIP(**raw)
 
 
-@pytest.mark.parametrize("share", [-0.1, 1.0, 1.5, float("nan")])
-def test_shares_that_cannot_be_dropped(share):
-    with pytest.raises(ValueError, match="patch_dropout must be at least 0 and less than 1, got "):
-        create_model("ViT-T-8-32", force_patch_dropout=share)
-
-
-def test_a_resnet_has_no_patches():
+def test_what_cannot_be_dropped():
+    for share in (-0.1, 1.0, float("nan")):
+        with pytest.raises(ValueError, match="patch_dropout must be at least 0 and less than 1, got "):
+            create_model("ViT-T-8-32", force_patch_dropout=share)
     with pytest.raises(ValueError, match="patch_dropout is for vision transformers"):
         create_model("RN50", device="meta", force_patch_dropout=0.5)
     create_model("RN50", device="meta", force_patch_dropout=0.0)
 
 
 def test_flag_of_training(shards, tmp_path):
-    options = {"train_data": shards, "model": "ViT-T-8-32", "batch_size": 8, "train_num_samples": 32, "epochs": 1}
-    trainer = Trainer(TrainConfig(**options, force_patch_dropout=0.75), RunFolder(tmp_path))
-    assert tokens_seen(trainer.model, torch.zeros(1, 3, 32, 32)) == 5
+    trainer = Trainer(config(shards, tmp_path, force_patch_dropout=0.75), RunFolder(tmp_path))
+    assert tokens_seen(trainer.model) == 5
     trainer.folder.checkpoints.mkdir()
     saved = torch.load(trainer.save(), weights_only=True)
     # The share of the checkpoint holds unless another is forced, such as none at the end of training.
-    assert Trainer(TrainConfig(**options), RunFolder(tmp_path), saved).model.visual.patch_dropout == 0.75
-    none = Trainer(TrainConfig(**options, force_patch_dropout=0.0), RunFolder(tmp_path), saved)
-    assert tokens_seen(none.model, torch.zeros(1, 3, 32, 32)) == 17
+    assert Trainer(config(shards, tmp_path), RunFolder(tmp_path), saved).model.visual.patch_dropout == 0.75
+    none = Trainer(config(shards, tmp_path, force_patch_dropout=0.0), RunFolder(tmp_path), saved)
+    assert tokens_seen(none.model) == 17
     assert none.model.config.vision.patch_dropout == 0

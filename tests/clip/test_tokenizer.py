@@ -1,6 +1,5 @@
 """The tokenizer: OpenCLIP's ids for any Unicode."""
 
-import html
 import pickle
 import string
 
@@ -32,6 +31,7 @@ def theirs():
 
 @hypothesis.settings(max_examples=2000, deadline=None)
 @hypothesis.given(text=TEXT)
+@hypothesis.example(text="a &amp;amp; b")
 def test_same_ids_as_open_clip(theirs, text):
     assert TOKENIZER.encode(text) == theirs.encode(text)
 
@@ -85,7 +85,3 @@ def test_travels_to_other_processes():
     copy = pickle.loads(pickle.dumps(Tokenizer(12)))
     assert copy.context_length == 12
     assert copy.encode("a cat") == TOKENIZER.encode("a cat")
-
-
-def test_html_is_unescaped_twice():
-    assert TOKENIZER.encode(html.escape(html.escape("a & b"))) == TOKENIZER.encode("a & b")

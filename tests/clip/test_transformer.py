@@ -31,19 +31,20 @@ class Operations(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    """The fusions of a GPU, through the ops' own CPU paths."""
-    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: True)
+@pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
+def on_gpu(request, monkeypatch):
+    """Whether the fusions are those of a GPU; they run through the ops' own CPU paths."""
+    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: request.param)
+    return request.param
 
 
 @pytest.mark.parametrize(
     ("causal", "quick_gelu", "on_gpu"),
     # On a CPU, PyTorch computes QuickGELU by several operations, which nothing here fuses.
     [(False, False, False), (True, False, False), (False, False, True), (False, True, True)],
+    indirect=["on_gpu"],
 )
-def test_a_block_has_no_operation_too_many(causal, quick_gelu, on_gpu, monkeypatch):
-    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: on_gpu)
+def test_a_block_has_no_operation_too_many(causal, quick_gelu, on_gpu):
     tower = Transformer(64, 3, 2, 4.0, causal=causal, quick_gelu=quick_gelu)
     x = torch.randn(2, 17, 64, requires_grad=True)
     with Operations() as forward:
@@ -88,7 +89,7 @@ def random_tower(causal, quick_gelu=False, dtype=torch.float64):
 
 @pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick"])
-def test_every_route_of_a_block_is_the_same(quick_gelu, checkpointed, monkeypatch):
+def test_every_route_of_a_block_is_the_same(quick_gelu, checkpointed, on_gpu):
     tower, x = random_tower(True, quick_gelu), torch.randn(2, 9, 32, dtype=torch.float64)
     for module in tower.modules():
         module.backend = "torch"
@@ -96,9 +97,7 @@ def test_every_route_of_a_block_is_the_same(quick_gelu, checkpointed, monkeypatc
     tower.grad_checkpointing = checkpointed
     for module in tower.modules():
         module.backend = "auto"
-    for on_gpu in (False, True):
-        monkeypatch.setattr(transformer, "triton_runs_on", lambda device, on_gpu=on_gpu: on_gpu)
-        torch.testing.assert_close(gradients(tower, x), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(gradients(tower, x), expected, rtol=1e-9, atol=1e-9)
 
 
 ROWS = {"class": (False, None), "end of text": (True, torch.tensor([4, 0, 8]))}
@@ -126,9 +125,7 @@ def test_the_last_block_computes_the_row_that_is_read(kind, checkpointed):
     assert short.get_total_flops() < (0.7 if checkpointed else 0.6) * full.get_total_flops()
 
 
-@pytest.mark.parametrize("on_gpu", [False, True], ids=["cpu", "gpu"])
-def test_selective_checkpointing_repeats_no_product(on_gpu, monkeypatch):
-    monkeypatch.setattr(transformer, "triton_runs_on", lambda device: on_gpu)
+def test_selective_checkpointing_repeats_no_product(on_gpu):
     tower, x = random_tower(True), torch.randn(3, 9, 32, dtype=torch.float64)
     runs = {}
     for kind in (False, "selective", True):
@@ -200,7 +197,7 @@ def test_rounding_of_the_read_row(kind):
     assert errors["short"] < 1.2 * errors["full"]
 
 
-def test_hooks_and_adapters_of_norm_and_mlp(as_on_a_gpu):
+def test_hooks_and_adapters_of_norm_and_mlp(on_gpu):
     tower = Transformer(32, 1, 2, 4.0, causal=False, quick_gelu=False)
     block, x, seen = tower.resblocks[0], torch.randn(2, 9, 32), []
     expected = gradients(tower, x)
@@ -218,14 +215,15 @@ def test_hooks_and_adapters_of_norm_and_mlp(as_on_a_gpu):
         torch.testing.assert_close(adapted[name.replace("c_fc", "c_fc.base")], value, rtol=1e-4, atol=1e-4)
 
 
-def test_another_activation_is_not_taken_for_ours(as_on_a_gpu):
+def test_another_activation_is_not_taken_for_ours(on_gpu):
     tower, x = Transformer(32, 1, 2, 4.0, causal=False, quick_gelu=False), torch.randn(2, 9, 32)
     mlp = tower.resblocks[0].mlp
     mlp.gelu = nn.GELU(approximate="tanh")
     assert torch.equal(mlp(x), mlp.c_proj(mlp.gelu(mlp.c_fc(x))))
 
 
-def test_autocast_leaves_the_stream_in_16_bits(as_on_a_gpu):
+@pytest.mark.parametrize("on_gpu", [True], indirect=True)
+def test_autocast_leaves_the_stream_in_16_bits(on_gpu):
     tower = Transformer(32, 2, 2, 4.0, causal=False, quick_gelu=False)
     x = torch.randn(2, 9, 32).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16), Operations() as forward:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import json
 import os
 import subprocess
 import sys
@@ -21,11 +20,13 @@ from clipfast.kernels.layer_norm import cpu as norm_cpu
 from clipfast.kernels.layer_norm import launches as norm_launches
 from clipfast.kernels.patch_embed import cpu as patch_cpu
 from clipfast.kernels.patch_embed import launches as patch_launches
-from clipfast.kernels.spec import specs
+from clipfast.kernels.spec import CPU, INTERPRETER, specs
 from clipfast.kernels.text_embed import cpu as text_cpu
 from clipfast.kernels.text_embed import launches as text_launches
+from clipfast.models import get_model_config
 from clipfast.verify import Options, curve, exit_code, hf, models, run_verify
 from clipfast.verify.models import verify_model
+from clipfast.verify.plan import here
 from clipfast.verify.report import FAIL, PASS
 
 from .conftest import GRADIENTS, SMALL
@@ -40,16 +41,9 @@ def scaled(fn, index=None):
 
     def wrong(*args):
         result = fn(*args)
-        if result is None and index != WRITTEN:
-            return None
-        if index == WRITTEN:
-            for written in args[-2]:
-                written.mul_(FACTOR)
-        if index == WRITTEN or result is None:
-            return result
-        if index is None:
-            return FACTOR * result
-        return tuple(FACTOR * part if i == index and part is not None else part for i, part in enumerate(result))
+        for part in args[-2] if index == WRITTEN else [result if index is None else result[index]]:
+            part.mul_(FACTOR)
+        return result
 
     return wrong
 
@@ -72,23 +66,19 @@ def functions_of(owner):
     return owner._backend_fns if isinstance(owner, CustomOpDef) else vars(owner)
 
 
-# Where each output of each op is computed on a CPU: module and function, or registered op and device; and which of
-# its results it is.
+# Where an output of an op is computed on a leg: module and function, or registered op and device; and which of its
+# results it is. There is one output for each function: test_fault_in_each_gradient has the others.
 ON_CPU = {
     ("contrastive_loss", "value"): (contrastive._contrastive_fwd, "cpu", 0),
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "cpu", 0),
-    ("contrastive_loss", "d_text"): (contrastive._contrastive_bwd, "cpu", 1),
-    ("contrastive_loss", "d_logit_scale"): (contrastive._contrastive_bwd, "cpu", 2),
     ("sigmoid_loss", "value"): (cpu_blocks, "sigmoid_sums", 0),
     ("sigmoid_loss", "d_logit_scale"): (sigmoid, "scale_gradient", None),
-    ("sigmoid_loss", "d_logit_bias"): (cpu_blocks, "sigmoid_sums", 1),
     ("info_nce_loss", "value"): (info_nce._info_nce_fwd, "cpu", 0),
     ("info_nce_loss", "d_negatives"): (info_nce._info_nce_bwd, "cpu", 2),
     ("nt_xent_loss", "value"): (nt_xent._nt_xent_fwd, "cpu", 0),
     ("nt_xent_loss", "d_logit_scale"): (nt_xent._nt_xent_bwd, "cpu", 2),
     ("attention", "value"): (attention_cpu, "forward", 0),
     ("attention", "d_qkv"): (attention_cpu, "backward", WRITTEN),
-    ("attention", "d_bias"): (attention_cpu, "backward", 1),
     ("patch_embed", "value"): (patch_cpu, "forward", None),
     ("patch_embed", "d_weight"): (patch_cpu, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_cpu, "backward_images", None),
@@ -101,11 +91,23 @@ ON_CPU = {
     ("bias_gelu", "value"): (activation, "_fwd_cpu", None),
     ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),
 }
+INTERPRETED = {
+    ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "cpu", 0),
+    ("nt_xent_loss", "d_logit_scale"): (nt_xent._nt_xent_bwd, "cpu", 2),
+    ("attention", "d_qkv"): (attention_launches, "backward", WRITTEN),
+    ("patch_embed", "d_weight"): (patch_launches, "backward_weight", None),
+    ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
+    ("text_embed", "d_token_embedding"): (text_launches, "backward_token", None),
+    ("layer_norm_pair", "d_x"): (norm_launches, "pair_backward", 0),
+    ("bias_gelu", "d_bias"): (activation, "_bwd_triton", 1),
+}
+LEG = here()
+PLACES = {CPU: ON_CPU, INTERPRETER: INTERPRETED}[LEG]
 
 
 def failures(op: str, dtype: str = "float32") -> tuple[int, set[tuple[str, str, str]]]:
-    """Exit code of a run of ``op`` on the CPU path, and what it says is wrong."""
-    rows = run_verify(Options(ops=(op,), dtypes=(dtype,), legs=("cpu",)))
+    """Exit code of a run of ``op`` on the leg of this process, and what it says is wrong."""
+    rows = run_verify(Options(ops=(op,), dtypes=(dtype,), legs=(LEG,)))
     return exit_code(rows), {(row.op, row.leg, row.output) for row in rows if row.verdict == FAIL}
 
 
@@ -120,15 +122,22 @@ def test_without_a_fault_every_row_passes(op):
 
 
 @pytest.mark.usefixtures("small_cases")
-@pytest.mark.parametrize(("op", "output"), ON_CPU)
-def test_fault_in_the_cpu_path(op, output, monkeypatch):
-    owner, name, index = ON_CPU[op, output]
+@pytest.mark.parametrize(("op", "output"), PLACES)
+def test_fault_in_the_code_of_the_leg(op, output, monkeypatch):
+    owner, name, index = PLACES[op, output]
     functions = functions_of(owner)
+    assert failures(op) == (0, set())
     monkeypatch.setitem(functions, name, scaled(functions[name], index))
     code, failed = failures(op)
     assert code == 1
-    expected = {(op, "cpu", output)}
+    expected = {(op, LEG, output)}
     assert failed == expected if output.startswith("d_") else failed >= expected
+
+
+def test_faults_in_the_interpreted_kernels():
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", __file__, "-k", "test_fault_in_the_code"]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=ROOT, capture_output=True, text=True)
+    assert f"{len(INTERPRETED)} passed" in run.stdout, run.stdout
 
 
 @pytest.mark.usefixtures("small_cases")
@@ -185,55 +194,6 @@ def test_an_op_that_raises_is_a_row(monkeypatch):
     assert all("RuntimeError: no such kernel" in row.reason for row in rows)
 
 
-# Where gradients come from in the interpreted kernels.
-INTERPRETED = {
-    "contrastive_loss": {
-        f"d_{name}": (contrastive._contrastive_bwd, "cpu", i) for i, name in enumerate(("image", "text", "logit_scale"))
-    },
-    "nt_xent_loss": {
-        f"d_{name}": (nt_xent._nt_xent_bwd, "cpu", i) for i, name in enumerate(("first", "second", "logit_scale"))
-    },
-    "attention": {"d_qkv": (attention_launches, "backward", WRITTEN), "d_bias": (attention_launches, "backward", 1)},
-    "patch_embed": {
-        "d_images": (patch_launches, "backward_images", None),
-        "d_weight": (patch_launches, "backward_weight", None),
-    },
-    "text_embed": {"d_token_embedding": (text_launches, "backward_token", None)},
-    "layer_norm_pair": {"d_x": (norm_launches, "pair_backward", 0)},
-    "bias_gelu": {"d_x": (activation, "_bwd_triton", 0), "d_bias": (activation, "_bwd_triton", 1)},
-}
-PROGRAM = """
-import json
-from clipfast.kernels.spec import specs
-from clipfast.verify import Options, exit_code, run_verify
-from tests.verify.conftest import SMALL
-from tests.verify.test_faults import INTERPRETED, functions_of, scaled
-specs().update(SMALL)
-found = {}
-for op, faults in INTERPRETED.items():
-    for fault in [None, *faults.values()]:
-        if fault:
-            owner, name, index = fault
-            right = functions_of(owner)[name]
-            functions_of(owner)[name] = scaled(right, index)
-        rows = run_verify(Options(ops=(op,), dtypes=("float32",), legs=("interpreter",)))
-        if fault:
-            functions_of(owner)[name] = right
-        failed = sorted({(row.op, row.leg, row.output) for row in rows if row.verdict == "FAIL"})
-        found.setdefault(op, []).append([exit_code(rows), failed])
-print(json.dumps(found))
-"""
-
-
-def test_fault_in_the_interpreted_kernels():
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-c", PROGRAM]
-    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert json.loads(run.stdout) == {
-        op: [[0, []], *([1, [[op, "interpreter", output]]] for output in faults)] for op, faults in INTERPRETED.items()
-    }
-
-
 @pytest.mark.parametrize("peer", ["openclip", "hf"])
 def test_one_wrong_weight_of_a_model(peer, monkeypatch):
     pytest.importorskip("open_clip" if peer == "openclip" else "transformers")
@@ -271,8 +231,6 @@ def test_a_parameter_without_a_gradient_fails(monkeypatch):
 
 def test_hugging_face_has_no_resnets():
     pytest.importorskip("transformers")
-    from clipfast.models import get_model_config
-
     with pytest.raises(hf.NoCounterpartError, match="no ResNets"):
         hf._config(get_model_config("RN50"))
 

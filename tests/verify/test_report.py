@@ -6,10 +6,11 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from clipfast.cli import main
 from clipfast.kernels.spec import LEGS, specs
 from clipfast.verify import CheckResult, Figure, Options, child, options, plan, run, run_verify, summary, table
 from clipfast.verify.report import FAIL, PASS, SKIP, read_json, write_json, write_junit
+
+from ..clip.conftest import run_command
 
 GOOD = Figure("max", 1e-7, 1e-7, 3e-7)
 BAD = Figure("rms", 2e-7, 1e-8, float("inf"))
@@ -30,12 +31,6 @@ def one_leg(monkeypatch, small_cases):
     """Only the CPU path, at small cases."""
     for module in (plan, run):
         monkeypatch.setattr(module, "legs_of", lambda options: ("cpu",))
-
-
-def command(capsys, *arguments):
-    code = main(["verify", *map(str, arguments)])
-    out, err = capsys.readouterr()
-    return code, out, err
 
 
 def test_json_round_trip(tmp_path):
@@ -86,7 +81,7 @@ def test_summary_names_failures_and_what_was_not_run():
 
 def test_command_writes_everything(capsys, tmp_path, one_leg):
     files = ("--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml")
-    code, out, _ = command(capsys, "--op", "attention", *files, "--dtype", "fp32")
+    code, out, _ = run_command(capsys, "verify", "--op", "attention", *files, "--dtype", "fp32")
     assert code == 0
     rows, rest = read_json(tmp_path / "v.json")
     assert rest["complete"]
@@ -99,51 +94,20 @@ def test_command_writes_everything(capsys, tmp_path, one_leg):
 def test_command_fails_where_a_row_does(capsys, one_leg, monkeypatch):
     right = run.timed
     monkeypatch.setattr(run, "timed", lambda rows, template: [*right(rows, template), ROWS[1]])
-    code, out, _ = command(capsys, "--op", "attention", "--dtype", "fp32")
+    code, out, _ = run_command(capsys, "verify", "--op", "attention", "--dtype", "fp32")
     assert code == 1
     assert "FAILED   attention cpu d_qkv" in out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--op", "softmax"], f"--op: unknown 'softmax'; known: {', '.join(options.OPS)}"),
-        (["--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
-        (["--model", "ViT-Z"], "--model: unknown 'ViT-Z'; known: RN50"),
-        (["--against", "timm"], "--against: unknown 'timm'; known: openclip, hf"),
-        (["--device", "tpu"], "--device: unknown 'tpu'; known: auto, cpu, cuda"),
-        (["--device", "cuda"], "--device cuda: PyTorch sees no CUDA GPU here"),
-        (["--op", "attention", "--json", "no/such/v.json"], "no folder no/such to write v.json in"),
-        (["--op", "curve", "--quick"], "leave nothing to check"),
-    ],
-)
-def test_bad_arguments_are_one_clear_line(capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    code, _, err = command(capsys, *arguments)
-    assert code == 2
-    assert message in err.splitlines()[-1]
-    assert "Traceback" not in err
-
-
 def test_peer_that_is_not_installed(capsys, monkeypatch):
     monkeypatch.setattr(options, "installed", lambda peer: False)
-    code, _, err = command(capsys, "--against", "openclip")
+    code, _, err = run_command(capsys, "verify", "--against", "openclip")
     assert code == 2
     assert "--against openclip: not installed; pip install open-clip-torch" in err
     monkeypatch.setattr(plan, "installed", lambda peer: False)
     (row,) = (row for row in plan.not_run(Options(ops=("model",))) if row.op == "openclip")
     assert row.verdict == SKIP
     assert "OpenCLIP is not installed" in row.reason
-
-
-def test_help_teaches_and_names_every_op(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["verify", "--help"])
-    out = capsys.readouterr().out
-    for text in ("at most 2x PyTorch's own error", "3x for gradients", "clipfast verify --quick"):
-        assert text in out
-    named = " ".join(out.split()).split("--op OP [OP ...] ", 2)[-1]
-    assert named.startswith("what to check: " + ", ".join(options.OPS) + " (default: all)")
 
 
 def test_interruption_prints_what_is_there(capsys, tmp_path, one_leg, monkeypatch):
@@ -156,7 +120,8 @@ def test_interruption_prints_what_is_there(capsys, tmp_path, one_leg, monkeypatc
         return right(rows, template)
 
     monkeypatch.setattr(run, "timed", interrupted)
-    code, out, _ = command(capsys, "--op", "attention", "--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml")
+    files = ("--json", tmp_path / "v.json", "--junit", tmp_path / "v.xml")
+    code, out, _ = run_command(capsys, "verify", "--op", "attention", *files)
     assert code == 130
     assert out.splitlines()[-1].endswith("INTERRUPTED, the rest was not run")
     rows, rest = read_json(tmp_path / "v.json")
