@@ -1,12 +1,14 @@
 """The choice of what an op runs on: its registered implementation, or the PyTorch reference."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 from torch._library.custom_ops import CustomOpDef
+from torch.autograd import forward_ad
 
 from .launch import triton_runs_on
 
@@ -19,9 +21,12 @@ BACKENDS = ("auto", "triton", "torch")
 def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
     """Decide what ``backend`` means for ``tensor``: True for the PyTorch reference, False for the registered op.
 
+    A registered op has one derivative, in reverse mode, and no rule for the transforms of ``torch.func``: PyTorch would
+    take its forward-mode derivative for zero, without a word. There, "auto" means the reference, and a warning says so.
+
     Raises:
         ValueError: an unknown backend.
-        RuntimeError: ``backend="triton"`` where Triton cannot run.
+        RuntimeError: ``backend="triton"`` where Triton cannot run, or under a transform.
     """
     if backend not in BACKENDS:
         raise ValueError(f"{op}: backend must be one of {', '.join(BACKENDS)}, got {backend!r}")
@@ -30,13 +35,45 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
             f"{op}: backend='triton' cannot run on a {tensor.device.type} tensor: "
             "move it to a GPU, or set TRITON_INTERPRET=1 before Python starts to interpret the kernels on the CPU"
         )
-    return backend == "torch" or tensor.device.type not in ("cuda", "cpu", "meta")
+    if backend == "torch" or tensor.device.type not in ("cuda", "cpu", "meta"):
+        return True
+    if not _is_transformed():
+        return False
+    if backend == "triton":
+        raise RuntimeError(f"{op}: backend='triton' has no forward-mode derivative and no torch.func transform")
+    warnings.warn(
+        f"{op}: torch.func and forward-mode derivatives take the PyTorch reference, which needs more memory",
+        stacklevel=3,
+    )
+    return True
+
+
+def _is_transformed() -> bool:
+    """Return True within a transform of ``torch.func``, and where forward-mode derivatives are computed."""
+    if torch.compiler.is_compiling():
+        return False
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def registered(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:
-    """Make a function the implementation of the PyTorch op ``clipfast::<name>``, on CPUs and GPUs, outside autocast."""
-    register = torch.library.custom_op(f"clipfast::{name}", mutates_args=(), device_types=("cuda", "cpu"))
-    return lambda fn: register(outside_autocast(fn))
+    """Make a function the implementation of the PyTorch op ``clipfast::<name>``, on CPUs and GPUs, outside autocast.
+
+    Its derivative is an error until the op registers one. That is what a second derivative of the losses meets.
+    """
+
+    def no_derivative(ctx: object, *grads: Tensor) -> None:
+        raise NotImplementedError(
+            f"clipfast::{name} has no derivative: compute second derivatives with backend='torch', the reference"
+        )
+
+    def register(fn: Callable[..., Any]) -> CustomOpDef:
+        op = torch.library.custom_op(f"clipfast::{name}", mutates_args=(), device_types=("cuda", "cpu"))(
+            outside_autocast(fn)
+        )
+        op.register_autograd(no_derivative)
+        return op
+
+    return register
 
 
 def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:

@@ -259,11 +259,15 @@ def _takes_sdpa(backend: str, x: Tensor, head_dim: int, num_keys: int, seqlens: 
     return False
 
 
-@torch.compiler.assume_constant_result  # tables are read, which cannot be traced
 def _least_keys_of_sdpa(device: torch.device, dtype: torch.dtype, causal: bool) -> tuple[tuple[int, int | None], ...]:
     """Return the number of keys from which on PyTorch's own attention serves, for each head dimension of the tables."""
     arch = arch_of(device)
     return tuple((limit, launches.least_keys_of_sdpa(arch, dtype, limit, causal=causal)) for limit in HEAD_DIMS)
+
+
+# Tables are read, which cannot be traced. This is what torch.compiler.assume_constant_result does, which would import
+# the compiler for everybody.
+_least_keys_of_sdpa._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, scale: float) -> Tensor:

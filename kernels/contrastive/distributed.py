@@ -36,6 +36,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._compile import _disable_dynamo
 
 from ..backends import outside_autocast
 from ..dtypes import FLOATS, accumulate_dtype, dtype_name
@@ -234,7 +235,8 @@ def _accumulate_rows(
     return acc_x, reduce.result(), scale_sums
 
 
-@torch.compiler.disable
+# as torch.compiler.disable, which would import the compiler at once, and not when the function is first called
+@_disable_dynamo
 def distributed_contrastive_loss(
     image: Tensor,
     text: Tensor,

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_float, check_like, check_tensor
-from ..dtypes import FLOATS, autocast_to, dtype_name
+from ..dtypes import FLOATS, autocast_dtype, dtype_name
 
 
 def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
@@ -50,7 +50,7 @@ def scale_tensor(
         raise ValueError(f"{op}: {name} must have one element, got shape {tuple(logit_scale.shape)}")
     if logit_scale.device != like.device:
         raise ValueError(f"{op}: {name} is on {logit_scale.device}, but {like_name} is on {like.device}")
-    return logit_scale.reshape(())
+    return logit_scale.reshape(()) if logit_scale.ndim else logit_scale
 
 
 def operand_dtype(op: str, name: str, features: Tensor) -> torch.dtype:
@@ -59,6 +59,6 @@ def operand_dtype(op: str, name: str, features: Tensor) -> torch.dtype:
     Raises:
         TypeError: the kernels cannot compute in it where they would run.
     """
-    operand = autocast_to(features.new_empty(0))
-    check_float(op, name, operand)
-    return operand.dtype
+    dtype = autocast_dtype(features)
+    check_float(op, name, features if dtype == features.dtype else features.new_empty(0, dtype=dtype))
+    return dtype

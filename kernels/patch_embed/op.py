@@ -209,8 +209,8 @@ def patch_embed(
     check_tensor(op, "weight", weight, 4)
     check_tensor(op, "class_embedding", class_embedding, 1)
     check_tensor(op, "positional_embedding", positional_embedding, 2)
-    mean, std = _channel_values("mean", mean, images.shape[1]), _channel_values("std", std, images.shape[1])
     _check_shapes(images, weight, class_embedding, positional_embedding)
+    mean, std = _channel_values("mean", mean, images.shape[1]), _channel_values("std", std, images.shape[1])
     _check_keep(keep, images, weight.shape[-1])
     dtype = autocast_dtype(weight)
     if uses_reference(op, backend, images):
