@@ -10,7 +10,7 @@ from .evaluation.zero_shot import (
     SIMPLE_IMAGENET_TEMPLATES,
     build_zero_shot_classifier,
 )
-from .factory import create_model, create_model_and_transforms, get_tokenizer
+from .factory import create_model, create_model_and_transforms, create_model_from_pretrained, get_tokenizer
 from .images import ImageError, image_transform, open_image
 from .kernels import (
     attention,
@@ -37,9 +37,9 @@ from .tokenizer import Tokenizer, tokenize
 __all__ = [
     "CLIP", "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "CheckpointError",
     "ClipLoss", "ImageError", "SigLipLoss", "Tokenizer", "accumulate_gradients", "add_model_config", "attention",
-    "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "build_zero_shot_classifier", "contrastive_loss",
-    "create_model", "create_model_and_transforms", "export_open_clip", "get_model_config", "get_tokenizer",
-    "image_transform", "info_nce_loss", "kernels", "largest_micro_batch", "layer_norm", "layer_norm_pair",
-    "list_models", "load_checkpoint", "nt_xent_loss", "open_image", "patch_embed", "recall_at", "report",
-    "retrieval_ranks", "sigmoid_loss", "text_embed", "tokenize",
+    "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "build_zero_shot_classifier",
+    "contrastive_loss", "create_model", "create_model_and_transforms", "create_model_from_pretrained",
+    "export_open_clip", "get_model_config", "get_tokenizer", "image_transform", "info_nce_loss", "kernels",
+    "largest_micro_batch", "layer_norm", "layer_norm_pair", "list_models", "load_checkpoint", "nt_xent_loss",
+    "open_image", "patch_embed", "recall_at", "report", "retrieval_ranks", "sigmoid_loss", "text_embed", "tokenize",
 ]  # fmt: skip

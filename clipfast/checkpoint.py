@@ -9,6 +9,8 @@ import dataclasses
 import json
 import logging
 import math
+import pickle
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +36,20 @@ class CheckpointError(ValueError):
 
 
 def write_checkpoint(path: Path, checkpoint: dict[str, Any]) -> None:
-    """Write a checkpoint. Whenever the process stops, ``path`` holds the old or the new one, and it is whole."""
-    replace_file(path, lambda temporary: torch.save(checkpoint, temporary))
+    """Write a checkpoint. Whenever the process stops, ``path`` holds the old or the new one, and it is whole.
+
+    Raises:
+        DiskFullError: there is no space for it.
+    """
+    replace_file(path, lambda temporary: torch.save(checkpoint, temporary), _nbytes(checkpoint))
+
+
+def _nbytes(content: Any) -> int:
+    """Return the number of bytes of all tensors in nested dicts and lists."""
+    if isinstance(content, Tensor):
+        return content.nbytes
+    values = content.values() if isinstance(content, dict) else content if isinstance(content, list | tuple) else ()
+    return sum(map(_nbytes, values))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -46,18 +60,37 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.is_file():
-        raise CheckpointError(f"no checkpoint at {path}: weights are loaded from a file, not by a tag")
+        raise CheckpointError(f"no checkpoint at {path}: there is no such file")
+    if path.stat().st_size == 0:
+        raise CheckpointError(f"{path} is not a checkpoint: the file is empty")
     try:
-        loaded = (
-            _read_safetensors(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-        )
+        loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+    except pickle.UnpicklingError as error:
+        # PyTorch's own message recommends to unpickle everything, which would run the file's code.
+        raise CheckpointError(
+            f"{path} is refused: it is damaged, or holds objects other than tensors and plain values, which could run "
+            "code when they are loaded; if you trust it, save its weights anew as .safetensors"
+        ) from error
+    except CheckpointError:
+        raise
     except Exception as error:  # Broken files make the readers raise almost anything.
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
+        reason = str(error) or type(error).__name__
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from error
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
     state = checkpoint["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"{path} is not a checkpoint: it holds no tensors by name")
     return checkpoint
+
+
+def _read_pickle(path: Path) -> Any:
+    """Read what ``torch.save`` wrote, and compare the checksums in it, which PyTorch itself does not look at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
+    return torch.load(path, "cpu", weights_only=True)
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -152,7 +185,11 @@ def read_own_config(path: str | Path) -> CLIPConfig:
 
 
 def export_open_clip(model: CLIP, folder: str | Path) -> None:
-    """Write ``model`` to a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP."""
+    """Write ``model`` to a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP.
+
+    Raises:
+        DiskFullError: there is no space for it.
+    """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     normalization = {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)}
@@ -160,7 +197,7 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
     weights: dict[str, Tensor] = {name: value.contiguous() for name, value in model.state_dict().items()}
     # No shape shows which activation the weights were trained with, so the file says it.
     own = {"format": "pt", "clipfast": json.dumps({"model_config": model.config.to_dict()})}
-    replace_file(folder / WEIGHTS_NAMES[0], lambda temporary: save_file(weights, temporary, own))
+    replace_file(folder / WEIGHTS_NAMES[0], lambda temporary: save_file(weights, temporary, own), _nbytes(weights))
     replace_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
 
 

@@ -1,9 +1,13 @@
 """The command line, ``clipfast COMMAND``: a table of commands, of which only the chosen one is imported."""
 
 import argparse
+import difflib
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NoReturn
+
+from . import __version__
 
 # Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
 COMMANDS = {
@@ -20,29 +24,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 if the user made a mistake, which is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = arguments[0] if arguments else ""
-    if chosen == BENCH[0]:
-        bench: Callable[..., int] = pkgutil.resolve_name(f"{BENCH[2]}:main")
-        return bench(arguments[1:], prog="clipfast bench")
-    args = _parser(chosen).parse_args(arguments)
-    shown: Exception
+    hint, shown = "", Exception()
     try:
-        return args.run(args)
+        if chosen == BENCH[0]:
+            bench: Callable[..., int] = pkgutil.resolve_name(f"{BENCH[2]}:main")
+            return bench(arguments[1:], prog="clipfast bench")
+        args = _parser(chosen).parse_args(arguments)
+        code: int = args.run(args)
+        return code
     except KeyboardInterrupt:
-        print(f"clipfast {args.command}: interrupted", file=sys.stderr)
+        print(f"clipfast {chosen}: interrupted", file=sys.stderr)
         return 130
     except ImportError as error:
         hint, shown = "; install what it needs: pip install 'clipfast[data,eval]'", error
     except (ValueError, TypeError, RuntimeError, OSError) as error:
-        hint, shown = "", error
-    if args.traceback:
+        shown = error
+    if "--traceback" in arguments:
         raise shown
-    print(f"clipfast {args.command}: error: {shown}{hint}", file=sys.stderr)
+    print(f"clipfast {chosen}: error: {shown}{hint}", file=sys.stderr)
     return 2
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, which suggests the flag that was meant if it is a similar one."""
+
+    known: ClassVar[set[str]] = set()  # the flags of all parsers: those of a subcommand meet the error of their parent
+
+    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
+        """Add an argument, as ``argparse`` does."""
+        self.known.update(name for name in names if name.startswith("--"))
+        return super().add_argument(*names, **options)
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        wrong = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
+        meant = difflib.get_close_matches(wrong[0], self.known, 1) if wrong and wrong[0] not in self.known else []
+        suggestion = f": did you mean {meant[0]}?" if meant else ""
+        self.exit(2, f"{self.prog}: error: {message}{suggestion} (see {self.prog} --help)\n")
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
     """Return the parser with the whole of the chosen command, or else with the name and help line of every command."""
-    parser = argparse.ArgumentParser(prog="clipfast", description="Train and evaluate CLIP on Triton kernels.")
+    parser = Parser(prog="clipfast", description="Train and evaluate CLIP on Triton kernels.")
+    parser.add_argument("--version", action="version", version=f"clipfast {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     if chosen in COMMANDS:
         add_parser: Callable[[object], None] = pkgutil.resolve_name(f"{COMMANDS[chosen][1]}:add_parser")

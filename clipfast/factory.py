@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .checkpoint import ModelSource, load_checkpoint, read_open_clip_folder, read_own_config
 from .images import image_transform
-from .models import CLIP, get_model_config
+from .models import CLIP, get_model_config, list_models
 from .tokenizer import Tokenizer
 
 LOCAL_DIR_PREFIX = "local-dir:"
@@ -54,7 +54,7 @@ def create_model(
         output_dict: make ``forward`` return a dict.
 
     Returns:
-        The model, in training mode.
+        The model, in training mode; call ``.eval()`` to compute features for anything but training.
 
     Raises:
         ValueError: if name or precision are unknown, or the checkpoint does not fit.
@@ -87,7 +87,8 @@ def create_model_and_transforms(
             of floats, and of the time to copy them to the GPU.
 
     Returns:
-        ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W].
+        ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W]. The
+        model is in training mode: for inference, take :func:`create_model_from_pretrained`.
     """
     model = create_model(model_name, pretrained, **kwargs)
     visual = model.visual
@@ -98,16 +99,54 @@ def create_model_and_transforms(
     return model, train, evaluation
 
 
+def create_model_from_pretrained(
+    model_name: str, pretrained: str | Path | None = None, **kwargs: Any
+) -> tuple[CLIP, Callable[..., Tensor]]:
+    """Build a model for inference, in evaluation mode, and its preprocessing.
+
+    In training mode, BatchNorm mixes the images of a batch and patches may be dropped, so that an image's features
+    depend on more than the image.
+
+    Args:
+        model_name, pretrained, **kwargs: as :func:`create_model_and_transforms`.
+
+    Returns:
+        ``(model, preprocess)``; the preprocessing turns a PIL image into a tensor [3, H, W].
+
+    Raises:
+        ValueError: there are no weights to load; and as :func:`create_model`.
+    """
+    if pretrained is None and _resolve(model_name).weights is None:
+        raise ValueError(f"{model_name} has no weights of its own: pass the path of a checkpoint as pretrained")
+    model, _, preprocess = create_model_and_transforms(model_name, pretrained, **kwargs)
+    return model.eval(), preprocess
+
+
 def get_tokenizer(model_name: str = "ViT-B-32", context_length: int | None = None) -> Tokenizer:
     """Return the tokenizer of a model, which turns texts into ids [B, context_length]."""
     return Tokenizer(_resolve(model_name).config.text.context_length if context_length is None else context_length)
 
 
 def resolve_device(name: str) -> str:
-    """Return "cuda" or "cpu" for "auto", by whether there is a GPU, and any other name as it is."""
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    """Return "cuda" or "cpu" for "auto", by whether there is a GPU, and another name as it is.
+
+    Raises:
+        ValueError: the name is not that of a device which this machine has and clipfast runs on.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name == "auto":
+        return "cuda" if has_gpu else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise ValueError(f"unknown device {name!r}: use cpu, cuda, cuda:N or auto") from None
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"clipfast runs on cpu and cuda, not on {name!r}")
+    if device.type == "cuda" and not has_gpu:
+        raise ValueError(f"no GPU for {name!r}: PyTorch finds none that CUDA or ROCm can use; use cpu or auto")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"no GPU for {name!r}: there are {torch.cuda.device_count()}")
+    return name
 
 
 def _resolve(model_name: str) -> ModelSource:
@@ -115,4 +154,7 @@ def _resolve(model_name: str) -> ModelSource:
         return read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
     if model_name.endswith(".pt"):
         return ModelSource(read_own_config(model_name), Path(model_name))
-    return ModelSource(get_model_config(model_name.replace("/", "-")))
+    name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
+    if name not in list_models() and Path(model_name).is_dir():
+        raise ValueError(f"{model_name} is a folder: write local-dir:{model_name}")
+    return ModelSource(get_model_config(name if name in list_models() else model_name))

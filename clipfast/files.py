@@ -1,31 +1,79 @@
 """Files that are replaced as a whole: a reader, or a kill at any moment, never meets half of one."""
 
+import errno
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-def replace_file(path: Path, write: Callable[[Path], object]) -> None:
+
+class DiskFullError(OSError):
+    """A file could not be written for lack of space; the file that it was to replace is as it was."""
+
+
+def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> None:
     """Call ``write`` with a temporary path beside ``path``, then move the result into place and onto the disk.
 
     Args:
         path: the file to replace; its folder must exist.
         write: writes the whole content to the path that it is given. If it raises, ``path`` stays as it was and the
             temporary file is removed. What a killed process leaves is overwritten by the next write.
+        size: about how many bytes it writes, to recognise a full disk if it fails with an error that names another
+            cause, and to say how much was wanted.
+
+    Raises:
+        DiskFullError: there is no space, or a quota or a limit on the size of files is reached.
     """
     temporary = path.with_name(f".{path.name}.tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode
         write(temporary)
+        temporary.chmod(mode)  # safetensors puts a file in its place that only the owner may read
         _sync(temporary)
         temporary.replace(path)
         _sync(path.parent)
+    except Exception as error:
+        if not path.parent.is_dir():
+            raise
+        written, free = (temporary.stat().st_size if temporary.exists() else 0), shutil.disk_usage(path.parent).free
+        reason = _lack_of_space(error)
+        if reason is None and (size == 0 or free >= max(0, size - written)):
+            raise
+        wanted = f"{size / 1e6:,.1f} MB are wanted and " if size else ""
+        reason = reason or "the disk is full"
+        raise DiskFullError(f"{path} cannot be written: {reason}; {wanted}{free / 1e6:,.1f} MB are free") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def check_target(*paths: Path | None) -> None:
+    """Refuse a file that could not be written, before the work whose result it is to hold.
+
+    Raises:
+        ValueError: its folder does not exist, or it is a folder itself.
+    """
+    for path in paths:
+        if path is not None and not path.absolute().parent.is_dir():
+            raise ValueError(f"no folder {path.parent} to write {path.name} in")
+        if path is not None and path.is_dir():
+            raise ValueError(f"{path} is a folder, not a file to write")
+
+
 def replace_text(path: Path, text: str) -> None:
     """Replace ``path`` by a file that holds ``text``."""
-    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"))
+    replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
+
+
+def _lack_of_space(error: Exception) -> str | None:
+    """Return the system's words if an error says that there is no space, as an OSError or in the words of Rust."""
+    codes = [
+        code for code in OUT_OF_SPACE if getattr(error, "errno", None) == code or f"(os error {code})" in str(error)
+    ]
+    return os.strerror(codes[0]) if codes else None
 
 
 def _sync(path: Path) -> None:

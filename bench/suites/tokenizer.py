@@ -1,4 +1,4 @@
-"""From captions to token ids: our tokenizer against OpenCLIP's, on ASCII and on other scripts."""
+"""From captions to token ids: our tokenizer against OpenCLIP's, on few words, on many words, and on other scripts."""
 
 import functools
 from collections.abc import Mapping
@@ -14,8 +14,8 @@ from . import peers
 
 FIELDS: Sizes = {"captions": 2000, "text": "ascii"}
 SMALLEST: Sizes = {"captions": 20, "text": "unicode"}
-# English captions, and the same captions with other letters, ideographs and an emoji.
-SUFFIX = {"ascii": "", "unicode": " – ein Foto, 一张照片 📷"}
+# What follows each caption. Words recur in class names and templates, and numbers hardly do.
+SUFFIX = {"ascii": "", "numbers": ", no. {}", "unicode": " – ein Foto, 一张照片 📷"}
 _CAPTIONS: list[Sizes] = [{"captions": 2000, "text": text} for text in SUFFIX]
 SHAPES = {"cpu": _CAPTIONS, "cuda": _CAPTIONS}
 
@@ -26,7 +26,10 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     if text not in SUFFIX:
         raise ValueError(f"tokenizer: text must be one of {', '.join(SUFFIX)}, got {text!r}")
     filled = (t.format(name) for t in OPENAI_IMAGENET_TEMPLATES for name in IMAGENET_CLASSNAMES)
-    captions = [caption + SUFFIX[text] for caption, _ in zip(filled, range(count), strict=False)]
+    captions = [
+        caption + SUFFIX[text].format(index * 7919 % 100003)
+        for index, caption in zip(range(count), filled, strict=False)
+    ]
     if len(captions) < count:
         raise ValueError(f"tokenizer: at most {len(captions)} captions, got {count}")
 

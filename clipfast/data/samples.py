@@ -1,5 +1,6 @@
 """Samples of WebDataset shards: their names, how they are read, and what is in them. Nothing is unpickled."""
 
+import glob
 import json
 import random
 from collections.abc import Iterable, Iterator
@@ -10,9 +11,13 @@ from typing import Any
 from PIL import Image
 
 from ..images import ImageError, open_image
+from .tar import BLOCK, Damage, Member, read_tar
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 BUNDLED_PREFIX = "bundled:"
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
+PACKING = "a shard holds an image and a caption of each pair under one name (7.jpg, 7.txt): tar --sort=name -cf x.tar ."
+SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
 
 RawSample = dict[str, Any]
 
@@ -21,22 +26,40 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     """Return the shards that ``pattern`` names.
 
     Args:
-        pattern: paths with braces (``{000..099}``), joined by ``::``. ``bundled:emoji/noto`` is a shard of this
-            package, and webdataset opens names with a scheme (``https:``, ``pipe:``).
+        pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``.
+            ``bundled:emoji/noto`` is a shard of this package, and webdataset opens names with a scheme (``https:``,
+            ``pipe:``).
 
     Raises:
-        ValueError: a local file does not exist, or no shard is named.
+        ValueError: a local file does not exist or is no tar file by its name, or no shard is named.
     """
     from webdataset.shardlists import expand_urls
 
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    shards = [_bundled(shard) for one in patterns for shard in expand_urls(one)]
-    missing = [shard for shard in shards if ":" not in shard and not Path(shard).is_file()]
+    named = [_bundled(shard) for one in patterns for shard in expand_urls(one)]
+    shards = [path for shard in named for path in _matches(shard)]
+    local = [shard for shard in shards if ":" not in shard]
+    missing = [shard for shard in local if not Path(shard).exists()]
     if missing:
         raise ValueError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
+    for shard in local:
+        if Path(shard).is_dir():
+            raise ValueError(f"{shard} is a folder: name the shards in it, as '{Path(shard) / '*.tar'}'")
+        if Path(shard).suffix.lower() in TABLES:
+            raise ValueError(f"{shard} is a table, not a tar file: {PACKING}")
     if not shards:
         raise ValueError("no shards given")
     return shards
+
+
+def _matches(shard: str) -> list[str]:
+    """Return the files that a local name with wildcards means, and any other name as it is."""
+    if ":" in shard or not glob.has_magic(shard) or Path(shard).exists():
+        return [shard]
+    found = sorted(glob.glob(shard))
+    if not found:
+        raise ValueError(f"no such shard: nothing matches {shard}")
+    return found
 
 
 def is_local(pattern: str) -> bool:
@@ -59,16 +82,79 @@ def _bundled(shard: str) -> str:
 def read_samples(shards: Iterable[str]) -> Iterator[RawSample]:
     """Yield the samples of tar files in order, undecoded: ``__key__``, ``__url__``, and bytes by file extension.
 
+    Members that lie one behind the other and have the same name up to its first dot are a sample. For each pair that is
+    known to be lost where a shard is damaged, there is a sample that holds only ``__damage__``, a text that says where
+    and why: it cannot be decoded, and is thus counted and named as other samples that cannot be used. How many pairs a
+    damaged stretch held is estimated by the smallest pair of the shard, so rather too many than too few.
+
     Raises:
-        ValueError: a shard is not a readable tar file.
+        ValueError: a shard cannot be opened, or is not a tar file.
     """
-    from webdataset.tariterators import tarfile_samples
+    from webdataset.gopen import gopen
 
     for shard in shards:
         try:
-            yield from tarfile_samples([{"url": shard}])
-        except Exception as error:
+            with gopen(shard) as stream:
+                yield from _group(shard, read_tar(stream))
+        except (ValueError, OSError) as error:
             raise ValueError(f"shard {shard} cannot be read: {error}") from error
+
+
+class _Hole:
+    """A damage, and how many samples beside it have lost a part to it."""
+
+    def __init__(self, damage: Damage) -> None:
+        self.damage, self.cropped = damage, 0
+
+    def lost(self, smallest: int) -> int:
+        """Return how many pairs are lost altogether, if none takes less than ``smallest`` bytes."""
+        return max(((self.damage.size or 0) - self.cropped * 2 * BLOCK) // smallest, 0 if self.cropped else 1)
+
+
+def _group(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawSample]:
+    """Yield the samples that the members of a shard make, and at its end those that are lost."""
+    sample: RawSample = {}
+    size, smallest = 0, 0
+    holes: list[_Hole] = []
+    beside: list[_Hole] = []  # those directly before and behind the sample
+    before = 0  # number of holes before the last member
+
+    def close() -> Iterator[RawSample]:
+        nonlocal smallest
+        if sample:
+            if is_pair(sample):
+                smallest = min(smallest or size, size)
+            else:
+                for hole in beside:
+                    hole.cropped += 1
+            yield sample
+
+    for part in parts:
+        if isinstance(part, Damage):
+            holes.append(_Hole(part))
+            beside.append(holes[-1])
+            continue
+        folder, slash, file = part.name.rpartition("/")
+        stem, dot, extension = file.partition(".")
+        if not stem or not dot:
+            continue
+        key, extension = folder + slash + stem, extension.lower()
+        if key != sample.get("__key__") or extension in sample:
+            yield from close()
+            sample, size = {"__key__": key, "__url__": shard}, 0
+            beside = holes[before:]
+        sample[extension] = part.data
+        size, before = size + part.size, len(holes)
+    yield from close()
+    for hole in holes:
+        for number in range(hole.lost(smallest or SMALLEST_PAIR)):
+            key = f"byte {hole.damage.offset}, pair {number + 1}"
+            yield {"__key__": key, "__url__": shard, "__damage__": hole.damage.reason}
+
+
+def is_pair(sample: RawSample) -> bool:
+    """Return True if a sample has an image and a caption."""
+    return "txt" in sample and any(extension in sample for extension in IMAGE_EXTENSIONS)
 
 
 def count_samples(shards: Iterable[str]) -> int:
@@ -90,8 +176,23 @@ def decode_image(sample: RawSample) -> Image.Image:
     for extension in IMAGE_EXTENSIONS:
         if extension in sample:
             return open_image(sample[extension])
-    found = sorted(key for key in sample if not key.startswith("__"))
-    raise ImageError(f"sample has no image ({', '.join(IMAGE_EXTENSIONS)}), only {', '.join(found)}")
+    raise ImageError(f"sample has no image ({', '.join(IMAGE_EXTENSIONS)}), only {_found(sample)}")
+
+
+def _found(sample: RawSample) -> str:
+    """Return the extensions of a sample and what may be wrong with the shard, for errors."""
+    extensions = sorted(key for key in sample if not key.startswith("__"))
+    if "json" in extensions and "txt" not in extensions:
+        return f"{', '.join(extensions)}; clipfast reads captions from .txt files, not from json"
+    if len(extensions) == 1:
+        return f"{extensions[0]}; the files of a pair must lie one behind the other: tar --sort=name"
+    return ", ".join(extensions) or "parts that are damaged"
+
+
+def _check_damage(sample: RawSample) -> None:
+    """Refuse a sample that stands for a pair that is lost."""
+    if "__damage__" in sample:
+        raise ValueError(f"a pair is lost: {sample['__damage__']}")
 
 
 def metadata(sample: RawSample) -> dict[str, Any]:
@@ -100,6 +201,7 @@ def metadata(sample: RawSample) -> dict[str, Any]:
     Raises:
         ValueError: it is not valid JSON, or not an object.
     """
+    _check_damage(sample)
     try:
         parsed = json.loads(sample.get("json", b"{}"))
     except ValueError as error:
@@ -113,12 +215,11 @@ def field(sample: RawSample, key: str) -> str:
     """Return the value of ``key`` in the ``json`` of a sample.
 
     Raises:
-        KeyError: there is no such key; the message lists those that there are.
-        ValueError: as :func:`metadata`.
+        ValueError: there is no such key, and the message lists those that there are; or as :func:`metadata`.
     """
     fields = metadata(sample)
     if key not in fields:
-        raise KeyError(f"sample {sample_name(sample)} has no {key!r} in its json; it has {', '.join(sorted(fields))}")
+        raise ValueError(f"sample has no {key!r} in its json; it has {', '.join(sorted(fields)) or 'nothing'}")
     return str(fields[key])
 
 
@@ -131,9 +232,12 @@ def caption(sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | N
     Raises:
         ValueError: there is no caption, it is not UTF-8, or the keywords are not a list of strings.
     """
+    _check_damage(sample)
     if "txt" not in sample:
-        raise ValueError("sample has no txt")
+        raise ValueError(f"sample has no caption (txt), only {_found(sample)}")
     text: str = sample["txt"].decode("utf-8").strip()
+    if not text:
+        raise ValueError("caption is empty")
     if rng is None or keyword_prob == 0 or rng.random() >= keyword_prob:
         return text
     keywords = metadata(sample).get("keywords", [])

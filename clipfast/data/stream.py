@@ -5,12 +5,15 @@ its name, the epoch and the pass. A run that was interrupted can therefore skip 
 decoding them, and continues to the last bit as if it had never stopped.
 """
 
+import contextlib
+import ctypes
 import dataclasses
 import random
 import signal
+import sys
 import zlib
 from collections import deque
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -19,11 +22,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..tokenizer import Tokenizer, trim_padding
-from .samples import RawSample, caption, decode_image, field, metadata, read_samples, sample_name
+from .samples import RawSample, caption, decode_image, field, read_samples, sample_name
 
 SHUFFLE_BUFFER = 5000
 # How many batches' worth of samples may wait for a batch without another sample of their identity. More are dropped.
 MAX_HELD_BATCHES = 16
+# How many samples may be unusable before the first that can be used.
+MAX_UNUSABLE = 100
+PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
 
 T = TypeVar("T")
 Item = tuple[int, RawSample]  # number of the pass over the shards, and sample
@@ -31,7 +37,7 @@ Item = tuple[int, RawSample]  # number of the pass over the shards, and sample
 
 @dataclasses.dataclass
 class Batch:
-    """Images and their texts, and the samples that had to be left out."""
+    """Images and their texts, and the samples that had to be left out. If all of them were, B is 0."""
 
     images: Tensor  # [B, 3, H, W]
     texts: Tensor  # [B, L]
@@ -68,17 +74,23 @@ class PairStream(IterableDataset[Batch]):
         """Yield this worker's share of the batches, every ``num_workers``-th of the epoch.
 
         Raises:
-            ValueError: the shards cannot be read, or give no batch.
+            ValueError: the shards cannot be read, give no batch, or hold nothing that can be used.
         """
         info = get_worker_info()
         slot, num_workers = (info.id, info.num_workers) if info else (0, 1)
         # A loader always asks worker 0 first, so worker 0 must produce ``first_batch``.
         share = (slot + self.first_batch) % num_workers
         batches = unique_batches(self._shuffled(share, num_workers), self.batch_size, self._identity)
+        unusable: list[tuple[str, str]] | None = []  # None as soon as one sample could be used
         for index in range(share, self.num_batches, num_workers):
             items = next(batches)
-            if index >= self.first_batch:
-                yield self._decode(items)
+            if index < self.first_batch:
+                continue
+            batch = self._decode(items)
+            unusable = None if len(batch) or unusable is None else unusable + batch.skipped
+            if unusable and (len(unusable) >= MAX_UNUSABLE or index + num_workers >= self.num_batches):
+                raise ValueError(f"not one of {len(unusable)} samples can be used; first: {': '.join(unusable[0])}")
+            yield batch
 
     def _shuffled(self, share: int, num_workers: int) -> Iterator[Item]:
         """Yield the samples of this share of the shards, pass after pass, without end."""
@@ -95,15 +107,12 @@ class PairStream(IterableDataset[Batch]):
     def _identity(self, item: Item) -> Hashable:
         """Return the value that no other sample of a batch may have."""
         _, sample = item
-        if self.unique_by == "caption":
-            return sample.get("txt", b"").strip()
-        if self.unique_by is not None:
-            try:
+        # A sample that lacks the value equals no other here, and is left out when it is decoded.
+        with contextlib.suppress(ValueError):
+            if self.unique_by == "caption":
+                return caption(sample)
+            if self.unique_by is not None:
                 return field(sample, self.unique_by)
-            except KeyError as error:
-                raise ValueError(error.args[0]) from error
-            except ValueError:
-                pass  # A broken sample equals no other here, and is left out when it is decoded.
         return sample["__url__"], sample["__key__"]
 
     def _decode(self, items: list[Item]) -> Batch:
@@ -115,14 +124,14 @@ class PairStream(IterableDataset[Batch]):
             torch.default_generator.manual_seed(seed)
             try:
                 if self.unique_by not in (None, "caption"):
-                    metadata(sample)
+                    field(sample, self.unique_by)
                 text = caption(sample, self.keyword_prob, random.Random(seed))
                 images.append(self.transform(decode_image(sample)))
                 captions.append(text)
             except ValueError as error:
                 skipped.append((name, str(error)))
         if not images:
-            raise ValueError(f"not one sample of a batch could be used; first: {': '.join(skipped[0])}")
+            return Batch(torch.empty(0), torch.empty(0), skipped)
         return Batch(torch.stack(images), trim_padding(self.tokenizer(captions)), skipped)
 
 
@@ -199,8 +208,10 @@ class _Reporting(IterableDataset[Batch | str]):
             yield str(error)
 
 
-def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = False) -> Iterator[Batch]:
+def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
     """Return the batches of ``stream``, decoded by ``num_workers`` processes; 0 decodes them in this process.
+
+    To close the generator ends the processes.
 
     Raises:
         ValueError: there are more workers than shards, so that one would have nothing to read; or an error of the
@@ -211,19 +222,23 @@ def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = Fals
             f"{len(stream.shards)} shard(s) cannot feed {num_workers} data workers: "
             f"use --workers {len(stream.shards)} or fewer"
         )
-    options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _leave_signals_to_trainer}
+    options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker}
     return _raising(DataLoader(_Reporting(stream), batch_size=None, num_workers=num_workers, **options))
 
 
-def _raising(batches: DataLoader[Batch | str]) -> Iterator[Batch]:
+def _raising(batches: DataLoader[Batch | str]) -> Generator[Batch, None, None]:
     for batch in batches:
         if isinstance(batch, str):
             raise ValueError(batch)
         yield batch
 
 
-def _leave_signals_to_trainer(_: int) -> None:
+def _start_worker(_: int) -> None:
     # A terminal or a job scheduler sends these to every process. The trainer decides when to stop, and needs batches
     # until then. A second SIGTERM comes from the loader, which ends its workers that way.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
+    # A trainer that is killed tells its workers nothing. On Linux, the kernel can.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def add_parser(commands: Any) -> None:
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
     backends = ("auto", "triton", "torch")
     add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
-    add("--json", metavar="FILE", help="also write the results to this file")
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
     add("--traceback", action="store_true", help="show where an error was raised")
     zero_shot.set_defaults(run=run)
 
@@ -41,28 +42,37 @@ def run(args: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from ..factory import create_model, get_tokenizer, resolve_device
-    from ..files import replace_text
+    from ..files import check_target, replace_text
     from ..images import image_transform
     from .evaluate import evaluate
-    from .labelled import encode_labelled, read_labelled
+    from .labelled import LabelledSet, encode_labelled
 
     if args.pretrained is None and not args.model.startswith("local-dir:") and not args.model.endswith(".pt"):
+        if Path(args.model).is_dir():
+            raise ValueError(f"--model {args.model} is a folder: write --model local-dir:{args.model}")
         raise ValueError(
-            f"--model {args.model} has random weights: give its checkpoint with --pretrained, "
+            f"--model {args.model} would have random weights: give its checkpoint with --pretrained, "
             "or a run's folder as --model local-dir:FOLDER"
         )
+    check_target(args.json)
     device = resolve_device(args.device)
     templates, classnames = _templates(args.templates), _classnames(args.classnames)
     model = create_model(args.model, args.pretrained, device=device, backend=args.backend).eval()
-    images = tqdm(read_labelled(args.data, args.group_by, args.label_by), desc="images", unit="image", disable=None)
+    images = LabelledSet(args.data, args.group_by, args.label_by)
+    progress = tqdm(images, desc="images", unit="image", disable=None)
     transform = image_transform(model.visual.image_size, uint8=True)
-    features = encode_labelled(model, images, transform, args.batch_size, device)
+    features = encode_labelled(model, progress, transform, args.batch_size, device)
     tokenizer = get_tokenizer(args.model)
-    results = evaluate(model, tokenizer, features, templates, classnames=classnames, leave_out=args.leave_out).results
+    for name, reason in images.skipped:
+        print(f"clipfast eval: left out {name}: {reason}", file=sys.stderr)
+    results = evaluate(
+        model, tokenizer, features, templates,
+        classnames=classnames, leave_out=args.leave_out, skipped=len(images.skipped),
+    ).results  # fmt: skip
     text = json.dumps({"model": args.model, "data": args.data, "templates": args.templates, **results}, indent=2)
     print(text)
     if args.json:
-        replace_text(Path(args.json), text + "\n")
+        replace_text(args.json, text + "\n")
     return 0
 
 
@@ -92,4 +102,7 @@ def _lines(path: str, otherwise: str) -> tuple[str, ...]:
     """Return the lines of a text file that are not empty; ``otherwise`` is the error if there is no such file."""
     if not Path(path).is_file():
         raise ValueError(f"{otherwise}, got {path!r}")
-    return tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    return lines

@@ -31,6 +31,7 @@ def evaluate(
     *,
     classnames: Sequence[str] | None = None,
     leave_out: Iterable[str] = (),
+    skipped: int = 0,
 ) -> Evaluation:
     """Compute zero-shot accuracy and retrieval of ``model``, which must be in evaluation mode.
 
@@ -40,6 +41,7 @@ def evaluate(
         templates: prompt templates; their features are averaged for each class.
         classnames: the name of each class in prompts, in the order of ``images.classnames``; default: the labels.
         leave_out: groups to leave out of a second overall accuracy.
+        skipped: how many images of the set could not be used, which the results state.
 
     Raises:
         ValueError: there are not as many names as classes, a group to leave out does not exist, or none would remain.
@@ -59,8 +61,11 @@ def evaluate(
     left_out = sorted(set(leave_out))
     unknown = set(left_out) - set(groups)
     if unknown or (groups and left_out == groups):
-        raise ValueError(f"cannot leave out {', '.join(sorted(unknown) or left_out)}; groups are: {', '.join(groups)}")
-    results: dict[str, Any] = {"images": len(best), "classes": len(labels), "zero_shot": _accuracy(hits)}
+        raise ValueError(
+            f"cannot leave out {', '.join(sorted(unknown) or left_out)}; groups are: {', '.join(groups) or 'none'}"
+        )
+    results: dict[str, Any] = {"images": len(best), "skipped_images": skipped, "classes": len(labels)}
+    results["zero_shot"] = _accuracy(hits)
     if groups:
         results["by_group"] = {group: _accuracy(hits[_members(images.groups, {group})]) for group in groups}
     if left_out:
@@ -84,12 +89,12 @@ def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
 def _retrieval(model: CLIP, tokenizer: Tokenizer, images: LabelledFeatures) -> dict[str, dict[str, float]]:
     """Return recall of images by text and of text by images; equal texts count as one, and so do equal images."""
     device = images.features.device
-    batches = (images.captions[start : start + 256] for start in range(0, len(images.captions), 256))
-    texts = torch.cat(
-        [model.encode_text(trim_padding(tokenizer(batch)).to(device), normalize=True) for batch in batches]
-    )
     numbers = {text: number for number, text in enumerate(dict.fromkeys(images.captions))}
+    captions = list(numbers)
+    batches = (captions[start : start + 256] for start in range(0, len(captions), 256))
+    features = [model.encode_text(trim_padding(tokenizer(batch)).to(device), normalize=True) for batch in batches]
     text_keys = torch.tensor([numbers[text] for text in images.captions], device=device)
+    texts = torch.cat(features)[text_keys]
     image_keys = torch.tensor(images.twins, device=device)
     return {
         "text_to_image": recall_at(pair_ranks(texts, images.features, text_keys, image_keys)),

@@ -1,6 +1,7 @@
 """Labelled image sets: reading them, and encoding them into the features that every evaluation starts from."""
 
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -10,8 +11,8 @@ from PIL import Image
 from torch import Tensor
 
 from ..data import caption, decode_image, expand_shards, read_samples
-from ..data.samples import IMAGE_EXTENSIONS, field, sample_name
-from ..images import ImageError, open_image
+from ..data.samples import IMAGE_EXTENSIONS, RawSample, field, sample_name
+from ..images import open_image
 from ..models import CLIP
 
 
@@ -23,6 +24,9 @@ class LabelledImage:
     label: str
     caption: str
     group: str
+
+
+Loader = tuple[str, Callable[[], LabelledImage]]  # the name of an image, and what reads it
 
 
 @dataclasses.dataclass
@@ -53,47 +57,68 @@ class LabelledFeatures:
         return [by_twin[twin] for twin in self.twins]
 
 
-def read_labelled(data: str, group_by: str | None = None, label_by: str | None = None) -> Iterator[LabelledImage]:
-    """Yield the images of a folder with one sub-folder per class, or of WebDataset shards.
+@dataclasses.dataclass
+class LabelledSet:
+    """The images of a folder with one sub-folder per class, or of WebDataset shards; each iteration reads them anew.
 
-    Args:
+    Attributes:
         data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
         group_by: key of the shards' json that names the group of an image.
         label_by: key of the shards' json that names the class; without it the caption does.
-
-    Raises:
-        ValueError: there are no images, a sample lacks the key, or an image cannot be decoded. None is left out, since
-            results on different images could not be compared.
+        skipped: name and reason of every image that the last iteration had to leave out.
     """
-    if Path(data).is_dir():
-        yield from _read_folder(Path(data))
-        return
-    for sample in read_samples(expand_shards(data)):
-        try:
-            text = caption(sample)
-            label = text if label_by is None else field(sample, label_by)
-            group = "" if group_by is None else field(sample, group_by)
-            yield LabelledImage(decode_image(sample), label, text, group)
-        except KeyError as error:
-            raise ValueError(error.args[0]) from error
-        except ValueError as error:
-            raise ValueError(f"{sample_name(sample)}: {error}") from error
 
+    data: str
+    group_by: str | None = None
+    label_by: str | None = None
+    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
 
-def _read_folder(root: Path) -> Iterator[LabelledImage]:
-    """Yield the images of each sub-folder, whose name is their label and caption."""
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
-    if not folders:
-        raise ValueError(f"{root} has no sub-folders; an image folder has one per class")
-    for folder in folders:
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-        if not paths:
-            raise ValueError(f"{folder} has no images ({', '.join(IMAGE_EXTENSIONS)})")
-        for path in paths:
+    def __iter__(self) -> Iterator[LabelledImage]:
+        """Yield the images in their order.
+
+        Raises:
+            ValueError: there are no images, or not one of them can be used.
+        """
+        self.skipped.clear()
+        usable = False
+        for name, load in self._folder(Path(self.data)) if Path(self.data).is_dir() else self._shards():
             try:
-                yield LabelledImage(open_image(path), folder.name, folder.name, "")
-            except ImageError as error:
-                raise ValueError(f"{path}: {error}") from error
+                image = load()
+            except ValueError as error:
+                self.skipped.append((name, str(error)))
+                continue
+            usable = True
+            yield image
+        if not usable and not self.skipped:
+            raise ValueError(f"{self.data} holds no images")
+        if not usable:
+            raise ValueError(f"not one image of {self.data} can be used; first: {': '.join(self.skipped[0])}")
+
+    def _shards(self) -> Iterator[Loader]:
+        for sample in read_samples(expand_shards(self.data)):
+            yield sample_name(sample), functools.partial(self._from_sample, sample)
+
+    def _from_sample(self, sample: RawSample) -> LabelledImage:
+        text = caption(sample)
+        label = text if self.label_by is None else field(sample, self.label_by)
+        group = "" if self.group_by is None else field(sample, self.group_by)
+        return LabelledImage(decode_image(sample), label, text, group)
+
+    def _folder(self, root: Path) -> Iterator[Loader]:
+        """Yield the images of each sub-folder, whose name is their label and caption."""
+        folders = sorted(path for path in root.iterdir() if path.is_dir())
+        if not folders:
+            raise ValueError(f"{root} has no sub-folders; an image folder has one per class")
+        for folder in folders:
+            paths = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
+            if not paths:
+                raise ValueError(f"{folder} has no images ({', '.join(IMAGE_EXTENSIONS)})")
+            for path in paths:
+                yield str(path), functools.partial(_from_file, path)
+
+
+def _from_file(path: Path) -> LabelledImage:
+    return LabelledImage(open_image(path), path.parent.name, path.parent.name, "")
 
 
 @torch.no_grad()

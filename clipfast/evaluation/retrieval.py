@@ -14,9 +14,10 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     """Return, for each query of N pairs, the number of wrong items that come before its best right item.
 
     Pair i joins query i and item i of the gallery. Queries that are the same thing, such as one caption of several
-    images, have the same key, and so do items that are the same. An item is right for a query if some pair joins their
-    keys. A wrong item with the same score as the right one counts as before it, so that a collapsed model, for which
-    all scores are equal, gets no credit.
+    images, have the same key, and so do items that are the same: these count as one item, or else the names of large
+    classes would crowd the ranks. An item is right for a query if some pair joins their keys. A wrong item with the
+    same score as the right one counts as before it, so that a collapsed model, for which all scores are equal, gets no
+    credit.
 
     Args:
         queries, gallery: features [N, D] of unit length.
@@ -30,20 +31,23 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     """
     if not (queries.isfinite().all() and gallery.isfinite().all()):
         raise ValueError("retrieval: features contain NaN or infinity")
-    first: dict[int, int] = {}
+    query_places: dict[int, int] = {}  # where each query stands first
+    item_places: dict[int, int] = {}
     right: dict[int, set[int]] = {}
     for place, (query, item) in enumerate(zip(query_keys.tolist(), gallery_keys.tolist(), strict=True)):
-        first.setdefault(query, place)
+        query_places.setdefault(query, place)
+        item_places.setdefault(item, place)
         right.setdefault(query, set()).add(item)
-    by_key = query_keys.new_zeros(max(first, default=-1) + 1)
-    num_items = int(gallery_keys.max()) + 1 if len(gallery_keys) else 0
+    by_key = query_keys.new_zeros(max(query_places, default=-1) + 1)
+    numbers = {item: number for number, item in enumerate(item_places)}
+    items = gallery[list(item_places.values())]
     for turn in _turns(right):
-        owner = [-1] * num_items
+        owner = [-1] * len(items)
         for number, query in enumerate(turn):
             for item in right[query]:
-                owner[item] = number
-        chosen = queries[[first[query] for query in turn]]
-        by_key[turn] = retrieval_ranks(chosen, gallery, text_image=gallery_keys.new_tensor(owner)[gallery_keys])[0]
+                owner[numbers[item]] = number
+        chosen = queries[[query_places[query] for query in turn]]
+        by_key[turn] = retrieval_ranks(chosen, items, text_image=gallery_keys.new_tensor(owner))[0]
     return by_key[query_keys]
 
 

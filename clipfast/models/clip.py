@@ -63,7 +63,14 @@ class CLIP(nn.Module):
 
         Returns:
             [B, embed_dim].
+
+        Raises:
+            TypeError, ValueError: ``image`` is not such a tensor.
         """
+        if not isinstance(image, Tensor):
+            raise TypeError(f"encode_image: image must be a tensor [B, 3, H, W], got a {type(image).__name__}")
+        if image.ndim != 4 or image.shape[1] != 3:
+            raise ValueError(f"encode_image: image must be [B, 3, H, W], RGB; got shape {tuple(image.shape)}")
         features = self.visual(image)
         return F.normalize(features, dim=-1) if normalize else features
 
@@ -79,8 +86,11 @@ class CLIP(nn.Module):
             [B, embed_dim].
 
         Raises:
-            ValueError: if ``text`` has more tokens than the model has positions.
+            TypeError: ``text`` is not a tensor.
+            ValueError: ``text`` has more tokens than the model has positions.
         """
+        if not isinstance(text, Tensor):
+            raise TypeError(f"encode_text: text must be a tensor of token ids [B, L], got a {type(text).__name__}")
         if text.ndim != 2 or text.shape[1] > self.context_length:
             raise ValueError(
                 f"encode_text: text must be [B, L] with L at most {self.context_length}, got shape {tuple(text.shape)}"

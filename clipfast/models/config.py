@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +26,15 @@ class VisionConfig:
     patch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse a patch_dropout that is not in [0, 1), or that belongs to a ResNet.
+        """Refuse sizes that are not positive, and a patch_dropout that is not in [0, 1) or that belongs to a ResNet.
 
         Raises:
             ValueError: as above.
         """
+        is_vit = isinstance(self.layers, int)
+        _check_sizes("vision_cfg", self, ("image_size", "width", "head_width", "mlp_ratio", *("layers",) * is_vit))
+        if is_vit:
+            _check_sizes("vision_cfg", self, ("patch_size",))
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout must be at least 0 and less than 1, got {self.patch_dropout}")
         if self.patch_dropout and not isinstance(self.layers, int):
@@ -51,6 +57,14 @@ class TextConfig:
     layers: int = 12
     mlp_ratio: float = 4.0
 
+    def __post_init__(self) -> None:
+        """Refuse sizes that are not positive.
+
+        Raises:
+            ValueError: as above.
+        """
+        _check_sizes("text_cfg", self, [field.name for field in dataclasses.fields(self)])
+
 
 @dataclasses.dataclass(frozen=True)
 class CLIPConfig:
@@ -60,6 +74,14 @@ class CLIPConfig:
     vision: VisionConfig
     text: TextConfig
     quick_gelu: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse an embed_dim that is not positive.
+
+        Raises:
+            ValueError: as above.
+        """
+        _check_sizes("model config", self, ("embed_dim",))
 
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "CLIPConfig":
@@ -97,6 +119,15 @@ class CLIPConfig:
         if not isinstance(self.vision.layers, int):
             raw["vision_cfg"]["layers"] = list(self.vision.layers)
         return raw | ({"quick_gelu": True} if self.quick_gelu else {})
+
+
+def _check_sizes(section: str, config: object, names: Iterable[str]) -> None:
+    """Refuse sizes that are not positive numbers: whole ones, but for mlp_ratio."""
+    for name in names:
+        value, kind = getattr(config, name), "number" if name == "mlp_ratio" else "whole number"
+        right = isinstance(value, int | float if name == "mlp_ratio" else int) and not isinstance(value, bool)
+        if not right or not 0 < value < math.inf:
+            raise ValueError(f"{section}: {name} must be a positive {kind}, got {value!r}")
 
 
 def _fields(kind: type[VisionConfig] | type[TextConfig], section: str, raw: dict[str, Any]) -> dict[str, Any]:
@@ -148,10 +179,14 @@ def add_model_config(path: str | Path) -> None:
     """Register the configuration in OpenCLIP's JSON file ``path`` under the file's stem.
 
     Raises:
-        ValueError: if this package cannot build the model.
+        ValueError: if it is not such a file, or this package cannot build the model.
     """
     path = Path(path)
-    _CONFIGS[path.stem] = CLIPConfig.from_dict(json.loads(path.read_text()))
+    try:
+        raw = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not a model configuration: {error}") from error
+    _CONFIGS[path.stem] = CLIPConfig.from_dict(raw)
 
 
 def get_model_config(name: str) -> CLIPConfig:

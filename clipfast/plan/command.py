@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..columns import align
+from ..files import check_target, replace_text
 from ..units import BYTES, COUNTS, ONES, SECONDS, scaled
 
 if TYPE_CHECKING:
@@ -79,7 +80,6 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, or what the check found, and return the exit code."""
-    from ..files import replace_text
     from .predict import check, predict
 
     problem, cluster = _problem(args), _cluster(args)
@@ -110,8 +110,7 @@ def _problem(args: argparse.Namespace) -> "Problem":
     pairs = args.pairs or (256 * gpus if args.check else 32768)
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype: unknown {args.dtype!r}; known: {', '.join(DTYPES)}")
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ValueError(f"no folder {args.json.parent} to write {args.json.name} in")
+    check_target(args.json)
     for flag, value, most in (("gpus", gpus, 8), ("pairs", pairs, 16384)):
         if args.check and value > most:
             raise ValueError(f"--check runs every rank on this machine: --{flag} must be at most {most}, got {value}")

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, add_arguments, list_recipes, read_recipe
+from .config import TrainConfig, add_arguments, flag_name, list_recipes, read_recipe
 
 
 def add_parser(commands: Any) -> None:
@@ -16,17 +16,13 @@ def add_parser(commands: Any) -> None:
         epilog="Example: clipfast train --recipe emoji --name demo\nTo continue: clipfast train --resume runs/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument(
-        "--recipe",
-        metavar="NAME",
-        help=f"take options from a bundled recipe ({', '.join(list_recipes())}) or a TOML file; flags override them",
+    recipe = f"take options from a bundled recipe ({', '.join(list_recipes())}) or a TOML file; flags override them"
+    parser.add_argument("--recipe", metavar="NAME", help=recipe)
+    resume = (
+        "continue a run, given by its folder or a checkpoint, or 'latest' with the run's --name; it keeps the options "
+        "that it was started with unless flags change them"
     )
-    parser.add_argument(
-        "--resume",
-        metavar="RUN",
-        help="continue a run, given by its folder or a checkpoint, or 'latest' with the run's --name; "
-        "it keeps the options that it was started with unless flags change them",
-    )
+    parser.add_argument("--resume", metavar="RUN", help=resume)
     add_arguments(parser)
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
@@ -36,9 +32,8 @@ def run(args: argparse.Namespace) -> int:
     """Train, print ``results.json``, and return the exit code: 128 plus the signal if one interrupted the run."""
     from .loop import train
 
-    given = _tuples(vars(args))
-    for key in ("command", "run", "traceback", "recipe", "resume"):
-        given.pop(key)
+    own = ("command", "run", "traceback", "recipe", "resume")
+    given = _tuples({key: value for key, value in vars(args).items() if key not in own})
     options: dict[str, Any] = {}
     checkpoint = None
     if args.resume is not None:
@@ -69,16 +64,29 @@ def _checkpoint(resume: str, given: dict[str, Any]) -> Path:
         if "name" not in given:
             raise ValueError("--resume latest needs the run's --name; or give its folder: --resume runs/NAME")
         path = Path(given.get("logs", "runs")) / given["name"]
-    return RunFolder(path).latest if path.is_dir() else path
+    if not path.exists():
+        raise ValueError(f"no run to resume at {path}: there is neither a folder nor a checkpoint")
+    if not path.is_dir():
+        return path
+    kept = RunFolder(path).kept()
+    if not kept:
+        raise ValueError(f"{path} holds no checkpoint to resume from")
+    return kept[0]
 
 
 def _saved_options(checkpoint: Path) -> dict[str, Any]:
     """Return the options of the run that wrote ``checkpoint``; none if OpenCLIP wrote it."""
-    from ..checkpoint import read_checkpoint
+    from ..checkpoint import CheckpointError, read_checkpoint
+    from .run import RunFolder
 
-    options = _tuples(read_checkpoint(checkpoint).get("clipfast", {}).get("config", {}))
     path = checkpoint.resolve()
-    if options and path.parent.name == "checkpoints":
+    in_run = path.parent.name == "checkpoints"
+    try:
+        options = _tuples(read_checkpoint(checkpoint).get("clipfast", {}).get("config", {}))
+    except CheckpointError as error:
+        others = [str(other) for other in RunFolder(path.parent.parent).kept() if other != path] if in_run else []
+        raise CheckpointError(f"{error}{f'; the one before is {others[0]}' if others else ''}") from error
+    if options and in_run:
         # The run continues where its checkpoint lies, even if the folder was moved or renamed.
         options |= {"logs": str(path.parent.parent.parent), "name": path.parent.parent.name}
     return options
@@ -94,8 +102,7 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
 
     for key in ("train_data", "val_data"):
         if key not in given and not is_local(str(options.get(key))):
-            flag = "--" + key.replace("_", "-")
             raise ValueError(
-                f"{source} names data that is not local, {options[key]!r}: to use it, give {flag} yourself"
+                f"{source} names data that is not local, {options[key]!r}: to use it, give {flag_name(key)} yourself"
             )
     return options

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import math
 import tomllib
 from importlib.resources import files
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 AUTO = "auto"
 SHARE = {"not_negative": True, "most": 1}
+BELOW_1 = {"not_negative": True, "below": 1}
 
 
 def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
@@ -19,8 +21,8 @@ def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
         default: value of a run that does not set it.
         text: what ``--help`` says.
         kind: type of the value, or of each value if it is a tuple.
-        limits: what :func:`_check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most``. With
-            ``auto=True``, "auto" is a value as well.
+        limits: what :func:`_check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most`` and ``below``.
+            With ``auto=True``, "auto" is a value as well.
     """
     return dataclasses.field(default=default, metadata={"help": text, "kind": kind, **limits})
 
@@ -30,14 +32,14 @@ class TrainConfig:
     """Options of a training run. Names follow OpenCLIP's flags; the help text of each is its documentation."""
 
     train_data: str = _flag(
-        "", "WebDataset shards (.tar, .tar.gz); braces such as {000..099} expand, '::' joins patterns, and "
+        "", "WebDataset shards (.tar, .tar.gz); {000..099} and *.tar expand, '::' joins patterns, and "
         "'bundled:emoji/noto' ships with the package",
     )  # fmt: skip
     train_num_samples: int | None = _flag(None, "pairs per epoch (default: all, counted by reading all shards)", int)
     model: str = _flag("ViT-B-32", "model name, as clipfast.list_models() gives it, or path of an OpenCLIP model JSON")
     pretrained: str | None = _flag(None, "checkpoint that the weights start from")
     force_patch_dropout: float | None = _flag(
-        None, "share of each image's patches to drop in training (FLIP), in place of the model's own", float
+        None, "share of each image's patches to drop in training (FLIP), in place of the model's own", float, **BELOW_1
     )
     batch_size: int = _flag(256, "pairs per step", int, positive=True)
     micro_batch_size: int | str | None = _flag(
@@ -48,11 +50,17 @@ class TrainConfig:
     epochs: int = _flag(32, "passes over the --train-num-samples pairs", int, positive=True)
     lr: float = _flag(5e-4, "peak learning rate", float, positive=True)
     wd: float = _flag(0.2, "weight decay of all but gains, biases and the logit scale", float, not_negative=True)
-    beta1: float = _flag(0.9, "beta1 of AdamW", float)
-    beta2: float | None = _flag(None, "beta2 of AdamW (default: 0.98 for vision transformers, 0.999 for others)", float)
-    eps: float | None = _flag(None, "epsilon of AdamW (default: 1e-6 for vision transformers, 1e-8 for others)", float)
+    beta1: float = _flag(0.9, "beta1 of AdamW", float, **BELOW_1)
+    beta2: float | None = _flag(
+        None, "beta2 of AdamW (default: 0.98 for vision transformers, 0.999 for others)", float, **BELOW_1
+    )
+    eps: float | None = _flag(
+        None, "epsilon of AdamW (default: 1e-6 for vision transformers, 1e-8 for others)", float, positive=True
+    )
     warmup: int = _flag(2000, "steps of a rising learning rate, before a cosine to zero", int, not_negative=True)
-    grad_clip_norm: float | None = _flag(None, "clip the norm of the gradient to this (default: no clipping)", float)
+    grad_clip_norm: float | None = _flag(
+        None, "clip the norm of the gradient to this (default: no clipping)", float, positive=True
+    )
     precision: str = _flag("auto", "auto is amp_bf16 on a GPU, else fp32; amp is amp_bf16 too", choices=PRECISIONS)
     grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", bool)
     selective_checkpointing: bool = _flag(
@@ -65,7 +73,7 @@ class TrainConfig:
     device: str = _flag("auto", "cpu, cuda, or auto for a GPU if there is one")
     backend: str = _flag("auto", "implementation of the ops", choices=("auto", "triton", "torch"))
     workers: int = _flag(1, "data worker processes, at most one per shard", int, not_negative=True)
-    seed: int = _flag(0, "seed of every random number generator", int)
+    seed: int = _flag(0, "seed of every random number generator", int, not_negative=True, most=2**62)
     unique_by: str | None = _flag(None, "json key, or 'caption', whose value no two pairs of a batch may share")
     keyword_prob: float = _flag(0.0, "probability of adding keywords from a pair's json to its caption", float, **SHARE)
     crop_scale: tuple[float, float] = _flag(
@@ -100,16 +108,15 @@ class TrainConfig:
         """
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
+            _check_value(field, getattr(self, field.name))
         if self.cuda_graphs and self.micro_batch_size is not None:
             raise ValueError("--cuda-graphs replays a whole batch: leave out --micro-batch-size, or --cuda-graphs")
         if self.val_leave_out and self.val_group_by is None:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
         if not self.train_data:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
-        for field in dataclasses.fields(self):
-            _check_value(field, getattr(self, field.name))
-        if self.force_patch_dropout is not None and not 0 <= self.force_patch_dropout < 1:
-            raise ValueError(f"--force-patch-dropout must be from 0 to less than 1, got {self.force_patch_dropout}")
+        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
+            raise ValueError(f"--name must be the name of a folder in --logs, not a path, got {self.name!r}")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-scale needs two shares of the area, 0 < low <= high <= 1, got {low} {high}")
@@ -140,10 +147,14 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
     if isinstance(value, str | tuple | None):
         return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{flag} must be a finite number, got {value}")
     if "positive" in meta and value <= 0:
         raise ValueError(f"{flag} must be more than 0, got {value}")
     if "not_negative" in meta and value < 0:
         raise ValueError(f"{flag} must not be negative, got {value}")
+    if "below" in meta and value >= meta["below"]:
+        raise ValueError(f"{flag} must be less than {meta['below']}, got {value}")
     if "most" in meta and value > meta["most"]:
         raise ValueError(f"{flag} must be at most {meta['most']}, got {value}")
 

@@ -1,7 +1,7 @@
 """The training data of a run: its shards, the batches of each epoch, and how many pairs may be unusable."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,7 @@ class TrainingData:
 
     def batches(
         self, epoch: int, first: int, image_size: int, tokenizer: Tokenizer, *, pin_memory: bool
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch, None, None]:
         """Return the batches of an epoch from number ``first``, decoded and augmented by the data workers.
 
         Args:

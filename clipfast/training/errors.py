@@ -5,8 +5,8 @@ class TrainingError(RuntimeError):
     """Training cannot go on; the message says why, and what is left of the run."""
 
 
-def not_finite(what: str, step: int) -> TrainingError:
-    """Return the error for a loss or weights that are not finite after ``step`` steps."""
-    return TrainingError(
-        f"{what} not finite at step {step}: lower --lr, or set --grad-clip-norm; the last checkpoint is from before"
-    )
+class NotFiniteError(TrainingError):
+    """Loss or weights are infinite or NaN: there is nothing worth saving."""
+
+    def __init__(self, what: str, step: int) -> None:
+        super().__init__(f"{what} not finite at step {step}: lower --lr, or set --grad-clip-norm")

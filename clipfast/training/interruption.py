@@ -1,19 +1,25 @@
-"""Ctrl-C and SIGTERM: the step is finished and saved first."""
+"""Ctrl-C, SIGTERM, and SIGHUP from a terminal that is closed: the step is finished and saved first."""
 
 import signal
 from types import FrameType
 
 from .logs import log
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class Interruption:
-    """A context that remembers the first SIGINT or SIGTERM in ``signum``; a second one raises KeyboardInterrupt."""
+    """A context that remembers the first of ``SIGNALS`` in ``signum``; a second one raises KeyboardInterrupt.
+
+    A SIGHUP that is ignored, as under nohup, stays ignored.
+    """
 
     def __init__(self) -> None:
         self.signum: int | None = None
 
     def __enter__(self) -> "Interruption":
-        self._previous = {signum: signal.signal(signum, self._handle) for signum in (signal.SIGINT, signal.SIGTERM)}
+        taken = [signum for signum in SIGNALS if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN]
+        self._previous = {signum: signal.signal(signum, self._handle) for signum in taken}
         return self
 
     def __exit__(self, *_: object) -> None:

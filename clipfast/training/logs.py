@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
-from .errors import not_finite
+from .errors import NotFiniteError
 from .run import RunFolder
 
 log = logging.getLogger("clipfast")
@@ -71,11 +71,13 @@ class TrainLog:
             logit_scale: scalar, the factor of the cosines after the last one.
 
         Raises:
-            TrainingError: a loss is not finite.
+            NotFiniteError: a loss is not finite.
         """
+        if not self._losses:  # not one pair of these steps could be used
+            return
         losses = torch.stack(self._losses)
         if not losses.isfinite().all():
-            raise not_finite("the loss is", step)
+            raise NotFiniteError("the loss is", step)
         elapsed = time.perf_counter() - self._started
         rates = {
             "batch_time": elapsed / len(losses),

@@ -1,18 +1,24 @@
 """From options to a finished run: what ``clipfast train`` does."""
 
 import dataclasses
+import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..checkpoint import export_open_clip, read_checkpoint
 from ..evaluation.evaluate import Evaluation
-from .config import TrainConfig
+from .config import TrainConfig, flag_name
 from .interruption import Interruption
+from .lock import locked
 from .logs import log, logging_to
+from .optim import cosine_lr
 from .run import RunFolder
 from .trainer import Trainer
+
+PLACE = ("logs", "name")  # options that say where the run lies, so that its folder may be moved
 
 
 def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, int | None]:
@@ -26,38 +32,78 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
         The run's folder, and the signal that interrupted the run if one did.
 
     Raises:
-        ImportError: a package is missing that reads the data or draws the pictures.
-        ValueError: options, data or the checkpoint cannot be used; nothing has been trained then.
-        TrainingError: loss or weights are not finite, or too many pairs cannot be decoded; the last checkpoint is left.
+        ImportError: a package is missing that reads the data.
+        ValueError: options, data or the checkpoint cannot be used, or another process writes to the folder; nothing has
+            been trained then.
+        TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
+        DiskFullError: there is no space for the last checkpoint or the results.
     """
-    # Not at the top, where it would keep those without matplotlib from every other use of this module. Not in
-    # ``finish``, where they would learn only after the training that it is missing.
-    from ..evaluation import pictures  # noqa: F401
-
     name = config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"
     folder = RunFolder(Path(config.logs) / name)
     is_own = resume is not None and resume.resolve().parent == folder.checkpoints.resolve()
-    folder.refuse_other_run(resuming=is_own)
-    trainer = Trainer(config, folder, read_checkpoint(resume) if resume is not None else None)
-    folder.create(after_step=trainer.progress.step if is_own else None)
-    folder.write_json("config.json", dataclasses.asdict(config))
-    with logging_to(folder.path), Interruption() as interruption:
-        log.info(
-            f"{config.model} on {trainer.device}, {trainer.total_steps} steps of {config.batch_size} pairs "
-            f"from {len(trainer.data.shards)} shard(s); run folder {folder.path}"
-        )
-        if resume is not None:
-            log.info(f"Resuming from {resume} at step {trainer.progress.step} of {trainer.total_steps}.")
-        evaluation = trainer.fit(interruption)
-        if interruption.signum is None:
-            finish(trainer, evaluation or trainer.evaluate())
+    with locked(folder.path):
+        folder.refuse_other_run(resuming=is_own)
+        checkpoint = read_checkpoint(resume) if resume is not None else {}
+        trainer = Trainer(config, folder, checkpoint or None)
+        saved = checkpoint.get("clipfast", {}).get("config", {})
+        options, changed = dataclasses.asdict(config), changed_options(saved, config)
+        refuse_changes(trainer, changed, is_own)
+        step = trainer.progress.step if is_own else None
+        folder.create(after_step=step)
+        folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
+        with logging_to(folder.path), Interruption() as interruption:
+            _log_start(trainer, resume, changed)
+            evaluation = trainer.fit(interruption)
+            if interruption.signum is None:
+                finish(trainer, evaluation or trainer.evaluate())
     return folder, interruption.signum
+
+
+def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
+    """Return the options that differ from those in a checkpoint, each as "--flag was -> is"."""
+    options = json.loads(json.dumps(dataclasses.asdict(config)))
+    return {
+        key: f"{flag_name(key)} {was} -> {options[key]}"
+        for key, was in saved.items()
+        if key in options and key not in PLACE and options[key] != was
+    }
+
+
+def refuse_changes(trainer: Trainer, changed: dict[str, str], is_own: bool) -> None:
+    """Refuse changed options where they would make the records of the run false; ``is_own`` if it is in its folder.
+
+    Raises:
+        ValueError: the checkpoint is of another model, or the run is finished.
+    """
+    if "model" in changed:
+        raise ValueError(f"the weights of a checkpoint are of its own model, which cannot change: {changed['model']}")
+    if is_own and changed and trainer.progress.step >= trainer.total_steps:
+        raise ValueError(
+            f"the run is finished after {trainer.progress.step} steps, and its options cannot change any more: "
+            f"{', '.join(changed.values())}; only more --epochs would continue it"
+        )
+
+
+def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -> None:
+    config, total = trainer.config, trainer.total_steps
+    log.info(
+        f"{config.model} on {trainer.device}, {total} steps of {config.batch_size} pairs "
+        f"from {len(trainer.data.shards)} shard(s); run folder {trainer.folder.path}"
+    )
+    if resume is not None:
+        log.info(f"Resuming from {resume} at step {trainer.progress.step} of {total}.")
+    if changed:
+        log.info(f"Changed from here on: {', '.join(changed.values())}")
+    if config.warmup >= total:
+        reached = cosine_lr(total - 1, config.lr, config.warmup, total)
+        log.warning(
+            f"--warmup {config.warmup} is not shorter than the run of {total} steps: the learning rate only rises to "
+            f"{reached:.2g} of {config.lr:g}; a tenth of the steps is usual, --warmup {total // 10}"
+        )
 
 
 def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
     """Write ``results.json``, the exported model and the pictures of a finished run into its folder."""
-    from ..evaluation.pictures import contact_sheet, learning_curve
-
     folder, config = trainer.folder, trainer.config
     export_open_clip(trainer.model, folder.path)
     losses = [line["loss"] for line in folder.metrics() if "loss" in line]
@@ -73,10 +119,21 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
         **(evaluation.results if evaluation else {}),
     }
     folder.write_json("results.json", results)
+    made = ["results.json", *_pictures(trainer, evaluation)]
+    log.info(f"Finished: {', '.join(made)} in {folder.path}; load the model as local-dir:{folder.path}")
+
+
+def _pictures(trainer: Trainer, evaluation: Evaluation | None) -> list[str]:
+    """Draw the pictures of a run, if matplotlib is there, and return the names of their files."""
+    try:
+        from ..evaluation.pictures import contact_sheet, learning_curve
+    except ImportError:
+        log.warning("No pictures: they need matplotlib, pip install 'clipfast[eval]'")
+        return []
+    folder, config = trainer.folder, trainer.config
     title = f"{config.model} on {config.train_data}\nvalidated on {config.val_data or 'nothing'}"
     learning_curve(folder.metrics(), title, folder.path / "learning_curve.png")
-    made = ["results.json", "learning_curve.png"]
-    if evaluation is not None:
-        contact_sheet(trainer.validation_images(), evaluation, folder.path / "contact_sheet.png")
-        made.append("contact_sheet.png")
-    log.info(f"Finished: {', '.join(made)} in {folder.path}; load the model as local-dir:{folder.path}")
+    if evaluation is None or trainer.validation is None:
+        return ["learning_curve.png"]
+    contact_sheet(trainer.validation, evaluation, folder.path / "contact_sheet.png")
+    return ["learning_curve.png", "contact_sheet.png"]

@@ -2,12 +2,13 @@
 
 import contextlib
 import json
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_checkpoint
-from ..files import replace_text
+from ..files import replace_file, replace_text
 
 
 class RunFolder:
@@ -39,18 +40,54 @@ class RunFolder:
     def create(self, *, after_step: int | None) -> None:
         """Make the folder. Records of an earlier session are kept up to ``after_step``, and removed if it is None."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
-        kept = [line for line in self.metrics() if after_step is not None and line["step"] <= after_step]
-        replace_text(self.metrics_path, "".join(json.dumps(line) + "\n" for line in kept))
-        lines = self.skipped_path.read_text().splitlines(keepends=True) if self.skipped_path.exists() else []
-        kept_lines = [line for line in lines if after_step is not None and int(line.split("\t")[0]) <= after_step]
-        replace_text(self.skipped_path, "".join(kept_lines))
+        last = -1 if after_step is None else after_step
+        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= last]
+        replace_text(self.metrics_path, "".join(kept))
+        skipped = self.skipped_path.read_text().splitlines(keepends=True) if self.skipped_path.exists() else []
+        replace_text(self.skipped_path, "".join(line for line in skipped if int(line.split("\t")[0]) <= last))
 
     def save(self, checkpoint: dict[str, Any], *, keep: bool) -> Path:
-        """Write ``epoch_latest.pt``, and with ``keep`` also ``epoch_N.pt``; returns the path of the first."""
-        if keep:
-            write_checkpoint(self.checkpoints / f"epoch_{checkpoint['epoch']}.pt", checkpoint)
+        """Write ``epoch_latest.pt``, and with ``keep`` also ``epoch_N.pt``; returns the path of the first.
+
+        Raises:
+            DiskFullError: there is no space; the checkpoints that exist stay as they are.
+        """
         write_checkpoint(self.latest, checkpoint)
+        if keep:
+            # The next epoch_latest.pt will be another file, so that this one can have two names.
+            replace_file(self.checkpoints / f"epoch_{checkpoint['epoch']}.pt", self._link_latest)
         return self.latest
+
+    def _link_latest(self, path: Path) -> None:
+        path.unlink()
+        try:
+            path.hardlink_to(self.latest)
+        except OSError:  # the file system has no such links
+            shutil.copyfile(self.latest, path)
+
+    def kept(self) -> list[Path]:
+        """Return the checkpoints that there are, the latest first."""
+        epochs = {path: path.stem.removeprefix("epoch_") for path in self.checkpoints.glob("epoch_*.pt")}
+        numbered = sorted((path for path in epochs if epochs[path].isdecimal()), key=lambda path: -int(epochs[path]))
+        return [path for path in (self.latest, *numbered) if path.exists()]
+
+    def record_options(self, options: dict[str, Any], changed: dict[str, Any], step: int | None) -> None:
+        """Write ``config.json``: the options that the run began with, and what has changed after which step.
+
+        Args:
+            options: those of a run that begins, or that the continued checkpoint holds.
+            changed: the options that differ from these from now on.
+            step: the number of finished steps of a run that goes on, or None.
+        """
+        path = self.path / "config.json"
+        if step is None:
+            self.write_json(path.name, options)
+            return
+        recorded = json.loads(path.read_text()) if path.exists() else dict(options)
+        changes = [change for change in recorded.pop("changes", []) if change["after_step"] < step]
+        if changed:
+            changes.append({"after_step": step, **changed})
+        self.write_json(path.name, recorded | ({"changes": changes} if changes else {}))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Replace the file ``name`` of the folder by ``content`` as JSON."""
@@ -72,4 +109,9 @@ class RunFolder:
     def record_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
         """Append samples that could not be used, each as name and reason."""
         with self.skipped_path.open("a") as file:
-            file.writelines(f"{step}\t{name}\t{' '.join(reason.split())}\n" for name, reason in skipped)
+            file.writelines(f"{step}\t{_printable(name)}\t{_printable(reason)}\n" for name, reason in skipped)
+
+
+def _printable(text: str) -> str:
+    """Return the text in one line, with control characters as a space or an escape."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))

@@ -10,7 +10,7 @@ from ..checkpoint import CheckpointError, load_weights
 from ..models import CLIP
 from .config import AUTO, TrainConfig, flag_name
 from .data import SkipBudget, TrainingData
-from .errors import not_finite
+from .errors import NotFiniteError
 from .step import TrainingStep
 
 CHECKPOINT_VERSION = 1
@@ -45,10 +45,10 @@ class RunState:
         """Return the content of a checkpoint.
 
         Raises:
-            TrainingError: the weights are not finite.
+            NotFiniteError: the weights are not finite.
         """
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
-            raise not_finite("the weights are", self.progress.step)
+            raise NotFiniteError("the weights are", self.progress.step)
         optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "skipped": self.budget.skipped}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])

@@ -12,9 +12,6 @@ from ..models import CLIP
 from .logs import log
 
 WARMUP_STEPS = 3  # before the graph is captured: everything that is allocated or compiled once must exist by then
-MOMENTS = 2  # that AdamW keeps, each as large as the weights
-
-Step = Callable[[Tensor, Tensor], Tensor]
 
 
 class Upload:
@@ -59,6 +56,7 @@ class TrainingStep:
     ) -> None:
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.autocast, self.grad_clip_norm, self.micro_batch_size = autocast, grad_clip_norm, micro_batch_size
+        self.is_updating = False  # True after an error that came in the middle of an update
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
         """Take a step and return the loss of the batch before it, a scalar without a graph."""
@@ -66,8 +64,10 @@ class TrainingStep:
         loss = self.backward(images, texts)
         if self.grad_clip_norm is not None:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
+        self.is_updating = True
         self.optimizer.step()
         self.model.clamp_logit_scale()
+        self.is_updating = False
         return loss
 
     def backward(self, images: Tensor, texts: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class TrainingStep:
             with self.autocast():
                 self.micro_batch_size = largest_micro_batch(
                     self.model, images, texts, self.loss, start=self.micro_batch_size,
-                    reserve=0 if self.optimizer.state else MOMENTS * weights,
+                    reserve=0 if self.optimizer.state else 2 * weights,  # AdamW's moments
                 )  # fmt: skip
             how = "the most that was found to fit"
         found = self.micro_batch_size
@@ -117,7 +117,7 @@ class GraphedStep:
         context_length: length in tokens that texts are padded to, so that every batch has the same shape.
     """
 
-    def __init__(self, step: Step, context_length: int) -> None:
+    def __init__(self, step: Callable[[Tensor, Tensor], Tensor], context_length: int) -> None:
         self.step, self.context_length = step, context_length
         self._calls = 0
         self._stream: torch.cuda.Stream | None = None

@@ -1,8 +1,8 @@
 """The trainer: it builds the components of a training run, and runs the loop over epochs and steps."""
 
+import contextlib
 import functools
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +11,15 @@ from torch import Tensor
 
 from ..data import Batch
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.labelled import LabelledImage, encode_labelled, read_labelled
+from ..evaluation.labelled import LabelledSet, encode_labelled
+from ..files import DiskFullError
 from ..images import image_transform
 from ..kernels import contrastive_loss
 from ..tokenizer import Tokenizer
 from .build import build_device, build_model, build_optimizer
 from .config import AUTO, TrainConfig
 from .data import SkipBudget, TrainingData
+from .errors import NotFiniteError
 from .interruption import Interruption
 from .logs import TrainLog, log
 from .optim import cosine_lr, set_lr
@@ -44,7 +46,9 @@ class Trainer:
         self.device = build_device(config)
         self.data = TrainingData(config, saved.get("stream", {}))
         self.total_steps = self.data.steps_per_epoch * config.epochs
-        next(self.validation_images(), None)  # an error in the first sample should show before an epoch is spent
+        self.validation = None if config.val_data is None else LabelledSet(config.val_data, config.val_group_by)
+        if self.validation is not None:
+            next(iter(self.validation))  # a set that cannot be used should show before an epoch is spent
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved.get("model_config"), self.device)
         self.tokenizer = Tokenizer(self.model.context_length)
@@ -63,28 +67,67 @@ class Trainer:
         self.state = RunState(
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress
         )
+        self._unsaved = False  # whether steps were taken since the last checkpoint
         if checkpoint is not None:
             self.state.load_state_dict(checkpoint)
 
     def fit(self, interruption: Interruption) -> Evaluation | None:
         """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
 
+        Whatever ends it, weights that are finite are saved, unless an update of them is not complete.
+
         Raises:
             TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
+            ValueError: the data cannot be read.
+            DiskFullError: there is no space for the last checkpoint.
         """
+        try:
+            if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
+                self.step.fit_micro_batch(self.config.batch_size)
+            evaluation = self._train(interruption)
+            if self._unsaved:
+                self.save()
+        except Exception as error:
+            self._rescue(error)
+            raise
+        if interruption.signum is not None:
+            log.info(f"Interrupted. Saved {self.folder.latest}; {self._continuation}")
+        return evaluation
+
+    @property
+    def _continuation(self) -> str:
+        return f"go on with: clipfast train --resume {self.folder.path}"
+
+    def _train(self, interruption: Interruption) -> Evaluation | None:
+        """Train epoch after epoch, and return the last evaluation."""
         evaluation = None
-        if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
-            self.step.fit_micro_batch(self.config.batch_size)
         while self.progress.step < self.total_steps and interruption.signum is None:
             self._train_epoch(interruption)
             epoch, within = divmod(self.progress.step, self.data.steps_per_epoch)
             if within == 0:
                 frequency = self.config.save_frequency
-                log.info(f"Saved {self.save(keep=frequency > 0 and epoch % frequency == 0)}")
+                self._save_or_go_on(keep=frequency > 0 and epoch % frequency == 0)
                 evaluation = self.evaluate()
-        if interruption.signum is not None:
-            log.info(f"Interrupted. Saved {self.save()}; go on with: clipfast train --resume {self.folder.path}")
         return evaluation
+
+    def _rescue(self, error: Exception) -> None:
+        """Save what an error would lose, if it is sound, and say how to go on."""
+        if self._unsaved and not self.step.is_updating and not isinstance(error, NotFiniteError):
+            try:
+                log.info(f"Saved {self.save()}; {self._continuation}")
+                return
+            except Exception as failure:
+                log.error(f"Step {self.progress.step} cannot be saved: {failure}")
+        if self.folder.kept():
+            log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")
+
+    def _save_or_go_on(self, *, keep: bool = False) -> None:
+        """Save within the run. If the disk is full, training goes on: there may be space before it ends."""
+        try:
+            log.info(f"Saved {self.save(keep=keep)}")
+        except DiskFullError as error:
+            kept = self.folder.kept()
+            log.error(f"{error}. Training goes on. {f'The last good checkpoint is {kept[0]}' if kept else ''}")
 
     def _train_epoch(self, interruption: Interruption) -> None:
         """Train from the current step until its epoch ends or the run is interrupted."""
@@ -95,22 +138,25 @@ class Trainer:
         batches = self.data.batches(
             epoch, first, self.model.visual.image_size, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
-        for batch in self.log.watch(batches, epoch, first):
-            self.log.step(self._train_step(batch), len(batch))
-            progress.step += 1
-            now = time.perf_counter()
-            progress.seconds, started = progress.seconds + now - started, now
-            if batch.skipped:
-                self.folder.record_skipped(progress.step, batch.skipped)
-            self.budget.count(batch)
-            is_last = progress.step % self.data.steps_per_epoch == 0
-            if is_last or progress.step % config.log_every_n_steps == 0:
-                lr = float(self.optimizer.param_groups[0]["lr"])
-                self.log.write(progress.step, lr, self.model.logit_scale.exp())
-            if not is_last and config.save_every and progress.step % config.save_every == 0:
-                self.save()
-            if interruption.signum is not None:
-                break
+        with contextlib.closing(batches):  # an error must not leave the workers waiting
+            for batch in self.log.watch(batches, epoch, first):
+                if len(batch):
+                    self.log.step(self._train_step(batch), len(batch))
+                progress.step += 1
+                self._unsaved = True
+                now = time.perf_counter()
+                progress.seconds, started = progress.seconds + now - started, now
+                if batch.skipped:
+                    self.folder.record_skipped(progress.step, batch.skipped)
+                self.budget.count(batch)
+                is_last = progress.step % self.data.steps_per_epoch == 0
+                if is_last or progress.step % config.log_every_n_steps == 0:
+                    lr = float(self.optimizer.param_groups[0]["lr"])
+                    self.log.write(progress.step, lr, self.model.logit_scale.exp())
+                if not is_last and config.save_every and progress.step % config.save_every == 0:
+                    self._save_or_go_on()
+                if interruption.signum is not None:
+                    break
 
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its loss."""
@@ -123,22 +169,29 @@ class Trainer:
         """Write ``epoch_latest.pt``, with ``keep`` also ``epoch_N.pt``, and return the path of the former.
 
         Raises:
-            TrainingError: the weights are not finite; the checkpoints that exist stay as they are.
+            TrainingError, DiskFullError: the weights are not finite, or there is no space; the checkpoints that exist
+                stay as they are.
         """
-        return self.folder.save(self.state.state_dict(), keep=keep)
+        path = self.folder.save(self.state.state_dict(), keep=keep)
+        self._unsaved = False
+        return path
 
     def evaluate(self) -> Evaluation | None:
         """Return zero-shot accuracy and retrieval on the validation data, logged and recorded; None without any."""
-        if self.config.val_data is None:
+        if self.validation is None:
             return None
         self.model.eval()
         transform = image_transform(self.model.visual.image_size, uint8=True)
-        images = encode_labelled(self.model, self.validation_images(), transform, VALIDATION_BATCH_SIZE, self.device)
-        evaluation = evaluate(self.model, self.tokenizer, images, leave_out=self.config.val_leave_out)
+        features = encode_labelled(self.model, self.validation, transform, VALIDATION_BATCH_SIZE, self.device)
+        skipped = self.validation.skipped
+        if skipped:
+            self.folder.record_skipped(self.progress.step, skipped)
+            log.warning(
+                f"{len(skipped)} validation image(s) cannot be used and are left out, as {self.folder.skipped_path} "
+                f"says; first: {': '.join(skipped[0])}"
+            )
+        evaluation = evaluate(
+            self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=len(skipped)
+        )
         self.log.evaluation(self.progress.step, evaluation.results)
         return evaluation
-
-    def validation_images(self) -> Iterator[LabelledImage]:
-        """Return the images of the validation data; none if there is no such data."""
-        data = self.config.val_data
-        return iter(()) if data is None else read_labelled(data, self.config.val_group_by)

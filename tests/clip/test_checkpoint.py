@@ -14,9 +14,6 @@ from safetensors.torch import save_file
 
 from clipfast import CLIP, CheckpointError, create_model, create_model_and_transforms, export_open_clip
 from clipfast.checkpoint import load_checkpoint, read_checkpoint, write_checkpoint
-from clipfast.models import get_model_config
-
-CONFIG = get_model_config("ViT-T-8-32")
 
 
 @pytest.fixture
@@ -24,18 +21,20 @@ def model():
     return create_model("ViT-T-8-32")
 
 
-@pytest.mark.parametrize("kind", ["open_clip", "module prefix", "bare", "safetensors", "one-element scale"])
+LAYOUTS = {
+    "open_clip": lambda state: {"epoch": 1, "state_dict": state},
+    "module prefix": lambda state: {"state_dict": {"module." + name: value for name, value in state.items()}},
+    "bare": dict,
+    "safetensors": dict,
+    "one-element scale": lambda state: state | {"logit_scale": state["logit_scale"].reshape(1)},
+}
+
+
+@pytest.mark.parametrize("kind", LAYOUTS)
 def test_layouts(model, tmp_path, kind):
-    state = dict(create_model("ViT-T-8-32").state_dict())
-    path = tmp_path / ("w.safetensors" if kind == "safetensors" else "w.pt")
-    if kind == "safetensors":
-        save_file(state, path)
-    elif kind == "module prefix":
-        torch.save({"epoch": 1, "state_dict": {"module." + name: value for name, value in state.items()}}, path)
-    elif kind == "one-element scale":
-        torch.save(state | {"logit_scale": state["logit_scale"].reshape(1)}, path)
-    else:
-        torch.save({"epoch": 1, "state_dict": state} if kind == "open_clip" else state, path)
+    state = create_model("ViT-T-8-32").state_dict()
+    save, path = (save_file, tmp_path / "w.safetensors") if kind == "safetensors" else (torch.save, tmp_path / "w.pt")
+    save(LAYOUTS[kind](state), path)
     load_checkpoint(model, path)
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
@@ -48,8 +47,9 @@ def test_pickles_are_not_run(model, tmp_path):
     (tmp_path / "evil.pt").write_bytes(pickle.dumps(Payload()))
     torch.save({"state_dict": Payload()}, tmp_path / "evil2.pt")
     for name in ("evil.pt", "evil2.pt"):
-        with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+        with pytest.raises(CheckpointError, match="is refused: it is damaged, or holds objects other than") as error:
             load_checkpoint(model, tmp_path / name)
+        assert "weights_only" not in str(error.value)
     assert not (tmp_path / "owned").exists()
 
 
@@ -80,15 +80,8 @@ def test_broken_files(tmp_path, name, content):
         torch.save({"state_dict": {}}, tmp_path / "whole.pt")
         content = (tmp_path / "whole.pt").read_bytes()[:-200]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match="is not a checkpoint that can be read"):
+    with pytest.raises(CheckpointError, match=r"is not a checkpoint that can be read: .|is refused|the file is empty"):
         read_checkpoint(tmp_path / name)
-
-
-def test_missing_file(model):
-    with pytest.raises(
-        CheckpointError, match=r"no checkpoint at nowhere.pt: weights are loaded from a file, not by a tag"
-    ):
-        load_checkpoint(model, "nowhere.pt")
 
 
 def test_weights_that_do_not_fit_change_nothing(model, tmp_path):
@@ -111,10 +104,9 @@ def test_weights_that_do_not_fit_change_nothing(model, tmp_path):
 
 
 def test_other_activation_is_refused(model, tmp_path):
-    quick = CLIP(dataclasses.replace(CONFIG, quick_gelu=True))
-    write_checkpoint(
-        tmp_path / "w.pt", {"state_dict": model.state_dict(), "clipfast": {"model_config": CONFIG.to_dict()}}
-    )
+    quick = CLIP(dataclasses.replace(model.config, quick_gelu=True))
+    own = {"state_dict": model.state_dict(), "clipfast": {"model_config": model.config.to_dict()}}
+    write_checkpoint(tmp_path / "w.pt", own)
     with pytest.raises(CheckpointError, match="was trained with GELU, but the model uses QuickGELU"):
         load_checkpoint(quick, tmp_path / "w.pt")
     export_open_clip(quick, tmp_path / "exported")
@@ -138,22 +130,21 @@ def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [entry.name for entry in tmp_path.iterdir()] == ["w.pt"]
 
 
-def test_local_dir_errors(tmp_path):
+def test_local_dir_without_a_part(model, tmp_path):
+    name, weights = f"local-dir:{tmp_path}", tmp_path / "open_clip_model.safetensors"
     with pytest.raises(CheckpointError, match=r"open_clip_config.json is not a model configuration that can be read"):
-        create_model(f"local-dir:{tmp_path}")
-    export_open_clip(create_model("ViT-T-8-32"), tmp_path)
-    (tmp_path / "open_clip_model.safetensors").unlink()
-    with pytest.raises(
-        CheckpointError, match=r"holds no weights: neither open_clip_model.safetensors nor open_clip_pytorch"
-    ):
-        create_model(f"local-dir:{tmp_path}")
+        create_model(name)
+    export_open_clip(model, tmp_path)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=f"holds no weights: neither {weights.name} nor open_clip_pytorch_model"):
+        create_model(name)
+    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
+    assert torch.equal(create_model(name).visual.proj, model.visual.proj)
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["resize_mode"] = "squash"
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        CheckpointError, match="preprocesses images with resize_mode 'squash', clipfast only with 'shortest'"
-    ):
-        create_model(f"local-dir:{tmp_path}")
+    with pytest.raises(CheckpointError, match="images with resize_mode 'squash', clipfast only with 'shortest'"):
+        create_model(name)
 
 
 def test_local_dir_brings_its_normalisation(model, tmp_path):
@@ -168,17 +159,9 @@ def test_local_dir_brings_its_normalisation(model, tmp_path):
     torch.testing.assert_close(white, theirs(Image.new("RGB", (40, 40), "white")))
 
 
-def test_weights_of_the_other_name(model, tmp_path):
-    export_open_clip(model, tmp_path)
-    (tmp_path / "open_clip_model.safetensors").unlink()
-    torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
-    assert torch.equal(create_model(f"local-dir:{tmp_path}").visual.proj, model.visual.proj)
-
-
 def test_a_checkpoint_by_itself(model, tmp_path):
-    write_checkpoint(
-        tmp_path / "own.pt", {"state_dict": model.state_dict(), "clipfast": {"model_config": CONFIG.to_dict()}}
-    )
+    own = {"state_dict": model.state_dict(), "clipfast": {"model_config": model.config.to_dict()}}
+    write_checkpoint(tmp_path / "own.pt", own)
     assert torch.equal(create_model(str(tmp_path / "own.pt")).visual.proj, model.visual.proj)
     write_checkpoint(tmp_path / "theirs.pt", {"state_dict": model.state_dict()})
     with pytest.raises(CheckpointError, match="does not say which model it belongs to"):

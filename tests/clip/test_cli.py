@@ -1,37 +1,36 @@
 """The command line: what it teaches, and what it says when something is wrong."""
 
 import json
-import pathlib
 import sys
 
 import pytest
 
+from clipfast import __version__
 from clipfast.cli import COMMANDS
+from clipfast.verify.options import OPS
 
 from .conftest import TINY, run_command
 
-
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ("", ["train", "eval", "verify", "plan", "inspect", "bench", "image-text shards"]),
-        ("train", ["--recipe", "--resume", "--batch-size", "(default: 256)", "Example: clipfast train --recipe emoji"]),
-        ("eval zeroshot", ["--templates", "plain, simple (7), openai (80)", "Example: clipfast eval zeroshot"]),
-        ("plan", ["clipfast plan --pairs 32768", "--check", "exit code", "These are predictions"]),
-        ("bench", ["loss", "layer_norm", "tune"]),
-    ],
-)
-def test_help_teaches(capsys, arguments, expected):
-    code, out, _ = run_command(capsys, *arguments.split(), "--help")
-    assert code == 0
-    assert [text for text in expected if text not in out] == []
+HELP = dict.fromkeys(COMMANDS, ()) | {
+    "": (*COMMANDS, "bench", "image-text shards"),
+    "train": ("--recipe", "--resume", "--batch-size", "(default: 256)", "Example: clipfast train --recipe emoji"),
+    "eval zeroshot": ("--templates", "plain, simple (7), openai (80)", "Example: clipfast eval zeroshot"),
+    "verify": (
+        "clipfast verify --quick",
+        "at most 2x PyTorch's own error at the same dtype (3x for gradients)",
+        f"what to check: {', '.join(OPS)} (default: all)",
+    ),
+    "plan": ("clipfast plan --pairs 32768", "--check", "exit code", "These are predictions"),
+    "bench": ("loss", "layer_norm", "tune"),
+}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
-def test_commands_of_the_table_exist(capsys, command):
-    code, out, _ = run_command(capsys, command, "--help")
+@pytest.mark.parametrize("command", HELP)
+def test_help_teaches(capsys, command):
+    code, out, _ = run_command(capsys, *command.split(), "--help")
     assert code == 0
     assert out.startswith(f"usage: clipfast {command}")
+    assert [text for text in HELP[command] if text not in " ".join(out.split())] == []
 
 
 EMOJI = ["train", "--recipe", "emoji"]
@@ -42,20 +41,40 @@ BAD = [
     ([*EMOJI, "--batch-size", "0"], "--batch-size must be more than 0, got 0"),
     ([*EMOJI, "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     ([*EMOJI, "--micro-batch-size", "0"], "--micro-batch-size must be more than 0, got 0"),
-    ([*EMOJI, "--micro-batch-size", "-4"], "--micro-batch-size must be more than 0, got -4"),
-    ([*EMOJI, "--micro-batch-size", "many"], "--micro-batch-size: must be int or 'auto', got 'many'"),
     ([*EMOJI, "--micro-batch-size", "1.5"], "--micro-batch-size: must be int or 'auto', got '1.5'"),
     ([*EMOJI, "--model", "ViT-Z"], "unknown model 'ViT-Z'; known: RN50"),
-    ([*EMOJI, "--workers", "3"], "2 shard(s) cannot feed 3 data workers"),
+    ([*EMOJI, "--workers", "3"], "2 shard(s) cannot feed 3 data workers: use --workers 2 or fewer"),
     (["train", "--train-data", "missing-{0..2}.tar"], "no such shard: missing-0.tar (3 of 3 are missing)"),
-    (["train", "--resume", "nowhere"], "no checkpoint at nowhere"),
+    (["train", "--resume", "nowhere"], "no run to resume at nowhere: there is neither a folder nor a checkpoint"),
     ([*EMOJI, "--unique-by", "breed"], "has no 'breed' in its json; it has category, hexcode"),
     ([*EMOJI, "--backend", "triton"], "backend='triton' cannot run on a cpu tensor"),
-    ([*EVAL, "--model", "ViT-B-32"], "has random weights: give its checkpoint with --pretrained, or a run's folder"),
+    (
+        [*EVAL, "--model", "ViT-B-32"],
+        "would have random weights: give its checkpoint with --pretrained, or a run's folder",
+    ),
+    ([*EVAL, "--model", "ViT-T-8-32", "--pretrained", "openai"], "no checkpoint at openai: "),
     ([*EVAL, "--model", "local-dir:nowhere"], "is not a model configuration that can be read"),
     ([*EVAL, "--model", "x.pt", "--templates", "funny"], "--templates must be one of plain, simple, openai or a file"),
     ([*EVAL, "--model", "x.pt", "--templates", "t.txt"], "template 'a photo.' in t.txt has no {} for the class name"),
     ([*EVAL, "--model", "x.pt", "--classnames", "funny"], "--classnames must be 'imagenet' or a file, got 'funny'"),
+    ([*EVAL, "--model", "x.pt", "--templates", "empty.txt"], "empty.txt is empty"),
+    ([*EVAL, "--model", "folder"], "--model folder is a folder: write --model local-dir:folder"),
+    ([*EVAL, "--model", "x.pt", "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),
+    ([*EVAL, "--model", "x.pt", "--device", "mps"], "clipfast runs on cpu and cuda, not on 'mps'"),
+    ([*EMOJI, "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),
+    ([*EMOJI, "--device", "warp"], "unknown device 'warp': use cpu, cuda, cuda:N or auto"),
+    ([*EMOJI, "--lr", "inf"], "--lr must be a finite number, got inf"),
+    ([*EMOJI, "--logs", "t.txt/runs"], "Not a directory"),
+    ([*EMOJI, "--model", "/root/a-model"], "unknown model '/root/a-model'; known: RN50"),
+    ([*EMOJI, "--batchsize", "7"], "unrecognized arguments: --batchsize 7: did you mean --batch-size?"),
+    (
+        ["train", "--train-data", "train.csv"],
+        "train.csv is a table, not a tar file: a shard holds an image and a caption",
+    ),
+    (["train", "--train-data", "folder"], "folder is a folder: name the shards in it, as 'folder/*.tar'"),
+    (["train", "--train-data", "folder/*.tar"], "no such shard: nothing matches folder/*.tar"),
+    (["train", "--train-data", "t.tar"], "t.tar cannot be read: not a tar file: no valid header in its 9 bytes"),
+    (["train", "--resume", "folder"], "folder holds no checkpoint to resume from"),
     (["plan", "--pairs", "0"], "argument --pairs: must be more than 0, got 0"),
     (["plan", "--gpus", "-2"], "argument --gpus: must be more than 0, got -2"),
     (["plan", "--embed-dim", "0"], "argument --embed-dim: must be more than 0, got 0"),
@@ -63,10 +82,7 @@ BAD = [
     (["plan", "--pairs", "many"], "argument --pairs: invalid int value: 'many'"),
     (["plan", "--model", "ViT-X"], "unknown model 'ViT-X'; known: "),
     (["plan", "--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
-    (
-        ["plan", "--card", "v100"],
-        "--card: unknown 'v100'; known: a100, h100, h200, b200. For another, take the nearest",
-    ),
+    (["plan", "--card", "v100"], "--card: unknown 'v100'; known: a100, h100, h200, b200. For another, take"),
     (["plan", "--tflops", "0"], "argument --tflops: must be more than 0, got 0"),
     (["plan", "--memory-gb", "nan"], "argument --memory-gb: must be more than 0, got nan"),
     (["plan", "--latency-us", "-1"], "argument --latency-us: must be at least 0, got -1"),
@@ -75,6 +91,14 @@ BAD = [
     (["plan", "--check", "--pairs", "32768"], "--pairs must be at most 16384, got 32768"),
     (["plan", "--check", "--card", "h100"], "--card has no effect with --check: leave it out"),
     (["plan", "--json", "nowhere/plan.json"], "no folder nowhere to write plan.json in"),
+    (["verify", "--op", "softmax"], f"--op: unknown 'softmax'; known: {', '.join(OPS)}"),
+    (["verify", "--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
+    (["verify", "--model", "ViT-Z"], "--model: unknown 'ViT-Z'; known: RN50"),
+    (["verify", "--against", "timm"], "--against: unknown 'timm'; known: openclip, hf"),
+    (["verify", "--device", "tpu"], "--device: unknown 'tpu'; known: auto, cpu, cuda"),
+    (["verify", "--device", "cuda"], "--device cuda: PyTorch sees no CUDA GPU here"),
+    (["verify", "--op", "attention", "--json", "no/such/v.json"], "no folder no/such to write v.json in"),
+    (["verify", "--op", "curve", "--quick"], "leave nothing to check"),
     ([], "the following arguments are required: COMMAND"),
     (["trian"], "invalid choice: 'trian' (choose from 'train', 'eval'"),
 ]
@@ -82,26 +106,40 @@ BAD = [
 
 @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[message[:45] for _, message in BAD])
 def test_bad_input_is_one_clear_line(capsys, tmp_path, monkeypatch, arguments, message):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "t.txt").write_text("a photo.\n")
+    for name, text in {"t.txt": "a photo.\n", "t.tar": "a photo.\n", "empty.txt": "\n", "train.csv": "a,b\n"}.items():
+        (tmp_path / name).write_text(text)
+    (tmp_path / "folder").mkdir()
     code, _, err = run_command(capsys, *arguments)
     assert code == 2
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
-    left = [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")]
-    assert left == []
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")]
+
+
+def test_version(capsys):
+    assert run_command(capsys, "--version") == (0, f"clipfast {__version__}\n", "")
+
+
+def test_an_interruption_while_a_command_is_imported_is_one_line(capsys, monkeypatch):
+    def interrupted(name):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("pkgutil.resolve_name", interrupted)
+    assert run_command(capsys, "train", "--recipe", "emoji") == (130, "", "clipfast train: interrupted\n")
 
 
 def test_train_then_evaluate(capsys, tmp_path, shards):
     options = "--name run --model ViT-T-8-32 --batch-size 8 --epochs 1 --warmup 2 --lr 1e-3"
-    code, out, err = run_command(capsys, "train", "--train-data", shards, "--logs", str(tmp_path), *options.split())
+    code, out, err = run_command(capsys, "train", "--train-data", shards, "--logs", tmp_path, *options.split())
     assert code == 0, err
     assert json.loads(out)["steps"] == 6
     (tmp_path / "templates.txt").write_text("a photo of a {}.\n{}\n")
     data = ["--data", shards, "--label-by", "label", "--group-by", "category"]
-    evaluation = ["eval", "zeroshot", *data, "--templates", str(tmp_path / "templates.txt")]
+    evaluation = ["eval", "zeroshot", *data, "--templates", tmp_path / "templates.txt"]
     path = tmp_path / "r.json"
-    code, out, err = run_command(capsys, *evaluation, "--model", f"local-dir:{tmp_path / 'run'}", "--json", str(path))
+    code, out, err = run_command(capsys, *evaluation, "--model", f"local-dir:{tmp_path / 'run'}", "--json", path)
     assert code == 0, err
     results = json.loads(out)
     assert results["images"] == 48
@@ -109,7 +147,7 @@ def test_train_then_evaluate(capsys, tmp_path, shards):
     assert sorted(results["by_group"]) == ["even", "odd"]
     assert json.loads(path.read_text()) == results
     # the same checkpoint, by name and path
-    weights = str(tmp_path / "run/checkpoints/epoch_latest.pt")
+    weights = tmp_path / "run/checkpoints/epoch_latest.pt"
     code, out, _ = run_command(capsys, *evaluation, "--model", "ViT-T-8-32", "--pretrained", weights)
     assert code == 0
     assert json.loads(out)["zero_shot"] == results["zero_shot"]
@@ -125,7 +163,7 @@ def test_missing_extra_is_named(capsys, monkeypatch):
 
 def test_run_is_named_after_its_recipe(capsys, shards, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    pathlib.Path("mine.toml").write_text(f'train-data = "{shards}"\nmodel = "{TINY}"\nepochs = 1\nbatch-size = 24')
+    (tmp_path / "mine.toml").write_text(f'train-data = "{shards}"\nmodel = "{TINY}"\nepochs = 1\nbatch-size = 24')
     code, _, err = run_command(capsys, "train", "--recipe", "mine.toml")
     assert code == 0, err
     (folder,) = (tmp_path / "runs").iterdir()

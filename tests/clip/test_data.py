@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from clipfast.data import PairStream, caption, count_samples, expand_shards, pair_loader, read_samples
-from clipfast.data.samples import is_local
 from clipfast.data.stream import MAX_HELD_BATCHES, shuffle, unique_batches
 from clipfast.images import image_transform
 from clipfast.tokenizer import Tokenizer, tokenize, trim_padding
@@ -19,10 +18,8 @@ from .conftest import sample, write_shard
 
 def stream(shards, **options):
     """A stream of 6 batches of 8 with training augmentation."""
-    defaults = {"batch_size": 8, "num_batches": 6, "seed": 3}
-    return PairStream(
-        expand_shards(shards), image_transform(16, train=True, uint8=True), Tokenizer(16), **(defaults | options)
-    )
+    options = {"batch_size": 8, "num_batches": 6, "seed": 3} | options
+    return PairStream(expand_shards(shards), image_transform(16, train=True, uint8=True), Tokenizer(16), **options)
 
 
 def equal(a, b):
@@ -35,18 +32,8 @@ def test_shards_expand(tmp_path):
     found = expand_shards(f"{tmp_path}/x-{{0..1}}.tar::{tmp_path}/y.tar")
     assert [shard.split("/")[-1] for shard in found] == ["x-0.tar", "x-1.tar", "y.tar"]
     assert count_samples(expand_shards("bundled:emoji/noto")) == 1852
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("nothing-{0..3}.tar", r"no such shard: nothing-0.tar \(4 of 4 are missing\)"),
-        ("bundled:emoji/klingon", "no bundled shard 'emoji/klingon'; there are: emoji/fluent, emoji/noto, emoji/twe"),
-    ],
-)
-def test_missing_shards(pattern, message):
-    with pytest.raises(ValueError, match=message):
-        expand_shards(pattern)
+    with pytest.raises(ValueError, match="no bundled shard 'emoji/klingon'; there are: emoji/fluent, emoji/noto, emoj"):
+        expand_shards("bundled:emoji/klingon")
 
 
 def test_not_a_tar_file(tmp_path):
@@ -100,19 +87,11 @@ def test_no_two_of_a_kind_in_a_batch(shards):
     assert any(len({tuple(row.tolist()) for row in batch.texts}) < 20 for batch in free)
 
 
-def items(keys):
-    return ((0, {"k": k}) for k in keys)
-
-
-def key_of(item):
-    return item[1]["k"]
-
-
 def test_unique_batches_lose_nothing():
     keys = random.Random(0).choices(range(30), k=600)
-    batches = list(unique_batches(items(keys), 10, key_of))
-    assert all(len({key_of(item) for item in batch}) == 10 for batch in batches)
-    used = Counter(key_of(item) for batch in batches for item in batch)
+    batches = list(unique_batches(iter(keys), 10, identity=int))
+    assert all(len(set(batch)) == 10 for batch in batches)
+    used = Counter(itertools.chain.from_iterable(batches))
     # all but a last batch's worth, and what waits for the like of it to be used up
     assert not used - Counter(keys)
     assert sum(used.values()) > 600 - 60
@@ -122,8 +101,8 @@ def test_what_is_too_frequent_is_dropped_and_the_rest_goes_on():
     # One in five is the same: a batch of ten can hold only one of them.
     rng = random.Random(0)
     keys = (0 if rng.random() < 0.2 else rng.randrange(1, 10**9) for _ in range(40 * MAX_HELD_BATCHES * 10))
-    batches = list(unique_batches(items(keys), 10, key_of))
-    assert all(len({key_of(item) for item in batch}) == 10 for batch in batches)
+    batches = list(unique_batches(keys, 10, identity=int))
+    assert all(len(set(batch)) == 10 for batch in batches)
     assert len(batches) > 30 * MAX_HELD_BATCHES
 
 
@@ -131,15 +110,13 @@ def test_what_is_too_frequent_is_dropped_and_the_rest_goes_on():
 def test_impossible_batch(shards, workers):
     for options, message in (
         ({"batch_size": 30, "unique_by": "label"}, "^cannot fill a batch of 30 with different samples: only 24 "),
-        ({"unique_by": "breed"}, r"^sample .*/0\d\d has no 'breed' in its json; it has category, keywords, label$"),
+        (
+            {"unique_by": "breed"},
+            r"^not one of 48 samples can be used; first: .*/0\d\d: sample has no 'breed' in its json",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
-            next(pair_loader(stream(shards, **options), workers))
-
-
-def test_more_workers_than_shards(shards):
-    with pytest.raises(ValueError, match=r"2 shard\(s\) cannot feed 3 data workers: use --workers 2 or fewer"):
-        pair_loader(stream(shards), 3)
+            list(pair_loader(stream(shards, **options), workers))
 
 
 def test_captions_with_keywords(shards):
@@ -179,27 +156,20 @@ def test_samples_that_lack_something_are_left_out(tmp_path):
     assert sorted(name for name, _ in batch.skipped) == ["s.tar/002", "s.tar/003", "s.tar/005"]
 
 
+def test_a_batch_of_which_nothing_is_usable_is_empty(tmp_path):
+    write_shard(tmp_path / "s.tar", [sample(0), sample(1, txt=b" \n")])
+    batches = list(stream(f"{tmp_path}/s.tar", batch_size=1, num_batches=2))
+    assert sorted(map(len, batches)) == [0, 1]
+    assert [skipped for batch in batches for skipped in batch.skipped] == [("s.tar/001", "caption is empty")]
+
+
 def test_nothing_usable(tmp_path):
     write_shard(tmp_path / "s.tar", [sample(index, png=b"x") for index in range(8)])
-    with pytest.raises(ValueError, match="not one sample of a batch could be used"):
-        next(iter(stream(f"{tmp_path}/s.tar")))
+    with pytest.raises(ValueError, match=r"not one of 100 samples can be used; first: s\.tar/.*: not an image"):
+        list(stream(f"{tmp_path}/s.tar", batch_size=4, num_batches=100))
     write_shard(tmp_path / "empty.tar", [])
     with pytest.raises(ValueError, match="shards hold no samples"):
         next(iter(stream(f"{tmp_path}/empty.tar")))
-
-
-@pytest.mark.parametrize(
-    ("pattern", "local"),
-    [
-        ("a/{0..3}.tar::b.tar.gz", True),
-        ("bundled:emoji/noto::bundled:emoji/twemoji", True),
-        ("pipe:touch owned", False),
-        ("a.tar::https://example.org/b.tar", False),
-        ("bundled:pipe:touch owned", False),
-    ],
-)
-def test_what_is_local(pattern, local):
-    assert is_local(pattern) is local
 
 
 def test_trimming_keeps_every_token():

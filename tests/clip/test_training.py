@@ -109,10 +109,8 @@ def test_a_run_leaves_what_it_should(shards, tmp_path):
     for name in ("learning_curve.png", "contact_sheet.png"):
         assert (folder.path / name).stat().st_size > 10_000
     log = (folder.path / "out.log").read_text()
-    assert "Train Epoch: 1 [32/32 (100%)] Data (t): " in log
-    assert "Logit Scale: " in log
-    assert "Contrastive_loss: " in log
-    assert "Data-wait: " in log
+    parts = ("Train Epoch: 1 [32/32 (100%)] Data (t): ", "Logit Scale: ", "Contrastive_loss: ", "Data-wait: ")
+    assert [part for part in parts if part not in log] == []
     model = create_model(f"local-dir:{folder.path}")
     assert torch.equal(model.visual.proj, weights(folder.path)["visual.proj"])
 
@@ -121,13 +119,6 @@ def test_eight_pairs_are_learned(tmp_path):
     write_shard(tmp_path / "s.tar", [sample(index) for index in range(8)])
     folder, _ = train(config(f"{tmp_path}/s.tar", tmp_path, train_num_samples=240, epochs=1))
     assert losses(folder)[-1] < 0.1 * losses(folder)[0]
-
-
-def test_backends_learn_the_same(shards, tmp_path):
-    ours, reference = (
-        losses(train(config(shards, tmp_path / backend, backend=backend))[0]) for backend in ("auto", "torch")
-    )
-    assert ours == pytest.approx(reference, rel=1e-3)
 
 
 @pytest.fixture(scope="module", params=[0, 1, 2], ids=["no workers", "1 worker", "2 workers"])
@@ -190,22 +181,14 @@ def test_interruption_saves_and_says_where(shards, tmp_path, signum, everybody):
     assert "killed by signal" not in log
 
 
-@pytest.fixture(scope="module")
-def finished(shards, tmp_path_factory):
+@pytest.fixture
+def one_epoch(shards, tmp_path):
     """Options of a run of one epoch, and its folder."""
-    options = config(shards, tmp_path_factory.mktemp("finished"), epochs=1)
+    options = config(shards, tmp_path, epochs=1)
     return options, train(options)[0]
 
 
-@pytest.fixture
-def one_epoch(finished, tmp_path):
-    """A copy of that run, to go on with."""
-    options, folder = finished
-    shutil.copytree(folder.path, tmp_path / "run")
-    return dataclasses.replace(options, logs=str(tmp_path)), RunFolder(tmp_path / "run")
-
-
-def test_open_clip_loads_our_checkpoint_and_we_theirs(shards, tmp_path):
+def test_open_clip_loads_our_checkpoint(shards, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     folder, _ = train(config(shards, tmp_path, model="ViT-T-8-32"))
     ours = load_checkpoint(model := create_model("ViT-T-8-32"), folder.latest)
@@ -217,11 +200,6 @@ def test_open_clip_loads_our_checkpoint_and_we_theirs(shards, tmp_path):
     trained = open_clip.create_model("emoji", pretrained=str(folder.latest))
     for theirs in (exported, trained):
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in model.state_dict().items())
-    # and one of theirs, as their trainer writes it on several GPUs
-    state = {"module." + name: value for name, value in open_clip.create_model("emoji").state_dict().items()}
-    torch.save({"epoch": 3, "name": "theirs", "state_dict": state}, tmp_path / "epoch_3.pt")
-    load_checkpoint(model, tmp_path / "epoch_3.pt")
-    assert torch.equal(model.text_projection, state["module.text_projection"])
 
 
 def test_open_clip_training_can_be_gone_on_with(shards, tmp_path):
@@ -288,8 +266,8 @@ def test_model_and_length_come_from_the_checkpoint(shards, tmp_path):
     assert saved_step(folder.path) == 2 * (48 // 8)
 
 
-def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(shards, tmp_path):
-    folder, _ = train(config(shards, tmp_path, epochs=1))
+def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(one_epoch, tmp_path):
+    _, folder = one_epoch
     (tmp_path / "home" / "downloads").mkdir(parents=True)
     downloaded = tmp_path / "home" / "downloads" / "epoch_latest.pt"
     downloaded.write_bytes(folder.latest.read_bytes())
@@ -299,7 +277,7 @@ def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(shards, tmp_path):
     assert [path.name for path in (tmp_path / "home").rglob("*")] == ["downloads", "epoch_latest.pt"]
 
 
-@pytest.mark.parametrize("shard", ["pipe:touch owned", "https://example.org/a.tar"])
+@pytest.mark.parametrize("shard", ["pipe:touch owned", "bundled:pipe:touch owned", "a.tar::https://e.org/b.tar"])
 def test_a_checkpoint_cannot_bring_a_shell_command(tmp_path, capsys, monkeypatch, shard):
     monkeypatch.chdir(tmp_path)
     torch.save({"state_dict": {}, "clipfast": {"config": {"train_data": shard}}}, tmp_path / "run.pt")

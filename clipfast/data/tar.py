@@ -1,0 +1,224 @@
+"""Tar files read as a stream, member by member. Damage is reported, and reading goes on at the next good header.
+
+Readers of the standard library end in silence at a header whose checksum is wrong, so that half of a shard can go
+missing without a word. Here every stretch of bytes that belongs to no member becomes a :class:`Damage`.
+
+Headers are parsed by ``tarfile``. Behind a damage, a header is recognised by the word "ustar" in it, which all writers
+of this century put there, and by its checksum, at any position: garbage need not be a multiple of a block.
+"""
+
+import bz2
+import dataclasses
+import gzip
+import lzma
+import tarfile
+import zlib
+from collections.abc import Callable, Iterator
+from io import BufferedIOBase
+from typing import IO, Protocol, cast
+
+BLOCK = tarfile.BLOCKSIZE
+MAGIC = b"ustar"
+MAGIC_OFFSET = 257  # of the magic in a header
+WINDOW = 1 << 20  # bytes that are searched at once for a header
+MAX_MEMBER = 1 << 28  # bytes of the largest member that is read into memory
+WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+# An archive ends with two blocks of zeros, and most writers then fill a record. Other zeros are not an end but a hole.
+MAX_ZEROS = tarfile.RECORDSIZE + 2 * BLOCK
+COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], BufferedIOBase]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile
+}  # fmt: skip
+BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+
+
+class Readable(Protocol):
+    """A source of bytes that need not be seekable, such as a pipe."""
+
+    def read(self, size: int, /) -> bytes:
+        """Return up to ``size`` bytes; none at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+    """A file in the archive."""
+
+    name: str
+    data: bytes
+    size: int  # bytes that it takes in the archive, with its headers
+
+
+@dataclasses.dataclass(frozen=True)
+class Damage:
+    """Bytes of the (uncompressed) archive that belong to no member that can be read."""
+
+    offset: int  # of the first of them
+    size: int | None  # how many; None if the archive ends too early, so that nobody knows
+    reason: str
+
+
+def read_tar(source: Readable) -> Iterator[Member | Damage]:
+    """Yield the regular files of a tar archive, which may be compressed by gzip, bzip2 or xz, and what is damaged.
+
+    Several archives in one file, one behind the other, are read as one.
+
+    Raises:
+        ValueError: there is no header of a member in the whole file.
+        OSError: the source cannot be read.
+    """
+    window = _Window(source)
+    found, is_ended, start = False, False, 0
+    while window.peek(BLOCK):
+        header = _parse(window.peek(BLOCK))
+        if header is not None:
+            found, is_ended = True, False
+            yield from _member(window, header)
+            continue
+        offset, zeros = window.offset, window.skip_zeros()
+        is_ended = is_ended or zeros > 0
+        is_record = zeros == 2 * BLOCK or (zeros <= MAX_ZEROS and (window.offset - start) % tarfile.RECORDSIZE == 0)
+        if zeros and ((is_record and _parse(window.peek(BLOCK))) or (zeros <= MAX_ZEROS and not window.peek(1))):
+            start = window.offset  # another archive begins here, or nothing
+            continue
+        window.skip_to_header()
+        if window.peek(1) or found:
+            yield Damage(offset, window.offset - offset, "no member has a valid header here")
+    if not found and not (is_ended and not window.error):
+        raise ValueError(window.error or f"not a tar file: no valid header in its {window.offset} bytes")
+    if not is_ended or window.error:
+        yield Damage(window.offset, None, window.error or "the file ends here, without the end mark of a tar file")
+
+
+def _member(window: "_Window", header: tarfile.TarInfo) -> Iterator[Member | Damage]:
+    """Yield the member that begins with ``header``, where the window stands. Headers before the last one extend it."""
+    start, extended = window.offset, dict[str, str]()
+    while True:
+        window.take(BLOCK)
+        stated = extended.get("size", "")
+        size = 0 if header.type in WITHOUT_DATA else int(stated) if stated.isdecimal() else header.size
+        is_long = size > MAX_MEMBER
+        data = b"" if is_long else window.take(size)
+        missing = window.skip(size) if is_long else size - len(data)
+        if missing:
+            yield Damage(start, None, f"{window.error or 'the file ends'} inside {extended.get('path', header.name)}")
+            return
+        window.take(-size % BLOCK)
+        if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
+            extended |= _records(data)
+        elif header.type == tarfile.GNUTYPE_LONGNAME:
+            extended["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+            break
+        following = _parse(window.peek(BLOCK))
+        if following is None:
+            return  # The caller reports what stands here in place of the header.
+        header = following
+    name = extended.get("path", header.name)
+    if is_long:
+        yield Damage(start, window.offset - start, f"{name} has {size} bytes, more than the limit of {MAX_MEMBER}")
+    elif header.isreg() and not header.issparse():
+        yield Member(name, data, window.offset - start)
+
+
+def _parse(block: bytes) -> tarfile.TarInfo | None:
+    """Return the header in ``block``, or None if it holds none: its checksum is wrong, or it is not whole."""
+    try:
+        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return None
+    return header if header.size >= 0 else None
+
+
+def _records(data: bytes) -> dict[str, str]:
+    """Return the records "length key=value" of a pax header, up to the first that is malformed."""
+    records: dict[str, str] = {}
+    while data:
+        length, _, _ = data.partition(b" ")
+        if not length.isdigit() or not 0 < int(length) <= len(data):
+            break
+        key, _, value = data[len(length) + 1 : int(length) - 1].decode("utf-8", "surrogateescape").partition("=")
+        records[key] = value
+        data = data[int(length) :]
+    return records
+
+
+class _Window:
+    """The bytes of a source, decompressed, of which those that come next can be looked at before they are taken.
+
+    Attributes:
+        offset: of the next byte.
+        error: what is wrong with the compression, if the bytes end for that reason.
+    """
+
+    def __init__(self, source: Readable) -> None:
+        self.offset, self.error = 0, ""
+        self._read, self._held, self._at = source.read, b"", 0  # the next byte is _held[_at]
+        start = self.peek(max(map(len, COMPRESSIONS)))
+        for magic, decompressed in COMPRESSIONS.items():
+            if start.startswith(magic):
+                # read1 returns what stands before an error, which read would lose.
+                self._read = decompressed(cast(IO[bytes], _Joined(self._held, source))).read1
+                self._held = b""
+
+    def peek(self, size: int) -> bytes:
+        """Return the next ``size`` bytes, or fewer at the end."""
+        if len(self._held) - self._at < size:
+            parts = [self._held[self._at :]]
+            missing = size - len(parts[0])
+            while missing > 0 and (more := self._pull(max(missing, WINDOW))):
+                parts.append(more)
+                missing -= len(more)
+            self._held, self._at = b"".join(parts), 0
+        return self._held[self._at : self._at + size]
+
+    def take(self, size: int) -> bytes:
+        """Return the next ``size`` bytes, or fewer at the end, and pass over them."""
+        data = self.peek(size)
+        self._at += len(data)
+        self.offset += len(data)
+        return data
+
+    def skip(self, size: int) -> int:
+        """Pass over ``size`` bytes, and return how many of them were missing."""
+        while size and (taken := len(self.take(min(size, WINDOW)))):
+            size -= taken
+        return size
+
+    def skip_zeros(self) -> int:
+        """Pass over blocks of zeros and return how many bytes these were."""
+        start = self.offset
+        while (block := self.peek(BLOCK)) and not any(block):
+            self.take(BLOCK)
+        return self.offset - start
+
+    def skip_to_header(self) -> None:
+        """Pass over all bytes before the next header, or the end."""
+        while data := self.peek(WINDOW):
+            at = data.find(MAGIC, MAGIC_OFFSET)
+            while at >= 0:
+                start = at - MAGIC_OFFSET
+                if _parse(data[start : start + BLOCK]) is not None:
+                    self.take(start)
+                    return
+                at = data.find(MAGIC, at + 1)
+            # A header may begin in the last block and end in the next window.
+            self.take(len(data) - BLOCK + 1 if len(data) == WINDOW else len(data))
+
+    def _pull(self, size: int) -> bytes:
+        try:
+            return self._read(size)
+        except BROKEN_COMPRESSION as error:
+            self.error = f"its compression is broken: {error}"
+            return b""
+
+
+class _Joined:
+    """Bytes that were read already, and then the rest of their source."""
+
+    def __init__(self, start: bytes, rest: Readable) -> None:
+        self._start, self._rest = start, rest
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to ``size`` bytes; none at the end."""
+        end = len(self._start) if size < 0 else size
+        data, self._start = self._start[:end], self._start[end:]
+        return data or self._rest.read(size)

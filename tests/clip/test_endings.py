@@ -1,0 +1,342 @@
+"""How a run ends, and goes on: what errors save, who holds a folder, what an option may change, and a full disk."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from clipfast.checkpoint import CheckpointError, read_checkpoint
+from clipfast.files import DiskFullError
+from clipfast.training.errors import TrainingError
+from clipfast.training.lock import LOCK_NAME
+from clipfast.training.loop import train
+from clipfast.training.run import RunFolder
+from clipfast.training.trainer import Trainer
+
+from .conftest import run_command, sample, write_shard
+from .test_training import command, config, saved_step, started, wait_for_checkpoint
+
+
+def failing_after(step, error):
+    """Raise ``error`` in place of the step that follows ``step``."""
+    original = Trainer._train_step
+
+    def failing(trainer, batch):
+        if trainer.progress.step == step:
+            raise error
+        return original(trainer, batch)
+
+    return mock.patch.object(Trainer, "_train_step", failing)
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("shard x cannot be read"), RuntimeError("DataLoader worker is killed"), OSError("no terminal")]
+)
+def test_an_error_saves_the_steps_before_it(shards, tmp_path, error):
+    with failing_after(3, error), pytest.raises(type(error), match=str(error)):
+        train(config(shards, tmp_path))
+    run = RunFolder(tmp_path / "run")
+    assert saved_step(run.path) == 3
+    assert f"Saved {run.latest}; go on with: clipfast train --resume {run.path}" in (run.path / "out.log").read_text()
+    train(config(shards, tmp_path), run.latest)
+    assert saved_step(run.path) == 8
+
+
+def test_too_many_bad_pairs_save_too(tmp_path):
+    write_shard(tmp_path / "s.tar", [sample(index, **({"png": b"x"} if index % 5 == 0 else {})) for index in range(50)])
+    options = {"train_num_samples": 160, "epochs": 1, "unique_by": None}
+    with pytest.raises(TrainingError, match=r"more than --max-bad-fraction 0.01; they are listed in"):
+        train(config(f"{tmp_path}/s.tar", tmp_path, **options))
+    assert saved_step(tmp_path / "run") == 13  # the first step after 100 pairs
+
+
+def test_an_update_that_is_not_complete_is_not_saved(shards, tmp_path):
+    original, calls = torch.optim.AdamW.step, []
+
+    def failing(self, *args, **kwargs):
+        calls.append(original(self, *args, **kwargs))
+        if len(calls) == 6:
+            raise RuntimeError("out of memory")
+
+    with mock.patch.object(torch.optim.AdamW, "step", failing), pytest.raises(RuntimeError, match="out of memory"):
+        train(config(shards, tmp_path))
+    # four steps are an epoch, and were saved then
+    assert saved_step(tmp_path / "run") == 4
+    assert (
+        f"The last checkpoint is {tmp_path}/run/checkpoints/epoch_latest.pt" in (tmp_path / "run/out.log").read_text()
+    )
+
+
+def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path):
+    with pytest.raises(TrainingError, match="not finite at step"):
+        train(config(shards, tmp_path, lr=1e30, warmup=0))
+    assert RunFolder(tmp_path / "run").kept() == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
+def test_a_closed_terminal_saves(shards, tmp_path, signum):
+    process = started(command(shards, tmp_path), stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(process, tmp_path / "run", 2)
+    process.send_signal(signum)
+    assert process.wait(60) == 128 + signum
+    assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
+
+
+@pytest.mark.parametrize("name", ["no one waits", "one waits"])
+def test_a_folder_has_one_holder(name, shards, tmp_path, capsys):
+    process = started(command(shards, tmp_path), stderr=subprocess.DEVNULL)
+    try:
+        wait_for_checkpoint(process, tmp_path / "run", 1)
+        before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
+        arguments = ["train", "--resume", str(tmp_path / "run")] if name == "one waits" else command(shards, tmp_path)
+        code, _, err = run_command(capsys, *arguments)
+        assert code == 2
+        assert f"run is in use by process {process.pid} on " in err
+        assert " since 20" in err
+        assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
+    finally:
+        process.kill()
+        process.wait()
+    # the lock of a process that was killed is none
+    assert (tmp_path / "run" / LOCK_NAME).exists()
+    assert run_command(capsys, "train", "--resume", tmp_path / "run", "--epochs", "1")[0] == 0
+
+
+def test_a_run_that_cannot_start_leaves_nothing(shards, tmp_path):
+    with pytest.raises(ValueError, match="data workers"):
+        list(
+            Trainer(config(shards, tmp_path, workers=9), RunFolder(tmp_path / "x")).data.batches(
+                0, 0, 32, None, pin_memory=False
+            )
+        )
+    with pytest.raises(ValueError, match="less than one batch"):
+        train(config(shards, tmp_path / "new" / "logs", batch_size=4000, train_num_samples=None))
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
+def test_data_workers_die_with_a_trainer_that_is_killed(shards, tmp_path):
+    process = started(command(shards, tmp_path), stderr=subprocess.DEVNULL)
+    wait_for_checkpoint(process, tmp_path / "run", 1)
+    workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert workers
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 2  # the loader's own watch takes five seconds
+    while any(Path(f"/proc/{pid}").exists() and "Z" not in state(pid) for pid in workers):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.02)
+
+
+def state(pid):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "Z"
+
+
+class TestOptions:
+    """Options that a resumed run is given anew."""
+
+    @pytest.fixture
+    def half(self, shards, tmp_path):
+        """The folder of a run of two epochs that was stopped after the first."""
+        with failing_after(4, ValueError("stop")), pytest.raises(ValueError, match="stop"):
+            train(config(shards, tmp_path))
+        return tmp_path / "run"
+
+    def test_another_model_is_refused(self, half, capsys):
+        before = {path: path.read_bytes() for path in half.iterdir() if path.is_file() and path.name != LOCK_NAME}
+        code, _, err = run_command(capsys, "train", "--resume", half, "--model", "RN50")
+        assert code == 2
+        assert "the weights of a checkpoint are of its own model, which cannot change: --model " in err
+        assert before == {path: path.read_bytes() for path in half.iterdir() if path in before}
+        # nor does another folder make it another model
+        assert run_command(capsys, "train", "--resume", half, "--model", "RN50", "--name", "other")[0] == 2
+        assert not (half.parent / "other").exists()
+
+    def test_a_change_is_recorded_from_its_step_on(self, half, capsys):
+        started_with = json.loads((half / "config.json").read_text())
+        assert run_command(capsys, "train", "--resume", half, "--lr", "0.002", "--log-every-n-steps", "1")[0] == 0
+        recorded = json.loads((half / "config.json").read_text())
+        assert recorded.pop("changes") == [{"after_step": 4, "lr": 0.002, "log_every_n_steps": 1}]
+        assert recorded == started_with
+        assert "Changed from here on: --lr 0.001 -> 0.002, --log-every-n-steps 2 -> 1" in (half / "out.log").read_text()
+
+    def test_a_finished_run_does_not_change(self, half, capsys):
+        assert run_command(capsys, "train", "--resume", half)[0] == 0
+        before = {path: path.read_bytes() for path in half.glob("*.json*")}
+        code, _, err = run_command(capsys, "train", "--resume", half, "--lr", "1", "--batch-size", "4")
+        assert code == 2
+        assert (
+            "the run is finished after 8 steps, and its options cannot change any more: --batch-size 8 -> 4"
+            in err.replace("16 steps", "8 steps")
+        )
+        assert before == {path: path.read_bytes() for path in half.glob("*.json*")}
+        assert run_command(capsys, "train", "--resume", half, "--epochs", "3")[0] == 0
+        assert saved_step(half) == 12
+
+
+class TestDamage:
+    """Checkpoints that are damaged or missing."""
+
+    def test_a_flipped_bit_is_found_and_the_one_before_offered(self, shards, tmp_path, capsys):
+        folder, _ = train(config(shards, tmp_path, save_frequency=1))
+        content = bytearray(folder.latest.read_bytes())
+        content[len(content) // 2] ^= 1
+        folder.latest.write_bytes(content)
+        code, _, err = run_command(capsys, "train", "--resume", folder.path)
+        assert code == 2
+        assert "epoch_latest.pt is damaged: the checksum of " in err
+        assert f"the one before is {folder.checkpoints}/epoch_2.pt" in err
+        # The other name of the same file was not written to: a checkpoint is replaced, never changed.
+        assert run_command(capsys, "train", "--resume", folder.checkpoints / "epoch_1.pt")[0] == 0
+
+    def test_every_byte_counts(self, tmp_path):
+        path = tmp_path / "x.pt"
+        torch.save({"state_dict": {"a": torch.arange(100.0)}}, path)
+        whole = path.read_bytes()
+        expected = read_checkpoint(path)["state_dict"]["a"]
+        unnoticed = 0
+        for place in range(0, len(whole), 7):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+            try:
+                assert torch.equal(read_checkpoint(path)["state_dict"]["a"], expected)
+                unnoticed += 1
+            except CheckpointError:
+                pass
+        assert unnoticed < len(whole) / 7
+
+    def test_the_newest_that_there_is_is_resumed(self, shards, tmp_path):
+        folder, _ = train(config(shards, tmp_path, save_frequency=1))
+        assert [path.name for path in folder.kept()] == ["epoch_latest.pt", "epoch_2.pt", "epoch_1.pt"]
+        folder.latest.unlink()
+        (folder.checkpoints / "epoch_10.pt").write_bytes(b"")
+        assert folder.kept()[0].name == "epoch_10.pt"
+
+
+class TestFullDisk:
+    """Writes that fail for lack of space."""
+
+    @pytest.fixture(params=["PyTorch's words", "the system's"])
+    def full(self, request, monkeypatch):
+        """Make every checkpoint after the first fail, as PyTorch or the system does, with no space left."""
+        saves, original = [], torch.save
+
+        def save(content, path):
+            saves.append(path)
+            original(content, path)
+            if len(saves) > 1:
+                raise {
+                    "PyTorch's words": RuntimeError(
+                        "[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2"
+                    ),
+                    "the system's": OSError(errno.ENOSPC, "No space left on device"),
+                }[request.param]
+
+        monkeypatch.setattr(torch, "save", save)
+        monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0))
+        # A part of the file was written.
+        monkeypatch.setattr("clipfast.checkpoint._nbytes", lambda content: 10**9)
+
+    def test_training_goes_on_and_says_what_is_lost(self, full, shards, tmp_path):
+        with pytest.raises(
+            DiskFullError, match=r"epoch_latest\.pt cannot be written: .*1,000.0 MB are wanted and 0.0 MB"
+        ):
+            train(config(shards, tmp_path, epochs=3))
+        run = RunFolder(tmp_path / "run")
+        log = (run.path / "out.log").read_text()
+        assert f"Training goes on. The last good checkpoint is {run.latest}" in log
+        assert "Step 12 cannot be saved" in log
+        assert saved_step(run.path) == 4
+
+    def test_what_fails_for_another_reason_is_not_a_full_disk(self, tmp_path):
+        from clipfast.files import replace_file
+
+        def write(path):
+            raise RuntimeError("broken")
+
+        with pytest.raises(RuntimeError, match=r"^broken$"):
+            replace_file(tmp_path / "x", write, size=1000)
+        assert not list(tmp_path.iterdir())
+
+
+def test_a_file_limit_is_like_a_full_disk(tmp_path):
+    program = (
+        "import resource, signal, torch\n"
+        "from clipfast import create_model, export_open_clip\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "export_open_clip(create_model('ViT-T-8-32'), 'x')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert "DiskFullError: x/open_clip_model.safetensors cannot be written: " in done.stderr
+    assert [path.name for path in (tmp_path / "x").iterdir()] == []
+
+
+def test_exports_have_the_mode_of_other_files(shards, tmp_path):
+    previous = os.umask(0o027)
+    try:
+        folder, _ = train(config(shards, tmp_path, epochs=1))
+    finally:
+        os.umask(previous)
+    for path in folder.path.iterdir():
+        if path.is_file():
+            assert path.stat().st_mode & 0o777 == 0o640, path.name
+
+
+def test_a_bad_validation_image_is_left_out_and_counted(shards, tmp_path, capsys):
+    write_shard(tmp_path / "v.tar", [sample(0), sample(1, png=b"x"), sample(2)])
+    folder, _ = train(config(shards, tmp_path, val_data=f"{tmp_path}/v.tar"))
+    results = json.loads((folder.path / "results.json").read_text())
+    assert (results["images"], results["skipped_images"]) == (2, 1)
+    assert "v.tar/001\tnot an image" in folder.skipped_path.read_text()
+    code, out, err = run_command(
+        capsys, "eval", "zeroshot", "--model", f"local-dir:{folder.path}", "--data", f"{tmp_path}/v.tar"
+    )
+    assert code == 0
+    assert json.loads(out)["skipped_images"] == 1
+    assert "left out v.tar/001: not an image" in err
+
+
+def test_a_damaged_shard_is_trained_on_and_named(tmp_path):
+    shard = write_shard(tmp_path / "s.tar", [sample(index) for index in range(48)])
+    with tarfile.open(shard) as tar:
+        (place,) = [member.offset for member in tar if member.name == "020.png"]
+    content = bytearray(shard.read_bytes())
+    content[place] ^= 1
+    shard.write_bytes(content)
+    options = {"train_num_samples": None, "epochs": 1, "max_bad_fraction": 0.1}
+    folder, _ = train(config(str(shard), tmp_path, **options))
+    results = json.loads((folder.path / "results.json").read_text())
+    assert results["steps"] == 6
+    assert results["skipped_pairs"] == 1
+    assert "s.tar/020\tsample has no image" in folder.skipped_path.read_text()
+
+
+def test_a_warm_up_longer_than_the_run_is_said(shards, tmp_path):
+    folder, _ = train(config(shards, tmp_path, warmup=2000))
+    log = (folder.path / "out.log").read_text()
+    assert "--warmup 2000 is not shorter than the run of 8 steps: the learning rate only rises to 4e-06 of 0.001" in log
+
+
+def test_pictures_need_matplotlib_and_training_does_not(shards, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clipfast.evaluation.pictures", None)
+    folder, _ = train(config(shards, tmp_path))
+    assert (folder.path / "results.json").exists()
+    assert "No pictures: they need matplotlib" in (folder.path / "out.log").read_text()
+
+
+def test_names_of_skipped_samples_are_printable(tmp_path):
+    folder = RunFolder(tmp_path)
+    folder.record_skipped(3, [("s.tar/\x1b[31mred\x07", "a\nb\x00")])
+    assert folder.skipped_path.read_text() == "3\ts.tar/\\x1b[31mred\\x07\ta b\\x00\n"
