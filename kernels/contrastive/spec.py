@@ -165,7 +165,7 @@ SPECS = (
         suite="loss", torch_op="contrastive", kernels=("_normalize_kernel", *SUMS, *GRADIENTS),
         floor=contrastive_floor, float32=("logit_scale",),
         bench={
-            "cpu": tuple(LossShape(pairs, 512) for pairs in (1024, 2048, 4096, 8192, 16384)),
+            "cpu": tuple(LossShape(pairs, 512) for pairs in (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)),
             "cuda": tuple(LossShape(*size) for size in GPU_SIZES),
         },
         gate={"cpu": {"pairs": 4096}, "cuda": {"pairs": 16384}},

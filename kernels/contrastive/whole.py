@@ -1,8 +1,8 @@
 """The contrastive loss of a small batch on a CPU, where the whole matrix of logits fits into the cache.
 
 Blockwise work would cost more in calls than in arithmetic there. The formulas are those of :mod:`.contrastive`, with
-one shift, 0, for all rows and columns: the powers exp(s_ij) of the forward pass are kept for the backward pass, so that
-no product is computed twice. As there, a pair is in no sum, and 1 - p is never a difference from 1.
+one shift, 0, for all rows and columns, and the powers exp(s_ij) serve the loss and its gradients. As there, a pair is
+in no sum, and 1 - p is never a difference from 1.
 """
 
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..launch import triton_runs_on
 
 MOST_LOGITS = 2**20  # 4 MiB of float32
-# Sums between these have neither overflowed nor lost a term that matters.
+# Sums and powers between these have neither overflowed nor lost a term that matters.
 LEAST_SUM, LARGEST_SUM = 2.0**-70, 2.0**120
 LEAST_SCALE = 2.0**-10  # by a smaller one, the gradient of the scale cannot be divided out
 
@@ -24,78 +24,93 @@ def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> 
 
     It looks at values, so that tensors without any, as those of a tracer, do not suit it.
     """
+    pairs = rows.shape[0]
     return (
-        rows.device.type == "cpu"
+        0 < pairs * pairs <= MOST_LOGITS
+        and rows.device.type == "cpu"
         and not triton_runs_on(rows.device)
         and type(rows) in (Tensor, torch.nn.Parameter)
         and dtype == rows.dtype == torch.float32
         and offset == 0
-        and 0 < len(rows) ** 2 <= MOST_LOGITS
-        and len(rows) == len(cols)
+        and pairs == cols.shape[0]
         and not torch.compiler.is_compiling()
     )
 
 
 def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
-    """Return the loss of features [N, D] in both directions, or None if its powers need another shift than 0."""
-    with torch.no_grad():
-        powers = torch.mm(x, y.T).mul_(logit_scale)  # [N, N]
-        positive = powers.diagonal().clone()
-        powers.exp_().fill_diagonal_(0.0)
-        sums = torch.cat((powers.sum(1), powers.sum(0))).view(2, -1)
-        least, largest = torch.aminmax(sums)
-        if not (least.item() >= LEAST_SUM and largest.item() <= LARGEST_SUM):
-            return None
-        others = sums.log().sub_(positive)  # log(others / positive)
-        inv_denom = sums.add_(positive.exp_()).reciprocal_()
-    loss: Tensor = _WholeLoss.apply(x, y, logit_scale, (powers, others, inv_denom))  # type: ignore[no-untyped-call]
+    """Return the loss of features [N, D] in both directions, or None if its powers need another shift than 0.
+
+    The gradients are computed along with the loss, where they will be asked for: later, that would take more calls.
+    """
+    wants_gradients = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad)
+    found = _loss_and_gradients(x, y, logit_scale, wants_gradients)
+    if found is None or not wants_gradients:
+        return found and found[0]
+    loss: Tensor = _WholeLoss.apply(x, y, logit_scale, found)  # type: ignore[no-untyped-call]
     return loss
 
 
+@torch.no_grad()
+def _loss_and_gradients(
+    x: Tensor, y: Tensor, logit_scale: Tensor, wants_gradients: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
+    """Return the loss and, if they are wanted, the gradients of x, y and the scale; None if the shift does not suit."""
+    powers = torch.mm(x, y.T).mul_(logit_scale)  # [N, N]
+    positive = powers.diagonal().clone()
+    powers.exp_().fill_diagonal_(0.0)
+    sums = torch.cat((powers.sum(1), powers.sum(0), positive.exp()))
+    least, largest = torch.aminmax(sums)
+    if not (least.item() >= LEAST_SUM and largest.item() <= LARGEST_SUM):
+        return None
+    sums = sums.view(3, -1)
+    others = sums[:2].log().sub_(positive)  # log(others / positive)
+    coefficient = 1 / (2 * x.shape[0])
+    loss = F.softplus(others).sum().mul_(coefficient)
+    if not wants_gradients:
+        return loss, None
+    inv_row, inv_col = sums[:2].add_(sums[2]).reciprocal_().unbind()
+    G = powers.mul_(torch.add(inv_row.unsqueeze(1), inv_col))
+    torch.sum(others.sigmoid_().neg_(), 0, out=G.diagonal())  # one_minus_p of both directions
+    scale = logit_scale.item()
+    if abs(scale) < LEAST_SCALE:
+        x_grad = G @ y
+        scale_grad = (x_grad * x).sum().mul_(coefficient)
+        return loss, (x_grad.mul_(coefficient * scale), (G.T @ x).mul_(coefficient * scale), scale_grad)
+    # BLAS multiplies by a number at no cost; beta=0 leaves out the first argument.
+    x_grad = torch.addmm(y, G, y, beta=0, alpha=coefficient * scale)
+    y_grad = torch.addmm(x, G.T, x, beta=0, alpha=coefficient * scale)
+    return loss, (x_grad, y_grad, torch.dot(x_grad.view(-1), x.reshape(-1)).div_(scale))
+
+
 class _WholeLoss(torch.autograd.Function):
-    """The loss and its gradient, from what :func:`whole_loss` has computed."""
+    """The loss that was computed, and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, found: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        ctx.save_for_backward(x, y)
-        ctx.found, ctx.logit_scale = found, logit_scale.item()
-        return F.softplus(found[1]).sum().div_(2 * len(x))
+    def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, found: tuple[Tensor, Any]) -> Tensor:
+        loss, ctx.gradients = found
+        ctx.inputs = x, y, logit_scale
+        return loss
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        x, y = ctx.saved_tensors
-        powers, others, inv_denom = ctx.found
-        coefficient = grad_loss.item() / (2 * len(x))
-        with torch.no_grad():
-            gradients = _gradients(x, y, ctx.logit_scale, powers, others, inv_denom, coefficient)
-        if torch.is_grad_enabled():  # create_graph=True: the gradients depend on the features again
-            gradients = _Final.apply(*gradients, x, y)  # type: ignore[no-untyped-call]
+        # The gradients are handed over, so that nobody has to copy them. A second backward pass computes them anew.
+        gradients, ctx.gradients = ctx.gradients, None
+        if gradients is None:
+            x, y, logit_scale = ctx.inputs
+            _, gradients = _loss_and_gradients(x, y, logit_scale, True) or (None, ())
+        factor = grad_loss.item()
+        if factor != 1:
+            gradients = tuple(gradient.mul_(factor) for gradient in gradients)
+        if torch.is_grad_enabled():  # create_graph=True: the gradients depend on the inputs again
+            gradients = _Final.apply(*gradients, *ctx.inputs, grad_loss)  # type: ignore[no-untyped-call]
         return *gradients, None
-
-
-def _gradients(
-    x: Tensor, y: Tensor, logit_scale: float, powers: Tensor, others: Tensor, inv_denom: Tensor, coefficient: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of x, y and the scale; ``coefficient`` is that of the loss over the number of its terms."""
-    weights = inv_denom * coefficient
-    G = torch.add(weights[0, :, None], weights[1]).mul_(powers)  # [N, N]
-    torch.sum(others.sigmoid().mul_(-coefficient), 0, out=G.diagonal())  # one_minus_p of both directions
-    if abs(logit_scale) < LEAST_SCALE:
-        x_grad, y_grad = G @ y, G.T @ x
-        return x_grad * logit_scale, y_grad * logit_scale, (x_grad * x).sum()
-    # BLAS multiplies by the scale at no cost; beta=0 leaves out the first argument.
-    x_grad = torch.addmm(y, G, y, beta=0, alpha=logit_scale)
-    y_grad = torch.addmm(x, G.T, x, beta=0, alpha=logit_scale)
-    return x_grad, y_grad, torch.dot(x_grad.view(-1), x.reshape(-1)).div_(logit_scale)
 
 
 class _Final(torch.autograd.Function):
     """The gradients of the loss, whose own derivative is an error."""
 
     @staticmethod
-    def forward(
-        _ctx: Any, x_grad: Tensor, y_grad: Tensor, scale_grad: Tensor, *_features: Tensor
-    ) -> tuple[Tensor, ...]:
+    def forward(_ctx: Any, x_grad: Tensor, y_grad: Tensor, scale_grad: Tensor, *_inputs: Tensor) -> tuple[Tensor, ...]:
         return x_grad.clone(), y_grad.clone(), scale_grad.clone()
 
     @staticmethod

@@ -1,0 +1,76 @@
+"""The contrastive loss of small batches on a CPU, whose matrix of logits is made as a whole."""
+
+import pytest
+import torch
+
+from clipfast.kernels import contrastive_loss
+from clipfast.kernels.contrastive import whole
+
+from ..conftest import LEG
+from .conftest import Recorded
+from .test_cases import MOST_ELEMENTS, hold, specs
+
+pytestmark = pytest.mark.skipif(LEG != "cpu", reason="of the CPU path")
+SPEC = specs()["contrastive_loss"]
+CASES = [case for case in SPEC.cases if LEG in case.legs and 0 < case.shape.elements <= MOST_ELEMENTS]
+
+
+@pytest.fixture(autouse=True)
+def as_a_whole(monkeypatch, in_blocks):
+    monkeypatch.setattr(whole, "MOST_LOGITS", MOST_ELEMENTS)
+
+
+@pytest.mark.parametrize("case", CASES, ids=[f"{number} {case.name}" for number, case in enumerate(CASES)])
+def test_case(case):
+    hold(SPEC, case, "float32")
+
+
+def features(scale, rows=7):
+    return *(torch.randn(rows, 8, requires_grad=True) for _ in range(2)), torch.tensor(scale, requires_grad=True)
+
+
+@pytest.mark.parametrize(("scale", "is_whole"), [(0.0, True), (1e-4, True), (1.0, True), (100.0, False), (-1e4, False)])
+def test_it_is_left_to_the_blocks_where_one_shift_is_not_exact(scale, is_whole):
+    inputs = features(scale)
+    with Recorded() as mode:
+        loss = contrastive_loss(*inputs)
+    assert any(op.namespace == "clipfast" for op, *_ in mode.calls) != is_whole
+    loss.backward()
+    found = [x.grad for x in inputs]
+    expected = [x.detach().double().requires_grad_() for x in inputs]
+    contrastive_loss(*expected, backend="torch").backward()
+    for grad, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(grad.double(), reference.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_pair_whose_power_overflows_keeps_its_gradient():
+    # e^90 is infinite in float32, while the sum of the other powers, six times e^81, is not.
+    x = torch.eye(8)[:7].requires_grad_()
+    y = torch.eye(8)[:7].mul(0.1).add(0.9).requires_grad_()
+    scale = torch.tensor(90.0)
+    contrastive_loss(x, y, scale).backward()
+    exact = [side.detach().double().requires_grad_() for side in (x, y)]
+    contrastive_loss(*exact, scale.double(), backend="torch").backward()
+    for side, reference in zip((x, y), exact, strict=True):
+        torch.testing.assert_close(side.grad.double(), reference.grad, rtol=1e-3, atol=1e-7)
+
+
+def test_the_graph_can_be_used_twice_and_has_no_second_derivative():
+    inputs = features(2.0)
+    loss = contrastive_loss(*inputs, normalize=True)
+    once = torch.autograd.grad(loss, inputs, retain_graph=True)
+    torch.testing.assert_close(torch.autograd.grad(loss, inputs, create_graph=True), once, rtol=0, atol=0)
+    first = torch.autograd.grad(contrastive_loss(*inputs), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match="contrastive_loss has no second derivative"):
+        first[0].sum().backward()
+
+
+def test_shapes_dtypes_and_devices_that_it_does_not_take():
+    x, y, _ = features(1.0)
+    assert whole.suits_whole(x, y, 0, torch.float32)
+    assert not whole.suits_whole(x, y, 1, torch.float32)
+    assert not whole.suits_whole(x, y[:5], 0, torch.float32)
+    assert not whole.suits_whole(x[:0], y[:0], 0, torch.float32)
+    assert not whole.suits_whole(x, y, 0, torch.bfloat16)
+    assert not whole.suits_whole(x.double(), y.double(), 0, torch.float64)
+    assert not whole.suits_whole(x.to("meta"), y.to("meta"), 0, torch.float32)
