@@ -1,12 +1,11 @@
 """The rule for errors (``clipfast.verify.rule``) as assertions."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
-from clipfast.verify.rule import GRADIENT, in_double, judge, judge_draws, value_and_grads
-
-__all__ = ["GRADIENT", "as_good_as_torch", "compare", "value_and_grads"]
+from clipfast.verify.rule import in_double, judge, judge_draws, value_and_grads
 
 
 def as_good_as_torch(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float, name: str) -> None:
@@ -16,18 +15,18 @@ def as_good_as_torch(ours: Tensor, same_dtype: Tensor, truth: Tensor, k: float, 
 
 
 def compare(
-    op: Callable[..., Tensor],
-    reference: Callable[..., Tensor],
+    op: Callable[..., Any],
+    reference: Callable[..., Any],
     inputs: Mapping[str, Tensor] | list[dict[str, Tensor]],
-    grad: Tensor,
+    grads: Tensor | Sequence[Tensor],
 ) -> None:
     """Hold ``op`` and its gradients to the rule, against ``reference`` in float64 and in the inputs' own dtype.
 
-    Several draws of ``inputs`` are judged as one.
+    Several draws of ``inputs`` are judged as one. ``grads`` has an upstream gradient for each result.
     """
     draws = inputs if isinstance(inputs, list) else [inputs]
-    ours = [value_and_grads(op, draw, grad) for draw in draws]
-    same = [value_and_grads(reference, draw, grad) for draw in draws]
-    truth = [value_and_grads(reference, in_double(draw), grad.double()) for draw in draws]
+    ours = [value_and_grads(op, draw, grads) for draw in draws]
+    same = [value_and_grads(reference, draw, grads) for draw in draws]
+    truth = [value_and_grads(reference, in_double(draw), grads) for draw in draws]
     for name, judgement in judge_draws(ours, same, truth).items():
         assert judgement.passed, f"{name}: {judgement.reason}"

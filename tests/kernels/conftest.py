@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
+from clipfast.kernels.contrastive import whole
 from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
+from clipfast.verify.rule import in_double, value_and_grads
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -34,30 +35,47 @@ each_gradient = pytest.mark.parametrize("name", DIFFERENTIABLE)
 
 
 class OpCall(NamedTuple):
-    """A function of tensors by name, the tensors, and a gradient for each result."""
+    """An op and its reference as functions of tensors by name, the tensors, and a gradient for each result."""
 
-    function: Callable[..., Any]
+    op: Callable[..., Any]
+    reference: Callable[..., Any]
     inputs: dict[str, Tensor]
     grads: tuple[Tensor, ...]
 
+    def results(self, **changed: Tensor) -> dict[str, Tensor]:
+        """Results and gradients of the op, with the ``changed`` inputs in place of its own."""
+        return value_and_grads(self.op, self.inputs | changed, self.grads)
 
-def call_of(name: str, dtype: torch.dtype, device: torch.device, scale: int = 1) -> OpCall:
+    def truth(self) -> dict[str, Tensor]:
+        """Results and gradients of the reference in float64."""
+        return value_and_grads(self.reference, in_double(self.inputs), self.grads)
+
+    def backward(self, results: Any, **options: Any) -> None:
+        """Send the gradients, if the op has any, back from its results."""
+        if self.grads:
+            values = tuple_of(results)
+            grads = [grad.to(value) for grad, value in zip(self.grads, values, strict=True)]
+            torch.autograd.backward(values, grads, **options)
+
+
+def call_at(
+    op: str, shape: Shape, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: Any
+) -> OpCall:
+    """A call of an op at any shape; ``options`` are arguments beyond those that the shape decides."""
+    spec = specs()[op]
+    call = spec.call(shape, "", Draw(), dtype)
+    functions = (functools.partial(function, **call.options, **options) for function in (spec.op, spec.reference))
+    inputs = {name: x.to(device) for name, x in call.inputs.items()}
+    return OpCall(*functions, inputs, tuple(grad.to(device) for grad in call.grads))
+
+
+def call_of(
+    name: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, scale: int = 1
+) -> OpCall:
     """One of ``CALLS``, its first size (the batch) times ``scale``."""
     spec, shape = CALLS[name]
     first = dataclasses.fields(shape)[0].name
-    call = spec.call(shape.changed(**{first: scale * getattr(shape, first)}), "", Draw(scale), dtype)
-    inputs = {key: x.to(device) for key, x in call.inputs.items()}
-    return OpCall(functools.partial(spec.op, **call.options), inputs, tuple(grad.to(device) for grad in call.grads))
-
-
-def inputs_of(
-    op: str, shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
-) -> tuple[dict[str, Tensor], Tensor]:
-    """The inputs of an op at any shape, and the gradient of its result, or of two results side by side."""
-    call = specs()[op].call(shape, "", Draw(), dtype)
-    inputs = {name: x.to(device) for name, x in call.inputs.items()}
-    grads = [grad.to(device) for grad in call.grads]
-    return inputs, torch.cat(grads, -1) if len(grads) > 1 else next(iter(grads), torch.empty(0))
+    return call_at(spec.name, shape.changed(**{first: scale * getattr(shape, first)}), device, dtype)
 
 
 def leaves_of(inputs: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,15 +89,22 @@ def tuple_of(results: Any) -> tuple[Tensor, ...]:
 
 
 class Recorded(TorchDispatchMode):
-    """A record of all calls of PyTorch's ops and of ours: (op, arguments)."""
+    """A record of all calls of PyTorch's ops and of ours: (op, arguments, result)."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Any]] = []
+        self.calls: list[tuple[Any, Any, Any]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.calls.append((func, args))
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        self.calls.append((func, args, result))
+        return result
+
+
+@pytest.fixture(autouse=True)
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send small batches through the blockwise path of CPUs too; test_whole.py checks the other path."""
+    monkeypatch.setattr(whole, "MOST_LOGITS", 0)
 
 
 @pytest.fixture
@@ -131,24 +156,3 @@ def sanitizer() -> Iterator[Any]:
         yield session
         assert session.launches > 0, "nothing was launched"
         assert session.races_unchecked == 0, "a launch was too large for the race check: shrink the case"
-
-
-def loss_inputs(
-    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, *, matched: float, scale: float
-) -> dict[str, Tensor]:
-    """Unit features whose pairs are alike to the degree ``matched``: 0 is the start of training, 1 its end."""
-    image = F.normalize(torch.randn(shape), dim=-1)
-    text = F.normalize(matched * image + (1.001 - matched) * F.normalize(torch.randn(shape), dim=-1), dim=-1)
-    return {
-        "image": image.to(device, dtype),
-        "text": text.to(device, dtype),
-        "logit_scale": torch.tensor(scale, device=device),
-    }
-
-
-def huge_strides(shape: tuple[int, ...]) -> Tensor:
-    """A float16 tensor whose last axis strides over more than 2^31 elements; only the pages that are touched exist."""
-    stride = 2**31 // (shape[-1] - 1) + 16
-    inner = torch.empty(shape[:-1]).stride()
-    # not torch.empty, whose memory the tests fill
-    return torch.empty_strided(shape, (*inner, stride), dtype=torch.float16)

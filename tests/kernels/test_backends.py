@@ -1,10 +1,10 @@
 """Each op runs on the backend that it is asked for."""
 
 import pytest
-import torch
 from triton.runtime.jit import KernelInterface
 
 from clipfast.kernels import reference
+from clipfast.kernels.backends import BACKENDS
 
 from ..conftest import INTERPRET, ON_GPU
 from .conftest import call_of, each_call
@@ -33,23 +33,18 @@ def reference_raises(monkeypatch):
             monkeypatch.setattr(reference, name, refuse)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @each_call
-def test_torch_is_the_reference(name, device, kernels_started):
-    function, inputs, _ = call_of(name, torch.float32, device)
-    with pytest.raises(ReferenceRanError):
-        function(**inputs, backend="torch")
-    assert kernels_started == []
-
-
-@pytest.mark.parametrize("backend", ["auto", "triton"])
-@each_call
-def test_triton_runs_where_it_can(name, backend, device, kernels_started):
-    function, inputs, _ = call_of(name, torch.float32, device)
+def test_backend(name, backend, device, kernels_started):
+    call = call_of(name, device)
     has_triton = INTERPRET or ON_GPU
-    if backend == "triton" and not has_triton:
+    if backend == "torch":
+        with pytest.raises(ReferenceRanError):
+            call.op(**call.inputs, backend=backend)
+    elif backend == "triton" and not has_triton:
         message = r"backend='triton' cannot run on a cpu tensor.*TRITON_INTERPRET=1"
         with pytest.raises(RuntimeError, match=f"^{name.split()[0]}: {message}"):
-            function(**inputs, backend=backend)
-        return
-    function(**inputs, backend=backend)
-    assert bool(kernels_started) == has_triton
+            call.op(**call.inputs, backend=backend)
+    else:
+        call.op(**call.inputs, backend=backend)
+    assert bool(kernels_started) == (has_triton and backend != "torch")

@@ -1,6 +1,5 @@
 """The contrastive losses beyond their specifications: shapes, blocks, exactness, and what counts as a negative."""
 
-import dataclasses
 import functools
 import math
 
@@ -11,16 +10,16 @@ import triton
 import triton.language as tl
 
 from clipfast import kernels
-from clipfast.kernels import contrastive_loss, info_nce_loss, launch, nt_xent_loss, reference
+from clipfast.kernels import info_nce_loss, launch, nt_xent_loss, reference
 from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
 from clipfast.kernels.contrastive.sigmoid_kernels import _log_1p, _probability
-from clipfast.kernels.spec import Draw, specs
-from clipfast.verify.rule import in_double
+from clipfast.verify.rule import value_and_grads
 
 from ..conftest import DTYPES, INTERPRET, LEG
-from ..numerics import compare, value_and_grads
-from .conftest import huge_strides, loss_inputs
+from ..numerics import compare
+from .conftest import call_at
+from .test_contrastive_numerics import errors
 
 pytestmark = pytest.mark.usefixtures("poison")
 ONE = torch.tensor(1.0)
@@ -42,11 +41,8 @@ def arch(request, monkeypatch):
 
 
 def call_of(loss, device, dtype=torch.float32, **changed):
-    """Return a loss, its reference and its inputs, at the size of ``SHAPES`` but for the fields that are changed."""
-    spec = specs()[loss]
-    call = spec.call(dataclasses.replace(SHAPES[loss], **changed), "", Draw(), dtype)
-    inputs = {name: x.to(device) for name, x in call.inputs.items()}
-    return *(functools.partial(fn, **call.options) for fn in (spec.op, spec.reference)), inputs
+    """Return a call of a loss at the size of ``SHAPES`` but for the fields that are changed."""
+    return call_at(loss, SHAPES[loss].changed(**changed), device, dtype)
 
 
 def features_of(inputs):
@@ -54,25 +50,23 @@ def features_of(inputs):
     return [name for name, x in inputs.items() if x.ndim == 2]
 
 
-def assert_equal(found, expected, rtol=1e-5, atol=1e-7):
-    for name, value in found.items():
-        torch.testing.assert_close(value, expected[name].to(value), rtol=rtol, atol=atol, equal_nan=True, msg=name)
+assert_equal = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, equal_nan=True, check_dtype=False)
 
 
 # Rows, columns and offset of the pairs. The last one has no pairs, like the texts of another process.
 RECTANGLES = [(5, 9, 2), (9, 5, -3), (70, 133, 60), (133, 70, -40), (1, 6, 5), (65, 64, -1)]
 RECTANGLES += [(0, 4, 1), (4, 0, 1), (67, 70, -67)]
+NUMBERS = {"contrastive_loss": {"logit_scale": 30.0}, "sigmoid_loss": {"logit_scale": 10.0, "logit_bias": -3.0}}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "offset"), RECTANGLES, ids=str)
-@pytest.mark.parametrize("loss", ["contrastive_loss", "sigmoid_loss"])
+@pytest.mark.parametrize("loss", NUMBERS)
 def test_rectangular(loss, m, n, offset, dtype, device, arch):
+    numbers = {name: torch.tensor(value, device=device) for name, value in NUMBERS[loss].items()}
     draws = []  # luck evens out only among many rows
     for _ in range(30 if loss == "sigmoid_loss" and min(m, n) < 10 else 6):
         image, text = (F.normalize(torch.randn(rows, 24), dim=-1).to(device, dtype) for rows in (m, n))
-        numbers = {"logit_scale": 30.0} if loss == "contrastive_loss" else {"logit_scale": 10.0, "logit_bias": -3.0}
-        numbers = {name: torch.tensor(value, device=device) for name, value in numbers.items()}
         draws.append({"image": image, "text": text, **numbers})
     op, expected = (functools.partial(getattr(module, loss), offset=offset) for module in (kernels, reference))
     compare(op, expected, draws, ONE)
@@ -82,47 +76,37 @@ def test_rectangular(loss, m, n, offset, dtype, device, arch):
 @pytest.mark.parametrize("scale", [20.0, 1e4], ids=["shared", "online"])
 @each_loss
 def test_blocks_add_up(loss, scale, device, monkeypatch):
-    op, _, inputs = call_of(loss, device, scale=scale)
-    expected = value_and_grads(op, inputs, ONE)
+    call = call_of(loss, device, scale=scale)
+    expected = call.results()
     monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 17 * 150)
     monkeypatch.setattr(cpu_blocks, "PIECE_ELEMENTS", 4 * 150)
     with triton_blocks.small_blocks(64):
-        assert_equal(value_and_grads(op, inputs, ONE), expected, atol=1e-7 * scale)
+        assert_equal(call.results(), expected, atol=1e-7 * scale)
 
 
 @pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
 def test_saving_memory_changes_nothing(normalize, device, arch):
-    op, _, inputs = call_of("contrastive_loss", device, normalize=normalize)
+    call = call_of("contrastive_loss", device, normalize=normalize)
     with triton_blocks.small_blocks(64):
-        expected = value_and_grads(op, inputs, ONE)
-        assert_equal(value_and_grads(functools.partial(op, memory="min"), inputs, ONE), expected)
-
-
-@pytest.mark.skipif(not INTERPRET, reason="tests how the kernels compute addresses")
-@pytest.mark.parametrize("normalize", [False, True], ids=["copied", "normalized"])
-def test_offsets_beyond_32_bits(normalize):
-    image, text = huge_strides((4, 40)), F.normalize(torch.randn(4, 40), dim=-1).half()
-    image.copy_(text.flip(0))
-    expected = contrastive_loss(text.flip(0), text, 10.0, normalize=normalize)
-    torch.testing.assert_close(contrastive_loss(image, text, 10.0, normalize=normalize), expected)
+        saving = value_and_grads(functools.partial(call.op, memory="min"), call.inputs, call.grads)
+        assert_equal(saving, call.results())
 
 
 @pytest.mark.parametrize("kind", [float, torch.tensor, lambda x: torch.tensor([x])], ids=["float", "scalar", "vector"])
 @each_loss
 def test_kinds_of_numbers(loss, kind, device):
-    op, _, inputs = call_of(loss, device, pairs=20)
+    op, _, inputs, _ = call_of(loss, device, pairs=20)
     expected = op(**inputs)
-    for name in ("logit_scale", "logit_bias"):
-        if name in inputs:
-            number = kind(inputs[name].item())
-            inputs[name] = number.to(device) if isinstance(number, torch.Tensor) else number
+    for name in inputs.keys() & {"logit_scale", "logit_bias"}:
+        number = kind(inputs[name].item())
+        inputs[name] = number.to(device) if isinstance(number, torch.Tensor) else number
     assert torch.equal(op(**inputs), expected)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @each_loss
 def test_not_finite_features_are_not_hidden(loss, bad, device):
-    op, _, inputs = call_of(loss, device, pairs=20)
+    op, _, inputs, _ = call_of(loss, device, pairs=20)
     for name in features_of(inputs):
         wrong = inputs[name].clone()
         wrong[3, 5] = bad
@@ -131,18 +115,9 @@ def test_not_finite_features_are_not_hidden(loss, bad, device):
 
 @pytest.mark.parametrize("in_batch", [True, False], ids=["in batch", "queue only"])
 def test_empty_queue(in_batch, device):
-    op, expected, inputs = call_of("info_nce_loss", device, pairs=7, in_batch=in_batch)
-    inputs["negatives"] = inputs["negatives"][:0]
-    assert_equal(value_and_grads(op, inputs, ONE), value_and_grads(expected, in_double(inputs), ONE), atol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["query", "key", "negatives"])
-def test_only_what_is_required_gets_a_gradient(name, device):
-    op, _, inputs = call_of("info_nce_loss", device, pairs=20)
-    expected = value_and_grads(op, inputs, ONE)
-    inputs[name] = inputs[name].requires_grad_()
-    op(**inputs).backward()
-    assert torch.equal(inputs[name].grad, expected[f"d_{name}"])
+    call = call_of("info_nce_loss", device, pairs=7, in_batch=in_batch)
+    call.inputs["negatives"] = call.inputs["negatives"][:0]
+    assert_equal(call.results(), call.truth(), atol=1e-6)
 
 
 def test_queue_of_the_other_keys_is_the_batch(device):
@@ -163,31 +138,28 @@ def test_a_view_is_not_its_own_negative(device):
 
 def test_zero_rows_when_normalized(device):
     # The gradient of a zero row is 10^12 times as large as the others, in PyTorch too.
-    image, text = 30 * torch.randn(45, 24, device=device), 3 * torch.randn(45, 24, device=device)
-    image[3] = text[3] = text[7] = 0
-    inputs = {"image": image, "text": text, "logit_scale": torch.tensor(50.0, device=device)}
-    op, expected = (functools.partial(fn, normalize=True) for fn in (contrastive_loss, reference.contrastive_loss))
-    found = value_and_grads(op, inputs, ONE)
+    call = call_of("contrastive_loss", device, matched=0.0, normalize=True)
+    call.inputs["image"][3] = 0
+    call.inputs["text"][[3, 7]] = 0
+    found = call.results()
     assert all(value.isfinite().all() for value in found.values())
-    truth = value_and_grads(expected, in_double(inputs), ONE)
-    for name, value in found.items():
-        torch.testing.assert_close(value.double(), truth[name], rtol=1e-4, atol=1e-6, msg=name)
+    assert_equal(found, call.truth(), rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("cosine", [-1.0, -0.9, -0.5, 0.0, 1.0])
 def test_any_cosine_at_scale_100(cosine, device):
     # All images alike and all texts alike: at -1 every term of the shared shift underflows.
-    image, text = torch.zeros(2, 40, 16, device=device)
-    image[:, 0], text[:, 0], text[:, 1] = 1.0, cosine, (1 - cosine**2) ** 0.5
-    inputs = {"image": image, "text": text, "logit_scale": torch.tensor(100.0, device=device)}
-    result = value_and_grads(contrastive_loss, inputs, ONE)
+    call = call_of("contrastive_loss", device, pairs=40, embed_dim=16, scale=100.0)
+    for name, components in (("image", [1.0, 0.0]), ("text", [cosine, (1 - cosine**2) ** 0.5])):
+        call.inputs[name].zero_()[:, :2] = torch.tensor(components)
+    result = call.results()
     assert result["value"].item() == pytest.approx(math.log(40), rel=1e-6)
-    assert_equal(result, value_and_grads(reference.contrastive_loss, in_double(inputs), ONE), atol=1e-5)
+    assert_equal(result, call.truth(), atol=1e-5)
 
 
 @pytest.mark.parametrize(("scale", "is_shared"), [(14.3, 1), (78.0, 1), (100.0, 1), (1e4, 0)])
 def test_shared_shift_is_taken_where_it_is_exact(scale, is_shared, device):
-    inputs = loss_inputs((100, 64), torch.float32, device, matched=0.3, scale=scale)
+    inputs = call_of("contrastive_loss", device, pairs=100, embed_dim=64, scale=scale, matched=0.3).inputs
     *_, shared = torch.ops.clipfast.contrastive_fwd(*inputs.values(), 0, True, False, torch.float32, False)
     assert shared.item() == is_shared
 
@@ -205,26 +177,22 @@ def test_shared_shift_is_taken_where_it_is_exact(scale, is_shared, device):
 def test_late_training_keeps_every_row(loss, changed, device):
     # A positive's probability is nearly 1. Rounded before it is subtracted from 1, it would leave rows without one
     # correct digit.
-    op, expected, inputs = call_of(loss, device, DTYPES[-1], pairs=129, embed_dim=72, scale=100.0, **changed)
-    grad = torch.tensor(2.0**14)  # loss scaling does the same: otherwise float16 could not hold the gradients
-    ours, truth = value_and_grads(op, inputs, grad), value_and_grads(expected, in_double(inputs), grad)
-    for name in features_of(inputs)[:2]:
-        exact = truth[f"d_{name}"]
-        size = exact.norm(dim=1)
-        error = (ours[f"d_{name}"].double() - exact).norm(dim=1) / size
-        # Rows smaller than that are below what the dtype of the gradient can hold.
-        worst = error[size > 1e-3 * size.max()].max()
+    call = call_of(loss, device, DTYPES[-1], pairs=129, embed_dim=72, scale=100.0, **changed)
+    # loss scaling does the same: otherwise float16 could not hold the gradients
+    call = call._replace(grads=(torch.tensor(2.0**14),))
+    found = errors(call.results(), call.truth())
+    for name in features_of(call.inputs)[:2]:
+        worst = found[f"d_{name} row"]
         assert worst < 1e-2, f"{name}: worst row is off by {worst:.1%}"
 
 
 def test_value_of_the_sigmoid_loss_is_exact(device):
     # At the start of training the loss is a sum of many small terms log(1 + e). If 1 + e were rounded, they would lose
     # digits, and the sum with them.
-    op, expected, inputs = call_of("sigmoid_loss", device, pairs=129, embed_dim=72, scale=10.0, matched=0.0)
-    ours, truth = value_and_grads(op, inputs, ONE), value_and_grads(expected, in_double(inputs), ONE)
+    call = call_of("sigmoid_loss", device, pairs=129, embed_dim=72, scale=10.0, matched=0.0)
+    found = errors(call.results(), call.truth())
     for name, limit in (("value", 3e-7), ("d_logit_bias", 3e-7), ("d_image", 1e-6), ("d_text", 1e-6)):
-        error = (ours[name].double() - truth[name]).norm() / truth[name].norm()
-        assert error < limit, f"{name}: relative error {error:.2e}"
+        assert found[name] < limit, f"{name}: relative error {found[name]:.2e}"
 
 
 @triton.jit
@@ -264,7 +232,7 @@ X = torch.zeros(4, 8)
 )
 @each_loss
 def test_errors_name_the_arguments_of_their_own_loss(loss, second, message):
-    op, _, inputs = call_of(loss, "cpu")
+    op, _, inputs, _ = call_of(loss, "cpu")
     names = features_of(inputs)[:2]
     with pytest.raises((TypeError, ValueError), match=f"{loss}: {message.format(*names)}"):
         op(**inputs | dict(zip(names, (X, second), strict=True)))
@@ -275,34 +243,33 @@ def test_errors_name_the_arguments_of_their_own_loss(loss, second, message):
 @each_loss
 def test_launches_for_features_without_dimensions(loss, arch):
     # tensor descriptors of sm_90 cannot describe a matrix without columns
-    op, _, inputs = call_of(loss, "cpu", torch.bfloat16, embed_dim=0)
+    call = call_of(loss, "cpu", torch.bfloat16, embed_dim=0)
     with launch.record_launches(arch) as launches:
-        value_and_grads(op, inputs, ONE)
+        call.results()
     assert launches
     assert not any(item.constexprs.get("IS_TMA") for item in launches)
 
 
 def test_views_in_either_order(device):
-    loss, _, inputs = call_of("nt_xent_loss", device)
-    swapped = {"first": inputs["second"], "second": inputs["first"], "logit_scale": inputs["logit_scale"]}
-    ours, other = (value_and_grads(loss, x, ONE) for x in (inputs, swapped))
-    for name, again in (("value", "value"), ("d_first", "d_second"), ("d_logit_scale", "d_logit_scale")):
-        torch.testing.assert_close(ours[name], other[again], rtol=1e-5, atol=1e-7)
+    call = call_of("nt_xent_loss", device)
+    ours, other = call.results(), call.results(first=call.inputs["second"], second=call.inputs["first"])
+    other["d_first"], other["d_second"] = other["d_second"], other["d_first"]
+    assert_equal(ours, other)
 
 
 def test_texts_in_parts_add_up(device):
     # a process that meets the texts of the others one after the other computes this
-    loss, _, inputs = call_of("sigmoid_loss", device)
-    n = len(inputs["image"])
-    inputs["text"] = F.normalize(torch.randn(3 * n, inputs["text"].shape[1]), dim=-1).to(device)
+    call = call_of("sigmoid_loss", device)
+    n = len(call.inputs["image"])
+    texts = F.normalize(torch.randn(3 * n, call.inputs["text"].shape[1]), dim=-1).to(device)
 
     def in_parts(image, text, logit_scale, logit_bias):
         own, *others = text.split(n)
-        parts = [loss(image, other, logit_scale, logit_bias, offset=n) for other in others]
-        return loss(image, own, logit_scale, logit_bias) + sum(parts)
+        parts = [call.op(image, other, logit_scale, logit_bias, offset=n) for other in others]
+        return call.op(image, own, logit_scale, logit_bias) + sum(parts)
 
-    whole = value_and_grads(in_parts, inputs, ONE)
-    turned = {**inputs, "text": inputs["text"].roll(n, 0)}
-    again = value_and_grads(functools.partial(loss, offset=n), turned, ONE)
+    whole = value_and_grads(in_parts, call.inputs | {"text": texts}, ONE)
+    turned = call.inputs | {"text": texts.roll(n, 0)}
+    again = value_and_grads(functools.partial(call.op, offset=n), turned, ONE)
     again["d_text"] = again["d_text"].roll(-n, 0)
     assert_equal(whole, again)

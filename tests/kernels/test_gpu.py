@@ -13,20 +13,18 @@ from clipfast.training.optim import adamw, set_lr
 from clipfast.training.step import GraphedStep, TrainingStep
 
 from ..conftest import ON_GPU
-from ..numerics import value_and_grads
-from .conftest import call_of, each_call, each_gradient, inputs_of, leaves_of, tuple_of
+from .conftest import call_at, call_of, each_call, each_gradient, leaves_of
 
 pytestmark = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 
 
 def step(name, device):
     """A forward and backward call of one op on fixed inputs, and where its gradients go."""
-    function, inputs, grads = call_of(name, torch.bfloat16, device)
-    leaves = leaves_of(inputs)
+    call = call_of(name, device, torch.bfloat16)
+    leaves = leaves_of(call.inputs)
 
     def run():
-        values = tuple_of(function(**leaves))
-        torch.autograd.backward(values, [grad.to(value) for grad, value in zip(grads, values, strict=True)])
+        call.backward(call.op(**leaves))
 
     return run, [x for x in leaves.values() if x.requires_grad]
 
@@ -35,10 +33,10 @@ def step(name, device):
 @each_call
 def test_finite(name, dtype, device):
     # small and plain, for compute-sanitizer to watch
-    assert all(value.isfinite().all() for value in value_and_grads(*call_of(name, dtype, device)).values())
+    assert all(value.isfinite().all() for value in call_of(name, device, dtype).results().values())
 
 
-@each_gradient
+@each_call
 def test_no_host_sync(name, device):
     run, _ = step(name, device)
     run()
@@ -67,29 +65,23 @@ def test_graph_capture(name, device):
     for leaf in leaves:
         leaf.grad.zero_()
     graph.replay()
-    for leaf, value in zip(leaves, expected, strict=True):
-        torch.testing.assert_close(leaf.grad, value, rtol=2e-2, atol=1e-6)
+    torch.testing.assert_close([leaf.grad for leaf in leaves], expected, rtol=2e-2, atol=1e-6)
 
 
 @each_gradient
 def test_same_bits_from_many_programs(name, device):
-    call = call_of(name, torch.bfloat16, device, scale=20)
-    first = value_and_grads(*call)
+    call = call_of(name, device, torch.bfloat16, scale=20)
+    first = call.results()
     for _ in range(50):
-        again = value_and_grads(*call)
+        again = call.results()
         assert all(torch.equal(again[key], value) for key, value in first.items())
 
 
-def test_ranks_without_a_host_sync_in_a_graph(device):
+def test_ranks_in_a_graph(device):
     # The graph is replayed on other features than it was captured with.
-    inputs, _ = inputs_of("retrieval_ranks", RankShape(700, 2500, 40), torch.bfloat16, device)
+    inputs = call_at("retrieval_ranks", RankShape(700, 2500, 40), device, torch.bfloat16).inputs
     other = {name: x.flip(0) for name, x in inputs.items()}
     retrieval_ranks(**inputs)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        retrieval_ranks(**inputs)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         ranks = retrieval_ranks(**inputs)
@@ -100,11 +92,11 @@ def test_ranks_without_a_host_sync_in_a_graph(device):
 
 
 def test_index_that_is_no_image_is_a_text_of_none(device):
-    inputs = inputs_of("retrieval_ranks", RankShape(40, 90, 16), torch.float32, device)[0]
-    expected = retrieval_ranks(**inputs)
+    op, _, inputs, _ = call_at("retrieval_ranks", RankShape(40, 90, 16), device)
+    expected = op(**inputs)
     wrong = torch.tensor([40, -2, 2**32], device=device).repeat(30)
     inputs["text_image"] = wrong.where(inputs["text_image"] < 0, inputs["text_image"])
-    assert all(torch.equal(a, b) for a, b in zip(retrieval_ranks(**inputs), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(op(**inputs), expected, strict=True))
 
 
 def test_reference_of_bytes_in_a_graph(device):

@@ -26,10 +26,9 @@ for call in {calls}:
 """
 FEATURES = """
 first, second, third = (normalize(torch.randn({pairs}, 16), dim=-1).requires_grad_() for _ in range(3))
-def run(loss, rows):
+def run(loss, rows={pairs}):
     loss(*(x[:rows] for x in (first, second, third))).backward()
-ours, theirs = {ours}, {theirs}
-run(ours, 9)
+run({loss}, 9)
 """
 LOSSES = {
     "info_nce_loss": "info_nce_loss(x, y, 14.3, negatives=z, in_batch=False, backend={!r})",
@@ -49,10 +48,10 @@ def peaks_mib(setup: str, *calls: str) -> list[int]:
     return [int(line) for line in lines.split()]
 
 
-def loss_peaks(pairs: int, ours: str, theirs: str, imports: str = "") -> list[int]:
-    """Return the peak memory of two losses, each a function of three sets of features, forward and backward."""
-    setup = imports + FEATURES.format(pairs=pairs, ours=ours, theirs=theirs)
-    return peaks_mib(setup, f"run(ours, {pairs})", f"run(theirs, {pairs})")
+def loss_peaks(pairs: int, *losses: str, imports: str = "") -> list[int]:
+    """Return the peak memory of losses, each a function of three sets of features, forward and backward."""
+    setup = imports + FEATURES.format(pairs=pairs, loss=losses[0])
+    return peaks_mib(setup, *(f"run({loss})" for loss in losses))
 
 
 def test_peak_is_an_eighth_of_open_clip():

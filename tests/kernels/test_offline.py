@@ -69,7 +69,7 @@ def test_planted_spill_is_seen_as_the_assembler_reports_it(capsys, tmp_path):
     with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
         triton.knobs.cache.dir = str(tmp_path)  # so that the assembler runs
         triton.knobs.nvidia.dump_ptxas_log = True
-        resources = offline.compile_launch(launch, 80)
+        resources = offline.resources(offline.compile_kernel(launch, 80))
     log = capsys.readouterr().out
     assert f"{resources.spill_bytes} bytes spill stores" in log
     assert f"Used {resources.registers} registers" in log
