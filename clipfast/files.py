@@ -20,8 +20,8 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
         path: the file to replace; its folder must exist.
         write: writes the whole content to the path that it is given. If it raises, ``path`` stays as it was and the
             temporary file is removed. What a killed process leaves is overwritten by the next write.
-        size: about how many bytes it writes, to recognise a full disk if it fails with an error that names another
-            cause, and to say how much was wanted.
+        size: the approximate number of bytes that it writes. With it, an error that names another cause is recognised
+            as a full disk, and says how much was wanted.
 
     Raises:
         DiskFullError: there is no space, or a quota or a limit on the size of files is reached.
@@ -41,7 +41,7 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
             raise
         written, free = (temporary.stat().st_size if temporary.exists() else 0), shutil.disk_usage(path.parent).free
         reason = _lack_of_space(error)
-        if reason is None and (size == 0 or free >= max(0, size - written)):
+        if reason is None and (isinstance(error, OSError) or size == 0 or free >= max(0, size - written)):
             raise
         wanted = f"{size / 1e6:,.1f} MB are wanted and " if size else ""
         reason = reason or "the disk is full"
@@ -81,5 +81,8 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # which file systems say that do not sync folders
+            raise
     finally:
         os.close(descriptor)

@@ -36,7 +36,10 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     from webdataset.shardlists import expand_urls
 
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    named = [_bundled(shard) for one in patterns for shard in expand_urls(one)]
+    try:
+        named = [_bundled(shard) for one in patterns for shard in expand_urls(one)]
+    except AssertionError as error:  # a variable ${NAME} that is not set
+        raise ValueError(f"shards {pattern!r} cannot be expanded: {error}") from error
     shards = [path for shard in named for path in _matches(shard)]
     local = [shard for shard in shards if ":" not in shard]
     missing = [shard for shard in local if not Path(shard).exists()]
@@ -82,10 +85,10 @@ def _bundled(shard: str) -> str:
 def read_samples(shards: Iterable[str]) -> Iterator[RawSample]:
     """Yield the samples of tar files in order, undecoded: ``__key__``, ``__url__``, and bytes by file extension.
 
-    Members that lie one behind the other and have the same name up to its first dot are a sample. For each pair that is
-    known to be lost where a shard is damaged, there is a sample that holds only ``__damage__``, a text that says where
-    and why: it cannot be decoded, and is thus counted and named as other samples that cannot be used. How many pairs a
-    damaged stretch held is estimated by the smallest pair of the shard, so rather too many than too few.
+    Consecutive members whose names agree up to the first dot form a sample. For each pair that is known to be lost
+    where a shard is damaged, there is a sample whose ``__damage__`` says why and whose key says where: it cannot be
+    decoded, and is thus counted and named as other samples that cannot be used. The number of lost pairs is estimated
+    from the smallest pair of the shard, so it is rather too high than too low.
 
     Raises:
         ValueError: a shard cannot be opened, or is not a tar file.
@@ -101,7 +104,7 @@ def read_samples(shards: Iterable[str]) -> Iterator[RawSample]:
 
 
 class _Hole:
-    """A damage, and how many samples beside it have lost a part to it."""
+    """A damaged stretch, and how many samples beside it have lost a part to it."""
 
     def __init__(self, damage: Damage) -> None:
         self.damage, self.cropped = damage, 0
@@ -136,7 +139,7 @@ def _group(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawSample]:
             continue
         folder, slash, file = part.name.rpartition("/")
         stem, dot, extension = file.partition(".")
-        if not stem or not dot:
+        if not stem or not dot or extension.startswith("__"):
             continue
         key, extension = folder + slash + stem, extension.lower()
         if key != sample.get("__key__") or extension in sample:
@@ -204,7 +207,7 @@ def metadata(sample: RawSample) -> dict[str, Any]:
     _check_damage(sample)
     try:
         parsed = json.loads(sample.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"json cannot be read: {error}") from error
     if not isinstance(parsed, dict):
         raise ValueError(f"json is not an object but a {type(parsed).__name__}")

@@ -27,7 +27,7 @@ from .samples import RawSample, caption, decode_image, field, read_samples, samp
 SHUFFLE_BUFFER = 5000
 # How many batches' worth of samples may wait for a batch without another sample of their identity. More are dropped.
 MAX_HELD_BATCHES = 16
-# How many samples may be unusable before the first that can be used.
+# A run stops if so many samples are unusable before the first that can be used.
 MAX_UNUSABLE = 100
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
 
@@ -81,7 +81,8 @@ class PairStream(IterableDataset[Batch]):
         # A loader always asks worker 0 first, so worker 0 must produce ``first_batch``.
         share = (slot + self.first_batch) % num_workers
         batches = unique_batches(self._shuffled(share, num_workers), self.batch_size, self._identity)
-        unusable: list[tuple[str, str]] | None = []  # None as soon as one sample could be used
+        # None as soon as one sample could be used, as it was in the batches before the first one
+        unusable: list[tuple[str, str]] | None = None if self.first_batch else []
         for index in range(share, self.num_batches, num_workers):
             items = next(batches)
             if index < self.first_batch:
@@ -120,7 +121,7 @@ class PairStream(IterableDataset[Batch]):
         images, captions, skipped = [], [], []
         for data_pass, sample in items:
             name = sample_name(sample)
-            seed = zlib.crc32(f"{self.seed}/{self.epoch}/{data_pass}/{name}".encode())
+            seed = zlib.crc32(f"{self.seed}/{self.epoch}/{data_pass}/{name}".encode("utf-8", "surrogateescape"))
             torch.default_generator.manual_seed(seed)
             try:
                 if self.unique_by not in (None, "caption"):
@@ -211,7 +212,7 @@ class _Reporting(IterableDataset[Batch | str]):
 def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = False) -> Generator[Batch, None, None]:
     """Return the batches of ``stream``, decoded by ``num_workers`` processes; 0 decodes them in this process.
 
-    To close the generator ends the processes.
+    Closing the generator ends the processes.
 
     Raises:
         ValueError: there are more workers than shards, so that one would have nothing to read; or an error of the
@@ -227,15 +228,20 @@ def pair_loader(stream: PairStream, num_workers: int, *, pin_memory: bool = Fals
 
 
 def _raising(batches: DataLoader[Batch | str]) -> Generator[Batch, None, None]:
-    for batch in batches:
-        if isinstance(batch, str):
-            raise ValueError(batch)
-        yield batch
+    iterator = iter(batches)
+    try:
+        for batch in iterator:
+            if isinstance(batch, str):
+                raise ValueError(batch)
+            yield batch
+    finally:
+        # Tracebacks keep an iterator alive, and its workers would then wait at the end of the process.
+        getattr(iterator, "_shutdown_workers", lambda: None)()
 
 
 def _start_worker(_: int) -> None:
-    # A terminal or a job scheduler sends these to every process. The trainer decides when to stop, and needs batches
-    # until then. A second SIGTERM comes from the loader, which ends its workers that way.
+    # A terminal or a job scheduler sends these signals to every process. The trainer decides when to stop, and needs
+    # batches until then. A second SIGTERM ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))

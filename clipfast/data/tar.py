@@ -3,8 +3,8 @@
 Readers of the standard library end in silence at a header whose checksum is wrong, so that half of a shard can go
 missing without a word. Here every stretch of bytes that belongs to no member becomes a :class:`Damage`.
 
-Headers are parsed by ``tarfile``. Behind a damage, a header is recognised by the word "ustar" in it, which all writers
-of this century put there, and by its checksum, at any position: garbage need not be a multiple of a block.
+Headers are parsed by ``tarfile``. After damaged bytes, a header is recognised by its checksum and by the word "ustar"
+in it, which all current writers put there. It may stand anywhere, since garbage need not be a multiple of a block.
 """
 
 import bz2
@@ -13,7 +13,7 @@ import gzip
 import lzma
 import tarfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from io import BufferedIOBase
 from typing import IO, Protocol, cast
 
@@ -28,6 +28,7 @@ MAX_ZEROS = tarfile.RECORDSIZE + 2 * BLOCK
 COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], BufferedIOBase]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile
 }  # fmt: skip
+BZ2_ERROR = "Invalid data stream"  # of an OSError without a number, as errors of pipes are
 BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
 
 
@@ -52,7 +53,7 @@ class Damage:
     """Bytes of the (uncompressed) archive that belong to no member that can be read."""
 
     offset: int  # of the first of them
-    size: int | None  # how many; None if the archive ends too early, so that nobody knows
+    size: int | None  # how many, if that says how much is lost; None if the archive ends too early, or at a huge member
     reason: str
 
 
@@ -71,25 +72,35 @@ def read_tar(source: Readable) -> Iterator[Member | Damage]:
         header = _parse(window.peek(BLOCK))
         if header is not None:
             found, is_ended = True, False
-            yield from _member(window, header)
+            if (yield from _member(window, header)):
+                return
             continue
         offset, zeros = window.offset, window.skip_zeros()
         is_ended = is_ended or zeros > 0
         is_record = zeros == 2 * BLOCK or (zeros <= MAX_ZEROS and (window.offset - start) % tarfile.RECORDSIZE == 0)
         if zeros and ((is_record and _parse(window.peek(BLOCK))) or (zeros <= MAX_ZEROS and not window.peek(1))):
-            start = window.offset  # another archive begins here, or nothing
+            start = window.offset  # another archive begins here, or the file ends
             continue
+        at_end = not window.peek(1)
         window.skip_to_header()
-        if window.peek(1) or found:
-            yield Damage(offset, window.offset - offset, "no member has a valid header here")
+        is_ended = is_ended or not window.peek(1)  # what follows says that the end is damaged
+        if at_end and found:
+            yield Damage(
+                offset, None, f"{zeros} bytes of zeros stand at the end, more than the end mark of a tar file has"
+            )
+        elif window.peek(1) or found:
+            yield Damage(offset, window.offset - offset, "these bytes hold no valid header of a member")
     if not found and not (is_ended and not window.error):
-        raise ValueError(window.error or f"not a tar file: no valid header in its {window.offset} bytes")
+        raise ValueError(window.error or f"not a tar file: no valid header of a member in its {window.offset} bytes")
     if not is_ended or window.error:
         yield Damage(window.offset, None, window.error or "the file ends here, without the end mark of a tar file")
 
 
-def _member(window: "_Window", header: tarfile.TarInfo) -> Iterator[Member | Damage]:
-    """Yield the member that begins with ``header``, where the window stands. Headers before the last one extend it."""
+def _member(window: "_Window", header: tarfile.TarInfo) -> Generator[Member | Damage, None, bool]:
+    """Yield the member that begins with ``header``, where the window stands; return True if the archive ends within it.
+
+    Extended headers in front of the member's own apply to it.
+    """
     start, extended = window.offset, dict[str, str]()
     while True:
         window.take(BLOCK)
@@ -100,7 +111,7 @@ def _member(window: "_Window", header: tarfile.TarInfo) -> Iterator[Member | Dam
         missing = window.skip(size) if is_long else size - len(data)
         if missing:
             yield Damage(start, None, f"{window.error or 'the file ends'} inside {extended.get('path', header.name)}")
-            return
+            return True
         window.take(-size % BLOCK)
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
             extended |= _records(data)
@@ -110,13 +121,17 @@ def _member(window: "_Window", header: tarfile.TarInfo) -> Iterator[Member | Dam
             break
         following = _parse(window.peek(BLOCK))
         if following is None:
-            return  # The caller reports what stands here in place of the header.
+            yield Damage(start, window.offset - start, "the member of this extended header is missing")
+            return False
         header = following
     name = extended.get("path", header.name)
     if is_long:
-        yield Damage(start, window.offset - start, f"{name} has {size} bytes, more than the limit of {MAX_MEMBER}")
-    elif header.isreg() and not header.issparse():
+        yield Damage(start, None, f"{name} has {size} bytes, more than the limit of {MAX_MEMBER}")
+    elif header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended):
+        yield Damage(start, None, f"{name} is a sparse file, which clipfast does not read")
+    elif header.isreg():
         yield Member(name, data, window.offset - start)
+    return False
 
 
 def _parse(block: bytes) -> tarfile.TarInfo | None:
@@ -155,7 +170,7 @@ class _Window:
         start = self.peek(max(map(len, COMPRESSIONS)))
         for magic, decompressed in COMPRESSIONS.items():
             if start.startswith(magic):
-                # read1 returns what stands before an error, which read would lose.
+                # read1 returns the bytes before an error, which read would lose.
                 self._read = decompressed(cast(IO[bytes], _Joined(self._held, source))).read1
                 self._held = b""
 
@@ -204,11 +219,17 @@ class _Window:
             self.take(len(data) - BLOCK + 1 if len(data) == WINDOW else len(data))
 
     def _pull(self, size: int) -> bytes:
+        if self.error:
+            return b""
         try:
             return self._read(size)
         except BROKEN_COMPRESSION as error:
             self.error = f"its compression is broken: {error}"
-            return b""
+        except OSError as error:
+            if str(error) != BZ2_ERROR:
+                raise
+            self.error = f"its compression is broken: {error}"
+        return b""
 
 
 class _Joined:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -109,12 +110,16 @@ class LabelledSet:
         folders = sorted(path for path in root.iterdir() if path.is_dir())
         if not folders:
             raise ValueError(f"{root} has no sub-folders; an image folder has one per class")
-        for folder in folders:
-            paths = sorted(path for path in folder.iterdir() if path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS)
-            if not paths:
-                raise ValueError(f"{folder} has no images ({', '.join(IMAGE_EXTENSIONS)})")
-            for path in paths:
-                yield str(path), functools.partial(_from_file, path)
+        found = {folder: sorted(path for path in folder.iterdir() if _is_image(path)) for folder in folders}
+        empty = [folder for folder, paths in found.items() if not paths]
+        if empty:
+            raise ValueError(f"{empty[0]} has no images ({', '.join(IMAGE_EXTENSIONS)})")
+        for path in itertools.chain(*found.values()):
+            yield str(path), functools.partial(_from_file, path)
+
+
+def _is_image(path: Path) -> bool:
+    return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
 
 
 def _from_file(path: Path) -> LabelledImage:

@@ -15,11 +15,13 @@ LOCK_NAME = "run.lock"
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Make ``folder`` if need be, and hold it as long as the context lasts; whatever is empty then is removed again.
+    """Make ``folder`` if need be, and hold it for as long as the context lasts.
 
-    The system releases the lock when the process ends, however it ends, so that a file that a killed run has left locks
-    nothing. The lock is not inherited by data workers, and holds between the machines of a network file system too, if
-    the file system knows locks; where it does not, nothing is locked.
+    On exit, the lock file and the folders that were made are removed if nothing else is in them.
+
+    The system releases the lock when the process ends, however it ends, so a lock file left by a killed run blocks
+    nobody. Data workers do not inherit the lock. It also works between machines, if the network file system supports
+    locks; otherwise nothing is locked.
 
     Raises:
         ValueError: another process holds the folder; the message says which, and since when.
@@ -36,6 +38,8 @@ def locked(folder: Path) -> Iterator[None]:
                 raise ValueError(
                     f"{folder} is in use by {_holder(file.read())}: wait until it ends, or stop it"
                 ) from None
+        if not path.exists() or path.stat().st_ino != os.fstat(file.fileno()).st_ino:
+            raise ValueError(f"{folder} was removed by another process just now: start again")
         file.truncate(0)
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         file.write(json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}) + "\n")

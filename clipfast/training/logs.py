@@ -17,11 +17,18 @@ from .run import RunFolder
 log = logging.getLogger("clipfast")
 
 
+class _OutLog(logging.FileHandler):
+    """The file ``out.log``."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
+        """Lose a line that cannot be written: a full disk would print a traceback for each."""
+
+
 @contextmanager
 def logging_to(folder: Path) -> Iterator[None]:
     """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format."""
     formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
-    handlers: list[logging.Handler] = [logging.StreamHandler(), logging.FileHandler(folder / "out.log")]
+    handlers: list[logging.Handler] = [logging.StreamHandler(), _OutLog(folder / "out.log", encoding="utf-8")]
     for handler in handlers:
         handler.setFormatter(formatter)
         log.addHandler(handler)

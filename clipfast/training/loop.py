@@ -47,16 +47,24 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
         trainer = Trainer(config, folder, checkpoint or None)
         saved = checkpoint.get("clipfast", {}).get("config", {})
         options, changed = dataclasses.asdict(config), changed_options(saved, config)
-        refuse_changes(trainer, changed, is_own)
+        if "model" in changed:
+            raise ValueError(f"the weights of a checkpoint are those of its own model: {changed['model']}")
+        if is_own and changed and trainer.progress.step >= trainer.total_steps:
+            done = checkpoint["clipfast"]["progress"]["step"]
+            raise ValueError(
+                f"the run is finished after {done} steps, and its options cannot change any more: "
+                f"{', '.join(changed.values())}; only more --epochs would continue it"
+            )
         step = trainer.progress.step if is_own else None
         folder.create(after_step=step)
         folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
         with logging_to(folder.path), Interruption() as interruption:
             _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
-            if interruption.signum is None:
+            signum = interruption.signum
+            if signum is None:
                 finish(trainer, evaluation or trainer.evaluate())
-    return folder, interruption.signum
+    return folder, signum
 
 
 def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
@@ -67,21 +75,6 @@ def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str
         for key, was in saved.items()
         if key in options and key not in PLACE and options[key] != was
     }
-
-
-def refuse_changes(trainer: Trainer, changed: dict[str, str], is_own: bool) -> None:
-    """Refuse changed options where they would make the records of the run false; ``is_own`` if it is in its folder.
-
-    Raises:
-        ValueError: the checkpoint is of another model, or the run is finished.
-    """
-    if "model" in changed:
-        raise ValueError(f"the weights of a checkpoint are of its own model, which cannot change: {changed['model']}")
-    if is_own and changed and trainer.progress.step >= trainer.total_steps:
-        raise ValueError(
-            f"the run is finished after {trainer.progress.step} steps, and its options cannot change any more: "
-            f"{', '.join(changed.values())}; only more --epochs would continue it"
-        )
 
 
 def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -> None:

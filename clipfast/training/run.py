@@ -2,13 +2,16 @@
 
 import contextlib
 import json
+import logging
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_checkpoint
-from ..files import replace_file, replace_text
+from ..files import OUT_OF_SPACE, replace_file, replace_text
+
+log = logging.getLogger("clipfast")
 
 
 class RunFolder:
@@ -32,7 +35,7 @@ class RunFolder:
         Raises:
             ValueError: it holds a run, and this run does not resume it.
         """
-        if self.latest.exists() and not resuming:
+        if self.kept() and not resuming:
             raise ValueError(
                 f"{self.path} holds a run already: go on with --resume {self.path}, or choose another --name"
             )
@@ -43,8 +46,7 @@ class RunFolder:
         last = -1 if after_step is None else after_step
         kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= last]
         replace_text(self.metrics_path, "".join(kept))
-        skipped = self.skipped_path.read_text().splitlines(keepends=True) if self.skipped_path.exists() else []
-        replace_text(self.skipped_path, "".join(line for line in skipped if int(line.split("\t")[0]) <= last))
+        replace_text(self.skipped_path, "".join(line for line in self._skipped() if int(line.split("\t")[0]) <= last))
 
     def save(self, checkpoint: dict[str, Any], *, keep: bool) -> Path:
         """Write ``epoch_latest.pt``, and with ``keep`` also ``epoch_N.pt``; returns the path of the first.
@@ -54,7 +56,7 @@ class RunFolder:
         """
         write_checkpoint(self.latest, checkpoint)
         if keep:
-            # The next epoch_latest.pt will be another file, so that this one can have two names.
+            # Each save makes a new epoch_latest.pt, so that this one can get a second name.
             replace_file(self.checkpoints / f"epoch_{checkpoint['epoch']}.pt", self._link_latest)
         return self.latest
 
@@ -83,7 +85,7 @@ class RunFolder:
         if step is None:
             self.write_json(path.name, options)
             return
-        recorded = json.loads(path.read_text()) if path.exists() else dict(options)
+        recorded = json.loads(path.read_text("utf-8")) if path.exists() else dict(options)
         changes = [change for change in recorded.pop("changes", []) if change["after_step"] < step]
         if changed:
             changes.append({"after_step": step, **changed})
@@ -95,21 +97,37 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Append a line of metrics."""
-        with self.metrics_path.open("a") as file:
-            file.write(json.dumps(values) + "\n")
+        _append(self.metrics_path, json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics that are complete: a kill can cut the last one short."""
         metrics = []
-        for line in self.metrics_path.read_text().splitlines() if self.metrics_path.exists() else ():
+        for line in self.metrics_path.read_text("utf-8", "replace").splitlines() if self.metrics_path.exists() else ():
             with contextlib.suppress(json.JSONDecodeError):
                 metrics.append(json.loads(line))
         return metrics
 
     def record_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
         """Append samples that could not be used, each as name and reason."""
-        with self.skipped_path.open("a") as file:
-            file.writelines(f"{step}\t{_printable(name)}\t{_printable(reason)}\n" for name, reason in skipped)
+        lines = (f"{step}\t{_printable(name)}\t{_printable(reason)}\n" for name, reason in skipped)
+        _append(self.skipped_path, "".join(lines))
+
+    def _skipped(self) -> list[str]:
+        """Return the lines of skipped samples that are complete."""
+        text = self.skipped_path.read_text("utf-8", "replace") if self.skipped_path.exists() else ""
+        lines = text.splitlines(keepends=True)
+        return [line for line in lines if line.endswith("\n") and line.split("\t")[0].isdecimal()]
+
+
+def _append(path: Path, text: str) -> None:
+    """Append to a file of records. If the disk is full, the records are lost, and training goes on."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        if error.errno not in OUT_OF_SPACE:
+            raise
+        log.error(f"{path} cannot be written: {error.strerror}")
 
 
 def _printable(text: str) -> str:

@@ -74,7 +74,7 @@ class Trainer:
     def fit(self, interruption: Interruption) -> Evaluation | None:
         """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
 
-        Whatever ends it, weights that are finite are saved, unless an update of them is not complete.
+        Whatever error ends it, weights that are finite are saved, unless an update of them is not complete.
 
         Raises:
             TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
@@ -91,7 +91,8 @@ class Trainer:
             self._rescue(error)
             raise
         if interruption.signum is not None:
-            log.info(f"Interrupted. Saved {self.folder.latest}; {self._continuation}")
+            saved = f"Saved {self.folder.latest}; {self._continuation}"
+            log.info(f"Interrupted. {saved if self.folder.latest.exists() else 'No step was finished.'}")
         return evaluation
 
     @property

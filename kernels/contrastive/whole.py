@@ -22,8 +22,10 @@ LEAST_SCALE = 2.0**-10  # by a smaller one, the gradient of the scale cannot be 
 def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> bool:
     """Return True if the loss of these features, multiplied in ``dtype``, may be computed by :func:`whole_loss`.
 
-    It looks at values, so that tensors without any, as those of a tracer, do not suit it.
+    That function reads values, so tensors that have none, such as a tracer's, do not suit it.
     """
+    if torch.compiler.is_compiling():
+        return False
     pairs = rows.shape[0]
     return (
         0 < pairs * pairs <= MOST_LOGITS
@@ -33,7 +35,6 @@ def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> 
         and dtype == rows.dtype == torch.float32
         and offset == 0
         and pairs == cols.shape[0]
-        and not torch.compiler.is_compiling()
     )
 
 
@@ -52,7 +53,7 @@ def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
 
 @torch.no_grad()
 def _loss_and_gradients(
-    x: Tensor, y: Tensor, logit_scale: Tensor, wants_gradients: bool
+    x: Tensor, y: Tensor, logit_scale: Tensor, wants_gradients: bool = True
 ) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
     """Return the loss and, if they are wanted, the gradients of x, y and the scale; None if the shift does not suit."""
     powers = torch.mm(x, y.T).mul_(logit_scale)  # [N, N]
@@ -89,6 +90,7 @@ class _WholeLoss(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, found: tuple[Tensor, Any]) -> Tensor:
         loss, ctx.gradients = found
         ctx.inputs = x, y, logit_scale
+        ctx.versions = [tensor._version for tensor in ctx.inputs]
         return loss
 
     @staticmethod
@@ -96,8 +98,10 @@ class _WholeLoss(torch.autograd.Function):
         # The gradients are handed over, so that nobody has to copy them. A second backward pass computes them anew.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            x, y, logit_scale = ctx.inputs
-            _, gradients = _loss_and_gradients(x, y, logit_scale, True) or (None, ())
+            if ctx.versions != [tensor._version for tensor in ctx.inputs]:
+                raise RuntimeError("contrastive_loss: an input was modified in place between two backward passes")
+            with torch.autocast("cpu", enabled=False):
+                _, gradients = _loss_and_gradients(*ctx.inputs) or (None, ())
         factor = grad_loss.item()
         if factor != 1:
             gradients = tuple(gradient.mul_(factor) for gradient in gradients)

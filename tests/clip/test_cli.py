@@ -73,7 +73,10 @@ BAD = [
     ),
     (["train", "--train-data", "folder"], "folder is a folder: name the shards in it, as 'folder/*.tar'"),
     (["train", "--train-data", "folder/*.tar"], "no such shard: nothing matches folder/*.tar"),
-    (["train", "--train-data", "t.tar"], "t.tar cannot be read: not a tar file: no valid header in its 9 bytes"),
+    (
+        ["train", "--train-data", "t.tar"],
+        "t.tar cannot be read: not a tar file: no valid header of a member in its 9 bytes",
+    ),
     (["train", "--resume", "folder"], "folder holds no checkpoint to resume from"),
     (["plan", "--pairs", "0"], "argument --pairs: must be more than 0, got 0"),
     (["plan", "--gpus", "-2"], "argument --gpus: must be more than 0, got -2"),

@@ -17,7 +17,7 @@ import torch
 from clipfast.checkpoint import CheckpointError, read_checkpoint
 from clipfast.files import DiskFullError
 from clipfast.training.errors import TrainingError
-from clipfast.training.lock import LOCK_NAME
+from clipfast.training.lock import LOCK_NAME, locked
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
@@ -91,13 +91,26 @@ def test_a_closed_terminal_saves(shards, tmp_path, signum):
     assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
 
 
-@pytest.mark.parametrize("name", ["no one waits", "one waits"])
+def test_nothing_is_said_to_be_saved_that_is_not(shards, tmp_path):
+    def interrupted(trainer, resume, changed):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch("clipfast.training.loop._log_start", interrupted):
+        folder, signum = train(config(shards, tmp_path))
+    assert signum == signal.SIGTERM
+    assert folder.kept() == []
+    assert "Interrupted. No step was finished." in (folder.path / "out.log").read_text()
+
+
+@pytest.mark.parametrize("name", ["a new run", "a resumed run"])
 def test_a_folder_has_one_holder(name, shards, tmp_path, capsys):
-    process = started(command(shards, tmp_path), stderr=subprocess.DEVNULL)
+    process = started(command(shards, tmp_path, "--epochs", "2000"), stderr=subprocess.DEVNULL)
     try:
         wait_for_checkpoint(process, tmp_path / "run", 1)
         before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
-        arguments = ["train", "--resume", str(tmp_path / "run")] if name == "one waits" else command(shards, tmp_path)
+        arguments = (
+            ["train", "--resume", str(tmp_path / "run")] if name == "a resumed run" else command(shards, tmp_path)
+        )
         code, _, err = run_command(capsys, *arguments)
         assert code == 2
         assert f"run is in use by process {process.pid} on " in err
@@ -106,9 +119,10 @@ def test_a_folder_has_one_holder(name, shards, tmp_path, capsys):
     finally:
         process.kill()
         process.wait()
-    # the lock of a process that was killed is none
+    # A process that was killed holds no lock.
     assert (tmp_path / "run" / LOCK_NAME).exists()
-    assert run_command(capsys, "train", "--resume", tmp_path / "run", "--epochs", "1")[0] == 0
+    with locked(tmp_path / "run"):
+        pass
 
 
 def test_a_run_that_cannot_start_leaves_nothing(shards, tmp_path):
@@ -158,7 +172,7 @@ class TestOptions:
         before = {path: path.read_bytes() for path in half.iterdir() if path.is_file() and path.name != LOCK_NAME}
         code, _, err = run_command(capsys, "train", "--resume", half, "--model", "RN50")
         assert code == 2
-        assert "the weights of a checkpoint are of its own model, which cannot change: --model " in err
+        assert "the weights of a checkpoint are those of its own model: --model " in err
         assert before == {path: path.read_bytes() for path in half.iterdir() if path in before}
         # nor does another folder make it another model
         assert run_command(capsys, "train", "--resume", half, "--model", "RN50", "--name", "other")[0] == 2
@@ -177,10 +191,7 @@ class TestOptions:
         before = {path: path.read_bytes() for path in half.glob("*.json*")}
         code, _, err = run_command(capsys, "train", "--resume", half, "--lr", "1", "--batch-size", "4")
         assert code == 2
-        assert (
-            "the run is finished after 8 steps, and its options cannot change any more: --batch-size 8 -> 4"
-            in err.replace("16 steps", "8 steps")
-        )
+        assert "the run is finished after 8 steps, and its options cannot change any more: --batch-size 8 -> 4" in err
         assert before == {path: path.read_bytes() for path in half.glob("*.json*")}
         assert run_command(capsys, "train", "--resume", half, "--epochs", "3")[0] == 0
         assert saved_step(half) == 12
@@ -201,20 +212,16 @@ class TestDamage:
         # The other name of the same file was not written to: a checkpoint is replaced, never changed.
         assert run_command(capsys, "train", "--resume", folder.checkpoints / "epoch_1.pt")[0] == 0
 
-    def test_every_byte_counts(self, tmp_path):
+    def test_every_bit_of_a_tensor_counts(self, tmp_path):
         path = tmp_path / "x.pt"
-        torch.save({"state_dict": {"a": torch.arange(100.0)}}, path)
+        values = torch.arange(100.0)
+        torch.save({"state_dict": {"a": values}}, path)
         whole = path.read_bytes()
-        expected = read_checkpoint(path)["state_dict"]["a"]
-        unnoticed = 0
-        for place in range(0, len(whole), 7):
+        start = whole.index(values.numpy().tobytes())
+        for place in range(start, start + values.nbytes, 7):
             path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
-            try:
-                assert torch.equal(read_checkpoint(path)["state_dict"]["a"], expected)
-                unnoticed += 1
-            except CheckpointError:
-                pass
-        assert unnoticed < len(whole) / 7
+            with pytest.raises(CheckpointError, match="is damaged: the checksum of"):
+                read_checkpoint(path)
 
     def test_the_newest_that_there_is_is_resumed(self, shards, tmp_path):
         folder, _ = train(config(shards, tmp_path, save_frequency=1))
@@ -245,7 +252,7 @@ class TestFullDisk:
 
         monkeypatch.setattr(torch, "save", save)
         monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0))
-        # A part of the file was written.
+        # What was written is less than that.
         monkeypatch.setattr("clipfast.checkpoint._nbytes", lambda content: 10**9)
 
     def test_training_goes_on_and_says_what_is_lost(self, full, shards, tmp_path):

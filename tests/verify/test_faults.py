@@ -15,7 +15,7 @@ from clipfast import kernels
 from clipfast.kernels import activation
 from clipfast.kernels.attention import cpu as attention_cpu
 from clipfast.kernels.attention import launches as attention_launches
-from clipfast.kernels.contrastive import contrastive, cpu_blocks, info_nce, nt_xent, sigmoid
+from clipfast.kernels.contrastive import contrastive, cpu_blocks, info_nce, nt_xent, sigmoid, whole
 from clipfast.kernels.layer_norm import cpu as norm_cpu
 from clipfast.kernels.layer_norm import launches as norm_launches
 from clipfast.kernels.patch_embed import cpu as patch_cpu
@@ -105,6 +105,15 @@ LEG = here()
 PLACES = {CPU: ON_CPU, INTERPRETER: INTERPRETED}[LEG]
 
 
+MOST_LOGITS = whole.MOST_LOGITS
+
+
+@pytest.fixture(autouse=True)
+def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Send small batches through the blocks of the CPU path too."""
+    monkeypatch.setattr(whole, "MOST_LOGITS", 0)
+
+
 def failures(op: str, dtype: str = "float32") -> tuple[int, set[tuple[str, str, str]]]:
     """Exit code of a run of ``op`` on the leg of this process, and what it says is wrong."""
     rows = run_verify(Options(ops=(op,), dtypes=(dtype,), legs=(LEG,)))
@@ -162,6 +171,25 @@ def test_one_wrong_rank_fails(monkeypatch):
 
     monkeypatch.setitem(specs(), "retrieval_ranks", dataclasses.replace(right, op=wrong))
     assert failures("retrieval_ranks") == (1, {("retrieval_ranks", "cpu", "value_2")})
+
+
+@pytest.mark.skipif(LEG != "cpu", reason="of the CPU path")
+@pytest.mark.usefixtures("small_cases")
+@pytest.mark.parametrize(("output", "place"), [("value", (0,)), ("d_image", (1, 0)), ("d_logit_scale", (1, 2))])
+def test_fault_in_the_loss_of_a_small_batch(output, place, monkeypatch):
+    right = whole._loss_and_gradients
+
+    def wrong(*args):
+        found = right(*args)
+        value = found[place[0]] if len(place) == 1 else found[1] and found[1][place[1]]
+        if value is not None:
+            value.mul_(1.05)
+        return found
+
+    monkeypatch.setattr(whole, "MOST_LOGITS", MOST_LOGITS)
+    assert failures("contrastive_loss") == (0, set())
+    monkeypatch.setattr(whole, "_loss_and_gradients", wrong)
+    assert failures("contrastive_loss") == (1, {("contrastive_loss", "cpu", output)})
 
 
 @pytest.mark.usefixtures("small_cases")
