@@ -67,7 +67,7 @@ def read_tar(source: Readable) -> Iterator[Member | Damage]:
         OSError: the source cannot be read.
     """
     window = _Window(source)
-    found, is_ended, start = False, False, 0
+    found, is_ended, is_said, start = False, False, False, 0
     while window.peek(BLOCK):
         header = _parse(window.peek(BLOCK))
         if header is not None:
@@ -83,7 +83,7 @@ def read_tar(source: Readable) -> Iterator[Member | Damage]:
             continue
         at_end = not window.peek(1)
         window.skip_to_header()
-        is_ended = is_ended or not window.peek(1)  # what follows says that the end is damaged
+        is_said = not window.peek(1)  # the damage of the end
         if at_end and found:
             yield Damage(
                 offset, None, f"{zeros} bytes of zeros stand at the end, more than the end mark of a tar file has"
@@ -92,7 +92,7 @@ def read_tar(source: Readable) -> Iterator[Member | Damage]:
             yield Damage(offset, window.offset - offset, "these bytes hold no valid header of a member")
     if not found and not (is_ended and not window.error):
         raise ValueError(window.error or f"not a tar file: no valid header of a member in its {window.offset} bytes")
-    if not is_ended or window.error:
+    if not is_said and (window.error or not is_ended):
         yield Damage(window.offset, None, window.error or "the file ends here, without the end mark of a tar file")
 
 
