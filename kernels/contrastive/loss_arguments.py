@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..checks import check_float, check_like, check_tensor
+from ..checks import check_device, check_float, check_like, check_tensor
 from ..dtypes import FLOATS, autocast_dtype, dtype_name
 
 
@@ -17,6 +17,10 @@ def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, 
         TypeError: not tensors, or dtypes that are not floating or not the same.
         ValueError: shapes or devices that do not fit together.
     """
+    is_usual = isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim == 2
+    if is_usual and first.shape == second.shape and first.dtype == second.dtype and first.dtype in FLOATS:
+        check_device(op, names[1], second, names[0], first)
+        return  # All that follows is about errors.
     for name, features in zip(names, (first, second), strict=True):
         check_tensor(op, name, features, 2)
     sides = f"{names[0]} and {names[1]}"

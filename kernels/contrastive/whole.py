@@ -38,38 +38,48 @@ def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> 
     )
 
 
+class _NotExactError(Exception):
+    """The powers of some logits need another shift than 0."""
+
+
 def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
     """Return the loss of features [N, D] in both directions, or None if its powers need another shift than 0.
 
-    The gradients are computed along with the loss, where they will be asked for: later, that would take more calls.
+    The gradients are computed with the loss if they will be needed, because computing them later takes more calls.
     """
-    wants_gradients = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad)
-    found = _loss_and_gradients(x, y, logit_scale, wants_gradients)
-    if found is None or not wants_gradients:
-        return found and found[0]
-    loss: Tensor = _WholeLoss.apply(x, y, logit_scale, found)  # type: ignore[no-untyped-call]
-    return loss
+    needs_gradients = x.requires_grad or y.requires_grad or logit_scale.requires_grad
+    try:
+        if not (needs_gradients and torch.is_grad_enabled()):
+            return _loss_and_gradients(x, y, logit_scale, wants_gradients=False)[0]
+        loss: Tensor = _WholeLoss.apply(x, y, logit_scale)  # type: ignore[no-untyped-call]
+        return loss
+    except _NotExactError:
+        return None
 
 
-@torch.no_grad()
 def _loss_and_gradients(
-    x: Tensor, y: Tensor, logit_scale: Tensor, wants_gradients: bool = True
-) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor] | None] | None:
-    """Return the loss and, if they are wanted, the gradients of x, y and the scale; None if the shift does not suit."""
+    x: Tensor, y: Tensor, logit_scale: Tensor, *, wants_gradients: bool = True
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Return the loss and, if they are wanted, the gradients of x, y and the scale.
+
+    Raises:
+        _NotExactError: another shift is needed.
+    """
     powers = torch.mm(x, y.T).mul_(logit_scale)  # [N, N]
     positive = powers.diagonal().clone()
     powers.exp_().fill_diagonal_(0.0)
     sums = torch.cat((powers.sum(1), powers.sum(0), positive.exp()))
     least, largest = torch.aminmax(sums)
     if not (least.item() >= LEAST_SUM and largest.item() <= LARGEST_SUM):
-        return None
+        raise _NotExactError
     sums = sums.view(3, -1)
-    others = sums[:2].log().sub_(positive)  # log(others / positive)
+    totals = sums[:2]
+    others = totals.log().sub_(positive)  # log(others / positive)
     coefficient = 1 / (2 * x.shape[0])
     loss = F.softplus(others).sum().mul_(coefficient)
     if not wants_gradients:
-        return loss, None
-    inv_row, inv_col = sums[:2].add_(sums[2]).reciprocal_().unbind()
+        return loss, ()
+    inv_row, inv_col = totals.add_(sums[2]).reciprocal_().unbind()
     G = powers.mul_(torch.add(inv_row.unsqueeze(1), inv_col))
     torch.sum(others.sigmoid_().neg_(), 0, out=G.diagonal())  # one_minus_p of both directions
     scale = logit_scale.item()
@@ -84,30 +94,30 @@ def _loss_and_gradients(
 
 
 class _WholeLoss(torch.autograd.Function):
-    """The loss that was computed, and its gradients."""
+    """The loss, whose gradients are computed along with it."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, found: tuple[Tensor, Any]) -> Tensor:
-        loss, ctx.gradients = found
+    def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor:
+        loss, ctx.gradients = _loss_and_gradients(x, y, logit_scale)
         ctx.inputs = x, y, logit_scale
-        ctx.versions = [tensor._version for tensor in ctx.inputs]
+        ctx.versions = x._version, y._version, logit_scale._version
         return loss
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor, ...]:
         # The gradients are handed over, so that nobody has to copy them. A second backward pass computes them anew.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            if ctx.versions != [tensor._version for tensor in ctx.inputs]:
+            if ctx.versions != tuple(tensor._version for tensor in ctx.inputs):
                 raise RuntimeError("contrastive_loss: an input was modified in place between two backward passes")
-            with torch.autocast("cpu", enabled=False):
-                _, gradients = _loss_and_gradients(*ctx.inputs) or (None, ())
+            with torch.autocast("cpu", enabled=False), torch.no_grad():
+                _, gradients = _loss_and_gradients(*ctx.inputs)
         factor = grad_loss.item()
         if factor != 1:
             gradients = tuple(gradient.mul_(factor) for gradient in gradients)
         if torch.is_grad_enabled():  # create_graph=True: the gradients depend on the inputs again
             gradients = _Final.apply(*gradients, *ctx.inputs, grad_loss)  # type: ignore[no-untyped-call]
-        return *gradients, None
+        return gradients
 
 
 class _Final(torch.autograd.Function):
