@@ -22,7 +22,7 @@ $(VENV)/test: $(VENV)/base
 	@touch $@
 
 # Threads that wait must not spin: the data worker needs the core.
-train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recognises (about 8 minutes on two cores)
+train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recognises (about 9 minutes on two cores)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clipfast train --recipe emoji
 
 test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 20 minutes on two cores)
