@@ -29,20 +29,18 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     captions = [caption + SUFFIX[text] for caption, _ in zip(filled, range(count), strict=False)]
     if len(captions) < count:
         raise ValueError(f"tokenizer: at most {len(captions)} captions, got {count}")
+
+    def open_clip() -> Function:
+        return functools.partial(_encode, captions, peers.need("open_clip", "open_clip_torch").SimpleTokenizer())
+
+    ours = Candidate(OURS, lambda: functools.partial(_encode, captions, Tokenizer()))
     return Case(
         suite="tokenizer", op="tokenizer.encode", shape=shape, dtype=dtype, device=device,
         inputs=lambda: {"order": torch.randperm(count)},
-        candidates=(
-            Candidate(OURS, lambda: functools.partial(_encode, captions, Tokenizer())),
-            Candidate("OpenCLIP tokenizer", functools.partial(_open_clip, captions)),
-        ),
-        reference=functools.partial(_encode, captions, Tokenizer()),
+        candidates=(ours, Candidate("OpenCLIP tokenizer", open_clip)),
+        reference=ours,
         items=(count, "captions"),
     )  # fmt: skip
-
-
-def _open_clip(captions: list[str]) -> Function:
-    return functools.partial(_encode, captions, peers.need("open_clip", "open_clip_torch").SimpleTokenizer())
 
 
 def _encode(captions: list[str], tokenizer: Any, order: Tensor) -> Tensor:
