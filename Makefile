@@ -25,7 +25,7 @@ $(VENV)/test: $(VENV)/base
 train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recognises (about 9 minutes on two cores)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clipfast train --recipe emoji
 
-test: test-cpu test-interpreter  ## Run every test that needs no GPU (about 20 minutes on two cores)
+test: test-cpu test-interpreter  ## Run every test that needs no GPU (13 to 21 minutes on two cores)
 
 test-fast: $(VENV)/test  ## Run what takes no minute of its own: a few minutes, for every edit
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal --fast tests

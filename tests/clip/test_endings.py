@@ -84,7 +84,7 @@ def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path):
 
 @pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
 def test_a_closed_terminal_saves(shards, tmp_path, signum):
-    process = started(command(shards, tmp_path), stderr=subprocess.DEVNULL)
+    process = started(command(shards, tmp_path, "--epochs", "2000"), stderr=subprocess.DEVNULL)
     wait_for_checkpoint(process, tmp_path / "run", 2)
     process.send_signal(signum)
     assert process.wait(60) == 128 + signum
@@ -139,7 +139,7 @@ def test_a_run_that_cannot_start_leaves_nothing(shards, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
 def test_data_workers_die_with_a_trainer_that_is_killed(shards, tmp_path):
-    process = started(command(shards, tmp_path), stderr=subprocess.DEVNULL)
+    process = started(command(shards, tmp_path, "--epochs", "2000"), stderr=subprocess.DEVNULL)
     wait_for_checkpoint(process, tmp_path / "run", 1)
     workers = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert workers
