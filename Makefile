@@ -27,7 +27,7 @@ train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recog
 
 test: test-cpu test-interpreter  ## Run every test that needs no GPU (13 to 21 minutes on two cores)
 
-test-fast: $(VENV)/test  ## Run what takes no minute of its own: a few minutes, for every edit
+test-fast: $(VENV)/test  ## Run what takes no minute of its own: 4 to 6 minutes, for every edit
 	CUDA_VISIBLE_DEVICES= $(BIN)/pytest -n 2 --dist worksteal --fast tests
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 $(BIN)/pytest -n 2 --dist worksteal --fast tests/kernels
 
