@@ -37,7 +37,7 @@ MIN_SAMPLE_S = {"cuda": 1e-3, "cpu": 5e-3}
 BACKLOG_CYCLES = 2_000_000
 # The most sets of inputs that calls rotate through.
 MAX_SETS = 16
-# What only describes a call (its phases, its profile) is taken once, and not several times, if the call takes longer.
+# If a call takes longer than this, its phases and its profile are taken once, and not several times.
 LONG_S = 1.0
 # The number of bootstrap resamples, and the quantiles between which 95% of them lie.
 RESAMPLES, INTERVAL = 2000, (0.025, 0.975)

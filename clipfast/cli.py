@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Parser(argparse.ArgumentParser):
     """A parser whose errors are one line, which suggests the flag that was meant if it is a similar one."""
 
-    known: ClassVar[set[str]] = set()  # the flags of all parsers: those of a subcommand meet the error of their parent
+    # These are the flags of all parsers, because the parent reports the unknown flags of a subcommand.
+    known: ClassVar[set[str]] = set()
 
     def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
         """Add an argument, as ``argparse`` does."""

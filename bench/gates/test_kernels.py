@@ -20,7 +20,7 @@ from clipfast.bench.suites import SUITES, build
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPE = "bf16" if DEVICE.type == "cuda" else "fp32"
 ROUNDS = 50 if DEVICE.type == "cuda" else 10
-# Each op that has a benchmark, at its first default shape.
+# The first default shape of each op that has a benchmark.
 SHAPES = {name: suite.shapes[DEVICE.type][:1] for name, suite in SUITES.items() if suite.op is not None}
 CASES = [build(name, shape, DTYPE, DEVICE) for name, shapes in SHAPES.items() for shape in shapes]
 

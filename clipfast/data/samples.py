@@ -119,7 +119,7 @@ def _group(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawSample]:
     sample: RawSample = {}
     size, smallest = 0, 0
     holes: list[_Hole] = []
-    beside: list[_Hole] = []  # those directly before and behind the sample
+    beside: list[_Hole] = []  # the holes directly before and after the sample
     before = 0  # number of holes before the last member
 
     def close() -> Iterator[RawSample]:

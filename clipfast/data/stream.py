@@ -81,7 +81,7 @@ class PairStream(IterableDataset[Batch]):
         # A loader always asks worker 0 first, so worker 0 must produce ``first_batch``.
         share = (slot + self.first_batch) % num_workers
         batches = unique_batches(self._shuffled(share, num_workers), self.batch_size, self._identity)
-        # None as soon as one sample could be used, as it was in the batches before the first one
+        # The list is None once a sample could be used. A stream that begins later has had such a sample before.
         unusable: list[tuple[str, str]] | None = None if self.first_batch else []
         for index in range(share, self.num_batches, num_workers):
             items = next(batches)

@@ -56,7 +56,7 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """What the rule says about one output."""
+    """The judgement of the rule about one output."""
 
     figures: tuple[Figure, ...] = ()
     fault: str = ""  # what is wrong besides the figures; an output with a fault fails, whatever its figures are

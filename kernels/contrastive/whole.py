@@ -16,7 +16,7 @@ from ..launch import triton_runs_on
 MOST_LOGITS = 2**20  # 4 MiB of float32
 # Sums and powers between these have neither overflowed nor lost a term that matters.
 LEAST_SUM, LARGEST_SUM = 2.0**-70, 2.0**120
-LEAST_SCALE = 2.0**-10  # by a smaller one, the gradient of the scale cannot be divided out
+LEAST_SCALE = 2.0**-10  # below it, dividing by the scale would not give the gradient of the scale
 
 
 def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> bool:

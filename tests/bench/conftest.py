@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share: a case that takes no time (numbers, doubled), and ways to measure cases."""
+"""The benchmark tests share a case that takes no time (it doubles numbers), and ways to measure cases."""
 
 import dataclasses
 import functools

@@ -167,7 +167,7 @@ def test_a_call_that_is_no_graph_is_timed_and_says_so(monkeypatch):
 
 
 def test_a_failed_capture_is_ended_and_the_next_works(monkeypatch):
-    # As much of PyTorch as captures use. The third capture fails at its end, as one of a host sync does.
+    # The fake has what captures use of PyTorch. Its third capture fails at the end, as one with a host sync does.
     fake = mock.MagicMock()
     cuda, streams, modes = fake.cuda, [mock.Mock() for _ in range(3)], []
     cuda.current_stream.side_effect = streams

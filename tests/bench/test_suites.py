@@ -1,4 +1,4 @@
-"""What suites draw, how a step is judged, its FLOPs against PyTorch's count, and what is known of the machine."""
+"""These tests check what suites draw, how a step is judged, its FLOPs, and what is known of the machine."""
 
 import pytest
 import torch

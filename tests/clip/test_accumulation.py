@@ -107,7 +107,7 @@ def test_vision_transformer_is_as_the_whole_batch(size):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_patch_dropout_is_as_the_whole_batch(checkpointing):
-    # Each pair draws for itself: the same numbers in micro-batches of any size.
+    # Each pair draws its own numbers, which are the same in micro-batches of any size.
     model = clip("ViT", patch_dropout=0.5)
     model.set_grad_checkpointing(checkpointing)
     agree(*both(model, batch(), 4, whole=True), rel=1e-12)

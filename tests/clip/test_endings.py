@@ -252,7 +252,7 @@ class TestFullDisk:
 
         monkeypatch.setattr(torch, "save", save)
         monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0))
-        # What was written is less than that.
+        # The part that was written is smaller than the file that was wanted.
         monkeypatch.setattr("clipfast.checkpoint._nbytes", lambda content: 10**9)
 
     def test_training_goes_on_and_says_what_is_lost(self, full, shards, tmp_path):

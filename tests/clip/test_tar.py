@@ -79,7 +79,7 @@ def test_members_larger_than_the_limit_are_passed_over(monkeypatch):
 
 
 def header(data, name):
-    """Where the header of a member begins."""
+    """Return the position at which the header of a member begins."""
     return data.index(name.encode().ljust(100, b"\0"))
 
 

@@ -33,7 +33,7 @@ class Operations(TorchDispatchMode):
 
 @pytest.fixture(params=[False, True], ids=["cpu", "gpu"])
 def on_gpu(request, monkeypatch):
-    """Whether the fusions are those of a GPU; they run through the ops' own CPU paths."""
+    """Choose the fusions of a GPU, or those of a CPU; both run through the ops' CPU paths."""
     monkeypatch.setattr(transformer, "triton_runs_on", lambda device: request.param)
     return request.param
 

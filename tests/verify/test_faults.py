@@ -66,8 +66,8 @@ def functions_of(owner):
     return owner._backend_fns if isinstance(owner, CustomOpDef) else vars(owner)
 
 
-# Where an output of an op is computed on a leg: module and function, or registered op and device; and which of its
-# results it is. There is one output for each function: test_fault_in_each_gradient has the others.
+# The place where an output of an op is computed on a leg (module and function, or registered op and device), and the
+# index of the output among the results. Each function has one output here; test_fault_in_each_gradient has the others.
 ON_CPU = {
     ("contrastive_loss", "value"): (contrastive._contrastive_fwd, "cpu", 0),
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "cpu", 0),
