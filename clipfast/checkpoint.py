@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from .files import replace_file, replace_text
@@ -94,6 +92,8 @@ def _read_pickle(path: Path) -> Any:
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
+    from safetensors import safe_open  # not at the top: a machine that only runs kernels may lack it
+
     with safe_open(path, framework="pt") as file:
         own = (file.metadata() or {}).get("clipfast", "{}")
         return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, "clipfast": json.loads(own)}  # noqa: SIM118
@@ -190,6 +190,8 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
     Raises:
         DiskFullError: there is no space for it.
     """
+    from safetensors.torch import save_file
+
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     normalization = {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)}

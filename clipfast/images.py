@@ -4,17 +4,22 @@ Only formats that occur in image-text data are decoded, and only images whose he
 that cannot be decoded completely is refused with an :class:`ImageError`; half an image is never returned.
 """
 
+from __future__ import annotations
+
 import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
 from .kernels.reference import CLIP_MEAN, CLIP_STD
+
+if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can import the models
+    from PIL import Image
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
@@ -39,6 +44,8 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> I
     Raises:
         ImageError: the file is not an image, has another format, is truncated, or is too large or too long.
     """
+    from PIL import Image, ImageOps, UnidentifiedImageError
+
     stream = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
     try:
         with warnings.catch_warnings():
@@ -70,6 +77,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Pixels of 16 bits are scaled to 8 bits; Pillow would clip them.
     """
+    from PIL import Image
+
     if image.mode in _SIXTEEN_BIT:
         grey = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(np.clip(grey.round(), 0, 255).astype(np.uint8)).convert("RGB")
@@ -125,6 +134,7 @@ def image_transform(
     Returns:
         A function that turns a PIL image into a tensor [3, image_size, image_size]. Resampling is bicubic.
     """
+    from PIL import Image
     from torchvision.transforms import v2
 
     bicubic = v2.InterpolationMode.BICUBIC

@@ -12,8 +12,8 @@ import re
 from collections.abc import Iterable
 from importlib.resources import files
 from itertools import pairwise
+from typing import Any
 
-import regex
 import torch
 from torch import Tensor
 
@@ -23,8 +23,7 @@ NUM_MERGES = 49152 - 256 - 2
 WORD_CACHE_SIZE = 2**17
 
 _SPECIAL_AND_CONTRACTIONS = rf"{START_OF_TEXT}|{END_OF_TEXT}|'s|'t|'re|'ve|'m|'ll|'d"
-_WORD = regex.compile(_SPECIAL_AND_CONTRACTIONS + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
-# The same for lower-case ASCII, for which the standard library's faster engine is enough.
+# Words of lower-case ASCII, for which the standard library's faster engine is enough.
 _ASCII_WORD = re.compile(_SPECIAL_AND_CONTRACTIONS + r"|[a-z]+|[0-9]|[^\sa-z0-9]+", re.ASCII)
 # Any character but printable ASCII and white space without "&": ftfy and HTML unescaping change nothing else.
 _NEEDS_CLEANING = re.compile(r"[^\t\n\r -%'-~]")
@@ -74,7 +73,7 @@ class Tokenizer:
         if _NEEDS_CLEANING.search(text) is None:
             words = _ASCII_WORD.findall(text.lower())
         else:
-            words = _WORD.findall(_clean(text))
+            words = _any_word().findall(_clean(text))
         word_ids = self._word_ids
         return [token for word in words for token in word_ids(word)]
 
@@ -142,6 +141,14 @@ def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:
             merged.append(parts[index])
             index += 1
     return merged
+
+
+@functools.cache
+def _any_word() -> Any:
+    """Return the pattern of a word in any script, which the standard library's engine cannot express."""
+    import regex  # not at the top, for the reason that ftfy is not
+
+    return regex.compile(_SPECIAL_AND_CONTRACTIONS + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
 def _clean(text: str) -> str:

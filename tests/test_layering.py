@@ -13,10 +13,11 @@ import pytest
 from clipfast import api
 
 ROOT = Path(__file__).parent.parent
-# What pyproject.toml's extras install, and what only some tests compare with.
+# What pyproject.toml's extras install, what only some tests compare with, and what a machine that was made for PyTorch
+# and Triton lacks.
 OPTIONAL = [
-    "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml", "tqdm", "transformers",
-    "ttsem", "webdataset", "yaml",
+    "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml", "safetensors",
+    "torchvision", "tqdm", "transformers", "ttsem", "wcwidth", "webdataset", "yaml",
 ]  # fmt: skip
 # From the lowest layer up: the folder, and the name that its modules are imported by.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench", "tests": "tests"}
@@ -116,6 +117,8 @@ from clipfast import *
 assert [name for name in clipfast.__all__ if globals()[name] is not getattr(clipfast.api, name)] == []
 heavy = {"torchvision", "webdataset", "matplotlib", "open_clip"} & set(sys.modules)
 assert not heavy, f"importing clipfast imports {heavy}"
+absent = {"PIL", "ftfy", "regex", "safetensors"} & set(sys.modules)
+assert not absent, f"importing clipfast imports {absent}, which a machine made for PyTorch and Triton may lack"
 """,
     # That is what makes help fast: importing PyTorch alone takes longer than a user wants to wait.
     "help needs no heavy library": """

@@ -1,19 +1,23 @@
 """From files to tensors: decode, resize and normalise photographs, ours against OpenCLIP's transform."""
 
+from __future__ import annotations
+
 import functools
 import io
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from clipfast import image_transform, open_image
 
 from ..case import OURS, Candidate, Case, Function, Sizes
 from . import peers
+
+if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can run the other suites
+    from PIL import Image
 
 FIELDS: Sizes = {"images": 32, "width": 640, "height": 480, "size": 224}
 SMALLEST: Sizes = {"images": 2, "width": 64, "height": 48, "size": 32}
@@ -42,6 +46,8 @@ def _ours(files: list[bytes], size: int, *, uint8: bool) -> Function:
 
 
 def _open_clip(files: list[bytes], size: int) -> Function:
+    from PIL import Image
+
     transform = peers.need("open_clip", "open_clip_torch").image_transform(size, is_train=False)
     return functools.partial(_all, files, lambda file: Image.open(io.BytesIO(file)), transform)
 
@@ -53,6 +59,8 @@ def _all(
 
 
 def _jpegs(count: int, width: int, height: int) -> list[bytes]:
+    from PIL import Image
+
     # smooth colours with noise have about as many bits per pixel as a photograph
     rng = np.random.default_rng(0)
     files = []

@@ -1,17 +1,20 @@
 """Samples of WebDataset shards: their names, how they are read, and what is in them. Nothing is unpickled."""
 
+from __future__ import annotations
+
 import glob
 import json
 import random
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
-
-from PIL import Image
+from typing import TYPE_CHECKING, Any
 
 from ..images import ImageError, open_image
 from .tar import BLOCK, Damage, Member, read_tar
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 BUNDLED_PREFIX = "bundled:"

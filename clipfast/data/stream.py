@@ -5,6 +5,8 @@ its name, the epoch and the pass. A run that was interrupted can therefore skip 
 decoding them, and continues to the last bit as if it had never stopped.
 """
 
+from __future__ import annotations
+
 import contextlib
 import ctypes
 import dataclasses
@@ -14,15 +16,17 @@ import sys
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from ..tokenizer import Tokenizer, trim_padding
 from .samples import RawSample, caption, decode_image, field, read_samples, sample_name
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHUFFLE_BUFFER = 5000
 # How many batches' worth of samples may wait for a batch without another sample of their identity. More are dropped.
@@ -46,7 +50,7 @@ class Batch:
     def __len__(self) -> int:
         return len(self.images)
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> Batch:
         """Return the batch in pinned memory; the data loader calls this if batches are copied to a GPU."""
         return Batch(self.images.pin_memory(), self.texts.pin_memory(), self.skipped)
 

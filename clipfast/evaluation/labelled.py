@@ -1,20 +1,25 @@
 """Labelled image sets: reading them, and encoding them into the features that every evaluation starts from."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import hashlib
 import itertools
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ..data import caption, decode_image, expand_shards, read_samples
 from ..data.samples import IMAGE_EXTENSIONS, RawSample, field, sample_name
 from ..images import open_image
 from ..models import CLIP
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 @dataclasses.dataclass
