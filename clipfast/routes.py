@@ -21,7 +21,8 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
 
     Args:
         model: of :func:`create_model`.
-        arch: compute capability of a GPU, such as 90 for sm_90; the default is that of the GPU at hand, or 90.
+        arch: compute capability of a GPU, such as 90 for sm_90; the default is that of the GPU of the model, of the
+            GPU at hand if the model is on none, or 90.
         dtype: dtype of the activations, which under autocast is the autocast dtype.
 
     Returns:
@@ -29,7 +30,8 @@ def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bflo
         head), backward two phases; last block: attention_pool of the row that is read, 12 queries of 768".
     """
     if arch is None:
-        major, minor = torch.cuda.get_device_capability() if torch.cuda.is_available() else (9, 0)
+        device = model.logit_scale.device if model.logit_scale.device.type == "cuda" else None
+        major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)
         arch = 10 * major + minor
     lines = [f"on sm_{arch} with {dtype_name(dtype)}, by backend='auto'; a CPU takes PyTorch's kernel"]
     for name, module in model.named_modules():

@@ -151,7 +151,10 @@ class GraphedStep:
 
     def _capture(self, images: Tensor, texts: Tensor) -> tuple[Callable[[], None], Tensor]:
         """Capture the step on these tensors; returns the function that replays it, and the loss that it writes."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            loss = self.step(images, texts)
+        # Without a device and a stream PyTorch captures on the current GPU, which need not be that of the batch.
+        # Only calls of this thread are held to the rules of a capture: the thread of the data loader pins memory.
+        with torch.cuda.device(images.device):
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                loss = self.step(images, texts)
         return graph.replay, loss

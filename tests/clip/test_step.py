@@ -1,6 +1,7 @@
 """The step of training: compiled, with selective checkpointing, as a CUDA graph, and its learning rate."""
 
 import contextlib
+from unittest import mock
 
 import pytest
 import torch
@@ -101,6 +102,72 @@ def test_a_graph_is_captured_once_and_fed_each_batch():
     assert (graphed.captured, graphed.replayed) == (1, 7 - WARMUP_STEPS)
     for ours, expected in zip(model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours, expected, rtol=0, atol=1e-4)  # a step moves them by 1e-3
+
+
+class Gpus:
+    """Stands in for torch.cuda where there is no GPU: which GPU and which stream are current, and what is captured."""
+
+    def __init__(self, monkeypatch):
+        self.current, self.captured, self.synchronized = 0, None, set()
+        self.streams = [self.Stream(torch.device("cuda", index)) for index in range(2)]  # the current one of each
+        for name in ("Stream", "CUDAGraph", "current_stream", "device", "graph", "stream"):
+            monkeypatch.setattr(torch.cuda, name, getattr(self, name))
+
+    def Stream(self, device=None):  # noqa: N802
+        index = self.current if device is None else device.index
+        return mock.Mock(device=torch.device("cuda", index), wait_stream=lambda other: None)
+
+    def CUDAGraph(self):  # noqa: N802
+        return mock.Mock(stream=None)
+
+    def current_stream(self, device=None):
+        return self.streams[self.current if device is None else device.index]
+
+    @contextlib.contextmanager
+    def device(self, device):
+        before, self.current = self.current, device.index
+        yield
+        self.current = before
+
+    @contextlib.contextmanager
+    def stream(self, stream):
+        with self.device(stream.device):
+            before, self.streams[self.current] = self.streams[self.current], stream
+            yield
+            self.streams[self.current] = before
+
+    @contextlib.contextmanager
+    def graph(self, graph, pool=None, stream=None, capture_error_mode="global"):
+        self.synchronized.add(self.current)
+        stream = stream or self.Stream()
+        with self.stream(stream):
+            self.captured = stream, capture_error_mode
+            yield
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_graph_is_captured_on_the_gpu_of_its_batch(number, monkeypatch):
+    gpus, device, used = Gpus(monkeypatch), torch.device("cuda", number), []
+
+    def step(images, texts):
+        used.append(gpus.current_stream(images.device))
+        return images.sum()
+
+    on_gpu = type("OnGpu", (torch.Tensor,), {"device": device})
+    images = torch.zeros(2, 3, 32, 32).as_subclass(on_gpu)
+    texts = torch.zeros(2, 9, dtype=torch.long).as_subclass(on_gpu)
+    graphed = GraphedStep(step, 77)
+    for _ in range(WARMUP_STEPS + 2):
+        graphed(images, texts)
+    # the step runs where it is captured, which is where it has run before
+    assert len(used) == WARMUP_STEPS + 1
+    assert {stream.device for stream in used} == {device}
+    assert len(set(used)) == 1
+    assert gpus.captured[0] is used[-1]
+    assert gpus.synchronized == {number}
+    assert gpus.current == 0
+    # the data loader pins memory in a thread of its own, which a capture must not refuse
+    assert gpus.captured[1] == "thread_local"
 
 
 def test_schedule():

@@ -6,6 +6,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -293,3 +294,13 @@ def test_report_names_the_kernels():
     assert "forward PyTorch's scaled_dot_product_attention" in image
     assert "PyTorch" not in text
     assert "attnpool: attention_pool, 50 tokens" in clipfast.report(clipfast.create_model("RN50", device="meta"))
+
+
+def test_report_is_of_the_gpu_that_the_model_is_on(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=None: (8, 0) if gpu is None else (9, gpu.index))
+    model = clipfast.create_model("ViT-T-8-32", device="meta")
+    assert clipfast.report(model).startswith("on sm_80 ")
+    with FakeTensorMode():
+        model.logit_scale = nn.Parameter(torch.empty((), device="cuda:1"))
+    assert clipfast.report(model).startswith("on sm_91 ")
