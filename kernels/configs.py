@@ -16,10 +16,12 @@ from typing import TypeVar
 
 import torch
 
+from .hardware import ARCHITECTURES, architecture
+
 TUNED = Path(__file__).parent / "tuned"
-# The architectures that have a table, newest first. A GPU uses the first table that has the entry, apart from those for
-# architectures newer than its own.
-ARCHS = (100, 90, 80)
+# The architectures, newest first. Each has a table, for what was tuned on it or what no other table has in a size that
+# fits; :attr:`Architecture.tables` says which others serve it.
+ARCHS = tuple(sorted(ARCHITECTURES, reverse=True))
 # Attention has an entry for head dimensions up to each of these limits, and its short kernels have one for numbers of
 # keys up to each of these.
 HEAD_DIMS = (64, 96, 128)
@@ -165,8 +167,11 @@ def read_table(arch: int) -> dict[str, dict[str, int]]:
 
 @functools.cache
 def committed(key: str, arch: int) -> dict[str, int] | None:
-    """Return the committed entry ``key`` that serves ``arch``, or None if no table has it."""
-    return next((table[key] for known in ARCHS if known <= arch and key in (table := read_table(known))), None)
+    """Return the committed entry ``key`` that serves ``arch``, or None if no table has it.
+
+    An entry may be null: then the tables behind it do not serve the architecture either.
+    """
+    return next((table[key] for known in architecture(arch).tables if key in (table := read_table(known))), None)
 
 
 def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:

@@ -22,7 +22,7 @@ from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import Launch, record_launches
 
-MATRIX_UNITS = tuple(architecture.matrix_unit for architecture in ARCHITECTURES.values())
+MATRIX_UNITS = tuple(dict.fromkeys(architecture.matrix_unit for architecture in ARCHITECTURES.values()))
 # Triton's names of dtypes.
 _TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",

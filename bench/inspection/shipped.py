@@ -25,7 +25,7 @@ def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
 def small_tile_problems(arch: int) -> tuple[str, ...]:
     """Return the problems of a kernel whose tiles have fewer rows than the matrix units of ``arch`` want."""
     unit = ARCHITECTURES[arch].matrix_unit
-    kinds = ("mma.sync", f"mma.sync+{unit}") if arch >= 90 else ()
+    kinds = ("mma.sync", f"mma.sync+{unit}") if ARCHITECTURES[arch].multiplies_from_shared else ()
     return tuple(f"multiplies with {found}, expected {unit}" for found in kinds)
 
 

@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E, slices
 from ..configs import GemmConfig, RowConfig, gemm_config, row_config
+from ..hardware import architecture
 from ..launch import arch_of, launch, multiprocessors
 from .feature_kernels import _finish_kernel, _normalize_kernel, _products_kernel
 from .features import Features
@@ -255,7 +256,7 @@ def _has_tma(x: Tensor) -> bool:
     Float32 products stay exact, so they do not use the matrix units for which descriptors bring tiles. Without a
     dimension, features have no tile, and a descriptor of nothing would be an error.
     """
-    return arch_of(x.device) >= 90 and x.dtype.itemsize == 2 and x.shape[1] > 0
+    return architecture(arch_of(x.device)).multiplies_from_shared and x.dtype.itemsize == 2 and x.shape[1] > 0
 
 
 def _tiles(matrix: Tensor, rows: int, cols: int, x: Tensor) -> Tensor | TensorDescriptor:
