@@ -26,6 +26,7 @@ CPU_MULTIPROCESSORS = 2
 
 _execute_on_cpu = INTERPRET
 _recorder: "_Recorder | None" = None
+_stand_in: "_StandIn | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,28 @@ def execute_on_cpu() -> Iterator[None]:
         _execute_on_cpu = outer
 
 
+@dataclasses.dataclass(frozen=True)
+class _StandIn:
+    device: torch.device
+    arch: int
+    multiprocessors: int
+
+
+@contextlib.contextmanager
+def stand_in(device: torch.device, arch: int, multiprocessors: int) -> Iterator[None]:
+    """Launch the Triton kernels for CPU tensors as if they were tensors of ``device``, a GPU of the given kind.
+
+    This is for a stub of the driver: the device is made current for each launch, as for tensors that are really there.
+    """
+    global _stand_in
+    outer, _stand_in = _stand_in, _StandIn(device, arch, multiprocessors)
+    try:
+        with execute_on_cpu():
+            yield
+    finally:
+        _stand_in = outer
+
+
 def executes_on_cpu() -> bool:
     """Return whether kernels really run for CPU tensors: interpreted, or by a tool that took over the launch."""
     return _execute_on_cpu
@@ -89,6 +112,8 @@ def arch_of(device: torch.device) -> int:
     """
     if _recorder is not None:
         return _recorder.arch
+    if _stand_in is not None and device.type == "cpu":
+        return _stand_in.arch
     if device.type != "cuda":
         return CPU_ARCH
     major, minor = torch.cuda.get_device_capability(device)
@@ -114,6 +139,8 @@ def multiprocessors(device: torch.device, on_cpu: int) -> int:
     """
     if _recorder is not None and _recorder.multiprocessors is not None:
         return _recorder.multiprocessors
+    if _stand_in is not None and device.type == "cpu":
+        return _stand_in.multiprocessors
     return _multiprocessors_of(device, on_cpu)
 
 
@@ -136,6 +163,8 @@ def launch(
         named = dict(zip(kernel.arg_names, args, strict=False))
         _recorder.launches.append(Launch(kernel, grid, named, constexprs, options))
         return
+    if _stand_in is not None and device.type == "cpu":
+        device = _stand_in.device
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **constexprs, **options)

@@ -110,7 +110,7 @@ register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))
 def _nothing_from_columns(row: Tensor, columns: int) -> Tensor:
     """Return normalizers [2, columns] with which columns add nothing to G, however large a logit is."""
     col = row.new_zeros(2, columns)
-    col[0] = float("inf")
+    col[0].fill_(float("inf"))  # an assignment would make a tensor of the number first
     return col
 
 

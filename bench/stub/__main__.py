@@ -1,0 +1,55 @@
+"""``python -m bench.stub``: launch every op on GPUs that are not there, and say what a driver would refuse."""
+
+import argparse
+import json
+import sys
+
+from clipfast.kernels.dtypes import DTYPES
+from clipfast.kernels.hardware import ARCHITECTURES
+
+from . import host, walk
+from .build import missing_tool
+
+CASES = ("shipped", "odd", "quick", "captured")
+
+
+def main() -> int:
+    """Run the command line; return 1 if the driver would refuse a call, and 2 where gcc is missing."""
+    parser = argparse.ArgumentParser("python -m bench.stub", description=__doc__)
+    add = parser.add_argument
+    add("--arch", type=int, default=90, choices=tuple(ARCHITECTURES), help="compute capability (default: 90)")
+    cases = "shipped shapes, all odd ones or those of a quick run, or small ones while a stream is captured"
+    add("--cases", nargs="+", default=CASES[:2] + CASES[3:], choices=CASES, help=cases)
+    add("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES), help="of odd cases (default: all)")
+    add("--whole", action="store_true", help="compile odd cases with the bodies of their kernels, which takes an hour")
+    add("--json", action="store_true", help="print one line of JSON for each kind of cases")
+    add("--host", action="store_true", help="print instead what a call of each op costs the host")
+    args = parser.parse_args()
+    missing = missing_tool()
+    if missing:
+        print(f"bench.stub: {missing}", file=sys.stderr)
+        return 2
+    if args.host:
+        print(host.table())
+        return 0
+    faults = 0
+    for kind in args.cases:
+        walked = _walk(kind, args)
+        faults += len(walked.faults)
+        if args.json:
+            print(json.dumps({"cases": kind, **walked.to_dict()}), flush=True)
+        else:
+            print("\n".join([f"{kind}: {walk.describe(walked)}", *walked.faults]), flush=True)
+    return 1 if faults else 0
+
+
+def _walk(kind: str, args: argparse.Namespace) -> walk.Walked:
+    if kind == "shipped":
+        return walk.shipped(args.arch)
+    if kind == "captured":
+        return walk.captured(args.arch, whole_kernels=args.whole)
+    return walk.odd(args.arch, tuple(args.dtype), only_quick=kind == "quick", whole_kernels=args.whole)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

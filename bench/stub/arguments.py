@@ -1,0 +1,133 @@
+"""The arguments of each launch, as the driver received them, held against those that the kernel was called with."""
+
+import contextlib
+import dataclasses
+import struct
+from collections.abc import Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .driver import Stub, TensorMap, tensors_of
+from .emptied import without_body
+
+# How the launcher packs a scalar, by its type in the kernel's signature.
+_FORMATS = {
+    "i1": "<b", "i8": "<b", "i16": "<h", "i32": "<i", "i64": "<q", "u1": "<B", "u8": "<B", "u16": "<H", "u32": "<I",
+    "u64": "<Q", "fp32": "<f", "fp64": "<d",
+}  # fmt: skip
+_SCRATCH = 2  # pointers that the launcher adds at the end: scratch memory for the kernel and for a profiler
+
+
+@dataclasses.dataclass(frozen=True)
+class Watched:
+    """One launch: the kernel, its grid and threads, and how many tensor maps are among its arguments."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    threads: int
+    maps: int
+
+
+class PackingError(Exception):
+    """The driver received other arguments than the kernel was called with."""
+
+
+@contextlib.contextmanager
+def watched(stub: Stub, device: int = 0, *, emptied: bool = False) -> Iterator[list[Watched]]:
+    """Check the arguments of every launch in the context, whose tensors are those of ``device``; yield the launches.
+
+    With ``emptied``, kernels are compiled without their bodies.
+
+    Raises:
+        PackingError: an argument reached the driver as another value, or a kernel was launched with less alignment than
+            it was compiled for.
+    """
+    seen: list[Watched] = []
+    run = JITFunction.run
+
+    def watching(kernel: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        named = dict(zip(kernel.arg_names, args, strict=False)) | options
+        stub.own(tensors_of(named.values()), device)
+        before = stub.counts.launches
+        compiled = run(without_body(kernel) if emptied else kernel, *args, grid=grid, warmup=warmup, **options)
+        if stub.counts.launches != before + 1:
+            raise PackingError(f"{kernel.__name__}: the driver saw {stub.counts.launches - before} launches of one")
+        signature = {name: str(kind) for name, kind in compiled.src.signature.items()}
+        _check_alignment(kernel.__name__, compiled.src.attrs, kernel.arg_names, named)
+        maps = _check_parameters(kernel.__name__, signature, named, stub.last.parameters())
+        last = stub.last
+        seen.append(Watched(last.name.decode(), tuple(last.grid), last.block[0], maps))
+        return compiled
+
+    with mock.patch.object(JITFunction, "run", watching):
+        yield seen
+
+
+def _check_parameters(
+    kernel: str, signature: Mapping[str, str], named: Mapping[str, Any], received: list[bytes]
+) -> int:
+    """Compare parameter by parameter, and return how many are tensor maps."""
+    place = maps = 0
+
+    def take(name: str, size: int) -> bytes:
+        nonlocal place
+        if place >= len(received):
+            raise PackingError(f"{kernel}: {name} is parameter {place}, and the kernel has {len(received)}")
+        found, place = received[place], place + 1
+        if len(found) != size:
+            raise PackingError(f"{kernel}: {name} has {len(found)} bytes in the kernel, expected {size}")
+        return found
+
+    def expect(name: str, layout: str, value: Any) -> None:
+        packed = struct.pack(layout, value)
+        found = take(name, len(packed))
+        if found != packed:
+            raise PackingError(f"{kernel}: {name} reached the driver as {found.hex()}, expected {packed.hex()}")
+
+    for name, kind in signature.items():
+        value = named.get(name)
+        if kind == "constexpr":
+            continue
+        if isinstance(value, TensorDescriptor):
+            maps += 1
+            _check_map(kernel, name, TensorMap.from_buffer_copy(take(name, 128)), value)
+            for size in value.shape:
+                expect(f"a size of {name}", "<i", size)
+            for stride in value.strides:
+                expect(f"a stride of {name}", "<q", stride)
+        elif kind.startswith("*"):
+            expect(name, "<Q", value.data_ptr() if isinstance(value, torch.Tensor) else value)
+        else:
+            expect(name, _FORMATS[kind], value)
+    if place + _SCRATCH != len(received):
+        raise PackingError(f"{kernel}: {place} arguments and {_SCRATCH} of scratch, the kernel has {len(received)}")
+    return maps
+
+
+def _check_map(kernel: str, name: str, found: TensorMap, expected: TensorDescriptor) -> None:
+    """Compare a tensor map, whose dimensions are in reverse order, with the descriptor that it was made of."""
+    base: Any = expected.base
+    rank, bytes_each = len(expected.shape), base.dtype.itemsize
+    sizes = [last + 1 for last in found.last[:rank]][::-1]
+    strides = [*(stride // bytes_each for stride in found.strides[: rank - 1][::-1]), 1]
+    wanted = [base.data_ptr(), list(expected.shape), list(expected.strides), bytes_each]
+    if [found.base, sizes, strides, found.element_bytes] != wanted or found.rank != rank:
+        raise PackingError(f"{kernel}: the tensor map of {name} has {sizes} and {strides}, expected {wanted}")
+    box = list(found.box[:rank])[::-1]
+    block = list(expected.block_shape)
+    if any(inner > outer or outer % inner for inner, outer in zip(box, block, strict=True)):
+        raise PackingError(f"{kernel}: boxes {box} of the tensor map of {name} do not fill a block of {block}")
+
+
+def _check_alignment(kernel: str, attributes: Any, names: list[str], named: Mapping[str, Any]) -> None:
+    """Refuse a launch whose arguments are not as divisible as the compiled kernel takes them to be."""
+    for path, found in attributes.items():
+        value = named.get(names[path[0]])
+        number = value.data_ptr() if isinstance(value, torch.Tensor) else value
+        for attribute, divisor in found:
+            if attribute == "tt.divisibility" and isinstance(number, int) and number % divisor:
+                raise PackingError(f"{kernel}: {names[path[0]]} is {number}, compiled for multiples of {divisor}")

@@ -1,0 +1,130 @@
+"""What a call costs the host: launches, PyTorch ops beside them, and the time to issue both.
+
+A GPU waits for its host where kernels are short. The counts need no GPU and no stub driver; the times are taken on the
+stub, so that Triton's launcher really runs, while PyTorch's ops are those of a CPU at the smallest size.
+"""
+
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from clipfast.kernels.contrastive import whole
+from clipfast.kernels.hardware import ARCHITECTURES
+from clipfast.kernels.launch import record_launches
+from clipfast.kernels.spec import Call, Draw, OpSpec, Shape, specs
+
+from .driver import load, on_device
+from .modes import InsideOps
+
+# The GPU that launches are counted for.
+ARCH = 90
+# Calls that are timed, after as many that are not.
+REPEATS = 15
+
+
+class Ops(InsideOps):
+    """Count the PyTorch ops that start a kernel on a GPU: not views, not allocations, not our own ops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def see(self, func: Any, _args: Any) -> None:
+        """Count one call if it starts a kernel."""
+        name = func._schema.name.removeprefix("aten::")
+        makes_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        allocates = name.startswith(("empty", "new_empty")) or name in ("detach", "lift_fresh")
+        if func.namespace == "aten" and not makes_view and not allocates:
+            self.count += 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+    """The launches and the PyTorch ops of a forward and a backward call."""
+
+    forward_launches: int
+    forward_ops: int
+    backward_launches: int
+    backward_ops: int
+
+
+def count(spec: OpSpec, shape: Shape) -> Count:
+    """Count what a call of an op in bf16 starts on a GPU, without one."""
+    call = _leaves(spec.call(shape, "", Draw(empty=True), torch.bfloat16))
+    numbers = []
+    with record_launches(ARCH, ARCHITECTURES[ARCH].multiprocessors) as launches, Ops() as ops:
+        results = _forward(spec, call)
+        numbers += [len(launches), ops.count]
+        _backward(results, call)
+    return Count(numbers[0], numbers[1], len(launches) - numbers[0], ops.count - numbers[1])
+
+
+def counts() -> dict[str, Count]:
+    """Count for every op at each small shape and at the first shape of its benchmarks on a GPU, by op and shape."""
+    return {
+        f"{spec.name} {shape}": count(spec, shape)
+        for spec in specs().values()
+        for shape in (*spec.small, spec.bench["cuda"][0])
+    }
+
+
+def microseconds(spec: OpSpec, shape: Shape) -> tuple[float, float]:
+    """Return the median microseconds in which the host issues a forward and a backward call in bf16."""
+    stub = load(ARCH)
+    call = _leaves(spec.call(shape, "", Draw(), torch.bfloat16))
+    samples: list[tuple[float, float]] = []
+    # the memory of every tensor is a GPU's: only the launcher is to be timed
+    stub.library.stub_own(1, 2**63, 0)
+    before, whole.MOST_LOGITS = whole.MOST_LOGITS, 0
+    try:
+        with on_device(stub):
+            for _ in range(2 * REPEATS):
+                start = time.perf_counter()
+                results = _forward(spec, call)
+                middle = time.perf_counter()
+                _backward(results, call)
+                samples.append((middle - start, time.perf_counter() - middle))
+    finally:
+        whole.MOST_LOGITS = before
+        stub.library.stub_disown_all()
+    forward, backward = (1e6 * statistics.median(part) for part in zip(*samples[REPEATS:], strict=True))
+    return forward, backward if call.grads else 0.0
+
+
+def table() -> str:
+    """Return a table of all ops at their smallest shape."""
+    lines = [f"{'op and shape':72} {'launches':>9} {'ops':>7} {'us forward':>11} {'us backward':>12}"]
+    for spec in specs().values():
+        for shape in spec.small:
+            found = count(spec, shape)
+            forward, backward = microseconds(spec, shape)
+            launches = f"{found.forward_launches}+{found.backward_launches}"
+            ops = f"{found.forward_ops}+{found.backward_ops}"
+            lines.append(f"{f'{spec.name} {shape}'[:72]:72} {launches:>9} {ops:>7} {forward:11.0f} {backward:12.0f}")
+    return "\n".join(lines)
+
+
+def _leaves(call: Call) -> Call:
+    inputs = {
+        name: x.detach().requires_grad_(bool(call.grads) and x.is_floating_point()) for name, x in call.inputs.items()
+    }
+    return dataclasses.replace(call, inputs=inputs)
+
+
+def _forward(spec: OpSpec, call: Call) -> tuple[torch.Tensor, ...]:
+    op: Callable[..., Any] = functools.partial(spec.op, **call.options)
+    results = op(**call.inputs)
+    return results if isinstance(results, tuple) else (results,)
+
+
+def _backward(results: tuple[torch.Tensor, ...], call: Call) -> None:
+    if not call.grads:
+        return
+    inputs = [x for x in call.inputs.values() if x.requires_grad]
+    grads = [grad.to(result.dtype) for result, grad in zip(results, call.grads, strict=True)]
+    torch.autograd.grad(results, inputs, grads, allow_unused=True)

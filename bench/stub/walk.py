@@ -1,0 +1,136 @@
+"""All ops through Triton's launcher on the stub driver: the shipped shapes, and the odd ones with their layouts."""
+
+import collections
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from clipfast.kernels.contrastive import whole
+from clipfast.kernels.dtypes import DTYPES
+from clipfast.kernels.spec import EXPANDED, Call, Case, Draw, OpSpec, specs
+from clipfast.verify.inputs import inputs_of, lay_out
+from clipfast.verify.rule import value_and_grads
+
+from ..inspection.shipped import shipped_cases
+from .arguments import Watched, watched
+from .capture import CaptureRules
+from .driver import Stub, load, on_device
+
+# Cases of which the reference's largest tensor has more elements are not drawn: their values are left undefined.
+DRAWN_ELEMENTS = 2**20
+# Cases with more elements take a CPU too long between the launches.
+MOST_ELEMENTS = 2**26
+# Tensors are those of the second device while the first is current, so that a missing device guard shows.
+DEVICE, CURRENT = 1, 0
+
+
+@dataclasses.dataclass
+class Walked:
+    """How many calls were made, and the launches and tensor maps of each op."""
+
+    arch: int
+    calls: int = 0
+    launches: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    maps: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+    faults: list[str] = dataclasses.field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the figures for JSON."""
+        totals = {"launches": self.launches.total(), "maps": self.maps.total()}
+        return {"arch": self.arch, "calls": self.calls, **totals, "by_op": dict(self.launches), "faults": self.faults}
+
+    @contextlib.contextmanager
+    def call(self, op: str, name: str, stub: Stub, *, emptied: bool) -> Iterator[list[Watched]]:
+        """Count what is launched in the context, and note a fault instead of raising it."""
+        self.calls += 1
+        before = stub.counts.refused
+        try:
+            with on_device(stub, DEVICE, current=CURRENT), watched(stub, DEVICE, emptied=emptied) as seen:
+                yield seen
+            if stub.counts.refused != before:
+                raise RuntimeError(f"the driver refused a call without an error: {stub.message}")
+        except Exception as error:
+            self.faults.append(f"{op}, {name}: {type(error).__name__}: {error}")
+        self.launches[op] += len(seen)
+        self.maps[op] += sum(one.maps for one in seen)
+
+
+def shipped(arch: int) -> Walked:
+    """Launch every shipped call, forward and backward. The kernels are those that ``clipfast inspect`` compiles."""
+    stub, walked = load(arch), Walked(arch)
+    for name, case in shipped_cases().items():
+        with _in_blocks(), walked.call(name.split()[0], name, stub, emptied=False):
+            case()
+    return walked
+
+
+def odd(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES), *, only_quick: bool = False, whole_kernels: bool) -> Walked:
+    """Launch every case of every op in ``dtypes``, in its layout, forward and backward.
+
+    Args:
+        arch: compute capability, 90 for sm_90.
+        dtypes: short names of dtypes.
+        only_quick: take the cases of the quick verification, and those with a layout of their own.
+        whole_kernels: compile kernels with their bodies, which takes ten times as long.
+    """
+    stub, walked = load(arch), Walked(arch)
+    for spec in specs().values():
+        for case in spec.cases:
+            if case.shape.elements > MOST_ELEMENTS or (only_quick and not (case.quick or case.layout)):
+                continue
+            for dtype in dtypes:
+                call = _call(spec, case, DTYPES[dtype])
+                with _in_blocks(), walked.call(spec.name, f"{case.name}, {dtype}", stub, emptied=not whole_kernels):
+                    _run(spec, call)
+    return walked
+
+
+def captured(arch: int, *, whole_kernels: bool = False) -> Walked:
+    """Call every op at its small shapes, and once more while the stream is captured as for a CUDA graph."""
+    stub, walked = load(arch), Walked(arch)
+    for spec in specs().values():
+        for shape in spec.small:
+            call = spec.call(shape, "", Draw(), torch.bfloat16)
+            with _in_blocks(), walked.call(spec.name, str(shape), stub, emptied=not whole_kernels):
+                _run(spec, call)
+                with stub.capturing(DEVICE), CaptureRules():
+                    _run(spec, call)
+    return walked
+
+
+def _call(spec: OpSpec, case: Case, dtype: torch.dtype) -> Call:
+    """Make the inputs of a case; large ones hold no values, only their memory and layout matter here."""
+    if case.shape.elements <= DRAWN_ELEMENTS:
+        return inputs_of(spec, case, dtype, "cpu")
+    call = spec.call(case.shape, case.values, Draw(empty=True), dtype)
+    if case.layout in ("", EXPANDED):
+        return call
+    inputs = {name: lay_out(x, case.layout) for name, x in call.inputs.items()}
+    return dataclasses.replace(call, inputs=inputs)
+
+
+def _run(spec: OpSpec, call: Call) -> None:
+    value_and_grads(functools.partial(spec.op, **call.options), call.inputs, call.grads)
+
+
+@contextlib.contextmanager
+def _in_blocks() -> Iterator[None]:
+    """Send small batches of the loss through the kernels too, which a CPU computes at once."""
+    before, whole.MOST_LOGITS = whole.MOST_LOGITS, 0
+    try:
+        yield
+    finally:
+        whole.MOST_LOGITS = before
+
+
+def describe(walked: Walked) -> str:
+    """Return one line about a walk."""
+    found = walked.to_dict()
+    return (
+        f"sm_{walked.arch}: {found['calls']} calls, {found['launches']} launches, {found['maps']} tensor maps, "
+        f"{len(walked.faults)} faults"
+    )
