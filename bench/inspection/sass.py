@@ -11,9 +11,36 @@ from collections.abc import Iterable, Mapping
 
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
 _LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*?)\s*;")
+_CODE = re.compile(r"\s*/\* 0x(?P<code>[0-9a-f]{16}) \*/")  # the second half of an instruction, on the line below it
 _TEXT = re.compile(r"(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z]\w*(?:\.\w+)*)\s*(?P<operands>.*)")
 _ENDS = ("EXIT", "RET", "KILL")
 _INDIRECT = ("BRX", "BRXU", "JMX", "JMXU", "JMP")
+
+
+NO_SCOREBOARD = 7
+
+
+@dataclasses.dataclass(frozen=True)
+class Control:
+    """What the assembler tells the scheduler about an instruction: bits 105 to 125 of it, since Volta.
+
+    Attributes:
+        stall: cycles until the warp may issue its next instruction.
+        write: the scoreboard that is free again when the result has been written, or NO_SCOREBOARD.
+        read: the scoreboard that is free again when the operands have been read, or NO_SCOREBOARD.
+        wait: the scoreboards that must be free before the instruction is issued.
+    """
+
+    stall: int = 1
+    write: int = NO_SCOREBOARD
+    read: int = NO_SCOREBOARD
+    wait: tuple[int, ...] = ()
+
+    @classmethod
+    def decode(cls, code: int) -> "Control":
+        """Read the control code from the second 64 bits of an instruction."""
+        bits = code >> 41
+        return cls(bits & 15, bits >> 5 & 7, bits >> 8 & 7, tuple(n for n in range(6) if bits >> 11 + n & 1))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +51,7 @@ class Instruction:
     guard: str | None
     opcode: str
     operands: str
+    control: Control = Control()
 
     @functools.cached_property
     def name(self) -> str:
@@ -55,14 +83,17 @@ def parse(text: str) -> list[Instruction]:
         ValueError: the text has no instruction, or one that cannot be read.
     """
     found: list[Instruction] = []
-    for line in text.splitlines():
+    lines = text.splitlines()
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
         if found and _FUNCTION.match(line):
             break
         if match := _LINE.match(line):
-            parts = _TEXT.match(match["text"])
+            parts, code = _TEXT.match(match["text"]), _CODE.match(below)
             if parts is None:
                 raise ValueError(f"cannot read the instruction {match['text']!r}")
-            found.append(Instruction(int(match["address"], 16), parts["guard"], parts["opcode"], parts["operands"]))
+            control = Control.decode(int(code["code"], 16)) if code else Control()
+            address = int(match["address"], 16)
+            found.append(Instruction(address, parts["guard"], parts["opcode"], parts["operands"], control))
     if not found:
         raise ValueError("no instructions in the disassembly")
     return found
@@ -115,7 +146,7 @@ class Graph:
 
 
 def _blocks(instructions: list[Instruction]) -> list[list[Instruction]]:
-    targets = {target for instruction in instructions if (target := _target(instruction)) is not None}
+    targets = {target(instruction) for instruction in instructions if instruction.name != "CALL"}
     blocks: list[list[Instruction]] = [[]]
     for instruction in instructions:
         if instruction.address in targets and blocks[-1]:
@@ -126,8 +157,9 @@ def _blocks(instructions: list[Instruction]) -> list[list[Instruction]]:
     return [block for block in blocks if block]
 
 
-def _target(instruction: Instruction) -> int | None:
-    if instruction.name not in ("BRA", "BSSY"):
+def target(instruction: Instruction) -> int | None:
+    """Return the address that a branch, a call or a convergence point names, or None."""
+    if instruction.name not in ("BRA", "BSSY", "CALL"):
         return None
     match = re.search(r"\b0x([0-9a-f]+)\s*$", instruction.operands)
     return int(match.group(1), 16) if match else None
@@ -138,12 +170,12 @@ def _successors(blocks: list[list[Instruction]], index: int, starts: dict[int, i
     following = (index + 1,) if index + 1 < len(blocks) else ()
     always = last.guard in (None, "PT", "UPT")
     if last.name == "BRA":
-        target = _target(last)
-        if target is None or target not in starts:
+        to = target(last)
+        if to is None or to not in starts:
             raise UnknownControlFlow(f"branch at {last.address:#x} to {last.operands!r}")
         # a predicate may be written as a first operand: BRA.U UP0, 0x40
         unconditional = always and "," not in last.operands
-        return (starts[target],) if unconditional else (starts[target], *following)
+        return (starts[to],) if unconditional else (starts[to], *following)
     if last.name == "BSYNC":
         return _reconvergence(blocks, index, starts) or following
     if last.name in _INDIRECT:
@@ -159,8 +191,8 @@ def _reconvergence(blocks: list[list[Instruction]], index: int, starts: dict[int
     for block in reversed(blocks[: index + 1]):
         for instruction in reversed(block):
             if instruction.name == "BSSY" and instruction.operands.split(",")[0].strip() == barrier:
-                target = _target(instruction)
-                return (starts[target],) if target in starts else ()
+                to = target(instruction)
+                return (starts[to],) if to in starts else ()
     return ()
 
 

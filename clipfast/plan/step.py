@@ -60,7 +60,9 @@ class Problem:
         return ("default", "min") if self.gpus == 1 else ("gather", "ring", "scalars")
 
 
-def run_step(problem: Problem, mode: str, card: Card | None, *, is_fake: bool = True) -> Ledger:
+def run_step(
+    problem: Problem, mode: str, card: Card | None, *, is_fake: bool = True, ledger_type: type[Ledger] = Ledger
+) -> Ledger:
     """Run a step of one rank, and return its ledger.
 
     Args:
@@ -69,6 +71,7 @@ def run_step(problem: Problem, mode: str, card: Card | None, *, is_fake: bool = 
         card: the GPU that kernels are recorded for. Tensors are on the CPU all the same, because PyTorch without CUDA
             computes no gradients of fake tensors on "cuda". None runs the kernels of the CPU.
         is_fake: run rank 0 on fake tensors, so that nothing is computed or sent; otherwise the rank of this process.
+        ledger_type: the kind of ledger to keep.
     """
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -82,7 +85,7 @@ def run_step(problem: Problem, mode: str, card: Card | None, *, is_fake: bool = 
         if is_fake:
             stack.enter_context(FakeTensorMode())
         launches = [] if card is None else stack.enter_context(record_launches(card.arch, card.multiprocessors))
-        ledger = stack.enter_context(Ledger(launches, PHASES))
+        ledger = stack.enter_context(ledger_type(launches, PHASES))
         loss = functools.partial(_loss, ledger, problem, mode)
         if model is None:
             ledger.settle_s = 0.0 if is_fake else SETTLE_S

@@ -1,0 +1,266 @@
+"""The predicted time of every op and of training steps, from the model of the GPU: ``clipfast inspect --predict``.
+
+A launch takes what the model says. A PyTorch op beside it takes the longer of two times, one for its FLOPs at the rate
+of large products and one for its bytes at the rate of copies, and the overhead of a launch. Launches follow each other
+without a gap, as in a CUDA graph: the host is left out.
+"""
+
+import dataclasses
+import functools
+import json
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from clipfast.columns import align
+from clipfast.kernels.hardware import CARDS
+from clipfast.kernels.launch import Launch
+from clipfast.units import SECONDS, scaled
+
+from ..case import OURS, short
+from .model import FULL, Effort, Machine, NoModel, Prediction, predict_launch
+from .workloads import Work, measured_shapes, op_work, step_work
+
+# Pairs of a step of each published model, such that its activations fill a GPU of 80 GB.
+STEPS = {
+    "RN50": 256, "RN101": 256, "RN50x4": 128, "RN50x16": 64, "RN50x64": 32, "ViT-B-32": 1024, "ViT-B-16": 512,
+    "ViT-L-14": 128, "ViT-L-14-336": 64, "ViT-H-14": 64, "ViT-g-14": 64, "ViT-bigG-14": 32,
+}  # fmt: skip
+# The kind of published kernels that stand for an op's, by the op's category.
+KINDS = {"attention": "attention", "loss": "loss", "norm, activation": "norm", "patch, text input": "patch"}
+STEP = "step"
+ERRORS = Path(__file__).parent / "validation" / "errors.json"
+
+
+class ErrorBand(NamedTuple):
+    """The error of the model on published kernels of a kind: how many there are, and quantiles of |log ratio|."""
+
+    points: int
+    median: float
+    p90: float
+
+
+def error_band(kind: str) -> ErrorBand | None:
+    """Return the error on a kind of kernels, or None if no measurement of that kind is published."""
+    found = json.loads(ERRORS.read_text()).get(kind) if ERRORS.exists() else None
+    return ErrorBand(found["points"], found["median"], found["p90"]) if found else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Equal launches of an op or a step."""
+
+    kernel: str
+    launches: int
+    prediction: Prediction | None
+    reason: str = ""  # why there is no prediction
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of all of them."""
+        return self.launches * self.prediction.seconds if self.prediction else 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """The predicted time of one op, forward and backward, or of one step.
+
+    Attributes:
+        name: of the op, or "step".
+        shape: its sizes; of a step, the model and the number of pairs.
+        dtype: name of the dtype.
+        items: how many things one call handles.
+        kind: of the published kernels that its error band is taken from; empty for a step.
+        parts: its launches.
+        torch_ops: number of PyTorch ops beside them.
+        torch_seconds: time of these without products.
+        product_seconds: time of PyTorch's matrix products and convolutions.
+    """
+
+    name: str
+    shape: dict[str, Any]
+    dtype: str
+    items: int
+    kind: str
+    parts: tuple[Part, ...]
+    torch_ops: int
+    torch_seconds: float
+    product_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of everything."""
+        return sum(part.seconds for part in self.parts) + self.torch_seconds + self.product_seconds
+
+    @property
+    def band(self) -> ErrorBand | None:
+        """Return the error of the model on published kernels of this kind."""
+        return error_band(self.kind) if self.kind else None
+
+
+def forecast_op(number: int, dtype: str, machine: Machine, product_flops: float, effort: Effort = FULL) -> Forecast:
+    """Predict op number ``number`` of :func:`measured_shapes` on a card.
+
+    Args:
+        number: of the op and its shape.
+        dtype: name of the dtype.
+        machine: the GPU.
+        product_flops: FLOP/s of PyTorch's own matrix products.
+        effort: how much the model runs.
+    """
+    spec, shape = measured_shapes()[number]
+    size, _ = spec.items
+    work = op_work(spec, shape, dtype, CARDS[machine.name.lower()])
+    kind = KINDS.get(spec.category, "memory")
+    return _forecast(
+        work, machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
+        items=getattr(shape, size), kind=kind,
+    )  # fmt: skip
+
+
+def forecast_step(model: str, machine: Machine, product_flops: float, effort: Effort = FULL) -> Forecast:
+    """Predict one training step of a published model on one GPU, in bfloat16 with AdamW."""
+    work = step_work(model, STEPS[model], CARDS[machine.name.lower()])
+    shape = {"model": model, "batch": STEPS[model]}
+    return _forecast(
+        work, machine, product_flops, effort, name=STEP, shape=shape, dtype="bf16", items=STEPS[model], kind=""
+    )
+
+
+def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
+    groups: dict[str, list[Launch]] = {}
+    for _, launch in work.launches:
+        groups.setdefault(_key(launch), []).append(launch)
+    times = [max(op.flops / product_flops, op.bytes / machine.hbm_rate) + machine.launch for op in work.ops]
+    products = sum(time for time, op in zip(times, work.ops, strict=True) if op.flops)
+    return Forecast(
+        **what, parts=tuple(_part(same, machine, effort) for same in groups.values()), torch_ops=len(work.ops),
+        torch_seconds=sum(times) - products, product_seconds=products,
+    )  # fmt: skip
+
+
+def _key(launch: Launch) -> str:
+    """Return a key that is equal for launches that take equally long, wherever they stand in the matrix of logits."""
+    args = {name: _size(value) for name, value in launch.args.items() if name != "offset"}
+    return str((launch.kernel.__name__, launch.grid, args, launch.constexprs, launch.options))
+
+
+def _size(value: Any) -> Any:
+    tensor = getattr(value, "base", value)
+    return (tuple(tensor.shape), tensor.stride(), str(tensor.dtype)) if hasattr(tensor, "stride") else value
+
+
+def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
+    # of blocks in a row, one that is neither the first nor in the middle has no pairs, like most
+    launch = same[len(same) // 3]
+    try:
+        return Part(launch.kernel.__name__, len(same), _predicted(_key(launch), _Held(launch), machine, effort))
+    except NoModel as error:
+        return Part(launch.kernel.__name__, len(same), None, str(error))
+
+
+class _Held:
+    """A launch that counts as equal to any other, so that a cache looks at the other arguments only."""
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Held)
+
+    def __hash__(self) -> int:
+        return 0
+
+
+@functools.cache
+def _predicted(_: str, held: _Held, machine: Machine, effort: Effort) -> Prediction:
+    return predict_launch(held.launch, machine, effort)
+
+
+def table(forecasts: Sequence[Forecast], measured: dict[str, float] | None = None) -> str:
+    """Return a table of ops, then one of steps; ``measured`` are seconds by :func:`label`."""
+    ops = [one for one in forecasts if one.name != STEP]
+    steps = [one for one in forecasts if one.name == STEP]
+    return "\n\n".join(text for text in (_op_table(ops, measured), _step_table(steps, measured)) if text)
+
+
+def label(name: str, shape: dict[str, Any], dtype: str) -> str:
+    """Return op, sizes and dtype in one text."""
+    return " ".join([name, *(f"{size}={value}" for size, value in shape.items()), dtype])
+
+
+def _op_table(ops: Sequence[Forecast], measured: dict[str, float] | None) -> str:
+    rows = []
+    for one in ops:
+        band = one.band
+        within = f"{math.expm1(band.p90):.0%}" if band else "?"
+        rows.append([label(one.name, one.shape, one.dtype), scaled(one.seconds, SECONDS), within, "", "", "", "",
+                     *_against(one, measured)])  # fmt: skip
+        for part in one.parts:
+            rows.append(["  " + part.kernel.strip("_").removesuffix("_kernel"), *_part_cells(part)])
+        if one.torch_ops:
+            spent = scaled(one.torch_seconds + one.product_seconds, SECONDS)
+            rows.append([f"  {one.torch_ops} PyTorch ops", spent, "", "", "", "", ""])
+    head = ["op, forward and backward", "time", "error", "launches", "waves", "cycles", "limit", *_head(measured)]
+    return align([head, *rows], right=range(1, 6)) if rows else ""
+
+
+def _part_cells(part: Part) -> list[str]:
+    found = part.prediction
+    if found is None:
+        return ["", "", str(part.launches), "", "", f"not predicted: {part.reason}"]
+    guesses = f", {found.guesses} branches guessed" if found.guesses else ""
+    return [scaled(part.seconds, SECONDS), "", str(part.launches), f"{found.waves:.2f}", f"{found.cycles:.0f}",
+            found.limit + guesses]  # fmt: skip
+
+
+def _step_table(steps: Sequence[Forecast], measured: dict[str, float] | None) -> str:
+    rows = [
+        [one.shape["model"], str(one.items), scaled(one.seconds, SECONDS), f"{one.items / one.seconds:,.0f}",
+         scaled(sum(part.seconds for part in one.parts), SECONDS), scaled(one.product_seconds, SECONDS),
+         scaled(one.torch_seconds, SECONDS), *_against(one, measured)]
+        for one in steps
+    ]  # fmt: skip
+    head = ["step of", "pairs", "time", "pairs/s", "kernels", "products", "other ops", *_head(measured)]
+    return align([head, *rows], right=range(1, 7)) if rows else ""
+
+
+def _head(measured: dict[str, float] | None) -> list[str]:
+    return [] if measured is None else ["measured", "predicted / measured"]
+
+
+def _against(one: Forecast, measured: dict[str, float] | None) -> list[str]:
+    if measured is None:
+        return []
+    seconds = measured.get(label(one.name, one.shape, one.dtype))
+    return ["-", ""] if seconds is None else [scaled(seconds, SECONDS), f"{one.seconds / seconds:.2f}"]
+
+
+def measurements(paths: Iterable[str]) -> dict[str, float]:
+    """Return the median seconds of our candidate by :func:`label`, from result files of ``clipfast bench``.
+
+    Raises:
+        ValueError: a file is not such a result.
+    """
+    found: dict[str, float] = {}
+    for path in paths:
+        try:
+            cases = json.loads(Path(path).read_text())["cases"]
+            for case in cases:
+                ours: dict[str, Any] = next((one for one in case["candidates"] if one["name"] == OURS), {})
+                if "median_s" in ours:
+                    found[label(case["op"].removesuffix(".fwd_bwd"), case["shape"], case["dtype"])] = ours["median_s"]
+        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"--against {path} is not a result of clipfast bench: {short(error)}") from None
+    return found
+
+
+def to_json(one: Forecast) -> dict[str, Any]:
+    """Return a forecast for JSON, with the figures that follow from it."""
+    record = dataclasses.asdict(one) | {"seconds": one.seconds, "items_per_s": one.items / one.seconds}
+    record["error"] = one.band._asdict() if one.band else None
+    for part, fields in zip(one.parts, record["parts"], strict=True):
+        if part.prediction:
+            fields["prediction"]["limit"] = part.prediction.limit
+    return record

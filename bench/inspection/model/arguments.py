@@ -1,0 +1,115 @@
+"""The constant bank that a kernel finds its launch in: sizes of the grid, and the arguments as the driver packs them.
+
+Pointers get addresses of their own, so that an address that the code computes leads back to the tensor. What a kernel
+reads there is known only for integers, which Triton kernels branch on, and for what :data:`ASSUMED` names.
+"""
+
+import dataclasses
+import re
+import struct
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .registers import State
+
+# The address in constant bank 0 where the arguments begin, by compute capability.
+FIRST_ARGUMENT = {80: 0x160, 86: 0x160, 89: 0x160, 90: 0x210, 100: 0x380, 120: 0x380}
+# A tensor's address is its number times this, so that no two tensors overlap.
+REGION = 1 << 44
+# Values that are computed on the device, as they are when a model trains, by the name of a kernel's argument. The
+# shared shift of the softmax is exact for all scales up to 78.
+ASSUMED = {"uses_shared_shift_ptr": 1}
+_PARAMETER = re.compile(r"\.param\s+(?:\.align\s+(\d+)\s+)?\.(b8|u8|u16|u32|u64|s32|s64|f32|f64)\s.*?(?:\[(\d+)\])?,?$")
+_BYTES = {"b8": 1, "u8": 1, "u16": 2, "u32": 4, "s32": 4, "f32": 4, "u64": 8, "s64": 8, "f64": 8}
+
+
+@dataclasses.dataclass(frozen=True)
+class Bank:
+    """Constant bank 0 of a launch.
+
+    Attributes:
+        words: known 32-bit words by address.
+        tensors: the tensors behind the pointers, with the names of the arguments, by number of their region.
+    """
+
+    words: Mapping[int, int]
+    tensors: Mapping[int, tuple[str, torch.Tensor]]
+
+    def state(self, place: Sequence[int]) -> State:
+        """Return what the first thread of the program at ``place`` in the grid knows when it starts."""
+        special = dict(zip(("SR_CTAID.X", "SR_CTAID.Y", "SR_CTAID.Z"), place, strict=True))
+        return State(self.words, special, self.memory)
+
+    def memory(self, address: int, size: int) -> int | None:
+        """Return the integer of ``size`` bytes at an address, or None if it is unknown."""
+        name, tensor = self.tensors.get(address // REGION, ("", None))
+        if tensor is None:
+            return None
+        if name in ASSUMED:
+            return ASSUMED[name]
+        index = address % REGION // tensor.element_size()
+        if tensor.is_floating_point() or tensor.element_size() != size or tensor.device.type != "cpu":
+            return None
+        flat = tensor.as_strided((tensor.untyped_storage().nbytes() // size - tensor.storage_offset(),), (1,))
+        return int(flat[index]) if index < len(flat) else None
+
+
+def bank(ptx: str, arch: int, grid: Sequence[int], warps: int, values: Sequence[tuple[str, Any]]) -> Bank:
+    """Pack the arguments of a launch.
+
+    Args:
+        ptx: of the kernel, which says where each parameter stands.
+        arch: compute capability.
+        grid: number of programs along each axis.
+        warps: of a program.
+        values: names and values of the arguments that are not constants, in order.
+
+    Raises:
+        ValueError: the kernel takes other parameters than these.
+    """
+    data: dict[int, int] = {}
+    tensors: dict[int, tuple[str, torch.Tensor]] = {}
+    for address, value in zip(range(0, 24, 4), (32 * warps, 1, 1, *(*grid, 1, 1)[:3]), strict=True):
+        data[address] = value
+    pieces = [piece for name, value in values for piece in _pieces(name, value, tensors)]
+    places = _parameters(ptx, FIRST_ARGUMENT[arch])
+    if len(places) < len(pieces):
+        raise ValueError(f"the kernel takes {len(places)} parameters, and {len(pieces)} are given")
+    # Triton's own parameters, for scratch memory, stand behind those of the kernel
+    for (address, size), piece in zip(places, pieces, strict=False):
+        if piece is not None:
+            raw = piece.ljust(-(-size // 4) * 4, b"\0")
+            for word in range(-(-size // 4)):
+                data[address + 4 * word] = int.from_bytes(raw[4 * word : 4 * word + 4], "little")
+    return Bank(data, tensors)
+
+
+def _parameters(ptx: str, first: int) -> list[tuple[int, int]]:
+    """Return address and size in bytes of each parameter of the kernel, the first of which may stand at ``first``."""
+    text = ptx[ptx.index(".entry") :]
+    found, address = [], first
+    for line in text[: text.index("{")].splitlines():
+        if match := _PARAMETER.search(line.strip()):
+            size = _BYTES[match[2]] * int(match[3] or 1)
+            align = int(match[1] or _BYTES[match[2]])
+            address = -(-address // align) * align  # in the bank, and not from the first argument on
+            found.append((address, size))
+            address += size
+    return found
+
+
+def _pieces(name: str, value: Any, tensors: dict[int, tuple[str, torch.Tensor]]) -> list[bytes | None]:
+    """Return the parameters that an argument becomes: its bytes, or None where nobody computes with them."""
+    if isinstance(value, TensorDescriptor):
+        shape, strides = value.shape, value.strides
+        return [None, *(struct.pack("<i", size) for size in shape), *(struct.pack("<q", step) for step in strides)]
+    if isinstance(value, torch.Tensor):
+        number = len(tensors) + 1
+        tensors[number] = (name, value)
+        return [struct.pack("<Q", number * REGION + value.data_ptr() % 16)]
+    if isinstance(value, bool | int):
+        return [struct.pack("<Q", value % 2**64)]
+    return [struct.pack("<f", value)]

@@ -1,0 +1,385 @@
+"""The integer arithmetic of machine code: what decides how often a loop runs and which branch is taken.
+
+Integers come from the arguments of the launch and from the thread's place in the grid. What depends on anything else,
+such as the result of a float instruction or a value from shared memory, is unknown, and so is what follows from it. The
+instructions are those that ``nvdisasm`` prints for compute capability 8.0 and up. NVIDIA documents no more than their
+names, in the list of the CUDA binary utilities; their meaning here is the one that compiled code shows.
+"""
+
+import re
+import struct
+from collections.abc import Callable
+
+from ..sass import Instruction
+from .registers import MASK, WIDE_MASK, Operand, State, operand_of, operands, written
+
+_ADDRESS = re.compile(r"\[(?P<parts>[^\[\]]+)\]$")
+_COMPARE: dict[str, Callable[[int, int], bool]] = {
+    "LT": lambda a, b: a < b, "LE": lambda a, b: a <= b, "GT": lambda a, b: a > b, "GE": lambda a, b: a >= b,
+    "EQ": lambda a, b: a == b, "NE": lambda a, b: a != b,
+}  # fmt: skip
+
+
+def execute(state: State, instruction: Instruction) -> None:
+    """Run one instruction; what it writes becomes unknown where its meaning or an operand is not known."""
+    holds = state.holds(instruction.guard)
+    if holds is False:
+        return
+    found, modifiers = operands(instruction.operands), instruction.modifiers
+    run = _MEANING.get(instruction.name) if holds else None
+    if run is None:
+        for operand, words in written(instruction):
+            state.write(operand, None, words)
+    else:
+        run(state, modifiers, found, instruction)
+
+
+def signed(value: int) -> int:
+    """Return 32 bits as a two's complement number."""
+    return value - (1 << 32) if value >> 31 else value
+
+
+Meaning = Callable[[State, list[str], tuple[Operand, ...], Instruction], None]
+_MEANING: dict[str, Meaning] = {}
+
+
+def _means(*names: str) -> Callable[[Meaning], Meaning]:
+    def register(function: Meaning) -> Meaning:
+        for name in names:
+            _MEANING[name] = function
+        return function
+
+    return register
+
+
+def _split(found: tuple[Operand, ...]) -> tuple[list[Operand], Operand, list[Operand]]:
+    """Return the predicates that are written, the register that is written, and the other operands."""
+    before = []
+    position = 0
+    while found[position].is_predicate:
+        before.append(found[position])
+        position += 1
+    result, rest = found[position], list(found[position + 1 :])
+    while rest and rest[0].is_predicate and rest[0].sign != "!":
+        before.append(rest.pop(0))
+    return before, result, rest
+
+
+def _simple(arithmetic: Callable[[list[str], list[int]], int]) -> Meaning:
+    """Return the meaning of an instruction whose result is a function of 32-bit operands."""
+
+    def run(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+        result, rest = _split(found)[1:]
+        values = [state.read(operand) for operand in rest if not operand.is_predicate]
+        known = [value for value in values if value is not None]
+        state.write(result, arithmetic(modifiers, known) & MASK if len(known) == len(values) else None)
+
+    return run
+
+
+def _shift(modifiers: list[str], values: list[int]) -> int:
+    low, amount, high = values
+    wide, kind = high << 32 | low, "".join(modifiers)
+    amount &= 63 if "64" in kind else 31
+    if "L" in modifiers:
+        return (wide << amount) >> 32 if "HI" in modifiers else low << amount
+    if "HI" in modifiers:
+        return (signed(high) if "S32" in modifiers or "S64" in modifiers else high) >> amount
+    return wide >> amount
+
+
+def _permute(_: list[str], values: list[int]) -> int:
+    a, selector, b = values
+    data, result = b << 32 | a, 0
+    for place in range(4):
+        nibble = selector >> 4 * place & 15
+        byte = data >> 8 * (nibble & 7) & 255
+        result |= (255 * (byte >> 7) if nibble & 8 else byte) << 8 * place
+    return result
+
+
+def _extend(modifiers: list[str], values: list[int]) -> int:
+    value, bits = values[0], min(values[1], 32)
+    value &= (1 << bits) - 1
+    return value - (1 << bits) if bits and "U32" not in modifiers and value >> bits - 1 else value
+
+
+def _high_of_product(state: State, modifiers: list[str], rest: list[Operand]) -> int | None:
+    a, b, c = state.read(rest[0]), state.read(rest[1]), state.read_wide(rest[2])
+    if a is None or b is None or c is None:
+        return None
+    product = a * b if "U32" in modifiers else signed(a) * signed(b)
+    return (product + c & WIDE_MASK) >> 32
+
+
+@_means("IMAD", "UIMAD")
+def _multiply_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    carries, result, rest = _split(found)
+    for carry in carries:
+        state.set(carry, None)
+    if "HI" in modifiers:
+        state.write(result, _high_of_product(state, modifiers, rest))
+        return
+    wide = "WIDE" in modifiers
+    a, b = state.read(rest[0]), state.read(rest[1])
+    # zero times an unknown value is zero: the assembler writes moves and additions in this way
+    a, b = (0, 0) if 0 in (a, b) else (a, b)
+    c = state.read_wide(rest[2]) if wide else state.read(rest[2])
+    if a is None or b is None or c is None:
+        state.write(result, None, 2 if wide else 1)
+        return
+    if wide and "U32" not in modifiers:
+        a, b = signed(a), signed(b)
+    total = a * b + c
+    if "X" in modifiers:
+        carry_in = state.predicate(rest[3])
+        if carry_in is None:
+            state.write(result, None)
+            return
+        total += carry_in
+    state.write(result, total & (WIDE_MASK if wide else MASK), 2 if wide else 1)
+
+
+def _addend(state: State, operand: Operand, *, takes_carry: bool) -> int | None:
+    """Return an operand of an addition with all bits of its negation, which decide on the carry."""
+    if operand.is_predicate:
+        carry = state.predicate(operand) if takes_carry else False
+        return None if carry is None else int(carry)
+    value = state.read(operand._replace(sign=""))
+    if value is None or not operand.sign:
+        return value
+    return (~value & MASK) + (operand.sign == "-")
+
+
+@_means("IADD3", "UIADD3")
+def _add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    carries, result, rest = _split(found)
+    total = 0
+    for operand in rest:
+        value = _addend(state, operand, takes_carry="X" in modifiers)
+        if value is None:
+            for carry in carries:
+                state.set(carry, None)
+            state.write(result, None)
+            return
+        total += value
+    for place, carry in enumerate(carries):
+        state.set(carry, total >> 32 > place)
+    state.write(result, total & MASK)
+
+
+@_means("LEA", "ULEA")
+def _shift_add(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    carries, result, rest = _split(found)
+    numbers = [operand for operand in rest if not operand.is_predicate]
+    carry_in = [state.predicate(operand) for operand in rest if operand.is_predicate] if "X" in modifiers else []
+    values = [state.read(operand) for operand in numbers]
+    if None in values or None in carry_in:
+        for carry in carries:
+            state.set(carry, None)
+        state.write(result, None)
+        return
+    known = [value for value in values if value is not None]
+    a, b, amount = known[0], known[1], known[-1] & 31
+    if "HI" in modifiers:
+        high = known[2] if len(known) == 4 else (-1 if "SX32" in modifiers and a >> 31 else 0)
+        total = ((((high << 32) | a) << amount) >> 32 & MASK) + b
+    else:
+        total = (a << amount & MASK) + b
+    total += sum(map(bool, carry_in))
+    for carry in carries:
+        state.set(carry, total >> 32 > 0)
+    state.write(result, total & MASK)
+
+
+@_means("ISETP", "UISETP")
+def _compare(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    (first, second), (a, b), rest = found[:2], found[2:4], found[4:]
+    left, right = state.read(a), state.read(b)
+    compare = next((_COMPARE[name] for name in modifiers if name in _COMPARE), None)
+    result: bool | None = None
+    if left is not None and right is not None and compare is not None:
+        if "U32" not in modifiers:
+            left, right = signed(left), signed(right)
+        result = compare(left, right)
+        if "EX" in modifiers and left == right:  # the low halves decide
+            result = state.predicate(rest[-1])
+    other = state.predicate(rest[0]) if rest else True
+    for operand, value in ((first, result), (second, None if result is None else not result)):
+        state.set(operand, _combine("OR" in modifiers, "XOR" in modifiers, value, other))
+
+
+def _combine(either: bool, differ: bool, a: bool | None, b: bool | None) -> bool | None:
+    if differ:
+        return None if a is None or b is None else a != b
+    if either:
+        return True if a or b else (None if a is None or b is None else False)
+    if a is False or b is False:
+        return False
+    return None if a is None or b is None else True
+
+
+@_means("LOP3", "ULOP3")
+def _logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    carries, result, rest = _split(found)
+    values, table = [state.read(operand) for operand in rest[:3]], rest[3].number
+    value = None
+    if table is not None and (None not in values):
+        value = _look_up(table, [value for value in values if value is not None])
+    state.write(result, value)
+    for carry in carries:
+        state.set(carry, None if value is None else value != 0)
+
+
+def _look_up(table: int, values: list[int]) -> int:
+    value = 0
+    for row in range(8):
+        if table >> row & 1:
+            term = MASK
+            for place, operand in enumerate(values):
+                term &= operand if row >> 2 - place & 1 else ~operand
+            value |= term
+    return value & MASK
+
+
+@_means("PLOP3", "UPLOP3")
+def _predicate_logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    inputs = [state.predicate(operand) for operand in found[2:5]]
+    for result, table in zip(found[:2], found[5:7], strict=True):
+        # an unknown input does not matter where both of its values give the same
+        options = {
+            bool((table.number or 0) >> (4 * a + 2 * b + c) & 1)
+            for a in _either(inputs[0]) for b in _either(inputs[1]) for c in _either(inputs[2])
+        }  # fmt: skip
+        state.set(result, options.pop() if len(options) == 1 else None)
+
+
+def _either(value: bool | None) -> tuple[bool, ...]:
+    return (False, True) if value is None else (value,)
+
+
+@_means("SEL", "USEL")
+def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    chosen = state.predicate(found[3])
+    a, b = state.read(found[1]), state.read(found[2])
+    state.write(found[0], (a if a == b else None) if chosen is None else (a if chosen else b))
+
+
+@_means("IMNMX", "VIMNMX", "UIMNMX")
+def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    a, b, is_min = state.read(found[1]), state.read(found[2]), state.predicate(found[3])
+    if a is None or b is None or is_min is None:
+        state.write(found[0], None)
+        return
+    key = (lambda value: value) if "U32" in modifiers else signed
+    state.write(found[0], (min if is_min else max)(a, b, key=key))
+
+
+@_means("LDC", "ULDC", "LDCU", "MOV", "UMOV", "R2UR")
+def _move(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    result, rest = _split(found)[1:]
+    if "64" in modifiers:
+        state.write(result, state.read_wide(rest[0]), 2)
+    elif not set(modifiers) & {"128", "U8", "S8", "U16", "S16"}:
+        state.write(result, state.read(rest[0]))
+    else:
+        state.write(result, None, 4)
+
+
+@_means("S2R", "S2UR", "CS2R")
+def _special(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    name = instruction.operands.split(",")[1].strip()
+    words = 2 if instruction.name == "CS2R" and "32" not in modifiers else 1
+    state.write(found[0], 0 if name == "SRZ" else state.special.get(name, 0), words)
+
+
+@_means("SHFL")
+def _shuffle(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    state.write(found[1], state.read(found[2]) if "IDX" in modifiers else None)  # used to make a value uniform
+
+
+@_means("VOTE", "VOTEU", "ELECT", "SYNCS")
+def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    """Every lane votes as this one does, this lane is the elected one, and a barrier that is tried has been reached."""
+    results = [operand for operand in found if operand.is_predicate and operand.sign != "!"]
+    if "ARRIVE" in modifiers or "EXCH" in modifiers or not results:
+        return
+    value = state.predicate(found[-1]) if {"ANY", "ALL"} & set(modifiers) and len(found) > 1 else True
+    state.set(results[0], value)
+    if not found[0].is_predicate:
+        state.write(found[0], None)
+
+
+@_means("P2R")
+def _pack(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    base, mask = state.read(found[2]), found[3].number or 0
+    bits = [state.registers.get(f"P{index}") for index in range(7) if mask >> index & 1]
+    if base is None or None in bits:
+        state.write(found[0], None)
+        return
+    packed = sum((state.registers.get(f"P{index}") or 0) << index for index in range(7))
+    state.write(found[0], base & ~mask | packed & mask)
+
+
+@_means("R2P")
+def _unpack(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+    value, mask = state.read(found[1]), found[2].number or 0
+    for index in range(7):
+        if mask >> index & 1:
+            state.set(Operand(f"P{index}"), None if value is None else bool(value >> index & 1))
+
+
+@_means("LDG")
+def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    address, known = 0, True
+    match = _ADDRESS.search(instruction.operands)
+    for part in match["parts"].split("+") if match else []:
+        operand = operand_of(part.removesuffix(".64").removesuffix(".U32"))
+        value = state.read_wide(operand) if part.endswith(".64") else state.read(operand)
+        known, address = known and value is not None, address + (value or 0)
+    size = next((size for name, size in (("U8", 1), ("S8", 1), ("U16", 2), ("S16", 2)) if name in modifiers), 4)
+    wide = "64" in modifiers or "128" in modifiers
+    value = state.memory(address, size) if known and match and not wide else None
+    state.write(found[0], None if value is None else value & MASK, written(instruction)[0][1] if wide else 1)
+
+
+def _float(bits: int) -> float:
+    return float(struct.unpack("f", struct.pack("I", bits & MASK))[0])
+
+
+def _bits(value: float, *, up: bool = False) -> int:
+    bits = int(struct.unpack("I", struct.pack("f", value))[0])
+    return bits + 1 if up and _float(bits) < value else bits
+
+
+@_means("I2F", "I2FP", "F2I", "MUFU")
+def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    """The steps of an integer division: an estimate in float32, which integer steps then make exact."""
+    wide_in, wide_out = (
+        instruction.name == "I2F" and "U64" in modifiers,
+        instruction.name == "F2I" and "U64" in modifiers,
+    )
+    value = state.read_wide(found[1]) if wide_in else state.read(found[1])
+    result: int | None = None
+    if value is not None and instruction.name in ("I2F", "I2FP"):
+        result = _bits(float(value if {"U32", "U64"} & set(modifiers) else signed(value)), up="RP" in modifiers)
+    elif value is not None and instruction.name == "MUFU" and "RCP" in modifiers and _float(value):
+        result = _bits(1.0 / _float(value))
+    elif value is not None and instruction.name == "F2I" and {"U32", "U64"} & set(modifiers):
+        result = max(0, int(_float(value)))
+    state.write(found[0], result, 2 if wide_out else 1)
+
+
+_MEANING |= {
+    "SHF": _simple(_shift),
+    "USHF": _simple(_shift),
+    "PRMT": _simple(_permute),
+    "UPRMT": _simple(_permute),
+    "SGXT": _simple(_extend),
+    "USGXT": _simple(_extend),
+    "VIADD": _simple(lambda _, values: sum(values)),
+    "IABS": _simple(lambda _, values: abs(signed(values[0]))),
+    "UIABS": _simple(lambda _, values: abs(signed(values[0]))),
+    "POPC": _simple(lambda _, values: values[0].bit_count()),
+    "UPOPC": _simple(lambda _, values: values[0].bit_count()),
+}

@@ -1,0 +1,64 @@
+"""What a multiprocessor is given: rates and latencies, each with its source. No constant belongs to a kernel."""
+
+import dataclasses
+
+WARP = 32
+SUB_PARTITIONS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Rates and latencies of a GPU of compute capability 9.0. Rates are of the whole GPU, in bytes per second.
+
+    The letter behind each says where it comes from: (s) a data sheet, whitepaper or the CUDA programming guide; (m)
+    published microbenchmarks: arXiv:2402.13499, arXiv:2501.12084, and chipsandcheese.com, "Nvidia's H100: Funny L2";
+    (a) assumed.
+
+    Attributes:
+        name: of the card.
+        clock: Hz, of kernels that keep the matrix unit busy (a). The data sheet's 989 TFLOP/s are 132 multiprocessors
+            times 4096 times 1.83 GHz; under a full load of random 16-bit values, 700 W lower the clock.
+        boost: Hz, of the others: the highest clock of an H100 SXM (s).
+        multiprocessors: their number (s).
+        l2_rate: of TMA. L2 reads 5,120 bytes per cycle in all (s, of the A100; GH100 has the same two halves).
+        lane_rate: of loads and stores by lanes, cp.async too: 5.5 to 5.7 TB/s on the 114 multiprocessors of an H100
+            PCIe at 1.755 GHz (m), which is 28 bytes per cycle for each.
+        hbm_rate: what copies reach: 3.0 of the data sheet's 3.35 TB/s (m).
+        l2_latency: cycles from a load to its use, 260 to 280 (m).
+        hbm_latency: the same of memory, 600 to 700 (m).
+        tma_latency: cycles that a TMA load takes on top (m).
+        shared_rate: bytes per cycle of one multiprocessor's shared memory (s).
+        block_gap: cycles from the end of a block to the start of the next one in its place (a).
+        launch: seconds that a kernel takes on the device with nothing to do, back to back in a stream (a).
+        power_flops: FLOP/s of the matrix unit, those of padding included, beyond which 700 W lower the clock (a). The
+            best products with random values end at 650 to 750 TFLOP/s.
+    """
+
+    name: str = "H100"
+    clock: float = 1.755e9
+    boost: float = 1.98e9
+    multiprocessors: int = 132
+    l2_rate: float = 5120 * 1.755e9
+    lane_rate: float = 28 * 132 * 1.755e9
+    hbm_rate: float = 3.0e12
+    l2_latency: int = 270
+    hbm_latency: int = 650
+    tma_latency: int = 170
+    shared_rate: float = 128.0
+    block_gap: int = 400
+    launch: float = 2.5e-6
+    power_flops: float = 700e12
+
+    def cycles_per_byte(self, rate: float) -> float:
+        """Return the cycles that one byte takes of a multiprocessor's share of a rate of the whole GPU."""
+        return self.clock * self.multiprocessors / rate
+
+    def boosted(self) -> "Machine":
+        """Return the same GPU at its highest clock."""
+        return dataclasses.replace(self, clock=self.boost)
+
+
+H100 = Machine()
+# Copies are taken to reach the same part of the data sheet's rate as on an H100.
+H200 = dataclasses.replace(H100, name="H200", hbm_rate=4.8e12 * 3.0 / 3.35)
+MACHINES = {"h100": H100, "h200": H200}

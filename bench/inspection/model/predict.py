@@ -1,0 +1,188 @@
+"""The predicted time of a launch: the paths of its programs, run on one multiprocessor, and laid over all of them."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from clipfast.kernels.launch import Launch
+
+from ..offline import compile_kernel
+from .arguments import bank
+from .kernel import ARCH, Kernel, NoModel, load
+from .machine import Machine
+from .multiprocessor import run
+from .paths import Lost, Path, kinds, sample, shortened
+from .traffic import moved_bytes
+
+# Below this part of what the power allows the matrix unit, a kernel runs at the highest clock.
+BOOST_BELOW = 0.25
+_OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # the other units are those of a sub-partition
+
+
+class Effort(NamedTuple):
+    """How much is run for a prediction.
+
+    Attributes:
+        steps: instructions of all warps that a run of several rounds may take.
+        turns: a loop with more than twice as many turns is run for so many and twice as many, and then continued in a
+            straight line.
+        programs: of a grid, whose paths are followed.
+        kinds: different paths that are run.
+    """
+
+    steps: int
+    turns: int
+    programs: int
+    kinds: int
+
+
+FULL = Effort(steps=1_000_000, turns=20, programs=48, kinds=4)
+QUICK = Effort(steps=150_000, turns=6, programs=8, kinds=1)  # one path, for a table of many kernels
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+    """What the model says of one launch.
+
+    Attributes:
+        seconds: on the device, with the overhead of a launch.
+        programs: of the grid.
+        at_once: programs on a multiprocessor.
+        waves: programs over those that run at once on all multiprocessors.
+        cycles: per program, when the multiprocessor is full of them.
+        alone: cycles of one program on an empty multiprocessor.
+        busy: cycles per program of each unit of a multiprocessor (of one sub-partition, for what each of them has).
+        flops: of the matrix unit in all programs, padding included.
+        hbm_bytes: that all programs move from and to device memory.
+        guesses: branches of a path that depend on what the model does not know.
+        by_power: whether the limit of power set the time.
+    """
+
+    seconds: float
+    programs: int
+    at_once: int
+    waves: float
+    cycles: float
+    alone: float
+    busy: Mapping[str, float]
+    flops: float
+    hbm_bytes: float
+    guesses: int
+    by_power: bool
+
+    @property
+    def limit(self) -> str:
+        """Return the busiest unit, and the part of the time for which it is busy."""
+        if self.by_power:
+            return "power"
+        unit = max(self.busy, key=self.busy.__getitem__)
+        return f"{unit} {min(1.0, self.busy[unit] / self.cycles):.0%}"
+
+
+def predict(
+    kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], machine: Machine,
+    *, hbm_bytes: float | None = None, effort: Effort = FULL,
+) -> Prediction:  # fmt: skip
+    """Predict one launch.
+
+    Args:
+        kernel: that is launched.
+        grid: programs along each axis.
+        arguments: of the launch by name. Of tensors, only size and dtype matter, and the values of integer tensors.
+        machine: rates and latencies.
+        hbm_bytes: that all programs together move from and to device memory; by default each tensor once.
+        effort: how much is run.
+
+    Raises:
+        NoModel: the path of its programs cannot be followed.
+    """
+    moved = moved_bytes(kernel.ttir, arguments) if hbm_bytes is None else hbm_bytes
+    launch = _Grid(kernel, grid, arguments, moved, effort)
+    found = launch.predict(machine)
+    if found.flops / found.seconds > BOOST_BELOW * machine.power_flops:
+        return found
+    return launch.predict(dataclasses.replace(machine, clock=machine.boost))
+
+
+def predict_launch(launch: Launch, machine: Machine, effort: Effort = FULL) -> Prediction:
+    """Compile a recorded launch and predict it; raise :class:`NoModel` where the model does not cover it."""
+    return predict(load(compile_kernel(launch, ARCH)), launch.grid, launch.args, machine, effort=effort)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Timed:
+    """Cycles of programs of one kind, and what one of them does."""
+
+    ramp: float  # until the first blocks are through
+    cycles: float
+    alone: float
+    flops: float
+    busy: Mapping[str, float]
+
+
+def _sum(parts: Sequence[tuple[_Timed, float]]) -> _Timed:
+    """Return a weighted sum."""
+
+    def total(name: str) -> float:
+        return sum(weight * getattr(part, name) for part, weight in parts)
+
+    units = {unit for part, _ in parts for unit in part.busy}
+    busy = {unit: sum(weight * part.busy.get(unit, 0.0) for part, weight in parts) for unit in units}
+    return _Timed(total("ramp"), total("cycles"), total("alone"), total("flops"), busy)
+
+
+class _Grid:
+    """The programs of a launch."""
+
+    def __init__(
+        self, kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], hbm_bytes: float, effort: Effort
+    ) -> None:
+        self.kernel, self.hbm_bytes, self.effort, self.programs = kernel, hbm_bytes, effort, math.prod(grid)
+        values = [(name, arguments[name]) for name in kernel.names]
+        start = bank(kernel.ptx, ARCH, grid, kernel.warps, values)
+        try:
+            paths = [kernel.code.follow(start.state(place)) for place in sample(grid, effort.programs)]
+        except Lost as error:
+            raise NoModel(str(error)) from None
+        self.guesses = max(path.guesses for path in paths)
+        self.kinds = kinds(paths, effort.kinds)
+        requested = sum(share * kernel.requested_bytes(path) for path, share in self.kinds)
+        self.hbm_share = min(1.0, hbm_bytes / max(1.0, self.programs * requested))
+
+    def predict(self, machine: Machine) -> Prediction:
+        mean = _sum([(self._time(path, machine), share) for path, share in self.kinds])
+        busiest = -(-self.programs // machine.multiprocessors)  # programs of the multiprocessor that has most
+        fits = self.kernel.at_once
+        cycles = mean.ramp + max(0, busiest - min(fits, busiest)) * mean.cycles
+        seconds, flops = cycles / machine.clock, mean.flops * self.programs
+        by_power = flops / machine.power_flops > seconds
+        return Prediction(
+            seconds=max(seconds, flops / machine.power_flops) + machine.launch,
+            programs=self.programs, at_once=fits, waves=self.programs / machine.multiprocessors / fits,
+            cycles=mean.cycles, alone=mean.alone, busy=mean.busy, flops=flops, hbm_bytes=self.hbm_bytes,
+            guesses=self.guesses, by_power=by_power,
+        )  # fmt: skip
+
+    def _time(self, path: Path, machine: Machine) -> _Timed:
+        short, double, factor = shortened(path, self.effort.turns)
+        first = self._run(short, machine)
+        return first if factor == 0 else _sum([(first, 1 - factor), (self._run(double, machine), factor)])
+
+    def _run(self, path: Path, machine: Machine) -> _Timed:
+        """Run a program alone, and then as many rounds as are affordable: blocks start in step and drift apart."""
+        kernel, steps = self.kernel, self.kernel.steps(path)
+        busiest = -(-self.programs // machine.multiprocessors)
+        places = min(kernel.at_once, busiest)
+        times = functools.partial(run, steps, kernel.warps, machine=machine, hbm_share=self.hbm_share)
+        alone = times()
+        busy = {unit: used / (1 if unit in _OF_MULTIPROCESSOR else 4) for unit, used in alone.busy.items()}
+        first = alone if places == 1 else times(blocks=places)
+        cycles = first.cycles / places
+        if busiest > places:
+            affordable = int(self.effort.steps / (len(steps) * kernel.warps * places))
+            rounds = min(max(3, min(9, affordable)), -(-busiest // places))
+            last = times(blocks=places, rounds=rounds)
+            cycles = (last.cycles - first.cycles) / (rounds - 1) / places
+        return _Timed(first.cycles, cycles, alone.cycles, kernel.flops(path), busy)

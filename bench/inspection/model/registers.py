@@ -1,0 +1,169 @@
+"""The registers of one thread, as far as they are known, and the operands that instructions name them by."""
+
+import dataclasses
+import functools
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+from ..sass import Instruction
+
+MASK, WIDE_MASK = (1 << 32) - 1, (1 << 64) - 1
+_ZERO = ("RZ", "URZ", "SRZ")
+_TRUE = ("PT", "UPT")
+_REGISTER = re.compile(r"(?P<sign>[-~!]?)(?P<bar>\|?)(?P<file>UP|UR|P|R)(?P<index>\d+)\|?(?P<rest>(\.\w+)*)$")
+_CONSTANT = re.compile(r"(?P<sign>-?)\|?c\[0x0\]\[0x(?P<address>[0-9a-f]+)\]\|?(\.\w+)*$")
+
+
+class Operand(NamedTuple):
+    """One operand: a register ("R5", "UP0"), a number, or a word of the constant bank; ``sign`` is "-", "~", "!" or
+    empty.
+    """
+
+    register: str = ""
+    number: int | None = None
+    constant: int | None = None
+    sign: str = ""
+    absolute: bool = False
+
+    @property
+    def is_predicate(self) -> bool:
+        """Return whether it is a predicate register."""
+        return self.register.lstrip("U").startswith("P")
+
+
+@functools.lru_cache(maxsize=65536)
+def operands(text: str) -> tuple[Operand, ...]:
+    """Read the operands of an instruction."""
+    return tuple(operand_of(part.strip()) for part in text.split(",") if part.strip())
+
+
+def operand_of(text: str) -> Operand:
+    """Read one operand."""
+    bare = text.lstrip("-~!").replace(".reuse", "").split(".")[0].strip("|")
+    sign = text[0] if text[0] in "-~!" else ""
+    if bare in _ZERO:
+        return Operand(number=0, sign=sign)
+    if bare in _TRUE:
+        return Operand(register=bare, sign=sign)
+    if match := _REGISTER.match(text):
+        return Operand(match["file"] + match["index"], sign=match["sign"], absolute=bool(match["bar"]))
+    if match := _CONSTANT.match(text):
+        return Operand(constant=int(match["address"], 16), sign=match["sign"])
+    if match := re.match(r"(-?)0x([0-9a-f]+)$", text):
+        return Operand(number=int(match[1] + match[2], 16) & MASK)
+    return Operand()
+
+
+def following(register: str, offset: int) -> str:
+    """Return the register ``offset`` places behind another."""
+    file = register.rstrip("0123456789")
+    return f"{file}{int(register[len(file) :]) + offset}"
+
+
+@dataclasses.dataclass
+class State:
+    """What is known of one thread.
+
+    Attributes:
+        constants: 32-bit words of constant bank 0 by address: launch dimensions and arguments.
+        special: values of special registers, such as SR_CTAID.X.
+        memory: the integer at an address of global memory, of so many bytes, or None.
+        registers: known registers by name; predicates are 0 or 1.
+    """
+
+    constants: Mapping[int, int]
+    special: Mapping[str, int]
+    memory: Callable[[int, int], int | None]
+    registers: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def holds(self, guard: str | None) -> bool | None:
+        """Return whether a guard such as "!P0" is true, or None if that is unknown."""
+        if guard is None:
+            return True
+        return self.predicate(operand_of(guard))
+
+    def predicate(self, operand: Operand) -> bool | None:
+        """Return the value of a predicate operand."""
+        value = 1 if operand.register in _TRUE else self.registers.get(operand.register)
+        return None if value is None else bool(value) != (operand.sign == "!")
+
+    def read(self, operand: Operand) -> int | None:
+        """Return 32 bits of an operand, with its sign applied."""
+        value = self._bare(operand, 0)
+        if value is None:
+            return None
+        if operand.absolute:
+            value = min(value, -value & MASK)
+        return {"-": -value, "~": ~value}.get(operand.sign, value) & MASK
+
+    def read_wide(self, operand: Operand) -> int | None:
+        """Return 64 bits of an operand: a register and the one behind it, or two words of the constant bank."""
+        low, high = self._bare(operand, 0), self._bare(operand, 1)
+        if low is None or high is None:
+            return None
+        value = high << 32 | low
+        return {"-": -value, "~": ~value}.get(operand.sign, value) & WIDE_MASK
+
+    def _bare(self, operand: Operand, offset: int) -> int | None:
+        if operand.number is not None:
+            return operand.number & MASK if offset == 0 else 0
+        if operand.constant is not None:
+            return self.constants.get(operand.constant + 4 * offset)
+        if not operand.register or operand.is_predicate:
+            return None
+        return self.registers.get(following(operand.register, offset) if offset else operand.register)
+
+    def write(self, operand: Operand, value: int | None, words: int = 1) -> None:
+        """Set a register, and with ``words`` those behind it too; an unknown value makes them unknown."""
+        if not operand.register or operand.register in _TRUE:
+            return
+        for word in range(words):
+            name = following(operand.register, word) if word else operand.register
+            if value is None:
+                self.registers.pop(name, None)
+            else:
+                self.registers[name] = value >> 32 * word & MASK
+
+    def set(self, operand: Operand, value: bool | None) -> None:
+        """Set a predicate register."""
+        self.write(operand, None if value is None else int(value))
+
+
+def _words(instruction: Instruction) -> int:
+    """Return the number of registers that the result of an instruction takes."""
+    name, modifiers = instruction.name, instruction.modifiers
+    if name in ("HGMMA", "QGMMA"):  # 64 x N results over 128 threads
+        return int(modifiers[0].split("x")[1]) // 2
+    if "128" in modifiers or name in ("HMMA", "QMMA", "LDSM"):
+        return 4
+    is_wide = "WIDE" in modifiers or "64" in modifiers or name in ("CS2R", "DADD", "DMUL")
+    return 2 if is_wide and "32" not in modifiers else 1
+
+
+def written(instruction: Instruction) -> list[tuple[Operand, int]]:
+    """Return the registers that an instruction writes, each with the number of registers from there on."""
+    found = operands(instruction.operands)
+    if instruction.name in _NO_RESULT or not found:
+        return []
+    if instruction.name.endswith("SETP") or instruction.name.endswith("PLOP3"):
+        return [(operand, 1) for operand in found[:2]]
+    if instruction.name == "R2P":
+        return [(Operand(f"P{index}"), 1) for index in range(7)]
+    results = []
+    for position, operand in enumerate(found):
+        if operand.is_predicate and operand.sign != "!":
+            results.append((operand, 1))
+        elif position == 0 or all(other.is_predicate for other in found[:position]):
+            results.append((operand, _words(instruction)))
+            if not (len(found) > position + 1 and found[position + 1].is_predicate):
+                break
+        else:
+            break
+    return results
+
+
+_NO_RESULT = frozenset((
+    "BRA", "EXIT", "STG", "STS", "STL", "RED", "BAR", "NOP", "BSSY", "BSYNC", "CALL", "RET", "LDGSTS", "UTMALDG",
+    "UTMASTG", "DEPBAR", "MEMBAR", "FENCE", "WARPSYNC", "LDGDEPBAR", "STSM", "CCTL", "BREAK",
+))  # fmt: skip

@@ -1,0 +1,175 @@
+"""Instructions as the multiprocessor sees them: which unit each one uses, for how long, and what it moves."""
+
+import enum
+import re
+from typing import NamedTuple
+
+from ..sass import Instruction
+from .machine import WARP
+
+# Cycles that one warp instruction occupies its pipe of a sub-partition: 32 lanes over the lanes of the pipe (CUDA C++
+# programming guide, "Throughput of native arithmetic instructions", compute capability 9.0).
+PIPES = {
+    "alu": (
+        2,
+        "ISETP SEL LOP3 SHF PRMT FMNMX FSETP FSEL VIADD IADD3 LEA MOV PLOP3 IABS VIMNMX R2UR P2R R2P FCHK CS2R"
+        " F2FP LOP IMNMX POPC BREV FLO I2FP SGXT VOTE",
+    ),
+    "fma": (1, "FFMA FADD FMUL HFMA2 HADD2 HMUL2"),
+    "imad": (2, "IMAD"),  # only one of the two halves multiplies integers
+    "special": (8, "MUFU I2F F2F F2I FRND"),
+}
+_PIPE = {name: (pipe, float(cycles)) for pipe, (cycles, names) in PIPES.items() for name in names.split()}
+UNIFORM = "uniform"
+_UNIFORM_CYCLES = 2.0
+_SPECIAL_LATENCY, _SHARED_LATENCY, _STORE_LATENCY, _CONSTANT_LATENCY, _REGISTER_LATENCY = 24, 30, 12, 30, 40
+_LINE = 128  # bytes of shared memory that one access moves at least
+# mma.sync reaches two thirds of the rate of wgmma on Hopper: arXiv:2402.13499 measured 63%.
+_WARP_PRODUCT = 1.5
+_WARP_SHAPES = {"1688": (16, 8, 8), "1684": (16, 8, 4), "16816": (16, 8, 16), "16832": (16, 8, 32)}
+PRODUCTS = ("HGMMA", "QGMMA", "HMMA", "QMMA")
+
+
+class Kind(enum.IntEnum):
+    """What an instruction does besides using its pipe."""
+
+    PLAIN = 0
+    SHARED = 1  # moves data of shared memory, or between lanes
+    LOAD = 2
+    STORE = 3
+    COPY = 4  # cp.async
+    COPY_COMMIT = 5
+    COPY_WAIT = 6
+    PRODUCT = 7
+    PRODUCT_WAIT = 8
+    TMA_LOAD = 9
+    TMA_STORE = 10
+    EXPECT = 11  # tells a barrier what TMA will bring
+    ARRIVAL = 12  # waits for such a barrier
+    BARRIER = 13  # waits for the other warps of the block
+
+
+class Step(NamedTuple):
+    """One instruction of a warp.
+
+    Attributes:
+        kind: what it does.
+        pipe: the pipe of the sub-partition that it occupies, or None.
+        cycles: for how long; for a product, cycles of the matrix unit.
+        latency: cycles until its result is there; for a product, 1 if it ends a group.
+        amount: bytes that it moves; for a wait, the groups that may stay open.
+        stall: cycles until the warp may issue again.
+        write: scoreboard that its result sets, or 7.
+        read: scoreboard that is set when it has read its operands, or 7.
+        wait: scoreboards that it waits for.
+    """
+
+    kind: Kind
+    pipe: str | None
+    cycles: float
+    latency: float
+    amount: float
+    stall: int
+    write: int
+    read: int
+    wait: tuple[int, ...]
+
+
+def lane_bytes(one: Instruction) -> int:
+    """Return the bytes that each lane loads or stores."""
+    modifiers = one.modifiers
+    for names, size in ((("128",), 16), (("64",), 8), (("U16", "S16"), 2), (("U8", "S8"), 1)):
+        if any(name in modifiers for name in names):
+            return size
+    return 4
+
+
+def product(one: Instruction) -> tuple[float, float, float]:
+    """Return, for one warp and one matrix instruction, cycles of the matrix unit, bytes of shared memory, and FLOPs.
+
+    A wgmma of 64 x N x 32 bytes takes N / 2 cycles. It reads B from shared memory, 32 N bytes, and A, 2,048 bytes,
+    unless A is in registers; the four warps of its group share the reads.
+    """
+    if one.name in ("HGMMA", "QGMMA"):
+        m, n, k = (int(size) for size in one.modifiers[0].split("x"))
+        in_registers = re.match(r"R\d+, R\d+, gdesc", one.operands) is not None
+        return n / 2, ((0 if in_registers else 2048) + 32 * n) / 4, 2 * m * n * k / 4
+    m, n, k = _WARP_SHAPES.get(one.modifiers[0], (16, 8, 16))
+    flops = 2 * m * n * k
+    return flops / 1024 * _WARP_PRODUCT, 0, flops
+
+
+def decode(one: Instruction, box: float) -> Step:
+    """Read one instruction; ``box`` is the number of bytes that it moves, if it is one of TMA."""
+    name = one.name
+    pipe, cycles = _PIPE.get(name, (None, 1.0))
+    if pipe is None and name[0] == "U" and not name.startswith("UTMA") and name != "USETMAXREG":
+        pipe, cycles = UNIFORM, _UNIFORM_CYCLES
+    kind, latency, amount = Kind.PLAIN, 0.0, 0.0
+    if pipe == "special":
+        latency = cycles + _SPECIAL_LATENCY
+    elif name in ("LDC", "ULDC", "LDCU"):
+        latency = _CONSTANT_LATENCY
+    elif name in ("S2R", "S2UR"):
+        latency = _REGISTER_LATENCY
+    elif name in PRODUCTS:
+        kind, latency = Kind.PRODUCT, float("gsb0" in one.operands)
+        cycles, amount, _ = product(one)
+    elif pipe is None:
+        kind, latency, amount = _memory(one, box)
+    control = one.control
+    return Step(kind, pipe, cycles, latency, amount, max(1, control.stall), control.write, control.read, control.wait)
+
+
+def _memory(one: Instruction, box: float) -> tuple[Kind, float, float]:
+    """Return kind, latency and amount of an instruction that moves data or waits for some."""
+    name, moved = one.name, float(WARP * lane_bytes(one))
+    match name:
+        case "LDS" | "STS" | "LDSM" | "STSM" | "ATOMS":
+            matrices = re.search(r"\.(\d)$", one.opcode)
+            if name in ("LDSM", "STSM") and matrices:
+                moved = _LINE * float(matrices[1])
+            return Kind.SHARED, _SHARED_LATENCY if name[0] == "L" else _STORE_LATENCY, max(_LINE, moved)
+        case "SHFL":  # the same pipe: one warp instruction per cycle and multiprocessor
+            return Kind.SHARED, _SHARED_LATENCY - 6, _LINE
+        case "LDL" | "STL":  # spilled registers stay in the L1 cache, which is the same memory
+            return Kind.SHARED, _SHARED_LATENCY, moved
+        case "LDG" | "LD":
+            return Kind.LOAD, 0.0, moved
+        case "STG" | "ST" | "RED" | "ATOMG":
+            return Kind.STORE, 0.0, moved
+        case "LDGSTS":
+            return Kind.COPY, 0.0, moved
+        case "LDGDEPBAR":
+            return Kind.COPY_COMMIT, 0.0, 0.0
+        case "UTMALDG":
+            return Kind.TMA_LOAD, 0.0, box
+        case "UTMASTG" | "UTMAREDG":
+            return Kind.TMA_STORE, 0.0, box
+    return _waits(one)
+
+
+def _waits(one: Instruction) -> tuple[Kind, float, float]:
+    opcode = one.opcode
+    if one.name == "SYNCS" and "ARRIVE" in opcode:
+        return Kind.EXPECT, 0.0, 0.0
+    if one.name == "SYNCS" and "TRYWAIT" in opcode:
+        return Kind.ARRIVAL, 0.0, 0.0
+    if one.name == "BAR" and "SYNC" in opcode:
+        return Kind.BARRIER, 0.0, 0.0
+    if one.name == "WARPGROUP" and "DEPBAR" in opcode and (left := re.search(r"gsb0, 0x([0-9a-f]+)", one.operands)):
+        return Kind.PRODUCT_WAIT, 0.0, float(int(left[1], 16))
+    if one.name == "DEPBAR" and (left := re.search(r"SB0, 0x([0-9a-f]+)", one.operands)):
+        return Kind.COPY_WAIT, 0.0, float(int(left[1], 16))
+    return Kind.PLAIN, 0.0, 0.0
+
+
+def tma_loads(ptx: str) -> list[float]:
+    """Return the bytes of each TMA load in the PTX: an equal part of what the barrier before it is told to expect."""
+    sizes: list[tuple[float, int]] = []
+    for line in ptx.splitlines():
+        if expected := re.search(r"expect_tx\S*\s+_,\s*\[[^]]*\],\s*(\d+)", line):
+            sizes.append((float(expected[1]), 0))
+        elif sizes and re.search(r"cp\.async\.bulk\.tensor\S*shared::(cta|cluster)\.global", line):
+            sizes[-1] = sizes[-1][0], sizes[-1][1] + 1
+    return [total / count for total, count in sizes for _ in range(count)]
