@@ -18,6 +18,7 @@ from unittest import mock
 import torch
 import triton
 from triton.backends.nvidia.driver import CudaDriver
+from triton.compiler import ASTSource
 
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import stand_in
@@ -159,7 +160,23 @@ def load(arch: int) -> Stub:
     driver.get_device_capability = lambda _=0: divmod(arch, 10)
     driver.get_active_torch_device = lambda: torch.device("cpu")
     triton.runtime.driver.set_active(driver)
+    _share_cache()
     return stub
+
+
+def _share_cache() -> None:
+    """Let the launcher find what the offline compiler has compiled.
+
+    Both ask for the same kernels. The launcher also lists the arguments of which nothing is known, with an empty list
+    for each, and Triton's cache would take the two for different kernels.
+    """
+    initialise = ASTSource.__init__
+
+    def without_empty(source: Any, fn: Any, signature: Any, constexprs: Any = None, attrs: Any = None) -> None:
+        known = {path: found for path, found in (attrs or {}).items() if found}
+        initialise(source, fn, signature, constexprs, known)
+
+    ASTSource.__init__ = without_empty
 
 
 @contextlib.contextmanager
