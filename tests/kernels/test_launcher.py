@@ -1,8 +1,8 @@
 """Triton's own launcher on a stub of the CUDA driver: every op as a GPU would be asked for it, and nothing runs.
 
-The stub takes over the driver of its process, so each test starts one. Shipped shapes are launched with the kernels that
-``test_offline.py`` compiles, and odd ones with kernels without a body; ``--slow`` compiles all. A change of the launches
-or of the PyTorch ops beside them shows up in ``launches.json``, which ``--update-resources`` rewrites.
+The stub takes over the driver of its process, so each test starts one. Shipped shapes are launched with the kernels
+that ``test_offline.py`` compiles, and odd ones with kernels without a body; ``--slow`` launches all. A change of the
+launches or of the PyTorch ops beside them shows up in ``launches.json``, which ``--update-resources`` rewrites.
 """
 
 import dataclasses
