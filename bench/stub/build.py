@@ -6,13 +6,19 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import triton
 
 HERE = Path(__file__).resolve().parent
-DRIVER = ("gpu.c", "cubin.c", "driver.c")
+# The sources of each library. PyTorch and its tools look for a library by this name, and find one that is loaded.
+DRIVER = {"libcuda.so.1": ("gpu.c", "cubin.c", "driver.c")}
+GPU = {
+    "libcuda.so.1": (*DRIVER["libcuda.so.1"], "runtime.c", "kernels.c"),
+    "libnvrtc.so.13": ("nvrtc.c",),
+    "libnvidia-ml.so.1": ("telemetry.c",),
+}
 
 
 def missing_tool() -> str | None:
@@ -24,12 +30,12 @@ def missing_tool() -> str | None:
     return None
 
 
-def build(sources: Sequence[str] = DRIVER, include: Path | None = None) -> Path:
-    """Return a folder with ``libcuda.so.1`` made of ``sources``, which is built unless the cache has it.
+def build(libraries: Mapping[str, Sequence[str]] = DRIVER, includes: Sequence[Path] = ()) -> Path:
+    """Return a folder with ``libraries``, which are built unless the cache has them.
 
     Args:
-        sources: names of files in this folder.
-        include: the folder of CUDA's headers; by default that of Triton, which has ``cuda.h``.
+        libraries: the sources of each library, files in this folder.
+        includes: folders of CUDA's headers, in front of that of Triton, which has ``cuda.h``.
 
     Raises:
         RuntimeError: gcc or Python.h is missing, or gcc fails.
@@ -37,12 +43,11 @@ def build(sources: Sequence[str] = DRIVER, include: Path | None = None) -> Path:
     missing = missing_tool()
     if missing:
         raise RuntimeError(missing)
-    include = include or Path(triton.__file__).parent / "backends" / "nvidia" / "include"
-    text = b"".join(path.read_bytes() for path in sorted(HERE.glob("*.[ch]")) if path.name in (*sources, "gpu.h"))
-    name = hashlib.sha256(text + str(include).encode()).hexdigest()[:16]
-    folder = _cache() / name
-    if not (folder / "libcuda.so.1").exists():
-        _compile([str(HERE / source) for source in sources], include, folder)
+    folders = [*map(str, includes), str(Path(triton.__file__).parent / "backends" / "nvidia" / "include")]
+    text = "".join(path.read_text() for path in sorted(HERE.glob("*.[ch]"))) + " ".join((*libraries, *folders))
+    folder = _cache() / hashlib.sha256(text.encode()).hexdigest()[:16]
+    if not folder.exists():
+        _compile(libraries, folders, folder)
     return folder
 
 
@@ -59,19 +64,20 @@ def _cache() -> Path:
     raise RuntimeError("no folder can be written for the stub driver: set XDG_CACHE_HOME")
 
 
-def _compile(sources: list[str], include: Path, folder: Path) -> None:
+def _compile(libraries: Mapping[str, Sequence[str]], includes: Sequence[str], folder: Path) -> None:
     """Build into a new folder and rename it: another process may do the same at the same time."""
     with tempfile.TemporaryDirectory(dir=folder.parent) as scratch:
         made = Path(scratch, "made")
         made.mkdir()
-        flags = ["-shared", "-fPIC", "-O1", "-Wl,-soname,libcuda.so.1", f"-I{include}"]
-        command = ["gcc", *flags, "-o", str(made / "libcuda.so.1"), *sources, "-lpthread"]
-        run = subprocess.run(command, capture_output=True, text=True)
-        if run.returncode:
-            raise RuntimeError(f"gcc cannot build the stub driver: {run.stderr.strip()[-1500:]}")
+        for name, sources in libraries.items():
+            flags = ["-shared", "-fPIC", "-O1", "-w", f"-Wl,-soname,{name}", *(f"-I{path}" for path in includes)]
+            command = ["gcc", *flags, "-o", str(made / name), *(str(HERE / source) for source in sources)]
+            run = subprocess.run([*command, "-lpthread", "-ldl"], capture_output=True, text=True)
+            if run.returncode:
+                raise RuntimeError(f"gcc cannot build the stub driver: {run.stderr.strip()[-1500:]}")
         (made / "libcuda.so").symlink_to("libcuda.so.1")
         try:
             made.rename(folder)
         except OSError:
-            if not (folder / "libcuda.so.1").exists():
+            if not folder.exists():
                 raise

@@ -1,0 +1,53 @@
+"""A GPU for PyTorch itself: the variables with which a process takes the stub for one, under a CUDA build of PyTorch.
+
+PyTorch's allocator, streams, events, graphs and device guards are then the real ones, and so is everything that
+measures with them. No kernel runs, PyTorch's own included, and the memory of the GPU always reads as zero: results
+agree with each other, and mean nothing. Times are those of the host.
+"""
+
+import importlib.util
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from clipfast.kernels.hardware import CARDS
+
+from .build import GPU, build
+from .driver import VARIABLE, gpu_numbers
+
+# A part of the name of the card, by which a result file can be told from one of a real GPU.
+MARK = "stub driver, nothing runs"
+NAME_VARIABLE = "CLIPFAST_STUB_NAME"
+
+
+def gpu_environment(card: str = "h100", devices: int = 1, base: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables of a process that takes the stub for ``devices`` GPUs of a card in the hardware table.
+
+    Raises:
+        RuntimeError: PyTorch is built without CUDA, or gcc is missing.
+    """
+    if torch.version.cuda is None:
+        raise RuntimeError(
+            f"PyTorch {torch.__version__} is built without CUDA: the stub stands in for the GPU of a CUDA build"
+        )
+    folder = build(GPU, _headers())
+    preload = ":".join([*(str(folder / name) for name in GPU), *filter(None, [base.get("LD_PRELOAD")])])
+    return {
+        **base,
+        "LD_PRELOAD": preload,
+        "TRITON_LIBCUDA_PATH": str(folder),
+        VARIABLE: gpu_numbers(CARDS[card].arch, devices),
+        NAME_VARIABLE: f"NVIDIA {CARDS[card].name} ({MARK})",
+    }
+
+
+def _headers() -> list[Path]:
+    """Return the folders of the CUDA runtime's headers, which come with the packages that a CUDA build depends on."""
+    found = importlib.util.find_spec("nvidia")
+    roots = [Path(path) for path in found.submodule_search_locations or ()] if found else []
+    folders = [path.parent for root in roots for path in sorted(root.glob("*/include/cuda_runtime_api.h"))]
+    if not folders:
+        raise RuntimeError("the headers of the CUDA runtime are missing: pip install nvidia-cuda-runtime")
+    return folders

@@ -1,0 +1,18 @@
+/* NVML, which reads a card's clocks, power and temperature: those of a card at rest. */
+#include <string.h>
+
+int nvmlInit_v2(void) { return 0; }
+int nvmlInitWithFlags(unsigned flags) { return 0; }
+int nvmlShutdown(void) { return 0; }
+const char *nvmlErrorString(int error) { return "refused by the stub driver"; }
+int nvmlDeviceGetCount_v2(unsigned *count) { return *count = 1, 0; }
+int nvmlDeviceGetHandleByUUID(const char *uuid, void **device) { return *device = (void *)uuid, 0; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned index, void **device) { return *device = "", 0; }
+int nvmlDeviceGetCurrentClocksEventReasons(void *device, unsigned long long *reasons) { return *reasons = 0, 0; }
+int nvmlDeviceGetClockInfo(void *device, int kind, unsigned *mhz) { return *mhz = 345, 0; }
+int nvmlDeviceGetPowerUsage(void *device, unsigned *milliwatts) { return *milliwatts = 70000, 0; }
+int nvmlDeviceGetTemperature(void *device, int sensor, unsigned *celsius) { return *celsius = 30, 0; }
+int nvmlDeviceGetUUID(void *device, char *uuid, unsigned length) {
+  strncpy(uuid, "GPU-stub", length);
+  return 0;
+}
