@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -52,24 +52,10 @@ class ShortConfig:
 
 @dataclasses.dataclass(frozen=True)
 class LoopedConfig:
-    """Tile of an attention kernel that walks the keys: BLOCK_M queries against BLOCK_N keys."""
+    """Tile of an attention kernel that walks the keys or the queries: BLOCK_M queries against BLOCK_N keys."""
 
     block_m: int
     block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclasses.dataclass(frozen=True)
-class TwoPhaseConfig:
-    """Tiles of the attention backward kernel: OWN_K keys against STEP_Q queries, then OWN_Q queries against STEP_K
-    keys.
-    """
-
-    own_k: int
-    step_q: int
-    own_q: int
-    step_k: int
     num_warps: int
     num_stages: int
 
@@ -95,9 +81,17 @@ class RowConfig:
     num_stages: int
 
 
-KernelConfig = GemmConfig | ShortConfig | LoopedConfig | TwoPhaseConfig | RowConfig
-Config = KernelConfig | SdpaConfig
-C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, TwoPhaseConfig, SdpaConfig, RowConfig)
+@dataclasses.dataclass(frozen=True)
+class BlockConfig:
+    """Rows and columns of a block of logits in the backward pass of a loss."""
+
+    rows: int
+    cols: int
+
+
+KernelConfig = GemmConfig | ShortConfig | LoopedConfig | RowConfig
+Config = KernelConfig | SdpaConfig | BlockConfig
+C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, SdpaConfig, RowConfig, BlockConfig)
 _overrides: dict[str, Config] = {}
 
 
@@ -126,6 +120,13 @@ def short_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_
 def sdpa_config(arch: int, dtype: torch.dtype, head_dim: int) -> SdpaConfig | None:
     """Return from how many keys on PyTorch's own attention is used on ``arch``, or None if it never was faster."""
     return _lookup_any(SdpaConfig, config_key("attention_sdpa", dtype, head_dim), arch)
+
+
+def block_config(arch: int, dtype: torch.dtype) -> BlockConfig | None:
+    """Return the blocks of logits that a table or an override asks for on ``arch``, or None, which leaves them to the
+    rule in ``contrastive/block_sizes.py``.
+    """
+    return _lookup_any(BlockConfig, config_key("contrastive_block", dtype), arch)
 
 
 def config_key(
@@ -159,10 +160,18 @@ def overrides(configs: Mapping[str, Config]) -> Iterator[None]:
         _overrides.update(before)
 
 
+def table_path(arch: int) -> Path:
+    """Return the file of the committed table of ``arch``."""
+    return TUNED / f"sm_{arch}.json"
+
+
 def read_table(arch: int) -> dict[str, dict[str, int]]:
-    """Return the committed table of ``arch``; its keys are those of :func:`config_key`."""
-    table: dict[str, dict[str, int]] = json.loads((TUNED / f"sm_{arch}.json").read_text())
-    return table
+    """Return the committed table of ``arch``; its keys are those of :func:`config_key`.
+
+    In the file, ``"by"`` says of some entries whether they were measured or chosen by the model of a GPU.
+    """
+    table: dict[str, dict[str, Any]] = json.loads(table_path(arch).read_text())
+    return {key: entry and {name: entry[name] for name in entry if name != "by"} for key, entry in table.items()}
 
 
 @functools.cache

@@ -25,7 +25,7 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .features import pairs_in
-from .gradients import gradients_in_strips, new_gradients, scale_gradient
+from .gradients import gradients_in_strips, new_gradient, scale_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .registration import register_gradients
@@ -48,14 +48,24 @@ def _contrastive_fwd(
     x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (image, text))
     stats = blocks.statistics(x, y, logit_scale, offset)
     paired, partners = pairs_in(len(x), len(y), offset)
-    rows = pair_terms(stats.row_max[paired], stats.row_sum[paired], stats.positive[paired])
-    cols = pair_terms(stats.col_max[partners], stats.col_sum[partners], stats.positive[paired])
-    loss = (rows.nll.mean() + cols.nll.mean()) / 2 if both else rows.nll.mean()
-    one_minus_p = rows.one_minus_p + cols.one_minus_p if both else rows.one_minus_p
-    row, col = stats.row_max.new_zeros(3, len(x)), stats.row_max.new_zeros(3, len(y))
-    row[0], row[1, paired], row[2, paired] = stats.row_max, rows.inv_denom, one_minus_p
-    col[0], col[1, partners], col[2, partners] = stats.col_max, cols.inv_denom if both else 0, one_minus_p
+    # Both directions at once: each of these calls is a kernel on a GPU.
+    maximum = torch.stack([stats.row_max[paired], stats.col_max[partners]])  # [2, P]
+    total = torch.stack([stats.row_sum[paired], stats.col_sum[partners]])
+    terms = pair_terms(maximum, total, stats.positive[paired])
+    loss = terms.nll.mean() if both else terms.nll[0].mean()
+    one_minus_p = terms.one_minus_p.sum(0) if both else terms.one_minus_p[0]
+    row = _with_pairs(stats.row_max, terms.inv_denom[0], one_minus_p, paired)
+    col = _with_pairs(stats.col_max, terms.inv_denom[1] if both else None, one_minus_p, partners)
     return loss, row, col, stats.uses_shared_shift
+
+
+def _with_pairs(maximum: Tensor, inv_denom: Tensor | None, one_minus_p: Tensor, pairs: slice) -> Tensor:
+    """Return [3, N]: maximum [N], inv_denom and one_minus_p [P]; these two are 0 but for the pairs, as is None."""
+    if inv_denom is not None and len(maximum) == len(one_minus_p):
+        return torch.stack([maximum, inv_denom, one_minus_p])
+    result = maximum.new_zeros(3, len(maximum))
+    result[0], result[1, pairs], result[2, pairs] = maximum, 0 if inv_denom is None else inv_denom, one_minus_p
+    return result
 
 
 @_contrastive_fwd.register_fake
@@ -75,10 +85,10 @@ def _contrastive_bwd(
     blocks = logit_blocks(image.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
     row_one_minus_p, col_one_minus_p = row[2], col[2]
-    paired, partners = pairs_in(len(image), len(text), offset)
+    paired, _ = pairs_in(len(image), len(text), offset)
     coefficient = grad_loss.to(row_one_minus_p.dtype) / max((2 if both else 1) * (paired.stop - paired.start), 1)
     factor = coefficient * logit_scale
-    image_grad, text_grad = new_gradients(image, text)
+    image_grad = new_gradient(image)
     acc_text = None if save_memory else blocks.new_accumulator(len(text), y.rows)
 
     def add_images(strip: slice, acc: Tensor) -> list[Tensor | None]:
@@ -90,13 +100,13 @@ def _contrastive_bwd(
         part = normalizers.part(ALL, strip)
         return [blocks.add_gradients(x.rows, y.rows[strip], logit_scale, part, offset - strip.start, None, acc)]
 
-    dot, scale_sums = gradients_in_strips(blocks, x, y.rows, offset, row_one_minus_p, factor, image_grad, add_images)
+    parts = gradients_in_strips(blocks, x, y.rows, offset, row_one_minus_p, factor, image_grad, add_images)
+    text_grad = new_gradient(text)  # in the memory that G had
     if acc_text is None:
         gradients_in_strips(blocks, y, x.rows, -offset, col_one_minus_p, factor, text_grad, add_texts)
     else:
         blocks.finish(acc_text, y, x.rows, -offset, col_one_minus_p, factor, text_grad)
-    of_scale = scale_gradient(dot, scale_sums, row_one_minus_p[paired], x.rows[paired], y.rows[partners])
-    return image_grad, text_grad, of_scale * coefficient
+    return image_grad, text_grad, scale_gradient(parts, coefficient)
 
 
 register_gradients(_contrastive_fwd, _contrastive_bwd)

@@ -42,7 +42,7 @@ from ..backends import outside_autocast
 from ..dtypes import FLOATS, accumulate_dtype, dtype_name
 from .contrastive import contrastive_loss
 from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal
-from .gradients import new_gradients, scale_gradient
+from .gradients import new_gradient, scale_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .softmax_stats import Normalizers, SoftmaxStats, merge, new_stats, pair_terms
@@ -128,10 +128,10 @@ class _RankGradients(torch.autograd.Function):
         coefficient = largest * _pair_weight(ranks)
         one_minus_p = one_minus_p * share[ranks.own]
         factor = coefficient * logit_scale
-        image_grad, text_grad = new_gradients(image, text)
-        dot = blocks.finish(acc_x, x, y.rows, 0, one_minus_p, factor, image_grad)
+        image_grad, text_grad = new_gradient(image), new_gradient(text)
+        parts = [*scale_sums, blocks.finish(acc_x, x, y.rows, 0, one_minus_p, factor, image_grad)]
         blocks.finish(acc_y, y, x.rows, 0, one_minus_p, factor, text_grad)
-        of_scale = scale_gradient(dot, scale_sums, one_minus_p, x.rows, y.rows) * coefficient
+        of_scale = scale_gradient(parts, coefficient)
         return image_grad, text_grad, gather_equal(of_scale, ranks.group).mean()
 
     @staticmethod

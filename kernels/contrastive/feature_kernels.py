@@ -75,6 +75,9 @@ def _products_kernel(
             g = load_tile(grad_cols, start_k, start_m, M, N, stride_grad, BLOCK_K, BLOCK_M, IS_TMA)  # [BK, BM]
             b = load_tile(x, start_k, start_d, M, D, stride_x, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
             acc = tl.dot(g.T, b, acc, input_precision="ieee")
+        # The barrier costs nothing, and keeps LLVM from merging what the two branches do after their loops. If they
+        # were merged, ptxas could not tell which products are still under way there, and would wait for each one.
+        tl.debug_barrier()
         store_tile(acc_y_ptr, acc, start_m, start_d, N, D, D, BLOCK_M, BLOCK_N, False)
 
 
@@ -87,12 +90,14 @@ def _finish_kernel(
     factor_ptr,  # [] fp32
     inv_norm_ptr,  # [N] fp32; unused without HAS_NORM
     grad_ptr,  # [N, D], contiguous
-    dot_ptr,  # [N] fp32
+    of_scale_ptr,  # [N] fp32
     N, C, D, offset, stride_own, stride_other, inv_grad_scale,
-    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_NORM: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr, HAS_NORM: tl.constexpr, IS_ROUNDED: tl.constexpr,
 ):  # fmt: skip
     """Compute total = acc - one_minus_p * positive;  dot = total . own;  grad = factor * total, or through the
     normalisation grad = factor / norm * (total - dot * own).
+
+    of_scale is dot, or the part -one_minus_p * positive . own of it where ``acc`` is of a rounded G.
     """
     offs_n = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask_n = offs_n < N
@@ -103,8 +108,11 @@ def _finish_kernel(
     along = tl.zeros((BLOCK_M,), tl.float32)
     scale = tl.zeros((BLOCK_M,), tl.float32) + factor
     dot = tl.zeros((BLOCK_M,), tl.float32)
-    # The first pass finds the dot product, which the second pass needs; what it reads again is in the cache.
-    for last in tl.static_range(2):
+    of_pair = tl.zeros((BLOCK_M,), tl.float32)
+    # With a normalisation, a first pass finds the dot product, which the second pass needs; what that reads again is in
+    # the cache.
+    FIRST: tl.constexpr = 0 if HAS_NORM else 1
+    for last in tl.static_range(FIRST, 2):
         for start_k in range(0, D, BLOCK_K):
             dims = (start_k + tl.arange(0, BLOCK_K)).to(tl.int64)[None, :]
             mask = mask_n[:, None] & (dims < D)
@@ -113,15 +121,19 @@ def _finish_kernel(
                 other_ptr + (rows + offset) * stride_other + dims, mask=has_pair[:, None] & (dims < D), other=0.0
             )  # [BM, BK]
             own = tl.load(own_ptr + rows * stride_own + dims, mask=mask, other=0.0).to(tl.float32)  # [BM, BK]
-            total = acc * inv_grad_scale - one_minus_p * positive.to(tl.float32)
-            if last == 0:
-                dot += tl.sum(total * own, 1)
-            else:
+            from_pair = one_minus_p * positive.to(tl.float32)
+            total = acc * inv_grad_scale - from_pair
+            if last == FIRST:
+                if HAS_NORM or not IS_ROUNDED:
+                    dot += tl.sum(total * own, 1)
+                if IS_ROUNDED:
+                    of_pair -= tl.sum(from_pair * own, 1)
+            if last == 1:
                 grad = (total - along[:, None] * own) * scale[:, None]
                 tl.store(grad_ptr + rows * D + dims, grad.to(grad_ptr.dtype.element_ty), mask=mask)
-        if last == 0 and HAS_NORM:
+        if last == 0:
             inv_norm = tl.load(inv_norm_ptr + offs_n, mask=mask_n, other=0.0)
             # where the norm was raised to EPS, it is a constant: nothing flows through it
             along = tl.where(inv_norm < 0.999 / EPS, dot, 0.0)
             scale = factor * inv_norm
-    tl.store(dot_ptr + offs_n, dot, mask=mask_n)
+    tl.store(of_scale_ptr + offs_n, of_pair if IS_ROUNDED else dot, mask=mask_n)

@@ -24,7 +24,7 @@ from ..common import LOG2E
 from ..dtypes import accumulate_dtype
 from .contrastive import pairwise_loss
 from .features import pair_products
-from .gradients import gradients_in_strips, new_gradients, scale_gradient
+from .gradients import gradients_in_strips, new_gradient, scale_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .registration import register_gradients
@@ -74,9 +74,7 @@ def _info_nce_bwd(
     x, y, queue = (blocks.prepare(side, dtype, normalize=normalize) for side in (query, key, negatives))
     coefficient = grad_loss.to(row.dtype) / max(len(query), 1)
     factor = coefficient * logit_scale
-    query_grad, key_grad, negatives_grad = new_gradients(
-        query, key if needs_key else key[:0], negatives if needs_negatives else negatives[:0]
-    )
+    query_grad = new_gradient(query)
     acc_key = blocks.new_accumulator(len(key), y.rows) if needs_key else None
     acc_queue = blocks.new_accumulator(len(negatives), queue.rows) if needs_negatives else None
     of_keys, of_queue = _nothing_from_columns(row, len(key)), _nothing_from_columns(row, len(negatives))
@@ -93,15 +91,16 @@ def _info_nce_bwd(
         scale_sums.append(blocks.add_gradients(own, queue.rows, logit_scale, normalizers, no_pair, acc, acc_queue))
         return scale_sums
 
-    dot, scale_sums = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, query_grad, add)
+    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, query_grad, add)
+    key_grad = new_gradient(key if needs_key else key[:0])  # these two in the memory that G had
+    negatives_grad = new_gradient(negatives if needs_negatives else negatives[:0])
     if acc_key is not None:
         blocks.finish(acc_key, y, x.rows, 0, one_minus_p, factor, key_grad)
     if acc_queue is not None:
         # With this offset no negative has a positive.
         zeros = row.new_zeros(len(negatives))
         blocks.finish(acc_queue, queue, x.rows, len(query), zeros, factor, negatives_grad)
-    of_scale = scale_gradient(dot, scale_sums, one_minus_p, x.rows, y.rows)
-    return query_grad, key_grad, negatives_grad, of_scale * coefficient
+    return query_grad, key_grad, negatives_grad, scale_gradient(parts, coefficient)
 
 
 register_gradients(_info_nce_fwd, _info_nce_bwd, optional=(1, 2))

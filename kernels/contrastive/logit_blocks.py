@@ -25,8 +25,10 @@ class LogitBlocks(Protocol):
     def new_accumulator(self, rows: int, like: Tensor) -> Tensor:
         """Return zeros [rows, D] that gradients are added to, for prepared features ``like`` [any, D]."""
 
-    def strips(self, x: Tensor) -> list[slice]:
-        """Return the strips of rows to accumulate and finish one after the other, so that accumulators stay small."""
+    def strips(self, x: Tensor, y: Tensor) -> list[slice]:
+        """Return the strips of the rows of x, whose logits are those with y, to accumulate and finish one after the
+        other, so that accumulators stay small.
+        """
 
     def statistics(self, x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
         """Return the statistics of the logits of x against y."""
@@ -40,8 +42,8 @@ class LogitBlocks(Protocol):
         Both are multiplied by a constant that :meth:`finish` takes out again.
 
         Returns:
-            Sum of G_ij x_i . y_j, [] in float64, if G is rounded to 16 bits for the products; the sum is taken before
-            the rounding. None if G is not rounded, since the accumulators then give the sum as exactly.
+            [any], numbers whose sum is that of G_ij x_i . y_j, if G is rounded to 16 bits for the products; they are
+            taken before the rounding. None if G is not rounded, since :meth:`finish` then gives the sum as exactly.
         """
 
     def sigmoid_sums(
@@ -74,7 +76,9 @@ class LogitBlocks(Protocol):
             out: [R, D], contiguous, in any dtype; the gradient is written here.
 
         Returns:
-            [R], the product of each row's gradient and features, before factor and normalisation.
+            [R], the product of each row's gradient and features, before factor and normalisation; if G is rounded, only
+            what the positives contribute to that: -one_minus_p * positive . features. Either way, these numbers and
+            those that :meth:`add_gradients` returns add up to the gradient of the scale, before its coefficient.
         """
 
 

@@ -24,7 +24,10 @@ def cosine_tile(
 def without_pairs(
     logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip
-    """Return a tile of logits [BM, BN] with -inf for its pairs and past the edges; store the logits of the pairs."""
+    """Return a tile of logits [BM, BN] with -inf for its pairs and past the edges.
+
+    The logits of the pairs are stored, unless ``positive_ptr`` is None.
+    """
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
     first_pair = start_m + offset  # column of the first row's pair
     has_pairs = (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M)
@@ -35,8 +38,9 @@ def without_pairs(
     if has_pairs:
         paired = offs_m + offset
         is_pair = paired[:, None] == offs_n[None, :]  # [BM, BN]
-        in_tile = (offs_m < M) & (paired >= start_n) & (paired < tl.minimum(start_n + BLOCK_N, N))
-        tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_pair, logits, 0.0), 1), mask=in_tile)
+        if positive_ptr is not None:
+            in_tile = (offs_m < M) & (paired >= start_n) & (paired < tl.minimum(start_n + BLOCK_N, N))
+            tl.store(positive_ptr + offs_m, tl.sum(tl.where(is_pair, logits, 0.0), 1), mask=in_tile)
         logits = tl.where(is_pair, float("-inf"), logits)
     if start_m + BLOCK_M > M:
         logits = tl.where((offs_m < M)[:, None], logits, float("-inf"))

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
-from .gradients import gradients_in_strips, new_gradients, scale_gradient
+from .gradients import gradients_in_strips, new_gradient, scale_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .registration import register_gradients
@@ -68,7 +68,7 @@ def _nt_xent_bwd(
     x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (first, second))
     coefficient = grad_loss.to(row.dtype) / max(2 * len(first), 1)
     factor = coefficient * logit_scale
-    first_grad, second_grad = new_gradients(first, second)
+    first_grad = new_gradient(first)
     acc_second = blocks.new_accumulator(len(second), y.rows)
     (row, row_within), (col, col_within) = row, col
     one_minus_p = row[2]
@@ -84,14 +84,13 @@ def _nt_xent_bwd(
         # both views of a pair meet in ``across``
         return [across, across, within]
 
-    dot, scale_sums = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add)
+    parts = gradients_in_strips(blocks, x, y.rows, 0, one_minus_p, factor, first_grad, add)
     normalizers = Normalizers(col, col_within, uses_shared_shift)
-    scale_sums.append(blocks.add_gradients(y.rows, y.rows, logit_scale, normalizers, 0, acc_second, None))
-    second_dot = blocks.finish(acc_second, y, x.rows, 0, one_minus_p, factor, second_grad)
+    parts.append(blocks.add_gradients(y.rows, y.rows, logit_scale, normalizers, 0, acc_second, None))
+    second_grad = new_gradient(second)  # in the memory that G had
+    parts.append(blocks.finish(acc_second, y, x.rows, 0, one_minus_p, factor, second_grad))
     # Each logit is a product of two features, and the features' gradients count it for both.
-    both_dots = dot.sum() + second_dot.sum()
-    of_scale = scale_gradient(both_dots, scale_sums, 2 * one_minus_p, x.rows, y.rows) / 2
-    return first_grad, second_grad, of_scale * coefficient
+    return first_grad, second_grad, scale_gradient(parts, coefficient / 2)
 
 
 register_gradients(_nt_xent_fwd, _nt_xent_bwd)

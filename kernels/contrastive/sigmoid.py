@@ -23,7 +23,7 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .features import pairs_in
-from .gradients import gradients_in_strips, new_gradients, scale_gradient
+from .gradients import gradients_in_strips, new_gradient, scale_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .registration import register_gradients
@@ -65,19 +65,21 @@ def _sigmoid_bwd(
     paired, partners = pairs_in(len(image), len(text), offset)
     coefficient = grad_loss.to(one_minus_p.dtype) / max(len(image), 1)
     factor = coefficient * logit_scale
-    image_grad, text_grad = new_gradients(image, text)
+    image_grad = new_gradient(image)
     acc_text = blocks.new_accumulator(len(text), y.rows)
 
     def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
         own, start = x.rows[strip], offset + strip.start
         return [blocks.add_sigmoid_gradients(own, y.rows, logit_scale, logit_bias, start, acc, acc_text)]
 
-    dot, scale_sums = gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)
-    of_texts = one_minus_p.new_zeros(len(text))
-    of_texts[partners] = one_minus_p[paired]
+    parts = gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)
+    text_grad = new_gradient(text)  # in the memory that G had
+    of_texts = one_minus_p
+    if offset or len(image) != len(text):
+        of_texts = one_minus_p.new_zeros(len(text))
+        of_texts[partners] = one_minus_p[paired]
     blocks.finish(acc_text, y, x.rows, -offset, of_texts, factor, text_grad)
-    of_scale = scale_gradient(dot, scale_sums, one_minus_p[paired], x.rows[paired], y.rows[partners])
-    return image_grad, text_grad, of_scale * coefficient, grad_loss * bias_grad
+    return image_grad, text_grad, scale_gradient(parts, coefficient), grad_loss * bias_grad
 
 
 register_gradients(_sigmoid_fwd, _sigmoid_bwd)

@@ -85,7 +85,7 @@ def _sigmoid_grad_tile_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr,
     IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Compute grad = grad_scale * G for one tile, and the tile's sum of grad_ij x_i . y_j before grad is rounded."""
+    """Compute grad = grad_scale * G for one tile, and the tile's sum of G_ij x_i . y_j before grad is rounded."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
@@ -103,4 +103,4 @@ def _sigmoid_grad_tile_kernel(
         # The sum is over both axes at once: on sm_100, Triton 3.6 fails to sum a half along one axis.
         scale_sum += tl.sum(tile * halves[half])
         store_tile(grad, tile, start_m, start, M, N, stride_grad, BLOCK_M, HALF, IS_TMA)
-    tl.store(scale_sum_ptr + pid, scale_sum)
+    tl.store(scale_sum_ptr + pid, scale_sum / grad_scale)

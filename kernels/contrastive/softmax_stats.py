@@ -6,10 +6,12 @@ log(1 + others / positive), and one minus its probability, others / (others + po
 are.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..common import LN2, LOG2E
@@ -89,9 +91,15 @@ def shared_shift(logit_scale: Tensor) -> Tensor:
 
 
 def is_exact(*sums: Tensor) -> Tensor:
-    """Return [] bool: True if sums with the shared shift have neither overflowed nor lost terms that matter."""
-    checks = [((total >= LEAST_SUM) & (total < float("inf"))).all() for total in sums]
-    return torch.stack(checks).all()
+    """Return [] int8: 1 if sums with the shared shift have neither overflowed nor lost terms that matter, else 0."""
+    checks = []
+    for total in sums:
+        if total.numel() > 0:
+            least, largest = torch.aminmax(total)  # NaN if there is one
+            checks.append((least >= LEAST_SUM) & (largest < float("inf")))
+    if not checks:
+        return torch.ones((), dtype=torch.int8, device=sums[0].device)
+    return functools.reduce(torch.logical_and, checks).to(torch.int8)
 
 
 def merge(parts: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
@@ -114,6 +122,8 @@ def pair_terms(maximum: Tensor, total: Tensor, positive: Tensor) -> PairTerms:
     # log2(total) would be rounded in proportion to its size. frexp splits it: the whole part is added to the maximum's
     # distance without rounding where the two cancel, and only a logarithm in [-1, 0] is rounded.
     mantissa, exponent = torch.frexp(total)
-    others = (((maximum - positive) + exponent) + mantissa.log2()) * LN2  # log(others / positive)
-    inv_denom = (total + (positive - maximum).exp2()).reciprocal()
-    return PairTerms(torch.logaddexp(others, torch.zeros_like(others)), inv_denom, others.sigmoid())
+    distance = positive - maximum
+    others = ((exponent - distance) + mantissa.log2()) * LN2  # log(others / positive)
+    inv_denom = (total + distance.exp2()).reciprocal()
+    # Above the threshold, log(1 + e^x) is x for every digit of float64.
+    return PairTerms(F.softplus(others, threshold=50.0), inv_denom, others.sigmoid())

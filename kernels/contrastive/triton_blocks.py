@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 import triton
@@ -10,20 +11,28 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E, slices
-from ..configs import GemmConfig, RowConfig, gemm_config, row_config
+from ..configs import GemmConfig, RowConfig, block_config, gemm_config, row_config
 from ..hardware import architecture
 from ..launch import arch_of, launch, multiprocessors
+from .block_sizes import block_edges
 from .feature_kernels import _finish_kernel, _normalize_kernel, _products_kernel
 from .features import Features
 from .sigmoid_kernels import _sigmoid_grad_tile_kernel, _sigmoid_sums_kernel
-from .softmax_kernels import _grad_tile_kernel, _merge_kernel, _online_stats_kernel, _stats_kernel
-from .softmax_stats import Normalizers, SoftmaxStats, is_exact, new_stats, shared_shift
+from .softmax_kernels import (
+    _grad_tile_kernel,
+    _merge_kernel,
+    _online_stats_kernel,
+    _pairs_kernel,
+    _stats_kernel,
+)
+from .softmax_stats import Normalizers, SoftmaxStats, is_exact, shared_shift
 
 # The most rows and columns of a block of logits: their sums by tile take at most 64 MiB, whatever M and N are.
 MAX_EDGE = 16384
 MERGE = RowConfig(block_m=256, block_n=1, num_warps=4, num_stages=1)
 RECORDED_MULTIPROCESSORS = 132  # those of an H100, where launches are recorded without a GPU
 GROUP_M = 8
+MOST_SEGMENTS = 32
 
 
 @contextlib.contextmanager
@@ -35,10 +44,6 @@ def small_blocks(edge: int) -> Iterator[None]:
         yield
     finally:
         MAX_EDGE = before
-
-
-def _blocks(x: Tensor, y: Tensor, edge: int) -> Iterator[tuple[slice, slice]]:
-    return itertools.product(slices(len(x), edge), slices(len(y), edge))
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
@@ -62,19 +67,30 @@ def new_accumulator(rows: int, like: Tensor) -> Tensor:
     return like.new_zeros(rows, like.shape[1], dtype=torch.float32)
 
 
-def strips(x: Tensor) -> list[slice]:
+def strips(x: Tensor, y: Tensor) -> list[slice]:
     """Return strips as high as the blocks of G."""
-    return slices(len(x), _block_edge(x))
+    return slices(len(x), _block_edges(x, y)[0])
 
 
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     """Take one product if the shared shift is exact; only the device knows, so the kernels of both cases start."""
-    result = new_stats(x, y)
+    sizes = len(x), len(y)
+    sums, maxima = x.new_zeros(sum(sizes), dtype=torch.float32), x.new_empty(sum(sizes), dtype=torch.float32)
+    if 0 in sizes:
+        maxima.copy_(shared_shift(logit_scale))  # no kernel starts
+    (row_sum, col_sum), (row_max, col_max) = sums.split(sizes), maxima.split(sizes)
+    positive = sums.new_empty(len(x))
+    unused = torch.empty((), dtype=torch.int8, device=x.device)
+    result = SoftmaxStats(row_max, row_sum, col_max, col_sum, positive, unused)
+    if _has_tma(x):
+        cfg = row_config("contrastive_rows", arch_of(x.device), x.dtype)
+        launch(
+            _pairs_kernel, (triton.cdiv(len(x), cfg.block_m),), x, y, logit_scale, positive,
+            len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0), LOG2E,
+            config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n,
+        )  # fmt: skip
     _accumulate_stats(x, y, logit_scale, offset, result, is_online=False)
-    shift = shared_shift(logit_scale)
-    result.row_max.copy_(shift)
-    result.col_max.copy_(shift)
-    result.uses_shared_shift.copy_(is_exact(result.row_sum, result.col_sum))
+    result = result._replace(uses_shared_shift=is_exact(sums))
     _accumulate_stats(x, y, logit_scale, offset, result, is_online=True)
     return result
 
@@ -82,39 +98,58 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
 def _accumulate_stats(
     x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, result: SoftmaxStats, *, is_online: bool
 ) -> None:
-    cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch_of(x.device), x.dtype)
+    arch, processors = arch_of(x.device), multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
+    cfg = gemm_config(f"contrastive_{'online_stats' if is_online else 'stats'}", arch, x.dtype)
     # These hold the sums of each tile's rows and of its columns; where maxima are taken, they come before the sums.
     most_rows, most_cols = min(MAX_EDGE, len(x)), min(MAX_EDGE, len(y))
     sizes = triton.cdiv(most_cols, cfg.block_n) * most_rows, triton.cdiv(most_rows, cfg.block_m) * most_cols
     of_rows, of_cols = (result.row_sum.new_empty(2 if is_online else 1, size) for size in sizes)
-    for rows, cols in _blocks(x, y, MAX_EDGE):
+    for rows, cols in itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)):
         m, n = rows.stop - rows.start, cols.stop - cols.start
         num_m, num_n = triton.cdiv(m, cfg.block_m), triton.cdiv(n, cfg.block_n)
-        kernel, programs, buffers = _stats_kernel, num_m * num_n, (of_rows[0], of_cols[0])
+        numbers = m, n, x.shape[1], offset + rows.start - cols.start, x.stride(0), y.stride(0)
+        block, positive = (x[rows], y[cols], logit_scale), result.positive[rows]
         if is_online:
-            programs = min(programs, 2 * multiprocessors(x.device, RECORDED_MULTIPROCESSORS))
-            kernel, buffers = _online_stats_kernel, (result.uses_shared_shift, *of_rows, *of_cols)
-        _launch_on_tiles(
-            kernel, programs, cfg, x[rows], y[cols], logit_scale, *buffers, result.positive[rows],
-            m, n, x.shape[1], offset + rows.start - cols.start, x.stride(0), y.stride(0), LOG2E,
-        )  # fmt: skip
+            buffers = result.uses_shared_shift, *of_rows, *of_cols, positive
+            programs = min(num_m * num_n, 2 * processors)
+            _launch_on_tiles(_online_stats_kernel, programs, cfg, *block, *buffers, *numbers, LOG2E)
+        else:
+            segments, tiles = _segments(num_m, num_n, processors) if _has_tma(x) else (num_m, 1)
+            _launch_on_tiles(
+                _stats_kernel, segments * num_n, cfg, *block, of_rows[0], of_cols[0], positive, *numbers,
+                segments, tiles, LOG2E, WARP_ROWS=min(16 * cfg.num_warps, cfg.block_m),
+            )  # fmt: skip
+            num_m = segments
         sides = (
             (of_rows, num_n, m, result.row_max[rows], result.row_sum[rows], cols.start == 0),
             (of_cols, num_m, n, result.col_max[cols], result.col_sum[cols], rows.start == 0),
         )
         for buffer, count, size, maximum, total, is_first in sides:
             launch(
-                _merge_kernel, (triton.cdiv(size, MERGE.block_m),), buffer[0], buffer[-1], maximum, total,
-                result.uses_shared_shift, count, size, config=MERGE, device=x.device,
+                _merge_kernel, (triton.cdiv(size, MERGE.block_m),), buffer[0], buffer[-1], logit_scale, maximum, total,
+                result.uses_shared_shift, count, size, LOG2E, config=MERGE, device=x.device,
                 BLOCK=MERGE.block_m, IS_ONLINE=is_online, IS_FIRST=is_first,
             )  # fmt: skip
+
+
+def _segments(num_m: int, num_n: int, programs_at_once: int) -> tuple[int, int]:
+    """Return into how many segments each of ``num_n`` columns of ``num_m`` tiles is cut, and the tiles of a segment.
+
+    All programs together should take few rounds; of equals, the fewest segments leave the fewest sums to merge.
+    """
+
+    def rounds(segments: int) -> int:
+        return triton.cdiv(num_n * segments, programs_at_once) * triton.cdiv(num_m, segments)
+
+    segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=rounds)
+    return segments, triton.cdiv(num_m, segments)
 
 
 def add_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
     acc_x: Tensor | None, acc_y: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return the sum of G_ij x_i . y_j."""
+    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return sums of G_ij x_i . y_j."""
 
     def inputs(rows: slice, cols: slice) -> tuple[Tensor, ...]:
         row, col, uses_shared_shift = normalizers.part(rows, cols)
@@ -129,27 +164,49 @@ def sigmoid_sums(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return sum of losses, sum of probabilities, and logits of the pairs."""
     positive = x.new_empty(len(x), dtype=torch.float32)
-    totals = x.new_zeros(2, dtype=torch.float64)
     cfg = gemm_config("sigmoid_sums", arch_of(x.device), x.dtype)
-    for rows, cols in _blocks(x, y, MAX_EDGE):
-        m, n = rows.stop - rows.start, cols.stop - cols.start
-        tiles = triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n)
-        of_tiles = x.new_empty(2, tiles, dtype=torch.float32)
+    blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
+    counts = [
+        triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)
+        for rows, cols in blocks
+    ]
+    of_tiles = x.new_empty(2, sum(counts), dtype=torch.float32)
+    parts = of_tiles.split(counts, dim=1)
+    for (rows, cols), tiles, (loss, probability) in zip(blocks, counts, parts, strict=True):
         _launch_on_tiles(
-            _sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], logit_scale, logit_bias, *of_tiles, positive[rows],
-            m, n, x.shape[1], offset + rows.start - cols.start, x.stride(0), y.stride(0),
+            _sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], logit_scale, logit_bias, loss, probability,
+            positive[rows], rows.stop - rows.start, cols.stop - cols.start, x.shape[1],
+            offset + rows.start - cols.start, x.stride(0), y.stride(0),
         )  # fmt: skip
-        totals += of_tiles.sum(1, dtype=torch.float64)
+    totals = of_tiles.sum(1, dtype=torch.float64)
     return totals[0], totals[1], positive
 
 
 def add_sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
 ) -> Tensor | None:
-    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return the sum of G_ij x_i . y_j."""
+    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return sums of G_ij x_i . y_j."""
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     inputs = logit_scale, logit_bias
     return _add_products(_sigmoid_grad_tile_kernel, cfg, x, y, offset, lambda *_: inputs, (), acc_x, acc_y)
+
+
+class _Part(NamedTuple):
+    """The rows of one side that take part in a block."""
+
+    start: int
+    features: Tensor
+    operand: Tensor | TensorDescriptor  # the features as the products take them
+    acc: Tensor | None
+
+
+def _parts(x: Tensor, edge: int, acc: Tensor | None, cfg: GemmConfig) -> list[_Part]:
+    parts = []
+    for rows in slices(len(x), edge):
+        features = x[rows]
+        operand = _tiles(features, cfg.block_k, cfg.block_n, x)
+        parts.append(_Part(rows.start, features, operand, None if acc is None else acc[rows]))
+    return parts
 
 
 def _add_products(
@@ -160,46 +217,53 @@ def _add_products(
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
-        kernel: writes a tile of grad_scale * G, and the sum of grad_scale * G_ij x_i . y_j over the tile.
+        kernel: writes a tile of grad_scale * G, and the sum of G_ij x_i . y_j over the tile.
         inputs: ``inputs(rows, cols)`` returns what the kernel takes besides features to compute a block of G.
         constants: what it takes after the strides.
 
     Returns:
-        Sum of G_ij x_i . y_j, [] in float64, taken before G is rounded to 16 bits. The accumulators already contain
-        the rounding error of G, so a gradient of the scale taken from them would contain it too. None if G is float32:
-        it is not rounded.
+        Sums of G_ij x_i . y_j of all tiles, taken before G is rounded to 16 bits. The accumulators already contain the
+        rounding error of G, so a gradient of the scale taken from them would contain it too. None if G is float32: it
+        is not rounded.
     """
-    total = x.new_zeros((), dtype=torch.float64)
-    edge, grad_scale = _block_edge(x), _grad_scale(x.dtype)
-    buffer = _new_aligned((min(edge, len(x)), min(edge, len(y))), x)
-    for rows, cols in _blocks(x, y, edge):
-        m, n = rows.stop - rows.start, cols.stop - cols.start
-        grad = buffer[:m, :n]
-        scale_sums = grad.new_empty(triton.cdiv(m, cfg.block_m) * triton.cdiv(n, cfg.block_n), dtype=torch.float32)
+    products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
+    edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
+    row_parts, col_parts = (_parts(*side, products) for side in ((x, edges[0], acc_x), (y, edges[1], acc_y)))
+    buffer = _new_aligned((min(edges[0], len(x)), min(edges[1], len(y))), x)
+    counts = [
+        [triton.cdiv(len(part.features), size) for part in parts]
+        for parts, size in ((row_parts, cfg.block_m), (col_parts, cfg.block_n))
+    ]
+    scale_sums = x.new_empty(sum(counts[0]) * sum(counts[1]), dtype=torch.float32)
+    unused = scale_sums[:0]
+    done = 0
+    for (rows, num_m), (cols, num_n) in itertools.product(
+        zip(row_parts, counts[0], strict=True), zip(col_parts, counts[1], strict=True)
+    ):
+        m, n = len(rows.features), len(cols.features)
+        grad, start = buffer[:m, :n], offset + rows.start - cols.start
         _launch_on_tiles(
-            kernel, len(scale_sums), cfg, x[rows], y[cols], _tiles(grad, cfg.block_m, cfg.block_n // 2, x),
-            *inputs(rows, cols), scale_sums, m, n, x.shape[1], offset + rows.start - cols.start,
+            kernel, num_m * num_n, cfg, rows.features, cols.features,
+            _tiles(grad, cfg.block_m, cfg.block_n // 2, x),
+            *inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n)),
+            scale_sums[done : done + num_m * num_n], m, n, x.shape[1], start,
             x.stride(0), y.stride(0), grad.stride(0), *constants, grad_scale,
         )  # fmt: skip
-        total += scale_sums.sum(dtype=torch.float64)
-        acc_rows = None if acc_x is None else acc_x[rows]
-        acc_cols = None if acc_y is None else acc_y[cols]
-        _launch_products(grad, x[rows], y[cols], acc_rows, acc_cols)
-    return total / grad_scale if x.dtype.itemsize == 2 else None
+        done += num_m * num_n
+        _launch_products(grad, rows, cols, products, unused)
+    return scale_sums if x.dtype.itemsize == 2 else None
 
 
-def _launch_products(grad: Tensor, x: Tensor, y: Tensor, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
-    (m, n), d = grad.shape, x.shape[1]
-    cfg = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
+def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig, unused: Tensor) -> None:
+    x, y, d = rows.features, cols.features, rows.features.shape[1]
+    m, n = grad.shape
     num_d = triton.cdiv(d, cfg.block_n)
-    num_x_tiles = 0 if acc_x is None else triton.cdiv(m, cfg.block_m) * num_d
-    num_y_tiles = 0 if acc_y is None else triton.cdiv(n, cfg.block_m) * num_d
-    unused = x.new_empty(0, dtype=torch.float32)
+    num_x_tiles = 0 if rows.acc is None else triton.cdiv(m, cfg.block_m) * num_d
+    num_y_tiles = 0 if cols.acc is None else triton.cdiv(n, cfg.block_m) * num_d
     launch(
         _products_kernel, (num_x_tiles + num_y_tiles,),
         _tiles(grad, cfg.block_m, cfg.block_k, x), _tiles(grad, cfg.block_k, cfg.block_m, x),
-        _tiles(x, cfg.block_k, cfg.block_n, x), _tiles(y, cfg.block_k, cfg.block_n, x),
-        unused if acc_x is None else acc_x, unused if acc_y is None else acc_y,
+        rows.operand, cols.operand, unused if rows.acc is None else rows.acc, unused if cols.acc is None else cols.acc,
         m, n, d, num_x_tiles, grad.stride(0), x.stride(0), y.stride(0),
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
         IS_TMA=_has_tma(x),
@@ -209,29 +273,32 @@ def _launch_products(grad: Tensor, x: Tensor, y: Tensor, acc_x: Tensor | None, a
 def finish(
     acc: Tensor, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor
 ) -> Tensor:
-    """Write factor * (acc - one_minus_p * positive) to out, through the normalisation; return its product with own."""
+    """Write factor * (acc - one_minus_p * positive) to out, through the normalisation; return its product with own, or
+    for 16-bit features what the pairs contribute to that.
+    """
     rows, inv_norm = own
     n, d = rows.shape
-    dot = torch.empty_like(one_minus_p)
+    of_scale = torch.empty_like(one_minus_p)
     cfg = row_config("contrastive_rows", arch_of(rows.device), rows.dtype)
     launch(
         _finish_kernel, (triton.cdiv(n, cfg.block_m),),
-        acc, rows, other, one_minus_p, factor, one_minus_p if inv_norm is None else inv_norm, out, dot,
+        acc, rows, other, one_minus_p, factor, one_minus_p if inv_norm is None else inv_norm, out, of_scale,
         n, len(other), d, offset, rows.stride(0), other.stride(0), 1.0 / _grad_scale(rows.dtype),
         config=cfg, device=rows.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, HAS_NORM=inv_norm is not None,
+        IS_ROUNDED=rows.dtype.itemsize == 2,
     )  # fmt: skip
-    return dot
+    return of_scale
 
 
 def _launch_on_tiles(
     kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor,
-    *args: Tensor | TensorDescriptor | float,
+    *args: Tensor | TensorDescriptor | float, **constants: int,
 ) -> None:  # fmt: skip
     """Launch a kernel whose programs take tiles of the products x y^T; ``args`` are its arguments after x and y."""
     launch(
         kernel, (programs,), _tiles(x, cfg.block_m, cfg.block_k, x), _tiles(y, cfg.block_n, cfg.block_k, x), *args,
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-        GROUP_M=GROUP_M, IS_TMA=_has_tma(x),
+        GROUP_M=GROUP_M, IS_TMA=_has_tma(x), **constants,
     )  # fmt: skip
 
 
@@ -243,11 +310,17 @@ def _grad_scale(dtype: torch.dtype) -> float:
     return 2.0**14 if dtype == torch.float16 else 1.0
 
 
-def _block_edge(x: Tensor) -> int:
-    """Return the rows and columns of a block of G: then both products are one wave of tiles, and G stays in L2."""
-    cfg = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
-    half = multiprocessors(x.device, RECORDED_MULTIPROCESSORS) // 2
-    return min(MAX_EDGE, cfg.block_m * max(4, half // triton.cdiv(max(x.shape[1], 1), cfg.block_n)))
+def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
+    """Return the rows and columns of a block of G for features x against features y."""
+    arch = arch_of(x.device)
+    chosen = block_config(arch, x.dtype)
+    if chosen is not None:
+        return min(MAX_EDGE, chosen.rows), min(MAX_EDGE, chosen.cols)
+    gradient, products = (gemm_config(f"contrastive_{name}", arch, x.dtype) for name in ("grad_tile", "products"))
+    return block_edges(
+        len(x), len(y), x.shape[1], x.dtype.itemsize, MAX_EDGE,
+        multiprocessors(x.device, RECORDED_MULTIPROCESSORS), gradient, products,
+    )  # fmt: skip
 
 
 def _has_tma(x: Tensor) -> bool:
@@ -267,7 +340,9 @@ def _tiles(matrix: Tensor, rows: int, cols: int, x: Tensor) -> Tensor | TensorDe
 
 
 def _is_aligned(x: Tensor) -> bool:
-    return x.stride(1) == 1 and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
+    # A stride below the width is that of expanded or overlapping rows, which a tensor descriptor cannot describe.
+    is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
+    return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
 
 
 def _new_aligned(shape: tuple[int, ...], like: Tensor) -> Tensor:

@@ -9,6 +9,21 @@ import triton.language as tl
 
 
 @triton.jit
+def _image_and_index(
+    first,  # int64
+    offsets,  # [R] int32
+    PER_IMAGE,
+):  # fmt: skip
+    """Return the image of each row ``first + offsets``, int64, and its index there, int32, if each image has PER_IMAGE.
+
+    A division in 64 bits is a call of a function. Here only numbers that are the same for a whole program are divided
+    so, and the compiler takes them out of loops.
+    """
+    index = (first % PER_IMAGE).to(tl.int32) + offsets
+    return first // PER_IMAGE + index // PER_IMAGE, index % PER_IMAGE
+
+
+@triton.jit
 def _kept_patch(
     keep_ptr,  # [B, KEPT] contiguous, unused if HAS_KEEP is false
     image, index,  # [R], [R]
@@ -132,13 +147,10 @@ def _patch_embed_bwd_weight_kernel(
     end = tl.minimum(start + rows_per_split, ROWS)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_r in range(start, end, BLOCK_K):
-        rows = start_r + tl.arange(0, BLOCK_K)
-        mask_r = rows < end
-        if not HAS_KEEP:
-            rows = tl.where(mask_r, rows, 0)  # masked rows are not read, but without this sm_80 runs out of registers
-        image, index = rows // KEPT, rows % KEPT
+        mask_r = start_r + tl.arange(0, BLOCK_K) < end
+        image, index = _image_and_index(start, (start_r - start).to(tl.int32) + tl.arange(0, BLOCK_K), KEPT)
         patch, mask_r = _kept_patch(keep_ptr, image, index, mask_r, KEPT, NUM_PATCHES, HAS_KEEP)
-        token = image * stride_gb + (index + 1) * stride_gt  # [BK]
+        token = image * stride_gb + (index + 1).to(tl.int64) * stride_gt  # [BK]
         g_tile = grad_ptr + token[None, :] + offs_e.to(tl.int64)[:, None] * stride_ge
         g = tl.load(g_tile, mask=mask_e[:, None] & mask_r[None, :], other=0.0).to(DTYPE)  # [BM, BK]
         first_pixel = _patch_offsets(image, patch, GRID_W, stride_ib, stride_ih, stride_iw, PATCH_SIZE)  # [BK]
@@ -207,12 +219,13 @@ def _patch_embed_bwd_images_kernel(
 ):  # fmt: skip
     """Compute dpixels = g W and store it where forward read. A pixel is in one patch, so it has one writer."""
     num_n = tl.cdiv(K, BLOCK_N)
-    rows = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    start_m = (tl.program_id(0) // num_n).to(tl.int64) * BLOCK_M
+    rows = start_m + tl.arange(0, BLOCK_M)
     offs_n = tl.program_id(0) % num_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < K
-    image, index = rows // KEPT, rows % KEPT
+    image, index = _image_and_index(start_m, tl.arange(0, BLOCK_M), KEPT)
     patch, mask_m = _kept_patch(keep_ptr, image, index, rows < ROWS, KEPT, NUM_PATCHES, HAS_KEEP)
-    token = image * stride_gb + (index + 1) * stride_gt  # [BM]
+    token = image * stride_gb + (index + 1).to(tl.int64) * stride_gt  # [BM]
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start_e in range(0, E, BLOCK_K):
         offs_e = (start_e + tl.arange(0, BLOCK_K)).to(tl.int64)

@@ -1,0 +1,115 @@
+"""The sizes of the blocks of logits that the backward pass of a loss takes one after the other.
+
+A block of R x C logits is one launch of the gradient kernel, which writes G, and one of the products G y and G^T x. On
+``multiprocessors`` that each run one program at a time, both should end with few of them idle, and launches should be
+few. The rule is an estimate of the time, in steps of a program's loop:
+
+    gradient    ceil(tiles / multiprocessors) programs after each other, of D / BLOCK_K steps
+    products    tiles of G y have C / BLOCK_K steps and those of G^T x R / BLOCK_K; the longer ones start first
+
+What a block leaves over is idle time at the end of each launch, so a block a little larger can cost a wave more.
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+
+import triton
+
+from ..configs import GemmConfig
+
+# Beside its steps a program loads what it starts with and stores what it ends with, which takes as long as so many
+# steps; a launch takes as long as so many more. Both are what a model of an H100 gives for tiles of 128 x 256.
+STEPS_AROUND_LOOP = 10
+STEPS_OF_LAUNCH = 4
+# Smaller blocks are not considered: their launches would take longer to start than to run.
+LEAST_EDGE = 1024
+# The numbers of blocks, from the least on, that are considered in each direction.
+ROW_COUNTS, COL_COUNTS = 16, 4
+
+
+def most_bytes(cols: int, width: int) -> int:
+    """Return how many bytes a block of G may take where the columns' gradients have ``cols`` rows of ``width``.
+
+    It is as much as their float32 accumulator, but at least 32 MiB and at most 128 MiB. Then the loss of 32,768 pairs
+    of 512 dimensions takes 176 MB beyond its inputs: gradient of the rows 34, accumulators 75, G 67.
+    """
+    return max(2**25, min(2**27, 4 * cols * width))
+
+
+@functools.lru_cache(maxsize=256)
+def block_edges(
+    rows: int, cols: int, width: int, itemsize: int, most_edge: int, multiprocessors: int,
+    gradient: GemmConfig, products: GemmConfig,
+) -> tuple[int, int]:  # fmt: skip
+    """Return the rows and columns of a block of G for ``rows`` x ``cols`` features of ``width`` numbers.
+
+    Args:
+        rows, cols, width: sizes of the features.
+        itemsize: bytes of an element of G.
+        most_edge: the most rows, and the most columns, that a block may have.
+        multiprocessors: those of the GPU.
+        gradient, products: tiles of the two kernels.
+    """
+    limit = most_bytes(cols, width) // itemsize
+    unit = max(gradient.block_m, gradient.block_n, products.block_m)
+    candidates = [
+        (block_rows, block_cols)
+        for block_rows in _edges(rows, unit, min(most_edge, math.isqrt(limit)), ROW_COUNTS)
+        for block_cols in _edges(cols, unit, min(most_edge, limit // block_rows), COL_COUNTS)
+    ]
+
+    def steps(block: tuple[int, int]) -> float:
+        blocks = triton.cdiv(rows, block[0]) * triton.cdiv(cols, block[1])
+        return blocks * steps_of_block(*block, width, multiprocessors, gradient, products)
+
+    return min(candidates, key=steps)
+
+
+def _edges(size: int, unit: int, most: int, count: int) -> Iterator[int]:
+    """Yield edges that divide ``size`` into equal parts but for the last: the fewest parts, then one more, and so on.
+
+    An edge is a multiple of ``unit`` and not above ``most``, unless ``most`` itself is less than ``unit``.
+    """
+    most = max(most // unit * unit, min(most, unit), 1)
+    fewest = triton.cdiv(max(size, 1), most)
+    for parts in range(fewest, fewest + count):
+        edge = min(most, triton.cdiv(triton.cdiv(max(size, 1), parts), unit) * unit)
+        if parts == fewest or edge >= LEAST_EDGE:
+            yield edge
+
+
+def steps_of_block(
+    rows: int, cols: int, width: int, multiprocessors: int, gradient: GemmConfig, products: GemmConfig
+) -> float:
+    """Return the estimated time of a block, in steps of the products."""
+    tiles = triton.cdiv(rows, gradient.block_m) * triton.cdiv(cols, gradient.block_n)
+    waves = triton.cdiv(tiles, multiprocessors)
+    of_gradient = waves * (triton.cdiv(width, gradient.block_k) + STEPS_AROUND_LOOP)
+    tiles_of_row = triton.cdiv(width, products.block_n)
+    shorter, longer = sorted(
+        (triton.cdiv(length, products.block_k) + STEPS_AROUND_LOOP, triton.cdiv(size, products.block_m) * tiles_of_row)
+        for length, size in ((cols, rows), (rows, cols))
+    )
+    of_products = _makespan(*longer, *shorter, multiprocessors)
+    return of_gradient * _elements(gradient) / _elements(products) + of_products + 2 * STEPS_OF_LAUNCH
+
+
+def _elements(config: GemmConfig) -> int:
+    """Return the multiply-adds of a step."""
+    return config.block_m * config.block_n * config.block_k
+
+
+def _makespan(long: int, num_long: int, short: int, num_short: int, multiprocessors: int) -> int:
+    """Return when the last program ends if the long ones start first, and each next one as soon as there is room."""
+    rounds, late = divmod(num_long, multiprocessors)
+    # So many multiprocessors take short programs from ``start`` on, and ``late`` of them one long program later.
+    start = rounds * long
+    end = start + long if late else start
+
+    def done(since: int) -> int:
+        return max(end - since, 0) // short
+
+    while (multiprocessors - late) * done(start) + late * done(start + long) < num_short:
+        end = min(since + (done(since) + 1) * short for since in (start, *[start + long] * bool(late)))
+    return end
