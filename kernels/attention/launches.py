@@ -11,9 +11,9 @@ import triton
 from torch import Tensor
 
 from ..common import LOG2E
-from ..configs import LoopedConfig, TwoPhaseConfig, attention_config, sdpa_config, short_config
+from ..configs import LoopedConfig, attention_config, sdpa_config, short_config
 from ..launch import arch_of, launch
-from .looped import _looped_fwd_kernel, _two_phase_bwd_kernel
+from .looped import _key_bwd_kernel, _looped_fwd_kernel, _query_bwd_kernel
 from .short import _short_bwd_kernel, _short_fwd_kernel
 
 
@@ -84,8 +84,9 @@ def backward(
         The sums over batch and tokens of the gradients of q and of v, [H * D] float32 each; None without ``with_sums``.
     """
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
-    to_grads = (*grads[0].stride()[:2], *grads[1].stride()[:2])
-    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *to_grads)
+    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
+    of_dq, of_dk = (grad.stride()[:2] for grad in grads[:2])
+    scales = scale * LOG2E, scale
     options = _options(head_dim, seqlens, causal) | {"HAS_SUMS": with_sums}
     arch = arch_of(device)
     short = short_config("attention_short_bwd", arch, q.dtype, head_dim, n)
@@ -93,19 +94,26 @@ def backward(
         sums = _sums(q, 1, 1, with_sums)
         launch(
             _short_bwd_kernel, (batch * heads,),
-            q, k, v, grad_out, lse, seqlens, *grads, *sums, m, n, heads, *strides, scale * LOG2E, scale,
+            q, k, v, grad_out, lse, seqlens, *grads, *sums, m, n, heads, *strides, *of_dq, *of_dk, *scales,
             config=short, device=device,
             BLOCK_M=short.block_m, BLOCK_N=max(16, triton.next_power_of_2(n)), **options,
         )  # fmt: skip
     else:
-        cfg = attention_config(TwoPhaseConfig, "attention_two_phase_bwd", arch, q.dtype, head_dim)
-        num_q, num_k = triton.cdiv(m, cfg.own_q), triton.cdiv(n, cfg.own_k)
-        sums = _sums(q, num_q, num_k, with_sums)
+        query_cfg, key_cfg = (
+            attention_config(LoopedConfig, f"attention_{owner}_bwd", arch, q.dtype, head_dim)
+            for owner in ("query", "key")
+        )
+        num_m, num_n = triton.cdiv(m, query_cfg.block_m), triton.cdiv(n, key_cfg.block_n)
+        sums, delta = _sums(q, num_m, num_n, with_sums), torch.empty_like(lse)
         launch(
-            _two_phase_bwd_kernel, (batch * heads * (num_q + num_k),),
-            q, k, v, out, grad_out, lse, seqlens, *grads, *sums, m, n, heads, *strides, scale * LOG2E, scale,
-            config=cfg, device=device,
-            OWN_K=cfg.own_k, STEP_Q=cfg.step_q, OWN_Q=cfg.own_q, STEP_K=cfg.step_k, **options,
+            _query_bwd_kernel, (batch * heads * num_m,),
+            q, k, v, out, grad_out, lse, seqlens, delta, grads[0], sums[0], m, n, heads, *strides, *of_dq, *scales,
+            config=query_cfg, device=device, BLOCK_M=query_cfg.block_m, BLOCK_N=query_cfg.block_n, **options,
+        )  # fmt: skip
+        launch(
+            _key_bwd_kernel, (batch * heads * num_n,),
+            q, k, v, grad_out, lse, seqlens, delta, *grads[1:], sums[1], m, n, heads, *strides, *of_dk, *scales,
+            config=key_cfg, device=device, BLOCK_M=key_cfg.block_m, BLOCK_N=key_cfg.block_n, **options,
         )  # fmt: skip
     if not with_sums:
         return None

@@ -1,7 +1,9 @@
 """Attention of any length: a program owns a block of queries or of keys and walks the other side.
 
-Each block of each gradient has one writer, so that the result is deterministic without atomics. The price is that the
-backward pass computes the scores twice, where the short kernels compute them once.
+The backward pass has two phases. The first owns queries, and leaves delta for the second, which owns keys: each block
+of each gradient has one writer, so that the result is deterministic without atomics. The price is that the scores are
+computed twice, where the short kernels compute them once. Each phase is a kernel of its own, since the registers that
+the second one needs would otherwise limit how many programs of the first one run at once.
 """
 
 import triton
@@ -86,7 +88,7 @@ def _looped_fwd_kernel(
 
 
 @triton.jit
-def _two_phase_bwd_kernel(
+def _query_bwd_kernel(
     q_ptr,  # [B, M, H, D]
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
@@ -94,110 +96,44 @@ def _two_phase_bwd_kernel(
     grad_ptr,  # [B, M, H, D]
     lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
+    delta_ptr,  # [B, H, M] fp32, written
     dq_ptr,  # [B, M, H, D]
-    dk_ptr,  # [B, N, H, D]
-    dv_ptr,  # [B, N, H, D]
     dq_sum_ptr,  # [B, blocks of M, H, D] fp32, over the queries of each
-    dv_sum_ptr,  # [B, blocks of N, H, D] fp32, over the values of each
     M, N, H,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
     stride_gb, stride_gn, stride_gh, stride_gd,
-    stride_dqb, stride_dqn, stride_dkb, stride_dkn,
+    stride_dqb, stride_dqn,
     qk_scale, scale,
-    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr,
-    OWN_K: tl.constexpr, STEP_Q: tl.constexpr, OWN_Q: tl.constexpr, STEP_K: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute the gradients of a block of keys or of a block of queries.
+    """Compute delta and the gradients of BLOCK_M queries, which one program owns.
 
-    The first programs of a head own OWN_K keys each and walk STEP_Q queries at a time; the others own OWN_Q queries
-    and walk STEP_K keys. The gradients of a head are contiguous, and dv has the strides of dk.
+    The gradients of a head are contiguous.
     """
-    num_k, num_q = tl.cdiv(N, OWN_K), tl.cdiv(M, OWN_Q)
-    pid_bh, pid = tl.program_id(0) // (num_k + num_q), tl.program_id(0) % (num_k + num_q)
+    num_m = tl.cdiv(M, BLOCK_M)
+    pid_bh, pid = tl.program_id(0) // num_m, tl.program_id(0) % num_m
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    dtype = q_ptr.dtype.element_ty
     q_ptr += b * stride_qb + h * stride_qh
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     out_ptr += (b * M * H + h) * HEAD_DIM
     grad_ptr += b * stride_gb + h * stride_gh
-    lse_ptr += pid_bh.to(tl.int64) * M
+    dq_ptr += b * stride_dqb + h * HEAD_DIM
     num_keys = N
     if HAS_SEQLENS:
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
-    if pid < num_k:
-        acc_dk, acc_dv = _key_gradients(
-            q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, pid * OWN_K, M, num_keys, H * HEAD_DIM, stride_qn,
-            stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
-            HEAD_DIM, D_PARTS, OWN_K, STEP_Q, IS_CAUSAL,
-        )  # fmt: skip
-        offs_n = pid * OWN_K + tl.arange(0, OWN_K)
-        offset = b * stride_dkb + h * HEAD_DIM
-        store_rows(dk_ptr + offset, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
-        store_rows(dv_ptr + offset, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
-        if HAS_SUMS:
-            store_row_sums(dv_sum_ptr + ((b * num_k + pid) * H + h) * HEAD_DIM, acc_dv, 1.0, HEAD_DIM, D_PARTS)
-    else:
-        pid -= num_k
-        acc_dq = _query_gradients(
-            q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, pid * OWN_Q, M, num_keys, H * HEAD_DIM, stride_qn,
-            stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
-            HEAD_DIM, D_PARTS, OWN_Q, STEP_K, IS_CAUSAL,
-        )  # fmt: skip
-        offs_m = pid * OWN_Q + tl.arange(0, OWN_Q)
-        offset = b * stride_dqb + h * HEAD_DIM
-        store_rows(dq_ptr + offset, acc_dq, scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)
-        if HAS_SUMS:
-            store_row_sums(dq_sum_ptr + ((b * num_q + pid) * H + h) * HEAD_DIM, acc_dq, scale, HEAD_DIM, D_PARTS)
-
-
-@triton.jit
-def _key_gradients(
-    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, start_n, M, num_keys, width,
-    stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
-    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Return dk / scale and dv of BLOCK_N keys, from transposed scores; they are zero for keys that do not exist."""
-    dtype = q_ptr.dtype.element_ty
-    offs_n = start_n + tl.arange(0, BLOCK_N)
-    k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
-    v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
-    acc_dk = zero_rows(BLOCK_N, D_PARTS)
-    acc_dv = zero_rows(BLOCK_N, D_PARTS)
-    first_m = start_n // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
-    for start_m in range(first_m, M, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
-        do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
-        delta = row_dot(do, load_rows(out_ptr, offs_m, M, width, 1, HEAD_DIM, D_PARTS))  # [BM]
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        p_t = transposed_probabilities(
-            k, q, lse, offs_n, offs_m, num_keys, qk_scale, BLOCK_N, BLOCK_M, IS_CAUSAL, dtype == tl.float32
-        )  # [BN, BM]
-        acc_dv = add_product(acc_dv, p_t.to(dtype), do)
-        dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
-        ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
-        acc_dk = add_product(acc_dk, ds_t, q)
-    return acc_dk, acc_dv
-
-
-@triton.jit
-def _query_gradients(
-    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, lse_ptr, start_m, M, num_keys, width,
-    stride_qn, stride_qd, stride_kn, stride_kd, stride_vn, stride_vd, stride_gn, stride_gd, qk_scale,
-    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr,
-):  # fmt: skip
-    """Return dq / scale of BLOCK_M queries."""
-    dtype = q_ptr.dtype.element_ty
+    start_m = pid * BLOCK_M
     offs_m = start_m + tl.arange(0, BLOCK_M)
     q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
     do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
-    delta = row_dot(do, load_rows(out_ptr, offs_m, M, width, 1, HEAD_DIM, D_PARTS))  # [BM]
-    lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
+    delta = row_dot(do, load_rows(out_ptr, offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS))  # [BM]
+    of_queries = pid_bh.to(tl.int64) * M + offs_m
+    lse = tl.load(lse_ptr + of_queries, mask=offs_m < M, other=float("inf"))
+    tl.store(delta_ptr + of_queries, delta, mask=offs_m < M)
     acc_dq = zero_rows(BLOCK_M, D_PARTS)
     end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
     for start_n in range(0, end, BLOCK_N):
@@ -210,4 +146,72 @@ def _query_gradients(
         dp = inner(do, v, BLOCK_M, BLOCK_N)  # [BM, BN]
         ds = (p * (dp - delta[:, None])).to(dtype)
         acc_dq = add_product(acc_dq, ds, k)
-    return acc_dq
+    store_rows(dq_ptr, acc_dq, scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)
+    if HAS_SUMS:
+        store_row_sums(dq_sum_ptr + ((b * num_m + pid) * H + h) * HEAD_DIM, acc_dq, scale, HEAD_DIM, D_PARTS)
+
+
+@triton.jit
+def _key_bwd_kernel(
+    q_ptr,  # [B, M, H, D]
+    k_ptr,  # [B, N, H, D]
+    v_ptr,  # [B, N, H, D]
+    grad_ptr,  # [B, M, H, D]
+    lse_ptr,  # [B, H, M] fp32, in units of q . k
+    seqlens_ptr,  # [B] int32
+    delta_ptr,  # [B, H, M] fp32
+    dk_ptr,  # [B, N, H, D]
+    dv_ptr,  # [B, N, H, D]
+    dv_sum_ptr,  # [B, blocks of N, H, D] fp32, over the values of each
+    M, N, H,
+    stride_qb, stride_qn, stride_qh, stride_qd,
+    stride_kb, stride_kn, stride_kh, stride_kd,
+    stride_vb, stride_vn, stride_vh, stride_vd,
+    stride_gb, stride_gn, stride_gh, stride_gd,
+    stride_dkb, stride_dkn,
+    qk_scale, scale,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
+):  # fmt: skip
+    """Compute the gradients of BLOCK_N keys and values, which one program owns, from transposed scores.
+
+    They are zero for keys that do not exist. The gradients of a head are contiguous, and dv has the strides of dk.
+    """
+    num_n = tl.cdiv(N, BLOCK_N)
+    pid_bh, pid = tl.program_id(0) // num_n, tl.program_id(0) % num_n
+    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    dtype = q_ptr.dtype.element_ty
+    q_ptr += b * stride_qb + h * stride_qh
+    k_ptr += b * stride_kb + h * stride_kh
+    v_ptr += b * stride_vb + h * stride_vh
+    grad_ptr += b * stride_gb + h * stride_gh
+    lse_ptr += pid_bh.to(tl.int64) * M
+    delta_ptr += pid_bh.to(tl.int64) * M
+    num_keys = N
+    if HAS_SEQLENS:
+        num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
+    start_n = pid * BLOCK_N
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
+    v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
+    acc_dk = zero_rows(BLOCK_N, D_PARTS)
+    acc_dv = zero_rows(BLOCK_N, D_PARTS)
+    first_m = start_n // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
+    for start_m in range(first_m, M, BLOCK_M):
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
+        do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
+        lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
+        delta = tl.load(delta_ptr + offs_m, mask=offs_m < M, other=0.0)
+        p_t = transposed_probabilities(
+            k, q, lse, offs_n, offs_m, num_keys, qk_scale, BLOCK_N, BLOCK_M, IS_CAUSAL, dtype == tl.float32
+        )  # [BN, BM]
+        acc_dv = add_product(acc_dv, p_t.to(dtype), do)
+        dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
+        ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
+        acc_dk = add_product(acc_dk, ds_t, q)
+    offset = b * stride_dkb + h * HEAD_DIM
+    store_rows(dk_ptr + offset, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+    store_rows(dv_ptr + offset, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+    if HAS_SUMS:
+        store_row_sums(dv_sum_ptr + ((b * num_n + pid) * H + h) * HEAD_DIM, acc_dv, 1.0, HEAD_DIM, D_PARTS)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..configs import HEAD_DIMS, NUM_KEYS, Config, LoopedConfig, ShortConfig, TwoPhaseConfig, config_key, overrides
+from ..configs import HEAD_DIMS, NUM_KEYS, Config, LoopedConfig, ShortConfig, config_key, overrides
 from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, Shape, Shipped, Target, Tunable, on
 from .op import attention, attention_qkv
 
@@ -164,9 +164,8 @@ def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
         for num_keys in NUM_KEYS:
             for kernel in ("attention_short_fwd", "attention_short_bwd"):
                 small[config_key(kernel, dtype, head_dim, num_keys)] = ShortConfig(16, num_warps=4, num_stages=1)
-        small[config_key("attention_looped_fwd", dtype, head_dim)] = LoopedConfig(16, 16, num_warps=4, num_stages=1)
-        two_phase = TwoPhaseConfig(16, 16, 16, 16, num_warps=4, num_stages=1)
-        small[config_key("attention_two_phase_bwd", dtype, head_dim)] = two_phase
+        for kernel in ("attention_looped_fwd", "attention_query_bwd", "attention_key_bwd"):
+            small[config_key(kernel, dtype, head_dim)] = LoopedConfig(16, 16, num_warps=4, num_stages=1)
     return overrides(small)
 
 
@@ -258,15 +257,15 @@ SHIPPED = (
     # B/32, B/16, and L/14 at 336 pixels, which only 16 bits treat in another way
     *(Shipped(f"N{tokens} D64", AttentionShape(2, tokens, 16, 64)) for tokens in (50, 197, 577)),
 )
-LONG = (
-    Tunable("attention_looped_fwd", "_looped_fwd_kernel", LoopedConfig),
-    Tunable("attention_two_phase_bwd", "_two_phase_bwd_kernel", TwoPhaseConfig),
+LONG = tuple(
+    Tunable(f"attention_{kernel}", f"_{kernel}_kernel", LoopedConfig)
+    for kernel in ("looped_fwd", "query_bwd", "key_bwd")
 )
 SHORT = (
     Tunable("attention_short_bwd", "_short_bwd_kernel", ShortConfig),
     Tunable("attention_short_fwd", "_short_fwd_kernel", ShortConfig),
 )
-KERNELS = ("_short_fwd_kernel", "_short_bwd_kernel", "_looped_fwd_kernel", "_two_phase_bwd_kernel")
+KERNELS = ("_short_fwd_kernel", "_short_bwd_kernel", "_looped_fwd_kernel", "_query_bwd_kernel", "_key_bwd_kernel")
 
 SPECS = (
     OpSpec(
