@@ -4,47 +4,68 @@ The launches are recorded from the op itself, so the compiled kernels are those 
 and the same specialisation of the arguments.
 """
 
+import contextlib
 import dataclasses
+import io
 import re
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import Launch, record_launches
 
+from .copies import copy_distances
+from .sass import parse
+
 MATRIX_UNITS = tuple(dict.fromkeys(architecture.matrix_unit for architecture in ARCHITECTURES.values()))
 # Triton's names of dtypes.
 _TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
+# What the assembler said of each kernel that this process compiled, by the kernel's hash.
+_logs: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a multiprocessor (registers: per thread), and which matrix unit it uses."""
+    """What one compiled kernel takes of a multiprocessor, and what the assembler made of it.
+
+    Attributes:
+        registers: of a thread.
+        spill_bytes: bytes of a thread that found no register.
+        shared_bytes: shared memory of a block.
+        tmem_columns: columns of tensor memory of a block.
+        mma: the matrix units that it uses, by their PTX instruction.
+        warnings: codes of what the assembler warns of, such as C7515.
+        copies: for each loop with asynchronous copies, the instructions between a copy and its wait, which hide it.
+    """
 
     registers: int
     spill_bytes: int
     shared_bytes: int
     tmem_columns: int
     mma: str
+    warnings: tuple[str, ...] = ()
+    copies: tuple[int, ...] = ()
 
 
 def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -> list[str]:
-    """Return what is wrong with a compiled kernel: it spills, exceeds a limit, or multiplies with the wrong unit.
+    """Return what is wrong with a compiled kernel.
 
-    A kernel that ``multiplies`` operands of 16 bits (``half``) must use the tensor cores. Float32 must stay exact, and
-    so must not use them.
+    It spills, exceeds a limit, multiplies with the wrong unit, or the assembler warns of it: it does so where it runs
+    the products of an asynchronous matrix unit one after another, which costs up to half of their rate. A kernel that
+    ``multiplies`` operands of 16 bits (``half``) must use the tensor cores. Float32 must stay exact, and so must not
+    use them.
     """
     limits = ARCHITECTURES[arch]
     found = []
@@ -58,7 +79,7 @@ def problems(resources: Resources, arch: int, *, half: bool, multiplies: bool) -
     expected = limits.matrix_unit if half and multiplies else "none"
     if resources.mma != expected:
         found.append(f"multiplies with {resources.mma}, expected {expected}")
-    return found
+    return found + [f"the assembler warns of {code}" for code in resources.warnings]
 
 
 def tensors(launch: Launch) -> list[torch.Tensor]:
@@ -71,7 +92,17 @@ def record(arch: int, op: Callable[[], object]) -> list[Launch]:
     """Record the launches that ``op`` would make on compute capability ``arch``, each distinct one once."""
     with record_launches(arch) as launches:
         op()
-    return list({(launch.kernel.__name__, str(_specialise(launch))): launch for launch in launches}.values())
+    return distinct(launches)
+
+
+def distinct(launches: Sequence[Launch]) -> list[Launch]:
+    """Return launches that are compiled differently, each once."""
+    return list({identity(launch): launch for launch in launches}.values())
+
+
+def identity(launch: Launch) -> str:
+    """Return what is the same for launches that are compiled alike."""
+    return f"{launch.kernel.__name__} {_specialise(launch)} {launch.options}"
 
 
 def named(launches: list[Launch]) -> dict[str, Launch]:
@@ -87,25 +118,46 @@ def compile_kernel(launch: Launch, arch: int) -> Any:
     """Compile one recorded launch for compute capability ``arch`` into Triton's compiled kernel, with all its code."""
     signature, constants, attrs = _specialise(launch)
     source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attrs)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    with _logged() as log:
+        kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=launch.options)
+    if log.getvalue():  # nothing, if the kernel comes from Triton's cache
+        _logs[kernel.hash] = log.getvalue()
+    return kernel
+
+
+def assembler_log(kernel: Any) -> str:
+    """Return what the assembler said of a compiled kernel, which Triton throws away.
+
+    A kernel from Triton's cache is assembled again, by Triton and so with the same options.
+    """
+    if kernel.hash not in _logs:
+        target = kernel.metadata.target
+        backend = make_backend(target)
+        with _logged() as log:
+            backend.make_cubin(kernel.asm["ptx"], {}, backend.parse_options(kernel.metadata._asdict()), target.arch)
+        _logs[kernel.hash] = log.getvalue()
+    return _logs[kernel.hash]
 
 
 def resources(kernel: Any, sass: str | None = None) -> Resources:
     """Return what a compiled kernel takes, read from the machine code that would run; ``sass`` is its text, if known.
 
-    Assembling its PTX again would describe another kernel, because Triton gives the assembler options that change
-    registers and spills.
+    The assembler warns of the products of wgmma only, so it is asked about no other kernel.
     """
     usage = _cuobjdump(kernel, "-res-usage")
     # spills are in the stack frame: without one there are none to count
     spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(sass or disassemble(kernel))
     ptx = kernel.asm["ptx"]
+    warnings = re.findall(r"\((C7\d+)\)", assembler_log(kernel)) if "wgmma.mma_async" in ptx else []
+    copies = copy_distances(parse(sass or disassemble(kernel))) if "cp.async.commit_group" in ptx else ()
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
         spill_bytes=spills,
         shared_bytes=kernel.metadata.shared,
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         mma="+".join(unit for unit in MATRIX_UNITS if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
+        warnings=tuple(dict.fromkeys(warnings)),
+        copies=copies,
     )
 
 
@@ -122,6 +174,15 @@ def threads(kernel: Any) -> int:
 def disassemble(kernel: Any) -> str:
     """Return the machine code of a compiled kernel as text."""
     return _cuobjdump(kernel, "-sass")
+
+
+@contextlib.contextmanager
+def _logged() -> Iterator[io.StringIO]:
+    """Collect what Triton prints, with the log of the assembler among it."""
+    log = io.StringIO()
+    with triton.knobs.nvidia.scope(), contextlib.redirect_stdout(log):
+        triton.knobs.nvidia.dump_ptxas_log = True
+        yield log
 
 
 def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict[tuple[int, ...], list[list[object]]]]:

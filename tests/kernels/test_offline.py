@@ -1,21 +1,33 @@
 """Every shipped configuration, compiled for GPUs that are not there: nothing spills, limits hold, tensor cores are
-used.
+used, and the assembler warns of nothing.
 
 ``resources.json`` holds what was compiled, by Triton version, so that a change shows up as a difference to be read:
-``pytest tests/kernels/test_offline.py --update-resources`` rewrites it.
+``pytest tests/kernels/test_offline.py --slow --update-resources`` rewrites what this version makes of it. What takes a
+CPU minutes and hardly ever differs from what is compiled anyway is checked with ``--slow`` only: float32 and float16 on
+sm_86 and sm_120, and sm_89, for which sm_86 stands.
 """
 
 import dataclasses
-import json
-from pathlib import Path
+import functools
+import re
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 import triton
+import triton.language as tl
 
-from clipfast.bench.inspection import offline
+from clipfast.bench.inspection import offline, snapshot
+from clipfast.bench.inspection.command import ARCHS, SNAPSHOT, VERSION
+from clipfast.bench.inspection.copies import copy_distances
+from clipfast.bench.inspection.sass import Instruction
 from clipfast.bench.inspection.shipped import known_problems, shipped_cases
+from clipfast.bench.inspection.waves import Waves, waves_of
+from clipfast.bench.inspection.workloads import measured_shapes
 from clipfast.kernels import attention, configs
+from clipfast.kernels.hardware import ARCHITECTURES, architecture
+from clipfast.kernels.launch import Launch
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -23,58 +35,132 @@ pytestmark = pytest.mark.skipif(
     INTERPRET or ON_GPU, reason="compiles from recorded CPU calls, which the interpreter would execute"
 )
 
-SNAPSHOT = Path(__file__).with_name("resources.json")
-VERSION = ".".join(triton.__version__.split(".")[:2])
 CASES = shipped_cases()
-ARCHS = (80, 90, 100)
+FULL, STOOD_FOR = (80, 90, 100), {int(arch[3:]): int(other[3:]) for arch, other in snapshot.STANDS_FOR.items()}
+OPS = {f"{spec.name} {shape}": (spec, shape) for spec, shape in measured_shapes()}
+UPDATE = "run with --slow --update-resources and read the difference"
 
 
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize("case", CASES)
+def is_quick(arch: int, case: str) -> bool:
+    """Whether a case is compiled in every run."""
+    return arch in FULL or (arch not in STOOD_FOR and case.endswith("bf16"))
+
+
+@functools.cache
+def committed() -> snapshot.Snapshot:
+    return snapshot.loads(SNAPSHOT.read_text())
+
+
+def compare(request, found, part, *keys):
+    """Compare what was compiled with the snapshot, or put it there; ``keys`` lead to it under the Triton version."""
+    if request.config.getoption("--update-resources"):
+        held = snapshot.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else snapshot.Snapshot()
+        at = getattr(held, part)
+        for key in (VERSION, *keys[:-1]):
+            at = at.setdefault(key, {})
+        at[keys[-1]] = found
+        SNAPSHOT.write_text(snapshot.dumps(held))
+        return
+    if VERSION not in committed().resources:
+        pytest.skip(f"resources.json has no entry for Triton {VERSION}: {UPDATE}")
+    assert found == functools.reduce(dict.__getitem__, keys, getattr(committed(), part)[VERSION]), UPDATE
+
+
+@pytest.mark.parametrize(
+    ("arch", "case"),
+    [
+        pytest.param(arch, case, marks=[] if is_quick(arch, case) else pytest.mark.slow)
+        for case in CASES
+        for arch in ARCHS
+    ],
+)
 def test_resources(case, arch, request):
     compiled = {}
     for key, launch in offline.named(offline.record(arch, CASES[case])).items():
         kernel = offline.compile_kernel(launch, arch)
         resources = offline.resources(kernel)
-        compiled[key] = dataclasses.asdict(resources)
+        compiled[key] = snapshot.as_fields(resources)
         found = offline.problems(resources, arch, half=not case.endswith("fp32"), multiplies=offline.multiplies(kernel))
         known = known_problems(VERSION, arch, case)
         assert [problem for problem in found if problem not in known] == [], f"{case} {key} sm_{arch}"
-    snapshot = json.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else {}
-    if request.config.getoption("--update-resources"):
-        snapshot.setdefault(VERSION, {}).setdefault(f"sm_{arch}", {})[case] = compiled
-        SNAPSHOT.write_text(json.dumps(snapshot, indent=1, sort_keys=True) + "\n")
-        return
-    if VERSION not in snapshot:
-        pytest.skip(
-            f"resources.json has no entry for Triton {VERSION}: run with --update-resources and read the difference"
-        )
-    assert compiled == snapshot[VERSION][f"sm_{arch}"][case], (
-        "resources changed: run with --update-resources and read the difference"
-    )
+    compare(request, compiled, "resources", f"sm_{arch}", case)
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_waves(op, request):
+    found = waves_of(*OPS[op])
+    assert all(0 <= kernel.filled <= 100 and kernel.launches <= kernel.waves for kernel in found.values())
+    compare(request, {name: snapshot.as_fields(kernel) for name, kernel in found.items()}, "waves", op)
 
 
 def test_snapshot_holds_nothing_else():
-    for version, archs in json.loads(SNAPSHOT.read_text()).items():
+    held = committed()
+    for version, archs in held.resources.items():
         assert sorted(archs) == sorted(f"sm_{arch}" for arch in ARCHS), version
         for arch, cases in archs.items():
             assert sorted(cases) == sorted(CASES), f"{version} {arch}"
+        assert sorted(held.waves[version]) == sorted(OPS), version
 
 
-def test_planted_spill_is_seen_as_the_assembler_reports_it(capsys, tmp_path):
+def test_snapshot_is_written_as_it_is_read():
+    assert snapshot.dumps(committed()) == SNAPSHOT.read_text()
+
+
+@pytest.mark.parametrize(("arch", "other"), STOOD_FOR.items())
+@pytest.mark.parametrize("case", ["attention N197 D64 bf16", "patch_embed P14 bytes bf16"])
+def test_an_architecture_that_another_stands_for_has_the_same_code(case, arch, other):
+    def code(arch: int) -> list[str]:
+        kernels = [offline.compile_kernel(launch, arch) for launch in offline.record(arch, CASES[case])]
+        return [re.sub(rf"\.target sm_{arch}\b", "", kernel.asm["ptx"]) for kernel in kernels]
+
+    assert code(arch) == code(other)
+
+
+def test_every_architecture_has_a_table_and_takes_no_entry_of_another_matrix_unit():
+    for arch, limits in ARCHITECTURES.items():
+        assert configs.table_path(arch).exists(), f"sm_{arch} has no table"
+        assert limits.tables[0] == arch
+        assert limits.tables[-1] == 80, "the table that has every entry"
+        serving = [ARCHITECTURES[other] for other in limits.tables]
+        assert {other.matrix_unit for other in serving} <= {limits.matrix_unit, "mma.sync", "wgmma.mma_async"}
+        if not limits.multiplies_from_shared:
+            assert not any(other.multiplies_from_shared for other in serving), f"sm_{arch}"
+
+
+def test_an_architecture_between_two_counts_as_the_older_one():
+    between = {87: 86, 103: 100, 110: 100, 121: 120, 130: 120}
+    assert {arch: architecture(arch) for arch in between} == {a: ARCHITECTURES[b] for a, b in between.items()}
+    with pytest.raises(ValueError, match=r"compute capability 7\.5 is too old"):
+        architecture(75)
+
+
+def test_an_entry_that_another_table_lacks_is_an_error_that_names_it():
+    with pytest.raises(KeyError, match="no configuration of made_up 16-bit for sm_120"):
+        configs.gemm_config("made_up", 120, torch.bfloat16)
+
+
+def test_planted_spill_is_seen_as_the_assembler_reports_it():
     # 128 x 128 fp32 scores in the registers of one warp cannot fit.
     too_large = configs.LoopedConfig(128, 128, num_warps=1, num_stages=1)
     with configs.override(configs.config_key("attention_looped_fwd", torch.bfloat16, 64), too_large):
         (launch,) = offline.record(80, lambda: attention(torch.empty(1, 256, 3 * 64, dtype=torch.bfloat16), 1))
-    with triton.knobs.cache.scope(), triton.knobs.nvidia.scope():
-        triton.knobs.cache.dir = str(tmp_path)  # so that the assembler runs
-        triton.knobs.nvidia.dump_ptxas_log = True
-        resources = offline.resources(offline.compile_kernel(launch, 80))
-    log = capsys.readouterr().out
+    kernel = offline.compile_kernel(launch, 80)
+    resources = offline.resources(kernel)
+    log = offline.assembler_log(kernel)
     assert f"{resources.spill_bytes} bytes spill stores" in log
     assert f"Used {resources.registers} registers" in log
     found = offline.problems(resources, 80, half=True, multiplies=True)
     assert any(problem.startswith("spills") for problem in found), found
+
+
+def test_planted_entry_that_fits_an_a100_does_not_fit_an_rtx():
+    large = configs.GemmConfig(128, 128, 32, num_warps=8, num_stages=8)
+    with configs.override(configs.config_key("retrieval_ranks", torch.bfloat16), large):
+        launches = offline.named(offline.record(80, CASES["retrieval_ranks M1024 N5120 D512 bf16"]))
+    found = offline.resources(offline.compile_kernel(launches["_own_score_kernel 0"], 80))
+    assert offline.problems(found, 80, half=True, multiplies=True) == []
+    (problem,) = offline.problems(found, 120, half=True, multiplies=True)
+    assert problem == f"needs {found.shared_bytes} bytes of shared memory, 101376 are allowed"
 
 
 @pytest.mark.parametrize(
@@ -83,6 +169,7 @@ def test_planted_spill_is_seen_as_the_assembler_reports_it(capsys, tmp_path):
         ({"shared_bytes": 300000}, "shared memory"),
         ({"tmem_columns": 576}, "tensor memory"),
         ({"mma": "mma.sync"}, "expected tcgen05.mma"),
+        ({"warnings": ("C7515",)}, "the assembler warns of C7515"),
     ],
 )
 def test_planted_excess_is_seen(changed, problem):
@@ -90,3 +177,69 @@ def test_planted_excess_is_seen(changed, problem):
     assert offline.problems(good, 100, half=True, multiplies=True) == []
     (found,) = offline.problems(dataclasses.replace(good, **changed), 100, half=True, multiplies=True)
     assert problem in found
+
+
+@triton.jit
+def _product_kernel(x_ptr, y_ptr, out_ptr, K, DIM: tl.constexpr, STEP: tl.constexpr):
+    rows, cols, steps = tl.arange(0, DIM)[:, None], tl.arange(0, DIM)[None, :], tl.arange(0, STEP)
+    acc = tl.zeros((DIM, DIM), tl.float32)
+    for start in range(0, K, STEP):
+        x = tl.load(x_ptr + rows * K + (start + steps)[None, :])
+        y = tl.load(y_ptr + (start + steps)[:, None] * DIM + cols)
+        acc = tl.dot(x, y, acc)
+    tl.store(out_ptr + rows * DIM + cols, acc)
+
+
+def product(stages: int) -> Any:
+    x, out = torch.empty(128, 1024, dtype=torch.bfloat16), torch.empty(128, 128)
+    args = {"x_ptr": x, "y_ptr": x, "out_ptr": out, "K": 1024}
+    options = {"num_warps": 4, "num_stages": stages, "enable_fp_fusion": True}
+    return offline.compile_kernel(Launch(_product_kernel, (1,), args, {"DIM": 128, "STEP": 64}, options), 90)
+
+
+def test_planted_wait_that_the_assembler_injects_is_a_problem():
+    good = product(3)
+    assert offline.resources(good).warnings == ()
+    # without the waits that Triton wrote, the assembler puts its own between the products
+    ptx = re.sub(r"wgmma\.wait_group[^;]*;", "", good.asm["ptx"])
+    bad = SimpleNamespace(hash="without waits", metadata=good.metadata, asm={**good.asm, "ptx": ptx})
+    found = offline.resources(bad)
+    assert found.warnings == ("C7517",)
+    assert offline.problems(found, 90, half=True, multiplies=True) == ["the assembler warns of C7517"]
+
+
+def test_two_stages_hide_no_copy_and_three_do():
+    (two,), (three,) = offline.resources(product(2)).copies, offline.resources(product(3)).copies
+    assert two <= 2
+    assert three > 40
+
+
+def listing(*opcodes: str) -> list[Instruction]:
+    """Instructions at addresses 16 bytes apart, of texts such as "DEPBAR.LE SB0, 0x1"."""
+    parts = [text.partition(" ") for text in opcodes]
+    return [Instruction(16 * number, None, name, operands) for number, (name, _, operands) in enumerate(parts)]
+
+
+@pytest.mark.parametrize(
+    ("body", "distance"),
+    [
+        (("DEPBAR.LE SB0, 0x0", "HMMA R2", "LDGSTS R1", "LDGDEPBAR"), 1),  # the branch only
+        (("DEPBAR.LE SB0, 0x1", "HMMA R2", "LDGSTS R1", "LDGDEPBAR"), 6),  # a whole turn and the branch
+        (("LDGSTS R1", "LDGDEPBAR", "HMMA R2", "HMMA R2", "DEPBAR.LE SB0, 0x0"), 2),
+        # of two groups, the first wait is for the one before, the second for the same turn
+        (("DEPBAR.LE SB0, 0x1", "LDGDEPBAR", "HMMA R2", "LDGDEPBAR", "DEPBAR.LE SB0, 0x1"), 2),
+        (("LDGSTS R1", "LDGDEPBAR", "HMMA R2"), None),
+        (("DEPBAR.LE SB0, 0x0", "HMMA R2"), None),
+    ],
+)
+def test_distance_of_a_copy_counted_by_hand(body, distance):
+    loop = listing("MOV R0", *body, "BRA 0x10", "EXIT")
+    loop[-2] = dataclasses.replace(loop[-2], guard="P0")
+    assert copy_distances(loop) == (() if distance is None else (distance,))
+
+
+def test_waves_counted_by_hand():
+    # 64 launches of 561 tiles on 132 multiprocessors: 4.25 waves each, paid as 5
+    assert Waves.of([561] * 64, 132) == Waves(64, 35904, 132, 320, filled=85)
+    assert Waves.of([512] * 64, 128) == Waves(64, 32768, 128, 256, filled=100)
+    assert Waves.of([1], 132) == Waves(1, 1, 132, 1, filled=0)
