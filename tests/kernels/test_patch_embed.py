@@ -1,10 +1,12 @@
 """Patch embedding: normalisation, splits, what is not read, wrong indices, dtypes that differ, bytes that move."""
 
 import functools
+import re
 
 import pytest
 import torch
 
+from clipfast.bench.inspection import offline
 from clipfast.kernels import patch_embed, reference
 from clipfast.kernels.patch_embed import launches
 from clipfast.kernels.patch_embed.spec import SPECS, PatchShape
@@ -189,3 +191,13 @@ ERRORS = [
 def test_errors(changed, error, message, backend):
     with pytest.raises(error, match=f"^patch_embed: .*{message}"):
         patch_embed(**(VALID | changed), backend=backend)
+
+
+@pytest.mark.skipif(LEG != "cpu", reason="compiles a launch that is recorded from CPU tensors")
+def test_gradient_of_the_weight_divides_in_64_bits_only_outside_its_loop():
+    # Such a division is a call of a function, and one for each row of each step took more time than the product. What
+    # is left finds the image of a program's first row, and the program's split.
+    call = call_at("patch_embed", PatchShape(4, 28, 28, 14, 64), "cpu", torch.bfloat16)
+    launches = offline.named(offline.record(90, call.results))
+    ptx = offline.compile_kernel(launches["_patch_embed_bwd_weight_kernel 0"], 90).asm["ptx"]
+    assert len(re.findall(r"(?:div|rem)\.[su]64", ptx)) <= 2
