@@ -43,11 +43,11 @@ bench: $(VENV)/test  ## Time everything on this machine, against whatever else i
 # On a bare GPU machine: nothing is installed, the packages are linked into build/site. GPU_PYTHON has PyTorch and Triton.
 GPU_PYTHON ?= python3
 GPU_OUT ?= runs/gpu
-gpu:  ## Tests, numerics, timings, tuning and sanitizer on a GPU, in 8 minutes; DRY=1 goes through it on a CPU
-	$(GPU_PYTHON) -m bench.gpu --out $(GPU_OUT) $(if $(DRY),--dry)
+gpu:  ## Tests, timings, numerics, tuning and sanitizer on a GPU, in an hour; STUB=1 rehearses it without one
+	$(GPU_PYTHON) -m bench.gpu --out $(GPU_OUT) $(if $(STUB),--stub)
 
-gpu-%:  ## A part of it: gpu-loss, gpu-attention, gpu-blocks, gpu-step
-	$(GPU_PYTHON) -m bench.gpu --part $* --out $(GPU_OUT) $(if $(DRY),--dry)
+gpu-%:  ## A part of it in ten minutes: gpu-first, gpu-speed, gpu-checks, gpu-tune, gpu-loss, gpu-attention, ...
+	$(GPU_PYTHON) -m bench.gpu --part $* --out $(GPU_OUT) $(if $(STUB),--stub)
 
 # mypy sees the packages as they are installed: kernels/ and bench/ inside clipfast/.
 lint: $(VENV)/test  ## Check style and types

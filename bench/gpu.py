@@ -1,57 +1,99 @@
-"""Everything that a GPU can tell, in one command: ``make gpu``.
+"""Everything that a GPU can tell, in one command: ``python3 -m bench.gpu --out FOLDER``, an hour.
 
-The steps run in the order of their value, each in a process of its own with a time limit, so a stop at any moment
-leaves the results of the steps before it. Time that a step does not use goes to the steps after it. The command needs
-PyTorch, Triton and pytest, but no network and no installation. All results are in one folder, in at most eight files;
-the summary is written again after each step and printed last. In a copy without git history, the environment variable
-``CLIPFAST_COMMIT`` names the commit.
+The steps answer questions in the order of their value: does it run, are the bits the same each time, can it be
+captured, how fast are the loss and attention, does the model of the GPU predict that. Each is a process of its own with
+a time limit, so a stop at any moment leaves the results of the steps before it. Time that a step does not use goes to
+the steps after it. A part (``--part``) is a choice of steps for less than ten minutes. The command needs PyTorch,
+Triton and pytest, but no network, no installation and no checkout that it may write to. All results are in one folder,
+in at most eight files; the summary is written again after each step and printed last. ``--stub`` rehearses the same
+steps on a machine without a GPU, where their figures mean nothing. In a copy without git history, the environment
+variable ``CLIPFAST_COMMIT`` names the commit.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.util
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from .checkout import ROOT, environment_with, link_packages
 from .gpu_summary import Done, cache_entries, summarise
+from .gpu_wheels import wheels
 
-TOTAL_S = 470.0
+# Seconds that all steps together take: an hour, or a part in ten minutes. Half a minute is left for the end.
+HOUR_S, PART_S = 3570.0, 570.0
 # Seconds that a step may take to end after it was interrupted.
 GRACE_S = 4.0
 # Seconds that a benchmark or the tuner needs to finish what it has begun.
 MARGIN_S = 12.0
 # A placeholder in commands for the seconds after which the step should begin nothing new.
 LEFT = "{left}"
-# Time of each step, in proportion: all chosen steps together take :data:`TOTAL_S`.
+# Seconds of each step. A kernel takes Triton about 1.3 s to compile, and most steps compile more than they run: the
+# number of kernels, found by a rehearsal on the stub, stands beside each. Where several processes compile, there are
+# cores for them.
 SECONDS = {
-    "environment": 60.0, "tests": 95.0, "verify": 45.0, "loss": 75.0, "losses": 100.0, "attention": 50.0,
-    "patch": 30.0, "blocks": 90.0, "step": 40.0, "tune": 40.0, "sanitizer": 30.0,
+    "runs": 120.0,  # KERNELS
+    "same bits": 60.0,
+    "capture": 60.0,
+    "environment": 120.0,
+    "loss": 420.0,
+    "attention": 240.0,
+    "model": 240.0,
+    "step": 480.0,
+    "patch": 120.0,
+    "losses": 300.0,
+    "blocks": 360.0,
+    "tests": 480.0,
+    "verify": 300.0,
+    "tune": 420.0,
+    "sanitizer": 150.0,
+}
+# The sizes that the kernels' goals are set for come first, since a benchmark may be stopped at any case.
+SHAPES = {
+    "loss": ("pairs=32768 embed_dim=512", "pairs=32768 embed_dim=768", "pairs=65536 embed_dim=768"),
+    "attention": (
+        "batch=256 tokens=50 heads=12 head_dim=64", "batch=256 tokens=77 heads=8 head_dim=64 causal=True",
+        "batch=256 tokens=197 heads=12 head_dim=64", "batch=256 tokens=257 heads=16 head_dim=64",
+        "batch=256 tokens=577 heads=16 head_dim=64",
+    ),
 }  # fmt: skip
-PARTS: dict[str, dict[str, str]] = {
-    "all": {"tests": "", "op": "", "bench": "loss attention patch step", "tune": "all"},
+FIRST = ("runs", "same bits", "capture", "environment")
+# The steps of each part, the most valuable first, and what ``tests``, ``verify`` and ``tune`` are limited to in it.
+PARTS: dict[str, tuple[str, ...]] = {
+    "all": (*FIRST, "loss", "attention", "model", "step", "blocks", "tests", "verify", "tune", "sanitizer"),
+    "first": (*FIRST, "loss", "attention", "model"),
+    "speed": ("step", "blocks"),
+    "checks": ("tests", "verify", "sanitizer"),
+    "tune": ("tune",),
+    "loss": ("environment", "tests", "verify", "losses", "tune"),
+    "attention": ("environment", "tests", "verify", "attention", "tune"),
+    "blocks": ("environment", "tests", "verify", "patch", "blocks", "tune"),
+    "step": ("environment", "step"),
+}
+LIMITED = {
     "loss": {
-        "tests": "contrastive or sigmoid or nce", "bench": "losses", "tune": "contrastive",
+        "tests": "contrastive or sigmoid or nce", "tune": "contrastive",
         "op": "contrastive_loss sigmoid_loss info_nce_loss nt_xent_loss",
     },
-    "attention": {"tests": "attention", "op": "attention", "bench": "attention", "tune": "attention-64"},
+    "attention": {"tests": "attention", "op": "attention", "tune": "attention-64"},
     "blocks": {
-        "tests": "patch or text or norm or activation or pool", "bench": "patch blocks",
+        "tests": "patch or text or norm or activation or pool",
         "op": "patch_embed text_embed layer_norm layer_norm_pair bias_gelu bias_quick_gelu attention_pool",
         "tune": "layer_norm-1024 layer_norm_pair-1024 bias_act patch_embed text_embed attention_pool",
     },
-    "step": {"tests": "", "op": "", "bench": "step", "tune": ""},
 }  # fmt: skip
-# A part has more time to tune, and to compile the models that whole steps are compared with.
-PART_SECONDS = {"tune": 150.0, "step": 250.0}
-# A dry run shows that every step runs, and not how fast. A CPU, perhaps a busy one, takes longer.
-DRY_FACTOR = 3.0
+BENCHES = ("loss", "losses", "attention", "patch", "blocks", "step")
+# Our model and PyTorch's, without the time to compile ours. The part "step" has that time, and draws.
+STEP_CANDIDATES = ("--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,55 +107,112 @@ class Step:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # variables that only this step has
 
 
-def steps(part: str, out: Path, *, dry: bool) -> list[Step]:
-    """Return the steps of ``part``, the most valuable first. Together they take at most :data:`TOTAL_S` on a GPU."""
-    chosen = PARTS[part]
+def steps(part: str, out: Path, total_s: float, *, stub: bool = False) -> list[Step]:
+    """Return the steps of ``part``, the most valuable first. Together they take at most ``total_s``.
+
+    With ``stub``, they are the same commands. Tests take differences between values for granted, and the tuner writes
+    its table where nobody takes it for one.
+    """
+    command = _commands(part, out, stub=stub)
+    # memory behind a tensor in a cached block is allocated too, so the sanitizer would see no error in an overrun
+    environments = {"sanitizer": {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}}
+    names = PARTS[part]
+    share = min(1.0, (total_s - GRACE_S) / sum(SECONDS[name] for name in names))
+    return [
+        Step(
+            name, command[name], share * SECONDS[name], lines=200 if name in BENCHES else 40 if name == "model" else 25,
+            environment=environments.get(name, {}),
+        )
+        for name in names
+    ]  # fmt: skip
+
+
+def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
+    """Return the command of every step."""
     python = [sys.executable, "-P", "-m"]
     pytest = [*python, "pytest", "-p", "no:cacheprovider", "-q", "-rfE", "--tb=short", "--maxfail=100"]
-    only = ["-k", "checkers" if dry else chosen["tests"]] if dry or chosen["tests"] else []
+    pytest += ["-p", "clipfast.bench.stub.values"] if stub else []
+    on_gpu = [*pytest, "tests/kernels/test_gpu.py", "-k"]
+    limits = LIMITED.get(part, {})
+    only = ["-k", limits["tests"]] if limits else ["--deselect", "tests/kernels/test_gpu.py"]
     verify = [*python, "clipfast.cli", "verify", "--json", str(out / "verify.json")]
-    verify += (["--op", *chosen["op"].split()] if chosen["op"] else []) + (["--quick"] if dry or part == "all" else [])
-    on_gpu, on_cpu = (["--device", "cuda", "--seconds", "3", "--total"], ["--device", "cpu", "--smoke", "--no-memory"])
-    device = on_cpu if dry else [*on_gpu, LEFT]
-    tune = [*python, "clipfast.bench", "tune", "--op", *(["attention-64"] if dry else chosen["tune"].split())]
-    tune += ["--dry", "--limit", "3"] if dry else ["--card", "", "--limit", "48", "--seconds", "3", "--total", LEFT]
-    sanitizer = ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9"]
-    found = [
-        Step("environment", [*python, "clipfast.bench.gpu_environment"]),
-        Step("tests", [*pytest, "tests/kernels", *_workers(dry), *only], lines=30),
-        *([] if part == "step" else [Step("verify", verify)]),
-    ]
-    for suite in chosen["bench"].split():
-        results = ["--json", str(out / f"bench-{suite}.json")]
-        # the part "step" has room for three pictures, and the time to compile our model too
-        results += [] if part == "step" else ["--no-plots"]
-        results += ["--only", "PyTorch", "OpenCLIP", "OpenCLIP compiled"] if suite == "step" and part != "step" else []
-        found.append(Step(suite, [*python, "clipfast.bench", suite, *device, *results], lines=200))
-    if chosen["tune"]:
-        found.append(Step("tune", [*tune, "--tables", str(out / "tables")]))
-    # without the cache: memory behind a tensor in a cached block is allocated too, so an overrun would be no error
-    uncached = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    command = [*sanitizer, *pytest, "tests/kernels/test_gpu.py", "-k", "finite"]
-    found.append(Step("sanitizer", command, environment=uncached))
-    weights = SECONDS if part == "all" else SECONDS | PART_SECONDS
-    share = (DRY_FACTOR if dry else 1.0) * (TOTAL_S - GRACE_S) / sum(weights[step.name] for step in found)
-    return [dataclasses.replace(step, seconds=share * weights[step.name]) for step in found]
+    verify += ["--op", *limits["op"].split()] if limits else ["--quick"] if part == "all" else []
+    tables = out / ("tables-of-the-stub" if stub else "tables")
+    tune = [*python, "clipfast.bench", "tune", "--op", *limits.get("tune", "all").split(), "--card", ""]
+    tune += ["--limit", "48", "--seconds", "3", "--total", LEFT, "--tables", str(tables)]
+    found = {
+        "runs": [*on_gpu, "finite", *_workers()],
+        "same bits": [*on_gpu, "same_bits", *_workers()],
+        "capture": [*on_gpu, "not finite and not same_bits", *_workers()],
+        "environment": [*python, "clipfast.bench.gpu_environment"],
+        "model": [*python, "clipfast.cli", "inspect", "--predict", "--quick", "--against",
+                  *(str(out / f"bench-{suite}.json") for suite in ("loss", "attention"))],
+        "tests": [*pytest, "tests/kernels", *_workers(), *only],
+        "verify": verify,
+        "tune": tune,
+        "sanitizer": ["compute-sanitizer", "--tool", "memcheck", "--error-exitcode", "9", *on_gpu, "finite"],
+    }  # fmt: skip
+    for suite in BENCHES:
+        options = ["--device", "cuda", "--seconds", "3", "--total", LEFT, "--json", str(out / f"bench-{suite}.json")]
+        options += [word for shape in SHAPES.get(suite, ()) for word in ("--shape", shape)]
+        options += [] if part == "step" else ["--no-plots", *(STEP_CANDIDATES if suite == "step" else ())]
+        found[suite] = [*python, "clipfast.bench", suite, *options]
+    return found
 
 
 def main() -> int:
     """Run the steps that the command line asks for, and return 0 if all of them succeeded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", default="all", choices=tuple(PARTS))
-    parser.add_argument("--out", type=Path, required=True, help="folder for the results")
-    parser.add_argument("--dry", action="store_true", help="run small sizes on a CPU, to show that every step runs")
+    parser = argparse.ArgumentParser(
+        "python -m bench.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--part", default="all", choices=tuple(PARTS), help="a choice of steps (default: all)")
+    add("--out", type=Path, help="folder for the results; files of an earlier run in it are removed")
+    total = "time of all steps (default: an hour, or ten minutes for a part)"
+    add("--total", type=float, metavar="SECONDS", help=total)
+    add("--stub", action="store_true", help="rehearse on a machine without a GPU, under a CUDA build of PyTorch")
+    add("--wheels", action="store_true", help="only list the packages that one may carry to the machine, and how")
     args = parser.parse_args()
+    if args.wheels:
+        print(wheels())
+        return 0
+    if args.out is None:
+        parser.error("--out FOLDER is needed: all results go there")
+    total_s = args.total or (HOUR_S if args.part == "all" else PART_S)
     out = args.out.resolve()
     clear(out)
-    environment = {**environment_with(link_packages(ROOT / "build" / "site")), "PYTHONUNBUFFERED": "1"}
-    if args.dry:
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    total_s = (DRY_FACTOR if args.dry else 1.0) * TOTAL_S
-    return run_steps(steps(args.part, out, dry=args.dry), out, environment, total_s)
+    with tempfile.TemporaryDirectory() as scratch:
+        environment = surroundings(Path(scratch), stub=args.stub)
+        return run_steps(steps(args.part, out, total_s, stub=args.stub), out, environment, total_s, stub=args.stub)
+
+
+def surroundings(scratch: Path, *, stub: bool = False) -> dict[str, str]:
+    """Return the variables of all steps. What is written goes to ``scratch`` where its usual place is read-only."""
+    site = ROOT / "build" / "site"
+    try:
+        link_packages(site)
+    except OSError:
+        link_packages(site := scratch / "site")
+    environment = {**environment_with(site), "PYTHONUNBUFFERED": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    if "TRITON_CACHE_DIR" not in environment and not _writable(Path.home() / ".triton" / "cache"):
+        environment["TRITON_CACHE_DIR"] = str(scratch / "triton")
+    return _on_the_stub(environment) if stub else environment
+
+
+def _on_the_stub(environment: dict[str, str]) -> dict[str, str]:
+    """Return ``environment`` with the variables of the stub driver, which another process builds: it needs PyTorch."""
+    code = "import json; from clipfast.bench.stub.gpu import gpu_environment; print(json.dumps(gpu_environment()))"
+    run = subprocess.run([sys.executable, "-P", "-c", code], env=environment, capture_output=True, text=True)
+    if run.returncode:
+        sys.exit(f"bench.gpu: --stub: {run.stderr.strip().splitlines()[-1]}")
+    found: dict[str, str] = json.loads(run.stdout.splitlines()[-1])
+    return found
+
+
+def _writable(folder: Path) -> bool:
+    """Return whether files can be made in ``folder``, or in the nearest folder above it that exists."""
+    existing = next(path for path in (folder, *folder.parents) if path.exists())
+    return os.access(existing, os.W_OK)
 
 
 def clear(out: Path) -> None:
@@ -122,10 +221,13 @@ def clear(out: Path) -> None:
     for pattern in ("summary.txt", "log.txt", "verify.json", "bench-*.json", "bench-*.png", "*.tmp"):
         for path in out.glob(pattern):
             path.unlink()
-    shutil.rmtree(out / "tables", ignore_errors=True)
+    for folder in ("tables", "tables-of-the-stub"):
+        shutil.rmtree(out / folder, ignore_errors=True)
 
 
-def run_steps(todo: list[Step], out: Path, environment: dict[str, str], total_s: float = TOTAL_S) -> int:
+def run_steps(
+    todo: list[Step], out: Path, environment: dict[str, str], total_s: float = PART_S, *, stub: bool = False
+) -> int:
     """Run ``todo`` in order until ``total_s`` are over, and return 0 if all of them succeeded or are not here.
 
     A step that fails or hangs does not keep the others from running. An interrupt or SIGTERM ends the running step, and
@@ -139,8 +241,11 @@ def run_steps(todo: list[Step], out: Path, environment: dict[str, str], total_s:
             left = total_s - (time.monotonic() - start)
             later = sum(other.seconds for other in todo[number + 1 :])
             print(f"[{time.monotonic() - start:4.0f} s] {step.name}", flush=True)
-            done.append(_run(step, out, environment, min(left, max(step.seconds, left - later))))
-            summarise(done, out, cached, environment)
+            before = cache_entries(environment)["triton"]
+            ended = _run(step, out, environment, min(left, max(step.seconds, left - later)))
+            compiled = max(0, cache_entries(environment)["triton"] - before)
+            done.append(dataclasses.replace(ended, compiled=compiled))
+            summarise(done, out, cached, environment, stub=stub)
             if done[-1].result == "interrupted":
                 break
     print((out / "summary.txt").read_text() if done else "nothing was done")
@@ -207,10 +312,10 @@ def _terminated_as_interrupted() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _workers(dry: bool) -> list[str]:
+def _workers() -> list[str]:
     """Return pytest's option for several processes if pytest-xdist is installed: compiling takes most of the time."""
-    found = subprocess.run([sys.executable, "-c", "import xdist"], capture_output=True).returncode == 0
-    return ["-n", str(min(2 if dry else 12, os.cpu_count() or 1))] if found else []
+    found = importlib.util.find_spec("xdist") is not None
+    return ["-n", str(min(12, os.cpu_count() or 1))] if found else []
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The summary of ``make gpu``. This module imports only the standard library, so that nothing can break it."""
+"""The summary of ``python3 -m bench.gpu``. This module imports only the standard library, so that nothing can break it."""
 
 import dataclasses
 import getpass
@@ -10,26 +10,34 @@ from pathlib import Path
 
 @dataclasses.dataclass(frozen=True)
 class Done:
-    """A step that has ended: its name, its result, how long it took, and the end of its output."""
+    """A step that has ended: name, result, how long it took, the end of its output, and the kernels it compiled."""
 
     name: str
     result: str
     seconds: float
     lines: list[str]
+    compiled: int = 0
 
 
-def summarise(done: list[Done], out: Path, cached: Mapping[str, int], environment: Mapping[str, str]) -> None:
+STUB_NOTE = "REHEARSAL on the stub driver: no kernel ran, and no time, error or table here means anything."
+
+
+def summarise(
+    done: list[Done], out: Path, cached: Mapping[str, int], environment: Mapping[str, str], *, stub: bool = False
+) -> None:
     """Write summary.txt: the end of each step's output, then refusals, caches, and the result of each step.
 
-    ``cached`` is what :func:`cache_entries` said before the first step.
+    ``cached`` is what :func:`cache_entries` said before the first step. With ``stub``, it says first and last that it
+    is a rehearsal.
     """
-    lines: list[str] = []
+    lines: list[str] = [STUB_NOTE, ""] if stub else []
     for step in done:
         lines += [f"-- {step.name}", *step.lines, ""]
     lines += [line for path in sorted(out.glob("bench-*.json")) for line in _refusals(path)]
     for name, now in cache_entries(environment).items():
         lines.append(f"{name} cache: {cached[name]} entries at the start, {now} now")
-    lines += [f"{step.name:12} {step.result:20} {step.seconds:6.1f} s" for step in done]
+    lines += [f"{step.name:12} {step.result:20} {step.compiled:4} compiled {step.seconds:6.1f} s" for step in done]
+    lines += [STUB_NOTE] if stub else []
     (out / "summary.txt").write_text("\n".join(lines) + "\n")
 
 

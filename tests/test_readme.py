@@ -56,7 +56,7 @@ def test_commands_in_the_checkout(program):
 
 
 def test_make_targets():
-    expected = {"train": "clipfast train --recipe emoji", "test": "pytest", "gpu": "-m bench.gpu --out runs/gpu --dry"}
+    expected = {"train": "clipfast train --recipe emoji", "test": "pytest", "gpu": "-m bench.gpu --out runs/gpu --stub"}
     targets = [arguments for program, *arguments in COMMANDS if program == "make"]
     assert sorted(target for target, *_ in targets) == sorted(expected)
     for target in targets:
