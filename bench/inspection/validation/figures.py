@@ -1,0 +1,130 @@
+"""The published figures, what the model says to them, and the errors of each kind."""
+
+import dataclasses
+import json
+import math
+import statistics
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..model import H100, H200, Machine, NoModel, load, predict
+from . import FOLDER, Band, kernels, passes
+from .kernels import Work
+from .recording import Launched
+
+# The 96 GB of a GH200 move 4 TB/s by its data sheet; copies are taken to reach the same part of it as on an H100.
+GH200 = dataclasses.replace(H100, name="GH200", hbm_rate=4.0e12 * 3.0 / 3.35)
+MACHINES = {"H100": H100, "H200": H200, "GH200": GH200}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """One published figure: what was run, and the value with its unit."""
+
+    kernel: str
+    kind: str
+    source: str
+    machine: str
+    case: dict[str, Any]
+    value: float
+    unit: str
+    only_triton: str = ""  # the Triton that compiles the kernel, where not all do
+
+    @property
+    def name(self) -> str:
+        """Identify the figure in results and tables."""
+        case = " ".join(f"{key} {value}" if value is not True else key for key, value in self.case.items() if value)
+        return f"{self.kernel.replace('_', ' ')}, {case.replace('_', ' ')}"
+
+    def seconds(self, work: Work) -> float:
+        """Return the published time."""
+        return self.value / 1e3 if self.unit == "ms" else work.flops / (self.value * 1e12)
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """What the model says to a figure, in milliseconds."""
+
+    published: float
+    predicted: float
+    limit: str
+
+    @property
+    def error(self) -> float:
+        """Return the natural logarithm of predicted over published."""
+        return math.log(self.predicted / self.published)
+
+
+def figures() -> Iterator[Figure]:
+    """Yield the figures in ``figures.json``."""
+    for group in json.loads((FOLDER / "figures.json").read_text())["figures"]:
+        for row in group["rows"]:
+            yield Figure(
+                group["kernel"], group["kind"], group["source"], group["machine"],
+                dict(zip(group["columns"], row, strict=False)), row[-1], group["unit"], group.get("triton", ""),
+            )  # fmt: skip
+
+
+def sources() -> dict[str, dict[str, str]]:
+    """Return the sources in ``figures.json`` by the key that figures name."""
+    found: dict[str, dict[str, str]] = json.loads((FOLDER / "figures.json").read_text())["sources"]
+    return found
+
+
+def answer(figure: Figure, folder: Path) -> Answer:
+    """Compile the kernels of a figure and predict their time.
+
+    Raises:
+        Missing: a source is not there.
+        NoModel: the model does not cover a kernel.
+    """
+    call = getattr(kernels, figure.kernel, None) or getattr(passes, figure.kernel)
+    answers: list[Answer] = []
+    works = call(folder, *figure.case.values())
+    for work in works:
+        try:
+            seconds, limit = _time(work, MACHINES[figure.machine])
+        except NoModel:
+            if not answers and work is works[-1]:
+                raise
+            continue  # such as tiles that do not fit, which an autotuner leaves out too
+        limits = f"{work.variant}, {limit}" if work.variant else limit
+        answers.append(Answer(figure.seconds(work) * 1e3, seconds * 1e3, limits))
+    return min(answers, key=lambda one: one.predicted)
+
+
+def _time(work: Work, machine: Machine) -> tuple[float, str]:
+    """Return the time of all kernels one after another, and what limits the longest."""
+    times: dict[int, tuple[float, str]] = {}  # a launch that is repeated is predicted once
+    for launched, moved in work.launches:
+        if id(launched) not in times:
+            times[id(launched)] = predict_launch(launched, machine, moved)
+    total = sum(times[id(launched)][0] for launched, _ in work.launches)
+    total += sum(other.moved / machine.hbm_rate + machine.launch for other in work.others)
+    return total, max(times.values())[1]
+
+
+def predict_launch(launched: Launched, machine: Machine, hbm_bytes: float | None) -> tuple[float, str]:
+    """Return seconds and limit of one launch; ``hbm_bytes`` is None for each tensor once."""
+    found = predict(load(launched.compiled), launched.grid, launched.arguments, machine, hbm_bytes=hbm_bytes)
+    return found.seconds, found.limit
+
+
+def bands(answers: Iterable[tuple[str, float]]) -> dict[str, Band]:
+    """Return the band of each kind from pairs of kind and error; "all" is that of all figures."""
+    by_kind: dict[str, list[float]] = {}
+    for kind, error in answers:
+        by_kind.setdefault(kind, []).append(error)
+        by_kind.setdefault("all", []).append(error)
+    return {kind: _band(found) for kind, found in sorted(by_kind.items())}
+
+
+def _band(found: list[float]) -> Band:
+    sizes = sorted(map(abs, found))
+    nine_in_ten = sizes[math.ceil(0.9 * len(sizes)) - 1]
+    numbers = (statistics.fmean(found), statistics.median(sizes), nine_in_ten, sizes[-1])
+    return Band(len(found), *(round(number, 3) for number in numbers))
+
+
+__all__ = ["Answer", "Figure", "NoModel", "answer", "bands", "figures", "sources"]

@@ -1,0 +1,159 @@
+"""Products for the validation, called as their own projects call them, with the bytes that they move.
+
+Each function takes the folder of sources and the columns of a figure, and returns what was launched. A product that is
+tuned on the GPU comes in several variants, of which the fastest counts.
+"""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from triton.runtime.autotuner import Autotuner
+
+from .panels import grouped, panel_bytes, row_major
+from .recording import MULTIPROCESSORS, Launched, Other, Recorded, recording
+from .sources import gluon, module
+
+HALF = 2  # bytes of an element in 16 bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Work:
+    """What one way of running a figure's case launches.
+
+    Attributes:
+        launches: with the bytes that each moves from and to device memory; None for each tensor once.
+        others: kernels of PyTorch in the same pass.
+        flops: of the case, as the source counts them for a rate.
+        variant: what the autotuner would have chosen.
+    """
+
+    launches: tuple[tuple[Launched, float | None], ...]
+    others: tuple[Other, ...] = ()
+    flops: float = 0.0
+    variant: str = ""
+
+
+def of(found: Recorded, flops: float = 0.0, *, moved: float | None = None, variant: str = "") -> Work:
+    """Return all that was recorded as one piece of work; each launch moves ``moved`` bytes."""
+    return Work(tuple((one, moved) for one in found.launches), tuple(found.others), flops, variant)
+
+
+def half(*shape: int, dtype: torch.dtype = torch.float16, grad: bool = False) -> torch.Tensor:
+    """Return a tensor without values, in 16 bits."""
+    return torch.empty(shape, dtype=dtype, requires_grad=grad)
+
+
+# Gluon tutorials: M = N = 8192, float16
+
+
+def _product(call: Callable[..., object], block: Sequence[int], k: int, order: Callable[..., Any]) -> list[Work]:
+    m = n = 8192
+    with recording() as found:
+        call(half(m, k), half(k, n), half(m, n))
+    block_m, block_n = block[:2]
+    launched = found.launches[0]
+    at_once = MULTIPROCESSORS * (2 if launched.compiled.metadata.shared < 114_000 and block_m * block_n <= 16384 else 1)
+    panels = {"a_panel": block_m * k * HALF, "b_panel": block_n * k * HALF}
+    moved = panel_bytes(order(m // block_m, n // block_n, at_once), **panels) + m * n * HALF
+    return [of(found, 2.0 * m * n * k, moved=moved)]
+
+
+def gluon_synchronous(folder: Path, block_m: int, block_n: int, block_k: int, warps: int) -> list[Work]:
+    """Launch the product that waits for each load and each wgmma."""
+    tutorial = gluon(folder, "wgmma")
+    call = lambda a, b, c: tutorial.blocked_matmul(a, b, c, block_m, block_n, block_k, False, warps)  # noqa: E731
+    return _product(call, (block_m, block_n), 16384, row_major)
+
+
+def gluon_overlapped(folder: Path, block_m: int, block_n: int, block_k: int, warps: int) -> list[Work]:
+    """Launch the product that loads while wgmma runs."""
+    tutorial = gluon(folder, "wgmma")
+    call = lambda a, b, c: tutorial.blocked_matmul_pipelined(a, b, c, block_m, block_n, block_k, warps)  # noqa: E731
+    return _product(call, (block_m, block_n), 16384, row_major)
+
+
+def gluon_pipelined(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
+    """Launch the product with several buffers, one tile for each program."""
+    tutorial = gluon(folder, "persistence")
+    call = lambda a, b, c: tutorial.matmul_pipelined(a, b, c, 128, 256, block_k, buffers, 8)  # noqa: E731
+    return _product(call, (128, 256), k, row_major)
+
+
+def gluon_persistent(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
+    """Launch the product whose programs go through several tiles."""
+    tutorial = gluon(folder, "persistence")
+    scheduler = tutorial.PersistentTileScheduler
+    call = lambda a, b, c: tutorial.persistent_matmul(a, b, c, 128, 256, block_k, buffers, 8, scheduler)  # noqa: E731
+    return _product(call, (128, 256), k, _chunked)
+
+
+def gluon_persistent_pipelined(folder: Path, k: int, block_k: int, buffers: int) -> list[Work]:
+    """Launch the product that loads the next tile's panels while it stores a tile."""
+    tutorial = gluon(folder, "persistence")
+    scheduler = tutorial.PersistentTileScheduler
+    run = tutorial.persistent_matmul_pipelined
+    return _product(lambda a, b, c: run(a, b, c, 128, 256, block_k, buffers, 8, scheduler), (128, 256), k, _chunked)
+
+
+def _chunked(rows: int, columns: int, at_once: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield the tiles that run at once where each program takes a run of neighbouring tiles."""
+    tiles = [(tile % rows, tile // rows) for tile in range(rows * columns)]
+    each = -(-len(tiles) // at_once)
+    for step in range(each):
+        yield [tiles[first + step] for first in range(0, len(tiles), each) if step < len(tiles) - first]
+
+
+# Products of the Triton tutorial, one with integers
+
+
+def bf16_product(folder: Path, m: int, n: int, k: int) -> list[Work]:
+    """Launch tutorial 03's product in bfloat16, in the configuration that the source names."""
+    kernels = module(folder, "integer product")
+    a, b = half(m, k, dtype=torch.bfloat16), half(k, n, dtype=torch.bfloat16)
+    wanted = {"BLOCK_SIZE_M": 128, "BLOCK_SIZE_N": 256, "BLOCK_SIZE_K": 64, "num_stages": 3, "num_warps": 8}
+    return [_tutorial_product(kernels.bf16xbf16_matmul_kernel, kernels.bf16xbf16_matmul, a, b, wanted)]
+
+
+def integer_product(folder: Path, m: int, n: int, k: int) -> list[Work]:
+    """Launch the same with int16 on the right, turned into bfloat16 in the kernel.
+
+    The configuration that the source names needs more shared memory under today's Triton than there is, so that the
+    autotuner would take another of its own: those with large tiles are tried.
+    """
+    kernels = module(folder, "integer product")
+    tuner, call = kernels.bf16xint16_matmul_kernel, kernels.bf16xint16_matmul
+    a, b = half(m, k, dtype=torch.bfloat16), torch.empty(k, n, dtype=torch.int16)
+    works = []
+    for config in tuner.configs:
+        wanted = config.kwargs | {"num_stages": config.num_stages, "num_warps": config.num_warps}
+        if wanted["BLOCK_SIZE_M"] * wanted["BLOCK_SIZE_N"] >= 128 * 128:
+            works.append(_tutorial_product(tuner, call, a, b, wanted))
+    return works
+
+
+def _tutorial_product(
+    tuner: Autotuner, call: Callable[..., object], a: torch.Tensor, b: torch.Tensor, wanted: dict[str, int]
+) -> Work:
+    with configured(tuner, **wanted), recording() as found:
+        call(a, b)
+    (m, k), n = a.shape, b.shape[1]
+    block_m, block_n = wanted["BLOCK_SIZE_M"], wanted["BLOCK_SIZE_N"]
+    order = grouped(-(-m // block_m), -(-n // block_n), MULTIPROCESSORS, wanted.get("GROUP_SIZE_M", 8))
+    moved = panel_bytes(order, a_panel=block_m * k * HALF, b_panel=block_n * k * HALF) + m * n * HALF
+    variant = f"{block_m}x{block_n}x{wanted['BLOCK_SIZE_K']} w{wanted['num_warps']} s{wanted['num_stages']}"
+    return of(found, 2.0 * m * n * k, moved=moved, variant=variant)
+
+
+@contextlib.contextmanager
+def configured(tuner: Autotuner, **wanted: int) -> Iterator[None]:
+    """Leave an autotuner one configuration: the one with these constants, warps and stages."""
+    chosen = [config for config in tuner.configs if wanted.items() <= config.all_kwargs().items()]
+    if len(chosen) != 1:
+        raise ValueError(f"{len(chosen)} configurations of {tuner.base_fn.__name__} have {wanted}, not one")
+    with mock.patch.object(tuner, "configs", chosen):
+        yield

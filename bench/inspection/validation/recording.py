@@ -1,0 +1,206 @@
+"""Launches of other people's kernels on a machine without a GPU: compiled for an H100, recorded, and not run.
+
+Upstream code is called as it is. Where it asks for a GPU it is told of an H100, and its tensors are CPU tensors without
+values, whose memory nobody touches.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import functools
+import types
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.jit import JITFunction
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+ARCH = 90
+MULTIPROCESSORS = 132
+SMALL = 2**20  # elements that an op may really compute
+# PyTorch ops that launch no kernel: they make a tensor without values, or look at one in another way.
+_FREE = frozenset((
+    "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "view", "_unsafe_view", "expand",
+    "detach", "alias", "t", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "as_strided",
+    "lift_fresh", "_local_scalar_dense", "resize_", "split", "chunk", "unbind", "diagonal", "set_",
+))  # fmt: skip
+_REAL, _CLAIMED = torch.Tensor.device, property(lambda self: torch.device("cuda", 0))  # noqa: ARG005
+_FACTORIES = ("empty", "zeros", "ones", "full", "arange", "tensor", "empty_like", "zeros_like", "ones_like")
+
+
+@dataclasses.dataclass(frozen=True)
+class Launched:
+    """A kernel as Triton compiled it, the grid of its launch, and its arguments by name."""
+
+    name: str
+    compiled: Any
+    grid: tuple[int, ...]
+    arguments: Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A kernel of PyTorch's own beside the launches, and the bytes of the tensors that it reads and writes."""
+
+    name: str
+    moved: int
+
+
+@dataclasses.dataclass
+class Recorded:
+    """What a call launched, in order of each kind."""
+
+    launches: list[Launched] = dataclasses.field(default_factory=list)
+    others: list[Other] = dataclasses.field(default_factory=list)
+
+
+class _Driver(DriverBase):  # type: ignore[misc]
+    """What Triton asks a driver before it compiles."""
+
+    def __init__(self) -> None:
+        """Do nothing: there is no library to load."""
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", ARCH, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:  # noqa: ARG002
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+    def get_benchmarker(self) -> Any:
+        raise NotImplementedError("nothing runs here")
+
+    def get_device_interface(self) -> Any:
+        return torch.cuda
+
+
+class _Others(TorchDispatchMode):
+    """Note the PyTorch ops that would launch a kernel, and run none that computes much."""
+
+    def __init__(self, found: list[Other]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = found
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.split("::")[1]
+        if name in _FREE:
+            return func(*args, **(kwargs or {}))
+        result = _computed(func, args, kwargs or {})
+        leaves = torch.utils._pytree.tree_leaves((args, result))
+        tensors = {id(one): one for one in leaves if isinstance(one, torch.Tensor)}
+        self.found.append(Other(name, sum(one.nbytes for one in tensors.values())))
+        return result
+
+
+def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that makes on the CPU what is asked for on the GPU that the tensors claim to be on."""
+
+    @functools.wraps(function)
+    def make(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **(kwargs | ({"device": "cpu"} if kwargs.get("device") is not None else {})))
+
+    return make
+
+
+def _computed(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run an op on small tensors; on large ones, whose values nobody reads, make only the results' memory."""
+    leaves = [one for one in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(one, torch.Tensor)]
+    if sum(one.numel() for one in leaves) < SMALL:
+        return func(*args, **kwargs)
+    if func._schema.is_mutable:
+        return args[0]
+    with mock.patch.object(torch.Tensor, "device", _REAL):
+        return _without_values(func, args, kwargs)
+
+
+def _without_values(func: Any, args: Any, kwargs: Any) -> Any:
+    to_meta = functools.partial(torch.utils._pytree.tree_map_only, torch.Tensor, lambda one: one.to("meta"))
+    result = func(*to_meta(args), **(to_meta(kwargs) | ({"device": "meta"} if "device" in kwargs else {})))
+    empty = lambda one: torch.empty_strided(one.shape, one.stride(), dtype=one.dtype)  # noqa: E731
+    return torch.utils._pytree.tree_map_only(torch.Tensor, empty, result)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[Recorded]:
+    """Record what is launched in the context. Every kernel is compiled, and nothing runs."""
+    found = Recorded()
+    run = JITFunction.run
+
+    def record(kernel: Any, *args: Any, grid: Any, warmup: bool, **kwargs: Any) -> Any:  # noqa: ARG001
+        compiled = run(kernel, *args, grid=grid, warmup=True, **kwargs)
+        named = dict(zip(kernel.arg_names, args, strict=False)) | kwargs
+        defaults = {one.name: one.default for one in kernel.params if one.has_default}
+        named = defaults | named
+        size = grid(named) if callable(grid) else grid
+        arguments = {name: _plain(named[name]) for name in kernel.arg_names}
+        launched = Launched(kernel.__name__, _with_all_stages(compiled), tuple(int(one) for one in size), arguments)
+        found.launches.append(launched)
+        return compiled
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(as_on_an_h100())
+        stack.enter_context(mock.patch.object(torch.Tensor, "device", _CLAIMED))
+        for name in _FACTORIES:
+            stack.enter_context(mock.patch.object(torch, name, _on_cpu(getattr(torch, name))))
+        stack.enter_context(mock.patch.object(JITFunction, "run", record))
+        stack.enter_context(_Others(found.others))
+        yield found
+
+
+@contextlib.contextmanager
+def as_on_an_h100() -> Iterator[None]:
+    """Answer what Triton and upstream code ask about the GPU. Modules that ask while they are imported need it too."""
+    before = triton.runtime.driver._active
+    triton.runtime.driver.set_active(_Driver())
+    properties = types.SimpleNamespace(
+        multi_processor_count=MULTIPROCESSORS, major=9, minor=0, name="NVIDIA H100 80GB HBM3", warp_size=32,
+        total_memory=80 << 30, regs_per_multiprocessor=65536, shared_memory_per_block_optin=232448,
+    )  # fmt: skip
+    patches: dict[str, Any] = {
+        "current_device": lambda: 0, "get_device_capability": lambda device=None: (9, 0),  # noqa: ARG005
+        "get_device_properties": lambda device=None: properties,  # noqa: ARG005
+        "get_device_name": lambda device=None: properties.name,  # noqa: ARG005
+        "device": lambda device=None: contextlib.nullcontext(),  # noqa: ARG005
+    }  # fmt: skip
+    with contextlib.ExitStack() as stack:
+        for name, function in patches.items():
+            stack.enter_context(mock.patch.object(torch.cuda, name, function))
+        stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", True))
+        try:
+            yield
+        finally:
+            triton.runtime.driver._active = before
+
+
+def _with_all_stages(compiled: Any) -> Any:
+    """Return a compiled kernel that has Triton's first intermediate code too, which Gluon does not go through."""
+    if "ttir" in compiled.asm:
+        return compiled
+    complete = copy.copy(compiled)
+    complete.asm = {**compiled.asm, "ttir": ""}
+    return complete
+
+
+def _plain(value: Any) -> Any:
+    """Return an argument as Triton's own type where Gluon has another one for the same."""
+    if type(value).__name__ == "TensorDescriptor" and not isinstance(value, TensorDescriptor):
+        return TensorDescriptor(value.base, value.shape, value.strides, value.block_shape)
+    return getattr(value, "value", value) if type(value).__name__ == "constexpr" else value

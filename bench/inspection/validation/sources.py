@@ -1,0 +1,221 @@
+"""Where the kernels of the validation come from: files of public repositories at one commit, and packages.
+
+None of them is part of this repository. The files lie in one folder, each under its repository, commit and path;
+:func:`how_to_fetch` says how to get them. The packages are installed in folders of their own, one for each version,
+because a figure belongs to the version that was measured.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import triton
+
+from .recording import as_on_an_h100
+
+
+@dataclasses.dataclass(frozen=True)
+class File:
+    """A file of a public repository."""
+
+    repository: str
+    commit: str
+    path: str
+    sha256: str
+
+    @property
+    def url(self) -> str:
+        """Where the file can be had."""
+        return f"https://raw.githubusercontent.com/{self.repository}/{self.commit}/{self.path}"
+
+    @property
+    def place(self) -> Path:
+        """The file's place in the folder of sources."""
+        return Path(self.repository, self.commit, self.path)
+
+
+_TRITON = "triton-lang/triton"
+# Tutorials change with the names that Gluon gives its functions: for Triton 3.6 to 3.8, and from 3.9 on.
+_GLUON = "06179e48e9cd5812798ee6650a5c12ac050e333b"
+_GLUON_36 = "1f238120a0552cd89ec712fc42e6228beae8c2e9"
+FILES = {
+    "gluon wgmma": File(
+        _TRITON, _GLUON, "python/tutorials/gluon/05-wgmma.py",
+        "39555077df44992d3fd32ef66b0b7d3b345ff0b1ff259a06cb06316816543049",
+    ),
+    "gluon persistence": File(
+        _TRITON, _GLUON, "python/tutorials/gluon/07-persistence.py",
+        "8d95fc876b7412166bf72f0ae0305925901155e596d8824a250166abe2775984",
+    ),
+    "gluon wgmma 3.6": File(
+        _TRITON, _GLUON_36, "python/tutorials/gluon/05-wgmma.py",
+        "b36ac002453a3b50a47f834f56d0417d96d48e470cdd696b84618d941860762f",
+    ),
+    "gluon persistence 3.6": File(
+        _TRITON, _GLUON_36, "python/tutorials/gluon/07-persistence.py",
+        "293a2fa45f7d295f3aabcb5e688ff52eb06b88ba1d32625820139637664d825b",
+    ),
+    "attention": File(
+        _TRITON, "345d5e405f12a4c9f6941e4f27c3ae34e47f0e81", "python/tutorials/06-fused-attention.py",
+        "b82f6b5ac7de34f6d17bfd35b02ac2b67ef649445cb7c8f623de9c3e3e13b6b6",
+    ),
+    "attention with descriptors": File(
+        _TRITON, "75d27b0b425329bad8c13b9cd47177d93590ec31", "python/tutorials/06-fused-attention.py",
+        "ecc9a056a371cd13a0585b6342e4e0bc7e3b9e6c0fbdf8124dd67905271e6e92",
+    ),
+    "integer product": File(
+        "meta-pytorch/tritonbench", "db2155c807755c19f5d98c64917ec897f24061f3",
+        "tritonbench/operators/bf16xint16_gemm/kernel.py",
+        "32f0c2576c0e5a8a0fab63cec94feb9d74b0e763ede97be43a185f04c08113a3",
+    ),
+    "bytes": File(
+        _TRITON, "9181d1e33c231f8db266414a65b50c9b711cb7af",
+        "python/triton_kernels/triton_kernels/numerics_details/mxfp_details/_upcast_from_mxfp.py",
+        "fb253ec1544d3ffcf2a5220b5bbf223a00b070ec9c8bcb8188aad2673e304954",
+    ),
+    "bytes, constants": File(
+        _TRITON, "9181d1e33c231f8db266414a65b50c9b711cb7af",
+        "python/triton_kernels/triton_kernels/numerics_details/mxfp_details/_downcast_to_mxfp.py",
+        "a0acdbdf166a0cf7c2350b894bf748aa4fd30057289edf26736293c6fd21ee23",
+    ),
+    "linear cross-entropy": File(
+        "verl-project/verl", "1dda039b9c6311889a9c9a26040677e1254814f9", "verl/utils/kernel/kernels.py",
+        "6d8dda8032ffd3caeb8fb2b6c3307126e0892135aee719f69dd26febc76c012b",
+    ),
+}  # fmt: skip
+# Packages with the versions that were measured.
+PACKAGES = {
+    "liger-kernel": ("0.6.0", "0.8.0", "0.8.1"),
+    "siglip-kernel": ("0.1.2",),
+}
+
+
+class Missing(Exception):  # noqa: N818  (it is reported, and not a failure)
+    """A file or a package is not in the folder of sources, or not the one that was pinned."""
+
+
+def how_to_fetch(folder: Path) -> list[str]:
+    """Return the shell commands that fill the folder of sources."""
+    lines = [f"curl -fsSL --create-dirs -o {folder / file.place} {file.url}" for file in FILES.values()]
+    for package, versions in PACKAGES.items():
+        for version in versions:
+            target = folder / f"{package}-{version}"
+            lines.append(f"pip install --no-deps --target {target} {package}=={version}")
+    return lines
+
+
+def module(folder: Path, name: str) -> ModuleType:
+    """Return the module of a file in :data:`FILES`, as it is upstream.
+
+    Raises:
+        Missing: the file is not there, or it is another one than was pinned.
+    """
+    return _module(folder.resolve(), name)
+
+
+@functools.cache
+def _module(folder: Path, name: str) -> ModuleType:
+    file = FILES[name]
+    path = folder / file.place
+    if not path.is_file():
+        raise Missing(f"{path} is missing: get it from {file.url}")
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if found != file.sha256:
+        raise Missing(f"{path} is not the pinned file: its SHA-256 is {found}, not {file.sha256}")
+    for other in FILES.values():  # files of the same folder import each other
+        if other.place.parent == file.place.parent and not (folder / other.place).is_file():
+            raise Missing(f"{folder / other.place} is missing: get it from {other.url}")
+    inside = path.stem if path.stem[0] != "_" else f"{path.parent.name}.{path.stem}"
+    spec = importlib.util.spec_from_file_location(inside, path)
+    assert spec is not None
+    assert spec.loader is not None
+    loaded = importlib.util.module_from_spec(spec)
+    if "." in inside:
+        package_of = types.ModuleType(path.parent.name)
+        package_of.__path__ = [str(path.parent)]
+        sys.modules[path.parent.name] = package_of
+    neighbours = mock.patch.object(sys, "path", [str(path.parent), *sys.path])  # tutorials import each other
+    with as_on_an_h100(), neighbours, _standing_in():
+        spec.loader.exec_module(loaded)
+    _bind_old_names()
+    return loaded
+
+
+def gluon(folder: Path, name: str) -> ModuleType:
+    """Return the Gluon tutorial for the Triton that is installed."""
+    new = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9)
+    return module(folder, f"gluon {name}" if new else f"gluon {name} 3.6")
+
+
+@contextlib.contextmanager
+def package(folder: Path, name: str, version: str) -> Iterator[Callable[[str], Any]]:
+    """Give a function that imports modules of a package in the folder of sources, inside the context.
+
+    Raises:
+        Missing: it is not installed there.
+    """
+    path = folder.resolve() / f"{name}-{version}"
+    if not path.is_dir():
+        raise Missing(f"{path} is missing: pip install --no-deps --target {path} {name}=={version}")
+    first = name.replace("-", "_")
+    with mock.patch.object(sys, "path", [str(path), *sys.path]):
+        try:
+            yield importlib.import_module
+        finally:
+            for loaded in [one for one in sys.modules if one.split(".")[0] == first]:
+                del sys.modules[loaded]
+
+
+@triton.constexpr_function
+def _capability_at_least(major: int, minor: int = 0) -> bool:
+    return (major, minor) <= (9, 0)
+
+
+@contextlib.contextmanager
+def _standing_in() -> Iterator[None]:
+    """Let the stand-ins be imported; what else is imported meanwhile stays."""
+    modules = _stand_ins()
+    sys.modules.update(modules)
+    try:
+        yield
+    finally:
+        for name in modules:
+            del sys.modules[name]
+
+
+def _stand_ins() -> dict[str, ModuleType]:
+    """Return modules for what the files import of their own projects: questions about the GPU."""
+    answers: dict[str, dict[str, Any]] = {
+        "tritonbench.utils.env_utils": {"is_cuda": lambda: True},
+        "triton_kernels.target_info": {"cuda_capability_geq": _capability_at_least},
+        "verl.utils.device": {
+            "get_device_capability": lambda: (9, 0), "get_device_name": lambda: "cpu", "is_cuda_available": True,
+            "get_torch_device": lambda: None,
+        },
+    }  # fmt: skip
+    modules: dict[str, ModuleType] = {}
+    for name, values in answers.items():
+        parts = name.split(".")
+        for end in range(1, len(parts) + 1):
+            parent = ".".join(parts[:end])
+            modules.setdefault(parent, types.ModuleType(parent))
+        vars(modules[name]).update(values)
+    return modules
+
+
+def _bind_old_names() -> None:
+    """Give a function of Gluon the name that the tutorials know it by, where Triton has removed that name."""
+    from triton.experimental.gluon.language.nvidia.hopper import tma
+
+    if hasattr(tma, "async_store"):
+        tma.async_copy_shared_to_global = tma.async_store

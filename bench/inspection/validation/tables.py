@@ -1,0 +1,82 @@
+"""Tables of the validation: on the terminal, and between two marks in a document."""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .figures import bands, sources
+
+BEGIN, END = "<!-- validation: begin, written by the command -->", "<!-- validation: end -->"
+
+
+def errors_of(results: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, float]]:
+    """Return the errors by kind; where several Tritons compile a kernel the newest one counts."""
+    pairs = [
+        (one["kind"], math.log(predicted / one["published_ms"]))
+        for one in results
+        if (predicted := _newest(one)) is not None
+    ]
+    return {kind: dataclasses.asdict(band) for kind, band in bands(pairs).items()}
+
+
+def summary(errors: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the errors by kind as a table."""
+    lines = [
+        "| kind | figures | predicted / published, mean | median error | nine in ten within | worst |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for kind, band in sorted(errors.items(), key=lambda item: (item[0] == "all", item[0])):
+        off = [f"{math.exp(band[name]) - 1:.0%}" for name in ("median", "p90", "worst")]
+        lines.append(f"| {kind} | {band['points']} | {math.exp(band['bias']):.2f} | {' | '.join(off)} |")
+    return "\n".join(lines)
+
+
+def write(document: Path, results: Sequence[Mapping[str, Any]]) -> None:
+    """Write the tables between the two marks of a document.
+
+    Raises:
+        ValueError: the document has no marks.
+    """
+    text = document.read_text()
+    if BEGIN not in text or END not in text:
+        raise ValueError(f"{document} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
+    before, after = text.split(BEGIN)[0], text.split(END)[1]
+    parts = [summary(errors_of(results)), _figures(results), _sources(results)]
+    document.write_text("\n\n".join([before + BEGIN, *parts, END]) + after)
+
+
+def _figures(results: Sequence[Mapping[str, Any]]) -> str:
+    versions = sorted({version for one in results for version in one["predicted_ms"]}, reverse=True)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(one["source"] for one in results), 1)}
+    ratios = " | ".join(f"ratio, Triton {version}" for version in versions)
+    lines = [f"| kind | kernel and case | source | published, ms | {ratios} | limit |"]
+    lines.append("| --- " * (5 + len(versions)) + "|")
+    for one in results:
+        if one["published_ms"] is None:
+            continue
+        found = [one["predicted_ms"].get(version) for version in versions]
+        cells = [f"{predicted / one['published_ms']:.2f}" if predicted else "" for predicted in found]
+        limit = next((one["limit"][version] for version in versions if version in one["predicted_ms"]), "")
+        name = one["name"] if one["machine"] == "H100" else f"{one['name']} ({one['machine']})"
+        columns = [one["kind"], name, f"[{numbers[one['source']]}]", f"{one['published_ms']:.4g}", *cells, limit]
+        lines.append(f"| {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _sources(results: Sequence[Mapping[str, Any]]) -> str:
+    known = sources()
+    lines = []
+    for number, key in enumerate(dict.fromkeys(one["source"] for one in results), 1):
+        source = known[key]
+        lines.append(
+            f"{number}. [{source['title']}]({source['url']}). Card: {source['card']}. Versions: {source['versions']}. "
+            f"Timed: {source['timed']}."
+        )
+    return "\n".join(lines)
+
+
+def _newest(result: Mapping[str, Any]) -> float | None:
+    predicted: Mapping[str, float] = result["predicted_ms"]
+    return predicted[max(predicted, key=lambda version: tuple(map(int, version.split("."))))] if predicted else None
