@@ -135,7 +135,7 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
     on_gpu = [*pytest, "tests/kernels/test_gpu.py", "-k"]
     limits = LIMITED.get(part, {})
     only = ["-k", limits["tests"]] if limits else ["--deselect", "tests/kernels/test_gpu.py"]
-    verify = [*python, "clipfast.cli", "verify", "--json", str(out / "verify.json")]
+    verify = [*python, "clipfast", "verify", "--json", str(out / "verify.json")]
     verify += ["--op", *limits["op"].split()] if limits else ["--quick"] if part == "all" else []
     tables = out / ("tables-of-the-stub" if stub else "tables")
     tune = [*python, "clipfast.bench", "tune", "--op", *limits.get("tune", "all").split(), "--card", ""]
@@ -145,7 +145,7 @@ def _commands(part: str, out: Path, *, stub: bool) -> dict[str, list[str]]:
         "same bits": [*on_gpu, "same_bits", *_workers()],
         "capture": [*on_gpu, "not finite and not same_bits", *_workers()],
         "environment": [*python, "clipfast.bench.gpu_environment"],
-        "model": [*python, "clipfast.cli", "inspect", "--predict", "--quick", "--against",
+        "model": [*python, "clipfast", "inspect", "--predict", "--quick", "--against",
                   *(str(out / f"bench-{suite}.json") for suite in ("loss", "attention"))],
         "tests": [*pytest, "tests/kernels", *_workers(), *only],
         "verify": verify,

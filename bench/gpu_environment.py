@@ -1,4 +1,4 @@
-"""A step of ``python3 -m bench.gpu``: run each op once, and print what this machine is and the rates that it can reach."""
+"""A step of ``bench.gpu``: run each op once, and print what this machine is and the rates that it can reach."""
 
 import sys
 import time

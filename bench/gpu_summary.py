@@ -1,4 +1,4 @@
-"""The summary of ``python3 -m bench.gpu``. This module imports only the standard library, so that nothing can break it."""
+"""The summary of ``bench.gpu``. This module imports only the standard library, so that nothing can break it."""
 
 import dataclasses
 import getpass

@@ -1,6 +1,7 @@
 /* PyTorch's own kernels and the matrix products of cuBLAS: they are called, and nothing happens. */
 #include "gpu.h"
 #include <cuda_runtime_api.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -114,6 +115,29 @@ CUresult cuLaunchKernel(CUfunction function, unsigned grid_x, unsigned grid_y, u
                         unsigned block_y, unsigned block_z, unsigned shared, CUstream stream, void **parameters,
                         void **extra) {
   return CUDA_SUCCESS;
+}
+
+CUresult cuLaunchCooperativeKernel(CUfunction function, unsigned grid_x, unsigned grid_y, unsigned grid_z,
+                                   unsigned block_x, unsigned block_y, unsigned block_z, unsigned shared,
+                                   CUstream stream, void **parameters) {
+  return CUDA_SUCCESS;
+}
+
+/* TorchInductor keeps the machine code of its kernels in files. */
+CUresult cuModuleLoad(CUmodule *module, const char *path) {
+  FILE *file = fopen(path, "rb");
+  if (!file) return stub_refuse(CUDA_ERROR_FILE_NOT_FOUND, "there is no file %s", path);
+  fseek(file, 0, SEEK_END);
+  long size = ftell(file);
+  rewind(file);
+  void *code = malloc((size_t)size);
+  int is_read = fread(code, 1, (size_t)size, file) == (size_t)size;
+  fclose(file);
+  return is_read ? cuModuleLoadData(module, code) : stub_refuse(CUDA_ERROR_INVALID_IMAGE, "%s cannot be read", path);
+}
+
+CUresult cuModuleLoadDataEx(CUmodule *module, const void *code, unsigned count, CUjit_option *options, void **values) {
+  return cuModuleLoadData(module, code);
 }
 
 CUresult cuOccupancyMaxActiveBlocksPerMultiprocessor(int *blocks, CUfunction function, int threads, size_t shared) {

@@ -1,6 +1,7 @@
 """The driver of ``python3 -m bench.gpu``: a stop at any moment leaves what came before, and a rehearsal says so."""
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -149,6 +150,17 @@ def test_an_hour_asks_its_questions_in_the_order_of_their_value(tmp_path):
     assert by_name["model"][-2:] == [str(tmp_path / "bench-loss.json"), str(tmp_path / "bench-attention.json")]
 
 
+def test_every_step_runs_a_module_that_does_something(tmp_path):
+    # "python -m clipfast.cli verify" defines a function and ends, with exit code 0
+    modules = {step.command[3] for step in gpu.steps("all", tmp_path, gpu.HOUR_S) if step.command[2] == "-m"}
+    assert {"clipfast", "clipfast.bench", "pytest"} <= modules
+    for module in modules:
+        spec = importlib.util.find_spec(module)
+        program = importlib.util.find_spec(f"{module}.__main__") if spec.submodule_search_locations else spec
+        text = Path(program.origin).read_text()
+        assert "sys.exit(main())" in text or "SystemExit" in text, module
+
+
 @pytest.mark.parametrize("part", gpu.PARTS)
 def test_options_of_every_step_exist(part, tmp_path, monkeypatch, capsys):
     # a step that ends with a usage message is found before there is a GPU
@@ -162,7 +174,7 @@ def test_options_of_every_step_exist(part, tmp_path, monkeypatch, capsys):
             if hasattr(parsed, "shape"):
                 parsed.device = "cpu"
                 assert bench_cli._plan(parsed, CPU)
-        elif module == "clipfast.cli":
+        elif module == "clipfast":
             with pytest.raises(SystemExit, match="0"):
                 main([arguments[0], "--help"])
             help_text = capsys.readouterr().out
