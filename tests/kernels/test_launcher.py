@@ -13,9 +13,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from clipfast.bench.stub import host
 from clipfast.bench.stub.build import missing_tool
+from clipfast.bench.stub.gpu import gpu_environment
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import specs
@@ -137,6 +139,17 @@ def test_without_a_fault_nothing_is_raised(raised):
 @pytest.mark.parametrize("fault", FAULTS)
 def test_planted_fault_is_caught(raised, fault):
     assert FAULTS[fault] in (raised[fault] or "nothing was raised")
+
+
+@needs_gcc
+@pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of PyTorch, whose guards are to be seen")
+def test_second_gpu_of_a_cuda_build():
+    environment = gpu_environment(devices=2)
+    program = str(Path(__file__).with_name("launcher_second_gpu.py"))
+    done = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["calls"] > 40
+    assert "memory of device 1, the current is 0" in found["without a guard"]
 
 
 def test_launches_and_pytorch_ops(request):
