@@ -1,11 +1,14 @@
 """The tuner: it searches launch configurations on this machine's GPU, and writes the table that is committed.
 
 For each kernel of an op, every configuration of its search space is first compiled for the GPU's architecture. Those
-that spill registers, exceed a limit or miss the tensor cores are dropped. The others are ranked by how busy they can
-keep the tensor cores, which ``clipfast inspect`` reads from the machine code. The best few are timed, in turns with the
-committed one, on the whole op, since a kernel that is fast alone may slow down the next one. A configuration whose
-error is larger than the committed one's is refused. One that is surely faster, by more than noise, takes its place. The
-table is written after each kernel, so that a stop loses nothing.
+that spill registers, exceed a limit or miss the tensor cores are dropped. The others are ranked by their time on an
+H100 in the model of ``clipfast inspect --predict``, and on other GPUs by the warps that fit on a multiprocessor.
+
+With a GPU, the best few are timed, in turns with the committed one, on the whole op, since a kernel that is fast alone
+may slow down the next one. A configuration whose error is larger than the committed one's is refused. One that is
+surely faster, by more than noise, takes its place. Without a GPU, ``--by model`` lets the model choose among the best
+few. Its entries say so in the tables, and never replace one that was measured. The table is written after each kernel,
+so that a stop loses nothing.
 """
 
 import concurrent.futures
@@ -16,9 +19,9 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,11 +30,14 @@ from clipfast.kernels import configs
 from clipfast.kernels.configs import Config
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.launch import Launch
-from clipfast.kernels.spec import OpSpec, Shipped, Target, Tunable, specs
+from clipfast.kernels.spec import OpSpec, Target, Tunable, specs
 
 from .case import short
 from .harness import Budget, Timing, measure, ratio_interval
 from .inspection import Report, compilers, inspect_launch, offline, shipped
+from .inspection.forecast import predict_parts
+from .inspection.model import ARCH, FULL, H100, QUICK, Effort
+from .inspection.workloads import op_work
 from .machine import use
 from .suites import build
 
@@ -40,22 +46,22 @@ ERROR_GROWTH = 1.5
 # A configuration is worth a change if its time over the committed one's is below this, with the whole interval.
 WORTH = 0.98
 MIN_ROUNDS = 20
-_TILES, _SMALL_TILES = (64, 128, 256), (16, 32, 64, 128)
+# The model sets two configurations of a kernel apart if its times differ by more than this; see docs/gpu-model.md.
+WORTH_BY_MODEL = 0.95
+MEASURED, MODEL = "measured", "model"
+_TILES, _SMALL_TILES, _STAGES = (64, 128, 256), (16, 32, 64, 128), (1, 2, 3, 4)
+_EDGES = (2048, 2816, 4096, 5632, 8192, 16384)  # of a block of logits
 # The values to search for each field of a configuration.
 SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
     configs.GemmConfig: {
-        "block_m": _TILES, "block_n": _TILES, "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": (2, 3, 4),
+        "block_m": _TILES, "block_n": _TILES, "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": _STAGES,
     },
     configs.RowConfig: {
         "block_m": (4, 8, 16, 32), "block_n": _TILES, "num_warps": (2, 4, 8), "num_stages": (1,),
     },
-    configs.ShortConfig: {"block_m": _SMALL_TILES, "num_warps": (4, 8), "num_stages": (1, 2)},
+    configs.ShortConfig: {"block_m": _SMALL_TILES, "num_warps": (4, 8), "num_stages": _STAGES},
     configs.LoopedConfig: {
-        "block_m": _SMALL_TILES, "block_n": _SMALL_TILES, "num_warps": (4, 8), "num_stages": (1, 2, 3),
-    },
-    configs.TwoPhaseConfig: {
-        "own_k": _SMALL_TILES, "step_q": (16, 32, 64), "own_q": _SMALL_TILES, "step_k": (16, 32, 64),
-        "num_warps": (4, 8), "num_stages": (1, 2),
+        "block_m": _SMALL_TILES, "block_n": _SMALL_TILES, "num_warps": (4, 8), "num_stages": _STAGES,
     },
 }  # fmt: skip
 TARGETS: dict[str, tuple[OpSpec, Target]] = {
@@ -99,50 +105,67 @@ class Search:
     pool: concurrent.futures.Executor  # compiles them
 
 
+class Candidate(NamedTuple):
+    """A configuration, the worst report of the kernel's launches, and the predicted seconds of all of them."""
+
+    config: Config
+    report: Report
+    seconds: float  # infinite where there is no model of the GPU
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Return the key that sorts candidates, the best first."""
+        is_unsound, *others = self.report.rank
+        return is_unsound, self.seconds, *others
+
+
 def prune(
-    tunable: Tunable, target: Target, candidates: Sequence[Config], search: Search
-) -> list[tuple[Config, Report]]:
-    """Return the best sound configurations, with their reports, the best first.
+    tunable: Tunable, target: Target, candidates: Sequence[Config], search: Search, effort: Effort = QUICK
+) -> list[Candidate]:
+    """Return the best sound configurations, the best first.
 
     A sound one compiles, and its report has no failure. Print how many are not sound, and why the first one is not.
     """
-    inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch)
-    reports = list(zip(candidates, search.pool.map(inspect, candidates), strict=True))
-    sound = [(config, report) for config, report in reports if isinstance(report, Report) and not report.failures]
+    inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch, effort)
+    found = list(zip(candidates, search.pool.map(inspect, candidates), strict=True))
+    sound = [one for _, one in found if isinstance(one, Candidate) and not one.report.failures]
     reasons = [
-        f"{config}: {report if isinstance(report, str) else '; '.join(report.failures)}"
-        for config, report in reports
-        if isinstance(report, str) or report.failures
+        f"{config}: {one if isinstance(one, str) else '; '.join(one.report.failures)}"
+        for config, one in found
+        if isinstance(one, str) or one.report.failures
     ]
     if reasons:
-        say(f"{len(reasons)} of {len(reports)} configurations are not sound: {reasons[0]}")
-    return sorted(sound, key=lambda pair: pair[1].rank)[: search.keep]
+        say(f"{len(reasons)} of {len(found)} configurations are not sound: {reasons[0]}")
+    return sorted(sound, key=lambda one: one.rank)[: search.keep]
 
 
-def _inspect(tunable: Tunable, target: Target, dtype: str, arch: int, config: Config) -> Report | str:
-    """Return the worst report of the kernel's launches under ``config``, or why one does not compile."""
+def _inspect(
+    tunable: Tunable, target: Target, dtype: str, arch: int, effort: Effort, config: Config
+) -> Candidate | str:
+    """Report and predict the kernel's launches under ``config``, or return why one does not compile."""
     with configs.override(key_of(tunable, target, dtype), config):
-        ours = [launch for launch in launches(target, dtype, arch) if launch.kernel.__name__ == tunable.function]
+        ours = [one for one in launches(target, dtype, arch) if tunable.function in ("", one.kernel.__name__)]
     if not ours:
         raise RuntimeError(f"{target.name} launches no {tunable.function}")
     known = shipped.small_tile_problems(arch) if tunable.small_tiles else ()
     try:
-        reports = (dataclasses.replace(inspect_launch(launch, arch), known=known) for launch in ours)
-        return max(reports, key=lambda report: report.rank)
+        reports = [
+            dataclasses.replace(inspect_launch(one, arch, predicts=False), known=known)
+            for one in offline.distinct(ours)
+        ]
+        seconds = float("inf")
+        if arch == ARCH and not any(report.failures for report in reports):
+            seconds = sum(part.seconds for part in predict_parts(ours, H100, effort))
+        return Candidate(config, max(reports, key=lambda report: report.rank), seconds)
     except Exception as error:
         # The kernel may need too much shared memory, or Triton may refuse its tile. ``prune`` prints the reason.
         return short(error)
 
 
 def launches(target: Target, dtype: str, arch: int) -> list[Launch]:
-    """Record the launches of ``target`` with a small batch.
-
-    The batch does not change what is compiled, and even tensors without values take memory.
-    """
-    small = {"pairs": 1024, "images": 1024, "texts": 5120, "batch": 2, "rows": 1024}
-    shape = target.shape.changed(**{name: small[name] for name in target.shape.to_dict() if name in small})
+    """Record the launches of ``target`` at its size, on tensors without memory."""
     spec, _ = TARGETS[target.name]
-    return offline.record(arch, functools.partial(shipped.run, spec, Shipped(target.name, shape), dtype))
+    return [launch for _, launch in op_work(spec, target.shape, dtype, arch).launches]
 
 
 def tune(op: str, device: torch.device, budget: Budget, search: Search) -> Iterator[tuple[str, Config | None]]:
@@ -157,7 +180,7 @@ def tune(op: str, device: torch.device, budget: Budget, search: Search) -> Itera
         for tunable in target.kernels:
             key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
             searched = spread(list(space(tunable)), search.limit)
-            pruned = [config for config, _ in prune(tunable, target, searched, search) if config != committed]
+            pruned = [one.config for one in prune(tunable, target, searched, search) if one.config != committed]
             say(f"{key}: timing {len(pruned)} configurations against {committed}")
             override = functools.partial(configs.override, key)
             changed = [
@@ -194,15 +217,39 @@ def best(timings: Sequence[Timing], candidates: Sequence[Config]) -> Config | No
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
-def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TUNED) -> Path:
+def tune_by_model(op: str, search: Search) -> Iterator[tuple[str, Config | None]]:
+    """Tune the kernels of ``op`` by their predicted times; yield what :func:`tune` does."""
+    _, target = TARGETS[op]
+    with contextlib.ExitStack() as better:
+        for tunable in target.kernels:
+            key, committed = key_of(tunable, target, search.dtype), _committed(tunable, target, search)
+            few = [one.config for one in prune(tunable, target, spread(list(space(tunable)), search.limit), search)]
+            found = prune(tunable, target, [committed, *(one for one in few if one != committed)], search, FULL)
+            before = next((one.seconds for one in found if one.config == committed), float("inf"))
+            winner = found[0] if found and found[0].seconds < WORTH_BY_MODEL * before else None
+            if winner is None:
+                say(f"{key}: {committed} stays, {1e6 * before:.1f} us")
+                yield key, None
+                continue
+            say(f"{key}: {winner.config} instead, {1e6 * winner.seconds:.1f} us in place of {1e6 * before:.1f}")
+            better.enter_context(configs.override(key, winner.config))
+            yield key, winner.config
+
+
+def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TUNED, *, by: str) -> Path:
     """Add ``entries`` to the table of ``arch`` in ``folder``, and return its path.
 
-    They replace entries with the same keys. A table that does not exist yet starts as a copy of the committed one.
+    They replace entries with the same keys, but what a model chose does not replace what was measured. A table that
+    does not exist yet starts as a copy of the committed one. ``by`` says who chose them: ``MEASURED`` or ``MODEL``.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"sm_{arch}.json"
-    table: dict[str, Any] = json.loads(path.read_text()) if path.exists() else dict(configs.read_table(arch))
-    table |= {key: dataclasses.asdict(config) for key, config in entries.items()}
+    table: dict[str, Any] = json.loads((path if path.exists() else configs.table_path(arch)).read_text())
+    for key, config in entries.items():
+        if by == MODEL and (table.get(key) or {}).get("by") == MEASURED:
+            say(f"{key}: the entry that was measured stays")
+        else:
+            table[key] = dataclasses.asdict(config) | {"by": by}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())]
     replace_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path
@@ -216,32 +263,40 @@ def run(args: Any) -> int:
             for op in ops:
                 _print_ranking(op, Search(args.dtype, args.arch, args.keep, args.limit, pool))
         return 0
+    if args.by == MODEL:
+        if args.arch != ARCH:
+            raise ValueError(f"--by model: there is a model of sm_{ARCH} only, got --arch {args.arch}")
+        with compilers(os.cpu_count() or 1) as pool:
+            search = Search(args.dtype, args.arch, args.keep, args.limit, pool)
+            return _tune_all(ops, args, lambda op: tune_by_model(op, search), args.arch)
     if not torch.cuda.is_available():
-        raise ValueError("tuning needs the GPU that is tuned for: --dry ranks configurations without one")
+        raise ValueError("tuning needs the GPU that is tuned for: --by model, or --dry, does without one")
     device = use(torch.device("cuda"))
     name = torch.cuda.get_device_name(device)
     if args.card is None or args.card.lower() not in name.lower():
         raise ValueError(f"--card must name the card that is tuned for, part of {name!r}, got {args.card!r}")
-    return _tune_all(ops, args, device)
-
-
-def _tune_all(ops: Sequence[str], args: Any, device: torch.device) -> int:
-    """Tune ``ops`` until the time is over, write each winner to the table, and return the exit status."""
-    start, failed, arch = time.monotonic(), 0, _table_arch(device)
-    budget = Budget(args.seconds, min_rounds=MIN_ROUNDS)
+    budget, arch = Budget(args.seconds, min_rounds=MIN_ROUNDS), _table_arch(device)
     with compilers(os.cpu_count() or 1) as pool:
         search = Search(args.dtype, arch, args.keep, args.limit, pool)
-        for op in ops:
-            try:
-                for key, config in tune(op, device, budget, search):
-                    write_table({key: config} if config is not None else {}, arch, args.tables)
-                    if time.monotonic() - start > args.total:
-                        say(f"{args.total:.0f} s are over: nothing is tuned after {key}")
-                        return 1 if failed else 0
-            except RuntimeError as error:
-                # If one op cannot be tuned, the others still are.
-                say(f"{op}: {short(error)}")
-                failed += 1
+        return _tune_all(ops, args, lambda op: tune(op, device, budget, search), arch)
+
+
+def _tune_all(
+    ops: Sequence[str], args: Any, tuned: Callable[[str], Iterator[tuple[str, Config | None]]], arch: int
+) -> int:
+    """Tune ``ops`` until the time is over, write each winner to the table, and return the exit status."""
+    start, failed = time.monotonic(), 0
+    for op in ops:
+        try:
+            for key, config in tuned(op):
+                write_table({key: config} if config is not None else {}, arch, args.tables, by=args.by)
+                if time.monotonic() - start > args.total:
+                    say(f"{args.total:.0f} s are over: nothing is tuned after {key}")
+                    return 1 if failed else 0
+        except RuntimeError as error:
+            # If one op cannot be tuned, the others still are.
+            say(f"{op}: {short(error)}")
+            failed += 1
     say("now run: clipfast verify, clipfast inspect, and tests/kernels/test_offline.py --update-resources")
     return 1 if failed else 0
 
@@ -256,6 +311,8 @@ def add_arguments(parser: Any) -> None:
     add("--seconds", type=float, default=10, help="time for each kernel (default 10)")
     add("--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no further kernel after this time")
     add("--tables", type=Path, default=configs.TUNED, help="folder of the tables to write")
+    by = "time on this machine's GPU, or choose by the model of an H100, without a GPU (default: measured)"
+    add("--by", default=MEASURED, choices=(MEASURED, MODEL), help=by)
     add("--dry", action="store_true", help="compile and rank only; needs no GPU, changes nothing")
     add("--arch", type=int, default=90, choices=configs.ARCHS, help="for --dry (default 90)")
     add("--limit", type=int, default=None, help="configurations to compile for each kernel (default: all)")
@@ -269,10 +326,10 @@ def _print_ranking(op: str, search: Search) -> None:
         searched = list(space(tunable))
         chosen = [committed, *(config for config in spread(searched, search.limit) if config != committed)]
         print(f"{key} on sm_{search.arch}, {len(chosen)} of {len(searched)} configurations:")
-        for config, report in prune(tunable, target, chosen, search):
+        for config, report, seconds in prune(tunable, target, chosen, search):
             note = "  <- committed" if config == committed else ""
-            share = f"{100 * report.bound.share:.0f}%" if report.bound is not None else "unknown"
-            print(f"  bound {share:>7}  {report.resources.registers:3} registers  {config}{note}", flush=True)
+            time_text = "unknown" if seconds == float("inf") else f"{1e6 * seconds:.1f} us"
+            print(f"  {time_text:>10}  {report.resources.registers:3} registers  {config}{note}", flush=True)
 
 
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:

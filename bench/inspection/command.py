@@ -1,43 +1,61 @@
 """``clipfast inspect``: report what the compiler made of every kernel on every architecture, without a GPU."""
 
 import argparse
-import concurrent.futures
-import contextlib
 import dataclasses
+import functools
 import json
-import multiprocessing
-import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 import triton
 
+from clipfast.files import check_target, replace_text
+from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
 
 from ..case import short
 from . import offline
-from .bound import Bound, bound, mma_kinds
+from .forecast import STEPS, Forecast, forecast_op, forecast_step, label, measurements
+from .forecast import table as forecast_table
+from .forecast import to_json as forecast_json
+from .matrix import mma_kinds
+from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, Prediction, load, predict
 from .occupancy import occupancy
 from .peer_kernels import installed_cases, record_peer
+from .pool import spread
 from .report import Report, differences, explain, table, to_json
 from .sass import parse
 from .shipped import known_problems, shipped_cases
+from .snapshot import Snapshot, loads
+from .workloads import measured_shapes
 
 ARCHS = tuple(ARCHITECTURES)
 VERSION = ".".join(triton.__version__.split(".")[:2])
+EPILOG = """\
+examples:
+  clipfast inspect --arch 90 --case attention
+  clipfast inspect --predict --case contrastive_loss        times of an op on an H100
+  clipfast inspect --predict --case "step model=ViT-B"      pairs/s of training steps
+  clipfast inspect --predict --against bench-loss.json      measured times beside them"""
+NOTE = """\
+Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); nothing here was measured.
+PyTorch's products take {tflops:g} TFLOP/s, and its other ops the bytes that they move. The host is left out, as in a
+CUDA graph. "error" holds for nine in ten published kernels of the kind: docs/gpu-model.md has them, and what the model
+leaves out."""
 SNAPSHOT = Path(__file__).parents[2] / "tests" / "kernels" / "resources.json"
 
 
 def inspect_launch(
-    launch: Launch, arch: int, *, case: str = "", kernel: str | None = None, half: bool | None = None
-) -> Report:
-    """Compile a launch from :func:`offline.record`, and report what it takes, what is wrong with it, and its bound.
+    launch: Launch, arch: int, *, case: str = "", kernel: str | None = None, half: bool | None = None,
+    predicts: bool = True,
+) -> Report:  # fmt: skip
+    """Compile a launch from :func:`offline.record`, and report what it takes, what is wrong with it, and its time.
 
     ``case`` and ``kernel`` are names for the report; the kernel has its own one by default. ``half`` says whether its
     products have 16-bit operands, and so must use the matrix unit (default: whether any of its tensors has 16 bits).
+    ``predicts`` says whether its time on an H100 is predicted.
 
     Raises:
         triton.CompilationError, RuntimeError: the kernel does not compile.
@@ -49,8 +67,8 @@ def inspect_launch(
     text = offline.disassemble(compiled)
     instructions = parse(text)
     resources = offline.resources(compiled, text)
-    warps, specialised = offline.threads(compiled) // 32, "ttg.warp_specialize" in compiled.asm["ttgir"]
-    result = bound(instructions, arch, warps, multiplies=multiplies, specialised=specialised)
+    warps = offline.threads(compiled) // 32
+    prediction = _prediction(compiled, launch) if predicts and arch == ARCH else None
     return Report(
         case=case, kernel=kernel or launch.kernel.__name__, arch=arch, resources=resources, warps=warps,
         occupancy=occupancy(
@@ -59,9 +77,18 @@ def inspect_launch(
         ),
         mma=mma_kinds(instructions),
         tma=any(instruction.name.startswith(("UTMALDG", "UTMASTG", "UTMAREDG")) for instruction in instructions),
-        bound=result if isinstance(result, Bound) else None, unbounded=result if isinstance(result, str) else "",
+        prediction=None if isinstance(prediction, str) else prediction,
+        unpredicted=prediction if isinstance(prediction, str) else "",
         problems=tuple(offline.problems(resources, arch, half=half, multiplies=multiplies)),
     )  # fmt: skip
+
+
+def _prediction(compiled: Any, launch: Launch) -> Prediction | str:
+    """Predict a launch on an H100, or say in one line why the model does not cover it."""
+    try:
+        return predict(load(compiled), launch.grid, launch.args, H100, effort=QUICK)
+    except NoModel as error:
+        return str(error)
 
 
 def inspect_case(arch: int, case: str, *, peer: bool = False) -> list[Report]:
@@ -96,8 +123,6 @@ def inspect_all(
     unknown = [arch for arch in archs if arch not in ARCHS]
     if unknown:
         raise ValueError(f"unknown architecture {unknown[0]}: known are {', '.join(map(str, ARCHS))}")
-    if jobs is not None and jobs < 1:
-        raise ValueError(f"jobs must be at least 1, got {jobs}")
     theirs, missing = installed_cases() if peers else ({}, [])
     ours = shipped_cases()
     chosen = [case for case in (*ours, *theirs) if substring in case]
@@ -105,34 +130,12 @@ def inspect_all(
         raise ValueError(f"no case contains {substring!r}; there are: {'; '.join((*ours, *theirs, *missing))}")
     tasks = [(arch, case, case in theirs) for arch in dict.fromkeys(archs) for case in chosen]
     reports: list[Report] = []
-    for result in _run(tasks, jobs or os.cpu_count() or 1):
+    for result in spread(_inspect, tasks, jobs, "compiling"):
         if isinstance(result, str):
             missing.append(result)
         else:
             reports += result
     return reports, missing
-
-
-def _run(tasks: list[tuple[int, str, bool]], jobs: int) -> Iterator[list[Report] | str]:
-    """Yield the results in the order of the tasks."""
-    if min(jobs, len(tasks)) == 1:
-        yield from _progress(map(_inspect, tasks), len(tasks))
-        return
-    with compilers(jobs) as pool:
-        yield from _progress(pool.map(_inspect, tasks), len(tasks))
-
-
-@contextlib.contextmanager
-def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
-    """Start ``jobs`` processes that compile. Tasks that still wait when the context ends are dropped."""
-    # a fork server imports everything once, and its children have no thread of this process and none of its GPU
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__])
-    pool = concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,))
-    try:
-        yield pool
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
@@ -146,36 +149,43 @@ def _inspect(task: tuple[int, str, bool]) -> list[Report] | str:
         return f"{case} on sm_{arch}: {short(error)}"
 
 
-def _progress(results: Iterable[Any], total: int) -> Iterable[Any]:
-    try:
-        from tqdm import tqdm
-    except ImportError:
-        return results
-    return tqdm(results, total=total, desc="compiling", unit="case", leave=False, disable=None)
-
-
 def add_parser(commands: Any) -> None:
     """Add the subcommand to those of ``clipfast``."""
-    raw, example = argparse.RawDescriptionHelpFormatter, "Example: clipfast inspect --arch 90 --case attention"
-    parser = commands.add_parser("inspect", description=explain(), epilog=example, formatter_class=raw)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = commands.add_parser("inspect", description=explain(), epilog=EPILOG, formatter_class=raw)
     add = parser.add_argument
-    add("--arch", nargs="+", type=int, default=ARCHS, metavar="N", help="compute capabilities (default: 80 90 100)")
+    add("--arch", nargs="+", type=int, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
     add("--case", default="", metavar="TEXT", help="report only cases whose name contains TEXT")
     add("--peers", action="store_true", help="report the kernels of installed peers too")
-    add("--json", metavar="FILE", help="write everything to FILE too")
+    add("--json", type=Path, metavar="FILE", help="write everything to FILE too")
     add("--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)")
     add("--jobs", type=int, metavar="N", help="number of processes (default: one for each core)")
     add("--traceback", action="store_true", help="show where an error was raised")
+    what = parser.add_argument_group("predicted times, without the report")
+    add = what.add_argument
+    add("--predict", action="store_true", help="predict every op and a step of every published model instead")
+    add("--card", default="h100", choices=tuple(MACHINES), help="the GPU to predict (default: h100)")
+    add("--dtype", default="bf16", choices=tuple(DTYPES), help="of the ops (default: bf16)")
+    add("--tflops", type=float, default=H100.power_flops / 1e12, metavar="X",
+        help="1e12 FLOP/s of PyTorch's own products (default: %(default)g)")  # fmt: skip
+    add("--against", nargs="+", metavar="FILE", help="results of clipfast bench to put beside the predictions")
+    add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the table and the differences from the snapshot; return 1 if a shipped kernel has a problem, else 0.
+    """Print what the command line asks for; return 1 if a shipped kernel has a problem, else 0.
 
     Raises:
         ValueError, RuntimeError: see :func:`inspect_all`.
-        ValueError, OSError: the snapshot cannot be read.
+        ValueError, OSError: the snapshot or a result file cannot be read.
     """
+    check_target(args.json)
+    return _predict(args) if args.predict else _report(args)
+
+
+def _report(args: argparse.Namespace) -> int:
+    """Print the table and the differences from the snapshot."""
     snapshot = _read_snapshot(args.snapshot)
     reports, missing = inspect_all(args.arch, substring=args.case, peers=args.peers, jobs=args.jobs)
     shipped = [report for report in reports if not report.peer]
@@ -184,7 +194,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         record = {"triton": triton.__version__, "reports": [to_json(report) for report in reports]}
         record |= {"missing": missing, "differences": changes}
-        Path(args.json).write_text(json.dumps(record, indent=1) + "\n")
+        replace_text(args.json, json.dumps(record, indent=1) + "\n")
     print(table(reports))
     print(f"\n{len(shipped)} shipped kernels, Triton {triton.__version__}: {len(failing)} with a problem")
     if snapshot is None:
@@ -196,15 +206,51 @@ def run(args: argparse.Namespace) -> int:
     return 1 if failing else 0
 
 
-def _read_snapshot(path: str | None) -> dict[str, Any] | None:
+def _predict(args: argparse.Namespace) -> int:
+    """Print predicted times of ops and steps, and measured ones beside them."""
+    if INTERPRET:
+        raise RuntimeError("TRITON_INTERPRET=1 is set, and interpreted kernels are not compiled: unset it")
+    if not args.tflops > 0:
+        raise ValueError(f"--tflops must be more than 0, got {args.tflops:g}")
+    measured = measurements(args.against) if args.against else None
+    ops = [
+        number
+        for number, (spec, shape) in enumerate(measured_shapes())
+        if args.case in label(spec.name, shape.to_dict(), args.dtype)
+    ]
+    steps = [model for model in STEPS if args.case in f"step model={model}"]
+    if not ops and not steps:
+        raise ValueError(
+            f"no op or step contains {args.case!r}, such as 'contrastive_loss pairs=32768' or 'step model=ViT'"
+        )
+    forecast = functools.partial(
+        _forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
+        effort=QUICK if args.quick else FULL,
+    )  # fmt: skip
+    forecasts = list(spread(forecast, [*ops, *steps], args.jobs, "predicting"))
+    if args.json:
+        record = {"triton": triton.__version__, "card": args.card, "products_flops_per_s": args.tflops * 1e12}
+        replace_text(
+            Path(args.json), json.dumps(record | {"forecasts": [*map(forecast_json, forecasts)]}, indent=1) + "\n"
+        )
+    print(forecast_table(forecasts, measured))
+    print(f"\n{NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, tflops=args.tflops)}")
+    return 0
+
+
+def _forecast(task: int | str, **options: Any) -> Forecast:
+    if isinstance(task, int):
+        return forecast_op(task, **options)
+    return forecast_step(task, **{name: value for name, value in options.items() if name != "dtype"})
+
+
+def _read_snapshot(path: str | None) -> Snapshot | None:
     """Read the snapshot: without a path that of the checkout, or None where there is no checkout."""
     if path is None and not SNAPSHOT.exists():
         return None
-    text = Path(path or SNAPSHOT).read_text()
     try:
-        snapshot = json.loads(text)
+        return loads(Path(path or SNAPSHOT).read_text())
     except json.JSONDecodeError as error:
-        raise ValueError(f"--snapshot {path} is not JSON: {error}") from None
-    if not isinstance(snapshot, dict):
-        raise ValueError(f"--snapshot {path} must hold resources by Triton version, as tests/kernels/resources.json")
-    return snapshot
+        raise ValueError(f"--snapshot {path or SNAPSHOT} is not JSON: {error}") from None
+    except ValueError as error:
+        raise ValueError(f"--snapshot {path or SNAPSHOT} is not one: {error}") from None

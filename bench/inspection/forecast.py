@@ -111,7 +111,7 @@ def forecast_op(number: int, dtype: str, machine: Machine, product_flops: float,
     """
     spec, shape = measured_shapes()[number]
     size, _ = spec.items
-    work = op_work(spec, shape, dtype, CARDS[machine.name.lower()])
+    work = op_work(spec, shape, dtype)
     kind = KINDS.get(spec.category, "memory")
     return _forecast(
         work, machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
@@ -129,15 +129,21 @@ def forecast_step(model: str, machine: Machine, product_flops: float, effort: Ef
 
 
 def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort, **what: Any) -> Forecast:
-    groups: dict[str, list[Launch]] = {}
-    for _, launch in work.launches:
-        groups.setdefault(_key(launch), []).append(launch)
+    parts = predict_parts([launch for _, launch in work.launches], machine, effort)
     times = [max(op.flops / product_flops, op.bytes / machine.hbm_rate) + machine.launch for op in work.ops]
     products = sum(time for time, op in zip(times, work.ops, strict=True) if op.flops)
     return Forecast(
-        **what, parts=tuple(_part(same, machine, effort) for same in groups.values()), torch_ops=len(work.ops),
+        **what, parts=parts, torch_ops=len(work.ops),
         torch_seconds=sum(times) - products, product_seconds=products,
     )  # fmt: skip
+
+
+def predict_parts(launches: Sequence[Launch], machine: Machine, effort: Effort = FULL) -> tuple[Part, ...]:
+    """Predict launches; equal ones are predicted once."""
+    groups: dict[str, list[Launch]] = {}
+    for launch in launches:
+        groups.setdefault(_key(launch), []).append(launch)
+    return tuple(_part(same, machine, effort) for same in groups.values())
 
 
 def _key(launch: Launch) -> str:
@@ -203,7 +209,8 @@ def _op_table(ops: Sequence[Forecast], measured: dict[str, float] | None) -> str
             spent = scaled(one.torch_seconds + one.product_seconds, SECONDS)
             rows.append([f"  {one.torch_ops} PyTorch ops", spent, "", "", "", "", ""])
     head = ["op, forward and backward", "time", "error", "launches", "waves", "cycles", "limit", *_head(measured)]
-    return align([head, *rows], right=range(1, 6)) if rows else ""
+    filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
+    return align([head, *filled], right=range(1, 6)) if rows else ""
 
 
 def _part_cells(part: Part) -> list[str]:

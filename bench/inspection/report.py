@@ -8,9 +8,10 @@ from typing import Any
 
 from clipfast.columns import align
 
-from .bound import Bound
+from .model import Prediction
 from .occupancy import Occupancy
 from .offline import Resources
+from .snapshot import Snapshot, as_fields
 
 _COLUMNS = {
     "regs": "registers per thread, at most 255",
@@ -20,13 +21,9 @@ _COLUMNS = {
     "blocks": "blocks that fit on one multiprocessor at a time, and the resources that allow no more",
     "MMA": "matrix instructions: HMMA is mma.sync, HGMMA wgmma, UTCHMMA tcgen05.mma",
     "TMA": "whether the tensor memory accelerator moves tiles",
-    "mma": "clock cycles of the matrix unit for one iteration of the hottest loop",
-    "exp": "the same of the exponential unit",
-    "fp32": "the same of the float32 lanes",
-    "issue": "the same of the issue slots",
-    "bound": "how busy the matrix unit can be at most, and the unit that sets it; 'fp32': of the float32 lanes, for "
-    "products that must stay exact. A bound, not an estimate: memory and waiting are left out",
-    "around": "cycles of the busiest unit in the code around that loop: few, if the loop has many iterations",
+    "copy": "instructions between an asynchronous copy in a loop and its wait, loop by loop: one or two hide nothing",
+    "cycles": "clock cycles of one program on an H100 that is full of them, by the model of clipfast inspect --predict",
+    "limit": "the unit of the multiprocessor that is busiest then, and the share of the time that it is busy",
 }
 
 
@@ -49,14 +46,14 @@ class Report:
 
     case: str  # name of the call that makes the launch
     kernel: str  # name of the kernel, and its number among the launches of that kernel
-    arch: int  # compute capability, 80, 90 or 100
+    arch: int  # compute capability, such as 90
     resources: Resources
     warps: int  # per block
     occupancy: Occupancy
     mma: tuple[str, ...]  # kinds of matrix instructions, such as "HGMMA 64x128x16 bf16"
     tma: bool  # whether it uses the tensor memory accelerator
-    bound: Bound | None  # upper bound on the use of the matrix unit
-    unbounded: str  # why there is no bound, or ""
+    prediction: Prediction | None  # of the launch on an H100; None for other architectures
+    unpredicted: str  # why there is no prediction, or ""
     problems: tuple[str, ...]  # what :func:`clipfast.bench.inspection.offline.problems` found
     known: tuple[str, ...] = ()  # problems that the compiler causes and clipfast cannot avoid
     peer: bool = False  # whether it is a kernel of another package
@@ -67,23 +64,21 @@ class Report:
         return tuple(problem for problem in self.problems if problem not in self.known)
 
     @property
-    def rank(self) -> tuple[bool, float, float, float]:
+    def rank(self) -> tuple[bool, float, float]:
         """Return the key that sorts configurations of one kernel, the best first.
 
-        Sound ones come first; then the bound decides, then the overhead beside the products, then the warps on a
-        multiprocessor. A kernel that does not fit on a multiprocessor is not sound.
+        Sound ones come first; then the predicted time decides, and where there is none the warps on a multiprocessor. A
+        kernel that does not fit on a multiprocessor is not sound.
         """
-        share, overhead = (self.bound.share, self.bound.overhead) if self.bound else (0.0, float("inf"))
         unsound = bool(self.failures) or self.occupancy.blocks == 0
-        return unsound, -share, overhead, -self.occupancy.warps
+        return unsound, self.prediction.seconds if self.prediction else float("inf"), -self.occupancy.warps
 
 
 def to_json(report: Report) -> dict[str, Any]:
-    """Return a report for JSON: its fields, and the figures that follow from the bound."""
+    """Return a report for JSON: its fields, and the limit of its prediction."""
     record = dataclasses.asdict(report)
-    if report.bound is not None:
-        bound = report.bound
-        record["bound"] |= {"share": bound.share, "limit": bound.loop.limit, "overhead": bound.overhead}
+    if report.prediction is not None:
+        record["prediction"]["limit"] = report.prediction.limit
     return record
 
 
@@ -97,14 +92,12 @@ def table(reports: Sequence[Report]) -> str:
 
 
 def _row(report: Report) -> dict[str, str]:
-    bound, resources = report.bound, report.resources
+    resources, prediction = report.resources, report.prediction
     name, _, number = report.kernel.partition(" ")
     label = name.removeprefix("_").removesuffix("_kernel")
-    cycles = {unit: f"{getattr(bound.loop, unit):.0f}" if bound else "-" for unit in ("mma", "exp", "fp32", "issue")}
-    kind = " fp32" if bound and bound.unit == "fp32" else ""
     notes = [problem if problem in report.failures else f"known: {problem}" for problem in report.problems]
-    if report.unbounded and report.unbounded != "no matrix product":
-        notes.append(f"no bound: {report.unbounded}")
+    if report.unpredicted:
+        notes.append(f"no prediction: {report.unpredicted}")
     return {
         "case": report.case, "kernel": label if number in ("", "0") else f"{label} {number}",
         "regs": str(resources.registers), "spill": str(resources.spill_bytes),
@@ -112,9 +105,9 @@ def _row(report: Report) -> dict[str, str]:
         "blocks": f"{report.occupancy.blocks} {'+'.join(report.occupancy.limits)}",
         "MMA": _kinds(report.mma),
         "TMA": "yes" if report.tma else "no",
-        **cycles,
-        "bound": f"{bound.share:.0%}{kind} {bound.loop.limit}" if bound else "-",
-        "around": f"{getattr(bound.outside, bound.outside.limit):.0f} {bound.outside.limit}" if bound else "-",
+        "copy": "+".join(map(str, resources.copies)) or "-",
+        "cycles": f"{prediction.cycles:.0f}" if prediction else "-",
+        "limit": prediction.limit if prediction else "-",
         "": "; ".join(notes),
     }  # fmt: skip
 
@@ -129,19 +122,20 @@ def _kinds(kinds: Sequence[str]) -> str:
     return ", ".join(f"{name} {'+'.join(found)} {operand}".strip() for (name, operand), found in shapes.items()) or "-"
 
 
-def differences(reports: Sequence[Report], snapshot: dict[str, Any], version: str) -> list[str]:
-    """Return what differs from a snapshot, one line for each kernel. Only inspected cases are compared.
+def differences(reports: Sequence[Report], snapshot: Snapshot, version: str) -> list[str]:
+    """Return what differs from a snapshot of Triton ``version``, one line for each kernel.
 
-    The snapshot holds resources by Triton version ("3.9"), architecture ("sm_90"), case and kernel.
+    Only inspected cases are compared.
     """
-    if version not in snapshot:
-        return [f"the snapshot has no entry for Triton {version}, only {', '.join(sorted(snapshot)) or 'none at all'}"]
+    known = snapshot.resources
+    if version not in known:
+        return [f"the snapshot has no entry for Triton {version}, only {', '.join(sorted(known)) or 'none at all'}"]
     found: dict[tuple[str, str], dict[str, dict[str, Any]]] = defaultdict(dict)
     for report in reports:
-        found[f"sm_{report.arch}", report.case][report.kernel] = dataclasses.asdict(report.resources)
+        found[f"sm_{report.arch}", report.case][report.kernel] = as_fields(report.resources)
     lines = []
     for (arch, case), kernels in found.items():
-        before: dict[str, dict[str, Any]] = snapshot[version].get(arch, {}).get(case, {})
+        before: dict[str, dict[str, Any]] = known[version].get(arch, {}).get(case, {})
         for kernel in sorted({*kernels, *before}):
             old, new = before.get(kernel), kernels.get(kernel)
             if old == new:

@@ -1,8 +1,4 @@
-"""Machine code as the disassembler prints it: instructions, basic blocks and loops.
-
-Loops are found on the control-flow graph: an edge back to a block that dominates its source closes one. So code that is
-placed out of line, such as a wait on a barrier, neither makes a loop of its own nor ends one.
-"""
+"""Machine code as the disassembler prints it: instructions with their control codes, and basic blocks."""
 
 import dataclasses
 import functools
@@ -64,14 +60,6 @@ class Instruction:
         return self.opcode.split(".")[1:]
 
 
-@dataclasses.dataclass(frozen=True)
-class Loop:
-    """Indices of basic blocks: the whole body, and the sources of the edges back to its first block."""
-
-    body: frozenset[int]
-    latches: frozenset[int]
-
-
 class UnknownControlFlow(Exception):  # noqa: N818  (a finding, not a failure)
     """A branch whose target is not in the text."""
 
@@ -100,7 +88,7 @@ def parse(text: str) -> list[Instruction]:
 
 
 class Graph:
-    """Basic blocks that can be reached from the entry, their dominators and the natural loops.
+    """Basic blocks that can be reached from the entry, and their dominators.
 
     It is assumed that calls return. A called subroutine is not part of the graph.
     """
@@ -118,22 +106,6 @@ class Graph:
     def dominates(self, block: int, other: int) -> bool:
         """Return whether every path from the entry to ``other`` passes through ``block``."""
         return other not in self._avoiding[block]
-
-    @functools.cached_property
-    def exits(self) -> frozenset[int]:
-        """Return the reachable blocks without a successor."""
-        return frozenset(block for block in self.order if not self.successors[block])
-
-    @functools.cached_property
-    def loops(self) -> list[Loop]:
-        """Return all natural loops. Loops with the same header count as one."""
-        loops = []
-        for header in self.order:
-            latches = [block for block in self.predecessors[header] if self.dominates(header, block)]
-            if latches:
-                body = {header} | _reachable(self.predecessors, latches, without=header)
-                loops.append(Loop(frozenset(body), frozenset(latches)))
-        return loops
 
     def above(self, block: int, position: int) -> list[Instruction]:
         """Return the instructions that certainly ran before number ``position`` of ``block``, the latest first."""

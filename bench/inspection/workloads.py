@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast.kernels.dtypes import DTYPES
-from clipfast.kernels.hardware import CARDS, Card
+from clipfast.kernels.hardware import ARCHITECTURES, CARDS, Card
 from clipfast.kernels.launch import Launch, record_launches
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.ledger import Event, Ledger
@@ -52,12 +52,12 @@ class _Recorder(Ledger):
         self.work.launches.clear()
 
 
-def op_work(spec: OpSpec, shape: Shape, dtype: str, card: Card = CARDS["h100"]) -> Work:
-    """Return the forward and the backward pass of an op at a shape."""
+def op_work(spec: OpSpec, shape: Shape, dtype: str, arch: int = 90) -> Work:
+    """Return the forward and the backward pass of an op at a shape, on a GPU of a compute capability."""
     with (
         warnings.catch_warnings(action="ignore"),  # the address of a fake tensor is deprecated
         FakeTensorMode(allow_non_fake_inputs=True),
-        record_launches(card.arch, card.multiprocessors) as launches,
+        record_launches(arch, ARCHITECTURES[arch].multiprocessors) as launches,
         _Recorder(launches) as ledger,
     ):
         call = spec.call(shape, spec.bench_values, Draw(empty=True), DTYPES[dtype])

@@ -16,10 +16,11 @@ import triton.language as tl
 from clipfast.bench.inspection import command as inspect
 from clipfast.bench.inspection import offline, peer_kernels
 from clipfast.bench.inspection.occupancy import occupancy
-from clipfast.bench.inspection.report import differences, table, to_json
+from clipfast.bench.inspection.report import differences, table
 from clipfast.bench.inspection.shipped import shipped_cases
+from clipfast.bench.inspection.snapshot import Snapshot, as_fields, loads
 from clipfast.cli import main
-from clipfast.kernels import attention, configs
+from clipfast.kernels import configs
 from clipfast.kernels.launch import Launch
 
 from ..conftest import ON_GPU
@@ -61,12 +62,19 @@ def reports():
         (100, 64, 4, 0, 257, 1, ("tmem",)),
         (100, 64, 4, 0, 16, 8, ("registers",)),
         (100, 64, 4, 0, 576, 0, ("tmem",)),
+        (86, 16, 1, 0, 0, 16, ("blocks",)),
+        (89, 16, 1, 0, 0, 24, ("blocks",)),
+        (120, 32, 8, 0, 0, 6, ("warps",)),
+        # one block of 99 KiB, or two of 49
+        (120, 32, 4, 101376, 0, 1, ("shared",)),
+        (120, 32, 4, 101377, 0, 0, ("shared",)),
+        (86, 32, 4, 50176, 0, 2, ("shared",)),
     ],
 )
 def test_occupancy(arch, registers, warps, shared, tmem, blocks, limits):
     found = occupancy(arch, registers=registers, warps=warps, shared_bytes=shared, tmem_columns=tmem)
     assert (found.blocks, found.limits) == (blocks, limits)
-    assert found.warps == blocks * warps / 64
+    assert found.warps == blocks * warps / (48 if arch in (86, 89, 120) else 64)
 
 
 def product(config: configs.GemmConfig) -> inspect.Report:
@@ -76,7 +84,7 @@ def product(config: configs.GemmConfig) -> inspect.Report:
     return inspect.inspect_launch(launches["_products_kernel 0"], 90)
 
 
-def test_rank_orders_what_is_known_and_a_smaller_tile_has_more_overhead():
+def test_rank_orders_what_is_known():
     clean = product(configs.GemmConfig(128, 128, 64, num_warps=8, num_stages=3))
     # wgmma needs 64 rows; 128 x 256 scores in the registers of one warpgroup do not fit
     narrow = product(configs.GemmConfig(32, 128, 64, num_warps=4, num_stages=3))
@@ -87,21 +95,14 @@ def test_rank_orders_what_is_known_and_a_smaller_tile_has_more_overhead():
     assert narrow.mma == ("HMMA 16x8x16 bf16",)
     assert [problem.split()[0] for problem in spilling.problems] == ["spills"]
     assert min((narrow, spilling, clean), key=lambda report: report.rank) is clean
-    # not only because it is told of the problem: the bound alone puts mma.sync below wgmma
+    # not only because it is told of the problem: the model alone puts the narrow tile behind
     assert dataclasses.replace(narrow, problems=()).rank > clean.rank
-    assert narrow.bound.share <= 2 / 3 < clean.bound.share
-    small = product(configs.GemmConfig(64, 32, 32, num_warps=4, num_stages=3))
-    assert small.problems == ()
-    assert clean.rank < small.rank
-
-
-def test_attention_on_hopper_is_bound_by_its_softmax():
-    # two products of 128 x 64 x 64 a turn: 512 cycles; at least one exponential per score: 128 * 64 / 16
-    (launch,) = offline.record(90, lambda: attention(torch.empty(1, 577, 192, dtype=torch.bfloat16), 1))
-    report = inspect.inspect_launch(launch, 90)
-    assert report.bound.loop.mma == 512
-    assert report.bound.loop.exp >= 512
-    assert report.bound.share < 1
+    assert narrow.prediction.seconds > clean.prediction.seconds
+    # without a model, warps decide
+    few, many = (dataclasses.replace(clean, prediction=None, occupancy=occupancy(80, **blocks)) for blocks in (
+        {"registers": 255, "warps": 8, "shared_bytes": 0}, {"registers": 64, "warps": 8, "shared_bytes": 0},
+    ))  # fmt: skip
+    assert many.rank < few.rank
 
 
 @triton.jit
@@ -122,20 +123,29 @@ def descriptor_launch(*, specialise: bool) -> Launch:
     return Launch(_descriptor_kernel, (8,), args, {"BLOCK": 128, "SPECIALISE": specialise}, options)
 
 
-def test_tma_is_seen_and_a_warp_specialised_kernel_has_no_bound(reports):
+def test_tma_is_seen_and_a_warp_specialised_kernel_is_not_predicted(reports):
     assert inspect.inspect_launch(descriptor_launch(specialise=False), 90).tma
     assert not any(report.tma for report in reports)
     report = inspect.inspect_launch(descriptor_launch(specialise=True), 100)
-    assert report.bound is None
-    assert "warp-specialised" in report.unbounded
+    assert (report.prediction, report.unpredicted) == (None, "")  # the model is of sm_90
     assert report.warps > 4
 
 
-def test_float32_is_measured_in_multiply_adds():
-    forward = inspect.inspect_case(90, "attention N17 D32 fp32")[0]
-    assert forward.mma == ()
-    assert forward.bound.unit == "fp32"
-    assert 0 < forward.bound.share < 1
+def test_every_kernel_of_an_h100_has_a_prediction(reports):
+    for report in [*reports, *inspect.inspect_case(90, "attention N17 D32 fp32")]:
+        assert report.prediction.guesses == 0
+        assert report.prediction.cycles > 1000
+    assert inspect.inspect_case(80, SMALL)[0].prediction is None
+
+
+def test_what_the_model_does_not_cover_is_said(monkeypatch):
+    def refuse(*_, **__):
+        raise inspect.NoModel("its warps run different code")
+
+    monkeypatch.setattr(inspect, "predict", refuse)
+    report = inspect.inspect_case(90, SMALL)[0]
+    assert (report.prediction, report.unpredicted) == (None, "its warps run different code")
+    assert "no prediction: its warps run different code" in table([report])
 
 
 def test_report_is_that_of_the_snapshot(capsys, tmp_path):
@@ -148,9 +158,11 @@ def test_report_is_that_of_the_snapshot(capsys, tmp_path):
     assert sorted(found) == ["differences", "missing", "reports", "triton"]
     assert [record["kernel"] for record in found["reports"]] == ["_short_fwd_kernel 0", "_short_bwd_kernel 0"]
     for record in found["reports"]:
-        assert {"case", "arch", "resources", "warps", "occupancy", "mma", "tma", "bound", "problems"} <= set(record)
-        assert {"unit", "loop", "outside", "share", "limit", "overhead"} <= set(record["bound"])
-    snapshot = json.loads(inspect.SNAPSHOT.read_text())[inspect.VERSION]["sm_90"][SMALL]
+        assert {"case", "arch", "resources", "warps", "occupancy", "mma", "tma", "prediction", "problems"} <= set(
+            record
+        )
+        assert {"seconds", "cycles", "waves", "busy", "limit", "guesses"} <= set(record["prediction"])
+    snapshot = loads(inspect.SNAPSHOT.read_text()).resources[inspect.VERSION]["sm_90"][SMALL]
     assert snapshot == {record["kernel"]: record["resources"] for record in found["reports"]}
 
 
@@ -179,7 +191,7 @@ def test_known_problem_does_not_fail_and_what_does_not_fit_ranks_last(reports):
     assert reports[0].rank == excused.rank < spilling.rank
     homeless = dataclasses.replace(reports[0], occupancy=occupancy(90, registers=255, warps=64, shared_bytes=0))
     assert homeless.occupancy.blocks == 0
-    assert homeless.rank > dataclasses.replace(reports[0], bound=None).rank
+    assert homeless.rank > dataclasses.replace(reports[0], prediction=None).rank
 
 
 @pytest.mark.parametrize(
@@ -191,9 +203,10 @@ def test_known_problem_does_not_fail_and_what_does_not_fit_ranks_last(reports):
     ],
 )
 def test_planted_difference_and_another_triton_are_shown(reports, change, expected):
-    snapshot = {"3.x": {"sm_90": {SMALL: {report.kernel: to_json(report)["resources"] for report in reports}}}}
+    kernels = {report.kernel: as_fields(report.resources) for report in reports}
+    snapshot = Snapshot({"3.x": {"sm_90": {SMALL: kernels}}})
     assert differences(reports, snapshot, "3.x") == []
-    change(snapshot["3.x"]["sm_90"][SMALL])
+    change(kernels)
     (line,) = differences(reports, snapshot, "3.x")
     assert line.startswith(f"sm_90 {SMALL}: {expected}")
     (line,) = differences(reports, snapshot, "4.0")
@@ -203,11 +216,12 @@ def test_planted_difference_and_another_triton_are_shown(reports, change, expect
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        (["--arch", "75"], "unknown architecture 75: known are 80, 90, 100"),
+        (["--arch", "75"], "unknown architecture 75: known are 80, 86, 89, 90, 100, 120"),
         (["--case", "attentoin"], "no case contains 'attentoin'; there are: bias_gelu N4096 bf16; "),
         (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--snapshot", "nowhere.json"], "nowhere.json"),
         (["--snapshot", __file__], "is not JSON"),
+        (["--snapshot", str(configs.table_path(90))], "is not one: a snapshot has the fields of its lists at the top"),
     ],
 )
 def test_what_is_wrong_is_one_line(capsys, arguments, expected):
@@ -270,5 +284,5 @@ def test_help_explains_the_columns(capsys):
     with pytest.raises(SystemExit, match="0"):
         main(["inspect", "--help"])
     out = capsys.readouterr().out
-    assert "Example: clipfast inspect --arch 90" in out
-    assert all(f"\n  {column} " in out for column in ("spill", "blocks", "TMA", "issue", "bound"))
+    assert "clipfast inspect --arch 90" in out
+    assert all(f"\n  {column} " in out for column in ("spill", "blocks", "TMA", "cycles", "limit"))

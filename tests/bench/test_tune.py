@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 import json
 from unittest import mock
 
@@ -10,7 +11,7 @@ import torch
 
 from clipfast.bench import cli, tune
 from clipfast.bench.case import OURS, Candidate
-from clipfast.bench.harness import Timing
+from clipfast.bench.harness import Budget, Timing
 from clipfast.bench.suites import build
 from clipfast.kernels import configs
 from clipfast.kernels.contrastive.logit_blocks import logit_blocks
@@ -34,7 +35,7 @@ SEARCH = tune.Search("bf16", 90, keep=3, limit=None, pool=mock.Mock(map=map))  #
 
 def test_what_spills_or_does_not_fit_is_dropped_and_said(capsys):
     kept = tune.prune(FORWARD, TARGET, [SPILLS, TOO_LARGE, GOOD], SEARCH)
-    assert [config for config, _ in kept] == [GOOD]
+    assert [one.config for one in kept] == [GOOD]
     said = capsys.readouterr().out
     assert f"2 of 3 configurations are not sound: {SPILLS}: " in said
     assert "spills" in said
@@ -49,7 +50,7 @@ def test_small_tiles_may_miss_the_largest_matrix_units():
     _, target = tune.TARGETS["attention_pool"]
     (pool,) = target.kernels
     committed = configs.RowConfig(**configs.committed(tune.key_of(pool, target, "bf16"), 90))
-    assert [config for config, _ in tune.prune(pool, target, [committed], SEARCH)] == [committed]
+    assert [one.config for one in tune.prune(pool, target, [committed], SEARCH)] == [committed]
     assert tune.prune(dataclasses.replace(pool, small_tiles=False), target, [committed], SEARCH) == []
 
 
@@ -81,25 +82,45 @@ def test_only_what_is_faster_beyond_doubt_and_no_less_accurate_wins():
 
 
 def test_a_new_folder_starts_with_the_committed_table_in_its_form(tmp_path):
-    path = tune.write_table({}, 90, tmp_path / "tables")
-    assert path.read_text() == (configs.TUNED / "sm_90.json").read_text()
+    path = tune.write_table({}, 90, tmp_path / "tables", by=tune.MEASURED)
+    assert path.read_text() == configs.table_path(90).read_text()
     key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
-    tune.write_table({key: TOO_LARGE}, 90, path.parent)
-    assert json.loads(path.read_text()) == configs.read_table(90) | {key: dataclasses.asdict(TOO_LARGE)}
+    tune.write_table({key: TOO_LARGE}, 90, path.parent, by=tune.MEASURED)
+    before = json.loads(configs.table_path(90).read_text())
+    assert json.loads(path.read_text()) == before | {key: dataclasses.asdict(TOO_LARGE) | {"by": "measured"}}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_was_measured_wins_over_the_model(tmp_path, capsys):
+    key, other = (configs.config_key("attention_looped_fwd", torch.bfloat16, dim) for dim in (64, 96))
+    tune.write_table({key: TOO_LARGE}, 90, tmp_path, by=tune.MEASURED)
+    path = tune.write_table({key: GOOD, other: GOOD}, 90, tmp_path, by=tune.MODEL)
+    table = json.loads(path.read_text())
+    assert table[key] == dataclasses.asdict(TOO_LARGE) | {"by": "measured"}
+    assert table[other] == dataclasses.asdict(GOOD) | {"by": "model"}
+    assert f"{key}: the entry that was measured stays" in capsys.readouterr().out
+    tune.write_table({other: OTHER}, 90, tmp_path, by=tune.MEASURED)
+    assert json.loads(path.read_text())[other]["by"] == "measured"
+
+
+def test_who_chose_an_entry_is_no_field_of_a_configuration(tmp_path, monkeypatch):
+    key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
+    tune.write_table({key: GOOD}, 90, tmp_path, by=tune.MODEL)
+    monkeypatch.setattr(configs, "TUNED", tmp_path)
+    assert configs.read_table(90)[key] == dataclasses.asdict(GOOD)
 
 
 @pytest.fixture
 def tune_all(monkeypatch, tmp_path):
     """A function that tunes ops as on a card, where each kernel is measured with the next of the given outcomes."""
-    monkeypatch.setattr(tune, "_table_arch", lambda device: 90)
-    monkeypatch.setattr(tune, "prune", lambda *args: [(OTHER, None)])
+    monkeypatch.setattr(tune, "prune", lambda *args: [tune.Candidate(OTHER, None, 0.0)])
     monkeypatch.setattr(tune, "build", lambda suite, shape, dtype, device: build(suite, SMALLEST, dtype, device))
 
     def run(*ops, outcomes, total=100.0):
         monkeypatch.setattr(tune, "measure", mock.Mock(side_effect=outcomes))
-        args = {"dtype": "bf16", "seconds": 3.0, "keep": 8, "limit": 4, "total": total, "tables": tmp_path}
-        return tune._tune_all(ops, argparse.Namespace(**args), CPU)
+        budget = Budget(3.0, min_rounds=tune.MIN_ROUNDS)
+        tuned = functools.partial(tune.tune, device=CPU, budget=budget, search=SEARCH)
+        return tune._tune_all(ops, argparse.Namespace(total=total, tables=tmp_path, by=tune.MEASURED), tuned, 90)
 
     return run
 
@@ -115,14 +136,15 @@ def test_each_kernel_is_written_before_the_next_is_measured(tune_all, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tune_all("attention-64", outcomes=[outcome(SLOW, FAST), KeyboardInterrupt])
     table = json.loads((tmp_path / "sm_90.json").read_text())
-    assert table[tune.key_of(FORWARD, TARGET, "bf16")] == dataclasses.asdict(OTHER)
+    assert table[tune.key_of(FORWARD, TARGET, "bf16")] == dataclasses.asdict(OTHER) | {"by": "measured"}
     assert tune.measure.call_args.args[1].min_rounds >= 20
 
 
 def test_an_op_that_cannot_be_tuned_does_not_stop_the_next(tune_all, capsys):
-    outcomes = [outcome(timing([], {}, "no memory"), SLOW), outcome(SLOW, SLOW), outcome(SLOW, SLOW)]
+    kernels = len(tune.TARGETS["attention-128"][1].kernels)
+    outcomes = [outcome(timing([], {}, "no memory"), SLOW), *[outcome(SLOW, SLOW)] * kernels]
     assert tune_all("attention-64", "attention-128", outcomes=outcomes) == 1
-    assert tune.measure.call_count == 3
+    assert tune.measure.call_count == 1 + kernels
     reason = "attention-64: RuntimeError: the committed configuration cannot be timed: no memory"
     assert reason in capsys.readouterr().out
 
@@ -185,12 +207,39 @@ def test_spread_takes_from_everywhere():
 
 def test_tuning_without_the_card_is_a_clear_error(capsys, tmp_path):
     assert cli.main(["tune", "--op", "attention-64", "--card", "H100", "--tables", str(tmp_path)]) == 2
-    assert "tuning needs the GPU that is tuned for: --dry ranks" in capsys.readouterr().err
+    assert "tuning needs the GPU that is tuned for: --by model, or --dry, does without one" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_model_chooses_what_is_faster_beyond_its_error(capsys, monkeypatch, tmp_path):
+    seconds = {GOOD: 1.0, OTHER: 0.96, SPILLS: 0.9}
+    report = mock.Mock(failures=())
+    monkeypatch.setattr(tune, "space", lambda tunable: iter([OTHER, SPILLS]))
+    monkeypatch.setattr(tune, "_committed", lambda *args: GOOD)
+    monkeypatch.setattr(
+        tune, "prune", lambda tunable, target, tried, *_: sorted(
+            (tune.Candidate(config, report, seconds[config]) for config in tried), key=lambda one: one.seconds
+        )
+    )  # fmt: skip
+    winners = dict(tune.tune_by_model("attention-64", SEARCH))
+    assert set(winners.values()) == {SPILLS}
+    seconds[SPILLS] = 0.97
+    assert set(dict(tune.tune_by_model("attention-64", SEARCH)).values()) == {None}
+
+
+def test_tuning_by_model_writes_who_chose_and_needs_the_architecture_of_the_model(capsys, tmp_path):
+    options = ["--by", "model", "--op", "attention-50", "--limit", "2", "--keep", "2", "--tables", str(tmp_path)]
+    assert cli.main(["tune", *options, "--arch", "80"]) == 2
+    assert "--by model: there is a model of sm_90 only, got --arch 80" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+    assert cli.main(["tune", *options]) == 0
+    written = json.loads((tmp_path / "sm_90.json").read_text())
+    before = json.loads(configs.table_path(90).read_text())
+    assert all(entry["by"] == "model" for key, entry in written.items() if entry != before.get(key))
 
 
 def test_dry_run_ranks_the_committed_one_among_others(capsys):
     assert cli.main(["tune", "--op", "attention-64", "--dry", "--arch", "90", "--limit", "2", "--keep", "3"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("configurations:") == 2
+    assert printed.count("configurations:") == len(TARGET.kernels)
     assert "<- committed" in printed

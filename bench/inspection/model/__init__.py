@@ -5,11 +5,12 @@ branches depend on, and ``paths`` follows them. ``steps`` says what each instruc
 and ``predict`` lays the result over the grid. ``machine`` holds every constant.
 """
 
-from .kernel import Kernel, NoModel, load
+from .kernel import ARCH, Kernel, NoModel, load
 from .machine import H100, H200, MACHINES, Machine
-from .predict import FULL, QUICK, Effort, Prediction, predict, predict_launch
+from .predict import FULL, QUICK, Effort, Prediction, follow, predict, predict_launch
 
 __all__ = [
+    "ARCH",
     "FULL",
     "H100",
     "H200",
@@ -20,6 +21,7 @@ __all__ = [
     "Machine",
     "NoModel",
     "Prediction",
+    "follow",
     "load",
     "predict",
     "predict_launch",

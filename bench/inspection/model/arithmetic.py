@@ -11,7 +11,7 @@ import struct
 from collections.abc import Callable
 
 from ..sass import Instruction
-from .registers import MASK, WIDE_MASK, Operand, State, operand_of, operands, written
+from .registers import MASK, WIDE_MASK, Operand, State, following, operand_of, operands, slot, written
 
 _ADDRESS = re.compile(r"\[(?P<parts>[^\[\]]+)\]$")
 _COMPARE: dict[str, Callable[[int, int], bool]] = {
@@ -222,24 +222,22 @@ def _combine(either: bool, differ: bool, a: bool | None, b: bool | None) -> bool
 @_means("LOP3", "ULOP3")
 def _logic(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
     carries, result, rest = _split(found)
-    values, table = [state.read(operand) for operand in rest[:3]], rest[3].number
-    value = None
-    if table is not None and (None not in values):
-        value = _look_up(table, [value for value in values if value is not None])
-    state.write(result, value)
+    bits, known = _look_up(rest[3].number or 0, [state.read_bits(operand) for operand in rest[:3]])
+    state.write_bits(result, bits, known)
+    is_zero = known == MASK and bits == 0
     for carry in carries:
-        state.set(carry, None if value is None else value != 0)
+        state.set(carry, True if bits else (False if is_zero else None))
 
 
-def _look_up(table: int, values: list[int]) -> int:
-    value = 0
+def _look_up(table: int, values: list[tuple[int, int]]) -> tuple[int, int]:
+    """Return the bits of a function of three bits, and a mask of those that are known."""
+    may_be = [0, 0]  # bits that may be 0, and bits that may be 1
     for row in range(8):
-        if table >> row & 1:
-            term = MASK
-            for place, operand in enumerate(values):
-                term &= operand if row >> 2 - place & 1 else ~operand
-            value |= term
-    return value & MASK
+        possible = MASK
+        for place, (bits, known) in enumerate(values):
+            possible &= (bits if row >> 2 - place & 1 else ~bits) | ~known
+        may_be[table >> row & 1] |= possible & MASK
+    return may_be[1] & ~may_be[0], ~(may_be[0] & may_be[1]) & MASK
 
 
 @_means("PLOP3", "UPLOP3")
@@ -261,8 +259,11 @@ def _either(value: bool | None) -> tuple[bool, ...]:
 @_means("SEL", "USEL")
 def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
     chosen = state.predicate(found[3])
-    a, b = state.read(found[1]), state.read(found[2])
-    state.write(found[0], (a if a == b else None) if chosen is None else (a if chosen else b))
+    a, b = (state.read_bits(operand) for operand in found[1:3])
+    if chosen is None:  # bits that both have alike are known
+        state.write_bits(found[0], a[0], a[1] & b[1] & ~(a[0] ^ b[0]))
+    else:
+        state.write_bits(found[0], *(a if chosen else b))
 
 
 @_means("IMNMX", "VIMNMX", "UIMNMX")
@@ -273,6 +274,28 @@ def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], __
         return
     key = (lambda value: value) if "U32" in modifiers else signed
     state.write(found[0], (min if is_min else max)(a, b, key=key))
+
+
+@_means("VIADDMNMX")
+def _sum_and_extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    a, b, c = (state.read(operand) for operand in found[1:4])
+    is_min = state.predicate(found[4])
+    if a is None or b is None or c is None or is_min is None:
+        state.write(found[0], None)
+        return
+    key = (lambda value: value) if "U32" in modifiers else signed
+    state.write(found[0], (min if is_min else max)(a + b & MASK, c, key=key))
+
+
+@_means("HFMA2")
+def _half_constants(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    """Zero times zero plus two float16 numbers is how the assembler moves a constant."""
+    texts = [text.strip() for text in instruction.operands.split(",")]
+    value = None
+    if all(operand.number == 0 for operand in found[1:3]) and len(texts) == 5:
+        high, low = (int.from_bytes(struct.pack("<e", float(text)), "little") for text in texts[3:])
+        value = high << 16 | low
+    state.write(found[0], value)
 
 
 @_means("LDC", "ULDC", "LDCU", "MOV", "UMOV", "R2UR")
@@ -312,21 +335,19 @@ def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: In
 
 @_means("P2R")
 def _pack(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
-    base, mask = state.read(found[2]), found[3].number or 0
-    bits = [state.registers.get(f"P{index}") for index in range(7) if mask >> index & 1]
-    if base is None or None in bits:
-        state.write(found[0], None)
-        return
-    packed = sum((state.registers.get(f"P{index}") or 0) << index for index in range(7))
-    state.write(found[0], base & ~mask | packed & mask)
+    (base, base_known), mask = state.read_bits(found[2]), found[3].number or 0
+    predicates = {index: state.registers.get(f"P{index}") for index in range(7) if mask >> index & 1}
+    packed = sum(value << index for index, value in predicates.items() if value)
+    known = sum(1 << index for index, value in predicates.items() if value is not None) | (mask & ~0x7F)
+    state.write_bits(found[0], base & ~mask | packed, base_known & ~mask | known)
 
 
 @_means("R2P")
 def _unpack(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
-    value, mask = state.read(found[1]), found[2].number or 0
+    (bits, known), mask = state.read_bits(found[1]), found[2].number or 0
     for index in range(7):
         if mask >> index & 1:
-            state.set(Operand(f"P{index}"), None if value is None else bool(value >> index & 1))
+            state.set(Operand(f"P{index}"), bool(bits >> index & 1) if known >> index & 1 else None)
 
 
 @_means("LDG")
@@ -341,6 +362,18 @@ def _load(state: State, modifiers: list[str], found: tuple[Operand, ...], instru
     wide = "64" in modifiers or "128" in modifiers
     value = state.memory(address, size) if known and match and not wide else None
     state.write(found[0], None if value is None else value & MASK, written(instruction)[0][1] if wide else 1)
+
+
+@_means("STL", "LDL")
+def _spill(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
+    """Move registers to local memory and back. A sub-word is unknown."""
+    here, spills = slot(instruction), instruction.name == "STL"
+    result, words = written(instruction)[0]
+    source = found[1] if spills else here
+    for word in range(words):
+        register = following(source.register, word) if source.register else ""
+        value = 0 if source.number == 0 else state.registers.get(register)
+        state.write(Operand(following(result.register, word)) if result.register else result, value)
 
 
 def _float(bits: int) -> float:

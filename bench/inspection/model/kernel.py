@@ -53,7 +53,7 @@ class Kernel:
 
     def flops(self, path: Path) -> float:
         """Return the FLOPs of the matrix unit in one program that takes a path."""
-        return self.warps * sum(product(one)[2] for one in self._along(path) if one.name in PRODUCTS)
+        return self.warps * sum(product(one)[2] for one in self.along(path) if one.name in PRODUCTS)
 
     def requested_bytes(self, path: Path) -> float:
         """Return the bytes that one program asks L2 for along a path."""
@@ -65,13 +65,14 @@ class Kernel:
                 total += step.amount
         return total
 
-    def _along(self, path: Path) -> list[Instruction]:
+    def along(self, path: Path) -> list[Instruction]:
+        """Return the instructions along a path."""
         return [one for first, last in path.pieces for one in self.instructions[first:last]]
 
     def _staged(self, path: Path) -> float:
         """Return the bytes of one TMA store: an equal part of what all warps put into shared memory."""
         staged, stores = 0.0, 0
-        for one in self._along(path):
+        for one in self.along(path):
             if one.name in ("UTMASTG", "UTMAREDG"):
                 stores += 1
             elif one.name in ("STS", "STSM"):

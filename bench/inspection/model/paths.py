@@ -2,7 +2,8 @@
 
 The branches are decided by computing what they depend on, for one thread of the first warp. A branch that depends on
 something else, such as a value from memory, is a guess: a forward branch falls through, because such a branch usually
-skips work, and a branch back leaves its loop. The number of guesses is part of the result.
+skips work, and a branch back leaves its loop. The number of guesses is part of the result. The slow paths of float
+functions, which are subroutines, are not taken.
 """
 
 import collections
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 
 from ..sass import Instruction, target
 from .arithmetic import execute
-from .registers import Operand, State, following, operands, written
+from .registers import Operand, State, following, operands, slot, written
 
 MOST_STEPS = 5_000_000  # a longer path is an error of the model, or a kernel that is not for it
 
@@ -113,7 +114,9 @@ class Code:
         if to == index:
             return None, 0  # behind the end, a branch to itself
         if holds is None:
-            return behind, 1
+            # what such a branch skips may be the slow path of a float function, for numbers that hardly occur
+            skips_call = any(other.name == "CALL" for other in self.instructions[behind:to])
+            return (to, 0) if skips_call else (behind, 1)
         return (to if holds else behind), 0
 
     def _target(self, one: Instruction) -> int:
@@ -195,13 +198,15 @@ def _names(results: Sequence[tuple[Operand, int]]) -> frozenset[str]:
 
 # Their results are unknown whatever their operands are.
 _OPAQUE = frozenset(
-    ("HGMMA", "QGMMA", "HMMA", "QMMA", "LDS", "LDSM", "LDL", "ATOMS", "ATOMG", "FADD", "FMUL", "FFMA", "SYNCS", "RET")
+    ("HGMMA", "QGMMA", "HMMA", "QMMA", "LDS", "LDSM", "ATOMS", "ATOMG", "FADD", "FMUL", "FFMA", "SYNCS", "RET")
 )
 
 
 def _read(one: Instruction) -> frozenset[str]:
     names = {operand.register for operand in operands(one.operands)} if one.name not in _OPAQUE else set()
     names |= {operand.register for operand in operands(one.guard or "")}
+    if one.name == "LDL":
+        names = {slot(one).register, *names}
     if one.name == "P2R":
         mask = operands(one.operands)[-1].number
         names |= {f"P{index}" for index in range(7) if mask is None or mask >> index & 1}

@@ -111,6 +111,15 @@ def predict_launch(launch: Launch, machine: Machine, effort: Effort = FULL) -> P
     return predict(load(compile_kernel(launch, ARCH)), launch.grid, launch.args, machine, effort=effort)
 
 
+def follow(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], most: int) -> list[Path]:
+    """Return the paths of at most ``most`` programs of a launch; raise :class:`NoModel` if one cannot be followed."""
+    start = bank(kernel.ptx, ARCH, grid, kernel.warps, [(name, arguments[name]) for name in kernel.names])
+    try:
+        return [kernel.code.follow(start.state(place)) for place in sample(grid, most)]
+    except Lost as error:
+        raise NoModel(str(error)) from None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Timed:
     """Cycles of programs of one kind, and what one of them does."""
@@ -140,12 +149,7 @@ class _Grid:
         self, kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], hbm_bytes: float, effort: Effort
     ) -> None:
         self.kernel, self.hbm_bytes, self.effort, self.programs = kernel, hbm_bytes, effort, math.prod(grid)
-        values = [(name, arguments[name]) for name in kernel.names]
-        start = bank(kernel.ptx, ARCH, grid, kernel.warps, values)
-        try:
-            paths = [kernel.code.follow(start.state(place)) for place in sample(grid, effort.programs)]
-        except Lost as error:
-            raise NoModel(str(error)) from None
+        paths = follow(kernel, grid, arguments, effort.programs)
         self.guesses = max(path.guesses for path in paths)
         self.kinds = kinds(paths, effort.kinds)
         requested = sum(share * kernel.requested_bytes(path) for path, share in self.kinds)

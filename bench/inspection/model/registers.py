@@ -12,6 +12,7 @@ MASK, WIDE_MASK = (1 << 32) - 1, (1 << 64) - 1
 _ZERO = ("RZ", "URZ", "SRZ")
 _TRUE = ("PT", "UPT")
 _REGISTER = re.compile(r"(?P<sign>[-~!]?)(?P<bar>\|?)(?P<file>UP|UR|P|R)(?P<index>\d+)\|?(?P<rest>(\.\w+)*)$")
+_SLOT = re.compile(r"\[R1(?:\+0x([0-9a-f]+))?\]")
 _CONSTANT = re.compile(r"(?P<sign>-?)\|?c\[0x0\]\[0x(?P<address>[0-9a-f]+)\]\|?(\.\w+)*$")
 
 
@@ -70,12 +71,15 @@ class State:
         special: values of special registers, such as SR_CTAID.X.
         memory: the integer at an address of global memory, of so many bytes, or None.
         registers: known registers by name; predicates are 0 or 1.
+        parts: of registers with some known bits, those bits and a mask of what is known. The assembler packs predicates
+            into registers, and some of them are not known.
     """
 
     constants: Mapping[int, int]
     special: Mapping[str, int]
     memory: Callable[[int, int], int | None]
     registers: dict[str, int] = dataclasses.field(default_factory=dict)
+    parts: dict[str, tuple[int, int]] = dataclasses.field(default_factory=dict)
 
     def holds(self, guard: str | None) -> bool | None:
         """Return whether a guard such as "!P0" is true, or None if that is unknown."""
@@ -114,12 +118,27 @@ class State:
             return None
         return self.registers.get(following(operand.register, offset) if offset else operand.register)
 
+    def read_bits(self, operand: Operand) -> tuple[int, int]:
+        """Return what is known of 32 bits of an operand: their values, and a mask of the bits that are known."""
+        value = self.read(operand)
+        if value is not None:
+            return value, MASK
+        bits, known = self.parts.get(operand.register, (0, 0)) if operand.sign in ("", "~") else (0, 0)
+        return (~bits if operand.sign == "~" else bits) & known, known
+
+    def write_bits(self, operand: Operand, bits: int, known: int) -> None:
+        """Set a register of which some bits are known."""
+        self.write(operand, bits if known == MASK else None)
+        if known != MASK and known and operand.register:
+            self.parts[operand.register] = bits & known, known
+
     def write(self, operand: Operand, value: int | None, words: int = 1) -> None:
         """Set a register, and with ``words`` those behind it too; an unknown value makes them unknown."""
         if not operand.register or operand.register in _TRUE:
             return
         for word in range(words):
             name = following(operand.register, word) if word else operand.register
+            self.parts.pop(name, None)
             if value is None:
                 self.registers.pop(name, None)
             else:
@@ -128,6 +147,12 @@ class State:
     def set(self, operand: Operand, value: bool | None) -> None:
         """Set a predicate register."""
         self.write(operand, None if value is None else int(value))
+
+
+def slot(instruction: Instruction) -> Operand:
+    """Return the word of local memory that an instruction spills to or fills from, as a register "L5"."""
+    match = _SLOT.search(instruction.operands)
+    return Operand(f"L{int(match[1] or '0', 16) // 4}") if match else Operand()
 
 
 def _words(instruction: Instruction) -> int:
@@ -148,6 +173,8 @@ def written(instruction: Instruction) -> list[tuple[Operand, int]]:
         return []
     if instruction.name.endswith("SETP") or instruction.name.endswith("PLOP3"):
         return [(operand, 1) for operand in found[:2]]
+    if instruction.name == "STL":
+        return [(slot(instruction), _words(instruction))]
     if instruction.name == "R2P":
         return [(Operand(f"P{index}"), 1) for index in range(7)]
     results = []
@@ -164,6 +191,6 @@ def written(instruction: Instruction) -> list[tuple[Operand, int]]:
 
 
 _NO_RESULT = frozenset((
-    "BRA", "EXIT", "STG", "STS", "STL", "RED", "BAR", "NOP", "BSSY", "BSYNC", "CALL", "RET", "LDGSTS", "UTMALDG",
+    "BRA", "EXIT", "STG", "STS", "RED", "BAR", "NOP", "BSSY", "BSYNC", "CALL", "RET", "LDGSTS", "UTMALDG",
     "UTMASTG", "DEPBAR", "MEMBAR", "FENCE", "WARPSYNC", "LDGDEPBAR", "STSM", "CCTL", "BREAK",
 ))  # fmt: skip

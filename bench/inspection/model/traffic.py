@@ -59,6 +59,7 @@ def moved_bytes(ttir: str, arguments: Mapping[str, Any]) -> int:
             value = arguments.get(name)
             tensor = getattr(value, "base", value)
             if isinstance(tensor, torch.Tensor):
-                tensors[tensor.data_ptr() or id(tensor), tuple(tensor.shape)] = tensor.nbytes
+                place = tensor.untyped_storage()._cdata, tensor.storage_offset(), tuple(tensor.shape)
+                tensors[place] = tensor.nbytes
         total += sum(tensors.values())
     return total

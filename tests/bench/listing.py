@@ -1,0 +1,16 @@
+"""Listings in the disassembler's form."""
+
+from collections.abc import Sequence
+
+PLAIN = 0x000FE20000000000  # a control code: one cycle, no scoreboard
+
+
+def listing(*lines: str, codes: Sequence[int] = ()) -> str:
+    """A listing with 16 bytes for each instruction; ``codes`` are the second halves, with the control codes."""
+    header = '\n\t\tFunction : kernel\n\t.headerflags\t@"EF_CUDA_SM90"\n'
+    codes = codes or [PLAIN] * len(lines)
+    return header + "".join(
+        f"        /*{16 * index:04x}*/                   {line} ;   /* 0x000000ff00057210 */\n"
+        f"                                                          /* 0x{code:016x} */\n"
+        for index, (line, code) in enumerate(zip(lines, codes, strict=True))
+    )

@@ -1,0 +1,115 @@
+"""``clipfast inspect --predict``: what an op and a step run, what that takes, and measurements beside it."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+
+from clipfast.bench.inspection import forecast, offline, workloads
+from clipfast.bench.inspection.forecast import Forecast, Part
+from clipfast.bench.inspection.model import H100, QUICK, predict_launch
+from clipfast.cli import main
+from clipfast.kernels import contrastive_loss
+from clipfast.kernels.launch import record_launches
+from clipfast.kernels.spec import specs
+
+from ..conftest import INTERPRET, ON_GPU
+
+pytestmark = pytest.mark.skipif(ON_GPU or INTERPRET, reason="compiles from recorded CPU calls")
+LAYER_NORM = "layer_norm rows=50432 width=768 bf16"
+
+
+def run(capsys, *arguments: str) -> tuple[int, str, str]:
+    code = main(["inspect", "--predict", "--jobs", "1", "--quick", *arguments])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_launches_on_fake_tensors_are_those_of_real_ones():
+    spec = specs()["contrastive_loss"]
+    shape = dataclasses.replace(spec.bench["cuda"][0], pairs=300, embed_dim=64)
+    image, text = (torch.ones(300, 64, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    with record_launches(90, 132) as real:
+        contrastive_loss(image, text, torch.tensor(10.0, requires_grad=True)).backward()
+    fake = [launch for _, launch in workloads.op_work(spec, shape, "bf16").launches]
+    assert [forecast._key(launch) for launch in fake] == [forecast._key(launch) for launch in real]
+    assert [offline._specialise(launch) for launch in fake] == [offline._specialise(launch) for launch in real]
+
+
+def test_the_kernels_of_a_step_are_those_of_its_ops():
+    work = workloads.step_work("ViT-T-8-32", 64)
+    names = {launch.kernel.__name__ for _, launch in work.launches}
+    assert {"_patch_embed_fwd_kernel", "_short_bwd_kernel", "_layer_norm_fwd_kernel", "_stats_kernel"} <= names
+    assert sum(op.flops for op in work.ops) > 0
+
+
+def test_time_is_the_sum_of_its_parts(capsys, tmp_path):
+    path = tmp_path / "forecast.json"
+    code, out, _ = run(capsys, "--case", LAYER_NORM, "--json", str(path))
+    assert code == 0
+    (found,) = json.loads(path.read_text())["forecasts"]
+    launches = sum(part["launches"] * part["prediction"]["seconds"] for part in found["parts"])
+    assert found["seconds"] == pytest.approx(launches + found["torch_seconds"] + found["product_seconds"])
+    # both passes move 2 and 3 tensors of 50,432 x 768 in bf16, at 3 TB/s
+    least = 5 * 50432 * 768 * 2 / H100.hbm_rate
+    assert least < found["seconds"] < 2 * least
+    assert LAYER_NORM in out
+    assert "nothing here was measured" in out
+
+
+def test_measured_times_stand_beside_predicted_ones(capsys, tmp_path):
+    shape = {"rows": 50432, "width": 768}
+    candidates = [{"name": "clipfast", "median_s": 1e-3}, {"name": "PyTorch", "median_s": 1.0}]
+    case = {"op": "layer_norm.fwd_bwd", "shape": shape, "dtype": "bf16", "candidates": candidates}
+    refused = case | {"shape": {"rows": 1, "width": 2}, "candidates": [{"name": "clipfast", "refused": "no memory"}]}
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps({"cases": [case, refused]}))
+    code, out, _ = run(capsys, "--case", LAYER_NORM, "--against", str(path))
+    assert code == 0
+    (row,) = [line.split() for line in out.splitlines() if line.startswith(LAYER_NORM)]
+    assert row[-3:-1] == ["1.00", "ms"]
+    assert 0 < float(row[-1]) < 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--case", "nothing of the kind"], "no op or step contains 'nothing of the kind'"),
+        (["--case", LAYER_NORM, "--against", __file__], "is not a result of clipfast bench"),
+        (["--case", LAYER_NORM, "--json", "no/such/folder.json"], "no folder no/such to write folder.json in"),
+        (["--case", LAYER_NORM, "--jobs", "0"], "jobs must be at least 1, got 0"),
+        (["--case", LAYER_NORM, "--tflops", "0"], "--tflops must be more than 0, got 0"),
+    ],
+)
+def test_what_is_wrong_is_one_line(capsys, arguments, expected):
+    code, out, err = run(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert expected in err
+    assert err.count("\n") == 1
+
+
+def part(seconds: float, launches: int = 1) -> Part:
+    spec = specs()["bias_gelu"]
+    _, launch = workloads.op_work(spec, spec.small[0], "bf16").launches[0]
+    prediction = dataclasses.replace(predict_launch(launch, H100, QUICK), seconds=seconds)
+    return Part("_some_kernel", launches, prediction)
+
+
+def test_tables_show_pairs_and_what_is_not_predicted():
+    missing = Part("_odd_kernel", 3, None, "its warps run different code")
+    op = Forecast("attention", {"batch": 2}, "bf16", 2, "attention", (part(1e-3, 2), missing), 4, 1e-3, 0.0)
+    step = Forecast("step", {"model": "ViT-B-32", "batch": 100}, "bf16", 100, "", (part(0.2),), 9, 0.1, 0.2)
+    text = forecast.table([op, step])
+    assert "not predicted: its warps run different code" in text
+    assert op.seconds == pytest.approx(3e-3)
+    (row,) = [line.split() for line in text.splitlines() if line.startswith("ViT-B-32")]
+    assert row[1:5] == ["100", "500", "ms", "200"]
+
+
+def test_every_kind_has_a_published_error():
+    for kind in {*forecast.KINDS.values(), "memory"}:
+        band = forecast.error_band(kind)
+        assert band is not None, kind
+        assert band.points >= 3
+        assert 0 < band.median <= band.p90

@@ -1,0 +1,356 @@
+"""The model of the GPU: its arithmetic against Python's, its paths against loops that are counted by hand, its cycles
+against small programs, and the FLOPs of shipped kernels against those of their tiles."""
+
+import dataclasses
+import math
+import random
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from clipfast.bench.inspection import model, offline, sass, workloads
+from clipfast.bench.inspection.model.arguments import bank
+from clipfast.bench.inspection.model.arithmetic import execute, signed
+from clipfast.bench.inspection.model.machine import H100
+from clipfast.bench.inspection.model.multiprocessor import run
+from clipfast.bench.inspection.model.paths import Code, Lost, Path, kinds, sample, shortened
+from clipfast.bench.inspection.model.registers import State
+from clipfast.bench.inspection.model.steps import decode
+from clipfast.bench.inspection.model.traffic import moved_bytes, used
+from clipfast.kernels.launch import Launch
+from clipfast.kernels.spec import specs
+
+from ..conftest import INTERPRET, ON_GPU
+from .listing import listing
+
+pytestmark = pytest.mark.skipif(ON_GPU or INTERPRET, reason="compiles from recorded CPU calls")
+
+M32, M64 = 2**32 - 1, 2**64 - 1
+
+
+def after(*lines: str, **registers: int) -> dict[str, int]:
+    """The registers after some instructions."""
+    state = State({}, {}, lambda address, size: None, dict(registers))
+    for one in sass.parse(listing(*lines)):
+        execute(state, one)
+    return state.registers
+
+
+def draws(count: int):
+    source = random.Random(0)
+    edges = [0, 1, 2**31 - 1, 2**31, M32]
+    for _ in range(count):
+        yield tuple(source.choice([*edges, source.getrandbits(32), source.getrandbits(8)]) for _ in range(3))
+
+
+# Instructions, and the 32-bit result in R0 for R1 = a, R2 = b, R3 = c.
+ARITHMETIC = {
+    "IADD3 R0, R1, -R2, R3": lambda a, b, c: a - b + c,
+    "UIADD3 R0, ~R1, 0x7, RZ": lambda a, b, c: ~a + 7,
+    "IMAD R0, R1, R2, R3": lambda a, b, c: a * b + c,
+    "IMAD.MOV R0, RZ, RZ, -R3": lambda a, b, c: -c,
+    "VIADD R0, R1, 0xffffff80": lambda a, b, c: a - 128,
+    "LEA R0, R1, R2, 0x4": lambda a, b, c: (a << 4) + b,
+    "LEA.HI R0, R1, R2, RZ, 0x7": lambda a, b, c: (a >> 25) + b,
+    "LEA.HI.SX32 R0, R1, R2, 0x19": lambda a, b, c: (signed(a) >> 7) + b,
+    "SHF.L.U32 R0, R1, 0x5, RZ": lambda a, b, c: a << 5,
+    "SHF.R.U32.HI R0, RZ, 0x5, R1": lambda a, b, c: a >> 5,
+    "SHF.R.S32.HI R0, RZ, 0x1f, R1": lambda a, b, c: signed(a) >> 31,
+    "SHF.R.U64 R0, R1, 0x9, R2": lambda a, b, c: (b << 32 | a) >> 9,
+    "SHF.L.U64.HI R0, R1, 0x9, R2": lambda a, b, c: (b << 32 | a) << 9 >> 32,
+    "LOP3.LUT R0, R1, R2, RZ, 0xc0, !PT": lambda a, b, c: a & b,
+    "LOP3.LUT R0, R1, R2, R3, 0x96, !PT": lambda a, b, c: a ^ b ^ c,
+    "LOP3.LUT R0, RZ, R1, RZ, 0x33, !PT": lambda a, b, c: ~a,
+    "VIADDMNMX R0, R1, R2, R3, PT": lambda a, b, c: min(signed(a + b & M32), signed(c)),
+    "IABS R0, R1": lambda a, b, c: abs(signed(a)),
+    "VIMNMX R0, R1, R2, PT": lambda a, b, c: min(signed(a), signed(b)),
+    "IMNMX.U32 R0, R1, R2, !PT": lambda a, b, c: max(a, b),
+    "PRMT R0, R1, 0x5410, R2": lambda a, b, c: (a & 0xFFFF) | (b & 0xFFFF) << 16,
+    "PRMT R0, R1, 0x8880, RZ": lambda a, b, c: (a & 0xFF) | (0xFFFFFF00 if a >> 7 & 1 else 0),
+    "SGXT R0, R1, 0x8": lambda a, b, c: (a & 0xFF) - (256 if a >> 7 & 1 else 0),
+    "SGXT.U32 R0, R1, 0x8": lambda a, b, c: a & 0xFF,
+}
+
+
+@pytest.mark.parametrize("line", ARITHMETIC)
+def test_integer_instructions_compute_what_python_computes(line):
+    for a, b, c in draws(50):
+        assert after(line, R1=a, R2=b, R3=c)["R0"] == ARITHMETIC[line](a, b, c) & M32, (a, b, c)
+
+
+@pytest.mark.parametrize("line", ARITHMETIC)
+def test_a_result_of_unknown_operands_is_unknown(line):
+    assert "R0" not in after(line, R0=5)
+
+
+def test_sums_products_and_comparisons_of_64_bits():
+    for a, b, c in draws(80):
+        wide, other = b << 32 | a, c << 32 | b
+        found = after("IADD3 R0, P0, R2, R4, RZ", "IADD3.X R1, R3, R5, RZ, P0, !PT", R2=a, R3=b, R4=b, R5=c)
+        assert found["R1"] << 32 | found["R0"] == wide + other & M64
+        found = after("IADD3 R0, P1, RZ, -R2, RZ", "IADD3.X R1, RZ, ~R3, RZ, P1, !PT", R2=a, R3=b)
+        assert found["R1"] << 32 | found["R0"] == -wide & M64
+        found = after("LEA R0, P0, R2, R4, 0x2", "LEA.HI.X R1, R2, R5, R3, 0x2, P0", R2=a, R3=b, R4=b, R5=c)
+        assert found["R1"] << 32 | found["R0"] == (wide << 2) + other & M64
+        found = after("IMAD.WIDE.U32 R0, R2, R3, R4", "IMAD.WIDE R6, R2, R3, RZ", R2=a, R3=b, R4=b, R5=c)
+        assert found["R1"] << 32 | found["R0"] == a * b + other & M64
+        assert found["R7"] << 32 | found["R6"] == signed(a) * signed(b) & M64
+        for name, holds in (("GE", wide >= other), ("LT", wide < other), ("NE", wide != other)):
+            low, high = f"ISETP.{name}.U32.AND P0, PT, R2, R4, PT", f"ISETP.{name}.U32.AND.EX P1, P2, R3, R5, PT, P0"
+            found = after(low, high, R2=a, R3=b, R4=b, R5=c)
+            assert (found["P1"], found["P2"]) == (holds, not holds), (name, wide, other)
+
+
+def test_predicates_are_combined_packed_and_guard():
+    assert after("ISETP.GE.OR P0, PT, R1, R2, P1", R1=1, R2=2, P1=1)["P0"] == 1
+    assert after("ISETP.GE.AND P0, PT, R1, R2, !P1", R1=3, R2=2, P1=1)["P0"] == 0
+    # one known operand decides an "and" and an "or"
+    assert after("ISETP.GE.OR P0, PT, R9, R2, P1", R2=2, P1=1)["P0"] == 1
+    assert "P0" not in after("ISETP.GE.AND P0, PT, R9, R2, P1", R2=2, P1=1)
+    assert after("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x0", P1=1, P2=1)["P0"] == 1
+    assert after("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x0", P1=0)["P0"] == 0
+    assert after("P2R R0, PR, RZ, 0x14", "R2P PR, R0, 0x10", P0=1, P1=1, P2=1, P3=0, P4=0, P5=1, P6=1)["R0"] == 0x4
+    assert after("@P0 MOV R0, 0x5", R0=1, P0=0)["R0"] == 1
+    assert after("@!P0 MOV R0, 0x5", R0=1, P0=0)["R0"] == 5
+    assert "R0" not in after("@P3 MOV R0, 0x5", R0=1)
+    # of packed predicates, the known ones stay known
+    packed = ("P2R R0, PR, RZ, 0x3", "LOP3.LUT R0, R0, 0x100, RZ, 0xfc, !PT")
+    assert after(*packed, "R2P PR, R0, 0x3", "LOP3.LUT P5, RZ, R0, 0x2, RZ, 0xc0, !PT", P1=1) == {"P1": 1, "P5": 1}
+    assert "P5" not in after(*packed, "LOP3.LUT P5, RZ, R0, 0x1, RZ, 0xc0, !PT", P1=1)
+    assert after("SEL R0, RZ, 0x20, P0", "LOP3.LUT P5, RZ, R0, 0x40, RZ, 0xc0, !PT")["P5"] == 0
+    assert after("SEL R0, R1, R2, P0", R1=1, R2=2, P0=0)["R0"] == 2
+
+
+def test_constants_in_halves_are_moved():
+    assert after("HFMA2.MMA R0, -RZ, RZ, 0, 5.9604644775390625e-08") == {"R0": 1}
+    assert "R0" not in after("HFMA2.MMA R0, R1, R2, 0, 1", R1=1, R2=1)
+
+
+def test_spilled_registers_come_back():
+    spill, fill = "STL.64 [R1+0x8], R4", "LDL.LU R0, [R1+0xc]"
+    assert after(spill, fill, R4=3, R5=7)["R0"] == 7
+    assert "R0" not in after(spill, "STL [R1+0xc], R6", fill, R0=1, R4=3, R5=7)
+
+
+def code(*lines: str) -> Code:
+    return Code(sass.parse(listing(*lines)))
+
+
+def follow(*lines: str, constants=None, **special: int) -> Path:
+    return code(*lines).follow(State(constants or {}, special, lambda address, size: None))
+
+
+def lengths(path: Path) -> list[int]:
+    return [last - first for first, last in path.pieces]
+
+
+def test_loops_run_as_often_as_their_counters_say():
+    loop = ("MOV R0, RZ", "VIADD R0, R0, 0x3", "ISETP.LT.AND P0, PT, R0, c[0x0][0x210], PT", "@P0 BRA 0x10", "EXIT")
+    for limit in (1, 3, 4, 100):
+        path = follow(*loop, constants={0x210: limit})
+        assert (path.length, path.guesses) == (2 + 3 * -(-limit // 3), 0)
+
+
+def test_branches_depend_on_the_place_in_the_grid():
+    lines = ("S2R R0, SR_CTAID.X", "ISETP.GE.AND P0, PT, R0, 0x2, PT", "@P0 BRA 0x50", "NOP", "NOP", "EXIT")
+    assert follow(*lines, **{"SR_CTAID.X": 1}).length == 6
+    assert follow(*lines, **{"SR_CTAID.X": 2}).length == 4
+
+
+def test_calls_return_and_diverged_code_joins():
+    assert lengths(follow("CALL.REL.NOINC 0x30", "NOP", "EXIT", "NOP", "RET.REL.NODEC R4 0x0")) == [1, 2, 2]
+    assert lengths(follow("BSSY B0, 0x40", "BRA 0x30", "NOP", "BSYNC B0", "EXIT")) == [2, 2]
+    assert lengths(follow("BRA.U UP0, 0x20", "EXIT", "EXIT")) == [2]  # unknown: a guess, and the code falls through
+
+
+def test_slow_paths_of_float_functions_are_not_taken():
+    lines = ("FADD R0, R1, R2", "ISETP.GT.U32.AND P0, PT, R0, RZ, PT", "@!P0 BRA 0x40", "CALL.REL.NOINC 0x50", "EXIT",
+             "RET.REL.NODEC R4 0x0")  # fmt: skip
+    path = follow(*lines)
+    assert (path.length, path.guesses) == (4, 0)
+
+
+def test_what_is_not_known_is_a_guess_and_what_cannot_be_followed_an_error():
+    path = follow("LDS R0, [R1]", "ISETP.NE.AND P0, PT, R0, RZ, PT", "@P0 BRA 0x0", "@P0 EXIT", "EXIT")
+    assert (path.guesses, path.length) == (2, 5)
+    for lines in (["BRX R4 -0x10"], ["BRA 0x8880"], ["RET.REL.NODEC R4 0x0"], ["NOP", "BRA 0x0"]):
+        with pytest.raises(Lost):
+            follow(*lines, "EXIT")
+
+
+def test_long_repetitions_are_shortened_and_continued_in_a_straight_line():
+    body, start, end = ((5, 9), (20, 21)), ((0, 9),), ((9, 12),)
+    path = Path(start + body * 100 + end, 0)
+    short, double, factor = shortened(path, 10)
+    assert (short.length, double.length) == (12 + 10 * 5, 12 + 20 * 5)
+    assert short.length + factor * (double.length - short.length) == path.length
+    assert shortened(Path(start + body * 20 + end, 0), 10)[2] == 0
+
+
+def test_samples_are_spread_over_the_grid_and_rare_paths_join_others():
+    assert sorted(sample((3, 2), 10)) == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 0)]
+    places = sample((1000, 7), 48)
+    assert len({y for _, y, _ in places}) == 7
+    assert max(b - a for (a, *_), (b, *_) in zip(sorted(places), sorted(places)[1:], strict=False)) < 150
+    common, rare, long = Path(((0, 5),), 0), Path(((0, 6),), 0), Path(((0, 50),), 0)
+    assert kinds([common] * 6 + [long] * 3 + [rare], 2) == [(common, 0.7), (long, 0.3)]
+
+
+# Control codes: set the first scoreboard when the result is there, wait for it, or neither.
+SETS, WAITS, NEITHER = ((1 | board << 5 | 7 << 8 | wait << 11) << 41 for board, wait in ((0, 0), (7, 1), (7, 0)))
+
+
+def cycles(*lines: str, warps: int = 1, codes=(), **options) -> float:
+    """Cycles of a program that waits at its end for the first scoreboard, which all instructions set by default."""
+    codes = [*(codes or [SETS] * len(lines)), WAITS]
+    steps = [decode(one, 0.0) for one in sass.parse(listing(*lines, "EXIT", codes=codes))]
+    return run(steps, warps, machine=H100, **options).cycles
+
+
+def marginal(lines: list[str], warps: int = 1) -> float:
+    """Cycles that each of many repetitions adds."""
+    return (cycles(*lines * 64, warps=warps) - cycles(*lines * 32, warps=warps)) / 32
+
+
+@pytest.mark.parametrize(
+    ("lines", "warps", "expected"),
+    [
+        (["FADD R0, R1, R2"], 1, 1),  # one instruction per cycle
+        (["IADD3 R0, R1, R2, RZ"], 1, 2),  # 16 lanes
+        (["MUFU.EX2 R0, R1"], 1, 8),  # four lanes
+        (["FADD R0, R1, R2"], 4, 1),  # a warp on each sub-partition
+        (["FADD R0, R1, R2"], 8, 2),
+        (["IADD3 R0, R1, R2, RZ", "FADD R0, R1, R2"], 8, 4),  # two pipes, two warps: side by side
+        (["SHFL.BFLY PT, R0, R1, 0x1, 0x1f"], 8, 8),  # one per cycle and multiprocessor
+        (["LDS.128 R0, [R4]"], 4, 16),  # 512 bytes a warp at 128 a cycle
+        (["HGMMA.64x256x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 128),  # N / 2
+        (["HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24"], 4, 20),  # (2048 + 32 N) / 128: its operands
+        (["HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24"], 4, 8),
+        (["HMMA.16816.F32.BF16 R4, R8, R12, R4"], 4, 6),
+    ],
+)
+def test_units_take_the_cycles_that_are_counted_by_hand(lines, warps, expected):
+    lines = [line if "HGMMA" not in line else line + ", gsb0" for line in lines]
+    assert marginal(lines, warps) == pytest.approx(expected, rel=0.02)
+
+
+def test_a_scoreboard_holds_up_what_waits_for_it():
+    lines = ("LDG.E R0, desc[UR4][R2.64]", "FADD R1, R0, R0", "FADD R1, R1, R1")
+    assert cycles(*lines, codes=[SETS, WAITS, NEITHER]) == cycles(*lines, codes=[SETS, NEITHER, WAITS]) + 1
+    assert cycles(*lines, codes=[SETS, NEITHER, NEITHER]) > H100.hbm_latency > 10 * cycles(*lines, codes=[NEITHER] * 3)
+
+
+def test_barriers_of_a_block_and_bandwidth():
+    barrier, nothing = (cycles(line, warps=4, codes=[NEITHER]) for line in ("BAR.SYNC.DEFER_BLOCKING 0x0", "NOP"))
+    assert barrier > nothing + 20
+    per_load = marginal(["LDG.E.128 R0, desc[UR4][R2.64]"], warps=4)
+    assert per_load == pytest.approx(4 * 512 * H100.clock * H100.multiprocessors / H100.hbm_rate, rel=0.01)
+
+
+def test_blocks_share_a_multiprocessor_and_follow_each_other():
+    work = ["MUFU.EX2 R0, R1"] * 50
+    one = cycles(*work, warps=4)
+    assert cycles(*work, warps=4, blocks=2) == pytest.approx(2 * one, rel=0.1)
+    assert cycles(*work, warps=4, rounds=3) == pytest.approx(3 * one + 2 * H100.block_gap, rel=0.05)
+
+
+@triton.jit
+def _walk_kernel(x_ptr, out_ptr, flag_ptr, N, M, BLOCK: tl.constexpr):
+    """Two nested loops whose lengths depend on arguments and on the program, and a branch on a flag in memory."""
+    start = tl.program_id(0) * N // M
+    acc = tl.zeros((BLOCK,), tl.float32)
+    offs = tl.arange(0, BLOCK)
+    if tl.load(flag_ptr) != 0:
+        for i in range(start, N):
+            for j in range(0, M, BLOCK):
+                acc += tl.exp2(tl.load(x_ptr + i * M + j + offs, mask=j + offs < M, other=0.0))
+    tl.store(out_ptr + tl.program_id(0) * BLOCK + offs, acc)
+
+
+def walk(n: int, m: int, *, flag: int = 1, grid: int = 3) -> Launch:
+    x, out = torch.empty(n, m), torch.empty(grid, 128)
+    args = {"x_ptr": x, "out_ptr": out, "flag_ptr": torch.tensor(flag, dtype=torch.int32), "N": n, "M": m}
+    options = {"num_warps": 4, "num_stages": 1, "enable_fp_fusion": True}
+    return Launch(_walk_kernel, (grid,), args, {"BLOCK": 128}, options)
+
+
+@pytest.mark.parametrize(("n", "m", "flag"), [(5, 300, 1), (17, 128, 1), (9, 1000, 1), (40, 257, 0)])
+def test_loops_of_a_compiled_kernel_run_as_its_arguments_say(n, m, flag):
+    launch = walk(n, m, flag=flag)
+    kernel = model.load(offline.compile_kernel(launch, 90))
+    start = bank(kernel.ptx, 90, launch.grid, kernel.warps, [(name, launch.args[name]) for name in kernel.names])
+    for program in range(3):
+        path = kernel.code.follow(start.state((program, 0, 0)))
+        turns = (n - program * n // m) * -(-m // 128) if flag else 0
+        exponentials = sum(one.opcode == "MUFU.EX2" for one in kernel.along(path))
+        assert (exponentials, path.guesses) == (turns, 0), program
+
+
+def test_more_programs_than_places_take_another_wave():
+    def seconds(grid: int) -> float:
+        return model.predict_launch(walk(8, 2000, grid=grid), model.H100).seconds
+
+    places = 132 * model.predict_launch(walk(8, 2000), model.H100).at_once
+    # a full wave, and one more on a single multiprocessor: both take as long as that one needs
+    assert seconds(places) > 1.1 * seconds(places // 2)
+    assert seconds(places + 1) == pytest.approx(seconds(places + 132), rel=0.02)
+    assert seconds(places + 1) > 1.02 * seconds(places)
+
+
+def test_bytes_are_those_of_what_is_loaded_and_stored():
+    launch = walk(8, 1000)
+    ttir = offline.compile_kernel(launch, 90).asm["ttir"]
+    loads, stores = used(ttir)
+    assert ({"x_ptr", "flag_ptr"} <= loads, "out_ptr" in loads, "out_ptr" in stores) == (True, False, True)
+    assert moved_bytes(ttir, launch.args) == 4 * (8 * 1000 + 1 + 3 * 128)
+    long_form = '"builtin.module"() ({\n^bb0(%p: !tt.ptr<f32>, %q: !tt.ptr<f32>):\n' \
+        '%0 = "tt.splat"(%p) : x\n%1 = "tt.load"(%0) : x\n"tt.store"(%q, %1) : x\n'  # fmt: skip
+    assert used(long_form) == ({"p"}, {"q"})
+
+
+def test_arguments_that_do_not_fit_the_kernel_are_an_error():
+    launch = walk(8, 1000)
+    kernel = model.load(offline.compile_kernel(launch, 90))
+    with pytest.raises(ValueError, match="parameters, and 9 are given"):
+        bank(kernel.ptx, 90, launch.grid, kernel.warps, [(str(n), 1) for n in range(9)])
+    with pytest.raises(model.NoModel, match="sm_90, and the kernel is for sm_80"):
+        model.load(offline.compile_kernel(launch, 80))
+
+
+@pytest.mark.parametrize(("pairs", "dim"), [(4096, 512), (1000, 200)])
+def test_products_of_the_loss_are_those_of_its_tiles(pairs, dim):
+    spec = specs()["contrastive_loss"]
+    shape = dataclasses.replace(spec.bench["cuda"][0], pairs=pairs, embed_dim=dim)
+    (launch,) = [one for _, one in workloads.op_work(spec, shape, "bf16").launches if "_stats" in one.kernel.__name__
+                 and "online" not in one.kernel.__name__]  # fmt: skip
+    m, n, k = (launch.constexprs[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K"))
+    padded = [-(-size // block) * block for size, block in ((pairs, m), (pairs, n), (dim, k))]
+    found = model.predict_launch(launch, model.H100, model.QUICK)
+    assert (found.flops, found.guesses) == (2 * math.prod(padded), 0)
+
+
+@pytest.mark.parametrize("tokens", [50, 197])
+def test_products_of_attention_are_those_of_its_tiles(tokens):
+    spec = specs()["attention"]
+    shape = dataclasses.replace(spec.bench["cuda"][0], batch=8, tokens=tokens, heads=12, head_dim=64, causal=False)
+    forward = next(one for _, one in workloads.op_work(spec, shape, "bf16").launches if "fwd" in one.kernel.__name__)
+    rows, cols = forward.constexprs["BLOCK_M"], sum(forward.constexprs["N_PARTS"])
+    found = model.predict_launch(forward, model.H100, model.QUICK)
+    per_head = 2 * 2 * (-(-tokens // rows) * rows) * cols * 64
+    assert (found.flops, found.guesses) == (8 * 12 * per_head, 0)
+
+
+# How many rows a program of these adds depends on the values of the tokens.
+DATA_DEPENDENT = ("_segment_sums_kernel",)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("op", specs())
+def test_the_paths_of_every_op_are_known(op):
+    spec = specs()[op]
+    for _, launch in workloads.op_work(spec, spec.small[0], "bf16").launches:
+        kernel = model.load(offline.compile_kernel(launch, 90))
+        guesses = sum(path.guesses for path in model.follow(kernel, launch.grid, launch.args, 3))
+        assert guesses == 0 or kernel.name in DATA_DEPENDENT, kernel.name

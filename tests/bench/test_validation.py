@@ -1,0 +1,161 @@
+"""The published figures, the errors that are kept of them, and the document that shows both."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from clipfast.bench.inspection import validation
+from clipfast.bench.inspection.validation import figures, kernels, panels, passes, sources, tables
+from clipfast.bench.inspection.validation.__main__ import main
+from clipfast.bench.inspection.validation.recording import recording
+
+ROOT = Path(__file__).parents[2]
+DOCUMENT = ROOT / "docs/gpu-model.md"
+KINDS = (
+    "attention backward",
+    "attention forward",
+    "loss",
+    "memory",
+    "norm backward",
+    "norm forward",
+    "patch",
+    "product",
+)
+
+
+def kept():
+    return json.loads((validation.FOLDER / "results.json").read_text())
+
+
+def test_every_kind_has_three_figures_with_an_answer():
+    errors = validation.errors()
+    assert set(errors) == {*KINDS, "all"}
+    assert all(band.points >= 3 for band in errors.values())
+    assert errors["all"].points == sum(errors[kind].points for kind in KINDS)
+
+
+def test_errors_and_document_are_those_of_the_results(tmp_path):
+    assert tables.errors_of(kept()) == {kind: dataclasses.asdict(band) for kind, band in validation.errors().items()}
+    copy = tmp_path / "document.md"
+    copy.write_text(DOCUMENT.read_text())
+    tables.write(copy, kept())
+    assert copy.read_text() == DOCUMENT.read_text()
+
+
+def test_results_are_of_the_figures():
+    named = {one.name: one for one in figures.figures()}
+    assert len(named) == len(list(figures.figures()))
+    assert [one["name"] for one in kept()] == list(named)
+    for one in kept():
+        figure = named[one["name"]]
+        assert one["published"] == f"{figure.value} {figure.unit}"
+        if figure.unit == "ms" and one["published_ms"] is not None:
+            assert one["published_ms"] == pytest.approx(figure.value)
+
+
+def test_every_figure_has_a_source_and_a_function_that_calls_its_kernel():
+    known = figures.sources()
+    for figure in figures.figures():
+        assert known[figure.source].keys() == {"title", "url", "card", "versions", "timed"}
+        assert callable(getattr(kernels, figure.kernel, None) or getattr(passes, figure.kernel))
+        assert figure.machine in figures.MACHINES
+        assert figure.value > 0
+
+
+def test_bands_are_of_logarithms():
+    found = figures.bands([("loss", math.log(2.0)), ("loss", math.log(0.5)), ("norm", math.log(1.1))])
+    assert found["loss"] == validation.Band(2, 0.0, *[round(math.log(2.0), 3)] * 3)
+    assert found["all"].points == 3
+    assert found["all"].median == pytest.approx(math.log(2.0), abs=1e-3)
+
+
+def test_the_newest_triton_counts():
+    result = {"kind": "loss", "published_ms": 1.0, "predicted_ms": {"3.9": 4.0, "3.10": 2.0}}
+    none = {"kind": "loss", "published_ms": None, "predicted_ms": {}}
+    assert tables.errors_of([result, none])["loss"]["median"] == pytest.approx(math.log(2.0), abs=1e-3)
+
+
+def test_a_document_without_a_place_is_refused(tmp_path):
+    document = tmp_path / "document.md"
+    document.write_text("no marks")
+    with pytest.raises(ValueError, match="has no place for the table"):
+        tables.write(document, kept())
+
+
+def test_panels_are_read_once_by_a_wave_and_again_when_they_have_left_l2():
+    waves = [[(0, 0), (1, 0)], [(0, 1), (1, 1)]]
+    assert panels.panel_bytes(waves, a_panel=10e6, b_panel=5e6) == 2 * 10e6 + 2 * 5e6
+    assert panels.panel_bytes(waves, a_panel=30e6, b_panel=5e6) == 2 * 30e6 + 5e6 + 2 * 30e6 + 5e6 - 30e6
+
+
+@pytest.mark.parametrize("order", [panels.row_major(5, 7, 4), panels.grouped(5, 7, 4, 2)])
+def test_waves_have_every_tile_once(order):
+    tiles = [tile for wave in order for tile in wave]
+    assert sorted(tiles) == [(row, column) for row in range(5) for column in range(7)]
+
+
+def test_sources_are_pinned_and_refused_when_they_differ(tmp_path, capsys):
+    assert main(["--sources", str(tmp_path), "--fetch"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert len(printed) == len(sources.FILES) + sum(map(len, sources.PACKAGES.values()))
+    file = sources.FILES["integer product"]
+    assert any(file.url in line and file.commit in line for line in printed)
+    with pytest.raises(sources.Missing, match="is missing: get it from https://"):
+        sources.module(tmp_path, "integer product")
+    (tmp_path / file.place).parent.mkdir(parents=True)
+    (tmp_path / file.place).write_text("something else")
+    with pytest.raises(sources.Missing, match="is not the pinned file"):
+        sources.module(tmp_path, "integer product")
+    with (
+        pytest.raises(sources.Missing, match="pip install --no-deps"),
+        sources.package(tmp_path, "liger-kernel", "0.8.0"),
+    ):
+        pass
+
+
+@triton.jit
+def double_kernel(x, y, n, BLOCK: tl.constexpr = 1024):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tl.store(y + at, 2 * tl.load(x + at, mask=at < n), mask=at < n)
+
+
+def doubled(x):
+    """A wrapper as upstream ones are: it asks where its tensors are, and runs an operation of PyTorch as well."""
+    assert x.is_cuda
+    assert torch.cuda.get_device_capability(x.device) == (9, 0)
+    y = torch.empty_like(x)
+    double_kernel[lambda meta: (triton.cdiv(x.numel(), meta["BLOCK"]),)](x, y, x.numel())
+    return y.sum()
+
+
+def test_a_wrapper_is_recorded_and_not_run():
+    x, driver = torch.empty(1 << 21), triton.runtime.driver._active
+    with recording() as found:
+        doubled(x)
+    assert triton.runtime.driver._active is driver
+    assert x.device.type == "cpu"
+    (launched,), (other,) = found.launches, found.others
+    assert (launched.name, launched.grid) == ("double_kernel", (2048,))
+    assert {"n": 1 << 21, "BLOCK": 1024}.items() <= launched.arguments.items()
+    assert launched.arguments["x"] is x
+    assert (other.name, other.moved) == ("sum", x.nbytes + 4)
+
+
+def test_a_figure_is_answered_by_all_kernels_of_the_fastest_variant(monkeypatch, tmp_path):
+    with recording() as found:
+        doubled(torch.empty(1 << 21))
+    once, twice = kernels.of(found, 1e9, variant="once"), kernels.of(found, 1e9, variant="twice")
+    twice = dataclasses.replace(twice, launches=twice.launches * 2)
+    monkeypatch.setattr(kernels, "doubled", lambda folder, rows: [twice, once], raising=False)
+    figure = figures.Figure("doubled", "memory", "liger", "H100", {"rows": 1}, 50.0, "TFLOP/s")
+    answer = figures.answer(figure, tmp_path)
+    assert answer.published == pytest.approx(1e9 / 50e12 * 1e3)
+    assert answer.limit.startswith("once, ")
+    at_least = sum(one.moved for one in found.others) + 2 * (4 << 21)
+    assert answer.predicted > at_least / 3.35e12 * 1e3
