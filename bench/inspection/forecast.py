@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from clipfast.columns import align
 from clipfast.kernels.hardware import CARDS
@@ -20,6 +20,7 @@ from clipfast.units import SECONDS, scaled
 
 from ..case import OURS, short
 from .model import FULL, Effort, Machine, NoModel, Prediction, predict_launch
+from .validation import Band, errors
 from .workloads import Work, measured_shapes, op_work, step_work
 
 # Pairs of a step of each published model, such that its activations fill a GPU of 80 GB.
@@ -28,23 +29,17 @@ STEPS = {
     "ViT-L-14": 128, "ViT-L-14-336": 64, "ViT-H-14": 64, "ViT-g-14": 64, "ViT-bigG-14": 32,
 }  # fmt: skip
 # The kind of published kernels that stand for an op's, by the op's category.
-KINDS = {"attention": "attention", "loss": "loss", "norm, activation": "norm", "patch, text input": "patch"}
+KINDS = {
+    "attention": ("attention forward", "attention backward"), "loss": ("loss",), "patch, text input": ("patch",),
+    "norm, activation": ("norm forward", "norm backward"),
+}  # fmt: skip
 STEP = "step"
-ERRORS = Path(__file__).parent / "validation" / "errors.json"
 
 
-class ErrorBand(NamedTuple):
-    """The error of the model on published kernels of a kind: how many there are, and quantiles of |log ratio|."""
-
-    points: int
-    median: float
-    p90: float
-
-
-def error_band(kind: str) -> ErrorBand | None:
-    """Return the error on a kind of kernels, or None if no measurement of that kind is published."""
-    found = json.loads(ERRORS.read_text()).get(kind) if ERRORS.exists() else None
-    return ErrorBand(found["points"], found["median"], found["p90"]) if found else None
+def error_band(kinds: Sequence[str]) -> Band | None:
+    """Return the largest error on kinds of published kernels, or None if nothing is known of them."""
+    found = [errors()[kind] for kind in kinds if kind in errors()]
+    return max(found, key=lambda band: band.p90, default=None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,7 +66,7 @@ class Forecast:
         shape: its sizes; of a step, the model and the number of pairs.
         dtype: name of the dtype.
         items: how many things one call handles.
-        kind: of the published kernels that its error band is taken from; empty for a step.
+        kinds: of the published kernels that its error is taken from; none for a step.
         parts: its launches.
         torch_ops: number of PyTorch ops beside them.
         torch_seconds: time of these without products.
@@ -82,7 +77,7 @@ class Forecast:
     shape: dict[str, Any]
     dtype: str
     items: int
-    kind: str
+    kinds: tuple[str, ...]
     parts: tuple[Part, ...]
     torch_ops: int
     torch_seconds: float
@@ -94,9 +89,9 @@ class Forecast:
         return sum(part.seconds for part in self.parts) + self.torch_seconds + self.product_seconds
 
     @property
-    def band(self) -> ErrorBand | None:
-        """Return the error of the model on published kernels of this kind."""
-        return error_band(self.kind) if self.kind else None
+    def band(self) -> Band | None:
+        """Return the error of the model on published kernels of these kinds."""
+        return error_band(self.kinds)
 
 
 def forecast_op(number: int, dtype: str, machine: Machine, product_flops: float, effort: Effort = FULL) -> Forecast:
@@ -112,10 +107,10 @@ def forecast_op(number: int, dtype: str, machine: Machine, product_flops: float,
     spec, shape = measured_shapes()[number]
     size, _ = spec.items
     work = op_work(spec, shape, dtype)
-    kind = KINDS.get(spec.category, "memory")
+    kinds = KINDS.get(spec.category, ("memory",))
     return _forecast(
         work, machine, product_flops, effort, name=spec.name, shape=shape.to_dict(), dtype=dtype,
-        items=getattr(shape, size), kind=kind,
+        items=getattr(shape, size), kinds=kinds,
     )  # fmt: skip
 
 
@@ -124,7 +119,7 @@ def forecast_step(model: str, machine: Machine, product_flops: float, effort: Ef
     work = step_work(model, STEPS[model], CARDS[machine.name.lower()])
     shape = {"model": model, "batch": STEPS[model]}
     return _forecast(
-        work, machine, product_flops, effort, name=STEP, shape=shape, dtype="bf16", items=STEPS[model], kind=""
+        work, machine, product_flops, effort, name=STEP, shape=shape, dtype="bf16", items=STEPS[model], kinds=()
     )
 
 
@@ -266,7 +261,7 @@ def measurements(paths: Iterable[str]) -> dict[str, float]:
 def to_json(one: Forecast) -> dict[str, Any]:
     """Return a forecast for JSON, with the figures that follow from it."""
     record = dataclasses.asdict(one) | {"seconds": one.seconds, "items_per_s": one.items / one.seconds}
-    record["error"] = one.band._asdict() if one.band else None
+    record["error"] = dataclasses.asdict(one.band) if one.band else None
     for part, fields in zip(one.parts, record["parts"], strict=True):
         if part.prediction:
             fields["prediction"]["limit"] = part.prediction.limit
