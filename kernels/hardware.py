@@ -10,8 +10,8 @@ import dataclasses
 class Architecture:
     """Limits of one multiprocessor of an NVIDIA compute capability.
 
-    Source: CUDA C++ programming guide, "Compute capabilities" and "Throughput of native arithmetic instructions"; the
-    same limits stand in NVIDIA's CCCL (cuda/__device/arch_traits.h).
+    Source: CUDA C++ programming guide, "Compute capabilities"; the same limits stand in NVIDIA's CCCL
+    (cuda/__device/arch_traits.h).
 
     Attributes:
         tables: the architectures whose tables of launch configurations serve this one. The first table that has an
@@ -19,13 +19,6 @@ class Architecture:
         shared_bytes: shared memory of a multiprocessor.
         block_shared_bytes: shared memory that one block may ask for.
         matrix_unit: the PTX instruction of the tensor cores that half-precision products must reach.
-        matrix_rate: dense multiply-adds per clock by operand type. They follow from the data sheets' peak rates (A100
-            SXM: 312 TFLOP/s, 108 multiprocessors, 1.41 GHz; A10: 125, 72, 1.70; L40S: 362, 142, 2.52; H100 SXM: 989,
-            132, 1.83; B200: 2250, 148, 1.85; RTX PRO 6000 Blackwell: 504, 188, 2.62). GeForce cards reach half of it.
-        warp_matrix_share: the part of that rate that mma.sync reaches; None where nothing is published. On Hopper 63%
-            was measured (arXiv:2402.13499, arXiv:2501.12084), and two thirds stand here.
-        exp_rate: results of the exponential unit per clock.
-        fp32_rate: float32 results per clock.
         multiprocessors: their number on the card that launches are recorded for.
         registers: 32-bit registers of a multiprocessor.
         warps: resident warps at most.
@@ -37,10 +30,6 @@ class Architecture:
     shared_bytes: int
     block_shared_bytes: int
     matrix_unit: str
-    matrix_rate: dict[str, int]
-    warp_matrix_share: float | None
-    exp_rate: int
-    fp32_rate: int
     multiprocessors: int
     registers: int = 65536
     warps: int = 64
@@ -57,29 +46,20 @@ class Architecture:
         return self.matrix_unit != "mma.sync"
 
 
-_WARP_MATRIX = {"fp16": 512, "bf16": 512, "tf32": 256}
 ARCHITECTURES = {
     # A100
-    80: Architecture((80,), 167936, 166912, "mma.sync", {"fp16": 1024, "bf16": 1024, "tf32": 512}, 1.0, 16, 64, 108),
+    80: Architecture((80,), 167936, 166912, "mma.sync", 108),
     # RTX 30, A10
-    86: Architecture((86, 80), 102400, 101376, "mma.sync", _WARP_MATRIX, 1.0, 16, 128, 72, warps=48, blocks=16),
+    86: Architecture((86, 80), 102400, 101376, "mma.sync", 72, warps=48, blocks=16),
     # RTX 40, L4, L40S
-    89: Architecture((89, 86, 80), 102400, 101376, "mma.sync", _WARP_MATRIX, 1.0, 16, 128, 142, warps=48, blocks=24),
+    89: Architecture((89, 86, 80), 102400, 101376, "mma.sync", 142, warps=48, blocks=24),
     # H100, H200
-    90: Architecture(
-        (90, 80), 233472, 232448, "wgmma.mma_async", {"fp16": 2048, "bf16": 2048, "tf32": 1024, "fp8": 4096}, 2 / 3, 16,
-        128, 132,
-    ),
+    90: Architecture((90, 80), 233472, 232448, "wgmma.mma_async", 132),
     # B200
-    100: Architecture(
-        (100, 90, 80), 233472, 232448, "tcgen05.mma", {"fp16": 4096, "bf16": 4096, "tf32": 2048, "fp8": 8192}, None, 16,
-        128, 148,
-    ),
+    100: Architecture((100, 90, 80), 233472, 232448, "tcgen05.mma", 148),
     # RTX 50, RTX PRO Blackwell
-    120: Architecture(
-        (120, 89, 86, 80), 102400, 101376, "mma.sync", _WARP_MATRIX, 1.0, 16, 128, 170, warps=48, blocks=24
-    ),
-}  # fmt: skip
+    120: Architecture((120, 89, 86, 80), 102400, 101376, "mma.sync", 170, warps=48, blocks=24),
+}
 
 
 def architecture(capability: int) -> Architecture:
