@@ -331,3 +331,28 @@ print(torch.cuda.get_device_name(), torch.cuda.memory_allocated() >= 8e6, y.sum(
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert "a stream that is captured" in run.stdout
     assert run.stdout.splitlines()[-1] == f"NVIDIA H100 80GB HBM3 ({stub_gpu.MARK}) True 0.0"
+
+
+def test_on_the_stub_only_comparisons_of_values_are_forgiven(tmp_path):
+    (tmp_path / "test_it.py").write_text("""
+import torch
+def test_values(): assert torch.equal(torch.ones(2), torch.zeros(2))
+def test_no_values(): torch.ones(0).max()
+def test_refused(): raise RuntimeError("Triton Error [CUDA]: tensor map: box dimension 1 is 257")
+def test_right(): pass
+""")
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "clipfast.bench.stub.values",
+        "-rfs",
+    ]
+    run = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=tmp_path)
+    assert "1 failed, 1 passed, 2 skipped" in run.stdout
+    assert "FAILED test_it.py::test_refused" in run.stdout
+    assert "no kernel runs on the stub driver" in run.stdout
