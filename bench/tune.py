@@ -63,6 +63,7 @@ SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
     configs.LoopedConfig: {
         "block_m": _SMALL_TILES, "block_n": _SMALL_TILES, "num_warps": (4, 8), "num_stages": _STAGES,
     },
+    configs.BlockConfig: {"rows": _EDGES, "cols": _EDGES},
 }  # fmt: skip
 TARGETS: dict[str, tuple[OpSpec, Target]] = {
     target.name: (spec, target) for spec in specs().values() for target in spec.targets
@@ -333,9 +334,16 @@ def _print_ranking(op: str, search: Search) -> None:
 
 
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
-    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture."""
+    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture.
+
+    Without an entry, a rule decides on the blocks of a loss: then they are those of its first launch.
+    """
     key = key_of(tunable, target, search.dtype)
     entry = configs.committed(key, search.arch)
+    if entry is None and tunable.kind is configs.BlockConfig:
+        found = launches(target, search.dtype, search.arch)
+        gradient = next(one for one in found if "grad_tile" in one.kernel.__name__)
+        return configs.BlockConfig(gradient.args["M"], gradient.args["N"])
     if entry is None:
         raise ValueError(f"{key}: another kernel serves it on sm_{search.arch}, so there is nothing to compare with")
     return tunable.kind(**entry)

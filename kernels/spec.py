@@ -251,7 +251,7 @@ class Tunable:
 
     Attributes:
         kernel: its name in the tables.
-        function: name of the Triton function.
+        function: name of the Triton function; empty if all launches of the op depend on the configuration.
         kind: class of its configurations.
         axes: the values to search for some fields, if they are not the tuner's usual ones.
         per_width: whether the tables have separate entries for separate widths of rows.
