@@ -42,7 +42,9 @@ def loads(text: str) -> Snapshot:
         ValueError: the text is no snapshot.
     """
     record = json.loads(text)
-    if not isinstance(record, dict) or "resources" not in record.get("fields", {}):
+    if record == {}:
+        return Snapshot()
+    if not isinstance(record, dict) or not isinstance(record.get("fields"), dict):
         raise ValueError("a snapshot has the fields of its lists at the top, as tests/kernels/resources.json does")
     fields = record.pop("fields")
     snapshot = Snapshot()
@@ -51,7 +53,7 @@ def loads(text: str) -> Snapshot:
         archs = {arch: _named(cases, fields["resources"]) for arch, cases in parts.items()}
         for arch, other in STANDS_FOR.items():
             if arch in archs:
-                archs[arch] = {case: archs[arch].get(case, kernels) for case, kernels in archs[other].items()}
+                archs[arch] = archs.get(other, {}) | archs[arch]
         snapshot.resources[version] = archs
     return snapshot
 

@@ -8,6 +8,7 @@ sm_86 and sm_120, and sm_89, for which sm_86 stands.
 """
 
 import dataclasses
+import fcntl
 import functools
 import re
 from types import SimpleNamespace
@@ -22,7 +23,7 @@ from clipfast.bench.inspection import offline, snapshot
 from clipfast.bench.inspection.command import ARCHS, SNAPSHOT, VERSION
 from clipfast.bench.inspection.copies import copy_distances
 from clipfast.bench.inspection.sass import Instruction
-from clipfast.bench.inspection.shipped import known_problems, shipped_cases
+from clipfast.bench.inspection.shipped import KNOWN_WARNINGS, known_problems, shipped_cases
 from clipfast.bench.inspection.waves import Waves, waves_of
 from clipfast.bench.inspection.workloads import measured_shapes
 from clipfast.kernels import attention, configs
@@ -54,12 +55,14 @@ def committed() -> snapshot.Snapshot:
 def compare(request, found, part, *keys):
     """Compare what was compiled with the snapshot, or put it there; ``keys`` lead to it under the Triton version."""
     if request.config.getoption("--update-resources"):
-        held = snapshot.loads(SNAPSHOT.read_text()) if SNAPSHOT.exists() else snapshot.Snapshot()
-        at = getattr(held, part)
-        for key in (VERSION, *keys[:-1]):
-            at = at.setdefault(key, {})
-        at[keys[-1]] = found
-        SNAPSHOT.write_text(snapshot.dumps(held))
+        with SNAPSHOT.open("a+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # other workers write it too
+            held = snapshot.loads(SNAPSHOT.read_text() or "{}")
+            at = getattr(held, part)
+            for key in (VERSION, *keys[:-1]):
+                at = at.setdefault(key, {})
+            at[keys[-1]] = found
+            SNAPSHOT.write_text(snapshot.dumps(held))
         return
     if VERSION not in committed().resources:
         pytest.skip(f"resources.json has no entry for Triton {VERSION}: {UPDATE}")
@@ -102,8 +105,29 @@ def test_snapshot_holds_nothing_else():
         assert sorted(held.waves[version]) == sorted(OPS), version
 
 
+def test_warnings_of_the_assembler_that_stay_are_known_and_those_that_are_known_stay():
+    found = {
+        (version, int(arch[3:]), case, f"the assembler warns of {code}")
+        for version, archs in committed().resources.items()
+        for arch, cases in archs.items()
+        for case, kernels in cases.items()
+        for kernel in kernels.values()
+        for code in kernel["warnings"]
+    }
+    assert found == {(*key, problem) for key, problems in KNOWN_WARNINGS.items() for problem in problems}
+
+
 def test_snapshot_is_written_as_it_is_read():
     assert snapshot.dumps(committed()) == SNAPSHOT.read_text()
+
+
+def test_snapshot_leaves_out_what_another_architecture_stands_for():
+    alike, own = ({"kernel 0": snapshot.as_fields(offline.Resources(n, 0, 0, 0, "none", (), (n,)))} for n in (1, 2))
+    held = snapshot.Snapshot({"3.x": {"sm_86": {"a": alike, "b": alike}, "sm_89": {"a": alike, "b": own}}}, {"3.x": {}})
+    text = snapshot.dumps(held)
+    assert text.count("kernel 0") == 3
+    assert snapshot.loads(text) == held
+    assert snapshot.dumps(snapshot.loads(text)) == text
 
 
 @pytest.mark.parametrize(("arch", "other"), STOOD_FOR.items())
