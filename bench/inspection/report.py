@@ -31,7 +31,8 @@ def explain() -> str:
     """Return the text for ``--help``: what ``clipfast inspect`` does and what its columns mean."""
     what = (
         "Compile every shipped kernel for GPUs that need not be there, and report what each takes. The exit code is 1 "
-        "if one spills, exceeds a limit or misses the matrix unit."
+        "if one spills, exceeds a limit or misses the matrix unit, or if the assembler warns of it, as where it runs "
+        "products one after another."
     )
     columns = [
         textwrap.fill(text, 100, initial_indent=f"  {name:8}", subsequent_indent=" " * 10)
