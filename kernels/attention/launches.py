@@ -103,16 +103,21 @@ def backward(
             attention_config(LoopedConfig, f"attention_{owner}_bwd", arch, q.dtype, head_dim)
             for owner in ("query", "key")
         )
-        num_m, num_n = triton.cdiv(m, query_cfg.block_m), triton.cdiv(n, key_cfg.block_n)
-        sums, delta = _sums(q, num_m, num_n, with_sums), torch.empty_like(lse)
+        # as many as the blocks of both kernels divide, which are powers of two
+        block = max(query_cfg.block_m, key_cfg.block_m)
+        rows = triton.cdiv(m, block) * block
+        num_m, num_n = rows // query_cfg.block_m, triton.cdiv(n, key_cfg.block_n)
+        sums, stats = _sums(q, num_m, num_n, with_sums), lse.new_empty(batch, heads, 2, rows)
         launch(
             _query_bwd_kernel, (batch * heads * num_m,),
-            q, k, v, out, grad_out, lse, seqlens, delta, grads[0], sums[0], m, n, heads, *strides, *of_dq, *scales,
+            q, k, v, out, grad_out, lse, seqlens, stats, grads[0], sums[0], m, n, heads, rows,
+            *strides, *of_dq, *scales,
             config=query_cfg, device=device, BLOCK_M=query_cfg.block_m, BLOCK_N=query_cfg.block_n, **options,
         )  # fmt: skip
         launch(
             _key_bwd_kernel, (batch * heads * num_n,),
-            q, k, v, grad_out, lse, seqlens, delta, *grads[1:], sums[1], m, n, heads, *strides, *of_dk, *scales,
+            q, k, v, grad_out, stats, seqlens, *grads[1:], sums[1], m, n, heads, rows,
+            *strides, *of_dk, *scales,
             config=key_cfg, device=device, BLOCK_M=key_cfg.block_m, BLOCK_N=key_cfg.block_n, **options,
         )  # fmt: skip
     if not with_sums:

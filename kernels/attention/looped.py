@@ -96,10 +96,10 @@ def _query_bwd_kernel(
     grad_ptr,  # [B, M, H, D]
     lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
-    delta_ptr,  # [B, H, M] fp32, written
+    stats_ptr,  # [B, H, 2, ROWS] fp32, written
     dq_ptr,  # [B, M, H, D]
     dq_sum_ptr,  # [B, blocks of M, H, D] fp32, over the queries of each
-    M, N, H,
+    M, N, H, ROWS,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
@@ -109,11 +109,12 @@ def _query_bwd_kernel(
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
-    """Compute delta and the gradients of BLOCK_M queries, which one program owns.
+    """Compute the gradients of BLOCK_M queries, which one program owns, and what the keys need of each query.
 
-    The gradients of a head are contiguous.
+    That is lse and delta, or infinity and 0 from the last query up to ROWS, which both kernels' blocks divide: loads
+    that need no mask take several numbers at a time. The gradients of a head are contiguous.
     """
-    num_m = tl.cdiv(M, BLOCK_M)
+    num_m = ROWS // BLOCK_M
     pid_bh, pid = tl.program_id(0) // num_m, tl.program_id(0) % num_m
     b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
     dtype = q_ptr.dtype.element_ty
@@ -131,9 +132,10 @@ def _query_bwd_kernel(
     q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
     do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
     delta = row_dot(do, load_rows(out_ptr, offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS))  # [BM]
-    of_queries = pid_bh.to(tl.int64) * M + offs_m
-    lse = tl.load(lse_ptr + of_queries, mask=offs_m < M, other=float("inf"))
-    tl.store(delta_ptr + of_queries, delta, mask=offs_m < M)
+    lse = tl.load(lse_ptr + pid_bh.to(tl.int64) * M + offs_m, mask=offs_m < M, other=float("inf"))
+    stats_ptr += pid_bh.to(tl.int64) * 2 * ROWS
+    tl.store(stats_ptr + offs_m, lse)
+    tl.store(stats_ptr + ROWS + offs_m, delta)
     acc_dq = zero_rows(BLOCK_M, D_PARTS)
     end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
     for start_n in range(0, end, BLOCK_N):
@@ -157,13 +159,12 @@ def _key_bwd_kernel(
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
     grad_ptr,  # [B, M, H, D]
-    lse_ptr,  # [B, H, M] fp32, in units of q . k
+    stats_ptr,  # [B, H, 2, ROWS] fp32
     seqlens_ptr,  # [B] int32
-    delta_ptr,  # [B, H, M] fp32
     dk_ptr,  # [B, N, H, D]
     dv_ptr,  # [B, N, H, D]
     dv_sum_ptr,  # [B, blocks of N, H, D] fp32, over the values of each
-    M, N, H,
+    M, N, H, ROWS,
     stride_qb, stride_qn, stride_qh, stride_qd,
     stride_kb, stride_kn, stride_kh, stride_kd,
     stride_vb, stride_vn, stride_vh, stride_vd,
@@ -185,8 +186,7 @@ def _key_bwd_kernel(
     k_ptr += b * stride_kb + h * stride_kh
     v_ptr += b * stride_vb + h * stride_vh
     grad_ptr += b * stride_gb + h * stride_gh
-    lse_ptr += pid_bh.to(tl.int64) * M
-    delta_ptr += pid_bh.to(tl.int64) * M
+    stats_ptr += pid_bh.to(tl.int64) * 2 * ROWS
     num_keys = N
     if HAS_SEQLENS:
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
@@ -201,8 +201,8 @@ def _key_bwd_kernel(
         offs_m = start_m + tl.arange(0, BLOCK_M)
         q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
         do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
-        lse = tl.load(lse_ptr + offs_m, mask=offs_m < M, other=float("inf"))
-        delta = tl.load(delta_ptr + offs_m, mask=offs_m < M, other=0.0)
+        lse = tl.load(stats_ptr + offs_m)
+        delta = tl.load(stats_ptr + ROWS + offs_m)
         p_t = transposed_probabilities(
             k, q, lse, offs_n, offs_m, num_keys, qk_scale, BLOCK_N, BLOCK_M, IS_CAUSAL, dtype == tl.float32
         )  # [BN, BM]

@@ -244,6 +244,42 @@ def test_whole_heads_are_read_and_written_once(shape, device, kernels, moved):
     assert sum(moved) == floor(backward=True).bytes + log_sums
 
 
+def two_phases(dtype, head_dim, query, key):
+    """Rows and columns of the blocks of both kernels."""
+    entries = {"attention_query_bwd": query, "attention_key_bwd": key}
+    return configs.overrides({
+        configs.config_key(kernel, dtype, head_dim): configs.LoopedConfig(*block, num_warps=4, num_stages=1)
+        for kernel, block in entries.items()
+    })  # fmt: skip
+
+
+@pytest.mark.skipif(not INTERPRET, reason="only the interpreter tells what is loaded and stored")
+@pytest.mark.parametrize("kernels", ["looped"], indirect=True)
+def test_delta_is_computed_once(device, kernels, moved):
+    batch, length, heads, head_dim, block = 2, 70, 3, 8, 32
+    op, _, inputs, grads = problem(batch, length, heads, head_dim, dtype=torch.float16, device=device)
+    out = op(inputs["qkv"].requires_grad_())
+    moved.clear()
+    with two_phases(torch.float16, head_dim, (block, block), (block, block)):
+        out.backward(*grads)
+    # Each phase reads what its programs own once, and what they walk once for each of their blocks. The first one owns
+    # q, o, their gradients and the numbers of each query, the second one k, v and their gradients.
+    blocks, tensor = -(-length // block), 2 * batch * length * heads * head_dim
+    numbers, padded = (4 * batch * heads * rows for rows in (length, blocks * block))
+    queries, keys = (4 + 2 * blocks) * tensor + numbers + 2 * padded, (4 + 2 * blocks) * tensor + 2 * blocks * padded
+    assert sum(moved) == queries + keys
+
+
+@pytest.mark.skipif(not INTERPRET, reason="PyTorch's is the only path on a CPU; on a GPU the tables choose")
+@pytest.mark.parametrize("blocks", [((16, 32), (64, 16)), ((64, 16), (16, 32))], ids=str)
+@pytest.mark.parametrize("kernels", ["looped"], indirect=True)
+def test_blocks_of_the_two_phases_may_differ(blocks, device, kernels):
+    call = problem(2, 70, 1, 16, True, device=device)
+    call.inputs["bias"] = torch.randn(48, device=device)
+    with two_phases(torch.float32, 16, *blocks):
+        compare(*call)
+
+
 QKV, Q = torch.zeros(2, 5, 48), torch.zeros(2, 5, 2, 8)
 
 
