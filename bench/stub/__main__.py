@@ -20,7 +20,13 @@ def main() -> int:
     add("--arch", type=int, default=90, choices=tuple(ARCHITECTURES), help="compute capability (default: 90)")
     cases = "shipped shapes, all odd ones or those of a quick run, or small ones while a stream is captured"
     add("--cases", nargs="+", default=CASES[:2] + CASES[3:], choices=CASES, help=cases)
-    add("--dtype", nargs="+", default=tuple(DTYPES), choices=tuple(DTYPES), help="of odd cases (default: all)")
+    add(
+        "--dtype",
+        nargs="+",
+        default=tuple(DTYPES),
+        choices=tuple(DTYPES),
+        help="of shipped and odd cases (all)",
+    )
     add("--whole", action="store_true", help="compile odd cases with the bodies of their kernels, which takes an hour")
     add("--json", action="store_true", help="print one line of JSON for each kind of cases")
     add("--host", action="store_true", help="print instead what a call of each op costs the host")
@@ -45,7 +51,7 @@ def main() -> int:
 
 def _walk(kind: str, args: argparse.Namespace) -> walk.Walked:
     if kind == "shipped":
-        return walk.shipped(args.arch)
+        return walk.shipped(args.arch, tuple(args.dtype))
     if kind == "captured":
         return walk.captured(args.arch, whole_kernels=args.whole)
     return walk.odd(args.arch, tuple(args.dtype), only_quick=kind == "quick", whole_kernels=args.whole)

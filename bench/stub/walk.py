@@ -59,10 +59,12 @@ class Walked:
         self.maps[op] += sum(one.maps for one in seen)
 
 
-def shipped(arch: int) -> Walked:
-    """Launch every shipped call, forward and backward. The kernels are those that ``clipfast inspect`` compiles."""
+def shipped(arch: int, dtypes: tuple[str, ...] = tuple(DTYPES)) -> Walked:
+    """Launch every shipped call in ``dtypes``, forward and backward, with the kernels that ``inspect`` compiles."""
     stub, walked = load(arch), Walked(arch)
     for name, case in shipped_cases().items():
+        if name.split()[-1] not in dtypes:
+            continue
         with _in_blocks(), walked.call(name.split()[0], name, stub, emptied=False):
             case()
     return walked

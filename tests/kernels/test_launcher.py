@@ -18,12 +18,13 @@ import torch
 from clipfast.bench.stub import host
 from clipfast.bench.stub.build import missing_tool
 from clipfast.bench.stub.gpu import gpu_environment
+from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import specs
 
 from ..conftest import INTERPRET, ON_GPU
-from .test_offline import ARCHS, CASES
+from .test_offline import CASES, is_quick
 
 pytestmark = pytest.mark.skipif(
     INTERPRET or ON_GPU, reason="the stub driver stands in for a GPU, with compiled kernels"
@@ -87,21 +88,35 @@ def walk(arch, cases, *options):
     return found
 
 
-def shipped_launches(arch):
+def shipped_launches(arch, dtypes):
     """How many kernels the shipped calls launch, without the launcher."""
     with record_launches(arch, ARCHITECTURES[arch].multiprocessors) as launches:
-        for case in CASES.values():
-            case()
+        for name, case in CASES.items():
+            if name.split()[-1] in dtypes:
+                case()
         return len(launches)
+
+
+def quick_dtypes(arch):
+    """The dtypes in which ``test_offline.py`` compiles in every run."""
+    return [dtype for dtype in DTYPES if is_quick(arch, f"any {dtype}")]
 
 
 @needs_gcc
 @pytest.mark.parametrize(
-    "arch", [arch if arch in ARCHS else pytest.param(arch, marks=pytest.mark.slow) for arch in ARCHITECTURES]
+    ("arch", "dtypes"),
+    [
+        *((arch, quick_dtypes(arch)) for arch in ARCHITECTURES if quick_dtypes(arch)),
+        *(
+            pytest.param(arch, list(DTYPES), marks=pytest.mark.slow)
+            for arch in ARCHITECTURES
+            if len(quick_dtypes(arch)) < len(DTYPES)
+        ),
+    ],
 )
-def test_shipped_calls(arch):
-    found = walk(arch, "shipped")
-    assert found["launches"] == shipped_launches(arch)
+def test_shipped_calls(arch, dtypes):
+    found = walk(arch, "shipped", "--dtype", *dtypes)
+    assert found["launches"] == shipped_launches(arch, dtypes)
     assert (found["maps"] > 0) == ARCHITECTURES[arch].multiplies_from_shared
 
 
