@@ -173,3 +173,11 @@ def test_launches_and_pytorch_ops(request):
         lines = [f" {json.dumps(name)}: {json.dumps(count)}" for name, count in found.items()]
         SNAPSHOT.write_text("{\n" + ",\n".join(lines) + "\n}\n")
     assert found == json.loads(SNAPSHOT.read_text()), "run with --update-resources and read the difference"
+
+
+@needs_gcc
+@pytest.mark.slow
+def test_host_times_are_printed():
+    table = run("-m", "clipfast.bench.stub", "--host").splitlines()
+    assert len(table) == 1 + sum(len(spec.small) for spec in specs().values())
+    assert all(float(line.split()[-2]) > 0 for line in table[1:])
