@@ -15,8 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfast.bench.stub import host
-from clipfast.bench.stub.build import missing_tool
+from clipfast.bench.stub import build, host
 from clipfast.bench.stub.gpu import gpu_environment
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
@@ -30,7 +29,7 @@ pytestmark = pytest.mark.skipif(
     INTERPRET or ON_GPU, reason="the stub driver stands in for a GPU, with compiled kernels"
 )
 needs_gcc = pytest.mark.skipif(
-    missing_tool() is not None, reason=f"{missing_tool()}; the launches of all ops go UNCHECKED"
+    build.missing_tool() is not None, reason=f"{build.missing_tool()}; the launches of all ops go UNCHECKED"
 )
 
 SNAPSHOT = Path(__file__).with_name("launches.json")
@@ -142,6 +141,13 @@ def test_calls_that_a_cuda_graph_captures():
 def raised():
     """What each planted fault raises, by name."""
     return json.loads(run(str(Path(__file__).with_name("launcher_faults.py")), "90"))
+
+
+def test_without_gcc_the_reason_names_it(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert "gcc is not installed" in build.missing_tool()
+    with pytest.raises(RuntimeError, match="gcc is not installed"):
+        build.build()
 
 
 @needs_gcc
