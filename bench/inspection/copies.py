@@ -6,7 +6,7 @@ and their wait is the first of the next one, nothing is hidden, whatever the num
 
 from .sass import Graph, Instruction, UnknownControlFlow
 
-COMMIT, WAIT = "LDGDEPBAR", "DEPBAR"
+COMMIT, WAIT, SCOREBOARD = "LDGDEPBAR", "DEPBAR", "SB0"  # the assembler counts groups of copies on no other one
 
 
 def copy_distances(instructions: list[Instruction]) -> tuple[int, ...]:
@@ -55,6 +55,7 @@ def _distance(body: list[Instruction]) -> int | None:
 
 def _running_on(step: Instruction) -> int | None:
     """Return the number of groups that a wait for copies lets run on, or None for another instruction."""
-    if step.name != WAIT or "LE" not in step.modifiers:
+    scoreboard, _, number = step.operands.partition(",")
+    if step.name != WAIT or "LE" not in step.modifiers or scoreboard.strip() != SCOREBOARD:
         return None
-    return int(step.operands.split(",")[1].strip().split()[0], 16)
+    return int(number.strip().split()[0].rstrip(","), 16)

@@ -254,6 +254,7 @@ def listing(*opcodes: str) -> list[Instruction]:
         (("DEPBAR.LE SB0, 0x1", "LDGDEPBAR", "HMMA R2", "LDGDEPBAR", "DEPBAR.LE SB0, 0x1"), 2),
         (("LDGSTS R1", "LDGDEPBAR", "HMMA R2"), None),
         (("DEPBAR.LE SB0, 0x0", "HMMA R2"), None),
+        (("DEPBAR.LE SB1, 0x0", "HMMA R2", "LDGSTS R1", "LDGDEPBAR"), None),  # a wait for something else
     ],
 )
 def test_distance_of_a_copy_counted_by_hand(body, distance):
