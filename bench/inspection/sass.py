@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 
 _FUNCTION = re.compile(r"\s*Function : (\S+)")
-_LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*?)\s*;")
+# The disassembler of Triton 3.6 adds notes for sm_120, such as "&req={2} ?trans2", which the control code says too.
+_LINE = re.compile(r"\s*/\*(?P<address>[0-9a-f]{4,})\*/\s+(?P<text>[^;]*?)(?:\s+[&?][^;]*)?\s*;")
 _CODE = re.compile(r"\s*/\* 0x(?P<code>[0-9a-f]{16}) \*/")  # the second half of an instruction, on the line below it
 _TEXT = re.compile(r"(?:@(?P<guard>!?U?P\w+)\s+)?(?P<opcode>[A-Z]\w*(?:\.\w+)*)\s*(?P<operands>.*)")
 _ENDS = ("EXIT", "RET", "KILL")

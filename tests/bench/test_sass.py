@@ -18,6 +18,11 @@ def test_parse_splits_guard_opcode_and_operands():
     assert (second.address, second.guard, second.opcode, second.operands) == (16, None, "EXIT", "")
 
 
+def test_notes_behind_an_instruction_are_not_operands():
+    (branch, wait) = sass.parse(listing("@P0 BRA 0x30f0   &req={2}   ?trans5", "DEPBAR.LE SB0, 0x0   ?WAIT4_END_GROUP"))
+    assert (branch.operands, wait.operands) == ("0x30f0", "SB0, 0x0")
+
+
 def test_parse_takes_the_first_function():
     assert len(sass.parse(listing("NOP", "EXIT") + listing("EXIT"))) == 2
     with pytest.raises(ValueError, match="no instructions in the disassembly"):
