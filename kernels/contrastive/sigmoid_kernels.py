@@ -54,11 +54,12 @@ def _sigmoid_sums_kernel(
     """Sum losses and probabilities of one tile without its pairs (i, i + offset), and store the logits of the pairs."""
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # before the loop, during which they arrive
     cosines = cosine_tile(
         x, y, pid_m * BLOCK_M, pid_n * BLOCK_N, M, N, D, stride_x, stride_y,
         BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA,
     )  # fmt: skip
-    logits = cosines * tl.load(scale_ptr) + tl.load(bias_ptr)
+    logits = cosines * scale + bias
     # Logits that are left out become -inf, which has no loss and no probability.
     logits = without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
     # One half of the columns after the other: for all of them at once, both terms would not fit the registers.
@@ -89,8 +90,8 @@ def _sigmoid_grad_tile_kernel(
     pid = tl.program_id(0)
     pid_m, pid_n = grouped_tile(pid, tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
+    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)  # before the loop, during which they arrive
     cosines = cosine_tile(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
-    scale, bias = tl.load(scale_ptr), tl.load(bias_ptr)
     # One half of the columns after the other: all of cosines and G at once would not fit the registers.
     HALF: tl.constexpr = BLOCK_N // 2
     halves = tl.split(tl.permute(tl.reshape(cosines, (BLOCK_M, 2, HALF)), (0, 2, 1)))
