@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from clipfast.bench.inspection import model, offline, sass, workloads
+from clipfast.bench.inspection.model import predict
 from clipfast.bench.inspection.model.arguments import bank
 from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
@@ -195,7 +196,7 @@ def test_samples_are_spread_over_the_grid_and_rare_paths_join_others():
     assert len({y for _, y, _ in places}) == 7
     assert max(b - a for (a, *_), (b, *_) in zip(sorted(places), sorted(places)[1:], strict=False)) < 150
     common, rare, long = Path(((0, 5),), 0), Path(((0, 6),), 0), Path(((0, 50),), 0)
-    assert kinds([common] * 6 + [long] * 3 + [rare], 2) == [(common, 0.7), (long, 0.3)]
+    assert kinds([rare, *[common] * 3, *[long] * 2], 2) == [(common, [1, 2, 3, 0]), (long, [4, 5])]
 
 
 # Control codes: set the first scoreboard when the result is there, wait for it, or neither.
@@ -297,6 +298,18 @@ def test_more_programs_than_places_take_another_wave():
     assert seconds(places) > 1.1 * seconds(places // 2)
     assert seconds(places + 1) == pytest.approx(seconds(places + 132), rel=0.02)
     assert seconds(places + 1) > 1.02 * seconds(places)
+
+
+def test_long_programs_that_start_first_leave_no_multiprocessor_waiting():
+    """64 programs of two units and 136 of one: 132 multiprocessors are through after two units."""
+    launch = walk(8, 4000, grid=200)
+    kernel = model.load(offline.compile_kernel(launch, 90))
+    grid = predict._Grid(kernel, launch.grid, launch.args, 1e6, model.FULL)
+    short, long = Path(((0, 5),), 0), Path(((0, 9),), 0)
+    grid.sampled, grid.kinds = 200, [(short, list(range(64, 200))), (long, list(range(64)))]
+    assert grid._longest([1.0, 2.0], H100) == 2.0
+    grid.kinds = [(short, list(range(136))), (long, list(range(136, 200)))]
+    assert grid._longest([1.0, 2.0], H100) == 3.0
 
 
 def test_bytes_are_those_of_what_is_loaded_and_stored():

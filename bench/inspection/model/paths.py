@@ -6,7 +6,6 @@ skips work, and a branch back leaves its loop. The number of guesses is part of 
 functions, which are subroutines, are not taken.
 """
 
-import collections
 import dataclasses
 import functools
 from collections.abc import Sequence
@@ -269,15 +268,16 @@ def sample(grid: Sequence[int], most: int) -> list[tuple[int, ...]]:
     return [(n % x, n // x % y, n // (x * y)) for n in numbers]
 
 
-def kinds(paths: Sequence[Path], most: int) -> list[tuple[Path, float]]:
-    """Return the different paths, the most frequent first, each with its share.
+def kinds(paths: Sequence[Path], most: int) -> list[tuple[Path, list[int]]]:
+    """Return the different paths, the most frequent first, each with the places in ``paths`` where it stands.
 
     Of more than ``most`` kinds, the rare ones are counted to the frequent one whose length is nearest.
     """
-    counts = collections.Counter(paths)
-    ordered = sorted(counts, key=lambda path: (-counts[path], path.length))
+    places: dict[Path, list[int]] = {}
+    for place, path in enumerate(paths):
+        places.setdefault(path, []).append(place)
+    ordered = sorted(places, key=lambda path: (-len(places[path]), path.length))
     kept = ordered[:most]
-    shares = {path: float(counts[path]) for path in kept}
     for path in ordered[most:]:
-        shares[min(kept, key=lambda other: abs(other.length - path.length))] += counts[path]
-    return [(path, share / len(paths)) for path, share in shares.items()]
+        places[min(kept, key=lambda other: abs(other.length - path.length))] += places[path]
+    return [(path, places[path]) for path in kept]

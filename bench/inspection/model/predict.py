@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import heapq
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ class Effort(NamedTuple):
 
 
 FULL = Effort(steps=1_000_000, turns=20, programs=48, kinds=4)
-QUICK = Effort(steps=150_000, turns=6, programs=8, kinds=1)  # one path, for a table of many kernels
+QUICK = Effort(steps=150_000, turns=6, programs=12, kinds=2)  # for a table of many kernels
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,14 +153,18 @@ class _Grid:
         paths = follow(kernel, grid, arguments, effort.programs)
         self.guesses = max(path.guesses for path in paths)
         self.kinds = kinds(paths, effort.kinds)
-        requested = sum(share * kernel.requested_bytes(path) for path, share in self.kinds)
+        self.sampled = len(paths)
+        requested = sum(len(places) * kernel.requested_bytes(path) for path, places in self.kinds) / len(paths)
         self.hbm_share = min(1.0, hbm_bytes / max(1.0, self.programs * requested))
 
     def predict(self, machine: Machine) -> Prediction:
-        mean = _sum([(self._time(path, machine), share) for path, share in self.kinds])
-        busiest = -(-self.programs // machine.multiprocessors)  # programs of the multiprocessor that has most
+        timed = [self._time(path, machine) for path, _ in self.kinds]
+        mean = _sum([(one, len(places) / self.sampled) for one, (_, places) in zip(timed, self.kinds, strict=True)])
         fits = self.kernel.at_once
-        cycles = mean.ramp + max(0, busiest - min(fits, busiest)) * mean.cycles
+        busiest = -(-self.programs // machine.multiprocessors)  # programs of the multiprocessor that has most
+        work = busiest * mean.cycles if len(timed) == 1 else self._longest([one.cycles for one in timed], machine)
+        # the first programs of a multiprocessor start together, and have no others to hide behind
+        cycles = work + mean.ramp - min(fits, busiest) * mean.cycles
         seconds, flops = cycles / machine.clock, mean.flops * self.programs
         by_power = flops / machine.power_flops > seconds
         return Prediction(
@@ -168,6 +173,21 @@ class _Grid:
             cycles=mean.cycles, alone=mean.alone, busy=mean.busy, flops=flops, hbm_bytes=self.hbm_bytes,
             guesses=self.guesses, by_power=by_power,
         )  # fmt: skip
+
+    def _longest(self, cycles: Sequence[float], machine: Machine) -> float:
+        """Return the cycles of the multiprocessor that has most work, if each takes the next program when it can.
+
+        Programs start in order. One that was not followed is like the last one before it that was.
+        """
+        kind_of = [0] * self.sampled
+        for kind, (_, places) in enumerate(self.kinds):
+            for place in places:
+                kind_of[place] = kind
+        loads = [0.0] * machine.multiprocessors
+        for program in range(self.programs):
+            kind = kind_of[program * self.sampled // self.programs]
+            heapq.heapreplace(loads, loads[0] + cycles[kind])
+        return max(loads)
 
     def _time(self, path: Path, machine: Machine) -> _Timed:
         short, double, factor = shortened(path, self.effort.turns)
