@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed.tensor  # Liger looks there without importing it
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from . import flex
@@ -134,14 +135,15 @@ def layer_norm(folder: Path, rows: int, width: int, backward: bool) -> list[Work
 
 
 def megatron_rms_norm(folder: Path, rows: int, width: int, both: bool) -> list[Work]:
-    """Launch Liger's RMSNorm in bfloat16, forward or both passes with the sum before them."""
+    """Launch Liger's RMSNorm in bfloat16: forward, or both passes with the sum between them that is differentiated."""
     with package(folder, "liger-kernel", "0.8.0") as imported:
         Norm = imported("liger_kernel.ops.rms_norm").LigerRMSNormFunction
         tensors = [half(rows, 1, width, dtype=BF16, grad=True), half(width, dtype=BF16, grad=True)]
-        forward, backward = _forward_and_backward(Norm.apply, tensors, 1e-6, 0.0, "llama", True, None)
-    if both:
-        return [Work(tuple((one, None) for one in (*forward.launches, *backward.launches)), tuple(backward.others))]
-    return [of(forward)]
+        with recording() as found:
+            result = Norm.apply(*tensors, 1e-6, 0.0, "llama", True, None)
+            if both:
+                result.sum().backward()
+    return [of(found)]
 
 
 def add_rms_norm(folder: Path, rows: int, width: int, backward: bool) -> list[Work]:

@@ -106,7 +106,10 @@ class _Others(TorchDispatchMode):
         result = _computed(func, args, kwargs or {})
         leaves = torch.utils._pytree.tree_leaves((args, result))
         tensors = {id(one): one for one in leaves if isinstance(one, torch.Tensor)}
-        self.found.append(Other(name, sum(one.nbytes for one in tensors.values())))
+        moved = sum(
+            min(one.nbytes, one.untyped_storage().nbytes()) for one in tensors.values()
+        )  # an expanded one is less
+        self.found.append(Other(name, moved))
         return result
 
 
@@ -115,7 +118,8 @@ def _on_cpu(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(function)
     def make(*args: Any, **kwargs: Any) -> Any:
-        return function(*args, **(kwargs | ({"device": "cpu"} if kwargs.get("device") is not None else {})))
+        on_gpu = kwargs.get("device") is not None and str(kwargs["device"]) != "meta"
+        return function(*args, **(kwargs | ({"device": "cpu"} if on_gpu else {})))
 
     return make
 

@@ -48,7 +48,7 @@ def write(document: Path, results: Sequence[Mapping[str, Any]]) -> None:
 
 
 def _figures(results: Sequence[Mapping[str, Any]]) -> str:
-    versions = sorted({version for one in results for version in one["predicted_ms"]}, reverse=True)
+    versions = sorted({version for one in results for version in one["predicted_ms"]}, key=_number, reverse=True)
     numbers = {key: number for number, key in enumerate(dict.fromkeys(one["source"] for one in results), 1)}
     ratios = " | ".join(f"ratio, Triton {version}" for version in versions)
     lines = [f"| kind | kernel and case | source | published, ms | {ratios} | limit |"]
@@ -79,4 +79,9 @@ def _sources(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _newest(result: Mapping[str, Any]) -> float | None:
     predicted: Mapping[str, float] = result["predicted_ms"]
-    return predicted[max(predicted, key=lambda version: tuple(map(int, version.split("."))))] if predicted else None
+    return predicted[max(predicted, key=_number)] if predicted else None
+
+
+def _number(version: str) -> tuple[int, ...]:
+    """Return a version as numbers, for which 3.10 comes after 3.9."""
+    return tuple(map(int, version.split(".")))
