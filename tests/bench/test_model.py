@@ -11,12 +11,12 @@ import triton
 import triton.language as tl
 
 from clipfast.bench.inspection import model, offline, sass, workloads
-from clipfast.bench.inspection.model import predict
 from clipfast.bench.inspection.model.arguments import bank
 from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
 from clipfast.bench.inspection.model.multiprocessor import run
 from clipfast.bench.inspection.model.paths import Code, Lost, Path, kinds, sample, shortened
+from clipfast.bench.inspection.model.predict import _Grid
 from clipfast.bench.inspection.model.registers import State
 from clipfast.bench.inspection.model.steps import decode
 from clipfast.bench.inspection.model.traffic import moved_bytes, used
@@ -291,9 +291,9 @@ def test_loops_of_a_compiled_kernel_run_as_its_arguments_say(n, m, flag):
 
 def test_more_programs_than_places_take_another_wave():
     def seconds(grid: int) -> float:
-        return model.predict_launch(walk(8, 2000, grid=grid), model.H100).seconds
+        return model.predict_launch(walk(1, 6000, grid=grid), model.H100, model.QUICK).seconds
 
-    places = 132 * model.predict_launch(walk(8, 2000), model.H100).at_once
+    places = 132 * model.predict_launch(walk(1, 6000), model.H100, model.QUICK).at_once
     # a full wave, and one more on a single multiprocessor: both take as long as that one needs
     assert seconds(places) > 1.1 * seconds(places // 2)
     assert seconds(places + 1) == pytest.approx(seconds(places + 132), rel=0.02)
@@ -304,7 +304,7 @@ def test_long_programs_that_start_first_leave_no_multiprocessor_waiting():
     """64 programs of two units and 136 of one: 132 multiprocessors are through after two units."""
     launch = walk(8, 4000, grid=200)
     kernel = model.load(offline.compile_kernel(launch, 90))
-    grid = predict._Grid(kernel, launch.grid, launch.args, 1e6, model.FULL)
+    grid = _Grid(kernel, launch.grid, launch.args, 1e6, model.FULL)
     short, long = Path(((0, 5),), 0), Path(((0, 9),), 0)
     grid.sampled, grid.kinds = 200, [(short, list(range(64, 200))), (long, list(range(64)))]
     assert grid._longest([1.0, 2.0], H100) == 2.0
