@@ -108,6 +108,5 @@ def load(compiled: Any) -> Kernel:
     names = tuple(name for name, kind in compiled.src.signature.items() if kind != "constexpr")
     if fits.blocks == 0:
         raise NoModel("a program does not fit on a multiprocessor")
-    return Kernel(
-        compiled.metadata.name, Code(instructions), compiled.asm["ptx"], compiled.asm["ttir"], warps, fits.blocks, names
-    )
+    ptx, ttir = compiled.asm["ptx"], compiled.asm.get("ttir", "")  # kernels in Gluon have no TTIR
+    return Kernel(compiled.metadata.name, Code(instructions), ptx, ttir, warps, fits.blocks, names)
