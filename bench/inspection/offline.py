@@ -139,8 +139,11 @@ def assembler_log(kernel: Any) -> str:
     return _logs[kernel.hash]
 
 
-def resources(kernel: Any, sass: str | None = None) -> Resources:
+def resources(kernel: Any, sass: str | None = None, *, copies: bool = True) -> Resources:
     """Return what a compiled kernel takes, read from the machine code that would run; ``sass`` is its text, if known.
+
+    Without ``copies`` their distances are left out, for which the machine code must be disassembled: that takes longer
+    than all else together.
 
     The assembler warns of the products of wgmma only, so it is asked about no other kernel.
     """
@@ -149,7 +152,7 @@ def resources(kernel: Any, sass: str | None = None) -> Resources:
     spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(sass or disassemble(kernel))
     ptx = kernel.asm["ptx"]
     warnings = re.findall(r"\((C7\d+)\)", assembler_log(kernel)) if "wgmma.mma_async" in ptx else []
-    copies = copy_distances(parse(sass or disassemble(kernel))) if "cp.async.commit_group" in ptx else ()
+    has_copies = copies and "cp.async.commit_group" in ptx
     return Resources(
         registers=_number(r"REG:(\d+)", usage),
         spill_bytes=spills,
@@ -157,7 +160,7 @@ def resources(kernel: Any, sass: str | None = None) -> Resources:
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         mma="+".join(unit for unit in MATRIX_UNITS if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
         warnings=tuple(dict.fromkeys(warnings)),
-        copies=copies,
+        copies=copy_distances(parse(sass or disassemble(kernel))) if has_copies else (),
     )
 
 
