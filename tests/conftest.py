@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import ranks
 
-# The processes of clipfast.ranks find the test modules by this path, and are forked with open_clip in memory.
-sys.path.insert(0, str(Path(__file__).parent.parent))
+# The processes of clipfast.ranks find the test modules by this path, and are forked with open_clip in memory. The first
+# path stays in front of it: on a bare machine that has links to the packages, and clipfast/ in a checkout is not whole.
+sys.path.insert(1, str(Path(__file__).parent.parent))
 ranks.PRELOAD.append("open_clip")
 
 INTERPRET = triton.knobs.runtime.interpret
@@ -34,9 +35,9 @@ DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16]
 # Files, classes and tests whose tests take seconds each: --fast leaves them out.
 LONG = (
     "test_offline.py", "test_launcher.py", "test_memory.py", "test_contrastive_numerics.py", "test_distributed.py",
-    "TestSanitized", "test_training.py", "test_endings.py", "test_micro_batches.py", "test_plan.py", "test_step.py::test_the_losses",
-    "test_readme.py", "test_gpu_driver.py", "test_tune.py", "test_inspect.py", "test_harness.py", "test_faults.py",
-    "test_report.py", "optional_packages", "every_character",
+    "TestSanitized", "test_training.py", "test_endings.py", "test_micro_batches.py", "test_plan.py",
+    "test_step.py::test_the_losses", "test_readme.py", "test_gpu_driver.py", "test_tune.py", "test_inspect.py",
+    "test_harness.py", "test_faults.py", "test_report.py", "optional_packages", "every_character",
 )  # fmt: skip
 
 

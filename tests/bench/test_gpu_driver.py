@@ -333,6 +333,21 @@ print(torch.cuda.get_device_name(), torch.cuda.memory_allocated() >= 8e6, y.sum(
     assert run.stdout.splitlines()[-1] == f"NVIDIA H100 80GB HBM3 ({stub_gpu.MARK}) True 0.0"
 
 
+def test_processes_of_tests_find_the_links_before_the_checkout(tmp_path):
+    # They get the path of the process that started them, and clipfast/ in a checkout is no whole package.
+    site = checkout.link_packages(tmp_path / "site")
+    code = """
+import importlib.machinery, runpy, sys
+runpy.run_path("tests/conftest.py")
+print(importlib.machinery.PathFinder.find_spec("clipfast", sys.path).origin)
+"""
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env=checkout.environment_with(site), cwd=checkout.ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    assert run.stdout.startswith(str(site))
+
+
 def test_on_the_stub_only_comparisons_of_values_are_forgiven(tmp_path):
     (tmp_path / "test_it.py").write_text("""
 import torch
