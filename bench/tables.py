@@ -121,7 +121,10 @@ def size(value: int | None) -> str:
 
 
 def readme_table(runs: list[dict[str, Any]]) -> str:
-    """Return the README's table of ours against OpenCLIP's: of the loss by batch, or of training steps by model."""
+    """Return the README's table of ours against OpenCLIP's: of the loss by batch, or of training steps by model.
+
+    Where OpenCLIP was not measured, perhaps for want of memory or of a network, its columns have a dash.
+    """
     cases = [case for run in runs for case in run["cases"]]
     is_step = all(case["suite"] == "step" for case in cases)
     rates = ["pairs/s", "MFU"] if is_step else []
@@ -130,17 +133,17 @@ def readme_table(runs: list[dict[str, Any]]) -> str:
     for case in cases:
         by_name = {c["name"]: c for c in case["candidates"] if not c["refused"]}
         ours, theirs = by_name.get(OURS), by_name.get("OpenCLIP" if is_step else "OpenCLIP ClipLoss")
-        if case["suite"] not in ("loss", "step") or ours is None or theirs is None:
+        if case["suite"] not in ("loss", "step") or ours is None:
             continue
-        shape, ratio = case["shape"], theirs["times_ours"]
+        shape, ratio = case["shape"], theirs["times_ours"] if theirs else None
         rates = [_rate(case["items"]["count"] / ours["median_s"]), _mfu(ours["mfu"])] if is_step else []
         rows.append(
             [
                 f"{shape['model']}, {shape['batch']:,}" if is_step else f"{shape['pairs']:,}",
-                *(seconds(c["median_s"]) for c in (ours, theirs)),
-                f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})",
+                *(seconds(c["median_s"]) if c else "-" for c in (ours, theirs)),
+                f"{ratio['median']:.2f} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "-",
                 *rates,
-                *(size(c["peak_bytes"]) for c in (ours, theirs)),
+                *(size(c["peak_bytes"] if c else None) for c in (ours, theirs)),
             ]
         )
     widths = {str(case["shape"]["embed_dim"]) for case in cases if "embed_dim" in case["shape"]}
@@ -155,7 +158,9 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
         return ", ".join(sorted(values))
 
     where = one({run["machine"].get("gpu") or run["machine"]["cpu"] for run in runs})
-    torch, open_clip = (one({run["versions"][name] for run in runs}) for name in ("torch", "open_clip_torch"))
+    torch, open_clip = (
+        one({run["versions"][name] or "not installed" for run in runs}) for name in ("torch", "open_clip_torch")
+    )
     facts = [*facts, one({case["dtype"] for run in runs for case in run["cases"]})]
     when, commit = one({run["when"][:10] for run in runs}), one({(run["git"]["sha"] or "unknown")[:8] for run in runs})
     return f"{where}; torch {torch}, OpenCLIP {open_clip}; {', '.join(facts)}; {when}, commit {commit}."

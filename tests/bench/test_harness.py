@@ -267,6 +267,18 @@ def test_compare_measures_each_side_with_its_own_kernels(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("figure", ["| 1,024 |", "| 1,025 |"])
+def test_readme_table_without_openclip():
+    ours = {"name": "clipfast", "refused": None, "median_s": 2e-3, "peak_bytes": 2**20}
+    missing = {"name": "OpenCLIP ClipLoss", "refused": "missing: not installed"}
+    case = {"suite": "loss", "shape": {"pairs": 4096, "embed_dim": 512}, "dtype": "bf16", "candidates": [ours, missing]}
+    versions = {"torch": "2.11.0", "open_clip_torch": None}
+    machine, git = {"gpu": "a GPU"}, {"sha": "0123456789"}
+    run = {"machine": machine, "versions": versions, "cases": [case], "when": "2026-11-26T00:00", "git": git}
+    _, _, row, _, caption = tables.readme_table([run]).splitlines()
+    assert row == "| 4,096 | 2 ms | - | - | 1.0 MiB | - |"
+    assert caption == "a GPU; torch 2.11.0, OpenCLIP not installed; D = 512, bf16; 2026-11-26, commit 01234567."
+
+
 def test_readme_tables_are_made_of_the_results(figure):
     root = checkout.ROOT
     text = (root / "README.md").read_text()
