@@ -18,13 +18,17 @@ KNOWN_WARNINGS = {
     ("3.6", 90, f"patch_embed P16 floats{kept} bf16"): ("the assembler warns of C7515",)
     for kept in ("", " keep98")
 }
+# One register of the gradient's tile finds no place where a batch is no multiple of 16. It is stored and loaded once.
+# Loading the weights of the columns later, in either order, or a barrier between the halves spills as much or more.
+KNOWN_SPILLS = {("3.9", 90, "contrastive_loss N1001 D512 bf16"): ("spills 4 bytes",)}
 
 
 def known_problems(version: str, arch: int, case: str) -> tuple[str, ...]:
     """Return the problems that a case may have under a Triton version ("3.9") and that clipfast cannot help."""
     _, shipped, dtype = _named()[case]
-    if (version, arch, case) in KNOWN_WARNINGS:
-        return KNOWN_WARNINGS[version, arch, case]
+    for known in (KNOWN_WARNINGS, KNOWN_SPILLS):
+        if (version, arch, case) in known:
+            return known[version, arch, case]
     if shipped.small_tiles and dtype != "fp32":
         return small_tile_problems(arch)
     if shipped.tf32_by_triton_36 and (version, arch, dtype) == ("3.6", 100, "fp32"):

@@ -266,25 +266,16 @@ def _select(state: State, _: list[str], found: tuple[Operand, ...], __: Instruct
         state.write_bits(found[0], *(a if chosen else b))
 
 
-@_means("IMNMX", "VIMNMX", "UIMNMX")
-def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
-    a, b, is_min = state.read(found[1]), state.read(found[2]), state.predicate(found[3])
-    if a is None or b is None or is_min is None:
+@_means("IMNMX", "VIMNMX", "UIMNMX", "VIADDMNMX")
+def _extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
+    *addends, other, chooses_min = found[1:]  # VIADDMNMX adds two numbers first
+    values, is_min = [state.read(operand) for operand in (*addends, other)], state.predicate(chooses_min)
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or is_min is None:
         state.write(found[0], None)
         return
     key = (lambda value: value) if "U32" in modifiers else signed
-    state.write(found[0], (min if is_min else max)(a, b, key=key))
-
-
-@_means("VIADDMNMX")
-def _sum_and_extremum(state: State, modifiers: list[str], found: tuple[Operand, ...], _: Instruction) -> None:
-    a, b, c = (state.read(operand) for operand in found[1:4])
-    is_min = state.predicate(found[4])
-    if a is None or b is None or c is None or is_min is None:
-        state.write(found[0], None)
-        return
-    key = (lambda value: value) if "U32" in modifiers else signed
-    state.write(found[0], (min if is_min else max)(a + b & MASK, c, key=key))
+    state.write(found[0], (min if is_min else max)(sum(known[:-1]) & MASK, known[-1], key=key))
 
 
 @_means("HFMA2")
