@@ -83,7 +83,7 @@ def walk(arch, cases, *options):
     printed = run("-m", "clipfast.bench.stub", "--json", "--arch", str(arch), "--cases", cases, *options)
     found = json.loads(printed.splitlines()[-1])
     assert found["faults"] == []
-    assert set(found["by_op"]) == set(specs())
+    assert set(found["by_op"]) == {name for name, spec in specs().items() if cases != "shipped" or spec.shipped}
     return found
 
 
