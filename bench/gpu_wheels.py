@@ -41,9 +41,11 @@ def wheels() -> str:
         return "\n".join([*lines, "", "Nothing has to be carried."])
     platforms = " ".join(f"--platform {platform}_x86_64" for platform in PLATFORMS)
     fetch = f"python3 -m pip download --no-deps --only-binary=:all: --python-version 3.12 {platforms} -d .whl"
-    install = "python3 -m pip install --no-index --no-deps --target /tmp/site .whl/*.whl && export PYTHONPATH=/tmp/site"
+    target = "build/wheels"
+    install = f"python3 -m pip install --no-index --no-deps --target {target} .whl/*.whl"
     return "\n".join([
         *lines, "", "Where there is a network, for Python 3.12 there (leave out what has no wheel):",
         f"  {fetch} {' '.join(missing)}",
-        "On the GPU machine, with the folder .whl beside the checkout:", f"  {install}",
+        "On the GPU machine, in the checkout, with the folder .whl in it:",
+        f"  {install} && export PYTHONPATH=$PWD/{target}",
     ])  # fmt: skip

@@ -22,7 +22,6 @@ from .forecast import table as forecast_table
 from .forecast import to_json as forecast_json
 from .matrix import mma_kinds
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, Prediction, load, predict
-from .occupancy import occupancy
 from .peer_kernels import installed_cases, record_peer
 from .pool import spread
 from .report import Report, differences, explain, table, to_json
@@ -64,17 +63,12 @@ def inspect_launch(
         half = any(tensor.dtype.itemsize == 2 for tensor in offline.tensors(launch))
     compiled = offline.compile_kernel(launch, arch)
     multiplies = offline.multiplies(compiled)
-    text = offline.disassemble(compiled)
-    instructions = parse(text)
-    resources = offline.resources(compiled, text)
-    warps = offline.threads(compiled) // 32
+    instructions = parse(offline.disassemble(compiled))
+    resources = offline.resources(compiled)
     prediction = _prediction(compiled, launch) if predicts and arch == ARCH else None
     return Report(
-        case=case, kernel=kernel or launch.kernel.__name__, arch=arch, resources=resources, warps=warps,
-        occupancy=occupancy(
-            arch, registers=resources.registers, warps=warps, shared_bytes=resources.shared_bytes,
-            tmem_columns=resources.tmem_columns,
-        ),
+        case=case, kernel=kernel or launch.kernel.__name__, arch=arch, resources=resources,
+        warps=offline.threads(compiled) // 32, occupancy=offline.occupancy_of(compiled, resources),
         mma=mma_kinds(instructions),
         tma=any(instruction.name.startswith(("UTMALDG", "UTMASTG", "UTMAREDG")) for instruction in instructions),
         prediction=None if isinstance(prediction, str) else prediction,

@@ -6,7 +6,6 @@ without a gap, as in a CUDA graph: the host is left out.
 """
 
 import dataclasses
-import functools
 import json
 import math
 from collections.abc import Iterable, Sequence
@@ -156,27 +155,19 @@ def _part(same: Sequence[Launch], machine: Machine, effort: Effort) -> Part:
     # of blocks in a row, one that is neither the first nor in the middle has no pairs, like most
     launch = same[len(same) // 3]
     try:
-        return Part(launch.kernel.__name__, len(same), _predicted(_key(launch), _Held(launch), machine, effort))
+        return Part(launch.kernel.__name__, len(same), _predicted(launch, machine, effort))
     except NoModel as error:
         return Part(launch.kernel.__name__, len(same), None, str(error))
 
 
-class _Held:
-    """A launch that counts as equal to any other, so that a cache looks at the other arguments only."""
-
-    def __init__(self, launch: Launch) -> None:
-        self.launch = launch
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Held)
-
-    def __hash__(self) -> int:
-        return 0
+_predictions: dict[tuple[str, Machine, Effort], Prediction] = {}  # of this process, by the key of the launch
 
 
-@functools.cache
-def _predicted(_: str, held: _Held, machine: Machine, effort: Effort) -> Prediction:
-    return predict_launch(held.launch, machine, effort)
+def _predicted(launch: Launch, machine: Machine, effort: Effort) -> Prediction:
+    key = _key(launch), machine, effort
+    if key not in _predictions:
+        _predictions[key] = predict_launch(launch, machine, effort)
+    return _predictions[key]
 
 
 def table(forecasts: Sequence[Forecast], measured: dict[str, float] | None = None) -> str:

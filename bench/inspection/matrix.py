@@ -10,7 +10,8 @@ _WARP_MMA = ("HMMA", "QMMA")
 _GROUP_MMA = ("HGMMA", "QGMMA")
 _TENSOR_MMA = ("UTCHMMA", "UTCQMMA")
 _ANY_MMA = re.compile(r"(UTC)?[A-Z]G?MMA$")
-_WARP_SHAPES = {"1688": (16, 8, 8), "1684": (16, 8, 4), "16816": (16, 8, 16), "16832": (16, 8, 32)}
+# The sizes of mma.sync by the first modifier of its instruction.
+WARP_SHAPES = {"1688": (16, 8, 8), "1684": (16, 8, 4), "16816": (16, 8, 16), "16832": (16, 8, 32)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,7 +62,7 @@ def _describe(graph: Graph, block: int, position: int) -> Mma:
     if "SP" in instruction.modifiers or instruction.name not in (*_WARP_MMA, *_GROUP_MMA):
         return Mma(instruction.name, None, "unknown")
     if instruction.name in _WARP_MMA:
-        return Mma(instruction.name, _WARP_SHAPES.get(shape_text), operand)
+        return Mma(instruction.name, WARP_SHAPES.get(shape_text), operand)
     match = re.fullmatch(r"(\d+)x(\d+)x(\d+)", shape_text)
     shape = (int(match[1]), int(match[2]), int(match[3])) if match else None
     return Mma(instruction.name, shape, operand)

@@ -6,6 +6,7 @@ and the same specialisation of the arguments.
 
 import contextlib
 import dataclasses
+import functools
 import io
 import re
 import subprocess
@@ -25,6 +26,7 @@ from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import Launch, record_launches
 
 from .copies import copy_distances
+from .occupancy import Occupancy, occupancy
 from .sass import parse
 
 MATRIX_UNITS = tuple(dict.fromkeys(architecture.matrix_unit for architecture in ARCHITECTURES.values()))
@@ -32,13 +34,13 @@ MATRIX_UNITS = tuple(dict.fromkeys(architecture.matrix_unit for architecture in 
 _TYPES = {dtype: name for name, dtype in DTYPES.items()} | {
     torch.uint8: "u8", torch.int8: "i8", torch.int32: "i32", torch.int64: "i64",
 }  # fmt: skip
-# What the assembler said of each kernel that this process compiled, by the kernel's hash.
+# The assembler's messages about each kernel that this process compiled, by the kernel's hash.
 _logs: dict[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one compiled kernel takes of a multiprocessor, and what the assembler made of it.
+    """The resources of a multiprocessor that one compiled kernel takes, and what the assembler made of it.
 
     Attributes:
         registers: of a thread.
@@ -139,17 +141,17 @@ def assembler_log(kernel: Any) -> str:
     return _logs[kernel.hash]
 
 
-def resources(kernel: Any, sass: str | None = None, *, copies: bool = True) -> Resources:
-    """Return what a compiled kernel takes, read from the machine code that would run; ``sass`` is its text, if known.
+def resources(kernel: Any, *, copies: bool = True) -> Resources:
+    """Return what a compiled kernel takes, read from the machine code that would run.
 
     Without ``copies`` their distances are left out, for which the machine code must be disassembled: that takes longer
     than all else together.
 
     The assembler warns of the products of wgmma only, so it is asked about no other kernel.
     """
-    usage = _cuobjdump(kernel, "-res-usage")
+    usage = _cuobjdump(kernel.asm["cubin"], "-res-usage")
     # spills are in the stack frame: without one there are none to count
-    spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(sass or disassemble(kernel))
+    spills = _number(r"STACK:(\d+)", usage) and _stored_bytes(disassemble(kernel))
     ptx = kernel.asm["ptx"]
     warnings = re.findall(r"\((C7\d+)\)", assembler_log(kernel)) if "wgmma.mma_async" in ptx else []
     has_copies = copies and "cp.async.commit_group" in ptx
@@ -160,7 +162,7 @@ def resources(kernel: Any, sass: str | None = None, *, copies: bool = True) -> R
         tmem_columns=getattr(kernel.metadata, "tmem_size", None) or 0,
         mma="+".join(unit for unit in MATRIX_UNITS if re.search(rf"\b{re.escape(unit)}", ptx)) or "none",
         warnings=tuple(dict.fromkeys(warnings)),
-        copies=copy_distances(parse(sass or disassemble(kernel))) if has_copies else (),
+        copies=copy_distances(parse(disassemble(kernel))) if has_copies else (),
     )
 
 
@@ -176,7 +178,7 @@ def threads(kernel: Any) -> int:
 
 def disassemble(kernel: Any) -> str:
     """Return the machine code of a compiled kernel as text."""
-    return _cuobjdump(kernel, "-sass")
+    return _cuobjdump(kernel.asm["cubin"], "-sass")
 
 
 @contextlib.contextmanager
@@ -213,12 +215,22 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[str, object], dict
     return signature, constants, attrs
 
 
-def _cuobjdump(kernel: Any, option: str) -> str:
+@functools.lru_cache(maxsize=8)
+def _cuobjdump(cubin: bytes, option: str) -> str:
+    """Return what Triton's cuobjdump prints. Several readers ask for the same kernel, and one run takes 0.3 s."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
-        path.write_bytes(kernel.asm["cubin"])
+        path.write_bytes(cubin)
         command = [triton.knobs.nvidia.cuobjdump.path, option, str(path)]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def occupancy_of(kernel: Any, found: Resources) -> Occupancy:
+    """Return the occupancy of a compiled kernel with these resources on the architecture that it was compiled for."""
+    return occupancy(
+        kernel.metadata.target.arch, registers=found.registers, warps=threads(kernel) // 32,
+        shared_bytes=found.shared_bytes, tmem_columns=found.tmem_columns,
+    )  # fmt: skip
 
 
 def _stored_bytes(sass: str) -> int:

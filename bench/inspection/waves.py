@@ -9,7 +9,6 @@ from clipfast.kernels.launch import Launch
 from clipfast.kernels.spec import OpSpec, Shape
 
 from . import offline
-from .occupancy import occupancy
 from .workloads import op_work
 
 ARCH = 90
@@ -60,8 +59,4 @@ def waves_of(spec: OpSpec, shape: Shape, dtype: str = "bf16", arch: int = ARCH) 
 def _blocks(launch: Launch, arch: int) -> int:
     """Return how many blocks of a launch fit on a multiprocessor."""
     kernel = offline.compile_kernel(launch, arch)
-    found = offline.resources(kernel, copies=False)
-    return occupancy(
-        arch, registers=found.registers, warps=offline.threads(kernel) // 32, shared_bytes=found.shared_bytes,
-        tmem_columns=found.tmem_columns,
-    ).blocks  # fmt: skip
+    return offline.occupancy_of(kernel, offline.resources(kernel, copies=False)).blocks

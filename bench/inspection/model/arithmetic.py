@@ -379,11 +379,8 @@ def _bits(value: float, *, up: bool = False) -> int:
 @_means("I2F", "I2FP", "F2I", "MUFU")
 def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
     """The steps of an integer division: an estimate in float32, which integer steps then make exact."""
-    wide_in, wide_out = (
-        instruction.name == "I2F" and "U64" in modifiers,
-        instruction.name == "F2I" and "U64" in modifiers,
-    )
-    value = state.read_wide(found[1]) if wide_in else state.read(found[1])
+    is_wide = "U64" in modifiers
+    value = state.read_wide(found[1]) if is_wide and instruction.name == "I2F" else state.read(found[1])
     result: int | None = None
     if value is not None and instruction.name in ("I2F", "I2FP"):
         result = _bits(float(value if {"U32", "U64"} & set(modifiers) else signed(value)), up="RP" in modifiers)
@@ -391,7 +388,7 @@ def _convert(state: State, modifiers: list[str], found: tuple[Operand, ...], ins
         result = _bits(1.0 / _float(value))
     elif value is not None and instruction.name == "F2I" and {"U32", "U64"} & set(modifiers):
         result = max(0, int(_float(value)))
-    state.write(found[0], result, 2 if wide_out else 1)
+    state.write(found[0], result, 2 if is_wide and instruction.name == "F2I" else 1)
 
 
 _MEANING |= {

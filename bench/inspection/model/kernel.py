@@ -5,8 +5,7 @@ import functools
 from collections.abc import Sequence
 from typing import Any
 
-from ..occupancy import occupancy
-from ..offline import disassemble, resources, threads
+from ..offline import disassemble, occupancy_of, resources, threads
 from ..sass import Instruction, parse
 from .machine import WARP
 from .paths import Code, Path
@@ -99,12 +98,10 @@ def load(compiled: Any) -> Kernel:
     arch = compiled.metadata.target.arch
     if arch != ARCH:
         raise NoModel(f"the model is of sm_{ARCH}, and the kernel is for sm_{arch}")
-    text = disassemble(compiled)
-    instructions = parse(text)
+    instructions = parse(disassemble(compiled))
     if "ttg.warp_specialize" in compiled.asm["ttgir"] or any(one.name == "USETMAXREG" for one in instructions):
         raise NoModel("its warps run different code")
-    found, warps = resources(compiled, text), threads(compiled) // WARP
-    fits = occupancy(arch, registers=found.registers, warps=warps, shared_bytes=found.shared_bytes)
+    fits, warps = occupancy_of(compiled, resources(compiled, copies=False)), threads(compiled) // WARP
     names = tuple(name for name, kind in compiled.src.signature.items() if kind != "constexpr")
     if fits.blocks == 0:
         raise NoModel("a program does not fit on a multiprocessor")

@@ -1,9 +1,8 @@
-"""What a multiprocessor is given: rates and latencies, each with its source. No constant belongs to a kernel."""
+"""The rates and latencies of a GPU, each with its source. No constant belongs to a kernel."""
 
 import dataclasses
 
 WARP = 32
-SUB_PARTITIONS = 4
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,7 +18,8 @@ import dataclasses
 import heapq
 from collections.abc import Sequence
 
-from .machine import SUB_PARTITIONS, Machine
+from ..occupancy import SUB_PARTITIONS
+from .machine import Machine
 from .steps import PIPES, UNIFORM, Kind, Step
 
 _MATRIX_LATENCY = 24  # cycles from the last one of a product to its group being complete
@@ -54,7 +55,7 @@ def run(
 
 
 class _Warp:
-    """Where a warp stands, and what it has started."""
+    """The state of one warp: its place in the program, and what it has started and not waited for."""
 
     __slots__ = ("at", "block", "boards", "copies", "copying", "groups", "leads", "number", "part", "rounds", "tries")
 
@@ -73,7 +74,7 @@ class _Warp:
 
 
 class _Block:
-    """What the warps of a block share: when TMA loads arrive, and who waits at a barrier."""
+    """The state that the warps of a block share: when TMA loads arrive, and which warps wait at a barrier."""
 
     __slots__ = ("arrivals", "waiting", "warps")
 

@@ -23,7 +23,10 @@ class Lost(Exception):  # noqa: N818  (a finding, not a failure)
 
 @dataclasses.dataclass(frozen=True)
 class Path:
-    """What one program runs: pieces of straight-line code as (first, one past the last) index, and the guesses."""
+    """The path of one program: its pieces of straight-line code, and the number of guesses.
+
+    A piece is the index of its first instruction and the index behind its last.
+    """
 
     pieces: tuple[tuple[int, int], ...]
     guesses: int

@@ -45,7 +45,7 @@ QUICK = Effort(steps=150_000, turns=6, programs=12, kinds=2)  # for a table of m
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-    """What the model says of one launch.
+    """The predicted time of one launch, and what it consists of.
 
     Attributes:
         seconds: on the device, with the overhead of a launch.

@@ -64,7 +64,7 @@ def following(register: str, offset: int) -> str:
 
 @dataclasses.dataclass
 class State:
-    """What is known of one thread.
+    """The registers and the surroundings of one thread, as far as they are known.
 
     Attributes:
         constants: 32-bit words of constant bank 0 by address: launch dimensions and arguments.

@@ -4,6 +4,7 @@ import enum
 import re
 from typing import NamedTuple
 
+from ..matrix import WARP_SHAPES
 from ..sass import Instruction
 from .machine import WARP
 
@@ -26,12 +27,11 @@ _SPECIAL_LATENCY, _SHARED_LATENCY, _STORE_LATENCY, _CONSTANT_LATENCY, _REGISTER_
 _LINE = 128  # bytes of shared memory that one access moves at least
 # mma.sync reaches two thirds of the rate of wgmma on Hopper: arXiv:2402.13499 measured 63%.
 _WARP_PRODUCT = 1.5
-_WARP_SHAPES = {"1688": (16, 8, 8), "1684": (16, 8, 4), "16816": (16, 8, 16), "16832": (16, 8, 32)}
 PRODUCTS = ("HGMMA", "QGMMA", "HMMA", "QMMA")
 
 
 class Kind(enum.IntEnum):
-    """What an instruction does besides using its pipe."""
+    """The kinds of instructions, by what they do besides using a pipe."""
 
     PLAIN = 0
     SHARED = 1  # moves data of shared memory, or between lanes
@@ -94,7 +94,7 @@ def product(one: Instruction) -> tuple[float, float, float]:
         m, n, k = (int(size) for size in one.modifiers[0].split("x"))
         in_registers = re.match(r"R\d+, R\d+, gdesc", one.operands) is not None
         return n / 2, ((0 if in_registers else 2048) + 32 * n) / 4, 2 * m * n * k / 4
-    m, n, k = _WARP_SHAPES.get(one.modifiers[0], (16, 8, 16))
+    m, n, k = WARP_SHAPES.get(one.modifiers[0], (16, 8, 16))
     flops = 2 * m * n * k
     return flops / 1024 * _WARP_PRODUCT, 0, flops
 

@@ -5,7 +5,6 @@ values, whose memory nobody touches.
 """
 
 import contextlib
-import copy
 import dataclasses
 import functools
 import types
@@ -155,7 +154,7 @@ def recording() -> Iterator[Recorded]:
         named = defaults | named
         size = grid(named) if callable(grid) else grid
         arguments = {name: _plain(named[name]) for name in kernel.arg_names}
-        launched = Launched(kernel.__name__, _with_all_stages(compiled), tuple(int(one) for one in size), arguments)
+        launched = Launched(kernel.__name__, compiled, tuple(int(one) for one in size), arguments)
         found.launches.append(launched)
         return compiled
 
@@ -192,15 +191,6 @@ def as_on_an_h100() -> Iterator[None]:
             yield
         finally:
             triton.runtime.driver._active = before
-
-
-def _with_all_stages(compiled: Any) -> Any:
-    """Return a compiled kernel that has Triton's first intermediate code too, which Gluon does not go through."""
-    if "ttir" in compiled.asm:
-        return compiled
-    complete = copy.copy(compiled)
-    complete.asm = {**compiled.asm, "ttir": ""}
-    return complete
 
 
 def _plain(value: Any) -> Any:
