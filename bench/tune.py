@@ -127,6 +127,7 @@ def prune(
 
     A sound one compiles, and its report has no failure. Print how many are not sound, and why the first one is not.
     """
+    say(f"{key_of(tunable, target, search.dtype)}: compiling {len(candidates)} configurations")
     inspect = functools.partial(_inspect, tunable, target, search.dtype, search.arch, effort)
     found = list(zip(candidates, search.pool.map(inspect, candidates), strict=True))
     sound = [one for _, one in found if isinstance(one, Candidate) and not one.report.failures]

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import functools
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,8 +18,7 @@ from clipfast.kernels.launch import INTERPRET, Launch
 
 from ..case import short
 from . import offline
-from .forecast import STEPS, Forecast, forecast_op, forecast_step, label, measurements
-from .forecast import table as forecast_table
+from .forecast import STEP, STEPS, Forecast, forecast_op, forecast_step, heading, label, measurements, rows
 from .forecast import to_json as forecast_json
 from .matrix import mma_kinds
 from .model import ARCH, FULL, H100, MACHINES, QUICK, NoModel, Prediction, load, predict
@@ -221,13 +221,15 @@ def _predict(args: argparse.Namespace) -> int:
         _forecast, dtype=args.dtype, machine=MACHINES[args.card], product_flops=args.tflops * 1e12,
         effort=QUICK if args.quick else FULL,
     )  # fmt: skip
-    forecasts = list(spread(forecast, [*ops, *steps], args.jobs, "predicting"))
-    if args.json:
-        record = {"triton": triton.__version__, "card": args.card, "products_flops_per_s": args.tflops * 1e12}
-        replace_text(
-            Path(args.json), json.dumps(record | {"forecasts": [*map(forecast_json, forecasts)]}, indent=1) + "\n"
-        )
-    print(forecast_table(forecasts, measured))
+    record: dict[str, Any] = {"triton": triton.__version__, "card": args.card}
+    record |= {"products_flops_per_s": args.tflops * 1e12, "forecasts": []}
+    for kind, found in itertools.groupby(spread(forecast, [*ops, *steps], args.jobs), lambda one: one.name == STEP):
+        print(("\n" if kind and ops else "") + heading(kind, measured))
+        for one in found:  # they take minutes: what is known is printed and kept, should the run be ended
+            print(rows(one, measured), flush=True)
+            record["forecasts"].append(forecast_json(one))
+            if args.json:
+                replace_text(args.json, json.dumps(record, indent=1) + "\n")
     print(f"\n{NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, tflops=args.tflops)}")
     return 0
 

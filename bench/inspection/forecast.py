@@ -170,11 +170,14 @@ def _predicted(launch: Launch, machine: Machine, effort: Effort) -> Prediction:
     return _predictions[key]
 
 
-def table(forecasts: Sequence[Forecast], measured: dict[str, float] | None = None) -> str:
-    """Return a table of ops, then one of steps; ``measured`` are seconds by :func:`label`."""
-    ops = [one for one in forecasts if one.name != STEP]
-    steps = [one for one in forecasts if one.name == STEP]
-    return "\n\n".join(text for text in (_op_table(ops, measured), _step_table(steps, measured)) if text)
+def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
+    """Return the heading over the :func:`rows` of ops, or over those of steps."""
+    return _aligned(is_step, [[*(_STEP_HEAD if is_step else _OP_HEAD), *_head(measured)]])
+
+
+def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
+    """Return the rows of a forecast; ``measured`` are seconds by :func:`label`."""
+    return _aligned(one.name == STEP, [_step_row(one, measured)] if one.name == STEP else _op_rows(one, measured))
 
 
 def label(name: str, shape: dict[str, Any], dtype: str) -> str:
@@ -182,21 +185,25 @@ def label(name: str, shape: dict[str, Any], dtype: str) -> str:
     return " ".join([name, *(f"{size}={value}" for size, value in shape.items()), dtype])
 
 
-def _op_table(ops: Sequence[Forecast], measured: dict[str, float] | None) -> str:
-    rows = []
-    for one in ops:
-        band = one.band
-        within = f"{math.expm1(band.p90):.0%}" if band else "?"
-        rows.append([label(one.name, one.shape, one.dtype), scaled(one.seconds, SECONDS), within, "", "", "", "",
-                     *_against(one, measured)])  # fmt: skip
-        for part in one.parts:
-            rows.append(["  " + part.kernel.strip("_").removesuffix("_kernel"), *_part_cells(part)])
-        if one.torch_ops:
-            spent = scaled(one.torch_seconds + one.product_seconds, SECONDS)
-            rows.append([f"  {one.torch_ops} PyTorch ops", spent, "", "", "", "", ""])
-    head = ["op, forward and backward", "time", "error", "launches", "waves", "cycles", "limit", *_head(measured)]
-    filled = [[*row, *[""] * (len(head) - len(row))] for row in rows]
-    return align([head, *filled], right=range(1, 6)) if rows else ""
+_OP_HEAD = ("op, forward and backward", "time", "error", "launches", "waves", "cycles", "limit")
+_STEP_HEAD = ("step of", "pairs", "time", "pairs/s", "kernels", "products", "other ops")
+
+
+def _aligned(is_step: bool, cells: Sequence[Sequence[str]]) -> str:
+    widths = (14, 5, 7, 7, 7, 8, 9) if is_step else (58, 7, 5, 8, 6, 9, 18)
+    return align(cells, right=range(1, 7 if is_step else 6), at_least=(*widths, 8))
+
+
+def _op_rows(one: Forecast, measured: dict[str, float] | None) -> list[list[str]]:
+    within = f"{math.expm1(one.band.p90):.0%}" if one.band else "?"
+    found = [[label(one.name, one.shape, one.dtype), scaled(one.seconds, SECONDS), within, "", "", "", "",
+              *_against(one, measured)]]  # fmt: skip
+    for part in one.parts:
+        found.append(["  " + part.kernel.strip("_").removesuffix("_kernel"), *_part_cells(part)])
+    if one.torch_ops:
+        spent = scaled(one.torch_seconds + one.product_seconds, SECONDS)
+        found.append([f"  {one.torch_ops} PyTorch ops", spent])
+    return [[*row, *[""] * (len(found[0]) - len(row))] for row in found]
 
 
 def _part_cells(part: Part) -> list[str]:
@@ -208,15 +215,12 @@ def _part_cells(part: Part) -> list[str]:
             found.limit + guesses]  # fmt: skip
 
 
-def _step_table(steps: Sequence[Forecast], measured: dict[str, float] | None) -> str:
-    rows = [
-        [one.shape["model"], str(one.items), scaled(one.seconds, SECONDS), f"{one.items / one.seconds:,.0f}",
-         scaled(sum(part.seconds for part in one.parts), SECONDS), scaled(one.product_seconds, SECONDS),
-         scaled(one.torch_seconds, SECONDS), *_against(one, measured)]
-        for one in steps
+def _step_row(one: Forecast, measured: dict[str, float] | None) -> list[str]:
+    return [
+        one.shape["model"], str(one.items), scaled(one.seconds, SECONDS), f"{one.items / one.seconds:,.0f}",
+        scaled(sum(part.seconds for part in one.parts), SECONDS), scaled(one.product_seconds, SECONDS),
+        scaled(one.torch_seconds, SECONDS), *_against(one, measured),
     ]  # fmt: skip
-    head = ["step of", "pairs", "time", "pairs/s", "kernels", "products", "other ops", *_head(measured)]
-    return align([head, *rows], right=range(1, 7)) if rows else ""
 
 
 def _head(measured: dict[str, float] | None) -> list[str]:

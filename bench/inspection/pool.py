@@ -26,10 +26,13 @@ def compilers(jobs: int) -> Iterator[concurrent.futures.Executor]:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def spread(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None, doing: str) -> Iterator[Result]:
-    """Yield the results of ``function`` in the order of the tasks, with a progress bar that says what is being done.
+def spread(
+    function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int | None, doing: str | None = None
+) -> Iterator[Result]:
+    """Yield the results of ``function`` in the order of the tasks.
 
-    ``jobs`` is the number of processes, by default one for each core; one job stays in this process.
+    ``jobs`` is the number of processes, by default one for each core; one job stays in this process. ``doing`` is shown
+    beside a progress bar; without it there is none, for a caller that prints each result.
 
     Raises:
         ValueError: ``jobs`` is below 1.
@@ -44,7 +47,9 @@ def spread(function: Callable[[Task], Result], tasks: Sequence[Task], jobs: int 
         yield from _progress(pool.map(function, tasks), len(tasks), doing)
 
 
-def _progress(results: Iterable[Result], total: int, doing: str) -> Iterable[Result]:
+def _progress(results: Iterable[Result], total: int, doing: str | None) -> Iterable[Result]:
+    if doing is None:
+        return results
     try:
         from tqdm import tqdm
     except ImportError:
