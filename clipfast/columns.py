@@ -1,6 +1,5 @@
 """Plain-text tables: the one way in which this package lines up columns."""
 
-import itertools
 from collections.abc import Sequence
 
 
@@ -19,8 +18,8 @@ def align(
         One line for each row, without spaces at the ends.
     """
     cells = [[str(cell) for cell in row] for row in rows]
-    columns = itertools.zip_longest(zip(*cells, strict=True), at_least[: len(cells[0])], fillvalue=0)
-    widths = [max(least, *map(len, column)) for column, least in columns]
+    least = [*at_least, *[0] * len(cells[0])]
+    widths = [max(width, *map(len, column)) for width, column in zip(least, zip(*cells, strict=True), strict=False)]
     return "\n".join(
         indent
         + "  ".join(

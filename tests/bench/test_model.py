@@ -2,6 +2,7 @@
 against small programs, and the FLOPs of shipped kernels against those of their tiles."""
 
 import dataclasses
+import itertools
 import math
 import random
 
@@ -16,7 +17,7 @@ from clipfast.bench.inspection.model.arithmetic import execute, signed
 from clipfast.bench.inspection.model.machine import H100
 from clipfast.bench.inspection.model.multiprocessor import run
 from clipfast.bench.inspection.model.paths import Code, Lost, Path, kinds, sample, shortened
-from clipfast.bench.inspection.model.predict import _Grid
+from clipfast.bench.inspection.model.predict import _Grid, runs
 from clipfast.bench.inspection.model.registers import State
 from clipfast.bench.inspection.model.steps import decode
 from clipfast.bench.inspection.model.traffic import moved_bytes, used
@@ -191,12 +192,14 @@ def test_long_repetitions_are_shortened_and_continued_in_a_straight_line():
 
 
 def test_samples_are_spread_over_the_grid_and_rare_paths_join_others():
-    assert sorted(sample((3, 2), 10)) == [(0, 0, 0), (0, 1, 0), (1, 0, 0), (1, 1, 0), (2, 0, 0), (2, 1, 0)]
-    places = sample((1000, 7), 48)
-    assert len({y for _, y, _ in places}) == 7
-    assert max(b - a for (a, *_), (b, *_) in zip(sorted(places), sorted(places)[1:], strict=False)) < 150
+    assert sample(6, 10) == [0, 1, 2, 3, 4, 5]
+    places = sample(7000, 48)
+    assert (len(places), places[0]) == (48, 0)
+    assert len({place % 7 for place in places}) == 7
+    assert max(b - a for a, b in itertools.pairwise([*places, 7000])) < 250
     common, rare, long = Path(((0, 5),), 0), Path(((0, 6),), 0), Path(((0, 50),), 0)
-    assert kinds([rare, *[common] * 3, *[long] * 2], 2) == [(common, [1, 2, 3, 0]), (long, [4, 5])]
+    paths = dict(enumerate([rare, *[common] * 3, *[long] * 2]))
+    assert kinds(paths, 2) == [(common, [1, 2, 3, 0]), (long, [4, 5])]
 
 
 # Control codes: set the first scoreboard when the result is there, wait for it, or neither.
@@ -305,11 +308,19 @@ def test_long_programs_that_start_first_leave_no_multiprocessor_waiting():
     launch = walk(8, 4000, grid=200)
     kernel = model.load(offline.compile_kernel(launch, 90))
     grid = _Grid(kernel, launch.grid, launch.args, 1e6, model.FULL)
-    short, long = Path(((0, 5),), 0), Path(((0, 9),), 0)
-    grid.sampled, grid.kinds = 200, [(short, list(range(64, 200))), (long, list(range(64)))]
+    grid.runs = [(0, 1), (64, 0)]
     assert grid._longest([1.0, 2.0], H100) == 2.0
-    grid.kinds = [(short, list(range(136))), (long, list(range(136, 200)))]
+    grid.runs = [(0, 0), (136, 1)]
     assert grid._longest([1.0, 2.0], H100) == 3.0
+
+
+def test_where_the_kind_of_programs_changes_is_searched_for():
+    def kind_of(number: int) -> int:
+        return int(number >= 64) + int(number >= 700)
+
+    assert runs({number: kind_of(number) for number in sample(1000, 8)}, kind_of) == [(0, 0), (64, 1), (700, 2)]
+    changing = {number: number % 2 for number in range(0, 100, 9)}
+    assert runs(changing, pytest.fail) == [(number, number % 2) for number in changing]  # too many changes
 
 
 def test_bytes_are_those_of_what_is_loaded_and_stored():
@@ -365,5 +376,5 @@ def test_the_paths_of_every_op_are_known(op):
     spec = specs()[op]
     for _, launch in workloads.op_work(spec, spec.small[0], "bf16").launches:
         kernel = model.load(offline.compile_kernel(launch, 90))
-        guesses = sum(path.guesses for path in model.follow(kernel, launch.grid, launch.args, 3))
+        guesses = sum(path.guesses for path in model.follow(kernel, launch.grid, launch.args, 3).values())
         assert guesses == 0 or kernel.name in DATA_DEPENDENT, kernel.name

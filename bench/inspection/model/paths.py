@@ -8,7 +8,7 @@ functions, which are subroutines, are not taken.
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ..sass import Instruction, target
 from .arithmetic import execute
@@ -260,24 +260,21 @@ def _longest_repeat(pieces: Sequence[tuple[int, int]], longest_period: int = 48)
     return best
 
 
-def sample(grid: Sequence[int], most: int) -> list[tuple[int, ...]]:
-    """Return program ids spread over a grid: all of them if they are at most ``most``."""
-    x, y, z = (*grid, 1, 1)[:3]
-    total = x * y * z
+def sample(programs: int, most: int) -> list[int]:
+    """Return numbers of programs spread over a grid, the first among them: all if they are at most ``most``."""
+    if programs <= most:
+        return list(range(programs))
     # steps of the golden ratio fall on every part of the grid, and into no rhythm of it
-    numbers = (
-        range(total) if total <= most else sorted({int(total * (n * 0.6180339887498949 % 1)) for n in range(most)})
-    )
-    return [(n % x, n // x % y, n // (x * y)) for n in numbers]
+    return sorted({int(programs * (n * 0.6180339887498949 % 1)) for n in range(most)})
 
 
-def kinds(paths: Sequence[Path], most: int) -> list[tuple[Path, list[int]]]:
-    """Return the different paths, the most frequent first, each with the places in ``paths`` where it stands.
+def kinds(paths: Mapping[int, Path], most: int) -> list[tuple[Path, list[int]]]:
+    """Return the different paths of programs, the most frequent first, each with the numbers of its programs.
 
     Of more than ``most`` kinds, the rare ones are counted to the frequent one whose length is nearest.
     """
     places: dict[Path, list[int]] = {}
-    for place, path in enumerate(paths):
+    for place, path in paths.items():
         places.setdefault(path, []).append(place)
     ordered = sorted(places, key=lambda path: (-len(places[path]), path.length))
     kept = ordered[:most]

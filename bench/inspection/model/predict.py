@@ -3,8 +3,9 @@
 import dataclasses
 import functools
 import heapq
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from clipfast.kernels.launch import Launch
@@ -19,6 +20,8 @@ from .traffic import moved_bytes
 
 # Below this part of what the power allows the matrix unit, a kernel runs at the highest clock.
 BOOST_BELOW = 0.25
+# Of changes from one kind of programs to the next along a grid, so many are searched for.
+MOST_SEARCHED = 4
 _OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # the other units are those of a sub-partition
 
 
@@ -112,13 +115,45 @@ def predict_launch(launch: Launch, machine: Machine, effort: Effort = FULL) -> P
     return predict(load(compile_kernel(launch, ARCH)), launch.grid, launch.args, machine, effort=effort)
 
 
-def follow(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], most: int) -> list[Path]:
-    """Return the paths of at most ``most`` programs of a launch; raise :class:`NoModel` if one cannot be followed."""
+def follow(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], most: int) -> dict[int, Path]:
+    """Return the paths of at most ``most`` programs, by number; raise :class:`NoModel` if one cannot be followed."""
+    path_of = _follower(kernel, grid, arguments)
+    return {number: path_of(number) for number in sample(math.prod(grid), most)}
+
+
+def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any]) -> Callable[[int], Path]:
+    """Return a function from the number of a program to its path."""
     start = bank(kernel.ptx, ARCH, grid, kernel.warps, [(name, arguments[name]) for name in kernel.names])
-    try:
-        return [kernel.code.follow(start.state(place)) for place in sample(grid, most)]
-    except Lost as error:
-        raise NoModel(str(error)) from None
+    x, y, _ = (*grid, 1, 1)[:3]
+
+    def path_of(number: int) -> Path:
+        try:
+            return kernel.code.follow(start.state((number % x, number // x % y, number // (x * y))))
+        except Lost as error:
+            raise NoModel(str(error)) from None
+
+    return path_of
+
+
+def runs(known: Mapping[int, int], kind_of: Callable[[int], int | None]) -> list[tuple[int, int]]:
+    """Return the first program, and the kind, of each run of programs of one kind.
+
+    If the kind changes rarely, the places where it does are searched for. Otherwise, a program of unknown kind is taken
+    to be like the last one before it whose kind is known.
+
+    Args:
+        known: kind by number of program, for some of them, the first among them.
+        kind_of: finds the kind of any program, or None.
+    """
+    changes = [pair for pair in itertools.pairwise(sorted(known)) if known[pair[0]] != known[pair[1]]]
+    found = [(0, known[0])]
+    for low, high in changes:
+        before, after = known[low], known[high]
+        while high - low > 1 and len(changes) <= MOST_SEARCHED:
+            middle = (low + high) // 2
+            low, high = (middle, high) if kind_of(middle) == before else (low, middle)
+        found.append((high, after))
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,15 +186,30 @@ class _Grid:
     ) -> None:
         self.kernel, self.hbm_bytes, self.effort, self.programs = kernel, hbm_bytes, effort, math.prod(grid)
         paths = follow(kernel, grid, arguments, effort.programs)
-        self.guesses = max(path.guesses for path in paths)
-        self.kinds = kinds(paths, effort.kinds)
-        self.sampled = len(paths)
-        requested = sum(len(places) * kernel.requested_bytes(path) for path, places in self.kinds) / len(paths)
+        self.guesses = max(path.guesses for path in paths.values())
+        found = kinds(paths, effort.kinds)
+        self.kinds = [path for path, _ in found]
+        kind_of = {number: kind for kind, (_, numbers) in enumerate(found) for number in numbers}
+        of_paths = {path: kind_of[number] for number, path in paths.items()}
+        path_of = _follower(kernel, grid, arguments)
+        self.runs = runs(kind_of, lambda number: of_paths.get(path_of(number)))
+        counts = [0] * len(self.kinds)
+        for kind, start, end in self._spans():
+            counts[kind] += end - start
+        self.shares = [count / self.programs for count in counts]
+        requested = sum(
+            share * kernel.requested_bytes(path) for share, path in zip(self.shares, self.kinds, strict=True)
+        )
         self.hbm_share = min(1.0, hbm_bytes / max(1.0, self.programs * requested))
 
+    def _spans(self) -> Iterator[tuple[int, int, int]]:
+        """Yield kind, first program and end of each run of programs of one kind."""
+        for (start, kind), (end, _) in itertools.pairwise([*self.runs, (self.programs, 0)]):
+            yield kind, start, end
+
     def predict(self, machine: Machine) -> Prediction:
-        timed = [self._time(path, machine) for path, _ in self.kinds]
-        mean = _sum([(one, len(places) / self.sampled) for one, (_, places) in zip(timed, self.kinds, strict=True)])
+        timed = [self._time(path, machine) for path in self.kinds]
+        mean = _sum(list(zip(timed, self.shares, strict=True)))
         fits = self.kernel.at_once
         busiest = -(-self.programs // machine.multiprocessors)  # programs of the multiprocessor that has most
         work = busiest * mean.cycles if len(timed) == 1 else self._longest([one.cycles for one in timed], machine)
@@ -175,18 +225,11 @@ class _Grid:
         )  # fmt: skip
 
     def _longest(self, cycles: Sequence[float], machine: Machine) -> float:
-        """Return the cycles of the multiprocessor that has most work, if each takes the next program when it can.
-
-        Programs start in order. One that was not followed is like the last one before it that was.
-        """
-        kind_of = [0] * self.sampled
-        for kind, (_, places) in enumerate(self.kinds):
-            for place in places:
-                kind_of[place] = kind
+        """Return the cycles of the multiprocessor that has most work, if each takes the next program when it can."""
         loads = [0.0] * machine.multiprocessors
-        for program in range(self.programs):
-            kind = kind_of[program * self.sampled // self.programs]
-            heapq.heapreplace(loads, loads[0] + cycles[kind])
+        for kind, start, end in self._spans():
+            for _ in range(start, end):
+                heapq.heapreplace(loads, loads[0] + cycles[kind])
         return max(loads)
 
     def _time(self, path: Path, machine: Machine) -> _Timed:
