@@ -92,7 +92,8 @@ class Ledger(TorchDispatchMode):
             self.events.append(Event(self.phase, sent, uses, 0, name, messages))
         elif func._schema.is_mutable or not (uses == known or "empty" in func._schema.name):
             flops = ATEN_FLOPS.get(func._overloadpacket)
-            self._add_kernel(0 if flops is None else flops(*args, **kwargs, out_val=out), [*given, *made])
+            read = [] if _only_like(func) else given
+            self._add_kernel(0 if flops is None else flops(*args, **kwargs, out_val=out), [*read, *made])
         self._update_peak()
         return out
 
@@ -143,6 +144,12 @@ def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
         return [tree]
     return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
+
+
+def _only_like(func: Any) -> bool:
+    """Return whether an op takes only shape, dtype and device of its tensors, as ``new_zeros`` does."""
+    name = func._schema.name.split("::")[-1]
+    return name.startswith("new_") or name.endswith("_like")
 
 
 def _nbytes(tensors: list[Tensor]) -> int:

@@ -53,3 +53,15 @@ def load_tile(
         mask = (offs_r < num_rows)[:, None] & (offs_c < num_cols)[None, :]
         tile = tl.load(source + offs_r.to(tl.int64)[:, None] * stride + offs_c[None, :], mask=mask, other=0.0)
     return tile
+
+
+@triton.jit
+def halves(vector, SIZE: tl.constexpr):
+    """Return the first and the second half of a vector [SIZE]."""
+    return tl.split(tl.permute(tl.reshape(vector, (2, SIZE // 2)), (1, 0)))
+
+
+@triton.jit
+def halves_of_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """Return the left and the right half of a tile [ROWS, COLS]."""
+    return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))

@@ -4,7 +4,7 @@ A block of R x C logits is one launch of the gradient kernel, which writes G, an
 ``multiprocessors`` that each run one program at a time, both should end with few of them idle, and launches should be
 few. The rule is an estimate of the time, in steps of a program's loop:
 
-    gradient    ceil(tiles / multiprocessors) programs after each other, of D / BLOCK_K steps
+    gradient    each multiprocessor takes tiles after each other, of D / BLOCK_K steps
     products    tiles of G y have C / BLOCK_K steps and those of G^T x R / BLOCK_K; the longer ones start first
 
 What a block leaves over is idle time at the end of each launch, so a block a little larger can cost a wave more.
@@ -18,14 +18,29 @@ import triton
 
 from ..configs import GemmConfig
 
-# Beside its steps a program loads what it starts with and stores what it ends with, which takes as long as so many
-# steps; a launch takes as long as so many more. Both are what a model of an H100 gives for tiles of 128 x 256.
-STEPS_AROUND_LOOP = 10
+# Beside its steps a tile takes as long as so many steps to be stored, and a launch takes as long as so many more. Both
+# are what a model of an H100 gives for tiles of 128 x 256.
+STEPS_AROUND_LOOP = 5
 STEPS_OF_LAUNCH = 4
 # Smaller blocks are not considered: their launches would take longer to start than to run.
 LEAST_EDGE = 1024
 # The numbers of blocks, from the least on, that are considered in each direction.
 ROW_COUNTS, COL_COUNTS = 16, 4
+MOST_SEGMENTS = 32
+
+
+def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
+    """Return into how many segments each of ``num_n`` columns of ``num_m`` tiles is cut, and the tiles of a segment.
+
+    A program takes a segment, and ``at_once`` programs run at once. All together should take few rounds; of equals, the
+    fewest segments leave the fewest sums to add up.
+    """
+
+    def rounds(segments: int) -> int:
+        return triton.cdiv(num_n * segments, at_once) * triton.cdiv(num_m, segments)
+
+    segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=rounds)
+    return segments, triton.cdiv(num_m, segments)
 
 
 def most_bytes(cols: int, width: int) -> int:
@@ -83,9 +98,10 @@ def steps_of_block(
     rows: int, cols: int, width: int, multiprocessors: int, gradient: GemmConfig, products: GemmConfig
 ) -> float:
     """Return the estimated time of a block, in steps of the products."""
-    tiles = triton.cdiv(rows, gradient.block_m) * triton.cdiv(cols, gradient.block_n)
-    waves = triton.cdiv(tiles, multiprocessors)
-    of_gradient = waves * (triton.cdiv(width, gradient.block_k) + STEPS_AROUND_LOOP)
+    num_m, num_n = triton.cdiv(rows, gradient.block_m), triton.cdiv(cols, gradient.block_n)
+    segments, tiles = segments_of_column(num_m, num_n, multiprocessors)
+    rounds = triton.cdiv(num_n * segments, multiprocessors) * tiles
+    of_gradient = rounds * (triton.cdiv(width, gradient.block_k) + STEPS_AROUND_LOOP)
     tiles_of_row = triton.cdiv(width, products.block_n)
     shorter, longer = sorted(
         (triton.cdiv(length, products.block_k) + STEPS_AROUND_LOOP, triton.cdiv(size, products.block_m) * tiles_of_row)

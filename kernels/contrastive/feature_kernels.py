@@ -8,9 +8,11 @@ finish     grad = factor * (acc - one_minus_p * positive), through the normalisa
 import triton
 import triton.language as tl
 
-from ..tiles import load_tile
+from ..launch import INTERPRET
+from ..tiles import halves_of_columns, load_tile
 from .logit_tiles import store_tile
 
+IS_INTERPRETED = tl.constexpr(INTERPRET)
 # The least norm that torch.nn.functional.normalize divides by.
 EPS = tl.constexpr(1e-12)
 
@@ -49,28 +51,27 @@ def _products_kernel(
     grad_cols,  # the same, tiles of [BK, BM]
     x,  # [M, D]
     y,  # [N, D]
-    acc_x_ptr,  # [M, D] fp32, contiguous
-    acc_y_ptr,  # [N, D] fp32, contiguous
+    acc_x,  # [M, D] fp32, contiguous; with IS_ADDED a descriptor of tiles [BM, BN / PARTS]
+    acc_y,  # [N, D] fp32, the same
     M, N, D, num_x_tiles, stride_grad, stride_x, stride_y,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-    IS_TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+    IS_TMA: tl.constexpr, IS_ADDED: tl.constexpr,
 ):  # fmt: skip
     """Add grad y to acc_x (the first ``num_x_tiles`` programs) and grad^T x to acc_y (the others)."""
     pid = tl.program_id(0)
     num_d = tl.cdiv(D, BLOCK_N)
-    # The products start with the accumulator: after them, no registers would be left to load it.
     if pid < num_x_tiles:
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = load_tile(acc_x_ptr, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
+        acc = _first(acc_x, start_m, start_d, M, D, BLOCK_M, BLOCK_N, IS_ADDED)
         for start_k in range(0, N, BLOCK_K):
             g = load_tile(grad, start_m, start_k, M, N, stride_grad, BLOCK_M, BLOCK_K, IS_TMA)  # [BM, BK]
             b = load_tile(y, start_k, start_d, N, D, stride_y, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
             acc = tl.dot(g, b, acc, input_precision="ieee")
-        store_tile(acc_x_ptr, acc, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
+        _last(acc_x, acc, start_m, start_d, M, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED)
     else:
         pid -= num_x_tiles
         start_m, start_d = pid // num_d * BLOCK_M, pid % num_d * BLOCK_N
-        acc = load_tile(acc_y_ptr, start_m, start_d, N, D, D, BLOCK_M, BLOCK_N, False)
+        acc = _first(acc_y, start_m, start_d, N, D, BLOCK_M, BLOCK_N, IS_ADDED)
         for start_k in range(0, M, BLOCK_K):
             g = load_tile(grad_cols, start_k, start_m, M, N, stride_grad, BLOCK_K, BLOCK_M, IS_TMA)  # [BK, BM]
             b = load_tile(x, start_k, start_d, M, D, stride_x, BLOCK_K, BLOCK_N, IS_TMA)  # [BK, BN]
@@ -78,7 +79,40 @@ def _products_kernel(
         # The barrier costs nothing, and keeps LLVM from merging what the two branches do after their loops. If they
         # were merged, ptxas could not tell which products are still under way there, and would wait for each one.
         tl.debug_barrier()
-        store_tile(acc_y_ptr, acc, start_m, start_d, N, D, D, BLOCK_M, BLOCK_N, False)
+        _last(acc_y, acc, start_m, start_d, N, D, BLOCK_M, BLOCK_N, PARTS, IS_ADDED)
+
+
+@triton.jit
+def _first(
+    acc, start_m, start_d, M, D, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, IS_ADDED: tl.constexpr
+):  # fmt: skip
+    """Return what the products are added to: zeros if they are added in L2, or else the accumulator itself, since after
+    the products no registers would be left to load it.
+    """
+    if IS_ADDED:
+        first = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    else:
+        first = load_tile(acc, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
+    return first
+
+
+@triton.jit
+def _last(
+    acc, tile, start_m, start_d, M, D,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, IS_ADDED: tl.constexpr,
+):  # fmt: skip
+    """Store a tile [BM, BN] of an accumulator, or add it to the accumulator in L2, one part after the other."""
+    if not IS_ADDED:
+        store_tile(acc, tile, start_m, start_d, M, D, D, BLOCK_M, BLOCK_N, False)
+    elif PARTS > 1:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = halves_of_columns(tile, BLOCK_M, BLOCK_N)
+        _last(acc, left, start_m, start_d, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED)
+        _last(acc, right, start_m, start_d + HALF, M, D, BLOCK_M, HALF, PARTS // 2, IS_ADDED)
+    elif IS_INTERPRETED:  # Triton's interpreter cannot add
+        acc.store([start_m, start_d], acc.load([start_m, start_d]) + tile)
+    else:
+        acc.atomic_add([start_m, start_d], tile)  # this launch adds to each element once, so the sums are reproducible
 
 
 @triton.jit

@@ -7,6 +7,19 @@ from ..tiles import load_tile
 
 
 @triton.jit
+def shared_shift(factor):
+    """Return the shift of ``softmax_stats.shared_shift`` for log2e times the scale."""
+    return tl.maximum(tl.ceil(tl.abs(factor)) - 100.0, 0.0)
+
+
+@triton.jit
+def has_pairs(start_m, start_n, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Return whether a tile [BM, BN] at (start_m, start_n) may hold a pair (i, i + offset)."""
+    first_pair = start_m + offset  # column of the first row's pair
+    return (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M)
+
+
+@triton.jit
 def cosine_tile(
     x, y, start_m, start_n, M, N, D, stride_x, stride_y,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, IS_TMA: tl.constexpr,
@@ -29,13 +42,11 @@ def without_pairs(
     The logits of the pairs are stored, unless ``positive_ptr`` is None.
     """
     start_m, start_n = pid_m * BLOCK_M, pid_n * BLOCK_N
-    first_pair = start_m + offset  # column of the first row's pair
-    has_pairs = (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M)
     offs_m = start_m + tl.arange(0, BLOCK_M)
     offs_n = start_n + tl.arange(0, BLOCK_N)
     # Most tiles hold no pair and no edge, and masks would cost them time. One mask after the other needs fewer
     # registers than all at once.
-    if has_pairs:
+    if has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N):
         paired = offs_m + offset
         is_pair = paired[:, None] == offs_n[None, :]  # [BM, BN]
         if positive_ptr is not None:
@@ -52,8 +63,7 @@ def without_pairs(
 @triton.jit
 def zero_pairs(tile, start_m, start_n, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Return a tile of G [BM, BN] with 0 for its pairs."""
-    first_pair = start_m + offset
-    if (first_pair < start_n + BLOCK_N) & (start_n < first_pair + BLOCK_M):
+    if has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N):
         offs_m = start_m + tl.arange(0, BLOCK_M)
         offs_n = start_n + tl.arange(0, BLOCK_N)
         tile = tl.where((offs_m + offset)[:, None] == offs_n[None, :], 0.0, tile)

@@ -10,7 +10,7 @@ They are not in base 2: its factor would round both terms of a logit, and where 
 import triton
 import triton.language as tl
 
-from ..tiles import grouped_tile
+from ..tiles import grouped_tile, halves_of_columns
 from .logit_tiles import cosine_tile, store_tile, without_pairs, zero_pairs
 
 
@@ -63,7 +63,7 @@ def _sigmoid_sums_kernel(
     # Logits that are left out become -inf, which has no loss and no probability.
     logits = without_pairs(logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
     # One half of the columns after the other: for all of them at once, both terms would not fit the registers.
-    halves = tl.split(tl.permute(tl.reshape(logits, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))
+    halves = halves_of_columns(logits, BLOCK_M, BLOCK_N)
     loss = tl.zeros((BLOCK_M,), tl.float32)
     probability = tl.zeros((BLOCK_M,), tl.float32)
     for half in tl.static_range(2):
@@ -94,7 +94,7 @@ def _sigmoid_grad_tile_kernel(
     cosines = cosine_tile(x, y, start_m, start_n, M, N, D, stride_x, stride_y, BLOCK_M, BLOCK_N, BLOCK_K, IS_TMA)
     # One half of the columns after the other: all of cosines and G at once would not fit the registers.
     HALF: tl.constexpr = BLOCK_N // 2
-    halves = tl.split(tl.permute(tl.reshape(cosines, (BLOCK_M, 2, HALF)), (0, 2, 1)))
+    halves = halves_of_columns(cosines, BLOCK_M, BLOCK_N)
     scale_sum = 0.0
     for half in tl.static_range(2):
         start = start_n + half * HALF

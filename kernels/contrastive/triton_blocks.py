@@ -14,7 +14,7 @@ from ..common import LOG2E, slices
 from ..configs import GemmConfig, RowConfig, block_config, gemm_config, row_config
 from ..hardware import architecture
 from ..launch import arch_of, launch, multiprocessors
-from .block_sizes import block_edges
+from .block_sizes import block_edges, segments_of_column
 from .feature_kernels import _finish_kernel, _normalize_kernel, _products_kernel
 from .features import Features
 from .sigmoid_kernels import _sigmoid_grad_tile_kernel, _sigmoid_sums_kernel
@@ -29,10 +29,12 @@ from .softmax_stats import Normalizers, SoftmaxStats, is_exact, shared_shift
 
 # The most rows and columns of a block of logits: their sums by tile take at most 64 MiB, whatever M and N are.
 MAX_EDGE = 16384
-MERGE = RowConfig(block_m=256, block_n=1, num_warps=4, num_stages=1)
+MERGE = RowConfig(block_m=64, block_n=16, num_warps=4, num_stages=1)
 RECORDED_MULTIPROCESSORS = 132  # those of an H100, where launches are recorded without a GPU
 GROUP_M = 8
-MOST_SEGMENTS = 32
+# A walk of so few tiles saves less than it takes to compute the tiles with pairs after it (by the model of an H100).
+SHORT_WALK = 4
+PART_COLS = 64  # tiles are computed and stored in parts of so many columns
 
 
 @contextlib.contextmanager
@@ -114,35 +116,19 @@ def _accumulate_stats(
             programs = min(num_m * num_n, 2 * processors)
             _launch_on_tiles(_online_stats_kernel, programs, cfg, *block, *buffers, *numbers, LOG2E)
         else:
-            segments, tiles = _segments(num_m, num_n, processors) if _has_tma(x) else (num_m, 1)
+            segments, tiles = segments_of_column(num_m, num_n, processors) if _has_tma(x) else (num_m, 1)
             _launch_on_tiles(
                 _stats_kernel, segments * num_n, cfg, *block, of_rows[0], of_cols[0], positive, *numbers,
                 segments, tiles, LOG2E, WARP_ROWS=min(16 * cfg.num_warps, cfg.block_m),
             )  # fmt: skip
             num_m = segments
-        sides = (
-            (of_rows, num_n, m, result.row_max[rows], result.row_sum[rows], cols.start == 0),
-            (of_cols, num_m, n, result.col_max[cols], result.col_sum[cols], rows.start == 0),
-        )
-        for buffer, count, size, maximum, total, is_first in sides:
-            launch(
-                _merge_kernel, (triton.cdiv(size, MERGE.block_m),), buffer[0], buffer[-1], logit_scale, maximum, total,
-                result.uses_shared_shift, count, size, LOG2E, config=MERGE, device=x.device,
-                BLOCK=MERGE.block_m, IS_ONLINE=is_online, IS_FIRST=is_first,
-            )  # fmt: skip
-
-
-def _segments(num_m: int, num_n: int, programs_at_once: int) -> tuple[int, int]:
-    """Return into how many segments each of ``num_n`` columns of ``num_m`` tiles is cut, and the tiles of a segment.
-
-    All programs together should take few rounds; of equals, the fewest segments leave the fewest sums to merge.
-    """
-
-    def rounds(segments: int) -> int:
-        return triton.cdiv(num_n * segments, programs_at_once) * triton.cdiv(num_m, segments)
-
-    segments = min(range(1, min(num_m, MOST_SEGMENTS) + 1), key=rounds)
-    return segments, triton.cdiv(num_m, segments)
+        launch(
+            _merge_kernel, (triton.cdiv(m, MERGE.block_m) + triton.cdiv(n, MERGE.block_m),),
+            of_rows[0], of_rows[-1], result.row_max[rows], result.row_sum[rows],
+            of_cols[0], of_cols[-1], result.col_max[cols], result.col_sum[cols],
+            logit_scale, result.uses_shared_shift, num_n, m, int(cols.start > 0), num_m, n, int(rows.start > 0), LOG2E,
+            config=MERGE, device=x.device, BLOCK=MERGE.block_m, CHUNK=MERGE.block_n, IS_ONLINE=is_online,
+        )  # fmt: skip
 
 
 def add_gradients(
@@ -156,7 +142,7 @@ def add_gradients(
         return logit_scale, uses_shared_shift, row[0], row[1], col[0], col[1]
 
     cfg = gemm_config("contrastive_grad_tile", arch_of(x.device), x.dtype)
-    return _add_products(_grad_tile_kernel, cfg, x, y, offset, inputs, (LOG2E,), acc_x, acc_y)
+    return _add_products(_grad_tile_kernel, cfg, x, y, offset, inputs, acc_x, acc_y, is_softmax=True)
 
 
 def sigmoid_sums(
@@ -188,7 +174,9 @@ def add_sigmoid_gradients(
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return sums of G_ij x_i . y_j."""
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     inputs = logit_scale, logit_bias
-    return _add_products(_sigmoid_grad_tile_kernel, cfg, x, y, offset, lambda *_: inputs, (), acc_x, acc_y)
+    return _add_products(
+        _sigmoid_grad_tile_kernel, cfg, x, y, offset, lambda *_: inputs, acc_x, acc_y, is_softmax=False
+    )
 
 
 class _Part(NamedTuple):
@@ -211,15 +199,15 @@ def _parts(x: Tensor, edge: int, acc: Tensor | None, cfg: GemmConfig) -> list[_P
 
 def _add_products(
     kernel: triton.JITFunction, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
-    inputs: Callable[[slice, slice], tuple[Tensor, ...]], constants: tuple[float, ...],
-    acc_x: Tensor | None, acc_y: Tensor | None,
+    inputs: Callable[[slice, slice], tuple[Tensor, ...]], acc_x: Tensor | None, acc_y: Tensor | None,
+    *, is_softmax: bool,
 ) -> Tensor | None:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
         kernel: writes a tile of grad_scale * G, and the sum of G_ij x_i . y_j over the tile.
         inputs: ``inputs(rows, cols)`` returns what the kernel takes besides features to compute a block of G.
-        constants: what it takes after the strides.
+        is_softmax: whether its programs walk down columns of tiles where there are descriptors.
 
     Returns:
         Sums of G_ij x_i . y_j of all tiles, taken before G is rounded to 16 bits. The accumulators already contain the
@@ -230,43 +218,71 @@ def _add_products(
     edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
     row_parts, col_parts = (_parts(*side, products) for side in ((x, edges[0], acc_x), (y, edges[1], acc_y)))
     buffer = _new_aligned((min(edges[0], len(x)), min(edges[1], len(y))), x)
-    counts = [
-        [triton.cdiv(len(part.features), size) for part in parts]
-        for parts, size in ((row_parts, cfg.block_m), (col_parts, cfg.block_n))
+    parts = max(1, cfg.block_n // PART_COLS) if is_softmax else 2
+    constants = {"PARTS": parts} if is_softmax else {}
+    grid_of = _walk_grid if is_softmax and _has_tma(x) else _tile_grid
+    blocks = [
+        (rows, cols, grid_of(len(rows.features), len(cols.features), offset + rows.start - cols.start, cfg, x.device))
+        for rows, cols in itertools.product(row_parts, col_parts)
     ]
-    scale_sums = x.new_empty(sum(counts[0]) * sum(counts[1]), dtype=torch.float32)
-    unused = scale_sums[:0]
+    scale_sums = x.new_empty(sum(grid.programs for *_, grid in blocks), dtype=torch.float32)
     done = 0
-    for (rows, num_m), (cols, num_n) in itertools.product(
-        zip(row_parts, counts[0], strict=True), zip(col_parts, counts[1], strict=True)
-    ):
+    for rows, cols, grid in blocks:
         m, n = len(rows.features), len(cols.features)
-        grad, start = buffer[:m, :n], offset + rows.start - cols.start
+        grad, numbers = buffer[:m, :n], (grid.segments, grid.tiles, LOG2E) if is_softmax else ()
         _launch_on_tiles(
-            kernel, num_m * num_n, cfg, rows.features, cols.features,
-            _tiles(grad, cfg.block_m, cfg.block_n // 2, x),
+            kernel, grid.programs, cfg, rows.features, cols.features,
+            _tiles(grad, cfg.block_m, cfg.block_n // parts, x),
             *inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n)),
-            scale_sums[done : done + num_m * num_n], m, n, x.shape[1], start,
-            x.stride(0), y.stride(0), grad.stride(0), *constants, grad_scale,
+            scale_sums[done : done + grid.programs], m, n, x.shape[1], offset + rows.start - cols.start,
+            x.stride(0), y.stride(0), grad.stride(0), *numbers, grad_scale, **constants,
         )  # fmt: skip
-        done += num_m * num_n
-        _launch_products(grad, rows, cols, products, unused)
+        done += grid.programs
+        _launch_products(grad, rows, cols, products)
     return scale_sums if x.dtype.itemsize == 2 else None
 
 
-def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig, unused: Tensor) -> None:
+class _GradGrid(NamedTuple):
+    """The programs that compute a block of G. Some of them may each walk down one of so many segments of a column of
+    tiles; the others compute one tile each.
+    """
+
+    programs: int
+    segments: int
+    tiles: int  # of a segment
+
+
+def _tile_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, device: torch.device) -> _GradGrid:
+    return _GradGrid(triton.cdiv(rows, cfg.block_m) * triton.cdiv(cols, cfg.block_n), 0, 0)
+
+
+def _walk_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, device: torch.device) -> _GradGrid:
+    num_m, num_n = triton.cdiv(rows, cfg.block_m), triton.cdiv(cols, cfg.block_n)
+    segments, tiles = segments_of_column(num_m, num_n, multiprocessors(device, RECORDED_MULTIPROCESSORS))
+    if not -num_m * cfg.block_m < offset < num_n * cfg.block_n:  # no tile may hold a pair
+        return _GradGrid(segments * num_n, segments, tiles)
+    if tiles <= SHORT_WALK:
+        return _tile_grid(rows, cols, offset, cfg, device)
+    # of each row of tiles, so many may hold pairs
+    return _GradGrid(segments * num_n + num_m * ((cfg.block_m + cfg.block_n - 2) // cfg.block_n + 1), segments, tiles)
+
+
+def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:
     x, y, d = rows.features, cols.features, rows.features.shape[1]
     m, n = grad.shape
     num_d = triton.cdiv(d, cfg.block_n)
     num_x_tiles = 0 if rows.acc is None else triton.cdiv(m, cfg.block_m) * num_d
     num_y_tiles = 0 if cols.acc is None else triton.cdiv(n, cfg.block_m) * num_d
+    is_added, parts = _has_tma(x) and d % 4 == 0, max(1, cfg.block_n // PART_COLS)
+    wanted = [acc for acc in (rows.acc, cols.acc) if acc is not None]
+    # one that is not wanted has no program, and the other stands in its place
+    accs = [_tiles(acc, cfg.block_m, cfg.block_n // parts, x) if is_added else acc for acc in (wanted[0], wanted[-1])]
     launch(
         _products_kernel, (num_x_tiles + num_y_tiles,),
         _tiles(grad, cfg.block_m, cfg.block_k, x), _tiles(grad, cfg.block_k, cfg.block_m, x),
-        rows.operand, cols.operand, unused if rows.acc is None else rows.acc, unused if cols.acc is None else cols.acc,
-        m, n, d, num_x_tiles, grad.stride(0), x.stride(0), y.stride(0),
-        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
-        IS_TMA=_has_tma(x),
+        rows.operand, cols.operand, *accs, m, n, d, num_x_tiles, grad.stride(0), x.stride(0), y.stride(0),
+        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
+        IS_TMA=_has_tma(x), IS_ADDED=is_added,
     )  # fmt: skip
 
 

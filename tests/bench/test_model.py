@@ -114,6 +114,7 @@ def test_predicates_are_combined_packed_and_guard():
     assert after("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x0", P1=1, P2=1)["P0"] == 1
     assert after("PLOP3.LUT P0, PT, P1, P2, PT, 0x80, 0x0", P1=0)["P0"] == 0
     assert after("P2R R0, PR, RZ, 0x14", "R2P PR, R0, 0x10", P0=1, P1=1, P2=1, P3=0, P4=0, P5=1, P6=1)["R0"] == 0x4
+    assert after("UP2UR UR0, UPR, URZ, 0x6", "UR2UP UPR, UR0, 0x2", UP0=1, UP1=1, UP2=0)["UR0"] == 0x2
     assert after("@P0 MOV R0, 0x5", R0=1, P0=0)["R0"] == 1
     assert after("@!P0 MOV R0, 0x5", R0=1, P0=0)["R0"] == 5
     assert "R0" not in after("@P3 MOV R0, 0x5", R0=1)

@@ -32,3 +32,11 @@ def test_flops_of_looped_attention():
         ledger.book_launches()
     # two products forward and seven backward, which computes scores and their gradients twice
     assert sum(event.flops for event in ledger.events) == 9 * 2 * 2 * 900 * 900 * 64
+
+
+def test_an_op_that_takes_only_a_shape_reads_nothing():
+    given = torch.ones(1000)
+    with Ledger() as ledger:
+        given.new_zeros(10)
+        torch.zeros_like(given)
+    assert [event.bytes for event in ledger.events] == [40, 4000]

@@ -324,21 +324,23 @@ def _agree(state: State, modifiers: list[str], found: tuple[Operand, ...], _: In
         state.write(found[0], None)
 
 
-@_means("P2R")
-def _pack(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+@_means("P2R", "UP2UR")
+def _pack(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
     (base, base_known), mask = state.read_bits(found[2]), found[3].number or 0
-    predicates = {index: state.registers.get(f"P{index}") for index in range(7) if mask >> index & 1}
+    kind = "UP" if instruction.name == "UP2UR" else "P"
+    predicates = {index: state.registers.get(f"{kind}{index}") for index in range(7) if mask >> index & 1}
     packed = sum(value << index for index, value in predicates.items() if value)
     known = sum(1 << index for index, value in predicates.items() if value is not None) | (mask & ~0x7F)
     state.write_bits(found[0], base & ~mask | packed, base_known & ~mask | known)
 
 
-@_means("R2P")
-def _unpack(state: State, _: list[str], found: tuple[Operand, ...], __: Instruction) -> None:
+@_means("R2P", "UR2UP")
+def _unpack(state: State, _: list[str], found: tuple[Operand, ...], instruction: Instruction) -> None:
     (bits, known), mask = state.read_bits(found[1]), found[2].number or 0
+    kind = "UP" if instruction.name == "UR2UP" else "P"
     for index in range(7):
         if mask >> index & 1:
-            state.set(Operand(f"P{index}"), bool(bits >> index & 1) if known >> index & 1 else None)
+            state.set(Operand(f"{kind}{index}"), bool(bits >> index & 1) if known >> index & 1 else None)
 
 
 @_means("LDG")

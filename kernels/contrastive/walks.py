@@ -1,0 +1,131 @@
+"""Programs that walk down a column of tiles, on GPUs with tensor descriptors.
+
+The steps of all their tiles are one loop, so that the first operands of a tile arrive while the last one is still used.
+What belongs to the columns stays in registers all the way. The kernels that call these functions have the equations.
+"""
+
+import triton
+import triton.language as tl
+
+from ..tiles import halves, halves_of_columns
+from .logit_tiles import has_pairs, shared_shift, without_pairs
+
+
+@triton.jit
+def sum_segment(
+    x, y, scale_ptr, row_sum_ptr, col_sum_ptr, M, N, D, offset, num_segments, tiles, log2e,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, WARP_ROWS: tl.constexpr,
+):  # fmt: skip
+    """Store the sums of a segment's rows, tile by tile, and those of its columns."""
+    segment, pid_n = tl.program_id(0) % num_segments, tl.program_id(0) // num_segments
+    factor = tl.load(scale_ptr) * log2e
+    shift = shared_shift(factor)
+    # The warps hold WARP_ROWS rows of a product at a time, 16 each, and a thread the rows r and r + 8 of its warp's. To
+    # sum what a thread holds takes no exchange between threads; these sums are added once, after the last tile.
+    col_sum = tl.zeros((WARP_ROWS // 16, 8, BLOCK_N), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    steps = tl.cdiv(D, BLOCK_K)
+    step, pid_m = -1, segment * tiles - 1
+    tl.assume(tiles * steps > 0)
+    for _ in range(tiles * steps):
+        step = tl.where(step == steps - 1, 0, step + 1)
+        if step == 0:
+            pid_m += 1
+        x_tile = x.load([pid_m * BLOCK_M, step * BLOCK_K])  # [BM, BK]
+        y_tile = y.load([pid_n * BLOCK_N, step * BLOCK_K])  # [BN, BK]
+        acc = tl.dot(x_tile, y_tile.T, acc, input_precision="ieee")
+        if step == steps - 1:
+            # The accumulator must be used before ``without_pairs`` branches: in a branch, the compiler would wait for
+            # the product on one of the two ways only. To store the pairs here as well would take the last registers.
+            logits = acc * factor
+            logits = without_pairs(logits, None, pid_m, pid_n, M, N, offset, BLOCK_M, BLOCK_N)
+            p = tl.exp2(logits - shift)  # [BM, BN]
+            offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+            tl.store(row_sum_ptr + pid_n.to(tl.int64) * M + offs_m, tl.sum(p, 1), mask=offs_m < M)
+            of_warps = tl.sum(tl.reshape(p, (BLOCK_M // WARP_ROWS, WARP_ROWS, BLOCK_N)), 0)
+            col_sum += tl.sum(tl.reshape(of_warps, (WARP_ROWS // 16, 2, 8, BLOCK_N)), 1)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    total = tl.sum(tl.reshape(col_sum, (WARP_ROWS // 2, BLOCK_N)), 0)
+    tl.store(col_sum_ptr + segment.to(tl.int64) * N + offs_n, total, mask=offs_n < N)
+
+
+@triton.jit
+def tile_with_pairs(tile, offset, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr):
+    """Return row and column of one of the ``SPAN`` tiles of each row of tiles that may hold pairs, and whether it does.
+
+    ``tile`` counts those of all rows.
+    """
+    pid_m = tile // SPAN
+    pid_n = tl.maximum(pid_m * BLOCK_M + offset, 0) // BLOCK_N + tile % SPAN
+    is_one = has_pairs(pid_m * BLOCK_M, pid_n * BLOCK_N, offset, BLOCK_M, BLOCK_N) & (pid_n * BLOCK_N < N)
+    return pid_m, pid_n, is_one & (pid_m * BLOCK_M < M)
+
+
+@triton.jit
+def grad_segment(
+    x, y, grad, scale_ptr, row_inv_denom_ptr, col_inv_denom_ptr,
+    M, N, D, offset, num_segments, tiles, log2e, grad_scale,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Store grad_scale * G of a segment but for its tiles with pairs; return the sum of its products with cosines."""
+    segment, pid_n = tl.program_id(0) % num_segments, tl.program_id(0) // num_segments
+    start_n = pid_n * BLOCK_N
+    factor = tl.load(scale_ptr) * log2e
+    offs_n = start_n + tl.arange(0, BLOCK_N)
+    col_inv_denom = tl.load(col_inv_denom_ptr + offs_n, mask=offs_n < N, other=0.0) * grad_scale
+    # A thread holds two neighbours of each 8 columns of a product: to add the groups of 8 takes no exchange.
+    scale_sum = tl.zeros((BLOCK_M, 4), tl.float32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    steps = tl.cdiv(D, BLOCK_K)
+    step, pid_m = -1, segment * tiles - 1
+    tl.assume(tiles * steps > 0)
+    for _ in range(tiles * steps):
+        step = tl.where(step == steps - 1, 0, step + 1)
+        if step == 0:
+            pid_m += 1
+        start_m = pid_m * BLOCK_M
+        # Only what the last step loads is used, but a load in the branch below would be waited for.
+        offs_m = start_m + tl.arange(0, BLOCK_M)
+        row_inv_denom = tl.load(row_inv_denom_ptr + offs_m, mask=offs_m < M, other=0.0) * grad_scale
+        x_tile = x.load([start_m, step * BLOCK_K])  # [BM, BK]
+        y_tile = y.load([start_n, step * BLOCK_K])  # [BN, BK]
+        acc = tl.dot(x_tile, y_tile.T, acc, input_precision="ieee")
+        if step == steps - 1:
+            is_left_out = has_pairs(start_m, start_n, offset, BLOCK_M, BLOCK_N)
+            before = scale_sum
+            # To leave a tile out by a branch would cost registers in all tiles. The descriptor stores nothing past the
+            # last row.
+            scale_sum = _store_parts(
+                grad, acc, scale_sum, factor, row_inv_denom, col_inv_denom, tl.where(is_left_out, M, start_m), start_n,
+                BLOCK_M, BLOCK_N, PARTS,
+            )  # fmt: skip
+            scale_sum = tl.where(is_left_out, before, scale_sum)
+            acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    return tl.sum(scale_sum)
+
+
+@triton.jit
+def _store_parts(
+    grad, cosines, scale_sum, factor, row_inv_denom, col_inv_denom, start_m, start_n,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """Store grad_scale * G for cosines [BM, BN], one part of the columns after the other.
+
+    Return ``scale_sum`` [BM, 8], and what they add to it.
+    """
+    if PARTS > 1:
+        HALF: tl.constexpr = BLOCK_N // 2
+        left, right = halves_of_columns(cosines, BLOCK_M, BLOCK_N)
+        of_left, of_right = halves(col_inv_denom, BLOCK_N)
+        scale_sum = _store_parts(
+            grad, left, scale_sum, factor, row_inv_denom, of_left, start_m, start_n, BLOCK_M, HALF, PARTS // 2
+        )
+        scale_sum = _store_parts(
+            grad, right, scale_sum, factor, row_inv_denom, of_right, start_m, start_n + HALF, BLOCK_M, HALF, PARTS // 2
+        )
+    else:
+        tile = tl.exp2(cosines * factor - shared_shift(factor)) * (row_inv_denom[:, None] + col_inv_denom[None, :])
+        grad.store([start_m, start_n], tile.to(grad.dtype))
+        scale_sum += tl.sum(tl.sum(tl.reshape(tile * cosines, (BLOCK_M, BLOCK_N // 8, 4, 2)), 3), 1)
+    return scale_sum
