@@ -215,14 +215,14 @@ def _grad_tile_kernel(
     scale_sum_ptr,  # [programs] fp32
     M, N, D, offset, stride_x, stride_y, stride_grad, num_segments, tiles, log2e, grad_scale,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PARTS: tl.constexpr, GROUP_M: tl.constexpr,
-    IS_TMA: tl.constexpr,
+    SPAN: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
     """Compute grad = grad_scale * G, and each program's sum of G_ij x_i . y_j before grad is rounded.
 
     With tensor descriptors and the shared shift, the first programs each walk down the ``tiles`` tiles of one of
     ``num_segments`` segments of a column of tiles, and the others compute the tiles with pairs, which the walks leave
-    out. Without the shared shift, or without segments, all programs take tiles in turns. Without descriptors, a program
-    computes one tile.
+    out: of a row of tiles, ``SPAN`` may hold some. Without the shared shift, or without segments, all programs take
+    tiles in turns. Without descriptors, a program computes one tile.
     """
     pid = tl.program_id(0)
     num_m, num_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
@@ -236,8 +236,6 @@ def _grad_tile_kernel(
             )  # fmt: skip
             tl.store(scale_sum_ptr + pid, scale_sum / grad_scale)
         else:
-            # In a row of tiles, so many may hold pairs.
-            SPAN: tl.constexpr = (BLOCK_M + BLOCK_N - 2) // BLOCK_N + 1
             scale_sum = 0.0
             first, count, programs = pid, num_m * num_n, tl.num_programs(0)
             if walks > 0:
@@ -282,8 +280,7 @@ def _grad_tile(
     scale_sum = tl.zeros((BLOCK_M, 4), tl.float32)
     scale_sum = _store_grad(
         grad, cosines, scale_sum, factor, uses_shared_shift, row_max_ptr, row_inv_denom, col_max_ptr,
-        col_inv_denom, start_m, start_n, M, N, offset, stride_grad, grad_scale,
-        BLOCK_M, BLOCK_N, PARTS, IS_TMA,
+        col_inv_denom, start_m, start_n, M, N, offset, stride_grad, BLOCK_M, BLOCK_N, PARTS, IS_TMA,
     )  # fmt: skip
     return tl.sum(scale_sum)
 
@@ -291,13 +288,13 @@ def _grad_tile(
 @triton.jit
 def _store_grad(
     grad, cosines, scale_sum, factor, uses_shared_shift, row_max_ptr, row_inv_denom, col_max_ptr, col_inv_denom,
-    start_m, start_n, M, N, offset, stride_grad, grad_scale,
+    start_m, start_n, M, N, offset, stride_grad,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr, IS_TMA: tl.constexpr,
 ):  # fmt: skip
-    """Store grad_scale * G [BM, BN] for cosines [BM, BN]; return the sum of their product, from G before rounding.
+    """Store grad_scale * G [BM, BN] for cosines [BM, BN]; add their products, from G before rounding, to ``scale_sum``.
 
-    ``row_inv_denom`` [BM] is already multiplied by grad_scale. The columns are taken in ``PARTS`` parts, one after the
-    other: all maxima and inv_denom at once would not fit the registers.
+    Both inv_denom, [BM] and [BN], are already multiplied by grad_scale. The columns are taken in ``PARTS`` parts, one
+    after the other: all maxima at once would not fit the registers.
     """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2
@@ -305,11 +302,11 @@ def _store_grad(
         of_left, of_right = halves(col_inv_denom, BLOCK_N)
         scale_sum = _store_grad(
             grad, left, scale_sum, factor, uses_shared_shift, row_max_ptr, row_inv_denom, col_max_ptr, of_left,
-            start_m, start_n, M, N, offset, stride_grad, grad_scale, BLOCK_M, HALF, PARTS // 2, IS_TMA,
+            start_m, start_n, M, N, offset, stride_grad, BLOCK_M, HALF, PARTS // 2, IS_TMA,
         )  # fmt: skip
         scale_sum = _store_grad(
             grad, right, scale_sum, factor, uses_shared_shift, row_max_ptr, row_inv_denom, col_max_ptr, of_right,
-            start_m, start_n + HALF, M, N, offset, stride_grad, grad_scale, BLOCK_M, HALF, PARTS // 2, IS_TMA,
+            start_m, start_n + HALF, M, N, offset, stride_grad, BLOCK_M, HALF, PARTS // 2, IS_TMA,
         )  # fmt: skip
     else:
         offs_m = start_m + tl.arange(0, BLOCK_M)

@@ -29,7 +29,7 @@ from .softmax_stats import Normalizers, SoftmaxStats, is_exact, shared_shift
 
 # The most rows and columns of a block of logits: their sums by tile take at most 64 MiB, whatever M and N are.
 MAX_EDGE = 16384
-MERGE = RowConfig(block_m=64, block_n=16, num_warps=4, num_stages=1)
+MERGE = RowConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
 RECORDED_MULTIPROCESSORS = 132  # those of an H100, where launches are recorded without a GPU
 GROUP_M = 8
 # A walk of so few tiles saves less than it takes to compute the tiles with pairs after it (by the model of an H100).
@@ -219,7 +219,7 @@ def _add_products(
     row_parts, col_parts = (_parts(*side, products) for side in ((x, edges[0], acc_x), (y, edges[1], acc_y)))
     buffer = _new_aligned((min(edges[0], len(x)), min(edges[1], len(y))), x)
     parts = max(1, cfg.block_n // PART_COLS) if is_softmax else 2
-    constants = {"PARTS": parts} if is_softmax else {}
+    constants = {"PARTS": parts, "SPAN": _span(cfg)} if is_softmax else {}
     grid_of = _walk_grid if is_softmax and _has_tma(x) else _tile_grid
     blocks = [
         (rows, cols, grid_of(len(rows.features), len(cols.features), offset + rows.start - cols.start, cfg, x.device))
@@ -263,8 +263,12 @@ def _walk_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, device: torch
         return _GradGrid(segments * num_n, segments, tiles)
     if tiles <= SHORT_WALK:
         return _tile_grid(rows, cols, offset, cfg, device)
-    # of each row of tiles, so many may hold pairs
-    return _GradGrid(segments * num_n + num_m * ((cfg.block_m + cfg.block_n - 2) // cfg.block_n + 1), segments, tiles)
+    return _GradGrid(segments * num_n + num_m * _span(cfg), segments, tiles)
+
+
+def _span(cfg: GemmConfig) -> int:
+    """Return how many tiles of a row of tiles may hold pairs."""
+    return (cfg.block_m + cfg.block_n - 2) // cfg.block_n + 1
 
 
 def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:

@@ -52,10 +52,7 @@ def sum_segment(
 
 @triton.jit
 def tile_with_pairs(tile, offset, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPAN: tl.constexpr):
-    """Return row and column of one of the ``SPAN`` tiles of each row of tiles that may hold pairs, and whether it does.
-
-    ``tile`` counts those of all rows.
-    """
+    """Return row and column of a tile that may hold pairs, and whether it may: ``tile`` counts ``SPAN`` in each row."""
     pid_m = tile // SPAN
     pid_n = tl.maximum(pid_m * BLOCK_M + offset, 0) // BLOCK_N + tile % SPAN
     is_one = has_pairs(pid_m * BLOCK_M, pid_n * BLOCK_N, offset, BLOCK_M, BLOCK_N) & (pid_n * BLOCK_N < N)
@@ -74,7 +71,7 @@ def grad_segment(
     factor = tl.load(scale_ptr) * log2e
     offs_n = start_n + tl.arange(0, BLOCK_N)
     col_inv_denom = tl.load(col_inv_denom_ptr + offs_n, mask=offs_n < N, other=0.0) * grad_scale
-    # A thread holds two neighbours of each 8 columns of a product: to add the groups of 8 takes no exchange.
+    # A thread holds two neighbours of each 8 columns of a product: to add these, of all groups of 8, takes no exchange.
     scale_sum = tl.zeros((BLOCK_M, 4), tl.float32)
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     steps = tl.cdiv(D, BLOCK_K)
@@ -112,7 +109,7 @@ def _store_parts(
 ):  # fmt: skip
     """Store grad_scale * G for cosines [BM, BN], one part of the columns after the other.
 
-    Return ``scale_sum`` [BM, 8], and what they add to it.
+    Return ``scale_sum`` [BM, 4], and what they add to it.
     """
     if PARTS > 1:
         HALF: tl.constexpr = BLOCK_N // 2

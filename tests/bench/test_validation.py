@@ -153,3 +153,13 @@ def test_a_figure_is_answered_by_all_kernels_of_the_fastest_variant(monkeypatch,
     assert answer.limit.startswith("once, ")
     at_least = sum(one.moved for one in found.others) + 2 * (4 << 21)
     assert answer.predicted > at_least / 3.35e12 * 1e3
+
+
+def test_peers_stand_beside_ours(tmp_path, capsys):
+    """Without its sources the tutorial's row says what is missing, and that of the installed PyTorch has a time."""
+    assert main(["--sources", str(tmp_path), "--peers", "--only", "attention .* tokens=50$"]) == 0
+    tutorial, inductor = capsys.readouterr().out.splitlines()
+    assert "Triton tutorial" in tutorial
+    assert "is missing: get it from https://" in tutorial
+    assert inductor.split()[-1].endswith("x")
+    assert float(inductor.split()[-1][:-1]) > 1

@@ -84,7 +84,7 @@ def answer(figure: Figure, folder: Path) -> Answer:
     works = call(folder, *figure.case.values())
     for work in works:
         try:
-            seconds, limit = _time(work, MACHINES[figure.machine])
+            seconds, limit = time_of(work, MACHINES[figure.machine])
         except NoModel:
             if not answers and work is works[-1]:
                 raise
@@ -94,14 +94,15 @@ def answer(figure: Figure, folder: Path) -> Answer:
     return min(answers, key=lambda one: one.predicted)
 
 
-def _time(work: Work, machine: Machine) -> tuple[float, str]:
-    """Return the time of all kernels one after another, and what limits the longest."""
+def time_of(work: Work, machine: Machine) -> tuple[float, str]:
+    """Return the time of all kernels one after another, and what limits the longest of those that were launched."""
     times: dict[int, tuple[float, str]] = {}  # a launch that is repeated is predicted once
     for launched, moved in work.launches:
         if id(launched) not in times:
             times[id(launched)] = predict_launch(launched, machine, moved)
     total = sum(times[id(launched)][0] for launched, _ in work.launches)
-    total += sum(other.moved / machine.hbm_rate + machine.launch for other in work.others)
+    for other in work.others:
+        total += max(other.moved / machine.hbm_rate, other.flops / machine.power_flops) + machine.launch
     return total, max(times.values())[1]
 
 
@@ -127,4 +128,4 @@ def _band(found: list[float]) -> Band:
     return Band(len(found), *(round(number, 3) for number in numbers))
 
 
-__all__ = ["Answer", "Figure", "NoModel", "answer", "bands", "figures", "sources"]
+__all__ = ["Answer", "Figure", "NoModel", "answer", "bands", "figures", "sources", "time_of"]

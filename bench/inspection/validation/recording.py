@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 import triton
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
@@ -45,10 +46,11 @@ class Launched:
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """A kernel of PyTorch's own beside the launches, and the bytes of the tensors that it reads and writes."""
+    """A kernel of PyTorch's own beside the launches, the bytes of its tensors, read or written, and its FLOPs."""
 
     name: str
     moved: int
+    flops: int = 0
 
 
 @dataclasses.dataclass
@@ -108,7 +110,9 @@ class _Others(TorchDispatchMode):
         moved = sum(
             min(one.nbytes, one.untyped_storage().nbytes()) for one in tensors.values()
         )  # an expanded one is less
-        self.found.append(Other(name, moved))
+        count = flop_registry.get(func._overloadpacket)
+        flops = 0 if count is None else count(*args, **(kwargs or {}), out_val=result)
+        self.found.append(Other(name, moved, flops))
         return result
 
 

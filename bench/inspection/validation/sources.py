@@ -93,8 +93,9 @@ FILES = {
         "6d8dda8032ffd3caeb8fb2b6c3307126e0892135aee719f69dd26febc76c012b",
     ),
 }  # fmt: skip
-# Packages with the versions that were measured.
+# Packages with the versions that were measured, or are compared with.
 PACKAGES = {
+    "memeff": ("0.3.1",),
     "liger-kernel": ("0.6.0", "0.8.0", "0.8.1"),
     "siglip-kernel": ("0.1.2",),
 }

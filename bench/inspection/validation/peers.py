@@ -1,0 +1,128 @@
+"""Other people's kernels beside ours at CLIP's sizes: forward and backward, both predicted for an H100.
+
+The kernels are launched by their own wrappers, in 16 bits. PyTorch's kernels beside them count with their bytes or
+their FLOPs, whichever takes longer, as ours do.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from clipfast.columns import align
+from clipfast.units import SECONDS, scaled
+
+from ..forecast import forecast_op
+from ..model import H100, NoModel
+from ..workloads import measured_shapes
+from . import flex
+from .figures import time_of
+from .kernels import Work, configured, half, of
+from .recording import as_on_an_h100, recording
+from .sources import Missing, module, package
+
+BF16 = torch.bfloat16
+OURS = "clipfast"
+
+
+def loss_by_memeff(folder: Path, pairs: int, width: int) -> list[Work]:
+    """Launch memeff's contrastive loss of unit features."""
+    with package(folder, "memeff", "0.3.1") as imported:
+        loss = imported("memeff").MemoryEfficientCLIPLoss(normalized_inputs=True)
+        image, text = (half(pairs, width, dtype=BF16, grad=True) for _ in range(2))
+        with recording() as found:
+            loss(image, text).backward()
+    return [of(found)]
+
+
+def sigmoid_by_siglip_kernel(folder: Path, pairs: int, width: int) -> list[Work]:
+    """Launch siglip-kernel's loss in the variant that it takes for 16 bits."""
+    with package(folder, "siglip-kernel", "0.1.2") as imported:
+        with as_on_an_h100():  # it asks for the GPU when it is imported
+            loss = imported("siglip_kernel").fused_siglip_loss
+        image, text = (half(pairs, width, dtype=BF16, grad=True) for _ in range(2))
+        scale, bias = torch.zeros((), requires_grad=True), torch.zeros((), requires_grad=True)
+        with recording() as found:
+            loss(image, text, scale, bias).backward()
+    return [of(found)]
+
+
+def attention_by_tutorial(folder: Path, batch: int, heads: int, tokens: int, causal: bool) -> list[Work]:
+    """Launch the attention of Triton's tutorial, on tokens that are padded to a multiple of 128, which it needs."""
+    tutorial = module(folder, "attention with descriptors")
+    tensors = [half(batch, heads, -(-tokens // 128) * 128, 64, grad=True) for _ in range(3)]
+    works = []
+    for block_m, block_n, warps in ((128, 64, 4), (64, 64, 4)):
+        wanted = {"BLOCK_M": block_m, "BLOCK_N": block_n, "num_warps": warps, "num_stages": 3}
+        with configured(tutorial._attn_fwd, **wanted), recording() as found:
+            out = tutorial.attention(*tensors, causal, 0.125, False)
+            torch.autograd.backward(out, torch.empty_like(out))
+        works.append(of(found))
+    return works
+
+
+def attention_by_inductor(_: Path, batch: int, heads: int, tokens: int, causal: bool) -> list[Work]:
+    """Launch FlexAttention's kernels; its causal ones are not built here."""
+    if causal:
+        raise NoModel("causal FlexAttention is not built here")
+    query, key, value = (half(batch, tokens, heads, 64, dtype=BF16).transpose(1, 2) for _ in range(3))
+    with recording() as found:
+        flex.forward(query, key, value)
+        flex.backward(query, key, value)
+        torch.mul(query, query)  # the row sums of output times gradient
+    return [of(found)]
+
+
+# By op: the peers that compile here, and the sizes of the op that they take.
+Peer = Callable[..., list[Work]]
+PEERS: dict[str, tuple[tuple[str, ...], dict[str, Peer]]] = {
+    "contrastive_loss": (("pairs", "embed_dim"), {"memeff": loss_by_memeff}),
+    "sigmoid_loss": (("pairs", "embed_dim"), {"siglip-kernel": sigmoid_by_siglip_kernel}),
+    "attention": (
+        ("batch", "heads", "tokens", "causal"),
+        {"Triton tutorial": attention_by_tutorial, "FlexAttention": attention_by_inductor},
+    ),
+}
+
+
+def compare(folder: Path, wanted: Callable[[str], object]) -> Iterator[tuple[str, str, float | str, float]]:
+    """Yield case, peer, its seconds or why there are none, and ours, for the cases whose name is ``wanted``."""
+    for number, (spec, shape) in enumerate(measured_shapes()):
+        sizes = shape.to_dict()
+        names, peers = PEERS.get(spec.name, ((), {}))
+        case = " ".join([spec.name, *(f"{name}={sizes[name]}" for name in names if name in sizes)])
+        if not peers or not wanted(case) or sizes.get("head_dim", 64) != 64:
+            continue
+        ours = forecast_op(number, "bf16", H100, H100.power_flops).seconds
+        for peer, call in peers.items():
+            yield (
+                case,
+                peer,
+                _seconds(functools.partial(call, folder, *(sizes.get(name, False) for name in names))),
+                ours,
+            )
+
+
+def _seconds(call: Callable[[], Sequence[Work]]) -> float | str:
+    """Return the time of the fastest way to run a peer, or why it has none."""
+    found: list[Any] = []
+    try:
+        for work in call():
+            try:
+                found.append(time_of(work, H100)[0])
+            except NoModel as error:
+                found.append(str(error))
+    except Exception as error:  # upstream code that fails must not end the others
+        return f"{type(error).__name__}: {error}".splitlines()[0] if not isinstance(error, Missing) else str(error)
+    return min((one for one in found if isinstance(one, float)), default=found[0])
+
+
+def line(case: str, peer: str, seconds: float | str, ours: float) -> str:
+    """Return a row of the table; rows that are printed one after another stand in the same columns."""
+    theirs = [seconds] if isinstance(seconds, str) else [scaled(seconds, SECONDS), f"{seconds / ours:.2f}x"]
+    return align([[case, OURS, scaled(ours, SECONDS), peer, *theirs]], right=(2, 4, 5), at_least=_WIDTHS)
+
+
+_WIDTHS = (56, 8, 8, 15, 8, 6)
