@@ -20,7 +20,7 @@ from .traffic import moved_bytes
 
 # Below this part of what the power allows the matrix unit, a kernel runs at the highest clock.
 BOOST_BELOW = 0.25
-# Of changes from one kind of programs to the next along a grid, so many are searched for.
+# The places where the kind of programs changes along a grid are searched for if there are at most so many of them.
 MOST_SEARCHED = 4
 _OF_MULTIPROCESSOR = ("shared", "l2", "hbm", "operands")  # the other units are those of a sub-partition
 
@@ -117,8 +117,11 @@ def predict_launch(launch: Launch, machine: Machine, effort: Effort = FULL) -> P
 
 def follow(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], most: int) -> dict[int, Path]:
     """Return the paths of at most ``most`` programs, by number; raise :class:`NoModel` if one cannot be followed."""
-    path_of = _follower(kernel, grid, arguments)
-    return {number: path_of(number) for number in sample(math.prod(grid), most)}
+    return _sampled(_follower(kernel, grid, arguments), math.prod(grid), most)
+
+
+def _sampled(path_of: Callable[[int], Path], programs: int, most: int) -> dict[int, Path]:
+    return {number: path_of(number) for number in sample(programs, most)}
 
 
 def _follower(kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any]) -> Callable[[int], Path]:
@@ -185,13 +188,13 @@ class _Grid:
         self, kernel: Kernel, grid: Sequence[int], arguments: Mapping[str, Any], hbm_bytes: float, effort: Effort
     ) -> None:
         self.kernel, self.hbm_bytes, self.effort, self.programs = kernel, hbm_bytes, effort, math.prod(grid)
-        paths = follow(kernel, grid, arguments, effort.programs)
+        path_of = _follower(kernel, grid, arguments)
+        paths = _sampled(path_of, self.programs, effort.programs)
         self.guesses = max(path.guesses for path in paths.values())
         found = kinds(paths, effort.kinds)
         self.kinds = [path for path, _ in found]
         kind_of = {number: kind for kind, (_, numbers) in enumerate(found) for number in numbers}
         of_paths = {path: kind_of[number] for number, path in paths.items()}
-        path_of = _follower(kernel, grid, arguments)
         self.runs = runs(kind_of, lambda number: of_paths.get(path_of(number)))
         counts = [0] * len(self.kinds)
         for kind, start, end in self._spans():
