@@ -50,18 +50,22 @@ MIN_ROUNDS = 20
 WORTH_BY_MODEL = 0.95
 MEASURED, MODEL = "measured", "model"
 _TILES, _SMALL_TILES, _STAGES = (64, 128, 256), (16, 32, 64, 128), (1, 2, 3, 4)
+_REGISTERS = (None, 128, 168)  # four and three programs of four warps on a multiprocessor
 _EDGES = (2048, 2816, 4096, 5632, 8192, 16384)  # of a block of logits
 # The values to search for each field of a configuration.
-SPACES: dict[type[Config], dict[str, tuple[int, ...]]] = {
+SPACES: dict[type[Config], dict[str, tuple[int | None, ...]]] = {
     configs.GemmConfig: {
         "block_m": _TILES, "block_n": _TILES, "block_k": (32, 64, 128), "num_warps": (4, 8), "num_stages": _STAGES,
     },
     configs.RowConfig: {
         "block_m": (4, 8, 16, 32), "block_n": _TILES, "num_warps": (2, 4, 8), "num_stages": (1,),
     },
-    configs.ShortConfig: {"block_m": _SMALL_TILES, "num_warps": (4, 8), "num_stages": _STAGES},
+    configs.ShortConfig: {
+        "block_m": _SMALL_TILES, "num_warps": (4, 8), "num_stages": _STAGES, "max_registers": _REGISTERS,
+    },
     configs.LoopedConfig: {
         "block_m": _SMALL_TILES, "block_n": _SMALL_TILES, "num_warps": (4, 8), "num_stages": _STAGES,
+        "max_registers": _REGISTERS,
     },
     configs.BlockConfig: {"rows": _EDGES, "cols": _EDGES},
 }  # fmt: skip
@@ -76,14 +80,17 @@ def space(tunable: Tunable) -> Iterator[Config]:
     """Iterate over every configuration that is searched for a kernel."""
     axes = {**SPACES[tunable.kind], **tunable.axes}
     for values in itertools.product(*axes.values()):
-        yield tunable.kind(**dict(zip(axes, values, strict=True)))
+        fields: dict[str, Any] = dict(zip(axes, values, strict=True))
+        yield tunable.kind(**fields)
 
 
 def key_of(tunable: Tunable, target: Target, dtype: str) -> str:
     """Return the key of the table entry that is tuned."""
     sizes = target.shape.to_dict()
     head_dim = sizes.get("head_dim")
-    num_keys = sizes["tokens"] if tunable.kind is configs.ShortConfig else None
+    num_keys = sizes["tokens"] if tunable.kind in (configs.ShortConfig, configs.LoopedConfig) else None
+    if num_keys is not None and num_keys > configs.NUM_KEYS[-1]:
+        num_keys = None
     width = sizes["width"] if tunable.per_width else None
     whole = (size if isinstance(size, int) else None for size in (head_dim, num_keys, width))
     return configs.config_key(tunable.kernel, DTYPES[dtype], *whole)
@@ -251,7 +258,7 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
         if by == MODEL and (table.get(key) or {}).get("by") == MEASURED:
             say(f"{key}: the entry that was measured stays")
         else:
-            table[key] = dataclasses.asdict(config) | {"by": by}
+            table[key] = configs.entry_of(config) | {"by": by}
     lines = [f" {json.dumps(key)}: {json.dumps(value)}" for key, value in sorted(table.items())]
     replace_text(path, "{\n" + ",\n".join(lines) + "\n}\n")
     return path

@@ -10,6 +10,7 @@ from .models.transformer import Attention, Transformer, plan
 
 ROUTES = {
     "short": "short (a program holds a head)",
+    "unrolled": "unrolled (a program holds a head)",
     "looped": "looped",
     "two_phase": "two phases",
     "sdpa": "PyTorch's scaled_dot_product_attention",

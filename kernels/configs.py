@@ -30,34 +30,54 @@ NUM_KEYS = (64, 128, 208, 256, 272)
 WIDTHS = (1024, 2048, 4096, 8192)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KernelConfig:
+    """How a kernel is compiled, whatever its tile is.
+
+    Attributes:
+        num_warps: warps of a program.
+        num_stages: steps of a loop whose loads are under way at once.
+        max_registers: registers that a thread may take, so that more programs run at once; None sets no limit.
+    """
+
+    num_warps: int
+    num_stages: int
+    max_registers: int | None = None
+
+
 @dataclasses.dataclass(frozen=True)
-class GemmConfig:
+class GemmConfig(KernelConfig):
     """Tile of a matrix product: output BLOCK_M x BLOCK_N, reduction in steps of BLOCK_K."""
 
     block_m: int
     block_n: int
     block_k: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclasses.dataclass(frozen=True)
-class ShortConfig:
+class ShortConfig(KernelConfig):
     """Tile of an attention kernel that holds all keys: BLOCK_M queries at a time."""
 
     block_m: int
-    num_warps: int
-    num_stages: int
 
 
 @dataclasses.dataclass(frozen=True)
-class LoopedConfig:
+class LoopedConfig(KernelConfig):
     """Tile of an attention kernel that walks the keys or the queries: BLOCK_M queries against BLOCK_N keys."""
 
     block_m: int
     block_n: int
-    num_warps: int
-    num_stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowConfig(KernelConfig):
+    """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_N columns at a time.
+
+    A kernel that holds whole rows takes as many rows as fit into BLOCK_M * BLOCK_N elements.
+    """
+
+    block_m: int
+    block_n: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,19 +89,6 @@ class SdpaConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowConfig:
-    """Tile of a kernel that walks rows: BLOCK_M rows, BLOCK_N columns at a time.
-
-    A kernel that holds whole rows takes as many rows as fit into BLOCK_M * BLOCK_N elements.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclasses.dataclass(frozen=True)
 class BlockConfig:
     """Rows and columns of a block of logits in the backward pass of a loss."""
 
@@ -89,7 +96,6 @@ class BlockConfig:
     cols: int
 
 
-KernelConfig = GemmConfig | ShortConfig | LoopedConfig | RowConfig
 Config = KernelConfig | SdpaConfig | BlockConfig
 C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, SdpaConfig, RowConfig, BlockConfig)
 _overrides: dict[str, Config] = {}
@@ -105,9 +111,16 @@ def row_config(kernel: str, arch: int, dtype: torch.dtype, width: int | None = N
     return _lookup(RowConfig, config_key(kernel, dtype, width=width), arch)
 
 
-def attention_config(kind: type[C], kernel: str, arch: int, dtype: torch.dtype, head_dim: int) -> C:
-    """Return the configuration of an attention kernel on ``arch`` for operands of ``dtype`` and ``head_dim``."""
-    return _lookup(kind, config_key(kernel, dtype, head_dim), arch)
+def looped_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_keys: int) -> LoopedConfig:
+    """Return the configuration of an attention kernel that loops.
+
+    The tables have one for each head dimension, and for some numbers of keys another one, which then takes precedence.
+    """
+    if num_keys <= NUM_KEYS[-1]:
+        found = _lookup_any(LoopedConfig, config_key(kernel, dtype, head_dim, num_keys), arch)
+        if found is not None:
+            return found
+    return _lookup(LoopedConfig, config_key(kernel, dtype, head_dim), arch)
 
 
 def short_config(kernel: str, arch: int, dtype: torch.dtype, head_dim: int, num_keys: int) -> ShortConfig | None:
@@ -172,6 +185,11 @@ def read_table(arch: int) -> dict[str, dict[str, int]]:
     """
     table: dict[str, dict[str, Any]] = json.loads(table_path(arch).read_text())
     return {key: entry and {name: entry[name] for name in entry if name != "by"} for key, entry in table.items()}
+
+
+def entry_of(config: Config) -> dict[str, int]:
+    """Return a configuration as the tables have it: what is None is left out."""
+    return {name: value for name, value in dataclasses.asdict(config).items() if value is not None}
 
 
 @functools.cache

@@ -159,6 +159,8 @@ def launch(
     if 0 in grid:
         return
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
+    if config.max_registers is not None:
+        options["maxnreg"] = config.max_registers
     if _recorder is not None:
         named = dict(zip(kernel.arg_names, args, strict=False))
         _recorder.launches.append(Launch(kernel, grid, named, constexprs, options))

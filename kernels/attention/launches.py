@@ -4,39 +4,47 @@ Queries are [B, M, H, D], keys and values [B, N, H, D]. They may have any stride
 three views of one tensor.
 """
 
-from typing import NamedTuple
+import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E
-from ..configs import LoopedConfig, attention_config, sdpa_config, short_config
-from ..launch import arch_of, launch
+from ..configs import ShortConfig, looped_config, sdpa_config, short_config
+from ..hardware import architecture
+from ..launch import INTERPRET, arch_of, launch
 from .looped import _key_bwd_kernel, _looped_fwd_kernel, _query_bwd_kernel
 from .short import _short_bwd_kernel, _short_fwd_kernel
+from .unrolled import _unrolled_bwd_kernel
+
+# Rows that the kernel without a loop takes beyond one block.
+UNROLLED_REST = 16
 
 
 class Route(NamedTuple):
     """The names of the kernels that compute attention at a shape."""
 
     forward: str  # "short", "looped" or "sdpa"
-    backward: str  # "short", "two_phase" or "sdpa"
+    backward: str  # "short", "unrolled", "two_phase" or "sdpa"
 
 
 def attention_route(arch: int, dtype: torch.dtype, head_dim: int, num_keys: int, *, causal: bool) -> Route:
-    """Return the kernels that compute a shape on a GPU of compute capability ``arch`` (90 for sm_90).
+    """Return the kernels that compute a shape on a GPU of compute capability ``arch`` (90 for sm_90), if it has as many
+    queries as keys.
 
     The tables of configurations decide. With at least as many keys as :func:`least_keys_of_sdpa` returns, PyTorch's own
-    attention was faster when measured, and is used. Otherwise the short kernels, which hold all keys at once, are used
-    where the tables have a configuration for them, and the kernels that loop over the keys everywhere else.
+    attention was faster when measured, and is used. Otherwise the kernels that hold a whole head are used where the
+    tables have a configuration for them, and the kernels that loop over the keys everywhere else.
     """
     least = least_keys_of_sdpa(arch, dtype, head_dim, causal=causal)
     if least is not None and num_keys >= least:
         return Route("sdpa", "sdpa")
     forward = short_config("attention_short_fwd", arch, dtype, head_dim, num_keys)
-    backward = short_config("attention_short_bwd", arch, dtype, head_dim, num_keys)
-    return Route("short" if forward else "looped", "short" if backward else "two_phase")
+    unrolled, short = _of_whole_heads(arch, dtype, head_dim, num_keys, num_keys)
+    return Route("short" if forward else "looped", "unrolled" if unrolled else "short" if short else "two_phase")
 
 
 def least_keys_of_sdpa(arch: int, dtype: torch.dtype, head_dim: int, *, causal: bool) -> int | None:
@@ -54,22 +62,21 @@ def forward(
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, m, dtype=torch.float32)
-    args = (q, k, v, out, lse, seqlens, m, n, heads, *q.stride(), *k.stride(), *v.stride(), scale * LOG2E)
-    options = _options(head_dim, seqlens, causal)
+    args = (out, lse, seqlens, m, n, heads, *q.stride(), *k.stride(), *v.stride(), scale * LOG2E)
+    options = _options(seqlens, causal, q, k, v)
     arch = arch_of(device)
     short = short_config("attention_short_fwd", arch, q.dtype, head_dim, n)
     if short is not None:
         launch(
-            _short_fwd_kernel, (batch * heads,), *args, config=short, device=device,
-            BLOCK_M=short.block_m, N_PARTS=_key_parts(n), **options,
+            _short_fwd_kernel, (batch * heads,), q, k, v, *args, config=short, device=device,
+            BLOCK_M=short.block_m, N_PARTS=_parts(n), **options,
         )  # fmt: skip
         return out, lse
-    cfg = attention_config(LoopedConfig, "attention_looped_fwd", arch, q.dtype, head_dim)
-    # Without a mask, only what is left after the last whole block of keys needs the tail, so a smaller tile will do.
-    tail = cfg.block_n if causal or seqlens is not None else max(16, triton.next_power_of_2(n % cfg.block_n))
+    cfg = looped_config("attention_looped_fwd", arch, q.dtype, head_dim, n)
     launch(
-        _looped_fwd_kernel, (batch * heads * triton.cdiv(m, cfg.block_m),), *args, config=cfg, device=device,
-        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, TAIL=tail, **options,
+        _looped_fwd_kernel, (batch * heads * triton.cdiv(m, cfg.block_m),),
+        q, k, v, *_tiles(cfg.block_n, seqlens, k, v), *args, config=cfg, device=device,
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, TAIL=_tail(n, cfg.block_n, seqlens, causal), **options,
     )  # fmt: skip
     return out, lse
 
@@ -84,45 +91,75 @@ def backward(
         The sums over batch and tokens of the gradients of q and of v, [H * D] float32 each; None without ``with_sums``.
     """
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
-    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
     of_dq, of_dk = (grad.stride()[:2] for grad in grads[:2])
-    scales = scale * LOG2E, scale
-    options = _options(head_dim, seqlens, causal) | {"HAS_SUMS": with_sums}
-    arch = arch_of(device)
-    short = short_config("attention_short_bwd", arch, q.dtype, head_dim, n)
-    if short is not None:
-        sums = _sums(q, 1, 1, with_sums)
-        launch(
-            _short_bwd_kernel, (batch * heads,),
-            q, k, v, grad_out, lse, seqlens, *grads, *sums, m, n, heads, *strides, *of_dq, *of_dk, *scales,
-            config=short, device=device,
-            BLOCK_M=short.block_m, BLOCK_N=max(16, triton.next_power_of_2(n)), **options,
-        )  # fmt: skip
+    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *of_dq, *of_dk)
+    options = _options(seqlens, causal, q, k, v, grad_out, *grads) | {"HAS_SUMS": with_sums}
+    unrolled, short = _of_whole_heads(arch_of(device), q.dtype, head_dim, m, n)
+    if unrolled is None and short is None:
+        sums = _two_phases(grad_out, q, k, v, out, lse, seqlens, causal, scale, grads, options)
     else:
-        query_cfg, key_cfg = (
-            attention_config(LoopedConfig, f"attention_{owner}_bwd", arch, q.dtype, head_dim)
-            for owner in ("query", "key")
-        )
-        # as many as the blocks of both kernels divide, which are powers of two
-        block = max(query_cfg.block_m, key_cfg.block_m)
-        rows = triton.cdiv(m, block) * block
-        num_m, num_n = rows // query_cfg.block_m, triton.cdiv(n, key_cfg.block_n)
-        sums, stats = _sums(q, num_m, num_n, with_sums), lse.new_empty(batch, heads, 2, rows)
-        launch(
-            _query_bwd_kernel, (batch * heads * num_m,),
-            q, k, v, out, grad_out, lse, seqlens, stats, grads[0], sums[0], m, n, heads, rows,
-            *strides, *of_dq, *scales,
-            config=query_cfg, device=device, BLOCK_M=query_cfg.block_m, BLOCK_N=query_cfg.block_n, **options,
-        )  # fmt: skip
-        launch(
-            _key_bwd_kernel, (batch * heads * num_n,),
-            q, k, v, grad_out, stats, seqlens, *grads[1:], sums[1], m, n, heads, rows,
-            *strides, *of_dk, *scales,
-            config=key_cfg, device=device, BLOCK_M=key_cfg.block_m, BLOCK_N=key_cfg.block_n, **options,
-        )  # fmt: skip
+        sums = _sums(q, 1, 1, with_sums)
+        args = (*grads, *sums, m, n, heads, *strides, scale * LOG2E, scale)
+        if unrolled is not None:
+            block = unrolled.block_m
+            launch(
+                _unrolled_bwd_kernel, (batch * heads,), q, k, v, out, grad_out, lse, seqlens, *args,
+                config=unrolled, device=device, M_PARTS=(block,) * (m // block) + _rest(m, block),
+                N_PARTS=(block,) * triton.cdiv(n, block), **options,
+            )  # fmt: skip
+        elif short is not None:
+            launch(
+                _short_bwd_kernel, (batch * heads,), q, k, v, grad_out, lse, seqlens, *args,
+                config=short, device=device,
+                BLOCK_M=short.block_m, BLOCK_N=max(16, triton.next_power_of_2(n)), **options,
+            )  # fmt: skip
     if not with_sums:
         return None
     return sums[0].flatten(0, 1).sum(0), sums[1].flatten(0, 1).sum(0)
+
+
+def _two_phases(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, seqlens: Tensor | None,
+    causal: bool, scale: float, grads: tuple[Tensor, Tensor, Tensor], options: dict[str, Any],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Write the gradients by the kernels that loop, and return the sums of each of their blocks."""
+    (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
+    strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride())
+    scales = scale * LOG2E, scale
+    of_query, of_key = (
+        looped_config(f"attention_{owner}_bwd", arch_of(device), q.dtype, head_dim, n) for owner in ("query", "key")
+    )
+    # as many as the blocks of both kernels divide, which are powers of two
+    block = max(of_query.block_m, of_key.block_m)
+    rows = triton.cdiv(m, block) * block
+    num_m, num_n = rows // of_query.block_m, triton.cdiv(n, of_key.block_n)
+    sums, stats = _sums(q, num_m, num_n, options["HAS_SUMS"]), lse.new_empty(batch, heads, 2, rows)
+    launch(
+        _query_bwd_kernel, (batch * heads * num_m,),
+        q, k, v, *_tiles(of_query.block_n, seqlens, k, v), out, grad_out, lse, seqlens, stats, grads[0], sums[0],
+        m, n, heads, rows, *strides, *grads[0].stride()[:2], *scales,
+        config=of_query, device=device, BLOCK_M=of_query.block_m, BLOCK_N=of_query.block_n,
+        TAIL=_tail(n, of_query.block_n, seqlens, causal), **options,
+    )  # fmt: skip
+    tiles = _tiles(of_key.block_m, None, q, grad_out)
+    launch(
+        _key_bwd_kernel, (batch * heads * num_n,),
+        q, k, v, grad_out, *tiles, stats, seqlens, *grads[1:], sums[1],
+        m, n, heads, rows, *strides, *grads[1].stride()[:2], *scales,
+        config=of_key, device=device, BLOCK_M=of_key.block_m, BLOCK_N=of_key.block_n,
+        TAIL=0 if tiles[0] is None else _tail(m, of_key.block_m, None, False), IS_HELD=_is_held(q), **options,
+    )  # fmt: skip
+    return sums
+
+
+def _of_whole_heads(
+    arch: int, dtype: torch.dtype, head_dim: int, m: int, n: int
+) -> tuple[ShortConfig | None, ShortConfig | None]:
+    """Return the configurations of the backward kernels that hold a head, without a loop and with one, if they do."""
+    unrolled = short_config("attention_unrolled_bwd", arch, dtype, head_dim, n)
+    if unrolled is not None and max(m, n) > unrolled.block_m + UNROLLED_REST:
+        unrolled = None
+    return unrolled, short_config("attention_short_bwd", arch, dtype, head_dim, n)
 
 
 def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tensor]:
@@ -132,23 +169,71 @@ def _sums(q: Tensor, num_q: int, num_k: int, wanted: bool) -> tuple[Tensor, Tens
     return dq, dv
 
 
-def _options(head_dim: int, seqlens: Tensor | None, causal: bool) -> dict[str, object]:
-    """Return the compile-time constants that all these kernels take."""
+def _options(seqlens: Tensor | None, causal: bool, *sources: Tensor) -> dict[str, Any]:
+    """Return the compile-time constants that all these kernels take for tensors [B, N, H, D]."""
+    head_dim = sources[0].shape[-1]
+    # a number of elements at whose multiples every head begins
+    multiple = math.gcd(8, head_dim, *(stride for x in sources for stride in (x.stride(0), x.stride(2))))
     return {
-        "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
+        "HEAD_DIM": head_dim, "D_PARTS": _head_parts(head_dim), "MULTIPLE": multiple,
+        "IS_CAUSAL": causal, "HAS_SEQLENS": seqlens is not None,
     }  # fmt: skip
 
 
-def _key_parts(n: int) -> tuple[int, ...]:
+def _tail(rows: int, block: int, seqlens: Tensor | None, causal: bool) -> int:
+    """Return how many of the walked rows a kernel takes at a time behind the last whole block.
+
+    Without a mask, only what is left there needs it, so that a smaller tile will do.
+    """
+    return block if causal or seqlens is not None else (*_rest(rows, block), 16)[0]
+
+
+def _rest(rows: int, block: int) -> tuple[int, ...]:
+    """Return the size of a tile for what is left behind the last whole block, as matrix units need it, if any is."""
+    return (max(16, triton.next_power_of_2(rows % block)),) if rows % block else ()
+
+
+def _tiles(rows: int, seqlens: Tensor | None, *sources: Tensor) -> list[TensorDescriptor | None]:
+    """Return what :func:`walked_rows` takes for blocks of ``rows`` rows: two descriptors or None of each source.
+
+    Lengths have none: a descriptor would load what lies past the end of an image, and NaN times a probability of zero
+    is NaN.
+    """
+    parts = _head_parts(sources[0].shape[-1])
+    if seqlens is not None or not all(_is_tileable(x) for x in sources):
+        return [None, None] * len(sources)
+    found: list[TensorDescriptor | None] = []
+    for x in sources:
+        found += [TensorDescriptor(x, list(x.shape), list(x.stride()), [1, rows, 1, part]) for part in parts]
+        found += [None] * (2 - len(parts))
+    return found
+
+
+def _is_tileable(x: Tensor) -> bool:
+    """Return whether tensor descriptors can bring blocks of a tensor [B, N, H, D] to a matrix unit that takes them."""
+    if x.dtype.itemsize != 2 or x.numel() == 0 or not architecture(arch_of(x.device)).multiplies_from_shared:
+        return False
+    steps = [stride * x.dtype.itemsize for stride in x.stride()[:3]]
+    is_aligned = all(step % 16 == 0 for step in (*steps, x.data_ptr()))
+    return is_aligned and x.stride(3) == 1 and steps == sorted(steps, reverse=True) and steps[-1] > 0
+
+
+def _is_held(x: Tensor) -> bool:
+    """Return whether products run on a matrix unit that works beside the program and adds in registers."""
+    unit = architecture(arch_of(x.device)).matrix_unit
+    return unit == "wgmma.mma_async" and x.dtype.itemsize == 2 and not INTERPRET
+
+
+def _parts(n: int) -> tuple[int, ...]:
     """Split ``n``, rounded up, into powers of two of at least 16, as matrix units need: 197 into 128 + 64 + 16."""
     rounded = triton.cdiv(n, 16) * 16
     return tuple(2**bit for bit in reversed(range(rounded.bit_length())) if rounded >> bit & 1)
 
 
 def _head_parts(head_dim: int) -> tuple[int, ...]:
-    """Split a head dimension as :func:`_key_parts` does, but round it up to a power of two if that gives three parts.
+    """Split a head dimension as :func:`_parts` does, but round it up to a power of two if that gives three parts.
 
     The three parts of 104, for example, do not fit into the registers of sm_80.
     """
-    parts = _key_parts(head_dim)
+    parts = _parts(head_dim)
     return parts if len(parts) <= 2 else (triton.next_power_of_2(head_dim),)

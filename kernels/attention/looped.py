@@ -4,23 +4,30 @@ The backward pass has two phases. The first owns queries, and leaves delta for t
 of each gradient has one writer, so that the result is deterministic without atomics. The price is that the scores are
 computed twice, where the short kernels compute them once. Each phase is a kernel of its own, since the registers that
 the second one needs would otherwise limit how many programs of the first one run at once.
+
+The walked side comes in whole blocks, and in one of ``TAIL`` rows behind the last whole one. Whole blocks come through
+tensor descriptors where there are some: the addresses of loads would take registers and instructions.
 """
 
 import triton
 import triton.language as tl
 
-from ..tiles import online_softmax_step
 from .tiles import (
     add_product,
+    head_of,
+    held,
     inner,
     load_rows,
+    masked_rows,
     probabilities,
     row_dot,
     scaled_rows,
+    shift_of,
+    softmax_step,
     store_row_sums,
     store_rows,
-    transposed_probabilities,
     visible_keys,
+    walked_rows,
     zero_rows,
 )
 
@@ -30,6 +37,8 @@ def _looped_fwd_kernel(
     q_ptr,  # [B, M, H, D]
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
+    k_tiles, k_rest,  # descriptors of blocks [1, BN, 1, part] of k for each part of D, or None
+    v_tiles, v_rest,  # the same of v
     out_ptr,  # [B, M, H, D] contiguous
     lse_ptr,  # [B, H, M] fp32, in units of q . k
     seqlens_ptr,  # [B] int32
@@ -39,19 +48,20 @@ def _looped_fwd_kernel(
     stride_vb, stride_vn, stride_vh, stride_vd,
     qk_scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
+    MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
 ):  # fmt: skip
     """Compute the output and the log-sum-exp of BLOCK_M queries, which one program owns.
 
-    TAIL is how many keys a step takes behind the last whole block. ``qk_scale`` is scale * log2(e).
+    ``qk_scale`` is scale * log2(e).
     """
     num_m = tl.cdiv(M, BLOCK_M)
     pid_bh, start_m = tl.program_id(0) // num_m, tl.program_id(0) % num_m * BLOCK_M
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    out_ptr += (b * M * H + h) * HEAD_DIM
+    b, h = pid_bh // H, pid_bh % H
+    dtype = q_ptr.dtype.element_ty
+    q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
+    k_ptr = head_of(k_ptr, b, h, stride_kb, stride_kh, MULTIPLE)
+    v_ptr = head_of(v_ptr, b, h, stride_vb, stride_vh, MULTIPLE)
+    out_ptr = head_of(out_ptr, b, h, M * H * HEAD_DIM, HEAD_DIM, MULTIPLE)
     num_keys = N
     if HAS_SEQLENS:
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
@@ -65,12 +75,17 @@ def _looped_fwd_kernel(
     if IS_CAUSAL:
         whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
     for start_n in range(0, whole, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
-        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
+        k = walked_rows(
+            k_tiles, k_rest, k_ptr, b, h, start_n, num_keys,
+            stride_kn, stride_kd, BLOCK_N, HEAD_DIM, D_PARTS,
+        )  # fmt: skip
+        v = walked_rows(
+            v_tiles, v_rest, v_ptr, b, h, start_n, num_keys,
+            stride_vn, stride_vd, BLOCK_N, HEAD_DIM, D_PARTS,
+        )  # fmt: skip
         scores = inner(q, k, BLOCK_M, BLOCK_N)  # [BM, BN]
-        p, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
-        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v)
+        p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale, dtype == tl.float32)
+        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(dtype), v)
     end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
     for start_n in range(whole, end, TAIL):
         offs_n = start_n + tl.arange(0, TAIL)
@@ -78,8 +93,8 @@ def _looped_fwd_kernel(
         v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
         visible = visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL)
         scores = tl.where(visible, inner(q, k, BLOCK_M, TAIL), float("-inf"))  # [BM, TAIL]
-        p, decay, row_max, row_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
-        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(q_ptr.dtype.element_ty), v)
+        p, decay, row_max, row_sum = softmax_step(scores, row_max, row_sum, qk_scale, dtype == tl.float32)
+        acc = add_product(scaled_rows(acc, decay[:, None]), p.to(dtype), v)
     is_empty = row_sum == 0.0
     factor = 1.0 / tl.where(is_empty, 1.0, row_sum)
     store_rows(out_ptr, acc, factor[:, None], offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS)
@@ -92,6 +107,8 @@ def _query_bwd_kernel(
     q_ptr,  # [B, M, H, D]
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
+    k_tiles, k_rest,  # descriptors of blocks [1, BN, 1, part] of k for each part of D, or None
+    v_tiles, v_rest,  # the same of v
     out_ptr,  # [B, M, H, D] contiguous
     grad_ptr,  # [B, M, H, D]
     lse_ptr,  # [B, H, M] fp32, in units of q . k
@@ -106,8 +123,8 @@ def _query_bwd_kernel(
     stride_gb, stride_gn, stride_gh, stride_gd,
     stride_dqb, stride_dqn,
     qk_scale, scale,
-    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of BLOCK_M queries, which one program owns, and what the keys need of each query.
 
@@ -116,14 +133,14 @@ def _query_bwd_kernel(
     """
     num_m = ROWS // BLOCK_M
     pid_bh, pid = tl.program_id(0) // num_m, tl.program_id(0) % num_m
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
     dtype = q_ptr.dtype.element_ty
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    out_ptr += (b * M * H + h) * HEAD_DIM
-    grad_ptr += b * stride_gb + h * stride_gh
-    dq_ptr += b * stride_dqb + h * HEAD_DIM
+    q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
+    k_ptr = head_of(k_ptr, b, h, stride_kb, stride_kh, MULTIPLE)
+    v_ptr = head_of(v_ptr, b, h, stride_vb, stride_vh, MULTIPLE)
+    out_ptr = head_of(out_ptr, b, h, M * H * HEAD_DIM, HEAD_DIM, MULTIPLE)
+    grad_ptr = head_of(grad_ptr, b, h, stride_gb, stride_gh, MULTIPLE)
+    dq_ptr = head_of(dq_ptr, b, h, stride_dqb, HEAD_DIM, MULTIPLE)
     num_keys = N
     if HAS_SEQLENS:
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
@@ -134,23 +151,38 @@ def _query_bwd_kernel(
     delta = row_dot(do, load_rows(out_ptr, offs_m, M, H * HEAD_DIM, 1, HEAD_DIM, D_PARTS))  # [BM]
     lse = tl.load(lse_ptr + pid_bh.to(tl.int64) * M + offs_m, mask=offs_m < M, other=float("inf"))
     stats_ptr += pid_bh.to(tl.int64) * 2 * ROWS
-    tl.store(stats_ptr + offs_m, lse)
+    shift = shift_of(lse, qk_scale, dtype == tl.float32)
+    tl.store(stats_ptr + offs_m, shift)
     tl.store(stats_ptr + ROWS + offs_m, delta)
     acc_dq = zero_rows(BLOCK_M, D_PARTS)
+    whole = num_keys // BLOCK_N * BLOCK_N
+    if IS_CAUSAL:
+        whole = tl.minimum(whole, start_m // BLOCK_N * BLOCK_N)
+    for start_n in range(0, whole, BLOCK_N):
+        k = walked_rows(
+            k_tiles, k_rest, k_ptr, b, h, start_n, num_keys,
+            stride_kn, stride_kd, BLOCK_N, HEAD_DIM, D_PARTS,
+        )  # fmt: skip
+        v = walked_rows(
+            v_tiles, v_rest, v_ptr, b, h, start_n, num_keys,
+            stride_vn, stride_vd, BLOCK_N, HEAD_DIM, D_PARTS,
+        )  # fmt: skip
+        p = probabilities(inner(q, k, BLOCK_M, BLOCK_N), shift[:, None], qk_scale, dtype == tl.float32)
+        ds = (p * (inner(do, v, BLOCK_M, BLOCK_N) - delta[:, None])).to(dtype)  # [BM, BN]
+        acc_dq = add_product(acc_dq, ds, k)
     end = tl.minimum(num_keys, start_m + BLOCK_M) if IS_CAUSAL else num_keys
-    for start_n in range(0, end, BLOCK_N):
-        offs_n = start_n + tl.arange(0, BLOCK_N)
-        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [BN, D]
-        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
-        scores = inner(q, k, BLOCK_M, BLOCK_N)  # [BM, BN]
-        p = probabilities(scores, lse[:, None], qk_scale, dtype == tl.float32)
+    for start_n in range(whole, end, TAIL):
+        offs_n = start_n + tl.arange(0, TAIL)
+        k = load_rows(k_ptr, offs_n, num_keys, stride_kn, stride_kd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+        v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+        p = probabilities(inner(q, k, BLOCK_M, TAIL), shift[:, None], qk_scale, dtype == tl.float32)
         p = tl.where(visible_keys(offs_m, offs_n, num_keys, IS_CAUSAL), p, 0.0)
-        dp = inner(do, v, BLOCK_M, BLOCK_N)  # [BM, BN]
-        ds = (p * (dp - delta[:, None])).to(dtype)
+        ds = (p * (inner(do, v, BLOCK_M, TAIL) - delta[:, None])).to(dtype)  # [BM, TAIL]
         acc_dq = add_product(acc_dq, ds, k)
     store_rows(dq_ptr, acc_dq, scale, offs_m, M, stride_dqn, 1, HEAD_DIM, D_PARTS)
     if HAS_SUMS:
-        store_row_sums(dq_sum_ptr + ((b * num_m + pid) * H + h) * HEAD_DIM, acc_dq, scale, HEAD_DIM, D_PARTS)
+        dq_sum_ptr += ((b.to(tl.int64) * num_m + pid) * H + h) * HEAD_DIM
+        store_row_sums(dq_sum_ptr, acc_dq, scale, HEAD_DIM, D_PARTS)
 
 
 @triton.jit
@@ -159,6 +191,8 @@ def _key_bwd_kernel(
     k_ptr,  # [B, N, H, D]
     v_ptr,  # [B, N, H, D]
     grad_ptr,  # [B, M, H, D]
+    q_tiles, q_rest,  # descriptors of blocks [1, BM, 1, part] of q for each part of D, or None
+    grad_tiles, grad_rest,  # the same of the gradient
     stats_ptr,  # [B, H, 2, ROWS] fp32
     seqlens_ptr,  # [B] int32
     dk_ptr,  # [B, N, H, D]
@@ -171,8 +205,9 @@ def _key_bwd_kernel(
     stride_gb, stride_gn, stride_gh, stride_gd,
     stride_dkb, stride_dkn,
     qk_scale, scale,
-    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, TAIL: tl.constexpr,
+    MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    IS_HELD: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of BLOCK_N keys and values, which one program owns, from transposed scores.
 
@@ -180,12 +215,12 @@ def _key_bwd_kernel(
     """
     num_n = tl.cdiv(N, BLOCK_N)
     pid_bh, pid = tl.program_id(0) // num_n, tl.program_id(0) % num_n
-    b, h = (pid_bh // H).to(tl.int64), (pid_bh % H).to(tl.int64)
+    b, h = pid_bh // H, pid_bh % H
     dtype = q_ptr.dtype.element_ty
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    grad_ptr += b * stride_gb + h * stride_gh
+    q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
+    k_ptr = head_of(k_ptr, b, h, stride_kb, stride_kh, MULTIPLE)
+    v_ptr = head_of(v_ptr, b, h, stride_vb, stride_vh, MULTIPLE)
+    grad_ptr = head_of(grad_ptr, b, h, stride_gb, stride_gh, MULTIPLE)
     stats_ptr += pid_bh.to(tl.int64) * 2 * ROWS
     num_keys = N
     if HAS_SEQLENS:
@@ -196,22 +231,60 @@ def _key_bwd_kernel(
     v = load_rows(v_ptr, offs_n, num_keys, stride_vn, stride_vd, HEAD_DIM, D_PARTS)  # [BN, D]
     acc_dk = zero_rows(BLOCK_N, D_PARTS)
     acc_dv = zero_rows(BLOCK_N, D_PARTS)
-    first_m = start_n // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
-    for start_m in range(first_m, M, BLOCK_M):
-        offs_m = start_m + tl.arange(0, BLOCK_M)
-        q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [BM, D]
-        do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [BM, D]
-        lse = tl.load(stats_ptr + offs_m)
-        delta = tl.load(stats_ptr + ROWS + offs_m)
-        p_t = transposed_probabilities(
-            k, q, lse, offs_n, offs_m, num_keys, qk_scale, BLOCK_N, BLOCK_M, IS_CAUSAL, dtype == tl.float32
-        )  # [BN, BM]
-        acc_dv = add_product(acc_dv, p_t.to(dtype), do)
-        dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
-        ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
-        acc_dk = add_product(acc_dk, ds_t, q)
-    offset = b * stride_dkb + h * HEAD_DIM
-    store_rows(dk_ptr + offset, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
-    store_rows(dv_ptr + offset, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+    first = start_n // BLOCK_M * BLOCK_M if IS_CAUSAL else 0
+    whole = M
+    if TAIL > 0:
+        whole = M // BLOCK_M * BLOCK_M
+    for start_m in range(first, whole, BLOCK_M):
+        q = walked_rows(
+            q_tiles, q_rest, q_ptr, b, h, start_m, M,
+            stride_qn, stride_qd, BLOCK_M, HEAD_DIM, D_PARTS,
+        )  # fmt: skip
+        do = walked_rows(
+            grad_tiles, grad_rest, grad_ptr, b, h, start_m, M,
+            stride_gn, stride_gd, BLOCK_M, HEAD_DIM, D_PARTS,
+        )  # fmt: skip
+        acc_dk, acc_dv = _key_step(
+            acc_dk, acc_dv, k, v, q, do, stats_ptr, offs_n, start_m, ROWS, qk_scale,
+            BLOCK_N, BLOCK_M, IS_CAUSAL, dtype,
+        )  # fmt: skip
+        if IS_HELD:
+            acc_dk, acc_dv = held(acc_dk), held(acc_dv)
+    if TAIL > 0 and whole < M:
+        offs_m = whole + tl.arange(0, TAIL)
+        q = load_rows(q_ptr, offs_m, M, stride_qn, stride_qd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+        do = load_rows(grad_ptr, offs_m, M, stride_gn, stride_gd, HEAD_DIM, D_PARTS)  # [TAIL, D]
+        acc_dk, acc_dv = _key_step(
+            acc_dk, acc_dv, k, v, q, do, stats_ptr, offs_n, whole, ROWS, qk_scale,
+            BLOCK_N, TAIL, IS_CAUSAL, dtype,
+        )  # fmt: skip
+    # A key that does not exist has score 0, and 2^(0 - lse) can be infinite. It has rows of its own.
+    exists = (offs_n < num_keys)[:, None]
+    acc_dk, acc_dv = masked_rows(acc_dk, exists), masked_rows(acc_dv, exists)
+    dk_ptr = head_of(dk_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)
+    dv_ptr = head_of(dv_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)
+    store_rows(dk_ptr, acc_dk, scale, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
+    store_rows(dv_ptr, acc_dv, 1.0, offs_n, N, stride_dkn, 1, HEAD_DIM, D_PARTS)
     if HAS_SUMS:
-        store_row_sums(dv_sum_ptr + ((b * num_n + pid) * H + h) * HEAD_DIM, acc_dv, 1.0, HEAD_DIM, D_PARTS)
+        dv_sum_ptr += ((b.to(tl.int64) * num_n + pid) * H + h) * HEAD_DIM
+        store_row_sums(dv_sum_ptr, acc_dv, 1.0, HEAD_DIM, D_PARTS)
+
+
+@triton.jit
+def _key_step(
+    acc_dk, acc_dv, k, v,  # [BN, D]
+    q, do,  # [BM, D]
+    stats_ptr, offs_n, start_m, ROWS, qk_scale,
+    BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, dtype: tl.constexpr,
+):  # fmt: skip
+    """Return the gradients of keys and values with what BLOCK_M queries add."""
+    offs_m = start_m + tl.arange(0, BLOCK_M)
+    shift = tl.load(stats_ptr + offs_m)
+    delta = tl.load(stats_ptr + ROWS + offs_m)
+    p_t = probabilities(inner(k, q, BLOCK_N, BLOCK_M), shift[None, :], qk_scale, dtype == tl.float32)  # [BN, BM]
+    if IS_CAUSAL:
+        p_t = tl.where(offs_n[:, None] <= offs_m[None, :], p_t, 0.0)
+    acc_dv = add_product(acc_dv, p_t.to(dtype), do)
+    dp_t = inner(v, do, BLOCK_N, BLOCK_M)  # [BN, BM]
+    ds_t = (p_t * (dp_t - delta[None, :])).to(dtype)
+    return add_product(acc_dk, ds_t, q), acc_dv

@@ -12,8 +12,8 @@ Per image and head, with scores s_ij = scale q_i . k_j (j <= i where causal; j <
 The gradient of a bias on the projection is the sum of these over images and tokens. That of the keys' part is zero,
 since a term that all keys of a query have in common does not change its softmax.
 
-A head of N tokens moves 4 N D items forward, and 7 N D (short) or 12 N D and more (two phases) backward. It takes
-4 N^2 D FLOPs forward, and 10 N^2 D (short) or 14 N^2 D (two phases) backward.
+A head of N tokens moves 4 N D items forward, and 7 N D (short), 8 N D (unrolled) or 12 N D and more (two phases)
+backward. It takes 4 N^2 D FLOPs forward, and 10 N^2 D (short, unrolled) or 14 N^2 D (two phases) backward.
 Method: FlashAttention (Dao et al. 2022) and FlashAttention-2 (Dao 2023).
 """
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from .tiles import (
     add_product,
     add_transposed_product,
+    head_of,
     inner,
     load_rows,
     offs_of,
@@ -40,15 +41,15 @@ def _short_fwd_kernel(
     stride_vb, stride_vn, stride_vh, stride_vd,
     qk_scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, N_PARTS: tl.constexpr, BLOCK_M: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
+    MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr,
 ):  # fmt: skip
     """Compute the output and the log-sum-exp of a head. ``qk_scale`` is scale * log2(e)."""
     pid = tl.program_id(0)
-    b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    out_ptr += (b * M * H + h) * HEAD_DIM
+    b, h = pid // H, pid % H
+    q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
+    k_ptr = head_of(k_ptr, b, h, stride_kb, stride_kh, MULTIPLE)
+    v_ptr = head_of(v_ptr, b, h, stride_vb, stride_vh, MULTIPLE)
+    out_ptr = head_of(out_ptr, b, h, M * H * HEAD_DIM, HEAD_DIM, MULTIPLE)
     num_keys = N
     if HAS_SEQLENS:
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))
@@ -108,22 +109,22 @@ def _short_bwd_kernel(
     stride_dqb, stride_dqn, stride_dkb, stride_dkn,
     qk_scale, scale,
     HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
+    MULTIPLE: tl.constexpr, IS_CAUSAL: tl.constexpr, HAS_SEQLENS: tl.constexpr, HAS_SUMS: tl.constexpr,
 ):  # fmt: skip
     """Compute the gradients of a head. BLOCK_N holds all keys.
 
     The gradients of a head are contiguous, and dv has the strides of dk.
     """
     pid = tl.program_id(0)
-    b, h = (pid // H).to(tl.int64), (pid % H).to(tl.int64)
+    b, h = pid // H, pid % H
     dtype = q_ptr.dtype.element_ty
-    q_ptr += b * stride_qb + h * stride_qh
-    k_ptr += b * stride_kb + h * stride_kh
-    v_ptr += b * stride_vb + h * stride_vh
-    grad_ptr += b * stride_gb + h * stride_gh
-    dq_ptr += b * stride_dqb + h * HEAD_DIM
-    dk_ptr += b * stride_dkb + h * HEAD_DIM
-    dv_ptr += b * stride_dkb + h * HEAD_DIM
+    q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
+    k_ptr = head_of(k_ptr, b, h, stride_kb, stride_kh, MULTIPLE)
+    v_ptr = head_of(v_ptr, b, h, stride_vb, stride_vh, MULTIPLE)
+    grad_ptr = head_of(grad_ptr, b, h, stride_gb, stride_gh, MULTIPLE)
+    dq_ptr = head_of(dq_ptr, b, h, stride_dqb, HEAD_DIM, MULTIPLE)
+    dk_ptr = head_of(dk_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)
+    dv_ptr = head_of(dv_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)
     lse_ptr += pid.to(tl.int64) * M
     num_keys = N
     if HAS_SEQLENS:

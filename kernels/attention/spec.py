@@ -165,7 +165,8 @@ def small_blocks(dtype: torch.dtype) -> AbstractContextManager[object]:
             for kernel in ("attention_short_fwd", "attention_short_bwd"):
                 small[config_key(kernel, dtype, head_dim, num_keys)] = ShortConfig(16, num_warps=4, num_stages=1)
         for kernel in ("attention_looped_fwd", "attention_query_bwd", "attention_key_bwd"):
-            small[config_key(kernel, dtype, head_dim)] = LoopedConfig(16, 16, num_warps=4, num_stages=1)
+            for limit in (None, *NUM_KEYS):
+                small[config_key(kernel, dtype, head_dim, limit)] = LoopedConfig(16, 16, num_warps=4, num_stages=1)
     return overrides(small)
 
 
@@ -265,7 +266,11 @@ SHORT = (
     Tunable("attention_short_bwd", "_short_bwd_kernel", ShortConfig),
     Tunable("attention_short_fwd", "_short_fwd_kernel", ShortConfig),
 )
-KERNELS = ("_short_fwd_kernel", "_short_bwd_kernel", "_looped_fwd_kernel", "_query_bwd_kernel", "_key_bwd_kernel")
+UNROLLED = Tunable("attention_unrolled_bwd", "_unrolled_bwd_kernel", ShortConfig, {"block_m": (64,)})
+KERNELS = (
+    "_short_fwd_kernel", "_short_bwd_kernel", "_unrolled_bwd_kernel",
+    "_looped_fwd_kernel", "_query_bwd_kernel", "_key_bwd_kernel",
+)  # fmt: skip
 
 SPECS = (
     OpSpec(
@@ -286,9 +291,8 @@ SPECS = (
             Target("attention-64", AttentionShape(64, 577, 16, 64), LONG),
             Target("attention-128", AttentionShape(64, 577, 16, 104), LONG),
             Target("attention-50", AttentionShape(1024, 50, 12, 64), SHORT),
-            Target("attention-77", AttentionShape(1024, 77, 8, 64, True), SHORT),
-            Target("attention-197", AttentionShape(256, 197, 12, 64), SHORT),
-            Target("attention-257", AttentionShape(256, 257, 16, 64), SHORT[1:]),
+            Target("attention-77", AttentionShape(1024, 77, 8, 64, True), (UNROLLED, SHORT[1])),
+            Target("attention-257", AttentionShape(256, 257, 16, 64), LONG[:2]),
         ),
         small_tiles=small_blocks,
         fused=fused_reference,

@@ -7,6 +7,8 @@ memory.
 import triton
 import triton.language as tl
 
+from ..tiles import online_softmax_step
+
 
 @triton.constexpr_function
 def size_of(parts, i):
@@ -27,6 +29,16 @@ def offs_of(PARTS: tl.constexpr, i: tl.constexpr):
 
 
 @triton.jit
+def head_of(ptr, b, h, stride_b, stride_h, MULTIPLE: tl.constexpr):
+    """Return the address of head ``h`` of image ``b``. Heads begin at multiples of so many elements.
+
+    The compiler finds this out where strides are multiples of 16, and could not load several elements of a head of 88
+    at a time.
+    """
+    return ptr + tl.multiple_of(b.to(tl.int64) * stride_b + h * stride_h, MULTIPLE)
+
+
+@triton.jit
 def load_rows(
     ptr, offs_r, num_rows, stride_r, stride_d, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr
 ):  # fmt: skip
@@ -37,6 +49,24 @@ def load_rows(
         mask = (offs_r < num_rows)[:, None] & (offs_d < HEAD_DIM)[None, :]
         offs = offs_r.to(tl.int64)[:, None] * stride_r + offs_d.to(tl.int64)[None, :] * stride_d
         parts = parts + (tl.load(ptr + offs, mask=mask, other=0.0),)
+    return parts
+
+
+@triton.jit
+def walked_rows(
+    tiles, rest, ptr, b, h, start, num_rows, stride_r, stride_d,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr,
+):  # fmt: skip
+    """Load ROWS rows from ``start`` on of head ``h`` of image ``b``.
+
+    ``tiles`` and ``rest`` are descriptors of the first and of the second part; without them, the head is at ``ptr``.
+    """
+    if tiles is None:
+        parts = load_rows(ptr, start + tl.arange(0, ROWS), num_rows, stride_r, stride_d, HEAD_DIM, D_PARTS)
+    else:
+        parts = (tiles.load([b, start, h, 0]).reshape(ROWS, size_of(D_PARTS, 0)),)
+        if rest is not None:
+            parts = parts + (rest.load([b, start, h, start_of(D_PARTS, 1)]).reshape(ROWS, size_of(D_PARTS, 1)),)
     return parts
 
 
@@ -55,9 +85,33 @@ def store_rows(
 @triton.jit
 def store_row_sums(ptr, parts, factor, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr):
     """Store ``factor`` times the sum over the rows of a tile: HEAD_DIM numbers."""
+    store_sums(ptr, row_sums(zero_sums(D_PARTS), parts), factor, HEAD_DIM, D_PARTS)
+
+
+@triton.jit
+def zero_sums(D_PARTS: tl.constexpr):
+    """Return zeros for sums over rows, which are a tuple of [part]."""
+    sums = ()
+    for i in tl.static_range(len(D_PARTS)):
+        sums = sums + (tl.zeros((size_of(D_PARTS, i),), tl.float32),)
+    return sums
+
+
+@triton.jit
+def row_sums(sums, parts):
+    """Return sums over rows with those of a tile added."""
+    added = ()
+    for i in tl.static_range(len(parts)):
+        added = added + (sums[i] + tl.sum(parts[i], 0),)
+    return added
+
+
+@triton.jit
+def store_sums(ptr, sums, factor, HEAD_DIM: tl.constexpr, D_PARTS: tl.constexpr):
+    """Store ``factor`` times sums over rows: HEAD_DIM numbers."""
     for i in tl.static_range(len(D_PARTS)):
         offs_d = offs_of(D_PARTS, i)
-        tl.store(ptr + offs_d, tl.sum(parts[i], 0) * factor, mask=offs_d < HEAD_DIM)
+        tl.store(ptr + offs_d, sums[i] * factor, mask=offs_d < HEAD_DIM)
 
 
 @triton.jit
@@ -67,6 +121,19 @@ def zero_rows(ROWS: tl.constexpr, D_PARTS: tl.constexpr):
     for i in tl.static_range(len(D_PARTS)):
         parts = parts + (tl.zeros((ROWS, size_of(D_PARTS, i)), tl.float32),)
     return parts
+
+
+@triton.jit
+def held(parts):
+    """Return accumulators of wgmma, after their products have ended.
+
+    To read one, if only in an empty instruction, makes Triton wait for it at once. A product that goes on while the
+    next step begins would take registers of its own.
+    """
+    kept = ()
+    for i in tl.static_range(len(parts)):
+        kept = kept + (tl.inline_asm_elementwise("", "=f,0", [parts[i]], dtype=tl.float32, is_pure=True, pack=1),)
+    return kept
 
 
 @triton.jit
@@ -88,13 +155,38 @@ def inner(a, b, ROWS: tl.constexpr, COLS: tl.constexpr):
 
 
 @triton.jit
-def probabilities(scores, lse, qk_scale, IS_EXACT: tl.constexpr):
-    """Return 2^(qk_scale (scores - lse)). ``lse`` has the unit of the scores, and broadcasts against them."""
+def shift_of(lse, qk_scale, IS_EXACT: tl.constexpr):
+    """Return what :func:`probabilities` takes of a log-sum-exp in units of q . k.
+
+    Where probabilities are rounded to 16 bits afterwards, it is scaled here, which saves them an operation. If IS_EXACT
+    it is not: after scaling, scores of thousands would have lost the digits in which they differ.
+    """
+    return lse if IS_EXACT else lse * qk_scale
+
+
+@triton.jit
+def probabilities(scores, shift, qk_scale, IS_EXACT: tl.constexpr):
+    """Return 2^(qk_scale (scores - lse)); ``shift`` is that of :func:`shift_of`, and broadcasts against the scores."""
+    return tl.exp2((scores - shift) * qk_scale) if IS_EXACT else tl.exp2(scores * qk_scale - shift)
+
+
+@triton.jit
+def softmax_step(scores, row_max, row_sum, qk_scale, IS_EXACT: tl.constexpr):
+    """Fold scores [M, N] into a running softmax; see :func:`online_softmax_step`, which this is if IS_EXACT.
+
+    Otherwise the exponent takes one operation: the row's maximum is scaled and rounded before the difference, by the
+    same amount for all scores of the row, so that the rounding drops out where the row is divided by its sum.
+    """
     if IS_EXACT:
-        # scaled first, scores of thousands would lose the digits in which they differ
-        return tl.exp2((scores - lse) * qk_scale)
-    # this is one operation less, and the probabilities are rounded to 16 bits afterwards
-    return tl.exp2(scores * qk_scale - lse * qk_scale)
+        p, decay, new_max, new_sum = online_softmax_step(scores, row_max, row_sum, qk_scale)
+    else:
+        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        # a finite pivot: while all scores of a row are -inf, its maximum minus itself would be NaN
+        pivot = tl.where(new_max == float("-inf"), 0.0, new_max) * qk_scale
+        decay = tl.exp2(row_max * qk_scale - pivot)
+        p = tl.exp2(scores * qk_scale - pivot[:, None])
+        new_sum = row_sum * decay + tl.sum(p, 1)
+    return p, decay, new_max, new_sum
 
 
 @triton.jit
@@ -112,7 +204,8 @@ def transposed_probabilities(
     BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, IS_CAUSAL: tl.constexpr, IS_EXACT: tl.constexpr,
 ):  # fmt: skip
     """Return the probabilities of keys [BN] for queries [BM], transposed: [BN, BM]."""
-    p_t = probabilities(inner(k, q, BLOCK_N, BLOCK_M), lse[None, :], qk_scale, IS_EXACT)
+    shift = shift_of(lse, qk_scale, IS_EXACT)
+    p_t = probabilities(inner(k, q, BLOCK_N, BLOCK_M), shift[None, :], qk_scale, IS_EXACT)
     visible = (offs_n < num_keys)[:, None]
     if IS_CAUSAL:
         visible = visible & (offs_n[:, None] <= offs_m[None, :])
@@ -145,6 +238,15 @@ def scaled_rows(parts, factor):
     for i in tl.static_range(len(parts)):
         scaled = scaled + (parts[i] * factor,)
     return scaled
+
+
+@triton.jit
+def masked_rows(parts, mask):
+    """Return a tile with zeros where ``mask`` [rows, 1] is false."""
+    masked = ()
+    for i in tl.static_range(len(parts)):
+        masked = masked + (tl.where(mask, parts[i], 0.0),)
+    return masked
 
 
 @triton.jit

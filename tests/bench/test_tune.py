@@ -87,8 +87,16 @@ def test_a_new_folder_starts_with_the_committed_table_in_its_form(tmp_path):
     key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
     tune.write_table({key: TOO_LARGE}, 90, path.parent, by=tune.MEASURED)
     before = json.loads(configs.table_path(90).read_text())
-    assert json.loads(path.read_text()) == before | {key: dataclasses.asdict(TOO_LARGE) | {"by": "measured"}}
+    assert json.loads(path.read_text()) == before | {key: configs.entry_of(TOO_LARGE) | {"by": "measured"}}
     assert list(path.parent.iterdir()) == [path]
+
+
+def test_what_has_no_limit_is_not_written(tmp_path):
+    key = configs.config_key("attention_key_bwd", torch.bfloat16, 64)
+    for config in (GOOD, dataclasses.replace(GOOD, max_registers=168)):
+        entry = json.loads(tune.write_table({key: config}, 90, tmp_path, by=tune.MODEL).read_text())[key]
+        assert configs.LoopedConfig(**{name: entry[name] for name in entry if name != "by"}) == config
+        assert ("max_registers" in entry) == (config.max_registers is not None)
 
 
 def test_what_was_measured_wins_over_the_model(tmp_path, capsys):
@@ -96,8 +104,8 @@ def test_what_was_measured_wins_over_the_model(tmp_path, capsys):
     tune.write_table({key: TOO_LARGE}, 90, tmp_path, by=tune.MEASURED)
     path = tune.write_table({key: GOOD, other: GOOD}, 90, tmp_path, by=tune.MODEL)
     table = json.loads(path.read_text())
-    assert table[key] == dataclasses.asdict(TOO_LARGE) | {"by": "measured"}
-    assert table[other] == dataclasses.asdict(GOOD) | {"by": "model"}
+    assert table[key] == configs.entry_of(TOO_LARGE) | {"by": "measured"}
+    assert table[other] == configs.entry_of(GOOD) | {"by": "model"}
     assert f"{key}: the entry that was measured stays" in capsys.readouterr().out
     tune.write_table({other: OTHER}, 90, tmp_path, by=tune.MEASURED)
     assert json.loads(path.read_text())[other]["by"] == "measured"
@@ -107,7 +115,7 @@ def test_who_chose_an_entry_is_no_field_of_a_configuration(tmp_path, monkeypatch
     key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
     tune.write_table({key: GOOD}, 90, tmp_path, by=tune.MODEL)
     monkeypatch.setattr(configs, "TUNED", tmp_path)
-    assert configs.read_table(90)[key] == dataclasses.asdict(GOOD)
+    assert configs.read_table(90)[key] == configs.entry_of(GOOD)
 
 
 @pytest.fixture
@@ -136,7 +144,7 @@ def test_each_kernel_is_written_before_the_next_is_measured(tune_all, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tune_all("attention-64", outcomes=[outcome(SLOW, FAST), KeyboardInterrupt])
     table = json.loads((tmp_path / "sm_90.json").read_text())
-    assert table[tune.key_of(FORWARD, TARGET, "bf16")] == dataclasses.asdict(OTHER) | {"by": "measured"}
+    assert table[tune.key_of(FORWARD, TARGET, "bf16")] == configs.entry_of(OTHER) | {"by": "measured"}
     assert tune.measure.call_args.args[1].min_rounds >= 20
 
 
@@ -185,7 +193,7 @@ def test_every_tunable_kernel_is_launched_and_has_a_committed_entry(op):
             continue
         assert tunable.function in names
         # heads of float32 do not fit the registers
-        for dtype in ("bf16",) if tunable.kind is configs.ShortConfig else ("bf16", "fp32"):
+        for dtype in ("bf16",) if " keys<=" in tune.key_of(tunable, target, "bf16") else ("bf16", "fp32"):
             assert tune.key_of(tunable, target, dtype) in ENTRIES
 
 
@@ -193,12 +201,12 @@ def test_the_override_reaches_forward_and_backward():
     key = configs.config_key("attention_looped_fwd", torch.bfloat16, 64)
 
     def configured(head_dim):
-        return configs.attention_config(configs.LoopedConfig, "attention_looped_fwd", 80, torch.bfloat16, head_dim)
+        return configs.looped_config("attention_looped_fwd", 80, torch.bfloat16, head_dim, 577)
 
     with configs.override(key, GOOD):
         assert configured(50) == GOOD != configured(80)
     assert configured(50) != GOOD
-    wrong = configs.override(key, configs.RowConfig(1, 1, 1, 1))
+    wrong = configs.override(key, configs.RowConfig(1, 1, num_warps=1, num_stages=1))
     with wrong, pytest.raises(TypeError, match="expected a LoopedConfig"):
         configured(50)
 

@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("poison")
 # one below, at and above every width at which something changes, and CLIP's own; test_one_token has the length 1
 LENGTHS = (15, 16, 17, 49, 50, 63, 64, 65, 77, 145, 196, 197, 255, 256, 257, 272, 273, 577, 730)
 HEAD_DIMS = (8, 64, 80, 88, 104)
-BOTH_FAMILIES = ("short", "looped")
+FAMILIES = ("short", "unrolled", "looped")
 QUICK_SIZES = {(50, 8), (50, 88), (77, 64), (257, 64)}  # of the sanitizer
 either_mask = pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 
@@ -41,14 +41,18 @@ def sizes(is_quick):
 @pytest.fixture
 def kernels(request, monkeypatch):
     """Choose the kernels that hold a head, up to the lengths that they serve, or those that walk it."""
-    if request.param == "short":
-        by_length = lambda kernel, arch, dtype, head_dim, n: ShortConfig(32, 4, 1) if n <= NUM_KEYS[-1] else None  # noqa: E731
-        monkeypatch.setattr(launches, "short_config", by_length)
-    elif request.param == "looped":
-        monkeypatch.setattr(launches, "short_config", lambda *args: None)
+
+    def whole_head(kernel, arch, dtype, head_dim, n):
+        if n > NUM_KEYS[-1] or (kernel == "attention_unrolled_bwd" and request.param != "unrolled"):
+            return None
+        # 77 rows are one block of 64 and a few more
+        return ShortConfig(64 if kernel == "attention_unrolled_bwd" else 32, num_warps=4, num_stages=1)
+
+    if request.param != "auto":
+        monkeypatch.setattr(launches, "short_config", (lambda *args: None) if request.param == "looped" else whole_head)
 
 
-by_each_family = pytest.mark.parametrize("kernels", BOTH_FAMILIES if INTERPRET else ("auto",), indirect=True)
+by_each_family = pytest.mark.parametrize("kernels", FAMILIES if INTERPRET else ("auto",), indirect=True)
 
 
 def problem(*shape, device, dtype=torch.float32, **options):
@@ -65,7 +69,9 @@ def cases_by_family():
                 continue
             marks = [pytest.mark.slow] if case.shape.elements > 2**16 else []
             # looped kernels in float32 are what the tables choose for test_cases.py
-            for kernels, dtype in (("short", "float32"), ("short", "float16"), ("looped", "float16")):
+            for kernels, dtype in (
+                ("short", "float32"), ("short", "float16"), ("unrolled", "float16"), ("looped", "float16"),
+            ):  # fmt: skip
                 # Float32 ships with the looped kernels alone. The backward pass of the short ones sums the scores in
                 # another order than the forward pass, which float32 shows where scores are hundreds.
                 if (kernels, dtype, spec.name, case.values) != ("short", "float32", "attention_qkv", "one-hot"):
@@ -117,7 +123,7 @@ def test_every_length(length, head_dim, causal, dtype, kernels):
 
 @either_mask
 @pytest.mark.parametrize(("length", "head_dim"), sizes(lambda n, d: (n, d) in QUICK_SIZES))
-@pytest.mark.parametrize("kernels", BOTH_FAMILIES, indirect=True)
+@pytest.mark.parametrize("kernels", FAMILIES, indirect=True)
 class TestSanitized:
     pytestmark = needs_sanitizer
 
@@ -204,7 +210,14 @@ def test_pytorch_serves_what_the_table_says(device, monkeypatch):
 
 @pytest.mark.skipif(not INTERPRET, reason="a GPU has its own architecture")
 @pytest.mark.parametrize("arch", [90, 100])
-@pytest.mark.parametrize("shape", [(1, 77, 1, 64, True), (1, 65, 1, 80, False)], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 77, 1, 64, True), (1, 65, 1, 80, False), (1, 50, 1, 64, False), (1, 197, 1, 64, False),
+        (1, 257, 2, 64, False), (2, 150, 1, 104, True), (1, 300, 1, 64, True),
+    ],
+    ids=str,
+)  # fmt: skip
 def test_configurations_of_other_architectures(shape, arch, device, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", arch)
     compare(*problem(*shape, dtype=torch.float16, device=device))

@@ -18,7 +18,7 @@ from ..conftest import LEG
 from .conftest import Recorded
 
 pytestmark = pytest.mark.skipif(LEG != "cpu", reason="launches are recorded from CPU tensors")
-WIDE, SMALL = GemmConfig(128, 256, 64, 8, 3), GemmConfig(64, 64, 32, 8, 2)
+WIDE, SMALL = GemmConfig(128, 256, 64, num_warps=8, num_stages=3), GemmConfig(64, 64, 32, num_warps=8, num_stages=2)
 H100 = 132
 # Pairs, width, and the most megabytes beyond the inputs, gradients included.
 GOALS = [(32768, 512, 190), (32768, 768, 265), (65536, 768, 465)]
