@@ -31,7 +31,7 @@ def _scores(launch: Launch) -> int:
 
 
 def _patches(launch: Launch) -> int:
-    """One product of patches [ROWS, K] and the weight [E, K]."""
+    """One product of patches [ROWS, K] and the weight [E, K]. Where patches are laid out, class tokens are rows too."""
     return 2 * launch.args["ROWS"] * launch.args["E"] * launch.args["K"]
 
 
@@ -43,9 +43,12 @@ _FLOPS: dict[str, Callable[[Launch], int]] = {
     "_looped_fwd_kernel": lambda launch: 2 * _scores(launch),
     "_pool_fwd_kernel": lambda launch: 2 * _scores(launch),
     "_short_bwd_kernel": lambda launch: 5 * _scores(launch),
+    "_unrolled_bwd_kernel": lambda launch: 5 * _scores(launch),
     "_query_bwd_kernel": lambda launch: 3 * _scores(launch),
     "_key_bwd_kernel": lambda launch: 4 * _scores(launch),
     "_pool_bwd_kernel": lambda launch: 5 * _scores(launch),
+    "_tokens_kernel": _patches,
+    "_weight_sums_kernel": _patches,
     "_patch_embed_fwd_kernel": _patches,
     "_patch_embed_bwd_weight_kernel": _patches,
     "_patch_embed_bwd_images_kernel": _patches,

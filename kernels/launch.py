@@ -23,6 +23,7 @@ CPU_ARCH = 80
 # On a CPU, kernels that walk rows are launched as if there were this few multiprocessors: then even a small test has
 # more rows than programs.
 CPU_MULTIPROCESSORS = 2
+RECORDED_MULTIPROCESSORS = 132  # those of an H100, for launches that fill a GPU and are recorded without one
 
 _execute_on_cpu = INTERPRET
 _recorder: "_Recorder | None" = None

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ..common import LOG2E, slices
 from ..configs import GemmConfig, RowConfig, block_config, gemm_config, row_config
 from ..hardware import architecture
-from ..launch import arch_of, launch, multiprocessors
+from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
 from .block_sizes import block_edges, segments_of_column
 from .feature_kernels import _finish_kernel, _normalize_kernel, _products_kernel
 from .features import Features
@@ -30,7 +30,6 @@ from .softmax_stats import Normalizers, SoftmaxStats, is_exact, shared_shift
 # The most rows and columns of a block of logits: their sums by tile take at most 64 MiB, whatever M and N are.
 MAX_EDGE = 16384
 MERGE = RowConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
-RECORDED_MULTIPROCESSORS = 132  # those of an H100, where launches are recorded without a GPU
 GROUP_M = 8
 # A walk of so few tiles saves less than it takes to compute the tiles with pairs after it (by the model of an H100).
 SHORT_WALK = 4

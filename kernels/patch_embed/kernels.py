@@ -75,6 +75,26 @@ def _load_pixels(pointers, mask, dtype: tl.constexpr, IS_UINT8: tl.constexpr):
 
 
 @triton.jit
+def tokens_of_sums(
+    acc,  # [BM, BN] fp32
+    position,  # [BM], -1 where an index is no patch's
+    offs_n, mask_n,  # [BN]
+    mask,  # [BM, BN]
+    bias_ptr, class_ptr, pos_ptr, E,
+    HAS_KEEP: tl.constexpr,
+):  # fmt: skip
+    """Return sums of products with the class token or the bias added, and the positions."""
+    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
+    class_token = tl.load(class_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
+    acc += tl.where((position == 0)[:, None], class_token[None, :], bias[None, :])
+    pos = pos_ptr + position.to(tl.int64)[:, None] * E + offs_n[None, :]
+    acc += tl.load(pos, mask=mask & (position >= 0)[:, None], other=0.0).to(tl.float32)
+    if HAS_KEEP:
+        acc = tl.where((position < 0)[:, None], float("nan"), acc)  # a wrong index must not look like a token
+    return acc
+
+
+@triton.jit
 def _patch_embed_fwd_kernel(
     images_ptr,  # [B, C, H, W]
     weight_ptr,  # [E, K] contiguous, K = C P P
@@ -113,14 +133,8 @@ def _patch_embed_fwd_kernel(
         x = _load_pixels(pixels, (position > 0)[:, None] & mask_k[None, :], w.dtype, IS_UINT8)  # [BM, BK]
         acc = tl.dot(x, w, acc, input_precision="ieee")
     mask = (offs_m < ROWS)[:, None] & mask_n[None, :]
-    bias = tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0)
-    class_token = tl.load(class_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)
-    acc += tl.where((position == 0)[:, None], class_token[None, :], bias[None, :])
-    pos = pos_ptr + position.to(tl.int64)[:, None] * E + offs_n[None, :]
-    acc += tl.load(pos, mask=mask & (position >= 0)[:, None], other=0.0).to(tl.float32)
-    if HAS_KEEP:
-        acc = tl.where((position < 0)[:, None], float("nan"), acc)  # a wrong index must not look like a token
-    tl.store(out_ptr + offs_m[:, None] * E + offs_n[None, :], acc.to(out_ptr.dtype.element_ty), mask=mask)
+    tokens = tokens_of_sums(acc, position, offs_n, mask_n, mask, bias_ptr, class_ptr, pos_ptr, E, HAS_KEEP)
+    tl.store(out_ptr + offs_m[:, None] * E + offs_n[None, :], tokens.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

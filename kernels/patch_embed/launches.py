@@ -1,4 +1,4 @@
-"""The launches of the patch embedding's Triton kernels."""
+"""The launches of the patch embedding's Triton kernels that gather patches as they multiply them."""
 
 import torch
 import triton

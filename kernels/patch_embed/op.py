@@ -1,4 +1,4 @@
-"""Patch embedding from pixels to tokens in one kernel: gather, normalise, project, add class token and positions.
+"""Patch embedding from pixels to tokens: gather, normalise, project, add class token and positions.
 
     token_0 = class + pos_0                  token_t = W p_k(t) + pos_k(t),   t = 1 .. T - 1, p_k the pixels of patch k
 
@@ -18,8 +18,11 @@ An image has each patch at most once. So dpos needs one pass over g and no atomi
 each position in every image, and a second one sums these tokens' gradients image by image.
 
 FLOPs: 2 B T E C P^2 forward, and as many for each of dW and dpixels. Bytes: the embedded pixels are read once, and the
-tokens are written once.
-Method: the patch projection of Dosovitskiy et al. 2021 as an implicit GEMM; dropped patches as FLIP (Li et al. 2023).
+tokens are written once. Where tensor descriptors bring the operands (16 bits, sm_90 and sm_100), the patches are first
+laid out as a matrix, which is written and read once in each direction (``matrix.py``); elsewhere one kernel gathers,
+converts and multiplies them (``launches.py``).
+Method: the patch projection of Dosovitskiy et al. 2021 as an implicit or explicit GEMM; dropped patches as FLIP (Li et
+al. 2023).
 """
 
 import math
@@ -36,7 +39,7 @@ from ..checks import check_device, check_float, check_integers, check_tensor
 from ..dtypes import accumulate_dtype, autocast_dtype
 from ..launch import triton_runs_on
 from ..reference import CLIP_MEAN, CLIP_STD
-from . import cpu, launches
+from . import cpu, launches, matrix
 from .launches import num_patches_of
 
 
@@ -55,6 +58,13 @@ def _unfold_grad(grad_folded: Tensor, grad_bias: Tensor, mean: Sequence[float], 
     """Return the gradient of W from those of W' and b'."""
     shift = _scale_channels(grad_bias[:, None, None, None].expand_as(grad_folded), _shifts(mean, std))
     return _scale_channels(grad_folded, _gains(std)) + shift
+
+
+def _factors(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Return what the weights of each channel are multiplied by, and what each weight adds to the bias."""
+    if images.dtype == torch.uint8:
+        return _gains(std), _shifts(mean, std)
+    return [1.0] * images.shape[1], [0.0] * images.shape[1]
 
 
 def _gains(std: Sequence[float]) -> list[float]:
@@ -94,6 +104,9 @@ def _patch_embed_fwd(
 ) -> Tensor:  # fmt: skip
     """Return the tokens in ``dtype``. A weight is rounded to it once, after the normalisation has been folded in."""
     _check_indices(keep, len(positional_embedding) - 1)
+    if triton_runs_on(images.device) and matrix.is_laid_out(images, dtype, len(weight)):
+        factors = _factors(images, mean, std)
+        return matrix.forward(images, weight, factors, class_embedding, positional_embedding, keep, dtype)
     if images.dtype == torch.uint8:
         weight, bias = _fold(weight, mean, std)
     else:
@@ -118,6 +131,10 @@ def _patch_embed_bwd(
     """Return the gradients of weight and positions in the accumulation dtype. Operands have the dtype of ``grad``."""
     implementation = _implementation(images.device)
     grad_pos = implementation.backward_positions(grad, keep, num_patches_of(images, weight.shape[-1]))
+    if triton_runs_on(images.device) and matrix.is_laid_out(images, grad.dtype, len(weight)):
+        bias_grad = grad_pos[1:].sum(0) if images.dtype == torch.uint8 else grad_pos[0]
+        factors = _factors(images, mean, std)
+        return matrix.backward_weight(grad, images, weight, factors, bias_grad, keep), grad_pos
     grad_weight = implementation.backward_weight(grad, images, weight, keep)
     if images.dtype == torch.uint8:
         grad_weight = _unfold_grad(grad_weight, grad_pos[1:].sum(0), mean, std)

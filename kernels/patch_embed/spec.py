@@ -93,9 +93,10 @@ def small_tiles(dtype: torch.dtype) -> AbstractContextManager[object]:
     """Take tiles of 16 rows and columns, so that a few patches make several tiles."""
     small: dict[str, Config] = {
         config_key(f"patch_embed_{name}", dtype): GemmConfig(16, 16, 16, num_warps=4, num_stages=1)
-        for name in ("fwd", "bwd_weight", "bwd_images")
+        for name in ("fwd", "bwd_weight", "bwd_images", "tokens", "weight_sums")
     }
-    small[config_key("patch_embed_bwd_pos", dtype)] = RowConfig(2, 16, num_warps=1, num_stages=1)
+    for name in ("bwd_pos", "rows"):
+        small[config_key(f"patch_embed_{name}", dtype)] = RowConfig(2, 16, num_warps=1, num_stages=1)
     return overrides(small)
 
 
@@ -191,14 +192,25 @@ SHIPPED = (
     _shipped(16, ("bf16",), keep=98),
     _shipped(16, BOTH, uint8=False, keep=98),
 )
+LAID_OUT = (
+    *(Tunable(f"patch_embed_{name}", f"_{name}_kernel", GemmConfig) for name in ("tokens", "weight_sums")),
+    Tunable("patch_embed_rows", "_lay_out_kernel", RowConfig),
+)
 TARGETS = (
-    Target("patch_embed", PatchShape(256, 224, 224, 14, 1024), Tunable.named(GemmConfig, "patch_embed_fwd", "patch_embed_bwd_weight")),
+    Target("patch_embed", PatchShape(256, 224, 224, 14, 1024), LAID_OUT),
+    # a width that descriptors do not take
+    Target("patch_embed_gathered", PatchShape(256, 224, 224, 14, 1020), Tunable.named(GemmConfig, "patch_embed_fwd", "patch_embed_bwd_weight")),
     Target("patch_embed_kept", PatchShape(256, 224, 224, 16, 768, keep=98), Tunable.named(RowConfig, "patch_embed_bwd_pos")),
     Target("patch_embed_images", PatchShape(64, 224, 224, 14, 1024, False), Tunable.named(GemmConfig, "patch_embed_bwd_images")),
 )  # fmt: skip
 KERNELS = (
     *(f"_patch_embed_{name}_kernel" for name in ("fwd", "bwd_weight", "bwd_pos", "bwd_images")),
     "_token_of_position_kernel",
+    "_fold_kernel",
+    "_lay_out_kernel",
+    "_tokens_kernel",
+    "_weight_sums_kernel",
+    "_unfold_grad_kernel",
 )
 
 SPECS = (

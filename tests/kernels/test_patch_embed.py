@@ -1,5 +1,6 @@
 """Patch embedding: normalisation, splits, what is not read, wrong indices, dtypes that differ, bytes that move."""
 
+import dataclasses
 import functools
 import re
 
@@ -7,14 +8,16 @@ import pytest
 import torch
 
 from clipfast.bench.inspection import offline
-from clipfast.kernels import patch_embed, reference
-from clipfast.kernels.patch_embed import launches
+from clipfast.kernels import launch, patch_embed, reference
+from clipfast.kernels.patch_embed import cpu, launches, matrix
 from clipfast.kernels.patch_embed.spec import SPECS, PatchShape
+from clipfast.kernels.spec import DETERMINISM, INTERPRETER
 from clipfast.verify.rule import in_double
 
 from ..conftest import INTERPRET, LEG, OnlyMeta
 from ..numerics import compare
 from .conftest import call_at, leaves_of
+from .test_cases import hold
 
 pytestmark = pytest.mark.usefixtures("poison")
 (SPEC,) = SPECS
@@ -40,6 +43,39 @@ def test_splits_add_up(keep, device, monkeypatch):
     # 36 or 29 patches of each of 3 images in several splits, the last one short
     monkeypatch.setattr(launches, "PATCHES_PER_SPLIT", 40)
     compare(*call_at("patch_embed", PatchShape(3, 48, 48, 8, 24, keep=keep), device))
+
+
+LAID_OUT = [
+    case
+    for case in SPEC.cases
+    if INTERPRETER in case.legs and case.check != DETERMINISM and case.shape.embed_dim % 8 == 0
+    if case.shape.elements < 2**13
+]
+
+
+@pytest.mark.skipif(not INTERPRET, reason="interprets the kernels as for an H100")
+@pytest.mark.parametrize("case", LAID_OUT, ids=lambda case: f"{case.name} {case.layout}")
+def test_case_of_patches_that_are_laid_out(case, monkeypatch):
+    monkeypatch.setattr(launch, "CPU_ARCH", 90)
+    monkeypatch.setattr(matrix, "GROUP_BYTES", 3000)
+    monkeypatch.setattr(cpu, "forward", None)
+    monkeypatch.setattr(launches, "forward", None)
+    if case.shape.batch == 0:
+        monkeypatch.undo()
+    with SPEC.small_tiles(torch.float16):
+        hold(SPEC, dataclasses.replace(case, draws=min(case.draws, 2)), "float16")
+
+
+@pytest.mark.skipif(not INTERPRET, reason="interprets the kernels as for an H100")
+@pytest.mark.parametrize("shape", [(3, 28, 42, 14, 40), (2, 32, 32, 16, 136), (2, 21, 35, 7, 40)], ids=str)
+def test_tiles_of_an_h100(shape, device, monkeypatch):
+    monkeypatch.setattr(launch, "CPU_ARCH", 90)
+    call = call_at("patch_embed", PatchShape(*shape), device, torch.float16)
+    compare(*call)
+    gathered = call.results()
+    monkeypatch.setattr(launch, "CPU_ARCH", 80)
+    for name, value in call.results().items():
+        torch.testing.assert_close(gathered[name], value, rtol=2e-3, atol=2e-3 * float(value.abs().max()), msg=name)
 
 
 def test_dropped_patches_are_not_read(device):
@@ -198,6 +234,6 @@ def test_gradient_of_the_weight_divides_in_64_bits_only_outside_its_loop():
     # Such a division is a call of a function, and one for each row of each step took more time than the product. What
     # is left finds the image of a program's first row, and the program's split.
     call = call_at("patch_embed", PatchShape(4, 28, 28, 14, 64), "cpu", torch.bfloat16)
-    launches = offline.named(offline.record(90, call.results))
-    ptx = offline.compile_kernel(launches["_patch_embed_bwd_weight_kernel 0"], 90).asm["ptx"]
+    launches = offline.named(offline.record(80, call.results))
+    ptx = offline.compile_kernel(launches["_patch_embed_bwd_weight_kernel 0"], 80).asm["ptx"]
     assert len(re.findall(r"(?:div|rem)\.[su]64", ptx)) <= 2

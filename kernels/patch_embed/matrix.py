@@ -1,0 +1,137 @@
+"""The launches of the patch embedding for patches that are laid out as a matrix; ``matrix_kernels.py`` says why."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ..configs import gemm_config, row_config
+from ..hardware import architecture
+from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
+from .matrix_kernels import (
+    _fold_kernel,
+    _lay_out_kernel,
+    _tokens_kernel,
+    _unfold_grad_kernel,
+    _weight_sums_kernel,
+)
+
+# Images are taken in groups whose patches take at most so many bytes: few enough to be found, and so many that the
+# ends of the launches do not show.
+GROUP_BYTES = 256 * 2**20
+# Columns that a program of the first product stores at a time: those of a whole tile would take too many registers.
+PART_COLS = 64
+BLOCK = 256  # pixels of a channel that the kernels of the weight take at a time
+
+
+def is_laid_out(images: Tensor, dtype: torch.dtype, embed_dim: int) -> bool:
+    """Return whether products of ``dtype`` take patches that are laid out, which descriptors bring."""
+    arch = architecture(arch_of(images.device))
+    return arch.multiplies_from_shared and dtype.itemsize == 2 and embed_dim % 8 == 0 and images.numel() > 0
+
+
+def forward(
+    images: Tensor, weight: Tensor, factors: tuple[Sequence[float], Sequence[float]], class_embedding: Tensor,
+    positional_embedding: Tensor, keep: Tensor | None, dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Return the tokens [B, T, E] in ``dtype``. ``factors`` are the gains and shifts of each channel."""
+    (embed_dim, _, _, patch_size), k = weight.shape, weight[0].numel()
+    folded, bias = _new_rows(weight, embed_dim, k, dtype), weight.new_empty(embed_dim, dtype=torch.float32)
+    launch(
+        _fold_kernel, (embed_dim,), weight.contiguous(), folded, bias, k, folded.stride(0),
+        config=row_config("patch_embed_rows", arch_of(images.device), dtype), device=images.device,
+        **_channels(factors, patch_size),
+    )  # fmt: skip
+    num_patches = len(positional_embedding) - 1
+    tokens = 1 + (num_patches if keep is None else keep.shape[1])
+    out = weight.new_empty(len(images), tokens, embed_dim, dtype=dtype)
+    cfg = gemm_config("patch_embed_tokens", arch_of(images.device), dtype)
+    parts = max(1, cfg.block_n // PART_COLS)
+    for group, patches in _groups(images, keep, tokens, patch_size, dtype):
+        rows, own_keep = len(patches), None if keep is None else keep[group].contiguous()
+        launch(
+            _tokens_kernel, (triton.cdiv(rows, cfg.block_m) * triton.cdiv(embed_dim, cfg.block_n),),
+            _tiles(patches, cfg.block_m, cfg.block_k), _tiles(folded, cfg.block_n, cfg.block_k),
+            _tiles(out[group].flatten(0, 1), cfg.block_m, cfg.block_n // parts),
+            bias, class_embedding.contiguous(), positional_embedding.contiguous(), own_keep,
+            rows, tokens, num_patches, embed_dim, k,
+            config=cfg, device=images.device, HAS_KEEP=keep is not None,
+            BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, PARTS=parts,
+        )  # fmt: skip
+    return out
+
+
+def backward_weight(
+    grad: Tensor, images: Tensor, weight: Tensor, factors: tuple[Sequence[float], Sequence[float]],
+    bias_grad: Tensor, keep: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Return the gradient of the weight in float32, with ``bias_grad`` the sum of the gradients of all patches."""
+    (_, tokens, embed_dim), patch_size, k = grad.shape, weight.shape[-1], weight[0].numel()
+    cfg = gemm_config("patch_embed_weight_sums", arch_of(images.device), grad.dtype)
+    tiles = triton.cdiv(embed_dim, cfg.block_m) * triton.cdiv(k, cfg.block_n)
+    # as many as make the programs of all tiles fill the GPU once
+    splits = max(1, multiprocessors(images.device, RECORDED_MULTIPROCESSORS) // tiles)
+    grad, partials = _aligned(grad.contiguous()), []
+    for group, patches in _groups(images, keep, tokens, patch_size, grad.dtype):
+        rows = len(patches)
+        per_split = triton.cdiv(triton.cdiv(rows, splits), cfg.block_k) * cfg.block_k
+        partials.append(torch.empty(splits, embed_dim, k, dtype=torch.float32, device=grad.device))
+        launch(
+            _weight_sums_kernel, (tiles, splits),
+            _tiles(grad[group].flatten(0, 1), cfg.block_k, cfg.block_m), _tiles(patches, cfg.block_k, cfg.block_n),
+            partials[-1], rows, embed_dim, k, per_split,
+            config=cfg, device=images.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
+        )  # fmt: skip
+    partial = partials[0] if len(partials) == 1 else torch.cat(partials)
+    out = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    launch(
+        _unfold_grad_kernel, (embed_dim,), partial, bias_grad, out, len(partial), embed_dim, k,
+        config=row_config("patch_embed_rows", arch_of(images.device), grad.dtype), device=images.device,
+        **_channels(factors, patch_size),
+    )  # fmt: skip
+    return out
+
+
+def _groups(
+    images: Tensor, keep: Tensor | None, tokens: int, patch_size: int, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor]]:
+    """Yield groups of images, and their patches as a matrix with a row for each token, in memory that is used again."""
+    batch, k = len(images), images.shape[1] * patch_size**2
+    group = min(batch, max(1, GROUP_BYTES // (tokens * k * dtype.itemsize)))
+    group = triton.cdiv(batch, triton.cdiv(batch, group))  # about equally many in each
+    patches = _new_rows(images, group * tokens, k, dtype)
+    cfg = row_config("patch_embed_rows", arch_of(images.device), dtype)
+    height, width = images.shape[2] // patch_size, images.shape[3] // patch_size
+    for start in range(0, batch, group):
+        own = slice(start, min(batch, start + group))
+        rows = (own.stop - own.start) * tokens
+        launch(
+            _lay_out_kernel, (triton.cdiv(rows, cfg.block_m),),
+            images[own], None if keep is None else keep[own].contiguous(), patches,
+            rows, tokens, height * width, k, width, patches.stride(0), *images.stride(),
+            config=cfg, device=images.device, PATCH_SIZE=patch_size,
+            IS_UINT8=images.dtype == torch.uint8, HAS_KEEP=keep is not None,
+            BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, NUM_STAGES=cfg.num_stages,
+        )  # fmt: skip
+        yield own, patches[:rows]
+
+
+def _channels(factors: tuple[Sequence[float], Sequence[float]], patch_size: int) -> dict[str, object]:
+    gains, shifts = factors
+    return {"GAINS": tuple(gains), "SHIFTS": tuple(shifts), "PIXELS": patch_size**2, "BLOCK": BLOCK}
+
+
+def _new_rows(like: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
+    """Return an uninitialised matrix whose rows start at multiples of 16 bytes, as tensor descriptors need."""
+    return like.new_empty(rows, triton.cdiv(cols, 8) * 8, dtype=dtype)[:, :cols]
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """Return a tensor that starts at a multiple of 16 bytes, as descriptors need: itself, or a copy."""
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _tiles(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, cols])
