@@ -117,6 +117,27 @@ def _breakdown(run: dict[str, Any], cases: list[dict[str, Any]]) -> Figure:
     return _stacked(run, bars, used, "ms in a step, by what the device does; host: the device waits, or there is none")
 
 
+def draw_steps(record: dict[str, Any], path: Path) -> None:
+    """Draw into a file where the time of predicted steps goes; ``record`` is that of ``clipfast inspect --predict``."""
+    steps = [one for one in record["forecasts"] if one["name"] == "step"]
+    colours = {name: COLOURS[name] for name in categories.CATEGORIES if any(name in one["shares"] for one in steps)}
+    figure = Figure(figsize=(9, 1.4 + 0.45 * len(steps)))
+    axes = figure.subplots()
+    for row, one in enumerate(steps):
+        left = 0.0
+        for name, colour in colours.items():
+            width = 100 * one["shares"].get(name, 0.0) / one["seconds"]
+            axes.barh(row, width, left=left, color=colour, label=name if row == 0 else None)
+            left += width
+        axes.text(left, row, f" {one['items_per_s']:,.0f} pairs/s", va="center", fontsize=8)
+    _name_rows(axes, [f"{one['shape']['model']}, {one['shape']['batch']} pairs" for one in steps])
+    axes.set_xlim(0, 118)
+    axes.set_xlabel("% of a training step, predicted by the model of the GPU; the host is left out")
+    _legend_below(axes, len(steps), len(colours))
+    axes.set_title(f"{record['card']}, Triton {record['triton']}", fontsize=10)
+    figure.savefig(path, dpi=110, bbox_inches="tight", metadata={"Software": None})
+
+
 def _label(case: dict[str, Any], candidate: dict[str, Any]) -> str:
     return f"{candidate['name']}\n{case['shape']['model']}, {case['shape']['batch']} pairs"
 
@@ -137,10 +158,14 @@ def _stacked(
     _name_rows(axes, [name for name, _ in bars])
     axes.margins(x=0.12)
     axes.set_xlabel(label)
-    below = -0.6 / (1.4 + 0.45 * len(bars))
-    axes.legend(fontsize=8, frameon=False, ncols=min(len(colours), 6), loc="upper center", bbox_to_anchor=(0.5, below))
+    _legend_below(axes, len(bars), len(colours))
     axes.set_title(_where(run), fontsize=10)
     return figure
+
+
+def _legend_below(axes: Axes, rows: int, names: int) -> None:
+    below = -0.6 / (1.4 + 0.45 * rows)
+    axes.legend(fontsize=8, frameon=False, ncols=min(names, 6), loc="upper center", bbox_to_anchor=(0.5, below))
 
 
 def _name_rows(axes: Axes, names: list[str]) -> None:

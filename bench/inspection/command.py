@@ -163,6 +163,7 @@ def add_parser(commands: Any) -> None:
     add("--tflops", type=float, default=H100.power_flops / 1e12, metavar="X",
         help="1e12 FLOP/s of PyTorch's own products (default: %(default)g)")  # fmt: skip
     add("--against", nargs="+", metavar="FILE", help="results of clipfast bench to put beside the predictions")
+    add("--chart", type=Path, metavar="FILE", help="draw where the time of each step goes, as a picture")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     parser.set_defaults(run=run)
 
@@ -175,6 +176,9 @@ def run(args: argparse.Namespace) -> int:
         ValueError, OSError: the snapshot or a result file cannot be read.
     """
     check_target(args.json)
+    check_target(args.chart)
+    if args.chart is not None and not args.predict:
+        raise ValueError("--chart draws predicted steps: give --predict too")
     return _predict(args) if args.predict else _report(args)
 
 
@@ -213,6 +217,12 @@ def _predict(args: argparse.Namespace) -> int:
         if args.case in label(spec.name, shape.to_dict(), args.dtype)
     ]
     steps = [model for model in STEPS if args.case in f"step model={model}"]
+    if args.chart is not None:
+        if not steps:
+            raise ValueError(f"--chart draws steps, and no step contains {args.case!r}")
+        from ..plots import (
+            draw_steps,  # here, so that only pictures need matplotlib, and minutes are not lost without it
+        )
     if not ops and not steps:
         raise ValueError(
             f"no op or step contains {args.case!r}, such as 'contrastive_loss pairs=32768' or 'step model=ViT'"
@@ -230,6 +240,8 @@ def _predict(args: argparse.Namespace) -> int:
             record["forecasts"].append(forecast_json(one))
             if args.json:
                 replace_text(args.json, json.dumps(record, indent=1) + "\n")
+    if args.chart is not None:
+        draw_steps(record, args.chart)
     print(f"\n{NOTE.format(card=MACHINES[args.card].name, triton=triton.__version__, tflops=args.tflops)}")
     return 0
 

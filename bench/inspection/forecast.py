@@ -8,15 +8,18 @@ without a gap, as in a CUDA graph: the host is left out.
 import dataclasses
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from clipfast.columns import align
 from clipfast.kernels.hardware import CARDS
 from clipfast.kernels.launch import Launch
+from clipfast.kernels.spec import OpSpec, Shape, specs
+from clipfast.ledger import Event
 from clipfast.units import SECONDS, scaled
 
+from .. import categories
 from ..case import OURS, short
 from .model import FULL, Effort, Machine, NoModel, Prediction, predict_launch
 from .validation import Band, errors
@@ -70,6 +73,7 @@ class Forecast:
         torch_ops: number of PyTorch ops beside them.
         torch_seconds: time of these without products.
         product_seconds: time of PyTorch's matrix products and convolutions.
+        shares: the time by what it is spent on, one of the categories of a measured step.
     """
 
     name: str
@@ -81,6 +85,7 @@ class Forecast:
     torch_ops: int
     torch_seconds: float
     product_seconds: float
+    shares: Mapping[str, float] = dataclasses.field(default_factory=dict)
 
     @property
     def seconds(self) -> float:
@@ -103,7 +108,13 @@ def forecast_op(number: int, dtype: str, machine: Machine, product_flops: float,
         product_flops: FLOP/s of PyTorch's own matrix products.
         effort: how much the model runs.
     """
-    spec, shape = measured_shapes()[number]
+    return forecast_shape(*measured_shapes()[number], dtype, machine, product_flops, effort)
+
+
+def forecast_shape(
+    spec: OpSpec, shape: Shape, dtype: str, machine: Machine, product_flops: float, effort: Effort = FULL
+) -> Forecast:
+    """Predict an op at any shape; the other arguments are those of :func:`forecast_op`."""
     size, _ = spec.items
     work = op_work(spec, shape, dtype)
     kinds = KINDS.get(spec.category, ("memory",))
@@ -128,8 +139,20 @@ def _forecast(work: Work, machine: Machine, product_flops: float, effort: Effort
     products = sum(time for time, op in zip(times, work.ops, strict=True) if op.flops)
     return Forecast(
         **what, parts=parts, torch_ops=len(work.ops),
-        torch_seconds=sum(times) - products, product_seconds=products,
+        torch_seconds=sum(times) - products, product_seconds=products, shares=_shares(parts, work.ops, times),
     )  # fmt: skip
+
+
+def _shares(parts: Sequence[Part], ops: Sequence[Event], times: Sequence[float]) -> dict[str, float]:
+    """Return seconds by category. The kernel of a launch has that of its op; of PyTorch's ops, the phase decides."""
+    of_kernel = {kernel: spec.category for spec in specs().values() for kernel in spec.kernels}
+    of_phase = {"update": categories.OPTIMIZER, "loss forward": categories.LOSS, "loss backward": categories.LOSS}
+    found = dict.fromkeys(categories.CATEGORIES, 0.0)
+    for part in parts:
+        found[of_kernel.get(part.kernel, categories.OTHER)] += part.seconds
+    for op, time in zip(ops, times, strict=True):
+        found[categories.GEMM if op.flops else of_phase.get(op.phase, categories.COPIES)] += time
+    return {category: seconds for category, seconds in found.items() if seconds}
 
 
 def predict_parts(launches: Sequence[Launch], machine: Machine, effort: Effort = FULL) -> tuple[Part, ...]:
@@ -177,7 +200,11 @@ def heading(is_step: bool, measured: dict[str, float] | None = None) -> str:
 
 def rows(one: Forecast, measured: dict[str, float] | None = None) -> str:
     """Return the rows of a forecast; ``measured`` are seconds by :func:`label`."""
-    return _aligned(one.name == STEP, [_step_row(one, measured)] if one.name == STEP else _op_rows(one, measured))
+    if one.name != STEP:
+        return _aligned(False, _op_rows(one, measured))
+    parts = sorted(one.shares.items(), key=lambda share: -share[1])
+    spent = ", ".join(f"{category} {seconds / one.seconds:.1%}" for category, seconds in parts)
+    return "\n".join([_aligned(True, [_step_row(one, measured)]), *([f"  {spent}"] if spent else [])])
 
 
 def label(name: str, shape: dict[str, Any], dtype: str) -> str:

@@ -6,13 +6,15 @@ import json
 import pytest
 import torch
 
-from clipfast.bench.inspection import forecast, offline, workloads
+from clipfast.bench import categories, plots
+from clipfast.bench.inspection import forecast, offline, sizes, workloads
 from clipfast.bench.inspection.forecast import Forecast, Part
 from clipfast.bench.inspection.model import H100, QUICK, predict_launch
 from clipfast.cli import main
 from clipfast.kernels import contrastive_loss
 from clipfast.kernels.launch import record_launches
 from clipfast.kernels.spec import specs
+from clipfast.ledger import Event
 
 from ..conftest import INTERPRET, ON_GPU
 
@@ -51,6 +53,8 @@ def test_time_is_the_sum_of_its_parts(capsys, tmp_path):
     (found,) = json.loads(path.read_text())["forecasts"]
     launches = sum(part["launches"] * part["prediction"]["seconds"] for part in found["parts"])
     assert found["seconds"] == pytest.approx(launches + found["torch_seconds"] + found["product_seconds"])
+    assert sum(found["shares"].values()) == pytest.approx(found["seconds"])
+    assert found["shares"].keys() <= {categories.NORM, categories.COPIES}
     # both passes move 2 and 3 tensors of 50,432 x 768 in bf16, at 3 TB/s
     least = 5 * 50432 * 768 * 2 / H100.hbm_rate
     assert least < found["seconds"] < 2 * least
@@ -106,6 +110,33 @@ def test_tables_show_pairs_and_what_is_not_predicted():
     for one in (op, step):  # a heading and rows that are printed one after another stand in the same columns
         head = forecast.heading(one is step)
         assert head.index("time") + 4 == forecast.rows(one).index("ms") + 2
+
+
+def test_a_step_says_and_draws_where_its_time_goes(tmp_path):
+    ops = [
+        Event("forward", 10, frozenset(), flops=1),
+        Event("update", 10, frozenset()),
+        Event("forward", 1, frozenset()),
+    ]
+    parts = (dataclasses.replace(part(0.1), kernel="_key_bwd_kernel"), part(0.05))
+    shares = forecast._shares(parts, ops, [0.3, 0.2, 0.1])
+    assert shares == pytest.approx({
+        categories.GEMM: 0.3, categories.ATTENTION: 0.1, categories.OPTIMIZER: 0.2, categories.COPIES: 0.1,
+        categories.OTHER: 0.05,
+    })  # fmt: skip
+    step = Forecast("step", {"model": "ViT-B-32", "batch": 8}, "bf16", 8, (), parts, 3, 0.3, 0.3, shares)
+    said = forecast.rows(step).splitlines()[1].split(", ")
+    assert said[:2] == ["  GEMM 40.0%", "optimizer 26.7%"]
+    plots.draw_steps({"card": "h100", "triton": "3.9", "forecasts": [forecast.to_json(step)]}, tmp_path / "steps.png")
+    assert (tmp_path / "steps.png").stat().st_size > 5000
+
+
+def test_table_of_sizes_puts_the_time_over_the_floor(capsys):
+    assert sizes.main(["--pairs", "256", "--widths", "64", "128", "--quick"]) == 0
+    head, _, row = capsys.readouterr().out.splitlines()[:3]
+    assert head == "| pairs | D = 64 | D = 128 |"
+    times = [float(cell.split("ms, ")[1].removesuffix("x ")) for cell in row.split("|")[2:4]]
+    assert all(time > 1 for time in times)  # nothing is faster than its floor
 
 
 def test_every_kind_has_a_published_error():
