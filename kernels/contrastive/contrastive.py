@@ -29,7 +29,7 @@ from .gradients import gradients_in_strips, new_gradient, scale_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .registration import register_gradients
-from .softmax_stats import ALL, Normalizers, pair_terms
+from .softmax_stats import ALL, Normalizers
 from .whole import suits_whole, whole_loss
 
 MEMORY = ("default", "min")
@@ -47,25 +47,8 @@ def _contrastive_fwd(
     blocks = logit_blocks(image.device)
     x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (image, text))
     stats = blocks.statistics(x, y, logit_scale, offset)
-    paired, partners = pairs_in(len(x), len(y), offset)
-    # Both directions at once: each of these calls is a kernel on a GPU.
-    maximum = torch.stack([stats.row_max[paired], stats.col_max[partners]])  # [2, P]
-    total = torch.stack([stats.row_sum[paired], stats.col_sum[partners]])
-    terms = pair_terms(maximum, total, stats.positive[paired])
-    loss = terms.nll.mean() if both else terms.nll[0].mean()
-    one_minus_p = terms.one_minus_p.sum(0) if both else terms.one_minus_p[0]
-    row = _with_pairs(stats.row_max, terms.inv_denom[0], one_minus_p, paired)
-    col = _with_pairs(stats.col_max, terms.inv_denom[1] if both else None, one_minus_p, partners)
+    loss, row, col = blocks.pair_losses(stats, offset, both=both)
     return loss, row, col, stats.uses_shared_shift
-
-
-def _with_pairs(maximum: Tensor, inv_denom: Tensor | None, one_minus_p: Tensor, pairs: slice) -> Tensor:
-    """Return [3, N]: maximum [N], inv_denom and one_minus_p [P]; these two are 0 but for the pairs, as is None."""
-    if inv_denom is not None and len(maximum) == len(one_minus_p):
-        return torch.stack([maximum, inv_denom, one_minus_p])
-    result = maximum.new_zeros(3, len(maximum))
-    result[0], result[1, pairs], result[2, pairs] = maximum, 0 if inv_denom is None else inv_denom, one_minus_p
-    return result
 
 
 @_contrastive_fwd.register_fake

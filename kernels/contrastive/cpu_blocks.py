@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..common import LOG2E, slices
 from ..dtypes import accumulate_dtype
+from . import softmax_stats
 from .features import Features, pairs_in
 from .softmax_stats import Normalizers, SoftmaxStats, finite, is_exact, new_stats, shared_shift
 
@@ -75,6 +76,9 @@ def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, r
             pivot = finite(col_max)
             result.col_sum.mul_((result.col_max - pivot).exp2_()).add_(tile.sub_(pivot).exp2_().sum(0))
             result.col_max.copy_(col_max)
+
+
+pair_losses = softmax_stats.pair_losses
 
 
 def add_gradients(

@@ -33,6 +33,9 @@ class LogitBlocks(Protocol):
     def statistics(self, x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
         """Return the statistics of the logits of x against y."""
 
+    def pair_losses(self, stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the loss of the pairs and what the gradient needs; see :func:`softmax_stats.pair_losses`."""
+
     def add_gradients(
         self, x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
         acc_x: Tensor | None, acc_y: Tensor | None,

@@ -10,26 +10,8 @@ They are not in base 2: its factor would round both terms of a logit, and where 
 import triton
 import triton.language as tl
 
-from ..tiles import grouped_tile, halves_of_columns
+from ..tiles import grouped_tile, halves_of_columns, log_1p
 from .logit_tiles import cosine_tile, store_tile, without_pairs, zero_pairs
-
-
-@triton.jit
-def _log_1p(e):
-    """Return log(1 + e) for e in [0, 1] with full relative precision; 1 + e would round the digits of a small e away.
-
-    It is e times a polynomial of degree 8, the one with the least largest relative error: 3e-8, or 1e-7 with its
-    coefficients in float32.
-    """
-    p = e * 0.0052326940931379795 - 0.02950523979961872
-    p = p * e + 0.07822595536708832
-    p = p * e - 0.13663245737552643
-    p = p * e + 0.19106006622314453
-    p = p * e - 0.24842983484268188
-    p = p * e + 0.3331909775733948
-    p = p * e - 0.4999949038028717
-    p = p * e + 1.0
-    return p * e
 
 
 @triton.jit
@@ -68,7 +50,7 @@ def _sigmoid_sums_kernel(
     probability = tl.zeros((BLOCK_M,), tl.float32)
     for half in tl.static_range(2):
         e = tl.exp(-tl.abs(halves[half]))
-        loss += tl.sum(tl.maximum(halves[half], 0.0) + _log_1p(e), 1)
+        loss += tl.sum(tl.maximum(halves[half], 0.0) + log_1p(e), 1)
         probability += tl.sum(_probability(halves[half], e), 1)
     tl.store(loss_ptr + pid, tl.sum(loss, 0))
     tl.store(probability_ptr + pid, tl.sum(probability, 0))

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..common import LN2, LOG2E
 from ..dtypes import accumulate_dtype
+from .features import pairs_in
 
 # The largest logit of unit features after the shared shift: 2^28 powers of that size still fit float32's exponent.
 HEADROOM = 100.0
@@ -127,3 +128,29 @@ def pair_terms(maximum: Tensor, total: Tensor, positive: Tensor) -> PairTerms:
     inv_denom = (total + distance.exp2()).reciprocal()
     # Above the threshold, log(1 + e^x) is x for every digit of float64.
     return PairTerms(F.softplus(others, threshold=50.0), inv_denom, others.sigmoid())
+
+
+def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the mean loss of the pairs (i, i + offset), in ``both`` directions or of the rows only, and for rows
+    [3, M] and columns [3, N] maximum, inv_denom and one_minus_p, summed over the directions of the loss.
+
+    inv_denom and one_minus_p are 0 without a pair; so is inv_denom of columns without a direction.
+    """
+    paired, partners = pairs_in(len(stats.row_max), len(stats.col_max), offset)
+    maximum = torch.stack([stats.row_max[paired], stats.col_max[partners]])  # [2, P]
+    total = torch.stack([stats.row_sum[paired], stats.col_sum[partners]])
+    terms = pair_terms(maximum, total, stats.positive[paired])
+    loss = terms.nll.mean() if both else terms.nll[0].mean()
+    one_minus_p = terms.one_minus_p.sum(0) if both else terms.one_minus_p[0]
+    row = _with_pairs(stats.row_max, terms.inv_denom[0], one_minus_p, paired)
+    col = _with_pairs(stats.col_max, terms.inv_denom[1] if both else None, one_minus_p, partners)
+    return loss, row, col
+
+
+def _with_pairs(maximum: Tensor, inv_denom: Tensor | None, one_minus_p: Tensor, pairs: slice) -> Tensor:
+    """Return [3, N]: maximum [N], inv_denom and one_minus_p [P]; these two are 0 but for the pairs, as is None."""
+    if inv_denom is not None and len(maximum) == len(one_minus_p):
+        return torch.stack([maximum, inv_denom, one_minus_p])
+    result = maximum.new_zeros(3, len(maximum))
+    result[0], result[1, pairs], result[2, pairs] = maximum, 0 if inv_denom is None else inv_denom, one_minus_p
+    return result

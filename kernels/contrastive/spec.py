@@ -148,7 +148,7 @@ def _gemm(*kernels: str) -> tuple[Tunable, ...]:
     return tuple(Tunable(*names, GemmConfig) for names in zip(kernels, functions, strict=True))
 
 
-SUMS = ("_stats_kernel", "_pairs_kernel", "_online_stats_kernel", "_merge_kernel")
+SUMS = ("_stats_kernel", "_pairs_kernel", "_online_stats_kernel", "_merge_kernel", "_pair_terms_kernel")
 GRADIENTS = ("_grad_tile_kernel", "_products_kernel", "_finish_kernel")
 DTYPES = ("bf16", "fp32", "fp16")
 GPU_SIZES = (16384, 512), (32768, 768), (4096, 512), (65536, 768), (8192, 512), (32768, 512)

@@ -13,7 +13,9 @@ from clipfast import kernels
 from clipfast.kernels import info_nce_loss, launch, nt_xent_loss, reference
 from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
-from clipfast.kernels.contrastive.sigmoid_kernels import _log_1p, _probability
+from clipfast.kernels.contrastive.sigmoid_kernels import _probability
+from clipfast.kernels.contrastive.softmax_stats import SoftmaxStats, pair_losses
+from clipfast.kernels.tiles import log_1p
 from clipfast.verify.rule import value_and_grads
 
 from ..conftest import DTYPES, INTERPRET, LEG
@@ -201,7 +203,7 @@ def _terms_kernel(x_ptr, loss_ptr, probability_ptr, BLOCK: tl.constexpr):
     offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     logits = tl.load(x_ptr + offs)
     e = tl.exp(-tl.abs(logits))
-    tl.store(loss_ptr + offs, tl.maximum(logits, 0.0) + _log_1p(e))
+    tl.store(loss_ptr + offs, tl.maximum(logits, 0.0) + log_1p(e))
     tl.store(probability_ptr + offs, _probability(logits, e))
 
 
@@ -217,6 +219,34 @@ def test_terms_of_the_sigmoid_loss_keep_their_digits(device):
     torch.testing.assert_close(loss.double(), F.softplus(exact, threshold=1e3), rtol=limit, atol=0)
     torch.testing.assert_close(probability.double(), exact.sigmoid(), rtol=limit, atol=0)
     assert loss[0] > 0
+
+
+@pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
+@pytest.mark.parametrize("both", [True, False])
+@pytest.mark.parametrize(("m", "n", "offset"), [(300, 300, 0), (130, 300, 17), (300, 130, -170), (5, 9, 9), (0, 3, 0)])
+def test_what_follows_for_pairs(m, n, offset, both, device):
+    # Sums from below the normal numbers to nearly the largest, and a pair far ahead of the others or far behind them.
+    total = torch.logspace(-44, 38, 23, device=device)
+    sums = [total[torch.arange(size, device=device) % 23] for size in (m, n)]
+    maxima = [torch.linspace(-90, 90, size, device=device) for size in (m, n)]
+    positive = maxima[0] + torch.linspace(-120, 120, m, device=device)
+    stats = SoftmaxStats(maxima[0], sums[0], maxima[1], sums[1], positive, torch.ones((), device=device))
+    exact = SoftmaxStats(*(part.double() for part in stats))
+    found = triton_blocks.pair_losses(stats, offset, both=both)
+    for actual, expected in zip(found, pair_losses(exact, offset, both=both), strict=True):
+        # a distance of 120 is rounded by up to 4e-6, before which nothing is lost
+        torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-38, equal_nan=True)
+
+
+@pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
+def test_what_follows_from_sums_that_are_no_numbers(device):
+    # nothing but the pair, a sum that overflowed, and NaN
+    total = torch.tensor([0.0, float("inf"), float("nan"), 1.0], device=device)
+    zero = torch.zeros(4, device=device)
+    stats = SoftmaxStats(zero, total, zero, torch.ones_like(total), zero, torch.ones((), device=device))
+    by_kernel, by_torch = (losses(stats, 0, both=False) for losses in (triton_blocks.pair_losses, pair_losses))
+    for found, expected in zip(by_kernel, by_torch, strict=True):
+        torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 X = torch.zeros(4, 8)
