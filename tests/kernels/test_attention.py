@@ -131,6 +131,18 @@ class TestSanitized:
         hold_one_head(length, head_dim, causal, "bfloat16")
 
 
+class TestSanitizedDescriptors:
+    pytestmark = needs_sanitizer
+
+    @pytest.mark.parametrize("shape", [(1, 290, 1, 16, True), (2, 300, 1, 80, False)], ids=str)
+    def test_walks(self, shape, sanitizer, monkeypatch):
+        monkeypatch.setattr(launch, "CPU_ARCH", 90)
+        monkeypatch.setattr(launches, "_is_held", lambda x: False)  # ttsem has no inline assembly
+        spec = specs()["attention"]
+        with spec.small_tiles(torch.bfloat16):
+            hold(spec, Case(AttentionShape(*shape, bias=False), "blocks come through descriptors"), "bfloat16", draws=1)
+
+
 @either_mask
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n"), [(2, 33), (50, 17), (17, 130)], ids=str)

@@ -16,7 +16,7 @@ from clipfast.verify.rule import in_double
 
 from ..conftest import INTERPRET, LEG, OnlyMeta
 from ..numerics import compare
-from .conftest import call_at, leaves_of
+from .conftest import call_at, leaves_of, needs_sanitizer
 from .test_cases import hold
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -76,6 +76,25 @@ def test_tiles_of_an_h100(shape, device, monkeypatch):
     monkeypatch.setattr(launch, "CPU_ARCH", 80)
     for name, value in call.results().items():
         torch.testing.assert_close(gathered[name], value, rtol=2e-3, atol=2e-3 * float(value.abs().max()), msg=name)
+
+
+class TestSanitized:
+    pytestmark = needs_sanitizer
+
+    @pytest.mark.parametrize("shape", [(3, 16, 24, 8, 24), (2, 21, 35, 7, 40), (3, 28, 28, 14, 40, True, 3)], ids=str)
+    def test_gradient_of_patches_that_are_laid_out(self, shape, sanitizer, monkeypatch):
+        # ttsem sees what is loaded through descriptors, and not what is stored: the tokens themselves are interpreted
+        monkeypatch.setattr(launch, "CPU_ARCH", 90)
+        call = call_at("patch_embed", PatchShape(*shape), "cpu", torch.bfloat16)
+        images, weight, *_, keep = (*call.inputs.values(), None)[:5]
+        gains, shifts = [0.5, 1.0, 2.0], [0.1, 0.2, 0.3]
+        (grad,), bias_grad = call.grads, torch.randn(len(weight))
+        with SPEC.small_tiles(torch.bfloat16):
+            found = matrix.backward_weight(grad, images, weight, (gains, shifts), bias_grad, keep)
+        of_folded = cpu.backward_weight(grad, images, weight, keep).float()
+        per_channel = [torch.tensor(numbers)[:, None, None] for numbers in (gains, shifts)]
+        expected = of_folded * per_channel[0] + bias_grad[:, None, None, None] * per_channel[1]
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_dropped_patches_are_not_read(device):
