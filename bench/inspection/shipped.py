@@ -11,13 +11,7 @@ from clipfast.kernels.spec import Draw, OpSpec, Shipped, specs
 
 Case = Callable[[], object]
 # What the assembler warns of and clipfast leaves, by Triton version, architecture and case: the reason and the cost.
-KNOWN_WARNINGS = {
-    # The weight gradient of float images: ptxas 12.8 writes to the registers of the sum between products, and so runs
-    # them one after another. 3% of the kernel's time by the model of an H100. Tiles of four warps avoid it, but they
-    # leave half as many warps on a multiprocessor, for images of bytes as well.
-    ("3.6", 90, f"patch_embed P16 floats{kept} bf16"): ("the assembler warns of C7515",)
-    for kept in ("", " keep98")
-}
+KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
 # Three registers of a tile with pairs find no place where a batch is no multiple of 16.
 KNOWN_SPILLS = {("3.6", 90, "contrastive_loss N1001 D512 bf16"): ("spills 12 bytes",)}
 

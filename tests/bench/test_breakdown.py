@@ -239,7 +239,6 @@ def test_a_step_on_a_cpu_is_told_apart(name):
     assert found.seconds[CONVOLUTION] == found.seconds[DATA] == 0
     # every op of a step has a rule
     assert found.unknown == ()
-    assert found.seconds[GEMM] > found.seconds[INPUT]
 
 
 def test_ranges_are_in_no_step_that_is_timed(monkeypatch):

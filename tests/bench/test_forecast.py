@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from clipfast.bench import categories, plots
+from clipfast.bench import categories
 from clipfast.bench.inspection import forecast, offline, sizes, workloads
 from clipfast.bench.inspection.forecast import Forecast, Part
 from clipfast.bench.inspection.model import H100, QUICK, predict_launch
@@ -127,6 +127,7 @@ def test_a_step_says_and_draws_where_its_time_goes(tmp_path):
     step = Forecast("step", {"model": "ViT-B-32", "batch": 8}, "bf16", 8, (), parts, 3, 0.3, 0.3, shares)
     said = forecast.rows(step).splitlines()[1].split(", ")
     assert said[:2] == ["  GEMM 40.0%", "optimizer 26.7%"]
+    plots = pytest.importorskip("clipfast.bench.plots", reason="pictures need matplotlib", exc_type=ImportError)
     plots.draw_steps({"card": "h100", "triton": "3.9", "forecasts": [forecast.to_json(step)]}, tmp_path / "steps.png")
     assert (tmp_path / "steps.png").stat().st_size > 5000
 

@@ -361,7 +361,12 @@ def test_products_of_attention_are_those_of_its_tiles(tokens):
     spec = specs()["attention"]
     shape = dataclasses.replace(spec.bench["cuda"][0], batch=8, tokens=tokens, heads=12, head_dim=64, causal=False)
     forward = next(one for _, one in workloads.op_work(spec, shape, "bf16").launches if "fwd" in one.kernel.__name__)
-    rows, cols = forward.constexprs["BLOCK_M"], sum(forward.constexprs["N_PARTS"])
+    sizes = forward.constexprs
+    rows = sizes["BLOCK_M"]
+    if "N_PARTS" in sizes:
+        cols = sum(sizes["N_PARTS"])
+    else:
+        cols = tokens // sizes["BLOCK_N"] * sizes["BLOCK_N"] + sizes["TAIL"]
     found = model.predict_launch(forward, model.H100, model.QUICK)
     per_head = 2 * 2 * (-(-tokens // rows) * rows) * cols * 64
     assert (found.flops, found.guesses) == (8 * 12 * per_head, 0)
