@@ -220,9 +220,8 @@ def _predict(args: argparse.Namespace) -> int:
     if args.chart is not None:
         if not steps:
             raise ValueError(f"--chart draws steps, and no step contains {args.case!r}")
-        from ..plots import (
-            draw_steps,  # here, so that only pictures need matplotlib, and minutes are not lost without it
-        )
+        # It is imported here, since only pictures need matplotlib, and before minutes would be lost without it.
+        from ..plots import draw_steps
     if not ops and not steps:
         raise ValueError(
             f"no op or step contains {args.case!r}, such as 'contrastive_loss pairs=32768' or 'step model=ViT'"

@@ -9,8 +9,8 @@ from ..tiles import log_1p
 @triton.jit
 def _terms(maximum, total, positive):
     """Return loss, inv_denom and one_minus_p of one direction, given statistics and positives in base 2, each [B]."""
-    # As frexp does: the whole part of log2(total) joins the distance without rounding where the two cancel, and only a
-    # logarithm in [-1, 0] is rounded. Sums below the normal numbers are scaled first.
+    # The sum is split as frexp splits it. The whole part of log2(total) joins the distance without rounding where the
+    # two cancel, and only a logarithm in [-1, 0] is rounded. Sums below the normal numbers are scaled first.
     is_tiny = total < 1.1754943508222875e-38
     bits = tl.where(is_tiny, total * 16777216.0, total).to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) & 255) - tl.where(is_tiny, 150, 126)

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common import LOG2E, slices
 from ..configs import GemmConfig, RowConfig, block_config, gemm_config, row_config
+from ..descriptors import matrix_tiles, new_rows
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
 from .block_sizes import block_edges, segments_of_column
@@ -54,9 +55,9 @@ def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
     """Return rows in ``dtype`` with unit stride, each of which starts at a multiple of 16 bytes."""
     if not normalize:
         x = x.to(dtype)
-        return Features(x if _is_aligned(x) else _new_aligned(x.shape, x).copy_(x), None)
+        return Features(x if _is_aligned(x) else new_rows(x, *x.shape).copy_(x), None)
     (n, d), device = x.shape, x.device
-    out = _new_aligned(x.shape, x.new_empty(0, dtype=dtype))
+    out = new_rows(x, n, d, dtype)
     inv_norm = x.new_empty(n, dtype=torch.float32)
     cfg = row_config("contrastive_rows", arch_of(device), x.dtype)
     launch(
@@ -234,7 +235,7 @@ def _add_products(
     products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
     edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
     row_parts, col_parts = (_parts(*side, products) for side in ((x, edges[0], acc_x), (y, edges[1], acc_y)))
-    buffer = _new_aligned((min(edges[0], len(x)), min(edges[1], len(y))), x)
+    buffer = new_rows(x, min(edges[0], len(x)), min(edges[1], len(y)))
     parts = max(1, cfg.block_n // PART_COLS) if is_softmax else 2
     constants = {"PARTS": parts, "SPAN": _span(cfg)} if is_softmax else {}
     grid_of = _walk_grid if is_softmax and _has_tma(x) else _tile_grid
@@ -373,16 +374,10 @@ def _tiles(matrix: Tensor, rows: int, cols: int, x: Tensor) -> Tensor | TensorDe
     """Return what ``load_tile`` takes for tiles [rows, cols] of a matrix in a product of features ``x``."""
     if not _has_tma(x):
         return matrix
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, cols])
+    return matrix_tiles(matrix, rows, cols)
 
 
 def _is_aligned(x: Tensor) -> bool:
     # A stride below the width is that of expanded or overlapping rows, which a tensor descriptor cannot describe.
     is_matrix = x.stride(1) == 1 and x.stride(0) >= x.shape[1]
     return is_matrix and x.stride(0) * x.dtype.itemsize % 16 == 0 and x.data_ptr() % 16 == 0
-
-
-def _new_aligned(shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Return an uninitialised matrix whose rows start at multiples of 16 bytes, as tensor descriptors need."""
-    multiple = 16 // like.dtype.itemsize
-    return like.new_empty(shape[0], triton.cdiv(shape[1], multiple) * multiple)[:, : shape[1]]

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..configs import gemm_config, row_config
+from ..descriptors import matrix_tiles, new_rows
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
 from .matrix_kernels import (
@@ -38,7 +38,7 @@ def forward(
 ) -> Tensor:  # fmt: skip
     """Return the tokens [B, T, E] in ``dtype``. ``factors`` are the gains and shifts of each channel."""
     (embed_dim, _, _, patch_size), k = weight.shape, weight[0].numel()
-    folded, bias = _new_rows(weight, embed_dim, k, dtype), weight.new_empty(embed_dim, dtype=torch.float32)
+    folded, bias = new_rows(weight, embed_dim, k, dtype), weight.new_empty(embed_dim, dtype=torch.float32)
     launch(
         _fold_kernel, (embed_dim,), weight.contiguous(), folded, bias, k, folded.stride(0),
         config=row_config("patch_embed_rows", arch_of(images.device), dtype), device=images.device,
@@ -53,8 +53,8 @@ def forward(
         rows, own_keep = len(patches), None if keep is None else keep[group].contiguous()
         launch(
             _tokens_kernel, (triton.cdiv(rows, cfg.block_m) * triton.cdiv(embed_dim, cfg.block_n),),
-            _tiles(patches, cfg.block_m, cfg.block_k), _tiles(folded, cfg.block_n, cfg.block_k),
-            _tiles(out[group].flatten(0, 1), cfg.block_m, cfg.block_n // parts),
+            matrix_tiles(patches, cfg.block_m, cfg.block_k), matrix_tiles(folded, cfg.block_n, cfg.block_k),
+            matrix_tiles(out[group].flatten(0, 1), cfg.block_m, cfg.block_n // parts),
             bias, class_embedding.contiguous(), positional_embedding.contiguous(), own_keep,
             rows, tokens, num_patches, embed_dim, k,
             config=cfg, device=images.device, HAS_KEEP=keep is not None,
@@ -80,7 +80,8 @@ def backward_weight(
         partials.append(torch.empty(splits, embed_dim, k, dtype=torch.float32, device=grad.device))
         launch(
             _weight_sums_kernel, (tiles, splits),
-            _tiles(grad[group].flatten(0, 1), cfg.block_k, cfg.block_m), _tiles(patches, cfg.block_k, cfg.block_n),
+            matrix_tiles(grad[group].flatten(0, 1), cfg.block_k, cfg.block_m),
+            matrix_tiles(patches, cfg.block_k, cfg.block_n),
             partials[-1], rows, embed_dim, k, per_split,
             config=cfg, device=images.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
         )  # fmt: skip
@@ -101,7 +102,7 @@ def _groups(
     batch, k = len(images), images.shape[1] * patch_size**2
     group = min(batch, max(1, GROUP_BYTES // (tokens * k * dtype.itemsize)))
     group = triton.cdiv(batch, triton.cdiv(batch, group))  # about equally many in each
-    patches = _new_rows(images, group * tokens, k, dtype)
+    patches = new_rows(images, group * tokens, k, dtype)
     cfg = row_config("patch_embed_rows", arch_of(images.device), dtype)
     height, width = images.shape[2] // patch_size, images.shape[3] // patch_size
     for start in range(0, batch, group):
@@ -123,15 +124,6 @@ def _channels(factors: tuple[Sequence[float], Sequence[float]], patch_size: int)
     return {"GAINS": tuple(gains), "SHIFTS": tuple(shifts), "PIXELS": patch_size**2, "BLOCK": BLOCK}
 
 
-def _new_rows(like: Tensor, rows: int, cols: int, dtype: torch.dtype) -> Tensor:
-    """Return an uninitialised matrix whose rows start at multiples of 16 bytes, as tensor descriptors need."""
-    return like.new_empty(rows, triton.cdiv(cols, 8) * 8, dtype=dtype)[:, :cols]
-
-
 def _aligned(x: Tensor) -> Tensor:
     """Return a tensor that starts at a multiple of 16 bytes, as descriptors need: itself, or a copy."""
     return x.clone() if x.data_ptr() % 16 else x
-
-
-def _tiles(matrix: Tensor, rows: int, cols: int) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), [rows, cols])
