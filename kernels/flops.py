@@ -38,6 +38,8 @@ def _patches(launch: Launch) -> int:
 _FLOPS: dict[str, Callable[[Launch], int]] = {
     "_stats_kernel": _block,
     "_grad_tile_kernel": _block,
+    "_sigmoid_sums_kernel": _block,
+    "_sigmoid_grad_tile_kernel": _block,
     "_products_kernel": _block_products,
     "_short_fwd_kernel": lambda launch: 2 * _scores(launch),
     "_looped_fwd_kernel": lambda launch: 2 * _scores(launch),

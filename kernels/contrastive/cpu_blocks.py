@@ -1,9 +1,13 @@
 """The work on blocks of logits on a CPU: the kernels' algorithm in PyTorch. ``logit_blocks`` describes the functions.
 
 A chunk of rows times all columns is one product, large enough for BLAS to run at its best. What follows goes through
-the chunk in pieces that stay in a core's cache. Operands are float32, or float64 for float64 features.
+the chunk in pieces that stay in a core's cache. Products are in float32, or in float64 for float64 features. Those of
+bfloat16 features run on the CPU's bfloat16 instructions where it has some: they are exact to the same digits, but round
+G as the kernels of a GPU do.
 """
 
+import contextlib
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +17,7 @@ from torch import Tensor
 from ..common import LOG2E, slices
 from ..dtypes import accumulate_dtype
 from . import softmax_stats
-from .features import Features, pairs_in
+from .features import Features, pair_products, pairs_in
 from .softmax_stats import Normalizers, SoftmaxStats, finite, is_exact, new_stats, shared_shift
 
 CHUNK_ROWS = 1024  # more rows would not make the products faster
@@ -23,17 +27,17 @@ PIECE_ELEMENTS = 2**17  # 512 KiB of float32: half of a core's second-level cach
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
-    """Return rows that have been rounded to ``dtype``, as float32 or float64."""
-    wide = x.to(accumulate_dtype(x.dtype))
+    """Return contiguous rows in ``dtype``."""
     if not normalize:
-        return Features(wide.to(dtype).to(accumulate_dtype(dtype)).contiguous(), None)
+        return Features(x.to(dtype).contiguous(), None)
+    wide = x.to(accumulate_dtype(x.dtype))
     inv_norm = torch.linalg.vector_norm(wide, dim=-1).clamp_min_(EPS).reciprocal_()
-    return Features((wide * inv_norm[:, None]).to(dtype).to(accumulate_dtype(dtype)), inv_norm)
+    return Features((wide * inv_norm[:, None]).to(dtype), inv_norm)
 
 
 def new_accumulator(rows: int, like: Tensor) -> Tensor:
-    """Return zeros [rows, D] in the dtype of the operands."""
-    return like.new_zeros(rows, like.shape[1])
+    """Return zeros [rows, D] in float32 or float64."""
+    return like.new_zeros(rows, like.shape[1], dtype=accumulate_dtype(like.dtype))
 
 
 def strips(x: Tensor, y: Tensor) -> list[slice]:
@@ -44,14 +48,14 @@ def strips(x: Tensor, y: Tensor) -> list[slice]:
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     """Take one product and one exponential per logit, for rows and columns at once, if the shared shift is exact."""
     result = new_stats(x, y)
-    shift = shared_shift(logit_scale)
-    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
+    shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
+    for rows, logits in _chunks(x, y):
         paired, _ = pairs_in(len(logits), len(y), rows.start + offset)
-        pairs = logits.diagonal(rows.start + offset)
-        result.positive[rows][paired] = pairs
-        pairs.fill_(float("-inf"))
+        torch.mul(logits.diagonal(rows.start + offset), factor, out=result.positive[rows][paired])
         for piece in _pieces(logits):
-            result.row_sum[rows][piece] = logits[piece].sub_(shift).exp2_().sum(1)
+            tile = _shifted(logits[piece], factor, shift)
+            tile.diagonal(rows.start + piece.start + offset).fill_(float("-inf"))
+            result.row_sum[rows][piece] = tile.exp2_().sum(1)
         result.col_sum.add_(logits.sum(0))
     result.row_max.copy_(shift)
     result.col_max.copy_(shift)
@@ -65,8 +69,8 @@ def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, r
     """Write the statistics of any logits: with a maximum for each row and column, and two exponentials per logit."""
     result.col_max.fill_(float("-inf"))
     result.col_sum.zero_()
-    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
-        logits.diagonal(rows.start + offset).fill_(float("-inf"))
+    for rows, logits in _chunks(x, y):
+        logits.mul_(logit_scale * LOG2E).diagonal(rows.start + offset).fill_(float("-inf"))
         for piece in _pieces(logits):
             tile = logits[piece]
             row_max = tile.amax(1)
@@ -84,56 +88,71 @@ pair_losses = softmax_stats.pair_losses
 def add_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
     acc_x: Tensor | None, acc_y: Tensor | None,
-) -> None:  # fmt: skip
-    """Add G y to acc_x and G^T x to acc_y. G is not rounded, so there is no sum to return."""
-    shift = shared_shift(logit_scale)
+) -> Tensor | None:  # fmt: skip
+    """Add G y to acc_x and G^T x to acc_y; return sums of G_ij x_i . y_j if products round G."""
+    shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
     row_max, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]
     col_max, col_inv_denom = finite(normalizers.col[0]), normalizers.col[1]
-    scratch = x.new_empty(max(PIECE_ELEMENTS, len(y)))
-    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
-        for piece in _pieces(logits):
-            tile, row_inv_denom = logits[piece], row_inv_denoms[rows][piece, None]
-            other = scratch[: tile.numel()].view_as(tile)
+    grads, weights = _scratch(x, y, 2)
+    scale_sums = []
+    for rows, cosines in _chunks(x, y):
+        for piece in _pieces(cosines):
+            tile, row_inv_denom = cosines[piece], row_inv_denoms[rows][piece, None]
+            grad, weight = (buffer[: tile.numel()].view_as(tile) for buffer in (grads, weights))
             if normalizers.uses_shared_shift:
-                tile.sub_(shift).exp2_().mul_(torch.add(row_inv_denom, col_inv_denom, out=other))
+                torch.add(row_inv_denom, col_inv_denom, out=weight)
+                _shifted(tile, factor, shift, out=grad).exp2_().mul_(weight)
             else:
-                torch.sub(tile, row_max[rows][piece, None], out=other).exp2_().mul_(row_inv_denom)
-                torch.addcmul(other, tile.sub_(col_max).exp2_(), col_inv_denom, out=tile)
-        logits.diagonal(rows.start + offset).zero_()
-        if acc_x is not None:
-            acc_x[rows].addmm_(logits, y)
-        if acc_y is not None:
-            acc_y.addmm_(logits.T, x[rows])
+                torch.mul(tile, factor, out=weight)
+                torch.sub(weight, row_max[rows][piece, None], out=grad).exp2_().mul_(row_inv_denom)
+                grad.addcmul_(weight.sub_(col_max).exp2_(), col_inv_denom)
+            grad.diagonal(rows.start + piece.start + offset).zero_()
+            if _rounds(x):
+                scale_sums.append(torch.dot(grad.view(-1), tile.view(-1)))
+            tile.copy_(grad)
+        _add_products(cosines, x, rows, y, acc_x, acc_y)
+    return torch.stack(scale_sums) if scale_sums else None
 
 
-def sigmoid_sums(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum of losses, sum of probabilities, and logits of the pairs."""
-    positive = x.new_empty(len(x))
-    loss, probability = x.new_zeros(2, dtype=torch.float64).unbind()
-    for rows, logits in _chunks(x, y, logit_scale):
-        paired, _ = pairs_in(len(logits), len(y), rows.start + offset)
-        pairs = logits.diagonal(rows.start + offset)
-        positive[rows][paired] = pairs + logit_bias
-        pairs.fill_(float("-inf"))
+def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Return one_minus_p of the pairs, and what they add to the loss and to the gradients of bias and scale."""
+    paired, partners = pairs_in(len(x), len(y), offset)
+    cosines = pair_products(x[paired], y[partners])
+    logits = -(cosines * logit_scale + logit_bias)
+    one_minus_p = logits.new_zeros(len(x))
+    force = torch.sigmoid(logits, out=one_minus_p[paired])
+    return one_minus_p, torch.stack((F.softplus(logits), -force, -force * cosines))
+
+
+def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    """Return numbers whose sum is the loss of all but the pairs."""
+    losses = []
+    for rows, logits in _chunks(x, y):
         for piece in _pieces(logits):
-            tile = logits[piece].add_(logit_bias)
-            loss += F.softplus(tile).sum()
-            probability += tile.sigmoid_().sum()
-    return loss, probability, positive
+            tile = _scaled(logits[piece], logit_scale, logit_bias)
+            tile.diagonal(rows.start + piece.start + offset).fill_(float("-inf"))
+            losses.append(F.softplus(tile).sum())
+    return torch.stack(losses) if losses else logit_scale.new_zeros(0)
 
 
 def add_sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
-) -> None:
-    """Add G y to acc_x and G^T x to acc_y. G is not rounded, so there is no sum to return."""
-    for rows, logits in _chunks(x, y, logit_scale):
-        for piece in _pieces(logits):
-            logits[piece].add_(logit_bias).sigmoid_()
-        logits.diagonal(rows.start + offset).zero_()
-        acc_x[rows].addmm_(logits, y)
-        acc_y.addmm_(logits.T, x[rows])
+) -> Tensor:
+    """Add G y to acc_x and G^T x to acc_y; return what all but the pairs sum up to."""
+    (grads,) = _scratch(x, y, 1)
+    sums = []
+    for rows, cosines in _chunks(x, y):
+        for piece in _pieces(cosines):
+            tile = cosines[piece]
+            grad = grads[: tile.numel()].view_as(tile)
+            _scaled(tile, logit_scale, logit_bias, out=grad)
+            grad.diagonal(rows.start + piece.start + offset).fill_(float("-inf"))
+            loss = F.softplus(grad).sum()
+            grad.sigmoid_()
+            sums.append(torch.stack((loss, grad.sum(), torch.dot(grad.view(-1), tile.view(-1)))))
+            tile.copy_(grad)
+        _add_products(cosines, x, rows, y, acc_x, acc_y)
+    return torch.stack(sums, 1) if sums else logit_scale.new_zeros(3, 0)
 
 
 def finish(
@@ -141,26 +160,90 @@ def finish(
 ) -> Tensor:
     """Write factor * (acc - one_minus_p * positive) to out, through the normalisation; return its product with own."""
     paired, partners = pairs_in(len(acc), len(other), offset)
-    acc[paired].addcmul_(one_minus_p[paired, None], other[partners], value=-1)
-    dot = torch.linalg.vecdot(acc, own.rows)
+    rows = own.rows.to(acc.dtype)
+    acc[paired].addcmul_(one_minus_p[paired, None], other[partners].to(acc.dtype), value=-1)
+    dot = of_scale = torch.linalg.vecdot(acc, rows)
+    if _rounds(own.rows):
+        of_scale = -one_minus_p[paired] * pair_products(own.rows[paired], other[partners])
     if own.inv_norm is not None:
         # where the norm was raised to EPS, it is a constant: nothing flows through it
         along = dot.where(own.inv_norm < 0.999 / EPS, 0)
-        acc.addcmul_(along[:, None], own.rows, value=-1).mul_(own.inv_norm[:, None])
+        acc.addcmul_(along[:, None], rows, value=-1).mul_(own.inv_norm[:, None])
     out.copy_(acc.mul_(factor))
-    return dot
+    return of_scale
 
 
-def _chunks(x: Tensor, y: Tensor, factor: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of rows and ``factor`` times their products with y; each reuses the memory of the one before."""
+def _rounds(x: Tensor) -> bool:
+    """Return True if products with features like ``x`` may round G to 16 bits."""
+    return x.dtype == torch.bfloat16
+
+
+def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of rows and their products with y; each reuses the memory of the one before."""
     m, n = len(x), len(y)
     if m == 0 or n == 0:
         return
+    wide = accumulate_dtype(x.dtype)
     size = min(m, CHUNK_ROWS, max(16, CHUNK_ELEMENTS // n))
-    buffer = x.new_empty(size, n)
-    factor = factor.to(x.dtype)
+    buffer, columns = x.new_empty(size, n, dtype=wide), y.to(wide).T
     for rows in slices(m, size):
-        yield rows, torch.mm(x[rows] * factor, y.T, out=buffer[: rows.stop - rows.start])
+        with _instructions_for(x.dtype):
+            torch.mm(x[rows].to(wide), columns, out=buffer[: rows.stop - rows.start])
+        yield rows, buffer[: rows.stop - rows.start]
+
+
+def _add_products(G: Tensor, x: Tensor, rows: slice, y: Tensor, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
+    """Add G y to some rows of acc_x, and G^T times the same rows of x to acc_y."""
+    with _instructions_for(x.dtype):
+        if acc_x is not None:
+            acc_x[rows].addmm_(G, y.to(G.dtype))
+        if acc_y is not None:
+            acc_y.addmm_(G.T, x[rows].to(G.dtype))
+
+
+@functools.cache
+def _has_bfloat16() -> bool:
+    return torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported()
+
+
+@contextlib.contextmanager
+def _instructions_for(dtype: torch.dtype) -> Iterator[None]:
+    """Let products of float32 matrices use bfloat16 instructions, if the features are of that ``dtype``.
+
+    The values of such features stay exact, and sums are in float32. PyTorch has one switch for the whole process: a
+    product that another thread starts meanwhile takes bfloat16 as well.
+    """
+    if dtype != torch.bfloat16 or not _has_bfloat16():
+        yield
+        return
+    switch = torch.backends.mkldnn.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
+def _shifted(tile: Tensor, factor: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
+    """Write factor * tile - shift to ``out`` (to ``tile`` without it), and return that.
+
+    The product is rounded before the shift is taken from it, as it is in the logits of the pairs: where all logits of a
+    row are equal, so are their powers.
+    """
+    out = torch.mul(tile, factor, out=tile if out is None else out)
+    return out.sub_(shift) if shift else out
+
+
+def _scaled(tile: Tensor, factor: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
+    """Write factor * tile + bias to ``out`` (to ``tile`` without it), in one pass, and return that."""
+    return torch.add(bias, tile, alpha=factor.item(), out=tile if out is None else out)
+
+
+def _scratch(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, ...]:
+    """Return buffers, each for as many numbers as a piece of the logits has."""
+    size = max(PIECE_ELEMENTS, len(y))
+    return x.new_empty(count, size, dtype=accumulate_dtype(x.dtype)).unbind()
 
 
 def _pieces(chunk: Tensor) -> list[slice]:

@@ -49,20 +49,28 @@ class LogitBlocks(Protocol):
             taken before the rounding. None if G is not rounded, since :meth:`finish` then gives the sum as exactly.
         """
 
-    def sigmoid_sums(
+    def sigmoid_pairs(
         self, x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return what the sigmoid loss needs of the logits l = logit_scale * x . y + logit_bias.
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the sigmoid loss needs of the pairs, whose logits are l = logit_scale * x . y + logit_bias.
 
         Returns:
-            Sum of log(1 + exp l) over all but the pairs, [] in float64; sum of 1 / (1 + exp -l) over the same, [] in
-            float64; logits of the pairs, [M], undefined in a row without a pair.
+            one_minus_p = 1 / (1 + exp l) [M], 0 in a row without a pair; and [3, any], numbers whose sums are those of
+            log(1 + exp -l), -one_minus_p and -one_minus_p x . y.
         """
+
+    def sigmoid_losses(self, x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+        """Return [any], numbers whose sum is that of log(1 + exp l) over all but the pairs."""
 
     def add_sigmoid_gradients(
         self, x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
-    ) -> Tensor | None:
-        """Do as :meth:`add_gradients` does, with G of the sigmoid loss."""
+    ) -> Tensor:
+        """Do as :meth:`add_gradients` does, with G of the sigmoid loss.
+
+        Returns:
+            [3, any], numbers whose sums are those of log(1 + exp l), G_ij and G_ij x_i . y_j over all but the pairs.
+            They are taken before G is rounded.
+        """
 
     def finish(
         self, acc: Tensor, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor

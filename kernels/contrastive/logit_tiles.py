@@ -34,6 +34,22 @@ def cosine_tile(
 
 
 @triton.jit
+def pair_cosines(
+    x_ptr, y_ptr, offs_m, has_pair, D, offset, stride_x, stride_y, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr
+):  # fmt: skip
+    """Return x_i . y_(i + offset) [BM] for the rows ``offs_m``; it is 0 in a row without a pair."""
+    rows = offs_m.to(tl.int64)[:, None]
+    cosines = tl.zeros((BLOCK_M,), tl.float32)
+    for start_k in range(0, D, BLOCK_K):
+        dims = (start_k + tl.arange(0, BLOCK_K))[None, :]
+        mask = has_pair[:, None] & (dims < D)
+        x = tl.load(x_ptr + rows * stride_x + dims, mask=mask, other=0.0).to(tl.float32)  # [BM, BK]
+        y = tl.load(y_ptr + (rows + offset) * stride_y + dims, mask=mask, other=0.0).to(tl.float32)  # [BM, BK]
+        cosines += tl.sum(x * y, 1)
+    return cosines
+
+
+@triton.jit
 def without_pairs(
     logits, positive_ptr, pid_m, pid_n, M, N, offset, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):  # fmt: skip

@@ -10,11 +10,17 @@ With features x [M, D], y [N, D], scale s, bias b, logits z_ij = s x_i . y_j + b
 A pair passes through no 16-bit tile. Late in training its g is small, and nothing else holds the pair together, so g
 must not be rounded.
 
-FLOPs: 2 M N D forward, 6 M N D backward (one recomputed product feeds both gradients).
+No sum must be known before G is, so the forward pass makes the gradients, where any will be needed: the tile of logits
+that the loss takes is not computed a second time, and the backward pass multiplies by dL.
+
+FLOPs: 6 M N D with gradients (one product of logits, two for the features), 2 M N D without.
 Memory beyond inputs and gradients: vectors of M and N, one tile of G, and float32 accumulators: [N, D] and a strip of
-[M, D].
+[M, D]. Between the passes the gradients are held, those of float16 features in float32: there a small gradient would
+lose its digits, since the scale of the loss is known only in the backward pass.
 Method: the loss of Zhai et al. 2023 (equation 1).
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,66 +29,97 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .features import pairs_in
-from .gradients import gradients_in_strips, new_gradient, scale_gradient
+from .gradients import gradients_in_strips, new_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
-from .registration import register_gradients
 
 
 @registered("sigmoid_fwd")
 def _sigmoid_fwd(
     image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
-    offset: int, normalize: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the loss, g [M] (one_minus_p of the pairs, 0 without a pair), and the gradient of the bias."""
+    offset: int, normalize: bool, dtype: torch.dtype, with_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Return the loss, and with ``with_grads`` its gradients of images, of texts, and of bias and scale [2]."""
     blocks = logit_blocks(image.device)
-    x, y = (blocks.prepare(side, dtype, normalize=normalize).rows for side in (image, text))
-    loss, probability, positive = blocks.sigmoid_sums(x, y, logit_scale, logit_bias, offset)
-    paired, _ = pairs_in(len(x), len(y), offset)
-    nll = torch.logaddexp(-positive[paired], positive.new_zeros(()))
-    one_minus_p = torch.zeros_like(positive)
-    one_minus_p[paired] = (-positive[paired]).sigmoid()
-    loss = (loss + nll.sum(dtype=torch.float64)) / len(x)
-    bias_grad = (probability - one_minus_p.sum(dtype=torch.float64)) / max(len(x), 1)
-    return loss.to(one_minus_p.dtype), one_minus_p, bias_grad.to(one_minus_p.dtype)
+    x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
+    one_minus_p, of_pairs = blocks.sigmoid_pairs(x.rows, y.rows, logit_scale, logit_bias, offset)
+    if not with_grads:
+        others = blocks.sigmoid_losses(x.rows, y.rows, logit_scale, logit_bias, offset)
+        loss = torch.cat((of_pairs[0], others)).sum(dtype=torch.float64) / len(image)
+        return loss.to(logit_scale.dtype), *(logit_scale.new_empty(0) for _ in range(3))
+    factor = logit_scale / max(len(image), 1)
+    image_grad = _held_gradient(image)
+    acc_text = blocks.new_accumulator(len(text), y.rows)
+    sums = [of_pairs]
+
+    def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
+        own, start = x.rows[strip], offset + strip.start
+        sums.append(blocks.add_sigmoid_gradients(own, y.rows, logit_scale, logit_bias, start, acc, acc_text))
+        return []
+
+    gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)
+    text_grad = _held_gradient(text)  # in the memory that G had
+    of_texts = one_minus_p
+    if offset or len(image) != len(text):
+        paired, partners = pairs_in(len(image), len(text), offset)
+        of_texts = one_minus_p.new_zeros(len(text))
+        of_texts[partners] = one_minus_p[paired]
+    blocks.finish(acc_text, y, x.rows, -offset, of_texts, factor, text_grad)
+    means = torch.cat(sums, 1).sum(1, dtype=torch.float64) / max(len(image), 1)
+    loss, number_grads = (part.to(logit_scale.dtype, copy=True) for part in (means[0], means[1:]))
+    if not len(image):
+        loss.fill_(float("nan"))
+    return loss, image_grad, text_grad, number_grads
+
+
+def _held_gradient(features: Tensor) -> Tensor:
+    """Return an uninitialised gradient for the time between the passes."""
+    return new_gradient(features.to(torch.float32) if features.dtype == torch.float16 else features)
 
 
 @_sigmoid_fwd.register_fake
 def _(
-    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor, *options: object
-) -> tuple[Tensor, Tensor, Tensor]:
-    return logit_scale.new_empty(()), logit_scale.new_empty(image.shape[0]), logit_scale.new_empty(())
+    image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
+    offset: int, normalize: bool, dtype: torch.dtype, with_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    loss = logit_scale.new_empty(())
+    if not with_grads:
+        return loss, *(logit_scale.new_empty(0) for _ in range(3))
+    return loss, _held_gradient(image), _held_gradient(text), logit_scale.new_empty(2)
 
 
 @registered("sigmoid_bwd")
 def _sigmoid_bwd(
-    grad_loss: Tensor, image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor,
-    one_minus_p: Tensor, bias_grad: Tensor, offset: int, normalize: bool, dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Return the gradients of images, texts, scale and bias."""
-    blocks = logit_blocks(image.device)
-    x, y = (blocks.prepare(side, dtype, normalize=normalize) for side in (image, text))
-    paired, partners = pairs_in(len(image), len(text), offset)
-    coefficient = grad_loss.to(one_minus_p.dtype) / max(len(image), 1)
-    factor = coefficient * logit_scale
-    image_grad = new_gradient(image)
-    acc_text = blocks.new_accumulator(len(text), y.rows)
-
-    def add(strip: slice, acc: Tensor) -> list[Tensor | None]:
-        own, start = x.rows[strip], offset + strip.start
-        return [blocks.add_sigmoid_gradients(own, y.rows, logit_scale, logit_bias, start, acc, acc_text)]
-
-    parts = gradients_in_strips(blocks, x, y.rows, offset, one_minus_p, factor, image_grad, add)
-    text_grad = new_gradient(text)  # in the memory that G had
-    of_texts = one_minus_p
-    if offset or len(image) != len(text):
-        of_texts = one_minus_p.new_zeros(len(text))
-        of_texts[partners] = one_minus_p[paired]
-    blocks.finish(acc_text, y, x.rows, -offset, of_texts, factor, text_grad)
-    return image_grad, text_grad, scale_gradient(parts, coefficient), grad_loss * bias_grad
+    grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients times that of the loss, and those of the features in ``dtype``."""
+    of_images, of_texts = ((grad * grad_loss).to(dtype) for grad in (image_grad, text_grad))
+    return of_images, of_texts, number_grads * grad_loss
 
 
-register_gradients(_sigmoid_fwd, _sigmoid_bwd)
+@_sigmoid_bwd.register_fake
+def _(
+    grad_loss: Tensor, image_grad: Tensor, text_grad: Tensor, number_grads: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    of_images, of_texts = (torch.empty_like(grad, dtype=dtype) for grad in (image_grad, text_grad))
+    return of_images, of_texts, torch.empty_like(number_grads)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.dtype = inputs[0].dtype
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output[1:])
+
+
+def _backward(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_loss is None:
+        return (None,) * 8
+    of_images, of_texts, of_numbers = _sigmoid_bwd(grad_loss, *ctx.saved_tensors, ctx.dtype)
+    return of_images, of_texts, of_numbers[1], of_numbers[0], None, None, None, None
+
+
+_sigmoid_fwd.register_autograd(_backward, setup_context=_setup_context)
 
 
 def sigmoid_loss(
@@ -125,4 +162,6 @@ def sigmoid_loss(
         return reference.sigmoid_loss(image, text, scale, bias, normalize=normalize, offset=offset)
     dtype = operand_dtype(op, "image", image)
     wide = accumulate_dtype(dtype)
-    return _sigmoid_fwd(image, text, scale.to(wide), bias.to(wide), offset, normalize, dtype)[0]
+    inputs = image, text, scale.to(wide), bias.to(wide)
+    with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+    return _sigmoid_fwd(*inputs, offset, normalize, dtype, with_grads)[0]

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..tiles import grouped_tile, halves, halves_of_columns
-from .logit_tiles import cosine_tile, shared_shift, store_tile, without_pairs, zero_pairs
+from .logit_tiles import cosine_tile, pair_cosines, shared_shift, store_tile, without_pairs, zero_pairs
 from .walks import grad_segment, sum_segment, tile_with_pairs
 
 
@@ -77,16 +77,8 @@ def _pairs_kernel(
     """Store the logits of the pairs (i, i + offset)."""
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     has_pair = (offs_m < M) & (offs_m + offset >= 0) & (offs_m + offset < N)
-    rows = offs_m.to(tl.int64)[:, None]
-    factor = tl.load(scale_ptr) * log2e
-    cosines = tl.zeros((BLOCK_M,), tl.float32)
-    for start_k in range(0, D, BLOCK_K):
-        dims = (start_k + tl.arange(0, BLOCK_K))[None, :]
-        mask = has_pair[:, None] & (dims < D)
-        x = tl.load(x_ptr + rows * stride_x + dims, mask=mask, other=0.0).to(tl.float32)  # [BM, BK]
-        y = tl.load(y_ptr + (rows + offset) * stride_y + dims, mask=mask, other=0.0).to(tl.float32)  # [BM, BK]
-        cosines += tl.sum(x * y, 1)
-    tl.store(positive_ptr + offs_m, cosines * factor, mask=has_pair)
+    cosines = pair_cosines(x_ptr, y_ptr, offs_m, has_pair, D, offset, stride_x, stride_y, BLOCK_M, BLOCK_K)
+    tl.store(positive_ptr + offs_m, cosines * (tl.load(scale_ptr) * log2e), mask=has_pair)
 
 
 @triton.jit

@@ -185,7 +185,7 @@ SPECS = (
         op=sigmoid_loss, reference=reference.sigmoid_loss, make=make_sigmoid, cases=SIGMOID,
         small=(SigmoidShape(11, 6, 5.0, -3.0, 0.3),),
         suite="sigmoid", torch_op="sigmoid",
-        kernels=("_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", *GRADIENTS[1:]),
+        kernels=("_sigmoid_pairs_kernel", "_sigmoid_sums_kernel", "_sigmoid_grad_tile_kernel", *GRADIENTS[1:]),
         floor=sigmoid_floor, float32=("logit_scale", "logit_bias"),
         bench={"cpu": (SigmoidShape(2048, 512),), "cuda": (SigmoidShape(16384, 512), SigmoidShape(4096, 512))},
         gate={"cpu": {"pairs": 2048}, "cuda": {"pairs": 8192}},

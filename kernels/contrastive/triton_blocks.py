@@ -19,7 +19,7 @@ from .block_sizes import block_edges, segments_of_column
 from .feature_kernels import _finish_kernel, _normalize_kernel, _products_kernel
 from .features import Features, pairs_in
 from .pair_kernels import _pair_terms_kernel
-from .sigmoid_kernels import _sigmoid_grad_tile_kernel, _sigmoid_sums_kernel
+from .sigmoid_kernels import _sigmoid_grad_tile_kernel, _sigmoid_pairs_kernel, _sigmoid_sums_kernel
 from .softmax_kernels import (
     _grad_tile_kernel,
     _merge_kernel,
@@ -160,36 +160,45 @@ def add_gradients(
         return logit_scale, uses_shared_shift, row[0], row[1], col[0], col[1]
 
     cfg = gemm_config("contrastive_grad_tile", arch_of(x.device), x.dtype)
-    return _add_products(_grad_tile_kernel, cfg, x, y, offset, inputs, acc_x, acc_y, is_softmax=True)
+    (scale_sums,) = _add_products(_grad_tile_kernel, cfg, x, y, offset, inputs, acc_x, acc_y, is_softmax=True)
+    return scale_sums if x.dtype.itemsize == 2 else None
 
 
-def sigmoid_sums(
-    x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return sum of losses, sum of probabilities, and logits of the pairs."""
-    positive = x.new_empty(len(x), dtype=torch.float32)
+def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:
+    """Return one_minus_p of the pairs, and what they add to the loss and to the gradients of bias and scale."""
+    cfg = row_config("contrastive_rows", arch_of(x.device), x.dtype)
+    programs = triton.cdiv(len(x), cfg.block_m)
+    one_minus_p, sums = (x.new_empty(size, dtype=torch.float32) for size in ((len(x),), (3, programs)))
+    launch(
+        _sigmoid_pairs_kernel, (programs,), x, y, logit_scale, logit_bias, one_minus_p, *sums,
+        len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0),
+        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n,
+    )  # fmt: skip
+    return one_minus_p, sums
+
+
+def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    """Return numbers whose sum is the loss of all but the pairs."""
     cfg = gemm_config("sigmoid_sums", arch_of(x.device), x.dtype)
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
         triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)
         for rows, cols in blocks
     ]
-    of_tiles = x.new_empty(2, sum(counts), dtype=torch.float32)
-    parts = of_tiles.split(counts, dim=1)
-    for (rows, cols), tiles, (loss, probability) in zip(blocks, counts, parts, strict=True):
+    losses = x.new_empty(sum(counts), dtype=torch.float32)
+    for (rows, cols), tiles, loss in zip(blocks, counts, losses.split(counts), strict=True):
         _launch_on_tiles(
-            _sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], logit_scale, logit_bias, loss, probability,
-            positive[rows], rows.stop - rows.start, cols.stop - cols.start, x.shape[1],
+            _sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], logit_scale, logit_bias, loss,
+            rows.stop - rows.start, cols.stop - cols.start, x.shape[1],
             offset + rows.start - cols.start, x.stride(0), y.stride(0),
         )  # fmt: skip
-    totals = of_tiles.sum(1, dtype=torch.float64)
-    return totals[0], totals[1], positive
+    return losses
 
 
 def add_sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
-) -> Tensor | None:
-    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return sums of G_ij x_i . y_j."""
+) -> Tensor:
+    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return what all but the pairs sum up to."""
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     inputs = logit_scale, logit_bias
     return _add_products(
@@ -219,45 +228,46 @@ def _add_products(
     kernel: triton.JITFunction, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
     inputs: Callable[[slice, slice], tuple[Tensor, ...]], acc_x: Tensor | None, acc_y: Tensor | None,
     *, is_softmax: bool,
-) -> Tensor | None:  # fmt: skip
+) -> Tensor:  # fmt: skip
     """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y, block by block.
 
     Args:
-        kernel: writes a tile of grad_scale * G, and the sum of G_ij x_i . y_j over the tile.
+        kernel: writes a tile of grad_scale * G, and for each program the sum of G_ij x_i . y_j over its tiles; that of
+            the sigmoid loss first writes those of the losses and of G_ij.
         inputs: ``inputs(rows, cols)`` returns what the kernel takes besides features to compute a block of G.
         is_softmax: whether its programs walk down columns of tiles where there are descriptors.
 
     Returns:
-        Sums of G_ij x_i . y_j of all tiles, taken before G is rounded to 16 bits. The accumulators already contain the
-        rounding error of G, so a gradient of the scale taken from them would contain it too. None if G is float32: it
-        is not rounded.
+        The kernel's sums of all programs [1 or 3, programs]. They are taken before G is rounded to 16 bits. The
+        accumulators already contain the rounding error of G, so a gradient of the scale taken from them would contain
+        it too.
     """
     products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
     edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
     row_parts, col_parts = (_parts(*side, products) for side in ((x, edges[0], acc_x), (y, edges[1], acc_y)))
     buffer = new_rows(x, min(edges[0], len(x)), min(edges[1], len(y)))
-    parts = max(1, cfg.block_n // PART_COLS) if is_softmax else 2
-    constants = {"PARTS": parts, "SPAN": _span(cfg)} if is_softmax else {}
+    parts = max(1, cfg.block_n // PART_COLS)
+    constants = {"SPAN": _span(cfg)} if is_softmax else {"GRAD_SCALE": grad_scale}
     grid_of = _walk_grid if is_softmax and _has_tma(x) else _tile_grid
     blocks = [
         (rows, cols, grid_of(len(rows.features), len(cols.features), offset + rows.start - cols.start, cfg, x.device))
         for rows, cols in itertools.product(row_parts, col_parts)
     ]
-    scale_sums = x.new_empty(sum(grid.programs for *_, grid in blocks), dtype=torch.float32)
+    sums = x.new_empty(1 if is_softmax else 3, sum(grid.programs for *_, grid in blocks), dtype=torch.float32)
     done = 0
     for rows, cols, grid in blocks:
         m, n = len(rows.features), len(cols.features)
-        grad, numbers = buffer[:m, :n], (grid.segments, grid.tiles, LOG2E) if is_softmax else ()
+        grad, numbers = buffer[:m, :n], (grid.segments, grid.tiles, LOG2E, grad_scale) if is_softmax else ()
         _launch_on_tiles(
             kernel, grid.programs, cfg, rows.features, cols.features,
             _tiles(grad, cfg.block_m, cfg.block_n // parts, x),
             *inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n)),
-            scale_sums[done : done + grid.programs], m, n, x.shape[1], offset + rows.start - cols.start,
-            x.stride(0), y.stride(0), grad.stride(0), *numbers, grad_scale, **constants,
+            *sums[:, done : done + grid.programs], m, n, x.shape[1], offset + rows.start - cols.start,
+            x.stride(0), y.stride(0), grad.stride(0), *numbers, PARTS=parts, **constants,
         )  # fmt: skip
         done += grid.programs
         _launch_products(grad, rows, cols, products)
-    return scale_sums if x.dtype.itemsize == 2 else None
+    return sums
 
 
 class _GradGrid(NamedTuple):
@@ -330,7 +340,7 @@ def finish(
 
 def _launch_on_tiles(
     kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor,
-    *args: Tensor | TensorDescriptor | float, **constants: int,
+    *args: Tensor | TensorDescriptor | float, **constants: float,
 ) -> None:  # fmt: skip
     """Launch a kernel whose programs take tiles of the products x y^T; ``args`` are its arguments after x and y."""
     launch(

@@ -106,8 +106,8 @@ def test_16_bit_operands(loss, pairs, arch, stage, device, monkeypatch):
     first = f"d_{next(iter(call.inputs))}"
     assert ours[first].dtype == torch.float32
     found = errors(ours, call.truth())
-    # float16 rounds 8 times as finely as the bfloat16 that it stands for
-    hold(found, pairs, stage, 6e-4, 1e-4 / (8 if INTERPRET else 1))
+    # G is rounded to 16 bits: by up to 2e-3 in bfloat16, and 8 times as finely in the float16 that stands for it
+    hold(found, pairs, stage, 6e-4 if INTERPRET else 2e-3, 1e-4 / (8 if INTERPRET else 1))
     if LEG != "cpu":
         # The rounding of G to 16 bits must show. Otherwise this was not the kernels' path.
         assert found[first] > 1e-6

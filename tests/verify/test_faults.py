@@ -71,8 +71,8 @@ def functions_of(owner):
 ON_CPU = {
     ("contrastive_loss", "value"): (contrastive._contrastive_fwd, "cpu", 0),
     ("contrastive_loss", "d_image"): (contrastive._contrastive_bwd, "cpu", 0),
-    ("sigmoid_loss", "value"): (cpu_blocks, "sigmoid_sums", 0),
-    ("sigmoid_loss", "d_logit_scale"): (sigmoid, "scale_gradient", None),
+    ("sigmoid_loss", "value"): (cpu_blocks, "sigmoid_losses", None),
+    ("sigmoid_loss", "d_logit_scale"): (sigmoid._sigmoid_bwd, "cpu", 2),
     ("info_nce_loss", "value"): (info_nce._info_nce_fwd, "cpu", 0),
     ("info_nce_loss", "d_negatives"): (info_nce._info_nce_bwd, "cpu", 2),
     ("nt_xent_loss", "value"): (nt_xent._nt_xent_fwd, "cpu", 0),
