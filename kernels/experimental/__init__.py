@@ -1,0 +1,1 @@
+"""Kernels that are off by default: compiled and predicted, never run."""
