@@ -12,8 +12,8 @@ from clipfast.kernels.spec import Draw, OpSpec, Shipped, specs
 Case = Callable[[], object]
 # What the assembler warns of and clipfast leaves, by Triton version, architecture and case: the reason and the cost.
 KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
-# Three registers of a tile with pairs find no place where a batch is no multiple of 16. A tile of the sigmoid loss keeps
-# two or four numbers in memory for a while; without a limit of registers it would keep none, but take a fifth longer.
+# Three registers of a tile with pairs find no place where a batch is no multiple of 16. The sigmoid loss keeps two or
+# four numbers of a tile in memory for a while; without a limit of registers it keeps none, but takes a fifth longer.
 KNOWN_SPILLS = {
     ("3.6", 90, "contrastive_loss N1001 D512 bf16"): ("spills 12 bytes",),
     ("3.9", 90, "sigmoid_loss N1001 D512 bf16"): ("spills 16 bytes",),

@@ -98,7 +98,9 @@ def add_gradients(
     for rows, cosines in _chunks(x, y):
         for piece in _pieces(cosines):
             tile, row_inv_denom = cosines[piece], row_inv_denoms[rows][piece, None]
-            grad, weight = (buffer[: tile.numel()].view_as(tile) for buffer in (grads, weights))
+            weight, grad = (buffer[: tile.numel()].view_as(tile) for buffer in (weights, grads))
+            if not _rounds(x):
+                grad = tile  # the cosines are not needed again
             if normalizers.uses_shared_shift:
                 torch.add(row_inv_denom, col_inv_denom, out=weight)
                 _shifted(tile, factor, shift, out=grad).exp2_().mul_(weight)
@@ -109,7 +111,7 @@ def add_gradients(
             grad.diagonal(rows.start + piece.start + offset).zero_()
             if _rounds(x):
                 scale_sums.append(torch.dot(grad.view(-1), tile.view(-1)))
-            tile.copy_(grad)
+                tile.copy_(grad)
         _add_products(cosines, x, rows, y, acc_x, acc_y)
     return torch.stack(scale_sums) if scale_sums else None
 
