@@ -21,17 +21,17 @@ def forward(
 
 def backward(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute ds, dx (empty where it has the dtype of ds), dw and db [N] (empty unless ``with_sums``)."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Compute ds, dx (empty where it has the dtype of ds), and dw and db [2, N] (empty unless ``with_sums``)."""
     dtype = accumulate_dtype(s.dtype)
     weight = weight.to(dtype)
-    ds, dw, db = torch.ops.aten.native_layer_norm_backward(
+    ds, *sums = torch.ops.aten.native_layer_norm_backward(
         grad_y.to(dtype), s.to(dtype), s.shape[1:], mean, rstd, weight, weight, [True, with_sums, with_sums]
     )
     if grad_s is not None:
         ds += grad_s
     dx = ds.to(grad_y.dtype) if grad_y.dtype != s.dtype else grad_y.new_empty(0)
-    return ds.to(s.dtype), dx, *((dw, db) if with_sums else (weight.new_empty(0), weight.new_empty(0)))
+    return ds.to(s.dtype), dx, torch.stack(sums) if with_sums else weight.new_empty(2, 0)
 
 
 def pair_forward(x: Tensor, parameters: list[Tensor], eps_1: float, eps_2: float) -> tuple[Tensor, Tensor, Tensor]:

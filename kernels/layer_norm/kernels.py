@@ -1,25 +1,30 @@
-"""Triton kernels of the layer norm. Each program walks tiles of whole rows, which stay in registers."""
+"""Triton kernels of the layer norm. Each program walks tiles of whole rows, which stay in registers.
+
+The width N is known when a kernel is compiled: columns past it, which make a tile as wide as a power of two, then cost
+neither instructions nor registers where all columns of a register are such. For this they are zero in all that is
+computed from them, by ``tl.where`` and not by the load, of which the compiler knows nothing.
+"""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def centred_rows(s, mask, N, eps):
-    """Return rows [BM, BN] less their means, the means [BM], and the rstds [BM]."""
+def centred_rows(s, mask_n, N: tl.constexpr, eps):
+    """Return rows [BM, BN] less their means, the means [BM], and the rstds [BM]. Past its end, a row must be zero."""
     mean = tl.sum(s, 1) / N
     # around the mean, since E[s^2] - mean^2 cancels; what lies past the end of a row must not count
-    centred = tl.where(mask, s - mean[:, None], 0.0)
+    centred = tl.where(mask_n[None, :], s - mean[:, None], 0.0)
     return centred, mean, 1.0 / tl.sqrt(tl.sum(centred * centred, 1) / N + eps)
 
 
 @triton.jit
-def grad_of_rows(dy, weight, normed, rstd, N):
-    """Return ds [BM, BN] from dy, weight and normalised rows; ``dy`` or ``weight`` is zero past the end of a row."""
+def grad_of_rows(dy, weight, normed, rstd, N: tl.constexpr):
+    """Return ds [BM, BN] from dy, weight and normalised rows; ``dy`` and ``normed`` are zero past the end of a row."""
     g = dy * weight
-    g_mean = tl.sum(g, 1)[:, None] / N
-    g_slope = tl.sum(g * normed, 1)[:, None] / N
-    return (g - g_mean - normed * g_slope) * rstd
+    # both sums together, so that the warps of a program wait for each other once
+    g_mean, g_slope = tl.split(tl.sum(tl.join(g, g * normed), 1) / N)
+    return (g - g_mean[:, None] - normed * g_slope[:, None]) * rstd
 
 
 @triton.jit
@@ -32,9 +37,9 @@ def _layer_norm_fwd_kernel(
     s_ptr,  # [M, N] contiguous
     mean_ptr,  # [M] fp32
     rstd_ptr,  # [M] fp32
-    M, N, eps,
+    M, eps,
     stride_xm, stride_xn, stride_rm, stride_rn,
-    HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    N: tl.constexpr, HAS_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles of whole rows, so that weight and bias are loaded once."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -53,7 +58,7 @@ def _layer_norm_fwd_kernel(
             rounded = (s + residual.to(tl.float32)).to(s_ptr.dtype.element_ty)
             tl.store(s_ptr + rows * N + columns, rounded, mask=mask)
             s = rounded.to(tl.float32)
-        centred, mean, rstd = centred_rows(s, mask, N, eps)
+        centred, mean, rstd = centred_rows(s, mask_n, N, eps)
         y = centred * rstd[:, None] * weight + bias
         tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
         tl.store(mean_ptr + offs_m, mean, mask=mask_m)
@@ -70,11 +75,10 @@ def _layer_norm_bwd_kernel(
     rstd_ptr,  # [M] fp32
     ds_ptr,  # [M, N] contiguous
     dx_ptr,  # [M, N] contiguous, ds in another dtype
-    dw_ptr,  # [programs, N] fp32
-    db_ptr,  # [programs, N] fp32
-    M, N,
+    sums_ptr,  # [programs, 2, N] fp32, for weight and bias
+    M,
     stride_ym, stride_yn, stride_gm, stride_gn, stride_sm, stride_sn,
-    HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
+    N: tl.constexpr, HAS_GRAD_S: tl.constexpr, HAS_DX: tl.constexpr, HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles of whole rows, and keep this program's part of the sums over rows."""
@@ -92,9 +96,10 @@ def _layer_norm_bwd_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         s = tl.load(s_ptr + rows * stride_sm + columns * stride_sn, mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
         dy = tl.load(grad_y_ptr + rows * stride_ym + columns * stride_yn, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.where(mask_n[None, :], dy, 0.0)
         mean = tl.load(mean_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
         rstd = tl.load(rstd_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
-        normed = (s - mean) * rstd  # not zero past the end of a row, but dy and weight are
+        normed = tl.where(mask_n[None, :], (s - mean) * rstd, 0.0)
         ds = grad_of_rows(dy, weight, normed, rstd, N)
         if HAS_GRAD_S:
             ds += tl.load(grad_s_ptr + rows * stride_gm + columns * stride_gn, mask=mask, other=0.0).to(tl.float32)
@@ -105,6 +110,6 @@ def _layer_norm_bwd_kernel(
             acc_dw += dy * normed
             acc_db += dy
     if HAS_SUMS:
-        sums = first * N + offs_n
-        tl.store(dw_ptr + sums, tl.sum(acc_dw, 0), mask=mask_n)
-        tl.store(db_ptr + sums, tl.sum(acc_db, 0), mask=mask_n)
+        sums = sums_ptr + first * 2 * N + offs_n
+        tl.store(sums, tl.sum(acc_dw, 0), mask=mask_n)
+        tl.store(sums + N, tl.sum(acc_db, 0), mask=mask_n)

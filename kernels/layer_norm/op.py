@@ -80,26 +80,25 @@ def _(
 @registered("layer_norm_bwd")
 def _layer_norm_bwd(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of s, of x, and of weight and bias in float32.
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of s, of x, and of weight and bias in float32 [2, N].
 
     That of x is empty where it has the dtype of s, and those of the parameters are empty unless ``with_sums``.
     """
     path = launches if triton_runs_on(s.device) else cpu
     rows_of_s = None if grad_s is None else as_rows(grad_s)
-    ds, dx, dw, db = path.backward(
+    ds, dx, sums = path.backward(
         as_rows(grad_y), rows_of_s, as_rows(s), weight, mean.flatten(), rstd.flatten(), with_sums
     )
-    return ds.view(s.shape), dx.view(s.shape) if dx.dtype != ds.dtype else dx, dw, db
+    return ds.view(s.shape), dx.view(s.shape) if dx.dtype != ds.dtype else dx, sums
 
 
 @_layer_norm_bwd.register_fake
 def _(
     grad_y: Tensor, grad_s: Tensor | None, s: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, with_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     dx = grad_y.new_empty((0,) if grad_y.dtype == s.dtype else s.shape)
-    dw, db = (mean.new_empty(s.shape[-1] if with_sums else 0) for _ in range(2))
-    return s.new_empty(s.shape), dx, dw, db
+    return s.new_empty(s.shape), dx, mean.new_empty(2, s.shape[-1] if with_sums else 0)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -118,7 +117,7 @@ def _backward(ctx: Any, grad_y: Tensor | None, grad_s: Tensor | None, *_: None) 
         return grad_s if grad_s is None else grad_s.to(ctx.x_dtype), grad_s, None, None, None
     s, weight, mean, rstd = ctx.saved_tensors
     with_sums = any(ctx.needs_input_grad[2:4])
-    ds, dx, dw, db = torch.ops.clipfast.layer_norm_bwd(grad_y, grad_s, s, weight, mean, rstd, with_sums)
+    ds, dx, (dw, db) = torch.ops.clipfast.layer_norm_bwd(grad_y, grad_s, s, weight, mean, rstd, with_sums)
     grads = (ds if ctx.x_dtype == s.dtype else dx, ds if ctx.needs_input_grad[1] else None)
     return *grads, *((dw.to(weight.dtype), db.to(ctx.bias_dtype)) if with_sums else (None, None)), None
 

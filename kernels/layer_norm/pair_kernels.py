@@ -13,8 +13,8 @@ def _layer_norm_pair_fwd_kernel(
     s_ptr,  # [M, N] contiguous
     y_ptr,  # [M, N] contiguous
     stats_ptr,  # [4, M] fp32: mean and rstd of the first norm, and of the second
-    M, N, eps_1, eps_2, stride_xm, stride_xn,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
+    M, eps_1, eps_2, stride_xm, stride_xn,
+    N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles of whole rows, so that the parameters are loaded once."""
     offs_n = tl.arange(0, BLOCK_N)
@@ -30,11 +30,11 @@ def _layer_norm_pair_fwd_kernel(
         rows, mask_m = offs_m[:, None], offs_m < M
         mask = mask_m[:, None] & mask_n[None, :]
         x = tl.load(x_ptr + rows * stride_xm + columns * stride_xn, mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
-        centred, mean_1, rstd_1 = centred_rows(x, mask, N, eps_1)
+        centred, mean_1, rstd_1 = centred_rows(x, mask_n, N, eps_1)
         rounded = (centred * rstd_1[:, None] * weight_1 + bias_1).to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + rows * N + columns, rounded, mask=mask)
         # rounded is zero past the end of a row, since the parameters are
-        centred, mean_2, rstd_2 = centred_rows(rounded.to(tl.float32), mask, N, eps_2)
+        centred, mean_2, rstd_2 = centred_rows(rounded.to(tl.float32), mask_n, N, eps_2)
         y = centred * rstd_2[:, None] * weight_2 + bias_2
         tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
         stats = stats_ptr + offs_m
@@ -53,9 +53,9 @@ def _layer_norm_pair_bwd_kernel(
     stats_ptr,  # [4, M] fp32: mean and rstd of the first norm, and of the second
     dx_ptr,  # [M, N] contiguous
     sums_ptr,  # [programs, 4, N] fp32, for weight_1, bias_1, weight_2, bias_2
-    M, N,
+    M,
     stride_sm, stride_sn, stride_ym, stride_yn, stride_xm, stride_xn,
-    HAS_GRAD_S: tl.constexpr, HAS_SUMS: tl.constexpr,
+    N: tl.constexpr, HAS_GRAD_S: tl.constexpr, HAS_SUMS: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, NUM_STAGES: tl.constexpr,
 ):  # fmt: skip
     """Walk tiles of whole rows, and keep this program's part of the sums over rows."""
@@ -77,18 +77,20 @@ def _layer_norm_pair_bwd_kernel(
         mask = mask_m[:, None] & mask_n[None, :]
         x = tl.load(x_ptr + rows * stride_xm + columns * stride_xn, mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
         dy = tl.load(grad_y_ptr + rows * stride_ym + columns * stride_yn, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.where(mask_n[None, :], dy, 0.0)
         stats = stats_ptr + offs_m
         mean_1 = tl.load(stats, mask=mask_m, other=0.0)[:, None]
         rstd_1 = tl.load(stats + M, mask=mask_m, other=0.0)[:, None]
         mean_2 = tl.load(stats + 2 * M, mask=mask_m, other=0.0)[:, None]
         rstd_2 = tl.load(stats + 3 * M, mask=mask_m, other=0.0)[:, None]
-        normed_1 = (x - mean_1) * rstd_1  # not zero past the end of a row, but the parameters are
+        normed_1 = tl.where(mask_n[None, :], (x - mean_1) * rstd_1, 0.0)
         # rounded as in forward
         s = (normed_1 * weight_1 + bias_1).to(dx_ptr.dtype.element_ty).to(tl.float32)
-        normed_2 = (s - mean_2) * rstd_2
+        normed_2 = tl.where(mask_n[None, :], (s - mean_2) * rstd_2, 0.0)
         ds = grad_of_rows(dy, weight_2, normed_2, rstd_2, N)
         if HAS_GRAD_S:
             ds += tl.load(grad_s_ptr + rows * stride_sm + columns * stride_sn, mask=mask, other=0.0).to(tl.float32)
+        ds = tl.where(mask_n[None, :], ds, 0.0)
         dx = grad_of_rows(ds, weight_1, normed_1, rstd_1, N)
         tl.store(dx_ptr + rows * N + columns, dx.to(dx_ptr.dtype.element_ty), mask=mask)
         if HAS_SUMS:

@@ -91,7 +91,7 @@ def _backward(ctx: Any, grad_s: Tensor | None, grad_y: Tensor | None, _: None) -
         # only the first norm was used
         with_sums = any(ctx.needs_input_grad[1:3])
         mean, rstd = stats[0], stats[1]
-        dx, _, *sums = torch.ops.clipfast.layer_norm_bwd(grad_s, None, x, parameters[0], mean, rstd, with_sums)
+        dx, _, sums = torch.ops.clipfast.layer_norm_bwd(grad_s, None, x, parameters[0], mean, rstd, with_sums)
     else:
         with_sums = any(ctx.needs_input_grad[1:5])
         dx, sums = torch.ops.clipfast.layer_norm_pair_bwd(grad_s, grad_y, x, *parameters, stats, with_sums)

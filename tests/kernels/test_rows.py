@@ -181,14 +181,14 @@ def test_every_tensor_is_read_or_written_once(size, kind, device, monkeypatch, m
     assert sum(moved) == floor(backward=True).bytes
 
 
-@pytest.mark.parametrize(("kind", "buffer"), [("alone", "dw_ptr"), ("pair", "sums_ptr")])
-def test_the_buffer_of_sums_does_not_grow_with_the_rows(kind, buffer, device):
+@pytest.mark.parametrize("kind", ["alone", "pair"])
+def test_the_buffer_of_sums_does_not_grow_with_the_rows(kind, device):
     for rows in (1, 3, 100000):
         with launch.record_launches(90) as recorded:
             call(kind, (rows, 64), "cpu").results()
         cfg = configs.row_config(f"{KINDS[kind][0]}_bwd", 90, torch.float32, 64)
         at_most = launch.programs_at_once(torch.device("cpu"), cfg.num_warps, 128)
-        assert len(recorded[-1].args[buffer]) == recorded[-1].grid[0] <= at_most
+        assert len(recorded[-1].args["sums_ptr"]) == recorded[-1].grid[0] <= at_most
 
 
 @pytest.mark.parametrize("kind", ["gelu", "quick_gelu"])
