@@ -2,17 +2,20 @@
 
     x_bl = E[t_bl] + P[l]               dP[l] = sum_b g_bl              dE[v] = sum of the g_bl with t_bl = v
 
-Forward goes from the table to the residual stream in one step, and rounds the sum once. Backward reads g twice, since
-its two sums take the rows in different orders.
+Forward goes from the table to the residual stream in one step, and rounds the sum once. It also leaves the ids in 32
+bits for backward, -1 where one is no row of the table. Backward reads g twice, since its two sums take the rows in
+different orders.
 
 dE needs no atomics. The ids are sorted stably, so that equal ids keep their order, and each program walks a chunk of
 CHUNK rows in that order. A segment of equal ids that begins and ends inside the chunk is complete, and its sum goes to
 dE. The first and the last segment may continue in the neighbouring chunks: their sums and ids go to a list, which has
 two rows for each chunk. That list is sorted as well, so the same kernel sums it, again and again until one chunk is
 left, in which every segment is complete. All sums have a fixed order, and they take log_{CHUNK/2}(B L) launches however
-often an id occurs: start, end and padding are in every text. CHUNK is at least 4, or the list would not get shorter.
+often an id occurs: start, end and padding are in every text. CHUNK is at least 4, or the list would not get shorter; a
+list has shorter chunks than g, since one walk takes long for its few bytes. The rows of dE that no token has are found
+among the sorted ids, and become zero in the first launch.
 
-Bytes: forward, one row of E and one of x for each token; backward, two rows of g for each token, and dE and dP.
+Bytes: forward, one row of E and one of x for each token; backward, two rows of g for each token, and dE and dP once.
 Method: token and position embeddings of Vaswani et al. 2017, summed by a segmented reduction (Blelloch 1990).
 """
 
@@ -31,45 +34,56 @@ from . import cpu, launches
 
 
 @registered("text_embed_fwd")
-def _text_embed_fwd(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the tokens in ``dtype``."""
+def _text_embed_fwd(
+    text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens in ``dtype``, and the ids as int32, -1 where one is no row of the table."""
     forward = launches.forward if triton_runs_on(text.device) else cpu.forward
     return forward(text, token_embedding, positional_embedding, dtype)
 
 
 @_text_embed_fwd.register_fake
-def _(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype) -> Tensor:
-    return token_embedding.new_empty(*text.shape, token_embedding.shape[1], dtype=dtype)
+def _(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    out = token_embedding.new_empty(*text.shape, token_embedding.shape[1], dtype=dtype)
+    return out, text.new_empty(text.shape, dtype=torch.int32)
 
 
 @registered("text_embed_bwd_token")
-def _text_embed_bwd_token(grad: Tensor, text: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
-    """Return the gradient of the table in ``dtype``."""
-    backward_token = launches.backward_token if triton_runs_on(text.device) else cpu.backward_token
-    return backward_token(grad, text, vocab, dtype)
+def _text_embed_bwd_token(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+    """Return the gradient of the table in ``dtype``; ``ids`` are those that forward returns."""
+    backward_token = launches.backward_token if triton_runs_on(grad.device) else cpu.backward_token
+    return backward_token(grad, ids, vocab, dtype)
 
 
 @_text_embed_bwd_token.register_fake
-def _(grad: Tensor, text: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
+def _(grad: Tensor, ids: Tensor, vocab: int, dtype: torch.dtype) -> Tensor:
     return grad.new_empty(vocab, grad.shape[-1], dtype=dtype)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    text, token_embedding, positional_embedding, _ = inputs
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, token_embedding, positional_embedding, _ = inputs
     ctx.vocab, ctx.token_dtype = len(token_embedding), token_embedding.dtype
     ctx.positions, ctx.pos_dtype = len(positional_embedding), positional_embedding.dtype
-    ctx.save_for_backward(text)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[1])
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    (text,) = ctx.saved_tensors
+def _backward(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    (ids,) = ctx.saved_tensors
     grad_token = grad_pos = None
     if ctx.needs_input_grad[1]:
-        grad_token = torch.ops.clipfast.text_embed_bwd_token(grad, text, ctx.vocab, ctx.token_dtype)
+        grad_token = torch.ops.clipfast.text_embed_bwd_token(grad, ids, ctx.vocab, ctx.token_dtype)
     if ctx.needs_input_grad[2]:
-        # PyTorch's sum reads 16 bits, adds in float32 and has a fixed order. A kernel of ours could fuse nothing more.
-        used = grad.sum(0, dtype=accumulate_dtype(grad.dtype))
-        grad_pos = F.pad(used, (0, 0, 0, ctx.positions - used.shape[0])).to(ctx.pos_dtype)
+        # PyTorch's sum reads 16 bits, adds in float32, rounds once and has a fixed order. A kernel of ours could fuse
+        # nothing more.
+        is_same = grad.dtype == ctx.pos_dtype
+        grad_pos = grad.sum(0, dtype=grad.dtype if is_same else accumulate_dtype(grad.dtype)).to(ctx.pos_dtype)
+        unused = ctx.positions - grad_pos.shape[0]
+        if unused:
+            grad_pos = F.pad(grad_pos, (0, 0, 0, unused))
     return None, grad_token, grad_pos, None
 
 
@@ -105,7 +119,8 @@ def text_embed(text: Tensor, token_embedding: Tensor, positional_embedding: Tens
         return reference.text_embed(text, token_embedding, positional_embedding).to(dtype)
     check_float(op, "token_embedding", token_embedding)
     check_float(op, "positional_embedding", positional_embedding)
-    return _text_embed_fwd(text, token_embedding, positional_embedding, dtype)
+    tokens, _ = _text_embed_fwd(text, token_embedding, positional_embedding, dtype)
+    return tokens
 
 
 def _check_inputs(text: Tensor, token_embedding: Tensor, positional_embedding: Tensor) -> None:
