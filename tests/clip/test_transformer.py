@@ -16,7 +16,9 @@ from clipfast.models import transformer
 from clipfast.models.layers import InProjection, LayerNorm
 from clipfast.models.transformer import Attention, Transformer, read_rows
 
-VIEWS = {"aten.view.default", "aten._unsafe_view.default", "aten.t.default", "aten.detach.default"}
+VIEWS = {
+    "aten.view.default", "aten._unsafe_view.default", "aten.t.default", "aten.detach.default", "aten.unbind.int",
+}  # fmt: skip
 
 
 class Operations(TorchDispatchMode):
