@@ -23,7 +23,7 @@ from .softmax_stats import Normalizers, SoftmaxStats, finite, is_exact, new_stat
 CHUNK_ROWS = 1024  # more rows would not make the products faster
 CHUNK_ELEMENTS = 2**24  # of the logits of a chunk: 64 MiB of float32
 EPS = 1e-12  # the least norm that torch.nn.functional.normalize divides by
-PIECE_ELEMENTS = 2**17  # 512 KiB of float32: half of a core's second-level cache
+PIECE_ELEMENTS = 2**17  # of each thread: 512 KiB of float32, a quarter to a half of a core's second-level cache
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
@@ -48,13 +48,14 @@ def strips(x: Tensor, y: Tensor) -> list[slice]:
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
     """Take one product and one exponential per logit, for rows and columns at once, if the shared shift is exact."""
     result = new_stats(x, y)
-    shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
-    for rows, logits in _chunks(x, y):
+    shift = shared_shift(logit_scale)
+    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
         paired, _ = pairs_in(len(logits), len(y), rows.start + offset)
-        torch.mul(logits.diagonal(rows.start + offset), factor, out=result.positive[rows][paired])
+        pairs = logits.diagonal(rows.start + offset)
+        result.positive[rows][paired] = pairs
+        pairs.fill_(float("-inf"))
         for piece in _pieces(logits):
-            tile = _shifted(logits[piece], factor, shift)
-            tile.diagonal(rows.start + piece.start + offset).fill_(float("-inf"))
+            tile = logits[piece].sub_(shift) if shift else logits[piece]
             result.row_sum[rows][piece] = tile.exp2_().sum(1)
         result.col_sum.add_(logits.sum(0))
     result.row_max.copy_(shift)
@@ -69,8 +70,8 @@ def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, r
     """Write the statistics of any logits: with a maximum for each row and column, and two exponentials per logit."""
     result.col_max.fill_(float("-inf"))
     result.col_sum.zero_()
-    for rows, logits in _chunks(x, y):
-        logits.mul_(logit_scale * LOG2E).diagonal(rows.start + offset).fill_(float("-inf"))
+    for rows, logits in _chunks(x, y, logit_scale * LOG2E):
+        logits.diagonal(rows.start + offset).fill_(float("-inf"))
         for piece in _pieces(logits):
             tile = logits[piece]
             row_max = tile.amax(1)
@@ -95,24 +96,23 @@ def add_gradients(
     col_max, col_inv_denom = finite(normalizers.col[0]), normalizers.col[1]
     grads, weights = _scratch(x, y, 2)
     scale_sums = []
-    for rows, cosines in _chunks(x, y):
-        for piece in _pieces(cosines):
-            tile, row_inv_denom = cosines[piece], row_inv_denoms[rows][piece, None]
-            weight, grad = (buffer[: tile.numel()].view_as(tile) for buffer in (weights, grads))
-            if not _rounds(x):
-                grad = tile  # the cosines are not needed again
+    for rows, tiles in _chunks(x, y, None if _rounds(x) else factor):
+        for piece in _pieces(tiles):
+            tile, row_inv_denom = tiles[piece], row_inv_denoms[rows][piece, None]
+            grad, weight = (buffer[: tile.numel()].view_as(tile) for buffer in (grads, weights))
+            # where G is rounded, the cosines are needed again; otherwise these are logits, which G may replace
+            grad = torch.mul(tile, factor, out=grad) if _rounds(x) else tile
             if normalizers.uses_shared_shift:
                 torch.add(row_inv_denom, col_inv_denom, out=weight)
-                _shifted(tile, factor, shift, out=grad).exp2_().mul_(weight)
+                (grad.sub_(shift) if shift else grad).exp2_().mul_(weight)
             else:
-                torch.mul(tile, factor, out=weight)
-                torch.sub(weight, row_max[rows][piece, None], out=grad).exp2_().mul_(row_inv_denom)
-                grad.addcmul_(weight.sub_(col_max).exp2_(), col_inv_denom)
+                torch.sub(grad, col_max, out=weight).exp2_().mul_(col_inv_denom)
+                torch.addcmul(weight, grad.sub_(row_max[rows][piece, None]).exp2_(), row_inv_denom, out=grad)
             grad.diagonal(rows.start + piece.start + offset).zero_()
             if _rounds(x):
                 scale_sums.append(torch.dot(grad.view(-1), tile.view(-1)))
                 tile.copy_(grad)
-        _add_products(cosines, x, rows, y, acc_x, acc_y)
+        _add_products(tiles, x, rows, y, acc_x, acc_y)
     return torch.stack(scale_sums) if scale_sums else None
 
 
@@ -180,18 +180,20 @@ def _rounds(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
-def _chunks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Yield slices of rows and their products with y; each reuses the memory of the one before."""
+def _chunks(x: Tensor, y: Tensor, factor: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield slices of rows and ``factor`` times their products with y; each reuses the memory of the one before."""
     m, n = len(x), len(y)
     if m == 0 or n == 0:
         return
     wide = accumulate_dtype(x.dtype)
     size = min(m, CHUNK_ROWS, max(16, CHUNK_ELEMENTS // n))
     buffer, columns = x.new_empty(size, n, dtype=wide), y.to(wide).T
+    alpha = 1 if factor is None else factor.item()
     for rows in slices(m, size):
+        chunk = buffer[: rows.stop - rows.start]
         with _instructions_for(x.dtype):
-            torch.mm(x[rows].to(wide), columns, out=buffer[: rows.stop - rows.start])
-        yield rows, buffer[: rows.stop - rows.start]
+            torch.addmm(chunk, x[rows].to(wide), columns, beta=0, alpha=alpha, out=chunk)
+        yield rows, chunk
 
 
 def _add_products(G: Tensor, x: Tensor, rows: slice, y: Tensor, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
@@ -227,16 +229,6 @@ def _instructions_for(dtype: torch.dtype) -> Iterator[None]:
         switch.fp32_precision = before
 
 
-def _shifted(tile: Tensor, factor: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
-    """Write factor * tile - shift to ``out`` (to ``tile`` without it), and return that.
-
-    The product is rounded before the shift is taken from it, as it is in the logits of the pairs: where all logits of a
-    row are equal, so are their powers.
-    """
-    out = torch.mul(tile, factor, out=tile if out is None else out)
-    return out.sub_(shift) if shift else out
-
-
 def _scaled(tile: Tensor, factor: Tensor, bias: Tensor, out: Tensor | None = None) -> Tensor:
     """Write factor * tile + bias to ``out`` (to ``tile`` without it), in one pass, and return that."""
     return torch.add(bias, tile, alpha=factor.item(), out=tile if out is None else out)
@@ -244,10 +236,14 @@ def _scaled(tile: Tensor, factor: Tensor, bias: Tensor, out: Tensor | None = Non
 
 def _scratch(x: Tensor, y: Tensor, count: int) -> tuple[Tensor, ...]:
     """Return buffers, each for as many numbers as a piece of the logits has."""
-    size = max(PIECE_ELEMENTS, len(y))
+    size = max(_piece_elements(), len(y))
     return x.new_empty(count, size, dtype=accumulate_dtype(x.dtype)).unbind()
 
 
 def _pieces(chunk: Tensor) -> list[slice]:
     """Return slices of the rows of a chunk, each of which fits the cache."""
-    return slices(len(chunk), max(1, PIECE_ELEMENTS // chunk.shape[1]))
+    return slices(len(chunk), max(1, _piece_elements() // chunk.shape[1]))
+
+
+def _piece_elements() -> int:
+    return PIECE_ELEMENTS * torch.get_num_threads()
