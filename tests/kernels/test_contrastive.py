@@ -13,9 +13,8 @@ from clipfast import kernels
 from clipfast.kernels import info_nce_loss, launch, nt_xent_loss, reference
 from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
-from clipfast.kernels.contrastive.sigmoid_kernels import _probability
+from clipfast.kernels.contrastive.sigmoid_kernels import _exp_of_minus, _loss_sums, _probability
 from clipfast.kernels.contrastive.softmax_stats import SoftmaxStats, pair_losses
-from clipfast.kernels.tiles import log_1p
 from clipfast.verify.rule import value_and_grads
 
 from ..conftest import DTYPES, INTERPRET, LEG
@@ -199,26 +198,49 @@ def test_value_of_the_sigmoid_loss_is_exact(device):
 
 
 @triton.jit
-def _terms_kernel(x_ptr, loss_ptr, probability_ptr, BLOCK: tl.constexpr):
-    offs = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    logits = tl.load(x_ptr + offs)
-    e = tl.exp(-tl.abs(logits))
-    tl.store(loss_ptr + offs, tl.maximum(logits, 0.0) + log_1p(e))
-    tl.store(probability_ptr + offs, _probability(logits, e))
+def _terms_kernel(x_ptr, loss_ptr, probability_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    offs_m, offs_n = tl.arange(0, ROWS), tl.arange(0, COLS)
+    logits = tl.load(x_ptr + offs_m[:, None] * COLS + offs_n[None, :])
+    e = _exp_of_minus(tl.abs(logits))
+    tl.store(loss_ptr + offs_m, tl.sum(_loss_sums(logits, e, ROWS, COLS), 1))
+    tl.store(probability_ptr + offs_m[:, None] * COLS + offs_n[None, :], _probability(logits, e))
 
 
 @pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
 def test_terms_of_the_sigmoid_loss_keep_their_digits(device):
-    # The range reaches from the logits of other rows to those of pairs.
-    logits = torch.linspace(-70, 70, 4096, device=device)
-    loss, probability = torch.empty_like(logits), torch.empty_like(logits)
-    _terms_kernel[(4,)](logits, loss, probability, BLOCK=1024)
+    # The range reaches from the logits of other rows to those of pairs. A row has logits of one size, so that no larger
+    # term hides what the others lose; 0 is among them, where half of the terms take another branch.
+    logits = torch.linspace(-70, 70, 64, device=device)[:, None] + torch.linspace(-1.2, 1.2, 64, device=device)
+    loss, probability = logits.new_empty(64), torch.empty_like(logits)
+    _terms_kernel[(1,)](logits, loss, probability, ROWS=64, COLS=64)
     exact = logits.double()
     # A GPU computes exponentials in base 2, where the logit of 70 is rounded by up to 4e-6.
-    limit = 5e-7 if INTERPRET else 5e-6
-    torch.testing.assert_close(loss.double(), F.softplus(exact, threshold=1e3), rtol=limit, atol=0)
-    torch.testing.assert_close(probability.double(), exact.sigmoid(), rtol=limit, atol=0)
+    torch.testing.assert_close(loss.double(), F.softplus(exact, threshold=1e3).sum(1), rtol=5e-6, atol=0)
+    torch.testing.assert_close(probability.double(), exact.sigmoid(), rtol=1e-5, atol=0)
     assert loss[0] > 0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_sigmoid_loss_alone_hides_nothing(value, device):
+    call = call_of("sigmoid_loss", device)
+    call.inputs["text"][70, 3] = value
+    with torch.no_grad():
+        assert not call.op(**call.inputs).isfinite()
+
+
+def test_sigmoid_loss_without_gradients(device):
+    # it takes another kernel, and computes no gradient
+    call = call_of("sigmoid_loss", device)
+    with torch.no_grad():
+        alone = call.op(**call.inputs)
+    torch.testing.assert_close(alone, call.results()["value"], rtol=1e-6, atol=0)
+    if LEG == "cpu":
+        for required in (False, True):
+            with launch.record_launches(90) as launches, torch.set_grad_enabled(required):
+                call.op(**call.inputs | {"image": call.inputs["image"].clone().requires_grad_()})
+            names = {item.kernel.__name__ for item in launches}
+            assert ("_sigmoid_sums_kernel" in names) is not required
+            assert ("_sigmoid_grad_tile_kernel" in names) is required
 
 
 @pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
