@@ -228,6 +228,22 @@ def test_sigmoid_loss_alone_hides_nothing(value, device):
         assert not call.op(**call.inputs).isfinite()
 
 
+@pytest.mark.skipif(LEG != "cpu", reason="only products on a CPU have this switch")
+@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
+def test_bfloat16_products_leave_the_switch_as_it_was(before, monkeypatch):
+    switch, call = torch.backends.mkldnn.matmul, call_of("contrastive_loss", "cpu", torch.bfloat16)
+    monkeypatch.setattr(cpu_blocks, "_has_bfloat16", lambda: True)
+    seen = []
+    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: seen.append(switch.fp32_precision) or 1 / 0)
+    was, switch.fp32_precision = switch.fp32_precision, before
+    try:
+        with pytest.raises(ZeroDivisionError):
+            call.op(**call.inputs)
+        assert (seen, switch.fp32_precision) == (["bf16"], before)
+    finally:
+        switch.fp32_precision = was
+
+
 def test_sigmoid_loss_without_gradients(device):
     # it takes another kernel, and computes no gradient
     call = call_of("sigmoid_loss", device)
