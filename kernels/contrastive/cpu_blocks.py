@@ -220,7 +220,7 @@ def _instructions_for(dtype: torch.dtype) -> Iterator[None]:
     if dtype != torch.bfloat16 or not _has_bfloat16():
         yield
         return
-    switch = torch.backends.mkldnn.matmul
+    switch = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     before = switch.fp32_precision
     switch.fp32_precision = "bf16"
     try:

@@ -46,7 +46,7 @@ def _sigmoid_fwd(
     if not with_grads:
         others = blocks.sigmoid_losses(x.rows, y.rows, logit_scale, logit_bias, offset)
         loss = torch.cat((of_pairs[0], others)).sum(dtype=torch.float64) / len(image)
-        return loss.to(logit_scale.dtype), *(logit_scale.new_empty(0) for _ in range(3))
+        return loss.to(logit_scale.dtype), *_no_gradients(logit_scale)
     factor = logit_scale / max(len(image), 1)
     image_grad = _held_gradient(image)
     acc_text = blocks.new_accumulator(len(text), y.rows)
@@ -72,6 +72,10 @@ def _sigmoid_fwd(
     return loss, image_grad, text_grad, number_grads
 
 
+def _no_gradients(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return like.new_empty(0), like.new_empty(0), like.new_empty(0)
+
+
 def _held_gradient(features: Tensor) -> Tensor:
     """Return an uninitialised gradient for the time between the passes."""
     dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
@@ -85,7 +89,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     loss = logit_scale.new_empty(())
     if not with_grads:
-        return loss, *(logit_scale.new_empty(0) for _ in range(3))
+        return loss, *_no_gradients(logit_scale)
     return loss, _held_gradient(image), _held_gradient(text), logit_scale.new_empty(2)
 
 
