@@ -37,8 +37,9 @@ class RankLoss(nn.Module):
         Args:
             image_features: [b, D], float32, float16 or bfloat16.
             text_features: [b, D], the same dtype; row i belongs to row i of ``image_features``.
-            logit_scale: factor on the cosine similarities, one element.
-            logit_bias: what is added to every logit, one element; None adds nothing.
+            logit_scale: factor on the cosine similarities, one element: a number, or a tensor of shape [] or [1], as
+                FSDP makes it. Its gradient has its shape.
+            logit_bias: what is added to every logit, likewise; None adds nothing.
             output_dict: return ``{"contrastive_loss": loss}`` instead of the loss, a scalar.
 
         Raises:
@@ -47,10 +48,11 @@ class RankLoss(nn.Module):
             RuntimeError: if there are several processes and ``torch.distributed`` is not initialised.
         """
         self._check_ranks()
-        loss = self._loss(image_features, text_features, logit_scale, logit_bias)
+        loss = self._of_rank(image_features, text_features, logit_scale, logit_bias)
         return {"contrastive_loss": loss} if output_dict else loss
 
-    def _loss(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
+    def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
+        """Compute this rank's loss of its pairs, with the features of other ranks where the loss takes them."""
         raise NotImplementedError
 
     def _check_ranks(self) -> None:
@@ -67,7 +69,7 @@ def logits_of(
 
 
 class ClipLoss(RankLoss):
-    """A drop-in for ``open_clip.ClipLoss`` (open_clip_torch 3.3.0) that never holds the matrix of logits.
+    """A drop-in for ``open_clip.ClipLoss`` (3.3.0 and main) that never holds the matrix of logits.
 
     With several ranks it gathers features over the default process group; as with OpenCLIP's, every rank must hold as
     many pairs as the others. ``logit_bias`` changes nothing, because no softmax depends on it, and its gradient is
@@ -88,7 +90,7 @@ class ClipLoss(RankLoss):
         gather_with_grad: let gradients flow back to the features of other ranks.
         cache_labels: keep what :meth:`get_ground_truth` returns.
         rank, world_size: as for :class:`RankLoss`.
-        use_horovod: must be False.
+        use_horovod: must be False; OpenCLIP 3.3.0 has it.
 
     Raises:
         ValueError: if ``use_horovod`` is True.
@@ -106,7 +108,8 @@ class ClipLoss(RankLoss):
         super().__init__(rank, world_size, cache_labels=cache_labels)
         if use_horovod:
             raise ValueError(
-                "ClipLoss: use_horovod must be False, got True: features are gathered by torch.distributed"
+                f"{type(self).__name__}: use_horovod must be False, got True: features are gathered by "
+                "torch.distributed"
             )
         self.local_loss = local_loss
         self.gather_with_grad = gather_with_grad
@@ -144,7 +147,7 @@ class ClipLoss(RankLoss):
             self.prev_num_logits = num_logits
         return labels
 
-    def _loss(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
+    def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
         if self.world_size == 1:
             loss = contrastive_loss(image, text, scale)
         elif self.local_loss and not self.gather_with_grad:
@@ -153,7 +156,9 @@ class ClipLoss(RankLoss):
             loss = self._distributed_loss(image, text, scale)
         if isinstance(bias, Tensor):
             if bias.numel() != 1:
-                raise ValueError(f"ClipLoss: logit_bias must have one element, got shape {tuple(bias.shape)}")
+                raise ValueError(
+                    f"{type(self).__name__}: logit_bias must have one element, got shape {tuple(bias.shape)}"
+                )
             # DistributedDataParallel waits for a gradient of every parameter, so this one must be zero and not None.
             loss = loss + 0.0 * bias.sum()
         return loss
@@ -164,6 +169,10 @@ class ClipLoss(RankLoss):
             scale = scale.view_as(scale)
             scale.register_hook(lambda grad: grad * self.world_size)
         loss = distributed_contrastive_loss(image, text, scale, sizes=[len(image)] * self.world_size)
+        return self._over_ranks(loss)
+
+    def _over_ranks(self, loss: Tensor) -> Tensor:
+        """Return the loss of this rank's pairs with ``local_loss``, and the mean over ranks without."""
         return loss if self.local_loss else _Mean.apply(loss, self.gather_with_grad)  # type: ignore[no-untyped-call]
 
     def _among_all(self, features: Tensor, partners: Tensor, scale: Tensor | float) -> Tensor:

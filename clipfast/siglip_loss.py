@@ -28,13 +28,20 @@ class SigLipLoss(RankLoss):
         dist_impl: how texts reach the other processes. "bidir" (the default) and "shift" pass them to the neighbours,
             in both directions or in one, and compute the loss with the texts of one process at a time. "gather"
             collects all texts first and computes the loss in one call, and so does "reduce", with OpenCLIP's result.
+        chunk_size: is accepted because OpenCLIP's main branch has it, for the number of rows of logits that it holds at
+            once. The blocks of the kernels are smaller, so it changes nothing.
 
     Raises:
         ValueError: if ``dist_impl`` is unknown or ``rank`` is not below ``world_size``.
     """
 
     def __init__(
-        self, cache_labels: bool = False, rank: int = 0, world_size: int = 1, dist_impl: str | None = None
+        self,
+        cache_labels: bool = False,
+        rank: int = 0,
+        world_size: int = 1,
+        dist_impl: str | None = None,
+        chunk_size: int = 0,
     ) -> None:
         super().__init__(rank, world_size, cache_labels=cache_labels)
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
@@ -42,6 +49,7 @@ class SigLipLoss(RankLoss):
         if not 0 <= rank < world_size:
             raise ValueError(f"SigLipLoss: rank must be in [0, world_size), got {rank} of {world_size}")
         self.dist_impl = dist_impl or "bidir"
+        self.chunk_size = chunk_size
 
     def get_ground_truth(
         self, device: torch.device, dtype: torch.dtype, num_logits: int, negative_only: bool = False
@@ -60,17 +68,33 @@ class SigLipLoss(RankLoss):
         """Return the logits [N, M]."""
         return logits_of(image_features, text_features, logit_scale, logit_bias)
 
-    def _loss(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
-        bias = 0.0 if bias is None else bias
-        num_pairs = len(text)
+    def _loss(
+        self,
+        image_features: Tensor,
+        text_features: Tensor,
+        logit_scale: Tensor | float,
+        logit_bias: Tensor | float | None = None,
+        negative_only: bool = False,
+    ) -> Tensor:
+        """Compute the loss of images [N, D] with the texts [N, D] of one rank; with ``negative_only``, without pairs.
+
+        It has the name and the arguments that OpenCLIP's subclasses and tests know.
+        """
+        bias = 0.0 if logit_bias is None else logit_bias
+        # Past the last text nothing is a pair. An offset of 0 would make pairs, so it is 1 where there are no texts.
+        offset = max(len(text_features), 1) if negative_only else 0
+        return sigmoid_loss(image_features, text_features, logit_scale, bias, offset=offset)
+
+    def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
         if self.world_size > 1 and self.dist_impl in ("reduce", "gather"):
             texts = all_gather(text.contiguous())
             ordered = torch.cat([*texts[: self.rank], *texts[self.rank + 1 :], texts[self.rank]])
-            return sigmoid_loss(image, ordered, scale, bias, offset=len(ordered) - num_pairs)
-        loss = sigmoid_loss(image, text, scale, bias)
+            bias = 0.0 if bias is None else bias
+            return sigmoid_loss(image, ordered, scale, bias, offset=len(ordered) - len(text))
+        loss = self._loss(image, text, scale, bias)
         if self.world_size > 1:
             for others in self._texts_of_others(text):
-                loss = loss + sigmoid_loss(image, others, scale, bias, offset=num_pairs)
+                loss = loss + self._loss(image, others, scale, bias, negative_only=True)
         return loss
 
     def _texts_of_others(self, text: Tensor) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast import ClipLoss, SigLipLoss
+from clipfast import ClipLoss, SigLipLoss, kernels
 from clipfast.ranks import run_ranks
 
 open_clip = pytest.importorskip("open_clip")
@@ -38,16 +38,53 @@ def value_and_grads(loss, inputs):
 @pytest.mark.parametrize(
     "bias", [None, torch.tensor(-10.0), torch.tensor([3.0])], ids=["none", "scalar", "one element"]
 )
-@pytest.mark.parametrize("scale", [20.0, 300.0])
+@pytest.mark.parametrize("scale", [20.0, 300.0, [20.0]])  # FSDP gives every parameter a dimension
 @pytest.mark.parametrize("kinds", KINDS, ids=["clip", "siglip"])
 def test_one_process(kinds, scale, bias):
     ours, theirs = (kind() for kind in kinds)
     inputs = [*features(scale), bias if bias is None else bias.double()]
-    close(value_and_grads(ours, inputs), value_and_grads(theirs, inputs))
+    found = value_and_grads(ours, inputs)
+    close(found, value_and_grads(theirs, inputs))
+    assert [x.shape for x in found[3:]] == [x.shape for x in inputs[2:] if x is not None]
     close(ours.get_logits(*inputs), theirs.get_logits(*inputs))
     found, expected = (loss(*inputs, output_dict=True) for loss in (ours, theirs))
     assert list(found) == list(expected) == ["contrastive_loss"]
     close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["contrastive", "distributed_contrastive", "info_nce", "nt_xent", "sigmoid"])
+def test_one_element_scales_in_the_functions(name, tmp_path):
+    (found,) = run_ranks(one_element_scales, 1, name, folder=tmp_path)
+    for (value, *grads), (expected, *expected_grads) in found:
+        assert value.shape == expected.shape == ()
+        close(value, expected)
+        assert [grad.shape for grad in grads[2:]] == [(1,)] * len(grads[2:])
+        close([grad.squeeze() for grad in grads], [grad.squeeze() for grad in expected_grads])
+
+
+def one_element_scales(rank, name):
+    """Value and gradients of a loss of the kernels where scale and bias are [1], and where they are []."""
+    loss, biases = getattr(kernels, f"{name}_loss"), [-3.0] if name == "sigmoid" else []
+    numbers = [torch.tensor(number, dtype=torch.float64) for number in (20.0, *biases)]
+    losses = [loss] if name == "distributed_contrastive" else [loss, functools.partial(loss, backend="torch")]
+    return [
+        [
+            value_and_grads(each, [*features(20.0)[:2], *numbers_of])
+            for numbers_of in ([x[None] for x in numbers], numbers)
+        ]
+        for each in losses
+    ]
+
+
+@pytest.mark.parametrize("negative_only", [False, True])
+@pytest.mark.parametrize("chunk_size", [0, 2, 5, 64])
+def test_chunks_and_negatives_of_siglip(chunk_size, negative_only):
+    inputs = [*features(20.0), torch.tensor(-3.0).double()]
+    losses = [kind(**options) for kind, options in zip(KINDS[1], ({"chunk_size": chunk_size}, {}), strict=True)]
+    assert losses[0].chunk_size == chunk_size
+    ours, theirs = (functools.partial(loss._loss, negative_only=negative_only) for loss in losses)
+    close(value_and_grads(ours, inputs), value_and_grads(theirs, inputs))
+    close(ours(*inputs[:3]), theirs(*inputs[:3]))
 
 
 def test_no_softmax_depends_on_a_bias():
