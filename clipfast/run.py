@@ -1,0 +1,233 @@
+"""``python -m clipfast.run MODULE_OR_SCRIPT ARGS...``: a program that uses OpenCLIP, with parts of clipfast inside.
+
+Nothing of OpenCLIP is imported here. A hook waits until the program imports the module that a part belongs to, and
+replaces what is in it before anything else can take it from there.
+"""
+
+import builtins
+import importlib.util
+import inspect
+import os
+import pkgutil
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from importlib.abc import MetaPathFinder
+from importlib.machinery import ModuleSpec, SourceFileLoader
+from types import ModuleType
+from typing import NamedTuple
+
+VARIABLE = "CLIPFAST_DISABLE"
+# What ends like this, or has a slash in it, is a file; everything else is a module.
+SCRIPT_ENDINGS = (".py", ".pyc", ".pyz", ".zip")
+# OpenCLIP's losses, and the modules that ours are in. The latter import PyTorch, so they wait until OpenCLIP has.
+LOSSES = {
+    "ClipLoss": "clipfast.losses",
+    "SigLipLoss": "clipfast.siglip_loss",
+    "DistillClipLoss": "clipfast.distill_loss",
+    "CoCaLoss": "clipfast.coca_loss",
+}
+
+
+class Part(NamedTuple):
+    """A part of OpenCLIP that is replaced."""
+
+    module: str  # the module after whose import it is replaced
+    replace: Callable[[ModuleType], str]  # does it, and says what it replaced
+    summary: str  # for --help
+
+
+def replace_losses(loss: ModuleType) -> str:
+    """Replace the classes of ``open_clip.loss`` wherever OpenCLIP has them, and return a line that says which.
+
+    A class that takes arguments which ours does not know, as one of a later version could, is left as it is.
+    """
+    replaced, left = [], []
+    for name, module in LOSSES.items():
+        theirs = getattr(loss, name, None)
+        if theirs is None:
+            continue
+        ours = pkgutil.resolve_name(f"{module}:{name}")
+        unknown = sorted(_arguments(theirs) - _arguments(ours))
+        if unknown:
+            left.append(f"; {name} is left as it is, because it takes {', '.join(unknown)}")
+            continue
+        _replace_everywhere(theirs, ours)
+        replaced.append(name)
+    return f"{', '.join(replaced) or 'none'} of open_clip replaced ({VARIABLE}=loss leaves them){''.join(left)}"
+
+
+# The one list of what can be replaced, and switched off by name.
+PARTS = {
+    "loss": Part("open_clip.loss", replace_losses, f"{', '.join(LOSSES)}, which then never hold N x N logits"),
+}
+
+HELP = f"""usage: python -m clipfast.run MODULE_OR_SCRIPT [ARGS ...]
+
+Run a module as `python -m MODULE ARGS` would, or a script as `python SCRIPT ARGS` would, with clipfast in the place of
+parts of OpenCLIP. No line of the program changes. One line on stderr says what was replaced.
+
+  python -m clipfast.run open_clip_train.main --model ViT-B-32 --train-data 'data/*.tar'
+  python -m clipfast.run ./my_training.py --epochs 3
+  torchrun --nproc-per-node 8 -m clipfast.run open_clip_train.main --model ViT-B-32 ...
+
+A name that has a slash or ends in {", ".join(SCRIPT_ENDINGS)} is a script, any other name a module.
+
+What is replaced, and the name that switches it off in {VARIABLE}, where names are separated by commas:
+{chr(10).join(f"  {name:<12}{part.summary}" for name, part in PARTS.items())}
+
+The replacement works in this process and in those that it forks. Those that the program starts with multiprocessing's
+"spawn" or "forkserver" have OpenCLIP's own parts. Processes of torchrun are each started with clipfast.run.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the program and return 0; what it raises, ``SystemExit`` too, passes through. A wrong call returns 2."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="", file=sys.stdout if arguments else sys.stderr)
+        return 0 if arguments else 2
+    program, *options = arguments
+    try:
+        parts = enabled_parts(os.environ.get(VARIABLE, ""))
+        run = _script_runner(program) if _is_script(program) else _module_runner(program)
+    except ValueError as error:
+        print(f"clipfast.run: error: {error}", file=sys.stderr)
+        return 2
+    hook = ImportHook(parts)
+    sys.meta_path.insert(0, hook)
+    sys.argv = [program, *options]
+    try:
+        run()
+    finally:
+        hook.say_what_never_happened()
+    return 0
+
+
+def enabled_parts(disabled: str) -> dict[str, Part]:
+    """Return the parts that are not in ``disabled``, names separated by commas.
+
+    Raises:
+        ValueError: a name that no part has.
+    """
+    names = {name.strip() for name in disabled.split(",")} - {""}
+    unknown = sorted(names - set(PARTS))
+    if unknown:
+        raise ValueError(
+            f"{VARIABLE}={disabled!r} names {', '.join(map(repr, unknown))}: it can name {', '.join(PARTS)}"
+        )
+    return {name: part for name, part in PARTS.items() if name not in names}
+
+
+class ImportHook(MetaPathFinder):
+    """Finds modules as the other finders do, and replaces each part as soon as its module has been executed."""
+
+    def __init__(self, parts: dict[str, Part]) -> None:
+        self.waiting = {part.module: part for part in parts.values()}
+        self.disabled = [name for name in PARTS if name not in parts]
+        self.done: set[str] = set()
+        for module in [sys.modules[name] for name in self.waiting if name in sys.modules]:
+            self._replace(module)
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        """Return the spec of a module that a part waits for, with a loader that replaces; of other modules None."""
+        if fullname not in self.waiting:
+            return None
+        found = (finder.find_spec(fullname, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next(filter(None, found), None)
+        if spec is not None and spec.loader is not None:
+            # The loader stays what it is, because tracebacks and inspect ask it for the source.
+            execute = spec.loader.exec_module
+
+            def execute_and_replace(module: ModuleType) -> None:
+                execute(module)
+                self._replace(module)
+
+            spec.loader.exec_module = execute_and_replace  # type: ignore[method-assign]
+        return spec
+
+    def say_what_never_happened(self) -> None:
+        """Name on stderr what is switched off, and what the program never imported."""
+        if self.disabled:
+            _say(f"{', '.join(self.disabled)} of open_clip left as they are ({VARIABLE})")
+        for module in sorted(set(self.waiting) - self.done):
+            _say(f"the program did not import {module}, so nothing was replaced there")
+
+    def _replace(self, module: ModuleType) -> None:
+        said = self.waiting[module.__name__].replace(module)
+        if module.__name__ not in self.done:  # importlib.reload executes a module again
+            _say(said)
+        self.done.add(module.__name__)
+
+
+def _say(text: str) -> None:
+    """Print a line to stderr, on one of the processes that torchrun starts."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"clipfast: {text}", file=sys.stderr, flush=True)
+
+
+def _arguments(kind: type) -> set[str]:
+    """Return the names of all arguments of a module's constructor and of its call."""
+    methods = (getattr(kind, name) for name in ("__init__", "forward"))
+    return {name for method in methods for name in inspect.signature(method).parameters}
+
+
+def _replace_everywhere(theirs: object, ours: object) -> None:
+    """Replace an object in every module of OpenCLIP that is loaded."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in ("open_clip", "open_clip_train"):
+            for attribute in [key for key, value in vars(module).items() if value is theirs]:
+                setattr(module, attribute, ours)
+
+
+def _is_script(program: str) -> bool:
+    return os.sep in program or program.endswith(SCRIPT_ENDINGS)
+
+
+def _module_runner(name: str) -> Callable[[], object]:
+    """Return what runs a module, which is looked for without importing anything but its packages when it runs.
+
+    Raises:
+        ValueError: it is an option, or no module of this name can be found.
+    """
+    if name.startswith("-"):
+        raise ValueError(f"there is no option {name}: the first argument is a module or a script (see --help)")
+    top = name.partition(".")[0]
+    if importlib.util.find_spec(top) is None:
+        raise ValueError(f"there is no module {top!r} in {os.getcwd()} or sys.path; a script is given as ./{name}")
+    return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _script_runner(path: str) -> Callable[[], object]:
+    """Return what runs a script, or a folder or an archive with a ``__main__.py``.
+
+    Raises:
+        ValueError: there is no such file.
+    """
+    if not os.path.exists(path):
+        raise ValueError(f"there is no file {path!r}")
+
+    return lambda: _run_script(path)
+
+
+def _run_script(path: str) -> None:
+    whole_path = os.path.abspath(path)
+    is_source = os.path.isfile(path) and not path.endswith((".pyc", ".pyz", ".zip"))
+    # The first path is the working directory, as for a module. A script has its own folder there, and runpy adds what
+    # is no script.
+    if not sys.flags.safe_path:
+        sys.path[:1] = [os.path.dirname(os.path.realpath(path))] if is_source else []
+    if not is_source:
+        runpy.run_path(whole_path, run_name="__main__")
+        return
+    # runpy would give the script another __file__ or another sys.argv[0] than Python does.
+    program, loader = ModuleType("__main__"), SourceFileLoader("__main__", whole_path)
+    program.__dict__.update(__file__=whole_path, __builtins__=builtins, __loader__=loader)
+    sys.modules["__main__"] = program
+    exec(loader.source_to_code(loader.get_data(whole_path), whole_path), program.__dict__)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""``python -m clipfast.run``: programs run as without it, with our losses in OpenCLIP's place."""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from clipfast import SigLipLoss, run
+
+from .conftest import TINY
+
+EMOJI = Path(run.__file__).parent / "assets" / "emoji"
+LOSSES = "ClipLoss, SigLipLoss, DistillClipLoss, CoCaLoss"
+LINE = f"clipfast: {LOSSES} of open_clip replaced (CLIPFAST_DISABLE=loss leaves them)"
+NEVER = "clipfast: the program did not import open_clip.loss, so nothing was replaced there"
+
+
+def stand_in_for_pandas(folder):
+    """OpenCLIP's trainer imports pandas, which only its CSV files need, and which our tests do without."""
+    if importlib.util.find_spec("pandas") is None:
+        (folder / "pandas.py").touch()
+
+
+def python(folder, *arguments, **variables):
+    """Run Python in a folder, in a process of its own."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    environment.pop("RANK", None)
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)], cwd=folder, env=environment, capture_output=True, text=True
+    )
+
+
+PROGRAM = """
+import os, pickle, sys
+class Thing: pass
+assert sys.modules["__main__"].__dict__ is globals() and isinstance(pickle.loads(pickle.dumps(Thing())), Thing)
+print(__name__, __file__, sys.argv, sys.path[0], __package__, getattr(__spec__, "name", None))
+assert "torch" not in sys.modules and "open_clip" not in sys.modules
+def fail(): return 1 / 0
+if "code" in sys.argv: sys.exit(7)
+if "message" in sys.argv: sys.exit("a message")
+if "fail" in sys.argv: fail()
+if "interrupt" in sys.argv: raise KeyboardInterrupt
+"""
+
+
+@pytest.fixture
+def program(tmp_path):
+    """A script, a package with a module, and a folder that can be run."""
+    for path in ("script.py", "package/module.py", "folder/__main__.py", "elsewhere/script.py"):
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_text(PROGRAM)
+    (tmp_path / "package" / "__init__.py").touch()
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("plain", "through"),
+    [
+        (["-m", "script"], ["script"]),
+        (["-m", "package.module"], ["package.module"]),
+        (["-m", "folder"], ["folder"]),
+        (["script.py"], ["script.py"]),
+        (["elsewhere/script.py"], ["elsewhere/script.py"]),
+        (["{folder}"], ["{folder}"]),
+    ],
+    ids=" ".join,
+)
+def test_a_program_finds_what_it_finds_without(plain, through, program):
+    words = ["-x", "--help", "a b"]
+    plain, through = ([word.format(folder=program / "folder") for word in call] for call in (plain, through))
+    expected, found = (python(program, *call, *words) for call in (plain, ["-m", "clipfast.run", *through]))
+    assert (expected.returncode, expected.stderr) == (0, "")
+    assert (found.returncode, found.stdout, found.stderr) == (0, expected.stdout, NEVER + "\n")
+
+
+@pytest.mark.parametrize("ending", ["code", "message", "fail", "interrupt"])
+@pytest.mark.parametrize("target", ["script", "script.py"])
+def test_a_program_ends_as_it_ends_without(ending, target, program):
+    plain = [target] if target.endswith(".py") else ["-m", target]
+    expected, found = (python(program, *call, ending) for call in (plain, ["-m", "clipfast.run", target]))
+    assert (found.returncode, found.stdout) == (expected.returncode, expected.stdout)
+    assert found.returncode == {"code": 7, "message": 1, "fail": 1, "interrupt": -2}[ending]
+    # The traceback from the program on; before it there are lines of ours and of runpy, as of runpy for a module.
+    frames = [text[text.rfind('  File "', 0, text.find("script.py", 1)) :] for text in (expected.stderr, found.stderr)]
+    if ending in ("fail", "interrupt"):
+        assert "script.py" in frames[0]
+        assert frames[1] == frames[0]
+    if ending == "message":
+        assert found.stderr == f"{NEVER}\na message\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "disabled", "message"),
+    [
+        (["script"], "loss, atention", "CLIPFAST_DISABLE='loss, atention' names 'atention': it can name loss"),
+        (["no_such_module"], "", "there is no module 'no_such_module' in "),
+        (["no_such_file.py"], "", "there is no file 'no_such_file.py'"),
+        (["--model", "ViT-B-32"], "", "there is no option --model: the first argument is a module or a script"),
+    ],
+)
+def test_a_wrong_call_is_one_line(arguments, disabled, message, program):
+    found = python(program, "-m", "clipfast.run", *arguments, CLIPFAST_DISABLE=disabled)
+    assert (found.returncode, found.stdout) == (2, "")
+    assert found.stderr.startswith(f"clipfast.run: error: {message}")
+    assert found.stderr.count("\n") == 1
+
+
+def test_help_and_a_part_that_is_switched_off(program):
+    shown = python(program, "-m", "clipfast.run", "--help")
+    assert (shown.returncode, shown.stderr) == (0, "")
+    for expected in ("usage: python -m clipfast.run MODULE_OR_SCRIPT", "torchrun", "CLIPFAST_DISABLE", *run.PARTS):
+        assert expected in shown.stdout
+    empty = python(program, "-m", "clipfast.run")
+    assert (empty.returncode, empty.stdout, empty.stderr) == (2, "", shown.stdout)
+    found = python(program, "-m", "clipfast.run", "script", CLIPFAST_DISABLE=" loss,")
+    assert (found.returncode, found.stderr) == (0, "clipfast: loss of open_clip left as they are (CLIPFAST_DISABLE)\n")
+
+
+def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, capsys):
+    (tmp_path / "package_a").mkdir()
+    (tmp_path / "package_a" / "__init__.py").write_text("from .one import NAME")
+    (tmp_path / "package_a" / "one.py").write_text("NAME = 'theirs'")
+    monkeypatch.syspath_prepend(tmp_path)
+    part = run.Part("package_a.one", lambda module: module.__dict__.update(NAME="ours") or "replaced NAME", "")
+    hook = run.ImportHook({"loss": part})
+    monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
+    package = importlib.import_module("package_a")
+    assert package.NAME == package.one.NAME == "ours"
+    assert importlib.reload(package.one).NAME == "ours"
+    assert package.one.__loader__.get_source("package_a.one") == "NAME = 'theirs'"
+    hook.say_what_never_happened()
+    assert capsys.readouterr().err == "clipfast: replaced NAME\n"
+    package.one.NAME = "theirs"
+    run.ImportHook({"loss": part})  # loaded before
+    assert package.one.NAME == "ours"
+    for name in ("package_a", "package_a.one"):
+        del sys.modules[name]
+
+
+def test_ranks_above_0_say_nothing(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    run.ImportHook({}).say_what_never_happened()
+    assert capsys.readouterr().err == ""
+
+
+def test_a_class_with_unknown_arguments_stays(monkeypatch):
+    class LaterLoss(nn.Module):
+        def __init__(self, local_loss=False, temperature_schedule=None):
+            super().__init__()
+
+        def forward(self, image_features, text_features, logit_scale):
+            """Does nothing."""
+
+    class SameLoss(LaterLoss):
+        def __init__(self, cache_labels=False):
+            super().__init__()
+
+    loss, other = types.ModuleType("open_clip.loss"), types.ModuleType("open_clip.other")
+    loss.ClipLoss, loss.SigLipLoss, other.Renamed, other.GenLipLoss = LaterLoss, SameLoss, SameLoss, LaterLoss
+    monkeypatch.setattr(sys, "modules", {**sys.modules, "open_clip.loss": loss, "open_clip.other": other})
+    said = run.replace_losses(loss)
+    assert (loss.ClipLoss, loss.SigLipLoss, other.Renamed, other.GenLipLoss) == (
+        LaterLoss, SigLipLoss, SigLipLoss, LaterLoss,
+    )  # fmt: skip
+    assert said.startswith("SigLipLoss of open_clip replaced")
+    assert said.endswith("; ClipLoss is left as it is, because it takes temperature_schedule")
+
+
+REPLACED = """
+import argparse, inspect, sys
+import open_clip, open_clip.factory, open_clip.loss
+from open_clip_train.main import create_loss
+where = sys.argv[1]
+for module in open_clip, open_clip.factory, open_clip.loss:
+    for name in "ClipLoss", "SigLipLoss", "DistillClipLoss", "CoCaLoss":
+        assert module is open_clip or hasattr(module, name)
+        assert getattr(module, name, open_clip.loss.ClipLoss).__module__.startswith(where), (module, name)
+for model, distill, siglip, name in [
+    ("ViT", False, False, "ClipLoss"), ("ViT", False, True, "SigLipLoss"),
+    ("ViT", True, False, "DistillClipLoss"), ("coca_ViT", False, False, "CoCaLoss"),
+]:
+    loss = create_loss(argparse.Namespace(
+        model=model, distill=distill, siglip=siglip, horovod=False, local_loss=True, gather_with_grad=True, rank=0,
+        world_size=1, loss_dist_impl=None, coca_caption_loss_weight=2.0, coca_contrastive_loss_weight=1.0,
+    ))
+    assert type(loss).__module__.startswith(where) and type(loss).__name__ == name
+assert "class ClipLoss" in inspect.getsource(open_clip.loss)
+"""
+
+
+@pytest.mark.parametrize(
+    ("disabled", "where", "line"),
+    [("", "clipfast", LINE), ("loss", "open_clip", "clipfast: loss of open_clip left as they are (CLIPFAST_DISABLE)")],
+)
+def test_open_clip_has_our_losses(disabled, where, line, tmp_path):
+    pytest.importorskip("open_clip")
+    stand_in_for_pandas(tmp_path)
+    (tmp_path / "program.py").write_text(REPLACED)
+    found = python(tmp_path, "-m", "clipfast.run", "program", where, CLIPFAST_DISABLE=disabled)
+    assert found.returncode == 0, found.stderr
+    assert [text for text in found.stderr.splitlines() if text.startswith("clipfast: ")] == [line]
+
+
+# Their trainer, once for each loss, so that Python and PyTorch start once. Without a buffer, their loader does not
+# shuffle, which it does by the clock. Their DistributedDataParallel names devices, which CPUs may not have.
+TRAINER = """
+import json, logging, sys
+import open_clip, torch
+from open_clip_train import data, main
+open_clip.add_model_config("models")
+data._SAMPLE_SHUFFLE_SIZE = data._SAMPLE_SHUFFLE_INITIAL = 1
+class OnCPU(torch.nn.parallel.DistributedDataParallel):
+    def __init__(self, module, device_ids=None, **options):
+        super().__init__(module, **options)
+torch.nn.parallel.DistributedDataParallel = OnCPU
+for options in json.loads(sys.argv[1]):
+    logging.getLogger().handlers.clear()
+    main.main(options)
+    torch.distributed.init_process_group = lambda **options: None  # once for all runs
+"""
+KINDS = {
+    "clip": ["--model", "tiny"],
+    "siglip": ["--model", "tiny", "--siglip"],
+    "distill": ["--model", "tiny", "--distill-model", "tiny", "--distill-pretrained", "teacher.pt"],
+    "coca": ["--model", "coca_tiny", "--pretrained", "coca.pt"],
+}
+COCA = {"context_length": 16, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 1, "mlp_ratio": 2}
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A folder with what TRAINER needs."""
+    open_clip = pytest.importorskip("open_clip")
+    pytest.importorskip("open_clip_train")
+    stand_in_for_pandas(tmp_path)
+    (tmp_path / "models").mkdir()
+    config = json.loads(Path(TINY).read_text())
+    (tmp_path / "models" / "tiny.json").write_text(json.dumps(config))
+    torch.save(open_clip.CLIP(**config).state_dict(), tmp_path / "teacher.pt")
+    vision = config["vision_cfg"] | {"attentional_pool": True, "attn_pooler_heads": 2, "output_tokens": True}
+    text = config["text_cfg"] | {"embed_cls": True, "output_tokens": True}
+    coca = {"embed_dim": 32, "vision_cfg": vision, "text_cfg": text, "multimodal_cfg": COCA, "custom_text": True}
+    (tmp_path / "models" / "coca_tiny.json").write_text(json.dumps(coca))
+    # OpenCLIP leaves some weights of its CoCa uninitialised.
+    weights = open_clip.CoCa(**{name: value for name, value in coca.items() if name != "custom_text"}).state_dict()
+    for name, x in weights.items():
+        if name != "logit_scale" and not name.endswith("attn_mask"):
+            weights[name] = 0.1 * torch.randn_like(x)
+    torch.save(weights, tmp_path / "coca.pt")
+    (tmp_path / "trainer.py").write_text(TRAINER)
+    return tmp_path
+
+
+def options_of(kind, name, logs, *more, batch=16):
+    data = "::".join(str(EMOJI / f"{style}.tar.gz") for style in ("fluent", "noto"))
+    return [
+        *KINDS[kind], "--train-data", data, "--dataset-type", "webdataset", "--train-num-samples", str(4 * batch),
+        "--batch-size", str(batch), "--epochs", "1", "--lr", "1e-4", "--warmup", "1", "--precision", "fp32", "--device",
+        "cpu", "--log-every-n-steps", "1", "--logs", logs, "--name", name, "--save-frequency", "0",
+        "--workers", "0", *more,
+    ]  # fmt: skip
+
+
+def printed_losses(folder):
+    """The losses that each run has logged, as they are printed: a list for each step."""
+    found = {}
+    for path in folder.glob("*/out.log"):
+        lines = [line for line in path.read_text().splitlines() if "Train Epoch" in line]
+        found[path.parent.name] = [re.findall(r"(\w*[Ll]oss): (\S+)", line) for line in lines]
+    return found
+
+
+def compare_trainings(folder, start, runs):
+    """Train with OpenCLIP's losses and with ours, after ``start``; ``runs`` has the kind and the options of each."""
+    for logs, call in (("theirs", ["-m"]), ("ours", ["-m", "clipfast.run"])):
+        options = [options_of(kind, f"{index}", logs, *more) for index, (kind, *more) in enumerate(runs)]
+        found = python(folder, *start, *call, "trainer", json.dumps(options))
+        assert found.returncode == 0, found.stderr[-3000:]
+        assert found.stderr.splitlines().count(LINE) == (1 if logs == "ours" else 0)
+    ours, theirs = (printed_losses(folder / logs) for logs in ("ours", "theirs"))
+    assert len(ours) == len(runs)
+    assert ours == theirs
+    for losses in ours.values():
+        assert losses
+        assert losses[0] != losses[-1]
+        assert all(float(number) > 0 for line in losses for _, number in line)
+
+
+@pytest.mark.long
+def test_open_clip_trains_with_the_same_printed_losses(training):
+    compare_trainings(training, [], [[kind] for kind in KINDS])
+
+
+@pytest.mark.long
+def test_open_clip_trains_on_two_ranks_with_the_same_printed_losses(training):
+    modes = [], ["--local-loss"], ["--gather-with-grad"], ["--local-loss", "--gather-with-grad"]
+    runs = [["clip", *mode] for mode in modes] + [["distill", *modes[-1]], ["siglip"], ["coca", *modes[-1]]]
+    compare_trainings(training, ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"], runs)
