@@ -123,7 +123,9 @@ class ImportHook(MetaPathFinder):
     """Finds modules as the other finders do, and replaces each part as soon as its module has been executed."""
 
     def __init__(self, parts: dict[str, Part]) -> None:
-        self.waiting = {part.module: part for part in parts.values()}
+        self.waiting: dict[str, list[Part]] = {}
+        for part in parts.values():
+            self.waiting.setdefault(part.module, []).append(part)
         self.disabled = [name for name in PARTS if name not in parts]
         self.done: set[str] = set()
         for module in [sys.modules[name] for name in self.waiting if name in sys.modules]:
@@ -156,9 +158,10 @@ class ImportHook(MetaPathFinder):
             _say(f"the program did not import {module}, so nothing was replaced there")
 
     def _replace(self, module: ModuleType) -> None:
-        said = self.waiting[module.__name__].replace(module)
-        if module.__name__ not in self.done:  # importlib.reload executes a module again
-            _say(said)
+        for part in self.waiting[module.__name__]:
+            said = part.replace(module)
+            if module.__name__ not in self.done:  # importlib.reload executes a module again
+                _say(said)
         self.done.add(module.__name__)
 
 
@@ -187,14 +190,14 @@ def _is_script(program: str) -> bool:
 
 
 def _module_runner(name: str) -> Callable[[], object]:
-    """Return what runs a module, which is looked for without importing anything but its packages when it runs.
+    """Return what runs a module.
 
     Raises:
-        ValueError: it is an option, or no module of this name can be found.
+        ValueError: it is an option, or there is no module or package of this name.
     """
     if name.startswith("-"):
         raise ValueError(f"there is no option {name}: the first argument is a module or a script (see --help)")
-    top = name.partition(".")[0]
+    top = name.partition(".")[0]  # To look for what is in a package would import the package.
     if importlib.util.find_spec(top) is None:
         raise ValueError(f"there is no module {top!r} in {os.getcwd()} or sys.path; a script is given as ./{name}")
     return lambda: runpy.run_module(name, run_name="__main__", alter_sys=True)
@@ -208,7 +211,6 @@ def _script_runner(path: str) -> Callable[[], object]:
     """
     if not os.path.exists(path):
         raise ValueError(f"there is no file {path!r}")
-
     return lambda: _run_script(path)
 
 

@@ -129,17 +129,18 @@ def test_help_and_a_part_that_is_switched_off(program):
 def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, capsys):
     (tmp_path / "package_a").mkdir()
     (tmp_path / "package_a" / "__init__.py").write_text("from .one import NAME")
-    (tmp_path / "package_a" / "one.py").write_text("NAME = 'theirs'")
+    (tmp_path / "package_a" / "one.py").write_text("NAME = OTHER = 'theirs'")
     monkeypatch.syspath_prepend(tmp_path)
     part = run.Part("package_a.one", lambda module: module.__dict__.update(NAME="ours") or "replaced NAME", "")
-    hook = run.ImportHook({"loss": part})
+    second = run.Part("package_a.one", lambda module: module.__dict__.update(OTHER="ours") or "replaced OTHER", "")
+    hook = run.ImportHook({"loss": part, "second": second})
     monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
     package = importlib.import_module("package_a")
-    assert package.NAME == package.one.NAME == "ours"
+    assert package.NAME == package.one.NAME == package.one.OTHER == "ours"
     assert importlib.reload(package.one).NAME == "ours"
-    assert package.one.__loader__.get_source("package_a.one") == "NAME = 'theirs'"
+    assert package.one.__loader__.get_source("package_a.one") == "NAME = OTHER = 'theirs'"
     hook.say_what_never_happened()
-    assert capsys.readouterr().err == "clipfast: replaced NAME\n"
+    assert capsys.readouterr().err == "clipfast: replaced NAME\nclipfast: replaced OTHER\n"
     package.one.NAME = "theirs"
     run.ImportHook({"loss": part})  # loaded before
     assert package.one.NAME == "ours"
