@@ -219,7 +219,7 @@ class DistillClipLoss(ClipLoss):
         return Logits(image, text, number)
 
     def _distillation(self, student: Logits, teacher: Logits) -> Tensor:
-        if self.world_size == 1:
+        if self.world_size <= 1:
             return _cross_entropy(student, teacher, both=True)
         # Each rank takes its own rows of both directions, among the columns of all ranks: the mean over ranks is the
         # loss of all rows, which OpenCLIP computes on every rank if not ``local_loss``.

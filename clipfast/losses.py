@@ -16,7 +16,7 @@ class RankLoss(nn.Module):
 
     Args:
         rank: rank of this process in the default process group.
-        world_size: number of processes; with one, nothing is exchanged.
+        world_size: number of processes; with one, or with 0 as some of OpenCLIP's callers say, nothing is exchanged.
         cache_labels: see the subclass.
     """
 
@@ -148,7 +148,7 @@ class ClipLoss(RankLoss):
         return labels
 
     def _of_rank(self, image: Tensor, text: Tensor, scale: Tensor | float, bias: Tensor | float | None) -> Tensor:
-        if self.world_size == 1:
+        if self.world_size <= 1:
             loss = contrastive_loss(image, text, scale)
         elif self.local_loss and not self.gather_with_grad:
             loss = (self._among_all(image, text, scale) + self._among_all(text, image, scale)) / 2

@@ -32,7 +32,7 @@ class SigLipLoss(RankLoss):
             once. The blocks of the kernels are smaller, so it changes nothing.
 
     Raises:
-        ValueError: if ``dist_impl`` is unknown or ``rank`` is not below ``world_size``.
+        ValueError: if ``dist_impl`` is unknown or ``rank`` is not below a ``world_size`` of several.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class SigLipLoss(RankLoss):
         super().__init__(rank, world_size, cache_labels=cache_labels)
         if dist_impl is not None and dist_impl not in DIST_IMPLS:
             raise ValueError(f"SigLipLoss: dist_impl must be one of {', '.join(DIST_IMPLS)}, got {dist_impl!r}")
-        if not 0 <= rank < world_size:
+        if world_size > 1 and not 0 <= rank < world_size:
             raise ValueError(f"SigLipLoss: rank must be in [0, world_size), got {rank} of {world_size}")
         self.dist_impl = dist_impl or "bidir"
         self.chunk_size = chunk_size

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clipfast import ClipLoss, SigLipLoss, kernels
+from clipfast import ClipLoss, DistillClipLoss, SigLipLoss, kernels
 from clipfast.ranks import run_ranks
 
 open_clip = pytest.importorskip("open_clip")
@@ -85,6 +85,14 @@ def test_chunks_and_negatives_of_siglip(chunk_size, negative_only):
     ours, theirs = (functools.partial(loss._loss, negative_only=negative_only) for loss in losses)
     close(value_and_grads(ours, inputs), value_and_grads(theirs, inputs))
     close(ours(*inputs[:3]), theirs(*inputs[:3]))
+
+
+def test_no_processes_are_one():
+    inputs = [*features(20.0), torch.tensor(-3.0).double()]
+    for kind in (ClipLoss, SigLipLoss):
+        close(value_and_grads(kind(world_size=0), inputs), value_and_grads(kind(), inputs))
+    teacher = [features(30.0, rank=1)[index] for index in range(3)]
+    close(DistillClipLoss(world_size=0)(*inputs[:3], *teacher), DistillClipLoss()(*inputs[:3], *teacher))
 
 
 def test_no_softmax_depends_on_a_bias():
