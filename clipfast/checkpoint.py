@@ -11,6 +11,7 @@ import logging
 import math
 import pickle
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 POSITIONS_NAME = "visual.positional_embedding"
+# What DistributedDataParallel and torch.compile put in front of the names of a model that they wrap.
+WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _PREPROCESSING = {"interpolation": "bicubic", "resize_mode": "shortest"}
+ACTIVATIONS = {True: "QuickGELU", False: "GELU"}
 
 
 class CheckpointError(ValueError):
@@ -50,8 +54,12 @@ def _nbytes(content: Any) -> int:
     return sum(map(_nbytes, values))
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Any]:
+def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
     """Read a training checkpoint, or a bare state dict as ``{"state_dict": ...}``; ``.safetensors`` files too.
+
+    Args:
+        path: the file.
+        mmap: leave the tensors on the disk until they are used. The file must not change meanwhile.
 
     Raises:
         CheckpointError: if the file is missing or broken, or holds anything but tensors and plain values.
@@ -62,7 +70,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     if path.stat().st_size == 0:
         raise CheckpointError(f"{path} is not a checkpoint: the file is empty")
     try:
-        loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path)
+        loaded = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pickle(path, mmap)
     except pickle.UnpicklingError as error:
         # PyTorch's own message recommends to unpickle everything, which would run the file's code.
         raise CheckpointError(
@@ -81,14 +89,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _read_pickle(path: Path) -> Any:
+def _read_pickle(path: Path, mmap: bool) -> Any:
     """Read what ``torch.save`` wrote, and compare the checksums in it, which PyTorch itself does not look at."""
-    if zipfile.is_zipfile(path):
+    is_zip = zipfile.is_zipfile(path)
+    if is_zip:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
-    return torch.load(path, "cpu", weights_only=True)
+    return torch.load(path, "cpu", weights_only=True, mmap=mmap and is_zip)  # older files are one stream
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -97,6 +106,50 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         own = (file.metadata() or {}).get("clipfast", "{}")
         return {"state_dict": {name: file.get_tensor(name) for name in file.keys()}, "clipfast": json.loads(own)}  # noqa: SIM118
+
+
+def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``state`` without the prefixes that wrappers of a model put in front of every name."""
+    plain = dict(state)
+    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if _all_start_with(plain, prefix)), None):
+        plain = {name.removeprefix(prefix): value for name, value in plain.items()}
+    return plain
+
+
+def _all_start_with(state: Mapping[str, Tensor], prefix: str) -> bool:
+    return bool(state) and all(name.startswith(prefix) for name in state)
+
+
+def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str | Path) -> None:
+    """Refuse weights that do not fit a model. Tensors of one element fit whatever their shape.
+
+    Args:
+        weights: the weights by name.
+        own: the state dict of the model, which may lie on the device "meta".
+        source: where the weights come from, for the error.
+
+    Raises:
+        CheckpointError: if names or shapes differ, or there are integers where the model has floats.
+    """
+    problems = [f"missing {name}" for name in own if name not in weights] + [
+        f"unexpected {name}" for name in weights if name not in own
+    ]
+    for name, value in own.items():
+        if name not in weights:
+            continue
+        other = weights[name]
+        if value.shape != other.shape and not value.numel() == other.numel() == 1:
+            problems.append(f"{name} is {tuple(other.shape)}, the model has {tuple(value.shape)}")
+        if value.is_floating_point() != other.is_floating_point():
+            problems.append(f"{name} holds {_short(other.dtype)}, the model has {_short(value.dtype)}")
+    if problems:
+        raise CheckpointError(
+            f"{source} does not fit the model: {'; '.join(problems[:5])}{'; …' if len(problems) > 5 else ''}"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def load_weights(
@@ -114,29 +167,17 @@ def load_weights(
     Raises:
         CheckpointError: if keys, shapes or the activation differ. Loading would not notice GELU in place of QuickGELU.
     """
-    saved = checkpoint.get("clipfast", {}).get("model_config")
+    saved = _own(checkpoint).get("model_config")
     if saved is not None and saved.get("quick_gelu", False) != model.config.quick_gelu:
-        names = {True: "QuickGELU", False: "GELU"}
         raise CheckpointError(
-            f"{source} was trained with {names[not model.config.quick_gelu]}, "
-            f"but the model uses {names[model.config.quick_gelu]}: "
+            f"{source} was trained with {ACTIVATIONS[not model.config.quick_gelu]}, "
+            f"but the model uses {ACTIVATIONS[model.config.quick_gelu]}: "
             "choose the model name with or without '-quickgelu' accordingly"
         )
-    weights = {name.removeprefix("module."): value for name, value in checkpoint["state_dict"].items()}
+    weights = plain_names(checkpoint["state_dict"])
     resized = _resize_positions(weights, model) if resize_positions else None
     own = model.state_dict()
-    problems = [f"missing {name}" for name in own if name not in weights] + [
-        f"unexpected {name}" for name in weights if name not in own
-    ]
-    for name, value in own.items():
-        if name not in weights or (value.numel() == 1 and weights[name].numel() == 1):
-            continue
-        if value.shape != weights[name].shape:
-            problems.append(f"{name} is {tuple(weights[name].shape)}, the model has {tuple(value.shape)}")
-    if problems:
-        raise CheckpointError(
-            f"{source} does not fit the model: {'; '.join(problems[:5])}{'; …' if len(problems) > 5 else ''}"
-        )
+    check_weights(weights, own, source)
     if resized is not None:
         log.info(f"{source}: positions were resized from {resized}")
     model.load_state_dict({name: weights[name].reshape(value.shape) for name, value in own.items()})
@@ -170,39 +211,6 @@ def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def read_own_config(path: str | Path) -> CLIPConfig:
-    """Return the model configuration that a checkpoint of this package holds.
-
-    Raises:
-        CheckpointError: if the checkpoint has none, as OpenCLIP's, or cannot be read.
-    """
-    own = read_checkpoint(path).get("clipfast", {}).get("model_config")
-    if own is None:
-        raise CheckpointError(
-            f"{path} does not say which model it belongs to: pass the name of the model, and this path as pretrained"
-        )
-    return CLIPConfig.from_dict(own)
-
-
-def export_open_clip(model: CLIP, folder: str | Path) -> None:
-    """Write ``model`` to a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP.
-
-    Raises:
-        DiskFullError: there is no space for it.
-    """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    normalization = {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)}
-    config = {"model_cfg": model.config.to_dict(), "preprocess_cfg": normalization | _PREPROCESSING}
-    weights: dict[str, Tensor] = {name: value.contiguous() for name, value in model.state_dict().items()}
-    # No shape shows which activation the weights were trained with, so the file says it.
-    own = {"format": "pt", "clipfast": json.dumps({"model_config": model.config.to_dict()})}
-    replace_file(folder / WEIGHTS_NAMES[0], lambda temporary: save_file(weights, temporary, own), _nbytes(weights))
-    replace_text(folder / CONFIG_NAME, json.dumps(config, indent=2) + "\n")
-
-
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
     """All that is needed to build a model: its configuration, the file of its weights, and its normalisation."""
@@ -213,6 +221,137 @@ class ModelSource:
     std: tuple[float, ...] = CLIP_STD
 
 
+def _own(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what this package added to a checkpoint; {} if it is somebody else's."""
+    own = checkpoint.get("clipfast")
+    return own if isinstance(own, dict) else {}
+
+
+def own_config(checkpoint: Mapping[str, Any], source: str | Path) -> CLIPConfig | None:
+    """Return the model configuration in a checkpoint of this package; None for other checkpoints.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
+    raw = _own(checkpoint).get("model_config")
+    try:
+        return None if raw is None else CLIPConfig.from_dict(raw)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"the model configuration in {source} cannot be read: {error}") from error
+
+
+def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return how a checkpoint of this package says that images are prepared, in OpenCLIP's words."""
+    found = _own(checkpoint).get("preprocess_cfg")
+    return complete_preprocessing(found if isinstance(found, dict) else {})
+
+
+def complete_preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``given`` with OpenAI's normalisation and CLIP's usual resizing for what it leaves open.
+
+    Raises:
+        CheckpointError: mean or std are not three numbers.
+    """
+    complete = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)} | _PREPROCESSING | dict(given)
+    for key in ("mean", "std"):
+        value = complete[key]
+        if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
+            raise CheckpointError(f"the {key} of images must be three numbers, got {value!r}")
+    return complete
+
+
+def check_preprocessing(preprocessing: Mapping[str, Any], source: str | Path) -> None:
+    """Refuse resizing that this package does not implement.
+
+    Raises:
+        CheckpointError: as above.
+    """
+    for key, ours in _PREPROCESSING.items():
+        if preprocessing.get(key, ours) != ours:
+            raise CheckpointError(
+                f"{source} preprocesses images with {key} {preprocessing[key]!r}, clipfast only with {ours!r}"
+            )
+
+
+def read_own_source(path: str | Path) -> ModelSource:
+    """Return the model that a checkpoint of this package holds.
+
+    Raises:
+        CheckpointError: if the checkpoint names no model, as OpenCLIP's, or cannot be read.
+    """
+    checkpoint = read_checkpoint(path, mmap=True)
+    config = own_config(checkpoint, path)
+    if config is None:
+        raise CheckpointError(
+            f"{path} does not say which model it belongs to: pass the name of the model, and this path as pretrained"
+        )
+    preprocessing = own_preprocessing(checkpoint)
+    return ModelSource(config, Path(path), tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
+
+
+def export_open_clip(model: CLIP, folder: str | Path) -> None:
+    """Write ``model`` to a folder that ``create_model("local-dir:FOLDER")`` loads, here and in OpenCLIP.
+
+    Raises:
+        DiskFullError: there is no space for it.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    normalization = {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)}
+    write_open_clip_folder(folder, model.config, complete_preprocessing(normalization), model.state_dict())
+
+
+def write_open_clip_folder(
+    folder: Path, config: CLIPConfig, preprocessing: Mapping[str, Any], weights: Mapping[str, Tensor]
+) -> None:
+    """Write configuration and weights into ``folder``, which exists; see :func:`export_open_clip`."""
+    # No shape shows which activation the weights were trained with, so the file says it.
+    own = {"clipfast": json.dumps({"model_config": config.to_dict()})}
+    write_safetensors(folder / WEIGHTS_NAMES[0], weights, own)
+    raw = {"model_cfg": config.to_dict(), "preprocess_cfg": dict(preprocessing)}
+    replace_text(folder / CONFIG_NAME, json.dumps(raw, indent=2) + "\n")
+
+
+def write_safetensors(path: Path, weights: Mapping[str, Tensor], notes: Mapping[str, str] | None = None) -> None:
+    """Write a safetensors file of PyTorch's weights, with ``notes`` in its header.
+
+    Raises:
+        DiskFullError: there is no space for it.
+    """
+    from safetensors.torch import save_file
+
+    content = {name: value.contiguous() for name, value in weights.items()}
+    header = {"format": "pt", **(notes or {})}
+    replace_file(path, lambda temporary: save_file(content, temporary, header), _nbytes(content))
+
+
+def read_open_clip_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
+    """Return the model's configuration, and how images are prepared, of a folder with ``open_clip_config.json``.
+
+    Raises:
+        CheckpointError: the configuration cannot be read, or this package cannot build the model.
+    """
+    try:
+        raw = json.loads((folder / CONFIG_NAME).read_text())
+        return CLIPConfig.from_dict(raw["model_cfg"]), complete_preprocessing(raw.get("preprocess_cfg", {}))
+    except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / CONFIG_NAME} is not a model configuration that can be read: {error}"
+        ) from error
+
+
+def find_open_clip_weights(folder: Path) -> Path:
+    """Return the file with the weights of a folder in OpenCLIP's layout.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    weights = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
+    if weights is None:
+        raise CheckpointError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS_NAMES)}")
+    return weights
+
+
 def read_open_clip_folder(folder: str | Path) -> ModelSource:
     """Read the configuration of the model in a folder, and find its weights.
 
@@ -221,20 +360,7 @@ def read_open_clip_folder(folder: str | Path) -> ModelSource:
             preprocessing.
     """
     folder = Path(folder)
-    try:
-        raw = json.loads((folder / CONFIG_NAME).read_text())
-        config, preprocess = CLIPConfig.from_dict(raw["model_cfg"]), raw.get("preprocess_cfg", {})
-    except (OSError, KeyError, ValueError, TypeError) as error:
-        raise CheckpointError(
-            f"{folder / CONFIG_NAME} is not a model configuration that can be read: {error}"
-        ) from error
-    for key, ours in _PREPROCESSING.items():
-        if preprocess.get(key, ours) != ours:
-            raise CheckpointError(
-                f"{folder} preprocesses images with {key} {preprocess[key]!r}, clipfast only with {ours!r}"
-            )
-    weights = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
-    if weights is None:
-        raise CheckpointError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS_NAMES)}")
-    mean, std = (tuple(preprocess.get(key, default)) for key, default in (("mean", CLIP_MEAN), ("std", CLIP_STD)))
-    return ModelSource(config, weights, mean, std)
+    config, preprocessing = read_open_clip_config(folder)
+    check_preprocessing(preprocessing, folder)
+    weights = find_open_clip_weights(folder)
+    return ModelSource(config, weights, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))

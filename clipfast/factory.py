@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import ModelSource, load_checkpoint, read_open_clip_folder, read_own_config
+from .checkpoint import ModelSource, load_checkpoint, read_open_clip_folder, read_own_source
 from .images import image_transform
 from .models import CLIP, get_model_config, list_models
 from .tokenizer import Tokenizer
@@ -153,7 +153,7 @@ def _resolve(model_name: str) -> ModelSource:
     if model_name.startswith(LOCAL_DIR_PREFIX):
         return read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
     if model_name.endswith(".pt"):
-        return ModelSource(read_own_config(model_name), Path(model_name))
+        return read_own_source(model_name)
     name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
     if name not in list_models() and Path(model_name).is_dir():
         raise ValueError(f"{model_name} is a folder: write local-dir:{model_name}")

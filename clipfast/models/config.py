@@ -181,12 +181,20 @@ def add_model_config(path: str | Path) -> None:
     Raises:
         ValueError: if it is not such a file, or this package cannot build the model.
     """
-    path = Path(path)
+    _CONFIGS[Path(path).stem] = read_model_config(path)
+
+
+def read_model_config(path: str | Path) -> CLIPConfig:
+    """Return the configuration in OpenCLIP's JSON file ``path``.
+
+    Raises:
+        ValueError: if it is not such a file, or this package cannot build the model.
+    """
     try:
-        raw = json.loads(path.read_text())
+        raw = json.loads(Path(path).read_text())
     except ValueError as error:
         raise ValueError(f"{path} is not a model configuration: {error}") from error
-    _CONFIGS[path.stem] = CLIPConfig.from_dict(raw)
+    return CLIPConfig.from_dict(raw)
 
 
 def get_model_config(name: str) -> CLIPConfig:
