@@ -13,6 +13,10 @@ from . import __version__
 COMMANDS = {
     "train": ("train a model on image-text shards", "clipfast.training.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),
+    "inspect-checkpoint": (
+        "say what a checkpoint is: layout, model, activation, step, checksum",
+        "clipfast.conversion.inspect_command",
+    ),
     "verify": ("check the numerics of kernels, model and training", "clipfast.verify.command"),
     "plan": ("predict memory, FLOPs, traffic and time of the loss on many GPUs", "clipfast.plan.command"),
     "inspect": ("show what the compiler made of every kernel, without a GPU", "clipfast.bench.inspection.command"),

@@ -52,10 +52,11 @@ class Tokenizer:
             + ["".join(pair) for pair in merges]
             + [START_OF_TEXT, END_OF_TEXT]
         )
-        self._ids = {symbol: index for index, symbol in enumerate(vocabulary)}
+        self.vocabulary = {symbol: index for index, symbol in enumerate(vocabulary)}
         self._ranks = {pair: rank for rank, pair in enumerate(merges)}
         self.vocab_size = len(vocabulary)
-        self.sot_token_id, self.eot_token_id = self._ids[START_OF_TEXT], self._ids[END_OF_TEXT]
+        self.merges = merges
+        self.sot_token_id, self.eot_token_id = self.vocabulary[START_OF_TEXT], self.vocabulary[END_OF_TEXT]
         self._word_ids = functools.lru_cache(WORD_CACHE_SIZE)(self._encode_word)
 
     def __reduce__(self) -> tuple[type["Tokenizer"], tuple[int]]:
@@ -79,7 +80,7 @@ class Tokenizer:
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
         """Return the text of token ids, with a space after each word, and with start and end by their names."""
-        symbols = {index: symbol for symbol, index in self._ids.items()}
+        symbols = {index: symbol for symbol, index in self.vocabulary.items()}
         to_byte = {symbol: byte for byte, symbol in self._byte_symbols.items()}
         text = "".join(symbols[int(token)] for token in tokens)
         return bytes(to_byte[symbol] for symbol in text).decode("utf-8", errors="replace").replace("</w>", " ")
@@ -118,7 +119,7 @@ class Tokenizer:
     def _encode_word(self, word: str) -> tuple[int, ...]:
         """Return the token ids of a word: its bytes, merged pair by pair, the pair of lowest rank first."""
         if word in (START_OF_TEXT, END_OF_TEXT):
-            return (self._ids[word],)
+            return (self.vocabulary[word],)
         parts = [self._byte_symbols[byte] for byte in word.encode("utf-8")]
         parts[-1] += "</w>"
         while len(parts) > 1:
@@ -126,7 +127,7 @@ class Tokenizer:
             if best not in self._ranks:
                 break
             parts = _merge(parts, best)
-        return tuple(self._ids[part] for part in parts)
+        return tuple(self.vocabulary[part] for part in parts)
 
 
 def _merge(parts: list[str], pair: tuple[str, str]) -> list[str]:

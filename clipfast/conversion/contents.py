@@ -1,0 +1,36 @@
+"""What is read of a checkpoint, whatever its layout: the form between reading one layout and writing another."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..checkpoint import complete_preprocessing
+from ..models import CLIPConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """The contents of a checkpoint, under the names that clipfast and OpenCLIP share.
+
+    Attributes:
+        source: the file or folder, as the user named it.
+        layout: what it is, in words.
+        files: the files that hold the weights.
+        state: the weights by name. They may lie on the disk until they are used.
+        config: the configuration of the model; None if the checkpoint does not say it.
+        preprocessing: how images are prepared, in OpenCLIP's words: mean, std, interpolation and resize_mode.
+        tokenizer: the files of a tokenizer that lie beside the weights.
+        epoch, step: how far training had come, if the checkpoint says it.
+    """
+
+    source: Path
+    layout: str
+    files: tuple[Path, ...]
+    state: dict[str, Tensor]
+    config: CLIPConfig | None = None
+    preprocessing: dict[str, Any] = dataclasses.field(default_factory=lambda: complete_preprocessing({}))
+    tokenizer: tuple[Path, ...] = ()
+    epoch: int | None = None
+    step: int | None = None

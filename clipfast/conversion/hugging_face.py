@@ -1,0 +1,108 @@
+"""Reading and writing folders of transformers' ``CLIPModel``."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import CheckpointError, check_weights, complete_preprocessing, read_checkpoint, write_safetensors
+from ..files import replace_text
+from .contents import Contents
+from .hugging_face_config import from_hugging_face, from_image_processor, to_hugging_face, to_image_processor
+from .hugging_face_names import from_ours, to_ours
+from .skeleton import empty_state
+from .tokenizer_files import find_tokenizer, write_tokenizer
+
+CONFIG_NAME = "config.json"
+_INDEX_NAME = "model.safetensors.index.json"
+WEIGHTS_NAMES = ("model.safetensors", _INDEX_NAME, "pytorch_model.bin")
+_PROCESSOR_NAME = "preprocessor_config.json"
+_PROCESSORS_NAME = "processor_config.json"  # of newer versions, with one section for images and one for texts
+
+
+def read_folder(folder: Path) -> Contents:
+    """Read a folder that ``CLIPModel.save_pretrained`` wrote.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, or the weights do not fit the configuration.
+    """
+    config = from_hugging_face(_read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
+    files = _weights_files(folder)
+    theirs: dict[str, Tensor] = {}
+    for file in files:
+        theirs |= read_checkpoint(file, mmap=True)["state_dict"]
+    # Old versions stored the numbers 0, 1, 2, ... too.
+    theirs = {name: value for name, value in theirs.items() if not name.endswith(".position_ids")}
+    own = empty_state(config, theirs, folder)
+    check_weights(theirs, from_ours(own), folder)
+    state = to_ours(own, theirs)
+    preprocessing = _read_preprocessing(folder, config.vision.image_size)
+    return Contents(
+        folder, "transformers folder (CLIPModel)", files, state, config, preprocessing, find_tokenizer(folder)
+    )
+
+
+def _weights_files(folder: Path) -> tuple[Path, ...]:
+    found = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
+    if found is None:
+        raise CheckpointError(f"{folder} holds no weights: neither {', nor '.join(WEIGHTS_NAMES)}")
+    if found.name != _INDEX_NAME:
+        return (found,)
+    parts = _read_json(found).get("weight_map")
+    names = sorted(set(map(str, parts.values()))) if isinstance(parts, dict) else []
+    if not names or any(Path(name).name != name for name in names):
+        raise CheckpointError(f"{found} names no files of weights in its folder: its weight_map is {parts!r:.80}")
+    return tuple(folder / name for name in names)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} cannot be read: it holds a {type(raw).__name__}, not an object of settings")
+    return raw
+
+
+def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+    if (folder / _PROCESSOR_NAME).is_file():
+        return from_image_processor(_read_json(folder / _PROCESSOR_NAME), image_size, folder / _PROCESSOR_NAME)
+    if (folder / _PROCESSORS_NAME).is_file():
+        section = _read_json(folder / _PROCESSORS_NAME).get("image_processor")
+        if isinstance(section, dict):
+            return from_image_processor(section, image_size, folder / _PROCESSORS_NAME)
+    return complete_preprocessing({})
+
+
+def write_folder(folder: Path, contents: Contents) -> None:
+    """Write weights, configurations and tokenizer for transformers into ``folder``, which exists.
+
+    Raises:
+        NoCounterpartError: transformers' CLIP cannot express the model or its preprocessing.
+        DiskFullError: there is no space for it.
+    """
+    config = contents.config
+    assert config is not None  # which the conversion has settled
+    raw = {
+        "architectures": ["CLIPModel"],
+        "model_type": "clip",
+        "torch_dtype": _widest(contents.state),
+        **to_hugging_face(config),
+    }
+    processor = to_image_processor(contents.preprocessing, config.vision.image_size)
+    theirs = {name: value.clone() for name, value in from_ours(contents.state).items()}
+    write_safetensors(folder / WEIGHTS_NAMES[0], theirs)
+    for name, settings in ((CONFIG_NAME, raw), (_PROCESSOR_NAME, processor)):
+        replace_text(folder / name, json.dumps(settings, indent=2) + "\n")
+    write_tokenizer(folder, contents.tokenizer, config.text)
+
+
+def _widest(state: dict[str, Tensor]) -> str:
+    """Return the name of the dtype that holds every weight without rounding; transformers loads them all in one."""
+    widest = next(iter(state.values())).dtype
+    for value in state.values():
+        widest = torch.promote_types(widest, value.dtype)
+    return str(widest).removeprefix("torch.")
