@@ -4,6 +4,7 @@ from . import kernels
 from .accumulation import accumulate_gradients, largest_micro_batch
 from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
 from .coca_loss import CoCaLoss
+from .conversion.convert import convert
 from .conversion.inspection import CheckpointInfo, inspect_checkpoint
 from .distill_loss import DistillClipLoss
 from .evaluation.retrieval import recall_at
@@ -41,7 +42,7 @@ __all__ = [
     "CLIP", "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "CheckpointError",
     "CheckpointInfo", "ClipLoss", "CoCaLoss", "DistillClipLoss", "ImageError", "SigLipLoss", "Tokenizer",
     "accumulate_gradients", "add_model_config", "attention", "attention_pool", "attention_qkv", "bias_gelu",
-    "bias_quick_gelu", "build_zero_shot_classifier", "contrastive_loss", "create_model",
+    "bias_quick_gelu", "build_zero_shot_classifier", "contrastive_loss", "convert", "create_model",
     "create_model_and_transforms", "create_model_from_pretrained", "export_open_clip", "get_model_config",
     "get_tokenizer", "image_transform", "info_nce_loss", "inspect_checkpoint", "kernels", "largest_micro_batch",
     "layer_norm", "layer_norm_pair", "list_models", "load_checkpoint", "nt_xent_loss", "open_image", "patch_embed",

@@ -13,6 +13,7 @@ from . import __version__
 COMMANDS = {
     "train": ("train a model on image-text shards", "clipfast.training.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),
+    "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.conversion.command"),
     "inspect-checkpoint": (
         "say what a checkpoint is: layout, model, activation, step, checksum",
         "clipfast.conversion.inspect_command",

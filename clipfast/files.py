@@ -50,6 +50,32 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
         temporary.unlink(missing_ok=True)
 
 
+def write_folder(path: Path, write: Callable[[Path], object]) -> None:
+    """Call ``write`` with a temporary folder beside ``path``, then move it into place and onto the disk.
+
+    Args:
+        path: the folder to make; it must not exist, and its parent must.
+        write: writes the whole content into the folder that it is given. If it raises, the folder is removed, and there
+            is nothing at ``path``. What a killed process leaves is removed by the next write.
+
+    Raises:
+        FileExistsError: there is something at ``path``.
+        DiskFullError: there is no space, as ``write`` says.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        write(temporary)
+        _sync(temporary)
+        if path.exists() or path.is_symlink():
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        temporary.rename(path)
+        _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def check_target(*paths: Path | None) -> None:
     """Refuse a file that could not be written, before the work whose result it is to hold.
 

@@ -1,0 +1,59 @@
+"""Convert a checkpoint into the layout of OpenCLIP, transformers or clipfast.
+
+The layout of SRC is recognised. It may be a checkpoint of OpenCLIP or clipfast (.pt, .bin or .safetensors, from
+training or bare, with or without the prefixes of DistributedDataParallel and torch.compile), a folder with
+open_clip_config.json, a folder of transformers' CLIPModel or, with --trust, OpenAI's TorchScript archive.
+
+Weights keep their bits. The activation, the preparation of images, the context length and a tokenizer's files go along
+where the layout has a place for them; the state of training stays behind. Nothing is guessed: what SRC leaves open is
+an error that names the flag which decides.
+"""
+
+import argparse
+from typing import Any
+
+from .targets import TARGETS
+
+EPILOG = """\
+layouts:
+  open_clip  a folder with open_clip_config.json and weights; OpenCLIP and clipfast load it as local-dir:DST
+  hf         a folder with config.json, weights, image processor and tokenizer; CLIPModel.from_pretrained(DST) loads it
+  clipfast   a .pt file; clipfast.create_model(DST) builds its model
+
+examples:
+  clipfast convert epoch_32.pt exported --to open_clip --model ViT-B-32
+  clipfast convert local-dir:exported for_transformers --to hf
+  clipfast convert for_transformers larger.pt --to clipfast --image-size 336
+
+exit code: 0 written, 2 an error; then DST does not exist"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand. Names and files are checked when it runs."""
+    parser = commands.add_parser(
+        "convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("source", metavar="SRC", help="file or folder to convert")
+    add("destination", metavar="DST", help="file or folder to write; it must not exist")
+    add("--to", required=True, metavar="LAYOUT", help=f"layout of DST: {', '.join(TARGETS)}")
+    add("--model", metavar="NAME", help="the model, where SRC does not say it: a name, or a JSON file as OpenCLIP's")
+    add("--activation", metavar="NAME", help="gelu or quick_gelu, where SRC does not say it or is wrong")
+    add("--image-size", type=int, metavar="PIXELS", help="resize the positions of patches to images of this size")
+    add("--context-length", type=int, metavar="TOKENS", help="resize the positions of texts to this length")
+    add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert the checkpoint, print what was written, and return the exit code."""
+    from .convert import convert
+    from .inspect_command import describe
+
+    info = convert(
+        args.source, args.destination, args.to, model=args.model, activation=args.activation,
+        image_size=args.image_size, context_length=args.context_length, trust=args.trust,
+    )  # fmt: skip
+    print(f"wrote {describe(info)}")
+    return 0

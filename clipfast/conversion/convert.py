@@ -1,0 +1,87 @@
+"""Converting a checkpoint from one layout into another."""
+
+from pathlib import Path
+
+from ..checkpoint import check_preprocessing, write_checkpoint, write_open_clip_folder
+from ..files import check_target, write_folder
+from . import hugging_face
+from .contents import Contents
+from .inspection import CheckpointInfo, inspect_checkpoint
+from .layouts import read_contents
+from .resolve import Wishes, resolve
+from .targets import CLIPFAST, HUGGING_FACE, OPEN_CLIP, TARGETS
+from .tokenizer_files import copy_tokenizer
+
+
+def convert(
+    source: str | Path,
+    destination: str | Path,
+    to: str,
+    *,
+    model: str | None = None,
+    activation: str | None = None,
+    image_size: int | None = None,
+    context_length: int | None = None,
+    trust: bool = False,
+) -> CheckpointInfo:
+    """Convert a checkpoint into another layout. The layout of ``source`` is recognised.
+
+    Weights keep their bits and dtypes. The activation, the normalisation and resizing of images, the context length and
+    the files of a tokenizer go along where the layout has a place for them; the state of training does not.
+
+    Args:
+        source: a checkpoint of OpenCLIP or clipfast (``.pt``, ``.bin`` or ``.safetensors``), a folder with
+            ``open_clip_config.json``, a folder of transformers' CLIPModel, or OpenAI's TorchScript archive.
+        destination: what to write. It must not exist; after an error it does not exist either.
+        to: "open_clip" (a folder that OpenCLIP and clipfast load as ``local-dir:FOLDER``), "hf" (a folder for
+            transformers) or "clipfast" (a ``.pt`` file that ``create_model`` builds by itself).
+        model: the model's name, or the path of its JSON configuration, for a checkpoint that does not say it.
+        activation: "gelu" or "quick_gelu", for a checkpoint that does not say it or is wrong.
+        image_size: resize the positions of a vision transformer to images of so many pixels a side.
+        context_length: resize the positions of texts to so many tokens.
+        trust: read a TorchScript archive, which may run its code.
+
+    Returns:
+        What was written, as :func:`inspect_checkpoint` describes it.
+
+    Raises:
+        CheckpointError: ``source`` cannot be read, leaves something open, or does not fit its model; the message names
+            the option that resolves it.
+        ValueError: an argument is wrong, ``destination`` exists, or the layout cannot express the model
+            (:class:`~clipfast.conversion.hugging_face_config.NoCounterpartError`: transformers has no ResNets).
+        DiskFullError: there is no space.
+    """
+    destination = Path(destination)
+    wishes = Wishes(model, activation, image_size, context_length)
+    _check_destination(destination, to)
+    contents = resolve(read_contents(source, trust=trust), wishes)
+    if to == CLIPFAST:
+        _write_clipfast(destination, contents)
+    else:
+        write = {OPEN_CLIP: _write_open_clip, HUGGING_FACE: hugging_face.write_folder}[to]
+        write_folder(destination, lambda folder: write(folder, contents))
+    return inspect_checkpoint(destination)
+
+
+def _check_destination(destination: Path, to: str) -> None:
+    if to not in TARGETS:
+        raise ValueError(f"--to must be one of {', '.join(TARGETS)}, got {to!r}")
+    if destination.exists() or destination.is_symlink():
+        raise ValueError(f"{destination} exists already: name another destination, or remove it")
+    check_target(destination)
+    if to == CLIPFAST and destination.suffix != ".pt":
+        raise ValueError(f"with --to clipfast the destination is a file whose name ends in .pt, got {destination}")
+
+
+def _write_clipfast(path: Path, contents: Contents) -> None:
+    assert contents.config is not None  # which resolve has settled
+    check_preprocessing(contents.preprocessing, contents.source)
+    own = {"model_config": contents.config.to_dict(), "preprocess_cfg": dict(contents.preprocessing)}
+    state = {name: value.contiguous() for name, value in contents.state.items()}
+    write_checkpoint(path, {"state_dict": state, "clipfast": own})
+
+
+def _write_open_clip(folder: Path, contents: Contents) -> None:
+    assert contents.config is not None  # which resolve has settled
+    write_open_clip_folder(folder, contents.config, contents.preprocessing, contents.state)
+    copy_tokenizer(folder, contents.tokenizer)

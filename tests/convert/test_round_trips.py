@@ -1,0 +1,224 @@
+"""Weights come back with the same bits, and the converted model computes what its source's own code computes."""
+
+import dataclasses
+import json
+import zipfile
+
+import pytest
+import torch
+from PIL import Image
+
+import clipfast
+from clipfast import convert, create_model, export_open_clip
+from clipfast.models import get_model_config
+
+from .conftest import CONFIGS, TEXT, VITS, inputs, make_model, same_bits, save_config, save_own
+
+TOLERANCE = {"rtol": 0, "atol": 1e-6}
+
+
+@torch.no_grad()
+def features(model, config):
+    """Normalised features of images and texts, as clipfast and OpenCLIP give them."""
+    torch.manual_seed(1)
+    return model(*inputs(config))[:2]
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_clipfast_open_clip_clipfast(kind, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    model = make_model(CONFIGS[kind])
+    convert(save_own(model, tmp_path / "own.pt"), tmp_path / "folder", "open_clip")
+    convert(f"local-dir:{tmp_path}/folder", tmp_path / "back.pt", "clipfast")
+    theirs = open_clip.create_model(f"local-dir:{tmp_path}/folder").eval()
+    assert same_bits(theirs.state_dict(), model.state_dict())
+    back = create_model(str(tmp_path / "back.pt")).eval()
+    assert back.config == model.config
+    assert same_bits(back.state_dict(), model.state_dict())
+    torch.testing.assert_close(features(back, model.config), features(theirs, model.config), **TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", VITS)
+def test_clipfast_hugging_face_clipfast(kind, tmp_path):
+    model = make_model(CONFIGS[kind])
+    convert(save_own(model, tmp_path / "own.pt"), tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "back.pt", "clipfast")
+    back = create_model(str(tmp_path / "back.pt")).eval()
+    assert back.config == model.config
+    assert same_bits(back.state_dict(), model.state_dict())
+    theirs = hugging_face_features(tmp_path / "hf", model.config)
+    torch.testing.assert_close(features(back, model.config), theirs, **TOLERANCE)
+
+
+@torch.no_grad()
+def hugging_face_features(folder, config):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.CLIPModel.from_pretrained(folder).eval()
+    torch.manual_seed(1)
+    images, texts = inputs(config)
+    output = model(input_ids=texts, pixel_values=images)
+    return output.image_embeds, output.text_embeds
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+def test_what_transformers_saves(activation, tmp_path):
+    """A folder from save_pretrained, in several files, to OpenCLIP and back to transformers."""
+    transformers = pytest.importorskip("transformers")
+    open_clip = pytest.importorskip("open_clip")
+    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "hidden_act": activation}  # fmt: skip
+    config = transformers.CLIPConfig(
+        text_config=tower | {"max_position_embeddings": 16, "vocab_size": 5000, "bos_token_id": 0, "eos_token_id": 2},
+        vision_config=tower | {"image_size": 32, "patch_size": 8},
+        projection_dim=24,
+    )
+    model = transformers.CLIPModel(config).eval()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    convert(tmp_path / "theirs", tmp_path / "folder", "open_clip")
+    info = convert(tmp_path / "folder", tmp_path / "again", "hf")
+    again = transformers.CLIPModel.from_pretrained(tmp_path / "again")
+    assert same_bits(again.state_dict(), model.state_dict())
+    assert info.activation == {"gelu": "GELU", "quick_gelu": "QuickGELU"}[activation]
+    ours = create_model(f"local-dir:{tmp_path}/folder").eval()
+    other = open_clip.create_model(f"local-dir:{tmp_path}/folder").eval()
+    for module in (ours, other):
+        theirs = hugging_face_features(tmp_path / "theirs", ours.config)
+        torch.testing.assert_close(features(module, ours.config), theirs, **TOLERANCE)
+
+
+def test_published_configurations_come_back(tmp_path):
+    from clipfast.conversion.hugging_face_config import from_hugging_face, to_hugging_face
+
+    for name in clipfast.list_models():
+        config = get_model_config(name)
+        if isinstance(config.vision.layers, int):
+            raw = json.loads(json.dumps({"model_type": "clip", **to_hugging_face(config)}))
+            assert from_hugging_face(raw, tmp_path) == config, name
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
+def test_training_checkpoint_of_open_clip(prefix, vit, tmp_path):
+    state = {prefix + name: value for name, value in vit.state_dict().items()}
+    torch.save({"epoch": 4, "name": "x", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_4.pt")
+    model = save_config(vit.config, tmp_path / "small.json")
+    convert(tmp_path / "epoch_4.pt", tmp_path / "folder", "open_clip", model=str(model))
+    assert same_bits(create_model(f"local-dir:{tmp_path}/folder").state_dict(), vit.state_dict())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
+@pytest.mark.parametrize(("wish", "quick"), [("gelu", False), ("quick_gelu", True)])
+def test_bare_weights_are_recognised_by_their_shapes(suffix, wish, quick, tmp_path):
+    model = make_model(get_model_config("ViT-T-8-32"))
+    path = tmp_path / f"w{suffix}"
+    if suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(model.state_dict(), path)
+    else:
+        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=suffix == ".pt")
+    info = convert(path, tmp_path / "own.pt", "clipfast", activation=wish)
+    assert info.models == (("ViT-T-8-32-quickgelu",) if quick else ("ViT-T-8-32",))
+    own = create_model(str(tmp_path / "own.pt"))
+    assert own.config.quick_gelu == quick
+    assert same_bits(own.state_dict(), model.state_dict())
+
+
+def test_dtypes_are_kept(vit, tmp_path):
+    state = {name: value.half() if value.ndim > 1 else value for name, value in vit.state_dict().items()}
+    own = {"model_config": vit.config.to_dict()}
+    torch.save({"state_dict": state, "clipfast": own}, tmp_path / "half.pt")
+    for to, name in (("open_clip", "folder"), ("hf", "hf"), ("clipfast", "own.pt")):
+        convert(tmp_path / "half.pt", tmp_path / name, to)
+        convert(tmp_path / name, tmp_path / f"{to}-back.pt", "clipfast")
+        assert same_bits(torch.load(tmp_path / f"{to}-back.pt")["state_dict"], state), to
+    # transformers loads all weights in one dtype: the one that rounds none of them
+    assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
+
+
+@pytest.mark.parametrize("mode", ["shortest", "squash"])
+def test_preprocessing_and_tokenizer_travel(mode, vit, tmp_path):
+    vit.visual.image_mean, vit.visual.image_std = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
+    export_open_clip(vit, tmp_path / "first")
+    config = tmp_path / "first" / "open_clip_config.json"
+    raw = json.loads(config.read_text())
+    raw["preprocess_cfg"] |= {"interpolation": "bilinear", "resize_mode": mode}
+    config.write_text(json.dumps(raw))
+    # It has a tokenizer of its own, which goes along in place of clipfast's.
+    (tmp_path / "first" / "tokenizer.json").write_text("{}")
+    convert(tmp_path / "first", tmp_path / "hf", "hf")
+    convert(tmp_path / "hf", tmp_path / "second", "open_clip")
+    assert json.loads((tmp_path / "second" / "open_clip_config.json").read_text()) == raw
+    assert (tmp_path / "second" / "tokenizer.json").read_text() == "{}"
+    assert not (tmp_path / "hf" / "vocab.json").exists()
+
+
+def test_processor_of_newer_transformers(hf_folder, tmp_path):
+    old = hf_folder / "preprocessor_config.json"
+    settings = json.loads(old.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}
+    old.unlink()
+    (hf_folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    info = convert(hf_folder, tmp_path / "folder", "open_clip")
+    assert info.mean == (0.5, 0.5, 0.5)
+
+
+def test_normalisation_travels_in_clipfasts_own(vit, tmp_path):
+    vit.visual.image_mean, vit.visual.image_std = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
+    export_open_clip(vit, tmp_path / "first")
+    convert(tmp_path / "first", tmp_path / "own.pt", "clipfast")
+    visual = create_model(str(tmp_path / "own.pt")).visual
+    assert (visual.image_mean, visual.image_std) == ((0.5, 0.25, 0.125), (0.1, 0.2, 0.3))
+    convert(tmp_path / "own.pt", tmp_path / "hf", "hf")
+    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
+    assert (processor["image_mean"], processor["image_std"]) == ([0.5, 0.25, 0.125], [0.1, 0.2, 0.3])
+
+
+def test_transformers_prepares_images_and_texts_as_clipfast_does(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    config = dataclasses.replace(CONFIGS["ViT"], text=dataclasses.replace(TEXT, vocab_size=49408))
+    convert(save_own(make_model(config), tmp_path / "own.pt"), tmp_path / "hf", "hf")
+    processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "hf")
+    texts = ["a photo of a cat", "It's 3 o'clock; Zürich!", "word " * 40]
+    ids = processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
+    ours = clipfast.Tokenizer(TEXT.context_length)(texts)
+    assert ids.shape == ours.shape
+    padding = (ours == 0).cumsum(-1) > 0
+    assert torch.equal(ids.where(~padding, 0), ours)
+    _, _, preprocess = clipfast.create_model_and_transforms("ViT-T-8-32")
+    picture = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
+    pixels = processor.image_processor(picture, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(pixels, preprocess(picture), rtol=0, atol=0.02)  # their resampling rounds elsewhere
+
+
+@pytest.mark.parametrize("size", [16, 64])
+def test_positions_are_resized_as_open_clip_does(size, own, vit, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    convert(own, tmp_path / "folder", "open_clip")
+    convert(own, tmp_path / "other", "open_clip", image_size=size, context_length=size // 2)
+    theirs = open_clip.create_model(
+        f"local-dir:{tmp_path}/folder", force_image_size=size, force_context_length=size // 2
+    )
+    ours = create_model(f"local-dir:{tmp_path}/other")
+    assert (ours.visual.image_size, ours.context_length) == (size, size // 2)
+    changed = {"positional_embedding", "visual.positional_embedding"}
+    for name, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-6 if name in changed else 0)
+
+
+def test_a_size_that_differs_from_a_named_model_is_kept_or_resized_on_request(tmp_path):
+    model = make_model(get_model_config("ViT-T-8-32").with_vision(image_size=48))
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    kept = convert(tmp_path / "w.pt", tmp_path / "a.pt", "clipfast", model="ViT-T-8-32", image_size=48)
+    resized = convert(tmp_path / "w.pt", tmp_path / "b.pt", "clipfast", model="ViT-T-8-32", image_size=32)
+    assert (kept.image_size, resized.image_size) == (48, 32)
+    assert same_bits(create_model(str(tmp_path / "a.pt")).state_dict(), model.state_dict())
+
+
+def test_old_pickles_and_transformers_bin(vit, hf_folder, tmp_path):
+    """The weights of a transformers folder may be a .bin file, with buffers of old versions in it."""
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    weights = hf_folder / "model.safetensors"
+    state = load_file(weights) | {"text_model.embeddings.position_ids": torch.arange(16)[None]}
+    torch.save(state, hf_folder / "pytorch_model.bin")
+    assert zipfile.is_zipfile(hf_folder / "pytorch_model.bin")
+    weights.unlink()
+    convert(hf_folder, tmp_path / "back.pt", "clipfast")
+    assert same_bits(create_model(str(tmp_path / "back.pt")).state_dict(), vit.state_dict())

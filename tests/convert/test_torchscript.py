@@ -1,0 +1,85 @@
+"""TorchScript archives as OpenAI published: read on trust only, since they are code."""
+
+import warnings
+import zipfile
+
+import pytest
+import torch
+from torch import nn
+
+from clipfast import CheckpointError, convert, create_model, inspect_checkpoint
+from clipfast.models import CLIPConfig, TextConfig, VisionConfig
+
+from .conftest import make_model, same_bits
+
+CONFIG = CLIPConfig(24, VisionConfig(32, 2, 128, patch_size=8), TextConfig(16, 600, 64, 1, 2), quick_gelu=True)
+
+
+class Published(nn.Module):
+    """Weights under CLIP's names, the numbers that OpenAI's archives hold too, and a forward that needs neither."""
+
+    def __init__(self, state):
+        super().__init__()
+        for name, value in state.items():
+            *folders, last = name.split(".")
+            module = self
+            for folder in folders:
+                if not hasattr(module, folder):
+                    module.add_module(folder, nn.Module())
+                module = getattr(module, folder)
+            module.register_buffer(last, value.clone())
+        for name, number in {"input_resolution": 32, "context_length": 16, "vocab_size": 600}.items():
+            self.register_buffer(name, torch.tensor(number))
+
+    def forward(self, x):
+        return x + self.logit_scale
+
+
+@pytest.fixture
+def published(tmp_path):
+    model = make_model(CONFIG)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.jit.trace(Published(model.state_dict()), torch.zeros(1)).save(str(tmp_path / "ViT.pt"))
+    return model, tmp_path / "ViT.pt"
+
+
+def test_without_trust_it_is_not_loaded(published, tmp_path, monkeypatch):
+    _, path = published
+    monkeypatch.setattr(torch.jit, "load", None)
+    for act in (lambda: inspect_checkpoint(path), lambda: convert(path, tmp_path / "out", "open_clip")):
+        with pytest.raises(CheckpointError, match=r"ViT.pt is a TorchScript archive, .* it is code, .* add --trust"):
+            act()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["ViT.pt"]
+
+
+def test_with_trust(published, tmp_path):
+    model, path = published
+    info = inspect_checkpoint(path, trust=True)
+    assert (info.layout, info.activation) == ("OpenAI's TorchScript archive", "QuickGELU")
+    assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
+    convert(path, tmp_path / "own.pt", "clipfast", trust=True)
+    own = create_model(str(tmp_path / "own.pt"))
+    assert own.config == CONFIG
+    assert same_bits(own.state_dict(), model.state_dict())
+
+
+def test_trust_does_not_unpickle_code(tmp_path):
+    class Payload:
+        def __reduce__(self):
+            return (tmp_path / "owned").mkdir, ()
+
+    torch.save({"state_dict": Payload()}, tmp_path / "evil.pt")
+    with pytest.raises(CheckpointError, match=r"evil.pt is refused"):
+        convert(tmp_path / "evil.pt", tmp_path / "out", "open_clip", trust=True)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["evil.pt"]
+
+
+def test_a_broken_archive(published, tmp_path):
+    _, path = published
+    with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "broken.pt", "w") as broken:
+        for name in whole.namelist():
+            broken.writestr(name, b"def forward(" if name.endswith(".py") else whole.read(name))
+    with pytest.raises(CheckpointError, match=r"broken.pt is a TorchScript archive that cannot be loaded: "):
+        convert(tmp_path / "broken.pt", tmp_path / "out", "open_clip", trust=True)
+    assert not (tmp_path / "out").exists()
