@@ -24,6 +24,9 @@ from clipfast import ranks
 # path stays in front of it: on a bare machine that has links to the packages, and clipfast/ in a checkout is not whole.
 sys.path.insert(1, str(Path(__file__).parent.parent))
 ranks.PRELOAD.append("open_clip")
+# On that path, transformers (and OpenCLIP, which imports it if it is there) would take the folder "kernels" for the
+# package of that name, import it a second time, and so register its ops over those that are tested.
+sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
 INTERPRET = triton.knobs.runtime.interpret
 ON_GPU = torch.cuda.is_available() and not INTERPRET
