@@ -10,7 +10,8 @@ With student features x, y and scale s, teacher features u, v and scale t, S = s
 The contrastive loss runs on the kernels. The cross-entropy with the teacher is plain PyTorch on every device: it walks
 down strips of rows, which hold all that a row needs, and carries maximum and sums of the columns from strip to strip.
 The backward pass computes the logits again. Memory: a few strips of logits beyond features and their gradients, never
-N x N. FLOPs: 4 N^2 D forward and 8 N^2 D backward, in float32 (float64 for float64 features).
+N x N. FLOPs: 4 N^2 D forward and 8 N^2 D backward, in float32 (float64 for float64 features). Over several ranks, each
+takes its b images among all texts and its b texts among all images: 8 b N D and 16 b N D.
 """
 
 from collections.abc import Iterator
