@@ -87,6 +87,14 @@ def test_what_transformers_saves(activation, tmp_path):
         torch.testing.assert_close(features(module, ours.config), theirs, **TOLERANCE)
 
 
+def test_hidden_units_come_back():
+    from clipfast.conversion.shapes import mlp_ratio
+
+    for width in range(1, 200):
+        for hidden in range(width, 5 * width):
+            assert int(width * mlp_ratio(hidden, width)) == hidden
+
+
 def test_published_configurations_come_back(tmp_path):
     from clipfast.conversion.hugging_face_config import from_hugging_face, to_hugging_face
 
@@ -145,10 +153,37 @@ def test_preprocessing_and_tokenizer_travel(mode, vit, tmp_path):
     # It has a tokenizer of its own, which goes along in place of clipfast's.
     (tmp_path / "first" / "tokenizer.json").write_text("{}")
     convert(tmp_path / "first", tmp_path / "hf", "hf")
+    # transformers numbers the ways of resampling as Pillow does
+    assert (
+        json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["resample"] == Image.Resampling.BILINEAR
+    )
     convert(tmp_path / "hf", tmp_path / "second", "open_clip")
     assert json.loads((tmp_path / "second" / "open_clip_config.json").read_text()) == raw
     assert (tmp_path / "second" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "hf" / "vocab.json").exists()
+
+
+def test_old_configurations_name_a_tower_twice(hf_folder, tmp_path):
+    path = hf_folder / "config.json"
+    raw = json.loads(path.read_text())
+    raw["vision_config_dict"], raw["text_config_dict"] = raw["vision_config"], None
+    raw["vision_config"] = {"hidden_size": 768}
+    path.write_text(json.dumps(raw))
+    convert(hf_folder, tmp_path / "again", "hf")
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["vision_config"] == raw["vision_config_dict"]
+
+
+def test_a_tokenizer_of_another_length_is_left_behind(vit, tmp_path):
+    export_open_clip(vit, tmp_path / "first")
+    (tmp_path / "first" / "tokenizer_config.json").write_text('{"model_max_length": 16}')
+    convert(tmp_path / "first", tmp_path / "same", "open_clip")
+    convert(tmp_path / "first", tmp_path / "longer", "open_clip", context_length=20)
+    assert (tmp_path / "same" / "tokenizer_config.json").exists()
+    assert not (tmp_path / "longer" / "tokenizer_config.json").exists()
+
+
+def test_another_vocabulary_gets_no_tokenizer(hf_folder):
+    assert not (hf_folder / "vocab.json").exists()
 
 
 def test_processor_of_newer_transformers(hf_folder, tmp_path):

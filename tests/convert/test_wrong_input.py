@@ -214,6 +214,50 @@ def transformers_other_activation(vit, hf, root):
     return ["hf"], "hidden_act must be one of quick_gelu, gelu, got 'gelu_new'"
 
 
+def other_tower(hf, tower, **changes):
+    """Change settings of one tower in config.json."""
+    raw = json.loads((hf / "config.json").read_text())
+    edited(hf / "config.json", **{tower: raw[tower] | changes})
+
+
+def transformers_other_epsilon(vit, hf, root):
+    other_tower(hf, "vision_config", layer_norm_eps=1e-6)
+    return ["hf"], "layer_norm_eps must be 1e-05, got 1e-06"
+
+
+def transformers_other_channels(vit, hf, root):
+    other_tower(hf, "vision_config", num_channels=1)
+    return ["hf"], "num_channels must be 3, got 1"
+
+
+def transformers_other_end_of_text(vit, hf, root):
+    other_tower(hf, "text_config", eos_token_id=7)
+    return ["hf"], "eos_token_id must be the last of the 600 tokens, where a text is read, got 7"
+
+
+def transformers_uneven_heads(vit, hf, root):
+    other_tower(hf, "vision_config", num_attention_heads=3)
+    return ["hf"], "hidden_size must be a multiple of num_attention_heads, got 64 and 3"
+
+
+def transformers_images_not_normalised(vit, hf, root):
+    edited(hf / "preprocessor_config.json", do_normalize=False)
+    return [
+        "hf"
+    ], "preprocessor_config.json has do_normalize false, but CLIP's images are resized, scaled and normalised"
+
+
+def longest_side_for_transformers(vit, hf, root):
+    export_open_clip(vit, root / "folder")
+    path = root / "folder" / "open_clip_config.json"
+    edited(path, preprocess_cfg=json.loads(path.read_text())["preprocess_cfg"] | {"resize_mode": "longest"})
+    return [
+        "folder",
+        "--to",
+        "hf",
+    ], "image processor of CLIP cannot resize with resize_mode 'longest' and interpolation"
+
+
 def transformers_two_activations(vit, hf, root):
     raw = json.loads((hf / "config.json").read_text())
     edited(hf / "config.json", text_config=raw["text_config"] | {"hidden_act": "quick_gelu"})
@@ -233,6 +277,11 @@ def transformers_images_padded(vit, hf, root):
 def transformers_images_cropped_smaller(vit, hf, root):
     edited(hf / "preprocessor_config.json", size={"shortest_edge": 36})
     return ["hf"], "cannot express for a model of images of 32 pixels: size {'shortest_edge': 36}, crop_size {'height'"
+
+
+def transformers_other_crop(vit, hf, root):
+    edited(hf / "preprocessor_config.json", crop_size=24)
+    return ["hf"], "size {'shortest_edge': 32}, crop_size 24, do_center_crop True, resample 3"
 
 
 def two_activations_in_a_folder(vit, hf, root):
@@ -323,7 +372,9 @@ WRONG = [
     transformers_file_alone, transformers_without_weights, transformers_index_leads_outside, transformers_other_width,
     transformers_other_model, transformers_other_activation, transformers_two_activations,
     transformers_unreadable_config, transformers_images_padded,
-    transformers_images_cropped_smaller, two_activations_in_a_folder, unreadable_config, folder_without_config,
+    transformers_other_epsilon, transformers_other_channels, transformers_other_end_of_text, transformers_uneven_heads,
+    transformers_images_not_normalised, longest_side_for_transformers, transformers_images_cropped_smaller,
+    transformers_other_crop, two_activations_in_a_folder, unreadable_config, folder_without_config,
     squashed_images_for_clipfast, empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file,
     something_else, unknown_layout, unknown_model, wrong_ending, destination_exists, folder_exists,
     no_folder_to_write_in,
