@@ -1,7 +1,9 @@
-"""A report of the kernels that the attention layers of a model run on."""
+"""A report of the kernels that a model runs on."""
 
 import torch
+from torch import nn
 
+from .adopt import report_places
 from .kernels import attention_route
 from .kernels.dtypes import dtype_name
 from .models import CLIP
@@ -17,19 +19,27 @@ ROUTES = {
 }
 
 
-def report(model: CLIP, arch: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
-    """Say which kernels the attention layers of a model run on, one line for each tower.
+def report(model: nn.Module, arch: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+    """Say which kernels a model runs on.
 
     Args:
-        model: of :func:`create_model`.
+        model: of :func:`create_model`, or of another library and given to :func:`apply_to_open_clip` or
+            :func:`apply_to_timm`.
         arch: compute capability of a GPU, such as 90 for sm_90; the default is that of the GPU of the model, of the
-            GPU at hand if the model is on none, or 90.
-        dtype: dtype of the activations, which under autocast is the autocast dtype.
+            GPU at hand if the model is on none, or 90. Models of other libraries do not use it.
+        dtype: dtype of the activations, which under autocast is the autocast dtype; used as ``arch`` is.
 
     Returns:
-        Lines such as "visual.transformer: 11 x attention, 197 tokens, 12 heads of 64: forward short (a program holds a
-        head), backward two phases; last block: attention_pool of the row that is read, 12 queries of 768".
+        For a model of this package, a line for each tower, such as "visual.transformer: 11 x attention, 197 tokens, 12
+        heads of 64: forward short (a program holds a head), backward two phases; last block: attention_pool of the row
+        that is read, 12 queries of 768". For others a table: place, number of such places, part, and what they run on
+        or why they were left alone.
+
+    Raises:
+        TypeError: ``model`` is not a module.
     """
+    if not isinstance(model, CLIP):
+        return report_places(model)
     if arch is None:
         device = model.logit_scale.device if model.logit_scale.device.type == "cuda" else None
         major, minor = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else (9, 0)

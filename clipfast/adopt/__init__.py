@@ -1,0 +1,13 @@
+"""Kernels of this package for models of other libraries, in place.
+
+``places`` is how a method of one module is replaced and given back. ``attention``, ``timm_attention``, ``norms``,
+``mlps`` and ``blocks`` each say what can be done with a module of somebody else's, and hold the functions that do it.
+``walk`` goes through a model, and ``report`` tabulates what was done. The libraries' classes are recognised by their
+names, so that neither has to be installed.
+"""
+
+from .places import revert
+from .report import report_places
+from .walk import apply_to_open_clip, apply_to_timm
+
+__all__ = ["apply_to_open_clip", "apply_to_timm", "report_places", "revert"]

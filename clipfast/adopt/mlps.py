@@ -1,0 +1,70 @@
+"""The multilayer perceptrons of OpenCLIP and timm: on a GPU, the activation adds the bias of the layer before it.
+
+On a CPU that would cost one pass more, since PyTorch's linear layer adds the bias at no cost: there they run as before.
+"""
+
+from typing import Any
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import bias_gelu, bias_quick_gelu
+from ..kernels.launch import triton_runs_on
+from .places import Proposal, class_name, computes, has_hooks, is_plain
+
+KIND = "activations"
+_OPS = {
+    "torch.nn.modules.activation.GELU": bias_gelu,
+    "timm.layers.activations.GELU": bias_gelu,
+    "timm.layers.activations.QuickGELU": bias_quick_gelu,
+    "open_clip.transformer.QuickGELU": bias_quick_gelu,
+    "open_clip.layers.QuickGELU": bias_quick_gelu,
+}
+_LAYERS = (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"])
+
+
+def propose_mlp(module: nn.Module) -> Proposal | None:
+    """Say what to do with ``module``; None if it is no multilayer perceptron of OpenCLIP or timm."""
+    if type(module) is nn.Sequential and list(module._modules) in _LAYERS:
+        return _propose(module.c_fc, module.gelu, open_clip_mlp)
+    name = class_name(module)
+    if name == "timm.layers.mlp.Mlp":
+        return _propose(module.fc1, module.act, timm_mlp)
+    if name.startswith("timm.layers.mlp."):
+        return Proposal(KIND, f"{type(module).__name__} is not one of the perceptrons that are known")
+    return None
+
+
+def _propose(linear: Any, act: Any, function: Any) -> Proposal:
+    op = _OPS.get(class_name(act))
+    if op is None or getattr(act, "approximate", "none") != "none":
+        name = f"{type(act).__name__} by tanh" if getattr(act, "approximate", "none") != "none" else type(act).__name__
+        return Proposal(KIND, f"{name} is neither GELU by the error function nor QuickGELU")
+    if not isinstance(linear, nn.Linear) or linear.bias is None:
+        return Proposal(KIND, "the layer before the activation is not linear, or has no bias")
+    name = "bias_gelu" if op is bias_gelu else "bias_quick_gelu"
+    return Proposal(KIND, f"clipfast.{name} on a GPU, as before on a CPU", function)
+
+
+def open_clip_mlp(module: Any, x: Tensor) -> Tensor:
+    """Compute the ``mlp`` of an OpenCLIP block: [..., E] -> [..., E]."""
+    x = _linear_activation(module.c_fc, module.gelu, x)
+    for layer in list(module)[2:]:
+        x = layer(x)
+    return x
+
+
+def timm_mlp(module: Any, x: Tensor) -> Tensor:
+    """Compute ``timm.layers.Mlp``: [..., C] -> [..., out_features]."""
+    x = module.drop1(_linear_activation(module.fc1, module.act, x))
+    return module.drop2(module.fc2(module.norm(x)))
+
+
+def _linear_activation(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
+    """Return ``act(linear(x))``."""
+    if not triton_runs_on(x.device) or not computes(x) or not is_plain(linear, nn.Linear) or linear.bias is None:
+        return act(linear(x))
+    op = _OPS.get(class_name(act))
+    if op is None or has_hooks(act) or "forward" in act.__dict__ or getattr(act, "approximate", "none") != "none":
+        return act(linear(x))
+    return op(F.linear(x, linear.weight), linear.bias)

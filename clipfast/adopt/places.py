@@ -1,0 +1,145 @@
+"""The record of what was replaced in somebody else's model, and how it is taken back.
+
+A method of one module is replaced by an attribute of the same name in that instance, and taken back by deleting it.
+The class, the parameters, the buffers, the children and the hooks of the module stay what they are, and ``__call__``
+runs the hooks around the new ``forward``. A replacement reads weights and children from its module at each call, so
+that whatever is moved, loaded, locked or wrapped later counts.
+"""
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RECORD = "_clipfast_places"
+
+
+class Replacement:
+    """A method of one module, which calls ``function(module, ...)``.
+
+    It is pickled and copied together with its module. (Python would unpickle a bound method as the module's own
+    ``forward``.)
+
+    Args:
+        function: a function of a module of this package; its first argument is the module.
+        module: the module whose method it replaces.
+        owner: the module that holds the mask of ``module``'s attention. ``function`` gets it as the argument ``owner``.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, owner: nn.Module | None = None) -> None:
+        self.function, self.module, self.owner = function, module, owner
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what ``function`` returns."""
+        if self.owner is None:
+            return self.function(self.module, *args, **kwargs)
+        return self.function(self.module, *args, owner=self.owner, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
+        # The owner is outside the module. If only the module is copied, the copy keeps the owner that it has.
+        owner = memo.get(id(self.owner), self.owner)
+        return Replacement(self.function, copy.deepcopy(self.module, memo), owner)
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A module that could run on kernels of this package.
+
+    Attributes:
+        module: its name in the model.
+        kind: the argument of ``apply_to_...`` that it belongs to.
+        method: the name of the method that was replaced; None if the place was left alone.
+        text: what it runs on, or why it was left alone.
+    """
+
+    module: str
+    kind: str
+    method: str | None
+    text: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Proposal:
+    """What is to be done at a place: a function for one of its methods, or nothing if there is none."""
+
+    kind: str
+    text: str
+    function: Callable[..., Any] | None = None
+    method: str = "forward"
+    owner: nn.Module | None = None
+
+
+def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) -> Place:
+    """Replace the method that ``proposal`` names, unless that is not wanted or not possible; return what was done."""
+    kind, method = proposal.kind, proposal.method
+    if proposal.function is None:
+        return Place(name, kind, None, proposal.text)
+    if not wanted:
+        return Place(name, kind, None, f"{kind}=False")
+    if method in module.__dict__:
+        return Place(name, kind, None, f"something else has replaced its {method}")
+    module.__dict__[method] = Replacement(proposal.function, module, proposal.owner)
+    return Place(name, kind, method, proposal.text)
+
+
+def revert(model: nn.Module) -> nn.Module:
+    """Take back everything that ``apply_to_open_clip`` and ``apply_to_timm`` did to ``model``.
+
+    Afterwards every module has the attributes and methods that it had before; weights are what training has made of
+    them. A part of a model, a copy and an unpickled model can be reverted too, and a model to which nothing was applied
+    stays as it is.
+
+    Args:
+        model: any module. A wrapper, such as ``DistributedDataParallel`` or a compiled model, is looked into.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module.
+    """
+    check_module("revert", model)
+    for module in model.modules():
+        state = module.__dict__
+        for method in [key for key, value in state.items() if isinstance(value, Replacement)]:
+            del state[method]
+        state.pop(RECORD, None)
+    return model
+
+
+def check_module(function: str, model: object) -> None:
+    """Refuse anything but a module, with a TypeError."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"{function}: model must be a torch.nn.Module, got {type(model).__name__}")
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of the class, by which classes are recognised without importing their libraries."""
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
+def runs_ours(module: nn.Module, method: str = "forward") -> bool:
+    """Return True if a method of ``module`` is replaced by ours."""
+    return isinstance(module.__dict__.get(method), Replacement)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if calling ``module`` does more than its ``forward``."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
+    """Return True if calling ``module`` does what exactly one of ``kinds`` does, and nothing else."""
+    return type(module) in kinds and not has_hooks(module) and "forward" not in module.__dict__
+
+
+def computes(x: Tensor) -> bool:
+    """Return True if our ops take ``x`` where it is: float64 is for CPUs only, and a traced graph cannot hold them."""
+    if x.is_nested or torch._C._get_tracing_state() is not None:
+        return False
+    return x.device.type == "cpu" or (x.device.type == "cuda" and x.dtype != torch.float64)

@@ -1,0 +1,89 @@
+"""The walk through a model of OpenCLIP or timm that puts our ops to each place where they fit."""
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from .attention import propose_attention
+from .blocks import Mask, find_masks, propose_block
+from .mlps import propose_mlp
+from .norms import propose_norm
+from .places import RECORD, Place, Proposal, carry_out, check_module, class_name, revert
+
+
+def apply_to_open_clip(
+    model: nn.Module, attention: bool = True, norms: bool = True, activations: bool = True
+) -> nn.Module:
+    """Let a model of OpenCLIP run on the kernels of this package, in place.
+
+    Parameters, state dict, module tree, classes and hooks stay as they are, and results are the same up to rounding.
+    What the kernels cannot compute runs as before; ``clipfast.report(model)`` says what, and why. A second call starts
+    from the original again. Apply it before ``DistributedDataParallel``, FSDP or ``torch.compile``. (``DataParallel``
+    copies replaced methods without their module, and does not work.)
+
+    Args:
+        model: of ``open_clip.create_model``, or any module that contains towers of OpenCLIP; timm's towers included.
+        attention: self-attention of images and texts, the causal mask of texts recognised as one, and the attention
+            pooling of ResNets.
+        norms: layer norms, each in one pass with the addition before it where there is one.
+        activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a switch is not a bool.
+        ValueError: nothing in ``model`` is of OpenCLIP.
+    """
+    flags = {"attention": attention, "norms": norms, "activations": activations}
+    return _apply("apply_to_open_clip", model, "open_clip", flags)
+
+
+def apply_to_timm(model: nn.Module, attention: bool = True, norms: bool = True, activations: bool = True) -> nn.Module:
+    """Let a model of timm run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
+
+    Args:
+        model: of ``timm.create_model``, or any module that contains one. A vision transformer gains the most.
+        attention: ``timm.layers.Attention``, with norms of queries and keys and gates.
+        norms: layer norms, each in one pass with the addition before it where there is one.
+        activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a switch is not a bool.
+        ValueError: nothing in ``model`` is of timm.
+    """
+    flags = {"attention": attention, "norms": norms, "activations": activations}
+    return _apply("apply_to_timm", model, "timm", flags)
+
+
+def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bool]) -> nn.Module:
+    check_module(function, model)
+    for name, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"{function}: {name} must be a bool, got {type(value).__name__}")
+    if not any(class_name(module).startswith(f"{library}.") for module in model.modules()):
+        raise ValueError(f"{function}: nothing in this {type(model).__name__} is a module of {library}")
+    revert(model)
+    masks = find_masks(model)
+    places = [
+        carry_out(module, name, proposal, flags[proposal.kind])
+        for name, module in model.named_modules()
+        for proposal in _proposals(module, masks.get(id(module)), flags)
+    ]
+    record: list[Place] = places
+    model.__dict__[RECORD] = record
+    return model
+
+
+def _proposals(module: nn.Module, mask: Mask | None, flags: Mapping[str, bool]) -> Iterator[Proposal]:
+    """Yield what is to be done with ``module`` itself, without its children."""
+    propose = (
+        propose_attention(module, mask),
+        propose_block(module, mask, flags["attention"], flags["norms"]),
+        propose_norm(module),
+        propose_mlp(module),
+    )
+    yield from filter(None, propose)

@@ -1,0 +1,126 @@
+"""OpenCLIP's models, patched and unpatched, compute the same."""
+
+import copy
+
+import pytest
+import torch
+
+import clipfast
+from clipfast.adopt import mlps
+
+from . import shrunk
+
+# One of each kind; the others differ in size only (--slow goes through them all).
+KINDS = [
+    "ViT-B-32", "ViT-B-32-quickgelu", "ViT-L-14-CLIPA", "ViT-L-14-worldwide", "RN50", "coca_ViT-B-32", "coca_base",
+    "ViT-B-16-SigLIP", "ViT-B-16-SigLIP2", "ViT-SO400M-14-SigLIP", "convnext_base", "PE-Core-B-16", "EVA02-B-16",
+    "EVA01-g-14", "MobileCLIP2-S0", "MobileCLIP-S1", "swin_base_patch4_window7_224",
+    "vit_medium_patch16_gap_256", "vit_relpos_medium_patch16_cls_224", "ViT-S-32-alt",
+]  # fmt: skip
+
+
+def compare(model: torch.nn.Module, limit: float, **flags: bool) -> str:
+    """Compare a patched copy with the original, and return the report on it."""
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model), **flags)
+    expected, got = model.state_dict(), patched.state_dict()
+    assert list(expected) == list(got)
+    args = shrunk.inputs(model)
+    error, where = shrunk.largest_error(shrunk.results(patched, *args), shrunk.results(model, *args))
+    assert error <= limit, where
+    return clipfast.report(patched)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_equal_in_float64(name):
+    compare(shrunk.open_clip_model(name).double(), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
+def test_equal_in_float32(name):
+    compare(shrunk.open_clip_model(name).eval(), 1e-5)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP"])
+def test_activations_of_gpus(name, monkeypatch):
+    # On a CPU they run as before. The op itself takes its CPU path here.
+    monkeypatch.setattr(mlps, "triton_runs_on", lambda device: True)
+    compare(shrunk.open_clip_model(name).double(), 1e-10)
+
+
+@pytest.mark.parametrize("options", [
+    {"qk_norm": True}, {"scale_heads": True, "scale_attn_inner": True}, {"scale_attn": True, "scale_fc": True},
+    {"ls_init_value": 0.5},
+])  # fmt: skip
+def test_blocks_with_options(options):
+    import open_clip
+
+    config = shrunk.shrink(open_clip.get_model_config("ViT-B-32"))
+    config["vision_cfg"].update(options)
+    config["text_cfg"].update(options)
+    report = compare(shrunk.randomised(open_clip.CLIP(**config)).double(), 1e-10)
+    assert "attn" not in [line.split()[0].split(".")[-1] for line in report.splitlines() if "as before:" in line]
+
+
+@pytest.mark.parametrize("flag", ["attention", "norms", "activations"])
+def test_one_part_alone(flag):
+    flags = {"attention": False, "norms": False, "activations": False, flag: True}
+    report = compare(shrunk.open_clip_model("ViT-B-32").double(), 1e-10, **flags)
+    for line in report.splitlines()[1:]:
+        part = line.split()[2]
+        assert (part == flag) == ("clipfast" in line or "causal" in line) == (f"{part}=False" not in line)
+
+
+def test_autocast_and_sixteen_bits():
+    model = shrunk.open_clip_model("ViT-B-32")
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    args = shrunk.inputs(model)
+    truth = shrunk.results(model, *args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, theirs = shrunk.results(patched, *args), shrunk.results(model, *args)
+    assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in theirs.items()}
+    assert shrunk.largest_error(ours, truth)[0] <= 1.5 * shrunk.largest_error(theirs, truth)[0]
+    args = (args[0].bfloat16(), args[1])
+    ours, theirs = shrunk.results(patched.bfloat16(), *args), shrunk.results(model.bfloat16(), *args)
+    truth = {name: x.bfloat16() for name, x in truth.items()}
+    assert shrunk.largest_error(ours, truth)[0] <= 1.5 * shrunk.largest_error(theirs, truth)[0]
+
+
+def test_masks():
+    model = shrunk.open_clip_model("ViT-B-32").double()
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    assert "clipfast.attention, causal" in clipfast.report(patched)
+    x = torch.randn(2, 77, 48, dtype=torch.float64)
+    other = torch.zeros(77, 77, dtype=torch.float64).masked_fill(torch.rand(77, 77) < 0.3, float("-inf"))
+    for mask in (None, other, model.attn_mask):  # none of them is the mask that the patched model holds
+        torch.testing.assert_close(patched.transformer(x, mask), model.transformer(x, mask), rtol=0, atol=1e-12)
+    model.attn_mask = other
+    assert "its mask is not the causal one" in compare(model, 1e-10)
+    model.attn_mask = None
+    assert "causal" not in compare(model, 1e-10)
+
+
+def test_a_decoders_slices_of_its_mask_are_causal(monkeypatch):
+    model = clipfast.apply_to_open_clip(shrunk.open_clip_model("coca_ViT-B-32").eval())
+    seen = []
+    original = torch.nn.MultiheadAttention.forward
+    monkeypatch.setattr(
+        torch.nn.MultiheadAttention,
+        "forward",
+        lambda self, *args, **kw: seen.append(self) or original(self, *args, **kw),
+    )
+    args = shrunk.inputs(model)
+    for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
+        seen.clear()
+        with mode():
+            model(*args)
+        # the unimodal text tower, whose mask hides padding too, runs as before
+        assert set(seen) <= {block.attn for block in model.text.transformer.resblocks}, mode
+
+
+@pytest.mark.slow
+def test_every_configuration():
+    import open_clip
+
+    for name in open_clip.list_models():
+        if not open_clip.get_model_config(name)["text_cfg"].get("hf_model_name"):  # these need a download
+            compare(shrunk.open_clip_model(name).double(), 1e-10)

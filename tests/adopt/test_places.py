@@ -1,0 +1,285 @@
+"""What a model keeps when it is patched, and what it gets back."""
+
+import copy
+import gc
+import io
+import pickle
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import clipfast
+from clipfast.adopt.places import Replacement
+
+from . import shrunk
+
+NAMES = ["ViT-B-32", "RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP"]
+
+
+def patched_pair(name: str) -> tuple[nn.Module, nn.Module]:
+    """A model, and a patched copy."""
+    model = shrunk.open_clip_model(name).double()
+    return model, clipfast.apply_to_open_clip(copy.deepcopy(model))
+
+
+def assert_equal(first: nn.Module, second: nn.Module, limit: float = 1e-10) -> None:
+    """Both compute the same."""
+    args = shrunk.inputs(second)
+    error, where = shrunk.largest_error(shrunk.results(first, *args), shrunk.results(second, *args))
+    assert error <= limit, where
+
+
+def replacements(model: nn.Module) -> list[Replacement]:
+    """All that is replaced."""
+    return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Replacement)]
+
+
+def objects(model: nn.Module) -> dict[str, list]:
+    """Everything by which a model is known, as objects."""
+    return {
+        "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
+        "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
+        "buffers": [(name, id(buffer)) for name, buffer in model.named_buffers()],
+        "attributes": [sorted(module.__dict__) for module in model.modules()],
+    }
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_but_methods_changes_and_revert_gives_them_back(name):
+    model = shrunk.open_clip_model(name)
+    before = objects(model)
+    assert clipfast.apply_to_open_clip(model) is model
+    after = objects(model)
+    assert [after[key] for key in ("modules", "parameters", "buffers")] == [
+        before[key] for key in ("modules", "parameters", "buffers")
+    ]
+    assert replacements(model)
+    assert clipfast.revert(model) is model
+    assert objects(model) == before
+    clipfast.revert(model)
+    assert objects(model) == before
+
+
+def test_twice_is_once_and_the_last_flags_count():
+    model = shrunk.open_clip_model("ViT-B-32")
+    clipfast.apply_to_open_clip(model)
+    number, report = len(replacements(model)), clipfast.report(model)
+    clipfast.apply_to_open_clip(model)
+    assert (len(replacements(model)), clipfast.report(model)) == (number, report)
+    clipfast.apply_to_open_clip(model, attention=False, norms=False, activations=False)
+    assert not replacements(model)
+
+
+def train(model: nn.Module, steps: int = 2) -> None:
+    """A few steps of AdamW."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    args = shrunk.inputs(model)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        sum(x.square().mean() for x in shrunk.outputs(model, *args)).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reverted_after_training_a_model_is_bit_equal_to_one_that_was_never_patched(name):
+    model, patched = patched_pair(name)
+    train(patched)
+    model.load_state_dict(patched.state_dict())
+    clipfast.revert(patched)
+    args = shrunk.inputs(model)
+    ours, theirs = shrunk.results(patched, *args), shrunk.results(model, *args)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_copies_and_pickles_are_patched_models_of_their_own(name):
+    model, patched = patched_pair(name)
+    stream = io.BytesIO()
+    torch.save(patched, stream)
+    stream.seek(0)
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched)), torch.load(stream, weights_only=False)):
+        assert clipfast.report(other) == clipfast.report(patched)
+        own = set(other.modules())
+        found = replacements(other)
+        assert len(found) == len(replacements(patched))
+        assert all(value.module in own and (value.owner is None or value.owner in own) for value in found)
+        assert_equal(other, model)
+        with torch.no_grad():
+            for parameter in other.parameters():
+                parameter.zero_()
+        assert_equal(patched, model)
+        assert not replacements(clipfast.revert(other))
+    assert replacements(patched)
+
+
+def test_a_copied_part_keeps_the_owner_of_its_mask():
+    _, patched = patched_pair("ViT-B-32")
+    part = copy.deepcopy(patched.transformer)
+    assert {value.owner for value in replacements(part)} == {patched, None}
+    x = torch.randn(2, 77, 48, dtype=torch.float64)
+    torch.testing.assert_close(part(x, patched.attn_mask), patched.transformer(x, patched.attn_mask))
+    assert "transformer" not in clipfast.report(part).split()
+    assert "residual_block" in clipfast.report(part)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
+def test_hooks_fire_as_before(name):
+    def calls(model: nn.Module) -> list[tuple[str, str]]:
+        seen, handles = [], []
+        for path, module in model.named_modules():
+            for kind in ("forward", "forward_pre", "full_backward"):
+                hook = getattr(module, f"register_{kind}_hook")
+                handles.append(hook(lambda *_, entry=(path, kind): seen.append(entry)))
+        shrunk.results(model, *shrunk.inputs(model))
+        for handle in handles:
+            handle.remove()
+        return seen
+
+    model, patched = patched_pair(name)
+    # backward hooks of branches may fire in another order
+    assert sorted(calls(patched)) == sorted(calls(model))
+    forward = [entry for entry in calls(model) if entry[1] == "forward"]
+    assert [entry for entry in calls(patched) if entry[1] == "forward"] == forward
+
+
+def test_a_hook_may_change_what_it_sees():
+    model, patched = patched_pair("ViT-B-32")
+    for each in (model, patched):
+        block = each.visual.transformer.resblocks[0]
+        block.ln_2.register_forward_hook(lambda module, args, output: 2 * output)
+        block.mlp.gelu.register_forward_hook(lambda module, args, output: output + 1)
+        block.attn.register_forward_hook(lambda module, args, output: (3 * output[0], None))
+    assert_equal(patched, model)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
+def test_checkpointing_locking_and_intermediates(name):
+    model, patched = patched_pair(name)
+    for each in (model, patched):
+        each.set_grad_checkpointing()
+    assert_equal(patched, model)
+    args = shrunk.inputs(model)
+    ours, theirs = (each.forward_intermediates(*args) for each in (patched, model))
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-10)
+    if hasattr(model, "lock_image_tower"):
+        for each in (model, patched):
+            each.lock_image_tower(unlocked_groups=2)
+            each.lock_text_tower(unlocked_layers=1)
+        assert any(not parameter.requires_grad for parameter in patched.parameters())
+        assert_equal(patched, model)
+
+
+class Adapter(nn.Module):
+    """A linear layer with a low-rank addition, as LoRA makes it."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down = nn.Linear(base.in_features, 2, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(2, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    @property
+    def weight(self) -> nn.Parameter:  # OpenCLIP asks it for its dtype
+        return self.base_layer.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base_layer(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "suffixes"),
+    [("ViT-B-32", ("c_fc", "c_proj")), ("ViT-B-16-SigLIP", ("qkv", "proj", "fc1", "fc2", "c_fc"))],
+)
+def test_layers_may_be_replaced_later(name, suffixes):
+    model, patched = patched_pair(name)
+    for each in (model, patched):
+        torch.manual_seed(3)
+        for path, module in list(each.named_modules()):
+            parent, _, child = path.rpartition(".")
+            if child in suffixes and type(module) is nn.Linear:
+                setattr(each.get_submodule(parent), child, Adapter(module))
+    assert any(isinstance(module, Adapter) for module in patched.modules())
+    assert_equal(patched, model)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
+def test_compiled_as_one_graph(name):
+    model, patched = patched_pair(name)
+    image, text = shrunk.inputs(model)
+    expected = patched(image, text)
+    compiled = torch.compile(patched, backend="eager", fullgraph=name != "coca_ViT-B-32")
+    got = compiled(image, text)
+    for key in range(2):
+        torch.testing.assert_close(
+            list(got.values() if isinstance(got, dict) else got)[key],
+            list(expected.values() if isinstance(expected, dict) else expected)[key],
+        )
+    assert clipfast.report(compiled) == clipfast.report(patched)
+
+
+def test_compiled_text_knows_its_mask():
+    _, patched = patched_pair("ViT-B-32")
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch.compile(patched.encode_text, backend=backend, fullgraph=True)(shrunk.inputs(patched)[1])
+    (graph,) = graphs
+    called = [str(node.target) for node in graph.graph.nodes]
+    assert sum("attention_fwd" in name for name in called) == 2
+    assert not any("multi_head_attention" in name or "scaled_dot_product" in name for name in called)
+
+
+def test_what_others_replaced_is_theirs():
+    model = shrunk.open_clip_model("ViT-B-32")
+    norm, attn = model.visual.ln_pre, model.visual.transformer.resblocks[0].attn
+    norm.forward = theirs = lambda x: x
+    clipfast.apply_to_open_clip(model)
+    attn.forward = lambda *args, **options: None
+    report = clipfast.report(model)
+    assert "as before: something else has replaced its forward" in report
+    assert "as before: something else took the place of the module or its forward" in report
+    model.visual.transformer = nn.Identity()
+    assert "as before: the module is gone" in clipfast.report(model)
+    clipfast.revert(model)
+    assert norm.forward is theirs
+
+
+def test_a_patched_model_is_freed():
+    model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32"))
+    weight = weakref.ref(model.visual.conv1.weight)
+    del model
+    gc.collect()
+    assert weight() is None
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: clipfast.apply_to_open_clip("ViT-B-32"), TypeError, "model must be a torch.nn.Module, got str"),
+        (lambda: clipfast.apply_to_timm(None), TypeError, "apply_to_timm: model must be a torch.nn.Module"),
+        (lambda: clipfast.revert({}), TypeError, "revert: model must be a torch.nn.Module, got dict"),
+        (lambda: clipfast.report(3), TypeError, "report: model must be a torch.nn.Module, got int"),
+        (
+            lambda: clipfast.apply_to_open_clip(nn.Linear(2, 2)),
+            ValueError,
+            "nothing in this Linear is a module of open_",
+        ),
+        (lambda: clipfast.apply_to_timm(nn.Linear(2, 2)), ValueError, "nothing in this Linear is a module of timm"),
+        (lambda: clipfast.apply_to_open_clip(nn.Linear(2, 2), norms=1), TypeError, "norms must be a bool, got int"),
+        (lambda: clipfast.apply_to_open_clip(nn.Linear(2, 2), nrms=True), TypeError, "nrms"),
+    ],
+)
+def test_wrong_input(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_a_model_that_is_not_patched_says_so():
+    assert "nothing of this model runs on clipfast" in clipfast.report(nn.Linear(2, 2))
