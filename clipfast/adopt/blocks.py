@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from .norms import add_norm
-from .places import Proposal, class_name, has_hooks, runs_ours
+from .places import SEEN, Proposal, class_name, has_hooks, runs_ours
 
-_RESIDUAL = "open_clip.transformer.ResidualAttentionBlock"
+RESIDUAL = "open_clip.transformer.ResidualAttentionBlock"
 _CUSTOM = "open_clip.transformer.CustomResidualAttentionBlock"
 _TIMM = "timm.models.vision_transformer.Block"
 _DECODER = "open_clip.transformer.MultimodalTransformer"
@@ -49,7 +49,7 @@ def find_masks(model: nn.Module) -> dict[int, Mask]:
             masks[id(tower.attn)] = Mask(is_cross=True)
         if class_name(module) not in _MASKED:
             continue
-        refusal = _why_not_causal(tower)
+        refusal = why_not_causal(tower)
         stack = tower if class_name(tower) == _DECODER else tower.transformer
         if refusal is not None:
             mask = Mask(refusal=refusal) if refusal else Mask(tower)
@@ -60,7 +60,7 @@ def find_masks(model: nn.Module) -> dict[int, Mask]:
     return masks
 
 
-def _why_not_causal(tower: Any) -> str | None:
+def why_not_causal(tower: Any) -> str | None:
     """Return why the mask of ``tower`` is not plainly causal, "" if it is, and None if there is no mask."""
     mask = tower.attn_mask
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
@@ -79,8 +79,8 @@ def propose_block(module: nn.Module, mask: Mask | None, attention: bool, norms: 
     name = class_name(module)
     owner = mask.owner if mask is not None and attention else None
     is_cross = hasattr(module, "ln_1_kv") and attention
-    if name in (_RESIDUAL, _CUSTOM) and (owner is not None or is_cross or norms):
-        function = residual_block if name == _RESIDUAL else custom_block
+    if name in (RESIDUAL, _CUSTOM) and (owner is not None or is_cross or norms):
+        function = residual_block if name == RESIDUAL else custom_block
         return Proposal("norms" if norms else "attention", _text(owner, norms, is_cross), function, owner=owner)
     if name == _TIMM and norms:
         return Proposal("norms", _text(None, norms), timm_block)
@@ -153,13 +153,28 @@ def _attend(block: Any, x: Tensor, attn_mask: Tensor | None, causal: bool) -> Te
 
 
 def is_causal(attn_mask: Tensor | None, owner: Any) -> bool:
-    """Return True if ``attn_mask`` is the mask that ``owner`` holds, which was found causal, or its upper left part."""
+    """Return True if ``attn_mask`` is the causal mask that ``owner`` holds, or its upper left part.
+
+    Compiled code takes the mask that ``owner`` holds for causal, which it was when the model was given our kernels.
+    """
     if attn_mask is None or owner is None:
         return False
     mask: Tensor = owner.attn_mask
-    if attn_mask is mask:
-        return True
-    if torch.compiler.is_compiling() or attn_mask._base is not mask:
-        return False
-    is_square = attn_mask.ndim == 2 and attn_mask.shape[0] == attn_mask.shape[1]
-    return is_square and attn_mask.storage_offset() == mask.storage_offset() and attn_mask.stride() == mask.stride()
+    if torch.compiler.is_compiling():
+        return attn_mask is mask
+    return (attn_mask is mask or _is_corner(attn_mask, mask)) and _is_still_causal(owner, mask)
+
+
+def _is_corner(part: Tensor, mask: Tensor) -> bool:
+    """Return True if ``part`` is a view of the upper left square of ``mask``."""
+    is_square = part.ndim == 2 and part.shape[0] == part.shape[1] and part._base is mask
+    return is_square and part.storage_offset() == mask.storage_offset() and part.stride() == mask.stride()
+
+
+def _is_still_causal(owner: Any, mask: Tensor) -> bool:
+    """Look at the values of the mask, once for each tensor and each change of it, since a look waits for the GPU."""
+    version = 0 if mask.is_inference() else mask._version
+    known = owner.__dict__.get(SEEN)
+    if known is None or known[0] is not mask or known[1] != version:
+        known = owner.__dict__[SEEN] = (mask, version, why_not_causal(owner) == "")
+    return known[2]

@@ -8,13 +8,14 @@ that whatever is moved, loaded, locked or wrapped later counts.
 
 import copy
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-RECORD = "_clipfast_places"
+# Attributes of a model: the list of its places; and of a text tower: the mask that was last looked at, and the verdict.
+RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
 
 
 class Replacement:
@@ -27,21 +28,28 @@ class Replacement:
         function: a function of a module of this package; its first argument is the module.
         module: the module whose method it replaces.
         owner: the module that holds the mask of ``module``'s attention. ``function`` gets it as the argument ``owner``.
+        options: switches that ``function`` gets besides.
     """
 
-    def __init__(self, function: Callable[..., Any], module: nn.Module, owner: nn.Module | None = None) -> None:
-        self.function, self.module, self.owner = function, module, owner
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        module: nn.Module,
+        owner: nn.Module | None = None,
+        options: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.function, self.module, self.owner, self.options = function, module, owner, dict(options or {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what ``function`` returns."""
         if self.owner is None:
-            return self.function(self.module, *args, **kwargs)
-        return self.function(self.module, *args, owner=self.owner, **kwargs)
+            return self.function(self.module, *args, **kwargs, **self.options)
+        return self.function(self.module, *args, owner=self.owner, **kwargs, **self.options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
         # The owner is outside the module. If only the module is copied, the copy keeps the owner that it has.
         owner = memo.get(id(self.owner), self.owner)
-        return Replacement(self.function, copy.deepcopy(self.module, memo), owner)
+        return Replacement(self.function, copy.deepcopy(self.module, memo), owner, self.options)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,18 +78,24 @@ class Proposal:
     function: Callable[..., Any] | None = None
     method: str = "forward"
     owner: nn.Module | None = None
+    option: str | None = None  # the switch of the function that this place stands for
 
 
 def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) -> Place:
     """Replace the method that ``proposal`` names, unless that is not wanted or not possible; return what was done."""
     kind, method = proposal.kind, proposal.method
-    if proposal.function is None:
-        return Place(name, kind, None, proposal.text)
     if not wanted:
         return Place(name, kind, None, f"{kind}=False")
-    if method in module.__dict__:
+    if proposal.function is None:
+        return Place(name, kind, None, proposal.text)
+    there = module.__dict__.get(method)
+    options = {proposal.option: True} if proposal.option else {}
+    if isinstance(there, Replacement) and there.function is proposal.function:
+        there.options.update(options)
+    elif there is not None:
         return Place(name, kind, None, f"something else has replaced its {method}")
-    module.__dict__[method] = Replacement(proposal.function, module, proposal.owner)
+    else:
+        module.__dict__[method] = Replacement(proposal.function, module, proposal.owner, options)
     return Place(name, kind, method, proposal.text)
 
 
@@ -106,7 +120,8 @@ def revert(model: nn.Module) -> nn.Module:
         state = module.__dict__
         for method in [key for key, value in state.items() if isinstance(value, Replacement)]:
             del state[method]
-        state.pop(RECORD, None)
+        for key in (RECORD, SEEN):
+            state.pop(key, None)
     return model
 
 
@@ -131,6 +146,11 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def is_untouched(module: nn.Module) -> bool:
+    """Return True if calling ``module`` does what its class does, or what we put in its place, and nothing else."""
+    return not has_hooks(module) and ("forward" not in module.__dict__ or runs_ours(module))
 
 
 def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:

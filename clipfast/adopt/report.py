@@ -4,7 +4,8 @@ import re
 
 from torch import nn
 
-from .places import RECORD, Place, Replacement, check_module, runs_ours
+from .places import RECORD, Place, Proposal, Replacement, check_module, runs_ours
+from .walk import proposals
 
 
 def report_places(model: nn.Module) -> str:
@@ -27,9 +28,15 @@ def report_places(model: nn.Module) -> str:
     if not places:
         return "nothing of this model runs on clipfast: see clipfast.apply_to_open_clip and clipfast.apply_to_timm"
     modules = dict(model.named_modules())
+    # What was put somewhere gives way, at each call, to what has been put there since: an adapter, a hook.
+    now = {(name, found.kind): found for name, _, found in proposals(model, {"attention": True, "norms": True})}
     counts: dict[tuple[str, str, str], int] = {}
     for place in places:
-        line = re.sub(r"\d+", "*", place.module) or "(model)", place.kind, _now(place, modules)
+        line = (
+            re.sub(r"\d+", "*", place.module) or "(model)",
+            place.kind,
+            _now(place, modules, now.get((place.module, place.kind))),
+        )
         counts[line] = counts.get(line, 0) + 1
     rows = [("place", "number", "part", "runs on")]
     rows += [(name, str(number), kind, text) for (name, kind, text), number in counts.items()]
@@ -52,7 +59,7 @@ def _places(model: nn.Module) -> list[Place]:
     ]
 
 
-def _now(place: Place, modules: dict[str, nn.Module]) -> str:
+def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
     """Return what the place runs on now, which a later replacement may have changed."""
     if place.method is None:
         return f"as before: {place.text}"
@@ -61,4 +68,6 @@ def _now(place: Place, modules: dict[str, nn.Module]) -> str:
         return "as before: the module is gone"
     if not runs_ours(module, place.method):
         return f"as before: something else took the place of the module or its {place.method}"
+    if proposal is not None and proposal.function is None:
+        return f"as before: {proposal.text}"
     return place.text

@@ -6,13 +6,21 @@ from torch import nn
 
 from .attention import propose_attention
 from .blocks import Mask, find_masks, propose_block
+from .embeddings import propose_patch_embed
 from .mlps import propose_mlp
 from .norms import propose_norm
-from .places import RECORD, Place, Proposal, carry_out, check_module, class_name, revert
+from .places import RECORD, Proposal, carry_out, check_module, class_name, revert
+from .rows import propose_image_tower, propose_text_tower
 
 
 def apply_to_open_clip(
-    model: nn.Module, attention: bool = True, norms: bool = True, activations: bool = True
+    model: nn.Module,
+    attention: bool = True,
+    norms: bool = True,
+    activations: bool = True,
+    patch_embed: bool = True,
+    text_embed: bool = True,
+    pooled_last_block: bool = True,
 ) -> nn.Module:
     """Let a model of OpenCLIP run on the kernels of this package, in place.
 
@@ -27,6 +35,12 @@ def apply_to_open_clip(
             pooling of ResNets.
         norms: layer norms, each in one pass with the addition before it where there is one.
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs.
+        patch_embed: patches to tokens in one pass, in OpenCLIP's own vision transformers. Images may then also be uint8
+            as decoded, if the model knows its mean and standard deviation as those of OpenCLIP's factory do. Patch
+            dropout does not read what it drops.
+        text_embed: tokens plus positions in one pass.
+        pooled_last_block: the last block of a tower of which one row is read computes only that row; this needs
+            ``attention``.
 
     Returns:
         ``model`` itself.
@@ -35,7 +49,10 @@ def apply_to_open_clip(
         TypeError: ``model`` is not a module, or a switch is not a bool.
         ValueError: nothing in ``model`` is of OpenCLIP.
     """
-    flags = {"attention": attention, "norms": norms, "activations": activations}
+    flags = {
+        "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
+        "text_embed": text_embed, "pooled_last_block": pooled_last_block,
+    }  # fmt: skip
     return _apply("apply_to_open_clip", model, "open_clip", flags)
 
 
@@ -67,23 +84,40 @@ def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bo
     if not any(class_name(module).startswith(f"{library}.") for module in model.modules()):
         raise ValueError(f"{function}: nothing in this {type(model).__name__} is a module of {library}")
     revert(model)
-    masks = find_masks(model)
-    places = [
+    model.__dict__[RECORD] = [
         carry_out(module, name, proposal, flags[proposal.kind])
-        for name, module in model.named_modules()
-        for proposal in _proposals(module, masks.get(id(module)), flags)
+        for name, module, proposal in proposals(model, flags)
+        if proposal.kind in flags
     ]
-    record: list[Place] = places
-    model.__dict__[RECORD] = record
     return model
 
 
-def _proposals(module: nn.Module, mask: Mask | None, flags: Mapping[str, bool]) -> Iterator[Proposal]:
-    """Yield what is to be done with ``module`` itself, without its children."""
-    propose = (
+def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str, nn.Module, Proposal]]:
+    """Yield what can be done with each part of ``model``, and then with each tower: name, module, proposal.
+
+    What can be done with a tower depends on what has been done with its parts.
+    """
+    masks = find_masks(model)
+    for name, module in model.named_modules():
+        for proposal in _propose_part(module, masks.get(id(module)), flags):
+            yield name, module, proposal
+    for name, module in model.named_modules():
+        for proposal in _propose_tower(module):
+            yield name, module, proposal
+
+
+def _propose_part(module: nn.Module, mask: Mask | None, flags: Mapping[str, bool]) -> Iterator[Proposal]:
+    """Yield what can be done with ``module`` itself, without its children."""
+    found = (
         propose_attention(module, mask),
         propose_block(module, mask, flags["attention"], flags["norms"]),
         propose_norm(module),
         propose_mlp(module),
     )
-    yield from filter(None, propose)
+    yield from filter(None, found)
+
+
+def _propose_tower(module: nn.Module) -> Iterator[Proposal]:
+    """Yield what can be done with the way of images and texts through a tower."""
+    yield from filter(None, (propose_patch_embed(module), propose_image_tower(module)))
+    yield from propose_text_tower(module)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 from unittest import mock
 
 import torch
@@ -20,8 +21,16 @@ def timm_sizes(name: str) -> dict[str, object]:
     if "swin" in name:
         return {"depths": (1, 2), "num_heads": (2, 4), "embed_dim": 32}
     if "vitamin" in name or "vit_base_mci" in name:
-        return {"depth": 2}  # the width is that of its stem
-    return {"depth": 3, "embed_dim": 64, "num_heads": 2}
+        return {"depth": 2, "img_size": timm_image_size(name)}  # the width is that of its stem
+    return {"depth": 3, "embed_dim": 64, "num_heads": 2, "img_size": timm_image_size(name)}
+
+
+def timm_image_size(name: str) -> int | None:
+    """A few patches of a vision transformer of timm; None for a model whose images stay as large as they are."""
+    if not name.startswith(("vit", "eva")):
+        return None
+    patch = re.search(r"patch(\d+)", name)
+    return 4 * int(patch[1] if patch else 16)
 
 
 def shrink(config: dict) -> dict:
@@ -31,6 +40,8 @@ def shrink(config: dict) -> dict:
     config["embed_dim"] = 48
     if isinstance(vision.get("layers"), list):
         vision.update(layers=[1, 1, 1, 1], width=16, image_size=64)
+    elif image_size := timm_image_size(vision.get("timm_model_name") or ""):
+        vision["image_size"] = image_size
     elif "layers" in vision:
         heads = vision.get("width", 768) // vision.get("head_width", 64)
         head_width = 24 if heads * vision.get("head_width", 64) else 32

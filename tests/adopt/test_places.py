@@ -15,6 +15,7 @@ from clipfast.adopt.places import Replacement
 
 from . import shrunk
 
+PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block"]
 NAMES = ["ViT-B-32", "RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP"]
 
 
@@ -56,6 +57,7 @@ def test_nothing_but_methods_changes_and_revert_gives_them_back(name):
         before[key] for key in ("modules", "parameters", "buffers")
     ]
     assert replacements(model)
+    model(*shrunk.inputs(model))
     assert clipfast.revert(model) is model
     assert objects(model) == before
     clipfast.revert(model)
@@ -68,7 +70,7 @@ def test_twice_is_once_and_the_last_flags_count():
     number, report = len(replacements(model)), clipfast.report(model)
     clipfast.apply_to_open_clip(model)
     assert (len(replacements(model)), clipfast.report(model)) == (number, report)
-    clipfast.apply_to_open_clip(model, attention=False, norms=False, activations=False)
+    clipfast.apply_to_open_clip(model, **dict.fromkeys(PARTS, False))
     assert not replacements(model)
 
 
@@ -232,7 +234,9 @@ def test_compiled_text_knows_its_mask():
     torch.compile(patched.encode_text, backend=backend, fullgraph=True)(shrunk.inputs(patched)[1])
     (graph,) = graphs
     called = [str(node.target) for node in graph.graph.nodes]
-    assert sum("attention_fwd" in name for name in called) == 2
+    assert sum("attention_fwd" in name for name in called) == 1
+    assert sum("attention_pool_fwd" in name for name in called) == 1  # the last block
+    assert sum("text_embed_fwd" in name for name in called) == 1
     assert not any("multi_head_attention" in name or "scaled_dot_product" in name for name in called)
 
 
