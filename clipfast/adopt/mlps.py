@@ -20,6 +20,7 @@ _OPS = {
     "open_clip.transformer.QuickGELU": bias_quick_gelu,
     "open_clip.layers.QuickGELU": bias_quick_gelu,
 }
+_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
 _LAYERS = (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"])
 
 
@@ -33,6 +34,20 @@ def propose_mlp(module: nn.Module) -> Proposal | None:
     if name.startswith("timm.layers.mlp."):
         return Proposal(KIND, f"{type(module).__name__} is not one of the perceptrons that are known")
     return None
+
+
+def propose_activation(module: nn.Module, inside: set[int]) -> Proposal | None:
+    """Say why ``module`` is left alone if it is an activation that is not in one of the perceptrons ``inside``."""
+    name, library = type(module).__name__, class_name(module).rpartition(".")[0]
+    is_activation = (library in _ACTIVATIONS and name != "MultiheadAttention") or class_name(module) in _OPS
+    if not is_activation or id(module) in inside:
+        return None
+    return Proposal(KIND, f"{name} is not in one of the perceptrons that are known")
+
+
+def find_inside(model: nn.Module) -> set[int]:
+    """Return the identities of the layers in perceptrons that :func:`propose_mlp` speaks of."""
+    return {id(layer) for module in model.modules() if propose_mlp(module) is not None for layer in module.children()}
 
 
 def _propose(linear: Any, act: Any, function: Any) -> Proposal:

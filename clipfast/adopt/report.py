@@ -1,6 +1,8 @@
 """The table of what each place of a model runs on."""
 
+import collections
 import re
+from collections.abc import Iterator
 
 from torch import nn
 
@@ -22,41 +24,45 @@ def report_places(model: nn.Module) -> str:
         TypeError: ``model`` is not a module.
     """
     check_module("report", model)
-    # a wrapper, such as a compiled model, keeps no record itself
-    model = next((module for module in model.modules() if RECORD in module.__dict__), model)
-    places = _places(model)
-    if not places:
+    lines = [line for prefix, part in _applied(model) for line in _lines(prefix, part)]
+    if not lines:
+        lines = [
+            (_place(name), "replaced", value.function.__name__)
+            for name, module in model.named_modules()
+            for value in module.__dict__.values()
+            if isinstance(value, Replacement)
+        ]
+    if not lines:
         return "nothing of this model runs on clipfast: see clipfast.apply_to_open_clip and clipfast.apply_to_timm"
-    modules = dict(model.named_modules())
-    # What was put somewhere gives way, at each call, to what has been put there since: an adapter, a hook.
-    now = {(name, found.kind): found for name, _, found in proposals(model, {"attention": True, "norms": True})}
-    counts: dict[tuple[str, str, str], int] = {}
-    for place in places:
-        line = (
-            re.sub(r"\d+", "*", place.module) or "(model)",
-            place.kind,
-            _now(place, modules, now.get((place.module, place.kind))),
-        )
-        counts[line] = counts.get(line, 0) + 1
     rows = [("place", "number", "part", "runs on")]
-    rows += [(name, str(number), kind, text) for (name, kind, text), number in counts.items()]
+    rows += [(name, str(number), kind, text) for (name, kind, text), number in collections.Counter(lines).items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]
     return "\n".join(
         f"{name:<{widths[0]}}  {number:>{widths[1]}}  {kind:<{widths[2]}}  {text}" for name, number, kind, text in rows
     )
 
 
-def _places(model: nn.Module) -> list[Place]:
-    """Return the places on record; of a part of a model, which has no record, those that are replaced."""
-    recorded: list[Place] | None = model.__dict__.get(RECORD)
-    if recorded is not None:
-        return recorded
-    return [
-        Place(name, "replaced", method, value.function.__name__)
-        for name, module in model.named_modules()
-        for method, value in module.__dict__.items()
-        if isinstance(value, Replacement)
-    ]
+def _applied(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return the parts of ``model`` that something was applied to, with a prefix for the names of their places."""
+    parts = [(name, module) for name, module in model.named_modules() if RECORD in module.__dict__]
+    if len(parts) == 1:  # the model, or the model in a wrapper
+        return [("", parts[0][1])]
+    return [(f"{name}." if name else "", module) for name, module in parts]
+
+
+def _lines(prefix: str, part: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Yield place, kind and text of everything on the record of ``part``."""
+    record: list[Place] = part.__dict__[RECORD]
+    modules = dict(part.named_modules())
+    # What was put somewhere gives way, at each call, to what has been put there since: an adapter, a hook.
+    now = {(name, found.kind): found for name, _, found in proposals(part, {"attention": True, "norms": True})}
+    for place in record:
+        text = _now(place, modules, now.get((place.module, place.kind)))
+        yield _place(prefix + place.module), place.kind, text
+
+
+def _place(name: str) -> str:
+    return re.sub(r"\d+", "*", name) or "(model)"
 
 
 def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from torch import nn
 
 from .attention import propose_attention
-from .blocks import Mask, find_masks, propose_block
+from .blocks import find_masks, propose_block
 from .embeddings import propose_patch_embed
-from .mlps import propose_mlp
+from .mlps import find_inside, propose_activation, propose_mlp
 from .norms import propose_norm
 from .places import RECORD, Proposal, carry_out, check_module, class_name, revert
 from .rows import propose_image_tower, propose_text_tower
@@ -97,24 +97,20 @@ def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str
 
     What can be done with a tower depends on what has been done with its parts.
     """
-    masks = find_masks(model)
+    masks, inside = find_masks(model), find_inside(model)
     for name, module in model.named_modules():
-        for proposal in _propose_part(module, masks.get(id(module)), flags):
+        found = (
+            propose_attention(module, masks.get(id(module))),
+            propose_block(module, masks.get(id(module)), flags["attention"], flags["norms"]),
+            propose_norm(module),
+            propose_mlp(module),
+            propose_activation(module, inside),
+        )
+        for proposal in filter(None, found):
             yield name, module, proposal
     for name, module in model.named_modules():
         for proposal in _propose_tower(module):
             yield name, module, proposal
-
-
-def _propose_part(module: nn.Module, mask: Mask | None, flags: Mapping[str, bool]) -> Iterator[Proposal]:
-    """Yield what can be done with ``module`` itself, without its children."""
-    found = (
-        propose_attention(module, mask),
-        propose_block(module, mask, flags["attention"], flags["norms"]),
-        propose_norm(module),
-        propose_mlp(module),
-    )
-    yield from filter(None, found)
 
 
 def _propose_tower(module: nn.Module) -> Iterator[Proposal]:

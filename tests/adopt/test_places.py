@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import pickle
+import re
 import weakref
 
 import pytest
@@ -208,12 +209,12 @@ def test_layers_may_be_replaced_later(name, suffixes):
     assert_equal(patched, model)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
 def test_compiled_as_one_graph(name):
     model, patched = patched_pair(name)
     image, text = shrunk.inputs(model)
     expected = patched(image, text)
-    compiled = torch.compile(patched, backend="eager", fullgraph=name != "coca_ViT-B-32")
+    compiled = torch.compile(patched, backend="eager", fullgraph=True)
     got = compiled(image, text)
     for key in range(2):
         torch.testing.assert_close(
@@ -238,6 +239,34 @@ def test_compiled_text_knows_its_mask():
     assert sum("attention_pool_fwd" in name for name in called) == 1  # the last block
     assert sum("text_embed_fwd" in name for name in called) == 1
     assert not any("multi_head_attention" in name or "scaled_dot_product" in name for name in called)
+
+
+def test_parts_may_be_given_kernels_one_by_one():
+    model = shrunk.open_clip_model("ViT-B-16-SigLIP")
+    clipfast.apply_to_timm(model.visual)
+    alone = clipfast.report(model)
+    assert alone == clipfast.report(model.visual)
+    clipfast.apply_to_open_clip(model.text)
+    places = {line.split()[0].split(".")[0] for line in clipfast.report(model).splitlines()[1:]}
+    assert places == {"visual", "text"}
+    clipfast.apply_to_open_clip(model)
+    assert "visual.trunk.blocks.*.attn" in clipfast.report(model)
+
+
+def test_nothing_is_left_alone_in_silence():
+    for name in ("RN50", "MobileCLIP2-S0", "EVA02-B-16", "convnext_base"):
+        model = clipfast.apply_to_open_clip(shrunk.open_clip_model(name))
+        places = [
+            re.compile(re.escape(line.split()[0]).replace(r"\*", r"\d+"))
+            for line in clipfast.report(model).splitlines()[1:]
+        ]
+        for path, module in model.named_modules():
+            kind = type(module).__name__
+            is_leaf = next(module.children(), None) is None
+            if is_leaf and ("Norm" in kind or "GELU" in kind or kind in ("ReLU", "SiLU")):
+                # a perceptron speaks for its activation
+                mentioned = [path, path.rpartition(".")[0]]
+                assert any(place.fullmatch(each) for place in places for each in mentioned), (name, path)
 
 
 def test_what_others_replaced_is_theirs():

@@ -1,0 +1,63 @@
+"""Patched models under DistributedDataParallel and FSDP2; one rank suffices to meet their hooks and their checks."""
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import clipfast
+
+from . import shrunk
+
+
+@pytest.fixture
+def group(tmp_path) -> Iterator[None]:
+    """A group of one process."""
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def steps(model: nn.Module, args: tuple[torch.Tensor, ...]) -> list[float]:
+    """The losses of a few steps: the second one fails if a parameter had no gradient in the first."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = sum(x.square().mean() for x in shrunk.outputs(model, *args))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP"])
+def test_data_parallel(group, name):
+    model = shrunk.open_clip_model(name).double()
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    args = shrunk.inputs(model)
+    wrapped = nn.parallel.DistributedDataParallel(patched)
+    torch.testing.assert_close(steps(wrapped, args), steps(model, args), rtol=1e-9, atol=0)
+    assert clipfast.report(wrapped) == clipfast.report(patched)
+    clipfast.revert(wrapped)
+    assert "nothing of this model runs on clipfast" in clipfast.report(patched)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
+def test_fully_sharded(group, name):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = shrunk.open_clip_model(name).double()
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    args = shrunk.inputs(model)
+    mesh = init_device_mesh("cpu", (1,))
+    scalars = {parameter for parameter in patched.parameters() if parameter.ndim == 0}  # FSDP2 takes none
+    for module in list(patched.modules()):
+        if type(module).__name__ in ("ResidualAttentionBlock", "Block"):
+            fully_shard(module, mesh=mesh)
+    fully_shard(patched, mesh=mesh, ignored_params=scalars)
+    torch.testing.assert_close(steps(patched, args), steps(model, args), rtol=1e-9, atol=0)
