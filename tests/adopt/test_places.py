@@ -269,6 +269,23 @@ def test_nothing_is_left_alone_in_silence():
                 assert any(place.fullmatch(each) for place in places for each in mentioned), (name, path)
 
 
+def test_a_trace_is_that_of_the_original():
+    model, patched = patched_pair("ViT-B-32")
+    args = shrunk.inputs(model)
+    traced = torch.jit.trace(patched.eval(), args, check_trace=False)
+    assert "clipfast::" not in str(traced.inlined_graph)
+    for got, expected in zip(traced(*args), model.eval()(*args), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
+def test_parameters_of_a_functional_call_count():
+    model, patched = patched_pair("ViT-B-32")
+    args, others = shrunk.inputs(model), {name: 1.1 * p.detach() for name, p in model.named_parameters()}
+    ours, theirs = (torch.func.functional_call(each, others, args) for each in (patched, model))
+    for got, expected in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
+
+
 def test_what_others_replaced_is_theirs():
     model = shrunk.open_clip_model("ViT-B-32")
     norm, attn = model.visual.ln_pre, model.visual.transformer.resblocks[0].attn
