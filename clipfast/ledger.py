@@ -79,8 +79,10 @@ class Ledger(TorchDispatchMode):
             with self:
                 return inner(*args, **kwargs)
         if func is ATEN._local_scalar_dense.default and isinstance(args[0], FakeTensor):
-            # Only the CPU path asks: whether an input is wrong (bool), and whether the shared shift suits (int8).
-            return args[0].dtype != torch.bool
+            # Only the CPU path asks: whether an input is wrong (bool), whether the shared shift suits (int8), and for
+            # the scale and the shared shift, which is 0 for the scales of training.
+            dtype = args[0].dtype
+            return 0.0 if dtype.is_floating_point else dtype != torch.bool
         given = _tensors([*args, *kwargs.values()])
         known = self._enter(given)
         out = func(*args, **kwargs)

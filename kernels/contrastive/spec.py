@@ -127,7 +127,7 @@ def _product_and_bytes(pairs: int, embed_dim: int, itemsize: int) -> tuple[int, 
     return 2 * pairs**2 * embed_dim, 2 * pairs * embed_dim * itemsize
 
 
-TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile", "sigmoid_sums", "sigmoid_grad_tile")
+TILED = ("contrastive_stats", "contrastive_online_stats", "contrastive_grad_tile", "sigmoid_grad_tile")
 
 
 @contextlib.contextmanager
@@ -193,7 +193,7 @@ SPECS = (
             Shipped("N1024 D512", SigmoidShape(1024, 512), DTYPES),
             Shipped("N1001 D512", SigmoidShape(1001, 512)),
         ),
-        targets=(Target("sigmoid", SigmoidShape(16384, 512), _gemm("sigmoid_grad_tile", "sigmoid_sums")),),
+        targets=(Target("sigmoid", SigmoidShape(16384, 512), _gemm("sigmoid_grad_tile")),),
     ),
     loss_spec(
         op=info_nce_loss, reference=reference.info_nce_loss, make=make_info_nce, cases=INFO_NCE,

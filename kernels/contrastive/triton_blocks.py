@@ -179,7 +179,7 @@ def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor,
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
     """Return numbers whose sum is the loss of all but the pairs."""
-    cfg = gemm_config("sigmoid_sums", arch_of(x.device), x.dtype)
+    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # whose loop and tile it shares
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
         triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)

@@ -91,8 +91,10 @@ def test_step_of_a_model(name, gpus):
     assert ledger.peak["weights"] == size + sum(buffer.nbytes for buffer in model.buffers())
     assert ledger.peak["optimizer state"] == 2 * size + 4 * len(sizes)
     assert ledger.peak["inputs"] == 2 * (3 * model.visual.image_size**2 + 8 * model.context_length)
-    # DDP keeps all gradients; else the peak comes before the last of them
-    assert ledger.peak["gradients"] == size if gpus > 1 else 0.9 * size < ledger.peak["gradients"] <= size
+    # DDP keeps all gradients, and both of a norm's lie in one tensor, which lives as long as either of them; else the
+    # peak comes before the last gradient
+    least, most = (1, 1.0005) if gpus > 1 else (0.9, 1)
+    assert least * size <= ledger.peak["gradients"] <= most * size
     reduced = [event.bytes for event in ledger.events if event.collective == "allreduce"]
     assert sum(reduced) == pytest.approx(2 * size * (gpus - 1) / gpus, abs=len(reduced))
     assert len(reduced) > size / (40 * 2**20) if gpus > 1 else not reduced  # buckets of about 25 MiB

@@ -64,11 +64,13 @@ def test_training_checkpoint_of_open_clip(tmp_path):
 def test_shapes_name_every_published_model(tmp_path):
     from clipfast.conversion.shapes import config_of_weights, models_of_shapes
 
-    for name in list_models():
+    names = list_models()
+    for name in names:
         with torch.device("meta"):
             state = CLIP(get_model_config(name)).state_dict()
         base = name.removesuffix("-quickgelu")
-        assert models_of_shapes(config_of_weights(state, tmp_path)) == [base, f"{base}-quickgelu"]
+        if f"{base}-quickgelu" in names:  # other tests may have registered models of their own
+            assert {base, f"{base}-quickgelu"} <= set(models_of_shapes(config_of_weights(state, tmp_path)))
 
 
 def test_command(own, tmp_path, capsys, monkeypatch):

@@ -132,8 +132,8 @@ def test_16_bit_operands(tmp_path):
     by_rank = run_ranks(in_16_bits, 2, folder=tmp_path)
     # the scale stays in float32
     truth = call_at("contrastive_loss", LATE, dtype=HALF).truth()
-    # on a CPU only the features are rounded, in kernels G too
-    scalars, features = (1e-4, 6e-4) if INTERPRET else (2e-5, 2e-5)
+    # G is rounded to 16 bits as the features are, in the interpreter's float16 8 times as finely as in bfloat16
+    scalars, features = (1e-4, 6e-4) if INTERPRET else (2e-5, 2e-3)
     for mode, *ranks in zip(MODES, *by_rank, strict=True):
         found = of_batch(ranks)
         assert_close({name: found.pop(name) for name in ("value", "d_logit_scale")}, truth, scalars, mode)
