@@ -49,13 +49,14 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
     """Take one product and one exponential per logit, for rows and columns at once, if the shared shift is exact."""
     result = new_stats(x, y)
     shift = shared_shift(logit_scale)
+    is_shifted = bool(shift)
     for rows, logits in _chunks(x, y, logit_scale * LOG2E):
         paired, _ = pairs_in(len(logits), len(y), rows.start + offset)
         pairs = logits.diagonal(rows.start + offset)
         result.positive[rows][paired] = pairs
         pairs.fill_(float("-inf"))
         for piece in _pieces(logits):
-            tile = logits[piece].sub_(shift) if shift else logits[piece]
+            tile = logits[piece].sub_(shift) if is_shifted else logits[piece]
             result.row_sum[rows][piece] = tile.exp2_().sum(1)
         result.col_sum.add_(logits.sum(0))
     result.row_max.copy_(shift)
@@ -92,6 +93,7 @@ def add_gradients(
 ) -> Tensor | None:  # fmt: skip
     """Add G y to acc_x and G^T x to acc_y; return sums of G_ij x_i . y_j if products round G."""
     shift, factor = shared_shift(logit_scale), logit_scale * LOG2E
+    is_shifted, y = bool(shift), _wide(y)
     row_max, row_inv_denoms = finite(normalizers.row[0]), normalizers.row[1]
     col_max, col_inv_denom = finite(normalizers.col[0]), normalizers.col[1]
     grads, weights = _scratch(x, y, 2)
@@ -104,7 +106,7 @@ def add_gradients(
             grad = torch.mul(tile, factor, out=grad) if _rounds(x) else tile
             if normalizers.uses_shared_shift:
                 torch.add(row_inv_denom, col_inv_denom, out=weight)
-                (grad.sub_(shift) if shift else grad).exp2_().mul_(weight)
+                (grad.sub_(shift) if is_shifted else grad).exp2_().mul_(weight)
             else:
                 torch.sub(grad, col_max, out=weight).exp2_().mul_(col_inv_denom)
                 torch.addcmul(weight, grad.sub_(row_max[rows][piece, None]).exp2_(), row_inv_denom, out=grad)
@@ -142,6 +144,7 @@ def add_sigmoid_gradients(
 ) -> Tensor:
     """Add G y to acc_x and G^T x to acc_y; return what all but the pairs sum up to."""
     (grads,) = _scratch(x, y, 1)
+    y = _wide(y)
     sums = []
     for rows, cosines in _chunks(x, y):
         for piece in _pieces(cosines):
@@ -180,29 +183,33 @@ def _rounds(x: Tensor) -> bool:
     return x.dtype == torch.bfloat16
 
 
+def _wide(x: Tensor) -> Tensor:
+    """Return features in the dtype that products are taken in."""
+    return x.to(accumulate_dtype(x.dtype))
+
+
 def _chunks(x: Tensor, y: Tensor, factor: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
     """Yield slices of rows and ``factor`` times their products with y; each reuses the memory of the one before."""
     m, n = len(x), len(y)
     if m == 0 or n == 0:
         return
-    wide = accumulate_dtype(x.dtype)
-    size = min(m, CHUNK_ROWS, max(16, CHUNK_ELEMENTS // n))
-    buffer, columns = x.new_empty(size, n, dtype=wide), y.to(wide).T
+    size, columns = min(m, CHUNK_ROWS, max(16, CHUNK_ELEMENTS // n)), _wide(y).T
+    buffer = columns.new_empty(size, n)
     alpha = 1 if factor is None else factor.item()
     for rows in slices(m, size):
         chunk = buffer[: rows.stop - rows.start]
         with _instructions_for(x.dtype):
-            torch.addmm(chunk, x[rows].to(wide), columns, beta=0, alpha=alpha, out=chunk)
+            torch.addmm(chunk, _wide(x[rows]), columns, beta=0, alpha=alpha, out=chunk)
         yield rows, chunk
 
 
 def _add_products(G: Tensor, x: Tensor, rows: slice, y: Tensor, acc_x: Tensor | None, acc_y: Tensor | None) -> None:
-    """Add G y to some rows of acc_x, and G^T times the same rows of x to acc_y."""
+    """Add G y to some rows of acc_x, and G^T times the same rows of x to acc_y; y has the dtype of G."""
     with _instructions_for(x.dtype):
         if acc_x is not None:
-            acc_x[rows].addmm_(G, y.to(G.dtype))
+            acc_x[rows].addmm_(G, y)
         if acc_y is not None:
-            acc_y.addmm_(G.T, x[rows].to(G.dtype))
+            acc_y.addmm_(G.T, _wide(x[rows]))
 
 
 @functools.cache

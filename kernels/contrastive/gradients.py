@@ -9,12 +9,12 @@ from .features import Features
 from .logit_blocks import LogitBlocks
 
 
-def new_gradient(features: Tensor) -> Tensor:
-    """Return an uninitialised gradient, contiguous, with shape and dtype of the features.
+def new_gradient(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an uninitialised gradient, contiguous, with the shape of the features, in their dtype or in ``dtype``.
 
     What is not written before the last block of G should not be made before: it can then have the memory of G.
     """
-    return torch.empty_like(features, memory_format=torch.contiguous_format)
+    return torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format)
 
 
 def gradients_in_strips(

@@ -29,7 +29,7 @@ from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
 from .features import pairs_in
-from .gradients import gradients_in_strips
+from .gradients import gradients_in_strips, new_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 
@@ -78,8 +78,7 @@ def _no_gradients(like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _held_gradient(features: Tensor) -> Tensor:
     """Return an uninitialised gradient for the time between the passes."""
-    dtype = torch.float32 if features.dtype == torch.float16 else features.dtype
-    return torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format)
+    return new_gradient(features, torch.float32 if features.dtype == torch.float16 else None)
 
 
 @_sigmoid_fwd.register_fake

@@ -8,7 +8,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-LOG2E = 1.4426950408889634
+from ..common import LOG2E
+
 BLOCK = (4096, 8192)  # of G: it takes 67 MB, which fit into the memory of y's gradient and as much again
 PROGRAMS = 128  # of the backward pass, one on each of as many multiprocessors of an H100's 132
 _TILE, _STEP, _PRODUCT_COLS, _PART = 128, 64, 256, 64
