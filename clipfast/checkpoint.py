@@ -27,7 +27,7 @@ log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
 POSITIONS_NAME = "visual.positional_embedding"
-# What DistributedDataParallel and torch.compile put in front of the names of a model that they wrap.
+# DistributedDataParallel and torch.compile put these in front of the names of a model that they wrap.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _PREPROCESSING = {"interpolation": "bicubic", "resize_mode": "shortest"}
 ACTIVATIONS = {True: "QuickGELU", False: "GELU"}

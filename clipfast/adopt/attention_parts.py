@@ -1,4 +1,4 @@
-"""What the attention classes of all libraries share."""
+"""Functions that the attention classes of all libraries share."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

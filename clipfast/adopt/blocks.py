@@ -24,7 +24,7 @@ _MASKED = ("open_clip.model.CLIP", _TEXT, _DECODER)
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-    """What a block is given besides tokens.
+    """The mask or the context that a block is given besides its tokens.
 
     Attributes:
         owner: the module that holds a causal mask for it as ``attn_mask``.

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import bias_gelu, bias_quick_gelu
 from ..kernels.launch import triton_runs_on
-from .places import Proposal, class_name, computes, has_hooks, is_plain
+from .places import Proposal, class_name, computes, is_plain
 
 KIND = "activations"
 _OPS = {
@@ -50,10 +50,19 @@ def find_inside(model: nn.Module) -> set[int]:
     return {id(layer) for module in model.modules() if propose_mlp(module) is not None for layer in module.children()}
 
 
+def _is_by_tanh(act: nn.Module) -> bool:
+    return getattr(act, "approximate", "none") != "none"
+
+
+def _op_of(act: nn.Module) -> Any:
+    """Return the op that computes ``act`` of a sum with a bias, or None if there is none."""
+    return None if _is_by_tanh(act) else _OPS.get(class_name(act))
+
+
 def _propose(linear: Any, act: Any, function: Any) -> Proposal:
-    op = _OPS.get(class_name(act))
-    if op is None or getattr(act, "approximate", "none") != "none":
-        name = f"{type(act).__name__} by tanh" if getattr(act, "approximate", "none") != "none" else type(act).__name__
+    op = _op_of(act)
+    if op is None:
+        name = f"{type(act).__name__} by tanh" if _is_by_tanh(act) else type(act).__name__
         return Proposal(KIND, f"{name} is neither GELU by the error function nor QuickGELU")
     if not isinstance(linear, nn.Linear) or linear.bias is None:
         return Proposal(KIND, "the layer before the activation is not linear, or has no bias")
@@ -79,7 +88,7 @@ def _linear_activation(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
     """Return ``act(linear(x))``."""
     if not triton_runs_on(x.device) or not computes(x) or not is_plain(linear, nn.Linear) or linear.bias is None:
         return act(linear(x))
-    op = _OPS.get(class_name(act))
-    if op is None or has_hooks(act) or "forward" in act.__dict__ or getattr(act, "approximate", "none") != "none":
+    op = _op_of(act)
+    if op is None or not is_plain(act, type(act)):
         return act(linear(x))
     return op(F.linear(x, linear.weight), linear.bias)

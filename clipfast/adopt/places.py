@@ -71,7 +71,7 @@ class Place:
 
 @dataclasses.dataclass(frozen=True)
 class Proposal:
-    """What is to be done at a place: a function for one of its methods, or nothing if there is none."""
+    """A proposal for a place: a function for one of its methods, or nothing if there is none."""
 
     kind: str
     text: str

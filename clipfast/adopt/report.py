@@ -54,7 +54,7 @@ def _lines(prefix: str, part: nn.Module) -> Iterator[tuple[str, str, str]]:
     """Yield place, kind and text of everything on the record of ``part``."""
     record: list[Place] = part.__dict__[RECORD]
     modules = dict(part.named_modules())
-    # What was put somewhere gives way, at each call, to what has been put there since: an adapter, a hook.
+    # A replacement gives way, at each call, to an adapter or a hook that has been put in its place since.
     now = {(name, found.kind): found for name, _, found in proposals(part, {"attention": True, "norms": True})}
     for place in record:
         text = _now(place, modules, now.get((place.module, place.kind)))

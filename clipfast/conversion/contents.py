@@ -1,4 +1,4 @@
-"""What is read of a checkpoint, whatever its layout: the form between reading one layout and writing another."""
+"""The contents of a checkpoint, whatever its layout: the form between reading one layout and writing another."""
 
 import dataclasses
 from pathlib import Path
@@ -34,3 +34,14 @@ class Contents:
     tokenizer: tuple[Path, ...] = ()
     epoch: int | None = None
     step: int | None = None
+
+    @property
+    def settled_config(self) -> CLIPConfig:
+        """The configuration of a model that :func:`resolve` has settled on.
+
+        Raises:
+            ValueError: nothing has settled it yet.
+        """
+        if self.config is None:
+            raise ValueError(f"{self.source} has no configuration: resolve() must settle on one before it is written")
+        return self.config

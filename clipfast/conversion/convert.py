@@ -74,14 +74,12 @@ def _check_destination(destination: Path, to: str) -> None:
 
 
 def _write_clipfast(path: Path, contents: Contents) -> None:
-    assert contents.config is not None  # which resolve has settled
     check_preprocessing(contents.preprocessing, contents.source)
-    own = {"model_config": contents.config.to_dict(), "preprocess_cfg": dict(contents.preprocessing)}
+    own = {"model_config": contents.settled_config.to_dict(), "preprocess_cfg": dict(contents.preprocessing)}
     state = {name: value.contiguous() for name, value in contents.state.items()}
     write_checkpoint(path, {"state_dict": state, "clipfast": own})
 
 
 def _write_open_clip(folder: Path, contents: Contents) -> None:
-    assert contents.config is not None  # which resolve has settled
-    write_open_clip_folder(folder, contents.config, contents.preprocessing, contents.state)
+    write_open_clip_folder(folder, contents.settled_config, contents.preprocessing, contents.state)
     copy_tokenizer(folder, contents.tokenizer)

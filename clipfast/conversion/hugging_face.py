@@ -84,8 +84,7 @@ def write_folder(folder: Path, contents: Contents) -> None:
         NoCounterpartError: transformers' CLIP cannot express the model or its preprocessing.
         DiskFullError: there is no space for it.
     """
-    config = contents.config
-    assert config is not None  # which the conversion has settled
+    config = contents.settled_config
     raw = {
         "architectures": ["CLIPModel"],
         "model_type": "clip",

@@ -8,7 +8,7 @@ from ..checkpoint import CheckpointError, complete_preprocessing
 from ..models import CLIPConfig, TextConfig, VisionConfig
 from .shapes import mlp_ratio, settled
 
-# What transformers takes for settings that a file leaves out.
+# Transformers takes these values for settings that a file leaves out.
 _TEXT_DEFAULTS = {
     "vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12,
     "num_attention_heads": 8, "max_position_embeddings": 77, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5,

@@ -1,4 +1,4 @@
-"""What a checkpoint is, read from the file alone."""
+"""A description of a checkpoint, read from the file alone."""
 
 import dataclasses
 import hashlib
@@ -15,7 +15,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What a checkpoint is. What it does not say is None.
+    """A description of a checkpoint. An attribute that the checkpoint does not say is None.
 
     Attributes:
         source: the file or folder.

@@ -21,7 +21,7 @@ ACTIVATION_NAMES = {"gelu": False, "quick_gelu": True}
 
 @dataclasses.dataclass(frozen=True)
 class Wishes:
-    """What the user says of the model, where the checkpoint says nothing or something else; None leaves it open.
+    """The user's wishes for the model, where the checkpoint says nothing or something else; None leaves it open.
 
     Attributes:
         model: the name of a model, or the path of OpenCLIP's JSON file of one.
