@@ -19,8 +19,6 @@ from .blocks import Mask
 from .places import Proposal, class_name, computes, is_plain
 from .timm_attention import PROPOSALS_OF_TIMM
 
-_OUT_PROJ = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear)
-
 
 def propose_attention(module: nn.Module, mask: Mask | None = None) -> Proposal | None:
     """Say what to do with ``module``, which is given ``mask``; None if it computes no attention."""
@@ -165,6 +163,5 @@ def attention_pool_2d(module: Any, x: Tensor) -> Tensor:
 
 
 def project_out(module: Any, out: Tensor) -> Tensor:
-    """Apply the output projection of an ``nn.MultiheadAttention``, which itself never calls that layer."""
-    out_proj = module.out_proj
-    return F.linear(out, out_proj.weight, out_proj.bias) if type(out_proj) in _OUT_PROJ else out_proj(out)
+    """Apply the output projection of an ``nn.MultiheadAttention``, which itself reads this layer and never calls it."""
+    return F.linear(out, module.out_proj.weight, module.out_proj.bias)

@@ -72,6 +72,7 @@ def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None)
     module = modules.get(place.module)
     if module is None:
         return "as before: the module is gone"
+    module = getattr(module, "base_layer", module)  # peft wraps a layer, and calls it
     if not runs_ours(module, place.method):
         return f"as before: something else took the place of the module or its {place.method}"
     if proposal is not None and proposal.function is None:
