@@ -1,4 +1,4 @@
-"""Every snippet and every command of the README runs."""
+"""Every snippet of the README and of docs/ runs, and every command of the README."""
 
 import re
 import shlex
@@ -13,7 +13,11 @@ from clipfast.cli import main
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+SNIPPETS = [
+    pytest.param(snippet, id=f"{page.stem}-{number}")
+    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
+]
 COMMANDS = [
     shlex.split(line, comments=True)
     for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
@@ -23,10 +27,10 @@ COMMANDS = [
 SHORT = ["--epochs", "1", "--train-num-samples", "64", "--batch-size", "32"]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=[snippet.split("\n\n")[-1][:40] for snippet in SNIPPETS])
+@pytest.mark.parametrize("snippet", SNIPPETS)
 def test_snippet(snippet, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(snippet, "README.md", "exec"), {})
+    exec(compile(snippet, "snippet", "exec"), {})
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
