@@ -5,10 +5,8 @@ model's configuration (its activation included) and the position in training. An
 ``open_clip_config.json`` and ``open_clip_model.safetensors``.
 """
 
-import dataclasses
 import json
 import logging
-import math
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -20,17 +18,23 @@ from torch import Tensor
 
 from .files import replace_file, replace_text
 from .kernels.reference import CLIP_MEAN, CLIP_STD
-from .models import CLIP, CLIPConfig
-from .models.vision import VisionTransformer, interpolate_positions
+from .models import CLIP, CLIPConfig, SigLIPConfig
+from .models.positions import grid_side, positions_name, resize_positions
+from .models.siglip import IMAGE_MEAN, IMAGE_STD
 
 log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
 WEIGHTS_NAMES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")
-POSITIONS_NAME = "visual.positional_embedding"
+TRUNK_PREFIX = "visual.trunk."  # of the image tower of SigLIP
+TEXT_PREFIX = "text."  # of the text tower of OpenCLIP's models with custom_text
 # DistributedDataParallel and torch.compile put these in front of the names of a model that they wrap.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
-_PREPROCESSING = {"interpolation": "bicubic", "resize_mode": "shortest"}
-ACTIVATIONS = {True: "QuickGELU", False: "GELU"}
+# What images go through if nothing else is said, in OpenCLIP's words: for CLIP, and for SigLIP.
+_PREPROCESSING: dict[bool, dict[str, Any]] = {
+    False: {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
+    True: {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "squash"},
+}
+_IMPLEMENTED = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "squash")}
 
 
 class CheckpointError(ValueError):
@@ -109,11 +113,20 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
 
 
 def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return ``state`` without the prefixes that wrappers of a model put in front of every name."""
+    """Return ``state`` without the prefixes that wrappers of a model put in front of every name.
+
+    OpenCLIP's models with ``custom_text`` have another one for their text tower. It goes too, unless it belongs to
+    SigLIP's own names.
+    """
     plain = dict(state)
     while prefix := next((prefix for prefix in WRAPPER_PREFIXES if _all_start_with(plain, prefix)), None):
         plain = {name.removeprefix(prefix): value for name, value in plain.items()}
-    return plain
+    return plain if is_siglip_state(plain) else {name.removeprefix(TEXT_PREFIX): x for name, x in plain.items()}
+
+
+def is_siglip_state(state: Mapping[str, Tensor]) -> bool:
+    """Return whether the names are those of a SigLIP model, or of another with an image tower of timm's."""
+    return any(name.startswith(TRUNK_PREFIX) for name in state)
 
 
 def _all_start_with(state: Mapping[str, Tensor], prefix: str) -> bool:
@@ -131,6 +144,13 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
     Raises:
         CheckpointError: if names or shapes differ, or there are integers where the model has floats.
     """
+    if is_siglip_state(weights) != is_siglip_state(own):
+        kinds = {True: "a SigLIP model", False: "a CLIP model"}
+        is_siglip = is_siglip_state(weights)
+        raise CheckpointError(
+            f"{source} does not fit the model: it holds {kinds[is_siglip]}, and the model is {kinds[not is_siglip]}: "
+            "choose the name of the model accordingly, with or without SigLIP in it"
+        )
     problems = [f"missing {name}" for name in own if name not in weights] + [
         f"unexpected {name}" for name in weights if name not in own
     ]
@@ -152,30 +172,26 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def load_weights(
-    model: CLIP, checkpoint: dict[str, Any], source: str | Path, *, resize_positions: bool = False
-) -> None:
+def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *, resize: bool = False) -> None:
     """Load the weights of ``checkpoint`` into ``model``, or change nothing if they do not fit.
 
     Args:
         model: the model to fill.
         checkpoint: as :func:`read_checkpoint` returns it.
         source: the name of the checkpoint in errors and in the log.
-        resize_positions: resize the positions of a vision transformer that was trained on another image size, and log
-            it.
+        resize: resize the positions of patches that were trained on another image size, and log it.
 
     Raises:
         CheckpointError: if keys, shapes or the activation differ. Loading would not notice GELU in place of QuickGELU.
     """
-    saved = _own(checkpoint).get("model_config")
-    if saved is not None and saved.get("quick_gelu", False) != model.config.quick_gelu:
+    saved = own_config(checkpoint, source)
+    if saved is not None and type(saved) is type(model.config) and saved.activation != model.config.activation:
         raise CheckpointError(
-            f"{source} was trained with {ACTIVATIONS[not model.config.quick_gelu]}, "
-            f"but the model uses {ACTIVATIONS[model.config.quick_gelu]}: "
+            f"{source} was trained with {saved.activation}, but the model uses {model.config.activation}: "
             "choose the model name with or without '-quickgelu' accordingly"
         )
     weights = plain_names(checkpoint["state_dict"])
-    resized = _resize_positions(weights, model) if resize_positions else None
+    resized = _resize_positions(weights, model) if resize else None
     own = model.state_dict()
     check_weights(weights, own, source)
     if resized is not None:
@@ -185,40 +201,32 @@ def load_weights(
 
 def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> str | None:
     """Resize the positions in ``weights`` from another square grid; return "4x4 to 8x8", or None if nothing changed."""
-    visual, positions = model.visual, weights.get(POSITIONS_NAME)
-    if not isinstance(visual, VisionTransformer) or positions is None or not positions.is_floating_point():
+    name = positions_name(weights)
+    own = model.state_dict().get(name or "")
+    if name is None or own is None or not weights[name].is_floating_point():
         return None
-    own = visual.positional_embedding
-    if positions.ndim != 2 or positions.shape == own.shape or positions.shape[1:] != own.shape[1:]:
+    positions = weights[name]
+    if positions.shape == own.shape or positions.shape[-1] != own.shape[-1]:
         return None
-    side = math.isqrt(max(0, len(positions) - 1))
-    if side == 0 or len(positions) != 1 + side * side:
-        return None
-    weights[POSITIONS_NAME] = interpolate_positions(positions, (side, side), visual.grid_size)
-    return f"{side}x{side} to {visual.grid_size[0]}x{visual.grid_size[1]}"
+    try:
+        old, new = grid_side(name, positions), grid_side(name, own)
+    except ValueError:
+        return None  # the check of all shapes says what is wrong
+    weights[name] = resize_positions(name, positions, new)
+    return f"{old}x{old} to {new}x{new}"
 
 
 def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
     """Load the weights of the file ``path`` into ``model``, and return the checkpoint as it was read.
 
-    Positions of a vision transformer that was trained on another image size are resized, as OpenCLIP does.
+    Positions of patches that were trained on another image size are resized, as OpenCLIP and timm do.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint` and :func:`load_weights` do.
     """
     checkpoint = read_checkpoint(path)
-    load_weights(model, checkpoint, path, resize_positions=True)
+    load_weights(model, checkpoint, path, resize=True)
     return checkpoint
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSource:
-    """All that is needed to build a model: its configuration, the file of its weights, and its normalisation."""
-
-    config: CLIPConfig
-    weights: Path | None = None
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
 
 
 def _own(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
@@ -243,16 +251,18 @@ def own_config(checkpoint: Mapping[str, Any], source: str | Path) -> CLIPConfig 
 def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return how a checkpoint of this package says that images are prepared, in OpenCLIP's words."""
     found = _own(checkpoint).get("preprocess_cfg")
-    return complete_preprocessing(found if isinstance(found, dict) else {})
+    is_siglip = is_siglip_state(checkpoint["state_dict"])
+    return complete_preprocessing(found if isinstance(found, dict) else {}, is_siglip=is_siglip)
 
 
-def complete_preprocessing(given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``given`` with OpenAI's normalisation and CLIP's usual resizing for what it leaves open.
+def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False) -> dict[str, Any]:
+    """Return ``given`` with the usual normalisation and resizing of CLIP or SigLIP for what it leaves open.
 
     Raises:
         CheckpointError: mean or std are not three numbers.
     """
-    complete = {"mean": list(CLIP_MEAN), "std": list(CLIP_STD)} | _PREPROCESSING | dict(given)
+    usual = {key: list(x) if isinstance(x, tuple) else x for key, x in _PREPROCESSING[is_siglip].items()}
+    complete = usual | dict(given)
     for key in ("mean", "std"):
         value = complete[key]
         if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
@@ -266,27 +276,12 @@ def check_preprocessing(preprocessing: Mapping[str, Any], source: str | Path) ->
     Raises:
         CheckpointError: as above.
     """
-    for key, ours in _PREPROCESSING.items():
-        if preprocessing.get(key, ours) != ours:
+    for key, ours in _IMPLEMENTED.items():
+        if preprocessing.get(key, ours[0]) not in ours:
+            only = " or ".join(map(repr, ours))
             raise CheckpointError(
-                f"{source} preprocesses images with {key} {preprocessing[key]!r}, clipfast only with {ours!r}"
+                f"{source} preprocesses images with {key} {preprocessing[key]!r}, clipfast only with {only}"
             )
-
-
-def read_own_source(path: str | Path) -> ModelSource:
-    """Return the model that a checkpoint of this package holds.
-
-    Raises:
-        CheckpointError: if the checkpoint names no model, as OpenCLIP's, or cannot be read.
-    """
-    checkpoint = read_checkpoint(path, mmap=True)
-    config = own_config(checkpoint, path)
-    if config is None:
-        raise CheckpointError(
-            f"{path} does not say which model it belongs to: pass the name of the model, and this path as pretrained"
-        )
-    preprocessing = own_preprocessing(checkpoint)
-    return ModelSource(config, Path(path), tuple(preprocessing["mean"]), tuple(preprocessing["std"]))
 
 
 def export_open_clip(model: CLIP, folder: str | Path) -> None:
@@ -297,8 +292,9 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    normalization = {"mean": list(model.visual.image_mean), "std": list(model.visual.image_std)}
-    write_open_clip_folder(folder, model.config, complete_preprocessing(normalization), model.state_dict())
+    visual = model.visual
+    given = {"mean": list(visual.image_mean), "std": list(visual.image_std), "resize_mode": visual.resize_mode}
+    write_open_clip_folder(folder, model.config, complete_preprocessing(given), model.state_dict())
 
 
 def write_open_clip_folder(
@@ -333,7 +329,9 @@ def read_open_clip_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
     """
     try:
         raw = json.loads((folder / CONFIG_NAME).read_text())
-        return CLIPConfig.from_dict(raw["model_cfg"]), complete_preprocessing(raw.get("preprocess_cfg", {}))
+        config = CLIPConfig.from_dict(raw["model_cfg"])
+        given = raw.get("preprocess_cfg", {})
+        return config, complete_preprocessing(given, is_siglip=isinstance(config, SigLIPConfig))
     except (OSError, KeyError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / CONFIG_NAME} is not a model configuration that can be read: {error}"
@@ -350,17 +348,3 @@ def find_open_clip_weights(folder: Path) -> Path:
     if weights is None:
         raise CheckpointError(f"{folder} holds no weights: neither {' nor '.join(WEIGHTS_NAMES)}")
     return weights
-
-
-def read_open_clip_folder(folder: str | Path) -> ModelSource:
-    """Read the configuration of the model in a folder, and find its weights.
-
-    Raises:
-        CheckpointError: if there is no readable configuration or no weights, or if this package does not implement the
-            preprocessing.
-    """
-    folder = Path(folder)
-    config, preprocessing = read_open_clip_config(folder)
-    check_preprocessing(preprocessing, folder)
-    weights = find_open_clip_weights(folder)
-    return ModelSource(config, weights, tuple(preprocessing["mean"]), tuple(preprocessing["std"]))

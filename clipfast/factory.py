@@ -8,9 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .checkpoint import ModelSource, load_checkpoint, read_open_clip_folder, read_own_source
+from .checkpoint import load_checkpoint
+from .file_tokenizer import FILE_NAME as TOKENIZER_NAME
+from .file_tokenizer import FileTokenizer, tokenizer_of
 from .images import image_transform
-from .models import CLIP, get_model_config, list_models
+from .models import CLIP, SigLIPConfig, build, get_model_config, list_models
+from .sources import ModelSource, model_source, read_open_clip_folder, read_own_source
 from .tokenizer import Tokenizer
 
 LOCAL_DIR_PREFIX = "local-dir:"
@@ -45,7 +48,7 @@ def create_model(
         pretrained: path of a checkpoint (``.pt``, ``.bin`` or ``.safetensors``).
         precision: "fp32", "amp" or "amp_bf16" (float32 weights), "pure_bf16", "pure_fp16".
         device: where to build the model; on "meta" it takes no memory.
-        force_quick_gelu: use QuickGELU even if the name does not say so.
+        force_quick_gelu: use QuickGELU even if the name of a CLIP model does not say so.
         force_patch_dropout: share of each image's patches that a vision transformer drops in training, in place of
             the share in the configuration.
         force_image_size: side of the images in pixels, in place of the configuration's; the positions in a checkpoint
@@ -54,7 +57,8 @@ def create_model(
         output_dict: make ``forward`` return a dict.
 
     Returns:
-        The model, in training mode; call ``.eval()`` to compute features for anything but training.
+        The model, in training mode; call ``.eval()`` to compute features for anything but training. A SigLIP model is
+        a :class:`~clipfast.models.SigLIP`, which returns ``logit_bias`` too.
 
     Raises:
         ValueError: if name or precision are unknown, or the checkpoint does not fit.
@@ -64,12 +68,13 @@ def create_model(
     source = _resolve(model_name)
     config = source.config
     if force_quick_gelu:
-        config = dataclasses.replace(config, quick_gelu=True)
+        config = dataclasses.replace(config, quick_gelu=True)  # which a SigLIP model refuses
     config = config.with_vision(patch_dropout=force_patch_dropout, image_size=force_image_size)
     with torch.device(device):
-        model = CLIP(config, output_dict=output_dict)
+        model = build(config, output_dict=output_dict)
     model.set_backend(backend)
-    model.visual.image_mean, model.visual.image_std = source.mean, source.std
+    visual = model.visual
+    visual.image_mean, visual.image_std, visual.resize_mode = source.mean, source.std, source.resize_mode
     weights = pretrained if pretrained is not None else source.weights
     if weights is not None:
         load_checkpoint(model, weights)
@@ -93,7 +98,14 @@ def create_model_and_transforms(
     model = create_model(model_name, pretrained, **kwargs)
     visual = model.visual
     train, evaluation = (
-        image_transform(visual.image_size, train=train, uint8=uint8, mean=visual.image_mean, std=visual.image_std)
+        image_transform(
+            visual.image_size,
+            train=train,
+            uint8=uint8,
+            mean=visual.image_mean,
+            std=visual.image_std,
+            resize_mode=visual.resize_mode,
+        )
         for train in (True, False)
     )
     return model, train, evaluation
@@ -122,9 +134,28 @@ def create_model_from_pretrained(
     return model.eval(), preprocess
 
 
-def get_tokenizer(model_name: str = "ViT-B-32", context_length: int | None = None) -> Tokenizer:
-    """Return the tokenizer of a model, which turns texts into ids [B, context_length]."""
-    return Tokenizer(_resolve(model_name).config.text.context_length if context_length is None else context_length)
+def get_tokenizer(
+    model_name: str = "ViT-B-32", context_length: int | None = None, *, tokenizer_file: str | Path | None = None
+) -> Tokenizer | FileTokenizer:
+    """Return the tokenizer of a model, which turns texts into ids [B, context_length].
+
+    Args:
+        model_name: as for :func:`create_model`.
+        context_length: tokens per text; default: those of the model.
+        tokenizer_file: for SigLIP, whose tokenizers clipfast does not ship: ``tokenizer.json`` of the tokenizers
+            package, or the folder that holds it. Default: the file in the model's folder, if it is a ``local-dir:``.
+
+    Raises:
+        ValueError: the model is unknown; a SigLIP model has no such file; another model is given one.
+        ImportError: the tokenizers package is missing, for SigLIP.
+    """
+    source = _resolve(model_name)
+    if isinstance(source.config, SigLIPConfig):
+        folder = source.folder if source.folder and (source.folder / TOKENIZER_NAME).is_file() else None
+        return tokenizer_of(source.config, model_name, tokenizer_file or folder, context_length)
+    if tokenizer_file is not None:
+        raise ValueError(f"{model_name} has CLIP's tokenizer, which needs no file: leave {tokenizer_file} out")
+    return Tokenizer(source.config.text.context_length if context_length is None else context_length)
 
 
 def resolve_device(name: str) -> str:
@@ -157,4 +188,4 @@ def _resolve(model_name: str) -> ModelSource:
     name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
     if name not in list_models() and Path(model_name).is_dir():
         raise ValueError(f"{model_name} is a folder: write local-dir:{model_name}")
-    return ModelSource(get_model_config(name if name in list_models() else model_name))
+    return model_source(get_model_config(name if name in list_models() else model_name))

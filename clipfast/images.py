@@ -119,27 +119,37 @@ def image_transform(
     uint8: bool = False,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
+    resize_mode: str = "shortest",
 ) -> Callable[[Image.Image], Tensor]:
     """Return the preprocessing of images for a model.
 
     Args:
         image_size: side of the square result, in pixels.
-        train: take a random crop and resize it; otherwise the shorter side is resized and the centre is cropped.
+        train: take a random crop and resize it; otherwise ``resize_mode`` says what is done.
         scale: smallest and largest share of the area that a random crop keeps; with (1, 1) there is no random crop.
         augment: torchvision transforms for PIL images, applied after the crop in training only.
         uint8: return bytes, for models that normalise them on the device (a quarter of the traffic); otherwise floats
             normalised with ``mean`` and ``std``, as other packages expect.
         mean, std: of each channel, for floats only.
+        resize_mode: "shortest" resizes the shorter side and crops the centre; "squash" resizes both sides to
+            ``image_size``, as SigLIP wants it.
 
     Returns:
         A function that turns a PIL image into a tensor [3, image_size, image_size]. Resampling is bicubic.
+
+    Raises:
+        ValueError: ``resize_mode`` is neither.
     """
+    if resize_mode not in ("shortest", "squash"):
+        raise ValueError(f"resize_mode must be 'shortest' or 'squash', got {resize_mode!r}")
     from PIL import Image
     from torchvision.transforms import v2
 
     bicubic = v2.InterpolationMode.BICUBIC
     if train and tuple(scale) != (1.0, 1.0):
         sized: list[nn.Module] = [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
+    elif resize_mode == "squash":
+        sized = [v2.Resize((image_size, image_size), interpolation=bicubic)]
     else:
         sized = [v2.Resize(image_size, interpolation=bicubic), v2.CenterCrop(image_size)]
     steps = [v2.Lambda(to_rgb, Image.Image), *sized, *(augment if train else ()), v2.PILToTensor()]

@@ -180,7 +180,7 @@ def _read_merges() -> list[tuple[str, str]]:
 def trim_padding(texts: Tensor, multiple: int = 4) -> Tensor:
     """Cut columns that are padding in every row, so that a multiple of ``multiple`` remains: [B, L] -> [B, L'].
 
-    A causal text tower gives the same features without them.
+    A causal text tower gives the same features without them. (SigLIP's is none: it reads the padding.)
     """
     longest = int(texts.argmax(-1).max()) + 1
     return texts[:, : min(texts.shape[1], -(-longest // multiple) * multiple)].contiguous()

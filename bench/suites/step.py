@@ -19,6 +19,7 @@ from clipfast import create_model, get_model_config, list_models
 from clipfast.kernels import contrastive_loss, reference
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import Floor
+from clipfast.models import SigLIPConfig
 from clipfast.training.optim import adamw
 from clipfast.verify.models import draw_batch
 
@@ -58,6 +59,10 @@ def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
     name, batch = shape["model"], shape["batch"]
     if name not in list_models():
         raise ValueError(f"step: unknown model {name!r}; known: {', '.join(list_models())}")
+    if isinstance(get_model_config(name), SigLIPConfig):
+        raise ValueError(
+            f"step: {name} is trained with the sigmoid loss, and the suite times the contrastive loss only"
+        )
     draw = functools.partial(_inputs, name, device=device)
     ours = functools.partial(_ours, name, dtype, device)
     theirs = functools.partial(_open_clip, name, dtype, device)

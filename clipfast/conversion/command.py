@@ -2,7 +2,8 @@
 
 The layout of SRC is recognised. It may be a checkpoint of OpenCLIP or clipfast (.pt, .bin or .safetensors, from
 training or bare, with or without the prefixes of DistributedDataParallel and torch.compile), a folder with
-open_clip_config.json, a folder of transformers' CLIPModel or, with --trust, OpenAI's TorchScript archive.
+open_clip_config.json, a folder of transformers' CLIPModel or SiglipModel or, with --trust, OpenAI's TorchScript
+archive.
 
 Weights keep their bits. The activation, the preparation of images, the context length and a tokenizer's files go along
 where the layout has a place for them; the state of training stays behind. Nothing is guessed: what SRC leaves open is
@@ -17,7 +18,8 @@ from .targets import TARGETS
 EPILOG = """\
 layouts:
   open_clip  a folder with open_clip_config.json and weights; OpenCLIP and clipfast load it as local-dir:DST
-  hf         a folder with config.json, weights, image processor and tokenizer; CLIPModel.from_pretrained(DST) loads it
+  hf         a folder with config.json, weights, image processor and tokenizer; CLIPModel.from_pretrained(DST), or
+             SiglipModel.from_pretrained(DST), loads it
   clipfast   a .pt file; clipfast.create_model(DST) builds its model
 
 examples:
@@ -38,7 +40,12 @@ def add_parser(commands: Any) -> None:
     add("destination", metavar="DST", help="file or folder to write; it must not exist")
     add("--to", required=True, metavar="LAYOUT", help=f"layout of DST: {', '.join(TARGETS)}")
     add("--model", metavar="NAME", help="the model, where SRC does not say it: a name, or a JSON file as OpenCLIP's")
-    add("--activation", metavar="NAME", help="gelu or quick_gelu, where SRC does not say it or is wrong")
+    add(
+        "--activation",
+        metavar="NAME",
+        help="gelu or quick_gelu, where SRC does not say it or is wrong; of SigLIP gelu, "
+        "gelu_tanh, or two of them for images and texts: gelu,gelu_tanh",
+    )
     add("--image-size", type=int, metavar="PIXELS", help="resize the positions of patches to images of this size")
     add("--context-length", type=int, metavar="TOKENS", help="resize the positions of texts to this length")
     add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")

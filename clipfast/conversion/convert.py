@@ -1,14 +1,17 @@
 """Converting a checkpoint from one layout into another."""
 
+import dataclasses
 from pathlib import Path
 
-from ..checkpoint import check_preprocessing, write_checkpoint, write_open_clip_folder
+from ..checkpoint import CheckpointError, check_preprocessing, write_checkpoint, write_open_clip_folder
 from ..files import check_target, write_folder
+from ..models import SigLIPConfig
+from ..models.siglip_config import EXACT, TANH
 from . import hugging_face
 from .contents import Contents
 from .inspection import CheckpointInfo, inspect_checkpoint
 from .layouts import read_contents
-from .resolve import Wishes, resolve
+from .resolve import Wishes, activation_flag, resolve
 from .targets import CLIPFAST, HUGGING_FACE, OPEN_CLIP, TARGETS
 from .tokenizer_files import copy_tokenizer
 
@@ -31,13 +34,15 @@ def convert(
 
     Args:
         source: a checkpoint of OpenCLIP or clipfast (``.pt``, ``.bin`` or ``.safetensors``), a folder with
-            ``open_clip_config.json``, a folder of transformers' CLIPModel, or OpenAI's TorchScript archive.
+            ``open_clip_config.json``, a folder of transformers' CLIPModel or SiglipModel, or OpenAI's TorchScript
+            archive.
         destination: what to write. It must not exist; after an error it does not exist either.
         to: "open_clip" (a folder that OpenCLIP and clipfast load as ``local-dir:FOLDER``), "hf" (a folder for
             transformers) or "clipfast" (a ``.pt`` file that ``create_model`` builds by itself).
         model: the model's name, or the path of its JSON configuration, for a checkpoint that does not say it.
-        activation: "gelu" or "quick_gelu", for a checkpoint that does not say it or is wrong.
-        image_size: resize the positions of a vision transformer to images of so many pixels a side.
+        activation: "gelu" or "quick_gelu", for a checkpoint that does not say it or is wrong; for SigLIP "gelu",
+            "gelu_tanh", or two of them for images and texts, as in "gelu,gelu_tanh".
+        image_size: resize the positions of patches to images of so many pixels a side.
         context_length: resize the positions of texts to so many tokens.
         trust: read a TorchScript archive, which may run its code.
 
@@ -81,5 +86,20 @@ def _write_clipfast(path: Path, contents: Contents) -> None:
 
 
 def _write_open_clip(folder: Path, contents: Contents) -> None:
+    _check_open_clip(contents)
     write_open_clip_folder(folder, contents.settled_config, contents.preprocessing, contents.state)
     copy_tokenizer(folder, contents.tokenizer)
+
+
+def _check_open_clip(contents: Contents) -> None:
+    """Refuse a SigLIP model whose activation OpenCLIP cannot express: there, the name of the image tower decides it."""
+    config = contents.settled_config
+    if not isinstance(config, SigLIPConfig) or config.is_in_timm:
+        return
+    other = dataclasses.replace(config, image_gelu=EXACT if config.image_gelu == TANH else TANH)
+    if other.is_in_timm:
+        raise CheckpointError(
+            f"{contents.source} was trained with {config.activation}, but OpenCLIP's tower {other.timm_model_name} has "
+            f"{other.activation}: add --activation {activation_flag(other)} to write it all the same; features will "
+            "differ slightly"
+        )

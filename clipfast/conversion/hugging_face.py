@@ -1,4 +1,4 @@
-"""Reading and writing folders of transformers' ``CLIPModel``."""
+"""Reading and writing folders of transformers' ``CLIPModel`` and ``SiglipModel``."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError, check_weights, complete_preprocessing, read_checkpoint, write_safetensors
 from ..files import replace_text
+from ..models import CLIPConfig, SigLIPConfig
+from . import hugging_face_names, siglip_hugging_face
 from .contents import Contents
 from .hugging_face_config import from_hugging_face, from_image_processor, to_hugging_face, to_image_processor
-from .hugging_face_names import from_ours, to_ours
 from .skeleton import empty_state
-from .tokenizer_files import find_tokenizer, write_tokenizer
+from .tokenizer_files import copy_tokenizer, find_tokenizer, write_tokenizer
 
 CONFIG_NAME = "config.json"
 _INDEX_NAME = "model.safetensors.index.json"
@@ -23,12 +24,15 @@ _PROCESSORS_NAME = "processor_config.json"  # of newer versions, with one sectio
 
 
 def read_folder(folder: Path) -> Contents:
-    """Read a folder that ``CLIPModel.save_pretrained`` wrote.
+    """Read a folder that ``save_pretrained`` of a ``CLIPModel`` or a ``SiglipModel`` wrote.
 
     Raises:
         CheckpointError: a file is missing or cannot be read, or the weights do not fit the configuration.
     """
-    config = from_hugging_face(_read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
+    raw, path = _read_json(folder / CONFIG_NAME), folder / CONFIG_NAME
+    is_siglip = raw.get("model_type") == "siglip"
+    config: CLIPConfig = siglip_hugging_face.from_settings(raw, path) if is_siglip else from_hugging_face(raw, path)
+    names = siglip_hugging_face if is_siglip else hugging_face_names
     files = _weights_files(folder)
     theirs: dict[str, Tensor] = {}
     for file in files:
@@ -36,12 +40,11 @@ def read_folder(folder: Path) -> Contents:
     # Old versions stored the numbers 0, 1, 2, ... too.
     theirs = {name: value for name, value in theirs.items() if not name.endswith(".position_ids")}
     own = empty_state(config, theirs, folder)
-    check_weights(theirs, from_ours(own), folder)
-    state = to_ours(own, theirs)
-    preprocessing = _read_preprocessing(folder, config.vision.image_size)
-    return Contents(
-        folder, "transformers folder (CLIPModel)", files, state, config, preprocessing, find_tokenizer(folder)
-    )
+    check_weights(theirs, names.from_ours(own), folder)
+    state = names.to_ours(own, theirs)
+    preprocessing = _read_preprocessing(folder, config.vision.image_size, is_siglip=is_siglip)
+    layout = f"transformers folder ({'SiglipModel' if is_siglip else 'CLIPModel'})"
+    return Contents(folder, layout, files, state, config, preprocessing, find_tokenizer(folder))
 
 
 def _weights_files(folder: Path) -> tuple[Path, ...]:
@@ -67,36 +70,43 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_preprocessing(folder: Path, image_size: int) -> dict[str, Any]:
+def _read_preprocessing(folder: Path, image_size: int, *, is_siglip: bool) -> dict[str, Any]:
+    options = {"is_siglip": is_siglip}
     if (folder / _PROCESSOR_NAME).is_file():
-        return from_image_processor(_read_json(folder / _PROCESSOR_NAME), image_size, folder / _PROCESSOR_NAME)
+        path = folder / _PROCESSOR_NAME
+        return from_image_processor(_read_json(path), image_size, path, **options)
     if (folder / _PROCESSORS_NAME).is_file():
         section = _read_json(folder / _PROCESSORS_NAME).get("image_processor")
         if isinstance(section, dict):
-            return from_image_processor(section, image_size, folder / _PROCESSORS_NAME)
-    return complete_preprocessing({})
+            return from_image_processor(section, image_size, folder / _PROCESSORS_NAME, **options)
+    return complete_preprocessing({}, **options)
 
 
 def write_folder(folder: Path, contents: Contents) -> None:
     """Write weights, configurations and tokenizer for transformers into ``folder``, which exists.
 
     Raises:
-        NoCounterpartError: transformers' CLIP cannot express the model or its preprocessing.
+        NoCounterpartError: transformers cannot express the model or its preprocessing.
         DiskFullError: there is no space for it.
     """
     config = contents.settled_config
+    is_siglip = isinstance(config, SigLIPConfig)
     raw = {
-        "architectures": ["CLIPModel"],
-        "model_type": "clip",
+        "architectures": ["SiglipModel" if is_siglip else "CLIPModel"],
+        "model_type": "siglip" if is_siglip else "clip",
         "torch_dtype": _widest(contents.state),
-        **to_hugging_face(config),
+        **(siglip_hugging_face.to_settings(config) if isinstance(config, SigLIPConfig) else to_hugging_face(config)),
     }
-    processor = to_image_processor(contents.preprocessing, config.vision.image_size)
-    theirs = {name: value.clone() for name, value in from_ours(contents.state).items()}
+    processor = to_image_processor(contents.preprocessing, config.vision.image_size, is_siglip=is_siglip)
+    names = siglip_hugging_face if is_siglip else hugging_face_names
+    theirs = {name: value.clone() for name, value in names.from_ours(contents.state).items()}
     write_safetensors(folder / WEIGHTS_NAMES[0], theirs)
     for name, settings in ((CONFIG_NAME, raw), (_PROCESSOR_NAME, processor)):
         replace_text(folder / name, json.dumps(settings, indent=2) + "\n")
-    write_tokenizer(folder, contents.tokenizer, config.text)
+    if is_siglip:
+        copy_tokenizer(folder, contents.tokenizer)
+    else:
+        write_tokenizer(folder, contents.tokenizer, config.text)
 
 
 def _widest(state: dict[str, Tensor]) -> str:

@@ -63,15 +63,19 @@ def from_hugging_face(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
     kind = raw.get("model_type")
     if kind != "clip":
         what = (raw.get("architectures") or [f"a model of type {kind!r}"])[0]
-        raise CheckpointError(f"{source} describes {what}; of transformers, clipfast reads only CLIPModel")
+        naflex = ", whose images keep their shapes (NaFlex)" if kind == "siglip2" else ""
+        raise CheckpointError(
+            f"{source} describes {what}{naflex}; of transformers, clipfast reads only CLIPModel and SiglipModel, which "
+            "holds SigLIP 2 at a fixed resolution too"
+        )
     try:
-        text, vision = _tower(raw, "text", _TEXT_DEFAULTS), _tower(raw, "vision", _VISION_DEFAULTS)
+        text, vision = tower_settings(raw, "text", _TEXT_DEFAULTS), tower_settings(raw, "vision", _VISION_DEFAULTS)
         _check(text, vision)
         config = CLIPConfig(
             raw.get("projection_dim", 512),
             VisionConfig(
                 vision["image_size"], vision["num_hidden_layers"], vision["hidden_size"],
-                _head_width(vision), mlp_ratio(vision["intermediate_size"], vision["hidden_size"]),
+                head_width(vision), mlp_ratio(vision["intermediate_size"], vision["hidden_size"]),
                 vision["patch_size"],
             ),
             TextConfig(
@@ -85,7 +89,7 @@ def from_hugging_face(raw: Mapping[str, Any], source: Path) -> CLIPConfig:
     return settled(config)
 
 
-def _tower(raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
+def tower_settings(raw: Mapping[str, Any], name: str, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return all settings of a tower. The second of the two names that files use for them has the last word."""
     settings = {**defaults, **(raw.get(f"{name}_config") or {})}
     again = raw.get(f"{name}_config_dict")
@@ -117,18 +121,23 @@ def _check(text: Mapping[str, Any], vision: Mapping[str, Any]) -> None:
         )
 
 
-def _head_width(vision: Mapping[str, Any]) -> int:
+def head_width(vision: Mapping[str, Any]) -> int:
+    """Return the dimensions of an attention head.
+
+    Raises:
+        ValueError: the width is no multiple of the number of heads.
+    """
     width, heads = vision["hidden_size"], vision["num_attention_heads"]
     if width % heads:
         raise ValueError(f"hidden_size must be a multiple of num_attention_heads, got {width} and {heads}")
     return int(width // heads)
 
 
-def to_image_processor(preprocessing: Mapping[str, Any], image_size: int) -> dict[str, Any]:
+def to_image_processor(preprocessing: Mapping[str, Any], image_size: int, *, is_siglip: bool = False) -> dict[str, Any]:
     """Return ``preprocessor_config.json`` for a preprocessing in OpenCLIP's words.
 
     Raises:
-        NoCounterpartError: transformers' image processor of CLIP cannot resize images in that way.
+        NoCounterpartError: transformers' image processors cannot resize images in that way.
     """
     mode, interpolation = preprocessing["resize_mode"], preprocessing["interpolation"]
     if mode not in ("shortest", "squash") or interpolation not in _RESAMPLING:
@@ -137,8 +146,10 @@ def to_image_processor(preprocessing: Mapping[str, Any], image_size: int) -> dic
             f"{interpolation!r}"
         )
     square = {"height": image_size, "width": image_size}
+    # SigLIP's cannot crop.
+    kind = "SiglipImageProcessor" if is_siglip and mode == "squash" else "CLIPImageProcessor"
     return {
-        "image_processor_type": "CLIPImageProcessor",
+        "image_processor_type": kind,
         "do_convert_rgb": True,
         "do_resize": True,
         "size": {"shortest_edge": image_size} if mode == "shortest" else square,
@@ -153,13 +164,16 @@ def to_image_processor(preprocessing: Mapping[str, Any], image_size: int) -> dic
     }
 
 
-def from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path) -> dict[str, Any]:
+def from_image_processor(
+    raw: Mapping[str, Any], image_size: int, source: Path, *, is_siglip: bool = False
+) -> dict[str, Any]:
     """Return the preprocessing in OpenCLIP's words that transformers' image processor does.
 
     Args:
         raw: the settings of the image processor.
         image_size: side of the model's images.
         source: the file of the settings, for errors.
+        is_siglip: take what SigLIP's image processor does for settings that are left out, in place of CLIP's.
 
     Raises:
         CheckpointError: OpenCLIP has no words for it.
@@ -168,9 +182,9 @@ def from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path) 
     if wrong:
         raise CheckpointError(f"{source} has {wrong[0]} false, but CLIP's images are resized, scaled and normalised")
     names = {number: name for name, number in _RESAMPLING.items()}
-    resample, size, crops = raw.get("resample", 3), raw.get("size", image_size), raw.get("do_center_crop", True)
-    crop = raw.get("crop_size", image_size)
     square = {"height": image_size, "width": image_size}
+    resample, crops = raw.get("resample", 3), raw.get("do_center_crop", not is_siglip)
+    size, crop = raw.get("size", square if is_siglip else image_size), raw.get("crop_size", image_size)
     is_shortest = size in (image_size, {"shortest_edge": image_size}) and crops
     is_cropped_right = not crops or crop in (image_size, square)
     if resample not in names or not is_cropped_right or not (is_shortest or size == square):
@@ -180,4 +194,4 @@ def from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path) 
         )
     given = {"interpolation": names[resample], "resize_mode": "shortest" if is_shortest else "squash"}
     normalization = {key: raw[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in raw}
-    return complete_preprocessing(given | normalization)
+    return complete_preprocessing(given | normalization, is_siglip=is_siglip)

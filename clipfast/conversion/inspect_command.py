@@ -1,8 +1,8 @@
 """Say what a checkpoint is, without building a model: its layout, the model, parameters, activation, step and checksum.
 
 It reads checkpoints of OpenCLIP and clipfast (.pt, .bin, .safetensors), folders with open_clip_config.json, folders of
-transformers' CLIPModel and, with --trust, OpenAI's TorchScript archives. Checksums inside the file are compared, and no
-code of a pickle is run.
+transformers' CLIPModel or SiglipModel and, with --trust, OpenAI's TorchScript archives. Checksums inside the file are
+compared, and no code of a pickle is run.
 """
 
 import argparse
@@ -64,7 +64,7 @@ def describe(info: "CheckpointInfo") -> str:
         ("layout", info.layout),
         ("model", " or ".join(info.models) or "none that clipfast knows by name"),
         ("parameters", f"{info.parameters:,} (tensors: {dtypes})"),
-        ("activation", info.activation or "not said: GELU or QuickGELU"),
+        ("activation", info.activation or "not said"),
         ("images", images),
         ("mean, std", f"{', '.join(map(str, info.mean))}; {', '.join(map(str, info.std))}"),
         ("texts", f"{info.context_length} tokens"),

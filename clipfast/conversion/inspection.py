@@ -5,7 +5,6 @@ import hashlib
 from collections import Counter
 from pathlib import Path
 
-from ..checkpoint import ACTIVATIONS
 from .layouts import read_contents
 from .shapes import config_of_weights, models_of_shapes, name_of, stored_sizes
 
@@ -24,7 +23,7 @@ class CheckpointInfo:
             if no model that clipfast knows has its sizes.
         parameters: how many numbers are learned.
         dtypes: how many tensors there are of each dtype.
-        activation: "GELU" or "QuickGELU".
+        activation: "GELU" or "QuickGELU"; of SigLIP "GELU" or "tanh GELU", of both towers if they differ.
         image_size, context_length: what the weights have positions for.
         mean, std, interpolation, resize_mode: how images are prepared.
         epoch, step: how far training had come.
@@ -58,7 +57,7 @@ def inspect_checkpoint(source: str | Path, *, trust: bool = False) -> Checkpoint
         trust: read a TorchScript archive, which may run its code.
 
     Raises:
-        CheckpointError: it cannot be read, or holds no CLIP model that clipfast can build.
+        CheckpointError: it cannot be read, or holds no model that clipfast can build.
     """
     contents = read_contents(source, trust=trust)
     state = contents.state
@@ -73,7 +72,7 @@ def inspect_checkpoint(source: str | Path, *, trust: bool = False) -> Checkpoint
         models=tuple(models_of_shapes(shown)) if known is None else () if name is None else (name,),
         parameters=sum(value.numel() for key, value in state.items() if not key.endswith(_STATISTICS)),
         dtypes=dict(Counter(str(value.dtype).removeprefix("torch.") for value in state.values())),
-        activation=None if known is None else ACTIVATIONS[known.quick_gelu],
+        activation=None if known is None else known.activation,
         image_size=image_size,
         context_length=context_length,
         mean=tuple(images["mean"]),

@@ -7,11 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ..checkpoint import (
-    ACTIVATIONS,
     CONFIG_NAME,
     WRAPPER_PREFIXES,
     CheckpointError,
     find_open_clip_weights,
+    is_siglip_state,
     own_config,
     own_preprocessing,
     plain_names,
@@ -54,10 +54,11 @@ def read_folder(folder: Path) -> Contents:
     weights = find_open_clip_weights(folder)
     checkpoint = read_checkpoint(weights, mmap=True)
     state, own = plain_names(checkpoint["state_dict"]), own_config(checkpoint, weights)
-    if own is not None and own.quick_gelu != config.quick_gelu:
+    if own is not None and own.activation != config.activation:
+        key = "act_kwargs" if is_siglip_state(state) else "quick_gelu"
         raise CheckpointError(
-            f"{folder / CONFIG_NAME} says {ACTIVATIONS[config.quick_gelu]}, but {weights.name} says that it was "
-            f"trained with {ACTIVATIONS[own.quick_gelu]}: correct quick_gelu in {CONFIG_NAME}"
+            f"{folder / CONFIG_NAME} says {config.activation}, but {weights.name} says that it was "
+            f"trained with {own.activation}: correct {key} in {CONFIG_NAME}"
         )
     layout = "OpenCLIP folder (local-dir)"
     return Contents(folder, layout, (weights,), state, config, preprocessing, find_tokenizer(folder))

@@ -7,16 +7,19 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..checkpoint import ACTIVATIONS, POSITIONS_NAME, CheckpointError, check_weights
+from ..checkpoint import CheckpointError, check_weights
 from ..kernels.dtypes import accumulate_dtype
-from ..models import CLIPConfig, get_model_config, list_models
-from ..models.config import QUICK_GELU_SUFFIX, read_model_config
-from ..models.vision import interpolate_positions
+from ..models import CLIPConfig, SigLIPConfig, get_model_config, list_models
+from ..models.positions import positions_name, resize_positions
+from ..models.registry import QUICK_GELU_SUFFIX, read_model_config
+from ..models.siglip_config import EXACT, TANH
 from .contents import Contents
-from .shapes import TEXT_POSITIONS_NAME, config_of_weights, models_of_shapes, stored_sizes
+from .shapes import RESNET_STRIDE, config_of_weights, models_of_shapes, stored_sizes, text_positions_name
 from .skeleton import empty_state
 
-ACTIVATION_NAMES = {"gelu": False, "quick_gelu": True}
+ACTIVATION_NAMES = {"gelu": False, "quick_gelu": True}  # whether it is QuickGELU
+SIGLIP_ACTIVATIONS = {"gelu": EXACT, "gelu_tanh": TANH}
+_TWO = [f"{image},{text}" for image in SIGLIP_ACTIVATIONS for text in SIGLIP_ACTIVATIONS]  # of images, of texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Wishes:
 
     Attributes:
         model: the name of a model, or the path of OpenCLIP's JSON file of one.
-        activation: "gelu" or "quick_gelu".
+        activation: "gelu" or "quick_gelu"; for SigLIP "gelu" or "gelu_tanh", or two of these for images and texts.
         image_size: side of the images in pixels, to which positions are resized.
         context_length: tokens of a text, to which positions are resized.
     """
@@ -41,8 +44,12 @@ class Wishes:
         Raises:
             ValueError: as above.
         """
-        if self.activation not in (None, *ACTIVATION_NAMES):
-            raise ValueError(f"--activation must be {' or '.join(ACTIVATION_NAMES)}, got {self.activation!r}")
+        known = [*ACTIVATION_NAMES, *SIGLIP_ACTIVATIONS, *_TWO]
+        if self.activation is not None and self.activation not in known:
+            raise ValueError(
+                f"--activation must be {' or '.join(ACTIVATION_NAMES)}, or for SigLIP gelu or gelu_tanh, or two of "
+                f"these for images and texts such as gelu,gelu_tanh; got {self.activation!r}"
+            )
         for flag, least in (("image_size", 1), ("context_length", 2)):
             value = getattr(self, flag)
             if value is not None and (not isinstance(value, int) or value < least):
@@ -57,8 +64,7 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
             message names the flag that decides.
         ValueError: there is no model of the name that is wished for.
     """
-    base = _base(contents, wishes)
-    base = dataclasses.replace(base, quick_gelu=_quick_gelu(contents, wishes))
+    base = _with_activation(_base(contents, wishes), contents, wishes)
     stored_image, stored_context = stored_sizes(contents.state, base)
     stored = _sized(base, stored_image, stored_context)
     own = empty_state(stored, contents.state, contents.source)
@@ -71,10 +77,12 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
     context = _wanted(
         "context length", "--context-length", stored_context, base.text.context_length, wishes.context_length, label
     )
-    state = _resized(state, stored, image_size, context, contents.source)
+    state = _resized(state, stored, image_size, context)
     config = _sized(base, image_size, context)
     empty_state(config, state, contents.source)  # refuses an image size that patches do not divide
-    tokenizer = contents.tokenizer if context == stored_context else ()  # whose files name the length
+    # CLIP's own tokenizer can be written anew for another length, which its files name.
+    is_kept = context == stored_context or isinstance(config, SigLIPConfig)
+    tokenizer = contents.tokenizer if is_kept else ()
     return dataclasses.replace(contents, config=config, state=state, tokenizer=tokenizer)
 
 
@@ -92,6 +100,8 @@ def _base(contents: Contents, wishes: Wishes) -> CLIPConfig:
             "name its configuration with --model, as a name (with --image-size or --context-length, if those differ) "
             "or as a JSON file of OpenCLIP's"
         )
+    if isinstance(shown, SigLIPConfig) and len(names) > 1:
+        raise CheckpointError(f"{contents.source} can be {' or '.join(names)}, which have the same shapes: add --model")
     return get_model_config(names[0])
 
 
@@ -121,13 +131,13 @@ def _asked_config(model: str) -> CLIPConfig:
         raise ValueError(f"--model {model} cannot be read: {error}") from error
 
 
-def _quick_gelu(contents: Contents, wishes: Wishes) -> bool:
-    """Decide on the activation, which no shape shows."""
+def _with_activation(config: CLIPConfig, contents: Contents, wishes: Wishes) -> CLIPConfig:
+    """Return ``config`` with the activation, which no shape shows."""
     if wishes.activation is not None:
-        return ACTIVATION_NAMES[wishes.activation]
-    says = None if contents.config is None else contents.config.quick_gelu
-    asked = None if wishes.model is None else _asked_config(wishes.model).quick_gelu
-    if says is None and asked is None:
+        return _activated(config, wishes.activation)
+    asked = None if wishes.model is None else config.activation
+    says = None if contents.config is None else contents.config.activation
+    if says is None and asked is None and not isinstance(config, SigLIPConfig):
         names = models_of_shapes(config_of_weights(contents.state, contents.source))
         raise CheckpointError(
             f"{contents.source} does not say whether the model has GELU or QuickGELU, and weights do not show it: add "
@@ -135,14 +145,39 @@ def _quick_gelu(contents: Contents, wishes: Wishes) -> bool:
         )
     if says is not None and asked is not None and says != asked:
         model = str(wishes.model)
-        other = model.removesuffix(QUICK_GELU_SUFFIX) if asked else model + QUICK_GELU_SUFFIX
-        instead = f"take --model {other}" if other in list_models() else f"name a model with {ACTIVATIONS[says]}"
-        flag = next(name for name, quick in ACTIVATION_NAMES.items() if quick == asked)
+        other = model.removesuffix(QUICK_GELU_SUFFIX) if config.quick_gelu else model + QUICK_GELU_SUFFIX
+        instead = f"take --model {other}" if other in list_models() else f"name a model with {says}"
         raise CheckpointError(
-            f"{contents.source} was trained with {ACTIVATIONS[says]}, but --model {model} uses {ACTIVATIONS[asked]}: "
-            f"{instead}, or add --activation {flag} if the checkpoint is wrong"
+            f"{contents.source} was trained with {says}, but --model {model} uses {asked}: "
+            f"{instead}, or add --activation {activation_flag(config)} if the checkpoint is wrong"
         )
-    return bool(asked if says is None else says)
+    return config
+
+
+def _activated(config: CLIPConfig, wish: str) -> CLIPConfig:
+    """Return ``config`` with the activation that ``--activation`` names.
+
+    Raises:
+        ValueError: a model of this kind does not have it.
+    """
+    if not isinstance(config, SigLIPConfig):
+        if wish not in ACTIVATION_NAMES:
+            raise ValueError(f"a CLIP model has {' or '.join(ACTIVATION_NAMES)}: --activation {wish} is for SigLIP")
+        return dataclasses.replace(config, quick_gelu=ACTIVATION_NAMES[wish])
+    image, _, text = wish.partition(",")
+    if image not in SIGLIP_ACTIVATIONS:
+        raise ValueError(f"a SigLIP model has {' or '.join(SIGLIP_ACTIVATIONS)}, but --activation is {wish}")
+    image_gelu, text_gelu = SIGLIP_ACTIVATIONS[image], SIGLIP_ACTIVATIONS[text or image]
+    return dataclasses.replace(config, image_gelu=image_gelu, text_gelu=text_gelu)
+
+
+def activation_flag(config: CLIPConfig) -> str:
+    """Return the value of ``--activation`` that stands for the activation of ``config``."""
+    if not isinstance(config, SigLIPConfig):
+        return next(name for name, quick in ACTIVATION_NAMES.items() if quick == config.quick_gelu)
+    words = {gelu: word for word, gelu in SIGLIP_ACTIVATIONS.items()}
+    image, text = words[config.image_gelu], words[config.text_gelu]
+    return image if image == text else f"{image},{text}"
 
 
 def _sized(config: CLIPConfig, image_size: int, context_length: int) -> CLIPConfig:
@@ -161,20 +196,23 @@ def _wanted(what: str, flag: str, stored: int, configured: int, wished: int | No
 
 
 def _resized(
-    state: Mapping[str, Tensor], stored: CLIPConfig, image_size: int, context_length: int, source: Path
+    state: Mapping[str, Tensor], stored: CLIPConfig, image_size: int, context_length: int
 ) -> dict[str, Tensor]:
     """Return ``state`` with its positions resized as OpenCLIP resizes them."""
     result = dict(state)
-    old, patch = stored.vision.image_size, stored.vision.patch_size
-    if image_size != old:
-        if not isinstance(stored.vision.layers, int) or patch is None:
-            raise CheckpointError(f"{source} holds a ResNet, whose positions cannot be resized: leave --image-size out")
-        if image_size % patch:
-            raise CheckpointError(f"--image-size must be a multiple of the patch size {patch}, got {image_size}")
-        grids = ((old // patch,) * 2, (image_size // patch,) * 2)
-        result[POSITIONS_NAME] = interpolate_positions(state[POSITIONS_NAME], *grids)
+    name, vision = positions_name(state), stored.vision
+    if image_size != vision.image_size and name is not None:
+        is_vit = isinstance(vision.layers, int)
+        unit = (vision.patch_size if is_vit else None) or RESNET_STRIDE
+        if image_size % unit and not isinstance(stored, SigLIPConfig):
+            what = "the patch size" if is_vit else "the stride of a ResNet,"
+            raise CheckpointError(f"--image-size must be a multiple of {what} {unit}, got {image_size}")
+        if image_size < unit:
+            raise CheckpointError(f"--image-size must be at least one patch, {unit}, got {image_size}")
+        result[name] = resize_positions(name, state[name], image_size // unit)
     if context_length != stored.text.context_length:
-        result[TEXT_POSITIONS_NAME] = resize_context(state[TEXT_POSITIONS_NAME], context_length)
+        text = text_positions_name(state)
+        result[text] = resize_context(state[text], context_length)
     return result
 
 

@@ -4,6 +4,8 @@ Shapes show neither the activation nor the number of heads. The published models
 shapes name the model up to its activation.
 """
 
+import contextlib
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -12,13 +14,18 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import POSITIONS_NAME, CheckpointError
-from ..models import CLIPConfig, TextConfig, VisionConfig, get_model_config, list_models
+from ..checkpoint import CheckpointError, is_siglip_state
+from ..models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, get_model_config, list_models
+from ..models.positions import (
+    POOL_POSITIONS_NAME,
+    POSITIONS_NAME,
+    TRUNK_POSITIONS_NAME,
+    grid_side,
+    positions_name,
+)
 
-TEXT_POSITIONS_NAME = "positional_embedding"
-POOL_POSITIONS_NAME = "visual.attnpool.positional_embedding"
 HEAD_WIDTH = 64  # of every model that OpenAI published, and of most others
-_RESNET_STRIDE = 32
+RESNET_STRIDE = 32
 
 
 def config_of_weights(state: Mapping[str, Tensor], source: str | Path) -> CLIPConfig:
@@ -28,53 +35,50 @@ def config_of_weights(state: Mapping[str, Tensor], source: str | Path) -> CLIPCo
         CheckpointError: these are not the weights of a CLIP model that clipfast can build.
     """
     try:
+        if is_siglip_state(state):
+            vision, text = _trunk(state), _text(state, "text.")
+            return SigLIPConfig(vision.width, vision, text, text_proj="text.text_projection.weight" in state)
         vision = _resnet(state) if POOL_POSITIONS_NAME in state else _transformer(state)
-        context_length, width = state[TEXT_POSITIONS_NAME].shape
-        hidden = state["transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
-        text = TextConfig(
-            context_length,
-            state["token_embedding.weight"].shape[0],
-            width,
-            max(1, width // HEAD_WIDTH),
-            _count(state, r"transformer\.resblocks\.(\d+)\."),
-            mlp_ratio(hidden, width),
-        )
-        return CLIPConfig(state["text_projection"].shape[1], vision, text)
+        return CLIPConfig(state["text_projection"].shape[1], vision, _text(state, ""))
     except KeyError as error:
         raise CheckpointError(f"{source} holds no CLIP model that clipfast can build: it has no {error}") from error
     except (ValueError, IndexError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} holds no CLIP model that clipfast can build: {error}") from error
 
 
+def _text(state: Mapping[str, Tensor], prefix: str) -> TextConfig:
+    context_length, width = state[f"{prefix}positional_embedding"].shape
+    hidden = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
+    vocab_size = state[f"{prefix}token_embedding.weight"].shape[0]
+    layers = _count(state, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
+    return TextConfig(context_length, vocab_size, width, max(1, width // HEAD_WIDTH), layers, mlp_ratio(hidden, width))
+
+
+def _trunk(state: Mapping[str, Tensor]) -> VisionConfig:
+    width, _, patch_size, _ = state["visual.trunk.patch_embed.proj.weight"].shape
+    hidden = state["visual.trunk.blocks.0.mlp.fc1.weight"].shape[0]
+    layers = _count(state, r"visual\.trunk\.blocks\.(\d+)\.")
+    image_size = grid_side(TRUNK_POSITIONS_NAME, state[TRUNK_POSITIONS_NAME]) * patch_size
+    return VisionConfig(image_size, layers, width, HEAD_WIDTH, mlp_ratio(hidden, width), patch_size)
+
+
 def _transformer(state: Mapping[str, Tensor]) -> VisionConfig:
     width, _, patch_size, _ = state["visual.conv1.weight"].shape
     hidden = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
-    grid = grid_side(len(state[POSITIONS_NAME]))
+    grid = grid_side(POSITIONS_NAME, state[POSITIONS_NAME])
     return VisionConfig(grid * patch_size, layers, width, HEAD_WIDTH, mlp_ratio(hidden, width), patch_size)
 
 
 def _resnet(state: Mapping[str, Tensor]) -> VisionConfig:
     first, second, third, fourth = (_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     width = state["visual.layer1.0.conv1.weight"].shape[0]
-    image_size = grid_side(len(state[POOL_POSITIONS_NAME])) * _RESNET_STRIDE
+    image_size = grid_side(POOL_POSITIONS_NAME, state[POOL_POSITIONS_NAME]) * RESNET_STRIDE
     return VisionConfig(image_size, (first, second, third, fourth), width, HEAD_WIDTH, patch_size=None)
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:
     return len({match[1] for match in map(re.compile(pattern).match, state) if match})
-
-
-def grid_side(positions: int) -> int:
-    """Return the side of the square grid whose positions, with one for the class token, are ``positions``.
-
-    Raises:
-        ValueError: there is no such grid.
-    """
-    side = math.isqrt(max(0, positions - 1))
-    if side == 0 or positions != 1 + side * side:
-        raise ValueError(f"{positions} positions are not those of a class token and a square grid")
-    return side
 
 
 def mlp_ratio(hidden: int, width: int) -> float:
@@ -89,16 +93,21 @@ def stored_sizes(state: Mapping[str, Tensor], config: CLIPConfig) -> tuple[int, 
     They are those of ``config`` where a tensor is missing or has no such shape, which the check of all shapes reports.
     """
     image_size, context_length = config.vision.image_size, config.text.context_length
-    is_vit = isinstance(config.vision.layers, int)
-    positions = state.get(POSITIONS_NAME if is_vit else POOL_POSITIONS_NAME)
-    if (
-        positions is not None
-        and positions.ndim == 2
-        and math.isqrt(max(1, len(positions) - 1)) ** 2 + 1 == len(positions)
-    ):
-        image_size = grid_side(len(positions)) * ((config.vision.patch_size or 1) if is_vit else _RESNET_STRIDE)
-    text = state.get(TEXT_POSITIONS_NAME)
+    name = positions_name(state)
+    if name is not None:
+        vision = config.vision
+        stride = (vision.patch_size if isinstance(vision.layers, int) else None) or RESNET_STRIDE
+        with contextlib.suppress(ValueError):
+            side = grid_side(name, state[name])
+            # Pixels at the edges that fill no patch show in no shape.
+            image_size = image_size if image_size // stride == side else side * stride
+    text = state.get(text_positions_name(state))
     return image_size, len(text) if text is not None and text.ndim == 2 else context_length
+
+
+def text_positions_name(state: Mapping[str, Tensor]) -> str:
+    """Return the name of the positions of texts."""
+    return "text.positional_embedding" if is_siglip_state(state) else "positional_embedding"
 
 
 def models_of_shapes(config: CLIPConfig) -> list[str]:
@@ -111,30 +120,39 @@ def settled(config: CLIPConfig) -> CLIPConfig:
 
     A layout that states the hidden units of an MLP gives 4.363636 where the published configuration says 4.3637.
     """
+    name = name_of(config)
+    return config if name is None else get_model_config(name).with_vision(patch_dropout=config.vision.patch_dropout)
+
+
+def similar(config: SigLIPConfig) -> SigLIPConfig:
+    """Return ``config`` as it is published, and if only its activation is another one, with the published tokenizer.
+
+    Transformers computes GELU by tanh in all its SigLIP models, and OpenCLIP exactly in some of them.
+    """
     for name in models_of_shapes(config):
-        known = get_model_config(name).with_vision(patch_dropout=config.vision.patch_dropout)
-        if known.quick_gelu == config.quick_gelu and _heads(known) == _heads(config):
-            return known
+        known = get_model_config(name)
+        if isinstance(known, SigLIPConfig) and _hidden(known)[1:] == _hidden(config)[1:]:
+            return dataclasses.replace(known, image_gelu=config.image_gelu, text_gelu=config.text_gelu)
     return config
 
 
 def name_of(config: CLIPConfig) -> str | None:
     """Return the name of the model that ``config`` is, or None if it has none."""
-    for name in models_of_shapes(config):
-        known = get_model_config(name)
-        if known.quick_gelu == config.quick_gelu and _heads(known) == _heads(config):
-            return name
-    return None
+    return next((name for name in models_of_shapes(config) if _hidden(get_model_config(name)) == _hidden(config)), None)
 
 
 def _shapes(config: CLIPConfig) -> tuple[Any, ...]:
     vision, text = config.vision, config.text
-    image: tuple[Any, ...] = (vision.image_size, vision.layers, vision.width)
-    if isinstance(vision.layers, int):
-        image += (vision.patch_size, int(vision.width * vision.mlp_ratio))
-    return (config.embed_dim, *image, text.context_length, text.vocab_size, text.width, text.layers,
+    image: tuple[Any, ...] = (vision.layers, vision.width)
+    if isinstance(vision.layers, int) and vision.patch_size is not None:
+        image += (vision.image_size // vision.patch_size, vision.patch_size, int(vision.width * vision.mlp_ratio))
+    else:
+        image += (vision.image_size,)
+    family = (type(config), isinstance(config, SigLIPConfig) and config.text_proj)
+    return (*family, config.embed_dim, *image, text.context_length, text.vocab_size, text.width, text.layers,
             int(text.width * text.mlp_ratio))  # fmt: skip
 
 
-def _heads(config: CLIPConfig) -> tuple[int, int]:
-    return config.vision.heads, config.text.heads
+def _hidden(config: CLIPConfig) -> tuple[Any, ...]:
+    """Return what no shape shows of a model."""
+    return config.activation, config.vision.heads, config.text.heads, config.vision.image_size

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError
-from ..models import CLIP, CLIPConfig
+from ..models import CLIPConfig, build
 
 
 def empty_state(config: CLIPConfig, state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
@@ -29,6 +29,6 @@ def empty_state(config: CLIPConfig, state: Mapping[str, Tensor], source: str | P
         )
     try:
         with torch.device("meta"):
-            return CLIP(config).state_dict()
+            return build(config).state_dict()
     except (ValueError, RuntimeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} does not describe a model that can be built: {error}") from error

@@ -11,7 +11,7 @@ from ..tokenizer import END_OF_TEXT, START_OF_TEXT, Tokenizer
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "special_tokens_map.json",
-    "added_tokens.json",
+    "added_tokens.json", "spiece.model", "tokenizer.model",
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
-from ..tokenizer import Tokenizer, trim_padding
+from ..tokenizer import trim_padding
 from .samples import RawSample, caption, decode_image, field, read_samples, sample_name
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class PairStream(IterableDataset[Batch]):
 
     shards: list[str]  # tar files, as :func:`clipfast.data.expand_shards` gives them
     transform: Callable[[Image.Image], Tensor]  # draws its random numbers from torch's generator
-    tokenizer: Tokenizer
+    tokenizer: Callable[[list[str]], Tensor]
     batch_size: int
     num_batches: int  # of the epoch; the shards are read as often as that needs
     seed: int = 0  # of the order and of the augmentations
@@ -73,6 +73,7 @@ class PairStream(IterableDataset[Batch]):
     first_batch: int = 0  # so many batches are left out at the start, without being decoded
     unique_by: str | None = None
     keyword_prob: float = 0.0  # see :func:`clipfast.data.caption`
+    reads_padding: bool = False  # whether the model reads the padding of texts, which then stays
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield this worker's share of the batches, every ``num_workers``-th of the epoch.
@@ -137,7 +138,8 @@ class PairStream(IterableDataset[Batch]):
                 skipped.append((name, str(error)))
         if not images:
             return Batch(torch.empty(0), torch.empty(0), skipped)
-        return Batch(torch.stack(images), trim_padding(self.tokenizer(captions)), skipped)
+        texts = self.tokenizer(captions)
+        return Batch(torch.stack(images), texts if self.reads_padding else trim_padding(texts), skipped)
 
 
 def shuffle(samples: Iterable[T], buffer_size: int, rng: random.Random) -> Iterator[T]:

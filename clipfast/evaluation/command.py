@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
     add = zero_shot.add_argument
     add("--model", required=True, help="local-dir:FOLDER (a finished run), a run's checkpoint (.pt), or a model name")
     add("--pretrained", metavar="PATH", help="checkpoint with the weights (.pt, .bin, .safetensors)")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
     add("--data", required=True, help="image folder, or shards; 'bundled:emoji/fluent' ships with the package")
     add("--label-by", metavar="KEY", help="key of the shards' json that names the class (default: the caption does)")
     add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
@@ -58,11 +59,11 @@ def run(args: argparse.Namespace) -> int:
     device = resolve_device(args.device)
     templates, classnames = _templates(args.templates), _classnames(args.classnames)
     model = create_model(args.model, args.pretrained, device=device, backend=args.backend).eval()
+    tokenizer = get_tokenizer(args.model, tokenizer_file=args.tokenizer)
     images = LabelledSet(args.data, args.group_by, args.label_by)
     progress = tqdm(images, desc="images", unit="image", disable=None)
-    transform = image_transform(model.visual.image_size, uint8=True)
+    transform = image_transform(model.visual.image_size, uint8=True, resize_mode=model.visual.resize_mode)
     features = encode_labelled(model, progress, transform, args.batch_size, device)
-    tokenizer = get_tokenizer(args.model)
     for name, reason in images.skipped:
         print(f"clipfast eval: left out {name}: {reason}", file=sys.stderr)
     results = evaluate(

@@ -1,17 +1,16 @@
 """All figures of a checkpoint on a labelled set: zero-shot accuracy, overall and by group, and retrieval both ways."""
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..models import CLIP
-from ..tokenizer import Tokenizer, trim_padding
 from .labelled import LabelledFeatures
 from .retrieval import pair_ranks, recall_at
-from .zero_shot import Template, build_zero_shot_classifier, top_classes
+from .zero_shot import Template, build_zero_shot_classifier, encode_texts, top_classes
 
 
 @dataclasses.dataclass
@@ -25,7 +24,7 @@ class Evaluation:
 
 def evaluate(
     model: CLIP,
-    tokenizer: Tokenizer,
+    tokenizer: Callable[[list[str]], Tensor],
     images: LabelledFeatures,
     templates: Sequence[Template] = ("{}",),
     *,
@@ -86,13 +85,15 @@ def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _retrieval(model: CLIP, tokenizer: Tokenizer, images: LabelledFeatures) -> dict[str, dict[str, float]]:
+def _retrieval(
+    model: CLIP, tokenizer: Callable[[list[str]], Tensor], images: LabelledFeatures
+) -> dict[str, dict[str, float]]:
     """Return recall of images by text and of text by images; equal texts count as one, and so do equal images."""
     device = images.features.device
     numbers = {text: number for number, text in enumerate(dict.fromkeys(images.captions))}
     captions = list(numbers)
     batches = (captions[start : start + 256] for start in range(0, len(captions), 256))
-    features = [model.encode_text(trim_padding(tokenizer(batch)).to(device), normalize=True) for batch in batches]
+    features = [encode_texts(model, tokenizer, batch, device) for batch in batches]
     text_keys = torch.tensor([numbers[text] for text in images.captions], device=device)
     texts = torch.cat(features)[text_keys]
     image_keys = torch.tensor(images.twins, device=device)

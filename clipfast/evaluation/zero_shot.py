@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import CLIP
-from ..tokenizer import Tokenizer, trim_padding
+from ..tokenizer import trim_padding
 
 Template = str | Callable[[str], str]
 
@@ -32,10 +32,19 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 }
 
 
+def encode_texts(
+    model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device
+) -> Tensor:
+    """Return the normalised features [len(texts), embed_dim] of texts, without padding that the model does not read."""
+    ids = tokenizer(texts)
+    ids = ids if getattr(model, "reads_padding", False) else trim_padding(ids)
+    return model.encode_text(ids.to(device), normalize=True)
+
+
 @torch.no_grad()
 def build_zero_shot_classifier(
     model: CLIP,
-    tokenizer: Tokenizer,
+    tokenizer: Callable[[list[str]], Tensor],
     classnames: Sequence[str],
     templates: Sequence[Template],
     num_classes_per_batch: int = 10,
@@ -45,7 +54,8 @@ def build_zero_shot_classifier(
     """Return classifier weights: the mean of each class's prompt features, scaled to unit length.
 
     Args:
-        model, tokenizer: the model must be in evaluation mode.
+        model: must be in evaluation mode.
+        tokenizer: of the model, as :func:`clipfast.get_tokenizer` returns it.
         classnames: one name per class.
         templates: strings with ``{}`` in place of the name, or functions that turn a name into a prompt.
         num_classes_per_batch: number of classes to encode at once, each with all templates.
@@ -71,7 +81,7 @@ def build_zero_shot_classifier(
     for start in starts:
         names = classnames[start : start + num_classes_per_batch]
         prompts = [t.replace("{}", name) if isinstance(t, str) else t(name) for name in names for t in templates]
-        features = model.encode_text(trim_padding(tokenizer(prompts)).to(device), normalize=True)
+        features = encode_texts(model, tokenizer, prompts, device)
         weights.append(F.normalize(features.unflatten(0, (len(names), len(templates))).mean(1), dim=-1))
     return torch.cat(weights).T
 

@@ -1,10 +1,20 @@
 """The CLIP layer: towers that call the kernels, in the layout of the published checkpoints."""
 
 from .clip import CLIP, CLIPOutput
-from .config import CLIPConfig, TextConfig, VisionConfig, add_model_config, get_model_config, list_models
+from .config import CLIPConfig, TextConfig, VisionConfig
+from .registry import add_model_config, get_model_config, list_models
+from .siglip import SigLIP, SigLIPOutput
+from .siglip_config import SigLIPConfig
 from .vision import interpolate_positions
 
 __all__ = [
-    "CLIP", "CLIPConfig", "CLIPOutput", "TextConfig", "VisionConfig", "add_model_config", "get_model_config",
-    "interpolate_positions", "list_models",
+    "CLIP", "CLIPConfig", "CLIPOutput", "SigLIP", "SigLIPConfig", "SigLIPOutput", "TextConfig", "VisionConfig",
+    "add_model_config", "build", "get_model_config", "interpolate_positions", "list_models",
 ]  # fmt: skip
+
+
+def build(config: CLIPConfig, *, output_dict: bool = False) -> CLIP:
+    """Return a new model of ``config``: a :class:`SigLIP` if that is a :class:`SigLIPConfig`, otherwise a CLIP."""
+    if isinstance(config, SigLIPConfig):
+        return SigLIP(config, output_dict=output_dict)
+    return CLIP(config, output_dict=output_dict)

@@ -29,6 +29,7 @@ class CLIP(nn.Module):
     """The image tower in ``visual``, the text tower at the top level, as in the published checkpoints."""
 
     backend = "auto"
+    reads_padding = False  # whether features depend on the padding of a text
 
     def __init__(self, config: CLIPConfig, *, output_dict: bool = False) -> None:
         super().__init__()
@@ -89,12 +90,7 @@ class CLIP(nn.Module):
             TypeError: ``text`` is not a tensor.
             ValueError: ``text`` has more tokens than the model has positions.
         """
-        if not isinstance(text, Tensor):
-            raise TypeError(f"encode_text: text must be a tensor of token ids [B, L], got a {type(text).__name__}")
-        if text.ndim != 2 or text.shape[1] > self.context_length:
-            raise ValueError(
-                f"encode_text: text must be [B, L] with L at most {self.context_length}, got shape {tuple(text.shape)}"
-            )
+        check_text(text, self.context_length)
         x = embed_text(self.token_embedding, self.positional_embedding, text, self.backend)
         # The end-of-text token has the highest id of the vocabulary.
         x = read_rows(self.transformer, x, text.argmax(-1))
@@ -132,3 +128,17 @@ class CLIP(nn.Module):
         for module in self.modules():
             if isinstance(module, (CLIP, Attention, AttentionPool2d, LayerNorm, MLP, VisionTransformer)):
                 module.backend = backend
+
+
+def check_text(text: Tensor, context_length: int) -> None:
+    """Refuse what is not a batch of token ids.
+
+    Raises:
+        TypeError, ValueError: as ``encode_text`` says.
+    """
+    if not isinstance(text, Tensor):
+        raise TypeError(f"encode_text: text must be a tensor of token ids [B, L], got a {type(text).__name__}")
+    if text.ndim != 2 or text.shape[1] > context_length:
+        raise ValueError(
+            f"encode_text: text must be [B, L] with L at most {context_length}, got shape {tuple(text.shape)}"
+        )

@@ -1,13 +1,9 @@
-"""Model configurations, with OpenCLIP's names; its JSON files can be read."""
+"""The configuration of a CLIP model, in OpenCLIP's words."""
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
-
-QUICK_GELU_SUFFIX = "-quickgelu"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,15 +79,27 @@ class CLIPConfig:
         """
         _check_sizes("model config", self, ("embed_dim",))
 
+    @property
+    def activation(self) -> str:
+        """The name of the activation in words: "GELU" or "QuickGELU"."""
+        return "QuickGELU" if self.quick_gelu else "GELU"
+
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> "CLIPConfig":
         """Read OpenCLIP's layout: ``embed_dim``, ``vision_cfg``, ``text_cfg`` and, optionally, ``quick_gelu``.
+
+        ``custom_text`` may be there as well: it changes the names of weights, and not what they compute. A model with a
+        SigLIP tower of timm becomes a :class:`~clipfast.models.siglip_config.SigLIPConfig`.
 
         Raises:
             ValueError: if a key is missing, or is one that this package does not implement; to ignore it would build
                 another model.
         """
-        unknown = set(raw) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu"}
+        from .siglip_config import SigLIPConfig, is_siglip  # which is made of this class
+
+        if is_siglip(raw):
+            return SigLIPConfig.from_dict(raw)
+        unknown = set(raw) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
         if unknown or not {"embed_dim", "vision_cfg", "text_cfg"} <= set(raw):
             raise ValueError(
                 f"model config needs embed_dim, vision_cfg and text_cfg, and may have quick_gelu; got {sorted(raw)}"
@@ -136,73 +144,3 @@ def _fields(kind: type[VisionConfig] | type[TextConfig], section: str, raw: dict
     if unknown:
         raise ValueError(f"{section} has settings that clipfast does not implement: {unknown}")
     return dict(raw)
-
-
-def _vit(embed_dim: int, vision: VisionConfig, text_width: int = 512, text_layers: int = 12) -> CLIPConfig:
-    return CLIPConfig(embed_dim, vision, TextConfig(width=text_width, heads=text_width // 64, layers=text_layers))
-
-
-def _resnet(
-    embed_dim: int, image_size: int, layers: tuple[int, int, int, int], width: int, text_width: int
-) -> CLIPConfig:
-    vision = VisionConfig(image_size, layers, width, patch_size=None)
-    return CLIPConfig(embed_dim, vision, TextConfig(width=text_width, heads=text_width // 64))
-
-
-_CONFIGS = {
-    "RN50": _resnet(1024, 224, (3, 4, 6, 3), 64, 512),
-    "RN101": _resnet(512, 224, (3, 4, 23, 3), 64, 512),
-    "RN50x4": _resnet(640, 288, (4, 6, 10, 6), 80, 640),
-    "RN50x16": _resnet(768, 384, (6, 8, 18, 8), 96, 768),
-    "RN50x64": _resnet(1024, 448, (3, 15, 36, 10), 128, 1024),
-    "ViT-B-32": _vit(512, VisionConfig(patch_size=32)),
-    "ViT-B-16": _vit(512, VisionConfig(patch_size=16)),
-    "ViT-L-14": _vit(768, VisionConfig(layers=24, width=1024, patch_size=14), 768),
-    "ViT-L-14-336": _vit(768, VisionConfig(336, 24, 1024, patch_size=14), 768),
-    "ViT-H-14": _vit(1024, VisionConfig(224, 32, 1280, 80, patch_size=14), 1024, 24),
-    "ViT-g-14": _vit(1024, VisionConfig(224, 40, 1408, 88, 4.3637, 14), 1024, 24),
-    "ViT-bigG-14": _vit(1280, VisionConfig(224, 48, 1664, 104, 4.9231, 14), 1280, 32),
-    # The model of the emoji recipe, small enough to be trained on a CPU.
-    "ViT-T-8-32": CLIPConfig(128, VisionConfig(32, 4, 128, 32, patch_size=8), TextConfig(width=128, heads=4, layers=2)),
-}
-_CONFIGS |= {
-    name + QUICK_GELU_SUFFIX: dataclasses.replace(config, quick_gelu=True) for name, config in _CONFIGS.items()
-}
-
-
-def list_models() -> list[str]:
-    """Return the names that :func:`clipfast.create_model` takes."""
-    return list(_CONFIGS)
-
-
-def add_model_config(path: str | Path) -> None:
-    """Register the configuration in OpenCLIP's JSON file ``path`` under the file's stem.
-
-    Raises:
-        ValueError: if it is not such a file, or this package cannot build the model.
-    """
-    _CONFIGS[Path(path).stem] = read_model_config(path)
-
-
-def read_model_config(path: str | Path) -> CLIPConfig:
-    """Return the configuration in OpenCLIP's JSON file ``path``.
-
-    Raises:
-        ValueError: if it is not such a file, or this package cannot build the model.
-    """
-    try:
-        raw = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} is not a model configuration: {error}") from error
-    return CLIPConfig.from_dict(raw)
-
-
-def get_model_config(name: str) -> CLIPConfig:
-    """Return the configuration of a model.
-
-    Raises:
-        ValueError: if the name is unknown; the message lists the known ones.
-    """
-    if name not in _CONFIGS:
-        raise ValueError(f"unknown model {name!r}; known: {', '.join(_CONFIGS)}")
-    return _CONFIGS[name]

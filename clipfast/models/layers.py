@@ -65,7 +65,7 @@ def single_query_attention(
     softmax sums to one, so the caller can add the bias of the values to the result.
 
     Args:
-        q: [B, heads, head_dim].
+        q: [B, heads, head_dim], or [1, heads, head_dim] if every sequence has the same query.
         tokens: [B, N, width].
         weight_k, weight_v: [heads, head_dim, width].
         seqlens: [B], the number of leading tokens of each sequence that are seen; all if it is None.
@@ -75,5 +75,6 @@ def single_query_attention(
         [B, heads * head_dim].
     """
     query = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, weight_k)
-    pooled = attention_pool(query.to(tokens.dtype), tokens, seqlens=seqlens, backend=backend)
+    query = query.to(tokens.dtype).expand(len(tokens), -1, -1)
+    pooled = attention_pool(query, tokens, seqlens=seqlens, backend=backend)
     return torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)

@@ -81,6 +81,7 @@ class ModifiedResNet(nn.Module):
 
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
+    resize_mode = "shortest"
 
     def __init__(self, config: VisionConfig, embed_dim: int) -> None:
         super().__init__()

@@ -70,10 +70,10 @@ class MLP(nn.Module):
 
     backend = "auto"
 
-    def __init__(self, width: int, hidden: int, *, quick_gelu: bool) -> None:
+    def __init__(self, width: int, hidden: int, *, quick_gelu: bool, approximate: str = "none") -> None:
         super().__init__()
         self.c_fc = nn.Linear(width, hidden)
-        self.gelu = QuickGELU() if quick_gelu else nn.GELU()
+        self.gelu = QuickGELU() if quick_gelu else nn.GELU(approximate)
         self.c_proj = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,12 +84,15 @@ class MLP(nn.Module):
 class ResidualAttentionBlock(nn.Module):
     """x = x + attn(ln_1(x)), then x = x + mlp(ln_2(x))."""
 
-    def __init__(self, width: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool) -> None:
+    def __init__(
+        self, width: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool, approximate: str = "none",
+        eps: float = 1e-5,
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.ln_1 = LayerNorm(width)
+        self.ln_1 = LayerNorm(width, eps)
         self.attn = Attention(width, heads, causal=causal)
-        self.ln_2 = LayerNorm(width)
-        self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu=quick_gelu)
+        self.ln_2 = LayerNorm(width, eps)
+        self.mlp = MLP(width, int(width * mlp_ratio), quick_gelu=quick_gelu, approximate=approximate)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual stream after both branches: [B, N, width] -> [B, N, width]."""
@@ -100,18 +103,25 @@ class ResidualAttentionBlock(nn.Module):
 class Transformer(nn.Module):
     """A stack of blocks.
 
+    The activation is QuickGELU, or GELU, which ``approximate`` may approximate as it does in ``nn.GELU``. ``eps`` is
+    that of the layer norms.
+
     ``grad_checkpointing`` recomputes each block in the backward pass. If it is "selective", only norms and activations
     are recomputed, which saves about a third of the memory (11 of 16 widths per token stay).
     """
 
     def __init__(
-        self, width: int, layers: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool
-    ) -> None:
+        self, width: int, layers: int, heads: int, mlp_ratio: float, *, causal: bool, quick_gelu: bool = False,
+        approximate: str = "none", eps: float = 1e-5,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.width = width
         self.grad_checkpointing: bool | str = False
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, mlp_ratio, causal=causal, quick_gelu=quick_gelu) for _ in range(layers)
+            ResidualAttentionBlock(
+                width, heads, mlp_ratio, causal=causal, quick_gelu=quick_gelu, approximate=approximate, eps=eps
+            )
+            for _ in range(layers)
         )
 
     def init_scaled(self) -> None:
@@ -127,7 +137,7 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the residual stream after all blocks: [B, N, width] -> [B, N, width]."""
-        x, branch = _run_blocks(plan(self), x)
+        x, branch = run_blocks(plan(self), x)
         return x if branch is None else x + branch
 
 
@@ -188,23 +198,26 @@ def read_rows(
         x, normed = layer_norm_pair(x, *weights, before.eps, ln_1.eps, backend=before.backend)
     elif norm is not None:
         x = norm(x)
-    x, branch = _run_blocks(steps, x, normed)
+    x, branch = run_blocks(steps, x, normed)
     if steps.recompute:
         return _recomputed(steps, _run_last, steps.last, x, branch, rows)
     return _run_last(steps.last, x, branch, rows)
 
 
-def _run_blocks(steps: Plan, x: Tensor, normed: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+def run_blocks(
+    steps: Plan, x: Tensor, normed: Tensor | None = None, kind: type[ResidualAttentionBlock] = ResidualAttentionBlock
+) -> tuple[Tensor, Tensor | None]:
     """Return the residual stream after the blocks, and the last branch, which the caller must still add to it.
 
-    ``normed`` is what ln_1 of the first block returns, if that is computed already.
+    ``normed`` is what ln_1 of the first block returns, if that is computed already. ``kind`` is the class of the blocks
+    that are taken apart; any other is called.
     """
     branch: Tensor | None = None
     for block in steps.blocks:
         if steps.recompute:
             # Checkpointing keeps the arguments. This is one tensor; x and a branch apart would be two.
             x = _recomputed(steps, block, x)
-        elif is_plain(block, ResidualAttentionBlock):
+        elif is_plain(block, kind):
             if normed is None:
                 x, normed = add_norm(x, branch, block.ln_1)
             x, normed = add_norm(x, block.attn(normed), block.ln_2)
@@ -243,7 +256,7 @@ def project_qkv(in_proj: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
 
     Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv again.
     """
-    if is_plain(in_proj, InProjection):
+    if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
         return F.linear(x, in_proj.weight, in_proj.bias.detach()), in_proj.bias
     return in_proj(x), None
 

@@ -36,19 +36,35 @@ def interpolate_positions(positional_embedding: Tensor, old_grid: tuple[int, int
         )
     if new_grid == old_grid:
         return positional_embedding
-    class_token, patches = positional_embedding[:1], positional_embedding[1:]
+    return torch.cat([positional_embedding[:1], resize_grid(positional_embedding[1:], old_grid, new_grid)])
+
+
+def resize_grid(patches: Tensor, old_grid: tuple[int, int], new_grid: tuple[int, int]) -> Tensor:
+    """Do what :func:`interpolate_positions` does, for positions without a class token: [h * w, E] -> [H * W, E]."""
     grid = patches.to(accumulate_dtype(patches.dtype)).unflatten(0, old_grid)  # [h, w, E]
     # Two matrix products, because F.interpolate uses atomics for its gradient on a GPU, which is not deterministic.
     with torch.autocast(grid.device.type, enabled=False):
         rows = (_resizing(old_grid[0], new_grid[0], grid) @ grid.flatten(1)).unflatten(1, grid.shape[1:])  # [H, w, E]
         resized = _resizing(old_grid[1], new_grid[1], grid) @ rows  # [H, W, E]
-    return torch.cat([class_token, resized.flatten(0, 1).to(class_token.dtype)])
+    return resized.flatten(0, 1).to(patches.dtype)
 
 
 def _resizing(old: int, new: int, like: Tensor) -> Tensor:
     """Return [new, old], the weight of each old value in each new value along one side of the grid."""
     identity = torch.eye(old, dtype=like.dtype, device=like.device)[None, None]
     return F.interpolate(identity, (new, old), mode="bicubic", antialias=True, align_corners=False)[0, 0]
+
+
+def draw_kept_patches(batch: int, grid: tuple[int, int], dropout: float, device: torch.device) -> Tensor | None:
+    """Draw the indices [batch, K] of the patches of a grid that remain when the share ``dropout`` is dropped.
+
+    At least one remains. None stands for all of them.
+    """
+    if dropout == 0:
+        return None
+    num_patches = grid[0] * grid[1]
+    kept = max(1, int(num_patches * (1 - dropout)))
+    return torch.rand(batch, num_patches, device=device).topk(kept, dim=1).indices
 
 
 class VisionTransformer(nn.Module):
@@ -64,6 +80,7 @@ class VisionTransformer(nn.Module):
 
     image_mean: tuple[float, ...] = CLIP_MEAN
     image_std: tuple[float, ...] = CLIP_STD
+    resize_mode = "shortest"
 
     def __init__(self, config: VisionConfig, embed_dim: int, *, quick_gelu: bool) -> None:
         super().__init__()
@@ -95,17 +112,10 @@ class VisionTransformer(nn.Module):
         # The patch embedding refuses an empty grid, with a better message.
         if grid != self.grid_size and min(grid) > 0:
             positions = interpolate_positions(positions, self.grid_size, grid)
+        keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None
         x = patch_embed(
-            images, self.conv1.weight, self.class_embedding, positions, keep=self._kept_patches(images, grid),
+            images, self.conv1.weight, self.class_embedding, positions, keep=keep,
             mean=self.image_mean, std=self.image_std, backend=self.backend,
         )  # fmt: skip
         x = read_rows(self.transformer, x, norm=self.ln_pre)
         return self.ln_post(x) @ self.proj
-
-    def _kept_patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor | None:
-        """Draw the indices [B, K] of the patches that are kept, on the images' device; None if all are."""
-        if not self.training or self.patch_dropout == 0:
-            return None
-        num_patches = grid[0] * grid[1]
-        kept = max(1, int(num_patches * (1 - self.patch_dropout)))
-        return torch.rand(len(images), num_patches, device=images.device).topk(kept, dim=1).indices

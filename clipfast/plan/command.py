@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _problem(args: argparse.Namespace) -> "Problem":
     from ..kernels.dtypes import DTYPES
-    from ..models import get_model_config
+    from ..models import SigLIPConfig, get_model_config
     from .step import Problem
 
     gpus = args.gpus or (3 if args.check else 1)
@@ -116,7 +116,13 @@ def _problem(args: argparse.Namespace) -> "Problem":
             raise ValueError(f"--check runs every rank on this machine: --{flag} must be at most {most}, got {value}")
     if args.model is not None and args.embed_dim is not None:
         raise ValueError("--embed-dim is the model's own with --model: leave it out")
-    dim = (args.embed_dim or 512) if args.model is None else get_model_config(args.model).embed_dim
+    config = None if args.model is None else get_model_config(args.model)
+    if isinstance(config, SigLIPConfig):
+        raise ValueError(
+            f"--model {args.model} is trained with the sigmoid loss, and a plan is made for the contrastive loss only: "
+            "take a CLIP model"
+        )
+    dim = (args.embed_dim or 512) if config is None else config.embed_dim
     return Problem(pairs, gpus, DTYPES[args.dtype], args.model, dim)
 
 

@@ -1,12 +1,18 @@
-"""The model, the optimizer and the device that the options of a run ask for."""
+"""The model with its loss and tokenizer, the optimizer and the device that the options of a run ask for."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..factory import create_model, resolve_device
-from ..models import CLIP, CLIPConfig, add_model_config
+from ..file_tokenizer import FileTokenizer, tokenizer_of
+from ..kernels import contrastive_loss, sigmoid_loss
+from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
+from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .optim import adamw
 
@@ -37,7 +43,7 @@ def build_model(config: TrainConfig, saved: dict[str, Any] | None, device: torch
     is_bf16 = config.precision == "pure_bf16"
     if saved is not None:
         with device:
-            model = CLIP(CLIPConfig.from_dict(saved).with_vision(patch_dropout=config.force_patch_dropout))
+            model = build(CLIPConfig.from_dict(saved).with_vision(patch_dropout=config.force_patch_dropout))
         model.set_backend(config.backend)
         model.to(torch.bfloat16 if is_bf16 else torch.float32)
     else:
@@ -54,6 +60,37 @@ def build_model(config: TrainConfig, saved: dict[str, Any] | None, device: torch
     if config.torchcompile:
         model.compile(fullgraph=True, backend=COMPILER)
     return model
+
+
+def build_loss(config: TrainConfig, model: CLIP) -> Callable[..., Tensor]:
+    """Return the loss of a model's outputs: the sigmoid loss for SigLIP, the contrastive loss for CLIP.
+
+    Raises:
+        ValueError: ``--siglip`` or ``--no-siglip`` asks for the other one.
+    """
+    is_siglip = isinstance(model.config, SigLIPConfig)
+    if config.siglip is not None and config.siglip != is_siglip:
+        raise ValueError(
+            f"--no-siglip: {config.model} is a SigLIP model, which is trained with the sigmoid loss: leave the flag out"
+            if is_siglip
+            else f"--siglip: {config.model} is a CLIP model, which has no logit_bias: take a model with SigLIP in its "
+            "name, or leave the flag out"
+        )
+    return functools.partial(sigmoid_loss if is_siglip else contrastive_loss, backend=config.backend)
+
+
+def build_tokenizer(config: TrainConfig, model: CLIP) -> Tokenizer | FileTokenizer:
+    """Return the tokenizer of a model, which for SigLIP is in the file that ``--tokenizer`` names.
+
+    Raises:
+        ValueError: the file is missing, wrong, or not needed.
+        ImportError: the tokenizers package is missing, for SigLIP.
+    """
+    if isinstance(model.config, SigLIPConfig):
+        return tokenizer_of(model.config, config.model, config.tokenizer, None)
+    if config.tokenizer is not None:
+        raise ValueError(f"--tokenizer: {config.model} has CLIP's tokenizer, which needs no file: leave it out")
+    return Tokenizer(model.context_length)
 
 
 def build_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.AdamW:

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data import Batch, PairStream, count_samples, expand_shards, pair_loader
+from ..file_tokenizer import FileTokenizer
 from ..images import augmentation, image_transform
+from ..models import CLIP
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .errors import TrainingError
@@ -40,13 +42,13 @@ class TrainingData:
         return own | {key: getattr(self.config, key) for key in keys}
 
     def batches(
-        self, epoch: int, first: int, image_size: int, tokenizer: Tokenizer, *, pin_memory: bool
+        self, epoch: int, first: int, model: CLIP, tokenizer: Tokenizer | FileTokenizer, *, pin_memory: bool
     ) -> Generator[Batch, None, None]:
         """Return the batches of an epoch from number ``first``, decoded and augmented by the data workers.
 
         Args:
             epoch, first: numbers of the epoch and of the first batch, from 0; batches before it are not decoded.
-            image_size, tokenizer: those of the model; the size is in pixels.
+            model, tokenizer: what the images and the texts are prepared for.
             pin_memory: place batches in memory that a GPU can copy from asynchronously.
 
         Raises:
@@ -54,10 +56,13 @@ class TrainingData:
         """
         config = self.config
         augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
-        transform = image_transform(image_size, train=True, scale=config.crop_scale, augment=augment, uint8=True)
+        transform = image_transform(
+            model.visual.image_size, train=True, scale=config.crop_scale, augment=augment, uint8=True,
+            resize_mode=model.visual.resize_mode,
+        )  # fmt: skip
         stream = PairStream(
             self.shards, transform, tokenizer, config.batch_size, self.steps_per_epoch, config.seed, epoch, first,
-            config.unique_by, config.keyword_prob,
+            config.unique_by, config.keyword_prob, model.reads_padding,
         )  # fmt: skip
         return pair_loader(stream, config.workers, pin_memory=pin_memory)
 

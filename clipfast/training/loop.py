@@ -10,6 +10,7 @@ import torch
 
 from ..checkpoint import export_open_clip, read_checkpoint
 from ..evaluation.evaluate import Evaluation
+from ..file_tokenizer import FileTokenizer
 from .config import TrainConfig, flag_name
 from .interruption import Interruption
 from .lock import locked
@@ -99,6 +100,8 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
     """Write ``results.json``, the exported model and the pictures of a finished run into its folder."""
     folder, config = trainer.folder, trainer.config
     export_open_clip(trainer.model, folder.path)
+    if isinstance(trainer.tokenizer, FileTokenizer):
+        trainer.tokenizer.save(folder.path)
     losses = [line["loss"] for line in folder.metrics() if "loss" in line]
     results = {
         "model": config.model,

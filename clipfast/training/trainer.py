@@ -14,9 +14,7 @@ from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.labelled import LabelledSet, encode_labelled
 from ..files import DiskFullError
 from ..images import image_transform
-from ..kernels import contrastive_loss
-from ..tokenizer import Tokenizer
-from .build import build_device, build_model, build_optimizer
+from .build import build_device, build_loss, build_model, build_optimizer, build_tokenizer
 from .config import AUTO, TrainConfig
 from .data import SkipBudget, TrainingData
 from .errors import NotFiniteError
@@ -51,11 +49,10 @@ class Trainer:
             next(iter(self.validation))  # a set that cannot be used should show before an epoch is spent
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved.get("model_config"), self.device)
-        self.tokenizer = Tokenizer(self.model.context_length)
+        self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model)
         self.optimizer = build_optimizer(config, self.model)
         on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
         autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=on_amp)
-        loss = functools.partial(contrastive_loss, backend=config.backend)
         size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else config.batch_size
         self.step = TrainingStep(
             self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, config.batch_size)
@@ -136,9 +133,7 @@ class Trainer:
         epoch, first = divmod(progress.step, self.data.steps_per_epoch)
         self.model.train()
         started = time.perf_counter()
-        batches = self.data.batches(
-            epoch, first, self.model.visual.image_size, self.tokenizer, pin_memory=self.device.type == "cuda"
-        )
+        batches = self.data.batches(epoch, first, self.model, self.tokenizer, pin_memory=self.device.type == "cuda")
         with contextlib.closing(batches):  # an error must not leave the workers waiting
             for batch in self.log.watch(batches, epoch, first):
                 if len(batch):
@@ -182,7 +177,8 @@ class Trainer:
         if self.validation is None:
             return None
         self.model.eval()
-        transform = image_transform(self.model.visual.image_size, uint8=True)
+        visual = self.model.visual
+        transform = image_transform(visual.image_size, uint8=True, resize_mode=visual.resize_mode)
         features = encode_labelled(self.model, self.validation, transform, VALIDATION_BATCH_SIZE, self.device)
         skipped = self.validation.skipped
         if skipped:

@@ -1,34 +1,41 @@
-"""Hugging Face's ``CLIPModel`` with the weights of one of our models. Nothing is downloaded."""
+"""Hugging Face's ``CLIPModel`` or ``SiglipModel`` with the weights of one of our models. Nothing is downloaded."""
 
 import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import kernels
+from ..conversion import hugging_face_names, siglip_hugging_face
 from ..conversion.hugging_face_config import NoCounterpartError, to_hugging_face
-from ..conversion.hugging_face_names import from_ours, to_ours
-from ..models import CLIP, CLIPConfig
+from ..models import CLIP, CLIPConfig, SigLIPConfig
 
-__all__ = ["NoCounterpartError", "build", "caller", "to_ours"]
+__all__ = ["NoCounterpartError", "build", "caller", "names"]
+
+
+def names(model: CLIP) -> ModuleType:
+    """Return the module that gives weights and gradients of ``model`` other names."""
+    return siglip_hugging_face if isinstance(model.config, SigLIPConfig) else hugging_face_names
 
 
 def build(model: CLIP) -> nn.Module:
-    """Build a ``CLIPModel`` with the weights, dtype and device of ``model``, in evaluation mode.
+    """Build a ``CLIPModel`` or a ``SiglipModel`` with the weights, dtype and device of ``model``, in evaluation mode.
 
     Raises:
-        NoCounterpartError: the model has a ResNet.
+        NoCounterpartError: the model has a ResNet, or a text tower without a projection.
     """
     _hide_own_kernels()
-    from transformers import CLIPModel
+    from transformers import CLIPModel, SiglipModel
 
     like = next(model.parameters())
-    other: nn.Module = CLIPModel(_config(model.config))
+    kind = SiglipModel if isinstance(model.config, SigLIPConfig) else CLIPModel
+    other: nn.Module = kind(_config(model.config))
     other.to(like.device, like.dtype).eval()
-    other.load_state_dict(from_ours(model.state_dict()), strict=True)
+    other.load_state_dict(names(model).from_ours(model.state_dict()), strict=True)
     return other
 
 
@@ -42,21 +49,26 @@ def _hide_own_kernels() -> None:
         sys.modules["kernels"] = None  # type: ignore[assignment]
 
 
-def caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]:
-    """Return a function like our models: it gives normalised image and text features, and the exponentiated scale."""
+def caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """Return a function like our models: it gives normalised image and text features, exp(logit_scale), and a bias."""
 
-    def call(images: Tensor, texts: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def call(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
         output = other(input_ids=texts, pixel_values=images)
-        return output.image_embeds, output.text_embeds, other.logit_scale.exp()
+        bias = (other.logit_bias,) if hasattr(other, "logit_bias") else ()
+        return output.image_embeds, output.text_embeds, other.logit_scale.exp(), *bias
 
     return call
 
 
 def _config(config: CLIPConfig) -> Any:
-    settings = to_hugging_face(config)
-    from transformers import CLIPConfig as Theirs
+    from transformers import CLIPConfig as TheirCLIP
+    from transformers import SiglipConfig as TheirSigLIP
 
-    theirs = Theirs(**settings)
+    theirs = (
+        TheirSigLIP(**siglip_hugging_face.to_settings(config))
+        if isinstance(config, SigLIPConfig)
+        else TheirCLIP(**to_hugging_face(config))
+    )
     # the other implementation computes the softmax in float32 for every dtype, so it cannot be the truth
     theirs._attn_implementation = "sdpa"
     return theirs

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..factory import create_model
-from ..kernels import contrastive_loss, reference
+from ..kernels import contrastive_loss, reference, sigmoid_loss
 from ..kernels.reference import normalize_uint8
 from ..kernels.spec import ACCURACY, CUDA
-from ..models import CLIP, CLIPConfig
+from ..models import CLIP, CLIPConfig, SigLIPConfig
 from . import hf
 from .context import exact_float32, poisoned
 from .ops import MANY_DRAWS, TORCH_DTYPES
@@ -51,7 +51,10 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
         return [dataclasses.replace(template, verdict=SKIP, reason=str(error))]
     truth = _OTHERS[peer](model)
     truth.module.to(torch.float32 if in_float32 else torch.float64)
-    ours = Model(model, contrastive_loss)
+    is_siglip = isinstance(model.config, SigLIPConfig)
+    ours = Model(model, sigmoid_loss if is_siglip else contrastive_loss)
+    if is_siglip:
+        same.loss = truth.loss = reference.sigmoid_loss
 
     def draw(number: int) -> Draw:
         batch = draw_batch(model.config, BATCH, torch.Generator().manual_seed(1000 + number))
@@ -83,8 +86,8 @@ class Model:
         if images.is_floating_point():
             images = images.to(like.dtype)
         self.module.zero_grad()
-        image, text, logit_scale = (self.call or self.module)(images, texts)
-        loss = self.loss(image, text, logit_scale)
+        image, text, *logit_parameters = (self.call or self.module)(images, texts)
+        loss = self.loss(image, text, *logit_parameters)
         loss.backward()
         gradients = {name: p.grad for name, p in self.module.named_parameters() if p.grad is not None}
         values = {"image_features": image, "text_features": text, "loss": loss}
@@ -102,14 +105,18 @@ def _reference(model: CLIP) -> Model:
 def _open_clip(model: CLIP) -> Model:
     import open_clip
 
-    other = open_clip.CLIP(**model.config.to_dict()).to(next(model.parameters())).eval()
+    raw = model.config.to_dict()
+    kind = open_clip.CustomTextCLIP if raw.pop("custom_text", False) else open_clip.CLIP
+    other = kind(**raw).to(next(model.parameters())).eval()
     other.load_state_dict(model.state_dict())
     return Model(other)
 
 
 def _hugging_face(model: CLIP) -> Model:
     other = hf.build(model)
-    return Model(other, call=hf.caller(other), rename=functools.partial(hf.to_ours, list(model.state_dict())))
+    return Model(
+        other, call=hf.caller(other), rename=functools.partial(hf.names(model).to_ours, list(model.state_dict()))
+    )
 
 
 _OTHERS: dict[str, Callable[[CLIP], Model]] = {MODEL: _reference, OPENCLIP: _open_clip, HF: _hugging_face}

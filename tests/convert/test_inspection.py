@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from clipfast import convert, inspect_checkpoint, list_models
-from clipfast.models import CLIP, get_model_config
+from clipfast.models import CLIP, build, get_model_config
+from clipfast.models.siglip_config import PUBLISHED
 
 from ..clip.conftest import run_command
 from .conftest import CONFIGS, make_model, save_own
@@ -67,7 +68,10 @@ def test_shapes_name_every_published_model(tmp_path):
     names = list_models()
     for name in names:
         with torch.device("meta"):
-            state = CLIP(get_model_config(name)).state_dict()
+            state = build(get_model_config(name)).state_dict()
+        if name in PUBLISHED:
+            twins = {"ViT-SO400M-14-SigLIP-378", "ViT-SO400M-14-SigLIP-384"}  # of as many patches
+            assert set(models_of_shapes(config_of_weights(state, tmp_path))) == (twins if name in twins else {name})
         base = name.removesuffix("-quickgelu")
         if f"{base}-quickgelu" in names:  # other tests may have registered models of their own
             assert {base, f"{base}-quickgelu"} <= set(models_of_shapes(config_of_weights(state, tmp_path)))

@@ -10,7 +10,7 @@ from PIL import Image
 
 import clipfast
 from clipfast import convert, create_model, export_open_clip
-from clipfast.models import get_model_config
+from clipfast.models import SigLIPConfig, get_model_config
 
 from .conftest import CONFIGS, TEXT, VITS, inputs, make_model, same_bits, save_config, save_own
 
@@ -96,11 +96,16 @@ def test_hidden_units_come_back():
 
 
 def test_published_configurations_come_back(tmp_path):
+    from clipfast.conversion import siglip_hugging_face
     from clipfast.conversion.hugging_face_config import from_hugging_face, to_hugging_face
 
     for name in clipfast.list_models():
         config = get_model_config(name)
-        if isinstance(config.vision.layers, int):
+        if isinstance(config, SigLIPConfig):
+            if config.text_proj:
+                raw = json.loads(json.dumps(siglip_hugging_face.to_settings(config)))
+                assert siglip_hugging_face.from_settings(raw, tmp_path) == config, name
+        elif isinstance(config.vision.layers, int):
             raw = json.loads(json.dumps({"model_type": "clip", **to_hugging_face(config)}))
             assert from_hugging_face(raw, tmp_path) == config, name
 

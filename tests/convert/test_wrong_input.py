@@ -130,13 +130,9 @@ def no_size(vit, hf, root):
     return ["own.pt", "--image-size", "0"], "--image-size must be a whole number from 1 on, got 0"
 
 
-def resized_resnet(vit, hf, root):
+def uneven_resnet(vit, hf, root):
     save_own(make_model(CONFIGS["ResNet"]), root / "rn.pt")
-    return [
-        "rn.pt",
-        "--image-size",
-        "96",
-    ], "rn.pt holds a ResNet, whose positions cannot be resized: leave --image-size"
+    return ["rn.pt", "--image-size", "80"], "--image-size must be a multiple of the stride of a ResNet, 32, got 80"
 
 
 def resnet_for_transformers(vit, hf, root):
@@ -204,8 +200,8 @@ def transformers_other_width(vit, hf, root):
 
 
 def transformers_other_model(vit, hf, root):
-    edited(hf / "config.json", model_type="siglip", architectures=["SiglipModel"])
-    return ["hf"], "config.json describes SiglipModel; of transformers, clipfast reads only CLIPModel"
+    edited(hf / "config.json", model_type="blip", architectures=["BlipModel"])
+    return ["hf"], "config.json describes BlipModel; of transformers, clipfast reads only CLIPModel and SiglipModel"
 
 
 def transformers_other_activation(vit, hf, root):
@@ -306,9 +302,9 @@ def folder_without_config(vit, hf, root):
     return ["folder"], "folder holds weights of OpenCLIP without open_clip_config.json: give the file of the weights"
 
 
-def squashed_images_for_clipfast(vit, hf, root):
-    edited(hf / "preprocessor_config.json", size={"height": 32, "width": 32}, do_center_crop=False)
-    return ["hf"], "hf preprocesses images with resize_mode 'squash', clipfast only with 'shortest'"
+def bilinear_images_for_clipfast(vit, hf, root):
+    edited(hf / "preprocessor_config.json", resample=2)
+    return ["hf"], "hf preprocesses images with interpolation 'bilinear', clipfast only with 'bicubic'"
 
 
 def empty_folder(vit, hf, root):
@@ -367,7 +363,7 @@ WRONG = [
     another_width, another_model, missing_tensor, extra_tensor, wrong_dtype, wrong_activation,
     wrong_activation_of_a_named_model,
     unknown_activation, unknown_sizes, other_image_size, other_context_length, other_heads, indivisible_image_size,
-    no_size, resized_resnet, resnet_for_transformers, truncated_pickle, truncated_safetensors, flipped_bit,
+    no_size, uneven_resnet, resnet_for_transformers, truncated_pickle, truncated_safetensors, flipped_bit,
     pickle_with_code, pickle_with_code_in_an_archive, pickle_with_code_in_a_folder, transformers_without_config,
     transformers_file_alone, transformers_without_weights, transformers_index_leads_outside, transformers_other_width,
     transformers_other_model, transformers_other_activation, transformers_two_activations,
@@ -375,7 +371,7 @@ WRONG = [
     transformers_other_epsilon, transformers_other_channels, transformers_other_end_of_text, transformers_uneven_heads,
     transformers_images_not_normalised, longest_side_for_transformers, transformers_images_cropped_smaller,
     transformers_other_crop, two_activations_in_a_folder, unreadable_config, folder_without_config,
-    squashed_images_for_clipfast, empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file,
+    bilinear_images_for_clipfast, empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file,
     something_else, unknown_layout, unknown_model, wrong_ending, destination_exists, folder_exists,
     no_folder_to_write_in,
 ]  # fmt: skip

@@ -1,0 +1,49 @@
+"""The positions of patches in a state dict: under which name they are, for which grid, and in another size.
+
+A vision transformer's have the class token in front of a square grid, a ResNet's attention pooling the mean of all, and
+SigLIP's nothing.
+"""
+
+import math
+from collections.abc import Mapping
+
+from torch import Tensor
+
+from .vision import interpolate_positions, resize_grid
+
+POSITIONS_NAME = "visual.positional_embedding"
+POOL_POSITIONS_NAME = "visual.attnpool.positional_embedding"
+TRUNK_POSITIONS_NAME = "visual.trunk.pos_embed"
+_NAMES = (POSITIONS_NAME, POOL_POSITIONS_NAME, TRUNK_POSITIONS_NAME)
+
+
+def positions_name(state: Mapping[str, Tensor]) -> str | None:
+    """Return the name of the positions of patches in ``state``, or None if there are none."""
+    return next((name for name in _NAMES if name in state), None)
+
+
+def grid_side(name: str, positions: Tensor) -> int:
+    """Return the side of the square grid that the positions ``name`` belong to.
+
+    Raises:
+        ValueError: there is no such grid.
+    """
+    is_bare = name == TRUNK_POSITIONS_NAME
+    count = positions.shape[-2] - (not is_bare) if positions.ndim == 2 + is_bare else 0
+    side = math.isqrt(max(0, count))
+    if side == 0 or side * side != count:
+        token = "" if is_bare else "a class token and "
+        raise ValueError(f"{name} is {tuple(positions.shape)}, which are not the positions of {token}a square grid")
+    return side
+
+
+def resize_positions(name: str, positions: Tensor, side: int) -> Tensor:
+    """Resize the positions ``name`` to a square grid of ``side`` patches; see :func:`interpolate_positions`.
+
+    Raises:
+        ValueError: they are not those of a square grid.
+    """
+    old, new = (grid_side(name, positions),) * 2, (side, side)
+    if name != TRUNK_POSITIONS_NAME:
+        return interpolate_positions(positions, old, new)
+    return positions if old == new else resize_grid(positions[0], old, new)[None]

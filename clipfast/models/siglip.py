@@ -1,0 +1,288 @@
+"""SigLIP and SigLIP 2 at a fixed resolution, with the parameter names of OpenCLIP's ``CustomTextCLIP``.
+
+The image tower is one of timm's vision transformers, and so has timm's names: ``visual.trunk.blocks.0.attn.qkv``. Its
+layers are those of :mod:`.transformer` under these names, and run through the same code.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import patch_embed
+from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
+from .clip import CLIP, check_text
+from .layers import LayerNorm, single_query_attention
+from .siglip_config import EPS, SigLIPConfig
+from .transformer import (
+    MLP,
+    Attention,
+    Plan,
+    ResidualAttentionBlock,
+    Transformer,
+    add_norm,
+    embed_text,
+    is_plain,
+    read_rows,
+    run_blocks,
+)
+from .vision import draw_kept_patches, resize_grid
+
+IMAGE_MEAN = IMAGE_STD = (0.5, 0.5, 0.5)
+_WEIGHT_STD = 0.02  # of timm's linear layers and positions
+
+
+class SigLIPOutput(NamedTuple):
+    """The input of the sigmoid loss: features of unit length, the factor on their cosine similarities, and the bias."""
+
+    image_features: Tensor | None  # [B, embed_dim]
+    text_features: Tensor | None  # [B, embed_dim]
+    logit_scale: Tensor  # [], after exp
+    logit_bias: Tensor  # []
+
+
+def _renamed(name: str) -> Any:
+    """Return a property for the attribute ``name``, so that a class can have timm's names beside our own."""
+    return property(lambda self: getattr(self, name))
+
+
+class TimmMLP(MLP):
+    """Our MLP with timm's names."""
+
+    c_fc, gelu, c_proj = _renamed("fc1"), _renamed("act"), _renamed("fc2")
+
+    def __init__(self, width: int, hidden: int, approximate: str) -> None:
+        nn.Module.__init__(self)
+        self.fc1 = nn.Linear(width, hidden)
+        self.act = nn.GELU(approximate)
+        self.fc2 = nn.Linear(hidden, width)
+
+
+class TimmAttention(Attention):
+    """Our attention with timm's names."""
+
+    in_proj, out_proj = _renamed("qkv"), _renamed("proj")
+
+    def __init__(self, width: int, heads: int) -> None:
+        nn.Module.__init__(self)
+        self.num_heads, self.causal, self.backend = heads, False, "auto"
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+
+class TimmBlock(ResidualAttentionBlock):
+    """Our block with timm's names."""
+
+    ln_1, ln_2 = _renamed("norm1"), _renamed("norm2")
+
+    def __init__(self, width: int, heads: int, hidden: int, approximate: str) -> None:
+        nn.Module.__init__(self)
+        self.norm1 = LayerNorm(width, EPS)
+        self.attn = TimmAttention(width, heads)
+        self.norm2 = LayerNorm(width, EPS)
+        self.mlp = TimmMLP(width, hidden, approximate)
+
+
+class LatentPool(nn.Module):
+    """Attention pooling by one learned query (MAP: Lee et al. 2019, Zhai et al. 2022), then an MLP with a shortcut."""
+
+    backend = "auto"
+
+    def __init__(self, width: int, heads: int, hidden: int, approximate: str) -> None:
+        super().__init__()
+        self.num_heads = heads
+        self.latent = nn.Parameter(torch.empty(1, 1, width))
+        self.q = nn.Linear(width, width)
+        self.kv = nn.Linear(width, 2 * width)
+        self.proj = nn.Linear(width, width)
+        self.norm = LayerNorm(width, EPS)
+        self.mlp = TimmMLP(width, hidden, approximate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, N, width] -> [B, width]."""
+        pooled = self.proj(self._attend(x))
+        return pooled + self.mlp(self.norm(pooled))
+
+    def _attend(self, x: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = self.q(self.latent)[0].unflatten(-1, heads)  # [1, heads, head_dim]
+        if not is_plain(self.kv, nn.Linear) or x.shape[1] > MAX_TOKENS or self.num_heads > MAX_HEADS:
+            k, v = self.kv(x).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)  # [B, heads, N, head_dim]
+            q = q[:, :, None].expand(len(x), -1, -1, -1)
+            return F.scaled_dot_product_attention(q, k, v).flatten(1)
+        weight_k, weight_v = self.kv.weight.unflatten(0, (2, *heads)).unbind(0)
+        bias_k, bias_v = self.kv.bias.chunk(2)
+        out = single_query_attention(q, x, weight_k, weight_v, None, self.backend)
+        # A bias of all keys cancels in the softmax. Its gradient is zero, and must not be None, because
+        # DistributedDataParallel waits for it.
+        return out + (bias_v + 0 * bias_k).to(out.dtype)
+
+
+class SigLIPTrunk(nn.Module):
+    """The vision transformer, with timm's names: no class token, no norm before the blocks, pooling by attention."""
+
+    def __init__(self, config: SigLIPConfig) -> None:
+        super().__init__()
+        vision, gelu = config.vision, config.image_gelu
+        assert isinstance(vision.layers, int)  # the configuration has checked both
+        assert vision.patch_size is not None
+        width, hidden = vision.width, int(vision.width * vision.mlp_ratio)
+        self.grid_size = (vision.image_size // vision.patch_size,) * 2
+        self.grad_checkpointing: bool | str = False
+        # Only its weight and bias are read. A convolution gives them their names and their initialisation.
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, vision.patch_size, vision.patch_size)})
+        self.pos_embed = nn.Parameter(torch.empty(1, self.grid_size[0] * self.grid_size[1], width))
+        self.blocks = nn.ModuleList(TimmBlock(width, vision.heads, hidden, gelu) for _ in range(vision.layers))
+        self.norm = LayerNorm(width, EPS)
+        self.attn_pool = LatentPool(width, vision.heads, hidden, gelu)
+        self._init_as_timm_does()
+
+    def _init_as_timm_does(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=_WEIGHT_STD)
+                nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_embed, std=_WEIGHT_STD)
+        std = self.pos_embed.shape[-1] ** -0.5
+        nn.init.trunc_normal_(self.attn_pool.latent, std=std, a=-2 * std, b=2 * std)
+
+    @property
+    def projection(self) -> nn.Conv2d:
+        """The projection of patches."""
+        projection: Any = self.patch_embed["proj"]
+        return projection
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Compute the pooled output for the tokens of patches: [B, N, width] -> [B, width]."""
+        recompute = torch.is_grad_enabled() and self.grad_checkpointing
+        x, branch = run_blocks(Plan(recompute, list(self.blocks)), x, kind=TimmBlock)
+        return self.attn_pool(add_norm(x, branch, self.norm)[1])
+
+
+class SigLIPVision(nn.Module):
+    """The image tower.
+
+    It takes images as :class:`~clipfast.models.vision.VisionTransformer` does, in any size of at least one patch. Rows
+    and columns of pixels that fill no patch are left out, as OpenCLIP does.
+    """
+
+    image_mean: tuple[float, ...] = IMAGE_MEAN
+    image_std: tuple[float, ...] = IMAGE_STD
+    resize_mode = "squash"
+
+    def __init__(self, config: SigLIPConfig) -> None:
+        super().__init__()
+        assert config.vision.patch_size is not None
+        self.image_size, self.backend = config.vision.image_size, "auto"
+        self.patch_size, self.patch_dropout = config.vision.patch_size, config.vision.patch_dropout
+        self.trunk = SigLIPTrunk(config)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, embed_dim]."""
+        size, projection = self.patch_size, self.trunk.projection
+        grid = (images.shape[-2] // size, images.shape[-1] // size)
+        positions = self.trunk.pos_embed[0]
+        if grid != self.trunk.grid_size and min(grid) > 0:
+            positions = resize_grid(positions, self.trunk.grid_size, grid)
+        keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None
+        # The op embeds a class token too. Here it is zero, and left out again.
+        bias: Any = projection.bias
+        positions = F.pad(positions + bias, (0, 0, 1, 0))
+        if min(grid) > 0:
+            images = images[..., : grid[0] * size, : grid[1] * size]
+        tokens = patch_embed(
+            images, projection.weight, torch.zeros_like(bias), positions, keep=keep,
+            mean=self.image_mean, std=self.image_std, backend=self.backend,
+        )  # fmt: skip
+        return self.trunk(tokens[:, 1:])
+
+
+class SigLIPText(nn.Module):
+    """The text tower, which sees the whole text and is read at its last position, padding included."""
+
+    backend = "auto"
+
+    def __init__(self, config: SigLIPConfig) -> None:
+        super().__init__()
+        text = config.text
+        self.token_embedding = nn.Embedding(text.vocab_size, text.width)
+        self.positional_embedding = nn.Parameter(torch.empty(text.context_length, text.width))
+        self.transformer = Transformer(
+            text.width, text.layers, text.heads, text.mlp_ratio, causal=False, approximate=config.text_gelu, eps=EPS
+        )
+        self.ln_final = LayerNorm(text.width, EPS)
+        self.text_projection = nn.Linear(text.width, config.embed_dim) if config.text_proj else None
+        nn.init.normal_(self.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.positional_embedding, std=0.01)
+        self.transformer.init_scaled()
+        if self.text_projection is not None:
+            nn.init.normal_(self.text_projection.weight, std=text.width**-0.5)
+            nn.init.zeros_(self.text_projection.bias)
+
+    def forward(self, text: Tensor) -> Tensor:
+        """[B, L] -> [B, embed_dim]."""
+        x = embed_text(self.token_embedding, self.positional_embedding, text, self.backend)
+        last = text.new_full(text.shape[:1], text.shape[1] - 1, dtype=torch.int64)
+        x = self.ln_final(read_rows(self.transformer, x, last))
+        return x if self.text_projection is None else self.text_projection(x)
+
+
+class SigLIP(CLIP):
+    """SigLIP (Zhai et al. 2023) or SigLIP 2 (Tschannen et al. 2025), trained by the sigmoid loss."""
+
+    config: SigLIPConfig
+    visual: SigLIPVision  # type: ignore[assignment]
+    reads_padding = True
+
+    def __init__(self, config: SigLIPConfig, *, output_dict: bool = False) -> None:
+        nn.Module.__init__(self)  # CLIP's own would make CLIP's towers
+        self.config, self.output_dict = config, output_dict
+        self.context_length, self.vocab_size = config.text.context_length, config.text.vocab_size
+        self.visual = SigLIPVision(config)
+        self.text = SigLIPText(config)
+        self.logit_scale = nn.Parameter(torch.tensor(float(config.init_logit_scale)))
+        self.logit_bias = nn.Parameter(torch.tensor(float(config.init_logit_bias)))
+
+    def encode_text(self, text: Tensor, normalize: bool = False) -> Tensor:
+        """Compute the features of texts, read at their last positions.
+
+        Args:
+            text: [B, L] token ids, padded to the context length: features depend on the padding. Shorter texts are
+                accepted, as OpenCLIP does, and have other features.
+            normalize: divide each feature vector by its length.
+
+        Returns:
+            [B, embed_dim].
+
+        Raises:
+            TypeError, ValueError: as for :class:`CLIP`.
+        """
+        check_text(text, self.context_length)
+        features = self.text(text)
+        return F.normalize(features, dim=-1) if normalize else features
+
+    def forward(  # type: ignore[override]
+        self, image: Tensor | None = None, text: Tensor | None = None
+    ) -> SigLIPOutput | dict[str, Tensor | None]:
+        """Return normalised features of the inputs that are given, exp(logit_scale) and logit_bias.
+
+        It is a dict if ``output_dict``.
+        """
+        output = SigLIPOutput(
+            None if image is None else self.encode_image(image, normalize=True),
+            None if text is None else self.encode_text(text, normalize=True),
+            self.logit_scale.exp(),
+            self.logit_bias,
+        )
+        return output._asdict() if self.output_dict else output
+
+    def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
+        """Do what :meth:`CLIP.set_grad_checkpointing` does, for both towers."""
+        super().set_grad_checkpointing(enable, selective=selective)
+        self.visual.trunk.grad_checkpointing = "selective" if enable and selective else enable
+
+    def set_backend(self, backend: str) -> None:
+        """Do what :meth:`CLIP.set_backend` does, for both towers."""
+        super().set_backend(backend)
+        self.visual.backend = self.visual.trunk.attn_pool.backend = self.text.backend = backend
