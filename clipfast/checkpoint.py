@@ -251,7 +251,7 @@ def own_config(checkpoint: Mapping[str, Any], source: str | Path) -> CLIPConfig 
 def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return how a checkpoint of this package says that images are prepared, in OpenCLIP's words."""
     found = _own(checkpoint).get("preprocess_cfg")
-    is_siglip = is_siglip_state(checkpoint["state_dict"])
+    is_siglip = is_siglip_state(plain_names(checkpoint["state_dict"]))
     return complete_preprocessing(found if isinstance(found, dict) else {}, is_siglip=is_siglip)
 
 

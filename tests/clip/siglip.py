@@ -11,10 +11,10 @@ import torch
 
 from clipfast.models import SigLIP, SigLIPConfig, TextConfig, VisionConfig
 
-TEXT = TextConfig(12, 300, 48, 2, 2, 3.3)
+TEXT = TextConfig(12, 300, 48, 2, 2, 2.75)
 # Both activations, a text tower without a projection, and pixels at the edges that fill no patch.
 CONFIGS = {
-    "exact": SigLIPConfig(64, VisionConfig(32, 2, 64, 32, 3.7, 8), TEXT),
+    "exact": SigLIPConfig(64, VisionConfig(32, 2, 64, 32, 3.6875, 8), TEXT),
     "tanh": SigLIPConfig(64, VisionConfig(30, 2, 64, 32, 4.0, 8), TEXT, image_gelu="tanh", text_gelu="tanh"),
     "mixed": SigLIPConfig(64, VisionConfig(40, 3, 64, 16, 2.5, 8), TEXT, text_gelu="tanh", tokenizer="some/repo"),
     "bare": SigLIPConfig(48, VisionConfig(24, 1, 48, 24, 2.0, 8), TEXT, text_proj=False, clean="lower"),

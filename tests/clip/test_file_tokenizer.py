@@ -133,7 +133,7 @@ def test_wrong_files_and_arguments(folder, tmp_path, monkeypatch):
             make()
     small = CONFIGS["exact"]
     assert FileTokenizer(big).vocab_size > 100
-    config = type(small)(**{**vars(small), "text": type(small.text)(12, 50, 48, 2, 2, 3.3)})
+    config = type(small)(**{**vars(small), "text": type(small.text)(12, 50, 48, 2, 2, 2.75)})
     with pytest.raises(ValueError, match="tokens, and tiny knows only 50: it is not the one"):
         tokenizer_of(config, "tiny", folder, None)
     with pytest.raises(TypeError, match="tokenizer: text must be a string, got int: 3"):
