@@ -145,10 +145,10 @@ def tokenizer_of(config: SigLIPConfig, name: str, path: str | Path | None, conte
         ValueError: there is no path, or as for :class:`FileTokenizer`, or its ids are more than the model's.
     """
     if path is None:
-        where = f"the Hugging Face repository {config.tokenizer}" if config.tokenizer else "the one it was trained with"
+        where = f", that of the Hugging Face repository {config.tokenizer}" if config.tokenizer else ""
         raise ValueError(
-            f"{name} needs the file {FILE_NAME} of its tokenizer, which clipfast does not ship: it is that of {where}. "
-            "Pass its path as tokenizer_file (on the command line --tokenizer), or put it into the model's folder"
+            f"{name} needs the file {FILE_NAME} of its tokenizer{where}, which clipfast does not ship: pass its path "
+            "as tokenizer_file (on the command line --tokenizer), or put it into the model's folder"
         )
     length = config.text.context_length if context_length is None else context_length
     tokenizer = FileTokenizer(path, length, config.clean, config.pad_id)

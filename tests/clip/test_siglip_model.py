@@ -196,6 +196,7 @@ def test_patches_are_dropped_in_training():
     assert seen == [16, 8]
 
 
+@pytest.mark.long
 def test_compiled():
     config = CONFIGS["mixed"]
     model, (images, texts) = make_model(config), inputs(CONFIGS["mixed"])

@@ -392,7 +392,8 @@ def other_activation_beside_the_weights(model, hf, root):
 
 WRONG = [
     siglip_for_clip, clip_for_siglip, missing_bias, another_width, missing_pooling, wrong_activation,
-    activation_of_clip, activation_of_siglip, unknown_activation, wrong_image_size, too_small, naflex, no_head, other_epsilon,
+    activation_of_clip, activation_of_siglip, unknown_activation, wrong_image_size, too_small, naflex, no_head,
+    other_epsilon,
     other_hidden_act, no_projection_in_transformers, transformers_file_alone, unknown_sizes, other_timm_tower,
     other_activation_beside_the_weights,
 ]  # fmt: skip
