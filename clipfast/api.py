@@ -16,6 +16,7 @@ from .evaluation.zero_shot import (
     build_zero_shot_classifier,
 )
 from .factory import create_model, create_model_and_transforms, create_model_from_pretrained, get_tokenizer
+from .file_tokenizer import FileTokenizer
 from .images import ImageError, image_transform, open_image
 from .kernels import (
     attention,
@@ -34,14 +35,15 @@ from .kernels import (
     text_embed,
 )
 from .losses import ClipLoss
-from .models import CLIP, add_model_config, get_model_config, list_models
+from .models import CLIP, SigLIP, add_model_config, get_model_config, list_models
 from .routes import report
 from .siglip_loss import SigLipLoss
 from .tokenizer import Tokenizer, tokenize
 
 __all__ = [
     "CLIP", "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "CheckpointError",
-    "CheckpointInfo", "ClipLoss", "CoCaLoss", "DistillClipLoss", "ImageError", "SigLipLoss", "Tokenizer",
+    "CheckpointInfo", "ClipLoss", "CoCaLoss", "DistillClipLoss", "FileTokenizer", "ImageError", "SigLIP",
+    "SigLipLoss", "Tokenizer",
     "accumulate_gradients", "add_model_config", "apply_to_open_clip", "apply_to_timm", "attention",
     "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "build_zero_shot_classifier",
     "contrastive_loss", "convert", "create_model", "create_model_and_transforms", "create_model_from_pretrained",

@@ -1,13 +1,17 @@
 """A report of the kernels that a model runs on."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
 from .adopt import report_places
 from .kernels import attention_route
+from .kernels.attention_pool import MAX_TOKENS
 from .kernels.dtypes import dtype_name
 from .models import CLIP
 from .models.resnet import AttentionPool2d
+from .models.siglip import LatentPool, SigLIPTrunk
 from .models.transformer import Attention, Transformer, plan
 
 ROUTES = {
@@ -49,16 +53,32 @@ def report(model: nn.Module, arch: int | None = None, dtype: torch.dtype = torch
         if isinstance(module, AttentionPool2d):
             tokens, width = module.positional_embedding.shape
             lines.append(f"{name}: attention_pool, {tokens} tokens, {module.num_heads} queries of {width}")
+        elif isinstance(module, LatentPool):
+            lines.append(f"{name}: {_latent_pool(model.visual.trunk.pos_embed.shape[1], module)}")
+        elif isinstance(module, SigLIPTrunk):
+            tokens, width = module.pos_embed.shape[1:]
+            lines.append(f"{name}: {_attention(arch, dtype, module.blocks[0].attn, len(module.blocks), tokens, width)}")
         elif isinstance(module, Transformer):
             tokens = model.get_parameter(name.replace("transformer", "positional_embedding")).shape[0]
             attn = next(block for block in module.modules() if isinstance(block, Attention))
-            heads, head_dim, causal = attn.num_heads, module.width // attn.num_heads, attn.causal
-            route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
             pools = plan(module, tokens).last is not None
-            last = f"; last block: attention_pool of the row that is read, {heads} queries of {module.width}"
-            lines.append(
-                f"{name}: {len(module.resblocks) - pools} x attention, {tokens} tokens{', causal' if causal else ''}, "
-                f"{heads} heads of {head_dim}: forward {ROUTES[route.forward]}, backward {ROUTES[route.backward]}"
-                f"{last if pools else ''}"
-            )
+            last = f"; last block: attention_pool of the row that is read, {attn.num_heads} queries of {module.width}"
+            text = _attention(arch, dtype, attn, len(module.resblocks) - pools, tokens, module.width)
+            lines.append(f"{name}: {text}{last if pools else ''}")
     return "\n".join(lines)
+
+
+def _attention(arch: int, dtype: torch.dtype, attn: Any, layers: int, tokens: int, width: int) -> str:
+    """Return what the attention of so many layers runs on."""
+    heads, head_dim, causal = attn.num_heads, width // attn.num_heads, attn.causal
+    route = attention_route(arch, dtype, head_dim, tokens, causal=causal)
+    return (
+        f"{layers} x attention, {tokens} tokens{', causal' if causal else ''}, {heads} heads of {head_dim}: "
+        f"forward {ROUTES[route.forward]}, backward {ROUTES[route.backward]}"
+    )
+
+
+def _latent_pool(tokens: int, pool: LatentPool) -> str:
+    if tokens > MAX_TOKENS:
+        return f"{ROUTES['sdpa']}, {tokens} tokens"
+    return f"attention_pool, {tokens} tokens, {pool.num_heads} queries of {pool.latent.shape[-1]}"

@@ -195,7 +195,7 @@ class SigLIPVision(nn.Module):
             images, projection.weight, torch.zeros_like(bias), positions, keep=keep,
             mean=self.image_mean, std=self.image_std, backend=self.backend,
         )  # fmt: skip
-        return self.trunk(tokens[:, 1:])
+        return self.trunk(tokens[:, 1:].contiguous())
 
 
 class SigLIPText(nn.Module):

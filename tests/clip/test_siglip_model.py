@@ -238,6 +238,15 @@ def test_models_by_name(tmp_path):
     assert create_model("ViT-B-16-SigLIP", device="meta", force_image_size=320).visual.trunk.grid_size == (20, 20)
 
 
+def test_report():
+    image, pool, text = clipfast.report(create_model("ViT-SO400M-16-SigLIP2-384", device="meta"), 90).splitlines()[1:]
+    assert image.startswith("visual.trunk: 27 x attention, 576 tokens, 16 heads of 72: forward looped")
+    assert pool == "visual.trunk.attn_pool: attention_pool, 576 tokens, 16 queries of 1152"
+    assert text.startswith("text.transformer: 26 x attention, 64 tokens, 16 heads of 72")
+    larger = create_model("ViT-B-16-SigLIP", device="meta", force_image_size=1024)
+    assert "attn_pool: PyTorch's scaled_dot_product_attention, 4096 tokens" in clipfast.report(larger, 90)
+
+
 def changed(section, **changes):
     raw = CONFIGS["exact"].to_dict()
     raw[section] = {key: value for key, value in (raw[section] | changes).items() if value is not None}
