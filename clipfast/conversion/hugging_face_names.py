@@ -24,7 +24,7 @@ _OUTER = {
     "visual.ln_pre": "vision_model.pre_layrnorm",
     "visual.ln_post": "vision_model.post_layernorm",
 }
-_INNER = {
+INNER = {
     "ln_1": "layer_norm1",
     "ln_2": "layer_norm2",
     "mlp.c_fc": "mlp.fc1",
@@ -61,16 +61,17 @@ def _their_names(name: str) -> list[str]:
     """Return transformers' names for one of our parameters: three for a packed projection, else one."""
     match = _BLOCK.fullmatch(name)
     if match is None:
-        return [_renamed(name, _OUTER)]
+        return [renamed(name, _OUTER)]
     tower, layer, part = match.groups()
     prefix = f"{_TOWERS[tower]}.encoder.layers.{layer}."
     if part.startswith("attn.in_proj_"):
         kind = part.removeprefix("attn.in_proj_")
         return [f"{prefix}self_attn.{projection}_proj.{kind}" for projection in "qkv"]
-    return [prefix + _renamed(part, _INNER)]
+    return [prefix + renamed(part, INNER)]
 
 
-def _renamed(name: str, names: Mapping[str, str]) -> str:
+def renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return the name that ``names`` gives to a parameter, or to the module whose weight or bias it is."""
     if name in names:
         return names[name]
     module, _, kind = name.rpartition(".")

@@ -16,6 +16,7 @@ from ..checkpoint import CheckpointError
 from ..models import SigLIPConfig, TextConfig, VisionConfig
 from ..models.siglip_config import EPS, EXACT, TANH
 from .hugging_face_config import NoCounterpartError, head_width, tower_settings
+from .hugging_face_names import INNER, renamed
 from .shapes import mlp_ratio, similar
 
 # Transformers takes these values for settings that a file leaves out.
@@ -48,11 +49,9 @@ _OUTER = {
     "text.ln_final": "text_model.final_layer_norm",
     "text.text_projection": "text_model.head",
 }
-_INNER = {
+_INNER = INNER | {
     "norm1": "layer_norm1", "norm2": "layer_norm2", "mlp.fc1": "mlp.fc1", "mlp.fc2": "mlp.fc2",
     "attn.proj": "self_attn.out_proj",
-    "ln_1": "layer_norm1", "ln_2": "layer_norm2", "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2",
-    "attn.out_proj": "self_attn.out_proj",
 }  # fmt: skip
 _TOWERS = {"visual.trunk.blocks": "vision_model", "text.transformer.resblocks": "text_model"}
 _BLOCK = re.compile(r"(visual\.trunk\.blocks|text\.transformer\.resblocks)\.(\d+)\.(.+)")
@@ -174,17 +173,10 @@ def _their_names(name: str) -> list[str]:
     """Return transformers' names for one of our parameters: three for a packed projection, else one."""
     match = _BLOCK.fullmatch(name)
     if match is None:
-        return [_renamed(name, _OUTER)]
+        return [renamed(name, _OUTER)]
     tower, layer, part = match.groups()
     prefix = f"{_TOWERS[tower]}.encoder.layers.{layer}."
     packed = _PACKED.fullmatch(part)
     if packed:
         return [f"{prefix}self_attn.{projection}_proj.{packed[1]}" for projection in "qkv"]
-    return [prefix + _renamed(part, _INNER)]
-
-
-def _renamed(name: str, names: Mapping[str, str]) -> str:
-    if name in names:
-        return names[name]
-    module, _, kind = name.rpartition(".")
-    return f"{names[module]}.{kind}"
+    return [prefix + renamed(part, _INNER)]
