@@ -53,11 +53,10 @@ def report(model: nn.Module, arch: int | None = None, dtype: torch.dtype = torch
         if isinstance(module, AttentionPool2d):
             tokens, width = module.positional_embedding.shape
             lines.append(f"{name}: attention_pool, {tokens} tokens, {module.num_heads} queries of {width}")
-        elif isinstance(module, LatentPool):
-            lines.append(f"{name}: {_latent_pool(model.visual.trunk.pos_embed.shape[1], module)}")
         elif isinstance(module, SigLIPTrunk):
             tokens, width = module.pos_embed.shape[1:]
             lines.append(f"{name}: {_attention(arch, dtype, module.blocks[0].attn, len(module.blocks), tokens, width)}")
+            lines.append(f"{name}.attn_pool: {_latent_pool(tokens, module.attn_pool)}")
         elif isinstance(module, Transformer):
             tokens = model.get_parameter(name.replace("transformer", "positional_embedding")).shape[0]
             attn = next(block for block in module.modules() if isinstance(block, Attention))
