@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .files import replace_text
 from .models import SigLIPConfig
+from .models.siglip_config import CLEANINGS
 
 FILE_NAME, SETTINGS_NAME = "tokenizer.json", "tokenizer_config.json"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -43,8 +44,8 @@ class FileTokenizer:
             raise ImportError(
                 "this tokenizer needs the tokenizers package: pip install 'clipfast[siglip]'", name="tokenizers"
             ) from error
-        if clean not in _CLEANINGS:
-            raise ValueError(f"clean must be one of {', '.join(_CLEANINGS)}, got {clean!r}")
+        if clean not in CLEANINGS:
+            raise ValueError(f"clean must be one of {', '.join(CLEANINGS)}, got {clean!r}")
         path = Path(path)
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
@@ -55,6 +56,7 @@ class FileTokenizer:
             raise ValueError(f"{file} is not a file of the tokenizers package: {error}") from error
         self.file, self.context_length, self.clean = file, context_length, clean
         self.pad_token_id = _pad_id(self._tokenizer, file.parent, pad_id)
+        self._pads_left = _read_settings(file.parent / SETTINGS_NAME).get("padding_side") == "left"
         self.vocab_size = int(self._tokenizer.get_vocab_size())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
@@ -86,7 +88,8 @@ class FileTokenizer:
             truncate: cut texts that are too long, and keep their end token; if False they are an error.
 
         Returns:
-            [len(texts), context_length] int64; each row is filled up with the id of padding.
+            [len(texts), context_length] int64; each row is filled up with the id of padding, at its end unless the
+            files of transformers say otherwise.
 
         Raises:
             TypeError: a text is not a string.
@@ -101,7 +104,8 @@ class FileTokenizer:
                 if not truncate:
                     raise ValueError(f"tokenizer: text has {len(ids)} tokens, {length} fit: {text!r:.80}")
                 ids = self._truncated(text, length)
-            rows.append(ids + [self.pad_token_id] * (length - len(ids)))
+            padding = [self.pad_token_id] * (length - len(ids))
+            rows.append(padding + ids if self._pads_left else ids + padding)
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
 
     def save(self, folder: Path) -> None:
@@ -163,15 +167,21 @@ def tokenizer_of(config: SigLIPConfig, name: str, path: str | Path | None, conte
 def _pad_id(tokenizer: Any, folder: Path, otherwise: int) -> int:
     """Return the id of padding: that of transformers' files in ``folder``, of the tokenizer's own file, or another."""
     for name in (SETTINGS_NAME, "special_tokens_map.json"):
-        try:
-            token = json.loads((folder / name).read_text(encoding="utf-8")).get("pad_token")
-        except (OSError, ValueError, AttributeError):
-            continue
+        token = _read_settings(folder / name).get("pad_token")
         token = token.get("content") if isinstance(token, dict) else token
         found = tokenizer.token_to_id(token) if isinstance(token, str) else None
         if found is not None:
             return int(found)
     return int(tokenizer.padding["pad_id"]) if tokenizer.padding else otherwise
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    """Return the settings in a file of transformers, and none if it is missing or something else."""
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return raw if isinstance(raw, dict) else {}
 
 
 def _unescaped(text: str) -> str:
@@ -194,6 +204,4 @@ def _canonicalize(text: str) -> str:
     return " ".join(_unescaped(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
 
 
-_CLEANINGS: dict[str, Callable[[str], str]] = {
-    "canonicalize": _canonicalize, "lower": _lower, "whitespace": _whitespace,
-}  # fmt: skip
+_CLEANINGS: dict[str, Callable[[str], str]] = dict(zip(CLEANINGS, (_canonicalize, _lower, _whitespace), strict=True))

@@ -43,6 +43,26 @@ def test_ids_are_those_of_open_clip(folder, clean, length):
     assert torch.equal(ours(TEXTS, context_length=20), theirs(TEXTS, context_length=20))
 
 
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_what_transformers_own_classes_save(folder, side, tmp_path):
+    """The classes of SigLIP's tokenizers there build their files anew from a vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    theirs = pytest.importorskip("open_clip.tokenizer").HFTokenizer
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    if folder.name == "t5":
+        vocab = [tuple(entry) for entry in model["vocab"]]
+        own = transformers.T5TokenizerFast(vocab=vocab, extra_ids=0, pad_token="</s>", padding_side=side)
+    else:
+        merges = [tuple(merge) for merge in model["merges"]]
+        own = transformers.GemmaTokenizerFast(
+            vocab=model["vocab"], merges=merges, add_bos_token=False, add_eos_token=True, padding_side=side
+        )
+    own.save_pretrained(tmp_path / "own")
+    ids = FileTokenizer(tmp_path / "own", 16)(TEXTS)
+    assert torch.equal(ids, theirs(str(tmp_path / "own"), context_length=16, clean="canonicalize")(TEXTS))
+    assert (ids[0, 0] == 1) == (side == "right" or folder.name == "t5")
+
+
 def test_texts_come_back(folder):
     tokenizer = FileTokenizer(folder)
     assert tokenizer.decode(tokenizer("A red cat!")[0]).strip() == "a red cat"
