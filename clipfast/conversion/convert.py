@@ -99,7 +99,7 @@ def _check_open_clip(contents: Contents) -> None:
     other = dataclasses.replace(config, image_gelu=EXACT if config.image_gelu == TANH else TANH)
     if other.is_in_timm:
         raise CheckpointError(
-            f"{contents.source} was trained with {config.activation}, but OpenCLIP's tower {other.timm_model_name} has "
+            f"{contents.source} has {config.activation}, but OpenCLIP's tower {other.timm_model_name} has "
             f"{other.activation}: add --activation {activation_flag(other)} to write it all the same; features will "
             "differ slightly"
         )
