@@ -36,6 +36,12 @@ from .kernels import (
 )
 from .losses import ClipLoss
 from .models import CLIP, SigLIP, add_model_config, get_model_config, list_models
+from .pretrained import (
+    get_pretrained_cfg,
+    list_pretrained,
+    list_pretrained_models_by_tag,
+    list_pretrained_tags_by_model,
+)
 from .routes import report
 from .siglip_loss import SigLipLoss
 from .tokenizer import Tokenizer, tokenize
@@ -47,8 +53,9 @@ __all__ = [
     "accumulate_gradients", "add_model_config", "apply_to_open_clip", "apply_to_timm", "attention",
     "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "build_zero_shot_classifier",
     "contrastive_loss", "convert", "create_model", "create_model_and_transforms", "create_model_from_pretrained",
-    "export_open_clip", "get_model_config", "get_tokenizer", "image_transform", "info_nce_loss",
-    "inspect_checkpoint", "kernels", "largest_micro_batch", "layer_norm", "layer_norm_pair", "list_models",
+    "export_open_clip", "get_model_config", "get_pretrained_cfg", "get_tokenizer", "image_transform",
+    "info_nce_loss", "inspect_checkpoint", "kernels", "largest_micro_batch", "layer_norm", "layer_norm_pair",
+    "list_models", "list_pretrained", "list_pretrained_models_by_tag", "list_pretrained_tags_by_model",
     "load_checkpoint", "nt_xent_loss", "open_image", "patch_embed", "recall_at", "report", "retrieval_ranks",
     "revert", "sigmoid_loss", "text_embed", "tokenize",
 ]  # fmt: skip

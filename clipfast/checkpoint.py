@@ -5,6 +5,7 @@ model's configuration (its activation included) and the position in training. An
 ``open_clip_config.json`` and ``open_clip_model.safetensors``.
 """
 
+import contextlib
 import json
 import logging
 import pickle
@@ -17,9 +18,10 @@ import torch
 from torch import Tensor
 
 from .files import replace_file, replace_text
+from .images import INTERPOLATIONS, RESIZE_MODES
 from .kernels.reference import CLIP_MEAN, CLIP_STD
 from .models import CLIP, CLIPConfig, SigLIPConfig
-from .models.positions import grid_side, positions_name, resize_positions
+from .models.positions import grid_side, positions_name, resize_context, resize_positions, text_positions_name
 from .models.siglip import IMAGE_MEAN, IMAGE_STD
 
 log = logging.getLogger("clipfast")
@@ -34,7 +36,7 @@ _PREPROCESSING: dict[bool, dict[str, Any]] = {
     False: {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
     True: {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "squash"},
 }
-_IMPLEMENTED = {"interpolation": ("bicubic",), "resize_mode": ("shortest", "squash")}
+PREPROCESSING_KEYS = tuple(_PREPROCESSING[False])
 
 
 class CheckpointError(ValueError):
@@ -179,7 +181,8 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *,
         model: the model to fill.
         checkpoint: as :func:`read_checkpoint` returns it.
         source: the name of the checkpoint in errors and in the log.
-        resize: resize the positions of patches that were trained on another image size, and log it.
+        resize: resize the positions of patches that were trained on another image size, and those of texts of another
+            length, and log it.
 
     Raises:
         CheckpointError: if keys, shapes or the activation differ. Loading would not notice GELU in place of QuickGELU.
@@ -191,35 +194,42 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *,
             "choose the model name with or without '-quickgelu' accordingly"
         )
     weights = plain_names(checkpoint["state_dict"])
-    resized = _resize_positions(weights, model) if resize else None
+    resized = _resize_positions(weights, model) if resize else []
     own = model.state_dict()
     check_weights(weights, own, source)
-    if resized is not None:
-        log.info(f"{source}: positions were resized from {resized}")
+    for what in resized:
+        log.info(f"{source}: positions were resized from {what}")
     model.load_state_dict({name: weights[name].reshape(value.shape) for name, value in own.items()})
 
 
-def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> str | None:
-    """Resize the positions in ``weights`` from another square grid; return "4x4 to 8x8", or None if nothing changed."""
-    name = positions_name(weights)
-    own = model.state_dict().get(name or "")
-    if name is None or own is None or not weights[name].is_floating_point():
-        return None
-    positions = weights[name]
-    if positions.shape == own.shape or positions.shape[-1] != own.shape[-1]:
-        return None
-    try:
-        old, new = grid_side(name, positions), grid_side(name, own)
-    except ValueError:
-        return None  # the check of all shapes says what is wrong
-    weights[name] = resize_positions(name, positions, new)
-    return f"{old}x{old} to {new}x{new}"
+def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> list[str]:
+    """Resize the positions in ``weights`` to those of ``model``; return what was changed, as "4x4 to 8x8"."""
+    own, changes = model.state_dict(), []
+    name, text_name = positions_name(weights), text_positions_name(weights)
+    if name is not None and _is_resizable(weights[name], own.get(name)):
+        with contextlib.suppress(ValueError):  # the check of all shapes says what is wrong
+            old, new = grid_side(name, weights[name]), grid_side(name, own[name])
+            weights[name] = resize_positions(name, weights[name], new)
+            changes.append(f"{old}x{old} to {new}x{new}")
+    texts = weights.get(text_name)
+    if texts is not None and texts.ndim == 2 and _is_resizable(texts, own.get(text_name)):
+        weights[text_name] = resize_context(texts, model.context_length)
+        changes.append(f"{len(texts)} to {model.context_length} tokens")
+    return changes
+
+
+def _is_resizable(positions: Tensor, own: Tensor | None) -> bool:
+    """Return whether ``positions`` are as wide as the model's ``own``, but not as many."""
+    if own is None or not positions.is_floating_point() or positions.numel() == 0:
+        return False
+    return positions.ndim == own.ndim and positions.shape != own.shape and positions.shape[-1] == own.shape[-1]
 
 
 def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
     """Load the weights of the file ``path`` into ``model``, and return the checkpoint as it was read.
 
-    Positions of patches that were trained on another image size are resized, as OpenCLIP and timm do.
+    Positions of patches that were trained on another image size, and of texts of another length, are resized, as
+    OpenCLIP and timm do.
 
     Raises:
         CheckpointError: as :func:`read_checkpoint` and :func:`load_weights` do.
@@ -255,6 +265,13 @@ def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return complete_preprocessing(found if isinstance(found, dict) else {}, is_siglip=is_siglip)
 
 
+def preprocessing_of(model: CLIP) -> dict[str, Any]:
+    """Return how images are prepared for a model, in OpenCLIP's words: mean, std, interpolation and resize_mode."""
+    visual: Any = model.visual
+    given = {"mean": list(visual.image_mean), "std": list(visual.image_std), "resize_mode": visual.resize_mode}
+    return complete_preprocessing(given | {"interpolation": getattr(visual, "preprocess_cfg", {}).get("interpolation")})
+
+
 def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False) -> dict[str, Any]:
     """Return ``given`` with the usual normalisation and resizing of CLIP or SigLIP for what it leaves open.
 
@@ -262,7 +279,7 @@ def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False)
         CheckpointError: mean or std are not three numbers.
     """
     usual = {key: list(x) if isinstance(x, tuple) else x for key, x in _PREPROCESSING[is_siglip].items()}
-    complete = usual | dict(given)
+    complete = usual | {key: value for key, value in given.items() if value is not None}
     for key in ("mean", "std"):
         value = complete[key]
         if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
@@ -271,17 +288,16 @@ def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False)
 
 
 def check_preprocessing(preprocessing: Mapping[str, Any], source: str | Path) -> None:
-    """Refuse resizing that this package does not implement.
+    """Refuse a preparation of images that this package does not implement.
 
     Raises:
         CheckpointError: as above.
     """
-    for key, ours in _IMPLEMENTED.items():
-        if preprocessing.get(key, ours[0]) not in ours:
-            only = " or ".join(map(repr, ours))
-            raise CheckpointError(
-                f"{source} preprocesses images with {key} {preprocessing[key]!r}, clipfast only with {only}"
-            )
+    for key, known in (("interpolation", INTERPOLATIONS), ("resize_mode", RESIZE_MODES), ("fill_color", (0,))):
+        value = preprocessing.get(key, known[0])
+        if value not in known:
+            ours = " or ".join(map(repr, known))
+            raise CheckpointError(f"{source} preprocesses images with {key} {value!r}, clipfast only with {ours}")
 
 
 def export_open_clip(model: CLIP, folder: str | Path) -> None:
@@ -292,9 +308,7 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    visual = model.visual
-    given = {"mean": list(visual.image_mean), "std": list(visual.image_std), "resize_mode": visual.resize_mode}
-    write_open_clip_folder(folder, model.config, complete_preprocessing(given), model.state_dict())
+    write_open_clip_folder(folder, model.config, preprocessing_of(model), model.state_dict())
 
 
 def write_open_clip_folder(

@@ -18,6 +18,7 @@ COMMANDS = {
         "say what a checkpoint is: layout, model, activation, step, checksum",
         "clipfast.conversion.inspect_command",
     ),
+    "list-pretrained": ("list the published weights that are loaded by name", "clipfast.list_command"),
     "verify": ("check the numerics of kernels, model and training", "clipfast.verify.command"),
     "plan": ("predict memory, FLOPs, traffic and time of the loss on many GPUs", "clipfast.plan.command"),
     "inspect": ("show what the compiler made of every kernel, without a GPU", "clipfast.bench.inspection.command"),

@@ -1,29 +1,46 @@
 """Models by name, with their preprocessing and tokenizer: OpenCLIP's entry points."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from .checkpoint import load_checkpoint
+from .aug_cfg import training_options
+from .checkpoint import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, preprocessing_of
 from .file_tokenizer import FILE_NAME as TOKENIZER_NAME
 from .file_tokenizer import FileTokenizer, tokenizer_of
 from .images import image_transform
-from .models import CLIP, SigLIPConfig, build, get_model_config, list_models
-from .sources import ModelSource, model_source, read_open_clip_folder, read_own_source
+from .models import CLIP, CLIPConfig, SigLIPConfig, build
+from .models.precision import lower_weights
+from .sources import load_source, resolve_source
 from .tokenizer import Tokenizer
 
-LOCAL_DIR_PREFIX = "local-dir:"
-# The dtype of the weights for each precision. With "amp", weights are float32, and the caller uses autocast.
+# The dtype of all weights for each precision. With "amp", the caller uses autocast.
 PRECISIONS = {
     "fp32": torch.float32,
     "amp": torch.float32,
     "amp_bf16": torch.float32,
+    "amp_bfloat16": torch.float32,
     "pure_bf16": torch.bfloat16,
     "pure_fp16": torch.float16,
+}
+# The dtype of the weights of products; norms, embeddings and the logit scale stay in float32.
+MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
+_NO_TOWER_WEIGHTS = "clipfast loads no weights of one tower: build the model, then load them into its tower"
+# What OpenCLIP's entry points take besides: the value that changes nothing, and why no other one is taken.
+_ONLY: dict[str, tuple[Any, str]] = {
+    "pretrained_image": (False, _NO_TOWER_WEIGHTS),
+    "pretrained_image_path": (None, _NO_TOWER_WEIGHTS),
+    "pretrained_text": (False, _NO_TOWER_WEIGHTS),
+    "pretrained_text_path": (None, _NO_TOWER_WEIGHTS),
+    "pretrained_hf": (False, _NO_TOWER_WEIGHTS),
+    "force_custom_text": (False, "clipfast's models hold their text tower at the top level"),
+    "weights_only": (True, "clipfast never unpickles more than weights"),
+    "load_weights_only": (True, "clipfast never unpickles more than weights"),
+    "jit": (False, "clipfast's models are not TorchScript"),
 }
 
 
@@ -31,63 +48,159 @@ def create_model(
     model_name: str,
     pretrained: str | Path | None = None,
     *,
+    load_weights: bool = True,
     precision: str = "fp32",
     device: str | torch.device = "cpu",
     force_quick_gelu: bool = False,
     force_patch_dropout: float | None = None,
-    force_image_size: int | None = None,
+    force_image_size: int | tuple[int, int] | None = None,
+    force_context_length: int | None = None,
+    force_preprocess_cfg: Mapping[str, Any] | None = None,
+    cache_dir: str | Path | None = None,
+    require_pretrained: bool = False,
     backend: str = "auto",
-    output_dict: bool = False,
+    output_dict: bool | None = False,
+    **others: Any,
 ) -> CLIP:
-    """Build a model with random weights or the weights of a checkpoint.
+    """Build a model with random weights or those of a tag, of a file, or of a repository on the Hugging Face hub.
 
     Args:
         model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` for a folder with
-            ``open_clip_config.json`` and its weights; or the path of a clipfast checkpoint, which holds its own
+            ``open_clip_config.json`` and its weights, or of transformers' CLIPModel; ``hf-hub:ORG/REPO`` or
+            ``ORG/REPO`` for a repository of either kind; or the path of a clipfast checkpoint, which holds its own
             configuration.
-        pretrained: path of a checkpoint (``.pt``, ``.bin`` or ``.safetensors``).
-        precision: "fp32", "amp" or "amp_bf16" (float32 weights), "pure_bf16", "pure_fp16".
+        pretrained: for a model with a name, one of its tags (:func:`clipfast.list_pretrained`); or the path of a
+            checkpoint (``.pt``, ``.bin`` or ``.safetensors``). The weights of a tag that were trained with QuickGELU
+            make the model one with QuickGELU, with a warning if its name does not say so.
+        load_weights: False leaves the weights random, and downloads none.
+        precision: "fp32", "amp", "amp_bf16" or "amp_bfloat16" (float32 weights); "bf16" or "fp16" (weights of
+            products in that dtype, norms and embeddings in float32, as in OpenCLIP); "pure_bf16" or "pure_fp16" (all
+            weights).
         device: where to build the model; on "meta" it takes no memory.
-        force_quick_gelu: use QuickGELU even if the name of a CLIP model does not say so.
+        force_quick_gelu: use QuickGELU even if the name does not say so.
         force_patch_dropout: share of each image's patches that a vision transformer drops in training, in place of
             the share in the configuration.
         force_image_size: side of the images in pixels, in place of the configuration's; the positions in a checkpoint
             are resized to it.
+        force_context_length: tokens of a text, in place of the configuration's; positions are resized likewise.
+        force_preprocess_cfg: any of mean, std, interpolation and resize_mode, in place of those of the weights.
+        cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
+        require_pretrained: refuse a model without weights to load.
         backend: "auto", "triton" or "torch" for every op of the model.
         output_dict: make ``forward`` return a dict.
+        **others: what OpenCLIP takes besides, with the one value that clipfast knows: ``pretrained_image=False``,
+            ``weights_only=True`` and the like.
 
     Returns:
         The model, in training mode; call ``.eval()`` to compute features for anything but training. A SigLIP model is
         a :class:`~clipfast.models.SigLIP`, which returns ``logit_bias`` too.
 
     Raises:
-        ValueError: if name or precision are unknown, or the checkpoint does not fit.
+        ValueError: if a name, a precision or another value is unknown, or the checkpoint is missing or does not fit.
+        TypeError: an argument is unknown.
     """
-    if precision not in PRECISIONS:
-        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS)}")
-    source = _resolve(model_name)
-    config = source.config
-    if force_quick_gelu:
-        config = dataclasses.replace(config, quick_gelu=True)  # which a SigLIP model refuses
-    config = config.with_vision(patch_dropout=force_patch_dropout, image_size=force_image_size)
+    _check_arguments(precision, others)
+    source = resolve_source(model_name, pretrained, cache_dir=cache_dir, fetch_weights=load_weights)
+    if require_pretrained and source.weights is None:
+        raise ValueError(
+            f"{model_name} has no weights of its own: pass the path of a checkpoint as pretrained, or a tag of "
+            "clipfast.list_pretrained()"
+        )
+    changes = {"patch_dropout": force_patch_dropout, "image_size": force_image_size}
+    config = _changed(source.config, force_quick_gelu, force_context_length, changes)
+    preprocessing = _forced(source.preprocessing, force_preprocess_cfg)
     with torch.device(device):
-        model = build(config, output_dict=output_dict)
+        model = build(config, output_dict=bool(output_dict))
     model.set_backend(backend)
-    visual = model.visual
-    visual.image_mean, visual.image_std, visual.resize_mode = source.mean, source.std, source.resize_mode
-    weights = pretrained if pretrained is not None else source.weights
-    if weights is not None:
-        load_checkpoint(model, weights)
-    return model.to(PRECISIONS[precision])
+    set_preprocessing(model, preprocessing)
+    if source.weights is not None and load_weights:
+        load_source(model, source.weights)
+    if precision in PRECISIONS:
+        return model.to(PRECISIONS[precision])
+    lower_weights(model, MIXED_PRECISIONS[precision])
+    return model
+
+
+def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:
+    """Refuse an unknown precision, and what is not in the signature, but for values of OpenCLIP's that change nothing.
+
+    Raises:
+        ValueError, TypeError: as above.
+    """
+    if precision not in PRECISIONS | MIXED_PRECISIONS:
+        raise ValueError(f"unknown precision {precision!r}; known: {', '.join(PRECISIONS | MIXED_PRECISIONS)}")
+    for name, value in others.items():
+        if name not in _ONLY:
+            raise TypeError(f"create_model: unknown argument {name!r}")
+        neutral, reason = _ONLY[name]
+        if value not in (neutral, None):
+            raise ValueError(f"create_model: {name}={value!r} is not supported, only {neutral!r}: {reason}")
+
+
+def _changed(config: CLIPConfig, quick_gelu: bool, context_length: int | None, vision: Mapping[str, Any]) -> CLIPConfig:
+    """Return the configuration with what the caller forces. A square may be given as height and width."""
+    size = vision["image_size"]
+    if isinstance(size, tuple | list) and len(set(size)) == 1:
+        vision = {**vision, "image_size": size[0]}
+    if context_length is not None:
+        config = dataclasses.replace(config, text=dataclasses.replace(config.text, context_length=context_length))
+    if quick_gelu:
+        config = dataclasses.replace(config, quick_gelu=True)  # which a SigLIP model refuses
+    return config.with_vision(**vision)
+
+
+def _forced(preprocessing: Mapping[str, Any], forced: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return how images are prepared, with what the caller forces.
+
+    Raises:
+        ValueError: it is unknown, or has no such value.
+    """
+    unknown = set(forced or {}) - set(PREPROCESSING_KEYS)
+    if unknown:
+        raise ValueError(
+            f"force_preprocess_cfg has unknown settings {sorted(unknown)}; known: {', '.join(PREPROCESSING_KEYS)}"
+        )
+    given = {key: value for key, value in (forced or {}).items() if value is not None}
+    for key in ("mean", "std"):
+        if isinstance(given.get(key), int | float):  # one number for every channel
+            given[key] = (given[key],) * 3
+    complete = complete_preprocessing({**preprocessing, **given})
+    check_preprocessing(complete, "create_model")
+    return complete
+
+
+def set_preprocessing(model: CLIP, preprocessing: Mapping[str, Any]) -> None:
+    """Note on the image tower how its images are prepared, by the names that OpenCLIP gives it."""
+    visual: Any = model.visual
+    visual.image_mean, visual.image_std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
+    visual.resize_mode = preprocessing["resize_mode"]
+    known = {key: preprocessing[key] for key in ("interpolation", "resize_mode")}
+    visual.preprocess_cfg = {
+        "size": visual.image_size, "mode": "RGB", "mean": visual.image_mean, "std": visual.image_std, **known,
+        "fill_color": 0,
+    }  # fmt: skip
 
 
 def create_model_and_transforms(
-    model_name: str, pretrained: str | Path | None = None, *, uint8: bool = False, **kwargs: Any
+    model_name: str,
+    pretrained: str | Path | None = None,
+    *,
+    image_mean: tuple[float, ...] | None = None,
+    image_std: tuple[float, ...] | None = None,
+    image_interpolation: str | None = None,
+    image_resize_mode: str | None = None,
+    aug_cfg: Mapping[str, Any] | object | None = None,
+    uint8: bool = False,
+    **kwargs: Any,
 ) -> tuple[CLIP, Callable[..., Tensor], Callable[..., Tensor]]:
     """Build a model, and its preprocessing for training and for evaluation.
 
     Args:
         model_name, pretrained, **kwargs: as :func:`create_model`.
+        image_mean, image_std: normalise images with these, in place of the model's own.
+        image_interpolation: "bicubic" or "bilinear", in place of the model's own; crops in training are bicubic.
+        image_resize_mode: "shortest", "longest" or "squash", in place of the model's own; in evaluation only.
+        aug_cfg: augmentations in training (:func:`clipfast.aug_cfg.training_options`).
         uint8: make the preprocessing return bytes, which the model normalises itself. They take a quarter of the memory
             of floats, and of the time to copy them to the GPU.
 
@@ -95,25 +208,41 @@ def create_model_and_transforms(
         ``(model, preprocess_train, preprocess_val)``; the preprocessing turns a PIL image into a tensor [3, H, W]. The
         model is in training mode: for inference, take :func:`create_model_from_pretrained`.
     """
-    model = create_model(model_name, pretrained, **kwargs)
-    visual = model.visual
-    train, evaluation = (
-        image_transform(
-            visual.image_size,
-            train=train,
-            uint8=uint8,
-            mean=visual.image_mean,
-            std=visual.image_std,
-            resize_mode=visual.resize_mode,
-        )
-        for train in (True, False)
-    )
-    return model, train, evaluation
+    training = training_options(aug_cfg)
+    forced = {"mean": image_mean, "std": image_std, "interpolation": image_interpolation}
+    forced |= {"resize_mode": image_resize_mode}
+    model = create_model(model_name, pretrained, force_preprocess_cfg=forced, **kwargs)
+    train = transform_of(model, uint8=uint8, train=True, **training)
+    return model, train, transform_of(model, uint8=uint8)
+
+
+def transform_of(model: CLIP, **options: Any) -> Callable[..., Tensor]:
+    """Return the preprocessing of a model's images, for evaluation if ``options`` say nothing else.
+
+    Args:
+        model: the model, which knows how its images are prepared.
+        **options: more arguments of :func:`clipfast.image_transform`.
+    """
+    preprocessing = preprocessing_of(model)
+    given = {key: preprocessing[key] for key in PREPROCESSING_KEYS}
+    return image_transform(model.visual.image_size, **given, **options)
+
+
+@overload
+def create_model_from_pretrained(
+    model_name: str, pretrained: str | Path | None = None, *, return_transform: Literal[True] = True, **kwargs: Any
+) -> tuple[CLIP, Callable[..., Tensor]]: ...
+
+
+@overload
+def create_model_from_pretrained(
+    model_name: str, pretrained: str | Path | None = None, *, return_transform: Literal[False], **kwargs: Any
+) -> CLIP: ...
 
 
 def create_model_from_pretrained(
-    model_name: str, pretrained: str | Path | None = None, **kwargs: Any
-) -> tuple[CLIP, Callable[..., Tensor]]:
+    model_name: str, pretrained: str | Path | None = None, *, return_transform: bool = True, **kwargs: Any
+) -> CLIP | tuple[CLIP, Callable[..., Tensor]]:
     """Build a model for inference, in evaluation mode, and its preprocessing.
 
     In training mode, BatchNorm mixes the images of a batch and patches may be dropped, so that an image's features
@@ -121,6 +250,7 @@ def create_model_from_pretrained(
 
     Args:
         model_name, pretrained, **kwargs: as :func:`create_model_and_transforms`.
+        return_transform: False returns the model alone.
 
     Returns:
         ``(model, preprocess)``; the preprocessing turns a PIL image into a tensor [3, H, W].
@@ -128,28 +258,30 @@ def create_model_from_pretrained(
     Raises:
         ValueError: there are no weights to load; and as :func:`create_model`.
     """
-    if pretrained is None and _resolve(model_name).weights is None:
-        raise ValueError(f"{model_name} has no weights of its own: pass the path of a checkpoint as pretrained")
-    model, _, preprocess = create_model_and_transforms(model_name, pretrained, **kwargs)
-    return model.eval(), preprocess
+    model, _, preprocess = create_model_and_transforms(model_name, pretrained, **{**kwargs, "require_pretrained": True})
+    return (model.eval(), preprocess) if return_transform else model.eval()
 
 
 def get_tokenizer(
-    model_name: str = "ViT-B-32", context_length: int | None = None, *, tokenizer_file: str | Path | None = None
+    model_name: str = "ViT-B-32",
+    context_length: int | None = None,
+    cache_dir: str | Path | None = None,
+    *,
+    tokenizer_file: str | Path | None = None,
 ) -> Tokenizer | FileTokenizer:
     """Return the tokenizer of a model, which turns texts into ids [B, context_length].
 
     Args:
-        model_name: as for :func:`create_model`.
+        model_name, cache_dir: as for :func:`create_model`.
         context_length: tokens per text; default: those of the model.
         tokenizer_file: for SigLIP, whose tokenizers clipfast does not ship: ``tokenizer.json`` of the tokenizers
-            package, or the folder that holds it. Default: the file in the model's folder, if it is a ``local-dir:``.
+            package, or the folder that holds it. Default: the file in the model's folder or repository.
 
     Raises:
         ValueError: the model is unknown; a SigLIP model has no such file; another model is given one.
         ImportError: the tokenizers package is missing, for SigLIP.
     """
-    source = _resolve(model_name)
+    source = resolve_source(model_name, cache_dir=cache_dir, fetch_weights=False)
     if isinstance(source.config, SigLIPConfig):
         folder = source.folder if source.folder and (source.folder / TOKENIZER_NAME).is_file() else None
         return tokenizer_of(source.config, model_name, tokenizer_file or folder, context_length)
@@ -178,14 +310,3 @@ def resolve_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"no GPU for {name!r}: there are {torch.cuda.device_count()}")
     return name
-
-
-def _resolve(model_name: str) -> ModelSource:
-    if model_name.startswith(LOCAL_DIR_PREFIX):
-        return read_open_clip_folder(model_name.removeprefix(LOCAL_DIR_PREFIX))
-    if model_name.endswith(".pt"):
-        return read_own_source(model_name)
-    name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
-    if name not in list_models() and Path(model_name).is_dir():
-        raise ValueError(f"{model_name} is a folder: write local-dir:{model_name}")
-    return model_source(get_model_config(name if name in list_models() else model_name))

@@ -6,11 +6,12 @@ that cannot be decoded completely is refused with an :class:`ImageError`; half a
 
 from __future__ import annotations
 
+import functools
 import io
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -24,6 +25,10 @@ if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
 MAX_ASPECT = 200
+# What images can be resized by and how, in OpenCLIP's words; the first is the default.
+INTERPOLATIONS = ("bicubic", "bilinear", "random")
+RESIZE_MODES = ("shortest", "longest", "squash")
+DEFAULT_RATIO = (3 / 4, 4 / 3)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 
 
@@ -115,44 +120,76 @@ def image_transform(
     *,
     train: bool = False,
     scale: tuple[float, float] = (0.9, 1.0),
+    ratio: tuple[float, float] | None = None,
     augment: Sequence[nn.Module] = (),
     uint8: bool = False,
     mean: Sequence[float] = CLIP_MEAN,
     std: Sequence[float] = CLIP_STD,
+    interpolation: str = "bicubic",
     resize_mode: str = "shortest",
 ) -> Callable[[Image.Image], Tensor]:
     """Return the preprocessing of images for a model.
 
     Args:
         image_size: side of the square result, in pixels.
-        train: take a random crop and resize it; otherwise ``resize_mode`` says what is done.
-        scale: smallest and largest share of the area that a random crop keeps; with (1, 1) there is no random crop.
+        train: take a random crop and resize it, bicubically; otherwise images are resized as ``resize_mode`` says.
+        scale: smallest and largest share of the area that a random crop keeps; with (1, 1) and without ``ratio`` there
+            is no random crop.
+        ratio: smallest and largest width of a random crop over its height; default: 3/4 to 4/3.
         augment: torchvision transforms for PIL images, applied after the crop in training only.
         uint8: return bytes, for models that normalise them on the device (a quarter of the traffic); otherwise floats
             normalised with ``mean`` and ``std``, as other packages expect.
         mean, std: of each channel, for floats only.
-        resize_mode: "shortest" resizes the shorter side and crops the centre; "squash" resizes both sides to
-            ``image_size``, as SigLIP wants it.
+        interpolation: "bicubic" or "bilinear"; "random" is bicubic.
+        resize_mode: "shortest" resizes the shorter side and crops the centre, "longest" resizes the longer side and
+            fills up with black, "squash" resizes both sides.
 
     Returns:
-        A function that turns a PIL image into a tensor [3, image_size, image_size]. Resampling is bicubic.
+        A function that turns a PIL image into a tensor [3, image_size, image_size].
 
     Raises:
-        ValueError: ``resize_mode`` is neither.
+        ValueError: interpolation or resize mode are unknown.
     """
-    if resize_mode not in ("shortest", "squash"):
-        raise ValueError(f"resize_mode must be 'shortest' or 'squash', got {resize_mode!r}")
     from PIL import Image
     from torchvision.transforms import v2
 
-    bicubic = v2.InterpolationMode.BICUBIC
-    if train and tuple(scale) != (1.0, 1.0):
-        sized: list[nn.Module] = [v2.RandomResizedCrop(image_size, scale=scale, interpolation=bicubic)]
-    elif resize_mode == "squash":
-        sized = [v2.Resize((image_size, image_size), interpolation=bicubic)]
+    for name, value, known in (
+        ("interpolation", interpolation, INTERPOLATIONS),
+        ("resize_mode", resize_mode, RESIZE_MODES),
+    ):
+        if value not in known:
+            raise ValueError(f"image_transform: {name} must be one of {', '.join(known)}, got {value!r}")
+    if train and (ratio is not None or tuple(scale) != (1.0, 1.0)):
+        bicubic = v2.InterpolationMode.BICUBIC
+        sized: list[nn.Module] = [
+            v2.RandomResizedCrop(image_size, scale=scale, ratio=ratio or DEFAULT_RATIO, interpolation=bicubic)
+        ]
     else:
-        sized = [v2.Resize(image_size, interpolation=bicubic), v2.CenterCrop(image_size)]
+        sized = _resizing(image_size, interpolation, resize_mode)
     steps = [v2.Lambda(to_rgb, Image.Image), *sized, *(augment if train else ()), v2.PILToTensor()]
     if not uint8:
         steps += [v2.ToDtype(torch.float32, scale=True), v2.Normalize(list(mean), list(std))]
     return v2.Compose(steps)
+
+
+def _resizing(image_size: int, interpolation: str, resize_mode: str) -> list[nn.Module]:
+    """Return the transforms that bring PIL images to a square, without anything random."""
+    from PIL import Image
+    from torchvision.transforms import v2
+
+    mode = v2.InterpolationMode.BILINEAR if interpolation == "bilinear" else v2.InterpolationMode.BICUBIC
+    if resize_mode == "squash":
+        return [v2.Resize((image_size, image_size), interpolation=mode)]
+    if resize_mode == "shortest":
+        return [v2.Resize(image_size, interpolation=mode), v2.CenterCrop(image_size)]
+    longer = functools.partial(_resize_longer_side, image_size, mode)
+    return [v2.Lambda(longer, Image.Image), v2.CenterCrop(image_size)]  # which fills up what is missing
+
+
+def _resize_longer_side(image_size: int, mode: Any, image: Image.Image) -> Image.Image:
+    """Resize an image so that its longer side has ``image_size`` pixels, and its sides their ratio."""
+    from torchvision.transforms.v2 import functional
+
+    size = [max(1, round(side * image_size / max(image.size))) for side in (image.height, image.width)]
+    resized: Image.Image = functional.resize(image, size, interpolation=mode)
+    return resized

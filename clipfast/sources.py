@@ -1,36 +1,49 @@
-"""What a model is built from: a configuration, weights, and how its images and texts are prepared."""
+"""What stands behind the name of a model: its configuration, its weights, and how its images are prepared."""
 
 import dataclasses
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import (
+    CONFIG_NAME,
+    PREPROCESSING_KEYS,
     CheckpointError,
     check_preprocessing,
     complete_preprocessing,
     find_open_clip_weights,
+    load_checkpoint,
+    load_weights,
     own_config,
     own_preprocessing,
     read_checkpoint,
     read_open_clip_config,
 )
-from .kernels.reference import CLIP_MEAN, CLIP_STD
-from .models import CLIPConfig, SigLIPConfig
+from .conversion import hugging_face
+from .conversion.hub_folder import fetch_folder
+from .hub import HUB_PREFIX, HubError, repository_of
+from .models import CLIP, CLIPConfig, SigLIPConfig, get_model_config, list_models
+from .pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
+
+LOCAL_DIR_PREFIX = "local-dir:"
+_THEIRS = "the model is built by open_clip.create_model(...) and handed to clipfast.apply_to_open_clip"
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSource:
-    """All that is needed to build a model: its configuration, the file of its weights, and how images are prepared.
+    """All that is needed to build a model.
 
-    ``folder`` is where the files of its tokenizer lie, if it has one of its own.
+    Attributes:
+        config: the configuration.
+        weights: the file of the weights, or a folder of transformers that holds them; None if there are none.
+        preprocessing: how images are prepared, in OpenCLIP's words: mean, std, interpolation and resize_mode.
+        folder: where the files of the tokenizer lie, if the model has one of its own.
     """
 
     config: CLIPConfig
-    weights: Path | None = None
-    mean: tuple[float, ...] = CLIP_MEAN
-    std: tuple[float, ...] = CLIP_STD
-    resize_mode: str = "shortest"
+    weights: Path | None
+    preprocessing: dict[str, Any]
     folder: Path | None = None
 
 
@@ -46,8 +59,113 @@ def model_source(
     """
     preprocessing = complete_preprocessing(given or {}, is_siglip=isinstance(config, SigLIPConfig))
     check_preprocessing(preprocessing, folder or weights or "the model")
-    mean, std = tuple(preprocessing["mean"]), tuple(preprocessing["std"])
-    return ModelSource(config, weights, mean, std, preprocessing["resize_mode"], folder)
+    return ModelSource(config, weights, preprocessing, folder)
+
+
+def resolve_source(
+    model_name: str,
+    pretrained: str | Path | None = None,
+    *,
+    cache_dir: str | Path | None = None,
+    fetch_weights: bool = True,
+) -> ModelSource:
+    """Return what :func:`clipfast.create_model` builds for a name, and for weights in place of its own.
+
+    Args:
+        model_name, pretrained, cache_dir: as for :func:`clipfast.create_model`.
+        fetch_weights: whether weights on the hub are downloaded; without them, only what describes the model is.
+
+    Raises:
+        ValueError: the name of the model is unknown.
+        CheckpointError: the weights are unknown, missing or unreadable
+            (:class:`~clipfast.hub.HubError` for those on the hub).
+    """
+    name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
+    if name in list_models():
+        return _named(name, pretrained, cache_dir, fetch_weights)
+    source = _described(model_name, cache_dir, fetch_weights)
+    if not pretrained:
+        return source
+    if not Path(pretrained).is_file():
+        raise CheckpointError(
+            f"no checkpoint at {pretrained}: there is no such file, and {model_name} has no tags; only models of "
+            "clipfast.list_models() have"
+        )
+    return dataclasses.replace(source, weights=Path(pretrained))
+
+
+def _named(name: str, pretrained: str | Path | None, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
+    """Return a model that clipfast knows by name, with the weights of a tag or a file."""
+    config = get_model_config(name)
+    if not pretrained:
+        return model_source(config)
+    entry = get_pretrained_cfg(name, str(pretrained))
+    if not entry:
+        if not Path(pretrained).is_file():
+            tags = list_pretrained_tags_by_model(name)
+            raise CheckpointError(
+                f"no checkpoint at {pretrained}: there is no such file, and {name} has no such tag; "
+                f"{'its tags are ' + ', '.join(tags) if tags else 'it has no tags'}"
+            )
+        return model_source(config, Path(pretrained))
+    if entry.get("quick_gelu") and not config.quick_gelu:
+        warnings.warn(
+            f"the weights {pretrained!r} of {name} were trained with QuickGELU, so the model is built with it; name it "
+            f"{name}-quickgelu to say so",
+            stacklevel=4,
+        )
+    weights = fetch_pretrained(entry, cache_dir) if fetch_weights else None
+    preprocessing = {key: entry[key] for key in PREPROCESSING_KEYS}
+    return model_source(pretrained_config(name, entry), weights, preprocessing)
+
+
+def _described(model_name: str, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
+    """Return a model that a folder, a checkpoint of this package or a repository of the hub describes."""
+    if model_name.startswith(LOCAL_DIR_PREFIX):
+        return read_folder(Path(model_name.removeprefix(LOCAL_DIR_PREFIX)), fetch_weights)
+    if model_name.endswith(".pt"):
+        return read_own_source(model_name)
+    if Path(model_name).is_dir():
+        raise ValueError(f"{model_name} is a folder: write local-dir:{model_name}")
+    repository = repository_of(model_name)
+    if repository is None and model_name.count("/") == 1 and Path(model_name).parent.is_dir():
+        raise ValueError(
+            f"there is no {model_name} in the folder {Path(model_name).parent}; a repository on the hub is "
+            f"{HUB_PREFIX}{model_name}"
+        )
+    if repository is None:
+        return model_source(get_model_config(model_name))  # which refuses the name
+    return _in_repository(repository, model_name, cache_dir, fetch_weights)
+
+
+def _in_repository(repository: str, name: str, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
+    """Return a model on the hub. Its weights are not fetched before it is known that clipfast builds it."""
+    try:
+        folder = fetch_folder(repository, cache_dir, weights=False, tokenizer=True)
+    except HubError as error:
+        if name.startswith(HUB_PREFIX):
+            raise
+        raise HubError(f"{name} is no model that clipfast knows by name, and as a repository: {error}") from error
+    try:
+        source = read_folder(folder, False)
+    except CheckpointError as error:
+        raise CheckpointError(f"{HUB_PREFIX}{repository}: {error}; if it is one of OpenCLIP's, {_THEIRS}") from error
+    return read_folder(fetch_folder(repository, cache_dir)) if fetch_weights else source
+
+
+def read_folder(folder: Path, with_weights: bool = True) -> ModelSource:
+    """Return the model in a folder with ``open_clip_config.json``, or else of transformers.
+
+    Raises:
+        CheckpointError: there is no readable configuration or no weights, or this package does not implement the
+            preprocessing.
+    """
+    is_hugging_face = not (folder / CONFIG_NAME).is_file() and (folder / hugging_face.CONFIG_NAME).is_file()
+    config, preprocessing = (hugging_face.read_config if is_hugging_face else read_open_clip_config)(folder)
+    weights = None
+    if with_weights:
+        weights = folder if is_hugging_face else find_open_clip_weights(folder)
+    return model_source(config, weights, preprocessing, folder)
 
 
 def read_own_source(path: str | Path) -> ModelSource:
@@ -65,13 +183,14 @@ def read_own_source(path: str | Path) -> ModelSource:
     return model_source(config, Path(path), own_preprocessing(checkpoint))
 
 
-def read_open_clip_folder(folder: str | Path) -> ModelSource:
-    """Read the configuration of the model in a folder, and find its weights.
+def load_source(model: CLIP, weights: Path) -> None:
+    """Load the weights of a :class:`ModelSource` into ``model``; positions are resized to the model's.
 
     Raises:
-        CheckpointError: if there is no readable configuration or no weights, or if this package does not implement the
-            preprocessing.
+        CheckpointError: they cannot be read, or do not fit.
     """
-    folder = Path(folder)
-    config, preprocessing = read_open_clip_config(folder)
-    return model_source(config, find_open_clip_weights(folder), preprocessing, folder)
+    if weights.is_dir():
+        state = hugging_face.read_folder(weights).state
+        load_weights(model, {"state_dict": state}, weights, resize=True)
+    else:
+        load_checkpoint(model, weights)

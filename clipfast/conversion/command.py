@@ -2,8 +2,9 @@
 
 The layout of SRC is recognised. It may be a checkpoint of OpenCLIP or clipfast (.pt, .bin or .safetensors, from
 training or bare, with or without the prefixes of DistributedDataParallel and torch.compile), a folder with
-open_clip_config.json, a folder of transformers' CLIPModel or SiglipModel or, with --trust, OpenAI's TorchScript
-archive.
+open_clip_config.json, a folder of transformers' CLIPModel or SiglipModel, a folder of torch.distributed.checkpoint
+(DCP) or, with --trust, OpenAI's TorchScript archive. From the Hugging Face hub, SRC is hf-hub:ORG/REPO in either
+layout, or MODEL:TAG as clipfast list-pretrained shows them.
 
 Weights keep their bits. The activation, the preparation of images, the context length and a tokenizer's files go along
 where the layout has a place for them; the state of training stays behind. Nothing is guessed: what SRC leaves open is
@@ -26,6 +27,8 @@ examples:
   clipfast convert epoch_32.pt exported --to open_clip --model ViT-B-32
   clipfast convert local-dir:exported for_transformers --to hf
   clipfast convert for_transformers larger.pt --to clipfast --image-size 336
+  clipfast convert hf-hub:openai/clip-vit-base-patch32 clip.pt --to clipfast
+  clipfast convert ViT-B-32:laion2b_s34b_b79k for_transformers --to hf
 
 exit code: 0 written, 2 an error; then DST does not exist"""
 
@@ -36,7 +39,7 @@ def add_parser(commands: Any) -> None:
         "convert", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("source", metavar="SRC", help="file or folder to convert")
+    add("source", metavar="SRC", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to convert")
     add("destination", metavar="DST", help="file or folder to write; it must not exist")
     add("--to", required=True, metavar="LAYOUT", help=f"layout of DST: {', '.join(TARGETS)}")
     add("--model", metavar="NAME", help="the model, where SRC does not say it: a name, or a JSON file as OpenCLIP's")
@@ -48,6 +51,7 @@ def add_parser(commands: Any) -> None:
     )
     add("--image-size", type=int, metavar="PIXELS", help="resize the positions of patches to images of this size")
     add("--context-length", type=int, metavar="TOKENS", help="resize the positions of texts to this length")
+    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
@@ -61,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     info = convert(
         args.source, args.destination, args.to, model=args.model, activation=args.activation,
         image_size=args.image_size, context_length=args.context_length, trust=args.trust,
+        cache_dir=args.cache_dir,
     )  # fmt: skip
     print(f"wrote {describe(info)}")
     return 0

@@ -26,6 +26,7 @@ def convert(
     image_size: int | None = None,
     context_length: int | None = None,
     trust: bool = False,
+    cache_dir: str | Path | None = None,
 ) -> CheckpointInfo:
     """Convert a checkpoint into another layout. The layout of ``source`` is recognised.
 
@@ -34,8 +35,9 @@ def convert(
 
     Args:
         source: a checkpoint of OpenCLIP or clipfast (``.pt``, ``.bin`` or ``.safetensors``), a folder with
-            ``open_clip_config.json``, a folder of transformers' CLIPModel or SiglipModel, or OpenAI's TorchScript
-            archive.
+            ``open_clip_config.json``, a folder of transformers' CLIPModel or SiglipModel, a folder of
+            torch.distributed.checkpoint, or OpenAI's TorchScript archive; or, on the Hugging Face hub,
+            ``hf-hub:ORG/REPO`` or ``MODEL:TAG`` of :func:`clipfast.list_pretrained`.
         destination: what to write. It must not exist; after an error it does not exist either.
         to: "open_clip" (a folder that OpenCLIP and clipfast load as ``local-dir:FOLDER``), "hf" (a folder for
             transformers) or "clipfast" (a ``.pt`` file that ``create_model`` builds by itself).
@@ -45,6 +47,7 @@ def convert(
         image_size: resize the positions of patches to images of so many pixels a side.
         context_length: resize the positions of texts to so many tokens.
         trust: read a TorchScript archive, which may run its code.
+        cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
 
     Returns:
         What was written, as :func:`inspect_checkpoint` describes it.
@@ -59,7 +62,7 @@ def convert(
     destination = Path(destination)
     wishes = Wishes(model, activation, image_size, context_length)
     _check_destination(destination, to)
-    contents = resolve(read_contents(source, trust=trust), wishes)
+    contents = resolve(read_contents(source, trust=trust, cache_dir=cache_dir), wishes)
     if to == CLIPFAST:
         _write_clipfast(destination, contents)
     else:

@@ -21,6 +21,7 @@ _INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAMES = ("model.safetensors", _INDEX_NAME, "pytorch_model.bin")
 _PROCESSOR_NAME = "preprocessor_config.json"
 _PROCESSORS_NAME = "processor_config.json"  # of newer versions, with one section for images and one for texts
+PROCESSOR_NAMES = (_PROCESSOR_NAME, _PROCESSORS_NAME)
 
 
 def read_folder(folder: Path) -> Contents:
@@ -29,11 +30,10 @@ def read_folder(folder: Path) -> Contents:
     Raises:
         CheckpointError: a file is missing or cannot be read, or the weights do not fit the configuration.
     """
-    raw, path = _read_json(folder / CONFIG_NAME), folder / CONFIG_NAME
-    is_siglip = raw.get("model_type") == "siglip"
-    config: CLIPConfig = siglip_hugging_face.from_settings(raw, path) if is_siglip else from_hugging_face(raw, path)
+    config, preprocessing = read_config(folder)
+    is_siglip = isinstance(config, SigLIPConfig)
     names = siglip_hugging_face if is_siglip else hugging_face_names
-    files = _weights_files(folder)
+    files = weights_files(folder)
     theirs: dict[str, Tensor] = {}
     for file in files:
         theirs |= read_checkpoint(file, mmap=True)["state_dict"]
@@ -42,12 +42,28 @@ def read_folder(folder: Path) -> Contents:
     own = empty_state(config, theirs, folder)
     check_weights(theirs, names.from_ours(own), folder)
     state = names.to_ours(own, theirs)
-    preprocessing = _read_preprocessing(folder, config.vision.image_size, is_siglip=is_siglip)
     layout = f"transformers folder ({'SiglipModel' if is_siglip else 'CLIPModel'})"
     return Contents(folder, layout, files, state, config, preprocessing, find_tokenizer(folder))
 
 
-def _weights_files(folder: Path) -> tuple[Path, ...]:
+def read_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
+    """Return the model's configuration, and how images are prepared, of a folder of transformers.
+
+    Raises:
+        CheckpointError: a file is missing or cannot be read, or clipfast cannot build the model.
+    """
+    raw, path = _read_json(folder / CONFIG_NAME), folder / CONFIG_NAME
+    is_siglip = raw.get("model_type") == "siglip"
+    config: CLIPConfig = siglip_hugging_face.from_settings(raw, path) if is_siglip else from_hugging_face(raw, path)
+    return config, _read_preprocessing(folder, config.vision.image_size, is_siglip=is_siglip)
+
+
+def weights_files(folder: Path) -> tuple[Path, ...]:
+    """Return the files with the weights of a folder of transformers.
+
+    Raises:
+        CheckpointError: there are none, or the list of them names files elsewhere.
+    """
     found = next((folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()), None)
     if found is None:
         raise CheckpointError(f"{folder} holds no weights: neither {', nor '.join(WEIGHTS_NAMES)}")

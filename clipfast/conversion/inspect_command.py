@@ -1,8 +1,9 @@
 """Say what a checkpoint is, without building a model: its layout, the model, parameters, activation, step and checksum.
 
 It reads checkpoints of OpenCLIP and clipfast (.pt, .bin, .safetensors), folders with open_clip_config.json, folders of
-transformers' CLIPModel or SiglipModel and, with --trust, OpenAI's TorchScript archives. Checksums inside the file are
-compared, and no code of a pickle is run.
+transformers' CLIPModel or SiglipModel and of torch.distributed.checkpoint, hf-hub:ORG/REPO, MODEL:TAG of clipfast
+list-pretrained and, with --trust, OpenAI's TorchScript archives. Checksums inside the file are compared, and no code of
+a pickle is run.
 """
 
 import argparse
@@ -35,7 +36,8 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("file", metavar="FILE", help="file or folder to look at")
+    add("file", metavar="FILE", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to look at")
+    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
     add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
@@ -47,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
     from .inspection import inspect_checkpoint
 
     check_target(args.json)
-    info = inspect_checkpoint(args.file, trust=args.trust)
+    info = inspect_checkpoint(args.file, trust=args.trust, cache_dir=args.cache_dir)
     print(describe(info))
     if args.json is not None:
         replace_text(args.json, json.dumps(dataclasses.asdict(info), indent=2) + "\n")

@@ -49,17 +49,20 @@ class CheckpointInfo:
     file_bytes: int
 
 
-def inspect_checkpoint(source: str | Path, *, trust: bool = False) -> CheckpointInfo:
+def inspect_checkpoint(
+    source: str | Path, *, trust: bool = False, cache_dir: str | Path | None = None
+) -> CheckpointInfo:
     """Say what a checkpoint is, which model, how large, and with which checksum. No model is built.
 
     Args:
-        source: a file or folder of any layout that :func:`convert` reads.
+        source: what :func:`convert` reads.
         trust: read a TorchScript archive, which may run its code.
+        cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
 
     Raises:
         CheckpointError: it cannot be read, or holds no model that clipfast can build.
     """
-    contents = read_contents(source, trust=trust)
+    contents = read_contents(source, trust=trust, cache_dir=cache_dir)
     state = contents.state
     shown = config_of_weights(state, contents.source)
     known = contents.config

@@ -1,25 +1,51 @@
 """Recognising what a file or folder is."""
 
+import dataclasses
 from pathlib import Path
 
-from ..checkpoint import CONFIG_NAME, WEIGHTS_NAMES, CheckpointError
-from . import hugging_face, open_clip, torchscript
+from ..checkpoint import (
+    CONFIG_NAME,
+    PREPROCESSING_KEYS,
+    WEIGHTS_NAMES,
+    CheckpointError,
+    complete_preprocessing,
+)
+from ..hub import HUB_PREFIX, repository_of
+from ..pretrained import fetch_pretrained, get_pretrained_cfg, pretrained_config
+from . import distributed, hugging_face, open_clip, torchscript
 from .contents import Contents
+from .hub_folder import fetch_folder
 
 _LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
 
 
-def read_contents(source: str | Path, *, trust: bool = False) -> Contents:
+def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | Path | None = None) -> Contents:
     """Read a checkpoint of any layout, without building a model.
 
     Args:
-        source: a file, or a folder (OpenCLIP's ``local-dir:`` in front of it is allowed).
+        source: a file, a folder (OpenCLIP's ``local-dir:`` in front of it is allowed), a repository on the Hugging
+            Face hub (``hf-hub:ORG/REPO``, or ``ORG/REPO`` if there is no such path), or ``MODEL:TAG`` of
+            :func:`clipfast.list_pretrained`.
         trust: read TorchScript archives too, which are code.
+        cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
 
     Raises:
         CheckpointError: it is none of the layouts, is damaged or incomplete, or holds a model that clipfast cannot
             build; the message says which, and what to do.
     """
+    repository = repository_of(str(source))
+    if repository is not None:
+        contents = _read_folder(fetch_folder(repository, cache_dir, tokenizer=True))
+        return dataclasses.replace(contents, layout=f"{contents.layout} from {HUB_PREFIX}{repository}")
+    model, _, tag = str(source).partition(":")
+    entry = get_pretrained_cfg(model, tag)
+    if entry:
+        contents = open_clip.read_file(fetch_pretrained(entry, cache_dir))
+        preprocessing = complete_preprocessing({key: entry[key] for key in PREPROCESSING_KEYS})
+        config = pretrained_config(model, entry)
+        return dataclasses.replace(
+            contents, layout=f"{contents.layout}, {source}", config=config, preprocessing=preprocessing
+        )
     path = Path(str(source).removeprefix(_LOCAL_DIR_PREFIX))
     if path.is_dir():
         return _read_folder(path)
@@ -38,11 +64,8 @@ def _read_folder(folder: Path) -> Contents:
         return hugging_face.read_folder(folder)
     if not names:
         raise CheckpointError(f"{folder} is an empty folder: there is no checkpoint in it")
-    if ".metadata" in names:
-        raise CheckpointError(
-            f"{folder} is a checkpoint of torch.distributed.checkpoint, which clipfast does not read; this makes a "
-            f"file of it: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {folder} weights.pt"
-        )
+    if distributed.METADATA_NAME in names:
+        return distributed.read_folder(folder)
     if names & {*hugging_face.WEIGHTS_NAMES}:
         raise CheckpointError(
             f"{folder} holds weights of transformers without config.json, which says what model they belong to: "

@@ -32,16 +32,25 @@ def read_file(path: Path) -> Contents:
     """
     checkpoint = read_checkpoint(path, mmap=True)
     state = plain_names(checkpoint["state_dict"])
-    if any(name.startswith(_HUGGING_FACE_NAMES) for name in state):
-        raise CheckpointError(
-            f"{path} holds the weights of a transformers model without its configuration: give the folder in which "
-            "it lies beside config.json"
-        )
+    refuse_hugging_face_names(state, path)
     config, epoch = own_config(checkpoint, path), checkpoint.get("epoch")
     return Contents(
         path, _layout(checkpoint, path, config is not None), (path,), state, config, own_preprocessing(checkpoint),
         epoch=epoch if isinstance(epoch, int) else None, step=_training_step(checkpoint),
     )  # fmt: skip
+
+
+def refuse_hugging_face_names(state: Mapping[str, Tensor], source: Path) -> None:
+    """Refuse weights with the names of transformers, which need its configuration.
+
+    Raises:
+        CheckpointError: as above.
+    """
+    if any(name.startswith(_HUGGING_FACE_NAMES) for name in state):
+        raise CheckpointError(
+            f"{source} holds the weights of a transformers model without its configuration: give the folder in which "
+            "it lies beside config.json"
+        )
 
 
 def read_folder(folder: Path) -> Contents:

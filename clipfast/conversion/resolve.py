@@ -4,17 +4,15 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, check_weights
-from ..kernels.dtypes import accumulate_dtype
 from ..models import CLIPConfig, SigLIPConfig, get_model_config, list_models
-from ..models.positions import positions_name, resize_positions
+from ..models.positions import positions_name, resize_context, resize_positions, text_positions_name
 from ..models.registry import QUICK_GELU_SUFFIX, read_model_config
 from ..models.siglip_config import EXACT, TANH
 from .contents import Contents
-from .shapes import RESNET_STRIDE, config_of_weights, models_of_shapes, stored_sizes, text_positions_name
+from .shapes import RESNET_STRIDE, config_of_weights, models_of_shapes, stored_sizes
 from .skeleton import empty_state
 
 ACTIVATION_NAMES = {"gelu": False, "quick_gelu": True}  # whether it is QuickGELU
@@ -214,10 +212,3 @@ def _resized(
         text = text_positions_name(state)
         result[text] = resize_context(state[text], context_length)
     return result
-
-
-def resize_context(positions: Tensor, context_length: int) -> Tensor:
-    """Resize the positions of texts [L, width] to [context_length, width], linearly, as OpenCLIP does on loading."""
-    columns = positions.to(accumulate_dtype(positions.dtype)).T[None]
-    resized = F.interpolate(columns, context_length, mode="linear", align_corners=False)
-    return resized[0].T.contiguous().to(positions.dtype)

@@ -22,6 +22,7 @@ from ..models.positions import (
     TRUNK_POSITIONS_NAME,
     grid_side,
     positions_name,
+    text_positions_name,
 )
 
 HEAD_WIDTH = 64  # of every model that OpenAI published, and of most others
@@ -103,11 +104,6 @@ def stored_sizes(state: Mapping[str, Tensor], config: CLIPConfig) -> tuple[int, 
             image_size = image_size if image_size // stride == side else side * stride
     text = state.get(text_positions_name(state))
     return image_size, len(text) if text is not None and text.ndim == 2 else context_length
-
-
-def text_positions_name(state: Mapping[str, Tensor]) -> str:
-    """Return the name of the positions of texts."""
-    return "text.positional_embedding" if is_siglip_state(state) else "positional_embedding"
 
 
 def models_of_shapes(config: CLIPConfig) -> list[str]:

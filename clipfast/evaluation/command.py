@@ -19,8 +19,17 @@ def add_parser(commands: Any) -> None:
         epilog="Example: clipfast eval zeroshot --model local-dir:runs/demo --data bundled:emoji/fluent",
     )
     add = zero_shot.add_argument
-    add("--model", required=True, help="local-dir:FOLDER (a finished run), a run's checkpoint (.pt), or a model name")
-    add("--pretrained", metavar="PATH", help="checkpoint with the weights (.pt, .bin, .safetensors)")
+    add(
+        "--model",
+        required=True,
+        help="local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, or hf-hub:ORG/REPO",
+    )
+    add(
+        "--pretrained",
+        metavar="TAG",
+        help="weights of a model name: a tag of clipfast list-pretrained, or a checkpoint (.pt, .bin, .safetensors)",
+    )
+    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
     add("--data", required=True, help="image folder, or shards; 'bundled:emoji/fluent' ships with the package")
     add("--label-by", metavar="KEY", help="key of the shards' json that names the class (default: the caption does)")
@@ -42,27 +51,32 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results as JSON, and return the exit code."""
     from tqdm import tqdm
 
-    from ..factory import create_model, get_tokenizer, resolve_device
+    from ..factory import create_model, get_tokenizer, resolve_device, transform_of
     from ..files import check_target, replace_text
-    from ..images import image_transform
+    from ..hub import repository_of
+    from ..models import list_models
     from .evaluate import evaluate
     from .labelled import LabelledSet, encode_labelled
 
-    if args.pretrained is None and not args.model.startswith("local-dir:") and not args.model.endswith(".pt"):
+    is_repository = args.model.replace("/", "-") not in list_models() and repository_of(args.model) is not None
+    holds_weights = is_repository or args.model.startswith("local-dir:") or args.model.endswith(".pt")
+    if args.pretrained is None and not holds_weights:
         if Path(args.model).is_dir():
             raise ValueError(f"--model {args.model} is a folder: write --model local-dir:{args.model}")
         raise ValueError(
             f"--model {args.model} would have random weights: give its checkpoint with --pretrained, "
-            "or a run's folder as --model local-dir:FOLDER"
+            "or a run's folder as --model local-dir:FOLDER; clipfast list-pretrained shows published weights"
         )
     check_target(args.json)
     device = resolve_device(args.device)
     templates, classnames = _templates(args.templates), _classnames(args.classnames)
-    model = create_model(args.model, args.pretrained, device=device, backend=args.backend).eval()
-    tokenizer = get_tokenizer(args.model, tokenizer_file=args.tokenizer)
+    model = create_model(
+        args.model, args.pretrained, device=device, backend=args.backend, cache_dir=args.cache_dir
+    ).eval()
+    tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir, tokenizer_file=args.tokenizer)
     images = LabelledSet(args.data, args.group_by, args.label_by)
     progress = tqdm(images, desc="images", unit="image", disable=None)
-    transform = image_transform(model.visual.image_size, uint8=True, resize_mode=model.visual.resize_mode)
+    transform = transform_of(model, uint8=True)
     features = encode_labelled(model, progress, transform, args.batch_size, device)
     for name, reason in images.skipped:
         print(f"clipfast eval: left out {name}: {reason}", file=sys.stderr)

@@ -1,14 +1,17 @@
 """CLIP (Radford et al. 2021): an image and a text encoder into one embedding space."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import CLIPConfig
+from .freezing import freeze, groups_of_text
+from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
 from .layers import LayerNorm
+from .precision import lowered
 from .resnet import AttentionPool2d, ModifiedResNet
 from .transformer import MLP, Attention, Transformer, embed_text, read_rows
 from .vision import VisionTransformer
@@ -50,6 +53,7 @@ class CLIP(nn.Module):
         self.ln_final = LayerNorm(text.width)
         self.text_projection = nn.Parameter(torch.empty(text.width, config.embed_dim))
         self.logit_scale = nn.Parameter(torch.tensor(INIT_LOGIT_SCALE))
+        self.logit_bias: Tensor | None = None  # as OpenCLIP's models without one say it
         nn.init.normal_(self.token_embedding.weight, std=0.02)
         nn.init.normal_(self.positional_embedding, std=0.01)
         nn.init.normal_(self.text_projection, std=text.width**-0.5)
@@ -90,12 +94,121 @@ class CLIP(nn.Module):
             TypeError: ``text`` is not a tensor.
             ValueError: ``text`` has more tokens than the model has positions.
         """
-        check_text(text, self.context_length)
-        x = embed_text(self.token_embedding, self.positional_embedding, text, self.backend)
         # The end-of-text token has the highest id of the vocabulary.
-        x = read_rows(self.transformer, x, text.argmax(-1))
+        x = read_rows(self.transformer, self.embed_text(text), text.argmax(-1))
         features = self.ln_final(x) @ self.text_projection
         return F.normalize(features, dim=-1) if normalize else features
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width].
+
+        Raises:
+            TypeError, ValueError: as :meth:`encode_text`.
+        """
+        check_text(text, self.context_length)
+        x = embed_text(self.token_embedding, self.positional_embedding, text, self.backend)
+        return lowered(x, self.text_projection)
+
+    def get_logits(self, image: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of all pairs.
+
+        Args:
+            image, text: as for :meth:`encode_image` and :meth:`encode_text`, B images and T texts.
+
+        Returns:
+            ``(image_logits, text_logits)``: [B, T], and the same transposed.
+        """
+        features = (self.encode_image(image, normalize=True), self.encode_text(text, normalize=True))
+        logits = pair_logits(*features, self.logit_scale.exp(), self.logit_bias)
+        return logits, logits.T
+
+    def forward_intermediates(
+        self,
+        image: Tensor | None = None,
+        text: Tensor | None = None,
+        image_indices: Indices = None,
+        text_indices: Indices = None,
+        stop_early: bool = False,
+        normalize: bool = True,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        image_output_fmt: str = "NCHW",
+        image_output_extra_tokens: bool = False,
+        text_output_fmt: str = "NLC",  # noqa: ARG002
+        text_output_extra_tokens: bool = False,  # noqa: ARG002
+        output_logits: bool = False,
+        output_logit_scale_bias: bool = False,
+    ) -> dict[str, Any]:
+        """Return the outputs of blocks, beside the features, as OpenCLIP's method of this name does.
+
+        Args:
+            image, text: as for :meth:`encode_image` and :meth:`encode_text`; what is None is left out.
+            image_indices, text_indices: which blocks: the last so many if it is a number, those that are listed
+                (negative ones from the end), or all. A ResNet's are its stem and its four stages.
+            stop_early: leave out the image blocks after the last one that is returned; a vision transformer's features
+                are then those of that block.
+            normalize: divide the features by their length.
+            normalize_intermediates: apply the tower's last norm to the output of every block.
+            intermediates_only: leave out the features and the logits.
+            image_output_fmt: "NCHW" for [B, width, h, w], "NLC" for [B, h * w, width].
+            image_output_extra_tokens: return the class token of every image block too.
+            text_output_fmt, text_output_extra_tokens: change nothing, as in OpenCLIP: texts are [B, L, width].
+            output_logits: return the logits of all pairs.
+            output_logit_scale_bias: return exp(logit_scale), and the bias of the logits if there is one.
+
+        Returns:
+            Of ``image_intermediates``, ``image_intermediates_prefix``, ``image_features``, ``text_intermediates``,
+            ``text_features``, ``image_logits``, ``text_logits``, ``logit_scale`` and ``logit_bias`` what was asked for.
+
+        Raises:
+            ValueError: an index or a format is unknown, or logits are asked for without images or texts.
+        """
+        with_logits = output_logits and not intermediates_only
+        if with_logits and (image is None or text is None):
+            raise ValueError("forward_intermediates: output_logits needs both images and texts")
+        shared: Any = {"normalize_intermediates": normalize_intermediates, "intermediates_only": intermediates_only}
+        output: dict[str, Any] = {}
+        if image is not None:
+            output |= self.visual.forward_intermediates(
+                image, image_indices, stop_early, output_fmt=image_output_fmt,
+                output_extra_tokens=image_output_extra_tokens, **shared,
+            )  # fmt: skip
+        if text is not None:
+            output |= text_intermediates(self, text, indices=text_indices, **shared)
+        if normalize:
+            normalized(output, "image_features", "text_features")
+        add_logits(self, output, logits=with_logits, scale_and_bias=output_logit_scale_bias)
+        return output
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Make the parameters of the image tower constant (LiT: Zhai et al. 2022).
+
+        Args:
+            unlocked_groups: how many groups stay trainable, counted from the output: the projection (or a ResNet's
+                attention pooling), then the blocks (or stages), then the embedding (or stem).
+            freeze_bn_stats: let BatchNorm always use the statistics that it has, in the groups that are locked.
+        """
+        self.visual.lock(unlocked_groups, freeze_bn_stats)
+
+    def lock_text_tower(self, unlocked_layers: int = 0, freeze_layer_norm: bool = True) -> None:
+        """Make the parameters of the text tower constant.
+
+        Args:
+            unlocked_layers: how many groups stay trainable, counted from the output: the projection, then the blocks,
+                then the embedding.
+            freeze_layer_norm: must be True, as in OpenCLIP: norms are frozen with their block.
+
+        Raises:
+            ValueError: ``freeze_layer_norm`` is False.
+        """
+        if not freeze_layer_norm:
+            raise ValueError("lock_text_tower: norms are frozen with their block, so freeze_layer_norm must be True")
+        freeze(groups_of_text(self), unlocked_layers)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay should leave, besides those of one dimension."""
+        names: Any = getattr(self.visual, "no_weight_decay", set)()
+        return {"positional_embedding", *(f"visual.{name}" for name in names)}
 
     def forward(self, image: Tensor | None = None, text: Tensor | None = None) -> CLIPOutput | dict[str, Tensor | None]:
         """Return normalised features of the inputs that are given, and exp(logit_scale); a dict if ``output_dict``."""
@@ -111,14 +224,20 @@ class CLIP(nn.Module):
         """Clamp exp(logit_scale) to [1, 100] without a host sync; training does it after each step."""
         self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
 
-    def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", *, selective: bool = False) -> None:
         """Recompute transformer blocks in the backward pass instead of keeping their activations.
 
         Args:
             enable: False keeps the activations, as a new model does.
+            impl: "inline", of OpenCLIP's two.
             selective: recompute norms and activation functions only, and keep the results of matrix products and
                 attention. It saves less memory, and costs hardly any time.
+
+        Raises:
+            ValueError: ``impl`` is another one.
         """
+        if impl != "inline":
+            raise ValueError(f"set_grad_checkpointing: impl must be 'inline', got {impl!r}")
         for module in self.modules():
             if isinstance(module, Transformer):
                 module.grad_checkpointing = "selective" if enable and selective else enable

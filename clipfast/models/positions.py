@@ -7,19 +7,27 @@ SigLIP's nothing.
 import math
 from collections.abc import Mapping
 
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.dtypes import accumulate_dtype
 from .vision import interpolate_positions, resize_grid
 
 POSITIONS_NAME = "visual.positional_embedding"
 POOL_POSITIONS_NAME = "visual.attnpool.positional_embedding"
 TRUNK_POSITIONS_NAME = "visual.trunk.pos_embed"
+TEXT_POSITIONS_NAME = "positional_embedding"
 _NAMES = (POSITIONS_NAME, POOL_POSITIONS_NAME, TRUNK_POSITIONS_NAME)
 
 
 def positions_name(state: Mapping[str, Tensor]) -> str | None:
     """Return the name of the positions of patches in ``state``, or None if there are none."""
     return next((name for name in _NAMES if name in state), None)
+
+
+def text_positions_name(state: Mapping[str, Tensor]) -> str:
+    """Return the name of the positions of texts."""
+    return f"text.{TEXT_POSITIONS_NAME}" if TRUNK_POSITIONS_NAME in state else TEXT_POSITIONS_NAME
 
 
 def grid_side(name: str, positions: Tensor) -> int:
@@ -47,3 +55,10 @@ def resize_positions(name: str, positions: Tensor, side: int) -> Tensor:
     if name != TRUNK_POSITIONS_NAME:
         return interpolate_positions(positions, old, new)
     return positions if old == new else resize_grid(positions[0], old, new)[None]
+
+
+def resize_context(positions: Tensor, context_length: int) -> Tensor:
+    """Resize the positions of texts [L, width] to [context_length, width], linearly, as OpenCLIP does on loading."""
+    columns = positions.to(accumulate_dtype(positions.dtype)).T[None]
+    resized = F.interpolate(columns, context_length, mode="linear", align_corners=False)
+    return resized[0].T.contiguous().to(positions.dtype)

@@ -5,6 +5,7 @@ Parameters have their published names; the children "0" and "1" of ``downsample`
 """
 
 from collections import OrderedDict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels.reference import CLIP_MEAN, CLIP_STD, normalize_uint8
 from .config import VisionConfig
+from .freezing import freeze, freeze_statistics, groups_of_resnet
+from .intermediates import Indices, resnet_intermediates
 from .layers import single_query_attention
 
 
@@ -103,6 +106,13 @@ class ModifiedResNet(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, embed_dim]."""
+        x = self.stem(images)
+        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = stage(x)
+        return self.attnpool(x)
+
+    def stem(self, images: Tensor) -> Tensor:
+        """[B, 3, H, W] -> [B, width, H / 4, W / 4]."""
         # Convolutions are faster if the channels of a pixel lie side by side, and every layer keeps that layout.
         # Weights stay contiguous, since FSDP shards no others.
         images = images.contiguous(memory_format=torch.channels_last)
@@ -110,10 +120,42 @@ class ModifiedResNet(nn.Module):
             images = normalize_uint8(images, self.image_mean, self.image_std, self.conv1.weight.dtype)
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.relu(self.bn2(self.conv2(x)))
-        x = F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
-            x = stage(x)
-        return self.attnpool(x)
+        return F.avg_pool2d(F.relu(self.bn3(self.conv3(x))), 2)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,  # noqa: ARG002
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,  # noqa: ARG002
+    ) -> dict[str, Any]:
+        """Return the outputs of the stem and the four stages, beside the features of the images.
+
+        Args:
+            x: images, [B, 3, H, W].
+            indices: which of the five are returned: the last so many, those that are listed, or all.
+            stop_early: with ``intermediates_only``, leave out the stages after the last one that is returned.
+            normalize_intermediates, output_extra_tokens: have no meaning for a ResNet, as in OpenCLIP.
+            intermediates_only: leave the features out.
+            output_fmt: "NCHW".
+
+        Returns:
+            ``image_intermediates``, [B, C, h, w] each, and ``image_features`` [B, embed_dim].
+        """
+        return resnet_intermediates(
+            self, x, indices=indices, stop_early=stop_early, intermediates_only=intermediates_only,
+            output_fmt=output_fmt,
+        )  # fmt: skip
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
+        """Make parameters constant but for the last groups, and BatchNorm's statistics in all; see ``CLIP``."""
+        freeze(groups_of_resnet(self), unlocked_groups)
+        if freeze_bn_stats:
+            groups = groups_of_resnet(self)
+            freeze_statistics(self, [part for group in groups[: len(groups) - unlocked_groups] for part in group])
 
 
 def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP, check_text
+from .freezing import freeze
 from .layers import LayerNorm, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .transformer import (
@@ -233,6 +234,7 @@ class SigLIP(CLIP):
 
     config: SigLIPConfig
     visual: SigLIPVision  # type: ignore[assignment]
+    logit_bias: Tensor
     reads_padding = True
 
     def __init__(self, config: SigLIPConfig, *, output_dict: bool = False) -> None:
@@ -277,9 +279,34 @@ class SigLIP(CLIP):
         )
         return output._asdict() if self.output_dict else output
 
-    def set_grad_checkpointing(self, enable: bool = True, *, selective: bool = False) -> None:
+    def forward_intermediates(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """Refuse: only CLIP models have it.
+
+        Raises:
+            NotImplementedError: always; the message says what has it.
+        """
+        raise NotImplementedError(
+            "clipfast's SigLIP has no forward_intermediates: build the model with open_clip.create_model, and hand it "
+            "to clipfast.apply_to_open_clip"
+        )
+
+    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
+        """Make the parameters of the image tower constant, all of them.
+
+        Raises:
+            NotImplementedError: some groups of them are to stay trainable.
+        """
+        if unlocked_groups:
+            raise NotImplementedError("clipfast's SigLIP locks its image tower as a whole: unlocked_groups must be 0")
+        freeze([[self.visual]], 0)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters that weight decay should leave, besides those of one dimension."""
+        return {"visual.trunk.pos_embed", "text.positional_embedding"}
+
+    def set_grad_checkpointing(self, enable: bool = True, impl: str = "inline", *, selective: bool = False) -> None:
         """Do what :meth:`CLIP.set_grad_checkpointing` does, for both towers."""
-        super().set_grad_checkpointing(enable, selective=selective)
+        super().set_grad_checkpointing(enable, impl, selective=selective)
         self.visual.trunk.grad_checkpointing = "selective" if enable and selective else enable
 
     def set_backend(self, backend: str) -> None:

@@ -200,7 +200,7 @@ def read_rows(
         x = norm(x)
     x, branch = run_blocks(steps, x, normed)
     if steps.recompute:
-        return _recomputed(steps, _run_last, steps.last, x, branch, rows)
+        return recomputed(steps, _run_last, steps.last, x, branch, rows)
     return _run_last(steps.last, x, branch, rows)
 
 
@@ -216,7 +216,7 @@ def run_blocks(
     for block in steps.blocks:
         if steps.recompute:
             # Checkpointing keeps the arguments. This is one tensor; x and a branch apart would be two.
-            x = _recomputed(steps, block, x)
+            x = recomputed(steps, block, x)
         elif is_plain(block, kind):
             if normed is None:
                 x, normed = add_norm(x, branch, block.ln_1)
@@ -234,7 +234,7 @@ def _run_last(block: ResidualAttentionBlock, x: Tensor, branch: Tensor | None, r
     return x + block.mlp(normed)
 
 
-def _recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
+def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> Tensor:
     """Call ``function`` so that the backward pass computes it again."""
     if steps.recompute != "selective":
         return checkpoint(function, *args, use_reentrant=False)

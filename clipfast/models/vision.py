@@ -1,5 +1,7 @@
 """CLIP's vision transformer (Dosovitskiy et al. 2021), with a layer norm before the blocks."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -8,6 +10,8 @@ from ..kernels import patch_embed
 from ..kernels.dtypes import accumulate_dtype
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .config import VisionConfig
+from .freezing import freeze, groups_of_vit
+from .intermediates import Indices, vit_intermediates
 from .layers import LayerNorm
 from .transformer import Transformer, read_rows
 
@@ -107,15 +111,58 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, embed_dim]."""
+        x = read_rows(self.transformer, self.embed(images), norm=self.ln_pre)
+        return self.ln_post(x) @ self.proj
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the class token and the patches with their positions: [B, 3, H, W] -> [B, tokens, width]."""
         grid = (images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size)
         positions: Tensor = self.positional_embedding
         # The patch embedding refuses an empty grid, with a better message.
         if grid != self.grid_size and min(grid) > 0:
             positions = interpolate_positions(positions, self.grid_size, grid)
         keep = draw_kept_patches(len(images), grid, self.patch_dropout, images.device) if self.training else None
-        x = patch_embed(
+        return patch_embed(
             images, self.conv1.weight, self.class_embedding, positions, keep=keep,
             mean=self.image_mean, std=self.image_std, backend=self.backend,
         )  # fmt: skip
-        x = read_rows(self.transformer, x, norm=self.ln_pre)
-        return self.ln_post(x) @ self.proj
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Indices = None,
+        stop_early: bool = False,
+        normalize_intermediates: bool = False,
+        intermediates_only: bool = False,
+        output_fmt: str = "NCHW",
+        output_extra_tokens: bool = False,
+    ) -> dict[str, Any]:
+        """Return the outputs of blocks, beside the features of the images.
+
+        Args:
+            x: images, [B, 3, H, W].
+            indices: which blocks: the last so many if it is a number, those that are listed, or all.
+            stop_early: leave out the blocks after the last one that is returned. The features are those of that block.
+            normalize_intermediates: apply the last norm to the output of every block.
+            intermediates_only: leave the features out.
+            output_fmt: "NCHW" for [B, width, h, w], "NLC" for [B, h * w, width].
+            output_extra_tokens: return the class token of every block too.
+
+        Returns:
+            ``image_intermediates``, ``image_intermediates_prefix`` ([B, 1, width] each) and ``image_features``.
+
+        Raises:
+            ValueError: an index or a format is unknown, or a grid is asked for where patches are dropped.
+        """
+        return vit_intermediates(
+            self, x, indices=indices, stop_early=stop_early, normalize_intermediates=normalize_intermediates,
+            intermediates_only=intermediates_only, output_fmt=output_fmt, output_extra_tokens=output_extra_tokens,
+        )  # fmt: skip
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
+        """Make parameters constant but for those of the last groups; see ``CLIP``. There is no BatchNorm."""
+        freeze(groups_of_vit(self), unlocked_groups)
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the parameters with two dimensions, or of tokens, that weight decay should leave."""
+        return {"positional_embedding", "class_embedding"}

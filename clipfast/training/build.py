@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..factory import create_model, resolve_device
+from ..checkpoint import complete_preprocessing
+from ..factory import create_model, resolve_device, set_preprocessing
 from ..file_tokenizer import FileTokenizer, tokenizer_of
 from ..kernels import contrastive_loss, sigmoid_loss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
@@ -31,19 +32,22 @@ def build_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def build_model(config: TrainConfig, saved: dict[str, Any] | None, device: torch.device) -> CLIP:
+def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device) -> CLIP:
     """Build the model of a run on ``device``, in training mode, and compile it if that is asked for.
 
-    ``saved`` is the model configuration of the checkpoint that is continued, if it has one. It replaces
-    ``config.model``, and the weights are those of the checkpoint, which are loaded later.
+    ``saved`` is what clipfast noted in the checkpoint that is continued, if there is one. Its configuration of the
+    model replaces ``config.model``, and the weights are those of the checkpoint, which are loaded later.
 
     Raises:
         ValueError: the model is unknown, or its configuration or weights cannot be used.
     """
     is_bf16 = config.precision == "pure_bf16"
-    if saved is not None:
+    if "model_config" in saved:
+        model_config = CLIPConfig.from_dict(saved["model_config"])
         with device:
-            model = build(CLIPConfig.from_dict(saved).with_vision(patch_dropout=config.force_patch_dropout))
+            model = build(model_config.with_vision(patch_dropout=config.force_patch_dropout))
+        if "preprocess_cfg" in saved:
+            set_preprocessing(model, complete_preprocessing(saved["preprocess_cfg"]))
         model.set_backend(config.backend)
         model.to(torch.bfloat16 if is_bf16 else torch.float32)
     else:

@@ -37,7 +37,7 @@ class TrainConfig:
     )  # fmt: skip
     train_num_samples: int | None = _flag(None, "pairs per epoch (default: all, counted by reading all shards)", int)
     model: str = _flag("ViT-B-32", "model name, as clipfast.list_models() gives it, or path of an OpenCLIP model JSON")
-    pretrained: str | None = _flag(None, "checkpoint that the weights start from")
+    pretrained: str | None = _flag(None, "tag (clipfast list-pretrained) or checkpoint that the weights start from")
     tokenizer: str | None = _flag(None, "tokenizer.json of a SigLIP model, or the folder that holds it")
     siglip: bool | None = _flag(
         None, "train with the sigmoid loss, which every SigLIP model has, and no other (default: as the model has it)",

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import CheckpointError, load_weights
+from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
 from .config import AUTO, TrainConfig, flag_name
 from .data import SkipBudget, TrainingData
@@ -60,6 +60,7 @@ class RunState:
             "clipfast": {
                 "version": CHECKPOINT_VERSION,
                 "model_config": self.model.config.to_dict(),
+                "preprocess_cfg": preprocessing_of(self.model),
                 "progress": dataclasses.asdict(self.progress) | counts,
                 "stream": self.data.state_dict(),
                 "micro_batch_size": self.step.micro_batch_size,  # BatchNorm depends on it

@@ -12,8 +12,8 @@ from torch import Tensor
 from ..data import Batch
 from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.labelled import LabelledSet, encode_labelled
+from ..factory import transform_of
 from ..files import DiskFullError
-from ..images import image_transform
 from .build import build_device, build_loss, build_model, build_optimizer, build_tokenizer
 from .config import AUTO, TrainConfig
 from .data import SkipBudget, TrainingData
@@ -48,7 +48,7 @@ class Trainer:
         if self.validation is not None:
             next(iter(self.validation))  # a set that cannot be used should show before an epoch is spent
         torch.manual_seed(config.seed)
-        self.model = build_model(config, saved.get("model_config"), self.device)
+        self.model = build_model(config, saved, self.device)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model)
         self.optimizer = build_optimizer(config, self.model)
         on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
@@ -177,8 +177,7 @@ class Trainer:
         if self.validation is None:
             return None
         self.model.eval()
-        visual = self.model.visual
-        transform = image_transform(visual.image_size, uint8=True, resize_mode=visual.resize_mode)
+        transform = transform_of(self.model, uint8=True)
         features = encode_labelled(self.model, self.validation, transform, VALIDATION_BATCH_SIZE, self.device)
         skipped = self.validation.skipped
         if skipped:

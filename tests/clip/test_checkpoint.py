@@ -142,9 +142,12 @@ def test_local_dir_without_a_part(model, tmp_path):
     torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     assert torch.equal(create_model(name).visual.proj, model.visual.proj)
     config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["preprocess_cfg"]["resize_mode"] = "longest"
+    config["preprocess_cfg"]["resize_mode"] = "squash"
     (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="images with resize_mode 'longest', clipfast only with 'shortest'"):
+    assert create_model(name).visual.preprocess_cfg["resize_mode"] == "squash"
+    config["preprocess_cfg"]["resize_mode"] = "stretch"
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="images with resize_mode 'stretch', clipfast only with 'shortest' or"):
         create_model(name)
 
 

@@ -343,5 +343,7 @@ def test_a_pretrained_model_infers(name, tmp_path):
     assert torch.equal(together, again)
     torch.testing.assert_close(together[:1], alone, rtol=1e-4, atol=1e-5)
     assert all(torch.equal(value, before[key]) for key, value in model.named_buffers())
-    with pytest.raises(ValueError, match=f"{name} has no weights of its own: pass the path of a checkpoint"):
+    with pytest.raises(
+        ValueError, match=f"{name} has no weights of its own: pass the path of a checkpoint as pretrained, or a tag"
+    ):
         create_model_from_pretrained(name)

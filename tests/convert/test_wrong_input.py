@@ -302,9 +302,9 @@ def folder_without_config(vit, hf, root):
     return ["folder"], "folder holds weights of OpenCLIP without open_clip_config.json: give the file of the weights"
 
 
-def bilinear_images_for_clipfast(vit, hf, root):
-    edited(hf / "preprocessor_config.json", resample=2)
-    return ["hf"], "hf preprocesses images with interpolation 'bilinear', clipfast only with 'bicubic'"
+def lanczos_for_clipfast(vit, hf, root):
+    edited(hf / "preprocessor_config.json", resample=1)
+    return ["hf"], "hf preprocesses images with interpolation 'lanczos', clipfast only with 'bicubic' or 'bilinear'"
 
 
 def empty_folder(vit, hf, root):
@@ -321,9 +321,7 @@ def folder_of_something_else(vit, hf, root):
 def distributed_checkpoint(vit, hf, root):
     (root / "folder").mkdir()
     (root / "folder" / ".metadata").touch()
-    return [
-        "folder"
-    ], "folder is a checkpoint of torch.distributed.checkpoint, which clipfast does not read; this makes"
+    return ["folder"], "folder/.metadata is refused: it is damaged, or is no list of torch.distributed.checkpoint"
 
 
 def no_such_file(vit, hf, root):
@@ -371,7 +369,7 @@ WRONG = [
     transformers_other_epsilon, transformers_other_channels, transformers_other_end_of_text, transformers_uneven_heads,
     transformers_images_not_normalised, longest_side_for_transformers, transformers_images_cropped_smaller,
     transformers_other_crop, two_activations_in_a_folder, unreadable_config, folder_without_config,
-    bilinear_images_for_clipfast, empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file,
+    lanczos_for_clipfast, empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file,
     something_else, unknown_layout, unknown_model, wrong_ending, destination_exists, folder_exists,
     no_folder_to_write_in,
 ]  # fmt: skip

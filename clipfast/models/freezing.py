@@ -1,0 +1,74 @@
+"""Freezing a tower but for its last parts: OpenCLIP's ``lock_image_tower`` and ``lock_text_tower``."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from .clip import CLIP
+    from .resnet import ModifiedResNet
+    from .vision import VisionTransformer
+
+Group = list[nn.Module | Tensor]
+
+
+def freeze(groups: Sequence[Group], unlocked: int) -> None:
+    """Make all parameters of ``groups`` constant but for those of the last ``unlocked`` groups.
+
+    Raises:
+        ValueError: ``unlocked`` is negative.
+    """
+    if unlocked < 0:
+        raise ValueError(f"the number of groups that stay trainable must not be negative, got {unlocked}")
+    for index, group in enumerate(groups):
+        for part in group:
+            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
+                parameter.requires_grad = index >= len(groups) - unlocked
+
+
+def groups_of_vit(visual: "VisionTransformer") -> list[Group]:
+    """Return the parts of a vision transformer, from the input to the output: embedding, blocks, projection."""
+    embedding: Group = [visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre]
+    return [embedding, *_blocks(visual.transformer.resblocks, visual.ln_post), [visual.proj]]
+
+
+def groups_of_resnet(visual: "ModifiedResNet") -> list[Group]:
+    """Return the parts of a ResNet, from the input to the output: stem, four stages, attention pooling."""
+    stem: Group = [visual.conv1, visual.bn1, visual.conv2, visual.bn2, visual.conv3, visual.bn3]
+    return [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4], [visual.attnpool]]
+
+
+def groups_of_text(model: "CLIP") -> list[Group]:
+    """Return the parts of a text tower, from the input to the output: embedding, blocks, projection if there is one."""
+    tower = getattr(model, "text", model)  # SigLIP's is a module of its own
+    embedding: Group = [tower.token_embedding, tower.positional_embedding]
+    head: list[Group] = [] if tower.text_projection is None else [[tower.text_projection]]
+    return [embedding, *_blocks(tower.transformer.resblocks, tower.ln_final), *head]
+
+
+def _blocks(blocks: nn.ModuleList, norm: nn.Module) -> list[Group]:
+    """Return a group for each block; the norm after the last one belongs to it."""
+    groups: list[Group] = [[block] for block in blocks]
+    groups[-1].append(norm)
+    return groups
+
+
+def freeze_statistics(module: nn.Module, only: Sequence[object] | None = None) -> None:
+    """Replace every BatchNorm in ``module`` by one that always uses the statistics it has.
+
+    Args:
+        module: the module to look through.
+        only: its children to look through; None for all.
+    """
+    from torchvision.ops import FrozenBatchNorm2d
+
+    for name, child in module.named_children():
+        if only is not None and not any(child is part for part in only):
+            continue
+        if isinstance(child, nn.BatchNorm2d):
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+            frozen.load_state_dict(child.state_dict())
+            setattr(module, name, frozen.to(child.weight.device))
+        else:
+            freeze_statistics(child)

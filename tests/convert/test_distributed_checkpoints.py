@@ -1,0 +1,220 @@
+"""Folders of torch.distributed.checkpoint: read without running their pickles, from one process or several."""
+
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from clipfast import CLIP, CheckpointError, convert, create_model, inspect_checkpoint
+from clipfast.ranks import run_ranks
+
+from ..clip.conftest import run_command
+from .conftest import CONFIGS, make_model, same_bits, save_config
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def train_state(model: CLIP) -> dict[str, object]:
+    """The state of a training run after one step, as OpenCLIP's and PyTorch's examples save it."""
+    optimizer = torch.optim.AdamW(model.parameters())
+    sum(parameter.sum() for parameter in model.parameters()).backward()
+    optimizer.step()
+    return {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "epoch": 3, "step": 7}
+
+
+WRAPPED = {
+    "bare": lambda model: model.state_dict(),
+    "in a training state": train_state,
+    "deep": lambda model: {"app": train_state(model) | {"name": "run"}},
+    "compiled": lambda model: {"state_dict": {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}},
+    "with an average": lambda model: {"model": model.state_dict(), "ema": {"m": make_model(model.config).state_dict()}},
+}
+
+
+@pytest.mark.parametrize("wrapped", WRAPPED)
+def test_one_process(wrapped, tmp_path):
+    model = make_model(CONFIGS["ResNet" if wrapped == "bare" else "ViT"])
+    dcp.save(WRAPPED[wrapped](model), checkpoint_id=tmp_path / "dcp")
+    name = save_config(model.config, tmp_path / "small.json")
+    info = convert(tmp_path / "dcp", tmp_path / "out.pt", "clipfast", model=str(name))
+    assert info.image_size == model.config.vision.image_size
+    assert same_bits(create_model(str(tmp_path / "out.pt")).state_dict(), model.state_dict())
+
+
+def test_what_it_says(tmp_path, capsys):
+    model = make_model(CONFIGS["ViT"])
+    dcp.save({"app": train_state(model)}, checkpoint_id=tmp_path / "dcp")
+    info = inspect_checkpoint(tmp_path / "dcp")
+    assert info.layout == "folder of torch.distributed.checkpoint (the model is in 'app.model')"
+    assert (info.epoch, info.step, info.activation) == (3, 7, None)
+    assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert list(info.sha256) == ["__0_0.distcp"]
+    code, _, error = run_command(capsys, "convert", tmp_path / "dcp", tmp_path / "o", "--to", "hf")
+    assert (code, "add --model" in error or "--model" in error) == (2, True)
+
+
+def save_sharded(rank: int, folder: Path) -> None:
+    """Save a model that FSDP2 has cut into shards, and its optimizer."""
+    torch.manual_seed(0)
+    model = make_model(CONFIGS["QuickGELU"])
+    model.logit_scale = torch.nn.Parameter(model.logit_scale.detach()[None])  # FSDP2 takes no scalars
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.transformer.resblocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.AdamW(model.parameters())
+    state = {"model": model.state_dict(), "optim": optimizer.state_dict()}
+    dcp.save({"app": state}, checkpoint_id=folder / "dcp")
+    full = {name: getattr(value, "full_tensor", lambda value=value: value)() for name, value in state["model"].items()}
+    torch.save(full, folder / f"full_{rank}.pt")
+
+
+def test_two_ranks_with_shards(tmp_path):
+    (tmp_path / "ranks").mkdir()
+    run_ranks(save_sharded, 2, tmp_path, folder=tmp_path / "ranks")
+    name = save_config(CONFIGS["QuickGELU"], tmp_path / "small.json")
+    convert(tmp_path / "dcp", tmp_path / "out.pt", "clipfast", model=str(name))
+    assert len(list((tmp_path / "dcp").glob("*.distcp"))) == 2
+    expected = torch.load(tmp_path / "full_0.pt", weights_only=True)
+    expected["logit_scale"] = expected["logit_scale"][0]
+    assert same_bits(create_model(str(tmp_path / "out.pt")).state_dict(), expected)
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    dcp.save(train_state(make_model(CONFIGS["ViT"])), checkpoint_id=tmp_path / "dcp")
+    return tmp_path / "dcp"
+
+
+def metadata_of(folder: Path):
+    return pickle.loads((folder / ".metadata").read_bytes())
+
+
+class Evil:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def code_in_the_list(folder):
+    metadata = metadata_of(folder)
+    metadata.planner_data = Evil(folder.parent / "ran")
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return "is refused: it is damaged, or is no list of torch.distributed.checkpoint .it holds "
+
+
+def code_in_a_shard(folder):
+    metadata = metadata_of(folder)
+    torch.save(Evil(folder.parent / "ran"), folder / "evil.distcp")
+    size = (folder / "evil.distcp").stat().st_size
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == "model.visual.proj")
+    place.relative_path, place.offset, place.length = "evil.distcp", 0, size
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return "model.visual.proj cannot be read: it is an object other than a tensor or a plain value, which"
+
+
+def a_shard_elsewhere(folder):
+    metadata = metadata_of(folder)
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == "model.visual.proj")
+    place.relative_path = f"../{folder.name}/{place.relative_path}"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return r"model.visual.proj cannot be read: it lies in '\.\./dcp/__0_0.distcp' in a form"
+
+
+def a_list_that_is_cut_off(folder):
+    content = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(content[: len(content) // 2])
+    return "is refused: it is damaged"
+
+
+def a_list_of_something_else(folder):
+    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    return "is refused: it is damaged"
+
+
+def a_missing_file(folder):
+    (folder / "__0_0.distcp").unlink()
+    return "is damaged or incomplete: .* cannot be read: .*No such file"
+
+
+def a_file_that_is_cut_off(folder):
+    content = (folder / "__0_0.distcp").read_bytes()
+    (folder / "__0_0.distcp").write_bytes(content[: len(content) // 4])
+    return "is damaged or incomplete: .* cannot be read: "
+
+
+def a_bit_that_has_flipped(folder):
+    place = next(p for i, p in metadata_of(folder).storage_data.items() if i.fqn == "model.visual.proj")
+    path = folder / place.relative_path
+    content = bytearray(path.read_bytes())
+    stream = path.open("rb")
+    stream.seek(place.offset)
+    part = folder.parent / "part.zip"
+    part.write_bytes(stream.read(place.length))
+    with zipfile.ZipFile(part) as archive:
+        data = next(entry for entry in archive.infolist() if entry.filename.endswith("data/0"))
+    content[place.offset + data.header_offset + 200] ^= 1
+    path.write_bytes(content)
+    return "model.visual.proj cannot be read: the checksum of .*data/0 in __0_0.distcp is wrong"
+
+
+def a_shard_that_is_not_listed(folder):
+    metadata = metadata_of(folder)
+    metadata.state_dict_metadata["model.visual.proj"].chunks.clear()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return "model.visual.proj cannot be read: its shards do not make the whole"
+
+
+def a_size_that_is_not_that_of_the_shard(folder):
+    metadata = metadata_of(folder)
+    entry = metadata.state_dict_metadata["model.visual.proj"]
+    entry.size = entry.chunks[0].sizes = torch.Size([10**9, 10**9])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return "model.visual.proj cannot be read: "
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        code_in_the_list, code_in_a_shard, a_shard_elsewhere, a_list_that_is_cut_off, a_list_of_something_else,
+        a_missing_file, a_file_that_is_cut_off, a_bit_that_has_flipped, a_shard_that_is_not_listed,
+        a_size_that_is_not_that_of_the_shard,
+    ],
+    ids=lambda damage: damage.__name__,
+)  # fmt: skip
+def test_damage(damage, folder, tmp_path):
+    message = damage(folder)
+    with pytest.raises(CheckpointError, match=message):
+        convert(folder, tmp_path / "out.pt", "clipfast", activation="gelu")
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_the_code_would_run_elsewhere(folder, tmp_path):
+    """PyTorch's own reader runs what the list says, so that the test above can fail."""
+    code_in_the_list(folder)
+    dcp.load({"model": {}}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"a": torch.zeros(2)}, "must hold one model, and it holds none: no name in it ends in logit_scale"),
+        ({"one": "model", "two": "model"}, r"must hold one model, and it holds several, under 'one.', 'two.'"),
+        ({"model": {"vision_model.x": torch.zeros(2), "logit_scale": torch.zeros(())}}, "weights of a transformers"),
+    ],
+)  # fmt: skip
+def test_other_models(state, message, tmp_path):
+    parts = {key: make_model(CONFIGS["ViT"]).state_dict() if value == "model" else value for key, value in state.items()
+             if not isinstance(value, torch.Tensor)}  # fmt: skip
+    dcp.save(parts or state, checkpoint_id=tmp_path / "dcp")
+    with pytest.raises(CheckpointError, match=message):
+        inspect_checkpoint(tmp_path / "dcp")

@@ -1,0 +1,79 @@
+"""SigLIP from the hub's cache, and OpenCLIP's entry points for it."""
+
+import pytest
+import torch
+from PIL import Image
+
+from clipfast import convert, create_model, create_model_and_transforms, export_open_clip, get_tokenizer
+
+from ..clip.siglip import CONFIGS, inputs, known_to_timm, make_model, save_tokenizer
+from .conftest import same_bits
+from .test_hub import cache, fill, offline
+
+__all__ = ["cache", "offline"]  # fixtures
+
+
+@pytest.fixture(params=["exact", "bare"])
+def kind(request) -> str:
+    return request.param
+
+
+@torch.no_grad()
+def test_a_repository(kind, cache, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    config = CONFIGS[kind]
+    export_open_clip(make_model(config), tmp_path / "made")
+    save_tokenizer(tmp_path / "made")
+    fill(cache, "org/siglip", tmp_path / "made")
+    ours, _, preprocess = create_model_and_transforms("hf-hub:org/siglip", cache_dir=cache)
+    with known_to_timm(config):
+        theirs, _, their_preprocess = open_clip.create_model_and_transforms("hf-hub:org/siglip", cache_dir=str(cache))
+    assert same_bits(ours.state_dict(), theirs.state_dict())
+    pair = inputs(config)
+    for own, other in zip(ours.eval()(*pair), theirs.eval()(*pair), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=1e-6)
+    for own, other in zip(ours.get_logits(*pair), theirs.get_logits(*pair), strict=True):
+        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    image = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
+    torch.testing.assert_close(preprocess(image), their_preprocess(image), rtol=1e-6, atol=1e-6)
+    assert get_tokenizer("hf-hub:org/siglip", cache_dir=cache)(["a red cat"]).shape == (1, config.text.context_length)
+    info = convert("org/siglip", tmp_path / "own.pt", "clipfast")
+    assert (info.resize_mode, info.mean) == ("squash", (0.5, 0.5, 0.5))
+    assert same_bits(create_model(str(tmp_path / "own.pt")).state_dict(), ours.state_dict())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "pure_bf16"])
+def test_precision(precision, kind, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    torch.manual_seed(0)
+    config, folder = CONFIGS[kind], f"local-dir:{tmp_path}"
+    export_open_clip(make_model(config), tmp_path)
+    ours = create_model(folder, precision=precision).eval()
+    with known_to_timm(config):
+        theirs = open_clip.create_model(folder, precision=precision).eval()
+    dtypes = {name: value.dtype for name, value in theirs.state_dict().items()}
+    assert {name: value.dtype for name, value in ours.state_dict().items()} == dtypes
+    images, texts = inputs(config)
+    exact = create_model(folder).eval().double()(images.double(), texts)
+    images = images.to(ours.visual.trunk.projection.weight.dtype)
+    for true, own, other in zip(exact[:2], ours(images, texts), theirs(images, texts), strict=False):
+        errors = [(value.double() - true).square().mean().sqrt().item() for value in (own, other)]
+        assert errors[0] <= 2 * errors[1], errors
+
+
+def test_locking(kind, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    export_open_clip(make_model(CONFIGS[kind]), tmp_path)
+    with known_to_timm(CONFIGS[kind]):
+        theirs = open_clip.create_model(f"local-dir:{tmp_path}")
+    ours = create_model(f"local-dir:{tmp_path}")
+    for model in (theirs, ours):
+        model.lock_image_tower()
+        model.lock_text_tower(unlocked_layers=1)
+    frozen = {name for name, parameter in ours.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, parameter in theirs.named_parameters() if not parameter.requires_grad}
+    with pytest.raises(NotImplementedError, match="locks its image tower as a whole"):
+        ours.lock_image_tower(unlocked_groups=2)
+    with pytest.raises(NotImplementedError, match="no forward_intermediates: build the model with open_clip"):
+        ours.forward_intermediates(torch.zeros(1, 3, 32, 32))
