@@ -2,7 +2,7 @@
 
 from . import kernels
 from .accumulation import accumulate_gradients, largest_micro_batch
-from .adopt import apply_to_open_clip, apply_to_timm, revert
+from .adopt import apply_to_hf, apply_to_open_clip, apply_to_timm, revert
 from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
 from .coca_loss import CoCaLoss
 from .conversion.convert import convert
@@ -47,15 +47,14 @@ from .siglip_loss import SigLipLoss
 from .tokenizer import Tokenizer, tokenize
 
 __all__ = [
-    "CLIP", "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "CheckpointError",
-    "CheckpointInfo", "ClipLoss", "CoCaLoss", "DistillClipLoss", "FileTokenizer", "ImageError", "SigLIP",
-    "SigLipLoss", "Tokenizer",
-    "accumulate_gradients", "add_model_config", "apply_to_open_clip", "apply_to_timm", "attention",
-    "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "build_zero_shot_classifier",
-    "contrastive_loss", "convert", "create_model", "create_model_and_transforms", "create_model_from_pretrained",
-    "export_open_clip", "get_model_config", "get_pretrained_cfg", "get_tokenizer", "image_transform",
-    "info_nce_loss", "inspect_checkpoint", "kernels", "largest_micro_batch", "layer_norm", "layer_norm_pair",
-    "list_models", "list_pretrained", "list_pretrained_models_by_tag", "list_pretrained_tags_by_model",
-    "load_checkpoint", "nt_xent_loss", "open_image", "patch_embed", "recall_at", "report", "retrieval_ranks",
-    "revert", "sigmoid_loss", "text_embed", "tokenize",
+    "CLIP", "CheckpointError", "CheckpointInfo", "ClipLoss", "CoCaLoss", "DistillClipLoss", "FileTokenizer",
+    "IMAGENET_CLASSNAMES", "ImageError", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "SigLIP",
+    "SigLipLoss", "Tokenizer", "accumulate_gradients", "add_model_config", "apply_to_hf", "apply_to_open_clip",
+    "apply_to_timm", "attention", "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu",
+    "build_zero_shot_classifier", "contrastive_loss", "convert", "create_model", "create_model_and_transforms",
+    "create_model_from_pretrained", "export_open_clip", "get_model_config", "get_pretrained_cfg", "get_tokenizer",
+    "image_transform", "info_nce_loss", "inspect_checkpoint", "kernels", "largest_micro_batch", "layer_norm",
+    "layer_norm_pair", "list_models", "list_pretrained", "list_pretrained_models_by_tag",
+    "list_pretrained_tags_by_model", "load_checkpoint", "nt_xent_loss", "open_image", "patch_embed", "recall_at",
+    "report", "retrieval_ranks", "revert", "sigmoid_loss", "text_embed", "tokenize",
 ]  # fmt: skip

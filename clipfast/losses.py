@@ -190,6 +190,11 @@ class ClipLoss(RankLoss):
         return torch.cat(blocks)
 
 
+def mean_over_ranks(value: Tensor) -> Tensor:
+    """Return the mean of a scalar over ranks, from all of which gradients flow back."""
+    return _Mean.apply(value, True)  # type: ignore[no-untyped-call]
+
+
 class _Mean(torch.autograd.Function):
     """Mean of a value over ranks; backward, the gradient flows from the means of all ranks, or from this rank's."""
 

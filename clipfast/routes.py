@@ -27,8 +27,8 @@ def report(model: nn.Module, arch: int | None = None, dtype: torch.dtype = torch
     """Say which kernels a model runs on.
 
     Args:
-        model: of :func:`create_model`, or of another library and given to :func:`apply_to_open_clip` or
-            :func:`apply_to_timm`.
+        model: of :func:`create_model`, or of another library and given to :func:`apply_to_open_clip`,
+            :func:`apply_to_hf` or :func:`apply_to_timm`.
         arch: compute capability of a GPU, such as 90 for sm_90; the default is that of the GPU of the model, of the
             GPU at hand if the model is on none, or 90. Models of other libraries do not use it.
         dtype: dtype of the activations, which under autocast is the autocast dtype; used as ``arch`` is.

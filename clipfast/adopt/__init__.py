@@ -8,6 +8,6 @@ names, so that neither has to be installed.
 
 from .places import revert
 from .report import report_places
-from .walk import apply_to_open_clip, apply_to_timm
+from .walk import apply_to_hf, apply_to_open_clip, apply_to_timm
 
-__all__ = ["apply_to_open_clip", "apply_to_timm", "report_places", "revert"]
+__all__ = ["apply_to_hf", "apply_to_open_clip", "apply_to_timm", "report_places", "revert"]

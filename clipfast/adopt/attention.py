@@ -16,6 +16,7 @@ from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..models.layers import single_query_attention
 from .attention_parts import KIND, drops, normed_attention, project_qkv, too_wide
 from .blocks import Mask
+from .hf_attention import PROPOSALS_OF_HF
 from .places import Proposal, class_name, computes, is_plain
 from .timm_attention import PROPOSALS_OF_TIMM
 
@@ -70,6 +71,7 @@ _PROPOSALS = {
     "open_clip.transformer.Attention": _propose_open_clip,
     "open_clip.modified_resnet.AttentionPool2d": _propose_pool,
     **PROPOSALS_OF_TIMM,
+    **PROPOSALS_OF_HF,
 }
 
 

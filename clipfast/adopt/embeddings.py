@@ -16,7 +16,7 @@ def propose_patch_embed(module: nn.Module) -> Proposal | None:
     """Say what to do with the embedding of images of ``module``; None if it embeds none."""
     kind, name = "patch_embed", class_name(module)
     if name == _VISION and hasattr(module, "_embeds"):  # OpenCLIP < 3 has no such method
-        if not _is_projection(module.conv1):
+        if not is_projection(module.conv1):
             return Proposal(kind, "its convolution is not a projection of square patches without a bias")
         return Proposal(kind, "clipfast.patch_embed", image_tokens, "_embeds")
     if name == "open_clip.modified_resnet.ModifiedResNet":
@@ -26,7 +26,7 @@ def propose_patch_embed(module: nn.Module) -> Proposal | None:
     return None
 
 
-def _is_projection(conv: Any) -> bool:
+def is_projection(conv: Any) -> bool:
     """Return True if ``conv`` is a convolution that does nothing but project square patches."""
     if not is_plain(conv, nn.Conv2d) or conv.bias is not None or conv.groups != 1 or conv.padding not in ((0, 0), 0):
         return False
@@ -60,7 +60,7 @@ def image_tokens(tower: Any, images: Tensor) -> Tensor:
 
 def _grid(tower: Any, images: Tensor) -> tuple[int, int] | None:
     """Return the rows and columns of patches; None if our op does not take ``images``."""
-    if images.ndim != 4 or not _is_projection(tower.conv1) or not computes(images):
+    if images.ndim != 4 or not is_projection(tower.conv1) or not computes(images):
         return None
     is_bytes = images.dtype == torch.uint8
     if is_bytes and not (hasattr(tower, "image_mean") and hasattr(tower, "image_std")):

@@ -1,4 +1,4 @@
-"""The multilayer perceptrons of OpenCLIP and timm: on a GPU, the activation adds the bias of the layer before it.
+"""The multilayer perceptrons of all libraries: on a GPU, the activation adds the bias of the layer before it.
 
 On a CPU that would cost one pass more, since PyTorch's linear layer adds the bias at no cost: there they run as before.
 """
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..kernels import bias_gelu, bias_quick_gelu
 from ..kernels.launch import triton_runs_on
+from .hf_parts import hf_part
 from .places import Proposal, class_name, computes, is_plain
 
 KIND = "activations"
@@ -19,18 +20,22 @@ _OPS = {
     "timm.layers.activations.QuickGELU": bias_quick_gelu,
     "open_clip.transformer.QuickGELU": bias_quick_gelu,
     "open_clip.layers.QuickGELU": bias_quick_gelu,
+    "transformers.activations.GELUActivation": bias_gelu,
+    "transformers.activations.QuickGELUActivation": bias_quick_gelu,
 }
-_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations")
+_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
 _LAYERS = (["c_fc", "gelu", "c_proj"], ["c_fc", "gelu", "ln", "c_proj"])
 
 
 def propose_mlp(module: nn.Module) -> Proposal | None:
-    """Say what to do with ``module``; None if it is no multilayer perceptron of OpenCLIP or timm."""
+    """Say what to do with ``module``; None if it is no multilayer perceptron that we know."""
     if type(module) is nn.Sequential and list(module._modules) in _LAYERS:
         return _propose(module.c_fc, module.gelu, open_clip_mlp)
     name = class_name(module)
     if name == "timm.layers.mlp.Mlp":
         return _propose(module.fc1, module.act, timm_mlp)
+    if hf_part(module)[1] == "MLP":
+        return _propose(module.fc1, module.activation_fn, hf_mlp)
     if name.startswith("timm.layers.mlp."):
         return Proposal(KIND, f"{type(module).__name__} is not one of the perceptrons that are known")
     return None
@@ -82,6 +87,11 @@ def timm_mlp(module: Any, x: Tensor) -> Tensor:
     """Compute ``timm.layers.Mlp``: [..., C] -> [..., out_features]."""
     x = module.drop1(_linear_activation(module.fc1, module.act, x))
     return module.drop2(module.fc2(module.norm(x)))
+
+
+def hf_mlp(module: Any, hidden_states: Tensor) -> Tensor:
+    """Compute the ``MLP`` of a block of transformers' CLIP or SigLIP: [..., E] -> [..., E]."""
+    return module.fc2(_linear_activation(module.fc1, module.activation_fn, hidden_states))
 
 
 def _linear_activation(linear: Any, act: nn.Module, x: Tensor) -> Tensor:

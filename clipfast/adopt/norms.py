@@ -1,4 +1,4 @@
-"""The layer norms of PyTorch, OpenCLIP and timm on our layer norm."""
+"""The layer norms of PyTorch (which transformers uses), OpenCLIP and timm on our layer norm."""
 
 from typing import Any
 

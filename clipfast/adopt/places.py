@@ -8,6 +8,7 @@ that whatever is moved, loaded, locked or wrapped later counts.
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ class Replacement:
     Args:
         function: a function of a module of this package; its first argument is the module.
         module: the module whose method it replaces.
+        method: the name of that method.
         owner: the module that holds the mask of ``module``'s attention. ``function`` gets it as the argument ``owner``.
         options: switches that ``function`` gets besides.
     """
@@ -35,10 +37,12 @@ class Replacement:
         self,
         function: Callable[..., Any],
         module: nn.Module,
+        method: str = "forward",
         owner: nn.Module | None = None,
         options: Mapping[str, bool] | None = None,
     ) -> None:
-        self.function, self.module, self.owner, self.options = function, module, owner, dict(options or {})
+        self.function, self.module, self.method, self.owner = function, module, method, owner
+        self.options = dict(options or {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what ``function`` returns."""
@@ -49,7 +53,13 @@ class Replacement:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
         # The owner is outside the module. If only the module is copied, the copy keeps the owner that it has.
         owner = memo.get(id(self.owner), self.owner)
-        return Replacement(self.function, copy.deepcopy(self.module, memo), owner, self.options)
+        return Replacement(self.function, copy.deepcopy(self.module, memo), self.method, owner, self.options)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        # transformers' Trainer drops every column of the data that the model's forward has no argument for.
+        signature = inspect.signature(getattr(type(self.module), self.method))
+        return signature.replace(parameters=list(signature.parameters.values())[1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,12 +105,12 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
     elif there is not None:
         return Place(name, kind, None, f"something else has replaced its {method}")
     else:
-        module.__dict__[method] = Replacement(proposal.function, module, proposal.owner, options)
+        module.__dict__[method] = Replacement(proposal.function, module, method, proposal.owner, options)
     return Place(name, kind, method, proposal.text)
 
 
 def revert(model: nn.Module) -> nn.Module:
-    """Take back everything that ``apply_to_open_clip`` and ``apply_to_timm`` did to ``model``.
+    """Take back everything that ``apply_to_open_clip``, ``apply_to_hf`` and ``apply_to_timm`` did to ``model``.
 
     Afterwards every module has the attributes and methods that it had before; weights are what training has made of
     them. A part of a model, a copy and an unpickled model can be reverted too, and a model to which nothing was applied

@@ -14,7 +14,7 @@ def report_places(model: nn.Module) -> str:
     """Tabulate what each place of a model of another library runs on, or why it was left alone.
 
     Args:
-        model: to which ``apply_to_open_clip`` or ``apply_to_timm`` was applied.
+        model: to which ``apply_to_open_clip``, ``apply_to_hf`` or ``apply_to_timm`` was applied.
 
     Returns:
         A line for each kind of place: its name, with ``*`` for the number of a block, how many there are, what they

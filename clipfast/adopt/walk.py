@@ -1,4 +1,4 @@
-"""The walk through a model of OpenCLIP or timm that puts our ops to each place where they fit."""
+"""The walk through a model of OpenCLIP, transformers or timm that puts our ops to each place where they fit."""
 
 from collections.abc import Iterator, Mapping
 
@@ -7,6 +7,10 @@ from torch import nn
 from .attention import propose_attention
 from .blocks import find_masks, propose_block
 from .embeddings import propose_patch_embed
+from .hf_attention import find_hf_inside, propose_hf_encoder
+from .hf_blocks import propose_hf_layer
+from .hf_embeddings import propose_hf_embeddings
+from .hf_model import propose_hf_model
 from .mlps import find_inside, propose_activation, propose_mlp
 from .norms import propose_norm
 from .places import RECORD, Proposal, carry_out, check_module, class_name, revert
@@ -76,6 +80,51 @@ def apply_to_timm(model: nn.Module, attention: bool = True, norms: bool = True, 
     return _apply("apply_to_timm", model, "timm", flags)
 
 
+def apply_to_hf(
+    model: nn.Module,
+    attention: bool = True,
+    norms: bool = True,
+    activations: bool = True,
+    patch_embed: bool = True,
+    text_embed: bool = True,
+    pooled_last_block: bool = True,
+    loss: bool = True,
+) -> nn.Module:
+    """Let a model of transformers run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
+
+    Args:
+        model: ``CLIPModel``, ``SiglipModel``, ``Siglip2Model``, a tower of one, or any module that contains one. In
+            other models of transformers only their layer norms can be computed.
+        attention: self-attention where the configuration asks for "sdpa" (the default) or "flash_attention_2" or 3,
+            without a mask, with the causal mask of CLIP's texts, and with padding at the end; and SigLIP's attention
+            pooling of images. A call that asks for weights, another mask and dropout run as before.
+        norms: layer norms, each in one pass with the addition before it where there is one.
+        activations: GELU and QuickGELU in one pass with the bias before them, on GPUs; not GELU by tanh.
+        patch_embed: patches to tokens in one pass, in CLIP's towers.
+        text_embed: tokens plus positions in one pass.
+        pooled_last_block: in training with ``return_loss=True``, the last block of a tower of which one row is read
+            computes only that row. The output of that tower then has no ``last_hidden_state``, unless the call or the
+            configuration asks for hidden states or for attention weights, or for tuples. This needs ``attention`` and
+            ``loss``.
+        loss: in training, ``return_loss=True`` gives the loss of the pairs of all ranks of ``torch.distributed``, where
+            transformers' has the negatives of its own rank only. It is the same value on all ranks, and the mean over
+            ranks that ``DistributedDataParallel`` takes is its gradient. There are no logits then, unless the call says
+            ``return_logits=True`` or asks for tuples. In evaluation mode all results are those of before.
+
+    Returns:
+        ``model`` itself.
+
+    Raises:
+        TypeError: ``model`` is not a module, or a switch is not a bool.
+        ValueError: nothing in ``model`` is of transformers.
+    """
+    flags = {
+        "attention": attention, "norms": norms, "activations": activations, "patch_embed": patch_embed,
+        "text_embed": text_embed, "loss": loss, "pooled_last_block": pooled_last_block,
+    }  # fmt: skip
+    return _apply("apply_to_hf", model, "transformers", flags)
+
+
 def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bool]) -> nn.Module:
     check_module(function, model)
     for name, value in flags.items():
@@ -97,11 +146,13 @@ def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str
 
     What can be done with a tower depends on what has been done with its parts.
     """
-    masks, inside = find_masks(model), find_inside(model)
+    masks, inside = find_masks(model), find_inside(model) | find_hf_inside(model)
     for name, module in model.named_modules():
         found = (
-            propose_attention(module, masks.get(id(module))),
+            None if id(module) in inside else propose_attention(module, masks.get(id(module))),
             propose_block(module, masks.get(id(module)), flags["attention"], flags["norms"]),
+            propose_hf_encoder(module),
+            propose_hf_layer(module),
             propose_norm(module),
             propose_mlp(module),
             propose_activation(module, inside),
@@ -109,11 +160,12 @@ def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str
         for proposal in filter(None, found):
             yield name, module, proposal
     for name, module in model.named_modules():
-        for proposal in _propose_tower(module):
+        for proposal in _propose_tower(module) if id(module) not in inside else ():
             yield name, module, proposal
 
 
 def _propose_tower(module: nn.Module) -> Iterator[Proposal]:
     """Yield what can be done with the way of images and texts through a tower."""
-    yield from filter(None, (propose_patch_embed(module), propose_image_tower(module)))
+    yield from filter(None, (propose_patch_embed(module), propose_image_tower(module), propose_hf_embeddings(module)))
     yield from propose_text_tower(module)
+    yield from propose_hf_model(module)
