@@ -48,7 +48,9 @@ def image_tokens(module: Any, pixel_values: Tensor, interpolate_pos_encoding: bo
 def _is_whole(module: Any, images: Tensor) -> bool:
     """Return True if our op takes ``images`` and the weights."""
     conv, positions, size = module.patch_embedding, module.position_embedding, module.image_size
-    if not is_projection(conv) or not is_table(positions) or not computes(images) or not images.is_floating_point():
+    if not isinstance(images, Tensor) or not images.is_floating_point() or not computes(images):
+        return False
+    if not is_projection(conv) or not is_table(positions):
         return False
     is_same = conv.weight.dtype == module.class_embedding.dtype == positions.weight.dtype
     is_fitting = images.ndim == 4 and images.shape[1:] == (conv.in_channels, size, size)

@@ -1,0 +1,197 @@
+"""transformers' CLIP, SigLIP and SigLIP 2, patched and unpatched, compute the same."""
+
+from unittest import mock
+
+import pytest
+import torch
+
+import clipfast
+from clipfast.adopt import hf_attention, hf_blocks
+
+from . import hf_models
+
+PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block", "loss"]
+LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
+PADDINGS = [None, "nowhere", "end", "start", "middle"]
+
+
+@pytest.fixture(autouse=True)
+def library() -> None:
+    pytest.importorskip("transformers")
+
+
+def lines(model: torch.nn.Module, part: str) -> list[str]:
+    """The lines of the report on one part."""
+    return [line for line in clipfast.report(model).splitlines() if line.split()[2] == part]
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=["float64", "float32"])
+@pytest.mark.parametrize("name", hf_models.PAIRS)
+def test_pairs(name, dtype):
+    model, patched = hf_models.patched_pair(name, dtype)
+    for padding in PADDINGS:
+        given = hf_models.inputs(model, padding)
+        hf_models.assert_equal(model, patched, given, LIMITS[dtype])
+        hf_models.assert_equal(model, patched, given, LIMITS[dtype], loss_only=True, return_loss=True)
+
+
+@pytest.mark.parametrize("dtype", LIMITS, ids=["float64", "float32"])
+@pytest.mark.parametrize("name", hf_models.TOWERS)
+def test_towers(name, dtype):
+    model, patched = hf_models.patched_pair(name, dtype)
+    for padding in PADDINGS:
+        hf_models.assert_equal(model, patched, hf_models.inputs(model, padding), LIMITS[dtype])
+    assert all("as before: every row of its last block is" in line for line in lines(patched, "pooled_last_block"))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+def test_one_pair_and_short_texts(name):
+    model, patched = hf_models.patched_pair(name)
+    for padding in ("end", None):
+        given = hf_models.inputs(model, padding, batch=1)
+        short = {key: x[:, :4] if key in ("input_ids", "attention_mask") else x for key, x in given.items()}
+        for each in (given, short):
+            hf_models.assert_equal(model, patched, each)
+            ours, theirs = (hf_models.results(one, each, loss_only=True, return_loss=True) for one in (patched, model))
+            assert ours.keys() == theirs.keys()  # the contrastive loss of one pair is zero, and so are its gradients
+            assert all(torch.allclose(ours[key], theirs[key], rtol=1e-10, atol=1e-12) for key in theirs)
+
+
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_one_part_alone(name, part):
+    needed = {"pooled_last_block": {"attention", "loss", "pooled_last_block"}}.get(part, {part})
+    model, patched = hf_models.patched_pair(name, **{other: other in needed for other in PARTS})
+    given = hf_models.inputs(model, "end")
+    hf_models.assert_equal(model, patched, given)
+    hf_models.assert_equal(model, patched, given, loss_only=True, return_loss=True)
+    for other in PARTS:
+        assert all((f"{other}=False" in line) != (other in needed) for line in lines(patched, other))
+
+
+def called(model: torch.nn.Module, given: dict, **options: object) -> tuple[int, int]:
+    """How often attention of all rows, and of one row, ran on our kernels."""
+    with (
+        mock.patch.object(hf_attention, "attention_qkv", wraps=hf_attention.attention_qkv) as whole,
+        mock.patch.object(hf_blocks, "single_query_attention", wraps=hf_blocks.single_query_attention) as row,
+    ):
+        model(**given, **options)
+    return whole.call_count, row.call_count
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+def test_what_runs_on_ours(name):
+    """Two blocks for images and two for texts, of which the last may compute one row."""
+    _, patched = hf_models.patched_pair(name)
+    for padding in (None, "nowhere", "end"):
+        given = hf_models.inputs(patched, padding)
+        assert called(patched, given) == (4, 0)
+        assert called(patched, given, return_loss=True) == ((2, 2) if name == "clip" else (3, 1))
+    for padding in ("start", "middle"):
+        given = hf_models.inputs(patched, padding)
+        assert called(patched, given) == (2, 0)
+        assert called(patched, given, return_loss=True) == ((1, 1) if name == "clip" else (2, 0))
+    patched.eval()
+    assert called(patched, hf_models.inputs(patched), return_loss=True) == (4, 0)
+
+
+def test_a_call_for_rows_gets_them():
+    model, patched = hf_models.patched_pair("clip")
+    given = hf_models.inputs(model, "end")
+    assert patched(**given, return_loss=True).text_model_output.last_hidden_state is None
+    for options in ({"output_hidden_states": True}, {"return_dict": False}, {"interpolate_pos_encoding": True}):
+        ours, theirs = (hf_models.flat(each(**given, return_loss=True, **options)) for each in (patched, model))
+        wanted = [key for key in theirs if "logits" not in key and not key.startswith(".vision")]
+        for key in theirs if "return_dict" in options else wanted if "output_hidden_states" in options else [".loss"]:
+            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-10)
+    patched.text_model.config.output_hidden_states = model.text_model.config.output_hidden_states = True
+    ours, theirs = (each(**given, return_loss=True).text_model_output for each in (patched, model))
+    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=0, atol=1e-10)
+    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_intermediate_results(name, implementation):
+    model = hf_models.make(name, implementation).double().eval()
+    patched = clipfast.apply_to_hf(hf_models.make(name, implementation).double().eval())
+    given = hf_models.inputs(model, "end")
+    for options in ({"output_attentions": True, "output_hidden_states": True}, {"return_dict": False}):
+        ours, theirs = (hf_models.flat(each(**given, return_loss=True, **options)) for each in (patched, model))
+        assert ours.keys() == theirs.keys()
+        for key, x in theirs.items():
+            torch.testing.assert_close(ours[key], x, rtol=0, atol=1e-10, msg=key)
+    is_theirs = ["asks for 'eager' attention" in line for line in lines(patched, "attention") if ".self_attn" in line]
+    assert is_theirs
+    assert all(is_theirs) == (implementation == "eager")
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_another_implementation_later(name):
+    model, patched = hf_models.patched_pair(name)
+    given = hf_models.inputs(model, "end")
+    for each in (model, patched):
+        each.set_attn_implementation("eager")
+    assert called(patched, given) == (0, 0)
+    hf_models.assert_equal(model, patched, given)
+    hf_models.assert_equal(model, patched, given, loss_only=True, return_loss=True)
+    assert all("as before" in line for line in lines(patched, "attention") if "self_attn" in line)
+    patched.set_attn_implementation("sdpa")
+    assert called(patched, given) == (4, 0)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_other_arguments(name):
+    model, patched = hf_models.patched_pair(name)
+    given = hf_models.inputs(model)
+    length = given["input_ids"].shape[1]
+    side = given["pixel_values"].shape[-1]
+    wide = {**given, "pixel_values": torch.randn(3, 3, 2 * side, side, dtype=torch.float64)}
+    for each, options in (
+        (given, {"position_ids": torch.arange(length).flip(0)[None]}),
+        (given, {"attention_mask": torch.ones(3, 1, length, length, dtype=torch.bool).tril(1)}),
+        (wide, {"interpolate_pos_encoding": True}),
+        (given, {"interpolate_pos_encoding": True}),
+    ):
+        hf_models.assert_equal(model, patched, each, **options)
+        hf_models.assert_equal(model, patched, each, loss_only=True, return_loss=True, **options)
+
+
+@pytest.mark.parametrize("change", [
+    {"pixel_values": torch.randn(3, 3, 25, 24, dtype=torch.float64)}, {"input_ids": None}, {"pixel_values": None},
+    {"input_ids": torch.ones(3, 14, dtype=torch.int64)}, {"pixel_values": torch.ones(3, 3, 23, 23)},
+])  # fmt: skip
+@pytest.mark.parametrize("return_loss", [True, False])
+def test_errors_are_theirs(change, return_loss):
+    model, patched = hf_models.patched_pair("clip")
+    messages = []
+    for each in (model, patched):
+        with pytest.raises((ValueError, AttributeError, TypeError)) as error:
+            each(**{**hf_models.inputs(model), **change}, return_loss=return_loss)
+        messages.append((error.type, str(error.value)))
+    assert messages[0] == messages[1]
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16", "float16"])
+def test_sixteen_bits(name, mode):
+    """Both are as near to float64, and dtypes are the same."""
+    dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)
+    model, patched = hf_models.patched_pair(name, dtype)
+    exact = hf_models.make(name).double()
+    exact.load_state_dict(model.state_dict())
+    for padding in (None, "end"):
+        given = hf_models.inputs(model, padding)
+        wide = {key: x.double() if x.is_floating_point() else x for key, x in given.items()}
+        truth = hf_models.flat(exact(**wide))
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+            ours, theirs = (hf_models.flat(each(**given)) for each in (patched, model))
+        for key, x in theirs.items():
+            assert ours[key].dtype == x.dtype, key
+            errors = [float((each[key].double() - truth[key]).abs().max()) for each in (ours, theirs)]
+            assert errors[0] <= 2 * errors[1] + 1e-6, key
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mode == "autocast"):
+            losses = [each(**given, return_loss=True).loss for each in (patched, model)]
+        torch.testing.assert_close(losses[0].double(), losses[1].double(), rtol=0.05, atol=0.05)
+        losses[0].backward()
+        assert all(p.grad is None or torch.isfinite(p.grad).all() for p in patched.parameters())
