@@ -37,7 +37,9 @@ def is_projection(conv: Any) -> bool:
 def is_table(table: Any) -> bool:
     """Return True if ``table`` is an embedding that does nothing but look up."""
     options = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
-    return is_plain(table, nn.Embedding) and not any(getattr(table, name) not in (None, False) for name in options)
+    values = [getattr(table, name, None) for name in options]
+    # A padding_idx of 0 equals False, and asks for something.
+    return is_plain(table, nn.Embedding) and all(value is None or value is False for value in values)
 
 
 def image_tokens(tower: Any, images: Tensor) -> Tensor:

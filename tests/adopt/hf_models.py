@@ -147,8 +147,10 @@ def flat(output: object, name: str = "") -> dict[str, torch.Tensor]:
 def packed(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The biases of queries, keys and values in one tensor: the gradient of that of keys is rounding error."""
     for name in [name for name in gradients if name.endswith("k_proj.bias")]:
-        biases = [gradients.pop(name.replace("k_proj", f"{each}_proj")) for each in "qkv"]
-        gradients[name.replace("k_proj", "qkv")] = torch.cat(biases)
+        names = [name.replace("k_proj", f"{each}_proj") for each in "qkv"]
+        gradients[name.replace("k_proj", "qkv")] = torch.cat(
+            [gradients.pop(each) for each in names if each in gradients]
+        )
     return gradients
 
 
