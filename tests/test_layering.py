@@ -16,8 +16,8 @@ ROOT = Path(__file__).parent.parent
 # What pyproject.toml's extras install, what only some tests compare with, and what a machine that was made for PyTorch
 # and Triton lacks.
 OPTIONAL = [
-    "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml", "safetensors",
-    "timm", "tokenizers", "torchvision", "tqdm", "transformers", "ttsem", "wcwidth", "webdataset", "yaml",
+    "accelerate", "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml",
+    "safetensors", "timm", "tokenizers", "torchvision", "tqdm", "transformers", "ttsem", "wcwidth", "webdataset", "yaml",
 ]  # fmt: skip
 # From the lowest layer up: the folder, and the name that its modules are imported by.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench", "tests": "tests"}

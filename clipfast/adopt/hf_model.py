@@ -15,7 +15,7 @@ from torch import Tensor
 from .hf_loss import loss_of_all_ranks
 from .hf_parts import OTHER_VERSION, has_known_arguments, hf_base_part, hf_part
 from .hf_towers import pooled_image, pooled_text, why_not_pooled
-from .places import Proposal, runs_ours
+from .places import Proposal, reaches_ours
 
 ROW = "pooled_last_block"
 _WHEN = "in training with return_loss=True"
@@ -24,7 +24,7 @@ _WHEN = "in training with return_loss=True"
 def propose_hf_model(module: Any) -> Iterator[Proposal]:
     """Yield what to do with the loss of a whole model and with the last blocks of its towers, or of a tower alone."""
     family, part = hf_part(module)
-    if hf_base_part(module)[1] == "Model" and part != "Model" and not runs_ours(module):
+    if hf_base_part(module)[1] == "Model" and part != "Model" and not reaches_ours(module):
         yield from (Proposal(kind, f"{type(module).__name__} is a class of its own") for kind in ("loss", ROW))
     elif part == "Model" and not has_known_arguments(module):
         yield from (Proposal(kind, OTHER_VERSION) for kind in ("loss", ROW))
@@ -38,7 +38,7 @@ def propose_hf_model(module: Any) -> Iterator[Proposal]:
 
 
 def _propose_rows(model: Any, function: Any) -> Proposal:
-    if not runs_ours(model):
+    if not reaches_ours(model):
         return Proposal(ROW, "every row is returned if the loss is theirs")
     refusals = {name: why_not_pooled(getattr(model, name)) for name in ("vision_model", "text_model")}
     towers = " and ".join(name for name, refusal in refusals.items() if not refusal)

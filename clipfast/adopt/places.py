@@ -9,6 +9,7 @@ that whatever is moved, loaded, locked or wrapped later counts.
 import copy
 import dataclasses
 import inspect
+import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -43,9 +44,14 @@ class Replacement:
     ) -> None:
         self.function, self.module, self.method, self.owner = function, module, method, owner
         self.options = dict(options or {})
+        self.is_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what ``function`` returns."""
+        """Return what ``function`` returns, or the class's own method after ``revert``."""
+        if args and args[0] is self.module:  # accelerate takes it for a function, and binds it when it unwraps a model
+            args = args[1:]
+        if self.is_off:
+            return self.original(*args, **kwargs)
         if self.owner is None:
             return self.function(self.module, *args, **kwargs, **self.options)
         return self.function(self.module, *args, owner=self.owner, **kwargs, **self.options)
@@ -56,10 +62,14 @@ class Replacement:
         return Replacement(self.function, copy.deepcopy(self.module, memo), self.method, owner, self.options)
 
     @property
+    def original(self) -> Callable[..., Any]:
+        """The method of the class."""
+        return getattr(type(self.module), self.method).__get__(self.module)
+
+    @property
     def __signature__(self) -> inspect.Signature:
         # transformers' Trainer drops every column of the data that the model's forward has no argument for.
-        signature = inspect.signature(getattr(type(self.module), self.method))
-        return signature.replace(parameters=list(signature.parameters.values())[1:])
+        return inspect.signature(self.original)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +108,11 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
         return Place(name, kind, None, f"{kind}=False")
     if proposal.function is None:
         return Place(name, kind, None, proposal.text)
-    there = module.__dict__.get(method)
+    there = _unwrapped(module.__dict__.get(method))
     options = {proposal.option: True} if proposal.option else {}
-    if isinstance(there, Replacement) and there.function is proposal.function:
+    if isinstance(there, Replacement) and there.is_off:  # in a wrapper that has outlived ``revert``
+        there.function, there.options, there.is_off = proposal.function, options, False
+    elif isinstance(there, Replacement) and there.function is proposal.function:
         there.options.update(options)
     elif there is not None:
         return Place(name, kind, None, f"something else has replaced its {method}")
@@ -128,8 +140,14 @@ def revert(model: nn.Module) -> nn.Module:
     check_module("revert", model)
     for module in model.modules():
         state = module.__dict__
-        for method in [key for key, value in state.items() if isinstance(value, Replacement)]:
-            del state[method]
+        for name, value in list(state.items()):
+            replacement = _unwrapped(value)
+            if not isinstance(replacement, Replacement):
+                continue
+            # Whoever has wrapped it, or has put it aside as accelerate does, keeps it, and gets the original by it.
+            replacement.is_off = True
+            if value is replacement and name == replacement.method:
+                del state[name]
         for key in (RECORD, SEEN):
             state.pop(key, None)
     return model
@@ -149,6 +167,18 @@ def class_name(module: nn.Module) -> str:
 def runs_ours(module: nn.Module, method: str = "forward") -> bool:
     """Return True if a method of ``module`` is replaced by ours."""
     return isinstance(module.__dict__.get(method), Replacement)
+
+
+def reaches_ours(module: nn.Module, method: str = "forward") -> bool:
+    """Return True if a method of ``module`` is replaced by ours, or by a wrapper of ours such as accelerate's."""
+    return isinstance(_unwrapped(module.__dict__.get(method)), Replacement)
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return what is inside of wrappers that say what they wrap, and of bound methods."""
+    while isinstance(value, types.MethodType) or (callable(value) and hasattr(value, "__wrapped__")):
+        value = value.__func__ if isinstance(value, types.MethodType) else value.__wrapped__
+    return value
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .places import RECORD, Place, Proposal, Replacement, check_module, runs_ours
+from .places import RECORD, Place, Proposal, Replacement, check_module, reaches_ours
 from .walk import proposals
 
 
@@ -30,7 +30,7 @@ def report_places(model: nn.Module) -> str:
             (_place(name), "replaced", value.function.__name__)
             for name, module in model.named_modules()
             for value in module.__dict__.values()
-            if isinstance(value, Replacement)
+            if isinstance(value, Replacement) and not value.is_off
         ]
     if not lines:
         return "nothing of this model runs on clipfast: see clipfast.apply_to_open_clip and clipfast.apply_to_timm"
@@ -73,7 +73,7 @@ def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None)
     if module is None:
         return "as before: the module is gone"
     module = getattr(module, "base_layer", module)  # peft wraps a layer, and calls it
-    if not runs_ours(module, place.method):
+    if not reaches_ours(module, place.method):
         return f"as before: something else took the place of the module or its {place.method}"
     if proposal is not None and proposal.function is None:
         return f"as before: {proposal.text}"

@@ -198,6 +198,29 @@ def test_the_signature_is_that_of_the_original():
     assert "pixel_values" in before[""].parameters
 
 
+@pytest.mark.parametrize("keeps", [True, False])
+def test_wrapped_by_accelerate(keeps):
+    accelerate = pytest.importorskip("accelerate")
+    model, patched = hf_models.patched_pair("clip", torch.float32)
+    given, report = hf_models.inputs(model, "end"), clipfast.report(patched)
+    try:
+        accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+        theirs, ours = (accelerator.prepare_model(each) for each in (model, patched))
+        assert ours(**given, return_loss=True).logits_per_text is None
+        theirs, ours = (accelerator.unwrap_model(each, keep_fp32_wrapper=keeps) for each in (theirs, ours))
+        for _ in range(2):
+            assert ours(**given, return_loss=True).logits_per_text is None
+            assert clipfast.report(ours) == report
+            assert ours is clipfast.revert(ours)
+            assert "nothing of this model runs on clipfast" in clipfast.report(ours)
+            outputs = [hf_models.flat(each(**given, return_loss=True)) for each in (ours, theirs)]
+            assert outputs[0].keys() == outputs[1].keys()
+            assert all(torch.equal(outputs[0][key], x) for key, x in outputs[1].items())
+            clipfast.apply_to_hf(ours)
+    finally:
+        accelerate.state.AcceleratorState._reset_state(reset_partial_state=True)
+
+
 LORA = {
     "clip": ["q_proj", "v_proj", "fc1", "out_proj", "visual_projection"],
     "siglip": ["k_proj", "v_proj", "fc2"],

@@ -1,0 +1,213 @@
+"""The loss of transformers' models: its values, its outputs, several ranks, and the Trainer."""
+
+import os
+import socket
+
+import pytest
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+import clipfast
+from clipfast.ranks import run_ranks
+
+from . import hf_models
+
+NAMES = ["clip", "siglip", "siglip2"]
+
+
+@pytest.fixture(autouse=True)
+def library() -> None:
+    pytest.importorskip("transformers")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_outputs(name):
+    model, patched = hf_models.patched_pair(name)
+    given = hf_models.inputs(model, "end")
+    theirs = hf_models.flat(model(**given, return_loss=True))
+    lean = patched(**given, return_loss=True)
+    assert type(lean) is type(model(**given))
+    assert lean.logits_per_image is None
+    assert lean.logits_per_text is None
+    for output in (
+        patched(**given, return_loss=True, return_logits=True),
+        patched(given["input_ids"], **{key: x for key, x in given.items() if key != "input_ids"}, return_loss=True),
+    ):
+        for key, x in hf_models.flat(output).items():
+            torch.testing.assert_close(x, theirs[key], rtol=1e-10, atol=1e-10, msg=key)
+    assert patched(**given, return_loss=True, return_logits=True).logits_per_image.shape == (3, 3)
+    tuples = [each(**given, return_loss=True, return_dict=False) for each in (patched, model)]
+    torch.testing.assert_close(tuples[0][:5], tuples[1][:5], rtol=1e-10, atol=1e-10)
+    # an argument that transformers does not know does not disturb it
+    model(**given, return_loss=True, return_logits=True)
+    for each in (patched, model):
+        each.eval()
+    ours, theirs = (hf_models.flat(each(**given, return_loss=True)) for each in (patched, model))
+    assert ours.keys() == theirs.keys()
+    for key, x in theirs.items():
+        torch.testing.assert_close(ours[key], x, rtol=1e-10, atol=1e-10, msg=key)
+    assert patched.train()(**given).loss is None
+
+
+def test_two_parts_of_one_report():
+    def lines(**flags: bool) -> dict[str, str]:
+        rows = clipfast.report(hf_models.patched_pair("siglip", **flags)[1]).splitlines()
+        return {row.split()[2]: row.split(maxsplit=3)[3] for row in rows if row.startswith("(model)")}
+
+    assert lines()["loss"] == "clipfast.sigmoid_loss over all ranks, without logits, in training with return_loss=True"
+    assert lines()["pooled_last_block"].startswith("one row of text_model, by clipfast.attention_pool, in training")
+    assert lines()["pooled_last_block"].endswith("vision_model: its attention pooling reads every row")
+    assert lines(loss=False)["pooled_last_block"] == "as before: every row is returned if the loss is theirs"
+    assert "text_model: its attention is not ours" in lines(attention=False)["pooled_last_block"]
+
+
+def part(given: dict[str, torch.Tensor], rank: int, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The rows of a rank."""
+    first = sum(sizes[:rank])
+    return {key: x[first : first + sizes[rank]] for key, x in given.items()}
+
+
+def step_of_rank(rank: int, name: str, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    """The loss on a rank, and the gradients after DistributedDataParallel's mean."""
+    model = clipfast.apply_to_hf(hf_models.make(name).double())
+    given = hf_models.inputs(model, "end", batch=sum(sizes))
+    wrapped = DistributedDataParallel(model)
+    losses = []
+    for _ in range(2):  # the second call fails if a parameter had no gradient in the first
+        model.zero_grad()
+        loss = wrapped(**part(given, rank, sizes), return_loss=True).loss
+        loss.backward()
+        losses.append(loss.detach())
+    model.eval()
+    if rank == 0:  # one rank may evaluate alone
+        model(**part(given, rank, sizes), return_loss=True)
+    return {
+        "losses": torch.stack(losses),
+        **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes"), [("clip", (4, 4)), ("clip", (5, 2)), ("siglip", (3, 3, 3)), ("siglip2", (4, 4))]
+)
+def test_several_ranks_have_the_loss_of_the_whole_batch(name, sizes, tmp_path):
+    model = hf_models.make(name).double()
+    given = hf_models.inputs(model, "end", batch=sum(sizes))
+    loss = model(**given, return_loss=True).loss  # theirs, of the whole batch in one process
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    largest = max(float(x.abs().max()) for x in gradients.values())
+    for found in run_ranks(step_of_rank, len(sizes), name, sizes, folder=tmp_path):
+        torch.testing.assert_close(found.pop("losses"), loss.detach().expand(2), rtol=1e-12, atol=0)
+        assert found.keys() == gradients.keys()
+        # SigLIP 2 resizes positions in float32
+        limit = (1e-8 if name == "siglip2" else 1e-10) * largest
+        assert max(float((found[key] - x).abs().max()) for key, x in gradients.items()) < limit
+
+
+def uneven_siglip(rank: int) -> str:
+    model = clipfast.apply_to_hf(hf_models.make("siglip"))
+    try:
+        model(**hf_models.inputs(model, batch=2 + rank), return_loss=True)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_the_sigmoid_loss_refuses_ranks_of_different_sizes(tmp_path):
+    for message in run_ranks(uneven_siglip, 2, folder=tmp_path):
+        assert "equally many pairs from every rank, got [2, 3]" in message
+
+
+STEPS, BATCH = 20, 4
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Random pairs."""
+
+    def __init__(self, model: torch.nn.Module, number: int) -> None:
+        self.given = hf_models.inputs(model, "end", batch=number)
+
+    def __len__(self) -> int:
+        return len(self.given["input_ids"])
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"unknown": torch.zeros(1), **{key: x[index] for key, x in self.given.items()}}
+
+
+def collate(rows: list[dict[str, torch.Tensor]]) -> dict:
+    """A batch that asks for the loss, as transformers' example of contrastive training does."""
+    return {**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}, "return_loss": True}
+
+
+def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[str, torch.Tensor]:
+    """The weights after training by transformers' Trainer, what it logged, and what it evaluated."""
+    from transformers import Trainer, TrainingArguments
+
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), LOCAL_WORLD_SIZE=str(world_size),
+        MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+    )  # fmt: skip
+    model = clipfast.apply_to_hf(hf_models.make("clip").double())
+    arguments = TrainingArguments(
+        output_dir=folder, max_steps=STEPS, per_device_train_batch_size=BATCH, per_device_eval_batch_size=BATCH,
+        learning_rate=1e-3, lr_scheduler_type="constant", logging_steps=1, save_strategy="no", report_to=[],
+        use_cpu=True, train_sampling_strategy="sequential", disable_tqdm=True, ddp_backend="gloo",
+    )  # fmt: skip
+    data = Pairs(model, STEPS * world_size * BATCH)
+    trainer = Trainer(
+        model, arguments, data_collator=collate, train_dataset=data, eval_dataset=Pairs(model, 2 * world_size * BATCH)
+    )
+    trainer.train()
+    losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    evaluated = trainer.evaluate()["eval_loss"]
+    predicted = trainer.predict(Pairs(model, 2 * world_size * BATCH)).predictions
+    report = clipfast.report(model)
+    assert "clipfast.contrastive_loss over all ranks" in report, report
+    logits = torch.tensor(predicted[0])
+    return {"losses": losses, "evaluated": torch.tensor(evaluated), "logits": logits, **model.state_dict()}
+
+
+def reference() -> tuple[torch.nn.Module, list[float]]:
+    """The same training in one process, on the pairs of all ranks at once, by a plain loop and without clipfast."""
+    model = hf_models.make("clip").double()
+    data = Pairs(model, STEPS * 2 * BATCH)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
+    losses = []
+    for step in range(STEPS):
+        batch = collate([data[step * 2 * BATCH + i] for i in range(2 * BATCH)])
+        batch.pop("unknown")
+        optimizer.zero_grad()
+        loss = model(**batch).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    return model, losses
+
+
+def test_the_trainer_on_two_ranks_equals_one_with_the_negatives_of_both(tmp_path):
+    pytest.importorskip("accelerate")
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    (tmp_path / "ranks").mkdir()
+    runs = run_ranks(trainer_of_rank, 2, 2, port, str(tmp_path / "out"), folder=tmp_path / "ranks", timeout=240.0)
+    model, losses = reference()
+    data = Pairs(model, 4 * BATCH)
+    batches = [{**data[slice(BATCH * i, BATCH * (i + 1))]} for i in range(4)]
+    for batch in batches:
+        batch.pop("unknown")
+    with torch.no_grad():
+        outputs = [model.eval()(**batch, return_loss=True) for batch in batches]
+    for run in runs:
+        torch.testing.assert_close(run.pop("losses").double(), torch.tensor(losses).double(), rtol=0, atol=1e-4)
+        # evaluation is theirs: the negatives of a batch are those of its rank
+        expected = torch.stack([output.loss for output in outputs]).mean()
+        torch.testing.assert_close(run.pop("evaluated").double(), expected, rtol=1e-6, atol=0)
+        expected = torch.cat([output.logits_per_image for output in outputs])
+        torch.testing.assert_close(run.pop("logits"), expected, rtol=1e-6, atol=1e-6)
+        assert run.keys() == model.state_dict().keys()
+        for key, x in model.state_dict().items():
+            torch.testing.assert_close(run[key], x, rtol=1e-8, atol=1e-8)
+    assert losses[-1] < losses[0]
