@@ -38,7 +38,8 @@ def propose_hf_attention(module: Any) -> Proposal:
     if module.config._attn_implementation not in _IMPLEMENTATIONS:
         return Proposal(KIND, f"its configuration asks for {module.config._attn_implementation!r} attention")
     function = clip_attention if hf_part(module)[0] == "CLIP" else siglip_attention
-    return too_wide(module.head_dim) or Proposal(KIND, "clipfast.attention_qkv", function)
+    where = ", in evaluation, since it drops weights in training" if module.dropout > 0 else ""
+    return too_wide(module.head_dim) or Proposal(KIND, f"clipfast.attention_qkv{where}", function)
 
 
 def propose_hf_head(module: Any) -> Proposal:
@@ -156,27 +157,30 @@ def seen_by_mask(mask: Tensor, causal: bool) -> Tensor | None:
     is_known = mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[1] == 1 and mask.shape[2] == mask.shape[3]
     if not is_known or torch.compiler.is_compiling():
         return None
-    seqlens = seen_by_padding(mask[:, 0, -1])
-    if seqlens is None:
-        return None
+    seqlens = mask[:, 0, -1].sum(-1)
     expected = _leading(seqlens, mask.shape[-1])[:, None, None]
     if causal:
         expected = expected & torch.ones_like(mask[0, 0]).tril()
-    return seqlens if bool((mask == expected).all()) else None
+    return seqlens if bool((mask == expected).all() & (seqlens > 0).all()) else None
 
 
-def seen_by_padding(mask: Tensor) -> Tensor | None:
-    """Return how many tokens of each sequence are seen [B], at least 1, if the others are at the end; None if not.
+def seen_by_padding(mask: Tensor | None) -> tuple[bool, Tensor | None]:
+    """Return whether a mask hides nothing but padding at the end, and how many tokens of each sequence are seen then.
 
     Args:
-        mask: [B, N], not zero where a token is seen.
+        mask: [B, N], not zero where a token is seen; None if all are.
+
+    Returns:
+        False and None if the mask is another one, or would have to be read by compiled code; otherwise True and [B], at
+        least 1, or None if all tokens are seen.
     """
-    if torch.compiler.is_compiling():
-        return None
+    if mask is None or torch.compiler.is_compiling():
+        return mask is None, None
     seen = mask != 0
     seqlens = seen.sum(-1)
-    is_leading = (seen == _leading(seqlens, mask.shape[-1])).all() & (seqlens > 0).all()
-    return seqlens if bool(is_leading) else None
+    is_padding = (seen == _leading(seqlens, mask.shape[-1])).all() & (seqlens > 0).all()
+    is_known, sees_all = torch.stack((is_padding, seen.all())).tolist()
+    return is_known, seqlens if is_known and not sees_all else None
 
 
 def _leading(seqlens: Tensor, length: int) -> Tensor:
@@ -194,8 +198,7 @@ def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Te
         attention_mask: SigLIP 2's, [B, N], not zero where a token is seen.
     """
     attn = module.attention
-    seqlens = None if attention_mask is None else seen_by_padding(attention_mask)
-    is_known = attention_mask is None or seqlens is not None
+    is_known, seqlens = seen_by_padding(attention_mask)
     is_pooled = hidden_state.shape[1] <= MAX_TOKENS and computes(hidden_state) and _is_projection(attn)
     if not is_known or not is_pooled:
         options = {} if attention_mask is None else {"attention_mask": attention_mask}

@@ -15,7 +15,7 @@ from torch import Tensor
 from .hf_loss import loss_of_all_ranks
 from .hf_parts import OTHER_VERSION, has_known_arguments, hf_base_part, hf_part
 from .hf_towers import pooled_image, pooled_text, why_not_pooled
-from .places import Proposal, reaches_ours
+from .places import Proposal, computes, reaches_ours
 
 ROW = "pooled_last_block"
 _WHEN = "in training with return_loss=True"
@@ -24,7 +24,7 @@ _WHEN = "in training with return_loss=True"
 def propose_hf_model(module: Any) -> Iterator[Proposal]:
     """Yield what to do with the loss of a whole model and with the last blocks of its towers, or of a tower alone."""
     family, part = hf_part(module)
-    if hf_base_part(module)[1] == "Model" and part != "Model" and not reaches_ours(module):
+    if hf_base_part(module)[1] == "Model" and part != "Model":
         yield from (Proposal(kind, f"{type(module).__name__} is a class of its own") for kind in ("loss", ROW))
     elif part == "Model" and not has_known_arguments(module):
         yield from (Proposal(kind, OTHER_VERSION) for kind in ("loss", ROW))
@@ -105,8 +105,8 @@ def _forward(
         kwargs: further arguments of transformers. One that asks for something switches ``pools`` off, since it may be
             about the rows.
     """
-    is_whole = images["pixel_values"] is not None and texts["input_ids"] is not None
-    if not (return_loss and model.training and is_whole):
+    is_whole = isinstance(texts["input_ids"], Tensor) and isinstance(images["pixel_values"], Tensor)
+    if not (return_loss and model.training and is_whole and computes(images["pixel_values"])):
         return type(model).forward(model, **images, **texts, return_loss=return_loss, **kwargs)
     return_dict = kwargs.pop("return_dict", None)
     if return_dict is None:
@@ -155,5 +155,5 @@ def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kw
 
 def _output_class(model: Any) -> Any:
     """Return the class of the model's output: that of CLIPModel is CLIPOutput."""
-    family = hf_part(model)[0] or hf_base_part(model)[0]  # FSDP2 makes a class of its own
+    family = hf_part(model)[0]
     return getattr(sys.modules[f"transformers.models.{family.lower()}.modeling_{family.lower()}"], f"{family}Output")

@@ -41,7 +41,9 @@ def hf_part(module: nn.Module) -> tuple[str, str]:
 
     Both are empty for a module of another library or another family.
     """
-    return _part_of(type(module))
+    kind, *bases = type(module), *type(module).__bases__
+    # FSDP2 changes the class of a module to one that it makes, of FSDPModule and the class that it was.
+    return _part_of(bases[-1] if kind.__name__ == f"FSDP{bases[-1].__name__}" else kind)
 
 
 def hf_base_part(module: nn.Module) -> tuple[str, str]:

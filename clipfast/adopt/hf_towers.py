@@ -46,8 +46,8 @@ def pooled_text(
     is_known = input_ids.ndim == 2 and (attention_mask is None or attention_mask.shape == input_ids.shape)
     if not is_known or not computes(input_ids) or _records(tower) or why_not_pooled(tower, input_ids.shape[1]):
         return None
-    seqlens = None if attention_mask is None else seen_by_padding(attention_mask)
-    if attention_mask is not None and seqlens is None:
+    is_padding, seqlens = seen_by_padding(attention_mask)
+    if not is_padding:
         return None
     is_clip = hf_part(tower)[0] == "CLIP"
     x = tower.embeddings(input_ids=input_ids, position_ids=position_ids)

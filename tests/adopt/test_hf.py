@@ -140,6 +140,15 @@ def test_another_implementation_later(name):
     assert called(patched, given) == (4, 0)
 
 
+def test_dropout_is_reported():
+    model, patched = hf_models.patched_pair("clip with dropout")
+    given = hf_models.inputs(model, "end")
+    assert called(patched, given) == (0, 0)
+    assert all("in evaluation, since it drops" in line for line in lines(patched, "attention") if "self_attn" in line)
+    assert called(patched.eval(), given) == (4, 0)
+    hf_models.assert_equal(model.eval(), patched, given)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_other_arguments(name):
     model, patched = hf_models.patched_pair(name)

@@ -97,7 +97,7 @@ def test_several_ranks_have_the_loss_of_the_whole_batch(name, sizes, tmp_path):
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     largest = max(float(x.abs().max()) for x in gradients.values())
-    for found in run_ranks(step_of_rank, len(sizes), name, sizes, folder=tmp_path):
+    for found in run_ranks(step_of_rank, len(sizes), name, sizes, folder=tmp_path, timeout=180.0):
         torch.testing.assert_close(found.pop("losses"), loss.detach().expand(2), rtol=1e-12, atol=0)
         assert found.keys() == gradients.keys()
         # SigLIP 2 resizes positions in float32
@@ -115,7 +115,7 @@ def uneven_siglip(rank: int) -> str:
 
 
 def test_the_sigmoid_loss_refuses_ranks_of_different_sizes(tmp_path):
-    for message in run_ranks(uneven_siglip, 2, folder=tmp_path):
+    for message in run_ranks(uneven_siglip, 2, folder=tmp_path, timeout=180.0):
         assert "equally many pairs from every rank, got [2, 3]" in message
 
 

@@ -8,12 +8,13 @@ import re
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import clipfast
 from clipfast.adopt.places import Replacement
 
-from . import hf_models
+from . import hf_models, test_hf
 
 NAMES = ["clip", "siglip", "siglip2"]
 TRAINING = {"loss_only": True, "return_loss": True}
@@ -189,6 +190,26 @@ def test_compiled_as_one_graph(name, padding, options):
         torch.testing.assert_close(got[key], expected[key], rtol=0, atol=1e-10)
 
 
+class Loss(nn.Module):
+    """A model that returns a tensor, as a trace must."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(input_ids, pixel_values, return_loss=True).loss
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_a_trace_is_that_of_the_original(name):
+    model, patched = (Loss(each) for each in hf_models.patched_pair(name))
+    given = hf_models.inputs(model.model)
+    traced = torch.jit.trace(patched, (given["input_ids"], given["pixel_values"]), check_trace=False)
+    assert "clipfast::" not in str(traced.inlined_graph)
+    torch.testing.assert_close(traced(**given), model(**given), rtol=0, atol=1e-12)
+
+
 def test_the_signature_is_that_of_the_original():
     """By it the Trainer decides which columns of the data a model takes."""
     model = hf_models.make("clip")
@@ -262,6 +283,9 @@ def test_an_adapter_that_their_head_does_not_call_is_not_called():
         config = peft.LoraConfig(r=2, target_modules=["out_proj"], init_lora_weights=False)
         wrapped.append(peft.get_peft_model(each, config))
     hf_models.assert_equal(*wrapped, hf_models.inputs(model))
+    clipfast.apply_to_hf(wrapped[0])  # a model with adapters can be patched as well
+    assert test_hf.called(wrapped[0], hf_models.inputs(model)) == (4, 0)
+    hf_models.assert_equal(clipfast.revert(wrapped[1]), wrapped[0], hf_models.inputs(model))
 
 
 def test_layers_may_be_replaced_later():
@@ -325,6 +349,40 @@ def test_nothing_is_left_alone_in_silence(name):
             # a perceptron speaks for its activation, and a head for its attention
             mentioned = [path, path.rpartition(".")[0]]
             assert any(place.fullmatch(each) for place in places for each in mentioned), (name, path)
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_fully_sharded(name, tmp_path):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model, patched = hf_models.patched_pair(name)
+    given = hf_models.inputs(model, "end")
+    theirs = hf_models.results(model, given, **TRAINING)
+    report = clipfast.report(patched)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = init_device_mesh("cpu", (1,))
+        scalars = {parameter for parameter in patched.parameters() if parameter.ndim == 0}  # FSDP2 takes none
+        for module in list(patched.modules()):
+            if type(module).__name__.endswith("EncoderLayer"):
+                fully_shard(module, mesh=mesh)
+        fully_shard(patched, mesh=mesh, ignored_params=scalars)
+        for _ in range(2):
+            output = patched(**given, return_loss=True)
+            output.loss.backward()
+        torch.testing.assert_close(output.loss, theirs["output loss"], rtol=1e-10, atol=0)
+        for key, parameter in patched.named_parameters():
+            if not key.endswith(("q_proj.bias", "k_proj.bias", "v_proj.bias")):
+                grad = getattr(parameter.grad, "to_local", lambda grad=parameter.grad: grad)()
+                torch.testing.assert_close(grad, 2 * theirs[key], rtol=1e-8, atol=1e-8)
+        rows = [line for line in clipfast.report(patched).splitlines() if " pooled_last_block " in line]
+        assert ["text_model: its last block has a hook" in row for row in rows] == [True]
+        others = [line.split() for line in report.splitlines() if " pooled_last_block " not in line]
+        assert [line.split() for line in clipfast.report(patched).splitlines() if line not in rows] == others
+        assert test_hf.called(patched, given) == (4, 0)
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize(
