@@ -1,9 +1,9 @@
 """Kernels of this package for models of other libraries, in place.
 
 ``places`` is how a method of one module is replaced and given back. ``attention``, ``timm_attention``, ``norms``,
-``mlps`` and ``blocks`` each say what can be done with a module of somebody else's, and hold the functions that do it.
-``walk`` goes through a model, and ``report`` tabulates what was done. The libraries' classes are recognised by their
-names, so that neither has to be installed.
+``mlps``, ``blocks`` and, for transformers, the files ``hf_*`` say what can be done with a module of somebody else's,
+and hold the functions that do it. ``walk`` goes through a model, and ``report`` tabulates what was done. The libraries'
+classes are recognised by their names, so that none has to be installed.
 """
 
 from .places import revert

@@ -33,7 +33,7 @@ def report_places(model: nn.Module) -> str:
             if isinstance(value, Replacement) and not value.is_off
         ]
     if not lines:
-        return "nothing of this model runs on clipfast: see clipfast.apply_to_open_clip and clipfast.apply_to_timm"
+        return "nothing of this model runs on clipfast: see clipfast.apply_to_open_clip, apply_to_hf and apply_to_timm"
     rows = [("place", "number", "part", "runs on")]
     rows += [(name, str(number), kind, text) for (name, kind, text), number in collections.Counter(lines).items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

@@ -92,6 +92,9 @@ def apply_to_hf(
 ) -> nn.Module:
     """Let a model of transformers run on the kernels of this package, in place, as :func:`apply_to_open_clip` does.
 
+    Configurations stay as they are. With several GPUs, start transformers' ``Trainer`` by ``torchrun``: in one process
+    it would take ``DataParallel``.
+
     Args:
         model: ``CLIPModel``, ``SiglipModel``, ``Siglip2Model``, a tower of one, or any module that contains one. In
             other models of transformers only their layer norms can be computed.

@@ -88,7 +88,8 @@ def inputs(model: torch.nn.Module, padding: str | None = None, batch: int = 3) -
 
     Args:
         model: of :func:`make`.
-        padding: where the mask hides tokens: "end", "start", "middle", "nowhere" (a mask of ones); None for no mask.
+        padding: where the mask hides tokens: at the "end", "early" (the end of the text too), "start", "middle" or
+            "nowhere" (a mask of ones); None for no mask.
         batch: number of pairs.
     """
     generator = torch.Generator().manual_seed(5)
@@ -119,6 +120,8 @@ def text_mask(ids: torch.Tensor, ends: torch.Tensor, padding: str) -> torch.Tens
     mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1])
     if padding == "end":
         mask[positions > ends[:, None]] = 0
+    elif padding == "early":
+        mask[positions >= ends[:, None]] = 0
     elif padding == "start":
         mask[0, :2] = 0
     elif padding == "middle":

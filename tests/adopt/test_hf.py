@@ -12,7 +12,7 @@ from . import hf_models
 
 PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block", "loss"]
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
-PADDINGS = [None, "nowhere", "end", "start", "middle"]
+PADDINGS = [None, "nowhere", "end", "early", "start", "middle"]
 
 
 @pytest.fixture(autouse=True)
