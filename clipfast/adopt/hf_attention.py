@@ -20,7 +20,7 @@ from ..kernels import attention_qkv
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..models.layers import single_query_attention
 from .attention_parts import KIND, drops, too_wide
-from .hf_parts import OTHER_VERSION, has_known_arguments, hf_part
+from .hf_parts import OTHER_VERSION, asks_nothing, has_known_arguments, hf_part
 from .places import Proposal, computes, has_hooks, is_plain, is_untouched, runs_ours
 
 # The argument by which an encoder hands on how many tokens of each sequence are seen.
@@ -83,7 +83,7 @@ def clip_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Compute ``CLIPAttention``: [B, N, E] -> [B, N, E], and None for the weights."""
     seqlens = kwargs.pop(SEQLENS, None)
-    is_other = any(kwargs.get(name) for name in _OTHER_ARGUMENTS)
+    is_other = not asks_nothing(kwargs.get(name) for name in _OTHER_ARGUMENTS)
     if is_other or not _computes(module, hidden_states, attention_mask, seqlens):
         return type(module).forward(module, hidden_states, attention_mask, **kwargs)
     return _attend(module, hidden_states, is_causal(module, kwargs), seqlens)
@@ -218,7 +218,8 @@ def _is_projection(attn: Any) -> bool:
     """Return True if ``attn`` is PyTorch's and no layer of it has a hook or an adapter, which it would not call."""
     is_theirs = type(attn) is nn.MultiheadAttention and is_untouched(attn) and not has_hooks(attn.out_proj)
     is_linear = type(attn.out_proj) is nn.modules.linear.NonDynamicallyQuantizableLinear
-    return is_theirs and is_linear and attn.in_proj_bias is not None and attn.bias_k is None
+    is_plain_projection = attn.in_proj_bias is not None and attn.bias_k is None and not drops(attn, attn.dropout)
+    return is_theirs and is_linear and is_plain_projection
 
 
 PROPOSALS_OF_HF = {

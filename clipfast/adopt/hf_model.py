@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from .hf_loss import loss_of_all_ranks
-from .hf_parts import OTHER_VERSION, has_known_arguments, hf_base_part, hf_part
+from .hf_parts import OTHER_VERSION, asks_nothing, has_known_arguments, hf_base_part, hf_part
 from .hf_towers import pooled_image, pooled_text, why_not_pooled
 from .places import Proposal, computes, reaches_ours
 
@@ -111,7 +111,7 @@ def _forward(
     return_dict = kwargs.pop("return_dict", None)
     if return_dict is None:
         return_dict = model.config.return_dict
-    pools = pools and return_dict and all(value is None or value is False for value in kwargs.values())
+    pools = pools and return_dict and asks_nothing(kwargs.values())
     vision = _tower_output(model, "vision", images, pools, kwargs)
     text = _tower_output(model, "text", texts, pools, kwargs)
     image_embeds, text_embeds = (x / x.norm(dim=-1, keepdim=True) for x in (vision.pooler_output, text.pooler_output))

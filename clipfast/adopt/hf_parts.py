@@ -1,6 +1,7 @@
 """The classes of transformers' CLIP, SigLIP and SigLIP 2, by their names and by the arguments of their ``forward``."""
 
 import inspect
+from collections.abc import Iterable
 
 from torch import nn
 
@@ -63,3 +64,8 @@ def has_known_arguments(module: nn.Module) -> bool:
     """Return True if ``forward`` of the class of ``module`` has the arguments that our function has."""
     names = list(inspect.signature(type(module).forward).parameters)[1:]
     return names == _ARGUMENTS.get("".join(hf_part(module)))
+
+
+def asks_nothing(values: Iterable[object]) -> bool:
+    """Return True if no argument asks for anything: each is None or False. (The others may be tensors.)"""
+    return all(value is None or value is False for value in values)

@@ -33,7 +33,7 @@ def why_not_pooled(tower: Any, num_tokens: int | None = None) -> str:
 
 def pooled_image(tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor | None:
     """Compute the pooled output of a ``CLIPVisionModel``: [B, C, H, W] -> [B, E]; None if all rows must be computed."""
-    if interpolate_pos_encoding or not computes(pixel_values) or _records(tower) or why_not_pooled(tower):
+    if interpolate_pos_encoding or not _computes(tower) or _records(tower) or why_not_pooled(tower):
         return None
     x = tower.pre_layrnorm(tower.embeddings(pixel_values))
     return tower.post_layernorm(read_row(tower.encoder, x, None, False, None))
@@ -44,7 +44,7 @@ def pooled_text(
 ) -> Tensor | None:
     """Compute the pooled output of a text tower: [B, L] -> [B, E]; None if all rows must be computed."""
     is_known = input_ids.ndim == 2 and (attention_mask is None or attention_mask.shape == input_ids.shape)
-    if not is_known or not computes(input_ids) or _records(tower) or why_not_pooled(tower, input_ids.shape[1]):
+    if not is_known or not _computes(tower) or _records(tower) or why_not_pooled(tower, input_ids.shape[1]):
         return None
     is_padding, seqlens = seen_by_padding(attention_mask)
     if not is_padding:
@@ -61,6 +61,11 @@ def _ends(tower: Any, input_ids: Tensor) -> Tensor:
     if tower.eos_token_id == 2:  # that of early configurations, which is wrong: the end has the largest id
         return input_ids.argmax(-1)
     return (input_ids == tower.eos_token_id).int().argmax(-1)
+
+
+def _computes(tower: Any) -> bool:
+    """Return True if our ops take tokens of ``tower``, which have the device and the dtype of its weights."""
+    return computes(tower.encoder.layers[-1].layer_norm1.weight) if len(tower.encoder.layers) else False
 
 
 def _records(tower: Any) -> bool:

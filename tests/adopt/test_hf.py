@@ -149,13 +149,35 @@ def test_dropout_is_reported():
     hf_models.assert_equal(model.eval(), patched, given)
 
 
+def test_dropout_in_a_head():
+    model, patched = hf_models.patched_pair("siglip")
+    for each in (model, patched):
+        each.vision_model.head.attention.dropout = 0.5
+    hf_models.assert_equal(model, patched, hf_models.inputs(model))
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_what_our_ops_do_not_take(name, monkeypatch):
+    """A GPU takes no float64; images of another dtype do not hide it."""
+    model, patched = hf_models.patched_pair(name)
+    given = hf_models.inputs(model, "end")
+    given["pixel_values"] = given["pixel_values"].float()
+    for module in ("norms", "hf_attention", "hf_embeddings", "hf_model", "hf_towers"):
+        monkeypatch.setattr(f"clipfast.adopt.{module}.computes", lambda x: x.dtype != torch.float64)
+    assert called(patched, given, return_loss=True) == (0, 0)
+    hf_models.assert_equal(model, patched, given, 1e-6, loss_only=True, return_loss=True)
+
+
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_other_arguments(name):
     model, patched = hf_models.patched_pair(name)
     given = hf_models.inputs(model)
     length = given["input_ids"].shape[1]
     side = given["pixel_values"].shape[-1]
+    texts = {"input_ids": given["input_ids"]}
     wide = {**given, "pixel_values": torch.randn(3, 3, 2 * side, side, dtype=torch.float64)}
+    bias = torch.randn(1, 1, length, length, dtype=torch.float64)
+    hf_models.assert_equal(model.text_model, patched.text_model, texts, position_bias=bias)
     for each, options in (
         (given, {"position_ids": torch.arange(length).flip(0)[None]}),
         (given, {"attention_mask": torch.ones(3, 1, length, length, dtype=torch.bool).tril(1)}),
