@@ -5,6 +5,8 @@ replaces what is in it before anything else can take it from there.
 """
 
 import builtins
+import functools
+import importlib
 import importlib.util
 import inspect
 import os
@@ -15,7 +17,7 @@ from collections.abc import Callable, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, SourceFileLoader
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 VARIABLE = "CLIPFAST_DISABLE"
 # What ends like this, or has a slash in it, is a file; everything else is a module.
@@ -27,17 +29,27 @@ LOSSES = {
     "DistillClipLoss": "clipfast.distill_loss",
     "CoCaLoss": "clipfast.coca_loss",
 }
+# What apply_to_open_clip does to a model, by the names of its arguments.
+MODEL_PARTS = {
+    "attention": "attention of images and texts, and the attention pooling of ResNets",
+    "norms": "layer norms, each in one pass with the addition before it",
+    "activations": "GELU and QuickGELU, in one pass with the bias before them, on GPUs",
+    "patch_embed": "patches to tokens in one pass",
+    "text_embed": "texts to tokens with their positions in one pass",
+    "pooled_last_block": "a last block of which one row is read computes that row (needs attention)",
+}
 
 
 class Part(NamedTuple):
     """A part of OpenCLIP that is replaced."""
 
     module: str  # the module after whose import it is replaced
-    replace: Callable[[ModuleType], str]  # does it, and says what it replaced
+    # Replaces it, and says what it replaced. Parts that share it are replaced by one call, which is given their names.
+    replace: Callable[[ModuleType, Sequence[str]], str]
     summary: str  # for --help
 
 
-def replace_losses(loss: ModuleType) -> str:
+def replace_losses(loss: ModuleType, names: Sequence[str]) -> str:
     """Replace the classes of ``open_clip.loss`` wherever OpenCLIP has them, and return a line that says which.
 
     A class that takes arguments which ours does not know, as one of a later version could, is left as it is.
@@ -54,18 +66,53 @@ def replace_losses(loss: ModuleType) -> str:
             continue
         _replace_everywhere(theirs, ours)
         replaced.append(name)
-    return f"{', '.join(replaced) or 'none'} of open_clip replaced ({VARIABLE}=loss leaves them){''.join(left)}"
+    return f"{', '.join(replaced) or 'none'} of open_clip replaced ({_leaves(names)}){''.join(left)}"
+
+
+def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
+    """Let each model that ``open_clip.create_model`` returns run on our kernels, and return a line that says so.
+
+    OpenCLIP's other functions that create a model call this one. ``names`` are the parts of the model to replace.
+    """
+    theirs = factory.create_model
+
+    @functools.wraps(theirs)
+    def create_model(*args: Any, **kwargs: Any) -> Any:
+        model = theirs(*args, **kwargs)
+        _say(apply_to_model(model, names))
+        return model
+
+    _replace_everywhere(theirs, create_model)
+    return f"{', '.join(names)} of models that open_clip.create_model returns are replaced ({_leaves(names)})"
+
+
+def apply_to_model(model: Any, names: Sequence[str]) -> str:
+    """Replace the parts ``names`` of a model, and return a line with the number of places where each was replaced.
+
+    A model in which nothing can be replaced, such as one that TorchScript has compiled, is left as it is.
+    """
+    adopt = importlib.import_module("clipfast.adopt")
+    kind = type(model).__name__
+    try:
+        adopt.apply_to_open_clip(model, **{name: name in names for name in MODEL_PARTS})
+    except (TypeError, ValueError) as error:
+        return f"a {kind} is left as it is ({error})"
+    places = adopt.count_places(model)
+    counts = ["{} {} of {}".format(name, *places[name]) for name in names if name in places]
+    return f"a {kind} runs on clipfast in these places: {', '.join(counts)}"
 
 
 # The one list of what can be replaced, and switched off by name.
 PARTS = {
     "loss": Part("open_clip.loss", replace_losses, f"{', '.join(LOSSES)}, which then never hold N x N logits"),
+    **{name: Part("open_clip.factory", replace_create_model, summary) for name, summary in MODEL_PARTS.items()},
 }
 
 HELP = f"""usage: python -m clipfast.run MODULE_OR_SCRIPT [ARGS ...]
 
 Run a module as `python -m MODULE ARGS` would, or a script as `python SCRIPT ARGS` would, with clipfast in the place of
-parts of OpenCLIP. No line of the program changes. One line on stderr says what was replaced.
+parts of OpenCLIP. No line of the program changes. Lines on stderr say what was replaced, and in how many places of each
+model. clipfast.report(model) says what each place runs on.
 
   python -m clipfast.run open_clip_train.main --model ViT-B-32 --train-data 'data/*.tar'
   python -m clipfast.run ./my_training.py --epochs 3
@@ -74,7 +121,7 @@ parts of OpenCLIP. No line of the program changes. One line on stderr says what 
 A name that has a slash or ends in {", ".join(SCRIPT_ENDINGS)} is a script, any other name a module.
 
 What is replaced, and the name that switches it off in {VARIABLE}, where names are separated by commas:
-{chr(10).join(f"  {name:<12}{part.summary}" for name, part in PARTS.items())}
+{chr(10).join(f"  {name:<19}{part.summary}" for name, part in PARTS.items())}
 
 The replacement works in this process and in those that it forks. Those that the program starts with multiprocessing's
 "spawn" or "forkserver" have OpenCLIP's own parts. Processes of torchrun are each started with clipfast.run.
@@ -123,9 +170,10 @@ class ImportHook(MetaPathFinder):
     """Finds modules as the other finders do, and replaces each part as soon as its module has been executed."""
 
     def __init__(self, parts: dict[str, Part]) -> None:
-        self.waiting: dict[str, list[Part]] = {}
-        for part in parts.values():
-            self.waiting.setdefault(part.module, []).append(part)
+        # The names of the parts that a function replaces, by the function and the module that it waits for.
+        self.waiting: dict[str, dict[Callable[[ModuleType, Sequence[str]], str], list[str]]] = {}
+        for name, part in parts.items():
+            self.waiting.setdefault(part.module, {}).setdefault(part.replace, []).append(name)
         self.disabled = [name for name in PARTS if name not in parts]
         self.done: set[str] = set()
         for module in [sys.modules[name] for name in self.waiting if name in sys.modules]:
@@ -154,12 +202,13 @@ class ImportHook(MetaPathFinder):
         """Name on stderr what is switched off, and what the program never imported."""
         if self.disabled:
             _say(f"{', '.join(self.disabled)} of open_clip left as they are ({VARIABLE})")
-        for module in sorted(set(self.waiting) - self.done):
-            _say(f"the program did not import {module}, so nothing was replaced there")
+        never = sorted(set(self.waiting) - self.done)
+        if never:
+            _say(f"the program did not import {', '.join(never)}, so nothing was replaced there")
 
     def _replace(self, module: ModuleType) -> None:
-        for part in self.waiting[module.__name__]:
-            said = part.replace(module)
+        for replace, names in self.waiting[module.__name__].items():
+            said = replace(module, names)
             if module.__name__ not in self.done:  # importlib.reload executes a module again
                 _say(said)
         self.done.add(module.__name__)
@@ -169,6 +218,10 @@ def _say(text: str) -> None:
     """Print a line to stderr, on one of the processes that torchrun starts."""
     if os.environ.get("RANK", "0") == "0":
         print(f"clipfast: {text}", file=sys.stderr, flush=True)
+
+
+def _leaves(names: Sequence[str]) -> str:
+    return f"{VARIABLE}={names[0]}{',...' if len(names) > 1 else ''} leaves them"
 
 
 def _arguments(kind: type) -> set[str]:

@@ -7,7 +7,9 @@ classes are recognised by their names, so that none has to be installed.
 """
 
 from .places import revert
-from .report import report_places
+from .report import count_places, place_lines, report_places
 from .walk import apply_to_hf, apply_to_open_clip, apply_to_timm
 
-__all__ = ["apply_to_hf", "apply_to_open_clip", "apply_to_timm", "report_places", "revert"]
+__all__ = [
+    "apply_to_hf", "apply_to_open_clip", "apply_to_timm", "count_places", "place_lines", "report_places", "revert",
+]  # fmt: skip

@@ -9,6 +9,8 @@ from torch import nn
 from .places import RECORD, Place, Proposal, Replacement, check_module, reaches_ours
 from .walk import proposals
 
+_BEFORE = "as before: "
+
 
 def report_places(model: nn.Module) -> str:
     """Tabulate what each place of a model of another library runs on, or why it was left alone.
@@ -24,7 +26,7 @@ def report_places(model: nn.Module) -> str:
         TypeError: ``model`` is not a module.
     """
     check_module("report", model)
-    lines = [line for prefix, part in _applied(model) for line in _lines(prefix, part)]
+    lines = list(place_lines(model))
     if not lines:
         lines = [
             (_place(name), "replaced", value.function.__name__)
@@ -40,6 +42,24 @@ def report_places(model: nn.Module) -> str:
     return "\n".join(
         f"{name:<{widths[0]}}  {number:>{widths[1]}}  {kind:<{widths[2]}}  {text}" for name, number, kind, text in rows
     )
+
+
+def count_places(model: nn.Module) -> dict[str, tuple[int, int]]:
+    """Return how many places run on our kernels and how many there are, by the switch that they belong to.
+
+    A place that has a kernel for GPUs only counts on every device.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for _, kind, text in place_lines(model):
+        ours, total = counts.get(kind, (0, 0))
+        counts[kind] = (ours + (not text.startswith(_BEFORE)), total + 1)
+    return counts
+
+
+def place_lines(model: nn.Module) -> Iterator[tuple[str, str, str]]:
+    """Yield each place that something was proposed for: its name, the part that it belongs to, and what it runs on."""
+    for prefix, part in _applied(model):
+        yield from _lines(prefix, part)
 
 
 def _applied(model: nn.Module) -> list[tuple[str, nn.Module]]:
@@ -68,13 +88,13 @@ def _place(name: str) -> str:
 def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
     """Return what the place runs on now, which a later replacement may have changed."""
     if place.method is None:
-        return f"as before: {place.text}"
+        return f"{_BEFORE}{place.text}"
     module = modules.get(place.module)
     if module is None:
-        return "as before: the module is gone"
+        return f"{_BEFORE}the module is gone"
     module = getattr(module, "base_layer", module)  # peft wraps a layer, and calls it
     if not reaches_ours(module, place.method):
-        return f"as before: something else took the place of the module or its {place.method}"
+        return f"{_BEFORE}something else took the place of the module or its {place.method}"
     if proposal is not None and proposal.function is None:
-        return f"as before: {proposal.text}"
+        return f"{_BEFORE}{proposal.text}"
     return place.text

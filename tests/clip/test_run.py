@@ -2,6 +2,7 @@
 
 import importlib
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+import clipfast
 from clipfast import SigLipLoss, run
 
 from .conftest import TINY
@@ -21,7 +23,12 @@ from .conftest import TINY
 EMOJI = Path(run.__file__).parent / "assets" / "emoji"
 LOSSES = "ClipLoss, SigLipLoss, DistillClipLoss, CoCaLoss"
 LINE = f"clipfast: {LOSSES} of open_clip replaced (CLIPFAST_DISABLE=loss leaves them)"
-NEVER = "clipfast: the program did not import open_clip.loss, so nothing was replaced there"
+MODEL_PARTS = ", ".join(run.MODEL_PARTS)
+MODEL_LINE = (
+    f"clipfast: {MODEL_PARTS} of models that open_clip.create_model returns are replaced"
+    " (CLIPFAST_DISABLE=attention,... leaves them)"
+)
+NEVER = "clipfast: the program did not import open_clip.factory, open_clip.loss, so nothing was replaced there"
 
 
 def stand_in_for_pandas(folder):
@@ -122,8 +129,13 @@ def test_help_and_a_part_that_is_switched_off(program):
         assert expected in shown.stdout
     empty = python(program, "-m", "clipfast.run")
     assert (empty.returncode, empty.stdout, empty.stderr) == (2, "", shown.stdout)
-    found = python(program, "-m", "clipfast.run", "script", CLIPFAST_DISABLE=" loss,")
-    assert (found.returncode, found.stderr) == (0, "clipfast: loss of open_clip left as they are (CLIPFAST_DISABLE)\n")
+    found = python(program, "-m", "clipfast.run", "script", CLIPFAST_DISABLE=f" loss,{MODEL_PARTS}")
+    expected = f"clipfast: loss, {MODEL_PARTS} of open_clip left as they are (CLIPFAST_DISABLE)\n"
+    assert (found.returncode, found.stderr) == (0, expected)
+
+
+def test_the_parts_of_models_are_the_switches():
+    assert list(run.MODEL_PARTS) == list(inspect.signature(clipfast.apply_to_open_clip).parameters)[1:]
 
 
 def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, capsys):
@@ -131,18 +143,30 @@ def test_a_module_is_replaced_before_others_take_from_it(tmp_path, monkeypatch, 
     (tmp_path / "package_a" / "__init__.py").write_text("from .one import NAME")
     (tmp_path / "package_a" / "one.py").write_text("NAME = OTHER = 'theirs'")
     monkeypatch.syspath_prepend(tmp_path)
-    part = run.Part("package_a.one", lambda module: module.__dict__.update(NAME="ours") or "replaced NAME", "")
-    second = run.Part("package_a.one", lambda module: module.__dict__.update(OTHER="ours") or "replaced OTHER", "")
-    hook = run.ImportHook({"loss": part, "second": second})
+
+    def replace_both(module, names):
+        module.NAME = "ours"
+        return f"replaced {names}"
+
+    def replace_other(module, names):
+        module.OTHER = "ours"
+        return f"replaced {names}"
+
+    parts = {
+        name: run.Part("package_a.one", replace, "")
+        for name, replace in {"loss": replace_both, "second": replace_other, "third": replace_both}.items()
+    }
+    hook = run.ImportHook(parts)
     monkeypatch.setattr(sys, "meta_path", [hook, *sys.meta_path])
     package = importlib.import_module("package_a")
     assert package.NAME == package.one.NAME == package.one.OTHER == "ours"
     assert importlib.reload(package.one).NAME == "ours"
     assert package.one.__loader__.get_source("package_a.one") == "NAME = OTHER = 'theirs'"
     hook.say_what_never_happened()
-    assert capsys.readouterr().err == "clipfast: replaced NAME\nclipfast: replaced OTHER\n"
+    said = capsys.readouterr().err
+    assert said.startswith("clipfast: replaced ['loss', 'third']\nclipfast: replaced ['second']\n")
     package.one.NAME = "theirs"
-    run.ImportHook({"loss": part})  # loaded before
+    run.ImportHook(parts)  # loaded before
     assert package.one.NAME == "ours"
     for name in ("package_a", "package_a.one"):
         del sys.modules[name]
@@ -169,7 +193,7 @@ def test_a_class_with_unknown_arguments_stays(monkeypatch):
     loss, other = types.ModuleType("open_clip.loss"), types.ModuleType("open_clip.other")
     loss.ClipLoss, loss.SigLipLoss, other.Renamed, other.GenLipLoss = LaterLoss, SameLoss, SameLoss, LaterLoss
     monkeypatch.setattr(sys, "modules", {**sys.modules, "open_clip.loss": loss, "open_clip.other": other})
-    said = run.replace_losses(loss)
+    said = run.replace_losses(loss, ["loss"])
     assert (loss.ClipLoss, loss.SigLipLoss, other.Renamed, other.GenLipLoss) == (
         LaterLoss, SigLipLoss, SigLipLoss, LaterLoss,
     )  # fmt: skip
@@ -179,7 +203,7 @@ def test_a_class_with_unknown_arguments_stays(monkeypatch):
 
 REPLACED = """
 import argparse, inspect, sys
-import open_clip, open_clip.factory, open_clip.loss
+import clipfast, open_clip, open_clip.factory, open_clip.loss
 from open_clip_train.main import create_loss
 where = sys.argv[1]
 for module in open_clip, open_clip.factory, open_clip.loss:
@@ -196,20 +220,54 @@ for model, distill, siglip, name in [
     ))
     assert type(loss).__module__.startswith(where) and type(loss).__name__ == name
 assert "class ClipLoss" in inspect.getsource(open_clip.loss)
+assert "pretrained" in inspect.signature(open_clip.create_model).parameters
+
+# Whatever creates a model.
+import torch
+open_clip.add_model_config(sys.argv[2])
+created = [open_clip.create_model("tiny"), open_clip.create_model_and_transforms("tiny")[0]]
+torch.save(created[0].state_dict(), "weights.pt")
+created += [open_clip.create_model_from_pretrained("tiny", "weights.pt")[0], open_clip.create_model("tiny", jit=True)]
+for model in created:
+    places = [line.split(maxsplit=3) for line in clipfast.report(model).splitlines()[1:]]
+    print(sorted({kind for _, _, kind, text in places if not text.startswith("as before")}))
 """
+TINY_LINE = "clipfast: a CLIP runs on clipfast in these places: "
 
 
 @pytest.mark.parametrize(
-    ("disabled", "where", "line"),
-    [("", "clipfast", LINE), ("loss", "open_clip", "clipfast: loss of open_clip left as they are (CLIPFAST_DISABLE)")],
-)
-def test_open_clip_has_our_losses(disabled, where, line, tmp_path):
+    ("disabled", "where", "lines", "counts"),
+    [
+        (
+            "", "clipfast", [LINE, MODEL_LINE],
+            "attention 4 of 4, norms 15 of 15, activations 4 of 4, patch_embed 1 of 1, text_embed 1 of 1, "
+            "pooled_last_block 2 of 2",
+        ),
+        (
+            "loss,attention", "open_clip",
+            [MODEL_LINE.replace("attention, norms", "norms").replace("=attention", "=norms")],
+            "norms 15 of 15, activations 4 of 4, patch_embed 1 of 1, text_embed 1 of 1, pooled_last_block 0 of 2",
+        ),
+        (f"loss,{MODEL_PARTS}", "open_clip", [], None),
+    ],
+)  # fmt: skip
+def test_open_clip_has_our_losses_and_its_models_our_parts(disabled, where, lines, counts, tmp_path):
     pytest.importorskip("open_clip")
     stand_in_for_pandas(tmp_path)
     (tmp_path / "program.py").write_text(REPLACED)
-    found = python(tmp_path, "-m", "clipfast.run", "program", where, CLIPFAST_DISABLE=disabled)
+    found = python(tmp_path, "-m", "clipfast.run", "program", where, TINY, CLIPFAST_DISABLE=disabled)
     assert found.returncode == 0, found.stderr
-    assert [text for text in found.stderr.splitlines() if text.startswith("clipfast: ")] == [line]
+    said = [text for text in found.stderr.splitlines() if text.startswith("clipfast: ")]
+    if counts:
+        lines = [*lines, *3 * [TINY_LINE + counts]]
+        left = "apply_to_open_clip: nothing in this RecursiveScriptModule is a module of open_clip"
+        lines.append(f"clipfast: a RecursiveScriptModule is left as it is ({left})")
+    if disabled:
+        names = ", ".join(name for name in run.PARTS if name in re.split(", *", disabled))
+        lines = [*lines, f"clipfast: {names} of open_clip left as they are (CLIPFAST_DISABLE)"]
+    assert said == lines
+    parts = sorted(name for name, number in re.findall(r"(\w+) (\d+) of", counts or "") if int(number))
+    assert found.stdout.splitlines() == 3 * [str(parts)] + ["[]"]
 
 
 # Their trainer, once for each loss, so that Python and PyTorch start once. Without a buffer, their loader does not
@@ -287,7 +345,11 @@ def compare_trainings(folder, start, runs):
         options = [options_of(kind, f"{index}", logs, *more) for index, (kind, *more) in enumerate(runs)]
         found = python(folder, *start, *call, "trainer", json.dumps(options))
         assert found.returncode == 0, found.stderr[-3000:]
-        assert found.stderr.splitlines().count(LINE) == (1 if logs == "ours" else 0)
+        said = [line for line in found.stderr.splitlines() if line.startswith("clipfast: ")]
+        assert said[:2] == ([LINE, MODEL_LINE] if logs == "ours" else [])
+        models = [line.startswith("clipfast: a ") for line in said[2:]]
+        assert all(models)
+        assert len(models) == (len(runs) + sum(kind == "distill" for kind, *_ in runs) if logs == "ours" else 0)
     ours, theirs = (printed_losses(folder / logs) for logs in ("ours", "theirs"))
     assert len(ours) == len(runs)
     assert ours == theirs
@@ -299,7 +361,24 @@ def compare_trainings(folder, start, runs):
 
 @pytest.mark.long
 def test_open_clip_trains_with_the_same_printed_losses(training):
-    compare_trainings(training, [], [[kind] for kind in KINDS])
+    options = (
+        "--grad-checkpointing", "--lock-image", "--lock-text --lock-text-freeze-layer-norm", "--accum-freq 2",
+        "--force-patch-dropout 0.5", "--torchscript",
+    )  # fmt: skip
+    compare_trainings(training, [], [*([kind] for kind in KINDS), *(["clip", *more.split()] for more in options)])
+
+
+@pytest.mark.long
+def test_checkpoints_are_those_of_open_clip(training):
+    path = "{}/0/checkpoints/epoch_1.pt"
+    resume = ["clip", "--epochs", "2", "--resume"]
+    compare_trainings(training, [], [["clip", "--save-frequency", "1"], [*resume, path.format("theirs")]])
+    ours, theirs = (torch.load(training / path.format(logs), weights_only=True) for logs in ("ours", "theirs"))
+    assert list(ours["state_dict"]) == list(theirs["state_dict"])
+    again = options_of("clip", "again", "theirs", *resume[1:], path.format("ours"))
+    assert python(training, "-m", "trainer", json.dumps([again])).returncode == 0
+    losses = printed_losses(training / "theirs")
+    assert losses["again"] == losses["1"]
 
 
 @pytest.mark.long
