@@ -6,32 +6,35 @@ and its kernels is in ``checks`` (input), ``backends`` (what an op runs on), ``d
 where a kernel starts); ``tiles`` has the arithmetic that kernels share.
 """
 
-from . import reference
-from .activation import bias_gelu, bias_quick_gelu
-from .attention import attention, attention_qkv, attention_route
-from .attention_pool import attention_pool
-from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
-from .layer_norm import layer_norm, layer_norm_pair
-from .patch_embed import patch_embed
-from .retrieval import retrieval_ranks
-from .text_embed import text_embed
+# With a checkout's root in sys.path, transformers looks into this folder for the package "kernels". Its ops must not be
+# registered a second time.
+if __name__ != "kernels":
+    from . import reference
+    from .activation import bias_gelu, bias_quick_gelu
+    from .attention import attention, attention_qkv, attention_route
+    from .attention_pool import attention_pool
+    from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
+    from .layer_norm import layer_norm, layer_norm_pair
+    from .patch_embed import patch_embed
+    from .retrieval import retrieval_ranks
+    from .text_embed import text_embed
 
-__all__ = [
-    "attention",
-    "attention_pool",
-    "attention_qkv",
-    "attention_route",
-    "bias_gelu",
-    "bias_quick_gelu",
-    "contrastive_loss",
-    "distributed_contrastive_loss",
-    "info_nce_loss",
-    "layer_norm",
-    "layer_norm_pair",
-    "nt_xent_loss",
-    "patch_embed",
-    "reference",
-    "retrieval_ranks",
-    "sigmoid_loss",
-    "text_embed",
-]
+    __all__ = [
+        "attention",
+        "attention_pool",
+        "attention_qkv",
+        "attention_route",
+        "bias_gelu",
+        "bias_quick_gelu",
+        "contrastive_loss",
+        "distributed_contrastive_loss",
+        "info_nce_loss",
+        "layer_norm",
+        "layer_norm_pair",
+        "nt_xent_loss",
+        "patch_embed",
+        "reference",
+        "retrieval_ranks",
+        "sigmoid_loss",
+        "text_embed",
+    ]

@@ -58,6 +58,16 @@ def test_nothing_imports_upward(layer):
         assert wrong == set(), f"{path.relative_to(ROOT)} imports {wrong}"
 
 
+def test_the_ops_are_registered_once():
+    # transformers looks for a package "kernels", which the folder of that name in a checkout's root is not
+    program = (
+        "import sys; sys.path.insert(0, '.'); import torch, clipfast; x = torch.ones(1, 2, 24); clipfast.attention;"
+        "import kernels; assert not hasattr(kernels, 'attention') and 'kernels.attention' not in sys.modules;"
+        "clipfast.attention(x, num_heads=1)"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
+
+
 def test_every_folder_is_installed():
     # An editable install would find packages that are not listed as well, and setuptools warns of unlisted data.
     elsewhere = {"__pycache__", "results", "gates", "ci"}

@@ -1,4 +1,4 @@
-"""The attention classes of PyTorch and OpenCLIP on our attention.
+"""PyTorch's attention class, and the attention pooling of OpenCLIP's ResNets, on our attention.
 
 Each function computes what the ``forward`` of its class does, and has its arguments. A call that asks for something
 else (weights, padding, dropout, any mask but a causal one) runs the class's own ``forward``.
@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import attention, attention_qkv
+from ..kernels import attention
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..models.layers import single_query_attention
-from .attention_parts import KIND, drops, normed_attention, project_qkv, too_wide
+from .attention_parts import KIND, drops, heads_attention, project_apart, project_qkv, too_wide
 from .blocks import Mask
 from .hf_attention import PROPOSALS_OF_HF
-from .places import Proposal, class_name, computes, is_plain
+from .open_clip_attention import PROPOSALS_OF_OPEN_CLIP, open_clip_attention
+from .places import Proposal, class_name, computes
 from .timm_attention import PROPOSALS_OF_TIMM
 
 
@@ -28,13 +29,17 @@ def propose_attention(module: nn.Module, mask: Mask | None = None) -> Proposal |
         proposal = propose(module)
         if mask is None or proposal.function is None:
             return proposal
-        if mask.is_cross and proposal.function is multihead_attention:
+        if mask.is_cross and proposal.function in (multihead_attention, open_clip_attention):
             return dataclasses.replace(proposal, text="clipfast.attention_qkv")
         if mask.is_cross:
             return Proposal(KIND, "its queries are not the tokens that it sees")
+        if mask.is_padding:
+            return dataclasses.replace(proposal, text=f"{proposal.text}, as before where patches are padding")
         if mask.owner is None:
             return Proposal(KIND, mask.refusal)
         return dataclasses.replace(proposal, text=f"{proposal.text}, causal")
+    if class_name(module) in _REFUSALS:
+        return Proposal(KIND, _REFUSALS[class_name(module)])
     name = type(module).__name__
     is_attention = ("Attention" in name or name.endswith("Attn")) and not name.endswith("Block")
     if is_attention and not any(class_name(inner) in _PROPOSALS for inner in module.modules()):
@@ -51,14 +56,6 @@ def _propose_multihead(module: Any) -> Proposal:
     return too_wide(module.head_dim) or Proposal(KIND, f"clipfast.{op}", multihead_attention)
 
 
-def _propose_open_clip(module: Any) -> Proposal:
-    if module.logit_scale is not None:
-        return Proposal(KIND, "its scores are scaled cosines")
-    if module.in_proj_weight is None:
-        return Proposal(KIND, "keys and values have a width of their own")
-    return too_wide(module.head_dim) or Proposal(KIND, "clipfast.attention", open_clip_attention)
-
-
 def _propose_pool(module: Any) -> Proposal:
     tokens, heads = len(module.positional_embedding), module.num_heads
     if tokens > MAX_TOKENS or heads > MAX_HEADS:
@@ -68,10 +65,14 @@ def _propose_pool(module: Any) -> Proposal:
 
 _PROPOSALS = {
     "torch.nn.modules.activation.MultiheadAttention": _propose_multihead,
-    "open_clip.transformer.Attention": _propose_open_clip,
     "open_clip.modified_resnet.AttentionPool2d": _propose_pool,
+    **PROPOSALS_OF_OPEN_CLIP,
     **PROPOSALS_OF_TIMM,
     **PROPOSALS_OF_HF,
+}
+_REFUSALS = {
+    "open_clip.naflex_genlip_model.GenLipAttention": "each sample has a mask of its own",
+    "timm.models.vision_transformer.ParallelScalingBlock": "its block projects for attention and perceptron at once",
 }
 
 
@@ -96,52 +97,9 @@ def multihead_attention(
             module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
         )
     if query is not key or not module._qkv_same_embed_dim:
-        return project_out(module, _cross_attention(module, query, key, is_causal)), None
+        return project_out(module, heads_attention(*project_apart(module, query, key), None, is_causal)), None
     qkv, bias = project_qkv(query, module.in_proj_weight, module.in_proj_bias)
     return project_out(module, attention(qkv, module.num_heads, causal=is_causal, bias=bias)), None
-
-
-def _cross_attention(module: Any, query: Tensor, key: Tensor, is_causal: bool) -> Tensor:
-    """Compute attention of [B, M, E] on [B, N, kdim], without the projection of the output: [B, M, E]."""
-    width, heads = module.embed_dim, (module.num_heads, -1)
-    if module._qkv_same_embed_dim:
-        weight_q, weight_kv = module.in_proj_weight.split([width, 2 * width])
-    else:
-        weight_q, weight_kv = module.q_proj_weight, torch.cat([module.k_proj_weight, module.v_proj_weight])
-    bias_q, bias_kv = (None, None) if module.in_proj_bias is None else module.in_proj_bias.split([width, 2 * width])
-    q = F.linear(query, weight_q, bias_q).unflatten(-1, heads)
-    k, v = F.linear(key, weight_kv, bias_kv).unflatten(-1, (2, *heads)).unbind(2)
-    return attention_qkv(q, k, v, causal=is_causal).flatten(2)
-
-
-def open_clip_attention(
-    module: Any,
-    x: Tensor,
-    *args: Tensor | None,
-    k_x: Tensor | None = None,
-    v_x: Tensor | None = None,
-    attn_mask: Tensor | None = None,
-    is_causal: bool = False,
-) -> Tensor:
-    """Compute ``open_clip.transformer.Attention``: [B, N, E] -> [B, N, E].
-
-    ``is_causal`` says that ``attn_mask`` is the causal mask. OpenCLIP's own class does not have this argument.
-    """
-    is_self = k_x is v_x and (k_x is None or k_x is x) and not args
-    if not is_self or (attn_mask is not None) != is_causal or not computes(x):
-        others = {name: t for name, t in (("k_x", k_x), ("v_x", v_x)) if t is not None}
-        return type(module).forward(module, x, *args, **others, attn_mask=attn_mask)
-    if drops(module, module.attn_drop.p):
-        return type(module).forward(module, x, attn_mask=attn_mask)
-    qkv, bias = project_qkv(x, module.in_proj_weight, module.in_proj_bias)
-    if is_plain(module.ln_q, nn.Identity) and is_plain(module.ln_k, nn.Identity):
-        out = attention(qkv, module.num_heads, causal=is_causal, bias=bias)
-    else:
-        qkv = F.linear(x, module.in_proj_weight, module.in_proj_bias)
-        out = normed_attention(qkv, module.num_heads, module.ln_q, module.ln_k, None, is_causal)
-    if module.head_scale is not None:
-        out = (out.unflatten(-1, (module.num_heads, -1)) * module.head_scale.flatten(1)).flatten(2)
-    return module.out_drop(module.out_proj(module.ln_inner(out)))
 
 
 def attention_pool_2d(module: Any, x: Tensor) -> Tensor:

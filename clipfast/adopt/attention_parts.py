@@ -1,5 +1,8 @@
 """Functions that the attention classes of all libraries share."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -25,6 +28,22 @@ def drops(module: nn.Module, probability: float) -> bool:
 def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Return the packed projection, and the bias of which attention is to compute the gradient."""
     return F.linear(x, weight, None if bias is None else bias.detach()), bias
+
+
+def project_apart(module: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [B, H, M, D] of ``x``, and keys and values [B, H, N, D] of ``context``.
+
+    The weights of ``module`` have the names of ``nn.MultiheadAttention``: one tensor, or one each where widths differ.
+    """
+    width, heads = x.shape[-1], (module.num_heads, -1)
+    if module.in_proj_weight is not None:
+        weight_q, weight_kv = module.in_proj_weight.split([width, 2 * width])
+    else:
+        weight_q, weight_kv = module.q_proj_weight, torch.cat([module.k_proj_weight, module.v_proj_weight])
+    bias_q, bias_kv = (None, None) if module.in_proj_bias is None else module.in_proj_bias.split([width, 2 * width])
+    q = F.linear(x, weight_q, bias_q).unflatten(-1, heads).transpose(1, 2)
+    k, v = F.linear(context, weight_kv, bias_kv).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
 
 
 def normed_attention(

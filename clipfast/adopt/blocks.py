@@ -18,8 +18,11 @@ _CUSTOM = "open_clip.transformer.CustomResidualAttentionBlock"
 _TIMM = "timm.models.vision_transformer.Block"
 _DECODER = "open_clip.transformer.MultimodalTransformer"
 _POOLER = "open_clip.transformer.AttentionalPooler"
+_PADDING = "its mask hides padding"
 _TEXT = "open_clip.transformer.TextTransformer"
 _MASKED = ("open_clip.model.CLIP", _TEXT, _DECODER)
+_NAFLEX = "timm.models.naflexvit.NaFlexVit"
+_MODERN = "open_clip.transformer.ModernTextTransformer"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,23 +33,30 @@ class Mask:
         owner: the module that holds a causal mask for it as ``attn_mask``.
         refusal: why its mask is not plainly causal.
         is_cross: True if its queries are not the tokens that they see.
+        is_padding: True if there is a mask where images have patches that are padding, and none elsewhere.
     """
 
     owner: nn.Module | None = None
     refusal: str = ""
     is_cross: bool = False
+    is_padding: bool = False
 
 
 def find_masks(model: nn.Module) -> dict[int, Mask]:
     """Return the mask of each block of OpenCLIP's text towers, by the identity of the block and of its attention.
 
-    Blocks that see their own tokens, all of them, are not in it.
+    Blocks that see their own tokens, all of them, are not in it. timm's ``NaFlexVit`` pads images to one length.
     """
     masks: dict[int, Mask] = {}
     for module in model.modules():
         tower: Any = module
         if class_name(module) == _POOLER:
             masks[id(tower.attn)] = Mask(is_cross=True)
+        if class_name(module) == _NAFLEX:
+            attentions = [*(block.attn for block in tower.blocks), getattr(tower, "attn_pool", None)]
+            masks |= {id(attn): Mask(is_padding=True) for attn in attentions}
+        if class_name(module) == _MODERN and tower.cfg.attention_mode != "causal":
+            masks |= {id(block.attn): Mask(refusal=_PADDING) for block in tower.blocks}
         if class_name(module) not in _MASKED:
             continue
         refusal = why_not_causal(tower)
@@ -64,7 +74,7 @@ def why_not_causal(tower: Any) -> str | None:
     """Return why the mask of ``tower`` is not plainly causal, "" if it is, and None if there is no mask."""
     mask = tower.attn_mask
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
-        return "its mask hides padding too"
+        return f"{_PADDING} too"
     if mask is None:
         return None
     if mask.is_meta:
@@ -108,9 +118,7 @@ def residual_block(
         if k_x is not v_x or not _takes_one_context(block):
             return type(block).forward(block, q_x, k_x, v_x, attn_mask)
         # One norm serves keys and values. As one tensor, they are projected together.
-        context = block.ln_1_kv(k_x)
-        attn_mask = None if attn_mask is None else attn_mask.to(q_x.dtype)
-        branch = block.attn(block.ln_1(q_x), context, context, need_weights=False, attn_mask=attn_mask)[0]
+        branch = _attend_context(block, block.ln_1(q_x), block.ln_1_kv(k_x), attn_mask)
     else:
         branch = _attend(block, block.ln_1(q_x), attn_mask, is_causal(attn_mask, owner))
     x, normed = add_norm(q_x, block.ls_1(branch), block.ln_2)
@@ -119,8 +127,15 @@ def residual_block(
 
 def _takes_one_context(block: Any) -> bool:
     """Return True if attention to a context is ours, and nothing watches the norm of the context."""
-    is_ours = runs_ours(block.attn) and isinstance(block.attn, nn.MultiheadAttention)
-    return is_ours and hasattr(block, "ln_1_kv") and not has_hooks(block.ln_1_kv)
+    return runs_ours(block.attn) and hasattr(block, "ln_1_kv") and not has_hooks(block.ln_1_kv)
+
+
+def _attend_context(block: Any, x: Tensor, context: Tensor, attn_mask: Tensor | None) -> Tensor:
+    """Call the attention of a ``ResidualAttentionBlock`` on a context."""
+    attn_mask = None if attn_mask is None else attn_mask.to(x.dtype)
+    if isinstance(block.attn, nn.MultiheadAttention):
+        return block.attn(x, context, context, need_weights=False, attn_mask=attn_mask)[0]
+    return block.attn(x, k_x=context, v_x=context, attn_mask=attn_mask)
 
 
 def custom_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, *, owner: nn.Module | None = None) -> Tensor:

@@ -22,7 +22,7 @@ def propose_patch_embed(module: nn.Module) -> Proposal | None:
     if name == "open_clip.modified_resnet.ModifiedResNet":
         return Proposal(kind, "a ResNet has convolutions in place of patches")
     if name.startswith("timm.layers.patch_embed."):
-        return Proposal(kind, "a patch embedding of timm, which has a bias or no class token")
+        return Proposal(kind, "timm adds positions and the class token after it, in a step of their own")
     return None
 
 

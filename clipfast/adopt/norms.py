@@ -55,6 +55,7 @@ _FUNCTIONS = {
     "open_clip.transformer.LayerNormFp32": same_dtype_norm,
     "open_clip.layers.LayerNorm": same_dtype_norm,
     "open_clip.layers.LayerNormFp32": same_dtype_norm,
+    "open_clip.audio.whisper.LayerNorm": same_dtype_norm,
 }
 
 

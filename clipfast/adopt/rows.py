@@ -58,6 +58,9 @@ def propose_text_tower(module: nn.Module) -> Iterator[Proposal]:
     elif name == "open_clip.transformer.TextTransformer" and hasattr(module, "_embeds"):
         yield _proposal("text_embed", _why_not_embed(tower), "clipfast.text_embed", text_embeds, "_embeds")
         yield _proposal(KIND, _why_not_read(tower, tower.pool_type), _ROW, text_tower, "forward")
+    elif name == "open_clip.transformer.ModernTextTransformer":
+        yield Proposal("text_embed", "it adds no positions to texts")
+        yield Proposal(KIND, "its last block is not plain")
 
 
 def _proposal(
@@ -103,7 +106,8 @@ def _is_plain_attention(attn: Any) -> bool:
     if isinstance(attn, nn.MultiheadAttention):
         return attn._qkv_same_embed_dim and not drops(attn, attn.dropout)
     parts = (attn.ln_q, attn.ln_k, attn.ln_inner)
-    is_projection = attn.head_scale is None and all(type(part) is nn.Identity for part in parts)
+    is_softmax = attn.in_proj_weight is not None and attn.logit_scale is None and attn.head_scale is None
+    is_projection = is_softmax and all(type(part) is nn.Identity for part in parts)
     return is_projection and not drops(attn, attn.attn_drop.p) and not drops(attn, attn.out_drop.p)
 
 

@@ -1,0 +1,152 @@
+"""The table of what models of other libraries run on after ``apply_to_...``, with the largest errors.
+
+Each library has a section of ``docs/adopt-table.md``, which names its version. ``python -m clipfast.bench.adoption``
+writes those of the versions that are installed, and leaves the others; OpenCLIP's main branch may be in ``PYTHONPATH``.
+"""
+
+import collections
+import copy
+import dataclasses
+import importlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+import clipfast
+from clipfast.adopt import place_lines
+
+from . import shrunk
+
+# The switches of apply_to_open_clip: the columns of the table.
+PARTS = ("attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block")
+# What may go wrong: the largest error relative to the largest value of each output and of each gradient.
+LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
+_LEFT = "as before: "
+HEAD = """# What each model runs on
+
+This file is written by `python -m clipfast.bench.adoption`, one section for each version of a library that was there.
+
+Each model is shrunk in depth and width, but not in kind, so that its numbers of places are smaller than those of the
+real one. "5 of 7 (2)" says that 5 of 7 places run on our kernels, and note 2 says why the others were left as they
+were; "–" says that there is no such place. Activations count although they have kernels for GPUs only. The last
+columns are the largest errors of a patched model against the original on a CPU, over outputs and all gradients, each
+relative to the largest value of its tensor (of a gradient: at least a thousandth of the largest of all). In float64
+the models are in training mode, and in float32 in evaluation mode."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Library:
+    """A library, and how its models are built, patched and run.
+
+    Attributes:
+        module: the name by which it is imported.
+        title: its name.
+        names: returns the names of its models.
+        build: returns a small model by its name.
+        apply: gives our kernels to a model.
+        inputs: returns what a model is called with.
+    """
+
+    module: str
+    title: str
+    names: Callable[[], Iterable[str]]
+    build: Callable[[str], nn.Module]
+    apply: Callable[[nn.Module], nn.Module]
+    inputs: Callable[[nn.Module], tuple[Any, ...]] = shrunk.inputs
+
+    def heading(self) -> str:
+        """Return its title and the version that is installed."""
+        return f"{self.title} {importlib.import_module(self.module).__version__}"
+
+
+def _open_clip_names() -> Iterable[str]:
+    return importlib.import_module("open_clip").list_models()
+
+
+LIBRARIES = (
+    Library("open_clip", "OpenCLIP", _open_clip_names, shrunk.open_clip_model, clipfast.apply_to_open_clip),
+    Library("timm", "timm", lambda: shrunk.TIMM_MODELS, shrunk.timm_model, clipfast.apply_to_timm),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """What one model runs on.
+
+    Attributes:
+        places: for each part, how many places run on what, or on what they ran before and why.
+        errors: the largest error in each dtype of ``LIMITS``; None if it cannot be built.
+        refusal: why it cannot be built.
+    """
+
+    places: Mapping[str, collections.Counter[str]] = dataclasses.field(default_factory=dict)
+    errors: tuple[float, ...] | None = None
+    refusal: str = ""
+
+
+def measure(library: Library, name: str) -> Row:
+    """Build a small model, and compare a patched copy with it in each dtype: outputs and all gradients.
+
+    Raises:
+        ValueError: an error is beyond its limit, or the state dicts differ.
+    """
+    torch.manual_seed(0)
+    try:
+        model = library.build(name)
+    except ImportError as missing:
+        return Row(refusal=f"not built: {missing}")
+    errors = []
+    for dtype, limit in LIMITS.items():
+        model = shrunk.in_dtype(model, dtype).train(dtype == torch.float64)
+        patched = library.apply(copy.deepcopy(model))
+        if list(patched.state_dict()) != list(model.state_dict()):
+            raise ValueError(f"{name}: the patched model has another state dict")
+        args = library.inputs(model)
+        error, where = shrunk.largest_error(shrunk.results(patched, *args), shrunk.results(model, *args))
+        if error > limit:
+            raise ValueError(f"{name}: {where} is off by {error:.1e} in {dtype}, and {limit:.0e} is allowed")
+        errors.append(error)
+    places: dict[str, collections.Counter[str]] = {part: collections.Counter() for part in PARTS}
+    for _, part, text in place_lines(patched):
+        places[part][text] += 1
+    return Row(places, tuple(errors))
+
+
+def section(library: Library, rows: Mapping[str, Row]) -> str:
+    """Return the section of a library: its models, those with the same places in one row, and notes on what is left."""
+    notes: dict[str, int] = {}
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name, row in rows.items():
+        groups.setdefault(cells(row, notes), []).append(name)
+    head = ["models", *PARTS, "float32", "float64"]
+    lines = [f"## {library.heading()}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    for texts, names in groups.items():
+        found = [row.errors for row in (rows[name] for name in names) if row.errors is not None]
+        errors = [f"{max(column):.0e}" for column in zip(*found, strict=True)] or ["", ""]
+        lines.append("| " + " | ".join([", ".join(names), *texts, *errors]) + " |")
+    lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
+    return "\n".join(lines)
+
+
+def cells(row: Row, notes: dict[str, int]) -> tuple[str, ...]:
+    """Return the cells of a row, one for each part, such as "5 of 7 (note 2)"; new notes are added to ``notes``."""
+    if row.refusal:
+        return (row.refusal, *[""] * (len(PARTS) - 1))
+    texts = []
+    for part in PARTS:
+        counts = row.places[part]
+        left = {text.removeprefix(_LEFT): number for text, number in counts.items() if text.startswith(_LEFT)}
+        numbers = [notes.setdefault(f"{text}.", len(notes) + 1) for text in left]
+        reference = f" ({', '.join(map(str, numbers))})" if numbers else ""
+        total = counts.total()
+        texts.append(f"{total - sum(left.values())} of {total}{reference}" if total else "–")
+    return tuple(texts)
+
+
+def fill(document: str, text: str) -> str:
+    """Return the document with the section ``text`` in the place of that with the same heading, or at the end."""
+    _, *found = document.rstrip("\n").split("\n\n## ")
+    sections = {each.partition("\n")[0]: each for each in [*found, text.removeprefix("## ")]}
+    return "\n\n## ".join([HEAD, *sections.values()]) + "\n"

@@ -1,0 +1,110 @@
+"""What OpenCLIP has after 3.3.0: its new towers, and its own attention class everywhere. Skipped where it is older."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import clipfast
+
+from . import shrunk
+
+KINDS = {  # a configuration, and what its report says
+    "coca_ViT-B-32": "text_decoder.cross_attn.*.attn",
+    "moderntext-ViT-B-32-256": "text.blocks.*.attn",
+    "moderntext-naflex_ViT-B-32": "as before: its mask hides padding",
+    "CLAP-Whisper-tiny-Roberta-base": "audio.encoder.blocks.*.attn",
+    "naflexclap_test": "as before where patches are padding",
+    "naflexgenlip_test": "as before: each sample has a mask of its own",
+}
+
+
+def assert_equal(model: nn.Module, patched: nn.Module) -> None:
+    args = shrunk.inputs(model)
+    error, where = shrunk.largest_error(shrunk.results(patched, *args), shrunk.results(model, *args))
+    assert error <= 1e-10, where
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_kinds(name):
+    import open_clip
+
+    if "naflexclap_test" not in open_clip.list_models():
+        pytest.skip("this OpenCLIP is older")
+    pytest.importorskip("transformers")
+    model = shrunk.in_dtype(shrunk.open_clip_model(name), torch.float64)
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    assert_equal(model, patched)
+    assert KINDS[name] in clipfast.report(patched)
+
+
+@pytest.mark.parametrize("options", [
+    {"attention_mode": "bidirectional", "pool_type": "map"}, {"value_residual": True, "attn_gated": True},
+    {"qk_norm": True, "norm_type": "layernorm", "pos_embed": "none"}, {"reg_tokens": 2, "attention_bias": True},
+])  # fmt: skip
+def test_options_of_modern_text(options):
+    import open_clip
+
+    config = open_clip.get_model_config("moderntext-ViT-B-32-256")
+    if config is None:
+        pytest.skip("this OpenCLIP is older")
+    config = shrunk.shrink(config)
+    config["text_cfg"].update(options)
+    model = shrunk.randomised(open_clip.CustomTextCLIP(**config)).double()
+    assert_equal(model, clipfast.apply_to_open_clip(copy.deepcopy(model)))
+
+
+@pytest.mark.parametrize("context_width", [48, 32])
+def test_a_context(context_width):
+    from open_clip.transformer import Attention
+
+    if "k_x" not in Attention.forward.__code__.co_varnames:
+        pytest.skip("this OpenCLIP is older")
+    attn = shrunk.randomised(Attention(48, 2, kdim=context_width, vdim=context_width)).double()
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(attn))
+    assert "as before" not in clipfast.report(patched)
+    x = torch.randn(3, 5, 48, dtype=torch.float64)
+    one, other = torch.randn(2, 3, 7, context_width, dtype=torch.float64)
+    for v_x in (one, other):
+        torch.testing.assert_close(patched(x, k_x=one, v_x=v_x), attn(x, k_x=one, v_x=v_x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(patched(x, one, one), attn(x, one, one), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_scaled_cosines(causal):
+    from open_clip.transformer import Attention
+
+    attn = Attention(48, 2, scaled_cosine=True, scale_heads=True, inner_norm=True).double()
+    shrunk.randomised(attn)
+    with torch.no_grad():
+        attn.logit_scale.copy_(torch.tensor([0.5, 9.0])[:, None, None])  # the second is beyond its limit
+    clipfast.apply_to_open_clip(attn)
+    assert "clipfast.attention_qkv" in clipfast.report(attn)
+    x, mask = torch.randn(3, 5, 48, dtype=torch.float64, requires_grad=True), None
+    if causal:
+        mask = torch.full((5, 5), float("-inf"), dtype=torch.float64).triu(1)
+    # 3.3.0's own forward fails: it multiplies four-dimensional tensors by torch.bmm
+    qkv = nn.functional.linear(x, attn.in_proj_weight, attn.in_proj_bias)
+    q, k, v = qkv.view(3, 5, 3, 2, 24).permute(2, 0, 3, 1, 4)
+    scale = torch.tensor([0.5, attn.logit_scale_max], dtype=torch.float64).exp()[:, None, None]
+    cosines = nn.functional.normalize(q, dim=-1) @ nn.functional.normalize(k, dim=-1).mT
+    scores = cosines * scale + (0 if mask is None else mask)
+    expected = (scores.softmax(-1) @ v * attn.head_scale).transpose(1, 2).flatten(2)
+    expected = attn.out_proj(attn.ln_inner(expected))
+    hint = {} if mask is None else {"attn_mask": mask, "is_causal": True}
+    out = attn(x, **hint)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    gradient = torch.randn_like(out)
+    found, wanted = (torch.autograd.grad(y, x, gradient, retain_graph=True)[0] for y in (out, expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-11)
+
+
+def test_a_last_block_with_scaled_cosines_computes_every_row():
+    from open_clip.transformer import Attention
+
+    model = shrunk.open_clip_model("ViT-B-32").double()
+    width = model.visual.transformer.width
+    model.visual.transformer.resblocks[-1].attn = Attention(width, 2, scaled_cosine=True).double()
+    report = clipfast.report(clipfast.apply_to_open_clip(model))
+    assert "pooled_last_block  as before: its attention is not ours, or not plain" in report
