@@ -271,9 +271,10 @@ def test_open_clip_has_our_losses_and_its_models_our_parts(disabled, where, line
 
 
 # Their trainer, once for each loss, so that Python and PyTorch start once. Without a buffer, their loader does not
-# shuffle, which it does by the clock. Their DistributedDataParallel names devices, which CPUs may not have.
+# shuffle, which it does by the clock. Their DistributedDataParallel names devices, which CPUs may not have. Layers of
+# bitsandbytes need a GPU.
 TRAINER = """
-import json, logging, sys
+import json, logging, sys, types
 import open_clip, torch
 from open_clip_train import data, main
 open_clip.add_model_config("models")
@@ -282,6 +283,11 @@ class OnCPU(torch.nn.parallel.DistributedDataParallel):
     def __init__(self, module, device_ids=None, **options):
         super().__init__(module, **options)
 torch.nn.parallel.DistributedDataParallel = OnCPU
+class OtherLinear(torch.nn.Linear):
+    def forward(self, x):
+        return 0.5 * super().forward(x)
+layers = types.SimpleNamespace(triton_based_modules=types.SimpleNamespace(OtherLinear=OtherLinear))
+sys.modules["bitsandbytes"] = types.SimpleNamespace(nn=layers)
 for options in json.loads(sys.argv[1]):
     logging.getLogger().handlers.clear()
     main.main(options)
@@ -363,9 +369,17 @@ def compare_trainings(folder, start, runs):
 def test_open_clip_trains_with_the_same_printed_losses(training):
     options = (
         "--grad-checkpointing", "--lock-image", "--lock-text --lock-text-freeze-layer-norm", "--accum-freq 2",
-        "--force-patch-dropout 0.5", "--torchscript",
+        "--force-patch-dropout 0.5", "--torchscript", "--use-bnb-linear OtherLinear",
     )  # fmt: skip
     compare_trainings(training, [], [*([kind] for kind in KINDS), *(["clip", *more.split()] for more in options)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fifty_steps(ranks, training):
+    start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else []
+    compare_trainings(training, start, [["clip", "--train-num-samples", str(50 * 16 * ranks)]])
+    assert len(printed_losses(training / "ours")["0"]) == 50
 
 
 @pytest.mark.long
