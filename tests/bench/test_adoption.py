@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import clipfast
+from clipfast import run
 from clipfast.bench.adoption import __main__ as command
 from clipfast.bench.adoption import table
 
@@ -146,5 +147,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert "open-clip: there are torch" in capsys.readouterr().err
 
 
-def test_the_columns_are_the_switches():
-    assert list(table.PARTS) == list(inspect.signature(clipfast.apply_to_open_clip).parameters)[1:]
+def test_the_parts_of_models_are_the_switches():
+    assert list(table.PARTS) == list(run.MODEL_PARTS) == list(inspect.signature(clipfast.apply_to_open_clip).parameters)[1:]
