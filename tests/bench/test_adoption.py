@@ -148,4 +148,5 @@ def test_the_command(tmp_path, monkeypatch, capsys):
 
 
 def test_the_parts_of_models_are_the_switches():
-    assert list(table.PARTS) == list(run.MODEL_PARTS) == list(inspect.signature(clipfast.apply_to_open_clip).parameters)[1:]
+    switches = list(inspect.signature(clipfast.apply_to_open_clip).parameters)[1:]
+    assert list(table.PARTS) == list(run.MODEL_PARTS) == switches
