@@ -5,10 +5,12 @@ writes those of the versions that are installed, and leaves the others; OpenCLIP
 """
 
 import collections
+import contextlib
 import copy
 import dataclasses
 import importlib
-from collections.abc import Callable, Iterable, Mapping
+import importlib.metadata
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -121,13 +123,21 @@ def section(library: Library, rows: Mapping[str, Row]) -> str:
     for name, row in rows.items():
         groups.setdefault(cells(row, notes), []).append(name)
     head = ["models", *PARTS, "float32", "float64"]
-    lines = [f"## {library.heading()}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    lines = [f"## {library.heading()}", "", f"With {', '.join(_versions())}.", ""]
+    lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for texts, names in groups.items():
         found = [row.errors for row in (rows[name] for name in names) if row.errors is not None]
         errors = [f"{max(column):.0e}" for column in zip(*found, strict=True)] or ["", ""]
         lines.append("| " + " | ".join([", ".join(names), *texts, *errors]) + " |")
     lines += ["", *(f"{number}. {text}" for text, number in notes.items())]
     return "\n".join(lines)
+
+
+def _versions() -> Iterator[str]:
+    """Yield name and version of the libraries that others are made of."""
+    for name in ("torch", "timm", "transformers"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            yield f"{name} {importlib.metadata.version(name)}"
 
 
 def cells(row: Row, notes: dict[str, int]) -> tuple[str, ...]:
