@@ -123,6 +123,9 @@ A name that has a slash or ends in {", ".join(SCRIPT_ENDINGS)} is a script, any 
 What is replaced, and the name that switches it off in {VARIABLE}, where names are separated by commas:
 {chr(10).join(f"  {name:<19}{part.summary}" for name, part in PARTS.items())}
 
+A program that itself gives such a model to torch.jit.script or torch.nn.DataParallel must call clipfast.revert(model)
+before, or switch the parts of models off. A model that OpenCLIP has given to TorchScript is left as it is.
+
 The replacement works in this process and in those that it forks. Those that the program starts with multiprocessing's
 "spawn" or "forkserver" have OpenCLIP's own parts. Processes of torchrun are each started with clipfast.run.
 """
