@@ -10,16 +10,16 @@ import copy
 import dataclasses
 import importlib
 import importlib.metadata
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import clipfast
 from clipfast.adopt import place_lines
 
-from . import shrunk
+from . import hf_models, shrunk
 
 # The switches of apply_to_open_clip: the columns of the table.
 PARTS = ("attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block")
@@ -49,6 +49,8 @@ class Library:
         build: returns a small model by its name.
         apply: gives our kernels to a model.
         inputs: returns what a model is called with.
+        results: returns outputs and gradients by name, of a model and its inputs.
+        parts: the switches of ``apply``: the columns of its section.
     """
 
     module: str
@@ -56,7 +58,9 @@ class Library:
     names: Callable[[], Iterable[str]]
     build: Callable[[str], nn.Module]
     apply: Callable[[nn.Module], nn.Module]
-    inputs: Callable[[nn.Module], tuple[Any, ...]] = shrunk.inputs
+    inputs: Callable[[nn.Module], Any] = shrunk.inputs
+    results: Callable[[nn.Module, Any], dict[str, Tensor]] = lambda model, given: shrunk.results(model, *given)
+    parts: tuple[str, ...] = PARTS
 
     def heading(self) -> str:
         """Return its title and the version that is installed."""
@@ -69,6 +73,16 @@ def _open_clip_names() -> Iterable[str]:
 
 LIBRARIES = (
     Library("open_clip", "OpenCLIP", _open_clip_names, shrunk.open_clip_model, clipfast.apply_to_open_clip),
+    Library(
+        "transformers",
+        "transformers",
+        lambda: [*hf_models.PAIRS, *hf_models.TOWERS],
+        hf_models.make,
+        clipfast.apply_to_hf,
+        hf_models.inputs,
+        hf_models.results,
+        (*PARTS, "loss"),
+    ),
     Library("timm", "timm", lambda: shrunk.TIMM_MODELS, shrunk.timm_model, clipfast.apply_to_timm),
 )
 
@@ -105,12 +119,12 @@ def measure(library: Library, name: str) -> Row:
         patched = library.apply(copy.deepcopy(model))
         if list(patched.state_dict()) != list(model.state_dict()):
             raise ValueError(f"{name}: the patched model has another state dict")
-        args = library.inputs(model)
-        error, where = shrunk.largest_error(shrunk.results(patched, *args), shrunk.results(model, *args))
+        given = library.inputs(model)
+        error, where = shrunk.largest_error(library.results(patched, given), library.results(model, given))
         if error > limit:
             raise ValueError(f"{name}: {where} is off by {error:.1e} in {dtype}, and {limit:.0e} is allowed")
         errors.append(error)
-    places: dict[str, collections.Counter[str]] = {part: collections.Counter() for part in PARTS}
+    places: dict[str, collections.Counter[str]] = {part: collections.Counter() for part in library.parts}
     for _, part, text in place_lines(patched):
         places[part][text] += 1
     return Row(places, tuple(errors))
@@ -121,8 +135,8 @@ def section(library: Library, rows: Mapping[str, Row]) -> str:
     notes: dict[str, int] = {}
     groups: dict[tuple[str, ...], list[str]] = {}
     for name, row in rows.items():
-        groups.setdefault(cells(row, notes), []).append(name)
-    head = ["models", *PARTS, "float32", "float64"]
+        groups.setdefault(cells(row, notes, library.parts), []).append(name)
+    head = ["models", *library.parts, "float32", "float64"]
     lines = [f"## {library.heading()}", "", f"With {', '.join(_versions())}.", ""]
     lines += [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for texts, names in groups.items():
@@ -140,12 +154,12 @@ def _versions() -> Iterator[str]:
             yield f"{name} {importlib.metadata.version(name)}"
 
 
-def cells(row: Row, notes: dict[str, int]) -> tuple[str, ...]:
+def cells(row: Row, notes: dict[str, int], parts: Sequence[str] = PARTS) -> tuple[str, ...]:
     """Return the cells of a row, one for each part, such as "5 of 7 (note 2)"; new notes are added to ``notes``."""
     if row.refusal:
-        return (row.refusal, *[""] * (len(PARTS) - 1))
+        return (row.refusal, *[""] * (len(parts) - 1))
     texts = []
-    for part in PARTS:
+    for part in parts:
         counts = row.places[part]
         left = {text.removeprefix(_LEFT): number for text, number in counts.items() if text.startswith(_LEFT)}
         numbers = [notes.setdefault(f"{text}.", len(notes) + 1) for text in left]

@@ -1,5 +1,5 @@
 """Models of other libraries, small, patched and compared."""
 
-from clipfast.bench.adoption import shrunk
+from clipfast.bench.adoption import hf_models, shrunk
 
-__all__ = ["shrunk"]
+__all__ = ["hf_models", "shrunk"]

@@ -1,8 +1,10 @@
 """Small models of transformers with random weights, their inputs, and their comparison with a patched copy."""
 
 import copy
+from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 import clipfast
 
@@ -19,7 +21,8 @@ VISION = {
     "hidden_size": 64, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 24,
     "patch_size": 8,
 }  # fmt: skip
-CLIP = {
+_Settings = dict[str, Any]
+CLIP: dict[str, tuple[_Settings, _Settings]] = {
     "clip": ({}, {}),
     "clip with gelu": ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}),
     "clip of early configurations": ({"eos_token_id": 2}, {}),
@@ -29,7 +32,7 @@ CLIP = {
     ),
     "clip with dropout": ({"attention_dropout": 0.1}, {"attention_dropout": 0.1}),
 }
-SIGLIP = {
+SIGLIP: dict[str, tuple[_Settings, _Settings]] = {
     "siglip": ({}, {}),
     "siglip with gelu": ({"hidden_act": "gelu"}, {"hidden_act": "gelu"}),
     "siglip of odd sizes": (
@@ -45,8 +48,8 @@ TOWERS = [
 ]  # fmt: skip
 
 
-def make(name: str, implementation: str = "sdpa", **options: object) -> torch.nn.Module:
-    """A model by one of the names above, in training mode."""
+def make(name: str, implementation: str = "sdpa", **options: Any) -> nn.Module:
+    """Return a model by one of the names above, in training mode."""
     import transformers
 
     torch.manual_seed(0)
@@ -54,7 +57,7 @@ def make(name: str, implementation: str = "sdpa", **options: object) -> torch.nn
     if name in TOWERS:
         family = name.split("Vision")[0].split("Text")[0].split("For")[0]
         part = getattr(transformers, f"{family}{'Text' if 'Text' in name else 'Vision'}Config")
-        settings = TEXT if "Text" in name else VISION
+        settings: _Settings = TEXT if "Text" in name else VISION
         if "Classification" in name:
             part, settings = getattr(transformers, f"{family}Config"), {"vision_config": VISION, "text_config": TEXT}
         return _built(getattr(transformers, name), part(**settings, **options))
@@ -71,20 +74,18 @@ def make(name: str, implementation: str = "sdpa", **options: object) -> torch.nn
     return _built(getattr(transformers, f"{family}Model"), config)
 
 
-def _built(kind: type, config: object) -> torch.nn.Module:
+def _built(kind: type[nn.Module], config: object) -> nn.Module:
     return shrunk.randomised(kind(config)).train()
 
 
-def patched_pair(
-    name: str, dtype: torch.dtype = torch.float64, **flags: bool
-) -> tuple[torch.nn.Module, torch.nn.Module]:
-    """A model, and a patched copy."""
+def patched_pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
+    """Return a model, and a patched copy."""
     model = make(name).to(dtype)
     return model, clipfast.apply_to_hf(copy.deepcopy(model), **flags)
 
 
-def inputs(model: torch.nn.Module, padding: str | None = None, batch: int = 3) -> dict[str, torch.Tensor]:
-    """What the model takes: pairs, images or texts.
+def inputs(model: nn.Module, padding: str | None = None, batch: int = 3) -> dict[str, Tensor]:
+    """Return what the model takes: pairs, images or texts.
 
     Args:
         model: of :func:`make`.
@@ -93,8 +94,9 @@ def inputs(model: torch.nn.Module, padding: str | None = None, batch: int = 3) -
         batch: number of pairs.
     """
     generator = torch.Generator().manual_seed(5)
-    dtype, config, name = next(model.parameters()).dtype, model.config, type(model).__name__
-    found = {}
+    config: Any = model.config
+    dtype, name = next(model.parameters()).dtype, type(model).__name__
+    found: dict[str, Tensor] = {}
     if "Text" not in name:
         vision = getattr(config, "vision_config", config)
         if "Siglip2" in name:
@@ -115,8 +117,8 @@ def inputs(model: torch.nn.Module, padding: str | None = None, batch: int = 3) -
     return found
 
 
-def text_mask(ids: torch.Tensor, ends: torch.Tensor, padding: str) -> torch.Tensor:
-    """A mask [B, L] that hides tokens of some of the texts."""
+def text_mask(ids: Tensor, ends: Tensor, padding: str) -> Tensor:
+    """Return a mask [B, L] that hides tokens of some of the texts."""
     mask, positions = torch.ones_like(ids), torch.arange(ids.shape[1])
     if padding == "end":
         mask[positions > ends[:, None]] = 0
@@ -129,8 +131,10 @@ def text_mask(ids: torch.Tensor, ends: torch.Tensor, padding: str) -> torch.Tens
     return mask
 
 
-def naflex(config: object, batch: int, dtype: torch.dtype, generator: torch.Generator, padding: str | None) -> dict:
-    """Images of SigLIP 2 in patches: of different sizes with padding, or all of the same size."""
+def naflex(
+    config: Any, batch: int, dtype: torch.dtype, generator: torch.Generator, padding: str | None
+) -> dict[str, Tensor]:
+    """Return images of SigLIP 2 in patches: of different sizes with padding, or all of the same size."""
     sizes = [(2, 5), (3, 4), (4, 3), (1, 7)] if padding == "end" else [(3, 4)]
     shapes = torch.tensor([sizes[i % len(sizes)] for i in range(batch)])
     length = 12
@@ -139,16 +143,16 @@ def naflex(config: object, batch: int, dtype: torch.dtype, generator: torch.Gene
     return {"pixel_values": patches, "pixel_attention_mask": mask, "spatial_shapes": shapes}
 
 
-def flat(output: object, name: str = "") -> dict[str, torch.Tensor]:
-    """All tensors of an output, of its towers too, by name."""
-    if isinstance(output, torch.Tensor):
+def flat(output: object, name: str = "") -> dict[str, Tensor]:
+    """Return all tensors of an output, of its towers too, by name."""
+    if isinstance(output, Tensor):
         return {name: output}
-    items = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
+    items: Any = output.items() if isinstance(output, dict) else enumerate(output) if isinstance(output, tuple) else ()
     return {key: x for child, value in items for key, x in flat(value, f"{name}.{child}").items()}
 
 
-def packed(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The biases of queries, keys and values in one tensor: the gradient of that of keys is rounding error."""
+def packed(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put the gradients of the biases of queries, keys and values into one tensor: that of keys is rounding error."""
     for name in [name for name in gradients if name.endswith("k_proj.bias")]:
         names = [name.replace("k_proj", f"{each}_proj") for each in "qkv"]
         gradients[name.replace("k_proj", "qkv")] = torch.cat(
@@ -157,8 +161,8 @@ def packed(gradients: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return gradients
 
 
-def results(model: torch.nn.Module, given: dict, loss_only: bool = False, **options: object) -> dict[str, torch.Tensor]:
-    """Outputs, and the gradients of all parameters and of the images, by name; or the loss and its gradients."""
+def results(model: nn.Module, given: dict[str, Tensor], loss_only: bool = False, **options: Any) -> dict[str, Tensor]:
+    """Return outputs, and the gradients of all parameters and of the images, by name; or the loss and its gradients."""
     given = dict(given)
     if "pixel_values" in given:
         given["pixel_values"] = given["pixel_values"].clone().requires_grad_()
@@ -171,17 +175,19 @@ def results(model: torch.nn.Module, given: dict, loss_only: bool = False, **opti
     else:
         found = {f"output {key}": x for key, x in flat(output).items() if x.requires_grad}
         generator = torch.Generator().manual_seed(2)
-        sum((x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in found.values()).backward()
+        terms = [(x * torch.randn(x.shape, generator=generator, dtype=x.dtype)).sum() for x in found.values()]
+        torch.stack(terms).sum().backward()
     found = {key: x.detach() for key, x in found.items()}
     found |= packed({name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None})
     if "pixel_values" in given:
+        assert given["pixel_values"].grad is not None
         found["images"] = given["pixel_values"].grad
     return found
 
 
 def assert_equal(
-    model: torch.nn.Module, patched: torch.nn.Module, given: dict, limit: float = 1e-10, **options: object
+    model: nn.Module, patched: nn.Module, given: dict[str, Tensor], limit: float = 1e-10, **options: Any
 ) -> None:
-    """Both compute the same, forward and backward."""
+    """Refuse a pair that does not compute the same, forward and backward."""
     error, where = shrunk.largest_error(results(patched, given, **options), results(model, given, **options))
     assert error <= limit, where
