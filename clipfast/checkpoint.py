@@ -258,11 +258,16 @@ def own_config(checkpoint: Mapping[str, Any], source: str | Path) -> CLIPConfig 
         raise CheckpointError(f"the model configuration in {source} cannot be read: {error}") from error
 
 
-def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return how a checkpoint of this package says that images are prepared, in OpenCLIP's words."""
+def stated_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a checkpoint of this package says on how images are prepared, in OpenCLIP's words; {} for others."""
     found = _own(checkpoint).get("preprocess_cfg")
+    return found if isinstance(found, dict) else {}
+
+
+def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return :func:`stated_preprocessing`, completed by what is usual for the kind of model that the weights are of."""
     is_siglip = is_siglip_state(plain_names(checkpoint["state_dict"]))
-    return complete_preprocessing(found if isinstance(found, dict) else {}, is_siglip=is_siglip)
+    return complete_preprocessing(stated_preprocessing(checkpoint), is_siglip=is_siglip)
 
 
 def preprocessing_of(model: CLIP) -> dict[str, Any]:
@@ -315,9 +320,9 @@ def write_open_clip_folder(
     folder: Path, config: CLIPConfig, preprocessing: Mapping[str, Any], weights: Mapping[str, Tensor]
 ) -> None:
     """Write configuration and weights into ``folder``, which exists; see :func:`export_open_clip`."""
-    # No shape shows which activation the weights were trained with, so the file says it.
-    own = {"clipfast": json.dumps({"model_config": config.to_dict()})}
-    write_safetensors(folder / WEIGHTS_NAMES[0], weights, own)
+    # No shape shows which activation and which images the weights were trained with, so the file says it.
+    notes = {"model_config": config.to_dict(), "preprocess_cfg": dict(preprocessing)}
+    write_safetensors(folder / WEIGHTS_NAMES[0], weights, {"clipfast": json.dumps(notes)})
     raw = {"model_cfg": config.to_dict(), "preprocess_cfg": dict(preprocessing)}
     replace_text(folder / CONFIG_NAME, json.dumps(raw, indent=2) + "\n")
 

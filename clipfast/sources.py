@@ -19,6 +19,7 @@ from .checkpoint import (
     own_preprocessing,
     read_checkpoint,
     read_open_clip_config,
+    stated_preprocessing,
 )
 from .conversion import hugging_face
 from .conversion.hub_folder import fetch_folder
@@ -83,15 +84,21 @@ def resolve_source(
     name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
     if name in list_models():
         return _named(name, pretrained, cache_dir, fetch_weights)
-    source = _described(model_name, cache_dir, fetch_weights)
-    if not pretrained:
-        return source
-    if not Path(pretrained).is_file():
+    if pretrained and not Path(pretrained).is_file():
         raise CheckpointError(
             f"no checkpoint at {pretrained}: there is no such file, and {model_name} has no tags; only models of "
             "clipfast.list_models() have"
         )
-    return dataclasses.replace(source, weights=Path(pretrained))
+    source = _described(model_name, cache_dir, fetch_weights and not pretrained)
+    if not pretrained:
+        return source
+    preprocessing = source.preprocessing | _stated(pretrained)
+    return model_source(source.config, Path(pretrained), preprocessing, source.folder)
+
+
+def _stated(path: str | Path) -> dict[str, Any]:
+    """Return how the checkpoint ``path`` says that images are prepared; {} if it says nothing."""
+    return stated_preprocessing(read_checkpoint(path, mmap=True))
 
 
 def _named(name: str, pretrained: str | Path | None, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
@@ -107,7 +114,7 @@ def _named(name: str, pretrained: str | Path | None, cache_dir: str | Path | Non
                 f"no checkpoint at {pretrained}: there is no such file, and {name} has no such tag; "
                 f"{'its tags are ' + ', '.join(tags) if tags else 'it has no tags'}"
             )
-        return model_source(config, Path(pretrained))
+        return model_source(config, Path(pretrained), _stated(pretrained))
     if entry.get("quick_gelu") and not config.quick_gelu:
         warnings.warn(
             f"the weights {pretrained!r} of {name} were trained with QuickGELU, so the model is built with it; name it "

@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import Tensor
 
-from ..checkpoint import complete_preprocessing
 from ..models import CLIPConfig
 
 
@@ -29,8 +28,8 @@ class Contents:
     layout: str
     files: tuple[Path, ...]
     state: dict[str, Tensor]
-    config: CLIPConfig | None = None
-    preprocessing: dict[str, Any] = dataclasses.field(default_factory=lambda: complete_preprocessing({}))
+    config: CLIPConfig | None
+    preprocessing: dict[str, Any]
     tokenizer: tuple[Path, ...] = ()
     epoch: int | None = None
     step: int | None = None

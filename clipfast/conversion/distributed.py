@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, plain_names
+from ..checkpoint import CheckpointError, complete_preprocessing, is_siglip_state, plain_names
 from .contents import Contents
 from .open_clip import refuse_hugging_face_names
 
@@ -67,7 +67,8 @@ def read_folder(folder: Path) -> Contents:
     refuse_hugging_face_names(state, folder)
     layout = "folder of torch.distributed.checkpoint" + (f" (the model is in {prefix[:-1]!r})" if prefix else "")
     epoch, step = (_read_number(folder, metadata, name) for name in ("epoch", "step"))
-    return Contents(folder, layout, tuple(sorted(files)), state, epoch=epoch, step=step)
+    preprocessing = complete_preprocessing({}, is_siglip=is_siglip_state(state))
+    return Contents(folder, layout, tuple(sorted(files)), state, None, preprocessing, epoch=epoch, step=step)
 
 
 def _read_metadata(path: Path) -> Any:
@@ -106,14 +107,16 @@ def _read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any])
         shape, dtype = torch.Size(entry.size), entry.properties.dtype
         if sum(torch.Size(chunk.sizes).numel() for chunk in entry.chunks) != shape.numel():
             raise ValueError("its shards do not make the whole")
-        value = torch.empty(shape, dtype=dtype)
+        value, covered = torch.empty(shape, dtype=dtype), torch.zeros(shape, dtype=torch.bool)
         for chunk in entry.chunks:
             place = places[MetadataIndex(name, chunk.offsets)]
             part = _read_slice(folder, place)
             window = tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))
             if part.dtype != dtype or part.shape != torch.Size(chunk.sizes) or value[window].shape != part.shape:
                 raise ValueError(f"a shard is {tuple(part.shape)} of {part.dtype}, and is listed as something else")
-            value[window] = part
+            if covered[window].any():
+                raise ValueError("its shards overlap")
+            value[window], covered[window] = part, True
             files.add(folder / place.relative_path)
     except Exception as error:  # broken files make the readers raise almost anything
         reason = str(error) or type(error).__name__

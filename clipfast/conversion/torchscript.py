@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint import CheckpointError
+from ..checkpoint import CheckpointError, complete_preprocessing
 from .contents import Contents
 from .shapes import HEAD_WIDTH, config_of_weights, settled
 
@@ -48,4 +48,4 @@ def read_file(path: Path, *, trust: bool) -> Contents:
     if config.text.width % HEAD_WIDTH:
         raise CheckpointError(f"{path} is not one of OpenAI's models: their heads have {HEAD_WIDTH} dimensions")
     config = settled(dataclasses.replace(config, quick_gelu=True))
-    return Contents(path, "OpenAI's TorchScript archive", (path,), state, config)
+    return Contents(path, "OpenAI's TorchScript archive", (path,), state, config, complete_preprocessing({}))

@@ -8,6 +8,7 @@ import torch
 
 import clipfast
 from clipfast import create_model, create_model_and_transforms, create_model_from_pretrained, export_open_clip
+from clipfast.kernels.reference import CLIP_MEAN
 from clipfast.training.config import TrainConfig
 
 from ..convert.conftest import CONFIGS, inputs, make_model
@@ -258,3 +259,33 @@ def test_preparation_of_images_survives_training_and_export(tmp_path):
     export_open_clip(model, tmp_path)
     assert create_model(f"local-dir:{tmp_path}").visual.preprocess_cfg == model.visual.preprocess_cfg
     assert resumed.visual.image_mean == (0.5, 0.5, 0.5)
+
+
+def test_weights_bring_the_preparation_of_their_images(tmp_path):
+    """Whatever names the model, its images are prepared as the checkpoint of the weights says."""
+    pytest.importorskip("safetensors")
+    model = create_model("ViT-T-8-32", force_preprocess_cfg={"mean": 0.5, "resize_mode": "squash"})
+    prepared = model.visual.preprocess_cfg
+    own = {"model_config": model.config.to_dict(), "preprocess_cfg": clipfast.checkpoint.preprocessing_of(model)}
+    torch.save({"state_dict": model.state_dict(), "clipfast": own}, tmp_path / "own.pt")
+    torch.save(model.state_dict(), tmp_path / "bare.pt")
+    export_open_clip(model, tmp_path / "same")
+    export_open_clip(create_model("ViT-T-8-32"), tmp_path / "other")
+    for file in ("own.pt", "same/open_clip_model.safetensors"):
+        for name in ("ViT-T-8-32", f"local-dir:{tmp_path}/other"):
+            assert create_model(name, tmp_path / file).visual.preprocess_cfg == prepared, (file, name)
+    # a file that says nothing leaves what the name says
+    for name, mean in (("ViT-T-8-32", CLIP_MEAN), (f"local-dir:{tmp_path}/same", (0.5, 0.5, 0.5))):
+        assert create_model(name, tmp_path / "bare.pt").visual.image_mean == mean
+
+
+def test_weights_that_are_replaced_need_not_be_there(tmp_path):
+    model = create_model("ViT-T-8-32")
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    (tmp_path / "open_clip_config.json").write_text(json.dumps({"model_cfg": model.config.to_dict()}))
+    other = create_model(f"local-dir:{tmp_path}", tmp_path / "w.pt")
+    assert torch.equal(other.visual.proj, model.visual.proj)
+    with pytest.raises(ValueError, match="holds no weights"):
+        create_model(f"local-dir:{tmp_path}")
+    with pytest.raises(ValueError, match="no checkpoint at none: there is no such file"):  # before anything is read
+        create_model("hf-hub:org/none", "none")

@@ -14,6 +14,8 @@ from clipfast import CLIP, CheckpointError, convert, create_model, inspect_check
 from clipfast.ranks import run_ranks
 
 from ..clip.conftest import run_command
+from ..clip.siglip import CONFIGS as SIGLIP_CONFIGS
+from ..clip.siglip import make_model as make_siglip
 from .conftest import CONFIGS, make_model, same_bits, save_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -55,7 +57,7 @@ def test_what_it_says(tmp_path, capsys):
     assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
     assert list(info.sha256) == ["__0_0.distcp"]
     code, _, error = run_command(capsys, "convert", tmp_path / "dcp", tmp_path / "o", "--to", "hf")
-    assert (code, "add --model" in error or "--model" in error) == (2, True)
+    assert (code, "name its configuration with --model" in error) == (2, True), error
 
 
 def save_sharded(rank: int, folder: Path) -> None:
@@ -83,6 +85,17 @@ def test_two_ranks_with_shards(tmp_path):
     expected = torch.load(tmp_path / "full_0.pt", weights_only=True)
     expected["logit_scale"] = expected["logit_scale"][0]
     assert same_bits(create_model(str(tmp_path / "out.pt")).state_dict(), expected)
+
+
+def test_images_of_siglip_are_prepared_as_its_are(tmp_path):
+    model = make_siglip(SIGLIP_CONFIGS["exact"])
+    dcp.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "dcp")
+    name = save_config(model.config, tmp_path / "small.json")
+    for info in (
+        inspect_checkpoint(tmp_path / "dcp"),
+        convert(tmp_path / "dcp", tmp_path / "folder", "open_clip", model=str(name)),
+    ):
+        assert (info.mean, info.std, info.resize_mode) == ((0.5,) * 3, (0.5,) * 3, "squash")
 
 
 @pytest.fixture
@@ -175,9 +188,37 @@ def a_shard_that_is_not_listed(folder):
 def a_size_that_is_not_that_of_the_shard(folder):
     metadata = metadata_of(folder)
     entry = metadata.state_dict_metadata["model.visual.proj"]
+    entry.size = entry.chunks[0].sizes = torch.Size([2, 3])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return r"model.visual.proj cannot be read: a shard is \(64, 24\) of torch.float32, and is listed as something else"
+
+
+def a_size_that_fits_no_machine(folder):
+    metadata = metadata_of(folder)
+    entry = metadata.state_dict_metadata["model.visual.proj"]
     entry.size = entry.chunks[0].sizes = torch.Size([10**9, 10**9])
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
     return "model.visual.proj cannot be read: "
+
+
+def a_dtype_that_is_not_that_of_the_shard(folder):
+    metadata = metadata_of(folder)
+    metadata.state_dict_metadata["model.visual.proj"].properties.dtype = torch.float16
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return r"model.visual.proj cannot be read: a shard is \(64, 24\) of torch.float32, and is listed as something else"
+
+
+def shards_that_overlap(folder):
+    """Two shards are listed for the first half, and none for the second."""
+    metadata = metadata_of(folder)
+    torch.save(torch.zeros(32, 24), folder / "half.distcp")
+    place = next(place for index, place in metadata.storage_data.items() if index.fqn == "model.visual.proj")
+    place.relative_path, place.offset, place.length = "half.distcp", 0, (folder / "half.distcp").stat().st_size
+    entry = metadata.state_dict_metadata["model.visual.proj"]
+    entry.chunks[0].sizes = torch.Size([32, 24])
+    entry.chunks.append(entry.chunks[0])
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    return "model.visual.proj cannot be read: its shards overlap"
 
 
 @pytest.mark.parametrize(
@@ -185,7 +226,8 @@ def a_size_that_is_not_that_of_the_shard(folder):
     [
         code_in_the_list, code_in_a_shard, a_shard_elsewhere, a_list_that_is_cut_off, a_list_of_something_else,
         a_missing_file, a_file_that_is_cut_off, a_bit_that_has_flipped, a_shard_that_is_not_listed,
-        a_size_that_is_not_that_of_the_shard,
+        a_size_that_is_not_that_of_the_shard, a_size_that_fits_no_machine, a_dtype_that_is_not_that_of_the_shard,
+        shards_that_overlap,
     ],
     ids=lambda damage: damage.__name__,
 )  # fmt: skip

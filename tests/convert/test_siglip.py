@@ -247,7 +247,7 @@ def test_the_activation_of_published_weights(tmp_path):
     from clipfast.conversion.convert import _check_open_clip
     from clipfast.conversion.resolve import Wishes, _with_activation
 
-    contents = Contents(tmp_path, "", (), {}, found)
+    contents = Contents(tmp_path, "", (), {}, found, {})
     with pytest.raises(CheckpointError, match=r"siglip_224 has GELU for images, tanh GELU for texts: add --activation"
                        " gelu,gelu_tanh to write it all the same"):  # fmt: skip
         _check_open_clip(contents)
