@@ -31,6 +31,7 @@ TRUNK_PREFIX = "visual.trunk."  # of the image tower of SigLIP
 TEXT_PREFIX = "text."  # of the text tower of OpenCLIP's models with custom_text
 # DistributedDataParallel and torch.compile put these in front of the names of a model that they wrap.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+_COUNT = "num_batches_tracked"  # the last part of the name of BatchNorm's count of batches
 # What images go through if nothing else is said, in OpenCLIP's words: for CLIP, and for SigLIP.
 _PREPROCESSING: dict[bool, dict[str, Any]] = {
     False: {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
@@ -118,9 +119,12 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return ``state`` without the prefixes that wrappers of a model put in front of every name.
 
     OpenCLIP's models with ``custom_text`` have another one for their text tower. It goes too, unless it belongs to
-    SigLIP's own names.
+    SigLIP's own names. BatchNorm whose statistics are constant keeps no count of batches; it gets one of 0, since
+    models are built with BatchNorm that has it.
     """
     plain = dict(state)
+    for name in [name for name in plain if name.endswith(".running_mean")]:
+        plain.setdefault(name.removesuffix("running_mean") + _COUNT, torch.tensor(0))
     while prefix := next((prefix for prefix in WRAPPER_PREFIXES if _all_start_with(plain, prefix)), None):
         plain = {name.removeprefix(prefix): value for name, value in plain.items()}
     return plain if is_siglip_state(plain) else {name.removeprefix(TEXT_PREFIX): x for name, x in plain.items()}
@@ -196,6 +200,8 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *,
     weights = plain_names(checkpoint["state_dict"])
     resized = _resize_positions(weights, model) if resize else []
     own = model.state_dict()
+    # BatchNorm whose statistics are constant has no count to fill.
+    weights = {name: value for name, value in weights.items() if name in own or not name.endswith(f".{_COUNT}")}
     check_weights(weights, own, source)
     for what in resized:
         log.info(f"{source}: positions were resized from {what}")
@@ -313,7 +319,7 @@ def export_open_clip(model: CLIP, folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    write_open_clip_folder(folder, model.config, preprocessing_of(model), model.state_dict())
+    write_open_clip_folder(folder, model.config, preprocessing_of(model), plain_names(model.state_dict()))
 
 
 def write_open_clip_folder(

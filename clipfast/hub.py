@@ -1,7 +1,7 @@
 """Files of repositories on the Hugging Face hub, through ``huggingface_hub`` (the extra "hub") and its cache.
 
-A file that is in the cache needs no network. What the hub says of a file (its size and checksum) is what
-``huggingface_hub`` compares a download with.
+A file that is in the cache needs no network. ``huggingface_hub`` compares the size of a download with the
+one that the hub states.
 """
 
 import re
@@ -34,6 +34,9 @@ def repository_of(name: str) -> str | None:
 def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, revision: str | None = None) -> Path:
     """Return the first file of ``names`` that the repository has, downloaded into the cache if it is not there.
 
+    If the hub does not say whether it has one of them, the names after it are looked for in the cache only: what would
+    be downloaded might not be the preferred file.
+
     Args:
         repository: "ORG/REPO".
         *names: names of files, the preferred one first.
@@ -45,23 +48,27 @@ def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, rev
             not in the cache and the hub cannot be reached.
     """
     try:
-        from huggingface_hub import constants, hf_hub_download
+        from huggingface_hub import constants, errors, hf_hub_download
     except ImportError as error:
         raise HubError(
             f"{names[0]} of {HUB_PREFIX}{repository} needs huggingface_hub, which is not installed: "
             "pip install 'clipfast[hub]'"
         ) from error
     failures: list[Exception] = []
+    only_cached = False
     for name in names:
         try:
             return Path(
                 hf_hub_download(
                     repository, name, cache_dir=cache_dir, revision=revision, library_name="clipfast",
-                    library_version=__version__,
+                    library_version=__version__, local_files_only=only_cached,
                 )
             )  # fmt: skip
         except Exception as error:  # besides its own errors, it passes on those of the network
-            failures.append(error)
+            if not only_cached:
+                failures.append(error)
+            is_missing = isinstance(error, errors.EntryNotFoundError)
+            only_cached |= not is_missing or isinstance(error, errors.LocalEntryNotFoundError)
     cache = Path(cache_dir or constants.HF_HUB_CACHE)
     raise HubError(_explain(repository, names, failures, cache)) from failures[-1]
 

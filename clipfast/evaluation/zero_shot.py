@@ -35,9 +35,12 @@ TEMPLATES: dict[str, tuple[str, ...]] = {
 def encode_texts(
     model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device
 ) -> Tensor:
-    """Return the normalised features [len(texts), embed_dim] of texts, without padding that the model does not read."""
+    """Return the normalised features [len(texts), embed_dim] of texts.
+
+    Padding is left out if the model says that it does not read it. Other packages' models do not say, and keep theirs.
+    """
     ids = tokenizer(texts)
-    ids = ids if getattr(model, "reads_padding", False) else trim_padding(ids)
+    ids = ids if getattr(model, "reads_padding", True) else trim_padding(ids)
     return model.encode_text(ids.to(device), normalize=True)
 
 

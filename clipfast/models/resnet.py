@@ -151,11 +151,15 @@ class ModifiedResNet(nn.Module):
         )  # fmt: skip
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
-        """Make parameters constant but for the last groups, and BatchNorm's statistics in all; see ``CLIP``."""
-        freeze(groups_of_resnet(self), unlocked_groups)
+        """Make the parameters constant, but for those of the last groups.
+
+        With ``freeze_bn_stats``, BatchNorm in the locked groups keeps its statistics; see ``CLIP``.
+        """
+        groups = groups_of_resnet(self)
+        freeze(groups, unlocked_groups)
         if freeze_bn_stats:
-            groups = groups_of_resnet(self)
-            freeze_statistics(self, [part for group in groups[: len(groups) - unlocked_groups] for part in group])
+            locked = groups[: max(0, len(groups) - unlocked_groups)]
+            freeze_statistics(self, [part for group in locked for part in group])
 
 
 def _stage(in_channels: int, channels: int, blocks: int, *, stride: int) -> nn.Sequential:

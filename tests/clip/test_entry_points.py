@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import clipfast
-from clipfast import create_model, create_model_and_transforms, create_model_from_pretrained, export_open_clip
+from clipfast import convert, create_model, create_model_and_transforms, create_model_from_pretrained, export_open_clip
 from clipfast.kernels.reference import CLIP_MEAN
 from clipfast.training.config import TrainConfig
 
-from ..convert.conftest import CONFIGS, inputs, make_model
+from ..convert.conftest import CONFIGS, inputs, make_model, same_bits, save_own
 
 PRECISIONS = ["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16", "amp_bfloat16"]
 
@@ -203,10 +203,38 @@ def test_locked_statistics(tmp_path):
     assert {name for name in kinds if "." not in name} == {"bn1", "bn2", "bn3"}
     model.visual.layer4.eval()
     torch.testing.assert_close(model.encode_image(images), before)
+    _check_checkpoints_of_constant_statistics(model, tmp_path)
     with pytest.raises(ValueError, match="must not be negative, got -1"):
         model.lock_text_tower(-1)
     with pytest.raises(ValueError, match="freeze_layer_norm must be True"):
         model.lock_text_tower(freeze_layer_norm=False)
+
+
+def _check_checkpoints_of_constant_statistics(model, tmp_path):
+    """Both packages load them into a new model, and clipfast into one that is locked in the same way."""
+    open_clip = pytest.importorskip("open_clip")
+    images, texts = inputs(model.config)
+    save_own(model, tmp_path / "own.pt")
+    export_open_clip(model, tmp_path / "folder")
+    convert(tmp_path / "own.pt", tmp_path / "converted", "open_clip")
+    expected = model.eval()(images, texts)[:2]
+    folders = [f"local-dir:{tmp_path}/{name}" for name in ("folder", "converted")]
+    loaded = [create_model(name) for name in (str(tmp_path / "own.pt"), *folders)]
+    loaded += [open_clip.create_model(name) for name in folders]
+    for other in loaded:
+        torch.testing.assert_close(other.eval()(images, texts)[:2], expected, rtol=1e-5, atol=1e-5)
+    locked = clipfast.CLIP(model.config)
+    locked.lock_image_tower(unlocked_groups=2, freeze_bn_stats=True)
+    clipfast.load_checkpoint(locked, tmp_path / "own.pt")
+    assert same_bits(locked.state_dict(), model.state_dict())
+
+
+def test_no_statistics_are_locked_where_nothing_is():
+    model = make_model(CONFIGS["ResNet"])
+    for unlocked in (6, 8, 100):
+        model.lock_image_tower(unlocked, freeze_bn_stats=True)
+        assert all(parameter.requires_grad for parameter in model.parameters())
+        assert "FrozenBatchNorm2d" not in repr(model)
 
 
 @pytest.mark.parametrize("folder", ["ViT", "QuickGELU"], indirect=True)

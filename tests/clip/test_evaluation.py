@@ -1,5 +1,7 @@
 """Zero-shot classification and retrieval: by hand, against the full matrix, and where a score would be too good."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,7 +10,7 @@ from clipfast import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAG
 from clipfast.evaluation.evaluate import evaluate
 from clipfast.evaluation.labelled import LabelledFeatures, LabelledSet, encode_labelled
 from clipfast.evaluation.retrieval import pair_ranks
-from clipfast.evaluation.zero_shot import build_zero_shot_classifier, top_classes
+from clipfast.evaluation.zero_shot import build_zero_shot_classifier, encode_texts, top_classes
 from clipfast.factory import get_tokenizer
 from clipfast.images import image_transform
 
@@ -34,6 +36,17 @@ def test_published_prompts():
         t.replace("{}", "x") for t in OPENAI_IMAGENET_TEMPLATES
     ]
     assert list(open_clip.IMAGENET_CLASSNAMES) == list(IMAGENET_CLASSNAMES)
+
+
+def test_padding_stays_unless_the_model_says_that_it_does_not_read_it(model):
+    """OpenCLIP's SigLIP reads it, and has no attribute that says so."""
+    tokenizer = get_tokenizer("ViT-T-8-32")
+    for says, length in (({}, tokenizer.context_length), ({"reads_padding": True}, tokenizer.context_length),
+                         ({"reads_padding": False}, 4)):  # fmt: skip
+        seen = []
+        other = SimpleNamespace(encode_text=lambda ids, normalize, seen=seen: seen.append(ids.shape), **says)
+        encode_texts(other, tokenizer, ["a"], "cpu")
+        assert seen == [(1, length)], says
 
 
 def test_classifier_as_open_clip(model):

@@ -321,6 +321,32 @@ def test_what_the_hub_answers(error, message, monkeypatch):
         fetch("org/x", "a.bin", "b")
 
 
+@pytest.mark.parametrize("failure", ["timed out", "server down", "no cache"])
+def test_no_other_file_is_downloaded_in_place_of_one_that_may_be_there(failure, monkeypatch, tmp_path):
+    """After a time-out, config.json would make a repository of OpenCLIP one of transformers."""
+    import huggingface_hub
+    from huggingface_hub import errors
+
+    def download(repository, name, *, local_files_only=False, **options):
+        if name == "missing" and not local_files_only:
+            raise errors.RemoteEntryNotFoundError("no", response=answer(404))
+        if local_files_only and name != "cached":
+            raise errors.LocalEntryNotFoundError("not in the cache")
+        if name == "first":
+            raise {
+                "timed out": TimeoutError(failure),
+                "server down": errors.HfHubHTTPError(failure, response=answer(500)),
+                "no cache": errors.LocalEntryNotFoundError(failure),
+            }[failure]
+        return str(tmp_path / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert fetch("org/x", "missing", "second") == tmp_path / "second"
+    with pytest.raises(HubError, match="the hub cannot be reached" if failure == "no cache" else failure):
+        fetch("org/x", "first", "second")
+    assert fetch("org/x", "first", "cached") == tmp_path / "cached"
+
+
 def test_code_in_a_repository_is_not_run(cache, tmp_path, vit):
     class Evil:
         def __reduce__(self):
