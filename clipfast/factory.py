@@ -30,17 +30,18 @@ PRECISIONS = {
 # The dtype of the weights of products; norms, embeddings and the logit scale stay in float32.
 MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TOWER_WEIGHTS = "clipfast loads no weights of one tower: build the model, then load them into its tower"
-# What OpenCLIP's entry points take besides: the value that changes nothing, and why no other one is taken.
-_ONLY: dict[str, tuple[Any, str]] = {
-    "pretrained_image": (False, _NO_TOWER_WEIGHTS),
-    "pretrained_image_path": (None, _NO_TOWER_WEIGHTS),
-    "pretrained_text": (False, _NO_TOWER_WEIGHTS),
-    "pretrained_text_path": (None, _NO_TOWER_WEIGHTS),
-    "pretrained_hf": (False, _NO_TOWER_WEIGHTS),
-    "force_custom_text": (False, "clipfast's models hold their text tower at the top level"),
-    "weights_only": (True, "clipfast never unpickles more than weights"),
-    "load_weights_only": (True, "clipfast never unpickles more than weights"),
-    "jit": (False, "clipfast's models are not TorchScript"),
+# What OpenCLIP's entry points take besides: the values that change nothing, and why no other one is taken.
+_ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
+    "pretrained_image": ((False,), _NO_TOWER_WEIGHTS),
+    "pretrained_image_path": ((None,), _NO_TOWER_WEIGHTS),
+    # Both concern text towers of transformers, of which clipfast builds none.
+    "pretrained_text": ((False, True), _NO_TOWER_WEIGHTS),
+    "pretrained_text_path": ((None,), _NO_TOWER_WEIGHTS),
+    "pretrained_hf": ((False, True), _NO_TOWER_WEIGHTS),
+    "force_custom_text": ((False,), "clipfast's models hold their text tower at the top level"),
+    "weights_only": ((True,), "clipfast never unpickles more than weights"),
+    "load_weights_only": ((True,), "clipfast never unpickles more than weights"),
+    "jit": ((False,), "clipfast's models are not TorchScript"),
 }
 
 
@@ -88,8 +89,8 @@ def create_model(
         require_pretrained: refuse a model without weights to load.
         backend: "auto", "triton" or "torch" for every op of the model.
         output_dict: make ``forward`` return a dict.
-        **others: what OpenCLIP takes besides, with the one value that clipfast knows: ``pretrained_image=False``,
-            ``weights_only=True`` and the like.
+        **others: further arguments of OpenCLIP's, each accepted only with the value that changes nothing here, such as
+            ``pretrained_image=False``.
 
     Returns:
         The model, in training mode; call ``.eval()`` to compute features for anything but training. A SigLIP model is
@@ -100,11 +101,13 @@ def create_model(
         TypeError: an argument is unknown.
     """
     _check_arguments(precision, others)
-    source = resolve_source(model_name, pretrained, cache_dir=cache_dir, fetch_weights=load_weights)
+    source = resolve_source(
+        model_name, pretrained, cache_dir=cache_dir, fetch_weights=load_weights, force_quick_gelu=force_quick_gelu
+    )
     if require_pretrained and source.weights is None:
         raise ValueError(
             f"{model_name} has no weights of its own: pass the path of a checkpoint as pretrained, or a tag of "
-            "clipfast.list_pretrained()"
+            "clipfast.list_pretrained() (on the command line --pretrained)"
         )
     changes = {"patch_dropout": force_patch_dropout, "image_size": force_image_size}
     config = _changed(source.config, force_quick_gelu, force_context_length, changes)
@@ -133,8 +136,9 @@ def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:
         if name not in _ONLY:
             raise TypeError(f"create_model: unknown argument {name!r}")
         neutral, reason = _ONLY[name]
-        if value not in (neutral, None):
-            raise ValueError(f"create_model: {name}={value!r} is not supported, only {neutral!r}: {reason}")
+        if value not in (*neutral, None):
+            only = " or ".join(map(repr, neutral))
+            raise ValueError(f"create_model: {name}={value!r} is not supported, only {only}: {reason}")
 
 
 def _changed(config: CLIPConfig, quick_gelu: bool, context_length: int | None, vision: Mapping[str, Any]) -> CLIPConfig:
@@ -278,7 +282,8 @@ def get_tokenizer(
             package, or the folder that holds it. Default: the file in the model's folder or repository.
 
     Raises:
-        ValueError: the model is unknown; a SigLIP model has no such file; another model is given one.
+        ValueError: the model is unknown; a SigLIP model has no such file; another model is given one, or has another
+            vocabulary than CLIP's tokenizer.
         ImportError: the tokenizers package is missing, for SigLIP.
     """
     source = resolve_source(model_name, cache_dir=cache_dir, fetch_weights=False)
@@ -287,7 +292,14 @@ def get_tokenizer(
         return tokenizer_of(source.config, model_name, tokenizer_file or folder, context_length)
     if tokenizer_file is not None:
         raise ValueError(f"{model_name} has CLIP's tokenizer, which needs no file: leave {tokenizer_file} out")
-    return Tokenizer(source.config.text.context_length if context_length is None else context_length)
+    text = source.config.text
+    tokenizer = Tokenizer(text.context_length if context_length is None else context_length)
+    if text.vocab_size != tokenizer.vocab_size:
+        raise ValueError(
+            f"{model_name} has a vocabulary of {text.vocab_size} tokens, and CLIP's tokenizer has "
+            f"{tokenizer.vocab_size}: use the tokenizer that the model was trained with"
+        )
+    return tokenizer
 
 
 def resolve_device(name: str) -> str:

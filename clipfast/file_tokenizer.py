@@ -109,17 +109,17 @@ class FileTokenizer:
         return torch.tensor(rows, dtype=torch.int64).view(len(rows), length)
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files into ``folder``, from which clipfast, OpenCLIP and transformers read them."""
+        """Write the tokenizer's files into ``folder``, from which clipfast, OpenCLIP and transformers read them.
+
+        The settings always say which token is padding, since it may have been another file that said it.
+        """
         replace_text(folder / FILE_NAME, self.file.read_text(encoding="utf-8"))
-        settings = self.file.parent / SETTINGS_NAME
-        if settings.is_file():
-            replace_text(folder / SETTINGS_NAME, settings.read_text(encoding="utf-8"))
-            return
-        own = {
-            "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": self.context_length,
-            "pad_token": self._tokenizer.id_to_token(self.pad_token_id),
-        }  # fmt: skip
-        replace_text(folder / SETTINGS_NAME, json.dumps(own, indent=2) + "\n")
+        settings = _read_settings(self.file.parent / SETTINGS_NAME) or {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "model_max_length": self.context_length,
+        }
+        settings["pad_token"] = self._tokenizer.id_to_token(self.pad_token_id)
+        replace_text(folder / SETTINGS_NAME, json.dumps(settings, indent=2) + "\n")
 
     def _truncated(self, text: str, length: int) -> list[int]:
         """Return the ids of ``text`` cut to ``length``; only the file knows where its special tokens go."""

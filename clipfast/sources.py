@@ -23,11 +23,11 @@ from .checkpoint import (
 )
 from .conversion import hugging_face
 from .conversion.hub_folder import fetch_folder
+from .conversion.layouts import LOCAL_DIR_PREFIX, is_hugging_face_folder
 from .hub import HUB_PREFIX, HubError, repository_of
 from .models import CLIP, CLIPConfig, SigLIPConfig, get_model_config, list_models
 from .pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
 
-LOCAL_DIR_PREFIX = "local-dir:"
 _THEIRS = "the model is built by open_clip.create_model(...) and handed to clipfast.apply_to_open_clip"
 
 
@@ -69,12 +69,14 @@ def resolve_source(
     *,
     cache_dir: str | Path | None = None,
     fetch_weights: bool = True,
+    force_quick_gelu: bool = False,
 ) -> ModelSource:
     """Return what :func:`clipfast.create_model` builds for a name, and for weights in place of its own.
 
     Args:
         model_name, pretrained, cache_dir: as for :func:`clipfast.create_model`.
         fetch_weights: whether weights on the hub are downloaded; without them, only what describes the model is.
+        force_quick_gelu: whether the caller builds the model with QuickGELU, so that no warning says it.
 
     Raises:
         ValueError: the name of the model is unknown.
@@ -83,7 +85,7 @@ def resolve_source(
     """
     name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
     if name in list_models():
-        return _named(name, pretrained, cache_dir, fetch_weights)
+        return _named(name, pretrained, cache_dir, fetch_weights, force_quick_gelu)
     if pretrained and not Path(pretrained).is_file():
         raise CheckpointError(
             f"no checkpoint at {pretrained}: there is no such file, and {model_name} has no tags; only models of "
@@ -101,7 +103,13 @@ def _stated(path: str | Path) -> dict[str, Any]:
     return stated_preprocessing(read_checkpoint(path, mmap=True))
 
 
-def _named(name: str, pretrained: str | Path | None, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
+def _named(
+    name: str,
+    pretrained: str | Path | None,
+    cache_dir: str | Path | None,
+    fetch_weights: bool,
+    force_quick_gelu: bool,
+) -> ModelSource:
     """Return a model that clipfast knows by name, with the weights of a tag or a file."""
     config = get_model_config(name)
     if not pretrained:
@@ -115,7 +123,7 @@ def _named(name: str, pretrained: str | Path | None, cache_dir: str | Path | Non
                 f"{'its tags are ' + ', '.join(tags) if tags else 'it has no tags'}"
             )
         return model_source(config, Path(pretrained), _stated(pretrained))
-    if entry.get("quick_gelu") and not config.quick_gelu:
+    if entry.get("quick_gelu") and not (config.quick_gelu or force_quick_gelu):
         warnings.warn(
             f"the weights {pretrained!r} of {name} were trained with QuickGELU, so the model is built with it; name it "
             f"{name}-quickgelu to say so",
@@ -133,7 +141,7 @@ def _described(model_name: str, cache_dir: str | Path | None, fetch_weights: boo
     if model_name.endswith(".pt"):
         return read_own_source(model_name)
     if Path(model_name).is_dir():
-        raise ValueError(f"{model_name} is a folder: write local-dir:{model_name}")
+        raise ValueError(f"{model_name} is a folder: write {LOCAL_DIR_PREFIX}{model_name}")
     repository = repository_of(model_name)
     if repository is None and model_name.count("/") == 1 and Path(model_name).parent.is_dir():
         raise ValueError(
@@ -154,20 +162,23 @@ def _in_repository(repository: str, name: str, cache_dir: str | Path | None, fet
             raise
         raise HubError(f"{name} is no model that clipfast knows by name, and as a repository: {error}") from error
     try:
-        source = read_folder(folder, False)
+        source = _read_as(not (folder / CONFIG_NAME).is_file(), folder, False)
     except CheckpointError as error:
         raise CheckpointError(f"{HUB_PREFIX}{repository}: {error}; if it is one of OpenCLIP's, {_THEIRS}") from error
     return read_folder(fetch_folder(repository, cache_dir)) if fetch_weights else source
 
 
 def read_folder(folder: Path, with_weights: bool = True) -> ModelSource:
-    """Return the model in a folder with ``open_clip_config.json``, or else of transformers.
+    """Return the model in a folder of OpenCLIP's layout or of transformers.
 
     Raises:
         CheckpointError: there is no readable configuration or no weights, or this package does not implement the
             preprocessing.
     """
-    is_hugging_face = not (folder / CONFIG_NAME).is_file() and (folder / hugging_face.CONFIG_NAME).is_file()
+    return _read_as(is_hugging_face_folder(folder), folder, with_weights)
+
+
+def _read_as(is_hugging_face: bool, folder: Path, with_weights: bool) -> ModelSource:
     config, preprocessing = (hugging_face.read_config if is_hugging_face else read_open_clip_config)(folder)
     weights = None
     if with_weights:

@@ -1,5 +1,6 @@
 """The files of one model in a repository of the hub, as a folder that the readers of folders take."""
 
+import contextlib
 import logging
 from pathlib import Path
 
@@ -40,15 +41,19 @@ def fetch_folder(
         except HubError:
             log.warning(
                 f"{HUB_PREFIX}{repository} has no {hugging_face.PROCESSOR_NAMES[0]}, or it is not in the cache: images "
-                "are prepared as OpenAI's models expect them"
+                "are prepared as is usual for the kind of model"
             )
         if weights:
             more(*hugging_face.WEIGHTS_NAMES)
             for part in hugging_face.weights_files(folder):
                 more(part.name)
-    for name in TOKENIZER_FILES if tokenizer else ():
-        try:
-            more(name)
-        except HubError:
-            continue
+    if tokenizer:
+        fetch_tokenizer(repository, folder.name, cache_dir)
     return folder
+
+
+def fetch_tokenizer(repository: str, commit: str, cache_dir: str | Path | None = None) -> None:
+    """Bring what files of a tokenizer a commit of the repository has into its folder in the cache."""
+    for name in TOKENIZER_FILES:
+        with contextlib.suppress(HubError):
+            fetch(repository, name, cache_dir=cache_dir, revision=commit)

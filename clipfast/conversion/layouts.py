@@ -2,6 +2,7 @@
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from ..checkpoint import (
     CONFIG_NAME,
@@ -11,12 +12,14 @@ from ..checkpoint import (
     complete_preprocessing,
 )
 from ..hub import HUB_PREFIX, repository_of
+from ..models import CLIPConfig, SigLIPConfig
 from ..pretrained import fetch_pretrained, get_pretrained_cfg, pretrained_config
 from . import distributed, hugging_face, open_clip, torchscript
 from .contents import Contents
-from .hub_folder import fetch_folder
+from .hub_folder import fetch_folder, fetch_tokenizer
+from .tokenizer_files import find_tokenizer
 
-_LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
+LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
 
 
 def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | Path | None = None) -> Contents:
@@ -40,13 +43,8 @@ def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | P
     model, _, tag = str(source).partition(":")
     entry = get_pretrained_cfg(model, tag)
     if entry:
-        contents = open_clip.read_file(fetch_pretrained(entry, cache_dir))
-        preprocessing = complete_preprocessing({key: entry[key] for key in PREPROCESSING_KEYS})
-        config = pretrained_config(model, entry)
-        return dataclasses.replace(
-            contents, layout=f"{contents.layout}, {source}", config=config, preprocessing=preprocessing
-        )
-    path = Path(str(source).removeprefix(_LOCAL_DIR_PREFIX))
+        return _read_tag(str(source), pretrained_config(model, entry), entry, cache_dir)
+    path = Path(str(source).removeprefix(LOCAL_DIR_PREFIX))
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -54,14 +52,35 @@ def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | P
     return torchscript.read_file(path, trust=trust) if torchscript.is_archive(path) else open_clip.read_file(path)
 
 
+def _read_tag(source: str, config: CLIPConfig, entry: dict[str, Any], cache_dir: str | Path | None) -> Contents:
+    """Read the weights of a tag, and for SigLIP the tokenizer beside them; CLIP's tokenizer needs no files."""
+    weights = fetch_pretrained(entry, cache_dir)
+    contents, folder = open_clip.read_file(weights), weights.parent
+    if isinstance(config, SigLIPConfig):
+        fetch_tokenizer(entry["hf_hub"].rstrip("/"), folder.name, cache_dir)
+        contents = dataclasses.replace(contents, tokenizer=find_tokenizer(folder))
+    preprocessing = complete_preprocessing({key: entry[key] for key in PREPROCESSING_KEYS})
+    return dataclasses.replace(
+        contents, layout=f"{contents.layout}, {source}", config=config, preprocessing=preprocessing
+    )
+
+
+def is_hugging_face_folder(folder: Path) -> bool:
+    """Return whether a folder with a model's configuration is read in the layout of transformers, not of OpenCLIP.
+
+    In a folder with both configurations, the one whose weights are there counts; if both or none are, OpenCLIP's.
+    """
+    names = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    is_open_clip = CONFIG_NAME in names and (names & {*WEIGHTS_NAMES} or not names & {*hugging_face.WEIGHTS_NAMES})
+    return hugging_face.CONFIG_NAME in names and not is_open_clip
+
+
 def _read_folder(folder: Path) -> Contents:
     names = {entry.name for entry in folder.iterdir()}
-    # Repositories that hold both have the weights twice.
-    is_hugging_face = hugging_face.CONFIG_NAME in names
-    if CONFIG_NAME in names and (names & {*WEIGHTS_NAMES} or not is_hugging_face):
-        return open_clip.read_folder(folder)
-    if is_hugging_face:
+    if is_hugging_face_folder(folder):
         return hugging_face.read_folder(folder)
+    if CONFIG_NAME in names:
+        return open_clip.read_folder(folder)
     if not names:
         raise CheckpointError(f"{folder} is an empty folder: there is no checkpoint in it")
     if distributed.METADATA_NAME in names:

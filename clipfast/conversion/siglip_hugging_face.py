@@ -107,6 +107,7 @@ def from_settings(raw: Mapping[str, Any], source: Path) -> SigLIPConfig:
                 text["num_hidden_layers"], mlp_ratio(text["intermediate_size"], text["hidden_size"]),
             ),
             image_gelu=_GELUS[vision["hidden_act"]], text_gelu=_GELUS[text["hidden_act"]],
+            clean="canonicalize",  # as transformers' SiglipTokenizer does
         )  # fmt: skip
     except (ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} is not a model configuration that clipfast implements: {error}") from error

@@ -53,26 +53,16 @@ def run(args: argparse.Namespace) -> int:
 
     from ..factory import create_model, get_tokenizer, resolve_device, transform_of
     from ..files import check_target, replace_text
-    from ..hub import repository_of
-    from ..models import list_models
     from .evaluate import evaluate
     from .labelled import LabelledSet, encode_labelled
 
-    is_repository = args.model.replace("/", "-") not in list_models() and repository_of(args.model) is not None
-    holds_weights = is_repository or args.model.startswith("local-dir:") or args.model.endswith(".pt")
-    if args.pretrained is None and not holds_weights:
-        if Path(args.model).is_dir():
-            raise ValueError(f"--model {args.model} is a folder: write --model local-dir:{args.model}")
-        raise ValueError(
-            f"--model {args.model} would have random weights: give its checkpoint with --pretrained, "
-            "or a run's folder as --model local-dir:FOLDER; clipfast list-pretrained shows published weights"
-        )
     check_target(args.json)
     device = resolve_device(args.device)
     templates, classnames = _templates(args.templates), _classnames(args.classnames)
     model = create_model(
-        args.model, args.pretrained, device=device, backend=args.backend, cache_dir=args.cache_dir
-    ).eval()
+        args.model, args.pretrained, require_pretrained=True, device=device, backend=args.backend,
+        cache_dir=args.cache_dir,
+    ).eval()  # fmt: skip
     tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir, tokenizer_file=args.tokenizer)
     images = LabelledSet(args.data, args.group_by, args.label_by)
     progress = tqdm(images, desc="images", unit="image", disable=None)

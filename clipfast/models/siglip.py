@@ -223,10 +223,14 @@ class SigLIPText(nn.Module):
 
     def forward(self, text: Tensor) -> Tensor:
         """[B, L] -> [B, embed_dim]."""
-        x = embed_text(self.token_embedding, self.positional_embedding, text, self.backend)
+        x = self.embed(text)
         last = text.new_full(text.shape[:1], text.shape[1] - 1, dtype=torch.int64)
         x = self.ln_final(read_rows(self.transformer, x, last))
         return x if self.text_projection is None else self.text_projection(x)
+
+    def embed(self, text: Tensor) -> Tensor:
+        """Return the embeddings of tokens with their positions added: [B, L] -> [B, L, width]."""
+        return embed_text(self.token_embedding, self.positional_embedding, text, self.backend)
 
 
 class SigLIP(CLIP):
@@ -263,6 +267,11 @@ class SigLIP(CLIP):
         check_text(text, self.context_length)
         features = self.text(text)
         return F.normalize(features, dim=-1) if normalize else features
+
+    def embed_text(self, text: Tensor) -> Tensor:
+        """Do what :meth:`CLIP.embed_text` does: [B, L] -> [B, L, width]."""
+        check_text(text, self.context_length)
+        return self.text.embed(text)
 
     def forward(  # type: ignore[override]
         self, image: Tensor | None = None, text: Tensor | None = None

@@ -11,6 +11,9 @@ from .config import CLIPConfig, TextConfig, VisionConfig
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0
 EXACT, TANH = "none", "tanh"  # as the argument ``approximate`` of nn.GELU says it
 EPS = 1e-6  # of every layer norm
+# What stands for a tokenizer that is not said. Without a name, OpenCLIP would take CLIP's tokenizer, even where
+# tokenizer.json lies in the folder; and this one is no name of a repository.
+_TOKENIZER_NOT_SAID = "tokenizer.json beside this file"
 CLEANINGS = ("canonicalize", "lower", "whitespace")  # of texts, by OpenCLIP's names
 _WORDS = {EXACT: "GELU", TANH: "tanh GELU"}
 
@@ -117,13 +120,14 @@ class SigLIPConfig(CLIPConfig):
 
     @property
     def timm_model_name(self) -> str:
-        """The name of timm's tower of these sizes and this activation; a name that timm does not know if it has none.
+        """The name of timm's tower with these sizes and this activation.
 
-        OpenCLIP can therefore not build another model than this one in silence.
+        If timm has none, it is a name that timm does not know, so that OpenCLIP refuses it instead of building another
+        tower.
         """
         vision = self.vision
-        known = {sizes: word for word, sizes in _SIZES.items()}
-        size = known.get((_number(vision.layers), vision.width, vision.head_width, vision.mlp_ratio))
+        known: dict[tuple[object, ...], str] = {sizes: word for word, sizes in _SIZES.items()}
+        size = known.get((vision.layers, vision.width, vision.head_width, vision.mlp_ratio))
         if size is None:
             size = f"w{vision.width}_d{vision.layers}_h{vision.heads}"
         name = f"vit_{size}_patch{vision.patch_size}_siglip_{vision.image_size}"
@@ -163,7 +167,7 @@ class SigLIPConfig(CLIPConfig):
             raise ValueError(f"text_cfg has tokenizer_kwargs that clipfast does not implement: {options}")
         return cls(
             raw["embed_dim"], vision, TextConfig(**sizes), False, image_gelu, text_gelu, proj_type != "none",
-            tokenizer or None, options.get("clean", "whitespace"),
+            None if tokenizer in ("", _TOKENIZER_NOT_SAID) else tokenizer, options.get("clean", "whitespace"),
             raw.get("init_logit_scale", INIT_LOGIT_SCALE), raw["init_logit_bias"],
         )  # fmt: skip
 
@@ -177,8 +181,7 @@ class SigLIPConfig(CLIPConfig):
         if self.text_gelu == TANH:
             raw["text_cfg"]["act_kwargs"] = {"approximate": TANH}
         raw["text_cfg"]["tokenizer_kwargs"] = {"clean": self.clean}
-        if self.tokenizer is not None:
-            raw["text_cfg"]["hf_tokenizer_name"] = self.tokenizer
+        raw["text_cfg"]["hf_tokenizer_name"] = self.tokenizer or _TOKENIZER_NOT_SAID
         inits = {"init_logit_scale": self.init_logit_scale, "init_logit_bias": self.init_logit_bias}
         return raw | inits | {"custom_text": True}
 
@@ -187,10 +190,6 @@ def is_siglip(raw: Mapping[str, Any]) -> bool:
     """Return whether a configuration in OpenCLIP's layout has a SigLIP tower of timm."""
     vision = raw.get("vision_cfg")
     return isinstance(vision, Mapping) and "siglip" in str(vision.get("timm_model_name"))
-
-
-def _number(layers: int | tuple[int, ...]) -> int:
-    return layers if isinstance(layers, int) else sum(layers)
 
 
 def _read_vision(raw: Mapping[str, Any]) -> tuple[VisionConfig, str]:

@@ -40,8 +40,8 @@ class TrainConfig:
     pretrained: str | None = _flag(None, "tag (clipfast list-pretrained) or checkpoint that the weights start from")
     tokenizer: str | None = _flag(None, "tokenizer.json of a SigLIP model, or the folder that holds it")
     siglip: bool | None = _flag(
-        None, "train with the sigmoid loss, which every SigLIP model has, and no other (default: as the model has it)",
-        bool,
+        None, "train with the sigmoid loss; SigLIP models have no other loss, and CLIP models do not take it (default: "
+        "the model's loss)", bool,
     )  # fmt: skip
     force_patch_dropout: float | None = _flag(
         None, "share of each image's patches to drop in training (FLIP), in place of the model's own", float, **BELOW_1

@@ -50,7 +50,8 @@ BAD = [
     ([*EMOJI, "--backend", "triton"], "backend='triton' cannot run on a cpu tensor"),
     (
         [*EVAL, "--model", "ViT-B-32"],
-        "would have random weights: give its checkpoint with --pretrained, or a run's folder",
+        "ViT-B-32 has no weights of its own: pass the path of a checkpoint as pretrained, or a tag of "
+        "clipfast.list_pretrained() (on the command line --pretrained)",
     ),
     ([*EVAL, "--model", "ViT-T-8-32", "--pretrained", "openai"], "no checkpoint at openai: "),
     ([*EVAL, "--model", "local-dir:nowhere"], "is not a model configuration that can be read"),
@@ -58,7 +59,7 @@ BAD = [
     ([*EVAL, "--model", "x.pt", "--templates", "t.txt"], "template 'a photo.' in t.txt has no {} for the class name"),
     ([*EVAL, "--model", "x.pt", "--classnames", "funny"], "--classnames must be 'imagenet' or a file, got 'funny'"),
     ([*EVAL, "--model", "x.pt", "--templates", "empty.txt"], "empty.txt is empty"),
-    ([*EVAL, "--model", "folder"], "--model folder is a folder: write --model local-dir:folder"),
+    ([*EVAL, "--model", "folder"], "folder is a folder: write local-dir:folder"),
     ([*EVAL, "--model", "x.pt", "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),
     ([*EVAL, "--model", "x.pt", "--device", "mps"], "clipfast runs on cpu and cuda, not on 'mps'"),
     ([*EMOJI, "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),

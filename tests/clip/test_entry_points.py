@@ -251,7 +251,7 @@ def test_sizes_are_forced_as_there(folder):
     [
         ({"precision": "fp8"}, ValueError, "unknown precision 'fp8'; known: fp32, amp, .*pure_fp16, bf16, fp16"),
         ({"pretrained_image": True}, ValueError, "pretrained_image=True is not supported, only False: clipfast"),
-        ({"pretrained_hf": True}, ValueError, "pretrained_hf=True is not supported"),
+        ({"pretrained_hf": "x"}, ValueError, "pretrained_hf='x' is not supported, only False or True"),
         ({"weights_only": False}, ValueError, "weights_only=False is not supported, only True: clipfast ne"),
         ({"jit": True}, ValueError, "jit=True is not supported"),
         ({"foce_quick_gelu": True}, TypeError, "create_model: unknown argument 'foce_quick_gelu'"),
@@ -271,6 +271,7 @@ def test_arguments_that_change_nothing(tmp_path):
                "jit": False, "pretrained_text_path": None, "force_custom_text": False}  # fmt: skip
     torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
     model = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", return_transform=False, **options)
+    create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # OpenCLIP's defaults
     assert isinstance(model, clipfast.CLIP)
     assert not model.training
 

@@ -110,6 +110,20 @@ def test_saved_files_are_read_by_transformers(folder, tmp_path):
         assert torch.equal(ids, tokenizer(texts))
 
 
+def test_padding_that_another_file_says_is_saved(folder, tmp_path):
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["pad_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    (folder / "special_tokens_map.json").write_text(json.dumps({"pad_token": {"content": "<unk>"}}))
+    tokenizer = FileTokenizer(folder, 12)
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    saved = FileTokenizer(tmp_path / "saved", 12)
+    assert saved.pad_token_id == tokenizer.pad_token_id == tokenizer._tokenizer.token_to_id("<unk>")
+    assert torch.equal(saved(TEXTS), tokenizer(TEXTS))
+    assert json.loads((tmp_path / "saved" / "tokenizer_config.json").read_text()) == settings | {"pad_token": "<unk>"}
+
+
 def test_get_tokenizer(folder, tmp_path):
     with pytest.raises(
         ValueError,
@@ -134,6 +148,17 @@ def test_a_folder_brings_its_tokenizer(folder, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     assert torch.equal(get_tokenizer(name)(TEXTS), open_clip.get_tokenizer(name)(TEXTS))
     assert isinstance(create_model(name), SigLIP)
+
+
+def test_open_clip_finds_the_tokenizer_of_a_model_that_names_none(folder, tmp_path):
+    open_clip = pytest.importorskip("open_clip")
+    config = CONFIGS["exact"]
+    assert config.tokenizer is None
+    assert type(config).from_dict(config.to_dict()) == config
+    export_open_clip(make_model(config), tmp_path / "model")
+    FileTokenizer(folder).save(tmp_path / "model")
+    name = f"local-dir:{tmp_path}/model"
+    assert torch.equal(get_tokenizer(name)(TEXTS), open_clip.get_tokenizer(name)(TEXTS))
 
 
 def test_wrong_files_and_arguments(folder, tmp_path, monkeypatch):

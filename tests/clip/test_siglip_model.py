@@ -167,6 +167,16 @@ def test_a_wrapped_projection_of_the_pooling_is_called():
     assert calls == [1]
 
 
+@torch.no_grad()
+def test_embeddings_of_texts():
+    model = make_model(CONFIGS["exact"])
+    _, texts = inputs(model.config)
+    expected = model.text.token_embedding.weight[texts] + model.text.positional_embedding
+    torch.testing.assert_close(model.embed_text(texts), expected)
+    with pytest.raises(ValueError, match="L at most 12"):
+        model.embed_text(torch.zeros(2, 13, dtype=torch.int64))
+
+
 def test_texts_are_read_at_their_last_position():
     config = CONFIGS["exact"]
     model, (_, texts) = make_model(config), inputs(config)

@@ -6,12 +6,12 @@ import json
 import pytest
 import torch
 
-from clipfast import convert, inspect_checkpoint, list_models
+from clipfast import convert, create_model, export_open_clip, inspect_checkpoint, list_models
 from clipfast.models import CLIP, build, get_model_config
 from clipfast.models.siglip_config import PUBLISHED
 
 from ..clip.conftest import run_command
-from .conftest import CONFIGS, make_model, save_own
+from .conftest import CONFIGS, make_model, same_bits, save_own
 
 
 def parameters(model):
@@ -93,3 +93,15 @@ def test_command(own, tmp_path, capsys, monkeypatch):
         f"SHA-256 {info['sha256']['own.pt']}",
     ):
         assert text in shown
+
+
+def test_a_folder_with_both_configurations(hf_folder, vit):
+    """The one counts whose weights are there, whoever reads the folder."""
+    raw = {"model_cfg": CONFIGS["ResNet"].to_dict()}
+    (hf_folder / "open_clip_config.json").write_text(json.dumps(raw))
+    assert inspect_checkpoint(hf_folder).layout == "transformers folder (CLIPModel)"
+    assert same_bits(create_model(f"local-dir:{hf_folder}").state_dict(), vit.state_dict())
+    resnet = make_model(CONFIGS["ResNet"])
+    export_open_clip(resnet, hf_folder)
+    assert inspect_checkpoint(hf_folder).layout == "OpenCLIP folder (local-dir)"
+    assert same_bits(create_model(f"local-dir:{hf_folder}").state_dict(), resnet.state_dict())

@@ -4,10 +4,19 @@ import pytest
 import torch
 from PIL import Image
 
-from clipfast import convert, create_model, create_model_and_transforms, export_open_clip, get_tokenizer
+from clipfast import (
+    add_model_config,
+    convert,
+    create_model,
+    create_model_and_transforms,
+    export_open_clip,
+    get_tokenizer,
+    pretrained,
+)
+from clipfast.models import registry
 
 from ..clip.siglip import CONFIGS, inputs, known_to_timm, make_model, save_tokenizer
-from .conftest import same_bits
+from .conftest import same_bits, save_config
 from .test_hub import cache, fill, offline
 
 __all__ = ["cache", "offline"]  # fixtures
@@ -77,3 +86,21 @@ def test_locking(kind, tmp_path):
         ours.lock_image_tower(unlocked_groups=2)
     with pytest.raises(NotImplementedError, match="no forward_intermediates: build the model with open_clip"):
         ours.forward_intermediates(torch.zeros(1, 3, 32, 32))
+
+
+def test_a_tag_brings_its_tokenizer(cache, tmp_path, monkeypatch):
+    """The files of a tokenizer lie in the repository of the weights, and clipfast has none of its own for SigLIP."""
+    config = CONFIGS["exact"]
+    add_model_config(save_config(config, tmp_path / "tiny-siglip.json"))
+    try:
+        entries = {"webli": pretrained._entry("org/siglip half squash")}
+        monkeypatch.setattr(pretrained, "_table", lambda: {"tiny-siglip": entries})
+        export_open_clip(make_model(config), tmp_path / "made")
+        save_tokenizer(tmp_path / "made")
+        fill(cache, "org/siglip", tmp_path / "made")
+        for layout in ("hf", "open_clip"):
+            convert("tiny-siglip:webli", tmp_path / layout, layout)
+            for name in ("tokenizer.json", "tokenizer_config.json"):
+                assert (tmp_path / layout / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
+    finally:
+        registry._CONFIGS.pop("tiny-siglip")
