@@ -5,6 +5,7 @@ replaces what is in it before anything else can take it from there.
 """
 
 import builtins
+import contextlib
 import functools
 import importlib
 import importlib.util
@@ -89,13 +90,16 @@ def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
 def apply_to_model(model: Any, names: Sequence[str]) -> str:
     """Replace the parts ``names`` of a model, and return a line with the number of places where each was replaced.
 
-    A model in which nothing can be replaced, such as one that TorchScript has compiled, is left as it is.
+    A model in which nothing can be replaced, such as one that TorchScript has compiled, is left as it is, and so is one
+    of a later version of OpenCLIP in which something that our code looks for is missing: the program goes on.
     """
     adopt = importlib.import_module("clipfast.adopt")
     kind = type(model).__name__
     try:
         adopt.apply_to_open_clip(model, **{name: name in names for name in MODEL_PARTS})
-    except (TypeError, ValueError) as error:
+    except Exception as error:
+        with contextlib.suppress(TypeError):  # it is no module
+            adopt.revert(model)
         return f"a {kind} is left as it is ({error})"
     places = adopt.count_places(model)
     counts = ["{} {} of {}".format(name, *places[name]) for name in names if name in places]

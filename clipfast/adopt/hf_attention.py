@@ -122,7 +122,9 @@ def encoder(module: Any, inputs_embeds: Tensor, attention_mask: Tensor | None = 
     from transformers.modeling_outputs import BaseModelOutput
 
     seqlens = None
-    if attention_mask is not None and len(module.layers) and _is_ours(module.layers[0]):
+    has_ours = len(module.layers) > 0 and _is_ours(module.layers[0])
+    # A mask of one sequence may stand for all of them. It says nothing about each.
+    if has_ours and attention_mask is not None and attention_mask.shape[0] == len(inputs_embeds):
         seqlens = seen_by_mask(attention_mask, is_causal(module.layers[0].self_attn, kwargs))
     x = run_layers(module.layers, inputs_embeds, attention_mask, seqlens, kwargs)
     return BaseModelOutput(last_hidden_state=x)

@@ -55,8 +55,9 @@ def open_clip_attention(
     """
     is_other = bool(args) or k_x is not v_x or drops(module, module.attn_drop.p)
     if is_other or (attn_mask is not None) != is_causal or not computes(x):
-        others = {name: t for name, t in (("k_x", k_x), ("v_x", v_x)) if t is not None}
-        return type(module).forward(module, x, *args, **others, attn_mask=attn_mask)
+        given = {"k_x": k_x, "v_x": v_x, "attn_mask": attn_mask}
+        others = {name: t for name, t in given.items() if t is not None}
+        return type(module).forward(module, x, *args, **others)
     context = x if k_x is None else k_x
     is_normed = not (is_plain(module.ln_q, nn.Identity) and is_plain(module.ln_k, nn.Identity))
     if context is x and module.in_proj_weight is not None and module.logit_scale is None and not is_normed:

@@ -59,7 +59,9 @@ class Replacement:
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
         # The owner is outside the module. If only the module is copied, the copy keeps the owner that it has.
         owner = memo.get(id(self.owner), self.owner)
-        return Replacement(self.function, copy.deepcopy(self.module, memo), self.method, owner, self.options)
+        new = Replacement(self.function, copy.deepcopy(self.module, memo), self.method, owner, self.options)
+        new.is_off = self.is_off
+        return new
 
     @property
     def original(self) -> Callable[..., Any]:
@@ -108,10 +110,13 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
         return Place(name, kind, None, f"{kind}=False")
     if proposal.function is None:
         return Place(name, kind, None, proposal.text)
+    unknown = _unknown_arguments(module, method, proposal.function)
+    if unknown:
+        return Place(name, kind, None, f"in this version of its library, its {method} takes {', '.join(unknown)} too")
     there = _unwrapped(module.__dict__.get(method))
     options = {proposal.option: True} if proposal.option else {}
     if isinstance(there, Replacement) and there.is_off:  # in a wrapper that has outlived ``revert``
-        there.function, there.options, there.is_off = proposal.function, options, False
+        there.function, there.owner, there.options, there.is_off = proposal.function, proposal.owner, options, False
     elif isinstance(there, Replacement) and there.function is proposal.function:
         there.options.update(options)
     elif there is not None:
@@ -119,6 +124,12 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
     else:
         module.__dict__[method] = Replacement(proposal.function, module, method, proposal.owner, options)
     return Place(name, kind, method, proposal.text)
+
+
+def _unknown_arguments(module: nn.Module, method: str, function: Callable[..., Any]) -> list[str]:
+    """Return the names of arguments of a method that ``function`` does not have. The first is given by position."""
+    theirs = list(inspect.signature(getattr(type(module), method)).parameters)[2:]
+    return [name for name in theirs if name not in inspect.signature(function).parameters]
 
 
 def revert(model: nn.Module) -> nn.Module:

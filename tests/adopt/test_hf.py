@@ -41,7 +41,9 @@ def test_towers(name, dtype):
     model, patched = hf_models.patched_pair(name, dtype)
     for padding in PADDINGS:
         hf_models.assert_equal(model, patched, hf_models.inputs(model, padding), LIMITS[dtype])
-    assert all("as before: every row of its last block is" in line for line in lines(patched, "pooled_last_block"))
+    rows = lines(patched, "pooled_last_block")
+    assert rows
+    assert all("as before: every row of its last block is" in line for line in rows)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
@@ -181,6 +183,7 @@ def test_other_arguments(name):
     for each, options in (
         (given, {"position_ids": torch.arange(length).flip(0)[None]}),
         (given, {"attention_mask": torch.ones(3, 1, length, length, dtype=torch.bool).tril(1)}),
+        (given, {"attention_mask": torch.ones(1, 1, length, length, dtype=torch.bool).tril()}),  # one for all
         (wide, {"interpolate_pos_encoding": True}),
         (given, {"interpolate_pos_encoding": True}),
     ):

@@ -1,6 +1,7 @@
 """OpenCLIP's models, patched and unpatched, compute the same."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -95,6 +96,39 @@ def test_masks():
     assert "its mask is not the causal one" in compare(model, 1e-10)
     model.attn_mask = None
     assert "causal" not in compare(model, 1e-10)
+
+
+def test_a_mask_by_position():
+    from open_clip.transformer import Attention
+
+    attn = shrunk.randomised(Attention(48, 2)).double()
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(attn))
+    x = torch.randn(3, 5, 48, dtype=torch.float64)
+    mask = torch.zeros(5, 5, dtype=torch.float64).masked_fill(torch.rand(5, 5) < 0.3, float("-inf")).fill_diagonal_(0)
+    args = (mask,) if "k_x" not in Attention.forward.__code__.co_varnames else (None, None, mask)
+    torch.testing.assert_close(patched(x, *args), attn(x, *args), rtol=0, atol=1e-12)
+    torch.testing.assert_close(patched(x, attn_mask=mask), attn(x, attn_mask=mask), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", ["Attention", "ResidualAttentionBlock", "CustomResidualAttentionBlock"])
+def test_a_later_version_with_another_argument(part, monkeypatch):
+    import open_clip
+
+    kind = getattr(open_clip.transformer, part)
+    theirs = kind.forward
+
+    def forward(self, x, *args, factor=1.0, **options):
+        return factor * theirs(self, x, *args, **options)
+
+    parameters = list(inspect.signature(theirs).parameters.values())
+    later = inspect.Parameter("factor", inspect.Parameter.KEYWORD_ONLY, default=1.0)
+    forward.__signature__ = inspect.Signature([*parameters, later])
+    monkeypatch.setattr(kind, "forward", forward)
+    model = shrunk.randomised(kind(48, 2)).double()
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    assert "as before: in this version of its library, its forward takes factor too" in clipfast.report(patched)
+    x = torch.randn(3, 5, 48, dtype=torch.float64)
+    torch.testing.assert_close(patched(x, factor=2.0), model(x, factor=2.0), rtol=0, atol=1e-12)
 
 
 def test_a_decoders_slices_of_its_mask_are_causal(monkeypatch):

@@ -1,17 +1,20 @@
 """What a model keeps when it is patched, and what it gets back."""
 
 import copy
+import functools
 import gc
 import io
 import pickle
 import re
 import weakref
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import clipfast
+from clipfast.adopt import attention, open_clip_attention
 from clipfast.adopt.places import Replacement
 
 from . import shrunk
@@ -125,6 +128,37 @@ def test_a_copied_part_keeps_the_owner_of_its_mask():
     torch.testing.assert_close(part(x, patched.attn_mask), patched.transformer(x, patched.attn_mask))
     assert "transformer" not in clipfast.report(part).split()
     assert "residual_block" in clipfast.report(part)
+
+
+def wrap(module: nn.Module) -> None:
+    """Put a function around the forward of a module, which says what it wraps, as accelerate's hooks do."""
+    inner = module.forward
+    module.forward = functools.wraps(inner)(lambda *args, **options: inner(*args, **options))
+
+
+def test_a_wrapped_replacement_is_switched_on_with_what_it_has_now(monkeypatch):
+    model, patched = patched_pair("ViT-B-32")
+    clipfast.apply_to_open_clip(patched, attention=False, pooled_last_block=False)
+    for block in patched.transformer.resblocks:
+        wrap(block)
+    clipfast.apply_to_open_clip(patched, pooled_last_block=False)
+    assert "clipfast.attention, causal" in clipfast.report(patched)
+    ours = mock.Mock(wraps=attention.attention)
+    for module in (attention, open_clip_attention):  # OpenCLIP 3.3.0 has PyTorch's class there, and later its own
+        monkeypatch.setattr(module, "attention", ours)
+    text = shrunk.inputs(model)[1]
+    torch.testing.assert_close(patched.encode_text(text), model.encode_text(text), rtol=0, atol=1e-12)
+    assert [call.kwargs["causal"] for call in ours.call_args_list] == [True] * len(patched.transformer.resblocks)
+
+
+def test_a_copy_of_a_reverted_model_is_reverted():
+    _, patched = patched_pair("ViT-B-32")
+    block = patched.transformer.resblocks[0]
+    block.theirs = block.forward  # whoever puts a method aside keeps it
+    clipfast.revert(patched)
+    assert block.theirs.is_off
+    for other in (copy.deepcopy(patched), pickle.loads(pickle.dumps(patched))):
+        assert other.transformer.resblocks[0].theirs.is_off
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from clipfast import SigLipLoss, run
+from clipfast.adopt import walk
 
 from .conftest import TINY
 
@@ -260,6 +261,27 @@ def test_open_clip_has_our_losses_and_its_models_our_parts(disabled, where, line
     assert said == lines
     parts = sorted(name for name, number in re.findall(r"(\w+) (\d+) of", counts or "") if int(number))
     assert found.stdout.splitlines() == 3 * [str(parts)] + ["[]"]
+
+
+@pytest.mark.parametrize("error", [AttributeError("no such part"), RuntimeError("other")])
+def test_a_model_that_our_code_fails_on_is_left_as_it_is(error, monkeypatch):
+    open_clip = pytest.importorskip("open_clip")
+    block = open_clip.transformer.ResidualAttentionBlock(32, 2)
+    before = {name: sorted(module.__dict__) for name, module in block.named_modules()}
+    carry_out, calls = walk.carry_out, []
+
+    def fail_later(*args):
+        calls.append(args)
+        if len(calls) == 4:
+            raise error
+        return carry_out(*args)
+
+    monkeypatch.setattr(walk, "carry_out", fail_later)
+    said = run.apply_to_model(block, list(run.MODEL_PARTS))
+    assert said == f"a ResidualAttentionBlock is left as it is ({error})"
+    assert {name: sorted(module.__dict__) for name, module in block.named_modules()} == before
+    said = run.apply_to_model("no module", list(run.MODEL_PARTS))
+    assert said.startswith("a str is left as it is (apply_to_open_clip: model must be a torch.nn.Module")
 
 
 # Their trainer, once for each loss, so that Python and PyTorch start once. Without a buffer, their loader does not
