@@ -73,7 +73,8 @@ def replace_losses(loss: ModuleType, names: Sequence[str]) -> str:
 def replace_create_model(factory: ModuleType, names: Sequence[str]) -> str:
     """Let each model that ``open_clip.create_model`` returns run on our kernels, and return a line that says so.
 
-    OpenCLIP's other functions that create a model call this one. ``names`` are the parts of the model to replace.
+    ``create_model_and_transforms`` and ``create_model_from_pretrained`` call this one; models of ``load_openai_model``
+    stay as they are. ``names`` are the parts of the model to replace.
     """
     theirs = factory.create_model
 
@@ -127,8 +128,11 @@ A name that has a slash or ends in {", ".join(SCRIPT_ENDINGS)} is a script, any 
 What is replaced, and the name that switches it off in {VARIABLE}, where names are separated by commas:
 {chr(10).join(f"  {name:<19}{part.summary}" for name, part in PARTS.items())}
 
-A program that itself gives such a model to torch.jit.script or torch.nn.DataParallel must call clipfast.revert(model)
-before, or switch the parts of models off. A model that OpenCLIP has given to TorchScript is left as it is.
+Models that open_clip.create_model, create_model_and_transforms and create_model_from_pretrained return have our parts;
+models of open_clip.load_openai_model stay as they are, and so does a model that OpenCLIP has given to TorchScript.
+If the program itself gives such a model to torch.jit.script or torch.nn.DataParallel, call clipfast.revert(model)
+first, or switch off the parts of models with {VARIABLE}. A whole model that is pickled needs clipfast where it is
+loaded; a state_dict does not.
 
 The replacement works in this process and in those that it forks. Those that the program starts with multiprocessing's
 "spawn" or "forkserver" have OpenCLIP's own parts. Processes of torchrun are each started with clipfast.run.
@@ -228,7 +232,7 @@ def _say(text: str) -> None:
 
 
 def _leaves(names: Sequence[str]) -> str:
-    return f"{VARIABLE}={names[0]}{',...' if len(names) > 1 else ''} leaves them"
+    return f"to leave them: {VARIABLE}={','.join(names)}"
 
 
 def _arguments(kind: type) -> set[str]:

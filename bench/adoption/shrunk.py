@@ -111,9 +111,7 @@ def _shrink_vision(vision: dict[str, Any]) -> None:
     elif image_size := timm_image_size(vision.get("timm_model_name") or ""):
         vision["image_size"] = image_size
     elif "layers" in vision:
-        heads = vision.get("width", 768) // vision.get("head_width", 64)
-        head_width = 24 if heads * vision.get("head_width", 64) else 32
-        vision.update(layers=3, width=2 * head_width, head_width=head_width, image_size=3 * vision["patch_size"])
+        vision.update(layers=3, width=48, head_width=24, image_size=3 * vision["patch_size"])
         vision.update({key: 2 for key in ("attn_pooler_heads",) if key in vision})
 
 

@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 import clipfast
-from clipfast.adopt import place_lines
+from clipfast.adopt.report import BEFORE, place_lines
+from clipfast.run import MODEL_PARTS
 
 from . import hf_models, shrunk
 
 # The switches of apply_to_open_clip: the columns of the table.
-PARTS = ("attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block")
+PARTS = tuple(MODEL_PARTS)
 # What may go wrong: the largest error relative to the largest value of each output and of each gradient.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
-_LEFT = "as before: "
 HEAD = """# What each model runs on
 
 This file is written by `python -m clipfast.bench.adoption`, one section for each version of a library that was there.
@@ -161,7 +161,7 @@ def cells(row: Row, notes: dict[str, int], parts: Sequence[str] = PARTS) -> tupl
     texts = []
     for part in parts:
         counts = row.places[part]
-        left = {text.removeprefix(_LEFT): number for text, number in counts.items() if text.startswith(_LEFT)}
+        left = {text.removeprefix(BEFORE): number for text, number in counts.items() if text.startswith(BEFORE)}
         numbers = [notes.setdefault(f"{text}.", len(notes) + 1) for text in left]
         reference = f" ({', '.join(map(str, numbers))})" if numbers else ""
         total = counts.total()

@@ -22,7 +22,7 @@ def propose_patch_embed(module: nn.Module) -> Proposal | None:
     if name == "open_clip.modified_resnet.ModifiedResNet":
         return Proposal(kind, "a ResNet has convolutions in place of patches")
     if name.startswith("timm.layers.patch_embed."):
-        return Proposal(kind, "timm adds positions and the class token after it, in a step of their own")
+        return Proposal(kind, "timm's patch embedding adds neither positions nor a class token")
     return None
 
 

@@ -6,7 +6,7 @@ model would have to fill the registry first. Methods of instances are replaced, 
 configurations stay as they are.
 
 The model makes one mask for all blocks. Without padding there is none (and an argument says whether attention is
-causal). A mask that hides nothing but padding at the end is as good as the number of tokens that are seen. It is
+causal). If a mask hides only padding at the end, the number of tokens that are seen says all of it. Such a mask is
 recognised once, by the encoder, which tells its blocks.
 """
 
@@ -210,9 +210,8 @@ def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Te
     bias_q, bias_k, bias_v = attn.in_proj_bias.unflatten(0, (3, -1)).unbind()
     probe = module.probe[:, 0].expand(len(hidden_state), -1)
     q = nn.functional.linear(probe, weight_q.flatten(0, 1), bias_q).unflatten(-1, heads)
-    out = single_query_attention(q, hidden_state, weight_k, weight_v, seqlens, "auto")
-    # A bias of all keys cancels in the softmax, and has a gradient of zero.
-    out = attn.out_proj(out + (bias_v + 0 * bias_k).to(out.dtype))[:, None]
+    out = single_query_attention(q, hidden_state, weight_k, weight_v, seqlens, "auto", bias_k, bias_v)
+    out = attn.out_proj(out)[:, None]
     return (out + module.mlp(module.layernorm(out)))[:, 0]
 
 

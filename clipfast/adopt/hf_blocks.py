@@ -98,6 +98,5 @@ def _attend_row(attn: Any, x: Tensor, rows: Tensor | None, seqlens: Tensor | Non
     heads = (-1, attn.head_dim)
     q = F.linear(take_rows(x, rows), attn.q_proj.weight, attn.q_proj.bias).unflatten(-1, heads)
     weight_k, weight_v = (layer.weight.unflatten(0, heads) for layer in (attn.k_proj, attn.v_proj))
-    out = single_query_attention(q, x, weight_k, weight_v, seqlens, "auto")
-    # A bias of all keys cancels in the softmax, and has a gradient of zero.
-    return attn.out_proj(out + (attn.v_proj.bias + 0 * attn.k_proj.bias).to(out.dtype))
+    biases = (attn.k_proj.bias, attn.v_proj.bias)
+    return attn.out_proj(single_query_attention(q, x, weight_k, weight_v, seqlens, "auto", *biases))

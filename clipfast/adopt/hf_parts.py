@@ -38,7 +38,7 @@ OTHER_VERSION = "in this version of transformers its arguments are others"
 
 
 def hf_part(module: nn.Module) -> tuple[str, str]:
-    """Return the family of a module of transformers and its class without that, as ("CLIP", "Attention").
+    """Return the family of a module of transformers and the rest of its class name, such as ("CLIP", "Attention").
 
     Both are empty for a module of another library or another family.
     """
@@ -67,5 +67,5 @@ def has_known_arguments(module: nn.Module) -> bool:
 
 
 def asks_nothing(values: Iterable[object]) -> bool:
-    """Return True if no argument asks for anything: each is None or False. (The others may be tensors.)"""
+    """Return True if every value is None or False. Values are compared by identity, since some are tensors."""
     return all(value is None or value is False for value in values)

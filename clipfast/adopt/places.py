@@ -155,7 +155,8 @@ def revert(model: nn.Module) -> nn.Module:
             replacement = _unwrapped(value)
             if not isinstance(replacement, Replacement):
                 continue
-            # Whoever has wrapped it, or has put it aside as accelerate does, keeps it, and gets the original by it.
+            # A wrapper such as accelerate's may still hold this replacement, and call it: from now on it calls the
+            # class's own method.
             replacement.is_off = True
             if value is replacement and name == replacement.method:
                 del state[name]

@@ -9,7 +9,8 @@ from torch import nn
 from .places import RECORD, Place, Proposal, Replacement, check_module, reaches_ours
 from .walk import proposals
 
-_BEFORE = "as before: "
+# The text of a place that was left alone begins like this.
+BEFORE = "as before: "
 
 
 def report_places(model: nn.Module) -> str:
@@ -52,7 +53,7 @@ def count_places(model: nn.Module) -> dict[str, tuple[int, int]]:
     counts: dict[str, tuple[int, int]] = {}
     for _, kind, text in place_lines(model):
         ours, total = counts.get(kind, (0, 0))
-        counts[kind] = (ours + (not text.startswith(_BEFORE)), total + 1)
+        counts[kind] = (ours + (not text.startswith(BEFORE)), total + 1)
     return counts
 
 
@@ -88,13 +89,13 @@ def _place(name: str) -> str:
 def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
     """Return what the place runs on now, which a later replacement may have changed."""
     if place.method is None:
-        return f"{_BEFORE}{place.text}"
+        return f"{BEFORE}{place.text}"
     module = modules.get(place.module)
     if module is None:
-        return f"{_BEFORE}the module is gone"
+        return f"{BEFORE}the module is gone"
     module = getattr(module, "base_layer", module)  # peft wraps a layer, and calls it
     if not reaches_ours(module, place.method):
-        return f"{_BEFORE}something else took the place of the module or its {place.method}"
+        return f"{BEFORE}something else took the place of the module or its {place.method}"
     if proposal is not None and proposal.function is None:
-        return f"{_BEFORE}{proposal.text}"
+        return f"{BEFORE}{proposal.text}"
     return place.text

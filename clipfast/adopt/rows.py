@@ -213,8 +213,4 @@ def _attend_row(attn: Any, x: Tensor, rows: Tensor | None, causal: bool) -> Tens
     seqlens = None
     if causal:
         seqlens = torch.ones(len(x), dtype=torch.int32, device=x.device) if rows is None else rows + 1
-    out = single_query_attention(q, x, weight_k, weight_v, seqlens, "auto")
-    if bias_k is not None and bias_v is not None:
-        # A bias of all keys cancels in the softmax, and has a gradient of zero.
-        out = out + (bias_v + 0 * bias_k).to(out.dtype)
-    return project_out(attn, out)
+    return project_out(attn, single_query_attention(q, x, weight_k, weight_v, seqlens, "auto", bias_k, bias_v))

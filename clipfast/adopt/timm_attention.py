@@ -128,11 +128,8 @@ def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tens
     heads = (module.num_heads, -1)
     q = module.q(module.latent.expand(len(x), -1, -1))[:, 0].unflatten(-1, heads)
     weight_k, weight_v = module.kv.weight.unflatten(0, (2, *heads)).unbind(0)
-    out = single_query_attention(q, x, weight_k, weight_v, None, "auto")
-    if module.kv.bias is not None:
-        bias_k, bias_v = module.kv.bias.chunk(2)
-        # A bias of all keys cancels in the softmax, and has a gradient of zero.
-        out = out + (bias_v + 0 * bias_k).to(out.dtype)
+    bias_k, bias_v = (None, None) if module.kv.bias is None else module.kv.bias.chunk(2)
+    out = single_query_attention(q, x, weight_k, weight_v, None, "auto", bias_k, bias_v)
     out = module.proj_drop(module.proj(out[:, None]))
     if module.mlp is not None:
         out = out + module.mlp(module.norm(out))

@@ -97,17 +97,18 @@ def apply_to_hf(
 
     Args:
         model: ``CLIPModel``, ``SiglipModel``, ``Siglip2Model``, a tower of one, or any module that contains one. In
-            other models of transformers only their layer norms can be computed.
-        attention: self-attention where the configuration asks for "sdpa" (the default) or "flash_attention_2" or 3,
-            without a mask, with the causal mask of CLIP's texts, and with padding at the end; and SigLIP's attention
-            pooling of images. A call that asks for weights, another mask and dropout run as before.
+            other models of transformers only layer norms and ``nn.MultiheadAttention`` run on our kernels.
+        attention: self-attention without a mask and with the causal mask of CLIP's texts, where the configuration asks
+            for "sdpa" (the default) or "flash_attention_2" or 3; with padding at the end where it asks for "sdpa"; and
+            SigLIP's attention pooling of images. A call that asks for weights, another mask and dropout run as before.
         norms: layer norms, each in one pass with the addition before it where there is one.
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs; not GELU by tanh.
         patch_embed: patches to tokens in one pass, in CLIP's towers.
         text_embed: tokens plus positions in one pass.
         pooled_last_block: in training with ``return_loss=True``, the last block of a tower of which one row is read
             computes only that row. The output of that tower then has no ``last_hidden_state``, unless the call or the
-            configuration asks for hidden states or for attention weights, or for tuples. This needs ``attention`` and
+            configuration asks for hidden states or for attention weights, or for tuples. The first such request leaves
+            transformers' hooks in the model, and all rows are computed from then on. This needs ``attention`` and
             ``loss``.
         loss: in training, ``return_loss=True`` gives the loss of the pairs of all ranks of ``torch.distributed``, where
             transformers' has the negatives of its own rank only. It is the same value on all ranks, and the mean over

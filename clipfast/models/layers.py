@@ -56,13 +56,20 @@ class InProjection(nn.Linear):
 
 
 def single_query_attention(
-    q: Tensor, tokens: Tensor, weight_k: Tensor, weight_v: Tensor, seqlens: Tensor | None, backend: str
+    q: Tensor,
+    tokens: Tensor,
+    weight_k: Tensor,
+    weight_v: Tensor,
+    seqlens: Tensor | None,
+    backend: str,
+    bias_k: Tensor | None = None,
+    bias_v: Tensor | None = None,
 ) -> Tensor:
     """Compute attention of one query per sequence and head, without projecting every token.
 
     W_k multiplies the query instead of the tokens, and W_v multiplies what the query pooled. The result is the same,
-    and one row is projected instead of all. A bias of the keys would not change the softmax, so there is none. The
-    softmax sums to one, so the caller can add the bias of the values to the result.
+    and one row is projected instead of all. The softmax sums to one, so that the bias of the values is added to the
+    result. A bias of the keys cancels in the softmax.
 
     Args:
         q: [B, heads, head_dim], or [1, heads, head_dim] if every sequence has the same query.
@@ -70,6 +77,7 @@ def single_query_attention(
         weight_k, weight_v: [heads, head_dim, width].
         seqlens: [B], the number of leading tokens of each sequence that are seen; all if it is None.
         backend: as for :func:`clipfast.kernels.attention_pool`.
+        bias_k, bias_v: [heads * head_dim], both or neither.
 
     Returns:
         [B, heads * head_dim].
@@ -77,4 +85,8 @@ def single_query_attention(
     query = torch.einsum("bhd,hdc->bhc", q * q.shape[-1] ** -0.5, weight_k)
     query = query.to(tokens.dtype).expand(len(tokens), -1, -1)
     pooled = attention_pool(query, tokens, seqlens=seqlens, backend=backend)
-    return torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
+    out = torch.einsum("bhc,hdc->bhd", pooled, weight_v).flatten(1)
+    if bias_k is None or bias_v is None:
+        return out
+    # The gradient of the keys' bias is zero, and must not be None, because DistributedDataParallel waits for it.
+    return out + (bias_v + 0 * bias_k).to(out.dtype)

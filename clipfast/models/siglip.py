@@ -114,10 +114,7 @@ class LatentPool(nn.Module):
             return F.scaled_dot_product_attention(q, k, v).flatten(1)
         weight_k, weight_v = self.kv.weight.unflatten(0, (2, *heads)).unbind(0)
         bias_k, bias_v = self.kv.bias.chunk(2)
-        out = single_query_attention(q, x, weight_k, weight_v, None, self.backend)
-        # A bias of all keys cancels in the softmax. Its gradient is zero, and must not be None, because
-        # DistributedDataParallel waits for it.
-        return out + (bias_v + 0 * bias_k).to(out.dtype)
+        return single_query_attention(q, x, weight_k, weight_v, None, self.backend, bias_k, bias_v)
 
 
 class SigLIPTrunk(nn.Module):

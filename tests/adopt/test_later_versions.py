@@ -1,23 +1,34 @@
 """What OpenCLIP has after 3.3.0: its new towers, and its own attention class everywhere. Skipped where it is older."""
 
 import copy
+import re
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
 
 import clipfast
+from clipfast.adopt import open_clip_attention
 
 from . import shrunk
 
-KINDS = {  # a configuration, and what its report says
-    "coca_ViT-B-32": "text_decoder.cross_attn.*.attn",
-    "moderntext-ViT-B-32-256": "text.blocks.*.attn",
-    "moderntext-naflex_ViT-B-32": "as before: its mask hides padding",
-    "CLAP-Whisper-tiny-Roberta-base": "audio.encoder.blocks.*.attn",
-    "naflexclap_test": "as before where patches are padding",
-    "naflexgenlip_test": "as before: each sample has a mask of its own",
+KINDS = {  # a configuration, and what its report says: the place, its part, and what it runs on
+    "coca_ViT-B-32": r"text_decoder\.cross_attn\.\*\.attn +\d+ +attention +clipfast\.attention_qkv",
+    "moderntext-ViT-B-32-256": r"text\.blocks\.\*\.attn +\d+ +attention +clipfast\.attention_qkv",
+    "moderntext-naflex_ViT-B-32": r"text\.blocks\.\*\.attn +\d+ +attention +as before: its mask hides padding",
+    "CLAP-Whisper-tiny-Roberta-base": r"audio\.encoder\.blocks\.\*\.attn +\d+ +attention +clipfast\.attention_qkv",
+    "naflexclap_test": r"attention +clipfast\.attention\w*, as before where patches are padding",
+    "naflexgenlip_test": r"attention +as before: each sample has a mask of its own",
 }
+
+
+@pytest.fixture
+def heads_attention(monkeypatch):
+    """A count of the calls of our attention by OpenCLIP's own classes."""
+    wrapped = mock.Mock(wraps=open_clip_attention.heads_attention)
+    monkeypatch.setattr(open_clip_attention, "heads_attention", wrapped)
+    return wrapped
 
 
 def assert_equal(model: nn.Module, patched: nn.Module) -> None:
@@ -36,14 +47,14 @@ def test_kinds(name):
     model = shrunk.in_dtype(shrunk.open_clip_model(name), torch.float64)
     patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
     assert_equal(model, patched)
-    assert KINDS[name] in clipfast.report(patched)
+    assert re.search(KINDS[name], clipfast.report(patched)), clipfast.report(patched)
 
 
 @pytest.mark.parametrize("options", [
     {"attention_mode": "bidirectional", "pool_type": "map"}, {"value_residual": True, "attn_gated": True},
     {"qk_norm": True, "norm_type": "layernorm", "pos_embed": "none"}, {"reg_tokens": 2, "attention_bias": True},
 ])  # fmt: skip
-def test_options_of_modern_text(options):
+def test_options_of_modern_text(options, heads_attention):
     import open_clip
 
     config = open_clip.get_model_config("moderntext-ViT-B-32-256")
@@ -52,11 +63,13 @@ def test_options_of_modern_text(options):
     config = shrunk.shrink(config)
     config["text_cfg"].update(options)
     model = shrunk.randomised(open_clip.CustomTextCLIP(**config)).double()
-    assert_equal(model, clipfast.apply_to_open_clip(copy.deepcopy(model)))
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    assert_equal(model, patched)
+    assert (heads_attention.call_count > 0) == ("attention_mode" not in options)  # a bidirectional text hides padding
 
 
 @pytest.mark.parametrize("context_width", [48, 32])
-def test_a_context(context_width):
+def test_a_context(context_width, heads_attention):
     from open_clip.transformer import Attention
 
     if "k_x" not in Attention.forward.__code__.co_varnames:
@@ -69,6 +82,7 @@ def test_a_context(context_width):
     for v_x in (one, other):
         torch.testing.assert_close(patched(x, k_x=one, v_x=v_x), attn(x, k_x=one, v_x=v_x), rtol=0, atol=1e-12)
     torch.testing.assert_close(patched(x, one, one), attn(x, one, one), rtol=0, atol=1e-12)
+    assert heads_attention.call_count == 1  # by the call in which keys and values are of one context, and named
 
 
 @pytest.mark.parametrize("causal", [False, True])

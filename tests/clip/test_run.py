@@ -21,11 +21,11 @@ from .conftest import TINY
 
 EMOJI = Path(run.__file__).parent / "assets" / "emoji"
 LOSSES = "ClipLoss, SigLipLoss, DistillClipLoss, CoCaLoss"
-LINE = f"clipfast: {LOSSES} of open_clip replaced (CLIPFAST_DISABLE=loss leaves them)"
+LINE = f"clipfast: {LOSSES} of open_clip replaced (to leave them: CLIPFAST_DISABLE=loss)"
 MODEL_PARTS = ", ".join(run.MODEL_PARTS)
 MODEL_LINE = (
     f"clipfast: {MODEL_PARTS} of models that open_clip.create_model returns are replaced"
-    " (CLIPFAST_DISABLE=attention,... leaves them)"
+    f" (to leave them: CLIPFAST_DISABLE={','.join(run.MODEL_PARTS)})"
 )
 NEVER = "clipfast: the program did not import open_clip.factory, open_clip.loss, so nothing was replaced there"
 
@@ -240,7 +240,7 @@ TINY_LINE = "clipfast: a CLIP runs on clipfast in these places: "
         ),
         (
             "loss,attention", "open_clip",
-            [MODEL_LINE.replace("attention, norms", "norms").replace("=attention", "=norms")],
+            [MODEL_LINE.replace("attention, norms", "norms").replace("attention,norms", "norms")],
             "norms 15 of 15, activations 4 of 4, patch_embed 1 of 1, text_embed 1 of 1, pooled_last_block 0 of 2",
         ),
         (",".join(run.PARTS), "open_clip", [], None),
