@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,12 +66,17 @@ def _peak_on_cpu(case: Case, candidate: Candidate) -> int:
     inputs = leaves(case, case.inputs())
     function = candidate.make()
     call(case, candidate, function, inputs)  # threads, libraries and compilers allocate now
+    return growth(lambda: call(case, candidate, function, inputs))
+
+
+def growth(function: Callable[[], object]) -> int:
+    """Return the bytes that a call of ``function`` adds to the resident memory of this process, at its peak."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     # the high-water mark starts again from here (proc(5), clear_refs)
     Path("/proc/self/clear_refs").write_text("5")
     before = proc_bytes("self/status", "VmRSS")
-    kept = call(case, candidate, function, inputs)
+    kept = function()
     peak = proc_bytes("self/status", "VmHWM") - before
     del kept
     return peak
