@@ -12,6 +12,7 @@ from . import __version__
 # Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
 COMMANDS = {
     "train": ("train a model on image-text shards", "clipfast.training.command"),
+    "index": ("index shards, so that a training run starts at once", "clipfast.data.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),
     "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.conversion.command"),
     "inspect-checkpoint": (

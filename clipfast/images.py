@@ -6,10 +6,11 @@ that cannot be decoded completely is refused with an :class:`ImageError`; half a
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,8 +33,19 @@ DEFAULT_RATIO = (3 / 4, 4 / 3)
 _SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I")
 
 
-class ImageError(ValueError):
-    """An image that cannot be used; the message says why."""
+class SampleError(ValueError):
+    """A sample that cannot be used: the message says why, and ``kind`` says it in two words, to count by."""
+
+    def __init__(self, message: str, kind: str = "unusable sample") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type[SampleError], tuple[str, str]]:
+        return type(self), (str(self), self.kind)
+
+
+class ImageError(SampleError):
+    """An image that cannot be used."""
 
 
 def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -49,32 +61,48 @@ def open_image(source: bytes | str | Path, *, max_pixels: int = MAX_PIXELS) -> I
     Raises:
         ImageError: the file is not an image, has another format, is truncated, or is too large or too long.
     """
-    from PIL import Image, ImageOps, UnidentifiedImageError
+    from PIL import ImageOps
 
-    stream = io.BytesIO(source) if isinstance(source, bytes) else Path(source)
+    with opened(io.BytesIO(source) if isinstance(source, bytes) else Path(source), max_pixels) as image:
+        image.load()
+        return to_rgb(ImageOps.exif_transpose(image))
+
+
+@contextlib.contextmanager
+def opened(source: io.BytesIO | Path, max_pixels: int = MAX_PIXELS) -> Iterator[Image.Image]:
+    """Open an image and look at its header; whatever goes wrong with it in this context is an ImageError.
+
+    Raises:
+        ImageError: as :func:`open_image`.
+    """
+    from PIL import Image, UnidentifiedImageError
+
+    if isinstance(source, io.BytesIO) and not source.getbuffer().nbytes:
+        raise ImageError("the image has no bytes", "empty image")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(stream, formats=FORMATS)
+            image = Image.open(source, formats=FORMATS)
             _check_size(image, max_pixels)
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
+            yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:
-        raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}") from error
+        raise ImageError(f"not an image in one of the formats {', '.join(FORMATS)}", "not an image") from error
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"image is refused by its size: {error}", "huge image") from error
     except Exception as error:  # on broken files, decoders raise anything, even struct.error and SyntaxError
-        raise ImageError(f"image cannot be decoded: {error}") from error
+        raise ImageError(f"image cannot be decoded: {error}", "broken image") from error
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     """Refuse an image by the size in its header, before anything is decoded."""
     size = f"{image.width}x{image.height}"
     if image.width * image.height > max_pixels:
-        raise ImageError(f"image has {size} pixels, more than the limit of {max_pixels}")
+        raise ImageError(f"image has {size} pixels, more than the limit of {max_pixels}", "huge image")
     if max(image.size) > MAX_ASPECT * min(image.size):
         # When its shorter side is scaled to the model's size, the longer one would need gigabytes.
-        raise ImageError(f"image has {size} pixels, its sides differ more than {MAX_ASPECT} times")
+        raise ImageError(f"image has {size} pixels, its sides differ more than {MAX_ASPECT} times", "huge image")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -4,8 +4,11 @@ The same kernel tests run on a CPU (PyTorch paths), with TRITON_INTERPRET=1 (the
 GPU.
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +22,10 @@ import triton
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from clipfast import ranks
+
+# Indices of test data belong to no user.
+os.environ["CLIPFAST_CACHE"] = tempfile.mkdtemp(prefix="clipfast-cache-")
+atexit.register(shutil.rmtree, os.environ["CLIPFAST_CACHE"], ignore_errors=True)
 
 # The processes of clipfast.ranks find the test modules by this path, and are forked with open_clip in memory. The first
 # path stays in front of it: on a bare machine that has links to the packages, and clipfast/ in a checkout is not whole.

@@ -1,9 +1,37 @@
-"""Image-text pairs: ``samples`` reads them from shards, ``stream`` makes batches of them for training."""
+"""Image-text pairs, from the files that hold them to batches.
 
+``source`` reads any sample by its number: ``index`` knows where each lies, and ``staging`` brings what is elsewhere.
+``order`` says which sample stands where in the sequence of a run, and ``loader`` makes batches of them.
+"""
+
+from .crops import CroppedImages, WholeImages
+from .identity import identities
+from .index import ShardIndex, TarIndex
+from .loader import Batch, PairBatches, Skipped, pair_loader
+from .order import Mix, Order, Unique
 from .samples import caption, count_samples, decode_image, expand_shards, metadata, read_samples
-from .stream import Batch, PairStream, pair_loader
+from .source import MAX_OPEN, TarSource, open_shards
 
 __all__ = [
-    "Batch", "PairStream", "caption", "count_samples", "decode_image", "expand_shards", "metadata", "pair_loader",
+    "MAX_OPEN",
+    "Batch",
+    "CroppedImages",
+    "Mix",
+    "Order",
+    "PairBatches",
+    "ShardIndex",
+    "Skipped",
+    "TarIndex",
+    "TarSource",
+    "Unique",
+    "WholeImages",
+    "caption",
+    "count_samples",
+    "decode_image",
+    "expand_shards",
+    "identities",
+    "metadata",
+    "open_shards",
+    "pair_loader",
     "read_samples",
 ]  # fmt: skip

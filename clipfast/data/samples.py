@@ -10,7 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..images import ImageError, open_image
+from ..images import ImageError, SampleError, open_image
 from .tar import BLOCK, Damage, Member, read_tar
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
 
     Args:
         pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``.
-            ``bundled:emoji/noto`` is a shard of this package, and webdataset opens names with a scheme (``https:``,
-            ``pipe:``).
+            ``bundled:emoji/noto`` is a shard of this package. Names with a scheme (``https:``, ``pipe:``) stay as they
+            are.
 
     Raises:
         ValueError: a local file does not exist or is no tar file by its name, or no shard is named.
@@ -101,9 +101,18 @@ def read_samples(shards: Iterable[str]) -> Iterator[RawSample]:
     for shard in shards:
         try:
             with gopen(shard) as stream:
-                yield from _group(shard, read_tar(stream))
+                yield from group_members(shard, read_tar(stream))
         except (ValueError, OSError) as error:
             raise ValueError(f"shard {shard} cannot be read: {error}") from error
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return the key and the extension in the name of a member; None for a member that belongs to no sample."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    if not stem or not dot or extension.startswith("__"):
+        return None
+    return folder + slash + stem, extension.lower()
 
 
 class _Hole:
@@ -117,8 +126,11 @@ class _Hole:
         return max(((self.damage.size or 0) - self.cropped * 2 * BLOCK) // smallest, 0 if self.cropped else 1)
 
 
-def _group(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawSample]:
-    """Yield the samples that the members of a shard make, and at its end those that are lost."""
+def group_members(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawSample]:
+    """Yield the samples that the members of a shard make, and at its end those that are lost.
+
+    ``__span__`` of a sample is where its first member begins and its last one ends in the uncompressed shard.
+    """
     sample: RawSample = {}
     size, smallest = 0, 0
     holes: list[_Hole] = []
@@ -140,16 +152,16 @@ def _group(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawSample]:
             holes.append(_Hole(part))
             beside.append(holes[-1])
             continue
-        folder, slash, file = part.name.rpartition("/")
-        stem, dot, extension = file.partition(".")
-        if not stem or not dot or extension.startswith("__"):
+        named = split_name(part.name)
+        if named is None:
             continue
-        key, extension = folder + slash + stem, extension.lower()
+        key, extension = named
         if key != sample.get("__key__") or extension in sample:
             yield from close()
-            sample, size = {"__key__": key, "__url__": shard}, 0
+            sample, size = {"__key__": key, "__url__": shard, "__span__": (part.offset, part.offset)}, 0
             beside = holes[before:]
         sample[extension] = part.data
+        sample["__span__"] = sample["__span__"][0], part.offset + part.size
         size, before = size + part.size, len(holes)
     yield from close()
     for hole in holes:
@@ -179,10 +191,21 @@ def decode_image(sample: RawSample) -> Image.Image:
     Raises:
         ImageError: the sample has no image, or the image cannot be decoded.
     """
+    return open_image(image_bytes(sample))
+
+
+def image_bytes(sample: RawSample) -> bytes:
+    """Return the file of a sample that is its image.
+
+    Raises:
+        ImageError: the sample has no image.
+    """
+    _check_damage(sample)
     for extension in IMAGE_EXTENSIONS:
         if extension in sample:
-            return open_image(sample[extension])
-    raise ImageError(f"sample has no image ({', '.join(IMAGE_EXTENSIONS)}), only {_found(sample)}")
+            data: bytes = sample[extension]
+            return data
+    raise ImageError(f"sample has no image ({', '.join(IMAGE_EXTENSIONS)}), only {_found(sample)}", "no image")
 
 
 def _found(sample: RawSample) -> str:
@@ -198,22 +221,22 @@ def _found(sample: RawSample) -> str:
 def _check_damage(sample: RawSample) -> None:
     """Refuse a sample that stands for a pair that is lost."""
     if "__damage__" in sample:
-        raise ValueError(f"a pair is lost: {sample['__damage__']}")
+        raise SampleError(f"a pair is lost: {sample['__damage__']}", "damaged shard")
 
 
 def metadata(sample: RawSample) -> dict[str, Any]:
     """Return the ``json`` of a sample, or an empty dict if it has none.
 
     Raises:
-        ValueError: it is not valid JSON, or not an object.
+        SampleError: it is not valid JSON, or not an object.
     """
     _check_damage(sample)
     try:
         parsed = json.loads(sample.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"json cannot be read: {error}") from error
+        raise SampleError(f"json cannot be read: {error}", "broken json") from error
     if not isinstance(parsed, dict):
-        raise ValueError(f"json is not an object but a {type(parsed).__name__}")
+        raise SampleError(f"json is not an object but a {type(parsed).__name__}", "broken json")
     return parsed
 
 
@@ -221,11 +244,12 @@ def field(sample: RawSample, key: str) -> str:
     """Return the value of ``key`` in the ``json`` of a sample.
 
     Raises:
-        ValueError: there is no such key, and the message lists those that there are; or as :func:`metadata`.
+        SampleError: there is no such key, and the message lists those that there are; or as :func:`metadata`.
     """
     fields = metadata(sample)
     if key not in fields:
-        raise ValueError(f"sample has no {key!r} in its json; it has {', '.join(sorted(fields)) or 'nothing'}")
+        there = ", ".join(sorted(fields)) or "nothing"
+        raise SampleError(f"sample has no {key!r} in its json; it has {there}", "no such field")
     return str(fields[key])
 
 
@@ -236,18 +260,21 @@ def caption(sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | N
     ``rng``.
 
     Raises:
-        ValueError: there is no caption, it is not UTF-8, or the keywords are not a list of strings.
+        SampleError: there is no caption, it is not UTF-8, or the keywords are not a list of strings.
     """
     _check_damage(sample)
     if "txt" not in sample:
-        raise ValueError(f"sample has no caption (txt), only {_found(sample)}")
-    text: str = sample["txt"].decode("utf-8").strip()
+        raise SampleError(f"sample has no caption (txt), only {_found(sample)}", "no caption")
+    try:
+        text: str = sample["txt"].decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise SampleError(f"caption is not UTF-8: {error}", "broken caption") from error
     if not text:
-        raise ValueError("caption is empty")
+        raise SampleError("caption is empty", "no caption")
     if rng is None or keyword_prob == 0 or rng.random() >= keyword_prob:
         return text
     keywords = metadata(sample).get("keywords", [])
     if not isinstance(keywords, list) or not all(isinstance(word, str) for word in keywords):
-        raise ValueError(f"keywords are not a list of strings: {keywords!r:.80}")
+        raise SampleError(f"keywords are not a list of strings: {keywords!r:.80}", "broken json")
     chosen = rng.sample(keywords, min(len(keywords), rng.randint(1, 3)))
     return ", ".join([text, *chosen])

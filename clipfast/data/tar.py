@@ -45,7 +45,8 @@ class Member:
 
     name: str
     data: bytes
-    size: int  # bytes that it takes in the archive, with its headers
+    offset: int  # of its first header in the (uncompressed) archive
+    size: int  # bytes that it takes there, with its headers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,6 +97,22 @@ def read_tar(source: Readable) -> Iterator[Member | Damage]:
         yield Damage(window.offset, None, window.error or "the file ends here, without the end mark of a tar file")
 
 
+def is_compressed(start: bytes) -> bool:
+    """Return True if a file that begins with these bytes is compressed; ``start`` has a block, or the whole file.
+
+    The name of a member may begin like a compressed file.
+    """
+    return start.startswith(tuple(COMPRESSIONS)) and _parse(start[:BLOCK]) is None
+
+
+def decompressed(source: Readable) -> Generator[bytes, None, str]:
+    """Yield the bytes of a file, decompressed if it is compressed; return what is wrong with the compression, or ""."""
+    window = _Window(source)
+    while data := window.take(WINDOW):
+        yield data
+    return window.error
+
+
 def _member(window: "_Window", header: tarfile.TarInfo) -> Generator[Member | Damage, None, bool]:
     """Yield the member that begins with ``header``, where the window stands; return True if the archive ends within it.
 
@@ -114,7 +131,7 @@ def _member(window: "_Window", header: tarfile.TarInfo) -> Generator[Member | Da
             return True
         window.take(-size % BLOCK)
         if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            extended |= _records(data)
+            extended |= pax_records(data)
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             extended["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
         elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
@@ -130,7 +147,7 @@ def _member(window: "_Window", header: tarfile.TarInfo) -> Generator[Member | Da
     elif header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended):
         yield Damage(start, None, f"{name} is a sparse file, which clipfast does not read")
     elif header.isreg():
-        yield Member(name, data, window.offset - start)
+        yield Member(name, data, start, window.offset - start)
     return False
 
 
@@ -143,7 +160,7 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
     return header if header.size >= 0 else None
 
 
-def _records(data: bytes) -> dict[str, str]:
+def pax_records(data: bytes) -> dict[str, str]:
     """Return the records "length key=value" of a pax header, up to the first that is malformed."""
     records: dict[str, str] = {}
     while data:
@@ -167,9 +184,9 @@ class _Window:
     def __init__(self, source: Readable) -> None:
         self.offset, self.error = 0, ""
         self._read, self._held, self._at = source.read, b"", 0  # the next byte is _held[_at]
-        start = self.peek(max(map(len, COMPRESSIONS)))
+        start = self.peek(BLOCK)
         for magic, decompressed in COMPRESSIONS.items():
-            if start.startswith(magic):
+            if is_compressed(start) and start.startswith(magic):
                 # read1 returns the bytes before an error, which read would lose.
                 self._read = decompressed(cast(IO[bytes], _Joined(self._held, source))).read1
                 self._held = b""

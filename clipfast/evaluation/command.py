@@ -68,8 +68,8 @@ def run(args: argparse.Namespace) -> int:
     progress = tqdm(images, desc="images", unit="image", disable=None)
     transform = transform_of(model, uint8=True)
     features = encode_labelled(model, progress, transform, args.batch_size, device)
-    for name, reason in images.skipped:
-        print(f"clipfast eval: left out {name}: {reason}", file=sys.stderr)
+    for skipped in images.skipped:
+        print(f"clipfast eval: left out {skipped}", file=sys.stderr)
     results = evaluate(
         model, tokenizer, features, templates,
         classnames=classnames, leave_out=args.leave_out, skipped=len(images.skipped),

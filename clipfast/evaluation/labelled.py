@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..data import caption, decode_image, expand_shards, read_samples
+from ..data import Skipped, caption, decode_image, expand_shards, read_samples
 from ..data.samples import IMAGE_EXTENSIONS, RawSample, field, sample_name
 from ..images import open_image
 from ..models import CLIP
@@ -71,13 +71,13 @@ class LabelledSet:
         data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
         group_by: key of the shards' json that names the group of an image.
         label_by: key of the shards' json that names the class; without it the caption does.
-        skipped: name and reason of every image that the last iteration had to leave out.
+        skipped: every image that the last iteration had to leave out.
     """
 
     data: str
     group_by: str | None = None
     label_by: str | None = None
-    skipped: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    skipped: list[Skipped] = dataclasses.field(default_factory=list)
 
     def __iter__(self) -> Iterator[LabelledImage]:
         """Yield the images in their order.
@@ -91,14 +91,14 @@ class LabelledSet:
             try:
                 image = load()
             except ValueError as error:
-                self.skipped.append((name, str(error)))
+                self.skipped.append(Skipped(name, getattr(error, "kind", "unusable sample"), str(error)))
                 continue
             usable = True
             yield image
         if not usable and not self.skipped:
             raise ValueError(f"{self.data} holds no images")
         if not usable:
-            raise ValueError(f"not one image of {self.data} can be used; first: {': '.join(self.skipped[0])}")
+            raise ValueError(f"not one image of {self.data} can be used; first: {self.skipped[0]}")
 
     def _shards(self) -> Iterator[Loader]:
         for sample in read_samples(expand_shards(self.data)):

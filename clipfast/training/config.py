@@ -35,7 +35,17 @@ class TrainConfig:
         "", "WebDataset shards (.tar, .tar.gz); {000..099} and *.tar expand, '::' joins patterns, and "
         "'bundled:emoji/noto' ships with the package",
     )  # fmt: skip
-    train_num_samples: int | None = _flag(None, "pairs per epoch (default: all, counted by reading all shards)", int)
+    train_data_upsampling_factors: tuple[float, ...] = _flag(
+        (), "for each part of --train-data that '::' joins, how often its pairs are seen while those of a part with "
+        "factor 1 are seen once", float,
+    )  # fmt: skip
+    dataset_resampled: bool = _flag(
+        False,
+        "draw runs of neighbouring pairs at random, with replacement; otherwise each pair is seen once before one "
+        "is seen again",
+        bool,
+    )
+    train_num_samples: int | None = _flag(None, "pairs per epoch (default: all)", int, positive=True)
     model: str = _flag("ViT-B-32", "model name, as clipfast.list_models() gives it, or path of an OpenCLIP model JSON")
     pretrained: str | None = _flag(None, "tag (clipfast list-pretrained) or checkpoint that the weights start from")
     tokenizer: str | None = _flag(None, "tokenizer.json of a SigLIP model, or the folder that holds it")
@@ -77,7 +87,7 @@ class TrainConfig:
     )
     device: str = _flag("auto", "cpu, cuda, or auto for a GPU if there is one")
     backend: str = _flag("auto", "implementation of the ops", choices=("auto", "triton", "torch"))
-    workers: int = _flag(1, "data worker processes, at most one per shard", int, not_negative=True)
+    workers: int = _flag(1, "data worker processes", int, not_negative=True)
     seed: int = _flag(0, "seed of every random number generator", int, not_negative=True, most=2**62)
     unique_by: str | None = _flag(None, "json key, or 'caption', whose value no two pairs of a batch may share")
     keyword_prob: float = _flag(0.0, "probability of adding keywords from a pair's json to its caption", float, **SHARE)
@@ -114,6 +124,10 @@ class TrainConfig:
         for field in dataclasses.fields(self):
             _check_type(field, getattr(self, field.name))
             _check_value(field, getattr(self, field.name))
+        if not all(0 < factor < math.inf for factor in self.train_data_upsampling_factors):
+            raise ValueError(
+                f"--train-data-upsampling-factors must be more than 0, got {self.train_data_upsampling_factors}"
+            )
         if self.cuda_graphs and self.micro_batch_size is not None:
             raise ValueError("--cuda-graphs replays a whole batch: leave out --micro-batch-size, or --cuda-graphs")
         if self.val_leave_out and self.val_group_by is None:

@@ -1,80 +1,176 @@
-"""The training data of a run: its shards, the batches of each epoch, and how many pairs may be unusable."""
+"""The training data of a run: its pairs, the batches of each epoch, and how many pairs may be unusable."""
 
+import collections
 import dataclasses
+import hashlib
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
-from ..data import Batch, PairStream, count_samples, expand_shards, pair_loader
+import numpy as np
+
+from ..data import (
+    MAX_OPEN,
+    Batch,
+    CroppedImages,
+    Mix,
+    Order,
+    PairBatches,
+    TarSource,
+    Unique,
+    WholeImages,
+    expand_shards,
+    identities,
+    open_shards,
+    pair_loader,
+)
+from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
-from ..images import augmentation, image_transform
+from ..images import augmentation
 from ..models import CLIP
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .errors import TrainingError
+from .logs import log
 
 MIN_SEEN_FOR_BAD_FRACTION = 100
+ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
+
+
+def steps_before(epoch: int, num_samples: int, batch_size: int) -> int:
+    """Return after how many steps of a run ``epoch`` epochs are finished; a step can belong to two epochs."""
+    return -(-epoch * num_samples // batch_size)
 
 
 class TrainingData:
-    """Shards and the batches from them, in an order that the state determines.
+    """The pairs of a run and the batches of them, in an order that the data and the seed determine.
 
-    ``saved`` is the state of the run that is continued, or nothing. If it is of the same shards, their number of
-    samples is taken from it, and the shards need not be read to count them.
+    The batches of all epochs follow each other in one sequence, so that an epoch need not be a whole number of batches.
+
+    Attributes:
+        content: a checksum of what in the shards the order depends on.
+        num_samples: pairs of an epoch.
+        total_steps: of the run.
 
     Raises:
-        ValueError: a shard is missing, or the shards hold less than one batch.
+        ValueError: a shard is missing or hardly readable, or the shards hold less than one batch.
     """
 
-    def __init__(self, config: TrainConfig, saved: dict[str, Any]) -> None:
+    def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.shards = expand_shards(config.train_data)
-        known = saved.get("num_samples") if saved.get("train_data") == config.train_data else None
-        self.num_samples: int = config.train_num_samples or known or count_samples(self.shards)
-        self.steps_per_epoch = self.num_samples // config.batch_size
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"the shards hold {self.num_samples} pairs, less than one batch of {config.batch_size}")
+        groups = [expand_shards(part) for part in _parts(config)]
+        self.shards = [shard for group in groups for shard in group]
+        max_open = max(MAX_OPEN // len(groups), 1)
+        self.sources = [open_shards(group, config.workers, max_open=max_open) for group in groups]
+        _check_damage(self.sources, config.max_bad_fraction)
+        seed, replacement = config.seed, config.dataset_resampled
+        if not all(sum(source.sizes) for source in self.sources):
+            raise ValueError(f"the shards hold no samples: {config.train_data}")
+        orders = [
+            Order(source.sizes, seed, source=number, replacement=replacement)
+            for number, source in enumerate(self.sources)
+        ]
+        mix = Mix(orders, config.train_data_upsampling_factors or (1.0,), seed)
+        if len(mix) < config.batch_size:
+            raise ValueError(f"the shards hold {len(mix)} pairs, less than one batch of {config.batch_size}")
+        self.order: Mix | Unique = mix
+        content = hashlib.sha256(b"".join(np.array(source.sizes, "<i8").tobytes() for source in self.sources))
+        if config.unique_by is not None:
+            alike = [identities(source, config.unique_by) for source in self.sources]
+            self.order = Unique(mix, alike, config.batch_size)
+            content.update(b"".join(numbers.astype("<u8").tobytes() for numbers in alike))
+        self.content = content.hexdigest()
+        self.num_samples = config.train_num_samples or len(self.order)
+        self.total_steps = self.steps_before(config.epochs)
+
+    def steps_before(self, epoch: int) -> int:
+        """Return after how many steps ``epoch`` epochs are finished."""
+        return steps_before(epoch, self.num_samples, self.config.batch_size)
+
+    def epochs_in(self, step: int) -> int:
+        """Return how many epochs are finished after ``step`` steps."""
+        return step * self.config.batch_size // self.num_samples
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the order of the data depends on."""
-        keys = ("train_data", "batch_size", "workers", "seed", "unique_by")
-        own = {"num_samples": self.num_samples, "steps_per_epoch": self.steps_per_epoch}
-        return own | {key: getattr(self.config, key) for key in keys}
+        keys = ("train_data", "train_data_upsampling_factors", "dataset_resampled", "batch_size", "seed", "unique_by")
+        found = {key: getattr(self.config, key) for key in keys}
+        found["train_data_upsampling_factors"] = list(found["train_data_upsampling_factors"])
+        return {"order": ORDER, "num_samples": self.num_samples, "content": self.content, **found}
 
     def batches(
-        self, epoch: int, first: int, model: CLIP, tokenizer: Tokenizer | FileTokenizer, *, pin_memory: bool
+        self, first: int, model: CLIP, tokenizer: Tokenizer | FileTokenizer, *, pin_memory: bool
     ) -> Generator[Batch, None, None]:
-        """Return the batches of an epoch from number ``first``, decoded and augmented by the data workers.
+        """Return the batches of the run from number ``first``, decoded and augmented by the data workers.
 
         Args:
-            epoch, first: numbers of the epoch and of the first batch, from 0; batches before it are not decoded.
+            first: number of the first batch, from 0; what is before it is not read.
             model, tokenizer: what the images and the texts are prepared for.
             pin_memory: place batches in memory that a GPU can copy from asynchronously.
 
         Raises:
-            ValueError: there are more data workers than shards, or the shards cannot be read.
+            ValueError: far too many pairs cannot be used, or a data worker died.
         """
         config = self.config
         augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
-        transform = image_transform(
-            model.visual.image_size, train=True, scale=config.crop_scale, augment=augment, uint8=True,
-            resize_mode=model.visual.resize_mode,
+        transform: CroppedImages | WholeImages = CroppedImages(model.visual.image_size, config.crop_scale, augment)
+        if config.crop_scale == (1.0, 1.0):
+            transform = WholeImages(
+                transform_of(model, train=True, scale=config.crop_scale, augment=augment, uint8=True)
+            )
+        batches = PairBatches(
+            self.sources, self.order, transform, tokenizer, config.batch_size, config.seed, config.unique_by,
+            config.keyword_prob, model.reads_padding,
         )  # fmt: skip
-        stream = PairStream(
-            self.shards, transform, tokenizer, config.batch_size, self.steps_per_epoch, config.seed, epoch, first,
-            config.unique_by, config.keyword_prob, model.reads_padding,
-        )  # fmt: skip
-        return pair_loader(stream, config.workers, pin_memory=pin_memory)
+        return pair_loader(batches, first, self.total_steps, config.workers, pin_memory=pin_memory)
+
+
+def _parts(config: TrainConfig) -> list[str]:
+    """Return the sources of a mix; without factors, all shards are one."""
+    factors, parts = config.train_data_upsampling_factors, config.train_data.split("::")
+    if factors and len(factors) != len(parts):
+        raise ValueError(
+            f"--train-data-upsampling-factors needs a factor for each of the {len(parts)} parts of --train-data, got "
+            f"{len(factors)}"
+        )
+    return parts if factors else [config.train_data]
+
+
+def _check_damage(sources: list[TarSource], limit: float) -> None:
+    """Warn of damaged shards, and refuse them if they have lost too much.
+
+    How much a shard that is cut short has lost cannot be told, and is not counted.
+
+    Raises:
+        ValueError: more than the share ``limit`` of all pairs is lost.
+    """
+    damaged = {shard.name: shard.damage for source in sources for shard in source.shards if shard.damage}
+    lost = sum(sum(damage.values()) for damage in damaged.values())
+    for name, damage in list(damaged.items())[:10]:
+        for place, count in damage.items():
+            lost_here = f"about {count} pair(s)" if count else "parts"
+            log.warning(f"{lost_here} of shard {name} are lost: {place}")
+    total = lost + sum(sum(source.sizes) for source in sources)
+    if lost > limit * total:
+        raise ValueError(
+            f"about {lost} of {total} pairs are lost in {len(damaged)} damaged shard(s), more than --max-bad-fraction "
+            f"{limit}; the first is {next(iter(damaged))}"
+        )
 
 
 @dataclasses.dataclass
 class SkipBudget:
-    """How many pairs were seen, how many of them had to be skipped, and how many may be."""
+    """How many pairs were seen, how many of them could not be used for which reasons, and how many may be."""
 
     limit: float  # largest share of skipped pairs
     listed_in: Path  # the file that lists the skipped pairs, for the error
-    seen: int = 0  # skipped ones included
-    skipped: int = 0
+    seen: int = 0
+    kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
+
+    @property
+    def skipped(self) -> int:
+        """The number of skipped pairs."""
+        return self.kinds.total()
 
     def count(self, batch: Batch) -> None:
         """Count the pairs of a batch.
@@ -82,11 +178,12 @@ class SkipBudget:
         Raises:
             TrainingError: too many were skipped.
         """
-        self.seen += len(batch) + len(batch.skipped)
-        self.skipped += len(batch.skipped)
+        self.seen += len(batch)
+        self.kinds.update(sample.kind for sample in batch.skipped)
         enough = self.seen >= MIN_SEEN_FOR_BAD_FRACTION
         if batch.skipped and enough and self.skipped > self.limit * self.seen:
+            kinds = ", ".join(f"{count} x {kind}" for kind, count in self.kinds.most_common())
             raise TrainingError(
-                f"{self.skipped} of {self.seen} pairs could not be used, more than --max-bad-fraction {self.limit}; "
-                f"they are listed in {self.listed_in}; last: {': '.join(batch.skipped[-1])}"
+                f"{self.skipped} of {self.seen} pairs could not be used, more than --max-bad-fraction {self.limit}: "
+                f"{kinds}; they are listed in {self.listed_in}; last: {batch.skipped[-1]}"
             )

@@ -1,8 +1,9 @@
 """Log lines in OpenCLIP's format on the console and in ``out.log``, and metrics in the folder of the run."""
 
+import collections
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -42,25 +43,32 @@ def logging_to(folder: Path) -> Iterator[None]:
 
 
 class TrainLog:
-    """Progress bar, log lines and metrics of a run; ``batch_size`` is the number of pairs of a step."""
+    """Progress bar, log lines and metrics of a run.
 
-    def __init__(self, folder: RunFolder, batch_size: int, steps_per_epoch: int, epochs: int) -> None:
-        self.folder, self.batch_size, self.steps_per_epoch, self.epochs = folder, batch_size, steps_per_epoch, epochs
+    Args:
+        folder: of the run.
+        batch_size: number of pairs of a step.
+        steps_before: returns the number of steps before an epoch.
+        epochs: of the run.
+    """
 
-    def watch(self, batches: Iterable[Batch], epoch: int, first: int) -> Iterator[Batch]:
-        """Pass on the batches of an epoch from number ``first``, with a progress bar, and time the wait for each."""
+    def __init__(self, folder: RunFolder, batch_size: int, steps_before: Callable[[int], int], epochs: int) -> None:
+        self.folder, self.batch_size, self.steps_before, self.epochs = folder, batch_size, steps_before, epochs
+
+    def watch(self, batches: Iterator[Batch], epoch: int, step: int) -> Iterator[Batch]:
+        """Pass on the batches of an epoch from ``step`` of the run, with a progress bar, and time the wait for each."""
         from tqdm import tqdm
 
         description = f"epoch {epoch + 1}/{self.epochs}"
         self._start_again()
-        batches = iter(batches)
-        with tqdm(
-            total=self.steps_per_epoch, initial=first, desc=description, unit="step", disable=None, leave=False
-        ) as bar:
-            for _ in range(first, self.steps_per_epoch):
+        first, stop = self.steps_before(epoch), self.steps_before(epoch + 1)
+        options: dict[str, Any] = {"unit": "step", "disable": None, "leave": False}
+        with tqdm(total=stop - first, initial=step - first, desc=description, **options) as bar:
+            for _ in range(step, stop):
                 asked = time.perf_counter()
                 batch = next(batches)
                 self._waiting += time.perf_counter() - asked
+                self._stages.update(batch.seconds)
                 yield batch
                 bar.update()
 
@@ -80,8 +88,6 @@ class TrainLog:
         Raises:
             NotFiniteError: a loss is not finite.
         """
-        if not self._losses:  # not one pair of these steps could be used
-            return
         losses = torch.stack(self._losses)
         if not losses.isfinite().all():
             raise NotFiniteError("the loss is", step)
@@ -93,17 +99,20 @@ class TrainLog:
             "pairs_per_second": self._pairs / elapsed,
         }
         last, mean, scale = losses[-1].item(), losses.mean().item(), logit_scale.item()
-        epoch, within = divmod(step - 1, self.steps_per_epoch)
-        pairs, total = (within + 1) * self.batch_size, self.steps_per_epoch * self.batch_size
+        epoch = next(epoch for epoch in range(self.epochs) if step <= self.steps_before(epoch + 1))
+        first, stop = self.steps_before(epoch), self.steps_before(epoch + 1)
+        pairs, total = (step - first) * self.batch_size, (stop - first) * self.batch_size
+        slowest = f" ({self._stages.most_common(1)[0][0]})" if self._stages else ""
         log.info(
             f"Train Epoch: {epoch} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
             f"Data (t): {rates['data_time']:.3f} Batch (t): {rates['batch_time']:.3f}, "
             f"{rates['pairs_per_second']:.6g}/s, {rates['pairs_per_second']:.6g}/s/gpu "
             f"LR: {lr:.6f} Logit Scale: {scale:.3f} "
             f"Contrastive_loss: {last:.5g} ({mean:.5g}) Loss: {last:.5g} ({mean:.5g}) "
-            f"Data-wait: {100 * rates['data_wait']:.1f}%"
+            f"Data-wait: {100 * rates['data_wait']:.1f}%{slowest}"
         )
-        self.folder.record(step=step, epoch=epoch, loss=mean, lr=lr, logit_scale=scale, **rates)
+        seconds = dict(self._stages)  # of all data workers together
+        self.folder.record(step=step, epoch=epoch, loss=mean, lr=lr, logit_scale=scale, **rates, data_seconds=seconds)
         self._start_again()
 
     def evaluation(self, step: int, results: dict[str, Any]) -> None:
@@ -117,4 +126,5 @@ class TrainLog:
 
     def _start_again(self) -> None:
         self._losses: list[Tensor] = []
+        self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

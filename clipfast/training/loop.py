@@ -110,6 +110,7 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
         "train_seconds": round(trainer.progress.seconds, 1),
         "train_loss": losses[-1] if losses else None,
         "skipped_pairs": trainer.budget.skipped,
+        "skipped_kinds": dict(trainer.budget.kinds),
         "device": str(trainer.device),
         "torch": torch.__version__,
         **(evaluation.results if evaluation else {}),

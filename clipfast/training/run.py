@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import write_checkpoint
+from ..data import Skipped
 from ..files import OUT_OF_SPACE, replace_file, replace_text
 
 log = logging.getLogger("clipfast")
@@ -21,7 +22,7 @@ class RunFolder:
         checkpoints: the folder of the checkpoints.
         latest: the checkpoint that ``--resume`` continues from.
         metrics_path: a file with one JSON object per line: training figures by step, evaluations by step.
-        skipped_path: the list of samples that could not be used: step, name and reason, tab-separated.
+        skipped_path: the list of samples that could not be used: step, name, kind and reason, tab-separated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -107,9 +108,9 @@ class RunFolder:
                 metrics.append(json.loads(line))
         return metrics
 
-    def record_skipped(self, step: int, skipped: Iterable[tuple[str, str]]) -> None:
-        """Append samples that could not be used, each as name and reason."""
-        lines = (f"{step}\t{_printable(name)}\t{_printable(reason)}\n" for name, reason in skipped)
+    def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
+        """Append samples that could not be used."""
+        lines = (f"{step}\t{_printable(name)}\t{kind}\t{_printable(reason)}\n" for name, kind, reason in skipped)
         _append(self.skipped_path, "".join(lines))
 
     def _skipped(self) -> list[str]:

@@ -9,7 +9,7 @@ import torch
 from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
 from .config import AUTO, TrainConfig, flag_name
-from .data import SkipBudget, TrainingData
+from .data import SkipBudget, TrainingData, steps_before
 from .errors import NotFiniteError
 from .step import TrainingStep
 
@@ -49,11 +49,11 @@ class RunState:
         """
         if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
             raise NotFiniteError("the weights are", self.progress.step)
-        optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "skipped": self.budget.skipped}
+        optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
         return {
-            "epoch": self.progress.step // self.data.steps_per_epoch,
+            "epoch": self.data.epochs_in(self.progress.step),
             "name": self.name,
             "state_dict": self.model.state_dict(),
             "optimizer": optimizer,
@@ -85,22 +85,31 @@ class RunState:
         own: dict[str, Any] = checkpoint.get("clipfast", {})
         progress, stream = own.get("progress"), own.get("stream", {})
         if progress is None:  # OpenCLIP's
-            self.progress.step = checkpoint["epoch"] * self.data.steps_per_epoch
+            self.progress.step = self.data.steps_before(checkpoint["epoch"])
         else:
             self.progress.step, self.progress.seconds = progress["step"], progress["seconds"]
-            self.budget.seen, self.budget.skipped = progress["seen"], progress["skipped"]
+            self.budget.seen = progress["seen"]
+            earlier = {"unusable sample": progress.get("skipped", 0)}  # what versions before the kinds counted
+            self.budget.kinds.update(progress.get("kinds", earlier))
         data = self.data.state_dict()
-        changed = {key: was for key, was in stream.items() if was != data[key]}
-        if changed and self.progress.step % stream["steps_per_epoch"]:
-            flags = ", ".join(f"{flag_name(key)} (was {changed[key]})" for key in changed if hasattr(self.config, key))
-            raise ValueError(
-                f"the checkpoint is from within an epoch, whose data cannot change: leave {flags} as it was"
-            )
+        changed = {key: stream.get(key) for key, now in data.items() if stream.get(key) != now} if stream else {}
+        if changed and not _ends_epoch(checkpoint["epoch"], self.progress.step, stream):
+            self._refuse_within_epoch(changed)
         if changed:
-            self.progress.step = checkpoint["epoch"] * self.data.steps_per_epoch
+            self.progress.step = self.data.steps_before(checkpoint["epoch"])
         is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
         if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
             self.step.micro_batch_size = own["micro_batch_size"]
+
+    def _refuse_within_epoch(self, changed: dict[str, Any]) -> None:
+        if "order" in changed:
+            raise ValueError(
+                "the checkpoint is from within an epoch of an earlier version of clipfast, which had another order of "
+                "the data: start from its weights with --pretrained"
+            )
+        flags = [f"{flag_name(key)} (was {was})" for key, was in changed.items() if hasattr(self.config, key)]
+        what = f"leave {', '.join(flags)} as it was" if flags else "the shards have other samples than they had"
+        raise ValueError(f"the checkpoint is from within an epoch, whose data cannot change: {what}")
 
     def _load_optimizer(self, state: dict[str, Any]) -> None:
         """Load the moments of an optimizer; its learning rate and other options stay those of this run."""
@@ -110,3 +119,10 @@ class RunState:
             self.optimizer.load_state_dict(state)
         except (ValueError, KeyError) as error:
             raise CheckpointError(f"the checkpoint's optimizer state does not fit the model: {error}") from error
+
+
+def _ends_epoch(epoch: int, step: int, stream: dict[str, Any]) -> bool:
+    """Return True if a run with this data has just finished an epoch."""
+    if "steps_per_epoch" in stream:  # of versions whose epochs were whole numbers of batches
+        return bool(step == epoch * stream["steps_per_epoch"])
+    return step == steps_before(epoch, stream["num_samples"], stream["batch_size"])

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ class Trainer:
         self.config, self.folder = config, folder
         saved: dict[str, Any] = (checkpoint or {}).get("clipfast", {})
         self.device = build_device(config)
-        self.data = TrainingData(config, saved.get("stream", {}))
-        self.total_steps = self.data.steps_per_epoch * config.epochs
+        self.data = TrainingData(config)
+        self.total_steps = self.data.total_steps
         self.validation = None if config.val_data is None else LabelledSet(config.val_data, config.val_group_by)
         if self.validation is not None:
             next(iter(self.validation))  # a set that cannot be used should show before an epoch is spent
@@ -59,7 +60,7 @@ class Trainer:
         )
         self.upload = Upload(self.device)
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
-        self.log = TrainLog(folder, config.batch_size, self.data.steps_per_epoch, config.epochs)
+        self.log = TrainLog(folder, config.batch_size, self.data.steps_before, config.epochs)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
         self.state = RunState(
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress
@@ -99,13 +100,15 @@ class Trainer:
     def _train(self, interruption: Interruption) -> Evaluation | None:
         """Train epoch after epoch, and return the last evaluation."""
         evaluation = None
-        while self.progress.step < self.total_steps and interruption.signum is None:
-            self._train_epoch(interruption)
-            epoch, within = divmod(self.progress.step, self.data.steps_per_epoch)
-            if within == 0:
-                frequency = self.config.save_frequency
-                self._save_or_go_on(keep=frequency > 0 and epoch % frequency == 0)
-                evaluation = self.evaluate()
+        batches = self.data.batches(
+            self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
+        )
+        with contextlib.closing(batches):  # an error must not leave the workers waiting
+            while self.progress.step < self.total_steps and interruption.signum is None:
+                if self._train_epoch(batches, interruption):
+                    epoch, frequency = self.data.epochs_in(self.progress.step), self.config.save_frequency
+                    self._save_or_go_on(keep=frequency > 0 and epoch % frequency == 0)
+                    evaluation = self.evaluate()
         return evaluation
 
     def _rescue(self, error: Exception) -> None:
@@ -127,32 +130,30 @@ class Trainer:
             kept = self.folder.kept()
             log.error(f"{error}. Training goes on. {f'The last good checkpoint is {kept[0]}' if kept else ''}")
 
-    def _train_epoch(self, interruption: Interruption) -> None:
-        """Train from the current step until its epoch ends or the run is interrupted."""
+    def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
+        """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
         config, progress = self.config, self.progress
-        epoch, first = divmod(progress.step, self.data.steps_per_epoch)
+        epoch = self.data.epochs_in(progress.step)
+        last = self.data.steps_before(epoch + 1)
         self.model.train()
         started = time.perf_counter()
-        batches = self.data.batches(epoch, first, self.model, self.tokenizer, pin_memory=self.device.type == "cuda")
-        with contextlib.closing(batches):  # an error must not leave the workers waiting
-            for batch in self.log.watch(batches, epoch, first):
-                if len(batch):
-                    self.log.step(self._train_step(batch), len(batch))
-                progress.step += 1
-                self._unsaved = True
-                now = time.perf_counter()
-                progress.seconds, started = progress.seconds + now - started, now
-                if batch.skipped:
-                    self.folder.record_skipped(progress.step, batch.skipped)
-                self.budget.count(batch)
-                is_last = progress.step % self.data.steps_per_epoch == 0
-                if is_last or progress.step % config.log_every_n_steps == 0:
-                    lr = float(self.optimizer.param_groups[0]["lr"])
-                    self.log.write(progress.step, lr, self.model.logit_scale.exp())
-                if not is_last and config.save_every and progress.step % config.save_every == 0:
-                    self._save_or_go_on()
-                if interruption.signum is not None:
-                    break
+        for batch in self.log.watch(batches, epoch, progress.step):
+            self.log.step(self._train_step(batch), len(batch))
+            progress.step += 1
+            self._unsaved = True
+            now = time.perf_counter()
+            progress.seconds, started = progress.seconds + now - started, now
+            if batch.skipped:
+                self.folder.record_skipped(progress.step, batch.skipped)
+            self.budget.count(batch)
+            if progress.step == last or progress.step % config.log_every_n_steps == 0:
+                lr = float(self.optimizer.param_groups[0]["lr"])
+                self.log.write(progress.step, lr, self.model.logit_scale.exp())
+            if progress.step < last and config.save_every and progress.step % config.save_every == 0:
+                self._save_or_go_on()
+            if interruption.signum is not None:
+                break
+        return progress.step == last
 
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its loss."""
@@ -184,7 +185,7 @@ class Trainer:
             self.folder.record_skipped(self.progress.step, skipped)
             log.warning(
                 f"{len(skipped)} validation image(s) cannot be used and are left out, as {self.folder.skipped_path} "
-                f"says; first: {': '.join(skipped[0])}"
+                f"says; first: {skipped[0]}"
             )
         evaluation = evaluate(
             self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=len(skipped)

@@ -43,7 +43,6 @@ BAD = [
     ([*EMOJI, "--micro-batch-size", "0"], "--micro-batch-size must be more than 0, got 0"),
     ([*EMOJI, "--micro-batch-size", "1.5"], "--micro-batch-size: must be int or 'auto', got '1.5'"),
     ([*EMOJI, "--model", "ViT-Z"], "unknown model 'ViT-Z'; known: RN50"),
-    ([*EMOJI, "--workers", "3"], "2 shard(s) cannot feed 3 data workers: use --workers 2 or fewer"),
     (["train", "--train-data", "missing-{0..2}.tar"], "no such shard: missing-0.tar (3 of 3 are missing)"),
     (["train", "--resume", "nowhere"], "no run to resume at nowhere: there is neither a folder nor a checkpoint"),
     ([*EMOJI, "--unique-by", "breed"], "has no 'breed' in its json; it has category, hexcode"),
@@ -104,7 +103,7 @@ BAD = [
     (["verify", "--op", "attention", "--json", "no/such/v.json"], "no folder no/such to write v.json in"),
     (["verify", "--op", "curve", "--quick"], "leave nothing to check"),
     ([], "the following arguments are required: COMMAND"),
-    (["trian"], "invalid choice: 'trian' (choose from 'train', 'eval'"),
+    (["trian"], "invalid choice: 'trian' (choose from 'train', 'index'"),
 ]
 
 

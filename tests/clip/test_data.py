@@ -1,25 +1,47 @@
-"""The data stream: order, uniqueness, resumption, and samples that cannot be used."""
+"""Batches of pairs: order, uniqueness, resumption anywhere, and samples that cannot be used."""
 
+import hashlib
+import io
 import itertools
 import json
+import os
 import random
+import signal
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
-from clipfast.data import PairStream, caption, count_samples, expand_shards, pair_loader, read_samples
-from clipfast.data.stream import MAX_HELD_BATCHES, shuffle, unique_batches
-from clipfast.images import image_transform
+from clipfast.data import (
+    CroppedImages,
+    Mix,
+    Order,
+    PairBatches,
+    Unique,
+    caption,
+    count_samples,
+    expand_shards,
+    identities,
+    open_shards,
+    pair_loader,
+    read_samples,
+)
 from clipfast.tokenizer import Tokenizer, tokenize, trim_padding
 
-from .conftest import sample, write_shard
+from .conftest import picture, sample, write_shard
 
 
-def stream(shards, **options):
-    """A stream of 6 batches of 8 with training augmentation."""
-    options = {"batch_size": 8, "num_batches": 6, "seed": 3} | options
-    return PairStream(expand_shards(shards), image_transform(16, train=True, uint8=True), Tokenizer(16), **options)
+def batches(shards, batch_size=8, seed=3, unique_by=None, **options):
+    """Batches of small images with training augmentation."""
+    source = open_shards(expand_shards(shards))
+    order = Mix([Order(source.sizes, seed)], [1], seed)
+    if unique_by is not None:
+        order = Unique(order, [identities(source, unique_by)], batch_size)
+    return PairBatches(
+        [source], order, CroppedImages(16), Tokenizer(16), batch_size, seed, unique_by=unique_by, **options
+    )
 
 
 def equal(a, b):
@@ -50,73 +72,69 @@ def test_pickles_in_a_shard_stay_bytes(tmp_path):
 
 
 def test_order_is_a_function_of_the_seed(shards):
-    first, again, other = (list(stream(shards, seed=seed)) for seed in (3, 3, 4))
+    first, again, other = ([batches(shards, seed=seed)[number] for number in range(6)] for seed in (3, 3, 4))
     assert all(equal(*pair) for pair in zip(first, again, strict=True))
     assert not any(equal(*pair) for pair in zip(first, other, strict=True))
-    assert not any(equal(*pair) for pair in zip(first, stream(shards, epoch=1), strict=True))
 
 
-@pytest.mark.parametrize("workers", [0, 1, 2])
-def test_skipped_batches_change_nothing_after_them(shards, workers):
-    whole = list(pair_loader(stream(shards), workers))
-    assert len(whole) == 6
-    for first in range(1, 6):
-        rest = list(pair_loader(stream(shards, first_batch=first), workers))
-        assert len(rest) == 6 - first
+def test_the_sequence_does_not_know_of_ranks_and_workers(shards):
+    """Two epochs on four machines, as global batches: one SHA-256 for all of them."""
+    digests = set()
+    for world_size, workers in ((1, 0), (1, 2), (2, 1), (4, 2)):
+        parts = [
+            pair_loader(batches(shards, rank=rank, world_size=world_size), 0, 12, workers) for rank in range(world_size)
+        ]
+        digest = hashlib.sha256()
+        for ranks in zip(*parts, strict=True):
+            digest.update(torch.cat([batch.images for batch in ranks]).numpy().tobytes())
+            length = max(batch.texts.shape[1] for batch in ranks)
+            texts = [torch.nn.functional.pad(batch.texts, (0, length - batch.texts.shape[1])) for batch in ranks]
+            digest.update(torch.cat(texts).numpy().tobytes())
+        digests.add(digest.hexdigest())
+    assert len(digests) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+def test_any_batch_can_be_the_first(shards, workers):
+    made = batches(shards)
+    whole = [made[number] for number in range(13)]  # two passes and a batch
+    for first in range(0, 13, 4):
+        rest = list(pair_loader(batches(shards), first, 13, workers))
         assert all(equal(*pair) for pair in zip(whole[first:], rest, strict=True)), f"from batch {first}"
+        assert sum(batch.bytes_read for batch in rest) == sum(batch.bytes_read for batch in whole[first:])
 
 
-def test_an_epoch_may_be_several_passes(shards):
-    texts = [tuple(row.tolist()) for batch in stream(shards, num_batches=12) for row in batch.texts]
-    # 96 samples from 48 pairs: each twice
+def test_a_pass_has_every_pair_once(shards):
+    texts = [tuple(row.tolist()) for number in range(12) for row in batches(shards)[number].texts]
+    # 96 samples from 48 pairs with 24 texts
     assert set(Counter(texts).values()) == {4}
 
 
-@pytest.mark.parametrize(("samples", "size"), [(0, 4), (3, 4), (4, 4), (50, 1), (50, 7), (50, 8), (50, 1000)])
-def test_the_order_is_webdatasets(samples, size):
-    filters = pytest.importorskip("webdataset.filters")
-    theirs = filters.shuffle(size, initial=size, rng=random.Random(1))(iter(range(samples)))
-    assert list(shuffle(range(samples), size, random.Random(1))) == list(theirs)
+def test_ranks_that_do_not_divide_the_batch(shards):
+    with pytest.raises(ValueError, match="a batch of 8 pairs cannot be divided among 3 ranks"):
+        batches(shards, world_size=3)
 
 
 def test_no_two_of_a_kind_in_a_batch(shards):
-    for batch in stream(shards, batch_size=20, num_batches=10, unique_by="label"):
-        assert len({tuple(row.tolist()) for row in batch.texts}) == 20
+    made = batches(shards, batch_size=20, unique_by="label")
+    for number in range(10):
+        assert len({tuple(row.tolist()) for row in made[number].texts}) == 20
     # without the rule, both drawings of a thing do meet
-    free = stream(shards, batch_size=20, num_batches=10)
-    assert any(len({tuple(row.tolist()) for row in batch.texts}) < 20 for batch in free)
-
-
-def test_unique_batches_lose_nothing():
-    keys = random.Random(0).choices(range(30), k=600)
-    batches = list(unique_batches(iter(keys), 10, identity=int))
-    assert all(len(set(batch)) == 10 for batch in batches)
-    used = Counter(itertools.chain.from_iterable(batches))
-    # all but a last batch's worth, and what waits for the like of it to be used up
-    assert not used - Counter(keys)
-    assert sum(used.values()) > 600 - 60
-
-
-def test_what_is_too_frequent_is_dropped_and_the_rest_goes_on():
-    # One in five is the same: a batch of ten can hold only one of them.
-    rng = random.Random(0)
-    keys = (0 if rng.random() < 0.2 else rng.randrange(1, 10**9) for _ in range(40 * MAX_HELD_BATCHES * 10))
-    batches = list(unique_batches(keys, 10, identity=int))
-    assert all(len(set(batch)) == 10 for batch in batches)
-    assert len(batches) > 30 * MAX_HELD_BATCHES
+    free = batches(shards, batch_size=20)
+    assert any(len({tuple(row.tolist()) for row in free[number].texts}) < 20 for number in range(10))
 
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_impossible_batch(shards, workers):
     for options, message in (
-        ({"batch_size": 30, "unique_by": "label"}, "^cannot fill a batch of 30 with different samples: only 24 "),
+        ({"batch_size": 30, "unique_by": "label"}, "^cannot fill 1 batches of 30 with different samples: only 24 "),
         (
             {"unique_by": "breed"},
-            r"^not one of 48 samples can be used; first: .*/0\d\d: sample has no 'breed' in its json",
+            r"^not one of \d\d samples can be used; first: .*/0\d\d: sample has no 'breed' in",
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            list(pair_loader(stream(shards, **options), workers))
+            list(pair_loader(batches(shards, **options), 0, 3, workers))
 
 
 def test_captions_with_keywords(shards):
@@ -131,45 +149,106 @@ def test_captions_with_keywords(shards):
     ("changes", "reason"),
     [
         ({"png": b"broken"}, "not an image in one of the formats"),
-        ({"txt": b"\xff\xfe\xff"}, "can't decode"),
+        ({"txt": b"\xff\xfe\xff"}, "caption is not UTF-8"),
         ({"json": b"{"}, "json cannot be read: Expecting property name"),
         ({"json": b"[]"}, "json is not an object but a list"),
         ({"json": b'{"keywords": [1, 2]}'}, "keywords are not a list of strings: [1, 2]"),
         ({"json": b'{"keywords": "abc"}'}, "keywords are not a list of strings: 'abc'"),
     ],
 )
-def test_bad_samples_are_left_out_and_named(tmp_path, changes, reason):
+def test_bad_samples_are_replaced_and_named(tmp_path, changes, reason):
     write_shard(tmp_path / "s.tar", [sample(index, **(changes if index == 3 else {})) for index in range(8)])
-    (batch,) = stream(f"{tmp_path}/s.tar", num_batches=1, keyword_prob=1.0)
-    assert len(batch) == 7
-    ((name, why),) = batch.skipped
-    assert name == "s.tar/003"
-    assert reason in why
+    batch = batches(f"{tmp_path}/s.tar", keyword_prob=1.0)[0]
+    assert len(batch) == 8
+    assert {found.name for found in batch.skipped} == {"s.tar/003"}
+    assert reason in batch.skipped[0].reason
+    again = batches(f"{tmp_path}/s.tar", keyword_prob=1.0)[0]
+    assert equal(batch, again)
 
 
-def test_samples_that_lack_something_are_left_out(tmp_path):
+def test_nine_kinds_of_faults_are_counted(tmp_path):
+    """One sample in twenty is faulty: the counts per kind are exact, and batches keep their shape."""
+    whole = picture(5, size=64)
+    bomb = io.BytesIO()
+    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
+    faults = {
+        "broken image": {"png": whole[: len(whole) // 2]},
+        "empty image": {"png": b""},
+        "not an image": {"png": b"<html>404</html>"},
+        "huge image": {"png": bomb.getvalue()},
+        "no caption": {"txt": b" \n"},
+        "broken caption": {"txt": b"\xff\xfe"},
+        "broken json": {"json": b"{"},
+        "no such field": {"json": b"{}"},
+    }
+    samples = [sample(index) for index in range(180)]
+    for place, changes in zip(range(7, 180, 20), faults.values(), strict=False):
+        samples[place] |= changes
+    del samples[170]["png"]
+    write_shard(tmp_path / "s.tar", samples)
+    made = batches(f"{tmp_path}/s.tar", batch_size=12, unique_by="label")
+    found = [made[number] for number in range(15)]
+    assert {batch.images.shape for batch in found} == {(12, 3, 16, 16)}
+    kinds = Counter(skipped.kind for batch in found for skipped in batch.skipped)
+    assert kinds == {**dict.fromkeys(faults, 1), "no image": 1}
+
+
+def test_the_same_substitute_on_every_machine(tmp_path):
+    write_shard(tmp_path / "s.tar", [sample(index, **({"png": b"x"} if index % 2 else {})) for index in range(16)])
+    whole = batches(f"{tmp_path}/s.tar")[1]
+    parts = [batches(f"{tmp_path}/s.tar", rank=rank, world_size=2)[1] for rank in (0, 1)]
+    assert torch.equal(torch.cat([part.images for part in parts]), whole.images)
+    assert [skipped for part in parts for skipped in part.skipped] == whole.skipped
+    assert whole.skipped
+
+
+def test_a_substitute_is_unlike_the_others(tmp_path):
+    samples = [sample(index, **({"png": b"x"} if index == 2 else {})) for index in range(12)]
+    write_shard(tmp_path / "s.tar", samples)
+    made = batches(f"{tmp_path}/s.tar", unique_by="caption")
+    for number in range(12):
+        texts = {tuple(row.tolist()) for row in made[number].texts}
+        assert len(texts) == 8
+
+
+def test_a_batch_of_all_kinds_replaces_by_the_same_kind(tmp_path):
+    """Twelve kinds in batches of twelve: only another drawing of the same kind may take the place of a broken one."""
+    samples = [sample(index % 12, png=b"x" if index % 5 == 0 else picture(index)) for index in range(48)]
+    write_shard(tmp_path / "s.tar", samples)
+    made = batches(f"{tmp_path}/s.tar", batch_size=12, unique_by="caption")
+    for number in range(8):
+        assert len({tuple(row.tolist()) for row in made[number].texts}) == 12
+    assert any(made[number].skipped for number in range(8))
+
+
+def test_samples_that_lack_something_are_replaced(tmp_path):
     samples = [sample(index) for index in range(8)]
     del samples[2]["png"], samples[5]["txt"]
     samples[3]["json"] = b"{"  # and the json decides which samples are alike
     write_shard(tmp_path / "s.tar", samples)
-    (batch,) = stream(f"{tmp_path}/s.tar", num_batches=1, unique_by="label")
-    assert sorted(name for name, _ in batch.skipped) == ["s.tar/002", "s.tar/003", "s.tar/005"]
-
-
-def test_a_batch_of_which_nothing_is_usable_is_empty(tmp_path):
-    write_shard(tmp_path / "s.tar", [sample(0), sample(1, txt=b" \n")])
-    batches = list(stream(f"{tmp_path}/s.tar", batch_size=1, num_batches=2))
-    assert sorted(map(len, batches)) == [0, 1]
-    assert [skipped for batch in batches for skipped in batch.skipped] == [("s.tar/001", "caption is empty")]
+    made = batches(f"{tmp_path}/s.tar", batch_size=4, unique_by="label")
+    names = {skipped.name for number in range(2) for skipped in made[number].skipped}
+    assert names == {"s.tar/002", "s.tar/003", "s.tar/005"}
 
 
 def test_nothing_usable(tmp_path):
     write_shard(tmp_path / "s.tar", [sample(index, png=b"x") for index in range(8)])
-    with pytest.raises(ValueError, match=r"not one of 100 samples can be used; first: s\.tar/.*: not an image"):
-        list(stream(f"{tmp_path}/s.tar", batch_size=4, num_batches=100))
-    write_shard(tmp_path / "empty.tar", [])
-    with pytest.raises(ValueError, match="shards hold no samples"):
-        next(iter(stream(f"{tmp_path}/empty.tar")))
+    with pytest.raises(ValueError, match=r"not one of 101 samples can be used; first: s\.tar/.*: not an image"):
+        batches(f"{tmp_path}/s.tar")[0]
+
+
+def test_a_killed_worker_is_an_error(shards):
+    before = children()
+    loader = pair_loader(batches(shards), 0, 10**6, 2)
+    next(loader)
+    os.kill(min(children() - before), signal.SIGKILL)
+    with pytest.raises(ValueError, match="a data worker died: it was killed by SIGKILL"):
+        list(loader)
+
+
+def children():
+    """The processes that this one has started."""
+    return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}
 
 
 def test_trimming_keeps_every_token():

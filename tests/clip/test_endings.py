@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from clipfast.checkpoint import CheckpointError, read_checkpoint
+from clipfast.data import Skipped
 from clipfast.files import DiskFullError
 from clipfast.training.errors import TrainingError
 from clipfast.training.lock import LOCK_NAME, locked
@@ -54,7 +55,7 @@ def test_an_error_saves_the_steps_before_it(shards, tmp_path, error):
 def test_too_many_bad_pairs_save_too(tmp_path):
     write_shard(tmp_path / "s.tar", [sample(index, **({"png": b"x"} if index % 5 == 0 else {})) for index in range(50)])
     options = {"train_num_samples": 160, "epochs": 1, "unique_by": None}
-    with pytest.raises(TrainingError, match=r"more than --max-bad-fraction 0.01; they are listed in"):
+    with pytest.raises(TrainingError, match=r"more than --max-bad-fraction 0.01: .* x not an image; they are"):
         train(config(f"{tmp_path}/s.tar", tmp_path, **options))
     assert saved_step(tmp_path / "run") == 13  # the first step after 100 pairs
 
@@ -126,12 +127,6 @@ def test_a_folder_has_one_holder(name, shards, tmp_path, capsys):
 
 
 def test_a_run_that_cannot_start_leaves_nothing(shards, tmp_path):
-    with pytest.raises(ValueError, match="data workers"):
-        list(
-            Trainer(config(shards, tmp_path, workers=9), RunFolder(tmp_path / "x")).data.batches(
-                0, 0, 32, None, pin_memory=False
-            )
-        )
     with pytest.raises(ValueError, match="less than one batch"):
         train(config(shards, tmp_path / "new" / "logs", batch_size=4000, train_num_samples=None))
     assert not (tmp_path / "new").exists()
@@ -327,7 +322,7 @@ def test_a_damaged_shard_is_trained_on_and_named(tmp_path):
     results = json.loads((folder.path / "results.json").read_text())
     assert results["steps"] == 6
     assert results["skipped_pairs"] == 1
-    assert "s.tar/020\tsample has no image" in folder.skipped_path.read_text()
+    assert "s.tar/020\tno image\tsample has no image" in folder.skipped_path.read_text()
 
 
 def test_a_warm_up_longer_than_the_run_is_said(shards, tmp_path):
@@ -345,5 +340,5 @@ def test_pictures_need_matplotlib_and_training_does_not(shards, tmp_path, monkey
 
 def test_names_of_skipped_samples_are_printable(tmp_path):
     folder = RunFolder(tmp_path)
-    folder.record_skipped(3, [("s.tar/\x1b[31mred\x07", "a\nb\x00")])
-    assert folder.skipped_path.read_text() == "3\ts.tar/\\x1b[31mred\\x07\ta b\\x00\n"
+    folder.record_skipped(3, [Skipped("s.tar/\x1b[31mred\x07", "broken image", "a\nb\x00")])
+    assert folder.skipped_path.read_text() == "3\ts.tar/\\x1b[31mred\\x07\tbroken image\ta b\\x00\n"

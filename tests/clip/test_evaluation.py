@@ -165,7 +165,9 @@ def test_errors(model, tmp_path, shards):
     images = LabelledSet(f"{tmp_path}/bad.tar")
     for _ in range(2):  # each iteration begins anew
         assert [image.caption for image in images] == ["a red thing 0"]
-        assert images.skipped == [("bad.tar/001", "not an image in one of the formats JPEG, PNG, WEBP, GIF, BMP")]
+        (skipped,) = images.skipped
+        assert str(skipped) == "bad.tar/001: not an image in one of the formats JPEG, PNG, WEBP, GIF, BMP"
+        assert skipped.kind == "not an image"
     (tmp_path / "folder" / "cat").mkdir(parents=True)
     with pytest.raises(ValueError, match=r"folder/cat has no images \(jpg"):
         list(LabelledSet(str(tmp_path / "folder")))

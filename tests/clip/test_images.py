@@ -53,7 +53,7 @@ def test_formats(kind):
     ("content", "message"),
     [
         (b"not an image at all", "not an image in one of the formats JPEG, PNG"),
-        (b"", "not an image"),
+        (b"", "the image has no bytes"),
         ("nothing.png", "No such file"),
         (encoded(gradient(400, 300))[:1000], "cannot be decoded: .*truncated"),
         (encoded(gradient(400, 300), "JPEG")[:3000], "cannot be decoded: image file is truncated"),

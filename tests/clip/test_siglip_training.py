@@ -83,7 +83,7 @@ def test_the_first_loss_is_the_sigmoid_loss(size, arguments, tmp_path, capsys, m
     registry.add_model_config(tmp_path / "small.json")
     model = create_model("small").train()
     tokenizer = get_tokenizer("small", tokenizer_file=tmp_path / "tokenizer")
-    batch = next(TrainingData(config, {}).batches(0, 0, model, tokenizer, pin_memory=False))
+    batch = next(TrainingData(config).batches(0, model, tokenizer, pin_memory=False))
     assert batch.texts.shape == (16, 24)
     assert (batch.texts[:, -1] == 1).all()
     expected = SigLipLoss()(*model(batch.images, batch.texts)).item()

@@ -66,7 +66,7 @@ def test_what_is_no_file_has_no_content():
         info = tarfile.TarInfo("last.txt")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
-    assert list(read_tar(io.BytesIO(stream.getvalue()))) == [Member("last.txt", b"abc", 1024)]
+    assert list(read_tar(io.BytesIO(stream.getvalue()))) == [Member("last.txt", b"abc", 2048, 1024)]
 
 
 def test_members_larger_than_the_limit_are_passed_over(monkeypatch):

@@ -325,13 +325,14 @@ def test_bad_samples_are_counted_and_capped(tmp_path):
     samples = [sample(index, **({"png": b"broken"} if index % 8 == 0 else {})) for index in range(64)]
     write_shard(tmp_path / "s.tar", samples)
     options = config(f"{tmp_path}/s.tar", tmp_path, train_num_samples=256, epochs=1)
-    message = r"of \d+ pairs could not be used, more than --max-bad-fraction 0.01; they are listed in .*skipped.tsv"
+    message = r"of \d+ pairs could not be used, more than --max-bad-fraction 0.01: .* x not an image; .*skipped.tsv"
     with pytest.raises(TrainingError, match=message):
         train(options)
     listed = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
     assert all(line.split("\t")[1].startswith("s.tar/") for line in listed)
     folder, _ = train(dataclasses.replace(options, max_bad_fraction=0.2, name="tolerant"))
-    assert json.loads((folder.path / "results.json").read_text())["skipped_pairs"] == 32
+    results = json.loads((folder.path / "results.json").read_text())
+    assert (results["skipped_pairs"], results["skipped_kinds"]) == (32, {"not an image": 32})
 
 
 @pytest.mark.parametrize("what", ["the loss is", "the weights are"])

@@ -1,0 +1,67 @@
+"""Index tar files of pairs: find where each sample lies, and what is damaged.
+
+A training run does so itself when it starts, in as many processes as it has data workers. The index is kept in the
+folder that CLIPFAST_CACHE names, or in ~/.cache/clipfast, and only shards that have changed are read again.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..columns import align
+from ..files import check_target, replace_text
+
+EPILOG = """\
+examples:
+  clipfast index 'data/{00000..01243}.tar' --workers 16
+  clipfast index bundled:emoji/noto --unique-by label --json index.json
+
+exit code: 0 indexed, 2 a shard is missing, or is not a tar file"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "index", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("shards", metavar="SHARDS", help="as --train-data of clipfast train takes them")
+    add("--workers", type=int, default=1, metavar="N", help="processes that read shards (default: 1)")
+    add("--unique-by", metavar="KEY", help="also read this json key, or 'caption', as training with --unique-by does")
+    add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Index the shards, print what was found, and return the exit code."""
+    from .identity import identities
+    from .index import TarIndex
+    from .samples import expand_shards
+    from .source import open_shards
+
+    check_target(args.json)
+    started = time.perf_counter()
+    index = TarIndex()
+    source = open_shards(expand_shards(args.shards), args.workers, index)
+    damaged = {shard.name: shard.damage for shard in source.shards if shard.damage}
+    found: dict[str, Any] = {
+        "shards": len(source.shards),
+        "samples": sum(source.sizes),
+        "bytes": sum(shard.size for shard in source.shards),
+        "lost": sum(sum(damage.values()) for damage in damaged.values()),
+    }
+    if args.unique_by is not None:
+        found["different"] = len(np.unique(identities(source, args.unique_by)))
+    found |= {"seconds": round(time.perf_counter() - started, 2), "cache": str(index.folder)}
+    print(align([(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in found.items()]))
+    for name, damage in damaged.items():
+        for place, count in damage.items():
+            print(f"{name}: {f'about {count} sample(s)' if count else 'parts'} are lost: {place}")
+    if args.json is not None:
+        replace_text(args.json, json.dumps(found | {"damage": damaged}, indent=2) + "\n")
+    return 0

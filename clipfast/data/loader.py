@@ -1,0 +1,291 @@
+"""Batches of image-text pairs for training.
+
+The order of the samples is decided before anything is read, and each sample is augmented from random numbers that
+depend only on the seed, the pass over the data and the sample. So any batch can be made by itself, on any process: a
+run that was interrupted continues to the last bit, on another number of ranks and data workers too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from multiprocessing.connection import wait
+from multiprocessing.process import BaseProcess
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from ..file_tokenizer import FileTokenizer
+from ..images import SampleError
+from ..tokenizer import Tokenizer, trim_padding
+from .order import Mix, Stretch, Unique, permutation, random_words
+from .samples import RawSample, caption, field, image_bytes, sample_name
+from .source import Source
+
+# So many samples may take the place of one that cannot be used; if none of them can be used, nothing seems to be.
+MAX_SUBSTITUTES = 100
+PATIENCE = 2.0  # seconds
+MAX_INTERRUPTIONS = 3  # by PyTorch's reports of a dead worker
+PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
+
+
+class Skipped(NamedTuple):
+    """A sample that could not be used: its name, why in two words, and why in a sentence."""
+
+    name: str
+    kind: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
+
+
+@dataclasses.dataclass
+class Batch:
+    """Images and their texts, and what it took to make them.
+
+    Attributes:
+        images: uint8 or float, [B, 3, H, W].
+        texts: token ids, [B, L].
+        skipped: samples that could not be used; others stand in their places.
+        seconds: time spent on each stage: "read", "decode", "tokenize" and "other".
+        bytes_read: from the shards.
+    """
+
+    images: Tensor
+    texts: Tensor
+    skipped: list[Skipped]
+    seconds: dict[str, float] = dataclasses.field(default_factory=dict)
+    bytes_read: int = 0
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def pin_memory(self) -> Batch:
+        """Return the batch in pinned memory; the data loader calls this if batches are copied to a GPU."""
+        return dataclasses.replace(self, images=self.images.pin_memory(), texts=self.texts.pin_memory())
+
+
+@dataclasses.dataclass
+class PairBatches(Dataset[Batch]):
+    """All batches of a run by their numbers, or one rank's part of each.
+
+    Attributes:
+        sources: the sets of pairs.
+        order: says which samples are in which batch.
+        transform: turns the bytes of an image into a tensor; it draws its random numbers from torch's generator.
+        tokenizer: of the model.
+        batch_size: pairs of all ranks together.
+        seed: of the augmentations.
+        unique_by: "caption" or a key of the samples' json. ``order`` lets no two samples of a batch have the same value
+            of it; samples that lack it cannot be used.
+        keyword_prob: as :func:`clipfast.data.caption` takes it.
+        reads_padding: whether the model reads the padding of texts, which then stays.
+        rank, world_size: this rank takes the ``rank``-th of ``world_size`` equal parts of each batch.
+    """
+
+    sources: Sequence[Source]
+    order: Mix | Unique
+    transform: Callable[[bytes], Tensor]
+    tokenizer: Tokenizer | FileTokenizer
+    batch_size: int
+    seed: int = 0
+    unique_by: str | None = None
+    keyword_prob: float = 0.0
+    reads_padding: bool = False
+    rank: int = 0
+    world_size: int = 1
+
+    def __post_init__(self) -> None:
+        """Refuse a batch that cannot be divided among the ranks.
+
+        Raises:
+            ValueError: as above.
+        """
+        if self.batch_size % self.world_size:
+            raise ValueError(f"a batch of {self.batch_size} pairs cannot be divided among {self.world_size} ranks")
+
+    def __getitem__(self, number: int) -> Batch:
+        """Return batch ``number`` of the run, from 0.
+
+        Raises:
+            ValueError: far too many samples cannot be used.
+        """
+        first, part = number * self.batch_size, self.batch_size // self.world_size
+        whole = self.order(first, first + self.batch_size)
+        mine = whole[self.rank * part : (self.rank + 1) * part]
+        taken = self._identities(whole)
+        clock, before = _Clock(), self._bytes_read()
+        images, captions, skipped = None, [], list[Skipped]()
+        for index in range(len(mine)):
+            source, data_pass, sample = (int(column[index]) for column in (mine.source, mine.data_pass, mine.sample))
+            image, text = self._usable(source, data_pass, sample, taken, skipped, clock)
+            images = _room(len(mine), image) if images is None else images
+            images[index] = image
+            captions.append(text)
+        assert images is not None
+        texts = self.tokenizer(captions)
+        texts = texts if self.reads_padding else trim_padding(texts)
+        clock.stop("tokenize")
+        return Batch(images, texts, skipped, clock.seconds, self._bytes_read() - before)
+
+    def _bytes_read(self) -> int:
+        return sum(source.bytes_read for source in self.sources)
+
+    def _identities(self, stretch: Stretch) -> set[int]:
+        """Return the identities of a batch, which no substitute may have."""
+        return set(self.order.identities_of(stretch).tolist()) if isinstance(self.order, Unique) else set()
+
+    def _usable(
+        self, source: int, data_pass: int, sample: int, taken: set[int], skipped: list[Skipped], clock: _Clock
+    ) -> tuple[Tensor, str]:
+        """Return image and caption of a sample, or of the substitute that its number determines if it is unusable."""
+        tried: list[Skipped] = []
+        for substitute in self._substitutes(source, data_pass, sample, taken):
+            name = self.sources[source].name(substitute)
+            try:
+                clock.stop("other")
+                raw = self.sources[source].read(substitute)
+                clock.stop("read")
+                name = sample_name(raw)
+                pair = self._pair(raw, int(random_words(1, self.seed, source, data_pass, substitute, 0)[0]))
+                clock.stop("decode")
+                return pair
+            except SampleError as error:
+                tried.append(Skipped(name, error.kind, str(error)))
+                if len(tried) == 1:  # a substitute that cannot be used is counted at its own place in the order
+                    skipped.append(tried[0])
+        raise ValueError(f"not one of {len(tried)} samples can be used; first: {tried[0]}")
+
+    def _substitutes(self, source: int, data_pass: int, sample: int, taken: set[int]) -> Iterator[int]:
+        """Yield ``sample``, and then others that may take its place, which depend on nothing but its own place.
+
+        With ``unique_by`` these are, first, those of its own identity, and then those of identities that the batch does
+        not have. (Two substitutes in one batch may still be alike.)
+        """
+        yield sample
+        key = (self.seed, source, data_pass, sample)
+        if isinstance(self.order, Unique):
+            identities = self.order.identities[source]
+            alike = np.flatnonzero(identities == identities[sample])
+            yield from (int(other) for other in alike[permutation(len(alike), *key, 2)] if other != sample)
+        words = random_words(MAX_SUBSTITUTES, *key, 1)
+        others = (words % np.uint64(sum(self.sources[source].sizes))).astype(np.int64)
+        for other in others.tolist():
+            if not isinstance(self.order, Unique) or int(self.order.identities[source][other]) not in taken:
+                yield other
+
+    def _pair(self, raw: RawSample, seed: int) -> tuple[Tensor, str]:
+        """Return image and caption of a sample, augmented by random numbers that ``seed`` determines.
+
+        Raises:
+            SampleError: it cannot be used.
+        """
+        if self.unique_by not in (None, "caption"):
+            field(raw, self.unique_by)
+        text = caption(raw, self.keyword_prob, random.Random(seed))
+        data = image_bytes(raw)
+        with torch.random.fork_rng(devices=[]):  # without data workers, this is the process that trains
+            torch.default_generator.manual_seed(seed)
+            return self.transform(data), text
+
+
+class _Clock:
+    """The time since the last stop, added up by the name of what was done."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def stop(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+def _room(count: int, like: Tensor) -> Tensor:
+    """Return an empty tensor for ``count`` images; a data worker shares its memory with the process that trains."""
+    shape = (count, *like.shape)
+    if get_worker_info() is None:
+        return like.new_empty(shape)
+    storage = torch.UntypedStorage._new_shared(count * like.nbytes)
+    return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, like.new_empty(shape, device="meta").stride())
+
+
+class _Reporting(Dataset[Batch | str]):
+    """Batches, or the message of a ValueError: a worker that raised it would wrap it into a traceback."""
+
+    def __init__(self, batches: PairBatches) -> None:
+        self.batches = batches
+
+    def __getitem__(self, number: int) -> Batch | str:
+        try:
+            return self.batches[number]
+        except ValueError as error:
+            return str(error)
+
+
+def pair_loader(
+    batches: PairBatches, first: int, stop: int, num_workers: int, *, pin_memory: bool = False
+) -> Generator[Batch, None, None]:
+    """Yield batches ``first`` to ``stop - 1``, made by ``num_workers`` processes; with 0, this process makes them.
+
+    Closing the generator ends the processes.
+
+    Raises:
+        ValueError: an error of the batches, or a data worker died.
+    """
+    options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker}
+    numbers = range(first, stop)
+    loader = DataLoader(_Reporting(batches), batch_size=None, sampler=numbers, num_workers=num_workers, **options)
+    iterator = iter(loader)
+    try:
+        for batch in iterator:
+            if isinstance(batch, str):
+                raise ValueError(batch)
+            yield batch
+    except (RuntimeError, EOFError, OSError) as error:  # whichever way the loss of a worker is met first
+        death = _first_death(getattr(iterator, "_workers", ()))
+        if death is None:
+            raise
+        raise ValueError(
+            f"a data worker died: {death}; if it ran out of memory, as the system's log would say, use fewer --workers"
+        ) from error
+    finally:
+        # Tracebacks keep an iterator alive, and its workers would then wait at the end of the process. PyTorch reports
+        # a dead worker by an error at any moment, even here, and has ended the others then.
+        with contextlib.suppress(AttributeError, RuntimeError):
+            iterator._shutdown_workers()  # type: ignore[attr-defined]
+
+
+def _first_death(workers: Sequence[BaseProcess]) -> str | None:
+    """Say how the first of the processes that have ended did so; None if all of them run."""
+    for _ in range(MAX_INTERRUPTIONS if workers else 0):
+        with contextlib.suppress(RuntimeError):  # PyTorch's own report, which may come now
+            wait([worker.sentinel for worker in workers], timeout=PATIENCE)  # its pipes break before it has ended
+            codes = [worker.exitcode for worker in workers if not worker.is_alive()]
+            if not codes or codes[0] is None:
+                return None
+            signal_name = signal.Signals(-codes[0]).name if codes[0] < 0 else ""
+            return f"it was killed by {signal_name}" if signal_name else f"it ended with status {codes[0]}"
+    return None
+
+
+def _start_worker(_: int) -> None:
+    # A terminal or a job scheduler sends these signals to every process. The trainer decides when to stop, and needs
+    # batches until then. A second SIGTERM ends the worker.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
+    # A trainer that is killed tells its workers nothing. On Linux, the kernel can.
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -1,0 +1,324 @@
+"""The order of a training set: which sample stands at each position of an endless sequence.
+
+The order is a function of the number of samples in each shard, the seed and the options of the order, and of nothing
+else: not of the machine or the number of processes. Any stretch of it is computed by itself, so that a run can begin at
+any position at once. After N positions every one of N samples has been seen once; then another pass begins, in another
+order.
+
+Within a pass, the shards are permuted, and the row of all their samples is cut into equally long streams. A window
+takes the next few samples of every stream and is then permuted as a whole. So a window mixes samples of many shards,
+while each stream is read from its beginning to its end, which suits disks and caches.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+WINDOW = 1 << 16
+STREAMS = 64
+MIX_BLOCK = 1 << 12  # positions of a mix in which every source has its exact share
+MAX_SOURCES = 64  # of a mix
+# At least so many batches are dealt out together, so that samples that are alike can go to different ones.
+MIN_DEALT = 16
+MAX_DRAWS = 16  # of samples that take the places of those that are alike too often
+
+_GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
+
+
+def random_words(count: int, *key: int) -> Words:
+    """Return ``count`` random 64-bit words that ``key`` determines, the same on every machine and version of NumPy.
+
+    They are those of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
+    """
+    state = np.zeros(1, np.uint64)
+    for word in key:
+        state = _mix(state ^ np.uint64(int(word) % (1 << 64)))
+    return _mix(state + np.arange(count, dtype=np.uint64) * _GOLDEN)
+
+
+def _mix(words: Words) -> Words:
+    words = words + _GOLDEN
+    words = (words ^ (words >> np.uint64(30))) * _FIRST
+    words = (words ^ (words >> np.uint64(27))) * _SECOND
+    return words ^ (words >> np.uint64(31))
+
+
+def permutation(count: int, *key: int) -> Ints:
+    """Return a random permutation of ``range(count)`` that ``key`` determines."""
+    return np.argsort(random_words(count, *key), kind="stable").astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stretch:
+    """Samples that follow each other in an order: for each, the source, the pass over it, and its number in it."""
+
+    source: Ints
+    data_pass: Ints
+    sample: Ints
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __getitem__(self, which: Ints | slice) -> "Stretch":
+        return Stretch(self.source[which], self.data_pass[which], self.sample[which])
+
+
+def _joined(parts: Sequence[Stretch]) -> Stretch:
+    """Return the parts one behind the other."""
+    columns = ("source", "data_pass", "sample")
+    return Stretch(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
+
+
+class Order:
+    """The order of one source.
+
+    Args:
+        sizes: the number of samples in each shard.
+        seed: of every choice.
+        source: the number of this source in a mix.
+        window: about how many samples are permuted together.
+        streams: from how many places of the data a window takes its samples.
+        replacement: let each stream of a window begin at a random place, so that a pass may have a sample several times
+            or not at all.
+
+    Raises:
+        ValueError: there are no samples, or a number is not positive.
+    """
+
+    def __init__(
+        self,
+        sizes: Sequence[int] | Ints,
+        seed: int,
+        *,
+        source: int = 0,
+        window: int = WINDOW,
+        streams: int = STREAMS,
+        replacement: bool = False,
+    ) -> None:
+        self.sizes = np.asarray(sizes, np.int64)
+        self.length = int(self.sizes.sum())
+        if self.length == 0 or window < 1 or streams < 1:
+            raise ValueError(f"no order of {self.length} samples in windows of {window} from {streams} streams")
+        self.seed, self.source, self.replacement = seed, source, replacement
+        self.streams = min(streams, self.length)
+        self.windows = -(-self.length // window)
+        self._first = np.concatenate([[0], self.sizes.cumsum()])  # number of each shard's first sample
+        self._cuts = np.arange(self.streams + 1) * self.length // self.streams  # where the streams begin and end
+
+    def __len__(self) -> int:
+        """Return the number of samples of a pass."""
+        return self.length
+
+    def __call__(self, start: int, stop: int) -> Stretch:
+        """Return what stands at the positions from ``start`` up to but without ``stop``."""
+        parts = []
+        while start < stop:
+            data_pass, at = divmod(start, self.length)
+            number = self._window_at(at)
+            begin, end = self._begin(number), self._begin(number + 1)
+            samples = self._window(data_pass, number)[at - begin : stop - start + at - begin]
+            parts.append(Stretch(np.full(len(samples), self.source), np.full(len(samples), data_pass), samples))
+            start += min(end - at, stop - start)
+        return _joined(parts) if parts else Stretch(*(np.empty(0, np.int64),) * 3)
+
+    def _takes(self, number: int) -> Ints:
+        """Return how many samples the windows before ``number`` take of each stream."""
+        return np.diff(self._cuts) * number // self.windows
+
+    def _begin(self, number: int) -> int:
+        """Return the position in a pass at which a window begins."""
+        return int(self._takes(number).sum())
+
+    def _window_at(self, position: int) -> int:
+        """Return the number of the window in which ``position`` of a pass lies."""
+        number = min(position * self.windows // self.length, self.windows - 1)
+        while self._begin(number) > position:
+            number -= 1
+        while self._begin(number + 1) <= position:
+            number += 1
+        return number
+
+    @functools.lru_cache(maxsize=2 * MAX_SOURCES)  # noqa: B019 - an order lives as long as its process
+    def _shards(self, data_pass: int) -> tuple[Ints, Ints]:
+        """Return the shards in the order of a pass, and where each begins in the row of all samples."""
+        shards = permutation(len(self.sizes), self.seed, self.source, data_pass)
+        return shards, np.concatenate([[0], self.sizes[shards].cumsum()])
+
+    @functools.lru_cache(maxsize=2 * MAX_SOURCES)  # noqa: B019
+    def _window(self, data_pass: int, number: int) -> Ints:
+        """Return the samples of a window, in their order."""
+        shards, begins = self._shards(data_pass)
+        low, high = self._takes(number), self._takes(number + 1)
+        key = (self.seed, self.source, data_pass, number + 1)
+        if self.replacement:
+            places = (random_words(self.streams, *key, 1) % np.uint64(self.length)).astype(np.int64)
+        else:
+            places = self._cuts[:-1] + low
+        counts = high - low
+        steps = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+        row = (np.repeat(places, counts) + steps) % self.length  # positions in the row of all samples
+        row = row[permutation(len(row), *key, 0)]
+        at = np.searchsorted(begins, row, side="right") - 1
+        return self._first[shards[at]] + row - begins[at]
+
+
+class Mix:
+    """Several orders interleaved, of which each has its exact share in every few thousand positions.
+
+    Args:
+        orders: one for each source.
+        factors: how often a sample of each source is seen while one of a source with factor 1 is seen once.
+
+    Raises:
+        ValueError: there is not one positive factor for each order, or there are too many orders.
+    """
+
+    def __init__(self, orders: Sequence[Order], factors: Sequence[float], seed: int) -> None:
+        if len(factors) != len(orders) or not all(0 < factor < float("inf") for factor in factors):
+            raise ValueError(f"a mix of {len(orders)} sources needs as many factors above 0, got {list(factors)}")
+        if len(orders) > MAX_SOURCES:
+            raise ValueError(f"a mix has at most {MAX_SOURCES} sources, got {len(orders)}")
+        self.orders, self.seed = list(orders), seed
+        weights = np.array([len(order) * factor for order, factor in zip(orders, factors, strict=True)])
+        self.shares = weights / weights.sum()
+        self.length = round(float(weights.sum()))
+
+    def __len__(self) -> int:
+        """Return the number of positions in which each sample is seen, on average, as often as its factor says."""
+        return self.length
+
+    def __call__(self, start: int, stop: int) -> Stretch:
+        """Return what stands at the positions from ``start`` up to but without ``stop``."""
+        if len(self.orders) == 1:
+            return self.orders[0](start, stop)
+        parts = []
+        while start < stop:
+            block, at = divmod(start, MIX_BLOCK)
+            end = min(stop - start + at, MIX_BLOCK)
+            parts.append(self._block(block)[at:end])
+            start += end - at
+        return _joined(parts)
+
+    def _taken(self, blocks: int) -> Ints:
+        """Return how many samples of each source are in the first ``blocks`` blocks."""
+        taken = np.floor(self.shares * (blocks * MIX_BLOCK)).astype(np.int64)
+        taken[self.shares.argmax()] += blocks * MIX_BLOCK - taken.sum()
+        return taken
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _block(self, block: int) -> Stretch:
+        low, high = self._taken(block), self._taken(block + 1)
+        parts = [order(int(a), int(b)) for order, a, b in zip(self.orders, low, high, strict=True)]
+        turns = np.repeat(np.arange(len(parts)), high - low)[permutation(MIX_BLOCK, self.seed, block, 2)]
+        # The samples of a source keep their order: those at the turns of a source are its samples, one after the other.
+        places = np.empty(MIX_BLOCK, np.int64)
+        places[np.argsort(turns, kind="stable")] = np.arange(MIX_BLOCK)
+        return _joined(parts)[places]
+
+
+class Unique:
+    """An order in which no two samples of a batch have the same identity.
+
+    Stretches of about ``window`` positions are dealt out to their batches anew. Samples that are alike more often than
+    there are batches in a stretch give their places to others, drawn from the whole set. What is left of a pass after
+    its last whole batch is left out, in every pass something else.
+
+    Args:
+        order: says which samples come together in a stretch.
+        identities: one 64-bit number for each sample of each source, by which samples count as the same.
+        batch_size: of the whole batch over all ranks.
+        window: about how many positions are dealt out together.
+
+    Raises:
+        ValueError: the order is shorter than a batch.
+    """
+
+    def __init__(self, order: Mix, identities: Sequence[Words], batch_size: int, window: int = WINDOW) -> None:
+        if len(order) < batch_size:
+            raise ValueError(f"{len(order)} samples are less than one batch of {batch_size}")
+        self.order, self.identities, self.batch_size = order, identities, batch_size
+        self.batches = len(order) // batch_size  # of a pass
+        self.group = min(max(MIN_DEALT, window // batch_size), self.batches)  # batches that are dealt out together
+
+    def __len__(self) -> int:
+        """Return the number of positions of a pass."""
+        return self.batches * self.batch_size
+
+    def __call__(self, start: int, stop: int) -> Stretch:
+        """Return what stands at the positions from ``start`` up to but without ``stop``.
+
+        Raises:
+            ValueError: there are too few identities for batches of this size.
+        """
+        parts = []
+        while start < stop:
+            data_pass, at = divmod(start, len(self))
+            group, within = divmod(at, self.group * self.batch_size)
+            dealt = self._dealt(data_pass, group)
+            end = min(within + stop - start, len(dealt))
+            parts.append(dealt[within:end])
+            start += end - within
+        return _joined(parts)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019
+    def _dealt(self, data_pass: int, group: int) -> Stretch:
+        begin = group * self.group * self.batch_size
+        size = min(len(self) - begin, self.group * self.batch_size)
+        batches = size // self.batch_size
+        rest = len(self.order) - len(self) if begin + size == len(self) else 0
+        first = data_pass * len(self.order) + begin
+        stretch = self.order(first, first + size + rest)
+        key = (self.order.seed, data_pass, group)
+        for attempt in range(MAX_DRAWS):
+            alike = self.identities_of(stretch)
+            places = at_most(alike, batches)[:size]
+            if len(places) == size:
+                return stretch[places[deal(alike[places], batches, *key)]]
+            stretch = _joined([stretch, self._drawn(16 * (size - len(places)) + 256, data_pass, *key, attempt)])
+        raise ValueError(
+            f"cannot fill {batches} batches of {self.batch_size} with different samples: only {len(places)} were found "
+            f"among {len(stretch)}; lower the batch size"
+        )
+
+    def identities_of(self, stretch: Stretch) -> Words:
+        """Return the identity of each sample of a stretch."""
+        found = np.empty(len(stretch), np.uint64)
+        for source, identities in enumerate(self.identities):
+            mine = stretch.source == source
+            found[mine] = identities[stretch.sample[mine]]
+        return found
+
+    def _drawn(self, count: int, data_pass: int, *key: int) -> Stretch:
+        """Return samples drawn from the whole set, each source by its share."""
+        turns, numbers = random_words(count, *key, 8), random_words(count, *key, 9)
+        bounds = self.order.shares.cumsum()[:-1]
+        source = np.searchsorted(bounds, turns / 2.0**64, side="right")
+        sizes = np.array([len(order) for order in self.order.orders], np.uint64)
+        return Stretch(source, np.full(count, data_pass), (numbers % sizes[source]).astype(np.int64))
+
+
+def at_most(identities: Words, count: int) -> Ints:
+    """Return the places, in their order, that are left when of each identity the first ``count`` stay."""
+    order = np.argsort(identities, kind="stable")
+    _, begins, counts = np.unique(identities[order], return_index=True, return_counts=True)
+    rank = np.arange(len(order)) - np.repeat(begins, counts)
+    return np.sort(order[rank < count])
+
+
+def deal(identities: Words, batches: int, *key: int) -> Ints:
+    """Return the places of the samples with these identities in the order of their batches, one behind the other.
+
+    Samples of one identity lie together in a row, which is dealt out like cards: one to each batch in turn. So no two
+    of them meet in a batch, if of none there are more than ``batches``.
+    """
+    unique, which = np.unique(identities, return_inverse=True)
+    row = np.argsort(random_words(len(unique), *key, 4)[which], kind="stable")
+    batch_of = permutation(batches, *key, 6)[np.arange(len(row)) % batches]
+    shuffled = permutation(len(row), *key, 7)
+    return row[shuffled[np.argsort(batch_of[shuffled], kind="stable")]]

@@ -1,0 +1,191 @@
+"""A shard that cannot be read from the middle is first copied, whole and uncompressed, to a folder of limited size.
+
+These are compressed files, commands (``pipe:``), and whatever has a URL, through fsspec. A shard that is already there
+is not brought again. When the folder is full, the shards that were opened longest ago make room. A process that still
+reads one of them can go on; its space is free as soon as that process has closed it.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import logging
+import os
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from ..files import DiskFullError, replace_file
+from .tar import BLOCK, WINDOW, decompressed, is_compressed
+
+PIPE = "pipe:"
+MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
+MAX_BYTES = 64 << 30
+ATTEMPTS = 5
+FORGET = 300.0  # seconds after which a shard that could not be brought here is asked for again
+FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
+
+log = logging.getLogger("clipfast")
+_failures: dict[str, float] = {}  # when each shard could not be brought here
+
+
+class FetchError(ValueError):
+    """A shard that could not be brought here, after several attempts."""
+
+
+def is_direct(name: str) -> bool:
+    """Return True if a shard can be read where it is: it is a file of this machine, and not compressed."""
+    if is_remote(name):
+        return False
+    try:
+        with open(name, "rb") as file:
+            return not is_compressed(file.read(BLOCK))
+    except OSError:
+        return True  # whoever opens it will say what is wrong
+
+
+def is_remote(name: str) -> bool:
+    """Return True if a shard is not a file of this machine."""
+    return name.startswith(PIPE) or "://" in name
+
+
+def stamp(name: str) -> str:
+    """Return a text that changes when the shard does, as far as its source can tell.
+
+    Raises:
+        OSError: there is no such shard.
+    """
+    if name.startswith(PIPE):
+        return ""
+    if not is_remote(name):
+        status = os.stat(name)
+        return f"{status.st_size}/{status.st_mtime_ns}"
+    file_system, path = _file_system(name)
+    info: dict[str, Any] = file_system.info(path)
+    marks = (
+        "size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated",
+    )  # fmt: skip
+    return "/".join(str(info[mark]) for mark in marks if mark in info)
+
+
+def _file_system(name: str) -> tuple[Any, str]:
+    from fsspec.core import url_to_fs
+
+    return url_to_fs(name)
+
+
+def staged(name: str, folder: Path) -> tuple[int, str]:
+    """Return a descriptor of the whole, uncompressed shard, brought to ``folder`` if need be, and its stamp.
+
+    Raises:
+        FetchError: it cannot be brought here, after several attempts with growing waits between them.
+        DiskFullError: there is no space.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / (hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32] + ".tar")
+    note = path.with_suffix(".stamp")
+    with locked(path):
+        now = _stamp_or_none(name)
+        known = note.read_text() if path.exists() and note.exists() else None
+        if known is None or now not in (None, known):
+            note.unlink(missing_ok=True)
+            _fetch(name, path)
+            known = now or ""
+            note.write_text(known)
+        descriptor = os.open(path, os.O_RDONLY)  # before another process makes room
+        os.utime(descriptor)
+    _make_room(folder, keep=path)
+    return descriptor, known
+
+
+def _stamp_or_none(name: str) -> str | None:
+    with contextlib.suppress(Exception):  # every file system has errors of its own, and fetching will meet them again
+        return stamp(name)
+    return None
+
+
+@contextlib.contextmanager
+def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+    """Let one process at a time write ``path``. The system releases the lock of a process that ends.
+
+    Args:
+        path: the file that is written; the lock is a file beside it.
+        wait: until the other process has finished; otherwise the context's value is False if there is one.
+    """
+    with path.with_suffix(".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def _fetch(name: str, path: Path) -> None:
+    if time.monotonic() - _failures.get(name, -FORGET) < FORGET:
+        raise FetchError(f"shard {name} could not be read a moment ago, and is not asked for again so soon")
+    for attempt in range(ATTEMPTS):
+        try:
+            replace_file(path, lambda temporary: _copy(name, temporary))
+            return
+        except DiskFullError:
+            raise
+        except Exception as error:  # every file system has errors of its own; some call an outage "not found"
+            if not is_remote(name) or attempt == ATTEMPTS - 1:
+                _failures[name] = time.monotonic()
+                raise FetchError(f"shard {name} cannot be read: {error}") from error
+            time.sleep(FIRST_WAIT * 2**attempt)
+
+
+def _copy(name: str, path: Path) -> None:
+    """Copy what of a shard can be read; the end that is missing shows when the copy is indexed."""
+    with _opened(name) as source, path.open("wb") as target:
+        chunks = decompressed(source)
+        while True:
+            try:
+                target.write(next(chunks))
+            except StopIteration as end:
+                if end.value:
+                    log.warning(f"shard {name}: {end.value}")
+                while source.read(WINDOW):  # a command that cannot write would fail
+                    pass
+                return
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[IO[bytes]]:
+    if not name.startswith(PIPE):
+        if not is_remote(name):
+            with open(name, "rb") as file:
+                yield file
+            return
+        file_system, path = _file_system(name)
+        with file_system.open(path, "rb") as remote:
+            yield remote
+        return
+    command = name.removeprefix(PIPE)
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        yield process.stdout
+    if process.returncode:
+        raise OSError(f"the command ended with status {process.returncode}")
+
+
+def _make_room(folder: Path, keep: Path) -> None:
+    """Remove the shards that were opened longest ago, until the rest fits into the limit."""
+    limit = int(os.environ.get(MAX_BYTES_VARIABLE, MAX_BYTES))
+    found = []
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room too
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    total = sum(size for _, size, _ in found)
+    for _, size, path in sorted(found):
+        if total <= limit:
+            return
+        with locked(path, wait=False) as is_mine:  # whoever has it is opening it
+            if is_mine and path != keep:
+                path.unlink(missing_ok=True)
+                path.with_suffix(".stamp").unlink(missing_ok=True)
+                total -= size

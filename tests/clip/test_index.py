@@ -1,0 +1,287 @@
+"""The index of shards: it agrees with reading them, is kept, and notices every change."""
+
+import gzip
+import http.server
+import io
+import os
+import tarfile
+import threading
+from concurrent.futures import ProcessPoolExecutor
+
+import numpy as np
+import pytest
+
+from clipfast.data import TarIndex, identities, open_shards, read_samples
+from clipfast.data.index import scan
+from clipfast.data.samples import is_pair
+from clipfast.data.staging import FetchError, is_direct, staged
+from clipfast.images import SampleError
+
+from .conftest import sample, write_shard
+
+
+def contents(raw):
+    return {key: value for key, value in raw.items() if key not in ("__span__", "__url__")}
+
+
+def check_source(path, index=None):
+    """Every sample that reading the shard gives is read by its number, in any order."""
+    expected = [contents(raw) for raw in read_samples([str(path)]) if "__damage__" not in raw]
+    source = open_shards([str(path)], index=index)
+    assert source.sizes == [len(expected)]
+    for number in np.random.default_rng(0).permutation(len(expected)).tolist():
+        assert contents(source.read(number)) == expected[number]
+    return source
+
+
+LONG = ["é" * 90 + "/" + "x" * 150 + ".jpg", "é" * 90 + "/" + "x" * 150 + ".txt", "a.txt", "b/c.tar.gz", "b/d.jpg"]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
+def test_archives_of_all_kinds(form, suffix, tmp_path):
+    mode = "w:" + suffix.removeprefix(".tar").removeprefix(".")
+    with tarfile.open(tmp_path / f"s{suffix}", mode, format=form) as tar:
+        for name in LONG if form != tarfile.USTAR_FORMAT else LONG[2:]:
+            folder = tarfile.TarInfo(f"folder of {name[:20]}")
+            folder.type = tarfile.DIRTYPE
+            tar.addfile(folder)
+            info = tarfile.TarInfo(name)
+            info.size, info.mtime = 700, 1.5 if form == tarfile.PAX_FORMAT else 1
+            tar.addfile(info, io.BytesIO(os.urandom(700)))
+    check_source(tmp_path / f"s{suffix}")
+
+
+def damaged(kind, tmp_path):
+    path = write_shard(tmp_path / "s.tar", [sample(index) for index in range(20)])
+    data = bytearray(path.read_bytes())
+    if kind == "cut":
+        data = data[: len(data) * 2 // 3]
+    if kind == "garbage":
+        data[len(data) // 3 : len(data) // 3 + 3000] = os.urandom(3000)
+    if kind == "shifted":
+        data[len(data) // 3 // 512 * 512 : len(data) // 3 // 512 * 512] = os.urandom(77)
+    if kind == "zeros":
+        data += bytes(100_000)
+    if kind == "two":
+        data = data + data
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["cut", "garbage", "shifted", "zeros", "two"])
+def test_damaged_archives(kind, tmp_path):
+    path = damaged(kind, tmp_path)
+    check_source(path)
+    with path.open("rb") as file:
+        blocks, damage = scan(file)
+    assert (damage != {}) == (kind != "two")
+    lost = sum("__damage__" in raw for raw in read_samples([str(path)]))
+    assert sum(damage.values()) == lost
+    # what lies beside the garbage may have lost a part, and is counted when it is used
+    cropped = sum(not is_pair(raw) for raw in read_samples([str(path)])) - lost
+    assert (lost + cropped > 0) == (kind != "two")
+    assert len(blocks) > 10
+
+
+@pytest.mark.parametrize("key", ["BZh91", "\x1f\x8bz"])
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_name_that_begins_like_a_compressed_file(key, first, tmp_path):
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for stem in ("other", key)[:: -1 if first == 0 else 1]:
+            for extension, content in sample(3).items():
+                info = tarfile.TarInfo(f"{stem}.{extension}")
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    source = check_source(tmp_path / "s.tar")
+    assert source.read(first)["__key__"] == key
+    assert is_direct(str(tmp_path / "s.tar"))
+
+
+def test_a_member_beyond_the_limit_is_damage(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipfast.data.index.MAX_MEMBER", 5000)
+    monkeypatch.setattr("clipfast.data.tar.MAX_MEMBER", 5000)
+    write_shard(tmp_path / "s.tar", [sample(0), sample(1, txt=b"x" * 6000), sample(2)])
+    source = open_shards([str(tmp_path / "s.tar")], index=TarIndex(tmp_path / "cache"))
+    (reason,) = source.shards[0].damage
+    assert "001.txt has 6000 bytes, more than the limit of 5000" in reason
+
+
+def index_in_a_process(arguments):
+    names, folder = arguments
+    return [shard.count for shard in TarIndex(folder).shards(names)]
+
+
+def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
+    """Two processes on one cache, in which there is room for one shard."""
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "1")
+    names = []
+    for number in range(6):
+        write_shard(tmp_path / f"{number}.tar.gz", [sample(i) for i in range(number + 1)])
+        names.append(f"{tmp_path}/{number}.tar.gz")
+    twice = [*names, *names]
+    with ProcessPoolExecutor(3) as pool:
+        found = list(pool.map(index_in_a_process, [(twice, tmp_path / "cache")] * 3))
+    assert found == [[1, 2, 3, 4, 5, 6] * 2] * 3
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) <= 3
+    assert [shard.count for shard in TarIndex(tmp_path / "other").shards(twice, workers=2)] == [1, 2, 3, 4, 5, 6] * 2
+
+
+def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path):
+    path = tmp_path / "s.tar.gz"
+    write_shard(path, [sample(index) for index in range(8)])
+    source = open_shards([str(path)], index=TarIndex(tmp_path / "cache"))
+    write_shard(path, [sample(index + 1) for index in range(8)])
+    os.utime(path, ns=(1, 1))
+    with pytest.raises(SampleError, match="the shard was replaced after it was indexed"):
+        source.read(0)
+
+
+def test_a_broken_compression_leaves_what_can_be_read(tmp_path):
+    write_shard(tmp_path / "a.tar", [sample(index, txt=os.urandom(20_000).hex().encode()) for index in range(40)])
+    data = gzip.compress((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "b.tar.gz").write_bytes(data[: len(data) // 2] + b"\xff" * 1000 + data[len(data) // 2 :])
+    for name in (f"{tmp_path}/b.tar.gz", f"pipe:cat {tmp_path}/b.tar.gz"):
+        source = open_shards([name], index=TarIndex(tmp_path / "cache"))
+        assert 10 < source.sizes[0] < 40
+        assert source.shards[0].damage
+
+
+def test_an_outage_is_not_kept_as_identities(tmp_path):
+    path = write_shard(tmp_path / "s.tar", [sample(0), sample(0), sample(1)])
+    source = open_shards([str(path)], index=TarIndex(tmp_path / "cache"))
+    path.rename(tmp_path / "away.tar")
+    with pytest.raises(SampleError, match="cannot be opened"):
+        identities(source, "caption")
+    (tmp_path / "away.tar").rename(path)
+    assert len(set(identities(source, "caption").tolist())) == 2
+
+
+def test_no_archive(tmp_path):
+    (tmp_path / "x.tar").write_bytes(b"nothing like a tar file" * 100)
+    for path in (tmp_path / "x.tar", tmp_path / "missing.tar"):
+        with pytest.raises(SampleError, match=rf"shard .*{path.name} cannot be (read|opened)"):
+            open_shards([str(path)])
+
+
+def test_what_is_known_is_not_read_again(tmp_path, monkeypatch):
+    index = TarIndex(tmp_path / "cache")
+    paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (3, 5)]
+    first = list(index.shards(paths))
+    monkeypatch.setattr("clipfast.data.index.scan", None)
+    assert list(index.shards(paths)) == first
+    monkeypatch.undo()
+    write_shard(tmp_path / "3.tar", [sample(i) for i in range(4)])
+    os.utime(tmp_path / "3.tar", ns=(1, 1))
+    assert [shard.count for shard in index.shards(paths)] == [4, 5]
+    entry = index._entry(paths[0])
+    entry.write_bytes(b"{broken")
+    assert [shard.count for shard in index.shards(paths)] == [4, 5]
+
+
+def test_many_processes(tmp_path):
+    paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in range(1, 9)]
+    assert [shard.count for shard in TarIndex(tmp_path / "cache").shards(paths, workers=2)] == list(range(1, 9))
+
+
+def test_changes_during_a_run_are_named(tmp_path):
+    path = write_shard(tmp_path / "s.tar", [sample(index) for index in range(8)])
+    good = path.read_bytes()
+
+    def read():
+        source = open_shards([str(path)])
+
+        def attempt():
+            try:
+                source.read(7)
+            except SampleError as error:
+                return error.kind
+            return None
+
+        return attempt
+
+    attempt = read()
+    path.unlink()
+    assert attempt() == "missing shard"
+    path.write_bytes(good)
+    attempt = read()
+    path.write_bytes(good[: len(good) // 2])
+    assert attempt() == "truncated shard"
+    path.write_bytes(good)
+    attempt = read()
+    write_shard(path, [sample(index + 1) for index in range(8)])
+    assert attempt() == "replaced shard"
+
+    path.write_bytes(good)
+    attempt = read()
+    assert attempt() is None  # now it is open
+    with path.open("r+b") as file:
+        file.truncate(len(good) // 2)
+    assert attempt() == "truncated shard"
+
+
+def test_many_open_shards(tmp_path):
+    paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(n)])) for n in range(10)]
+    source = open_shards(paths, max_open=3)
+    before = len(os.listdir("/proc/self/fd"))
+    for number in [*range(10), *range(10)]:
+        assert source.read(number)["txt"].decode().endswith(f"thing {number}")
+    assert len(os.listdir("/proc/self/fd")) <= before + 3
+    del source
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_shards_from_elsewhere(tmp_path, monkeypatch):
+    """A command, a URL, and compressed files are brought to a bounded folder."""
+    samples = [sample(index) for index in range(6)]
+    write_shard(tmp_path / "a.tar", samples)
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    index = TarIndex(tmp_path / "cache")
+    expected = [contents(raw) for raw in read_samples([f"{tmp_path}/a.tar"])]
+    for name in (f"pipe:cat {tmp_path}/a.tar", f"file://{tmp_path}/b.tar.gz", f"{tmp_path}/b.tar.gz"):
+        source = open_shards([name], index=index)
+        assert [contents(source.read(number)) for number in range(6)] == expected
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 3
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "1")
+    source = open_shards([f"pipe:cat {tmp_path}/a.tar;"], index=index)
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
+    assert contents(source.read(5)) == expected[5]
+
+
+def test_a_failing_network_is_asked_again(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    write_shard(tmp_path / "a.tar", [sample(0)])
+    asked = []
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=str(tmp_path))
+
+        def do_GET(self):
+            asked.append(self.path)
+            if len(asked) <= 2 or "gone" in self.path:
+                self.send_error(503)
+            else:
+                super().do_GET()
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        pytest.importorskip("aiohttp")
+        url = f"http://127.0.0.1:{server.server_port}"
+        descriptor, _ = staged(f"{url}/a.tar", tmp_path / "cache")
+        with os.fdopen(descriptor, "rb") as file:
+            assert file.read() == (tmp_path / "a.tar").read_bytes()
+        assert len(asked) >= 3
+        for message in (r"shard http://.*gone\.tar cannot be read", "is not asked for again so soon"):
+            with pytest.raises(FetchError, match=message):
+                staged(f"{url}/gone.tar", tmp_path / "cache")
+        server.shutdown()
+
+
+def test_a_failing_command(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    with pytest.raises(SampleError, match="the command ended with status 3"):
+        open_shards(["pipe:exit 3"], index=TarIndex(tmp_path))

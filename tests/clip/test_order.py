@@ -1,0 +1,146 @@
+"""The order of the data: every sample once a pass, any stretch by itself, exact mixes, no two alike in a batch."""
+
+import itertools
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from clipfast.data import Mix, Order, Unique
+from clipfast.data.order import at_most, deal, random_words
+
+SIZES = [[3], [1], [5, 0, 7], [100] * 10, [17] * 99, np.random.default_rng(0).integers(0, 50, 60)]
+
+
+def samples(stretch):
+    return list(zip(stretch.source.tolist(), stretch.data_pass.tolist(), stretch.sample.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=lambda sizes: f"{sum(sizes)} in {len(sizes)}")
+@pytest.mark.parametrize(("window", "streams"), [(1 << 16, 64), (100, 7), (1, 1), (64, 64), (3, 64)])
+def test_a_pass_has_every_sample_once_and_any_stretch_stands_by_itself(sizes, window, streams):
+    order = Order(sizes, 5, window=window, streams=streams)
+    count = len(order)
+    whole = order(0, 3 * count)
+    for data_pass in range(3):
+        part = whole[data_pass * count : (data_pass + 1) * count]
+        assert sorted(part.sample.tolist()) == list(range(count))
+        assert set(part.data_pass.tolist()) == {data_pass}
+    rng = np.random.default_rng(1)
+    for start, stop in np.sort(rng.integers(0, 3 * count + 1, (20, 2)), axis=1).tolist():
+        assert samples(order(start, stop)) == samples(whole[start:stop])
+
+
+def test_passes_and_seeds_differ():
+    def taken(seed, start):
+        return Order([100] * 10, seed, window=200)(start, start + 1000).sample.tolist()
+
+    orders = [taken(1, 0), taken(1, 1000), taken(2, 0)]
+    assert all(a != b for a, b in itertools.combinations(orders, 2))
+
+
+def test_the_words_are_those_of_splitmix64():
+    """The order of a run must not change with a version of NumPy. These words are published with the algorithm."""
+    assert random_words(3).tolist() == [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert len({random_words(1, *key).item() for key in ((), (0,), (1,), (0, 1), (1, 0), (-1,), (2**64 - 2,))}) == 7
+
+
+def test_another_process_has_the_same_order():
+    code = "from clipfast.data import Order; print(Order([7] * 50, 3, window=60)(10, 200).sample.tolist())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(Order([7] * 50, 3, window=60)(10, 200).sample.tolist())
+
+
+def test_a_window_mixes_many_shards_evenly():
+    """A batch draws from almost as many shards as one of a full shuffle does, and no shard is over-represented."""
+    order = Order([1000] * 200, 0, window=1 << 14, streams=64)
+    batch = 256
+    shards = (order(0, len(order)).sample // 1000).reshape(-1)[: len(order) // batch * batch].reshape(-1, batch)
+    distinct = np.array([len(set(row.tolist())) for row in shards])
+    expected = 64 * (1 - (1 - 1 / 64) ** batch)  # of the streams
+    assert distinct.mean() > 0.97 * expected
+    most = np.array([np.bincount(row).max() for row in shards])
+    assert most.mean() < 3 * batch / 64
+
+
+def test_reading_is_sequential_but_for_the_window():
+    """Samples of a stream come in their order, if those of a window are sorted."""
+    order = Order([1000] * 64, 0, window=1 << 12, streams=16)
+    for number in range(3):
+        begin, end = order._begin(number), order._begin(number + 1)
+        found = np.sort(order(begin, end).sample)
+        jumps = int((np.diff(found) != 1).sum())
+        assert jumps <= 2 * 16
+
+
+def test_with_replacement():
+    order = Order([100] * 10, 1, window=100, replacement=True)
+    seen = np.bincount(order(0, 100_000).sample, minlength=1000)
+    assert seen.min() > 0
+    assert seen.max() < 300
+    assert (np.bincount(order(0, 1000).sample, minlength=1000) != 1).any()
+
+
+def test_mixes_have_their_shares_everywhere():
+    orders = [Order([100] * 10, 1, source=0), Order([1000] * 5, 1, source=1), Order([7], 1, source=2)]
+    mix = Mix(orders, [3, 1, 2], 1)
+    assert len(mix) == 3 * 1000 + 5000 + 2 * 7
+    whole = mix(0, 5 * len(mix))
+    share = np.array([3000, 5000, 14]) / len(mix)
+    for stop in (len(whole), len(whole) // 2, 4096):
+        counts = np.bincount(whole.source[:stop], minlength=3)
+        # exact in every block: what lies beyond the last one may deviate
+        assert abs(counts - share * stop).max() < 0.01 * stop * share.max()
+    for source, size in enumerate((1000, 5000, 7)):
+        mine = whole.sample[whole.source == source]
+        assert sorted(mine[:size].tolist()) == list(range(size))
+    rng = np.random.default_rng(1)
+    for start, stop in np.sort(rng.integers(0, len(whole), (20, 2)), axis=1).tolist():
+        assert samples(mix(start, stop)) == samples(whole[start:stop])
+
+
+@pytest.mark.parametrize("factors", [[1], [1, 0], [1, -1], [1, float("inf")], [1, float("nan")]])
+def test_wrong_factors(factors):
+    orders = [Order([5], 1), Order([5], 1, source=1)]
+    with pytest.raises(ValueError, match="a mix of 2 sources needs as many factors above 0"):
+        Mix(orders, factors, 0)
+
+
+def test_no_samples():
+    with pytest.raises(ValueError, match="no order of 0 samples"):
+        Order([0, 0], 1)
+
+
+@pytest.mark.parametrize(("kinds", "batch_size", "window"), [(400, 64, 256), (70, 64, 256), (64, 64, 64), (100, 1, 5)])
+def test_no_two_of_a_kind_in_a_batch(kinds, batch_size, window):
+    alike = np.random.default_rng(1).integers(0, kinds, 1000).astype(np.uint64)
+    unique = Unique(Mix([Order([100] * 10, 1)], [1], 1), [alike], batch_size, window)
+    assert len(unique) == 1000 // batch_size * batch_size
+    whole = unique(0, 3 * len(unique))
+    for batch in whole.sample.reshape(-1, batch_size):
+        assert len(set(alike[batch].tolist())) == batch_size
+    seen = [len(set(part.tolist())) for part in whole.sample.reshape(3, -1)]
+    assert min(seen) > 0.9 * len(unique)  # the rest gave its place to others
+    if kinds == 400:
+        assert set(seen) == {len(unique)}
+    rng = np.random.default_rng(2)
+    for start, stop in np.sort(rng.integers(0, len(whole), (20, 2)), axis=1).tolist():
+        if start < stop:
+            assert samples(unique(start, stop)) == samples(whole[start:stop])
+
+
+def test_too_few_kinds_for_a_batch():
+    alike = np.arange(1000, dtype=np.uint64) % np.uint64(63)
+    unique = Unique(Mix([Order([1000], 1)], [1], 1), [alike], 64)
+    with pytest.raises(ValueError, match="cannot fill 15 batches of 64 with different samples: only 945 were found"):
+        unique(0, 1)
+
+
+def test_dealing():
+    alike = np.array([1, 1, 1, 2, 2, 3, 4, 5, 6], np.uint64)
+    assert at_most(alike, 2).tolist() == [0, 1, 3, 4, 5, 6, 7, 8]
+    for key in range(20):
+        order = deal(alike, 3, key)
+        assert sorted(order.tolist()) == list(range(9))
+        assert all(len(set(alike[batch].tolist())) == 3 for batch in order.reshape(3, 3))
