@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 import clipfast
-from clipfast.bench.memory import growth
+
+from ..memory import growth
 
 FAMILIES = ("clip", "siglip")
 _END = 99
