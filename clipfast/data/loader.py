@@ -269,15 +269,17 @@ def pair_loader(
 
 def _first_death(workers: Sequence[BaseProcess]) -> str | None:
     """Say how the first of the processes that have ended did so; None if all of them run."""
+    by_sentinel = {worker.sentinel: worker for worker in workers}
     for _ in range(MAX_INTERRUPTIONS if workers else 0):
         with contextlib.suppress(RuntimeError):  # PyTorch's own report, which may come now
-            wait([worker.sentinel for worker in workers], timeout=PATIENCE)  # its pipes break before it has ended
-            codes = [worker.exitcode for worker in workers if not worker.is_alive()]
-            if not codes or codes[0] is None:
+            ended = wait(list(by_sentinel), timeout=PATIENCE)  # its pipes break before it has ended
+            if not ended:
                 return None
-            signal_name = signal.Signals(-codes[0]).name if codes[0] < 0 else ""
-            return f"it was killed by {signal_name}" if signal_name else f"it ended with status {codes[0]}"
-    return None
+            code = by_sentinel[ended[0]].exitcode  # type: ignore[index]
+            if code is None:  # PyTorch's report came while the status was read, which can be done only once
+                return "it has ended, and its status is lost"
+            return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
+    return "it has ended"
 
 
 def _start_worker(_: int) -> None:

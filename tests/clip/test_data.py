@@ -242,7 +242,7 @@ def test_a_killed_worker_is_an_error(shards):
     loader = pair_loader(batches(shards), 0, 10**6, 2)
     next(loader)
     os.kill(min(children() - before), signal.SIGKILL)
-    with pytest.raises(ValueError, match="a data worker died: it was killed by SIGKILL"):
+    with pytest.raises(ValueError, match=r"a data worker died: it (was killed by SIGKILL|has ended)"):
         list(loader)
 
 
