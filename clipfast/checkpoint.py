@@ -32,7 +32,7 @@ TEXT_PREFIX = "text."  # of the text tower of OpenCLIP's models with custom_text
 # DistributedDataParallel and torch.compile put these in front of the names of a model that they wrap.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
 _COUNT = "num_batches_tracked"  # the last part of the name of BatchNorm's count of batches
-# What images go through if nothing else is said, in OpenCLIP's words: for CLIP, and for SigLIP.
+# The preparation of images if nothing else is said, in OpenCLIP's words: for CLIP, and for SigLIP.
 _PREPROCESSING: dict[bool, dict[str, Any]] = {
     False: {"mean": CLIP_MEAN, "std": CLIP_STD, "interpolation": "bicubic", "resize_mode": "shortest"},
     True: {"mean": IMAGE_MEAN, "std": IMAGE_STD, "interpolation": "bicubic", "resize_mode": "squash"},

@@ -30,7 +30,7 @@ PRECISIONS = {
 # The dtype of the weights of products; norms, embeddings and the logit scale stay in float32.
 MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TOWER_WEIGHTS = "clipfast loads no weights of one tower: build the model, then load them into its tower"
-# What OpenCLIP's entry points take besides: the values that change nothing, and why no other one is taken.
+# Further arguments of OpenCLIP's entry points: the values that change nothing, and why no other one is accepted.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_image": ((False,), _NO_TOWER_WEIGHTS),
     "pretrained_image_path": ((None,), _NO_TOWER_WEIGHTS),

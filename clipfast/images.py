@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 89_478_485  # Pillow's own limit: a quarter of a gigabyte as RGB
 MAX_ASPECT = 200
-# What images can be resized by and how, in OpenCLIP's words; the first is the default.
+# The filters and the ways of resizing images, by OpenCLIP's names; the first of each is the default.
 INTERPOLATIONS = ("bicubic", "bilinear", "random")
 RESIZE_MODES = ("shortest", "longest", "squash")
 DEFAULT_RATIO = (3 / 4, 4 / 3)

@@ -1,5 +1,6 @@
-"""What models of other libraries run on after ``apply_to_...``, and how far their results then are from their own.
+"""The models of other libraries after ``apply_to_...``: what they run on, and how far they are from the originals.
 
-``shrunk`` builds small models of each kind, and compares a patched one with the original. ``table`` writes
-``docs/adopt-table.md``: ``python -m clipfast.bench.adoption``.
+``shrunk`` builds small models of OpenCLIP and timm, and ``hf_models`` of transformers; both compare a patched model with
+the original. ``table`` writes ``docs/adopt-table.md``: ``python -m clipfast.bench.adoption``. ``memory`` measures a
+training step of transformers' models: ``python -m clipfast.bench.adoption.memory``.
 """

@@ -24,7 +24,7 @@ from . import hf_models, shrunk
 
 # The switches of apply_to_open_clip: the columns of the table.
 PARTS = tuple(MODEL_PARTS)
-# What may go wrong: the largest error relative to the largest value of each output and of each gradient.
+# The largest errors that are allowed, relative to the largest value of each output and of each gradient.
 LIMITS = {torch.float32: 1e-5, torch.float64: 1e-10}
 HEAD = """# What each model runs on
 
@@ -89,7 +89,7 @@ LIBRARIES = (
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """What one model runs on.
+    """The places of one model, and what they run on.
 
     Attributes:
         places: for each part, how many places run on what, or on what they ran before and why.

@@ -87,7 +87,7 @@ def _prefix(folder: Path, entries: Mapping[str, Any]) -> str:
     """Return what stands before the names of the model's weights: "" or, for instance, "app.model."."""
     names = [name for name, entry in entries.items() if hasattr(entry, "chunks")]
     found = [name.removesuffix(_LAST) for name in names if name == _LAST or name.endswith(f".{_LAST}")]
-    # What an optimizer or a moving average holds for it lies deeper, or is named after it.
+    # The values that an optimizer or a moving average holds for it lie deeper, or are named after it.
     if len(found) > 1:
         found = [prefix for prefix in found if "model" in prefix.split(".")] or found
     if len(found) != 1:

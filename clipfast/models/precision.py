@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# What stays in float32: what is added to or scales activations, of which there is little.
+# These parameters stay in float32. They are added to activations or scale them, and are small.
 _FULL_MODULES = (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)
 _FULL_PARAMETERS = ("positional_embedding", "class_embedding", "logit_scale", "logit_bias")
 

@@ -11,7 +11,7 @@ from .config import CLIPConfig, TextConfig, VisionConfig
 INIT_LOGIT_SCALE, INIT_LOGIT_BIAS = math.log(10), -10.0
 EXACT, TANH = "none", "tanh"  # as the argument ``approximate`` of nn.GELU says it
 EPS = 1e-6  # of every layer norm
-# What stands for a tokenizer that is not said. Without a name, OpenCLIP would take CLIP's tokenizer, even where
+# This name stands for a tokenizer that is not said. Without a name, OpenCLIP would take CLIP's tokenizer, even where
 # tokenizer.json lies in the folder; and this one is no name of a repository.
 _TOKENIZER_NOT_SAID = "tokenizer.json beside this file"
 CLEANINGS = ("canonicalize", "lower", "whitespace")  # of texts, by OpenCLIP's names
@@ -53,7 +53,7 @@ PUBLISHED = (
 
 _VISION_SIZES = tuple(field.name for field in dataclasses.fields(VisionConfig))
 _TEXT_SIZES = tuple(field.name for field in dataclasses.fields(TextConfig))
-# What OpenCLIP's files of this family say, each with the only value that makes such a model.
+# Settings in OpenCLIP's files of this family, each with the only value that makes such a model.
 _VISION_FIXED = {"timm_model_pretrained": False, "timm_pool": "map", "timm_proj": "none"}
 _TEXT_FIXED = {"no_causal_mask": True, "pool_type": "last", "norm_kwargs": {"eps": EPS}}
 
