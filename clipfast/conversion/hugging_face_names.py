@@ -1,9 +1,11 @@
-"""The names and shapes of the parameters of transformers' ``CLIPModel``.
+"""The names and shapes of the parameters of transformers' models, and of ``CLIPModel`` in particular.
 
 Only vision transformers have a counterpart there. Parameters have other names, and the packed projection of attention
 is three parameters.
 """
 
+import dataclasses
+import functools
 import re
 from collections.abc import Iterable, Mapping
 
@@ -31,18 +33,70 @@ INNER = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
-_TOWERS = {"transformer": "text_model", "visual.transformer": "vision_model"}
+_TOWERS = {"transformer.resblocks": "text_model", "visual.transformer.resblocks": "vision_model"}
 _TRANSPOSED = ("text_projection", "visual.proj")
-_BLOCK = re.compile(r"((?:visual\.)?transformer)\.resblocks\.(\d+)\.(.+)")
+_PACKED = re.compile(r"attn\.(?:qkv\.|in_proj_)(weight|bias)")
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterNames:
+    """Transformers' names of the parameters of one of our kinds of model.
+
+    Attributes:
+        outer: their names of parameters outside of blocks, or of the modules whose weight or bias these are.
+        inner: the same within a block.
+        towers: their names of the towers, by our names of the lists of blocks.
+    """
+
+    outer: Mapping[str, str]
+    inner: Mapping[str, str]
+    towers: Mapping[str, str]
+
+    def theirs(self, name: str) -> list[str]:
+        """Return transformers' names for one of our parameters: three for a packed projection, else one."""
+        match = self._block.fullmatch(name)
+        if match is None:
+            return [_renamed(name, self.outer)]
+        tower, layer, part = match.groups()
+        prefix = f"{self.towers[tower]}.encoder.layers.{layer}."
+        packed = _PACKED.fullmatch(part)
+        if packed:
+            return [f"{prefix}self_attn.{projection}_proj.{packed[1]}" for projection in "qkv"]
+        return [prefix + _renamed(part, self.inner)]
+
+    def split(self, name: str, value: Tensor) -> dict[str, Tensor]:
+        """Return one of our parameters by transformers' names; the tensors may share memory with ``value``."""
+        names = self.theirs(name)
+        return dict(zip(names, value.chunk(len(names)) if len(names) > 1 else [value], strict=True))
+
+    def join(self, name: str, weights: Mapping[str, Tensor]) -> Tensor | None:
+        """Return one of our parameters from weights by transformers' names; None if a part of it is missing."""
+        names = self.theirs(name)
+        if not all(each in weights for each in names):
+            return None
+        return torch.cat([weights[each] for each in names]) if len(names) > 1 else weights[names[0]]
+
+    @functools.cached_property
+    def _block(self) -> re.Pattern[str]:
+        return re.compile(rf"({'|'.join(map(re.escape, self.towers))})\.(\d+)\.(.+)")
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return the name that ``names`` gives to a parameter, or to the module whose weight or bias it is."""
+    if name in names:
+        return names[name]
+    module, _, kind = name.rpartition(".")
+    return f"{names[module]}.{kind}"
+
+
+_NAMES = ParameterNames(_OUTER, INNER, _TOWERS)
 
 
 def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of one of our models by the names of transformers; they may share memory with ``state``."""
     theirs: dict[str, Tensor] = {}
     for name, value in state.items():
-        tensor = value.T.contiguous() if name in _TRANSPOSED else value
-        names = _their_names(name)
-        theirs |= dict(zip(names, tensor.chunk(len(names)) if len(names) > 1 else [tensor], strict=True))
+        theirs |= _NAMES.split(name, value.T.contiguous() if name in _TRANSPOSED else value)
     return theirs
 
 
@@ -50,29 +104,7 @@ def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Ten
     """Return the weights or gradients in ``theirs`` by our ``names``; what is missing there is left out."""
     ours: dict[str, Tensor] = {}
     for name in names:
-        parts = [theirs[their_name] for their_name in _their_names(name) if their_name in theirs]
-        if len(parts) == len(_their_names(name)):
-            whole = torch.cat(parts) if len(parts) > 1 else parts[0]
-            ours[name] = whole.T if name in _TRANSPOSED else whole
+        value = _NAMES.join(name, theirs)
+        if value is not None:
+            ours[name] = value.T if name in _TRANSPOSED else value
     return ours
-
-
-def _their_names(name: str) -> list[str]:
-    """Return transformers' names for one of our parameters: three for a packed projection, else one."""
-    match = _BLOCK.fullmatch(name)
-    if match is None:
-        return [renamed(name, _OUTER)]
-    tower, layer, part = match.groups()
-    prefix = f"{_TOWERS[tower]}.encoder.layers.{layer}."
-    if part.startswith("attn.in_proj_"):
-        kind = part.removeprefix("attn.in_proj_")
-        return [f"{prefix}self_attn.{projection}_proj.{kind}" for projection in "qkv"]
-    return [prefix + renamed(part, INNER)]
-
-
-def renamed(name: str, names: Mapping[str, str]) -> str:
-    """Return the name that ``names`` gives to a parameter, or to the module whose weight or bias it is."""
-    if name in names:
-        return names[name]
-    module, _, kind = name.rpartition(".")
-    return f"{names[module]}.{kind}"

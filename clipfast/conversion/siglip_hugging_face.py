@@ -16,7 +16,7 @@ from ..checkpoint import CheckpointError
 from ..models import SigLIPConfig, TextConfig, VisionConfig
 from ..models.siglip_config import EPS, EXACT, TANH
 from .hugging_face_config import NoCounterpartError, head_width, tower_settings
-from .hugging_face_names import INNER, renamed
+from .hugging_face_names import INNER, ParameterNames
 from .shapes import mlp_ratio, similar
 
 # Transformers takes these values for settings that a file leaves out.
@@ -54,8 +54,7 @@ _INNER = INNER | {
     "attn.proj": "self_attn.out_proj",
 }  # fmt: skip
 _TOWERS = {"visual.trunk.blocks": "vision_model", "text.transformer.resblocks": "text_model"}
-_BLOCK = re.compile(r"(visual\.trunk\.blocks|text\.transformer\.resblocks)\.(\d+)\.(.+)")
-_PACKED = re.compile(r"attn\.(?:qkv\.|in_proj_)(weight|bias)")
+_NAMES = ParameterNames(_OUTER, _INNER, _TOWERS)
 _POOL = "visual.trunk.attn_pool."
 
 
@@ -135,9 +134,8 @@ def from_ours(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the weights of one of our models by the names of transformers; they may share memory with ``state``."""
     theirs: dict[str, Tensor] = {}
     for name, value in _joined(state).items():
-        names = _their_names(name)
         shaped = value[0] if name == "visual.trunk.pos_embed" else value.reshape(1) if value.ndim == 0 else value
-        theirs |= dict(zip(names, shaped.chunk(len(names)) if len(names) > 1 else [shaped], strict=True))
+        theirs |= _NAMES.split(name, shaped)
     return theirs
 
 
@@ -146,11 +144,9 @@ def to_ours(names: Iterable[str], theirs: Mapping[str, Tensor]) -> dict[str, Ten
     ours: dict[str, Tensor] = {}
     for name in names:
         match = re.fullmatch(re.escape(_POOL) + r"(q|kv)\.(weight|bias)", name)
-        whole = f"{_POOL}qkv.{match[2]}" if match else name
-        parts = [theirs[part] for part in _their_names(whole) if part in theirs]
-        if len(parts) < len(_their_names(whole)):
+        value = _NAMES.join(f"{_POOL}qkv.{match[2]}" if match else name, theirs)
+        if value is None:
             continue
-        value = torch.cat(parts) if len(parts) > 1 else parts[0]
         if match:
             width = len(value) // 3
             value = value[:width] if match[1] == "q" else value[width:]
@@ -168,16 +164,3 @@ def _joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if parts[0] is not None and parts[1] is not None:
             joined[f"{_POOL}qkv.{kind}"] = torch.cat([parts[0], parts[1]])
     return joined
-
-
-def _their_names(name: str) -> list[str]:
-    """Return transformers' names for one of our parameters: three for a packed projection, else one."""
-    match = _BLOCK.fullmatch(name)
-    if match is None:
-        return [renamed(name, _OUTER)]
-    tower, layer, part = match.groups()
-    prefix = f"{_TOWERS[tower]}.encoder.layers.{layer}."
-    packed = _PACKED.fullmatch(part)
-    if packed:
-        return [f"{prefix}self_attn.{projection}_proj.{packed[1]}" for projection in "qkv"]
-    return [prefix + renamed(part, _INNER)]

@@ -9,7 +9,7 @@ from .identity import identities
 from .index import ShardIndex, TarIndex
 from .loader import Batch, PairBatches, Skipped, pair_loader
 from .order import Mix, Order, Unique
-from .samples import caption, count_samples, decode_image, expand_shards, metadata, read_samples
+from .samples import caption, decode_image, expand_shards, metadata, read_samples
 from .source import MAX_OPEN, TarSource, open_shards
 
 __all__ = [
@@ -26,7 +26,6 @@ __all__ = [
     "Unique",
     "WholeImages",
     "caption",
-    "count_samples",
     "decode_image",
     "expand_shards",
     "identities",

@@ -1,4 +1,4 @@
-"""Where each sample of a tar file lies, found in one pass and kept in a cache folder outside of the data.
+"""The index of a tar file says where each sample lies. It is made in one pass, and kept outside of the data.
 
 Each shard has one entry in the cache. The entry keeps the shard's size and time of change, by which a replaced shard is
 noticed, and eight bytes for each sample: the first block and the number of blocks of the stretch that holds all its
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ..files import replace_file
 from ..images import SampleError
 from .samples import group_members
-from .staging import FetchError, is_direct, locked, staged, stamp
+from .staging import FetchError, exclusive, file_name, file_stamp, is_direct, staged, stamp
 from .tar import BLOCK, MAX_MEMBER, Damage, Member, pax_records, read_tar
 
 VERSION = 1
@@ -117,7 +117,7 @@ class TarIndex:
         """Keep a 64-bit number for each sample of a shard under ``name``."""
         content = self._mark(shard, name) + numbers.astype("<u8").tobytes()
         path = self._column(shard, name)
-        with locked(path):
+        with exclusive(path):
             replace_file(path, lambda temporary: temporary.write_bytes(content), len(content))
 
     def _column(self, shard: ShardIndex, name: str) -> Path:
@@ -155,12 +155,11 @@ class TarIndex:
             raise ShardError(str(error), "missing shard") from error
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise ShardError(f"shard {name} cannot be opened: {error.strerror}", "missing shard") from error
-        status = os.fstat(descriptor)
-        return descriptor, f"{status.st_size}/{status.st_mtime_ns}"
+        return descriptor, file_stamp(os.fstat(descriptor))
 
     def _entry(self, name: str) -> Path:
-        digest = hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-        return self.folder / "index" / digest[:2] / digest
+        entry = file_name(name)
+        return self.folder / "index" / entry[:2] / entry
 
     def _known(self, name: str) -> ShardIndex | None:
         """Return the index in the cache; None if there is none of the shard as it is now."""
@@ -178,7 +177,7 @@ class TarIndex:
         """Index a shard, and put the index into the cache, unless another process has just done so."""
         entry = self._entry(name)
         entry.parent.mkdir(parents=True, exist_ok=True)
-        with locked(entry):
+        with exclusive(entry):
             known = self._known(name)
             if known is not None:
                 return known

@@ -31,7 +31,7 @@ from .order import Mix, Stretch, Unique, permutation, random_words
 from .samples import RawSample, caption, field, image_bytes, sample_name
 from .source import Source
 
-# So many samples may take the place of one that cannot be used; if none of them can be used, nothing seems to be.
+# If a sample and so many substitutes cannot be used, the run stops: nothing in the data seems to be usable.
 MAX_SUBSTITUTES = 100
 PATIENCE = 2.0  # seconds
 MAX_INTERRUPTIONS = 3  # by PyTorch's reports of a dead worker
@@ -106,11 +106,13 @@ class PairBatches(Dataset[Batch]):
     world_size: int = 1
 
     def __post_init__(self) -> None:
-        """Refuse a batch that cannot be divided among the ranks.
+        """Refuse a batch that is empty, or cannot be divided among the ranks.
 
         Raises:
             ValueError: as above.
         """
+        if self.batch_size < 1:
+            raise ValueError(f"a batch must have at least one pair, got batch_size {self.batch_size}")
         if self.batch_size % self.world_size:
             raise ValueError(f"a batch of {self.batch_size} pairs cannot be divided among {self.world_size} ranks")
 
@@ -125,14 +127,14 @@ class PairBatches(Dataset[Batch]):
         mine = whole[self.rank * part : (self.rank + 1) * part]
         taken = self._identities(whole)
         clock, before = _Clock(), self._bytes_read()
-        images, captions, skipped = None, [], list[Skipped]()
+        captions, skipped = [], list[Skipped]()
         for index in range(len(mine)):
             source, data_pass, sample = (int(column[index]) for column in (mine.source, mine.data_pass, mine.sample))
             image, text = self._usable(source, data_pass, sample, taken, skipped, clock)
-            images = _room(len(mine), image) if images is None else images
+            if index == 0:
+                images = _room(len(mine), image)
             images[index] = image
             captions.append(text)
-        assert images is not None
         texts = self.tokenizer(captions)
         texts = texts if self.reads_padding else trim_padding(texts)
         clock.stop("tokenize")

@@ -69,7 +69,7 @@ def _matches(shard: str) -> list[str]:
 
 
 def is_local(pattern: str) -> bool:
-    """Return True if ``pattern`` names only files: webdataset opens a name with a scheme by a shell command."""
+    """Return True if ``pattern`` names only files: a name with a scheme may be opened by a shell command."""
     return all(":" not in part.removeprefix(BUNDLED_PREFIX) for part in pattern.split("::"))
 
 
@@ -173,11 +173,6 @@ def group_members(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawS
 def is_pair(sample: RawSample) -> bool:
     """Return True if a sample has an image and a caption."""
     return "txt" in sample and any(extension in sample for extension in IMAGE_EXTENSIONS)
-
-
-def count_samples(shards: Iterable[str]) -> int:
-    """Return the number of samples; every shard is read once."""
-    return sum(1 for _ in read_samples(shards))
 
 
 def sample_name(sample: RawSample) -> str:

@@ -14,7 +14,7 @@ import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ..files import DiskFullError, replace_file
 from .tar import BLOCK, WINDOW, decompressed, is_compressed
@@ -59,14 +59,23 @@ def stamp(name: str) -> str:
     if name.startswith(PIPE):
         return ""
     if not is_remote(name):
-        status = os.stat(name)
-        return f"{status.st_size}/{status.st_mtime_ns}"
+        return file_stamp(os.stat(name))
     file_system, path = _file_system(name)
     info: dict[str, Any] = file_system.info(path)
     marks = (
         "size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated",
     )  # fmt: skip
     return "/".join(str(info[mark]) for mark in marks if mark in info)
+
+
+def file_stamp(status: os.stat_result) -> str:
+    """Return the stamp of a file of this machine."""
+    return f"{status.st_size}/{status.st_mtime_ns}"
+
+
+def file_name(shard: str) -> str:
+    """Return the name that what is kept of a shard has in the cache."""
+    return hashlib.sha256(shard.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
 def _file_system(name: str) -> tuple[Any, str]:
@@ -83,9 +92,9 @@ def staged(name: str, folder: Path) -> tuple[int, str]:
         DiskFullError: there is no space.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / (hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:32] + ".tar")
+    path = folder / f"{file_name(name)}.tar"
     note = path.with_suffix(".stamp")
-    with locked(path):
+    with exclusive(path):
         now = _stamp_or_none(name)
         known = note.read_text() if path.exists() and note.exists() else None
         if known is None or now not in (None, known):
@@ -106,7 +115,7 @@ def _stamp_or_none(name: str) -> str | None:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Let one process at a time write ``path``. The system releases the lock of a process that ends.
 
     Args:
@@ -166,8 +175,7 @@ def _opened(name: str) -> Iterator[IO[bytes]]:
         return
     command = name.removeprefix(PIPE)
     with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-        assert process.stdout is not None
-        yield process.stdout
+        yield cast(IO[bytes], process.stdout)
     if process.returncode:
         raise OSError(f"the command ended with status {process.returncode}")
 
@@ -184,7 +192,7 @@ def _make_room(folder: Path, keep: Path) -> None:
     for _, size, path in sorted(found):
         if total <= limit:
             return
-        with locked(path, wait=False) as is_mine:  # whoever has it is opening it
+        with exclusive(path, wait=False) as is_mine:  # whoever has it is opening it
             if is_mine and path != keep:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".stamp").unlink(missing_ok=True)

@@ -185,8 +185,8 @@ class _Window:
         self.offset, self.error = 0, ""
         self._read, self._held, self._at = source.read, b"", 0  # the next byte is _held[_at]
         start = self.peek(BLOCK)
-        for magic, decompressed in COMPRESSIONS.items():
-            if is_compressed(start) and start.startswith(magic):
+        for magic, decompressed in COMPRESSIONS.items() if is_compressed(start) else ():
+            if start.startswith(magic):
                 # read1 returns the bytes before an error, which read would lose.
                 self._read = decompressed(cast(IO[bytes], _Joined(self._held, source))).read1
                 self._held = b""

@@ -95,8 +95,8 @@ def _saved_options(checkpoint: Path) -> dict[str, Any]:
 def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> dict[str, Any]:
     """Refuse data that is not local unless the user typed it.
 
-    A recipe or a checkpoint may come from anybody, and webdataset opens remote data by a shell command that contains
-    its name.
+    A recipe or a checkpoint may come from anybody, and data that is not local may be opened by a shell command that
+    contains its name.
     """
     from ..data.samples import is_local
 

@@ -30,16 +30,12 @@ from ..images import augmentation
 from ..models import CLIP
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
+from .epochs import Epochs
 from .errors import TrainingError
 from .logs import log
 
 MIN_SEEN_FOR_BAD_FRACTION = 100
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
-
-
-def steps_before(epoch: int, num_samples: int, batch_size: int) -> int:
-    """Return after how many steps of a run ``epoch`` epochs are finished; a step can belong to two epochs."""
-    return -(-epoch * num_samples // batch_size)
 
 
 class TrainingData:
@@ -49,7 +45,7 @@ class TrainingData:
 
     Attributes:
         content: a checksum of what in the shards the order depends on.
-        num_samples: pairs of an epoch.
+        epochs: of the run.
         total_steps: of the run.
 
     Raises:
@@ -80,23 +76,15 @@ class TrainingData:
             self.order = Unique(mix, alike, config.batch_size)
             content.update(b"".join(numbers.astype("<u8").tobytes() for numbers in alike))
         self.content = content.hexdigest()
-        self.num_samples = config.train_num_samples or len(self.order)
-        self.total_steps = self.steps_before(config.epochs)
-
-    def steps_before(self, epoch: int) -> int:
-        """Return after how many steps ``epoch`` epochs are finished."""
-        return steps_before(epoch, self.num_samples, self.config.batch_size)
-
-    def epochs_in(self, step: int) -> int:
-        """Return how many epochs are finished after ``step`` steps."""
-        return step * self.config.batch_size // self.num_samples
+        self.epochs = Epochs(config.train_num_samples or len(self.order), config.batch_size)
+        self.total_steps = self.epochs.steps_before(config.epochs)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the order of the data depends on."""
         keys = ("train_data", "train_data_upsampling_factors", "dataset_resampled", "batch_size", "seed", "unique_by")
         found = {key: getattr(self.config, key) for key in keys}
         found["train_data_upsampling_factors"] = list(found["train_data_upsampling_factors"])
-        return {"order": ORDER, "num_samples": self.num_samples, "content": self.content, **found}
+        return {"order": ORDER, "num_samples": self.epochs.num_samples, "content": self.content, **found}
 
     def batches(
         self, first: int, model: CLIP, tokenizer: Tokenizer | FileTokenizer, *, pin_memory: bool

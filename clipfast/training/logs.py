@@ -3,7 +3,7 @@
 import collections
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
+from .epochs import Epochs
 from .errors import NotFiniteError
 from .run import RunFolder
 
@@ -47,21 +48,20 @@ class TrainLog:
 
     Args:
         folder: of the run.
-        batch_size: number of pairs of a step.
-        steps_before: returns the number of steps before an epoch.
         epochs: of the run.
+        number: how many epochs it has.
     """
 
-    def __init__(self, folder: RunFolder, batch_size: int, steps_before: Callable[[int], int], epochs: int) -> None:
-        self.folder, self.batch_size, self.steps_before, self.epochs = folder, batch_size, steps_before, epochs
+    def __init__(self, folder: RunFolder, epochs: Epochs, number: int) -> None:
+        self.folder, self.epochs, self.number = folder, epochs, number
 
     def watch(self, batches: Iterator[Batch], epoch: int, step: int) -> Iterator[Batch]:
         """Pass on the batches of an epoch from ``step`` of the run, with a progress bar, and time the wait for each."""
         from tqdm import tqdm
 
-        description = f"epoch {epoch + 1}/{self.epochs}"
+        description = f"epoch {epoch + 1}/{self.number}"
         self._start_again()
-        first, stop = self.steps_before(epoch), self.steps_before(epoch + 1)
+        first, stop = self.epochs.steps_before(epoch), self.epochs.steps_before(epoch + 1)
         options: dict[str, Any] = {"unit": "step", "disable": None, "leave": False}
         with tqdm(total=stop - first, initial=step - first, desc=description, **options) as bar:
             for _ in range(step, stop):
@@ -99,9 +99,9 @@ class TrainLog:
             "pairs_per_second": self._pairs / elapsed,
         }
         last, mean, scale = losses[-1].item(), losses.mean().item(), logit_scale.item()
-        epoch = next(epoch for epoch in range(self.epochs) if step <= self.steps_before(epoch + 1))
-        first, stop = self.steps_before(epoch), self.steps_before(epoch + 1)
-        pairs, total = (step - first) * self.batch_size, (stop - first) * self.batch_size
+        epoch = self.epochs.finished_after(step - 1)
+        first, stop = self.epochs.steps_before(epoch), self.epochs.steps_before(epoch + 1)
+        pairs, total = ((count - first) * self.epochs.batch_size for count in (step, stop))
         slowest = f" ({self._stages.most_common(1)[0][0]})" if self._stages else ""
         log.info(
             f"Train Epoch: {epoch} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "

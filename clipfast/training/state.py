@@ -9,7 +9,8 @@ import torch
 from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
 from .config import AUTO, TrainConfig, flag_name
-from .data import SkipBudget, TrainingData, steps_before
+from .data import SkipBudget, TrainingData
+from .epochs import Epochs
 from .errors import NotFiniteError
 from .step import TrainingStep
 
@@ -53,7 +54,7 @@ class RunState:
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
         return {
-            "epoch": self.data.epochs_in(self.progress.step),
+            "epoch": self.data.epochs.finished_after(self.progress.step),
             "name": self.name,
             "state_dict": self.model.state_dict(),
             "optimizer": optimizer,
@@ -85,7 +86,7 @@ class RunState:
         own: dict[str, Any] = checkpoint.get("clipfast", {})
         progress, stream = own.get("progress"), own.get("stream", {})
         if progress is None:  # OpenCLIP's
-            self.progress.step = self.data.steps_before(checkpoint["epoch"])
+            self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
         else:
             self.progress.step, self.progress.seconds = progress["step"], progress["seconds"]
             self.budget.seen = progress["seen"]
@@ -96,7 +97,7 @@ class RunState:
         if changed and not _ends_epoch(checkpoint["epoch"], self.progress.step, stream):
             self._refuse_within_epoch(changed)
         if changed:
-            self.progress.step = self.data.steps_before(checkpoint["epoch"])
+            self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
         is_same_option = own.get("config", {}).get("micro_batch_size") == self.config.micro_batch_size
         if self.config.micro_batch_size == AUTO and is_same_option and "batch_size" not in changed:
             self.step.micro_batch_size = own["micro_batch_size"]
@@ -125,4 +126,4 @@ def _ends_epoch(epoch: int, step: int, stream: dict[str, Any]) -> bool:
     """Return True if a run with this data has just finished an epoch."""
     if "steps_per_epoch" in stream:  # of versions whose epochs were whole numbers of batches
         return bool(step == epoch * stream["steps_per_epoch"])
-    return step == steps_before(epoch, stream["num_samples"], stream["batch_size"])
+    return step == Epochs(stream["num_samples"], stream["batch_size"]).steps_before(epoch)

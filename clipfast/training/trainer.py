@@ -60,7 +60,7 @@ class Trainer:
         )
         self.upload = Upload(self.device)
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
-        self.log = TrainLog(folder, config.batch_size, self.data.steps_before, config.epochs)
+        self.log = TrainLog(folder, self.data.epochs, config.epochs)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
         self.state = RunState(
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress
@@ -106,7 +106,7 @@ class Trainer:
         with contextlib.closing(batches):  # an error must not leave the workers waiting
             while self.progress.step < self.total_steps and interruption.signum is None:
                 if self._train_epoch(batches, interruption):
-                    epoch, frequency = self.data.epochs_in(self.progress.step), self.config.save_frequency
+                    epoch, frequency = self.data.epochs.finished_after(self.progress.step), self.config.save_frequency
                     self._save_or_go_on(keep=frequency > 0 and epoch % frequency == 0)
                     evaluation = self.evaluate()
         return evaluation
@@ -133,8 +133,8 @@ class Trainer:
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
         config, progress = self.config, self.progress
-        epoch = self.data.epochs_in(progress.step)
-        last = self.data.steps_before(epoch + 1)
+        epoch = self.data.epochs.finished_after(progress.step)
+        last = self.data.epochs.steps_before(epoch + 1)
         self.model.train()
         started = time.perf_counter()
         for batch in self.log.watch(batches, epoch, progress.step):

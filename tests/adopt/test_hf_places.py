@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch import nn
 
 import clipfast
-from clipfast.adopt.places import Replacement
 
-from . import hf_models, test_hf
+from . import hf_models, test_hf, test_places
+from .test_places import replacements
 
 NAMES = ["clip", "siglip", "siglip2"]
 TRAINING = {"loss_only": True, "return_loss": True}
@@ -25,20 +25,9 @@ def library() -> None:
     pytest.importorskip("transformers")
 
 
-def replacements(model: nn.Module) -> list[Replacement]:
-    """All that is replaced."""
-    return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Replacement)]
-
-
 def objects(model: nn.Module) -> dict[str, list]:
     """Everything by which a model is known, as objects, and its configuration."""
-    return {
-        "modules": [(name, id(module), type(module)) for name, module in model.named_modules()],
-        "parameters": [(name, id(parameter)) for name, parameter in model.named_parameters()],
-        "buffers": [(name, id(buffer)) for name, buffer in model.named_buffers()],
-        "configuration": [model.config.to_dict(), model.config._attn_implementation],
-        "attributes": [sorted(module.__dict__) for module in model.modules()],
-    }
+    return test_places.objects(model) | {"configuration": [model.config.to_dict(), model.config._attn_implementation]}
 
 
 def train(model: nn.Module, given: dict, steps: int = 2) -> None:

@@ -21,7 +21,6 @@ from clipfast.data import (
     PairBatches,
     Unique,
     caption,
-    count_samples,
     expand_shards,
     identities,
     open_shards,
@@ -53,7 +52,7 @@ def test_shards_expand(tmp_path):
         write_shard(tmp_path / name, [sample(0)])
     found = expand_shards(f"{tmp_path}/x-{{0..1}}.tar::{tmp_path}/y.tar")
     assert [shard.split("/")[-1] for shard in found] == ["x-0.tar", "x-1.tar", "y.tar"]
-    assert count_samples(expand_shards("bundled:emoji/noto")) == 1852
+    assert sum(open_shards(expand_shards("bundled:emoji/noto")).sizes) == 1852
     with pytest.raises(ValueError, match="no bundled shard 'emoji/klingon'; there are: emoji/fluent, emoji/noto, emoj"):
         expand_shards("bundled:emoji/klingon")
 
@@ -108,6 +107,11 @@ def test_a_pass_has_every_pair_once(shards):
     texts = [tuple(row.tolist()) for number in range(12) for row in batches(shards)[number].texts]
     # 96 samples from 48 pairs with 24 texts
     assert set(Counter(texts).values()) == {4}
+
+
+def test_an_empty_batch(shards):
+    with pytest.raises(ValueError, match="a batch must have at least one pair, got batch_size 0"):
+        batches(shards, batch_size=0)
 
 
 def test_ranks_that_do_not_divide_the_batch(shards):

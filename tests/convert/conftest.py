@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -58,6 +59,13 @@ def inputs(config: CLIPConfig) -> tuple[torch.Tensor, torch.Tensor]:
         texts[row, end:] = 0
         texts[row, end] = config.text.vocab_size - 1
     return images, texts
+
+
+def hugging_face_output(kind: str, folder: Path, images: torch.Tensor, texts: torch.Tensor) -> tuple[Any, Any]:
+    """A model of transformers from a folder, and what it returns for these pairs."""
+    transformers = pytest.importorskip("transformers")
+    model = getattr(transformers, kind).from_pretrained(folder).eval()
+    return model, model(input_ids=texts, pixel_values=images)
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,7 @@ import clipfast
 from clipfast import convert, create_model, export_open_clip
 from clipfast.models import SigLIPConfig, get_model_config
 
-from .conftest import CONFIGS, TEXT, VITS, inputs, make_model, same_bits, save_config, save_own
+from .conftest import CONFIGS, TEXT, VITS, hugging_face_output, inputs, make_model, same_bits, save_config, save_own
 
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
@@ -52,11 +52,8 @@ def test_clipfast_hugging_face_clipfast(kind, tmp_path):
 
 @torch.no_grad()
 def hugging_face_features(folder, config):
-    transformers = pytest.importorskip("transformers")
-    model = transformers.CLIPModel.from_pretrained(folder).eval()
     torch.manual_seed(1)
-    images, texts = inputs(config)
-    output = model(input_ids=texts, pixel_values=images)
+    _, output = hugging_face_output("CLIPModel", folder, *inputs(config))
     return output.image_embeds, output.text_embeds
 
 

@@ -23,8 +23,8 @@ from clipfast.models import CLIP, SigLIP, SigLIPConfig, TextConfig, VisionConfig
 from ..clip.conftest import run_command
 from ..clip.siglip import CONFIGS, inputs, known_to_timm, make_model, open_clip_model, save_tokenizer
 from .conftest import CONFIGS as CLIP_CONFIGS
+from .conftest import hugging_face_output, same_bits, save_config, save_own
 from .conftest import make_model as make_clip
-from .conftest import same_bits, save_config, save_own
 
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
 PROJECTED = [kind for kind in CONFIGS if kind != "bare"]  # transformers has no text tower without a projection
@@ -38,11 +38,8 @@ def features(model, config):
 
 @torch.no_grad()
 def hugging_face_features(folder, config):
-    transformers = pytest.importorskip("transformers")
-    model = transformers.SiglipModel.from_pretrained(folder).eval()
     torch.manual_seed(1)
-    images, texts = inputs(config)
-    output = model(input_ids=texts, pixel_values=images)
+    model, output = hugging_face_output("SiglipModel", folder, *inputs(config))
     return output.image_embeds, output.text_embeds, model.logit_scale.exp()[0], model.logit_bias[0]
 
 
