@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib
 import importlib.metadata
+import importlib.resources
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -68,7 +69,9 @@ class Library:
 
 
 def _open_clip_names() -> Iterable[str]:
-    return importlib.import_module("open_clip").list_models()
+    """Return the names of the configurations in the package, without those that a program has registered since."""
+    folder = importlib.resources.files("open_clip").joinpath("model_configs")
+    return sorted(path.name.removesuffix(".json") for path in folder.iterdir() if path.name.endswith(".json"))
 
 
 LIBRARIES = (
