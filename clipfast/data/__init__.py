@@ -6,23 +6,23 @@
 
 from .crops import CroppedImages, WholeImages
 from .identity import identities
-from .index import ShardIndex, TarIndex
+from .index import IndexCache, ShardIndex
 from .loader import Batch, PairBatches, Skipped, pair_loader
 from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata, read_samples
-from .source import MAX_OPEN, TarSource, open_shards
+from .source import MAX_OPEN, ShardSource, open_shards
 
 __all__ = [
     "MAX_OPEN",
     "Batch",
     "CroppedImages",
+    "IndexCache",
     "Mix",
     "Order",
     "PairBatches",
     "ShardIndex",
+    "ShardSource",
     "Skipped",
-    "TarIndex",
-    "TarSource",
     "Unique",
     "WholeImages",
     "caption",

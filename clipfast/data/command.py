@@ -20,7 +20,7 @@ examples:
   clipfast index 'data/{00000..01243}.tar' --workers 16
   clipfast index bundled:emoji/noto --unique-by label --json index.json
 
-exit code: 0 indexed, 2 a shard is missing, or is not a tar file"""
+exit code: 0 indexed, 2 a shard is missing, or cannot be read"""
 
 
 def add_parser(commands: Any) -> None:
@@ -40,13 +40,13 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Index the shards, print what was found, and return the exit code."""
     from .identity import identities
-    from .index import TarIndex
+    from .index import IndexCache
     from .samples import expand_shards
     from .source import open_shards
 
     check_target(args.json)
     started = time.perf_counter()
-    index = TarIndex()
+    index = IndexCache()
     source = open_shards(expand_shards(args.shards), args.workers, index)
     damaged = {shard.name: shard.damage for shard in source.shards if shard.damage}
     found: dict[str, Any] = {

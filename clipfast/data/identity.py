@@ -7,10 +7,10 @@ from numpy.typing import NDArray
 
 from ..images import SampleError
 from .samples import RawSample, caption, field
-from .source import TarSource
+from .source import ShardSource
 
 
-def identities(source: TarSource, unique_by: str) -> NDArray[np.uint64]:
+def identities(source: ShardSource, unique_by: str) -> NDArray[np.uint64]:
     """Return a 64-bit number for each sample, which two samples share if they have the same value of ``unique_by``.
 
     Every sample is read once; after that, the numbers are in the cache.
@@ -36,7 +36,7 @@ def identities(source: TarSource, unique_by: str) -> NDArray[np.uint64]:
     return np.concatenate(parts)
 
 
-def _identity(source: TarSource, number: int, unique_by: str, shard: str) -> int:
+def _identity(source: ShardSource, number: int, unique_by: str, shard: str) -> int:
     sample = source.read(number)
     try:
         text = f"value/{_value(sample, unique_by)}"

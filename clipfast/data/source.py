@@ -1,17 +1,19 @@
 """Sets of pairs of which any sample can be read by its number."""
 
 import collections
-import io
+import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .index import Blocks, ShardError, ShardIndex, TarIndex
-from .samples import RawSample, group_members
-from .tar import BLOCK, Member, read_tar
+from ..images import SampleError
+from .formats import Stretches, unpacked
+from .index import IndexCache, ShardError, ShardIndex
+from .kinds import format_of
+from .samples import RawSample
 
 MAX_OPEN = 256  # shards that a process holds open for all its sources
 
@@ -38,9 +40,17 @@ class Source(Protocol):
         """Return shard and place of a sample, for a person who looks for it; nothing is read."""
 
 
+@dataclasses.dataclass(frozen=True)
+class _OpenShard:
+    descriptor: int
+    stretches: Stretches
+    unit: int
+    parse: Callable[[bytes], RawSample]
+
+
 def open_shards(
-    names: Sequence[str], workers: int = 0, index: TarIndex | None = None, max_open: int = MAX_OPEN
-) -> "TarSource":
+    names: Sequence[str], workers: int = 0, index: IndexCache | None = None, max_open: int = MAX_OPEN
+) -> "ShardSource":
     """Return the samples of shards, which are indexed first unless they have been before.
 
     Args:
@@ -50,18 +60,18 @@ def open_shards(
         max_open: shards that a process holds open.
 
     Raises:
-        ShardError: a shard is missing, or is not a tar file.
+        ShardError: a shard is missing, or is not of its format.
     """
     from tqdm import tqdm
 
-    index = index or TarIndex()
+    index = index or IndexCache()
     found = index.shards(names, workers)
     shards = list(tqdm(found, "index", len(names), unit="shard", disable=None, leave=False, delay=1))
-    return TarSource(index, shards, max_open)
+    return ShardSource(index, shards, max_open)
 
 
-class TarSource:
-    """The samples of indexed tar files.
+class ShardSource:
+    """The samples of indexed shards.
 
     Args:
         index: that the shards are in.
@@ -69,12 +79,12 @@ class TarSource:
         max_open: shards that a process holds open.
     """
 
-    def __init__(self, index: TarIndex, shards: Sequence[ShardIndex], max_open: int = MAX_OPEN) -> None:
+    def __init__(self, index: IndexCache, shards: Sequence[ShardIndex], max_open: int = MAX_OPEN) -> None:
         self.index, self.shards, self.max_open = index, list(shards), max_open
         self.sizes = [shard.count for shard in self.shards]
         self.bytes_read = 0
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
-        self._open: collections.OrderedDict[int, tuple[int, Blocks]] = collections.OrderedDict()
+        self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": collections.OrderedDict()}  # another process opens files of its own
@@ -95,38 +105,44 @@ class TarSource:
             ShardError: the shard is missing, or was changed; or no sample is where the index says.
         """
         shard, within = self._place(number)
-        descriptor, blocks = self._opened(shard)
-        first, count = (int(n) for n in blocks[within])
-        name = self.shards[shard].name
+        opened = self._opened(shard)
+        begin, length = unpacked(opened.stretches[within])
         try:
-            data = os.pread(descriptor, count * BLOCK, first * BLOCK)
+            data = os.pread(opened.descriptor, length * opened.unit, begin * opened.unit)
         except OSError as error:
             self._close(shard)
             raise ShardError(f"the shard cannot be read: {error.strerror}", "unreadable shard") from error
         self.bytes_read += len(data)
-        if len(data) < count * BLOCK - BLOCK + 1:
+        if len(data) <= (length - 1) * opened.unit:
             self._close(shard)
             raise ShardError(f"the shard ends inside sample {within}", "truncated shard")
-        members = (part for part in read_tar(io.BytesIO(data)) if isinstance(part, Member))
         try:
-            return next(group_members(name, members))
-        except (StopIteration, ValueError) as error:
+            return opened.parse(data)
+        except SampleError:
+            raise
+        except ValueError as error:
             raise ShardError(
                 f"sample {within} is not where it was when the shard was indexed", "replaced shard"
             ) from error
 
-    def _opened(self, shard: int) -> tuple[int, Blocks]:
+    def _opened(self, shard: int) -> "_OpenShard":
         found = self._open.get(shard)
         if found is None:
             if len(self._open) >= self.max_open:
                 self._close(next(iter(self._open)))
-            blocks = self.index.blocks(self.shards[shard].name)
-            found = self._open[shard] = self.index.open(self.shards[shard]), blocks
+            name = self.shards[shard].name
+            form, stretches, descriptor = (
+                format_of(name),
+                self.index.stretches(name),
+                self.index.open(self.shards[shard]),
+            )
+            found = _OpenShard(descriptor, stretches, form.unit, form.parser(name, descriptor))
+            self._open[shard] = found
         self._open.move_to_end(shard)
         return found
 
     def _close(self, shard: int) -> None:
-        os.close(self._open.pop(shard)[0])
+        os.close(self._open.pop(shard).descriptor)
 
     def __del__(self) -> None:
         for shard in list(self._open):

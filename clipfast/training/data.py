@@ -16,7 +16,7 @@ from ..data import (
     Mix,
     Order,
     PairBatches,
-    TarSource,
+    ShardSource,
     Unique,
     WholeImages,
     expand_shards,
@@ -124,7 +124,7 @@ def _parts(config: TrainConfig) -> list[str]:
     return parts if factors else [config.train_data]
 
 
-def _check_damage(sources: list[TarSource], limit: float) -> None:
+def _check_damage(sources: list[ShardSource], limit: float) -> None:
     """Warn of damaged shards, and refuse them if they have lost too much.
 
     How much a shard that is cut short has lost cannot be told, and is not counted.

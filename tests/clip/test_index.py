@@ -11,10 +11,10 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from clipfast.data import TarIndex, identities, open_shards, read_samples
-from clipfast.data.index import scan
+from clipfast.data import IndexCache, identities, open_shards, read_samples
 from clipfast.data.samples import is_pair
 from clipfast.data.staging import FetchError, is_direct, staged
+from clipfast.data.tar_format import scan
 from clipfast.images import SampleError
 
 from .conftest import sample, write_shard
@@ -99,17 +99,17 @@ def test_a_name_that_begins_like_a_compressed_file(key, first, tmp_path):
 
 
 def test_a_member_beyond_the_limit_is_damage(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipfast.data.index.MAX_MEMBER", 5000)
+    monkeypatch.setattr("clipfast.data.tar_format.MAX_MEMBER", 5000)
     monkeypatch.setattr("clipfast.data.tar.MAX_MEMBER", 5000)
     write_shard(tmp_path / "s.tar", [sample(0), sample(1, txt=b"x" * 6000), sample(2)])
-    source = open_shards([str(tmp_path / "s.tar")], index=TarIndex(tmp_path / "cache"))
+    source = open_shards([str(tmp_path / "s.tar")], index=IndexCache(tmp_path / "cache"))
     (reason,) = source.shards[0].damage
     assert "001.txt has 6000 bytes, more than the limit of 5000" in reason
 
 
 def index_in_a_process(arguments):
     names, folder = arguments
-    return [shard.count for shard in TarIndex(folder).shards(names)]
+    return [shard.count for shard in IndexCache(folder).shards(names)]
 
 
 def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
@@ -124,13 +124,13 @@ def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
         found = list(pool.map(index_in_a_process, [(twice, tmp_path / "cache")] * 3))
     assert found == [[1, 2, 3, 4, 5, 6] * 2] * 3
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) <= 3
-    assert [shard.count for shard in TarIndex(tmp_path / "other").shards(twice, workers=2)] == [1, 2, 3, 4, 5, 6] * 2
+    assert [shard.count for shard in IndexCache(tmp_path / "other").shards(twice, workers=2)] == [1, 2, 3, 4, 5, 6] * 2
 
 
 def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path):
     path = tmp_path / "s.tar.gz"
     write_shard(path, [sample(index) for index in range(8)])
-    source = open_shards([str(path)], index=TarIndex(tmp_path / "cache"))
+    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
     write_shard(path, [sample(index + 1) for index in range(8)])
     os.utime(path, ns=(1, 1))
     with pytest.raises(SampleError, match="the shard was replaced after it was indexed"):
@@ -142,14 +142,14 @@ def test_a_broken_compression_leaves_what_can_be_read(tmp_path):
     data = gzip.compress((tmp_path / "a.tar").read_bytes())
     (tmp_path / "b.tar.gz").write_bytes(data[: len(data) // 2] + b"\xff" * 1000 + data[len(data) // 2 :])
     for name in (f"{tmp_path}/b.tar.gz", f"pipe:cat {tmp_path}/b.tar.gz"):
-        source = open_shards([name], index=TarIndex(tmp_path / "cache"))
+        source = open_shards([name], index=IndexCache(tmp_path / "cache"))
         assert 10 < source.sizes[0] < 40
         assert source.shards[0].damage
 
 
 def test_an_outage_is_not_kept_as_identities(tmp_path):
     path = write_shard(tmp_path / "s.tar", [sample(0), sample(0), sample(1)])
-    source = open_shards([str(path)], index=TarIndex(tmp_path / "cache"))
+    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
     path.rename(tmp_path / "away.tar")
     with pytest.raises(SampleError, match="cannot be opened"):
         identities(source, "caption")
@@ -165,10 +165,10 @@ def test_no_archive(tmp_path):
 
 
 def test_what_is_known_is_not_read_again(tmp_path, monkeypatch):
-    index = TarIndex(tmp_path / "cache")
+    index = IndexCache(tmp_path / "cache")
     paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (3, 5)]
     first = list(index.shards(paths))
-    monkeypatch.setattr("clipfast.data.index.scan", None)
+    monkeypatch.setattr("clipfast.data.index.format_of", None)
     assert list(index.shards(paths)) == first
     monkeypatch.undo()
     write_shard(tmp_path / "3.tar", [sample(i) for i in range(4)])
@@ -181,7 +181,7 @@ def test_what_is_known_is_not_read_again(tmp_path, monkeypatch):
 
 def test_many_processes(tmp_path):
     paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in range(1, 9)]
-    assert [shard.count for shard in TarIndex(tmp_path / "cache").shards(paths, workers=2)] == list(range(1, 9))
+    assert [shard.count for shard in IndexCache(tmp_path / "cache").shards(paths, workers=2)] == list(range(1, 9))
 
 
 def test_changes_during_a_run_are_named(tmp_path):
@@ -236,7 +236,7 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
     samples = [sample(index) for index in range(6)]
     write_shard(tmp_path / "a.tar", samples)
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
-    index = TarIndex(tmp_path / "cache")
+    index = IndexCache(tmp_path / "cache")
     expected = [contents(raw) for raw in read_samples([f"{tmp_path}/a.tar"])]
     for name in (f"pipe:cat {tmp_path}/a.tar", f"file://{tmp_path}/b.tar.gz", f"{tmp_path}/b.tar.gz"):
         source = open_shards([name], index=index)
@@ -284,4 +284,4 @@ def test_a_failing_network_is_asked_again(tmp_path, monkeypatch):
 def test_a_failing_command(tmp_path, monkeypatch):
     monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
     with pytest.raises(SampleError, match="the command ended with status 3"):
-        open_shards(["pipe:exit 3"], index=TarIndex(tmp_path))
+        open_shards(["pipe:exit 3"], index=IndexCache(tmp_path))

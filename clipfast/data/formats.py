@@ -1,0 +1,49 @@
+"""What a format of shards is: how its samples are found in a file, and made from their bytes."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .samples import RawSample
+
+LENGTH_BITS = 24
+MAX_BEGIN, MAX_LENGTH = 1 << (64 - LENGTH_BITS), 1 << LENGTH_BITS
+Stretches = NDArray[np.uint64]  # for each sample, where it begins and how long it is, in units of its format
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One way to keep samples in a file.
+
+    Attributes:
+        unit: a stretch begins and ends at a multiple of so many bytes.
+        scan: takes an uncompressed shard and its name, and returns the stretches of its samples, and how many samples
+            are estimated to be lost in each damaged part of it; raises ValueError if it is not of this format.
+        parser: takes the shard's name and a descriptor of it, and returns a function that makes a sample of the bytes
+            of its stretch; that function raises SampleError if the sample cannot be used, and ValueError if there is
+            none.
+    """
+
+    unit: int
+    scan: Callable[[BinaryIO, str], tuple[Stretches, dict[str, int]]]
+    parser: Callable[[str, int], Callable[[bytes], RawSample]]
+
+
+def stretches(begins: Sequence[int], lengths: Sequence[int]) -> Stretches:
+    """Return stretches in 64 bits each.
+
+    Raises:
+        ValueError: a stretch is too long or too far from the beginning.
+    """
+    if max(begins, default=0) >= MAX_BEGIN or max(lengths, default=0) >= MAX_LENGTH:
+        raise ValueError(f"a sample begins at {max(begins):,} and one has {max(lengths):,} units, which is too much")
+    return np.array(begins, np.uint64) << np.uint64(LENGTH_BITS) | np.array(lengths, np.uint64)
+
+
+def unpacked(stretch: np.uint64) -> tuple[int, int]:
+    """Return where a stretch begins, and its length."""
+    begin, length = divmod(int(stretch), MAX_LENGTH)
+    return begin, length

@@ -1,0 +1,108 @@
+"""Samples in tar files: where each lies, and how it is read from there."""
+
+import io
+import mmap
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO
+
+from .formats import Format, Stretches, stretches
+from .samples import RawSample, group_members
+from .tar import BLOCK, MAX_MEMBER, Damage, Member, pax_records, read_tar
+
+
+def scan(file: BinaryIO, name: str = "") -> tuple[Stretches, dict[str, int]]:
+    """Return the stretches of the samples of a tar file in blocks, and its damage, as :class:`Format` has it.
+
+    Of a file that is whole and plain, only the headers are read.
+
+    Raises:
+        ValueError: it is not a tar file.
+    """
+    blocks: list[tuple[int, int]] = []  # the first, and how many
+    damage: dict[str, int] = {}
+
+    def watched(parts: Iterable[Member | Damage]) -> Iterator[Member | Damage]:
+        for part in parts:
+            if isinstance(part, Damage):
+                damage.setdefault(f"byte {part.offset}: {part.reason}", 0)
+            yield part
+
+    plain = _plain_members(file.fileno())
+    for sample in group_members(name, watched(read_tar(file)) if plain is None else plain):
+        if "__damage__" in sample:
+            damage[f"{sample['__key__'].partition(',')[0]}: {sample['__damage__']}"] += 1
+        else:
+            blocks.append(_blocks(*sample["__span__"]))
+    return stretches(*zip(*blocks, strict=True)) if blocks else stretches((), ()), damage
+
+
+def _blocks(begin: int, end: int) -> tuple[int, int]:
+    """Return first block and number of blocks of a stretch of bytes, which need not begin with a block."""
+    return begin // BLOCK, -(-end // BLOCK) - begin // BLOCK
+
+
+def _plain_members(descriptor: int) -> list[Member] | None:
+    """Return the members of a tar file by its headers alone, without their data.
+
+    It is None if there is anything in the file but plain members.
+    """
+    size = os.fstat(descriptor).st_size
+    if size < BLOCK or size % BLOCK:
+        return None
+    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as view:
+        parts: list[Member] = []
+        at, start, extended = 0, 0, dict[str, str]()
+        while at < size:
+            header = view[at : at + BLOCK]
+            if not header[0]:
+                rest = view[at : at + tarfile.RECORDSIZE + 2 * BLOCK + 1]
+                is_end = at + len(rest) == size and rest.count(0) == len(rest) and not extended
+                return parts if is_end and len(rest) >= 2 * BLOCK else None
+            length = _length(header)
+            kind = header[156]
+            if length is None or length > MAX_MEMBER or kind not in b"0\0x5":
+                return None
+            if kind == ord("x"):
+                extended = pax_records(view[at + BLOCK : at + BLOCK + length])
+                if "size" in extended or any(name.startswith("GNU.sparse") for name in extended):
+                    return None
+            at += BLOCK + -(-length // BLOCK) * BLOCK
+            if kind == ord("x"):
+                continue
+            if kind != ord("5"):
+                parts.append(Member(extended.get("path") or _name(header), b"", start, at - start))
+            start, extended = at, {}
+    return None
+
+
+def _length(header: bytes) -> int | None:
+    """Return the number of bytes behind a header; None if its checksum is wrong, or it is not in octal digits."""
+    try:
+        stated = int(header[148:156].split(b"\0", 1)[0], 8)
+        length = int(header[124:136].rstrip(b" \0") or b"0", 8)
+    except ValueError:
+        return None
+    return length if sum(header) - sum(header[148:156]) + 8 * 32 == stated else None
+
+
+def _name(header: bytes) -> str:
+    name, prefix = header[:100].split(b"\0", 1)[0], header[345:500].split(b"\0", 1)[0]
+    whole = prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
+    return whole.decode("utf-8", "surrogateescape")
+
+
+def parser(name: str, _: int) -> Callable[[bytes], RawSample]:
+    """Return a function that makes a sample of the bytes of its members: bytes by file extension."""
+
+    def parse(data: bytes) -> RawSample:
+        members = (part for part in read_tar(io.BytesIO(data)) if isinstance(part, Member))
+        for sample in group_members(name, members):
+            return sample
+        raise ValueError("there is no sample")
+
+    return parse
+
+
+TAR = Format(BLOCK, scan, parser)
