@@ -1,7 +1,6 @@
 """Batches of pairs: order, uniqueness, resumption anywhere, and samples that cannot be used."""
 
 import hashlib
-import io
 import itertools
 import json
 import os
@@ -12,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from clipfast.data import (
     CroppedImages,
@@ -30,6 +28,7 @@ from clipfast.data import (
 from clipfast.tokenizer import Tokenizer, tokenize, trim_padding
 
 from .conftest import picture, sample, write_shard
+from .faults import faults, faulty_samples
 
 
 def batches(shards, batch_size=8, seed=3, unique_by=None, **options):
@@ -172,29 +171,12 @@ def test_bad_samples_are_replaced_and_named(tmp_path, changes, reason):
 
 def test_nine_kinds_of_faults_are_counted(tmp_path):
     """One sample in twenty is faulty: the counts per kind are exact, and batches keep their shape."""
-    whole = picture(5, size=64)
-    bomb = io.BytesIO()
-    Image.new("1", (30_000, 30_000)).save(bomb, "PNG")
-    faults = {
-        "broken image": {"png": whole[: len(whole) // 2]},
-        "empty image": {"png": b""},
-        "not an image": {"png": b"<html>404</html>"},
-        "huge image": {"png": bomb.getvalue()},
-        "no caption": {"txt": b" \n"},
-        "broken caption": {"txt": b"\xff\xfe"},
-        "broken json": {"json": b"{"},
-        "no such field": {"json": b"{}"},
-    }
-    samples = [sample(index) for index in range(180)]
-    for place, changes in zip(range(7, 180, 20), faults.values(), strict=False):
-        samples[place] |= changes
-    del samples[170]["png"]
-    write_shard(tmp_path / "s.tar", samples)
+    write_shard(tmp_path / "s.tar", faulty_samples())
     made = batches(f"{tmp_path}/s.tar", batch_size=12, unique_by="label")
     found = [made[number] for number in range(15)]
     assert {batch.images.shape for batch in found} == {(12, 3, 16, 16)}
     kinds = Counter(skipped.kind for batch in found for skipped in batch.skipped)
-    assert kinds == {**dict.fromkeys(faults, 1), "no image": 1}
+    assert kinds == dict.fromkeys(faults(), 1)
 
 
 def test_the_same_substitute_on_every_machine(tmp_path):
