@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, add_arguments, flag_name, list_recipes, read_recipe
+from .config import BUDGETS, TrainConfig, add_arguments, flag_name, list_recipes, read_recipe
 
 
 def add_parser(commands: Any) -> None:
@@ -43,6 +43,8 @@ def run(args: argparse.Namespace) -> int:
         options |= _trusted(read_recipe(args.recipe), given, args.recipe)
         if checkpoint is None:
             options.setdefault("name", f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
+    if not given.keys().isdisjoint(BUDGETS):
+        options = {key: value for key, value in options.items() if key not in BUDGETS}
     folder, signum = train(TrainConfig(**(options | given)), checkpoint)
     if signum is not None:
         return 128 + signum

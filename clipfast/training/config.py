@@ -10,6 +10,7 @@ from typing import Any
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 AUTO = "auto"
+BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
 
@@ -63,6 +64,9 @@ class TrainConfig:
         "that fits on the GPU (default: the whole batch)", int, positive=True, auto=True,
     )  # fmt: skip
     epochs: int = _flag(32, "passes over the --train-num-samples pairs", int, positive=True)
+    samples_seen: int | None = _flag(
+        None, "pairs to train on, in place of --epochs: the run may end within an epoch", int, positive=True
+    )
     lr: float = _flag(5e-4, "peak learning rate", float, positive=True)
     wd: float = _flag(0.2, "weight decay of all but gains, biases and the logit scale", float, not_negative=True)
     beta1: float = _flag(0.9, "beta1 of AdamW", float, **BELOW_1)
@@ -128,6 +132,11 @@ class TrainConfig:
             raise ValueError(
                 f"--train-data-upsampling-factors must be more than 0, got {self.train_data_upsampling_factors}"
             )
+        if self.samples_seen is not None and self.epochs != type(self).epochs:
+            raise ValueError(
+                f"--samples-seen {self.samples_seen} and --epochs {self.epochs} both say how long the run is: leave "
+                "one out"
+            )
         if self.cuda_graphs and self.micro_batch_size is not None:
             raise ValueError("--cuda-graphs replays a whole batch: leave out --micro-batch-size, or --cuda-graphs")
         if self.val_leave_out and self.val_group_by is None:
@@ -143,6 +152,11 @@ class TrainConfig:
             raise ValueError(
                 f"--train-num-samples {self.train_num_samples} is less than one batch of {self.batch_size}"
             )
+
+    @property
+    def budget(self) -> str:
+        """The option that says how long the run is."""
+        return BUDGETS[self.samples_seen is not None]
 
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:

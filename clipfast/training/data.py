@@ -76,8 +76,9 @@ class TrainingData:
             self.order = Unique(mix, alike, config.batch_size)
             content.update(b"".join(numbers.astype("<u8").tobytes() for numbers in alike))
         self.content = content.hexdigest()
-        self.epochs = Epochs(config.train_num_samples or len(self.order), config.batch_size)
-        self.total_steps = self.epochs.steps_before(config.epochs)
+        num_samples = config.train_num_samples or len(self.order)
+        self.epochs = Epochs(num_samples, config.batch_size, config.samples_seen or config.epochs * num_samples)
+        self.total_steps = self.epochs.total_steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the order of the data depends on."""

@@ -49,19 +49,18 @@ class TrainLog:
     Args:
         folder: of the run.
         epochs: of the run.
-        number: how many epochs it has.
     """
 
-    def __init__(self, folder: RunFolder, epochs: Epochs, number: int) -> None:
-        self.folder, self.epochs, self.number = folder, epochs, number
+    def __init__(self, folder: RunFolder, epochs: Epochs) -> None:
+        self.folder, self.epochs = folder, epochs
 
-    def watch(self, batches: Iterator[Batch], epoch: int, step: int) -> Iterator[Batch]:
-        """Pass on the batches of an epoch from ``step`` of the run, with a progress bar, and time the wait for each."""
+    def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
+        """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each."""
         from tqdm import tqdm
 
-        description = f"epoch {epoch + 1}/{self.number}"
+        epoch, first, stop = self.epochs.after(step)
+        description = f"epoch {epoch + 1}/{self.epochs.number}"
         self._start_again()
-        first, stop = self.epochs.steps_before(epoch), self.epochs.steps_before(epoch + 1)
         options: dict[str, Any] = {"unit": "step", "disable": None, "leave": False}
         with tqdm(total=stop - first, initial=step - first, desc=description, **options) as bar:
             for _ in range(step, stop):
@@ -99,8 +98,7 @@ class TrainLog:
             "pairs_per_second": self._pairs / elapsed,
         }
         last, mean, scale = losses[-1].item(), losses.mean().item(), logit_scale.item()
-        epoch = self.epochs.finished_after(step - 1)
-        first, stop = self.epochs.steps_before(epoch), self.epochs.steps_before(epoch + 1)
+        epoch, first, stop = self.epochs.after(step - 1)
         pairs, total = ((count - first) * self.epochs.batch_size for count in (step, stop))
         slowest = f" ({self._stages.most_common(1)[0][0]})" if self._stages else ""
         log.info(

@@ -54,7 +54,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
             done = checkpoint["clipfast"]["progress"]["step"]
             raise ValueError(
                 f"the run is finished after {done} steps, and its options cannot change any more: "
-                f"{', '.join(changed.values())}; only more --epochs would continue it"
+                f"{', '.join(changed.values())}; only more {flag_name(config.budget)} would continue it"
             )
         step = trainer.progress.step if is_own else None
         folder.create(after_step=step)
@@ -107,6 +107,7 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
         "model": config.model,
         "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
         "steps": trainer.progress.step,
+        "samples_seen": trainer.budget.seen,
         "train_seconds": round(trainer.progress.seconds, 1),
         "train_loss": losses[-1] if losses else None,
         "skipped_pairs": trainer.budget.skipped,

@@ -126,4 +126,4 @@ def _ends_epoch(epoch: int, step: int, stream: dict[str, Any]) -> bool:
     """Return True if a run with this data has just finished an epoch."""
     if "steps_per_epoch" in stream:  # of versions whose epochs were whole numbers of batches
         return bool(step == epoch * stream["steps_per_epoch"])
-    return step == Epochs(stream["num_samples"], stream["batch_size"]).steps_before(epoch)
+    return step == Epochs(stream["num_samples"], stream["batch_size"], 0).steps_before(epoch)

@@ -60,7 +60,7 @@ class Trainer:
         )
         self.upload = Upload(self.device)
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
-        self.log = TrainLog(folder, self.data.epochs, config.epochs)
+        self.log = TrainLog(folder, self.data.epochs)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
         self.state = RunState(
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress
@@ -99,15 +99,17 @@ class Trainer:
 
     def _train(self, interruption: Interruption) -> Evaluation | None:
         """Train epoch after epoch, and return the last evaluation."""
-        evaluation = None
+        evaluation, epochs, frequency = None, self.data.epochs, self.config.save_frequency
         batches = self.data.batches(
             self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
         with contextlib.closing(batches):  # an error must not leave the workers waiting
             while self.progress.step < self.total_steps and interruption.signum is None:
                 if self._train_epoch(batches, interruption):
-                    epoch, frequency = self.data.epochs.finished_after(self.progress.step), self.config.save_frequency
-                    self._save_or_go_on(keep=frequency > 0 and epoch % frequency == 0)
+                    step = self.progress.step
+                    is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
+                    kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
+                    self._save_or_go_on(keep=kept)
                     evaluation = self.evaluate()
         return evaluation
 
@@ -133,11 +135,10 @@ class Trainer:
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
         config, progress = self.config, self.progress
-        epoch = self.data.epochs.finished_after(progress.step)
-        last = self.data.epochs.steps_before(epoch + 1)
+        last = self.data.epochs.after(progress.step).stop
         self.model.train()
         started = time.perf_counter()
-        for batch in self.log.watch(batches, epoch, progress.step):
+        for batch in self.log.watch(batches, progress.step):
             self.log.step(self._train_step(batch), len(batch))
             progress.step += 1
             self._unsaved = True

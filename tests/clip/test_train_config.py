@@ -24,6 +24,8 @@ from .test_training import SMALL
         ({"hue": 0.7}, "--hue must be at most 0.5, got 0.7"),
         ({"keyword_prob": 1.5}, "--keyword-prob must be at most 1"),
         ({"epochs": 1.5}, "--epochs must be int, got 1.5"),
+        ({"samples_seen": 0}, "--samples-seen must be more than 0, got 0"),
+        ({"samples_seen": 64}, "--samples-seen 64 and --epochs 2 both say how long the run is: leave one out"),
         ({"batch_size": "256"}, "--batch-size must be int, got '256'"),
         ({"val_leave_out": "Flags"}, "--val-leave-out must be a list of str, got 'Flags'"),
         ({"val_leave_out": ("Flags",)}, "--val-leave-out needs --val-group-by"),
