@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from clipfast import __version__
+from clipfast.host import proc_bytes, processor
 from clipfast.verify.context import exact_float32
 
 # Packages whose versions every result names, installed or not.
@@ -71,14 +72,6 @@ def free_bytes(device: torch.device) -> int:
     return proc_bytes("meminfo", "MemAvailable")
 
 
-def proc_bytes(file: str, name: str) -> int:
-    """Return the figure called ``name`` in a file of /proc, in bytes."""
-    found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc", file).read_text())
-    if found is None:
-        raise RuntimeError(f"/proc/{file} has no {name}")
-    return 1024 * int(found[1])
-
-
 def describe(device: torch.device) -> dict[str, Any]:
     """Return those properties of the machine that a timing depends on."""
     machine: dict[str, Any] = {"cpu": _cpu_name(), "threads": torch.get_num_threads(), "device": device.type}
@@ -107,8 +100,7 @@ def cache_bytes(device: torch.device) -> int:
 
 
 def _cpu_name() -> str:
-    found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    return f"{found[1] if found else platform.machine()}, {os.cpu_count()} cores"
+    return f"{processor()}, {os.cpu_count()} cores"
 
 
 @exact_float32()

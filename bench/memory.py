@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
+from clipfast.host import proc_bytes
 from clipfast.verify.context import exact_float32
 
 from .case import AnyFunction, Candidate, Case, call
 from .harness import leaves
-from .machine import proc_bytes
 from .suites import build
 
 TIMEOUT_S = 600

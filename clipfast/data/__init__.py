@@ -7,13 +7,15 @@
 from .crops import CroppedImages, WholeImages
 from .identity import identities
 from .index import IndexCache, ShardIndex
-from .loader import Batch, PairBatches, Skipped, pair_loader
+from .loader import PREFETCH, Batch, PairBatches, Skipped, pair_loader
 from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata, read_samples
 from .source import MAX_OPEN, ShardSource, open_shards
+from .trial import spread, try_pairs
 
 __all__ = [
     "MAX_OPEN",
+    "PREFETCH",
     "Batch",
     "CroppedImages",
     "IndexCache",
@@ -33,4 +35,6 @@ __all__ = [
     "open_shards",
     "pair_loader",
     "read_samples",
+    "spread",
+    "try_pairs",
 ]  # fmt: skip

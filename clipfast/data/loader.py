@@ -33,6 +33,7 @@ from .source import Source
 
 # If a sample and so many substitutes cannot be used, the run stops: nothing in the data seems to be usable.
 MAX_SUBSTITUTES = 100
+PREFETCH = 2  # batches that each data worker makes ahead
 PATIENCE = 2.0  # seconds
 MAX_INTERRUPTIONS = 3  # by PyTorch's reports of a dead worker
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
@@ -159,7 +160,7 @@ class PairBatches(Dataset[Batch]):
                 raw = self.sources[source].read(substitute)
                 clock.stop("read")
                 name = sample_name(raw)
-                pair = self._pair(raw, int(random_words(1, self.seed, source, data_pass, substitute, 0)[0]))
+                pair = self.pair(raw, int(random_words(1, self.seed, source, data_pass, substitute, 0)[0]))
                 clock.stop("decode")
                 return pair
             except SampleError as error:
@@ -186,7 +187,7 @@ class PairBatches(Dataset[Batch]):
             if not isinstance(self.order, Unique) or int(self.order.identities[source][other]) not in taken:
                 yield other
 
-    def _pair(self, raw: RawSample, seed: int) -> tuple[Tensor, str]:
+    def pair(self, raw: RawSample, seed: int) -> tuple[Tensor, str]:
         """Return image and caption of a sample, augmented by random numbers that ``seed`` determines.
 
         Raises:
@@ -247,6 +248,7 @@ def pair_loader(
         ValueError: an error of the batches, or a data worker died.
     """
     options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker}
+    options["prefetch_factor"] = PREFETCH if num_workers else None
     numbers = range(first, stop)
     loader = DataLoader(_Reporting(batches), batch_size=None, sampler=numbers, num_workers=num_workers, **options)
     iterator = iter(loader)

@@ -32,6 +32,7 @@ class LabelledImage:
     group: str
 
 
+CHECKED = 64  # images of a set of which one must be usable
 Loader = tuple[str, Callable[[], LabelledImage]]  # the name of an image, and what reads it
 
 
@@ -85,9 +86,22 @@ class LabelledSet:
         Raises:
             ValueError: there are no images, or not one of them can be used.
         """
+        yield from self._usable()
+
+    def check(self) -> None:
+        """Refuse a set that has no images, or of whose first images not one can be used.
+
+        Raises:
+            ValueError: as above.
+        """
+        next(self._usable(CHECKED))
+
+    def _usable(self, most: int | None = None) -> Iterator[LabelledImage]:
+        """Yield the images that can be used among the first ``most``, and note the others."""
         self.skipped.clear()
         usable = False
-        for name, load in self._folder(Path(self.data)) if Path(self.data).is_dir() else self._shards():
+        loaders = self._folder(Path(self.data)) if Path(self.data).is_dir() else self._shards()
+        for name, load in itertools.islice(loaders, most):
             try:
                 image = load()
             except ValueError as error:
@@ -98,7 +112,8 @@ class LabelledSet:
         if not usable and not self.skipped:
             raise ValueError(f"{self.data} holds no images")
         if not usable:
-            raise ValueError(f"not one image of {self.data} can be used; first: {self.skipped[0]}")
+            first = "" if most is None else f"first {len(self.skipped)} "
+            raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
     def _shards(self) -> Iterator[Loader]:
         for sample in read_samples(expand_shards(self.data)):

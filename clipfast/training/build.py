@@ -41,6 +41,19 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
     Raises:
         ValueError: the model is unknown, or its configuration or weights cannot be used.
     """
+    model = bare_model(config, saved, device)
+    selective = config.selective_checkpointing
+    model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
+    if config.torchcompile:
+        model.compile(fullgraph=True, backend=COMPILER)
+    return model
+
+
+def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device) -> CLIP:
+    """Build the model of a run as :func:`build_model` does, without what changes how it is run.
+
+    On "meta" it takes no memory, and weights are neither downloaded nor read.
+    """
     is_bf16 = config.precision == "pure_bf16"
     if "model_config" in saved:
         model_config = CLIPConfig.from_dict(saved["model_config"])
@@ -49,21 +62,15 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
         if "preprocess_cfg" in saved:
             set_preprocessing(model, complete_preprocessing(saved["preprocess_cfg"]))
         model.set_backend(config.backend)
-        model.to(torch.bfloat16 if is_bf16 else torch.float32)
-    else:
-        name = config.model
-        if name.endswith(".json"):
-            add_model_config(name)
-            name = Path(name).stem
-        model = create_model(
-            name, config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
-            force_patch_dropout=config.force_patch_dropout, backend=config.backend,
-        )  # fmt: skip
-    selective = config.selective_checkpointing
-    model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
-    if config.torchcompile:
-        model.compile(fullgraph=True, backend=COMPILER)
-    return model
+        return model.to(torch.bfloat16 if is_bf16 else torch.float32)
+    name = config.model
+    if name.endswith(".json"):
+        add_model_config(name)
+        name = Path(name).stem
+    return create_model(
+        name, config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
+        force_patch_dropout=config.force_patch_dropout, backend=config.backend, load_weights=device.type != "meta",
+    )  # fmt: skip
 
 
 def build_loss(config: TrainConfig, model: CLIP) -> Callable[..., Tensor]:
@@ -94,7 +101,13 @@ def build_tokenizer(config: TrainConfig, model: CLIP) -> Tokenizer | FileTokeniz
         return tokenizer_of(model.config, config.model, config.tokenizer, None)
     if config.tokenizer is not None:
         raise ValueError(f"--tokenizer: {config.model} has CLIP's tokenizer, which needs no file: leave it out")
-    return Tokenizer(model.context_length)
+    tokenizer = Tokenizer(model.context_length)
+    if tokenizer.vocab_size > model.config.text.vocab_size:
+        raise ValueError(
+            f"CLIP's tokenizer has {tokenizer.vocab_size} tokens, and {config.model} knows only "
+            f"{model.config.text.vocab_size}: set vocab_size of its text_cfg to {tokenizer.vocab_size}"
+        )
+    return tokenizer
 
 
 def build_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.AdamW:

@@ -3,7 +3,7 @@
 import collections
 import dataclasses
 import hashlib
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class TrainingData:
     The batches of all epochs follow each other in one sequence, so that an epoch need not be a whole number of batches.
 
     Attributes:
+        shards: the names of all shards.
+        sizes: the number of pairs in each.
         content: a checksum of what in the shards the order depends on.
         epochs: of the run.
         total_steps: of the run.
@@ -54,10 +56,11 @@ class TrainingData:
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        groups = [expand_shards(part) for part in _parts(config)]
+        groups = [expand_shards(part) for part in parts(config)]
         self.shards = [shard for group in groups for shard in group]
         max_open = max(MAX_OPEN // len(groups), 1)
         self.sources = [open_shards(group, config.workers, max_open=max_open) for group in groups]
+        self.sizes = [size for source in self.sources for size in source.sizes]
         _check_damage(self.sources, config.max_bad_fraction)
         seed, replacement = config.seed, config.dataset_resampled
         if not all(sum(source.sizes) for source in self.sources):
@@ -68,7 +71,10 @@ class TrainingData:
         ]
         mix = Mix(orders, config.train_data_upsampling_factors or (1.0,), seed)
         if len(mix) < config.batch_size:
-            raise ValueError(f"the shards hold {len(mix)} pairs, less than one batch of {config.batch_size}")
+            raise ValueError(
+                f"the shards hold {len(mix)} pairs, less than one batch of {config.batch_size}: lower --batch-size, or "
+                "name more shards in --train-data"
+            )
         self.order: Mix | Unique = mix
         content = hashlib.sha256(b"".join(np.array(source.sizes, "<i8").tobytes() for source in self.sources))
         if config.unique_by is not None:
@@ -100,29 +106,37 @@ class TrainingData:
         Raises:
             ValueError: far too many pairs cannot be used, or a data worker died.
         """
-        config = self.config
-        augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
-        transform: CroppedImages | WholeImages = CroppedImages(model.visual.image_size, config.crop_scale, augment)
-        if config.crop_scale == (1.0, 1.0):
-            transform = WholeImages(
-                transform_of(model, train=True, scale=config.crop_scale, augment=augment, uint8=True)
-            )
-        batches = PairBatches(
-            self.sources, self.order, transform, tokenizer, config.batch_size, config.seed, config.unique_by,
-            config.keyword_prob, model.reads_padding,
-        )  # fmt: skip
-        return pair_loader(batches, first, self.total_steps, config.workers, pin_memory=pin_memory)
+        batches = pair_batches(self.config, self.sources, self.order, model, tokenizer)
+        return pair_loader(batches, first, self.total_steps, self.config.workers, pin_memory=pin_memory)
 
 
-def _parts(config: TrainConfig) -> list[str]:
+def pair_batches(
+    config: TrainConfig,
+    sources: Sequence[ShardSource],
+    order: Mix | Unique,
+    model: CLIP,
+    tokenizer: Tokenizer | FileTokenizer,
+) -> PairBatches:
+    """Return the batches of a run in an order, decoded and augmented as its options say, for ``model``."""
+    augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
+    transform: CroppedImages | WholeImages = CroppedImages(model.visual.image_size, config.crop_scale, augment)
+    if config.crop_scale == (1.0, 1.0):
+        transform = WholeImages(transform_of(model, train=True, scale=config.crop_scale, augment=augment, uint8=True))
+    return PairBatches(
+        sources, order, transform, tokenizer, config.batch_size, config.seed, config.unique_by, config.keyword_prob,
+        model.reads_padding,
+    )  # fmt: skip
+
+
+def parts(config: TrainConfig) -> list[str]:
     """Return the sources of a mix; without factors, all shards are one."""
-    factors, parts = config.train_data_upsampling_factors, config.train_data.split("::")
-    if factors and len(factors) != len(parts):
+    factors, named = config.train_data_upsampling_factors, config.train_data.split("::")
+    if factors and len(factors) != len(named):
         raise ValueError(
-            f"--train-data-upsampling-factors needs a factor for each of the {len(parts)} parts of --train-data, got "
+            f"--train-data-upsampling-factors needs a factor for each of the {len(named)} parts of --train-data, got "
             f"{len(factors)}"
         )
-    return parts if factors else [config.train_data]
+    return named if factors else [config.train_data]
 
 
 def _check_damage(sources: list[ShardSource], limit: float) -> None:

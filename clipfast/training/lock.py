@@ -24,12 +24,20 @@ def locked(folder: Path) -> Iterator[None]:
     locks; otherwise nothing is locked.
 
     Raises:
-        ValueError: another process holds the folder; the message says which, and since when.
+        ValueError: the folder cannot be written, or another process holds it; the message says which, and since when.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK_NAME
-    with path.open("a+") as file:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path.open("a+")
+    except OSError as error:
+        _remove(made)
+        raise ValueError(
+            f"the run's folder {folder} cannot be written: {error.strerror}: {error.filename}; give a folder to --logs "
+            "that can be"
+        ) from error
+    with file:
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -49,11 +57,18 @@ def locked(folder: Path) -> Iterator[None]:
         finally:
             if [entry.name for entry in folder.iterdir()] == [LOCK_NAME]:
                 path.unlink()
-                for empty in made:
-                    try:
-                        empty.rmdir()
-                    except OSError:
-                        break
+                _remove(made)
+
+
+def _remove(folders: list[Path]) -> None:
+    """Remove folders, the innermost first, up to one that is not empty."""
+    for folder in folders:
+        try:
+            folder.rmdir()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return
 
 
 def _holder(content: str) -> str:

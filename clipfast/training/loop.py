@@ -16,6 +16,7 @@ from .interruption import Interruption
 from .lock import locked
 from .logs import log, logging_to
 from .optim import cosine_lr
+from .preflight import preflight
 from .run import RunFolder
 from .trainer import Trainer
 
@@ -45,8 +46,10 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
     with locked(folder.path):
         folder.refuse_other_run(resuming=is_own)
         checkpoint = read_checkpoint(resume) if resume is not None else {}
+        own = checkpoint.get("clipfast", {})
+        found = preflight(config, folder, own)
         trainer = Trainer(config, folder, checkpoint or None)
-        saved = checkpoint.get("clipfast", {}).get("config", {})
+        saved = own.get("config", {})
         options, changed = dataclasses.asdict(config), changed_options(saved, config)
         if "model" in changed:
             raise ValueError(f"the weights of a checkpoint are those of its own model: {changed['model']}")
@@ -60,6 +63,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
         folder.create(after_step=step)
         folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
         with logging_to(folder.path), Interruption() as interruption:
+            log.info(f"{sum(trainer.data.sizes):,} pairs in {len(trainer.data.shards):,} shard(s); {found}")
             _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
             signum = interruption.signum

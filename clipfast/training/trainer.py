@@ -46,8 +46,6 @@ class Trainer:
         self.data = TrainingData(config)
         self.total_steps = self.data.total_steps
         self.validation = None if config.val_data is None else LabelledSet(config.val_data, config.val_group_by)
-        if self.validation is not None:
-            next(iter(self.validation))  # a set that cannot be used should show before an epoch is spent
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model)

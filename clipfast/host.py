@@ -1,0 +1,131 @@
+"""What this machine has for a process: processors, memory and limits, by the files of Linux that say so.
+
+``root`` is where these files lie. A figure is None where nothing says it, as on other systems.
+"""
+
+import contextlib
+import dataclasses
+import os
+import platform
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path("/")
+SHARED_MEMORY = Path("/dev/shm")
+UNLIMITED = 1 << 60  # bytes: version 1 of cgroups writes "no limit" as about eight times this
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of memory.
+
+    Attributes:
+        total: of the machine.
+        available: to new processes, the caches of files included that would make room.
+        limit: of the cgroups of this process; None if they set none.
+    """
+
+    total: int
+    available: int
+    limit: int | None = None
+
+
+def proc_bytes(file: str, name: str, root: Path = ROOT) -> int:
+    """Return the figure called ``name`` in a file of /proc, in bytes.
+
+    Raises:
+        RuntimeError: the file has no such figure.
+    """
+    found = re.search(rf"^{name}:\s+(\d+) kB", (root / "proc" / file).read_text(), re.MULTILINE)
+    if found is None:
+        raise RuntimeError(f"/proc/{file} has no {name}")
+    return 1024 * int(found[1])
+
+
+def memory(root: Path = ROOT) -> Memory | None:
+    """Return the memory of the machine, of which cgroups may leave less to this process."""
+    try:
+        total, available = (proc_bytes("meminfo", name, root) for name in ("MemTotal", "MemAvailable"))
+    except (OSError, RuntimeError):
+        return None
+    limits = []
+    for folder, is_v2 in _cgroups("memory", root):
+        limit = _number(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
+        used = _number(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
+        if limit is not None and limit < UNLIMITED:
+            limits.append(limit)
+            available = min(available, max(limit - (used or 0) + _cached(folder, is_v2), 0))
+    return Memory(total, available, min(limits, default=None))
+
+
+def _cached(folder: Path, is_v2: bool) -> int:
+    """Return the bytes of file caches in a cgroup, which count as used and make room when memory is short."""
+    prefix = "" if is_v2 else "total_"
+    with contextlib.suppress(OSError):
+        text = (folder / "memory.stat").read_text()
+        return sum(int(n) for n in re.findall(rf"^{prefix}(?:in)?active_file (\d+)", text, re.MULTILINE))
+    return 0
+
+
+def cores() -> int:
+    """Return the number of processors that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def core_quota(root: Path = ROOT) -> float | None:
+    """Return how many processors' time the cgroups of this process allow; None if they set no limit."""
+    quotas = []
+    for folder, is_v2 in _cgroups("cpu", root):
+        with contextlib.suppress(OSError, ValueError):
+            if is_v2:
+                quota, period = (folder / "cpu.max").read_text().split()
+            else:
+                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
+            if quota != "max" and int(quota) > 0:
+                quotas.append(int(quota) / int(period))
+    return min(quotas, default=None)
+
+
+def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:
+    """Yield the folders of the cgroups that limit this process, and whether they are of version 2.
+
+    All cgroups above its own limit it too. A container sees its own as the top, whatever /proc calls it.
+    """
+    with contextlib.suppress(OSError):
+        for line in (root / "proc/self/cgroup").read_text().splitlines():
+            number, controllers, path = line.split(":", 2)
+            is_v2 = number == "0" and not controllers
+            if not is_v2 and controller not in controllers.split(","):
+                continue
+            top = root / "sys/fs/cgroup" / ("" if is_v2 else controller)
+            own = top / path.lstrip("/")
+            yield from ((folder, is_v2) for folder in (own, *own.parents) if folder.is_relative_to(top))
+
+
+def _number(path: Path) -> int | None:
+    """Return the number in a file; None if there is no such file, or something else in it, such as "max"."""
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return None
+
+
+def processor(root: Path = ROOT) -> str:
+    """Return the name of the processor."""
+    with contextlib.suppress(OSError):
+        found = re.search(r"model name\s*:\s*(.+)", (root / "proc/cpuinfo").read_text())
+        if found:
+            return found[1]
+    return platform.machine()
+
+
+def free_bytes(path: Path) -> int:
+    """Return the free bytes of the file system that ``path`` is or would be on."""
+    return shutil.disk_usage(nearest(path)).free
+
+
+def nearest(path: Path) -> Path:
+    """Return the path itself if it exists, else the nearest folder above it that does."""
+    path = path.absolute()
+    return next(one for one in (path, *path.parents) if one.exists())

@@ -1,0 +1,192 @@
+"""What can be known of a run in seconds, before its data are indexed and its model is built.
+
+The model is there only on PyTorch's "meta" device, and of the data a few pairs are read. The index of their shards is
+kept; nothing else is written.
+"""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import host
+from ..data import PREFETCH, Batch, Mix, Order, expand_shards, open_shards, spread, try_pairs
+from ..data.index import ShardError
+from ..data.samples import PACKING
+from ..data.staging import is_remote
+from ..evaluation.labelled import LabelledSet
+from ..file_tokenizer import FileTokenizer
+from ..images import FORMATS, SampleError
+from ..models import CLIP
+from ..tokenizer import Tokenizer
+from ..units import BYTES, scaled
+from .build import bare_model, build_device, build_loss, build_tokenizer
+from .config import TrainConfig
+from .data import pair_batches, parts
+from .run import RunFolder
+
+SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
+FIXES = {
+    "no image": PACKING,
+    "no caption": PACKING,
+    "no such field": "give a key to --unique-by that the pairs have",
+    "not an image": f"clipfast decodes {', '.join(FORMATS)}",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preflight:
+    """What was found of a run that can start.
+
+    Attributes:
+        tried: pairs that were read.
+        unusable: those of them that cannot be used, each with the reason.
+        checkpoint: bytes of a checkpoint.
+        free: bytes that are free for checkpoints.
+        loader: bytes of the batches that are made ahead.
+    """
+
+    tried: int
+    unusable: list[str]
+    checkpoint: int
+    free: int
+    loader: int
+
+    def __str__(self) -> str:
+        unusable = f", and {len(self.unusable)} of them cannot be used: {self.unusable[0]}" if self.unusable else ""
+        return (
+            f"a checkpoint takes {scaled(self.checkpoint, BYTES)} of {scaled(self.free, BYTES)} that are free, the "
+            f"batches that are made ahead {scaled(self.loader, BYTES)} of memory; {self.tried} pairs were tried"
+            f"{unusable}"
+        )
+
+
+def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any]) -> Preflight:
+    """Look for what would stop a run later.
+
+    Args:
+        config: its options.
+        folder: of the run, which exists.
+        saved: what clipfast noted in the checkpoint that is continued, if there is one.
+
+    Raises:
+        ValueError: the run cannot work; the message names the value that is wrong, and what would do.
+        ImportError: a package is missing that reads the data.
+    """
+    device = build_device(config)
+    groups = [expand_shards(part) for part in parts(config)]
+    model = bare_model(config, saved, torch.device("meta"))
+    build_loss(config, model)
+    tokenizer = build_tokenizer(config, model)
+    checkpoint, free = _check_disk(config, folder, model)
+    loader = _check_loader(config, model)
+    if device.type == "cuda":
+        _check_gpu(config, model, device)
+    if config.val_data is not None:
+        _check_validation(config)
+    batches = [_try_pairs(config, names, model, tokenizer) for names in groups]
+    unusable = [str(sample) for batch in batches for sample in batch.skipped]
+    return Preflight(sum(map(len, batches)) + len(unusable), unusable, checkpoint, free, loader)
+
+
+def _nbytes(tensors: Sequence[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def _sizes(model: CLIP) -> tuple[int, int]:
+    """Return the bytes of all weights, and of those that are trained."""
+    weights = list(model.parameters())
+    return _nbytes([*weights, *model.buffers()]), _nbytes([weight for weight in weights if weight.requires_grad])
+
+
+def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[int, int]:
+    """Return the bytes of a checkpoint, and those that are free for it.
+
+    A new checkpoint is written beside the last one, which it replaces, and in the end the weights by themselves.
+    """
+    weights, trained = _sizes(model)
+    checkpoint, free = weights + 2 * trained, host.free_bytes(folder.path)
+    needed = checkpoint * (1 if folder.latest.exists() else 2) + weights
+    if free < needed:
+        raise ValueError(
+            f"--logs {config.logs} has {scaled(free, BYTES)} free, and the run needs {scaled(needed, BYTES)}: "
+            f"{scaled(checkpoint, BYTES)} for a checkpoint of {config.model}, as much again while it is replaced, and "
+            f"{scaled(weights, BYTES)} for the exported model; make room, or give another folder to --logs"
+        )
+    return checkpoint, free
+
+
+def _check_loader(config: TrainConfig, model: CLIP) -> int:
+    """Return the bytes of the batches that are made ahead, which data workers hold in shared memory."""
+    batch = config.batch_size * batch_bytes(model.visual.image_size, model.context_length)
+    shared = config.workers * PREFETCH * batch
+    held = f"{config.workers} data workers hold {PREFETCH} batches each of {scaled(batch, BYTES)}"
+    fix = "use fewer --workers, or a smaller --batch-size"
+    if config.workers and host.SHARED_MEMORY.is_dir():
+        free = host.free_bytes(host.SHARED_MEMORY)
+        if free < shared:
+            raise ValueError(
+                f"{host.SHARED_MEMORY} has {scaled(free, BYTES)} free, and {held}: {fix}, or make it larger "
+                f"(docker run --shm-size={-(-shared // 2**30)}g)"
+            )
+    memory = host.memory()
+    if memory is not None and memory.available < shared + batch:
+        raise ValueError(f"{scaled(memory.available, BYTES)} of memory are available, and {held}: {fix}")
+    return shared or batch
+
+
+def batch_bytes(image_size: int, context_length: int) -> int:
+    """Return the bytes of one pair in a batch: an image in bytes, and the ids of its text."""
+    return 3 * image_size**2 + context_length * torch.int64.itemsize
+
+
+def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device) -> None:
+    weights, trained = _sizes(model)
+    free, total = torch.cuda.mem_get_info(device)
+    needed = weights + 3 * trained
+    if free < needed:
+        raise ValueError(
+            f"{device} has {scaled(free, BYTES)} of its {scaled(total, BYTES)} free, and weights, gradients and "
+            f"AdamW's moments of {config.model} take {scaled(needed, BYTES)}: end what else runs there (nvidia-smi "
+            "names it), take another GPU by --device cuda:N or a smaller --model, or halve it by --precision pure_bf16"
+        )
+
+
+def _check_validation(config: TrainConfig) -> None:
+    assert config.val_data is not None
+    try:
+        LabelledSet(config.val_data, config.val_group_by).check()
+    except (ValueError, OSError) as error:
+        raise ValueError(f"--val-data cannot be used: {error}") from error
+
+
+def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: Tokenizer | FileTokenizer) -> Batch:
+    """Return a few pairs of a few shards as a batch.
+
+    Of shards that must be brought here as a whole, there is only one.
+
+    Raises:
+        ValueError: a shard cannot be read, or not one of the pairs can be used.
+    """
+    unreadable = [name for name in names if os.path.exists(name) and not os.access(name, os.R_OK)]
+    if unreadable:
+        raise ValueError(
+            f"--train-data: no permission to read {unreadable[0]} ({len(unreadable)} of {len(names)} shards): chmod "
+            "a+r, or leave it out"
+        )
+    few = [names[number] for number in spread(len(names), 1 if any(map(is_remote, names)) else SHARDS)]
+    try:
+        source = open_shards(few)
+    except ShardError as error:
+        raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
+    if not sum(source.sizes):
+        return Batch(torch.empty(0), torch.empty(0), [])  # the others may hold some
+    order = Mix([Order(source.sizes, config.seed)], (1.0,), config.seed)
+    try:
+        return try_pairs(pair_batches(config, [source], order, model, tokenizer), PAIRS)
+    except SampleError as error:
+        fix = FIXES.get(error.kind)
+        raise ValueError(f"--train-data: {error}{f'; {fix}' if fix else ''}") from error
