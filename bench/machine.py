@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from clipfast import __version__
-from clipfast.host import proc_bytes, processor
+from clipfast.host import nvml_card, proc_bytes, processor
 from clipfast.verify.context import exact_float32
 
 # Packages whose versions every result names, installed or not.
@@ -153,11 +153,7 @@ def telemetry(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"available": False, "why": "no GPU"}
     try:
-        import pynvml as nvml
-
-        nvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(device).uuid)
-        card = nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        nvml, card = nvml_card(device)
         reasons = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(card))
         return {
             "available": True,

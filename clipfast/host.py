@@ -1,6 +1,6 @@
-"""What this machine has for a process: processors, memory and limits, by the files of Linux that say so.
+"""What this machine has for a process: processors, memory and their limits, and the management library of its GPUs.
 
-``root`` is where these files lie. A figure is None where nothing says it, as on other systems.
+``root`` is where the files of Linux lie that say so. A figure is None where nothing says it, as on other systems.
 """
 
 import contextlib
@@ -11,6 +11,10 @@ import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # importing it takes longer than all that is read here
+    import torch
 
 ROOT = Path("/")
 SHARED_MEMORY = Path("/dev/shm")
@@ -129,3 +133,18 @@ def nearest(path: Path) -> Path:
     """Return the path itself if it exists, else the nearest folder above it that does."""
     path = path.absolute()
     return next(one for one in (path, *path.parents) if one.exists())
+
+
+def nvml_card(device: "torch.device") -> tuple[Any, Any]:
+    """Return NVML, which knows of a GPU what CUDA does not say, and its handle of ``device``.
+
+    Raises:
+        ImportError: nvidia-ml-py is missing.
+        pynvml.NVMLError: the driver has no NVML, or does not show the GPU.
+    """
+    import pynvml
+    import torch
+
+    pynvml.nvmlInit()
+    uuid = str(torch.cuda.get_device_properties(device).uuid)
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")

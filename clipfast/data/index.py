@@ -79,14 +79,18 @@ class IndexCache:
             ShardError: a shard is missing, or is not of its format.
             DiskFullError: there is no space for the cache.
         """
-        with ThreadPoolExecutor(LOOKUPS) as pool:  # each waits for its file system
-            known = list(pool.map(self._known, names))
+        known = self.known(names)
         missing = dict.fromkeys(name for name, found in zip(names, known, strict=True) if found is None)
         made, done = self._made(list(missing), workers), dict[str, ShardIndex]()
         for name, found in zip(names, known, strict=True):
             if found is None and name not in done:
                 done[name] = next(made)
             yield found or done[name]
+
+    def known(self, names: Sequence[str]) -> list[ShardIndex | None]:
+        """Return the index of each shard that is in the cache, and None for the others."""
+        with ThreadPoolExecutor(LOOKUPS) as pool:  # each waits for its file system
+            return list(pool.map(self._known, names))
 
     def _made(self, names: Sequence[str], workers: int) -> Iterator[ShardIndex]:
         if workers == 0 or len(names) < 2:

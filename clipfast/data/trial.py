@@ -6,7 +6,15 @@ import torch
 
 from ..images import SampleError
 from .loader import Batch, PairBatches, Skipped
-from .samples import sample_name
+from .samples import PACKING, sample_name
+
+# What to do if most pairs cannot be used for one reason, by its kind.
+FIXES = {
+    "no image": PACKING,
+    "no caption": PACKING,
+    "no such field": "name a key that the pairs have",
+    "not an image": "convert such images, or leave their shards out",
+}
 
 
 def spread(count: int, most: int) -> list[int]:
@@ -19,8 +27,8 @@ def try_pairs(batches: PairBatches, each: int) -> Batch:
     """Return up to ``each`` pairs of every shard as one batch, prepared as ``batches`` prepares them.
 
     Raises:
-        SampleError: not one of them can be used, or there are none; the message counts the reasons, and its kind is the
-            most common one.
+        SampleError: not one of them can be used, or there are none; the message counts the reasons, and says what to
+            do about the most common one.
     """
     images, captions, skipped = list[torch.Tensor](), list[str](), list[Skipped]()
     for source in batches.sources:
@@ -44,6 +52,8 @@ def try_pairs(batches: PairBatches, each: int) -> Batch:
     if not images:
         counts = ", ".join(f"{count} x {kind}" for kind, count in kinds)
         raise SampleError(
-            f"not one of {len(skipped)} pairs that were tried can be used ({counts}); first: {skipped[0]}", kinds[0][0]
+            f"not one of {len(skipped)} pairs that were tried can be used ({counts}); first: {skipped[0]}"
+            + (f"; {FIXES[kinds[0][0]]}" if kinds[0][0] in FIXES else ""),
+            kinds[0][0],
         )
     return Batch(torch.stack(images), batches.tokenizer(captions), skipped)

@@ -15,11 +15,10 @@ from torch import Tensor
 from .. import host
 from ..data import PREFETCH, Batch, Mix, Order, expand_shards, open_shards, spread, try_pairs
 from ..data.index import ShardError
-from ..data.samples import PACKING
 from ..data.staging import is_remote
 from ..evaluation.labelled import LabelledSet
 from ..file_tokenizer import FileTokenizer
-from ..images import FORMATS, SampleError
+from ..images import SampleError
 from ..models import CLIP
 from ..tokenizer import Tokenizer
 from ..units import BYTES, scaled
@@ -29,12 +28,6 @@ from .data import pair_batches, parts
 from .run import RunFolder
 
 SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
-FIXES = {
-    "no image": PACKING,
-    "no caption": PACKING,
-    "no such field": "give a key to --unique-by that the pairs have",
-    "not an image": f"clipfast decodes {', '.join(FORMATS)}",
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +70,10 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any]) -> 
         ImportError: a package is missing that reads the data.
     """
     device = build_device(config)
-    groups = [expand_shards(part) for part in parts(config)]
+    try:
+        groups = [expand_shards(part) for part in parts(config)]
+    except ValueError as error:
+        raise ValueError(f"--train-data: {error}") from error
     model = bare_model(config, saved, torch.device("meta"))
     build_loss(config, model)
     tokenizer = build_tokenizer(config, model)
@@ -123,18 +119,21 @@ def _check_loader(config: TrainConfig, model: CLIP) -> int:
     """Return the bytes of the batches that are made ahead, which data workers hold in shared memory."""
     batch = config.batch_size * batch_bytes(model.visual.image_size, model.context_length)
     shared = config.workers * PREFETCH * batch
-    held = f"{config.workers} data workers hold {PREFETCH} batches each of {scaled(batch, BYTES)}"
     fix = "use fewer --workers, or a smaller --batch-size"
     if config.workers and host.SHARED_MEMORY.is_dir():
         free = host.free_bytes(host.SHARED_MEMORY)
         if free < shared:
             raise ValueError(
-                f"{host.SHARED_MEMORY} has {scaled(free, BYTES)} free, and {held}: {fix}, or make it larger "
-                f"(docker run --shm-size={-(-shared // 2**30)}g)"
+                f"{host.SHARED_MEMORY} has {scaled(free, BYTES)} free, and {config.workers} data workers hold "
+                f"{PREFETCH} batches each of {scaled(batch, BYTES)} there: {fix}, or make it larger (docker run "
+                f"--shm-size={-(-shared // 2**30)}g)"
             )
     memory = host.memory()
     if memory is not None and memory.available < shared + batch:
-        raise ValueError(f"{scaled(memory.available, BYTES)} of memory are available, and {held}: {fix}")
+        raise ValueError(
+            f"{scaled(memory.available, BYTES)} of memory are available, and {(shared + batch) // batch} batch(es) of "
+            f"{scaled(batch, BYTES)} are held at a time: {fix}"
+        )
     return shared or batch
 
 
@@ -188,5 +187,4 @@ def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     try:
         return try_pairs(pair_batches(config, [source], order, model, tokenizer), PAIRS)
     except SampleError as error:
-        fix = FIXES.get(error.kind)
-        raise ValueError(f"--train-data: {error}{f'; {fix}' if fix else ''}") from error
+        raise ValueError(f"--train-data: {error}") from error
