@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 # What pyproject.toml's extras install, what only some tests compare with, and what a machine that was made for PyTorch
 # and Triton lacks.
 OPTIONAL = [
-    "accelerate", "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train", "peft", "pynvml",
-    "safetensors", "timm", "tokenizers", "torchvision", "tqdm", "transformers", "ttsem", "wcwidth", "webdataset",
-    "yaml",
+    "accelerate", "braceexpand", "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train",
+    "peft", "pynvml", "safetensors", "timm", "tokenizers", "torchvision", "tqdm", "transformers", "ttsem", "wcwidth",
+    "webdataset", "yaml",
 ]  # fmt: skip
 # From the lowest layer up: the folder, and the name that its modules are imported by.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench", "tests": "tests"}
@@ -126,7 +126,7 @@ import clipfast.routes, clipfast.bench.inspection.offline, clipfast.cli, clipfas
 assert callable(clipfast.report) and clipfast.kernels.attention is clipfast.attention
 from clipfast import *
 assert [name for name in clipfast.__all__ if globals()[name] is not getattr(clipfast.api, name)] == []
-heavy = {"torchvision", "webdataset", "matplotlib", "open_clip", "timm"} & set(sys.modules)
+heavy = {"torchvision", "matplotlib", "open_clip", "timm"} & set(sys.modules)
 assert not heavy, f"importing clipfast imports {heavy}"
 absent = {"PIL", "ftfy", "regex", "safetensors"} & set(sys.modules)
 assert not absent, f"importing clipfast imports {absent}, which a machine made for PyTorch and Triton may lack"

@@ -7,9 +7,10 @@
 from .crops import CroppedImages, WholeImages
 from .identity import identities
 from .index import IndexCache, ShardIndex
+from .keys import Keys, read_keys, read_separator
 from .loader import PREFETCH, Batch, PairBatches, Skipped, pair_loader
 from .order import Mix, Order, Unique
-from .samples import caption, decode_image, expand_shards, metadata, read_samples
+from .samples import caption, decode_image, expand_shards, metadata
 from .source import MAX_OPEN, ShardSource, open_shards
 from .trial import spread, try_pairs
 
@@ -19,6 +20,7 @@ __all__ = [
     "Batch",
     "CroppedImages",
     "IndexCache",
+    "Keys",
     "Mix",
     "Order",
     "PairBatches",
@@ -34,7 +36,8 @@ __all__ = [
     "metadata",
     "open_shards",
     "pair_loader",
-    "read_samples",
+    "read_keys",
+    "read_separator",
     "spread",
     "try_pairs",
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Index tar files of pairs: find where each sample lies, and what is damaged.
+"""Index files of pairs: find where each sample lies, and what is damaged.
 
 A training run does so itself when it starts, in as many processes as it has data workers. The index is kept in the
 folder that CLIPFAST_CACHE names, or in ~/.cache/clipfast, and only shards that have changed are read again.
@@ -14,6 +14,7 @@ import numpy as np
 
 from ..columns import align
 from ..files import check_target, replace_text
+from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
 
 EPILOG = """\
 examples:
@@ -30,6 +31,7 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="as --train-data of clipfast train takes them")
+    add_arguments(parser, SOURCE_OPTIONS)
     add("--workers", type=int, default=1, metavar="N", help="processes that read shards (default: 1)")
     add("--unique-by", metavar="KEY", help="also read this json key, or 'caption', as training with --unique-by does")
     add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
@@ -46,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_target(args.json)
     started = time.perf_counter()
-    index = IndexCache()
+    index = IndexCache(separator=separator_of(vars(args)))
     source = open_shards(expand_shards(args.shards), args.workers, index)
     damaged = {shard.name: shard.damage for shard in source.shards if shard.damage}
     found: dict[str, Any] = {
@@ -56,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
         "lost": sum(sum(damage.values()) for damage in damaged.values()),
     }
     if args.unique_by is not None:
-        found["different"] = len(np.unique(identities(source, args.unique_by)))
+        found["different"] = len(np.unique(identities(source, args.unique_by, keys_of(vars(args)))))
     found |= {"seconds": round(time.perf_counter() - started, 2), "cache": str(index.folder)}
     print(align([(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in found.items()]))
     for name, damage in damaged.items():

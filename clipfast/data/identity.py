@@ -1,16 +1,21 @@
 """By what samples count as the same: a number for each, kept beside the index of its shard."""
 
+import dataclasses
 import hashlib
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..images import SampleError
-from .samples import RawSample, caption, field
+from .index import ShardError
+from .keys import DEFAULT_KEYS, Keys
+from .samples import caption, field
 from .source import ShardSource
 
+CAPTION = "caption"
 
-def identities(source: ShardSource, unique_by: str) -> NDArray[np.uint64]:
+
+def identities(source: ShardSource, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDArray[np.uint64]:
     """Return a 64-bit number for each sample, which two samples share if they have the same value of ``unique_by``.
 
     Every sample is read once; after that, the numbers are in the cache.
@@ -18,32 +23,33 @@ def identities(source: ShardSource, unique_by: str) -> NDArray[np.uint64]:
     Args:
         source: the samples.
         unique_by: "caption", or a key of the samples' json. A sample that lacks it is like no other.
+        keys: say what the caption is; of several captions of a sample, the first counts.
 
     Raises:
         ShardError: a shard cannot be read.
     """
     from tqdm import tqdm
 
+    keys = dataclasses.replace(keys, images=())  # no image is read
+    column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
     parts, first = [], 0
     for number, shard in enumerate(tqdm(source.shards, f"reading every {unique_by}", unit="shard", disable=None)):
-        known = source.index.column(shard, unique_by)
+        known = source.index.column(shard, column)
         if known is None:
             numbers = range(first, first + shard.count)
-            known = np.array([_identity(source, sample, unique_by, shard.name) for sample in numbers], np.uint64)
-            source.index.keep_column(shard, unique_by, known)
+            known = np.array([_identity(source, sample, unique_by, keys, shard.name) for sample in numbers], np.uint64)
+            source.index.keep_column(shard, column, known)
         parts.append(known)
         first += source.sizes[number]
     return np.concatenate(parts)
 
 
-def _identity(source: ShardSource, number: int, unique_by: str, shard: str) -> int:
-    sample = source.read(number)
+def _identity(source: ShardSource, number: int, unique_by: str, keys: Keys, shard: str) -> int:
     try:
-        text = f"value/{_value(sample, unique_by)}"
+        sample = source.read(number, keys)
+        text = f"value/{caption(sample, keys=keys) if unique_by == CAPTION else field(sample, unique_by)}"
+    except ShardError:
+        raise
     except SampleError:
         text = f"sample/{shard}/{number}"
     return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest())
-
-
-def _value(sample: RawSample, unique_by: str) -> str:
-    return caption(sample) if unique_by == "caption" else field(sample, unique_by)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..files import replace_file
 from ..images import SampleError
-from .formats import Stretches
+from .formats import Format, Stretches
 from .kinds import format_of
 from .staging import FetchError, exclusive, file_name, file_stamp, is_direct, staged, stamp
 
@@ -63,10 +63,19 @@ class ShardIndex:
 
 
 class IndexCache:
-    """The indices of shards in a cache folder, in place of which :func:`cache_folder` is taken if it is None."""
+    """The indices of shards in a cache folder.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder or cache_folder()
+    Args:
+        folder: by default, that of :func:`cache_folder`.
+        separator: of the fields of CSV files, in place of what their names and headers say.
+    """
+
+    def __init__(self, folder: Path | None = None, separator: str | None = None) -> None:
+        self.folder, self.separator = folder or cache_folder(), separator
+
+    def format_of(self, name: str) -> Format:
+        """Return the format of a shard."""
+        return format_of(name, self.separator)
 
     def shards(self, names: Sequence[str], workers: int = 0) -> Iterator[ShardIndex]:
         """Yield the index of each shard in order; those that are not in the cache are made and put there.
@@ -159,7 +168,7 @@ class IndexCache:
         return descriptor, file_stamp(os.fstat(descriptor))
 
     def _entry(self, name: str) -> Path:
-        entry = file_name(name)
+        entry = file_name(name if self.separator is None else f"{name}\0{self.separator}")
         return self.folder / "index" / entry[:2] / entry
 
     def _known(self, name: str) -> ShardIndex | None:
@@ -185,7 +194,7 @@ class IndexCache:
             descriptor, now = self._descriptor(name)
             with os.fdopen(descriptor, "rb") as file:
                 try:
-                    found, damage = format_of(name).scan(file, name)
+                    found, damage = self.format_of(name).scan(file, name)
                 except ValueError as error:
                     raise ShardError(f"shard {name} cannot be read: {error}", "unreadable shard") from error
                 index = ShardIndex(name, now, os.fstat(descriptor).st_size, len(found), damage)

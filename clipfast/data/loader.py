@@ -27,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from ..file_tokenizer import FileTokenizer
 from ..images import SampleError
 from ..tokenizer import Tokenizer, trim_padding
+from .keys import DEFAULT_KEYS, Keys
 from .order import Mix, Stretch, Unique, permutation, random_words
 from .samples import RawSample, caption, field, image_bytes, sample_name
 from .source import Source
@@ -59,7 +60,7 @@ class Batch:
         texts: token ids, [B, L].
         skipped: samples that could not be used; others stand in their places.
         seconds: time spent on each stage: "read", "decode", "tokenize" and "other".
-        bytes_read: from the shards.
+        bytes_read: from the shards and the files that they name.
     """
 
     images: Tensor
@@ -90,6 +91,7 @@ class PairBatches(Dataset[Batch]):
         unique_by: "caption" or a key of the samples' json. ``order`` lets no two samples of a batch have the same value
             of it; samples that lack it cannot be used.
         keyword_prob: as :func:`clipfast.data.caption` takes it.
+        keys: under which names a sample has its image and its captions.
         reads_padding: whether the model reads the padding of texts, which then stays.
         rank, world_size: this rank takes the ``rank``-th of ``world_size`` equal parts of each batch.
     """
@@ -102,6 +104,7 @@ class PairBatches(Dataset[Batch]):
     seed: int = 0
     unique_by: str | None = None
     keyword_prob: float = 0.0
+    keys: Keys = DEFAULT_KEYS
     reads_padding: bool = False
     rank: int = 0
     world_size: int = 1
@@ -157,7 +160,7 @@ class PairBatches(Dataset[Batch]):
             name = self.sources[source].name(substitute)
             try:
                 clock.stop("other")
-                raw = self.sources[source].read(substitute)
+                raw = self.sources[source].read(substitute, self.keys)
                 clock.stop("read")
                 name = sample_name(raw)
                 pair = self.pair(raw, int(random_words(1, self.seed, source, data_pass, substitute, 0)[0]))
@@ -195,8 +198,8 @@ class PairBatches(Dataset[Batch]):
         """
         if self.unique_by not in (None, "caption"):
             field(raw, self.unique_by)
-        text = caption(raw, self.keyword_prob, random.Random(seed))
-        data = image_bytes(raw)
+        text = caption(raw, self.keyword_prob, random.Random(seed), self.keys)
+        data = image_bytes(raw, self.keys)
         with torch.random.fork_rng(devices=[]):  # without data workers, this is the process that trains
             torch.default_generator.manual_seed(seed)
             return self.transform(data), text

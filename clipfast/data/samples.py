@@ -1,7 +1,8 @@
-"""Samples of WebDataset shards: their names, how they are read, and what is in them. Nothing is unpickled."""
+"""Samples of shards: how the shards are named, and what is in a sample. Nothing is unpickled."""
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import json
 import random
@@ -11,15 +12,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..images import ImageError, SampleError, open_image
-from .tar import BLOCK, Damage, Member, read_tar
+from .keys import DEFAULT_KEYS, Keys
+from .tar import BLOCK, Damage, Member
 
 if TYPE_CHECKING:
     from PIL import Image
 
-IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 BUNDLED_PREFIX = "bundled:"
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".txt")
-PACKING = "a shard holds an image and a caption of each pair under one name (7.jpg, 7.txt): tar --sort=name -cf x.tar ."
+PIPE = "pipe:"
+FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
+NO_SHARDS = (".json", ".parquet", ".txt")
 SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
 
 RawSample = dict[str, Any]
@@ -29,33 +31,38 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     """Return the shards that ``pattern`` names.
 
     Args:
-        pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``.
-            ``bundled:emoji/noto`` is a shard of this package. Names with a scheme (``https:``, ``pipe:``) stay as they
-            are.
+        pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``. A
+            folder is one shard, whose name ends with a slash, or it is the ``metadata.jsonl`` or ``metadata.csv`` in
+            it. ``bundled:emoji/noto`` is a shard of this package. Names with a scheme (``https:``, ``pipe:``) stay as
+            they are.
 
     Raises:
-        ValueError: a local file does not exist or is no tar file by its name, or no shard is named.
+        ValueError: a local file does not exist or is no shard by its name, or no shard is named.
     """
-    from webdataset.shardlists import expand_urls
+    from braceexpand import braceexpand
 
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    try:
-        named = [_bundled(shard) for one in patterns for shard in expand_urls(one)]
-    except AssertionError as error:  # a variable ${NAME} that is not set
-        raise ValueError(f"shards {pattern!r} cannot be expanded: {error}") from error
+    named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in braceexpand(part)]
     shards = [path for shard in named for path in _matches(shard)]
     local = [shard for shard in shards if ":" not in shard]
     missing = [shard for shard in local if not Path(shard).exists()]
     if missing:
         raise ValueError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     for shard in local:
-        if Path(shard).is_dir():
-            raise ValueError(f"{shard} is a folder: name the shards in it, as '{Path(shard) / '*.tar'}'")
-        if Path(shard).suffix.lower() in TABLES:
-            raise ValueError(f"{shard} is a table, not a tar file: {PACKING}")
+        if Path(shard).suffix.lower() in NO_SHARDS and Path(shard).is_file():
+            raise ValueError(
+                f"{shard} is no shard: pairs come from tar files, from tables (.csv, .tsv, .jsonl) with an image in "
+                "each line, and from folders of images with a text beside each (7.jpg, 7.txt)"
+            )
     if not shards:
         raise ValueError("no shards given")
-    return shards
+    return [_in_folder(shard) if ":" not in shard and Path(shard).is_dir() else shard for shard in shards]
+
+
+def _in_folder(folder: str) -> str:
+    """Return the table of a folder that has one, and otherwise the name of the folder as a shard."""
+    tables = (str(path) for name in FOLDER_TABLES if (path := Path(folder, name)).is_file())
+    return next(tables, folder.rstrip("/") + "/")
 
 
 def _matches(shard: str) -> list[str]:
@@ -66,6 +73,16 @@ def _matches(shard: str) -> list[str]:
     if not found:
         raise ValueError(f"no such shard: nothing matches {shard}")
     return found
+
+
+def is_remote(shard: str) -> bool:
+    """Return True if a shard is not a file of this machine."""
+    return shard.startswith(PIPE) or "://" in shard
+
+
+def is_folder(shard: str) -> bool:
+    """Return True if a shard is a folder of images, by its name."""
+    return shard.endswith("/") and not is_remote(shard)
 
 
 def is_local(pattern: str) -> bool:
@@ -83,27 +100,6 @@ def _bundled(shard: str) -> str:
     if name not in known:
         raise ValueError(f"no bundled shard {name!r}; there are: {', '.join(known)}")
     return str(folder.joinpath(name.removeprefix("emoji/") + ".tar.gz"))
-
-
-def read_samples(shards: Iterable[str]) -> Iterator[RawSample]:
-    """Yield the samples of tar files in order, undecoded: ``__key__``, ``__url__``, and bytes by file extension.
-
-    Consecutive members whose names agree up to the first dot form a sample. For each pair that is known to be lost
-    where a shard is damaged, there is a sample whose ``__damage__`` says why and whose key says where: it cannot be
-    decoded, and is thus counted and named as other samples that cannot be used. The number of lost pairs is estimated
-    from the smallest pair of the shard, so it is rather too high than too low.
-
-    Raises:
-        ValueError: a shard cannot be opened, or is not a tar file.
-    """
-    from webdataset.gopen import gopen
-
-    for shard in shards:
-        try:
-            with gopen(shard) as stream:
-                yield from group_members(shard, read_tar(stream))
-        except (ValueError, OSError) as error:
-            raise ValueError(f"shard {shard} cannot be read: {error}") from error
 
 
 def split_name(name: str) -> tuple[str, str] | None:
@@ -171,8 +167,8 @@ def group_members(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawS
 
 
 def is_pair(sample: RawSample) -> bool:
-    """Return True if a sample has an image and a caption."""
-    return "txt" in sample and any(extension in sample for extension in IMAGE_EXTENSIONS)
+    """Return True if a sample has an image and what its caption may be in."""
+    return ("txt" in sample or "json" in sample) and any(key in sample for key in DEFAULT_KEYS.images)
 
 
 def sample_name(sample: RawSample) -> str:
@@ -180,43 +176,40 @@ def sample_name(sample: RawSample) -> str:
     return f"{Path(sample['__url__']).name}/{sample['__key__']}"
 
 
-def decode_image(sample: RawSample) -> Image.Image:
+def decode_image(sample: RawSample, keys: Keys = DEFAULT_KEYS) -> Image.Image:
     """Return the image of a sample.
 
     Raises:
         ImageError: the sample has no image, or the image cannot be decoded.
     """
-    return open_image(image_bytes(sample))
+    return open_image(image_bytes(sample, keys))
 
 
-def image_bytes(sample: RawSample) -> bytes:
-    """Return the file of a sample that is its image.
+def image_bytes(sample: RawSample, keys: Keys = DEFAULT_KEYS) -> bytes:
+    """Return the member of a sample that is its image.
 
     Raises:
         ImageError: the sample has no image.
     """
-    _check_damage(sample)
-    for extension in IMAGE_EXTENSIONS:
-        if extension in sample:
-            data: bytes = sample[extension]
+    for key in keys.images:
+        if key in sample:
+            data: bytes = sample[key]
             return data
-    raise ImageError(f"sample has no image ({', '.join(IMAGE_EXTENSIONS)}), only {_found(sample)}", "no image")
+    raise ImageError(
+        f"sample has no image ({', '.join(keys.images)}), only {_found(sample)}; --image-key gives it another name",
+        "no image",
+    )
 
 
 def _found(sample: RawSample) -> str:
-    """Return the extensions of a sample and what may be wrong with the shard, for errors."""
+    """Return what a sample has, and what may be wrong with the shard, for errors."""
     extensions = sorted(key for key in sample if not key.startswith("__"))
-    if "json" in extensions and "txt" not in extensions:
-        return f"{', '.join(extensions)}; clipfast reads captions from .txt files, not from json"
-    if len(extensions) == 1:
-        return f"{extensions[0]}; the files of a pair must lie one behind the other: tar --sort=name"
+    with contextlib.suppress(SampleError):
+        fields = ", ".join(metadata(sample)) or "nothing"
+        extensions = [f"json with {fields}" if key == "json" else key for key in extensions]
+    if len(extensions) == 1 and "json" not in sample:
+        return f"{extensions[0]} (the files of a pair must lie one behind the other: tar --sort=name)"
     return ", ".join(extensions) or "parts that are damaged"
-
-
-def _check_damage(sample: RawSample) -> None:
-    """Refuse a sample that stands for a pair that is lost."""
-    if "__damage__" in sample:
-        raise SampleError(f"a pair is lost: {sample['__damage__']}", "damaged shard")
 
 
 def metadata(sample: RawSample) -> dict[str, Any]:
@@ -225,7 +218,6 @@ def metadata(sample: RawSample) -> dict[str, Any]:
     Raises:
         SampleError: it is not valid JSON, or not an object.
     """
-    _check_damage(sample)
     try:
         parsed = json.loads(sample.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
@@ -248,8 +240,10 @@ def field(sample: RawSample, key: str) -> str:
     return str(fields[key])
 
 
-def caption(sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | None = None) -> str:
-    """Return the caption of a sample, its ``txt``.
+def caption(
+    sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | None = None, keys: Keys = DEFAULT_KEYS
+) -> str:
+    """Return the caption of a sample, one of several if it has a list of them: ``rng`` draws it, or it is the first.
 
     With probability ``keyword_prob``, from one to three of the ``keywords`` in its ``json`` are appended, drawn by
     ``rng``.
@@ -257,15 +251,8 @@ def caption(sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | N
     Raises:
         SampleError: there is no caption, it is not UTF-8, or the keywords are not a list of strings.
     """
-    _check_damage(sample)
-    if "txt" not in sample:
-        raise SampleError(f"sample has no caption (txt), only {_found(sample)}", "no caption")
-    try:
-        text: str = sample["txt"].decode("utf-8").strip()
-    except UnicodeDecodeError as error:
-        raise SampleError(f"caption is not UTF-8: {error}", "broken caption") from error
-    if not text:
-        raise SampleError("caption is empty", "no caption")
+    texts = _captions(sample, rng, keys)
+    text = texts[0] if rng is None or len(texts) == 1 else rng.choice(texts)
     if rng is None or keyword_prob == 0 or rng.random() >= keyword_prob:
         return text
     keywords = metadata(sample).get("keywords", [])
@@ -273,3 +260,31 @@ def caption(sample: RawSample, keyword_prob: float = 0.0, rng: random.Random | N
         raise SampleError(f"keywords are not a list of strings: {keywords!r:.80}", "broken json")
     chosen = rng.sample(keywords, min(len(keywords), rng.randint(1, 3)))
     return ", ".join([text, *chosen])
+
+
+def _captions(sample: RawSample, rng: random.Random | None, keys: Keys) -> list[str]:
+    """Return the captions of a sample: its member, or the first that is not empty of the values in its ``json``.
+
+    Raises:
+        SampleError: there is none, or it is not UTF-8.
+    """
+    member = None if keys.is_json else next((key for key in keys.texts if key in sample), None)
+    values: list[Any]
+    if member is None:
+        fields = metadata(sample)
+        values = [fields[key] for key in keys.ordered_texts(rng) if key in fields]
+    else:
+        try:
+            values = [sample[member].decode("utf-8")]
+        except UnicodeDecodeError as error:
+            raise SampleError(f"caption is not UTF-8: {error}", "broken caption") from error
+    for value in values:
+        texts = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if any(texts):
+            return [text for text in texts if text]
+    if values:
+        raise SampleError("caption is empty", "no caption")
+    names = ", ".join(keys.texts)
+    raise SampleError(
+        f"sample has no caption ({names}), only {_found(sample)}; --text-key gives it another name", "no caption"
+    )

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,8 @@ from numpy.typing import NDArray
 from ..images import SampleError
 from .formats import Stretches, unpacked
 from .index import IndexCache, ShardError, ShardIndex
-from .kinds import format_of
+from .keys import DEFAULT_KEYS, Keys
+from .linked import load_links
 from .samples import RawSample
 
 MAX_OPEN = 256  # shards that a process holds open for all its sources
@@ -29,8 +31,8 @@ class Source(Protocol):
     def bytes_read(self) -> int:
         """How many bytes this process has read."""
 
-    def read(self, number: int) -> RawSample:
-        """Return a sample, undecoded.
+    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
+        """Return a sample, undecoded, with the files that it names and ``keys`` ask for.
 
         Raises:
             SampleError: it cannot be read.
@@ -96,13 +98,18 @@ class ShardSource:
     def name(self, number: int) -> str:
         """Return the shard's name and the number of the sample in it."""
         shard, within = self._place(number)
-        return f"{os.path.basename(self.shards[shard].name)}, sample {within}"
+        return f"{Path(self.shards[shard].name).name}, sample {within}"
 
-    def read(self, number: int) -> RawSample:
-        """Return ``__key__``, ``__url__`` and bytes by file extension, by one call to the system.
+    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
+        """Return ``__key__``, ``__url__`` and bytes by file extension, by one call to the system if it holds its image.
+
+        Args:
+            number: of the sample.
+            keys: say which of the files are read that a sample names in place of holding them.
 
         Raises:
             ShardError: the shard is missing, or was changed; or no sample is where the index says.
+            SampleError: the sample is broken, or a file that it names cannot be read.
         """
         shard, within = self._place(number)
         opened = self._opened(shard)
@@ -117,13 +124,16 @@ class ShardSource:
             self._close(shard)
             raise ShardError(f"the shard ends inside sample {within}", "truncated shard")
         try:
-            return opened.parse(data)
+            sample = opened.parse(data)
         except SampleError:
             raise
         except ValueError as error:
             raise ShardError(
                 f"sample {within} is not where it was when the shard was indexed", "replaced shard"
             ) from error
+        self.bytes_read += load_links(sample, keys)
+        sample.setdefault("__key__", f"sample {within}")
+        return sample
 
     def _opened(self, shard: int) -> "_OpenShard":
         found = self._open.get(shard)
@@ -131,11 +141,8 @@ class ShardSource:
             if len(self._open) >= self.max_open:
                 self._close(next(iter(self._open)))
             name = self.shards[shard].name
-            form, stretches, descriptor = (
-                format_of(name),
-                self.index.stretches(name),
-                self.index.open(self.shards[shard]),
-            )
+            form, stretches = self.index.format_of(name), self.index.stretches(name)
+            descriptor = self.index.open(self.shards[shard])
             found = _OpenShard(descriptor, stretches, form.unit, form.parser(name, descriptor))
             self._open[shard] = found
         self._open.move_to_end(shard)

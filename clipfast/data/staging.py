@@ -1,8 +1,9 @@
 """A shard that cannot be read from the middle is first copied, whole and uncompressed, to a folder of limited size.
 
-These are compressed files, commands (``pipe:``), and whatever has a URL, through fsspec. A shard that is already there
-is not brought again. When the folder is full, the shards that were opened longest ago make room. A process that still
-reads one of them can go on; its space is free as soon as that process has closed it.
+These are compressed files, commands (``pipe:``), and whatever has a URL, through fsspec. Of a folder of images, a list
+of its files is put there. A shard that is already there is not brought again. When the folder is full, the shards that
+were opened longest ago make room. A process that still reads one of them can go on; its space is free as soon as that
+process has closed it.
 """
 
 import contextlib
@@ -17,9 +18,10 @@ from pathlib import Path
 from typing import IO, Any, cast
 
 from ..files import DiskFullError, replace_file
+from .folders import folder_stamp, write_list
+from .samples import PIPE, is_folder, is_remote
 from .tar import BLOCK, WINDOW, decompressed, is_compressed
 
-PIPE = "pipe:"
 MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
 MAX_BYTES = 64 << 30
 ATTEMPTS = 5
@@ -36,18 +38,13 @@ class FetchError(ValueError):
 
 def is_direct(name: str) -> bool:
     """Return True if a shard can be read where it is: it is a file of this machine, and not compressed."""
-    if is_remote(name):
+    if is_remote(name) or is_folder(name):
         return False
     try:
         with open(name, "rb") as file:
             return not is_compressed(file.read(BLOCK))
     except OSError:
         return True  # whoever opens it will say what is wrong
-
-
-def is_remote(name: str) -> bool:
-    """Return True if a shard is not a file of this machine."""
-    return name.startswith(PIPE) or "://" in name
 
 
 def stamp(name: str) -> str:
@@ -58,6 +55,8 @@ def stamp(name: str) -> str:
     """
     if name.startswith(PIPE):
         return ""
+    if is_folder(name):
+        return folder_stamp(name)
     if not is_remote(name):
         return file_stamp(os.stat(name))
     file_system, path = _file_system(name)
@@ -149,6 +148,9 @@ def _fetch(name: str, path: Path) -> None:
 
 def _copy(name: str, path: Path) -> None:
     """Copy what of a shard can be read; the end that is missing shows when the copy is indexed."""
+    if is_folder(name):
+        write_list(name, path)
+        return
     with _opened(name) as source, path.open("wb") as target:
         chunks = decompressed(source)
         while True:

@@ -37,7 +37,7 @@ def try_pairs(batches: PairBatches, each: int) -> Batch:
             for within in spread(count, each):
                 name = source.name(first + within)
                 try:
-                    raw = source.read(first + within)
+                    raw = source.read(first + within, batches.keys)
                     name = sample_name(raw)
                     image, text = batches.pair(raw, batches.seed)
                 except SampleError as error:

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
+
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand with its one task. Files and names are checked when it runs."""
@@ -15,7 +17,7 @@ def add_parser(commands: Any) -> None:
         "zeroshot",
         help="zero-shot accuracy and image-text retrieval",
         description="Compute zero-shot accuracy and retrieval on a folder with one sub-folder of images per class, or "
-        "on WebDataset shards.",
+        "on pairs as --train-data of clipfast train takes them.",
         epilog="Example: clipfast eval zeroshot --model local-dir:runs/demo --data bundled:emoji/fluent",
     )
     add = zero_shot.add_argument
@@ -31,12 +33,13 @@ def add_parser(commands: Any) -> None:
     )
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
-    add("--data", required=True, help="image folder, or shards; 'bundled:emoji/fluent' ships with the package")
-    add("--label-by", metavar="KEY", help="key of the shards' json that names the class (default: the caption does)")
+    add("--data", required=True, help="image folder, or pairs; 'bundled:emoji/fluent' ships with the package")
+    add_arguments(zero_shot, SOURCE_OPTIONS)
+    add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption does)")
     add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
     templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
     add("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
-    add("--group-by", metavar="KEY", help="key of the shards' json; accuracy is also reported for each of its values")
+    add("--group-by", metavar="KEY", help="column or json key; accuracy is also reported for each of its values")
     add("--leave-out", nargs="*", default=[], metavar="GROUP", help="groups to leave out of a second overall accuracy")
     add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
@@ -64,7 +67,10 @@ def run(args: argparse.Namespace) -> int:
         cache_dir=args.cache_dir,
     ).eval()  # fmt: skip
     tokenizer = get_tokenizer(args.model, cache_dir=args.cache_dir, tokenizer_file=args.tokenizer)
-    images = LabelledSet(args.data, args.group_by, args.label_by)
+    options = vars(args)
+    images = LabelledSet(
+        args.data, args.group_by, args.label_by, keys=keys_of(options), separator=separator_of(options)
+    )
     progress = tqdm(images, desc="images", unit="image", disable=None)
     transform = transform_of(model, uint8=True)
     features = encode_labelled(model, progress, transform, args.batch_size, device)

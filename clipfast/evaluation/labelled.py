@@ -6,16 +6,18 @@ import dataclasses
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from ..data import Skipped, caption, decode_image, expand_shards, read_samples
-from ..data.samples import IMAGE_EXTENSIONS, RawSample, field, sample_name
-from ..images import open_image
+from ..data import IndexCache, Keys, Skipped, caption, decode_image, expand_shards, open_shards
+from ..data.folders import has_texts
+from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS
+from ..data.samples import RawSample, field, is_folder, sample_name
+from ..images import SampleError, open_image
 from ..models import CLIP
 
 if TYPE_CHECKING:
@@ -66,18 +68,24 @@ class LabelledFeatures:
 
 @dataclasses.dataclass
 class LabelledSet:
-    """The images of a folder with one sub-folder per class, or of WebDataset shards; each iteration reads them anew.
+    """The images of a folder with one sub-folder per class, or of shards; each iteration reads them anew.
+
+    A folder in which a text or a json lies beside an image is a shard.
 
     Attributes:
         data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
         group_by: key of the shards' json that names the group of an image.
         label_by: key of the shards' json that names the class; without it the caption does.
+        keys: under which names a sample has its image and its caption.
+        separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
         skipped: every image that the last iteration had to leave out.
     """
 
     data: str
     group_by: str | None = None
     label_by: str | None = None
+    keys: Keys = DEFAULT_KEYS
+    separator: str | None = None
     skipped: list[Skipped] = dataclasses.field(default_factory=list)
 
     def __iter__(self) -> Iterator[LabelledImage]:
@@ -100,7 +108,9 @@ class LabelledSet:
         """Yield the images that can be used among the first ``most``, and note the others."""
         self.skipped.clear()
         usable = False
-        loaders = self._folder(Path(self.data)) if Path(self.data).is_dir() else self._shards()
+        shards = expand_shards(self.data)
+        is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
+        loaders = self._folder(Path(self.data)) if is_classes else self._samples(shards)
         for name, load in itertools.islice(loaders, most):
             try:
                 image = load()
@@ -115,15 +125,28 @@ class LabelledSet:
             first = "" if most is None else f"first {len(self.skipped)} "
             raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
-    def _shards(self) -> Iterator[Loader]:
-        for sample in read_samples(expand_shards(self.data)):
-            yield sample_name(sample), functools.partial(self._from_sample, sample)
+    def _samples(self, shards: Sequence[str]) -> Iterator[Loader]:
+        """Yield the images of each shard, and after them what stands for each that is lost."""
+        source, numbers = open_shards(shards, index=IndexCache(separator=self.separator)), itertools.count()
+        for shard in source.shards:
+            for number in itertools.islice(numbers, shard.count):
+                try:
+                    sample = source.read(number, self.keys)
+                except SampleError as error:
+                    yield source.name(number), functools.partial(_fail, error)
+                else:
+                    yield sample_name(sample), functools.partial(self._from_sample, sample)
+            for damage, count in shard.damage.items():
+                place, _, reason = damage.partition(": ")
+                lost = SampleError(f"a pair is lost: {reason}", "damaged shard")
+                for pair in range(count):
+                    yield f"{Path(shard.name).name}/{place}, pair {pair + 1}", functools.partial(_fail, lost)
 
     def _from_sample(self, sample: RawSample) -> LabelledImage:
-        text = caption(sample)
+        text = caption(sample, keys=self.keys)
         label = text if self.label_by is None else field(sample, self.label_by)
         group = "" if self.group_by is None else field(sample, self.group_by)
-        return LabelledImage(decode_image(sample), label, text, group)
+        return LabelledImage(decode_image(sample, self.keys), label, text, group)
 
     def _folder(self, root: Path) -> Iterator[Loader]:
         """Yield the images of each sub-folder, whose name is their label and caption."""
@@ -140,6 +163,10 @@ class LabelledSet:
 
 def _is_image(path: Path) -> bool:
     return path.suffix.lower().lstrip(".") in IMAGE_EXTENSIONS
+
+
+def _fail(error: SampleError) -> LabelledImage:
+    raise error
 
 
 def _from_file(path: Path) -> LabelledImage:

@@ -12,7 +12,7 @@ def add_parser(commands: Any) -> None:
     """Add the subcommand. Values are checked when it runs, so that ``--help`` needs no PyTorch."""
     parser = commands.add_parser(
         "train",
-        description="Train CLIP on WebDataset shards. Ctrl-C saves and stops; --resume continues.",
+        description="Train CLIP on image-text pairs. Ctrl-C saves and stops; --resume continues.",
         epilog="Example: clipfast train --recipe emoji --name demo\nTo continue: clipfast train --resume runs/demo",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

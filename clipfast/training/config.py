@@ -4,9 +4,13 @@ import argparse
 import dataclasses
 import math
 import tomllib
+from collections.abc import Collection, Mapping
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..data import Keys
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 AUTO = "auto"
@@ -23,7 +27,7 @@ def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
         text: what ``--help`` says.
         kind: type of the value, or of each value if it is a tuple.
         limits: what :func:`_check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most`` and ``below``.
-            With ``auto=True``, "auto" is a value as well.
+            With ``auto=True``, "auto" is a value as well. ``aliases`` are further flags of the option.
     """
     return dataclasses.field(default=default, metadata={"help": text, "kind": kind, **limits})
 
@@ -33,9 +37,31 @@ class TrainConfig:
     """Options of a training run. Names follow OpenCLIP's flags; the help text of each is its documentation."""
 
     train_data: str = _flag(
-        "", "WebDataset shards (.tar, .tar.gz); {000..099} and *.tar expand, '::' joins patterns, and "
+        "", "pairs: WebDataset shards (.tar, .tar.gz), tables (.csv, .tsv, .jsonl) whose lines name image files, or "
+        "folders of images with texts beside them; {000..099} and *.tar expand, '::' joins patterns, and "
         "'bundled:emoji/noto' ships with the package",
     )  # fmt: skip
+    image_key: str | None = _flag(
+        None, "extension of the image in a tar file, or column of a table that names its file; ';' separates "
+        "alternatives (default: jpg, jpeg, png, webp, gif, bmp, image, img, filepath, file_name or path)",
+        aliases=("--csv-img-key",),
+    )  # fmt: skip
+    text_key: str | None = _flag(
+        None, "extension of the caption in a tar file, or column of a table or key of a json; ';' separates "
+        "alternatives; of a list of captions, one is drawn (default: txt, caption, text or title)",
+        aliases=("--csv-caption-key",),
+    )  # fmt: skip
+    json_text_key: tuple[str, ...] = _flag(
+        (), "take the caption from the first of these keys of the json that is there and not empty, whatever "
+        "--text-key says",
+    )  # fmt: skip
+    json_text_key_probs: tuple[float, ...] = _flag(
+        (), "draw which of the keys of --json-text-key comes first, each by its probability; those with 0 come last",
+        float,
+    )  # fmt: skip
+    csv_separator: str | None = _flag(
+        None, "separator of the fields of .csv and .tsv files (default: what the name and the header say)"
+    )
     train_data_upsampling_factors: tuple[float, ...] = _flag(
         (), "for each part of --train-data that '::' joins, how often its pairs are seen while those of a part with "
         "factor 1 are seen once", float,
@@ -141,6 +167,8 @@ class TrainConfig:
             raise ValueError("--cuda-graphs replays a whole batch: leave out --micro-batch-size, or --cuda-graphs")
         if self.val_leave_out and self.val_group_by is None:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
+        self.keys()
+        self.separator()
         if not self.train_data:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
@@ -157,6 +185,40 @@ class TrainConfig:
     def budget(self) -> str:
         """The option that says how long the run is."""
         return BUDGETS[self.samples_seen is not None]
+
+    def keys(self) -> "Keys":
+        """Return under which names a pair has its image and its captions."""
+        return keys_of(vars(self))
+
+    def separator(self) -> str | None:
+        """Return the separator of CSV files, or None if each of them tells it."""
+        return separator_of(vars(self))
+
+
+KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
+SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")  # of other commands, which draw nothing
+
+
+def keys_of(options: Mapping[str, Any]) -> "Keys":
+    """Return under which names a pair has its image and its captions, as options say; others may be among them.
+
+    Raises:
+        ValueError: they cannot work.
+    """
+    from ..data import read_keys
+
+    return read_keys(**{name: options[name] for name in KEY_OPTIONS if name in options})
+
+
+def separator_of(options: Mapping[str, Any]) -> str | None:
+    """Return the separator of CSV files, as options say; None if each file tells it.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    from ..data import read_separator
+
+    return read_separator(options.get("csv_separator"))
 
 
 def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
@@ -205,9 +267,14 @@ def flag_name(field: str) -> str:
     return "--" + field.replace("_", "-")
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add a flag for each option. A flag that is not given leaves no attribute, so that a recipe can set it."""
+def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """Add a flag for each option, or for those in ``only``.
+
+    A flag that is not given leaves no attribute, so that a recipe can set it.
+    """
     for field in dataclasses.fields(TrainConfig):
+        if only is not None and field.name not in only:
+            continue
         meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
@@ -219,7 +286,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             options["help"] += f" (default: {shown})" if shown else ""
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "*"
-        parser.add_argument(flag_name(field.name), **options)
+        parser.add_argument(flag_name(field.name), *meta.get("aliases", ()), **options)
 
 
 def list_recipes() -> list[str]:

@@ -13,6 +13,7 @@ from ..data import (
     MAX_OPEN,
     Batch,
     CroppedImages,
+    IndexCache,
     Mix,
     Order,
     PairBatches,
@@ -24,6 +25,7 @@ from ..data import (
     open_shards,
     pair_loader,
 )
+from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
 from ..images import augmentation
@@ -59,7 +61,7 @@ class TrainingData:
         groups = [expand_shards(part) for part in parts(config)]
         self.shards = [shard for group in groups for shard in group]
         max_open = max(MAX_OPEN // len(groups), 1)
-        self.sources = [open_shards(group, config.workers, max_open=max_open) for group in groups]
+        self.sources = [open_source(config, group, config.workers, max_open) for group in groups]
         self.sizes = [size for source in self.sources for size in source.sizes]
         _check_damage(self.sources, config.max_bad_fraction)
         seed, replacement = config.seed, config.dataset_resampled
@@ -78,7 +80,7 @@ class TrainingData:
         self.order: Mix | Unique = mix
         content = hashlib.sha256(b"".join(np.array(source.sizes, "<i8").tobytes() for source in self.sources))
         if config.unique_by is not None:
-            alike = [identities(source, config.unique_by) for source in self.sources]
+            alike = [identities(source, config.unique_by, config.keys()) for source in self.sources]
             self.order = Unique(mix, alike, config.batch_size)
             content.update(b"".join(numbers.astype("<u8").tobytes() for numbers in alike))
         self.content = content.hexdigest()
@@ -124,8 +126,19 @@ def pair_batches(
         transform = WholeImages(transform_of(model, train=True, scale=config.crop_scale, augment=augment, uint8=True))
     return PairBatches(
         sources, order, transform, tokenizer, config.batch_size, config.seed, config.unique_by, config.keyword_prob,
-        model.reads_padding,
+        config.keys(), model.reads_padding,
     )  # fmt: skip
+
+
+def open_source(config: TrainConfig, shards: Sequence[str], workers: int = 0, max_open: int = MAX_OPEN) -> ShardSource:
+    """Return the pairs of shards, read as the options of a run say; arguments and errors are those of open_shards."""
+    return open_shards(shards, workers, IndexCache(separator=config.separator()), max_open)
+
+
+def validation_set(config: TrainConfig) -> LabelledSet:
+    """Return the validation data of a run that has some."""
+    assert config.val_data is not None
+    return LabelledSet(config.val_data, config.val_group_by, keys=config.keys(), separator=config.separator())
 
 
 def parts(config: TrainConfig) -> list[str]:

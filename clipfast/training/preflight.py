@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import host
-from ..data import PREFETCH, Batch, Mix, Order, expand_shards, open_shards, spread, try_pairs
+from ..data import PREFETCH, Batch, Mix, Order, expand_shards, spread, try_pairs
 from ..data.index import ShardError
 from ..data.staging import is_remote
-from ..evaluation.labelled import LabelledSet
 from ..file_tokenizer import FileTokenizer
 from ..images import SampleError
 from ..models import CLIP
@@ -24,7 +23,7 @@ from ..tokenizer import Tokenizer
 from ..units import BYTES, scaled
 from .build import bare_model, build_device, build_loss, build_tokenizer
 from .config import TrainConfig
-from .data import pair_batches, parts
+from .data import open_source, pair_batches, parts, validation_set
 from .run import RunFolder
 
 SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
@@ -155,9 +154,8 @@ def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device) -> None:
 
 
 def _check_validation(config: TrainConfig) -> None:
-    assert config.val_data is not None
     try:
-        LabelledSet(config.val_data, config.val_group_by).check()
+        validation_set(config).check()
     except (ValueError, OSError) as error:
         raise ValueError(f"--val-data cannot be used: {error}") from error
 
@@ -178,7 +176,7 @@ def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
         )
     few = [names[number] for number in spread(len(names), 1 if any(map(is_remote, names)) else SHARDS)]
     try:
-        source = open_shards(few)
+        source = open_source(config, few)
     except ShardError as error:
         raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
     if not sum(source.sizes):

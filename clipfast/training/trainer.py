@@ -12,12 +12,12 @@ from torch import Tensor
 
 from ..data import Batch
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.labelled import LabelledSet, encode_labelled
+from ..evaluation.labelled import encode_labelled
 from ..factory import transform_of
 from ..files import DiskFullError
 from .build import build_device, build_loss, build_model, build_optimizer, build_tokenizer
 from .config import AUTO, TrainConfig
-from .data import SkipBudget, TrainingData
+from .data import SkipBudget, TrainingData, validation_set
 from .errors import NotFiniteError
 from .interruption import Interruption
 from .logs import TrainLog, log
@@ -45,7 +45,7 @@ class Trainer:
         self.device = build_device(config)
         self.data = TrainingData(config)
         self.total_steps = self.data.total_steps
-        self.validation = None if config.val_data is None else LabelledSet(config.val_data, config.val_group_by)
+        self.validation = None if config.val_data is None else validation_set(config)
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model)

@@ -67,11 +67,9 @@ BAD = [
     ([*EMOJI, "--logs", "t.txt/runs"], "Not a directory"),
     ([*EMOJI, "--model", "/root/a-model"], "unknown model '/root/a-model'; known: RN50"),
     ([*EMOJI, "--batchsize", "7"], "unrecognized arguments: --batchsize 7: did you mean --batch-size?"),
-    (
-        ["train", "--train-data", "train.csv"],
-        "train.csv is a table, not a tar file: a shard holds an image and a caption",
-    ),
-    (["train", "--train-data", "folder"], "folder is a folder: name the shards in it, as 'folder/*.tar'"),
+    (["train", "--train-data", "train.csv"], "the shards hold no samples: train.csv"),
+    (["train", "--train-data", "t.txt"], "t.txt is no shard: pairs come from tar files, from tables (.csv"),
+    (["train", "--train-data", "folder"], "shard folder/ cannot be read: the folder has no images (jpg, jpeg"),
     (["train", "--train-data", "folder/*.tar"], "no such shard: nothing matches folder/*.tar"),
     (
         ["train", "--train-data", "t.tar"],
@@ -157,8 +155,7 @@ def test_train_then_evaluate(capsys, tmp_path, shards):
 
 
 def test_missing_extra_is_named(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "webdataset", None)
-    monkeypatch.setitem(sys.modules, "webdataset.shardlists", None)
+    monkeypatch.setitem(sys.modules, "braceexpand", None)
     code, _, err = run_command(capsys, "train", "--recipe", "emoji")
     assert code == 2
     assert "install what it needs: pip install 'clipfast[data,eval]'" in err.splitlines()[-1]

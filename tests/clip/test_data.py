@@ -23,7 +23,6 @@ from clipfast.data import (
     identities,
     open_shards,
     pair_loader,
-    read_samples,
 )
 from clipfast.tokenizer import Tokenizer, tokenize, trim_padding
 
@@ -60,13 +59,12 @@ def test_not_a_tar_file(tmp_path):
     path = tmp_path / "bad.tar"
     path.write_bytes(b"nothing like a tar file" * 100)
     with pytest.raises(ValueError, match=r"bad\.tar cannot be read"):
-        list(read_samples([str(path)]))
+        open_shards([str(path)])
 
 
 def test_pickles_in_a_shard_stay_bytes(tmp_path):
     shard = write_shard(tmp_path / "p.tar", [sample(0, pyd=b"cos\nsystem\n(S'echo owned'\ntR.", pth=b"x")])
-    (only,) = read_samples([str(shard)])
-    assert isinstance(only["pyd"], bytes)
+    assert isinstance(open_shards([str(shard)]).read(0)["pyd"], bytes)
 
 
 def test_order_is_a_function_of_the_seed(shards):
@@ -141,7 +139,7 @@ def test_impossible_batch(shards, workers):
 
 
 def test_captions_with_keywords(shards):
-    raw = next(read_samples(expand_shards(shards)))
+    raw = open_shards(expand_shards(shards)).read(0)
     assert caption(raw) == "a red thing 0"
     seen = {caption(raw, 1.0, random.Random(seed)) for seed in range(100)}
     assert seen == {f"a red thing 0, {words}" for words in ("red", "noise", "red, noise", "noise, red")}
@@ -248,7 +246,8 @@ def test_trimming_keeps_every_token():
 def test_bundled_shards_are_what_the_notice_says():
     names = {}
     for style in ("noto", "twemoji", "fluent"):
-        samples = list(read_samples(expand_shards(f"bundled:emoji/{style}")))
+        source = open_shards(expand_shards(f"bundled:emoji/{style}"))
+        samples = [source.read(number) for number in range(sum(source.sizes))]
         assert {json.loads(raw["json"])["style"] for raw in samples} == {style}
         names[style] = [raw["__key__"] for raw in samples]
     assert all(sorted(a) == sorted(b) for a, b in itertools.combinations(names.values(), 2))

@@ -11,13 +11,13 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, identities, open_shards, read_samples
+from clipfast.data import IndexCache, identities, open_shards
 from clipfast.data.samples import is_pair
 from clipfast.data.staging import FetchError, is_direct, staged
 from clipfast.data.tar_format import scan
 from clipfast.images import SampleError
 
-from .conftest import sample, write_shard
+from .conftest import read_samples, sample, write_shard
 
 
 def contents(raw):
@@ -26,7 +26,7 @@ def contents(raw):
 
 def check_source(path, index=None):
     """Every sample that reading the shard gives is read by its number, in any order."""
-    expected = [contents(raw) for raw in read_samples([str(path)]) if "__damage__" not in raw]
+    expected = [contents(raw) for raw in read_samples(path) if "__damage__" not in raw]
     source = open_shards([str(path)], index=index)
     assert source.sizes == [len(expected)]
     for number in np.random.default_rng(0).permutation(len(expected)).tolist():
@@ -76,10 +76,10 @@ def test_damaged_archives(kind, tmp_path):
     with path.open("rb") as file:
         blocks, damage = scan(file)
     assert (damage != {}) == (kind != "two")
-    lost = sum("__damage__" in raw for raw in read_samples([str(path)]))
+    lost = sum("__damage__" in raw for raw in read_samples(path))
     assert sum(damage.values()) == lost
     # what lies beside the garbage may have lost a part, and is counted when it is used
-    cropped = sum(not is_pair(raw) for raw in read_samples([str(path)])) - lost
+    cropped = sum(not is_pair(raw) for raw in read_samples(path)) - lost
     assert (lost + cropped > 0) == (kind != "two")
     assert len(blocks) > 10
 
@@ -237,7 +237,7 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
     write_shard(tmp_path / "a.tar", samples)
     (tmp_path / "b.tar.gz").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     index = IndexCache(tmp_path / "cache")
-    expected = [contents(raw) for raw in read_samples([f"{tmp_path}/a.tar"])]
+    expected = [contents(raw) for raw in read_samples(tmp_path / "a.tar")]
     for name in (f"pipe:cat {tmp_path}/a.tar", f"file://{tmp_path}/b.tar.gz", f"{tmp_path}/b.tar.gz"):
         source = open_shards([name], index=index)
         assert [contents(source.read(number)) for number in range(6)] == expected

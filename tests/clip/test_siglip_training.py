@@ -19,7 +19,7 @@ from .conftest import TINY, run_command
 from .siglip import CONFIGS, inputs, known_to_timm, make_model, save_tokenizer
 
 pytest.importorskip("tokenizers")
-pytest.importorskip("webdataset")
+pytest.importorskip("braceexpand")
 
 CONFIG = SigLIPConfig(32, VisionConfig(24, 1, 32, 16, 2.0, 8), TextConfig(24, 300, 32, 2, 1))
 

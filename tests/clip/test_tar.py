@@ -10,9 +10,10 @@ from collections import Counter
 
 import pytest
 
-from clipfast.data import read_samples
 from clipfast.data.samples import is_pair
 from clipfast.data.tar import Damage, Member, read_tar
+
+from .conftest import read_samples
 
 PAIRS = 40
 
@@ -121,7 +122,7 @@ def counted(data, tmp_path):
     """The keys of the pairs that are read, and how many samples are lost or incomplete."""
     (tmp_path / "x.tar").write_bytes(data)
     read, lost = Counter(), 0
-    for sample in read_samples([str(tmp_path / "x.tar")]):
+    for sample in read_samples(tmp_path / "x.tar"):
         if is_pair(sample):
             read[sample["__key__"]] += 1
         else:
@@ -171,7 +172,7 @@ def test_a_flipped_bit_in_compressed_data_is_said(compress):
 def test_sparse_files_and_reserved_names_are_no_members(tmp_path):
     stream = io.BytesIO(archive(["a.__url__", "a.txt"]))
     (tmp_path / "x.tar").write_bytes(stream.getvalue())
-    (only,) = read_samples([str(tmp_path / "x.tar")])
+    (only,) = read_samples(tmp_path / "x.tar")
     assert only["__url__"] == f"{tmp_path}/x.tar"
     data = archive(["a.txt"], pax_headers={"GNU.sparse.major": "1"})
     (part,) = read_tar(io.BytesIO(data))

@@ -1,0 +1,109 @@
+"""Folders of images with text files beside them. A folder is read by the list of its images.
+
+The list is a file that :mod:`clipfast.data.staging` keeps in the cache. It has a line of JSON for each image: the files
+that are called like it, by their extensions.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from .formats import Format, Stretches
+from .keys import IMAGE_EXTENSIONS, Keys
+from .linked import LINKS, Links
+from .samples import RawSample, metadata
+from .tables import JSONL
+
+
+def write_list(folder: str, path: Path) -> None:
+    """Write the list of a folder's images to ``path``.
+
+    Raises:
+        OSError: a folder cannot be read.
+    """
+    with path.open("w", encoding="ascii") as file:
+        file.writelines(json.dumps(files) + "\n" for files in images_in(folder))
+
+
+def images_in(folder: str) -> Iterator[dict[str, str]]:
+    """Yield, for each image in a folder and its sub-folders, the files of its pair: their names by their extensions.
+
+    These are the files beside each other whose names agree up to the last dot. Images are in the order of their names,
+    and those of sub-folders come last. What begins with a dot is left out.
+    """
+    for inside, _, names in _walk(folder):
+        parts = (name.rpartition(".") for name in names)
+        # No name has a zero byte: with it in place of the dot, what belongs together lies together when it is sorted.
+        row = sorted(f"{stem}\0{extension}" for stem, _, extension in parts if stem)
+        for stem, group in itertools.groupby(row, key=lambda name: name.partition("\0")[0]):
+            extensions = [name.partition("\0")[2] for name in group]
+            files = {extension.lower(): os.path.join(inside, f"{stem}.{extension}") for extension in extensions}
+            if any(extension in files for extension in IMAGE_EXTENSIONS):
+                yield files
+
+
+def has_texts(folder: str, keys: Keys) -> bool:
+    """Return True if there is a text file or a json beside an image of a folder."""
+    return any(key in files for files in images_in(folder) for key in (*keys.texts, "json"))
+
+
+def folder_stamp(folder: str) -> str:
+    """Return a text that changes when files are added to a folder, removed or renamed.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    content = hashlib.sha256()
+    for inside, status, names in _walk(folder):
+        content.update(json.dumps([inside, status.st_mtime_ns, len(names)]).encode())
+    return content.hexdigest()
+
+
+def _walk(root: str) -> Iterator[tuple[str, os.stat_result, list[str]]]:
+    """Yield each folder in ``root``, itself included: its path from there, its status, and the names of its files."""
+    pending, seen = [""], set[tuple[int, int]]()
+    while pending:
+        inside = pending.pop()
+        folder = os.path.join(root, inside)
+        status = os.stat(folder)
+        if (status.st_dev, status.st_ino) in seen:  # links can make a circle
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        names, folders = list[str](), list[str]()
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if not entry.name.startswith("."):
+                    (folders if entry.is_dir() else names).append(entry.name)
+        yield inside, status, names
+        pending += [os.path.join(inside, name) for name in sorted(folders, reverse=True)]
+
+
+def _scan(file: BinaryIO, name: str) -> tuple[Stretches, dict[str, int]]:
+    """Return the stretches of the lines of a list.
+
+    Raises:
+        ValueError: there are no lines.
+    """
+    found, damage = JSONL.scan(file, name)
+    if not len(found):
+        raise ValueError(f"the folder has no images ({', '.join(IMAGE_EXTENSIONS)})")
+    return found, damage
+
+
+def _parser(folder: str, _: int) -> Callable[[bytes], RawSample]:
+    """Return a function that makes a sample of the bytes of a line."""
+
+    def parse(data: bytes) -> RawSample:
+        files: dict[str, str] = metadata({"json": data})
+        paths = {extension: os.path.join(folder, name) for extension, name in files.items()}
+        key = next(iter(files.values())).rpartition(".")[0]
+        return {"__key__": key, "__url__": folder, LINKS: Links("", paths, paths)}
+
+    return parse
+
+
+FOLDER = Format(1, _scan, _parser)

@@ -1,0 +1,86 @@
+"""Under which names a sample has its image and its captions."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
+IMAGE_KEYS = (*IMAGE_EXTENSIONS, "image", "img", "filepath", "file_name", "path")
+TEXT_KEYS = ("txt", "caption", "text", "title")
+
+
+@dataclasses.dataclass(frozen=True)
+class Keys:
+    """The names that are looked for in a sample, in this order.
+
+    Attributes:
+        images: extension of the member that is the image; or, in a table, the column that names the image's file.
+        texts: extension of the member that is the caption; or, if there is none of them, key of the json that holds the
+            caption, or a list of captions.
+        is_json: whether captions are only looked for in the json.
+        weights: how often each of ``texts`` is the first that is looked for in the json, while one with weight 1 is so
+            once; those with weight 0 come last. Without weights, the order is always the same.
+    """
+
+    images: tuple[str, ...] = IMAGE_KEYS
+    texts: tuple[str, ...] = TEXT_KEYS
+    is_json: bool = False
+    weights: tuple[float, ...] = ()
+
+    def ordered_texts(self, rng: random.Random | None) -> Sequence[str]:
+        """Return ``texts`` in the order in which they are looked for in the json; ``rng`` draws it if it can vary."""
+        if rng is None or not self.weights:
+            return self.texts
+        # The earliest of several random times with these rates is each one's with a probability as its rate.
+        turns = [rng.expovariate(weight) if weight else math.inf for weight in self.weights]
+        return [self.texts[place] for place in sorted(range(len(turns)), key=turns.__getitem__)]
+
+
+DEFAULT_KEYS = Keys()
+
+
+def read_keys(
+    image_key: str | None = None,
+    text_key: str | None = None,
+    json_text_key: Sequence[str] = (),
+    json_text_key_probs: Sequence[float] = (),
+) -> Keys:
+    """Return the keys that the flags of these names ask for; each text may hold alternatives, which ';' separates.
+
+    Raises:
+        ValueError: a flag names no key, or the probabilities do not fit.
+    """
+    images = IMAGE_KEYS if image_key is None else _split("--image-key", image_key)
+    texts = TEXT_KEYS if text_key is None else _split("--text-key", text_key)
+    if json_text_key:
+        texts = _split("--json-text-key", ";".join(json_text_key))
+    weights = tuple(float(weight) for weight in json_text_key_probs)
+    missing = len(texts) - len(weights)
+    if weights and (not json_text_key or missing < 0):
+        keys = f"the {len(texts)} keys of --json-text-key" if json_text_key else "no --json-text-key"
+        raise ValueError(f"--json-text-key-probs has {len(weights)} values for {keys}: at most one for each key")
+    if not all(0 <= weight < math.inf for weight in weights):
+        raise ValueError(f"--json-text-key-probs must not be negative, got {' '.join(map(str, weights))}")
+    return Keys(images, texts, bool(json_text_key), weights and weights + (0.0,) * missing)
+
+
+def read_separator(text: str | None) -> str | None:
+    r"""Return the character that ``--csv-separator`` asks for; ``\t`` in two characters is a tab.
+
+    Raises:
+        ValueError: it is not a character that can separate fields.
+    """
+    separator = "\t" if text == "\\t" else text
+    if separator is not None and (len(separator) != 1 or not separator.isascii() or separator in '"\r\n\0'):
+        raise ValueError(f"--csv-separator must be one ASCII character, or \\t for a tab, got {text!r}")
+    return separator
+
+
+def _split(flag: str, text: str) -> tuple[str, ...]:
+    keys = tuple(key.strip() for key in text.split(";") if key.strip())
+    if not keys:
+        raise ValueError(f"{flag} names no key: {text!r}")
+    return keys

@@ -1,0 +1,76 @@
+"""Files that a sample names instead of holding them: images of tables, and images and texts of folders."""
+
+import dataclasses
+import os
+import stat
+from collections.abc import Mapping
+from typing import Any
+
+from ..images import SampleError
+from .keys import Keys
+from .samples import RawSample
+from .tar import MAX_MEMBER
+
+LINKS = "__links__"  # the key under which a sample has them until they are read
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """The names of files that may become members of a sample, by their keys.
+
+    Attributes:
+        folder: where a name that is not absolute is looked for first; after that, it is in the working folder.
+        images: names of images; values that are no text name none.
+        texts: names of side-car files.
+    """
+
+    folder: str
+    images: Mapping[str, Any]
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def load_links(sample: RawSample, keys: Keys) -> int:
+    """Read into a sample its side-cars that ``keys`` name, its json and its image; return how many bytes these have.
+
+    Raises:
+        SampleError: a file is missing, is no regular file, or is too large.
+    """
+    links: Links | None = sample.pop(LINKS, None)
+    if links is None:
+        return 0
+    wanted = {key: links.texts[key] for key in (*keys.texts, "json") if key in links.texts}
+    sample |= {key: _read(links.folder, name, "caption") for key, name in wanted.items()}
+    size = sum(len(sample[key]) for key in wanted)
+    for key in keys.images:
+        name = links.images.get(key)
+        if isinstance(name, str) and name.strip():
+            sample[key] = _read(links.folder, name.strip(), "image")
+            sample.setdefault("__key__", name.strip())
+            return size + len(sample[key])
+    return size
+
+
+def _read(folder: str, name: str, what: str) -> bytes:
+    """Return the content of a file.
+
+    Nothing is read that is not a regular file: a device has no end, and a named pipe would be waited for.
+    """
+    for path in dict.fromkeys((os.path.join(folder, name), name)):
+        try:
+            with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
+                status = os.fstat(file.fileno())
+                if not stat.S_ISREG(status.st_mode):
+                    raise SampleError(f"{path} is no regular file", f"missing {what}")
+                if status.st_size > MAX_MEMBER:
+                    limit = f"{status.st_size} bytes, more than the limit of {MAX_MEMBER}"
+                    raise SampleError(f"{path} has {limit}", f"huge {what}")
+                return file.read(status.st_size)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except SampleError:
+            raise
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            raise SampleError(f"{path!r:.200} cannot be read: {error}", f"missing {what}") from error
+    where = f", neither in {folder} nor in the working folder" if folder else ""
+    hint = "; single images are not read from the network" if "://" in name else ""
+    raise SampleError(f"there is no file {name!r:.200}{where}{hint}", f"missing {what}")

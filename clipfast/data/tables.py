@@ -1,0 +1,207 @@
+"""Tables whose records name an image file and hold its caption: CSV, TSV and JSON Lines.
+
+A sample has its record as ``json``. The image becomes the member that is called like the column which names its file.
+"""
+
+import array
+import codecs
+import csv
+import functools
+import io
+import itertools
+import json
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
+
+from ..images import SampleError
+from .formats import MAX_LENGTH, Format, Stretches, stretches
+from .keys import IMAGE_EXTENSIONS
+from .linked import LINKS, Links
+from .samples import RawSample, is_remote, metadata
+
+SEPARATORS = ",\t;|"
+HEADER_BYTES = 1 << 20  # in which the header must end
+BOM = codecs.BOM_UTF8.decode("latin-1")
+UTF16 = tuple(mark.decode("latin-1") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+EXAMPLE = "the first line must name the columns, as in 'filepath,title'"
+
+
+def csv_format(own: str, separator: str | None) -> Format:
+    """Return the format of CSV files.
+
+    Args:
+        own: the separator that the name of the file stands for. If the header does not have it, it is the one of ``,``,
+            tab, ``;`` and ``|`` which the header has most often.
+        separator: to take in its place, whatever the header has.
+    """
+    choose = functools.partial(_separator, own, separator)
+    return Format(1, functools.partial(_scan_csv, choose), functools.partial(_csv_parser, choose))
+
+
+def _separator(own: str, given: str | None, header: str) -> str:
+    if given is not None or own in header:
+        return given or own
+    return max(own + SEPARATORS, key=header.count)
+
+
+class _Lines(Iterator[str]):
+    """The lines of a file, with a character for every byte, and without a mark of the byte order.
+
+    Attributes:
+        offset: of the next line in bytes.
+        count: of the lines so far.
+    """
+
+    def __init__(self, file: BinaryIO) -> None:
+        # Every byte is a character in Latin-1, and no part of a letter in UTF-8 looks like a separator or a quote.
+        self._text = io.TextIOWrapper(file, "latin-1", newline="")
+        self.offset = self.count = 0
+
+    def __next__(self) -> str:
+        line = self._text.readline(MAX_LENGTH)
+        if not line:
+            raise StopIteration
+        self.offset += len(line)
+        self.count += 1
+        return line if self.count > 1 else line.removeprefix(BOM)
+
+    def detach(self) -> None:
+        """Leave the file open for others."""
+        self._text.detach()
+
+
+class _Records:
+    """Where records begin, how long they are, and what is lost."""
+
+    def __init__(self) -> None:
+        self.begins, self.lengths = array.array("Q"), array.array("Q")
+        self.damage: dict[str, int] = {}
+
+    def add(self, begin: int, end: int) -> None:
+        """Add the record in these bytes."""
+        if end - begin >= MAX_LENGTH:
+            self.damage[f"byte {begin}: a record has {MAX_LENGTH} bytes or more, which is too long"] = 1
+            return
+        self.begins.append(begin)
+        self.lengths.append(end - begin)
+
+    def found(self) -> tuple[Stretches, dict[str, int]]:
+        """Return what ``scan`` of a format does."""
+        return stretches(self.begins, self.lengths), self.damage
+
+
+def _csv_rows(lines: Iterator[str], choose: Callable[[str], str]) -> tuple[Iterator[list[str]], str]:
+    """Return a reader of rows, of which the first is the header, and the separator of their fields."""
+    first = next((line for line in lines if line.strip("\r\n")), "")
+    separator = choose(first)
+    return csv.reader(itertools.chain([first], lines), delimiter=separator), separator
+
+
+def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tuple[Stretches, dict[str, int]]:
+    """Return the stretches of the rows behind the header, and the lines that are in no row.
+
+    Raises:
+        ValueError: there is no header.
+    """
+    lines, records = _Lines(file), _Records()
+    try:
+        rows, _ = _csv_rows(lines, choose)
+        _check_header(next(rows, []))
+        begin, count = lines.offset, lines.count
+        while True:
+            try:
+                for row in rows:
+                    if row:
+                        records.add(begin, lines.offset)
+                    begin, count = lines.offset, lines.count
+                return records.found()
+            except csv.Error as error:  # as of a quote that nothing closes
+                records.damage[f"byte {begin}: {error}"] = lines.count - count
+                begin, count = lines.offset, lines.count
+    except csv.Error as error:
+        raise ValueError(f"its header cannot be read: {error}") from error
+    finally:
+        lines.detach()
+
+
+def _check_header(header: list[str]) -> None:
+    if not header:
+        raise ValueError(f"it is empty: {EXAMPLE}")
+    if header[0].startswith(UTF16):
+        raise ValueError("it is in UTF-16: save it as UTF-8")
+    for name in header:
+        if _extension(name) in IMAGE_EXTENSIONS:
+            raise ValueError(f"it has no header, but an image in its first line, {name!r:.80}: {EXAMPLE}")
+
+
+def _extension(name: str) -> str:
+    return os.path.splitext(name.strip())[1].lower().removeprefix(".")
+
+
+def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Callable[[bytes], RawSample]:
+    """Return a function that makes a sample of the bytes of a row."""
+    start = os.pread(descriptor, HEADER_BYTES, 0).decode("utf-8-sig", "replace")
+    rows, separator = _csv_rows(io.StringIO(start, newline=""), choose)
+    columns = next(rows, [])
+
+    def parse(data: bytes) -> RawSample:
+        try:
+            text = data.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise SampleError(f"the row is not UTF-8: {error}", "broken row") from error
+        try:
+            row = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+        except (csv.Error, StopIteration) as error:
+            raise ValueError("there is no row") from error
+        if len(row) > len(columns):
+            raise SampleError(
+                f"the row has {len(row)} fields for {len(columns)} columns: a field with {separator!r} in it needs "
+                "quotes around it",
+                "broken row",
+            )
+        record = dict(zip(columns, row, strict=False))
+        return _sample(name, json.dumps(record).encode(), record)
+
+    return parse
+
+
+def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
+    folder = "" if is_remote(name) else os.path.dirname(name)
+    return {"__url__": name, "json": data, LINKS: Links(folder, record)}
+
+
+def _scan_jsonl(file: BinaryIO, _: str = "") -> tuple[Stretches, dict[str, int]]:
+    """Return the stretches of the lines that are not empty.
+
+    Raises:
+        ValueError: the first of them is no JSON object.
+    """
+    lines, records = _Lines(file), _Records()
+    begin = 0
+    try:
+        for line in lines:
+            if not line.isspace():
+                if not records.begins:
+                    _check_object(line)
+                records.add(begin, lines.offset)
+            begin = lines.offset
+        return records.found()
+    finally:
+        lines.detach()
+
+
+def _check_object(line: str) -> None:
+    try:
+        metadata({"json": line.encode("latin-1")})
+    except SampleError as error:
+        hint = "; jq -c '.[]' makes such a file of an array" if line.startswith("[") else ""
+        raise ValueError(f"not JSON Lines, which have an object in each line: {error}{hint}") from error
+
+
+def _jsonl_parser(name: str, _: int) -> Callable[[bytes], RawSample]:
+    """Return a function that makes a sample of the bytes of a line."""
+    return lambda data: _sample(name, data, metadata({"json": data}))
+
+
+JSONL = Format(1, _scan_jsonl, _jsonl_parser)

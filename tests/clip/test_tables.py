@@ -1,0 +1,423 @@
+"""Tables and folders of images: every pair is read back exactly, by its number, and what is wrong is named."""
+
+import csv
+import gzip
+import io
+import json
+import os
+import tempfile
+import time
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipfast.data import (
+    CroppedImages,
+    IndexCache,
+    Keys,
+    Mix,
+    Order,
+    PairBatches,
+    Unique,
+    caption,
+    expand_shards,
+    identities,
+    metadata,
+    open_shards,
+)
+from clipfast.data.formats import unpacked
+from clipfast.data.kinds import format_of
+from clipfast.data.samples import image_bytes
+from clipfast.evaluation.labelled import LabelledSet
+from clipfast.images import SampleError
+from clipfast.tokenizer import Tokenizer
+
+from .conftest import TINY, picture, run_command, write_shard
+
+hypothesis = pytest.importorskip("hypothesis")
+st = pytest.importorskip("hypothesis.strategies")
+
+NO_IMAGE = Keys(images=())
+TEXTS = [
+    "a cat",
+    'a "quoted" cat, with a comma',
+    "two\nlines\r\nand a tab\t",
+    "é 世界 🙂",
+    "semi;colon | bar",
+    "a\u2028b",
+]
+PAIRS = [(f"{index:03d}.png", picture(index), text) for index, text in enumerate(TEXTS * 4)]
+
+
+def write_images(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, data, _ in PAIRS:
+        (folder / name).write_bytes(data)
+    return folder
+
+
+def write_csv(path: Path, header=("filepath", "title"), separator=",", end="\n", start="", rows=None) -> Path:
+    stream = io.StringIO(newline="")
+    writer = csv.writer(stream, delimiter=separator, lineterminator=end)
+    writer.writerow(header)
+    writer.writerows([(name, text) for name, _, text in PAIRS] if rows is None else rows)
+    path.write_bytes((start + stream.getvalue()).encode())
+    return path
+
+
+def write_jsonl(path: Path, image="file_name", text="caption", many=False) -> Path:
+    lines = [json.dumps({image: name, text: [words] if many else words}) for name, _, words in PAIRS]
+    path.write_text("\n".join(lines))
+    return path
+
+
+def write_side_cars(folder: Path) -> Path:
+    for index, (name, _, text) in enumerate(PAIRS):
+        (folder / name).with_suffix(".txt").write_text(text, newline="")
+        if index % 2:
+            (folder / name).with_suffix(".json").write_text(json.dumps({"label": text}))
+    return folder
+
+
+def pairs_of(source):
+    """Image and caption of every sample, read in random order."""
+    found = {}
+    for number in np.random.default_rng(0).permutation(sum(source.sizes)).tolist():
+        raw = source.read(number)
+        found[number] = image_bytes(raw), caption(raw)
+    return [found[number] for number in sorted(found)]
+
+
+EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("t.csv", {}),
+        ("t.tsv", {"separator": "\t"}),
+        ("t.csv", {"separator": "\t"}),
+        ("t.csv", {"separator": ";", "end": "\r\n"}),
+        ("t.csv", {"separator": "|", "end": "\r", "start": "\ufeff"}),
+        ("t.csv", {"header": ("image", "text"), "start": "\r\n\n"}),
+        ("T.CSV", {"header": ("file_name", "caption")}),
+    ],
+)
+def test_csv_files_of_all_kinds(tmp_path, name, options):
+    path = write_csv(write_images(tmp_path) / name, **options)
+    path.write_bytes(path.read_bytes()[: -len(options.get("end", "\n"))])  # without the end of the last line
+    packed = tmp_path / f"{name}.gz"
+    packed.write_bytes(gzip.compress(path.read_bytes()))
+    for shard in (path, packed):
+        assert pairs_of(open_shards([str(shard)])) == EXPECTED
+
+
+def test_json_lines(tmp_path):
+    for image, text, many in (("image", "text", False), ("filepath", "caption", True), ("file_name", "title", False)):
+        path = write_jsonl(write_images(tmp_path) / "t.jsonl", image, text, many)
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))
+        assert pairs_of(open_shards([str(path)])) == EXPECTED
+        os.utime(path, ns=(1, 1))
+
+
+def test_folders(tmp_path):
+    folder = write_side_cars(write_images(tmp_path / "photos"))
+    source = open_shards(expand_shards(str(folder)))
+    assert pairs_of(source) == EXPECTED
+    assert metadata(source.read(1)) == {"label": TEXTS[1]}
+    assert source.read(3)["__key__"] == "003"
+    assert source.name(3) == "photos, sample 3"
+    # its files are in any depth, called in any way, and beside others
+    (folder / "b" / "c.d").mkdir(parents=True)
+    for name, content in {
+        "b/c.d/my.photo.v2.JPG": b"1", "b/c.d/my.photo.v2.txt": b"one", "b/c.d/my.photo.txt": b"no image",
+        "b/é.webp": b"2", "b/é.caption": b"two", ".hidden.jpg": b"no", "b/notes": b"no", "b/.jpg": b"no",
+    }.items():  # fmt: skip
+        (folder / name).write_bytes(content)
+    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"3")
+    (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"three")
+    (folder / "b" / "again").symlink_to(folder)
+    (folder / "broken").symlink_to("nowhere")
+    source = open_shards(expand_shards(f"{folder}/"))
+    assert pairs_of(source) == [*EXPECTED, (b"3", "three"), (b"2", "two"), (b"1", "one")]
+    assert [source.read(number)["__key__"] for number in (25, 26)] == ["b/é", "b/c.d/my.photo.v2"]
+
+
+def test_a_folder_with_a_table(tmp_path):
+    for number, table in enumerate((write_csv, write_jsonl)):
+        folder = write_images(tmp_path / str(number))
+        path = table(folder / f"metadata.{'jsonl' if number else 'csv'}")
+        assert expand_shards(str(folder)) == [str(path)]
+        assert pairs_of(open_shards([str(path)])) == EXPECTED
+
+
+@pytest.mark.parametrize("change", ["add", "remove", "rename", "deep"])
+def test_a_folder_that_changes_is_listed_again(tmp_path, change):
+    folder = write_side_cars(write_images(tmp_path / "photos"))
+    (folder / "a" / "b").mkdir(parents=True)
+    before = open_shards(expand_shards(str(folder)))
+    if change == "remove":
+        (folder / "003.png").unlink()
+    if change == "rename":
+        (folder / "003.png").rename(folder / "zzz.png")
+    if change in ("add", "deep"):
+        (folder / ("a/b/new.png" if change == "deep" else "new.png")).write_bytes(picture(3))
+    with pytest.raises(SampleError, match=r"the shard (was replaced after|has \d+ bytes, and had)"):
+        before.read(0)
+    after = open_shards(expand_shards(str(folder)))
+    assert sum(after.sizes) == len(PAIRS) + {"remove": -1, "rename": 0, "add": 1, "deep": 1}[change]
+
+
+def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "data")
+    (tmp_path / "here" / "more").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    Path("more/x.png").write_bytes(b"here")
+    Path("000.png").write_bytes(b"not this one")
+    rows = [("000.png", "a"), ("more/x.png", "b"), (str(folder / "001.png"), "c"), (" ../data/002.png ", "d")]
+    write_csv(folder / "t.csv", rows=rows)
+    for name in ("../data/t.csv", str(folder / "t.csv")):
+        assert pairs_of(open_shards([name])) == [
+            (PAIRS[0][1], "a"), (b"here", "b"), (PAIRS[1][1], "c"), (PAIRS[2][1], "d"),
+        ]  # fmt: skip
+    # a table from elsewhere has no folder
+    assert image_bytes(open_shards([f"file://{folder}/t.csv"]).read(0)) == b"not this one"
+    assert image_bytes(open_shards([f"pipe:cat {folder}/t.csv"]).read(2)) == PAIRS[1][1]
+
+
+@hypothesis.given(st.text(st.sampled_from('ab",;\t\r\n\0 é\u2028\x85'), max_size=40), st.sampled_from(",\t;a"))
+@hypothesis.settings(max_examples=500, deadline=None)
+def test_stretches_are_the_rows_of_pythons_csv(body, separator):
+    data = f"x{separator}y\n{body}".encode()
+    rows = csv.reader(io.StringIO(data.decode(), newline=""), delimiter=separator)
+    expected = [row for row in rows if row][1:]
+    with tempfile.TemporaryFile() as file:
+        file.write(data)
+        file.seek(0)
+        form = format_of("t.csv", separator)
+        found, damage = form.scan(file, "t.csv")
+        parse = form.parser("t.csv", file.fileno())
+    assert damage == {}
+    for stretch, row in zip(found, expected, strict=True):
+        begin, length = unpacked(stretch)
+        if len(row) <= 2:
+            assert list(metadata(parse(data[begin : begin + length])).values()) == row
+            continue
+        with pytest.raises(SampleError, match=f"the row has {len(row)} fields for 2 columns"):
+            parse(data[begin : begin + length])
+
+
+def test_a_quote_that_nothing_closes_loses_what_it_swallows(tmp_path):
+    rows = [(f"{index}.png", f"caption {index}") for index in range(20_000)]
+    path = write_csv(tmp_path / "t.csv", rows=rows)
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[101] = b'100.png,"caption 100\n'
+    path.write_bytes(b"".join(lines))
+    source = open_shards([str(path)])
+    ((place, lost),) = source.shards[0].damage.items()
+    assert place == f"byte {sum(map(len, lines[:101]))}: field larger than field limit (131072)"
+    assert 5000 < lost < 8000
+    assert source.sizes == [20_000 - lost]
+    texts = [metadata(source.read(number, NO_IMAGE))["title"] for number in (99, 100, 20_000 - lost - 1)]
+    assert texts == ["caption 99", f"caption {100 + lost}", "caption 19999"]
+
+
+def test_a_record_that_is_too_long_is_lost(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipfast.data.tables.MAX_LENGTH", 1000)
+    long = "x" * 3000
+    for path in (
+        write_csv(tmp_path / "t.csv", rows=[("a.png", "a"), ("b.png", "\n".join(["x" * 900] * 3)), ("c.png", "c")]),
+        tmp_path / "t.jsonl",
+    ):
+        if path.suffix == ".jsonl":
+            path.write_text("\n".join(json.dumps({"caption": text}) for text in ("a", long, "c")))
+        source = open_shards([str(path)])
+        assert [count for place, count in source.shards[0].damage.items() if "1000 bytes or more" in place]
+        assert caption(source.read(0, NO_IMAGE)) == "a"
+        assert caption(source.read(source.sizes[0] - 1, NO_IMAGE)) == "c"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("t.csv", b"", "it is empty: the first line must name the columns, as in 'filepath,title'"),
+        ("t.csv", b"\xef\xbb\xbf\n", "it is empty"),
+        ("t.csv", b"1.jpg,a cat\n2.jpg,a dog\n", "it has no header, but an image in its first line, '1.jpg'"),
+        ("t.tsv", "filepath\ttitle\n".encode("utf-16"), "it is in UTF-16: save it as UTF-8"),
+        ("t.csv", b'"' + b"x" * 200_000, "its header cannot be read: field larger than field limit"),
+        ("t.jsonl", b'[\n{"image": "1.jpg"}]', r"not JSON Lines, .*jq -c '\.\[\]' makes such a file of an array"),
+        ("t.jsonl", b"<html>", "not JSON Lines, which have an object in each line: json cannot be read"),
+        ("t.jsonl", b"7", "not JSON Lines, which have an object in each line: json is not an object but a int"),
+    ],
+)
+def test_what_is_no_table(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(SampleError, match=rf"shard .*{name} cannot be read: {message}"):
+        open_shards([str(tmp_path / name)])
+
+
+def test_broken_rows_are_named(tmp_path):
+    rows = [("a.png", "a"), ("b.png", "b", "c", "d"), ("c.png",), ("", "no name"), ("e.png", "e")]
+    write_csv(write_images(tmp_path) / "t.csv", rows=rows)
+    data = (tmp_path / "t.csv").read_bytes().replace(b"e.png,e", b"e.png,\xff")
+    (tmp_path / "t.csv").write_bytes(data)
+    (tmp_path / "t.jsonl").write_bytes(b'{"image": "000.png", "caption": "x"}\n{"image"\n[]\n{"image": 7, "a": 1}\n')
+    expected = {
+        "t.csv": [
+            ("missing image", "there is no file 'a.png', neither in "),
+            ("broken row", "the row has 4 fields for 2 columns: a field with ',' in it needs quotes around it"),
+            ("missing image", "there is no file 'c.png'"),
+            ("no image", "only json with filepath, title; --image-key gives it another name"),
+            ("broken row", "the row is not UTF-8"),
+        ],
+        "t.jsonl": [
+            None,
+            ("broken json", "json cannot be read"),
+            ("broken json", "json is not an object but a list"),
+            ("no image", "only json with image, a; --image-key gives it another name"),
+        ],
+    }
+    for name, errors in expected.items():
+        source = open_shards([f"{tmp_path}/{name}"])
+        assert len(errors) == source.sizes[0]
+        for number, error in enumerate(errors):
+            if error is not None:
+                with pytest.raises(SampleError) as caught:
+                    image_bytes(source.read(number))
+                assert (caught.value.kind, error[1] in str(caught.value)) == (error[0], True), str(caught.value)
+
+
+def test_only_images_come_out_of_a_table(tmp_path):
+    """Whatever a table names: it is a regular file, not too large, and an image; or one clear error."""
+    folder = write_images(tmp_path / "data")
+    (tmp_path / "secret.txt").write_text("a secret")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "aaa").mkdir()
+    (folder / "large.png").touch()
+    os.truncate(folder / "large.png", (1 << 28) + 1)
+    (folder / "broken.png").write_bytes(picture(0)[:100])
+    named = {
+        "../secret.txt": "not an image", str(tmp_path / "secret.txt"): "not an image", "/etc/passwd": "not an image",
+        "/dev/zero": "missing image", "pipe.png": "missing image", "aaa": "missing image", "large.png": "huge image",
+        "x" * 5000: "missing image", "nul\0.png": "missing image", "000.png/x": "missing image",
+        "broken.png": "broken image", "https://example.com/x.png": "missing image",
+    }  # fmt: skip
+    (folder / "t.jsonl").write_text("".join(json.dumps({"image": name, "text": "x"}) + "\n" for name in named))
+    images = LabelledSet(f"{folder}/t.jsonl")
+    with pytest.raises(ValueError, match=r"not one image of .*; first: t\.jsonl/\.\./secret\.txt: not an image"):
+        list(images)
+    assert [skipped.kind for skipped in images.skipped] == list(named.values())
+    assert "a secret" not in str(images.skipped)
+    assert "single images are not read from the network" in images.skipped[-1].reason
+
+
+def batches(shard, batch_size=8, unique_by=None, index=None):
+    source = open_shards(expand_shards(str(shard)), index=index)
+    order = Mix([Order(source.sizes, 3)], [1], 3)
+    if unique_by is not None:
+        order = Unique(order, [identities(source, unique_by)], batch_size)
+    return PairBatches([source], order, CroppedImages(16), Tokenizer(16), batch_size, 3, unique_by)
+
+
+def test_image_files_are_counted_and_only_read_for_batches(tmp_path):
+    folder = write_side_cars(write_images(tmp_path / "photos"))
+    images = sum(len(data) for _, data, _ in PAIRS)
+    texts = sum(len(path.read_bytes()) for path in folder.iterdir() if path.suffix != ".png")
+    for shard, others in ((folder, texts), (write_csv(folder / "t.csv"), 0), (write_jsonl(folder / "t.jsonl"), 0)):
+        made = batches(shard)
+        (source,) = made.sources
+        identities(source, "caption")
+        assert source.bytes_read < images
+        before = source.bytes_read
+        records = sum(length for _, length in map(unpacked, source.index.stretches(source.shards[0].name)))
+        assert sum(made[number].bytes_read for number in range(3)) == images + others + records
+        assert source.bytes_read == before + images + others + records
+
+
+def test_unique_captions_of_a_table(tmp_path):
+    made = batches(write_csv(write_images(tmp_path) / "t.csv"), batch_size=len(TEXTS), unique_by="caption")
+    for number in range(8):
+        assert len({tuple(row.tolist()) for row in made[number].texts}) == len(TEXTS)
+
+
+def test_broken_rows_do_not_stop_identities(tmp_path):
+    write_csv(tmp_path / "t.csv", rows=[("a.png", "a"), ("b.png", "b", "c"), ("c.png", "a"), ("d.png",), ("e.png",)])
+    found = identities(open_shards([f"{tmp_path}/t.csv"]), "caption").tolist()
+    assert found[0] == found[2]
+    assert len(set(found)) == 4
+
+
+def sources(tmp_path):
+    """The same pairs in every form."""
+    folder = write_side_cars(write_images(tmp_path / "photos"))
+    samples = [{"png": data, "txt": text.encode()} for _, data, text in PAIRS]
+    return [
+        write_shard(tmp_path / "s.tar", samples), write_csv(folder / "t.csv"), write_jsonl(folder / "t.jsonl"), folder,
+    ]  # fmt: skip
+
+
+@pytest.mark.long
+def test_training_is_the_same_from_every_source(capsys, tmp_path):
+    losses = []
+    for number, shard in enumerate(sources(tmp_path)):
+        code, out, err = run_command(
+            capsys, "train", "--train-data", shard, "--model", TINY, "--batch-size", 12, "--epochs", 1, "--workers", 0,
+            "--warmup", 1, "--logs", tmp_path, "--name", number, "--log-every-n-steps", 1,
+        )  # fmt: skip
+        assert code == 0, err
+        metrics = [json.loads(line) for line in (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()]
+        losses.append([line["loss"] for line in metrics if "loss" in line])
+        assert json.loads(out)["skipped_pairs"] == 0
+    assert len(losses[0]) == 2
+    assert losses == [losses[0]] * 4
+
+
+def test_evaluation_reads_every_source(tmp_path):
+    tar, *others = sources(tmp_path)
+    expected = [(image.image.tobytes(), image.label, image.caption) for image in LabelledSet(str(tar))]
+    assert len(expected) == len(PAIRS)
+    for shard in others:
+        images = LabelledSet(str(shard))
+        assert [(image.image.tobytes(), image.label, image.caption) for image in images] == expected
+        assert images.skipped == []
+    write_csv(tmp_path / "photos" / "t.csv", ("filepath", "title", "class", "kind"), rows=[("001.png", "a", "b", "c")])
+    ((label, text, group),) = [
+        (image.label, image.caption, image.group)
+        for image in LabelledSet(f"{tmp_path}/photos/t.csv", group_by="kind", label_by="class")
+    ]
+    assert (label, text, group) == ("b", "a", "c")
+
+
+def test_a_folder_of_classes_has_no_texts(tmp_path):
+    for name in ("cat", "dog"):
+        write_images(tmp_path / name)
+    assert {image.label for image in LabelledSet(str(tmp_path))} == {"cat", "dog"}
+    (tmp_path / "cat" / "003.txt").write_text("three")
+    images = LabelledSet(str(tmp_path))
+    assert [image.label for image in images] == ["three"]
+    assert len(images.skipped) == 2 * len(PAIRS) - 1
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_large_tables_are_indexed_in_little_memory(tmp_path, form):
+    """The figures are printed; what is asserted is that a row takes bytes, not objects."""
+    count = 200_000
+    with (tmp_path / f"t.{form}").open("w", newline="") as file:
+        if form == "csv":
+            file.write("filepath,title\r\n")
+        for number in range(count):
+            text = f'a caption, of ""number"" {number}\nin two lines'
+            row = f'images/{number:08}.jpg,"{text}"\r\n'
+            file.write(row if form == "csv" else json.dumps({"image": f"{number}.jpg", "text": text}) + "\n")
+    tracemalloc.start()
+    started = time.process_time()
+    source = open_shards([str(tmp_path / f"t.{form}")], index=IndexCache(tmp_path / "cache"))
+    seconds, (_, peak) = time.process_time() - started, tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    print(f"{form}: {count} rows, {seconds:.2f} s with tracing, {peak / 1e6:.1f} MB")
+    assert source.sizes == [count]
+    assert peak < 100 * count
+    for number in (0, 77_777, count - 1):
+        assert f" {number}\nin two lines" in metadata(source.read(number, NO_IMAGE)).popitem()[1].replace('"" ', '"" ')
