@@ -1,7 +1,9 @@
 """Index files of pairs: find where each sample lies, and what is damaged.
 
-A training run does so itself when it starts, in as many processes as it has data workers. The index is kept in the
-folder that CLIPFAST_CACHE names, or in ~/.cache/clipfast, and only shards that have changed are read again.
+A training run does so itself when it starts, in as many processes as it has data workers. It leaves a shard that would
+have to be copied for later if the end of a Parquet file, sizes.json or img2dataset's NNNNN_stats.json says how many
+samples there are. The index is kept in the folder that CLIPFAST_CACHE names, or in ~/.cache/clipfast, and only shards
+that have changed are read again.
 """
 
 import argparse
@@ -19,6 +21,7 @@ from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_
 EPILOG = """\
 examples:
   clipfast index 'data/{00000..01243}.tar' --workers 16
+  clipfast index images.parquet
   clipfast index bundled:emoji/noto --unique-by label --json index.json
 
 exit code: 0 indexed, 2 a shard is missing, or cannot be read"""
@@ -49,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     check_target(args.json)
     started = time.perf_counter()
     index = IndexCache(separator=separator_of(vars(args)))
-    source = open_shards(expand_shards(args.shards), args.workers, index)
+    source = open_shards(expand_shards(args.shards), args.workers, index, whole=True)
     damaged = {shard.name: shard.damage for shard in source.shards if shard.damage}
     found: dict[str, Any] = {
         "shards": len(source.shards),

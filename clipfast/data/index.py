@@ -2,16 +2,18 @@
 
 Each shard has one entry in the cache. The entry keeps the shard's size and time of change, by which a replaced shard is
 noticed, and eight bytes for each sample: the stretch that holds it. A sample is then read with one call, whatever its
-place. A shard that is compressed or is no file of this machine is indexed as the copy that
-:mod:`clipfast.data.staging` makes of it.
+place. A shard that is compressed, is no file of this machine or holds rows is indexed as the copy that
+:mod:`clipfast.data.staging` makes of it. If :mod:`clipfast.data.counts` knows how many samples such a shard has, that
+is enough to begin with, and the shard is indexed when it is first opened.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,21 @@ from numpy.typing import NDArray
 
 from ..files import replace_file
 from ..images import SampleError
+from .counts import Counts
 from .formats import Format, Stretches
 from .kinds import format_of
-from .staging import FetchError, exclusive, file_name, file_stamp, is_direct, staged, stamp
+from .rows import RowsError
+from .samples import is_remote
+from .staging import (
+    FetchError,
+    copy_path,
+    exclusive,
+    file_name,
+    file_stamp,
+    is_direct,
+    staged,
+    stamp,
+)
 
 VERSION = 2
 CACHE_VARIABLE = "CLIPFAST_CACHE"
@@ -53,6 +67,8 @@ class ShardIndex:
         count: the number of samples.
         damage: how many samples are estimated to be lost in each damaged stretch, of which the key says where it
             begins and why it cannot be read; 0 if nobody can tell.
+        counted_in: the file that says how many samples there are, if the shard was not read: its size is 0 then, and
+            its damage is unknown.
     """
 
     name: str
@@ -60,6 +76,19 @@ class ShardIndex:
     size: int
     count: int
     damage: dict[str, int]
+    counted_in: str | None = None
+
+    @property
+    def is_copied(self) -> bool:
+        """Whether it is read from a copy, whose size is not that in the stamp of the shard."""
+        return self.counted_in is not None or is_remote(self.name) or self.stamp.split("/")[0] != str(self.size)
+
+    def losses(self) -> list[str]:
+        """Return a sentence for each damaged stretch."""
+        return [
+            f"{f'about {count} pair(s)' if count else 'parts'} of shard {self.name} are lost: {place}"
+            for place, count in self.damage.items()
+        ]
 
 
 class IndexCache:
@@ -77,18 +106,20 @@ class IndexCache:
         """Return the format of a shard."""
         return format_of(name, self.separator)
 
-    def shards(self, names: Sequence[str], workers: int = 0) -> Iterator[ShardIndex]:
+    def shards(self, names: Sequence[str], workers: int = 0, *, whole: bool = False) -> Iterator[ShardIndex]:
         """Yield the index of each shard in order; those that are not in the cache are made and put there.
 
         Args:
             names: of the shards, as :func:`clipfast.data.expand_shards` gives them.
             workers: so many processes make indices; with 0, this one does.
+            whole: also make those of shards that would have to be copied, even if their samples can be counted without
+                that; otherwise their ``counted_in`` is set.
 
         Raises:
             ShardError: a shard is missing, or is not of its format.
             DiskFullError: there is no space for the cache.
         """
-        known = self.known(names)
+        known = self.known(names, whole=whole)
         missing = dict.fromkeys(name for name, found in zip(names, known, strict=True) if found is None)
         made, done = self._made(list(missing), workers), dict[str, ShardIndex]()
         for name, found in zip(names, known, strict=True):
@@ -96,10 +127,17 @@ class IndexCache:
                 done[name] = next(made)
             yield found or done[name]
 
-    def known(self, names: Sequence[str]) -> list[ShardIndex | None]:
-        """Return the index of each shard that is in the cache, and None for the others."""
+    def known(self, names: Sequence[str], *, whole: bool = True) -> list[ShardIndex | None]:
+        """Return the index of each shard that is in the cache, and None for the others.
+
+        Without ``whole``, shards whose samples can be counted without reading them are known too.
+
+        Raises:
+            ShardError: a file that says how many samples it has cannot be read.
+        """
+        counts = Counts()
         with ThreadPoolExecutor(LOOKUPS) as pool:  # each waits for its file system
-            return list(pool.map(self._known, names))
+            return list(pool.map(self._known if whole else lambda name: self._counted(name, counts), names))
 
     def _made(self, names: Sequence[str], workers: int) -> Iterator[ShardIndex]:
         if workers == 0 or len(names) < 2:
@@ -107,6 +145,49 @@ class IndexCache:
             return
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
             yield from pool.map(self._make, names)
+
+    def _counted(self, name: str, counts: Counts) -> ShardIndex | None:
+        """Return what is known of a shard without reading it: its index, or its count; None if nothing is known."""
+        known = self._known(name)
+        if known is not None:
+            return known
+        try:
+            found = counts.of(name)
+            return found and ShardIndex(name, stamp(name), 0, found[0], {}, found[1])
+        except RowsError as error:
+            raise ShardError(f"shard {name} cannot be read: {error}", "unreadable shard") from error
+
+    def complete(self, shard: ShardIndex) -> ShardIndex:
+        """Return the index of a shard that was only counted, which is made if another process has not done so.
+
+        Raises:
+            ShardError: it is missing, is not of its format, or was changed after it was counted.
+        """
+        index = self._make(shard.name)
+        if index.stamp != shard.stamp:
+            raise ShardError("the shard was replaced after its samples were counted", "replaced shard")
+        return index
+
+    def bring(self, name: str, is_wanted: Callable[[], bool]) -> int:
+        """Bring a shard that cannot be read where it is into the cache, and return the size of its copy.
+
+        Raises:
+            FetchError, DiskFullError, CancelledError: as :func:`clipfast.data.staging.staged`.
+        """
+        descriptor, _ = staged(name, self._copies, is_wanted)
+        try:
+            return os.fstat(descriptor).st_size
+        finally:
+            os.close(descriptor)
+
+    def touch(self, name: str) -> None:
+        """Let other copies than that of this shard make room."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(copy_path(name, self._copies))
+
+    @property
+    def _copies(self) -> Path:
+        return self.folder / "shards"
 
     def stretches(self, name: str) -> Stretches:
         """Return where each sample of a shard lies."""
@@ -159,7 +240,7 @@ class IndexCache:
         """
         try:
             if not is_direct(name):
-                return staged(name, self.folder / "shards")
+                return staged(name, self._copies)
             descriptor = os.open(name, os.O_RDONLY)
         except FetchError as error:
             raise ShardError(str(error), "missing shard") from error
@@ -198,7 +279,9 @@ class IndexCache:
                 except ValueError as error:
                     raise ShardError(f"shard {name} cannot be read: {error}", "unreadable shard") from error
                 index = ShardIndex(name, now, os.fstat(descriptor).st_size, len(found), damage)
-            header = json.dumps({"version": VERSION, **dataclasses.asdict(index)}).encode() + b"\n"
+            kept = {"version": VERSION, **dataclasses.asdict(index)}
+            del kept["counted_in"]  # which is None, and was not there in earlier entries
+            header = json.dumps(kept).encode() + b"\n"
             content = header + found.astype("<u8").tobytes()
             replace_file(entry, lambda temporary: temporary.write_bytes(content), len(content))
         return index

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..images import ImageError, SampleError, open_image
 from .keys import DEFAULT_KEYS, Keys
+from .rows import shards_in
 from .tar import BLOCK, Damage, Member
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 BUNDLED_PREFIX = "bundled:"
 PIPE = "pipe:"
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
-NO_SHARDS = (".json", ".parquet", ".txt")
+NO_SHARDS = (".json", ".txt")
 SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
 
 RawSample = dict[str, Any]
@@ -32,9 +33,10 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
 
     Args:
         pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``. A
-            folder is one shard, whose name ends with a slash, or it is the ``metadata.jsonl`` or ``metadata.csv`` in
-            it. ``bundled:emoji/noto`` is a shard of this package. Names with a scheme (``https:``, ``pipe:``) stay as
-            they are.
+            folder stands for the tar files in it, or else its Parquet files, or for the dataset that
+            ``datasets.save_to_disk`` wrote there, or for its ``metadata.jsonl`` or ``metadata.csv``; any other is one
+            shard of images, whose name ends with a slash. ``bundled:emoji/noto`` is a shard of this package. Names with
+            a scheme (``https:``, ``pipe:``) stay as they are.
 
     Raises:
         ValueError: a local file does not exist or is no shard by its name, or no shard is named.
@@ -51,8 +53,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     for shard in local:
         if Path(shard).suffix.lower() in NO_SHARDS and Path(shard).is_file():
             raise ValueError(
-                f"{shard} is no shard: pairs come from tar files, from tables (.csv, .tsv, .jsonl) with an image in "
-                "each line, and from folders of images with a text beside each (7.jpg, 7.txt)"
+                f"{shard} is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv, .tsv, .jsonl) "
+                "with an image in each line, and from folders of images with a text beside each (7.jpg, 7.txt)"
             )
     if not shards:
         raise ValueError("no shards given")
@@ -66,7 +68,9 @@ def _in_folder(folder: str) -> str:
 
 
 def _matches(shard: str) -> list[str]:
-    """Return the files that a local name with wildcards means, and any other name as it is."""
+    """Return the files that a local name with wildcards or of a folder means, and any other name as it is."""
+    if ":" not in shard and Path(shard).is_dir():
+        return shards_in(Path(shard)) or [shard]
     if ":" in shard or not glob.has_magic(shard) or Path(shard).exists():
         return [shard]
     found = sorted(glob.glob(shard))

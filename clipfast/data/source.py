@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import logging
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,6 +19,8 @@ from .linked import load_links
 from .samples import RawSample
 
 MAX_OPEN = 256  # shards that a process holds open for all its sources
+
+log = logging.getLogger("clipfast")
 
 
 class Source(Protocol):
@@ -51,15 +54,21 @@ class _OpenShard:
 
 
 def open_shards(
-    names: Sequence[str], workers: int = 0, index: IndexCache | None = None, max_open: int = MAX_OPEN
+    names: Sequence[str],
+    workers: int = 0,
+    index: IndexCache | None = None,
+    max_open: int = MAX_OPEN,
+    *,
+    whole: bool = False,
 ) -> "ShardSource":
-    """Return the samples of shards, which are indexed first unless they have been before.
+    """Return the samples of shards, which are indexed first unless they have been before, or can be counted.
 
     Args:
         names: as :func:`clipfast.data.expand_shards` gives them.
         workers: processes that make indices; with 0, this one does.
         index: to use in place of that in the user's cache folder.
         max_open: shards that a process holds open.
+        whole: index every shard, as :meth:`IndexCache.shards` says.
 
     Raises:
         ShardError: a shard is missing, or is not of its format.
@@ -67,7 +76,7 @@ def open_shards(
     from tqdm import tqdm
 
     index = index or IndexCache()
-    found = index.shards(names, workers)
+    found = index.shards(names, workers, whole=whole)
     shards = list(tqdm(found, "index", len(names), unit="shard", disable=None, leave=False, delay=1))
     return ShardSource(index, shards, max_open)
 
@@ -87,9 +96,14 @@ class ShardSource:
         self.bytes_read = 0
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
+        self._completed: dict[int, ShardIndex] = {}  # the indices of shards that were only counted before
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": collections.OrderedDict()}  # another process opens files of its own
+
+    def shards_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return which shard each of the samples with these numbers is in."""
+        return np.searchsorted(self._first, numbers, side="right") - 1
 
     def _place(self, number: int) -> tuple[int, int]:
         shard = int(np.searchsorted(self._first, number, side="right")) - 1
@@ -108,7 +122,8 @@ class ShardSource:
             keys: say which of the files are read that a sample names in place of holding them.
 
         Raises:
-            ShardError: the shard is missing, or was changed; or no sample is where the index says.
+            ShardError: the shard is missing, or was changed; no sample is where the index says; or it has not as many
+                samples as was said.
             SampleError: the sample is broken, or a file that it names cannot be read.
         """
         shard, within = self._place(number)
@@ -140,13 +155,31 @@ class ShardSource:
         if found is None:
             if len(self._open) >= self.max_open:
                 self._close(next(iter(self._open)))
-            name = self.shards[shard].name
-            form, stretches = self.index.format_of(name), self.index.stretches(name)
-            descriptor = self.index.open(self.shards[shard])
-            found = _OpenShard(descriptor, stretches, form.unit, form.parser(name, descriptor))
+            index = self._index(shard)
+            form, stretches = self.index.format_of(index.name), self.index.stretches(index.name)
+            descriptor = self.index.open(index)
+            found = _OpenShard(descriptor, stretches, form.unit, form.parser(index.name, descriptor))
             self._open[shard] = found
         self._open.move_to_end(shard)
         return found
+
+    def _index(self, shard: int) -> ShardIndex:
+        """Return the index of a shard, which is made now if its samples were only counted."""
+        counted = self.shards[shard]
+        if counted.counted_in is None:
+            return counted
+        if shard not in self._completed:
+            self._completed[shard] = self.index.complete(counted)
+            for loss in self._completed[shard].losses():
+                log.warning(loss)
+        index = self._completed[shard]
+        if index.count != counted.count:
+            raise ShardError(
+                f"shard {index.name} has {index.count} samples, but {counted.count} by {counted.counted_in}: correct "
+                "or remove that, or replace the shard",
+                "miscounted shard",
+            )
+        return index
 
     def _close(self, shard: int) -> None:
         os.close(self._open.pop(shard).descriptor)

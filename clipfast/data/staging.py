@@ -1,9 +1,9 @@
 """A shard that cannot be read from the middle is first copied, whole and uncompressed, to a folder of limited size.
 
-These are compressed files, commands (``pipe:``), and whatever has a URL, through fsspec. Of a folder of images, a list
-of its files is put there. A shard that is already there is not brought again. When the folder is full, the shards that
-were opened longest ago make room. A process that still reads one of them can go on; its space is free as soon as that
-process has closed it.
+These are compressed files, commands (``pipe:``), and whatever has a URL, through fsspec. The copy of a Parquet or Arrow
+file is a tar file of its rows, and that of a folder of images a list of its files. A shard that is already there is not
+brought again. When the folder is full, the shards that were opened longest ago make room. A process that still reads
+one of them can go on; its space is free as soon as that process has closed it.
 """
 
 import contextlib
@@ -11,14 +11,17 @@ import fcntl
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, cast
 
 from ..files import DiskFullError, replace_file
 from .folders import folder_stamp, write_list
+from .rows import RowsError, Writable, has_rows, members, write_tar
 from .samples import PIPE, is_folder, is_remote
 from .tar import BLOCK, WINDOW, decompressed, is_compressed
 
@@ -36,9 +39,13 @@ class FetchError(ValueError):
     """A shard that could not be brought here, after several attempts."""
 
 
+class CancelledError(Exception):
+    """Nobody waits for the shard any more."""
+
+
 def is_direct(name: str) -> bool:
     """Return True if a shard can be read where it is: it is a file of this machine, and not compressed."""
-    if is_remote(name) or is_folder(name):
+    if is_remote(name) or is_folder(name) or has_rows(name):
         return False
     try:
         with open(name, "rb") as file:
@@ -83,28 +90,44 @@ def _file_system(name: str) -> tuple[Any, str]:
     return url_to_fs(name)
 
 
-def staged(name: str, folder: Path) -> tuple[int, str]:
+def staged(name: str, folder: Path, is_wanted: Callable[[], bool] = lambda: True) -> tuple[int, str]:
     """Return a descriptor of the whole, uncompressed shard, brought to ``folder`` if need be, and its stamp.
+
+    Args:
+        name: of the shard.
+        folder: of the copies.
+        is_wanted: is asked again and again while the shard is brought.
 
     Raises:
         FetchError: it cannot be brought here, after several attempts with growing waits between them.
         DiskFullError: there is no space.
+        CancelledError: it is not wanted any more.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{file_name(name)}.tar"
+    path = copy_path(name, folder)
     note = path.with_suffix(".stamp")
     with exclusive(path):
         now = _stamp_or_none(name)
         known = note.read_text() if path.exists() and note.exists() else None
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
-            _fetch(name, path)
+            _fetch(name, path, is_wanted)
             known = now or ""
             note.write_text(known)
         descriptor = os.open(path, os.O_RDONLY)  # before another process makes room
         os.utime(descriptor)
     _make_room(folder, keep=path)
     return descriptor, known
+
+
+def copy_path(name: str, folder: Path) -> Path:
+    """Return where the copy of a shard is, if there is one."""
+    return folder / f"{file_name(name)}.tar"
+
+
+def max_bytes() -> int:
+    """Return how many bytes the copies may take: CLIPFAST_CACHE_BYTES, or 64 GiB."""
+    return int(os.environ.get(MAX_BYTES_VARIABLE, MAX_BYTES))
 
 
 def _stamp_or_none(name: str) -> str | None:
@@ -127,31 +150,50 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
         except BlockingIOError:
             yield False
             return
-        yield True
+        try:
+            yield True
+        finally:  # a process that was forked meanwhile has the file open too, and closing it would not release the lock
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _fetch(name: str, path: Path) -> None:
+def _fetch(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
     if time.monotonic() - _failures.get(name, -FORGET) < FORGET:
         raise FetchError(f"shard {name} could not be read a moment ago, and is not asked for again so soon")
     for attempt in range(ATTEMPTS):
         try:
-            replace_file(path, lambda temporary: _copy(name, temporary))
+            replace_file(path, lambda temporary: _copy(name, temporary, is_wanted))
             return
-        except DiskFullError:
+        except (DiskFullError, CancelledError):
             raise
         except Exception as error:  # every file system has errors of its own; some call an outage "not found"
-            if not is_remote(name) or attempt == ATTEMPTS - 1:
+            if not is_remote(name) or attempt == ATTEMPTS - 1 or isinstance(error, RowsError):
                 _failures[name] = time.monotonic()
                 raise FetchError(f"shard {name} cannot be read: {error}") from error
             time.sleep(FIRST_WAIT * 2**attempt)
 
 
-def _copy(name: str, path: Path) -> None:
+class _Watched:
+    """A file that is written only as long as it is wanted."""
+
+    def __init__(self, file: Writable, is_wanted: Callable[[], bool]) -> None:
+        self._file, self.is_wanted = file, is_wanted
+
+    def write(self, data: bytes, /) -> object:
+        if not self.is_wanted():
+            raise CancelledError
+        return self._file.write(data)
+
+
+def _copy(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
     """Copy what of a shard can be read; the end that is missing shows when the copy is indexed."""
     if is_folder(name):
         write_list(name, path)
         return
-    with _opened(name) as source, path.open("wb") as target:
+    with opened(name) as source, path.open("wb") as file:
+        target = _Watched(file, is_wanted)
+        if has_rows(name):
+            _copy_rows(name, source, target, path.parent)
+            return
         chunks = decompressed(source)
         while True:
             try:
@@ -164,8 +206,19 @@ def _copy(name: str, path: Path) -> None:
                 return
 
 
+def _copy_rows(name: str, source: IO[bytes], target: _Watched, folder: Path) -> None:
+    """Write the rows of a Parquet or Arrow file as a tar file. A file from elsewhere is first brought here as it is."""
+    if not is_remote(name):
+        write_tar(members(source, name, Path(name).parent), target)
+        return
+    with tempfile.TemporaryFile(dir=folder) as whole:
+        shutil.copyfileobj(source, _Watched(whole, target.is_wanted), WINDOW)
+        write_tar(members(whole, name), target)
+
+
 @contextlib.contextmanager
-def _opened(name: str) -> Iterator[IO[bytes]]:
+def opened(name: str) -> Iterator[IO[bytes]]:
+    """Open a shard, or another file beside it, to be read from its beginning."""
     if not name.startswith(PIPE):
         if not is_remote(name):
             with open(name, "rb") as file:
@@ -184,7 +237,7 @@ def _opened(name: str) -> Iterator[IO[bytes]]:
 
 def _make_room(folder: Path, keep: Path) -> None:
     """Remove the shards that were opened longest ago, until the rest fits into the limit."""
-    limit = int(os.environ.get(MAX_BYTES_VARIABLE, MAX_BYTES))
+    limit = max_bytes()
     found = []
     for path in folder.glob("*.tar"):
         with contextlib.suppress(FileNotFoundError):  # another process makes room too

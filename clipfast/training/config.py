@@ -37,9 +37,9 @@ class TrainConfig:
     """Options of a training run. Names follow OpenCLIP's flags; the help text of each is its documentation."""
 
     train_data: str = _flag(
-        "", "pairs: WebDataset shards (.tar, .tar.gz), tables (.csv, .tsv, .jsonl) whose lines name image files, or "
-        "folders of images with texts beside them; {000..099} and *.tar expand, '::' joins patterns, and "
-        "'bundled:emoji/noto' ships with the package",
+        "", "pairs: WebDataset shards (.tar, .tar.gz), Parquet or Arrow files, tables (.csv, .tsv, .jsonl) whose lines "
+        "name image files, or folders of these or of images with texts beside them; {000..099} and *.tar expand, "
+        "'::' joins patterns, and 'bundled:emoji/noto' ships with the package",
     )  # fmt: skip
     image_key: str | None = _flag(
         None, "extension of the image in a tar file, or column of a table that names its file; ';' separates "

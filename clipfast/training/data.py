@@ -160,12 +160,11 @@ def _check_damage(sources: list[ShardSource], limit: float) -> None:
     Raises:
         ValueError: more than the share ``limit`` of all pairs is lost.
     """
-    damaged = {shard.name: shard.damage for source in sources for shard in source.shards if shard.damage}
-    lost = sum(sum(damage.values()) for damage in damaged.values())
-    for name, damage in list(damaged.items())[:10]:
-        for place, count in damage.items():
-            lost_here = f"about {count} pair(s)" if count else "parts"
-            log.warning(f"{lost_here} of shard {name} are lost: {place}")
+    damaged = {shard.name: shard for source in sources for shard in source.shards if shard.damage}
+    lost = sum(sum(shard.damage.values()) for shard in damaged.values())
+    for shard in list(damaged.values())[:10]:
+        for loss in shard.losses():
+            log.warning(loss)
     total = lost + sum(sum(source.sizes) for source in sources)
     if lost > limit * total:
         raise ValueError(

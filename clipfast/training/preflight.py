@@ -15,7 +15,7 @@ from torch import Tensor
 from .. import host
 from ..data import PREFETCH, Batch, Mix, Order, expand_shards, spread, try_pairs
 from ..data.index import ShardError
-from ..data.staging import is_remote
+from ..data.samples import is_remote
 from ..file_tokenizer import FileTokenizer
 from ..images import SampleError
 from ..models import CLIP

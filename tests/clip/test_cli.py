@@ -68,7 +68,10 @@ BAD = [
     ([*EMOJI, "--model", "/root/a-model"], "unknown model '/root/a-model'; known: RN50"),
     ([*EMOJI, "--batchsize", "7"], "unrecognized arguments: --batchsize 7: did you mean --batch-size?"),
     (["train", "--train-data", "train.csv"], "the shards hold no samples: train.csv"),
-    (["train", "--train-data", "t.txt"], "t.txt is no shard: pairs come from tar files, from tables (.csv"),
+    (
+        ["train", "--train-data", "t.txt"],
+        "t.txt is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv",
+    ),
     (["train", "--train-data", "folder"], "shard folder/ cannot be read: the folder has no images (jpg, jpeg"),
     (["train", "--train-data", "folder/*.tar"], "no such shard: nothing matches folder/*.tar"),
     (

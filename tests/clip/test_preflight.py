@@ -70,13 +70,13 @@ def without(*keys: str) -> list[dict[str, bytes]]:
 @pytest.mark.parametrize(
     ("pairs", "parts"),
     [
-        (without("png"), ("(4 x no image); first: x.tar/000: sample has no image", "tar --sort=name")),
+        (without("png"), ("(4 x no image); first: x.tar/000: sample has no image", "one behind the other")),
         (
-            [{"image": pair["png"], "txt": pair["txt"]} for pair in PAIRS],
-            ("(4 x no image); first: x.tar/000: sample has no image (jpg, ", " bmp), only image, txt"),
+            [{"picture": pair["png"], "txt": pair["txt"]} for pair in PAIRS],
+            ("(4 x no image); first: x.tar/000: sample has no image (jpg, ", "only picture, txt", "--image-key"),
         ),
-        (without("txt", "json"), ("(4 x no caption); first: x.tar/000: sample has no caption (txt)", "7.jpg, 7.txt")),
-        (without("txt"), ("clipfast reads captions from .txt files, not from json",)),
+        (without("txt", "json"), ("(4 x no caption); first: x.tar/000: sample has no caption (txt", "7.jpg, 7.txt")),
+        (without("txt"), ("sample has no caption (txt", "--text-key")),
         (changed(txt=b" "), ("(4 x no caption); first: x.tar/000: caption is empty",)),
         (
             changed(png=b"GIF89"),

@@ -306,7 +306,9 @@ def test_only_images_come_out_of_a_table(tmp_path):
     }  # fmt: skip
     (folder / "t.jsonl").write_text("".join(json.dumps({"image": name, "text": "x"}) + "\n" for name in named))
     images = LabelledSet(f"{folder}/t.jsonl")
-    with pytest.raises(ValueError, match=r"not one image of .*; first: t\.jsonl/\.\./secret\.txt: not an image"):
+    with pytest.raises(
+        ValueError, match=r"not one of the images of .*; first: t\.jsonl/\.\./secret\.txt: not an image"
+    ):
         list(images)
     assert [skipped.kind for skipped in images.skipped] == list(named.values())
     assert "a secret" not in str(images.skipped)

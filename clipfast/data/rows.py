@@ -1,0 +1,254 @@
+"""Parquet and Arrow files of pairs, of which each row becomes a sample of a tar file.
+
+Row number i is sample number i. Its members are ``NNNNNNNNN.<column>`` for each column of bytes, and
+``NNNNNNNNN.json``, an object of all other columns. A column of bytes is binary, as in the files that img2dataset
+writes, or an image of Hugging Face's datasets: a struct with the bytes of a file or its path.
+"""
+
+import contextlib
+import json
+import math
+import tarfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any, Protocol, cast
+
+from .tar import BLOCK, MAX_MEMBER
+
+PARQUET = ".parquet"
+SUFFIXES = (PARQUET, ".arrow")
+ARROW_FILE = b"ARROW1"  # with this begins Arrow's file format; its stream format, which datasets writes, does not
+ROWS = 32  # that are in memory at once
+BUFFER = 1 << 20  # bytes of a Parquet column that are read at once
+
+
+class RowsError(ValueError):
+    """A file that is not the Parquet or Arrow file that its name says, or has no images in it."""
+
+
+class Writable(Protocol):
+    """What bytes are written to."""
+
+    def write(self, data: bytes, /) -> object:
+        """Write the bytes."""
+
+
+def has_rows(name: str) -> bool:
+    """Return True if a shard is a Parquet or Arrow file, by its name."""
+    return _path(name).endswith(SUFFIXES)
+
+
+def has_footer(name: str) -> bool:
+    """Return True if the end of a shard says how many samples it has: it is a Parquet file, by its name."""
+    return _path(name).endswith(PARQUET)
+
+
+def _path(name: str) -> str:
+    return (name.partition("?")[0] if "://" in name else name).lower()
+
+
+def shards_in(folder: Path) -> list[str] | None:
+    """Return the shards of a folder in order, or None if it holds none.
+
+    These are the Arrow files of a dataset that ``datasets.save_to_disk`` wrote; or all tar files; or, if there is no
+    tar file, all Parquet files.
+
+    Raises:
+        ValueError: the dataset has several splits, or does not say which files it has.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = [path.parent.name for path in sorted(folder.glob("*/state.json"))]
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(splits)}: name one of them, as {folder / (*splits, 'train')[0]}"
+        )
+    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        try:
+            files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
+            return [str(folder / Path(file["filename"]).name) for file in files]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{folder / 'state.json'} does not list the files of a dataset: {error!r}") from error
+    found = sorted(folder.glob("*.tar")) or sorted(folder.glob(f"*{PARQUET}"))
+    return [str(path) for path in found] or None
+
+
+def count(file: IO[bytes], name: str) -> int:
+    """Return the number of rows; of a Parquet file only the footer is read, of an Arrow file all of it.
+
+    Raises:
+        RowsError: it cannot be read, or has no column of bytes.
+    """
+    with _reading(name):
+        if has_footer(name):
+            from pyarrow.parquet import ParquetFile
+
+            parquet = ParquetFile(file)
+            _bytes_columns(parquet.schema_arrow)
+            return int(parquet.metadata.num_rows)
+        rows = 0
+        for batch in _arrow_batches(file):
+            _bytes_columns(batch.schema)
+            rows += batch.num_rows
+        return rows
+
+
+def mapped(name: str) -> IO[bytes]:
+    """Return a file of this machine, of which only those pages are read whose bytes are looked at."""
+    import pyarrow
+
+    return cast(IO[bytes], pyarrow.memory_map(name))
+
+
+def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[tuple[str, bytes]]:
+    """Yield names and bytes of the members that the rows become. A few rows are in memory at once.
+
+    Args:
+        file: a file that can be read from the middle.
+        name: of the shard.
+        folder: that paths of images in the file start from; with None, such images are missing.
+
+    Raises:
+        RowsError: it cannot be read, or has no column of bytes.
+    """
+    with _reading(name):
+        row = 0
+        for batch in _parquet_batches(file) if has_footer(name) else _arrow_batches(file):
+            in_bytes = _bytes_columns(batch.schema)
+            columns = list(zip(batch.schema.names, batch.columns, strict=True))
+            for place in range(batch.num_rows):
+                values = [(column, _value(values[place])) for column, values in columns]
+                for number, extension in in_bytes.items():
+                    data = _bytes(values[number][1], folder)
+                    if data is not None:
+                        yield f"{row:09d}.{extension}", data
+                yield f"{row:09d}.json", _json([pair for number, pair in enumerate(values) if number not in in_bytes])
+                row += 1
+
+
+def write_tar(parts: Iterable[tuple[str, bytes]], target: Writable) -> None:
+    """Write names and bytes as an uncompressed tar file. (``tarfile`` keeps all headers that it has written.)"""
+    for name, data in parts:
+        header = tarfile.TarInfo(name)
+        header.size = len(data)
+        target.write(header.tobuf())
+        target.write(data)
+        target.write(bytes(-len(data) % BLOCK))
+    target.write(bytes(2 * BLOCK))
+
+
+@contextlib.contextmanager
+def _reading(name: str) -> Iterator[None]:
+    """Say of pyarrow's errors which file they are about, and what to do."""
+    import pyarrow
+
+    try:
+        yield
+    except (pyarrow.ArrowException, OSError) as error:
+        kind = "a Parquet" if has_footer(name) else "an Arrow"
+        raise RowsError(f"it is damaged, or not {kind} file: {error}; copy or write it again") from error
+
+
+def _parquet_batches(file: IO[bytes]) -> Iterator[Any]:
+    from pyarrow.parquet import ParquetFile
+
+    # A column of a row group, which may be as large as the file, is read piece by piece.
+    yield from ParquetFile(file, buffer_size=BUFFER, pre_buffer=False).iter_batches(ROWS, use_threads=False)
+
+
+def _arrow_batches(file: IO[bytes]) -> Iterator[Any]:
+    from pyarrow import ArrowInvalid, ipc
+
+    if file.read(len(ARROW_FILE)) == ARROW_FILE:
+        reader = ipc.open_file(file)
+        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+        return
+    # A stream that is cut between two batches can be read without an error, but lacks the zeros of the end mark.
+    end = file.seek(0, 2)
+    file.seek(max(end - 4, 0))
+    if file.read(4) != bytes(4):
+        raise ArrowInvalid(f"its {end} bytes do not end as an Arrow stream does")
+    file.seek(0)
+    yield from ipc.open_stream(file)
+
+
+def _bytes_columns(schema: Any) -> dict[int, str]:
+    """Return the numbers of the columns of bytes, and the extensions of their members.
+
+    Raises:
+        RowsError: there is none, or two would have the same extension.
+    """
+    found = {
+        number: field.name.lower().replace("/", "_")
+        for number, field in enumerate(schema)
+        if field.name.lower() != "json" and _holds_bytes(field.type)
+    }
+    columns = ", ".join(schema.names)
+    if not found:
+        raise RowsError(
+            f"it has no column of image bytes, only {columns}: name files with the images in them, which img2dataset "
+            "writes with --output_format parquet (beside its tar files it writes Parquet files without images)"
+        )
+    if len(set(found.values())) < len(found):
+        raise RowsError(f"two of its columns have the same name in lower case: {columns}; rename one")
+    return found
+
+
+def _holds_bytes(kind: Any) -> bool:
+    from pyarrow import types
+
+    if types.is_struct(kind):
+        names = [kind.field(number).name for number in range(kind.num_fields)]
+        return "bytes" in names or names == ["path"]
+    is_binary = (types.is_binary, types.is_large_binary, types.is_binary_view, types.is_fixed_size_binary)
+    return any(test(kind) for test in is_binary)
+
+
+def _value(scalar: Any) -> Any:
+    """Return a value of Arrow as one of Python; None if Python has none, as for text that is not UTF-8."""
+    try:
+        return scalar.as_py()
+    except (ValueError, OverflowError):
+        return None
+
+
+def _bytes(value: Any, folder: Path | None) -> bytes | None:
+    """Return the bytes in a column of bytes; None if there are none."""
+    if isinstance(value, dict):
+        data, path = value.get("bytes"), value.get("path")
+        value = _file(folder / path) if data is None and path and folder is not None else data
+    return value if isinstance(value, bytes) else None
+
+
+def _file(path: Path) -> bytes | None:
+    """Return the bytes of an image's file. Anything else that a table may name, such as a device, is missing."""
+    try:
+        return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_MEMBER else None
+    except (OSError, ValueError):
+        return None
+
+
+def _json(values: list[tuple[str, Any]]) -> bytes:
+    """Return the values of a row as an object. The fields of a column "json" stand beside the other columns."""
+    fields: dict[str, Any] = {}
+    for name, value in values:
+        found = _plain(value)
+        if name.lower() == "json" and isinstance(value, str | bytes):
+            with contextlib.suppress(ValueError, RecursionError):
+                found = _plain(json.loads(value))
+        fields = found | fields if name.lower() == "json" and isinstance(found, dict) else fields | {name: found}
+    return json.dumps(fields, ensure_ascii=False).encode("utf-8", "replace")
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON can hold of a value: numbers that are not finite and bytes become null, other things text."""
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case float():
+            return value if math.isfinite(value) else None
+        case dict():
+            return {str(key): _plain(item) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item) for item in value]
+        case bytes():
+            return None
+    return str(value)

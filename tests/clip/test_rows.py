@@ -1,0 +1,458 @@
+"""Parquet and Arrow shards: row i is sample i, whatever is in it, and counting them reads next to nothing."""
+
+import datetime
+import decimal
+import http.server
+import json
+import logging
+import os
+import re
+import threading
+import tracemalloc
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from clipfast.data import IndexCache, expand_shards, identities, open_shards
+from clipfast.data.rows import members
+from clipfast.data.staging import is_direct
+from clipfast.images import SampleError
+
+from .conftest import picture, run_command, sample, write_shard
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+STATS = "_stats.json"
+
+
+def downloaded(count, first=0):
+    """A table as img2dataset writes it."""
+    numbers = range(first, first + count)
+    return pa.table({
+        "url": [f"http://example.com/{n}" for n in numbers],
+        "caption": [None if n % 10 == 3 else f"a caption {n}, été 猫" for n in numbers],
+        "key": [f"{n:09d}" for n in numbers],
+        "status": ["success"] * count,
+        "error_message": pa.array([None] * count, pa.string()),
+        "width": pa.array([24] * count, pa.int32()),
+        "similarity": [float("nan") if n % 2 else 0.25 for n in numbers],
+        "jpg": pa.array([None if n % 10 in (3, 5) else b"image %d" % n for n in numbers], pa.binary()),
+    })  # fmt: skip
+
+
+def write_parquet(path, table, rows=100):
+    pq.write_table(table, path, row_group_size=rows)
+    return str(path)
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FEATURES = b'{"info": {"features": {"image": {"_type": "Image"}, "captions": {"feature": {"dtype": "string"}}}}}'
+
+
+def save_to_disk(folder, counts, batch=4):
+    """A folder as ``datasets.save_to_disk`` writes it, with files of ``counts`` rows in batches."""
+    folder.mkdir(parents=True)
+    schema = pa.schema([("image", IMAGE), ("captions", pa.list_(pa.string()))], {b"huggingface": FEATURES})
+    names, row = [], 0
+    for number, count in enumerate(counts):
+        names.append(f"data-{number:05d}-of-{len(counts):05d}.arrow")
+        with pa.ipc.new_stream(str(folder / names[-1]), schema) as writer:
+            for start in range(0, count, batch):
+                rows = range(row + start, row + min(count, start + batch))
+                images = [{"bytes": b"image %d" % n, "path": None} if n % 5 else None for n in rows]
+                captions = [[f"a {n}", f"b {n}"] for n in rows]
+                writer.write_batch(pa.record_batch([pa.array(images, IMAGE), pa.array(captions)], schema=schema))
+        row += count
+    (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
+    # in another order than that of their names
+    state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    return names
+
+
+def fields(raw):
+    return json.loads(raw["json"])
+
+
+def test_rows_of_img2dataset(tmp_path):
+    path = write_parquet(tmp_path / "00000.parquet", downloaded(250))
+    source = open_shards([path], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [250]
+    assert not list((tmp_path / "cache").glob("shards/*"))  # the footer says how many there are
+    for number in np.random.default_rng(0).permutation(250).tolist():
+        raw = source.read(number)
+        found = fields(raw)
+        assert found["url"].endswith(f"/{number}")
+        assert (found["key"], found["width"], found["error_message"]) == (f"{number:09d}", 24, None)
+        assert found["similarity"] == (None if number % 2 else 0.25)
+        assert found["caption"] == (None if number % 10 == 3 else f"a caption {number}, été 猫")
+        assert raw.get("jpg") == (None if number % 10 in (3, 5) else b"image %d" % number)
+
+
+def test_no_rows(tmp_path):
+    path = write_parquet(tmp_path / "0.parquet", downloaded(0))
+    for whole in (False, True):
+        assert open_shards([path], index=IndexCache(tmp_path / "cache"), whole=whole).sizes == [0]
+
+
+def test_values_that_are_not_json(tmp_path):
+    moment = datetime.datetime(2024, 2, 29, 12, 30)
+    table = pa.table({
+        "png": [b"x"],
+        "when": [moment],
+        "late": pa.array([2**60], pa.timestamp("ms")),  # a year that Python does not have
+        "price": pa.array([decimal.Decimal("1.50")]),
+        "nested": [{"inner": [b"bytes", b""], "infinite": float("inf"), "text": "é"}],
+        "pairs": pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64())),
+        "kind": pa.array(["red"]).dictionary_encode(),
+        "text": invalid_text(),
+        "json": ['{"label": "thing", "price": "0"}'],
+        "Wörter/Bilder": [b"y"],
+    })  # fmt: skip
+    raw = open_shards([write_parquet(tmp_path / "t.parquet", table)], index=IndexCache(tmp_path / "cache")).read(0)
+    assert fields(raw) == {
+        "when": str(moment), "late": None, "price": "1.50", "pairs": [["a", 1]], "kind": "red", "text": None,
+        "nested": {"inner": [None, None], "infinite": None, "text": "é"}, "label": "thing",
+    }  # fmt: skip
+    assert (raw["png"], raw["wörter_bilder"]) == (b"x", b"y")
+    source = open_shards([f"{tmp_path}/t.parquet"], index=IndexCache(tmp_path / "cache"))
+    assert {**source.read(0), "__span__": 0, "__url__": 0} == {**raw, "__span__": 0, "__url__": 0}
+
+
+def invalid_text():
+    """A column of text whose bytes are not UTF-8, which Parquet does not check."""
+    offsets = pa.py_buffer(np.array([0, 4], np.int32).tobytes())
+    return pa.Array.from_buffers(pa.string(), 1, [None, offsets, pa.py_buffer(b"caf\xe9")])
+
+
+def test_images_by_path(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "0.png").write_bytes(b"image 0")
+    os.mkfifo(tmp_path / "pipe")
+    paths = ["images/0.png", "missing.png", f"{tmp_path}/images/0.png", "pipe", "images", "nul\0", None]
+    images = pa.array([{"bytes": None, "path": path} for path in paths], IMAGE)
+    path = write_parquet(tmp_path / "p.parquet", pa.table({"image": images, "text": paths}))
+    expected = [b"image 0", None, b"image 0", None, None, None, None]
+    source = open_shards([path, f"file://{path}"], index=IndexCache(tmp_path / "cache"))
+    assert [source.read(number).get("image") for number in range(7)] == expected
+    # what comes from elsewhere names no files of this machine
+    assert [source.read(number).get("image") for number in range(7, 14)] == [None] * 7
+
+
+@pytest.mark.parametrize("form", ["stream", "file"])
+def test_arrow_files(form, tmp_path):
+    table = downloaded(50)
+    make = pa.ipc.new_stream if form == "stream" else pa.ipc.new_file
+    with make(str(tmp_path / "x.arrow"), table.schema) as writer:
+        writer.write_table(table, max_chunksize=20)
+    source = open_shards([f"{tmp_path}/x.arrow"], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [50]
+    assert not list((tmp_path / "cache").glob("shards/*"))
+    assert [fields(source.read(number))["key"] for number in range(50)] == [f"{n:09d}" for n in range(50)]
+
+
+def test_a_folder_that_datasets_saved(tmp_path):
+    names = save_to_disk(tmp_path / "saved" / "train", [9, 4, 7])
+    save_to_disk(tmp_path / "saved" / "test", [1])
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    folder = tmp_path / "saved" / "train"
+    (folder / "cache-1.arrow").write_bytes(b"left by another program")
+    shards = expand_shards(str(folder))
+    assert shards == [str(folder / name) for name in reversed(names)]
+    source = open_shards(shards, index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [7, 4, 9]
+    order = [*range(13, 20), *range(9, 13), *range(9)]
+    for number, row in enumerate(order):
+        raw = source.read(number)
+        assert fields(raw) == {"captions": [f"a {row}", f"b {row}"]}
+        assert raw.get("image") == (b"image %d" % row if row % 5 else None)
+    with pytest.raises(ValueError, match=r"saved holds the splits test, train: name one of them, as .*saved/test"):
+        expand_shards(f"{tmp_path}/saved")
+    (folder / "state.json").write_text('{"_data_files": 3}')
+    with pytest.raises(ValueError, match=r"state\.json does not list the files of a dataset"):
+        expand_shards(str(folder))
+
+
+def test_folders_of_shards(tmp_path):
+    for name in ("1.parquet", "0.parquet", "note.txt"):
+        (tmp_path / name).write_bytes(b"")
+    assert expand_shards(str(tmp_path)) == [f"{tmp_path}/0.parquet", f"{tmp_path}/1.parquet"]
+    for name in ("1.tar", "0.tar"):  # beside tar files, img2dataset's Parquet files have no images
+        (tmp_path / name).write_bytes(b"")
+    assert expand_shards(str(tmp_path)) == [f"{tmp_path}/0.tar", f"{tmp_path}/1.tar"]
+
+
+def cut(path, share):
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: int(len(data) * share)])
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("cut.parquet", "it is damaged, or not a Parquet file: .*; copy or write it again"),
+        ("cut.arrow", "it is damaged, or not an Arrow file: .*; copy or write it again"),
+        ("end.arrow", "its .* bytes do not end as an Arrow stream does; copy or write it again"),
+        ("none.arrow", "it is damaged, or not an Arrow file: "),
+        ("text.parquet", "it is damaged, or not a Parquet file: "),
+        ("images.parquet", "it has no column of image bytes, only url, caption: name files with the images in them"),
+        ("twice.parquet", "two of its columns have the same name in lower case: jpg, JPG; rename one"),
+    ],
+)
+def test_files_that_cannot_be_used(kind, message, whole, tmp_path):
+    path = str(tmp_path / kind)
+    stem = kind.partition(".")[0]
+    table = downloaded(200)
+    if stem == "images":
+        table = table.select(["url", "caption"])
+    if stem == "twice":
+        table = pa.table({"jpg": [b"x"], "JPG": [b"y"]})
+    if kind.endswith(".parquet"):
+        write_parquet(path, table)
+    else:
+        with pa.ipc.new_stream(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=50)
+    if stem == "cut":
+        cut(path, 0.6)
+    if stem == "end":
+        Path(path).write_bytes(Path(path).read_bytes()[:-8])
+    if stem in ("none", "text"):
+        Path(path).write_bytes(b"" if stem == "none" else b"key,caption\n" * 100)
+    with pytest.raises(SampleError, match=f"shard {re.escape(path)} cannot be read: .*{message}"):
+        open_shards([path], index=IndexCache(tmp_path / "cache"), whole=whole)
+
+
+def test_damage_inside_a_parquet_file_is_met_when_it_is_opened(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", downloaded(200))
+    data = bytearray(Path(path).read_bytes())
+    data[100:3000] = b"\xff" * 2900
+    Path(path).write_bytes(data)
+    source = open_shards([path], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [200]
+    with pytest.raises(SampleError, match=r"x\.parquet cannot be read: it is damaged"):
+        source.read(0)
+
+
+def test_few_rows_are_in_memory_at_once(tmp_path):
+    images = [os.urandom(50_000) for _ in range(1000)]
+    table, path = pa.table({"jpg": images, "n": list(range(1000))}), f"{tmp_path}/x.parquet"
+    # a row group that is the whole file, of pages that are not
+    pq.write_table(table, path, row_group_size=1000, use_dictionary=False, write_batch_size=16)
+    del table
+    before = pa.total_allocated_bytes()
+    del images
+    most = 0
+    tracemalloc.start()
+    with Path(path).open("rb") as file:
+        for _ in members(file, path):
+            most = max(most, pa.total_allocated_bytes() - before)
+    _, python = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most + python < 15e6  # of 50 MB
+
+
+def test_a_file_that_was_replaced(tmp_path):
+    index, path = IndexCache(tmp_path / "cache"), tmp_path / "x.parquet"
+    write_parquet(path, downloaded(20))
+    counted, opened = open_shards([str(path)], index=index), open_shards([str(path)], index=index)
+    assert fields(opened.read(3))["key"] == "000000003"
+    write_parquet(path, downloaded(20, first=100))
+    os.utime(path, ns=(1, 1))
+    assert fields(opened.read(4))["key"] == "000000004"  # it was opened before
+    with pytest.raises(SampleError, match="the shard was replaced after its samples were counted"):
+        counted.read(3)
+    again = open_shards([str(path)], index=index)
+    assert fields(again.read(3))["key"] == "000000103"
+    assert again.shards[0].counted_in is None  # the index is in the cache by now
+    assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
+
+
+def test_identities_of_rows(tmp_path):
+    images = pa.array([b"x"] * 6)
+    path = write_parquet(tmp_path / "x.parquet", pa.table({"jpg": images, "label": ["a", "b", "a", "c", "c", "c"]}))
+    index = IndexCache(tmp_path / "cache")
+    first = identities(open_shards([path], index=index), "label")
+    assert len(set(first.tolist())) == 3
+    (tmp_path / "cache" / "shards").rename(tmp_path / "away")
+    assert identities(open_shards([path], index=index), "label").tolist() == first.tolist()
+    assert not (tmp_path / "cache" / "shards").exists()  # the numbers were kept
+
+
+class Ranges(http.server.SimpleHTTPRequestHandler):
+    """Serves stretches of files too, and counts what is asked for."""
+
+    def do_GET(self):
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        data, asked = path.read_bytes(), self.headers.get("Range")
+        first, last = 0, len(data) - 1
+        if asked:
+            first, _, last = asked.removeprefix("bytes=").partition("-")
+            first, last = int(first), min(int(last or len(data)), len(data) - 1)
+        self.server.served.append((path.name, last + 1 - first))
+        self.send_response(206 if asked else 200)
+        self.send_header("Content-Length", str(last + 1 - first))
+        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+        self.end_headers()
+        self.wfile.write(data[first : last + 1])
+
+    def send_head(self):
+        """Answer HEAD."""
+        path = Path(self.translate_path(self.path))
+        if not path.is_file():
+            self.send_error(404)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(path.stat().st_size))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", str(path.stat().st_mtime_ns))
+        self.end_headers()
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """An HTTP server of the folder "web"; ``served`` lists names and bytes."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    (tmp_path / "web").mkdir()
+
+    def handler(*args):
+        return Ranges(*args, directory=str(tmp_path / "web"))
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
+        running.served, running.url = [], f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def test_counting_a_remote_parquet_file_reads_its_footer(server, tmp_path):
+    images = pa.table({"jpg": [os.urandom(40_000) for _ in range(250)], "n": list(range(250))})
+    write_parquet(tmp_path / "web" / "0.parquet", images)
+    size = (tmp_path / "web" / "0.parquet").stat().st_size
+    source = open_shards([f"{server.url}/0.parquet?download=true"], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [250]
+    assert 0 < sum(amount for _, amount in server.served) < 200_000 < size / 20
+    assert not (tmp_path / "cache" / "shards").exists()
+    server.served.clear()
+    assert [fields(source.read(number))["n"] for number in (249, 0)] == [249, 0]
+    assert sum(amount for _, amount in server.served) == size
+
+
+@pytest.mark.parametrize("kind", ["sizes", "stats"])
+def test_counts_beside_remote_tar_files(kind, server, tmp_path):
+    names = []
+    for number in range(4):
+        write_shard(tmp_path / "web" / f"{number:05d}.tar", [sample(n) for n in range(number + 2)])
+        names.append(f"{number:05d}.tar")
+        if kind == "stats":
+            stats = {"count": 10, "successes": number + 2}
+            (tmp_path / "web" / f"{number:05d}{STATS}").write_text(json.dumps(stats))
+    if kind == "sizes":
+        sizes = {"00000.tar": 2, "00001.tar": "3", "00002.tar": 4, "other.tar": 9, "00003.tar": -5}
+        (tmp_path / "web" / "sizes.json").write_text(json.dumps(sizes))
+    urls = [f"{server.url}/{name}" for name in names]
+    index = IndexCache(tmp_path / "cache")
+    source = open_shards(urls, index=index)
+    assert source.sizes == [2, 3, 4, 5]
+    # the last one's number is not one, and it was brought here to be counted
+    known = names if kind == "stats" else names[:3]
+    assert not [name for name, _ in server.served if name in known]
+    assert [shard.counted_in is not None for shard in source.shards] == [name in known for name in names]
+    assert sum(name == "sizes.json" for name, _ in server.served) == (kind == "sizes")
+    assert source.read(13)["txt"].decode().endswith("thing 4")
+    assert open_shards(urls, index=index, whole=True).sizes == [2, 3, 4, 5]
+
+
+def test_a_wrong_count(server, tmp_path, caplog):
+    caplog.set_level(logging.WARNING, "clipfast")
+    write_shard(tmp_path / "web" / "0.tar", [sample(n) for n in range(8)])
+    cut(tmp_path / "web" / "0.tar", 0.6)
+    write_shard(tmp_path / "web" / "1.tar", [sample(n) for n in range(3)])
+    (tmp_path / "web" / "sizes.json").write_text('{"0.tar": 8, "1.tar": 3}')
+    index = IndexCache(tmp_path / "cache")
+    source = open_shards([f"{server.url}/0.tar", f"{server.url}/1.tar"], index=index)
+    assert source.sizes == [8, 3]
+    for number in (0, 7):
+        with pytest.raises(SampleError, match=r"0\.tar has 6 samples, but 8 by http.*/sizes\.json: correct") as error:
+            source.read(number)
+        assert error.value.kind == "miscounted shard"
+    assert source.read(8)["__key__"] == "000"
+    assert len([record for record in caplog.records if "0.tar are lost" in record.getMessage()]) == 1
+    assert open_shards([f"{server.url}/0.tar", f"{server.url}/1.tar"], index=index).sizes == [6, 3]
+
+
+def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
+    write_shard(tmp_path / "0.tar.gz", [sample(0)])
+    (tmp_path / "sizes.json").write_text("{broken")
+    (tmp_path / f"0{STATS}").write_text("[]")
+    assert open_shards([f"{tmp_path}/0.tar.gz"], index=IndexCache(tmp_path / "cache")).sizes == [1]
+    assert "sizes.json is left out of account, as it is not JSON" in caplog.text
+    # a plain file is always looked at itself
+    write_shard(tmp_path / "1.tar", [sample(0)])
+    (tmp_path / "sizes.json").write_text('{"1.tar": 7}')
+    assert open_shards([f"{tmp_path}/1.tar"], index=IndexCache(tmp_path / "cache")).sizes == [1]
+
+
+def read_in_a_process(arguments):
+    source, numbers = arguments
+    return [fields(source.read(number))["key"] for number in numbers]
+
+
+def test_processes_that_open_the_same_counted_shards(server, tmp_path):
+    for number in range(3):
+        write_parquet(tmp_path / "web" / f"{number}.parquet", downloaded(30, first=30 * number))
+    urls = [f"{server.url}/{number}.parquet" for number in range(3)]
+    source = open_shards(urls, index=IndexCache(tmp_path / "cache"))
+    sizes = {f"{number}.parquet": (tmp_path / "web" / f"{number}.parquet").stat().st_size for number in range(3)}
+    server.served.clear()
+    with ProcessPoolExecutor(3) as pool:
+        found = list(pool.map(read_in_a_process, [(source, range(90))] * 3))
+    assert found == [[f"{n:09d}" for n in range(90)]] * 3
+    fetched = {name: sum(amount for other, amount in server.served if other == name) for name in sizes}
+    assert fetched == sizes  # each was brought once
+
+
+def test_index_command(tmp_path, capsys):
+    path = write_parquet(tmp_path / "x.parquet", downloaded(30))
+    code, _, _ = run_command(capsys, "index", path, "--json", tmp_path / "found.json")
+    assert code == 0
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["samples"], found["lost"]) == (30, 0)
+    assert found["bytes"] > 30 * 1024  # the index was made, and did not only count
+    assert not is_direct(path)
+
+
+@pytest.mark.long
+def test_training_on_parquet(tmp_path):
+    pytest.importorskip("webdataset")
+    from clipfast.training import TrainConfig
+    from clipfast.training.loop import train
+
+    from .conftest import TINY
+
+    for number in range(2):
+        rows = [sample(n) for n in range(20)]
+        columns = {key: [row[key] for row in rows] for key in ("png", "txt")}
+        if number:
+            columns["png"][3] = None
+        write_parquet(tmp_path / f"{number}.parquet", pa.table(columns | {"label": [str(n) for n in range(20)]}))
+    config = TrainConfig(
+        train_data=str(tmp_path), model=TINY, batch_size=8, epochs=1, workers=1, logs=str(tmp_path), name="run",
+        device="cpu", warmup=1, max_bad_fraction=0.2,
+    )  # fmt: skip
+    folder, signum = train(config)
+    assert signum is None
+    results = json.loads((folder.path / "results.json").read_text())
+    assert results["steps"] == 5
+    assert results["skipped_kinds"] == {"no image": 1}
+    assert picture(0)
