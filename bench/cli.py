@@ -18,6 +18,7 @@ from .harness import Budget
 from .machine import use
 from .session import measure_all, refused_of_ours
 from .suites import SUITES, build
+from .supply import supply
 
 _OPS = {name: suite.op for name, suite in SUITES.items() if suite.op is not None}
 # Names that stand for several suites.
@@ -66,7 +67,11 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     everything = {name: suite.help for name, suite in SUITES.items()}
     everything |= {group: ", ".join(suites) for group, suites in GROUPS.items()} | {"all": "every suite"}
     for name, text in everything.items():
-        _add_measuring(commands.add_parser(name, help=text, description=text.capitalize() + "."))
+        measuring = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        _add_measuring(measuring)
+        if name == "data":
+            rate = "rate at which the last table says how many cores each stage takes (default: 10000)"
+            measuring.add_argument("--pairs-per-second", type=float, default=10_000, metavar="N", help=rate)
     text = "search launch configurations on the GPU of this machine"
     tuner = commands.add_parser("tune", help=text, description=tune.__doc__)
     tune.add_arguments(tuner)
@@ -121,6 +126,8 @@ def run(args: argparse.Namespace) -> int:
         plan, device, budget, path, only=args.only, memory=not args.no_memory, plots=not args.no_plots,
         breakdown=not args.no_breakdown, total_s=args.total,
     )  # fmt: skip
+    for summary in supply(done["cases"], args.pairs_per_second) if args.bench == "data" else ():
+        print(f"\n{summary}")
     refused = refused_of_ours(done)
     for line in refused:
         print(f"bench: refused: {line}", file=sys.stderr)
@@ -128,8 +135,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _budget(args: argparse.Namespace) -> Budget:
-    for name in ("rounds", "seconds", "min_rounds", "total"):
-        if getattr(args, name) <= 0:
+    for name in ("rounds", "seconds", "min_rounds", "total", "pairs_per_second"):
+        if getattr(args, name, 1) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} must be more than 0, got {getattr(args, name)}")
     rounds = 2 if args.smoke else args.rounds
     return Budget(args.seconds, rounds, min(args.min_rounds, rounds))

@@ -205,11 +205,12 @@ class _Runner:
     """A candidate that has been warmed up, and from which samples are taken one after another."""
 
     def __init__(self, case: Case, timing: Timing, sets: list[Inputs], graphs: Graphs | None) -> None:
-        self.device, self._inputs = case.device, sets[0]
+        self.device, self._inputs, self._clock = case.device, sets[0], case.clock
         self._function = timing.function
         calls = [functools.partial(call, case, timing.candidate, self._function, inputs) for inputs in sets]
         self._turns: Iterator[Callable[[], object]] = itertools.cycle(calls)
-        timing.timer = "cuda events" if self.device.type == "cuda" else "perf_counter"
+        clock = case.clock or time.perf_counter
+        timing.timer = clock.__name__ if case.clock or self.device.type != "cuda" else "cuda events"
         self._warm_up(0.2 if self.device.type == "cuda" else 0.0)
         if graphs is not None:
             try:
@@ -253,6 +254,10 @@ class _Runner:
             for turn in itertools.islice(self._turns, repeats):
                 turn()
 
+        if self._clock is not None:
+            start = self._clock()
+            turns()
+            return self._clock() - start
         if self.device.type == "cuda":
             torch.cuda.synchronize()
             torch.cuda._sleep(BACKLOG_CYCLES)

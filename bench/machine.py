@@ -4,6 +4,7 @@ import importlib.metadata
 import os
 import platform
 import re
+import resource
 import subprocess
 import time
 from collections.abc import Callable
@@ -140,6 +141,12 @@ def elapsed(run: Callable[[], object], device: torch.device) -> float:
     end.record()
     end.synchronize()
     return begin.elapsed_time(end) / 1e3
+
+
+def cpu_seconds() -> float:
+    """Return the CPU time of all threads of this process, and of the processes that it started and that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
 
 
 def synchronize(device: torch.device) -> None:

@@ -47,7 +47,7 @@ SUITES = {spec.suite_name: _suite_of(spec) for spec in specs().values()} | {
         "a whole training step: forward, loss, backward, AdamW", step.SHAPES, step.build, step.FIELDS, step.SMALLEST
     ),
     "data": Suite(
-        "decoding and transforming images", data.SHAPES, data.build, data.FIELDS, data.SMALLEST, dtypes=_FP32
+        "the data pipeline and its stages", data.SHAPES, data.build, data.FIELDS, data.SMALLEST, dtypes=_FP32
     ),
     "tokenizer": Suite(
         "captions to token ids", tokenizer.SHAPES, tokenizer.build, tokenizer.FIELDS, tokenizer.SMALLEST, dtypes=_FP32

@@ -1,74 +1,58 @@
-"""From files to tensors: decode, resize and normalise photographs, ours against OpenCLIP's transform."""
+"""The data pipeline and each of its stages, from shards of photographs to batches on the device, against OpenCLIP's.
 
-from __future__ import annotations
+Data workers are processes of one thread each, so what counts is the CPU time of one thread; only the copy to the device
+is timed by the clock.
+"""
 
-import functools
-import io
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+import contextlib
+import time
+from collections.abc import Iterator, Mapping
+from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from clipfast import image_transform, open_image
+from ..case import OURS, Candidate, Case, Sizes
+from ..machine import cpu_seconds
+from .pipelines import BATCH
+from .stages import STAGES, Photographs
 
-from ..case import OURS, Candidate, Case, Function, Sizes
-from . import peers
-
-if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can run the other suites
-    from PIL import Image
-
-FIELDS: Sizes = {"images": 32, "width": 640, "height": 480, "size": 224}
-SMALLEST: Sizes = {"images": 2, "width": 64, "height": 48, "size": 32}
-# Photographs of a size that is common on the web, resized to what most models take.
-SHAPES = {"cpu": [FIELDS], "cuda": [FIELDS]}
+FIELDS: Sizes = {"stage": "pipeline", "images": 1024, "width": 512, "height": 512, "size": 224}
+SMALLEST: Sizes = {"stage": "pipeline", "images": 4, "width": 64, "height": 48, "size": 32}
+# Photographs of sizes that are common on the web, resized to what most models take.
+_SIZES: Mapping[str, Sizes] = {"decode_and_transform": {"images": 32, "width": 640, "height": 480}, "pipeline": FIELDS}
+_DEFAULT: list[Sizes] = [{**FIELDS, "images": 256, **_SIZES.get(stage, {}), "stage": stage} for stage in STAGES]
+SHAPES = {"cpu": _DEFAULT, "cuda": _DEFAULT}
 
 
 def build(shape: Mapping[str, Any], dtype: str, device: torch.device) -> Case:
-    """Return the case of JPEG files in memory. It uses one thread, because data loaders scale by processes."""
-    count, width, height, size = (shape[key] for key in FIELDS)
-    files = _jpegs(count, width, height)
+    """Return the case of one stage, or of the pipeline as a whole."""
+    name, count = shape["stage"], shape["images"]
+    if name not in STAGES:
+        raise ValueError(f"data: stage must be one of {', '.join(STAGES)}, got {name!r}")
+    if name == "pipeline" and count % min(count, BATCH):
+        raise ValueError(f"data: images must be a multiple of the batch of {BATCH}, got {count}")
+    stage = STAGES[name](Photographs(count, shape["width"], shape["height"], shape["size"]), device)
+    candidates = tuple(
+        Candidate(who, make, note=stage.note if who == OURS else "", context=_one_thread)
+        for who, make in stage.make.items()
+    )
     return Case(
-        suite="data", op="data.decode_and_transform", shape=shape, dtype=dtype, device=device,
+        suite="data", op=f"data.{name}", shape=shape, dtype=dtype, device=device,
         inputs=lambda: {"order": torch.randperm(count)},
-        candidates=(
-            Candidate(OURS, functools.partial(_ours, files, size, uint8=True), note="bytes, normalised on the device"),
-            Candidate("clipfast, floats", functools.partial(_ours, files, size, uint8=False)),
-            Candidate("OpenCLIP transform", functools.partial(_open_clip, files, size)),
-        ),
-        items=(count, "images"),
+        candidates=candidates,
+        reference=candidates[0],
+        items=(count, stage.unit),
+        slack={"value": stage.slack},
+        graph=False,
+        clock=time.perf_counter if name == "transfer" else cpu_seconds,
     )  # fmt: skip
 
 
-def _ours(files: list[bytes], size: int, *, uint8: bool) -> Function:
-    return functools.partial(_all, files, open_image, image_transform(size, uint8=uint8))
-
-
-def _open_clip(files: list[bytes], size: int) -> Function:
-    from PIL import Image
-
-    transform = peers.need("open_clip", "open_clip_torch").image_transform(size, is_train=False)
-    return functools.partial(_all, files, lambda file: Image.open(io.BytesIO(file)), transform)
-
-
-def _all(
-    files: list[bytes], decode: Callable[[bytes], Image.Image], transform: Callable[[Any], Tensor], order: Tensor
-) -> Tensor:
-    return torch.stack([transform(decode(files[index])) for index in order.tolist()])
-
-
-def _jpegs(count: int, width: int, height: int) -> list[bytes]:
-    from PIL import Image
-
-    # smooth colours with noise have about as many bits per pixel as a photograph
-    rng = np.random.default_rng(0)
-    files = []
-    for _ in range(count):
-        coarse = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8))
-        pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC)).astype(np.int16)
-        noisy = np.clip(pixels + rng.normal(0, 8, pixels.shape), 0, 255).astype(np.uint8)
-        out = io.BytesIO()
-        Image.fromarray(noisy).save(out, "JPEG", quality=85)
-        files.append(out.getvalue())
-    return files
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

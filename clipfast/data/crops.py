@@ -67,16 +67,14 @@ class CroppedImages:
         Raises:
             ImageError: the image cannot be used.
         """
-        from PIL import Image
+        return self.resized(*self.decoded(data))
 
-        image, box = self._decoded(data)
-        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
-        for transform in self.augment:
-            image = transform(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+    def decoded(self, data: bytes) -> tuple[Image.Image, Box]:
+        """Return the image as finely as the crop needs it, and the crop in its pixels.
 
-    def _decoded(self, data: bytes) -> tuple[Image.Image, Box]:
-        """Return the decoded image, and the crop in its pixels."""
+        Raises:
+            ImageError: the image cannot be used.
+        """
         with opened(io.BytesIO(data)) as image:
             if image.format != "JPEG" or image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
                 image = open_image(data)
@@ -90,6 +88,15 @@ class CroppedImages:
             factors = (image.width / whole[0], image.height / whole[1])
             x0, y0, x1, y1 = (edge * factors[i % 2] for i, edge in enumerate(box))
             return to_rgb(image), (x0, y0, min(x1, image.width), min(y1, image.height))
+
+    def resized(self, image: Image.Image, box: Box) -> Tensor:
+        """Return a crop of a decoded image, resized and augmented."""
+        from PIL import Image
+
+        image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
+        for transform in self.augment:
+            image = transform(image)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
     def _box(self, image: Image.Image) -> Box:
         """Return the edges of a crop: left, top, right, bottom."""

@@ -136,7 +136,7 @@ class PairBatches(Dataset[Batch]):
             source, data_pass, sample = (int(column[index]) for column in (mine.source, mine.data_pass, mine.sample))
             image, text = self._usable(source, data_pass, sample, taken, skipped, clock)
             if index == 0:
-                images = _room(len(mine), image)
+                images = room_for(len(mine), image)
             images[index] = image
             captions.append(text)
         texts = self.tokenizer(captions)
@@ -218,7 +218,7 @@ class _Clock:
         self._last = now
 
 
-def _room(count: int, like: Tensor) -> Tensor:
+def room_for(count: int, like: Tensor) -> Tensor:
     """Return an empty tensor for ``count`` images; a data worker shares its memory with the process that trains."""
     shape = (count, *like.shape)
     if get_worker_info() is None:

@@ -1,0 +1,328 @@
+"""The stages of the data pipeline. Each works on what the stage before it has made, which lies in memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import default_collate
+
+from clipfast import Tokenizer, image_transform, open_image
+from clipfast.data import Batch, CroppedImages, IndexCache, ShardSource, open_shards
+from clipfast.data.loader import room_for
+from clipfast.tokenizer import CONTEXT_LENGTH, trim_padding
+from clipfast.training.step import Upload
+
+from ..case import OURS, AnyFunction, MissingError
+from . import pairs, peers
+from .pipelines import OpenClipBatches, OurBatches, denormalized, open_clip_data, padded
+
+if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can run the other suites
+    from PIL import Image
+
+# A coarsely decoded photograph differs by 3% from one that is decoded whole (more than 35 dB); their means hardly do.
+PIXELS, MEANS = 20.0, 5.0
+Make = Callable[[], AnyFunction]
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """Who can do a stage: how each is made, ours first; a note on ours; and by which factor results may differ."""
+
+    make: Mapping[str, Make]
+    note: str = ""
+    slack: float = 1.0
+    unit: str = "images"
+
+
+@dataclasses.dataclass(frozen=True)
+class Photographs:
+    """Pairs of a size in pixels, and the crops that are made of their images."""
+
+    count: int
+    width: int
+    height: int
+    size: int
+
+    @property
+    def files(self) -> list[bytes]:
+        """Return the images as JPEG files."""
+        return pairs.jpegs(self.count, self.width, self.height)
+
+    @property
+    def shards(self) -> list[str]:
+        """Return the names of tar files of the pairs."""
+        return pairs.shards(self.count, self.width, self.height)
+
+    def crops(self, oversampling: float = 1.0) -> CroppedImages:
+        """Return our crops of the images."""
+        return CroppedImages(self.size, oversampling=oversampling)
+
+    def source(self) -> ShardSource:
+        """Return the shards, indexed."""
+        return open_shards(self.shards, index=IndexCache(Path(self.shards[0]).parent / "index"))
+
+    def open_clip_transform(self, *, is_train: bool = True) -> Callable[[Image.Image], Tensor]:
+        """Return OpenCLIP's transform, which for training is a crop."""
+        open_clip: Any = peers.need("open_clip", "open_clip_torch")
+        return open_clip.image_transform(self.size, is_train=is_train)
+
+    def of_each(self, function: Callable[[bytes], Any]) -> list[Any]:
+        """Return what ``function`` makes of each file, with the random numbers that its place determines."""
+        made = []
+        for number, file in enumerate(self.files):
+            torch.manual_seed(number)
+            made.append(function(file))
+        return made
+
+
+class _Each:
+    """A function of the samples in some order that treats each by itself.
+
+    Args:
+        work: of the sample with a number.
+        seen: of the results, what all candidates must agree on.
+    """
+
+    def __init__(self, work: Callable[[int], Any], seen: Callable[[Any], Tensor]) -> None:
+        self.work, self.seen = work, seen
+
+    def __call__(self, order: Tensor) -> Tensor:
+        for number in order.tolist():
+            self.work(number)
+        return order
+
+    def observe(self, order: Tensor) -> dict[str, Tensor]:
+        """Return what is seen of each result, with random numbers that depend on the sample alone."""
+        found = []
+        for number in order.tolist():
+            torch.manual_seed(number)
+            found.append(self.seen(self.work(number)))
+        return {"value": torch.stack(found)}
+
+
+class _Joined:
+    """A function of the samples in some order that makes one tensor of them."""
+
+    def __init__(
+        self, samples: Sequence[Any], join: Callable[[list[Any]], Tensor], seen: Callable[..., Tensor]
+    ) -> None:
+        self.samples, self.join, self.seen = samples, join, seen
+
+    def __call__(self, order: Tensor) -> Tensor:
+        return self.join([self.samples[number] for number in order.tolist()])
+
+    def observe(self, order: Tensor) -> dict[str, Tensor]:
+        """Return what is seen of the result."""
+        return {"value": self.seen(self(order))}
+
+
+class _OpenClipRead:
+    """OpenCLIP's reading of shards from the beginning to the end, which is the order that it has."""
+
+    def __init__(self, shards: list[str]) -> None:
+        self.shards, self.data = shards, open_clip_data()
+
+    def __call__(self, order: Tensor) -> Tensor:
+        for _ in self._samples():
+            pass
+        return order
+
+    def observe(self, order: Tensor) -> dict[str, Tensor]:
+        """Return the lengths of the files of each sample."""
+        found = {int(sample["__key__"]): _lengths(sample) for sample in self._samples()}
+        return {"value": torch.stack([found[number] for number in order.tolist()])}
+
+    def _samples(self) -> Iterator[dict[str, Any]]:
+        return self.data.tarfile_to_samples_nothrow({"url": shard} for shard in self.shards)
+
+
+def _lengths(sample: Mapping[str, Any]) -> Tensor:
+    return torch.tensor([len(sample["jpg"]), len(sample["txt"])], dtype=torch.float64)
+
+
+def _pil(file: bytes) -> Image.Image:
+    from PIL import Image
+
+    return Image.open(io.BytesIO(file)).convert("RGB")
+
+
+def _thumbnail(image: Image.Image) -> Tensor:
+    from PIL import Image
+
+    return torch.from_numpy(np.array(image.resize((8, 8), Image.Resampling.BOX))).double()
+
+
+def _each(photographs: Photographs, function: Callable[[bytes], Any], seen: Callable[[Any], Tensor]) -> _Each:
+    files = photographs.files
+    return _Each(lambda number: function(files[number]), seen)
+
+
+def _read(photographs: Photographs, _: torch.device) -> Stage:
+    return Stage(
+        {
+            OURS: lambda: _Each(photographs.source().read, _lengths),
+            "OpenCLIP": lambda: _OpenClipRead(photographs.shards),
+        },
+        note="in any order",
+        unit="pairs",
+    )
+
+
+def _decode(photographs: Photographs, _: torch.device) -> Stage:
+    each = functools.partial(_each, photographs)
+
+    def open_clip() -> AnyFunction:
+        peers.need("open_clip", "open_clip_torch")
+        return each(_pil, _thumbnail)
+
+    return Stage(
+        {
+            OURS: lambda: each(photographs.crops().decoded, lambda found: _thumbnail(found[0])),
+            f"{OURS}, whole": lambda: each(open_image, _thumbnail),
+            "OpenCLIP": open_clip,
+        },
+        note="as finely as the crop needs",
+        slack=MEANS,
+    )
+
+
+def _resize(photographs: Photographs, _: torch.device) -> Stage:
+    def ours() -> AnyFunction:
+        crops = photographs.crops()
+        decoded = photographs.of_each(crops.decoded)
+        return _Each(lambda number: crops.resized(*decoded[number]), denormalized)
+
+    def open_clip() -> AnyFunction:
+        transform, decoded = photographs.open_clip_transform(), photographs.of_each(_pil)
+        return _Each(lambda number: transform(decoded[number]), denormalized)
+
+    return Stage({OURS: ours, "OpenCLIP": open_clip}, note="bytes, of a coarser image", slack=PIXELS)
+
+
+def _crop(photographs: Photographs, _: torch.device) -> Stage:
+    each = functools.partial(_each, photographs, seen=denormalized)
+
+    def open_clip() -> AnyFunction:
+        transform = photographs.open_clip_transform()
+        return each(lambda file: transform(_pil(file)))
+
+    return Stage(
+        {
+            OURS: lambda: each(photographs.crops()),
+            f"{OURS}, whole": lambda: each(photographs.crops(float("inf"))),
+            "OpenCLIP": open_clip,
+        },
+        note="decode and resize",
+        slack=PIXELS,
+    )
+
+
+def _collate(photographs: Photographs, _: torch.device) -> Stage:
+    def ours() -> AnyFunction:
+        return _Joined(photographs.of_each(photographs.crops()), _filled, denormalized)
+
+    def open_clip() -> AnyFunction:
+        transform = photographs.open_clip_transform()
+        images = photographs.of_each(lambda file: transform(_pil(file)))
+        return _Joined(images, default_collate, denormalized)
+
+    return Stage({OURS: ours, "OpenCLIP": open_clip}, note="bytes", slack=PIXELS)
+
+
+def _filled(images: list[Tensor]) -> Tensor:
+    batch = room_for(len(images), images[0])
+    for index, image in enumerate(images):
+        batch[index] = image
+    return batch
+
+
+def _tokenize(photographs: Photographs, _: torch.device) -> Stage:
+    texts = pairs.captions(photographs.count)
+
+    def ours() -> AnyFunction:
+        tokenizer = Tokenizer()
+        return _Joined(texts, lambda batch: trim_padding(tokenizer(batch)), padded)
+
+    def open_clip() -> AnyFunction:
+        tokenizer = peers.need("open_clip", "open_clip_torch").SimpleTokenizer()
+        return _Joined(texts, lambda batch: default_collate([tokenizer(text)[0] for text in batch]), padded)
+
+    return Stage({OURS: ours, "OpenCLIP": open_clip}, note="a batch at a time", unit="captions")
+
+
+def _transfer(photographs: Photographs, device: torch.device) -> Stage:
+    def make(pixels: torch.dtype, *, pinned: bool) -> AnyFunction:
+        if device.type != "cuda":
+            raise MissingError("nothing is copied to a CPU")
+        shape = (photographs.count, 3, photographs.size, photographs.size)
+        texts = torch.zeros(photographs.count, CONTEXT_LENGTH, dtype=torch.long)
+        batch, upload = Batch(torch.zeros(shape, dtype=pixels), texts, []), Upload(device)
+        batch = batch.pin_memory() if pinned else batch
+
+        def copy(order: Tensor) -> Tensor:
+            images, _ = upload(batch)
+            torch.cuda.synchronize(device)
+            return images.flatten()[: len(order)].float()
+
+        return copy
+
+    return Stage(
+        {
+            OURS: lambda: make(torch.uint8, pinned=True),
+            f"{OURS}, floats": lambda: make(torch.float32, pinned=True),
+            "OpenCLIP": lambda: make(torch.float32, pinned=False),
+        },
+        note="bytes, from pinned memory",
+        unit="pairs",
+    )
+
+
+def _pipeline(photographs: Photographs, _: torch.device) -> Stage:
+    def ours(workers: int) -> AnyFunction:
+        return OurBatches(photographs.source(), photographs.crops(), workers)
+
+    def open_clip(workers: int) -> AnyFunction:
+        return OpenClipBatches(photographs.shards, photographs.count, photographs.open_clip_transform(), workers)
+
+    return Stage(
+        {
+            OURS: lambda: ours(0),
+            "OpenCLIP": lambda: open_clip(0),
+            f"{OURS}, 1 worker": lambda: ours(1),
+            "OpenCLIP, 1 worker": lambda: open_clip(1),
+        },
+        note="with all stages but the copy to the device",
+        slack=MEANS,
+        unit="pairs",
+    )
+
+
+def _decode_and_transform(photographs: Photographs, _: torch.device) -> Stage:
+    each = functools.partial(_each, photographs, seen=denormalized)
+
+    def ours(*, uint8: bool) -> AnyFunction:
+        transform = image_transform(photographs.size, uint8=uint8)
+        return each(lambda file: transform(open_image(file)))
+
+    def open_clip() -> AnyFunction:
+        transform = photographs.open_clip_transform(is_train=False)
+        return each(lambda file: transform(_pil(file)))
+
+    return Stage(
+        {OURS: lambda: ours(uint8=True), f"{OURS}, floats": lambda: ours(uint8=False), "OpenCLIP transform": open_clip},
+        note="bytes, normalised on the device",
+    )
+
+
+STAGES: dict[str, Callable[[Photographs, torch.device], Stage]] = {
+    "read": _read, "decode": _decode, "resize": _resize, "crop": _crop, "collate": _collate, "tokenize": _tokenize,
+    "transfer": _transfer, "pipeline": _pipeline, "decode_and_transform": _decode_and_transform,
+}  # fmt: skip

@@ -1,0 +1,74 @@
+"""What the data pipeline supplies: how many cores each of its stages takes at a given rate, and which one limits."""
+
+import itertools
+import math
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from clipfast.columns import align
+
+from .case import OURS
+
+# The stages in a data worker. The pipeline with a worker has all of them, and passes the batches on.
+WORK = ("read", "decode", "resize", "collate", "tokenize")
+PIPELINES = {OURS: f"{OURS}, 1 worker", "OpenCLIP": "OpenCLIP, 1 worker"}
+REST = "the rest"
+
+
+def supply(cases: Sequence[dict[str, Any]], pairs_per_second: float, cores: int | None = None) -> Iterator[str]:
+    """Yield the summary of the measured stages, for each size of images.
+
+    Args:
+        cases: of a result, as :func:`clipfast.bench.results.case_result` makes them.
+        pairs_per_second: that a training run takes.
+        cores: of this machine; default: those that this process may use.
+    """
+    cores = cores or len(os.sched_getaffinity(0))
+    by_size = itertools.groupby(sorted((case for case in cases if case["suite"] == "data"), key=_size), _size)
+    for (width, height, size), alike in by_size:
+        found = {case["shape"]["stage"]: _seconds_per_pair(case) for case in alike}
+        work = {stage: found[stage][OURS] for stage in WORK if OURS in found.get(stage, {})}
+        if work:
+            title = f"data workers at {pairs_per_second:,.0f} pairs/s, photographs {width}x{height} for {size}x{size}:"
+            yield "\n".join([title, *_summary(found, work, pairs_per_second, cores)])
+
+
+def _size(case: dict[str, Any]) -> tuple[int, int, int]:
+    return case["shape"]["width"], case["shape"]["height"], case["shape"]["size"]
+
+
+def _seconds_per_pair(case: dict[str, Any]) -> dict[str, float]:
+    return {c["name"]: c["median_s"] / case["items"]["count"] for c in case["candidates"] if c["samples_s"]}
+
+
+def _summary(
+    found: dict[str, dict[str, float]], work: dict[str, float], pairs_per_second: float, cores: int
+) -> Iterator[str]:
+    pipelines = found.get("pipeline", {})
+    whole = {who: pipelines[name] for who, name in PIPELINES.items() if name in pipelines}
+    total = whole.get(OURS, sum(work.values()))
+    if OURS in whole:
+        work[REST] = max(total - sum(work.values()), 0.0)
+    rows = [["", "us per pair", "share", "pairs/s per core", "cores"]]
+    for name, seconds in [*work.items(), ("together", total)]:
+        rate = f"{1 / seconds:,.0f}" if seconds else ""
+        share = f"{100 * seconds / total:.0f}%"
+        rows.append([name, f"{1e6 * seconds:,.0f}", share, rate, f"{pairs_per_second * seconds:.1f}"])
+    yield align(rows, right=range(1, len(rows[0])), indent="  ")
+    limit = max(work, key=lambda stage: work[stage])
+    yield f"  {limit} limits; {math.ceil(pairs_per_second * total)} data workers are needed, a core for each"
+    yield f"  {cores} core(s), as many as this machine has, supply {cores / total:,.0f} pairs/s"
+    if OURS in whole and "OpenCLIP" in whole:
+        theirs = whole["OpenCLIP"]
+        yield (
+            f"  OpenCLIP's pipeline takes {pairs_per_second * theirs:.1f} cores, {theirs / total:.2f} times as many: "
+            f"{1000 * theirs:.3g} CPU seconds for 1,000 pairs, ours {1000 * total:.3g}"
+        )
+    if "transfer" in found:
+        copy = found["transfer"].get(OURS)
+        yield (
+            f"  the copy to the GPU takes {100 * pairs_per_second * copy:.1f}% of the time, beside the step"
+            if copy
+            else "  nothing is copied to a GPU"
+        )
