@@ -35,7 +35,7 @@ def images_in(folder: str) -> Iterator[dict[str, str]]:
     These are the files beside each other whose names agree up to the last dot. Images are in the order of their names,
     and those of sub-folders come last. What begins with a dot is left out.
     """
-    for inside, _, names in _walk(folder):
+    for inside, names in _walk(folder):
         parts = (name.rpartition(".") for name in names)
         # No name has a zero byte: with it in place of the dot, what belongs together lies together when it is sorted.
         row = sorted(f"{stem}\0{extension}" for stem, _, extension in parts if stem)
@@ -52,19 +52,22 @@ def has_texts(folder: str, keys: Keys) -> bool:
 
 
 def folder_stamp(folder: str) -> str:
-    """Return a text that changes when files are added to a folder, removed or renamed.
+    """Return a text that changes when files are added beside the images of a folder, removed or renamed.
+
+    What is in the files is not looked at: it is read anew whenever a pair is.
 
     Raises:
         OSError: it cannot be read.
     """
     content = hashlib.sha256()
-    for inside, status, names in _walk(folder):
-        content.update(json.dumps([inside, status.st_mtime_ns, len(names)]).encode())
+    for inside, names in _walk(folder):
+        if any(name.rpartition(".")[2].lower() in IMAGE_EXTENSIONS for name in names):
+            content.update("\0".join([inside, *sorted(names), ""]).encode("utf-8", "surrogateescape"))
     return content.hexdigest()
 
 
-def _walk(root: str) -> Iterator[tuple[str, os.stat_result, list[str]]]:
-    """Yield each folder in ``root``, itself included: its path from there, its status, and the names of its files."""
+def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield each folder in ``root``, itself included: its path from there, and the names of its files."""
     pending, seen = [""], set[tuple[int, int]]()
     while pending:
         inside = pending.pop()
@@ -78,7 +81,7 @@ def _walk(root: str) -> Iterator[tuple[str, os.stat_result, list[str]]]:
             for entry in entries:
                 if not entry.name.startswith("."):
                     (folders if entry.is_dir() else names).append(entry.name)
-        yield inside, status, names
+        yield inside, names
         pending += [os.path.join(inside, name) for name in sorted(folders, reverse=True)]
 
 

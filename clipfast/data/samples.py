@@ -47,7 +47,7 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in braceexpand(part)]
     shards = [path for shard in named for path in _matches(shard)]
     local = [shard for shard in shards if ":" not in shard]
-    missing = [shard for shard in local if not Path(shard).exists()]
+    missing = [shard for shard in local if not shard or not Path(shard).exists()]
     if missing:
         raise ValueError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     for shard in local:
@@ -69,7 +69,7 @@ def _in_folder(folder: str) -> str:
 
 def _matches(shard: str) -> list[str]:
     """Return the files that a local name with wildcards or of a folder means, and any other name as it is."""
-    if ":" not in shard and Path(shard).is_dir():
+    if shard and ":" not in shard and Path(shard).is_dir():
         return shards_in(Path(shard)) or [shard]
     if ":" in shard or not glob.has_magic(shard) or Path(shard).exists():
         return [shard]
@@ -200,7 +200,7 @@ def image_bytes(sample: RawSample, keys: Keys = DEFAULT_KEYS) -> bytes:
             data: bytes = sample[key]
             return data
     raise ImageError(
-        f"sample has no image ({', '.join(keys.images)}), only {_found(sample)}; --image-key gives it another name",
+        f"sample has no image ({', '.join(keys.images)}), only {_found(sample)}; --image-key names others",
         "no image",
     )
 
@@ -289,6 +289,4 @@ def _captions(sample: RawSample, rng: random.Random | None, keys: Keys) -> list[
     if values:
         raise SampleError("caption is empty", "no caption")
     names = ", ".join(keys.texts)
-    raise SampleError(
-        f"sample has no caption ({names}), only {_found(sample)}; --text-key gives it another name", "no caption"
-    )
+    raise SampleError(f"sample has no caption ({names}), only {_found(sample)}; --text-key names others", "no caption")

@@ -18,7 +18,7 @@ from ..images import SampleError
 from .formats import MAX_LENGTH, Format, Stretches, stretches
 from .keys import IMAGE_EXTENSIONS
 from .linked import LINKS, Links
-from .samples import RawSample, is_remote, metadata
+from .samples import RawSample, metadata
 
 SEPARATORS = ",\t;|"
 HEADER_BYTES = 1 << 20  # in which the header must end
@@ -167,8 +167,7 @@ def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Cal
 
 
 def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
-    folder = "" if is_remote(name) else os.path.dirname(name)
-    return {"__url__": name, "json": data, LINKS: Links(folder, record)}
+    return {"__url__": name, "json": data, LINKS: Links(os.path.dirname(name), record)}
 
 
 def _scan_jsonl(file: BinaryIO, _: str = "") -> tuple[Stretches, dict[str, int]]:

@@ -51,6 +51,8 @@ def test_shards_expand(tmp_path):
     found = expand_shards(f"{tmp_path}/x-{{0..1}}.tar::{tmp_path}/y.tar")
     assert [shard.split("/")[-1] for shard in found] == ["x-0.tar", "x-1.tar", "y.tar"]
     assert sum(open_shards(expand_shards("bundled:emoji/noto")).sizes) == 1852
+    with pytest.raises(ValueError, match=r"no such shard:  \(1 of 2 are missing\)"):
+        expand_shards(f"{tmp_path}/y.tar::")  # and not the working folder
     with pytest.raises(ValueError, match="no bundled shard 'emoji/klingon'; there are: emoji/fluent, emoji/noto, emoj"):
         expand_shards("bundled:emoji/klingon")
 

@@ -56,7 +56,7 @@ def test_which_caption_is_taken(members, flags, expected):
         (
             {"json": {"url": "u", "alt": "b"}, "jpg": b""},
             {},
-            "only jpg, json with url, alt; --text-key gives it another n",
+            "only jpg, json with url, alt; --text-key names others",
         ),
         ({"txt": b"a"}, {"json_text_key": ["x"]}, r"sample has no caption \(x\), only txt \(the files of a pair"),
         ({"json": b"{"}, {}, "json cannot be read"),
@@ -72,7 +72,7 @@ def test_which_image_is_taken():
     assert image_bytes({"png": b"a", "jpg": b"b", "image": b"c"}) == b"b"
     assert image_bytes({"json": b"{}", "image": b"c"}) == b"c"
     assert image_bytes({"png": b"a", "jpg": b"b"}, read_keys(image_key="webp; png;jpg")) == b"a"
-    with pytest.raises(SampleError, match=r"no image \(webp\), only png, txt; --image-key gives it another name"):
+    with pytest.raises(SampleError, match=r"no image \(webp\), only png, txt; --image-key names others"):
         image_bytes({"png": b"a", "txt": b""}, read_keys(image_key="webp"))
     # a path in the json of a tar file is only a text
     with pytest.raises(SampleError, match="only json with filepath"):

@@ -269,14 +269,14 @@ def test_broken_rows_are_named(tmp_path):
             ("missing image", "there is no file 'a.png', neither in "),
             ("broken row", "the row has 4 fields for 2 columns: a field with ',' in it needs quotes around it"),
             ("missing image", "there is no file 'c.png'"),
-            ("no image", "only json with filepath, title; --image-key gives it another name"),
+            ("no image", "only json with filepath, title; --image-key names others"),
             ("broken row", "the row is not UTF-8"),
         ],
         "t.jsonl": [
             None,
             ("broken json", "json cannot be read"),
             ("broken json", "json is not an object but a list"),
-            ("no image", "only json with image, a; --image-key gives it another name"),
+            ("no image", "only json with image, a; --image-key names others"),
         ],
     }
     for name, errors in expected.items():
