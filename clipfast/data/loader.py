@@ -29,6 +29,7 @@ from ..images import SampleError
 from ..tokenizer import Tokenizer, trim_padding
 from .keys import DEFAULT_KEYS, Keys
 from .order import Mix, Stretch, Unique, permutation, random_words
+from .read_ahead import ReadAhead
 from .samples import RawSample, caption, field, image_bytes, sample_name
 from .source import Source
 
@@ -126,9 +127,8 @@ class PairBatches(Dataset[Batch]):
         Raises:
             ValueError: far too many samples cannot be used.
         """
-        first, part = number * self.batch_size, self.batch_size // self.world_size
-        whole = self.order(first, first + self.batch_size)
-        mine = whole[self.rank * part : (self.rank + 1) * part]
+        whole = self._whole(number)
+        mine = self._part(whole)
         taken = self._identities(whole)
         clock, before = _Clock(), self._bytes_read()
         captions, skipped = [], list[Skipped]()
@@ -143,6 +143,22 @@ class PairBatches(Dataset[Batch]):
         texts = texts if self.reads_padding else trim_padding(texts)
         clock.stop("tokenize")
         return Batch(images, texts, skipped, clock.seconds, self._bytes_read() - before)
+
+    def samples(self, number: int) -> Stretch:
+        """Return which samples batch ``number`` has on this rank; none of them is read.
+
+        Raises:
+            ValueError: as the order.
+        """
+        return self._part(self._whole(number))
+
+    def _whole(self, number: int) -> Stretch:
+        first = number * self.batch_size
+        return self.order(first, first + self.batch_size)
+
+    def _part(self, whole: Stretch) -> Stretch:
+        part = self.batch_size // self.world_size
+        return whole[self.rank * part : (self.rank + 1) * part]
 
     def _bytes_read(self) -> int:
         return sum(source.bytes_read for source in self.sources)
@@ -245,7 +261,8 @@ def pair_loader(
 ) -> Generator[Batch, None, None]:
     """Yield batches ``first`` to ``stop - 1``, made by ``num_workers`` processes; with 0, this process makes them.
 
-    Closing the generator ends the processes.
+    Shards that are read from copies are copied ahead by threads of this process. Closing the generator ends the
+    processes and the threads.
 
     Raises:
         ValueError: an error of the batches, or a data worker died.
@@ -255,11 +272,15 @@ def pair_loader(
     numbers = range(first, stop)
     loader = DataLoader(_Reporting(batches), batch_size=None, sampler=numbers, num_workers=num_workers, **options)
     iterator = iter(loader)
+    in_flight = num_workers * (loader.prefetch_factor or 0)
     try:
-        for batch in iterator:
-            if isinstance(batch, str):
-                raise ValueError(batch)
-            yield batch
+        # After the data workers: a process that is forked while a thread holds a lock cannot take that lock.
+        with ReadAhead(batches, first, stop, in_flight) as ahead:
+            for number, batch in enumerate(iterator, first + 1):
+                if isinstance(batch, str):
+                    raise ValueError(batch)
+                ahead.reached(number)
+                yield batch
     except (RuntimeError, EOFError, OSError) as error:  # whichever way the loss of a worker is met first
         death = _first_death(getattr(iterator, "_workers", ()))
         if death is None:

@@ -2,12 +2,10 @@
 
 import datetime
 import decimal
-import http.server
 import json
 import logging
 import os
 import re
-import threading
 import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -280,59 +278,6 @@ def test_identities_of_rows(tmp_path):
     (tmp_path / "cache" / "shards").rename(tmp_path / "away")
     assert identities(open_shards([path], index=index), "label").tolist() == first.tolist()
     assert not (tmp_path / "cache" / "shards").exists()  # the numbers were kept
-
-
-class Ranges(http.server.SimpleHTTPRequestHandler):
-    """Serves stretches of files too, and counts what is asked for."""
-
-    def do_GET(self):
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        data, asked = path.read_bytes(), self.headers.get("Range")
-        first, last = 0, len(data) - 1
-        if asked:
-            first, _, last = asked.removeprefix("bytes=").partition("-")
-            first, last = int(first), min(int(last or len(data)), len(data) - 1)
-        self.server.served.append((path.name, last + 1 - first))
-        self.send_response(206 if asked else 200)
-        self.send_header("Content-Length", str(last + 1 - first))
-        self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-        self.end_headers()
-        self.wfile.write(data[first : last + 1])
-
-    def send_head(self):
-        """Answer HEAD."""
-        path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
-            return
-        self.send_response(200)
-        self.send_header("Content-Length", str(path.stat().st_size))
-        self.send_header("Accept-Ranges", "bytes")
-        self.send_header("ETag", str(path.stat().st_mtime_ns))
-        self.end_headers()
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """An HTTP server of the folder "web"; ``served`` lists names and bytes."""
-    pytest.importorskip("aiohttp")
-    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
-    (tmp_path / "web").mkdir()
-
-    def handler(*args):
-        return Ranges(*args, directory=str(tmp_path / "web"))
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        running.served, running.url = [], f"http://127.0.0.1:{running.server_port}"
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield running
-        running.shutdown()
 
 
 def test_counting_a_remote_parquet_file_reads_its_footer(server, tmp_path):
