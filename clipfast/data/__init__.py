@@ -1,9 +1,10 @@
 """Image-text pairs, from the files that hold them to batches.
 
-A shard is a tar file, a table (``tables``) or a folder of images (``folders``), and ``keys`` says under which names a
-sample has its image and its captions. ``source`` reads any sample by its number: ``index`` knows where each lies, and
-``staging`` brings what is elsewhere. ``order`` says which sample stands where in the sequence of a run, and ``loader``
-makes batches of them.
+A shard is a tar file, a Parquet or Arrow file (``rows``), a table (``tables``) or a folder of images (``folders``), and
+``keys`` says under which names a sample has its image and its captions. ``source`` reads any sample by its number:
+``index`` knows where each lies, ``staging`` brings what is elsewhere, and ``counts`` knows how many samples there are
+without that. ``order`` says which sample stands where in the sequence of a run, ``loader`` makes batches of them, and
+``read_ahead`` brings their shards in time.
 """
 
 from .crops import CroppedImages, WholeImages

@@ -37,6 +37,7 @@ from .staging import (
     is_direct,
     staged,
     stamp,
+    stamp_or_none,
 )
 
 VERSION = 2
@@ -149,13 +150,14 @@ class IndexCache:
     def _counted(self, name: str, counts: Counts) -> ShardIndex | None:
         """Return what is known of a shard without reading it: its index, or its count; None if nothing is known."""
         known = self._known(name)
-        if known is not None:
+        now = stamp_or_none(name) if known is None else None
+        if now is None:
             return known
         try:
             found = counts.of(name)
-            return found and ShardIndex(name, stamp(name), 0, found[0], {}, found[1])
         except RowsError as error:
             raise ShardError(f"shard {name} cannot be read: {error}", "unreadable shard") from error
+        return found and ShardIndex(name, now, 0, found[0], {}, found[1])
 
     def complete(self, shard: ShardIndex) -> ShardIndex:
         """Return the index of a shard that was only counted, which is made if another process has not done so.

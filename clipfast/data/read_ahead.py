@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 THREADS = 4
 BATCHES = 64  # that are looked at ahead of the data workers, or fewer if these are more than so many positions:
 POSITIONS = 1 << 16
-PATIENCE = 1.0  # seconds to wait at the end for threads that do not notice it, because their network does not answer
+PATIENCE = 1.0  # seconds: to wait at the end for threads whose network does not answer, and before they look again
 
 
 class _Wanted(NamedTuple):
@@ -81,10 +81,11 @@ class ReadAhead:
 
     def reached(self, number: int) -> None:
         """Go on, as batch ``number`` is now waited for."""
-        if self._threads:
-            with self._changed:
-                self._at = number
-                self._changed.notify_all()
+        self._at = number
+        # Otherwise a thread looks at the order, which takes a while, and does so again before it waits.
+        if self._changed.acquire(blocking=False):
+            self._changed.notify_all()
+            self._changed.release()
 
     def _run(self) -> None:
         with contextlib.suppress(ValueError):  # of an order that cannot be, which the data workers meet too
@@ -104,18 +105,20 @@ class ReadAhead:
             while not self._closed:
                 if self._touched < self._at:
                     self._look()
+                    continue
                 while self._queue and self._queue[0].batch < self._at:  # a worker was faster
                     self._queue.popleft()
                 if self._queue and self._fits(self._queue[0].batch):
                     self._bringing += 1
                     return self._queue.popleft()
-                self._changed.wait()
+                self._changed.wait(PATIENCE)
         return None
 
     def _look(self) -> None:
         """Queue the shards that the next batches need, in the order in which they are needed."""
-        self._needed = {shard: last for shard, last in self._needed.items() if last >= self._at}
-        end = min(self._at + self._in_flight + self._horizon, self._stop)
+        at = self._at  # another thread changes it
+        self._needed = {shard: last for shard, last in self._needed.items() if last >= at}
+        end = min(at + self._in_flight + self._horizon, self._stop)
         for number in range(self._looked, end):
             samples = self._batches.samples(number)
             for place, source in self._sources.items():
@@ -129,7 +132,7 @@ class ReadAhead:
                     self._needed[place, shard] = number
         for place, shard in reversed(self._needed):
             self._sources[place].index.touch(self._sources[place].shards[shard].name)
-        self._looked, self._touched = max(self._looked, end), self._at
+        self._looked, self._touched = max(self._looked, end), at
 
     def _fits(self, batch: int) -> bool:
         """Return True if a shard is needed now, or if it and what is ahead take at most half of the cache."""

@@ -107,7 +107,7 @@ def staged(name: str, folder: Path, is_wanted: Callable[[], bool] = lambda: True
     path = copy_path(name, folder)
     note = path.with_suffix(".stamp")
     with exclusive(path):
-        now = _stamp_or_none(name)
+        now = stamp_or_none(name)
         known = note.read_text() if path.exists() and note.exists() else None
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
@@ -130,7 +130,8 @@ def max_bytes() -> int:
     return int(os.environ.get(MAX_BYTES_VARIABLE, MAX_BYTES))
 
 
-def _stamp_or_none(name: str) -> str | None:
+def stamp_or_none(name: str) -> str | None:
+    """Return the stamp of a shard; None if it cannot be asked for now."""
     with contextlib.suppress(Exception):  # every file system has errors of its own, and fetching will meet them again
         return stamp(name)
     return None

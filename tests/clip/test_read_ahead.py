@@ -99,10 +99,11 @@ def test_copies_are_there_before_they_are_needed(source, tmp_path, copied_by):
     assert copied_by == []
 
 
-def test_never_more_ahead_than_half_of_the_cache(source, tmp_path, monkeypatch):
+@pytest.mark.parametrize("room", [1, 3])
+def test_never_more_ahead_than_half_of_the_cache(room, source, tmp_path, monkeypatch):
     source.read(0)
     size = copies(tmp_path)[0].stat().st_size
-    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(6 * size + 100))
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(2 * room * size + 100))
     made = batches(source)
     brought, bring = [], IndexCache.bring
 
@@ -120,14 +121,33 @@ def test_never_more_ahead_than_half_of_the_cache(source, tmp_path, monkeypatch):
         for at in range(2 * SHARDS):
             ahead.reached(at)
             needed = sum(use <= at for use in first_use.values())
-            expected = min(needed + 3, SHARDS)
+            expected = min(needed + room, SHARDS)
             until(lambda expected=expected: len(brought) >= expected)
             if at % 8 == 0:
                 time.sleep(0.05)  # no more come
             assert len(brought) == expected
-            assert sum(path.stat().st_size for path in copies(tmp_path)) <= 7 * size  # one more while room is made
+            assert (
+                sum(path.stat().st_size for path in copies(tmp_path)) <= (2 * room + THREADS) * size
+            )  # while room is made
     order = sorted(first_use, key=lambda name: first_use[name])
     assert all(set(brought[:count]) <= set(order[: count + THREADS]) for count in range(SHARDS))
+
+
+def test_shards_that_the_reader_has_passed_are_left_out(source, monkeypatch):
+    made, brought, gate = batches(source), [], threading.Event()
+
+    def noted(index, name, is_wanted):
+        brought.append(name)
+        gate.wait(10)
+        return 1
+
+    monkeypatch.setattr(IndexCache, "bring", noted)
+    with ReadAhead(made, 0, 2 * SHARDS) as ahead:
+        until(lambda: len(brought) == 2)  # as long as no size is known, only those that are needed at once
+        ahead.reached(2 * SHARDS - 1)
+        gate.set()
+        until(lambda: not ahead._bringing and not ahead._queue)
+    assert len(brought) <= 4  # the last batch has samples of two shards, which earlier ones need too
 
 
 @pytest.mark.parametrize("workers", [0, 2])

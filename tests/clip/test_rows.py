@@ -136,6 +136,8 @@ def test_images_by_path(tmp_path):
     expected = [b"image 0", None, b"image 0", None, None, None, None]
     source = open_shards([path, f"file://{path}"], index=IndexCache(tmp_path / "cache"))
     assert [source.read(number).get("image") for number in range(7)] == expected
+    with pytest.raises(ValueError, match="a Parquet or Arrow file from elsewhere can only be trained on"):
+        list(read_samples([f"pipe:cat {path}"]))
     # what comes from elsewhere names no files of this machine
     assert [source.read(number).get("image") for number in range(7, 14)] == [None] * 7
 
@@ -293,6 +295,18 @@ def test_counting_a_remote_parquet_file_reads_its_footer(server, tmp_path):
     assert sum(amount for _, amount in server.served) == size
 
 
+def test_a_remote_file_that_cannot_be_used_is_brought_once(server, tmp_path):
+    path = write_parquet(tmp_path / "web" / "0.parquet", downloaded(200))
+    data = bytearray(Path(path).read_bytes())
+    data[100:3000] = b"\xff" * 2900
+    Path(path).write_bytes(data)
+    source = open_shards([f"{server.url}/0.parquet"], index=IndexCache(tmp_path / "cache"))
+    server.served.clear()
+    with pytest.raises(SampleError, match=r"0\.parquet cannot be read: it is damaged, or not a Parquet file"):
+        source.read(0)
+    assert sum(amount for _, amount in server.served) == len(data)
+
+
 @pytest.mark.parametrize("kind", ["sizes", "stats"])
 def test_counts_beside_remote_tar_files(kind, server, tmp_path):
     names = []
@@ -316,6 +330,12 @@ def test_counts_beside_remote_tar_files(kind, server, tmp_path):
     assert sum(name == "sizes.json" for name, _ in server.served) == (kind == "sizes")
     assert source.read(13)["txt"].decode().endswith("thing 4")
     assert open_shards(urls, index=index, whole=True).sizes == [2, 3, 4, 5]
+
+
+def test_a_counted_shard_that_is_missing(server, tmp_path):
+    (tmp_path / "web" / "sizes.json").write_text('{"0.tar": 8}')
+    with pytest.raises(SampleError, match=r"shard http://.*/0\.tar cannot be read"):
+        open_shards([f"{server.url}/0.tar"], index=IndexCache(tmp_path / "cache"))
 
 
 def test_a_wrong_count(server, tmp_path, caplog):
