@@ -96,7 +96,9 @@ class CroppedImages:
         image = image.resize((self.image_size, self.image_size), Image.Resampling.BICUBIC, box)
         for transform in self.augment:
             image = transform(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+        # Pillow packs each row as its reds, greens and blues, so that whole rows are copied and not single bytes
+        rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
+        return torch.from_numpy(rows.transpose(1, 0, 2).copy())
 
     def _box(self, image: Image.Image) -> Box:
         """Return the edges of a crop: left, top, right, bottom."""

@@ -52,39 +52,45 @@ def _plain_members(descriptor: int) -> list[Member] | None:
     if size < BLOCK or size % BLOCK:
         return None
     with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as view:
-        parts: list[Member] = []
-        at, start, extended = 0, 0, dict[str, str]()
-        while at < size:
-            header = view[at : at + BLOCK]
-            if not header[0]:
-                rest = view[at : at + tarfile.RECORDSIZE + 2 * BLOCK + 1]
-                is_end = at + len(rest) == size and rest.count(0) == len(rest) and not extended
-                return parts if is_end and len(rest) >= 2 * BLOCK else None
-            length = _length(header)
-            kind = header[156]
-            if length is None or length > MAX_MEMBER or kind not in b"0\0x5":
-                return None
-            if kind == ord("x"):
-                extended = pax_records(view[at + BLOCK : at + BLOCK + length])
-                if "size" in extended or any(name.startswith("GNU.sparse") for name in extended):
-                    return None
-            at += BLOCK + -(-length // BLOCK) * BLOCK
-            if kind == ord("x"):
-                continue
-            if kind != ord("5"):
-                parts.append(Member(extended.get("path") or _name(header), b"", start, at - start))
-            start, extended = at, {}
-    return None
+        parts, at = _plain(view, with_data=False)
+        rest = view[at : at + tarfile.RECORDSIZE + 2 * BLOCK + 1]
+        is_end = at + len(rest) == size and rest.count(0) == len(rest) >= 2 * BLOCK
+        return parts if is_end else None
+
+
+def _plain(view: bytes | mmap.mmap, *, with_data: bool) -> tuple[list[Member], int]:
+    """Return the plain members at the beginning of ``view``, and the place of the first byte that belongs to none."""
+    parts: list[Member] = []
+    at, start, extended = 0, 0, dict[str, str]()
+    while len(header := view[at : at + BLOCK]) == BLOCK:
+        length, kind = _length(header), header[156]
+        if not header[0] or length is None or length > MAX_MEMBER or kind not in b"0\0x5":
+            break
+        begin = at + BLOCK
+        at = begin + -(-length // BLOCK) * BLOCK
+        if kind == ord("x"):
+            extended = pax_records(view[begin : begin + length])
+            if "size" in extended or any(name.startswith("GNU.sparse") for name in extended):
+                break
+            continue
+        if at > len(view):
+            break
+        if kind != ord("5"):
+            data = view[begin : begin + length] if with_data else b""
+            parts.append(Member(extended.get("path") or _name(header), data, start, at - start))
+        start, extended = at, {}
+    return parts, start
 
 
 def _length(header: bytes) -> int | None:
-    """Return the number of bytes behind a header; None if its checksum is wrong, or it is not in octal digits."""
+    """Return the number of bytes behind a header; None if its checksum is wrong, or it is no size in octal digits."""
     try:
         stated = int(header[148:156].split(b"\0", 1)[0], 8)
         length = int(header[124:136].rstrip(b" \0") or b"0", 8)
     except ValueError:
         return None
-    return length if sum(header) - sum(header[148:156]) + 8 * 32 == stated else None
+    is_header = length >= 0 and sum(header) - sum(header[148:156]) + 8 * 32 == stated
+    return length if is_header else None
 
 
 def _name(header: bytes) -> str:
@@ -97,7 +103,9 @@ def parser(name: str, _: int) -> Callable[[bytes], RawSample]:
     """Return a function that makes a sample of the bytes of its members: bytes by file extension."""
 
     def parse(data: bytes) -> RawSample:
-        members = (part for part in read_tar(io.BytesIO(data)) if isinstance(part, Member))
+        members, end = _plain(data, with_data=True)
+        if end < len(data):
+            members = [part for part in read_tar(io.BytesIO(data)) if isinstance(part, Member)]
         for sample in group_members(name, members):
             return sample
         raise ValueError("there is no sample")

@@ -157,6 +157,17 @@ def test_an_outage_is_not_kept_as_identities(tmp_path):
     assert len(set(identities(source, "caption").tolist())) == 2
 
 
+def test_a_negative_size_is_damage(tmp_path):
+    path = write_shard(tmp_path / "s.tar", [sample(index) for index in range(4)])
+    data = bytearray(path.read_bytes())
+    data[124:136] = b"-0000002000\0"  # one block back, where the header itself begins
+    data[148:156] = b"%06o\0 " % (sum(data[:148]) + 8 * 32 + sum(data[156:512]))
+    path.write_bytes(data)
+    source = check_source(path)
+    assert source.sizes == [4]
+    assert len(source.shards[0].damage) == 1
+
+
 def test_no_archive(tmp_path):
     (tmp_path / "x.tar").write_bytes(b"nothing like a tar file" * 100)
     for path in (tmp_path / "x.tar", tmp_path / "missing.tar"):
