@@ -13,6 +13,7 @@ from . import __version__
 COMMANDS = {
     "train": ("train a model on image-text shards", "clipfast.training.command"),
     "index": ("index shards, so that a training run starts at once", "clipfast.data.command"),
+    "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.doctor.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),
     "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.conversion.command"),
     "inspect-checkpoint": (

@@ -48,7 +48,7 @@ def proc_bytes(file: str, name: str, root: Path = ROOT) -> int:
     return 1024 * int(found[1])
 
 
-def memory(root: Path = ROOT) -> Memory | None:
+def process_memory(root: Path = ROOT) -> Memory | None:
     """Return the memory of the machine, of which cgroups may leave less to this process."""
     try:
         total, available = (proc_bytes("meminfo", name, root) for name in ("MemTotal", "MemAvailable"))

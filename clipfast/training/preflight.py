@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import host
 from ..data import PREFETCH, Batch, Mix, Order, expand_shards, spread, try_pairs
 from ..data.index import ShardError
-from ..data.samples import is_remote
+from ..data.staging import is_direct
 from ..file_tokenizer import FileTokenizer
+from ..host import SHARED_MEMORY, free_bytes, process_memory
 from ..images import SampleError
 from ..models import CLIP
 from ..tokenizer import Tokenizer
@@ -103,7 +103,7 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[in
     A new checkpoint is written beside the last one, which it replaces, and in the end the weights by themselves.
     """
     weights, trained = _sizes(model)
-    checkpoint, free = weights + 2 * trained, host.free_bytes(folder.path)
+    checkpoint, free = weights + 2 * trained, free_bytes(folder.path)
     needed = checkpoint * (1 if folder.latest.exists() else 2) + weights
     if free < needed:
         raise ValueError(
@@ -116,18 +116,18 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[in
 
 def _check_loader(config: TrainConfig, model: CLIP) -> int:
     """Return the bytes of the batches that are made ahead, which data workers hold in shared memory."""
-    batch = config.batch_size * batch_bytes(model.visual.image_size, model.context_length)
+    batch = config.batch_size * pair_bytes(model.visual.image_size, model.context_length)
     shared = config.workers * PREFETCH * batch
     fix = "use fewer --workers, or a smaller --batch-size"
-    if config.workers and host.SHARED_MEMORY.is_dir():
-        free = host.free_bytes(host.SHARED_MEMORY)
+    if config.workers and SHARED_MEMORY.is_dir():
+        free = free_bytes(SHARED_MEMORY)
         if free < shared:
             raise ValueError(
-                f"{host.SHARED_MEMORY} has {scaled(free, BYTES)} free, and {config.workers} data workers hold "
+                f"{SHARED_MEMORY} has {scaled(free, BYTES)} free, and {config.workers} data workers hold "
                 f"{PREFETCH} batches each of {scaled(batch, BYTES)} there: {fix}, or make it larger (docker run "
                 f"--shm-size={-(-shared // 2**30)}g)"
             )
-    memory = host.memory()
+    memory = process_memory()
     if memory is not None and memory.available < shared + batch:
         raise ValueError(
             f"{scaled(memory.available, BYTES)} of memory are available, and {(shared + batch) // batch} batch(es) of "
@@ -136,7 +136,7 @@ def _check_loader(config: TrainConfig, model: CLIP) -> int:
     return shared or batch
 
 
-def batch_bytes(image_size: int, context_length: int) -> int:
+def pair_bytes(image_size: int, context_length: int) -> int:
     """Return the bytes of one pair in a batch: an image in bytes, and the ids of its text."""
     return 3 * image_size**2 + context_length * torch.int64.itemsize
 
@@ -163,7 +163,7 @@ def _check_validation(config: TrainConfig) -> None:
 def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: Tokenizer | FileTokenizer) -> Batch:
     """Return a few pairs of a few shards as a batch.
 
-    Of shards that must be brought here as a whole, there is only one.
+    Of shards that must be copied as a whole, there is only one.
 
     Raises:
         ValueError: a shard cannot be read, or not one of the pairs can be used.
@@ -174,7 +174,8 @@ def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
             f"--train-data: no permission to read {unreadable[0]} ({len(unreadable)} of {len(names)} shards): chmod "
             "a+r, or leave it out"
         )
-    few = [names[number] for number in spread(len(names), 1 if any(map(is_remote, names)) else SHARDS)]
+    few = [names[number] for number in spread(len(names), SHARDS)]
+    few = few if all(map(is_direct, few)) else few[:1]
     try:
         source = open_source(config, few)
     except ShardError as error:

@@ -15,6 +15,11 @@ HELP = dict.fromkeys(COMMANDS, ()) | {
     "": (*COMMANDS, "bench", "image-text shards"),
     "train": ("--recipe", "--resume", "--batch-size", "(default: 256)", "Example: clipfast train --recipe emoji"),
     "eval zeroshot": ("--templates", "plain, simple (7), openai (80)", "Example: clipfast eval zeroshot"),
+    "doctor": (
+        "clipfast doctor --data",
+        "a problem (clipfast does not work",
+        "exit code: 0 no problem, 1 there is one",
+    ),
     "verify": (
         "clipfast verify --quick",
         "at most 2x PyTorch's own error at the same dtype (3x for gradients)",
@@ -95,6 +100,7 @@ BAD = [
     (["plan", "--check", "--pairs", "32768"], "--pairs must be at most 16384, got 32768"),
     (["plan", "--check", "--card", "h100"], "--card has no effect with --check: leave it out"),
     (["plan", "--json", "nowhere/plan.json"], "no folder nowhere to write plan.json in"),
+    (["doctor", "--json", "nowhere/doctor.json"], "no folder nowhere to write doctor.json in"),
     (["verify", "--op", "softmax"], f"--op: unknown 'softmax'; known: {', '.join(OPS)}"),
     (["verify", "--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
     (["verify", "--model", "ViT-Z"], "--model: unknown 'ViT-Z'; known: RN50"),

@@ -9,9 +9,9 @@ from unittest import mock
 import pytest
 import torch
 
-from clipfast import host
 from clipfast.data import index, spread
 from clipfast.evaluation import labelled
+from clipfast.host import Memory
 from clipfast.training import loop, trainer
 from clipfast.training import preflight as module
 from clipfast.training.loop import train
@@ -201,13 +201,13 @@ class TestMemory:
         write_shard(tmp_path / "x.tar", PAIRS)
 
     def test_shared_memory(self, tmp_path, refusal, monkeypatch):
-        needed, original = 3 * 2 * self.BATCH, host.free_bytes  # three workers with two batches each
+        needed, original = 3 * 2 * self.BATCH, module.free_bytes  # three workers with two batches each
 
         def free(path):
-            return room if path == host.SHARED_MEMORY else original(path)
+            return room if path == tmp_path else original(path)
 
-        monkeypatch.setattr(host, "SHARED_MEMORY", tmp_path)
-        monkeypatch.setattr(host, "free_bytes", free)
+        monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
+        monkeypatch.setattr(module, "free_bytes", free)
         room = needed - 1
         line = refusal(workers=3)
         assert f"{tmp_path} has 150 KiB free, and 3 data workers hold 2 batches each of 25.0 KiB there: use" in line
@@ -220,11 +220,11 @@ class TestMemory:
     def test_host_memory(self, refusal, monkeypatch):
         for workers, needed in ((0, self.BATCH), (2, 5 * self.BATCH)):
             for available in (needed - 1, needed):
-                monkeypatch.setattr(host, "memory", lambda available=available: host.Memory(2**40, available))
+                monkeypatch.setattr(module, "process_memory", lambda available=available: Memory(2**40, available))
                 line = refusal(workers=workers)
                 said = f"of memory are available, and {2 * workers + 1} batch(es) of 25.0 KiB are held at a time: use"
                 assert (said in line) == (available < needed)
-        monkeypatch.setattr(host, "memory", lambda: None)  # where nothing says it
+        monkeypatch.setattr(module, "process_memory", lambda: None)  # where nothing says it
         assert refusal() == ""
 
 

@@ -1,0 +1,87 @@
+"""Look at this machine: what it has for clipfast, what is wrong with it, and what to do about that.
+
+Each line is ok, a note (worth knowing), or a problem (clipfast does not work, or not as it should), with its fix below
+it. Folders are tried with a temporary file of 64 MiB that has no name. Nothing else is written, except that with --data
+the index of one shard is kept.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from ..columns import align
+from ..files import check_target, replace_text
+from .findings import NOTE, PROBLEM, Finding, looked
+
+EPILOG = """\
+examples:
+  clipfast doctor
+  clipfast doctor --data 'data/{00000..01243}.tar' --folder /scratch/runs
+  clipfast doctor --json doctor.json
+
+exit code: 0 no problem, 1 there is one, 2 bad arguments"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "doctor", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", metavar="SHARDS", help="also look at these shards, named as for --train-data of clipfast train")
+    add("--folder", type=Path, default=Path("runs"), metavar="DIR", help="--logs of clipfast train (default: runs)")
+    add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print what is found, group by group, and return the exit code."""
+    check_target(args.json)
+    found: dict[str, list[Finding]] = {}
+    for group, look in looks(args.folder, args.data).items():
+        found[group] = looked(look, traceback=args.traceback)
+        print(f"{group}\n{_table(found[group])}\n", flush=True)
+    statuses = [finding.status for findings in found.values() for finding in findings]
+    problems, notes = (statuses.count(status) for status in (PROBLEM, NOTE))
+    print(f"{problems} problem(s), {notes} note(s)")
+    if args.json is not None:
+        groups = {group: [dataclasses.asdict(finding) for finding in findings] for group, findings in found.items()}
+        replace_text(args.json, json.dumps({"problems": problems, "notes": notes, "groups": groups}, indent=1) + "\n")
+    return int(problems > 0)
+
+
+def looks(folder: Path, data: str | None) -> dict[str, Callable[[], Iterable[Finding]]]:
+    """Return the looks to take, by the title of each."""
+    from .dataset import dataset
+    from .folders import folders
+    from .gpus import gpus
+    from .machine import limits, memory, processors
+    from .software import packages, variables, versions
+
+    found: dict[str, Callable[[], Iterable[Finding]]] = {
+        "software": versions,
+        "GPUs": gpus,
+        "processors": processors,
+        "memory": memory,
+        "limits": limits,
+        "folders": functools.partial(folders, folder),
+        "optional packages": packages,
+        "environment": variables,
+    }
+    if data is not None:
+        found["data"] = functools.partial(dataset, data)
+    return found
+
+
+def _table(findings: list[Finding]) -> str:
+    rows = []
+    for finding in findings:
+        rows.append((finding.status, finding.name, finding.value))
+        if finding.fix:
+            rows.append(("", "", f"-> {finding.fix}"))
+    return align(rows, indent="  ")

@@ -1,0 +1,543 @@
+"""What ``clipfast doctor`` finds: nothing wrong where nothing is, and each problem where it is made."""
+
+import errno
+import json
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+
+from clipfast import host
+from clipfast.doctor import dataset, folders, gpus, machine, software
+from clipfast.doctor.findings import NOTE, OK, PROBLEM, Finding, looked
+
+from .conftest import run_command, sample, write_shard
+
+GIB = 2**30
+UNLIMITED_V1 = 2**63 - 4096
+GROUPS = [
+    "software", "GPUs", "processors", "memory", "limits", "folders", "optional packages", "environment", "data",
+]  # fmt: skip
+
+
+def files(root: Path, content: dict[str, object]) -> Path:
+    for name, text in content.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"{text}\n")
+    return root
+
+
+def meminfo(total: int, available: int) -> dict[str, object]:
+    return {"proc/meminfo": f"MemTotal: {total // 1024} kB\nMemFree: 1 kB\nMemAvailable: {available // 1024} kB"}
+
+
+def by_name(found) -> dict[str, Finding]:
+    found = list(found)
+    assert all(bool(finding.fix) == (finding.status != OK) for finding in found)
+    return {finding.name.strip(): finding for finding in found}
+
+
+class TestHost:
+    """The files that say what a process may have, in both versions of cgroups."""
+
+    V2 = meminfo(64 * GIB, 60 * GIB) | {
+        "proc/self/cgroup": "0::/a/b",
+        "sys/fs/cgroup/a/memory.max": 8 * GIB,
+        "sys/fs/cgroup/a/memory.current": 7 * GIB,
+        "sys/fs/cgroup/a/memory.stat": f"anon 5\nfile 9\ninactive_file {GIB}\nactive_file {GIB}\nslab 7",
+        "sys/fs/cgroup/a/b/memory.max": "max",
+        "sys/fs/cgroup/a/b/memory.current": GIB,
+        "sys/fs/cgroup/a/b/cpu.max": "150000 100000",
+        "sys/fs/cgroup/a/cpu.max": "max 100000",
+    }
+    V1 = meminfo(64 * GIB, 60 * GIB) | {
+        "proc/self/cgroup": "4:memory:/a/b\n3:cpu,cpuacct:/a\n1:name=systemd:/\n0::/",
+        "sys/fs/cgroup/memory/a/memory.limit_in_bytes": 8 * GIB,
+        "sys/fs/cgroup/memory/a/memory.usage_in_bytes": 7 * GIB,
+        "sys/fs/cgroup/memory/a/memory.stat": f"inactive_file 1\ntotal_inactive_file {GIB}\ntotal_active_file {GIB}",
+        "sys/fs/cgroup/memory/a/b/memory.limit_in_bytes": UNLIMITED_V1,
+        "sys/fs/cgroup/memory/memory.limit_in_bytes": UNLIMITED_V1,
+        "sys/fs/cgroup/cpu/a/cpu.cfs_quota_us": 150000,
+        "sys/fs/cgroup/cpu/a/cpu.cfs_period_us": 100000,
+        "sys/fs/cgroup/cpu/cpu.cfs_quota_us": -1,
+        "sys/fs/cgroup/cpu/cpu.cfs_period_us": 100000,
+    }
+
+    @pytest.mark.parametrize("content", [V1, V2], ids=["v1", "v2"])
+    def test_limits_of_cgroups_above(self, content, tmp_path):
+        root = files(tmp_path, content)
+        assert host.process_memory(root) == host.Memory(64 * GIB, 3 * GIB, 8 * GIB)  # 8 - 7 + 2 of file caches
+        assert host.core_quota(root) == 1.5
+
+    def test_a_container_sees_its_own_cgroup_at_the_top(self, tmp_path):
+        root = files(
+            tmp_path,
+            meminfo(64 * GIB, 2 * GIB)
+            | {
+                "proc/self/cgroup": "4:memory:/docker/0123\n0::/",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": 8 * GIB,
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": GIB,
+            },
+        )
+        assert host.process_memory(root) == host.Memory(
+            64 * GIB, 2 * GIB, 8 * GIB
+        )  # the machine has less than the cgroup
+
+    def test_without_limits_or_files(self, tmp_path):
+        assert host.process_memory(tmp_path) is None
+        assert host.core_quota(tmp_path) is None
+        root = files(tmp_path, meminfo(4 * GIB, GIB) | {"proc/self/cgroup": "0::/"})
+        assert host.process_memory(root) == host.Memory(4 * GIB, GIB)
+        files(root, {"sys/fs/cgroup/cpu.max": "broken", "sys/fs/cgroup/memory.max": ""})
+        assert host.process_memory(root) == host.Memory(4 * GIB, GIB)
+        assert host.core_quota(root) is None
+
+    def test_more_used_than_allowed_is_nothing_left(self, tmp_path):
+        content = meminfo(4 * GIB, GIB) | {"proc/self/cgroup": "0::/", "sys/fs/cgroup/memory.max": GIB}
+        root = files(tmp_path, content | {"sys/fs/cgroup/memory.current": 2 * GIB})
+        assert host.process_memory(root).available == 0
+
+    def test_the_nearest_folder(self, tmp_path):
+        assert host.nearest(tmp_path / "a/b/c") == tmp_path
+        assert host.free_bytes(tmp_path / "a/b/c") > 0
+
+
+class TestMachine:
+    """Processors, memory and limits."""
+
+    def test_processors(self, tmp_path, monkeypatch):
+        root = files(tmp_path, TestHost.V2 | {"proc/cpuinfo": "flags: x\nmodel name\t: A Processor"})
+        monkeypatch.setattr(machine, "cores", lambda: 4)
+        monkeypatch.setattr(os, "cpu_count", lambda: 8)
+        monkeypatch.setattr(os, "getloadavg", lambda: (1.4, 0, 0))
+        found = by_name(machine.processors(root))
+        assert (found["name"].value, found["cores"].value, found["load"].status) == ("A Processor", "4 of 8", OK)
+        assert (found["quota"].value, found["quota"].status) == ("time of 1.5 cores", NOTE)
+        assert "at most 1 --workers" in found["quota"].fix
+        monkeypatch.setattr(os, "getloadavg", lambda: (1.6, 0, 0))  # beyond the quota
+        assert by_name(machine.processors(root))["load"].status == NOTE
+
+    @pytest.mark.parametrize(("missing", "status"), [(0, OK), (1024, PROBLEM)])
+    def test_memory(self, missing, status, tmp_path):
+        root = files(tmp_path, meminfo(64 * GIB, machine.LEAST_MEMORY - missing))
+        assert by_name(machine.memory(root))["memory"].status == status
+        assert "limit" not in by_name(machine.memory(root))
+
+    def test_memory_of_a_container(self, tmp_path):
+        found = by_name(machine.memory(files(tmp_path, TestHost.V2)))
+        assert found["memory"].value == "3.00 GiB of 64.0 GiB available"
+        assert found["limit"].status == NOTE
+
+    def test_unknown_memory(self, tmp_path):
+        assert by_name(machine.memory(tmp_path))["memory"].status == NOTE
+
+    def test_shared_memory(self, tmp_path, monkeypatch):
+        needed = 2 * 256 * (3 * 224 * 224 + 77 * 8)
+        monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path)
+        for free, status in ((needed, OK), (64 << 20, PROBLEM)):  # Docker gives 64 MiB
+            monkeypatch.setattr(machine, "free_bytes", lambda _, free=free: free)
+            found = by_name(machine.memory())["shared memory"]
+            assert found.status == status
+            assert "73.8 MiB" in found.value
+        assert "--shm-size=8g" in found.fix
+        monkeypatch.setattr(machine, "SHARED_MEMORY", tmp_path / "none")
+        assert by_name(machine.memory())["shared memory"].status == PROBLEM
+
+    def test_limits(self, monkeypatch):
+        values = {limit.number: (limit.least, resource.RLIM_INFINITY) for limit in machine.LIMITS}
+        values[resource.RLIMIT_MEMLOCK] = (resource.RLIM_INFINITY,) * 2
+        monkeypatch.setattr(resource, "getrlimit", values.get)
+        assert {finding.status for finding in machine.limits()} == {OK}
+        for limit in machine.LIMITS[:3]:
+            values[limit.number] = (limit.least - 1, limit.least)
+        values[resource.RLIMIT_MEMLOCK] = (8 << 20, 8 << 20)
+        found = by_name(machine.limits())
+        assert [finding.status for finding in found.values()] == [PROBLEM] * 3 + [NOTE]
+        assert found["open files"].value == "1,023 of 1,024"
+        assert found["open files"].fix.startswith("ulimit -n 1024: ")
+        assert found["size of a file"].fix.startswith("ulimit -f 16777216: ")  # in KiB
+
+
+class TestSoftware:
+    """Versions, packages and variables."""
+
+    @pytest.mark.parametrize(
+        ("version", "least", "expected"),
+        [
+            ("2.11.0", "2.11", False), ("2.9.1", "2.11", True), ("2.13.0+cpu", "2.11", False), ("3", "3.6", True),
+            ("2.11.0a0+git1", "2.11", False), ("2026.9.0", "2024.6", False), ("1.0", "", False),
+        ],
+    )  # fmt: skip
+    def test_versions_are_compared_by_number(self, version, least, expected):
+        assert software.is_older(version, least) is expected
+
+    def test_what_clipfast_needs_is_read_from_its_metadata(self):
+        found = {(one.package, one.extra): one.least for one in software.requirements()}
+        assert found["torch", ""] == "2.11"
+        assert found["fsspec", "data"] == "2024.6"
+        assert found["open-clip-torch", "test"] == "3.3.0"
+
+    def test_this_environment(self):
+        assert {finding.status for finding in software.versions()} == {OK}
+        found = by_name(software.versions())
+        assert found["torch"].value == torch.__version__
+        assert "CUDA" in found
+
+    def test_old_and_missing_packages(self, monkeypatch):
+        versions = {"torch": "2.1.0", "triton": None, "webdataset": "0.1", "tokenizers": None}
+        original = software.installed
+        monkeypatch.setattr(software, "installed", lambda name: versions.get(name, original(name)))
+        monkeypatch.setattr(software.platform, "python_version", lambda: "3.10.4")
+        found = by_name(software.versions())
+        assert found["torch"].value == "2.1.0, and clipfast needs 2.11 or newer"
+        assert (found["triton"].value, found["triton"].fix) == ("not installed", "pip install 'triton>=3.6'")
+        assert [found[name].status for name in ("torch", "triton", "Python", "numpy")] == [PROBLEM] * 3 + [OK]
+        found = by_name(software.packages())
+        assert (found["webdataset"].status, found["tokenizers"].status, found["tqdm"].status) == (PROBLEM, NOTE, OK)
+        assert found["tokenizers"].fix == "pip install 'clipfast[siglip]'"
+        assert "pytest" not in found
+
+    @pytest.mark.parametrize(
+        ("name", "value", "status"),
+        [
+            ("TRITON_INTERPRET", "1", PROBLEM), ("TRITON_INTERPRET", "0", OK), ("TRITON_CACHE_DIR", "/x", OK),
+            ("CLIPFAST_CACHE_BYTES", "64G", PROBLEM), ("CLIPFAST_CACHE_BYTES", "64", OK), ("CLIPFAST_CACHE", "/x", OK),
+            ("CLIPFAST_CASHE", "/x", NOTE), ("CLIPFAST_DISABLE", "loss", NOTE), ("OMP_NUM_THREADS", "9999", NOTE),
+            ("OMP_NUM_THREADS", "many", NOTE), ("OMP_NUM_THREADS", "1", OK), ("CUDA_VISIBLE_DEVICES", "", NOTE),
+            ("CUDA_VISIBLE_DEVICES", "0", OK), ("NCCL_DEBUG", "INFO", OK),
+        ],
+    )  # fmt: skip
+    def test_variables(self, name, value, status):
+        (found,) = software.variables({name: value, "PATH": "/x"})
+        assert (found.name, found.value, found.status) == (name, repr(value), status)
+        assert bool(found.fix) == (status != OK)
+
+    def test_no_variables(self):
+        assert [finding.status for finding in software.variables({"PATH": "/x"})] == [OK]
+
+    def test_every_variable_of_ours_is_known(self):
+        root = Path(software.__file__).parent.parent
+        text = "\n".join(path.read_text() for path in root.rglob("*.py") if path.parent.name != "doctor")
+        from clipfast import run
+        from clipfast.data import index, staging
+
+        for name in (run.VARIABLE, index.CACHE_VARIABLE, staging.MAX_BYTES_VARIABLE):
+            assert name in software.OURS
+            assert f'"{name}"' in text
+
+
+class FakeNVML:
+    """As much of NVML as is asked for, of a healthy GPU unless ``changes`` say otherwise; None is not supported."""
+
+    NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = 0
+
+    class NVMLError(Exception):
+        pass
+
+    def __init__(self, **changes: object) -> None:
+        self.values = {
+            "SystemGetDriverVersion": "580.1", "DeviceGetEnforcedPowerLimit": 700_000,
+            "DeviceGetPowerManagementDefaultLimit": 700_000, "DeviceGetPersistenceMode": 1,
+            "DeviceGetEccMode": (1, 1), "DeviceGetTotalEccErrors": 0,
+        } | changes  # fmt: skip
+
+    def __getattr__(self, name: str):
+        value = self.values[name.removeprefix("nvml")]
+
+        def call(*_: object) -> object:
+            if value is None:
+                raise self.NVMLError("Not Supported")
+            return value
+
+        return call
+
+
+class TestGPUs:
+    """GPUs that this machine need not have."""
+
+    @pytest.fixture
+    def card(self, monkeypatch):
+        """One H100 with 79 of its 80 GiB free, on which kernels run as on the CPU."""
+        for name, value in {
+            "is_available": True, "device_count": 1, "get_device_capability": (9, 0), "get_device_name": "NVIDIA H100",
+            "mem_get_info": (79 * GIB, 80 * GIB),
+        }.items():  # fmt: skip
+            monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+        monkeypatch.setattr(gpus, "_kernel", lambda device: Finding("  Triton", "ran"))
+        monkeypatch.setattr(gpus, "nvml_card", lambda device: (FakeNVML(), object()))
+        return monkeypatch
+
+    def test_a_healthy_one(self, card):
+        found = by_name(gpus.gpus())
+        assert {finding.status for finding in found.values()} == {OK}
+        assert found["cuda:0"].value == "NVIDIA H100, compute capability 9.0"
+        assert found["memory"].value == "79.0 GiB of 80.0 GiB free"
+        assert (found["driver"].value, found["persistence"].value) == ("580.1", "on")
+        assert found["power"].value == "limited to 700 W, by default 700 W"
+
+    @pytest.mark.parametrize(
+        ("changes", "name", "status"),
+        [
+            ({"DeviceGetEnforcedPowerLimit": 350_000}, "power", NOTE),
+            ({"DeviceGetPersistenceMode": 0}, "persistence", NOTE),
+            ({"DeviceGetEccMode": (0, 0)}, "ECC", NOTE),
+            ({"DeviceGetTotalEccErrors": 2}, "ECC", PROBLEM),
+        ],
+    )
+    def test_what_the_driver_says(self, changes, name, status, card):
+        card.setattr(gpus, "nvml_card", lambda device: (FakeNVML(**changes), object()))
+        found = by_name(gpus.gpus())
+        assert found[name].status == status
+        assert sum(finding.status != OK for finding in found.values()) == 1
+
+    def test_what_the_driver_does_not_know_is_left_out(self, card):
+        card.setattr(gpus, "nvml_card", lambda device: (FakeNVML(DeviceGetEccMode=None), object()))
+        found = by_name(gpus.gpus())
+        assert "ECC" not in found
+        assert "persistence" in found
+
+    def test_without_nvml(self, card):
+        card.setattr(gpus, "nvml_card", mock.Mock(side_effect=ImportError("no pynvml", name="pynvml")))
+        assert by_name(gpus.gpus())["driver"].fix == "pip install 'clipfast[bench]'"
+        card.setattr(gpus, "nvml_card", mock.Mock(side_effect=RuntimeError("hidden")))
+        found = by_name(gpus.gpus())
+        assert (found["driver"].fix, found["Triton"].status) == ("NVML does not tell: hidden", OK)
+
+    def test_an_old_and_busy_one(self, card):
+        card.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        card.setattr(torch.cuda, "mem_get_info", lambda device: (GIB, 16 * GIB))
+        found = by_name(gpus.gpus())
+        assert (found["cuda:0"].status, found["memory"].status) == (NOTE, NOTE)
+
+    @pytest.mark.parametrize(
+        ("driver", "visible", "cuda", "status", "part"),
+        [
+            (False, None, None, NOTE, "there is no driver"),
+            (True, "", None, NOTE, "CUDA_VISIBLE_DEVICES hides them"),
+            (True, None, None, PROBLEM, "this PyTorch is built for CPUs"),
+            (True, None, "12.8", PROBLEM, "new enough for CUDA 12.8"),
+        ],
+    )
+    def test_none(self, driver, visible, cuda, status, part, tmp_path, monkeypatch):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+        if visible is not None:
+            monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        files(tmp_path, {str(gpus.DRIVER): "NVRM version"} if driver else {})
+        (found,) = gpus.gpus(tmp_path)
+        assert found.status == status
+        assert part in f"{found.value} {found.fix}"
+
+    @pytest.mark.parametrize(
+        ("ours", "status", "part"),
+        [
+            (lambda x, bias: torch.nn.functional.gelu(x + bias), OK, "off by"),
+            (lambda x, bias: torch.nn.functional.gelu(x + 1.001 * bias), PROBLEM, "clipfast verify --op bias_gelu"),
+            (lambda x, bias: x * float("nan"), PROBLEM, "off by nan"),
+            (mock.Mock(side_effect=RuntimeError("no gcc\nthe rest")), PROBLEM, "cannot run a kernel: no gcc ("),
+        ],
+        ids=["right", "wrong", "nan", "no compiler"],
+    )
+    def test_the_trial_of_a_kernel(self, ours, status, part, monkeypatch):
+        def bias_gelu(x, bias, backend):
+            return ours(x, bias) if backend == "triton" else torch.nn.functional.gelu(x + bias)
+
+        monkeypatch.setattr("clipfast.kernels.bias_gelu", bias_gelu)
+        found = gpus._kernel(torch.device("cpu"))
+        assert found.status == status
+        assert part in f"{found.value} ({found.fix})"
+
+
+class TestFolders:
+    """Folders for the cache and for runs."""
+
+    @pytest.fixture(autouse=True)
+    def small(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(folders, "TRIED", 1 << 20)
+        monkeypatch.setattr(folders, "CHUNK", 1 << 18)
+        monkeypatch.setattr(folders, "SLOW", 0)
+        monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
+
+    def test_nothing_is_left(self, tmp_path):
+        found = by_name(folders.folders(tmp_path / "runs"))
+        assert list(tmp_path.iterdir()) == []
+        assert {finding.status for finding in found.values()} == {OK}
+        assert f"cache, to be made in {tmp_path}, has" in found["cache"].value
+        assert found["cache, speed"].value.startswith("writes ")
+        assert found["runs, speed"].value == "the same disk as of cache"
+
+    def test_a_file_in_place_of_a_folder(self, tmp_path):
+        (tmp_path / "runs").touch()
+        found = by_name(folders.folders(tmp_path / "runs/new"))
+        assert found["runs"].status == PROBLEM
+        assert f"{tmp_path}/runs is a file" in found["runs"].value
+
+    @pytest.mark.parametrize("refused", ["cache", "runs"])
+    def test_a_folder_that_cannot_be_written(self, refused, tmp_path, monkeypatch):
+        for name in ("cache", "runs"):
+            (tmp_path / name).mkdir()
+        original = folders.tempfile.TemporaryFile
+
+        def temporary(*arguments, dir, **options):
+            if dir == tmp_path / refused:
+                raise OSError(errno.EROFS, "Read-only file system")
+            return original(*arguments, dir=dir, **options)
+
+        monkeypatch.setattr(folders.tempfile, "TemporaryFile", temporary)
+        found = by_name(folders.folders(tmp_path / "runs"))
+        assert found[refused].status == PROBLEM
+        assert "cannot be written: Read-only file system" in found[refused].value
+        assert sum(finding.status == PROBLEM for finding in found.values()) == 1
+        assert any(name.endswith("speed") for name in found)  # of the other one
+
+    def test_a_full_and_a_slow_disk(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(folders, "free_bytes", lambda path: folders.LEAST_FREE - 1)
+        monkeypatch.setattr(folders, "SLOW", float("inf"))
+        found = by_name(folders.folders(tmp_path / "runs"))
+        assert (found["cache"].status, found["runs"].status) == (PROBLEM, PROBLEM)
+        assert found["cache, speed"].status == NOTE
+
+    def test_a_slow_disk_is_given_up(self, tmp_path, monkeypatch):
+        synced = []  # each takes 0.6 seconds of a clock that stands still otherwise
+        monkeypatch.setattr(os, "fsync", synced.append)
+        monkeypatch.setattr(folders, "time", mock.Mock(perf_counter=lambda: 0.6 * len(synced)))
+        monkeypatch.setattr(folders, "read_speed", lambda descriptor: 1.0)
+        write, _ = folders.disk_speed(tmp_path)
+        assert len(synced) == 2  # of four
+        assert write == 2 * (1 << 18) / 1.2
+
+
+class TestData:
+    """Shards that are to be trained on."""
+
+    @pytest.fixture(autouse=True)
+    def fast(self, monkeypatch):
+        monkeypatch.setattr(dataset, "SLOW", 0)
+
+    def look(self, pattern: object) -> dict[str, Finding]:
+        return by_name(dataset.dataset(str(pattern)))
+
+    def test_what_is_found(self, tmp_path):
+        write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
+        write_shard(tmp_path / "b.tar", [sample(number) for number in range(3)])
+        found = self.look(tmp_path / "{a,b}.tar")
+        assert found["shards"].value.startswith("2 files of ")
+        assert found["pairs"].value.startswith("4 of 4 that were tried are usable, ")
+        assert (found["indexed"].status, found["indexed"].value) == (NOTE, "1 of these files, with 8 samples")
+        assert found["read"].value.startswith("b.tar at ")
+        from clipfast.data import open_shards
+
+        open_shards([str(tmp_path / "b.tar")])
+        found = self.look(tmp_path / "{a,b}.tar")
+        assert (found["indexed"].status, found["indexed"].value) == (OK, "2 of these files, with 11 samples")
+        assert {finding.status for finding in found.values()} == {OK}
+
+    def test_problems(self, tmp_path):
+        assert [(f.name, f.status) for f in dataset.dataset(f"{tmp_path}/a.tar")] == [("shards", PROBLEM)]
+        (tmp_path / "a.tar").write_bytes(b"a photo")
+        assert "not a tar file" in self.look(tmp_path / "a.tar")["pairs"].value
+        write_shard(tmp_path / "a.tar", [sample(number, png=b"x") for number in range(8)])
+        found = self.look(tmp_path / "a.tar")
+        assert found["pairs"].status == PROBLEM
+        assert "(4 x not an image); first: a.tar/000" in found["pairs"].value
+        write_shard(tmp_path / "a.tar", [])
+        assert self.look(tmp_path / "a.tar")["pairs"].status == PROBLEM
+
+    def test_notes(self, tmp_path):
+        write_shard(tmp_path / "a.tar", [sample(0, png=b"x"), *(sample(number) for number in range(7))])
+        found = self.look(tmp_path / "a.tar")
+        assert (found["pairs"].status, found["pairs"].fix[:20]) == (NOTE, "first: a.tar/000: no")
+        with (tmp_path / "a.tar").open("r+b") as file:
+            file.truncate((tmp_path / "a.tar").stat().st_size // 2)
+        assert self.look(tmp_path / "a.tar")["damaged"].status == NOTE
+
+    def test_shards_elsewhere_are_not_asked_one_by_one(self, tmp_path):
+        write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
+        found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")
+        assert found["shards"].value == "0 files of 0 B here, and 1,000 elsewhere"
+        assert found["pairs"].status == OK
+
+
+class TestCommand:
+    """The command as a whole."""
+
+    @pytest.fixture
+    def found(self, monkeypatch):
+        """What each group finds, in place of this machine."""
+        found = {"software": [Finding("torch", "2.13")], "GPUs": [Finding("GPU", "none", NOTE, "buy one")]}
+        looks = {group: (lambda group=group: found[group]) for group in found}
+        monkeypatch.setattr("clipfast.doctor.command.looks", lambda folder, data: looks)
+        return found
+
+    def test_table_json_and_exit_code(self, found, capsys, tmp_path):
+        code, out, err = run_command(capsys, "doctor", "--json", tmp_path / "d.json")
+        assert (code, err) == (0, "")
+        assert out == (
+            "software\n  ok  torch  2.13\n\n"
+            "GPUs\n  note  GPU  none\n             -> buy one\n\n"
+            "0 problem(s), 1 note(s)\n"
+        )
+        read = json.loads((tmp_path / "d.json").read_text())
+        assert (read["problems"], read["notes"], list(read["groups"])) == (0, 1, ["software", "GPUs"])
+        assert read["groups"]["GPUs"] == [{"name": "GPU", "value": "none", "status": "note", "fix": "buy one"}]
+        found["software"].append(Finding("triton", "not installed", PROBLEM, "pip install triton"))
+        code, out, _ = run_command(capsys, "doctor", "--json", tmp_path / "d.json")
+        assert code == 1
+        assert "  problem  triton  not installed\n                   -> pip install triton\n" in out
+        assert json.loads((tmp_path / "d.json").read_text())["problems"] == 1
+
+    def test_bad_arguments(self, found, capsys, tmp_path):
+        code, out, err = run_command(capsys, "doctor", "--json", tmp_path / "none/d.json")
+        assert (code, out) == (2, "")
+        assert f"no folder {tmp_path}/none to write d.json in" in err
+        assert run_command(capsys, "doctor", "--fodler", "x")[0] == 2
+
+    def test_an_error_ends_one_look_only(self):
+        def look(error):
+            yield Finding("a", "b")
+            raise error
+
+        first, last = looked(lambda: look(ImportError("No module named 'x'", name="x")))
+        assert (first, last.status, last.value) == (Finding("a", "b"), PROBLEM, "the rest needs x, which is not there")
+        (_, last) = looked(lambda: look(OSError("broken")))
+        assert (last.status, last.value) == (PROBLEM, "OSError: broken")
+        with pytest.raises(OSError, match="broken"):
+            looked(lambda: look(OSError("broken")), traceback=True)
+
+    def test_this_machine(self, shards, capsys, tmp_path, monkeypatch):
+        monkeypatch.setattr(folders, "TRIED", 1 << 20)
+        monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
+        path = tmp_path / "d.json"
+        code, out, _ = run_command(capsys, "doctor", "--data", shards, "--folder", tmp_path, "--json", path)
+        groups = json.loads(path.read_text())["groups"]
+        assert list(groups) == GROUPS
+        assert all(groups.values())
+        assert not any(finding["name"] in ("failed", "missing") for found in groups.values() for finding in found)
+        assert code == any(finding["status"] == PROBLEM for found in groups.values() for finding in found)
+        assert [line for line in out.splitlines() if line in GROUPS] == GROUPS
+
+    @pytest.mark.parametrize(
+        "missing", [["torch"], ["pynvml", "webdataset", "tqdm", "torchvision", "tokenizers", "PIL"]]
+    )
+    def test_packages_are_missing(self, missing, tmp_path):
+        code = (
+            f"import sys; sys.modules.update(dict.fromkeys({missing})); from clipfast.cli import main; "
+            "sys.exit(main(['doctor', '--json', 'd.json', '--data', 'bundled:emoji/noto']))"
+        )
+        environment = os.environ | {"CLIPFAST_CACHE": str(tmp_path / "cache")}
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (1, "")
+        groups = json.loads((tmp_path / "d.json").read_text())["groups"]
+        assert list(groups) == GROUPS
+        assert {finding["status"] for finding in groups["limits"]} <= {OK, NOTE, PROBLEM}
+        assert [finding["name"] for finding in groups["data"]][-1] in ("missing", "pairs", "read")
+        if missing == ["torch"]:
+            assert groups["software"][-1]["value"] == "the rest needs torch, which is not there"
