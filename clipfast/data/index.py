@@ -245,7 +245,8 @@ class IndexCache:
                 return staged(name, self._copies)
             descriptor = os.open(name, os.O_RDONLY)
         except FetchError as error:
-            raise ShardError(str(error), "missing shard") from error
+            is_there = isinstance(error.__cause__, RowsError)
+            raise ShardError(str(error), "unreadable shard" if is_there else "missing shard") from error
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise ShardError(f"shard {name} cannot be opened: {error.strerror}", "missing shard") from error
         return descriptor, file_stamp(os.fstat(descriptor))

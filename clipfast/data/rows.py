@@ -143,6 +143,8 @@ def _reading(name: str) -> Iterator[None]:
     try:
         yield
     except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
+            raise  # it is not pyarrow's, but says that the disk or the network failed
         kind = "a Parquet" if has_footer(name) else "an Arrow"
         raise RowsError(f"it is damaged, or not {kind} file: {error}; copy or write it again") from error
 

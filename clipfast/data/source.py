@@ -96,7 +96,8 @@ class ShardSource:
         self.bytes_read = 0
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
-        self._completed: dict[int, ShardIndex] = {}  # the indices of shards that were only counted before
+        # The indices of shards that were only counted before, or why there is none.
+        self._completed: dict[int, ShardIndex | ShardError] = {}
 
     def __getstate__(self) -> dict[str, object]:
         return self.__dict__ | {"_open": collections.OrderedDict()}  # another process opens files of its own
@@ -169,17 +170,29 @@ class ShardSource:
         if counted.counted_in is None:
             return counted
         if shard not in self._completed:
-            self._completed[shard] = self.index.complete(counted)
-            for loss in self._completed[shard].losses():
-                log.warning(loss)
-        index = self._completed[shard]
-        if index.count != counted.count:
-            raise ShardError(
-                f"shard {index.name} has {index.count} samples, but {counted.count} by {counted.counted_in}: correct "
-                "or remove that, or replace the shard",
-                "miscounted shard",
-            )
-        return index
+            self._completed[shard] = self._complete(counted)
+        found = self._completed[shard]
+        if isinstance(found, ShardError):
+            raise ShardError(str(found), found.kind)
+        return found
+
+    def _complete(self, counted: ShardIndex) -> ShardIndex | ShardError:
+        """Return the index of a shard that was only counted, or why its samples cannot be used, now or later."""
+        try:
+            index = self.index.complete(counted)
+        except ShardError as error:
+            if error.kind == "missing shard":  # it may be there again later
+                raise
+            return error
+        for loss in index.losses():
+            log.warning(loss)
+        if index.count == counted.count:
+            return index
+        return ShardError(
+            f"shard {index.name} has {index.count} samples, but {counted.count} by {counted.counted_in}: correct or "
+            "remove that, or replace the shard",
+            "miscounted shard",
+        )
 
     def _close(self, shard: int) -> None:
         os.close(self._open.pop(shard).descriptor)

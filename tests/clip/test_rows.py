@@ -2,6 +2,7 @@
 
 import datetime
 import decimal
+import io
 import json
 import logging
 import os
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 
 from clipfast.data import IndexCache, expand_shards, identities, open_shards
-from clipfast.data.rows import members
+from clipfast.data.rows import count, members
 from clipfast.data.staging import is_direct
 from clipfast.images import SampleError
 
@@ -55,15 +56,15 @@ def save_to_disk(folder, counts, batch=4):
     folder.mkdir(parents=True)
     schema = pa.schema([("image", IMAGE), ("captions", pa.list_(pa.string()))], {b"huggingface": FEATURES})
     names, row = [], 0
-    for number, count in enumerate(counts):
+    for number, rows_here in enumerate(counts):
         names.append(f"data-{number:05d}-of-{len(counts):05d}.arrow")
         with pa.ipc.new_stream(str(folder / names[-1]), schema) as writer:
-            for start in range(0, count, batch):
-                rows = range(row + start, row + min(count, start + batch))
+            for start in range(0, rows_here, batch):
+                rows = range(row + start, row + min(rows_here, start + batch))
                 images = [{"bytes": b"image %d" % n, "path": None} if n % 5 else None for n in rows]
                 captions = [[f"a {n}", f"b {n}"] for n in rows]
                 writer.write_batch(pa.record_batch([pa.array(images, IMAGE), pa.array(captions)], schema=schema))
-        row += count
+        row += rows_here
     (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
     # in another order than that of their names
     state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}
@@ -231,8 +232,32 @@ def test_damage_inside_a_parquet_file_is_met_when_it_is_opened(tmp_path):
     Path(path).write_bytes(data)
     source = open_shards([path], index=IndexCache(tmp_path / "cache"))
     assert source.sizes == [200]
-    with pytest.raises(SampleError, match=r"x\.parquet cannot be read: it is damaged"):
-        source.read(0)
+    for number in (0, 1):
+        with pytest.raises(SampleError, match=r"x\.parquet cannot be read: it is damaged") as error:
+            source.read(number)
+        assert error.value.kind == "unreadable shard"
+
+
+@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
+def test_an_outage_is_not_taken_for_damage(name, tmp_path):
+    class Failing(io.BytesIO):
+        def read(self, *_):
+            raise TimeoutError("the network is down")
+
+    for read in (count, lambda file, name: list(members(file, name))):
+        with pytest.raises(TimeoutError, match="the network is down"):
+            read(Failing(bytes(1000)), name)
+
+
+def test_what_is_no_shard_is_looked_at_once(server, tmp_path, monkeypatch):
+    (tmp_path / "web" / "0.tar").write_bytes(b"<html>" * 1000)
+    (tmp_path / "web" / "sizes.json").write_text('{"0.tar": 8}')
+    source = open_shards([f"{server.url}/0.tar"], index=IndexCache(tmp_path / "cache"))
+    for number in range(8):
+        with pytest.raises(SampleError, match=r"0\.tar cannot be read: not a tar file") as error:
+            source.read(number)
+        assert error.value.kind == "unreadable shard"
+        monkeypatch.setattr(source.index, "complete", None)
 
 
 def test_few_rows_are_in_memory_at_once(tmp_path):
