@@ -32,7 +32,7 @@ FORGET = 300.0  # seconds after which a shard that could not be brought here is 
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 
 log = logging.getLogger("clipfast")
-_failures: dict[str, float] = {}  # when each shard could not be brought here
+_failures: dict[str, tuple[float, Exception]] = {}  # when and why each shard could not be brought here
 
 
 class FetchError(ValueError):
@@ -158,8 +158,11 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
 
 
 def _fetch(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
-    if time.monotonic() - _failures.get(name, -FORGET) < FORGET:
-        raise FetchError(f"shard {name} could not be read a moment ago, and is not asked for again so soon")
+    failed, reason = _failures.get(name, (-FORGET, None))
+    if time.monotonic() - failed < FORGET:
+        raise FetchError(
+            f"shard {name} could not be read a moment ago, and is not asked for again so soon: {reason}"
+        ) from reason
     for attempt in range(ATTEMPTS):
         try:
             replace_file(path, lambda temporary: _copy(name, temporary, is_wanted))
@@ -168,7 +171,7 @@ def _fetch(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
             raise
         except Exception as error:  # every file system has errors of its own; some call an outage "not found"
             if not is_remote(name) or attempt == ATTEMPTS - 1 or isinstance(error, RowsError):
-                _failures[name] = time.monotonic()
+                _failures[name] = time.monotonic(), error.with_traceback(None)
                 raise FetchError(f"shard {name} cannot be read: {error}") from error
             time.sleep(FIRST_WAIT * 2**attempt)
 

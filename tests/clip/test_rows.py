@@ -379,6 +379,20 @@ def test_a_wrong_count(server, tmp_path, caplog):
     assert open_shards([f"{server.url}/0.tar", f"{server.url}/1.tar"], index=index).sizes == [6, 3]
 
 
+def test_a_counted_shard_that_comes_back(tmp_path, monkeypatch):
+    path = tmp_path / "x.parquet"
+    write_parquet(path, downloaded(20))
+    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    path.rename(tmp_path / "away")
+    for message in ("cannot be read: .*No such file", "is not asked for again so soon: .*No such file"):
+        with pytest.raises(SampleError, match=message) as error:
+            source.read(3)
+        assert error.value.kind == "missing shard"
+    (tmp_path / "away").rename(path)
+    monkeypatch.setattr("clipfast.data.staging.FORGET", 0.0)
+    assert fields(source.read(3))["key"] == "000000003"
+
+
 def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
     write_shard(tmp_path / "0.tar.gz", [sample(0)])
     (tmp_path / "sizes.json").write_text("{broken")
