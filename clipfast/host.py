@@ -82,12 +82,12 @@ def core_quota(root: Path = ROOT) -> float | None:
     """Return how many processors' time the cgroups of this process allow; None if they set no limit."""
     quotas = []
     for folder, is_v2 in _cgroups("cpu", root):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # no number: "max"
             if is_v2:
                 quota, period = (folder / "cpu.max").read_text().split()
             else:
                 quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if quota != "max" and int(quota) > 0:
+            if int(quota) > 0:
                 quotas.append(int(quota) / int(period))
     return min(quotas, default=None)
 

@@ -4,7 +4,7 @@ A shard is a tar file, a Parquet or Arrow file (``rows``), a table (``tables``) 
 ``keys`` says under which names a sample has its image and its captions. ``source`` reads any sample by its number:
 ``index`` knows where each lies, ``staging`` brings what is elsewhere, and ``counts`` knows how many samples there are
 without that. ``order`` says which sample stands where in the sequence of a run, ``loader`` makes batches of them, and
-``read_ahead`` brings their shards in time.
+``read_ahead`` brings their shards in time. ``trial`` makes a batch of a few, to see whether they can be used.
 """
 
 from .crops import CroppedImages, WholeImages

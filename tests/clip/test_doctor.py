@@ -93,6 +93,11 @@ class TestHost:
         assert host.core_quota(tmp_path) is None
         root = files(tmp_path, meminfo(4 * GIB, GIB) | {"proc/self/cgroup": "0::/"})
         assert host.process_memory(root) == host.Memory(4 * GIB, GIB)
+        unlimited = {
+            "proc/self/cgroup": "4:memory:/",
+            "sys/fs/cgroup/memory/memory.limit_in_bytes": UNLIMITED_V1,
+        }
+        assert host.process_memory(files(tmp_path / "v1", meminfo(4 * GIB, GIB) | unlimited)).limit is None
         files(root, {"sys/fs/cgroup/cpu.max": "broken", "sys/fs/cgroup/memory.max": ""})
         assert host.process_memory(root) == host.Memory(4 * GIB, GIB)
         assert host.core_quota(root) is None
@@ -153,6 +158,8 @@ class TestMachine:
         values[resource.RLIMIT_MEMLOCK] = (resource.RLIM_INFINITY,) * 2
         monkeypatch.setattr(resource, "getrlimit", values.get)
         assert {finding.status for finding in machine.limits()} == {OK}
+        values |= dict.fromkeys(values, (resource.RLIM_INFINITY,) * 2)
+        assert {(finding.value, finding.status) for finding in machine.limits()} == {("unlimited", OK)}
         for limit in machine.LIMITS[:3]:
             values[limit.number] = (limit.least - 1, limit.least)
         values[resource.RLIMIT_MEMLOCK] = (8 << 20, 8 << 20)

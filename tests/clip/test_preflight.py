@@ -12,7 +12,7 @@ import torch
 from clipfast.data import index, spread
 from clipfast.evaluation import labelled
 from clipfast.host import Memory
-from clipfast.training import loop, trainer
+from clipfast.training import lock, loop, trainer
 from clipfast.training import preflight as module
 from clipfast.training.loop import train
 from clipfast.training.preflight import preflight
@@ -188,6 +188,7 @@ def test_the_model_and_its_loss(tmp_path, refusal):
     write_shard(tmp_path / "x.tar", PAIRS)
     assert "unknown model 'ViT-Z'; known: RN50" in refusal(model="ViT-Z")
     assert "no checkpoint at none.pt: there is no such file" in refusal(model="ViT-T-8-32", pretrained="none.pt")
+    assert "is a CLIP model, which has no logit_bias: take a model with SigLIP in its name" in refusal("--siglip")
     assert refusal(model="ViT-T-8-32") == ""
 
 
@@ -280,6 +281,9 @@ class TestDisk:
         with monkeypatch.context() as patch:
             patch.setattr(os, "mkdir", refusing)
             assert "logs/run cannot be written: Read-only file system: " in refusal(name="run")
+        with monkeypatch.context() as patch:  # a disk on which folders can be made, and no files
+            patch.setattr(lock, "LOCK_NAME", "none/run.lock")
+            assert "logs/run cannot be written: No such file or directory: " in refusal(name="run")
         assert refusal(name="run") == ""
         assert not (tmp_path / "logs").exists()
 
