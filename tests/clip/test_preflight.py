@@ -379,6 +379,13 @@ class TestSample:
         assert len(indexed) == 1
         assert found.tried == 4
 
+    def test_every_shard_of_them_is_read(self, tmp_path):
+        for name, pairs in {"a": PAIRS, "b": changed(png=b"x"), "c": PAIRS}.items():
+            write_shard(tmp_path / f"{name}.tar", pairs)
+        found = preflight(config(f"{tmp_path}/*.tar", tmp_path), RunFolder(tmp_path), {})
+        assert found.tried == 12
+        assert [line.partition(":")[0] for line in found.unusable] == [f"b.tar/00{number}" for number in (0, 2, 4, 7)]
+
     def test_pairs_that_cannot_be_used_are_named_if_others_can(self, tmp_path):
         write_shard(tmp_path / "x.tar", [*changed(png=b"x")[:4], *PAIRS])
         found = preflight(config(f"{tmp_path}/x.tar", tmp_path), RunFolder(tmp_path), {})
