@@ -18,7 +18,7 @@ from ..files import DiskFullError
 from .build import build_device, build_loss, build_model, build_optimizer, build_tokenizer
 from .config import AUTO, TrainConfig
 from .data import SkipBudget, TrainingData, validation_set
-from .errors import NotFiniteError
+from .errors import NotFiniteError, TrainingError
 from .interruption import Interruption
 from .logs import TrainLog, log
 from .optim import cosine_lr, set_lr
@@ -102,13 +102,19 @@ class Trainer:
             self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
         with contextlib.closing(batches):  # an error must not leave the workers waiting
-            while self.progress.step < self.total_steps and interruption.signum is None:
-                if self._train_epoch(batches, interruption):
-                    step = self.progress.step
-                    is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
-                    kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
-                    self._save_or_go_on(keep=kept)
-                    evaluation = self.evaluate()
+            try:
+                while self.progress.step < self.total_steps and interruption.signum is None:
+                    if self._train_epoch(batches, interruption):
+                        step = self.progress.step
+                        is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
+                        kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
+                        self._save_or_go_on(keep=kept)
+                        evaluation = self.evaluate()
+            except RuntimeError as error:
+                if not isinstance(error, TrainingError):
+                    # it may be PyTorch's report of a dead data worker, which can come at any moment: the loader knows
+                    batches.throw(error)
+                raise
         return evaluation
 
     def _rescue(self, error: Exception) -> None:

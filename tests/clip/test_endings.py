@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -50,6 +51,21 @@ def test_an_error_saves_the_steps_before_it(shards, tmp_path, error):
     assert f"Saved {run.latest}; go on with: clipfast train --resume {run.path}" in (run.path / "out.log").read_text()
     train(config(shards, tmp_path), run.latest)
     assert saved_step(run.path) == 8
+
+
+def test_a_data_worker_that_is_killed_during_a_step_is_named(shards, tmp_path):
+    original = Trainer._train_step
+
+    def killing(trainer, batch):
+        if trainer.progress.step == 3:
+            os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+            time.sleep(30)  # PyTorch's report interrupts it
+        return original(trainer, batch)
+
+    dead = r"a data worker died: it .*; if it ran out of memory, .* use fewer --workers"
+    with mock.patch.object(Trainer, "_train_step", killing), pytest.raises(ValueError, match=dead):
+        train(config(shards, tmp_path, workers=2))
+    assert saved_step(tmp_path / "run") == 3
 
 
 def test_too_many_bad_pairs_save_too(tmp_path):
