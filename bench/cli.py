@@ -39,6 +39,7 @@ examples:
   python -m bench loss --device cpu
   python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
   python -m bench step --shape model=RN50,batch=64 --rounds 3    steps of 15 s; memory and trace add a few steps
+  python -m bench data --pairs-per-second 5000    how many data workers that takes, and which stage limits
   python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if it is)
   python -m bench tune --op contrastive --card H100
   python -m bench table                      write the README's tables again from the committed results
