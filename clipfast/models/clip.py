@@ -184,8 +184,8 @@ class CLIP(nn.Module):
         """Make the parameters of the image tower constant (LiT: Zhai et al. 2022).
 
         Args:
-            unlocked_groups: how many groups stay trainable, counted from the output: the projection (or a ResNet's
-                attention pooling), then the blocks (or stages), then the embedding (or stem).
+            unlocked_groups: how many groups stay trainable, counted from the output: the projection (or the attention
+                pooling of a ResNet or of SigLIP), then the blocks (or stages), then the embedding (or stem).
             freeze_bn_stats: let BatchNorm always use the statistics that it has, in the groups that are locked.
         """
         self.visual.lock(unlocked_groups, freeze_bn_stats)

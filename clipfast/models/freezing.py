@@ -1,16 +1,17 @@
 """Freezing a tower but for its last parts: OpenCLIP's ``lock_image_tower`` and ``lock_text_tower``."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor, nn
+from torch import nn
 
 if TYPE_CHECKING:
     from .clip import CLIP
     from .resnet import ModifiedResNet
+    from .siglip import SigLIPVision
     from .vision import VisionTransformer
 
-Group = list[nn.Module | Tensor]
+Group = list[nn.Module | nn.Parameter]
 
 
 def freeze(groups: Sequence[Group], unlocked: int) -> None:
@@ -22,9 +23,14 @@ def freeze(groups: Sequence[Group], unlocked: int) -> None:
     if unlocked < 0:
         raise ValueError(f"the number of groups that stay trainable must not be negative, got {unlocked}")
     for index, group in enumerate(groups):
-        for part in group:
-            for parameter in part.parameters() if isinstance(part, nn.Module) else [part]:
-                parameter.requires_grad = index >= len(groups) - unlocked
+        for parameter in parameters_of(group):
+            parameter.requires_grad = index >= len(groups) - unlocked
+
+
+def parameters_of(group: Group) -> Iterator[nn.Parameter]:
+    """Yield the parameters of a group."""
+    for part in group:
+        yield from part.parameters() if isinstance(part, nn.Module) else [part]
 
 
 def groups_of_vit(visual: "VisionTransformer") -> list[Group]:
@@ -37,6 +43,12 @@ def groups_of_resnet(visual: "ModifiedResNet") -> list[Group]:
     """Return the parts of a ResNet, from the input to the output: stem, four stages, attention pooling."""
     stem: Group = [visual.conv1, visual.bn1, visual.conv2, visual.bn2, visual.conv3, visual.bn3]
     return [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4], [visual.attnpool]]
+
+
+def groups_of_siglip(visual: "SigLIPVision") -> list[Group]:
+    """Return the parts of SigLIP's image tower, from the input to the output: embedding, blocks, attention pooling."""
+    trunk = visual.trunk
+    return [[trunk.patch_embed, trunk.pos_embed], *_blocks(trunk.blocks, trunk.norm), [trunk.attn_pool]]
 
 
 def groups_of_text(model: "CLIP") -> list[Group]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..kernels.reference import CLIP_MEAN, CLIP_STD, normalize_uint8
 from .config import VisionConfig
-from .freezing import freeze, freeze_statistics, groups_of_resnet
+from .freezing import Group, freeze, freeze_statistics, groups_of_resnet
 from .intermediates import Indices, resnet_intermediates
 from .layers import single_query_attention
 
@@ -150,12 +150,16 @@ class ModifiedResNet(nn.Module):
             output_fmt=output_fmt,
         )  # fmt: skip
 
+    def layer_groups(self) -> list[Group]:
+        """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
+        return groups_of_resnet(self)
+
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Make the parameters constant, but for those of the last groups.
 
         With ``freeze_bn_stats``, BatchNorm in the locked groups keeps its statistics; see ``CLIP``.
         """
-        groups = groups_of_resnet(self)
+        groups = self.layer_groups()
         freeze(groups, unlocked_groups)
         if freeze_bn_stats:
             locked = groups[: max(0, len(groups) - unlocked_groups)]

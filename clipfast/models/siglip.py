@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP, check_text
-from .freezing import freeze
+from .freezing import Group, freeze, groups_of_siglip
 from .layers import LayerNorm, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .transformer import (
@@ -195,6 +195,14 @@ class SigLIPVision(nn.Module):
         )  # fmt: skip
         return self.trunk(tokens[:, 1:].contiguous())
 
+    def layer_groups(self) -> list[Group]:
+        """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
+        return groups_of_siglip(self)
+
+    def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
+        """Make parameters constant but for those of the last groups; see ``CLIP``. There is no BatchNorm."""
+        freeze(self.layer_groups(), unlocked_groups)
+
 
 class SigLIPText(nn.Module):
     """The text tower, which sees the whole text and is read at its last position, padding included."""
@@ -295,16 +303,6 @@ class SigLIP(CLIP):
             "clipfast's SigLIP has no forward_intermediates: build the model with open_clip.create_model, and hand it "
             "to clipfast.apply_to_open_clip"
         )
-
-    def lock_image_tower(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
-        """Make the parameters of the image tower constant, all of them.
-
-        Raises:
-            NotImplementedError: some groups of them are to stay trainable.
-        """
-        if unlocked_groups:
-            raise NotImplementedError("clipfast's SigLIP locks its image tower as a whole: unlocked_groups must be 0")
-        freeze([[self.visual]], 0)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters that weight decay should leave, besides those of one dimension."""

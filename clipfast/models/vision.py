@@ -10,7 +10,7 @@ from ..kernels import patch_embed
 from ..kernels.dtypes import accumulate_dtype
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .config import VisionConfig
-from .freezing import freeze, groups_of_vit
+from .freezing import Group, freeze, groups_of_vit
 from .intermediates import Indices, vit_intermediates
 from .layers import LayerNorm
 from .transformer import Transformer, read_rows
@@ -159,9 +159,13 @@ class VisionTransformer(nn.Module):
             intermediates_only=intermediates_only, output_fmt=output_fmt, output_extra_tokens=output_extra_tokens,
         )  # fmt: skip
 
+    def layer_groups(self) -> list[Group]:
+        """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
+        return groups_of_vit(self)
+
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
         """Make parameters constant but for those of the last groups; see ``CLIP``. There is no BatchNorm."""
-        freeze(groups_of_vit(self), unlocked_groups)
+        freeze(self.layer_groups(), unlocked_groups)
 
     def no_weight_decay(self) -> set[str]:
         """Return the names of the parameters with two dimensions, or of tokens, that weight decay should leave."""

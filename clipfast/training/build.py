@@ -1,4 +1,4 @@
-"""The model with its loss and tokenizer, the optimizer and the device that the options of a run ask for."""
+"""The model with its loss and tokenizer, and the device that the options of a run ask for."""
 
 import functools
 from collections.abc import Callable
@@ -15,7 +15,6 @@ from ..kernels import contrastive_loss, sigmoid_loss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
-from .optim import adamw
 
 COMPILER = "inductor"
 
@@ -62,15 +61,26 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
         if "preprocess_cfg" in saved:
             set_preprocessing(model, complete_preprocessing(saved["preprocess_cfg"]))
         model.set_backend(config.backend)
-        return model.to(torch.bfloat16 if is_bf16 else torch.float32)
-    name = config.model
-    if name.endswith(".json"):
-        add_model_config(name)
-        name = Path(name).stem
-    return create_model(
-        name, config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
-        force_patch_dropout=config.force_patch_dropout, backend=config.backend, load_weights=device.type != "meta",
-    )  # fmt: skip
+        model.to(torch.bfloat16 if is_bf16 else torch.float32)
+    else:
+        name = config.model
+        if name.endswith(".json"):
+            add_model_config(name)
+            name = Path(name).stem
+        model = create_model(
+            name, config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
+            force_patch_dropout=config.force_patch_dropout, backend=config.backend, load_weights=device.type != "meta",
+        )  # fmt: skip
+    _lock(config, model)
+    return model
+
+
+def _lock(config: TrainConfig, model: CLIP) -> None:
+    """Make the parameters constant that are not to be trained."""
+    if config.lock_image:
+        model.lock_image_tower(config.lock_image_unlocked_groups, config.lock_image_freeze_bn_stats)
+    if config.lock_text:
+        model.lock_text_tower(config.lock_text_unlocked_layers)
 
 
 def build_loss(config: TrainConfig, model: CLIP) -> Callable[..., Tensor]:
@@ -108,11 +118,3 @@ def build_tokenizer(config: TrainConfig, model: CLIP) -> Tokenizer | FileTokeniz
             f"{model.config.text.vocab_size}: set vocab_size of its text_cfg to {tokenizer.vocab_size}"
         )
     return tokenizer
-
-
-def build_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.AdamW:
-    """Return the optimizer of ``model``; options that are not given depend on its image tower, as in OpenCLIP."""
-    is_vit = isinstance(model.config.vision.layers, int)
-    betas = (config.beta1, config.beta2 or (0.98 if is_vit else 0.999))
-    eps = config.eps or (1e-6 if is_vit else 1e-8)
-    return adamw(model, config.lr, betas, eps, config.wd, capturable=config.cuda_graphs)

@@ -5,7 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .config import BUDGETS, TrainConfig, add_arguments, flag_name, list_recipes, read_recipe
+from .config import BUDGETS, TrainConfig, add_arguments, flag_name
+from .recipes import list_recipes, read_recipe
 
 
 def add_parser(commands: Any) -> None:

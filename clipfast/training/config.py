@@ -2,10 +2,9 @@
 
 import argparse
 import dataclasses
+import functools
 import math
-import tomllib
 from collections.abc import Collection, Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,8 @@ AUTO = "auto"
 BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
+SCHEDULERS = ("cosine", "const", "const-cooldown", "wsd")
+LOCKED_PARTS = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats", "lock_text_unlocked_layers")
 
 
 def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
@@ -94,7 +95,33 @@ class TrainConfig:
         None, "pairs to train on, in place of --epochs: the run may end within an epoch", int, positive=True
     )
     lr: float = _flag(5e-4, "peak learning rate", float, positive=True)
+    lr_scheduler: str = _flag(
+        "cosine", "course of the learning rate after the warm-up: half a cosine to zero, constant, constant with a "
+        "cool-down over the last --epochs-cooldown, or (wsd) over the last --decay-fraction of the run",
+        choices=SCHEDULERS,
+    )  # fmt: skip
+    skip_scheduler: bool = _flag(False, "keep the learning rate at --lr from the first step on", bool)
+    epochs_cooldown: int | None = _flag(None, "length of the cool-down of const-cooldown", int, positive=True)
+    decay_fraction: float = _flag(0.1, "length of the cool-down of wsd, as a share of the run", float, **SHARE)
+    lr_cooldown_end: float = _flag(0.0, "learning rate at the end of a cool-down", float, not_negative=True)
+    lr_cooldown_power: float = _flag(
+        1.0, "power of the polynomial that a cool-down follows; 1 is a straight line", float, positive=True
+    )
     wd: float = _flag(0.2, "weight decay of all but gains, biases and the logit scale", float, not_negative=True)
+    wd_exclude: tuple[str, ...] = _flag(
+        (), "more parameters without weight decay, as patterns of their names such as '*positional_embedding'"
+    )
+    opt: str = _flag(
+        "adamw", "optimizer: a name of torch.optim, nadamw, muon (for the matrices of the blocks and the projections; "
+        "AdamW for the rest), or the import path package.module:Class",
+    )  # fmt: skip
+    opt_kwargs: tuple[str, ...] = _flag((), "more arguments of the optimizer, as name=value")
+    momentum: float | None = _flag(None, "momentum of an optimizer that has one, such as sgd", float, **BELOW_1)
+    image_layer_decay: float | None = _flag(
+        None, "factor on the learning rate from each layer of the image tower to the one before it; the projection "
+        "keeps --lr", float, positive=True, most=1,
+    )  # fmt: skip
+    text_layer_decay: float | None = _flag(None, "the same for the text tower", float, positive=True, most=1)
     beta1: float = _flag(0.9, "beta1 of AdamW", float, **BELOW_1)
     beta2: float | None = _flag(
         None, "beta2 of AdamW (default: 0.98 for vision transformers, 0.999 for others)", float, **BELOW_1
@@ -102,9 +129,32 @@ class TrainConfig:
     eps: float | None = _flag(
         None, "epsilon of AdamW (default: 1e-6 for vision transformers, 1e-8 for others)", float, positive=True
     )
-    warmup: int = _flag(2000, "steps of a rising learning rate, before a cosine to zero", int, not_negative=True)
+    warmup: float | str = _flag(
+        2000, "steps of a rising learning rate at the start; less than 1 is a share of the run, and auto is a tenth of "
+        "it, at most 2000 steps", float, not_negative=True, auto=True,
+    )  # fmt: skip
     grad_clip_norm: float | None = _flag(
         None, "clip the norm of the gradient to this (default: no clipping)", float, positive=True
+    )
+    ema_decay: float | None = _flag(
+        None, "keep an exponential moving average of the weights with this decay, which is evaluated and exported in "
+        "their place; over the first steps the decay rises to this value (default: no average)", float, **BELOW_1,
+    )  # fmt: skip
+    lock_image: bool = _flag(False, "keep the image tower as it is", bool)
+    lock_image_unlocked_groups: int = _flag(
+        0, "train so many parts of the locked image tower, counted from its output: the projection or attention "
+        "pooling, then the blocks or stages", int, not_negative=True,
+    )  # fmt: skip
+    lock_image_freeze_bn_stats: bool = _flag(
+        False, "let BatchNorm use the statistics that it has in the locked parts of the image tower", bool
+    )
+    lock_text: bool = _flag(False, "keep the text tower as it is", bool)
+    lock_text_unlocked_layers: int = _flag(
+        0, "train so many parts of the locked text tower, counted from its output: the projection, then the blocks",
+        int, not_negative=True,
+    )  # fmt: skip
+    lock_text_freeze_layer_norm: bool = _flag(
+        False, "changes nothing: layer norms are always locked with their block; for OpenCLIP's commands", bool
     )
     precision: str = _flag("auto", "auto is amp_bf16 on a GPU, else fp32; amp is amp_bf16 too", choices=PRECISIONS)
     grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", bool)
@@ -169,6 +219,17 @@ class TrainConfig:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
         self.keys()
         self.separator()
+        if isinstance(self.warmup, float) and self.warmup >= 1 and not self.warmup.is_integer():
+            raise ValueError(f"--warmup must be a number of steps, or a share of the run below 1, got {self.warmup}")
+        if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
+            raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown: the length of the cool-down")
+        wrong = [word for word in self.opt_kwargs if not word.partition("=")[0].isidentifier() or "=" not in word]
+        if wrong:
+            raise ValueError(f"--opt-kwargs must be name=value, got {wrong[0]!r}")
+        for part in LOCKED_PARTS:
+            tower = "_".join(part.split("_")[:2])
+            if getattr(self, part) and not getattr(self, tower):
+                raise ValueError(f"{flag_name(part)} needs {flag_name(tower)}")
         if not self.train_data:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
@@ -254,12 +315,12 @@ def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
         raise ValueError(f"{flag} must be at most {meta['most']}, got {value}")
 
 
-def _int_or_auto(text: str) -> int | str:
+def _number_or_auto(kind: type[int] | type[float], text: str) -> float | str:
     """Parse the value of a flag that takes a number or "auto"."""
     try:
-        return text if text == AUTO else int(text)
+        return text if text == AUTO else int(text) if kind is int or text.isdecimal() else kind(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"must be int or 'auto', got {text!r}") from None
+        raise argparse.ArgumentTypeError(f"must be {kind.__name__} or 'auto', got {text!r}") from None
 
 
 def flag_name(field: str) -> str:
@@ -281,34 +342,10 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
         if meta["kind"] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:
-            options["type"] = _int_or_auto if "auto" in meta else meta["kind"]
+            kind = meta["kind"]
+            options["type"] = functools.partial(_number_or_auto, kind) if "auto" in meta else kind
             options |= {"choices": choices, "metavar": None if choices else meta["kind"].__name__.upper()}
             options["help"] += f" (default: {shown})" if shown else ""
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "*"
         parser.add_argument(flag_name(field.name), *meta.get("aliases", ()), **options)
-
-
-def list_recipes() -> list[str]:
-    """Return the names of the recipes that ship with the package."""
-    return sorted(path.name.removesuffix(".toml") for path in files("clipfast").joinpath("recipes").iterdir())
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """Return the options that a bundled recipe or a TOML file sets.
-
-    Raises:
-        ValueError: there is no such recipe or file, it is not TOML, or one of its keys is not an option.
-    """
-    source = files("clipfast").joinpath(f"recipes/{name}.toml") if name in list_recipes() else Path(name)
-    if not source.is_file():
-        raise ValueError(f"no recipe {name!r}: neither a file nor one of {', '.join(list_recipes())}")
-    try:
-        raw = tomllib.loads(source.read_text())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {name} is not TOML: {error}") from error
-    options = {key.replace("-", "_"): tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-    unknown = set(options) - {field.name for field in dataclasses.fields(TrainConfig)}
-    if unknown:
-        raise ValueError(f"recipe {name} has unknown options: {', '.join(sorted(unknown))}")
-    return options

@@ -15,7 +15,6 @@ from .config import TrainConfig, flag_name
 from .interruption import Interruption
 from .lock import locked
 from .logs import log, logging_to
-from .optim import cosine_lr
 from .preflight import preflight
 from .run import RunFolder
 from .trainer import Trainer
@@ -92,11 +91,11 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
         log.info(f"Resuming from {resume} at step {trainer.progress.step} of {total}.")
     if changed:
         log.info(f"Changed from here on: {', '.join(changed.values())}")
-    if config.warmup >= total:
-        reached = cosine_lr(total - 1, config.lr, config.warmup, total)
+    if trainer.schedule.warmup >= total:
+        reached = trainer.schedule.at(total - 1)
         log.warning(
             f"--warmup {config.warmup} is not shorter than the run of {total} steps: the learning rate only rises to "
-            f"{reached:.2g} of {config.lr:g}; a tenth of the steps is usual, --warmup {total // 10}"
+            f"{reached:.2g} of {config.lr:g}; a tenth of the steps is usual, --warmup auto"
         )
 
 

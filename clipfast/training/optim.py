@@ -1,9 +1,25 @@
-"""The optimizer and the learning rate schedule of CLIP (Radford et al. 2021, section 2.5)."""
+"""The optimizer of a run: which parameters it trains, at which rate and with which decay."""
 
-import math
+import ast
+import inspect
+import pkgutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import nn
+
+from ..models import CLIP
+from ..models.freezing import Group as Layers
+from ..models.freezing import groups_of_text, parameters_of
+from .config import TrainConfig
+
+MUON = "muon"
+# These need more than a gradient of every weight: a function that computes the loss, or gradients that are sparse.
+_UNFIT = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
+_FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+Group = dict[str, Any]
 
 
 def adamw(
@@ -19,31 +35,230 @@ def adamw(
 
     Gains, biases and scalars have no weight decay. With ``capturable``, a step can be captured in a CUDA graph.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trained if parameter.ndim < 2], "weight_decay": 0.0},
-        {"params": [parameter for parameter in trained if parameter.ndim >= 2], "weight_decay": weight_decay},
-    ]
-    # A graph would keep a number as it was at the capture; a tensor it reads anew.
-    rate = torch.tensor(lr, device=trained[0].device) if capturable else lr
-    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=eps, fused=True, capturable=capturable)
+    groups = parameter_groups(model, weight_decay)
+    _set_rates(groups, lr, capturable=capturable)
+    return torch.optim.AdamW(groups, betas=betas, eps=eps, fused=True, capturable=capturable)
 
 
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Set the learning rate of every parameter; a learning rate that is a tensor is changed in place."""
-    for group in optimizer.param_groups:
-        if isinstance(group["lr"], torch.Tensor):
-            group["lr"].fill_(lr)
-        else:
-            group["lr"] = lr
+def make_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.Optimizer:
+    """Return the optimizer of ``model``; options that are not given depend on its image tower, as in OpenCLIP.
 
-
-def cosine_lr(step: int, base_lr: float, warmup: int, total: int) -> float:
-    """Return the learning rate of ``step``, counted from 0.
-
-    It rises linearly to ``base_lr`` over ``warmup`` steps, and falls as half a cosine to zero at ``total`` steps.
+    Raises:
+        ValueError: there is no such optimizer, or it does not take one of the options.
     """
-    if step < warmup:
-        return base_lr * (step + 1) / warmup
-    progress = (step - warmup) / max(1, total - warmup)
-    return base_lr * 0.5 * (1 + math.cos(math.pi * progress))
+    groups = parameter_groups(model, config.wd, config.wd_exclude, layer_scales(model, config))
+    _set_rates(groups, config.lr, capturable=config.cuda_graphs)
+    try:
+        if config.opt.lower() == MUON:
+            return _make_muon(config, model, groups)
+        kind, options = optimizer_class(config.opt)
+        return kind(groups, **options | _options(config, kind, model) | parse_arguments(config.opt_kwargs))
+    except TypeError as error:
+        raise ValueError(f"--opt {config.opt} does not take one of its options: {error}") from error
+
+
+def parameter_groups(
+    model: nn.Module,
+    weight_decay: float,
+    exclude: Sequence[str] = (),
+    scales: Mapping[nn.Parameter, float] | None = None,
+) -> list[Group]:
+    """Return the parameters that are trained, in groups of the same weight decay and the same share of the rate.
+
+    Args:
+        model: the model.
+        weight_decay: that of all but gains, biases and scalars.
+        exclude: patterns of names of more parameters without weight decay.
+        scales: share of the learning rate of each parameter, which its group holds as ``lr_scale``; 1 for those that
+            are not in it. Without it the groups hold no such key.
+
+    Raises:
+        ValueError: a pattern fits no parameter.
+    """
+    for pattern in exclude:
+        if not any(fnmatchcase(name, pattern) for name, _ in model.named_parameters()):
+            raise ValueError(f"--wd-exclude {pattern!r} is the name of no parameter: '*' stands for any part of a name")
+    buckets: dict[tuple[float, bool], Group] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim >= 2 and not any(fnmatchcase(name, pattern) for pattern in exclude)
+            scale = 1.0 if scales is None else scales.get(parameter, 1.0)
+            group: Group = {"params": [], "weight_decay": weight_decay if decays else 0.0}
+            if scales is not None:
+                group["lr_scale"] = scale
+            buckets.setdefault((-scale, decays), group)["params"].append(parameter)
+    return [buckets[key] for key in sorted(buckets)]
+
+
+def layer_scales(model: CLIP, config: TrainConfig) -> dict[nn.Parameter, float] | None:
+    """Return the share of the learning rate that each parameter of a tower gets; None if all get the whole.
+
+    From the projection, which gets the whole, to the embedding, each layer gets the decay of the tower times what the
+    layer after it gets.
+    """
+    towers: list[tuple[list[Layers], float | None]]
+    towers = [
+        (model.visual.layer_groups(), config.image_layer_decay),
+        (groups_of_text(model), config.text_layer_decay),
+    ]
+    if all(decay is None for _, decay in towers):
+        return None
+    return {
+        parameter: decay**depth
+        for layers, decay in towers
+        if decay is not None
+        for depth, group in enumerate(reversed(layers))
+        for parameter in parameters_of(group)
+    }
+
+
+def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return the class that ``--opt`` names, and what its name stands for in options.
+
+    Raises:
+        ValueError: there is none, or it is not an optimizer that training can use.
+    """
+    if name.lower() == "nadamw":  # OpenCLIP's name
+        return torch.optim.NAdam, {"decoupled_weight_decay": True}
+    if ":" in name:
+        try:
+            found = pkgutil.resolve_name(name)
+        except (ImportError, AttributeError, ValueError) as error:
+            raise ValueError(f"--opt {name} cannot be imported: {error}") from error
+        if not isinstance(found, type) or not issubclass(found, torch.optim.Optimizer):
+            raise ValueError(f"--opt {name} is not a subclass of torch.optim.Optimizer")
+        return found, {}
+    known = {word.lower(): kind for word, kind in vars(torch.optim).items() if _is_fit(kind)}
+    if name.lower() not in known:
+        raise ValueError(
+            f"--opt must be one of {', '.join(sorted({*known, 'nadamw'}))}, or an import path such as "
+            f"timm.optim:Lamb, got {name!r}"
+        )
+    return known[name.lower()], {}
+
+
+def _is_fit(kind: object) -> bool:
+    return isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind not in _UNFIT
+
+
+def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP) -> dict[str, Any]:
+    """Return the arguments of an optimizer that options of their own stand for.
+
+    Raises:
+        ValueError: an option was given that the optimizer does not have.
+    """
+    known = inspect.signature(kind).parameters
+    betas_given, eps_given = config.beta1 != 0.9 or config.beta2 is not None, config.eps is not None
+    is_torch = kind.__module__.startswith("torch.optim.")
+    options: dict[str, Any] = {}
+    for flag, argument, is_given in (
+        ("--beta1 and --beta2", "betas", betas_given),
+        ("--eps", "eps", eps_given),
+        ("--momentum", "momentum", config.momentum is not None),
+        ("--wd", "weight_decay", config.wd > 0),
+        ("--cuda-graphs", "capturable", config.cuda_graphs),
+    ):
+        if is_given and argument not in known:
+            without = "--wd 0" if argument == "weight_decay" else "leave it out"
+            raise ValueError(f"--opt {config.opt} has no {argument}, which {flag} sets: {without}")
+    betas, eps = adam_defaults(config, model)
+    # Other packages' optimizers have good values of their own.
+    if "betas" in known and (is_torch or betas_given):
+        options |= {"betas": betas}
+        if "eps" in known:
+            options |= {"eps": eps}
+    elif eps_given:
+        options["eps"] = config.eps
+    if config.momentum is not None:
+        options["momentum"] = config.momentum
+    if kind in _FUSED:
+        options["fused"] = True
+    return options | ({"capturable": True} if config.cuda_graphs else {})
+
+
+def adam_defaults(config: TrainConfig, model: CLIP) -> tuple[tuple[float, float], float]:
+    """Return betas and epsilon of Adam; those that are not given depend on the image tower, as in OpenCLIP."""
+    is_vit = isinstance(model.config.vision.layers, int)
+    return (config.beta1, config.beta2 or (0.98 if is_vit else 0.999)), config.eps or (1e-6 if is_vit else 1e-8)
+
+
+def parse_arguments(words: Iterable[str]) -> dict[str, Any]:
+    """Return the arguments that words such as ``nesterov=True`` name; what is not a Python literal is a string."""
+    arguments: dict[str, Any] = {}
+    for word in words:
+        name, _, text = word.partition("=")
+        try:
+            arguments[name] = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            arguments[name] = text
+    return arguments
+
+
+def _set_rates(groups: list[Group], lr: float, *, capturable: bool) -> None:
+    """Set the learning rate of each group: a number, or a tensor if a step is captured in a CUDA graph.
+
+    A graph would keep a number as it was at the capture; a tensor it reads anew.
+    """
+    for group in groups:
+        rate = lr * group.get("lr_scale", 1.0)
+        group["lr"] = torch.tensor(rate, device=group["params"][0].device) if capturable else rate
+
+
+def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAndAdamW":
+    """Return Muon for the matrices of ``groups`` that are no tables of embeddings, with AdamW for the rest.
+
+    Raises:
+        ValueError: this PyTorch has no Muon, no matrix is trained, or steps are to be captured in a CUDA graph.
+    """
+    if not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"--opt muon needs a newer PyTorch than {torch.__version__}: torch.optim.Muon is missing")
+    if config.cuda_graphs:
+        raise ValueError("--opt muon cannot be captured in a graph: leave out --cuda-graphs")
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    tables |= {parameter for name, parameter in model.named_parameters() if name in model.no_weight_decay()}
+
+    def part(*, of_matrices: bool) -> list[Group]:
+        split = [
+            group | {"params": [x for x in group["params"] if (x.ndim == 2 and x not in tables) == of_matrices]}
+            for group in groups
+        ]
+        return [group for group in split if group["params"]]
+
+    matrices, rest = part(of_matrices=True), part(of_matrices=False)
+    if not matrices:
+        raise ValueError("--opt muon trains matrices, and all of them are locked")
+    # The updates have the size of AdamW's, so that the same --lr and --wd fit both.
+    options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", **parse_arguments(config.opt_kwargs)}
+    if config.momentum is not None:
+        options["momentum"] = config.momentum
+    betas, eps = adam_defaults(config, model)
+    muon = torch.optim.Muon(matrices, **options)
+    return MuonAndAdamW(muon, torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True))
+
+
+class MuonAndAdamW(torch.optim.Optimizer):
+    """Two optimizers as one: it holds the groups of the first and then those of the second, and the state of both."""
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer) -> None:
+        self.parts = (first, second)
+        super().__init__([group for part in self.parts for group in part.param_groups], {})
+        self._share()
+
+    def _share(self) -> None:
+        first, second = self.parts
+        first.state = second.state = self.state
+        count = len(first.param_groups)
+        first.param_groups, second.param_groups = self.param_groups[:count], self.param_groups[count:]
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Take a step with both; ``closure`` is not supported and must be None."""
+        assert closure is None
+        for part in self.parts:
+            part.step()
+        return None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned."""
+        super().load_state_dict(state_dict)
+        self._share()

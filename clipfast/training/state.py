@@ -81,9 +81,15 @@ class RunState:
                 "the checkpoint has no optimizer state, so training cannot go on from it: "
                 "use --pretrained to start from its weights"
             )
+        own: dict[str, Any] = checkpoint.get("clipfast", {})
+        was = own.get("config", {}).get("opt", "adamw")  # that of OpenCLIP and of earlier versions
+        if was.lower() != self.config.opt.lower():
+            raise CheckpointError(
+                f"the checkpoint holds the optimizer state of --opt {was}, and this run has --opt {self.config.opt}: "
+                "leave --opt as it was, or start from the weights with --pretrained"
+            )
         load_weights(self.model, checkpoint, "the checkpoint")
         self._load_optimizer(checkpoint["optimizer"])
-        own: dict[str, Any] = checkpoint.get("clipfast", {})
         progress, stream = own.get("progress"), own.get("stream", {})
         if progress is None:  # OpenCLIP's
             self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
@@ -119,7 +125,10 @@ class RunState:
         try:
             self.optimizer.load_state_dict(state)
         except (ValueError, KeyError) as error:
-            raise CheckpointError(f"the checkpoint's optimizer state does not fit the model: {error}") from error
+            raise CheckpointError(
+                f"the checkpoint's optimizer state does not fit the model: {error}. Which parameters are trained, and "
+                "in which groups, must stay: locked towers, --wd-exclude, --image-layer-decay and --text-layer-decay"
+            ) from error
 
 
 def _ends_epoch(epoch: int, step: int, stream: dict[str, Any]) -> bool:

@@ -88,7 +88,7 @@ class TrainingStep:
             size = self.model.visual.image_size
             images = torch.zeros(batch_size, 3, size, size, dtype=torch.uint8, device=device)
             texts = torch.zeros(batch_size, self.model.context_length, dtype=torch.long, device=device)
-            weights = sum(parameter.nbytes for parameter in self.model.parameters())
+            weights = sum(parameter.nbytes for parameter in self.model.parameters() if parameter.requires_grad)
             self.model.train()
             with self.autocast():
                 self.micro_batch_size = largest_micro_batch(

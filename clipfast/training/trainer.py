@@ -15,14 +15,15 @@ from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.labelled import encode_labelled
 from ..factory import transform_of
 from ..files import DiskFullError
-from .build import build_device, build_loss, build_model, build_optimizer, build_tokenizer
+from .build import build_device, build_loss, build_model, build_tokenizer
 from .config import AUTO, TrainConfig
 from .data import SkipBudget, TrainingData, validation_set
 from .errors import NotFiniteError, TrainingError
 from .interruption import Interruption
 from .logs import TrainLog, log
-from .optim import cosine_lr, set_lr
+from .optim import make_optimizer
 from .run import RunFolder
+from .schedule import schedule_of, set_lr
 from .state import Progress, RunState
 from .step import GraphedStep, TrainingStep, Upload
 
@@ -49,7 +50,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model)
-        self.optimizer = build_optimizer(config, self.model)
+        self.optimizer = make_optimizer(config, self.model)
+        self.schedule = schedule_of(config, self.total_steps, self.data.epochs)
         on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
         autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=on_amp)
         size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else config.batch_size
@@ -152,8 +154,7 @@ class Trainer:
                 self.folder.record_skipped(progress.step, batch.skipped)
             self.budget.count(batch)
             if progress.step == last or progress.step % config.log_every_n_steps == 0:
-                lr = float(self.optimizer.param_groups[0]["lr"])
-                self.log.write(progress.step, lr, self.model.logit_scale.exp())
+                self.log.write(progress.step, self.schedule.at(progress.step - 1), self.model.logit_scale.exp())
             if progress.step < last and config.save_every and progress.step % config.save_every == 0:
                 self._save_or_go_on()
             if interruption.signum is not None:
@@ -162,7 +163,7 @@ class Trainer:
 
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its loss."""
-        set_lr(self.optimizer, cosine_lr(self.progress.step, self.config.lr, self.config.warmup, self.total_steps))
+        set_lr(self.optimizer, self.schedule.at(self.progress.step))
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         torch.manual_seed(self.config.seed + self.progress.step)
         return self._take_step(*self.upload(batch))

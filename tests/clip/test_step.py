@@ -10,7 +10,8 @@ from clipfast import create_model
 from clipfast.kernels import contrastive_loss
 from clipfast.training import build
 from clipfast.training.loop import train
-from clipfast.training.optim import adamw, cosine_lr, set_lr
+from clipfast.training.optim import adamw
+from clipfast.training.schedule import cosine_lr, set_lr
 from clipfast.training.step import WARMUP_STEPS, GraphedStep, TrainingStep, Upload
 
 from ..conftest import OnlyMeta

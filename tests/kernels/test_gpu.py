@@ -9,7 +9,8 @@ from clipfast import create_model
 from clipfast.bench.graphs import Graphs
 from clipfast.kernels import contrastive_loss, reference, retrieval_ranks
 from clipfast.kernels.retrieval.spec import RankShape
-from clipfast.training.optim import adamw, set_lr
+from clipfast.training.optim import adamw
+from clipfast.training.schedule import set_lr
 from clipfast.training.step import GraphedStep, TrainingStep
 
 from ..conftest import ON_GPU

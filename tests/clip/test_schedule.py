@@ -1,0 +1,109 @@
+"""The learning rate: OpenCLIP's schedules step by step, warm-ups that fit the run, and what a run does with them."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from clipfast.checkpoint import read_checkpoint
+from clipfast.training import TrainConfig
+from clipfast.training.epochs import Epochs
+from clipfast.training.loop import train
+from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Schedule, schedule_of, set_lr, warmup_steps
+
+from .test_training import config, same, stopped_after
+
+STEPS, EPOCHS = 120, Epochs(num_samples=160, batch_size=8)  # 6 epochs of 20 steps
+
+
+def schedule(total=STEPS, epochs=EPOCHS, **options):
+    return schedule_of(TrainConfig(**{"train_data": "x.tar", "lr": 7e-4, "epochs": 6} | options), total, epochs)
+
+
+@pytest.mark.parametrize("warmup", [0, 1, 13, 119, 400])
+@pytest.mark.parametrize(
+    ("options", "theirs", "arguments"),
+    [
+        ({"lr_scheduler": "cosine"}, "cosine_lr", ()),
+        ({"lr_scheduler": "const"}, "const_lr", ()),
+        ({"lr_scheduler": "const-cooldown", "epochs_cooldown": 2}, "const_lr_cooldown", (40,)),
+        (
+            {"lr_scheduler": "const-cooldown", "epochs_cooldown": 6, "lr_cooldown_power": 0.5, "lr_cooldown_end": 1e-5},
+            "const_lr_cooldown",
+            (120, 0.5, 1e-5),
+        ),
+        ({"lr_scheduler": "wsd", "decay_fraction": 0.25, "lr_cooldown_power": 2.0}, "const_lr_cooldown", (30, 2.0)),
+        ({"lr_scheduler": "wsd", "decay_fraction": 1}, "const_lr_cooldown", (120,)),
+    ],
+)
+def test_schedules_are_those_of_open_clip(options, theirs, arguments, warmup):
+    original = pytest.importorskip("open_clip_train.scheduler")
+    adjust = getattr(original, theirs)(SimpleNamespace(param_groups=[{}]), 7e-4, warmup, STEPS, *arguments)
+    ours = schedule(**options, warmup=warmup)
+    # they may round the last digit of the angle otherwise
+    rates = [ours.at(step) for step in range(STEPS)]
+    assert rates == pytest.approx([adjust(step) for step in range(STEPS)], rel=0, abs=1e-18)
+
+
+def test_a_decay_of_no_length_is_a_constant_rate():
+    assert {schedule(lr_scheduler="wsd", decay_fraction=0, warmup=0).at(step) for step in range(STEPS)} == {7e-4}
+    assert schedule(total=0, warmup=0).at(0) == 7e-4
+    assert Schedule(1.0, 0, 5, 5).at(5) == 0.0  # one step beyond the end
+
+
+def test_skip_scheduler_leaves_out_the_warmup_too():
+    assert {schedule(skip_scheduler=True, warmup=50).at(step) for step in range(STEPS)} == {7e-4}
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [
+        (2000, 10, 2000), (1, 10, 1), (1.0, 10, 1), (0, 10, 0), (0.0, 10, 0), (0.05, 1000, 50), (0.05, 9, 0),
+        (0.999, 1000, 999), ("auto", 1000, 100), ("auto", 3, 0), ("auto", 10**6, LONGEST_AUTO_WARMUP),
+    ],
+)  # fmt: skip
+def test_warmup_is_a_number_or_a_share(warmup, total, steps):
+    assert warmup_steps(warmup, total) == steps
+    assert schedule(total=total, warmup=warmup).warmup == steps
+
+
+def test_cooldown_counts_the_steps_of_whole_epochs():
+    uneven = Epochs(num_samples=10, batch_size=4)  # 3, 5 and 8 steps after one, two and three epochs
+    assert schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=2).cooldown == 5
+    with pytest.raises(ValueError, match="--epochs-cooldown 4 is 10 steps, more than the 8 of the whole run"):
+        schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lr_scheduler": "linear"}, "--lr-scheduler must be one of cosine, const, const-cooldown, wsd, got 'linear'"),
+        ({"lr_scheduler": "const-cooldown"}, "const-cooldown needs --epochs-cooldown"),
+        ({"warmup": 1.5}, "--warmup must be a number of steps, or a share of the run below 1, got 1.5"),
+        ({"warmup": "some"}, "--warmup must be float or 'auto', got 'some'"),
+        ({"warmup": float("nan")}, "--warmup must be a finite number"),
+        ({"decay_fraction": 1.1}, "--decay-fraction must be at most 1, got 1.1"),
+        ({"lr_cooldown_power": 0.0}, "--lr-cooldown-power must be more than 0"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        schedule(**options)
+
+
+def test_set_lr_scales_by_group():
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "lr_scale": 0.5}, {"lr": 0.0}])
+    set_lr(optimizer, 0.2)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+
+
+def test_a_run_follows_its_schedule_and_goes_on_in_it(shards, tmp_path):
+    options = {"lr_scheduler": "wsd", "decay_fraction": 0.5, "warmup": 0.25, "log_every_n_steps": 1}
+    whole, _ = train(config(shards, tmp_path / "whole", **options))
+    rates = [line["lr"] for line in whole.metrics() if "lr" in line]
+    assert rates == pytest.approx([5e-4, 1e-3, 1e-3, 1e-3, 1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    assert {group["lr"] for group in read_checkpoint(whole.latest)["optimizer"]["param_groups"]} == {rates[-1]}
+    part = config(shards, tmp_path / "part", save_every=1, **options)
+    with stopped_after(6):
+        train(part)
+    train(part, tmp_path / "part" / "run" / "checkpoints" / "epoch_latest.pt")
+    assert same(whole.path, tmp_path / "part" / "run")
