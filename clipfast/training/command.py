@@ -96,10 +96,10 @@ def _saved_options(checkpoint: Path) -> dict[str, Any]:
 
 
 def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> dict[str, Any]:
-    """Refuse data that is not local unless the user typed it.
+    """Refuse data that is not local, and an optimizer that is imported, unless the user typed it.
 
-    A recipe or a checkpoint may come from anybody, and data that is not local may be opened by a shell command that
-    contains its name.
+    A recipe or a checkpoint may come from anybody, data that is not local may be opened by a shell command that
+    contains its name, and to import a module runs it.
     """
     from ..data.samples import is_local
 
@@ -108,4 +108,6 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
             raise ValueError(
                 f"{source} names data that is not local, {options[key]!r}: to use it, give {flag_name(key)} yourself"
             )
+    if "opt" not in given and ":" in str(options.get("opt")):
+        raise ValueError(f"{source} imports {options['opt']!r}: to use it, give --opt yourself")
     return options

@@ -102,7 +102,8 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
 def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
     """Write ``results.json``, the exported model and the pictures of a finished run into its folder."""
     folder, config = trainer.folder, trainer.config
-    export_open_clip(trainer.model, folder.path)
+    with trainer.averaged():
+        export_open_clip(trainer.model, folder.path)
     if isinstance(trainer.tokenizer, FileTokenizer):
         trainer.tokenizer.save(folder.path)
     losses = [line["loss"] for line in folder.metrics() if "loss" in line]
@@ -119,6 +120,11 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
         "torch": torch.__version__,
         **(evaluation.results if evaluation else {}),
     }
+    if trainer.average is not None:
+        # What stands above is of the average, which is exported.
+        results["ema"] = {"decay": trainer.average.decay}
+        if trainer.validation is not None:
+            results["raw"] = trainer.evaluate_weights(trainer.validation).results
     folder.write_json("results.json", results)
     made = ["results.json", *_pictures(trainer, evaluation)]
     log.info(f"Finished: {', '.join(made)} in {folder.path}; load the model as local-dir:{folder.path}")

@@ -159,8 +159,8 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
         ("--cuda-graphs", "capturable", config.cuda_graphs),
     ):
         if is_given and argument not in known:
-            without = "--wd 0" if argument == "weight_decay" else "leave it out"
-            raise ValueError(f"--opt {config.opt} has no {argument}, which {flag} sets: {without}")
+            without = "set --wd 0" if argument == "weight_decay" else f"leave out {flag}"
+            raise ValueError(f"--opt {config.opt} has no argument {argument}: {without}")
     betas, eps = adam_defaults(config, model)
     # Other packages' optimizers have good values of their own.
     if "betas" in known and (is_torch or betas_given):

@@ -10,6 +10,7 @@ from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
 from .config import AUTO, TrainConfig, flag_name
 from .data import SkipBudget, TrainingData
+from .ema import WeightAverage
 from .epochs import Epochs
 from .errors import NotFiniteError
 from .step import TrainingStep
@@ -41,6 +42,7 @@ class RunState:
     data: TrainingData
     budget: SkipBudget
     progress: Progress
+    average: WeightAverage | None = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return the content of a checkpoint.
@@ -53,11 +55,13 @@ class RunState:
         optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
+        average = {} if self.average is None else {"state_dict_ema": self.average.state_dict()}
         return {
             "epoch": self.data.epochs.finished_after(self.progress.step),
             "name": self.name,
             "state_dict": self.model.state_dict(),
             "optimizer": optimizer,
+            **average,
             "clipfast": {
                 "version": CHECKPOINT_VERSION,
                 "model_config": self.model.config.to_dict(),
@@ -89,6 +93,8 @@ class RunState:
                 "leave --opt as it was, or start from the weights with --pretrained"
             )
         load_weights(self.model, checkpoint, "the checkpoint")
+        if self.average is not None:
+            self.average.load_state_dict(checkpoint.get("state_dict_ema"))
         self._load_optimizer(checkpoint["optimizer"])
         progress, stream = own.get("progress"), own.get("stream", {})
         if progress is None:  # OpenCLIP's

@@ -18,6 +18,7 @@ from ..files import DiskFullError
 from .build import build_device, build_loss, build_model, build_tokenizer
 from .config import AUTO, TrainConfig
 from .data import SkipBudget, TrainingData, validation_set
+from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
 from .interruption import Interruption
 from .logs import TrainLog, log
@@ -62,9 +63,11 @@ class Trainer:
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
         self.log = TrainLog(folder, self.data.epochs)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
+        self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.state = RunState(
-            config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress
-        )
+            config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
+            self.average,
+        )  # fmt: skip
         self._unsaved = False  # whether steps were taken since the last checkpoint
         if checkpoint is not None:
             self.state.load_state_dict(checkpoint)
@@ -166,7 +169,16 @@ class Trainer:
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         torch.manual_seed(self.config.seed + self.progress.step)
-        return self._take_step(*self.upload(batch))
+        loss = self._take_step(*self.upload(batch))
+        if self.average is not None:
+            self.step.is_updating = True
+            self.average.update(self.progress.step + 1)
+            self.step.is_updating = False
+        return loss
+
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model has the average of its weights, if there is one."""
+        return contextlib.nullcontext() if self.average is None else self.average.applied()
 
     def save(self, *, keep: bool = False) -> Path:
         """Write ``epoch_latest.pt``, with ``keep`` also ``epoch_N.pt``, and return the path of the former.
@@ -180,12 +192,14 @@ class Trainer:
         return path
 
     def evaluate(self) -> Evaluation | None:
-        """Return zero-shot accuracy and retrieval on the validation data, logged and recorded; None without any."""
+        """Return zero-shot accuracy and retrieval on the validation data, logged and recorded; None without any.
+
+        They are those of the average of the weights, if there is one.
+        """
         if self.validation is None:
             return None
-        self.model.eval()
-        transform = transform_of(self.model, uint8=True)
-        features = encode_labelled(self.model, self.validation, transform, VALIDATION_BATCH_SIZE, self.device)
+        with self.averaged():
+            evaluation = self.evaluate_weights(self.validation)
         skipped = self.validation.skipped
         if skipped:
             self.folder.record_skipped(self.progress.step, skipped)
@@ -193,8 +207,15 @@ class Trainer:
                 f"{len(skipped)} validation image(s) cannot be used and are left out, as {self.folder.skipped_path} "
                 f"says; first: {skipped[0]}"
             )
-        evaluation = evaluate(
-            self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=len(skipped)
-        )
         self.log.evaluation(self.progress.step, evaluation.results)
         return evaluation
+
+    def evaluate_weights(self, validation: LabelledSet) -> Evaluation:
+        """Return zero-shot accuracy and retrieval of the weights that the model has now."""
+        self.model.eval()
+        transform = transform_of(self.model, uint8=True)
+        features = encode_labelled(self.model, validation, transform, VALIDATION_BATCH_SIZE, self.device)
+        return evaluate(
+            self.model, self.tokenizer, features,
+            leave_out=self.config.val_leave_out, skipped=len(validation.skipped),
+        )  # fmt: skip

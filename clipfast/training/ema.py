@@ -1,0 +1,68 @@
+"""The exponential moving average of a model's weights, which often is a better model than the last weights are."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import check_weights, plain_names
+from ..models import CLIP
+
+
+class WeightAverage:
+    """An average over the steps of every weight that is trained, and of the statistics of BatchNorm, in float32.
+
+    The statistics are averaged over the same steps as the weights, since those of the last weights would not fit. What
+    is no floating number, such as BatchNorm's count, is that of the model.
+
+    Args:
+        model: the model, whose state dict must keep its tensors.
+        decay: weight of the average so far, from 0 to 1. After ``n`` steps it is at most (1 + n) / (10 + n), so that
+            the weights that training began with are soon forgotten.
+    """
+
+    def __init__(self, model: CLIP, decay: float) -> None:
+        self.model, self.decay = model, decay
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        changing = trained | {name for name, _ in model.named_buffers()}
+        self._live = {
+            name: value for name, value in model.state_dict().items() if name in changing and value.is_floating_point()
+        }
+        self.averages = {name: value.detach().float().clone() for name, value in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, steps: int) -> None:
+        """Take the weights into the average after ``steps`` steps, which count from 1."""
+        decay = min(self.decay, (1 + steps) / (10 + steps))
+        current = [value.float() for value in self._live.values()]
+        torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Give the model the average for as long as the context lasts."""
+        live = list(self._live.values())
+        with torch.no_grad():
+            trained = [value.clone() for value in live]
+            torch._foreach_copy_(live, list(self.averages.values()))
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(live, trained)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the whole state of the model with the average in it."""
+        return {name: self.averages.get(name, value) for name, value in self.model.state_dict().items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor] | None) -> None:
+        """Go on from a state that :meth:`state_dict` returned; without one, from the weights that the model has now.
+
+        Raises:
+            CheckpointError: the state does not fit the model.
+        """
+        found = self._live if state is None else plain_names(state)
+        found = {name: found[name] for name in self.averages if name in found}
+        check_weights(found, self.averages, "state_dict_ema of the checkpoint")
+        for name, average in self.averages.items():
+            average.copy_(found[name].reshape(average.shape))
