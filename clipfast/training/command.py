@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from .config import BUDGETS, TrainConfig, add_arguments, flag_name
-from .recipes import list_recipes, read_recipe
+from .recipes import describe, list_recipes, read_recipe
 
 
 def add_parser(commands: Any) -> None:
@@ -25,28 +25,40 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--resume", metavar="RUN", help=resume)
     add_arguments(parser)
+    shown = "print every option with its value and where that is from (default, recipe, checkpoint or flag), and stop"
+    parser.add_argument("--print-config", action="store_true", help=shown)
     parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train, print ``results.json``, and return the exit code: 128 plus the signal if one interrupted the run."""
-    from .loop import train
-
-    own = ("command", "run", "traceback", "recipe", "resume")
+    own = ("command", "run", "traceback", "recipe", "resume", "print_config")
     given = _tuples({key: value for key, value in vars(args).items() if key not in own})
     options: dict[str, Any] = {}
+    origins: dict[str, str] = {}
     checkpoint = None
     if args.resume is not None:
         checkpoint = _checkpoint(args.resume, given)
         options |= _trusted(_saved_options(checkpoint), given, checkpoint)
+        origins |= dict.fromkeys(options, f"checkpoint {checkpoint}")
     if args.recipe is not None:
-        options |= _trusted(read_recipe(args.recipe), given, args.recipe)
+        recipe = _trusted(read_recipe(args.recipe, given.get("model", options.get("model"))), given, args.recipe)
+        options, origins = options | recipe, origins | dict.fromkeys(recipe, f"recipe {args.recipe}")
         if checkpoint is None:
-            options.setdefault("name", f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
+            options = {"name": f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"} | options
+            origins.setdefault("name", "recipe and time")
     if not given.keys().isdisjoint(BUDGETS):
         options = {key: value for key, value in options.items() if key not in BUDGETS}
-    folder, signum = train(TrainConfig(**(options | given)), checkpoint)
+    options, origins = options | given, origins | dict.fromkeys(given, "flag")
+    if args.print_config:
+        # What is printed need not be complete: most recipes name no data.
+        complete = TrainConfig(**({"train_data": "(needed)"} | options))
+        print(describe(complete, origins | ({} if "train_data" in options else {"train_data": "nowhere"})))
+        return 0
+    from .loop import train
+
+    folder, signum = train(TrainConfig(**options), checkpoint, origins)
     if signum is not None:
         return 128 + signum
     print((folder.path / "results.json").read_text())

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +12,28 @@ import torch
 from ..checkpoint import export_open_clip, read_checkpoint
 from ..evaluation.evaluate import Evaluation
 from ..file_tokenizer import FileTokenizer
+from ..files import replace_text
 from .config import TrainConfig, flag_name
 from .interruption import Interruption
 from .lock import locked
 from .logs import log, logging_to
 from .preflight import preflight
+from .recipes import describe
 from .run import RunFolder
 from .trainer import Trainer
 
 PLACE = ("logs", "name")  # options that say where the run lies, so that its folder may be moved
 
 
-def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, int | None]:
+def train(
+    config: TrainConfig, resume: Path | None = None, origins: Mapping[str, str] | None = None
+) -> tuple[RunFolder, int | None]:
     """Train a model as ``config`` says.
 
     Args:
         config: all options.
         resume: checkpoint to continue from. A run whose own checkpoint it is continues in its folder.
+        origins: where options are from that are no defaults, for ``params.txt``, which lists all options.
 
     Returns:
         The run's folder, and the signal that interrupted the run if one did.
@@ -61,6 +67,7 @@ def train(config: TrainConfig, resume: Path | None = None) -> tuple[RunFolder, i
         step = trainer.progress.step if is_own else None
         folder.create(after_step=step)
         folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
+        replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
         with logging_to(folder.path), Interruption() as interruption:
             log.info(f"{sum(trainer.data.sizes):,} pairs in {len(trainer.data.shards):,} shard(s); {found}")
             _log_start(trainer, resume, changed)
@@ -85,7 +92,7 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
     config, total = trainer.config, trainer.total_steps
     log.info(
         f"{config.model} on {trainer.device}, {total} steps of {config.batch_size} pairs "
-        f"from {len(trainer.data.shards)} shard(s); run folder {trainer.folder.path}"
+        f"from {len(trainer.data.shards)} shard(s); run folder {trainer.folder.path}, all options in params.txt"
     )
     if resume is not None:
         log.info(f"Resuming from {resume} at step {trainer.progress.step} of {total}.")

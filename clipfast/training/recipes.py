@@ -35,10 +35,10 @@ def read_recipe(name: str, model: str | None = None) -> dict[str, Any]:
         raw = tomllib.loads(source.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"recipe {name} is not TOML: {error}") from error
-    options = _options(name, raw)
-    tables = options.pop(BY_MODEL, {})
+    tables = raw.pop("by-model", raw.pop(BY_MODEL, {}))
     if not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
         raise ValueError(f"recipe {name}: {BY_MODEL} must hold a table for each model, such as [{BY_MODEL}.RN50]")
+    options = _options(name, raw)
     special = {key: _options(name, table) for key, table in tables.items()}
     return options | special.get(model or options.get("model", ""), {})
 
@@ -46,7 +46,7 @@ def read_recipe(name: str, model: str | None = None) -> dict[str, Any]:
 def _options(name: str, raw: Mapping[str, Any]) -> dict[str, Any]:
     """Return a table of a recipe with the names and types of options."""
     options = {key.replace("-", "_"): tuple(value) if isinstance(value, list) else value for key, value in raw.items()}
-    unknown = set(options) - {field.name for field in dataclasses.fields(TrainConfig)} - {BY_MODEL}
+    unknown = set(options) - {field.name for field in dataclasses.fields(TrainConfig)}
     if unknown:
         raise ValueError(f"recipe {name} has unknown options: {', '.join(sorted(unknown))}")
     return options
@@ -57,12 +57,14 @@ def describe(config: TrainConfig, origins: Mapping[str, str]) -> str:
 
     Args:
         config: the options.
-        origins: where those are from that are no defaults.
+        origins: where those are from that are no defaults; what is not in it and differs from the default was given in
+            Python.
     """
     rows = []
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         shown = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        rows.append((flag_name(field.name), shown, origins.get(field.name, "default")))
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    return "\n".join(f"{flag:<{widths[0]}}  {shown:<{widths[1]}}  {origin}" for flag, shown, origin in rows)
+        otherwise = "default" if value == field.default else "given"
+        rows.append((flag_name(field.name), shown, origins.get(field.name, otherwise)))
+    width = max(len(flag) for flag, *_ in rows)
+    return "\n".join(f"{flag:<{width}}  {shown:<16}  ({origin})" for flag, shown, origin in rows)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import Batch
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.labelled import encode_labelled
+from ..evaluation.labelled import LabelledSet, encode_labelled
 from ..factory import transform_of
 from ..files import DiskFullError
 from .build import build_device, build_loss, build_model, build_tokenizer

@@ -42,7 +42,7 @@ EMOJI = ["train", "--recipe", "emoji"]
 EVAL = ["eval", "zeroshot", "--data", "x"]
 BAD = [
     (["train"], "--train-data is needed"),
-    (["train", "--recipe", "emojis"], "no recipe 'emojis': neither a file nor one of emoji"),
+    (["train", "--recipe", "emojis"], "no recipe 'emojis': neither a file nor one of clip-paper, emoji"),
     ([*EMOJI, "--batch-size", "0"], "--batch-size must be more than 0, got 0"),
     ([*EMOJI, "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     ([*EMOJI, "--micro-batch-size", "0"], "--micro-batch-size must be more than 0, got 0"),
