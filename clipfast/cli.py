@@ -15,6 +15,10 @@ COMMANDS = {
     "index": ("index shards, so that a training run starts at once", "clipfast.data.command"),
     "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.doctor.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),
+    "interpolate": (
+        "mix the weights of two checkpoints, evaluate the models between them, and plot it (WiSE-FT)",
+        "clipfast.evaluation.interpolate_command",
+    ),
     "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.conversion.command"),
     "inspect-checkpoint": (
         "say what a checkpoint is: layout, model, activation, step, checksum",

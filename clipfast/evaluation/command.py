@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
 
     check_target(args.json)
     device = resolve_device(args.device)
-    templates, classnames = _templates(args.templates), _classnames(args.classnames)
+    templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     model = create_model(
         args.model, args.pretrained, require_pretrained=True, device=device, backend=args.backend,
         cache_dir=args.cache_dir,
@@ -87,8 +87,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _templates(name: str) -> tuple[str, ...]:
-    """Return the prompt templates of ``name``, which may be a file."""
+def read_templates(name: str) -> tuple[str, ...]:
+    """Return the prompt templates of ``name``, which may be a file.
+
+    Raises:
+        ValueError: there is no such file, it is empty, or a line has no place for the class name.
+    """
     from .zero_shot import TEMPLATES
 
     if name in TEMPLATES:
@@ -100,8 +104,12 @@ def _templates(name: str) -> tuple[str, ...]:
     return templates
 
 
-def _classnames(name: str | None) -> tuple[str, ...] | None:
-    """Return the class names that ``name`` stands for, which may be a file; None keeps the labels of the data."""
+def read_classnames(name: str | None) -> tuple[str, ...] | None:
+    """Return the class names that ``name`` stands for, which may be a file; None keeps the labels of the data.
+
+    Raises:
+        ValueError: there is no such file, or it is empty.
+    """
     from .zero_shot import IMAGENET_CLASSNAMES
 
     if name is None:

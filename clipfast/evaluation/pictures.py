@@ -65,5 +65,31 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
     figure.savefig(path, dpi=110)
 
 
+def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
+    """Plot zero-shot accuracy on each set over alpha; with two sets or more, also that on the others over the first's.
+
+    Args:
+        rows: as :func:`~clipfast.evaluation.interpolation.evaluate_path` yields them.
+        title: of the picture.
+        path: the file to write.
+    """
+    alphas, names = [row["alpha"] for row in rows], list(rows[0]["results"])
+    top1 = {name: [100 * row["results"][name]["zero_shot"]["top1"] for row in rows] for name in names}
+    figure = Figure(figsize=(6 + 5 * (len(names) > 1), 4.5), layout="constrained")
+    figure.suptitle(title, fontsize=10)
+    over_alpha, *others = figure.subplots(1, 1 + (len(names) > 1), squeeze=False)[0]
+    for name in names:
+        over_alpha.plot(alphas, top1[name], marker="o", label=_shorten(name, 40))
+    over_alpha.set(xlabel="alpha", ylabel="zero-shot top-1, %")
+    over_alpha.legend()
+    for axis in others:
+        axis.set(xlabel=f"top-1 on {_shorten(names[0], 40)}, %", ylabel="top-1 on the other, %")
+        for number, name in enumerate(names[1:], 1):
+            axis.plot(top1[names[0]], top1[name], marker="o", color=f"C{number}", label=_shorten(name, 40))
+        for alpha, x, y in zip(alphas, top1[names[0]], top1[names[1]], strict=True):
+            axis.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
 def _shorten(text: str, length: int) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"

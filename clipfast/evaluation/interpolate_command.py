@@ -1,0 +1,146 @@
+"""``clipfast interpolate``: its arguments, and what it prints."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from .command import read_classnames, read_templates
+
+EPILOG = """\
+example:
+  clipfast interpolate runs/before runs/finetuned --val-data old/ --val-data new/ --plot wise.png
+  clipfast interpolate runs/before runs/finetuned --save 0.5 both    # create_model("local-dir:both")"""
+ALPHAS = tuple(tenth / 10 for tenth in range(11))
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "interpolate",
+        description="Interpolate the weights of two checkpoints of one architecture, such as a model before and after "
+        "finetuning (WiSE-FT), evaluate the models between them, and save one of them.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("first", metavar="A", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG, as clipfast convert takes it; alpha 0")
+    add("second", metavar="B", help="the other checkpoint; alpha 1")
+    shares = "shares of B, from 0 to 1 (default: 0 0.1 ... 1)"
+    add("--alpha", nargs="+", type=float, default=ALPHAS, metavar="FLOAT", help=shares)
+    data = "image folder or shards to evaluate on; may be given more than once"
+    add("--val-data", action="append", default=[], metavar="DATA", help=data)
+    add("--label-by", metavar="KEY", help="key of the shards' json that names the class (default: the caption does)")
+    add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
+    templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
+    add("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
+    add("--plot", type=Path, metavar="FILE", help="draw the accuracy on each set over alpha")
+    add("--json", type=Path, metavar="FILE", help="also write all results to this file")
+    save = "write the model at this alpha to a new folder, which OpenCLIP and clipfast load as local-dir:FOLDER"
+    add("--save", nargs=2, metavar=("ALPHA", "FOLDER"), help=save)
+    add("--model", metavar="NAME", help="the model of both, where they do not say it: a name, or a JSON file")
+    add("--activation", metavar="NAME", help="gelu or quick_gelu, where the checkpoints do not say it")
+    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
+    add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    backends = ("auto", "triton", "torch")
+    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate the models, print a table, save what was asked for, and return the exit code."""
+    from ..factory import resolve_device
+    from ..files import check_target, replace_text
+    from .interpolation import EvaluationSettings, Interpolation, evaluate_path
+    from .labelled import LabelledSet
+
+    alphas, saved = sorted(set(args.alpha)), _saved(args.save)
+    _check(args, [*alphas, *([] if saved is None else [saved[0]])])
+    check_target(args.plot, args.json, None if saved is None else saved[1])
+    settings = EvaluationSettings(
+        read_templates(args.templates), read_classnames(args.classnames), args.batch_size, resolve_device(args.device),
+        args.backend, args.tokenizer,
+    )  # fmt: skip
+    models = Interpolation(
+        args.first, args.second, model=args.model, activation=args.activation, cache_dir=args.cache_dir
+    )
+    data = {name: LabelledSet(name, label_by=args.label_by) for name in args.val_data}
+    rows = []
+    for row in evaluate_path(models, alphas, data, settings, _progress) if data else ():
+        if not rows:
+            print(_line("alpha", *(f"{name}: {figure}" for name in data for figure in _FIGURES)))
+            skipped = [one for images in data.values() for one in images.skipped]
+            print("".join(f"clipfast interpolate: left out {one}\n" for one in skipped), end="", file=sys.stderr)
+        rows.append(row)
+        figures = (f"{figure(results):.2%}" for results in row["results"].values() for figure in _FIGURES.values())
+        print(_line(f"{row['alpha']:g}", *figures), flush=True)
+    if args.json is not None:
+        content = {"first": args.first, "second": args.second, "templates": args.templates, "path": rows}
+        replace_text(args.json, json.dumps(content, indent=2) + "\n")
+    if args.plot is not None:
+        from .pictures import interpolation_plot
+
+        interpolation_plot(rows, f"alpha: from {args.first} (0) to {args.second} (1)", args.plot)
+    if saved is not None:
+        models.save(*saved)
+        print(f"wrote the model at alpha {saved[0]:g} to {saved[1]}: load it as local-dir:{saved[1]}")
+    return 0
+
+
+_FIGURES = {
+    "top-1": lambda results: results["zero_shot"]["top1"],
+    "top-5": lambda results: results["zero_shot"]["top5"],
+    "text to image R@1": lambda results: results["retrieval"]["text_to_image"]["R@1"],
+}
+
+
+def _line(*words: str) -> str:
+    return "  ".join(f"{word:>7}" for word in words)
+
+
+def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
+    """Return the alpha and the folder of ``--save``.
+
+    Raises:
+        ValueError: the first is no number, or there is something at the second.
+    """
+    if words is None:
+        return None
+    try:
+        alpha = float(words[0])
+    except ValueError:
+        raise ValueError(f"--save needs an alpha and a folder, got {words[0]!r} as the alpha") from None
+    folder = Path(words[1])
+    if folder.exists() or folder.is_symlink():
+        raise ValueError(f"{folder} exists already: name another folder, or remove it")
+    return alpha, folder
+
+
+def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        ValueError: there is nothing to do, an alpha is out of range, or a set or a file is of no use.
+    """
+    if not args.val_data and args.save is None:
+        raise ValueError("--val-data or --save is needed: what to evaluate on, or what to write")
+    if (args.plot or args.json) and not args.val_data:
+        raise ValueError("--plot and --json need --val-data")
+    wrong = [alpha for alpha in alphas if not 0 <= alpha <= 1]
+    if wrong:
+        raise ValueError(f"alpha must be from 0 (A) to 1 (B), got {wrong[0]}")
+    twice = [name for name in args.val_data if args.val_data.count(name) > 1]
+    if twice:
+        raise ValueError(f"--val-data {twice[0]} is given more than once")
+
+
+def _progress(alphas: Iterable[float]) -> Iterable[float]:
+    from tqdm import tqdm
+
+    progress: Iterable[float] = tqdm(alphas, desc="alpha", unit="model", disable=None, leave=False)
+    return progress
