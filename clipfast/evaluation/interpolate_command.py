@@ -3,7 +3,7 @@
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         args.first, args.second, model=args.model, activation=args.activation, cache_dir=args.cache_dir
     )
     data = {name: LabelledSet(name, label_by=args.label_by) for name in args.val_data}
-    rows = []
+    rows: list[dict[str, Any]] = []
     for row in evaluate_path(models, alphas, data, settings, _progress) if data else ():
         if not rows:
             print(_line("alpha", *(f"{name}: {figure}" for name in data for figure in _FIGURES)))
@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-_FIGURES = {
+_FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "top-1": lambda results: results["zero_shot"]["top1"],
     "top-5": lambda results: results["zero_shot"]["top5"],
     "text to image R@1": lambda results: results["retrieval"]["text_to_image"]["R@1"],
