@@ -11,14 +11,15 @@ while each stream is read from its beginning to its end, which suits disks and c
 """
 
 import dataclasses
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 Ints = NDArray[np.int64]
 Words = NDArray[np.uint64]
+T = TypeVar("T")
 
 WINDOW = 1 << 16
 STREAMS = 64
@@ -75,6 +76,19 @@ def _joined(parts: Sequence[Stretch]) -> Stretch:
     return Stretch(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 
 
+class _Latest(Generic[T]):
+    """A function of numbers that remembers its last two results: two windows are enough for what follows each other."""
+
+    def __init__(self, make: Callable[..., T]) -> None:
+        self._make = make
+        self._made: dict[tuple[int, ...], T] = {}
+
+    def __call__(self, *key: int) -> T:
+        if key not in self._made:
+            self._made = dict([*self._made.items()][-1:]) | {key: self._make(*key)}
+        return self._made[key]
+
+
 class Order:
     """The order of one source.
 
@@ -110,6 +124,7 @@ class Order:
         self.windows = -(-self.length // window)
         self._first = np.concatenate([[0], self.sizes.cumsum()])  # number of each shard's first sample
         self._cuts = np.arange(self.streams + 1) * self.length // self.streams  # where the streams begin and end
+        self._passes, self._windows = _Latest(self._shards), _Latest(self._window)
 
     def __len__(self) -> int:
         """Return the number of samples of a pass."""
@@ -122,7 +137,7 @@ class Order:
             data_pass, at = divmod(start, self.length)
             number = self._window_at(at)
             begin, end = self._begin(number), self._begin(number + 1)
-            samples = self._window(data_pass, number)[at - begin : stop - start + at - begin]
+            samples = self._windows(data_pass, number)[at - begin : stop - start + at - begin]
             parts.append(Stretch(np.full(len(samples), self.source), np.full(len(samples), data_pass), samples))
             start += min(end - at, stop - start)
         return _joined(parts) if parts else Stretch(*(np.empty(0, np.int64),) * 3)
@@ -144,16 +159,14 @@ class Order:
             number += 1
         return number
 
-    @functools.lru_cache(maxsize=2 * MAX_SOURCES)  # noqa: B019 - an order lives as long as its process
     def _shards(self, data_pass: int) -> tuple[Ints, Ints]:
         """Return the shards in the order of a pass, and where each begins in the row of all samples."""
         shards = permutation(len(self.sizes), self.seed, self.source, data_pass)
         return shards, np.concatenate([[0], self.sizes[shards].cumsum()])
 
-    @functools.lru_cache(maxsize=2 * MAX_SOURCES)  # noqa: B019
     def _window(self, data_pass: int, number: int) -> Ints:
         """Return the samples of a window, in their order."""
-        shards, begins = self._shards(data_pass)
+        shards, begins = self._passes(data_pass)
         low, high = self._takes(number), self._takes(number + 1)
         key = (self.seed, self.source, data_pass, number + 1)
         if self.replacement:
@@ -188,6 +201,7 @@ class Mix:
         weights = np.array([len(order) * factor for order, factor in zip(orders, factors, strict=True)])
         self.shares = weights / weights.sum()
         self.length = round(float(weights.sum()))
+        self._blocks = _Latest(self._block)
 
     def __len__(self) -> int:
         """Return the number of positions in which each sample is seen, on average, as often as its factor says."""
@@ -201,7 +215,7 @@ class Mix:
         while start < stop:
             block, at = divmod(start, MIX_BLOCK)
             end = min(stop - start + at, MIX_BLOCK)
-            parts.append(self._block(block)[at:end])
+            parts.append(self._blocks(block)[at:end])
             start += end - at
         return _joined(parts)
 
@@ -211,7 +225,6 @@ class Mix:
         taken[self.shares.argmax()] += blocks * MIX_BLOCK - taken.sum()
         return taken
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _block(self, block: int) -> Stretch:
         low, high = self._taken(block), self._taken(block + 1)
         parts = [order(int(a), int(b)) for order, a, b in zip(self.orders, low, high, strict=True)]
@@ -245,6 +258,7 @@ class Unique:
         self.order, self.identities, self.batch_size = order, identities, batch_size
         self.batches = len(order) // batch_size  # of a pass
         self.group = min(max(MIN_DEALT, window // batch_size), self.batches)  # batches that are dealt out together
+        self._groups = _Latest(self._dealt)
 
     def __len__(self) -> int:
         """Return the number of positions of a pass."""
@@ -260,13 +274,12 @@ class Unique:
         while start < stop:
             data_pass, at = divmod(start, len(self))
             group, within = divmod(at, self.group * self.batch_size)
-            dealt = self._dealt(data_pass, group)
+            dealt = self._groups(data_pass, group)
             end = min(within + stop - start, len(dealt))
             parts.append(dealt[within:end])
             start += end - within
         return _joined(parts)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019
     def _dealt(self, data_pass: int, group: int) -> Stretch:
         begin = group * self.group * self.batch_size
         size = min(len(self) - begin, self.group * self.batch_size)
