@@ -3,6 +3,7 @@
 import itertools
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -144,3 +145,15 @@ def test_dealing():
         order = deal(alike, 3, key)
         assert sorted(order.tolist()) == list(range(9))
         assert all(len(set(alike[batch].tolist())) == 3 for batch in order.reshape(3, 3))
+
+
+def test_what_an_order_remembers_does_not_grow():
+    order = Order([1000] * 500, 1, window=1 << 12)
+    order(0, 10)
+    tracemalloc.start()
+    try:
+        for start in range(0, len(order), 1 << 12):
+            order(start, start + 10)
+        assert tracemalloc.get_traced_memory()[0] < 4 * 8 * (1 << 12)
+    finally:
+        tracemalloc.stop()
