@@ -212,7 +212,9 @@ def _found(sample: RawSample) -> str:
         fields = ", ".join(metadata(sample)) or "nothing"
         extensions = [f"json with {fields}" if key == "json" else key for key in extensions]
     if len(extensions) == 1 and "json" not in sample:
-        return f"{extensions[0]} (the files of a pair must lie one behind the other: tar --sort=name)"
+        return (
+            f"{extensions[0]} (a pair's files, as 7.jpg, 7.txt, must lie side by side: tar --sort=name packs them so)"
+        )
     return ", ".join(extensions) or "parts that are damaged"
 
 

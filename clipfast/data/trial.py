@@ -8,11 +8,8 @@ from ..images import SampleError
 from .loader import Batch, PairBatches, Skipped
 from .samples import sample_name
 
-PACKING = "a tar file holds an image and a caption of each pair under one name (7.jpg, 7.txt), one behind the other"
-# What to do if most pairs cannot be used for one reason, by its kind.
+# What to do if most pairs cannot be used for one reason, by its kind, where the reason itself does not say it.
 FIXES = {
-    "no image": f"{PACKING}; --image-key gives the image another name",
-    "no caption": f"{PACKING}; --text-key gives the caption another name",
     "no such field": "name a key that the pairs have",
     "not an image": "convert such images, or leave their shards out",
 }

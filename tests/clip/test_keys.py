@@ -58,7 +58,7 @@ def test_which_caption_is_taken(members, flags, expected):
             {},
             "only jpg, json with url, alt; --text-key names others",
         ),
-        ({"txt": b"a"}, {"json_text_key": ["x"]}, r"sample has no caption \(x\), only txt \(the files of a pair"),
+        ({"txt": b"a"}, {"json_text_key": ["x"]}, r"sample has no caption \(x\), only txt \(a pair's files"),
         ({"json": b"{"}, {}, "json cannot be read"),
         ({"alt": b"\xff"}, {"text_key": "alt"}, "caption is not UTF-8"),
     ],

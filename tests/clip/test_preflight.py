@@ -70,7 +70,7 @@ def without(*keys: str) -> list[dict[str, bytes]]:
 @pytest.mark.parametrize(
     ("pairs", "parts"),
     [
-        (without("png"), ("(4 x no image); first: x.tar/000: sample has no image", "one behind the other")),
+        (without("png"), ("(4 x no image); first: x.tar/000: sample has no image", "only json with ", "--image-key")),
         (
             [{"picture": pair["png"], "txt": pair["txt"]} for pair in PAIRS],
             ("(4 x no image); first: x.tar/000: sample has no image (jpg, ", "only picture, txt", "--image-key"),

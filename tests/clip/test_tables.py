@@ -423,3 +423,10 @@ def test_large_tables_are_indexed_in_little_memory(tmp_path, form):
     assert peak < 100 * count
     for number in (0, 77_777, count - 1):
         assert f" {number}\nin two lines" in metadata(source.read(number, NO_IMAGE)).popitem()[1].replace('"" ', '"" ')
+
+
+def test_another_separator_is_another_index(tmp_path):
+    """Which quotes begin a field, and so where rows end, depends on the separator."""
+    (tmp_path / "t.csv").write_text('a;b\nx;"1\ny;2"\n')
+    for separator, sizes in ((";", [1]), (",", [2]), (None, [1]), (";", [1])):
+        assert open_shards([f"{tmp_path}/t.csv"], index=IndexCache(tmp_path / "cache", separator)).sizes == sizes
