@@ -430,3 +430,20 @@ def test_another_separator_is_another_index(tmp_path):
     (tmp_path / "t.csv").write_text('a;b\nx;"1\ny;2"\n')
     for separator, sizes in ((";", [1]), (",", [2]), (None, [1]), (";", [1])):
         assert open_shards([f"{tmp_path}/t.csv"], index=IndexCache(tmp_path / "cache", separator)).sizes == sizes
+
+
+def test_an_evaluation_names_what_is_lost(tmp_path):
+    """Every lost pair is left out by a name of its own, behind those of its shard."""
+    path = write_shard(tmp_path / "s.tar", [{"png": data, "txt": text.encode()} for _, data, text in PAIRS])
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2 : len(data) // 2 + 20_000] = bytes([7]) * 20_000
+    path.write_bytes(data)
+    images = LabelledSet(f"{path}::{path}")
+    read = len(list(images))
+    names = [skipped.name for skipped in images.skipped if skipped.kind == "damaged shard"]
+    (damage,) = open_shards([str(path)]).shards[0].damage.items()
+    place, reason = damage[0].split(": ", 1)
+    assert names == [f"s.tar/{place}, pair {pair + 1}" for pair in range(damage[1])] * 2
+    assert names
+    assert f"a pair is lost: {reason}" in [skipped.reason for skipped in images.skipped]
+    assert read + len(images.skipped) >= 2 * len(PAIRS)
