@@ -91,10 +91,15 @@ def _nbytes(tensors: Sequence[Tensor]) -> int:
     return sum(tensor.nbytes for tensor in tensors)
 
 
-def _sizes(model: CLIP) -> tuple[int, int]:
-    """Return the bytes of all weights, and of those that are trained."""
-    weights = list(model.parameters())
-    return _nbytes([*weights, *model.buffers()]), _nbytes([weight for weight in weights if weight.requires_grad])
+def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
+    """Return the bytes of all weights, of those that are trained, and of what is kept for these at least.
+
+    That is AdamW's two moments (other optimizers may have none), and the average of the weights if there is one.
+    """
+    parameters = list(model.parameters())
+    weights = _nbytes([*parameters, *model.buffers()])
+    trained = _nbytes([weight for weight in parameters if weight.requires_grad])
+    return weights, trained, (2 * trained if config.opt == "adamw" else 0) + (weights if config.ema_decay else 0)
 
 
 def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[int, int]:
@@ -102,8 +107,8 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[in
 
     A new checkpoint is written beside the last one, which it replaces, and in the end the weights by themselves.
     """
-    weights, trained = _sizes(model)
-    checkpoint, free = weights + 2 * trained, free_bytes(folder.path)
+    weights, _, kept = _sizes(config, model)
+    checkpoint, free = weights + kept, free_bytes(folder.path)
     needed = checkpoint * (1 if folder.latest.exists() else 2) + weights
     if free < needed:
         raise ValueError(
@@ -142,14 +147,15 @@ def pair_bytes(image_size: int, context_length: int) -> int:
 
 
 def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device) -> None:
-    weights, trained = _sizes(model)
+    weights, trained, kept = _sizes(config, model)
     free, total = torch.cuda.mem_get_info(device)
-    needed = weights + 3 * trained
+    needed = weights + trained + kept
     if free < needed:
         raise ValueError(
             f"{device} has {scaled(free, BYTES)} of its {scaled(total, BYTES)} free, and weights, gradients and "
-            f"AdamW's moments of {config.model} take {scaled(needed, BYTES)}: end what else runs there (nvidia-smi "
-            "names it), take another GPU by --device cuda:N or a smaller --model, or halve it by --precision pure_bf16"
+            f"the optimizer's state of {config.model} take {scaled(needed, BYTES)}: end what else runs there (see "
+            "nvidia-smi), take another GPU by --device cuda:N or a smaller --model, or halve it by --precision "
+            "pure_bf16"
         )
 
 
