@@ -57,7 +57,7 @@ class OurBatches(_Batches):
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images and texts of each batch."""
         for batch in pair_loader(self.made, 0, self.number, self.workers):
-            yield batch.images, batch.texts
+            yield batch.images_on(torch.device("cpu")), batch.texts
 
     def phases(self, **_: Tensor) -> dict[str, float]:
         """Return the seconds of each stage, as the batches of a pass tell them."""

@@ -1,5 +1,6 @@
 """Image-text pairs, from the files that hold them to batches.
 
+``open`` finds the sources of pairs that names stand for: a set of shards, and ``synthetic`` pairs, which need no files.
 A shard is a tar file, a Parquet or Arrow file (``rows``), a table (``tables``) or a folder of images (``folders``), and
 ``keys`` says under which names a sample has its image and its captions. ``source`` reads any sample by its number:
 ``index`` knows where each lies, ``staging`` brings what is elsewhere, and ``counts`` knows how many samples there are
@@ -12,9 +13,11 @@ from .identity import identities
 from .index import IndexCache, ShardIndex
 from .keys import Keys, read_keys, read_separator
 from .loader import PREFETCH, Batch, PairBatches, Skipped, pair_loader
+from .open import open_sources
 from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata
-from .source import MAX_OPEN, ShardSource, open_shards
+from .source import MAX_OPEN, ShardSource, Source, open_shards
+from .synthetic import SyntheticBatches, SyntheticSource
 from .trial import spread, try_pairs
 
 __all__ = [
@@ -30,6 +33,9 @@ __all__ = [
     "ShardIndex",
     "ShardSource",
     "Skipped",
+    "Source",
+    "SyntheticBatches",
+    "SyntheticSource",
     "Unique",
     "WholeImages",
     "caption",
@@ -38,6 +44,7 @@ __all__ = [
     "identities",
     "metadata",
     "open_shards",
+    "open_sources",
     "pair_loader",
     "read_keys",
     "read_separator",

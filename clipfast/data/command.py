@@ -46,22 +46,24 @@ def run(args: argparse.Namespace) -> int:
     """Index the shards, print what was found, and return the exit code."""
     from .identity import identities
     from .index import IndexCache
+    from .open import open_sources
     from .samples import expand_shards
-    from .source import open_shards
 
     check_target(args.json)
     started = time.perf_counter()
     index = IndexCache(separator=separator_of(vars(args)))
-    source = open_shards(expand_shards(args.shards), args.workers, index, whole=True)
-    damaged = {shard.name: shard.damage for shard in source.shards if shard.damage}
+    sources = open_sources(expand_shards(args.shards), args.workers, index, whole=True)
+    shards = [shard for source in sources for shard in source.shards]
+    damaged = {shard.name: shard.damage for shard in shards if shard.damage}
     found: dict[str, Any] = {
-        "shards": len(source.shards),
-        "samples": sum(source.sizes),
-        "bytes": sum(shard.size for shard in source.shards),
+        "shards": len(shards),
+        "samples": sum(shard.count for shard in shards),
+        "bytes": sum(shard.size for shard in shards),
         "lost": sum(sum(damage.values()) for damage in damaged.values()),
     }
     if args.unique_by is not None:
-        found["different"] = len(np.unique(identities(source, args.unique_by, keys_of(vars(args)))))
+        found_in = [identities(source, args.unique_by, keys_of(vars(args))) for source in sources]
+        found["different"] = len(np.unique(np.concatenate(found_in)))
     found |= {"seconds": round(time.perf_counter() - started, 2), "cache": str(index.folder)}
     print(align([(key, f"{value:,}" if isinstance(value, int) else str(value)) for key, value in found.items()]))
     for name, damage in damaged.items():

@@ -78,8 +78,8 @@ class CroppedImages:
         with opened(io.BytesIO(data)) as image:
             if image.format != "JPEG" or image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
                 image = open_image(data)
-                return image, self._box(image)
-            box = self._box(image)
+                return image, self.box(*image.size)
+            box = self.box(*image.size)
             shortest = min(box[2] - box[0], box[3] - box[1])
             reduction = max(shortest / (self.image_size * self.oversampling), 1)
             whole = image.size
@@ -100,9 +100,10 @@ class CroppedImages:
         rows = np.frombuffer(image.tobytes("raw", "RGB;L"), np.uint8).reshape(image.height, 3, image.width)
         return torch.from_numpy(rows.transpose(1, 0, 2).copy())
 
-    def _box(self, image: Image.Image) -> Box:
-        """Return the edges of a crop: left, top, right, bottom."""
+    def box(self, width: int, height: int) -> Box:
+        """Return the edges of a crop of an image of this size: left, top, right, bottom."""
         from torchvision.transforms import RandomResizedCrop
 
-        top, left, rows, columns = RandomResizedCrop.get_params(image, list(self.scale), list(DEFAULT_RATIO))
+        sized = torch.empty(3, height, width, device="meta")
+        top, left, rows, columns = RandomResizedCrop.get_params(sized, list(self.scale), list(DEFAULT_RATIO))
         return left, top, left + columns, top + rows

@@ -10,12 +10,12 @@ from ..images import SampleError
 from .index import ShardError
 from .keys import DEFAULT_KEYS, Keys
 from .samples import caption, field
-from .source import ShardSource
+from .source import Source
 
 CAPTION = "caption"
 
 
-def identities(source: ShardSource, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDArray[np.uint64]:
+def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDArray[np.uint64]:
     """Return a 64-bit number for each sample, which two samples share if they have the same value of ``unique_by``.
 
     Every sample is read once; after that, the numbers are in the cache.
@@ -44,7 +44,7 @@ def identities(source: ShardSource, unique_by: str, keys: Keys = DEFAULT_KEYS) -
     return np.concatenate(parts)
 
 
-def _identity(source: ShardSource, number: int, unique_by: str, keys: Keys, shard: str) -> int:
+def _identity(source: Source, number: int, unique_by: str, keys: Keys, shard: str) -> int:
     try:
         sample = source.read(number, keys)
         text = f"value/{caption(sample, keys=keys) if unique_by == CAPTION else field(sample, unique_by)}"

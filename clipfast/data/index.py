@@ -210,6 +210,7 @@ class IndexCache:
         """Keep a 64-bit number for each sample of a shard under ``name``."""
         content = self._mark(shard, name) + numbers.astype("<u8").tobytes()
         path = self._column(shard, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(path):
             replace_file(path, lambda temporary: temporary.write_bytes(content), len(content))
 

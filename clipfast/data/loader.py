@@ -17,7 +17,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -52,19 +52,31 @@ class Skipped(NamedTuple):
         return f"{self.name}: {self.reason}"
 
 
+class DeviceImages(Protocol):
+    """Images that are still to be made, on the device that trains."""
+
+    def __len__(self) -> int: ...
+
+    def pin_memory(self) -> DeviceImages:
+        """Return the same with what is copied to a GPU in pinned memory."""
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return the images on ``device``: uint8, [B, 3, H, W]."""
+
+
 @dataclasses.dataclass
 class Batch:
     """Images and their texts, and what it took to make them.
 
     Attributes:
-        images: uint8 or float, [B, 3, H, W].
+        images: uint8 or float, [B, 3, H, W], or what makes them on a device.
         texts: token ids, [B, L].
         skipped: samples that could not be used; others stand in their places.
         seconds: time spent on each stage: "read", "decode", "tokenize" and "other".
         bytes_read: from the shards and the files that they name.
     """
 
-    images: Tensor
+    images: Tensor | DeviceImages
     texts: Tensor
     skipped: list[Skipped]
     seconds: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -72,6 +84,12 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def images_on(self, device: torch.device) -> Tensor:
+        """Return the images on ``device``. From pinned memory, they are copied to a GPU asynchronously."""
+        if isinstance(self.images, Tensor):
+            return self.images.to(device, non_blocking=True)
+        return self.images.on(device)
 
     def pin_memory(self) -> Batch:
         """Return the batch in pinned memory; the data loader calls this if batches are copied to a GPU."""
@@ -131,7 +149,7 @@ class PairBatches(Dataset[Batch]):
         mine = self._part(whole)
         taken = self._identities(whole)
         clock, before = _Clock(), self._bytes_read()
-        captions, skipped = [], list[Skipped]()
+        captions, skipped = list[str](), list[Skipped]()
         for index in range(len(mine)):
             source, data_pass, sample = (int(column[index]) for column in (mine.source, mine.data_pass, mine.sample))
             image, text = self._usable(source, data_pass, sample, taken, skipped, clock)
@@ -139,10 +157,14 @@ class PairBatches(Dataset[Batch]):
                 images = room_for(len(mine), image)
             images[index] = image
             captions.append(text)
-        texts = self.tokenizer(captions)
-        texts = texts if self.reads_padding else trim_padding(texts)
+        texts = self.token_ids(captions)
         clock.stop("tokenize")
         return Batch(images, texts, skipped, clock.seconds, self._bytes_read() - before)
+
+    def token_ids(self, captions: list[str]) -> Tensor:
+        """Return the texts of a batch, without the padding that all of them have unless the model reads it."""
+        texts = self.tokenizer(captions)
+        return texts if self.reads_padding else trim_padding(texts)
 
     def samples(self, number: int) -> Stretch:
         """Return which samples batch ``number`` has on this rank; none of them is read.

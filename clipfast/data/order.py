@@ -37,10 +37,15 @@ def random_words(count: int, *key: int) -> Words:
 
     They are those of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
     """
+    return random_words_at(np.arange(count, dtype=np.uint64), *key)
+
+
+def random_words_at(places: Words, *key: int) -> Words:
+    """Return those of the words that :func:`random_words` gives for ``key`` which stand at ``places``."""
     state = np.zeros(1, np.uint64)
     for word in key:
         state = _mix(state ^ np.uint64(int(word) % (1 << 64)))
-    return _mix(state + np.arange(count, dtype=np.uint64) * _GOLDEN)
+    return _mix(state + places * _GOLDEN)
 
 
 def _mix(words: Words) -> Words:

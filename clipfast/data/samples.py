@@ -6,6 +6,7 @@ import contextlib
 import glob
 import json
 import random
+import re
 from collections.abc import Iterable, Iterator
 from importlib.resources import files
 from pathlib import Path
@@ -20,9 +21,11 @@ if TYPE_CHECKING:
     from PIL import Image
 
 BUNDLED_PREFIX = "bundled:"
+SYNTHETIC_PREFIX = "synthetic:"
 PIPE = "pipe:"
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
 NO_SHARDS = (".json", ".txt")
+MAX_SYNTHETIC = 1 << 40  # pairs
 SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
 
 RawSample = dict[str, Any]
@@ -36,10 +39,11 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
             folder stands for the tar files in it, or else its Parquet files, or for the dataset that
             ``datasets.save_to_disk`` wrote there, or for its ``metadata.jsonl`` or ``metadata.csv``; any other is one
             shard of images, whose name ends with a slash. ``bundled:emoji/noto`` is a shard of this package. Names with
-            a scheme (``https:``, ``pipe:``) stay as they are.
+            a scheme (``https:``, ``pipe:``), and ``synthetic:N`` and ``synthetic:N@SEED``, stay as they are.
 
     Raises:
-        ValueError: a local file does not exist or is no shard by its name, or no shard is named.
+        ValueError: a local file does not exist or is no shard by its name, a name of synthetic pairs has another form,
+            or no shard is named.
     """
     from braceexpand import braceexpand
 
@@ -56,6 +60,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
                 f"{shard} is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv, .tsv, .jsonl) "
                 "with an image in each line, and from folders of images with a text beside each (7.jpg, 7.txt)"
             )
+    for shard in filter(is_synthetic, shards):
+        synthetic_pairs(shard)
     if not shards:
         raise ValueError("no shards given")
     return [_in_folder(shard) if ":" not in shard and Path(shard).is_dir() else shard for shard in shards]
@@ -91,7 +97,28 @@ def is_folder(shard: str) -> bool:
 
 def is_local(pattern: str) -> bool:
     """Return True if ``pattern`` names only files: a name with a scheme may be opened by a shell command."""
-    return all(":" not in part.removeprefix(BUNDLED_PREFIX) for part in pattern.split("::"))
+    parts = pattern.split("::")
+    return all(":" not in part.removeprefix(BUNDLED_PREFIX).removeprefix(SYNTHETIC_PREFIX) for part in parts)
+
+
+def is_synthetic(shard: str) -> bool:
+    """Return True if a name stands for synthetic pairs, which need no files."""
+    return shard.startswith(SYNTHETIC_PREFIX)
+
+
+def synthetic_pairs(name: str) -> tuple[int, int]:
+    """Return how many pairs ``synthetic:N`` or ``synthetic:N@SEED`` names, and their seed.
+
+    Raises:
+        ValueError: the name has another form, or N is 0 or too large.
+    """
+    found = re.fullmatch(re.escape(SYNTHETIC_PREFIX) + r"([0-9]+)(?:@([0-9]+))?", name)
+    if found is None:
+        raise ValueError(f"{name!r} is neither synthetic:N nor synthetic:N@SEED, with whole numbers N and SEED")
+    count = int(found[1])
+    if not 0 < count <= MAX_SYNTHETIC:
+        raise ValueError(f"there must be from 1 to {MAX_SYNTHETIC} synthetic pairs, got {count}")
+    return count, int(found[2] or 0)
 
 
 def _bundled(shard: str) -> str:

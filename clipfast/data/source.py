@@ -27,6 +27,14 @@ class Source(Protocol):
     """A set of pairs in shards, of which any sample can be read."""
 
     @property
+    def index(self) -> IndexCache:
+        """Where numbers of the samples are kept."""
+
+    @property
+    def shards(self) -> Sequence[ShardIndex]:
+        """What is known of each shard."""
+
+    @property
     def sizes(self) -> Sequence[int]:
         """The number of samples in each shard; a sample's number counts through all shards."""
 

@@ -42,12 +42,12 @@ def dataset(pattern: str) -> Iterator[Finding]:
 
 def _few_pairs(name: str) -> Iterator[Finding]:
     """Read a few pairs of a shard as a run with default options would."""
-    from ..data import CroppedImages, Mix, Order, PairBatches, open_shards, try_pairs
+    from ..data import CroppedImages, Mix, Order, PairBatches, open_sources, try_pairs
     from ..images import SampleError
     from ..tokenizer import Tokenizer
 
     try:
-        source = open_shards([name])
+        (source,) = open_sources([name])
         order = Mix([Order(source.sizes or [0], 0)], (1.0,), 0)
         batches = PairBatches([source], order, CroppedImages(SIDE), Tokenizer(), PAIRS)
         try_pairs(batches, PAIRS)  # the first time, modules are imported

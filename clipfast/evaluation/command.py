@@ -33,7 +33,11 @@ def add_parser(commands: Any) -> None:
     )
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
-    add("--data", required=True, help="image folder, or pairs; 'bundled:emoji/fluent' ships with the package")
+    add(
+        "--data",
+        required=True,
+        help="image folder, or pairs; 'bundled:emoji/fluent' ships with the package, 'synthetic:2048' is drawn",
+    )
     add_arguments(zero_shot, SOURCE_OPTIONS)
     add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption does)")
     add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from ..data import IndexCache, Keys, Skipped, caption, decode_image, expand_shards, open_shards
+from ..data import IndexCache, Keys, Skipped, Source, caption, decode_image, expand_shards, open_sources
 from ..data.folders import has_texts
 from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS
 from ..data.samples import RawSample, field, is_folder, sample_name
@@ -110,7 +110,7 @@ class LabelledSet:
         usable = False
         shards = expand_shards(self.data)
         is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
-        loaders = self._folder(Path(self.data)) if is_classes else self._samples(shards)
+        loaders = self._folder(Path(self.data)) if is_classes else self._shards(shards)
         for name, load in itertools.islice(loaders, most):
             try:
                 image = load()
@@ -125,9 +125,13 @@ class LabelledSet:
             first = "" if most is None else f"first {len(self.skipped)} "
             raise ValueError(f"not one of the {first}images of {self.data} can be used; first: {self.skipped[0]}")
 
-    def _samples(self, shards: Sequence[str]) -> Iterator[Loader]:
+    def _shards(self, names: Sequence[str]) -> Iterator[Loader]:
+        for source in open_sources(names, index=IndexCache(separator=self.separator)):
+            yield from self._samples(source)
+
+    def _samples(self, source: Source) -> Iterator[Loader]:
         """Yield the images of each shard, and after them what stands for each that is lost."""
-        source, numbers = open_shards(shards, index=IndexCache(separator=self.separator)), itertools.count()
+        numbers = itertools.count()
         for shard in source.shards:
             for number in itertools.islice(numbers, shard.count):
                 try:

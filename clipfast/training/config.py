@@ -13,6 +13,7 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 AUTO = "auto"
+AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
 BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
@@ -40,7 +41,9 @@ class TrainConfig:
     train_data: str = _flag(
         "", "pairs: WebDataset shards (.tar, .tar.gz), Parquet or Arrow files, tables (.csv, .tsv, .jsonl) whose lines "
         "name image files, or folders of these or of images with texts beside them; {000..099} and *.tar expand, "
-        "'::' joins patterns, and 'bundled:emoji/noto' ships with the package",
+        "'::' joins patterns, 'bundled:emoji/noto' ships with the package, and 'synthetic:65536' are so many drawn "
+        "shapes with captions, which need no files ('synthetic:65536@1' others); alone, they are drawn on the device, "
+        "without crops",
     )  # fmt: skip
     image_key: str | None = _flag(
         None, "extension of the image in a tar file, or column of a table that names its file; ';' separates "

@@ -17,12 +17,14 @@ from ..data import (
     Mix,
     Order,
     PairBatches,
-    ShardSource,
+    Source,
+    SyntheticBatches,
+    SyntheticSource,
     Unique,
     WholeImages,
     expand_shards,
     identities,
-    open_shards,
+    open_sources,
     pair_loader,
 )
 from ..evaluation.labelled import LabelledSet
@@ -31,7 +33,7 @@ from ..file_tokenizer import FileTokenizer
 from ..images import augmentation
 from ..models import CLIP
 from ..tokenizer import Tokenizer
-from .config import TrainConfig
+from .config import AUGMENTATIONS, KEY_OPTIONS, TrainConfig, flag_name
 from .epochs import Epochs
 from .errors import TrainingError
 from .logs import log
@@ -51,6 +53,7 @@ class TrainingData:
         content: a checksum of what in the shards the order depends on.
         epochs: of the run.
         total_steps: of the run.
+        is_synthetic: whether all pairs are, so that the device draws them.
 
     Raises:
         ValueError: a shard is missing or hardly readable, or the shards hold less than one batch.
@@ -61,7 +64,11 @@ class TrainingData:
         groups = [expand_shards(part) for part in parts(config)]
         self.shards = [shard for group in groups for shard in group]
         max_open = max(MAX_OPEN // len(groups), 1)
-        self.sources = [open_source(config, group, config.workers, max_open) for group in groups]
+        opened = [sources_of(config, group, config.workers, max_open) for group in groups]
+        self.sources = [source for group in opened for source in group]
+        self.is_synthetic = all(isinstance(source, SyntheticSource) for source in self.sources)
+        if self.is_synthetic:
+            _refuse_changes(config)
         self.sizes = [size for source in self.sources for size in source.sizes]
         _check_damage(self.sources, config.max_bad_fraction)
         seed, replacement = config.seed, config.dataset_resampled
@@ -71,7 +78,9 @@ class TrainingData:
             Order(source.sizes, seed, source=number, replacement=replacement)
             for number, source in enumerate(self.sources)
         ]
-        mix = Mix(orders, config.train_data_upsampling_factors or (1.0,), seed)
+        given = config.train_data_upsampling_factors or (1.0,)
+        factors = [factor for factor, group in zip(given, opened, strict=True) for _ in group]
+        mix = Mix(orders, factors, seed)
         if len(mix) < config.batch_size:
             raise ValueError(
                 f"the shards hold {len(mix)} pairs, less than one batch of {config.batch_size}: lower --batch-size, or "
@@ -109,12 +118,14 @@ class TrainingData:
             ValueError: far too many pairs cannot be used, or a data worker died.
         """
         batches = pair_batches(self.config, self.sources, self.order, model, tokenizer)
+        if self.is_synthetic:
+            batches = SyntheticBatches(**vars(batches), image_size=model.visual.image_size)
         return pair_loader(batches, first, self.total_steps, self.config.workers, pin_memory=pin_memory)
 
 
 def pair_batches(
     config: TrainConfig,
-    sources: Sequence[ShardSource],
+    sources: Sequence[Source],
     order: Mix | Unique,
     model: CLIP,
     tokenizer: Tokenizer | FileTokenizer,
@@ -130,9 +141,9 @@ def pair_batches(
     )  # fmt: skip
 
 
-def open_source(config: TrainConfig, shards: Sequence[str], workers: int = 0, max_open: int = MAX_OPEN) -> ShardSource:
-    """Return the pairs of shards, read as the options of a run say; arguments and errors are those of open_shards."""
-    return open_shards(shards, workers, IndexCache(separator=config.separator()), max_open)
+def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_open: int = MAX_OPEN) -> list[Source]:
+    """Return the sources of pairs, read as the options of a run say; arguments and errors are those of open_sources."""
+    return open_sources(names, workers, IndexCache(separator=config.separator()), max_open)
 
 
 def validation_set(config: TrainConfig) -> LabelledSet:
@@ -152,7 +163,14 @@ def parts(config: TrainConfig) -> list[str]:
     return named if factors else [config.train_data]
 
 
-def _check_damage(sources: list[ShardSource], limit: float) -> None:
+def _refuse_changes(config: TrainConfig) -> None:
+    """Refuse options that would change images or captions, of which those that the device draws have their own."""
+    given = [flag_name(key) for key in (*AUGMENTATIONS, *KEY_OPTIONS) if getattr(config, key)]
+    if given:
+        raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
+
+
+def _check_damage(sources: Sequence[Source], limit: float) -> None:
     """Warn of damaged shards, and refuse them if they have lost too much.
 
     How much a shard that is cut short has lost cannot be told, and is not counted.

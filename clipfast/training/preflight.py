@@ -23,7 +23,7 @@ from ..tokenizer import Tokenizer
 from ..units import BYTES, scaled
 from .build import bare_model, build_device, build_loss, build_tokenizer
 from .config import TrainConfig
-from .data import open_source, pair_batches, parts, validation_set
+from .data import pair_batches, parts, sources_of, validation_set
 from .run import RunFolder
 
 SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
@@ -183,13 +183,14 @@ def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     few = [names[number] for number in spread(len(names), SHARDS)]
     few = few if all(map(is_direct, few)) else few[:1]
     try:
-        source = open_source(config, few)
+        sources = [source for source in sources_of(config, few) if sum(source.sizes)]
     except ShardError as error:
         raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
-    if not sum(source.sizes):
+    if not sources:
         return Batch(torch.empty(0), torch.empty(0), [])  # the others may hold some
-    order = Mix([Order(source.sizes, config.seed)], (1.0,), config.seed)
+    orders = [Order(source.sizes, config.seed) for source in sources]
+    order = Mix(orders, [1.0] * len(orders), config.seed)
     try:
-        return try_pairs(pair_batches(config, [source], order, model, tokenizer), PAIRS)
+        return try_pairs(pair_batches(config, sources, order, model, tokenizer), PAIRS)
     except SampleError as error:
         raise ValueError(f"--train-data: {error}") from error

@@ -24,14 +24,17 @@ class Upload:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images (uint8) and texts of ``batch`` on the device. For a GPU, ``batch`` lies in pinned memory."""
         if self._stream is None:
-            return batch.images.to(self.device), batch.texts.to(self.device)
+            return self._on_device(batch)
         current = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(self._stream):
-            images, texts = (x.to(self.device, non_blocking=True) for x in (batch.images, batch.texts))
+            images, texts = self._on_device(batch)
         current.wait_stream(self._stream)
         for x in (images, texts):
             x.record_stream(current)  # else the other stream, which owns the memory, could use it again too early
         return images, texts
+
+    def _on_device(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return batch.images_on(self.device), batch.texts.to(self.device, non_blocking=True)
 
 
 class TrainingStep:

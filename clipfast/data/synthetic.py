@@ -1,0 +1,201 @@
+"""Image-text pairs that need no files: one coloured shape each, and a caption that says what can be seen.
+
+What is in a pair follows from its number. ``synthetic:65536`` names so many pairs, and ``synthetic:65536@1`` so many
+others. As any other source, they can be read one by one; for training on nothing else, the device draws the pictures
+of a whole batch at once, at the size that the model takes (:mod:`clipfast.data.drawing`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import json
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from .drawing import COLUMNS, SHAPES, SIDE, WIDTH, Drawings
+from .index import IndexCache, ShardIndex
+from .keys import DEFAULT_KEYS, Keys
+from .loader import Batch, PairBatches
+from .order import Ints, Words, random_words_at
+from .samples import SYNTHETIC_PREFIX, RawSample, synthetic_pairs
+
+READ_SIZE = 224  # side of the pictures that are read one by one
+STAMP = "0/1"  # as of a file without bytes; the second number changes when pairs say something else
+COLOURS = {
+    "red": (215, 40, 40), "orange": (245, 135, 25), "yellow": (240, 220, 45), "green": (40, 160, 70),
+    "blue": (40, 85, 215), "purple": (125, 50, 170), "pink": (245, 160, 195), "brown": (115, 70, 40),
+    "black": (20, 20, 20), "white": (238, 238, 238), "grey": (130, 130, 130),
+}  # fmt: skip
+SHADE = 10  # how far a colour may lie from that of its name
+SIZES = {"small": 120, "medium": 190, "large": 270}  # radii
+SPREAD = 12  # how far a radius may lie from these
+PLACES = ("top left", "top", "top right", "left", "centre", "right", "bottom left", "bottom", "bottom right")
+STEP, SHIFT = 195, 25  # between two places, and how far a centre may lie from its place
+NO_FRAME = "none"
+WORDS = {
+    "shape": tuple(SHAPES), "colour": tuple(COLOURS), "background": tuple(COLOURS), "frame": tuple(COLOURS),
+    "size": tuple(SIZES), "place": PLACES,
+}  # fmt: skip
+CHOICES = 18  # random words for each pair
+
+
+@dataclasses.dataclass(frozen=True)
+class Scenes:
+    """What is in pairs: for each, the numbers of its shape, its colours, its size and its place in the tables above.
+
+    ``frame`` is that of the background where there is no frame.
+    """
+
+    shape: Ints
+    colour: Ints
+    background: Ints
+    frame: Ints
+    size: Ints
+    place: Ints
+    words: Words  # for everything that captions do not say
+
+
+class SyntheticSource:
+    """Pairs that follow from their numbers, as one shard without a file.
+
+    Args:
+        count: of the pairs.
+        seed: the pairs of another seed are all different.
+        index: keeps the identities of the pairs; by default that in the user's cache folder.
+    """
+
+    def __init__(self, count: int, seed: int = 0, index: IndexCache | None = None) -> None:
+        self.seed, self.index = seed, index or IndexCache()
+        self.url = f"{SYNTHETIC_PREFIX}{count}" + (f"@{seed}" if seed else "")
+        self.shards = [ShardIndex(self.url, STAMP, 0, count, {})]
+        self.sizes, self.bytes_read = [count], 0
+
+    @classmethod
+    def named(cls, name: str, index: IndexCache | None = None) -> SyntheticSource:
+        """Return the pairs that ``synthetic:N`` or ``synthetic:N@SEED`` names.
+
+        Raises:
+            ValueError: as :func:`clipfast.data.samples.synthetic_pairs`.
+        """
+        return cls(*synthetic_pairs(name), index)
+
+    def name(self, number: int) -> str:
+        """Return the name of the source and the number of the pair."""
+        return f"{self.url}, sample {number}"
+
+    def scenes(self, numbers: Sequence[int] | Ints) -> Scenes:
+        """Return what is in the pairs with these numbers."""
+        places = np.asarray(numbers, np.int64)[:, None] * CHOICES + np.arange(CHOICES)
+        words = random_words_at(places.astype(np.uint64), self.seed)
+        drawn = functools.partial(_drawn, words)
+        colour = drawn(1, len(COLOURS))
+        background = (colour + 1 + drawn(2, len(COLOURS) - 1)) % len(COLOURS)
+        other = (background + 1 + drawn(3, len(COLOURS) - 1)) % len(COLOURS)
+        frame = np.where(drawn(4, 2) == 0, background, other)
+        size, place = drawn(5, len(SIZES)), drawn(6, len(PLACES))
+        return Scenes(drawn(0, len(SHAPES)), colour, background, frame, size, place, words[:, 7:])
+
+    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
+        """Return a pair: the caption as ``txt``, what it says as ``json``, and the image as ``png``, 224 pixels a side.
+
+        Args:
+            number: of the pair.
+            keys: the image is only drawn if ``png`` is among its names.
+        """
+        from PIL import Image
+
+        scenes = self.scenes([number])
+        says = {key: value[0] for key, value in _named(scenes).items()} | {"label": captions(scenes)[0]}
+        text, fields = says["label"].encode(), json.dumps(says).encode()
+        pair = {"__key__": str(number), "__url__": self.url, "txt": text, "json": fields}
+        if "png" in keys.images:
+            pixels = drawings(scenes, READ_SIZE).on(torch.device("cpu"))[0]
+            stream = io.BytesIO()
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(stream, "PNG", compress_level=1)
+            pair["png"] = stream.getvalue()
+        return pair
+
+
+def _drawn(words: Words, column: int, count: int) -> Ints:
+    """Return numbers below ``count``, drawn by a column of random words."""
+    return (words[:, column] % np.uint64(count)).astype(np.int64)
+
+
+def _named(scenes: Scenes) -> dict[str, list[str]]:
+    """Return the words for what is in each pair."""
+    named = {}
+    for key, table in WORDS.items():
+        named[key] = [table[number] for number in getattr(scenes, key).tolist()]
+    framed = (scenes.frame != scenes.background).tolist()
+    named["frame"] = [
+        colour if is_framed else NO_FRAME for colour, is_framed in zip(named["frame"], framed, strict=True)
+    ]
+    return named
+
+
+def captions(scenes: Scenes) -> list[str]:
+    """Return the captions: "a small red triangle on a blue background, top left, in a white frame"."""
+    named = _named(scenes)
+    columns = (named[key] for key in ("size", "colour", "shape", "background", "place", "frame"))
+    return [
+        f"a {size} {colour} {shape} on {_with_article(background)} background, {place}"
+        + ("" if frame == NO_FRAME else f", in {_with_article(frame)} frame")
+        for size, colour, shape, background, place, frame in zip(*columns, strict=True)
+    ]
+
+
+def _with_article(word: str) -> str:
+    return f"{'an' if word[0] in 'aeiou' else 'a'} {word}"
+
+
+def drawings(scenes: Scenes, image_size: int) -> Drawings:
+    """Return the images of pairs, to be drawn at this size."""
+    drawn = functools.partial(_drawn, scenes.words)
+    numbers = np.empty((len(scenes.words), WIDTH), np.int32)
+    numbers[:, COLUMNS.shape] = scenes.shape
+    for column, axis, word in ((COLUMNS.x, scenes.place % 3, 0), (COLUMNS.y, scenes.place // 3, 1)):
+        numbers[:, column] = SIDE // 2 + STEP * (axis - 1) + drawn(word, 2 * SHIFT + 1) - SHIFT
+    numbers[:, COLUMNS.radius] = np.array(list(SIZES.values()))[scenes.size] + drawn(2, 2 * SPREAD + 1) - SPREAD
+    numbers[:, COLUMNS.degrees] = drawn(3, 360)
+    table = np.array(list(COLOURS.values()))
+    shades = np.stack([drawn(word, 2 * SHADE + 1) - SHADE for word in range(4, 10)], axis=1)
+    numbers[:, COLUMNS.colour] = table[scenes.colour] + shades[:, :3]
+    numbers[:, COLUMNS.background] = table[scenes.background] + shades[:, 3:]
+    is_framed = (scenes.frame != scenes.background)[:, None]
+    numbers[:, COLUMNS.frame] = np.where(is_framed, table[scenes.frame], numbers[:, COLUMNS.background])
+    return Drawings(torch.from_numpy(numbers), image_size)
+
+
+@dataclasses.dataclass
+class SyntheticBatches(PairBatches):
+    """Batches of nothing but synthetic pairs, whose images the device draws.
+
+    Neither ``transform`` nor ``keys`` is used.
+
+    Attributes:
+        image_size: side of the images in pixels.
+    """
+
+    image_size: int = READ_SIZE
+
+    def __getitem__(self, number: int) -> Batch:
+        """Return batch ``number`` of the run, from 0; the images are still to be drawn."""
+        started = time.perf_counter()
+        pairs = self.samples(number)
+        numbers = torch.empty(len(pairs), WIDTH, dtype=torch.int32)
+        texts = np.empty(len(pairs), object)
+        for place, source in enumerate(self.sources):
+            assert isinstance(source, SyntheticSource)
+            mine = np.flatnonzero(pairs.source == place)
+            scenes = source.scenes(pairs.sample[mine])
+            numbers[torch.from_numpy(mine)] = drawings(scenes, self.image_size).numbers
+            texts[mine] = captions(scenes)
+        described = time.perf_counter()
+        ids = self.token_ids(texts.tolist())
+        seconds = {"describe": described - started, "tokenize": time.perf_counter() - described}
+        return Batch(Drawings(numbers, self.image_size), ids, [], seconds)
