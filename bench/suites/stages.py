@@ -16,7 +16,7 @@ from torch.utils.data import default_collate
 
 from clipfast import Tokenizer, image_transform, open_image
 from clipfast.data import Batch, CroppedImages, IndexCache, ShardSource, open_shards
-from clipfast.data.loader import room_for
+from clipfast.data.loader import stacked
 from clipfast.tokenizer import CONTEXT_LENGTH, trim_padding
 from clipfast.training.step import Upload
 
@@ -227,7 +227,9 @@ def _crop(photographs: Photographs, _: torch.device) -> Stage:
 
 def _collate(photographs: Photographs, _: torch.device) -> Stage:
     def ours() -> AnyFunction:
-        return _Joined(photographs.of_each(photographs.crops()), _filled, denormalized)
+        return _Joined(
+            photographs.of_each(photographs.crops()), lambda images: stacked(images, len(images)), denormalized
+        )
 
     def open_clip() -> AnyFunction:
         transform = photographs.open_clip_transform()
@@ -235,13 +237,6 @@ def _collate(photographs: Photographs, _: torch.device) -> Stage:
         return _Joined(images, default_collate, denormalized)
 
     return Stage({OURS: ours, "OpenCLIP": open_clip}, note="bytes", slack=PIXELS)
-
-
-def _filled(images: list[Tensor]) -> Tensor:
-    batch = room_for(len(images), images[0])
-    for index, image in enumerate(images):
-        batch[index] = image
-    return batch
 
 
 def _tokenize(photographs: Photographs, _: torch.device) -> Stage:

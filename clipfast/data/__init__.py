@@ -9,6 +9,7 @@ without that. ``order`` says which sample stands where in the sequence of a run,
 """
 
 from .crops import CroppedImages, WholeImages
+from .encoded import EncodedCrops, check_decoder
 from .identity import identities
 from .index import IndexCache, ShardIndex
 from .keys import Keys, read_keys, read_separator
@@ -25,6 +26,7 @@ __all__ = [
     "PREFETCH",
     "Batch",
     "CroppedImages",
+    "EncodedCrops",
     "IndexCache",
     "Keys",
     "Mix",
@@ -39,6 +41,7 @@ __all__ = [
     "Unique",
     "WholeImages",
     "caption",
+    "check_decoder",
     "decode_image",
     "expand_shards",
     "identities",

@@ -14,7 +14,7 @@ import random
 import signal
 import sys
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
@@ -96,6 +96,24 @@ class Batch:
         return dataclasses.replace(self, images=self.images.pin_memory(), texts=self.texts.pin_memory())
 
 
+def stacked(images: Iterable[Tensor], count: int) -> Tensor:
+    """Return ``count`` images of one size as one tensor."""
+    for index, image in enumerate(images):
+        if index == 0:
+            together = room_for(count, image)
+        together[index] = image
+    return together
+
+
+def room_for(count: int, like: Tensor) -> Tensor:
+    """Return an empty tensor for ``count`` images; a data worker shares its memory with the process that trains."""
+    shape = (count, *like.shape)
+    if get_worker_info() is None:
+        return like.new_empty(shape)
+    storage = torch.UntypedStorage._new_shared(count * like.nbytes)
+    return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, like.new_empty(shape, device="meta").stride())
+
+
 @dataclasses.dataclass
 class PairBatches(Dataset[Batch]):
     """All batches of a run by their numbers, or one rank's part of each.
@@ -103,7 +121,8 @@ class PairBatches(Dataset[Batch]):
     Attributes:
         sources: the sets of pairs.
         order: says which samples are in which batch.
-        transform: turns the bytes of an image into a tensor; it draws its random numbers from torch's generator.
+        transform: turns the bytes of an image into a tensor, or into what ``gather`` takes; it draws its random numbers
+            from torch's generator.
         tokenizer: of the model.
         batch_size: pairs of all ranks together.
         seed: of the augmentations.
@@ -113,11 +132,12 @@ class PairBatches(Dataset[Batch]):
         keys: under which names a sample has its image and its captions.
         reads_padding: whether the model reads the padding of texts, which then stays.
         rank, world_size: this rank takes the ``rank``-th of ``world_size`` equal parts of each batch.
+        gather: makes the images of a batch of what ``transform`` returns for each, and their number.
     """
 
     sources: Sequence[Source]
     order: Mix | Unique
-    transform: Callable[[bytes], Tensor]
+    transform: Callable[[bytes], Any]
     tokenizer: Tokenizer | FileTokenizer
     batch_size: int
     seed: int = 0
@@ -127,6 +147,7 @@ class PairBatches(Dataset[Batch]):
     reads_padding: bool = False
     rank: int = 0
     world_size: int = 1
+    gather: Callable[[Iterable[Any], int], Tensor | DeviceImages] = stacked
 
     def __post_init__(self) -> None:
         """Refuse a batch that is empty, or cannot be divided among the ranks.
@@ -150,13 +171,14 @@ class PairBatches(Dataset[Batch]):
         taken = self._identities(whole)
         clock, before = _Clock(), self._bytes_read()
         captions, skipped = list[str](), list[Skipped]()
-        for index in range(len(mine)):
-            source, data_pass, sample = (int(column[index]) for column in (mine.source, mine.data_pass, mine.sample))
-            image, text = self._usable(source, data_pass, sample, taken, skipped, clock)
-            if index == 0:
-                images = room_for(len(mine), image)
-            images[index] = image
-            captions.append(text)
+
+        def usable() -> Iterator[Any]:
+            for place in zip(mine.source.tolist(), mine.data_pass.tolist(), mine.sample.tolist(), strict=True):
+                image, text = self._usable(*place, taken, skipped, clock)
+                captions.append(text)
+                yield image
+
+        images = self.gather(usable(), len(mine))
         texts = self.token_ids(captions)
         clock.stop("tokenize")
         return Batch(images, texts, skipped, clock.seconds, self._bytes_read() - before)
@@ -191,7 +213,7 @@ class PairBatches(Dataset[Batch]):
 
     def _usable(
         self, source: int, data_pass: int, sample: int, taken: set[int], skipped: list[Skipped], clock: _Clock
-    ) -> tuple[Tensor, str]:
+    ) -> tuple[Any, str]:
         """Return image and caption of a sample, or of the substitute that its number determines if it is unusable."""
         tried: list[Skipped] = []
         for substitute in self._substitutes(source, data_pass, sample, taken):
@@ -228,7 +250,7 @@ class PairBatches(Dataset[Batch]):
             if not isinstance(self.order, Unique) or int(self.order.identities[source][other]) not in taken:
                 yield other
 
-    def pair(self, raw: RawSample, seed: int) -> tuple[Tensor, str]:
+    def pair(self, raw: RawSample, seed: int) -> tuple[Any, str]:
         """Return image and caption of a sample, augmented by random numbers that ``seed`` determines.
 
         Raises:
@@ -254,15 +276,6 @@ class _Clock:
         now = time.perf_counter()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now
-
-
-def room_for(count: int, like: Tensor) -> Tensor:
-    """Return an empty tensor for ``count`` images; a data worker shares its memory with the process that trains."""
-    shape = (count, *like.shape)
-    if get_worker_info() is None:
-        return like.new_empty(shape)
-    storage = torch.UntypedStorage._new_shared(count * like.nbytes)
-    return torch.empty(0, dtype=like.dtype).set_(storage, 0, shape, like.new_empty(shape, device="meta").stride())
 
 
 class _Reporting(Dataset[Batch | str]):

@@ -1,8 +1,7 @@
 """A trial: a few pairs are read and prepared as in training, to see what all of them are like."""
 
 import collections
-
-import torch
+from typing import Any
 
 from ..images import SampleError
 from .loader import Batch, PairBatches, Skipped
@@ -28,7 +27,7 @@ def try_pairs(batches: PairBatches, each: int) -> Batch:
         SampleError: not one of them can be used, or there are none; the message counts the reasons, and says what to
             do about the most common one.
     """
-    images, captions, skipped = list[torch.Tensor](), list[str](), list[Skipped]()
+    images, captions, skipped = list[Any](), list[str](), list[Skipped]()
     for source in batches.sources:
         first = 0
         for count in source.sizes:
@@ -54,4 +53,4 @@ def try_pairs(batches: PairBatches, each: int) -> Batch:
             + (f"; {FIXES[kinds[0][0]]}" if kinds[0][0] in FIXES else ""),
             kinds[0][0],
         )
-    return Batch(torch.stack(images), batches.tokenizer(captions), skipped)
+    return Batch(batches.gather(images, len(images)), batches.tokenizer(captions), skipped)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import complete_preprocessing
+from ..data import check_decoder
 from ..factory import create_model, resolve_device, set_preprocessing
 from ..file_tokenizer import FileTokenizer, tokenizer_of
 from ..kernels import contrastive_loss, sigmoid_loss
@@ -23,11 +24,13 @@ def build_device(config: TrainConfig) -> torch.device:
     """Return the device of a run.
 
     Raises:
-        ValueError: ``--cuda-graphs`` was given and the device is not a GPU.
+        ValueError: ``--cuda-graphs`` was given and the device is not a GPU, or ``--decode-on-device`` and it cannot.
     """
     device = torch.device(resolve_device(config.device))
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, and this run is on {device}")
+    if config.decode_on_device:
+        check_decoder(device)
     return device
 
 

@@ -188,6 +188,10 @@ class TrainConfig:
         0.0, "augmentation: turn the colour wheel by up to this share, at most 0.5", float, not_negative=True, most=0.5
     )
     gray_prob: float = _flag(0.0, "augmentation: probability that an image loses its colour", float, **SHARE)
+    decode_on_device: bool = _flag(
+        False, "decode JPEG files on the GPU (nvJPEG, by torchvision), so that data workers only read them and choose "
+        "the crops; it works on a CPU too, and was not measured on a GPU yet", bool,
+    )  # fmt: skip
     val_data: str | None = _flag(None, "labelled shards or image folder for zero-shot evaluation after each epoch")
     val_group_by: str | None = _flag(None, "key of the validation json; accuracy is also given for each of its values")
     val_leave_out: tuple[str, ...] = _flag((), "groups to leave out of a second overall accuracy")
@@ -240,6 +244,11 @@ class TrainConfig:
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-scale needs two shares of the area, 0 < low <= high <= 1, got {low} {high}")
+        augmentations = ", ".join(flag_name(key) for key in AUGMENTATIONS if getattr(self, key))
+        if self.decode_on_device and augmentations:
+            raise ValueError(f"--decode-on-device cannot be used with {augmentations}, which data workers apply")
+        if self.decode_on_device and self.crop_scale == (1.0, 1.0):
+            raise ValueError("--decode-on-device cannot be used with --crop-scale 1 1: it takes random crops")
         if self.train_num_samples is not None and self.train_num_samples < self.batch_size:
             raise ValueError(
                 f"--train-num-samples {self.train_num_samples} is less than one batch of {self.batch_size}"

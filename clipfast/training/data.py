@@ -13,6 +13,7 @@ from ..data import (
     MAX_OPEN,
     Batch,
     CroppedImages,
+    EncodedCrops,
     IndexCache,
     Mix,
     Order,
@@ -132,13 +133,19 @@ def pair_batches(
 ) -> PairBatches:
     """Return the batches of a run in an order, decoded and augmented as its options say, for ``model``."""
     augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
-    transform: CroppedImages | WholeImages = CroppedImages(model.visual.image_size, config.crop_scale, augment)
-    if config.crop_scale == (1.0, 1.0):
-        transform = WholeImages(transform_of(model, train=True, scale=config.crop_scale, augment=augment, uint8=True))
-    return PairBatches(
-        sources, order, transform, tokenizer, config.batch_size, config.seed, config.unique_by, config.keyword_prob,
+    crops = CroppedImages(model.visual.image_size, config.crop_scale, augment)
+    batches = PairBatches(
+        sources, order, crops, tokenizer, config.batch_size, config.seed, config.unique_by, config.keyword_prob,
         config.keys(), model.reads_padding,
     )  # fmt: skip
+    if config.decode_on_device:
+        encoded = EncodedCrops(crops)
+        batches.transform, batches.gather = encoded, encoded.gathered
+    elif config.crop_scale == (1.0, 1.0):
+        batches.transform = WholeImages(
+            transform_of(model, train=True, scale=config.crop_scale, augment=augment, uint8=True)
+        )
+    return batches
 
 
 def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_open: int = MAX_OPEN) -> list[Source]:
