@@ -196,7 +196,7 @@ class TestSoftware:
         assert "CUDA" in found
 
     def test_old_and_missing_packages(self, monkeypatch):
-        versions = {"torch": "2.1.0", "triton": None, "webdataset": "0.1", "tokenizers": None}
+        versions = {"torch": "2.1.0", "triton": None, "braceexpand": "0.1", "tokenizers": None}
         original = software.installed
         monkeypatch.setattr(software, "installed", lambda name: versions.get(name, original(name)))
         monkeypatch.setattr(software.platform, "python_version", lambda: "3.10.4")
@@ -205,7 +205,7 @@ class TestSoftware:
         assert (found["triton"].value, found["triton"].fix) == ("not installed", "pip install 'triton>=3.6'")
         assert [found[name].status for name in ("torch", "triton", "Python", "numpy")] == [PROBLEM] * 3 + [OK]
         found = by_name(software.packages())
-        assert (found["webdataset"].status, found["tokenizers"].status, found["tqdm"].status) == (PROBLEM, NOTE, OK)
+        assert (found["braceexpand"].status, found["tokenizers"].status, found["tqdm"].status) == (PROBLEM, NOTE, OK)
         assert found["tokenizers"].fix == "pip install 'clipfast[siglip]'"
         assert "pytest" not in found
 
@@ -530,7 +530,7 @@ class TestCommand:
         assert [line for line in out.splitlines() if line in GROUPS] == GROUPS
 
     @pytest.mark.parametrize(
-        "missing", [["torch"], ["pynvml", "webdataset", "tqdm", "torchvision", "tokenizers", "PIL"]]
+        "missing", [["torch"], ["pynvml", "braceexpand", "tqdm", "torchvision", "tokenizers", "PIL"]]
     )
     def test_packages_are_missing(self, missing, tmp_path):
         code = (
