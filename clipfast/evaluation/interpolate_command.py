@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
 from .command import read_classnames, read_templates
 
 EPILOG = """\
@@ -30,9 +31,10 @@ def add_parser(commands: Any) -> None:
     add("second", metavar="B", help="the other checkpoint; alpha 1")
     shares = "shares of B, from 0 to 1 (default: 0 0.1 ... 1)"
     add("--alpha", nargs="+", type=float, default=ALPHAS, metavar="FLOAT", help=shares)
-    data = "image folder or shards to evaluate on; may be given more than once"
+    data = "image folder or pairs to evaluate on; may be given more than once"
     add("--val-data", action="append", default=[], metavar="DATA", help=data)
-    add("--label-by", metavar="KEY", help="key of the shards' json that names the class (default: the caption does)")
+    add_arguments(parser, SOURCE_OPTIONS)
+    add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption does)")
     add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
     templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
     add("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
@@ -69,7 +71,8 @@ def run(args: argparse.Namespace) -> int:
     models = Interpolation(
         args.first, args.second, model=args.model, activation=args.activation, cache_dir=args.cache_dir
     )
-    data = {name: LabelledSet(name, label_by=args.label_by) for name in args.val_data}
+    keys, separator = keys_of(vars(args)), separator_of(vars(args))
+    data = {name: LabelledSet(name, None, args.label_by, keys, separator) for name in args.val_data}
     rows: list[dict[str, Any]] = []
     for row in evaluate_path(models, alphas, data, settings, _progress) if data else ():
         if not rows:

@@ -50,6 +50,7 @@ def run(args: argparse.Namespace) -> int:
             origins.setdefault("name", "recipe and time")
     if not given.keys().isdisjoint(BUDGETS):
         options = {key: value for key, value in options.items() if key not in BUDGETS}
+        origins = {key: origin for key, origin in origins.items() if key not in BUDGETS}
     options, origins = options | given, origins | dict.fromkeys(given, "flag")
     if args.print_config:
         # What is printed need not be complete: most recipes name no data.

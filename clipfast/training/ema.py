@@ -31,6 +31,11 @@ class WeightAverage:
         }
         self.averages = {name: value.detach().float().clone() for name, value in self._live.items()}
 
+    @property
+    def nbytes(self) -> int:
+        """The memory that the average takes."""
+        return sum(average.nbytes for average in self.averages.values())
+
     @torch.no_grad()
     def update(self, steps: int) -> None:
         """Take the weights into the average after ``steps`` steps, which count from 1."""

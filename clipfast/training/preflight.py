@@ -24,6 +24,8 @@ from ..units import BYTES, scaled
 from .build import bare_model, build_device, build_loss, build_tokenizer
 from .config import TrainConfig
 from .data import pair_batches, parts, sources_of, validation_set
+from .ema import WeightAverage
+from .optim import make_optimizer
 from .run import RunFolder
 
 SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
@@ -75,6 +77,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any]) -> 
         raise ValueError(f"--train-data: {error}") from error
     model = bare_model(config, saved, torch.device("meta"))
     build_loss(config, model)
+    make_optimizer(config, model)
     tokenizer = build_tokenizer(config, model)
     checkpoint, free = _check_disk(config, folder, model)
     loader = _check_loader(config, model)
@@ -99,7 +102,8 @@ def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
     parameters = list(model.parameters())
     weights = _nbytes([*parameters, *model.buffers()])
     trained = _nbytes([weight for weight in parameters if weight.requires_grad])
-    return weights, trained, (2 * trained if config.opt == "adamw" else 0) + (weights if config.ema_decay else 0)
+    average = 0 if config.ema_decay is None else WeightAverage(model, config.ema_decay).nbytes
+    return weights, trained, (2 * trained if config.opt == "adamw" else 0) + average
 
 
 def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[int, int]:

@@ -109,6 +109,13 @@ def test_one_set_is_plotted_too(folder, tmp_path, capsys):
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 
+def test_pairs_are_read_under_the_names_that_flags_give(folder, tmp_path, capsys):
+    write_shard(tmp_path / "s.tar", [{"png": picture(index), "cap": f"thing {index}".encode()} for index in range(4)])
+    arguments = [folder / "a.pt", folder / "b.pt", "--val-data", tmp_path / "s.tar", "--alpha", 0.5]
+    assert run_command(capsys, "interpolate", *arguments)[0] == 2
+    assert run_command(capsys, "interpolate", *arguments, "--text-key", "cap")[0] == 0
+
+
 def test_folders_and_siglip(tmp_path):
     pytest.importorskip("tokenizers")
     torch.manual_seed(0)

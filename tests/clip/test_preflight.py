@@ -192,6 +192,16 @@ def test_the_model_and_its_loss(tmp_path, refusal):
     assert refusal(model="ViT-T-8-32") == ""
 
 
+def test_the_optimizer(tmp_path, refusal):
+    write_shard(tmp_path / "x.tar", PAIRS)
+    assert "--opt must be one of adadelta," in refusal(opt="lion")
+    assert "--wd-exclude 'bias' is the name of no parameter" in refusal(wd_exclude="bias")
+    assert "--opt muon trains matrices, and all of them are locked" in refusal(
+        "--lock-image", "--lock-text", opt="muon"
+    )
+    assert refusal("--lock-image", opt="muon") == ""
+
+
 class TestMemory:
     """Shared memory of data workers, and memory of the host."""
 
@@ -236,14 +246,16 @@ class TestDisk:
     def shard(self, tmp_path):
         write_shard(tmp_path / "x.tar", PAIRS)
 
-    def test_the_estimate_is_that_of_the_files(self, tmp_path, monkeypatch):
+    @pytest.mark.parametrize(("ema_decay", "said"), [(None, "19.7 MiB"), (0.9, "26.3 MiB")])
+    def test_the_estimate_is_that_of_the_files(self, tmp_path, monkeypatch, ema_decay, said):
         monkeypatch.setattr(loop, "_pictures", lambda *_: [])
-        folder, _ = train(config(f"{tmp_path}/x.tar", tmp_path / "logs", train_num_samples=8, epochs=1))
-        found = preflight(config(f"{tmp_path}/x.tar", tmp_path / "logs"), folder, {})
+        options = {"ema_decay": ema_decay, "workers": 1}
+        folder, _ = train(config(f"{tmp_path}/x.tar", tmp_path / "logs", train_num_samples=8, epochs=1, **options))
+        found = preflight(config(f"{tmp_path}/x.tar", tmp_path / "logs", **options), folder, {})
         size = folder.latest.stat().st_size
         assert size * 0.98 < found.checkpoint < size
         log = (folder.path / "out.log").read_text()
-        assert "8 pairs in 1 shard(s); a checkpoint takes 19.7 MiB of " in log
+        assert f"8 pairs in 1 shard(s); a checkpoint takes {said} of " in log
         assert "the batches that are made ahead 50.0 KiB of memory; 4 pairs were tried" in log
 
     def test_space(self, tmp_path, refusal, monkeypatch):

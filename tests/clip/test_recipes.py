@@ -85,6 +85,10 @@ def test_every_option_is_printed_with_its_origin(capsys):
     assert found["--crop-scale"] == ["0.9 1.0", "recipe clip-paper"]
     assert found["--seed"] == ["0", "default"]
     assert found["--train-data"] == ["(needed)", "nowhere"]
+    # of two options that exclude each other, the flag takes the place of the recipe's
+    code, out, error = run_command(capsys, "train", "--recipe", "clip-paper", "--samples-seen", 9, "--print-config")
+    assert code == 0, error
+    assert {rows(out)["--samples-seen"][1], rows(out)["--epochs"][1]} == {"flag", "default"}
     # it is checked like the options of a run
     code, out, error = run_command(capsys, "train", "--recipe", "clip-paper", "--batch-size", 0, "--print-config")
     assert (code, out) == (2, "")
