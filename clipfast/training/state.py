@@ -133,7 +133,9 @@ class RunState:
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint's optimizer state does not fit the model: {error}. Which parameters are trained, and "
-                "in which groups, must stay: locked towers, --wd-exclude, --image-layer-decay and --text-layer-decay"
+                "in which groups, must stay: locked towers, --wd-exclude, --image-layer-decay and --text-layer-decay. "
+                "In a checkpoint of OpenCLIP's main branch, positions have no weight decay: --wd-exclude "
+                f"{' '.join(sorted(self.model.no_weight_decay()))}"
             ) from error
 
 

@@ -254,6 +254,20 @@ def test_another_optimizer_cannot_go_on(shards, tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
+def test_a_checkpoint_of_open_clip_main_goes_on(shards, tmp_path):
+    """Its groups are those of 3.3.0 but for the embeddings of positions and classes, which have no weight decay."""
+    names = ("positional_embedding", "visual.positional_embedding", "visual.class_embedding")
+    folder, _ = train(config(shards, tmp_path, workers=0, wd_exclude=names))
+    checkpoint = read_checkpoint(folder.latest)
+    del checkpoint["clipfast"]
+    torch.save(checkpoint, tmp_path / "theirs.pt")
+    options = {"workers": 0, "epochs": 3}
+    with pytest.raises(CheckpointError, match=f"--wd-exclude {' '.join(sorted(names))}"):
+        train(config(shards, tmp_path / "other", **options), tmp_path / "theirs.pt")
+    other, _ = train(config(shards, tmp_path / "other", wd_exclude=names, **options), tmp_path / "theirs.pt")
+    assert [line["step"] for line in other.metrics() if "loss" in line] == [10, 12]
+
+
 def test_a_recipe_or_a_checkpoint_imports_nothing(shards, tmp_path, capsys):
     """They may come from anybody, and to import a module runs it."""
     (tmp_path / "mine.toml").write_text(f'opt = "{IMPORTED}"\nmodel = "{TINY}"')
