@@ -148,6 +148,7 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
         ValueError: an option was given that the optimizer does not have.
     """
     known = inspect.signature(kind).parameters
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in known.values())
     betas_given, eps_given = config.beta1 != 0.9 or config.beta2 is not None, config.eps is not None
     is_torch = kind.__module__.startswith("torch.optim.")
     options: dict[str, Any] = {}
@@ -158,17 +159,15 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
         ("--wd", "weight_decay", config.wd > 0),
         ("--cuda-graphs", "capturable", config.cuda_graphs),
     ):
-        if is_given and argument not in known:
+        if is_given and argument not in known and not takes_any:
             without = "set --wd 0" if argument == "weight_decay" else f"leave out {flag}"
             raise ValueError(f"--opt {config.opt} has no argument {argument}: {without}")
     betas, eps = adam_defaults(config, model)
     # Other packages' optimizers have good values of their own.
-    if "betas" in known and (is_torch or betas_given):
-        options |= {"betas": betas}
-        if "eps" in known:
-            options |= {"eps": eps}
-    elif eps_given:
-        options["eps"] = config.eps
+    if betas_given or ("betas" in known and is_torch):
+        options["betas"] = betas
+    if eps_given or ("betas" in known and is_torch):
+        options["eps"] = eps
     if config.momentum is not None:
         options["momentum"] = config.momentum
     if kind in _FUSED:

@@ -25,6 +25,13 @@ class Half(torch.optim.SGD):
         self.betas = betas
 
 
+class Passing(torch.optim.AdamW):
+    """One that passes on what it is given."""
+
+    def __init__(self, params, lr=1e-3, **others):
+        super().__init__(params, lr, **others)
+
+
 IMPORTED = f"{__name__}:Half"
 
 
@@ -80,6 +87,8 @@ def test_an_import_path_keeps_the_defaults_of_its_class(model):
     assert type(optimizer).__name__ == "Half"
     assert optimizer.betas == (0.5, 0.6)
     assert made(model, opt=IMPORTED, beta2=0.7).betas == (0.9, 0.7)
+    passing = made(model, opt=f"{__name__}:Passing", beta2=0.7).defaults
+    assert (passing["betas"], passing["eps"]) == ((0.9, 0.7), 1e-8)
 
 
 @pytest.mark.parametrize(
