@@ -349,7 +349,7 @@ class TestGPU:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * weights - 1, 2**36))
         line = refusal(device="cuda")
         assert "cuda has 26.3 MiB of its 64.0 GiB free, and weights, gradients and the optimizer's state of " in line
-        assert "take 26.3 MiB: end what else runs there (nvidia-smi names it), take another GPU" in line
+        assert "take 26.3 MiB: end what else runs there (see nvidia-smi), take another GPU" in line
         assert refusal(device="cuda", precision="pure_bf16") == ""  # takes half of it
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * weights, 2**36))
         assert refusal(device="cuda") == ""
