@@ -102,6 +102,7 @@ RESNET = {
 }  # fmt: skip
 
 
+@pytest.mark.long
 def test_a_run_with_batch_norm_goes_on_to_the_last_bit(shards, tmp_path):
     (tmp_path / "small-resnet.json").write_text(json.dumps(RESNET))
     options = {"model": str(tmp_path / "small-resnet.json"), "ema_decay": 0.7, "workers": 0}
@@ -123,6 +124,7 @@ def test_a_run_with_batch_norm_goes_on_to_the_last_bit(shards, tmp_path):
     assert "state_dict_ema" not in read_checkpoint(without.latest)
 
 
+@pytest.mark.long
 def test_the_average_is_evaluated_and_exported(shards, tmp_path):
     options = {"ema_decay": 0.9, "val_data": shards, "epochs": 4, "workers": 0}
     folder, _ = train(config(shards, tmp_path, **options))

@@ -76,6 +76,7 @@ def test_micro_batches_give_the_gradient_of_the_batch(shards, tmp_path):
     assert losses(parts) == pytest.approx(losses(whole), rel=1e-5)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("freeze", [False, True])
 def test_batch_norm_of_a_locked_tower(shards, tmp_path, freeze):
     options = {

@@ -217,6 +217,7 @@ def test_muon_steps_like_its_two_parts():
     assert torch.equal(ours.bias, theirs.bias)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "options",
     [
@@ -263,6 +264,7 @@ def test_another_optimizer_cannot_go_on(shards, tmp_path):
     assert not (tmp_path / "theirs").exists()
 
 
+@pytest.mark.long
 def test_a_checkpoint_of_open_clip_main_goes_on(shards, tmp_path):
     """Its groups are those of 3.3.0 but for the embeddings of positions and classes, which have no weight decay."""
     names = ("positional_embedding", "visual.positional_embedding", "visual.class_embedding")

@@ -12,7 +12,7 @@ from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Schedule, schedule_o
 
 from .test_training import config, same, stopped_after
 
-STEPS, EPOCHS = 120, Epochs(num_samples=160, batch_size=8)  # 6 epochs of 20 steps
+STEPS, EPOCHS = 120, Epochs(num_samples=160, batch_size=8, samples_seen=960)  # 6 epochs of 20 steps
 
 
 def schedule(total=STEPS, epochs=EPOCHS, **options):
@@ -67,7 +67,7 @@ def test_warmup_is_a_number_or_a_share(warmup, total, steps):
 
 
 def test_cooldown_counts_the_steps_of_whole_epochs():
-    uneven = Epochs(num_samples=10, batch_size=4)  # 3, 5 and 8 steps after one, two and three epochs
+    uneven = Epochs(num_samples=10, batch_size=4, samples_seen=30)  # 3, 5 and 8 steps after one, two and three epochs
     assert schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=2).cooldown == 5
     with pytest.raises(ValueError, match="--epochs-cooldown 4 is 10 steps, more than the 8 of the whole run"):
         schedule(8, uneven, lr_scheduler="const-cooldown", epochs_cooldown=4)
@@ -96,6 +96,7 @@ def test_set_lr_scales_by_group():
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
 
 
+@pytest.mark.long
 def test_a_run_follows_its_schedule_and_goes_on_in_it(shards, tmp_path):
     options = {"lr_scheduler": "wsd", "decay_fraction": 0.5, "warmup": 0.25, "log_every_n_steps": 1}
     whole, _ = train(config(shards, tmp_path / "whole", **options))
