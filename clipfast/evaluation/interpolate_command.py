@@ -76,7 +76,11 @@ def run(args: argparse.Namespace) -> int:
     rows: list[dict[str, Any]] = []
     for row in evaluate_path(models, alphas, data, settings, _progress) if data else ():
         if not rows:
-            print(_line("alpha", *(f"{name}: {figure}" for name in data for figure in _FIGURES)))
+            for number, name in enumerate(data, 1):
+                print(f"[{number}] {name}")
+            print(
+                _line("alpha", *(f"[{number}] {figure}" for number in range(1, len(data) + 1) for figure in _FIGURES))
+            )
             skipped = [one for images in data.values() for one in images.skipped]
             print("".join(f"clipfast interpolate: left out {one}\n" for one in skipped), end="", file=sys.stderr)
         rows.append(row)
@@ -98,12 +102,12 @@ def run(args: argparse.Namespace) -> int:
 _FIGURES: dict[str, Callable[[dict[str, Any]], float]] = {
     "top-1": lambda results: results["zero_shot"]["top1"],
     "top-5": lambda results: results["zero_shot"]["top5"],
-    "text to image R@1": lambda results: results["retrieval"]["text_to_image"]["R@1"],
+    "t2i R@1": lambda results: results["retrieval"]["text_to_image"]["R@1"],
 }
 
 
 def _line(*words: str) -> str:
-    return "  ".join(f"{word:>7}" for word in words)
+    return "  ".join(f"{word:>11}" for word in words)
 
 
 def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:

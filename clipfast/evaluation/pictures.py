@@ -83,7 +83,10 @@ def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> No
     over_alpha.set(xlabel="alpha", ylabel="zero-shot top-1, %")
     over_alpha.legend()
     for axis in others:
-        axis.set(xlabel=f"top-1 on {_shorten(names[0], 40)}, %", ylabel="top-1 on the other, %")
+        axis.set(
+            xlabel=f"top-1 on {_shorten(names[0], 40)}, %",
+            ylabel=f"top-1 on {_shorten(names[1], 40) if len(names) == 2 else 'the others'}, %",
+        )
         for number, name in enumerate(names[1:], 1):
             axis.plot(top1[names[0]], top1[name], marker="o", color=f"C{number}", label=_shorten(name, 40))
         for alpha, x, y in zip(alphas, top1[names[0]], top1[names[1]], strict=True):

@@ -90,7 +90,8 @@ def test_the_command(folder, tmp_path, capsys):
     )  # fmt: skip
     assert code == 0, error
     lines = out.splitlines()
-    assert [line.split()[0] for line in lines[:-1]] == ["alpha", "0", "0.5", "1"]
+    assert [line.split()[0] for line in lines[:-1]] == ["[1]", "[2]", "alpha", "0", "0.5", "1"]
+    assert {len(line) for line in lines[2:-1]} == {7 * 11 + 6 * 2}
     assert lines[-1] == f"wrote the model at alpha 0.5 to {tmp_path}/both: load it as local-dir:{tmp_path}/both"
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     path = json.loads((tmp_path / "r.json").read_text())["path"]
