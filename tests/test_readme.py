@@ -1,4 +1,4 @@
-"""Every snippet of the README and of docs/ runs, and every command of the README."""
+"""Every snippet of the README and of docs/ runs, and every command of the README and of docs/data.md."""
 
 import re
 import shlex
@@ -20,7 +20,7 @@ SNIPPETS = [
 ]
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```sh\n(.*?)```", TEXT, re.DOTALL)
+    for block in re.findall(r"```sh\n(.*?)```", TEXT + (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
     for line in block.splitlines()
 ]
 # Two steps instead of a thousand, by what says how many there are.
