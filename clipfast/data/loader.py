@@ -331,9 +331,11 @@ def pair_loader(
 
 
 def _first_death(workers: Sequence[BaseProcess]) -> str | None:
-    """Say how the first of the processes that have ended did so; None if all of them run."""
+    """Say how the first of the processes that have ended did so; None if all of them run, or there are none."""
+    if not workers:
+        return None
     by_sentinel = {worker.sentinel: worker for worker in workers}
-    for _ in range(MAX_INTERRUPTIONS if workers else 0):
+    for _ in range(MAX_INTERRUPTIONS):
         with contextlib.suppress(RuntimeError):  # PyTorch's own report, which may come now
             ended = wait(list(by_sentinel), timeout=PATIENCE)  # its pipes break before it has ended
             if not ended:

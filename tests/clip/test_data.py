@@ -232,6 +232,17 @@ def test_a_killed_worker_is_an_error(shards):
         list(loader)
 
 
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), RuntimeError("out of memory")])
+def test_an_error_without_workers_stays_what_it_is(error, shards, monkeypatch):
+    def failing(batches, number):
+        raise error
+
+    monkeypatch.setattr(PairBatches, "__getitem__", failing)
+    with pytest.raises(type(error)) as raised:
+        next(pair_loader(batches(shards), 0, 1, 0))
+    assert raised.value is error
+
+
 def children():
     """The processes that this one has started."""
     return {int(pid) for task in Path("/proc/self/task").iterdir() for pid in (task / "children").read_text().split()}

@@ -41,11 +41,17 @@ def failing_after(step, error):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("shard x cannot be read"), RuntimeError("DataLoader worker is killed"), OSError("no terminal")]
+    ("error", "workers"),
+    [
+        (ValueError("shard x cannot be read"), 1),
+        (RuntimeError("DataLoader worker is killed"), 1),
+        (RuntimeError("CUDA out of memory"), 0),
+        (OSError("no terminal"), 1),
+    ],
 )
-def test_an_error_saves_the_steps_before_it(shards, tmp_path, error):
+def test_an_error_saves_the_steps_before_it(shards, tmp_path, error, workers):
     with failing_after(3, error), pytest.raises(type(error), match=str(error)):
-        train(config(shards, tmp_path))
+        train(config(shards, tmp_path, workers=workers))
     run = RunFolder(tmp_path / "run")
     assert saved_step(run.path) == 3
     assert f"Saved {run.latest}; go on with: clipfast train --resume {run.path}" in (run.path / "out.log").read_text()
