@@ -13,6 +13,7 @@ import dataclasses
 import random
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from multiprocessing.connection import wait
@@ -36,7 +37,8 @@ from .source import Source
 # If a sample and so many substitutes cannot be used, the run stops: nothing in the data seems to be usable.
 MAX_SUBSTITUTES = 100
 PREFETCH = 2  # batches that each data worker makes ahead
-PATIENCE = 2.0  # seconds
+PATIENCE = 2.0  # seconds in which a worker ends whose pipe broke
+GRACE = 1.0  # seconds that data workers have at the end for the batches that they make
 MAX_INTERRUPTIONS = 3  # by PyTorch's reports of a dead worker
 PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
 
@@ -296,8 +298,8 @@ def pair_loader(
 ) -> Generator[Batch, None, None]:
     """Yield batches ``first`` to ``stop - 1``, made by ``num_workers`` processes; with 0, this process makes them.
 
-    Shards that are read from copies are copied ahead by threads of this process. Closing the generator ends the
-    processes and the threads.
+    Shards that are read from copies are copied ahead by threads of this process. Closing the generator tells processes
+    and threads to end, and waits a moment for them; the processes that have not ended then are killed.
 
     Raises:
         ValueError: an error of the batches, or a data worker died.
@@ -324,10 +326,21 @@ def pair_loader(
             f"a data worker died: {death}; if it ran out of memory, as the system's log would say, use fewer --workers"
         ) from error
     finally:
-        # Tracebacks keep an iterator alive, and its workers would then wait at the end of the process. PyTorch reports
-        # a dead worker by an error at any moment, even here, and has ended the others then.
-        with contextlib.suppress(AttributeError, RuntimeError):
-            iterator._shutdown_workers()  # type: ignore[attr-defined]
+        # Tracebacks keep an iterator alive, and its workers would then wait at the end of the process.
+        if num_workers:
+            _end_workers(iterator)
+
+
+def _end_workers(iterator: Any) -> None:
+    """End the data workers of an iterator; those that are still busy after ``GRACE`` seconds are killed."""
+    # PyTorch ends its own thread first, which must not read what a killed worker has half written. Then it waits for
+    # up to ten seconds for each worker in turn; that is over as soon as all of them are killed.
+    killer = threading.Timer(GRACE, lambda: [worker.kill() for worker in iterator._workers])
+    # PyTorch reports a dead worker by an error at any moment, even here, and has ended the others then.
+    with contextlib.suppress(RuntimeError):
+        killer.start()
+        iterator._shutdown_workers()
+    killer.cancel()
 
 
 def _first_death(workers: Sequence[BaseProcess]) -> str | None:

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from clipfast.data import (
+    Batch,
     CroppedImages,
     Mix,
     Order,
@@ -241,6 +243,41 @@ def test_an_error_without_workers_stays_what_it_is(error, shards, monkeypatch):
     with pytest.raises(type(error)) as raised:
         next(pair_loader(batches(shards), 0, 1, 0))
     assert raised.value is error
+
+
+@pytest.fixture(params=[False, True], ids=["", "pin-memory thread"])
+def pin_memory(request, monkeypatch):
+    """Whether batches are pinned, by PyTorch's own thread, which here finds a GPU that is none."""
+    if request.param:
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("cpu"))
+        monkeypatch.setattr(torch.accelerator, "current_device_index", lambda: 0)
+        monkeypatch.setattr(torch.accelerator, "set_device_index", lambda index: None)
+        monkeypatch.setattr(Batch, "pin_memory", lambda batch: batch)
+    return request.param
+
+
+@pytest.mark.parametrize("dies", [False, True])
+def test_closing_does_not_wait_for_busy_workers(dies, pin_memory, shards, monkeypatch):
+    original = PairBatches.__getitem__
+
+    def endless(batches, number):
+        time.sleep(600 if number else 0)
+        return original(batches, number)
+
+    monkeypatch.setattr(PairBatches, "__getitem__", endless)
+    before = children()
+    loader = pair_loader(batches(shards), 0, 10**6, 3, pin_memory=pin_memory)
+    next(loader)
+    workers, started = children() - before, time.monotonic()
+    assert len(workers) == 3
+    if dies:
+        os.kill(min(workers), signal.SIGKILL)
+        with pytest.raises(ValueError, match="a data worker died"):
+            next(loader)
+    loader.close()
+    assert time.monotonic() - started < 5  # PyTorch alone needs ten seconds for each, and leaves some behind
+    assert not workers & children()
 
 
 def children():
