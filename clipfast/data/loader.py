@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from ..file_tokenizer import FileTokenizer
+from ..files import DiskFullError
 from ..images import SampleError
 from ..tokenizer import Tokenizer, trim_padding
 from .keys import DEFAULT_KEYS, Keys
@@ -280,17 +281,19 @@ class _Clock:
         self._last = now
 
 
-class _Reporting(Dataset[Batch | str]):
-    """Batches, or the message of a ValueError: a worker that raised it would wrap it into a traceback."""
+class _Reporting(Dataset[Batch | ValueError | DiskFullError]):
+    """Batches, or the error that a batch ends with: PyTorch would wrap one that a worker raised into a traceback."""
 
     def __init__(self, batches: PairBatches) -> None:
         self.batches = batches
 
-    def __getitem__(self, number: int) -> Batch | str:
+    def __getitem__(self, number: int) -> Batch | ValueError | DiskFullError:
         try:
             return self.batches[number]
-        except ValueError as error:
-            return str(error)
+        except DiskFullError as error:
+            return DiskFullError(str(error))
+        except ValueError as error:  # of any kind, which another process may not be able to make again
+            return ValueError(str(error))
 
 
 def pair_loader(
@@ -303,6 +306,7 @@ def pair_loader(
 
     Raises:
         ValueError: an error of the batches, or a data worker died.
+        DiskFullError: there is no space for the copy of a shard.
     """
     options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker}
     options["prefetch_factor"] = PREFETCH if num_workers else None
@@ -314,10 +318,12 @@ def pair_loader(
         # After the data workers: a process that is forked while a thread holds a lock cannot take that lock.
         with ReadAhead(batches, first, stop, in_flight) as ahead:
             for number, batch in enumerate(iterator, first + 1):
-                if isinstance(batch, str):
-                    raise ValueError(batch)
+                if isinstance(batch, Exception):
+                    raise batch
                 ahead.reached(number)
                 yield batch
+    except DiskFullError:
+        raise
     except (RuntimeError, EOFError, OSError) as error:  # whichever way the loss of a worker is met first
         death = _first_death(getattr(iterator, "_workers", ()))
         if death is None:

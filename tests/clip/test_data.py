@@ -26,6 +26,7 @@ from clipfast.data import (
     open_shards,
     pair_loader,
 )
+from clipfast.files import DiskFullError
 from clipfast.tokenizer import Tokenizer, tokenize, trim_padding
 
 from .conftest import picture, sample, write_shard
@@ -243,6 +244,20 @@ def test_an_error_without_workers_stays_what_it_is(error, shards, monkeypatch):
     with pytest.raises(type(error)) as raised:
         next(pair_loader(batches(shards), 0, 1, 0))
     assert raised.value is error
+
+
+@pytest.mark.parametrize("error", [DiskFullError("no space for x"), ValueError("not one can be used")])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_errors_of_a_batch_arrive_as_they_are(error, workers, shards, monkeypatch):
+    def failing(batches, number):
+        raise error
+
+    monkeypatch.setattr(PairBatches, "__getitem__", failing)
+    # Nobody looks for a worker that died.
+    monkeypatch.setattr("clipfast.data.loader._first_death", lambda workers: pytest.fail("it looked"))
+    with pytest.raises(type(error)) as raised:
+        next(pair_loader(batches(shards), 0, 1, workers))
+    assert str(raised.value) == str(error)
 
 
 @pytest.fixture(params=[False, True], ids=["", "pin-memory thread"])
