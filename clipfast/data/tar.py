@@ -22,6 +22,7 @@ MAGIC = b"ustar"
 MAGIC_OFFSET = 257  # of the magic in a header
 WINDOW = 1 << 20  # bytes that are searched at once for a header
 MAX_MEMBER = 1 << 28  # bytes of the largest member that is read into memory
+MAX_DIGITS = 20  # of the length of a record in a pax header
 WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 # An archive ends with two blocks of zeros, and most writers then fill a record. Other zeros are not an end but a hole.
 MAX_ZEROS = tarfile.RECORDSIZE + 2 * BLOCK
@@ -162,14 +163,15 @@ def _parse(block: bytes) -> tarfile.TarInfo | None:
 
 def pax_records(data: bytes) -> dict[str, str]:
     """Return the records "length key=value" of a pax header, up to the first that is malformed."""
-    records: dict[str, str] = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not 0 < int(length) <= len(data):
+    records, at = dict[str, str](), 0
+    while at < len(data):
+        length, _, _ = data[at : at + MAX_DIGITS + 1].partition(b" ")
+        end = at + int(length) if length.isdigit() else at
+        if not at < end <= len(data):
             break
-        key, _, value = data[len(length) + 1 : int(length) - 1].decode("utf-8", "surrogateescape").partition("=")
+        key, _, value = data[at + len(length) + 1 : end - 1].decode("utf-8", "surrogateescape").partition("=")
         records[key] = value
-        data = data[int(length) :]
+        at = end
     return records
 
 

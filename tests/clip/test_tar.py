@@ -11,7 +11,7 @@ from collections import Counter
 import pytest
 
 from clipfast.data.samples import is_pair
-from clipfast.data.tar import Damage, Member, read_tar
+from clipfast.data.tar import Damage, Member, pax_records, read_tar
 
 from .conftest import read_samples
 
@@ -177,6 +177,29 @@ def test_sparse_files_and_reserved_names_are_no_members(tmp_path):
     data = archive(["a.txt"], pax_headers={"GNU.sparse.major": "1"})
     (part,) = read_tar(io.BytesIO(data))
     assert "a.txt is a sparse file" in part.reason
+
+
+class Counted(bytes):
+    """Bytes that count how many of them are copied."""
+
+    copied = 0
+
+    def __getitem__(self, which):
+        part = Counted(super().__getitem__(which))
+        Counted.copied += len(part)
+        return part
+
+
+@pytest.mark.parametrize("record", [b"4 a\n", b"12 path=a/b\n"])
+def test_a_header_of_many_records_takes_no_more_than_its_length(record):
+    data, Counted.copied = Counted(record * 3000), 0
+    assert len(pax_records(data)) == 1
+    assert Counted.copied < 10 * len(data)
+
+
+@pytest.mark.parametrize("data", [b"9" * 5000, b"9" * 5000 + b" a=b\n", b"0 a=b\n", b"6 a=b", b" ", b"x a=b\n"])
+def test_records_end_where_they_are_malformed(data):
+    assert pax_records(b"12 path=a/b\n" + data) == {"path": "a/b"}
 
 
 def test_zeros_at_the_end_are_one_damage():
