@@ -16,6 +16,7 @@ from .errors import NotFiniteError
 from .step import TrainingStep
 
 CHECKPOINT_VERSION = 1
+MOMENTS = ("exp_avg", "momentum_buffer")  # in most optimizers' states: one number for each of the parameter
 
 
 @dataclasses.dataclass
@@ -69,6 +70,7 @@ class RunState:
                 "progress": dataclasses.asdict(self.progress) | counts,
                 "stream": self.data.state_dict(),
                 "micro_batch_size": self.step.micro_batch_size,  # BatchNorm depends on it
+                "groups": self._groups(),
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
         }
@@ -95,7 +97,7 @@ class RunState:
         load_weights(self.model, checkpoint, "the checkpoint")
         if self.average is not None:
             self.average.load_state_dict(checkpoint.get("state_dict_ema"))
-        self._load_optimizer(checkpoint["optimizer"])
+        self._load_optimizer(checkpoint["optimizer"], own.get("groups"))
         progress, stream = own.get("progress"), own.get("stream", {})
         if progress is None:  # OpenCLIP's
             self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
@@ -124,12 +126,26 @@ class RunState:
         what = f"leave {', '.join(flags)} as it was" if flags else "the shards have other samples than they had"
         raise ValueError(f"the checkpoint is from within an epoch, whose data cannot change: {what}")
 
-    def _load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load the moments of an optimizer; its learning rate and other options stay those of this run."""
+    def _groups(self) -> list[list[str]]:
+        """Return the names of the parameters in each group of the optimizer, which knows them only by their places."""
+        names = {parameter: name for name, parameter in self.model.named_parameters()}
+        return [[names[parameter] for parameter in group["params"]] for group in self.optimizer.param_groups]
+
+    def _load_optimizer(self, state: dict[str, Any], groups: list[list[str]] | None) -> None:
+        """Load the moments of an optimizer; its learning rate and other options stay those of this run.
+
+        ``groups`` are those of the checkpoint; None if it does not say them, as OpenCLIP's and earlier ones.
+        """
         for group, mine in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
             group.update({key: value for key, value in mine.items() if key != "params"})
         try:
             self.optimizer.load_state_dict(state)
+            if groups not in (None, self._groups()):
+                raise ValueError("its groups hold other parameters")
+            # A fused optimizer that is given moments of another shape writes beyond their end.
+            for parameter, moments in self.optimizer.state.items():
+                if any(name in moments and moments[name].shape != parameter.shape for name in MOMENTS):
+                    raise ValueError("its moments have other shapes than the parameters")
         except (ValueError, KeyError) as error:
             raise CheckpointError(
                 f"the checkpoint's optimizer state does not fit the model: {error}. Which parameters are trained, and "

@@ -33,6 +33,7 @@ class Passing(torch.optim.AdamW):
 
 
 IMPORTED = f"{__name__}:Half"
+BLOCK = "transformer.resblocks"
 
 
 def built(name):
@@ -241,7 +242,7 @@ def test_training_goes_on_to_the_last_bit(shards, tmp_path, options):
 
 
 def test_another_optimizer_cannot_go_on(shards, tmp_path):
-    folder, _ = train(config(shards, tmp_path, workers=0))
+    folder, _ = train(config(shards, tmp_path, workers=0, wd_exclude=(f"{BLOCK}.0.mlp.c_fc.weight",)))
     before = folder.latest.read_bytes()
     for options, message in (
         (
@@ -251,6 +252,8 @@ def test_another_optimizer_cannot_go_on(shards, tmp_path):
         ({"lock_text": True}, "does not fit the model: .*must stay: locked towers"),
         ({"wd_exclude": ("visual.proj",)}, "does not fit the model: .*must stay: .*--wd-exclude"),
         ({"image_layer_decay": 0.5}, "does not fit the model: .*--image-layer-decay"),
+        # another parameter of the same shape, so that the groups are as large as they were
+        ({"wd_exclude": (f"{BLOCK}.1.mlp.c_fc.weight",)}, "does not fit the model: its groups hold other parameters"),
     ):
         with pytest.raises(CheckpointError, match=message):
             train(config(shards, tmp_path, epochs=3, **options), folder.latest)
@@ -261,6 +264,10 @@ def test_another_optimizer_cannot_go_on(shards, tmp_path):
     torch.save(checkpoint, tmp_path / "theirs.pt")
     with pytest.raises(CheckpointError, match="holds the optimizer state of --opt adamw, and this run has --opt sgd"):
         train(config(shards, tmp_path / "theirs", opt="sgd"), tmp_path / "theirs.pt")
+    # and it does not say which parameters are in its groups: what can be seen is the shapes of their moments
+    other = {"epochs": 3, "wd_exclude": ("text_projection",)}
+    with pytest.raises(CheckpointError, match="does not fit the model: its moments have other shapes"):
+        train(config(shards, tmp_path / "theirs", **other), tmp_path / "theirs.pt")
     assert not (tmp_path / "theirs").exists()
 
 
