@@ -79,8 +79,7 @@ def freeze_statistics(module: nn.Module, only: Sequence[object] | None = None) -
         if only is not None and not any(child is part for part in only):
             continue
         if isinstance(child, nn.BatchNorm2d):
-            with child.weight.device:
-                frozen = FrozenBatchNorm2d(child.num_features, child.eps)
+            frozen = FrozenBatchNorm2d(child.num_features, child.eps).to(child.weight.device, child.weight.dtype)
             frozen.load_state_dict(child.state_dict())
             setattr(module, name, frozen)
         else:

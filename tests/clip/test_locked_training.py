@@ -102,6 +102,15 @@ def test_batch_norm_of_a_locked_tower(shards, tmp_path, freeze):
     assert same(whole.path, folder.path)
 
 
+def test_batch_norm_that_is_frozen_has_the_precision_of_its_tower(shards, tmp_path):
+    options = {"lock_image": True, "lock_image_freeze_bn_stats": True, "precision": "pure_bf16"}
+    model, run, checkpoint = run_from_weights(shards, tmp_path, RESNET, **options)  # after the pre-flight, on "meta"
+    assert all(torch.isfinite(torch.tensor(losses(run))))
+    after = checkpoint["state_dict"]
+    mean = "visual.bn1.running_mean"
+    assert torch.equal(after[mean], model.state_dict()[mean].bfloat16())
+
+
 def test_the_towers_of_siglip(shards, tmp_path):
     pytest.importorskip("tokenizers")
     model, options = make_siglip(CONFIGS["exact"]), {"tokenizer": str(save_tokenizer(tmp_path / "tokenizer"))}
