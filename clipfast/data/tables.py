@@ -11,7 +11,7 @@ import io
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from ..images import SampleError
@@ -24,6 +24,7 @@ SEPARATORS = ",\t;|"
 HEADER_BYTES = 1 << 20  # in which the header must end
 BOM = codecs.BOM_UTF8.decode("latin-1")
 UTF16 = tuple(mark.decode("latin-1") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+OPEN_QUOTE = "nothing closes a quote"
 EXAMPLE = "the first line must name the columns, as in 'filepath,title'"
 
 
@@ -48,20 +49,27 @@ def _separator(own: str, given: str | None, header: str) -> str:
 class _Lines(Iterator[str]):
     """The lines of a file, with a character for every byte, and without a mark of the byte order.
 
+    After the last one comes an empty line: a reader of rows finds no row in it, unless a quote is still open.
+
     Attributes:
         offset: of the next line in bytes.
         count: of the lines so far.
+        ended: whether the file has no more lines.
     """
 
     def __init__(self, file: BinaryIO) -> None:
         # Every byte is a character in Latin-1, and no part of a letter in UTF-8 looks like a separator or a quote.
         self._text = io.TextIOWrapper(file, "latin-1", newline="")
         self.offset = self.count = 0
+        self.ended = False
 
     def __next__(self) -> str:
         line = self._text.readline(MAX_LENGTH)
         if not line:
-            raise StopIteration
+            if self.ended:
+                raise StopIteration
+            self.ended = True
+            return "\n"
         self.offset += len(line)
         self.count += 1
         return line if self.count > 1 else line.removeprefix(BOM)
@@ -95,7 +103,12 @@ def _csv_rows(lines: Iterator[str], choose: Callable[[str], str]) -> tuple[Itera
     """Return a reader of rows, of which the first is the header, and the separator of their fields."""
     first = next((line for line in lines if line.strip("\r\n")), "")
     separator = choose(first)
-    return csv.reader(itertools.chain([first], lines), delimiter=separator), separator
+    return _reader(itertools.chain([first], lines), separator), separator
+
+
+def _reader(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
+    # A quote begins a field behind a space too, as in 'a.jpg, "a cat, asleep"'.
+    return csv.reader(lines, delimiter=separator, skipinitialspace=separator != " ")
 
 
 def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tuple[Stretches, dict[str, int]]:
@@ -108,15 +121,19 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
     try:
         rows, _ = _csv_rows(lines, choose)
         _check_header(next(rows, []))
+        if lines.ended:
+            raise csv.Error(OPEN_QUOTE)
         begin, count = lines.offset, lines.count
         while True:
             try:
                 for row in rows:
-                    if row:
+                    if row and lines.ended:
+                        records.damage[f"byte {begin}: {OPEN_QUOTE}"] = lines.count - count
+                    elif row:
                         records.add(begin, lines.offset)
                     begin, count = lines.offset, lines.count
                 return records.found()
-            except csv.Error as error:  # as of a quote that nothing closes
+            except csv.Error as error:  # as of a quote that is closed nowhere near
                 records.damage[f"byte {begin}: {error}"] = lines.count - count
                 begin, count = lines.offset, lines.count
     except csv.Error as error:
@@ -126,10 +143,12 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
 
 
 def _check_header(header: list[str]) -> None:
-    if not header:
-        raise ValueError(f"it is empty: {EXAMPLE}")
-    if header[0].startswith(UTF16):
+    if not any(name.strip() for name in header):
+        raise ValueError(f"{'it names no columns' if header else 'it is empty'}: {EXAMPLE}")
+    if header[0].startswith(UTF16) or any("\0" in name for name in header):
         raise ValueError("it is in UTF-16: save it as UTF-8")
+    if header[0].lower().startswith("sep="):
+        raise ValueError(f"its first line is a note for Excel, {header[0]!r}: remove it; {EXAMPLE}")
     for name in header:
         if _extension(name) in IMAGE_EXTENSIONS:
             raise ValueError(f"it has no header, but an image in its first line, {name!r:.80}: {EXAMPLE}")
@@ -151,7 +170,7 @@ def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Cal
         except UnicodeDecodeError as error:
             raise SampleError(f"the row is not UTF-8: {error}", "broken row") from error
         try:
-            row = next(csv.reader(io.StringIO(text, newline=""), delimiter=separator))
+            row = next(_reader(io.StringIO(text, newline=""), separator))
         except (csv.Error, StopIteration) as error:
             raise ValueError("there is no row") from error
         if len(row) > len(columns):
@@ -160,7 +179,9 @@ def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Cal
                 "quotes around it",
                 "broken row",
             )
-        record = dict(zip(columns, row, strict=False))
+        record: dict[str, str] = {}
+        for column, value in zip(columns, row, strict=False):
+            record.setdefault(column, value)  # of columns of one name the first counts, as for pandas
         return _sample(name, json.dumps(record).encode(), record)
 
     return parse

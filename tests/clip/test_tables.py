@@ -191,15 +191,17 @@ def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypa
 @hypothesis.settings(max_examples=500, deadline=None)
 def test_stretches_are_the_rows_of_pythons_csv(body, separator):
     data = f"x{separator}y\n{body}".encode()
-    rows = csv.reader(io.StringIO(data.decode(), newline=""), delimiter=separator)
-    expected = [row for row in rows if row][1:]
+    rows = csv.reader([*io.StringIO(data.decode(), newline=""), "\n"], delimiter=separator, skipinitialspace=True)
+    expected = list(rows)
+    is_open = expected[-1] != []  # the line that was added is in a quote
+    expected = [row for row in expected[: -1 if is_open else None] if row][1:]
     with tempfile.TemporaryFile() as file:
         file.write(data)
         file.seek(0)
         form = format_of("t.csv", separator)
         found, damage = form.scan(file, "t.csv")
         parse = form.parser("t.csv", file.fileno())
-    assert damage == {}
+    assert [place.partition(": ")[2] for place in damage] == ["nothing closes a quote"] * is_open
     for stretch, row in zip(found, expected, strict=True):
         begin, length = unpacked(stretch)
         if len(row) <= 2:
@@ -224,6 +226,27 @@ def test_a_quote_that_nothing_closes_loses_what_it_swallows(tmp_path):
     assert texts == ["caption 99", f"caption {100 + lost}", "caption 19999"]
 
 
+@pytest.mark.parametrize("end", ["", "\n"])
+def test_a_quote_that_is_open_at_the_end_loses_what_it_swallows(tmp_path, end):
+    """However little that is."""
+    path = write_csv(tmp_path / "t.csv", rows=[(f"{index}.png", f"caption {index}") for index in range(100)])
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[61] = b'60.png,"caption 60\n'
+    path.write_bytes(b"".join(lines).rstrip(b"\n") + end.encode())
+    source = open_shards([str(path)])
+    assert source.shards[0].damage == {f"byte {sum(map(len, lines[:61]))}: nothing closes a quote": 40}
+    assert [metadata(source.read(number, NO_IMAGE))["title"] for number in (0, 59)] == ["caption 0", "caption 59"]
+    assert source.sizes == [60]
+
+
+def test_a_quote_behind_a_space_and_columns_of_one_name(tmp_path):
+    text = 'filepath, title,title,,\n000.png, "a cat, asleep",b,,\n001.png,"two\nlines"\n'
+    (write_images(tmp_path) / "t.csv").write_text(text)
+    assert pairs_of(open_shards([f"{tmp_path}/t.csv"])) == [(PAIRS[0][1], "a cat, asleep"), (PAIRS[1][1], "two\nlines")]
+    (tmp_path / "t.csv").write_text('filepath title\n001.png "a cat"\n')
+    assert pairs_of(open_shards([f"{tmp_path}/t.csv"], index=IndexCache(separator=" "))) == [(PAIRS[1][1], "a cat")]
+
+
 def test_a_record_that_is_too_long_is_lost(tmp_path, monkeypatch):
     monkeypatch.setattr("clipfast.data.tables.MAX_LENGTH", 1000)
     long = "x" * 3000
@@ -246,6 +269,10 @@ def test_a_record_that_is_too_long_is_lost(tmp_path, monkeypatch):
         ("t.csv", b"\xef\xbb\xbf\n", "it is empty"),
         ("t.csv", b"1.jpg,a cat\n2.jpg,a dog\n", "it has no header, but an image in its first line, '1.jpg'"),
         ("t.tsv", "filepath\ttitle\n".encode("utf-16"), "it is in UTF-16: save it as UTF-8"),
+        ("t.csv", "filepath,title\n".encode("utf-16-be"), "it is in UTF-16: save it as UTF-8"),
+        ("t.csv", b"sep=;\nfilepath;title\n1.jpg;a\n", "its first line is a note for Excel, 'sep=': remove it"),
+        ("t.csv", b"  , \n1.jpg,a\n", "it names no columns: the first line must name the columns"),
+        ("t.csv", b'"filepath,title\n1,a\n', "its header cannot be read: nothing closes a quote"),
         ("t.csv", b'"' + b"x" * 200_000, "its header cannot be read: field larger than field limit"),
         ("t.jsonl", b'[\n{"image": "1.jpg"}]', r"not JSON Lines, .*jq -c '\.\[\]' makes such a file of an array"),
         ("t.jsonl", b"<html>", "not JSON Lines, which have an object in each line: json cannot be read"),
