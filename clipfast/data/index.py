@@ -226,7 +226,7 @@ class IndexCache:
         Raises:
             ShardError: it is missing, or is not what it was when it was indexed.
         """
-        descriptor, now = self._descriptor(shard.name)
+        descriptor, now = self._descriptor(shard.name, shard.stamp)
         size = os.fstat(descriptor).st_size
         if (size, now) == (shard.size, shard.stamp):
             return descriptor
@@ -235,15 +235,17 @@ class IndexCache:
             raise ShardError(f"the shard has {size} bytes, and had {shard.size} when it was indexed", "truncated shard")
         raise ShardError("the shard was replaced after it was indexed", "replaced shard")
 
-    def _descriptor(self, name: str) -> tuple[int, str]:
+    def _descriptor(self, name: str, stamped: str | None = None) -> tuple[int, str]:
         """Return a descriptor of a shard's uncompressed bytes, and the stamp of the shard.
+
+        A copy that has the stamp ``stamped`` is good enough, whatever the shard is by now.
 
         Raises:
             ShardError: it cannot be opened or brought here.
         """
         try:
             if not is_direct(name):
-                return staged(name, self._copies)
+                return staged(name, self._copies, stamped=stamped)
             descriptor = os.open(name, os.O_RDONLY)
         except FetchError as error:
             is_there = isinstance(error.__cause__, RowsError)

@@ -90,13 +90,16 @@ def _file_system(name: str) -> tuple[Any, str]:
     return url_to_fs(name)
 
 
-def staged(name: str, folder: Path, is_wanted: Callable[[], bool] = lambda: True) -> tuple[int, str]:
+def staged(
+    name: str, folder: Path, is_wanted: Callable[[], bool] = lambda: True, stamped: str | None = None
+) -> tuple[int, str]:
     """Return a descriptor of the whole, uncompressed shard, brought to ``folder`` if need be, and its stamp.
 
     Args:
         name: of the shard.
         folder: of the copies.
-        is_wanted: is asked again and again while the shard is brought.
+        is_wanted: is asked before each piece is written, but not during the waits between attempts.
+        stamped: a stamp of which a copy is good enough; without it, the shard is asked whether it has changed.
 
     Raises:
         FetchError: it cannot be brought here, after several attempts with growing waits between them.
@@ -107,12 +110,11 @@ def staged(name: str, folder: Path, is_wanted: Callable[[], bool] = lambda: True
     path = copy_path(name, folder)
     note = path.with_suffix(".stamp")
     with exclusive(path):
-        now = stamp_or_none(name)
         known = note.read_text() if path.exists() and note.exists() else None
+        now = stamp_or_none(name) if known is None or known != stamped else known
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
-            _fetch(name, path, is_wanted)
-            known = now or ""
+            known = _fetch(name, path, now, is_wanted)
             note.write_text(known)
         descriptor = os.open(path, os.O_RDONLY)  # before another process makes room
         os.utime(descriptor)
@@ -157,7 +159,8 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _fetch(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
+def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]) -> str:
+    """Copy a shard to ``path``, and return its stamp: ``now``, or, if that is None, what it is asked for here."""
     failed, reason = _failures.get(name, (-FORGET, None))
     if time.monotonic() - failed < FORGET:
         raise FetchError(
@@ -165,8 +168,9 @@ def _fetch(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
         ) from reason
     for attempt in range(ATTEMPTS):
         try:
+            known = stamp(name) if now is None else now
             replace_file(path, lambda temporary: _copy(name, temporary, is_wanted))
-            return
+            return known
         except (DiskFullError, CancelledError):
             raise
         except Exception as error:  # every file system has errors of its own; some call an outage "not found"
@@ -174,6 +178,7 @@ def _fetch(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
                 _failures[name] = time.monotonic(), error.with_traceback(None)
                 raise FetchError(f"shard {name} cannot be read: {error}") from error
             time.sleep(FIRST_WAIT * 2**attempt)
+    raise AssertionError("the last attempt returns or raises")
 
 
 class _Watched:

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, identities, open_shards
+from clipfast.data import IndexCache, identities, open_shards, staging
 from clipfast.data.samples import is_pair
 from clipfast.data.staging import FetchError, is_direct, staged
 from clipfast.data.tar_format import scan
@@ -128,13 +128,44 @@ def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
 
 
 def test_a_compressed_shard_that_was_replaced_is_noticed(tmp_path):
+    """When it is copied again: until then, the copy is what the index says."""
     path = tmp_path / "s.tar.gz"
     write_shard(path, [sample(index) for index in range(8)])
-    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    source, late = (open_shards([str(path)], index=IndexCache(tmp_path / "cache")) for _ in range(2))
     write_shard(path, [sample(index + 1) for index in range(8)])
     os.utime(path, ns=(1, 1))
+    assert source.read(0)["txt"] == sample(0)["txt"]
+    for copy in (tmp_path / "cache" / "shards").glob("*.tar"):
+        copy.unlink()
     with pytest.raises(SampleError, match="the shard was replaced after it was indexed"):
-        source.read(0)
+        late.read(0)
+
+
+def test_one_unanswered_question_does_not_lose_a_shard(tmp_path, monkeypatch):
+    write_shard(tmp_path / "s.tar", [sample(0)])
+    (tmp_path / "sizes.json").write_text('{"s.tar": 1}')
+    names = [f"file://{tmp_path}/s.tar"]
+    source = open_shards(names, index=IndexCache(tmp_path / "cache"))
+    assert source.shards[0].counted_in
+    asked, stamp = [], staging.stamp
+
+    def failing(name):
+        asked.append(name)
+        if len(asked) == 1:
+            raise TimeoutError("the network is down")
+        return stamp(name)
+
+    monkeypatch.setattr(staging, "stamp", failing)
+    assert source.read(0)["__key__"] == "000"
+    assert len(asked) == 2
+    assert open_shards(names, index=source.index).shards[0].stamp == source.shards[0].stamp
+
+
+def test_a_copy_that_the_index_is_of_is_read_without_a_question(tmp_path, monkeypatch):
+    write_shard(tmp_path / "s.tar.gz", [sample(0)])
+    source = open_shards([f"{tmp_path}/s.tar.gz"], index=IndexCache(tmp_path / "cache"))
+    monkeypatch.setattr(staging, "stamp", None)
+    assert source.read(0)["__key__"] == "000"
 
 
 def test_a_broken_compression_leaves_what_can_be_read(tmp_path):
