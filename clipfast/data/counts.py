@@ -9,7 +9,7 @@ import logging
 import threading
 from typing import Any
 
-from .rows import RowsError, count, has_footer, has_rows, mapped
+from .rows import ContentError, count, has_footer, has_rows, mapped
 from .samples import PIPE, is_remote
 from .staging import is_direct, opened
 
@@ -32,13 +32,13 @@ class Counts:
         It is None if nothing says so, and if the shard is a tar file that can be read where it is.
 
         Raises:
-            RowsError: it is a Parquet or Arrow file that cannot be read, or has no images in it.
+            ContentError: it is a Parquet or Arrow file that cannot be read, or has no images in it.
         """
         if name.startswith(PIPE) or is_direct(name):
             return None
         try:
             return self._of_rows(name) if has_rows(name) else self._of_notes(name)
-        except (RowsError, ImportError):
+        except (ContentError, ImportError):
             raise
         except Exception:  # every file system has errors of its own; indexing the shard meets them again
             return None

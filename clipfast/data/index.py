@@ -26,7 +26,7 @@ from ..images import SampleError
 from .counts import Counts
 from .formats import Format, Stretches
 from .kinds import format_of
-from .rows import RowsError
+from .rows import ContentError
 from .samples import is_remote
 from .staging import (
     FetchError,
@@ -155,7 +155,7 @@ class IndexCache:
             return known
         try:
             found = counts.of(name)
-        except RowsError as error:
+        except ContentError as error:
             raise ShardError(f"shard {name} cannot be read: {error}", "unreadable shard") from error
         return found and ShardIndex(name, now, 0, found[0], {}, found[1])
 
@@ -248,8 +248,7 @@ class IndexCache:
                 return staged(name, self._copies, stamped=stamped)
             descriptor = os.open(name, os.O_RDONLY)
         except FetchError as error:
-            is_there = isinstance(error.__cause__, RowsError)
-            raise ShardError(str(error), "unreadable shard" if is_there else "missing shard") from error
+            raise ShardError(str(error), error.kind) from error
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise ShardError(f"shard {name} cannot be opened: {error.strerror}", "missing shard") from error
         return descriptor, file_stamp(os.fstat(descriptor))

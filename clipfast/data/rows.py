@@ -22,8 +22,8 @@ ROWS = 32  # that are in memory at once
 BUFFER = 1 << 20  # bytes of a Parquet column that are read at once
 
 
-class RowsError(ValueError):
-    """A file that is not the Parquet or Arrow file that its name says, or has no images in it."""
+class ContentError(ValueError):
+    """A shard that was read, but is damaged, or not what its name says, or too large: to ask for it again is no use."""
 
 
 class Writable(Protocol):
@@ -75,7 +75,7 @@ def count(file: IO[bytes], name: str) -> int:
     """Return the number of rows; of a Parquet file only the footer is read, of an Arrow file all of it.
 
     Raises:
-        RowsError: it cannot be read, or has no column of bytes.
+        ContentError: it cannot be read, or has no column of bytes.
     """
     with _reading(name):
         if has_footer(name):
@@ -107,7 +107,7 @@ def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[
         folder: that paths of images in the file start from; with None, such images are missing.
 
     Raises:
-        RowsError: it cannot be read, or has no column of bytes.
+        ContentError: it cannot be read, or has no column of bytes.
     """
     with _reading(name):
         row = 0
@@ -146,7 +146,7 @@ def _reading(name: str) -> Iterator[None]:
         if isinstance(error, OSError) and (type(error) is not OSError or error.errno is not None):
             raise  # it is not pyarrow's, but says that the disk or the network failed
         kind = "a Parquet" if has_footer(name) else "an Arrow"
-        raise RowsError(f"it is damaged, or not {kind} file: {error}; copy or write it again") from error
+        raise ContentError(f"it is damaged, or not {kind} file: {error}; copy or write it again") from error
 
 
 def _parquet_batches(file: IO[bytes]) -> Iterator[Any]:
@@ -176,7 +176,7 @@ def _bytes_columns(schema: Any) -> dict[int, str]:
     """Return the numbers of the columns of bytes, and the extensions of their members.
 
     Raises:
-        RowsError: there is none, or two would have the same extension.
+        ContentError: there is none, or two would have the same extension.
     """
     found = {
         number: field.name.lower().replace("/", "_")
@@ -185,12 +185,12 @@ def _bytes_columns(schema: Any) -> dict[int, str]:
     }
     columns = ", ".join(schema.names)
     if not found:
-        raise RowsError(
+        raise ContentError(
             f"it has no column of image bytes, only {columns}: name files with the images in them, which img2dataset "
             "writes with --output_format parquet (beside its tar files it writes Parquet files without images)"
         )
     if len(set(found.values())) < len(found):
-        raise RowsError(f"two of its columns have the same name in lower case: {columns}; rename one")
+        raise ContentError(f"two of its columns have the same name in lower case: {columns}; rename one")
     return found
 
 

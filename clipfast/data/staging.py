@@ -21,9 +21,11 @@ from typing import IO, Any, cast
 
 from ..files import DiskFullError, replace_file
 from .folders import folder_stamp, write_list
-from .rows import RowsError, Writable, has_rows, members, write_tar
+from .kinds import format_of
+from .rows import ContentError, Writable, has_rows, members, write_tar
 from .samples import PIPE, is_folder, is_remote
 from .tar import BLOCK, WINDOW, decompressed, is_compressed
+from .tar_format import TAR
 
 MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
 MAX_BYTES = 64 << 30
@@ -36,7 +38,15 @@ _failures: dict[str, tuple[float, Exception]] = {}  # when and why each shard co
 
 
 class FetchError(ValueError):
-    """A shard that could not be brought here, after several attempts."""
+    """A shard that could not be brought here, after several attempts.
+
+    Attributes:
+        kind: "unreadable shard" if it was read, but cannot be used; otherwise "missing shard".
+    """
+
+    def __init__(self, message: str, kind: str = "missing shard") -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 class CancelledError(Exception):
@@ -174,27 +184,36 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
         except (DiskFullError, CancelledError):
             raise
         except Exception as error:  # every file system has errors of its own; some call an outage "not found"
-            if not is_remote(name) or attempt == ATTEMPTS - 1 or isinstance(error, RowsError):
+            is_unusable = isinstance(error, ContentError)
+            if not is_remote(name) or attempt == ATTEMPTS - 1 or is_unusable:
                 _failures[name] = time.monotonic(), error.with_traceback(None)
-                raise FetchError(f"shard {name} cannot be read: {error}") from error
+                kind = "unreadable shard" if is_unusable else "missing shard"
+                raise FetchError(f"shard {name} cannot be read: {error}", kind) from error
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
 
 
 class _Watched:
-    """A file that is written only as long as it is wanted."""
+    """A file that is written only as long as it is wanted, and no larger than all copies may get together."""
 
     def __init__(self, file: Writable, is_wanted: Callable[[], bool]) -> None:
         self._file, self.is_wanted = file, is_wanted
+        self._written, self._limit = 0, max_bytes()
 
     def write(self, data: bytes, /) -> object:
         if not self.is_wanted():
             raise CancelledError
+        self._written += len(data)
+        if self._written > self._limit:  # as of a few bytes that are decompressed without end
+            raise ContentError(
+                f"it has more than the {self._limit:,} bytes that copies of shards may take: split it, or set "
+                f"{MAX_BYTES_VARIABLE} higher"
+            )
         return self._file.write(data)
 
 
 def _copy(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
-    """Copy what of a shard can be read; the end that is missing shows when the copy is indexed."""
+    """Copy what can be read of a tar file, as the end that is missing shows when the copy is indexed; others whole."""
     if is_folder(name):
         write_list(name, path)
         return
@@ -208,6 +227,8 @@ def _copy(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
             try:
                 target.write(next(chunks))
             except StopIteration as end:
+                if end.value and format_of(name) is not TAR:
+                    raise ContentError(f"{end.value}; copy or write it again") from None
                 if end.value:
                     log.warning(f"shard {name}: {end.value}")
                 while source.read(WINDOW):  # a command that cannot write would fail

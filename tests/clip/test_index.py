@@ -1,5 +1,6 @@
 """The index of shards: it agrees with reading them, is kept, and notices every change."""
 
+import bz2
 import gzip
 import http.server
 import io
@@ -114,10 +115,11 @@ def index_in_a_process(arguments):
 
 def test_processes_that_index_the_same_shards(tmp_path, monkeypatch):
     """Two processes on one cache, in which there is room for one shard."""
-    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "1")
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "700000")
     names = []
     for number in range(6):
-        write_shard(tmp_path / f"{number}.tar.gz", [sample(i) for i in range(number + 1)])
+        noise = bytes(600_000 // (number + 1))
+        write_shard(tmp_path / f"{number}.tar.gz", [sample(i, noise=noise) for i in range(number + 1)])
         names.append(f"{tmp_path}/{number}.tar.gz")
     twice = [*names, *names]
     with ProcessPoolExecutor(3) as pool:
@@ -164,8 +166,10 @@ def test_one_unanswered_question_does_not_lose_a_shard(tmp_path, monkeypatch):
 def test_a_copy_that_the_index_is_of_is_read_without_a_question(tmp_path, monkeypatch):
     write_shard(tmp_path / "s.tar.gz", [sample(0)])
     source = open_shards([f"{tmp_path}/s.tar.gz"], index=IndexCache(tmp_path / "cache"))
-    monkeypatch.setattr(staging, "stamp", None)
+    asked = []
+    monkeypatch.setattr(staging, "stamp", asked.append)
     assert source.read(0)["__key__"] == "000"
+    assert asked == []
 
 
 def test_a_broken_compression_leaves_what_can_be_read(tmp_path):
@@ -176,6 +180,15 @@ def test_a_broken_compression_leaves_what_can_be_read(tmp_path):
         source = open_shards([name], index=IndexCache(tmp_path / "cache"))
         assert 10 < source.sizes[0] < 40
         assert source.shards[0].damage
+
+
+def test_a_shard_that_is_too_large_for_the_cache_is_refused(tmp_path, monkeypatch):
+    """A few bytes may be decompressed to as many as there is space for."""
+    (tmp_path / "s.tar.bz2").write_bytes(bz2.compress(bytes(30_000_000)))
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "2000000")
+    with pytest.raises(SampleError, match=r"bz2 cannot be read: .* 2,000,000 bytes .* CLIPFAST_CACHE_BYTES") as error:
+        open_shards([f"{tmp_path}/s.tar.bz2"], index=IndexCache(tmp_path / "cache"))
+    assert error.value.kind == "unreadable shard"
 
 
 def test_an_outage_is_not_kept_as_identities(tmp_path):
@@ -284,7 +297,7 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
         source = open_shards([name], index=index)
         assert [contents(source.read(number)) for number in range(6)] == expected
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 3
-    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "1")
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str((tmp_path / "a.tar").stat().st_size))
     source = open_shards([f"pipe:cat {tmp_path}/a.tar;"], index=index)
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
     assert contents(source.read(5)) == expected[5]

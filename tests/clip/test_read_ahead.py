@@ -169,7 +169,8 @@ def test_a_pass_over_more_data_than_the_cache_holds(workers, server, tmp_path, m
 
 
 def test_copies_that_are_removed_while_they_are_read(source, tmp_path, monkeypatch):
-    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "1")
+    source.read(0)
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(copies(tmp_path)[0].stat().st_size))
     found = list(pair_loader(batches(source, streams=4), 0, 2 * SHARDS, 2))
     assert sorted(number for batch in found for number in seen(batch)) == list(range(SHARDS * EACH))
     assert len(copies(tmp_path)) <= 6

@@ -288,6 +288,20 @@ def test_what_is_no_table(tmp_path, name, content, message):
         open_shards([str(tmp_path / name)])
 
 
+@pytest.mark.parametrize("suffix", [".csv.gz", ".jsonl.gz"])
+def test_a_compressed_table_that_is_cut_is_refused(tmp_path, suffix):
+    """Half of its rows would look like a whole table."""
+    write = write_csv if suffix == ".csv.gz" else write_jsonl
+    data = gzip.compress(write(tmp_path / "whole").read_bytes())
+    (tmp_path / f"t{suffix}").write_bytes(data[: len(data) * 3 // 4])
+    for name in (f"{tmp_path}/t{suffix}", f"file://{tmp_path}/t{suffix}"):
+        with pytest.raises(
+            SampleError, match=r"cannot be read: its compression is broken: .*copy or write it"
+        ) as error:
+            open_shards([name], index=IndexCache(tmp_path / "cache"))
+        assert error.value.kind == "unreadable shard"
+
+
 def test_broken_rows_are_named(tmp_path):
     rows = [("a.png", "a"), ("b.png", "b", "c", "d"), ("c.png",), ("", "no name"), ("e.png", "e")]
     write_csv(write_images(tmp_path) / "t.csv", rows=rows)
