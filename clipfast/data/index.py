@@ -162,10 +162,12 @@ class IndexCache:
     def complete(self, shard: ShardIndex) -> ShardIndex:
         """Return the index of a shard that was only counted, which is made if another process has not done so.
 
+        It is not kept if the count is another: every start has to come to the same order, whatever was read before.
+
         Raises:
             ShardError: it is missing, is not of its format, or was changed after it was counted.
         """
-        index = self._make(shard.name)
+        index = self._make(shard.name, shard.count)
         if index.stamp != shard.stamp:
             raise ShardError("the shard was replaced after its samples were counted", "replaced shard")
         return index
@@ -269,8 +271,11 @@ class IndexCache:
             return None
         return ShardIndex(**header)
 
-    def _make(self, name: str) -> ShardIndex:
-        """Index a shard, and put the index into the cache, unless another process has just done so."""
+    def _make(self, name: str, counted: int | None = None) -> ShardIndex:
+        """Index a shard, and put the index into the cache, unless another process has just done so.
+
+        With ``counted``, an index of another number of samples is not kept.
+        """
         entry = self._entry(name)
         entry.parent.mkdir(parents=True, exist_ok=True)
         with exclusive(entry):
@@ -284,6 +289,8 @@ class IndexCache:
                 except ValueError as error:
                     raise ShardError(f"shard {name} cannot be read: {error}", "unreadable shard") from error
                 index = ShardIndex(name, now, os.fstat(descriptor).st_size, len(found), damage)
+            if counted not in (None, index.count):
+                return index
             kept = {"version": VERSION, **dataclasses.asdict(index)}
             del kept["counted_in"]  # which is None, and was not there in earlier entries
             header = json.dumps(kept).encode() + b"\n"
