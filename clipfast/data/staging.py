@@ -31,10 +31,10 @@ MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
 MAX_BYTES = 64 << 30
 ATTEMPTS = 5
 FORGET = 300.0  # seconds after which a shard that could not be brought here is asked for again
+BEGIN = time.time()  # of this process, or of the one that it was forked from: failures of earlier runs do not count
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 
 log = logging.getLogger("clipfast")
-_failures: dict[str, tuple[float, Exception]] = {}  # when and why each shard could not be brought here
 
 
 class FetchError(ValueError):
@@ -121,6 +121,8 @@ def staged(
     note = path.with_suffix(".stamp")
     with exclusive(path):
         known = note.read_text() if path.exists() and note.exists() else None
+        if known is None:
+            _refuse_again(name, path.with_suffix(".failed"))
         now = stamp_or_none(name) if known is None or known != stamped else known
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
@@ -169,13 +171,17 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
+def _refuse_again(name: str, failure: Path) -> None:
+    """Raise the error of another attempt of a moment ago, perhaps by a process that this one has waited for."""
+    if failure.exists() and max(BEGIN, time.time() - FORGET) < failure.stat().st_mtime:
+        kind, _, reason = failure.read_text("utf-8").partition("\n")
+        raise FetchError(
+            f"shard {name} could not be read a moment ago, and is not asked for again so soon: {reason}", kind
+        )
+
+
 def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]) -> str:
     """Copy a shard to ``path``, and return its stamp: ``now``, or, if that is None, what it is asked for here."""
-    failed, reason = _failures.get(name, (-FORGET, None))
-    if time.monotonic() - failed < FORGET:
-        raise FetchError(
-            f"shard {name} could not be read a moment ago, and is not asked for again so soon: {reason}"
-        ) from reason
     for attempt in range(ATTEMPTS):
         try:
             known = stamp(name) if now is None else now
@@ -186,8 +192,8 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
         except Exception as error:  # every file system has errors of its own; some call an outage "not found"
             is_unusable = isinstance(error, ContentError)
             if not is_remote(name) or attempt == ATTEMPTS - 1 or is_unusable:
-                _failures[name] = time.monotonic(), error.with_traceback(None)
                 kind = "unreadable shard" if is_unusable else "missing shard"
+                path.with_suffix(".failed").write_text(f"{kind}\n{error}", "utf-8", "replace")
                 raise FetchError(f"shard {name} cannot be read: {error}", kind) from error
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError("the last attempt returns or raises")

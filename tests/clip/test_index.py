@@ -7,6 +7,7 @@ import io
 import os
 import tarfile
 import threading
+import time
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
@@ -333,6 +334,9 @@ def test_a_failing_network_is_asked_again(tmp_path, monkeypatch):
         for message in (r"shard http://.*gone\.tar cannot be read", "is not asked for again so soon"):
             with pytest.raises(FetchError, match=message):
                 staged(f"{url}/gone.tar", tmp_path / "cache")
+        monkeypatch.setattr("clipfast.data.staging.BEGIN", time.time() + 1)  # as in another run, after a repair
+        with pytest.raises(FetchError, match=r"gone\.tar cannot be read"):
+            staged(f"{url}/gone.tar", tmp_path / "cache")
         server.shutdown()
 
 

@@ -2,9 +2,11 @@
 
 import datetime
 import decimal
+import gzip
 import io
 import json
 import logging
+import multiprocessing
 import os
 import re
 import tracemalloc
@@ -14,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, expand_shards, identities, open_shards
+from clipfast.data import IndexCache, ShardIndex, ShardSource, expand_shards, identities, open_shards
 from clipfast.data.rows import count, members
 from clipfast.data.staging import is_direct
 from clipfast.images import SampleError
@@ -411,6 +413,30 @@ def test_broken_notes_are_left_out_of_account(tmp_path, caplog):
 def read_in_a_process(arguments):
     source, numbers = arguments
     return [fields(source.read(number))["key"] for number in numbers]
+
+
+def fail_in_a_process(source):
+    with pytest.raises(SampleError) as error:
+        source.read(0)
+    return str(error.value), error.value.kind
+
+
+@pytest.mark.parametrize("kind", ["missing shard", "unreadable shard"])
+def test_processes_do_not_ask_for_a_failing_shard_one_after_the_other(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    asked = tmp_path / "asked"
+    if kind == "missing shard":
+        name = f"pipe:echo >> {asked}; exit 3"
+    else:
+        name = f"pipe:echo >> {asked}; cat {tmp_path}/0.jsonl.gz #.jsonl"
+        (tmp_path / "0.jsonl.gz").write_bytes(gzip.compress(b'{"a": 1}')[:-6])
+    shards = [ShardIndex(name, "", 0, 5, {}, "nothing")]
+    source = ShardSource(IndexCache(tmp_path / "cache"), shards)
+    with ProcessPoolExecutor(3, multiprocessing.get_context("fork")) as pool:
+        found = list(pool.map(fail_in_a_process, [source] * 3))
+    assert [kind for _, kind in found] == [kind] * 3
+    assert sorted("is not asked for again so soon" in message for message, _ in found) == [False, True, True]
+    assert asked.read_text() == "\n" * (5 if kind == "missing shard" else 1)
 
 
 def test_processes_that_open_the_same_counted_shards(server, tmp_path):
