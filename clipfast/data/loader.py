@@ -297,12 +297,13 @@ class _Reporting(Dataset[Batch | ValueError | DiskFullError]):
 
 
 def pair_loader(
-    batches: PairBatches, first: int, stop: int, num_workers: int, *, pin_memory: bool = False
+    batches: PairBatches, first: int, stop: int, num_workers: int, *, pin_memory: bool = False, local_ranks: int = 1
 ) -> Generator[Batch, None, None]:
     """Yield batches ``first`` to ``stop - 1``, made by ``num_workers`` processes; with 0, this process makes them.
 
-    Shards that are read from copies are copied ahead by threads of this process. Closing the generator tells processes
-    and threads to end, and waits a moment for them; the processes that have not ended then are killed.
+    Shards that are read from copies are copied ahead by threads of this process, one of ``local_ranks`` on this machine
+    that share the room for copies. Closing the generator tells processes and threads to end, and waits a moment for
+    them; the processes that have not ended then are killed.
 
     Raises:
         ValueError: an error of the batches, or a data worker died.
@@ -316,7 +317,7 @@ def pair_loader(
     in_flight = num_workers * (loader.prefetch_factor or 0)
     try:
         # After the data workers: a process that is forked while a thread holds a lock cannot take that lock.
-        with ReadAhead(batches, first, stop, in_flight) as ahead:
+        with ReadAhead(batches, first, stop, in_flight, local_ranks) as ahead:
             for number, batch in enumerate(iterator, first + 1):
                 if isinstance(batch, Exception):
                     raise batch

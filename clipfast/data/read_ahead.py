@@ -39,13 +39,20 @@ class ReadAhead:
         batches: of the run.
         first, stop: number of the first batch that is made, and of the first that is not.
         in_flight: how many batches the data workers make at the same time, behind the one that is waited for.
+        sharers: processes of this machine that copy ahead, of which this is one.
         threads: that copy shards.
     """
 
     def __init__(
-        self, batches: "PairBatches", first: int, stop: int, in_flight: int = 0, threads: int = THREADS
+        self,
+        batches: "PairBatches",
+        first: int,
+        stop: int,
+        in_flight: int = 0,
+        sharers: int = 1,
+        threads: int = THREADS,
     ) -> None:
-        self._batches, self._stop, self._in_flight = batches, stop, in_flight
+        self._batches, self._stop, self._in_flight, self._sharers = batches, stop, in_flight, sharers
         self._sources = {
             number: source
             for number, source in enumerate(batches.sources)
@@ -135,7 +142,7 @@ class ReadAhead:
         self._looked, self._touched = max(self._looked, end), at
 
     def _fits(self, batch: int) -> bool:
-        """Return True if a shard is needed now, or if it and what is ahead take at most half of the cache."""
+        """Return True if a shard is needed now, or if it and what is ahead take at most half of its share."""
         now = self._at + self._in_flight
         if batch <= now:
             return True
@@ -143,4 +150,4 @@ class ReadAhead:
         if self._bringing and not self._largest:  # nobody knows yet how large a shard is
             return False
         taken = sum(size for _, size in self._ahead)
-        return taken + (self._bringing + 1) * self._largest <= max_bytes() // 2
+        return taken + (self._bringing + 1) * self._largest <= max_bytes() // self._sharers // 2

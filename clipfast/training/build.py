@@ -6,29 +6,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import complete_preprocessing
 from ..data import check_decoder
-from ..factory import create_model, resolve_device, set_preprocessing
+from ..factory import create_model, set_preprocessing
 from ..file_tokenizer import FileTokenizer, tokenizer_of
-from ..kernels import contrastive_loss, sigmoid_loss
+from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_loss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
+from ..siglip_loss import SigLipLoss
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
+from .world import ALONE, World
 
 COMPILER = "inductor"
 
 
-def build_device(config: TrainConfig) -> torch.device:
-    """Return the device of a run.
+def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
+    """Return the device of this process.
 
     Raises:
-        ValueError: ``--cuda-graphs`` was given and the device is not a GPU, or ``--decode-on-device`` and it cannot.
+        ValueError: an option does not work on that device, or in several processes.
     """
-    device = torch.device(resolve_device(config.device))
+    device = world.device(config.device)
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, and this run is on {device}")
+    if config.cuda_graphs and world.size > 1:
+        raise ValueError(f"--cuda-graphs works in one process, and there are {world.size}: leave it out")
+    if config.use_bn_sync and world.size > 1 and device.type != "cuda":
+        raise ValueError(f"--use-bn-sync needs GPUs, as PyTorch's SyncBatchNorm does, and this run is on {device}")
     if config.decode_on_device:
         check_decoder(device)
     return device
@@ -86,8 +93,23 @@ def _lock(config: TrainConfig, model: CLIP) -> None:
         model.lock_text_tower(config.lock_text_unlocked_layers)
 
 
-def build_loss(config: TrainConfig, model: CLIP) -> Callable[..., Tensor]:
+def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch.device) -> nn.Module:
+    """Return what takes the place of ``model`` in a step, so that all ranks get the mean of their gradients."""
+    if world.size == 1:
+        return model
+    if config.use_bn_sync:
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    return DistributedDataParallel(
+        model, device_ids=[device] if device.type == "cuda" else None, static_graph=config.ddp_static_graph,
+        gradient_as_bucket_view=True,
+    )  # fmt: skip
+
+
+def build_loss(config: TrainConfig, model: CLIP, world: World = ALONE) -> Callable[..., Tensor]:
     """Return the loss of a model's outputs: the sigmoid loss for SigLIP, the contrastive loss for CLIP.
+
+    With several ranks, the mean of the ranks' losses is the loss of the whole batch, and so are the gradients. These
+    losses have one implementation for each kind of device, whatever ``--backend`` is.
 
     Raises:
         ValueError: ``--siglip`` or ``--no-siglip`` asks for the other one.
@@ -100,7 +122,16 @@ def build_loss(config: TrainConfig, model: CLIP) -> Callable[..., Tensor]:
             else f"--siglip: {config.model} is a CLIP model, which has no logit_bias: take a model with SigLIP in its "
             "name, or leave the flag out"
         )
-    return functools.partial(sigmoid_loss if is_siglip else contrastive_loss, backend=config.backend)
+    if world.size == 1:
+        return functools.partial(sigmoid_loss if is_siglip else contrastive_loss, backend=config.backend)
+    if is_siglip:
+        return SigLipLoss(rank=world.rank, world_size=world.size)
+    return functools.partial(_of_equal_parts, world.size)
+
+
+def _of_equal_parts(ranks: int, image: Tensor, text: Tensor, logit_scale: Tensor) -> Tensor:
+    """Return the loss of this rank's pairs, of which all ranks have equally many: they need not ask each other."""
+    return distributed_contrastive_loss(image, text, logit_scale, sizes=[len(image)] * ranks)
 
 
 def build_tokenizer(config: TrainConfig, model: CLIP) -> Tokenizer | FileTokenizer:

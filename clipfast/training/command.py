@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .config import BUDGETS, TrainConfig, add_arguments, flag_name
+from .config import ALTERNATIVES, TrainConfig, add_arguments, flag_name
 from .recipes import describe, list_recipes, read_recipe
 
 
@@ -48,9 +48,10 @@ def run(args: argparse.Namespace) -> int:
         if checkpoint is None:
             options = {"name": f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"} | options
             origins.setdefault("name", "recipe and time")
-    if not given.keys().isdisjoint(BUDGETS):
-        options = {key: value for key, value in options.items() if key not in BUDGETS}
-        origins = {key: origin for key, origin in origins.items() if key not in BUDGETS}
+    for together in ALTERNATIVES:
+        if not given.keys().isdisjoint(together):
+            options = {key: value for key, value in options.items() if key not in together}
+            origins = {key: origin for key, origin in origins.items() if key not in together}
     options, origins = options | given, origins | dict.fromkeys(given, "flag")
     if args.print_config:
         # What is printed need not be complete: most recipes name no data.
@@ -58,11 +59,15 @@ def run(args: argparse.Namespace) -> int:
         print(describe(complete, origins | ({} if "train_data" in options else {"train_data": "nowhere"})))
         return 0
     from .loop import train
+    from .world import joined
 
-    folder, signum = train(TrainConfig(**options), checkpoint, origins)
+    config = TrainConfig(**options)
+    with joined(config.device, config.dist_timeout) as world:
+        folder, signum = train(config, checkpoint, origins, world)
     if signum is not None:
         return 128 + signum
-    print((folder.path / "results.json").read_text())
+    if world.is_main:
+        print((folder.path / "results.json").read_text())
     return 0
 
 

@@ -15,6 +15,7 @@ PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 AUTO = "auto"
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
 BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
+ALTERNATIVES = (BUDGETS, ("batch_size", "global_batch_size"))  # a flag of two replaces what a recipe says by either
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
 SCHEDULERS = ("cosine", "const", "const-cooldown", "wsd")
@@ -87,7 +88,11 @@ class TrainConfig:
     force_patch_dropout: float | None = _flag(
         None, "share of each image's patches to drop in training (FLIP), in place of the model's own", float, **BELOW_1
     )
-    batch_size: int = _flag(256, "pairs per step", int, positive=True)
+    batch_size: int = _flag(256, "pairs per step of each process", int, positive=True)
+    global_batch_size: int | None = _flag(
+        None, "pairs per step of all processes together, in place of --batch-size (default: --batch-size times the "
+        "number of processes)", int, positive=True,
+    )  # fmt: skip
     micro_batch_size: int | str | None = _flag(
         None, "hold the activations of only so many pairs at a time, for one more forward pass; the gradient stays "
         "that of the whole batch, except that BatchNorm normalises each micro-batch by itself; auto takes the most "
@@ -169,6 +174,14 @@ class TrainConfig:
         False, "replay each step as one CUDA graph: faster for small models, which wait for the host otherwise", bool
     )
     device: str = _flag("auto", "cpu, cuda, or auto for a GPU if there is one")
+    use_bn_sync: bool = _flag(False, "normalise by the statistics of all processes' images (SyncBatchNorm)", bool)
+    ddp_static_graph: bool = _flag(
+        False, "tell DistributedDataParallel that every step uses the same parameters in the same way", bool
+    )
+    dist_timeout: int = _flag(
+        60, "seconds after which processes give up waiting for another one; before the first step they wait for at "
+        "least ten minutes", int, positive=True,
+    )  # fmt: skip
     backend: str = _flag("auto", "implementation of the ops", choices=("auto", "triton", "torch"))
     workers: int = _flag(1, "data worker processes", int, not_negative=True)
     seed: int = _flag(0, "seed of every random number generator", int, not_negative=True, most=2**62)
@@ -249,10 +262,9 @@ class TrainConfig:
             raise ValueError(f"--decode-on-device cannot be used with {augmentations}, which data workers apply")
         if self.decode_on_device and self.crop_scale == (1.0, 1.0):
             raise ValueError("--decode-on-device cannot be used with --crop-scale 1 1: it takes random crops")
-        if self.train_num_samples is not None and self.train_num_samples < self.batch_size:
-            raise ValueError(
-                f"--train-num-samples {self.train_num_samples} is less than one batch of {self.batch_size}"
-            )
+        least = self.global_batch_size or self.batch_size
+        if self.train_num_samples is not None and self.train_num_samples < least:
+            raise ValueError(f"--train-num-samples {self.train_num_samples} is less than one batch of {least}")
 
     @property
     def budget(self) -> str:

@@ -18,6 +18,7 @@ from ..data import (
     Mix,
     Order,
     PairBatches,
+    Skipped,
     Source,
     SyntheticBatches,
     SyntheticSource,
@@ -38,6 +39,7 @@ from .config import AUGMENTATIONS, KEY_OPTIONS, TrainConfig, flag_name
 from .epochs import Epochs
 from .errors import TrainingError
 from .logs import log
+from .world import ALONE, World
 
 MIN_SEEN_FOR_BAD_FRACTION = 100
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
@@ -47,6 +49,11 @@ class TrainingData:
     """The pairs of a run and the batches of them, in an order that the data and the seed determine.
 
     The batches of all epochs follow each other in one sequence, so that an epoch need not be a whole number of batches.
+
+    Args:
+        config: options of the run.
+        batch_size: pairs of all processes together; ``config``'s by default.
+        world: the processes, of which each gets its part of every batch.
 
     Attributes:
         shards: the names of all shards.
@@ -60,8 +67,9 @@ class TrainingData:
         ValueError: a shard is missing or hardly readable, or the shards hold less than one batch.
     """
 
-    def __init__(self, config: TrainConfig) -> None:
-        self.config = config
+    def __init__(self, config: TrainConfig, batch_size: int | None = None, world: World = ALONE) -> None:
+        self.config, self.world = config, world
+        self.batch_size = batch_size = batch_size or config.batch_size
         groups = [expand_shards(part) for part in parts(config)]
         self.shards = [shard for group in groups for shard in group]
         max_open = max(MAX_OPEN // len(groups), 1)
@@ -71,7 +79,7 @@ class TrainingData:
         if self.is_synthetic:
             _refuse_changes(config)
         self.sizes = [size for source in self.sources for size in source.sizes]
-        _check_damage(self.sources, config.max_bad_fraction)
+        _check_damage(self.sources, config.max_bad_fraction, world)
         seed, replacement = config.seed, config.dataset_resampled
         if not all(sum(source.sizes) for source in self.sources):
             raise ValueError(f"the shards hold no samples: {config.train_data}")
@@ -82,26 +90,31 @@ class TrainingData:
         given = config.train_data_upsampling_factors or (1.0,)
         factors = [factor for factor, group in zip(given, opened, strict=True) for _ in group]
         mix = Mix(orders, factors, seed)
-        if len(mix) < config.batch_size:
+        if len(mix) < batch_size:
             raise ValueError(
-                f"the shards hold {len(mix)} pairs, less than one batch of {config.batch_size}: lower --batch-size, or "
+                f"the shards hold {len(mix)} pairs, less than one batch of {batch_size}: lower --batch-size, or "
                 "name more shards in --train-data"
+            )
+        if config.train_num_samples is not None and config.train_num_samples < batch_size:
+            raise ValueError(
+                f"--train-num-samples {config.train_num_samples} is less than one batch of {batch_size} pairs of all "
+                "processes"
             )
         self.order: Mix | Unique = mix
         content = hashlib.sha256(b"".join(np.array(source.sizes, "<i8").tobytes() for source in self.sources))
         if config.unique_by is not None:
             alike = [identities(source, config.unique_by, config.keys()) for source in self.sources]
-            self.order = Unique(mix, alike, config.batch_size)
+            self.order = Unique(mix, alike, batch_size)
             content.update(b"".join(numbers.astype("<u8").tobytes() for numbers in alike))
         self.content = content.hexdigest()
         num_samples = config.train_num_samples or len(self.order)
-        self.epochs = Epochs(num_samples, config.batch_size, config.samples_seen or config.epochs * num_samples)
+        self.epochs = Epochs(num_samples, batch_size, config.samples_seen or config.epochs * num_samples)
         self.total_steps = self.epochs.total_steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the order of the data depends on."""
-        keys = ("train_data", "train_data_upsampling_factors", "dataset_resampled", "batch_size", "seed", "unique_by")
-        found = {key: getattr(self.config, key) for key in keys}
+        keys = ("train_data", "train_data_upsampling_factors", "dataset_resampled", "seed", "unique_by")
+        found = {key: getattr(self.config, key) for key in keys} | {"batch_size": self.batch_size}
         found["train_data_upsampling_factors"] = list(found["train_data_upsampling_factors"])
         return {"order": ORDER, "num_samples": self.epochs.num_samples, "content": self.content, **found}
 
@@ -118,10 +131,38 @@ class TrainingData:
         Raises:
             ValueError: far too many pairs cannot be used, or a data worker died.
         """
-        batches = pair_batches(self.config, self.sources, self.order, model, tokenizer)
+        world = self.world
+        batches = pair_batches(self.config, self.sources, self.order, model, tokenizer, self.batch_size, world)
         if self.is_synthetic:
             batches = SyntheticBatches(**vars(batches), image_size=model.visual.image_size)
-        return pair_loader(batches, first, self.total_steps, self.config.workers, pin_memory=pin_memory)
+        workers, ranks = self.config.workers, world.local_size
+        return pair_loader(batches, first, self.total_steps, workers, pin_memory=pin_memory, local_ranks=ranks)
+
+
+def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:
+    """Return how many pairs all processes together see in a step.
+
+    A run that goes on keeps the batch that it had, on any number of processes, unless its options change.
+
+    Args:
+        config: options of the run.
+        world: the processes.
+        saved: what clipfast noted in the checkpoint that is continued; {} without one.
+
+    Raises:
+        ValueError: the batch cannot be divided among the processes.
+    """
+    options, stream = saved.get("config", {}), saved.get("stream", {})
+    whole = config.global_batch_size or config.batch_size * world.size
+    is_kept = config.global_batch_size is None and options.get("batch_size") == config.batch_size
+    if is_kept and options.get("global_batch_size") is None:
+        whole = stream.get("batch_size", whole)
+    if whole % world.size:
+        raise ValueError(
+            f"a batch of {whole} pairs cannot be divided among {world.size} processes: start a number that divides it, "
+            f"or give another --global-batch-size{' at the end of an epoch' if stream else ''}"
+        )
+    return whole
 
 
 def pair_batches(
@@ -130,13 +171,23 @@ def pair_batches(
     order: Mix | Unique,
     model: CLIP,
     tokenizer: Tokenizer | FileTokenizer,
+    batch_size: int,
+    world: World = ALONE,
 ) -> PairBatches:
-    """Return the batches of a run in an order, decoded and augmented as its options say, for ``model``."""
+    """Return the batches of a run in an order, decoded and augmented as its options say, for ``model``.
+
+    Args:
+        config: the options.
+        sources, order: of the pairs.
+        model, tokenizer: what the images and the texts are prepared for.
+        batch_size: pairs of all processes together.
+        world: the processes, of which this one gets its part of every batch.
+    """
     augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
     crops = CroppedImages(model.visual.image_size, config.crop_scale, augment)
     batches = PairBatches(
-        sources, order, crops, tokenizer, config.batch_size, config.seed, config.unique_by, config.keyword_prob,
-        config.keys(), model.reads_padding,
+        sources, order, crops, tokenizer, batch_size, config.seed, config.unique_by, config.keyword_prob,
+        config.keys(), model.reads_padding, world.rank, world.size,
     )  # fmt: skip
     if config.decode_on_device:
         encoded = EncodedCrops(crops)
@@ -177,7 +228,7 @@ def _refuse_changes(config: TrainConfig) -> None:
         raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
 
 
-def _check_damage(sources: Sequence[Source], limit: float) -> None:
+def _check_damage(sources: Sequence[Source], limit: float, world: World) -> None:
     """Warn of damaged shards, and refuse them if they have lost too much.
 
     How much a shard that is cut short has lost cannot be told, and is not counted.
@@ -187,7 +238,7 @@ def _check_damage(sources: Sequence[Source], limit: float) -> None:
     """
     damaged = {shard.name: shard for source in sources for shard in source.shards if shard.damage}
     lost = sum(sum(shard.damage.values()) for shard in damaged.values())
-    for shard in list(damaged.values())[:10]:
+    for shard in list(damaged.values())[:10] if world.is_main else ():
         for loss in shard.losses():
             log.warning(loss)
     total = lost + sum(sum(source.sizes) for source in sources)
@@ -212,18 +263,20 @@ class SkipBudget:
         """The number of skipped pairs."""
         return self.kinds.total()
 
-    def count(self, batch: Batch) -> None:
-        """Count the pairs of a batch.
+    def is_exceeded_by(self, skipped: int) -> bool:
+        """Return True if of the pairs that were seen so many may not be skipped."""
+        return self.seen >= MIN_SEEN_FOR_BAD_FRACTION and skipped > self.limit * self.seen
+
+    def count(self, skipped: Sequence[Skipped]) -> None:
+        """Count skipped pairs.
 
         Raises:
-            TrainingError: too many were skipped.
+            TrainingError: they are too many.
         """
-        self.seen += len(batch)
-        self.kinds.update(sample.kind for sample in batch.skipped)
-        enough = self.seen >= MIN_SEEN_FOR_BAD_FRACTION
-        if batch.skipped and enough and self.skipped > self.limit * self.seen:
+        self.kinds.update(sample.kind for sample in skipped)
+        if skipped and self.is_exceeded_by(self.skipped):
             kinds = ", ".join(f"{count} x {kind}" for kind, count in self.kinds.most_common())
             raise TrainingError(
                 f"{self.skipped} of {self.seen} pairs could not be used, more than --max-bad-fraction {self.limit}: "
-                f"{kinds}; they are listed in {self.listed_in}; last: {batch.skipped[-1]}"
+                f"{kinds}; they are listed in {self.listed_in}; last: {skipped[-1]}"
             )

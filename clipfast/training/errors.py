@@ -9,4 +9,7 @@ class NotFiniteError(TrainingError):
     """Loss or weights are infinite or NaN: there is nothing worth saving."""
 
     def __init__(self, what: str, step: int) -> None:
-        super().__init__(f"{what} not finite at step {step}: lower --lr, or set --grad-clip-norm")
+        super().__init__(what, step)  # from which another process can make it again
+
+    def __str__(self) -> str:
+        return "{} not finite at step {}: lower --lr, or set --grad-clip-norm".format(*self.args)

@@ -1,6 +1,7 @@
 """Ctrl-C, SIGTERM, and SIGHUP from a terminal that is closed: the step is finished and saved first."""
 
 import signal
+from collections.abc import Sequence
 from types import FrameType
 
 from .logs import log
@@ -12,10 +13,14 @@ class Interruption:
     """A context that remembers the first of ``SIGNALS`` in ``signum``; a second one raises KeyboardInterrupt.
 
     A SIGHUP that is ignored, as under nohup, stays ignored.
+
+    Args:
+        quiet: log nothing, since this is one of several processes, which stop together.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, quiet: bool = False) -> None:
         self.signum: int | None = None
+        self.quiet = quiet
 
     def __enter__(self) -> "Interruption":
         taken = [signum for signum in SIGNALS if signum != signal.SIGHUP or signal.getsignal(signum) != signal.SIG_IGN]
@@ -26,8 +31,18 @@ class Interruption:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
+    def votes(self) -> list[int]:
+        """Return 1 for the signal that came and 0 for the others; sums over processes say what came to any of them."""
+        return [int(signum == self.signum) for signum in SIGNALS]
+
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:
             raise KeyboardInterrupt
         self.signum = signum
-        log.info("Stopping after this step; interrupt once more to stop at once, without saving.")
+        if not self.quiet:
+            log.info("Stopping after this step; interrupt once more to stop at once, without saving.")
+
+
+def elected(votes: Sequence[int]) -> int | None:
+    """Return a signal that has votes; None if there is none."""
+    return next((signum for signum, count in zip(SIGNALS, votes, strict=True) if count > 0), None)

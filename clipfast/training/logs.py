@@ -15,6 +15,7 @@ from ..data import Batch
 from .epochs import Epochs
 from .errors import NotFiniteError
 from .run import RunFolder
+from .world import ALONE, World
 
 log = logging.getLogger("clipfast")
 
@@ -27,14 +28,20 @@ class _OutLog(logging.FileHandler):
 
 
 @contextmanager
-def logging_to(folder: Path) -> Iterator[None]:
-    """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format."""
-    formatter = logging.Formatter("%(asctime)s | %(levelname)s | %(message)s", "%Y-%m-%d,%H:%M:%S")
-    handlers: list[logging.Handler] = [logging.StreamHandler(), _OutLog(folder / "out.log", encoding="utf-8")]
+def logging_to(folder: Path, world: World = ALONE) -> Iterator[None]:
+    """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format.
+
+    Ranks other than 0 log warnings and errors, and to the console only.
+    """
+    rank = "" if world.is_main else f"rank {world.rank} | "
+    formatter = logging.Formatter(f"%(asctime)s | %(levelname)s | {rank}%(message)s", "%Y-%m-%d,%H:%M:%S")
+    handlers: list[logging.Handler] = [logging.StreamHandler()]
+    if world.is_main:
+        handlers.append(_OutLog(folder / "out.log", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         log.addHandler(handler)
-    log.setLevel(logging.INFO)
+    log.setLevel(logging.INFO if world.is_main else logging.WARNING)
     try:
         yield
     finally:
@@ -49,10 +56,11 @@ class TrainLog:
     Args:
         folder: of the run.
         epochs: of the run.
+        world: the processes; rank 0 writes, and the times are its own.
     """
 
-    def __init__(self, folder: RunFolder, epochs: Epochs) -> None:
-        self.folder, self.epochs = folder, epochs
+    def __init__(self, folder: RunFolder, epochs: Epochs, world: World = ALONE) -> None:
+        self.folder, self.epochs, self.world = folder, epochs, world
 
     def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each."""
@@ -61,7 +69,7 @@ class TrainLog:
         epoch, first, stop = self.epochs.after(step)
         description = f"epoch {epoch + 1}/{self.epochs.number}"
         self._start_again()
-        options: dict[str, Any] = {"unit": "step", "disable": None, "leave": False}
+        options: dict[str, Any] = {"unit": "step", "disable": None if self.world.is_main else True, "leave": False}
         with tqdm(total=stop - first, initial=step - first, desc=description, **options) as bar:
             for _ in range(step, stop):
                 asked = time.perf_counter()
@@ -72,12 +80,15 @@ class TrainLog:
                 bar.update()
 
     def step(self, loss: Tensor, pairs: int) -> None:
-        """Count a finished step. ``loss`` is a scalar, and stays on its device until it is logged."""
+        """Count a finished step of so many pairs of this process.
+
+        ``loss`` is a scalar, and stays on its device until it is logged.
+        """
         self._losses.append(loss)
-        self._pairs += pairs
+        self._pairs += pairs * self.world.size
 
     def write(self, step: int, lr: float, logit_scale: Tensor) -> None:
-        """Log and record the steps since the last line.
+        """Log and record the steps since the last line; all ranks must call it.
 
         Args:
             step: number of steps that are finished.
@@ -87,7 +98,7 @@ class TrainLog:
         Raises:
             NotFiniteError: a loss is not finite.
         """
-        losses = torch.stack(self._losses)
+        losses = self.world.mean(torch.stack(self._losses))
         if not losses.isfinite().all():
             raise NotFiniteError("the loss is", step)
         elapsed = time.perf_counter() - self._started
@@ -104,13 +115,16 @@ class TrainLog:
         log.info(
             f"Train Epoch: {epoch} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
             f"Data (t): {rates['data_time']:.3f} Batch (t): {rates['batch_time']:.3f}, "
-            f"{rates['pairs_per_second']:.6g}/s, {rates['pairs_per_second']:.6g}/s/gpu "
+            f"{rates['pairs_per_second']:.6g}/s, {rates['pairs_per_second'] / self.world.size:.6g}/s/gpu "
             f"LR: {lr:.6f} Logit Scale: {scale:.3f} "
             f"Contrastive_loss: {last:.5g} ({mean:.5g}) Loss: {last:.5g} ({mean:.5g}) "
             f"Data-wait: {100 * rates['data_wait']:.1f}%{slowest}"
         )
         seconds = dict(self._stages)  # of all data workers together
-        self.folder.record(step=step, epoch=epoch, loss=mean, lr=lr, logit_scale=scale, **rates, data_seconds=seconds)
+        if self.world.is_main:
+            self.folder.record(
+                step=step, epoch=epoch, loss=mean, lr=lr, logit_scale=scale, **rates, data_seconds=seconds
+            )
         self._start_again()
 
     def evaluation(self, step: int, results: dict[str, Any]) -> None:

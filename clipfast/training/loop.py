@@ -1,5 +1,6 @@
 """From options to a finished run: what ``clipfast train`` does."""
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -21,12 +22,16 @@ from .preflight import preflight
 from .recipes import describe
 from .run import RunFolder
 from .trainer import Trainer
+from .world import ALONE, World
 
 PLACE = ("logs", "name")  # options that say where the run lies, so that its folder may be moved
 
 
 def train(
-    config: TrainConfig, resume: Path | None = None, origins: Mapping[str, str] | None = None
+    config: TrainConfig,
+    resume: Path | None = None,
+    origins: Mapping[str, str] | None = None,
+    world: World = ALONE,
 ) -> tuple[RunFolder, int | None]:
     """Train a model as ``config`` says.
 
@@ -34,6 +39,7 @@ def train(
         config: all options.
         resume: checkpoint to continue from. A run whose own checkpoint it is continues in its folder.
         origins: where options are from that are no defaults, for ``params.txt``, which lists all options.
+        world: the processes that train together; each of them calls this function.
 
     Returns:
         The run's folder, and the signal that interrupted the run if one did.
@@ -45,15 +51,17 @@ def train(
         TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
         DiskFullError: there is no space for the last checkpoint or the results.
     """
-    name = config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"
+    # The clocks of the ranks may differ.
+    name = world.on_main(lambda: config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
     folder = RunFolder(Path(config.logs) / name)
     is_own = resume is not None and resume.resolve().parent == folder.checkpoints.resolve()
-    with locked(folder.path):
-        folder.refuse_other_run(resuming=is_own)
+    with locked(folder.path) if world.is_main else contextlib.nullcontext():
+        world.on_main(lambda: folder.refuse_other_run(resuming=is_own))
         checkpoint = read_checkpoint(resume) if resume is not None else {}
         own = checkpoint.get("clipfast", {})
-        found = preflight(config, folder, own)
-        trainer = Trainer(config, folder, checkpoint or None)
+        with world.local_first():  # what it indexes, the other processes of a machine find
+            found = preflight(config, folder, own, world)
+        trainer = Trainer(config, folder, checkpoint or None, world)
         saved = own.get("config", {})
         options, changed = dataclasses.asdict(config), changed_options(saved, config)
         if "model" in changed:
@@ -65,17 +73,21 @@ def train(
                 f"{', '.join(changed.values())}; only more {flag_name(config.budget)} would continue it"
             )
         step = trainer.progress.step if is_own else None
-        folder.create(after_step=step)
-        folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
-        replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
-        with logging_to(folder.path), Interruption() as interruption:
-            log.info(f"{sum(trainer.data.sizes):,} pairs in {len(trainer.data.shards):,} shard(s); {found}")
-            _log_start(trainer, resume, changed)
+        if world.is_main:
+            folder.create(after_step=step)
+            folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
+            replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
+        with logging_to(folder.path, world), Interruption(quiet=world.size > 1) as interruption:
+            if world.is_main:
+                log.info(f"{sum(trainer.data.sizes):,} pairs in {len(trainer.data.shards):,} shard(s); {found}")
+                _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
-            signum = interruption.signum
-            if signum is None:
-                finish(trainer, evaluation or trainer.evaluate())
-    return folder, signum
+            if trainer.signum is None:
+                evaluation, raw = evaluation or trainer.evaluate(), None
+                if trainer.average is not None and trainer.validation is not None:
+                    raw = trainer.evaluate_weights(trainer.validation)
+                world.on_main(lambda: finish(trainer, evaluation, raw))
+    return folder, trainer.signum
 
 
 def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
@@ -90,8 +102,10 @@ def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str
 
 def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -> None:
     config, total = trainer.config, trainer.total_steps
+    ranks = trainer.world.size
+    share = f" ({trainer.batch_size} on each of {ranks} processes)" if ranks > 1 else ""
     log.info(
-        f"{config.model} on {trainer.device}, {total} steps of {config.batch_size} pairs "
+        f"{config.model} on {trainer.device}, {total} steps of {trainer.data.batch_size} pairs{share} "
         f"from {len(trainer.data.shards)} shard(s); run folder {trainer.folder.path}, all options in params.txt"
     )
     if resume is not None:
@@ -106,8 +120,14 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
         )
 
 
-def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
-    """Write ``results.json``, the exported model and the pictures of a finished run into its folder."""
+def finish(trainer: Trainer, evaluation: Evaluation | None, raw: Evaluation | None) -> None:
+    """Write ``results.json``, the exported model and the pictures of a finished run into its folder.
+
+    Args:
+        trainer: of the run.
+        evaluation: of what is exported, if there are validation data.
+        raw: of the last weights, if their average is exported.
+    """
     folder, config = trainer.folder, trainer.config
     with trainer.averaged():
         export_open_clip(trainer.model, folder.path)
@@ -130,8 +150,8 @@ def finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
     if trainer.average is not None:
         # What stands above is of the average, which is exported.
         results["ema"] = {"decay": trainer.average.decay}
-        if trainer.validation is not None:
-            results["raw"] = trainer.evaluate_weights(trainer.validation).results
+    if raw is not None:
+        results["raw"] = raw.results
     folder.write_json("results.json", results)
     made = ["results.json", *_pictures(trainer, evaluation)]
     log.info(f"Finished: {', '.join(made)} in {folder.path}; load the model as local-dir:{folder.path}")

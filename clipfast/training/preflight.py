@@ -23,10 +23,11 @@ from ..tokenizer import Tokenizer
 from ..units import BYTES, scaled
 from .build import bare_model, build_device, build_loss, build_tokenizer
 from .config import TrainConfig
-from .data import pair_batches, parts, sources_of, validation_set
+from .data import pair_batches, parts, sources_of, validation_set, whole_batch
 from .ema import WeightAverage
 from .optim import make_optimizer
 from .run import RunFolder
+from .world import ALONE, World
 
 SHARDS, PAIRS = 4, 4  # so many pairs of so many shards are tried
 
@@ -58,19 +59,21 @@ class Preflight:
         )
 
 
-def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any]) -> Preflight:
+def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], world: World = ALONE) -> Preflight:
     """Look for what would stop a run later.
 
     Args:
         config: its options.
-        folder: of the run, which exists.
+        folder: of the run, which exists on rank 0.
         saved: what clipfast noted in the checkpoint that is continued, if there is one.
+        world: the processes, each of which looks for itself: at its own GPU, and at what all of its machine need.
 
     Raises:
         ValueError: the run cannot work; the message names the value that is wrong, and what would do.
         ImportError: a package is missing that reads the data.
     """
-    device = build_device(config)
+    device = build_device(config, world)
+    batch_size = whole_batch(config, world, saved) // world.size
     try:
         groups = [expand_shards(part) for part in parts(config)]
     except ValueError as error:
@@ -79,8 +82,8 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any]) -> 
     build_loss(config, model)
     make_optimizer(config, model)
     tokenizer = build_tokenizer(config, model)
-    checkpoint, free = _check_disk(config, folder, model)
-    loader = _check_loader(config, model)
+    checkpoint, free = _check_disk(config, folder, model, world)
+    loader = _check_loader(config, model, batch_size, world.local_size)
     if device.type == "cuda":
         _check_gpu(config, model, device)
     if config.val_data is not None:
@@ -106,15 +109,15 @@ def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
     return weights, trained, (2 * trained if config.opt == "adamw" else 0) + average
 
 
-def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[int, int]:
-    """Return the bytes of a checkpoint, and those that are free for it.
+def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: World) -> tuple[int, int]:
+    """Return the bytes of a checkpoint, and those that are free for it, which matter on rank 0.
 
     A new checkpoint is written beside the last one, which it replaces, and in the end the weights by themselves.
     """
     weights, _, kept = _sizes(config, model)
     checkpoint, free = weights + kept, free_bytes(folder.path)
     needed = checkpoint * (1 if folder.latest.exists() else 2) + weights
-    if free < needed:
+    if world.is_main and free < needed:
         raise ValueError(
             f"--logs {config.logs} has {scaled(free, BYTES)} free, and the run needs {scaled(needed, BYTES)}: "
             f"{scaled(checkpoint, BYTES)} for a checkpoint of {config.model}, as much again while it is replaced, and "
@@ -123,26 +126,28 @@ def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP) -> tuple[in
     return checkpoint, free
 
 
-def _check_loader(config: TrainConfig, model: CLIP) -> int:
-    """Return the bytes of the batches that are made ahead, which data workers hold in shared memory."""
-    batch = config.batch_size * pair_bytes(model.visual.image_size, model.context_length)
-    shared = config.workers * PREFETCH * batch
+def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int) -> int:
+    """Return the bytes of the batches that ``ranks`` processes make ahead; data workers hold them in shared memory."""
+    batch = batch_size * pair_bytes(model.visual.image_size, model.context_length)
+    workers = ranks * config.workers
+    shared = workers * PREFETCH * batch
     fix = "use fewer --workers, or a smaller --batch-size"
     if config.workers and SHARED_MEMORY.is_dir():
         free = free_bytes(SHARED_MEMORY)
         if free < shared:
             raise ValueError(
-                f"{SHARED_MEMORY} has {scaled(free, BYTES)} free, and {config.workers} data workers hold "
+                f"{SHARED_MEMORY} has {scaled(free, BYTES)} free, and {workers} data workers hold "
                 f"{PREFETCH} batches each of {scaled(batch, BYTES)} there: {fix}, or make it larger (docker run "
                 f"--shm-size={-(-shared // 2**30)}g)"
             )
     memory = process_memory()
-    if memory is not None and memory.available < shared + batch:
+    held = workers * PREFETCH + ranks
+    if memory is not None and memory.available < held * batch:
         raise ValueError(
-            f"{scaled(memory.available, BYTES)} of memory are available, and {(shared + batch) // batch} batch(es) of "
+            f"{scaled(memory.available, BYTES)} of memory are available, and {held} batch(es) of "
             f"{scaled(batch, BYTES)} are held at a time: {fix}"
         )
-    return shared or batch
+    return shared or ranks * batch
 
 
 def pair_bytes(image_size: int, context_length: int) -> int:
@@ -195,6 +200,6 @@ def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     orders = [Order(source.sizes, config.seed) for source in sources]
     order = Mix(orders, [1.0] * len(orders), config.seed)
     try:
-        return try_pairs(pair_batches(config, sources, order, model, tokenizer), PAIRS)
+        return try_pairs(pair_batches(config, sources, order, model, tokenizer, PAIRS), PAIRS)
     except SampleError as error:
         raise ValueError(f"--train-data: {error}") from error

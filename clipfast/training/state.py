@@ -122,7 +122,10 @@ class RunState:
                 "the checkpoint is from within an epoch of an earlier version of clipfast, which had another order of "
                 "the data: start from its weights with --pretrained"
             )
-        flags = [f"{flag_name(key)} (was {was})" for key, was in changed.items() if hasattr(self.config, key)]
+        names = {"batch_size": "batch_size" if self.data.batch_size == self.config.batch_size else "global_batch_size"}
+        flags = [
+            f"{flag_name(names.get(key, key))} (was {was})" for key, was in changed.items() if hasattr(self.config, key)
+        ]
         what = f"leave {', '.join(flags)} as it was" if flags else "the shards have other samples than they had"
         raise ValueError(f"the checkpoint is from within an epoch, whose data cannot change: {what}")
 

@@ -1,6 +1,7 @@
 """One step of training on a device: forward, loss, backward and optimizer, as one CUDA graph if that is asked for."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,10 @@ from torch import Tensor, nn
 
 from ..accumulation import accumulate_gradients, largest_micro_batch
 from ..data import Batch
+from ..data.order import random_words
 from ..models import CLIP
 from .logs import log
+from .world import ALONE, World
 
 WARMUP_STEPS = 3  # before the graph is captured: everything that is allocated or compiled once must exist by then
 
@@ -46,6 +49,7 @@ class TrainingStep:
         autocast: makes the context of the forward pass.
         grad_clip_norm: largest norm of the gradient; None does not clip it.
         micro_batch_size: pairs whose activations are held at a time.
+        parallel: is called in place of the model, if there are several processes.
     """
 
     def __init__(
@@ -56,7 +60,9 @@ class TrainingStep:
         autocast: Callable[[], torch.autocast],
         grad_clip_norm: float | None,
         micro_batch_size: int,
+        parallel: nn.Module | None = None,
     ) -> None:
+        self.parallel = parallel or model
         self.model, self.optimizer, self.loss = model, optimizer, loss
         self.autocast, self.grad_clip_norm, self.micro_batch_size = autocast, grad_clip_norm, micro_batch_size
         self.is_updating = False  # True after an error that came in the middle of an update
@@ -77,14 +83,20 @@ class TrainingStep:
         """Add the gradients of a batch to ``.grad`` and return its loss, a scalar without a graph."""
         if self.micro_batch_size < len(images):
             with self.autocast():
-                return accumulate_gradients(self.model, images, texts, self.micro_batch_size, self.loss)
+                return accumulate_gradients(self.parallel, images, texts, self.micro_batch_size, self.loss)
         with self.autocast():
-            loss = self.loss(*self.model(images, texts))
+            loss = self.loss(*self.parallel(images, texts))
         loss.backward()
         return loss.detach()
 
-    def fit_micro_batch(self, batch_size: int) -> None:
-        """Halve the micro-batch until it fits into the memory of the GPU, and log what came of it."""
+    def fit_micro_batch(self, batch_size: int, loss: Callable[..., Tensor], world: World = ALONE) -> None:
+        """Halve the micro-batch until it fits into the memory of every GPU, and log what came of it.
+
+        Args:
+            batch_size: pairs of this process.
+            loss: of the pairs of one process: a GPU that runs out of memory must not leave others waiting for it.
+            world: the processes.
+        """
         how = "a CPU does not say what fits: nothing was tried"
         device = self.model.logit_scale.device
         if _can_run_out(device):
@@ -95,11 +107,12 @@ class TrainingStep:
             self.model.train()
             with self.autocast():
                 self.micro_batch_size = largest_micro_batch(
-                    self.model, images, texts, self.loss, start=self.micro_batch_size,
+                    self.model, images, texts, loss, start=self.micro_batch_size,
                     reserve=0 if self.optimizer.state else 2 * weights,  # AdamW's moments
                 )  # fmt: skip
             how = "the most that was found to fit"
-        found = self.micro_batch_size
+        sizes = world.gather(self.micro_batch_size)
+        found = self.micro_batch_size = world.on_main(lambda: min(sizes))
         pairs = f"{found} of {batch_size} pairs" if found < batch_size else f"the whole batch of {batch_size} pairs"
         log.info(f"--micro-batch-size auto: {pairs} at a time ({how})")
 
@@ -107,6 +120,29 @@ class TrainingStep:
 def _can_run_out(device: torch.device) -> bool:
     """Return True if there is an error to catch when the memory of ``device`` runs out."""
     return device.type == "cuda"
+
+
+def seed_step(seed: int, model: CLIP, pairs: int, rank: int) -> None:
+    """Set the state of all random number generators for the part of a step that ``rank`` does.
+
+    On a CPU, each pair of the batch gets the numbers that it gets in one process. Other generators have numbers for
+    calls, not for pairs, so each rank has a seed of its own there.
+
+    Args:
+        seed: of the step.
+        model: of which only the vision transformer draws numbers, for the patches that it drops.
+        pairs: of each rank.
+        rank: of this process.
+    """
+    torch.manual_seed(seed)
+    visual: Any = model.visual
+    if rank == 0 or not getattr(visual, "patch_dropout", 0):
+        return
+    if model.logit_scale.device.type == "cpu":
+        grid = (visual.trunk if hasattr(visual, "trunk") else visual).grid_size
+        torch.rand(rank * pairs, grid[0] * grid[1])
+    else:
+        torch.manual_seed(int(random_words(1, seed, rank)[0]) >> 1)
 
 
 class GraphedStep:

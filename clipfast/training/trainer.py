@@ -1,32 +1,36 @@
 """The trainer: it builds the components of a training run, and runs the loop over epochs and steps."""
 
+import collections
 import contextlib
 import functools
+import itertools
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..data import Batch
+from ..data import Batch, Skipped
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.labelled import LabelledSet, encode_labelled
+from ..evaluation.labelled import LabelledSet, encode_part, join_parts
 from ..factory import transform_of
 from ..files import DiskFullError
-from .build import build_device, build_loss, build_model, build_tokenizer
+from .build import build_device, build_loss, build_model, build_parallel, build_tokenizer
 from .config import AUTO, TrainConfig
-from .data import SkipBudget, TrainingData, validation_set
+from .data import SkipBudget, TrainingData, validation_set, whole_batch
 from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
-from .interruption import Interruption
+from .interruption import Interruption, elected
 from .logs import TrainLog, log
 from .optim import make_optimizer
 from .run import RunFolder
 from .schedule import schedule_of, set_lr
 from .state import Progress, RunState
-from .step import GraphedStep, TrainingStep, Upload
+from .step import GraphedStep, TrainingStep, Upload, seed_step
+from .world import ALONE, LateSum, World
 
 VALIDATION_BATCH_SIZE = 256
 
@@ -35,33 +39,43 @@ class Trainer:
     """One run, which writes to ``folder``.
 
     ``checkpoint`` is what it continues from, written by this package or by OpenCLIP; the model configuration in it, if
-    there is one, replaces ``config.model``.
+    there is one, replaces ``config.model``. With several ranks in ``world``, each of them has a trainer, and all call
+    the same methods in the same order.
+
+    Attributes:
+        signum: the signal that interrupted the run on any rank.
 
     Raises:
         ValueError: options, data or the checkpoint cannot be used.
     """
 
-    def __init__(self, config: TrainConfig, folder: RunFolder, checkpoint: dict[str, Any] | None = None) -> None:
-        self.config, self.folder = config, folder
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder, checkpoint: dict[str, Any] | None = None, world: World = ALONE
+    ) -> None:
+        self.config, self.folder, self.world = config, folder, world
         saved: dict[str, Any] = (checkpoint or {}).get("clipfast", {})
-        self.device = build_device(config)
-        self.data = TrainingData(config)
+        self.device = build_device(config, world)
+        whole = whole_batch(config, world, saved)
+        self.batch_size = whole // world.size  # of this rank
+        with world.local_first():
+            self.data = TrainingData(config, whole, world)
         self.total_steps = self.data.total_steps
         self.validation = None if config.val_data is None else validation_set(config)
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device)
-        self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model)
+        self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
+        parallel = build_parallel(config, self.model, world, self.device)
         self.optimizer = make_optimizer(config, self.model)
         self.schedule = schedule_of(config, self.total_steps, self.data.epochs)
         on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
         autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=on_amp)
-        size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else config.batch_size
+        size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else self.batch_size
         self.step = TrainingStep(
-            self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, config.batch_size)
+            self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel
         )
         self.upload = Upload(self.device)
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
-        self.log = TrainLog(folder, self.data.epochs)
+        self.log = TrainLog(folder, self.data.epochs, world)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.state = RunState(
@@ -69,13 +83,17 @@ class Trainer:
             self.average,
         )  # fmt: skip
         self._unsaved = False  # whether steps were taken since the last checkpoint
+        self.signum: int | None = None
+        self._skipped: list[tuple[int, Skipped]] = []  # of this rank, with their steps, since they were last recorded
+        self._news = LateSum(world)
         if checkpoint is not None:
             self.state.load_state_dict(checkpoint)
 
     def fit(self, interruption: Interruption) -> Evaluation | None:
         """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
 
-        Whatever error ends it, weights that are finite are saved, unless an update of them is not complete.
+        Whatever error ends it, weights that are finite are saved, unless an update of them is not complete, or the
+        error met only some of several ranks.
 
         Raises:
             TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
@@ -84,21 +102,28 @@ class Trainer:
         """
         try:
             if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
-                self.step.fit_micro_batch(self.config.batch_size)
+                self.step.fit_micro_batch(self.batch_size, build_loss(self.config, self.model), self.world)
             evaluation = self._train(interruption)
             if self._unsaved:
                 self.save()
+            self._news.close()
+            self._hear(interruption)
         except Exception as error:
             self._rescue(error)
             raise
-        if interruption.signum is not None:
+        if self.signum is not None:
             saved = f"Saved {self.folder.latest}; {self._continuation}"
             log.info(f"Interrupted. {saved if self.folder.latest.exists() else 'No step was finished.'}")
         return evaluation
 
     @property
     def _continuation(self) -> str:
-        return f"go on with: clipfast train --resume {self.folder.path}"
+        start = "clipfast" if self.world.size == 1 else f"torchrun --nproc-per-node {self.world.size} -m clipfast"
+        return f"go on with: {start} train --resume {self.folder.path}"
+
+    def _hear(self, interruption: Interruption) -> None:
+        """Ask all ranks whether they were interrupted."""
+        self.signum = elected(self.world.sum(interruption.votes()))
 
     def _train(self, interruption: Interruption) -> Evaluation | None:
         """Train epoch after epoch, and return the last evaluation."""
@@ -108,13 +133,15 @@ class Trainer:
         )
         with contextlib.closing(batches):  # an error must not leave the workers waiting
             try:
-                while self.progress.step < self.total_steps and interruption.signum is None:
+                self._hear(interruption)
+                while self.progress.step < self.total_steps and self.signum is None:
                     if self._train_epoch(batches, interruption):
                         step = self.progress.step
                         is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
                         kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
                         self._save_or_go_on(keep=kept)
                         evaluation = self.evaluate()
+                        self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
                     # it may be PyTorch's report of a dead data worker, which can come at any moment: the loader knows
@@ -124,7 +151,8 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Save what an error would lose, if it is sound, and say how to go on."""
-        if self._unsaved and not self.step.is_updating and not isinstance(error, NotFiniteError):
+        is_sound = not self.step.is_updating and not isinstance(error, NotFiniteError)
+        if self._unsaved and is_sound and self.world.is_shared(error):
             try:
                 log.info(f"Saved {self.save()}; {self._continuation}")
                 return
@@ -149,26 +177,61 @@ class Trainer:
         started = time.perf_counter()
         for batch in self.log.watch(batches, progress.step):
             self.log.step(self._train_step(batch), len(batch))
+            if not self._unsaved:
+                self.world.settle()
             progress.step += 1
             self._unsaved = True
             now = time.perf_counter()
             progress.seconds, started = progress.seconds + now - started, now
-            if batch.skipped:
-                self.folder.record_skipped(progress.step, batch.skipped)
-            self.budget.count(batch)
+            self._count(batch, interruption)
             if progress.step == last or progress.step % config.log_every_n_steps == 0:
+                self._record_skipped()
                 self.log.write(progress.step, self.schedule.at(progress.step - 1), self.model.logit_scale.exp())
             if progress.step < last and config.save_every and progress.step % config.save_every == 0:
                 self._save_or_go_on()
-            if interruption.signum is not None:
+            if self.signum is not None:
                 break
         return progress.step == last
+
+    def _count(self, batch: Batch, interruption: Interruption) -> None:
+        """Count a batch, and hear what has come to all ranks: signals, and pairs that cannot be used.
+
+        Raises:
+            TrainingError: too many pairs cannot be used.
+        """
+        self.budget.seen += len(batch) * self.world.size
+        self._skipped += [(self.progress.step, sample) for sample in batch.skipped]
+        skipped, *votes = self._news([len(self._skipped), *interruption.votes()])
+        if skipped > 0 and self.budget.is_exceeded_by(self.budget.skipped + skipped):
+            self._record_skipped()
+        self.signum = elected(votes)
+        if self.signum is not None and self.world.size > 1:
+            log.info(f"Stopping after step {self.progress.step}: {signal.Signals(self.signum).name} came to some rank.")
+
+    def _record_skipped(self) -> None:
+        """Record and count the pairs that could not be used on any rank.
+
+        Raises:
+            TrainingError: they are too many.
+        """
+        if self.world.sum([len(self._skipped)]) == [0]:
+            return
+        everyones = self.world.gather(self._skipped)
+        self._skipped = []
+
+        def record() -> dict[str, int]:
+            for step, skipped in _by_step(everyones):
+                self.folder.record_skipped(step, skipped)
+            self.budget.count([sample for mine in everyones for _, sample in mine])
+            return dict(self.budget.kinds)
+
+        self.budget.kinds = collections.Counter(self.world.on_main(record))
 
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its loss."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
-        torch.manual_seed(self.config.seed + self.progress.step)
+        seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
         loss = self._take_step(*self.upload(batch))
         if self.average is not None:
             self.step.is_updating = True
@@ -187,7 +250,8 @@ class Trainer:
             TrainingError, DiskFullError: the weights are not finite, or there is no space; the checkpoints that exist
                 stay as they are.
         """
-        path = self.folder.save(self.state.state_dict(), keep=keep)
+        self._record_skipped()
+        path = self.world.on_main(lambda: self.folder.save(self.state.state_dict(), keep=keep))
         self._unsaved = False
         return path
 
@@ -196,11 +260,16 @@ class Trainer:
 
         They are those of the average of the weights, if there is one.
         """
-        if self.validation is None:
+        validation = self.validation
+        if validation is None:
             return None
         with self.averaged():
-            evaluation = self.evaluate_weights(self.validation)
-        skipped = self.validation.skipped
+            evaluation = self.evaluate_weights(validation)
+        self.world.on_main(lambda: self._record_evaluation(evaluation, validation.skipped))
+        return evaluation
+
+    def _record_evaluation(self, evaluation: Evaluation, skipped: Sequence[Skipped]) -> None:
+        """Log and record an evaluation, and the images that it left out."""
         if skipped:
             self.folder.record_skipped(self.progress.step, skipped)
             log.warning(
@@ -208,14 +277,34 @@ class Trainer:
                 f"says; first: {skipped[0]}"
             )
         self.log.evaluation(self.progress.step, evaluation.results)
-        return evaluation
 
     def evaluate_weights(self, validation: LabelledSet) -> Evaluation:
-        """Return zero-shot accuracy and retrieval of the weights that the model has now."""
+        """Return zero-shot accuracy and retrieval of the weights that the model has now; all ranks must call it.
+
+        On rank 0, ``validation`` knows afterwards what was left out on any rank.
+        """
         self.model.eval()
-        transform = transform_of(self.model, uint8=True)
-        features = encode_labelled(self.model, validation, transform, VALIDATION_BATCH_SIZE, self.device)
-        return evaluate(
-            self.model, self.tokenizer, features,
-            leave_out=self.config.val_leave_out, skipped=len(validation.skipped),
-        )  # fmt: skip
+        self.world.share_buffers(self.model)
+        part = validation.part(self.world.rank, self.world.size, VALIDATION_BATCH_SIZE)
+        found = encode_part(self.model, part, transform_of(self.model, uint8=True), VALIDATION_BATCH_SIZE, self.device)
+        self.world.meet()  # parts take different times
+        found.features = found.features.cpu()
+        everyones = self.world.gather((found, part.left_out))
+
+        def evaluated() -> Evaluation:
+            features = join_parts([theirs for theirs, _ in everyones])
+            features.features = features.features.to(self.device)
+            left_out = {number: sample for _, theirs in everyones for number, sample in theirs.items()}
+            validation.left_out = dict(sorted(left_out.items()))
+            return evaluate(
+                self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=len(left_out)
+            )
+
+        return self.world.on_main(evaluated)
+
+
+def _by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:
+    """Yield the samples of all ranks step by step."""
+    rows = sorted(itertools.chain(*everyones), key=lambda row: row[0])
+    for step, group in itertools.groupby(rows, key=lambda row: row[0]):
+        yield step, [sample for _, sample in group]

@@ -1,0 +1,231 @@
+"""The processes that train one model: those that torchrun started, or one alone.
+
+Numbers that decide what happens next, such as signals to stop, go over a process group of the hosts (gloo), and not
+over that of the GPUs: a host that asked its GPU for them would wait for everything that the GPU still has to do.
+"""
+
+import contextlib
+import dataclasses
+import datetime
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..factory import resolve_device
+
+PATIENCE = 600.0  # seconds for what takes long: the start, and the work of rank 0 while the others wait
+INDEXING = 7 * 24 * 3600.0  # seconds: the first pass over a large data set
+LAST_WORD = 2.0  # seconds for torchrun to find the rank that failed before those that only lost it
+FAILED = "clipfast/failed"  # the key by which the ranks tell each other that one has failed
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass
+class World:
+    """One process among those that train together.
+
+    Attributes:
+        rank, size: number of this process, and how many there are.
+        local_rank, local_size: number of this process on its machine, and how many there are.
+        timeout: seconds that a collective may take after the first step.
+        hosts: process group of the hosts; None if there is one process.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    timeout: float = PATIENCE
+    hosts: "dist.ProcessGroup | None" = None
+    _shared: BaseException | None = dataclasses.field(default=None, init=False)
+
+    @property
+    def is_main(self) -> bool:
+        """True for the one process that writes the run's folder."""
+        return self.rank == 0
+
+    def device(self, name: str) -> torch.device:
+        """Return the device of this process, for the value of ``--device``.
+
+        Raises:
+            ValueError: the device is unknown, or there are fewer GPUs than processes on this machine.
+        """
+        device = torch.device(resolve_device(name))
+        if self.size == 1 or device.type != "cuda":
+            return device
+        if ":" in name:
+            raise ValueError(f"--device {name} with {self.size} processes: give --device cuda, and each takes its own")
+        if self.local_rank >= torch.cuda.device_count():
+            raise ValueError(
+                f"there is no GPU for process {self.local_rank + 1} of this machine, which has "
+                f"{torch.cuda.device_count()}: start as many processes by --nproc-per-node, or use --device cpu"
+            )
+        return torch.device("cuda", self.local_rank)
+
+    def settle(self) -> None:
+        """Hold all collectives to ``timeout`` from now on; until all ranks have done a step they have more time."""
+        self.meet()
+        for group in (None, self.hosts) if self.size > 1 else ():
+            dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.timeout), group)
+
+    def meet(self, seconds: float = PATIENCE) -> None:
+        """Wait until all ranks are here, for longer than a collective may take."""
+        if self.size > 1:
+            dist.monitored_barrier(self.hosts, datetime.timedelta(seconds=max(seconds, self.timeout)))
+
+    @contextlib.contextmanager
+    def local_first(self) -> Iterator[None]:
+        """Let one process of each machine do what the others then find done."""
+        if self.local_rank > 0:
+            self.meet(INDEXING)
+        yield
+        if self.local_rank == 0:
+            self.meet(INDEXING)
+
+    def sum(self, values: Sequence[int]) -> list[int]:
+        """Return the sums of the ranks' values."""
+        tensor = torch.tensor(values)
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.hosts)
+        return tensor.tolist()
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Return the mean of the ranks' values, which lie on the device that trains."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values / self.size
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks on rank 0, and nothing on others."""
+        if self.size == 1:
+            return [value]
+        everyones: list[Any] | None = [None] * self.size if self.is_main else None
+        dist.gather_object(value, everyones, group=self.hosts, group_dst=0)
+        return everyones or []
+
+    def on_main(self, work: Callable[[], T]) -> T:
+        """Return on all ranks what ``work`` returns on rank 0, while the others wait.
+
+        Raises:
+            Exception: what ``work`` raises, on all ranks.
+        """
+        if self.size == 1:
+            return work()
+        found: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                found[0] = work()
+            except Exception as error:
+                found[1] = _portable(error)
+        self.meet()
+        dist.broadcast_object_list(found, group=self.hosts, group_src=0)
+        if found[1] is not None:
+            self._shared = found[1]
+            raise found[1]
+        result: T = found[0]
+        return result
+
+    def is_shared(self, error: BaseException) -> bool:
+        """Return True if all ranks met ``error`` at the same place, and so can still act together."""
+        return self.size == 1 or error is self._shared
+
+    def share_buffers(self, model: nn.Module) -> None:
+        """Give all ranks rank 0's buffers: without ``--use-bn-sync``, BatchNorm's statistics differ."""
+        for buffer in model.buffers() if self.size > 1 else ():
+            dist.broadcast(buffer, 0)
+
+    def _is_first_to_fail(self) -> bool:
+        """Return True on the rank that failed first, and on all if they cannot ask each other any more."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            mine = str(self.rank)
+            return bool(store.compare_set(FAILED, "", mine) == mine.encode())
+        except Exception:
+            return True
+
+
+ALONE = World()
+
+
+class LateSum:
+    """Sums of numbers over the ranks, of which each is known one call later, so that no rank waits for another."""
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._pending: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, values: Sequence[int]) -> list[int]:
+        """Give the values of this rank, and return the sums of the call before; with one process, those of this one."""
+        if self.world.size == 1:
+            return list(values)
+        before = self.close() or [0] * len(values)
+        tensor = torch.tensor(values)
+        self._pending = dist.all_reduce(tensor, group=self.world.hosts, async_op=True), tensor
+        return before
+
+    def close(self) -> list[int] | None:
+        """Return the sums of the last call, if they have not been asked for."""
+        if self._pending is None:
+            return None
+        (work, tensor), self._pending = self._pending, None
+        work.wait()
+        return tensor.tolist()
+
+
+@contextlib.contextmanager
+def joined(device: str, timeout: float) -> Iterator[World]:
+    """Join the processes that torchrun started, and leave them at the end; without torchrun, be one alone.
+
+    Of an error, the rank that met it first tells the user. The others lose that rank, which is no news.
+
+    Args:
+        device: value of ``--device``.
+        timeout: seconds that a collective may take after the first step.
+
+    Raises:
+        ValueError: ``device`` cannot be used.
+    """
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+    rank, size, local_rank = (int(os.environ[name]) for name in names) if set(names) <= set(os.environ) else (0, 1, 0)
+    if size == 1:
+        yield ALONE
+        return
+    world = World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), timeout)
+    own = world.device(device)
+    is_ours = not dist.is_initialized()
+    if is_ours:
+        on_gpu = own.type == "cuda"
+        if on_gpu:
+            torch.cuda.set_device(own)
+        first = datetime.timedelta(seconds=max(PATIENCE, timeout))
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None)
+    world.hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, timeout)))
+    try:
+        yield world
+    except Exception as error:
+        if not world._is_first_to_fail():
+            time.sleep(LAST_WORD)
+            raise SystemExit(1) from None
+        if not world.is_shared(error):
+            raise RuntimeError(f"rank {rank}: {error}") from error
+        raise
+    finally:
+        if is_ours:
+            dist.destroy_process_group()
+
+
+def _portable(error: Exception) -> Exception:
+    """Return ``error`` if other processes can be sent it, and one that says the same otherwise."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(str(error))
+    return error
