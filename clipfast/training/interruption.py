@@ -45,4 +45,4 @@ class Interruption:
 
 def elected(votes: Sequence[int]) -> int | None:
     """Return a signal that has votes; None if there is none."""
-    return next((signum for signum, count in zip(SIGNALS, votes, strict=True) if count > 0), None)
+    return next((int(signum) for signum, count in zip(SIGNALS, votes, strict=True) if count > 0), None)

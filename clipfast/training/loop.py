@@ -108,6 +108,8 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
         f"{config.model} on {trainer.device}, {total} steps of {trainer.data.batch_size} pairs{share} "
         f"from {len(trainer.data.shards)} shard(s); run folder {trainer.folder.path}, all options in params.txt"
     )
+    if config.global_batch_size is None and trainer.batch_size != config.batch_size:
+        log.info(f"The run keeps its batch of {trainer.data.batch_size} pairs; --global-batch-size is for another one.")
     if resume is not None:
         log.info(f"Resuming from {resume} at step {trainer.progress.step} of {total}.")
     if changed:

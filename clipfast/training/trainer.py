@@ -82,7 +82,7 @@ class Trainer:
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
             self.average,
         )  # fmt: skip
-        self._unsaved = False  # whether steps were taken since the last checkpoint
+        self._has_begun, self._unsaved = False, False  # whether steps were taken at all, and since the last checkpoint
         self.signum: int | None = None
         self._skipped: list[tuple[int, Skipped]] = []  # of this rank, with their steps, since they were last recorded
         self._news = LateSum(world)
@@ -177,8 +177,9 @@ class Trainer:
         started = time.perf_counter()
         for batch in self.log.watch(batches, progress.step):
             self.log.step(self._train_step(batch), len(batch))
-            if not self._unsaved:
+            if not self._has_begun:
                 self.world.settle()
+            self._has_begun = True
             progress.step += 1
             self._unsaved = True
             now = time.perf_counter()
@@ -230,9 +231,12 @@ class Trainer:
     def _train_step(self, batch: Batch) -> Tensor:
         """Set the learning rate of the current step, take the step and return its loss."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
+        images, texts = self.upload(batch)
+        if self.world.size > 2 and not self._has_begun:
+            self.step.rehearse(images, texts)
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
-        loss = self._take_step(*self.upload(batch))
+        loss = self._take_step(images, texts)
         if self.average is not None:
             self.step.is_updating = True
             self.average.update(self.progress.step + 1)

@@ -22,6 +22,7 @@ from ..factory import resolve_device
 PATIENCE = 600.0  # seconds for what takes long: the start, and the work of rank 0 while the others wait
 INDEXING = 7 * 24 * 3600.0  # seconds: the first pass over a large data set
 LAST_WORD = 2.0  # seconds for torchrun to find the rank that failed before those that only lost it
+COMMUNICATION = ("gloo", "NCCL", "nccl")  # in errors of collectives, which have no type of their own
 FAILED = "clipfast/failed"  # the key by which the ranks tell each other that one has failed
 
 T = TypeVar("T")
@@ -214,9 +215,10 @@ def joined(device: str, timeout: float) -> Iterator[World]:
         if not world._is_first_to_fail():
             time.sleep(LAST_WORD)
             raise SystemExit(1) from None
-        if not world.is_shared(error):
-            raise RuntimeError(f"rank {rank}: {error}") from error
-        raise
+        if world.is_shared(error):
+            raise
+        lost = "another rank is lost: " if any(name in str(error) for name in COMMUNICATION) else ""
+        raise RuntimeError(f"rank {rank}: {lost}{error}") from error
     finally:
         if is_ours:
             dist.destroy_process_group()

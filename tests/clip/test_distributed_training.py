@@ -3,6 +3,11 @@
 import contextlib
 import json
 import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from unittest import mock
@@ -12,18 +17,19 @@ import pytest
 from clipfast import ranks
 from clipfast.data.index import ShardError
 from clipfast.models import SigLIPConfig, TextConfig, VisionConfig
-from clipfast.ranks import run_ranks
+from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
 from clipfast.training import TrainConfig
+from clipfast.training.data import whole_batch
 from clipfast.training.errors import TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
-from clipfast.training.world import ALONE, joined
+from clipfast.training.world import ALONE, World, joined
 
 from .conftest import picture, sample, write_shard
 from .faults import faulty_samples
 from .siglip import save_tokenizer
-from .test_training import losses, weights
+from .test_training import losses, same, saved_step, wait_for_checkpoint, weights
 
 ranks.PRELOAD.append("clipfast.training.trainer")
 
@@ -52,6 +58,7 @@ def options(tmp_path_factory):
     write_shard(made / "a.tar", [sample(index) for index in range(60)])
     write_shard(made / "b.tar", [sample(index, png=picture(100 + index)) for index in range(41)])
     write_shard(made / "faults.tar", faulty_samples())
+    write_shard(made / "val.tar", [*faulty_samples(), *(sample(index, png=picture(3)) for index in range(40))])
     for name, content in (("clip", CLIP), ("siglip", SIGLIP)):
         (made / f"{name}.json").write_text(json.dumps(content))
     save_tokenizer(made / "tokenizer")
@@ -63,6 +70,7 @@ def options(tmp_path_factory):
             "train_data": data, "model": f"{made}/{'siglip' if tokenizer else 'clip'}.json", "tokenizer": tokenizer,
             "global_batch_size": 12, "train_num_samples": 357, "epochs": 1, "warmup": 2, "lr": 1e-3, "workers": 0,
             "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
+            "val_data": f"{made}/val.tar" if case in CASES else None,
         }  # fmt: skip
         return given | CASES.get(case, {}) | changes
 
@@ -95,6 +103,7 @@ def trained(world, given, resume=False, fate=None):
     """Train, and return the signal that ended it, an error that all ranks met, or None."""
     with (
         mock.patch("clipfast.training.loop._pictures", return_value=[]),
+        mock.patch("clipfast.training.trainer.VALIDATION_BATCH_SIZE", 16),
         befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
     ):
         try:
@@ -119,7 +128,7 @@ def one(options, tmp_path_factory):
     """The folders of runs by one process."""
     logs = tmp_path_factory.mktemp("one")
     for case in CASES:
-        assert trained(ALONE, options(logs, case, val_data=options(logs, "faults")["train_data"])) is None
+        assert trained(ALONE, options(logs, case)) is None
     return {case: RunFolder(logs / case) for case in CASES}
 
 
@@ -138,18 +147,176 @@ def assert_like(folder, expected):
         assert ours[key] == theirs[key], key
 
 
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_curve_of_one_process(size, one, options, tmp_path):
-    data = options(tmp_path, "faults")["train_data"]
-    jobs = [(options(tmp_path, case, val_data=data),) for case in CASES]
-    assert run_ranks(on_rank, size, size, jobs, folder=_fresh(tmp_path)) == [[None] * len(jobs)] * size
-    for case in CASES:
-        assert_like(RunFolder(tmp_path / case), one[case])
-    assert len(losses(one["unique"])) == 30
+@pytest.fixture
+def together(tmp_path):
+    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
+
+    def run(size, *jobs):
+        return run_ranks(on_rank, size, size, jobs, folder=empty(tmp_path), timeout=240)
+
+    return run
 
 
-def _fresh(tmp_path):
-    """An empty folder for what the processes tell each other."""
+def empty(tmp_path):
+    """A folder for what the processes tell each other."""
     path = tmp_path / f"ranks {time.monotonic_ns()}"
     path.mkdir()
     return path
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_curve_of_one_process(size, one, options, together, tmp_path):
+    assert together(size, *((options(tmp_path, case),) for case in CASES)) == [[None] * len(CASES)] * size
+    assert len(losses(one["unique"])) == 30
+    for case, expected in one.items():
+        assert_like(RunFolder(tmp_path / case), expected)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_evaluation_of_one_process(size, one, options, together, tmp_path):
+    """A finished run that goes on is evaluated only."""
+    shutil.copytree(one["mix"].path, tmp_path / "mix")
+    together(size, (options(tmp_path, "mix"), True))
+    assert (tmp_path / "mix" / "results.json").read_text() == (one["mix"].path / "results.json").read_text()
+    assert json.loads((tmp_path / "mix" / "results.json").read_text())["skipped_images"] == 7
+
+
+@pytest.mark.long
+def test_the_number_of_ranks_changes_within_an_epoch(one, options, together, tmp_path):
+    # without --global-batch-size, the batch that the run began with stays
+    given = options(tmp_path, "mix", global_batch_size=None, batch_size=6, save_every=7)
+    assert together(2, (given, False, ("stop", (0, 1), 10))) == [["stopped"]] * 2
+    assert saved_step(tmp_path / "mix") == 7
+    assert trained(ALONE, given, True, ("stop", (0,), 17)) == "stopped"
+    assert saved_step(tmp_path / "mix") == 14
+    together(3, (given, True))
+    assert_like(RunFolder(tmp_path / "mix"), one["mix"])
+    log = (tmp_path / "mix" / "out.log").read_text()
+    assert re.findall(r"pairs \((\d) on each of (\d) processes\)", log) == [("6", "2"), ("4", "3")]
+    assert log.count("The run keeps its batch of 12 pairs; --global-batch-size is for another one.") == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "now", "saved", "expected"),
+    [
+        (4, {"batch_size": 3}, {}, 12),
+        (4, {"global_batch_size": 16}, {}, 16),
+        (1, {"batch_size": 3}, {"batch_size": 3}, 12),
+        (6, {"batch_size": 3}, {"batch_size": 3, "global_batch_size": None}, 12),
+        (6, {"batch_size": 3, "global_batch_size": 18}, {"batch_size": 3}, 18),
+        (1, {"batch_size": 5}, {"batch_size": 3}, 5),  # somebody wants another one
+        (1, {"batch_size": 3}, {"batch_size": 3, "global_batch_size": 12}, 3),
+        (5, {"batch_size": 3}, {"batch_size": 3}, "a batch of 12 pairs cannot be divided among 5 processes: .* of an"),
+        (3, {"global_batch_size": 16}, {}, "a batch of 16 pairs cannot be divided among 3 processes: start a number"),
+    ],
+)
+def test_the_batch_of_all_ranks(size, now, saved, expected):
+    noted = {"config": saved, "stream": {"batch_size": 12}} if saved else {}
+    config, world = TrainConfig(train_data="x.tar", **now), World(size=size)
+    if isinstance(expected, str):
+        with pytest.raises(ValueError, match=expected):
+            whole_batch(config, world, noted)
+    else:
+        assert whole_batch(config, world, noted) == expected
+
+
+SHORT = {"train_num_samples": 144, "save_every": 3, "unique_by": "label", "log_every_n_steps": 5}
+
+
+@pytest.mark.long
+def test_a_signal_to_one_rank_stops_all_after_the_same_step(options, together, tmp_path):
+    given = {name: options(tmp_path, name, **SHORT) for name in ("whole", "early", "late")}
+    found = together(
+        2,
+        (given["whole"],),
+        (given["early"], False, (signal.SIGTERM, (1,), 0)),
+        (given["early"], True, (signal.SIGINT, (0,), 5)),
+        (given["early"], True),
+        (given["late"], False, (signal.SIGTERM, (1,), 10)),
+    )
+    assert found == [[None, signal.SIGTERM, signal.SIGINT, None, signal.SIGTERM]] * 2
+    log = (tmp_path / "early" / "out.log").read_text()
+    assert re.findall(r"Stopping after step (\d+): (\w+) came", log) == [("2", "SIGTERM"), ("7", "SIGINT")]
+    assert log.count("Interrupted. Saved ") == 2
+    assert [saved_step(tmp_path / name) for name in given] == [12, 12, 12]
+    for name in ("early", "late"):
+        assert same(tmp_path / "whole", tmp_path / name)
+
+
+@pytest.mark.long
+def test_too_many_bad_pairs_stop_all_ranks(options, together, tmp_path):
+    given = options(tmp_path, "faults", max_bad_fraction=0.01)
+    first, second = together(2, (given,))
+    assert first == second
+    skipped, seen = map(int, re.match(r"(\d+) of (\d+) pairs could not be used, more than", first[0]).groups())
+    assert len((tmp_path / "faults" / "skipped.tsv").read_text().splitlines()) == skipped
+    assert seen == 12 * saved_step(tmp_path / "faults")
+    alone = options(tmp_path, "faults", max_bad_fraction=0.01, name="alone")
+    trained(ALONE, alone)
+    # the sum over ranks is known one step later
+    assert saved_step(tmp_path / "faults") - saved_step(tmp_path / "alone") in (0, 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("what", ["error", signal.SIGKILL])
+def test_a_rank_that_is_lost_ends_the_others(what, options, together, tmp_path):
+    given, whole = (options(tmp_path, name, **SHORT) for name in ("run", "whole"))
+    folder = empty(tmp_path)
+    processes = start_ranks(on_rank, 3, 3, [(given, False, (what, (1,), 5))], folder=folder)
+    wait_for(processes, 60)
+    assert [process.exitcode for process in processes] == [1, 1 if what == "error" else -signal.SIGKILL, 1]
+    errors = [error_of(folder, rank) for rank in range(3)]
+    if what == "error":
+        assert "RuntimeError: rank 1: shard x is gone" in errors[1]
+        assert [errors[rank].strip().splitlines()[-1] for rank in (0, 2)] == ["SystemExit: 1"] * 2
+    else:  # one of those that are left says so
+        said = [error for error in errors if ": another rank is lost: " in error]
+        assert len(said) == 1
+        assert sum("SystemExit: 1" in error for error in errors) == 1
+    assert saved_step(tmp_path / "run") == 3
+    together(3, (given, True), (whole,))
+    assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def started(given, size, *extra):
+    """Start the command with torchrun; "--" keeps torchrun from taking --logs for a flag of its own."""
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
+    command = f"-m torch.distributed.run --nproc-per-node {size} -m clipfast -- train".split()
+    return subprocess.Popen([sys.executable, *command, *flags, *extra], stderr=subprocess.PIPE, text=True)
+
+
+def ranks_of(process):
+    """Return the process of each rank that torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    found = {}
+    for pid in children:
+        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        found |= {int(line[5:]): int(pid) for line in variables if line.startswith(b"RANK=")}
+    return found
+
+
+@pytest.mark.long
+def test_the_command(options, tmp_path):
+    given = options(tmp_path, "run", **(SHORT | {"workers": 1, "save_every": 1, "train_num_samples": 6000}))
+    expected = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
+    for what, message in (
+        (signal.SIGTERM, "Interrupted. Saved"),
+        (signal.SIGKILL, "error: rank 0: another rank is lost: "),
+    ):
+        process = started(given, 2) if what == signal.SIGTERM else started(given, 2, f"--resume={tmp_path}/run")
+        before = saved_step(tmp_path / "run") if expected.exists() else 0
+        wait_for_checkpoint(process, tmp_path / "run", before + 3)
+        os.kill(ranks_of(process)[1], what)
+        sent = time.monotonic()
+        said = process.communicate(timeout=60)[1]
+        assert process.returncode != 0
+        assert time.monotonic() - sent < 40
+        assert said.count(message) == 1, said
+        assert said.count("Traceback") == 1, said  # torchrun's own
+    assert saved_step(tmp_path / "run") > before
+    # another run cannot be begun there, and of two ranks one says so
+    process = started(given, 2)
+    said = process.communicate(timeout=120)[1]
+    assert said.count("holds a run already") == 1, said
