@@ -235,6 +235,11 @@ class TrainConfig:
             )
         if self.cuda_graphs and self.micro_batch_size is not None:
             raise ValueError("--cuda-graphs replays a whole batch: leave out --micro-batch-size, or --cuda-graphs")
+        if self.ddp_static_graph and self.micro_batch_size is not None:
+            raise ValueError(
+                "--ddp-static-graph wants every backward pass to exchange gradients, and only that of the last "
+                "micro-batch does: leave out one of --ddp-static-graph and --micro-batch-size"
+            )
         if self.val_leave_out and self.val_group_by is None:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
         self.keys()

@@ -15,11 +15,12 @@ from unittest import mock
 import pytest
 
 from clipfast import ranks
-from clipfast.data.index import ShardError
+from clipfast.data.index import IndexCache, ShardError
 from clipfast.models import SigLIPConfig, TextConfig, VisionConfig
 from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
 from clipfast.training import TrainConfig
-from clipfast.training.data import whole_batch
+from clipfast.training.build import build_device
+from clipfast.training.data import TrainingData, whole_batch
 from clipfast.training.errors import TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
@@ -46,7 +47,7 @@ CASES = {
         "train_data_upsampling_factors": (1.0, 2.5), "force_patch_dropout": 0.5, "grad_checkpointing": True,
         "grad_clip_norm": 0.5, "micro_batch_size": 3,
     },
-    "siglip": {"dataset_resampled": True, "ddp_static_graph": True},
+    "siglip": {"dataset_resampled": True, "ddp_static_graph": True, "grad_checkpointing": True},
     "faults": {"max_bad_fraction": 0.3, "log_every_n_steps": 4},
 }  # fmt: skip
 
@@ -220,6 +221,52 @@ def test_the_batch_of_all_ranks(size, now, saved, expected):
             whole_batch(config, world, noted)
     else:
         assert whole_batch(config, world, noted) == expected
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "name", "expected"),
+    [
+        (1, "auto", "cuda:1"),
+        (2, "auto", "there is no GPU for process 3 of this machine, which has 2: start as many processes by --nproc"),
+        (0, "cuda:1", "--device cuda:1 with 4 processes: give --device cuda, and each takes its own"),
+    ],
+)
+def test_every_process_has_its_device(local_rank, name, expected, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    world = World(local_rank, 4, local_rank)
+    assert world.device("cpu").type == "cpu"
+    if expected.startswith("cuda"):
+        assert str(world.device(name)) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            world.device(name)
+
+
+def test_what_does_not_work_is_refused(options, tmp_path):
+    with pytest.raises(ValueError, match="--use-bn-sync needs GPUs, as PyTorch's SyncBatchNorm does, and this run is"):
+        build_device(TrainConfig(train_data="x.tar", use_bn_sync=True, device="cpu"), World(size=2))
+    with pytest.raises(ValueError, match="leave out one of --ddp-static-graph and --micro-batch-size"):
+        TrainConfig(train_data="x.tar", ddp_static_graph=True, micro_batch_size=4)
+    with pytest.raises(ValueError, match="--train-num-samples 20 is less than one batch of 24 pairs of all processes"):
+        TrainingData(TrainConfig(**options(tmp_path, "mix", train_num_samples=20)), 24)
+
+
+def indexing(rank, size, given):
+    """Return how many shards this rank read, to index them and for the labels of their samples."""
+    with (
+        mock.patch.object(IndexCache, "_make", autospec=True, side_effect=IndexCache._make) as indexed,
+        mock.patch.object(IndexCache, "keep_column", autospec=True, side_effect=IndexCache.keep_column) as labelled,
+    ):
+        on_rank(rank, size, [(given,)])
+    return [indexed.call_count, labelled.call_count]
+
+
+@pytest.mark.long
+def test_one_process_of_a_machine_indexes(options, tmp_path):
+    write_shard(tmp_path / "new.tar", [sample(index) for index in range(24)])
+    given = options(tmp_path, "run", **(SHORT | {"train_data": f"{tmp_path}/new.tar", "train_num_samples": 12}))
+    assert run_ranks(indexing, 2, 2, given, folder=empty(tmp_path)) == [[1, 1], [0, 0]]
 
 
 SHORT = {"train_num_samples": 144, "save_every": 3, "unique_by": "label", "log_every_n_steps": 5}
