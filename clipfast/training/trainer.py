@@ -167,7 +167,8 @@ class Trainer:
             log.info(f"Saved {self.save(keep=keep)}")
         except DiskFullError as error:
             kept = self.folder.kept()
-            log.error(f"{error}. Training goes on. {f'The last good checkpoint is {kept[0]}' if kept else ''}")
+            if self.world.is_main:
+                log.error(f"{error}. Training goes on. {f'The last good checkpoint is {kept[0]}' if kept else ''}")
 
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""

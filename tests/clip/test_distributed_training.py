@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -16,16 +17,17 @@ import pytest
 
 from clipfast import ranks
 from clipfast.data.index import IndexCache, ShardError
+from clipfast.files import DiskFullError
 from clipfast.models import SigLIPConfig, TextConfig, VisionConfig
 from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
 from clipfast.training import TrainConfig
 from clipfast.training.build import build_device
 from clipfast.training.data import TrainingData, whole_batch
-from clipfast.training.errors import TrainingError
+from clipfast.training.errors import NotFiniteError, TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
-from clipfast.training.world import ALONE, World, joined
+from clipfast.training.world import ALONE, World, _portable, joined
 
 from .conftest import picture, sample, write_shard
 from .faults import faulty_samples
@@ -91,6 +93,8 @@ def befalling(rank, what, victims, step):
         if trainer.progress.step == step and rank in victims:
             if what == "stop":
                 raise KeyboardInterrupt
+            if what == "hang":
+                time.sleep(600)
             if what == "error":
                 raise ShardError("shard x is gone")
             os.kill(os.getpid(), what)
@@ -119,7 +123,7 @@ def on_rank(rank, size, jobs):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
     found = []
     for job in jobs:
-        with joined("cpu", 30) as world:
+        with joined("cpu", job[0].get("dist_timeout", 30)) as world:
             found.append(trained(world, *job))
     return found
 
@@ -133,13 +137,13 @@ def one(options, tmp_path_factory):
     return {case: RunFolder(logs / case) for case in CASES}
 
 
-def skipped(folder):
+def skipped_in(folder):
     return sorted(folder.skipped_path.read_text().splitlines())
 
 
 def assert_like(folder, expected):
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
-    assert skipped(folder) == skipped(expected)
+    assert skipped_in(folder) == skipped_in(expected)
     theirs = weights(expected.path)
     for name, value in weights(folder.path).items():
         assert (value - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-7, name
@@ -252,6 +256,18 @@ def test_what_does_not_work_is_refused(options, tmp_path):
         TrainingData(TrainConfig(**options(tmp_path, "mix", train_num_samples=20)), 24)
 
 
+class TwoArgumentsError(Exception):
+    def __init__(self, what, number):
+        super().__init__(f"{what} {number}")
+
+
+@pytest.mark.parametrize("error", [DiskFullError("full"), NotFiniteError("the loss is", 3), TrainingError("bad")])
+def test_an_error_of_rank_0_is_the_same_on_others(error):
+    again = pickle.loads(pickle.dumps(_portable(error)))
+    assert (type(again), str(again)) == (type(error), str(error))
+    assert repr(_portable(TwoArgumentsError("a", 1))) == "RuntimeError('a 1')"
+
+
 def indexing(rank, size, given):
     """Return how many shards this rank read, to index them and for the labels of their samples."""
     with (
@@ -302,6 +318,7 @@ def test_too_many_bad_pairs_stop_all_ranks(options, together, tmp_path):
     assert seen == 12 * saved_step(tmp_path / "faults")
     alone = options(tmp_path, "faults", max_bad_fraction=0.01, name="alone")
     trained(ALONE, alone)
+    assert set(skipped_in(RunFolder(tmp_path / "alone"))) <= set(skipped_in(RunFolder(tmp_path / "faults")))
     # the sum over ranks is known one step later
     assert saved_step(tmp_path / "faults") - saved_step(tmp_path / "alone") in (0, 1)
 
@@ -325,6 +342,20 @@ def test_a_rank_that_is_lost_ends_the_others(what, options, together, tmp_path):
     assert saved_step(tmp_path / "run") == 3
     together(3, (given, True), (whole,))
     assert same(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_a_rank_that_hangs_is_not_waited_for(options, tmp_path):
+    folder, given = empty(tmp_path), options(tmp_path, "run", dist_timeout=5, **SHORT)
+    processes = start_ranks(on_rank, 2, 2, [(given, False, ("hang", (1,), 5))], folder=folder)
+    try:
+        processes[0].join(60)  # at the start, ranks wait for ten minutes
+        assert (processes[0].exitcode, processes[1].exitcode) == (1, None)
+        assert "rank 0: another rank is lost: " in error_of(folder, 0)
+        assert saved_step(tmp_path / "run") == 3
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def started(given, size, *extra):
