@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .config import ALTERNATIVES, TrainConfig, add_arguments, flag_name
+from .config import REPLACED, TrainConfig, add_arguments, flag_name
 from .recipes import describe, list_recipes, read_recipe
 
 
@@ -48,10 +48,9 @@ def run(args: argparse.Namespace) -> int:
         if checkpoint is None:
             options = {"name": f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"} | options
             origins.setdefault("name", "recipe and time")
-    for together in ALTERNATIVES:
-        if not given.keys().isdisjoint(together):
-            options = {key: value for key, value in options.items() if key not in together}
-            origins = {key: origin for key, origin in origins.items() if key not in together}
+    replaced = {REPLACED[key] for key in given if key in REPLACED}
+    options = {key: value for key, value in options.items() if key not in replaced}
+    origins = {key: origin for key, origin in origins.items() if key not in replaced}
     options, origins = options | given, origins | dict.fromkeys(given, "flag")
     if args.print_config:
         # What is printed need not be complete: most recipes name no data.

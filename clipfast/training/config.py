@@ -15,7 +15,8 @@ PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
 AUTO = "auto"
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
 BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
-ALTERNATIVES = (BUDGETS, ("batch_size", "global_batch_size"))  # a flag of two replaces what a recipe says by either
+# The option whose value in a recipe or a checkpoint is dropped if a flag gives this one.
+REPLACED = {"epochs": "samples_seen", "samples_seen": "epochs", "batch_size": "global_batch_size"}
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
 SCHEDULERS = ("cosine", "const", "const-cooldown", "wsd")

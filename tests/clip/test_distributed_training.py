@@ -14,15 +14,21 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 
 from clipfast import ranks
+from clipfast.checkpoint import read_checkpoint
 from clipfast.data.index import IndexCache, ShardError
+from clipfast.data.source import ShardSource
+from clipfast.evaluation.labelled import LabelledSet
 from clipfast.files import DiskFullError
-from clipfast.models import SigLIPConfig, TextConfig, VisionConfig
+from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, build
 from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
+from clipfast.tokenizer import Tokenizer
 from clipfast.training import TrainConfig
 from clipfast.training.build import build_device
 from clipfast.training.data import TrainingData, whole_batch
+from clipfast.training.ema import WeightAverage
 from clipfast.training.errors import NotFiniteError, TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
@@ -51,6 +57,11 @@ CASES = {
     },
     "siglip": {"dataset_resampled": True, "ddp_static_graph": True, "grad_checkpointing": True},
     "faults": {"max_bad_fraction": 0.3, "log_every_n_steps": 4},
+    "average": {"ema_decay": 0.9, "samples_seen": 100, "epochs": TrainConfig.epochs, "lock_image": True},
+    "drawn": {
+        "train_data": "synthetic:400", "ema_decay": 0.9, "lock_text": True, "lock_text_unlocked_layers": 1,
+        "lock_image": True, "lock_image_unlocked_groups": 1, "micro_batch_size": 2,
+    },
 }  # fmt: skip
 
 
@@ -144,12 +155,19 @@ def skipped_in(folder):
 def assert_like(folder, expected):
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
     assert skipped_in(folder) == skipped_in(expected)
-    theirs = weights(expected.path)
-    for name, value in weights(folder.path).items():
+    theirs = weights(expected.path) | averages(expected)
+    for name, value in (weights(folder.path) | averages(folder)).items():
         assert (value - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-7, name
     ours, theirs = (json.loads((run.path / "results.json").read_text()) for run in (folder, expected))
-    for key in ("steps", "skipped_pairs", "skipped_kinds", "images", "skipped_images", "classes"):
+    assert ours.keys() == theirs.keys()
+    for key in ("steps", "samples_seen", "skipped_pairs", "skipped_kinds", "images", "skipped_images", "classes"):
         assert ours[key] == theirs[key], key
+
+
+def averages(folder):
+    """Return the average of the weights, if there is one, in the latest checkpoint of a run."""
+    found = read_checkpoint(folder.latest).get("state_dict_ema", {})
+    return {f"average of {name}": value for name, value in found.items()}
 
 
 @pytest.fixture
@@ -266,6 +284,57 @@ def test_an_error_of_rank_0_is_the_same_on_others(error):
     again = pickle.loads(pickle.dumps(_portable(error)))
     assert (type(again), str(again)) == (type(error), str(error))
     assert repr(_portable(TwoArgumentsError("a", 1))) == "RuntimeError('a 1')"
+
+
+def averaged_on(rank, size, given):
+    """Return the average of the weights, and the weights, that a rank has at the end."""
+    with mock.patch.object(WeightAverage, "update", autospec=True, side_effect=WeightAverage.update) as updated:
+        on_rank(rank, size, [(given,)])
+    average = updated.call_args.args[0]
+    return {f"average of {name}": value for name, value in average.averages.items()} | average.model.state_dict()
+
+
+@pytest.mark.long
+def test_all_ranks_have_the_same_weights_and_averages(options, tmp_path):
+    given = options(tmp_path, "run", **SHORT, ema_decay=0.9, opt="muon")
+    first, second = run_ranks(averaged_on, 2, 2, given, folder=empty(tmp_path))
+    assert first.keys() == second.keys()
+    assert all(first[name].equal(second[name]) for name in first)
+    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "epoch_latest.pt")["state_dict_ema"]
+    assert all(saved[name].equal(first[f"average of {name}"]) for name in saved)
+    assert not all(saved[name].equal(first[name]) for name in saved)
+
+
+@pytest.mark.parametrize("data", [None, "synthetic:96"])
+def test_the_part_of_a_rank(data, options, tmp_path):
+    given = options(tmp_path, "run", train_num_samples=None, **({"train_data": data} if data else {}))
+    config, model = TrainConfig(**given), build(CLIPConfig.from_dict(CLIP))
+    loaders = []
+    for rank in range(2):
+        trained_on = TrainingData(config, 12, World(rank, 2, rank, 2))
+        with mock.patch("clipfast.training.data.pair_loader") as loader:
+            trained_on.batches(0, model, Tokenizer(12), pin_memory=False)
+        loaders.append(loader.call_args)
+    assert [call.kwargs["local_ranks"] for call in loaders] == [2, 2]
+    with contextlib.closing(TrainingData(config, 12).batches(0, model, Tokenizer(12), pin_memory=False)) as whole:
+        batch = next(whole)
+    mine = [call.args[0][0] for call in loaders]
+    assert [len(one) for one in mine] == [6, 6]
+    images = torch.cat([one.images_on(torch.device("cpu")) for one in mine])
+    assert images.equal(batch.images_on(torch.device("cpu")))
+
+
+def test_a_rank_reads_its_part_of_the_validation_data(options, tmp_path):
+    data = options(tmp_path, "mix")["val_data"]
+    everything = [image.number for image in LabelledSet(data)]
+    found, read = [], []
+    for rank in range(3):
+        with mock.patch.object(ShardSource, "read", autospec=True, side_effect=ShardSource.read) as reading:
+            found.append([image.number for image in LabelledSet(data).part(rank, 3, 4)])
+        read.append(reading.call_count)
+    assert sorted(number for mine in found for number in mine) == everything
+    assert all(number // 4 % 3 == rank for rank in range(3) for number in found[rank])
+    assert max(read) < len(everything) / 2
 
 
 def indexing(rank, size, given):

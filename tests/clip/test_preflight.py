@@ -1,7 +1,9 @@
 """What is refused before a run is built: by one line, with nothing written; and what is not."""
 
+import contextlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from unittest import mock
@@ -17,6 +19,7 @@ from clipfast.training import preflight as module
 from clipfast.training.loop import train
 from clipfast.training.preflight import preflight
 from clipfast.training.run import RunFolder
+from clipfast.training.world import World
 
 from .conftest import TINY, run_command, sample, write_shard
 from .siglip import CONFIGS, save_tokenizer
@@ -238,6 +241,32 @@ class TestMemory:
         monkeypatch.setattr(module, "process_memory", lambda: None)  # where nothing says it
         assert refusal() == ""
 
+    @pytest.mark.parametrize(
+        ("options", "said"),
+        [
+            ({"batch_size": 8, "workers": 2}, "20 batch(es) of 25.0 KiB"),
+            ({"global_batch_size": 64, "workers": 2}, "20 batch(es) of 25.0 KiB"),  # on eight ranks
+            ({"batch_size": 8, "workers": 0}, "4 batch(es) of 25.0 KiB"),
+        ],
+    )
+    def test_the_processes_of_a_machine_share_it(self, options, said, tmp_path, monkeypatch):
+        world = World(rank=5, size=8, local_rank=1, local_size=4)
+        needed = int(said.split()[0]) * self.BATCH
+        given = config(f"{tmp_path}/x.tar", tmp_path / "logs", train_num_samples=64, **options)
+        for available in (needed - 1, needed):
+            monkeypatch.setattr(module, "process_memory", lambda available=available: Memory(2**40, available))
+            is_refused = available < needed
+            with pytest.raises(ValueError, match=re.escape(said)) if is_refused else contextlib.nullcontext():
+                preflight(given, RunFolder(tmp_path / "logs/run"), {}, world)
+
+    def test_shared_memory_of_the_processes_of_a_machine(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "SHARED_MEMORY", tmp_path)
+        monkeypatch.setattr(module, "free_bytes", lambda _: 2**40 if world.is_main else 2 * 3 * 2 * self.BATCH - 1)
+        given = config(f"{tmp_path}/x.tar", tmp_path / "logs", workers=3, batch_size=8)
+        world = World(rank=1, size=2, local_rank=1, local_size=2)
+        with pytest.raises(ValueError, match="and 6 data workers hold 2 batches each of "):
+            preflight(given, RunFolder(tmp_path / "logs/run"), {}, world)
+
 
 class TestDisk:
     """Space for checkpoints, and permission to write them."""
@@ -274,8 +303,9 @@ class TestDisk:
                     continue
                 with pytest.raises(ValueError, match=r"free, and the run needs .* for a checkpoint of .*; make room"):
                     preflight(options, RunFolder(tmp_path / "logs/run"), {})
-        shutil.rmtree(tmp_path / "logs")
         monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=2**20))
+        preflight(options, RunFolder(tmp_path / "logs/run"), {}, World(rank=1, size=2))  # it writes nothing
+        shutil.rmtree(tmp_path / "logs")
         assert f"--logs {tmp_path}/logs has 1.00 MiB free, and the run needs " in refusal(workers=0)
 
     def test_a_folder_that_cannot_be_written(self, tmp_path, refusal, monkeypatch):

@@ -99,11 +99,11 @@ def test_copies_are_there_before_they_are_needed(source, tmp_path, copied_by):
     assert copied_by == []
 
 
-@pytest.mark.parametrize("room", [1, 3])
-def test_never_more_ahead_than_half_of_the_cache(room, source, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("room", "sharers"), [(1, 1), (3, 1), (1, 2)])
+def test_never_more_ahead_than_half_of_the_cache(room, sharers, source, tmp_path, monkeypatch):
     source.read(0)
     size = copies(tmp_path)[0].stat().st_size
-    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(2 * room * size + 100))
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(2 * room * sharers * size + 100))
     made = batches(source)
     brought, bring = [], IndexCache.bring
 
@@ -117,7 +117,7 @@ def test_never_more_ahead_than_half_of_the_cache(room, source, tmp_path, monkeyp
     for number in range(2 * SHARDS):
         for shard in source.shards_of(made.samples(number).sample).tolist():
             first_use.setdefault(source.shards[shard].name, number)
-    with ReadAhead(made, 0, 2 * SHARDS) as ahead:
+    with ReadAhead(made, 0, 2 * SHARDS, sharers=sharers) as ahead:
         for at in range(2 * SHARDS):
             ahead.reached(at)
             needed = sum(use <= at for use in first_use.values())
@@ -127,7 +127,7 @@ def test_never_more_ahead_than_half_of_the_cache(room, source, tmp_path, monkeyp
                 time.sleep(0.05)  # no more come
             assert len(brought) == expected
             assert (
-                sum(path.stat().st_size for path in copies(tmp_path)) <= (2 * room + THREADS) * size
+                sum(path.stat().st_size for path in copies(tmp_path)) <= (2 * room * sharers + THREADS) * size
             )  # while room is made
     order = sorted(first_use, key=lambda name: first_use[name])
     assert all(set(brought[:count]) <= set(order[: count + THREADS]) for count in range(SHARDS))

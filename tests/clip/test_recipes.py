@@ -89,6 +89,11 @@ def test_every_option_is_printed_with_its_origin(capsys):
     code, out, error = run_command(capsys, "train", "--recipe", "clip-paper", "--samples-seen", 9, "--print-config")
     assert code == 0, error
     assert {rows(out)["--samples-seen"][1], rows(out)["--epochs"][1]} == {"flag", "default"}
+    for flag in ("--batch-size", "--global-batch-size"):
+        code, out, error = run_command(capsys, "train", "--recipe", "clip-paper", flag, 8, "--print-config")
+        assert code == 0, error
+        assert (rows(out)[flag], rows(out)["--epochs"]) == (["8", "flag"], ["32", "recipe clip-paper"])
+        assert {rows(out)["--batch-size"][1], rows(out)["--global-batch-size"][1]} == {"flag", "default"}
     # it is checked like the options of a run
     code, out, error = run_command(capsys, "train", "--recipe", "clip-paper", "--batch-size", 0, "--print-config")
     assert (code, out) == (2, "")
@@ -108,6 +113,13 @@ def test_a_run_keeps_a_list_of_its_options(shards, tmp_path, capsys):
     found = rows(out)
     assert found["--epochs"] == ["2", "flag"]
     assert found["--batch-size"] == ["8", f"checkpoint {tmp_path}/run/checkpoints/epoch_latest.pt"]
+    # the batch of all processes comes before that of each, which stays as it was
+    code, out, error = run_command(
+        capsys, "train", "--resume", tmp_path / "run", "--global-batch-size", 16, "--print-config"
+    )
+    assert code == 0, error
+    assert rows(out)["--batch-size"] == found["--batch-size"]
+    assert rows(out)["--global-batch-size"] == ["16", "flag"]
     assert rows((tmp_path / "run" / "params.txt").read_text())["--epochs"] == ["1", f"recipe {tmp_path}/mine.toml"]
 
 
