@@ -41,9 +41,13 @@ def images_in(folder: str) -> Iterator[dict[str, str]]:
         row = sorted(f"{stem}\0{extension}" for stem, _, extension in parts if stem)
         for stem, group in itertools.groupby(row, key=lambda name: name.partition("\0")[0]):
             extensions = [name.partition("\0")[2] for name in group]
-            files = {extension.lower(): os.path.join(inside, f"{stem}.{extension}") for extension in extensions}
-            if any(extension in files for extension in IMAGE_EXTENSIONS):
+            named = [(extension.lower(), os.path.join(inside, f"{stem}.{extension}")) for extension in extensions]
+            files = dict(named)
+            images = [(extension, name) for extension, name in named if extension in IMAGE_EXTENSIONS]
+            if images:
                 yield files
+            # 7.jpg and 7.JPG are two images with one text.
+            yield from (files | {extension: name} for extension, name in images if files[extension] != name)
 
 
 def has_texts(folder: str, keys: Keys) -> bool:
@@ -80,9 +84,16 @@ def _walk(root: str) -> Iterator[tuple[str, list[str]]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith("."):
-                    (folders if entry.is_dir() else names).append(entry.name)
+                    (folders if _is_folder(entry) else names).append(entry.name)
         yield inside, names
         pending += [os.path.join(inside, name) for name in sorted(folders, reverse=True)]
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself, for instance
+        return False
 
 
 def _scan(file: BinaryIO, name: str) -> tuple[Stretches, dict[str, int]]:

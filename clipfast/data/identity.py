@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from ..images import SampleError
 from .index import ShardError
 from .keys import DEFAULT_KEYS, Keys
-from .samples import caption, field
+from .samples import caption, field, is_folder
 from .source import Source
 
 CAPTION = "caption"
@@ -18,7 +18,7 @@ CAPTION = "caption"
 def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDArray[np.uint64]:
     """Return a 64-bit number for each sample, which two samples share if they have the same value of ``unique_by``.
 
-    Every sample is read once; after that, the numbers are in the cache.
+    Every sample is read once; after that, the numbers are in the cache, unless the shard is a folder.
 
     Args:
         source: the samples.
@@ -34,11 +34,13 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
     column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
     parts, first = [], 0
     for number, shard in enumerate(tqdm(source.shards, f"reading every {unique_by}", unit="shard", disable=None)):
-        known = source.index.column(shard, column)
+        is_kept = not is_folder(shard.name)  # whose stamp stays as it is when its texts change
+        known = source.index.column(shard, column) if is_kept else None
         if known is None:
             numbers = range(first, first + shard.count)
             known = np.array([_identity(source, sample, unique_by, keys, shard.name) for sample in numbers], np.uint64)
-            source.index.keep_column(shard, column, known)
+            if is_kept:
+                source.index.keep_column(shard, column, known)
         parts.append(known)
         first += source.sizes[number]
     return np.concatenate(parts)

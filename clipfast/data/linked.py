@@ -8,7 +8,7 @@ from typing import Any
 
 from ..images import SampleError
 from .keys import Keys
-from .samples import RawSample
+from .samples import RawSample, is_remote
 from .tar import MAX_MEMBER
 
 LINKS = "__links__"  # the key under which a sample has them until they are read
@@ -33,7 +33,7 @@ def load_links(sample: RawSample, keys: Keys) -> int:
     """Read into a sample its side-cars that ``keys`` name, its json and its image; return how many bytes these have.
 
     Raises:
-        SampleError: a file is missing, is no regular file, or is too large.
+        SampleError: a file is missing, is no regular file, or is too large; or no key of an image names a file.
     """
     links: Links | None = sample.pop(LINKS, None)
     if links is None:
@@ -41,12 +41,15 @@ def load_links(sample: RawSample, keys: Keys) -> int:
     wanted = {key: links.texts[key] for key in (*keys.texts, "json") if key in links.texts}
     sample |= {key: _read(links.folder, name, "caption") for key, name in wanted.items()}
     size = sum(len(sample[key]) for key in wanted)
-    for key in keys.images:
-        name = links.images.get(key)
+    named = {key: links.images[key] for key in keys.images if links.images.get(key) is not None}
+    for key, name in named.items():
         if isinstance(name, str) and name.strip():
             sample[key] = _read(links.folder, name.strip(), "image")
             sample.setdefault("__key__", name.strip())
             return size + len(sample[key])
+    others = [f"{key} is no file name: {value!r:.80}" for key, value in named.items() if not isinstance(value, str)]
+    if others:
+        raise SampleError(f"{others[0]}; --image-key names others", "no image")
     return size
 
 
@@ -72,5 +75,5 @@ def _read(folder: str, name: str, what: str) -> bytes:
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
             raise SampleError(f"{path!r:.200} cannot be read: {error}", f"missing {what}") from error
     where = f", neither in {folder} nor in the working folder" if folder else ""
-    hint = "; single images are not read from the network" if "://" in name else ""
+    hint = "; single images are not read from the network" if is_remote(name) or is_remote(folder) else ""
     raise SampleError(f"there is no file {name!r:.200}{where}{hint}", f"missing {what}")

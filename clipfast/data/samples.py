@@ -199,7 +199,8 @@ def group_members(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawS
 
 def is_pair(sample: RawSample) -> bool:
     """Return True if a sample has an image and what its caption may be in."""
-    return ("txt" in sample or "json" in sample) and any(key in sample for key in DEFAULT_KEYS.images)
+    texts, images = (*DEFAULT_KEYS.texts, "json"), DEFAULT_KEYS.images
+    return any(key in sample for key in texts) and any(key in sample for key in images)
 
 
 def sample_name(sample: RawSample) -> str:
@@ -311,10 +312,15 @@ def _captions(sample: RawSample, rng: random.Random | None, keys: Keys) -> list[
             values = [sample[member].decode("utf-8")]
         except UnicodeDecodeError as error:
             raise SampleError(f"caption is not UTF-8: {error}", "broken caption") from error
+    others: list[Any] = []
     for value in values:
-        texts = [text.strip() for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        found = value if isinstance(value, list) else [value]
+        texts = [text.strip() for text in found if isinstance(text, str)]
         if any(texts):
             return [text for text in texts if text]
+        others += [one for one in found if not isinstance(one, str | None)]
+    if others:
+        raise SampleError(f"caption is no text: {others[0]!r:.80}", "no caption")
     if values:
         raise SampleError("caption is empty", "no caption")
     names = ", ".join(keys.texts)

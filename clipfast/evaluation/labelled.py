@@ -125,7 +125,7 @@ class LabelledSet:
         usable = False
         shards = expand_shards(self.data)
         is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
-        places = self._folder(Path(self.data)) if is_classes else self._shards(shards)
+        places = self._folder(Path(shards[0])) if is_classes else self._shards(shards)
         for number, read in enumerate(itertools.islice(places, most)):
             if self.is_mine is not None and not self.is_mine(number):
                 continue

@@ -48,6 +48,8 @@ def test_which_caption_is_taken(members, flags, expected):
     [
         ({"txt": b" ", "json": {"caption": "b"}}, {}, "caption is empty"),
         ({"json": {"caption": [" "], "text": None}}, {}, "caption is empty"),
+        ({"json": {"caption": 5, "text": None}}, {}, "caption is no text: 5"),
+        ({"json": {"caption": ["", {"en": "a"}]}}, {}, "caption is no text: {'en': 'a'}"),
         (
             {"json": {}, "jpg": b"x"},
             {},
@@ -215,9 +217,10 @@ def test_a_position_always_draws_the_same_caption_and_passes_draw_all(tmp_path):
     assert len(seen) == 5
 
 
-def test_damage_is_counted_in_a_shard_with_captions_in_json(tmp_path):
+@pytest.mark.parametrize(("key", "content"), [("json", b'{"caption": "a"}'), ("caption", b"a"), ("text", b"a")])
+def test_damage_is_counted_in_a_shard_with_captions_of_any_name(tmp_path, key, content):
     """Without a pair whose size is known, the smallest imaginable one would be taken, and far too many lost."""
-    samples = [{"png": picture(index, 100), "json": b'{"caption": "a"}'} for index in range(20)]
+    samples = [{"png": picture(index, 100), key: content} for index in range(20)]
     path = write_shard(tmp_path / "s.tar", samples)
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 100_000] = random.Random(0).randbytes(100_000)

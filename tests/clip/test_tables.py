@@ -141,9 +141,27 @@ def test_folders(tmp_path):
     (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"three")
     (folder / "b" / "again").symlink_to(folder)
     (folder / "broken").symlink_to("nowhere")
+    (folder / "circle").symlink_to("circle")
     source = open_shards(expand_shards(f"{folder}/"))
     assert pairs_of(source) == [*EXPECTED, (b"3", "three"), (b"2", "two"), (b"1", "one")]
     assert [source.read(number)["__key__"] for number in (25, 26)] == ["b/é", "b/c.d/my.photo.v2"]
+
+
+def test_images_whose_names_differ_in_case_share_a_text(tmp_path):
+    for name, content in {"a.jpg": b"1", "a.JPG": b"2", "a.png": b"3", "a.txt": b"a", "b.JPG": b"4"}.items():
+        (tmp_path / name).write_bytes(content)
+    source = open_shards(expand_shards(str(tmp_path)))
+    assert [image_bytes(source.read(number)) for number in range(source.sizes[0])] == [b"1", b"2", b"4"]
+    assert [caption(source.read(number)) for number in range(2)] == ["a", "a"]
+
+
+def test_captions_of_a_folder_are_compared_as_they_are_now(tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}.png").write_bytes(picture(0))
+        (tmp_path / f"{name}.txt").write_text("same")
+    for text, different in (("same", 1), ("else", 2), ("same", 1)):
+        (tmp_path / "a.txt").write_text(text)
+        assert len(set(identities(open_shards(expand_shards(str(tmp_path))), "caption").tolist())) == different
 
 
 def test_a_folder_with_a_table(tmp_path):
@@ -188,6 +206,10 @@ def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypa
     # a table from elsewhere has no folder
     assert image_bytes(open_shards([f"file://{folder}/t.csv"]).read(0)) == b"not this one"
     assert image_bytes(open_shards([f"pipe:cat {folder}/t.csv"]).read(2)) == PAIRS[1][1]
+    Path("more/x.png").unlink()
+    for start in ("file://", "pipe:cat "):
+        with pytest.raises(SampleError, match=r"no file 'more/x\.png'.*; single images are not read from the network"):
+            open_shards([f"{start}{folder}/t.csv"]).read(1)
 
 
 @hypothesis.given(st.text(st.sampled_from('ab",;\t\r\n\0 é\u2028\x85'), max_size=40), st.sampled_from(",\t;a"))
@@ -307,7 +329,10 @@ def test_broken_rows_are_named(tmp_path):
     write_csv(write_images(tmp_path) / "t.csv", rows=rows)
     data = (tmp_path / "t.csv").read_bytes().replace(b"e.png,e", b"e.png,\xff")
     (tmp_path / "t.csv").write_bytes(data)
-    (tmp_path / "t.jsonl").write_bytes(b'{"image": "000.png", "caption": "x"}\n{"image"\n[]\n{"image": 7, "a": 1}\n')
+    (tmp_path / "t.jsonl").write_bytes(
+        b'{"image": "000.png", "caption": "x"}\n{"image"\n[]\n{"image": 7, "a": 1}\n'
+        b'{"image": {"path": "000.png"}, "path": " "}\n{"image": ["x"], "path": "000.png"}\n'
+    )
     expected = {
         "t.csv": [
             ("missing image", "there is no file 'a.png', neither in "),
@@ -320,14 +345,18 @@ def test_broken_rows_are_named(tmp_path):
             None,
             ("broken json", "json cannot be read"),
             ("broken json", "json is not an object but a list"),
-            ("no image", "only json with image, a; --image-key names others"),
+            ("no image", "image is no file name: 7; --image-key names others"),
+            ("no image", "image is no file name: {'path': '000.png'}; --image-key names others"),
+            None,
         ],
     }
     for name, errors in expected.items():
         source = open_shards([f"{tmp_path}/{name}"])
         assert len(errors) == source.sizes[0]
         for number, error in enumerate(errors):
-            if error is not None:
+            if error is None:
+                assert image_bytes(source.read(number)) == PAIRS[0][1]
+            else:
                 with pytest.raises(SampleError) as caught:
                     image_bytes(source.read(number))
                 assert (caught.value.kind, error[1] in str(caught.value)) == (error[0], True), str(caught.value)
@@ -439,7 +468,8 @@ def test_evaluation_reads_every_source(tmp_path):
 def test_a_folder_of_classes_has_no_texts(tmp_path):
     for name in ("cat", "dog"):
         write_images(tmp_path / name)
-    assert {image.label for image in LabelledSet(str(tmp_path))} == {"cat", "dog"}
+    for pattern in (tmp_path, f"{tmp_path}/", f"{tmp_path}*"):
+        assert {image.label for image in LabelledSet(str(pattern))} == {"cat", "dog"}
     (tmp_path / "cat" / "003.txt").write_text("three")
     images = LabelledSet(str(tmp_path))
     assert [image.label for image in images] == ["three"]
