@@ -120,9 +120,8 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
     lines, records = _Lines(file), _Records()
     try:
         rows, _ = _csv_rows(lines, choose)
-        _check_header(next(rows, []))
-        if lines.ended:
-            raise csv.Error(OPEN_QUOTE)
+        header = next(rows, [])
+        _check_header(header, is_open=lines.ended)
         begin, count = lines.offset, lines.count
         while True:
             try:
@@ -142,11 +141,13 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
         lines.detach()
 
 
-def _check_header(header: list[str]) -> None:
+def _check_header(header: list[str], *, is_open: bool) -> None:
     if not any(name.strip() for name in header):
         raise ValueError(f"{'it names no columns' if header else 'it is empty'}: {EXAMPLE}")
     if header[0].startswith(UTF16) or any("\0" in name for name in header):
         raise ValueError("it is in UTF-16: save it as UTF-8")
+    if is_open:
+        raise ValueError(f"its header cannot be read: {OPEN_QUOTE}")
     if header[0].lower().startswith("sep="):
         raise ValueError(f"its first line is a note for Excel, {header[0]!r}: remove it; {EXAMPLE}")
     for name in header:
