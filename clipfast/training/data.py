@@ -15,6 +15,7 @@ from ..data import (
     CroppedImages,
     EncodedCrops,
     IndexCache,
+    Keys,
     Mix,
     Order,
     PairBatches,
@@ -29,6 +30,7 @@ from ..data import (
     open_sources,
     pair_loader,
 )
+from ..data.keys import IMAGE_KEYS, TEXT_KEYS
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
@@ -205,9 +207,11 @@ def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_
 
 
 def validation_set(config: TrainConfig) -> LabelledSet:
-    """Return the validation data of a run that has some."""
+    """Return the validation data of a run that has some; they may have other names than the training data."""
     assert config.val_data is not None
-    return LabelledSet(config.val_data, config.val_group_by, keys=config.keys(), separator=config.separator())
+    given = config.keys()
+    keys = Keys((*given.images, *IMAGE_KEYS), (*given.texts, *TEXT_KEYS), given.is_json)
+    return LabelledSet(config.val_data, config.val_group_by, keys=keys, separator=config.separator())
 
 
 def parts(config: TrainConfig) -> list[str]:

@@ -11,6 +11,7 @@ from clipfast.data.keys import IMAGE_KEYS, TEXT_KEYS
 from clipfast.data.samples import image_bytes
 from clipfast.images import SampleError
 from clipfast.training import TrainConfig
+from clipfast.training.data import validation_set
 
 from .conftest import TINY, picture, run_command, sample, write_shard
 
@@ -200,6 +201,14 @@ def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert json.loads(out)["images"] == 16
+
+
+def test_validation_data_may_have_the_usual_names(tmp_path):
+    write_shard(tmp_path / "s.tar", [{"png": picture(0), "txt": b"a"}])
+    write_shard(tmp_path / "t.tar", [{"view": picture(0), "alt": b"a", "png": b"x", "txt": b"b"}])
+    for shard in "st":
+        options = {"train_data": "x.csv", "image_key": "view", "text_key": "alt", "val_data": f"{tmp_path}/{shard}.tar"}
+        assert [image.caption for image in validation_set(TrainConfig(**options))] == ["a"]
 
 
 def test_a_position_always_draws_the_same_caption_and_passes_draw_all(tmp_path):
