@@ -64,6 +64,8 @@ def run(args: argparse.Namespace) -> int:
     alphas, saved = sorted(set(args.alpha)), _saved(args.save)
     _check(args, [*alphas, *([] if saved is None else [saved[0]])])
     check_target(args.plot, args.json, None if saved is None else saved[1])
+    if args.plot is not None:  # it needs matplotlib, whose lack must not be found at the end
+        from .pictures import interpolation_plot
     settings = EvaluationSettings(
         read_templates(args.templates), read_classnames(args.classnames), args.batch_size, resolve_device(args.device),
         args.backend, args.tokenizer,
@@ -90,8 +92,6 @@ def run(args: argparse.Namespace) -> int:
         content = {"first": args.first, "second": args.second, "templates": args.templates, "path": rows}
         replace_text(args.json, json.dumps(content, indent=2) + "\n")
     if args.plot is not None:
-        from .pictures import interpolation_plot
-
         interpolation_plot(rows, f"alpha: from {args.first} (0) to {args.second} (1)", args.plot)
     if saved is not None:
         models.save(*saved)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import sys
 
 import pytest
 import torch
@@ -108,6 +109,14 @@ def test_one_set_is_plotted_too(folder, tmp_path, capsys):
     arguments = [folder / "a.pt", folder / "b.pt", "--val-data", folder / "old.tar", "--alpha", 0.5]
     assert run_command(capsys, "interpolate", *arguments, "--plot", tmp_path / "p.png")[0] == 0
     assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+def test_a_plot_that_cannot_be_drawn_is_refused_before_anything_is_evaluated(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "clipfast.evaluation.pictures", None)
+    arguments = [folder / "a.pt", folder / "b.pt", "--val-data", folder / "old.tar", "--alpha", 0.5]
+    code, out, _ = run_command(capsys, "interpolate", *arguments, "--plot", tmp_path / "p.png")
+    assert (code, out) == (2, "")
+    assert run_command(capsys, "interpolate", *arguments)[0] == 0
 
 
 def test_pairs_are_read_under_the_names_that_flags_give(folder, tmp_path, capsys):
