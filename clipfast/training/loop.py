@@ -91,12 +91,16 @@ def train(
 
 
 def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:
-    """Return the options that differ from those in a checkpoint, each as "--flag was -> is"."""
-    options = json.loads(json.dumps(dataclasses.asdict(config)))
+    """Return the options that differ from those in a checkpoint, each as "--flag was -> is".
+
+    An option that is newer than the checkpoint had its default; a checkpoint of OpenCLIP has none.
+    """
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    earlier, options = (json.loads(json.dumps(values)) for values in (defaults | saved, dataclasses.asdict(config)))
     return {
-        key: f"{flag_name(key)} {was} -> {options[key]}"
-        for key, was in saved.items()
-        if key in options and key not in PLACE and options[key] != was
+        key: f"{flag_name(key)} {earlier[key]} -> {now}"
+        for key, now in options.items()
+        if saved and key not in PLACE and now != earlier[key]
     }
 
 
