@@ -20,6 +20,10 @@ REPLACED = {"epochs": "samples_seen", "samples_seen": "epochs", "batch_size": "g
 SHARE = {"not_negative": True, "most": 1}
 BELOW_1 = {"not_negative": True, "below": 1}
 SCHEDULERS = ("cosine", "const", "const-cooldown", "wsd")
+COOLDOWN_OPTIONS = {  # and the schedulers that use them
+    "epochs_cooldown": ("const-cooldown",), "decay_fraction": ("wsd",),
+    "lr_cooldown_end": ("const-cooldown", "wsd"), "lr_cooldown_power": ("const-cooldown", "wsd"),
+}  # fmt: skip
 LOCKED_PARTS = ("lock_image_unlocked_groups", "lock_image_freeze_bn_stats", "lock_text_unlocked_layers")
 
 
@@ -49,12 +53,14 @@ class TrainConfig:
     )  # fmt: skip
     image_key: str | None = _flag(
         None, "extension of the image in a tar file, or column of a table that names its file; ';' separates "
-        "alternatives (default: jpg, jpeg, png, webp, gif, bmp, image, img, filepath, file_name or path)",
+        "alternatives (default: jpg, jpeg, png, webp, gif, bmp, image, img, filepath, file_name or path); in "
+        "--val-data, the default ones follow",
         aliases=("--csv-img-key",),
     )  # fmt: skip
     text_key: str | None = _flag(
         None, "extension of the caption in a tar file, or column of a table or key of a json; ';' separates "
-        "alternatives; of a list of captions, one is drawn (default: txt, caption, text or title)",
+        "alternatives; of a list of captions, one is drawn (default: txt, caption, text or title); in --val-data, "
+        "the default ones follow",
         aliases=("--csv-caption-key",),
     )  # fmt: skip
     json_text_key: tuple[str, ...] = _flag(
@@ -124,7 +130,7 @@ class TrainConfig:
         "adamw", "optimizer: a name of torch.optim, nadamw, muon (for the matrices of the blocks and the projections; "
         "AdamW for the rest), or the import path package.module:Class",
     )  # fmt: skip
-    opt_kwargs: tuple[str, ...] = _flag((), "more arguments of the optimizer, as name=value")
+    opt_kwargs: tuple[str, ...] = _flag((), "more arguments of the optimizer but lr and weight_decay, as name=value")
     momentum: float | None = _flag(None, "momentum of an optimizer that has one, such as sgd", float, **BELOW_1)
     image_layer_decay: float | None = _flag(
         None, "factor on the learning rate from each layer of the image tower to the one before it; the projection "
@@ -247,11 +253,19 @@ class TrainConfig:
         self.separator()
         if isinstance(self.warmup, float) and self.warmup >= 1 and not self.warmup.is_integer():
             raise ValueError(f"--warmup must be a number of steps, or a share of the run below 1, got {self.warmup}")
+        for key, schedulers in COOLDOWN_OPTIONS.items():
+            if self.lr_scheduler not in schedulers and getattr(self, key) != getattr(type(self), key):
+                raise ValueError(
+                    f"{flag_name(key)} needs --lr-scheduler {' or '.join(schedulers)}, and it is {self.lr_scheduler}"
+                )
         if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
             raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown: the length of the cool-down")
         wrong = [word for word in self.opt_kwargs if not word.partition("=")[0].isidentifier() or "=" not in word]
         if wrong:
             raise ValueError(f"--opt-kwargs must be name=value, got {wrong[0]!r}")
+        for argument, flag in (("lr", "--lr"), ("weight_decay", "--wd")):
+            if any(word.partition("=")[0] == argument for word in self.opt_kwargs):
+                raise ValueError(f"--opt-kwargs must not set {argument}: use {flag}")
         for part in LOCKED_PARTS:
             tower = "_".join(part.split("_")[:2])
             if getattr(self, part) and not getattr(self, tower):

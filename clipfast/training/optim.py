@@ -48,13 +48,35 @@ def make_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.Optimizer:
     """
     groups = parameter_groups(model, config.wd, config.wd_exclude, layer_scales(model, config))
     _set_rates(groups, config.lr, capturable=config.cuda_graphs)
+    if config.opt.lower() == MUON:
+        return _make_muon(config, model, groups)
+    kind, options = optimizer_class(config.opt)
+    return _construct(config, kind, groups, options | _options(config, kind, model))
+
+
+def _construct(
+    config: TrainConfig, kind: type[torch.optim.Optimizer], groups: list[Group], options: dict[str, Any]
+) -> torch.optim.Optimizer:
+    """Return an optimizer with ``options`` and what ``--opt-kwargs`` says.
+
+    Raises:
+        ValueError: it does not take them.
+        NotImplementedError: it reads parameters, and they have no values, on PyTorch's "meta" device.
+    """
+    given = parse_arguments(config.opt_kwargs)
+    if kind in _FUSED and given.keys().isdisjoint(("foreach", "fused", "differentiable")):
+        options |= {"fused": True}
+    options |= given
     try:
-        if config.opt.lower() == MUON:
-            return _make_muon(config, model, groups)
-        kind, options = optimizer_class(config.opt)
-        return kind(groups, **options | _options(config, kind, model) | parse_arguments(config.opt_kwargs))
-    except TypeError as error:
-        raise ValueError(f"--opt {config.opt} does not take one of its options: {error}") from error
+        return kind(groups, **options)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "meta" in str(error):  # PyTorch has no class of its own for this
+            raise NotImplementedError(f"--opt {config.opt} reads the values of parameters: {error}") from error
+        shown = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ValueError(
+            f"--opt {config.opt} does not take one of its options: {error}; they are {shown}: correct the flag that "
+            "sets it, or --opt-kwargs"
+        ) from error
 
 
 def parameter_groups(
@@ -170,8 +192,6 @@ def _options(config: TrainConfig, kind: type[torch.optim.Optimizer], model: CLIP
         options["eps"] = eps
     if config.momentum is not None:
         options["momentum"] = config.momentum
-    if kind in _FUSED:
-        options["fused"] = True
     return options | ({"capturable": True} if config.cuda_graphs else {})
 
 
@@ -182,12 +202,15 @@ def adam_defaults(config: TrainConfig, model: CLIP) -> tuple[tuple[float, float]
 
 
 def parse_arguments(words: Iterable[str]) -> dict[str, Any]:
-    """Return the arguments that words such as ``nesterov=True`` name; what is not a Python literal is a string."""
+    """Return the arguments that words such as ``nesterov=True`` name; what is not a Python literal is a string.
+
+    Of true, false and none, the case does not matter.
+    """
     arguments: dict[str, Any] = {}
     for word in words:
         name, _, text = word.partition("=")
         try:
-            arguments[name] = ast.literal_eval(text)
+            arguments[name] = ast.literal_eval(text.title() if text.lower() in ("true", "false", "none") else text)
         except (ValueError, SyntaxError):
             arguments[name] = text
     return arguments
@@ -227,11 +250,11 @@ def _make_muon(config: TrainConfig, model: CLIP, groups: list[Group]) -> "MuonAn
     if not matrices:
         raise ValueError("--opt muon trains matrices, and all of them are locked")
     # The updates have the size of AdamW's, so that the same --lr and --wd fit both.
-    options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw", **parse_arguments(config.opt_kwargs)}
+    options: dict[str, Any] = {"adjust_lr_fn": "match_rms_adamw"}
     if config.momentum is not None:
         options["momentum"] = config.momentum
     betas, eps = adam_defaults(config, model)
-    muon = torch.optim.Muon(matrices, **options)
+    muon = _construct(config, torch.optim.Muon, matrices, options)
     return MuonAndAdamW(muon, torch.optim.AdamW(rest, betas=betas, eps=eps, fused=True))
 
 

@@ -32,6 +32,16 @@ class Passing(torch.optim.AdamW):
         super().__init__(params, lr, **others)
 
 
+class Reading(torch.optim.SGD):
+    """One that needs the values of the weights, and takes no scale beyond 1."""
+
+    def __init__(self, params, lr=1.0, weight_decay=0.0, scale=1.0):
+        super().__init__(params, lr=lr, weight_decay=weight_decay)
+        if scale > 1:
+            raise RuntimeError("scale is too large")
+        self.largest = max(weight.abs().max().item() for group in self.param_groups for weight in group["params"])
+
+
 IMPORTED = f"{__name__}:Half"
 BLOCK = "transformer.resblocks"
 
@@ -70,6 +80,8 @@ def names_of(model, group):
         ({"opt": "rmsprop", "opt_kwargs": ("alpha=0.5", "eps=0.1")}, torch.optim.RMSprop, {"alpha": 0.5, "eps": 0.1}),
         ({"opt": "adamw", "opt_kwargs": ("betas=(0.1, 0.2)",)}, torch.optim.AdamW, {"betas": (0.1, 0.2)}),
         ({"opt": "torch.optim:Adagrad", "eps": 0.5}, torch.optim.Adagrad, {"eps": 0.5}),
+        ({"opt_kwargs": ("foreach=TRUE", "amsgrad=false")}, torch.optim.AdamW, {"foreach": True, "amsgrad": False}),
+        ({"opt_kwargs": ("fused=False",)}, torch.optim.AdamW, {"fused": False}),
     ],
 )
 def test_classes_and_arguments(model, options, kind, defaults):
@@ -110,6 +122,14 @@ def test_an_import_path_keeps_the_defaults_of_its_class(model):
         ({"opt": "muon", "cuda_graphs": True}, "--opt muon cannot be captured in a graph"),
         ({"opt": "adamw", "opt_kwargs": ("beta=1",)}, "--opt adamw does not take one of its options: .*'beta'"),
         ({"opt": "muon", "opt_kwargs": ("steps=1",)}, "--opt muon does not take one of its options: .*'steps'"),
+        (
+            {"opt": "adafactor", "eps": 1e-8},
+            r"--opt adafactor does not take one of its options: .*; they are eps=1e-08: correct the flag that sets it",
+        ),
+        ({"opt_kwargs": ("foreach=True", "fused=True")}, "does not take one of its options: .*fused.*foreach=True, fu"),
+        ({"opt": "sgd", "opt_kwargs": ("nesterov=true",)}, "does not take one of its options: Nesterov momentum .*=Tr"),
+        ({"opt_kwargs": ("lr=0.1",)}, "--opt-kwargs must not set lr: use --lr"),
+        ({"opt": "muon", "opt_kwargs": ("weight_decay=1",)}, "--opt-kwargs must not set weight_decay: use --wd"),
         ({"opt_kwargs": ("amsgrad",)}, "--opt-kwargs must be name=value, got 'amsgrad'"),
         ({"opt_kwargs": ("=1",)}, "--opt-kwargs must be name=value, got '=1'"),
         ({"wd_exclude": ("*.bias", "positional")}, "--wd-exclude 'positional' is the name of no parameter"),
@@ -123,8 +143,20 @@ def test_what_cannot_work(model, options, message):
 
 
 def test_arguments_are_literals_or_strings():
-    words = ["a=1", "b=(1, 2.5)", "c=True", "d=match_rms", "e=x=y", "f="]
-    assert parse_arguments(words) == {"a": 1, "b": (1, 2.5), "c": True, "d": "match_rms", "e": "x=y", "f": ""}
+    words = ["a=1", "b=(1, 2.5)", "c=True", "d=match_rms", "e=x=y", "f=", "g=false", "h=NONE"]
+    expected = {"a": 1, "b": (1, 2.5), "c": True, "d": "match_rms", "e": "x=y", "f": "", "g": False, "h": None}
+    assert parse_arguments(words) == expected
+
+
+def test_one_that_reads_the_weights_is_made_where_they_are(model):
+    name = f"{__name__}:Reading"
+    with pytest.raises(
+        NotImplementedError, match=r"test_optimizers:Reading reads the values of parameters: Tensor\.item"
+    ):
+        made(model, opt=name)
+    assert made(build(read_model_config(TINY)), opt=name).largest > 0
+    with pytest.raises(ValueError, match=r"Reading does not take one of its options: scale is too large; .* scale=2\b"):
+        made(model, opt=name, opt_kwargs=("scale=2",))
 
 
 def test_weight_decay_leaves_out_what_patterns_name(model):

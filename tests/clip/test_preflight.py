@@ -203,6 +203,7 @@ def test_the_optimizer(tmp_path, refusal):
         "--lock-image", "--lock-text", opt="muon"
     )
     assert refusal("--lock-image", opt="muon") == ""
+    assert refusal(opt="tests.clip.test_optimizers:Reading") == ""
 
 
 class TestMemory:

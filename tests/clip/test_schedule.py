@@ -1,5 +1,7 @@
 """The learning rate: OpenCLIP's schedules step by step, warm-ups that fit the run, and what a run does with them."""
 
+import dataclasses
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +9,7 @@ import pytest
 from clipfast.checkpoint import read_checkpoint
 from clipfast.training import TrainConfig
 from clipfast.training.epochs import Epochs
-from clipfast.training.loop import train
+from clipfast.training.loop import changed_options, train
 from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Schedule, schedule_of, set_lr, warmup_steps
 
 from .test_training import config, same, stopped_after
@@ -82,12 +84,32 @@ def test_cooldown_counts_the_steps_of_whole_epochs():
         ({"warmup": "some"}, "--warmup must be float or 'auto', got 'some'"),
         ({"warmup": float("nan")}, "--warmup must be a finite number"),
         ({"decay_fraction": 1.1}, "--decay-fraction must be at most 1, got 1.1"),
+        ({"epochs_cooldown": 2}, "--epochs-cooldown needs --lr-scheduler const-cooldown, and it is cosine"),
+        (
+            {"decay_fraction": 0.2, "lr_scheduler": "const-cooldown", "epochs_cooldown": 2},
+            "--decay-fraction needs .*wsd",
+        ),
+        ({"lr_cooldown_end": 1e-5, "lr_scheduler": "const"}, "--lr-cooldown-end needs .* const-cooldown or wsd, and"),
+        ({"lr_cooldown_power": 2.0}, "--lr-cooldown-power needs --lr-scheduler const-cooldown or wsd, and it is cosin"),
         ({"lr_cooldown_power": 0.0}, "--lr-cooldown-power must be more than 0"),
     ],
 )
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         schedule(**options)
+
+
+def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
+    options = {"train_data": "x.tar", "model": "RN50"}
+    saved = json.loads(json.dumps(dataclasses.asdict(TrainConfig(**options))))
+    del saved["ema_decay"], saved["opt_kwargs"]
+    assert changed_options(saved, TrainConfig(**options)) == {}
+    now = TrainConfig(**options, ema_decay=0.9, opt_kwargs=("amsgrad=True",), lr=1.0)
+    assert changed_options(saved, now) == {
+        "lr": "--lr 0.0005 -> 1.0", "ema_decay": "--ema-decay None -> 0.9",
+        "opt_kwargs": "--opt-kwargs [] -> ['amsgrad=True']",
+    }  # fmt: skip
+    assert changed_options({}, now) == {}  # of a checkpoint of OpenCLIP nobody knows
 
 
 def test_set_lr_scales_by_group():
