@@ -19,9 +19,10 @@ from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata
 from .source import MAX_OPEN, ShardSource, Source, open_shards
 from .synthetic import SyntheticBatches, SyntheticSource
-from .trial import spread, try_pairs
+from .trial import ANY_ORDER, spread, try_pairs
 
 __all__ = [
+    "ANY_ORDER",
     "MAX_OPEN",
     "PREFETCH",
     "Batch",

@@ -5,8 +5,10 @@ from typing import Any
 
 from ..images import SampleError
 from .loader import Batch, PairBatches, Skipped
+from .order import Mix, Order
 from .samples import sample_name
 
+ANY_ORDER = Mix([Order([1], 0)], [1.0], 0)  # for batches that are only tried: no trial asks for their order
 # What to do if most pairs cannot be used for one reason, by its kind, where the reason itself does not say it.
 FIXES = {
     "no such field": "name a key that the pairs have",

@@ -9,12 +9,13 @@ import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..columns import align
 from ..files import check_target, replace_text
+from ..training.config import SOURCE_OPTIONS, add_arguments
 from .findings import NOTE, PROBLEM, Finding, looked
 
 EPILOG = """\
@@ -33,6 +34,7 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--data", metavar="SHARDS", help="also look at these shards, named as for --train-data of clipfast train")
+    add_arguments(parser, SOURCE_OPTIONS)
     add("--folder", type=Path, default=Path("runs"), metavar="DIR", help="--logs of clipfast train (default: runs)")
     add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     """Print what is found, group by group, and return the exit code."""
     check_target(args.json)
     found: dict[str, list[Finding]] = {}
-    for group, look in looks(args.folder, args.data).items():
+    for group, look in looks(args.folder, args.data, vars(args)).items():
         found[group] = looked(look, traceback=args.traceback)
         print(f"{group}\n{_table(found[group])}\n", flush=True)
     statuses = [finding.status for findings in found.values() for finding in findings]
@@ -55,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     return int(problems > 0)
 
 
-def looks(folder: Path, data: str | None) -> dict[str, Callable[[], Iterable[Finding]]]:
-    """Return the looks to take, by the title of each."""
+def looks(folder: Path, data: str | None, options: Mapping[str, Any]) -> dict[str, Callable[[], Iterable[Finding]]]:
+    """Return the looks to take, by the title of each; ``options`` say how ``data`` are read, if there are some."""
     from .dataset import dataset
     from .folders import folders
     from .gpus import gpus
@@ -74,7 +76,7 @@ def looks(folder: Path, data: str | None) -> dict[str, Callable[[], Iterable[Fin
         "environment": variables,
     }
     if data is not None:
-        found["data"] = functools.partial(dataset, data)
+        found["data"] = functools.partial(dataset, data, options)
     return found
 
 

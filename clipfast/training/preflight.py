@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..data import PREFETCH, Batch, Mix, Order, expand_shards, spread, try_pairs
+from ..data import ANY_ORDER, PREFETCH, Batch, expand_shards, spread, try_pairs
 from ..data.index import ShardError
 from ..data.staging import is_direct
 from ..file_tokenizer import FileTokenizer
@@ -199,9 +199,7 @@ def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
         raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
     if not sources:
         return Batch(torch.empty(0), torch.empty(0), [])  # the others may hold some
-    orders = [Order(source.sizes, config.seed) for source in sources]
-    order = Mix(orders, [1.0] * len(orders), config.seed)
     try:
-        return try_pairs(pair_batches(config, sources, order, model, tokenizer, PAIRS), PAIRS)
+        return try_pairs(pair_batches(config, sources, ANY_ORDER, model, tokenizer, PAIRS), PAIRS)
     except SampleError as error:
         raise ValueError(f"--train-data: {error}") from error

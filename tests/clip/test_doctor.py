@@ -16,7 +16,7 @@ from clipfast import host
 from clipfast.doctor import dataset, folders, gpus, machine, software
 from clipfast.doctor.findings import NOTE, OK, PROBLEM, Finding, looked
 
-from .conftest import run_command, sample, write_shard
+from .conftest import picture, run_command, sample, write_shard
 
 GIB = 2**30
 UNLIMITED_V1 = 2**63 - 4096
@@ -427,26 +427,26 @@ class TestData:
     def fast(self, monkeypatch):
         monkeypatch.setattr(dataset, "SLOW", 0)
 
-    def look(self, pattern: object) -> dict[str, Finding]:
-        return by_name(dataset.dataset(str(pattern)))
+    def look(self, pattern: object, **options: str) -> dict[str, Finding]:
+        return by_name(dataset.dataset(str(pattern), options))
 
     def test_what_is_found(self, tmp_path):
         write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
         write_shard(tmp_path / "b.tar", [sample(number) for number in range(3)])
         found = self.look(tmp_path / "{a,b}.tar")
-        assert found["shards"].value.startswith("2 files of ")
+        assert found["shards"].value.startswith("2 file(s) of ")
         assert found["pairs"].value.startswith("4 of 4 that were tried are usable, ")
-        assert (found["indexed"].status, found["indexed"].value) == (NOTE, "1 of these files, with 8 samples")
+        assert (found["indexed"].status, found["indexed"].value) == (NOTE, "1 of 2 here, with 8 samples")
         assert found["read"].value.startswith("b.tar at ")
         from clipfast.data import open_shards
 
         open_shards([str(tmp_path / "b.tar")])
         found = self.look(tmp_path / "{a,b}.tar")
-        assert (found["indexed"].status, found["indexed"].value) == (OK, "2 of these files, with 11 samples")
+        assert (found["indexed"].status, found["indexed"].value) == (OK, "2 of 2 here, with 11 samples")
         assert {finding.status for finding in found.values()} == {OK}
 
     def test_problems(self, tmp_path):
-        assert [(f.name, f.status) for f in dataset.dataset(f"{tmp_path}/a.tar")] == [("shards", PROBLEM)]
+        assert [(f.name, f.status) for f in dataset.dataset(f"{tmp_path}/a.tar", {})] == [("shards", PROBLEM)]
         (tmp_path / "a.tar").write_bytes(b"a photo")
         assert "not a tar file" in self.look(tmp_path / "a.tar")["pairs"].value
         write_shard(tmp_path / "a.tar", [sample(number, png=b"x") for number in range(8)])
@@ -467,8 +467,39 @@ class TestData:
     def test_shards_elsewhere_are_not_asked_one_by_one(self, tmp_path):
         write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
         found = self.look(f"pipe:cat {tmp_path}/a.tar #{{0..999}}")
-        assert found["shards"].value == "0 files of 0 B here, and 1,000 elsewhere"
+        assert found["shards"].value == "1,000 elsewhere"
         assert found["pairs"].status == OK
+        assert "indexed" not in found
+
+    def test_folders_and_synthetic_pairs(self, tmp_path):
+        (tmp_path / "7.png").write_bytes(picture(7))
+        (tmp_path / "7.txt").write_text("seven")
+        found = self.look(tmp_path)
+        assert found["shards"].value == "1 folder(s) of images here"
+        assert (found["indexed"].status, found["indexed"].value) == (OK, "1 of 1 here, with 1 samples")
+        assert found["pairs"].value.startswith("1 of 1 that were tried are usable, ")
+        found = self.look("synthetic:8::synthetic:8@1")
+        assert found["shards"].value == "2 set(s) of synthetic pairs"
+        assert found.keys() == {"shards", "pairs"}
+
+    def test_pairs_are_read_as_flags_say(self, tmp_path):
+        (tmp_path / "7.png").write_bytes(picture(7))
+        (tmp_path / "t.csv").write_text("view alt a,b,c\n7.png seven x\n")
+        assert self.look(tmp_path / "t.csv")["pairs"].status == PROBLEM
+        found = self.look(tmp_path / "t.csv", image_key="view", text_key="alt", csv_separator=" ")
+        assert (found["pairs"].status, found["indexed"].status) == (OK, OK)
+
+    def test_a_table_without_rows(self, tmp_path):
+        (tmp_path / "t.csv").write_text("filepath,title\n")
+        assert self.look(tmp_path / "t.csv")["pairs"].value == "the shards hold no samples"
+
+    def test_only_large_files_can_be_slow(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(dataset, "SLOW", float("inf"))
+        write_shard(tmp_path / "a.tar", [sample(number) for number in range(8)])
+        assert self.look(tmp_path / "a.tar")["read"].status == OK
+        with (tmp_path / "a.tar").open("r+b") as file:
+            file.truncate(dataset.CHUNK)
+        assert self.look(tmp_path / "a.tar")["read"].status == NOTE
 
 
 class TestCommand:
@@ -479,7 +510,7 @@ class TestCommand:
         """What each group finds, in place of this machine."""
         found = {"software": [Finding("torch", "2.13")], "GPUs": [Finding("GPU", "none", NOTE, "buy one")]}
         looks = {group: (lambda group=group: found[group]) for group in found}
-        monkeypatch.setattr("clipfast.doctor.command.looks", lambda folder, data: looks)
+        monkeypatch.setattr("clipfast.doctor.command.looks", lambda *_: looks)
         return found
 
     def test_table_json_and_exit_code(self, found, capsys, tmp_path):
