@@ -1,7 +1,6 @@
 """Samples in tar files: where each lies, and how it is read from there."""
 
 import io
-import mmap
 import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
@@ -29,7 +28,7 @@ def scan(file: BinaryIO, name: str = "") -> tuple[Stretches, dict[str, int]]:
                 damage.setdefault(f"byte {part.offset}: {part.reason}", 0)
             yield part
 
-    plain = _plain_members(file.fileno())
+    plain = _plain_members(file)
     for sample in group_members(name, watched(read_tar(file)) if plain is None else plain):
         if "__damage__" in sample:
             damage[f"{sample['__key__'].partition(',')[0]}: {sample['__damage__']}"] += 1
@@ -43,43 +42,52 @@ def _blocks(begin: int, end: int) -> tuple[int, int]:
     return begin // BLOCK, -(-end // BLOCK) - begin // BLOCK
 
 
-def _plain_members(descriptor: int) -> list[Member] | None:
+def _plain_members(file: BinaryIO) -> list[Member] | None:
     """Return the members of a tar file by its headers alone, without their data.
 
-    It is None if there is anything in the file but plain members.
+    It is None if there is anything in the file but plain members. The file is left at its beginning.
     """
-    size = os.fstat(descriptor).st_size
+    size = os.fstat(file.fileno()).st_size
     if size < BLOCK or size % BLOCK:
         return None
-    with mmap.mmap(descriptor, size, access=mmap.ACCESS_READ) as view:
-        parts, at = _plain(view, with_data=False)
-        rest = view[at : at + tarfile.RECORDSIZE + 2 * BLOCK + 1]
-        is_end = at + len(rest) == size and rest.count(0) == len(rest) >= 2 * BLOCK
-        return parts if is_end else None
+    parts, at = _plain(file, size, with_data=False)
+    file.seek(at)
+    rest = file.read(tarfile.RECORDSIZE + 2 * BLOCK + 1)
+    file.seek(0)
+    is_end = at + len(rest) == size and rest.count(0) == len(rest) >= 2 * BLOCK
+    return parts if is_end else None
 
 
-def _plain(view: bytes | mmap.mmap, *, with_data: bool) -> tuple[list[Member], int]:
-    """Return the plain members at the beginning of ``view``, and the place of the first byte that belongs to none."""
+def _plain(file: BinaryIO, size: int, *, with_data: bool) -> tuple[list[Member], int]:
+    """Return the plain members at the beginning of a file, and the place of the first byte that belongs to none.
+
+    The file is not mapped into memory: if it is cut meanwhile, or cannot be read, the system would end the process.
+    """
     parts: list[Member] = []
     at, start, extended = 0, 0, dict[str, str]()
-    while len(header := view[at : at + BLOCK]) == BLOCK:
+    while len(header := _read(file, at, BLOCK)) == BLOCK:
         length, kind = _length(header), header[156]
         if not header[0] or length is None or length > MAX_MEMBER or kind not in b"0\0x5":
             break
         begin = at + BLOCK
         at = begin + -(-length // BLOCK) * BLOCK
         if kind == ord("x"):
-            extended = pax_records(view[begin : begin + length])
+            extended = pax_records(_read(file, begin, length))
             if "size" in extended or any(name.startswith("GNU.sparse") for name in extended):
                 break
             continue
-        if at > len(view):
+        if at > size:
             break
         if kind != ord("5"):
-            data = view[begin : begin + length] if with_data else b""
+            data = _read(file, begin, length) if with_data else b""
             parts.append(Member(extended.get("path") or _name(header), data, start, at - start))
         start, extended = at, {}
     return parts, start
+
+
+def _read(file: BinaryIO, at: int, size: int) -> bytes:
+    file.seek(at)
+    return file.read(size)
 
 
 def _length(header: bytes) -> int | None:
@@ -103,7 +111,7 @@ def parser(name: str, _: int) -> Callable[[bytes], RawSample]:
     """Return a function that makes a sample of the bytes of its members: bytes by file extension."""
 
     def parse(data: bytes) -> RawSample:
-        members, end = _plain(data, with_data=True)
+        members, end = _plain(io.BytesIO(data), len(data), with_data=True)
         if end < len(data):
             members = [part for part in read_tar(io.BytesIO(data)) if isinstance(part, Member)]
         for sample in group_members(name, members):

@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, identities, open_shards, staging
+from clipfast.data import IndexCache, identities, open_shards, staging, tar_format
 from clipfast.data.samples import is_pair
 from clipfast.data.staging import FetchError, is_direct, staged
 from clipfast.data.tar_format import scan
@@ -274,6 +274,21 @@ def test_changes_during_a_run_are_named(tmp_path):
     with path.open("r+b") as file:
         file.truncate(len(good) // 2)
     assert attempt() == "truncated shard"
+
+
+def test_a_file_that_is_cut_while_it_is_indexed(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "s.tar", [sample(index) for index in range(20)])
+    original = tar_format._length
+
+    def cutting(header):
+        os.truncate(path, 8192)
+        return original(header)
+
+    monkeypatch.setattr(tar_format, "_length", cutting)
+    with path.open("rb") as file:
+        found, damage = scan(file, "s.tar")
+    assert 0 < len(found) < 20
+    assert any("the file ends" in place for place in damage)
 
 
 def test_many_open_shards(tmp_path):
