@@ -17,7 +17,7 @@ from .loader import PREFETCH, Batch, PairBatches, Skipped, pair_loader
 from .open import open_sources
 from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata
-from .source import MAX_OPEN, ShardSource, Source, open_shards
+from .source import MAX_OPEN, ShardSource, Source, open_limit, open_shards
 from .synthetic import SyntheticBatches, SyntheticSource
 from .trial import ANY_ORDER, spread, try_pairs
 
@@ -47,6 +47,7 @@ __all__ = [
     "expand_shards",
     "identities",
     "metadata",
+    "open_limit",
     "open_shards",
     "open_sources",
     "pair_loader",

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import logging
 import os
+import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -16,9 +17,11 @@ from .formats import Stretches, unpacked
 from .index import IndexCache, ShardError, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
 from .linked import load_links
+from .order import STREAMS
 from .samples import RawSample
 
-MAX_OPEN = 256  # shards that a process holds open for all its sources
+MAX_OPEN = 256  # shards that a process holds open for all its sources, unless a mix of them needs more
+OTHER_FILES = 512  # that a process may have open beside shards
 
 log = logging.getLogger("clipfast")
 
@@ -87,6 +90,20 @@ def open_shards(
     found = index.shards(names, workers, whole=whole)
     shards = list(tqdm(found, "index", len(names), unit="shard", disable=None, leave=False, delay=1))
     return ShardSource(index, shards, max_open)
+
+
+def open_limit(sources: int) -> int:
+    """Return how many shards of each source of a mix a process holds open, as a reader of its order needs them.
+
+    For that, the process's limit of open files is raised if need be and as far as it may be. Data workers inherit it.
+    """
+    wanted = max(MAX_OPEN // sources, 2 * STREAMS)  # a stream is seldom in more than two shards within a window
+    needed = wanted * sources + OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    limit = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
+    return min(wanted, max((limit - OTHER_FILES) // sources, MAX_OPEN // sources, 1))
 
 
 class ShardSource:

@@ -27,6 +27,7 @@ from ..data import (
     WholeImages,
     expand_shards,
     identities,
+    open_limit,
     open_sources,
     pair_loader,
 )
@@ -74,7 +75,7 @@ class TrainingData:
         self.batch_size = batch_size = batch_size or config.batch_size
         groups = [expand_shards(part) for part in parts(config)]
         self.shards = [shard for group in groups for shard in group]
-        max_open = max(MAX_OPEN // len(groups), 1)
+        max_open = open_limit(len(groups))
         opened = [sources_of(config, group, config.workers, max_open) for group in groups]
         self.sources = [source for group in opened for source in group]
         self.is_synthetic = all(isinstance(source, SyntheticSource) for source in self.sources)

@@ -3,13 +3,16 @@
 import dataclasses
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
 import torch
 
 from clipfast.checkpoint import read_checkpoint
-from clipfast.data import Batch
+from clipfast.data import MAX_OPEN, Batch, open_limit
+from clipfast.data.order import STREAMS
+from clipfast.training.data import TrainingData
 from clipfast.training.errors import TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
@@ -53,6 +56,44 @@ def test_a_run_goes_on_within_an_epoch_of_any_order(options, shards, tmp_path):
         train(again)
     train(dataclasses.replace(again, workers=2), RunFolder(tmp_path / "again").latest)
     assert same(tmp_path / "run", tmp_path / "again")
+
+
+@pytest.fixture
+def few_files():
+    """A limit of open files that leaves no room for the shards of a mix, but may be raised."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (512, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+def test_each_part_of_a_mix_holds_all_shards_open_that_it_reads_from(few_files, tmp_path):
+    paths = [str(write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(8)])) for name in "abcd"]
+    mixed = config("::".join(paths), tmp_path, train_data_upsampling_factors=(1.0,) * 4, unique_by=None)
+    assert [source.max_open for source in TrainingData(mixed).sources] == [2 * STREAMS] * 4
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 4 * 2 * STREAMS
+
+
+@pytest.mark.parametrize(
+    ("sources", "limits", "raised", "expected"),
+    [
+        (1, (1024, 4096), None, MAX_OPEN),
+        (8, (1024, 1 << 20), 8 * 128 + 512, 128),
+        (8, (1 << 20, 1 << 20), None, 128),
+        (8, (resource.RLIM_INFINITY, resource.RLIM_INFINITY), None, 128),
+        (8, (1024, resource.RLIM_INFINITY), 8 * 128 + 512, 128),
+        (16, (1024, 2048), 2048, 96),
+        (16, (300, 300), None, 16),
+        (1, (64, 64), None, MAX_OPEN),
+        (1000, (1024, 1024), None, 1),
+    ],
+)
+def test_shards_are_held_open_as_far_as_the_system_lets_them(sources, limits, raised, expected, monkeypatch):
+    found = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(resource, "setrlimit", lambda _, both: found.append(both))
+    assert open_limit(sources) == expected
+    assert found == ([] if raised is None else [(raised, limits[1])])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +176,7 @@ def changed_after_two_steps(monkeypatch, path: Path, change):
         return original(trainer, batch)
 
     monkeypatch.setattr(Trainer, "_train_step", changing)
-    monkeypatch.setattr("clipfast.training.data.MAX_OPEN", 1)
+    monkeypatch.setattr("clipfast.training.data.open_limit", lambda sources: 1)
 
 
 @pytest.mark.parametrize(
