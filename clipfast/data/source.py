@@ -121,11 +121,11 @@ class ShardSource:
         self.bytes_read = 0
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
-        # The indices of shards that were only counted before, or why there is none.
-        self._completed: dict[int, ShardIndex | ShardError] = {}
+        self._refused: dict[int, tuple[str, str]] = {}  # why shards that were only counted before cannot be used
 
     def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_open": collections.OrderedDict()}  # another process opens files of its own
+        # Pickling leaves the open files out; a forked worker inherits them.
+        return self.__dict__ | {"_open": collections.OrderedDict()}
 
     def shards_of(self, numbers: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return which shard each of the samples with these numbers is in."""
@@ -191,33 +191,29 @@ class ShardSource:
 
     def _index(self, shard: int) -> ShardIndex:
         """Return the index of a shard, which is made now if its samples were only counted."""
-        counted = self.shards[shard]
-        if counted.counted_in is None:
-            return counted
-        if shard not in self._completed:
-            self._completed[shard] = self._complete(counted)
-        found = self._completed[shard]
-        if isinstance(found, ShardError):
-            raise ShardError(str(found), found.kind)
-        return found
-
-    def _complete(self, counted: ShardIndex) -> ShardIndex | ShardError:
-        """Return the index of a shard that was only counted, or why its samples cannot be used, now or later."""
-        try:
-            index = self.index.complete(counted)
-        except ShardError as error:
-            if error.kind == "missing shard":  # it may be there again later
+        if self.shards[shard].counted_in is not None:
+            if shard in self._refused:
+                raise ShardError(*self._refused[shard])
+            try:
+                self.shards[shard] = self._completed(self.shards[shard])
+            except ShardError as error:
+                if error.kind != "missing shard":  # it may be there again later
+                    self._refused[shard] = str(error), error.kind
                 raise
-            return error
+        return self.shards[shard]
+
+    def _completed(self, counted: ShardIndex) -> ShardIndex:
+        """Return the index of a shard that was only counted."""
+        index = self.index.complete(counted)
         for loss in index.losses():
             log.warning(loss)
-        if index.count == counted.count:
-            return index
-        return ShardError(
-            f"shard {index.name} has {index.count} samples, but {counted.count} by {counted.counted_in}: correct or "
-            "remove that, or replace the shard",
-            "miscounted shard",
-        )
+        if index.count != counted.count:
+            raise ShardError(
+                f"shard {index.name} has {index.count} samples, but {counted.count} by {counted.counted_in}: correct "
+                "or remove that, or replace the shard",
+                "miscounted shard",
+            )
+        return index
 
     def _close(self, shard: int) -> None:
         os.close(self._open.pop(shard).descriptor)

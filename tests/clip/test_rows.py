@@ -354,6 +354,7 @@ def test_counts_beside_remote_tar_files(kind, server, tmp_path):
     assert [shard.counted_in is not None for shard in source.shards] == [name in known for name in names]
     assert sum(name == "sizes.json" for name, _ in server.served) == (kind == "sizes")
     assert source.read(13)["txt"].decode().endswith("thing 4")
+    assert source.shards[3].counted_in is None  # the index takes the place of the count, and both are not kept
     assert open_shards(urls, index=index, whole=True).sizes == [2, 3, 4, 5]
 
 
