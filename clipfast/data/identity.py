@@ -32,7 +32,7 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
 
     keys = dataclasses.replace(keys, images=())  # no image is read
     column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
-    parts, first = [], 0
+    found, first = np.empty(sum(source.sizes), np.uint64), 0
     for number, shard in enumerate(tqdm(source.shards, f"reading every {unique_by}", unit="shard", disable=None)):
         is_kept = not is_folder(shard.name)  # whose stamp stays as it is when its texts change
         known = source.index.column(shard, column) if is_kept else None
@@ -41,9 +41,9 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
             known = np.array([_identity(source, sample, unique_by, keys, shard.name) for sample in numbers], np.uint64)
             if is_kept:
                 source.index.keep_column(shard, column, known)
-        parts.append(known)
+        found[first : first + shard.count] = known
         first += source.sizes[number]
-    return np.concatenate(parts)
+    return found
 
 
 def _identity(source: Source, number: int, unique_by: str, keys: Keys, shard: str) -> int:

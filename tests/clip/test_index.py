@@ -8,12 +8,13 @@ import os
 import tarfile
 import threading
 import time
+import tracemalloc
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, identities, open_shards, staging, tar_format
+from clipfast.data import IndexCache, ShardIndex, ShardSource, identities, open_shards, staging, tar_format
 from clipfast.data.samples import is_pair
 from clipfast.data.staging import FetchError, is_direct, staged
 from clipfast.data.tar_format import scan
@@ -289,6 +290,21 @@ def test_a_file_that_is_cut_while_it_is_indexed(tmp_path, monkeypatch):
         found, damage = scan(file, "s.tar")
     assert 0 < len(found) < 20
     assert any("the file ends" in place for place in damage)
+
+
+def test_numbers_of_all_shards_take_their_own_size_only(tmp_path):
+    index, count = IndexCache(tmp_path / "cache"), 1 << 14
+    shards = [ShardIndex(f"{number}.tar", "", 0, count, {}) for number in range(32)]
+    for number, shard in enumerate(shards):
+        index.keep_column(shard, "label", np.full(count, number, np.uint64))
+    source = ShardSource(index, shards)
+    identities(source, "label")  # and what it imports
+    tracemalloc.start()
+    found = identities(source, "label")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert (found == np.repeat(np.arange(32), count)).all()
+    assert peak < 1.5 * found.nbytes
 
 
 def test_many_open_shards(tmp_path):

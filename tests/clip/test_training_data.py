@@ -1,11 +1,14 @@
 """What the trainer makes of its data: mixes, resampling, faulty pairs, and shards that change under it."""
 
 import dataclasses
+import hashlib
 import json
 import re
 import resource
+import tracemalloc
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,6 +97,20 @@ def test_shards_are_held_open_as_far_as_the_system_lets_them(sources, limits, ra
     monkeypatch.setattr(resource, "setrlimit", lambda _, both: found.append(both))
     assert open_limit(sources) == expected
     assert found == ([] if raised is None else [(raised, limits[1])])
+
+
+def test_the_checksum_of_identities_needs_no_copy_of_them(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "a.tar", [sample(index) for index in range(8)])
+    numbers = np.arange(1 << 19, dtype=np.uint64)
+    monkeypatch.setattr("clipfast.training.data.identities", lambda *_: numbers)
+    unique = config(str(path), tmp_path, unique_by="label")
+    expected = hashlib.sha256(np.array([8], "<i8").tobytes() + numbers.astype("<u8").tobytes()).hexdigest()
+    assert TrainingData(unique).content == expected
+    tracemalloc.start()
+    TrainingData(unique)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < numbers.nbytes / 2
 
 
 @pytest.mark.parametrize(
