@@ -43,6 +43,7 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
                 source.index.keep_column(shard, column, known)
         found[first : first + shard.count] = known
         first += source.sizes[number]
+    source.close()  # data workers would inherit what is open, and keep its space
     return found
 
 

@@ -35,6 +35,8 @@ from .staging import (
     file_name,
     file_stamp,
     is_direct,
+    max_bytes,
+    room,
     staged,
     stamp,
     stamp_or_none,
@@ -98,10 +100,14 @@ class IndexCache:
     Args:
         folder: by default, that of :func:`cache_folder`.
         separator: of the fields of CSV files, in place of what their names and headers say.
+
+    Raises:
+        ValueError: the limit for copies of shards is no number.
     """
 
     def __init__(self, folder: Path | None = None, separator: str | None = None) -> None:
         self.folder, self.separator = folder or cache_folder(), separator
+        max_bytes()  # refused now, and not by a data worker
 
     def format_of(self, name: str) -> Format:
         """Return the format of a shard."""
@@ -184,9 +190,14 @@ class IndexCache:
         finally:
             os.close(descriptor)
 
+    def room(self) -> int:
+        """Return how many bytes copies of shards may take together."""
+        self._copies.mkdir(parents=True, exist_ok=True)
+        return room(self._copies)
+
     def touch(self, name: str) -> None:
         """Let other copies than that of this shard make room."""
-        with contextlib.suppress(FileNotFoundError):
+        with contextlib.suppress(OSError):  # it is not there, or the file system refuses
             os.utime(copy_path(name, self._copies))
 
     @property

@@ -13,7 +13,6 @@ from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 from .source import ShardSource
-from .staging import max_bytes
 
 if TYPE_CHECKING:
     from .loader import PairBatches
@@ -58,6 +57,7 @@ class ReadAhead:
             for number, source in enumerate(batches.sources)
             if isinstance(source, ShardSource) and any(shard.is_copied for shard in source.shards)
         }
+        self._room = min((source.index.room() for source in self._sources.values()), default=0)
         self._horizon = max(min(BATCHES, POSITIONS // batches.batch_size), 1)
         self._at = first  # the batch that is waited for
         self._looked = first  # the first batch that was not looked at
@@ -150,4 +150,4 @@ class ReadAhead:
         if self._bringing and not self._largest:  # nobody knows yet how large a shard is
             return False
         taken = sum(size for _, size in self._ahead)
-        return taken + (self._bringing + 1) * self._largest <= max_bytes() // self._sharers // 2
+        return taken + (self._bringing + 1) * self._largest <= self._room // self._sharers // 2

@@ -22,6 +22,7 @@ from .samples import RawSample
 
 MAX_OPEN = 256  # shards that a process holds open for all its sources, unless a mix of them needs more
 OTHER_FILES = 512  # that a process may have open beside shards
+IDLE = 1024  # reads of others after which a shard is done: each of an order's 64 streams is read from far more often
 
 log = logging.getLogger("clipfast")
 
@@ -55,13 +56,17 @@ class Source(Protocol):
     def name(self, number: int) -> str:
         """Return shard and place of a sample, for a person who looks for it; nothing is read."""
 
+    def close(self) -> None:
+        """Let go of what is open; it is opened again when it is read."""
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass
 class _OpenShard:
     descriptor: int
     stretches: Stretches
     unit: int
     parse: Callable[[bytes], RawSample]
+    last: int = 0  # the number of the last read from it
 
 
 def open_shards(
@@ -118,7 +123,7 @@ class ShardSource:
     def __init__(self, index: IndexCache, shards: Sequence[ShardIndex], max_open: int = MAX_OPEN) -> None:
         self.index, self.shards, self.max_open = index, list(shards), max_open
         self.sizes = [shard.count for shard in self.shards]
-        self.bytes_read = 0
+        self.bytes_read = self._reads = 0
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
         self._refused: dict[int, tuple[str, str]] = {}  # why shards that were only counted before cannot be used
@@ -181,13 +186,22 @@ class ShardSource:
         if found is None:
             if len(self._open) >= self.max_open:
                 self._close(next(iter(self._open)))
+            self._close_removed()
             index = self._index(shard)
             form, stretches = self.index.format_of(index.name), self.index.stretches(index.name)
             descriptor = self.index.open(index)
             found = _OpenShard(descriptor, stretches, form.unit, form.parser(index.name, descriptor))
             self._open[shard] = found
         self._open.move_to_end(shard)
+        self._reads += 1
+        found.last = self._reads
         return found
+
+    def _close_removed(self) -> None:
+        """Let go of the space of copies that have made room for others, and are not read from any more."""
+        for shard, opened in list(self._open.items()):
+            if self._reads - opened.last > IDLE and os.fstat(opened.descriptor).st_nlink == 0:
+                self._close(shard)
 
     def _index(self, shard: int) -> ShardIndex:
         """Return the index of a shard, which is made now if its samples were only counted."""
@@ -218,6 +232,10 @@ class ShardSource:
     def _close(self, shard: int) -> None:
         os.close(self._open.pop(shard).descriptor)
 
-    def __del__(self) -> None:
+    def close(self) -> None:
+        """Close all shards; those that are read from are opened again."""
         for shard in list(self._open):
             self._close(shard)
+
+    def __del__(self) -> None:
+        self.close()

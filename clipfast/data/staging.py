@@ -1,9 +1,10 @@
-"""A shard that cannot be read from the middle is first copied, whole and uncompressed, to a folder of limited size.
+"""A shard that cannot be read from the middle is first copied, whole and uncompressed, to a folder with a limit.
 
 These are compressed files, commands (``pipe:``), and whatever has a URL, through fsspec. The copy of a Parquet or Arrow
 file is a tar file of its rows, and that of a folder of images a list of its files. A shard that is already there is not
 brought again. When the folder is full, the shards that were opened longest ago make room. A process that still reads
-one of them can go on; its space is free as soon as that process has closed it.
+one of them can go on, and its space is free as soon as that process has closed it: it comes on top of the limit, as
+does what is being copied.
 """
 
 import contextlib
@@ -29,6 +30,7 @@ from .tar_format import TAR
 
 MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
 MAX_BYTES = 64 << 30
+LOCKS = "locks"  # a folder in that of the copies
 ATTEMPTS = 5
 FORGET = 300.0  # seconds after which a shard that could not be brought here is asked for again
 BEGIN = time.time()  # of this process, or of the one that it was forked from: failures of earlier runs do not count
@@ -116,21 +118,25 @@ def staged(
         DiskFullError: there is no space.
         CancelledError: it is not wanted any more.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / LOCKS).mkdir(parents=True, exist_ok=True)
     path = copy_path(name, folder)
-    note = path.with_suffix(".stamp")
-    with exclusive(path):
+    note, failure = path.with_suffix(".stamp"), _lock(path).with_suffix(".failed")
+    with exclusive(_lock(path)):
         known = note.read_text() if path.exists() and note.exists() else None
         if known is None:
-            _refuse_again(name, path.with_suffix(".failed"))
+            _refuse_again(name, failure)
         now = stamp_or_none(name) if known is None or known != stamped else known
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
-            known = _fetch(name, path, now, is_wanted)
+            try:
+                known = _fetch(name, path, now, is_wanted, failure)
+            except DiskFullError:  # others have filled the disk, or the shard is a large one
+                _make_room(folder, 0.5)
+                known = _fetch(name, path, now, is_wanted, failure)
             note.write_text(known)
-        descriptor = os.open(path, os.O_RDONLY)  # before another process makes room
+            _make_room(folder)
+        descriptor = os.open(path, os.O_RDONLY)
         os.utime(descriptor)
-    _make_room(folder, keep=path)
     return descriptor, known
 
 
@@ -139,9 +145,31 @@ def copy_path(name: str, folder: Path) -> Path:
     return folder / f"{file_name(name)}.tar"
 
 
+def _lock(path: Path) -> Path:
+    """Return a path for the lock of a copy. Locks are never removed, and are not among what is looked through."""
+    return path.parent / LOCKS / path.name
+
+
 def max_bytes() -> int:
-    """Return how many bytes the copies may take: CLIPFAST_CACHE_BYTES, or 64 GiB."""
-    return int(os.environ.get(MAX_BYTES_VARIABLE, MAX_BYTES))
+    """Return how many bytes the copies may take: CLIPFAST_CACHE_BYTES, or 64 GiB.
+
+    Raises:
+        ValueError: the variable is no number.
+    """
+    given = os.environ.get(MAX_BYTES_VARIABLE, str(MAX_BYTES))
+    if not given.isdecimal():
+        raise ValueError(f"{MAX_BYTES_VARIABLE} is {given!r}, and not a number of bytes such as {MAX_BYTES}")
+    return int(given)
+
+
+def room(folder: Path) -> int:
+    """Return how many bytes the copies in a folder may take, so that other files have a tenth of what space there is.
+
+    Raises:
+        ValueError: as :func:`max_bytes`.
+    """
+    taken = sum(size for _, size, _ in _copies(folder))
+    return min(max_bytes(), (taken + shutil.disk_usage(folder).free) * 9 // 10)
 
 
 def stamp_or_none(name: str) -> str | None:
@@ -180,8 +208,11 @@ def _refuse_again(name: str, failure: Path) -> None:
         )
 
 
-def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]) -> str:
-    """Copy a shard to ``path``, and return its stamp: ``now``, or, if that is None, what it is asked for here."""
+def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool], failure: Path) -> str:
+    """Copy a shard to ``path``, and return its stamp: ``now``, or, if that is None, what it is asked for here.
+
+    The reason why it cannot be brought is written to ``failure``.
+    """
     for attempt in range(ATTEMPTS):
         try:
             known = stamp(name) if now is None else now
@@ -193,7 +224,7 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
             is_unusable = isinstance(error, ContentError)
             if not is_remote(name) or attempt == ATTEMPTS - 1 or is_unusable:
                 kind = "unreadable shard" if is_unusable else "missing shard"
-                path.with_suffix(".failed").write_text(f"{kind}\n{error}", "utf-8", "replace")
+                failure.write_text(f"{kind}\n{error}", "utf-8", "replace")
                 raise FetchError(f"shard {name} cannot be read: {error}", kind) from error
             time.sleep(FIRST_WAIT * 2**attempt)
     raise AssertionError("the last attempt returns or raises")
@@ -271,20 +302,32 @@ def opened(name: str) -> Iterator[IO[bytes]]:
         raise OSError(f"the command ended with status {process.returncode}")
 
 
-def _make_room(folder: Path, keep: Path) -> None:
-    """Remove the shards that were opened longest ago, until the rest fits into the limit."""
-    limit = max_bytes()
-    found = []
-    for path in folder.glob("*.tar"):
-        with contextlib.suppress(FileNotFoundError):  # another process makes room too
-            status = path.stat()
-            found.append((status.st_mtime_ns, status.st_size, path))
+def _make_room(folder: Path, share: float = 1.0) -> None:
+    """Remove the copies that were opened longest ago, until the rest fits into a share of the room for them.
+
+    What a process that was killed has left of a copy is removed too.
+    """
+    for path in folder.glob(".*.tmp"):
+        with exclusive(_lock(folder / path.name[1:-4]), wait=False) as is_mine:
+            if is_mine:
+                path.unlink(missing_ok=True)
+    limit, found = room(folder) * share, _copies(folder)
     total = sum(size for _, size, _ in found)
     for _, size, path in sorted(found):
         if total <= limit:
             return
-        with exclusive(path, wait=False) as is_mine:  # whoever has it is opening it
-            if is_mine and path != keep:
+        with exclusive(_lock(path), wait=False) as is_mine:  # whoever has it is opening it
+            if is_mine:
                 path.unlink(missing_ok=True)
                 path.with_suffix(".stamp").unlink(missing_ok=True)
                 total -= size
+
+
+def _copies(folder: Path) -> list[tuple[int, int, Path]]:
+    """Return of each copy when it was opened last, its size, and its path."""
+    found = []
+    for path in folder.glob("*.tar"):
+        with contextlib.suppress(FileNotFoundError):  # another process makes room
+            status = path.stat()
+            found.append((status.st_mtime_ns, status.st_size, path))
+    return found

@@ -88,6 +88,9 @@ class SyntheticSource:
         """Return the name of the source and the number of the pair."""
         return f"{self.url}, sample {number}"
 
+    def close(self) -> None:
+        """Do nothing, as nothing is open."""
+
     def scenes(self, numbers: Sequence[int] | Ints) -> Scenes:
         """Return what is in the pairs with these numbers."""
         places = np.asarray(numbers, np.int64)[:, None] * CHOICES + np.arange(CHOICES)

@@ -1,10 +1,12 @@
 """The index of shards: it agrees with reading them, is kept, and notices every change."""
 
 import bz2
+import errno
 import gzip
 import http.server
 import io
 import os
+import shutil
 import tarfile
 import threading
 import time
@@ -16,8 +18,9 @@ import pytest
 
 from clipfast.data import IndexCache, ShardIndex, ShardSource, identities, open_shards, staging, tar_format
 from clipfast.data.samples import is_pair
-from clipfast.data.staging import FetchError, is_direct, staged
+from clipfast.data.staging import FetchError, exclusive, is_direct, staged
 from clipfast.data.tar_format import scan
+from clipfast.files import DiskFullError
 from clipfast.images import SampleError
 
 from .conftest import read_samples, sample, write_shard
@@ -333,6 +336,101 @@ def test_shards_from_elsewhere(tmp_path, monkeypatch):
     source = open_shards([f"pipe:cat {tmp_path}/a.tar;"], index=index)
     assert len(list((tmp_path / "cache" / "shards").glob("*.tar"))) == 1
     assert contents(source.read(5)) == expected[5]
+
+
+def removed_and_open():
+    """How many removed copies this process has open."""
+    paths = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return sum(os.readlink(path).endswith(".tar (deleted)") for path in paths if os.path.lexists(path))
+
+
+@pytest.fixture
+def copied(tmp_path, monkeypatch):
+    """Five compressed shards of two pairs, of which two copies have room."""
+    paths = [write_shard(tmp_path / f"{n}.tar.gz", [sample(n), sample(n + 1)]) for n in range(5)]
+    source = open_shards([str(path) for path in paths], index=IndexCache(tmp_path / "cache"))
+    size = max(path.stat().st_size for path in (tmp_path / "cache" / "shards").glob("*.tar"))
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(2 * size))
+    for path in (tmp_path / "cache" / "shards").glob("*.tar"):
+        path.unlink()
+    return source
+
+
+def test_removed_copies_are_closed_when_they_are_not_read_from_any_more(copied, monkeypatch):
+    fetched, copy = [], staging._copy
+    monkeypatch.setattr(staging, "_copy", lambda name, *rest: (fetched.append(name), copy(name, *rest)))
+    monkeypatch.setattr("clipfast.data.source.IDLE", 6)
+    for number in (0, 2, 4, 6, 1, 3, 5, 7):  # all of these are read again and again
+        copied.read(number)
+    assert (len(fetched), removed_and_open()) == (4, 2)
+    for _ in range(6):
+        copied.read(6)
+    copied.read(8)
+    assert removed_and_open() == 1  # that of the third shard, which has made room just now
+    assert copied.read(0)["txt"] == sample(0)["txt"]
+
+
+def test_identities_leave_nothing_open(copied):
+    before = len(os.listdir("/proc/self/fd"))
+    assert len(identities(copied, "caption")) == 10
+    assert len(os.listdir("/proc/self/fd")) == before
+    assert copied.read(9)["txt"] == sample(5)["txt"]
+
+
+def test_copies_make_room_on_a_disk_that_is_full(copied, tmp_path, monkeypatch):
+    """The disk has space for a little more than three copies, whatever the limit for them is."""
+    folder, copy = tmp_path / "cache" / "shards", staging._copy
+    copied.read(0)
+    (size,) = (path.stat().st_size for path in folder.glob("*.tar"))
+    capacity = size * 16 // 5
+    monkeypatch.delenv("CLIPFAST_CACHE_BYTES")
+
+    def free():
+        return capacity - sum(path.stat().st_size for path in folder.glob("*.tar"))
+
+    def limited(*arguments):
+        if free() < size:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        copy(*arguments)
+
+    monkeypatch.setattr(staging, "_copy", limited)
+    monkeypatch.setattr(staging.shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(0, 0, free()))
+    for number in range(10):
+        copied.read(number)
+        assert free() >= capacity // 10  # for what is no copy
+    copied.close()
+    capacity = size * 2  # other files take what was left
+    assert copied.read(0)["__key__"] == "000"
+    capacity = size - 1
+    with pytest.raises(DiskFullError):
+        copied.read(3)
+
+
+def test_what_a_killed_process_has_left_is_removed(copied, tmp_path):
+    folder = tmp_path / "cache" / "shards"
+    copied.read(0)
+    left, written = folder / ".left.tar.tmp", folder / ".written.tar.tmp"
+    left.write_bytes(b"x")
+    written.write_bytes(b"x")
+    with exclusive(folder / staging.LOCKS / "written.tar"):
+        copied.read(2)
+        assert (left.exists(), written.exists()) == (False, True)
+
+
+def test_a_limit_that_is_no_number_is_refused(monkeypatch):
+    monkeypatch.setenv("CLIPFAST_CACHE_BYTES", "64G")
+    with pytest.raises(ValueError, match="CLIPFAST_CACHE_BYTES is '64G', and not a number of bytes such as"):
+        IndexCache()
+
+
+def test_a_copy_whose_time_cannot_be_set_is_no_error(copied, monkeypatch):
+    copied.index.touch("not there")
+
+    def refuse(_):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "utime", refuse)
+    copied.index.touch(copied.shards[0].name)
 
 
 def test_a_failing_network_is_asked_again(tmp_path, monkeypatch):
