@@ -7,14 +7,16 @@ WebDataset and OpenCLIP know it, or the file in which img2dataset notes how many
 import json
 import logging
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import IO, Any
 
-from .rows import ContentError, count, has_footer, has_rows, mapped
+from .rows import count, has_footer, has_rows, mapped
 from .samples import PIPE, is_remote
-from .staging import is_direct, opened
+from .staging import FetchError, Found, if_there, is_direct, opened
 
 SIZES = "sizes.json"  # {"00000.tar": 10000, ...}
 STATS = "_stats.json"  # of img2dataset, which notes under "successes" how many samples a shard has
+MAX_DIGITS = 15
 
 log = logging.getLogger("clipfast")
 
@@ -23,7 +25,7 @@ class Counts:
     """Counts of shards. What is said about many of them is read once."""
 
     def __init__(self) -> None:
-        self._sizes: dict[str, dict[str, Any]] = {}
+        self._sizes: dict[str, dict[str, Any] | FetchError] = {}
         self._lock = threading.Lock()
 
     def of(self, name: str) -> tuple[int, str] | None:
@@ -32,46 +34,61 @@ class Counts:
         It is None if nothing says so, and if the shard is a tar file that can be read where it is.
 
         Raises:
-            ContentError: it is a Parquet or Arrow file that cannot be read, or has no images in it.
+            FetchError: the file that may say so cannot be read, or the shard is a Parquet or Arrow file that is
+                damaged, or has no images in it.
         """
         if name.startswith(PIPE) or is_direct(name):
             return None
-        try:
-            return self._of_rows(name) if has_rows(name) else self._of_notes(name)
-        except (ContentError, ImportError):
-            raise
-        except Exception:  # every file system has errors of its own; indexing the shard meets them again
-            return None
+        return self._of_rows(name) if has_rows(name) else self._of_notes(name)
 
     def _of_rows(self, name: str) -> tuple[int, str] | None:
-        if has_footer(name):
-            with opened(name) as file:
-                return count(file, name), name
-        if is_remote(name):
+        if is_remote(name) and not has_footer(name):
             return None
-        with mapped(name) as file:
-            return count(file, name), name
+        rows = _read(name, lambda file: count(file, name), "shard")
+        return None if rows is None else (rows, name)
 
     def _of_notes(self, name: str) -> tuple[int, str] | None:
         folder, slash, file = name.rpartition("/")
         sizes, stats = folder + slash + SIZES, folder + slash + file.partition(".")[0] + STATS
         with self._lock:
             if sizes not in self._sizes:
-                self._sizes[sizes] = _object(sizes)
-        path, said = sizes, self._sizes[sizes].get(file)
+                try:
+                    self._sizes[sizes] = _object(sizes)
+                except FetchError as error:  # of which the others that wait for it do not ask again
+                    self._sizes[sizes] = error
+            found = self._sizes[sizes]
+        if isinstance(found, FetchError):
+            raise found
+        path, said = sizes, found.get(file)
         if said is None:
             path, said = stats, _object(stats).get("successes")
-        return (int(str(said)), path) if str(said).isdecimal() else None
+        digits = str(said)
+        return (int(digits), path) if digits.isdecimal() and len(digits) <= MAX_DIGITS else None
 
 
 def _object(path: str) -> dict[str, Any]:
-    """Return the object in a file; it is empty if there is no such file."""
+    """Return the object in a file; it is empty if there is no such file.
+
+    Raises:
+        FetchError: nobody says whether there is one: without it, all shards would be copied to count them.
+    """
     try:
-        with opened(path) as file:
-            parsed = json.load(file)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = _read(path, lambda file: file.read(), "file")
+    except FetchError as error:
+        raise FetchError(f"{error}; try again, or let clipfast index count the samples without it") from error
+    try:
+        parsed = json.loads(data or b"{}")
+    except (ValueError, RecursionError) as error:
         log.warning(f"{path} is left out of account, as it is not JSON: {error}")
         return {}
-    except Exception:  # every file system has errors of its own for a file that is not there
-        return {}
     return parsed if isinstance(parsed, dict) else {}
+
+
+def _read(path: str, read: Callable[[IO[bytes]], Found], what: str) -> Found | None:
+    """Return what ``read`` does with a file; None if there is no such file."""
+
+    def attempt() -> Found:
+        with mapped(path) if has_rows(path) and not has_footer(path) else opened(path) as file:
+            return read(file)
+
+    return if_there(path, attempt, what)

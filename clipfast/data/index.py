@@ -26,7 +26,6 @@ from ..images import SampleError
 from .counts import Counts
 from .formats import Format, Stretches
 from .kinds import format_of
-from .rows import ContentError
 from .samples import is_remote
 from .staging import (
     FetchError,
@@ -34,12 +33,12 @@ from .staging import (
     exclusive,
     file_name,
     file_stamp,
+    if_there,
     is_direct,
     max_bytes,
     room,
     staged,
     stamp,
-    stamp_or_none,
 )
 
 VERSION = 2
@@ -156,14 +155,14 @@ class IndexCache:
     def _counted(self, name: str, counts: Counts) -> ShardIndex | None:
         """Return what is known of a shard without reading it: its index, or its count; None if nothing is known."""
         known = self._known(name)
-        now = stamp_or_none(name) if known is None else None
-        if now is None:
+        if known is not None:
             return known
         try:
-            found = counts.of(name)
-        except ContentError as error:
-            raise ShardError(f"shard {name} cannot be read: {error}", "unreadable shard") from error
-        return found and ShardIndex(name, now, 0, found[0], {}, found[1])
+            now = if_there(name, lambda: stamp(name))
+            found = None if now is None else counts.of(name)
+        except FetchError as error:
+            raise ShardError(str(error), error.kind) from error
+        return None if now is None or found is None else ShardIndex(name, now, 0, found[0], {}, found[1])
 
     def complete(self, shard: ShardIndex) -> ShardIndex:
         """Return the index of a shard that was only counted, which is made if another process has not done so.

@@ -18,7 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import IO, Any, TypeVar, cast
 
 from ..files import DiskFullError, replace_file
 from .folders import folder_stamp, write_list
@@ -36,7 +36,10 @@ FORGET = 300.0  # seconds after which a shard that could not be brought here is 
 BEGIN = time.time()  # of this process, or of the one that it was forked from: failures of earlier runs do not count
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 
+BUSY = (408, 429)  # the answers of a web server that are about the moment
+
 log = logging.getLogger("clipfast")
+Found = TypeVar("Found")
 
 
 class FetchError(ValueError):
@@ -124,7 +127,7 @@ def staged(
     with exclusive(_lock(path)):
         known = note.read_text() if path.exists() and note.exists() else None
         if known is None:
-            _refuse_again(name, failure)
+            _refuse_again(failure)
         now = stamp_or_none(name) if known is None or known != stamped else known
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
@@ -199,13 +202,11 @@ def exclusive(path: Path, *, wait: bool = True) -> Iterator[bool]:
             fcntl.flock(file, fcntl.LOCK_UN)
 
 
-def _refuse_again(name: str, failure: Path) -> None:
+def _refuse_again(failure: Path) -> None:
     """Raise the error of another attempt of a moment ago, perhaps by a process that this one has waited for."""
     if failure.exists() and max(BEGIN, time.time() - FORGET) < failure.stat().st_mtime:
         kind, _, reason = failure.read_text("utf-8").partition("\n")
-        raise FetchError(
-            f"shard {name} could not be read a moment ago, and is not asked for again so soon: {reason}", kind
-        )
+        raise FetchError(f"{reason}; this was a moment ago, and it is not asked for again so soon", kind)
 
 
 def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool], failure: Path) -> str:
@@ -213,21 +214,65 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
 
     The reason why it cannot be brought is written to ``failure``.
     """
-    for attempt in range(ATTEMPTS):
+
+    def attempt() -> str:
+        known = stamp(name) if now is None else now
+        replace_file(path, lambda temporary: _copy(name, temporary, is_wanted))
+        return known
+
+    try:
+        return retried(name, attempt)
+    except FetchError as error:
+        failure.write_text(f"{error.kind}\n{error}", "utf-8", "replace")
+        raise
+
+
+def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found:
+    """Return what ``attempt`` does. If its file is from elsewhere, it is called again after errors, with growing waits.
+
+    Args:
+        name: of the file.
+        attempt: reads it.
+        what: kind of file, for the error.
+
+    Raises:
+        FetchError: the last attempt failed, or another one would be no use.
+        DiskFullError, CancelledError, ImportError: as ``attempt``.
+    """
+    waits = [FIRST_WAIT * 2**number for number in range(ATTEMPTS - 1)] if is_remote(name) else []
+    while True:
         try:
-            known = stamp(name) if now is None else now
-            replace_file(path, lambda temporary: _copy(name, temporary, is_wanted))
-            return known
-        except (DiskFullError, CancelledError):
+            return attempt()
+        except (DiskFullError, CancelledError, ImportError):
             raise
+        except ContentError as error:
+            raise FetchError(f"{what} {name} cannot be read: {error}", "unreadable shard") from error
         except Exception as error:  # every file system has errors of its own; some call an outage "not found"
-            is_unusable = isinstance(error, ContentError)
-            if not is_remote(name) or attempt == ATTEMPTS - 1 or is_unusable:
-                kind = "unreadable shard" if is_unusable else "missing shard"
-                failure.write_text(f"{kind}\n{error}", "utf-8", "replace")
-                raise FetchError(f"shard {name} cannot be read: {error}", kind) from error
-            time.sleep(FIRST_WAIT * 2**attempt)
-    raise AssertionError("the last attempt returns or raises")
+            if not waits:
+                raise FetchError(f"{what} {name} cannot be read: {error.__cause__ or error}") from error
+            time.sleep(waits.pop(0))
+
+
+def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found | None:
+    """Return what ``attempt`` does, as :func:`retried`; None if it says that there is no such file."""
+
+    def attempt_or_none() -> Found | None:
+        try:
+            return attempt()
+        except Exception as error:  # every file system has errors of its own
+            if _is_absent(name, error):
+                return None
+            raise
+
+    return retried(name, attempt_or_none, what)
+
+
+def _is_absent(name: str, error: Exception) -> bool:
+    """Return True if an error says that there is no file that may be read, and not that nobody has answered."""
+    if name.startswith(("http://", "https://")):  # fsspec calls every failure "not found": its cause is the answer
+        status = getattr(error.__cause__ or error, "status", 0)
+        return 400 <= status < 500 and status not in BUSY
+    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
 
 
 class _Watched:

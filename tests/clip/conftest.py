@@ -79,10 +79,17 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
 class Ranges(http.server.SimpleHTTPRequestHandler):
     """Serves stretches of files too, and counts what is asked for."""
 
+    def refused(self, path):
+        """Answer for a file that is not there, or that fails for some more requests."""
+        left = self.server.failing.get(path.name, 0)
+        self.server.failing[path.name] = max(left - 1, 0)
+        if left or not path.is_file():
+            self.send_error(503 if left else 404)
+        return left or not path.is_file()
+
     def do_GET(self):
         path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
+        if self.refused(path):
             return
         data, asked = path.read_bytes(), self.headers.get("Range")
         first, last = 0, len(data) - 1
@@ -99,8 +106,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
     def send_head(self):
         """Answer HEAD."""
         path = Path(self.translate_path(self.path))
-        if not path.is_file():
-            self.send_error(404)
+        if self.refused(path):
             return
         self.send_response(200)
         self.send_header("Content-Length", str(path.stat().st_size))
@@ -114,7 +120,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """An HTTP server of the folder "web"; ``served`` lists names and bytes."""
+    """An HTTP server of the folder "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail."""
     pytest.importorskip("aiohttp")
     monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
     (tmp_path / "web").mkdir()
@@ -123,7 +129,7 @@ def server(tmp_path, monkeypatch):
         return Ranges(*args, directory=str(tmp_path / "web"))
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as running:
-        running.served, running.url = [], f"http://127.0.0.1:{running.server_port}"
+        running.served, running.failing, running.url = [], {}, f"http://127.0.0.1:{running.server_port}"
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
         running.shutdown()
