@@ -28,6 +28,7 @@ from .formats import Format, Stretches
 from .kinds import format_of
 from .samples import is_remote
 from .staging import (
+    EXHAUSTED,
     FetchError,
     copy_path,
     exclusive,
@@ -258,10 +259,13 @@ class IndexCache:
         try:
             if not is_direct(name):
                 return staged(name, self._copies, stamped=stamped)
-            descriptor = os.open(name, os.O_RDONLY)
         except FetchError as error:
             raise ShardError(str(error), error.kind) from error
-        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        try:
+            descriptor = os.open(name, os.O_RDONLY)
+        except OSError as error:
+            if error.errno in EXHAUSTED:
+                raise
             raise ShardError(f"shard {name} cannot be opened: {error.strerror}", "missing shard") from error
         return descriptor, file_stamp(os.fstat(descriptor))
 

@@ -8,6 +8,7 @@ does what is being copied.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import logging
@@ -36,6 +37,7 @@ FORGET = 300.0  # seconds after which a shard that could not be brought here is 
 BEGIN = time.time()  # of this process, or of the one that it was forked from: failures of earlier runs do not count
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that are about this process, and no file
 BUSY = (408, 429)  # the answers of a web server that are about the moment
 
 log = logging.getLogger("clipfast")
@@ -248,6 +250,8 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
         except ContentError as error:
             raise FetchError(f"{what} {name} cannot be read: {error}", "unreadable shard") from error
         except Exception as error:  # every file system has errors of its own; some call an outage "not found"
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                raise
             if not waits:
                 raise FetchError(f"{what} {name} cannot be read: {error.__cause__ or error}") from error
             time.sleep(waits.pop(0))

@@ -109,7 +109,7 @@ class TrainingData:
             alike = [identities(source, config.unique_by, config.keys()) for source in self.sources]
             self.order = Unique(mix, alike, batch_size)
             for numbers in alike:
-                content.update(np.ascontiguousarray(numbers, "<u8"))  # on most machines, without a copy
+                content.update(np.ascontiguousarray(numbers, "<u8").data)  # on most machines, without a copy
         self.content = content.hexdigest()
         num_samples = config.train_num_samples or len(self.order)
         self.epochs = Epochs(num_samples, batch_size, config.samples_seen or config.epochs * num_samples)

@@ -310,6 +310,23 @@ def test_numbers_of_all_shards_take_their_own_size_only(tmp_path):
     assert peak < 1.5 * found.nbytes
 
 
+@pytest.mark.parametrize("code", [errno.EIO, errno.ESTALE, errno.ELOOP, errno.EMFILE, errno.ENOMEM])
+def test_an_error_of_one_shard_does_not_end_a_run(code, tmp_path, monkeypatch):
+    path = str(write_shard(tmp_path / "s.tar", [sample(0)]))
+    source = open_shards([path], index=IndexCache(tmp_path / "cache"))
+    original = os.open
+
+    def failing(name, *arguments, **options):
+        if str(name) == path:
+            raise OSError(code, os.strerror(code))
+        return original(name, *arguments, **options)
+
+    monkeypatch.setattr(os, "open", failing)
+    # what this process lacks is no fault of the shard
+    with pytest.raises(OSError if code in (errno.EMFILE, errno.ENOMEM) else SampleError, match=os.strerror(code)):
+        source.read(0)
+
+
 def test_many_open_shards(tmp_path):
     paths = [str(write_shard(tmp_path / f"{n}.tar", [sample(n)])) for n in range(10)]
     source = open_shards(paths, max_open=3)
