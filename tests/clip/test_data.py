@@ -291,7 +291,7 @@ def test_closing_does_not_wait_for_busy_workers(dies, pin_memory, shards, monkey
         with pytest.raises(ValueError, match="a data worker died"):
             next(loader)
     loader.close()
-    assert time.monotonic() - started < 5  # PyTorch alone needs ten seconds for each, and leaves some behind
+    assert time.monotonic() - started < 20  # PyTorch alone needs ten seconds for each, and leaves some behind
     assert not workers & children()
 
 
