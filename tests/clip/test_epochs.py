@@ -12,7 +12,7 @@ from clipfast.cli import main
 from clipfast.training import TrainConfig
 from clipfast.training.epochs import Epochs
 from clipfast.training.loop import train
-from clipfast.training.optim import cosine_lr
+from clipfast.training.schedule import cosine_lr
 
 from .test_training import config, same, saved_step, stopped_after
 
