@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .config import REPLACED, TrainConfig, add_arguments, flag_name
+from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig, add_arguments, flag_name
 from .recipes import describe, list_recipes, read_recipe
 
 
@@ -49,6 +49,8 @@ def run(args: argparse.Namespace) -> int:
             options = {"name": f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"} | options
             origins.setdefault("name", "recipe and time")
     replaced = {REPLACED[key] for key in given if key in REPLACED}
+    if "lr_scheduler" in given:  # what only the earlier schedule used could not be left out otherwise
+        replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
     options = {key: value for key, value in options.items() if key not in replaced}
     origins = {key: origin for key, origin in origins.items() if key not in replaced}
     options, origins = options | given, origins | dict.fromkeys(given, "flag")

@@ -12,6 +12,7 @@ from clipfast.training.epochs import Epochs
 from clipfast.training.loop import changed_options, train
 from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Schedule, schedule_of, set_lr, warmup_steps
 
+from .conftest import run_command
 from .test_training import config, same, stopped_after
 
 STEPS, EPOCHS = 120, Epochs(num_samples=160, batch_size=8, samples_seen=960)  # 6 epochs of 20 steps
@@ -97,6 +98,23 @@ def test_cooldown_counts_the_steps_of_whole_epochs():
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         schedule(**options)
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ([], ["const-cooldown", "2", "1e-05"]),
+        (["--lr-scheduler", "wsd"], ["wsd", "None", "1e-05"]),
+        (["--lr-scheduler", "cosine"], ["cosine", "None", "0.0"]),
+    ],
+)
+def test_another_schedule_takes_the_cooldown_of_a_recipe_away(tmp_path, capsys, given, shown):
+    recipe = tmp_path / "mine.toml"
+    recipe.write_text('lr_scheduler = "const-cooldown"\nepochs_cooldown = 2\nlr_cooldown_end = 1e-5\n')
+    code, out, error = run_command(capsys, "train", "--recipe", recipe, "--print-config", *given)
+    assert code == 0, error
+    found = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) > 2)
+    assert [found[flag] for flag in ("--lr-scheduler", "--epochs-cooldown", "--lr-cooldown-end")] == shown
 
 
 def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
