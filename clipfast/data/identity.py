@@ -32,7 +32,7 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
 
     keys = dataclasses.replace(keys, images=())  # no image is read
     column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
-    found, first = np.empty(sum(source.sizes), np.uint64), 0
+    found, first = np.empty(len(source), np.uint64), 0
     for number, shard in enumerate(tqdm(source.shards, f"reading every {unique_by}", unit="shard", disable=None)):
         is_kept = not is_folder(shard.name)  # whose stamp stays as it is when its texts change
         known = source.index.column(shard, column) if is_kept else None

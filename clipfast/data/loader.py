@@ -244,11 +244,10 @@ class PairBatches(Dataset[Batch]):
         yield sample
         key = (self.seed, source, data_pass, sample)
         if isinstance(self.order, Unique):
-            identities = self.order.identities[source]
-            alike = np.flatnonzero(identities == identities[sample])
+            alike = self.order.alike(source, sample)
             yield from (int(other) for other in alike[permutation(len(alike), *key, 2)] if other != sample)
         words = random_words(MAX_SUBSTITUTES, *key, 1)
-        others = (words % np.uint64(sum(self.sources[source].sizes))).astype(np.int64)
+        others = (words % np.uint64(len(self.sources[source]))).astype(np.int64)
         for other in others.tolist():
             if not isinstance(self.order, Unique) or int(self.order.identities[source][other]) not in taken:
                 yield other

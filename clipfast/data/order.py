@@ -28,6 +28,7 @@ MAX_SOURCES = 64  # of a mix
 # At least so many batches are dealt out together, so that samples that are alike can go to different ones.
 MIN_DEALT = 16
 MAX_DRAWS = 16  # of samples that take the places of those that are alike too often
+COMPARED = 1 << 18  # identities that are compared at once
 
 _GOLDEN, _FIRST, _SECOND = (np.uint64(n) for n in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -82,7 +83,7 @@ def _joined(parts: Sequence[Stretch]) -> Stretch:
 
 
 class _Latest(Generic[T]):
-    """A function of numbers that remembers its last two results: two windows are enough for what follows each other."""
+    """A function of integers that caches its last two results: a reader that moves on is in two windows at most."""
 
     def __init__(self, make: Callable[..., T]) -> None:
         self._make = make
@@ -311,6 +312,15 @@ class Unique:
             mine = stretch.source == source
             found[mine] = identities[stretch.sample[mine]]
         return found
+
+    def alike(self, source: int, sample: int) -> Ints:
+        """Return the samples of a source that have the identity of ``sample``, which is one of them."""
+        identities = self.identities[source]
+        parts = [
+            begin + np.flatnonzero(identities[begin : begin + COMPARED] == identities[sample])
+            for begin in range(0, len(identities), COMPARED)  # a mask of the whole set could fill the memory
+        ]
+        return np.concatenate(parts)
 
     def _drawn(self, count: int, data_pass: int, *key: int) -> Stretch:
         """Return samples drawn from the whole set, each source by its share."""

@@ -42,6 +42,9 @@ class Source(Protocol):
     def sizes(self) -> Sequence[int]:
         """The number of samples in each shard; a sample's number counts through all shards."""
 
+    def __len__(self) -> int:
+        """Return the number of samples."""
+
     @property
     def bytes_read(self) -> int:
         """How many bytes this process has read."""
@@ -127,6 +130,10 @@ class ShardSource:
         self._first: NDArray[np.int64] = np.cumsum([0, *self.sizes])
         self._open: collections.OrderedDict[int, _OpenShard] = collections.OrderedDict()
         self._refused: dict[int, tuple[str, str]] = {}  # why shards that were only counted before cannot be used
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        return int(self._first[-1])
 
     def __getstate__(self) -> dict[str, object]:
         # Pickling leaves the open files out; a forked worker inherits them.

@@ -75,6 +75,10 @@ class SyntheticSource:
         self.shards = [ShardIndex(self.url, STAMP, 0, count, {})]
         self.sizes, self.bytes_read = [count], 0
 
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return self.sizes[0]
+
     @classmethod
     def named(cls, name: str, index: IndexCache | None = None) -> SyntheticSource:
         """Return the pairs that ``synthetic:N`` or ``synthetic:N@SEED`` names.

@@ -35,6 +35,7 @@ def check_source(path, index=None):
     expected = [contents(raw) for raw in read_samples(path) if "__damage__" not in raw]
     source = open_shards([str(path)], index=index)
     assert source.sizes == [len(expected)]
+    assert len(source) == len(expected)
     for number in np.random.default_rng(0).permutation(len(expected)).tolist():
         assert contents(source.read(number)) == expected[number]
     return source

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from clipfast.data import Mix, Order, Unique
-from clipfast.data.order import at_most, deal, random_words
+from clipfast.data.order import COMPARED, at_most, deal, random_words
 
 SIZES = [[3], [1], [5, 0, 7], [100] * 10, [17] * 99, np.random.default_rng(0).integers(0, 50, 60)]
 
@@ -157,3 +157,15 @@ def test_what_an_order_remembers_does_not_grow():
         assert tracemalloc.get_traced_memory()[0] < 4 * 8 * (1 << 12)
     finally:
         tracemalloc.stop()
+
+
+def test_samples_that_are_alike_are_found_without_a_mask_of_all():
+    identities = random_words(3 * COMPARED + 5, 1) % np.uint64(1 << 16)
+    for sample in (0, COMPARED - 1, len(identities) - 1):
+        unique = Unique(Mix([Order([len(identities)], 0)], [1], 0), [identities], 8)
+        tracemalloc.start()
+        alike = unique.alike(0, sample)
+        _, peak = tracemalloc.get_traced_memory()
+        tracemalloc.stop()
+        assert (alike == np.flatnonzero(identities == identities[sample])).all()
+        assert peak < 1.5 * COMPARED

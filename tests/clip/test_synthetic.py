@@ -53,6 +53,7 @@ def pictures(numbers, size, seed=0):
 def test_names(name, count, seed):
     (source,) = open_sources(expand_shards(name))
     assert (source.sizes, source.seed, source.shards[0].name) == ([count], seed, name)
+    assert len(source) == count
     assert not source.shards[0].is_copied
     assert decode_image(source.read(count - 1)).size == (224, 224)
 
