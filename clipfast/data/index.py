@@ -14,7 +14,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from .samples import is_remote
 from .staging import (
     EXHAUSTED,
     FetchError,
+    Found,
     copy_path,
     exclusive,
     file_name,
@@ -45,6 +46,8 @@ from .staging import (
 VERSION = 2
 CACHE_VARIABLE = "CLIPFAST_CACHE"
 LOOKUPS = 16  # entries that are looked up at the same time
+QUEUED = 4096  # names that are queued for threads or processes at the same time
+SHARED = 1 << 22  # bytes of an entry from which on processes map it, and so share it; a mapping holds the file open
 Words = NDArray[np.uint64]
 
 
@@ -144,14 +147,14 @@ class IndexCache:
         """
         counts = Counts()
         with ThreadPoolExecutor(LOOKUPS) as pool:  # each waits for its file system
-            return list(pool.map(self._known if whole else lambda name: self._counted(name, counts), names))
+            return list(_in_slices(pool, self._known if whole else lambda name: self._counted(name, counts), names))
 
     def _made(self, names: Sequence[str], workers: int) -> Iterator[ShardIndex]:
         if workers == 0 or len(names) < 2:
             yield from map(self._make, names)
             return
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(self._make, names)
+            yield from _in_slices(pool, self._make, names)
 
     def _counted(self, name: str, counts: Counts) -> ShardIndex | None:
         """Return what is known of a shard without reading it: its index, or its count; None if nothing is known."""
@@ -208,7 +211,9 @@ class IndexCache:
         """Return where each sample of a shard lies."""
         with self._entry(name).open("rb") as file:
             file.readline()
-            return np.frombuffer(file.read(), "<u8")
+            if os.fstat(file.fileno()).st_size < SHARED:
+                return np.frombuffer(file.read(), "<u8")
+            return np.memmap(file, "<u8", "r", file.tell())
 
     def column(self, shard: ShardIndex, name: str) -> Words | None:
         """Return the numbers that were kept for the samples of a shard under ``name``; None if there are none."""
@@ -311,3 +316,9 @@ class IndexCache:
             content = header + found.astype("<u8").tobytes()
             replace_file(entry, lambda temporary: temporary.write_bytes(content), len(content))
         return index
+
+
+def _in_slices(pool: Executor, function: Callable[[str], Found], names: Sequence[str]) -> Iterator[Found]:
+    """Yield the results of a function in order. (A pool's own ``map`` queues all names at once.)"""
+    for first in range(0, len(names), QUEUED):
+        yield from pool.map(function, names[first : first + QUEUED])

@@ -11,7 +11,7 @@ import tarfile
 import threading
 import time
 import tracemalloc
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -238,6 +238,33 @@ def test_what_is_known_is_not_read_again(tmp_path, monkeypatch):
     entry = index._entry(paths[0])
     entry.write_bytes(b"{broken")
     assert [shard.count for shard in index.shards(paths)] == [4, 5]
+
+
+def test_large_entries_are_shared_by_processes(tmp_path, monkeypatch):
+    names = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (0, 3)]
+    source = open_shards(names, index=IndexCache(tmp_path / "cache"))
+    own = [source.index.stretches(name) for name in names]
+    monkeypatch.setattr("clipfast.data.index.SHARED", 0)
+    for name, expected in zip(names, own, strict=True):
+        shared = source.index.stretches(name)
+        assert isinstance(shared, np.memmap)
+        assert shared.tolist() == expected.tolist()
+    assert [source.read(number)["txt"] for number in range(3)] == [sample(number)["txt"] for number in range(3)]
+
+
+def test_no_more_names_are_queued_than_can_wait(tmp_path, monkeypatch):
+    monkeypatch.setattr("clipfast.data.index.QUEUED", 3)
+    names = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in range(8)]
+    queued, run = [], ThreadPoolExecutor.map
+
+    def noted(pool, function, names):
+        queued.append(len(names))
+        return run(pool, function, names)
+
+    monkeypatch.setattr(ThreadPoolExecutor, "map", noted)
+    index = IndexCache(tmp_path / "cache")
+    assert [shard.count for shard in index.shards(names)] == [shard.count for shard in index.shards(names)]
+    assert queued == [3, 3, 2] * 2
 
 
 def test_many_processes(tmp_path):
