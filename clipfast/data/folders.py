@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from .formats import Format, Stretches
+from .formats import Extents, Format
 from .keys import IMAGE_EXTENSIONS, Keys
 from .linked import LINKS, Links
 from .samples import RawSample, metadata
@@ -96,8 +96,8 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def _scan(file: BinaryIO, name: str) -> tuple[Stretches, dict[str, int]]:
-    """Return the stretches of the lines of a list.
+def _scan(file: BinaryIO, name: str) -> tuple[Extents, dict[str, int]]:
+    """Return the extents of the lines of a list.
 
     Raises:
         ValueError: there are no lines.

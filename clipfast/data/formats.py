@@ -11,7 +11,7 @@ from .samples import RawSample
 
 LENGTH_BITS = 24
 MAX_BEGIN, MAX_LENGTH = 1 << (64 - LENGTH_BITS), 1 << LENGTH_BITS
-Stretches = NDArray[np.uint64]  # for each sample, where it begins and how long it is, in units of its format
+Extents = NDArray[np.uint64]  # for each sample, where it begins and how long it is, in units of its format
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,31 +19,31 @@ class Format:
     """One way to keep samples in a file.
 
     Attributes:
-        unit: a stretch begins and ends at a multiple of so many bytes.
-        scan: takes an uncompressed shard and its name, and returns the stretches of its samples, and how many samples
+        unit: in bytes; beginnings and lengths of extents are counted in it.
+        scan: takes an uncompressed shard and its name, and returns the extents of its samples, and how many samples
             are estimated to be lost in each damaged part of it; raises ValueError if it is not of this format.
         parser: takes the shard's name and a descriptor of it, and returns a function that makes a sample of the bytes
-            of its stretch; that function raises SampleError if the sample cannot be used, and ValueError if there is
+            of its extent; that function raises SampleError if the sample cannot be used, and ValueError if there is
             none. In place of files, the sample may have their names, as :class:`clipfast.data.linked.Links`.
     """
 
     unit: int
-    scan: Callable[[BinaryIO, str], tuple[Stretches, dict[str, int]]]
+    scan: Callable[[BinaryIO, str], tuple[Extents, dict[str, int]]]
     parser: Callable[[str, int], Callable[[bytes], RawSample]]
 
 
-def stretches(begins: Sequence[int], lengths: Sequence[int]) -> Stretches:
-    """Return stretches in 64 bits each.
+def extents(begins: Sequence[int], lengths: Sequence[int]) -> Extents:
+    """Return extents in 64 bits each.
 
     Raises:
-        ValueError: a stretch is too long or too far from the beginning.
+        ValueError: an extent is too long or too far from the beginning.
     """
     if max(begins, default=0) >= MAX_BEGIN or max(lengths, default=0) >= MAX_LENGTH:
         raise ValueError(f"a sample begins at {max(begins):,} and one has {max(lengths):,} units, which is too much")
     return np.array(begins, np.uint64) << np.uint64(LENGTH_BITS) | np.array(lengths, np.uint64)
 
 
-def unpacked(stretch: np.uint64) -> tuple[int, int]:
-    """Return where a stretch begins, and its length."""
-    begin, length = divmod(int(stretch), MAX_LENGTH)
+def unpacked(extent: np.uint64) -> tuple[int, int]:
+    """Return where an extent begins, and its length."""
+    begin, length = divmod(int(extent), MAX_LENGTH)
     return begin, length

@@ -1,7 +1,7 @@
 """The index of a shard says where each sample lies. It is made in one pass, and kept outside of the data.
 
 Each shard has one entry in the cache. The entry keeps the shard's size and time of change, by which a replaced shard is
-noticed, and eight bytes for each sample: the stretch that holds it. A sample is then read with one call, whatever its
+noticed, and eight bytes for each sample: the extent that holds it. A sample is then read with one call, whatever its
 place. A shard that is compressed, is no file of this machine or holds rows is indexed as the copy that
 :mod:`clipfast.data.staging` makes of it. If :mod:`clipfast.data.counts` knows how many samples such a shard has, that
 is enough to begin with, and the shard is indexed when it is first opened.
@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from ..files import replace_file
 from ..images import SampleError
 from .counts import Counts
-from .formats import Format, Stretches
+from .formats import Extents, Format
 from .kinds import format_of
 from .samples import is_remote
 from .staging import (
@@ -71,7 +71,7 @@ class ShardIndex:
         stamp: a text that changes when the shard does.
         size: bytes of the uncompressed shard.
         count: the number of samples.
-        damage: how many samples are estimated to be lost in each damaged stretch, of which the key says where it
+        damage: how many samples are estimated to be lost in each damaged part, of which the key says where it
             begins and why it cannot be read; 0 if nobody can tell.
         counted_in: the file that says how many samples there are, if the shard was not read: its size is 0 then, and
             its damage is unknown.
@@ -90,7 +90,7 @@ class ShardIndex:
         return self.counted_in is not None or is_remote(self.name) or self.stamp.split("/")[0] != str(self.size)
 
     def losses(self) -> list[str]:
-        """Return a sentence for each damaged stretch."""
+        """Return a sentence for each damaged part."""
         return [
             f"{f'about {count} pair(s)' if count else 'parts'} of shard {self.name} are lost: {place}"
             for place, count in self.damage.items()
@@ -207,7 +207,7 @@ class IndexCache:
     def _copies(self) -> Path:
         return self.folder / "shards"
 
-    def stretches(self, name: str) -> Stretches:
+    def extents(self, name: str) -> Extents:
         """Return where each sample of a shard lies."""
         with self._entry(name).open("rb") as file:
             file.readline()

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .loader import PairBatches
 
 THREADS = 4
-BATCHES = 64  # that are looked at ahead of the data workers, or fewer if these are more than so many positions:
+BATCHES = 64  # that are looked at ahead of the data workers, unless they have more than POSITIONS samples
 POSITIONS = 1 << 16
 PATIENCE = 1.0  # seconds: to wait at the end for threads whose network does not answer, and before they look again
 
@@ -30,7 +30,7 @@ class _Wanted(NamedTuple):
 
 
 class ReadAhead:
-    """Copies shards while it is entered. If no shard is read from a copy, it does nothing.
+    """Copies shards from entering the context until leaving it. If no shard is read from a copy, it does nothing.
 
     What goes wrong is left to the worker that needs the shard.
 

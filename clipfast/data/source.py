@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..images import SampleError
-from .formats import Stretches, unpacked
+from .formats import Extents, unpacked
 from .index import IndexCache, ShardError, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
 from .linked import load_links
@@ -66,7 +66,7 @@ class Source(Protocol):
 @dataclasses.dataclass
 class _OpenShard:
     descriptor: int
-    stretches: Stretches
+    extents: Extents
     unit: int
     parse: Callable[[bytes], RawSample]
     last: int = 0  # the number of the last read from it
@@ -166,7 +166,7 @@ class ShardSource:
         """
         shard, within = self._place(number)
         opened = self._opened(shard)
-        begin, length = unpacked(opened.stretches[within])
+        begin, length = unpacked(opened.extents[within])
         try:
             data = os.pread(opened.descriptor, length * opened.unit, begin * opened.unit)
         except OSError as error:
@@ -195,9 +195,9 @@ class ShardSource:
                 self._close(next(iter(self._open)))
             self._close_removed()
             index = self._index(shard)
-            form, stretches = self.index.format_of(index.name), self.index.stretches(index.name)
+            form, extents = self.index.format_of(index.name), self.index.extents(index.name)
             descriptor = self.index.open(index)
-            found = _OpenShard(descriptor, stretches, form.unit, form.parser(index.name, descriptor))
+            found = _OpenShard(descriptor, extents, form.unit, form.parser(index.name, descriptor))
             self._open[shard] = found
         self._open.move_to_end(shard)
         self._reads += 1

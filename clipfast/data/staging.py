@@ -26,7 +26,7 @@ from .folders import folder_stamp, write_list
 from .kinds import format_of
 from .rows import ContentError, Writable, has_rows, members, write_tar
 from .samples import PIPE, is_folder, is_remote
-from .tar import BLOCK, WINDOW, decompressed, is_compressed
+from .tar import BLOCK, CHUNK, decompressed, is_compressed
 from .tar_format import TAR
 
 MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
@@ -317,7 +317,7 @@ def _copy(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
                     raise ContentError(f"{end.value}; copy or write it again") from None
                 if end.value:
                     log.warning(f"shard {name}: {end.value}")
-                while source.read(WINDOW):  # a command that cannot write would fail
+                while source.read(CHUNK):  # a command that cannot write would fail
                     pass
                 return
 
@@ -328,7 +328,7 @@ def _copy_rows(name: str, source: IO[bytes], target: _Watched, folder: Path) -> 
         write_tar(members(source, name, Path(name).parent), target)
         return
     with tempfile.TemporaryFile(dir=folder) as whole:
-        shutil.copyfileobj(source, _Watched(whole, target.is_wanted), WINDOW)
+        shutil.copyfileobj(source, _Watched(whole, target.is_wanted), CHUNK)
         write_tar(members(whole, name), target)
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
 from ..images import SampleError
-from .formats import MAX_LENGTH, Format, Stretches, stretches
+from .formats import MAX_LENGTH, Extents, Format, extents
 from .keys import IMAGE_EXTENSIONS
 from .linked import LINKS, Links
 from .samples import RawSample, metadata
@@ -94,9 +94,9 @@ class _Records:
         self.begins.append(begin)
         self.lengths.append(end - begin)
 
-    def found(self) -> tuple[Stretches, dict[str, int]]:
+    def found(self) -> tuple[Extents, dict[str, int]]:
         """Return what ``scan`` of a format does."""
-        return stretches(self.begins, self.lengths), self.damage
+        return extents(self.begins, self.lengths), self.damage
 
 
 def _csv_rows(lines: Iterator[str], choose: Callable[[str], str]) -> tuple[Iterator[list[str]], str]:
@@ -111,8 +111,8 @@ def _reader(lines: Iterable[str], separator: str) -> Iterator[list[str]]:
     return csv.reader(lines, delimiter=separator, skipinitialspace=separator != " ")
 
 
-def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tuple[Stretches, dict[str, int]]:
-    """Return the stretches of the rows behind the header, and the lines that are in no row.
+def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tuple[Extents, dict[str, int]]:
+    """Return the extents of the rows behind the header, and the lines that are in no row.
 
     Raises:
         ValueError: there is no header.
@@ -192,8 +192,8 @@ def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
     return {"__url__": name, "json": data, LINKS: Links(os.path.dirname(name), record)}
 
 
-def _scan_jsonl(file: BinaryIO, _: str = "") -> tuple[Stretches, dict[str, int]]:
-    """Return the stretches of the lines that are not empty.
+def _scan_jsonl(file: BinaryIO, _: str = "") -> tuple[Extents, dict[str, int]]:
+    """Return the extents of the lines that are not empty.
 
     Raises:
         ValueError: the first of them is no JSON object.

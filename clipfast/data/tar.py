@@ -20,7 +20,7 @@ from typing import IO, Protocol, cast
 BLOCK = tarfile.BLOCKSIZE
 MAGIC = b"ustar"
 MAGIC_OFFSET = 257  # of the magic in a header
-WINDOW = 1 << 20  # bytes that are searched at once for a header
+CHUNK = 1 << 20  # bytes that are read, and searched for a header, at once
 MAX_MEMBER = 1 << 28  # bytes of the largest member that is read into memory
 MAX_DIGITS = 20  # of the length of a record in a pax header
 WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
@@ -109,7 +109,7 @@ def is_compressed(start: bytes) -> bool:
 def decompressed(source: Readable) -> Generator[bytes, None, str]:
     """Yield the bytes of a file, decompressed if it is compressed; return what is wrong with the compression, or ""."""
     window = _Window(source)
-    while data := window.take(WINDOW):
+    while data := window.take(CHUNK):
         yield data
     return window.error
 
@@ -198,7 +198,7 @@ class _Window:
         if len(self._held) - self._at < size:
             parts = [self._held[self._at :]]
             missing = size - len(parts[0])
-            while missing > 0 and (more := self._pull(max(missing, WINDOW))):
+            while missing > 0 and (more := self._pull(max(missing, CHUNK))):
                 parts.append(more)
                 missing -= len(more)
             self._held, self._at = b"".join(parts), 0
@@ -213,7 +213,7 @@ class _Window:
 
     def skip(self, size: int) -> int:
         """Pass over ``size`` bytes, and return how many of them were missing."""
-        while size and (taken := len(self.take(min(size, WINDOW)))):
+        while size and (taken := len(self.take(min(size, CHUNK)))):
             size -= taken
         return size
 
@@ -226,7 +226,7 @@ class _Window:
 
     def skip_to_header(self) -> None:
         """Pass over all bytes before the next header, or the end."""
-        while data := self.peek(WINDOW):
+        while data := self.peek(CHUNK):
             at = data.find(MAGIC, MAGIC_OFFSET)
             while at >= 0:
                 start = at - MAGIC_OFFSET
@@ -235,7 +235,7 @@ class _Window:
                     return
                 at = data.find(MAGIC, at + 1)
             # A header may begin in the last block and end in the next window.
-            self.take(len(data) - BLOCK + 1 if len(data) == WINDOW else len(data))
+            self.take(len(data) - BLOCK + 1 if len(data) == CHUNK else len(data))
 
     def _pull(self, size: int) -> bytes:
         if self.error:

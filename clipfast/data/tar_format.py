@@ -6,13 +6,13 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
-from .formats import Format, Stretches, stretches
+from .formats import Extents, Format, extents
 from .samples import RawSample, group_members
 from .tar import BLOCK, MAX_MEMBER, Damage, Member, pax_records, read_tar
 
 
-def scan(file: BinaryIO, name: str = "") -> tuple[Stretches, dict[str, int]]:
-    """Return the stretches of the samples of a tar file in blocks, and its damage, as :class:`Format` has it.
+def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
+    """Return the extents of the samples of a tar file in blocks, and its damage, as :class:`Format` has it.
 
     Of a file that is whole and plain, only the headers are read.
 
@@ -34,11 +34,11 @@ def scan(file: BinaryIO, name: str = "") -> tuple[Stretches, dict[str, int]]:
             damage[f"{sample['__key__'].partition(',')[0]}: {sample['__damage__']}"] += 1
         else:
             blocks.append(_blocks(*sample["__span__"]))
-    return stretches(*zip(*blocks, strict=True)) if blocks else stretches((), ()), damage
+    return extents(*zip(*blocks, strict=True)) if blocks else extents((), ()), damage
 
 
 def _blocks(begin: int, end: int) -> tuple[int, int]:
-    """Return first block and number of blocks of a stretch of bytes, which need not begin with a block."""
+    """Return first block and number of blocks of an extent of bytes, which need not begin with a block."""
     return begin // BLOCK, -(-end // BLOCK) - begin // BLOCK
 
 

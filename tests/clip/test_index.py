@@ -243,10 +243,10 @@ def test_what_is_known_is_not_read_again(tmp_path, monkeypatch):
 def test_large_entries_are_shared_by_processes(tmp_path, monkeypatch):
     names = [str(write_shard(tmp_path / f"{n}.tar", [sample(i) for i in range(n)])) for n in (0, 3)]
     source = open_shards(names, index=IndexCache(tmp_path / "cache"))
-    own = [source.index.stretches(name) for name in names]
+    own = [source.index.extents(name) for name in names]
     monkeypatch.setattr("clipfast.data.index.SHARED", 0)
     for name, expected in zip(names, own, strict=True):
-        shared = source.index.stretches(name)
+        shared = source.index.extents(name)
         assert isinstance(shared, np.memmap)
         assert shared.tolist() == expected.tolist()
     assert [source.read(number)["txt"] for number in range(3)] == [sample(number)["txt"] for number in range(3)]

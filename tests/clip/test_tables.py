@@ -214,7 +214,7 @@ def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypa
 
 @hypothesis.given(st.text(st.sampled_from('ab",;\t\r\n\0 é\u2028\x85'), max_size=40), st.sampled_from(",\t;a"))
 @hypothesis.settings(max_examples=500, deadline=None)
-def test_stretches_are_the_rows_of_pythons_csv(body, separator):
+def test_extents_are_the_rows_of_pythons_csv(body, separator):
     data = f"x{separator}y\n{body}".encode()
     rows = csv.reader([*io.StringIO(data.decode(), newline=""), "\n"], delimiter=separator, skipinitialspace=True)
     expected = list(rows)
@@ -227,8 +227,8 @@ def test_stretches_are_the_rows_of_pythons_csv(body, separator):
         found, damage = form.scan(file, "t.csv")
         parse = form.parser("t.csv", file.fileno())
     assert [place.partition(": ")[2] for place in damage] == ["nothing closes a quote"] * is_open
-    for stretch, row in zip(found, expected, strict=True):
-        begin, length = unpacked(stretch)
+    for extent, row in zip(found, expected, strict=True):
+        begin, length = unpacked(extent)
         if len(row) <= 2:
             assert list(metadata(parse(data[begin : begin + length])).values()) == row
             continue
@@ -406,7 +406,7 @@ def test_image_files_are_counted_and_only_read_for_batches(tmp_path):
         identities(source, "caption")
         assert source.bytes_read < images
         before = source.bytes_read
-        records = sum(length for _, length in map(unpacked, source.index.stretches(source.shards[0].name)))
+        records = sum(length for _, length in map(unpacked, source.index.extents(source.shards[0].name)))
         assert sum(made[number].bytes_read for number in range(3)) == images + others + records
         assert source.bytes_read == before + images + others + records
 
