@@ -197,13 +197,13 @@ def test_the_curve_of_one_process(size, one, options, together, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("size", [2, 3])
-def test_the_evaluation_of_one_process(size, one, options, together, tmp_path):
+@pytest.mark.parametrize(("size", "case"), [(2, "mix"), (3, "mix"), (2, "average")])
+def test_the_evaluation_of_one_process(size, case, one, options, together, tmp_path):
     """A finished run that goes on is evaluated only."""
-    shutil.copytree(one["mix"].path, tmp_path / "mix")
-    together(size, (options(tmp_path, "mix"), True))
-    assert (tmp_path / "mix" / "results.json").read_text() == (one["mix"].path / "results.json").read_text()
-    assert json.loads((tmp_path / "mix" / "results.json").read_text())["skipped_images"] == 7
+    shutil.copytree(one[case].path, tmp_path / case)
+    together(size, (options(tmp_path, case), True))
+    assert (tmp_path / case / "results.json").read_text() == (one[case].path / "results.json").read_text()
+    assert json.loads((tmp_path / case / "results.json").read_text())["skipped_images"] == 7
 
 
 @pytest.mark.long
