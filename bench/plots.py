@@ -28,7 +28,7 @@ def draw(run: dict[str, Any], path: Path) -> list[Path]:
     pictures: dict[str, tuple[Callable[..., Figure], list[Any]]] = {
         "loss": (_against_batch, loss if len({case["shape"]["pairs"] for case in loss}) > 1 else []),
         "floor": (_share_of_floor, [case for case in cases if case["floor"] and _have(case, "samples_s")]),
-        "step": (_phases, [case for case in cases if _have(case, "phases_s")]),
+        "step": (_phases, [case for case in cases if case["suite"] == "step" and _have(case, "phases_s")]),
         "breakdown": (_breakdown, [case for case in cases if _have(case, "breakdown")]),
     }
     written = []

@@ -111,6 +111,14 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.fixture
+def open_clip_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test adds to the configurations of OpenCLIP is gone after it."""
+    factory = pytest.importorskip("open_clip.factory")
+    monkeypatch.setattr(factory, "_MODEL_CONFIG_PATHS", list(factory._MODEL_CONFIG_PATHS))
+    monkeypatch.setattr(factory, "_MODEL_CONFIGS", dict(factory._MODEL_CONFIGS))
+
+
+@pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Memory that a kernel forgets to write is NaN, not the right answer left over from another test."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):

@@ -308,7 +308,7 @@ def test_a_factor_counts_for_all_pairs_of_its_part(tmp_path):
 
 
 def test_doctor():
-    found = {finding.name: finding for finding in dataset("synthetic:64")}
+    found = {finding.name: finding for finding in dataset("synthetic:64", {})}
     assert {finding.status for finding in found.values()} == {OK}
     assert found["pairs"].value.startswith("4 of 4 that were tried are usable")
 

@@ -188,7 +188,7 @@ def one_epoch(shards, tmp_path):
     return options, train(options)[0]
 
 
-def test_open_clip_loads_our_checkpoint(shards, tmp_path):
+def test_open_clip_loads_our_checkpoint(shards, tmp_path, open_clip_registry):
     open_clip = pytest.importorskip("open_clip")
     folder, _ = train(config(shards, tmp_path, model="ViT-T-8-32"))
     ours = load_checkpoint(model := create_model("ViT-T-8-32"), folder.latest)

@@ -166,7 +166,7 @@ def test_a_repository_without_a_description_of_images_is_prepared_as_openais(cac
 
 
 @pytest.fixture
-def tagged(cache, tmp_path, monkeypatch) -> str:
+def tagged(cache, tmp_path, monkeypatch, open_clip_registry) -> str:
     """A small model with the tags "plain" and "quick" in both packages' tables, whose weights are in the cache."""
     open_clip = pytest.importorskip("open_clip")
     path = save_config(CONFIGS["ViT"], tmp_path / "tiny-tagged.json")
