@@ -274,8 +274,13 @@ class MuonAndAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Take a step with both; ``closure`` is not supported and must be None."""
-        assert closure is None
+        """Take a step with both.
+
+        Raises:
+            ValueError: there is a ``closure``, which is not supported.
+        """
+        if closure is not None:
+            raise ValueError(f"the step of Muon with AdamW takes no closure, got {closure!r}")
         for part in self.parts:
             part.step()
         return None

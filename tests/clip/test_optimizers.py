@@ -10,11 +10,10 @@ from clipfast.models.registry import read_model_config
 from clipfast.training import TrainConfig
 from clipfast.training.loop import train
 from clipfast.training.optim import MuonAndAdamW, make_optimizer, parse_arguments
-from clipfast.training.run import RunFolder
 from clipfast.training.schedule import set_lr
 
 from .conftest import TINY, run_command
-from .test_training import config, losses, same, stopped_after
+from .test_training import config, losses, same, whole_and_resumed
 
 
 class Half(torch.optim.SGD):
@@ -262,14 +261,8 @@ def test_muon_steps_like_its_two_parts():
     ids=["muon", "sgd", "imported", "rates"],
 )
 def test_training_goes_on_to_the_last_bit(shards, tmp_path, options):
-    options |= {"workers": 0}
-    whole, _ = train(config(shards, tmp_path / "whole", **options))
+    whole, folder = whole_and_resumed(shards, tmp_path, **options, workers=0)
     assert losses(whole)[-1] < losses(whole)[0]
-    part = config(shards, tmp_path / "part", save_every=1, **options)
-    with stopped_after(5):
-        train(part)
-    folder = RunFolder(tmp_path / "part" / "run")
-    train(part, folder.latest)
     assert same(whole.path, folder.path)
 
 
@@ -343,3 +336,10 @@ def test_flags(shards, tmp_path, capsys):
     assert saved["clipfast"]["config"]["opt_kwargs"] == ["nesterov=True", "dampening=0"]
     assert saved["clipfast"]["config"]["wd_exclude"] == ["*.bias", "visual.*"]
     assert {group["nesterov"] for group in saved["optimizer"]["param_groups"]} == {True}
+
+
+def test_muon_takes_no_closure():
+    matrix, gain = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (4,)))
+    both = MuonAndAdamW(torch.optim.Muon([matrix]), torch.optim.AdamW([gain]))
+    with pytest.raises(ValueError, match="takes no closure, got <function"):
+        both.step(lambda: 0.0)

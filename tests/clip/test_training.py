@@ -69,6 +69,16 @@ def stopped_after(step: int):
         yield
 
 
+def whole_and_resumed(shards, tmp_path, **options) -> tuple[RunFolder, RunFolder]:
+    """The folders of two runs with the same options: one without a stop, and one that was stopped and went on."""
+    whole, _ = train(config(shards, tmp_path / "whole", **options))
+    part = config(shards, tmp_path / "part", save_every=1, **options)
+    with stopped_after(5):
+        train(part)
+    folder, _ = train(part, RunFolder(tmp_path / "part" / "run").latest)
+    return whole, folder
+
+
 def command(shards, tmp_path, *extra: str) -> list[str]:
     """The command line for a run of 24 steps that saves after each."""
     options = "--name run --batch-size 8 --train-num-samples 96 --epochs 2 --warmup 2 --save-every 1 --unique-by label"
