@@ -66,8 +66,8 @@ class Case:
     # Bytes that cross to the device before a call, by the dtype of the pixels.
     transfers: Mapping[str, int] = dataclasses.field(default_factory=dict)
     graph: bool = True  # whether a call can be a CUDA graph; if not, the host is timed too, on one set of inputs
-    # What is read before and after a sample, in seconds. If it is None, a GPU is timed by its events, and a CPU by the
-    # wall clock.
+    # The clock that is read before and after a sample, in seconds. If it is None, a GPU is timed by its events, and a
+    # CPU by the wall clock.
     clock: Callable[[], float] | None = None
 
     @property

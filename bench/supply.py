@@ -1,12 +1,12 @@
-"""What the data pipeline supplies: how many cores each of its stages takes at a given rate, and which one limits."""
+"""The summary of a data pipeline: how many cores each of its stages takes at a given rate, and which one limits."""
 
 import itertools
 import math
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from clipfast.columns import align
+from clipfast.host import cores as usable_cores
 
 from .case import OURS
 
@@ -24,7 +24,7 @@ def supply(cases: Sequence[dict[str, Any]], pairs_per_second: float, cores: int 
         pairs_per_second: that a training run takes.
         cores: of this machine; default: those that this process may use.
     """
-    cores = cores or len(os.sched_getaffinity(0))
+    cores = cores or usable_cores()
     by_size = itertools.groupby(sorted((case for case in cases if case["suite"] == "data"), key=_size), _size)
     for (width, height, size), alike in by_size:
         found = {case["shape"]["stage"]: _seconds_per_pair(case) for case in alike}

@@ -287,17 +287,39 @@ def get_tokenizer(
         ImportError: the tokenizers package is missing, for SigLIP.
     """
     source = resolve_source(model_name, cache_dir=cache_dir, fetch_weights=False)
-    if isinstance(source.config, SigLIPConfig):
-        folder = source.folder if source.folder and (source.folder / TOKENIZER_NAME).is_file() else None
-        return tokenizer_of(source.config, model_name, tokenizer_file or folder, context_length)
-    if tokenizer_file is not None:
-        raise ValueError(f"{model_name} has CLIP's tokenizer, which needs no file: leave {tokenizer_file} out")
-    text = source.config.text
+    folder = source.folder if source.folder and (source.folder / TOKENIZER_NAME).is_file() else None
+    return tokenizer_for(source.config, model_name, tokenizer_file, folder, context_length)
+
+
+def tokenizer_for(
+    config: CLIPConfig,
+    name: str,
+    file: str | Path | None = None,
+    beside: Path | None = None,
+    context_length: int | None = None,
+) -> Tokenizer | FileTokenizer:
+    """Return the tokenizer of a configuration.
+
+    Args:
+        config: of the model.
+        name: of the model, for errors.
+        file: for SigLIP, as ``tokenizer_file`` of :func:`get_tokenizer`.
+        beside: the folder of the model, if SigLIP's file is in it.
+        context_length: tokens per text; default: those of the model.
+
+    Raises:
+        ValueError, ImportError: as :func:`get_tokenizer`.
+    """
+    if isinstance(config, SigLIPConfig):
+        return tokenizer_of(config, name, file or beside, context_length)
+    if file is not None:
+        raise ValueError(f"{name} has CLIP's tokenizer, which needs no file: leave {file} out")
+    text = config.text
     tokenizer = Tokenizer(text.context_length if context_length is None else context_length)
     if text.vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"{model_name} has a vocabulary of {text.vocab_size} tokens, and CLIP's tokenizer has "
-            f"{tokenizer.vocab_size}: use the tokenizer that the model was trained with"
+            f"{name} has a vocabulary of {text.vocab_size} tokens, and CLIP's tokenizer has {tokenizer.vocab_size}: "
+            "use the tokenizer that the model was trained with"
         )
     return tokenizer
 

@@ -48,7 +48,7 @@ class OurBatches(_Batches):
     """Batches of :func:`clipfast.data.pair_loader`."""
 
     def __init__(self, source: ShardSource, crops: CroppedImages, workers: int) -> None:
-        pairs = sum(source.sizes)
+        pairs = len(source)
         size = min(pairs, BATCH)
         self.number, self.workers = pairs // size, workers
         order = Mix([Order(source.sizes, 0)], [1], 0)

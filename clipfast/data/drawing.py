@@ -28,7 +28,7 @@ PIXELS_ON_CPU, PIXELS_ON_GPU = 1 << 16, 1 << 24
 
 
 class Columns(NamedTuple):
-    """What each column of :attr:`Drawings.numbers` holds; a colour has three columns: red, green and blue."""
+    """The content of each column of :attr:`Drawings.numbers`; a colour has three columns: red, green and blue."""
 
     shape: int = 0
     x: int = 1

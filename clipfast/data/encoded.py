@@ -29,7 +29,6 @@ from .crops import ORIENTATION, UPRIGHT, CroppedImages
 log = logging.getLogger("clipfast")
 
 START, SCAN, END = b"\xff\xd8", 0xDA, b"\xff\xd9"
-BASELINE = 0xC0
 OTHER_FRAMES = frozenset(range(0xC1, 0xD0)) - {0xC4, 0xC8, 0xCC}  # which are no frames
 MARKER_IN_SCAN = re.compile(rb"\xff[^\x00\xd0-\xd7]")  # neither a byte 255 of the data nor a restart
 MAX_PIXELS = 1 << 26  # that are decoded together: 192 MiB

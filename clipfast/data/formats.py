@@ -1,4 +1,4 @@
-"""What a format of shards is: how its samples are found in a file, and made from their bytes."""
+"""The format of a shard says how its samples are found in a file, and made from their bytes."""
 
 import dataclasses
 from collections.abc import Callable, Sequence

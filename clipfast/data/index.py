@@ -86,7 +86,7 @@ class ShardIndex:
 
     @property
     def is_copied(self) -> bool:
-        """Whether it is read from a copy, whose size is not that in the stamp of the shard."""
+        """Return True if it is read from a copy, as its size, which is not that in the stamp, tells."""
         return self.counted_in is not None or is_remote(self.name) or self.stamp.split("/")[0] != str(self.size)
 
     def losses(self) -> list[str]:

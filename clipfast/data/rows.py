@@ -27,7 +27,7 @@ class ContentError(ValueError):
 
 
 class Writable(Protocol):
-    """What bytes are written to."""
+    """A file, or anything else, that bytes are written to."""
 
     def write(self, data: bytes, /) -> object:
         """Write the bytes."""

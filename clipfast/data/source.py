@@ -32,11 +32,11 @@ class Source(Protocol):
 
     @property
     def index(self) -> IndexCache:
-        """Where numbers of the samples are kept."""
+        """The cache in which numbers of the samples are kept."""
 
     @property
     def shards(self) -> Sequence[ShardIndex]:
-        """What is known of each shard."""
+        """The index of each shard, or only its count."""
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -144,7 +144,7 @@ class ShardSource:
         return np.searchsorted(self._first, numbers, side="right") - 1
 
     def _place(self, number: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._first, number, side="right")) - 1
+        shard = int(self.shards_of(np.asarray(number)))
         return shard, number - int(self._first[shard])
 
     def name(self, number: int) -> str:

@@ -130,7 +130,7 @@ def staged(
         known = note.read_text() if path.exists() and note.exists() else None
         if known is None:
             _refuse_again(failure)
-        now = stamp_or_none(name) if known is None or known != stamped else known
+        now = _stamp_or_none(name) if known is None or known != stamped else known
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
             try:
@@ -177,7 +177,7 @@ def room(folder: Path) -> int:
     return min(max_bytes(), (taken + shutil.disk_usage(folder).free) * 9 // 10)
 
 
-def stamp_or_none(name: str) -> str | None:
+def _stamp_or_none(name: str) -> str | None:
     """Return the stamp of a shard; None if it cannot be asked for now."""
     with contextlib.suppress(Exception):  # every file system has errors of its own, and fetching will meet them again
         return stamp(name)

@@ -46,7 +46,7 @@ CHOICES = 18  # random words for each pair
 
 @dataclasses.dataclass(frozen=True)
 class Scenes:
-    """What is in pairs: for each, the numbers of its shape, its colours, its size and its place in the tables above.
+    """The content of pairs: for each, the numbers in the tables above of its shape, colours, size and place.
 
     ``frame`` is that of the background where there is no frame.
     """

@@ -80,7 +80,7 @@ class _Lines(Iterator[str]):
 
 
 class _Records:
-    """Where records begin, how long they are, and what is lost."""
+    """The records that were found: where each begins, how long it is, and what is lost beside them."""
 
     def __init__(self) -> None:
         self.begins, self.lengths = array.array("Q"), array.array("Q")

@@ -9,7 +9,7 @@ from .order import Mix, Order
 from .samples import sample_name
 
 ANY_ORDER = Mix([Order([1], 0)], [1.0], 0)  # for batches that are only tried: no trial asks for their order
-# What to do if most pairs cannot be used for one reason, by its kind, where the reason itself does not say it.
+# These say what to do if most pairs cannot be used for one reason, by its kind, where the reason does not say it.
 FIXES = {
     "no such field": "name a key that the pairs have",
     "not an image": "convert such images, or leave their shards out",

@@ -17,8 +17,8 @@ from ..conversion.contents import Contents
 from ..conversion.layouts import read_contents
 from ..conversion.resolve import Wishes, resolve
 from ..conversion.tokenizer_files import copy_tokenizer
-from ..factory import set_preprocessing, transform_of
-from ..file_tokenizer import FileTokenizer, tokenizer_of
+from ..factory import set_preprocessing, tokenizer_for, transform_of
+from ..file_tokenizer import FileTokenizer
 from ..files import write_folder
 from ..models import CLIP, CLIPConfig, SigLIPConfig, build
 from ..tokenizer import Tokenizer
@@ -95,18 +95,8 @@ class Interpolation:
         Raises:
             ValueError: there is none, or it does not fit the model.
         """
-        if isinstance(self.config, SigLIPConfig):
-            beside = next((path.parent for one in (self.first, self.second) for path in one.tokenizer), None)
-            return tokenizer_of(self.config, str(self.first.source), file or beside, None)
-        if file is not None:
-            raise ValueError(f"{self.first.source} has CLIP's tokenizer, which needs no file: leave {file} out")
-        tokenizer = Tokenizer(self.config.text.context_length)
-        if tokenizer.vocab_size != self.config.text.vocab_size:
-            raise ValueError(
-                f"{self.first.source} has a vocabulary of {self.config.text.vocab_size} tokens, and CLIP's tokenizer "
-                f"has {tokenizer.vocab_size}"
-            )
-        return tokenizer
+        beside = next((path.parent for one in (self.first, self.second) for path in one.tokenizer), None)
+        return tokenizer_for(self.config, str(self.first.source), file, beside)
 
     def save(self, alpha: float, folder: Path) -> None:
         """Write the model at ``alpha`` as a folder in OpenCLIP's layout.

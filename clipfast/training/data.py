@@ -84,7 +84,7 @@ class TrainingData:
         self.sizes = [size for source in self.sources for size in source.sizes]
         _check_damage(self.sources, config.max_bad_fraction, world)
         seed, replacement = config.seed, config.dataset_resampled
-        if not all(sum(source.sizes) for source in self.sources):
+        if not all(map(len, self.sources)):
             raise ValueError(f"the shards hold no samples: {config.train_data}")
         orders = [
             Order(source.sizes, seed, source=number, replacement=replacement)
@@ -93,16 +93,7 @@ class TrainingData:
         given = config.train_data_upsampling_factors or (1.0,)
         factors = [factor for factor, group in zip(given, opened, strict=True) for _ in group]
         mix = Mix(orders, factors, seed)
-        if len(mix) < batch_size:
-            raise ValueError(
-                f"the shards hold {len(mix)} pairs, less than one batch of {batch_size}: lower --batch-size, or "
-                "name more shards in --train-data"
-            )
-        if config.train_num_samples is not None and config.train_num_samples < batch_size:
-            raise ValueError(
-                f"--train-num-samples {config.train_num_samples} is less than one batch of {batch_size} pairs of all "
-                "processes"
-            )
+        _refuse_less_than_a_batch(len(mix), config.train_num_samples, batch_size)
         self.order: Mix | Unique = mix
         content = hashlib.sha256(b"".join(np.array(source.sizes, "<i8").tobytes() for source in self.sources))
         if config.unique_by is not None:
@@ -208,9 +199,10 @@ def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_
     return open_sources(names, workers, IndexCache(separator=config.separator()), max_open)
 
 
-def validation_set(config: TrainConfig) -> LabelledSet:
-    """Return the validation data of a run that has some; they may have other names than the training data."""
-    assert config.val_data is not None
+def validation_set(config: TrainConfig) -> LabelledSet | None:
+    """Return the validation data of a run, which may have other names than the training data; None without any."""
+    if config.val_data is None:
+        return None
     given = config.keys()
     keys = Keys((*given.images, *IMAGE_KEYS), (*given.texts, *TEXT_KEYS), given.is_json)
     return LabelledSet(config.val_data, config.val_group_by, keys=keys, separator=config.separator())
@@ -234,6 +226,18 @@ def _refuse_changes(config: TrainConfig) -> None:
         raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
 
 
+def _refuse_less_than_a_batch(pairs: int, num_samples: int | None, batch_size: int) -> None:
+    if pairs < batch_size:
+        raise ValueError(
+            f"the shards hold {pairs} pairs, less than one batch of {batch_size}: lower --batch-size, or name more "
+            "shards in --train-data"
+        )
+    if num_samples is not None and num_samples < batch_size:
+        raise ValueError(
+            f"--train-num-samples {num_samples} is less than one batch of {batch_size} pairs of all processes"
+        )
+
+
 def _check_damage(sources: Sequence[Source], limit: float, world: World) -> None:
     """Warn of damaged shards, and refuse them if they have lost too much.
 
@@ -247,7 +251,7 @@ def _check_damage(sources: Sequence[Source], limit: float, world: World) -> None
     for shard in list(damaged.values())[:10] if world.is_main else ():
         for loss in shard.losses():
             log.warning(loss)
-    total = lost + sum(sum(source.sizes) for source in sources)
+    total = lost + sum(map(len, sources))
     if lost > limit * total:
         raise ValueError(
             f"about {lost} of {total} pairs are lost in {len(damaged)} damaged shard(s), more than --max-bad-fraction "

@@ -88,8 +88,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
     loader = _check_loader(config, model, batch_size, world.local_size)
     if device.type == "cuda":
         _check_gpu(config, model, device)
-    if config.val_data is not None:
-        _check_validation(config)
+    _check_validation(config)
     batches = [_try_pairs(config, names, model, tokenizer) for names in groups]
     unusable = [str(sample) for batch in batches for sample in batch.skipped]
     return Preflight(sum(map(len, batches)) + len(unusable), unusable, checkpoint, free, loader)
@@ -171,8 +170,10 @@ def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device) -> None:
 
 
 def _check_validation(config: TrainConfig) -> None:
+    validation = validation_set(config)
     try:
-        validation_set(config).check()
+        if validation is not None:
+            validation.check()
     except (ValueError, OSError) as error:
         raise ValueError(f"--val-data cannot be used: {error}") from error
 
@@ -194,7 +195,7 @@ def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: To
     few = [names[number] for number in spread(len(names), SHARDS)]
     few = few if all(map(is_direct, few)) else few[:1]
     try:
-        sources = [source for source in sources_of(config, few) if sum(source.sizes)]
+        sources = [source for source in sources_of(config, few) if len(source)]
     except ShardError as error:
         raise ValueError(f"--train-data: {error}; make it anew, or leave it out") from error
     if not sources:

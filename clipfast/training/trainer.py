@@ -60,7 +60,7 @@ class Trainer:
         with world.local_first():
             self.data = TrainingData(config, whole, world)
         self.total_steps = self.data.total_steps
-        self.validation = None if config.val_data is None else validation_set(config)
+        self.validation = validation_set(config)
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
