@@ -285,7 +285,7 @@ def caption(
     Raises:
         SampleError: there is no caption, it is not UTF-8, or the keywords are not a list of strings.
     """
-    texts = _captions(sample, rng, keys)
+    texts = captions(sample, rng, keys)
     text = texts[0] if rng is None or len(texts) == 1 else rng.choice(texts)
     if rng is None or keyword_prob == 0 or rng.random() >= keyword_prob:
         return text
@@ -296,8 +296,10 @@ def caption(
     return ", ".join([text, *chosen])
 
 
-def _captions(sample: RawSample, rng: random.Random | None, keys: Keys) -> list[str]:
+def captions(sample: RawSample, rng: random.Random | None = None, keys: Keys = DEFAULT_KEYS) -> list[str]:
     """Return the captions of a sample: its member, or the first that is not empty of the values in its ``json``.
+
+    ``rng`` draws which of the keys of the json comes first, if there are probabilities for that.
 
     Raises:
         SampleError: there is none, or it is not UTF-8.

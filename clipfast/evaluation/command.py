@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     from ..factory import create_model, get_tokenizer, resolve_device, transform_of
     from ..files import check_target, replace_text
     from .evaluate import evaluate
-    from .labelled import LabelledSet, encode_labelled
+    from .features import encode_labelled
+    from .labelled import LabelledSet
 
     check_target(args.json)
     device = resolve_device(args.device)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..models import CLIP
-from .labelled import LabelledFeatures
+from .features import LabelledFeatures
 from .retrieval import pair_ranks, recall_at
 from .zero_shot import Template, build_zero_shot_classifier, encode_texts, top_classes
 
@@ -90,11 +90,12 @@ def _retrieval(
 ) -> dict[str, dict[str, float]]:
     """Return recall of images by text and of text by images; equal texts count as one, and so do equal images."""
     device = images.features.device
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(images.captions))}
+    first = [texts[0] for texts in images.captions]
+    numbers = {text: number for number, text in enumerate(dict.fromkeys(first))}
     captions = list(numbers)
     batches = (captions[start : start + 256] for start in range(0, len(captions), 256))
     features = [encode_texts(model, tokenizer, batch, device) for batch in batches]
-    text_keys = torch.tensor([numbers[text] for text in images.captions], device=device)
+    text_keys = torch.tensor([numbers[text] for text in first], device=device)
     texts = torch.cat(features)[text_keys]
     image_keys = torch.tensor(images.twins, device=device)
     return {

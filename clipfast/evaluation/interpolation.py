@@ -23,7 +23,8 @@ from ..files import write_folder
 from ..models import CLIP, CLIPConfig, SigLIPConfig, build
 from ..tokenizer import Tokenizer
 from .evaluate import evaluate
-from .labelled import LabelledSet, encode_labelled
+from .features import encode_labelled
+from .labelled import LabelledSet
 from .zero_shot import Template
 
 # Settings that the weights of a trained model do not depend on.

@@ -44,6 +44,19 @@ def encode_texts(
     return model.encode_text(ids.to(device), normalize=True)
 
 
+def prompts_of(classnames: Sequence[str], templates: Sequence[Template]) -> list[str]:
+    """Return the prompts of each class, one for each template, class after class.
+
+    Raises:
+        ValueError: there are no classes or no templates.
+    """
+    if not classnames or not templates:
+        raise ValueError(
+            f"zero-shot classifier needs class names and templates, got {len(classnames)} and {len(templates)}"
+        )
+    return [t.replace("{}", name) if isinstance(t, str) else t(name) for name in classnames for t in templates]
+
+
 @torch.no_grad()
 def build_zero_shot_classifier(
     model: CLIP,
@@ -71,10 +84,7 @@ def build_zero_shot_classifier(
     Raises:
         ValueError: there are no classes or no templates.
     """
-    if not classnames or not templates:
-        raise ValueError(
-            f"zero-shot classifier needs class names and templates, got {len(classnames)} and {len(templates)}"
-        )
+    prompts = prompts_of(classnames, templates)
     starts: Any = range(0, len(classnames), num_classes_per_batch)
     if use_tqdm:
         from tqdm import tqdm
@@ -82,10 +92,9 @@ def build_zero_shot_classifier(
         starts = tqdm(starts, desc="class prompts", unit_scale=num_classes_per_batch)
     weights = []
     for start in starts:
-        names = classnames[start : start + num_classes_per_batch]
-        prompts = [t.replace("{}", name) if isinstance(t, str) else t(name) for name in names for t in templates]
-        features = encode_texts(model, tokenizer, prompts, device)
-        weights.append(F.normalize(features.unflatten(0, (len(names), len(templates))).mean(1), dim=-1))
+        batch = prompts[start * len(templates) : (start + num_classes_per_batch) * len(templates)]
+        features = encode_texts(model, tokenizer, batch, device)
+        weights.append(F.normalize(features.unflatten(0, (-1, len(templates))).mean(1), dim=-1))
     return torch.cat(weights).T
 
 

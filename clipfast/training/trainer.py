@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..data import Batch, Skipped
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.labelled import LabelledSet, encode_part, join_parts
+from ..evaluation.features import encode_part, join_parts
+from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..files import DiskFullError
 from .build import build_device, build_loss, build_model, build_parallel, build_tokenizer

@@ -10,7 +10,8 @@ from torch import nn
 from clipfast import create_model
 from clipfast.checkpoint import CheckpointError, read_checkpoint
 from clipfast.evaluation.evaluate import evaluate
-from clipfast.evaluation.labelled import LabelledSet, encode_labelled
+from clipfast.evaluation.features import encode_labelled
+from clipfast.evaluation.labelled import LabelledSet
 from clipfast.factory import transform_of
 from clipfast.models import build
 from clipfast.models.registry import read_model_config

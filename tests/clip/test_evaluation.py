@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from clipfast import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES, create_model, recall_at
 from clipfast.evaluation.evaluate import evaluate
-from clipfast.evaluation.labelled import LabelledFeatures, LabelledSet, encode_labelled
+from clipfast.evaluation.features import LabelledFeatures, encode_labelled
+from clipfast.evaluation.labelled import LabelledSet
 from clipfast.evaluation.retrieval import pair_ranks
 from clipfast.evaluation.zero_shot import build_zero_shot_classifier, encode_texts, top_classes
 from clipfast.factory import get_tokenizer

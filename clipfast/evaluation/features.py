@@ -1,0 +1,268 @@
+"""Features of labelled sets, from which every evaluation starts: encoded block by block, on all ranks, once."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import Skipped
+from ..models import CLIP
+from ..training.world import ALONE, World
+from .encoder import Encoder
+from .labelled import LabelledImage, LabelledSet, Place, load
+from .store import FeatureStore, Section
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+BLOCK = 256  # places of a set that are encoded, and kept, together
+COLUMNS = ("labels", "captions", "groups", "numbers", "digests")
+
+
+@dataclasses.dataclass
+class LabelledFeatures:
+    """Features of an image set, and what is known of each image.
+
+    ``twins`` numbers images by their pixels: images that are equal to the last bit have the same number. No model can
+    tell such images apart, so the label of each is right for all of them.
+    """
+
+    features: Tensor  # [N, embed_dim], unit length
+    labels: list[str]
+    captions: list[tuple[str, ...]]
+    groups: list[str]
+    twins: list[int] = dataclasses.field(default_factory=list)
+    numbers: list[int] = dataclasses.field(default_factory=list)  # places in the set
+    digests: list[bytes] = dataclasses.field(default_factory=list)  # of the pixels
+    left_out: dict[int, Skipped] = dataclasses.field(default_factory=dict)  # by their places
+
+    @property
+    def classnames(self) -> list[str]:
+        """The distinct labels, sorted; by value if all of them are numbers."""
+        labels = set(self.labels)
+        return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
+
+    def accepted(self) -> list[set[str]]:
+        """Return, for each image, the labels that are right for it: its own and those of its twins."""
+        by_twin: dict[int, set[str]] = {}
+        for twin, label in zip(self.twins, self.labels, strict=True):
+            by_twin.setdefault(twin, set()).add(label)
+        return [by_twin[twin] for twin in self.twins]
+
+
+def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
+    """Return the features of a whole set, in its order, from those of its parts.
+
+    Raises:
+        ValueError: there are none, or not one image of the set can be used.
+    """
+    left_out = dict(sorted(item for part in parts for item in part.left_out.items()))
+    numbers = [number for part in parts for number in part.numbers]
+    if not numbers:
+        first = next(iter(left_out.values()), None)
+        raise ValueError(
+            "the evaluation set has no images"
+            if first is None
+            else f"not one of the {len(left_out)} images of the evaluation set can be used; first: {first}"
+        )
+    order = sorted(range(len(numbers)), key=numbers.__getitem__)
+    columns: dict[str, list[Any]] = {}
+    for name in COLUMNS:
+        column = [value for part in parts for value in getattr(part, name)]
+        columns[name] = [column[place] for place in order]
+    first_with: dict[bytes, int] = {}
+    twins = [first_with.setdefault(digest, len(first_with)) for digest in columns["digests"]]
+    features = torch.cat([part.features for part in parts if part.numbers])[order]
+    return LabelledFeatures(features, twins=twins, left_out=left_out, **columns)
+
+
+@dataclasses.dataclass
+class _Block:
+    """Images of some places, ready to be encoded: ``pixels`` has a tensor [B, 3, H, W] for each transform."""
+
+    pixels: list[Tensor]
+    found: LabelledFeatures  # without features
+
+
+class _Blocks(Dataset[_Block]):
+    """The blocks of a set, each read, decoded and transformed by whoever asks for it, such as a data worker."""
+
+    def __init__(self, images: LabelledSet, transforms: Sequence[Callable[[Image.Image], Tensor]]) -> None:
+        self.places: list[Place] = images.places()
+        self.transforms = transforms
+
+    def __getitem__(self, numbers: Sequence[int]) -> _Block:
+        found = LabelledFeatures(torch.empty(0), [], [], [])
+        images = []
+        for number in numbers:
+            image = load(self.places[number], number)
+            if isinstance(image, Skipped):
+                found.left_out[number] = image
+                continue
+            _note(found, image)
+            images.append(image.image)
+        return _Block([torch.stack([f(image) for image in images]) for f in self.transforms if images], found)
+
+
+def _note(found: LabelledFeatures, image: LabelledImage) -> None:
+    """Add what is known of an image."""
+    pixels = image.image
+    found.numbers.append(image.number)
+    found.digests.append(hashlib.sha256(repr(pixels.size).encode() + pixels.tobytes()).digest())
+    found.labels.append(image.label)
+    found.captions.append(image.captions)
+    found.groups.append(image.group)
+
+
+def encode_set(
+    encoders: Sequence[Encoder],
+    images: LabelledSet,
+    *,
+    batch_size: int = BLOCK,
+    workers: int = 0,
+    store: FeatureStore | None = None,
+    world: World = ALONE,
+) -> list[LabelledFeatures]:
+    """Return the features of a set by each of several models, for which every image is decoded once.
+
+    Several ranks share the work; all of them must call this function. What ``store`` holds already is not computed
+    again, so that a run that was killed goes on where it was.
+
+    Args:
+        encoders: the models.
+        images: the set.
+        batch_size: images to encode at once. The features do not depend on the number of ranks, since a batch holds
+            what is usable among ``batch_size`` neighbours.
+        workers: processes of this rank that read and decode; 0 for none but this one.
+        store: keeps the features, or None. Several machines must see the same files.
+        world: the ranks.
+
+    Returns:
+        The features on the CPU, one element for each encoder, on rank 0; nothing on other ranks.
+
+    Raises:
+        ValueError: the set cannot be read, or the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    with world.local_first():  # the others find what it indexes
+        blocks = _Blocks(images, [encoder.transform for encoder in encoders])
+    count = len(blocks.places)
+    ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
+    sections = world.on_main(lambda: _sections(encoders, images, batch_size, store))
+    kept = world.on_main(lambda: [number for number in range(len(ranges)) if _is_kept(sections, number)])
+    missing = sorted(set(range(len(ranges))) - set(kept))
+    mine = missing[world.rank :: world.size]
+    parts: list[list[LabelledFeatures]] = []
+    for number, part in zip(mine, _encode(encoders, blocks, [ranges[n] for n in mine], workers, world), strict=True):
+        for section, found in zip(sections, part, strict=False):
+            section.save(_name(number), *_packed(found))
+        parts.append(part)
+    world.meet()  # parts take different times
+    everyones = [part for theirs in world.gather(parts) for part in theirs]
+    if not world.is_main:
+        return []
+    everyones += [[_unpacked(*section.load(_name(number))) for section in sections] for number in kept]
+    return [join_parts([part[number] for part in everyones]) for number in range(len(encoders))]
+
+
+def _encode(
+    encoders: Sequence[Encoder], blocks: _Blocks, ranges: Sequence[range], workers: int, world: World
+) -> Iterator[list[LabelledFeatures]]:
+    """Yield the features of each range of places by each encoder."""
+    from tqdm import tqdm
+
+    loader: Iterable[_Block] = DataLoader(
+        blocks, sampler=ranges, batch_size=None, num_workers=min(workers, len(ranges))
+    )
+    options: dict[str, Any] = {"unit": "image", "disable": None if world.is_main else True}
+    with tqdm(total=sum(map(len, ranges)), desc="images", **options) as bar:
+        for numbers, block in zip(ranges, loader, strict=True):
+            features = [encoder.images(x) for encoder, x in zip(encoders, block.pixels, strict=False)]
+            features = features or [torch.empty(0)] * len(encoders)
+            yield [dataclasses.replace(block.found, features=x.cpu()) for x in features]
+            bar.update(len(numbers))
+
+
+def _sections(
+    encoders: Sequence[Encoder], images: LabelledSet, batch_size: int, store: FeatureStore | None
+) -> list[Section]:
+    """Return where the features by each encoder are kept; nothing without a store."""
+    if store is None:
+        return []
+    data = {"data": images.data, "stamp": hashlib.sha256(images.stamp().encode()).hexdigest(), "block": batch_size}
+    return [store.section("images", {**encoder.about(), **data}) for encoder in encoders]
+
+
+def _is_kept(sections: Sequence[Section], number: int) -> bool:
+    return bool(sections) and all(section.holds(_name(number)) for section in sections)
+
+
+def _name(number: int) -> str:
+    return f"block_{number:06}"
+
+
+def _packed(found: LabelledFeatures) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the features as tensors, and what is known of the images as plain values."""
+    columns: dict[str, Any] = {name: getattr(found, name) for name in COLUMNS}
+    columns["digests"] = [digest.hex() for digest in found.digests]
+    return {"features": found.features}, {**columns, "left_out": {str(n): x for n, x in found.left_out.items()}}
+
+
+def _unpacked(tensors: dict[str, Tensor], columns: dict[str, Any]) -> LabelledFeatures:
+    left_out = {int(number): Skipped(*skipped) for number, skipped in columns.pop("left_out").items()}
+    columns["digests"] = [bytes.fromhex(digest) for digest in columns["digests"]]
+    columns["captions"] = [tuple(texts) for texts in columns["captions"]]
+    return LabelledFeatures(tensors["features"], left_out=left_out, **columns)
+
+
+def encode_labelled(
+    model: CLIP,
+    images: Iterable[LabelledImage],
+    transform: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    device: str | torch.device,
+) -> LabelledFeatures:
+    """Encode images in batches with ``model``, which must be in evaluation mode; only the features stay in memory.
+
+    Raises:
+        ValueError: there are no images, or the batch size is below 1.
+    """
+    return join_parts([encode_part(model, images, transform, batch_size, device)])
+
+
+@torch.no_grad()
+def encode_part(
+    model: CLIP,
+    images: Iterable[LabelledImage],
+    transform: Callable[[Image.Image], Tensor],
+    batch_size: int,
+    device: str | torch.device,
+) -> LabelledFeatures:
+    """Encode some images of a set as :func:`encode_labelled` does, without ``twins``; there may be none.
+
+    A batch holds what is usable among ``batch_size`` places of the set, so that a part has batches of the whole.
+
+    Raises:
+        ValueError: the batch size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    found = LabelledFeatures(torch.empty(0), [], [], [])
+    features = []
+    for _, block in itertools.groupby(images, key=lambda image: image.number // batch_size):
+        pixels = []
+        for image in block:
+            _note(found, image)
+            pixels.append(transform(image.image))
+        features.append(model.encode_image(torch.stack(pixels).to(device), normalize=True))
+    if features:
+        found.features = torch.cat(features)
+    return found
