@@ -1,0 +1,176 @@
+"""What all tasks of ``clipfast eval`` have in common: their arguments, what these stand for, and how results go out."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..data import Skipped
+    from ..training.world import World
+    from .encoder import Encoder
+    from .features import LabelledFeatures
+    from .labelled import LabelledSet
+    from .store import FeatureStore
+
+DATA_HELP = (
+    "image folder with a sub-folder per class, or pairs as --train-data of clipfast train takes them; "
+    "'bundled:emoji/fluent' ships with the package, 'synthetic:2048' is drawn"
+)
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names the model and its weights."""
+    add = parser.add_argument
+    model = "local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, or hf-hub:ORG/REPO"
+    add("--model", required=True, help=model)
+    weights = "weights of a model name: a tag of clipfast list-pretrained, or a checkpoint (.pt, .bin, .safetensors)"
+    add("--pretrained", metavar="TAG", help=weights)
+    add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
+    add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what names a labelled set, and says how it is read."""
+    parser.add_argument("--data", required=True, help=DATA_HELP)
+    add_reading_arguments(parser)
+
+
+def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how labelled sets are read."""
+    add_arguments(parser, SOURCE_OPTIONS)
+    label = "column or json key that names the class (default: the caption does)"
+    parser.add_argument("--label-by", metavar="KEY", help=label)
+    parser.add_argument("--group-by", metavar="KEY", help="column or json key that names the group of an image")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says which prompts are made from which class names."""
+    names = "'imagenet', or a text file with one name per class, in their order (default: the labels)"
+    parser.add_argument("--classnames", metavar="FILE", help=names)
+    templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
+    parser.add_argument("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
+
+
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how the work is done, and where its results go."""
+    add = parser.add_argument
+    kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
+    add("--features", type=Path, metavar="FOLDER", help=kept)
+    add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
+    add("--workers", type=int, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    backends = ("auto", "triton", "torch")
+    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
+    add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add("--traceback", action="store_true", help="show where an error was raised")
+
+
+class Session(NamedTuple):
+    """What a task works with.
+
+    Attributes:
+        encoder: the model.
+        store: keeps features; None if they are not to be kept.
+        world: the ranks that share the work.
+    """
+
+    encoder: Encoder
+    store: FeatureStore | None
+    world: World
+
+
+@contextlib.contextmanager
+def session(args: argparse.Namespace) -> Iterator[Session]:
+    """Join the other ranks, if there are any, and build the model that the arguments name.
+
+    Raises:
+        ValueError: the model, its weights or the device cannot be used, or a target cannot be written.
+    """
+    from ..files import check_target
+    from ..training.world import joined
+    from .encoder import Encoder
+    from .store import FeatureStore
+
+    check_target(args.json)
+    with joined(args.device, args.dist_timeout) as world:
+        encoder = Encoder.load(
+            args.model, args.pretrained, device=str(world.device(args.device)), tokenizer_file=args.tokenizer,
+            cache_dir=args.cache_dir, backend=args.backend,
+        )  # fmt: skip
+        yield Session(encoder, None if args.features is None else FeatureStore(args.features), world)
+
+
+def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledSet:
+    """Return the set that the arguments name, or another one that is read in the same way.
+
+    Raises:
+        ValueError: the arguments do not fit together.
+    """
+    from .labelled import LabelledSet
+
+    options = vars(args)
+    keys, separator = keys_of(options), separator_of(options)
+    return LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
+
+
+def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures | None:
+    """Return the features of a set, and name the images that are left out on stderr; None on ranks other than 0.
+
+    Raises:
+        ValueError: the set cannot be read, or not one of its images can be used.
+    """
+    from .features import encode_set
+
+    found = encode_set(
+        [at.encoder], images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
+    )
+    if not found:
+        return None
+    report_left_out(found[0].left_out.values())
+    return found[0]
+
+
+def report_left_out(skipped: Any, most: int = 20) -> None:
+    """Name the images that cannot be used on stderr."""
+    listed: list[Skipped] = list(skipped)
+    for one in listed[:most]:
+        print(f"clipfast eval: left out {one}", file=sys.stderr)
+    if len(listed) > most:
+        print(f"clipfast eval: left out {len(listed) - most} more", file=sys.stderr)
+
+
+def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:
+    """Return results under the keys of CLIP_benchmark (dataset, model, pretrained, task, metrics, language).
+
+    Args:
+        args: name model and data.
+        task: as CLIP_benchmark names it, such as "zeroshot_classification".
+        metrics: the figures.
+        **more: further keys.
+    """
+    about = {"dataset": args.data, "model": args.model, "pretrained": args.pretrained or "", "task": task}
+    return {**about, "metrics": dict(metrics), "language": "en", **more}
+
+
+def write_results(args: argparse.Namespace, results: Any) -> None:
+    """Print results as JSON, and write them to the file that ``--json`` names.
+
+    Raises:
+        DiskFullError: there is no space for the file.
+    """
+    from ..files import replace_text
+
+    text = json.dumps(results, indent=2)
+    print(text)
+    if args.json:
+        replace_text(args.json, text + "\n")
