@@ -16,7 +16,8 @@ import numpy as np
 
 from ..columns import align
 from ..files import check_target, replace_text
-from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
+from ..training.arguments import add_arguments
+from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
 EPILOG = """\
 examples:

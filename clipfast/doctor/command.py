@@ -15,7 +15,8 @@ from typing import Any
 
 from ..columns import align
 from ..files import check_target, replace_text
-from ..training.config import SOURCE_OPTIONS, add_arguments
+from ..training.arguments import add_arguments
+from ..training.options import SOURCE_OPTIONS
 from .findings import NOTE, PROBLEM, Finding, looked
 
 EPILOG = """\

@@ -5,7 +5,7 @@ import time
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..training.config import keys_of, separator_of
+from ..training.options import keys_of, separator_of
 from ..units import BYTES, scaled
 from .findings import NOTE, PROBLEM, Finding, judged
 from .folders import CHUNK, SLOW, read_speed

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
+from ..training.arguments import add_arguments
+from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
 
 def add_parser(commands: Any) -> None:

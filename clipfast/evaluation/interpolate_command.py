@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
+from ..training.arguments import add_arguments
+from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 from .command import read_classnames, read_templates
 
 EPILOG = """\

@@ -5,7 +5,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig, add_arguments, flag_name
+from .arguments import add_arguments
+from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
+from .options import flag_name
 from .recipes import describe, list_recipes, read_recipe
 
 

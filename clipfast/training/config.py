@@ -1,18 +1,16 @@
 """The options of ``clipfast train``: one table, from which come the flags, the keys of recipes and the checks."""
 
-import argparse
 import dataclasses
-import functools
 import math
-from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from .options import check_type, check_value, flag_name, keys_of, separator_of
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..data import Keys
 
 PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
-AUTO = "auto"
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
 BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
 # The option whose value in a recipe or a checkpoint is dropped if a flag gives this one.
@@ -34,7 +32,7 @@ def _flag(default: Any, text: str, kind: type = str, **limits: Any) -> Any:
         default: value of a run that does not set it.
         text: what ``--help`` says.
         kind: type of the value, or of each value if it is a tuple.
-        limits: what :func:`_check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most`` and ``below``.
+        limits: what :func:`check_value` looks at: ``choices``, ``positive``, ``not_negative``, ``most`` and ``below``.
             With ``auto=True``, "auto" is a value as well. ``aliases`` are further flags of the option.
     """
     return dataclasses.field(default=default, metadata={"help": text, "kind": kind, **limits})
@@ -229,8 +227,8 @@ class TrainConfig:
             ValueError: an option cannot work; the message names the flag, its value, and what would fit.
         """
         for field in dataclasses.fields(self):
-            _check_type(field, getattr(self, field.name))
-            _check_value(field, getattr(self, field.name))
+            check_type(field, getattr(self, field.name))
+            check_value(field, getattr(self, field.name))
         if not all(0 < factor < math.inf for factor in self.train_data_upsampling_factors):
             raise ValueError(
                 f"--train-data-upsampling-factors must be more than 0, got {self.train_data_upsampling_factors}"
@@ -298,98 +296,3 @@ class TrainConfig:
     def separator(self) -> str | None:
         """Return the separator of CSV files, or None if each of them tells it."""
         return separator_of(vars(self))
-
-
-KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
-SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")  # of other commands, which draw nothing
-
-
-def keys_of(options: Mapping[str, Any]) -> "Keys":
-    """Return under which names a pair has its image and its captions, as options say; others may be among them.
-
-    Raises:
-        ValueError: they cannot work.
-    """
-    from ..data import read_keys
-
-    return read_keys(**{name: options[name] for name in KEY_OPTIONS if name in options})
-
-
-def separator_of(options: Mapping[str, Any]) -> str | None:
-    """Return the separator of CSV files, as options say; None if each file tells it.
-
-    Raises:
-        ValueError: it cannot be one.
-    """
-    from ..data import read_separator
-
-    return read_separator(options.get("csv_separator"))
-
-
-def _check_type(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a value of another type than its option has, which a recipe can contain."""
-    kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
-    if (value is None and field.default is None) or (auto and value == AUTO):
-        return
-    accepted = (int, float) if kind is float else kind
-    values = value if many and isinstance(value, tuple) else (value,)
-    right = all(isinstance(one, accepted) and (kind is bool or not isinstance(one, bool)) for one in values)
-    if not right or isinstance(value, tuple) != many:
-        expected = f"a list of {kind.__name__}" if many else kind.__name__
-        expected += " or 'auto'" if auto else ""
-        raise ValueError(f"{flag_name(field.name)} must be {expected}, got {value!r}")
-
-
-def _check_value(field: dataclasses.Field[Any], value: Any) -> None:
-    """Refuse a number beyond the limits of its option, and a word that is not one of the choices."""
-    meta, flag = field.metadata, flag_name(field.name)
-    if "choices" in meta and value not in meta["choices"]:
-        raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
-    if isinstance(value, str | tuple | None):
-        return
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{flag} must be a finite number, got {value}")
-    if "positive" in meta and value <= 0:
-        raise ValueError(f"{flag} must be more than 0, got {value}")
-    if "not_negative" in meta and value < 0:
-        raise ValueError(f"{flag} must not be negative, got {value}")
-    if "below" in meta and value >= meta["below"]:
-        raise ValueError(f"{flag} must be less than {meta['below']}, got {value}")
-    if "most" in meta and value > meta["most"]:
-        raise ValueError(f"{flag} must be at most {meta['most']}, got {value}")
-
-
-def _number_or_auto(kind: type[int] | type[float], text: str) -> float | str:
-    """Parse the value of a flag that takes a number or "auto"."""
-    try:
-        return text if text == AUTO else int(text) if kind is int or text.isdecimal() else kind(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be {kind.__name__} or 'auto', got {text!r}") from None
-
-
-def flag_name(field: str) -> str:
-    """Return the flag of an option: ``--batch-size`` for ``batch_size``."""
-    return "--" + field.replace("_", "-")
-
-
-def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
-    """Add a flag for each option, or for those in ``only``.
-
-    A flag that is not given leaves no attribute, so that a recipe can set it.
-    """
-    for field in dataclasses.fields(TrainConfig):
-        if only is not None and field.name not in only:
-            continue
-        meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
-        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
-        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
-        if meta["kind"] is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        else:
-            kind = meta["kind"]
-            options["type"] = functools.partial(_number_or_auto, kind) if "auto" in meta else kind
-            options |= {"choices": choices, "metavar": None if choices else meta["kind"].__name__.upper()}
-            options["help"] += f" (default: {shown})" if shown else ""
-        if isinstance(default, tuple):
-            options["nargs"] = len(default) or "*"
-        parser.add_argument(flag_name(field.name), *meta.get("aliases", ()), **options)

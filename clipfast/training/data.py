@@ -38,10 +38,11 @@ from ..file_tokenizer import FileTokenizer
 from ..images import augmentation
 from ..models import CLIP
 from ..tokenizer import Tokenizer
-from .config import AUGMENTATIONS, KEY_OPTIONS, TrainConfig, flag_name
+from .config import AUGMENTATIONS, TrainConfig
 from .epochs import Epochs
 from .errors import TrainingError
 from .logs import log
+from .options import KEY_OPTIONS, flag_name
 from .world import ALONE, World
 
 MIN_SEEN_FOR_BAD_FRACTION = 100

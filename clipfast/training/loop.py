@@ -14,10 +14,11 @@ from ..checkpoint import export_open_clip, read_checkpoint
 from ..evaluation.evaluate import Evaluation
 from ..file_tokenizer import FileTokenizer
 from ..files import replace_text
-from .config import TrainConfig, flag_name
+from .config import TrainConfig
 from .interruption import Interruption
 from .lock import locked
 from .logs import log, logging_to
+from .options import flag_name
 from .preflight import preflight
 from .recipes import describe
 from .run import RunFolder

@@ -7,7 +7,8 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, flag_name
+from .config import TrainConfig
+from .options import flag_name
 
 BY_MODEL = "by_model"  # the table of a recipe that holds what differs for some models
 

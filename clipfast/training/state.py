@@ -8,11 +8,12 @@ import torch
 
 from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
-from .config import AUTO, TrainConfig, flag_name
+from .config import TrainConfig
 from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
 from .epochs import Epochs
 from .errors import NotFiniteError
+from .options import AUTO, flag_name
 from .step import TrainingStep
 
 CHECKPOINT_VERSION = 1

@@ -20,13 +20,14 @@ from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..files import DiskFullError
 from .build import build_device, build_loss, build_model, build_parallel, build_tokenizer
-from .config import AUTO, TrainConfig
+from .config import TrainConfig
 from .data import SkipBudget, TrainingData, validation_set, whole_batch
 from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
 from .interruption import Interruption, elected
 from .logs import TrainLog, log
 from .optim import make_optimizer
+from .options import AUTO
 from .run import RunFolder
 from .schedule import schedule_of, set_lr
 from .state import Progress, RunState

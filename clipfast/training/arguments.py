@@ -1,0 +1,41 @@
+"""The flags of ``clipfast train``, and of other commands that take some of its options."""
+
+import argparse
+import dataclasses
+import functools
+from collections.abc import Collection
+from typing import Any
+
+from .config import TrainConfig
+from .options import AUTO, flag_name
+
+
+def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
+    """Add a flag for each option, or for those in ``only``.
+
+    A flag that is not given leaves no attribute, so that a recipe can set it.
+    """
+    for field in dataclasses.fields(TrainConfig):
+        if only is not None and field.name not in only:
+            continue
+        meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
+        shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
+        if meta["kind"] is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        else:
+            kind = meta["kind"]
+            options["type"] = functools.partial(_number_or_auto, kind) if "auto" in meta else kind
+            options |= {"choices": choices, "metavar": None if choices else meta["kind"].__name__.upper()}
+            options["help"] += f" (default: {shown})" if shown else ""
+        if isinstance(default, tuple):
+            options["nargs"] = len(default) or "*"
+        parser.add_argument(flag_name(field.name), *meta.get("aliases", ()), **options)
+
+
+def _number_or_auto(kind: type[int] | type[float], text: str) -> float | str:
+    """Parse the value of a flag that takes a number or "auto"."""
+    try:
+        return text if text == AUTO else int(text) if kind is int or text.isdecimal() else kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be {kind.__name__} or 'auto', got {text!r}") from None

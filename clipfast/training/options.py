@@ -1,0 +1,73 @@
+"""What single options share: their flags, the checks of their values, and those that say how pairs are read."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..data import Keys
+
+AUTO = "auto"
+KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
+SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")  # of other commands, which draw nothing
+
+
+def flag_name(field: str) -> str:
+    """Return the flag of an option: ``--batch-size`` for ``batch_size``."""
+    return "--" + field.replace("_", "-")
+
+
+def check_type(field: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a value of another type than its option has, which a recipe can contain."""
+    kind, many, auto = field.metadata["kind"], isinstance(field.default, tuple), field.metadata.get("auto")
+    if (value is None and field.default is None) or (auto and value == AUTO):
+        return
+    accepted = (int, float) if kind is float else kind
+    values = value if many and isinstance(value, tuple) else (value,)
+    right = all(isinstance(one, accepted) and (kind is bool or not isinstance(one, bool)) for one in values)
+    if not right or isinstance(value, tuple) != many:
+        expected = f"a list of {kind.__name__}" if many else kind.__name__
+        expected += " or 'auto'" if auto else ""
+        raise ValueError(f"{flag_name(field.name)} must be {expected}, got {value!r}")
+
+
+def check_value(field: dataclasses.Field[Any], value: Any) -> None:
+    """Refuse a number beyond the limits of its option, and a word that is not one of the choices."""
+    meta, flag = field.metadata, flag_name(field.name)
+    if "choices" in meta and value not in meta["choices"]:
+        raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
+    if isinstance(value, str | tuple | None):
+        return
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{flag} must be a finite number, got {value}")
+    if "positive" in meta and value <= 0:
+        raise ValueError(f"{flag} must be more than 0, got {value}")
+    if "not_negative" in meta and value < 0:
+        raise ValueError(f"{flag} must not be negative, got {value}")
+    if "below" in meta and value >= meta["below"]:
+        raise ValueError(f"{flag} must be less than {meta['below']}, got {value}")
+    if "most" in meta and value > meta["most"]:
+        raise ValueError(f"{flag} must be at most {meta['most']}, got {value}")
+
+
+def keys_of(options: Mapping[str, Any]) -> "Keys":
+    """Return under which names a pair has its image and its captions, as options say; others may be among them.
+
+    Raises:
+        ValueError: they cannot work.
+    """
+    from ..data import read_keys
+
+    return read_keys(**{name: options[name] for name in KEY_OPTIONS if name in options})
+
+
+def separator_of(options: Mapping[str, Any]) -> str | None:
+    """Return the separator of CSV files, as options say; None if each file tells it.
+
+    Raises:
+        ValueError: it cannot be one.
+    """
+    from ..data import read_separator
+
+    return read_separator(options.get("csv_separator"))
