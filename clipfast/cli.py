@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         hint, shown = "; install what it needs: pip install 'clipfast[data,eval]'", error
     except (ValueError, TypeError, RuntimeError, OSError) as error:
         shown = error
-    if "--traceback" in arguments:
+    if {"--traceback", "--debug"} & set(arguments):
         raise shown
     print(f"clipfast {chosen}: error: {shown}{hint}", file=sys.stderr)
     return 2

@@ -54,7 +54,7 @@ def create_model(
     device: str | torch.device = "cpu",
     force_quick_gelu: bool = False,
     force_patch_dropout: float | None = None,
-    force_image_size: int | tuple[int, int] | None = None,
+    force_image_size: int | tuple[int, ...] | None = None,
     force_context_length: int | None = None,
     force_preprocess_cfg: Mapping[str, Any] | None = None,
     cache_dir: str | Path | None = None,
@@ -118,10 +118,16 @@ def create_model(
     set_preprocessing(model, preprocessing)
     if source.weights is not None and load_weights:
         load_source(model, source.weights)
-    if precision in PRECISIONS:
-        return model.to(PRECISIONS[precision])
-    lower_weights(model, MIXED_PRECISIONS[precision])
+    set_precision(model, precision)
     return model
+
+
+def set_precision(model: CLIP, precision: str) -> None:
+    """Convert the weights of ``model`` to what ``precision`` of :func:`create_model` says, in place."""
+    if precision in PRECISIONS:
+        model.to(PRECISIONS[precision])
+    else:
+        lower_weights(model, MIXED_PRECISIONS[precision])
 
 
 def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..images import DEFAULT_RATIO, open_image, opened, to_rgb
+from ..images import DEFAULT_RATIO, MAX_PIXELS, open_image, opened, to_rgb
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -23,8 +23,8 @@ Box = tuple[float, float, float, float]
 class WholeImages:
     """Turns the bytes of an image into a tensor by a transform of the whole decoded image."""
 
-    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
+    def __init__(self, transform: Callable[[Image.Image], Tensor], max_pixels: int = MAX_PIXELS) -> None:
+        self.transform, self.max_pixels = transform, max_pixels
 
     def __call__(self, data: bytes) -> Tensor:
         """Return what the transform returns.
@@ -32,7 +32,7 @@ class WholeImages:
         Raises:
             ImageError: the image cannot be used.
         """
-        return self.transform(open_image(data))
+        return self.transform(open_image(data, max_pixels=self.max_pixels))
 
 
 class CroppedImages:
@@ -49,6 +49,8 @@ class CroppedImages:
         scale: smallest and largest share of the area that a crop keeps.
         augment: transforms of torchvision for PIL images, applied after the crop.
         oversampling: as above.
+        ratio: smallest and largest width of a crop over its height.
+        max_pixels: images with more pixels are refused.
     """
 
     def __init__(
@@ -57,9 +59,11 @@ class CroppedImages:
         scale: tuple[float, float] = (0.9, 1.0),
         augment: Sequence[nn.Module] = (),
         oversampling: float = 1.0,
+        ratio: tuple[float, float] = DEFAULT_RATIO,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self.image_size, self.scale, self.augment = image_size, tuple(scale), list(augment)
-        self.oversampling = oversampling
+        self.oversampling, self.ratio, self.max_pixels = oversampling, tuple(ratio), max_pixels
 
     def __call__(self, data: bytes) -> Tensor:
         """Return the crop; random numbers come from torch's generator.
@@ -75,9 +79,9 @@ class CroppedImages:
         Raises:
             ImageError: the image cannot be used.
         """
-        with opened(io.BytesIO(data)) as image:
+        with opened(io.BytesIO(data), self.max_pixels) as image:
             if image.format != "JPEG" or image.getexif().get(ORIENTATION, UPRIGHT) != UPRIGHT:
-                image = open_image(data)
+                image = open_image(data, max_pixels=self.max_pixels)
                 return image, self.box(*image.size)
             box = self.box(*image.size)
             shortest = min(box[2] - box[0], box[3] - box[1])
@@ -105,5 +109,5 @@ class CroppedImages:
         from torchvision.transforms import RandomResizedCrop
 
         sized = torch.empty(3, height, width, device="meta")
-        top, left, rows, columns = RandomResizedCrop.get_params(sized, list(self.scale), list(DEFAULT_RATIO))
+        top, left, rows, columns = RandomResizedCrop.get_params(sized, list(self.scale), list(self.ratio))
         return left, top, left + columns, top + rows

@@ -59,7 +59,7 @@ class EncodedCrops:
             ImageError: the image cannot be used.
         """
         found = decodable(data)
-        if found is None:
+        if found is None or found[1] * found[2] > self.crops.max_pixels:
             return self.crops(data)
         file, width, height = found
         left, top, right, bottom = map(int, self.crops.box(width, height))

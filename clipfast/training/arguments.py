@@ -30,7 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
             options["help"] += f" (default: {shown})" if shown else ""
         if isinstance(default, tuple):
             options["nargs"] = len(default) or "*"
+        if "separator" in meta:
+            options |= {"action": _Separated, "type": str}
         parser.add_argument(flag_name(field.name), *meta.get("aliases", ()), **options)
+
+
+class _Separated(argparse.Action):
+    """Values in words of their own, or several in one word, as OpenCLIP takes them."""
+
+    def __call__(
+        self, _: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, __: str | None = None
+    ) -> None:
+        meta = {field.name: field.metadata for field in dataclasses.fields(TrainConfig)}[self.dest]
+        words = [word for value in values for word in value.split(meta["separator"])]
+        try:
+            setattr(namespace, self.dest, [meta["kind"](word) for word in words])
+        except ValueError:
+            kind = meta["kind"].__name__
+            raise argparse.ArgumentError(self, f"needs {kind} values, got {' '.join(values)!r}") from None
 
 
 def _number_or_auto(kind: type[int] | type[float], text: str) -> float | str:

@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import complete_preprocessing
 from ..data import check_decoder
-from ..factory import create_model, set_preprocessing
+from ..factory import create_model, set_precision, set_preprocessing
 from ..file_tokenizer import FileTokenizer, tokenizer_of
 from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_loss
 from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
@@ -20,8 +20,6 @@ from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .world import ALONE, World
 
-COMPILER = "inductor"
-
 
 def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
     """Return the device of this process.
@@ -29,7 +27,7 @@ def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
     Raises:
         ValueError: an option does not work on that device, or in several processes.
     """
-    device = world.device(config.device)
+    device = world.device(config.device, by_rank=config.set_device_rank)
     if config.cuda_graphs and device.type != "cuda":
         raise ValueError(f"--cuda-graphs needs a GPU, and this run is on {device}")
     if config.cuda_graphs and world.size > 1:
@@ -54,7 +52,7 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
     selective = config.selective_checkpointing
     model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
     if config.torchcompile:
-        model.compile(fullgraph=True, backend=COMPILER)
+        model.compile(fullgraph=True, backend=config.torchcompile_backend, mode=config.torchcompile_mode)
     return model
 
 
@@ -63,26 +61,38 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
 
     On "meta" it takes no memory, and weights are neither downloaded nor read.
     """
-    is_bf16 = config.precision == "pure_bf16"
+    precision = config.precision if config.precision in ("bf16", "pure_bf16") else "fp32"
+    forced = _forced_preprocessing(config)
     if "model_config" in saved:
         model_config = CLIPConfig.from_dict(saved["model_config"])
         with device:
             model = build(model_config.with_vision(patch_dropout=config.force_patch_dropout))
         if "preprocess_cfg" in saved:
-            set_preprocessing(model, complete_preprocessing(saved["preprocess_cfg"]))
+            set_preprocessing(model, complete_preprocessing(saved["preprocess_cfg"] | forced))
         model.set_backend(config.backend)
-        model.to(torch.bfloat16 if is_bf16 else torch.float32)
+        set_precision(model, precision)
     else:
-        name = config.model
+        name, size = config.model, config.force_image_size or None
         if name.endswith(".json"):
             add_model_config(name)
             name = Path(name).stem
         model = create_model(
-            name, config.pretrained, precision="pure_bf16" if is_bf16 else "fp32", device=device,
-            force_patch_dropout=config.force_patch_dropout, backend=config.backend, load_weights=device.type != "meta",
+            name, config.pretrained, precision=precision, device=device, cache_dir=config.cache_dir,
+            force_quick_gelu=config.force_quick_gelu, force_patch_dropout=config.force_patch_dropout,
+            force_image_size=size, force_context_length=config.force_context_length,
+            force_preprocess_cfg=forced, backend=config.backend, load_weights=device.type != "meta",
         )  # fmt: skip
     _lock(config, model)
     return model
+
+
+def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:
+    """Return what ``--image-mean`` and the flags beside it ask for, in OpenCLIP's words."""
+    given = {
+        "mean": config.image_mean, "std": config.image_std, "interpolation": config.image_interpolation,
+        "resize_mode": config.image_resize_mode,
+    }  # fmt: skip
+    return {key: value[0] if len(value) == 1 else value for key, value in given.items() if value}
 
 
 def _lock(config: TrainConfig, model: CLIP) -> None:

@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from . import open_clip_flags
 from .arguments import add_arguments
 from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
 from .options import flag_name
@@ -22,14 +23,15 @@ def add_parser(commands: Any) -> None:
     recipe = f"take options from a bundled recipe ({', '.join(list_recipes())}) or a TOML file; flags override them"
     parser.add_argument("--recipe", metavar="NAME", help=recipe)
     resume = (
-        "continue a run, given by its folder or a checkpoint, or 'latest' with the run's --name; it keeps the options "
-        "that it was started with unless flags change them"
+        "continue a run, given by its folder or a checkpoint, or 'latest' with the run's --name, which begins the run "
+        "if it has no checkpoint yet; it keeps the options that it was started with unless flags change them"
     )
     parser.add_argument("--resume", metavar="RUN", help=resume)
     add_arguments(parser)
+    open_clip_flags.add_arguments(parser)
     shown = "print every option with its value and where that is from (default, recipe, checkpoint or flag), and stop"
     parser.add_argument("--print-config", action="store_true", help=shown)
-    parser.add_argument("--traceback", action="store_true", help="show where an error was raised")
+    parser.add_argument("--traceback", "--debug", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
 
@@ -42,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = None
     if args.resume is not None:
         checkpoint = _checkpoint(args.resume, given)
+    if checkpoint is not None:
         options |= _trusted(_saved_options(checkpoint), given, checkpoint)
         origins |= dict.fromkeys(options, f"checkpoint {checkpoint}")
     if args.recipe is not None:
@@ -50,6 +53,7 @@ def run(args: argparse.Namespace) -> int:
         if checkpoint is None:
             options = {"name": f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"} | options
             origins.setdefault("name", "recipe and time")
+    given = open_clip_flags.translated(given, options, resuming=checkpoint is not None)
     replaced = {REPLACED[key] for key in given if key in REPLACED}
     if "lr_scheduler" in given:  # what only the earlier schedule used could not be left out otherwise
         replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
@@ -65,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from .world import joined
 
     config = TrainConfig(**options)
-    with joined(config.device, config.dist_timeout) as world:
+    with joined(config.device, config.dist_timeout, by_rank=config.set_device_rank) as world:
         folder, signum = train(config, checkpoint, origins, world)
     if signum is not None:
         return 128 + signum
@@ -79,15 +83,19 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
-def _checkpoint(resume: str, given: dict[str, Any]) -> Path:
-    """Return the checkpoint that ``--resume`` names: a file, the latest of a folder, or the latest of ``--name``."""
+def _checkpoint(resume: str, given: dict[str, Any]) -> Path | None:
+    """Return the checkpoint that ``--resume`` names: a file, the latest of a folder, or the latest of ``--name``.
+
+    There may be none of ``--name`` yet: one command starts a run, and goes on with it however often it is stopped.
+    """
     from .run import RunFolder
 
     path = Path(resume)
     if resume == "latest":
         if "name" not in given:
             raise ValueError("--resume latest needs the run's --name; or give its folder: --resume runs/NAME")
-        path = Path(given.get("logs", "runs")) / given["name"]
+        kept = RunFolder(Path(given.get("logs", "runs")) / given["name"]).kept()
+        return kept[0] if kept else None
     if not path.exists():
         raise ValueError(f"no run to resume at {path}: there is neither a folder nor a checkpoint")
     if not path.is_dir():

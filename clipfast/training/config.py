@@ -10,7 +10,7 @@ from .options import check_type, check_value, flag_name, keys_of, separator_of
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..data import Keys
 
-PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "pure_bf16")
+PRECISIONS = ("auto", "fp32", "amp", "amp_bf16", "amp_bfloat16", "bf16", "pure_bf16")
 AUGMENTATIONS = ("affine", "color_jitter", "hue", "gray_prob")
 BUDGETS = ("epochs", "samples_seen")  # of these two options, one says how long a run is
 # The option whose value in a recipe or a checkpoint is dropped if a flag gives this one.
@@ -74,7 +74,7 @@ class TrainConfig:
     )
     train_data_upsampling_factors: tuple[float, ...] = _flag(
         (), "for each part of --train-data that '::' joins, how often its pairs are seen while those of a part with "
-        "factor 1 are seen once", float,
+        "factor 1 are seen once", float, separator="::",
     )  # fmt: skip
     dataset_resampled: bool = _flag(
         False,
@@ -85,6 +85,20 @@ class TrainConfig:
     train_num_samples: int | None = _flag(None, "pairs per epoch (default: all)", int, positive=True)
     model: str = _flag("ViT-B-32", "model name, as clipfast.list_models() gives it, or path of an OpenCLIP model JSON")
     pretrained: str | None = _flag(None, "tag (clipfast list-pretrained) or checkpoint that the weights start from")
+    cache_dir: str | None = _flag(None, "folder of the weights that are downloaded (default: huggingface_hub's own)")
+    force_quick_gelu: bool = _flag(False, "use QuickGELU even if the model's name does not say so", bool)
+    force_image_size: tuple[int, ...] = _flag((), "side of the images, in place of the model's own", int, positive=True)
+    force_context_length: int | None = _flag(None, "tokens of a text, in place of the model's own", int, positive=True)
+    image_mean: tuple[float, ...] = _flag((), "mean of each channel, in place of the model's own", float)
+    image_std: tuple[float, ...] = _flag((), "deviation of each channel, in place of the model's own", float)
+    image_interpolation: str | None = _flag(
+        None, "how images are resized for evaluation, in place of the model's own way; random is bicubic",
+        choices=("bicubic", "bilinear", "random"),
+    )  # fmt: skip
+    image_resize_mode: str | None = _flag(
+        None, "which side is resized for evaluation, in place of the model's own way",
+        choices=("shortest", "longest", "squash"),
+    )  # fmt: skip
     tokenizer: str | None = _flag(None, "tokenizer.json of a SigLIP model, or the folder that holds it")
     siglip: bool | None = _flag(
         None, "train with the sigmoid loss; SigLIP models have no other loss, and CLIP models do not take it (default: "
@@ -132,7 +146,7 @@ class TrainConfig:
     momentum: float | None = _flag(None, "momentum of an optimizer that has one, such as sgd", float, **BELOW_1)
     image_layer_decay: float | None = _flag(
         None, "factor on the learning rate from each layer of the image tower to the one before it; the projection "
-        "keeps --lr", float, positive=True, most=1,
+        "keeps --lr", float, positive=True, most=1, aliases=("--visual-layer-decay",),
     )  # fmt: skip
     text_layer_decay: float | None = _flag(None, "the same for the text tower", float, positive=True, most=1)
     beta1: float = _flag(0.9, "beta1 of AdamW", float, **BELOW_1)
@@ -169,16 +183,24 @@ class TrainConfig:
     lock_text_freeze_layer_norm: bool = _flag(
         False, "changes nothing: layer norms are always locked with their block; for OpenCLIP's commands", bool
     )
-    precision: str = _flag("auto", "auto is amp_bf16 on a GPU, else fp32; amp is amp_bf16 too", choices=PRECISIONS)
+    precision: str = _flag(
+        "auto", "auto is amp_bf16 on a GPU, else fp32; amp and amp_bfloat16 are amp_bf16 too; bf16 is pure_bf16 with "
+        "norms and embeddings in fp32", choices=PRECISIONS,
+    )  # fmt: skip
     grad_checkpointing: bool = _flag(False, "recompute activations in the backward pass", bool)
     selective_checkpointing: bool = _flag(
         False, "recompute only norms and activation functions: this saves less memory, but takes hardly any time", bool
     )
     torchcompile: bool = _flag(False, "compile the model with torch.compile, as one graph", bool)
+    torchcompile_backend: str = _flag("inductor", "backend of torch.compile")
+    torchcompile_mode: str | None = _flag(None, "mode of torch.compile, such as max-autotune (default: its own)")
     cuda_graphs: bool = _flag(
         False, "replay each step as one CUDA graph: faster for small models, which wait for the host otherwise", bool
     )
     device: str = _flag("auto", "cpu, cuda, or auto for a GPU if there is one")
+    set_device_rank: bool = _flag(
+        True, "give each process the GPU of its number; without it, the first of those that it sees", bool
+    )
     use_bn_sync: bool = _flag(False, "normalise by the statistics of all processes' images (SyncBatchNorm)", bool)
     ddp_static_graph: bool = _flag(
         False, "tell DistributedDataParallel that every step uses the same parameters in the same way", bool
@@ -206,11 +228,31 @@ class TrainConfig:
         0.0, "augmentation: turn the colour wheel by up to this share, at most 0.5", float, not_negative=True, most=0.5
     )
     gray_prob: float = _flag(0.0, "augmentation: probability that an image loses its colour", float, **SHARE)
+    aug_cfg: tuple[str, ...] = _flag(
+        (), "augmentations as OpenCLIP writes them, in place of the flags here: scale, ratio, color_jitter and "
+        "color_jitter_prob, and gray_scale_prob, as name=value",
+    )  # fmt: skip
+    max_image_pixels: int = _flag(
+        0, "leave out images of more pixels; with 0, of more than 89,478,485", int, not_negative=True
+    )
     decode_on_device: bool = _flag(
         False, "decode JPEG files on the GPU (nvJPEG, by torchvision), so that data workers only read them and choose "
         "the crops; it works on a CPU too, and was not measured on a GPU yet", bool,
     )  # fmt: skip
-    val_data: str | None = _flag(None, "labelled shards or image folder for zero-shot evaluation after each epoch")
+    val_data: str | None = _flag(
+        None, "labelled shards or image folder for zero-shot evaluation, or pairs for retrieval"
+    )
+    val_frequency: int = _flag(
+        1, "evaluate on --val-data every so many epochs, and after the last one; with 0, never", int, not_negative=True
+    )
+    imagenet_val: str | None = _flag(
+        None, "folder of ImageNet's validation images, one sub-folder per class, for zero-shot accuracy with OpenAI's "
+        "prompts",
+    )  # fmt: skip
+    imagenet_v2: str | None = _flag(None, "the same for ImageNet-V2")
+    zeroshot_frequency: int = _flag(
+        2, "evaluate on ImageNet every so many epochs, and after the last one; with 0, never", int, not_negative=True
+    )
     val_group_by: str | None = _flag(None, "key of the validation json; accuracy is also given for each of its values")
     val_leave_out: tuple[str, ...] = _flag((), "groups to leave out of a second overall accuracy")
     max_bad_fraction: float = _flag(0.01, "stop if more than this share of the pairs cannot be decoded", float, **SHARE)
@@ -218,6 +260,7 @@ class TrainConfig:
     save_frequency: int = _flag(1, "keep epoch_N.pt every so many epochs; with 0, never", int, not_negative=True)
     log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)
     name: str | None = _flag(None, "name of the run (default: the recipe or the model, and the time)")
+    log_local: bool = _flag(False, "let one process of each machine write its log, to out-RANK", bool)
     logs: str = _flag("runs", "folder in which the run gets a folder of its own")
 
     def __post_init__(self) -> None:
@@ -258,9 +301,12 @@ class TrainConfig:
                 )
         if self.lr_scheduler == "const-cooldown" and self.epochs_cooldown is None:
             raise ValueError("--lr-scheduler const-cooldown needs --epochs-cooldown: the length of the cool-down")
-        wrong = [word for word in self.opt_kwargs if not word.partition("=")[0].isidentifier() or "=" not in word]
-        if wrong:
-            raise ValueError(f"--opt-kwargs must be name=value, got {wrong[0]!r}")
+        for key in ("opt_kwargs", "aug_cfg"):
+            wrong = [
+                word for word in getattr(self, key) if not word.partition("=")[0].isidentifier() or "=" not in word
+            ]
+            if wrong:
+                raise ValueError(f"{flag_name(key)} must be name=value, got {wrong[0]!r}")
         for argument, flag in (("lr", "--lr"), ("weight_decay", "--wd")):
             if any(word.partition("=")[0] == argument for word in self.opt_kwargs):
                 raise ValueError(f"--opt-kwargs must not set {argument}: use {flag}")
@@ -272,10 +318,15 @@ class TrainConfig:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
             raise ValueError(f"--name must be the name of a folder in --logs, not a path, got {self.name!r}")
+        if self.logs.lower() == "none":
+            raise ValueError("--logs none: a run needs a folder for its checkpoints: give one")
         low, high = self.crop_scale
         if not 0 < low <= high <= 1:
             raise ValueError(f"--crop-scale needs two shares of the area, 0 < low <= high <= 1, got {low} {high}")
         augmentations = ", ".join(flag_name(key) for key in AUGMENTATIONS if getattr(self, key))
+        if self.aug_cfg and (augmentations or self.crop_scale != type(self).crop_scale):
+            raise ValueError(f"--aug-cfg takes the place of {augmentations or '--crop-scale'}: leave one of them out")
+        augmentations += "--aug-cfg" if self.aug_cfg else ""
         if self.decode_on_device and augmentations:
             raise ValueError(f"--decode-on-device cannot be used with {augmentations}, which data workers apply")
         if self.decode_on_device and self.crop_scale == (1.0, 1.0):

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from ..aug_cfg import training_options
 from ..data import (
     MAX_OPEN,
     Batch,
@@ -35,13 +36,14 @@ from ..data.keys import IMAGE_KEYS, TEXT_KEYS
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
-from ..images import augmentation
+from ..images import MAX_PIXELS, augmentation
 from ..models import CLIP
 from ..tokenizer import Tokenizer
 from .config import AUGMENTATIONS, TrainConfig
 from .epochs import Epochs
 from .errors import TrainingError
 from .logs import log
+from .optim import parse_arguments
 from .options import KEY_OPTIONS, flag_name
 from .world import ALONE, World
 
@@ -180,7 +182,10 @@ def pair_batches(
         world: the processes, of which this one gets its part of every batch.
     """
     augment = augmentation(config.affine, config.color_jitter, config.hue, config.gray_prob)
-    crops = CroppedImages(model.visual.image_size, config.crop_scale, augment)
+    cut = training_options(parse_arguments(config.aug_cfg)) if config.aug_cfg else {"scale": config.crop_scale}
+    cut = {"augment": augment, **cut}
+    max_pixels = config.max_image_pixels or MAX_PIXELS
+    crops = CroppedImages(model.visual.image_size, **cut, max_pixels=max_pixels)
     batches = PairBatches(
         sources, order, crops, tokenizer, batch_size, config.seed, config.unique_by, config.keyword_prob,
         config.keys(), model.reads_padding, world.rank, world.size,
@@ -188,10 +193,8 @@ def pair_batches(
     if config.decode_on_device:
         encoded = EncodedCrops(crops)
         batches.transform, batches.gather = encoded, encoded.gathered
-    elif config.crop_scale == (1.0, 1.0):
-        batches.transform = WholeImages(
-            transform_of(model, train=True, scale=config.crop_scale, augment=augment, uint8=True)
-        )
+    elif cut == {"augment": augment, "scale": (1.0, 1.0)}:
+        batches.transform = WholeImages(transform_of(model, train=True, uint8=True, **cut), max_pixels)
     return batches
 
 
@@ -201,8 +204,8 @@ def sources_of(config: TrainConfig, names: Sequence[str], workers: int = 0, max_
 
 
 def validation_set(config: TrainConfig) -> LabelledSet | None:
-    """Return the validation data of a run, which may have other names than the training data; None without any."""
-    if config.val_data is None:
+    """Return the validation data of a run, whose names may differ from the training data's; None if none are used."""
+    if config.val_data is None or config.val_frequency == 0:
         return None
     given = config.keys()
     keys = Keys((*given.images, *IMAGE_KEYS), (*given.texts, *TEXT_KEYS), given.is_json)
@@ -222,7 +225,7 @@ def parts(config: TrainConfig) -> list[str]:
 
 def _refuse_changes(config: TrainConfig) -> None:
     """Refuse options that would change images or captions, of which those that the device draws have their own."""
-    given = [flag_name(key) for key in (*AUGMENTATIONS, *KEY_OPTIONS) if getattr(config, key)]
+    given = [flag_name(key) for key in (*AUGMENTATIONS, "aug_cfg", *KEY_OPTIONS) if getattr(config, key)]
     if given:
         raise ValueError(f"{', '.join(given)}: synthetic pairs are drawn on the device as they are: leave it out")
 

@@ -28,16 +28,18 @@ class _OutLog(logging.FileHandler):
 
 
 @contextmanager
-def logging_to(folder: Path, world: World = ALONE) -> Iterator[None]:
+def logging_to(folder: Path, world: World = ALONE, *, by_machine: bool = False) -> Iterator[None]:
     """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format.
 
-    Ranks other than 0 log warnings and errors, and to the console only.
+    Ranks other than 0 log warnings and errors, and to the console only. With ``by_machine``, one rank of each machine
+    logs to a file of its own, ``out-RANK``.
     """
     rank = "" if world.is_main else f"rank {world.rank} | "
     formatter = logging.Formatter(f"%(asctime)s | %(levelname)s | {rank}%(message)s", "%Y-%m-%d,%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
-    if world.is_main:
-        handlers.append(_OutLog(folder / "out.log", encoding="utf-8"))
+    if world.local_rank == 0 if by_machine else world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)  # another machine may have its own disk
+        handlers.append(_OutLog(folder / (f"out-{world.rank}" if by_machine else "out.log"), encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(formatter)
         log.addHandler(handler)

@@ -27,6 +27,8 @@ from .world import ALONE, World
 
 PLACE = ("logs", "name")  # options that say where the run lies, so that its folder may be moved
 
+OF_MODEL = ("model", "force_quick_gelu", "force_image_size", "force_context_length")  # options that make another one
+
 
 def train(
     config: TrainConfig,
@@ -65,8 +67,9 @@ def train(
         trainer = Trainer(config, folder, checkpoint or None, world)
         saved = own.get("config", {})
         options, changed = dataclasses.asdict(config), changed_options(saved, config)
-        if "model" in changed:
-            raise ValueError(f"the weights of a checkpoint are those of its own model: {changed['model']}")
+        other_model = ", ".join(changed[key] for key in OF_MODEL if key in changed)
+        if other_model:
+            raise ValueError(f"the weights of a checkpoint are those of its own model: {other_model}")
         if is_own and changed and trainer.progress.step >= trainer.total_steps:
             done = checkpoint["clipfast"]["progress"]["step"]
             raise ValueError(
@@ -78,7 +81,10 @@ def train(
             folder.create(after_step=step)
             folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
             replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
-        with logging_to(folder.path, world), Interruption(quiet=world.size > 1) as interruption:
+        with (
+            logging_to(folder.path, world, by_machine=config.log_local),
+            Interruption(quiet=world.size > 1) as interruption,
+        ):
             if world.is_main:
                 log.info(f"{sum(trainer.data.sizes):,} pairs in {len(trainer.data.shards):,} shard(s); {found}")
                 _log_start(trainer, resume, changed)
@@ -87,6 +93,8 @@ def train(
                 evaluation, raw = evaluation or trainer.evaluate(), None
                 if trainer.average is not None and trainer.validation is not None:
                     raw = trainer.evaluate_weights(trainer.validation)
+                if not trainer.imagenet.results:
+                    trainer.evaluate_imagenet()
                 world.on_main(lambda: finish(trainer, evaluation, raw))
     return folder, trainer.signum
 
@@ -153,6 +161,7 @@ def finish(trainer: Trainer, evaluation: Evaluation | None, raw: Evaluation | No
         "device": str(trainer.device),
         "torch": torch.__version__,
         **(evaluation.results if evaluation else {}),
+        **trainer.imagenet.results,
     }
     if trainer.average is not None:
         # What stands above is of the average, which is exported.

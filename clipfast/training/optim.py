@@ -16,6 +16,7 @@ from ..models.freezing import groups_of_text, parameters_of
 from .config import TrainConfig
 
 MUON = "muon"
+TIMM = "timm/"  # OpenCLIP's prefix for names that timm knows
 # These need more than a gradient of every weight: a function that computes the loss, or gradients that are sparse.
 _UNFIT = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
@@ -142,6 +143,8 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     """
     if name.lower() == "nadamw":  # OpenCLIP's name
         return torch.optim.NAdam, {"decoupled_weight_decay": True}
+    if name.startswith(TIMM):
+        return _timm_optimizer(name)
     if ":" in name:
         try:
             found = pkgutil.resolve_name(name)
@@ -154,9 +157,25 @@ def optimizer_class(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, A
     if name.lower() not in known:
         raise ValueError(
             f"--opt must be one of {', '.join(sorted({*known, 'nadamw'}))}, or an import path such as "
-            f"timm.optim:Lamb, got {name!r}"
+            f"timm.optim:Lamb, or timm/lamb, got {name!r}"
         )
     return known[name.lower()], {}
+
+
+def _timm_optimizer(name: str) -> tuple[type[torch.optim.Optimizer], dict[str, Any]]:
+    """Return the class that timm has under a name, and what the name stands for in its options.
+
+    Raises:
+        ValueError: timm has none of this name.
+    """
+    import timm.optim
+
+    timm_optim: Any = timm.optim  # whose names are not declared as exported
+    known = timm_optim.list_optimizers()
+    if name.removeprefix(TIMM) not in known:
+        raise ValueError(f"--opt {name}: timm knows {', '.join(known)}")
+    found = timm_optim.get_optimizer_info(name.removeprefix(TIMM))
+    return found.opt_class, dict(found.defaults or {})
 
 
 def _is_fit(kind: object) -> bool:

@@ -35,7 +35,7 @@ def check_type(field: dataclasses.Field[Any], value: Any) -> None:
 def check_value(field: dataclasses.Field[Any], value: Any) -> None:
     """Refuse a number beyond the limits of its option, and a word that is not one of the choices."""
     meta, flag = field.metadata, flag_name(field.name)
-    if "choices" in meta and value not in meta["choices"]:
+    if "choices" in meta and value is not None and value not in meta["choices"]:
         raise ValueError(f"{flag} must be one of {', '.join(meta['choices'])}, got {value!r}")
     if isinstance(value, str | tuple | None):
         return

@@ -26,6 +26,7 @@ from .build import bare_model, build_device, build_loss, build_tokenizer
 from .config import TrainConfig
 from .data import pair_batches, parts, sources_of, validation_set, whole_batch
 from .ema import WeightAverage
+from .imagenet import ImageNet
 from .optim import make_optimizer
 from .run import RunFolder
 from .world import ALONE, World
@@ -89,6 +90,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
     if device.type == "cuda":
         _check_gpu(config, model, device)
     _check_validation(config)
+    ImageNet(config)
     batches = [_try_pairs(config, names, model, tokenizer) for names in groups]
     unusable = [str(sample) for batch in batches for sample in batch.skipped]
     return Preflight(sum(map(len, batches)) + len(unusable), unusable, checkpoint, free, loader)

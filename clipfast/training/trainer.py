@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..data import Batch, Skipped
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.features import encode_part, join_parts
+from ..evaluation.features import LabelledFeatures, encode_part, join_parts
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..files import DiskFullError
@@ -24,6 +24,7 @@ from .config import TrainConfig
 from .data import SkipBudget, TrainingData, validation_set, whole_batch
 from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
+from .imagenet import ImageNet
 from .interruption import Interruption, elected
 from .logs import TrainLog, log
 from .optim import make_optimizer
@@ -62,7 +63,7 @@ class Trainer:
         with world.local_first():
             self.data = TrainingData(config, whole, world)
         self.total_steps = self.data.total_steps
-        self.validation = validation_set(config)
+        self.validation, self.imagenet = validation_set(config), ImageNet(config)
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
@@ -129,7 +130,7 @@ class Trainer:
 
     def _train(self, interruption: Interruption) -> Evaluation | None:
         """Train epoch after epoch, and return the last evaluation."""
-        evaluation, epochs, frequency = None, self.data.epochs, self.config.save_frequency
+        evaluation, epochs, config, frequency = None, self.data.epochs, self.config, self.config.save_frequency
         batches = self.data.batches(
             self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
@@ -142,7 +143,9 @@ class Trainer:
                         is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
                         kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
                         self._save_or_go_on(keep=kept)
-                        evaluation = self.evaluate()
+                        evaluation = self.evaluate() if self._is_due(config.val_frequency) else None
+                        if self._is_due(config.zeroshot_frequency):
+                            self.evaluate_imagenet()
                         self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
@@ -150,6 +153,12 @@ class Trainer:
                     batches.throw(error)
                 raise
         return evaluation
+
+    def _is_due(self, frequency: int) -> bool:
+        """Return True at the end of every so many epochs, and at that of the run."""
+        step, epochs = self.progress.step, self.data.epochs
+        is_turn = epochs.ends_with(step) and epochs.finished_after(step) % max(1, frequency) == 0
+        return frequency > 0 and (is_turn or step == self.total_steps)
 
     def _rescue(self, error: Exception) -> None:
         """Save what an error would lose, if it is sound, and say how to go on."""
@@ -291,23 +300,48 @@ class Trainer:
         On rank 0, ``validation`` knows afterwards what was left out on any rank.
         """
         self.model.eval()
+        features = self._encoded(validation)
+
+        def evaluated() -> Evaluation:
+            assert features is not None
+            return evaluate(
+                self.model, self.tokenizer, features, leave_out=self.config.val_leave_out,
+                skipped=len(validation.left_out),
+            )  # fmt: skip
+
+        return self.world.on_main(evaluated)
+
+    def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
+        """Return the features of a set on rank 0, of which each rank encodes its part; all ranks must call it."""
         self.world.share_buffers(self.model)
-        part = validation.part(self.world.rank, self.world.size, VALIDATION_BATCH_SIZE)
+        part = images.part(self.world.rank, self.world.size, VALIDATION_BATCH_SIZE)
         found = encode_part(self.model, part, transform_of(self.model, uint8=True), VALIDATION_BATCH_SIZE, self.device)
         self.world.meet()  # parts take different times
         found.features = found.features.cpu()
         everyones = self.world.gather((found, part.left_out))
+        if not self.world.is_main:
+            return None
+        features = join_parts([theirs for theirs, _ in everyones])
+        features.features = features.features.to(self.device)
+        left_out = {number: sample for _, theirs in everyones for number, sample in theirs.items()}
+        images.left_out = dict(sorted(left_out.items()))
+        return features
 
-        def evaluated() -> Evaluation:
-            features = join_parts([theirs for theirs, _ in everyones])
-            features.features = features.features.to(self.device)
-            left_out = {number: sample for _, theirs in everyones for number, sample in theirs.items()}
-            validation.left_out = dict(sorted(left_out.items()))
-            return evaluate(
-                self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=len(left_out)
-            )
+    def evaluate_imagenet(self) -> None:
+        """Log and record the zero-shot accuracy on ImageNet, if that was asked for; all ranks must call it.
 
-        return self.world.on_main(evaluated)
+        It is that of the average of the weights, if there is one.
+        """
+        if not self.imagenet.sets:
+            return
+        self.model.eval()
+        with self.averaged():
+            found = self.imagenet.evaluate(self.model, self.tokenizer, self._encoded, self.device, self.world)
+        step = self.progress.step
+        epoch = self.data.epochs.finished_after(step)
+        log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{name}: {value:.4f}" for name, value in found.items()))
+        if self.world.is_main:
+            self.folder.record(step=step, epoch=epoch, imagenet=found)
 
 
 def _by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:

@@ -10,7 +10,7 @@ import datetime
 import os
 import pickle
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -52,8 +52,12 @@ class World:
         """True for the one process that writes the run's folder."""
         return self.rank == 0
 
-    def device(self, name: str) -> torch.device:
+    def device(self, name: str, *, by_rank: bool = True) -> torch.device:
         """Return the device of this process, for the value of ``--device``.
+
+        Args:
+            name: the value.
+            by_rank: give each process of a machine the GPU of its number, and not the first one that it sees.
 
         Raises:
             ValueError: the device is unknown, or there are fewer GPUs than processes on this machine.
@@ -63,10 +67,13 @@ class World:
             return device
         if ":" in name:
             raise ValueError(f"--device {name} with {self.size} processes: give --device cuda, and each takes its own")
+        if not by_rank:
+            return torch.device("cuda", 0)
         if self.local_rank >= torch.cuda.device_count():
             raise ValueError(
                 f"there is no GPU for process {self.local_rank + 1} of this machine, which has "
-                f"{torch.cuda.device_count()}: start as many processes by --nproc-per-node, or use --device cpu"
+                f"{torch.cuda.device_count()}: start as many processes by --nproc-per-node, use --device cpu, or give "
+                "--no-set-device-rank if each process sees only its own"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -182,32 +189,34 @@ class LateSum:
 
 
 @contextlib.contextmanager
-def joined(device: str, timeout: float) -> Iterator[World]:
-    """Join the processes that torchrun started, and leave them at the end; without torchrun, be one alone.
+def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[World]:
+    """Join the processes that torchrun or srun started, and leave them at the end; without these, be one alone.
 
     Of an error, the rank that met it first tells the user. The others lose that rank, which is no news.
 
     Args:
         device: value of ``--device``.
         timeout: seconds that a collective may take after the first step.
+        by_rank: as for :meth:`World.device`.
 
     Raises:
-        ValueError: ``device`` cannot be used.
+        ValueError: ``device`` cannot be used, or srun's processes do not know where to meet.
     """
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    rank, size, local_rank = (int(os.environ[name]) for name in names) if set(names) <= set(os.environ) else (0, 1, 0)
+    rank, size, local_rank, local_size = _places(os.environ)
     if size == 1:
         yield ALONE
         return
-    world = World(rank, size, local_rank, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), timeout)
-    own = world.device(device)
+    world = World(rank, size, local_rank, local_size, timeout)
+    own = world.device(device, by_rank=by_rank)
     is_ours = not dist.is_initialized()
     if is_ours:
         on_gpu = own.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(own)
         first = datetime.timedelta(seconds=max(PATIENCE, timeout))
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None)
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None, rank=rank, world_size=size
+        )
     world.hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, timeout)))
     try:
         yield world
@@ -222,6 +231,32 @@ def joined(device: str, timeout: float) -> Iterator[World]:
     finally:
         if is_ours:
             dist.destroy_process_group()
+
+
+def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
+    """Return rank, number of ranks, and both on this machine, as torchrun or srun say; (0, 1, 0, 1) without these.
+
+    Raises:
+        ValueError: srun started several processes, and nothing says where they meet.
+    """
+    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= set(environment):
+        rank, size, local_rank = (int(environment[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))
+        return rank, size, local_rank, int(environment.get("LOCAL_WORLD_SIZE", 1))
+    size = int(environment.get("SLURM_STEP_NUM_TASKS", 1))
+    if size == 1:
+        return 0, 1, 0, 1
+    missing = {"MASTER_ADDR", "MASTER_PORT"} - set(environment)
+    if missing:
+        raise ValueError(
+            f"srun started {size} processes, and {' and '.join(sorted(missing))} is not set: export MASTER_ADDR as the "
+            "name of the first node, and MASTER_PORT as a port that is free there"
+        )
+    machines: list[int] = []
+    for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(","):  # such as 4(x3),2
+        count, _, times = part.rstrip(")").partition("(x")
+        machines += [int(count)] * int(times or 1)
+    rank, local_rank, machine = (int(environment[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
+    return rank, size, local_rank, machines[machine]
 
 
 def _portable(error: Exception) -> Exception:

@@ -109,7 +109,7 @@ def test_an_import_path_keeps_the_defaults_of_its_class(model):
         ({"opt": "lion"}, "--opt must be one of adadelta, adafactor, .*, or an import path such as timm.*, got 'lion'"),
         ({"opt": "lbfgs"}, "--opt must be one of"),
         ({"opt": "optimizer"}, "--opt must be one of"),
-        ({"opt": "timm/lamb"}, "--opt must be one of .* such as timm.optim:Lamb, got 'timm/lamb'"),
+        ({"opt": "lambda"}, "--opt must be one of .* such as timm.optim:Lamb, or timm/lamb, got 'lambda'"),
         ({"opt": "no_such_package:X"}, "--opt no_such_package:X cannot be imported: No module named"),
         ({"opt": "torch.optim:None_"}, "cannot be imported: module 'torch.optim' has no attribute 'None_'"),
         ({"opt": "os:system"}, "--opt os:system is not a subclass of torch.optim.Optimizer"),

@@ -31,7 +31,7 @@ def test_a_recipe_is_whole_and_names_no_data(name):
 
 
 def test_the_recipes_that_there_are():
-    assert list_recipes() == ["clip-paper", "emoji", "finetune", "lit", "openclip-laion", "siglip"]
+    assert list_recipes() == ["clip-paper", "emoji", "finetune", "lit", "openclip-defaults", "openclip-laion", "siglip"]
     assert TrainConfig(**read_recipe("emoji")).unique_by == "label"
 
 
