@@ -256,6 +256,10 @@ class TrainConfig:
     val_group_by: str | None = _flag(None, "key of the validation json; accuracy is also given for each of its values")
     val_leave_out: tuple[str, ...] = _flag((), "groups to leave out of a second overall accuracy")
     max_bad_fraction: float = _flag(0.01, "stop if more than this share of the pairs cannot be decoded", float, **SHARE)
+    max_nonfinite_steps: int = _flag(
+        10, "stop after so many steps in a row whose loss or gradient is infinite or NaN; such a step changes no "
+        "weight, and nonfinite.jsonl in the run's folder lists the pairs of its batch", int, positive=True,
+    )  # fmt: skip
     save_every: int = _flag(0, "save every so many steps; with 0, only after each epoch", int, not_negative=True)
     save_frequency: int = _flag(1, "keep epoch_N.pt every so many epochs; with 0, never", int, not_negative=True)
     log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)

@@ -33,10 +33,11 @@ from ..data import (
     pair_loader,
 )
 from ..data.keys import IMAGE_KEYS, TEXT_KEYS
+from ..data.samples import sample_name
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
-from ..images import MAX_PIXELS, augmentation
+from ..images import MAX_PIXELS, SampleError, augmentation
 from ..models import CLIP
 from ..tokenizer import Tokenizer
 from .config import AUGMENTATIONS, TrainConfig
@@ -48,6 +49,7 @@ from .options import KEY_OPTIONS, flag_name
 from .world import ALONE, World
 
 MIN_SEEN_FOR_BAD_FRACTION = 100
+NO_FILES = Keys((), ())  # to read a sample without the files that it names
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
 
 
@@ -135,6 +137,23 @@ class TrainingData:
             batches = SyntheticBatches(**vars(batches), image_size=model.visual.image_size)
         workers, ranks = self.config.workers, world.local_size
         return pair_loader(batches, first, self.total_steps, workers, pin_memory=pin_memory, local_ranks=ranks)
+
+    def names(self, number: int) -> list[str]:
+        """Return shard and key of each pair of this rank's part of a batch; of one that cannot be read, its place.
+
+        Args:
+            number: of the batch, from 0.
+        """
+        part, first = self.batch_size // self.world.size, number * self.batch_size
+        mine = self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
+        names = []
+        for place, sample in zip(mine.source.tolist(), mine.sample.tolist(), strict=True):
+            source = self.sources[place]
+            try:
+                names.append(sample_name(source.read(sample, NO_FILES)))
+            except SampleError:
+                names.append(source.name(sample))
+        return names
 
 
 def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:

@@ -37,11 +37,16 @@ class WeightAverage:
         return sum(average.nbytes for average in self.averages.values())
 
     @torch.no_grad()
-    def update(self, steps: int) -> None:
-        """Take the weights into the average after ``steps`` steps, which count from 1."""
+    def update(self, steps: int, skipped: Tensor) -> None:
+        """Take the weights into the average after ``steps`` steps, which count from 1.
+
+        ``skipped`` is 1 if the last of them changed no weight, and leaves the average as it is, else 0.
+        """
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        current = [value.float() for value in self._live.values()]
-        torch._foreach_lerp_(list(self.averages.values()), current, 1 - decay)
+        averages = list(self.averages.values())
+        change = torch._foreach_sub([value.float() for value in self._live.values()], averages)
+        torch._foreach_mul_(change, (1 - decay) * (1 - skipped))
+        torch._foreach_add_(averages, change)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ class TrainingError(RuntimeError):
 
 
 class NotFiniteError(TrainingError):
-    """Loss or weights are infinite or NaN: there is nothing worth saving."""
+    """The weights are infinite or NaN: there is nothing worth saving."""
 
     def __init__(self, what: str, step: int) -> None:
         super().__init__(what, step)  # from which another process can make it again

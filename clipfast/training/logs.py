@@ -2,6 +2,7 @@
 
 import collections
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..data import Batch
 from .epochs import Epochs
-from .errors import NotFiniteError
+from .guard import Figures
 from .run import RunFolder
 from .world import ALONE, World
 
@@ -81,36 +82,42 @@ class TrainLog:
                 yield batch
                 bar.update()
 
-    def step(self, loss: Tensor, pairs: int) -> None:
+    def step(self, figures: Tensor, pairs: int) -> None:
         """Count a finished step of so many pairs of this process.
 
-        ``loss`` is a scalar, and stays on its device until it is logged.
+        ``figures`` are those of :class:`clipfast.training.guard.Guard`, and stay on their device until they are logged.
         """
-        self._losses.append(loss)
+        self._figures.append(figures)
         self._pairs += pairs * self.world.size
 
     def write(self, step: int, lr: float, logit_scale: Tensor) -> None:
         """Log and record the steps since the last line; all ranks must call it.
 
+        Steps that the guard skipped count for the times, and not for the losses.
+
         Args:
             step: number of steps that are finished.
             lr: learning rate of the last one.
             logit_scale: scalar, the factor of the cosines after the last one.
-
-        Raises:
-            NotFiniteError: a loss is not finite.
         """
-        losses = self.world.mean(torch.stack(self._losses))
-        if not losses.isfinite().all():
-            raise NotFiniteError("the loss is", step)
+        stacked = torch.stack(self._figures)
+        stacked[:, 0] = self.world.mean(stacked[:, 0])
+        figures = [Figures(*row) for row in stacked.tolist()]
+        kept = [one for one in figures if not one.skipped]
         elapsed = time.perf_counter() - self._started
         rates = {
-            "batch_time": elapsed / len(losses),
-            "data_time": self._waiting / len(losses),
+            "batch_time": elapsed / len(figures),
+            "data_time": self._waiting / len(figures),
             "data_wait": self._waiting / elapsed,
             "pairs_per_second": self._pairs / elapsed,
         }
-        last, mean, scale = losses[-1].item(), losses.mean().item(), logit_scale.item()
+        scale, means = logit_scale.item(), dict[str, float]()
+        if kept:
+            means = {
+                "loss": math.fsum(one.loss for one in kept) / len(kept),
+                "grad_norm": math.fsum(one.grad_norm for one in kept) / len(kept),
+            }
+        last, mean = (kept[-1].loss, means["loss"]) if kept else (math.nan, math.nan)
         epoch, first, stop = self.epochs.after(step - 1)
         pairs, total = ((count - first) * self.epochs.batch_size for count in (step, stop))
         slowest = f" ({self._stages.most_common(1)[0][0]})" if self._stages else ""
@@ -125,8 +132,9 @@ class TrainLog:
         seconds = dict(self._stages)  # of all data workers together
         if self.world.is_main:
             self.folder.record(
-                step=step, epoch=epoch, loss=mean, lr=lr, logit_scale=scale, **rates, data_seconds=seconds
-            )
+                step=step, epoch=epoch, **means, skipped_steps=len(figures) - len(kept), lr=lr, logit_scale=scale,
+                **rates, data_seconds=seconds,
+            )  # fmt: skip
         self._start_again()
 
     def evaluation(self, step: int, results: dict[str, Any]) -> None:
@@ -139,6 +147,6 @@ class TrainLog:
         self.folder.record(step=step, eval=results)
 
     def _start_again(self) -> None:
-        self._losses: list[Tensor] = []
+        self._figures: list[Tensor] = []
         self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

@@ -51,7 +51,7 @@ def train(
         ImportError: a package is missing that reads the data.
         ValueError: options, data or the checkpoint cannot be used, or another process writes to the folder; nothing has
             been trained then.
-        TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
+        TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
         DiskFullError: there is no space for the last checkpoint or the results.
     """
     # The clocks of the ranks may differ.
@@ -156,6 +156,7 @@ def finish(trainer: Trainer, evaluation: Evaluation | None, raw: Evaluation | No
         "samples_seen": trainer.budget.seen,
         "train_seconds": round(trainer.progress.seconds, 1),
         "train_loss": losses[-1] if losses else None,
+        "skipped_steps": trainer.progress.skipped_steps,
         "skipped_pairs": trainer.budget.skipped,
         "skipped_kinds": dict(trainer.budget.kinds),
         "device": str(trainer.device),

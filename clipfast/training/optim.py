@@ -52,7 +52,13 @@ def make_optimizer(config: TrainConfig, model: CLIP) -> torch.optim.Optimizer:
     if config.opt.lower() == MUON:
         return _make_muon(config, model, groups)
     kind, options = optimizer_class(config.opt)
-    return _construct(config, kind, groups, options | _options(config, kind, model))
+    optimizer = _construct(config, kind, groups, options | _options(config, kind, model))
+    if config.cuda_graphs and not takes_verdict(optimizer):
+        raise ValueError(
+            f"--opt {config.opt} cannot be captured in a graph: the host must tell it to skip a step whose gradient is "
+            "not finite; use fused adam or adamw, or leave out --cuda-graphs"
+        )
+    return optimizer
 
 
 def _construct(
@@ -78,6 +84,14 @@ def _construct(
             f"--opt {config.opt} does not take one of its options: {error}; they are {shown}: correct the flag that "
             "sets it, or --opt-kwargs"
         ) from error
+
+
+def takes_verdict(optimizer: torch.optim.Optimizer) -> bool:
+    """Return True if an optimizer's step reads from ``found_inf``, on the device, whether it may change anything.
+
+    Fused SGD does too, but a first step that it skips leaves a momentum behind that was never written.
+    """
+    return isinstance(optimizer, torch.optim.Adam | torch.optim.AdamW) and bool(optimizer.defaults.get("fused"))
 
 
 def parameter_groups(

@@ -23,12 +23,14 @@ class RunFolder:
         latest: the checkpoint that ``--resume`` continues from.
         metrics_path: a file with one JSON object per line: training figures by step, evaluations by step.
         skipped_path: the list of samples that could not be used: step, name, kind and reason, tab-separated.
+        nonfinite_path: a file with one JSON object for each step whose loss or gradient was not finite.
     """
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
         self.latest = self.checkpoints / "epoch_latest.pt"
         self.metrics_path, self.skipped_path = path / "metrics.jsonl", path / "skipped.tsv"
+        self.nonfinite_path = path / "nonfinite.jsonl"
 
     def refuse_other_run(self, *, resuming: bool) -> None:
         """Refuse a folder that holds another run.
@@ -45,8 +47,10 @@ class RunFolder:
         """Make the folder. Records of an earlier session are kept up to ``after_step``, and removed if it is None."""
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         last = -1 if after_step is None else after_step
-        kept = [json.dumps(line) + "\n" for line in self.metrics() if line["step"] <= last]
-        replace_text(self.metrics_path, "".join(kept))
+        for path in (self.metrics_path, self.nonfinite_path):
+            kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= last]
+            if kept or path.exists() or path == self.metrics_path:
+                replace_text(path, "".join(kept))
         replace_text(self.skipped_path, "".join(line for line in self._skipped() if int(line.split("\t")[0]) <= last))
 
     def save(self, checkpoint: dict[str, Any], *, keep: bool) -> Path:
@@ -102,11 +106,11 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics that are complete: a kill can cut the last one short."""
-        metrics = []
-        for line in self.metrics_path.read_text("utf-8", "replace").splitlines() if self.metrics_path.exists() else ():
-            with contextlib.suppress(json.JSONDecodeError):
-                metrics.append(json.loads(line))
-        return metrics
+        return _lines(self.metrics_path)
+
+    def record_nonfinite(self, values: dict[str, Any]) -> None:
+        """Append a step whose loss or gradient was not finite."""
+        _append(self.nonfinite_path, json.dumps(values) + "\n")
 
     def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
         """Append samples that could not be used."""
@@ -118,6 +122,15 @@ class RunFolder:
         text = self.skipped_path.read_text("utf-8", "replace") if self.skipped_path.exists() else ""
         lines = text.splitlines(keepends=True)
         return [line for line in lines if line.endswith("\n") and line.split("\t")[0].isdecimal()]
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects of a file of JSON lines that are complete."""
+    found = []
+    for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(json.JSONDecodeError):
+            found.append(json.loads(line))
+    return found
 
 
 def _append(path: Path, text: str) -> None:

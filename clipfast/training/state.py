@@ -26,6 +26,8 @@ class Progress:
 
     step: int = 0  # steps that are finished
     seconds: float = 0.0  # spent training, over all sessions
+    skipped_steps: int = 0  # whose loss or gradient was not finite, so that they changed no weight
+    skipped_in_a_row: int = 0  # of these, since the last step that did
 
 
 @dataclasses.dataclass
@@ -103,7 +105,8 @@ class RunState:
         if progress is None:  # OpenCLIP's
             self.progress.step = self.data.epochs.steps_before(checkpoint["epoch"])
         else:
-            self.progress.step, self.progress.seconds = progress["step"], progress["seconds"]
+            for field in dataclasses.fields(Progress):
+                setattr(self.progress, field.name, progress.get(field.name, field.default))
             self.budget.seen = progress["seen"]
             earlier = {"unusable sample": progress.get("skipped", 0)}  # what versions before the kinds counted
             self.budget.kinds.update(progress.get("kinds", earlier))

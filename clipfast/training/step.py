@@ -11,6 +11,7 @@ from ..accumulation import accumulate_gradients, largest_micro_batch
 from ..data import Batch
 from ..data.order import random_words
 from ..models import CLIP
+from .guard import Guard, GuardedLoss
 from .logs import log
 from .world import ALONE, World
 
@@ -50,6 +51,9 @@ class TrainingStep:
         grad_clip_norm: largest norm of the gradient; None does not clip it.
         micro_batch_size: pairs whose activations are held at a time.
         parallel: is called in place of the model, if there are several processes.
+
+    Attributes:
+        guard: knows of the last step whether its gradient was finite. If it was not, nothing has changed.
     """
 
     def __init__(
@@ -63,18 +67,19 @@ class TrainingStep:
         parallel: nn.Module | None = None,
     ) -> None:
         self.parallel = parallel or model
-        self.model, self.optimizer, self.loss = model, optimizer, loss
-        self.autocast, self.grad_clip_norm, self.micro_batch_size = autocast, grad_clip_norm, micro_batch_size
+        self.model, self.optimizer, self.loss = model, optimizer, GuardedLoss(loss)
+        self.autocast, self.micro_batch_size = autocast, micro_batch_size
+        self.guard = Guard(model, optimizer, grad_clip_norm)
         self.is_updating = False  # True after an error that came in the middle of an update
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
         """Take a step and return the loss of the batch before it, a scalar without a graph."""
         self.optimizer.zero_grad()
+        self.guard.begin()
         loss = self.backward(images, texts)
-        if self.grad_clip_norm is not None:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.grad_clip_norm)
+        self.guard.judge(loss)
         self.is_updating = True
-        self.optimizer.step()
+        self.guard.step()
         self.model.clamp_logit_scale()
         self.is_updating = False
         return loss

@@ -27,6 +27,7 @@ from .errors import NotFiniteError, TrainingError
 from .imagenet import ImageNet
 from .interruption import Interruption, elected
 from .logs import TrainLog, log
+from .nonfinite import SkippedSteps
 from .optim import make_optimizer
 from .options import AUTO
 from .run import RunFolder
@@ -89,6 +90,7 @@ class Trainer:
         self.signum: int | None = None
         self._skipped: list[tuple[int, Skipped]] = []  # of this rank, with their steps, since they were last recorded
         self._news = LateSum(world)
+        self.skips = SkippedSteps(self.step.guard, self.data, self.progress, config.max_nonfinite_steps, folder, world)
         if checkpoint is not None:
             self.state.load_state_dict(checkpoint)
 
@@ -99,7 +101,7 @@ class Trainer:
         error met only some of several ranks.
 
         Raises:
-            TrainingError: loss or weights are not finite, or too many pairs cannot be decoded.
+            TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
             ValueError: the data cannot be read.
             DiskFullError: there is no space for the last checkpoint.
         """
@@ -196,6 +198,7 @@ class Trainer:
             self._unsaved = True
             now = time.perf_counter()
             progress.seconds, started = progress.seconds + now - started, now
+            self.skips(batch)
             self._count(batch, interruption)
             if progress.step == last or progress.step % config.log_every_n_steps == 0:
                 self._record_skipped()
@@ -241,19 +244,19 @@ class Trainer:
         self.budget.kinds = collections.Counter(self.world.on_main(record))
 
     def _train_step(self, batch: Batch) -> Tensor:
-        """Set the learning rate of the current step, take the step and return its loss."""
+        """Set the learning rate of the current step, take the step and return its figures."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
         images, texts = self.upload(batch)
         if self.world.size > 2 and not self._has_begun:
             self.step.rehearse(images, texts)
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
-        loss = self._take_step(images, texts)
+        self._take_step(images, texts)
         if self.average is not None:
             self.step.is_updating = True
-            self.average.update(self.progress.step + 1)
+            self.average.update(self.progress.step + 1, self.step.guard.skipped)
             self.step.is_updating = False
-        return loss
+        return self.step.guard.figures.clone()
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model has the average of its weights, if there is one."""
@@ -267,6 +270,7 @@ class Trainer:
                 stay as they are.
         """
         self._record_skipped()
+        self.skips.settle()
         path = self.world.on_main(lambda: self.folder.save(self.state.state_dict(), keep=keep))
         self._unsaved = False
         return path

@@ -49,7 +49,7 @@ def test_values(dtype):
     expected = {name: value.double().clone() for name, value in model.state_dict().items()}
     for step in range(1, 9):
         moved(model, generator)
-        average.update(step)
+        average.update(step, torch.tensor(0.0))
         decay = min(0.6, (1 + step) / (10 + step))
         for name, value in model.state_dict().items():
             expected[name] = decay * expected[name] + (1 - decay) * value.double()

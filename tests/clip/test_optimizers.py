@@ -119,6 +119,8 @@ def test_an_import_path_keeps_the_defaults_of_its_class(model):
         ({"opt": "rprop"}, "--opt rprop has no argument weight_decay: set --wd 0"),
         ({"opt": "sgd", "cuda_graphs": True}, "--opt sgd has no argument capturable: leave out --cuda-graphs"),
         ({"opt": "muon", "cuda_graphs": True}, "--opt muon cannot be captured in a graph"),
+        ({"opt": "nadam", "cuda_graphs": True}, "--opt nadam cannot be captured in a graph: the host must tell it"),
+        ({"opt_kwargs": ("fused=False",), "cuda_graphs": True}, "--opt adamw cannot be captured in a graph"),
         ({"opt": "adamw", "opt_kwargs": ("beta=1",)}, "--opt adamw does not take one of its options: .*'beta'"),
         ({"opt": "muon", "opt_kwargs": ("steps=1",)}, "--opt muon does not take one of its options: .*'steps'"),
         (

@@ -193,8 +193,8 @@ def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no "meta"
     model = create_model(name, device="meta").train()
     size = model.visual.image_size
-    optimizer = torch.optim.SGD(model.parameters())
-    step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, None, micro_batch_size)
+    optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True})  # the real one does not know "meta"
+    step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
     images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
     texts = torch.empty(4, 77, dtype=torch.long, device="meta")
     # what they make on the host and copy does not pass the dispatcher
@@ -203,6 +203,8 @@ def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch
     with OnlyMeta():
         loss = step(images, texts)
     assert loss.shape == ()
+    optimizer.step.assert_called_once_with()
+    assert optimizer.found_inf.data_ptr() == step.guard.skipped.data_ptr()
 
 
 def test_micro_batches_are_used_only_where_they_are_smaller_than_the_batch(monkeypatch):

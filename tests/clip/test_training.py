@@ -345,21 +345,18 @@ def test_bad_samples_are_counted_and_capped(tmp_path):
     assert (results["skipped_pairs"], results["skipped_kinds"]) == (32, {"not an image": 32})
 
 
-@pytest.mark.parametrize("what", ["the loss is", "the weights are"])
-def test_what_is_not_finite_stops_and_spares_the_checkpoint(shards, tmp_path, monkeypatch, what):
+def test_weights_that_are_not_finite_stop_and_spare_the_checkpoint(shards, tmp_path, monkeypatch):
     original = Trainer._train_step
 
     def ruined(trainer, batch):
-        loss = original(trainer, batch)
+        figures = original(trainer, batch)
         if trainer.progress.step == 5:
-            if what == "the loss is":
-                return loss * float("nan")
             with torch.no_grad():
                 trainer.model.text_projection[0, 0] = float("inf")
-        return loss
+        return figures
 
     monkeypatch.setattr(Trainer, "_train_step", ruined)
-    with pytest.raises(TrainingError, match=f"{what} not finite at step 6: lower --lr"):
+    with pytest.raises(TrainingError, match="the weights are not finite at step 6: lower --lr"):
         train(config(shards, tmp_path, save_every=1, log_every_n_steps=1))
     assert saved_step(tmp_path / "run") == 5
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())

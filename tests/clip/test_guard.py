@@ -1,0 +1,261 @@
+"""Steps whose loss or gradient is not finite: no rank takes them, and the run says which pairs they had."""
+
+import contextlib
+import json
+import math
+import time
+from unittest import mock
+
+import pytest
+import torch
+from torch import nn
+
+from clipfast import ranks
+from clipfast.checkpoint import read_checkpoint
+from clipfast.ranks import run_ranks
+from clipfast.tokenizer import Tokenizer
+from clipfast.training import TrainConfig
+from clipfast.training.errors import TrainingError
+from clipfast.training.guard import GuardedLoss, gradient_norms
+from clipfast.training.loop import train
+from clipfast.training.run import RunFolder
+from clipfast.training.schedule import set_lr
+from clipfast.training.step import TrainingStep
+from clipfast.training.trainer import Trainer
+from clipfast.training.world import ALONE
+
+from .conftest import TINY, picture, sample, write_shard
+from .test_distributed_training import folder_of, on_rank
+from .test_training import losses, saved_step
+
+ranks.PRELOAD.append("clipfast.training.trainer")
+
+RESNET = {
+    "embed_dim": 8,
+    "vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "patch_size": None, "head_width": 32},
+    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
+}
+# Options of ten steps of 12 pairs, by the name of the run.
+CASES = {
+    "plain": {"ema_decay": 0.9, "grad_clip_norm": 0.5},
+    "micro": {"micro_batch_size": 2, "opt": "adam"},
+    "momentum": {"opt": "sgd", "momentum": 0.9, "ema_decay": 0.9},
+    "resnet": {"ema_decay": 0.9, "grad_checkpointing": True},
+    "resnet-micro": {"micro_batch_size": 2, "opt": "muon"},
+}
+STEP = 3  # that is to be skipped, from 0
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A function that returns the options of a case, with changes, for a run in a folder."""
+    made = tmp_path_factory.mktemp("made")
+    write_shard(made / "a.tar", [sample(index, png=picture(index)) for index in range(70)])
+    (made / "resnet.json").write_text(json.dumps(RESNET))
+
+    def of_case(logs, case="plain", **changes):
+        model = f"{made}/resnet.json" if case.startswith("resnet") else TINY
+        given = {
+            "train_data": f"{made}/a.tar", "model": model, "global_batch_size": 12, "samples_seen": 120, "warmup": 2,
+            "lr": 1e-3, "workers": 0, "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
+            "train_num_samples": 120,
+        }  # fmt: skip
+        return given | CASES[case] | changes
+
+    return of_case
+
+
+@contextlib.contextmanager
+def struck(rank, what, victim, steps):
+    """Ruin ``what`` of the ``steps`` on one rank: a "gradient", the "loss" alone; or leave the step out on "all"."""
+    backward, original = TrainingStep.backward, Trainer._train_step
+    trainers = []
+
+    def remembered(trainer, batch):
+        trainers[:] = [trainer]
+        if what == "all" and trainer.progress.step in steps:
+            set_lr(trainer.optimizer, trainer.schedule.at(trainer.progress.step))
+            trainer.step.guard.figures.copy_(torch.tensor([math.nan, math.nan, 1, 1]))
+            return trainer.step.guard.figures.clone()
+        return original(trainer, batch)
+
+    def ruined(step, images, texts):
+        is_struck = rank == victim and trainers[0].progress.step in steps
+        if not is_struck or what == "all":
+            return backward(step, images, texts)
+        if what == "gradient":
+            handle = step.model.text_projection.register_hook(lambda gradient: gradient.index_fill(0, ONE, math.nan))
+            found = backward(step, images, texts)
+            handle.remove()
+            return found
+        plain = step.loss
+        step.loss = GuardedLoss(lambda *outputs: plain.loss(*outputs) + math.inf)
+        found = backward(step, images, texts)
+        step.loss = plain
+        return found
+
+    with mock.patch.object(Trainer, "_train_step", remembered), mock.patch.object(TrainingStep, "backward", ruined):
+        yield
+
+
+ONE = torch.tensor([1])
+
+
+def run(world, given, strike, resume=False):
+    """Train with a strike; return the error that ended it, or None."""
+    with mock.patch("clipfast.training.loop._pictures", return_value=[]), struck(world.rank, *strike):
+        try:
+            train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)
+        except TrainingError as error:
+            return str(error)
+    return None
+
+
+@pytest.fixture
+def together(tmp_path):
+    """A function that does jobs on so many ranks."""
+
+    def do(size, *jobs):
+        if size == 1:
+            return [[run(ALONE, *job) for job in jobs]]
+        folder = tmp_path / f"ranks {time.monotonic_ns()}"
+        folder.mkdir()
+        return run_ranks(on_rank, size, size, jobs, run, folder=folder, timeout=240)
+
+    return do
+
+
+def everything(folder):
+    """Return all tensors of the latest checkpoint, flat."""
+    checkpoint = read_checkpoint(folder.latest)
+    states = checkpoint["optimizer"]["state"].items()
+    moments = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
+    average = {f"average of {key}": value for key, value in checkpoint.get("state_dict_ema", {}).items()}
+    return {key: value for key, value in (checkpoint["state_dict"] | moments | average).items() if value is not None}
+
+
+def skips(folder):
+    return [json.loads(line) for line in folder.nonfinite_path.read_text().splitlines()]
+
+
+def assert_as_without(folder, expected):
+    """The run is, to the last bit, one that left the step out."""
+    ours, theirs = everything(folder), everything(expected)
+    assert ours.keys() == theirs.keys()
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    assert losses(folder) == losses(expected)
+    assert len(losses(folder)) == 9
+    assert [line["skipped_steps"] for line in folder.metrics() if "lr" in line] == [0] * STEP + [1] + [0] * 6
+    assert [line["step"] for line in skips(folder)] == [STEP + 1]
+    assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == 1
+
+
+@pytest.mark.parametrize("what", ["gradient", "loss"])
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
+def test_no_rank_takes_the_step(size, what, options, together, tmp_path):
+    cases = [case for case in CASES if size < 3 or not case.startswith("resnet")]
+    given = [options(tmp_path / kind, case) for kind in ("ours", "without") for case in cases]
+    strikes = [(what, size - 1, (STEP,))] * len(cases) + [("all", 0, (STEP,))] * len(cases)
+    assert together(size, *zip(given, strikes, strict=True)) == [[None] * len(given)] * size
+    for case in cases:
+        folder = RunFolder(tmp_path / "ours" / case)
+        assert_as_without(folder, RunFolder(tmp_path / "without" / case))
+        (found,) = skips(folder)
+        lost = [rank["loss"] for rank in found["ranks"] if isinstance(rank["loss"], str)]
+        assert lost == (["inf"] if what == "loss" else [])
+        assert (found["grad_norm"], len(found["ranks"])) == ("nan", size)
+        assert (found["parameters"] == ["text_projection"]) == (what == "gradient")
+
+
+def test_what_is_written_of_a_batch(options, tmp_path):
+    seen = {}
+    original = Trainer._train_step
+
+    def watching(trainer, batch):
+        seen[trainer.progress.step] = batch
+        return original(trainer, batch)
+
+    given = options(tmp_path, "plain")
+    with mock.patch.object(Trainer, "_train_step", watching):
+        run(ALONE, given, ("gradient", 0, (STEP,)))
+    (found,) = skips(folder_of(given))
+    (rank,) = found["ranks"]
+    texts = [sample(int(key.removeprefix("a.tar/")))["txt"].decode() for key in rank["keys"]]
+    batch = seen[STEP]
+    assert Tokenizer(16)(texts)[:, : batch.texts.shape[1]].equal(batch.texts)
+    assert rank["longest_text"] == batch.texts.shape[1]
+    assert rank["pixels"] == {
+        "min": batch.images.min(), "max": batch.images.max(), "mean": pytest.approx(batch.images.double().mean()),
+    }  # fmt: skip
+    assert rank["loss"] == pytest.approx(math.log(12), rel=0.2)
+    assert found["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
+    assert (
+        "Step 4 changed nothing, since the gradient's norm is nan, with 1 parameter(s) not finite: text_proj"
+        in (folder_of(given).path / "out.log").read_text()
+    )
+
+
+@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
+def test_too_many_in_a_row_stop_all_ranks(size, options, together, tmp_path):
+    given = options(tmp_path, "plain", max_nonfinite_steps=3)
+    strike = ("loss", size - 1, (1, 2, 4, 5, 6, 7, 8))
+    found = together(size, (given, strike), (given, strike, True), (given, ("all", 0, ()), True))
+    first, second, third = found[0]
+    assert found == [found[0]] * size
+    folder = folder_of(given)
+    assert first.startswith("the last 3 steps changed nothing, since loss or gradient were not finite, and --max-")
+    assert f"{folder.nonfinite_path} lists their pairs" in first
+    # it was saved after step 7, and goes on there: the count of those in a row, too
+    assert second.startswith("the last 4 steps changed nothing")
+    assert third is None
+    assert [line["step"] for line in skips(folder)] == [2, 3, 5, 6, 7, 8]
+    assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == 6
+    assert all(value.isfinite().all() for value in everything(folder).values())
+
+
+def test_a_resumed_run_is_one_that_never_stopped(options, tmp_path):
+    whole, part = options(tmp_path / "whole", "resnet"), options(tmp_path / "part", "resnet", save_every=1)
+    assert run(ALONE, whole, ("gradient", 0, (1, STEP))) is None
+    part |= {"max_nonfinite_steps": 1}
+    assert "the last 1 steps" in run(ALONE, part, ("gradient", 0, (1, STEP)))
+    assert saved_step(folder_of(part).path) == 2
+    part |= {"max_nonfinite_steps": 10}
+    assert run(ALONE, part, ("gradient", 0, (1, STEP)), True) is None
+    ours, theirs = (everything(folder_of(given)) for given in (part, whole))
+    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    assert [line["step"] for line in skips(folder_of(part))] == [2, STEP + 1]
+    assert skips(folder_of(part)) == skips(folder_of(whole))
+    checkpoint = read_checkpoint(folder_of(part).latest)
+    assert checkpoint["clipfast"]["progress"]["skipped_steps"] == 2
+
+
+def test_the_gradient_norm_is_logged(options, tmp_path):
+    given = options(tmp_path, "plain")
+    original = nn.utils.clip_grads_with_norm_
+    with mock.patch.object(nn.utils, "clip_grads_with_norm_", side_effect=original) as clipped:
+        run(ALONE, given, ("all", 0, ()))
+    found = [call.args[2].item() for call in clipped.call_args_list]
+    assert [line["grad_norm"] for line in folder_of(given).metrics() if "lr" in line] == pytest.approx(found)
+    assert not folder_of(given).nonfinite_path.exists()
+
+
+def norms_of_shards(rank):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    whole = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
+    whole.load_state_dict(model.state_dict())
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    x = torch.arange(20.0).reshape(4, 5)
+    model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
+    whole(x).square().mean().backward()
+    plain = whole[0].bias.grad
+    found = gradient_norms([plain, *(parameter.grad for parameter in model.parameters())])
+    return found, gradient_norms([plain, *(parameter.grad for parameter in whole.parameters())])
+
+
+def test_the_norm_of_a_sharded_gradient_is_that_of_all_shards(tmp_path):
+    for found, expected in run_ranks(norms_of_shards, 2, folder=tmp_path):
+        assert torch.stack(found).tolist() == pytest.approx(torch.stack(expected).tolist())
