@@ -13,11 +13,11 @@ help:  ## Show this list
 
 $(VENV)/base: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[data,eval]'
+	$(BIN)/pip install --quiet --editable '.[data,eval,train]'
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
-	$(BIN)/pip install --quiet --editable '.[data,eval,bench,test,lint]'
+	$(BIN)/pip install --quiet --editable '.[data,eval,train,bench,test,lint]'
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python $(TTSEM)
 	@touch $@
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from clipfast import __version__
-from clipfast.host import nvml_card, proc_bytes, processor
+from clipfast.host import gpu_state, proc_bytes, processor
 from clipfast.verify.context import exact_float32
 
 # Packages whose versions every result names, installed or not.
@@ -22,10 +22,6 @@ PACKAGES = (
     "torch", "triton", "numpy", "open_clip_torch", "memeff", "inf-cl", "cut-cross-entropy", "liger-kernel",
     "siglip-kernel", "flash-attn",
 )  # fmt: skip
-
-# Limits of the clocks that make a card slower than usual (nvml.h, nvmlClocksEventReasons): software and hardware
-# thermal slowdown, hardware slowdown, power brake. The power cap is normal under load, so it is only noted.
-THROTTLED = 0x20 | 0x40 | 0x08 | 0x80
 
 
 def versions() -> dict[str, str | None]:
@@ -160,17 +156,7 @@ def telemetry(device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return {"available": False, "why": "no GPU"}
     try:
-        nvml, card = nvml_card(device)
-        reasons = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(card))
-        return {
-            "available": True,
-            "sm_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM),
-            "memory_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM),
-            "power_w": nvml.nvmlDeviceGetPowerUsage(card) / 1000,
-            "temperature_c": nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
-            "reasons": reasons,
-            "throttled": bool(reasons & THROTTLED),
-        }
+        return {"available": True, **gpu_state(device)}
     except ImportError:
         why = "nvidia-ml-py is not installed"
     except Exception as error:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:  # importing it takes longer than all that is read here
 ROOT = Path("/")
 SHARED_MEMORY = Path("/dev/shm")
 UNLIMITED = 1 << 60  # bytes: version 1 of cgroups writes "no limit" as about eight times this
+# Limits of the clocks that make a card slower than usual, by their bits (nvml.h, nvmlClocksEventReasons). The power cap
+# is normal under load, so it is none of them.
+THROTTLES = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,3 +151,27 @@ def nvml_card(device: "torch.device") -> tuple[Any, Any]:
     pynvml.nvmlInit()
     uuid = str(torch.cuda.get_device_properties(device).uuid)
     return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+
+
+def gpu_state(device: "torch.device") -> dict[str, Any]:
+    """Return clocks, power, temperature, and the reasons for lower clocks of a GPU.
+
+    Raises:
+        ImportError: nvidia-ml-py is missing.
+        pynvml.NVMLError: the driver does not tell.
+    """
+    nvml, card = nvml_card(device)
+    reasons = int(nvml.nvmlDeviceGetCurrentClocksEventReasons(card))
+    return {
+        "sm_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_SM),
+        "memory_mhz": nvml.nvmlDeviceGetClockInfo(card, nvml.NVML_CLOCK_MEM),
+        "power_w": nvml.nvmlDeviceGetPowerUsage(card) / 1000,
+        "temperature_c": nvml.nvmlDeviceGetTemperature(card, nvml.NVML_TEMPERATURE_GPU),
+        "reasons": reasons,
+        "throttled": any(reasons & bit for bit in THROTTLES),
+    }
+
+
+def throttles(reasons: int) -> list[str]:
+    """Return the names of the limits that make a card slower than usual, among the bits that NVML gives."""
+    return [name for bit, name in THROTTLES.items() if reasons & bit]

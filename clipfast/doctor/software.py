@@ -16,6 +16,7 @@ from .findings import NOTE, PROBLEM, Finding, judged
 EXTRAS = {
     "data": "reads pairs",
     "eval": "draws the pictures of a run",
+    "train": "writes TensorBoard's files, and tells power and clocks of GPUs",
     "bench": "tells power, driver and errors of GPUs, and compares timings",
     "hub": "downloads published weights",
     "siglip": "tokenizes texts for SigLIP",

@@ -10,7 +10,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..training.config import SOURCE_OPTIONS, add_arguments, keys_of, separator_of
+from ..training.arguments import add_arguments
+from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..data import Skipped

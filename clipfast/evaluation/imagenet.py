@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ..models import CLIP
-from .labelled import LabelledFeatures, LabelledSet
+from .features import LabelledFeatures
+from .labelled import LabelledSet
 from .zero_shot import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier, top_classes
 
 # What ImageNet-V2's own package and its archive call the folder of the images that OpenCLIP evaluates on.

@@ -263,6 +263,12 @@ class TrainConfig:
     save_every: int = _flag(0, "save every so many steps; with 0, only after each epoch", int, not_negative=True)
     save_frequency: int = _flag(1, "keep epoch_N.pt every so many epochs; with 0, never", int, not_negative=True)
     log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)
+    report_to: str = _flag(
+        "", "further places for the figures of the run: wandb, or all; TensorBoard's files are always written, to "
+        "tensorboard/ in the run's folder",
+    )  # fmt: skip
+    wandb_project_name: str = _flag("open-clip", "project in Weights & Biases")
+    wandb_notes: str = _flag("", "notes on the run in Weights & Biases")
     name: str | None = _flag(None, "name of the run (default: the recipe or the model, and the time)")
     log_local: bool = _flag(False, "let one process of each machine write its log, to out-RANK", bool)
     logs: str = _flag("runs", "folder in which the run gets a folder of its own")

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..evaluation.features import LabelledFeatures
 from ..evaluation.imagenet import imagenet_accuracy, imagenet_classifier, imagenet_set
-from ..evaluation.labelled import LabelledFeatures, LabelledSet
+from ..evaluation.labelled import LabelledSet
 from ..models import CLIP
 from .config import TrainConfig
 from .world import World

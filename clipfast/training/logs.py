@@ -1,13 +1,14 @@
 """Log lines in OpenCLIP's format on the console and in ``out.log``, and metrics in the folder of the run."""
 
 import collections
+import datetime
 import logging
 import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,8 +16,12 @@ from torch import Tensor
 from ..data import Batch
 from .epochs import Epochs
 from .guard import Figures
+from .meters import Meters, Remaining
 from .run import RunFolder
 from .world import ALONE, World
+
+if TYPE_CHECKING:
+    from .reports import Reports
 
 log = logging.getLogger("clipfast")
 
@@ -59,11 +64,18 @@ class TrainLog:
     Args:
         folder: of the run.
         epochs: of the run.
-        world: the processes; rank 0 writes, and the times are its own.
+        world: the processes; rank 0 writes, and the times and meters are its own.
+        meters: of this rank.
+
+    Attributes:
+        reports: where figures go beside the log and ``metrics.jsonl``; None until they are opened, and on other ranks.
     """
 
-    def __init__(self, folder: RunFolder, epochs: Epochs, world: World = ALONE) -> None:
-        self.folder, self.epochs, self.world = folder, epochs, world
+    def __init__(self, folder: RunFolder, epochs: Epochs, world: World = ALONE, meters: Meters | None = None) -> None:
+        self.folder, self.epochs, self.world, self.meters = folder, epochs, world, meters
+        self.reports: Reports | None = None
+        self._remaining = Remaining()
+        self._left: float | None = None  # seconds
 
     def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
         """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each."""
@@ -80,6 +92,8 @@ class TrainLog:
                 self._waiting += time.perf_counter() - asked
                 self._stages.update(batch.seconds)
                 yield batch
+                if self._left is not None:
+                    bar.set_postfix_str(f"run ETA {duration(self._left)}", refresh=False)
                 bar.update()
 
     def step(self, figures: Tensor, pairs: int) -> None:
@@ -90,7 +104,7 @@ class TrainLog:
         self._figures.append(figures)
         self._pairs += pairs * self.world.size
 
-    def write(self, step: int, lr: float, logit_scale: Tensor) -> None:
+    def write(self, step: int, lr: float, logit_scale: Tensor, logit_bias: Tensor | None = None) -> None:
         """Log and record the steps since the last line; all ranks must call it.
 
         Steps that the guard skipped count for the times, and not for the losses.
@@ -99,54 +113,87 @@ class TrainLog:
             step: number of steps that are finished.
             lr: learning rate of the last one.
             logit_scale: scalar, the factor of the cosines after the last one.
+            logit_bias: scalar, what SigLIP adds to them.
         """
         stacked = torch.stack(self._figures)
         stacked[:, 0] = self.world.mean(stacked[:, 0])
         figures = [Figures(*row) for row in stacked.tolist()]
         kept = [one for one in figures if not one.skipped]
-        elapsed = time.perf_counter() - self._started
-        rates = {
-            "batch_time": elapsed / len(figures),
-            "data_time": self._waiting / len(figures),
-            "data_wait": self._waiting / elapsed,
-            "pairs_per_second": self._pairs / elapsed,
-        }
-        scale, means = logit_scale.item(), dict[str, float]()
+        means = {}
         if kept:
             means = {
                 "loss": math.fsum(one.loss for one in kept) / len(kept),
                 "grad_norm": math.fsum(one.grad_norm for one in kept) / len(kept),
             }
-        last, mean = (kept[-1].loss, means["loss"]) if kept else (math.nan, math.nan)
-        epoch, first, stop = self.epochs.after(step - 1)
-        pairs, total = ((count - first) * self.epochs.batch_size for count in (step, stop))
-        slowest = f" ({self._stages.most_common(1)[0][0]})" if self._stages else ""
-        log.info(
-            f"Train Epoch: {epoch} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
-            f"Data (t): {rates['data_time']:.3f} Batch (t): {rates['batch_time']:.3f}, "
-            f"{rates['pairs_per_second']:.6g}/s, {rates['pairs_per_second'] / self.world.size:.6g}/s/gpu "
-            f"LR: {lr:.6f} Logit Scale: {scale:.3f} "
-            f"Contrastive_loss: {last:.5g} ({mean:.5g}) Loss: {last:.5g} ({mean:.5g}) "
-            f"Data-wait: {100 * rates['data_wait']:.1f}%{slowest}"
-        )
-        seconds = dict(self._stages)  # of all data workers together
-        if self.world.is_main:
-            self.folder.record(
-                step=step, epoch=epoch, **means, skipped_steps=len(figures) - len(kept), lr=lr, logit_scale=scale,
-                **rates, data_seconds=seconds,
-            )  # fmt: skip
+        now = time.perf_counter()
+        elapsed = now - self._started
+        line: dict[str, Any] = {
+            "step": step, "total_steps": self.epochs.total_steps, "epoch": self.epochs.after(step - 1).number,
+            "time": round(time.time(), 3), **means, "skipped_steps": len(figures) - len(kept), "lr": lr,
+            "logit_scale": logit_scale.item(), **({} if logit_bias is None else {"logit_bias": logit_bias.item()}),
+            "batch_time": elapsed / len(figures),
+            "data_time": self._waiting / len(figures),
+            "data_wait": self._waiting / elapsed,
+            "pairs_per_second": self._pairs / elapsed,
+            "pairs_per_second_per_gpu": self._pairs / elapsed / self.world.size,
+            **({} if self.meters is None else self.meters.read(elapsed / len(figures))),
+        }  # fmt: skip
+        self._left = self._remaining.at(step, self.epochs.total_steps, now)
+        if self._left is not None:
+            line["eta"] = round(self._left, 1)
+        line["data_seconds"] = dict(self._stages)  # of all data workers together
+        log.info(self._text(line, kept[-1].loss if kept else math.nan))
+        self._record(line)
         self._start_again()
+
+    def _text(self, line: dict[str, Any], last: float) -> str:
+        """Return OpenCLIP's log line with ours at its end; ``last`` is the loss of the last step."""
+        _, first, stop = self.epochs.after(line["step"] - 1)
+        pairs, total = ((count - first) * self.epochs.batch_size for count in (line["step"], stop))
+        mean = line.get("loss", math.nan)  # all steps may have been skipped
+        return (
+            f"Train Epoch: {line['epoch']} [{pairs:>{len(str(total))}}/{total} ({100 * pairs / total:.0f}%)] "
+            f"Data (t): {line['data_time']:.3f} Batch (t): {line['batch_time']:.3f}, "
+            f"{line['pairs_per_second']:#g}/s, {line['pairs_per_second_per_gpu']:#g}/s/gpu "
+            f"LR: {line['lr']:5f} Logit Scale: {line['logit_scale']:.3f} "
+            f"Contrastive_loss: {last:#.5g} ({mean:#.5g}) Loss: {last:#.5g} ({mean:#.5g}) " + " ".join(self._ours(line))
+        )
+
+    def _ours(self, line: dict[str, Any]) -> Iterator[str]:
+        """Yield what OpenCLIP's line does not have."""
+        if line.get("memory"):
+            yield f"Mem: {next(iter(line['memory'].values())) / 1e9:.1f} GB"
+        for name, key in (("MFU", "mfu"), ("Comm", "communication"), ("Data-wait", "data_wait")):
+            if key in line:
+                yield f"{name}: {100 * line[key]:.1f}%"
+        if line["data_seconds"]:
+            yield f"({self._stages.most_common(1)[0][0]})"
+        if "eta" in line:
+            yield f"ETA: {duration(line['eta'])}"
 
     def evaluation(self, step: int, results: dict[str, Any]) -> None:
         """Log and record an evaluation after ``step`` steps."""
-        zero_shot, retrieval = results["zero_shot"], results["retrieval"]
-        log.info(
-            f"Eval step {step}: zero-shot top-1 {zero_shot['top1']:.4f}, top-5 {zero_shot['top5']:.4f}; "
-            f"text to image R@1 {retrieval['text_to_image']['R@1']:.4f}"
-        )
-        self.folder.record(step=step, eval=results)
+        from .reports import evaluation_metrics
+
+        epoch = (
+            self.epochs.after(step - 1).number + 1
+        )  # OpenCLIP counts the epochs that are finished; the last may be cut
+        figures = "\t".join(f"{name}: {value:.4f}" for name, value in evaluation_metrics(results).items())
+        log.info(f"Eval Epoch: {epoch} {figures}\tafter step {step}")
+        self._record({"step": step, "epoch": epoch, "time": round(time.time(), 3), "eval": results})
+
+    def _record(self, line: dict[str, Any]) -> None:
+        if self.world.is_main:
+            self.folder.record(**line)
+        if self.reports is not None:
+            self.reports.add(line)
 
     def _start_again(self) -> None:
         self._figures: list[Tensor] = []
         self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as hours, minutes and seconds, and days before them if there are any."""
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -21,6 +21,7 @@ from .logs import log, logging_to
 from .options import flag_name
 from .preflight import preflight
 from .recipes import describe
+from .reports import check_wandb, reporting
 from .run import RunFolder
 from .trainer import Trainer
 from .world import ALONE, World
@@ -60,6 +61,7 @@ def train(
     is_own = resume is not None and resume.resolve().parent == folder.checkpoints.resolve()
     with locked(folder.path) if world.is_main else contextlib.nullcontext():
         world.on_main(lambda: folder.refuse_other_run(resuming=is_own))
+        world.on_main(lambda: check_wandb(config.report_to))
         checkpoint = read_checkpoint(resume) if resume is not None else {}
         own = checkpoint.get("clipfast", {})
         with world.local_first():  # what it indexes, the other processes of a machine find
@@ -83,6 +85,7 @@ def train(
             replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
         with (
             logging_to(folder.path, world, by_machine=config.log_local),
+            reporting(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
             Interruption(quiet=world.size > 1) as interruption,
         ):
             if world.is_main:
@@ -123,6 +126,8 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
     )
     if config.global_batch_size is None and trainer.batch_size != config.batch_size:
         log.info(f"The run keeps its batch of {trainer.data.batch_size} pairs; --global-batch-size is for another one.")
+    if trainer.about_mfu is not None:
+        log.info(trainer.about_mfu)
     if resume is not None:
         log.info(f"Resuming from {resume} at step {trainer.progress.step} of {total}.")
     if changed:

@@ -102,7 +102,7 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Append a line of metrics."""
-        _append(self.metrics_path, json.dumps(values) + "\n")
+        append(self.metrics_path, json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics that are complete: a kill can cut the last one short."""
@@ -110,12 +110,12 @@ class RunFolder:
 
     def record_nonfinite(self, values: dict[str, Any]) -> None:
         """Append a step whose loss or gradient was not finite."""
-        _append(self.nonfinite_path, json.dumps(values) + "\n")
+        append(self.nonfinite_path, json.dumps(values) + "\n")
 
     def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
         """Append samples that could not be used."""
         lines = (f"{step}\t{_printable(name)}\t{kind}\t{_printable(reason)}\n" for name, kind, reason in skipped)
-        _append(self.skipped_path, "".join(lines))
+        append(self.skipped_path, "".join(lines))
 
     def _skipped(self) -> list[str]:
         """Return the lines of skipped samples that are complete."""
@@ -133,7 +133,7 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def _append(path: Path, text: str) -> None:
+def append(path: Path, text: str) -> None:
     """Append to a file of records. If the disk is full, the records are lost, and training goes on."""
     try:
         with path.open("a", encoding="utf-8") as file:

@@ -19,7 +19,7 @@ from ..evaluation.features import LabelledFeatures, encode_part, join_parts
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..files import DiskFullError
-from .build import build_device, build_loss, build_model, build_parallel, build_tokenizer
+from .build import bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData, validation_set, whole_batch
 from .ema import WeightAverage
@@ -27,6 +27,7 @@ from .errors import NotFiniteError, TrainingError
 from .imagenet import ImageNet
 from .interruption import Interruption, elected
 from .logs import TrainLog, log
+from .meters import Meters
 from .nonfinite import SkippedSteps
 from .optim import make_optimizer
 from .options import AUTO
@@ -48,6 +49,7 @@ class Trainer:
 
     Attributes:
         signum: the signal that interrupted the run on any rank.
+        about_mfu: a sentence on what MFU means in this run; None if it cannot be told.
 
     Raises:
         ValueError: options, data or the checkpoint cannot be used.
@@ -79,7 +81,12 @@ class Trainer:
         )
         self.upload = Upload(self.device)
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
-        self.log = TrainLog(folder, self.data.epochs, world)
+        meters = Meters(self.device, parallel, config.log_every_n_steps)
+        self.about_mfu = meters.count_flops(
+            lambda: bare_model(config, saved, torch.device("meta")), whole, world.size,
+            half=on_amp or config.precision == "pure_bf16",
+        )  # fmt: skip
+        self.log = TrainLog(folder, self.data.epochs, world, meters)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.state = RunState(
@@ -202,7 +209,8 @@ class Trainer:
             self._count(batch, interruption)
             if progress.step == last or progress.step % config.log_every_n_steps == 0:
                 self._record_skipped()
-                self.log.write(progress.step, self.schedule.at(progress.step - 1), self.model.logit_scale.exp())
+                bias = getattr(self.model, "logit_bias", None)
+                self.log.write(progress.step, self.schedule.at(progress.step - 1), self.model.logit_scale.exp(), bias)
             if progress.step < last and config.save_every and progress.step % config.save_every == 0:
                 self._save_or_go_on()
             if self.signum is not None:

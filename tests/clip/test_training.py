@@ -115,7 +115,7 @@ def test_a_run_leaves_what_it_should(shards, tmp_path):
     metrics = folder.metrics()
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6, 8]
     assert [line["step"] for line in metrics if "eval" in line] == [4, 8]
-    assert {path.name for path in folder.checkpoints.iterdir()} == {"epoch_1.pt", "epoch_2.pt", "epoch_latest.pt"}
+    assert {path.name for path in folder.checkpoints.glob("*.pt")} == {"epoch_1.pt", "epoch_2.pt", "epoch_latest.pt"}
     for name in ("learning_curve.png", "contact_sheet.png"):
         assert (folder.path / name).stat().st_size > 10_000
     log = (folder.path / "out.log").read_text()
