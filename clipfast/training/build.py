@@ -92,7 +92,7 @@ def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:
         "mean": config.image_mean, "std": config.image_std, "interpolation": config.image_interpolation,
         "resize_mode": config.image_resize_mode,
     }  # fmt: skip
-    return {key: value[0] if len(value) == 1 else value for key, value in given.items() if value}
+    return {key: value * 3 if len(value) == 1 else value for key, value in given.items() if value}
 
 
 def _lock(config: TrainConfig, model: CLIP) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from . import open_clip_flags
 from .arguments import add_arguments
 from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
+from .evaluation_only import evaluate, is_evaluation
 from .options import flag_name
 from .recipes import describe, list_recipes, read_recipe
 
@@ -65,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
         complete = TrainConfig(**({"train_data": "(needed)"} | options))
         print(describe(complete, origins | ({} if "train_data" in options else {"train_data": "nowhere"})))
         return 0
+    if is_evaluation(options):
+        return evaluate({"model": TrainConfig.model} | options)
     from .loop import train
     from .world import joined
 

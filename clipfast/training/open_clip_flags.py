@@ -323,6 +323,9 @@ INTRODUCTION = """\
 `clipfast train` in place of `open_clip_train.main` after `torchrun ... -m` and `srun python -m`. This page lists every
 flag of its main branch (89fb801). `python -m clipfast.training.open_clip_flags` writes it, from the table that the
 command itself uses.
+
+A flag that is left out may have another value here (batches, warm-up, model and so on): `--recipe openclip-defaults`
+gives all of them OpenCLIP's values. A command without `--train-data` evaluates, as `clipfast eval zeroshot` does.
 """
 
 
