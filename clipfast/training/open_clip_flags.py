@@ -49,7 +49,9 @@ def _local_url(text: str) -> str:
 
 FLAGS: dict[str, Rule] = {
     "--train-data": SAME,
-    "--train-data-upsampling-factors": SAME,
+    "--train-data-upsampling-factors": Rule(
+        "same", "if all are below 1, they are divided by the largest: an epoch sees its pairs once"
+    ),
     "--val-data": Rule("same", "pairs, for retrieval; each caption is also a class of a zero-shot evaluation"),
     "--train-num-samples": Rule("same", "not needed: pairs are counted"),
     "--val-num-samples": Rule("accepted", "pairs are counted, and all of them are evaluated", {"type": int}),
@@ -282,6 +284,9 @@ def translated(given: Mapping[str, Any], earlier: Mapping[str, Any], *, resuming
         if pairs is None:
             raise ValueError("--dataset-type synthetic needs --train-num-samples, or use --train-data synthetic:65536")
         options["train_data"] = f"synthetic:{pairs}"
+    factors = options.get("train_data_upsampling_factors", ())
+    if factors and 0 < max(factors) < 1:  # there only their ratio counts, and here they would leave next to no pairs
+        options["train_data_upsampling_factors"] = tuple(factor / max(factors) for factor in factors)
     passes = options.pop("accum_freq", 1)
     if passes < 1:
         raise ValueError(f"--accum-freq must be more than 0, got {passes}")

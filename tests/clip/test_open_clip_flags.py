@@ -166,6 +166,12 @@ def test_mapped_flags(capsys):
         assert attempt(capsys, *PLAIN, "--dataset-type", kind)[1] == attempt(capsys, *PLAIN)[1]
 
 
+def test_of_small_factors_only_the_ratio_counts():
+    for given, expected in (((0.001, 0.01), (0.1, 1.0)), ((0.5, 1.0), (0.5, 1.0)), ((1.0, 2.0), (1.0, 2.0))):
+        options = translated({"train_data_upsampling_factors": given}, {}, resuming=False)
+        assert options["train_data_upsampling_factors"] == pytest.approx(expected)
+
+
 def test_accumulation_of_a_recipe_and_of_a_checkpoint():
     assert translated({"accum_freq": 2}, {"batch_size": 64}, resuming=False) == {
         "batch_size": 128,
