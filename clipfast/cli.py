@@ -12,6 +12,7 @@ from . import __version__
 # Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
 COMMANDS = {
     "train": ("train a model on image-text shards", "clipfast.training.command"),
+    "status": ("show how far runs are, and plot them", "clipfast.training.status_command"),
     "index": ("index shards, so that a training run starts at once", "clipfast.data.command"),
     "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.doctor.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),

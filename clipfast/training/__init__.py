@@ -2,10 +2,10 @@
 
 ``config`` holds the options, ``recipes`` sets of them, and ``command`` the command line. ``loop.train`` is the entry
 point: it lets ``preflight`` refuse a run that cannot work, and ``trainer`` loop over the components of a run: ``build``
-(model, loss, device), ``optim``, ``schedule``, ``ema``, ``data``, ``step``, ``logs``, ``state`` (what a checkpoint
-holds, and how a run is continued) and ``run`` (its folder). ``guard`` skips steps whose gradient is not finite, and
-``nonfinite`` writes them down. ``world`` is the processes that train together. Only the options are imported here, so
-that ``--help`` needs no PyTorch.
+(model, loss, device), ``optim``, ``schedule``, ``ema``, ``data``, ``step``, ``logs`` with ``meters`` and ``reports``,
+``state`` (what a checkpoint holds, and how a run is continued) and ``run`` (its folder). ``guard`` skips steps whose
+gradient is not finite, and ``nonfinite`` writes them down. ``world`` is the processes that train together. ``history``
+and ``status`` read what a run has recorded. Only the options are imported here, so that ``--help`` needs no PyTorch.
 """
 
 from .config import TrainConfig

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import socket
+import struct
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,21 @@ def locked(folder: Path) -> Iterator[None]:
             if [entry.name for entry in folder.iterdir()] == [LOCK_NAME]:
                 path.unlink()
                 _remove(made)
+
+
+def holder(folder: Path) -> str | None:
+    """Return which process holds the folder of a run; None if none does, or the file system knows no locks.
+
+    Nothing is taken, so a run can start meanwhile. A process that holds the folder itself must not ask: it would
+    release it.
+    """
+    question = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)  # struct flock of 64-bit Linux
+    try:
+        with (folder / LOCK_NAME).open() as file:
+            answer = fcntl.fcntl(file, fcntl.F_GETLK, question)
+            return None if struct.unpack("hhqqi0q", answer)[0] == fcntl.F_UNLCK else _holder(file.read())
+    except OSError:
+        return None
 
 
 def _remove(folders: list[Path]) -> None:

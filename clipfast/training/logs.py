@@ -129,7 +129,8 @@ class TrainLog:
         elapsed = now - self._started
         line: dict[str, Any] = {
             "step": step, "total_steps": self.epochs.total_steps, "epoch": self.epochs.after(step - 1).number,
-            "time": round(time.time(), 3), **means, "skipped_steps": len(figures) - len(kept), "lr": lr,
+            "epochs": self.epochs.number, "time": round(time.time(), 3),
+            **means, "skipped_steps": len(figures) - len(kept), "lr": lr,
             "logit_scale": logit_scale.item(), **({} if logit_bias is None else {"logit_bias": logit_bias.item()}),
             "batch_time": elapsed / len(figures),
             "data_time": self._waiting / len(figures),

@@ -48,7 +48,7 @@ class RunFolder:
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         last = -1 if after_step is None else after_step
         for path in (self.metrics_path, self.nonfinite_path):
-            kept = [json.dumps(line) + "\n" for line in _lines(path) if line["step"] <= last]
+            kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= last]
             if kept or path.exists() or path == self.metrics_path:
                 replace_text(path, "".join(kept))
         replace_text(self.skipped_path, "".join(line for line in self._skipped() if int(line.split("\t")[0]) <= last))
@@ -106,7 +106,7 @@ class RunFolder:
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics that are complete: a kill can cut the last one short."""
-        return _lines(self.metrics_path)
+        return read_lines(self.metrics_path)
 
     def record_nonfinite(self, values: dict[str, Any]) -> None:
         """Append a step whose loss or gradient was not finite."""
@@ -117,6 +117,10 @@ class RunFolder:
         lines = (f"{step}\t{_printable(name)}\t{kind}\t{_printable(reason)}\n" for name, kind, reason in skipped)
         append(self.skipped_path, "".join(lines))
 
+    def skipped_count(self) -> int:
+        """Return how many samples are in the list of those that could not be used."""
+        return len(self._skipped())
+
     def _skipped(self) -> list[str]:
         """Return the lines of skipped samples that are complete."""
         text = self.skipped_path.read_text("utf-8", "replace") if self.skipped_path.exists() else ""
@@ -124,13 +128,13 @@ class RunFolder:
         return [line for line in lines if line.endswith("\n") and line.split("\t")[0].isdecimal()]
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """Return the objects of a file of JSON lines that are complete."""
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """Return the objects in a file of one per line, without lines that are not complete; none if there is no file."""
     found = []
     for line in path.read_text("utf-8", "replace").splitlines() if path.exists() else ():
         with contextlib.suppress(json.JSONDecodeError):
             found.append(json.loads(line))
-    return found
+    return [line for line in found if isinstance(line, dict)]
 
 
 def append(path: Path, text: str) -> None:

@@ -110,7 +110,7 @@ BAD = [
     (["verify", "--op", "attention", "--json", "no/such/v.json"], "no folder no/such to write v.json in"),
     (["verify", "--op", "curve", "--quick"], "leave nothing to check"),
     ([], "the following arguments are required: COMMAND"),
-    (["trian"], "invalid choice: 'trian' (choose from 'train', 'index'"),
+    (["trian"], "invalid choice: 'trian' (choose from 'train', 'status'"),
 ]
 
 

@@ -1,0 +1,58 @@
+"""``clipfast status``: its arguments, and what it prints and plots."""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand."""
+    parser = commands.add_parser(
+        "status",
+        description="Show how far runs are: loss, speed, remaining time, the last evaluation and checkpoint, warnings. "
+        "Nothing is written to their folders. Runs of OpenCLIP's trainer are read as far as their logs tell.",
+        epilog="Example: clipfast status runs/demo --plot demo.png",
+    )
+    add = parser.add_argument
+    runs = "folder of a run, or a folder of runs (default: runs); several runs are one table"
+    add("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN", help=runs)
+    curves = "also draw loss, learning rate, logit scale, speed, waiting for data and evaluations over the steps"
+    add("--plot", type=Path, metavar="FILE", help=f"{curves}; several runs lie over each other")
+    add("--json", action="store_true", help="print JSON: a list with an object for each run")
+    add("--follow", action="store_true", help="refresh until every run has ended, or Ctrl-C")
+    add("--interval", type=float, default=5.0, metavar="SECONDS", help="time between two refreshes (default: 5)")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the status of all runs, and return the exit code."""
+    from ..files import check_target
+    from .history import find_runs, read_history
+    from .status import ENDED, described, read_status, table
+
+    if not args.interval > 0:
+        raise ValueError(f"--interval must be more than 0, got {args.interval}")
+    check_target(args.plot)
+    while True:
+        runs = find_runs(args.runs)
+        statuses = [read_status(path) for path in runs]
+        if args.plot is not None:
+            from .status_plot import plot_runs
+
+            plot_runs([read_history(path) for path in runs], args.plot)
+        text = described(statuses[0]) if len(statuses) == 1 else table(statuses)
+        _show(json.dumps(statuses, indent=2) if args.json else text, is_refreshed=args.follow)
+        if not args.follow or all(status["state"] in ENDED for status in statuses):
+            return 0
+        time.sleep(args.interval)
+
+
+def _show(text: str, *, is_refreshed: bool) -> None:
+    """Print ``text``, in a terminal in place of what was printed before."""
+    if is_refreshed and sys.stdout.isatty():
+        print("\x1b[H\x1b[J", end="")
+    print(text, flush=True)
