@@ -23,6 +23,7 @@ from .kernels.reference import CLIP_MEAN, CLIP_STD
 from .models import CLIP, CLIPConfig, SigLIPConfig
 from .models.positions import grid_side, positions_name, resize_context, resize_positions, text_positions_name
 from .models.siglip import IMAGE_MEAN, IMAGE_STD
+from .shards import fill
 
 log = logging.getLogger("clipfast")
 CONFIG_NAME = "open_clip_config.json"
@@ -205,7 +206,8 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *,
     check_weights(weights, own, source)
     for what in resized:
         log.info(f"{source}: positions were resized from {what}")
-    model.load_state_dict({name: weights[name].reshape(value.shape) for name, value in own.items()})
+    for name, value in own.items():
+        fill(value, weights[name])
 
 
 def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> list[str]:

@@ -18,6 +18,7 @@ from ..models import CLIP, CLIPConfig, SigLIPConfig, add_model_config, build
 from ..siglip_loss import SigLipLoss
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
+from .fsdp import is_sharded, shard
 from .world import ALONE, World
 
 
@@ -39,8 +40,10 @@ def build_device(config: TrainConfig, world: World = ALONE) -> torch.device:
     return device
 
 
-def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device) -> CLIP:
+def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device, world: World = ALONE) -> CLIP:
     """Build the model of a run on ``device``, in training mode, and compile it if that is asked for.
+
+    FSDP2 compiles its blocks later.
 
     ``saved`` is what clipfast noted in the checkpoint that is continued, if there is one. Its configuration of the
     model replaces ``config.model``, and the weights are those of the checkpoint, which are loaded later.
@@ -51,7 +54,7 @@ def build_model(config: TrainConfig, saved: dict[str, Any], device: torch.device
     model = bare_model(config, saved, device)
     selective = config.selective_checkpointing
     model.set_grad_checkpointing(config.grad_checkpointing or selective, selective=selective)
-    if config.torchcompile:
+    if config.torchcompile and not is_sharded(config, world):
         model.compile(fullgraph=True, backend=config.torchcompile_backend, mode=config.torchcompile_mode)
     return model
 
@@ -106,6 +109,9 @@ def _lock(config: TrainConfig, model: CLIP) -> None:
 def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch.device) -> nn.Module:
     """Return what takes the place of ``model`` in a step, so that all ranks get the mean of their gradients."""
     if world.size == 1:
+        return model
+    if is_sharded(config, world):
+        shard(config, model, world, device)
         return model
     if config.use_bn_sync:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

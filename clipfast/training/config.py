@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .fsdp_options import check_fsdp
 from .options import check_type, check_value, flag_name, keys_of, separator_of
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
@@ -205,6 +206,18 @@ class TrainConfig:
     ddp_static_graph: bool = _flag(
         False, "tell DistributedDataParallel that every step uses the same parameters in the same way", bool
     )
+    fsdp: bool = _flag(
+        False, "keep only a part of weights, gradients and optimizer state on each process (FSDP2), in place of a copy "
+        "of all on each; of no effect in one process", bool,
+    )  # fmt: skip
+    fsdp_no_reshard_after_forward: bool = _flag(
+        False, "keep the gathered weights of each block from its forward to its backward pass: less communication, "
+        "more memory", bool,
+    )  # fmt: skip
+    fsdp_offload_cpu: bool = _flag(
+        False, "keep the parts of the weights, of their gradients and of the optimizer's state in the host's memory, "
+        "where the optimizer then runs", bool,
+    )  # fmt: skip
     dist_timeout: int = _flag(
         60, "seconds after which processes give up waiting for another one; before the first step they wait for at "
         "least ten minutes", int, positive=True,
@@ -300,6 +313,7 @@ class TrainConfig:
             )
         if self.val_leave_out and self.val_group_by is None:
             raise ValueError("--val-leave-out needs --val-group-by: the key that says which group an image is in")
+        check_fsdp(self)
         self.keys()
         self.separator()
         if isinstance(self.warmup, float) and self.warmup >= 1 and not self.warmup.is_integer():

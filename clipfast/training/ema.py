@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checkpoint import check_weights, plain_names
 from ..models import CLIP
+from ..shards import fill, local
 
 
 class WeightAverage:
@@ -43,18 +44,18 @@ class WeightAverage:
         ``skipped`` is 1 if the last of them changed no weight, and leaves the average as it is, else 0.
         """
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        averages = list(self.averages.values())
-        change = torch._foreach_sub([value.float() for value in self._live.values()], averages)
+        averages = _locals(self.averages)
+        change = torch._foreach_sub([local(value).float() for value in self._live.values()], averages)
         torch._foreach_mul_(change, (1 - decay) * (1 - skipped))
         torch._foreach_add_(averages, change)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Give the model the average for as long as the context lasts."""
-        live = list(self._live.values())
+        live = _locals(self._live)
         with torch.no_grad():
             trained = [value.clone() for value in live]
-            torch._foreach_copy_(live, list(self.averages.values()))
+            torch._foreach_copy_(live, _locals(self.averages))
         try:
             yield
         finally:
@@ -75,4 +76,9 @@ class WeightAverage:
         found = {name: found[name] for name in self.averages if name in found}
         check_weights(found, self.averages, "state_dict_ema of the checkpoint")
         for name, average in self.averages.items():
-            average.copy_(found[name].reshape(average.shape))
+            fill(average, found[name])
+
+
+def _locals(tensors: Mapping[str, Tensor]) -> list[Tensor]:
+    """Return the parts of tensors that this process holds; FSDP2 may have cut some of them."""
+    return [local(value) for value in tensors.values()]

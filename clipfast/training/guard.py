@@ -125,10 +125,12 @@ def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     norms = list(torch._foreach_norm(local, dtype=torch.float32))
     sharded = [place for place, gradient in enumerate(gradients) if isinstance(gradient, DTensor)]
     if sharded:
-        squares = torch.stack([norms[place] for place in sharded]).square_()
+        mesh: Any = gradients[sharded[0]].device_mesh  # type: ignore[attr-defined]
+        # The shards may lie on the host, and the square of a large number is beyond float32.
+        squares = torch.stack([norms[place] for place in sharded]).to(mesh.device_type, torch.float64).square_()
         for dimension in _sharding(gradients[sharded[0]]):
-            dist.all_reduce(squares, group=gradients[sharded[0]].device_mesh.get_group(dimension))  # type: ignore[attr-defined]
-        for place, norm in zip(sharded, squares.sqrt_().unbind(), strict=True):
+            dist.all_reduce(squares, group=mesh.get_group(dimension))
+        for place, norm in zip(sharded, squares.sqrt_().float().unbind(), strict=True):
             norms[place] = norm
     return norms
 

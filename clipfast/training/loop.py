@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..checkpoint import export_open_clip, read_checkpoint
+from ..checkpoint import plain_names, preprocessing_of, read_checkpoint, write_open_clip_folder
 from ..evaluation.evaluate import Evaluation
 from ..file_tokenizer import FileTokenizer
 from ..files import replace_text
@@ -98,7 +99,9 @@ def train(
                     raw = trainer.evaluate_weights(trainer.validation)
                 if not trainer.imagenet.results:
                     trainer.evaluate_imagenet()
-                world.on_main(lambda: finish(trainer, evaluation, raw))
+                with trainer.averaged():
+                    weights = trainer.weights()
+                    world.on_main(lambda: finish(trainer, evaluation, raw, weights))
     return folder, trainer.signum
 
 
@@ -140,23 +143,25 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
         )
 
 
-def finish(trainer: Trainer, evaluation: Evaluation | None, raw: Evaluation | None) -> None:
+def finish(
+    trainer: Trainer, evaluation: Evaluation | None, raw: Evaluation | None, weights: Mapping[str, Tensor]
+) -> None:
     """Write ``results.json``, the exported model and the pictures of a finished run into its folder.
 
     Args:
         trainer: of the run.
         evaluation: of what is exported, if there are validation data.
         raw: of the last weights, if their average is exported.
+        weights: what is exported.
     """
-    folder, config = trainer.folder, trainer.config
-    with trainer.averaged():
-        export_open_clip(trainer.model, folder.path)
+    folder, config, model = trainer.folder, trainer.config, trainer.model
+    write_open_clip_folder(folder.path, model.config, preprocessing_of(model), plain_names(weights))
     if isinstance(trainer.tokenizer, FileTokenizer):
         trainer.tokenizer.save(folder.path)
     losses = [line["loss"] for line in folder.metrics() if "loss" in line]
     results = {
         "model": config.model,
-        "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "steps": trainer.progress.step,
         "samples_seen": trainer.budget.seen,
         "train_seconds": round(trainer.progress.seconds, 1),

@@ -13,6 +13,7 @@ from torch import nn
 from ..models import CLIP
 from ..models.freezing import Group as Layers
 from ..models.freezing import groups_of_text, parameters_of
+from ..shards import is_cut
 from .config import TrainConfig
 
 MUON = "muon"
@@ -20,6 +21,7 @@ TIMM = "timm/"  # OpenCLIP's prefix for names that timm knows
 # These need more than a gradient of every weight: a function that computes the loss, or gradients that are sparse.
 _UNFIT = (torch.optim.Optimizer, torch.optim.LBFGS, torch.optim.SparseAdam)
 _FUSED = (torch.optim.AdamW, torch.optim.Adam, torch.optim.SGD)
+_FUSED_IF_CUT = (torch.optim.AdamW, torch.optim.Adam)  # of weights that FSDP2 has cut, PyTorch takes no fused SGD
 Group = dict[str, Any]
 
 
@@ -71,7 +73,9 @@ def _construct(
         NotImplementedError: it reads parameters, and they have no values, on PyTorch's "meta" device.
     """
     given = parse_arguments(config.opt_kwargs)
-    if kind in _FUSED and given.keys().isdisjoint(("foreach", "fused", "differentiable")):
+    is_cut_by_fsdp = any(is_cut(parameter) for group in groups for parameter in group["params"])
+    fused = _FUSED_IF_CUT if is_cut_by_fsdp else _FUSED
+    if kind in fused and given.keys().isdisjoint(("foreach", "fused", "differentiable")):
         options |= {"fused": True}
     options |= given
     try:

@@ -5,9 +5,11 @@ import json
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
+from ..shards import cut_like, gathered
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
@@ -48,19 +50,23 @@ class RunState:
     progress: Progress
     average: WeightAverage | None = None
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the content of a checkpoint.
+    def check(self, content: dict[str, Any]) -> None:
+        """Refuse to keep what :meth:`state_dict` returned if it is of no use.
 
         Raises:
             NotFiniteError: the weights are not finite.
         """
-        if not torch.stack([parameter.isfinite().all() for parameter in self.model.parameters()]).all():
+        weights = [content["state_dict"][name] for name, _ in self.model.named_parameters()]
+        if not torch.stack([weight.isfinite().all().cpu() for weight in weights]).all():
             raise NotFiniteError("the weights are", self.progress.step)
+
+    def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
+        """Return the content of a checkpoint. All ranks must call it, and it is complete where ``is_main``."""
         optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
         average = {} if self.average is None else {"state_dict_ema": self.average.state_dict()}
-        return {
+        content = {
             "epoch": self.data.epochs.finished_after(self.progress.step),
             "name": self.name,
             "state_dict": self.model.state_dict(),
@@ -77,6 +83,8 @@ class RunState:
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
         }
+        complete: dict[str, Any] = gathered(content, keep=is_main)
+        return complete
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Continue from the content of a checkpoint of this package or of OpenCLIP.
@@ -146,7 +154,7 @@ class RunState:
         for group, mine in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
             group.update({key: value for key, value in mine.items() if key != "params"})
         try:
-            self.optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict(self._cut(state))
             if groups not in (None, self._groups()):
                 raise ValueError("its groups hold other parameters")
             # A fused optimizer that is given moments of another shape writes beyond their end.
@@ -160,6 +168,23 @@ class RunState:
                 "In a checkpoint of OpenCLIP's main branch, positions have no weight decay: --wd-exclude "
                 f"{' '.join(sorted(self.model.no_weight_decay()))}"
             ) from error
+
+    def _cut(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the state of the optimizer with the moments cut as the weights are."""
+        parameters: dict[int, Tensor] = {}
+        for saved, group in zip(state["param_groups"], self.optimizer.param_groups, strict=False):
+            parameters |= zip(saved["params"], group["params"], strict=False)
+
+        def cut(index: int, value: Any) -> Any:
+            like = parameters.get(index)
+            if like is None or not isinstance(value, Tensor) or value.shape != like.shape:
+                return value
+            return cut_like(value, like)
+
+        moments = {
+            index: {name: cut(index, value) for name, value in found.items()} for index, found in state["state"].items()
+        }
+        return state | {"state": moments}
 
 
 def _ends_epoch(epoch: int, step: int, stream: dict[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from ..accumulation import accumulate_gradients, largest_micro_batch
 from ..data import Batch
 from ..data.order import random_words
 from ..models import CLIP
+from .fsdp import exchange_scalars
 from .guard import Guard, GuardedLoss
 from .logs import log
 from .world import ALONE, World
@@ -51,6 +52,7 @@ class TrainingStep:
         grad_clip_norm: largest norm of the gradient; None does not clip it.
         micro_batch_size: pairs whose activations are held at a time.
         parallel: is called in place of the model, if there are several processes.
+        shards: the processes among which FSDP2 has cut the weights; None if each has all of them.
 
     Attributes:
         guard: knows of the last step whether its gradient was finite. If it was not, nothing has changed.
@@ -65,8 +67,9 @@ class TrainingStep:
         grad_clip_norm: float | None,
         micro_batch_size: int,
         parallel: nn.Module | None = None,
+        shards: World | None = None,
     ) -> None:
-        self.parallel = parallel or model
+        self.parallel, self.shards = parallel or model, shards
         self.model, self.optimizer, self.loss = model, optimizer, GuardedLoss(loss)
         self.autocast, self.micro_batch_size = autocast, micro_batch_size
         self.guard = Guard(model, optimizer, grad_clip_norm)
@@ -86,6 +89,12 @@ class TrainingStep:
 
     def backward(self, images: Tensor, texts: Tensor) -> Tensor:
         """Add the gradients of a batch to ``.grad`` and return its loss, a scalar without a graph."""
+        loss = self._backward(images, texts)
+        if self.shards is not None:
+            exchange_scalars(self.model, self.shards)
+        return loss
+
+    def _backward(self, images: Tensor, texts: Tensor) -> Tensor:
         if self.micro_batch_size < len(images):
             with self.autocast():
                 return accumulate_gradients(self.parallel, images, texts, self.micro_batch_size, self.loss)

@@ -19,11 +19,13 @@ from ..evaluation.features import LabelledFeatures, encode_part, join_parts
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..files import DiskFullError
+from ..shards import gathered
 from .build import bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData, validation_set, whole_batch
 from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
+from .fsdp import is_sharded, unsharded
 from .imagenet import ImageNet
 from .interruption import Interruption, elected
 from .logs import TrainLog, log
@@ -68,17 +70,19 @@ class Trainer:
         self.total_steps = self.data.total_steps
         self.validation, self.imagenet = validation_set(config), ImageNet(config)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, saved, self.device)
+        self.model = build_model(config, saved, self.device, world)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
         parallel = build_parallel(config, self.model, world, self.device)
+        self._is_sharded = is_sharded(config, world)
         self.optimizer = make_optimizer(config, self.model)
         self.schedule = schedule_of(config, self.total_steps, self.data.epochs)
         on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
         autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=on_amp)
         size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else self.batch_size
         self.step = TrainingStep(
-            self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel
-        )
+            self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel,
+            world if self._is_sharded else None,
+        )  # fmt: skip
         self.upload = Upload(self.device)
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
         meters = Meters(self.device, parallel, config.log_every_n_steps)
@@ -255,7 +259,7 @@ class Trainer:
         """Set the learning rate of the current step, take the step and return its figures."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
         images, texts = self.upload(batch)
-        if self.world.size > 2 and not self._has_begun:
+        if self.world.size > 2 and not self._has_begun and not self._is_sharded:
             self.step.rehearse(images, texts)
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
@@ -279,9 +283,20 @@ class Trainer:
         """
         self._record_skipped()
         self.skips.settle()
-        path = self.world.on_main(lambda: self.folder.save(self.state.state_dict(), keep=keep))
+        content = self.state.state_dict(is_main=self.world.is_main)
+        path = self.world.on_main(lambda: self._write(content, keep=keep))
         self._unsaved = False
         return path
+
+    def _write(self, content: dict[str, Any], *, keep: bool) -> Path:
+        """Write the content of a checkpoint if its weights are finite."""
+        self.state.check(content)
+        return self.folder.save(content, keep=keep)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the weights that the model has now, complete on rank 0; all ranks must call it."""
+        found: dict[str, Tensor] = gathered(self.model.state_dict(), keep=self.world.is_main)
+        return found
 
     def evaluate(self) -> Evaluation | None:
         """Return zero-shot accuracy and retrieval on the validation data, logged and recorded; None without any.
@@ -312,7 +327,6 @@ class Trainer:
         On rank 0, ``validation`` knows afterwards what was left out on any rank.
         """
         self.model.eval()
-        features = self._encoded(validation)
 
         def evaluated() -> Evaluation:
             assert features is not None
@@ -321,7 +335,13 @@ class Trainer:
                 skipped=len(validation.left_out),
             )  # fmt: skip
 
-        return self.world.on_main(evaluated)
+        with self._complete():
+            features = self._encoded(validation)
+            return self.world.on_main(evaluated)
+
+    def _complete(self) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which every rank has all weights, and encodes what it likes without the others."""
+        return unsharded(self.config, self.model) if self._is_sharded else contextlib.nullcontext()
 
     def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
         """Return the features of a set on rank 0, of which each rank encodes its part; all ranks must call it."""
@@ -347,7 +367,7 @@ class Trainer:
         if not self.imagenet.sets:
             return
         self.model.eval()
-        with self.averaged():
+        with self.averaged(), self._complete():
             found = self.imagenet.evaluate(self.model, self.tokenizer, self._encoded, self.device, self.world)
         step = self.progress.step
         epoch = self.data.epochs.finished_after(step)

@@ -1,0 +1,290 @@
+"""FSDP2: what one process does, on ranks that hold a part of the weights each."""
+
+import json
+import os
+import shutil
+
+import pytest
+import torch
+from torch import nn
+
+from clipfast import ranks
+from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, build
+from clipfast.ranks import run_ranks
+from clipfast.shards import gathered, is_cut, local
+from clipfast.training import TrainConfig
+from clipfast.training.ema import WeightAverage
+from clipfast.training.fsdp import exchange_scalars, shard, unsharded
+from clipfast.training.fsdp_options import FSDP_OPTIMIZERS
+from clipfast.training.guard import Guard
+from clipfast.training.optim import make_optimizer
+from clipfast.training.run import RunFolder
+from clipfast.training.world import ALONE, joined
+
+from .siglip import save_tokenizer
+from .test_distributed_training import CLIP, assert_like, empty, on_rank, trained
+from .test_training import losses, saved_step
+
+ranks.PRELOAD.append("clipfast.training.trainer")
+
+# No size is a multiple of 3, and of SigLIP's positions and query some ranks have nothing: their first dimension is 1.
+SIGLIP = SigLIPConfig(16, VisionConfig(24, 2, 16, 8, 2.0, 8), TextConfig(12, 300, 8, 1, 2)).to_dict()
+RESNET = CLIP | {"vision_cfg": {"image_size": 32, "layers": [1, 1, 1, 1], "width": 4, "head_width": 8}}
+MODELS = {"clip": CLIP, "siglip": SIGLIP, "resnet": RESNET}
+# Options of 30 steps of 12 pairs, by the name of the run.
+CASES = {
+    "plain": {},
+    "many": {
+        "force_patch_dropout": 0.5, "grad_checkpointing": True, "grad_clip_norm": 0.5, "micro_batch_size": 3,
+        "image_layer_decay": 0.7, "wd_exclude": ("*positional_embedding",),
+    },
+    "siglip": {"grad_clip_norm": 0.3, "micro_batch_size": 2, "ema_decay": 0.9},
+    "average": {"ema_decay": 0.9, "lock_image": True, "grad_clip_norm": 0.5},
+    "locked": {
+        "lock_text": True, "lock_text_unlocked_layers": 1, "lock_image": True, "lock_image_unlocked_groups": 1,
+        "micro_batch_size": 2, "selective_checkpointing": True, "fsdp_no_reshard_after_forward": True,
+    },
+    "offloaded": {"fsdp_offload_cpu": True, "grad_clip_norm": 0.5, "opt": "sgd", "momentum": 0.9, "lr": 0.01},
+}  # fmt: skip
+ONLY_FSDP = ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A function that returns the options of a case, with changes, for a run in a folder."""
+    made = tmp_path_factory.mktemp("made")
+    for name, content in MODELS.items():
+        (made / f"{name}.json").write_text(json.dumps(content))
+    save_tokenizer(made / "tokenizer")
+
+    def of_case(logs, case, **changes):
+        is_siglip = case == "siglip"
+        given = {
+            "train_data": "synthetic:400", "model": f"{made}/{'siglip' if is_siglip else 'clip'}.json",
+            "tokenizer": f"{made}/tokenizer" if is_siglip else None, "global_batch_size": 12,
+            "train_num_samples": 357, "epochs": 1, "warmup": 2, "lr": 1e-3, "workers": 0, "log_every_n_steps": 1,
+            "save_frequency": 0, "name": case, "logs": str(logs), "val_data": "synthetic:70@1", "fsdp": True,
+        } | CASES[case] | changes  # fmt: skip
+        return given if given["fsdp"] else {key: value for key, value in given.items() if key not in ONLY_FSDP}
+
+    return of_case
+
+
+@pytest.fixture(scope="module")
+def one(options, tmp_path_factory):
+    """The folders of runs by one process."""
+    logs = tmp_path_factory.mktemp("one")
+    for case in CASES:
+        assert trained(ALONE, options(logs, case)) is None
+    return {case: RunFolder(logs / case) for case in CASES}
+
+
+@pytest.fixture
+def together(tmp_path):
+    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
+
+    def run(size, *jobs):
+        return run_ranks(on_rank, size, size, jobs, folder=empty(tmp_path), timeout=240)
+
+    return run
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_curve_of_one_process(size, one, options, together, tmp_path):
+    assert together(size, *((options(tmp_path, case),) for case in CASES)) == [[None] * len(CASES)] * size
+    assert len(losses(one["plain"])) == 30
+    for case, expected in one.items():
+        assert_like(RunFolder(tmp_path / case), expected)
+        assert evaluation(tmp_path / case) == evaluation(expected.path)
+
+
+def evaluation(path):
+    """What the results of a run say about its validation data."""
+    results = json.loads((path / "results.json").read_text())
+    return {key: results.get(key) for key in ("images", "zero_shot", "retrieval", "raw", "ema")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("case", ["many", "average"])
+def test_the_evaluation_of_one_process(case, one, options, together, tmp_path):
+    """A finished run that goes on is evaluated only. Of five blocks of images, no two of three ranks have as many."""
+    shutil.copytree(one[case].path, tmp_path / case)
+    together(3, (options(tmp_path, case), True))
+    assert (tmp_path / case / "results.json").read_text() == (one[case].path / "results.json").read_text()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "sizes",
+    [[(2, True), (1, True), (3, True)], [(2, False), (3, True), (2, False)], [(3, True), (2, False), (2, True)]],
+    ids=["fewer and more ranks", "DDP, FSDP, DDP", "FSDP, DDP, FSDP"],
+)
+def test_ranks_and_kind_change_within_an_epoch(sizes, one, options, together, tmp_path):
+    for number, (size, fsdp) in enumerate(sizes):
+        given = options(tmp_path, "many", save_every=7, ema_decay=None, fsdp=fsdp)
+        job = (given, number > 0, ("stop", range(size), 10 + 7 * number) if number < 2 else None)
+        if size == 1:
+            trained(ALONE, *job)
+        else:
+            together(size, job)
+        if number < 2:
+            assert saved_step(tmp_path / "many") == 7 * (number + 1)
+    assert_like(RunFolder(tmp_path / "many"), one["many"])
+
+
+def on_ranks(rank, size, work, *args):
+    """Return what ``work`` returns in a group of ranks."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    with joined("cpu", 30) as world:
+        return work(world, *args)
+
+
+def in_parts(world, kind, **options):
+    """A model that is cut if there are several ranks, and a batch: the same ones on every rank."""
+    torch.manual_seed(0)
+    model = build(CLIPConfig.from_dict(MODELS[kind]))
+    size = model.visual.image_size
+    images = torch.randint(0, 256, (6, 3, size, size), dtype=torch.uint8)
+    if world.size > 1:
+        shard(TrainConfig(**TRAINED, **options), model, world, torch.device("cpu"))
+    return model, images, torch.randint(1, 300, (6, 12))
+
+
+TRAINED = {"train_data": "x.tar", "fsdp": True}
+
+
+def objective(model, images, texts):
+    image, text, scale, *bias = model(images, texts)
+    return ((scale * image @ text.T + sum(bias)).square() * torch.arange(6)).mean()
+
+
+def clipped(world, kind, factor):
+    """Gradients before and after they are clipped, and the norm."""
+    model, images, texts = in_parts(world, kind)
+    share = 1 + (world.rank - (world.size - 1) / 2) / 2  # every rank has another gradient, and their mean is the same
+    loss = objective(model, images, texts) * factor * share
+    loss.backward()
+    exchange_scalars(model, world)
+    assert all(is_cut(x) == (world.size > 1 and x.ndim > 0) for x in model.parameters())
+    before = gathered({name: x.grad.clone() for name, x in model.named_parameters()}, keep=True)
+    guard = Guard(model, torch.optim.SGD(model.parameters(), 0.1), 0.25)
+    guard.judge(loss.detach())
+    return before, guard.figures[1], gathered({name: x.grad for name, x in model.named_parameters()}, keep=True)
+
+
+FACTORS = [1.0, 1e25, 1e-9, float("nan")]
+
+
+def each(world, work, arguments):
+    """Return what ``work`` returns for each of several arguments, in one group of ranks."""
+    return [work(world, *one) for one in arguments]
+
+
+@pytest.mark.long
+def test_gradients_are_clipped_by_the_norm_of_all_parts(tmp_path):
+    cases = [(kind, factor) for kind in MODELS for factor in FACTORS]
+    found = run_ranks(on_ranks, 3, 3, each, clipped, cases, folder=tmp_path)
+    for (kind, factor), *everyones in zip(cases, *found, strict=True):
+        before, *_ = clipped(ALONE, kind, factor)
+        parameters = [nn.Parameter(torch.empty_like(value)) for value in before.values()]
+        for parameter, value in zip(parameters, before.values(), strict=True):
+            parameter.grad = value.clone()
+        expected = nn.utils.clip_grad_norm_(parameters, 0.25)
+        for own, norm, after in everyones:
+            torch.testing.assert_close(norm, expected, rtol=1e-4, atol=0, equal_nan=True)
+            for (name, value), parameter in zip(before.items(), parameters, strict=True):
+                size = value.norm().nan_to_num().item()
+                torch.testing.assert_close(own[name], value, rtol=1e-3, atol=1e-4 * size, equal_nan=True)
+                torch.testing.assert_close(after[name], parameter.grad, rtol=1e-3, atol=1e-5, equal_nan=True)
+
+
+def features(model, images, texts):
+    return [model.encode_image(images), model.encode_text(texts, normalize=True), *model(images, texts)[:2]]
+
+
+def called_directly(world, kind):
+    """Features from direct calls: by all ranks, by each as often as it likes, and of weights that have changed."""
+    model, images, texts = in_parts(world, kind)
+    config = TrainConfig(**TRAINED)
+    average = WeightAverage(model, 0.9)
+    found = []
+    model.eval()
+    for _ in range(2):
+        with torch.no_grad():
+            found.append(features(model, images, texts))
+        with unsharded(config, model) if world.size > 1 else torch.no_grad():
+            for _ in range(world.rank):
+                found.append(features(model, images, texts))
+        with torch.no_grad():
+            for value in model.state_dict().values():
+                local(value).mul_(1.25) if value.is_floating_point() else None
+        average.update(1, torch.tensor(0.0))
+    with average.applied(), unsharded(config, model):
+        found.append(features(model, images, texts))
+    objective(model, images, texts).backward()  # and training goes on
+    return found, gathered({name: x.grad for name, x in model.named_parameters()}, keep=True)
+
+
+@pytest.mark.long
+def test_direct_calls(tmp_path):
+    everyones = run_ranks(on_ranks, 3, 3, each, called_directly, [(kind,) for kind in MODELS], folder=tmp_path)
+    for number, kind in enumerate(MODELS):
+        (first, second, third), expected = called_directly(ALONE, kind)
+        assert not torch.allclose(first[0], second[0])
+        assert not torch.allclose(second[0], third[0])
+        for rank, mine in enumerate(everyones):
+            found, gradient = mine[number]
+            for ours, theirs in zip(found, [*[first] * (1 + rank), *[second] * (1 + rank), third], strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-5)
+            for name in set(expected) - {"logit_scale", "logit_bias"}:
+                torch.testing.assert_close(gradient[name], expected[name], rtol=1e-2, atol=1e-4)
+
+
+def optimized(world, opt):
+    """Weights after a few steps."""
+    model, images, texts = in_parts(world, "clip")
+    momentum = {"momentum": 0.5} if opt in ("sgd", "rmsprop") else {}
+    optimizer = make_optimizer(TrainConfig(**TRAINED, opt=opt, lr=1e-2, **momentum), model)
+    for _ in range(4):
+        optimizer.zero_grad()
+        objective(model, images, texts).backward()
+        exchange_scalars(model, world)
+        optimizer.step()
+    return gathered(model.state_dict(), keep=True)
+
+
+@pytest.mark.long
+def test_optimizers(tmp_path):
+    before = in_parts(ALONE, "clip")[0].state_dict()
+    everyones = run_ranks(on_ranks, 3, 3, each, optimized, [(opt,) for opt in FSDP_OPTIMIZERS], folder=tmp_path)
+    for opt, *found in zip(FSDP_OPTIMIZERS, *everyones, strict=True):
+        expected = optimized(ALONE, opt)
+        for mine in found:
+            for name, value in expected.items():
+                assert (mine[name] - value).norm() <= 2e-3 * (value - before[name]).norm() + 1e-6, (opt, name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"fsdp": False, "fsdp_offload_cpu": True}, "--fsdp-offload-cpu needs --fsdp"),
+        ({"fsdp": False, "fsdp_no_reshard_after_forward": True}, "--fsdp-no-reshard-after-forward needs --fsdp"),
+        ({"cuda_graphs": True}, "--cuda-graphs does not work with --fsdp, since weights are gathered anew"),
+        ({"ddp_static_graph": True}, "--ddp-static-graph does not work with --fsdp, since it is for"),
+        ({"use_bn_sync": True}, "--use-bn-sync does not work with --fsdp, since .* leave one of them out"),
+        ({"micro_batch_size": "auto"}, "--micro-batch-size auto does not work with --fsdp"),
+        ({"opt": "muon"}, "--opt muon does not work with --fsdp, which cuts every weight .* one of adamw"),
+        ({"opt": "adafactor"}, "--opt adafactor does not work with --fsdp"),
+        ({"opt": "timm.optim:Lamb"}, "--opt timm.optim:Lamb does not work with --fsdp"),
+    ],
+)  # fmt: skip
+def test_what_does_not_work_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        TrainConfig(**TRAINED | options)
+
+
+def test_one_process_keeps_its_weights_whole(options, tmp_path):
+    given = options(tmp_path, "plain", train_num_samples=24, val_data=None)
+    assert trained(ALONE, given) is None
+    assert len(losses(RunFolder(tmp_path / "plain"))) == 2
