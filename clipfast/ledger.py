@@ -1,12 +1,14 @@
 """A dispatch mode that writes down what a run allocates, computes and sends, whether its tensors are real or fake."""
 
+import contextlib
 import dataclasses
 import functools
 import time
 import weakref
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -20,6 +22,7 @@ from .kernels.flops import launch_flops
 from .kernels.launch import Launch
 
 ATEN = torch.ops.aten
+GATHERED = "gathered weights"
 # What PyTorch's own counter lacks: a product in place, and attention on a CPU.
 ATEN_FLOPS = flop_registry | {
     ATEN.addmm_: flop_registry[ATEN.addmm],
@@ -58,6 +61,7 @@ class Ledger(TorchDispatchMode):
         events: kernels and collectives in order.
         live: bytes of live tensors by category.
         peak: ``live`` at the moment when the sum was largest.
+        peaks: the same for each phase.
     """
 
     def __init__(self, launches: list[Launch] | None = None, categories: Mapping[str, str] | None = None) -> None:
@@ -68,6 +72,7 @@ class Ledger(TorchDispatchMode):
         self.events: list[Event] = []
         self.live: Counter[str] = Counter()
         self.peak: Counter[str] = Counter()
+        self.peaks: dict[str, Counter[str]] = {}
         self._storages: dict[int, tuple[str, int, object]] = {}  # category, bytes and weak reference by address
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -111,6 +116,28 @@ class Ledger(TorchDispatchMode):
         """Forget what was before, except for the tensors that are alive."""
         self.events.clear()
         self.peak = self.live.copy()
+        self.peaks.clear()
+
+    @contextlib.contextmanager
+    def following_resizes(self) -> Iterator[None]:
+        """See that storages grow and shrink, as FSDP2 lets those of gathered parameters do.
+
+        What has been emptied once is counted to the category ``GATHERED`` from then on.
+        """
+        resize = torch.UntypedStorage.resize_
+
+        def resize_and_book(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            if (known := self._storages.get(storage._cdata)) is not None:
+                category, old, reference = known
+                self.live[category] -= old
+                self._storages[storage._cdata] = GATHERED, size, reference
+                self.live[GATHERED] += size
+                self._update_peak()
+            return result
+
+        with mock.patch.object(torch.UntypedStorage, "resize_", resize_and_book):
+            yield
 
     def move(self, tensor: Tensor, category: str) -> None:
         """Count the storage of ``tensor`` to another category."""
@@ -125,7 +152,7 @@ class Ledger(TorchDispatchMode):
 
     def _enter(self, tensors: list[Tensor]) -> frozenset[int]:
         storages = {storage._cdata: storage for storage in (tensor.untyped_storage() for tensor in tensors)}
-        for key in storages.keys() - self._storages.keys():
+        for key in [key for key in storages if key not in self._storages]:
             category, size = self.categories.get(self.phase, self.phase), storages[key].nbytes()
             ended = weakref.ref(storages[key], functools.partial(self._leave, key))
             self._storages[key] = category, size, ended
@@ -137,14 +164,18 @@ class Ledger(TorchDispatchMode):
         self.live[category] -= size
 
     def _update_peak(self) -> None:
-        if self.live.total() > self.peak.total():
+        most = self.peaks.get(self.phase)
+        if most is not None and self.live.total() <= most.total():
+            return
+        if self.settle_s and self.live.total() > self.peak.total():
             time.sleep(self.settle_s)
-            self.peak = max(self.peak, self.live.copy(), key=Counter.total)
+        self.peaks[self.phase] = self.live.copy()
+        self.peak = max(self.peak, self.peaks[self.phase], key=Counter.total)
 
 
 def _tensors(tree: Any) -> list[Tensor]:
     if isinstance(tree, Tensor):
-        return [tree]
+        return [getattr(tree, "_local_tensor", tree)]  # of a DTensor, what this rank holds
     return [tensor for part in tree for tensor in _tensors(part)] if isinstance(tree, (list, tuple)) else []
 
 
@@ -169,6 +200,8 @@ def _sent(name: str, args: Any, first: int, second: int = 0) -> tuple[int, int]:
             return 2 * first * (ranks - 1) // ranks, 2 * (ranks - 1)
         case "allgather":
             return second * (ranks - 1), ranks - 1
+        case "reduce_scatter":
+            return first * (ranks - 1), ranks - 1
         case "alltoall":
             return second * (ranks - 1) // ranks, ranks - 1  # every rank has as many pairs
     raise NotImplementedError(f"bytes that the collective {name} sends")

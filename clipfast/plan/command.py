@@ -5,6 +5,9 @@ and one for OpenCLIP's ClipLoss(local_loss=True, gather_with_grad=True). With --
 under autocast, the loss, DistributedDataParallel and AdamW; without it, the loss alone. It runs on fake tensors, as
 rank 0 of processes that are not there, so it needs neither a GPU nor memory.
 
+With --train, it is a step of clipfast train with a model, under DDP or FSDP2: memory by what it is for, time, pairs/s,
+and what a training of --samples-seen pairs takes. --fit says which batches fit on these GPUs, for many models at once.
+
 These are predictions: no time was ever measured on a GPU. --check compares a step on fake tensors with a real one.
 """
 
@@ -18,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 from ..columns import align
 from ..files import check_target, replace_text
 from ..units import BYTES, COUNTS, ONES, SECONDS, scaled
+from . import training_command
 
 if TYPE_CHECKING:
     from ..kernels.hardware import Cluster
@@ -27,7 +31,10 @@ EPILOG = """\
 examples:
   clipfast plan --pairs 32768 --gpus 256
   clipfast plan --pairs 32768 --gpus 64 --model ViT-L-14 --card h200 --largest
+  clipfast plan --fit --gpus 8 --card h100               what fits: every model, DDP and FSDP2, each checkpointing
+  clipfast plan --train --model ViT-L-14 --gpus 64 --parallel fsdp --ema --samples-seen 12.8e9 --price-per-gpu-hour 2.5
   clipfast plan --check --gpus 3                         runs three processes on this machine
+  clipfast plan --check --train --model ViT-T-8-32       compares steps of DDP and FSDP2 on this machine
 
 Figures are those of one rank, memory at its peak. Kernels and messages are counted as one rank starts them, messages by
 ring algorithms. "exposed" is what messages add to the time of computing; "(auto)" is the mode that mode="auto" takes.
@@ -75,11 +82,15 @@ def add_parser(commands: Any) -> None:
     add("--check", action="store_true", help="run the step on this machine, and compare with the prediction")
     add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
+    training_command.add_arguments(parser, count, _number)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan, or what the check found, and return the exit code."""
+    training_command.check_arguments(args)
+    if args.train or args.fit:
+        return training_command.run(args, _cluster(args))
     from .predict import check, predict
 
     problem, cluster = _problem(args), _cluster(args)

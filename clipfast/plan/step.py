@@ -117,7 +117,7 @@ def _model_step(problem: Problem, model: CLIP, loss: Callable[..., Tensor], ledg
     optimizer.step()
     optimizer.zero_grad()
     ledger.phase = "gradients"
-    trained = model if problem.gpus == 1 else _data_parallel(model)
+    trained = model if problem.gpus == 1 else data_parallel(model)
     ledger.phase = "inputs"
     images = torch.zeros(problem.rows, 3, *[model.visual.image_size] * 2, dtype=torch.uint8)
     texts = torch.zeros(problem.rows, model.context_length, dtype=torch.long)
@@ -129,7 +129,8 @@ def _model_step(problem: Problem, model: CLIP, loss: Callable[..., Tensor], ledg
     optimizer.step()
 
 
-def _data_parallel(model: CLIP) -> DistributedDataParallel:
+def data_parallel(model: CLIP) -> DistributedDataParallel:
+    """Return DDP of ``model`` as it is after its first step, for real processes or for those that are not there."""
     # DDP has one bucket in its first step, and buckets of 1 and 25 MiB later: the only step here is like a later one.
     # init_sync would read the weights. The default hook does not know the backend "fake"; this one does the same.
     name = "_compute_bucket_assignment_by_size"
