@@ -33,6 +33,7 @@ from ..data import (
     pair_loader,
 )
 from ..data.keys import IMAGE_KEYS, TEXT_KEYS
+from ..data.order import Stretch
 from ..data.samples import sample_name
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
@@ -49,6 +50,7 @@ from .options import KEY_OPTIONS, flag_name
 from .world import ALONE, World
 
 MIN_SEEN_FOR_BAD_FRACTION = 100
+DESCRIBED = 5  # shards of a batch that are named
 NO_FILES = Keys((), ())  # to read a sample without the files that it names
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
 
@@ -144,9 +146,7 @@ class TrainingData:
         Args:
             number: of the batch, from 0.
         """
-        part, first = self.batch_size // self.world.size, number * self.batch_size
-        mine = self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
-        names = []
+        mine, names = self._samples(number), []
         for place, sample in zip(mine.source.tolist(), mine.sample.tolist(), strict=True):
             source = self.sources[place]
             try:
@@ -154,6 +154,19 @@ class TrainingData:
             except SampleError:
                 names.append(source.name(sample))
         return names
+
+    def describe(self, number: int) -> str:
+        """Return which shards this rank's part of a batch is from."""
+        mine = self._samples(number)
+        places = zip(mine.source.tolist(), mine.sample.tolist(), strict=True)
+        shards = list(dict.fromkeys(self.sources[place].name(sample).rpartition(", ")[0] for place, sample in places))
+        more = f" and {len(shards) - DESCRIBED} more" if len(shards) > DESCRIBED else ""
+        return f"of {', '.join(shards[:DESCRIBED])}{more}"
+
+    def _samples(self, number: int) -> Stretch:
+        """Return which samples this rank's part of a batch has, unless some of them cannot be used."""
+        part, first = self.batch_size // self.world.size, number * self.batch_size
+        return self.order(first, first + self.batch_size)[self.world.rank * part : (self.world.rank + 1) * part]
 
 
 def whole_batch(config: TrainConfig, world: World, saved: dict[str, Any]) -> int:

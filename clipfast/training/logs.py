@@ -2,10 +2,11 @@
 
 import collections
 import datetime
+import functools
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -77,8 +78,13 @@ class TrainLog:
         self._remaining = Remaining()
         self._left: float | None = None  # seconds
 
-    def watch(self, batches: Iterator[Batch], step: int) -> Iterator[Batch]:
-        """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each."""
+    def watch(
+        self, batches: Iterator[Batch], step: int, describe: Callable[[int], str] | None = None
+    ) -> Iterator[Batch]:
+        """Pass on the batches from ``step`` of the run to the end of its epoch, and time the wait for each.
+
+        ``describe`` says where a batch is from, by its number.
+        """
         from tqdm import tqdm
 
         epoch, first, stop = self.epochs.after(step)
@@ -86,9 +92,11 @@ class TrainLog:
         self._start_again()
         options: dict[str, Any] = {"unit": "step", "disable": None if self.world.is_main else True, "leave": False}
         with tqdm(total=stop - first, initial=step - first, desc=description, **options) as bar:
-            for _ in range(step, stop):
+            for number in range(step, stop):
                 asked = time.perf_counter()
-                batch = next(batches)
+                detail = None if describe is None else functools.partial(describe, number)
+                with self.world.phase("data", number + 1, detail):
+                    batch = next(batches)
                 self._waiting += time.perf_counter() - asked
                 self._stages.update(batch.seconds)
                 yield batch

@@ -59,6 +59,7 @@ def train(
     # The clocks of the ranks may differ.
     name = world.on_main(lambda: config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
     folder = RunFolder(Path(config.logs) / name)
+    world.write_to(folder.path / "stacks")
     is_own = resume is not None and resume.resolve().parent == folder.checkpoints.resolve()
     with locked(folder.path) if world.is_main else contextlib.nullcontext():
         world.on_main(lambda: folder.refuse_other_run(resuming=is_own))

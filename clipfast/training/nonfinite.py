@@ -86,7 +86,8 @@ class SkippedSteps:
 
     def _record(self, step: _Step, figures: Figures) -> None:
         """Write down a step that was skipped."""
-        mine = _seen(step.batch) | {"keys": self.data.names(step.number - 1)}
+        with self.world.phase("names of a batch"):
+            mine = _seen(step.batch) | {"keys": self.data.names(step.number - 1)}
         self.world.meet()  # names take different times
         ranks = self.world.gather({"loss": figures.loss} | mine)
         self.world.on_main(lambda: self._write(step, figures, ranks))

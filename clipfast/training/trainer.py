@@ -37,6 +37,7 @@ from .run import RunFolder
 from .schedule import schedule_of, set_lr
 from .state import Progress, RunState
 from .step import GraphedStep, TrainingStep, Upload, seed_step
+from .watchdog import STEP
 from .world import ALONE, LateSum, World
 
 VALIDATION_BATCH_SIZE = 256
@@ -151,7 +152,9 @@ class Trainer:
             try:
                 self._hear(interruption)
                 while self.progress.step < self.total_steps and self.signum is None:
-                    if self._train_epoch(batches, interruption):
+                    with self.world.phase(STEP):
+                        is_whole_epoch = self._train_epoch(batches, interruption)
+                    if is_whole_epoch:
                         step = self.progress.step
                         is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
                         kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
@@ -200,7 +203,7 @@ class Trainer:
         last = self.data.epochs.after(progress.step).stop
         self.model.train()
         started = time.perf_counter()
-        for batch in self.log.watch(batches, progress.step):
+        for batch in self.log.watch(batches, progress.step, self.data.describe):
             self.log.step(self._train_step(batch), len(batch))
             if not self._has_begun:
                 self.world.settle()
@@ -347,7 +350,9 @@ class Trainer:
         """Return the features of a set on rank 0, of which each rank encodes its part; all ranks must call it."""
         self.world.share_buffers(self.model)
         part = images.part(self.world.rank, self.world.size, VALIDATION_BATCH_SIZE)
-        found = encode_part(self.model, part, transform_of(self.model, uint8=True), VALIDATION_BATCH_SIZE, self.device)
+        transform = transform_of(self.model, uint8=True)
+        with self.world.phase("evaluation"):
+            found = encode_part(self.model, part, transform, VALIDATION_BATCH_SIZE, self.device)
         self.world.meet()  # parts take different times
         found.features = found.features.cpu()
         everyones = self.world.gather((found, part.left_out))

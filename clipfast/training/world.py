@@ -11,6 +11,7 @@ import os
 import pickle
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..factory import resolve_device
+from .watchdog import EXCHANGE, PATIENT, Watchdog, record_flights, write_flights_to
 
 PATIENCE = 600.0  # seconds for what takes long: the start, and the work of rank 0 while the others wait
 INDEXING = 7 * 24 * 3600.0  # seconds: the first pass over a large data set
@@ -37,6 +39,7 @@ class World:
         local_rank, local_size: number of this process on its machine, and how many there are.
         timeout: seconds that a collective may take after the first step.
         hosts: process group of the hosts; None if there is one process.
+        watchdog: says who holds up the others; None if there is one process.
     """
 
     rank: int = 0
@@ -45,6 +48,7 @@ class World:
     local_size: int = 1
     timeout: float = PATIENCE
     hosts: "dist.ProcessGroup | None" = None
+    watchdog: Watchdog | None = None
     _shared: BaseException | None = dataclasses.field(default=None, init=False)
 
     @property
@@ -77,16 +81,40 @@ class World:
             )
         return torch.device("cuda", self.local_rank)
 
+    def phase(
+        self, name: str, step: int | None = None, detail: Callable[[], str] | None = None
+    ) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which this process does something that others may have to wait for.
+
+        Args:
+            name: of what it does.
+            step: of the run, if it has changed.
+            detail: says more, if it takes long; a thread calls it.
+        """
+        if self.watchdog is None:
+            return contextlib.nullcontext()
+        self.watchdog.step = self.watchdog.step if step is None else step
+        return self.watchdog.phase(name, detail)
+
+    def write_to(self, folder: Path) -> None:
+        """Let what is known of a rank that is stuck be written to ``folder``."""
+        if self.watchdog is not None:
+            self.watchdog.folder = folder
+            write_flights_to(folder)
+
     def settle(self) -> None:
         """Hold all collectives to ``timeout`` from now on; until all ranks have done a step they have more time."""
         self.meet()
         for group in (None, self.hosts) if self.size > 1 else ():
             dist.distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=self.timeout), group)
+        if self.watchdog is not None:
+            self.watchdog.arm()
 
     def meet(self, seconds: float = PATIENCE) -> None:
         """Wait until all ranks are here, for longer than a collective may take."""
         if self.size > 1:
-            dist.monitored_barrier(self.hosts, datetime.timedelta(seconds=max(seconds, self.timeout)))
+            with self.phase(PATIENT):
+                dist.monitored_barrier(self.hosts, datetime.timedelta(seconds=max(seconds, self.timeout)))
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
@@ -101,14 +129,16 @@ class World:
         """Return the sums of the ranks' values."""
         tensor = torch.tensor(values)
         if self.size > 1:
-            dist.all_reduce(tensor, group=self.hosts)
+            with self.phase(EXCHANGE):
+                dist.all_reduce(tensor, group=self.hosts)
         return tensor.tolist()
 
     def mean(self, values: Tensor) -> Tensor:
         """Return the mean of the ranks' values, which lie on the device that trains."""
         if self.size > 1:
             values = values.clone()
-            dist.all_reduce(values)
+            with self.phase(EXCHANGE):
+                dist.all_reduce(values)
         return values / self.size
 
     def gather(self, value: T) -> list[T]:
@@ -116,7 +146,8 @@ class World:
         if self.size == 1:
             return [value]
         everyones: list[Any] | None = [None] * self.size if self.is_main else None
-        dist.gather_object(value, everyones, group=self.hosts, group_dst=0)
+        with self.phase(EXCHANGE):
+            dist.gather_object(value, everyones, group=self.hosts, group_dst=0)
         return everyones or []
 
     def on_main(self, work: Callable[[], T]) -> T:
@@ -130,11 +161,13 @@ class World:
         found: list[Any] = [None, None]
         if self.is_main:
             try:
-                found[0] = work()
+                with self.phase("work of rank 0"):
+                    found[0] = work()
             except Exception as error:
                 found[1] = _portable(error)
         self.meet()
-        dist.broadcast_object_list(found, group=self.hosts, group_src=0)
+        with self.phase(EXCHANGE):
+            dist.broadcast_object_list(found, group=self.hosts, group_src=0)
         if found[1] is not None:
             self._shared = found[1]
             raise found[1]
@@ -147,8 +180,9 @@ class World:
 
     def share_buffers(self, model: nn.Module) -> None:
         """Give all ranks rank 0's buffers: without ``--use-bn-sync``, BatchNorm's statistics differ."""
-        for buffer in model.buffers() if self.size > 1 else ():
-            dist.broadcast(buffer, 0)
+        with self.phase(EXCHANGE):
+            for buffer in model.buffers() if self.size > 1 else ():
+                dist.broadcast(buffer, 0)
 
     def _is_first_to_fail(self) -> bool:
         """Return True on the rank that failed first, and on all if they cannot ask each other any more."""
@@ -184,7 +218,8 @@ class LateSum:
         if self._pending is None:
             return None
         (work, tensor), self._pending = self._pending, None
-        work.wait()
+        with self.world.phase(EXCHANGE):
+            work.wait()
         return tensor.tolist()
 
 
@@ -213,22 +248,27 @@ def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[Wor
         on_gpu = own.type == "cuda"
         if on_gpu:
             torch.cuda.set_device(own)
+        record_flights()
         first = datetime.timedelta(seconds=max(PATIENCE, timeout))
         dist.init_process_group(
             "nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None, rank=rank, world_size=size
         )
     world.hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, timeout)))
+    world.watchdog = watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, size, timeout)
     try:
         yield world
     except Exception as error:
-        if not world._is_first_to_fail():
+        is_lost = any(name in str(error) for name in COMMUNICATION)
+        if not (is_lost and watchdog.diagnosis) and not world._is_first_to_fail():
             time.sleep(LAST_WORD)
             raise SystemExit(1) from None
         if world.is_shared(error):
             raise
-        lost = "another rank is lost: " if any(name in str(error) for name in COMMUNICATION) else ""
-        raise RuntimeError(f"rank {rank}: {lost}{error}") from error
+        if is_lost:
+            raise RuntimeError(f"rank {rank}: another rank is lost: {watchdog.explain() or error}") from error
+        raise RuntimeError(f"rank {rank}: {error}") from error
     finally:
+        watchdog.close()
         if is_ours:
             dist.destroy_process_group()
 

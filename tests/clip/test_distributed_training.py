@@ -407,6 +407,7 @@ def test_a_rank_that_is_lost_ends_the_others(what, options, together, tmp_path):
     else:  # one of those that are left says so
         said = [error for error in errors if ": another rank is lost: " in error]
         assert len(said) == 1
+        assert f"rank 1, process {processes[1].pid} on " in said[0]
         assert sum("SystemExit: 1" in error for error in errors) == 1
     assert saved_step(tmp_path / "run") == 3
     together(3, (given, True), (whole,))
