@@ -6,7 +6,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from .epochs import Epochs
 from .guard import Figures
 from .meters import Meters, Remaining
 from .run import RunFolder
+from .spikes import Signs
 from .world import ALONE, World
 
 if TYPE_CHECKING:
@@ -67,15 +68,18 @@ class TrainLog:
         epochs: of the run.
         world: the processes; rank 0 writes, and the times and meters are its own.
         meters: of this rank.
+        warmup: steps in which no figure is a sign of trouble.
 
     Attributes:
         reports: where figures go beside the log and ``metrics.jsonl``; None until they are opened, and on other ranks.
     """
 
-    def __init__(self, folder: RunFolder, epochs: Epochs, world: World = ALONE, meters: Meters | None = None) -> None:
+    def __init__(
+        self, folder: RunFolder, epochs: Epochs, world: World = ALONE, meters: Meters | None = None, warmup: int = 0
+    ) -> None:
         self.folder, self.epochs, self.world, self.meters = folder, epochs, world, meters
         self.reports: Reports | None = None
-        self._remaining = Remaining()
+        self._remaining, self._signs = Remaining(), Signs(warmup)
         self._left: float | None = None  # seconds
 
     def watch(
@@ -152,8 +156,16 @@ class TrainLog:
             line["eta"] = round(self._left, 1)
         line["data_seconds"] = dict(self._stages)  # of all data workers together
         log.info(self._text(line, kept[-1].loss if kept else math.nan))
+        self._report(step - len(figures), figures)
         self._record(line)
         self._start_again()
+
+    def _report(self, before: int, figures: Sequence[Figures]) -> None:
+        """Warn of signs that the run goes wrong, and record them; ``before`` steps were finished before the first."""
+        for step, one in enumerate(figures, before + 1):
+            for sign in self._signs.see(step, one) if self.world.is_main and not one.skipped else ():
+                log.warning(sign.text[0].upper() + sign.text[1:])
+                self.folder.record(step=step, warning=sign.kind, value=sign.value, usual=sign.usual)
 
     def _text(self, line: dict[str, Any], last: float) -> str:
         """Return OpenCLIP's log line with ours at its end; ``last`` is the loss of the last step."""

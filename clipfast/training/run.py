@@ -21,7 +21,7 @@ class RunFolder:
     Attributes:
         checkpoints: the folder of the checkpoints.
         latest: the checkpoint that ``--resume`` continues from.
-        metrics_path: a file with one JSON object per line: training figures by step, evaluations by step.
+        metrics_path: a file with one JSON object per line: training figures, evaluations and warnings by step.
         skipped_path: the list of samples that could not be used: step, name, kind and reason, tab-separated.
         nonfinite_path: a file with one JSON object for each step whose loss or gradient was not finite.
     """

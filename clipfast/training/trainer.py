@@ -91,7 +91,7 @@ class Trainer:
             lambda: bare_model(config, saved, torch.device("meta")), whole, world.size,
             half=on_amp or config.precision == "pure_bf16",
         )  # fmt: skip
-        self.log = TrainLog(folder, self.data.epochs, world, meters)
+        self.log = TrainLog(folder, self.data.epochs, world, meters, self.schedule.warmup)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.state = RunState(
