@@ -371,6 +371,7 @@ def _start_worker(_: int) -> None:
     # batches until then. A second SIGTERM ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
     # A trainer that is killed tells its workers nothing. On Linux, the kernel can.
     if sys.platform == "linux":

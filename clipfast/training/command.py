@@ -1,9 +1,10 @@
 """``clipfast train``: its arguments, and the options that a recipe or a checkpoint adds to them."""
 
 import argparse
+import os
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import open_clip_flags
 from .arguments import add_arguments
@@ -11,6 +12,11 @@ from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
 from .evaluation_only import evaluate, is_evaluation
 from .options import flag_name
 from .recipes import describe, list_recipes, read_recipe
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from .checkpoints import Found
+
+BY_TIME = "recipe and time"  # where the name of a run is from that nobody named
 
 
 def add_parser(commands: Any) -> None:
@@ -37,30 +43,11 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Train, print ``results.json``, and return the exit code: 128 plus the signal if one interrupted the run."""
+    """Train, print ``results.json``, and return the exit code: 0, also if a signal stopped the run and it is saved."""
     own = ("command", "run", "traceback", "recipe", "resume", "print_config")
     given = _tuples({key: value for key, value in vars(args).items() if key not in own})
-    options: dict[str, Any] = {}
-    origins: dict[str, str] = {}
-    checkpoint = None
-    if args.resume is not None:
-        checkpoint = _checkpoint(args.resume, given)
-    if checkpoint is not None:
-        options |= _trusted(_saved_options(checkpoint), given, checkpoint)
-        origins |= dict.fromkeys(options, f"checkpoint {checkpoint}")
-    if args.recipe is not None:
-        recipe = _trusted(read_recipe(args.recipe, given.get("model", options.get("model"))), given, args.recipe)
-        options, origins = options | recipe, origins | dict.fromkeys(recipe, f"recipe {args.recipe}")
-        if checkpoint is None:
-            options = {"name": f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"} | options
-            origins.setdefault("name", "recipe and time")
-    given = open_clip_flags.translated(given, options, resuming=checkpoint is not None)
-    replaced = {REPLACED[key] for key in given if key in REPLACED}
-    if "lr_scheduler" in given:  # what only the earlier schedule used could not be left out otherwise
-        replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
-    options = {key: value for key, value in options.items() if key not in replaced}
-    origins = {key: origin for key, origin in origins.items() if key not in replaced}
-    options, origins = options | given, origins | dict.fromkeys(given, "flag")
+    start = _start(args, given)
+    options, origins = start.options, start.origins
     if args.print_config:
         # What is printed need not be complete: most recipes name no data.
         complete = TrainConfig(**({"train_data": "(needed)"} | options))
@@ -69,16 +56,69 @@ def run(args: argparse.Namespace) -> int:
     if is_evaluation(options):
         return evaluate({"model": TrainConfig.model} | options)
     from .loop import train
-    from .world import joined
+    from .world import INDEXING, joined, restarts
 
     config = TrainConfig(**options)
     with joined(config.device, config.dist_timeout, by_rank=config.set_device_rank) as world:
-        folder, signum = train(config, checkpoint, origins, world)
-    if signum is not None:
-        return 128 + signum
-    if world.is_main:
+        is_restart = world.sum([restarts()]) != [0]  # each machine counts for itself
+        is_copied = bool(config.remote_sync) and (is_restart or args.resume == "latest")
+        downloaded = world.on_main(lambda: _restore(config), INDEXING) if is_copied else []
+        if is_restart or is_copied:
+            start = _start(args, given, is_restart=is_restart)
+            start.warnings[:0] = downloaded
+            config = TrainConfig(**start.options)
+        folder, signum = train(config, start.checkpoint, start.origins, world, start.warnings)
+    if world.is_main and signum is None:
         print((folder.path / "results.json").read_text())
     return 0
+
+
+class _Start(NamedTuple):
+    """Where a run starts: its options, where each is from, the checkpoint that it goes on from, and what to warn of."""
+
+    options: dict[str, Any]
+    origins: dict[str, str]
+    checkpoint: Path | None
+    warnings: list[str]
+
+
+def _start(args: argparse.Namespace, given: dict[str, Any], *, is_restart: bool = False) -> _Start:
+    """Return where a run starts. After a failure, torchrun runs the same command again, and it goes on by itself."""
+    found = _named(args.resume, given)
+    start = _composed(args, given, found)
+    if is_restart and "name" in start.options:
+        newest = _newest(_run_folder(start.options), or_remote=bool(start.options.get("remote_sync")))
+        if newest.path is not None:
+            start = _composed(args, given, newest)
+    if start.origins.get("name", BY_TIME) == BY_TIME and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0:
+        raise ValueError(
+            "torchrun --max-restarts runs the same command again, which must find the run, and a name by time would be "
+            "another one: give --name"
+        )
+    return start
+
+
+def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -> _Start:
+    """Return the options of a run that goes on from a checkpoint, if there is one, and where they are from."""
+    options: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    checkpoint = found.path
+    if checkpoint is not None:
+        options |= _trusted(_saved_options(checkpoint, found.content), given, checkpoint)
+        origins |= dict.fromkeys(options, f"checkpoint {checkpoint}")
+    if args.recipe is not None:
+        recipe = _trusted(read_recipe(args.recipe, given.get("model", options.get("model"))), given, args.recipe)
+        options, origins = options | recipe, origins | dict.fromkeys(recipe, f"recipe {args.recipe}")
+        if checkpoint is None:
+            options = {"name": f"{Path(args.recipe).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}"} | options
+            origins.setdefault("name", BY_TIME)
+    given = open_clip_flags.translated(given, options, resuming=checkpoint is not None)
+    replaced = {REPLACED[key] for key in given if key in REPLACED}
+    if "lr_scheduler" in given:  # what only the earlier schedule used could not be left out otherwise
+        replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
+    options = {key: value for key, value in options.items() if key not in replaced}
+    origins = {key: origin for key, origin in origins.items() if key not in replaced}
+    return _Start(options | given, origins | dict.fromkeys(given, "flag"), checkpoint, found.damaged)
 
 
 def _tuples(options: dict[str, Any]) -> dict[str, Any]:
@@ -86,52 +126,84 @@ def _tuples(options: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in options.items()}
 
 
-def _checkpoint(resume: str, given: dict[str, Any]) -> Path | None:
-    """Return the checkpoint that ``--resume`` names: a file, the latest of a folder, or the latest of ``--name``.
+def _run_folder(options: dict[str, Any]) -> Path:
+    """Return the folder of the run that options name."""
+    return Path(options.get("logs", TrainConfig.logs)) / options["name"]
 
-    There may be none of ``--name`` yet: one command starts a run, and goes on with it however often it is stopped.
-    """
+
+def _restore(config: TrainConfig) -> list[str]:
+    """Download the newest checkpoint of a run if it is newer than those that are here, and return what was done."""
+    from .remote import RemoteCopy
     from .run import RunFolder
 
-    path = Path(resume)
+    return RemoteCopy(RunFolder(_run_folder(vars(config))), config.remote_sync or "").restore()
+
+
+def _named(resume: str | None, given: dict[str, Any]) -> "Found":
+    """Return the checkpoint that ``--resume`` names: a file, the newest whole one of a folder, or that of ``--name``.
+
+    The run of ``--name`` may have none yet: so one command can begin it, and go on with it whenever it is repeated.
+    """
+    from ..checkpoint import CheckpointError, read_checkpoint
+    from .checkpoints import Found
+    from .run import RunFolder
+
+    if resume is None:
+        return Found(None, {}, [])
     if resume == "latest":
         if "name" not in given:
             raise ValueError("--resume latest needs the run's --name; or give its folder: --resume runs/NAME")
-        kept = RunFolder(Path(given.get("logs", "runs")) / given["name"]).kept()
-        return kept[0] if kept else None
+        found = _newest(_run_folder(given), or_remote=bool(given.get("remote_sync")))
+        return found if found.path else Found(None, {}, [f"{_run_folder(given)} has no checkpoint yet: the run begins"])
+    path = Path(resume)
     if not path.exists():
         raise ValueError(f"no run to resume at {path}: there is neither a folder nor a checkpoint")
-    if not path.is_dir():
-        return path
-    kept = RunFolder(path).kept()
-    if not kept:
-        raise ValueError(f"{path} holds no checkpoint to resume from")
-    return kept[0]
+    if path.is_dir():
+        found = _newest(path)
+        if found.path is None:
+            raise ValueError(f"{path} holds no checkpoint to resume from")
+        return found
+    try:
+        return Found(path, read_checkpoint(path, mmap=True), [])
+    except CheckpointError as error:
+        kept = RunFolder(path.resolve().parent.parent).kept() if _is_in_run(path) else []
+        others = [str(other) for other in kept if not other.samefile(path)]
+        raise CheckpointError(f"{error}{f'; the one before is {others[0]}' if others else ''}") from error
 
 
-def _saved_options(checkpoint: Path) -> dict[str, Any]:
-    """Return the options of the run that wrote ``checkpoint``; none if OpenCLIP wrote it."""
-    from ..checkpoint import CheckpointError, read_checkpoint
+def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
+    """Return the newest whole checkpoint of a run's folder, or none, also if there may be a whole one elsewhere."""
+    from ..checkpoint import CheckpointError
+    from .checkpoints import Checkpoints, Found
     from .run import RunFolder
 
-    path = checkpoint.resolve()
-    in_run = path.parent.name == "checkpoints"
     try:
-        options = _tuples(read_checkpoint(checkpoint).get("clipfast", {}).get("config", {}))
-    except CheckpointError as error:
-        others = [str(other) for other in RunFolder(path.parent.parent).kept() if other != path] if in_run else []
-        raise CheckpointError(f"{error}{f'; the one before is {others[0]}' if others else ''}") from error
-    if options and in_run:
+        return Checkpoints(RunFolder(folder).checkpoints).newest_whole()
+    except CheckpointError:
+        if not or_remote:
+            raise
+        return Found(None, {}, [])
+
+
+def _is_in_run(checkpoint: Path) -> bool:
+    return checkpoint.resolve().parent.name == "checkpoints"
+
+
+def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of the run that wrote ``checkpoint``; none if OpenCLIP wrote it."""
+    options = _tuples(content.get("clipfast", {}).get("config", {}))
+    if options and _is_in_run(checkpoint):
         # The run continues where its checkpoint lies, even if the folder was moved or renamed.
-        options |= {"logs": str(path.parent.parent.parent), "name": path.parent.parent.name}
+        run = checkpoint.resolve().parent.parent
+        options |= {"logs": str(run.parent), "name": run.name}
     return options
 
 
 def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> dict[str, Any]:
-    """Refuse data that is not local, and an optimizer that is imported, unless the user typed it.
+    """Refuse data that is not local, an optimizer that is imported, and a copy elsewhere, unless the user typed it.
 
     A recipe or a checkpoint may come from anybody, data that is not local may be opened by a shell command that
-    contains its name, and to import a module runs it.
+    contains its name, to import a module runs it, and a copy gives everything away.
     """
     from ..data.samples import is_local
 
@@ -142,4 +214,9 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
             )
     if "opt" not in given and ":" in str(options.get("opt")):
         raise ValueError(f"{source} imports {options['opt']!r}: to use it, give --opt yourself")
+    if "remote_sync" not in given and options.get("remote_sync"):
+        raise ValueError(
+            f"{source} copies the run to {options['remote_sync']}: give --remote-sync yourself to go on with that, or "
+            "--remote-sync '' to leave it"
+        )
     return options

@@ -274,6 +274,17 @@ class TrainConfig:
         "weight, and nonfinite.jsonl in the run's folder lists the pairs of its batch", int, positive=True,
     )  # fmt: skip
     save_every: int = _flag(0, "save every so many steps; with 0, only after each epoch", int, not_negative=True)
+    save_every_minutes: float = _flag(
+        0.0, "save every so many minutes; with 0, never by time", float, not_negative=True
+    )
+    keep_last: int = _flag(2, "keep so many of the last checkpoints, step_N.pt", int, positive=True)
+    remote_sync: str | None = _flag(
+        None, "keep a copy of the run's folder under this URL (s3://, gs://, file:// or whatever else fsspec knows); "
+        "--resume latest goes on from it if it has a newer checkpoint than --logs"
+    )  # fmt: skip
+    remote_sync_frequency: int = _flag(
+        300, "seconds between the starts of two uploads of --remote-sync at least", int, positive=True
+    )
     save_frequency: int = _flag(1, "keep epoch_N.pt every so many epochs; with 0, never", int, not_negative=True)
     log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)
     report_to: str = _flag(

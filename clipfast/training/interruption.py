@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM, and SIGHUP from a terminal that is closed: the step is finished and saved first."""
+"""Ctrl-C, SIGTERM, Slurm's SIGUSR1, and SIGHUP from a terminal that is closed: the step is finished and saved first."""
 
 import signal
 from collections.abc import Sequence
@@ -6,7 +6,7 @@ from types import FrameType
 
 from .logs import log
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interruption:

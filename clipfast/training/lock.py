@@ -56,7 +56,7 @@ def locked(folder: Path) -> Iterator[None]:
         try:
             yield
         finally:
-            if [entry.name for entry in folder.iterdir()] == [LOCK_NAME]:
+            if folder.is_dir() and [entry.name for entry in folder.iterdir()] == [LOCK_NAME]:
                 path.unlink()
                 _remove(made)
 

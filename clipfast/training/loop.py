@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from .logs import log, logging_to
 from .options import flag_name
 from .preflight import preflight
 from .recipes import describe
+from .remote import RemoteCopy
 from .reports import check_wandb, reporting
 from .run import RunFolder
 from .trainer import Trainer
@@ -37,6 +38,7 @@ def train(
     resume: Path | None = None,
     origins: Mapping[str, str] | None = None,
     world: World = ALONE,
+    warnings: Sequence[str] = (),
 ) -> tuple[RunFolder, int | None]:
     """Train a model as ``config`` says.
 
@@ -45,6 +47,7 @@ def train(
         resume: checkpoint to continue from. A run whose own checkpoint it is continues in its folder.
         origins: where options are from that are no defaults, for ``params.txt``, which lists all options.
         world: the processes that train together; each of them calls this function.
+        warnings: what else the log is to say at the start.
 
     Returns:
         The run's folder, and the signal that interrupted the run if one did.
@@ -55,6 +58,7 @@ def train(
             been trained then.
         TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
         DiskFullError: there is no space for the last checkpoint or the results.
+        OSError: they cannot be written for another reason.
     """
     # The clocks of the ranks may differ.
     name = world.on_main(lambda: config.name or f"{Path(config.model).stem}-{time.strftime('%Y_%m_%d-%H_%M_%S')}")
@@ -81,16 +85,21 @@ def train(
                 f"{', '.join(changed.values())}; only more {flag_name(config.budget)} would continue it"
             )
         step = trainer.progress.step if is_own else None
+        remote = _remote_copy(trainer, step)
         if world.is_main:
             folder.create(after_step=step)
+            trainer.checkpoints.begin(resume if is_own else None)
             folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
             replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
         with (
             logging_to(folder.path, world, by_machine=config.log_local),
             reporting(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
             Interruption(quiet=world.size > 1) as interruption,
+            remote,
         ):
             if world.is_main:
+                for warning in warnings:
+                    log.warning(warning)
                 log.info(f"{sum(trainer.data.sizes):,} pairs in {len(trainer.data.shards):,} shard(s); {found}")
                 _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
@@ -104,6 +113,25 @@ def train(
                     weights = trainer.weights()
                     world.on_main(lambda: finish(trainer, evaluation, raw, weights))
     return folder, trainer.signum
+
+
+def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractContextManager[object]:
+    """Return a context in which rank 0 uploads what a run writes that goes on after ``step``, or begins.
+
+    Raises:
+        ValueError: the place cannot be used, or holds another run.
+    """
+    config, made = trainer.config, list[contextlib.AbstractContextManager[object]]([contextlib.nullcontext()])
+
+    def make() -> None:
+        remote = RemoteCopy(trainer.folder, config.remote_sync or "", config.remote_sync_frequency)
+        remote.refuse_other_run(step)
+        trainer.checkpoints.after_save = remote.notify
+        made[0] = remote
+
+    if config.remote_sync:
+        trainer.world.on_main(make)
+    return made[0]
 
 
 def changed_options(saved: dict[str, Any], config: TrainConfig) -> dict[str, str]:

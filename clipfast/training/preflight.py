@@ -23,6 +23,7 @@ from ..models import CLIP
 from ..tokenizer import Tokenizer
 from ..units import BYTES, scaled
 from .build import bare_model, build_device, build_loss, build_tokenizer
+from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import pair_batches, parts, sources_of, validation_set, whole_batch
 from .ema import WeightAverage
@@ -115,16 +116,18 @@ def _sizes(config: TrainConfig, model: CLIP) -> tuple[int, int, int]:
 def _check_disk(config: TrainConfig, folder: RunFolder, model: CLIP, world: World) -> tuple[int, int]:
     """Return the bytes of a checkpoint, and those that are free for it, which matter on rank 0.
 
-    A new checkpoint is written beside the last one, which it replaces, and in the end the weights by themselves.
+    A new checkpoint is written beside those that are kept, and in the end the weights by themselves.
     """
     weights, _, kept = _sizes(config, model)
     checkpoint, free = weights + kept, free_bytes(folder.path)
-    needed = checkpoint * (1 if folder.latest.exists() else 2) + weights
+    there = min(config.keep_last, len(Checkpoints(folder.checkpoints).steps()))
+    needed = checkpoint * (config.keep_last + 1 - there) + weights
     if world.is_main and free < needed:
         raise ValueError(
             f"--logs {config.logs} has {scaled(free, BYTES)} free, and the run needs {scaled(needed, BYTES)}: "
-            f"{scaled(checkpoint, BYTES)} for a checkpoint of {config.model}, as much again while it is replaced, and "
-            f"{scaled(weights, BYTES)} for the exported model; make room, or give another folder to --logs"
+            f"{scaled(checkpoint, BYTES)} for each of --keep-last {config.keep_last} checkpoints of {config.model}, as "
+            f"much again while one is written, and {scaled(weights, BYTES)} for the exported model; make room, give "
+            "another folder to --logs, or keep fewer"
         )
     return checkpoint, free
 

@@ -3,14 +3,13 @@
 import contextlib
 import json
 import logging
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import write_checkpoint
 from ..data import Skipped
-from ..files import OUT_OF_SPACE, replace_file, replace_text
+from ..files import replace_text
+from .checkpoints import Checkpoints
 
 log = logging.getLogger("clipfast")
 
@@ -28,7 +27,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
-        self.latest = self.checkpoints / "epoch_latest.pt"
+        self.latest = Checkpoints(self.checkpoints).latest
         self.metrics_path, self.skipped_path = path / "metrics.jsonl", path / "skipped.tsv"
         self.nonfinite_path = path / "nonfinite.jsonl"
 
@@ -53,30 +52,9 @@ class RunFolder:
                 replace_text(path, "".join(kept))
         replace_text(self.skipped_path, "".join(line for line in self._skipped() if int(line.split("\t")[0]) <= last))
 
-    def save(self, checkpoint: dict[str, Any], *, keep: bool) -> Path:
-        """Write ``epoch_latest.pt``, and with ``keep`` also ``epoch_N.pt``; returns the path of the first.
-
-        Raises:
-            DiskFullError: there is no space; the checkpoints that exist stay as they are.
-        """
-        write_checkpoint(self.latest, checkpoint)
-        if keep:
-            # Each save makes a new epoch_latest.pt, so that this one can get a second name.
-            replace_file(self.checkpoints / f"epoch_{checkpoint['epoch']}.pt", self._link_latest)
-        return self.latest
-
-    def _link_latest(self, path: Path) -> None:
-        path.unlink()
-        try:
-            path.hardlink_to(self.latest)
-        except OSError:  # the file system has no such links
-            shutil.copyfile(self.latest, path)
-
     def kept(self) -> list[Path]:
-        """Return the checkpoints that there are, the latest first."""
-        epochs = {path: path.stem.removeprefix("epoch_") for path in self.checkpoints.glob("epoch_*.pt")}
-        numbered = sorted((path for path in epochs if epochs[path].isdecimal()), key=lambda path: -int(epochs[path]))
-        return [path for path in (self.latest, *numbered) if path.exists()]
+        """Return the checkpoints that there are, the newest first."""
+        return Checkpoints(self.checkpoints).kept()
 
     def record_options(self, options: dict[str, Any], changed: dict[str, Any], step: int | None) -> None:
         """Write ``config.json``: the options that the run began with, and what has changed after which step.
@@ -138,13 +116,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def append(path: Path, text: str) -> None:
-    """Append to a file of records. If the disk is full, the records are lost, and training goes on."""
+    """Append to a file of records. If it cannot be written, the records are lost, and training goes on."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(text)
     except OSError as error:
-        if error.errno not in OUT_OF_SPACE:
-            raise
         log.error(f"{path} cannot be written: {error.strerror}")
 
 

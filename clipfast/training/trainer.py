@@ -7,7 +7,6 @@ import itertools
 import signal
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,9 +17,9 @@ from ..evaluation.evaluate import Evaluation, evaluate
 from ..evaluation.features import LabelledFeatures, encode_part, join_parts
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
-from ..files import DiskFullError
 from ..shards import gathered
 from .build import bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
+from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData, validation_set, whole_batch
 from .ema import WeightAverage
@@ -98,7 +97,9 @@ class Trainer:
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
             self.average,
         )  # fmt: skip
+        self.checkpoints = Checkpoints(folder.checkpoints, config.keep_last)
         self._has_begun, self._unsaved = False, False  # whether steps were taken at all, and since the last checkpoint
+        self._is_time_to_save = False  # whether rank 0 wants to save, as all ranks have heard
         self.signum: int | None = None
         self._skipped: list[tuple[int, Skipped]] = []  # of this rank, with their steps, since they were last recorded
         self._news = LateSum(world)
@@ -116,13 +117,13 @@ class Trainer:
             TrainingError: losses, gradients or weights are not finite, or too many pairs cannot be decoded.
             ValueError: the data cannot be read.
             DiskFullError: there is no space for the last checkpoint.
+            OSError: it cannot be written for another reason.
         """
         try:
             if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
                 self.step.fit_micro_batch(self.batch_size, build_loss(self.config, self.model), self.world)
             evaluation = self._train(interruption)
-            if self._unsaved:
-                self.save()
+            self._finish_saving()
             self._news.close()
             self._hear(interruption)
         except Exception as error:
@@ -158,7 +159,7 @@ class Trainer:
                         step = self.progress.step
                         is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
                         kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
-                        self._save_or_go_on(keep=kept)
+                        self.save(keep=kept)
                         evaluation = self.evaluate() if self._is_due(config.val_frequency) else None
                         if self._is_due(config.zeroshot_frequency):
                             self.evaluate_imagenet()
@@ -181,21 +182,25 @@ class Trainer:
         is_sound = not self.step.is_updating and not isinstance(error, NotFiniteError)
         if self._unsaved and is_sound and self.world.is_shared(error):
             try:
-                log.info(f"Saved {self.save()}; {self._continuation}")
+                self._finish_saving()
+                log.info(f"Saved {self.folder.latest}; {self._continuation}")
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
+        self.checkpoints.wait()
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")
 
-    def _save_or_go_on(self, *, keep: bool = False) -> None:
-        """Save within the run. If the disk is full, training goes on: there may be space before it ends."""
-        try:
-            log.info(f"Saved {self.save(keep=keep)}")
-        except DiskFullError as error:
-            kept = self.folder.kept()
-            if self.world.is_main:
-                log.error(f"{error}. Training goes on. {f'The last good checkpoint is {kept[0]}' if kept else ''}")
+    def _finish_saving(self) -> None:
+        """Wait until all that was done is on the disk; what could not be written within the run is tried once more.
+
+        Raises:
+            TrainingError, OSError: the weights are not finite, or cannot be written.
+        """
+        failed = self.world.on_main(lambda: self.checkpoints.wait() is not None)
+        if self._unsaved or failed:
+            self.save()
+            self.world.on_main(self.checkpoints.finish)
 
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
@@ -218,26 +223,36 @@ class Trainer:
                 self._record_skipped()
                 bias = getattr(self.model, "logit_bias", None)
                 self.log.write(progress.step, self.schedule.at(progress.step - 1), self.model.logit_scale.exp(), bias)
-            if progress.step < last and config.save_every and progress.step % config.save_every == 0:
-                self._save_or_go_on()
+            by_steps = config.save_every > 0 and progress.step % config.save_every == 0
+            if progress.step < last and (by_steps or self._is_time_to_save):
+                self.save()
             if self.signum is not None:
                 break
         return progress.step == last
 
     def _count(self, batch: Batch, interruption: Interruption) -> None:
-        """Count a batch, and hear what has come to all ranks: signals, and pairs that cannot be used.
+        """Count a batch, and hear what has come to all ranks: signals, the time to save, and pairs that are not usable.
 
         Raises:
             TrainingError: too many pairs cannot be used.
         """
         self.budget.seen += len(batch) * self.world.size
         self._skipped += [(self.progress.step, sample) for sample in batch.skipped]
-        skipped, *votes = self._news([len(self._skipped), *interruption.votes()])
+        skipped, due, *votes = self._news([len(self._skipped), self._vote_to_save(), *interruption.votes()])
+        self._is_time_to_save = due > 0
         if skipped > 0 and self.budget.is_exceeded_by(self.budget.skipped + skipped):
             self._record_skipped()
         self.signum = elected(votes)
         if self.signum is not None and self.world.size > 1:
             log.info(f"Stopping after step {self.progress.step}: {signal.Signals(self.signum).name} came to some rank.")
+
+    def _vote_to_save(self) -> int:
+        """Return 1 if the clock of rank 0 says that it is time to save, once each time."""
+        minutes, now = self.config.save_every_minutes, time.monotonic()
+        if not self.world.is_main or minutes == 0 or now - self.checkpoints.saved_at < 60 * minutes:
+            return 0
+        self.checkpoints.saved_at = now
+        return 1
 
     def _record_skipped(self) -> None:
         """Record and count the pairs that could not be used on any rank.
@@ -277,24 +292,22 @@ class Trainer:
         """Return a context in which the model has the average of its weights, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
 
-    def save(self, *, keep: bool = False) -> Path:
-        """Write ``epoch_latest.pt``, with ``keep`` also ``epoch_N.pt``, and return the path of the former.
+    def save(self, *, keep: bool = False) -> None:
+        """Copy the state of the run, which is then written in the background; with ``keep``, as ``epoch_N.pt`` too.
 
         Raises:
-            TrainingError, DiskFullError: the weights are not finite, or there is no space; the checkpoints that exist
-                stay as they are.
+            TrainingError: the weights are not finite.
         """
         self._record_skipped()
         self.skips.settle()
         content = self.state.state_dict(is_main=self.world.is_main)
-        path = self.world.on_main(lambda: self._write(content, keep=keep))
+        self.world.on_main(lambda: self._write(content, keep=keep))
         self._unsaved = False
-        return path
 
-    def _write(self, content: dict[str, Any], *, keep: bool) -> Path:
-        """Write the content of a checkpoint if its weights are finite."""
+    def _write(self, content: dict[str, Any], *, keep: bool) -> None:
+        """Begin to write the content of a checkpoint if its weights are finite."""
         self.state.check(content)
-        return self.folder.save(content, keep=keep)
+        self.checkpoints.save(content, self.progress.step, milestone=content["epoch"] if keep else None)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that the model has now, complete on rank 0; all ranks must call it."""

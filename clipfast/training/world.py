@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 
 from ..factory import resolve_device
 from .watchdog import EXCHANGE, PATIENT, Watchdog, record_flights, write_flights_to
@@ -150,8 +151,8 @@ class World:
             dist.gather_object(value, everyones, group=self.hosts, group_dst=0)
         return everyones or []
 
-    def on_main(self, work: Callable[[], T]) -> T:
-        """Return on all ranks what ``work`` returns on rank 0, while the others wait.
+    def on_main(self, work: Callable[[], T], seconds: float = PATIENCE) -> T:
+        """Return on all ranks what ``work`` returns on rank 0, while the others wait, for at most so many seconds.
 
         Raises:
             Exception: what ``work`` raises, on all ranks.
@@ -165,7 +166,7 @@ class World:
                     found[0] = work()
             except Exception as error:
                 found[1] = _portable(error)
-        self.meet()
+        self.meet(seconds)
         with self.phase(EXCHANGE):
             dist.broadcast_object_list(found, group=self.hosts, group_src=0)
         if found[1] is not None:
@@ -250,9 +251,11 @@ def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[Wor
             torch.cuda.set_device(own)
         record_flights()
         first = datetime.timedelta(seconds=max(PATIENCE, timeout))
-        dist.init_process_group(
-            "nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None, rank=rank, world_size=size
-        )
+        place: dict[str, Any] = {"rank": rank, "world_size": size}
+        store = _store_of_attempt(world, first)
+        if store is not None:
+            place["store"] = store
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None, **place)
     world.hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, timeout)))
     world.watchdog = watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, size, timeout)
     try:
@@ -297,6 +300,24 @@ def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
         machines += [int(count)] * int(times or 1)
     rank, local_rank, machine = (int(environment[f"SLURM_{name}"]) for name in ("PROCID", "LOCALID", "NODEID"))
     return rank, size, local_rank, machines[machine]
+
+
+def _store_of_attempt(world: World, timeout: datetime.timedelta) -> "dist.Store | None":
+    """Return the store in which ranks that torchrun has started again find each other; None for the usual one.
+
+    That one stays the same, and ranks would find addresses of processes that have ended. The attempts of several
+    machines are not counted together, so there it is the usual one all the same.
+    """
+    attempt = restarts()
+    if attempt == 0 or world.local_size != world.size:
+        return None
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
+    return dist.PrefixStore(f"attempt {attempt}", store)
+
+
+def restarts() -> int:
+    """Return how often torchrun has started the processes of this machine again after a failure."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0))
 
 
 def _portable(error: Exception) -> Exception:

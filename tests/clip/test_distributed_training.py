@@ -101,6 +101,8 @@ def befalling(rank, what, victims, step):
     original = Trainer._train_step
 
     def befallen(trainer, batch):
+        if trainer.progress.step == step:
+            trainer.checkpoints.wait()
         if trainer.progress.step == step and rank in victims:
             if what == "stop":
                 raise KeyboardInterrupt

@@ -105,12 +105,12 @@ def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path):
     assert RunFolder(tmp_path / "run").kept() == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM])
-def test_a_closed_terminal_saves(shards, tmp_path, signum):
+@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
+def test_a_closed_terminal_and_a_scheduler_save(shards, tmp_path, signum):
     process = started(command(shards, tmp_path, "--epochs", "2000"), stderr=subprocess.DEVNULL)
     wait_for_checkpoint(process, tmp_path / "run", 2)
     process.send_signal(signum)
-    assert process.wait(60) == 128 + signum
+    assert process.wait(60) == 0
     assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
 
 
@@ -222,11 +222,10 @@ class TestDamage:
         content = bytearray(folder.latest.read_bytes())
         content[len(content) // 2] ^= 1
         folder.latest.write_bytes(content)
-        code, _, err = run_command(capsys, "train", "--resume", folder.path)
+        code, _, err = run_command(capsys, "train", "--resume", folder.latest)
         assert code == 2
         assert "epoch_latest.pt is damaged: the checksum of " in err
-        assert f"the one before is {folder.checkpoints}/epoch_2.pt" in err
-        # The other name of the same file was not written to: a checkpoint is replaced, never changed.
+        assert f"the one before is {folder.checkpoints}/step_4.pt" in err
         assert run_command(capsys, "train", "--resume", folder.checkpoints / "epoch_1.pt")[0] == 0
 
     def test_every_bit_of_a_tensor_counts(self, tmp_path):
@@ -242,10 +241,13 @@ class TestDamage:
 
     def test_the_newest_that_there_is_is_resumed(self, shards, tmp_path):
         folder, _ = train(config(shards, tmp_path, save_frequency=1))
-        assert [path.name for path in folder.kept()] == ["epoch_latest.pt", "epoch_2.pt", "epoch_1.pt"]
+        assert [path.name for path in folder.kept()] == ["epoch_latest.pt", "step_4.pt"]
         folder.latest.unlink()
+        assert [path.name for path in folder.kept()] == ["step_8.pt", "step_4.pt"]
+        for path in folder.checkpoints.glob("step_*"):
+            path.unlink()
         (folder.checkpoints / "epoch_10.pt").write_bytes(b"")
-        assert folder.kept()[0].name == "epoch_10.pt"
+        assert [path.name for path in folder.kept()] == ["epoch_10.pt", "epoch_2.pt", "epoch_1.pt"]
 
 
 class TestFullDisk:
@@ -273,14 +275,12 @@ class TestFullDisk:
         monkeypatch.setattr("clipfast.checkpoint._nbytes", lambda content: 10**9)
 
     def test_training_goes_on_and_says_what_is_lost(self, full, shards, tmp_path):
-        with pytest.raises(
-            DiskFullError, match=r"epoch_latest\.pt cannot be written: .*1,000.0 MB are wanted and 0.0 MB"
-        ):
+        with pytest.raises(DiskFullError, match=r"step_12\.pt cannot be written: .*1,000.0 MB are wanted and 0.0 MB"):
             train(config(shards, tmp_path, epochs=3))
         run = RunFolder(tmp_path / "run")
         log = (run.path / "out.log").read_text()
         assert f"Training goes on. The last good checkpoint is {run.latest}" in log
-        assert "Step 12 cannot be saved" in log
+        assert log.count("step_12.pt cannot be written: ") == 2  # at the end of the epoch, and of the run
         assert saved_step(run.path) == 4
 
     def test_what_fails_for_another_reason_is_not_a_full_disk(self, tmp_path):

@@ -53,7 +53,7 @@ def test_a_run_ends_within_an_epoch(shards, tmp_path):
     # epoch_1.pt is the one epoch that was finished
     checkpoints = {path.name: read_checkpoint(path) for path in folder.checkpoints.glob("*.pt")}
     steps = {name: checkpoint["clipfast"]["progress"]["step"] for name, checkpoint in checkpoints.items()}
-    assert steps == {"epoch_1.pt": 4, "epoch_latest.pt": 6}
+    assert steps == {"epoch_1.pt": 4, "step_4.pt": 4, "step_6.pt": 6, "epoch_latest.pt": 6}
     log = (folder.path / "out.log").read_text()
     assert "6 steps of 8 pairs" in log
     assert "Train Epoch: 1 [16/16 (100%)]" in log

@@ -291,11 +291,11 @@ class TestDisk:
     def test_space(self, tmp_path, refusal, monkeypatch):
         weights = sum(p.nbytes for p in module.bare_model(config("x", tmp_path), {}, torch.device("cpu")).parameters())
         checkpoint = 3 * weights
-        for there_is_one, needed in ((False, 2 * checkpoint + weights), (True, checkpoint + weights)):
-            if there_is_one:
+        for there, needed in ((0, 3 * checkpoint + weights), (1, 2 * checkpoint + weights), (2, checkpoint + weights)):
+            if there:
                 folder = RunFolder(tmp_path / "logs/run")
-                folder.checkpoints.mkdir(parents=True)
-                folder.latest.touch()
+                folder.checkpoints.mkdir(parents=True, exist_ok=True)
+                (folder.checkpoints / f"step_{there}.pt").touch()
             for free in (needed - 1, needed):
                 monkeypatch.setattr(shutil, "disk_usage", lambda _, free=free: mock.Mock(free=free))
                 options = config(f"{tmp_path}/x.tar", tmp_path / "logs", workers=0)

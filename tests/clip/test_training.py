@@ -62,6 +62,7 @@ def stopped_after(step: int):
 
     def stopping(trainer, batch):
         if trainer.progress.step == step:
+            trainer.checkpoints.wait()
             raise KeyboardInterrupt
         return original(trainer, batch)
 
@@ -115,7 +116,8 @@ def test_a_run_leaves_what_it_should(shards, tmp_path):
     metrics = folder.metrics()
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6, 8]
     assert [line["step"] for line in metrics if "eval" in line] == [4, 8]
-    assert {path.name for path in folder.checkpoints.glob("*.pt")} == {"epoch_1.pt", "epoch_2.pt", "epoch_latest.pt"}
+    names = {"epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_4.pt", "step_8.pt"}
+    assert {path.name for path in folder.checkpoints.glob("*.pt")} == names
     for name in ("learning_curve.png", "contact_sheet.png"):
         assert (folder.path / name).stat().st_size > 10_000
     log = (folder.path / "out.log").read_text()
@@ -185,7 +187,7 @@ def test_interruption_saves_and_says_where(shards, tmp_path, signum, everybody):
     wait_for_checkpoint(process, tmp_path / "run", 3)
     (os.killpg if everybody else os.kill)(process.pid, signum)
     _, log = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
+    assert process.returncode == 0
     assert f"go on with: clipfast train --resume {tmp_path / 'run'}" in log
     assert "Traceback" not in log
     assert "killed by signal" not in log

@@ -1,0 +1,172 @@
+"""The checkpoints of a run: their names, how they are written beside training, and which is the newest whole one."""
+
+import contextlib
+import logging
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..checkpoint import CheckpointError, read_checkpoint, write_checkpoint
+from ..files import DiskFullError, replace_file
+from .background import Background
+from .host_copy import HostCopy
+
+log = logging.getLogger("clipfast")
+LATEST = "epoch_latest.pt"
+STEP = re.compile(r"step_(\d+)(?:\.pt)?")
+EPOCH = re.compile(r"epoch_(\d+)\.pt")
+
+
+class Found(NamedTuple):
+    """A checkpoint with its content, and one line for each newer one that is damaged."""
+
+    path: Path | None
+    content: dict[str, Any]
+    damaged: list[str]
+
+
+class Checkpoints:
+    """The folder of a run's checkpoints.
+
+    ``step_N.pt`` is the state after N steps. ``epoch_latest.pt`` is a second name of the one that a run goes on from,
+    and moves to a new one only when that is on the disk. ``epoch_N.pt`` is a second name of one that is kept for good.
+
+    Args:
+        folder: the folder, which may not exist yet.
+        keep_last: so many of the ``step_N.pt`` are kept.
+        after_save: is called, on the thread that writes, after each checkpoint that is on the disk.
+    """
+
+    def __init__(self, folder: Path, keep_last: int = 2, after_save: Callable[[], object] | None = None) -> None:
+        self.folder, self.keep_last, self.after_save = folder, keep_last, after_save
+        self.latest = folder / LATEST
+        self.saved_at = time.monotonic()
+        self._background, self._host_copy = Background(), HostCopy()
+
+    def step_path(self, step: int) -> Path:
+        """Return the path of the state after ``step`` steps."""
+        return self.folder / f"step_{step}.pt"
+
+    def steps(self) -> dict[int, Path]:
+        """Return the paths of the ``step_N.pt`` that there are by their steps, the last one first."""
+        return _numbered(self.folder, STEP)
+
+    def kept(self) -> list[Path]:
+        """Return the checkpoints that there are, the newest first, each by the first of its names."""
+        names = [self.latest, *self.steps().values(), *_numbered(self.folder, EPOCH).values()]
+        files: dict[tuple[int, int], Path] = {}
+        for path in names:
+            with contextlib.suppress(FileNotFoundError):
+                status = path.stat()
+                files.setdefault((status.st_dev, status.st_ino), path)
+        return list(files.values())
+
+    def newest_whole(self) -> Found:
+        """Return the newest checkpoint whose checksums are right; its path is None if there is no checkpoint at all.
+
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
+        """
+        damaged: list[str] = []
+        kept = self.kept()
+        if kept and kept[0] != self.latest:
+            damaged.append(f"{self.latest} is missing")
+        for path in kept:
+            try:
+                content = read_checkpoint(path, mmap=True)
+            except CheckpointError as error:
+                damaged.append(str(error))
+                continue
+            return Found(path, content, [f"{line}; the run goes on from {path}" for line in damaged])
+        if kept:
+            raise CheckpointError(f"{self.folder} holds no checkpoint that is whole: {'; '.join(damaged)}")
+        return Found(None, {}, [])
+
+    def begin(self, resumed: Path | None = None) -> None:
+        """Remove what a killed process left half written, and let ``epoch_latest.pt`` be what the run goes on from."""
+        for path in self.folder.glob(".*.tmp"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if resumed is not None and not (self.latest.exists() and self.latest.samefile(resumed)):
+            self._link(resumed, self.latest)
+
+    def save(self, checkpoint: dict[str, Any], step: int, *, milestone: int | None = None) -> None:
+        """Copy a checkpoint, and write the copy in the background, after the write before is done.
+
+        Args:
+            checkpoint: what to save; all of its tensors are copied when this returns, or ordered to be.
+            step: number of steps that are finished.
+            milestone: number of finished epochs, to keep it as ``epoch_N.pt``.
+        """
+        self._background.wait()
+        self.saved_at = time.monotonic()
+        copied = self._host_copy(checkpoint)
+        self._background.start(lambda: self._write(copied, step, milestone))
+
+    def wait(self) -> Exception | None:
+        """Wait until nothing is being written, and return the error of the last write, if it failed."""
+        return self._background.wait()
+
+    def finish(self) -> None:
+        """Wait until the last checkpoint is on the disk.
+
+        Raises:
+            DiskFullError: there is no space for it.
+            OSError: it cannot be written for another reason.
+        """
+        error = self.wait()
+        if error is not None:
+            raise error
+
+    def _write(self, checkpoint: dict[str, Any], step: int, milestone: int | None) -> None:
+        path = self.step_path(step)
+        try:
+            self._host_copy.wait()
+            write_checkpoint(path, checkpoint)
+            self._link(path, self.latest)
+            if milestone is not None:
+                self._link(path, self.folder / f"epoch_{milestone}.pt")
+        except Exception as error:
+            named, kept = _named(error, path), self.kept()
+            log.error(f"{named}. Training goes on.{f' The last good checkpoint is {kept[0]}' if kept else ''}")
+            raise named from error.__cause__
+        self._remove_old(step)
+        log.info(f"Saved {path}")
+        if self.after_save is not None:
+            self.after_save()
+
+    def _remove_old(self, step: int) -> None:
+        """Remove all but the last ``step_N.pt``, and those of steps after ``step``, which the run has not done yet."""
+        steps = self.steps()
+        past = [number for number in steps if number <= step]
+        for number in steps.keys() - set(past[: self.keep_last]):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(steps[number]) if steps[number].is_dir() else steps[number].unlink()
+
+    def _link(self, path: Path, name: Path) -> None:
+        """Let ``name`` be a second name of the file ``path``."""
+
+        def link(temporary: Path) -> None:
+            temporary.unlink()
+            try:
+                temporary.hardlink_to(path)
+            except OSError:  # the file system has no such links
+                shutil.copyfile(path, temporary)
+
+        replace_file(name, link)
+
+
+def _named(error: Exception, path: Path) -> OSError:
+    """Return an error that says in one line why ``path`` cannot be written."""
+    if isinstance(error, DiskFullError):
+        return error
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    return OSError(f"{path} cannot be written: {reason}")
+
+
+def _numbered(folder: Path, pattern: re.Pattern[str]) -> dict[int, Path]:
+    """Return the paths in ``folder`` whose whole name fits, by the number in it, the largest first."""
+    found = [(match, path) for path in folder.glob("*") if (match := pattern.fullmatch(path.name))]
+    return dict(sorted(((int(match[1]), path) for match, path in found), reverse=True))

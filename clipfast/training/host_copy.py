@@ -1,0 +1,65 @@
+"""Copies of a run's state in host memory, which stay as they are while training goes on."""
+
+import contextlib
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class HostCopy:
+    """Copies nested dicts and lists of tensors to host memory, and keeps the memory for the next time.
+
+    A GPU copies in the order of its current stream, so that whatever training does next comes after it, and the host
+    need not wait. Tensors that share their memory share it in the copy.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[Any, ...], Tensor] = {}
+        self._copied: dict[tuple[Any, ...], Tensor] = {}  # by what they are copies of
+        self._events: list[torch.cuda.Event] = []
+
+    def __call__(self, content: Any) -> Any:
+        """Return ``content`` with copies in place of its tensors; those of the call before are overwritten."""
+        buffers, self._buffers, self._copied = self._buffers, {}, {}
+        copied = self._copy(content, (), buffers)
+        devices = {key[0] for key in self._copied if key[0].type == "cuda"}
+        self._events = [torch.cuda.current_stream(device).record_event() for device in devices]
+        self._copied = {}
+        return copied
+
+    def wait(self) -> None:
+        """Wait until a GPU has copied everything."""
+        for event in self._events:
+            event.synchronize()
+
+    def _copy(self, content: Any, path: tuple[Any, ...], buffers: dict[tuple[Any, ...], Tensor]) -> Any:
+        if isinstance(content, Tensor):
+            return self._copy_tensor(content.detach(), path, buffers)
+        if isinstance(content, dict):
+            copied = copy.copy(content)  # with the attributes that PyTorch gives a state dict
+            copied.update({key: self._copy(value, (*path, key), buffers) for key, value in content.items()})
+            return copied
+        if isinstance(content, list | tuple):
+            return type(content)(self._copy(value, (*path, index), buffers) for index, value in enumerate(content))
+        return content
+
+    def _copy_tensor(self, tensor: Tensor, path: tuple[Any, ...], buffers: dict[tuple[Any, ...], Tensor]) -> Tensor:
+        source = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if source in self._copied:
+            return self._copied[source]
+        buffer = buffers.get(path)
+        if buffer is None or buffer.dtype != tensor.dtype or buffer.shape != tensor.shape:
+            buffer = _host_memory(tensor)
+        buffer.copy_(tensor, non_blocking=True)
+        self._buffers[path] = self._copied[source] = buffer
+        return buffer
+
+
+def _host_memory(tensor: Tensor) -> Tensor:
+    """Return memory of the host for a copy of ``tensor``, pinned if a GPU is to copy."""
+    if tensor.device.type == "cuda":
+        with contextlib.suppress(RuntimeError):  # there is a limit to pinned memory
+            return torch.empty_like(tensor, device="cpu", pin_memory=True)
+    return torch.empty_like(tensor, device="cpu")

@@ -1,0 +1,611 @@
+"""Checkpoints that hold: written beside training, on failing disks, damaged, by time, after restarts, and elsewhere."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+from unittest import mock
+
+import fsspec
+import pytest
+import torch
+
+from clipfast.checkpoint import read_checkpoint, write_checkpoint
+from clipfast.files import DiskFullError
+from clipfast.training import remote
+from clipfast.training.background import Background
+from clipfast.training.checkpoints import Checkpoints
+from clipfast.training.host_copy import HostCopy
+from clipfast.training.loop import train
+from clipfast.training.remote import RemoteCopy
+from clipfast.training.run import RunFolder
+from clipfast.training.trainer import Trainer
+
+from .conftest import run_command
+from .test_training import command, config, same, saved_step
+
+
+def state(step, value=0.0):
+    return {"epoch": step // 4, "state_dict": {"w": torch.full((8,), value)}, "clipfast": {"progress": {"step": step}}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    return Checkpoints(tmp_path / "run/checkpoints")
+
+
+def saved(store, *steps, **options):
+    for step in steps:
+        store.save(state(step), step, **options)
+        store.finish()
+
+
+def names(store):
+    return sorted(path.name for path in store.folder.iterdir())
+
+
+class Gate:
+    """Writes that wait until they may go on."""
+
+    def __init__(self, monkeypatch):
+        self.begun, self.open, self.written = threading.Semaphore(0), threading.Event(), []
+
+        def write(path, content):
+            self.begun.release()
+            assert self.open.wait(30)
+            write_checkpoint(path, content)
+            self.written.append(path.name)
+
+        monkeypatch.setattr("clipfast.training.checkpoints.write_checkpoint", write)
+
+
+@pytest.fixture
+def gate(monkeypatch):
+    return Gate(monkeypatch)
+
+
+class TestHostCopy:
+    """What is written is the state at the moment of saving."""
+
+    def test_it_is_a_copy_of_everything(self):
+        weight = torch.arange(6.0).reshape(2, 3)
+        content = {
+            "transposed": weight.t(), "same": weight, "again": weight, "part": weight[0], "empty": torch.zeros(0, 3),
+            "scalar": torch.tensor(2.0), "halves": weight.bfloat16(), "list": [weight + 1, (weight.long(), "x")],
+            "parameter": torch.nn.Parameter(torch.ones(2)), "none": None,
+        }  # fmt: skip
+        expected = json.dumps(content, default=lambda tensor: tensor.tolist())
+        copied = HostCopy()(content)
+        weight.fill_(-1)
+        content["parameter"].data.fill_(-1)
+        content["list"][0].fill_(-1)
+        assert json.dumps(copied, default=lambda tensor: tensor.tolist()) == expected
+        assert [copied["halves"].dtype, copied["list"][1][0].dtype] == [torch.bfloat16, torch.int64]
+        assert copied["transposed"].stride() == (1, 3)
+        assert copied["again"] is copied["same"]  # it is written once
+        assert not any(value.requires_grad for value in copied.values() if isinstance(value, torch.Tensor))
+
+    def test_its_memory_is_used_again(self):
+        copies, content = HostCopy(), {"a": torch.ones(4), "b": {"c": torch.ones(3)}}
+        first = copies(content)
+        places = [first["a"].data_ptr(), first["b"]["c"].data_ptr()]
+        content["a"].fill_(2)
+        second = copies(content)
+        assert [second["a"].data_ptr(), second["b"]["c"].data_ptr()] == places
+        assert second["a"].tolist() == [2] * 4
+        # another shape or type gets other memory
+        third = copies({"a": torch.ones(5), "b": {"c": torch.ones(3, dtype=torch.half)}})
+        assert (third["a"].tolist(), third["b"]["c"].dtype) == ([1] * 5, torch.half)
+
+    def test_attributes_of_a_state_dict_stay(self):
+        state = torch.nn.BatchNorm1d(2).state_dict()
+        assert HostCopy()(state)._metadata == state._metadata
+
+
+class TestWriting:
+    """The writer beside training."""
+
+    def test_training_goes_on_meanwhile_and_changes_nothing(self, store, gate):
+        content = state(1, 7.0)
+        store.save(content, 1)
+        assert gate.begun.acquire(timeout=10)
+        content["state_dict"]["w"].fill_(8)
+        content["clipfast"]["progress"]["step"] = 2
+        assert not store.latest.exists()
+        gate.open.set()
+        store.finish()
+        found = read_checkpoint(store.latest)
+        assert found["state_dict"]["w"].tolist() == [7.0] * 8
+        assert found["clipfast"]["progress"]["step"] == 1
+
+    def test_a_second_save_waits_for_the_first(self, store, gate):
+        first = state(1, 1.0)
+        store.save(first, 1)
+        thread = threading.Thread(target=lambda: store.save(state(2, 2.0), 2))
+        thread.start()
+        thread.join(0.2)
+        assert thread.is_alive()
+        gate.open.set()
+        thread.join(10)
+        store.finish()
+        assert gate.written == ["step_1.pt", "step_2.pt"]
+        assert [read_checkpoint(store.step_path(n))["state_dict"]["w"][0].item() for n in (1, 2)] == [1.0, 2.0]
+
+    def test_names(self, store):
+        saved(store, 2)
+        saved(store, 4, milestone=1)
+        saved(store, 6, 8, 10)
+        assert names(store) == ["epoch_1.pt", "epoch_latest.pt", "step_10.pt", "step_8.pt"]
+        assert store.latest.samefile(store.step_path(10))
+        assert read_checkpoint(store.folder / "epoch_1.pt")["clipfast"]["progress"]["step"] == 4
+        assert [path.name for path in store.kept()] == ["epoch_latest.pt", "step_8.pt", "epoch_1.pt"]
+
+    def test_without_links_there_are_copies(self, store, monkeypatch):
+        def refuse(*_):
+            raise OSError(errno.EPERM, "Operation not permitted")
+
+        monkeypatch.setattr(Path, "hardlink_to", refuse)
+        saved(store, 1, milestone=1)
+        assert len({path.stat().st_ino for path in store.folder.iterdir()}) == 3
+        assert len({path.read_bytes() for path in store.folder.iterdir()}) == 1
+
+    def test_latest_moves_when_the_data_is_on_the_disk(self, store, monkeypatch):
+        saved(store, 1)
+        synced, moved = [], []
+        fsync, replace = os.fsync, Path.replace
+        monkeypatch.setattr(os, "fsync", lambda fd: (synced.append(os.readlink(f"/proc/self/fd/{fd}")), fsync(fd)))
+        monkeypatch.setattr(
+            Path, "replace", lambda self, to: (moved.append((to.name, list(synced))), replace(self, to))
+        )
+        saved(store, 2)
+        assert [name for name, _ in moved] == ["step_2.pt", "epoch_latest.pt"]
+        assert f"{store.folder}/.step_2.pt.tmp" in moved[0][1]
+        assert str(store.folder) in moved[1][1]
+        assert synced[-1] == str(store.folder)
+
+    def test_a_branch_that_was_left_is_removed_when_the_other_is_saved(self, store):
+        saved(store, 2, 4)
+        store.begin(store.step_path(2))
+        assert [path.name for path in store.kept()] == ["epoch_latest.pt", "step_4.pt"]
+        assert saved_step(store.folder.parent) == 2
+        saved(store, 3)
+        assert names(store) == ["epoch_latest.pt", "step_2.pt", "step_3.pt"]
+
+    def test_leftovers_are_no_checkpoints_and_go(self, store):
+        (store.folder / ".step_9.pt.tmp").write_bytes(b"x")
+        (store.folder / ".step_9.tmp").mkdir()
+        assert store.kept() == []
+        assert store.newest_whole().path is None
+        store.begin()
+        assert names(store) == []
+
+
+class TestFailingDisk:
+    """Writes that fail within a run, and at its end."""
+
+    @pytest.fixture
+    def failing(self, monkeypatch):
+        """The errors of the writes that are to fail, by the name of the file."""
+        errors, save = {}, torch.save
+
+        def failing_save(content, path):
+            error = errors.get(path.name)
+            if error is not None:
+                path.write_bytes(b"half")
+                raise error
+            save(content, path)
+
+        monkeypatch.setattr(torch, "save", failing_save)
+        return errors
+
+    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
+    def test_training_goes_on_and_the_next_one_is_written(self, code, failing, shards, tmp_path):
+        failing[".step_3.pt.tmp"] = OSError(code, os.strerror(code))
+        folder, _ = train(config(shards, tmp_path, save_every=1, epochs=1, workers=0))
+        said = (folder.path / "out.log").read_text()
+        assert f"step_3.pt cannot be written: {os.strerror(code)}" in said
+        assert f"Training goes on. The last good checkpoint is {folder.latest}" in said
+        assert saved_step(folder.path) == 4
+        assert not list(folder.checkpoints.glob(".*"))
+
+    def test_the_last_one_is_tried_again(self, failing, shards, tmp_path):
+        error = failing[".step_4.pt.tmp"] = OSError(errno.EIO, "Input/output error")
+        tried = []
+
+        def log_tries(self, checkpoint, step, milestone):
+            tried.append(step)
+            if len(tried) == 2:
+                failing.clear()
+            original(self, checkpoint, step, milestone)
+
+        original = Checkpoints._write
+        with mock.patch.object(Checkpoints, "_write", log_tries):
+            folder, _ = train(config(shards, tmp_path, epochs=1, workers=0))
+        assert tried == [4, 4]
+        assert saved_step(folder.path) == 4
+        assert "Input/output" in (folder.path / "out.log").read_text()
+        assert error.errno == errno.EIO
+
+    def test_the_failure_of_the_last_one_is_that_of_the_run(self, failing, shards, tmp_path, capsys):
+        failing[".step_24.pt.tmp"] = OSError(errno.EROFS, "Read-only file system")
+        code, _, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0"))
+        assert code == 2
+        assert f"error: {tmp_path}/run/checkpoints/step_24.pt cannot be written: Read-only file system" in err
+        assert saved_step(tmp_path / "run") == 23
+
+    def test_of_a_run_that_was_told_to_stop_too(self, failing, shards, tmp_path):
+        failing[".step_1.pt.tmp"] = OSError(errno.ENOSPC, "No space left on device")
+        with (
+            signalled_after(1, signal.SIGTERM),
+            pytest.raises(DiskFullError, match=r"step_1\.pt cannot be written: No space left on device"),
+        ):
+            train(config(shards, tmp_path, workers=0))
+
+    def test_records_that_cannot_be_written_do_not_end_a_run(self, shards, tmp_path):
+        folder = RunFolder(tmp_path / "nowhere")
+        folder.record(step=1)
+        with mock.patch.object(logging.getLogger("clipfast"), "error") as said:
+            folder.record(step=2)
+        assert "metrics.jsonl cannot be written: No such file or directory" in said.call_args.args[0]
+
+    def test_a_folder_that_is_removed(self, shards, tmp_path):
+        original = Trainer._train_step
+
+        def removing(trainer, batch):
+            if trainer.progress.step == 2:
+                shutil.rmtree(trainer.folder.path)
+            return original(trainer, batch)
+
+        with (
+            mock.patch.object(Trainer, "_train_step", removing),
+            pytest.raises(OSError, match=r"step_4\.pt cannot be written: No such file or directory"),
+        ):
+            train(config(shards, tmp_path, save_every=1, epochs=1, workers=0))
+
+
+def signalled_after(step, signum):
+    """A signal that comes while the step after ``step`` - 1 is done."""
+    original = Trainer._train_step
+
+    def signalled(trainer, batch):
+        if trainer.progress.step == step - 1:
+            os.kill(os.getpid(), signum)
+        return original(trainer, batch)
+
+    return mock.patch.object(Trainer, "_train_step", signalled)
+
+
+class TestEndings:
+    """A run that is told to stop."""
+
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+    def test_saves_and_returns_0(self, signum, shards, tmp_path, capsys):
+        with signalled_after(3, signum):
+            code, out, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0"))
+        assert (code, out) == (0, "")
+        assert f"Interrupted. Saved {tmp_path}/run/checkpoints/epoch_latest.pt; go on with: clipfast train" in err
+        assert saved_step(tmp_path / "run") == 3
+
+    def test_a_signal_during_a_save(self, shards, tmp_path, gate):
+        def open_later():
+            assert gate.begun.acquire(timeout=30)
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.3)
+            gate.open.set()
+
+        thread = threading.Thread(target=open_later)
+        thread.start()
+        folder, signum = train(config(shards, tmp_path, save_every=2, epochs=100, workers=0))
+        thread.join()
+        assert signum == signal.SIGTERM
+        assert gate.written[0] == "step_2.pt"
+        newest = Checkpoints(folder.checkpoints).newest_whole()
+        assert newest.damaged == []
+        assert newest.content["clipfast"]["progress"]["step"] == int(gate.written[-1][5:-3])
+
+    def test_a_second_ctrl_c_ends_at_once(self, shards, tmp_path, gate):
+        original, waiting = Background.wait, threading.Event()
+
+        def wait(self):
+            if self.is_busy:
+                waiting.set()
+            return original(self)
+
+        def interrupt_again():
+            assert waiting.wait(30)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt_again)
+        thread.start()
+        with (
+            mock.patch.object(Background, "wait", wait),
+            signalled_after(3, signal.SIGINT),
+            pytest.raises(KeyboardInterrupt),
+        ):
+            train(config(shards, tmp_path, save_every=2, workers=0))
+        thread.join()
+        assert gate.written == []
+        gate.open.set()
+
+
+def test_by_the_clock(shards, tmp_path):
+    options = config(shards, tmp_path, epochs=1, save_every_minutes=1.0, workers=0)
+    clock = [time.monotonic()]
+    with mock.patch("clipfast.training.trainer.time.monotonic", side_effect=lambda: clock[0]):
+        original, steps = Trainer._train_step, []
+
+        def slow(trainer, batch):
+            clock[0] += 35
+            return original(trainer, batch)
+
+        with (
+            mock.patch.object(Trainer, "_train_step", slow),
+            mock.patch.object(
+                Checkpoints, "save", autospec=True, side_effect=lambda store, state, step, **_: steps.append(step)
+            ),
+        ):
+            train(options)
+    assert steps == [2, 4]
+
+
+DAMAGE = {
+    "a flipped byte": lambda path: path.write_bytes(
+        (whole := path.read_bytes())[: len(whole) // 2]
+        + bytes([whole[len(whole) // 2] ^ 1])
+        + whole[len(whole) // 2 + 1 :]
+    ),
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "missing": lambda path: (path.unlink(), path.with_name("step_8.pt").unlink()),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    logs = tmp_path_factory.mktemp("whole")
+    return train(config(shards, logs, save_every=3, workers=0))[0]
+
+
+class TestDamage:
+    """The newest checkpoint cannot be used."""
+
+    @pytest.fixture
+    def run(self, whole, tmp_path):
+        shutil.copytree(whole.path, tmp_path / "run")
+        store = Checkpoints(tmp_path / "run/checkpoints")
+        store.latest.unlink()
+        store.begin(store.step_path(8))  # the copy has no links
+        return RunFolder(tmp_path / "run")
+
+    @pytest.mark.parametrize("resume", ["latest", "folder"])
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_the_one_before_is_taken(self, damage, resume, run, whole, capsys):
+        DAMAGE[damage](run.latest)
+        named = ["latest", "--name", "run", "--logs", run.path.parent] if resume == "latest" else [run.path]
+        code, _, err = run_command(capsys, "train", "--resume", *named)
+        assert code == 0, err
+        assert f"; the run goes on from {run.checkpoints}/step_6.pt" in err
+        assert str(run.latest) in err
+        assert same(run.path, whole.path)
+        assert [line["step"] for line in run.metrics() if "loss" in line] == [2, 4, 6, 8]
+
+    def test_a_file_that_is_named_is_never_another_one(self, run, capsys):
+        DAMAGE["truncated"](run.latest)
+        code, _, err = run_command(capsys, "train", "--resume", run.latest)
+        assert code == 2
+        assert err.strip().endswith(f"the one before is {run.checkpoints}/step_6.pt")
+
+    def test_nothing_begins_anew_where_all_are_damaged(self, run, capsys):
+        for path in run.checkpoints.iterdir():
+            os.truncate(path, 10)
+        code, _, err = run_command(capsys, "train", "--resume", "latest", "--name", "run", "--logs", run.path.parent)
+        assert code == 2
+        assert "holds no checkpoint that is whole: " in err
+
+
+class TestRestart:
+    """The same command again: by torchrun after a failure, and by a scheduler."""
+
+    def test_latest_begins_a_run_that_has_none(self, shards, tmp_path, capsys):
+        arguments = [*command(shards, tmp_path), "--resume", "latest"]
+        with signalled_after(5, signal.SIGUSR1):
+            code, _, err = run_command(capsys, *arguments)
+        assert (code, saved_step(tmp_path / "run")) == (0, 5)
+        assert f"{tmp_path}/run has no checkpoint yet: the run begins" in err
+        code, _, err = run_command(capsys, *arguments)
+        assert (code, saved_step(tmp_path / "run")) == (0, 24)
+        assert "at step 5 of 24" in err
+
+    @pytest.mark.parametrize("resume", ["nothing", "a file of its own"])
+    def test_it_goes_on_by_itself(self, resume, shards, tmp_path, capsys, monkeypatch):
+        arguments = command(shards, tmp_path, "--save-every", "2")
+        with signalled_after(7, signal.SIGTERM):
+            run_command(capsys, *arguments)
+        extra = ["--resume", tmp_path / "run/checkpoints/step_6.pt"] if resume == "a file of its own" else []
+        if not extra:
+            assert "holds a run already" in run_command(capsys, *arguments)[2]
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        code, _, err = run_command(capsys, *arguments, *extra)
+        assert code == 0, err
+        assert "at step 7 of 24" in err
+
+    def test_a_name_by_time_would_be_another_one(self, shards, tmp_path, capsys, monkeypatch):
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+        arguments = [
+            "train",
+            "--train-data",
+            shards,
+            "--logs",
+            tmp_path,
+            "--train-num-samples",
+            "999",
+            "--print-config",
+        ]
+        for more in ([], ["--recipe", "emoji"]):
+            code, _, err = run_command(capsys, *arguments, *more)
+            assert code == 2
+            assert "a name by time would be another one: give --name" in err
+            assert run_command(capsys, *arguments, *more, "--name", "x")[0] == 0
+        monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "0")
+        assert run_command(capsys, *arguments)[0] == 0
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pseudo_dirs[:] = [""]
+    yield fs
+    fs.store.clear()
+
+
+class TestRemote:
+    """A copy of the run elsewhere, in both directions."""
+
+    def contents(self, fs, root="/copies/run"):
+        return {path.removeprefix(f"{root}/"): fs.cat_file(path) for path in fs.find(root)}
+
+    def test_the_copy_is_the_run(self, memory, shards, tmp_path):
+        given = config(shards, tmp_path, save_every=1, save_frequency=1, remote_sync="memory://copies", workers=0)
+        folder, _ = train(given)
+        expected = {
+            path.relative_to(folder.path).as_posix(): path.read_bytes()
+            for path in folder.path.rglob("*")
+            if path.is_file() and path.name != "run.lock"
+        }
+        copied = self.contents(memory)
+        assert copied.keys() == expected.keys()
+        assert {name for name in copied if copied[name] != expected[name]} <= {"out.log"}
+        assert sorted(name for name in copied if "step_" in name) == ["checkpoints/step_7.pt", "checkpoints/step_8.pt"]
+
+    def test_order_and_sizes(self, memory, store, monkeypatch):
+        put, copied = [], []
+        for name, calls in (("put_file", put), ("cp_file", copied)):
+            original = getattr(memory, name)
+            monkeypatch.setattr(
+                memory,
+                name,
+                lambda *args, original=original, calls=calls, **k: (calls.append(args[1]), original(*args, **k))[1],
+            )
+        (store.folder.parent / "metrics.jsonl").write_text("{}\n")
+        (store.folder.parent / "link").symlink_to("/etc/passwd")
+        saved(store, 4, milestone=1)
+        copy = RemoteCopy(RunFolder(store.folder.parent), "memory://copies")
+        copy.sync()
+        copy.sync()
+        root = "/copies/run"
+        assert put == [f"{root}/checkpoints/step_4.pt", f"{root}/metrics.jsonl"]
+        assert copied == [f"{root}/checkpoints/epoch_1.pt", f"{root}/checkpoints/epoch_latest.pt"]
+        # nothing of what is there goes up again from another process
+        RemoteCopy(RunFolder(store.folder.parent), "memory://copies").sync()
+        assert len(put) == 2
+        saved(store, 5)
+        copy.sync()
+        assert put[2:] == [f"{root}/checkpoints/step_5.pt"]
+
+    def test_a_store_that_fails_stops_nothing(self, memory, shards, tmp_path, monkeypatch):
+        original, calls = type(memory).put_file, []
+
+        def failing(self, *args, **options):
+            calls.append(args)
+            if len(calls) <= 4:
+                raise OSError("503 slow down")
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(type(memory), "put_file", failing)
+        folder, _ = train(config(shards, tmp_path, remote_sync="memory://copies", workers=0))
+        assert "failed: OSError('503 slow down'). Training goes on" in (folder.path / "out.log").read_text()
+        assert "checkpoints/epoch_latest.pt" in self.contents(memory)
+
+    def test_latest_does_not_move_before_its_data(self, memory, store, monkeypatch):
+        saved(store, 1)
+        copy = RemoteCopy(RunFolder(store.folder.parent), "memory://copies")
+        copy.sync()
+        before = self.contents(memory)
+        saved(store, 2)
+        monkeypatch.setattr(type(memory), "put_file", mock.Mock(side_effect=OSError("no")))
+        with pytest.raises(OSError, match="no"):
+            copy.sync()
+        assert self.contents(memory) == before
+
+    def test_files_are_replaced_as_a_whole(self, store, tmp_path, monkeypatch):
+        saved(store, 1)
+        copy = RemoteCopy(RunFolder(store.folder.parent), f"file://{tmp_path}/copies")
+        copy.sync()
+        latest = tmp_path / "copies/run/checkpoints/epoch_latest.pt"
+        before = latest.read_bytes()
+        saved(store, 2)
+        original = type(copy._fs).mv
+
+        def checking(self, *args, **options):
+            assert latest.read_bytes() == before
+            return original(self, *args, **options)
+
+        monkeypatch.setattr(type(copy._fs), "mv", checking)
+        copy.sync()
+        assert latest.read_bytes() == store.latest.read_bytes() != before
+        assert not list(latest.parent.glob(".*"))
+
+    def test_another_machine_goes_on(self, memory, shards, tmp_path, capsys):
+        arguments = [*command(shards, tmp_path / "a"), "--remote-sync", "memory://copies", "--resume", "latest"]
+        with signalled_after(6, signal.SIGTERM):
+            assert run_command(capsys, *arguments)[0] == 0
+        there = [str(tmp_path / "b") if word == str(tmp_path / "a") else word for word in arguments]
+        code, _, err = run_command(capsys, *there)
+        assert code == 0, err
+        assert "Step 6 was downloaded from memory://copies/run" in err
+        assert "at step 6 of 24" in err
+        assert len(RunFolder(tmp_path / "b/run").metrics()) > 0
+        # and the first one does not overwrite what the other did
+        code, _, err = run_command(capsys, *arguments[:-2], "--resume", tmp_path / "a/run")
+        assert code == 2
+        assert "memory://copies/run holds a checkpoint of step 24: go on from it with --resume latest" in err
+        assert run_command(capsys, *arguments)[0] == 0
+        assert same(tmp_path / "a/run", tmp_path / "b/run")
+
+    def test_what_is_damaged_there_is_not_taken(self, memory, store, tmp_path):
+        saved(store, 1, 2)
+        RemoteCopy(RunFolder(store.folder.parent), "memory://copies").sync()
+        memory.pipe_file("/copies/run/checkpoints/step_2.pt", store.step_path(2).read_bytes()[:-100])
+        memory.pipe_file("/copies/run/checkpoints/step_9.pt", store.step_path(1).read_bytes())
+        other = RunFolder(tmp_path / "other/run")
+        said = RemoteCopy(other, "memory://copies").restore()
+        assert saved_step(other.path) == 1
+        assert [path.name for path in other.kept()] == ["epoch_latest.pt"]
+        assert "step_9.pt is not used: it holds another step than its name says" in said[0]
+        assert "step_2.pt is not used: " in said[1]
+        assert said[2:] == ["Step 1 was downloaded from memory://copies/run"]
+        # a local one that is as new is left alone
+        memory.rm_file("/copies/run/checkpoints/step_9.pt")
+        assert RemoteCopy(RunFolder(store.folder.parent), "memory://copies").restore() == []
+
+    def test_a_good_one_there_replaces_a_damaged_one_here(self, memory, store):
+        saved(store, 1, 2)
+        copy = RemoteCopy(RunFolder(store.folder.parent), "memory://copies")
+        copy.sync()
+        os.truncate(store.latest, 100)
+        copy.restore()
+        assert saved_step(store.folder.parent) == 2
+
+    def test_what_cannot_work_is_refused(self, memory, shards, tmp_path, capsys, monkeypatch):
+        with pytest.raises(ValueError, match="--remote-sync nothing://x cannot be used: Protocol not known: nothing"):
+            train(config(shards, tmp_path, remote_sync="nothing://x"))
+        assert not (tmp_path / "run").exists()
+        memory.pipe_file("/copies/run/checkpoints/step_3.pt", b"x")
+        with pytest.raises(ValueError, match="copies/run holds a checkpoint of step 3: go on from it with --resume"):
+            train(config(shards, tmp_path, remote_sync="memory://copies", workers=0))
+        assert not (tmp_path / "run").exists()
+        # a checkpoint from somebody else names no place to send a run to
+        monkeypatch.chdir(tmp_path)
+        content = {"state_dict": {}, "clipfast": {"config": {"train_data": "x.tar", "remote_sync": "s3://theirs"}}}
+        torch.save(content, "x.pt")
+        code, _, err = run_command(capsys, "train", "--resume", "x.pt")
+        assert code == 2
+        assert "x.pt copies the run to s3://theirs: give --remote-sync yourself" in err
