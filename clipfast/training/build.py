@@ -75,10 +75,7 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
         model.set_backend(config.backend)
         set_precision(model, precision)
     else:
-        name, size = config.model, config.force_image_size or None
-        if name.endswith(".json"):
-            add_model_config(name)
-            name = Path(name).stem
+        name, size = registered(config.model), config.force_image_size or None
         model = create_model(
             name, config.pretrained, precision=precision, device=device, cache_dir=config.cache_dir,
             force_quick_gelu=config.force_quick_gelu, force_patch_dropout=config.force_patch_dropout,
@@ -87,6 +84,14 @@ def bare_model(config: TrainConfig, saved: dict[str, Any], device: torch.device)
         )  # fmt: skip
     _lock(config, model)
     return model
+
+
+def registered(name: str) -> str:
+    """Return the name of a model, which may be given by the path of its JSON."""
+    if name.endswith(".json"):
+        add_model_config(name)
+        return Path(name).stem
+    return name
 
 
 def _forced_preprocessing(config: TrainConfig) -> dict[str, Any]:

@@ -38,10 +38,19 @@ class Checkpoints:
         folder: the folder, which may not exist yet.
         keep_last: so many of the ``step_N.pt`` are kept.
         after_save: is called, on the thread that writes, after each checkpoint that is on the disk.
+        only_last_epoch: remove each ``epoch_N.pt`` as soon as there is a later one.
     """
 
-    def __init__(self, folder: Path, keep_last: int = 2, after_save: Callable[[], object] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep_last: int = 2,
+        after_save: Callable[[], object] | None = None,
+        *,
+        only_last_epoch: bool = False,
+    ) -> None:
         self.folder, self.keep_last, self.after_save = folder, keep_last, after_save
+        self.only_last_epoch = only_last_epoch
         self.latest = folder / LATEST
         self.saved_at = time.monotonic()
         self._background, self._host_copy = Background(), HostCopy()
@@ -138,12 +147,15 @@ class Checkpoints:
             self.after_save()
 
     def _remove_old(self, step: int) -> None:
-        """Remove all but the last ``step_N.pt``, and those of steps after ``step``, which the run has not done yet."""
+        """Remove what is not to be kept, and the states of steps after ``step``, which the run has not done yet."""
         steps = self.steps()
         past = [number for number in steps if number <= step]
-        for number in steps.keys() - set(past[: self.keep_last]):
+        old = [steps[number] for number in steps.keys() - set(past[: self.keep_last])]
+        if self.only_last_epoch:
+            old += list(_numbered(self.folder, EPOCH).values())[1:]
+        for path in old:
             with contextlib.suppress(OSError):
-                shutil.rmtree(steps[number]) if steps[number].is_dir() else steps[number].unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def _link(self, path: Path, name: Path) -> None:
         """Let ``name`` be a second name of the file ``path``."""

@@ -108,6 +108,10 @@ class TrainConfig:
     force_patch_dropout: float | None = _flag(
         None, "share of each image's patches to drop in training (FLIP), in place of the model's own", float, **BELOW_1
     )
+    distill_model: str | None = _flag(
+        None, "teacher, a model whose logits are learned too (its name or JSON); it must take the same inputs"
+    )
+    distill_pretrained: str | None = _flag(None, "weights of the teacher: a tag or a checkpoint")
     batch_size: int = _flag(256, "pairs per step of each process", int, positive=True)
     global_batch_size: int | None = _flag(
         None, "pairs per step of all processes together, in place of --batch-size (default: --batch-size times the "
@@ -285,8 +289,14 @@ class TrainConfig:
     remote_sync_frequency: int = _flag(
         300, "seconds between the starts of two uploads of --remote-sync at least", int, positive=True
     )
-    save_frequency: int = _flag(1, "keep epoch_N.pt every so many epochs; with 0, never", int, not_negative=True)
+    save_frequency: int = _flag(
+        1, "keep epoch_N.pt every so many epochs, and after the last one; with 0, never", int, not_negative=True
+    )
+    delete_previous_checkpoint: bool = _flag(False, "of epoch_N.pt, keep the last one only", bool)
     log_every_n_steps: int = _flag(50, "steps between two log lines", int, positive=True)
+    log_metric_every_n_steps: int | None = _flag(
+        None, "steps between two lines of metrics.jsonl (default: those that are logged)", int, positive=True
+    )
     report_to: str = _flag(
         "", "further places for the figures of the run: wandb, or all; TensorBoard's files are always written, to "
         "tensorboard/ in the run's folder",
@@ -349,6 +359,10 @@ class TrainConfig:
             tower = "_".join(part.split("_")[:2])
             if getattr(self, part) and not getattr(self, tower):
                 raise ValueError(f"{flag_name(part)} needs {flag_name(tower)}")
+        if (self.distill_model is None) != (self.distill_pretrained is None):
+            raise ValueError("--distill-model and --distill-pretrained go together: a teacher, and its weights")
+        if self.distill_model is not None and self.cuda_graphs:
+            raise ValueError("--distill-model cannot be used with --cuda-graphs, which replay one model")
         if not self.train_data:
             raise ValueError("--train-data is needed: shards such as 'data/{000..099}.tar', or use --recipe emoji")
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):

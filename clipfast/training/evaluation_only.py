@@ -1,7 +1,6 @@
 """Commands of OpenCLIP that name no training data: these only evaluate, which is ``clipfast eval`` here."""
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from .options import flag_name
@@ -56,10 +55,6 @@ def evaluate(options: Mapping[str, Any]) -> int:
         ValueError: as above.
     """
     from ..cli import main
-    from ..models import add_model_config
+    from .build import registered
 
-    model = str(options["model"])
-    if model.endswith(".json"):
-        add_model_config(model)
-        options = {**options, "model": Path(model).stem}
-    return max(map(main, list(commands(options))))
+    return max(map(main, list(commands({**options, "model": registered(str(options["model"]))}))))

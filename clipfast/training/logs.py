@@ -116,7 +116,9 @@ class TrainLog:
         self._figures.append(figures)
         self._pairs += pairs * self.world.size
 
-    def write(self, step: int, lr: float, logit_scale: Tensor, logit_bias: Tensor | None = None) -> None:
+    def write(
+        self, step: int, lr: float, logit_scale: Tensor, logit_bias: Tensor | None = None, *, shown: bool = True
+    ) -> None:
         """Log and record the steps since the last line; all ranks must call it.
 
         Steps that the guard skipped count for the times, and not for the losses.
@@ -126,6 +128,7 @@ class TrainLog:
             lr: learning rate of the last one.
             logit_scale: scalar, the factor of the cosines after the last one.
             logit_bias: scalar, what SigLIP adds to them.
+            shown: whether there is a line in the log too.
         """
         stacked = torch.stack(self._figures)
         stacked[:, 0] = self.world.mean(stacked[:, 0])
@@ -155,7 +158,8 @@ class TrainLog:
         if self._left is not None:
             line["eta"] = round(self._left, 1)
         line["data_seconds"] = dict(self._stages)  # of all data workers together
-        log.info(self._text(line, kept[-1].loss if kept else math.nan))
+        if shown:
+            log.info(self._text(line, kept[-1].loss if kept else math.nan))
         self._report(step - len(figures), figures)
         self._record(line)
         self._start_again()
@@ -196,12 +200,18 @@ class TrainLog:
         """Log and record an evaluation after ``step`` steps."""
         from .reports import evaluation_metrics
 
-        epoch = (
-            self.epochs.after(step - 1).number + 1
-        )  # OpenCLIP counts the epochs that are finished; the last may be cut
-        figures = "\t".join(f"{name}: {value:.4f}" for name, value in evaluation_metrics(results).items())
-        log.info(f"Eval Epoch: {epoch} {figures}\tafter step {step}")
-        self._record({"step": step, "epoch": epoch, "time": round(time.time(), 3), "eval": results})
+        self._evaluated(step, evaluation_metrics(results), {"eval": results})
+
+    def imagenet(self, step: int, accuracy: dict[str, float]) -> None:
+        """Log and record the accuracy on ImageNet after ``step`` steps, by OpenCLIP's names."""
+        self._evaluated(step, accuracy, {"imagenet": accuracy})
+
+    def _evaluated(self, step: int, figures: dict[str, float], content: dict[str, Any]) -> None:
+        # OpenCLIP counts the epochs that are finished; the last may be cut
+        epoch = self.epochs.after(step - 1).number + 1
+        shown = "\t".join(f"{name}: {value:.4f}" for name, value in figures.items())
+        log.info(f"Eval Epoch: {epoch} {shown}\tafter step {step}")
+        self._record({"step": step, "epoch": epoch, "time": round(time.time(), 3), **content})
 
     def _record(self, line: dict[str, Any]) -> None:
         if self.world.is_main:

@@ -116,7 +116,7 @@ FLAGS: dict[str, Rule] = {
     "--lr-scheduler": SAME,
     "--lr-cooldown-end": SAME,
     "--lr-cooldown-power": SAME,
-    "--save-frequency": Rule("same", "the last epoch is always in epoch_latest.pt"),
+    "--save-frequency": Rule("same", "with 0, the last epoch is in epoch_latest.pt only"),
     "--save-most-recent": Rule("accepted", "epoch_latest.pt is always written", SWITCH),
     "--zeroshot-frequency": SAME,
     "--val-frequency": SAME,
@@ -181,7 +181,7 @@ FLAGS: dict[str, Rule] = {
     "--lock-text-unlocked-layers": SAME,
     "--lock-text-freeze-layer-norm": Rule("same", "layer norms are always locked with their block"),
     "--log-every-n-steps": SAME,
-    "--log-metric-every-n-steps": SAME,
+    "--log-metric-every-n-steps": Rule("same", "without it, there are as many as lines in the log"),
     "--train-loss-ema-samples": Rule(
         "accepted", "the loss in parentheses is the mean since the line before", {"type": int}
     ),
@@ -190,9 +190,9 @@ FLAGS: dict[str, Rule] = {
     "--remote-sync": SAME,
     "--remote-sync-frequency": SAME,
     "--remote-sync-protocol": SAME,
-    "--delete-previous-checkpoint": SAME,
-    "--distill-model": SAME,
-    "--distill-pretrained": SAME,
+    "--delete-previous-checkpoint": Rule("same", "it concerns epoch_N.pt: epoch_latest.pt is replaced in any case"),
+    "--distill-model": Rule("same", "it needs --distill-pretrained; it works with --accum-freq too"),
+    "--distill-pretrained": Rule("same", "it needs --distill-model"),
     "--use-bnb-linear": Rule("refused", "clipfast has no int8 layers: use --precision pure_bf16 to save memory"),
     "--siglip": Rule("same", "for models with SigLIP in their name, which have a logit_bias"),
     "--loss-dist-impl": Rule(

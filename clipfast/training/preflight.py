@@ -26,6 +26,7 @@ from .build import bare_model, build_device, build_loss, build_tokenizer
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import pair_batches, parts, sources_of, validation_set, whole_batch
+from .distillation import Distillation
 from .ema import WeightAverage
 from .imagenet import ImageNet
 from .optim import make_optimizer
@@ -83,6 +84,8 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
         raise ValueError(f"--train-data: {error}") from error
     model = bare_model(config, saved, torch.device("meta"))
     build_loss(config, model)
+    if config.distill_model is not None:
+        Distillation(config, model, torch.device("meta"))
     with contextlib.suppress(NotImplementedError):  # an imported one may read values, which are not there yet
         make_optimizer(config, model)
     tokenizer = build_tokenizer(config, model)

@@ -51,9 +51,18 @@ def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     OpenCLIP counts steps from 0, so its number of a step is one less than the steps that are finished then. Evaluations
     are at the epoch that they come after.
     """
-    if "eval" not in line:
+    if not _is_evaluation(line):
         return line["step"] - 1, train_scalars(line)
-    return line["epoch"], {f"val/{name}": value for name, value in evaluation_metrics(line["eval"]).items()}
+    return line["epoch"], {f"val/{name}": value for name, value in _evaluated(line).items()}
+
+
+def _is_evaluation(line: Mapping[str, Any]) -> bool:
+    return "eval" in line or "imagenet" in line
+
+
+def _evaluated(line: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of a line on an evaluation, by OpenCLIP's names."""
+    return line["imagenet"] if "imagenet" in line else evaluation_metrics(line["eval"])
 
 
 class TensorBoard:
@@ -97,9 +106,9 @@ class Reports:
     """All places for the figures of a run, for rank 0; see :func:`reporting`."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
-        lines = [line for line in folder.metrics() if "eval" not in line or "epoch" in line]
+        lines = [line for line in folder.metrics() if not _is_evaluation(line) or "epoch" in line]
         self._results = folder.checkpoints / "results.jsonl"
-        results = "".join(_result(line) for line in lines if "eval" in line)
+        results = "".join(_result(line) for line in lines if _is_evaluation(line))
         if results or self._results.exists():
             replace_text(self._results, results)
         self._tensorboard: TensorBoard | None = None
@@ -116,7 +125,7 @@ class Reports:
     def add(self, line: Mapping[str, Any]) -> None:
         """Pass on a line of metrics."""
         step, scalars = points(line)
-        if "eval" in line:
+        if _is_evaluation(line):
             append(self._results, _result(line))
         if self._tensorboard is not None:
             try:
@@ -205,4 +214,4 @@ def _started_wandb(config: TrainConfig, folder: RunFolder) -> Any:
 
 
 def _result(line: Mapping[str, Any]) -> str:
-    return json.dumps(evaluation_metrics(line["eval"]) | {"epoch": line["epoch"], "step": line["step"]}) + "\n"
+    return json.dumps(_evaluated(line) | {"epoch": line["epoch"], "step": line["step"]}) + "\n"

@@ -22,6 +22,7 @@ from .build import bare_model, build_device, build_loss, build_model, build_para
 from .checkpoints import Checkpoints
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData, validation_set, whole_batch
+from .distillation import Distillation
 from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
 from .fsdp import is_sharded, unsharded
@@ -78,6 +79,9 @@ class Trainer:
         self.schedule = schedule_of(config, self.total_steps, self.data.epochs)
         on_amp = config.precision.startswith("amp") or (config.precision == "auto" and self.device.type == "cuda")
         autocast = functools.partial(torch.autocast, self.device.type, torch.bfloat16, enabled=on_amp)
+        self.distillation = None
+        if config.distill_model is not None:
+            loss = self.distillation = Distillation(config, self.model, self.device, world, autocast)
         size = config.micro_batch_size if isinstance(config.micro_batch_size, int) else self.batch_size
         self.step = TrainingStep(
             self.model, self.optimizer, loss, autocast, config.grad_clip_norm, min(size, self.batch_size), parallel,
@@ -85,7 +89,7 @@ class Trainer:
         )  # fmt: skip
         self.upload = Upload(self.device)
         self._take_step = GraphedStep(self.step, self.model.context_length) if config.cuda_graphs else self.step
-        meters = Meters(self.device, parallel, config.log_every_n_steps)
+        meters = Meters(self.device, parallel, config.log_metric_every_n_steps or config.log_every_n_steps)
         self.about_mfu = meters.count_flops(
             lambda: bare_model(config, saved, torch.device("meta")), whole, world.size,
             half=on_amp or config.precision == "pure_bf16",
@@ -97,7 +101,9 @@ class Trainer:
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
             self.average,
         )  # fmt: skip
-        self.checkpoints = Checkpoints(folder.checkpoints, config.keep_last)
+        self.checkpoints = Checkpoints(
+            folder.checkpoints, config.keep_last, only_last_epoch=config.delete_previous_checkpoint
+        )
         self._has_begun, self._unsaved = False, False  # whether steps were taken at all, and since the last checkpoint
         self._is_time_to_save = False  # whether rank 0 wants to save, as all ranks have heard
         self.signum: int | None = None
@@ -145,7 +151,7 @@ class Trainer:
 
     def _train(self, interruption: Interruption) -> Evaluation | None:
         """Train epoch after epoch, and return the last evaluation."""
-        evaluation, epochs, config, frequency = None, self.data.epochs, self.config, self.config.save_frequency
+        evaluation, epochs, config = None, self.data.epochs, self.config
         batches = self.data.batches(
             self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
@@ -158,8 +164,7 @@ class Trainer:
                     if is_whole_epoch:
                         step = self.progress.step
                         is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
-                        kept = is_whole and frequency > 0 and epochs.finished_after(step) % frequency == 0
-                        self.save(keep=kept)
+                        self.save(keep=is_whole and self._is_due(config.save_frequency))
                         evaluation = self.evaluate() if self._is_due(config.val_frequency) else None
                         if self._is_due(config.zeroshot_frequency):
                             self.evaluate_imagenet()
@@ -219,10 +224,11 @@ class Trainer:
             progress.seconds, started = progress.seconds + now - started, now
             self.skips(batch)
             self._count(batch, interruption)
-            if progress.step == last or progress.step % config.log_every_n_steps == 0:
+            shown = progress.step == last or progress.step % config.log_every_n_steps == 0
+            if shown or progress.step % (config.log_metric_every_n_steps or self.total_steps) == 0:
                 self._record_skipped()
-                bias = getattr(self.model, "logit_bias", None)
-                self.log.write(progress.step, self.schedule.at(progress.step - 1), self.model.logit_scale.exp(), bias)
+                lr, scale = self.schedule.at(progress.step - 1), self.model.logit_scale.exp()
+                self.log.write(progress.step, lr, scale, getattr(self.model, "logit_bias", None), shown=shown)
             by_steps = config.save_every > 0 and progress.step % config.save_every == 0
             if progress.step < last and (by_steps or self._is_time_to_save):
                 self.save()
@@ -277,6 +283,8 @@ class Trainer:
         """Set the learning rate of the current step, take the step and return its figures."""
         set_lr(self.optimizer, self.schedule.at(self.progress.step))
         images, texts = self.upload(batch)
+        if self.distillation is not None:
+            self.distillation.look(images, texts, self.step.micro_batch_size)
         if self.world.size > 2 and not self._has_begun and not self._is_sharded:
             self.step.rehearse(images, texts)
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
@@ -387,11 +395,7 @@ class Trainer:
         self.model.eval()
         with self.averaged(), self._complete():
             found = self.imagenet.evaluate(self.model, self.tokenizer, self._encoded, self.device, self.world)
-        step = self.progress.step
-        epoch = self.data.epochs.finished_after(step)
-        log.info(f"Eval Epoch: {epoch} " + "\t".join(f"{name}: {value:.4f}" for name, value in found.items()))
-        if self.world.is_main:
-            self.folder.record(step=step, epoch=epoch, imagenet=found)
+        self.log.imagenet(self.progress.step, found)
 
 
 def _by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:

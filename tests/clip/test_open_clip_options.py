@@ -1,11 +1,15 @@
 """What the options with OpenCLIP's names do: each of them changes what it says."""
 
+import contextlib
+import dataclasses
 import json
 import logging
+import math
 from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from clipfast.data import ANY_ORDER
 from clipfast.evaluation import imagenet as imagenet_module
@@ -13,16 +17,19 @@ from clipfast.evaluation import zero_shot
 from clipfast.evaluation.imagenet import imagenet_set
 from clipfast.images import ImageError
 from clipfast.models import CLIP
+from clipfast.ranks import run_ranks
 from clipfast.training.build import bare_model, build_model, build_tokenizer
 from clipfast.training.data import pair_batches, sources_of
+from clipfast.training.distillation import Distillation
 from clipfast.training.logs import log, logging_to
 from clipfast.training.loop import train
 from clipfast.training.preflight import preflight
 from clipfast.training.run import RunFolder
-from clipfast.training.world import World, _places
+from clipfast.training.world import ALONE, World, _places
 
 from . import test_training
 from .conftest import picture, run_command
+from .test_distributed_training import empty, on_rank, trained
 from .test_training import losses, saved_step
 
 CPU = torch.device("cpu")
@@ -197,7 +204,7 @@ class TestEvaluation:
         assert lines[-1]["imagenet"] == {"imagenet-zeroshot-val-top1": 0.001, "imagenet-zeroshot-val-top5": 0.005}
         results = json.loads((run.path / "results.json").read_text())
         assert results["imagenet-zeroshot-val-top1"] == 0.001
-        line = "Eval Epoch: 3 imagenet-zeroshot-val-top1: 0.0010\timagenet-zeroshot-val-top5: 0.0050"
+        line = "Eval Epoch: 3 imagenet-zeroshot-val-top1: 0.0010\timagenet-zeroshot-val-top5: 0.0050\tafter step 12"
         assert line in (run.path / "out.log").read_text()
 
     def test_imagenet_never(self, classes, shards, tmp_path):
@@ -224,6 +231,90 @@ class TestEvaluation:
     def test_how_often(self, frequency, steps, shards, tmp_path):
         run, _ = train(config(shards, tmp_path, epochs=3, val_data=shards, val_frequency=frequency))
         assert [line["step"] for line in run.metrics() if "eval" in line] == steps
+
+
+class TestDistillation:
+    @pytest.fixture
+    def teacher(self, tmp_path, shards):
+        """Options of a run with a teacher of the same shape and other weights."""
+        torch.manual_seed(7)
+        model = bare_model(config(shards, tmp_path), {}, CPU)
+        torch.save(model.state_dict(), tmp_path / "teacher.pt")
+        return {"distill_model": config(shards, tmp_path).model, "distill_pretrained": str(tmp_path / "teacher.pt")}
+
+    def test_the_loss_is_that_of_the_pairs_and_of_the_teacher(self, teacher, shards, tmp_path):
+        options = config(shards, tmp_path, **teacher)
+        student = bare_model(options, {}, CPU)
+        distillation = Distillation(options, student, CPU, autocast=contextlib.nullcontext)
+        images = torch.randint(0, 256, (8, 3, 32, 32), dtype=torch.uint8)
+        texts = build_tokenizer(options, student)([f"thing {number}" for number in range(8)])
+        distillation.look(images, texts, 3)
+        outputs = student(images, texts)
+        image, text, scale = (output.double() for output in outputs)
+        dense = scale * image @ text.T
+        with torch.no_grad():
+            image, text, scale = (output.double() for output in distillation.teacher(images, texts))
+        target, right = scale * image @ text.T, torch.arange(8)
+        both = [(dense, target), (dense.T, target.T)]
+        expected = (
+            sum(F.cross_entropy(ours, right) + F.cross_entropy(ours, theirs.softmax(1)) for ours, theirs in both) / 2
+        )
+        assert distillation(*outputs).item() == pytest.approx(expected.item(), rel=1e-5)
+        assert not any(parameter.requires_grad for parameter in distillation.teacher.parameters())
+
+    def test_a_run_with_a_teacher(self, teacher, shards, tmp_path):
+        runs = {
+            "plain": {}, "distilled": teacher, "in parts": teacher | {"micro_batch_size": 3},
+        }  # fmt: skip
+        found = {name: losses(train(config(shards, tmp_path / name, **given))[0]) for name, given in runs.items()}
+        assert found["distilled"] == pytest.approx(found["in parts"], rel=1e-5)
+        # The logits of the teacher say next to nothing, so that their cross-entropy is that of a guess among 8 pairs.
+        assert found["distilled"][0] - found["plain"][0] == pytest.approx(math.log(8), abs=0.5)
+
+    @pytest.mark.long
+    def test_two_ranks_do_what_one_does(self, teacher, shards, tmp_path):
+        options = {"global_batch_size": 8, "unique_by": None, "log_every_n_steps": 1}
+        given = [dataclasses.asdict(config(shards, tmp_path / name, **teacher, **options)) for name in ("one", "two")]
+        assert trained(ALONE, given[0]) is None
+        assert run_ranks(on_rank, 2, 2, [(given[1],)], folder=empty(tmp_path)) == [[None], [None]]
+        one, two = (losses(RunFolder(tmp_path / name / "run")) for name in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-5)
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"distill_pretrained": None}, "--distill-model and --distill-pretrained go together"),
+            ({"distill_model": None}, "--distill-model and --distill-pretrained go together"),
+            ({"distill_model": "ViT-B-32"}, "--distill-model ViT-B-32 has images of 224, and .* of 32: a teacher"),
+            ({"force_context_length": 8}, "has texts of 16, and .* of 8"),
+            ({"distill_model": "ViT-X"}, "unknown model 'ViT-X'"),
+            ({"cuda_graphs": True}, "--distill-model cannot be used with --cuda-graphs"),
+        ],
+    )
+    def test_what_cannot_work(self, changes, message, teacher, shards, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            preflight(config(shards, tmp_path, **teacher | changes), RunFolder(tmp_path / "x"), {})
+
+
+class TestRunFolder:
+    @pytest.mark.parametrize(
+        ("options", "kept"),
+        [
+            ({"save_frequency": 2}, {"epoch_2.pt", "epoch_3.pt"}),
+            ({"save_frequency": 0}, set()),
+            ({"save_frequency": 1, "delete_previous_checkpoint": True}, {"epoch_3.pt"}),
+        ],
+    )
+    def test_epochs_that_are_kept(self, options, kept, shards, tmp_path):
+        run, _ = train(config(shards, tmp_path, epochs=3, **options))
+        names = {path.name for path in run.checkpoints.glob("epoch_*.pt")}
+        assert names - {"epoch_latest.pt"} == kept
+        assert run.latest.exists()
+
+    def test_more_metrics_than_lines_in_the_log(self, shards, tmp_path):
+        run, _ = train(config(shards, tmp_path, epochs=2, log_every_n_steps=3, log_metric_every_n_steps=1))
+        assert [line["step"] for line in run.metrics() if "loss" in line] == [1, 2, 3, 4, 5, 6, 7, 8]
+        assert (run.path / "out.log").read_text().count("Train Epoch:") == 4  # steps 3, 4, 6 and 8
 
 
 def test_resume_latest_begins_a_run(shards, tmp_path, capsys):
