@@ -22,9 +22,13 @@ def add_parser(commands: Any) -> None:
         epilog="Example: clipfast eval zeroshot --model local-dir:runs/demo --data bundled:emoji/fluent",
     )
     add = zero_shot.add_argument
+    watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
+    add("--watch", type=Path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/evaluations.jsonl")
+    add("--interval", type=float, default=30.0, metavar="SECONDS", help="time between two looks at RUN (default: 30)")
+    raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
+    add("--raw", action="store_true", help=f"evaluate {raw}")
     add(
         "--model",
-        required=True,
         help="local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, or hf-hub:ORG/REPO",
     )
     add(
@@ -57,6 +61,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results as JSON, and return the exit code."""
+    if args.watch is not None:
+        return watch(args)
+    if args.model is None:
+        raise ValueError("--model or --watch is needed: what to evaluate")
     from tqdm import tqdm
 
     from ..factory import create_model, get_tokenizer, resolve_device, transform_of
@@ -90,6 +98,47 @@ def run(args: argparse.Namespace) -> int:
     print(text)
     if args.json:
         replace_text(args.json, text + "\n")
+    return 0
+
+
+def watch(args: argparse.Namespace) -> int:
+    """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
+    from ..factory import resolve_device
+    from ..training.history import is_run
+    from ..training.reports import evaluation_metrics
+    from ..training.run import RunFolder
+    from ..training.status import metrics_text
+    from .labelled import LabelledSet
+    from .watch import Evaluator, Watch
+
+    given = [flag for flag in ("model", "pretrained", "json") if getattr(args, flag) is not None]
+    if given:
+        raise ValueError(f"--watch cannot be used with --{given[0]}")
+    if not is_run(args.watch):
+        raise ValueError(f"--watch {args.watch}: there is no run in that folder")
+    if not args.interval > 0:
+        raise ValueError(f"--interval must be more than 0, got {args.interval}")
+    options = vars(args)
+    images = LabelledSet(
+        args.data, args.group_by, args.label_by, keys=keys_of(options), separator=separator_of(options)
+    )
+    evaluator = Evaluator(
+        images, read_templates(args.templates), classnames=read_classnames(args.classnames), leave_out=args.leave_out,
+        batch_size=args.batch_size, device=resolve_device(args.device), backend=args.backend,
+        tokenizer_file=args.tokenizer,
+    )  # fmt: skip
+    names = ("data", "templates", "classnames", "label_by", "group_by", "leave_out")
+    watching = Watch(RunFolder(args.watch), evaluator, {name: options[name] for name in names}, average=not args.raw)
+    try:
+        for line in watching.run(args.interval):
+            print(
+                f"step {line['step']} ({line['checkpoint']}): {metrics_text(evaluation_metrics(line['eval']))}",
+                flush=True,
+            )
+    except KeyboardInterrupt:
+        pass  # the usual end
+    finally:
+        watching.close()
     return 0
 
 

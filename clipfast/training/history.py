@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from .reports import evaluation_metrics
+from .reports import validation
 from .run import RunFolder, read_lines
 
 LOG_LINE = re.compile(r"^(\d{4}-\d\d-\d\d,\d\d:\d\d:\d\d) \| (\w+) \| (.*)$")
@@ -73,8 +73,8 @@ def read_history(path: Path) -> History:
         return _openclip(folder, log)
     records = [line for line in folder.metrics() if isinstance(line.get("step"), int)]
     lines = [line for line in records if "lr" in line]  # a loss is missing where all steps were skipped
-    evaluated = [line for line in records if "eval" in line] + read_lines(path / "evaluations.jsonl")
-    evaluations = [line | {"metrics": evaluation_metrics(line["eval"])} for line in evaluated]
+    evaluated = ((line, validation(line)) for line in [*records, *read_lines(path / "evaluations.jsonl")])
+    evaluations = [line | {"metrics": figures} for line, figures in evaluated if figures is not None]
     last = lines[-1] if lines else {}
     evaluations.sort(key=lambda line: line["step"])
     return History(folder, True, lines, evaluations, last.get("total_steps"), last.get("epochs"), log)

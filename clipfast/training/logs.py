@@ -161,7 +161,7 @@ class TrainLog:
         if shown:
             log.info(self._text(line, kept[-1].loss if kept else math.nan))
         self._report(step - len(figures), figures)
-        self._record(line)
+        self.record(line)
         self._start_again()
 
     def _report(self, before: int, figures: Sequence[Figures]) -> None:
@@ -211,9 +211,10 @@ class TrainLog:
         epoch = self.epochs.after(step - 1).number + 1
         shown = "\t".join(f"{name}: {value:.4f}" for name, value in figures.items())
         log.info(f"Eval Epoch: {epoch} {shown}\tafter step {step}")
-        self._record({"step": step, "epoch": epoch, "time": round(time.time(), 3), **content})
+        self.record({"step": step, "epoch": epoch, "time": round(time.time(), 3), **content})
 
-    def _record(self, line: dict[str, Any]) -> None:
+    def record(self, line: dict[str, Any]) -> None:
+        """Write a line of metrics, on rank 0, to all places for them."""
         if self.world.is_main:
             self.folder.record(**line)
         if self.reports is not None:

@@ -37,12 +37,19 @@ def train_scalars(line: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of an evaluation by OpenCLIP's names, and those of groups by similar ones."""
-    zero_shot = {f"imagenet-zeroshot-val-{key}": results["zero_shot"][key] for key in ("top1", "top5")}
+    """Return the figures of an evaluation on ``--val-data``, by OpenCLIP's names or similar ones."""
+    zero_shot = {f"zeroshot-val-{key}": results["zero_shot"][key] for key in ("top1", "top5")}
     ways = ("image_to_text", "text_to_image")
     recall = {f"{way}_{name}": value for way in ways for name, value in results["retrieval"][way].items()}
     groups = {f"{group}-top1": found["top1"] for group, found in results.get("by_group", {}).items()}
     return zero_shot | recall | groups | {"num_samples": results["images"]}
+
+
+def validation(line: Mapping[str, Any]) -> dict[str, float] | None:
+    """Return the figures of a line of metrics on an evaluation, by name; None for a line on training."""
+    if "eval" in line:
+        return evaluation_metrics(line["eval"])
+    return dict(line["imagenet"]) if "imagenet" in line else None
 
 
 def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
@@ -51,18 +58,10 @@ def points(line: Mapping[str, Any]) -> tuple[int, dict[str, float]]:
     OpenCLIP counts steps from 0, so its number of a step is one less than the steps that are finished then. Evaluations
     are at the epoch that they come after.
     """
-    if not _is_evaluation(line):
+    figures = validation(line)
+    if figures is None:
         return line["step"] - 1, train_scalars(line)
-    return line["epoch"], {f"val/{name}": value for name, value in _evaluated(line).items()}
-
-
-def _is_evaluation(line: Mapping[str, Any]) -> bool:
-    return "eval" in line or "imagenet" in line
-
-
-def _evaluated(line: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of a line on an evaluation, by OpenCLIP's names."""
-    return line["imagenet"] if "imagenet" in line else evaluation_metrics(line["eval"])
+    return line["epoch"], {f"val/{name}": value for name, value in figures.items()}
 
 
 class TensorBoard:
@@ -106,9 +105,11 @@ class Reports:
     """All places for the figures of a run, for rank 0; see :func:`reporting`."""
 
     def __init__(self, config: TrainConfig, folder: RunFolder) -> None:
-        lines = [line for line in folder.metrics() if not _is_evaluation(line) or "epoch" in line]
+        lines = [
+            line for line in folder.metrics() if "warning" not in line and (validation(line) is None or "epoch" in line)
+        ]
         self._results = folder.checkpoints / "results.jsonl"
-        results = "".join(_result(line) for line in lines if _is_evaluation(line))
+        results = "".join(map(_result, lines))
         if results or self._results.exists():
             replace_text(self._results, results)
         self._tensorboard: TensorBoard | None = None
@@ -125,7 +126,7 @@ class Reports:
     def add(self, line: Mapping[str, Any]) -> None:
         """Pass on a line of metrics."""
         step, scalars = points(line)
-        if _is_evaluation(line):
+        if validation(line) is not None:
             append(self._results, _result(line))
         if self._tensorboard is not None:
             try:
@@ -214,4 +215,6 @@ def _started_wandb(config: TrainConfig, folder: RunFolder) -> Any:
 
 
 def _result(line: Mapping[str, Any]) -> str:
-    return json.dumps(_evaluated(line) | {"epoch": line["epoch"], "step": line["step"]}) + "\n"
+    """Return the line for ``results.jsonl``; nothing for a line on training."""
+    figures = validation(line)
+    return "" if figures is None else json.dumps(figures | {"epoch": line["epoch"], "step": line["step"]}) + "\n"

@@ -129,7 +129,12 @@ def described(status: dict[str, Any], now: float | None = None) -> str:
     if status["eta"] is not None:
         rows.append(("ETA", duration(status["eta"])))
     if status["evaluation"]:
-        rows.append(("evaluation", f"after step {status['evaluation']['step']}: {_metrics(status['evaluation'])}"))
+        rows.append(
+            (
+                "evaluation",
+                f"after step {status['evaluation']['step']}: {metrics_text(status['evaluation']['metrics'])}",
+            )
+        )
     if status["checkpoint"]:
         age = duration(max(now - status["checkpoint"]["time"], 0))
         rows.append(("checkpoint", f"{status['checkpoint']['name']}, {age} old"))
@@ -163,14 +168,16 @@ def _speed(status: dict[str, Any]) -> str:
     return "; ".join(parts)
 
 
-def _metrics(evaluation: dict[str, Any]) -> str:
+WANTED = (
+    ("zero-shot top-1", "zeroshot-val-top1"), ("top-5", "zeroshot-val-top5"),
+    ("ImageNet top-1", "imagenet-zeroshot-val-top1"), ("ImageNet-V2 top-1", "imagenetv2-zeroshot-val-top1"),
+    ("text to image R@1", "text_to_image_R@1"), ("image to text R@1", "image_to_text_R@1"),
+)  # fmt: skip
+
+
+def metrics_text(metrics: dict[str, float]) -> str:
     """Return the figures of an evaluation that matter most."""
-    wanted = (
-        ("zero-shot top-1", "imagenet-zeroshot-val-top1"), ("top-5", "imagenet-zeroshot-val-top5"),
-        ("text to image R@1", "text_to_image_R@1"), ("image to text R@1", "image_to_text_R@1"),
-    )  # fmt: skip
-    metrics = evaluation["metrics"]
-    return ", ".join(f"{name} {100 * metrics[key]:.1f}%" for name, key in wanted if key in metrics)
+    return ", ".join(f"{name} {100 * metrics[key]:.1f}%" for name, key in WANTED if key in metrics)
 
 
 COLUMNS = (
@@ -210,7 +217,7 @@ def _row(status: dict[str, Any], now: float) -> tuple[str, ...]:
 
     total, checkpoint = status["total_steps"], status["checkpoint"]
     metrics = (status["evaluation"] or {}).get("metrics", {})
-    top1 = metrics.get("imagenet-zeroshot-val-top1")
+    top1 = metrics.get("zeroshot-val-top1", metrics.get("imagenet-zeroshot-val-top1"))
     return (
         status["run"],
         status["state"],

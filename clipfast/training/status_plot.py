@@ -15,7 +15,10 @@ PANELS = (
     ("training loss", "loss", 1.0), ("learning rate", "lr", 1.0), ("logit scale", "logit_scale", 1.0),
     ("pairs per second", "pairs_per_second", 1.0), ("waiting for data, %", "data_wait", 100.0),
 )  # fmt: skip
-METRICS = (("top-1", "imagenet-zeroshot-val-top1", "-"), ("text to image R@1", "text_to_image_R@1", ":"))
+METRICS = (
+    ("top-1", "zeroshot-val-top1", "-"), ("ImageNet top-1", "imagenet-zeroshot-val-top1", "--"),
+    ("text to image R@1", "text_to_image_R@1", ":"),
+)  # fmt: skip
 
 
 def plot_runs(histories: Sequence[History], path: Path) -> None:

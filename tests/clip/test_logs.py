@@ -78,11 +78,11 @@ def test_evaluations_have_openclips_names(whole):
     results = [json.loads(line) for line in (whole.checkpoints / "results.jsonl").read_text().splitlines()]
     assert [(line["epoch"], line["step"]) for line in results] == [(1, 4), (2, 8)]
     for line, found in zip(evaluations, results, strict=True):
-        assert found["imagenet-zeroshot-val-top1"] == line["eval"]["zero_shot"]["top1"]
+        assert found["zeroshot-val-top1"] == line["eval"]["zero_shot"]["top1"]
         assert found["image_to_text_R@5"] == line["eval"]["retrieval"]["image_to_text"]["R@5"]
         assert found["odd-top1"] == line["eval"]["by_group"]["odd"]["top1"]
     text = (whole.path / "out.log").read_text()
-    assert f"Eval Epoch: 2 imagenet-zeroshot-val-top1: {results[1]['imagenet-zeroshot-val-top1']:.4f}\t" in text
+    assert f"Eval Epoch: 2 zeroshot-val-top1: {results[1]['zeroshot-val-top1']:.4f}\t" in text
 
 
 def test_tensorboard_has_what_the_metrics_have(whole):
@@ -95,7 +95,7 @@ def test_tensorboard_has_what_the_metrics_have(whole):
     assert found["train/samples_per_second"] == close(rates)
     top1 = [(line["epoch"], line["eval"]["zero_shot"]["top1"]) for line in metrics if "eval" in line]
     assert [epoch for epoch, _ in top1] == [1, 2]
-    assert found["val/imagenet-zeroshot-val-top1"] == close(top1)
+    assert found["val/zeroshot-val-top1"] == close(top1)
     assert found["val/num_samples"] == [(1, 48), (2, 48)]
 
 
@@ -112,7 +112,7 @@ def test_a_run_that_goes_on_has_no_point_twice(shards, tmp_path, whole):
     train(given, folder.latest)
     found, expected = (read_back(run.path / "tensorboard") for run in (folder, whole))
     assert found.keys() == expected.keys()
-    for name in ("train/loss", "train/lr", "val/imagenet-zeroshot-val-top1", "val/num_samples"):
+    for name in ("train/loss", "train/lr", "val/zeroshot-val-top1", "val/num_samples"):
         assert found[name] == expected[name]
     assert [step for step, _ in found["train/batch_time"]] == [1, 3, 5, 7]
     assert len(list((folder.path / "tensorboard").iterdir())) == 1

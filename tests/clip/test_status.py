@@ -194,7 +194,7 @@ def test_a_run_of_openclip(openclip, capsys):
     assert found["eta"] == 30
     assert "Handling webdataset error (broken). Ignoring." in found["warnings"]
     out = run_command(capsys, "status", openclip)[1]
-    assert "after step 40: zero-shot top-1 12.3%, image to text R@1 20.0%" in out
+    assert "after step 40: ImageNet top-1 12.3%, image to text R@1 20.0%" in out
     with (openclip / "out.log").open("a") as file:
         file.write("\n" + OPENCLIP_LOG.splitlines()[3].replace("Train Epoch: 0", "Train Epoch: 2"))
     assert read_status(openclip)["state"] == "finished"

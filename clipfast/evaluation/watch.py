@@ -1,0 +1,206 @@
+"""Evaluation of the checkpoints of a run as they appear, from another process than the one that trains."""
+
+import hashlib
+import json
+import logging
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import CheckpointError, load_weights, own_config, own_preprocessing, read_checkpoint
+from ..factory import set_preprocessing, tokenizer_for, transform_of
+from ..files import replace_text
+from ..models import CLIP, CLIPConfig, build
+from ..training.reports import NO_TENSORBOARD, TensorBoard, evaluation_metrics
+from ..training.run import RunFolder, append, read_lines
+from ..training.status import FINISHED, read_status
+from .evaluate import evaluate
+from .features import encode_labelled
+from .labelled import LabelledSet
+from .zero_shot import Template
+
+log = logging.getLogger("clipfast")
+NAME = "evaluations.jsonl"
+
+
+class Evaluator:
+    """Evaluates checkpoints of one run on a labelled set. The model is built once, and each text is tokenized once.
+
+    Args:
+        images: the set.
+        templates, classnames, leave_out: as :func:`~clipfast.evaluation.evaluate.evaluate` takes them.
+        batch_size: images to encode at once.
+        device, backend: what to compute on, and by which implementation of the ops.
+        tokenizer_file: of a SigLIP model.
+    """
+
+    def __init__(
+        self,
+        images: LabelledSet,
+        templates: Sequence[Template] = ("{}",),
+        *,
+        classnames: Sequence[str] | None = None,
+        leave_out: Sequence[str] = (),
+        batch_size: int = 256,
+        device: str = "cpu",
+        backend: str = "auto",
+        tokenizer_file: str | None = None,
+    ) -> None:
+        self.images, self.templates, self.classnames, self.leave_out = images, templates, classnames, leave_out
+        self.batch_size, self.device, self.backend, self.tokenizer_file = batch_size, device, backend, tokenizer_file
+        self._config: CLIPConfig | None = None
+
+    def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+        """Return the figures of a checkpoint, as :func:`~clipfast.evaluation.evaluate.evaluate` does.
+
+        Raises:
+            ValueError: the checkpoint does not say its model, or cannot be loaded, or the set cannot be evaluated.
+        """
+        config = own_config(checkpoint, source)
+        if config is None:
+            raise CheckpointError(
+                f"{source} does not say which model it is of: evaluate it by --model NAME --pretrained {source}"
+            )
+        if config != self._config:
+            self._model = self._built(config, checkpoint)
+            tokenizer = tokenizer_for(config, str(source), self.tokenizer_file)
+            self._tokenize, self._config = _Memory(tokenizer), config
+        load_weights(self._model, checkpoint, source)
+        transform = transform_of(self._model, uint8=True)
+        features = encode_labelled(self._model, self.images, transform, self.batch_size, self.device)
+        return evaluate(
+            self._model, self._tokenize, features, self.templates, classnames=self.classnames,
+            leave_out=self.leave_out, skipped=len(self.images.skipped),
+        ).results  # fmt: skip
+
+    def _built(self, config: CLIPConfig, checkpoint: dict[str, Any]) -> CLIP:
+        with torch.device(self.device):
+            model = build(config)
+        set_preprocessing(model, own_preprocessing(checkpoint))
+        model.set_backend(self.backend)
+        return model.eval()
+
+
+class _Memory:
+    """A tokenizer that remembers the tokens of each text."""
+
+    def __init__(self, tokenizer: Callable[[list[str]], Tensor]) -> None:
+        self._tokenizer = tokenizer
+        self._known: dict[str, Tensor] = {}
+
+    def __call__(self, texts: list[str]) -> Tensor:
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if new:
+            self._known.update(zip(new, self._tokenizer(new), strict=True))
+        return torch.stack([self._known[text] for text in texts])
+
+
+class Watch:
+    """The evaluations of a run's checkpoints, of which each is a line in ``evaluations.jsonl`` in its folder.
+
+    Args:
+        folder: of the run.
+        evaluator: gives the figures of a checkpoint.
+        settings: what the figures depend on, such as the data. A checkpoint is evaluated once for the same settings.
+        average: evaluate the average of the weights (EMA) where a checkpoint has one.
+    """
+
+    def __init__(
+        self, folder: RunFolder, evaluator: Evaluator, settings: Mapping[str, Any], *, average: bool = True
+    ) -> None:
+        self.folder, self.evaluator, self.average = folder, evaluator, average
+        self.settings = {**settings, "average": average}
+        self.path = folder.path / NAME
+        recorded = read_lines(self.path)
+        if self.path.exists():  # without what a kill cut short, which the next line would be appended to
+            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in recorded))
+        lines = [line for line in recorded if self.settings.items() <= line.items()]
+        self._files = {(line["file_time"], line["bytes"]) for line in lines}
+        self._weights = {(line["step"], line["weights"]) for line in lines}
+        self._tensorboard: TensorBoard | None = None
+        place = "evaluations-" + re.sub(r"\W+", "-", str(settings.get("data", ""))).strip("-")[-60:]
+        try:
+            points = ((line["step"], _scalars(line), line["time"]) for line in lines)
+            self._tensorboard = TensorBoard(folder.path / "tensorboard" / place, points)
+        except ImportError:
+            log.warning(NO_TENSORBOARD)
+
+    def run(self, interval: float) -> Iterator[dict[str, Any]]:
+        """Evaluate what there is and what comes, the oldest first, until the run is finished; yield each line.
+
+        Args:
+            interval: seconds between two looks at the folder.
+        """
+        while True:
+            # A run that is finished before the look has written its last checkpoint before it.
+            is_finished = read_status(self.folder.path)["state"] == FINISHED
+            yield from self.look()
+            if is_finished:
+                return
+            time.sleep(interval)
+
+    def look(self) -> Iterator[dict[str, Any]]:
+        """Evaluate the checkpoints that there are and that were not evaluated yet."""
+        found: dict[tuple[int, int], Path] = {}
+        for path in self.folder.kept():
+            try:
+                status = path.stat()
+            except FileNotFoundError:
+                continue
+            if path.is_file():  # sharded checkpoints are folders, which evaluation does not read
+                found.setdefault((status.st_mtime_ns, status.st_size), path)
+        for file in sorted(found.keys() - self._files):
+            line = self._evaluated(found[file], file)
+            if line is not None:
+                yield line
+
+    def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
+        """Evaluate a checkpoint and record it; None if it is gone, damaged, or was evaluated under another name."""
+        self._files.add(file)
+        try:
+            checkpoint = read_checkpoint(path)
+        except CheckpointError as error:
+            if path.exists():
+                print(f"clipfast eval: left out: {error}", file=sys.stderr)
+            return None
+        if self.average and "state_dict_ema" in checkpoint:
+            checkpoint["state_dict"] = checkpoint["state_dict_ema"]
+        progress = checkpoint.get("clipfast", {}).get("progress", {})
+        step, weights = progress.get("step", 0), _digest(checkpoint["state_dict"])
+        if (step, weights) in self._weights:
+            return None
+        results = self.evaluator(checkpoint, path)
+        line = {
+            "step": step, "samples_seen": progress.get("seen"), "epoch": checkpoint.get("epoch"),
+            "time": round(time.time(), 3), "checkpoint": path.name, "file_time": file[0], "bytes": file[1],
+            "weights": weights, **self.settings, "eval": results,
+        }  # fmt: skip
+        self._weights.add((step, weights))
+        append(self.path, json.dumps(line) + "\n")
+        if self._tensorboard is not None:
+            self._tensorboard.add(step, _scalars(line), line["time"])
+        return line
+
+    def close(self) -> None:
+        """Write what is left for TensorBoard."""
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+
+
+def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
+    return {f"val/{name}": value for name, value in evaluation_metrics(line["eval"]).items()}
+
+
+def _digest(state: Mapping[str, Tensor]) -> str:
+    """Return a checksum of weights: a run that goes on may write the same checkpoint anew, or another one."""
+    found = hashlib.sha256()
+    for name, value in state.items():
+        found.update(name.encode())
+        found.update(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()[:16]

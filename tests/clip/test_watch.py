@@ -1,0 +1,191 @@
+"""``clipfast eval zeroshot --watch``: every checkpoint of a run is evaluated once, while and after it is trained."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from clipfast.evaluation import watch
+from clipfast.evaluation.labelled import LabelledSet
+from clipfast.evaluation.watch import Evaluator, Watch
+from clipfast.tokenizer import Tokenizer
+from clipfast.training.loop import train
+from clipfast.training.run import RunFolder, read_lines
+from clipfast.training.status import read_status
+
+from .conftest import run_command
+from .test_logs import read_back
+from .test_training import config, started
+
+
+@pytest.fixture(scope="module")
+def whole(shards, tmp_path_factory):
+    """The folder of a run with an average of its weights, two evaluations, and a checkpoint for each."""
+    given = config(shards, tmp_path_factory.mktemp("whole"), val_data=shards, save_frequency=1, ema_decay=0.5)
+    return train(given)[0].path
+
+
+@pytest.fixture
+def run(whole, tmp_path):
+    """A copy of it, with the times of its files."""
+    return RunFolder(shutil.copytree(whole, tmp_path / "run"))
+
+
+def lines_of(folder: RunFolder):
+    return read_lines(folder.path / watch.NAME)
+
+
+def watching(folder, shards, **options):
+    return Watch(folder, Evaluator(LabelledSet(shards)), {"data": shards}, **options)
+
+
+def refusing():
+    return mock.patch.object(Evaluator, "__call__", side_effect=AssertionError("evaluated once more"))
+
+
+def test_what_is_there_is_evaluated_from_the_oldest_on(run, shards, capsys):
+    expected = [line["eval"] for line in run.metrics() if "eval" in line]
+    code, out, _ = run_command(capsys, "eval", "zeroshot", "--watch", run.path, "--data", shards)
+    assert code == 0
+    found = lines_of(run)
+    assert [(line["step"], line["epoch"], line["samples_seen"]) for line in found] == [(4, 1, 32), (8, 2, 64)]
+    assert [line["eval"] for line in found] == expected  # those of the average, as in training
+    top1 = 100 * expected[0]["zero_shot"]["top1"]
+    assert out.splitlines()[0].startswith(f"step 4 (epoch_1.pt): zero-shot top-1 {top1:.1f}%")
+    (board,) = (run.path / "tensorboard").glob("evaluations-*")
+    points = read_back(board)["val/zeroshot-val-top1"]
+    assert points == [
+        (step, pytest.approx(line["zero_shot"]["top1"])) for step, line in zip((4, 8), expected, strict=True)
+    ]
+    assert read_status(run.path)["evaluation"]["step"] == 8
+
+
+def test_raw_weights_are_those_of_the_last_step(run, shards):
+    expected = json.loads((run.path / "results.json").read_text())["raw"]
+    found = list(watching(run, shards, average=False).run(0.01))
+    assert found[-1]["eval"] == expected
+
+
+def test_nothing_is_evaluated_twice(run, shards):
+    for _ in watching(run, shards).run(0.01):
+        pass
+    with refusing():
+        assert list(watching(run, shards).run(0.01)) == []
+        # a run that goes on writes the same checkpoint anew, and a copy of the folder has other times
+        for path in run.checkpoints.glob("*.pt"):
+            os.utime(path, ns=(1, 1 + path.stat().st_mtime_ns))
+        assert list(watching(run, shards).run(0.01)) == []
+    assert len(lines_of(run)) == 2
+    assert [line["step"] for line in watching(run, shards, average=False).run(0.01)] == [4, 8]
+
+
+def test_a_kill_within_the_watch_loses_one_evaluation_at_most(run, shards):
+    next(watching(run, shards).run(0.01))
+    with (run.path / watch.NAME).open("a") as file:
+        file.write('{"step": 8, "wei')  # cut short
+    assert [line["step"] for line in watching(run, shards).run(0.01)] == [8]
+    with refusing():
+        assert list(watching(run, shards).run(0.01)) == []
+
+
+def test_a_checkpoint_that_vanishes_is_skipped_and_a_damaged_one_is_told(run, shards, capsys):
+    content = (run.checkpoints / "epoch_1.pt").read_bytes()
+    (run.checkpoints / "epoch_5.pt").write_bytes(content[: len(content) // 2])
+    original = watch.read_checkpoint
+
+    def vanishing(path):
+        if path.name == "epoch_1.pt":
+            path.unlink()
+        return original(path)
+
+    with mock.patch.object(watch, "read_checkpoint", vanishing):
+        assert [line["step"] for line in watching(run, shards).run(0.01)] == [8]
+    err = capsys.readouterr().err
+    assert err.count("left out") == 1
+    assert "epoch_5.pt" in err
+
+
+def test_a_run_that_is_not_finished_is_waited_for(run, shards):
+    results, latest, aside = run.path / "results.json", run.latest, run.path / "aside.pt"
+    results.rename(run.path / "aside.json")
+    (run.checkpoints / "epoch_2.pt").unlink()
+    latest.rename(aside)
+    waits = []
+
+    def come(seconds):
+        waits.append(seconds)
+        if len(waits) == 2:
+            aside.rename(latest)
+        if len(waits) == 4:
+            (run.path / "aside.json").rename(results)
+
+    with mock.patch.object(watch.time, "sleep", come):
+        assert [line["step"] for line in watching(run, shards).run(7.0)] == [4, 8]
+    assert waits == [7.0] * 4
+
+
+def test_texts_are_tokenized_once(run, shards):
+    given = []
+    original = Tokenizer.__call__
+
+    def counted(tokenizer, texts, *args):
+        given.extend(texts)
+        return original(tokenizer, texts, *args)
+
+    with mock.patch.object(Tokenizer, "__call__", counted):
+        assert len(list(watching(run, shards).run(0.01))) == 2
+    assert len(given) == len(set(given))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model or --watch is needed"),
+        (["--watch", "nowhere"], "--watch nowhere: there is no run in that folder"),
+        (["--watch", "{run}", "--model", "x.pt"], "--watch cannot be used with --model"),
+        (["--watch", "{run}", "--interval", "0"], "--interval must be more than 0, got 0.0"),
+    ],
+)
+def test_wrong_input(arguments, message, whole, shards, capsys):
+    arguments = [word.format(run=whole) for word in arguments]
+    code, out, err = run_command(capsys, "eval", "zeroshot", "--data", shards, *arguments)
+    assert (code, out) == (2, "")
+    assert err.startswith(f"clipfast eval: error: {message}")
+    assert not (whole / watch.NAME).exists()
+
+
+@pytest.mark.long
+def test_a_run_is_watched_while_it_trains(shards, tmp_path):
+    given = config(shards, tmp_path, save_every=1)
+    words = [
+        "train", "--train-data", shards, "--model", given.model, "--logs", tmp_path, "--name", "run", "--batch-size", 8,
+        "--train-num-samples", 48, "--epochs", 2, "--warmup", 2, "--save-every", 1, "--workers", 0,
+    ]  # fmt: skip
+    folder = RunFolder(tmp_path / "run")
+    training = started([str(word) for word in words], stderr=subprocess.DEVNULL)
+    try:
+        while not folder.latest.exists():
+            assert training.poll() is None
+        command = [sys.executable, "-m", "clipfast", "eval", "zeroshot", "--watch", folder.path, "--data", shards]
+        watched = subprocess.run(
+            [*map(str, command), "--interval", "0.05"], capture_output=True, text=True, timeout=120, check=True
+        )
+        assert training.wait() == 0
+    finally:
+        training.kill()
+    found = lines_of(folder)
+    steps = [line["step"] for line in found]
+    assert steps == sorted(set(steps))
+    assert steps[-1] == 12
+    assert len(steps) > 1
+    assert watched.stdout.count("zero-shot top-1") == len(steps)
+    with refusing():
+        assert list(Watch(folder, Evaluator(LabelledSet(shards)), watch_settings(found[0])).run(0.01)) == []
+
+
+def watch_settings(line):
+    return {key: line[key] for key in ("data", "templates", "classnames", "label_by", "group_by", "leave_out")}
