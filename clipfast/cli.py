@@ -27,7 +27,7 @@ COMMANDS = {
     ),
     "list-pretrained": ("list the published weights that are loaded by name", "clipfast.list_command"),
     "verify": ("check the numerics of kernels, model and training", "clipfast.verify.command"),
-    "plan": ("predict memory, FLOPs, traffic and time of the loss on many GPUs", "clipfast.plan.command"),
+    "plan": ("predict memory and time of the loss or of training on many GPUs", "clipfast.plan.command"),
     "inspect": ("show what the compiler made of every kernel, without a GPU", "clipfast.bench.inspection.command"),
 }
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")

@@ -14,6 +14,7 @@ These are predictions: no time was ever measured on a GPU. --check compares a st
 import argparse
 import dataclasses
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -55,6 +56,8 @@ MACHINE = {
 def _number(kind: Callable[[str], float], *, or_zero: bool = False) -> Callable[[str], float]:
     def parse(text: str) -> float:
         value = kind(text)
+        if not math.isfinite(value):
+            raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
         if not (value > 0 or (or_zero and value == 0)):
             raise argparse.ArgumentTypeError(f"must be {'at least' if or_zero else 'more than'} 0, got {text}")
         return value

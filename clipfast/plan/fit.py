@@ -1,9 +1,13 @@
 """What fits: the largest batch of a model on so many GPUs, and what a step and a whole training then take."""
 
 import dataclasses
+import functools
+import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from ..host import cores
 from ..kernels.hardware import Cluster
 from .setup import CHECKPOINTINGS, PARALLELS, Setup
 from .training import Batch, StepPlan
@@ -33,29 +37,33 @@ class Assumptions:
     price: float | None = None
 
 
-def memory_of(plan: StepPlan, batch: Batch, assumed: Assumptions) -> Counter[str]:
+def memory_of(plan: StepPlan, batch: Batch, assumed: Assumptions, *, with_loss: bool = True) -> Counter[str]:
     """Return the bytes of a GPU by category, with what is assumed on top of the tensors."""
-    found = plan.memory(batch)
+    found = plan.memory(batch, with_loss=with_loss)
     return found + Counter({CONTEXT: round(assumed.context_bytes), SLACK: round(assumed.slack * found.total())})
 
 
-def fits(plan: StepPlan, batch: Batch, assumed: Assumptions) -> bool:
-    """Return whether a step fits into the memory of a GPU."""
-    return memory_of(plan, batch, assumed).total() <= plan.cluster.card.memory_bytes
-
-
 def largest_rows(plan: StepPlan, assumed: Assumptions, micro_batches: int = 1) -> int:
-    """Return the most pairs of a GPU that fit: a multiple of 8, or less than 8, or 0 if not even one fits."""
+    """Return the most pairs of a GPU that fit, or 0 if not even one in each micro-batch does.
 
-    def does(rows: int) -> bool:
-        return fits(plan, Batch(rows, -(-rows // micro_batches)), assumed)
+    The micro-batches are equal, and multiples of 8 unless that is too much.
+    """
+
+    def does(rows: int, *, with_loss: bool = True) -> bool:
+        found = memory_of(plan, Batch(rows, rows // micro_batches), assumed, with_loss=with_loss)
+        return found.total() <= plan.cluster.card.memory_bytes
+
+    def search(high: int, *, with_loss: bool) -> int:
+        """Return the most steps, less than ``high``, that fit."""
+        low = 0
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if does(middle * step, with_loss=with_loss) else (low, middle)
+        return low
 
     step = MULTIPLE * micro_batches if does(MULTIPLE * micro_batches) else micro_batches
-    low, high = 0, MOST_ROWS // step + 1
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if does(middle * step) else (low, middle)
-    return low * step
+    most = search(MOST_ROWS // step + 1, with_loss=False)  # nearly always right, and at once
+    return step * (most if most == 0 or does(most * step) else search(most, with_loss=True))
 
 
 def describe(plan: StepPlan, batch: Batch, assumed: Assumptions) -> dict[str, Any]:
@@ -85,24 +93,33 @@ def length(assumed: Assumptions, gpus: int, pairs_per_s: float) -> dict[str, flo
 
 
 def fit(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int = 1) -> list[dict[str, Any]]:
-    """Return what the largest batch of each setup takes.
+    """Return what the largest batch of each setup takes; several models are planned in processes of their own.
 
     Of each model, the row with the most pairs/s among those that fit has ``is_best``.
     """
-    rows = []
+    models = list(dict.fromkeys(setup.model for setup in setups))
+    jobs = [[setup for setup in setups if setup.model == model] for model in models]
+    one = functools.partial(_fit_model, cluster=cluster, assumed=assumed, micro_batches=micro_batches)
+    workers = min(len(jobs), cores())
+    if workers == 1:
+        found = list(map(one, jobs))
+    else:
+        with ProcessPoolExecutor(workers, multiprocessing.get_context("forkserver")) as pool:
+            found = list(pool.map(one, reversed(jobs)))[::-1]  # the largest first, which take longest
+    return [row for rows in found for row in rows]
+
+
+def _fit_model(setups: list[Setup], cluster: Cluster, assumed: Assumptions, micro_batches: int) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
     for setup in setups:
-        plan = StepPlan(setup, cluster, cluster.card, CHECKPOINTINGS)
+        plan = StepPlan(setup, cluster, cluster.card, tuple(dict.fromkeys(one.checkpointing for one in setups)))
         most = largest_rows(plan, assumed, micro_batches)
         if most:
-            rows.append(describe(plan, Batch(most, -(-most // micro_batches)), assumed))
+            rows.append(describe(plan, Batch(most, most // micro_batches), assumed))
         else:
             rows.append({**dataclasses.asdict(setup), "batch_per_gpu": 0, "fits": False})
-    for model in dict.fromkeys(row["model"] for row in rows):
-        of_model = [row for row in rows if row["model"] == model]
-        best = max(of_model, key=lambda row: row.get("pairs_per_s", 0.0))
-        for row in of_model:
-            row["is_best"] = row is best and row["fits"]
-    return rows
+    best = max(rows, key=lambda row: row.get("pairs_per_s", 0.0))
+    return [row | {"is_best": row is best and row["fits"]} for row in rows]
 
 
 def combinations(setup: Setup, models: list[str], parallel: str | None, checkpointing: str | None) -> list[Setup]:

@@ -160,8 +160,11 @@ class StepPlan:
         self.held = held(dataclasses.replace(setup, checkpointing="none"), cluster)
         self.exchange = exchange(dataclasses.replace(setup, checkpointing="none", has_ema=False, opt="adamw"))
 
-    def memory(self, batch: Batch) -> Counter[str]:
-        """Return the bytes of tensors by category, at the peak of the step."""
+    def memory(self, batch: Batch, *, with_loss: bool = True) -> Counter[str]:
+        """Return the bytes of tensors by category, at the peak of the step; of the step but the loss, if that is all.
+
+        The loss is what takes time here: it is run for each batch.
+        """
         config, probed = self.setup.config, self.probe.peaks(batch.micro_rows)
         image_bytes = 3 * config.vision.image_size**2 + 8 * config.text.context_length
         base = self.held.bytes + Counter({INPUTS: self.batches_held * batch.rows * image_bytes})
@@ -171,7 +174,7 @@ class StepPlan:
         if batch.micro_batches > 1 and not self.setup.is_sharded and self.setup.gpus > 1:
             # DDP sums those of the first micro-batches beside its buckets.
             kept["gradients of micro-batches"] = self.held.bytes["gradients"]
-        in_loss = Counter({LOSS: self._loss(batch).peak[LOSS]})
+        in_loss = Counter({LOSS: self._loss(batch).peak[LOSS] if with_loss else 0})
         phases = [base + kept + probed[phase] for phase in (*FORWARD, *BACKWARD)]
         phases += [
             base + kept + in_loss + (Counter() if batch.micro_batches > 1 else probed[LOSS]),

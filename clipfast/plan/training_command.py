@@ -96,6 +96,9 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("parallel", "checkpointing") if args.check else ():
         if hasattr(args, name):
             raise ValueError(f"--check tries every value of {_flag(name)}: leave it out")
+    for name in ("samples_seen", "price_per_gpu_hour", "context_gb", "slack") if args.check else ():
+        if hasattr(args, name):
+            raise ValueError(f"{_flag(name)} has no effect with --check: leave it out")
     check_target(args.json)
 
 
@@ -144,7 +147,7 @@ def _fit(
 ) -> list[dict[str, Any]]:
     from .fit import MODELS, combinations, fit
 
-    names = options["models"] or args.model
+    names = args.model if options["models"] is None else options["models"]
     models = list(MODELS) if names is None else [name.strip() for name in names.split(",")]
     gpus = args.gpus or 8
     setups = [_setup(args, options, model, gpus) for model in models]
