@@ -211,7 +211,7 @@ class Rank:
             self.ledger.phase = UPDATE
             self.optimizer.step()
             if self.average is not None:
-                self.average.update(1)
+                self.average.update(1, torch.zeros(()))
         self.ledger.book_launches()
 
     def _loss(self, image: Tensor, text: Tensor, scale: Tensor, *, is_whole: bool) -> Tensor:

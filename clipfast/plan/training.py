@@ -109,7 +109,7 @@ def held(setup: Setup, cluster: Cluster) -> Held:
         ledger.phase = UPDATE
         optimizer.step()
         if average is not None:
-            average.update(1)
+            average.update(1, torch.zeros(()))
         update = sum(seconds(ledger.events, Problem(1, dtype=setup.dtype), cluster).values())
         return Held(Counter({name: ledger.live[name] for name in STATIC}), ledger.peak["update scratch"], update)
 

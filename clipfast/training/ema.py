@@ -10,6 +10,8 @@ from ..checkpoint import check_weights, plain_names
 from ..models import CLIP
 from ..shards import fill, local
 
+TOGETHER = 16  # tensors that are averaged at the same time, for which a step has to hold their change
+
 
 class WeightAverage:
     """An average over the steps of every weight that is trained, and of the statistics of BatchNorm, in float32.
@@ -44,10 +46,13 @@ class WeightAverage:
         ``skipped`` is 1 if the last of them changed no weight, and leaves the average as it is, else 0.
         """
         decay = min(self.decay, (1 + steps) / (10 + steps))
-        averages = _locals(self.averages)
-        change = torch._foreach_sub([local(value).float() for value in self._live.values()], averages)
-        torch._foreach_mul_(change, (1 - decay) * (1 - skipped))
-        torch._foreach_add_(averages, change)
+        share = (1 - decay) * (1 - skipped)
+        averages, live = _locals(self.averages), _locals(self._live)
+        for start in range(0, len(averages), TOGETHER):
+            some = averages[start : start + TOGETHER]
+            change = torch._foreach_sub([value.float() for value in live[start : start + TOGETHER]], some)
+            torch._foreach_mul_(change, share)
+            torch._foreach_add_(some, change)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

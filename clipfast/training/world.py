@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..factory import resolve_device
@@ -302,7 +303,7 @@ def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     return rank, size, local_rank, machines[machine]
 
 
-def _store_of_attempt(world: World, timeout: datetime.timedelta) -> "dist.Store | None":
+def _store_of_attempt(world: World, timeout: datetime.timedelta) -> Store | None:
     """Return the store in which ranks that torchrun has started again find each other; None for the usual one.
 
     That one stays the same, and ranks would find addresses of processes that have ended. The attempts of several
@@ -312,7 +313,7 @@ def _store_of_attempt(world: World, timeout: datetime.timedelta) -> "dist.Store 
     if attempt == 0 or world.local_size != world.size:
         return None
     store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
-    return dist.PrefixStore(f"attempt {attempt}", store)
+    return PrefixStore(f"attempt {attempt}", store)
 
 
 def restarts() -> int:
