@@ -430,10 +430,11 @@ def test_a_rank_that_hangs_is_not_waited_for(options, tmp_path):
             process.kill()
 
 
-def started(given, size, *extra):
+def started(given, size, *extra, restarts=0):
     """Start the command with torchrun; "--" keeps torchrun from taking --logs for a flag of its own."""
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    command = f"-m torch.distributed.run --nproc-per-node {size} -m clipfast -- train".split()
+    launcher = f"-m torch.distributed.run --nproc-per-node {size} --max-restarts {restarts} --monitor-interval 0.2"
+    command = f"{launcher} -m clipfast -- train".split()
     return subprocess.Popen([sys.executable, *command, *flags, *extra], stderr=subprocess.PIPE, text=True)
 
 
@@ -461,12 +462,25 @@ def test_the_command(options, tmp_path):
         os.kill(ranks_of(process)[1], what)
         sent = time.monotonic()
         said = process.communicate(timeout=60)[1]
-        assert process.returncode != 0
+        assert (process.returncode == 0) == (what == signal.SIGTERM)
         assert time.monotonic() - sent < 40
         assert said.count(message) == 1, said
-        assert said.count("Traceback") == 1, said  # torchrun's own
+        assert said.count("Traceback") == (what == signal.SIGKILL), said  # torchrun's own
     assert saved_step(tmp_path / "run") > before
     # another run cannot be begun there, and of two ranks one says so
     process = started(given, 2)
     said = process.communicate(timeout=120)[1]
     assert said.count("holds a run already") == 1, said
+
+
+@pytest.mark.long
+def test_torchrun_starts_it_again_where_it_was(options, together, tmp_path):
+    given, whole = (options(tmp_path, name, **SHORT | {"train_num_samples": 1200}) for name in ("run", "whole"))
+    process = started(given, 2, restarts=1)
+    wait_for_checkpoint(process, tmp_path / "run", 3)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode == 0, said
+    assert "Resuming from " in said
+    together(2, (whole,))
+    assert same(tmp_path / "run", tmp_path / "whole")
