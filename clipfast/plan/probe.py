@@ -115,11 +115,17 @@ class Probe:
     @staticmethod
     def _seconds(depth: dict[int, Sample], phase: str, rows: float, cluster: Cluster, is_half: bool) -> float:
         flops_per_s, bytes_per_s = cluster.card.reached(half=is_half), cluster.card.memory_bytes_per_s
+
+        def together(kernels: Sequence[tuple[float, float]]) -> float:
+            return sum(max(flops / flops_per_s, moved / bytes_per_s) for flops, moved in kernels)
+
         (first, small), (second, large) = [(batch, sample.kernels[phase]) for batch, sample in depth.items()]
-        gpu = 0.0
-        for few, many in zip(small, large, strict=True):
-            flops, moved = (_at(rows, {first: few[i], second: many[i]}) for i in range(2))
-            gpu += max(flops / flops_per_s, moved / bytes_per_s)
+        if len(small) == len(large):
+            pairs = zip(small, large, strict=True)
+            at = [[_at(rows, {first: few[i], second: many[i]}) for i in range(2)] for few, many in pairs]
+            gpu = together([(flops, moved) for flops, moved in at])
+        else:  # some kernel is of another number with another batch
+            gpu = max(0.0, _at(rows, {first: together(small), second: together(large)}))
         return max(gpu, len(small) * cluster.launch_s)
 
 

@@ -102,12 +102,12 @@ def test_the_more_is_computed_again_the_less_is_kept(setup):
 
 def test_activations_are_those_of_a_micro_batch():
     plan = plan_of(FSDP)
-    few, many = (plan.memory(Batch(rows, 64)) for rows in (128, 4096))
+    few, many = (plan.memory(Batch(rows, 64), with_loss=False) for rows in (128, 4096))
     assert {name: few[name] for name in (IMAGES, TEXTS)} == {name: many[name] for name in (IMAGES, TEXTS)}
     assert few["features"] * 32 == many["features"] > 0
-    # A third forward pass, and the same update
+    # twice as many forward passes, of half the pairs: as long each if the host that starts kernels is what limits
     once, parts = plan.times(Batch(4096, 4096)), plan.times(Batch(4096, 2048))
-    assert parts["forward"] == pytest.approx(2 * once["forward"], rel=0.25)
+    assert 1.9 * once["forward"] <= parts["forward"] <= 4.1 * once["forward"]
     assert parts["update"] == once["update"]
 
 
