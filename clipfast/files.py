@@ -33,9 +33,9 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
         mode = temporary.stat().st_mode
         write(temporary)
         temporary.chmod(mode)  # safetensors puts a file in its place that only the owner may read
-        _sync(temporary)
+        sync(temporary)
         temporary.replace(path)
-        _sync(path.parent)
+        sync(path.parent)
     except Exception as error:
         if not path.parent.is_dir():
             raise
@@ -67,11 +67,11 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
     temporary.mkdir()
     try:
         write(temporary)
-        _sync(temporary)
+        sync(temporary)
         if path.exists() or path.is_symlink():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
         temporary.rename(path)
-        _sync(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -102,7 +102,7 @@ def _lack_of_space(error: Exception) -> str | None:
     return os.strerror(codes[0]) if codes else None
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Flush a file, or the entries of a folder, so that a power failure does not lose it."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -55,13 +55,13 @@ def read_folder(folder: Path) -> Contents:
     Raises:
         CheckpointError: the folder is damaged or incomplete, holds code, or holds no model or several.
     """
-    metadata = _read_metadata(folder / METADATA_NAME)
+    metadata = read_metadata(folder / METADATA_NAME)
     entries: Mapping[str, Any] = metadata.state_dict_metadata
     prefix = _prefix(folder, entries)
     state, files = {}, set()
     for name, entry in entries.items():
         if name.startswith(prefix) and hasattr(entry, "chunks"):
-            state[name.removeprefix(prefix)], used = _read_tensor(folder, name, entry, metadata.storage_data)
+            state[name.removeprefix(prefix)], used = read_tensor(folder, name, entry, metadata.storage_data)
             files |= used
     state = plain_names(state)
     refuse_hugging_face_names(state, folder)
@@ -71,7 +71,12 @@ def read_folder(folder: Path) -> Contents:
     return Contents(folder, layout, tuple(sorted(files)), state, None, preprocessing, epoch=epoch, step=step)
 
 
-def _read_metadata(path: Path) -> Any:
+def read_metadata(path: Path) -> Any:
+    """Read the list of what is where.
+
+    Raises:
+        CheckpointError: it is damaged, or holds code.
+    """
     try:
         metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
         if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
@@ -98,7 +103,7 @@ def _prefix(folder: Path, entries: Mapping[str, Any]) -> str:
     return found[0]
 
 
-def _read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any]) -> tuple[Tensor, set[Path]]:
+def read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any]) -> tuple[Tensor, set[Path]]:
     """Return a tensor, put together from its shards, and the files that they lie in."""
     from torch.distributed.checkpoint.metadata import MetadataIndex
 

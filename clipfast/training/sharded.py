@@ -1,0 +1,147 @@
+"""Checkpoints in parts: a folder into which every rank writes what it holds, by ``torch.distributed.checkpoint`` (DCP).
+
+``manifest.json`` has the size and the SHA-256 of every file, and is written last: a folder without it, or one whose
+files differ from it, is no checkpoint. Nothing in a folder is unpickled but classes of DCP's lists, tensors and plain
+values, so that a folder of somebody else cannot run code.
+"""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import CheckpointError
+from ..conversion.distributed import METADATA_NAME, read_metadata, read_tensor
+from ..files import replace_text, sync
+from .world import World
+
+MANIFEST = "manifest.json"
+REST = "rest.pt"  # what is no tensor, and where the tensors belong in it
+_TENSOR = "name of a tensor"
+_BLOCK = 2**24
+
+
+def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
+    """Write a checkpoint into ``folder``, which all ranks must see; they call it together.
+
+    A folder that exists is replaced. Whenever a process stops, ``folder`` is whole, or as it was, or not there.
+
+    Args:
+        folder: its parent must exist.
+        content: nested dicts and lists of tensors, which may be cut, and plain values; the same ones on every rank.
+        world: the processes.
+
+    Raises:
+        OSError: it cannot be written; on rank 0.
+    """
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    temporary = folder.with_name(f".{folder.name}.tmp")
+
+    def empty() -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+
+    world.on_main(empty)
+    tensors: dict[str, Tensor] = {}
+    rest = _without_tensors(content, "", tensors)
+    save(dict(tensors), checkpoint_id=temporary, process_group=world.hosts)
+    if world.is_main:
+        torch.save(rest, temporary / REST)
+    mine = {path.name: _seal(path) for path in sorted(temporary.glob(f"__{world.rank}_*"))}
+    everyones = world.gather(mine)
+
+    def finish() -> None:
+        files = {name: seal for theirs in everyones for name, seal in theirs.items()}
+        files |= {name: _seal(temporary / name) for name in (METADATA_NAME, REST)}
+        missing = [name for name, seal in files.items() if not _has_size(temporary / name, seal)]
+        if missing:
+            raise OSError(f"{temporary / missing[0]} is not there for rank 0: all ranks must write to the same disk")
+        replace_text(temporary / MANIFEST, json.dumps(files, indent=1) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+        sync(folder.parent)
+
+    world.on_main(finish)
+
+
+def check_parts(folder: Path) -> None:
+    """Compare the files of a folder with its manifest.
+
+    Raises:
+        CheckpointError: there is no manifest, or a file is missing or differs.
+    """
+    try:
+        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text("utf-8"))
+        names = {name: (seal["size"], seal["sha256"]) for name, seal in files.items()}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{folder} is no whole checkpoint: {MANIFEST} cannot be read: {error}") from error
+    for name in {METADATA_NAME, REST} - names.keys():
+        raise CheckpointError(f"{folder} is no whole checkpoint: {MANIFEST} does not list {name}")
+    for name, (size, digest) in names.items():
+        path = folder / name
+        if Path(name).name != name or not path.is_file():
+            raise CheckpointError(f"{folder} is damaged: {name} is missing")
+        if path.stat().st_size != size or _digest(path) != digest:
+            raise CheckpointError(f"{folder} is damaged: {name} is not the file that was written")
+
+
+def read_parts(folder: Path) -> dict[str, Any]:
+    """Return what :func:`write_parts` wrote, with whole tensors, on any number of processes.
+
+    Raises:
+        CheckpointError: it is damaged, or holds anything but tensors and plain values.
+    """
+    check_parts(folder)
+    metadata = read_metadata(folder / METADATA_NAME)
+    try:
+        rest = torch.load(folder / REST, "cpu", weights_only=True)
+    except Exception as error:  # broken files make the reader raise almost anything
+        raise CheckpointError(f"{folder / REST} is refused: it is damaged, or could run code ({error})") from error
+
+    def joined(value: Any) -> Any:
+        if isinstance(value, dict) and value.keys() == {_TENSOR}:
+            name = value[_TENSOR]
+            if name not in metadata.state_dict_metadata:
+                raise CheckpointError(f"{folder} is damaged: it does not hold {name}")
+            return read_tensor(folder, name, metadata.state_dict_metadata[name], metadata.storage_data)[0]
+        if isinstance(value, dict):
+            return {key: joined(item) for key, item in value.items()}
+        return type(value)(map(joined, value)) if isinstance(value, list | tuple) else value
+
+    content: dict[str, Any] = joined(rest)
+    return content
+
+
+def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:
+    """Return nested dicts and lists with names in place of tensors, which are put into ``tensors``."""
+    if isinstance(value, Tensor):
+        tensors[name] = value
+        return {_TENSOR: name}
+    if isinstance(value, dict):
+        return {key: _without_tensors(item, f"{name}.{key}".lstrip("."), tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_without_tensors(item, f"{name}.{place}", tensors) for place, item in enumerate(value))
+    return value
+
+
+def _seal(path: Path) -> dict[str, Any]:
+    """Bring a file onto the disk, and return its size and its SHA-256."""
+    sync(path)
+    return {"size": path.stat().st_size, "sha256": _digest(path)}
+
+
+def _has_size(path: Path, seal: dict[str, Any]) -> bool:
+    return path.is_file() and path.stat().st_size == seal["size"]
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
