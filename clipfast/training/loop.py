@@ -93,9 +93,9 @@ def train(
             replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
         with (
             logging_to(folder.path, world, by_machine=config.log_local),
-            reporting(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
             Interruption(quiet=world.size > 1) as interruption,
-            remote,
+            remote,  # it uploads what the reports have closed
+            reporting(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
         ):
             if world.is_main:
                 for warning in warnings:
