@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import io
 import json
 import logging
 import math
@@ -10,7 +11,9 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
+from clipfast.checkpoint import read_checkpoint
 from clipfast.data import ANY_ORDER
 from clipfast.evaluation import imagenet as imagenet_module
 from clipfast.evaluation import zero_shot
@@ -79,6 +82,7 @@ class TestModel:
         assert model.ln_final.weight.dtype == model.logit_scale.dtype == torch.float32
         assert losses(run)[-1] < losses(run)[0]
         train(config(shards, tmp_path, precision="bf16", epochs=3), run.latest)
+        assert read_checkpoint(run.latest)["state_dict"]["text_projection"].dtype == torch.bfloat16
 
     def test_autocast_by_its_longer_name(self, shards, tmp_path):
         short, long = (
@@ -114,10 +118,13 @@ def batches_of(options):
 class TestData:
     @pytest.mark.parametrize("whole", [{}, {"crop_scale": (1.0, 1.0)}, {"decode_on_device": True}])
     def test_larger_images_are_left_out(self, whole, shards, tmp_path):
-        for pixels in (0, 24 * 24):
-            batches_of(config(shards, tmp_path, max_image_pixels=pixels, **whole)).transform(picture(0))
-        with pytest.raises(ImageError, match="24x24 pixels, more than the limit of 575"):
-            batches_of(config(shards, tmp_path, max_image_pixels=575, **whole)).transform(picture(0))
+        photograph = io.BytesIO()
+        Image.open(io.BytesIO(picture(0))).save(photograph, "JPEG")
+        for image in (picture(0), photograph.getvalue()):
+            for pixels in (0, 24 * 24):
+                batches_of(config(shards, tmp_path, max_image_pixels=pixels, **whole)).transform(image)
+            with pytest.raises(ImageError, match="24x24 pixels, more than the limit of 575"):
+                batches_of(config(shards, tmp_path, max_image_pixels=575, **whole)).transform(image)
         with pytest.raises(ValueError, match="not one of 4 pairs that were tried can be used"):
             preflight(config(shards, tmp_path, max_image_pixels=575, **whole), RunFolder(tmp_path / "x"), {})
 
