@@ -1,5 +1,6 @@
 """FSDP2: what one process does, on ranks that hold a part of the weights each."""
 
+import functools
 import json
 import os
 import shutil
@@ -13,12 +14,14 @@ from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, 
 from clipfast.ranks import run_ranks
 from clipfast.shards import gathered, is_cut, local
 from clipfast.training import TrainConfig
+from clipfast.training.build import build_loss, build_model, build_parallel
 from clipfast.training.ema import WeightAverage
 from clipfast.training.fsdp import exchange_scalars, shard, unsharded
 from clipfast.training.fsdp_options import FSDP_OPTIMIZERS
 from clipfast.training.guard import Guard
 from clipfast.training.optim import make_optimizer
 from clipfast.training.run import RunFolder
+from clipfast.training.step import TrainingStep
 from clipfast.training.world import ALONE, joined
 
 from .siglip import save_tokenizer
@@ -263,6 +266,58 @@ def test_optimizers(tmp_path):
         for mine in found:
             for name, value in expected.items():
                 assert (mine[name] - value).norm() <= 2e-3 * (value - before[name]).norm() + 1e-6, (opt, name)
+
+
+FULL, SELECTIVE, COMPILED = ({name: True} for name in ("grad_checkpointing", "selective_checkpointing", "torchcompile"))
+KEPT, OFFLOADED = {"fsdp_no_reshard_after_forward": True}, {"fsdp_offload_cpu": True}
+COMBINATIONS = [{}, FULL, SELECTIVE, KEPT | FULL, OFFLOADED | SELECTIVE]
+COMPILED_COMBINATIONS = [COMPILED, COMPILED | FULL, COMPILED | SELECTIVE | KEPT]
+
+
+def stepped(world, model, precision, combination):
+    """Losses of a step with a whole batch and of steps with micro-batches, and the weights after them."""
+    torch.compiler.reset()
+    config = TrainConfig(
+        **TRAINED, **combination, model=model, precision=precision, torchcompile_backend="aot_eager", lr=1e-3,
+        lock_text=True, lock_text_unlocked_layers=2, force_patch_dropout=0.4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    device = torch.device("cpu")
+    model = build_model(config, {}, device, world)
+    parallel = build_parallel(config, model, world, device)
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16, enabled=precision == "amp_bf16")
+    shards = world if world.size > 1 else None
+    step = TrainingStep(
+        model, make_optimizer(config, model), build_loss(config, model, world), autocast, 0.5, 12, parallel, shards
+    )
+    images, texts = torch.randint(0, 256, (12, 3, 32, 32), dtype=torch.uint8), torch.randint(1, 49408, (12, 12))
+    mine = slice(world.rank * 12 // world.size, (world.rank + 1) * 12 // world.size)
+    found = []
+    for micro_batch_size in (12, 2, 2):
+        step.micro_batch_size = min(micro_batch_size, 12 // world.size)
+        torch.manual_seed(len(found))
+        torch.rand(mine.start, 16)  # patches are drawn for each pair
+        loss = step(images[mine], texts[mine])
+        found.append(world.mean(loss).item())
+    return found, gathered(model.state_dict(), keep=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("combinations", [COMBINATIONS, COMPILED_COMBINATIONS], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-5), ("amp_bf16", 1e-2), ("pure_bf16", 2e-2)])
+def test_combinations(precision, tolerance, combinations, options, tmp_path):
+    """The table in docs/fsdp.md."""
+    model = options(tmp_path, "plain")["model"]
+    expected, weights = stepped(ALONE, model, precision, {})
+    arguments = [(model, precision, combination) for combination in combinations]
+    everyones = run_ranks(on_ranks, 2, 2, each, stepped, arguments, folder=tmp_path, timeout=400)
+    for combination, *ranks_ in zip(combinations, *everyones, strict=True):
+        for found, mine in ranks_:
+            assert found == pytest.approx(expected, rel=tolerance), combination
+            for name, value in weights.items():
+                assert mine[name].dtype == value.dtype
+                if precision == "fp32" or value.ndim > 1:  # Adam moves a bias of 0 by the sign of what may be noise
+                    assert (mine[name] - value).norm() <= tolerance * value.norm() + 1e-6, (name, combination)
 
 
 @pytest.mark.parametrize(
