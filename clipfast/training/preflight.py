@@ -28,6 +28,7 @@ from .config import TrainConfig
 from .data import pair_batches, parts, sources_of, validation_set, whole_batch
 from .distillation import Distillation
 from .ema import WeightAverage
+from .fsdp import is_sharded
 from .imagenet import ImageNet
 from .optim import make_optimizer
 from .run import RunFolder
@@ -92,7 +93,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
     checkpoint, free = _check_disk(config, folder, model, world)
     loader = _check_loader(config, model, batch_size, world.local_size)
     if device.type == "cuda":
-        _check_gpu(config, model, device)
+        _check_gpu(config, model, device, world)
     _check_validation(config)
     ImageNet(config)
     batches = [_try_pairs(config, names, model, tokenizer) for names in groups]
@@ -164,10 +165,12 @@ def pair_bytes(image_size: int, context_length: int) -> int:
     return 3 * image_size**2 + context_length * torch.int64.itemsize
 
 
-def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device) -> None:
+def _check_gpu(config: TrainConfig, model: CLIP, device: torch.device, world: World) -> None:
     weights, trained, kept = _sizes(config, model)
     free, total = torch.cuda.mem_get_info(device)
     needed = weights + trained + kept
+    if is_sharded(config, world):
+        needed = 0 if config.fsdp_offload_cpu else needed // world.size
     if free < needed:
         raise ValueError(
             f"{device} has {scaled(free, BYTES)} of its {scaled(total, BYTES)} free, and weights, gradients and "
