@@ -385,6 +385,15 @@ class TestGPU:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (4 * weights, 2**36))
         assert refusal(device="cuda") == ""
 
+    @pytest.mark.parametrize(("size", "fsdp", "is_refused"), [(2, True, False), (2, False, True), (1, True, True)])
+    def test_each_process_has_a_part(self, size, fsdp, is_refused, tmp_path, monkeypatch):
+        given = config("x", tmp_path, fsdp=fsdp)
+        model = module.bare_model(given, {}, torch.device("meta"))
+        weights = sum(parameter.nbytes for parameter in model.parameters())
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2 * weights, 2**36))
+        with pytest.raises(ValueError, match="free") if is_refused else contextlib.nullcontext():
+            module._check_gpu(given, model, torch.device("cuda"), World(size=size))
+
 
 class TestSample:
     """Which shards and pairs are looked at."""
