@@ -104,12 +104,12 @@ def train(
                 _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
             if trainer.signum is None:
-                evaluation, raw = evaluation or trainer.evaluate(), None
-                if trainer.average is not None and trainer.validation is not None:
-                    raw = trainer.evaluate_weights(trainer.validation)
-                if not trainer.imagenet.results:
-                    trainer.evaluate_imagenet()
-                with trainer.averaged():
+                validation, step = trainer.validation, trainer.progress.step
+                evaluation = evaluation or validation.evaluate(step)
+                raw = validation.evaluate_last_weights()
+                if not validation.imagenet.results:
+                    validation.evaluate_imagenet(step)
+                with validation.averaged():
                     weights = trainer.weights()
                     world.on_main(lambda: finish(trainer, evaluation, raw, weights))
     return folder, trainer.signum
@@ -201,7 +201,7 @@ def finish(
         "device": str(trainer.device),
         "torch": torch.__version__,
         **(evaluation.results if evaluation else {}),
-        **trainer.imagenet.results,
+        **trainer.validation.imagenet.results,
     }
     if trainer.average is not None:
         # What stands above is of the average, which is exported.
@@ -223,7 +223,8 @@ def _pictures(trainer: Trainer, evaluation: Evaluation | None) -> list[str]:
     folder, config = trainer.folder, trainer.config
     title = f"{config.model} on {config.train_data}\nvalidated on {config.val_data or 'nothing'}"
     learning_curve(folder.metrics(), title, folder.path / "learning_curve.png")
-    if evaluation is None or trainer.validation is None:
+    images = trainer.validation.labelled
+    if evaluation is None or images is None:
         return ["learning_curve.png"]
-    contact_sheet(trainer.validation, evaluation, folder.path / "contact_sheet.png")
+    contact_sheet(images, evaluation, folder.path / "contact_sheet.png")
     return ["learning_curve.png", "contact_sheet.png"]

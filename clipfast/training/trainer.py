@@ -6,27 +6,23 @@ import functools
 import itertools
 import signal
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..data import Batch, Skipped
-from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.features import LabelledFeatures, encode_part, join_parts
-from ..evaluation.labelled import LabelledSet
-from ..factory import transform_of
+from ..evaluation.evaluate import Evaluation
 from ..shards import gathered
 from .build import bare_model, build_device, build_loss, build_model, build_parallel, build_tokenizer
 from .checkpoints import Checkpoints
 from .config import TrainConfig
-from .data import SkipBudget, TrainingData, validation_set, whole_batch
+from .data import SkipBudget, TrainingData, whole_batch
 from .distillation import Distillation
 from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
-from .fsdp import is_sharded, unsharded
-from .imagenet import ImageNet
+from .fsdp import is_sharded
 from .interruption import Interruption, elected
 from .logs import TrainLog, log
 from .meters import Meters
@@ -37,10 +33,9 @@ from .run import RunFolder
 from .schedule import schedule_of, set_lr
 from .state import Progress, RunState
 from .step import GraphedStep, TrainingStep, Upload, seed_step
+from .validation import Validation, validation_sets
 from .watchdog import STEP
 from .world import ALONE, LateSum, World
-
-VALIDATION_BATCH_SIZE = 256
 
 
 class Trainer:
@@ -69,7 +64,7 @@ class Trainer:
         with world.local_first():
             self.data = TrainingData(config, whole, world)
         self.total_steps = self.data.total_steps
-        self.validation, self.imagenet = validation_set(config), ImageNet(config)
+        sets = validation_sets(config)
         torch.manual_seed(config.seed)
         self.model = build_model(config, saved, self.device, world)
         self.tokenizer, loss = build_tokenizer(config, self.model), build_loss(config, self.model, world)
@@ -97,6 +92,7 @@ class Trainer:
         self.log = TrainLog(folder, self.data.epochs, world, meters, self.schedule.warmup)
         self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
+        self.validation = Validation(config, sets, self.model, self.tokenizer, self.average, self.log, world)
         self.state = RunState(
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
             self.average,
@@ -165,9 +161,9 @@ class Trainer:
                         step = self.progress.step
                         is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
                         self.save(keep=is_whole and self._is_due(config.save_frequency))
-                        evaluation = self.evaluate() if self._is_due(config.val_frequency) else None
+                        evaluation = self.validation.evaluate(step) if self._is_due(config.val_frequency) else None
                         if self._is_due(config.zeroshot_frequency):
-                            self.evaluate_imagenet()
+                            self.validation.evaluate_imagenet(step)
                         self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
@@ -296,10 +292,6 @@ class Trainer:
             self.step.is_updating = False
         return self.step.guard.figures.clone()
 
-    def averaged(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which the model has the average of its weights, if there is one."""
-        return contextlib.nullcontext() if self.average is None else self.average.applied()
-
     def save(self, *, keep: bool = False) -> None:
         """Copy the state of the run, which is then written in the background; with ``keep``, as ``epoch_N.pt`` too.
 
@@ -321,81 +313,6 @@ class Trainer:
         """Return the weights that the model has now, complete on rank 0; all ranks must call it."""
         found: dict[str, Tensor] = gathered(self.model.state_dict(), keep=self.world.is_main)
         return found
-
-    def evaluate(self) -> Evaluation | None:
-        """Return zero-shot accuracy and retrieval on the validation data, logged and recorded; None without any.
-
-        They are those of the average of the weights, if there is one.
-        """
-        validation = self.validation
-        if validation is None:
-            return None
-        with self.averaged():
-            evaluation = self.evaluate_weights(validation)
-        self.world.on_main(lambda: self._record_evaluation(evaluation, validation.skipped))
-        return evaluation
-
-    def _record_evaluation(self, evaluation: Evaluation, skipped: Sequence[Skipped]) -> None:
-        """Log and record an evaluation, and the images that it left out."""
-        if skipped:
-            self.folder.record_skipped(self.progress.step, skipped)
-            log.warning(
-                f"{len(skipped)} validation image(s) cannot be used and are left out, as {self.folder.skipped_path} "
-                f"says; first: {skipped[0]}"
-            )
-        self.log.evaluation(self.progress.step, evaluation.results)
-
-    def evaluate_weights(self, validation: LabelledSet) -> Evaluation:
-        """Return zero-shot accuracy and retrieval of the weights that the model has now; all ranks must call it.
-
-        On rank 0, ``validation`` knows afterwards what was left out on any rank.
-        """
-        self.model.eval()
-
-        def evaluated() -> Evaluation:
-            assert features is not None
-            return evaluate(
-                self.model, self.tokenizer, features, leave_out=self.config.val_leave_out,
-                skipped=len(validation.left_out),
-            )  # fmt: skip
-
-        with self._complete():
-            features = self._encoded(validation)
-            return self.world.on_main(evaluated)
-
-    def _complete(self) -> contextlib.AbstractContextManager[None]:
-        """Return a context in which every rank has all weights, and encodes what it likes without the others."""
-        return unsharded(self.config, self.model) if self._is_sharded else contextlib.nullcontext()
-
-    def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
-        """Return the features of a set on rank 0, of which each rank encodes its part; all ranks must call it."""
-        self.world.share_buffers(self.model)
-        part = images.part(self.world.rank, self.world.size, VALIDATION_BATCH_SIZE)
-        transform = transform_of(self.model, uint8=True)
-        with self.world.phase("evaluation"):
-            found = encode_part(self.model, part, transform, VALIDATION_BATCH_SIZE, self.device)
-        self.world.meet()  # parts take different times
-        found.features = found.features.cpu()
-        everyones = self.world.gather((found, part.left_out))
-        if not self.world.is_main:
-            return None
-        features = join_parts([theirs for theirs, _ in everyones])
-        features.features = features.features.to(self.device)
-        left_out = {number: sample for _, theirs in everyones for number, sample in theirs.items()}
-        images.left_out = dict(sorted(left_out.items()))
-        return features
-
-    def evaluate_imagenet(self) -> None:
-        """Log and record the zero-shot accuracy on ImageNet, if that was asked for; all ranks must call it.
-
-        It is that of the average of the weights, if there is one.
-        """
-        if not self.imagenet.sets:
-            return
-        self.model.eval()
-        with self.averaged(), self._complete():
-            found = self.imagenet.evaluate(self.model, self.tokenizer, self._encoded, self.device, self.world)
-        self.log.imagenet(self.progress.step, found)
 
 
 def _by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:

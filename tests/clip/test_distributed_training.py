@@ -121,7 +121,7 @@ def trained(world, given, resume=False, fate=None):
     """Train, and return the signal that ended it, an error that all ranks met, or None."""
     with (
         mock.patch("clipfast.training.loop._pictures", return_value=[]),
-        mock.patch("clipfast.training.trainer.VALIDATION_BATCH_SIZE", 16),
+        mock.patch("clipfast.training.validation.BATCH_SIZE", 16),
         befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
     ):
         try:
