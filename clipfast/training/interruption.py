@@ -10,9 +10,10 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 class Interruption:
-    """A context that remembers the first of ``SIGNALS`` in ``signum``; a second one raises KeyboardInterrupt.
+    """A context that remembers the first of ``SIGNALS`` in ``signum``; a Ctrl-C after it raises KeyboardInterrupt.
 
-    A SIGHUP that is ignored, as under nohup, stays ignored.
+    Other signals after the first one change nothing: a scheduler sends SIGTERM to every process of a job, and torchrun
+    passes its own on to the processes that have it already. A SIGHUP that is ignored, as under nohup, stays ignored.
 
     Args:
         quiet: log nothing, since this is one of several processes, which stop together.
@@ -37,10 +38,12 @@ class Interruption:
 
     def _handle(self, signum: int, _: FrameType | None) -> None:
         if self.signum is not None:
-            raise KeyboardInterrupt
+            if signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            return
         self.signum = signum
         if not self.quiet:
-            log.info("Stopping after this step; interrupt once more to stop at once, without saving.")
+            log.info("Stopping after this step; press Ctrl-C to stop at once, without saving.")
 
 
 def elected(votes: Sequence[int]) -> int | None:

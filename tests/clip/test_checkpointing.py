@@ -21,6 +21,7 @@ from clipfast.training import remote
 from clipfast.training.background import Background
 from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.host_copy import HostCopy
+from clipfast.training.interruption import Interruption
 from clipfast.training.loop import train
 from clipfast.training.remote import RemoteCopy
 from clipfast.training.run import RunFolder
@@ -308,6 +309,13 @@ class TestEndings:
         newest = Checkpoints(folder.checkpoints).newest_whole()
         assert newest.damaged == []
         assert newest.content["clipfast"]["progress"]["step"] == int(gate.written[-1][5:-3])
+
+    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+    def test_a_scheduler_and_torchrun_both_signal(self, signum):
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signum)
+        assert interruption.signum == signal.SIGTERM
 
     def test_a_second_ctrl_c_ends_at_once(self, shards, tmp_path, gate):
         original, waiting = Background.wait, threading.Event()
