@@ -64,11 +64,13 @@ class SkippedSteps:
             ready.record()
         self._pending.append(_Step(self.progress.step, figures, ready, norms, batch))
         self._hear(late=0 if ready is None else 1)
-        if self.progress.skipped_in_a_row >= self.most:
-            self.world.on_main(self._stop)
 
     def settle(self) -> None:
-        """Wait for the verdicts on all steps that are finished, and count them."""
+        """Wait for the verdicts on all steps that are finished, and count them.
+
+        Raises:
+            TrainingError: too many steps in a row were skipped.
+        """
         self._hear(late=0)
 
     def _hear(self, late: int) -> None:
@@ -83,6 +85,9 @@ class SkippedSteps:
             self.progress.skipped_steps += 1
             self.progress.skipped_in_a_row += 1
             self._record(step, figures)
+            # Not without a new verdict: a run that was stopped so goes on with this count, and other options.
+            if self.progress.skipped_in_a_row >= self.most:
+                self.world.on_main(self._stop)
 
     def _record(self, step: _Step, figures: Figures) -> None:
         """Write down a step that was skipped."""

@@ -12,14 +12,17 @@ from torch import nn
 
 from clipfast import ranks
 from clipfast.checkpoint import read_checkpoint
+from clipfast.data import Batch
 from clipfast.ranks import run_ranks
 from clipfast.tokenizer import Tokenizer
 from clipfast.training import TrainConfig
 from clipfast.training.errors import TrainingError
 from clipfast.training.guard import GuardedLoss, gradient_norms
 from clipfast.training.loop import train
+from clipfast.training.nonfinite import SkippedSteps
 from clipfast.training.run import RunFolder
 from clipfast.training.schedule import set_lr
+from clipfast.training.state import Progress
 from clipfast.training.step import TrainingStep
 from clipfast.training.trainer import Trainer
 from clipfast.training.world import ALONE
@@ -211,6 +214,39 @@ def test_too_many_in_a_row_stop_all_ranks(size, options, together, tmp_path):
     assert [line["step"] for line in skips(folder)] == [2, 3, 5, 6, 7, 8]
     assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == 6
     assert all(value.isfinite().all() for value in everything(folder).values())
+
+
+class OfAGpu:
+    """A tensor whose device says later what is in it."""
+
+    is_cuda = True
+
+    def __init__(self, *values):
+        self.values = torch.tensor(values)
+
+    def to(self, device, non_blocking):
+        return self.values
+
+    def clone(self):
+        return self.values
+
+
+def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
+    """There the verdict on the first step is not known yet when that is finished."""
+    guard, data = mock.Mock(figures=OfAGpu(1.0, 2.0, 0.0, 14.0), norms=OfAGpu(2.0), names=["w"]), mock.Mock()
+    data.names.return_value = []
+    progress = Progress(step=8, skipped_steps=3, skipped_in_a_row=3)
+    skips = SkippedSteps(guard, data, progress, 3, RunFolder(tmp_path), ALONE)
+    batch = Batch(torch.zeros(1, 3, 2, 2, dtype=torch.uint8), torch.zeros(1, 4), [])
+    with mock.patch("torch.cuda.Event"):
+        for progress.step in (9, 10):
+            skips(batch)
+        assert progress.skipped_in_a_row == 0
+        guard.figures = OfAGpu(1.0, math.nan, 1.0, 14.0)
+        for progress.step in (11, 12, 13):
+            skips(batch)
+        with pytest.raises(TrainingError, match="the last 3 steps changed nothing"):
+            skips.settle()
 
 
 def test_a_resumed_run_is_one_that_never_stopped(options, tmp_path):
