@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import re
+import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +16,6 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError, load_weights, own_config, own_preprocessing, read_checkpoint
 from ..factory import set_preprocessing, tokenizer_for, transform_of
-from ..files import replace_text
 from ..models import CLIP, CLIPConfig, build
 from ..training.reports import NO_TENSORBOARD, TensorBoard, evaluation_metrics
 from ..training.run import RunFolder, append, read_lines
@@ -117,10 +117,9 @@ class Watch:
         self.folder, self.evaluator, self.average = folder, evaluator, average
         self.settings = {**settings, "average": average}
         self.path = folder.path / NAME
-        recorded = read_lines(self.path)
-        if self.path.exists():  # without what a kill cut short, which the next line would be appended to
-            replace_text(self.path, "".join(json.dumps(line) + "\n" for line in recorded))
-        lines = [line for line in recorded if self.settings.items() <= line.items()]
+        if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
+            append(self.path, "\n")  # the next line must not continue what a kill cut short
+        lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
         self._files = {(line["file_time"], line["bytes"]) for line in lines}
         self._weights = {(line["step"], line["weights"]) for line in lines}
         self._tensorboard: TensorBoard | None = None
@@ -147,28 +146,32 @@ class Watch:
 
     def look(self) -> Iterator[dict[str, Any]]:
         """Evaluate the checkpoints that there are and that were not evaluated yet."""
-        found: dict[tuple[int, int], Path] = {}
-        for path in self.folder.kept():
-            try:
-                status = path.stat()
-            except FileNotFoundError:
-                continue
-            if path.is_file():  # sharded checkpoints are folders, which evaluation does not read
-                found.setdefault((status.st_mtime_ns, status.st_size), path)
-        for file in sorted(found.keys() - self._files):
-            line = self._evaluated(found[file], file)
+        while (oldest := self._oldest()) is not None:
+            line = self._evaluated(*oldest)
             if line is not None:
                 yield line
 
+    def _oldest(self) -> tuple[Path, tuple[int, int]] | None:
+        """Return the oldest checkpoint that was not evaluated yet, and what is known of its file."""
+        files = {file: path for path in self.folder.kept() if (file := _file(path)) is not None}
+        new = files.keys() - self._files
+        return (files[min(new)], min(new)) if new else None
+
     def _evaluated(self, path: Path, file: tuple[int, int]) -> dict[str, Any] | None:
-        """Evaluate a checkpoint and record it; None if it is gone, damaged, or was evaluated under another name."""
-        self._files.add(file)
+        """Evaluate a checkpoint and record it; None if it is gone, damaged, or was evaluated under another name.
+
+        The name may have moved to a newer file, or be gone while the file has another name: the next look finds both.
+        """
         try:
             checkpoint = read_checkpoint(path)
         except CheckpointError as error:
-            if path.exists():
+            if _file(path) == file:
+                self._files.add(file)
                 print(f"clipfast eval: left out: {error}", file=sys.stderr)
             return None
+        if _file(path) != file:
+            return None
+        self._files.add(file)
         if self.average and "state_dict_ema" in checkpoint:
             checkpoint["state_dict"] = checkpoint["state_dict_ema"]
         progress = checkpoint.get("clipfast", {}).get("progress", {})
@@ -191,6 +194,15 @@ class Watch:
         """Write what is left for TensorBoard."""
         if self._tensorboard is not None:
             self._tensorboard.close()
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """Return the time and the size of a file; None for a folder, and if there is nothing."""
+    try:
+        status = path.stat()
+    except FileNotFoundError:
+        return None
+    return None if stat.S_ISDIR(status.st_mode) else (status.st_mtime_ns, status.st_size)
 
 
 def _scalars(line: Mapping[str, Any]) -> dict[str, float]:

@@ -93,13 +93,14 @@ def test_a_kill_within_the_watch_loses_one_evaluation_at_most(run, shards):
 
 
 def test_a_checkpoint_that_vanishes_is_skipped_and_a_damaged_one_is_told(run, shards, capsys):
-    content = (run.checkpoints / "epoch_1.pt").read_bytes()
+    content = (run.checkpoints / "step_4.pt").read_bytes()
     (run.checkpoints / "epoch_5.pt").write_bytes(content[: len(content) // 2])
     original = watch.read_checkpoint
 
     def vanishing(path):
         if path.name == "epoch_1.pt":
             path.unlink()
+            (run.checkpoints / "step_4.pt").unlink()
         return original(path)
 
     with mock.patch.object(watch, "read_checkpoint", vanishing):
@@ -109,11 +110,33 @@ def test_a_checkpoint_that_vanishes_is_skipped_and_a_damaged_one_is_told(run, sh
     assert "epoch_5.pt" in err
 
 
+def test_a_file_is_found_by_another_name_when_its_first_is_removed_or_moves_on(run, shards):
+    last = run.checkpoints / "aside.pt"
+    run.latest.rename(last)
+    for path in run.checkpoints.glob("*_[28].pt"):
+        path.unlink()
+    for path in (run.checkpoints / "step_4.pt", run.latest):
+        path.unlink(missing_ok=True)
+        path.hardlink_to(run.checkpoints / "epoch_1.pt")
+    original = watch.read_checkpoint
+
+    def late(path):
+        if last.exists():  # training has gone on meanwhile
+            last.replace(run.latest)
+            (run.checkpoints / "step_4.pt").unlink()
+        return original(path)
+
+    with mock.patch.object(watch, "read_checkpoint", late):
+        found = list(watching(run, shards).run(0.01))
+    assert [(line["step"], line["checkpoint"]) for line in found] == [(4, "epoch_1.pt"), (8, "epoch_latest.pt")]
+
+
 def test_a_run_that_is_not_finished_is_waited_for(run, shards):
     results, latest, aside = run.path / "results.json", run.latest, run.path / "aside.pt"
     results.rename(run.path / "aside.json")
-    (run.checkpoints / "epoch_2.pt").unlink()
     latest.rename(aside)
+    for path in run.checkpoints.glob("*_[28].pt"):
+        path.unlink()
     waits = []
 
     def come(seconds):
