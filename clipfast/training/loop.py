@@ -68,18 +68,20 @@ def train(
     with locked(folder.path) if world.is_main else contextlib.nullcontext():
         world.on_main(lambda: folder.refuse_other_run(resuming=is_own))
         world.on_main(lambda: check_wandb(config.report_to))
-        checkpoint = read_checkpoint(resume) if resume is not None else {}
+        checkpoint = read_checkpoint(resume, mmap=True) if resume is not None else {}
         own = checkpoint.get("clipfast", {})
         with world.local_first():  # what it indexes, the other processes of a machine find
             found = preflight(config, folder, own, world)
         trainer = Trainer(config, folder, checkpoint or None, world)
+        del checkpoint  # training needs the memory
+        _check_steps(trainer)
         saved = own.get("config", {})
         options, changed = dataclasses.asdict(config), changed_options(saved, config)
         other_model = ", ".join(changed[key] for key in OF_MODEL if key in changed)
         if other_model:
             raise ValueError(f"the weights of a checkpoint are those of its own model: {other_model}")
         if is_own and changed and trainer.progress.step >= trainer.total_steps:
-            done = checkpoint["clipfast"]["progress"]["step"]
+            done = own["progress"]["step"]
             raise ValueError(
                 f"the run is finished after {done} steps, and its options cannot change any more: "
                 f"{', '.join(changed.values())}; only more {flag_name(config.budget)} would continue it"
@@ -113,6 +115,24 @@ def train(
                     weights = trainer.weights()
                     world.on_main(lambda: finish(trainer, evaluation, raw, weights))
     return folder, trainer.signum
+
+
+def _check_steps(trainer: Trainer) -> None:
+    """Refuse ranks that go on from different checkpoints.
+
+    Raises:
+        ValueError: as above; on all ranks.
+    """
+    steps = trainer.world.gather(trainer.progress.step)
+
+    def check() -> None:
+        if len(set(steps)) > 1:
+            places = ", ".join(f"rank {rank} after step {step}" for rank, step in enumerate(steps))
+            raise ValueError(
+                f"the ranks would go on from different checkpoints: {places}; all machines must see the same --logs"
+            )
+
+    trainer.world.on_main(check)
 
 
 def _remote_copy(trainer: Trainer, step: int | None) -> contextlib.AbstractContextManager[object]:

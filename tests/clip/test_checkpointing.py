@@ -1,6 +1,7 @@
 """Checkpoints that hold: written beside training, on failing disks, damaged, by time, after restarts, and elsewhere."""
 
 import errno
+import gc
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import shutil
 import signal
 import threading
 import time
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -415,6 +417,27 @@ class TestDamage:
         code, _, err = run_command(capsys, "train", "--resume", "latest", "--name", "run", "--logs", run.path.parent)
         assert code == 2
         assert "holds no checkpoint that is whole: " in err
+
+
+def test_the_checkpoint_that_a_run_goes_on_from_is_not_kept_in_memory(shards, tmp_path):
+    options = config(shards, tmp_path, workers=0, samples_seen=None, epochs=1)
+    with signalled_after(3, signal.SIGTERM):
+        folder, _ = train(options)
+    kept, fit = [], Trainer.fit
+
+    def read(path, **how):
+        content = read_checkpoint(path, **how)
+        kept.extend(map(weakref.ref, content["state_dict"].values()))
+        return content
+
+    def checked(trainer, interruption):
+        gc.collect()
+        assert kept
+        assert [found for found in (reference() for reference in kept) if found is not None] == []
+        return fit(trainer, interruption)
+
+    with mock.patch("clipfast.training.loop.read_checkpoint", read), mock.patch.object(Trainer, "fit", checked):
+        train(options, folder.latest)
 
 
 class TestRestart:

@@ -223,6 +223,22 @@ def test_the_number_of_ranks_changes_within_an_epoch(one, options, together, tmp
     assert log.count("The run keeps its batch of 12 pairs; --global-batch-size is for another one.") == 2
 
 
+def resumed_by_the_first(world, given):
+    """Train, where only the machine of rank 0 has the checkpoint."""
+    try:
+        return train(TrainConfig(**given), folder_of(given).latest if world.is_main else None, world=world)
+    except ValueError as error:
+        return str(error)
+
+
+def test_ranks_that_see_different_checkpoints_do_not_start(options, tmp_path):
+    given = options(tmp_path, "mix", save_every=2)
+    assert trained(ALONE, given, False, ("stop", (0,), 4)) == "stopped"
+    found = run_ranks(on_rank, 2, 2, [(given,)], resumed_by_the_first, folder=empty(tmp_path))
+    said = "the ranks would go on from different checkpoints: rank 0 after step 4, rank 1 after step 0; all machines"
+    assert [one.startswith(said) for (one,) in found] == [True] * 2
+
+
 @pytest.mark.parametrize(
     ("size", "now", "saved", "expected"),
     [
