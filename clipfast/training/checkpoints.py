@@ -38,7 +38,7 @@ class Checkpoints:
         folder: the folder, which may not exist yet.
         keep_last: so many of the ``step_N.pt`` are kept.
         after_save: is called, on the thread that writes, after each checkpoint that is on the disk.
-        only_last_epoch: remove each ``epoch_N.pt`` as soon as there is a later one.
+        only_last_epoch: remove each ``epoch_N.pt`` as soon as there is a new one.
     """
 
     def __init__(
@@ -141,18 +141,18 @@ class Checkpoints:
             named, kept = _named(error, path), self.kept()
             log.error(f"{named}. Training goes on.{f' The last good checkpoint is {kept[0]}' if kept else ''}")
             raise named from error.__cause__
-        self._remove_old(step)
+        self._remove_old(step, milestone)
         log.info(f"Saved {path}")
         if self.after_save is not None:
             self.after_save()
 
-    def _remove_old(self, step: int) -> None:
+    def _remove_old(self, step: int, milestone: int | None) -> None:
         """Remove what is not to be kept, and the states of steps after ``step``, which the run has not done yet."""
         steps = self.steps()
         past = [number for number in steps if number <= step]
         old = [steps[number] for number in steps.keys() - set(past[: self.keep_last])]
-        if self.only_last_epoch:
-            old += list(_numbered(self.folder, EPOCH).values())[1:]
+        if self.only_last_epoch and milestone is not None:
+            old += [path for number, path in _numbered(self.folder, EPOCH).items() if number != milestone]
         for path in old:
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

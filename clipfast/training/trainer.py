@@ -147,7 +147,7 @@ class Trainer:
 
     def _train(self, interruption: Interruption) -> Evaluation | None:
         """Train epoch after epoch, and return the last evaluation."""
-        evaluation, epochs, config = None, self.data.epochs, self.config
+        evaluation, config = None, self.config
         batches = self.data.batches(
             self.progress.step, self.model, self.tokenizer, pin_memory=self.device.type == "cuda"
         )
@@ -159,8 +159,7 @@ class Trainer:
                         is_whole_epoch = self._train_epoch(batches, interruption)
                     if is_whole_epoch:
                         step = self.progress.step
-                        is_whole = epochs.ends_with(step)  # the end of the run may cut its last epoch short
-                        self.save(keep=is_whole and self._is_due(config.save_frequency))
+                        self.save()
                         evaluation = self.validation.evaluate(step) if self._is_due(config.val_frequency) else None
                         if self._is_due(config.zeroshot_frequency):
                             self.validation.evaluate_imagenet(step)
@@ -292,8 +291,8 @@ class Trainer:
             self.step.is_updating = False
         return self.step.guard.figures.clone()
 
-    def save(self, *, keep: bool = False) -> None:
-        """Copy the state of the run, which is then written in the background; with ``keep``, as ``epoch_N.pt`` too.
+    def save(self) -> None:
+        """Copy the state of the run, which is then written in the background, at the end of an epoch for good.
 
         Raises:
             TrainingError: the weights are not finite.
@@ -301,13 +300,16 @@ class Trainer:
         self._record_skipped()
         self.skips.settle()
         content = self.state.state_dict(is_main=self.world.is_main)
-        self.world.on_main(lambda: self._write(content, keep=keep))
+        self.world.on_main(lambda: self._write(content))
         self._unsaved = False
 
-    def _write(self, content: dict[str, Any], *, keep: bool) -> None:
+    def _write(self, content: dict[str, Any]) -> None:
         """Begin to write the content of a checkpoint if its weights are finite."""
         self.state.check(content)
-        self.checkpoints.save(content, self.progress.step, milestone=content["epoch"] if keep else None)
+        step = self.progress.step
+        ends = self.data.epochs.ends_with(step)  # the end of the run may cut its last epoch short
+        keep = ends and self._is_due(self.config.save_frequency)
+        self.checkpoints.save(content, step, milestone=content["epoch"] if keep else None)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that the model has now, complete on rank 0; all ranks must call it."""

@@ -180,6 +180,12 @@ class TestWriting:
         saved(store, 3)
         assert names(store) == ["epoch_latest.pt", "step_2.pt", "step_3.pt"]
 
+    def test_only_the_last_epoch_is_kept_of_a_new_branch_too(self, store):
+        store.only_last_epoch = True
+        for step, milestone in ((4, 1), (20, 5), (8, 2), (9, None)):
+            saved(store, step, milestone=milestone)
+        assert [name for name in names(store) if name[6].isdecimal()] == ["epoch_2.pt"]
+
     def test_leftovers_are_no_checkpoints_and_go(self, store):
         (store.folder / ".step_9.pt.tmp").write_bytes(b"x")
         (store.folder / ".step_9.tmp").mkdir()
@@ -229,8 +235,9 @@ class TestFailingDisk:
 
         original = Checkpoints._write
         with mock.patch.object(Checkpoints, "_write", log_tries):
-            folder, _ = train(config(shards, tmp_path, epochs=1, workers=0))
+            folder, _ = train(config(shards, tmp_path, epochs=1, save_frequency=1, workers=0))
         assert tried == [4, 4]
+        assert (folder.checkpoints / "epoch_1.pt").samefile(folder.latest)
         assert saved_step(folder.path) == 4
         assert "Input/output" in (folder.path / "out.log").read_text()
         assert error.errno == errno.EIO
