@@ -91,7 +91,7 @@ class Watchdog:
         self._lock = threading.Lock()  # the store must not be asked by two threads at a time
         self._place = _Place("start", time.monotonic())
         self._count, self._diagnosed, self._is_armed = 0, 0, False
-        self._blamed: float | None = None  # since when some rank is
+        self._blamed: tuple[int, float] | None = None  # at which step some rank was last, and since when
         self._heard: dict[int, tuple[Beat, float]] = {}  # the last beat of each rank, and when it was new
         self._ended = threading.Event()
         self._say()
@@ -143,8 +143,10 @@ class Watchdog:
     def _say(self) -> None:
         """Write a beat, and hear whether a rank is blamed."""
         place, self._count = self._place, self._count + 1
-        seconds = time.monotonic() - place.since
-        detail = place.detail() if place.detail is not None and seconds > self.timeout / 2 else ""
+        seconds, detail = time.monotonic() - place.since, ""
+        if place.detail is not None and seconds > self.timeout / 2:
+            with contextlib.suppress(Exception):  # a thread that ends would be taken for a rank that has stopped
+                detail = place.detail()
         process = f"process {os.getpid()} on {socket.gethostname()}"
         beat = Beat(self._count, self.step, place.phase, seconds, detail, process)
         with self._lock:
@@ -157,14 +159,15 @@ class Watchdog:
         """Write the stacks; if the others wait for this rank, and still do so later, end it."""
         with self._lock:
             ranks, step = json.loads(self._store.get(BLAMED))
-        is_mine = self.rank in ranks and step == self.step and place.phase not in WAITING
+        # The host of a GPU that waits may have begun the next step.
+        is_mine = self.rank in ranks and step in (self.step, self.step + 1) and place.phase not in WAITING
         now = time.monotonic()
-        if self._blamed is None:
-            self._blamed = now
+        if self._blamed is None or self._blamed[0] != step:
+            self._blamed = step, now
             self._write_stacks()
             if is_mine:
                 log.error(f"the others wait for this rank, in the phase {place.phase!r} of step {self.step}")
-        elif is_mine and place.since < self._blamed < now - (1 - LATE) * self.timeout - GRACE:
+        elif is_mine and place.since < self._blamed[1] < now - (1 - LATE) * self.timeout - GRACE:
             os._exit(1)
 
     def _watch(self) -> None:

@@ -15,6 +15,7 @@ from clipfast import ranks
 from clipfast.data.loader import PairBatches
 from clipfast.ranks import error_of, run_ranks, start_ranks
 from clipfast.training import watchdog
+from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.watchdog import Watchdog, record_flights, write_flights_to
 
 from .conftest import TINY, sample, write_shard
@@ -121,15 +122,13 @@ def test_slow_ranks_are_not_stuck(given, tmp_path):
 
 
 def slowly(world, *job):
-    from clipfast.training.run import RunFolder
-
-    save = RunFolder.save
+    save = Checkpoints.save
 
     def slow(*args, **options):
         time.sleep(3)
         return save(*args, **options)
 
-    with mock.patch.object(RunFolder, "save", slow):
+    with mock.patch.object(Checkpoints, "save", slow):
         return stalling(world, *job)
 
 
@@ -176,17 +175,46 @@ def test_who_holds_up_the_others(what, expected, tmp_path):
     assert re.match(expected or "$", found), found
 
 
-def endless(rank):
+def blamed_twice(rank, folder, late):
+    """Return the stacks of rank 1 after each of two waits for its data, of which the first one ends."""
+    dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
+    dog.folder = folder
+    dog.arm()
+    found = []
+    for step in (3, 7):
+        dog.step = step + late if rank == 0 else step
+        dist.barrier()
+        with dog.phase("data" if rank == 1 else "step", lambda: 1 / 0):  # what is told of a phase may fail
+            time.sleep(1.5)
+        found += [path.read_text() for path in folder.glob("rank_1.txt")]
+        dist.barrier()
+        if rank == 0:
+            (folder / "rank_1.txt").unlink()
+    dist.barrier()
+    dog.close()
+    return found, dog.diagnosis
+
+
+@pytest.mark.parametrize("late", [0, 1])
+def test_a_rank_can_be_named_again(late, tmp_path):
+    (stacks, said), _ = run_ranks(blamed_twice, 2, tmp_path / "stacks", late, folder=tmp_path)
+    assert len(stacks) == 2
+    assert re.match(r"rank 1, process \d+ on \S+ has waited for its data for 1 s at step 7", said), said
+
+
+def endless(rank, late):
     """Wait for ever in a phase of the step, as in a collective of GPUs that does not return."""
     dog = Watchdog(dist.distributed_c10d._get_default_store(), rank, 2, 1.0)
+    dog.step = late if rank == 0 else 0
     dog.arm()
     dist.barrier()
     with mock.patch.object(watchdog, "GRACE", 0.2), dog.phase("step" if rank == 0 else "data"):
         time.sleep(60)
 
 
-def test_ranks_that_do_not_come_out_are_ended(tmp_path):
-    processes = start_ranks(endless, 2, folder=tmp_path)
+@pytest.mark.parametrize("late", [0, 1])
+def test_ranks_that_do_not_come_out_are_ended(late, tmp_path):
+    processes = start_ranks(endless, 2, late, folder=tmp_path)
     for process in processes:
         process.join(20)
     assert [process.exitcode for process in processes] == [1, 1]
