@@ -124,7 +124,8 @@ FLAGS: dict[str, Rule] = {
         "accepted", "ranks are exact, and the matrix of scores is never held as a whole", {"type": int}
     ),
     "--val-retrieval-precision": Rule(
-        "accepted", "scores are summed in float32, of features as the model gives them", {"choices": ("fp32", "model")}
+        "accepted", "it is always fp32: scores are summed in float32, of features as the model gives them",
+        {"choices": ("fp32", "model")},
     ),
     "--resume": Rule("same", "a run goes on at its step, with its data and random state; folders are taken too"),
     "--precision": Rule(
@@ -173,7 +174,10 @@ FLAGS: dict[str, Rule] = {
     "--fsdp": SAME,
     "--fsdp-no-reshard-after-forward": SAME,
     "--fsdp-offload-cpu": SAME,
-    "--fsdp-checkpoint": SAME,
+    "--fsdp-checkpoint": Rule(
+        "accepted", "checkpoints are one file, which goes on with and without --fsdp, on any number of processes",
+        {"choices": ("full", "sharded")},
+    ),
     "--no-set-device-rank": SAME,
     "--seed": SAME,
     "--grad-clip-norm": SAME,
@@ -187,9 +191,11 @@ FLAGS: dict[str, Rule] = {
     ),
     "--coca-caption-loss-weight": NO_COCA,
     "--coca-contrastive-loss-weight": NO_COCA,
-    "--remote-sync": SAME,
+    "--remote-sync": Rule("same", "fsspec does it, with s3:// too; --resume latest also brings the copy back"),
     "--remote-sync-frequency": SAME,
-    "--remote-sync-protocol": SAME,
+    "--remote-sync-protocol": Rule(
+        "accepted", "the URL of --remote-sync says it, such as s3://", {"choices": ("s3", "fsspec")}
+    ),
     "--delete-previous-checkpoint": Rule("same", "it concerns epoch_N.pt: epoch_latest.pt is replaced in any case"),
     "--distill-model": Rule("same", "it needs --distill-pretrained; it works with --accum-freq too"),
     "--distill-pretrained": Rule("same", "it needs --distill-model"),
@@ -303,6 +309,11 @@ def _accumulated(
             raise ValueError(f"--accum-freq {passes} and {flag} both say how a batch is divided: leave one out")
     if resuming and "batch_size" not in given:
         raise ValueError(f"--accum-freq {passes} with --resume needs --batch-size, the pairs of one pass")
+    if earlier.get("global_batch_size") is not None and "batch_size" not in given:
+        raise ValueError(
+            f"--accum-freq {passes} would replace --global-batch-size {earlier['global_batch_size']}: give "
+            "--batch-size, the pairs of one pass, or keep the batch and give --micro-batch-size instead of --accum-freq"
+        )
     pairs = given.get("batch_size", earlier.get("batch_size", TrainConfig.batch_size))
     return {"batch_size": passes * pairs, "micro_batch_size": pairs}
 

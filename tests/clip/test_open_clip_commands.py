@@ -21,7 +21,6 @@ from clipfast.training import TrainConfig
 from clipfast.training.build import bare_model
 
 from .conftest import COLOURS, TINY, picture, run_command, sample, write_shard
-from .test_open_clip_flags import PENDING, VALUES
 from .test_recipes import rows
 
 CLIPA = (
@@ -176,19 +175,12 @@ SMALLER = {
     "--workers": "0", "--lock-image-unlocked-groups": "1", "--report-to": "tensorboard", "--distill-model": TINY,
     "--distill-pretrained": "WEIGHTS", "--force-image-size": "48",
 }  # fmt: skip
-NOT_YET = {flag: 1 + (flag in VALUES) for flag in PENDING}  # and how many words they are
 
 
 def words_of(name: str) -> list[str]:
-    """The words of a command, without flags that are still to come."""
+    """The words of a command."""
     typed = shlex.split(COMMANDS[name][1])
-    words = [part for word in typed for part in (word.split("=", 1) if word.startswith("--") else [word])]
-    kept: list[str] = []
-    while words:
-        taken = NOT_YET.get(words[0], 0)
-        kept += [] if taken else [words[0]]
-        words = words[taken or 1 :]
-    return kept
+    return [part for word in typed for part in (word.split("=", 1) if word.startswith("--") else [word])]
 
 
 @pytest.fixture(scope="module")

@@ -64,18 +64,13 @@ OPTION = {  # of another name than the flag
     "--csv-img-key": "--image-key", "--csv-caption-key": "--text-key", "--no-set-device-rank": "--set-device-rank",
 }  # fmt: skip
 OUTSIDE = {"--resume", "--debug"}  # of the command and not of the run: their tests follow
-PLANNED = {  # options that may not be there yet; they are tried as soon as they are
-    "--report-to": "wandb", "--wandb-notes": "none", "--wandb-project-name": "mine", "--fsdp": "",
-    "--fsdp-no-reshard-after-forward": "", "--fsdp-offload-cpu": "", "--fsdp-checkpoint": "sharded",
+VALUES |= {
+    "--report-to": "wandb", "--wandb-notes": "none", "--wandb-project-name": "mine", "--fsdp-checkpoint": "sharded",
     "--remote-sync": "memory://runs", "--remote-sync-frequency": "60", "--remote-sync-protocol": "fsspec",
-    "--log-metric-every-n-steps": "5", "--delete-previous-checkpoint": "", "--distill-model": "ViT-B-32",
-    "--distill-pretrained": "openai",
+    "--log-metric-every-n-steps": "5", "--distill-model": "ViT-B-32", "--distill-pretrained": "openai",
 }  # fmt: skip
-VALUES |= {flag: value for flag, value in PLANNED.items() if value}
-WITH |= {flag: {"--fsdp": ""} for flag in PLANNED if flag.startswith("--fsdp-")}
+WITH |= {"--fsdp-no-reshard-after-forward": {"--fsdp": ""}, "--fsdp-offload-cpu": {"--fsdp": ""}}
 WITH |= {"--distill-model": {"--distill-pretrained": "openai"}, "--distill-pretrained": {"--distill-model": "ViT-B-32"}}
-OPTIONS = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(TrainConfig)}
-PENDING = set(PLANNED) - OPTIONS
 GONE = {"--horovod", "--torchscript", "--trace"}  # from OpenCLIP 3.3.0 on
 
 
@@ -127,7 +122,7 @@ SAME = [flag for flag, rule in FLAGS.items() if rule.how == "same"]
 PLAIN = ["--train-data", "shards.tar", "--model", TINY]
 
 
-@pytest.mark.parametrize("flag", [flag for flag in SAME if flag not in PENDING | OUTSIDE])
+@pytest.mark.parametrize("flag", [flag for flag in SAME if flag not in OUTSIDE])
 def test_a_flag_that_is_the_same(flag, capsys):
     code, options, err = attempt(capsys, *PLAIN, *typed(flag))
     assert code == 0, err
@@ -180,6 +175,12 @@ def test_accumulation_of_a_recipe_and_of_a_checkpoint():
     assert translated({"accum_freq": 2}, {}, resuming=False) == {"batch_size": 512, "micro_batch_size": 256}
     with pytest.raises(ValueError, match="--accum-freq 2 with --resume needs --batch-size"):
         translated({"accum_freq": 2}, {"batch_size": 128}, resuming=True)
+    with pytest.raises(ValueError, match="--accum-freq 2 would replace --global-batch-size 32768: give --batch-size"):
+        translated({"accum_freq": 2}, {"global_batch_size": 32768}, resuming=False)
+    assert translated({"accum_freq": 2, "batch_size": 8}, {"global_batch_size": 32}, resuming=False) == {
+        "batch_size": 16,
+        "micro_batch_size": 8,
+    }
 
 
 @pytest.mark.parametrize(
@@ -195,6 +196,9 @@ def test_accumulation_of_a_recipe_and_of_a_checkpoint():
         (["--dataset-type", "webdataset-audio"], "invalid choice: 'webdataset-audio'"),
         (["--dist-url", "tcp://node:1234"], "'tcp://node:1234': start by torchrun, and give the address to its"),
         (["--dist-backend", "hccl"], "invalid choice: 'hccl'"),
+        (["--fsdp-checkpoint", "dcp"], "invalid choice: 'dcp'"),
+        (["--remote-sync-protocol", "ftp"], "invalid choice: 'ftp'"),
+        (["--val-retrieval-precision", "fp16"], "invalid choice: 'fp16'"),
         (["--precision", "fp16"], "invalid choice: 'fp16'"),
         (["--logs", "none"], "--logs none: a run needs a folder"),
         (["--train-data-upsampling-factors", "1::x"], "needs float values, got '1::x'"),
@@ -228,7 +232,7 @@ def test_the_defaults_of_theirs_are_a_recipe():
         same |= {"--precision"}  # which main has changed
     for flag, action in theirs.items():
         key = action.dest
-        if FLAGS.get(flag, FLAGS["--use-naflex"]).how != "same" or flag in same | PENDING or not action.default:
+        if FLAGS.get(flag, FLAGS["--use-naflex"]).how != "same" or flag in same or not action.default:
             continue
         assert recipe.get(key, ours.get(key)) == action.default, flag
 
