@@ -118,8 +118,11 @@ class RemoteCopy:
         """
         sent = 0
         for name, path in self._local_files():
-            with contextlib.suppress(FileNotFoundError):  # training has removed it meanwhile
+            try:
                 sent += self._send(name, path)
+            except FileNotFoundError:
+                if path.exists():  # else training has removed it meanwhile
+                    raise
         kept = Checkpoints(self.folder.checkpoints).steps()
         for step, remote in self._steps().items():
             if step not in kept and kept:

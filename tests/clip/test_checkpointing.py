@@ -562,6 +562,14 @@ class TestRemote:
         assert "failed: OSError('503 slow down'). Training goes on" in (folder.path / "out.log").read_text()
         assert "checkpoints/epoch_latest.pt" in self.contents(memory)
 
+    def test_a_bucket_that_is_gone_is_an_error(self, memory, store, monkeypatch):
+        saved(store, 4)
+        copy = RemoteCopy(RunFolder(store.folder.parent), "memory://copies")
+        gone = mock.Mock(side_effect=FileNotFoundError("the bucket does not exist"))
+        monkeypatch.setattr(type(memory), "put_file", gone)
+        with pytest.raises(FileNotFoundError, match="the bucket does not exist"):
+            copy.sync()
+
     def test_latest_does_not_move_before_its_data(self, memory, store, monkeypatch):
         saved(store, 1)
         copy = RemoteCopy(RunFolder(store.folder.parent), "memory://copies")
