@@ -57,7 +57,10 @@ class ImageNet:
             device: of the model.
             world: the processes, each of which encodes the prompts of some classes.
         """
-        parts = world.gather(imagenet_classifier(model, tokenizer, device, world.rank, world.size).cpu())
+        with world.phase("evaluation"):
+            part = imagenet_classifier(model, tokenizer, device, world.rank, world.size).cpu()
+        world.meet()  # parts take different times
+        parts = world.gather(part)
         figures: dict[str, float] = {}
         for name, images in self.sets.items():
             features = encoded(images)

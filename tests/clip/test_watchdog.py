@@ -9,13 +9,15 @@ from pathlib import Path
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from clipfast import ranks
 from clipfast.data.loader import PairBatches
 from clipfast.ranks import error_of, run_ranks, start_ranks
-from clipfast.training import watchdog
+from clipfast.training import TrainConfig, watchdog
 from clipfast.training.checkpoints import Checkpoints
+from clipfast.training.imagenet import ImageNet
 from clipfast.training.watchdog import Watchdog, record_flights, write_flights_to
 
 from .conftest import TINY, sample, write_shard
@@ -130,6 +132,25 @@ def slowly(world, *job):
 
     with mock.patch.object(Checkpoints, "save", slow):
         return stalling(world, *job)
+
+
+def classified(world, given):
+    """Make the classifier of ImageNet, of which one rank's part takes longer than the timeout."""
+    world.settle()
+
+    def slow(*_):
+        time.sleep(3 * world.rank)
+        return torch.full((2, 3), world.rank)
+
+    images = ImageNet(TrainConfig(**given, imagenet_val=None))
+    with mock.patch("clipfast.training.imagenet.imagenet_classifier", slow):
+        return images.evaluate(None, None, None, torch.device("cpu"), world)
+
+
+def test_the_classifier_of_imagenet_may_take_longer_than_the_timeout(given, tmp_path):
+    (tmp_path / "ranks").mkdir()
+    given |= {"dist_timeout": 1}
+    assert run_ranks(on_rank, 2, 2, [(given,)], classified, folder=tmp_path / "ranks") == [[{}]] * 2
 
 
 def watched(rank, what):
