@@ -33,6 +33,7 @@ class WeightAverage:
             name: value for name, value in model.state_dict().items() if name in changing and value.is_floating_point()
         }
         self.averages = {name: value.detach().float().clone() for name, value in self._live.items()}
+        self._devices = {value.device for value in self.averages.values()}  # FSDP2 may keep some in the host's memory
 
     @property
     def nbytes(self) -> int:
@@ -47,6 +48,8 @@ class WeightAverage:
         """
         decay = min(self.decay, (1 + steps) / (10 + steps))
         share = (1 - decay) * (1 - skipped)
+        if self._devices != {share.device}:
+            share = share.cpu()  # which goes with any device
         averages, live = _locals(self.averages), _locals(self._live)
         for start in range(0, len(averages), TOGETHER):
             some = averages[start : start + TOGETHER]

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models import CLIP
+from ..shards import local
 from .optim import takes_verdict
 
 
@@ -54,7 +55,9 @@ class Guard:
 
     def __init__(self, model: CLIP, optimizer: torch.optim.Optimizer, grad_clip_norm: float | None) -> None:
         self.model, self.optimizer, self.grad_clip_norm = model, optimizer, grad_clip_norm
-        self.waits = not takes_verdict(optimizer)
+        # An optimizer on the host would not wait for a verdict that the GPU still has to copy.
+        devices = {local(parameter).device for group in optimizer.param_groups for parameter in group["params"]}
+        self.waits = not takes_verdict(optimizer) or devices != {model.logit_scale.device}
         trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self.names, self._parameters = list(trained), list(trained.values())
         device = model.logit_scale.device
@@ -121,8 +124,7 @@ def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return the norm of each gradient in float32; of one that is sharded over ranks, that of all its shards."""
     if not gradients:
         return []
-    local = [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
-    norms = list(torch._foreach_norm(local, dtype=torch.float32))
+    norms = list(torch._foreach_norm(list(map(local, gradients)), dtype=torch.float32))
     sharded = [place for place, gradient in enumerate(gradients) if isinstance(gradient, DTensor)]
     if sharded:
         mesh: Any = gradients[sharded[0]].device_mesh  # type: ignore[attr-defined]

@@ -2,10 +2,12 @@
 
 import contextlib
 import json
+from unittest import mock
 
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipfast import create_model
 from clipfast.checkpoint import CheckpointError, read_checkpoint
@@ -40,6 +42,12 @@ def moved(model, generator):
                 value += 1
             elif name != "locked":
                 value.add_(torch.randn(value.shape, generator=generator).to(value.dtype))
+
+
+def test_weights_in_the_memory_of_the_host_and_a_verdict_of_the_gpu():
+    with FakeTensorMode(), mock.patch.object(torch, "_foreach_mul_") as multiply:
+        WeightAverage(Small(), 0.6).update(1, torch.zeros((), device="cuda"))
+        assert {call.args[1].device.type for call in multiply.call_args_list} == {"cpu"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,6 +9,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipfast import ranks
 from clipfast.checkpoint import read_checkpoint
@@ -17,7 +18,7 @@ from clipfast.ranks import run_ranks
 from clipfast.tokenizer import Tokenizer
 from clipfast.training import TrainConfig
 from clipfast.training.errors import TrainingError
-from clipfast.training.guard import GuardedLoss, gradient_norms
+from clipfast.training.guard import Guard, GuardedLoss, gradient_norms
 from clipfast.training.loop import train
 from clipfast.training.nonfinite import SkippedSteps
 from clipfast.training.run import RunFolder
@@ -214,6 +215,15 @@ def test_too_many_in_a_row_stop_all_ranks(size, options, together, tmp_path):
     assert [line["step"] for line in skips(folder)] == [2, 3, 5, 6, 7, 8]
     assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == 6
     assert all(value.isfinite().all() for value in everything(folder).values())
+
+
+@pytest.mark.parametrize(("device", "waits"), [("cuda", True), ("cpu", False)])
+def test_the_host_waits_for_the_verdict_if_it_has_the_weights(device, waits):
+    with FakeTensorMode():
+        model = nn.Linear(2, 2)
+        model.logit_scale = nn.Parameter(torch.zeros((), device=device), requires_grad=False)
+        optimizer = torch.optim.AdamW([model.weight], fused=True)
+        assert Guard(model, optimizer, None).waits == waits
 
 
 class OfAGpu:
