@@ -6,6 +6,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ..accumulation import accumulate_gradients, largest_micro_batch
 from ..data import Batch
@@ -77,7 +78,7 @@ class TrainingStep:
 
     def __call__(self, images: Tensor, texts: Tensor) -> Tensor:
         """Take a step and return the loss of the batch before it, a scalar without a graph."""
-        self.optimizer.zero_grad()
+        self._zero_gradients(len(images))
         self.guard.begin()
         loss = self.backward(images, texts)
         self.guard.judge(loss)
@@ -103,16 +104,27 @@ class TrainingStep:
         loss.backward()
         return loss.detach()
 
+    def _zero_gradients(self, pairs: int) -> None:
+        """Forget all gradients before those of a batch of so many pairs.
+
+        Those of DistributedDataParallel are views of what it sends. Without them, the sums over micro-batches would
+        live beside that memory, of which only the last micro-batch makes use.
+        """
+        has_sums = self.micro_batch_size < pairs and isinstance(self.parallel, DistributedDataParallel)
+        self.optimizer.zero_grad(set_to_none=not has_sums)
+
     def rehearse(self, images: Tensor, texts: Tensor) -> None:
-        """Compute the gradients of a batch and forget them.
+        """Compute gradients of a micro-batch and forget them. Their values have no meaning.
 
         DistributedDataParallel packs gradients in the order in which they come in its first backward pass, and sums of
         more than two ranks depend on where in a pack they are. So a run that goes on has the sums of one that never
-        stopped only if that pass is no step of either.
+        stopped only if that pass is no step of either. From then on, gradients are views of the packs.
         """
         before = [buffer.clone() for buffer in self.model.buffers()]
-        self.backward(images, texts)
-        self.optimizer.zero_grad()
+        with self.autocast():
+            outputs = self.parallel(images[: self.micro_batch_size], texts[: self.micro_batch_size])
+        torch.stack([output.float().sum() for output in outputs if output is not None]).sum().backward()
+        self._zero_gradients(len(images))
         for buffer, value in zip(self.model.buffers(), before, strict=True):
             buffer.copy_(value)
 

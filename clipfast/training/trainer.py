@@ -280,7 +280,7 @@ class Trainer:
         images, texts = self.upload(batch)
         if self.distillation is not None:
             self.distillation.look(images, texts, self.step.micro_batch_size)
-        if self.world.size > 2 and not self._has_begun and not self._is_sharded:
+        if self.world.size > 1 and not self._has_begun and not self._is_sharded:
             self.step.rehearse(images, texts)
         # The seed depends on nothing but the step, so a resumed run drops the same patches as one that never stopped.
         seed_step(self.config.seed + self.progress.step, self.model, self.batch_size, self.world.rank)
