@@ -35,10 +35,10 @@ class Background:
         self._thread = threading.Thread(target=self._do, args=(work,), name="clipfast background", daemon=True)
         self._thread.start()
 
-    def wait(self) -> Exception | None:
-        """Wait until the last piece of work is done, and return the error that ended it."""
+    def wait(self, seconds: float = math.inf) -> Exception | None:
+        """Wait until the last piece of work is done, or for so many seconds, and return the error that ended it."""
         if self._thread is not None:
-            join(self._thread)
+            join(self._thread, seconds)
         return self._error
 
     @property

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import re
 import shutil
 import time
@@ -13,6 +14,8 @@ from ..checkpoint import CheckpointError, read_checkpoint, write_checkpoint
 from ..files import DiskFullError, replace_file
 from .background import Background
 from .host_copy import HostCopy
+from .sharded import read_parts, read_rest, write_parts
+from .world import ALONE, World
 
 log = logging.getLogger("clipfast")
 LATEST = "epoch_latest.pt"
@@ -21,7 +24,10 @@ EPOCH = re.compile(r"epoch_(\d+)\.pt")
 
 
 class Found(NamedTuple):
-    """A checkpoint with its content, and one line for each newer one that is damaged."""
+    """A checkpoint with its content, and one line for each newer one that is damaged.
+
+    The content of a folder is without its tensors.
+    """
 
     path: Path | None
     content: dict[str, Any]
@@ -31,14 +37,16 @@ class Found(NamedTuple):
 class Checkpoints:
     """The folder of a run's checkpoints.
 
-    ``step_N.pt`` is the state after N steps. ``epoch_latest.pt`` is a second name of the one that a run goes on from,
-    and moves to a new one only when that is on the disk. ``epoch_N.pt`` is a second name of one that is kept for good.
+    ``step_N.pt`` is the state after N steps, and so is a folder ``step_N``, into which each process writes its parts.
+    ``epoch_latest.pt`` is a second name of the file that a run goes on from, unless there is a folder of a later step;
+    it moves to a new one only when that is on the disk. ``epoch_N.pt`` is a second name of one that is kept for good.
 
     Args:
         folder: the folder, which may not exist yet.
-        keep_last: so many of the ``step_N.pt`` are kept.
+        keep_last: so many of the ``step_N.pt`` and ``step_N`` are kept.
         after_save: is called, on the thread that writes, after each checkpoint that is on the disk.
         only_last_epoch: remove each ``epoch_N.pt`` as soon as there is a new one.
+        world: the processes that write the parts of a folder, with a group of their own.
     """
 
     def __init__(
@@ -48,24 +56,27 @@ class Checkpoints:
         after_save: Callable[[], object] | None = None,
         *,
         only_last_epoch: bool = False,
+        world: World = ALONE,
     ) -> None:
         self.folder, self.keep_last, self.after_save = folder, keep_last, after_save
         self.only_last_epoch = only_last_epoch
         self.latest = folder / LATEST
         self.saved_at = time.monotonic()
-        self._background, self._host_copy = Background(), HostCopy()
+        self._world, self._background, self._host_copy = world, Background(), HostCopy(world)
 
     def step_path(self, step: int) -> Path:
-        """Return the path of the state after ``step`` steps."""
+        """Return the path of the state after ``step`` steps as a file."""
         return self.folder / f"step_{step}.pt"
 
     def steps(self) -> dict[int, Path]:
-        """Return the paths of the ``step_N.pt`` that there are by their steps, the last one first."""
+        """Return the paths of the ``step_N.pt`` and ``step_N`` that there are by their steps, the last one first."""
         return _numbered(self.folder, STEP)
 
     def kept(self) -> list[Path]:
         """Return the checkpoints that there are, the newest first, each by the first of its names."""
-        names = [self.latest, *self.steps().values(), *_numbered(self.folder, EPOCH).values()]
+        steps = self.steps()
+        later = self._folders_after(self.latest)
+        names = [*later, self.latest, *steps.values(), *_numbered(self.folder, EPOCH).values()]
         files: dict[tuple[int, int], Path] = {}
         for path in names:
             with contextlib.suppress(FileNotFoundError):
@@ -81,11 +92,11 @@ class Checkpoints:
         """
         damaged: list[str] = []
         kept = self.kept()
-        if kept and kept[0] != self.latest:
+        if kept and kept[0] != self.latest and not kept[0].is_dir():
             damaged.append(f"{self.latest} is missing")
         for path in kept:
             try:
-                content = read_checkpoint(path, mmap=True)
+                content = read_saved(path, tensors=False)
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
@@ -95,11 +106,26 @@ class Checkpoints:
         return Found(None, {}, [])
 
     def begin(self, resumed: Path | None = None) -> None:
-        """Remove what a killed process left half written, and let ``epoch_latest.pt`` be what the run goes on from."""
+        """Remove what a killed process left half written, and let the newest be what the run goes on from.
+
+        For that, ``epoch_latest.pt`` moves, and folders of later steps go, which would be newer. A folder that the run
+        goes on from becomes the newest when files of later steps go too.
+        """
         for path in self.folder.glob(".*.tmp"):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        if resumed is not None and not (self.latest.exists() and self.latest.samefile(resumed)):
-            self._link(resumed, self.latest)
+            _remove(path)
+        if resumed is None:
+            return
+        name = STEP.fullmatch(resumed.name)
+        if resumed.is_dir() and name:
+            if not any(path.samefile(resumed) for path in self._folders_after(self.latest)):
+                self.latest.unlink(missing_ok=True)
+            later = [path for number, path in self.steps().items() if number > int(name[1])]
+        else:
+            if not (self.latest.exists() and self.latest.samefile(resumed)):
+                self._link(resumed, self.latest)
+            later = self._folders_after(self.latest)
+        for path in later:
+            _remove(path)
 
     def save(self, checkpoint: dict[str, Any], step: int, *, milestone: int | None = None) -> None:
         """Copy a checkpoint, and write the copy in the background, after the write before is done.
@@ -114,9 +140,20 @@ class Checkpoints:
         copied = self._host_copy(checkpoint)
         self._background.start(lambda: self._write(copied, step, milestone))
 
-    def wait(self) -> Exception | None:
-        """Wait until nothing is being written, and return the error of the last write, if it failed."""
-        return self._background.wait()
+    def save_parts(self, checkpoint: dict[str, Any], step: int) -> None:
+        """Copy what this process holds of a checkpoint, and write it in the background, together with the others.
+
+        All processes of ``world`` must call it. An error that one of them meets is that of all.
+        """
+        self._background.wait()
+        self.saved_at = time.monotonic()
+        copied = self._host_copy(checkpoint)
+        path = self.step_path(step).with_suffix("")
+        self._background.start(lambda: self._written(path, step, lambda: write_parts(path, copied, self._world)))
+
+    def wait(self, seconds: float = math.inf) -> Exception | None:
+        """Wait until nothing is being written, or for so long, and return the error of the last write, if it failed."""
+        return self._background.wait(seconds)
 
     def finish(self) -> None:
         """Wait until the last checkpoint is on the disk.
@@ -131,31 +168,56 @@ class Checkpoints:
 
     def _write(self, checkpoint: dict[str, Any], step: int, milestone: int | None) -> None:
         path = self.step_path(step)
-        try:
-            self._host_copy.wait()
+
+        def write() -> None:
             write_checkpoint(path, checkpoint)
             self._link(path, self.latest)
             if milestone is not None:
                 self._link(path, self.folder / f"epoch_{milestone}.pt")
+
+        self._written(path, step, write, milestone)
+
+    def _written(self, path: Path, step: int, write: Callable[[], object], milestone: int | None = None) -> None:
+        """Write the state after ``step`` steps to ``path``, and remove what it replaces."""
+        try:
+            self._host_copy.wait()
+            write()
         except Exception as error:
             named, kept = _named(error, path), self.kept()
-            log.error(f"{named}. Training goes on.{f' The last good checkpoint is {kept[0]}' if kept else ''}")
+            if self._world.is_main:
+                log.error(f"{named}. Training goes on.{f' The last good checkpoint is {kept[0]}' if kept else ''}")
             raise named from error.__cause__
-        self._remove_old(step, milestone)
+        if not self._world.is_main:
+            return
+        self._remove_old(path, step, milestone)
         log.info(f"Saved {path}")
         if self.after_save is not None:
             self.after_save()
 
-    def _remove_old(self, step: int, milestone: int | None) -> None:
+    def _folders_after(self, file: Path) -> list[Path]:
+        """Return the folders of later steps than that of a file, the newest first.
+
+        A file has lost its name ``step_N.pt`` when there were enough of later steps, or when the folder was copied.
+        """
+        folders, files = dict[int, Path](), dict[int, Path]()
+        for number, path in self.steps().items():
+            (folders if path.is_dir() else files)[number] = path
+        own = [number for number, path in files.items() if file.exists() and path.samefile(file)]
+        last = max(own or files, default=-1)
+        return [path for number, path in folders.items() if number > last]
+
+    def _remove_old(self, written: Path, step: int, milestone: int | None) -> None:
         """Remove what is not to be kept, and the states of steps after ``step``, which the run has not done yet."""
         steps = self.steps()
         past = [number for number in steps if number <= step]
         old = [steps[number] for number in steps.keys() - set(past[: self.keep_last])]
         if self.only_last_epoch and milestone is not None:
             old += [path for number, path in _numbered(self.folder, EPOCH).items() if number != milestone]
-        for path in old:
-            with contextlib.suppress(OSError):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        same = self.step_path(step)
+        for path in (*old, same, same.with_suffix("")):
+            if path != written and path.exists():
+                with contextlib.suppress(OSError):
+                    _remove(path)
 
     def _link(self, path: Path, name: Path) -> None:
         """Let ``name`` be a second name of the file ``path``."""
@@ -168,6 +230,28 @@ class Checkpoints:
                 shutil.copyfile(path, temporary)
 
         replace_file(name, link)
+
+
+def read_saved(path: Path, *, tensors: bool = True) -> dict[str, Any]:
+    """Return the content of a checkpoint, a file or a folder; without ``tensors``, a folder's lacks them.
+
+    The tensors of a file stay on the disk until they are used.
+
+    Raises:
+        CheckpointError: it is missing or damaged, or holds anything but tensors and plain values.
+    """
+    if path.is_dir():
+        return read_parts(path) if tensors else read_rest(path)
+    return read_checkpoint(path, mmap=True)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file or a folder. Of a folder, no part remains under its name."""
+    if path.is_dir():
+        hidden = path if path.name.startswith(".") else path.rename(path.with_name(f".{path.name}.tmp"))
+        shutil.rmtree(hidden)
+    else:
+        path.unlink()
 
 
 def _named(error: Exception, path: Path) -> OSError:

@@ -140,12 +140,12 @@ def _restore(config: TrainConfig) -> list[str]:
 
 
 def _named(resume: str | None, given: dict[str, Any]) -> "Found":
-    """Return the checkpoint that ``--resume`` names: a file, the newest whole one of a folder, or that of ``--name``.
+    """Return the checkpoint that ``--resume`` names: itself, the newest whole one of a run, or that of ``--name``.
 
     The run of ``--name`` may have none yet: so one command can begin it, and go on with it whenever it is repeated.
     """
-    from ..checkpoint import CheckpointError, read_checkpoint
-    from .checkpoints import Found
+    from ..checkpoint import CheckpointError
+    from .checkpoints import Found, read_saved
     from .run import RunFolder
 
     if resume is None:
@@ -158,13 +158,13 @@ def _named(resume: str | None, given: dict[str, Any]) -> "Found":
     path = Path(resume)
     if not path.exists():
         raise ValueError(f"no run to resume at {path}: there is neither a folder nor a checkpoint")
-    if path.is_dir():
+    if path.is_dir() and not _is_in_parts(path):
         found = _newest(path)
         if found.path is None:
             raise ValueError(f"{path} holds no checkpoint to resume from")
         return found
     try:
-        return Found(path, read_checkpoint(path, mmap=True), [])
+        return Found(path, read_saved(path, tensors=False), [])
     except CheckpointError as error:
         kept = RunFolder(path.resolve().parent.parent).kept() if _is_in_run(path) else []
         others = [str(other) for other in kept if not other.samefile(path)]
@@ -183,6 +183,13 @@ def _newest(folder: Path, *, or_remote: bool = False) -> "Found":
         if not or_remote:
             raise
         return Found(None, {}, [])
+
+
+def _is_in_parts(folder: Path) -> bool:
+    """Return True for the folder of a checkpoint, False for that of a run."""
+    from .checkpoints import STEP
+
+    return STEP.fullmatch(folder.resolve().name) is not None and not (folder / "checkpoints").exists()
 
 
 def _is_in_run(checkpoint: Path) -> bool:

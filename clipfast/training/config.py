@@ -222,6 +222,10 @@ class TrainConfig:
         False, "keep the parts of the weights, of their gradients and of the optimizer's state in the host's memory, "
         "where the optimizer then runs", bool,
     )  # fmt: skip
+    fsdp_checkpoint: str = _flag(
+        "full", "full gathers each checkpoint into one file, step_N.pt; with sharded, every process writes its parts "
+        "into a folder, step_N, and only epoch_N.pt and the last checkpoint are gathered", choices=("full", "sharded"),
+    )  # fmt: skip
     dist_timeout: int = _flag(
         60, "seconds after which processes give up waiting for another one; before the first step they wait for at "
         "least ten minutes", int, positive=True,
@@ -278,10 +282,8 @@ class TrainConfig:
         "weight, and nonfinite.jsonl in the run's folder lists the pairs of its batch", int, positive=True,
     )  # fmt: skip
     save_every: int = _flag(0, "save every so many steps; with 0, only after each epoch", int, not_negative=True)
-    save_every_minutes: float = _flag(
-        0.0, "save every so many minutes; with 0, never by time", float, not_negative=True
-    )
-    keep_last: int = _flag(2, "keep so many of the last checkpoints, step_N.pt", int, positive=True)
+    save_every_minutes: float = _flag(0.0, "save every so many minutes; with 0, never", float, not_negative=True)
+    keep_last: int = _flag(2, "keep so many of the last checkpoints, step_N.pt or step_N", int, positive=True)
     remote_sync: str | None = _flag(
         None, "keep a copy of the run's folder under this URL (s3://, gs://, file:// or whatever else fsspec knows); "
         "--resume latest goes on from it if it has a newer checkpoint than --logs"

@@ -22,6 +22,8 @@ def check_fsdp(config: "TrainConfig") -> None:
     parts = [name for name in ("fsdp_no_reshard_after_forward", "fsdp_offload_cpu") if getattr(config, name)]
     if not config.fsdp and parts:
         raise ValueError(f"{flag_name(parts[0])} needs --fsdp")
+    if not config.fsdp and config.fsdp_checkpoint != "full":
+        raise ValueError(f"--fsdp-checkpoint {config.fsdp_checkpoint} needs --fsdp: give it, or --fsdp-checkpoint full")
     refused = {
         "--cuda-graphs": (config.cuda_graphs, "weights are gathered anew in every step"),
         "--ddp-static-graph": (config.ddp_static_graph, "it is for DistributedDataParallel"),

@@ -2,10 +2,14 @@
 
 import contextlib
 import copy
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..shards import is_cut, local
+from .world import ALONE, World
 
 
 class HostCopy:
@@ -13,9 +17,14 @@ class HostCopy:
 
     A GPU copies in the order of its current stream, so that whatever training does next comes after it, and the host
     need not wait. Tensors that share their memory share it in the copy.
+
+    Args:
+        world: the processes among which tensors are cut. Of such a tensor each process copies its part; the copy is cut
+            in the same way, among their hosts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, world: World = ALONE) -> None:
+        self._world = world
         self._buffers: dict[tuple[Any, ...], Tensor] = {}
         self._copied: dict[tuple[Any, ...], Tensor] = {}  # by what they are copies of
         self._events: list[torch.cuda.Event] = []
@@ -36,7 +45,8 @@ class HostCopy:
 
     def _copy(self, content: Any, path: tuple[Any, ...], buffers: dict[tuple[Any, ...], Tensor]) -> Any:
         if isinstance(content, Tensor):
-            return self._copy_tensor(content.detach(), path, buffers)
+            part = self._copy_tensor(local(content.detach()), path, buffers)
+            return self._cut(part, content) if is_cut(content) else part
         if isinstance(content, dict):
             copied = copy.copy(content)  # with the attributes that PyTorch gives a state dict
             copied.update({key: self._copy(value, (*path, key), buffers) for key, value in content.items()})
@@ -44,6 +54,22 @@ class HostCopy:
         if isinstance(content, list | tuple):
             return type(content)(self._copy(value, (*path, index), buffers) for index, value in enumerate(content))
         return content
+
+    @functools.cached_property
+    def _mesh(self) -> Any:
+        from torch.distributed.device_mesh import DeviceMesh
+
+        assert self._world.hosts is not None
+        return DeviceMesh.from_group(self._world.hosts, "cpu")
+
+    def _cut(self, part: Tensor, like: Tensor) -> Tensor:
+        """Return the tensor of which the hosts hold such parts as the devices hold of ``like``."""
+        from torch.distributed.tensor import DTensor
+
+        own: Any = like
+        return DTensor.from_local(
+            part, self._mesh, own.placements, run_check=False, shape=own.shape, stride=own.stride()
+        )
 
     def _copy_tensor(self, tensor: Tensor, path: tuple[Any, ...], buffers: dict[tuple[Any, ...], Tensor]) -> Tensor:
         source = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import plain_names, preprocessing_of, read_checkpoint, write_open_clip_folder
+from ..checkpoint import plain_names, preprocessing_of, write_open_clip_folder
 from ..evaluation.evaluate import Evaluation
 from ..file_tokenizer import FileTokenizer
 from ..files import replace_text
+from .checkpoints import read_saved
 from .config import TrainConfig
 from .interruption import Interruption
 from .lock import locked
@@ -68,7 +69,7 @@ def train(
     with locked(folder.path) if world.is_main else contextlib.nullcontext():
         world.on_main(lambda: folder.refuse_other_run(resuming=is_own))
         world.on_main(lambda: check_wandb(config.report_to))
-        checkpoint = read_checkpoint(resume, mmap=True) if resume is not None else {}
+        checkpoint = read_saved(resume) if resume is not None else {}
         own = checkpoint.get("clipfast", {})
         with world.local_first():  # what it indexes, the other processes of a machine find
             found = preflight(config, folder, own, world)

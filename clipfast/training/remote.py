@@ -4,18 +4,20 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import CheckpointError, read_checkpoint
-from ..files import replace_file
+from ..checkpoint import CheckpointError
+from ..files import replace_file, write_folder
 from ..units import BYTES, scaled
 from .background import join
-from .checkpoints import LATEST, STEP, Checkpoints
+from .checkpoints import LATEST, STEP, Checkpoints, read_saved
 from .lock import LOCK_NAME, locked
 from .run import RunFolder
+from .sharded import MANIFEST
 
 log = logging.getLogger("clipfast")
 ATTEMPTS, FIRST_WAIT = 3, 1.0  # tries of each file, and seconds before the second one; then twice as long each time
@@ -103,8 +105,10 @@ class RemoteCopy:
             with contextlib.suppress(CheckpointError):
                 newest = _step_of(Checkpoints(self.folder.checkpoints).newest_whole().content)
             found: list[str] = []
-            for step in sorted((step for step in self._steps() if step > newest), reverse=True):
-                wrong = self._download(step)
+            for step, remote in sorted(self._steps().items(), reverse=True):
+                if step <= newest:
+                    break
+                wrong = self._download(step, remote)
                 found.append(wrong or f"Step {step} was downloaded from {self.url}")
                 if wrong is None:
                     break
@@ -124,9 +128,10 @@ class RemoteCopy:
                 if path.exists():  # else training has removed it meanwhile
                     raise
         kept = Checkpoints(self.folder.checkpoints).steps()
-        for step, remote in self._steps().items():
-            if step not in kept and kept:
-                self._fs.rm_file(remote)
+        there = {path.name for path in kept.values()}
+        for remote in self._checkpoints():
+            if there and remote.rpartition("/")[2] not in there:
+                self._fs.rm(remote, recursive=True)
         if sent:
             log.info(f"Uploaded {scaled(sent, BYTES)} to {self.url}")
 
@@ -148,15 +153,24 @@ class RemoteCopy:
         found = [
             path
             for path in self.folder.path.rglob("*")
-            if path.is_file() and not path.is_symlink() and path.name != LOCK_NAME and not path.name.startswith(".")
+            if path.is_file() and not path.is_symlink() and path.name != LOCK_NAME and not self._is_hidden(path)
         ]
         checkpoints = self.folder.checkpoints
 
-        def place(path: Path) -> tuple[bool, bool, bool, str]:
-            return path.name == LATEST, path.parent != checkpoints, not STEP.fullmatch(path.name), path.name
+        def place(path: Path) -> tuple[bool, bool, bool, bool, str]:
+            within = path.relative_to(checkpoints).parts if path.is_relative_to(checkpoints) else ()
+            is_step = bool(within) and STEP.fullmatch(within[0]) is not None
+            return path.name == LATEST, not within, not is_step, path.name == MANIFEST, path.name
 
         for path in sorted(found, key=place):
             yield path.relative_to(self.folder.path).as_posix(), path
+
+    def _is_hidden(self, path: Path) -> bool:
+        """Return True for what is being written; DCP's list in a folder of parts has a name with a dot too."""
+        within = path.relative_to(self.folder.path).parts
+        if STEP.fullmatch(path.parent.name):
+            within = within[:-1]
+        return any(part.startswith(".") for part in within)
 
     def _send(self, name: str, path: Path) -> int:
         """Upload a file if it is new, and return the bytes of it that were sent."""
@@ -204,28 +218,44 @@ class RemoteCopy:
             return False
 
     def _steps(self) -> dict[int, str]:
-        """Return the paths of the remote ``step_N.pt`` by their steps."""
+        """Return the paths of the remote checkpoints by their steps; a folder is one when its manifest is there."""
+        found = {}
+        for path in self._checkpoints():
+            match = STEP.fullmatch(path.rpartition("/")[2])
+            if match and (path.endswith(".pt") or self._fs.exists(f"{path}/{MANIFEST}")):
+                found[int(match[1])] = path
+        return found
+
+    def _checkpoints(self) -> list[str]:
+        """Return the paths of the remote ``step_N.pt`` and ``step_N``."""
         self._fs.invalidate_cache()
         try:
             paths = self._fs.ls(f"{self._root}/checkpoints", detail=False)
         except FileNotFoundError:
-            return {}
-        names = {path: STEP.fullmatch(path.rpartition("/")[2]) for path in paths}
-        return {int(match[1]): path for path, match in names.items() if match and path.endswith(".pt")}
+            return []
+        return [path for path in (path.rstrip("/") for path in paths) if STEP.fullmatch(path.rpartition("/")[2])]
 
-    def _download(self, step: int) -> str | None:
+    def _download(self, step: int, remote: str) -> str | None:
         """Download the checkpoint of a step with the records; returns what is wrong with it."""
         checkpoints = Checkpoints(self.folder.checkpoints)
-        path, remote = checkpoints.step_path(step), f"{self._root}/checkpoints/{checkpoints.step_path(step).name}"
+        path = self.folder.checkpoints / remote.rpartition("/")[2]
 
         def download(temporary: Path) -> None:
-            self._fs.get_file(remote, str(temporary))
-            if _step_of(read_checkpoint(temporary, mmap=True)) != step:
+            if path.suffix:
+                self._fs.get_file(remote, str(temporary))
+            else:
+                for name in self._fs.ls(remote, detail=False):
+                    self._fs.get_file(name, str(temporary / name.rpartition("/")[2]))
+            if _step_of(read_saved(temporary, tensors=False)) != step:
                 raise CheckpointError("it holds another step than its name says")
 
         self.folder.checkpoints.mkdir(parents=True, exist_ok=True)
         try:
-            replace_file(path, download)
+            if path.suffix:
+                replace_file(path, download)
+            else:
+                shutil.rmtree(path, ignore_errors=True)  # it is damaged, or it would not be replaced
+                write_folder(path, download)
         except CheckpointError as error:
             return f"{self.url}/checkpoints/{path.name} is not used: {error}"
         checkpoints.begin(path)

@@ -17,6 +17,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointError
 from ..conversion.distributed import METADATA_NAME, read_metadata, read_tensor
 from ..files import replace_text, sync
+from ..shards import is_cut
 from .world import World
 
 MANIFEST = "manifest.json"
@@ -33,13 +34,12 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
     Args:
         folder: its parent must exist.
         content: nested dicts and lists of tensors, which may be cut, and plain values; the same ones on every rank.
+            What is not cut is that of rank 0.
         world: the processes.
 
     Raises:
-        OSError: it cannot be written; on rank 0.
+        OSError: some rank cannot write its part; on all ranks.
     """
-    from torch.distributed.checkpoint.state_dict_saver import save
-
     temporary = folder.with_name(f".{folder.name}.tmp")
 
     def empty() -> None:
@@ -47,17 +47,14 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
         temporary.mkdir()
 
     world.on_main(empty)
-    tensors: dict[str, Tensor] = {}
-    rest = _without_tensors(content, "", tensors)
-    save(dict(tensors), checkpoint_id=temporary, process_group=world.hosts)
-    if world.is_main:
-        torch.save(rest, temporary / REST)
-    mine = {path.name: _seal(path) for path in sorted(temporary.glob(f"__{world.rank}_*"))}
-    everyones = world.gather(mine)
+    everyones = world.gather(_written(temporary, content, world))
 
     def finish() -> None:
-        files = {name: seal for theirs in everyones for name, seal in theirs.items()}
-        files |= {name: _seal(temporary / name) for name in (METADATA_NAME, REST)}
+        failed = [theirs for theirs in everyones if isinstance(theirs, OSError)]
+        if failed:
+            raise failed[0]
+        sealed = [theirs for theirs in everyones if not isinstance(theirs, OSError)]
+        files = {name: seal for theirs in sealed for name, seal in theirs.items()}
         missing = [name for name, seal in files.items() if not _has_size(temporary / name, seal)]
         if missing:
             raise OSError(f"{temporary / missing[0]} is not there for rank 0: all ranks must write to the same disk")
@@ -66,7 +63,43 @@ def write_parts(folder: Path, content: dict[str, Any], world: World) -> None:
         temporary.rename(folder)
         sync(folder.parent)
 
-    world.on_main(finish)
+    def finish_or_leave_nothing() -> None:
+        try:
+            finish()
+        except OSError:  # what a full disk has no room for must not fill it
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+    world.on_main(finish_or_leave_nothing)
+
+
+def _written(folder: Path, content: dict[str, Any], world: World) -> "dict[str, dict[str, Any]] | OSError":
+    """Write what this rank holds, and return the size and the SHA-256 of its files, or why it cannot be written."""
+    from torch.distributed.checkpoint.api import CheckpointException
+    from torch.distributed.checkpoint.state_dict_saver import save
+
+    tensors: dict[str, Tensor] = {}
+    rest = _without_tensors(content, "", tensors)
+    mine = {name: tensor for name, tensor in tensors.items() if world.is_main or is_cut(tensor)}
+    try:
+        save(dict(mine), checkpoint_id=folder, process_group=world.hosts)
+        files = sorted(folder.glob(f"__{world.rank}_*"))
+        if world.is_main:
+            torch.save(rest, folder / REST)
+            files += [folder / METADATA_NAME, folder / REST]
+        return {path.name: _seal(path) for path in files}
+    except CheckpointException as error:  # the same one on all ranks
+        rank, (reason, _) = min(error.failures.items(), key=lambda failure: failure[0])
+        return _os_error(reason, rank)
+    except Exception as error:
+        return _os_error(error, world.rank)
+
+
+def _os_error(error: BaseException, rank: int) -> OSError:
+    """Return an error that other processes can be sent."""
+    if isinstance(error, OSError) and error.errno is not None:
+        return OSError(error.errno, f"{error.strerror} (rank {rank})")
+    return OSError(f"{error} (rank {rank})")
 
 
 def check_parts(folder: Path) -> None:
@@ -96,12 +129,8 @@ def read_parts(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is damaged, or holds anything but tensors and plain values.
     """
-    check_parts(folder)
+    rest = read_rest(folder)
     metadata = read_metadata(folder / METADATA_NAME)
-    try:
-        rest = torch.load(folder / REST, "cpu", weights_only=True)
-    except Exception as error:  # broken files make the reader raise almost anything
-        raise CheckpointError(f"{folder / REST} is refused: it is damaged, or could run code ({error})") from error
 
     def joined(value: Any) -> Any:
         if isinstance(value, dict) and value.keys() == {_TENSOR}:
@@ -115,6 +144,20 @@ def read_parts(folder: Path) -> dict[str, Any]:
 
     content: dict[str, Any] = joined(rest)
     return content
+
+
+def read_rest(folder: Path) -> dict[str, Any]:
+    """Return what :func:`write_parts` wrote, without the tensors.
+
+    Raises:
+        CheckpointError: it is damaged, or holds anything but plain values.
+    """
+    check_parts(folder)
+    try:
+        rest: dict[str, Any] = torch.load(folder / REST, "cpu", weights_only=True)
+    except Exception as error:  # broken files make the reader raise almost anything
+        raise CheckpointError(f"{folder / REST} is refused: it is damaged, or could run code ({error})") from error
+    return rest
 
 
 def _without_tensors(value: Any, name: str, tensors: dict[str, Tensor]) -> Any:

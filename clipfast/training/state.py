@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError, load_weights, preprocessing_of
 from ..models import CLIP
-from ..shards import cut_like, gathered
+from ..shards import cut_like, gathered, local
 from .config import TrainConfig
 from .data import SkipBudget, TrainingData
 from .ema import WeightAverage
@@ -56,17 +56,22 @@ class RunState:
         Raises:
             NotFiniteError: the weights are not finite.
         """
-        weights = [content["state_dict"][name] for name, _ in self.model.named_parameters()]
+        weights = [local(content["state_dict"][name]) for name, _ in self.model.named_parameters()]
         if not torch.stack([weight.isfinite().all().cpu() for weight in weights]).all():
             raise NotFiniteError("the weights are", self.progress.step)
 
     def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
         """Return the content of a checkpoint. All ranks must call it, and it is complete where ``is_main``."""
+        complete: dict[str, Any] = gathered(self.parts(), keep=is_main)
+        return complete
+
+    def parts(self) -> dict[str, Any]:
+        """Return the content of a checkpoint, with tensors that are cut as they are."""
         optimizer, counts = self.optimizer.state_dict(), {"seen": self.budget.seen, "kinds": dict(self.budget.kinds)}
         for group in optimizer["param_groups"]:
             group["lr"] = float(group["lr"])
         average = {} if self.average is None else {"state_dict_ema": self.average.state_dict()}
-        content = {
+        return {
             "epoch": self.data.epochs.finished_after(self.progress.step),
             "name": self.name,
             "state_dict": self.model.state_dict(),
@@ -83,8 +88,6 @@ class RunState:
                 "config": json.loads(json.dumps(dataclasses.asdict(self.config))),
             },
         }
-        complete: dict[str, Any] = gathered(content, keep=is_main)
-        return complete
 
     def load_state_dict(self, checkpoint: dict[str, Any]) -> None:
         """Continue from the content of a checkpoint of this package or of OpenCLIP.

@@ -4,9 +4,11 @@ import collections
 import contextlib
 import functools
 import itertools
+import math
 import signal
 import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -97,9 +99,11 @@ class Trainer:
             config, folder.path.name, self.model, self.optimizer, self.step, self.data, self.budget, self.progress,
             self.average,
         )  # fmt: skip
+        self._writes_parts = self._is_sharded and config.fsdp_checkpoint == "sharded"
         self.checkpoints = Checkpoints(
-            folder.checkpoints, config.keep_last, only_last_epoch=config.delete_previous_checkpoint
-        )
+            folder.checkpoints, config.keep_last, only_last_epoch=config.delete_previous_checkpoint,
+            world=world.for_thread() if self._writes_parts else ALONE,
+        )  # fmt: skip
         self._has_begun, self._unsaved = False, False  # whether steps were taken at all, and since the last checkpoint
         self._is_time_to_save = False  # whether rank 0 wants to save, as all ranks have heard
         self.signum: int | None = None
@@ -132,9 +136,12 @@ class Trainer:
             self._rescue(error)
             raise
         if self.signum is not None:
-            saved = f"Saved {self.folder.latest}; {self._continuation}"
-            log.info(f"Interrupted. {saved if self.folder.latest.exists() else 'No step was finished.'}")
+            kept = self.folder.kept()
+            log.info(f"Interrupted. {self._saved(kept[0]) if kept else 'No step was finished.'}")
         return evaluation
+
+    def _saved(self, path: Path) -> str:
+        return f"Saved {path}; {self._continuation}"
 
     @property
     def _continuation(self) -> str:
@@ -183,11 +190,12 @@ class Trainer:
         if self._unsaved and is_sound and self.world.is_shared(error):
             try:
                 self._finish_saving()
-                log.info(f"Saved {self.folder.latest}; {self._continuation}")
+                log.info(self._saved(self.folder.kept()[0]))
                 return
             except Exception as failure:
                 log.error(f"Step {self.progress.step} cannot be saved: {failure}")
-        self.checkpoints.wait()
+        # A rank that is lost would hold up for long those that write parts with it.
+        self.checkpoints.wait(self.world.timeout if self._writes_parts else math.inf)
         if self.folder.kept():
             log.info(f"The last checkpoint is {self.folder.kept()[0]}; {self._continuation}")
 
@@ -201,6 +209,7 @@ class Trainer:
         if self._unsaved or failed:
             self.save()
             self.world.on_main(self.checkpoints.finish)
+        self.checkpoints.wait()  # parts are written by all ranks
 
     def _train_epoch(self, batches: Iterator[Batch], interruption: Interruption) -> bool:
         """Train until the epoch of the current step ends or the run is interrupted; return True if the epoch ended."""
@@ -294,22 +303,32 @@ class Trainer:
     def save(self) -> None:
         """Copy the state of the run, which is then written in the background, at the end of an epoch for good.
 
+        With ``--fsdp-checkpoint sharded``, all ranks write their parts, unless it is to be kept or the last one.
+
         Raises:
             TrainingError: the weights are not finite.
         """
         self._record_skipped()
         self.skips.settle()
-        content = self.state.state_dict(is_main=self.world.is_main)
-        self.world.on_main(lambda: self._write(content))
+        if self._writes_parts and not self._is_milestone and self.progress.step < self.total_steps:
+            parts = self.state.parts()
+            self.world.agree(lambda: self.state.check(parts))
+            self.checkpoints.save_parts(parts, self.progress.step)
+        else:
+            content = self.state.state_dict(is_main=self.world.is_main)
+            self.world.on_main(lambda: self._write(content))
         self._unsaved = False
 
     def _write(self, content: dict[str, Any]) -> None:
         """Begin to write the content of a checkpoint if its weights are finite."""
         self.state.check(content)
-        step = self.progress.step
-        ends = self.data.epochs.ends_with(step)  # the end of the run may cut its last epoch short
-        keep = ends and self._is_due(self.config.save_frequency)
-        self.checkpoints.save(content, step, milestone=content["epoch"] if keep else None)
+        milestone = content["epoch"] if self._is_milestone else None
+        self.checkpoints.save(content, self.progress.step, milestone=milestone)
+
+    @property
+    def _is_milestone(self) -> bool:
+        """True if the state is kept as ``epoch_N.pt``. The end of the run may cut its last epoch short."""
+        return self.data.epochs.ends_with(self.progress.step) and self._is_due(self.config.save_frequency)
 
     def weights(self) -> dict[str, Tensor]:
         """Return the weights that the model has now, complete on rank 0; all ranks must call it."""

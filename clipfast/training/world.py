@@ -83,6 +83,16 @@ class World:
             )
         return torch.device("cuda", self.local_rank)
 
+    def for_thread(self) -> "World":
+        """Return the same processes with a group of their own, for what a thread exchanges beside training.
+
+        All ranks must call it together. Nobody watches what is exchanged there.
+        """
+        if self.size == 1:
+            return self
+        group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, self.timeout)))
+        return dataclasses.replace(self, hosts=group, watchdog=None)
+
     def phase(
         self, name: str, step: int | None = None, detail: Callable[[], str] | None = None
     ) -> contextlib.AbstractContextManager[None]:
@@ -175,6 +185,25 @@ class World:
             raise found[1]
         result: T = found[0]
         return result
+
+    def agree(self, work: Callable[[], object]) -> None:
+        """Do ``work`` on all ranks.
+
+        Raises:
+            Exception: what it raises on the first rank where it fails, on all ranks.
+        """
+        error = None
+        try:
+            work()
+        except Exception as raised:
+            error = _portable(raised)
+        everyones = [found for found in self.gather(error) if found is not None]
+
+        def fail() -> None:
+            if everyones:
+                raise everyones[0]
+
+        self.on_main(fail)
 
     def is_shared(self, error: BaseException) -> bool:
         """Return True if all ranks met ``error`` at the same place, and so can still act together."""

@@ -1,0 +1,401 @@
+"""Checkpoints that all ranks of ``--fsdp`` write together: any number of them goes on, whatever ended the run."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+from unittest import mock
+
+import fsspec
+import pytest
+import torch
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
+
+from clipfast import ranks
+from clipfast.checkpoint import read_checkpoint
+from clipfast.ranks import run_ranks, start_ranks, wait_for
+from clipfast.training import TrainConfig, sharded
+from clipfast.training.checkpoints import Checkpoints, read_saved
+from clipfast.training.loop import train
+from clipfast.training.remote import RemoteCopy
+from clipfast.training.run import RunFolder
+from clipfast.training.status import read_status
+from clipfast.training.world import ALONE, joined
+
+from .conftest import run_command
+from .test_distributed_training import CLIP, befalling, empty
+from .test_training import losses, same, weights
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+ranks.PRELOAD.append("clipfast.training.trainer")
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A function that returns the options of a run of 24 steps of 12 pairs, in two epochs, which saves every 5."""
+    made = tmp_path_factory.mktemp("made")
+    (made / "clip.json").write_text(json.dumps(CLIP))
+
+    def in_folder(logs, **changes):
+        return {
+            "train_data": "synthetic:400", "model": f"{made}/clip.json", "global_batch_size": 12, "name": "run",
+            "train_num_samples": 144, "epochs": 2, "warmup": 2, "lr": 1e-3, "workers": 0, "log_every_n_steps": 1,
+            "save_every": 5, "save_frequency": 1, "logs": str(logs), "fsdp": True, "fsdp_checkpoint": "sharded",
+            "force_patch_dropout": 0.5, "grad_clip_norm": 0.5, "ema_decay": 0.9,
+        } | changes  # fmt: skip
+
+    return in_folder
+
+
+def trained(world, given, fate=None, faults=None):
+    """Train from the newest whole checkpoint, if there is one, and return which signal or stop ended it."""
+    found = Checkpoints(Path(given["logs"]) / given["name"] / "checkpoints").newest_whole()
+    if not given["fsdp"]:
+        given = given | {"fsdp_checkpoint": "full"}
+    with (
+        mock.patch("clipfast.training.loop._pictures", return_value=[]),
+        befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
+        faults(world.rank) if faults else contextlib.nullcontext(),
+    ):
+        try:
+            return train(TrainConfig(**given), found.path, world=world)[1]
+        except KeyboardInterrupt:
+            return "stopped"
+
+
+def on_rank(rank, size, jobs):
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+    found = []
+    for job in jobs:
+        with joined("cpu", 20) as world:
+            found.append(trained(world, *job))
+    return found
+
+
+@pytest.fixture
+def together(tmp_path):
+    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
+
+    def run(size, *jobs):
+        return run_ranks(on_rank, size, size, jobs, folder=empty(tmp_path), timeout=120)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(options, tmp_path_factory):
+    """The folder of a run of 2 ranks that nothing befell."""
+    logs = tmp_path_factory.mktemp("undisturbed")
+    assert run_ranks(on_rank, 2, 2, [(options(logs),)], folder=empty(logs), timeout=120) == [[None]] * 2
+    return RunFolder(logs / "run")
+
+
+@pytest.fixture(scope="module")
+def stopped(options, tmp_path_factory):
+    """The logs of a run of 3 ranks that stopped after 22 steps, as a kill would."""
+    logs = tmp_path_factory.mktemp("stopped")
+    jobs = [(options(logs), ("stop", (0, 1, 2), 22))]
+    assert run_ranks(on_rank, 3, 3, jobs, folder=empty(logs), timeout=120) == [["stopped"]] * 3
+    return logs
+
+
+@pytest.fixture
+def run(stopped, tmp_path):
+    """A copy of that run, which may be damaged."""
+    shutil.copytree(stopped / "run", tmp_path / "run")
+    return RunFolder(tmp_path / "run")
+
+
+def names(folder):
+    return sorted(path.name for path in folder.checkpoints.iterdir())
+
+
+def assert_same(folder, expected):
+    assert losses(folder) == losses(expected)
+    assert same(folder.path, expected.path)
+
+
+def assert_like(folder, expected):
+    assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
+    theirs = weights(expected.path)
+    for name, value in weights(folder.path).items():
+        assert (value - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-7, name
+
+
+@pytest.mark.long
+def test_names(undisturbed, stopped):
+    assert names(undisturbed) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_20", "step_24.pt"]
+    assert names(RunFolder(stopped / "run")) == ["epoch_1.pt", "epoch_latest.pt", "step_15", "step_20"]
+    assert read_status(stopped / "run")["checkpoint"]["name"] == "step_20"
+    content = read_checkpoint(undisturbed.checkpoints / "epoch_1.pt")
+    assert content["clipfast"]["progress"]["step"] == 12
+    assert read_saved(stopped / "run/checkpoints/step_20")["state_dict"].keys() == content["state_dict"].keys()
+
+
+def killed_in_a_write(rank):
+    """Let rank 1 die while the state after 20 steps is written."""
+
+    def seal(path):
+        if rank == 1 and path.parent.name == ".step_20.tmp":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(path)
+
+    original = sharded._seal
+    return mock.patch.object(sharded, "_seal", seal)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("moment", ["training", "a write"])
+def test_one_rank_is_killed(moment, options, undisturbed, together, tmp_path):
+    fate, faults = ((signal.SIGKILL, (1,), 18), None) if moment == "training" else (None, killed_in_a_write)
+    given = options(tmp_path)
+    processes = start_ranks(on_rank, 2, 2, [(given, fate, faults)], folder=empty(tmp_path))
+    wait_for(processes, 60)
+    assert [process.exitcode for process in processes] == [1, -signal.SIGKILL]
+    folder = RunFolder(tmp_path / "run")
+    assert [path.name for path in folder.kept()][:2] == ["step_15", "epoch_latest.pt"]
+    assert (folder.checkpoints / ".step_20.tmp").exists() == (moment == "a write")
+    assert together(2, (given,)) == [[None]] * 2
+    assert_same(folder, undisturbed)
+    assert names(folder) == names(undisturbed)
+
+
+@pytest.mark.long
+def test_a_signal_saves_and_a_folder_is_gone_on_from(options, undisturbed, together, tmp_path):
+    given = options(tmp_path)
+    assert together(2, (given, (signal.SIGTERM, (1,), 6)), (given,)) == [[signal.SIGTERM, None]] * 2
+    folder = RunFolder(tmp_path / "run")
+    said = (folder.path / "out.log").read_text()
+    at = re.search(rf"Interrupted. Saved {folder.checkpoints}/step_(\d+); go on with: torchrun", said)[1]
+    assert f"Resuming from {folder.checkpoints}/step_{at} at step {at} of 24" in said
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    "sessions",
+    [
+        [(3, True, "sharded"), (2, True, "sharded"), (1, True, "sharded")],
+        [(2, True, "full"), (3, True, "sharded"), (2, False, "full")],
+    ],
+    ids=["fewer ranks", "full, sharded, DDP"],
+)
+def test_ranks_and_kind_change(sessions, options, undisturbed, together, tmp_path):
+    for number, (size, fsdp, kind) in enumerate(sessions):
+        given = options(tmp_path, fsdp=fsdp, fsdp_checkpoint=kind)
+        job = (given, ("stop", range(size), 7 + 10 * number) if number < 2 else None)
+        if size == 1:
+            trained(ALONE, *job)
+        else:
+            together(size, job)
+        if number < 2:
+            newest = Checkpoints(tmp_path / "run/checkpoints").newest_whole()
+            assert newest.content["clipfast"]["progress"]["step"] == 5 + 10 * number
+            assert newest.path.is_dir() == (kind == "sharded")
+    assert_like(RunFolder(tmp_path / "run"), undisturbed)
+
+
+def failing(rank):
+    """No space for the part of rank 1, its seal, and the manifest; and what is written last is written late."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def write_data(self, plan, planner):
+        if rank == 1 and Path(self.path).name == ".step_5.tmp":
+            raise full
+        return original_write(self, plan, planner)
+
+    def seal(path):
+        if rank == 1 and path.parent.name == ".step_10.tmp":
+            raise full
+        return original_seal(path)
+
+    def replace(path, text):
+        if path.parent.name == ".step_15.tmp":
+            raise full
+        return original_replace(path, text)
+
+    def written(folder, content, world):
+        if folder.name == ".step_20.tmp":
+            time.sleep(1)
+        return original_written(folder, content, world)
+
+    original_write, original_seal = FileSystemWriter.write_data, sharded._seal
+    original_replace, original_written = sharded.replace_text, sharded._written
+    stack = contextlib.ExitStack()
+    stack.enter_context(mock.patch.object(FileSystemWriter, "write_data", write_data))
+    for name, fake in (("_seal", seal), ("replace_text", replace), ("_written", written)):
+        stack.enter_context(mock.patch.object(sharded, name, fake))
+    return stack
+
+
+@pytest.mark.long
+def test_a_full_disk_stops_nothing_and_what_is_written_late_is_a_copy(options, undisturbed, together, tmp_path):
+    assert together(2, (options(tmp_path), None, failing)) == [[None]] * 2
+    folder = RunFolder(tmp_path / "run")
+    said = (folder.path / "out.log").read_text()
+    for step, rank in ((5, " (rank 1)"), (10, " (rank 1)"), (15, "")):
+        line = f"step_{step} cannot be written: No space left on device{rank}. Training goes on."
+        assert said.count(line) == 1
+    assert_same(folder, undisturbed)
+    assert names(folder) == names(undisturbed)
+    ours, theirs = (read_saved(run.checkpoints / "step_20") for run in (folder, undisturbed))
+    assert all(value.equal(theirs["state_dict"][name]) for name, value in ours["state_dict"].items())
+    assert all(value.equal(theirs["state_dict_ema"][name]) for name, value in ours["state_dict_ema"].items())
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "a flipped byte": (lambda folder: flip(folder / "__1_0.distcp"), "__1_0.distcp is not the file that was written"),
+    "a missing part": (lambda folder: (folder / "__0_0.distcp").unlink(), "__0_0.distcp is missing"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json cannot be read"),
+}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_folder_is_named_and_the_one_before_is_taken(damage, run, undisturbed, capsys):
+    do, message = DAMAGE[damage]
+    do(run.checkpoints / "step_20")
+    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_20")
+    assert code == 2
+    assert message in err
+    assert err.strip().endswith(f"the one before is {run.checkpoints}/step_15")
+    code, _, err = run_command(capsys, "train", "--resume", run.path)
+    assert code == 0, err
+    assert re.search(rf"step_20.*{message}.*; the run goes on from {run.checkpoints}/step_15", err)
+    assert_like(run, undisturbed)
+
+
+@pytest.mark.long
+def test_one_process_goes_on_from_an_earlier_folder(run, undisturbed, capsys):
+    given = ["--no-fsdp", "--fsdp-checkpoint", "full"]
+    code, _, err = run_command(capsys, "train", "--resume", run.checkpoints / "step_15", *given)
+    assert code == 0, err
+    assert "step_15 at step 15 of 24" in err
+    assert_like(run, undisturbed)
+    assert names(run) == ["epoch_1.pt", "epoch_2.pt", "epoch_latest.pt", "step_20.pt", "step_24.pt"]
+
+
+def state(step):
+    return {"epoch": 0, "state_dict": {"w": torch.full((8,), float(step))}, "clipfast": {"progress": {"step": step}}}
+
+
+@pytest.fixture
+def store(tmp_path):
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    return Checkpoints(tmp_path / "run/checkpoints", 3)
+
+
+def saved(store, *steps):
+    """Save steps: as folders those that are text."""
+    for step in steps:
+        store.save_parts(state(int(step)), int(step)) if isinstance(step, str) else store.save(state(step), step)
+        store.finish()
+
+
+def kept(store):
+    return [path.name for path in store.kept()]
+
+
+class TestOrder:
+    """Which checkpoint is the newest."""
+
+    def test_by_steps(self, store):
+        saved(store, "1", 2, "3")
+        assert kept(store) == ["step_3", "epoch_latest.pt", "step_1"]
+        assert store.newest_whole().damaged == []
+        saved(store, "4", 5)
+        assert kept(store) == ["epoch_latest.pt", "step_4", "step_3"]
+        saved(store, "6", "7", "8")  # the latest file has no other name now
+        assert kept(store) == ["step_8", "step_7", "step_6", "epoch_latest.pt"]
+
+    def test_in_a_copy_without_links(self, store, tmp_path):
+        saved(store, 1, "2")
+        copy = Checkpoints(Path(shutil.copytree(store.folder, tmp_path / "copy")))
+        assert kept(copy) == ["step_2", "epoch_latest.pt", "step_1.pt"]
+        saved(store, 3)
+        copy = Checkpoints(Path(shutil.copytree(store.folder, tmp_path / "other")))
+        assert kept(copy) == ["epoch_latest.pt", "step_3.pt", "step_2", "step_1.pt"]
+
+    @pytest.mark.parametrize(
+        ("steps", "resumed", "expected"),
+        [
+            (["1", "2", 3], "step_1", ["step_1"]),
+            (["1", 2, "3"], "epoch_latest.pt", ["epoch_latest.pt", "step_1"]),
+            (["1", 2, "3"], "step_1", ["step_1"]),
+            ([1, "2", "3"], "step_2", ["step_2", "epoch_latest.pt"]),
+            ([1, "2", "3"], "step_3", ["step_3", "step_2", "epoch_latest.pt"]),
+        ],
+    )
+    def test_a_run_that_goes_on_from_an_earlier_one(self, steps, resumed, expected, store):
+        saved(store, *steps)
+        store.begin(store.folder / resumed)
+        assert kept(store) == expected
+
+    def test_one_step_has_one_checkpoint(self, store):
+        saved(store, "1", 1)
+        assert kept(store) == ["epoch_latest.pt"]
+        saved(store, "1")
+        assert kept(store) == ["step_1", "epoch_latest.pt"]
+
+    def test_leftovers_go(self, store):
+        saved(store, "1")
+        shutil.copytree(store.folder / "step_1", store.folder / ".step_2.tmp")
+        assert kept(store) == ["step_1"]
+        store.begin(store.folder / "step_1")
+        assert [path.name for path in store.folder.iterdir()] == ["step_1"]
+
+
+def test_the_copy_elsewhere(store, tmp_path, monkeypatch):
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    put = []
+    original = type(fs).put_file
+    monkeypatch.setattr(type(fs), "put_file", lambda self, *args: (put.append(args[1]), original(self, *args))[1])
+    saved(store, 1, "2", "3")
+    shutil.copytree(store.folder / "step_3", store.folder / ".step_4.tmp")
+    folder = RunFolder(store.folder.parent)
+    RemoteCopy(folder, "memory://copies").sync()
+    root = "/copies/run/checkpoints"
+    assert put.index(f"{root}/step_3/.metadata") < put.index(f"{root}/step_3/manifest.json")
+    assert not any(".step_4" in path for path in put)
+    other = RunFolder(tmp_path / "other/run")
+    assert RemoteCopy(other, "memory://copies").restore() == ["Step 3 was downloaded from memory://copies/run"]
+    assert same_content(other.checkpoints / "step_3", state(3))
+    # what is damaged there, or not all there yet, is not taken
+    fs.rm_file(f"{root}/step_3/manifest.json")
+    fs.pipe_file(f"{root}/step_2/rest.pt", b"x")
+    third = RunFolder(tmp_path / "third/run")
+    copy = RemoteCopy(third, "memory://copies")
+    said = copy.restore()
+    assert "checkpoints/step_2 is not used: " in said[0]
+    assert "rest.pt is not the file that was written" in said[0]
+    assert said[1:] == ["Step 1 was downloaded from memory://copies/run"]
+    assert kept(Checkpoints(third.checkpoints)) == ["epoch_latest.pt"]
+    # a folder that is removed here goes there too
+    saved(store, "4", "5")
+    RemoteCopy(folder, "memory://copies").sync()
+    left = sorted(path.removeprefix(f"{root}/") for path in fs.ls(root, detail=False))
+    assert left == ["epoch_latest.pt", "step_3", "step_4", "step_5"]
+    fs.store.clear()
+
+
+def same_content(folder, expected):
+    content = read_saved(folder)
+    assert content["state_dict"].pop("w").equal(expected["state_dict"].pop("w"))
+    return content == expected
+
+
+def test_it_needs_fsdp():
+    with pytest.raises(ValueError, match="--fsdp-checkpoint sharded needs --fsdp: give it, or --fsdp-checkpoint full"):
+        TrainConfig(train_data="x.tar", fsdp_checkpoint="sharded")
