@@ -329,10 +329,10 @@ class TestEndings:
     def test_a_second_ctrl_c_ends_at_once(self, shards, tmp_path, gate):
         original, waiting = Background.wait, threading.Event()
 
-        def wait(self):
+        def wait(self, *seconds):
             if self.is_busy:
                 waiting.set()
-            return original(self)
+            return original(self, *seconds)
 
         def interrupt_again():
             assert waiting.wait(30)
