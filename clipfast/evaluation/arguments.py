@@ -27,11 +27,11 @@ DATA_HELP = (
 )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
     """Add what names the model and its weights."""
     add = parser.add_argument
     model = "local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, or hf-hub:ORG/REPO"
-    add("--model", required=True, help=model)
+    add("--model", required=required, help=model)
     weights = "weights of a model name: a tag of clipfast list-pretrained, or a checkpoint (.pt, .bin, .safetensors)"
     add("--pretrained", metavar="TAG", help=weights)
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
@@ -74,6 +74,32 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
     add("--json", type=Path, metavar="FILE", help="also write the results to this file")
     add("--traceback", action="store_true", help="show where an error was raised")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add in which forms results are shown beside JSON."""
+    parser.add_argument(
+        "--table", action="store_true", help="print a table in place of JSON, which --json still writes"
+    )
+    plot = "also draw the results, in the format that the name ends in, such as .png, .svg or .pdf"
+    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Refuse what results cannot be written to, before the work.
+
+    Raises:
+        ValueError: a folder does not exist, or a plot has no format that can be drawn.
+    """
+    from ..files import check_target
+
+    check_target(args.json, args.plot, getattr(args, "html", None))
+    if args.plot:
+        from matplotlib.figure import Figure
+
+        known = Figure().canvas.get_supported_filetypes()
+        if args.plot.suffix[1:].lower() not in known:
+            raise ValueError(f"--plot {args.plot}: the name must end in one of .{', .'.join(sorted(known))}")
 
 
 class Session(NamedTuple):
@@ -163,8 +189,8 @@ def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], *
     return {**about, "metrics": dict(metrics), "language": "en", **more}
 
 
-def write_results(args: argparse.Namespace, results: Any) -> None:
-    """Print results as JSON, and write them to the file that ``--json`` names.
+def write_results(args: argparse.Namespace, results: Any, *, table: str | None = None) -> None:
+    """Print results as JSON, or as a table if there is one, and write JSON to the file that ``--json`` names.
 
     Raises:
         DiskFullError: there is no space for the file.
@@ -172,6 +198,46 @@ def write_results(args: argparse.Namespace, results: Any) -> None:
     from ..files import replace_text
 
     text = json.dumps(results, indent=2)
-    print(text)
+    print(text if table is None else table)
     if args.json:
         replace_text(args.json, text + "\n")
+
+
+def read_templates(name: str) -> tuple[str, ...]:
+    """Return the prompt templates of ``name``, which may be a file.
+
+    Raises:
+        ValueError: there is no such file, it is empty, or a line has no place for the class name.
+    """
+    from .zero_shot import TEMPLATES
+
+    if name in TEMPLATES:
+        return TEMPLATES[name]
+    templates = _lines(name, f"--templates must be one of {', '.join(TEMPLATES)} or a file")
+    lacking = [template for template in templates if "{}" not in template]
+    if lacking:
+        raise ValueError(f"template {lacking[0]!r} in {name} has no {{}} for the class name")
+    return templates
+
+
+def read_classnames(name: str | None) -> tuple[str, ...] | None:
+    """Return the class names that ``name`` stands for, which may be a file; None keeps the labels of the data.
+
+    Raises:
+        ValueError: there is no such file, or it is empty.
+    """
+    from .zero_shot import IMAGENET_CLASSNAMES
+
+    if name is None:
+        return None
+    return IMAGENET_CLASSNAMES if name == "imagenet" else _lines(name, "--classnames must be 'imagenet' or a file")
+
+
+def _lines(path: str, otherwise: str) -> tuple[str, ...]:
+    """Return the lines of a text file that are not empty; ``otherwise`` is the error if there is no such file."""
+    if not Path(path).is_file():
+        raise ValueError(f"{otherwise}, got {path!r}")
+    lines = tuple(line.strip() for line in Path(path).read_text().splitlines() if line.strip())
+    if not lines:
+        raise ValueError(f"{path} is empty")
+    return lines

@@ -45,13 +45,48 @@ def evaluate(
     Raises:
         ValueError: there are not as many names as classes, a group to leave out does not exist, or none would remain.
     """
-    labels = images.classnames
-    names = labels if classnames is None else list(classnames)
-    if len(names) != len(labels):
-        raise ValueError(f"{len(names)} class names for {len(labels)} classes")
-    device = images.features.device
+    names, device = names_of(images, classnames), images.features.device
     classifier = build_zero_shot_classifier(model, tokenizer, names, templates, 256 // len(templates) + 1, device)
-    best = [[labels[index] for index in row] for row in top_classes(images.features, classifier, 5).tolist()]
+    captions = distinct_captions(images)
+    batches = (captions[start : start + 256] for start in range(0, len(captions), 256))
+    with torch.no_grad():
+        texts = torch.cat([encode_texts(model, tokenizer, batch, device) for batch in batches])
+    return figures(images, top_classes(images.features, classifier, 5), texts, leave_out=leave_out, skipped=skipped)
+
+
+def names_of(images: LabelledFeatures, classnames: Sequence[str] | None) -> list[str]:
+    """Return the name of each class in prompts, which is its label if there are no others.
+
+    Raises:
+        ValueError: there are not as many names as classes.
+    """
+    names = images.classnames if classnames is None else list(classnames)
+    if len(names) != len(images.classnames):
+        raise ValueError(f"{len(names)} class names for {len(images.classnames)} classes")
+    return names
+
+
+def distinct_captions(images: LabelledFeatures) -> list[str]:
+    """Return the first captions of the images, each once, in their order."""
+    return list(dict.fromkeys(texts[0] for texts in images.captions))
+
+
+def figures(
+    images: LabelledFeatures, best_classes: Tensor, texts: Tensor, *, leave_out: Iterable[str] = (), skipped: int = 0
+) -> Evaluation:
+    """Return the figures of :func:`evaluate` from features.
+
+    Args:
+        images: the labelled set.
+        best_classes: the numbers of the best five classes of each image, the best first.
+        texts: features of :func:`distinct_captions`.
+        leave_out, skipped: as :func:`evaluate` takes them.
+
+    Raises:
+        ValueError: a group to leave out does not exist, or none would remain.
+    """
+    labels = images.classnames
+    best = [[labels[index] for index in row] for row in best_classes.tolist()]
     accepted = images.accepted()
     right = [[label in names for label in row] for row, names in zip(best, accepted, strict=True)]
     # Position of the first right class among the best; beyond the last class if none of them is right.
@@ -70,7 +105,7 @@ def evaluate(
     if left_out:
         kept = hits[_members(images.groups, set(images.groups) - set(left_out))]
         results["without"] = {"groups": left_out, "zero_shot": _accuracy(kept)}
-    results["retrieval"] = _retrieval(model, tokenizer, images)
+    results["retrieval"] = _retrieval(images, texts)
     return Evaluation(results, best, right)
 
 
@@ -84,19 +119,12 @@ def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
     return torch.tensor([group in wanted for group in groups])
 
 
-@torch.no_grad()
-def _retrieval(
-    model: CLIP, tokenizer: Callable[[list[str]], Tensor], images: LabelledFeatures
-) -> dict[str, dict[str, float]]:
+def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str, float]]:
     """Return recall of images by text and of text by images; equal texts count as one, and so do equal images."""
     device = images.features.device
-    first = [texts[0] for texts in images.captions]
-    numbers = {text: number for number, text in enumerate(dict.fromkeys(first))}
-    captions = list(numbers)
-    batches = (captions[start : start + 256] for start in range(0, len(captions), 256))
-    features = [encode_texts(model, tokenizer, batch, device) for batch in batches]
-    text_keys = torch.tensor([numbers[text] for text in first], device=device)
-    texts = torch.cat(features)[text_keys]
+    numbers = {text: number for number, text in enumerate(distinct_captions(images))}
+    text_keys = torch.tensor([numbers[texts[0]] for texts in images.captions], device=device)
+    texts = features[text_keys]
     image_keys = torch.tensor(images.twins, device=device)
     return {
         "text_to_image": recall_at(pair_ranks(texts, images.features, text_keys, image_keys)),

@@ -43,6 +43,11 @@ class LabelledFeatures:
     digests: list[bytes] = dataclasses.field(default_factory=list)  # of the pixels
     left_out: dict[int, Skipped] = dataclasses.field(default_factory=dict)  # by their places
 
+    @classmethod
+    def empty(cls) -> LabelledFeatures:
+        """Return the features of no images, which every rank but one has."""
+        return cls(torch.empty(0), [], [], [])
+
     @property
     def classnames(self) -> list[str]:
         """The distinct labels, sorted; by value if all of them are numbers."""

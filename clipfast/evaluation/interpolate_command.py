@@ -9,7 +9,7 @@ from typing import Any
 
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
-from .command import read_classnames, read_templates
+from .arguments import read_classnames, read_templates
 
 EPILOG = """\
 example:

@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from .classification import Classified, recalls
 from .evaluate import Evaluation
 from .labelled import LabelledImage
 
@@ -91,6 +92,60 @@ def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> No
             axis.plot(top1[names[0]], top1[name], marker="o", color=f"C{number}", label=_shorten(name, 40))
         for alpha, x, y in zip(alphas, top1[names[0]], top1[names[1]], strict=True):
             axis.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
+    figure.savefig(path, dpi=120)
+
+
+def zero_shot_plot(results: dict[str, Any], classified: Classified, path: Path) -> None:
+    """Plot the figures with their intervals, by templates if several were compared, and the recall of all classes.
+
+    Args:
+        results: of ``clipfast eval zeroshot``.
+        classified: the classes of the images.
+        path: the file to write.
+    """
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    figure.suptitle(f"{_shorten(results['model'], 60)} on {_shorten(results['data'], 60)}", fontsize=10)
+    bars, curve = figure.subplots(1, 2)
+    sets = results.get("by_templates", {results["templates"]: results})
+    names = [name for name, value in results["metrics"].items() if value is not None]
+    for number, (key, found) in enumerate(sets.items()):
+        values = [100 * found["metrics"][name] for name in names]
+        # a bootstrap's interval need not hold the value itself
+        ends = [
+            (max(0.0, value - 100 * found["intervals"][name][0]), max(0.0, 100 * found["intervals"][name][1] - value))
+            for name, value in zip(names, values, strict=True)
+        ]
+        places = [place + 0.8 * (number + 0.5) / len(sets) - 0.4 for place in range(len(names))]
+        count = f" ({found['templates']})" if "by_templates" in results else ""
+        drawn = bars.bar(places, values, 0.75 / len(sets), label=_shorten(key, 40) + count)
+        bars.errorbar(places, values, list(zip(*ends, strict=True)), fmt="none", color="black", capsize=3)
+        bars.bar_label(drawn, fmt="%.1f", label_type="center", color="white", fontsize=8)
+    bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
+    bars.set(ylabel="%, with 95% intervals")
+    bars.legend(title="templates")
+    recall = (100 * recalls(classified)).sort().values.tolist()
+    curve.step([100 * (place + 0.5) / len(recall) for place in range(len(recall))], recall, where="mid")
+    curve.set(xlabel="classes from the worst to the best, %", ylabel="recall of the class, %", xlim=(0, 100))
+    figure.savefig(path, dpi=120)
+
+
+def retrieval_plot(results: dict[str, Any], path: Path) -> None:
+    """Plot recall over k, in both directions, with its intervals; ``results`` are of ``clipfast eval retrieval``."""
+    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.set_title(f"{_shorten(results['model'], 60)} on {_shorten(results['data'], 60)}", fontsize=10)
+    for direction in ("image_retrieval", "text_retrieval"):
+        named = {int(key.rpartition("@")[2]): key for key in results["metrics"] if key.startswith(direction)}
+        keys = [named[k] for k in sorted(named)]
+        axis.plot(
+            sorted(named), [100 * results["metrics"][key] for key in keys], "o-", label=direction.replace("_", " ")
+        )
+        low, high = ([100 * results["intervals"][key][end] for key in keys] for end in (0, 1))
+        axis.fill_between(sorted(named), low, high, alpha=0.2)
+    axis.set(xlabel="k", ylabel="recall@k, %, with 95% intervals", xscale="log", ylim=(0, 100))
+    axis.set_xticks(sorted(named), [str(k) for k in sorted(named)])
+    axis.minorticks_off()
+    axis.legend()
     figure.savefig(path, dpi=120)
 
 

@@ -51,6 +51,30 @@ def pair_ranks(queries: Tensor, gallery: Tensor, query_keys: Tensor, gallery_key
     return by_key[query_keys]
 
 
+def caption_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the rank of each image and of each caption in the other's results, as CLIP_benchmark counts them.
+
+    Every caption belongs to one image, and every other caption is wrong for it, be it the same text. A wrong item with
+    the same score as the right one counts as before it. Memory beyond the features: a few bytes for each of them.
+
+    Args:
+        images: features [M, D] of unit length.
+        texts: features [N, D] of captions.
+        owner: [N] int64, the place of each caption's image.
+
+    Returns:
+        [M] int64, the wrong captions before the best right one; -1 for an image without captions. [N] int64, the wrong
+        images before the right one.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    for features in (images, texts):
+        if not all(rows.isfinite().all() for rows in features.split(65536)):
+            raise ValueError("retrieval: features contain NaN or infinity")
+    return retrieval_ranks(images, texts, text_image=owner)
+
+
 def _turns(right: dict[int, set[int]]) -> list[list[int]]:
     """Split queries into groups without a common right item: ``retrieval_ranks`` lets an item belong to one query."""
     turns: dict[int, list[int]] = defaultdict(list)

@@ -1,0 +1,117 @@
+"""Zero-shot classification by CLIP_benchmark's definitions, with intervals, and the classes that a model knows worst.
+
+An image has one right class, its own. (The figures under "zero_shot" also accept those of images with the same pixels.)
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .intervals import bootstrap, wilson
+
+TAKEN_FOR = 5  # wrong classes that are named for a class
+
+
+class Classified(NamedTuple):
+    """What a classifier makes of images.
+
+    Attributes:
+        classnames: the labels of the classes.
+        classes: [N], the number of each image's class.
+        best: [N, 5], the numbers of the best classes, the best first; fewer if there are fewer.
+        ahead: [N], the number of other classes that score at least as high as the image's own.
+    """
+
+    classnames: Sequence[str]
+    classes: Tensor
+    best: Tensor
+    ahead: Tensor
+
+    @property
+    def right(self) -> Tensor:
+        """[N], True where the best class is the image's own."""
+        return self.best[:, 0] == self.classes
+
+
+@torch.no_grad()
+def classify(
+    features: Tensor, labels: Sequence[str], classnames: Sequence[str], classifier: Tensor, block: int = 4096
+) -> Classified:
+    """Return the classes of images. Only the scores of ``block`` images are held at a time.
+
+    Args:
+        features: of the images [N, D].
+        labels: of the images.
+        classnames: labels of the classes, among them every image's.
+        classifier: weights [D, len(classnames)].
+        block: how many images to score at once.
+
+    Raises:
+        ValueError: there are not as many weights as classes, or a score is not finite.
+    """
+    if classifier.shape[1] != len(classnames):
+        raise ValueError(f"{classifier.shape[1]} class names for {len(classnames)} classes")
+    numbers = {name: number for number, name in enumerate(classnames)}
+    classes = torch.tensor([numbers[label] for label in labels], device=features.device)
+    best, ahead = [], []
+    for rows, own in zip(features.split(block), classes.split(block), strict=True):
+        scores = rows @ classifier
+        if not scores.isfinite().all():
+            raise ValueError("zero-shot classification: features contain NaN or infinity")
+        best.append(scores.topk(min(5, len(classnames)), dim=1).indices)
+        ahead.append((scores >= scores.gather(1, own[:, None])).sum(1) - 1)
+    return Classified(classnames, classes.cpu(), torch.cat(best).cpu(), torch.cat(ahead).cpu())
+
+
+def _in_best(found: Classified, k: int) -> Tensor:
+    return (found.best[:, :k] == found.classes[:, None]).any(1)
+
+
+def recalls(found: Classified) -> Tensor:
+    """Return the recall of each class that has images, float64."""
+    images = torch.bincount(found.classes)
+    hits = torch.bincount(found.classes, found.right.double(), minlength=len(images))
+    return hits[images > 0] / images[images > 0]
+
+
+def metrics(found: Classified) -> dict[str, float | None]:
+    """Return acc1, acc5 and mean_per_class_recall; acc5 is None if there are fewer than five classes."""
+    acc5 = _in_best(found, 5).double().mean().item() if len(found.classnames) >= 5 else None
+    return {
+        "acc1": found.right.double().mean().item(),
+        "acc5": acc5,
+        "mean_per_class_recall": recalls(found).mean().item(),
+    }
+
+
+def intervals(found: Classified) -> dict[str, tuple[float, float] | None]:
+    """Return the 95% interval of each of the metrics.
+
+    Those of the accuracies are Wilson's. That of the mean recall is a bootstrap over the classes: one over the images
+    would be too narrow where classes have few of them.
+    """
+    acc1, acc5 = (wilson(int(_in_best(found, k).sum()), len(found.classes)) for k in (1, 5))
+    by_class = recalls(found)
+    recall = bootstrap(by_class, torch.ones_like(by_class))
+    return {"acc1": acc1, "acc5": acc5 if len(found.classnames) >= 5 else None, "mean_per_class_recall": recall}
+
+
+def worst_classes(found: Classified, most: int) -> list[dict[str, Any]]:
+    """Return the classes of the lowest recall, the worst first, each with what its images were taken for.
+
+    Of equal recall, that class is worse whose images have more wrong classes ahead of it, on average.
+    """
+    members: dict[int, list[int]] = {}
+    for image, number in enumerate(found.classes.tolist()):
+        members.setdefault(number, []).append(image)
+    rows: list[dict[str, Any]] = []
+    for number, images in members.items():
+        taken = Counter(found.best[images, 0].tolist())
+        recall, place = taken.pop(number, 0) / len(images), 1 + found.ahead[images].double().mean().item()
+        wrong = {found.classnames[other]: count for other, count in taken.most_common(TAKEN_FOR)}
+        name = found.classnames[number]
+        rows.append({"class": name, "images": len(images), "recall": recall, "mean_place": place, "taken_for": wrong})
+    return sorted(rows, key=lambda row: (row["recall"], -row["mean_place"], row["class"]))[:most]

@@ -1,0 +1,42 @@
+"""Confidence intervals of shares, at 95%."""
+
+import math
+
+import torch
+from torch import Tensor
+
+Z = 1.959963984540054  # of the normal distribution, at 97.5%
+RESAMPLES = 1000
+BLOCK = 1 << 19  # numbers that are drawn at once
+
+
+def wilson(hits: int, count: int) -> tuple[float, float]:
+    """Return Wilson's score interval of ``hits`` among ``count`` independent trials."""
+    share, spread = hits / count, Z * Z / count
+    centre = (share + spread / 2) / (1 + spread)
+    half = Z / (1 + spread) * math.sqrt(share * (1 - share) / count + Z * Z / (4 * count * count))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def bootstrap(hits: Tensor, trials: Tensor) -> tuple[float, float]:
+    """Return the percentile interval of ``hits.sum() / trials.sum()``, by resampling; the same in every call.
+
+    Args:
+        hits, trials: [N] of the things that are resampled, such as the right answers and the queries of each image.
+    """
+    generator, count = torch.Generator().manual_seed(0), len(hits)
+    both = torch.stack([hits, trials], 1).double().cpu()
+    shares = []
+    for rows in torch.arange(RESAMPLES).split(max(1, BLOCK // count)):
+        drawn = torch.randint(count, (len(rows), count), generator=generator)
+        sums = both[drawn].sum(1)
+        shares.append(sums[:, 0] / sums[:, 1])
+    low, high = torch.cat(shares).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
+
+
+def percent(share: float | None, interval: tuple[float, float] | None) -> str:
+    """Return a share and its interval in words, such as "29.2% (27.1-31.3)"; "-" if there is none."""
+    if share is None or interval is None:
+        return "-"
+    return f"{share:.1%} ({100 * interval[0]:.1f}-{100 * interval[1]:.1f})"

@@ -1,0 +1,1 @@
+"""The tasks of ``clipfast eval``: each module adds the parser of one, and runs it."""

@@ -1,0 +1,117 @@
+"""``clipfast eval retrieval``: images by caption and captions by image, with any number of captions for each image."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import (
+    add_data_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_run_arguments,
+    check_outputs,
+    encoded,
+    labelled_set,
+    result_of,
+    session,
+    write_results,
+)
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from torch import Tensor
+
+    from ..features import LabelledFeatures
+
+DIRECTIONS = ("image_retrieval", "text_retrieval")
+
+
+def add_parser(tasks: Any) -> None:
+    """Add the task. Files and names are checked when it runs."""
+    parser = tasks.add_parser(
+        "retrieval",
+        help="recall@k of images by caption and of captions by image",
+        description="Compute recall@k of images by caption and of captions by image, on pairs as --train-data of "
+        "clipfast train takes them. An image has one caption or several: a list in its json or column. torchrun shares "
+        "the work between processes.",
+        epilog="Example: clipfast eval retrieval --model local-dir:runs/demo --data bundled:emoji/fluent",
+    )
+    add_model_arguments(parser)
+    add_data_arguments(parser)
+    k = "the numbers of results in which a right one is looked for (default: 1 5 10)"
+    parser.add_argument("--k", nargs="+", type=int, default=[1, 5, 10], metavar="INT", help=k)
+    add_run_arguments(parser)
+    add_output_arguments(parser)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate the checkpoint, print the results, and return the exit code."""
+    if min(args.k) < 1:
+        raise ValueError(f"--k must be at least 1, got {min(args.k)}")
+    check_outputs(args)
+    images = labelled_set(args)
+    from ..features import LabelledFeatures
+
+    with session(args) as at:
+        found = encoded(args, at, images) or LabelledFeatures.empty()
+        captions = [text for texts in found.captions for text in texts]
+        texts = at.encoder.texts(captions, at.store, at.world)
+        if not at.world.is_main:
+            return 0
+        results = _results(args, found, captions, found.features.to(at.encoder.device), texts)
+    if args.plot:
+        from ..pictures import retrieval_plot
+
+        retrieval_plot(results, args.plot)
+    write_results(args, results, table=_table(results) if args.table else None)
+    return 0
+
+
+def _results(
+    args: argparse.Namespace, found: "LabelledFeatures", captions: Sequence[str], features: "Tensor", texts: "Tensor"
+) -> dict[str, Any]:
+    import torch
+
+    from ..intervals import bootstrap
+    from ..retrieval import caption_ranks
+
+    counts = torch.tensor([len(texts) for texts in found.captions])
+    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
+    image_ranks, text_ranks = (ranks.cpu() for ranks in caption_ranks(features, texts, owner.to(texts.device)))
+    metrics, intervals = {}, {}
+    for k in sorted(set(args.k)):
+        # hits of each image's own queries, and how many these are: a resample of images takes their captions with them
+        by_caption = torch.bincount(owner, (text_ranks < k).double(), minlength=len(counts))
+        both = (
+            (by_caption, counts.double()),
+            ((image_ranks < k).double(), torch.ones(len(counts), dtype=torch.double)),
+        )
+        for direction, (hits, queries) in zip(DIRECTIONS, both, strict=True):
+            name = f"{direction}_recall@{k}"
+            metrics[name] = (hits.sum() / queries.sum()).item()
+            intervals[name] = bootstrap(hits, queries)
+    repeated = {"captions": len(captions) - len(set(captions)), "images": len(counts) - len(set(found.twins))}
+    if any(repeated.values()):
+        print(
+            f"clipfast eval: {repeated['captions']} captions and {repeated['images']} images are there before: each is "
+            "right for its own pair only, and a tie counts as wrong",
+            file=sys.stderr,
+        )
+    return result_of(
+        args, "zeroshot_retrieval", metrics, intervals=intervals, data=args.data, images=len(counts),
+        captions=len(captions), skipped_images=len(found.left_out), repeated=repeated,
+    )  # fmt: skip
+
+
+def _table(results: dict[str, Any]) -> str:
+    """Return the results for people: recall by k, in both directions."""
+    from ...columns import align
+    from ..intervals import percent
+
+    rows = [["k", *(f"{direction}_recall@k" for direction in DIRECTIONS)]]
+    for k in sorted({int(key.rpartition("@")[2]) for key in results["metrics"]}):
+        names = [f"{direction}_recall@{k}" for direction in DIRECTIONS]
+        rows.append([str(k), *(percent(results["metrics"][name], results["intervals"][name]) for name in names)])
+    counts = f"{results['images']:,} images, {results['captions']:,} captions"
+    return f"{counts}; 95% intervals in brackets\n\n{align(rows, right=(0,))}"

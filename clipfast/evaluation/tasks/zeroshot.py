@@ -1,0 +1,169 @@
+"""``clipfast eval zeroshot``: classification by prompts, without training on the task."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from ..arguments import (
+    add_data_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_prompt_arguments,
+    add_run_arguments,
+    check_outputs,
+    encoded,
+    labelled_set,
+    read_classnames,
+    read_templates,
+    result_of,
+    session,
+    write_results,
+)
+
+COMPARED = ("plain", "simple", "openai")  # 1, 7 and 80 templates
+NOT_WATCHED = ("model", "pretrained", "json", "features", "html", "plot", "compare_templates", "table")
+
+
+def add_parser(tasks: Any) -> None:
+    """Add the task. Files and names are checked when it runs."""
+    parser = tasks.add_parser(
+        "zeroshot",
+        help="zero-shot accuracy and image-text retrieval",
+        description="Compute zero-shot accuracy and retrieval on a folder with one sub-folder of images per class, or "
+        "on pairs as --train-data of clipfast train takes them. torchrun shares the work between processes.",
+        epilog="Example: clipfast eval zeroshot --model local-dir:runs/demo --data bundled:emoji/fluent",
+    )
+    add = parser.add_argument
+    watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
+    add("--watch", type=Path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/evaluations.jsonl")
+    add("--interval", type=float, default=30.0, metavar="SECONDS", help="time between two looks at RUN (default: 30)")
+    raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
+    add("--raw", action="store_true", help=f"evaluate {raw}")
+    add_model_arguments(parser, required=False)
+    add_data_arguments(parser)
+    add_prompt_arguments(parser)
+    add("--compare-templates", action="store_true", help="also give the figures of 1, 7 and 80 templates, side by side")
+    add("--leave-out", nargs="*", default=[], metavar="GROUP", help="groups to leave out of a second overall accuracy")
+    add("--worst", type=int, default=10, metavar="INT", help="how many of the worst classes to name (default: 10)")
+    add_run_arguments(parser)
+    add_output_arguments(parser)
+    page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
+    add("--html", type=Path, metavar="FILE", help=page)
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate the checkpoint, print the results, and return the exit code."""
+    if args.watch is not None:
+        return watch(args)
+    if args.model is None:
+        raise ValueError("--model or --watch is needed: what to evaluate")
+    if args.worst < 0:
+        raise ValueError(f"--worst must not be negative, got {args.worst}")
+    check_outputs(args)
+    templates, classnames = {args.templates: read_templates(args.templates)}, read_classnames(args.classnames)
+    if args.compare_templates:
+        templates = {**{name: read_templates(name) for name in COMPARED}, **templates}
+    images = labelled_set(args)
+    from ..classification import classify
+    from ..evaluate import distinct_captions, figures, names_of
+    from ..features import LabelledFeatures
+
+    with session(args) as at:
+        found = encoded(args, at, images) or LabelledFeatures.empty()
+        names = at.world.on_main(lambda: names_of(found, classnames))
+        classifiers = {key: at.encoder.classifier(names, given, at.store, at.world) for key, given in templates.items()}
+        texts = at.encoder.texts(distinct_captions(found), at.store, at.world)
+        if not at.world.is_main:
+            return 0
+        found.features = found.features.to(at.encoder.device)
+        classified = {
+            key: classify(found.features, found.labels, found.classnames, weights)
+            for key, weights in classifiers.items()
+        }
+        chosen = classified[args.templates]
+        evaluation = figures(found, chosen.best, texts, leave_out=args.leave_out, skipped=len(found.left_out))
+    results = _results(args, templates, classified, evaluation.results)
+    if args.html:
+        from ..page import worst_page, write_page
+
+        write_page(args.html, worst_page(results, images, found, chosen))
+    if args.plot:
+        from ..pictures import zero_shot_plot
+
+        zero_shot_plot(results, chosen, args.plot)
+    write_results(args, results, table=_table(results) if args.table else None)
+    return 0
+
+
+def _results(
+    args: argparse.Namespace, templates: dict[str, Any], classified: dict[str, Any], figures: dict[str, Any]
+) -> dict[str, Any]:
+    from ..classification import intervals, metrics, worst_classes
+
+    all_figures: dict[str, dict[str, Any]] = {
+        key: {"templates": len(templates[key]), "metrics": metrics(found), "intervals": intervals(found)}
+        for key, found in classified.items()
+    }
+    chosen = all_figures[args.templates]
+    more = {"by_templates": all_figures} if args.compare_templates else {}
+    return result_of(
+        args, "zeroshot_classification", chosen["metrics"], intervals=chosen["intervals"], data=args.data,
+        templates=args.templates, **figures, **more,
+        worst_classes=worst_classes(classified[args.templates], args.worst),
+    )  # fmt: skip
+
+
+def _table(results: dict[str, Any]) -> str:
+    """Return the results for people: the figures of each set of templates, and the worst classes."""
+    from ...columns import align
+    from ..intervals import percent
+
+    names = list(results["metrics"])
+    by_templates = results.get("by_templates", {results["templates"]: results})
+    rows: list[list[str]] = [["templates", *names]]
+    for key, found in by_templates.items():
+        rows.append([key, *(percent(found["metrics"][name], found["intervals"][name]) for name in names)])
+    text = f"{results['images']:,} images, {results['classes']:,} classes; 95% intervals in brackets\n\n{align(rows)}"
+    worst: list[list[str]] = [["worst classes", "images", "acc1", "taken for"]]
+    for row in results["worst_classes"]:
+        taken = ", ".join(f"{name} ({count})" for name, count in row["taken_for"].items())
+        worst.append([row["class"], f"{row['images']:,}", f"{row['recall']:.1%}", taken])
+    return text if len(worst) == 1 else f"{text}\n\n{align(worst, right=(1, 2))}"
+
+
+def watch(args: argparse.Namespace) -> int:
+    """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
+    from ...factory import resolve_device
+    from ...training.history import is_run
+    from ...training.reports import evaluation_metrics
+    from ...training.run import RunFolder
+    from ...training.status import metrics_text
+    from ..watch import Evaluator, Watch
+
+    given = [flag for flag in NOT_WATCHED if getattr(args, flag)]
+    if given:
+        raise ValueError(f"--watch cannot be used with --{given[0].replace('_', '-')}")
+    if not is_run(args.watch):
+        raise ValueError(f"--watch {args.watch}: there is no run in that folder")
+    if not args.interval > 0:
+        raise ValueError(f"--interval must be more than 0, got {args.interval}")
+    options = vars(args)
+    evaluator = Evaluator(
+        labelled_set(args), read_templates(args.templates), classnames=read_classnames(args.classnames),
+        leave_out=args.leave_out, batch_size=args.batch_size, device=resolve_device(args.device), backend=args.backend,
+        tokenizer_file=args.tokenizer,
+    )  # fmt: skip
+    names = ("data", "templates", "classnames", "label_by", "group_by", "leave_out")
+    watching = Watch(RunFolder(args.watch), evaluator, {name: options[name] for name in names}, average=not args.raw)
+    try:
+        for line in watching.run(args.interval):
+            print(
+                f"step {line['step']} ({line['checkpoint']}): {metrics_text(evaluation_metrics(line['eval']))}",
+                flush=True,
+            )
+    except KeyboardInterrupt:
+        pass  # the usual end
+    finally:
+        watching.close()
+    return 0
