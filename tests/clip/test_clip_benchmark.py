@@ -1,0 +1,117 @@
+"""Equal to CLIP_benchmark's and OpenCLIP's own functions on the same weights and images, to the last count.
+
+CLIP_benchmark is compared with if CLIP_BENCHMARK_SOURCE names a checkout of it, and scikit-learn is installed.
+"""
+
+import importlib.util
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from clipfast import create_model
+from clipfast.evaluation.classification import classify, metrics
+from clipfast.evaluation.encoder import Encoder
+from clipfast.evaluation.retrieval import caption_ranks
+from clipfast.factory import get_tokenizer
+
+CLASSES = [f"{colour} {thing}" for colour in ("red", "blue", "green", "grey") for thing in ("cat", "dog", "cow", "bus")]
+TEMPLATES = ("a photo of a {}.", "{}", "art of the {}.")
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """A model, images in batches, the class of each, and captions: one to three of each image."""
+    torch.manual_seed(0)
+    model = create_model("ViT-T-8-32").eval()
+    images = torch.randint(0, 256, (90, 3, 32, 32), dtype=torch.uint8)
+    classes = torch.randint(len(CLASSES), (90,))
+    words = ("picture", "drawing", "photo")
+    texts = [[f"{word} number {image}" for word in words[: 1 + image % 3]] for image in range(90)]
+    return Encoder("ViT-T-8-32", model, get_tokenizer("ViT-T-8-32"), None), images, classes, texts
+
+
+def ours(encoder, images, classes, texts):
+    """The figures by this package's functions."""
+    labels = [CLASSES[number] for number in classes.tolist()]
+    features = encoder.images(images)
+    found = metrics(classify(features, labels, CLASSES, encoder.classifier(CLASSES, TEMPLATES)))
+    owner = torch.tensor([image for image, some in enumerate(texts) for _ in some])
+    by_image, by_caption = caption_ranks(features, encoder.texts([text for some in texts for text in some]), owner)
+    for k in (1, 5, 10):
+        found[f"image_retrieval_recall@{k}"] = (by_caption < k).double().mean().item()
+        found[f"text_retrieval_recall@{k}"] = (by_image < k).double().mean().item()
+    return found
+
+
+class Batches(list):
+    """Batches as a loader of theirs yields them, and the dataset of which they ask the classes."""
+
+    dataset = SimpleNamespace(classes=CLASSES)
+
+
+def clip_benchmark(name):
+    source = os.environ.get("CLIP_BENCHMARK_SOURCE")
+    if not source:
+        pytest.skip("CLIP_BENCHMARK_SOURCE does not name a checkout of CLIP_benchmark")
+    pytest.importorskip("sklearn")
+    spec = importlib.util.spec_from_file_location(name, Path(source, "clip_benchmark", "metrics", f"{name}.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.float = number_of
+    return module
+
+
+def number_of(value):
+    """Python's ``float``, in whose place theirs get this: of arrays with one element, which newer NumPy refuses."""
+    return float(getattr(value, "item", lambda: value)())
+
+
+@pytest.mark.parametrize("of", ["clipfast", "open_clip"])
+def test_equal_to_clip_benchmark(of, drawn):
+    classification, retrieval = clip_benchmark("zeroshot_classification"), clip_benchmark("zeroshot_retrieval")
+    encoder, images, classes, texts = drawn
+    if of == "open_clip":
+        encoder, images = with_open_clip(encoder), normalised(images)
+    model, tokenizer = encoder.model, encoder.tokenizer
+    labelled = Batches(zip(images.split(32), classes.split(32), strict=True))
+    templates = [template.replace("{}", "{c}") for template in TEMPLATES]
+    expected = classification.evaluate(model, labelled, tokenizer, CLASSES, templates, "cpu", amp=False)
+    captioned = Batches((images[start : start + 32], texts[start : start + 32]) for start in range(0, 90, 32))
+    expected |= retrieval.evaluate(model, captioned, tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
+    found = ours(encoder, images, classes, texts)
+    assert found == pytest.approx(expected, abs=1e-6)  # they compute shares in float32
+    assert 0 < found["acc5"] < 1
+
+
+def with_open_clip(encoder):
+    open_clip = pytest.importorskip("open_clip")
+    theirs = open_clip.CLIP(**encoder.model.config.to_dict()).eval()
+    theirs.load_state_dict(encoder.model.state_dict())
+    return Encoder("theirs", theirs, open_clip.get_tokenizer("ViT-B-32"), None)
+
+
+def normalised(images):
+    open_clip = pytest.importorskip("open_clip")
+    mean, std = (torch.tensor(x)[:, None, None] for x in (open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD))
+    return (images.float() / 255 - mean) / std
+
+
+def test_equal_to_open_clip(drawn, monkeypatch):
+    """Its classifier, and its loop over images, with its model; our functions with ours, and with its model."""
+    open_clip = pytest.importorskip("open_clip")
+    zero_shot = pytest.importorskip("open_clip_train.zero_shot")
+    monkeypatch.setattr(zero_shot, "float", number_of, raising=False)
+    encoder, images, classes, texts = drawn
+    theirs, pixels = with_open_clip(encoder), normalised(images)
+    functions = [template.format for template in TEMPLATES]
+    weights = open_clip.build_zero_shot_classifier(theirs.model, theirs.tokenizer, CLASSES, functions)
+    args = SimpleNamespace(device="cpu", precision="fp32", rank=0, batch_size=32)
+    batches = list(zip(pixels.split(32), classes.split(32), strict=True))
+    run = getattr(zero_shot, "run_zero_shot_classifier", None) or zero_shot.run  # its name in 3.3
+    expected = run(theirs.model, weights, batches, args)
+    for found in (ours(encoder, images, classes, texts), ours(theirs, pixels, classes, texts)):
+        assert (found["acc1"], found["acc5"]) == expected
+    assert 0 < expected[1] < 1
