@@ -1,0 +1,57 @@
+"""Every command of docs/evaluate.md runs, with a small model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipfast import create_model
+from clipfast.checkpoint import export_open_clip
+from clipfast.cli import main
+from clipfast.ranks import run_ranks
+
+from .conftest import picture, sample, write_shard
+from .test_training_docs import as_rank
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "evaluate.md").read_text()
+COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the model and the data that the page names."""
+    folder = tmp_path_factory.mktemp("docs")
+    torch.manual_seed(0)
+    export_open_clip(create_model("ViT-T-8-32"), folder / "runs" / "demo")
+    (folder / "data").mkdir()
+    for number in range(2):
+        write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
+    for seed, name in enumerate(("cat", "dog", "emu")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for index in range(4):
+            (folder / "photos" / name / f"{index}.png").write_bytes(picture(10 * seed + index))
+    return folder
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(folder)
+    program, *arguments = shlex.split(command)
+    # all emoji take longer than what is tested here
+    arguments = ["photos" if word.startswith("bundled:") else word for word in arguments]
+    if program == "torchrun":
+        start = arguments.index("--") + 1
+        assert arguments[:start] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
+        assert run_ranks(as_rank, 2, str(folder), arguments[start:], folder=tmp_path) == ["", ""]
+        return
+    assert program == "clipfast"
+    assert main(arguments) == 0, capsys.readouterr().err
+    for flag in ("--json", "--plot", "--html"):
+        assert flag not in arguments or Path(arguments[arguments.index(flag) + 1]).exists()
+
+
+def test_the_page_names_every_output():
+    for flag in ("--features", "--table", "--json", "--plot", "--html", "--compare-templates", "--k"):
+        assert any(flag in command.split() for command in COMMANDS), flag
