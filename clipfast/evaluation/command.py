@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .tasks import retrieval, zeroshot
+from .tasks import probe, retrieval, zeroshot
 
 # Each adds a parser of its own; what takes long to import is imported when the task runs.
-TASKS = (zeroshot, retrieval)
+TASKS = (zeroshot, retrieval, probe)
 
 
 def add_parser(commands: Any) -> None:

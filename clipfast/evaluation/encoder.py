@@ -134,3 +134,22 @@ class Encoder:
         if not world.is_main:
             return torch.empty(0)
         return F.normalize(features.unflatten(0, (len(classnames), len(templates))).mean(1), dim=-1).T
+
+
+class UnnormalizedEncoder(Encoder):
+    """An encoder whose features of images keep their lengths."""
+
+    @classmethod
+    def of(cls, encoder: Encoder) -> "UnnormalizedEncoder":
+        """Return the encoder with the model of another one."""
+        return cls(**{field.name: getattr(encoder, field.name) for field in dataclasses.fields(Encoder)})
+
+    def about(self) -> dict[str, Any]:
+        """Return what features by this model depend on, as plain values, and its name."""
+        return {**super().about(), "normalized": False}
+
+    @torch.no_grad()
+    def images(self, pixels: Tensor) -> Tensor:
+        """Return the features [B, D] of images [B, 3, H, W]."""
+        features: Tensor = self.model.encode_image(pixels.to(self.device), normalize=False)
+        return features
