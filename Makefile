@@ -17,7 +17,7 @@ $(VENV)/base: pyproject.toml
 	@touch $@
 
 $(VENV)/test: $(VENV)/base
-	$(BIN)/pip install --quiet --editable '.[data,eval,train,bench,test,lint]'
+	$(BIN)/pip install --quiet --editable '.[data,eval,probe,train,bench,test,lint]'
 	$(BIN)/pip install --quiet --no-deps --ignore-requires-python $(TTSEM)
 	@touch $@
 
