@@ -44,7 +44,7 @@ def read_status(path: Path, now: float | None = None) -> dict[str, Any]:
     is_over = found["state"] in ENDED
     found["eta"] = None if is_over or not lines else _eta(last, history, now)
     found["updated"] = last.get("time")
-    found["evaluation"] = history.evaluations[-1] if history.evaluations else None
+    found["evaluation"] = _evaluation(history)
     found["checkpoint"] = _checkpoint(history.folder)
     found["skipped"] = history.folder.skipped_count()
     found["skipped_steps"] = sum(line.get("skipped_steps", 0) for line in lines)
@@ -80,6 +80,17 @@ def _eta(last: dict[str, Any], history: History, now: float) -> float | None:
         return None
     usual = statistics.median(line["batch_time"] for line in history.lines[-RECENT:] if "batch_time" in line)
     return (history.total_steps - int(last["step"])) * usual
+
+
+def _evaluation(history: History) -> dict[str, Any] | None:
+    """Return the last evaluation, with the metrics of all after the same step: one is on ImageNet, for example."""
+    if not history.evaluations:
+        return None
+    last = history.evaluations[-1]
+    metrics: dict[str, Any] = {}
+    for line in history.evaluations:
+        metrics.update(line["metrics"] if line["step"] == last["step"] else {})
+    return last | {"metrics": metrics}
 
 
 def _trend(rates: Sequence[float]) -> float | None:
@@ -139,7 +150,7 @@ def described(status: dict[str, Any], now: float | None = None) -> str:
         age = duration(max(now - status["checkpoint"]["time"], 0))
         rows.append(("checkpoint", f"{status['checkpoint']['name']}, {age} old"))
     for name, count in (("samples", status["skipped"]), ("steps", status["skipped_steps"])):
-        rows.append(("skipped", f"{count:,} {name}")) if count else None
+        rows += [("skipped", f"{count:,} {name}")] if count else []
     if status["warnings"]:
         rows.append(("warnings", f"{len(status['warnings'])}; the last:"))
         rows += [("", warning) for warning in status["warnings"][-SHOWN_WARNINGS:]]

@@ -214,6 +214,16 @@ def test_several_runs_are_a_table_and_a_plot(whole, run, openclip, tmp_path, cap
     assert {path.name for path in tmp_path.iterdir()} == {"run", "theirs", "plot.png"}
 
 
+def test_evaluations_after_the_same_step_are_shown_together(run, capsys):
+    imagenet = {"step": 8, "epoch": 2, "time": 1.0, "imagenet": {"imagenet-zeroshot-val-top1": 0.25}}
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(json.dumps(imagenet) + "\n")
+    out = run_command(capsys, "status", run)[1]
+    (line,) = [line for line in out.splitlines() if line.startswith("evaluation")]
+    assert "zero-shot top-1" in line.split("ImageNet")[0]
+    assert "ImageNet top-1 25.0%" in line
+
+
 def test_json_is_a_list_of_what_is_said(whole, capsys):
     (found,) = json.loads(run_command(capsys, "status", whole, "--json")[1])
     assert (found["run"], found["state"], found["step"]) == ("run", "finished", 8)
