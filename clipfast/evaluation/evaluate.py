@@ -7,10 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..kernels import contrastive_loss
 from ..models import CLIP
 from .features import LabelledFeatures
 from .retrieval import pair_ranks, recall_at
-from .zero_shot import Template, build_zero_shot_classifier, encode_texts, top_classes
+from .zero_shot import Template, build_zero_shot_classifier, encode_texts, prompts_of, top_classes
+
+TEXTS = 256  # texts to encode at once
 
 
 @dataclasses.dataclass
@@ -31,6 +34,7 @@ def evaluate(
     classnames: Sequence[str] | None = None,
     leave_out: Iterable[str] = (),
     skipped: int = 0,
+    loss_batch: int | None = None,
 ) -> Evaluation:
     """Compute zero-shot accuracy and retrieval of ``model``, which must be in evaluation mode.
 
@@ -41,17 +45,27 @@ def evaluate(
         classnames: the name of each class in prompts, in the order of ``images.classnames``; default: the labels.
         leave_out: groups to leave out of a second overall accuracy.
         skipped: how many images of the set could not be used, which the results state.
+        loss_batch: also compute the mean contrastive loss of batches of so many pairs, as OpenCLIP does.
 
     Raises:
         ValueError: there are not as many names as classes, a group to leave out does not exist, or none would remain.
     """
     names, device = names_of(images, classnames), images.features.device
-    classifier = build_zero_shot_classifier(model, tokenizer, names, templates, 256 // len(templates) + 1, device)
     captions = distinct_captions(images)
-    batches = (captions[start : start + 256] for start in range(0, len(captions), 256))
-    with torch.no_grad():
-        texts = torch.cat([encode_texts(model, tokenizer, batch, device) for batch in batches])
-    return figures(images, top_classes(images.features, classifier, 5), texts, leave_out=leave_out, skipped=skipped)
+    # One plain prompt of a class often is the caption of its images: each text is encoded once.
+    prompts = prompts_of(names, templates) if len(templates) == 1 else []
+    numbers = {text: number for number, text in enumerate(dict.fromkeys([*captions, *prompts]))}
+    encoded = _encoded(model, tokenizer, list(numbers), device)
+    if prompts:
+        classifier = encoded[[numbers[prompt] for prompt in prompts]].T
+    else:
+        classifier = build_zero_shot_classifier(model, tokenizer, names, templates, TEXTS // len(templates) + 1, device)
+    best = top_classes(images.features, classifier, 5)
+    found = figures(images, best, encoded[: len(captions)], leave_out=leave_out, skipped=skipped)
+    if loss_batch is not None:
+        texts = encoded[[numbers[own[0]] for own in images.captions]]
+        found.results["clip_val_loss"] = _loss(images.features, texts, model.logit_scale.detach().exp(), loss_batch)
+    return found
 
 
 def names_of(images: LabelledFeatures, classnames: Sequence[str] | None) -> list[str]:
@@ -119,6 +133,15 @@ def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
     return torch.tensor([group in wanted for group in groups])
 
 
+@torch.no_grad()
+def _encoded(
+    model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device
+) -> Tensor:
+    """Return the features [len(texts), embed_dim] of texts."""
+    batches = (texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS))
+    return torch.cat([encode_texts(model, tokenizer, batch, device) for batch in batches])
+
+
 def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str, float]]:
     """Return recall of images by text and of text by images; equal texts count as one, and so do equal images."""
     device = images.features.device
@@ -130,3 +153,9 @@ def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str
         "text_to_image": recall_at(pair_ranks(texts, images.features, text_keys, image_keys)),
         "image_to_text": recall_at(pair_ranks(images.features, texts, image_keys, text_keys)),
     }
+
+
+def _loss(images: Tensor, texts: Tensor, logit_scale: Tensor, size: int) -> float:
+    """Return the mean over pairs of the contrastive loss in batches of ``size`` neighbours; the last may be smaller."""
+    batches = zip(images.float().split(size), texts.float().split(size), strict=True)
+    return sum(len(image) * contrastive_loss(image, text, logit_scale).item() for image, text in batches) / len(images)

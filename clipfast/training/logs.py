@@ -200,7 +200,8 @@ class TrainLog:
         """Log and record an evaluation after ``step`` steps."""
         from .reports import evaluation_metrics
 
-        self._evaluated(step, evaluation_metrics(results), {"eval": results})
+        overall = {name: value for name, value in results.items() if name != "by_group"}  # groups can be many
+        self._evaluated(step, evaluation_metrics(overall), {"eval": results})
 
     def imagenet(self, step: int, accuracy: dict[str, float]) -> None:
         """Log and record the accuracy on ImageNet after ``step`` steps, by OpenCLIP's names."""

@@ -52,7 +52,7 @@ FLAGS: dict[str, Rule] = {
     "--train-data-upsampling-factors": Rule(
         "same", "if all are below 1, they are divided by the largest: an epoch sees its pairs once"
     ),
-    "--val-data": Rule("same", "retrieval, and accuracy with each caption as a class; without clip_val_loss"),
+    "--val-data": Rule("same", "retrieval, clip_val_loss, and accuracy with each caption as a class"),
     "--train-num-samples": Rule("same", "not needed: pairs are counted"),
     "--val-num-samples": Rule("accepted", "pairs are counted, and all of them are evaluated", {"type": int}),
     "--dataset-type": Rule(

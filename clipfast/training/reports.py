@@ -42,7 +42,8 @@ def evaluation_metrics(results: Mapping[str, Any]) -> dict[str, float]:
     ways = ("image_to_text", "text_to_image")
     recall = {f"{way}_{name}": value for way in ways for name, value in results["retrieval"][way].items()}
     groups = {f"{group}-top1": found["top1"] for group, found in results.get("by_group", {}).items()}
-    return zero_shot | recall | groups | {"num_samples": results["images"]}
+    loss = {"clip_val_loss": results["clip_val_loss"]} if "clip_val_loss" in results else {}
+    return zero_shot | recall | loss | groups | {"num_samples": results["images"]}
 
 
 def validation(line: Mapping[str, Any]) -> dict[str, float] | None:

@@ -1,9 +1,10 @@
 """The folder of a run: metrics, checkpoints, and the list of samples that could not be used."""
 
 import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,13 @@ def append(path: Path, text: str) -> None:
             file.write(text)
     except OSError as error:
         log.error(f"{path} cannot be written: {error.strerror}")
+
+
+def by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:
+    """Yield the samples of all ranks step by step."""
+    rows = sorted(itertools.chain(*everyones), key=lambda row: row[0])
+    for step, group in itertools.groupby(rows, key=lambda row: row[0]):
+        yield step, [sample for _, sample in group]
 
 
 def _printable(text: str) -> str:

@@ -3,11 +3,10 @@
 import collections
 import contextlib
 import functools
-import itertools
 import math
 import signal
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,7 @@ from .meters import Meters
 from .nonfinite import SkippedSteps
 from .optim import make_optimizer
 from .options import AUTO
-from .run import RunFolder
+from .run import RunFolder, by_step
 from .schedule import schedule_of, set_lr
 from .state import Progress, RunState
 from .step import GraphedStep, TrainingStep, Upload, seed_step
@@ -276,7 +275,7 @@ class Trainer:
         self._skipped = []
 
         def record() -> dict[str, int]:
-            for step, skipped in _by_step(everyones):
+            for step, skipped in by_step(everyones):
                 self.folder.record_skipped(step, skipped)
             self.budget.count([sample for mine in everyones for _, sample in mine])
             return dict(self.budget.kinds)
@@ -334,10 +333,3 @@ class Trainer:
         """Return the weights that the model has now, complete on rank 0; all ranks must call it."""
         found: dict[str, Tensor] = gathered(self.model.state_dict(), keep=self.world.is_main)
         return found
-
-
-def _by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[int, list[Skipped]]]:
-    """Yield the samples of all ranks step by step."""
-    rows = sorted(itertools.chain(*everyones), key=lambda row: row[0])
-    for step, group in itertools.groupby(rows, key=lambda row: row[0]):
-        yield step, [sample for _, sample in group]

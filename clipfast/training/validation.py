@@ -111,7 +111,11 @@ class Validation:
     def _results(self, features: LabelledFeatures | None, skipped: int) -> Evaluation:
         if features is None:
             raise RuntimeError("the features of an evaluation are on rank 0, and this is another one")
-        return evaluate(self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=skipped)
+        at_once = self.config.micro_batch_size
+        return evaluate(
+            self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=skipped,
+            loss_batch=at_once if isinstance(at_once, int) else self.config.batch_size,
+        )  # fmt: skip
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which every rank has all weights, and encodes what it likes without the others."""

@@ -157,6 +157,38 @@ def test_groups_and_left_out_groups(model, shards):
     assert result["zero_shot"]["top1"] == pytest.approx(mean)
 
 
+def test_each_text_is_encoded_once(model, shards, monkeypatch):
+    images = encoded(model, shards.split("::")[0])
+    given = []
+
+    def counted(model, tokenizer, texts, device):
+        given.extend(texts)
+        return encode_texts(model, tokenizer, texts, device)
+
+    monkeypatch.setattr("clipfast.evaluation.evaluate.encode_texts", counted)
+    found = evaluate(model, get_tokenizer("ViT-T-8-32"), images)
+    assert sorted(given) == sorted({texts[0] for texts in images.captions})
+    prompts = build_zero_shot_classifier(model, get_tokenizer("ViT-T-8-32"), images.classnames, ["{}"])
+    best = top_classes(images.features, prompts, 5).tolist()
+    assert found.predictions == [[images.classnames[number] for number in row] for row in best]
+
+
+def test_the_loss_of_pairs_is_openclips(model, shards):
+    """The mean over pairs of the dense loss of each batch, of which the last one is smaller."""
+    images, tokenizer = encoded(model, shards.split("::")[0]), get_tokenizer("ViT-T-8-32")
+    losses = []
+    for start in range(0, 24, 10):
+        captions = [texts[0] for texts in images.captions[start : start + 10]]
+        with torch.no_grad():
+            texts = model.encode_text(tokenizer(captions), normalize=True)
+            logits = model.logit_scale.exp() * images.features[start : start + 10] @ texts.T
+        right = torch.arange(len(captions))
+        losses += len(captions) * [(F.cross_entropy(logits, right) + F.cross_entropy(logits.T, right)).item() / 2]
+    found = evaluate(model, tokenizer, images, loss_batch=10).results["clip_val_loss"]
+    assert found == pytest.approx(sum(losses) / 24, rel=1e-5)
+    assert "clip_val_loss" not in evaluate(model, tokenizer, images).results
+
+
 def test_errors(model, tmp_path, shards):
     with pytest.raises(ValueError, match="has no sub-folders"):
         list(LabelledSet(str(tmp_path)))

@@ -84,6 +84,8 @@ def test_evaluations_have_openclips_names(whole):
         assert found["odd-top1"] == line["eval"]["by_group"]["odd"]["top1"]
     text = (whole.path / "out.log").read_text()
     assert f"Eval Epoch: 2 zeroshot-val-top1: {results[1]['zeroshot-val-top1']:.4f}\t" in text
+    assert f"\tclip_val_loss: {results[1]['clip_val_loss']:.4f}\t" in text
+    assert "odd-top1" not in text  # groups can be many
 
 
 def test_tensorboard_has_what_the_metrics_have(whole):
@@ -98,6 +100,7 @@ def test_tensorboard_has_what_the_metrics_have(whole):
     assert [epoch for epoch, _ in top1] == [1, 2]
     assert found["val/zeroshot-val-top1"] == close(top1)
     assert found["val/num_samples"] == [(1, 48), (2, 48)]
+    assert found["val/odd-top1"]
 
 
 def test_a_run_that_goes_on_has_no_point_twice(shards, tmp_path, whole):
