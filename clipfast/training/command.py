@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         print(describe(complete, origins | ({} if "train_data" in options else {"train_data": "nowhere"})))
         return 0
     if is_evaluation(options):
-        return evaluate({"model": TrainConfig.model} | options)
+        weights = {} if start.checkpoint is None else {"pretrained": str(start.checkpoint)}
+        return evaluate({"model": TrainConfig.model} | options | weights)
     from .loop import train
     from .world import INDEXING, joined, restarts
 

@@ -348,6 +348,15 @@ class TestWithoutTrainingData:
         assert set(pairs["retrieval"]) == {"text_to_image", "image_to_text"}
         assert imagenet["classes"] == 1000
 
+    def test_a_checkpoint_of_openclip_to_resume_is_what_is_evaluated(self, shards, tmp_path, capsys):
+        model = config(shards, tmp_path).model
+        state = bare_model(config(shards, tmp_path), {}, CPU).state_dict()
+        torch.save({"epoch": 1, "name": "theirs", "state_dict": state}, tmp_path / "epoch_1.pt")
+        words = ["--val-data", shards, "--model", model]
+        code, out, err = run_command(capsys, "train", *words, "--resume", tmp_path / "epoch_1.pt")
+        assert code == 0, err
+        assert json.loads(out)["images"] == 48
+
     def test_what_an_evaluation_does_not_know_is_refused(self, shards, capsys):
         code, _, err = run_command(capsys, "train", "--val-data", shards, "--force-image-size", "48")
         assert code == 2
