@@ -175,7 +175,7 @@ def test_a_line_that_is_overdue_is_a_warning(run):
     finally:
         process.kill()
         process.wait()
-    assert warning.startswith("the last line is 2:00:00 old, and usually one comes every 0:00:0")
+    assert warning.startswith("the last line is 2:00:00 old, and usually one comes every 0:0")
 
 
 def test_the_trend_of_the_speed():
