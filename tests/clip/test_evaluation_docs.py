@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)

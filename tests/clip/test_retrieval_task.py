@@ -172,6 +172,7 @@ def as_rank(rank, commands):
     return found
 
 
+@pytest.mark.long
 def test_three_ranks_give_what_one_gives(model, data, tmp_path, capsys):
     """With 64 images a batch there is one block, so that two ranks have none."""
     common = [*model, "--data", str(data), "--batch-size"]

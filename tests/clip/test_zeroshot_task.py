@@ -130,6 +130,7 @@ def data(tmp_path_factory):
     return write_shard(folder / "a.tar", [*samples, sample(0, png=b"broken")])
 
 
+@pytest.mark.long
 def test_everything_at_once(model, data, tmp_path, capsys):
     outputs = ["--json", tmp_path / "r.json", "--html", tmp_path / "p.html", "--plot", tmp_path / "p.png"]
     arguments = ["eval", "zeroshot", *model, "--data", data, "--templates", "simple", "--features", tmp_path / "f"]
