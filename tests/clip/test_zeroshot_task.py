@@ -101,11 +101,11 @@ def test_bootstrap_is_the_same_each_time():
 
 def test_worst_classes_and_what_they_were_taken_for():
     best = torch.tensor([[0], [1], [1], [2], [0], [0], [2]])
-    found = Classified(["a", "b", "c"], torch.tensor([0, 0, 0, 1, 2, 2, 2]), best, torch.tensor([0, 1, 2, 2, 2, 1, 0]))
+    found = Classified(["a", "b", "c"], torch.tensor([0, 0, 0, 1, 2, 2, 2]), best, torch.tensor([0, 1, 2, 2, 2, 2, 0]))
     assert recalls(found).tolist() == pytest.approx([1 / 3, 0, 1 / 3])
     assert worst_classes(found, 2) == [
         {"class": "b", "images": 1, "recall": 0.0, "mean_place": 3.0, "taken_for": {"c": 1}},
-        {"class": "a", "images": 3, "recall": 1 / 3, "mean_place": 2.0, "taken_for": {"b": 2}},
+        {"class": "c", "images": 3, "recall": 1 / 3, "mean_place": 1 + 4 / 3, "taken_for": {"a": 2}},
     ]
     assert len(worst_classes(found, 9)) == 3
 
