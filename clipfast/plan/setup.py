@@ -1,8 +1,7 @@
 """A training run as far as its memory and its time depend on it, and one rank of it that takes steps.
 
 The rank is built as the trainer builds it, of fake tensors or of real ones: the model, DistributedDataParallel or
-FSDP2, the optimizer, the average of the weights. FSDP2 shards every block of both towers, and what is left of the model
-as one more group, which stays gathered from the forward to the backward pass. The logit scale, a scalar, stays whole.
+FSDP2, the optimizer, the average of the weights. What FSDP2 shards, and how, is said in :mod:`clipfast.training.fsdp`.
 """
 
 import contextlib
@@ -25,6 +24,7 @@ from ..ledger import Ledger
 from ..models import CLIP, CLIPConfig, build, get_model_config
 from ..training.config import TrainConfig
 from ..training.ema import WeightAverage
+from ..training.fsdp import blocks_of, shard
 from ..training.optim import make_optimizer
 from .step import data_parallel
 
@@ -98,21 +98,29 @@ class Setup:
 
     def optimizer(self, model: CLIP) -> torch.optim.Optimizer:
         """Return the trainer's optimizer of ``model``."""
-        return make_optimizer(TrainConfig(train_data="synthetic:1", opt=self.opt), model)
+        return make_optimizer(self.train_config, model)
+
+    @property
+    def train_config(self) -> TrainConfig:
+        """The trainer's options that say the same."""
+        return TrainConfig(
+            train_data="synthetic:1", opt=self.opt, fsdp=self.is_sharded,
+            fsdp_no_reshard_after_forward=self.is_sharded and not self.reshards,
+        )  # fmt: skip
 
 
-def blocks(model: CLIP) -> list[nn.Module]:
-    """Return what FSDP2 shards one by one: the blocks of both towers."""
-    vision = getattr(model.visual, "transformer", None)
-    return [*(() if vision is None else vision.resblocks), *model.transformer.resblocks]
+def groups(model: CLIP) -> tuple[list[Parameters], list[Parameters], Parameters]:
+    """Return the parameters that FSDP2 gathers at a time: of each block of images, of each of texts, and all others.
 
-
-def groups(model: CLIP) -> Iterator[Parameters]:
-    """Yield the parameters that FSDP2 gathers at a time: those of each block, and all others but the logit scale."""
-    of_blocks = [list(block.parameters()) for block in blocks(model)]
-    yield from of_blocks
-    known = {parameter for group in of_blocks for parameter in group}
-    yield [parameter for parameter in model.parameters() if parameter not in known and parameter.ndim > 0]
+    Scalars are never gathered.
+    """
+    of_texts = set(model.transformer.modules())
+    images, texts = (
+        [list(block.parameters()) for block in blocks_of(model) if (block in of_texts) == is_text]
+        for is_text in (False, True)
+    )
+    known = {parameter for group in images + texts for parameter in group}
+    return images, texts, [p for p in model.parameters() if p not in known and p.ndim > 0]
 
 
 def local_shape(shape: torch.Size, ranks: int) -> tuple[int, ...]:
@@ -167,7 +175,7 @@ class Rank:
         ledger.phase = "weights"
         model._apply(lambda meta: torch.zeros(meta.shape, dtype=meta.dtype))  # type: ignore[no-untyped-call]
         if mesh is not None:
-            _shard(setup, model, mesh)
+            shard(setup.train_config, model, mesh)
         ledger.phase = "gradients"
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -233,14 +241,3 @@ class Rank:
             return out
 
         return call
-
-
-def _shard(setup: Setup, model: CLIP, mesh: Any) -> None:
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    is_mixed = setup.precision == "amp_bf16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if is_mixed else MixedPrecisionPolicy()
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy}
-    for block in blocks(model):
-        fully_shard(block, reshard_after_forward=setup.reshards, **options)
-    fully_shard(model, ignored_params={p for p in model.parameters() if p.ndim == 0}, **options)

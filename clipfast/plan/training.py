@@ -5,7 +5,7 @@ average from one update of the parts that a rank holds. What is sent follows fro
 
     DDP      one ring all-reduce of all gradients, in buckets of 25 MiB that are the gradients themselves
     FSDP2    for each block, ring all-gathers of its weights for the forward and again for the backward pass, and a ring
-             reduce-scatter of its gradients; in bfloat16 and float32 under "amp_bf16"
+             reduce-scatter of its gradients, in float32; weights are gathered in the dtype that they have
 
 It is assumed that messages and kernels do not slow each other down. DDP's buckets fill evenly in the course of the
 backward pass, of the last micro-batch if there are several. FSDP2 gathers the next block while one computes, but never
@@ -39,7 +39,6 @@ from .setup import (
     TEXT_FORWARD,
     UPDATE,
     Setup,
-    blocks,
     groups,
     local_shape,
 )
@@ -122,11 +121,13 @@ def exchange(setup: Setup) -> Exchange:
     width = setup.weight_dtype.itemsize
     if not setup.is_sharded:
         return Exchange((), (sum(p.numel() for p in model.parameters()) * width,))
-    padded = [sum(math.prod(local_shape(p.shape, setup.gpus)) * setup.gpus for p in group) for group in groups(model)]
-    narrow, wide = (2, 4) if setup.precision == "amp_bf16" else (width, width)
-    texts = len(model.transformer.resblocks)
-    gathered, reduced = (tuple(size * bytes_each for size in padded) for bytes_each in (narrow, wide))
-    return Exchange(gathered, reduced, len(blocks(model)) - texts, texts)
+    images, texts, root = groups(model)
+    padded = [
+        sum(math.prod(local_shape(p.shape, setup.gpus)) * setup.gpus for p in group)
+        for group in (*images, *texts, root)
+    ]
+    gathered, reduced = (tuple(size * each for size in padded) for each in (width, torch.float32.itemsize))
+    return Exchange(gathered, reduced, len(images), len(texts))
 
 
 @functools.lru_cache(maxsize=4096)

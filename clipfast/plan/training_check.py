@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from ..kernels.hardware import CARDS, Cluster
 from ..ledger import Ledger
+from ..models import CLIPConfig
 from ..ranks import run_ranks
 from .predict import TIMEOUT_S, TOLERANCE
 from .setup import CHECKPOINTINGS, PARALLELS, Setup, staged
@@ -32,7 +33,7 @@ def check_training(setup: Setup, batch: Batch) -> list[dict[str, Any]]:
     ]
     with tempfile.TemporaryDirectory() as folder:
         waits = {"timeout": TIMEOUT_S, "collective_s": TIMEOUT_S}
-        ranks = run_ranks(_measure_all, setup.gpus, setups, batch, folder=Path(folder), **waits)
+        ranks = run_ranks(_measure_all, setup.gpus, setups, setup.config, batch, folder=Path(folder), **waits)
     rows = []
     for index, one in enumerate(setups):
         for what, predicted in _predict(one, batch).items():
@@ -54,13 +55,13 @@ def _predict(setup: Setup, batch: Batch) -> dict[str, int]:
     }
 
 
-def _measure_all(_: int, setups: list[Setup], batch: Batch) -> list[dict[str, int]]:
-    return [_measure(setup, batch) for setup in setups]
+def _measure_all(_: int, setups: list[Setup], config: CLIPConfig, batch: Batch) -> list[dict[str, int]]:
+    return [_measure(setup, config, batch) for setup in setups]
 
 
-def _measure(setup: Setup, batch: Batch) -> dict[str, int]:
+def _measure(setup: Setup, config: CLIPConfig, batch: Batch) -> dict[str, int]:
     with (
-        staged(setup, setup.config, None, is_fake=False, ledger_type=_WithoutCopies) as rank,
+        staged(setup, config, None, is_fake=False, ledger_type=_WithoutCopies) as rank,
         _marking_copies(rank.ledger),
     ):
         rank.set_checkpointing(setup.checkpointing)

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 from torch.nn.parallel import DistributedDataParallel
 
 from ..checkpoint import complete_preprocessing
@@ -116,7 +117,7 @@ def build_parallel(config: TrainConfig, model: CLIP, world: World, device: torch
     if world.size == 1:
         return model
     if is_sharded(config, world):
-        shard(config, model, world, device)
+        shard(config, model, init_device_mesh(device.type, (world.size,)))
         return model
     if config.use_bn_sync:
         nn.SyncBatchNorm.convert_sync_batchnorm(model)

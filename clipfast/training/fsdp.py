@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from ..models import CLIP
 from ..models.resnet import ModifiedResNet
@@ -34,18 +35,17 @@ def blocks_of(model: CLIP) -> list[nn.Module]:
     return blocks
 
 
-def shard(config: TrainConfig, model: CLIP, world: World, device: torch.device) -> None:
-    """Cut the weights of ``model`` in place, and compile its blocks if that is asked for.
+def shard(config: TrainConfig, model: CLIP, mesh: DeviceMesh) -> None:
+    """Cut the weights of ``model`` in place among the ranks of ``mesh``, and compile its blocks if that is asked for.
 
     The arithmetic stays that of DistributedDataParallel: autocast chooses the precision, and gradients are summed in
     float32.
     """
-    from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 
-    offload = CPUOffloadPolicy(pin_memory=device.type == "cuda") if config.fsdp_offload_cpu else OffloadPolicy()
+    offload = CPUOffloadPolicy(pin_memory=mesh.device_type == "cuda") if config.fsdp_offload_cpu else OffloadPolicy()
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (world.size,)),
+        "mesh": mesh,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32),
         "offload_policy": offload,
     }
