@@ -172,9 +172,6 @@ class StepPlan:
         # The features of the micro-batches, all in one, and their gradients.
         features = 2 * batch.rows * config.embed_dim * self.setup.dtype.itemsize
         kept = Counter({"features": 3 * features if batch.micro_batches > 1 else 0})
-        if batch.micro_batches > 1 and not self.setup.is_sharded and self.setup.gpus > 1:
-            # DDP sums those of the first micro-batches beside its buckets.
-            kept["gradients of micro-batches"] = self.held.bytes["gradients"]
         in_loss = Counter({LOSS: self._loss(batch).peak[LOSS] if with_loss else 0})
         phases = [base + kept + probed[phase] for phase in (*FORWARD, *BACKWARD)]
         phases += [

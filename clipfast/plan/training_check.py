@@ -65,8 +65,11 @@ def _measure(setup: Setup, config: CLIPConfig, batch: Batch) -> dict[str, int]:
         _marking_copies(rank.ledger),
     ):
         rank.set_checkpointing(setup.checkpointing)
-        if setup.is_sharded:  # FSDP2 allocates in its first step what it keeps
-            rank.step(batch.rows, batch.micro_rows, is_whole=True)
+        # FSDP2 allocates in its first step what it keeps, and DDP makes its buckets the gradients.
+        rank.step(batch.rows, batch.micro_rows, is_whole=True)
+        if not setup.is_sharded:
+            rank.ledger.phase = "gradients"
+            rank.trained.reducer._rebuild_buckets()  # type: ignore[operator, union-attr]
         rank.step(batch.rows, batch.micro_rows, is_whole=True)
         ledger = rank.ledger
         sent = sum(event.bytes for event in ledger.events if event.collective)
