@@ -174,10 +174,7 @@ FLAGS: dict[str, Rule] = {
     "--fsdp": SAME,
     "--fsdp-no-reshard-after-forward": SAME,
     "--fsdp-offload-cpu": SAME,
-    "--fsdp-checkpoint": Rule(
-        "accepted", "checkpoints are one file, which goes on with and without --fsdp, on any number of processes",
-        {"choices": ("full", "sharded")},
-    ),
+    "--fsdp-checkpoint": Rule("same", "epoch_N.pt and the last checkpoint are one file in any case"),
     "--no-set-device-rank": SAME,
     "--seed": SAME,
     "--grad-clip-norm": SAME,

@@ -69,7 +69,7 @@ VALUES |= {
     "--remote-sync": "memory://runs", "--remote-sync-frequency": "60", "--remote-sync-protocol": "fsspec",
     "--log-metric-every-n-steps": "5", "--distill-model": "ViT-B-32", "--distill-pretrained": "openai",
 }  # fmt: skip
-WITH |= {"--fsdp-no-reshard-after-forward": {"--fsdp": ""}, "--fsdp-offload-cpu": {"--fsdp": ""}}
+WITH |= {f"--fsdp-{name}": {"--fsdp": ""} for name in ("no-reshard-after-forward", "offload-cpu", "checkpoint")}
 WITH |= {"--distill-model": {"--distill-pretrained": "openai"}, "--distill-pretrained": {"--distill-model": "ViT-B-32"}}
 GONE = {"--horovod", "--torchscript", "--trace"}  # from OpenCLIP 3.3.0 on
 
