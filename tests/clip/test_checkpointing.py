@@ -443,7 +443,7 @@ def test_the_checkpoint_that_a_run_goes_on_from_is_not_kept_in_memory(shards, tm
         assert [found for found in (reference() for reference in kept) if found is not None] == []
         return fit(trainer, interruption)
 
-    with mock.patch("clipfast.training.loop.read_checkpoint", read), mock.patch.object(Trainer, "fit", checked):
+    with mock.patch("clipfast.training.checkpoints.read_checkpoint", read), mock.patch.object(Trainer, "fit", checked):
         train(options, folder.latest)
 
 
