@@ -236,6 +236,7 @@ def arguments(folder, **changes):
     return ["eval", "probe", *(str(word) for words in flat for word in words)]
 
 
+@pytest.mark.long
 def test_the_command_writes_what_clip_benchmark_would(folder, capsys, tmp_path):
     files = {"--json": tmp_path / "out.json", "--plot": tmp_path / "out.png", "--features": tmp_path / "features"}
     code, out, err = run_command(capsys, *arguments(folder, **files, **{"--shots": [4, 1, 20], "--seeds": 2}))
@@ -296,6 +297,7 @@ def test_wrong_inputs(folder, capsys, tmp_path, changes, message):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.long
 def test_two_ranks_equal_one_process(folder, capsys, tmp_path):
     given = arguments(folder, **{"--shots": [1, 2], "--seeds": 2, "--batch-size": 4, "--device": "cpu"})
     code, out, err = run_command(capsys, *given)
