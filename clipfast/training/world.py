@@ -42,6 +42,8 @@ class World:
         timeout: seconds that a collective may take after the first step.
         hosts: process group of the hosts; None if there is one process.
         watchdog: says who holds up the others; None if there is one process.
+        patient: as ``hosts``, to meet after what takes long: in a barrier only rank 0 heeds the time that it is given,
+            and the others that of the group.
     """
 
     rank: int = 0
@@ -51,6 +53,7 @@ class World:
     timeout: float = PATIENCE
     hosts: "dist.ProcessGroup | None" = None
     watchdog: Watchdog | None = None
+    patient: "dist.ProcessGroup | None" = None
     _shared: BaseException | None = dataclasses.field(default=None, init=False)
 
     @property
@@ -126,7 +129,7 @@ class World:
         """Wait until all ranks are here, for longer than a collective may take."""
         if self.size > 1:
             with self.phase(PATIENT):
-                dist.monitored_barrier(self.hosts, datetime.timedelta(seconds=max(seconds, self.timeout)))
+                dist.monitored_barrier(self.patient, datetime.timedelta(seconds=max(seconds, self.timeout)))
 
     @contextlib.contextmanager
     def local_first(self) -> Iterator[None]:
@@ -287,6 +290,7 @@ def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[Wor
             place["store"] = store
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None, **place)
     world.hosts = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, timeout)))
+    world.patient = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=INDEXING))
     world.watchdog = watchdog = Watchdog(dist.distributed_c10d._get_default_store(), rank, size, timeout)
     try:
         yield world

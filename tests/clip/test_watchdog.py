@@ -16,6 +16,7 @@ from clipfast import ranks
 from clipfast.data.loader import PairBatches
 from clipfast.ranks import error_of, run_ranks, start_ranks
 from clipfast.training import TrainConfig, watchdog
+from clipfast.training import world as world_module
 from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.imagenet import ImageNet
 from clipfast.training.watchdog import Watchdog, record_flights, write_flights_to
@@ -132,6 +133,23 @@ def slowly(world, *job):
 
     with mock.patch.object(Checkpoints, "save", slow):
         return stalling(world, *job)
+
+
+def meeting(rank, size):
+    """Meet, where rank 0 comes later than a collective of the hosts may take."""
+    with mock.patch.object(world_module, "PATIENCE", 1.0):
+        (found,) = on_rank(rank, size, [({"dist_timeout": 1},)], lambda world, _: late(world))
+    return found
+
+
+def late(world):
+    time.sleep(0 if world.rank else 4)
+    world.meet(30)
+    return True
+
+
+def test_all_ranks_wait_for_rank_0(tmp_path):
+    assert run_ranks(meeting, 2, 2, folder=tmp_path) == [True, True]
 
 
 def classified(world, given):
