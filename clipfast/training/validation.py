@@ -135,10 +135,14 @@ class Validation:
         world.meet()  # parts take different times
         found.features = found.features.cpu()
         everyones = world.gather((found, part.left_out))
-        if not world.is_main:
-            return None
-        features = join_parts([theirs for theirs, _ in everyones])
-        features.features = features.features.to(device)
-        left_out = {number: sample for _, theirs in everyones for number, sample in theirs.items()}
-        images.left_out = dict(sorted(left_out.items()))
-        return features
+        whole: list[LabelledFeatures] = []
+
+        def join() -> None:
+            features = join_parts([theirs for theirs, _ in everyones])
+            features.features = features.features.to(device)
+            left_out = {number: sample for _, theirs in everyones for number, sample in theirs.items()}
+            images.left_out = dict(sorted(left_out.items()))
+            whole.append(features)
+
+        world.on_main(join)  # all ranks hear of a set of which not one image can be used
+        return whole[0] if whole else None

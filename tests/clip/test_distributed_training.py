@@ -500,3 +500,18 @@ def test_torchrun_starts_it_again_where_it_was(options, together, tmp_path):
     assert "Resuming from " in said
     together(2, (whole,))
     assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def without_images(world, given):
+    """Train where rank 0 finds, when it joins the parts, that not one image of the validation set can be used."""
+    with mock.patch("clipfast.training.validation.join_parts", side_effect=ValueError("no image can be used")):
+        try:
+            return trained(world, given)
+        except ValueError as error:
+            return str(error)
+
+
+def test_all_ranks_hear_that_a_validation_set_cannot_be_used(options, tmp_path):
+    given = options(tmp_path, "average", samples_seen=24)
+    found = run_ranks(on_rank, 2, 2, [(given,)], without_images, folder=tmp_path)
+    assert found == [["no image can be used"]] * 2

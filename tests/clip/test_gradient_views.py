@@ -58,5 +58,4 @@ def test_sums_of_micro_batches_take_no_memory_of_their_own(tmp_path):
     for (peaks, gradients, weights), (before, _, expected) in zip(kept, forgotten, strict=True):
         assert torch.equal(weights, expected)
         assert peaks[-1] < before[-1] - 0.95 * gradients
-        assert max(peaks) == peaks[-1], "the first steps take no more than all others"
     assert torch.equal(kept[0][2], kept[1][2])
