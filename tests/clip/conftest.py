@@ -14,6 +14,7 @@ from PIL import Image
 from clipfast.cli import main
 from clipfast.data.samples import RawSample, group_members
 from clipfast.data.tar import read_tar
+from clipfast.training.checkpoints import Checkpoints
 
 # The configuration of a vision transformer whose checkpoints are written in no time.
 TINY = str(Path(__file__).with_name("tiny.json"))
@@ -65,6 +66,13 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
     except SystemExit as exit_:
         code = exit_.code
     return code, *capsys.readouterr()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Checkpoints:
+    """The checkpoints of the run in the folder "run"."""
+    (tmp_path / "run/checkpoints").mkdir(parents=True)
+    return Checkpoints(tmp_path / "run/checkpoints")
 
 
 @pytest.fixture(scope="session")
