@@ -1,4 +1,4 @@
-"""Every snippet of the README and of docs/ runs, and every command of the README and of docs/data.md."""
+"""Every snippet of the README and of docs/ runs, and every command of the README, docs/data.md and docs/plan.md."""
 
 import re
 import shlex
@@ -18,15 +18,17 @@ SNIPPETS = [
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
     for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
+PAGES = [ROOT / "docs" / name for name in ("data.md", "plan.md")]
 COMMANDS = [
     shlex.split(line, comments=True)
-    for block in re.findall(r"```sh\n(.*?)```", TEXT + (ROOT / "docs" / "data.md").read_text(), re.DOTALL)
+    for block in re.findall(r"```sh\n(.*?)```", TEXT + "".join(page.read_text() for page in PAGES), re.DOTALL)
     for line in block.splitlines()
 ]
-# Two steps instead of a thousand, by what says how many there are.
+# Two steps instead of a thousand, and one plan instead of three, by what says how many there are.
 SHORT = {
     "--recipe": ["--epochs", "1", "--train-num-samples", "64", "--batch-size", "32"],
     "--samples-seen": ["--samples-seen", "64", "--batch-size", "32"],
+    "--fit": ["--checkpointing", "none"],
 }
 
 

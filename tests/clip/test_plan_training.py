@@ -12,6 +12,7 @@ from clipfast.models import add_model_config
 from clipfast.plan import training_command
 from clipfast.plan.fit import (
     CONTEXT,
+    MODELS,
     SLACK,
     Assumptions,
     combinations,
@@ -21,6 +22,7 @@ from clipfast.plan.fit import (
     length,
     memory_of,
 )  # fmt: skip
+from clipfast.plan.page import table_rows
 from clipfast.plan.probe import BACKWARD, FORWARD, Sample, probe
 from clipfast.plan.setup import CHECKPOINTINGS, IMAGES, TEXTS, Setup, staged
 from clipfast.plan.training import Batch, StepPlan, exchange, held, overlap
@@ -257,3 +259,11 @@ def test_what_does_not_go_together(capsys, arguments, said):
         code = exit.code
     assert code == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_page_has_what_the_code_says():
+    page = (Path(__file__).parent.parent.parent / "docs" / "plan.md").read_text()
+    table = [row for row in page.splitlines() if row.startswith("| ViT-")]
+    assert [row.split()[1] for row in table] == [model for model in MODELS for _ in range(6)]
+    assert table[:6] == table_rows(MODELS[:1])
