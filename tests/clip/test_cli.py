@@ -93,7 +93,7 @@ BAD = [
     (["plan", "--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
     (["plan", "--card", "v100"], "--card: unknown 'v100'; known: a100, h100, h200, b200. For another, take"),
     (["plan", "--tflops", "0"], "argument --tflops: must be more than 0, got 0"),
-    (["plan", "--memory-gb", "nan"], "argument --memory-gb: must be more than 0, got nan"),
+    (["plan", "--memory-gb", "nan"], "argument --memory-gb: must be a finite number, got nan"),
     (["plan", "--latency-us", "-1"], "argument --latency-us: must be at least 0, got -1"),
     (["plan", "--gpus-per-node", "0"], "argument --gpus-per-node: must be more than 0, got 0"),
     (["plan", "--check", "--gpus", "9"], "--gpus must be at most 8, got 9"),

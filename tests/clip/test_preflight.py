@@ -302,7 +302,10 @@ class TestDisk:
                 if free == needed:
                     preflight(options, RunFolder(tmp_path / "logs/run"), {})
                     continue
-                with pytest.raises(ValueError, match=r"free, and the run needs .* for a checkpoint of .*; make room"):
+                with pytest.raises(
+                    ValueError,
+                    match=r"free, and the run needs .* for each of --keep-last 2 checkpoints of .*; make room",
+                ):
                     preflight(options, RunFolder(tmp_path / "logs/run"), {})
         monkeypatch.setattr(shutil, "disk_usage", lambda _: mock.Mock(free=2**20))
         preflight(options, RunFolder(tmp_path / "logs/run"), {}, World(rank=1, size=2))  # it writes nothing

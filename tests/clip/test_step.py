@@ -193,7 +193,8 @@ def test_a_step_copies_nothing_from_the_host(name, micro_batch_size, monkeypatch
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())  # which knows no "meta"
     model = create_model(name, device="meta").train()
     size = model.visual.image_size
-    optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True})  # the real one does not know "meta"
+    # The real one does not know "meta".
+    optimizer = mock.Mock(torch.optim.AdamW, defaults={"fused": True}, param_groups=[{"params": [*model.parameters()]}])
     step = TrainingStep(model, optimizer, contrastive_loss, torch.autocast, 1.0, micro_batch_size)
     images = torch.empty(4, 3, size, size, dtype=torch.uint8, device="meta")
     texts = torch.empty(4, 77, dtype=torch.long, device="meta")
