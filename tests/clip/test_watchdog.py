@@ -118,8 +118,8 @@ def test_slow_ranks_are_not_stuck(given, tmp_path):
     """A start, an evaluation and a checkpoint may take longer than the timeout, and data nearly as long."""
     folder = tmp_path / "ranks"
     folder.mkdir()
-    given |= {"dist_timeout": 2}
-    assert run_ranks(on_rank, 2, 2, [(given, 1, 3.0, 0)], slowly, folder=folder) == [[None]] * 2
+    given |= {"dist_timeout": 4}
+    assert run_ranks(on_rank, 2, 2, [(given, 1, 5.0, 0)], slowly, folder=folder) == [[None]] * 2
     assert "ERROR" not in (tmp_path / "run" / "out.log").read_text()
     assert not (tmp_path / "run" / "stacks").exists()
 
@@ -128,7 +128,7 @@ def slowly(world, *job):
     save = Checkpoints.save
 
     def slow(*args, **options):
-        time.sleep(3)
+        time.sleep(5)
         return save(*args, **options)
 
     with mock.patch.object(Checkpoints, "save", slow):
