@@ -94,7 +94,7 @@ class World:
         if self.size == 1:
             return self
         group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=max(PATIENCE, self.timeout)))
-        return dataclasses.replace(self, hosts=group, watchdog=None)
+        return dataclasses.replace(self, hosts=group, patient=group, watchdog=None)
 
     def phase(
         self, name: str, step: int | None = None, detail: Callable[[], str] | None = None
