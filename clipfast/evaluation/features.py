@@ -16,7 +16,7 @@ from ..data import Skipped
 from ..models import CLIP
 from ..training.world import ALONE, World
 from .encoder import Encoder
-from .labelled import LabelledImage, LabelledSet, Place, load
+from .labelled import LabelledImage, LabelledSet, Place, in_order, load
 from .store import FeatureStore, Section
 
 if TYPE_CHECKING:
@@ -45,14 +45,13 @@ class LabelledFeatures:
 
     @classmethod
     def empty(cls) -> LabelledFeatures:
-        """Return the features of no images, which every rank but one has."""
+        """Return the features of no images."""
         return cls(torch.empty(0), [], [], [])
 
     @property
     def classnames(self) -> list[str]:
         """The distinct labels, sorted; by value if all of them are numbers."""
-        labels = set(self.labels)
-        return sorted(labels, key=int) if all(label.isdecimal() for label in labels) else sorted(labels)
+        return in_order(self.labels)
 
     def accepted(self) -> list[set[str]]:
         """Return, for each image, the labels that are right for it: its own and those of its twins."""
@@ -104,7 +103,7 @@ class _Blocks(Dataset[_Block]):
         self.transforms = transforms
 
     def __getitem__(self, numbers: Sequence[int]) -> _Block:
-        found = LabelledFeatures(torch.empty(0), [], [], [])
+        found = LabelledFeatures.empty()
         images = []
         for number in numbers:
             image = load(self.places[number], number)
@@ -260,7 +259,7 @@ def encode_part(
     """
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    found = LabelledFeatures(torch.empty(0), [], [], [])
+    found = LabelledFeatures.empty()
     features = []
     for _, block in itertools.groupby(images, key=lambda image: image.number // batch_size):
         pixels = []

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..models import CLIP
 from .features import LabelledFeatures
-from .labelled import LabelledSet
+from .labelled import LabelledSet, in_order
 from .zero_shot import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier, top_classes
 
 # What ImageNet-V2's own package and its archive call the folder of the images that OpenCLIP evaluates on.
@@ -31,8 +31,7 @@ def imagenet_set(folder: str) -> LabelledSet:
 
 def _classes(folder: Path) -> list[str]:
     """Return the names of the sub-folders in the order of the classes: those of ImageNet-V2 are numbers."""
-    names = [path.name for path in folder.iterdir() if path.is_dir()]
-    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
+    return in_order(path.name for path in folder.iterdir() if path.is_dir())
 
 
 def imagenet_classifier(

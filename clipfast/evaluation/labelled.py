@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -186,6 +186,12 @@ class LabelledSet:
         label = texts[0] if self.label_by is None else field(sample, self.label_by)
         group = "" if self.group_by is None else field(sample, self.group_by)
         return LabelledImage(decode_image(sample, self.keys), label, texts, group)
+
+
+def in_order(labels: Iterable[str]) -> list[str]:
+    """Return the distinct labels in the order of their classes: sorted, by value if all of them are numbers."""
+    names = set(labels)
+    return sorted(names, key=int) if all(name.isdecimal() for name in names) else sorted(names)
 
 
 def load(place: Place, number: int) -> LabelledImage | Skipped:
