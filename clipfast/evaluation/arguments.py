@@ -1,4 +1,4 @@
-"""What all tasks of ``clipfast eval`` have in common: their arguments, what these stand for, and how results go out."""
+"""The arguments that all tasks of ``clipfast eval`` share, what these stand for, and how results go out."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 class Session(NamedTuple):
-    """What a task works with.
+    """The model, the store and the ranks that a task works with.
 
     Attributes:
         encoder: the model.

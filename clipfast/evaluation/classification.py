@@ -16,7 +16,7 @@ TAKEN_FOR = 5  # wrong classes that are named for a class
 
 
 class Classified(NamedTuple):
-    """What a classifier makes of images.
+    """The classes that a classifier gives to images.
 
     Attributes:
         classnames: the labels of the classes.

@@ -1,4 +1,4 @@
-"""What fits: the largest batch of a model on so many GPUs, and what a step and a whole training then take."""
+"""The largest batch of a model that fits on so many GPUs, and what a step and a whole training then take."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ DAY = 86400.0
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What no count of tensors can tell, and what the training is to be.
+    """Assumptions on what no count of tensors can tell, and what the training is to be.
 
     Attributes:
         context_bytes: the CUDA context, the workspaces of cuBLAS and the buffers of NCCL.

@@ -1,4 +1,4 @@
-"""What the towers take, from steps on fake tensors of a model with few blocks.
+"""Memory and time of the towers, from steps on fake tensors of a model with few blocks.
 
 Bytes, FLOPs and kernels of a step are linear in the number of blocks of each tower, and with a given number of blocks
 in the batch: so the steps of towers of 3 and of 4 blocks with two batches tell those of the whole model with any batch.

@@ -50,7 +50,7 @@ Parameters = list[nn.Parameter]
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a step is made of, apart from its batch.
+    """The parts of a step, apart from its batch.
 
     Attributes:
         model: a name of :func:`clipfast.list_models`.
@@ -79,7 +79,7 @@ class Setup:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether a rank holds only its part of the weights."""
+        """True if a rank holds only its part of the weights."""
         return self.parallel == "fsdp" and self.gpus > 1
 
     @property

@@ -37,7 +37,8 @@ class Distillation:
         world: World = ALONE,
         autocast: Callable[[], torch.autocast] | None = None,
     ) -> None:
-        assert config.distill_model is not None
+        if config.distill_model is None:
+            raise ValueError("distillation needs --distill-model: the name of the teacher")
         self.teacher = create_model(
             registered(config.distill_model), config.distill_pretrained, device=device, backend=config.backend,
             cache_dir=config.cache_dir, load_weights=device.type != "meta", force_patch_dropout=None,

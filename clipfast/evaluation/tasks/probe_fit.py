@@ -1,4 +1,4 @@
-"""What a linear probe is trained and judged on, and the choice of its penalty (Radford et al. 2021, appendix A.3)."""
+"""The data of a linear probe, and the choice of its penalty (Radford et al. 2021, appendix A.3)."""
 
 from __future__ import annotations
 
