@@ -28,7 +28,7 @@ from clipfast.training.status import read_status
 from clipfast.training.world import ALONE, joined
 
 from .conftest import run_command
-from .test_distributed_training import CLIP, befalling, empty
+from .test_distributed_training import CLIP, assert_near, befalling, empty
 from .test_training import losses, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -122,9 +122,7 @@ def assert_same(folder, expected):
 
 def assert_like(folder, expected):
     assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
-    theirs = weights(expected.path)
-    for name, value in weights(folder.path).items():
-        assert (value - theirs[name]).norm() <= 1e-4 * theirs[name].norm() + 1e-7, name
+    assert_near(weights(folder.path), weights(expected.path))
 
 
 @pytest.mark.long
