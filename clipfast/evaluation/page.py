@@ -21,7 +21,8 @@ STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1f2328;
        background: #fff }
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 .5rem; color: #57606a }
-table { border-collapse: collapse } th, td { text-align: left; padding: .2rem 1rem .2rem 0 }
+table { border-collapse: collapse; display: block; overflow-x: auto }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0 }
 .row { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 6.4rem; overflow-wrap: anywhere }
 img { width: 6rem; height: 6rem; object-fit: contain; background: #f6f8fa; border: 2px solid #cf222e }
 .right img { border-color: #1a7f37 } .other img { border: 2px dashed #8c959f } figcaption { font-size: .8rem }
@@ -47,6 +48,7 @@ def write_page(path: Path, body: str) -> None:
     replace_text(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>clipfast eval</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style></head>\n'
         f"<body>\n{body}\n</body></html>\n",
     )
@@ -89,7 +91,7 @@ def worst_page(results: dict[str, Any], images: LabelledSet, found: LabelledFeat
             for name in row["taken_for"]
             if name in others
         ]
-        words = f"{row['recall']:.1%} of {row['images']:,} images right; its mean place is {row['mean_place']:.1f}"
+        words = f"Images: {row['images']:,}; right: {row['recall']:.1%}; mean place: {row['mean_place']:.1f}."
         parts.append(
             f'<h2>{html.escape(row["class"])}</h2>\n<p>{words}</p>\n<div class="row">{"".join(figures_of_class)}</div>'
         )
