@@ -44,18 +44,8 @@ class Tokenizer:
             raise ValueError(f"context_length must hold at least the start and end tokens, got {context_length}")
         self.context_length = context_length
         self._byte_symbols = _byte_symbols()
-        merges = _read_merges()
-        symbols = list(self._byte_symbols.values())
-        vocabulary = (
-            symbols
-            + [symbol + "</w>" for symbol in symbols]
-            + ["".join(pair) for pair in merges]
-            + [START_OF_TEXT, END_OF_TEXT]
-        )
-        self.vocabulary = {symbol: index for index, symbol in enumerate(vocabulary)}
-        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
-        self.vocab_size = len(vocabulary)
-        self.merges = merges
+        self.merges, self.vocabulary, self._ranks = _tables()
+        self.vocab_size = len(self.vocabulary)
         self.sot_token_id, self.eot_token_id = self.vocabulary[START_OF_TEXT], self.vocabulary[END_OF_TEXT]
         self._word_ids = functools.lru_cache(WORD_CACHE_SIZE)(self._encode_word)
 
@@ -175,6 +165,21 @@ def _read_merges() -> list[tuple[str, str]]:
     packed = files("clipfast").joinpath("assets/bpe_simple_vocab_16e6.txt.gz").read_bytes()
     lines = gzip.decompress(packed).decode("utf-8").split("\n")[1 : NUM_MERGES + 1]
     return [(first, second) for first, second in (line.split() for line in lines)]
+
+
+@functools.cache
+def _tables() -> tuple[list[tuple[str, str]], dict[str, int], dict[tuple[str, str], int]]:
+    """Return merges, vocabulary and the rank of each merge, which take long to read: all tokenizers share them."""
+    merges = _read_merges()
+    symbols = list(_byte_symbols().values())
+    vocabulary = (
+        symbols
+        + [symbol + "</w>" for symbol in symbols]
+        + ["".join(pair) for pair in merges]
+        + [START_OF_TEXT, END_OF_TEXT]
+    )
+    ids = {symbol: index for index, symbol in enumerate(vocabulary)}
+    return merges, ids, {pair: rank for rank, pair in enumerate(merges)}
 
 
 def trim_padding(texts: Tensor, multiple: int = 4) -> Tensor:
