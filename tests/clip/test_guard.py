@@ -47,7 +47,8 @@ CASES = {
     "resnet": {"ema_decay": 0.9, "grad_checkpointing": True},
     "resnet-micro": {"micro_batch_size": 2, "opt": "muon"},
 }
-STEP = 3  # that is to be skipped, from 0
+STRIKES = {3: "gradient", 6: "loss"}  # steps that are to be skipped, from 0
+STEP = 3
 
 
 @pytest.fixture(scope="module")
@@ -70,24 +71,24 @@ def options(tmp_path_factory):
 
 
 @contextlib.contextmanager
-def struck(rank, what, victim, steps):
-    """Ruin ``what`` of the ``steps`` on one rank: a "gradient", the "loss" alone; or leave the step out on "all"."""
+def struck(rank, what, victim):
+    """Ruin what ``what`` names by its step, on one rank: a "gradient", the "loss" alone; or leave out "all"."""
     backward, original = TrainingStep.backward, Trainer._train_step
     trainers = []
 
     def remembered(trainer, batch):
         trainers[:] = [trainer]
-        if what == "all" and trainer.progress.step in steps:
+        if what.get(trainer.progress.step) == "all":
             set_lr(trainer.optimizer, trainer.schedule.at(trainer.progress.step))
             trainer.step.guard.figures.copy_(torch.tensor([math.nan, math.nan, 1, 1]))
             return trainer.step.guard.figures.clone()
         return original(trainer, batch)
 
     def ruined(step, images, texts):
-        is_struck = rank == victim and trainers[0].progress.step in steps
-        if not is_struck or what == "all":
+        struck = what.get(trainers[0].progress.step) if rank == victim else None
+        if struck in (None, "all"):
             return backward(step, images, texts)
-        if what == "gradient":
+        if struck == "gradient":
             handle = step.model.text_projection.register_hook(lambda gradient: gradient.index_fill(0, ONE, math.nan))
             found = backward(step, images, texts)
             handle.remove()
@@ -143,32 +144,32 @@ def skips(folder):
 
 
 def assert_as_without(folder, expected):
-    """The run is, to the last bit, one that left the step out."""
+    """The run is, to the last bit, one that left the steps out."""
     ours, theirs = everything(folder), everything(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
     assert losses(folder) == losses(expected)
-    assert len(losses(folder)) == 9
-    assert [line["skipped_steps"] for line in folder.metrics() if "lr" in line] == [0] * STEP + [1] + [0] * 6
-    assert [line["step"] for line in skips(folder)] == [STEP + 1]
-    assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == 1
+    assert len(losses(folder)) == 10 - len(STRIKES)
+    skipped = [line["skipped_steps"] for line in folder.metrics() if "lr" in line]
+    assert skipped == [step in STRIKES for step in range(10)]
+    assert [line["step"] for line in skips(folder)] == [step + 1 for step in STRIKES]
+    assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == len(STRIKES)
 
 
-@pytest.mark.parametrize("what", ["gradient", "loss"])
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
-def test_no_rank_takes_the_step(size, what, options, together, tmp_path):
+def test_no_rank_takes_the_step(size, options, together, tmp_path):
     cases = [case for case in CASES if size < 3 or not case.startswith("resnet")]
     given = [options(tmp_path / kind, case) for kind in ("ours", "without") for case in cases]
-    strikes = [(what, size - 1, (STEP,))] * len(cases) + [("all", 0, (STEP,))] * len(cases)
+    strikes = [(STRIKES, size - 1)] * len(cases) + [(dict.fromkeys(STRIKES, "all"), 0)] * len(cases)
     assert together(size, *zip(given, strikes, strict=True)) == [[None] * len(given)] * size
     for case in cases:
         folder = RunFolder(tmp_path / "ours" / case)
         assert_as_without(folder, RunFolder(tmp_path / "without" / case))
-        (found,) = skips(folder)
-        lost = [rank["loss"] for rank in found["ranks"] if isinstance(rank["loss"], str)]
-        assert lost == (["inf"] if what == "loss" else [])
-        assert (found["grad_norm"], len(found["ranks"])) == ("nan", size)
-        assert (found["parameters"] == ["text_projection"]) == (what == "gradient")
+        for what, found in zip(STRIKES.values(), skips(folder), strict=True):
+            lost = [rank["loss"] for rank in found["ranks"] if isinstance(rank["loss"], str)]
+            assert lost == (["inf"] if what == "loss" else [])
+            assert (found["grad_norm"], len(found["ranks"])) == ("nan", size)
+            assert (found["parameters"] == ["text_projection"]) == (what == "gradient")
 
 
 def test_what_is_written_of_a_batch(options, tmp_path):
@@ -181,7 +182,7 @@ def test_what_is_written_of_a_batch(options, tmp_path):
 
     given = options(tmp_path, "plain")
     with mock.patch.object(Trainer, "_train_step", watching):
-        run(ALONE, given, ("gradient", 0, (STEP,)))
+        run(ALONE, given, ({STEP: "gradient"}, 0))
     (found,) = skips(folder_of(given))
     (rank,) = found["ranks"]
     texts = [sample(int(key.removeprefix("a.tar/")))["txt"].decode() for key in rank["keys"]]
@@ -202,8 +203,8 @@ def test_what_is_written_of_a_batch(options, tmp_path):
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_too_many_in_a_row_stop_all_ranks(size, options, together, tmp_path):
     given = options(tmp_path, "plain", max_nonfinite_steps=3)
-    strike = ("loss", size - 1, (1, 2, 4, 5, 6, 7, 8))
-    found = together(size, (given, strike), (given, strike, True), (given, ("all", 0, ()), True))
+    strike = (dict.fromkeys((1, 2, 4, 5, 6, 7, 8), "loss"), size - 1)
+    found = together(size, (given, strike), (given, strike, True), (given, ({}, 0), True))
     first, second, third = found[0]
     assert found == [found[0]] * size
     folder = folder_of(given)
@@ -259,14 +260,17 @@ def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
             skips.settle()
 
 
+TWICE = {1: "gradient", STEP: "gradient"}, 0
+
+
 def test_a_resumed_run_is_one_that_never_stopped(options, tmp_path):
     whole, part = options(tmp_path / "whole", "resnet"), options(tmp_path / "part", "resnet", save_every=1)
-    assert run(ALONE, whole, ("gradient", 0, (1, STEP))) is None
+    assert run(ALONE, whole, TWICE) is None
     part |= {"max_nonfinite_steps": 1}
-    assert "the last 1 steps" in run(ALONE, part, ("gradient", 0, (1, STEP)))
+    assert "the last 1 steps" in run(ALONE, part, TWICE)
     assert saved_step(folder_of(part).path) == 2
     part |= {"max_nonfinite_steps": 10}
-    assert run(ALONE, part, ("gradient", 0, (1, STEP)), True) is None
+    assert run(ALONE, part, TWICE, True) is None
     ours, theirs = (everything(folder_of(given)) for given in (part, whole))
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
     assert [line["step"] for line in skips(folder_of(part))] == [2, STEP + 1]
@@ -279,7 +283,7 @@ def test_the_gradient_norm_is_logged(options, tmp_path):
     given = options(tmp_path, "plain")
     original = nn.utils.clip_grads_with_norm_
     with mock.patch.object(nn.utils, "clip_grads_with_norm_", side_effect=original) as clipped:
-        run(ALONE, given, ("all", 0, ()))
+        run(ALONE, given, ({}, 0))
     found = [call.args[2].item() for call in clipped.call_args_list]
     assert [line["grad_norm"] for line in folder_of(given).metrics() if "lr" in line] == pytest.approx(found)
     assert not folder_of(given).nonfinite_path.exists()
