@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
-import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,6 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data import Skipped
-from ..models import CLIP
 from ..training.world import ALONE, World
 from .encoder import Encoder
 from .labelled import LabelledImage, LabelledSet, Place, in_order, load
@@ -47,6 +46,10 @@ class LabelledFeatures:
     def empty(cls) -> LabelledFeatures:
         """Return the features of no images."""
         return cls(torch.empty(0), [], [], [])
+
+    def to(self, device: str | torch.device) -> LabelledFeatures:
+        """Return the same with the features on another device."""
+        return dataclasses.replace(self, features=self.features.to(device))
 
     @property
     def classnames(self) -> list[str]:
@@ -133,6 +136,7 @@ def encode_set(
     workers: int = 0,
     store: FeatureStore | None = None,
     world: World = ALONE,
+    progress: bool = True,
 ) -> list[LabelledFeatures]:
     """Return the features of a set by each of several models, for which every image is decoded once.
 
@@ -141,18 +145,19 @@ def encode_set(
 
     Args:
         encoders: the models.
-        images: the set.
+        images: the set. On rank 0 it knows afterwards what was left out on any rank.
         batch_size: images to encode at once. The features do not depend on the number of ranks, since a batch holds
             what is usable among ``batch_size`` neighbours.
         workers: processes of this rank that read and decode; 0 for none but this one.
         store: keeps the features, or None. Several machines must see the same files.
         world: the ranks.
+        progress: show a bar on rank 0, for which tqdm is needed.
 
     Returns:
         The features on the CPU, one element for each encoder, on rank 0; nothing on other ranks.
 
     Raises:
-        ValueError: the set cannot be read, or the batch size is below 1.
+        ValueError: the set cannot be read, not one of its images can be used, or the batch size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
@@ -165,34 +170,49 @@ def encode_set(
     missing = sorted(set(range(len(ranges))) - set(kept))
     mine = missing[world.rank :: world.size]
     parts: list[list[LabelledFeatures]] = []
-    for number, part in zip(mine, _encode(encoders, blocks, [ranges[n] for n in mine], workers, world), strict=True):
-        for section, found in zip(sections, part, strict=False):
-            section.save(_name(number), *_packed(found))
-        parts.append(part)
+    with world.phase("evaluation"), _bar(sum(len(ranges[n]) for n in mine), progress, world) as advance:
+        for number, part in zip(mine, _encode(encoders, blocks, [ranges[n] for n in mine], workers), strict=True):
+            for section, found in zip(sections, part, strict=False):
+                section.save(_name(number), *_packed(found))
+            parts.append(part)
+            advance(len(ranges[number]))
     world.meet()  # parts take different times
     everyones = [part for theirs in world.gather(parts) for part in theirs]
-    if not world.is_main:
-        return []
-    everyones += [[_unpacked(*section.load(_name(number))) for section in sections] for number in kept]
-    return [join_parts([part[number] for part in everyones]) for number in range(len(encoders))]
+    whole: list[LabelledFeatures] = []
+
+    def join() -> None:
+        read = [[_unpacked(*section.load(_name(number))) for section in sections] for number in kept]
+        whole.extend(join_parts(list(of_one)) for of_one in zip(*everyones, *read, strict=True))
+        images.left_out = dict(whole[0].left_out)
+
+    world.on_main(join)  # all ranks hear of a set of which not one image can be used
+    return whole
 
 
 def _encode(
-    encoders: Sequence[Encoder], blocks: _Blocks, ranges: Sequence[range], workers: int, world: World
+    encoders: Sequence[Encoder], blocks: _Blocks, ranges: Sequence[range], workers: int
 ) -> Iterator[list[LabelledFeatures]]:
     """Yield the features of each range of places by each encoder."""
-    from tqdm import tqdm
-
     loader: Iterable[_Block] = DataLoader(
         blocks, sampler=ranges, batch_size=None, num_workers=min(workers, len(ranges))
     )
+    for block in loader:
+        features = [encoder.images(x) for encoder, x in zip(encoders, block.pixels, strict=False)]
+        features = features or [torch.empty(0)] * len(encoders)
+        yield [dataclasses.replace(block.found, features=x.cpu()) for x in features]
+
+
+@contextlib.contextmanager
+def _bar(total: int, is_shown: bool, world: World) -> Iterator[Callable[[int], object]]:
+    """Show how many images of this rank are encoded; what is yielded takes the number of those that are new."""
+    if not is_shown:
+        yield lambda _: None
+        return
+    from tqdm import tqdm
+
     options: dict[str, Any] = {"unit": "image", "disable": None if world.is_main else True}
-    with tqdm(total=sum(map(len, ranges)), desc="images", **options) as bar:
-        for numbers, block in zip(ranges, loader, strict=True):
-            features = [encoder.images(x) for encoder, x in zip(encoders, block.pixels, strict=False)]
-            features = features or [torch.empty(0)] * len(encoders)
-            yield [dataclasses.replace(block.found, features=x.cpu()) for x in features]
-            bar.update(len(numbers))
+    with tqdm(total=total, desc="images", **options) as bar:
+        yield bar.update
 
 
 def _sections(
@@ -225,48 +245,3 @@ def _unpacked(tensors: dict[str, Tensor], columns: dict[str, Any]) -> LabelledFe
     columns["digests"] = [bytes.fromhex(digest) for digest in columns["digests"]]
     columns["captions"] = [tuple(texts) for texts in columns["captions"]]
     return LabelledFeatures(tensors["features"], left_out=left_out, **columns)
-
-
-def encode_labelled(
-    model: CLIP,
-    images: Iterable[LabelledImage],
-    transform: Callable[[Image.Image], Tensor],
-    batch_size: int,
-    device: str | torch.device,
-) -> LabelledFeatures:
-    """Encode images in batches with ``model``, which must be in evaluation mode; only the features stay in memory.
-
-    Raises:
-        ValueError: there are no images, or the batch size is below 1.
-    """
-    return join_parts([encode_part(model, images, transform, batch_size, device)])
-
-
-@torch.no_grad()
-def encode_part(
-    model: CLIP,
-    images: Iterable[LabelledImage],
-    transform: Callable[[Image.Image], Tensor],
-    batch_size: int,
-    device: str | torch.device,
-) -> LabelledFeatures:
-    """Encode some images of a set as :func:`encode_labelled` does, without ``twins``; there may be none.
-
-    A batch holds what is usable among ``batch_size`` places of the set, so that a part has batches of the whole.
-
-    Raises:
-        ValueError: the batch size is below 1.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    found = LabelledFeatures.empty()
-    features = []
-    for _, block in itertools.groupby(images, key=lambda image: image.number // batch_size):
-        pixels = []
-        for image in block:
-            _note(found, image)
-            pixels.append(transform(image.image))
-        features.append(model.encode_image(torch.stack(pixels).to(device), normalize=True))
-    if features:
-        found.features = torch.cat(features)
-    return found

@@ -22,8 +22,9 @@ from ..file_tokenizer import FileTokenizer
 from ..files import write_folder
 from ..models import CLIP, CLIPConfig, SigLIPConfig, build
 from ..tokenizer import Tokenizer
+from .encoder import Encoder
 from .evaluate import evaluate
-from .features import encode_labelled
+from .features import encode_set
 from .labelled import LabelledSet
 from .zero_shot import Template
 
@@ -148,14 +149,14 @@ def evaluate_path(
         ValueError: an alpha, a set or the tokenizer cannot be used.
     """
     model, tokenizer = models.build(settings.device, settings.backend), models.tokenizer(settings.tokenizer)
-    transform = transform_of(model, uint8=True)
+    encoder = Encoder(str(models.first.source), model, tokenizer, transform_of(model, uint8=True), settings.device)
     for alpha in watch(alphas):
         model.load_state_dict(models.weights(alpha))
         results = {}
         for name, images in data.items():
-            features = encode_labelled(model, images, transform, settings.batch_size, settings.device)
+            (features,) = encode_set([encoder], images, batch_size=settings.batch_size, progress=False)
             results[name] = evaluate(
-                model, tokenizer, features, settings.templates,
+                model, tokenizer, features.to(settings.device), settings.templates,
                 classnames=settings.classnames, skipped=len(images.skipped),
             ).results  # fmt: skip
         yield {"alpha": alpha, "results": results}

@@ -85,12 +85,6 @@ class LabelledSet:
         """Return the part of the set at some places, in rising order."""
         return dataclasses.replace(self, left_out={}, numbers=numbers)
 
-    def part(self, rank: int, ranks: int, block: int) -> LabelledSet:
-        """Return the part of one of several ranks, which take blocks of so many images in turn."""
-        count = len(self.places())
-        starts = range(rank * block, count, ranks * block)
-        return self.only([number for start in starts for number in range(start, min(start + block, count))])
-
     def __iter__(self) -> Iterator[LabelledImage]:
         """Yield the images in their order.
 

@@ -20,8 +20,9 @@ from ..models import CLIP, CLIPConfig, build
 from ..training.reports import NO_TENSORBOARD, TensorBoard, evaluation_metrics
 from ..training.run import RunFolder, append, read_lines
 from ..training.status import FINISHED, read_status
+from .encoder import Encoder
 from .evaluate import evaluate
-from .features import encode_labelled
+from .features import encode_set
 from .labelled import LabelledSet
 from .zero_shot import Template
 
@@ -73,9 +74,10 @@ class Evaluator:
             self._tokenize, self._config = _Memory(tokenizer), config
         load_weights(self._model, checkpoint, source)
         transform = transform_of(self._model, uint8=True)
-        features = encode_labelled(self._model, self.images, transform, self.batch_size, self.device)
+        encoder = Encoder(str(source), self._model, self._tokenize, transform, self.device)
+        (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, progress=False)
         return evaluate(
-            self._model, self._tokenize, features, self.templates, classnames=self.classnames,
+            self._model, self._tokenize, features.to(self.device), self.templates, classnames=self.classnames,
             leave_out=self.leave_out, skipped=len(self.images.skipped),
         ).results  # fmt: skip
 

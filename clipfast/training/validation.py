@@ -4,8 +4,9 @@ import contextlib
 from collections.abc import Sequence
 
 from ..data import Skipped
+from ..evaluation.encoder import Encoder
 from ..evaluation.evaluate import Evaluation, evaluate
-from ..evaluation.features import LabelledFeatures, encode_part, join_parts
+from ..evaluation.features import LabelledFeatures, encode_set
 from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
@@ -122,27 +123,10 @@ class Validation:
         return unsharded(self.config, self.model) if self._is_sharded else contextlib.nullcontext()
 
     def _encoded(self, images: LabelledSet) -> LabelledFeatures | None:
-        """Return the features of a set on rank 0, of which each rank encodes its part.
-
-        On rank 0, ``images`` knows afterwards what was left out on any rank.
-        """
-        world, device = self.world, self.model.logit_scale.device
-        world.share_buffers(self.model)
-        part = images.part(world.rank, world.size, BATCH_SIZE)
+        """Return the features of a set on rank 0, of which each rank encodes its part."""
+        device = self.model.logit_scale.device
+        self.world.share_buffers(self.model)
         transform = transform_of(self.model, uint8=True)
-        with world.phase("evaluation"):
-            found = encode_part(self.model, part, transform, BATCH_SIZE, device)
-        world.meet()  # parts take different times
-        found.features = found.features.cpu()
-        everyones = world.gather((found, part.left_out))
-        whole: list[LabelledFeatures] = []
-
-        def join() -> None:
-            features = join_parts([theirs for theirs, _ in everyones])
-            features.features = features.features.to(device)
-            left_out = {number: sample for _, theirs in everyones for number, sample in theirs.items()}
-            images.left_out = dict(sorted(left_out.items()))
-            whole.append(features)
-
-        world.on_main(join)  # all ranks hear of a set of which not one image can be used
-        return whole[0] if whole else None
+        encoder = Encoder(self.config.model, self.model, self.tokenizer, transform, device)
+        found = encode_set([encoder], images, batch_size=BATCH_SIZE, world=self.world, progress=False)
+        return found[0].to(device) if found else None

@@ -19,8 +19,6 @@ import torch
 from clipfast import ranks
 from clipfast.checkpoint import read_checkpoint
 from clipfast.data.index import IndexCache, ShardError
-from clipfast.data.source import ShardSource
-from clipfast.evaluation.labelled import LabelledSet
 from clipfast.files import DiskFullError
 from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, build
 from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
@@ -346,19 +344,6 @@ def test_the_part_of_a_rank(data, options, tmp_path):
     assert images.equal(batch.images_on(torch.device("cpu")))
 
 
-def test_a_rank_reads_its_part_of_the_validation_data(options, tmp_path):
-    data = options(tmp_path, "mix")["val_data"]
-    everything = [image.number for image in LabelledSet(data)]
-    found, read = [], []
-    for rank in range(3):
-        with mock.patch.object(ShardSource, "read", autospec=True, side_effect=ShardSource.read) as reading:
-            found.append([image.number for image in LabelledSet(data).part(rank, 3, 4)])
-        read.append(reading.call_count)
-    assert sorted(number for mine in found for number in mine) == everything
-    assert all(number // 4 % 3 == rank for rank in range(3) for number in found[rank])
-    assert max(read) < len(everything) / 2
-
-
 def indexing(rank, size, given):
     """Return how many shards this rank read, to index them and for the labels of their samples."""
     with (
@@ -508,7 +493,7 @@ def test_torchrun_starts_it_again_where_it_was(options, together, tmp_path):
 
 def without_images(world, given):
     """Train where rank 0 finds, when it joins the parts, that not one image of the validation set can be used."""
-    with mock.patch("clipfast.training.validation.join_parts", side_effect=ValueError("no image can be used")):
+    with mock.patch("clipfast.evaluation.features.join_parts", side_effect=ValueError("no image can be used")):
         try:
             return trained(world, given)
         except ValueError as error:

@@ -11,8 +11,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipfast import create_model
 from clipfast.checkpoint import CheckpointError, read_checkpoint
+from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.evaluate import evaluate
-from clipfast.evaluation.features import encode_labelled
+from clipfast.evaluation.features import encode_set
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.factory import transform_of
 from clipfast.models import build
@@ -143,8 +144,10 @@ def test_the_average_is_evaluated_and_exported(shards, tmp_path):
     ):
         model = build(read_model_config(TINY)).eval()
         model.load_state_dict(weights)
-        features = encode_labelled(model, LabelledSet(shards), transform_of(model, uint8=True), 64, "cpu")
-        found = evaluate(model, build_tokenizer(config(shards, tmp_path), model), features).results
+        tokenizer = build_tokenizer(config(shards, tmp_path), model)
+        encoder = Encoder(TINY, model, tokenizer, transform_of(model, uint8=True))
+        (features,) = encode_set([encoder], LabelledSet(shards), batch_size=64)
+        found = evaluate(model, tokenizer, features).results
         assert found["retrieval"] == expected["retrieval"]
         assert found["zero_shot"] == expected["zero_shot"]
     assert results["raw"]["retrieval"] != results["retrieval"]

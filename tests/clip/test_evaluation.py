@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from clipfast import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, SIMPLE_IMAGENET_TEMPLATES, create_model, recall_at
+from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.evaluate import evaluate
-from clipfast.evaluation.features import LabelledFeatures, encode_labelled
+from clipfast.evaluation.features import LabelledFeatures, encode_set, join_parts
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.evaluation.retrieval import pair_ranks
 from clipfast.evaluation.zero_shot import build_zero_shot_classifier, encode_texts, top_classes
@@ -26,7 +27,8 @@ def model():
 
 def encoded(model, data, **keys):
     """The features of a labelled set, in batches of 7."""
-    return encode_labelled(model, LabelledSet(str(data), **keys), image_transform(32, uint8=True), 7, "cpu")
+    encoder = Encoder("ViT-T-8-32", model, get_tokenizer(), image_transform(32, uint8=True))
+    return encode_set([encoder], LabelledSet(str(data), **keys), batch_size=7)[0]
 
 
 def test_published_prompts():
@@ -208,9 +210,7 @@ def test_errors(model, tmp_path, shards):
     with pytest.raises(ValueError, match=r"cat/x.png: not an image"):
         list(LabelledSet(str(tmp_path / "folder")))
     with pytest.raises(ValueError, match="no images"):
-        encode_labelled(model, [], image_transform(32), 4, "cpu")
-    with pytest.raises(ValueError, match="batch size must be at least 1, got 0"):
-        encode_labelled(model, LabelledSet(shards), image_transform(32), 0, "cpu")
+        join_parts([])
     images = encoded(model, shards, group_by="category")
     for options, message in (
         ({"classnames": ["a", "b", "c"]}, "3 class names for 24 classes"),

@@ -1,15 +1,18 @@
 """Features of labelled sets: the same on any number of ranks and data workers, and kept with what made them."""
 
+import itertools
 import json
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from clipfast import create_model, ranks
+from clipfast.data.source import ShardSource
 from clipfast.evaluation import encoder as encoder_module
 from clipfast.evaluation.encoder import Encoder
-from clipfast.evaluation.features import encode_labelled, encode_set
+from clipfast.evaluation.features import encode_set
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.evaluation.store import ABOUT, FeatureStore
 from clipfast.evaluation.zero_shot import OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier
@@ -52,30 +55,39 @@ def same(first, second):
 
 
 def test_features_are_those_of_a_plain_loop(data):
-    encoder, images = encoder_of(), LabelledSet(data)
-    expected = encode_labelled(encoder.model, images, encoder.transform, 8, "cpu")
-    other = encoder_of(1)
+    encoder, other, plainly, images = encoder_of(), encoder_of(1), LabelledSet(data), LabelledSet(data)
+    blocks = [list(block) for _, block in itertools.groupby(plainly, key=lambda image: image.number // 8)]
+    everything = list(itertools.chain(*blocks))
+    expected = [
+        torch.cat([one.images(torch.stack([one.transform(image.image) for image in block])) for block in blocks])
+        for one in (encoder, other)
+    ]
     for workers in (0, 2):
-        first, second = encode_set([encoder, other], images, batch_size=8, workers=workers)
-        assert torch.equal(first.features, expected.features)
-        assert (first.labels, first.captions, first.twins) == (expected.labels, expected.captions, expected.twins)
-        assert first.left_out == images.left_out
-        assert len(first.left_out) > 5
-        assert torch.equal(second.features, encode_labelled(other.model, images, other.transform, 8, "cpu").features)
+        everyones = encode_set([encoder, other], images, batch_size=8, workers=workers)
+        for found, features in zip(everyones, expected, strict=True):
+            assert torch.equal(found.features, features)
+            assert found.labels == [image.label for image in everything]
+            assert found.captions == [image.captions for image in everything]
+            pixels = [(image.image.size, image.image.tobytes()) for image in everything]
+            assert found.twins == [list(dict.fromkeys(pixels)).index(one) for one in pixels]
+            assert found.left_out == images.left_out == plainly.left_out
+    assert len(plainly.left_out) > 5
 
 
 def work(rank, data, folder):
     """Features of a set on some ranks, with and without a store, and of texts."""
     world = World(rank, 3, rank, 3, hosts=dist.new_group(backend="gloo"))
     encoder, images = encoder_of(), LabelledSet(data)
-    found = [
-        [list(plain(x)) for x in encode_set([encoder], images, batch_size=size, store=store, world=world)]
-        for size, store in ((8, None), (8, FeatureStore(folder)), (8, FeatureStore(folder)), (64, None))
-    ]
+    found, reads = [], []
+    for size, store in ((8, None), (8, FeatureStore(folder)), (8, FeatureStore(folder)), (64, None)):
+        with mock.patch.object(ShardSource, "read", autospec=True, side_effect=ShardSource.read) as reading:
+            parts = encode_set([encoder], images, batch_size=size, store=store, world=world)
+        found.append([list(plain(x)) for x in parts])
+        reads.append(reading.call_count)
     texts = [f"text {number % 700}" for number in range(1000)] if rank == 0 else []
     text_features = [encoder.texts(texts, store, world) for store in (None, FeatureStore(folder), FeatureStore(folder))]
     nothing = [encoder.texts([], None, world)]
-    return found, text_features, nothing
+    return found, text_features, nothing, reads
 
 
 def test_any_number_of_ranks_gives_the_same(data, tmp_path):
@@ -88,7 +100,11 @@ def test_any_number_of_ranks_gives_the_same(data, tmp_path):
         assert torch.equal(features, plain(expected)[0])
         assert known == list(plain(expected)[1:])
     assert all(torch.equal(found, texts) for found in first[1])
-    assert all(found == [[]] * 4 and not any(map(len, features)) for found, features, _ in others)
+    assert all(found == [[]] * 4 and not any(map(len, features)) for found, features, *_ in others)
+    places = len(small.numbers) + len(small.left_out)
+    reads = torch.tensor([first[-1], *(other[-1] for other in others)])
+    assert reads.sum(0).tolist() == [places, places, 0, places]  # each place is read by one rank
+    assert reads[:, 0].max() <= 8 * -(-places // 24)
 
 
 def test_a_run_that_was_killed_goes_on(data, tmp_path, monkeypatch):
