@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ..models import CLIP
-from ..shards import local
+from ..shards import is_cut, local, whole
 from .optim import takes_verdict
 
 
@@ -87,7 +86,7 @@ class Guard:
         torch.stack([zero if gradient is None else next(norms) for gradient in gradients], out=self.norms)
         norm = torch.linalg.vector_norm(self.norms)
         scale = self.model.logit_scale.detach().exp()
-        found = (loss, norm, ~norm.isfinite(), scale.full_tensor() if isinstance(scale, DTensor) else scale)
+        found = (loss, norm, ~norm.isfinite(), whole(scale))
         torch.stack([value.float().reshape(()) for value in found], out=self.figures)
         if self.grad_clip_norm is not None:
             nn.utils.clip_grads_with_norm_(self._parameters, self.grad_clip_norm, norm)
@@ -125,7 +124,7 @@ def gradient_norms(gradients: Sequence[Tensor]) -> list[Tensor]:
     if not gradients:
         return []
     norms = list(torch._foreach_norm(list(map(local, gradients)), dtype=torch.float32))
-    sharded = [place for place, gradient in enumerate(gradients) if isinstance(gradient, DTensor)]
+    sharded = [place for place, gradient in enumerate(gradients) if is_cut(gradient)]
     if sharded:
         mesh: Any = gradients[sharded[0]].device_mesh  # type: ignore[attr-defined]
         # The shards may lie on the host, and the square of a large number is beyond float32.

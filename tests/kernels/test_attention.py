@@ -158,10 +158,10 @@ class TestSanitizedDescriptors:
 @by_each_family
 def test_each_tensor_has_strides_of_its_own(m, n, causal, dtype, device, kernels):
     # heads first, heads last, and a slice of something wider
-    q = torch.randn(2, 3, m, 24).to(device, dtype).transpose(1, 2)
-    k = torch.randn(2, n, 3, 24).to(device, dtype)
-    v = torch.randn(2, n, 3, 48).to(device, dtype)[..., ::2]
-    grad = torch.randn(2, m, 3, 24).to(device, dtype)
+    q = torch.randn(2, 2, m, 24).to(device, dtype).transpose(1, 2)
+    k = torch.randn(2, n, 2, 24).to(device, dtype)
+    v = torch.randn(2, n, 2, 48).to(device, dtype)[..., ::2]
+    grad = torch.randn(2, m, 2, 24).to(device, dtype)
     op = functools.partial(attention_qkv, causal=causal)
     expected = value_and_grads(op, {"q": q.contiguous(), "k": k, "v": v.contiguous()}, grad)
     torch.testing.assert_close(value_and_grads(op, {"q": q, "k": k, "v": v}, grad), expected)
