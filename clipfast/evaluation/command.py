@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .tasks import probe, retrieval, zeroshot
+from .tasks import overlap, probe, retrieval, zeroshot
 
 # Each adds a parser of its own; what takes long to import is imported when the task runs.
-TASKS = (zeroshot, retrieval, probe)
+TASKS = (zeroshot, retrieval, probe, overlap)
 
 
 def add_parser(commands: Any) -> None:

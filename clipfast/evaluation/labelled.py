@@ -132,6 +132,11 @@ class LabelledSet:
         shards = expand_shards(self.data)
         return [place for source in self._sources(shards) for place in self._samples(source)]
 
+    def names(self, numbers: Iterable[int]) -> list[str]:
+        """Return the names of the images at some places; they are read, but not decoded."""
+        places = self.places()
+        return [places[number]()[0] for number in numbers]
+
     def stamp(self) -> str:
         """Return a text that changes when the images of the set do, or what is said of them.
 

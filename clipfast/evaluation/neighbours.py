@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
 
 QUERIES = 1024  # that are compared at once
 GALLERY = 8192  # items that they are compared with
-
-
-def _as_it_is(blocks: Iterable[Any]) -> Iterable[Any]:
-    return blocks
 
 
 @torch.no_grad()
@@ -23,7 +18,7 @@ def nearest(
     k: int = 1,
     *,
     device: str | torch.device | None = None,
-    progress: Callable[[list[Tensor]], Iterable[Tensor]] = _as_it_is,
+    progress: Callable[[list[Tensor]], Iterable[Tensor]] = iter,
 ) -> tuple[Tensor, Tensor]:
     """Return the k items of a gallery that are most similar to each query, the best first.
 

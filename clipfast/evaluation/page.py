@@ -23,6 +23,7 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 .5rem; color: #57606a }
 table { border-collapse: collapse; display: block; overflow-x: auto }
 th, td { text-align: left; padding: .2rem 1rem .2rem 0 }
+.pair { display: flex; margin-right: 1rem }
 .row { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 6.4rem; overflow-wrap: anywhere }
 img { width: 6rem; height: 6rem; object-fit: contain; background: #f6f8fa; border: 2px solid #cf222e }
 .right img { border-color: #1a7f37 } .other img { border: 2px dashed #8c959f } figcaption { font-size: .8rem }
@@ -78,16 +79,16 @@ def worst_page(results: dict[str, Any], images: LabelledSet, found: LabelledFeat
         for row in results["worst_classes"]
     }
     others = {name: members[name][0] for row in results["worst_classes"] for name in row["taken_for"] if members[name]}
-    pictures = _thumbnails(images, found, [*others.values(), *(place for some in chosen.values() for place in some)])
+    pictures = thumbnails(images, found, [*others.values(), *(place for some in chosen.values() for place in some)])
     for row in results["worst_classes"]:
         figures_of_class = []
         for place in chosen[row["class"]]:
             taken = classified.classnames[int(classified.best[place, 0])]
             right = taken == row["class"]
             caption = "right" if right else f"taken for {taken}"
-            figures_of_class.append(_figure(pictures[place], caption, "right" if right else "wrong"))
+            figures_of_class.append(figure(pictures[place], caption, "right" if right else "wrong"))
         figures_of_class += [
-            _figure(pictures[others[name]], f"an image of {name}", "other")
+            figure(pictures[others[name]], f"an image of {name}", "other")
             for name in row["taken_for"]
             if name in others
         ]
@@ -103,13 +104,14 @@ def _shown(results: dict[str, Any]) -> set[str]:
     return {name for row in results["worst_classes"] for name in (row["class"], *row["taken_for"])}
 
 
-def _thumbnails(images: LabelledSet, found: LabelledFeatures, places: Iterable[int]) -> dict[int, str]:
+def thumbnails(images: LabelledSet, found: LabelledFeatures, places: Iterable[int]) -> dict[int, str]:
     """Return small images by their places among the features."""
     by_number = {found.numbers[place]: place for place in places}
     return {by_number[item.number]: thumbnail(item.image) for item in images.only(sorted(by_number))}
 
 
-def _figure(address: str, caption: str, kind: str) -> str:
+def figure(address: str, caption: str, kind: str) -> str:
+    """Return a picture with its caption, with a border by its kind: right, wrong or other."""
     return (
         f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
     )

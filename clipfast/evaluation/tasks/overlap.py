@@ -1,0 +1,234 @@
+"""``clipfast eval overlap``: near duplicates between training and test data, and accuracy with and without them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import (
+    Session,
+    add_data_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_prompt_arguments,
+    add_run_arguments,
+    check_outputs,
+    labelled_set,
+    read_classnames,
+    read_templates,
+    report_left_out,
+    result_of,
+    session,
+    write_results,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..encoder import Encoder
+    from ..features import LabelledFeatures
+    from ..labelled import LabelledSet
+    from .overlap_pairs import Pairs
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+EPILOG = """\
+example:
+  clipfast eval overlap --model local-dir:runs/demo --train-data bundled:emoji/noto::bundled:emoji/twemoji \\
+      --data bundled:emoji/fluent --label-by label --by pixels --plant 500 --html pairs.html --table"""
+
+
+def add_parser(tasks: Any) -> None:
+    """Add the task. Files and names are checked when it runs."""
+    parser = tasks.add_parser(
+        "overlap",
+        help="near duplicates between training and test data, and accuracy with and without them",
+        description="Find the training image that is most similar to each test image, and compute zero-shot accuracy "
+        "on the test images that are near duplicates of a training image, and on the others.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_model_arguments(parser)
+    add("--train-data", required=True, metavar="DATA", help="what the model was trained on, named as --data is")
+    add_data_arguments(parser)
+    by = "what is compared: features of the model, or thumbnails of 16 x 16 pixels (default: model)"
+    add("--by", choices=("model", "pixels"), default="model", help=by)
+    threshold = "similarity from which on a test image is a near duplicate (default: 0.95)"
+    add("--threshold", type=float, default=0.95, metavar="FLOAT", help=threshold)
+    plant = (
+        "also say how many near duplicates would be found: so many test images are edited in seven ways (default: 0)"
+    )
+    add("--plant", type=int, default=0, metavar="INT", help=plant)
+    add_prompt_arguments(parser)
+    add_run_arguments(parser)
+    add_output_arguments(parser)
+    add("--html", type=Path, metavar="FILE", help="write a page with pairs of pictures, the most similar first")
+    add("--pairs", type=int, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
+    pairs = "write the most similar training image of each test image, the most similar pair first"
+    add("--write", type=Path, metavar="FILE", help=f"{pairs} (.csv or .tsv)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Compare the sets, print the results, and return the exit code."""
+    _check(args)
+    templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
+    # the training data need not have the keys of the test data
+    images = labelled_set(args)
+    known = dataclasses.replace(labelled_set(args, args.train_data), label_by=None, group_by=None)
+    from tqdm import tqdm
+
+    from ..classification import classify
+    from ..evaluate import names_of
+    from ..pixels import PixelEncoder
+    from .overlap_edits import planted
+    from .overlap_pairs import pair
+
+    with session(args) as at:
+        detector = PixelEncoder(at.encoder.device) if args.by == "pixels" else at.encoder
+        found = _features(args, at, images, [at.encoder] if detector is at.encoder else [at.encoder, detector])
+        test, compared = found[0], found[-1]
+        (train,) = _features(args, at, known, [detector])
+        names = at.world.on_main(lambda: names_of(test, classnames))
+        classifier = at.encoder.classifier(names, templates, at.store, at.world)
+        if not at.world.is_main:
+            return 0
+        right = classify(test.features, test.labels, test.classnames, classifier.cpu()).right
+        pairs = pair(
+            compared,
+            train,
+            at.encoder.device,
+            lambda blocks: tqdm(blocks, desc="neighbours", unit="block", disable=None),
+        )
+        edits = []
+        if args.plant:
+            edits = planted(detector, images, compared, pairs.overlap(args.threshold), args.threshold, args.plant)
+    results = _results(args, test, train, pairs, right, edits)
+    if args.write:
+        _write_pairs(args.write, images, known, test, train, pairs)
+    if args.html:
+        from ..page import write_page
+        from .overlap_page import pairs_page
+
+        write_page(args.html, pairs_page(results, (images, test), (known, train), pairs, args.pairs))
+    if args.plot:
+        from .overlap_plot import overlap_plot
+
+        overlap_plot(results, pairs, args.plot)
+    write_results(args, results, table=_table(results) if args.table else None)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        ValueError: numbers are out of range, or files cannot be written.
+    """
+    from ...files import check_target
+
+    if not -1 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
+    if args.plant < 0:
+        raise ValueError(f"--plant must not be negative, got {args.plant}")
+    if args.pairs < 1:
+        raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
+    if args.train_data == args.data:
+        raise ValueError(f"--train-data and --data are both {args.data}: each image would be a duplicate of itself")
+    if args.write and args.write.suffix.lower() not in DELIMITERS:
+        raise ValueError(f"--write {args.write}: the name must end in one of {', '.join(DELIMITERS)}")
+    check_target(args.write)
+    check_outputs(args)
+
+
+def _features(
+    args: argparse.Namespace, at: Session, images: LabelledSet, encoders: list[Encoder]
+) -> list[LabelledFeatures]:
+    """Return the features of a set by each encoder; empty ones on ranks other than 0."""
+    from ..features import LabelledFeatures, encode_set
+
+    found = encode_set(
+        encoders, images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
+    )
+    if found:
+        report_left_out(found[0].left_out.values())
+    return found or [LabelledFeatures.empty()] * len(encoders)
+
+
+def _results(
+    args: argparse.Namespace, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs, right: Tensor,
+    edits: list[dict[str, Any]],
+) -> dict[str, Any]:  # fmt: skip
+    from .overlap_pairs import LEVEL, THRESHOLDS, contamination
+
+    chosen = contamination(right, pairs.overlap(args.threshold))
+    others = [(at, contamination(right, pairs.overlap(at))) for at in sorted({*THRESHOLDS, args.threshold})]
+    return result_of(
+        args, "train_test_overlap", chosen["metrics"], intervals=chosen["intervals"],
+        levels={name: LEVEL if name == "acc1_overlap" else 0.95 for name in chosen["intervals"]}, data=args.data,
+        train_data=args.train_data, by=args.by, threshold=args.threshold, templates=args.templates,
+        images={"train": len(train.labels), **chosen["images"], "same_pixels": int(pairs.same.sum())},
+        skipped_images={"train": len(train.left_out), "test": len(test.left_out)},
+        by_threshold=[{"threshold": at, "images": one["images"]["overlap"], **one["metrics"]} for at, one in others],
+        **({"planted": edits} if edits else {}),
+    )  # fmt: skip
+
+
+def _write_pairs(
+    path: Path, images: LabelledSet, known: LabelledSet, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs
+) -> None:
+    """Write the pairs as a table, the most similar first."""
+    from ...files import replace_text
+
+    order = pairs.similarity.argsort(descending=True, stable=True).tolist()
+    of_test = images.names(test.numbers[place] for place in order)
+    of_train = known.names(train.numbers[pairs.places[place]] for place in order)
+    stream = io.StringIO()
+    table = csv.writer(stream, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n")
+    table.writerow(["test_image", "train_image", "similarity", "same_pixels"])
+    for place, name, nearest in zip(order, of_test, of_train, strict=True):
+        table.writerow([name, nearest, f"{pairs.similarity[place]:.4f}", int(pairs.same[place])])
+    replace_text(path, stream.getvalue())
+
+
+def _table(results: dict[str, Any]) -> str:
+    """Return the results for people: accuracy on all, near duplicates and others, at the threshold and at others."""
+    from ...columns import align
+    from ..intervals import percent
+    from .overlap_pairs import LEVEL
+
+    images, metrics, intervals = results["images"], results["metrics"], results["intervals"]
+    rows: list[list[str]] = [["images", "count", "acc1"]]
+    for name, key in (("all", "acc1"), ("overlap", "acc1_overlap"), ("clean", "acc1_clean")):
+        rows.append([name, f"{images[name]:,}", percent(metrics[key], intervals[key])])
+    by = {"model": "features of the model", "pixels": "pixels"}[results["by"]]
+    parts = [
+        f"{images['all']:,} test images, each with the most similar of {images['train']:,} training images by {by}; "
+        f"overlap: {results['threshold']:g} or more; {images['same_pixels']:,} have equal pixels\n"
+        f"95% intervals in brackets, {LEVEL:.1%} for overlap",
+        align(rows, right=(1,)),
+    ]
+    header = ["threshold", "overlap", "share", "acc1_overlap", "acc1_clean", "all - clean", "p"]
+    rows = [header]
+    for row in results["by_threshold"]:
+        shares = [_in_percent(row[key]) for key in ("overlap", "acc1_overlap", "acc1_clean")]
+        gain = "-" if row["acc1_all_minus_clean"] is None else f"{100 * row['acc1_all_minus_clean']:+.2f}"
+        p = "-" if row["p_value"] is None else f"{row['p_value']:.2g}"
+        rows.append([f"{row['threshold']:g}", f"{row['images']:,}", *shares, gain, p])
+    parts.append(align(rows, right=range(1, 7)))
+    if "planted" in results:
+        rows = [["planted", "images", "recall", "precision"]]
+        for row in results["planted"]:
+            rows.append(
+                [row["edit"], f"{row['images']:,}", *(_in_percent(row[key]) for key in ("recall", "precision"))]
+            )
+        parts.append(align(rows, right=(1, 2, 3)))
+    return "\n\n".join(parts)
+
+
+def _in_percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"
