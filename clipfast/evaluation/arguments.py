@@ -49,7 +49,8 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, SOURCE_OPTIONS)
     label = "column or json key that names the class (default: the caption does)"
     parser.add_argument("--label-by", metavar="KEY", help=label)
-    parser.add_argument("--group-by", metavar="KEY", help="column or json key that names the group of an image")
+    group = "column or json key that names the group of an image; KEY+KEY crosses the groups of two"
+    parser.add_argument("--group-by", metavar="KEY", help=group)
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,6 +232,15 @@ def read_classnames(name: str | None) -> tuple[str, ...] | None:
     if name is None:
         return None
     return IMAGENET_CLASSNAMES if name == "imagenet" else _lines(name, "--classnames must be 'imagenet' or a file")
+
+
+def read_queries(path: Path) -> tuple[str, ...]:
+    """Return the lines of a file of texts.
+
+    Raises:
+        ValueError: there is no such file, or it is empty.
+    """
+    return _lines(str(path), "--queries must be a file")
 
 
 def _lines(path: str, otherwise: str) -> tuple[str, ...]:

@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .tasks import overlap, probe, retrieval, zeroshot
+from .tasks import bias, overlap, probe, retrieval, zeroshot
 
 # Each adds a parser of its own; what takes long to import is imported when the task runs.
-TASKS = (zeroshot, retrieval, probe, overlap)
+TASKS = (zeroshot, retrieval, probe, overlap, bias)
 
 
 def add_parser(commands: Any) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 CHECKED = 64  # images of a set of which one must be usable
+CROSSED_KEYS, CROSSED_GROUPS = "+", " + "  # "race+gender" makes groups such as "White + Male"
 T = TypeVar("T")
 
 
@@ -60,7 +61,7 @@ class LabelledSet:
 
     Attributes:
         data: a folder, or shards as :func:`clipfast.data.expand_shards` takes them.
-        group_by: key of the shards' json that names the group of an image.
+        group_by: key of the shards' json that names the group of an image; several joined by "+" cross their groups.
         label_by: key of the shards' json that names the class; without it the caption does.
         keys: under which names a sample has its image and its caption.
         separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
@@ -183,7 +184,8 @@ class LabelledSet:
     def _from_sample(self, sample: RawSample) -> LabelledImage:
         texts = tuple(captions(sample, keys=self.keys))
         label = texts[0] if self.label_by is None else field(sample, self.label_by)
-        group = "" if self.group_by is None else field(sample, self.group_by)
+        keys = [] if self.group_by is None else self.group_by.split(CROSSED_KEYS)
+        group = CROSSED_GROUPS.join(field(sample, key) for key in keys)
         return LabelledImage(decode_image(sample, self.keys), label, texts, group)
 
 

@@ -266,11 +266,27 @@ def test_wrong_inputs(name, sets, tmp_path, capsys):
 
 @pytest.mark.long
 def test_three_ranks_give_what_one_gives(sets, tmp_path, capsys):
-    """With 64 images a batch the test set is one block, so that two ranks have none of it."""
+    """Also of eval bias. With 64 images a batch the test set is one block, so that two ranks have none of it."""
+    (tmp_path / "added.tsv").write_text("crime\tthief\nanimal\tgorilla\n")
+    (tmp_path / "queries.txt").write_text("a doctor\na thing\n")
     commands = [arguments(sets, "--batch-size", size, "--by", by) for size, by in ((8, "pixels"), (64, "model"))]
+    lists = ["--added-labels", tmp_path / "added.tsv", "--queries", tmp_path / "queries.txt", "--k", 9]
+    bias = [*lists, "--group-by", "category", "--min-count", 5, "--threshold", 0.02]
+    for size in (8, 64):
+        given = [
+            "--model",
+            "ViT-T-8-32",
+            "--pretrained",
+            sets / "w.pt",
+            "--data",
+            sets / "test.tar",
+            "--batch-size",
+            size,
+        ]
+        commands.append(["eval", "bias", *map(str, (*given, *bias))])
     alone = []
     for words in commands:
         code, out, err = run_command(capsys, *words)
         assert code == 0, err
         alone.append((0, out, ""))
-    assert run_ranks(as_rank, 3, commands, folder=tmp_path) == [alone, *[[(0, "", "")] * 2] * 2]
+    assert run_ranks(as_rank, 3, commands, folder=tmp_path) == [alone, *[[(0, "", "")] * 4] * 2]
