@@ -49,7 +49,7 @@ def add_reading_arguments(parser: argparse.ArgumentParser) -> None:
     add_arguments(parser, SOURCE_OPTIONS)
     label = "column or json key that names the class (default: the caption does)"
     parser.add_argument("--label-by", metavar="KEY", help=label)
-    group = "column or json key that names the group of an image; KEY+KEY crosses the groups of two"
+    group = "column or json key that names the group of an image; KEY+KEY crosses them"
     parser.add_argument("--group-by", metavar="KEY", help=group)
 
 

@@ -235,6 +235,24 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
 
+def test_a_table_as_fairface_has_it(colours, tmp_path, capsys):
+    lines = ["file,age,gender,race,service_test"]
+    for number, (who, seen, race, age) in enumerate(
+        planted({"x": ("woman", 0.4), "East, far": ("woman", 0.0)}, count=20)
+    ):
+        (tmp_path / f"{number}.png").write_bytes(shown(seen))
+        lines.append(f'{number}.png,{age},{who},"{race}",True')
+    (tmp_path / "faces.csv").write_text("\n".join(lines))
+    columns = ["--image-key", "file", "--text-key", "gender", "--min-count", 5, "--group-by", "race", "race+gender"]
+    code, out, err = run_command(capsys, *colours[:-2], "--data", tmp_path / "faces.csv", *columns)
+    assert code == 0, err
+    found = json.loads(out)["by_key"]
+    right = {name: row["count"] for name, row in found["race"]["acc1"]["groups"].items()}
+    assert right == {"East, far": 20, "x": 16}
+    assert found["race+gender"]["acc1"]["groups"]["x + man"]["share"] == 0.6
+    assert found["race+gender"]["acc1"]["lowest"] == "x + man"
+
+
 def test_a_perfect_model_and_one_by_chance(colours, tmp_path, capsys):
     shard = write_people(tmp_path / "p.tar", planted({"x": ("man", 0), "y": ("man", 0)}))
     code, out, err = run_command(capsys, *colours, "--data", shard, "--group-by", "race")

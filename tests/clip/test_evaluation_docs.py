@@ -1,5 +1,6 @@
 """Every command of docs/evaluate.md runs, with a small model."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,12 +11,14 @@ import torch
 from clipfast import create_model
 from clipfast.checkpoint import export_open_clip
 from clipfast.cli import main
+from clipfast.evaluation.labelled import LabelledSet
 from clipfast.ranks import run_ranks
 
 from .conftest import picture, sample, write_shard
 from .test_training_docs import as_rank
 
-PAGE = (Path(__file__).parent.parent.parent / "docs" / "evaluate.md").read_text()
+DOCS = Path(__file__).parent.parent.parent / "docs"
+PAGE = (DOCS / "evaluate.md").read_text()
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 
 
@@ -26,6 +29,8 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     export_open_clip(create_model("ViT-T-8-32"), folder / "runs" / "demo")
     (folder / "data").mkdir()
+    (folder / "labels.tsv").write_text("category\tlabel\n")
+    (folder / "queries.txt").write_text("a thing\nanother thing\n")
     for number in range(2):
         write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
     for seed, name in enumerate(("cat", "dog", "emu")):
@@ -49,10 +54,21 @@ def test_command(command, folder, tmp_path, monkeypatch, capsys):
         return
     assert program == "clipfast"
     assert main(arguments) == 0, capsys.readouterr().err
-    for flag in ("--json", "--plot", "--html"):
+    for flag in ("--json", "--plot", "--html", "--write"):
         assert flag not in arguments or Path(arguments[arguments.index(flag) + 1]).exists()
 
 
+def test_the_groups_of_the_page(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (program,) = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(program, {})
+    people = list(LabelledSet("people.tar", group_by="who+style", label_by="what"))
+    assert {person.group for person in people} == {"man + fluent", "woman + fluent"}
+    figures = json.loads((DOCS / "bias.json").read_text())
+    assert len(people) == figures["images"]
+    assert len({person.label for person in people}) == figures["classes"]
+
+
 def test_the_page_names_every_output():
-    for flag in ("--features", "--table", "--json", "--plot", "--html", "--compare-templates", "--k"):
+    for flag in ("--features", "--table", "--json", "--plot", "--html", "--write", "--compare-templates", "--k"):
         assert any(flag in command.split() for command in COMMANDS), flag

@@ -163,6 +163,24 @@ def test_what_was_planted_is_found_and_nothing_else(sets, tmp_path, capsys):
     assert re.search(r"\n0\.95 +8 +20\.0%", out)
 
 
+def test_a_folder_of_classes_against_a_table(sets, tmp_path, capsys):
+    for number, name in enumerate(("cat", "dog", "emu")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        drawing(number).save(tmp_path / "photos" / name / "x.png")
+        EDITS["darker"](drawing(number + 1)).save(tmp_path / f"{number}.jpg", quality=95)
+    lines = [f"{number}.jpg,a text" for number in range(3)]
+    (tmp_path / "train.csv").write_text("\n".join(["filepath,title", *lines]))
+    where = ["--data", tmp_path / "photos", "--train-data", tmp_path / "train.csv", "--write", tmp_path / "pairs.csv"]
+    code, out, err = run_command(capsys, *arguments(sets, *where, "--by", "pixels"))
+    assert code == 0, err
+    assert json.loads(out)["images"] == {"train": 3, "all": 3, "overlap": 2, "clean": 1, "same_pixels": 0}
+    rows = list(csv.reader((tmp_path / "pairs.csv").open()))[1:3]
+    assert {tuple(row[:2]) for row in rows} == {
+        (str(tmp_path / "photos/dog/x.png"), "train.csv/0.jpg"),
+        (str(tmp_path / "photos/emu/x.png"), "train.csv/1.jpg"),
+    }
+
+
 def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, tmp_path):
     """The report says in one pass what a training set with these images would say."""
     images, detector = LabelledSet(f"{sets}/test.tar"), PixelEncoder()

@@ -35,8 +35,9 @@ if TYPE_CHECKING:
 SHOWN = 10  # labels above a threshold, and queries, that a table lists
 EPILOG = """\
 example:
-  clipfast eval bias --model ViT-B-32 --pretrained laion2b_s34b_b79k --data fairface.csv --label-by gender \\
-      --group-by race age race+gender --added-labels labels.tsv --threshold 0.005 0.04 --queries queries.txt --table
+  clipfast eval bias --model ViT-B-32 --pretrained laion2b_s34b_b79k --data fairface_label_val.csv \\
+      --image-key file --text-key gender --group-by race age race+gender --added-labels labels.tsv \\
+      --threshold 0.005 0.04 --queries queries.txt --table
   where labels.tsv has lines such as "non-human<TAB>animal", and queries.txt texts such as "a photo of a doctor\""""
 
 
@@ -55,7 +56,7 @@ def add_parser(tasks: Any) -> None:
     add = parser.add_argument
     add_model_arguments(parser)
     add_data_arguments(parser)
-    group = "columns or json keys that name the groups of an image; KEY+KEY crosses the groups of two"
+    group = "columns or json keys that name the groups of an image; KEY+KEY crosses them"
     add("--group-by", nargs="+", required=True, metavar="KEY", help=group)
     smallest = "images that a group needs to be compared with others (default: 30)"
     add("--min-count", type=int, default=30, metavar="INT", help=smallest)

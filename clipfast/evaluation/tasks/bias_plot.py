@@ -1,4 +1,4 @@
-"""The picture of how shares differ between groups."""
+"""The picture of how shares and search results differ between groups."""
 
 from pathlib import Path
 from typing import Any
@@ -7,33 +7,38 @@ from matplotlib.figure import Figure
 
 
 def bias_plot(results: dict[str, Any], path: Path) -> None:
-    """Plot accuracy, and below it the share of each category of added labels, by group; one column for each key.
+    """Plot for each key accuracy by group, the share of each category of added labels, and the skew of queries.
 
     Args:
         results: as ``clipfast eval bias`` writes them.
         path: the file to write.
     """
     keys = results["by_key"]
-    rows = 2 if results["added_labels"] else 1
-    width = max(4.0, 0.5 * max(len(figures["images"]) for figures in keys.values()) + 2)
-    figure = Figure(figsize=(min(40.0, width * len(keys)), 3.6 * rows + 0.6), layout="constrained")
+    has_queries = any("retrieval" in figures for figures in keys.values())
+    columns = 1 + bool(results["added_labels"]) + has_queries
+    figure = Figure(figsize=(5.2 * columns, 4.2 * len(keys) + 0.4), layout="constrained")
     title = f"{results['model']} on {results['data']}"
     figure.suptitle(title if len(title) <= 80 else title[:79] + "…", fontsize=9)
-    axes = figure.subplots(rows, len(keys), squeeze=False)
-    for column, (key, figures) in enumerate(keys.items()):
+    for row, (key, figures) in zip(figure.subplots(len(keys), columns, squeeze=False), keys.items(), strict=True):
         names = [_label(name, figures) for name in figures["images"]]
-        _bars(axes[0, column], {"acc1": figures["acc1"]}, names)
-        axes[0, column].set(title=f"by {key}", ylabel="accuracy, %, with 95% intervals")
-        if rows == 2:
-            _bars(axes[1, column], figures["categories"], names)
-            axes[1, column].set(ylabel="images with a label of the category, %")
-            axes[1, column].legend(fontsize=8)
+        _bars(row[0], {"acc1": figures["acc1"]}, names)
+        row[0].set(title=f"by {key}", ylabel="accuracy, %, with 95% intervals")
+        if results["added_labels"]:
+            _bars(row[1], figures["categories"], names)
+            row[1].set(ylabel="images with a label of the category, %")
+            row[1].legend(fontsize=8)
+        if has_queries:
+            _skews(row[-1], figures["retrieval"][-1])
     figure.savefig(path, dpi=120)
 
 
 def _label(name: str, figures: dict[str, Any]) -> str:
-    small = " *" if name in figures["not_compared"] else ""
-    return f"{name if len(name) <= 24 else name[:23] + '…'} ({figures['images'][name]:,}){small}"
+    small = ", not compared" if name in figures["not_compared"] else ""
+    return f"{_shorten(name)} ({figures['images'][name]:,}{small})"
+
+
+def _shorten(text: str, most: int = 28) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
 
 
 def _bars(axis: Any, series: dict[str, Any], names: list[str]) -> None:
@@ -47,5 +52,15 @@ def _bars(axis: Any, series: dict[str, Any], names: list[str]) -> None:
         places = [place + 0.8 * (number + 0.5) / len(series) - 0.4 for place in range(len(names))]
         axis.bar(places, shares, 0.75 / len(series), label=label)
         axis.errorbar(places, shares, list(zip(*ends, strict=True)), fmt="none", color="black", capsize=2)
-    axis.set_xticks(range(len(names)), names, rotation=45, ha="right", fontsize=8)
+    axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axis.set_ylim(bottom=0)
+
+
+def _skews(axis: Any, found: dict[str, Any], most: int = 20) -> None:
+    rows = sorted(found["queries"], key=lambda row: row["max_skew"])[-most:]
+    names = [f"{_shorten(row['query'])}: {_shorten(row['max_skew_group'], 16)}" for row in rows]
+    axis.barh(range(len(rows)), [row["max_skew"] for row in rows], color="tab:purple")
+    axis.axvline(found["max_skew_by_chance"], linestyle="--", color="black", label="mean by chance")
+    axis.set_yticks(range(len(rows)), names, fontsize=8)
+    axis.set_xlabel(f"MaxSkew@{found['k']}, and whose it is")
+    axis.legend(fontsize=8, loc="lower right")
