@@ -27,11 +27,14 @@ DATA_HELP = (
 )
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
-    """Add what names the model and its weights."""
+def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
+    """Add what names the model and its weights, or those of several models."""
     add = parser.add_argument
     model = "local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, or hf-hub:ORG/REPO"
-    add("--model", required=required, help=model)
+    if several:
+        add("--model", nargs="+", default=[], help=f"{model}; NAME,TAG is a model name with its weights")
+    else:
+        add("--model", required=required, help=model)
     weights = "weights of a model name: a tag of clipfast list-pretrained, or a checkpoint (.pt, .bin, .safetensors)"
     add("--pretrained", metavar="TAG", help=weights)
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
@@ -126,16 +129,26 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     """
     from ..files import check_target
     from ..training.world import joined
-    from .encoder import Encoder
     from .store import FeatureStore
 
     check_target(args.json)
     with joined(args.device, args.dist_timeout) as world:
-        encoder = Encoder.load(
-            args.model, args.pretrained, device=str(world.device(args.device)), tokenizer_file=args.tokenizer,
-            cache_dir=args.cache_dir, backend=args.backend,
-        )  # fmt: skip
+        encoder = load_encoder(args, args.model, args.pretrained, world)
         yield Session(encoder, None if args.features is None else FeatureStore(args.features), world)
+
+
+def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, world: World) -> Encoder:
+    """Return a model with its weights, on the device and with the tokenizer that the arguments name.
+
+    Raises:
+        ValueError: the model, its weights or the device cannot be used.
+    """
+    from .encoder import Encoder
+
+    return Encoder.load(
+        model, pretrained, device=str(world.device(args.device)), tokenizer_file=args.tokenizer,
+        cache_dir=args.cache_dir, backend=args.backend,
+    )  # fmt: skip
 
 
 def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledSet:

@@ -1,6 +1,7 @@
 """A page of pictures in one file, which shows everything without a network."""
 
 import base64
+import hashlib
 import html
 import io
 from collections.abc import Iterable
@@ -26,6 +27,9 @@ th, td { text-align: left; padding: .2rem 1rem .2rem 0 }
 .pair { display: flex; margin-right: 1rem }
 .row { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 6.4rem; overflow-wrap: anywhere }
 img { width: 6rem; height: 6rem; object-fit: contain; background: #f6f8fa; border: 2px solid #cf222e }
+img.picture { width: 100%; height: auto; border: 0; background: none }
+th button { font: inherit; font-weight: 600; padding: 0; border: 0; background: none; cursor: pointer }
+td[data-value] { white-space: nowrap } tfoot td { border-top: 1px solid #d0d7de; font-weight: 600 }
 .right img { border-color: #1a7f37 } .other img { border: 2px dashed #8c959f } figcaption { font-size: .8rem }
 """
 
@@ -39,13 +43,21 @@ def thumbnail(image: Image.Image) -> str:
     return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
-def write_page(path: Path, body: str) -> None:
-    """Write a page whose policy forbids to load anything.
+def write_page(path: Path, body: str, script: str = "") -> None:
+    """Write a page whose policy forbids to load anything, and to run anything but one script.
+
+    Args:
+        path: the file.
+        body: its content.
+        script: what it runs.
 
     Raises:
         DiskFullError: there is no space.
     """
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, body = f"{policy}; script-src 'sha256-{digest}'", f"{body}\n<script>{script}</script>"
     replace_text(
         path,
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>clipfast eval</title>\n'

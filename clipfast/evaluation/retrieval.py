@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernels import retrieval_ranks
+from .intervals import bootstrap
 
 
 @torch.no_grad()
@@ -73,6 +74,37 @@ def caption_ranks(images: Tensor, texts: Tensor, owner: Tensor) -> tuple[Tensor,
         if not all(rows.isfinite().all() for rows in features.split(65536)):
             raise ValueError("retrieval: features contain NaN or infinity")
     return retrieval_ranks(images, texts, text_image=owner)
+
+
+def caption_recalls(
+    images: Tensor, texts: Tensor, counts: Sequence[int], ks: Sequence[int]
+) -> tuple[dict[str, float], dict[str, tuple[float, float]]]:
+    """Return recall@k by CLIP_benchmark's names and definitions, and the 95% interval of each.
+
+    Args:
+        images: features [M, D] of unit length.
+        texts: features [N, D] of all captions, image after image.
+        counts: how many captions each image has.
+        ks: in how many of the best results a right one is looked for.
+
+    Raises:
+        ValueError: a feature is not finite.
+    """
+    of_image = torch.tensor(counts)
+    owner = torch.repeat_interleave(torch.arange(len(counts)), of_image)
+    image_ranks, text_ranks = (ranks.cpu() for ranks in caption_ranks(images, texts, owner.to(texts.device)))
+    metrics, intervals = {}, {}
+    for k in sorted(set(ks)):
+        # hits of each image's own queries, and how many these are: a resample of images takes their captions with them
+        by_caption = torch.bincount(owner, (text_ranks < k).double(), minlength=len(counts))
+        by_image = ((image_ranks < k) & (image_ranks >= 0)).double()
+        for name, hits, queries in (
+            (f"image_retrieval_recall@{k}", by_caption, of_image.double()),
+            (f"text_retrieval_recall@{k}", by_image, torch.ones_like(by_image)),
+        ):
+            metrics[name] = (hits.sum() / queries.sum()).item()
+            intervals[name] = bootstrap(hits, queries)
+    return metrics, intervals
 
 
 def _turns(right: dict[int, set[int]]) -> list[list[int]]:

@@ -71,26 +71,10 @@ def run(args: argparse.Namespace) -> int:
 def _results(
     args: argparse.Namespace, found: "LabelledFeatures", captions: Sequence[str], features: "Tensor", texts: "Tensor"
 ) -> dict[str, Any]:
-    import torch
+    from ..retrieval import caption_recalls
 
-    from ..intervals import bootstrap
-    from ..retrieval import caption_ranks
-
-    counts = torch.tensor([len(texts) for texts in found.captions])
-    owner = torch.repeat_interleave(torch.arange(len(counts)), counts)
-    image_ranks, text_ranks = (ranks.cpu() for ranks in caption_ranks(features, texts, owner.to(texts.device)))
-    metrics, intervals = {}, {}
-    for k in sorted(set(args.k)):
-        # hits of each image's own queries, and how many these are: a resample of images takes their captions with them
-        by_caption = torch.bincount(owner, (text_ranks < k).double(), minlength=len(counts))
-        both = (
-            (by_caption, counts.double()),
-            ((image_ranks < k).double(), torch.ones(len(counts), dtype=torch.double)),
-        )
-        for direction, (hits, queries) in zip(DIRECTIONS, both, strict=True):
-            name = f"{direction}_recall@{k}"
-            metrics[name] = (hits.sum() / queries.sum()).item()
-            intervals[name] = bootstrap(hits, queries)
+    counts = [len(texts) for texts in found.captions]
+    metrics, intervals = caption_recalls(features, texts, counts, args.k)
     repeated = {"captions": len(captions) - len(set(captions)), "images": len(counts) - len(set(found.twins))}
     if any(repeated.values()):
         print(
