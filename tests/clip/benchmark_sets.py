@@ -16,7 +16,12 @@ from .conftest import picture, write_shard
 TEMPLATES = ("a photo of a {c}.", "{c}")
 
 
-def write_set(folder: Path, *, classes=7, images=31, kind="classification", splits=("test",), shards=2, draw=picture):
+def noisy(number: int, place: int = 0) -> bytes:
+    """An image of its own for each number and split."""
+    return picture(1000 * place + number)
+
+
+def write_set(folder: Path, *, classes=7, images=31, kind="classification", splits=("test",), shards=2, draw=noisy):
     """A set of which image i has class i, counted around; or captions that name i; or two of the classes."""
     folder.mkdir(parents=True)
     if kind != "retrieval":

@@ -3,19 +3,25 @@
 CLIP_benchmark is compared with if CLIP_BENCHMARK_SOURCE names a checkout of it, and scikit-learn is installed.
 """
 
+import csv
 import importlib.util
+import json
 import os
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from clipfast import create_model
+from clipfast import create_model, create_model_from_pretrained
 from clipfast.evaluation.classification import classify, metrics
 from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.retrieval import caption_ranks
 from clipfast.factory import get_tokenizer
+
+from .benchmark_sets import write_set
+from .conftest import run_command
 
 CLASSES = [f"{colour} {thing}" for colour in ("red", "blue", "green", "grey") for thing in ("cat", "dog", "cow", "bus")]
 TEMPLATES = ("a photo of a {}.", "{}", "art of the {}.")
@@ -62,6 +68,76 @@ def clip_benchmark(name):
     spec.loader.exec_module(module)
     module.float = number_of
     return module
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """CLIP_benchmark's command, with a model of ours or of OpenCLIP in place of those that it downloads."""
+    source = os.environ.get("CLIP_BENCHMARK_SOURCE")
+    if not source:
+        pytest.skip("CLIP_BENCHMARK_SOURCE does not name a checkout of CLIP_benchmark")
+    for package in ("sklearn", "webdataset", "requests", "pycocoevalcap"):
+        pytest.importorskip(package)
+    monkeypatch.syspath_prepend(source)
+    cli = importlib.import_module("clip_benchmark.cli")
+    monkeypatch.setattr(cli.zeroshot_classification, "float", number_of, raising=False)
+
+    def run(load, *arguments):
+        monkeypatch.setattr(cli, "load_clip", load)
+        monkeypatch.setattr(sys, "argv", ["clip_benchmark", *map(str, arguments)])
+        cli.main()
+
+    return run
+
+
+def loaded_from(of):
+    """What stands for CLIP_benchmark's function that loads a model."""
+
+    def load(model_name, pretrained, **_):
+        model, transform = create_model_from_pretrained(model_name, pretrained)
+        if of == "clipfast":
+            return model, transform, get_tokenizer(model_name)
+        open_clip = pytest.importorskip("open_clip")
+        theirs = with_open_clip(Encoder("", model, None, None))
+        return theirs.model, open_clip.image_transform(32, is_train=False), theirs.tokenizer
+
+    return load
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("of", ["clipfast", "open_clip"])
+def test_the_suite_equals_clip_benchmark_run_as_itself(of, command, tmp_path, capsys):
+    """Its command and ours, on the same folders; and it builds its table from our results."""
+    write_set(tmp_path / "wds_vtab-cifar10", images=90, classes=9)
+    write_set(tmp_path / "wds_flickr8k", images=90, kind="retrieval")
+    write_set(tmp_path / "wds_voc2007_multilabel", images=90, classes=5, kind="multilabel")
+    torch.manual_seed(0)
+    torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
+    (tmp_path / "theirs").mkdir()
+    named = ("--model", "ViT-T-8-32", "--pretrained", tmp_path / "w.pt")
+    for name in ("vtab/cifar10", "flickr8k", "voc2007_multilabel"):
+        output = f"{tmp_path}/theirs/{{dataset}}_{{pretrained}}_{{model}}_{{language}}_{{task}}.json"
+        data = ("--dataset", f"wds/{name}", "--dataset_root", f"{tmp_path}/wds_{{dataset_cleaned}}")
+        options = ("--no_amp", "--quiet", "--num_workers", 0, "--recall_k", 1, 5, "--output", output)
+        command(loaded_from(of), "eval", *data, *named, *options)
+    code, _, err = run_command(
+        capsys, "eval", "suite", "--root", tmp_path, *named, "--output", tmp_path / "ours", "--k", 1, 5
+    )
+    assert code == 0, err
+    theirs, ours = ({p.name: json.loads(p.read_text()) for p in (tmp_path / x).iterdir()} for x in ("theirs", "ours"))
+    assert theirs.keys() == ours.keys()
+    assert len(theirs) == 3
+    for name, expected in theirs.items():
+        figures = expected.pop("metrics")
+        assert ours[name]["metrics"] == pytest.approx(figures, abs=1e-6), name  # they compute shares in float32
+        assert any(0 < value < 1 for value in figures.values())
+        assert ours[name].items() >= expected.items()
+    command(None, "build", tmp_path / "ours", "--output", tmp_path / "benchmark.csv")
+    with (tmp_path / "benchmark.csv").open() as file:
+        rows = {row["dataset"]: row for row in csv.DictReader(file)}
+    (cifar,) = (found for found in ours.values() if found["dataset"] == "wds/vtab/cifar10")
+    assert float(rows["wds/vtab/cifar10"]["acc1"]) == cifar["metrics"]["acc1"]
+    assert set(rows) == {"wds/vtab/cifar10", "wds/flickr8k", "wds/voc2007_multilabel"}
 
 
 def number_of(value):
