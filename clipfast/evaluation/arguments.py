@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -39,6 +39,38 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     add("--pretrained", metavar="TAG", help=weights)
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
+
+
+def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
+    """Add what watches a run; ``name`` is that of the file in its folder for the lines."""
+    add = parser.add_argument
+    watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
+    add("--watch", type=Path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
+    add("--interval", type=float, default=30.0, metavar="SECONDS", help="time between two looks at RUN (default: 30)")
+    raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
+    add("--raw", action="store_true", help=f"evaluate {raw}")
+
+
+def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> None:
+    """Refuse what cannot be watched, and flags that have no use then.
+
+    Args:
+        args: the arguments.
+        refused: names of these flags.
+
+    Raises:
+        ValueError: there is no run, a flag is refused, or the interval is no time.
+    """
+    from ..training.history import is_run
+
+    given = [flag for flag in refused if getattr(args, flag)]
+    if given:
+        raise ValueError(f"--watch cannot be used with --{given[0].replace('_', '-')}")
+    if not is_run(args.watch):
+        raise ValueError(f"--watch {args.watch}: there is no run in that folder")
+    if not args.interval > 0:
+        raise ValueError(f"--interval must be more than 0, got {args.interval}")
+    check_outputs(args)
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,6 +136,23 @@ def check_outputs(args: argparse.Namespace) -> None:
         known = Figure().canvas.get_supported_filetypes()
         if args.plot.suffix[1:].lower() not in known:
             raise ValueError(f"--plot {args.plot}: the name must end in one of .{', .'.join(sorted(known))}")
+
+
+def steps_drawer(
+    path: Path | None, title: str, figures: Callable[[Mapping[str, Any]], Mapping[str, float]]
+) -> Callable[[list[dict[str, Any]]], None] | None:
+    """Return what draws the lines of a watched run to the file that ``--plot`` names; None if it names none.
+
+    Args:
+        path: the file.
+        title: of the picture.
+        figures: returns the shares to draw from the results of a line, by their names for people.
+    """
+    if path is None:
+        return None
+    from .steps_plot import steps_plot
+
+    return lambda lines: steps_plot([(line["step"], figures(line["eval"])) for line in lines], title, path)
 
 
 class Session(NamedTuple):

@@ -4,7 +4,6 @@ import hashlib
 import json
 import logging
 import re
-import stat
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from ..factory import set_preprocessing, tokenizer_for, transform_of
 from ..models import CLIP, CLIPConfig, build
 from ..training.reports import NO_TENSORBOARD, TensorBoard, evaluation_metrics
 from ..training.run import RunFolder, append, read_lines
+from ..training.sharded import MANIFEST, read_parts
 from ..training.status import FINISHED, read_status
 from .encoder import Encoder
 from .evaluate import evaluate
@@ -30,38 +30,23 @@ log = logging.getLogger("clipfast")
 NAME = "evaluations.jsonl"
 
 
-class Evaluator:
-    """Evaluates checkpoints of one run on a labelled set. The model is built once, and each text is tokenized once.
+class CheckpointModel:
+    """The model of a run's checkpoints, which is built once. Each text is tokenized once.
 
     Args:
-        images: the set.
-        templates, classnames, leave_out: as :func:`~clipfast.evaluation.evaluate.evaluate` takes them.
-        batch_size: images to encode at once.
         device, backend: what to compute on, and by which implementation of the ops.
         tokenizer_file: of a SigLIP model.
     """
 
-    def __init__(
-        self,
-        images: LabelledSet,
-        templates: Sequence[Template] = ("{}",),
-        *,
-        classnames: Sequence[str] | None = None,
-        leave_out: Sequence[str] = (),
-        batch_size: int = 256,
-        device: str = "cpu",
-        backend: str = "auto",
-        tokenizer_file: str | None = None,
-    ) -> None:
-        self.images, self.templates, self.classnames, self.leave_out = images, templates, classnames, leave_out
-        self.batch_size, self.device, self.backend, self.tokenizer_file = batch_size, device, backend, tokenizer_file
+    def __init__(self, device: str = "cpu", backend: str = "auto", tokenizer_file: str | None = None) -> None:
+        self.device, self.backend, self.tokenizer_file = device, backend, tokenizer_file
         self._config: CLIPConfig | None = None
 
-    def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
-        """Return the figures of a checkpoint, as :func:`~clipfast.evaluation.evaluate.evaluate` does.
+    def load(self, checkpoint: dict[str, Any], source: Path) -> Encoder:
+        """Return the model with the weights of a checkpoint, until the next one is loaded.
 
         Raises:
-            ValueError: the checkpoint does not say its model, or cannot be loaded, or the set cannot be evaluated.
+            ValueError: the checkpoint does not say its model, or cannot be loaded.
         """
         config = own_config(checkpoint, source)
         if config is None:
@@ -74,12 +59,7 @@ class Evaluator:
             self._tokenize, self._config = _Memory(tokenizer), config
         load_weights(self._model, checkpoint, source)
         transform = transform_of(self._model, uint8=True)
-        encoder = Encoder(str(source), self._model, self._tokenize, transform, self.device)
-        (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, progress=False)
-        return evaluate(
-            self._model, self._tokenize, features.to(self.device), self.templates, classnames=self.classnames,
-            leave_out=self.leave_out, skipped=len(self.images.skipped),
-        ).results  # fmt: skip
+        return Encoder(str(source), self._model, self._tokenize, transform, self.device)
 
     def _built(self, config: CLIPConfig, checkpoint: dict[str, Any]) -> CLIP:
         with torch.device(self.device):
@@ -87,6 +67,43 @@ class Evaluator:
         set_preprocessing(model, own_preprocessing(checkpoint))
         model.set_backend(self.backend)
         return model.eval()
+
+
+class Evaluator:
+    """Evaluates checkpoints of one run on a labelled set.
+
+    Args:
+        images: the set.
+        templates, classnames, leave_out: as :func:`~clipfast.evaluation.evaluate.evaluate` takes them.
+        batch_size: images to encode at once.
+        model: of the checkpoints; by default, on the CPU.
+    """
+
+    def __init__(
+        self,
+        images: LabelledSet,
+        templates: Sequence[Template] = ("{}",),
+        *,
+        classnames: Sequence[str] | None = None,
+        leave_out: Sequence[str] = (),
+        batch_size: int = 256,
+        model: CheckpointModel | None = None,
+    ) -> None:
+        self.images, self.templates, self.classnames, self.leave_out = images, templates, classnames, leave_out
+        self.batch_size, self.model = batch_size, model or CheckpointModel()
+
+    def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
+        """Return the figures of a checkpoint, as :func:`~clipfast.evaluation.evaluate.evaluate` does.
+
+        Raises:
+            ValueError: the checkpoint does not say its model, or cannot be loaded, or the set cannot be evaluated.
+        """
+        encoder = self.model.load(checkpoint, source)
+        (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, progress=False)
+        return evaluate(
+            encoder.model, encoder.tokenizer, features.to(encoder.device), self.templates, classnames=self.classnames,
+            leave_out=self.leave_out, skipped=len(self.images.skipped),
+        ).results  # fmt: skip
 
 
 class _Memory:
@@ -104,33 +121,48 @@ class _Memory:
 
 
 class Watch:
-    """The evaluations of a run's checkpoints, of which each is a line in ``evaluations.jsonl`` in its folder.
+    """The evaluations of a run's checkpoints, of which each is a line in a file in its folder.
 
     Args:
         folder: of the run.
-        evaluator: gives the figures of a checkpoint.
+        evaluator: gives the figures of a checkpoint, from its content and its path.
         settings: what the figures depend on, such as the data. A checkpoint is evaluated once for the same settings.
         average: evaluate the average of the weights (EMA) where a checkpoint has one.
+        name: of the file.
+        scalars: returns what TensorBoard shows of the figures.
+
+    Attributes:
+        lines: those of the file that have the same settings.
     """
 
     def __init__(
-        self, folder: RunFolder, evaluator: Evaluator, settings: Mapping[str, Any], *, average: bool = True
+        self,
+        folder: RunFolder,
+        evaluator: Callable[[dict[str, Any], Path], dict[str, Any]],
+        settings: Mapping[str, Any],
+        *,
+        average: bool = True,
+        name: str = NAME,
+        scalars: Callable[[Mapping[str, Any]], Mapping[str, float]] = evaluation_metrics,
     ) -> None:
-        self.folder, self.evaluator, self.average = folder, evaluator, average
+        self.folder, self.evaluator, self.average, self._figures = folder, evaluator, average, scalars
         self.settings = {**settings, "average": average}
-        self.path = folder.path / NAME
+        self.path = folder.path / name
         if self.path.exists() and not self.path.read_bytes().endswith(b"\n"):
             append(self.path, "\n")  # the next line must not continue what a kill cut short
-        lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
-        self._files = {(line["file_time"], line["bytes"]) for line in lines}
-        self._weights = {(line["step"], line["weights"]) for line in lines}
+        self.lines = [line for line in read_lines(self.path) if self.settings.items() <= line.items()]
+        self._files = {(line["file_time"], line["bytes"]) for line in self.lines}
+        self._weights = {(line["step"], line["weights"]) for line in self.lines}
         self._tensorboard: TensorBoard | None = None
-        place = "evaluations-" + re.sub(r"\W+", "-", str(settings.get("data", ""))).strip("-")[-60:]
+        place = Path(name).stem + "-" + re.sub(r"\W+", "-", str(settings.get("data", ""))).strip("-")[-60:]
         try:
-            points = ((line["step"], _scalars(line), line["time"]) for line in lines)
+            points = ((line["step"], self._scalars(line), line["time"]) for line in self.lines)
             self._tensorboard = TensorBoard(folder.path / "tensorboard" / place, points)
         except ImportError:
             log.warning(NO_TENSORBOARD)
+
+    def _scalars(self, line: Mapping[str, Any]) -> dict[str, float]:
+        return {f"val/{name}": value for name, value in self._figures(line["eval"]).items()}
 
     def run(self, interval: float) -> Iterator[dict[str, Any]]:
         """Evaluate what there is and what comes, the oldest first, until the run is finished; yield each line.
@@ -165,7 +197,8 @@ class Watch:
         The name may have moved to a newer file, or be gone while the file has another name: the next look finds both.
         """
         try:
-            checkpoint = read_checkpoint(path)
+            # the state of the optimizer may be twice the size of the weights
+            checkpoint = read_parts(path, without=("optimizer",)) if path.is_dir() else read_checkpoint(path)
         except CheckpointError as error:
             if _file(path) == file:
                 self._files.add(file)
@@ -187,9 +220,10 @@ class Watch:
             "weights": weights, **self.settings, "eval": results,
         }  # fmt: skip
         self._weights.add((step, weights))
+        self.lines.append(line)
         append(self.path, json.dumps(line) + "\n")
         if self._tensorboard is not None:
-            self._tensorboard.add(step, _scalars(line), line["time"])
+            self._tensorboard.add(step, self._scalars(line), line["time"])
         return line
 
     def close(self) -> None:
@@ -198,17 +232,38 @@ class Watch:
             self._tensorboard.close()
 
 
-def _file(path: Path) -> tuple[int, int] | None:
-    """Return the time and the size of a file; None for a folder, and if there is nothing."""
+def follow(
+    watch: Watch, interval: float, words: Callable[[Mapping[str, Any]], str],
+    draw: Callable[[list[dict[str, Any]]], object] | None = None,
+) -> None:  # fmt: skip
+    """Print a line for each checkpoint, and draw all of them anew, until the run is finished, or Ctrl-C.
+
+    Args:
+        watch: evaluates the checkpoints.
+        interval: seconds between two looks at the folder.
+        words: says the figures of one.
+        draw: is given all lines.
+    """
     try:
-        status = path.stat()
+        if draw is not None and watch.lines:
+            draw(watch.lines)
+        for line in watch.run(interval):
+            print(f"step {line['step']} ({line['checkpoint']}): {words(line['eval'])}", flush=True)
+            if draw is not None:
+                draw(watch.lines)
+    except KeyboardInterrupt:
+        pass  # the usual end
+    finally:
+        watch.close()
+
+
+def _file(path: Path) -> tuple[int, int] | None:
+    """Return the time and the size of a checkpoint, of a folder those of its list of files; None if it is not there."""
+    try:
+        status = (path / MANIFEST if path.is_dir() else path).stat()
     except FileNotFoundError:
         return None
-    return None if stat.S_ISDIR(status.st_mode) else (status.st_mtime_ns, status.st_size)
-
-
-def _scalars(line: Mapping[str, Any]) -> dict[str, float]:
-    return {f"val/{name}": value for name, value in evaluation_metrics(line["eval"]).items()}
+    return status.st_mtime_ns, status.st_size
 
 
 def _digest(state: Mapping[str, Tensor]) -> str:

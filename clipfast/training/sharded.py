@@ -8,6 +8,7 @@ values, so that a folder of somebody else cannot run code.
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -123,13 +124,17 @@ def check_parts(folder: Path) -> None:
             raise CheckpointError(f"{folder} is damaged: {name} is not the file that was written")
 
 
-def read_parts(folder: Path) -> dict[str, Any]:
+def read_parts(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]:
     """Return what :func:`write_parts` wrote, with whole tensors, on any number of processes.
+
+    Args:
+        folder: the checkpoint.
+        without: keys of the content that are left out, and whose tensors are not read.
 
     Raises:
         CheckpointError: it is damaged, or holds anything but tensors and plain values.
     """
-    rest = read_rest(folder)
+    rest = {key: value for key, value in read_rest(folder).items() if key not in without}
     metadata = read_metadata(folder / METADATA_NAME)
 
     def joined(value: Any) -> Any:

@@ -329,7 +329,7 @@ WRONG = {
     "no sets": (["--root", "{tmp}"], "--root {tmp} has no folder wds_NAME"),
     "one set": (["--root", "{root}/wds_flickr8k"], "is one set: give the folder that it is in, and its name by --sets"),
     "unknown set": (["--sets", "cifar11"], "--root {root} has none of the sets cifar11; it has flickr8k, mnist, voc"),
-    "no model": ([], "--model is needed: what to evaluate"),
+    "no model": ([], "--model or --watch is needed: what to evaluate"),
     "no such model": (["--model", "ViT-Q"], "ViT-Q"),
     "no weights": (["--model", "ViT-T-8-32"], "ViT-T-8-32"),
     "one model twice": (["--model", "a/w.pt,x", "a_w.pt,x"], "a/w.pt x and a_w.pt x would have the same file names"),

@@ -9,14 +9,18 @@ from unittest import mock
 
 import pytest
 
-from clipfast.evaluation import watch
+from clipfast.evaluation import steps_plot, watch
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.evaluation.watch import Evaluator, Watch
 from clipfast.tokenizer import Tokenizer
+from clipfast.training.checkpoints import read_saved
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder, read_lines
+from clipfast.training.sharded import write_parts
 from clipfast.training.status import read_status
+from clipfast.training.world import ALONE
 
+from .benchmark_sets import coded, write_set
 from .conftest import run_command
 from .test_logs import read_back
 from .test_training import config, started
@@ -133,6 +137,36 @@ def test_a_file_is_found_by_another_name_when_its_first_is_removed_or_moves_on(r
     assert [(line["step"], line["checkpoint"]) for line in found] == [(4, "epoch_1.pt"), (8, "epoch_latest.pt")]
 
 
+def in_parts(run):
+    """Put folders, as ``--fsdp-checkpoint sharded`` writes them, in the place of the files of a run."""
+    for step, path in ((4, run.checkpoints / "epoch_1.pt"), (8, run.latest)):
+        write_parts(run.checkpoints / f"step_{step}", read_saved(path), ALONE)
+    for path in run.checkpoints.glob("*.pt"):
+        path.unlink()
+
+
+def test_checkpoints_in_parts_are_evaluated_and_a_damaged_one_is_told(run, shards, capsys):
+    expected = [line["eval"] for line in watching(run, shards).run(0.01)]
+    (run.path / watch.NAME).unlink()
+    in_parts(run)
+    found = list(watching(run, shards).run(0.01))
+    assert [(line["step"], line["checkpoint"]) for line in found] == [(4, "step_4"), (8, "step_8")]
+    assert [line["eval"] for line in found] == expected
+    with refusing():
+        assert list(watching(run, shards).run(0.01)) == []
+    (run.path / watch.NAME).unlink()
+    part = next((run.checkpoints / "step_4").glob("*.distcp"))
+    part.write_bytes(part.read_bytes()[:-1])
+    assert [line["step"] for line in watching(run, shards).run(0.01)] == [8]
+    assert f"left out: {run.checkpoints / 'step_4'} is damaged: {part.name}" in capsys.readouterr().err
+
+
+def test_the_optimizer_of_a_checkpoint_in_parts_is_not_read(run):
+    in_parts(run)
+    content = watch.read_parts(run.checkpoints / "step_8", without=("optimizer",))
+    assert content.keys() == read_saved(run.checkpoints / "step_8").keys() - {"optimizer"}
+
+
 def test_a_run_that_is_not_finished_is_waited_for(run, shards):
     results, latest, aside = run.path / "results.json", run.latest, run.path / "aside.pt"
     results.rename(run.path / "aside.json")
@@ -173,6 +207,7 @@ def test_texts_are_tokenized_once(run, shards):
         (["--watch", "nowhere"], "--watch nowhere: there is no run in that folder"),
         (["--watch", "{run}", "--model", "x.pt"], "--watch cannot be used with --model"),
         (["--watch", "{run}", "--interval", "0"], "--interval must be more than 0, got 0.0"),
+        (["--watch", "{run}", "--plot", "x.txt"], "--plot x.txt: the name must end in one of"),
     ],
 )
 def test_wrong_input(arguments, message, whole, shards, capsys):
@@ -181,6 +216,59 @@ def test_wrong_input(arguments, message, whole, shards, capsys):
     assert (code, out) == (2, "")
     assert err.startswith(f"clipfast eval: error: {message}")
     assert not (whole / watch.NAME).exists()
+
+
+def drawn_at(path, steps):
+    """Stands for the picture: notes how many points there are at each drawing."""
+    original = steps_plot.steps_plot
+
+    def noted(points, title, to):
+        steps.append(sorted(step for step, _ in points))
+        original(points, title, to)
+        assert path.read_bytes()[:4] == b"\x89PNG"
+
+    return mock.patch.object(steps_plot, "steps_plot", noted)
+
+
+def test_the_picture_is_drawn_anew_after_each_checkpoint(run, shards, tmp_path, capsys):
+    path, steps = tmp_path / "p.png", []
+    command = ["eval", "zeroshot", "--watch", run.path, "--data", shards, "--plot", path]
+    with drawn_at(path, steps):
+        assert run_command(capsys, *command)[0] == 0
+        assert steps == [[4], [4, 8]]
+        assert run_command(capsys, *command)[0] == 0
+    assert steps == [[4], [4, 8], [4, 8]]  # a watch that is started again shows what there is
+
+
+def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
+    root, path, steps = tmp_path / "root", tmp_path / "p.png", []
+    for name in ("vtab-cifar10", "vtab-dtd"):
+        write_set(root / f"wds_{name}", images=12, shards=1, draw=coded)
+    write_set(root / "wds_flickr8k", images=8, kind="retrieval", draw=coded)
+    command = ["eval", "suite", "--watch", run.path, "--root", root, "--plot", path, "--raw"]
+    with drawn_at(path, steps):
+        code, out, err = run_command(capsys, *command)
+    assert code == 0, err
+    assert steps == [[4], [4, 8]]
+    lines = read_lines(run.path / "suite.jsonl")
+    assert [(line["step"], line["sets"]) for line in lines] == [
+        (step, ["flickr8k", "vtab/cifar10", "vtab/dtd"]) for step in (4, 8)
+    ]
+    mean = lines[1]["eval"]["means"][-1]
+    acc1 = [found["metrics"]["acc1"] for found in lines[1]["eval"]["results"] if "acc1" in found["metrics"]]
+    assert (mean["metric"], mean["sets"], mean["values"]) == ("acc1", 2, [pytest.approx(sum(acc1) / 2)])
+    assert out.splitlines()[1].startswith("step 8 (")
+    assert f"): mean of acc1 {mean['values'][0]:.1%}, flickr8k image_retrieval_recall@5 " in out.splitlines()[1]
+    (board,) = (run.path / "tensorboard").glob("suite-*")
+    assert [step for step, _ in read_back(board)["val/vtab/dtd acc1"]] == [4, 8]
+    assert lines_of(run) == []  # which are figures of another kind
+    # the last checkpoint is what a finished run is evaluated as
+    code, out, _ = run_command(
+        capsys, "eval", "suite", "--root", root, "--model", run.latest, "--output", tmp_path / "out"
+    )
+    expected = [found["metrics"] for found in json.loads(out)["results"]]
+    assert [found["metrics"] for found in lines[1]["eval"]["results"]] == expected
+    assert run_command(capsys, *command, "--output", tmp_path)[2].endswith("--watch cannot be used with --output\n")
 
 
 @pytest.mark.long

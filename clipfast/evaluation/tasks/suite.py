@@ -12,8 +12,11 @@ from ..arguments import (
     add_model_arguments,
     add_output_arguments,
     add_run_arguments,
+    add_watch_arguments,
     check_outputs,
+    check_watch,
     load_encoder,
+    steps_drawer,
     write_results,
 )
 
@@ -23,6 +26,7 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..store import FeatureStore
     from ..suite import ResultFolder, Settings
 
+NOT_WATCHED = ("model", "pretrained", "output", "features", "json", "html", "table")
 EPILOG = """\
 exit code: 0 if all that was asked for is there; 1 if a set or a task had to be left out, which stderr and the results
 name; 2 if nothing could be done
@@ -46,6 +50,7 @@ def add_parser(tasks: Any) -> None:
     add = parser.add_argument
     add("--root", type=Path, required=True, metavar="FOLDER", help="folder of the folders wds_NAME")
     add_model_arguments(parser, several=True)
+    add_watch_arguments(parser, "suite.jsonl")
     add("--output", type=Path, metavar="FOLDER", help="where the results go, a file for each set, model and task")
     sets = "names of sets (vtab/cifar10), or vtab, vtab+, retrieval, imagenet_robustness (default: all that are there)"
     add("--sets", nargs="+", default=[], metavar="NAME", help=sets)
@@ -64,6 +69,8 @@ def add_parser(tasks: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the models on the sets, print the results, and return the exit code."""
+    if args.watch is not None:
+        return watch(args)
     models = _check(args)
     from ...training.world import joined
     from ..offline_layout import find_sets
@@ -104,13 +111,10 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
         ValueError: numbers are out of range, or arguments do not fit together.
     """
     if not args.model:
-        raise ValueError("--model is needed: what to evaluate")
+        raise ValueError("--model or --watch is needed: what to evaluate")
     if args.output is None:
         raise ValueError("--output is needed: the folder for the results")
-    if min(args.k) < 1:
-        raise ValueError(f"--k must be at least 1, got {min(args.k)}")
-    if args.batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {args.batch_size}")
+    _check_numbers(args)
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file, not a folder")
     if not args.output.absolute().parent.is_dir():
@@ -122,6 +126,13 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
         )
     check_outputs(args)
     return named_models(args.model, args.pretrained)
+
+
+def _check_numbers(args: argparse.Namespace) -> None:
+    if min(args.k) < 1:
+        raise ValueError(f"--k must be at least 1, got {min(args.k)}")
+    if args.batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {args.batch_size}")
 
 
 def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:
@@ -256,3 +267,28 @@ def table(results: dict[str, Any]) -> str:
     parts = [align(rows, right=(1,)), "95% intervals in brackets"]
     parts += [f"left out {problem['name']}: {problem['reason']}" for problem in results["problems"]]
     return "\n".join(parts)
+
+
+def watch(args: argparse.Namespace) -> int:
+    """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
+    from ...factory import resolve_device
+    from ...training.run import RunFolder
+    from ..offline_layout import find_sets
+    from ..suite_watch import NAME, SuiteEvaluator, chief_figures, words
+    from ..watch import CheckpointModel, Watch, follow
+    from .probe_solver import chosen_solver
+
+    check_watch(args, NOT_WATCHED)
+    _check_numbers(args)
+    layout = find_sets(args.root, args.sets, args.split)
+    _tell(layout)
+    device = resolve_device(args.device)
+    settings = _settings(args, chosen_solver(args.solver, device))
+    evaluator = SuiteEvaluator(layout.sets, settings, CheckpointModel(device, args.backend, args.tokenizer))
+    about = {
+        "data": str(args.root), "sets": [one.name for one in layout.sets], "split": args.split,
+        "k": sorted(set(args.k)), "probe": args.probe, "seed": args.seed,
+    }  # fmt: skip
+    watching = Watch(RunFolder(args.watch), evaluator, about, average=not args.raw, name=NAME, scalars=chief_figures)
+    follow(watching, args.interval, words, steps_drawer(args.plot, f"{args.watch} on {args.root}", chief_figures))
+    return 1 if layout.problems or (args.sets and layout.missing) else 0

@@ -10,18 +10,21 @@ from ..arguments import (
     add_output_arguments,
     add_prompt_arguments,
     add_run_arguments,
+    add_watch_arguments,
     check_outputs,
+    check_watch,
     encoded,
     labelled_set,
     read_classnames,
     read_templates,
     result_of,
     session,
+    steps_drawer,
     write_results,
 )
 
 COMPARED = ("plain", "simple", "openai")  # 1, 7 and 80 templates
-NOT_WATCHED = ("model", "pretrained", "json", "features", "html", "plot", "compare_templates", "table")
+NOT_WATCHED = ("model", "pretrained", "json", "features", "html", "compare_templates", "table")
 
 
 def add_parser(tasks: Any) -> None:
@@ -34,11 +37,7 @@ def add_parser(tasks: Any) -> None:
         epilog="Example: clipfast eval zeroshot --model local-dir:runs/demo --data bundled:emoji/fluent",
     )
     add = parser.add_argument
-    watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
-    add("--watch", type=Path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/evaluations.jsonl")
-    add("--interval", type=float, default=30.0, metavar="SECONDS", help="time between two looks at RUN (default: 30)")
-    raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
-    add("--raw", action="store_true", help=f"evaluate {raw}")
+    add_watch_arguments(parser, "evaluations.jsonl")
     add_model_arguments(parser, required=False)
     add_data_arguments(parser)
     add_prompt_arguments(parser)
@@ -135,35 +134,25 @@ def _table(results: dict[str, Any]) -> str:
 def watch(args: argparse.Namespace) -> int:
     """Evaluate the checkpoints of a run until it is finished, or Ctrl-C; print a line for each."""
     from ...factory import resolve_device
-    from ...training.history import is_run
     from ...training.reports import evaluation_metrics
     from ...training.run import RunFolder
-    from ...training.status import metrics_text
-    from ..watch import Evaluator, Watch
+    from ...training.status import WANTED, metrics_text
+    from ..watch import CheckpointModel, Evaluator, Watch, follow
 
-    given = [flag for flag in NOT_WATCHED if getattr(args, flag)]
-    if given:
-        raise ValueError(f"--watch cannot be used with --{given[0].replace('_', '-')}")
-    if not is_run(args.watch):
-        raise ValueError(f"--watch {args.watch}: there is no run in that folder")
-    if not args.interval > 0:
-        raise ValueError(f"--interval must be more than 0, got {args.interval}")
+    check_watch(args, NOT_WATCHED)
     options = vars(args)
     evaluator = Evaluator(
         labelled_set(args), read_templates(args.templates), classnames=read_classnames(args.classnames),
-        leave_out=args.leave_out, batch_size=args.batch_size, device=resolve_device(args.device), backend=args.backend,
-        tokenizer_file=args.tokenizer,
+        leave_out=args.leave_out, batch_size=args.batch_size,
+        model=CheckpointModel(resolve_device(args.device), args.backend, args.tokenizer),
     )  # fmt: skip
     names = ("data", "templates", "classnames", "label_by", "group_by", "leave_out")
     watching = Watch(RunFolder(args.watch), evaluator, {name: options[name] for name in names}, average=not args.raw)
-    try:
-        for line in watching.run(args.interval):
-            print(
-                f"step {line['step']} ({line['checkpoint']}): {metrics_text(evaluation_metrics(line['eval']))}",
-                flush=True,
-            )
-    except KeyboardInterrupt:
-        pass  # the usual end
-    finally:
-        watching.close()
+
+    def named(results: Any) -> dict[str, float]:
+        found = evaluation_metrics(results)
+        return {name: found[key] for name, key in WANTED if key in found}
+
+    draw = steps_drawer(args.plot, f"{args.watch} on {args.data}", named)
+    follow(watching, args.interval, lambda results: metrics_text(evaluation_metrics(results)), draw)
     return 0
