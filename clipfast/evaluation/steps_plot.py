@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from ..files import replace_file
 from .pictures import _shorten
@@ -29,6 +30,7 @@ def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, pa
         label = f"{_shorten(name, 50)}: {drawn[-1][1]:.1f}%" if is_named else None
         axis.plot(*zip(*drawn, strict=True), "o-", linewidth=width, markersize=2 + width, label=label)
     axis.set(xlabel="step", ylabel="%")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.set_title(_shorten(title, 90), fontsize=10)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)

@@ -14,6 +14,7 @@ from clipfast.cli import main
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.ranks import run_ranks
 
+from .benchmark_sets import write_set
 from .conftest import picture, sample, write_shard
 from .test_training_docs import as_rank
 
@@ -27,7 +28,10 @@ def folder(tmp_path_factory):
     """A folder with the model and the data that the page names."""
     folder = tmp_path_factory.mktemp("docs")
     torch.manual_seed(0)
-    export_open_clip(create_model("ViT-T-8-32"), folder / "runs" / "demo")
+    for name in ("demo", "second"):
+        export_open_clip(create_model("ViT-T-8-32"), folder / "runs" / name)
+    write_set(folder / "benchmark" / "wds_vtab-cifar10", images=12, splits=("test", "train"))
+    write_set(folder / "benchmark" / "wds_flickr8k", images=12, kind="retrieval")
     (folder / "data").mkdir()
     (folder / "labels.tsv").write_text("category\tlabel\n")
     (folder / "queries.txt").write_text("a thing\nanother thing\n")
