@@ -125,10 +125,12 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Refuse what results cannot be written to, before the work.
 
     Raises:
-        ValueError: a folder does not exist, or a plot has no format that can be drawn.
+        ValueError: a folder does not exist, a file is in its place, or a plot has no format that can be drawn.
     """
     from ..files import check_target
 
+    if args.features and args.features.exists() and not args.features.is_dir():
+        raise ValueError(f"--features {args.features} is a file, not a folder")
     check_target(args.json, args.plot, getattr(args, "html", None))
     if args.plot:
         from matplotlib.figure import Figure

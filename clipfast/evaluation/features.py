@@ -157,10 +157,13 @@ def encode_set(
         The features on the CPU, one element for each encoder, on rank 0; nothing on other ranks.
 
     Raises:
-        ValueError: the set cannot be read, not one of its images can be used, or the batch size is below 1.
+        ValueError: the set cannot be read, not one of its images can be used, the batch size is below 1, or there are
+            fewer workers than none.
     """
     if batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
     with world.local_first():  # the others find what it indexes
         blocks = _Blocks(images, [encoder.transform for encoder in encoders])
     count = len(blocks.places)

@@ -133,6 +133,8 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"--k must be at least 1, got {min(args.k)}")
     if args.batch_size < 1:
         raise ValueError(f"batch size must be at least 1, got {args.batch_size}")
+    if args.workers < 0:
+        raise ValueError(f"workers must not be negative, got {args.workers}")
 
 
 def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:

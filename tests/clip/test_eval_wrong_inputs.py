@@ -1,0 +1,122 @@
+"""Wrong inputs of all tasks of ``clipfast eval``: one line that names what is wrong, exit code 2, and nothing written.
+
+What only one task can be given wrongly stands beside the other tests of that task.
+"""
+
+import pytest
+import torch
+
+from clipfast import create_model
+
+from .benchmark_sets import coded, write_set
+from .conftest import picture, run_command, write_shard
+
+
+class Harmful:
+    """What would run code if it were unpickled."""
+
+    def __reduce__(self):
+        return (print, ("unpickled",))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Good data and models, and all kinds of bad ones."""
+    folder = tmp_path_factory.mktemp("wrong")
+    torch.manual_seed(0)
+    weights = create_model("ViT-T-8-32").state_dict()
+    torch.save(weights, folder / "good.pt")
+    torch.save({name: value * float("nan") for name, value in weights.items()}, folder / "nan.pt")
+    torch.save({name: value for name, value in weights.items() if "text" not in name}, folder / "part.pt")
+    torch.save(weights | {"text_projection": weights["text_projection"][:, :64]}, folder / "other.pt")
+    torch.save({"state_dict": weights, "hook": Harmful()}, folder / "harmful.pt")
+    (folder / "text.pt").write_text("not weights")
+    (folder / "half.pt").write_bytes((folder / "good.pt").read_bytes()[:5000])
+    pairs = [{"png": picture(index), "txt": b"ab"[index % 2 :][:1], "json": b'{"a": 1}'} for index in range(4)]
+    write_shard(folder / "good.tar", pairs)
+    write_shard(folder / "broken.tar", [{"png": b"broken", "txt": b"a"}, {"png": b"", "txt": b"b"}])
+    write_shard(folder / "texts.tar", [{"txt": b"a cat"}])
+    write_shard(folder / "images.tar", [{"png": picture(0)}])
+    (folder / "noise.tar").write_bytes(b"\x01" * 3000)
+    (folder / "noise.parquet").write_bytes(b"PAR1" + b"\x01" * 300)
+    (folder / "columns.csv").write_text("picture,words\na.png,a\n")
+    (folder / "rows.csv").write_text("filepath,title\nnowhere.png,a\n")
+    (folder / "empty").mkdir()
+    for name in ("some", "none"):
+        (folder / "classes" / name).mkdir(parents=True)
+    (folder / "classes" / "some" / "x.png").write_bytes(picture(0))
+    (folder / "names.txt").write_text("one\ntwo\nthree\n")
+    (folder / "bare.txt").write_text("a photo\n")
+    write_set(folder / "root" / "wds_mnist", images=4, draw=coded)
+    return folder
+
+
+GOOD = {
+    "--model": "ViT-T-8-32", "--pretrained": "{at}/good.pt", "--data": "{at}/good.tar", "--train-data": "{at}/good.tar",
+    "--root": "{at}/root", "--output": "{at}/out",
+}  # fmt: skip
+FLAGS = {
+    "zeroshot": ("--model", "--pretrained", "--data"),
+    "retrieval": ("--model", "--pretrained", "--data"),
+    "probe": ("--model", "--pretrained", "--data", "--train-data"),
+    "suite": ("--model", "--pretrained", "--root", "--output"),
+}
+EVERY = tuple(FLAGS)
+DATA = ("zeroshot", "retrieval", "probe")
+PROMPTS = ("zeroshot", "probe")
+
+# the tasks, what is given in place of something good (None: nothing), and the message
+WRONG = {
+    "no such device": (EVERY, {"--device": "tpu"}, "tpu"),
+    "no such backend": (EVERY, {"--backend": "jax"}, "argument --backend: invalid choice: 'jax'"),
+    "batch of no images": (EVERY, {"--batch-size": "0"}, "batch size must be at least 1, got 0"),
+    "fewer than no workers": (EVERY, {"--workers": "-1"}, "workers must not be negative, got -1"),
+    "features are a file": (EVERY, {"--features": "{at}/good.tar"}, "--features {at}/good.tar is a file, not a folder"),
+    "json nowhere": (EVERY, {"--json": "nowhere/r.json"}, "no folder nowhere to write r.json in"),
+    "a flag of another task": (("retrieval", "probe"), {"--html": "x.html"}, "unrecognized arguments: --html x.html"),
+    "a flag that is almost right": (EVERY, {"--tabel": "x"}, "did you mean --table?"),
+    "no such model": (EVERY, {"--model": "ViT-Q-9"}, "ViT-Q-9"),
+    "no weights": (EVERY, {"--pretrained": None}, "has no weights"),
+    "weights that are not there": (EVERY, {"--pretrained": "nowhere.pt"}, "nowhere.pt"),
+    "weights of no format": (EVERY, {"--pretrained": "{at}/text.pt"}, "{at}/text.pt"),
+    "half of the weights' file": (EVERY, {"--pretrained": "{at}/half.pt"}, "{at}/half.pt"),
+    "weights that would run code": (EVERY, {"--pretrained": "{at}/harmful.pt"}, "could run code"),
+    "weights of another model": (EVERY, {"--pretrained": "{at}/other.pt"}, "{at}/other.pt"),
+    "weights of one tower": (EVERY, {"--pretrained": "{at}/part.pt"}, "{at}/part.pt"),
+    "weights that are no numbers": (DATA, {"--pretrained": "{at}/nan.pt"}, "contain NaN or infinity"),
+    "no finished run": (EVERY, {"--model": "local-dir:{at}/empty", "--pretrained": None}, "{at}/empty"),
+    "no data": (DATA, {"--data": None}, "the following arguments are required: --data"),
+    "data that are not there": (DATA, {"--data": "nowhere.tar"}, "no such shard: nowhere.tar"),
+    "a folder without classes": (DATA, {"--data": "{at}/empty"}, "{at}/empty has no sub-folders"),
+    "a class without images": (DATA, {"--data": "{at}/classes"}, "{at}/classes/none has no images"),
+    "broken images": (DATA, {"--data": "{at}/broken.tar"}, "not one of the 2 images of the evaluation set can be used"),
+    "captions without an image": (DATA, {"--data": "{at}/texts.tar"}, "sample has no image"),
+    "images without a caption": (DATA, {"--data": "{at}/images.tar"}, "sample has no caption"),
+    "no tar file": (DATA, {"--data": "{at}/noise.tar"}, "{at}/noise.tar"),
+    "no Parquet file": (DATA, {"--data": "{at}/noise.parquet"}, "{at}/noise.parquet"),
+    "a table with other columns": (DATA, {"--data": "{at}/columns.csv"}, "picture, words"),
+    "a table of images that are not there": (DATA, {"--data": "{at}/rows.csv"}, "nowhere.png"),
+    "labels that do not exist": (DATA, {"--label-by": "breed"}, "sample has no 'breed' in its json; it has a"),
+    "groups that do not exist": (DATA, {"--group-by": "style"}, "sample has no 'style' in its json; it has a"),
+    "names of more classes": (("zeroshot",), {"--classnames": "{at}/names.txt"}, "3 class names for 2 classes"),
+    "no file of names": (PROMPTS, {"--classnames": "nowhere"}, "--classnames must be 'imagenet' or a file"),
+    "a template without a place": (PROMPTS, {"--templates": "{at}/bare.txt"}, "has no {{}} for the class"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_each_wrong_input_has_its_message(name, folder, capsys, monkeypatch):
+    monkeypatch.chdir(folder)
+    tasks, changes, message = WRONG[name]
+    before = sorted(folder.rglob("*"))
+    for task in tasks:
+        given = {flag: GOOD[flag] for flag in FLAGS[task]} | changes
+        words = [word for flag, value in given.items() if value is not None for word in (flag, value)]
+        code, out, err = run_command(capsys, "eval", task, *(word.format(at=folder) for word in words))
+        assert (code, out) == (2, ""), (task, err)
+        assert message.format(at=folder) in err.splitlines()[-1], (task, err)
+        assert "Traceback" not in err
+        assert err.splitlines()[-1].startswith(
+            ("clipfast eval: error: ", "clipfast: error: ", f"clipfast eval {task}: error: ")
+        )
+        assert sorted(folder.rglob("*")) == before, task
