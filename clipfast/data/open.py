@@ -4,6 +4,7 @@ from collections.abc import Sequence
 
 from .index import IndexCache
 from .samples import is_synthetic
+from .shapes import ShapesSource
 from .source import MAX_OPEN, Source, open_shards
 from .synthetic import SyntheticSource
 
@@ -27,4 +28,9 @@ def open_sources(
     """
     shards = [name for name in names if not is_synthetic(name)]
     opened = [open_shards(shards, workers, index, max_open, whole=whole)] if shards else []
-    return [*opened, *(SyntheticSource.named(name, index) for name in names if is_synthetic(name))]
+    return [*opened, *(_drawn(name, index) for name in names if is_synthetic(name))]
+
+
+def _drawn(name: str, index: IndexCache | None) -> Source:
+    kind = next(kind for kind in (SyntheticSource, ShapesSource) if name.startswith(kind.prefix))
+    return kind.named(name, index)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 BUNDLED_PREFIX = "bundled:"
 SYNTHETIC_PREFIX = "synthetic:"
+SHAPES_PREFIX = "shapes:"
+DRAWN = (SYNTHETIC_PREFIX, SHAPES_PREFIX)
 PIPE = "pipe:"
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
 NO_SHARDS = (".json", ".txt")
@@ -39,7 +41,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
             folder stands for the tar files in it, or else its Parquet files, or for the dataset that
             ``datasets.save_to_disk`` wrote there, or for its ``metadata.jsonl`` or ``metadata.csv``; any other is one
             shard of images, whose name ends with a slash. ``bundled:emoji/noto`` is a shard of this package. Names with
-            a scheme (``https:``, ``pipe:``), and ``synthetic:N`` and ``synthetic:N@SEED``, stay as they are.
+            a scheme (``https:``, ``pipe:``) stay as they are, and so do ``synthetic:N``, ``shapes:N``, and both with
+            ``@SEED``.
 
     Raises:
         ValueError: a local file does not exist or is no shard by its name, a name of synthetic pairs has another form,
@@ -98,23 +101,25 @@ def is_folder(shard: str) -> bool:
 def is_local(pattern: str) -> bool:
     """Return True if ``pattern`` names only files: a name with a scheme may be opened by a shell command."""
     parts = pattern.split("::")
-    return all(":" not in part.removeprefix(BUNDLED_PREFIX).removeprefix(SYNTHETIC_PREFIX) for part in parts)
+    own = "|".join((BUNDLED_PREFIX, *DRAWN))
+    return all(":" not in re.sub(f"^({own})", "", part) for part in parts)
 
 
 def is_synthetic(shard: str) -> bool:
     """Return True if a name stands for synthetic pairs, which need no files."""
-    return shard.startswith(SYNTHETIC_PREFIX)
+    return shard.startswith(DRAWN)
 
 
 def synthetic_pairs(name: str) -> tuple[int, int]:
-    """Return how many pairs ``synthetic:N`` or ``synthetic:N@SEED`` names, and their seed.
+    """Return how many pairs a name such as ``synthetic:N`` or ``synthetic:N@SEED`` stands for, and their seed.
 
     Raises:
         ValueError: the name has another form, or N is 0 or too large.
     """
-    found = re.fullmatch(re.escape(SYNTHETIC_PREFIX) + r"([0-9]+)(?:@([0-9]+))?", name)
+    prefix = name.partition(":")[0]
+    found = re.fullmatch(r"[a-z]+:([0-9]+)(?:@([0-9]+))?", name)
     if found is None:
-        raise ValueError(f"{name!r} is neither synthetic:N nor synthetic:N@SEED, with whole numbers N and SEED")
+        raise ValueError(f"{name!r} is neither {prefix}:N nor {prefix}:N@SEED, with whole numbers N and SEED")
     count = int(found[1])
     if not 0 < count <= MAX_SYNTHETIC:
         raise ValueError(f"there must be from 1 to {MAX_SYNTHETIC} synthetic pairs, got {count}")

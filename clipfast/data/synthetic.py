@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from .drawing import COLUMNS, SHAPES, SIDE, WIDTH, Drawings
-from .index import IndexCache, ShardIndex
+from .drawn import DrawnSource
 from .keys import DEFAULT_KEYS, Keys
 from .loader import Batch, PairBatches
 from .order import Ints, Words, random_words_at
-from .samples import SYNTHETIC_PREFIX, RawSample, synthetic_pairs
+from .samples import SYNTHETIC_PREFIX, RawSample
 
 READ_SIZE = 224  # side of the pictures that are read one by one
 STAMP = "0/1"  # as of a file without bytes; the second number changes when pairs say something else
@@ -60,40 +60,10 @@ class Scenes:
     words: Words  # for everything that captions do not say
 
 
-class SyntheticSource:
-    """Pairs that follow from their numbers, as one shard without a file.
+class SyntheticSource(DrawnSource):
+    """Pairs that follow from their numbers, as one shard without a file."""
 
-    Args:
-        count: of the pairs.
-        seed: the pairs of another seed are all different.
-        index: keeps the identities of the pairs; by default that in the user's cache folder.
-    """
-
-    def __init__(self, count: int, seed: int = 0, index: IndexCache | None = None) -> None:
-        self.seed, self.index = seed, index or IndexCache()
-        self.url = f"{SYNTHETIC_PREFIX}{count}" + (f"@{seed}" if seed else "")
-        self.shards = [ShardIndex(self.url, STAMP, 0, count, {})]
-        self.sizes, self.bytes_read = [count], 0
-
-    def __len__(self) -> int:
-        """Return the number of pairs."""
-        return self.sizes[0]
-
-    @classmethod
-    def named(cls, name: str, index: IndexCache | None = None) -> SyntheticSource:
-        """Return the pairs that ``synthetic:N`` or ``synthetic:N@SEED`` names.
-
-        Raises:
-            ValueError: as :func:`clipfast.data.samples.synthetic_pairs`.
-        """
-        return cls(*synthetic_pairs(name), index)
-
-    def name(self, number: int) -> str:
-        """Return the name of the source and the number of the pair."""
-        return f"{self.url}, sample {number}"
-
-    def close(self) -> None:
-        """Do nothing, as nothing is open."""
+    prefix, stamp = SYNTHETIC_PREFIX, STAMP
 
     def scenes(self, numbers: Sequence[int] | Ints) -> Scenes:
         """Return what is in the pairs with these numbers."""

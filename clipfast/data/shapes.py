@@ -1,0 +1,281 @@
+"""Scenes of coloured shapes whose captions say how things are put together, for training and for tests.
+
+``shapes:20000`` names so many scenes for training, and ``shapes:20000@1`` so many others. What is in a scene follows
+from its number. A test scene (:func:`held_out_scene`) has a second caption that is wrong in one respect, its kind.
+
+Some combinations of colours and shapes are kept for tests: a third of those of one colour and one shape, and a fifth of
+those of two colours and two shapes. If tests draw a red circle beside a blue square, training draws neither that nor a
+blue circle beside a red square. So neither of the two captions of a test is better known. Every colour and every shape
+is in both.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import math
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+from .drawn import DrawnSource
+from .keys import DEFAULT_KEYS, Keys
+from .samples import SHAPES_PREFIX, RawSample
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIDE = 64  # of the pictures, in pixels
+FINER = 4  # times as many pixels a side are drawn, and averaged
+STAMP = "0/1"  # as of a file without bytes; the second number changes when scenes change
+COLOURS = {
+    "red": (215, 35, 35), "yellow": (245, 205, 30), "green": (30, 150, 65), "blue": (40, 85, 220),
+    "purple": (150, 55, 185), "black": (25, 25, 25),
+}  # fmt: skip
+SHADE = 12  # how far each channel may lie from that of the colour's name
+LIGHTEST, DARKEST = 250, 222  # backgrounds are grey
+TURN = 12  # degrees to either side
+COUNTS = {2: "two", 3: "three", 4: "four", 5: "five"}
+RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
+KINDS = ("colour", "shape", "binding", "relation", "count", "order")  # of test scenes, in turn
+TRAINED = {"one": 1, "two": 4, "relation": 4, "count": 2}  # kinds of training scenes, and how often each is drawn
+
+
+def _regular(corners: int, inner: float = 1.0, first: float = -90.0) -> tuple[tuple[float, float], ...]:
+    """Return the corners of a polygon around the origin, every second one at the distance ``inner``."""
+    angles = (math.radians(first + 360 * number / corners) for number in range(corners))
+    return tuple(
+        (math.cos(angle) * (inner if number % 2 else 1), math.sin(angle) * (inner if number % 2 else 1))
+        for number, angle in enumerate(angles)
+    )
+
+
+def _scaled(points: Sequence[tuple[float, float]], factor: float) -> tuple[tuple[float, float], ...]:
+    return tuple((factor * x, factor * y) for x, y in points)
+
+
+# A third of the width of a cross's arms, from which its corners follow.
+_CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
+# Corners of a shape around its centre, in radii; none for what is round.
+SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
+    "circle": (),
+    "square": _scaled(_regular(4, first=45), 1.2),
+    "triangle": _scaled(_regular(3), 1.2),
+    "star": _scaled(_regular(10, 0.42), 1.2),
+    "cross": _scaled(_CROSS, 0.34),
+    "ring": (),
+}
+HOLE = 0.55  # radius of the hole of a ring
+
+Pair = tuple[str, str]
+# The colours and the shapes of scenes: for training, and for tests.
+ONES: tuple[list[Pair], list[Pair]] = ([], [])
+TWOS: tuple[list[tuple[Pair, Pair]], list[tuple[Pair, Pair]]] = ([], [])
+for (_c, _colour), (_s, _shape) in itertools.product(enumerate(COLOURS), enumerate(SHAPES)):
+    ONES[(_c + _s) % 3 == 0].append((_colour, _shape))
+for (_c, _colours), (_s, _shapes) in itertools.product(
+    enumerate(itertools.combinations(COLOURS, 2)), enumerate(itertools.combinations(SHAPES, 2))
+):
+    TWOS[(_c + _s) % 5 == 0].append((_colours, _shapes))
+
+
+class Thing(NamedTuple):
+    """A shape in a picture; lengths are in pixels."""
+
+    colour: str
+    shape: str
+    x: float
+    y: float
+    radius: float
+    degrees: float
+    rgb: tuple[int, int, int]
+
+
+class Scene(NamedTuple):
+    """What is in a picture.
+
+    Attributes:
+        kind: what captions say of it.
+        things: the shapes.
+        grey: of the background.
+        caption: is right.
+        wrong: a caption that is wrong in one respect; "" in training.
+        relation: where the first thing of the caption is; "" if the caption does not say that.
+    """
+
+    kind: str
+    things: tuple[Thing, ...]
+    grey: int
+    caption: str
+    wrong: str = ""
+    relation: str = ""
+
+    def picture(self) -> Image.Image:
+        """Return the picture, 64 pixels a side."""
+        from PIL import Image, ImageDraw
+
+        image = Image.new("RGB", (FINER * SIDE, FINER * SIDE), (self.grey,) * 3)
+        draw = ImageDraw.Draw(image)
+        for thing in self.things:
+            x, y, radius = FINER * thing.x, FINER * thing.y, FINER * thing.radius
+            cos, sin = math.cos(math.radians(thing.degrees)), math.sin(math.radians(thing.degrees))
+            corners = SHAPES[thing.shape]
+            if corners:
+                draw.polygon(
+                    [(x + radius * (cos * a - sin * b), y + radius * (sin * a + cos * b)) for a, b in corners],
+                    thing.rgb,
+                )
+                continue
+            draw.circle((x, y), radius, thing.rgb)
+            if thing.shape == "ring":
+                draw.circle((x, y), HOLE * radius, (self.grey,) * 3)
+        return image.reduce(FINER)
+
+
+def training_scene(number: int, seed: int = 0) -> Scene:
+    """Return a scene for training."""
+    rng = random.Random(f"shapes {seed} {number}")
+    (kind,) = rng.choices(list(TRAINED), list(TRAINED.values()))
+    match kind:
+        case "one":
+            return _one(rng, kind, is_test=False)
+        case "two":
+            return _two(rng, kind, is_test=False)
+        case "relation":
+            return _related(rng, kind, is_test=False)
+    return _counted(rng, kind, is_test=False)
+
+
+def held_out_scene(number: int, seed: int = 0) -> Scene:
+    """Return a scene for tests with a right and a wrong caption; its kind follows from the number.
+
+    Which of the two captions is right is even for the kinds, but for "order", so that a model that does not see the
+    picture is right about half of the time.
+    """
+    kind = KINDS[number % len(KINDS)]
+    rng = random.Random(f"test of shapes {seed} {number}")
+    match kind:
+        case "colour" | "shape":
+            return _one(rng, kind, is_test=True)
+        case "binding":
+            return _two(rng, kind, is_test=True)
+        case "relation":
+            return _related(rng, kind, is_test=True)
+        case "count":
+            return _counted(rng, kind, is_test=True)
+    scene = rng.choice((_two, _related))(rng, kind, is_test=True)
+    return scene._replace(wrong=_shuffled(rng, scene.caption), relation="")
+
+
+def _one(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
+    colour, shape = rng.choice(ONES[is_test])
+    radius = rng.uniform(9, 17)
+    x, y = (rng.uniform(radius + 6, SIDE - radius - 6) for _ in range(2))
+    thing = _thing(rng, colour, shape, x, y, radius)
+    # What differs by the kind only, and training does not draw either.
+    near = {
+        "colour": [(other, shape) for other in COLOURS if (other, shape) in ONES[is_test] and other != colour],
+        "shape": [(colour, other) for other in SHAPES if (colour, other) in ONES[is_test] and other != shape],
+    }
+    wrong = "a {} {}".format(*rng.choice(near[kind])) if is_test else ""
+    return Scene(kind, (thing,), _grey(rng), f"a {colour} {shape}", wrong)
+
+
+def _two(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
+    """Return two things, anywhere."""
+    angle, distance = rng.uniform(0, 2 * math.pi), rng.uniform(30, 36)
+    first, second = _couple(rng, math.cos(angle) * distance, math.sin(angle) * distance, is_test=is_test)
+    caption = f"a {first.colour} {first.shape} and a {second.colour} {second.shape}"
+    wrong = f"a {second.colour} {first.shape} and a {first.colour} {second.shape}"
+    return Scene(kind, (first, second), _grey(rng), caption, wrong if is_test else "")
+
+
+def _related(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
+    """Return two things of which one is beside, above or below the other."""
+    relation, (right, down) = rng.choice(list(RELATIONS.items()))
+    along, across = rng.uniform(30, 36), rng.uniform(-6, 6)
+    # The first thing of the caption lies in the direction of the relation.
+    first, second = _couple(rng, -along * right + across * down, -along * down + across * right, is_test=is_test)
+    caption = f"a {first.shape} {relation} a {second.shape}"
+    wrong = f"a {second.shape} {relation} a {first.shape}"
+    return Scene(kind, (first, second), _grey(rng), caption, wrong if is_test else "", relation)
+
+
+def _counted(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
+    """Return several equal things, one in each of some of nine cells."""
+    colour, shape = rng.choice(ONES[is_test])
+    fewer = rng.choice([number for number in COUNTS if number + 1 in COUNTS])
+    count, other = rng.sample((fewer, fewer + 1), 2)  # each as often as the other
+    radius, cell = rng.uniform(5.5, 7.5), SIDE / 3
+    things = []
+    for place in rng.sample(range(9), count):
+        x, y = (cell * (axis + 0.5) + rng.uniform(-1, 1) for axis in divmod(place, 3))
+        things.append(_thing(rng, colour, shape, x, y, radius))
+    right, wrong = (f"{COUNTS[number]} {_plural(shape)}" for number in (count, other))
+    return Scene(kind, tuple(things), _grey(rng), right, wrong if is_test else "")
+
+
+def _couple(rng: random.Random, x: float, y: float, *, is_test: bool) -> tuple[Thing, Thing]:
+    """Return two things of different colours and shapes; the second is (x, y) away from the first."""
+    colours, shapes = (rng.sample(both, 2) for both in rng.choice(TWOS[is_test]))
+    radii = [rng.uniform(9, 12) for _ in range(2)]
+    first = []
+    for offset in (x, y):
+        # Both keep their distance from the edges.
+        low, high = max(14, 14 - offset), min(SIDE - 14, SIDE - 14 - offset)
+        first.append(rng.uniform(low, high))
+    places = ((first[0], first[1]), (first[0] + x, first[1] + y))
+    one, other = (
+        _thing(rng, colour, shape, *place, radius)
+        for colour, shape, place, radius in zip(colours, shapes, places, radii, strict=True)
+    )
+    return one, other
+
+
+def _thing(rng: random.Random, colour: str, shape: str, x: float, y: float, radius: float) -> Thing:
+    red, green, blue = (min(255, max(0, value + rng.randint(-SHADE, SHADE))) for value in COLOURS[colour])
+    return Thing(colour, shape, x, y, radius, rng.uniform(-TURN, TURN), (red, green, blue))
+
+
+def _grey(rng: random.Random) -> int:
+    return rng.randint(DARKEST, LIGHTEST)
+
+
+def _plural(shape: str) -> str:
+    return shape + ("es" if shape.endswith("s") else "s")
+
+
+def _shuffled(rng: random.Random, caption: str) -> str:
+    """Return the words of a caption in an order that is no caption."""
+
+    def classes(words: Sequence[str]) -> list[str]:
+        return ["colour" if word in COLOURS else "shape" if word in SHAPES else word for word in words]
+
+    words = caption.split()
+    shuffled = words
+    while classes(shuffled) == classes(words):
+        shuffled = rng.sample(words, len(words))
+    return " ".join(shuffled)
+
+
+class ShapesSource(DrawnSource):
+    """Scenes for training that follow from their numbers, as one shard without a file."""
+
+    prefix, stamp = SHAPES_PREFIX, STAMP
+
+    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
+        """Return a pair: the caption as ``txt``, it and its kind as ``json``, and the picture as ``png``.
+
+        Args:
+            number: of the pair.
+            keys: the picture is only drawn if ``png`` is among its names.
+        """
+        scene = training_scene(number, self.seed)
+        fields = json.dumps({"label": scene.caption, "kind": scene.kind}).encode()
+        pair = {"__key__": str(number), "__url__": self.url, "txt": scene.caption.encode(), "json": fields}
+        if "png" in keys.images:
+            stream = io.BytesIO()
+            scene.picture().save(stream, "PNG", compress_level=1)
+            pair["png"] = stream.getvalue()
+        return pair
