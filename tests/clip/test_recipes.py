@@ -13,7 +13,7 @@ from clipfast.training.recipes import BY_MODEL, describe
 from .conftest import TINY, run_command
 from .test_training import config
 
-OWN_DATA = ("train_data", "val_data")  # of the emoji recipe, whose data ships with the package
+OWN_DATA = ("train_data", "val_data")  # of recipes whose data ships with the package, or is drawn
 
 
 def rows(text):
@@ -26,12 +26,13 @@ def rows(text):
 def test_a_recipe_is_whole_and_names_no_data(name):
     recipe = read_recipe(name)
     assert recipe["model"] in list_models()
-    assert name == "emoji" or not set(recipe) & {*OWN_DATA, "name", "logs", "pretrained", "resume"}
+    assert name in ("emoji", "shapes") or not set(recipe) & {*OWN_DATA, "name", "logs", "pretrained", "resume"}
     TrainConfig(**({"train_data": "x.tar"} | recipe))
 
 
 def test_the_recipes_that_there_are():
-    assert list_recipes() == ["clip-paper", "emoji", "finetune", "lit", "openclip-defaults", "openclip-laion", "siglip"]
+    openclip = ["openclip-defaults", "openclip-laion"]
+    assert list_recipes() == ["clip-paper", "emoji", "finetune", "lit", *openclip, "shapes", "siglip"]
     assert TrainConfig(**read_recipe("emoji")).unique_by == "label"
 
 

@@ -1,0 +1,55 @@
+"""The picture of ``clipfast eval compositional``: a bar for each group, beside chance."""
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from .compositional_scores import MEAN
+
+MOST = 30  # bars of a division; of more, those of the largest groups are drawn
+
+
+def groups_plot(results: dict[str, Any], path: Path) -> None:
+    """Plot the accuracy of each group with its interval, and the accuracy by chance as a line.
+
+    Args:
+        results: as ``clipfast eval compositional`` writes them.
+        path: the file to write.
+    """
+    divisions = {name: _largest(groups) for name, groups in results["groups"].items()} or {"": {"all cases": results}}
+    counts = [len(groups) for groups in divisions.values()]
+    figure = Figure(figsize=(max(6.0, 2 + 0.95 * sum(counts)), 4.6), layout="constrained")
+    figure.suptitle(f"{results['model']} on {results['data']}: {results['cases']:,} cases", fontsize=10)
+    axes = figure.subplots(1, len(divisions), width_ratios=counts, squeeze=False, sharey=True)[0]
+    names = [name for name in results["metrics"] if name != MEAN]
+    for axis, (division, groups) in zip(axes, divisions.items(), strict=True):
+        for number, name in enumerate(names):
+            width = 0.8 / len(names)
+            places = [place + width * (number + 0.5) - 0.4 for place in range(len(groups))]
+            values = [100 * found["metrics"][name] for found in groups.values()]
+            ends = [
+                [
+                    abs(value - 100 * found["intervals"][name][end])
+                    for value, found in zip(values, groups.values(), strict=True)
+                ]
+                for end in (0, 1)
+            ]
+            bars = axis.bar(places, values, 0.95 * width, color=f"C{number}", label=name)
+            axis.errorbar(places, values, ends, fmt="none", color="black", capsize=3)
+            axis.bar_label(bars, fmt="%.0f", label_type="center", color="white", fontsize=8)
+            chances = [100 * found["chance"][name] for found in groups.values()]
+            label = "chance" if number == 0 else None
+            axis.hlines(
+                chances, [x - width / 2 for x in places], [x + width / 2 for x in places], "tab:red", "--", label=label
+            )
+        axis.set_xticks(range(len(groups)), list(groups), rotation=30 if max(map(len, groups)) > 8 else 0)
+        axis.set_xlabel(division)
+    axes[0].set(ylabel="right, %, with 95% intervals", ylim=(0, 100))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names) + 1)
+    figure.savefig(path, dpi=120)
+
+
+def _largest(groups: dict[str, Any]) -> dict[str, Any]:
+    names = sorted(groups, key=lambda name: groups[name]["cases"], reverse=True)[:MOST]
+    return {name: groups[name] for name in groups if name in names}
