@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # The extra "sanitize": it asks for a newer Python than it needs, and for nothing that is not here already.
 TTSEM := $(shell grep -o 'ttsem==[0-9.]*' pyproject.toml)
 
-.PHONY: help train test test-fast test-cpu test-interpreter bench gpu lint fmt clean
+.PHONY: help train train-shapes test test-fast test-cpu test-interpreter bench gpu lint fmt clean
 .DEFAULT_GOAL := help
 
 help:  ## Show this list
@@ -24,6 +24,11 @@ $(VENV)/test: $(VENV)/base
 # Threads that wait must not spin: the data worker needs the core.
 train: $(VENV)/base  ## Train a CLIP on the bundled emoji, and see what it recognises (about 9 minutes on two cores)
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/clipfast train --recipe emoji
+
+train-shapes: $(VENV)/base  ## Train a CLIP on drawn shapes, and see which compositions it can tell apart (5 minutes on two cores)
+	run=shapes-$$(date +%Y_%m_%d-%H_%M_%S) && OMP_WAIT_POLICY=PASSIVE $(BIN)/clipfast train --recipe shapes --name $$run && \
+	$(BIN)/clipfast eval compositional --model local-dir:runs/$$run --data shapes --table --json runs/$$run/shapes.json \
+		--html runs/$$run/shapes.html --plot runs/$$run/shapes.png
 
 test: test-cpu test-interpreter  ## Run every test that needs no GPU (13 to 21 minutes on two cores)
 

@@ -65,7 +65,10 @@ def test_commands_in_the_checkout(program):
 
 
 def test_make_targets():
-    expected = {"train": "clipfast train --recipe emoji", "test": "pytest", "gpu": "-m bench.gpu --out runs/gpu --stub"}
+    expected = {
+        "train": "clipfast train --recipe emoji", "train-shapes": "clipfast eval compositional", "test": "pytest",
+        "gpu": "-m bench.gpu --out runs/gpu --stub",
+    }  # fmt: skip
     targets = [arguments for program, *arguments in COMMANDS if program == "make"]
     assert sorted(target for target, *_ in targets) == sorted(expected)
     for target in targets:

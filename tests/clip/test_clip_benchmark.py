@@ -18,6 +18,7 @@ from clipfast import create_model, create_model_from_pretrained
 from clipfast.evaluation.classification import classify, metrics
 from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.retrieval import caption_ranks
+from clipfast.evaluation.tasks.compositional_scores import Case, figures, judge
 from clipfast.factory import get_tokenizer
 
 from .benchmark_sets import write_set
@@ -160,6 +161,46 @@ def test_equal_to_clip_benchmark(of, drawn):
     found = ours(encoder, images, classes, texts)
     assert found == pytest.approx(expected, abs=1e-6)  # they compute shares in float32
     assert 0 < found["acc5"] < 1
+
+
+class Linear:
+    """A model whose features differ more than those of an untrained CLIP."""
+
+    images, texts = torch.randn(3 * 32 * 32, 16), torch.randn(64, 16)
+
+    def encode_image(self, images):
+        return (images.float() - 127).flatten(1) @ self.images
+
+    def encode_text(self, ids):
+        return self.texts[ids].sum(1)
+
+
+@pytest.mark.parametrize("per_case", [1, 2])
+def test_captions_are_chosen_as_by_clip_benchmark(per_case):
+    """With one image (SugarCrepe) its image_acc is that of one image among one, and its acc is its text_acc."""
+    selection = clip_benchmark("image_caption_selection")
+    model, images = Linear(), torch.randint(0, 256, (600, 3, 32, 32), dtype=torch.uint8)
+    count = len(images) // per_case
+    texts = [[f"{word} {number}" for word in "ab"] for number in range(count)]
+    ids = {text: torch.randint(64, (5,)) for some in texts for text in some}
+
+    def tokenizer(texts):
+        return torch.stack([ids[text] for text in texts])
+
+    stacked = images.unflatten(0, (count, per_case)).squeeze(1)
+    batches = [(stacked[start : start + 16], texts[start : start + 16]) for start in range(0, count, 16)]
+    expected = selection.evaluate(model, batches, tokenizer, "cpu", amp=False)
+    cases = [
+        Case("", tuple(range(per_case * number, per_case * (number + 1))), tuple(some))
+        for number, some in enumerate(texts)
+    ]
+    features = [
+        torch.nn.functional.normalize(x) for x in (model.encode_image(images), model.encode_text(tokenizer(ids)))
+    ]
+    rows = {text: row for row, text in enumerate(ids)}
+    found = figures(judge(cases, features[0], {n: n for n in range(600)}, rows, features[1]))["metrics"]
+    assert found == pytest.approx({name: expected[name] for name in found}, abs=1e-6)
+    assert 0.05 < found["acc"] < 0.95
 
 
 def with_open_clip(encoder):

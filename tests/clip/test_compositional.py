@@ -145,11 +145,16 @@ WINOGROUND = {
 }
 
 
+def write_winoground(folder):
+    """Two examples, of which the second is wrong for a model that sees."""
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "a.png").write_bytes(solid("red"))
+    (folder / "images" / "b.png").write_bytes(solid("blue"))
+    (folder / "examples.jsonl").write_text("".join(json.dumps(x | {"tag": "T"}) + "\n" for x in EXAMPLES))
+
+
 def test_winoground(seeing, tmp_path, capsys):
-    (tmp_path / "images").mkdir()
-    (tmp_path / "images" / "a.png").write_bytes(solid("red"))
-    (tmp_path / "images" / "b.png").write_bytes(solid("blue"))
-    (tmp_path / "examples.jsonl").write_text("".join(json.dumps(x | {"tag": "T"}) + "\n" for x in EXAMPLES))
+    write_winoground(tmp_path)
     for data in (tmp_path, tmp_path / "examples.jsonl"):
         found, _ = evaluate(capsys, data)
         assert {name: x["metrics"] for name, x in found["groups"]["collapsed_tag"].items()} == WINOGROUND

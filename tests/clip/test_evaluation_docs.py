@@ -16,6 +16,7 @@ from clipfast.ranks import run_ranks
 
 from .benchmark_sets import write_set
 from .conftest import picture, sample, write_shard
+from .test_compositional import write_aro, write_sugar_crepe, write_winoground
 from .test_training_docs import as_rank
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
@@ -41,6 +42,9 @@ def folder(tmp_path_factory):
         (folder / "photos" / name).mkdir(parents=True)
         for index in range(4):
             (folder / "photos" / name / f"{index}.png").write_bytes(picture(10 * seed + index))
+    write_aro(folder / "aro")
+    write_sugar_crepe(folder / "sugar-crepe")
+    write_winoground(folder / "winoground")
     return folder
 
 
@@ -49,8 +53,9 @@ def folder(tmp_path_factory):
 def test_command(command, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     program, *arguments = shlex.split(command)
-    # all emoji take longer than what is tested here
+    # all emoji and all scenes take longer than what is tested here
     arguments = ["photos" if word.startswith("bundled:") else word for word in arguments]
+    arguments = ["shapes:30" if word == "shapes" else word for word in arguments]
     if program == "torchrun":
         start = arguments.index("--") + 1
         assert arguments[:start] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
