@@ -33,6 +33,7 @@ from .kernels import (
     retrieval_ranks,
     sigmoid_loss,
     text_embed,
+    top_k,
 )
 from .losses import ClipLoss
 from .models import CLIP, SigLIP, add_model_config, get_model_config, list_models
@@ -103,4 +104,5 @@ __all__ = [
     "sigmoid_loss",
     "text_embed",
     "tokenize",
+    "top_k",
 ]  # fmt: skip

@@ -18,6 +18,7 @@ if __name__ != "kernels":
     from .patch_embed import patch_embed
     from .retrieval import retrieval_ranks
     from .text_embed import text_embed
+    from .top_k import top_k
 
     __all__ = [
         "attention",
@@ -37,4 +38,5 @@ if __name__ != "kernels":
         "retrieval_ranks",
         "sigmoid_loss",
         "text_embed",
+        "top_k",
     ]

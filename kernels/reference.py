@@ -250,3 +250,15 @@ def retrieval_ranks(image: Tensor, text: Tensor, *, text_image: Tensor | None = 
     image_ranks = (~own & ~(scores < image_best)).sum(1)
     text_ranks = (~own & ~(scores < text_best)).sum(0)
     return image_ranks.where(own.any(1), -1), text_ranks.where(own.any(0), -1)
+
+
+def top_k(query: Tensor, items: Tensor, k: int, *, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the k highest scores of each query with the items, and their indices; -inf and -1 where there are fewer.
+
+    All scores are computed at once, in float32 at least, and sorted. The first of equal scores comes first.
+    """
+    scores = _wide(query) @ _wide(items).T
+    hidden = scores.isnan() if allowed is None else scores.isnan() | ~allowed
+    scores = F.pad(scores.masked_fill(hidden, float("-inf")), (0, max(0, k - len(items))), value=float("-inf"))
+    scores, indices = (x[:, :k] for x in scores.sort(dim=1, descending=True, stable=True))
+    return scores, indices.masked_fill(scores == float("-inf"), -1)

@@ -1,0 +1,48 @@
+"""Scores for the search on the CPU, by PyTorch's own product."""
+
+import torch
+from torch import Tensor
+
+from ..common import slices
+from ..dtypes import accumulate_dtype
+from .select import GROUP
+
+TILE = 1 << 20  # scores that are computed at once, and stay in cache
+CONVERTED = 1 << 22  # elements of items of 16 bits that are widened at once
+GATHERED = 1 << 18  # elements of the chosen groups' items that are gathered at once, and stay in cache
+
+
+def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
+    """Return the highest score that each query has in each group of items [Q, G]; -inf where there is none."""
+    (q, d), n, work = query.shape, len(items), accumulate_dtype(query.dtype)
+    maxima = query.new_full((q, -(-n // GROUP)), float("-inf"), dtype=work)
+    query = query.to(work)
+    most = max(1, TILE // q) if items.dtype == work else min(max(1, TILE // q), max(1, CONVERTED // max(d, 1)))
+    for rows in slices(n, -(-most // GROUP) * GROUP):
+        scores = query @ items[rows].to(work).T
+        if allowed is not None:
+            scores.masked_fill_(~allowed[rows], float("-inf"))
+        groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
+        torch.amax(_in_groups(scores), 2, out=maxima[:, groups])
+        if maxima[:, groups].isnan().any():  # seldom: amax passes NaN on, and here it is worse than all others
+            maxima[:, groups] = _in_groups(scores.masked_fill_(scores.isnan(), float("-inf"))).amax(2)
+    return maxima
+
+
+def _in_groups(scores: Tensor) -> Tensor:
+    """Return scores [Q, N] as [Q, G, GROUP]; the last group is filled up with -inf."""
+    lacking = -scores.shape[1] % GROUP
+    if lacking:
+        scores = torch.nn.functional.pad(scores, (0, lacking), value=float("-inf"))
+    return scores.unflatten(1, (-1, GROUP))
+
+
+def group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
+    """Return the scores [Q, C, GROUP] of each query with the items of its groups [Q, C]."""
+    work, (q, chosen), d = accumulate_dtype(query.dtype), groups.shape, items.shape[1]
+    scores = query.new_empty(q, chosen * GROUP, dtype=work)
+    for rows in slices(q, max(1, GATHERED // max(1, chosen * GROUP * d))):
+        places = groups[rows, :, None] * GROUP + torch.arange(GROUP)
+        gathered = items[places.clamp_(max=len(items) - 1).flatten(1)].to(work)  # [B, C GROUP, D]
+        torch.bmm(gathered, query[rows, :, None].to(work), out=scores[rows, :, None])
+    return scores.view(q, chosen, GROUP)

@@ -1,0 +1,76 @@
+"""Triton kernels of the search: the best score of each group of items, and the scores of chosen groups.
+
+group_maxima:  g_qb = max over the items i of group b of x_q . y_i
+group_scores:  s_qci = x_q . y_(GROUP b_qc + i), for the chosen groups b_qc
+"""
+
+import triton
+import triton.language as tl
+
+from ..tiles import grouped_tile
+
+
+@triton.jit
+def _group_maxima_kernel(
+    x_ptr,  # [Q, D]
+    y_ptr,  # [N, D]
+    allowed_ptr,  # [N] bytes, 0 for an item that is not to be found; only read if HAS_ALLOWED
+    maxima_ptr,  # [Q, G] fp32
+    Q, N, D, G,
+    stride_xq, stride_xd, stride_yn, stride_yd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_M: tl.constexpr, HAS_ALLOWED: tl.constexpr,
+):  # fmt: skip
+    """Compute the maxima of BLOCK_N / GROUP groups for BLOCK_M queries; the scores stay in registers."""
+    pid_m, pid_n = grouped_tile(tl.program_id(0), tl.cdiv(Q, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    offs_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_m, mask_n = offs_m < Q, offs_n < N
+    x_rows = x_ptr + offs_m.to(tl.int64) * stride_xq  # [BM]
+    y_rows = y_ptr + offs_n.to(tl.int64) * stride_yn  # [BN]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_k in range(0, D, BLOCK_K):
+        dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = dims < D
+        x = tl.load(
+            x_rows[:, None] + dims[None, :] * stride_xd, mask=mask_m[:, None] & mask_k[None, :], other=0.0
+        )  # [BM, BK]
+        y = tl.load(
+            y_rows[None, :] + dims[:, None] * stride_yd, mask=mask_n[None, :] & mask_k[:, None], other=0.0
+        )  # [BK, BN]
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+    if HAS_ALLOWED:
+        mask_n = mask_n & (tl.load(allowed_ptr + offs_n, mask=mask_n, other=0) != 0)
+    # NaN fails the comparison with itself, and counts as the worst score
+    scores = tl.where(mask_n[None, :] & (acc == acc), acc, float("-inf"))
+    maxima = tl.max(tl.reshape(scores, (BLOCK_M, BLOCK_N // GROUP, GROUP)), 2)  # [BM, BN / GROUP]
+    offs_g = pid_n * (BLOCK_N // GROUP) + tl.arange(0, BLOCK_N // GROUP)
+    out = maxima_ptr + offs_m.to(tl.int64)[:, None] * G + offs_g[None, :]
+    tl.store(out, maxima, mask=mask_m[:, None] & (offs_g < G)[None, :])
+
+
+@triton.jit
+def _group_scores_kernel(
+    x_ptr,  # [Q, D]
+    y_ptr,  # [N, D]
+    group_ptr,  # [Q, C] int64
+    score_ptr,  # [Q, C, GROUP] fp32
+    N, D, C,
+    stride_xq, stride_xd, stride_yn, stride_yd,
+    BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """Compute the scores of one query with the items of one group."""
+    pid = tl.program_id(0).to(tl.int64)
+    offs_n = tl.load(group_ptr + pid) * GROUP + tl.arange(0, GROUP)
+    mask_n = offs_n < N
+    acc = tl.zeros((GROUP,), tl.float32)
+    for start_k in range(0, D, BLOCK_K):
+        dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = dims < D
+        x = tl.load(x_ptr + pid // C * stride_xq + dims * stride_xd, mask=mask_k, other=0.0)  # [BK]
+        y = tl.load(
+            y_ptr + offs_n[:, None] * stride_yn + dims[None, :] * stride_yd,
+            mask=mask_n[:, None] & mask_k[None, :], other=0.0,
+        )  # [GROUP, BK]  # fmt: skip
+        acc += tl.sum(y.to(tl.float32) * x.to(tl.float32)[None, :], 1)
+    tl.store(score_ptr + pid * GROUP + tl.arange(0, GROUP), acc)

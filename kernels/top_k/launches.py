@@ -1,0 +1,41 @@
+"""Host side of the search's kernels."""
+
+import torch
+import triton
+from torch import Tensor
+
+from ..configs import GemmConfig, gemm_config
+from ..launch import arch_of, launch
+from .kernels import _group_maxima_kernel, _group_scores_kernel
+from .select import GROUP
+
+
+def _config(x: Tensor) -> GemmConfig:
+    return gemm_config("top_k", arch_of(x.device), x.dtype)
+
+
+def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
+    """Return the highest score that each query has in each group of items [Q, G]; -inf where there is none."""
+    (q, d), n = query.shape, len(items)
+    cfg, groups = _config(query), triton.cdiv(n, GROUP)
+    maxima = torch.empty(q, groups, dtype=torch.float32, device=query.device)
+    launch(
+        _group_maxima_kernel, (triton.cdiv(q, cfg.block_m) * triton.cdiv(n, cfg.block_n),),
+        query, items, query if allowed is None else allowed.view(torch.uint8), maxima, q, n, d, groups,
+        *query.stride(), *items.stride(), config=cfg, device=query.device,
+        BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k, GROUP=GROUP, GROUP_M=8,
+        HAS_ALLOWED=allowed is not None,
+    )  # fmt: skip
+    return maxima
+
+
+def group_scores(query: Tensor, items: Tensor, groups: Tensor) -> Tensor:
+    """Return the scores [Q, C, GROUP] of each query with the items of its groups [Q, C]."""
+    (q, d), n = query.shape, len(items)
+    cfg, chosen = _config(query), groups.shape[1]
+    scores = torch.empty(q, chosen, GROUP, dtype=torch.float32, device=query.device)
+    launch(
+        _group_scores_kernel, (q * chosen,), query, items, groups.contiguous(), scores, n, d, chosen,
+        *query.stride(), *items.stride(), config=cfg, device=query.device, BLOCK_K=cfg.block_k, GROUP=GROUP,
+    )  # fmt: skip
+    return scores

@@ -1,0 +1,116 @@
+"""The k best items of each query by the product of features, exactly; the Q x N scores never exist as a whole.
+
+With queries x [Q, D], items y [N, D], scores s_qi = x_q . y_i, and groups of GROUP neighbouring items:
+
+    g_qb = max over the items i of group b of s_qi
+
+An item that is among the k best of a query lies in one of the k groups of the highest maxima: k groups ahead of its own
+would each have an item ahead of it. So one pass over the scores keeps only the maxima, and a second one computes the
+scores in the k best groups of each query, of which the best are taken.
+
+FLOPs: 2 Q N D, and 2 Q k GROUP D for the second pass. Memory beyond the inputs: a limited number of maxima and of items
+at a time, since queries are taken in blocks; on the CPU a tile of scores.
+"""
+
+from types import ModuleType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..backends import registered, uses_reference
+from ..checks import check_device, check_float, check_like, check_tensor
+from ..common import slices
+from ..dtypes import accumulate_dtype
+from ..launch import triton_runs_on
+from . import cpu, launches
+from .select import GROUP, best_places
+
+MAXIMA = 1 << 24  # maxima that are held at once
+GATHERED = 1 << 24  # elements of the chosen groups' items that are held at once
+
+
+@registered("top_k")
+def _top_k(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    scores, indices = _top_k_fake(query, items, allowed, k)
+    if 0 in (len(query), len(items)):
+        return scores.fill_(float("-inf")), indices.fill_(-1)
+    path = launches if triton_runs_on(query.device) else cpu
+    groups = -(-len(items) // GROUP)
+    gathered = min(k, groups) * GROUP * max(1, items.shape[1])
+    for rows in slices(len(query), max(1, min(MAXIMA // groups, GATHERED // gathered))):
+        scores[rows], indices[rows] = _of_block(path, query[rows], items, allowed, k)
+    return scores, indices
+
+
+@_top_k.register_fake
+def _top_k_fake(query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    size = (query.shape[0], k)
+    return query.new_empty(size, dtype=accumulate_dtype(query.dtype)), query.new_empty(size, dtype=torch.int64)
+
+
+def _of_block(path: ModuleType, query: Tensor, items: Tensor, allowed: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """Return scores and indices for some of the queries."""
+    maxima = path.group_maxima(query, items, allowed)
+    groups = best_places(maxima, min(k, maxima.shape[1]))  # [Q, C]
+    scores = path.group_scores(query, items, groups).flatten(1)
+    indices = (groups[:, :, None] * GROUP + torch.arange(GROUP, device=groups.device)).flatten(1)
+    hidden = (indices >= len(items)) | scores.isnan()
+    if allowed is not None:
+        hidden |= ~allowed[indices.clamp(max=len(items) - 1)]
+    lacking = max(0, k - scores.shape[1])
+    scores = F.pad(scores.masked_fill(hidden, float("-inf")), (0, lacking), value=float("-inf"))
+    best = best_places(scores, k)
+    scores, order = scores.gather(1, best).sort(dim=1, descending=True, stable=True)
+    indices = F.pad(indices, (0, lacking)).gather(1, best.gather(1, order))
+    return scores, indices.masked_fill(scores == float("-inf"), -1)
+
+
+def top_k(
+    query: Tensor, items: Tensor, k: int, *, allowed: Tensor | None = None, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """Find the k items of the highest score for each query, exactly, without the Q x N scores.
+
+    The score is the product of the features: the cosine, if they have unit length. Scores are summed in float32, or in
+    float64 for float64 operands. Of items with the same score, the first come first; scores that only rounding tells
+    apart may come in either order. An item whose score is NaN is never found.
+
+    Autocast changes nothing. There is no gradient.
+
+    Args:
+        query: features of the queries [Q, D], float32, float16 or bfloat16 (float64 on the CPU); any strides.
+        items: features of the items [N, D], same dtype and device as ``query``.
+        k: how many items to find, at least 1.
+        allowed: bool [N], False for items that are not to be found. Default: all may be.
+        backend: "auto" (Triton on GPUs, blockwise PyTorch on CPUs), "triton", or "torch" for the full-matrix reference.
+
+    Returns:
+        Scores [Q, k] in falling order, and the indices [Q, k] of the items, int64. Where fewer than k items can be
+        found, the last scores are -inf, and the indices -1.
+
+    Raises:
+        ValueError, TypeError: shapes, devices or dtypes that do not fit together, or a k below 1.
+        RuntimeError: ``backend="triton"`` where Triton cannot run.
+    """
+    op = "top_k"
+    check_tensor(op, "query", query, 2)
+    check_tensor(op, "items", items, 2)
+    check_like(op, "items", items, "query", query)
+    if query.shape[1] != items.shape[1]:
+        raise ValueError(
+            f"{op}: query and items must have the same width, got {tuple(query.shape)} and {tuple(items.shape)}"
+        )
+    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+        raise ValueError(f"{op}: k must be an integer of at least 1, got {k!r}")
+    if allowed is not None:
+        if not isinstance(allowed, Tensor) or allowed.dtype != torch.bool or allowed.shape != items.shape[:1]:
+            got = f"{allowed.dtype} {tuple(allowed.shape)}" if isinstance(allowed, Tensor) else type(allowed).__name__
+            raise ValueError(f"{op}: allowed must be a bool tensor [{len(items)}], one per item, got {got}")
+        check_device(op, "allowed", allowed, "items", items)
+        allowed = allowed.contiguous()
+    query, items = query.detach(), items.detach()
+    if uses_reference(op, backend, query):
+        return reference.top_k(query, items, k, allowed=allowed)
+    check_float(op, "query", query)
+    return _top_k(query, items, allowed, k)
