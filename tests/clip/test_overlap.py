@@ -186,26 +186,47 @@ def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, t
     images, detector = LabelledSet(f"{sets}/test.tar"), PixelEncoder()
     (test,) = encode_set([detector], images)
     (train,) = encode_set([detector], LabelledSet(f"{sets}/train.tar"))
-    overlap = pair(test, train).overlap(0.95)
-    rows = planted(detector, images, test, overlap, 0.95, 40)
-    assert [row["edit"] for row in rows] == list(EDITS)
+    pairs = pair(test, train)
+    rows = planted(detector, images, test, pairs, [0.8, 0.95], 40)
+    assert [(row["edit"], row["threshold"]) for row in rows] == [(edit, at) for edit in EDITS for at in (0.8, 0.95)]
     for row in rows:
         shard = write_shard(
             tmp_path / "p.tar", [{"png": png(EDITS[row["edit"]](drawing(n))), "txt": b"x"} for n in range(40)]
         )
         again = pair(test, encode_set([detector], LabelledSet(str(shard)))[0])
-        own = again.overlap(0.95) & (again.places == torch.arange(40))
+        own = again.overlap(row["threshold"]) & (again.places == torch.arange(40))
         assert row["recall"] == own.double().mean().item(), row
+    rows = [row for row in rows if row["threshold"] == 0.95]
     recall = {row["edit"]: row["recall"] for row in rows}
     assert all(recall[name] == 1.0 for name in FOUND)
     assert recall["mirror"] == 0.0  # pixels do not see it
     assert next(row["precision"] for row in rows if row["edit"] == "mirror") is None
     assert {row["precision"] for row in rows if row["recall"]} == {1.0}
-    half = planted(detector, images, test, overlap, 0.95, 20)
+    half = planted(detector, images, test, pairs, [0.95], 20)
     drawn = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:20]
     elsewhere = 8 - sum(int(place) < 8 for place in drawn)
     assert 0 < elsewhere < 8
-    assert half[0] == {"edit": "jpeg 75", "images": 20, "recall": 1.0, "precision": 20 / (20 + elsewhere)}
+    assert half[0] == {
+        "threshold": 0.95,
+        "edit": "jpeg 75",
+        "images": 20,
+        "recall": 1.0,
+        "precision": 20 / (20 + elsewhere),
+    }
+
+
+def test_what_looks_like_a_planted_image_counts_as_wrong(tmp_path):
+    """Of ten pairs of test images that look alike ten images are planted; the like of each is marked with it."""
+    images = [edit(drawing(number)) for number in range(10) for edit in (EDITS["darker"], EDITS["half size"])]
+    samples = [{"png": png(image), "txt": b"x"} for image in images]
+    data, detector = LabelledSet(str(write_shard(tmp_path / "t.tar", samples))), PixelEncoder()
+    (test,) = encode_set([detector], data)
+    train = some_features(detector.images(torch.stack([detector.transform(drawing(99))])), ["x"])
+    drawn = set(torch.randperm(20, generator=torch.Generator().manual_seed(0))[:10].tolist())
+    marked = drawn | {number ^ 1 for number in drawn}
+    assert 10 < len(marked) < 20
+    row = planted(detector, data, test, pair(test, train), [0.95], 10)[0]
+    assert (row["recall"], row["precision"]) == (1.0, 10 / len(marked))
 
 
 def test_thumbnails_compare_pixels_and_not_brightness():
@@ -235,7 +256,7 @@ def test_everything_at_once(sets, tmp_path, capsys, monkeypatch):
     counts = [row["images"] for row in found["by_threshold"]]
     assert counts == sorted(counts, reverse=True)
     assert counts[-1] == found["images"]["same_pixels"] == 2
-    assert [row["edit"] for row in found["planted"]] == list(EDITS)
+    assert [row["edit"] for row in found["planted"] if row["threshold"] == 0.9] == list(EDITS)
     assert "<svg" in (tmp_path / "p.svg").read_text()
     page = (tmp_path / "p.html").read_text()
     assert "default-src 'none'" in page

@@ -38,7 +38,7 @@ DELIMITERS = {".csv": ",", ".tsv": "\t"}
 EPILOG = """\
 example:
   clipfast eval overlap --model local-dir:runs/demo --train-data bundled:emoji/noto::bundled:emoji/twemoji \\
-      --data bundled:emoji/fluent --label-by label --by pixels --plant 500 --html pairs.html --table"""
+      --data bundled:emoji/fluent --by pixels --plant 500 --html pairs.html --table"""
 
 
 def add_parser(tasks: Any) -> None:
@@ -106,7 +106,7 @@ def run(args: argparse.Namespace) -> int:
         )
         edits = []
         if args.plant:
-            edits = planted(detector, images, compared, pairs.overlap(args.threshold), args.threshold, args.plant)
+            edits = planted(detector, images, compared, pairs, _thresholds(args), args.plant)
     results = _results(args, test, train, pairs, right, edits)
     if args.write:
         _write_pairs(args.write, images, known, test, train, pairs)
@@ -159,14 +159,20 @@ def _features(
     return found or [LabelledFeatures.empty()] * len(encoders)
 
 
+def _thresholds(args: argparse.Namespace) -> list[float]:
+    from .overlap_pairs import THRESHOLDS
+
+    return sorted({*THRESHOLDS, args.threshold})
+
+
 def _results(
     args: argparse.Namespace, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs, right: Tensor,
     edits: list[dict[str, Any]],
 ) -> dict[str, Any]:  # fmt: skip
-    from .overlap_pairs import LEVEL, THRESHOLDS, contamination
+    from .overlap_pairs import LEVEL, contamination
 
     chosen = contamination(right, pairs.overlap(args.threshold))
-    others = [(at, contamination(right, pairs.overlap(at))) for at in sorted({*THRESHOLDS, args.threshold})]
+    others = [(at, contamination(right, pairs.overlap(at))) for at in _thresholds(args)]
     return result_of(
         args, "train_test_overlap", chosen["metrics"], intervals=chosen["intervals"],
         levels={name: LEVEL if name == "acc1_overlap" else 0.95 for name in chosen["intervals"]}, data=args.data,
@@ -221,13 +227,20 @@ def _table(results: dict[str, Any]) -> str:
         rows.append([f"{row['threshold']:g}", f"{row['images']:,}", *shares, gain, p])
     parts.append(align(rows, right=range(1, 7)))
     if "planted" in results:
-        rows = [["planted", "images", "recall", "precision"]]
-        for row in results["planted"]:
-            rows.append(
-                [row["edit"], f"{row['images']:,}", *(_in_percent(row[key]) for key in ("recall", "precision"))]
-            )
-        parts.append(align(rows, right=(1, 2, 3)))
+        parts.append(_planted_table(results["planted"]))
     return "\n\n".join(parts)
+
+
+def _planted_table(planted: list[dict[str, Any]]) -> str:
+    from ...columns import align
+
+    by_edit: dict[str, list[str]] = {}
+    for row in planted:
+        cell = f"{row['recall']:.1%} ({_in_percent(row['precision'])})"
+        by_edit.setdefault(row["edit"], [row["edit"]]).append(cell)
+    thresholds = list(dict.fromkeys(f"{row['threshold']:g}" for row in planted))
+    table = align([["recall (precision)", *thresholds], *by_edit.values()], right=range(1, 1 + len(thresholds)))
+    return f"{planted[0]['images']:,} test images that were edited and planted, at each threshold\n{table}"
 
 
 def _in_percent(share: float | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,6 +12,7 @@ from ..encoder import Encoder
 from ..features import LabelledFeatures
 from ..labelled import LabelledSet
 from ..neighbours import nearest
+from .overlap_pairs import Pairs
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -70,7 +71,12 @@ EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 
 def planted(
-    detector: Encoder, images: LabelledSet, test: LabelledFeatures, overlap: torch.Tensor, threshold: float, count: int
+    detector: Encoder,
+    images: LabelledSet,
+    test: LabelledFeatures,
+    pairs: Pairs,
+    thresholds: Sequence[float],
+    count: int,
 ) -> list[dict[str, Any]]:
     """Return how many of some test images would be found if the training data had edited copies of them.
 
@@ -80,25 +86,26 @@ def planted(
         detector: the encoder of the features.
         images: the test set.
         test: its features.
-        overlap: [N], the test images that are near duplicates as it is.
-        threshold: the similarity from which on an image is one.
+        pairs: of test images and training images as they are.
+        thresholds: similarities from which on an image is a near duplicate.
         count: how many images; at most all.
 
     Returns:
-        For each edit the share that is found ("recall"), and the share of planted ones among all images that are marked
-        then ("precision"): an image that is marked for another reason counts as wrong, be it a near duplicate or not.
+        For each threshold and edit the share that is found ("recall"), and the share of planted ones among all images
+        that are marked then ("precision"): an image that is marked for another reason counts as wrong, be it a near
+        duplicate or not.
     """
     drawn = torch.randperm(len(test.labels), generator=torch.Generator().manual_seed(0))[:count].sort().values
     originals = test.features[drawn].to(detector.device)
     edited = _edited(detector, images.only([test.numbers[place] for place in drawn.tolist()]))
     rows = []
     for name, features in edited.items():
-        own = ((originals * features).sum(1) >= threshold).cpu()
-        marked = overlap | (nearest(test.features, features.cpu())[0][:, 0] >= threshold)
-        marked[drawn] = own
-        found = int(own.sum())
-        precision = found / int(marked.sum()) if marked.any() else None
-        rows.append({"edit": name, "images": len(drawn), "recall": found / len(drawn), "precision": precision})
+        similarity = torch.maximum(pairs.similarity, nearest(test.features, features.cpu())[0][:, 0])
+        similarity[drawn] = (originals * features).sum(1).cpu()
+        for threshold in thresholds:
+            found, marked = int((similarity[drawn] >= threshold).sum()), int((similarity >= threshold).sum())
+            shares = {"recall": found / len(drawn), "precision": found / marked if marked else None}
+            rows.append({"threshold": threshold, "edit": name, "images": len(drawn), **shares})
     return rows
 
 
