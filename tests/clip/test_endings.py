@@ -105,13 +105,28 @@ def test_weights_that_are_not_finite_are_not_saved(shards, tmp_path):
     assert RunFolder(tmp_path / "run").kept() == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
-def test_a_closed_terminal_and_a_scheduler_save(shards, tmp_path, signum):
+def test_a_closed_terminal_saves(shards, tmp_path):
     process = started(command(shards, tmp_path, "--epochs", "2000"), stderr=subprocess.DEVNULL)
     wait_for_checkpoint(process, tmp_path / "run", 2)
-    process.send_signal(signum)
+    process.send_signal(signal.SIGHUP)
     assert process.wait(60) == 0
     assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_scheduler_saves(shards, tmp_path, signum):
+    original = Trainer._train_step
+
+    def signalled(trainer, batch):
+        if trainer.progress.step == 2:
+            os.kill(os.getpid(), signum)
+        return original(trainer, batch)
+
+    with mock.patch.object(Trainer, "_train_step", signalled):
+        folder, ended = train(config(shards, tmp_path))
+    assert ended == signum
+    assert saved_step(folder.path) == 3
+    assert (folder.path / "out.log").read_text().count("Interrupted. Saved ") == 1
 
 
 def test_nothing_is_said_to_be_saved_that_is_not(shards, tmp_path):
