@@ -70,9 +70,18 @@ def hold_float32(pairs, embed_dim, stage, device, gradient):
 
 
 def combinations():
-    """Every size at every stage; the interpreter takes one stage for each size, and each stage with each of them."""
+    """Every size at every stage; the interpreter takes one stage for each size, and each stage with each of them.
+
+    Of many pairs with wide features, which take it seconds, it has one number of pairs for each width.
+    """
     places = itertools.product(enumerate(PAIRS), enumerate(DIMS), enumerate(STAGES))
-    return [(n, d, stage) for (i, n), (j, d), (k, stage) in places if not INTERPRET or (i + j - k) % len(STAGES) == 0]
+    if not INTERPRET:
+        return [(n, d, stage) for (_, n), (_, d), (_, stage) in places]
+    return [
+        (n, d, stage)
+        for (i, n), (j, d), (k, stage) in places
+        if (i + j - k) % len(STAGES) == 0 and (n < 100 or d <= 512 or (n == 129) == (d % 640 == 0))
+    ]
 
 
 @pytest.mark.parametrize(("pairs", "embed_dim", "stage"), combinations())
