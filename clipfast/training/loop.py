@@ -78,15 +78,7 @@ def train(
         _check_steps(trainer)
         saved = own.get("config", {})
         options, changed = dataclasses.asdict(config), changed_options(saved, config)
-        other_model = ", ".join(changed[key] for key in OF_MODEL if key in changed)
-        if other_model:
-            raise ValueError(f"the weights of a checkpoint are those of its own model: {other_model}")
-        if is_own and changed and trainer.progress.step >= trainer.total_steps:
-            done = own["progress"]["step"]
-            raise ValueError(
-                f"the run is finished after {done} steps, and its options cannot change any more: "
-                f"{', '.join(changed.values())}; only more {flag_name(config.budget)} would continue it"
-            )
+        _refuse_changes(trainer, changed, own if is_own else None)
         step = trainer.progress.step if is_own else None
         remote = _remote_copy(trainer, step)
         if world.is_main:
@@ -107,15 +99,29 @@ def train(
                 _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
             if trainer.signum is None:
-                validation, step = trainer.validation, trainer.progress.step
-                evaluation = evaluation or validation.evaluate(step)
-                raw = validation.evaluate_last_weights()
-                if not validation.imagenet.results:
-                    validation.evaluate_imagenet(step)
-                with validation.averaged():
-                    weights = trainer.weights()
-                    world.on_main(lambda: finish(trainer, evaluation, raw, weights))
+                _evaluate_and_finish(trainer, evaluation)
     return folder, trainer.signum
+
+
+def _refuse_changes(trainer: Trainer, changed: Mapping[str, str], own: Mapping[str, Any] | None) -> None:
+    """Refuse options that cannot change any more.
+
+    Args:
+        trainer: has gone on from the checkpoint.
+        changed: the flags of the options that are not as they were, by their names.
+        own: what the checkpoint says of its run, if that is the one that goes on; otherwise None.
+
+    Raises:
+        ValueError: they make another model, or the run is finished.
+    """
+    other_model = ", ".join(changed[key] for key in OF_MODEL if key in changed)
+    if other_model:
+        raise ValueError(f"the weights of a checkpoint are those of its own model: {other_model}")
+    if own is not None and changed and trainer.progress.step >= trainer.total_steps:
+        raise ValueError(
+            f"the run is finished after {own['progress']['step']} steps, and its options cannot change any more: "
+            f"{', '.join(changed.values())}; only more {flag_name(trainer.config.budget)} would continue it"
+        )
 
 
 def _check_steps(trainer: Trainer) -> None:
@@ -191,6 +197,18 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
             f"--warmup {config.warmup} is not shorter than the run of {total} steps: the learning rate only rises to "
             f"{reached:.2g} of {config.lr:g}; a tenth of the steps is usual, --warmup auto"
         )
+
+
+def _evaluate_and_finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
+    """Evaluate what the last epoch has not, and let rank 0 finish; all ranks must call it."""
+    validation, step = trainer.validation, trainer.progress.step
+    evaluation = evaluation or validation.evaluate(step)
+    raw = validation.evaluate_last_weights()
+    if not validation.imagenet.results:
+        validation.evaluate_imagenet(step)
+    with validation.averaged():
+        weights = trainer.weights()
+        trainer.world.on_main(lambda: finish(trainer, evaluation, raw, weights))
 
 
 def finish(
