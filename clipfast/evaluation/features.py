@@ -92,18 +92,24 @@ def join_parts(parts: Sequence[LabelledFeatures]) -> LabelledFeatures:
 
 @dataclasses.dataclass
 class _Block:
-    """Images of some places, ready to be encoded: ``pixels`` has a tensor [B, 3, H, W] for each transform."""
+    """Images of some places, ready to be encoded: ``pixels`` has a tensor [B, 3, H, W] for each distinct transform."""
 
     pixels: list[Tensor]
     found: LabelledFeatures  # without features
 
 
 class _Blocks(Dataset[_Block]):
-    """The blocks of a set, each read, decoded and transformed by whoever asks for it, such as a data worker."""
+    """The blocks of a set, each read, decoded and transformed by whoever asks for it, such as a data worker.
 
-    def __init__(self, images: LabelledSet, transforms: Sequence[Callable[[Image.Image], Tensor]]) -> None:
+    Encoders with the same transform share its pixels.
+    """
+
+    def __init__(self, images: LabelledSet, encoders: Sequence[Encoder]) -> None:
         self.places: list[Place] = images.places()
-        self.transforms = transforms
+        self.transforms: list[Callable[[Image.Image], Tensor]] = []
+        for encoder in encoders:
+            if encoder.transform not in self.transforms:
+                self.transforms.append(encoder.transform)
 
     def __getitem__(self, numbers: Sequence[int]) -> _Block:
         found = LabelledFeatures.empty()
@@ -165,7 +171,7 @@ def encode_set(
     if workers < 0:
         raise ValueError(f"workers must not be negative, got {workers}")
     with world.local_first():  # the others find what it indexes
-        blocks = _Blocks(images, [encoder.transform for encoder in encoders])
+        blocks = _Blocks(images, encoders)
     count = len(blocks.places)
     ranges = [range(start, min(start + batch_size, count)) for start in range(0, count, batch_size)]
     sections = world.on_main(lambda: _sections(encoders, images, batch_size, store))
@@ -199,9 +205,11 @@ def _encode(
     loader: Iterable[_Block] = DataLoader(
         blocks, sampler=ranges, batch_size=None, num_workers=min(workers, len(ranges))
     )
+    inputs = [blocks.transforms.index(encoder.transform) for encoder in encoders]
     for block in loader:
-        features = [encoder.images(x) for encoder, x in zip(encoders, block.pixels, strict=False)]
-        features = features or [torch.empty(0)] * len(encoders)
+        features = [torch.empty(0)] * len(encoders)
+        if block.pixels:
+            features = [encoder.images(block.pixels[i]) for encoder, i in zip(encoders, inputs, strict=True)]
         yield [dataclasses.replace(block.found, features=x.cpu()) for x in features]
 
 
