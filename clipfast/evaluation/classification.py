@@ -38,8 +38,9 @@ class Classified(NamedTuple):
 
 @torch.no_grad()
 def classify(
-    features: Tensor, labels: Sequence[str], classnames: Sequence[str], classifier: Tensor, block: int = 4096
-) -> Classified:
+    features: Tensor, labels: Sequence[str], classnames: Sequence[str], classifier: Tensor, block: int = 4096,
+    *, owner: Tensor | None = None,
+) -> Classified:  # fmt: skip
     """Return the classes of images. Only the scores of ``block`` images are held at a time.
 
     Args:
@@ -48,11 +49,13 @@ def classify(
         classnames: labels of the classes, among them every image's.
         classifier: weights [D, len(classnames)].
         block: how many images to score at once.
+        owner: [M], the number of the class that each of M weights [D, M] belongs to, if classes may have several. Each
+            needs one; the best of them is its score.
 
     Raises:
         ValueError: there are not as many weights as classes, or a score is not finite.
     """
-    if classifier.shape[1] != len(classnames):
+    if owner is None and classifier.shape[1] != len(classnames):
         raise ValueError(f"{classifier.shape[1]} class names for {len(classnames)} classes")
     numbers = {name: number for number, name in enumerate(classnames)}
     classes = torch.tensor([numbers[label] for label in labels], device=features.device)
@@ -61,6 +64,9 @@ def classify(
         scores = rows @ classifier
         if not scores.isfinite().all():
             raise ValueError("zero-shot classification: features contain NaN or infinity")
+        if owner is not None:
+            lowest = scores.new_full((len(rows), len(classnames)), -torch.inf)
+            scores = lowest.scatter_reduce(1, owner.to(scores.device).expand_as(scores), scores, "amax")
         best.append(scores.topk(min(5, len(classnames)), dim=1).indices)
         ahead.append((scores >= scores.gather(1, own[:, None])).sum(1) - 1)
     return Classified(classnames, classes.cpu(), torch.cat(best).cpu(), torch.cat(ahead).cpu())

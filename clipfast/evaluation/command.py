@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from .tasks import bias, compositional, overlap, probe, retrieval, suite, zeroshot
+from .tasks import bias, compositional, overlap, probe, retrieval, robustness, suite, zeroshot
 
 # Each adds a parser of its own; what takes long to import is imported when the task runs.
-TASKS = (zeroshot, retrieval, probe, compositional, overlap, bias, suite)
+TASKS = (zeroshot, retrieval, probe, robustness, compositional, overlap, bias, suite)
 
 
 def add_parser(commands: Any) -> None:

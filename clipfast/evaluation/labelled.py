@@ -66,6 +66,7 @@ class LabelledSet:
         keys: under which names a sample has its image and its caption.
         separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
         numbers: the places of the images that are looked at, in rising order; None for all.
+        classes: the sub-folders that are read, if they are classes; None for all.
         left_out: every image that the last iteration had to leave out, by its place in the set.
     """
 
@@ -75,6 +76,7 @@ class LabelledSet:
     keys: Keys = DEFAULT_KEYS
     separator: str | None = None
     numbers: Sequence[int] | None = None
+    classes: frozenset[str] | None = None
     left_out: dict[int, Skipped] = dataclasses.field(default_factory=dict)
 
     @property
@@ -129,7 +131,7 @@ class LabelledSet:
         """
         root = self._root_of_classes()
         if root is not None:
-            return [functools.partial(_loader, str(path), _from_file, path) for path in _images_of_classes(root)]
+            return [functools.partial(_loader, str(path), _from_file, path) for path in self._images(root)]
         shards = expand_shards(self.data)
         return [place for source in self._sources(shards) for place in self._samples(source)]
 
@@ -146,11 +148,14 @@ class LabelledSet:
         """
         root = self._root_of_classes()
         if root is not None:
-            files = [(str(path), file_stamp(os.stat(path))) for path in _images_of_classes(root)]
+            files = [(str(path), file_stamp(os.stat(path))) for path in self._images(root)]
         else:
             sources = self._sources(expand_shards(self.data))
             files = [(shard.name, shard.stamp) for source in sources for shard in source.shards]
         return repr((self.data, self.group_by, self.label_by, self.keys, self.separator, files))
+
+    def _images(self, root: Path) -> list[Path]:
+        return _images_of_classes(root, self.classes)
 
     def _root_of_classes(self) -> Path | None:
         """Return the folder whose sub-folders are classes, if the set is one."""
@@ -204,13 +209,13 @@ def load(place: Place, number: int) -> LabelledImage | Skipped:
         return Skipped(name, getattr(error, "kind", "unusable sample"), str(error))
 
 
-def _images_of_classes(root: Path) -> list[Path]:
-    """Return the images of each sub-folder of ``root``, whose name is their label and caption.
+def _images_of_classes(root: Path, classes: frozenset[str] | None) -> list[Path]:
+    """Return the images of each sub-folder of ``root``, or of some, whose name is their label and caption.
 
     Raises:
         ValueError: there are no sub-folders, or one has no images.
     """
-    folders = sorted(path for path in root.iterdir() if path.is_dir())
+    folders = sorted(path for path in root.iterdir() if path.is_dir() and (classes is None or path.name in classes))
     if not folders:
         raise ValueError(f"{root} has no sub-folders; an image folder has one per class")
     found = {folder: sorted(path for path in folder.iterdir() if _is_image(path)) for folder in folders}

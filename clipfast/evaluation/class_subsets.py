@@ -1,0 +1,175 @@
+"""The classes in which a shifted set and its base overlap, over which both are judged (Taori et al. 2020)."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .classification import Classified, classify
+from .features import LabelledFeatures
+from .labelled import in_order
+
+ClassMap = Mapping[str, Sequence[str | int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ClassSubset:
+    """The classes of a shifted set that its base has too.
+
+    Attributes:
+        names: of the classes.
+        members: the numbers of the base's classes that each of them stands for. Any of these is right for it.
+        of_label: the number of the class that a label of the shifted set means, but for labels that are left out.
+        of_base: the number of the class that a label of the base means, likewise.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    of_label: Mapping[str, int]
+    of_base: Mapping[str, int]
+
+    @classmethod
+    def of(cls, base: Sequence[str], found: Mapping[str, tuple[int, ...]], name: str) -> ClassSubset:
+        """Return the subset of what labels mean.
+
+        Args:
+            base: the labels of the base, in their order.
+            found: the numbers of the base's classes that each label means, as :func:`match_classes` finds them.
+            name: of the set, for errors.
+
+        Raises:
+            ValueError: no label means a class of the base, or two classes share one of them.
+        """
+        members = sorted({numbers for numbers in found.values() if numbers})
+        if not members:
+            raise ValueError(f"{name} has no class of the base, whose first one is {base[0]!r}")
+        owners: dict[int, int] = {}
+        for group, numbers in enumerate(members):
+            for number in numbers:
+                if owners.setdefault(number, group) != group:
+                    raise ValueError(f"{name}: {base[number]!r} of the base belongs to two classes that differ")
+        group_of = {numbers: group for group, numbers in enumerate(members)}
+        first = {numbers: label for label, numbers in reversed(list(found.items()))}
+        return cls(
+            tuple(base[numbers[0]] if len(numbers) == 1 else first[numbers] for numbers in members),
+            tuple(members),
+            {label: group_of[numbers] for label, numbers in found.items() if numbers},
+            {base[number]: group for number, group in owners.items()},
+        )
+
+    def shifted(self, images: LabelledFeatures, classifier: Tensor) -> Classified:
+        """Return the classes that the base's classifier, restricted to the subset, gives to images of the shifted set.
+
+        Args:
+            images: of the set.
+            classifier: weights [D, classes of the base].
+        """
+        return self._classified(images, self.of_label, classifier)
+
+    def base(self, images: LabelledFeatures, classifier: Tensor) -> Classified:
+        """Return the classes that it gives to those images of the base whose class is in the subset.
+
+        Raises:
+            ValueError: the base has no such images.
+        """
+        return self._classified(images, self.of_base, classifier)
+
+    def _classified(self, images: LabelledFeatures, meaning: Mapping[str, int], classifier: Tensor) -> Classified:
+        rows = [row for row, label in enumerate(images.labels) if label in meaning]
+        columns = [number for numbers in self.members for number in numbers]
+        owner = torch.tensor([group for group, numbers in enumerate(self.members) for _ in numbers])
+        numbers = [meaning[images.labels[row]] for row in rows]
+        places = tuple(str(group) for group in range(len(self.names)))  # names need not be distinct
+        found = classify(
+            images.features.to(classifier.device)[rows], [places[number] for number in numbers], places,
+            classifier[:, columns], owner=owner,
+        )  # fmt: skip
+        return found._replace(classnames=self.names)
+
+
+def match_classes(
+    base: Sequence[str], labels: Sequence[str], given: ClassMap | None, name: str
+) -> dict[str, tuple[int, ...]]:
+    """Return the numbers of the base's classes that each label of a shifted set means; none where it is left out.
+
+    A label means what ``given`` says, or else the class of the base with the same label. Labels that are the numbers of
+    all classes, as the folders of ImageNet-V2 are, mean the classes in their order.
+
+    Args:
+        base: the labels of the base, in their order.
+        labels: of the shifted set.
+        given: labels of the base, or numbers of its classes, by label.
+        name: of the set, for errors.
+
+    Raises:
+        ValueError: a label means no class of the base, or its classes seem to be numbered by another list.
+    """
+    numbers = {label: number for number, label in enumerate(base)}
+    given = given or {}
+    found = {label: _given(base, numbers, label, given[label], name) for label in labels if label in given}
+    rest = in_order(label for label in labels if label not in given)
+    if rest and all(label.isdecimal() for label in rest) and list(base) != rest:
+        values = [int(label) for label in rest]
+        if values == list(range(len(base))):
+            return {**found, **{label: (number,) for number, label in enumerate(rest)}}
+        if len(values) > 1 and values in (list(range(len(values))), list(range(1, len(values) + 1))):
+            raise ValueError(
+                f"{name} has classes {rest[0]} to {rest[-1]}, which seem to be numbered by a list of its own, and the "
+                f"base has {len(base)}: say by --class-map {name}=FILE what they mean"
+            )
+    unknown = [label for label in rest if label not in numbers]
+    if unknown:
+        raise ValueError(
+            f"{name} has {len(unknown)} labels that the base lacks, such as {unknown[0]!r}: say by --class-map "
+            f"{name}=FILE what they mean, or name the right key by --label-by"
+        )
+    return {**found, **{label: (numbers[label],) for label in rest}}
+
+
+def _given(
+    base: Sequence[str], numbers: Mapping[str, int], label: str, meanings: Sequence[str | int], name: str
+) -> tuple[int, ...]:
+    """Return the numbers of the classes that a map gives to a label."""
+    found = set()
+    for meaning in meanings:
+        number = numbers.get(meaning) if isinstance(meaning, str) else meaning
+        if number is None or not 0 <= number < len(base):
+            raise ValueError(f"class map of {name}: {label!r} is {meaning!r}, which is no class of the base")
+        found.add(number)
+    return tuple(sorted(found))
+
+
+def read_class_map(path: Path) -> ClassMap:
+    """Return a class map that a JSON file holds: for each label a label of the base, the number of a class, or a list.
+
+    Raises:
+        ValueError: there is no such file, or it holds something else.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object of labels, not {type(content).__name__}")
+    found = {label: value if isinstance(value, list) else [value] for label, value in content.items()}
+    for label, values in found.items():
+        if any(not isinstance(value, str | int) or isinstance(value, bool) for value in values):
+            raise ValueError(f"{path}: {label!r} must be a label of the base, the number of a class, or a list")
+    return found
+
+
+def read_json(path: Path) -> object:
+    """Return what a JSON file holds.
+
+    Raises:
+        ValueError: there is no such file, or it is no JSON.
+    """
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}")
+    try:
+        content: object = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is no JSON: {error}") from error
+    return content

@@ -1,0 +1,192 @@
+"""Effective robustness: accuracy under a shift beyond what accuracy on the base predicts (Taori et al. 2020).
+
+Over many models the two accuracies lie near a straight line if each is put on the scale of its log-odds. A line through
+baseline models says what to expect of a model; what it has beyond that is its effective robustness.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .class_subsets import read_json
+from .intervals import RESAMPLES
+
+AVERAGE = "average"  # over the shifts
+COLUMNS = ("model", "base", "shift")
+Interval = tuple[float, float]
+
+
+class Point(NamedTuple):
+    """The accuracies of a model on the base and under a shift, from 0 to 1."""
+
+    model: str
+    base: float
+    shift: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Line:
+    """A straight line on the scale of log-odds.
+
+    Attributes:
+        slope, intercept: of the line.
+        points: through which it was fitted.
+    """
+
+    slope: float
+    intercept: float
+    points: tuple[Point, ...]
+
+    def __call__(self, base: float) -> float:
+        """Return the accuracy under the shift that the line predicts for one on the base."""
+        return _line(self.slope, self.intercept, base)
+
+    def band(self, bases: Sequence[float]) -> list[Interval]:
+        """Return the 95% interval of the prediction for each accuracy on the base, by resampling the points.
+
+        Resamples in which all points have the same accuracy on the base say nothing, and are left out.
+        """
+        generator = torch.Generator().manual_seed(0)
+        x, y = _logits(self.points)
+        rows = torch.randint(len(x), (RESAMPLES, len(x)), generator=generator)
+        x, y = x[rows], y[rows]
+        centred = x - x.mean(1, keepdim=True)
+        spread = centred.square().sum(1)
+        slopes = (centred * y).sum(1)[spread > 1e-12] / spread[spread > 1e-12]
+        intercepts = y.mean(1)[spread > 1e-12] - slopes * x.mean(1)[spread > 1e-12]
+        at = torch.logit(torch.tensor(bases, dtype=torch.float64))
+        predicted = (intercepts[:, None] + slopes[:, None] * at).sigmoid()
+        low, high = predicted.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
+        return list(zip(low, high, strict=True))
+
+    def about(self) -> dict[str, Any]:
+        """Return the line as plain values."""
+        points = [point._asdict() for point in self.points]
+        return {"slope": self.slope, "intercept": self.intercept, "points": points}
+
+
+def is_usable(point: Point) -> bool:
+    """Return whether both accuracies have log-odds."""
+    return 0 < point.base < 1 and 0 < point.shift < 1
+
+
+def fit(points: Iterable[Point], name: str) -> Line:
+    """Return the line with the least squares on the scale of log-odds.
+
+    Args:
+        points: accuracies of 0 and 1 have no log-odds, and are left out.
+        name: of the shift, for errors.
+
+    Raises:
+        ValueError: there are no two points of different accuracies on the base.
+    """
+    usable = tuple(filter(is_usable, points))
+    if len({point.base for point in usable}) < 2:
+        raise ValueError(
+            f"the baseline of {name} has {len(usable)} models with accuracies between 0 and 1: a line needs at least "
+            "two, of different accuracies on the base"
+        )
+    x, y = _logits(usable)
+    centred = x - x.mean()
+    slope = ((centred * y).sum() / centred.square().sum()).item()
+    return Line(slope, (y.mean() - slope * x.mean()).item(), usable)
+
+
+def _logits(points: Sequence[Point]) -> tuple[Tensor, Tensor]:
+    both = torch.tensor([(point.base, point.shift) for point in points], dtype=torch.float64).logit()
+    return both[:, 0], both[:, 1]
+
+
+def _line(slope: float, intercept: float, base: float) -> float:
+    if base in (0.0, 1.0):  # to which the line leads if it rises
+        return base if slope > 0 else 1 - base
+    return 1 / (1 + math.exp(-(intercept + slope * math.log(base / (1 - base)))))
+
+
+def figures(base: float, shift: float, line: Line | None) -> dict[str, float | None]:
+    """Return how robust a model is.
+
+    Args:
+        base, shift: its accuracies.
+        line: of the baseline, or None without one.
+
+    Returns:
+        ``drop``; ``relative_drop``, as a share of the accuracy on the base; ``expected``, the accuracy that the line
+        predicts; and ``effective``, what the model has beyond it.
+    """
+    expected = None if line is None else line(base)
+    return {
+        "drop": base - shift,
+        "relative_drop": (base - shift) / base if base else None,
+        "expected": expected,
+        "effective": None if expected is None else shift - expected,
+    }
+
+
+def mean_interval(shares: Sequence[float], intervals: Sequence[Interval]) -> Interval:
+    """Return the interval of the mean of shares that were measured on separate images.
+
+    The distances to the ends of their own intervals are added in squares (Zou and Donner 2008).
+    """
+    count, mean = len(shares), sum(shares) / len(shares)
+    low = math.sqrt(sum((share - ends[0]) ** 2 for share, ends in zip(shares, intervals, strict=True))) / count
+    high = math.sqrt(sum((ends[1] - share) ** 2 for share, ends in zip(shares, intervals, strict=True))) / count
+    return max(0.0, mean - low), min(1.0, mean + high)
+
+
+def read_points(path: Path, shifts: Sequence[str]) -> dict[str, list[Point]]:
+    """Return the points of baseline models by shift, from a file.
+
+    Args:
+        path: CSV with the columns model, base, shift, and set, which names the shift; or a JSON list of objects with
+            these keys; or the results of ``clipfast eval robustness``. Without ``set`` a point is that of the only
+            shift, or of the average.
+        shifts: the names that there may be; of others the points are left out.
+
+    Raises:
+        ValueError: the file cannot be read, lacks a column, or holds something that is no accuracy.
+    """
+    found: dict[str, list[Point]] = {}
+    for number, row in enumerate(_rows(path), 1):
+        lacking = next((column for column in COLUMNS if row.get(column) in (None, "")), None)
+        if lacking is not None:
+            raise ValueError(f"{path}, row {number} has no {lacking!r}: a baseline needs {', '.join(COLUMNS)}")
+        values = [_share(path, number, column, row[column]) for column in COLUMNS[1:]]
+        name = row.get("set") or (shifts[0] if len(shifts) == 1 else AVERAGE)
+        if name in (*shifts, AVERAGE):
+            found.setdefault(str(name), []).append(Point(str(row["model"]), *values))
+    if not found:
+        raise ValueError(f"{path} has no points of {', '.join(shifts)}")
+    return found
+
+
+def _rows(path: Path) -> list[Mapping[str, Any]]:
+    if path.suffix.lower() == ".csv":
+        if not path.is_file():
+            raise ValueError(f"there is no file {path}")
+        with path.open(newline="", encoding="utf-8") as file:
+            return list(csv.DictReader(file))
+    content = read_json(path)
+    if isinstance(content, dict) and isinstance(content.get("points"), list):
+        content = content["points"]  # the results of this task
+    if not isinstance(content, list) or not all(isinstance(row, dict) for row in content):
+        raise ValueError(f"{path} must hold a list of objects with {', '.join(COLUMNS)}, or results of this task")
+    return content
+
+
+def _share(path: Path, number: int, column: str, value: object) -> float:
+    try:
+        share = float(str(value))
+    except ValueError:
+        share = math.nan
+    if not 0 <= share <= 1:
+        raise ValueError(f"{path}, row {number}: {column} must be an accuracy from 0 to 1, got {value!r}")
+    return share

@@ -1,0 +1,128 @@
+"""Where the shifted versions of ImageNet have their images, and what their folders mean.
+
+ImageNet-A, ImageNet-R and ImageNet-Sketch name their folders by WordNet ids, as ImageNet does, so that the folders that
+are there are the classes. ImageNet-V2 numbers them. ObjectNet has files beside its images that say which classes of
+ImageNet its own ones mean.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .class_subsets import ClassMap, read_json
+from .imagenet import V2_FOLDERS
+from .labelled import LabelledSet
+from .zero_shot import IMAGENET_CLASSNAMES
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+OBJECTNET = "objectnet"
+# What archives and builders call the folder of the images.
+FOLDERS: dict[str, tuple[str, ...]] = {
+    "imagenet-v2": V2_FOLDERS,
+    "imagenet-a": ("imagenet-a",),
+    "imagenet-r": ("imagenet-r",),
+    "imagenet-sketch": ("sketch", "imagenet-sketch"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CutBorder:
+    """Called with an image, it cuts off so many pixels on each side; a smaller image stays as it is."""
+
+    pixels: int
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        """Return the image without its border."""
+        if min(image.size) <= 2 * self.pixels:
+            return image
+        return image.crop((self.pixels, self.pixels, image.width - self.pixels, image.height - self.pixels))
+
+
+@dataclasses.dataclass(frozen=True)
+class ShiftedSet:
+    """A shifted version of a base set.
+
+    Attributes:
+        name: of the shift.
+        images: the set.
+        change: what is done to its images first, or None.
+        class_map: what its labels mean, or None if they are those of the base.
+    """
+
+    name: str
+    images: LabelledSet
+    change: CutBorder | None = None
+    class_map: ClassMap | None = None
+
+
+def shifted_set(name: str, source: str, read: Callable[[str], LabelledSet], class_map: ClassMap | None) -> ShiftedSet:
+    """Return the set of a name and a source, where the names of ImageNet's shifted versions have a meaning.
+
+    Args:
+        name: of the shift.
+        source: as the base is given, or the folder of the archive of a shifted version of ImageNet.
+        read: returns the set of a source.
+        class_map: what its labels mean, if somebody says it.
+
+    Raises:
+        ValueError: it is ObjectNet, and a file or folder of it is not there.
+    """
+    if name == OBJECTNET and class_map is None:
+        return _objectnet(source, read)
+    found = next((path for folder in FOLDERS.get(name, ()) if (path := Path(source, folder)).is_dir()), None)
+    change = CutBorder(1) if name == OBJECTNET else None
+    return ShiftedSet(name, read(source if found is None else str(found)), change, class_map)
+
+
+def _objectnet(source: str, read: Callable[[str], LabelledSet]) -> ShiftedSet:
+    """Return ObjectNet's images of classes that ImageNet has, without the red line around them."""
+    nested = Path(source, "objectnet-1.0")
+    root = nested if nested.is_dir() else Path(source)
+    images, mappings = root / "images", root / "mappings"
+    lacking = next((path for path in (images, mappings) if not path.is_dir()), None)
+    if lacking is not None:
+        raise ValueError(
+            f"there is no folder {lacking}: --shift objectnet=FOLDER takes the folder of its archive, with images and "
+            "mappings; give images alone another name, and --class-map"
+        )
+    class_map = _objectnet_classes(mappings)
+    wanted = frozenset(label for label, numbers in class_map.items() if numbers)
+    return ShiftedSet(OBJECTNET, dataclasses.replace(read(str(images)), classes=wanted), CutBorder(1), class_map)
+
+
+def _objectnet_classes(mappings: Path) -> dict[str, list[int]]:
+    """Return the numbers of ImageNet's classes that each folder of ObjectNet means.
+
+    ``imagenet_to_label_2012_v2`` has the names of the classes in the order of the challenge of 2012, and
+    ``pytorch_to_imagenet_2012_id.json`` the places in it of those that are sorted by WordNet id.
+
+    Raises:
+        ValueError: a file is not there, or names a class that another one lacks.
+    """
+    names = mappings / "imagenet_to_label_2012_v2"
+    if not names.is_file():
+        raise ValueError(f"there is no file {names}")
+    places = _object(mappings / "pytorch_to_imagenet_2012_id.json")
+    number_at = {int(place): int(number) for number, place in places.items()}
+    lines = names.read_text(encoding="utf-8").splitlines()
+    numbers = {line.strip(): number_at.get(place) for place, line in enumerate(lines)}
+    overlap = _object(mappings / "objectnet_to_imagenet_1k.json")
+    found: dict[str, list[int]] = {}
+    for folder, label in _object(mappings / "folder_to_objectnet_label.json").items():
+        meant = [numbers.get(name) for name in overlap[label].split("; ")] if label in overlap else []
+        found[folder] = [number for number in meant if number is not None and number < len(IMAGENET_CLASSNAMES)]
+        if len(found[folder]) != len(meant):
+            raise ValueError(f"{mappings}: {label!r} means {overlap[label]!r}, which {names.name} does not have")
+    return found
+
+
+def _object(path: Path) -> dict[str, str]:
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold an object, not {type(content).__name__}")
+    return {str(key): str(value) for key, value in content.items()}

@@ -1,0 +1,264 @@
+"""``clipfast eval robustness``: zero-shot accuracy on shifted versions of a set, and beyond what is expected."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..arguments import (
+    Session,
+    add_data_arguments,
+    add_model_arguments,
+    add_output_arguments,
+    add_prompt_arguments,
+    add_run_arguments,
+    check_outputs,
+    labelled_set,
+    load_encoder,
+    read_classnames,
+    read_templates,
+    report_left_out,
+    session,
+    write_results,
+)
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..class_subsets import ClassSubset
+    from ..encoder import Encoder
+    from ..features import LabelledFeatures
+    from ..labelled import LabelledSet
+    from ..shifted_sets import ShiftedSet
+    from ..shifts import Shift
+
+EPILOG = """\
+examples:
+  clipfast eval robustness --model local-dir:runs/demo --data bundled:emoji/noto --label-by label \\
+      --shift fluent=bundled:emoji/fluent --synthetic --plot robustness.png --examples shifts.png
+  clipfast eval robustness --model ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/val --classnames imagenet \\
+      --templates openai --shift imagenet-v2=v2 --shift imagenet-r=imagenet-r --baseline resnets.csv --table"""
+NAMED = "imagenet-v2, -a, -r, -sketch and objectnet find their folders and classes"
+AT_ONCE = 512 << 20  # bytes of transformed images in one block, over all shifts and models
+
+
+def add_parser(tasks: Any) -> None:
+    """Add the task. Files and names are checked when it runs."""
+    parser = tasks.add_parser(
+        "robustness",
+        help="zero-shot accuracy under natural and synthetic shifts",
+        description="Compute zero-shot accuracy on a base set and on shifted versions of it, over the classes that "
+        "both have, and effective robustness: accuracy under a shift beyond what baseline models let one expect.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add_model_arguments(parser, several=True)
+    add_data_arguments(parser)
+    shift = f"a shifted version of --data, which is named as it is; may be given more than once; {NAMED}"
+    add("--shift", action="append", default=[], metavar="NAME=DATA", help=shift)
+    given = "JSON that says which labels of --data those of a shift mean (default: the same); an empty list leaves out"
+    add("--class-map", action="append", default=[], metavar="NAME=FILE", help=given)
+    synthetic = (
+        "also shift --data itself, in five strengths: blur, noise, jpeg, hue, rotation, occlusion (default: all)"
+    )
+    add("--synthetic", nargs="*", metavar="NAME", help=synthetic)
+    add("--seed", type=int, default=0, metavar="INT", help="of what synthetic shifts draw at random (default: 0)")
+    points = "accuracies of baseline models: CSV or JSON with model, base, shift and set, or results of this task"
+    add("--baseline", nargs="+", type=Path, default=[], metavar="FILE", help=points)
+    models = "models to evaluate for the baseline, such as the checkpoints of a run, named as --model is"
+    add("--baseline-model", nargs="+", default=[], metavar="MODEL", help=models)
+    add_prompt_arguments(parser)
+    add_run_arguments(parser)
+    add_output_arguments(parser)
+    add("--examples", type=Path, metavar="FILE", help="also draw what the synthetic shifts look like")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Evaluate the models, print the results, and return the exit code."""
+    _check(args)
+    templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
+    base, shifts, synthetic = labelled_set(args), _shifted_sets(args), _synthetic(args)
+    from ..evaluate import names_of
+    from .robustness_results import Judged, judge, lines_of, read_baselines, results_of
+
+    baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
+    if not args.baseline_model:  # which would add to them
+        lines_of(baselines)
+    with session(argparse.Namespace(**{**vars(args), "model": args.model[0]})) as at:
+        encoders = _encoders(args, at)
+        found = _features(args, at, encoders, base)
+        shifted = {shift.name: _features(args, at, _prepared(encoders, shift), shift.images) for shift in shifts}
+        subsets: dict[str, ClassSubset] = {}
+
+        def prepare() -> list[str]:
+            for shift in shifts:
+                subsets[shift.name] = _subset(found[0], shifted[shift.name][0], shift)
+            return names_of(found[0], classnames)
+
+        prompted = at.world.on_main(prepare)
+        drawn = _synthetic_features(args, at, encoders, base, synthetic)
+        classifiers = [encoder.classifier(prompted, templates, at.store, at.world) for encoder in encoders]
+        if not at.world.is_main:
+            return 0
+        models: list[Judged] = []
+        for number, (encoder, classifier) in enumerate(zip(encoders, classifiers, strict=True)):
+            own = {name: (subsets[name], features[number]) for name, features in shifted.items()}
+            strengths = {shift: features[number] for shift, features in drawn.items()}
+            models.append(judge(encoder.name, found[number], own, strengths, classifier))
+    sources = {shift.name: shift.images.data for shift in shifts}
+    results = results_of(args, models[: len(args.model)], models[len(args.model) :], baselines, sources)
+    _draw(args, base, results)
+    if args.table:
+        from .robustness_table import table
+
+        write_results(args, results, table=table(results))
+    else:
+        write_results(args, results)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        ValueError: there is no shift, or arguments do not fit together.
+    """
+    from ...files import check_target
+
+    if not args.shift and args.synthetic is None:
+        raise ValueError("--shift or --synthetic is needed: what to compare with --data")
+    if args.examples and args.synthetic is None:
+        raise ValueError("--examples draws synthetic shifts: give --synthetic")
+    models = [*args.model, *args.baseline_model]
+    if args.pretrained is not None and len(models) > 1:
+        raise ValueError(f"--pretrained goes with one model, got {len(models)}: name checkpoints or folders")
+    twice = next((name for name in models if models.count(name) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice} is given twice: its point would count twice")
+    check_outputs(args)
+    check_target(args.examples)
+
+
+def _encoders(args: argparse.Namespace, at: Session) -> list[Encoder]:
+    """Return all models; those that prepare images alike share the transform, and so its results."""
+    others = [*args.model[1:], *args.baseline_model]
+    encoders = [at.encoder, *(load_encoder(args, at.world, name) for name in others)]
+    known: dict[str, Any] = {}
+    for encoder in encoders:
+        encoder.transform = known.setdefault(repr(encoder.transform), encoder.transform)
+    return encoders
+
+
+def _pairs(flag: str, given: Sequence[str]) -> dict[str, str]:
+    """Return the values of an option by the names before them.
+
+    Raises:
+        ValueError: a name is missing, or there twice.
+    """
+    found: dict[str, str] = {}
+    for word in given:
+        name, equals, value = word.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"{flag} must be a name and a source, such as {flag} imagenet-r=FOLDER, got {word!r}")
+        if name in found:
+            raise ValueError(f"{flag} {name} is given twice")
+        found[name] = value
+    return found
+
+
+def _shifted_sets(args: argparse.Namespace) -> list[ShiftedSet]:
+    from ..class_subsets import read_class_map
+    from ..effective_robustness import AVERAGE
+    from ..shifted_sets import shifted_set
+    from ..shifts import SHIFTS
+    from .robustness_results import SYNTHETIC
+
+    sources, maps = _pairs("--shift", args.shift), _pairs("--class-map", args.class_map)
+    for name in sources:
+        if name in (*SHIFTS, AVERAGE, SYNTHETIC):
+            raise ValueError(f"--shift {name}: results have that name for something else, give another one")
+    for name in maps:
+        if name not in sources:
+            raise ValueError(f"--class-map {name} has no --shift of that name")
+    read = {name: read_class_map(Path(path)) for name, path in maps.items()}
+    return [
+        shifted_set(name, source, lambda data: labelled_set(args, data), read.get(name))
+        for name, source in sources.items()
+    ]
+
+
+def _synthetic(args: argparse.Namespace) -> list[Shift]:
+    from ..shifts import SHIFTS, STRENGTHS, Shift
+
+    if args.synthetic is None:
+        return []
+    names = list(dict.fromkeys(args.synthetic)) or SHIFTS
+    if "all" in names:
+        names = SHIFTS
+    return [Shift(name, strength, args.seed) for name in names for strength in STRENGTHS]
+
+
+def _prepared(encoders: Sequence[Encoder], shift: ShiftedSet) -> list[Encoder]:
+    from ..prepared import PreparedEncoder
+
+    if shift.change is None:
+        return list(encoders)
+    return [PreparedEncoder.of(encoder, shift.change) for encoder in encoders]
+
+
+def _features(
+    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], images: LabelledSet, *, report: bool = True
+) -> list[LabelledFeatures]:
+    """Return the features of a set by each model, and name the images that are left out on stderr.
+
+    On ranks other than 0 the features are empty.
+    """
+    from ..features import LabelledFeatures, encode_set
+
+    found = encode_set(
+        encoders, images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
+    )
+    if found and report:
+        report_left_out(found[0].left_out.values())
+    return found or [LabelledFeatures.empty()] * len(encoders)
+
+
+def _synthetic_features(
+    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], base: LabelledSet, shifts: Sequence[Shift]
+) -> dict[Shift, list[LabelledFeatures]]:
+    """Return the features of the base under each shift, by each model; each pass over it does as many as fit."""
+    from PIL import Image
+
+    from ..prepared import PreparedEncoder
+
+    transforms = dict.fromkeys(encoder.transform for encoder in encoders)
+    size = sum(transform(Image.new("RGB", (64, 64))).nbytes for transform in transforms)
+    count = max(1, AT_ONCE // (size * args.batch_size * max(1, 2 * args.workers)))
+    found: dict[Shift, list[LabelledFeatures]] = {}
+    for start in range(0, len(shifts), count):
+        some = shifts[start : start + count]
+        prepared = [PreparedEncoder.of(encoder, shift) for shift in some for encoder in encoders]
+        features = _features(args, at, prepared, base, report=False)
+        for number, shift in enumerate(some):
+            found[shift] = features[number * len(encoders) : (number + 1) * len(encoders)]
+    return found
+
+
+def _subset(base: LabelledFeatures, shifted: LabelledFeatures, shift: ShiftedSet) -> ClassSubset:
+    from ..class_subsets import ClassSubset, match_classes
+
+    found = match_classes(base.classnames, shifted.classnames, shift.class_map, shift.name)
+    return ClassSubset.of(base.classnames, found, shift.name)
+
+
+def _draw(args: argparse.Namespace, base: LabelledSet, results: dict[str, Any]) -> None:
+    if args.plot:
+        from .robustness_plot import robustness_plot
+
+        robustness_plot(results, args.plot)
+    if args.examples:
+        from .robustness_plot import examples_sheet
+
+        examples_sheet(base, results, args.examples)

@@ -1,0 +1,233 @@
+"""The results of ``clipfast eval robustness``: accuracies by shift, their means, and effective robustness."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..arguments import result_of
+from ..class_subsets import ClassSubset
+from ..classification import Classified, classify, intervals, metrics
+from ..effective_robustness import AVERAGE, Interval, Line, Point, figures, fit, mean_interval, read_points
+from ..features import LabelledFeatures
+from ..intervals import bootstrap, wilson
+from ..shifts import Shift
+
+SYNTHETIC = "synthetic"  # the mean over all synthetic shifts
+TASK = "zeroshot_classification"
+
+
+class Share(NamedTuple):
+    """An accuracy and its 95% interval."""
+
+    value: float
+    interval: Interval
+
+
+class OnShift(NamedTuple):
+    """The classes that a model gives to a shifted set, and to the images of the base that are of the same classes.
+
+    Attributes:
+        shifted, base: the classes.
+        members: [images of the base], True for those.
+        left_out: images of the shifted set whose class the base lacks.
+        skipped: images of the shifted set that cannot be used.
+    """
+
+    shifted: Classified
+    base: Classified
+    members: Tensor
+    left_out: int
+    skipped: int
+
+
+@dataclasses.dataclass
+class Judged:
+    """What a model gets right.
+
+    Attributes:
+        model: its name.
+        base: the classes of the base.
+        skipped: images of the base that cannot be used.
+        natural: by the name of the shifted set.
+        synthetic: by shift.
+    """
+
+    model: str
+    base: Classified
+    skipped: int
+    natural: dict[str, OnShift]
+    synthetic: dict[Shift, Classified]
+
+    def accuracies(self) -> dict[str, tuple[Share, Share]]:
+        """Return the accuracies on the base and under the shift, for each shifted set and each mean."""
+        found = {name: (_acc1(on.base), _acc1(on.shifted)) for name, on in self.natural.items()}
+        if len(found) > 1:
+            found[AVERAGE] = self._average(*zip(*found.values(), strict=True))
+        base = _acc1(self.base)
+        kinds = list(dict.fromkeys(shift.name for shift in self.synthetic))
+        found.update({kind: (base, self._mean_of({kind})) for kind in kinds})
+        if len(kinds) > 1:
+            found[SYNTHETIC] = (base, self._mean_of(set(kinds)))
+        return found
+
+    def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
+        """Return the means over the natural shifts. Images of the base are in the subsets of several."""
+        hits, trials = torch.zeros(2, len(self.base.classes), dtype=torch.double)
+        for on in self.natural.values():
+            hits[on.members] += on.base.right.double() / len(on.base.classes)
+            trials[on.members] += 1 / len(on.base.classes)
+        base = Share(sum(share.value for share in bases) / len(bases), bootstrap(hits, trials))
+        values = [share.value for share in shifts]
+        return base, Share(sum(values) / len(values), mean_interval(values, [share.interval for share in shifts]))
+
+    def _mean_of(self, kinds: set[str]) -> Share:
+        """Return the mean over all strengths of synthetic shifts, whose images are the same."""
+        right = torch.stack([found.right.double() for shift, found in self.synthetic.items() if shift.name in kinds])
+        return Share(right.mean().item(), bootstrap(right.mean(0), torch.ones(right.shape[1])))
+
+
+def _acc1(found: Classified) -> Share:
+    hits, count = int(found.right.sum()), len(found.classes)
+    return Share(hits / count, wilson(hits, count))
+
+
+def judge(
+    model: str, base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
+    synthetic: Mapping[Shift, LabelledFeatures], classifier: Tensor,
+) -> Judged:  # fmt: skip
+    """Return what a model gets right.
+
+    Args:
+        model: its name.
+        base: its features of the base.
+        natural: for each shifted set the classes that it shares with the base, and the features of its images.
+        synthetic: features of the base under each synthetic shift.
+        classifier: weights [D, classes of the base].
+    """
+
+    def all_classes(images: LabelledFeatures) -> Classified:
+        return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
+
+    on_shifts = {}
+    for name, (subset, images) in natural.items():
+        members = torch.tensor([label in subset.of_base for label in base.labels])
+        shifted = subset.shifted(images, classifier)
+        left_out = len(images.labels) - len(shifted.classes)
+        on_shifts[name] = OnShift(shifted, subset.base(base, classifier), members, left_out, len(images.left_out))
+    strengths = {shift: all_classes(images) for shift, images in synthetic.items()}
+    return Judged(model, all_classes(base), len(base.left_out), on_shifts, strengths)
+
+
+def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Sequence[Shift]) -> dict[str, list[Point]]:
+    """Return the points of all baseline files by shift.
+
+    Raises:
+        ValueError: a file cannot be used.
+    """
+    found: dict[str, list[Point]] = {}
+    names = [*natural, *dict.fromkeys(shift.name for shift in synthetic), *([SYNTHETIC] if synthetic else [])]
+    for path in paths:
+        for name, points in read_points(path, names).items():
+            found.setdefault(name, []).extend(points)
+    return found
+
+
+def lines_of(points: Mapping[str, Sequence[Point]]) -> dict[str, Line]:
+    """Return the line through the baseline models of each shift.
+
+    Raises:
+        ValueError: there are too few.
+    """
+    return {name: fit(some, name) for name, some in points.items()}
+
+
+def results_of(
+    args: argparse.Namespace, models: Sequence[Judged], baseline_models: Sequence[Judged],
+    baselines: Mapping[str, Sequence[Point]], sources: Mapping[str, str],
+) -> dict[str, Any]:  # fmt: skip
+    """Return the results as plain values; at the top those of the first model on the base.
+
+    Args:
+        args: of the command.
+        models: what is evaluated.
+        baseline_models: models of the baseline that were evaluated here.
+        baselines: points of other baseline models.
+        sources: of the shifted sets.
+
+    Raises:
+        ValueError: no line can be fitted to the baseline.
+    """
+    points: dict[str, list[Point]] = {name: list(some) for name, some in baselines.items()}
+    for judged in baseline_models:
+        for name, (base, shift) in judged.accuracies().items():
+            points.setdefault(name, []).append(Point(judged.model, base.value, shift.value))
+    known = models[0].accuracies()
+    lines = lines_of({name: some for name, some in points.items() if name in known})
+    rows = [_robustness(judged, lines) for judged in models]
+    first = models[0]
+    own = [
+        (name, Point(judged.model, base.value, shift.value), "model")
+        for judged in models
+        for name, (base, shift) in judged.accuracies().items()
+    ]
+    theirs = [(name, point, "baseline") for name, some in points.items() for point in some if name in known]
+    return result_of(
+        _named(args, args.data, first.model), TASK, metrics(first.base), intervals=intervals(first.base),
+        templates=args.templates, images=len(first.base.classes), skipped_images=first.skipped,
+        classes=len(first.base.classnames),
+        models=[{"model": one.model, "robustness": row} for one, row in zip(models, rows, strict=True)],
+        sets=[
+            _set_row(args, judged, name, sources[name], row[name])
+            for judged, row in zip(models, rows, strict=True)
+            for name in judged.natural
+        ],
+        synthetic=[
+            {
+                **result_of(_named(args, args.data, judged.model), TASK, metrics(found), intervals=intervals(found)),
+                "shift": shift.name, "strength": shift.strength, "amount": shift.amount, "seed": shift.seed,
+            }
+            for judged in models
+            for shift, found in judged.synthetic.items()
+        ],
+        baseline={name: _about(line) for name, line in lines.items()},
+        points=[{**point._asdict(), "set": name, "role": role} for name, point, role in (*own, *theirs)],
+    )  # fmt: skip
+
+
+def _named(args: argparse.Namespace, data: str, model: str) -> argparse.Namespace:
+    return argparse.Namespace(data=data, model=model, pretrained=args.pretrained)
+
+
+def _about(line: Line) -> dict[str, Any]:
+    return {"slope": line.slope, "intercept": line.intercept, "models": len(line.points)}
+
+
+def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str, Any]]:
+    """Return the accuracies of a model, and how robust it is, for each shifted set and each mean."""
+    return {
+        name: {
+            "base": base.value, "base_interval": base.interval, "shift": shift.value, "shift_interval": shift.interval,
+            **figures(base.value, shift.value, lines.get(name)),
+        }
+        for name, (base, shift) in judged.accuracies().items()
+    }  # fmt: skip
+
+
+def _set_row(
+    args: argparse.Namespace, judged: Judged, name: str, source: str, robustness: dict[str, Any]
+) -> dict[str, Any]:
+    on = judged.natural[name]
+    return result_of(
+        _named(args, source, judged.model), TASK, metrics(on.shifted), intervals=intervals(on.shifted), shift=name,
+        classes=len(on.shifted.classnames), images=len(on.shifted.classes), skipped_images=on.skipped,
+        other_classes=on.left_out,
+        base={"images": len(on.base.classes), "metrics": metrics(on.base), "intervals": intervals(on.base)},
+        robustness=robustness,
+    )  # fmt: skip
