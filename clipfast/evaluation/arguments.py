@@ -131,13 +131,15 @@ def check_outputs(args: argparse.Namespace) -> None:
 
     if args.features and args.features.exists() and not args.features.is_dir():
         raise ValueError(f"--features {args.features} is a file, not a folder")
-    check_target(args.json, args.plot, getattr(args, "html", None))
-    if args.plot:
-        from matplotlib.figure import Figure
+    drawn = {"--plot": args.plot, "--examples": getattr(args, "examples", None)}
+    check_target(args.json, *drawn.values(), getattr(args, "html", None))
+    for flag, path in drawn.items():
+        if path:
+            from matplotlib.figure import Figure
 
-        known = Figure().canvas.get_supported_filetypes()
-        if args.plot.suffix[1:].lower() not in known:
-            raise ValueError(f"--plot {args.plot}: the name must end in one of .{', .'.join(sorted(known))}")
+            known = Figure().canvas.get_supported_filetypes()
+            if path.suffix[1:].lower() not in known:
+                raise ValueError(f"{flag} {path}: the name must end in one of .{', .'.join(sorted(known))}")
 
 
 def steps_drawer(

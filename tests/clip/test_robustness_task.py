@@ -171,6 +171,9 @@ def test_models_of_the_baseline_are_evaluated_alike(data, capsys):
     assert set(results["baseline"]) == {"all", "some", "mixed", "average", "hue"}
     of_0_6 = {row["set"]: (row["base"], row["shift"]) for row in results["points"] if row["model"] == "0.6"}
     own = alone["models"][0]["robustness"]
+    strengths = [row["metrics"]["acc1"] for row in alone["synthetic"]]
+    assert len(set(strengths)) > 1
+    assert own["hue"]["shift"] == pytest.approx(sum(strengths) / 5)
     assert of_0_6 == {name: (row["base"], row["shift"]) for name, row in own.items()}
     assert own["average"]["shift"] == pytest.approx(sum(own[name]["shift"] for name in ("all", "some", "mixed")) / 3)
     assert own["average"]["base"] == pytest.approx(sum(own[name]["base"] for name in ("all", "some", "mixed")) / 3)
@@ -276,6 +279,7 @@ WRONG = {
     "other baseline": (["--shift", "a={data}/all", "--baseline", "{data}/points.csv"], "points.csv has no points of a"),
     "names": (["--synthetic", "blur", "--classnames", "imagenet"], "1000 class names for 7 classes"),
     "plot": (["--synthetic", "blur", "--plot", "{tmp}/x.txt"], "the name must end in one of ."),
+    "examples of no format": (["--synthetic", "--examples", "{tmp}/x.txt"], "--examples {tmp}/x.txt: the name must"),
     "examples nowhere": (["--synthetic", "--examples", "{tmp}/no/x.png"], "no folder {tmp}/no to write x.png in"),
 }  # fmt: skip
 
