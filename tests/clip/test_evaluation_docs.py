@@ -45,6 +45,8 @@ def folder(tmp_path_factory):
     write_aro(folder / "aro")
     write_sugar_crepe(folder / "sugar-crepe")
     write_winoground(folder / "winoground")
+    rows = [f"{model},{shift}" for shift in ("twemoji", "fluent") for model in ("small,0.3,0.2", "large,0.7,0.5")]
+    (folder / "baseline.csv").write_text("\n".join(["model,base,shift,set", *rows]) + "\n")
     return folder
 
 
@@ -54,8 +56,8 @@ def test_command(command, folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(folder)
     program, *arguments = shlex.split(command)
     # all emoji and all scenes take longer than what is tested here
-    arguments = ["photos" if word.startswith("bundled:") else word for word in arguments]
     arguments = ["shapes:30" if word == "shapes" else word for word in arguments]
+    arguments = [re.sub(r"^(\w+=)?bundled:\S+", r"\1photos", word) for word in arguments]
     if program == "torchrun":
         start = arguments.index("--") + 1
         assert arguments[:start] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
@@ -63,7 +65,7 @@ def test_command(command, folder, tmp_path, monkeypatch, capsys):
         return
     assert program == "clipfast"
     assert main(arguments) == 0, capsys.readouterr().err
-    for flag in ("--json", "--plot", "--html", "--write"):
+    for flag in ("--json", "--plot", "--html", "--write", "--examples"):
         assert flag not in arguments or Path(arguments[arguments.index(flag) + 1]).exists()
 
 
@@ -78,6 +80,19 @@ def test_the_groups_of_the_page(tmp_path, monkeypatch):
     assert len({person.label for person in people}) == figures["classes"]
 
 
+def test_the_robustness_of_the_page():
+    page = " ".join(PAGE.split())
+    (both,) = json.loads((DOCS / "robustness.json").read_text())["models"]
+    found = both["robustness"]["fluent"]
+    base, expected, shift, effective = (f"{100 * found[key]:.1f}" for key in ("base", "expected", "shift", "effective"))
+    assert f"gets {base}% on noto can be expected to get {expected}% on fluent" in page
+    assert f"two styles gets {shift}% (26.8-30.9), {effective} points more" in page
+    two, one = json.loads((DOCS / "shifts.json").read_text())["models"]
+    drops = [f"{model['robustness']['synthetic']['relative_drop']:.1%}" for model in (two, one)]
+    assert "both styles loses {} of its accuracy over all shifts, that of noto alone {}".format(*drops) in page
+
+
 def test_the_page_names_every_output():
-    for flag in ("--features", "--table", "--json", "--plot", "--html", "--write", "--compare-templates", "--k"):
+    outputs = ("--features", "--table", "--json", "--plot", "--html", "--write", "--examples", "--compare-templates")
+    for flag in (*outputs, "--k"):
         assert any(flag in command.split() for command in COMMANDS), flag
