@@ -15,7 +15,7 @@ from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.shifts import AMOUNTS
 from clipfast.ranks import run_ranks
 
-from .conftest import run_command
+from .conftest import run_command, write_shard
 
 ranks.PRELOAD.append("clipfast.evaluation.encoder")
 COLOURS = {
@@ -294,3 +294,21 @@ def test_wrong_inputs(name, data, capsys, tmp_path):
     assert last.startswith("clipfast eval: error: ")
     assert message.format(data=data, tmp=tmp_path) in last
     assert [path.name for path in tmp_path.iterdir()] == ["m.json"]
+
+
+@pytest.mark.parametrize("kind", ["tar", "csv", "parquet"])
+def test_a_shifted_set_of_any_format_is_judged_alike(kind, data, capsys, tmp_path):
+    expected, _ = evaluated(capsys, *command(data, "--shift", f"s={data}/some", model="0.6"))
+    paths = sorted((data / "some").glob("*/*.png"))
+    if kind == "tar":
+        write_shard(tmp_path / "s.tar", [{"png": p.read_bytes(), "txt": p.parent.name.encode()} for p in paths])
+    elif kind == "csv":
+        lines = ["filepath\ttitle", *(f"{path}\t{path.parent.name}" for path in paths)]
+        (tmp_path / "s.csv").write_text("\n".join(lines) + "\n")
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        columns = {"image": [path.read_bytes() for path in paths], "caption": [path.parent.name for path in paths]}
+        parquet.write_table(pyarrow.table(columns), tmp_path / "s.parquet")
+    found, _ = evaluated(capsys, *command(data, "--shift", f"s={tmp_path}/s.{kind}", model="0.6"))
+    assert found["models"] == expected["models"]
+    assert found["sets"][0]["metrics"] == expected["sets"][0]["metrics"]
