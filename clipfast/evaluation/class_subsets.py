@@ -35,7 +35,7 @@ class ClassSubset:
 
     @classmethod
     def of(cls, base: Sequence[str], found: Mapping[str, tuple[int, ...]], name: str) -> ClassSubset:
-        """Return the subset of what labels mean.
+        """Return the subset of what labels mean. Labels that share a class of the base are one class.
 
         Args:
             base: the labels of the base, in their order.
@@ -43,23 +43,23 @@ class ClassSubset:
             name: of the set, for errors.
 
         Raises:
-            ValueError: no label means a class of the base, or two classes share one of them.
+            ValueError: no label means a class of the base.
         """
-        members = sorted({numbers for numbers in found.values() if numbers})
+        group_with: dict[int, set[int]] = {}
+        for numbers in found.values():
+            group = set(numbers).union(*(group_with[number] for number in numbers if number in group_with))
+            group_with.update(dict.fromkeys(group, group))
+        members = sorted({min(group): tuple(sorted(group)) for group in group_with.values()}.values())
         if not members:
             raise ValueError(f"{name} has no class of the base, whose first one is {base[0]!r}")
-        owners: dict[int, int] = {}
-        for group, numbers in enumerate(members):
-            for number in numbers:
-                if owners.setdefault(number, group) != group:
-                    raise ValueError(f"{name}: {base[number]!r} of the base belongs to two classes that differ")
-        group_of = {numbers: group for group, numbers in enumerate(members)}
-        first = {numbers: label for label, numbers in reversed(list(found.items()))}
+        place = {number: place for place, group in enumerate(members) for number in group}
+        of_label = {label: place[numbers[0]] for label, numbers in found.items() if numbers}
+        first = {place: label for label, place in reversed(list(of_label.items()))}
         return cls(
-            tuple(base[numbers[0]] if len(numbers) == 1 else first[numbers] for numbers in members),
+            tuple(base[group[0]] if len(group) == 1 else first[place] for place, group in enumerate(members)),
             tuple(members),
-            {label: group_of[numbers] for label, numbers in found.items() if numbers},
-            {base[number]: group for number, group in owners.items()},
+            of_label,
+            {base[number]: group for number, group in place.items()},
         )
 
     def shifted(self, images: LabelledFeatures, classifier: Tensor) -> Classified:

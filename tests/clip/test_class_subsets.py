@@ -54,9 +54,16 @@ def test_labels_that_the_base_lacks_are_named():
             match_classes(["cat", "dog"], ["pet"], {"pet": [wrong]}, "r")
 
 
-def test_classes_must_not_overlap():
-    with pytest.raises(ValueError, match="r: 'dog' of the base belongs to two classes that differ"):
-        ClassSubset.of(["cat", "dog", "eel"], {"x": (0, 1), "y": (1, 2)}, "r")
+def test_labels_that_share_a_class_of_the_base_are_one_class():
+    base = ["cat", "dog", "eel", "fox", "gnu"]
+    found = ClassSubset.of(base, {"x": (3, 4), "y": (2,), "z": (0, 1), "w": (1, 3), "v": ()}, "r")
+    assert found.names == ("x", "eel")
+    assert found.members == ((0, 1, 3, 4), (2,))
+    assert found.of_label == {"x": 0, "y": 1, "z": 0, "w": 0}
+    assert found.of_base == {"cat": 0, "dog": 0, "eel": 1, "fox": 0, "gnu": 0}
+
+
+def test_a_subset_has_a_class():
     with pytest.raises(ValueError, match="r has no class of the base, whose first one is 'cat'"):
         ClassSubset.of(["cat"], {"x": ()}, "r")
     both = ClassSubset.of(["cat", "dog", "eel"], {"x": (0, 1), "y": (0, 1), "z": (2,)}, "r")

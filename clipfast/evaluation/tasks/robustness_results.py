@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -65,8 +66,9 @@ class Judged:
     natural: dict[str, OnShift]
     synthetic: dict[Shift, Classified]
 
+    @functools.cached_property
     def accuracies(self) -> dict[str, tuple[Share, Share]]:
-        """Return the accuracies on the base and under the shift, for each shifted set and each mean."""
+        """The accuracies on the base and under the shift, for each shifted set and each mean."""
         found = {name: (_acc1(on.base), _acc1(on.shifted)) for name, on in self.natural.items()}
         if len(found) > 1:
             found[AVERAGE] = self._average(*zip(*found.values(), strict=True))
@@ -76,6 +78,10 @@ class Judged:
         if len(kinds) > 1:
             found[SYNTHETIC] = (base, self._mean_of(set(kinds)))
         return found
+
+    def points(self) -> list[tuple[str, Point]]:
+        """Return the same as points, each with the name of its shift."""
+        return [(name, Point(self.model, base.value, shift.value)) for name, (base, shift) in self.accuracies.items()]
 
     def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
         """Return the means over the natural shifts. Images of the base are in the subsets of several."""
@@ -166,38 +172,26 @@ def results_of(
     """
     points: dict[str, list[Point]] = {name: list(some) for name, some in baselines.items()}
     for judged in baseline_models:
-        for name, (base, shift) in judged.accuracies().items():
-            points.setdefault(name, []).append(Point(judged.model, base.value, shift.value))
-    known = models[0].accuracies()
-    lines = lines_of({name: some for name, some in points.items() if name in known})
-    rows = [_robustness(judged, lines) for judged in models]
+        for name, point in judged.points():
+            points.setdefault(name, []).append(point)
     first = models[0]
-    own = [
-        (name, Point(judged.model, base.value, shift.value), "model")
-        for judged in models
-        for name, (base, shift) in judged.accuracies().items()
+    points = {name: some for name, some in points.items() if name in first.accuracies}
+    lines = lines_of(points)
+    rows = [_robustness(judged, lines) for judged in models]
+    own = [_point_row(name, point, "model") for judged in models for name, point in judged.points()]
+    theirs = [_point_row(name, point, "baseline") for name, some in points.items() for point in some]
+    sets = [
+        _set_row(args, judged, name, sources[name], row[name])
+        for judged, row in zip(models, rows, strict=True)
+        for name in judged.natural
     ]
-    theirs = [(name, point, "baseline") for name, some in points.items() for point in some if name in known]
     return result_of(
         _named(args, args.data, first.model), TASK, metrics(first.base), intervals=intervals(first.base),
         templates=args.templates, images=len(first.base.classes), skipped_images=first.skipped,
         classes=len(first.base.classnames),
-        models=[{"model": one.model, "robustness": row} for one, row in zip(models, rows, strict=True)],
-        sets=[
-            _set_row(args, judged, name, sources[name], row[name])
-            for judged, row in zip(models, rows, strict=True)
-            for name in judged.natural
-        ],
-        synthetic=[
-            {
-                **result_of(_named(args, args.data, judged.model), TASK, metrics(found), intervals=intervals(found)),
-                "shift": shift.name, "strength": shift.strength, "amount": shift.amount, "seed": shift.seed,
-            }
-            for judged in models
-            for shift, found in judged.synthetic.items()
-        ],
-        baseline={name: _about(line) for name, line in lines.items()},
-        points=[{**point._asdict(), "set": name, "role": role} for name, point, role in (*own, *theirs)],
+        models=[{"model": one.model, "robustness": row} for one, row in zip(models, rows, strict=True)], sets=sets,
+        synthetic=[_synthetic_row(args, judged, shift) for judged in models for shift in judged.synthetic],
+        baseline={name: _about(line) for name, line in lines.items()}, points=[*own, *theirs],
     )  # fmt: skip
 
 
@@ -216,8 +210,20 @@ def _robustness(judged: Judged, lines: Mapping[str, Line]) -> dict[str, dict[str
             "base": base.value, "base_interval": base.interval, "shift": shift.value, "shift_interval": shift.interval,
             **figures(base.value, shift.value, lines.get(name)),
         }
-        for name, (base, shift) in judged.accuracies().items()
+        for name, (base, shift) in judged.accuracies.items()
     }  # fmt: skip
+
+
+def _point_row(name: str, point: Point, role: str) -> dict[str, Any]:
+    return {**point._asdict(), "set": name, "role": role}
+
+
+def _synthetic_row(args: argparse.Namespace, judged: Judged, shift: Shift) -> dict[str, Any]:
+    found = judged.synthetic[shift]
+    return result_of(
+        _named(args, args.data, judged.model), TASK, metrics(found), intervals=intervals(found), shift=shift.name,
+        strength=shift.strength, amount=shift.amount, seed=shift.seed,
+    )  # fmt: skip
 
 
 def _set_row(
