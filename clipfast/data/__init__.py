@@ -1,6 +1,7 @@
 """Image-text pairs, from the files that hold them to batches.
 
-``open`` finds the sources of pairs that names stand for: a set of shards, and ``synthetic`` pairs, which need no files.
+``open`` finds the sources of pairs that names stand for: a set of shards, and pairs that are ``drawn`` and need no
+files, which are ``synthetic`` ones and scenes of ``shapes``.
 A shard is a tar file, a Parquet or Arrow file (``rows``), a table (``tables``) or a folder of images (``folders``), and
 ``keys`` says under which names a sample has its image and its captions. ``source`` reads any sample by its number:
 ``index`` knows where each lies, ``staging`` brings what is elsewhere, and ``counts`` knows how many samples there are

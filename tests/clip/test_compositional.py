@@ -99,7 +99,7 @@ def test_the_mean_over_attributes_needs_25_cases_of_each(seeing, tmp_path, capsy
     (tmp_path / "visual_genome_attribution.json").write_text(json.dumps(records))
     found, _ = evaluate(capsys, tmp_path)
     assert found["metrics"] == {"acc": pytest.approx(25 / 30), "mean_acc": 1.0}
-    assert list(found["groups"]["attributes"]) == ["big, small", "old, new"]
+    assert list(found["groups"]["attributes"]) == ["old, new", "big, small"]
 
 
 def write_sugar_crepe(folder):
@@ -236,7 +236,7 @@ def test_the_command_on_scenes(model, tmp_path, capsys, monkeypatch):
     found = json.loads((tmp_path / "r.json").read_text())
     assert (found["format"], found["cases"], found["dataset"]) == ("shapes", 48, "shapes:48@5")
     assert {name: x["cases"] for name, x in found["groups"]["kind"].items()} == dict.fromkeys(
-        ("binding", "colour", "count", "order", "relation", "shape"), 8
+        ("colour", "shape", "binding", "relation", "count", "order"), 8
     )
     assert sum(x["cases"] for x in found["groups"]["relation"].values()) == 8
     assert "kind: binding" in out

@@ -11,6 +11,7 @@ import torch
 from clipfast import create_model
 from clipfast.checkpoint import export_open_clip
 from clipfast.cli import main
+from clipfast.evaluation.intervals import percent
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.ranks import run_ranks
 
@@ -96,3 +97,9 @@ def test_the_page_names_every_output():
     outputs = ("--features", "--table", "--json", "--plot", "--html", "--write", "--examples", "--compare-templates")
     for flag in (*outputs, "--k"):
         assert any(flag in command.split() for command in COMMANDS), flag
+
+
+def test_the_figures_of_scenes_are_those_of_the_results():
+    results = json.loads((DOCS / "compositional.json").read_text())
+    for kind, found in results["groups"]["kind"].items():
+        assert f"| `{kind}` | {percent(found['metrics']['acc'], found['intervals']['acc'])} |" in PAGE

@@ -26,7 +26,8 @@ def examples_page(results: dict[str, Any], images: LabelledSet, judged: Sequence
     title = f"Compositional: {results['model']} on {results['data']}"
     about = (
         f"{results['cases']:,} cases. 95% intervals in brackets. Chance is the share that scores at random would have; "
-        "a tie counts as wrong."
+        "a tie counts as wrong. Of the captions of a picture, that with a ✓ is right, and the model prefers the one in "
+        "bold type; the numbers are cosine similarities."
     )
     parts = [f"<h1>{html.escape(title)}</h1>\n<p>{about}</p>\n{_table(results)}"]
     # Cases whose groups have names, by the first division; those without divisions are one group.
@@ -35,7 +36,7 @@ def examples_page(results: dict[str, Any], images: LabelledSet, judged: Sequence
     for one in judged:
         members.setdefault(one.case.groups.get(division, "") if division else "all cases", []).append(one)
     largest = sorted(members, key=lambda name: len(members[name]), reverse=True)[:MOST_GROUPS]
-    shown = {name: chosen(members[name], examples) for name in sorted(largest)}
+    shown = {name: chosen(some, examples) for name, some in members.items() if name in largest}
     places = {image for some in shown.values() for one in some for image in one.case.images}
     pictures = {item.number: thumbnail(item.image) for item in images.only(sorted(places))}
     for name, some in shown.items():
@@ -106,7 +107,7 @@ def _figure(one: Judged, pictures: dict[int, str]) -> str:
             lines.append(f"<b>{line}</b>" if score == max(scores) else line)
         caption = "<br>".join(lines)
         parts.append(
-            f'<figure class="{kind}" style="width: 12rem"><img src="{pictures[image]}" alt="">'
+            f'<figure class="{kind}" style="width: 9rem"><img src="{pictures[image]}" alt="">'
             f"<figcaption>{caption}</figcaption></figure>"
         )
     return "".join(parts)

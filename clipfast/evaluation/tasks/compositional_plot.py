@@ -35,9 +35,10 @@ def groups_plot(results: dict[str, Any], path: Path) -> None:
                 ]
                 for end in (0, 1)
             ]
-            bars = axis.bar(places, values, 0.95 * width, color=f"C{number}", label=name)
+            axis.bar(places, values, 0.95 * width, color=f"C{number}", label=name)
             axis.errorbar(places, values, ends, fmt="none", color="black", capsize=3)
-            axis.bar_label(bars, fmt="%.0f", label_type="center", color="white", fontsize=8)
+            for place, value in zip(places, values, strict=True):
+                axis.text(place, 2, f"{value:.1f}", ha="center", color="white" if value > 8 else "black", fontsize=9)
             chances = [100 * found["chance"][name] for found in groups.values()]
             label = "chance" if number == 0 else None
             axis.hlines(
@@ -45,7 +46,7 @@ def groups_plot(results: dict[str, Any], path: Path) -> None:
             )
         axis.set_xticks(range(len(groups)), list(groups), rotation=30 if max(map(len, groups)) > 8 else 0)
         axis.set_xlabel(division)
-    axes[0].set(ylabel="right, %, with 95% intervals", ylim=(0, 100))
+    axes[0].set(ylabel="right, %, with 95% intervals", ylim=(0, 104))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names) + 1)
     figure.savefig(path, dpi=120)
 

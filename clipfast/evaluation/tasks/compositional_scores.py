@@ -123,7 +123,7 @@ def figures(judged: Sequence[Judged]) -> dict[str, Any]:
 
 
 def by_group(judged: Sequence[Judged], division: str) -> dict[str, dict[str, Any]]:
-    """Return the figures of each group of a division, in the order of their names; a case may be in none."""
+    """Return the figures of each group of a division, in the order in which they come up; a case may be in none."""
     return _grouped(judged, lambda one: one.case.groups.get(division, ""))
 
 
@@ -142,7 +142,7 @@ def _grouped(judged: Sequence[Judged], key: Callable[[Judged], str]) -> dict[str
     for one in judged:
         if name := key(one):
             members.setdefault(name, []).append(one)
-    return {name: figures(members[name]) for name in sorted(members)}
+    return {name: figures(some) for name, some in members.items()}
 
 
 def mean_of_groups(
