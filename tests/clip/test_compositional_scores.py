@@ -51,8 +51,11 @@ def test_two_images_the_same():
         low, high = found["intervals"][name]
         assert low < found["metrics"][name] < high
     assert set(figures(scored(cases, features, features))["metrics"].values()) == {1.0}
-    for images, texts in ((features, unit(1, 64).expand(6000, -1)), (unit(1, 64).expand(6000, -1), features)):
-        assert figures(scored(cases, images, texts))["metrics"]["acc"] == 0.0
+    constant = unit(1, 64).expand(6000, -1)
+    for name, images, texts in (("text_acc", features, constant), ("image_acc", constant, features)):
+        metrics = figures(scored(cases, images, texts))["metrics"]
+        assert (metrics[name], metrics["acc"]) == (0.0, 0.0)
+    assert set(figures(scored(cases, constant, constant))["metrics"].values()) == {0.0}
 
 
 def test_figures_are_those_of_clip_benchmarks_definition():

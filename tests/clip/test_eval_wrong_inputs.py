@@ -32,7 +32,8 @@ def folder(tmp_path_factory):
     torch.save({"state_dict": weights, "hook": Harmful()}, folder / "harmful.pt")
     (folder / "text.pt").write_text("not weights")
     (folder / "half.pt").write_bytes((folder / "good.pt").read_bytes()[:5000])
-    pairs = [{"png": picture(index), "txt": b"ab"[index % 2 :][:1], "json": b'{"a": 1}'} for index in range(4)]
+    fields = b'{"a": 1, "negative_caption": "c"}'
+    pairs = [{"png": picture(index), "txt": b"ab"[index % 2 :][:1], "json": fields} for index in range(4)]
     write_shard(folder / "good.tar", pairs)
     write_shard(folder / "broken.tar", [{"png": b"broken", "txt": b"a"}, {"png": b"", "txt": b"b"}])
     write_shard(folder / "texts.tar", [{"txt": b"a cat"}])
@@ -59,10 +60,12 @@ FLAGS = {
     "zeroshot": ("--model", "--pretrained", "--data"),
     "retrieval": ("--model", "--pretrained", "--data"),
     "probe": ("--model", "--pretrained", "--data", "--train-data"),
+    "compositional": ("--model", "--pretrained", "--data"),
     "suite": ("--model", "--pretrained", "--root", "--output"),
 }
 EVERY = tuple(FLAGS)
 DATA = ("zeroshot", "retrieval", "probe")
+PAIRS = (*DATA, "compositional")
 PROMPTS = ("zeroshot", "probe")
 
 # the tasks, what is given in place of something good (None: nothing), and the message
@@ -83,21 +86,21 @@ WRONG = {
     "weights that would run code": (EVERY, {"--pretrained": "{at}/harmful.pt"}, "could run code"),
     "weights of another model": (EVERY, {"--pretrained": "{at}/other.pt"}, "{at}/other.pt"),
     "weights of one tower": (EVERY, {"--pretrained": "{at}/part.pt"}, "{at}/part.pt"),
-    "weights that are no numbers": (DATA, {"--pretrained": "{at}/nan.pt"}, "contain NaN or infinity"),
+    "weights that are no numbers": (PAIRS, {"--pretrained": "{at}/nan.pt"}, "contain NaN or infinity"),
     "no finished run": (EVERY, {"--model": "local-dir:{at}/empty", "--pretrained": None}, "{at}/empty"),
-    "no data": (DATA, {"--data": None}, "the following arguments are required: --data"),
-    "data that are not there": (DATA, {"--data": "nowhere.tar"}, "no such shard: nowhere.tar"),
+    "no data": (PAIRS, {"--data": None}, "the following arguments are required: --data"),
+    "data that are not there": (PAIRS, {"--data": "nowhere.tar"}, "no such shard: nowhere.tar"),
     "a folder without classes": (DATA, {"--data": "{at}/empty"}, "{at}/empty has no sub-folders"),
     "a class without images": (DATA, {"--data": "{at}/classes"}, "{at}/classes/none has no images"),
     "broken images": (DATA, {"--data": "{at}/broken.tar"}, "not one of the 2 images of the evaluation set can be used"),
     "captions without an image": (DATA, {"--data": "{at}/texts.tar"}, "sample has no image"),
     "images without a caption": (DATA, {"--data": "{at}/images.tar"}, "sample has no caption"),
-    "no tar file": (DATA, {"--data": "{at}/noise.tar"}, "{at}/noise.tar"),
-    "no Parquet file": (DATA, {"--data": "{at}/noise.parquet"}, "{at}/noise.parquet"),
+    "no tar file": (PAIRS, {"--data": "{at}/noise.tar"}, "{at}/noise.tar"),
+    "no Parquet file": (PAIRS, {"--data": "{at}/noise.parquet"}, "{at}/noise.parquet"),
     "a table with other columns": (DATA, {"--data": "{at}/columns.csv"}, "picture, words"),
     "a table of images that are not there": (DATA, {"--data": "{at}/rows.csv"}, "nowhere.png"),
-    "labels that do not exist": (DATA, {"--label-by": "breed"}, "sample has no 'breed' in its json; it has a"),
-    "groups that do not exist": (DATA, {"--group-by": "style"}, "sample has no 'style' in its json; it has a"),
+    "labels that do not exist": (PAIRS, {"--label-by": "breed"}, "sample has no 'breed' in its json; it has a"),
+    "groups that do not exist": (PAIRS, {"--group-by": "style"}, "sample has no 'style' in its json; it has a"),
     "names of more classes": (("zeroshot",), {"--classnames": "{at}/names.txt"}, "3 class names for 2 classes"),
     "no file of names": (PROMPTS, {"--classnames": "nowhere"}, "--classnames must be 'imagenet' or a file"),
     "a template without a place": (PROMPTS, {"--templates": "{at}/bare.txt"}, "has no {{}} for the class"),
