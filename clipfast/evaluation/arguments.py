@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -121,8 +121,12 @@ def add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
 
 
-def check_outputs(args: argparse.Namespace) -> None:
+def check_outputs(args: argparse.Namespace, **drawn: Path | None) -> None:
     """Refuse what results cannot be written to, before the work.
+
+    Args:
+        args: name the files that all tasks may write.
+        **drawn: further pictures, by the names of their options.
 
     Raises:
         ValueError: a folder does not exist, a file is in its place, or a plot has no format that can be drawn.
@@ -131,15 +135,15 @@ def check_outputs(args: argparse.Namespace) -> None:
 
     if args.features and args.features.exists() and not args.features.is_dir():
         raise ValueError(f"--features {args.features} is a file, not a folder")
-    drawn = {"--plot": args.plot, "--examples": getattr(args, "examples", None)}
+    drawn = {"plot": args.plot, **drawn}
     check_target(args.json, *drawn.values(), getattr(args, "html", None))
-    for flag, path in drawn.items():
+    for name, path in drawn.items():
         if path:
             from matplotlib.figure import Figure
 
             known = Figure().canvas.get_supported_filetypes()
             if path.suffix[1:].lower() not in known:
-                raise ValueError(f"{flag} {path}: the name must end in one of .{', .'.join(sorted(known))}")
+                raise ValueError(f"--{name} {path}: the name must end in one of .{', .'.join(sorted(known))}")
 
 
 def steps_drawer(
@@ -202,6 +206,30 @@ def load_encoder(args: argparse.Namespace, model: str, pretrained: str | None, w
         model, pretrained, device=str(world.device(args.device)), tokenizer_file=args.tokenizer,
         cache_dir=args.cache_dir, backend=args.backend,
     )  # fmt: skip
+
+
+def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:
+    """Return the name and the weights of each model; the weights are "" where the name says them.
+
+    Args:
+        given: names, or NAME,TAG.
+        pretrained: the weights of those without a tag.
+
+    Raises:
+        ValueError: the results of two models would have the same name.
+    """
+    from .suite import file_name, label
+
+    models: list[tuple[str, str]] = []
+    for text in given:
+        name, _, tag = (text, "", "") if ":" in text or Path(text).exists() else text.partition(",")
+        models.append((name, tag or pretrained or ""))
+    names: dict[str, tuple[str, str]] = {}
+    for model in models:
+        other = names.setdefault(file_name("", *model, ""), model)
+        if other is not model:
+            raise ValueError(f"results of {label(*other)} and {label(*model)} would have the same file names")
+    return models
 
 
 def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledSet:

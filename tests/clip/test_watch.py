@@ -9,7 +9,7 @@ from unittest import mock
 
 import pytest
 
-from clipfast.evaluation import steps_plot, watch
+from clipfast.evaluation import watch
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.evaluation.watch import Evaluator, Watch
 from clipfast.tokenizer import Tokenizer
@@ -220,6 +220,8 @@ def test_wrong_input(arguments, message, whole, shards, capsys):
 
 def drawn_at(path, steps):
     """Stands for the picture: notes how many points there are at each drawing."""
+    from clipfast.evaluation import steps_plot
+
     original = steps_plot.steps_plot
 
     def noted(points, title, to):

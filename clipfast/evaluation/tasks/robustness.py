@@ -17,6 +17,7 @@ from ..arguments import (
     check_outputs,
     labelled_set,
     load_encoder,
+    named_models,
     read_classnames,
     read_templates,
     report_left_out,
@@ -86,8 +87,9 @@ def run(args: argparse.Namespace) -> int:
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
     if not args.baseline_model:  # which would add to them
         lines_of(baselines)
-    with session(argparse.Namespace(**{**vars(args), "model": args.model[0]})) as at:
-        encoders = _encoders(args, at)
+    (first, weights), *others = named_models([*args.model, *args.baseline_model], args.pretrained)
+    with session(argparse.Namespace(**{**vars(args), "model": first, "pretrained": weights or None})) as at:
+        encoders = _encoders(args, at, others)
         found = _features(args, at, encoders, base)
         shifted = {shift.name: _features(args, at, _prepared(encoders, shift), shift.images) for shift in shifts}
         subsets: dict[str, ClassSubset] = {}
@@ -129,19 +131,20 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--shift or --synthetic is needed: what to compare with --data")
     if args.examples and args.synthetic is None:
         raise ValueError("--examples draws synthetic shifts: give --synthetic")
+    if not args.model:
+        raise ValueError("--model is needed: what to evaluate")
     models = [*args.model, *args.baseline_model]
     if args.pretrained is not None and len(models) > 1:
         raise ValueError(f"--pretrained goes with one model, got {len(models)}: name checkpoints or folders")
     twice = next((name for name in models if models.count(name) > 1), None)
     if twice is not None:
         raise ValueError(f"{twice} is given twice: its point would count twice")
-    check_outputs(args)
+    check_outputs(args, examples=args.examples)
 
 
-def _encoders(args: argparse.Namespace, at: Session) -> list[Encoder]:
+def _encoders(args: argparse.Namespace, at: Session, others: Sequence[tuple[str, str]]) -> list[Encoder]:
     """Return all models; those that prepare images alike share the transform, and so its results."""
-    others = [*args.model[1:], *args.baseline_model]
-    encoders = [at.encoder, *(load_encoder(args, at.world, name) for name in others)]
+    encoders = [at.encoder, *(load_encoder(args, name, weights or None, at.world) for name, weights in others)]
     known: dict[str, Any] = {}
     for encoder in encoders:
         encoder.transform = known.setdefault(repr(encoder.transform), encoder.transform)

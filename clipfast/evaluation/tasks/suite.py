@@ -16,6 +16,7 @@ from ..arguments import (
     check_outputs,
     check_watch,
     load_encoder,
+    named_models,
     steps_drawer,
     write_results,
 )
@@ -135,30 +136,6 @@ def _check_numbers(args: argparse.Namespace) -> None:
         raise ValueError(f"batch size must be at least 1, got {args.batch_size}")
     if args.workers < 0:
         raise ValueError(f"workers must not be negative, got {args.workers}")
-
-
-def named_models(given: Sequence[str], pretrained: str | None) -> list[tuple[str, str]]:
-    """Return the name and the weights of each model; the weights are "" where the name says them.
-
-    Args:
-        given: names, or NAME,TAG.
-        pretrained: the weights of those without a tag.
-
-    Raises:
-        ValueError: the results of two models would have the same name.
-    """
-    from ..suite import file_name, label
-
-    models: list[tuple[str, str]] = []
-    for text in given:
-        name, _, tag = (text, "", "") if ":" in text or Path(text).exists() else text.partition(",")
-        models.append((name, tag or pretrained or ""))
-    names: dict[str, tuple[str, str]] = {}
-    for model in models:
-        other = names.setdefault(file_name("", *model, ""), model)
-        if other is not model:
-            raise ValueError(f"results of {label(*other)} and {label(*model)} would have the same file names")
-    return models
 
 
 def _settings(args: argparse.Namespace, solver: str) -> Settings:
