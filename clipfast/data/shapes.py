@@ -55,7 +55,7 @@ def _scaled(points: Sequence[tuple[float, float]], factor: float) -> tuple[tuple
     return tuple((factor * x, factor * y) for x, y in points)
 
 
-# A third of the width of a cross's arms, from which its corners follow.
+# The corners of a cross; its arms are two wide and six long.
 _CROSS = [(1, 3), (1, 1), (3, 1), (3, -1), (1, -1), (1, -3), (-1, -3), (-1, -1), (-3, -1), (-3, 1), (-1, 1), (-1, 3)]
 # Corners of a shape around its centre, in radii; none for what is round.
 SHAPES: dict[str, tuple[tuple[float, float], ...]] = {
@@ -137,14 +137,7 @@ def training_scene(number: int, seed: int = 0) -> Scene:
     """Return a scene for training."""
     rng = random.Random(f"shapes {seed} {number}")
     (kind,) = rng.choices(list(TRAINED), list(TRAINED.values()))
-    match kind:
-        case "one":
-            return _one(rng, kind, is_test=False)
-        case "two":
-            return _two(rng, kind, is_test=False)
-        case "relation":
-            return _related(rng, kind, is_test=False)
-    return _counted(rng, kind, is_test=False)
+    return _DRAWN_BY[kind](rng, kind, is_test=False)
 
 
 def held_out_scene(number: int, seed: int = 0) -> Scene:
@@ -155,15 +148,8 @@ def held_out_scene(number: int, seed: int = 0) -> Scene:
     """
     kind = KINDS[number % len(KINDS)]
     rng = random.Random(f"test of shapes {seed} {number}")
-    match kind:
-        case "colour" | "shape":
-            return _one(rng, kind, is_test=True)
-        case "binding":
-            return _two(rng, kind, is_test=True)
-        case "relation":
-            return _related(rng, kind, is_test=True)
-        case "count":
-            return _counted(rng, kind, is_test=True)
+    if kind != "order":
+        return _DRAWN_BY[kind](rng, kind, is_test=True)
     scene = rng.choice((_two, _related))(rng, kind, is_test=True)
     return scene._replace(wrong=_shuffled(rng, scene.caption), relation="")
 
@@ -214,6 +200,11 @@ def _counted(rng: random.Random, kind: str, *, is_test: bool) -> Scene:
         things.append(_thing(rng, colour, shape, x, y, radius))
     right, wrong = (f"{COUNTS[number]} {_plural(shape)}" for number in (count, other))
     return Scene(kind, tuple(things), _grey(rng), right, wrong if is_test else "")
+
+
+_DRAWN_BY = {
+    "one": _one, "colour": _one, "shape": _one, "two": _two, "binding": _two, "relation": _related, "count": _counted,
+}  # fmt: skip
 
 
 def _couple(rng: random.Random, x: float, y: float, *, is_test: bool) -> tuple[Thing, Thing]:

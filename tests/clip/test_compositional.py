@@ -348,10 +348,11 @@ def test_a_box_that_cannot_be_cut_out_is_named(seeing, tmp_path, capsys):
     path = write_aro(tmp_path)
     records = json.loads(path.read_text())
     records[0]["bbox_w"], records[1]["bbox_h"] = 0, 1e9
+    records += [records[2] | {"bbox_x": float(value)} for value in ("nan", "inf", "-1e300")]
     path.write_text(json.dumps(records))
     found, err = evaluate(capsys, path)
-    assert (found["cases"], found["left_out_cases"], found["skipped_images"]) == (1, 2, 2)
-    assert "left out 1.png: the box of 0x16 pixels cannot be cut out" in err
+    assert (found["cases"], found["left_out_cases"], found["skipped_images"]) == (1, 5, 5)
+    assert "left out 1.png: the box of 0x16 pixels at 0, 0 cannot be cut out" in err
 
 
 def as_rank(rank, commands):

@@ -105,8 +105,11 @@ def _load(folder: str, picture: Picture) -> LabelledImage:
     image = decode_image(sample, keys)
     if picture.box is not None:
         left, top, width, height = picture.box
-        if not (width > 0 and height > 0 and width * height <= MAX_PIXELS):
-            raise SampleError(f"the box of {width:g}x{height:g} pixels cannot be cut out", "broken box")
+        is_sane = all(abs(value) <= MAX_PIXELS for value in picture.box)  # neither NaN nor infinite
+        if not (is_sane and width > 0 and height > 0 and width * height <= MAX_PIXELS):
+            raise SampleError(
+                f"the box of {width:g}x{height:g} pixels at {left:g}, {top:g} cannot be cut out", "broken box"
+            )
         image = image.crop((left, top, left + width, top + height))
     return LabelledImage(image, "", ("",))
 
