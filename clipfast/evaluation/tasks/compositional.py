@@ -64,14 +64,14 @@ def add_parser(tasks: Any) -> None:
     add_output_arguments(parser)
     page = "write a page with the figures, and pictures with their captions and scores, to this file"
     add("--html", type=Path, metavar="FILE", help=page)
-    add("--examples", type=int, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
+    add("--per-group", type=int, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results, and return the exit code."""
-    if args.examples < 1:
-        raise ValueError(f"--examples must be at least 1, got {args.examples}")
+    if args.per_group < 1:
+        raise ValueError(f"--per-group must be at least 1, got {args.per_group}")
     check_outputs(args)
     images = labelled_set(args)
     from ..features import LabelledFeatures
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
         from ..page import write_page
         from .compositional_page import examples_page
 
-        write_page(args.html, examples_page(results, case_set.images, judged, args.examples))
+        write_page(args.html, examples_page(results, case_set.images, judged, args.per_group))
     if args.plot:
         from .compositional_plot import groups_plot
 
