@@ -44,6 +44,7 @@ from .pretrained import (
     list_pretrained_tags_by_model,
 )
 from .routes import report
+from .search.embeddings import Embeddings
 from .siglip_loss import SigLipLoss
 from .tokenizer import Tokenizer, tokenize
 
@@ -57,6 +58,7 @@ __all__ = [
     "ClipLoss",
     "CoCaLoss",
     "DistillClipLoss",
+    "Embeddings",
     "FileTokenizer",
     "ImageError",
     "SigLIP",

@@ -1,0 +1,208 @@
+"""The folder of embeddings, in the layout of clip-retrieval: numbered parts of features and metadata.
+
+Part 3 has its rows in ``img_emb/img_emb_0003.npy``, ``text_emb/text_emb_0003.npy`` and
+``metadata/metadata_0003.parquet``, of which one of the first two may be missing in all parts. ``about.json``, which
+clip-retrieval does not need, says what made the features and how many parts there are.
+
+The metadata of a part are written last: a part is there if these are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..files import replace_file, replace_text
+
+if TYPE_CHECKING:
+    import pyarrow
+
+ABOUT = "about.json"
+IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
+SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
+DIGITS = 4  # of a part's number, at least
+DTYPES = (torch.float32, torch.float16)
+
+
+@dataclasses.dataclass
+class Part:
+    """Neighbouring rows of embeddings.
+
+    Attributes:
+        images, texts: features [N, D]; one of them may be None.
+        source: the metadata, or the file that holds them.
+    """
+
+    images: Tensor | None
+    texts: Tensor | None
+    source: pyarrow.Table | Path
+
+    def __len__(self) -> int:
+        features = self.texts if self.images is None else self.images
+        return 0 if features is None else len(features)
+
+    @functools.cached_property
+    def metadata(self) -> pyarrow.Table:
+        """What is known of each row."""
+        if not isinstance(self.source, Path):
+            return self.source
+        from pyarrow import parquet
+
+        return parquet.ParquetFile(self.source).read()
+
+    def to(self, device: str | torch.device) -> Part:
+        """Return the same with the features on another device."""
+        images, texts = (None if x is None else x.to(device) for x in (self.images, self.texts))
+        return Part(images, texts, self.source)
+
+    def slice(self, first: int, size: int) -> Part:
+        """Return some neighbouring rows."""
+        images, texts = (None if x is None else x[first : first + size] for x in (self.images, self.texts))
+        return Part(images, texts, self.metadata.slice(first, size))
+
+
+def part_path(folder: Path, kind: str, number: int, count: int = 0) -> Path:
+    """Return the path of a file of a part.
+
+    Args:
+        folder: of the embeddings.
+        kind: ``IMAGES``, ``TEXTS`` or ``METADATA``.
+        number: of the part.
+        count: of all parts: their numbers have as many digits as the last one, so that readers sort them by name.
+    """
+    digits = max(DIGITS, len(str(count - 1)))
+    return folder / kind / f"{kind}_{number:0{digits}}{SUFFIXES[kind]}"
+
+
+def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
+    """Write a part; each file is whole or not there, and the metadata come last.
+
+    Raises:
+        DiskFullError: there is no space.
+    """
+    from pyarrow import parquet
+
+    for kind, features in ((IMAGES, part.images), (TEXTS, part.texts)):
+        if features is not None:
+            (folder / kind).mkdir(exist_ok=True)
+            array = features.cpu().numpy()
+            replace_file(part_path(folder, kind, number, count), functools.partial(_save, array), array.nbytes)
+    (folder / METADATA).mkdir(exist_ok=True)
+    write = functools.partial(parquet.write_table, part.metadata)
+    replace_file(part_path(folder, METADATA, number, count), write, part.metadata.nbytes)
+
+
+def _save(array: np.ndarray[Any, Any], path: Path) -> None:
+    with path.open("wb") as file:  # given a path, NumPy would add a suffix
+        np.save(file, array)
+
+
+def read_parts(folder: Path, count: int | None = None) -> list[Part]:
+    """Return the parts of a folder in order; features are mapped into memory, metadata are read when asked for.
+
+    Args:
+        folder: of the embeddings.
+        count: how many parts there are; None for all that are found.
+
+    Raises:
+        ValueError: parts are missing, damaged, or do not belong together.
+    """
+    files = {kind: _numbered(folder, kind) for kind in SUFFIXES}
+    numbers = sorted(files[METADATA]) if count is None else list(range(count))
+    if not numbers or not (files[IMAGES] or files[TEXTS]):
+        raise ValueError(f"{folder} holds no embeddings; clipfast embed --output {folder} makes them")
+    kinds = [kind for kind in SUFFIXES if files[kind]]
+    missing = [number for number in numbers if any(number not in files[kind] for kind in kinds)]
+    if missing:
+        raise ValueError(
+            f"{folder} lacks {len(missing)} of its {len(numbers)} parts, the first of them number {missing[0]}: give "
+            "the command that makes them again, and it goes on from here"
+        )
+    parts = [read_part(*(files[kind].get(number) for kind in SUFFIXES)) for number in numbers]
+    for part, number in zip(parts, numbers, strict=True):
+        _check_alike(folder, part, parts[0], number)
+    return parts
+
+
+def read_part(images: Path | None, texts: Path | None, metadata: Path | None) -> Part:
+    """Return the part in these files.
+
+    Raises:
+        ValueError: one of them is damaged, or they have different numbers of rows.
+    """
+    assert metadata is not None
+    found = [None if path is None else _mapped(path) for path in (images, texts)]
+    rows = _rows(metadata)
+    for path, features in zip((images, texts), found, strict=True):
+        if features is not None and len(features) != rows:
+            raise ValueError(f"{path} has {len(features)} rows, and {metadata} has {rows}")
+    return Part(found[0], found[1], metadata)
+
+
+def _mapped(path: Path) -> Tensor:
+    try:
+        features = torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of memory that cannot be written
+    except (ValueError, EOFError, TypeError) as error:
+        raise ValueError(f"{path} cannot be read as features: {error}") from error
+    if features.ndim != 2 or features.dtype not in DTYPES:
+        raise ValueError(
+            f"{path} has shape {tuple(features.shape)} and {features.dtype}; features are [N, D], float32 or float16"
+        )
+    return features
+
+
+def _rows(path: Path) -> int:
+    from pyarrow import ArrowException, parquet
+
+    try:
+        return int(parquet.read_metadata(path).num_rows)
+    except ArrowException as error:
+        raise ValueError(f"{path} cannot be read as metadata: {error}") from error
+
+
+def _numbered(folder: Path, kind: str) -> dict[int, Path]:
+    """Return the files of a kind by the numbers of their parts."""
+    pattern = re.compile(rf"{kind}_([0-9]+)\{SUFFIXES[kind]}")
+    found = [(pattern.fullmatch(path.name), path) for path in (folder / kind).glob(f"{kind}_*")]
+    return {int(match[1]): path for match, path in found if match}
+
+
+def _check_alike(folder: Path, part: Part, first: Part, number: int) -> None:
+    for features, others in ((part.images, first.images), (part.texts, first.texts)):
+        if features is None or others is None:
+            continue
+        if (features.shape[1], features.dtype) != (others.shape[1], others.dtype):
+            raise ValueError(
+                f"the parts of {folder} do not belong together: the features of part {number} are {features.shape[1]} "
+                f"wide in {features.dtype}, and those of the first are {others.shape[1]} wide in {others.dtype}"
+            )
+
+
+def read_about(folder: Path) -> dict[str, Any]:
+    """Return what made the embeddings of a folder; nothing if it does not say.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        found = json.loads((folder / ABOUT).read_text("utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{folder / ABOUT} cannot be read: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{folder / ABOUT} is not an object")
+    return found
+
+
+def write_about(folder: Path, about: dict[str, Any]) -> None:
+    """Write what made the embeddings of a folder, and with it the number of parts, ``parts``."""
+    replace_text(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")
