@@ -1,70 +1,16 @@
-"""A page of pictures in one file, which shows everything without a network."""
+"""The page of ``clipfast eval zeroshot``: the figures, and images of the worst classes."""
 
-import base64
-import hashlib
 import html
-import io
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
-from ..files import replace_text
+from ..page import figure, thumbnail
 from .classification import Classified
 from .features import LabelledFeatures
 from .intervals import percent
 from .labelled import LabelledSet
 
-SIDE = 96  # of a thumbnail, in pixels
 EXAMPLES = 6  # images that are shown of a class
-STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #1f2328;
-       background: #fff }
-h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem } p { margin: .2rem 0 .5rem; color: #57606a }
-table { border-collapse: collapse; display: block; overflow-x: auto }
-th, td { text-align: left; padding: .2rem 1rem .2rem 0 }
-.pair { display: flex; margin-right: 1rem }
-.row { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 6.4rem; overflow-wrap: anywhere }
-img { width: 6rem; height: 6rem; object-fit: contain; background: #f6f8fa; border: 2px solid #cf222e }
-img.picture { width: 100%; height: auto; border: 0; background: none }
-th button { font: inherit; font-weight: 600; padding: 0; border: 0; background: none; cursor: pointer }
-td[data-value] { white-space: nowrap } tfoot td { border-top: 1px solid #d0d7de; font-weight: 600 }
-.right img { border-color: #1a7f37 } .other img { border: 2px dashed #8c959f } figcaption { font-size: .8rem }
-"""
-
-
-def thumbnail(image: Image.Image) -> str:
-    """Return a small JPEG of an image as an address that holds it."""
-    small = image.convert("RGB")
-    small.thumbnail((SIDE, SIDE))
-    stream = io.BytesIO()
-    small.save(stream, "JPEG", quality=85)
-    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
-
-
-def write_page(path: Path, body: str, script: str = "") -> None:
-    """Write a page whose policy forbids to load anything, and to run anything but one script.
-
-    Args:
-        path: the file.
-        body: its content.
-        script: what it runs.
-
-    Raises:
-        DiskFullError: there is no space.
-    """
-    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-    if script:
-        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-        policy, body = f"{policy}; script-src 'sha256-{digest}'", f"{body}\n<script>{script}</script>"
-    replace_text(
-        path,
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>clipfast eval</title>\n'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}</style></head>\n'
-        f"<body>\n{body}\n</body></html>\n",
-    )
 
 
 def worst_page(results: dict[str, Any], images: LabelledSet, found: LabelledFeatures, classified: Classified) -> str:
@@ -120,10 +66,3 @@ def thumbnails(images: LabelledSet, found: LabelledFeatures, places: Iterable[in
     """Return small images by their places among the features."""
     by_number = {found.numbers[place]: place for place in places}
     return {by_number[item.number]: thumbnail(item.image) for item in images.only(sorted(by_number))}
-
-
-def figure(address: str, caption: str, kind: str) -> str:
-    """Return a picture with its caption, with a border by its kind: right, wrong or other."""
-    return (
-        f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
-    )

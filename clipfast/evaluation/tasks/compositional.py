@@ -87,10 +87,11 @@ def run(args: argparse.Namespace) -> int:
             return 0
     results = _results(args, case_set, judged, left_out, len(found.left_out))
     if args.html:
-        from ..page import write_page
+        from ...page import write_page
         from .compositional_page import examples_page
 
-        write_page(args.html, examples_page(results, case_set.images, judged, args.per_group))
+        body = examples_page(results, case_set.images, judged, args.per_group)
+        write_page(args.html, "clipfast eval compositional", body)
     if args.plot:
         from .compositional_plot import groups_plot
 

@@ -6,9 +6,9 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
+from ...page import thumbnail
 from ..intervals import percent
 from ..labelled import LabelledSet
-from ..page import thumbnail
 from .compositional_scores import MEAN, Judged
 
 MOST_GROUPS = 12  # of which there are pictures: those with the most cases

@@ -111,10 +111,11 @@ def run(args: argparse.Namespace) -> int:
     if args.write:
         _write_pairs(args.write, images, known, test, train, pairs)
     if args.html:
-        from ..page import write_page
+        from ...page import write_page
         from .overlap_page import pairs_page
 
-        write_page(args.html, pairs_page(results, (images, test), (known, train), pairs, args.pairs))
+        body = pairs_page(results, (images, test), (known, train), pairs, args.pairs)
+        write_page(args.html, "clipfast eval overlap", body)
     if args.plot:
         from .overlap_plot import overlap_plot
 

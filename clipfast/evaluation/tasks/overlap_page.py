@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 from typing import Any
 
+from ...page import figure
 from ..features import LabelledFeatures
 from ..intervals import percent
 from ..labelled import LabelledSet
-from ..page import figure, thumbnails
+from ..page import thumbnails
 from .overlap_pairs import LEVEL, Pairs
 
 BELOW = 4  # one pair in so many lies below the threshold

@@ -93,10 +93,11 @@ def run(args: argparse.Namespace) -> int:
             return 0
         results = _summary(args, layout, folder, problems)
     if args.html:
-        from ..page import write_page
+        from ...page import write_page
         from ..suite_page import SORT, suite_page
 
-        write_page(args.html, suite_page(results, rows_of(results), rows_of(results, every=True)), SORT)
+        body = suite_page(results, rows_of(results), rows_of(results, every=True))
+        write_page(args.html, "clipfast eval suite", body, script=SORT)
     if args.plot:
         from ..suite_plot import suite_plot
 

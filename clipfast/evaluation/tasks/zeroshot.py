@@ -84,9 +84,10 @@ def run(args: argparse.Namespace) -> int:
         evaluation = figures(found, chosen.best, texts, leave_out=args.leave_out, skipped=len(found.left_out))
     results = _results(args, templates, classified, evaluation.results)
     if args.html:
-        from ..page import worst_page, write_page
+        from ...page import write_page
+        from ..page import worst_page
 
-        write_page(args.html, worst_page(results, images, found, chosen))
+        write_page(args.html, "clipfast eval zeroshot", worst_page(results, images, found, chosen))
     if args.plot:
         from ..pictures import zero_shot_plot
 

@@ -1,0 +1,90 @@
+"""The shell of a page of pictures in one file, which shows everything without a network."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import io
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .files import replace_text
+
+if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can write pages without pictures
+    from PIL import Image
+
+SIDE = 96  # of a thumbnail, in pixels
+STYLE = """
+:root { color-scheme: light dark; --text: #1f2328; --quiet: #57606a; --back: #fff; --soft: #f6f8fa; --line: #d0d7de;
+        --good: #1a7f37; --bad: #cf222e; --link: #0969da }
+@media (prefers-color-scheme: dark) {
+  :root { --text: #e6edf3; --quiet: #9da7b3; --back: #0d1117; --soft: #1c2128; --line: #3d444d;
+          --good: #3fb950; --bad: #f85149; --link: #4493f8 } }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: var(--text);
+       background: var(--back); overflow-wrap: anywhere }
+h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem }
+p { margin: .2rem 0 .5rem; color: var(--quiet) }
+table { border-collapse: collapse; display: block; overflow-x: auto; overflow-wrap: normal }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0 } a { color: var(--link) }
+.pair { display: flex; margin-right: 1rem }
+.row { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 6.4rem }
+figure img { width: 6rem; height: 6rem; object-fit: contain; background: var(--soft); border: 2px solid var(--bad) }
+img.picture { width: 100%; height: auto }
+th button { font: inherit; color: inherit; font-weight: 600; padding: 0; border: 0; background: none; cursor: pointer }
+td[data-value] { white-space: nowrap } tfoot td { border-top: 1px solid var(--line); font-weight: 600 }
+.right img { border-color: var(--good) } .other img { border: 2px dashed var(--quiet) } figcaption { font-size: .8rem }
+"""
+
+
+def thumbnail(image: Image.Image, side: int = SIDE) -> str:
+    """Return a small JPEG of an image as an address that holds it.
+
+    Args:
+        image: is made smaller if its longer side has more than ``side`` pixels.
+        side: in pixels.
+    """
+    small = image.convert("RGB")
+    small.thumbnail((side, side))
+    stream = io.BytesIO()
+    small.save(stream, "JPEG", quality=85, subsampling=0)  # colours of so small pictures would run
+    return f"data:image/jpeg;base64,{base64.b64encode(stream.getvalue()).decode()}"
+
+
+def figure(address: str, caption: str, kind: str) -> str:
+    """Return a picture with its caption, with a border by its kind: right, wrong or other."""
+    return (
+        f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
+    )
+
+
+def write_page(path: Path, title: str, body: str, *, script: str = "", style: str = "") -> int:
+    """Write a page whose policy forbids to load anything, and to run anything but one script.
+
+    Args:
+        path: the file.
+        title: as text; of the window, not in the page.
+        body: its content.
+        script: what it runs.
+        style: rules beside those of all pages.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DiskFullError: there is no space.
+    """
+    policy = "default-src 'none'; base-uri 'none'; form-action 'none'; img-src data:; style-src 'unsafe-inline'"
+    if script:
+        digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+        policy, body = f"{policy}; script-src 'sha256-{digest}'", f"{body}\n<script>{script}</script>"
+    text = (
+        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>\n'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">\n<style>{STYLE}{style}</style></head>\n'
+        f"<body>\n{body}\n</body></html>\n"
+    )
+    # Names of files that are not UTF-8 have halves of surrogate pairs in them.
+    text = text.encode("utf-8", "replace").decode()
+    replace_text(path, text)
+    return len(text.encode())

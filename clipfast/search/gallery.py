@@ -1,0 +1,148 @@
+"""A page of found pictures in one file: thumbnails with scores, captions and metadata, to be sorted and filtered."""
+
+from __future__ import annotations
+
+import html
+import os
+import urllib.parse
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..images import ImageError, open_image
+from ..page import thumbnail, write_page
+from ..units import BYTES, scaled
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SIDE = 256  # of a thumbnail, in pixels
+
+
+@dataclass(frozen=True)
+class Item:
+    """What was found, to be shown on a page.
+
+    Attributes:
+        image: a picture, or the path or the bytes of one; without one, or if it cannot be decoded, the page says so.
+        caption: is shown below it.
+        score: higher is better; the pictures can be sorted and filtered by it.
+        path: where the picture is from. If it is a file, there is a link to it.
+        group: pictures with the same one are shown together below its name.
+        metadata: by the names of columns; values that are ``None`` are left out.
+    """
+
+    image: Image.Image | Path | bytes | None
+    caption: str = ""
+    score: float | None = None
+    path: str = ""
+    group: str = ""
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str = "", side: int = SIDE) -> int:
+    """Write a page of pictures that needs nothing but its file; all text is shown as it is, whatever it contains.
+
+    Args:
+        path: the file.
+        title: of the page.
+        items: what to show, in this order. They are taken one at a time, and only thumbnails are kept.
+        about: what was looked for, in what, by which model: a sentence or two below the title.
+        side: of the thumbnails, in pixels.
+
+    Returns:
+        The size of the file in bytes.
+
+    Raises:
+        DiskFullError: there is no space.
+    """
+    path = Path(path)
+    groups: dict[str, list[str]] = {}
+    columns: dict[str, None] = {}
+    for item in items:
+        groups.setdefault(item.group, []).append(_card(item, path.absolute().parent, side))
+        columns |= dict.fromkeys(_columns(item))
+    count = sum(map(len, groups.values()))
+    size = scaled(sum(len(card) for cards in groups.values() for card in cards), BYTES)
+    body = [f"<h1>{html.escape(title)}</h1>"]
+    if about:
+        body.append(f"<p>{html.escape(about)}</p>")
+    body.append(f"<p>{count:,} {'picture' if count == 1 else 'pictures'} in a file of {size}.</p>")
+    body.append(_controls(list(columns)))
+    for name, cards in groups.items():
+        head = f'<h2><span class="name">{html.escape(name)}</span> <span class="n">{len(cards):,}</span></h2>\n'
+        body.append(f'<section>\n{head if name else ""}<ul class="cards">\n{"".join(cards)}</ul>\n</section>')
+    body.append(
+        '<dialog id="larger" aria-label="picture"><nav><button class="plain" id="back" aria-label="previous">←</button>'
+        '<button class="plain" id="next" aria-label="next">→</button><button class="plain" id="close">Close</button>'
+        '</nav><div id="content"></div></dialog>'
+    )
+    assets = files("clipfast").joinpath("assets")
+    script, style = (assets.joinpath(name).read_text(encoding="utf-8") for name in ("gallery.js", "gallery.css"))
+    return write_page(path, title, "\n".join(body), script=script, style=style)
+
+
+def _columns(item: Item) -> list[str]:
+    """Return the names by which an item can be sorted."""
+    own = {"score": item.score, "caption": item.caption or None, "path": item.path or None}
+    return [name for name, value in {**own, **item.metadata}.items() if value is not None]
+
+
+def _controls(columns: list[str]) -> str:
+    """Return what sorts and filters, which is shown if scripts run."""
+    options = "".join(f'<option value="{html.escape(name)}">{html.escape(name)}</option>' for name in columns)
+    bounds = (
+        '<label>score from <input type="number" step="any" id="least"></label>'
+        '<label>to <input type="number" step="any" id="most"></label>'
+    )
+    return (
+        '<div class="controls" id="controls" role="search" hidden>'
+        '<input type="search" id="words" placeholder="words to find" aria-label="words to find">'
+        f"{bounds if 'score' in columns else ''}"
+        f'<label>sort by <select id="column"><option value="">order given</option>{options}</select></label>'
+        '<select id="way" aria-label="direction"><option value="up">ascending</option>'
+        '<option value="down">descending</option></select><output id="count"></output></div>'
+    )
+
+
+def _card(item: Item, folder: Path, side: int) -> str:
+    """Return an item as an element of a list."""
+    parts = []
+    if item.score is not None:
+        parts.append(f'<b class="score" data-value="{float(item.score)!r}">{float(item.score):.4f}</b>')
+    if item.caption:
+        parts.append(f'<span class="caption">{html.escape(item.caption)}</span>')
+    line = f'<p class="line">{" ".join(parts)}</p>' if parts else ""
+    fields = [("path", _path(item.path, folder))] if item.path else []
+    fields += [(name, _value(value)) for name, value in item.metadata.items() if value is not None]
+    cells = "".join(f"<dt>{html.escape(name)}</dt>{cell}" for name, cell in fields)
+    return f'<li class="card"><button class="open">{_picture(item, side)}</button>{line}<dl hidden>{cells}</dl></li>\n'
+
+
+def _picture(item: Item, side: int) -> str:
+    """Return the thumbnail of an item, or words in its place."""
+    if item.image is None:
+        return "no picture"
+    try:
+        image = open_image(item.image) if isinstance(item.image, bytes | Path) else item.image
+    except ImageError as error:
+        return html.escape(str(error))
+    label = html.escape(item.caption or item.path or "picture")
+    return f'<img src="{thumbnail(image, side)}" alt="{label}" loading="lazy" decoding="async">'
+
+
+def _path(path: str, folder: Path) -> str:
+    """Return a cell with a path, which is a link, relative to the page, if there is such a file."""
+    if not os.path.isfile(path):
+        return f"<dd>{html.escape(path)}</dd>"
+    address = urllib.parse.quote(os.fsencode(os.path.relpath(path, folder)))
+    return f'<dd><a href="{address}" target="_blank" rel="noopener">{html.escape(path)}</a></dd>'
+
+
+def _value(value: Any) -> str:
+    """Return a cell with a value; of a float fewer digits are shown than it is sorted by."""
+    if isinstance(value, float):
+        return f'<dd data-value="{value!r}">{value:.6g}</dd>'
+    return f"<dd>{html.escape(str(value))}</dd>"
