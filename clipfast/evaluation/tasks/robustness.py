@@ -87,9 +87,10 @@ def run(args: argparse.Namespace) -> int:
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
     if not args.baseline_model:  # which would add to them
         lines_of(baselines)
-    (first, weights), *others = named_models([*args.model, *args.baseline_model], args.pretrained)
+    named = named_models([*args.model, *args.baseline_model], args.pretrained)
+    first, weights = named[0]
     with session(argparse.Namespace(**{**vars(args), "model": first, "pretrained": weights or None})) as at:
-        encoders = _encoders(args, at, others)
+        encoders = _encoders(args, at, named[1:])
         found = _features(args, at, encoders, base)
         shifted = {shift.name: _features(args, at, _prepared(encoders, shift), shift.images) for shift in shifts}
         subsets: dict[str, ClassSubset] = {}
@@ -105,10 +106,10 @@ def run(args: argparse.Namespace) -> int:
         if not at.world.is_main:
             return 0
         models: list[Judged] = []
-        for number, (encoder, classifier) in enumerate(zip(encoders, classifiers, strict=True)):
+        for number, classifier in enumerate(classifiers):
             own = {name: (subsets[name], features[number]) for name, features in shifted.items()}
             strengths = {shift: features[number] for shift, features in drawn.items()}
-            models.append(judge(encoder.name, found[number], own, strengths, classifier))
+            models.append(judge(named[number], found[number], own, strengths, classifier))
     sources = {shift.name: shift.images.data for shift in shifts}
     results = results_of(args, models[: len(args.model)], models[len(args.model) :], baselines, sources)
     _draw(args, base, results)
@@ -133,12 +134,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--examples draws synthetic shifts: give --synthetic")
     if not args.model:
         raise ValueError("--model is needed: what to evaluate")
-    models = [*args.model, *args.baseline_model]
-    if args.pretrained is not None and len(models) > 1:
-        raise ValueError(f"--pretrained goes with one model, got {len(models)}: name checkpoints or folders")
-    twice = next((name for name in models if models.count(name) > 1), None)
-    if twice is not None:
-        raise ValueError(f"{twice} is given twice: its point would count twice")
     check_outputs(args, examples=args.examples)
 
 

@@ -14,6 +14,7 @@ from ..effective_robustness import AVERAGE, Line, Point, is_usable
 from ..labelled import LabelledSet
 from ..shifts import SHIFTS, STRENGTHS, Shift
 from .robustness_results import SYNTHETIC
+from .robustness_table import name_of
 
 COLUMNS = 3
 LEAST = 1e-3  # the smallest accuracy, and error, that has a place on a scale of log-odds
@@ -70,7 +71,7 @@ def _scatter(axis: Axes, results: Mapping[str, Any], name: str) -> None:
         theirs = [Point(row["model"], row["base"], row["shift"]) for row in points if row["role"] == "baseline"]
         _baseline(axis, results["baseline"][name], theirs, steps)
     for number, (row, model) in enumerate(zip(found, results["models"], strict=True)):
-        _point(axis, row, _style(number, model["model"], "none"))
+        _point(axis, row, _style(number, name_of(model), "none"))
     count = len({row["shift"] for row in results["sets"]})
     means = {AVERAGE: f"average of {count} shifts", SYNTHETIC: "mean of the synthetic shifts"}
     axis.set_title(means.get(name, name), fontsize=10)
@@ -112,12 +113,12 @@ def _point(axis: Axes, row: Mapping[str, Any], style: dict[str, Any]) -> None:
 def _strengths(axis: Axes, results: Mapping[str, Any], kind: str) -> None:
     """Draw the accuracy of each model over the strength of one synthetic shift, from none on."""
     for number, model in enumerate(results["models"]):
-        rows = [row for row in results["synthetic"] if (row["shift"], row["model"]) == (kind, model["model"])]
+        rows = [row for row in results["synthetic"] if (row["shift"], name_of(row)) == (kind, name_of(model))]
         start = model["robustness"][kind]
         values = [start["base"], *(row["metrics"]["acc1"] for row in rows)]
         ends = [start["base_interval"], *(row["intervals"]["acc1"] for row in rows)]
         low, high = zip(*ends, strict=True)
-        style = _style(number, model["model"], "-")
+        style = _style(number, name_of(model), "-")
         axis.plot(range(len(values)), _percent(values), **style)
         axis.fill_between(
             range(len(values)), _percent(low), _percent(high), color=style["color"], alpha=0.2, linewidth=0
@@ -144,8 +145,8 @@ def examples_sheet(base: LabelledSet, results: Mapping[str, Any], path: Path) ->
         results: as the task writes them; the accuracies of the first model stand over the images.
         path: the file to write.
     """
-    first = results["models"][0]["model"]
-    rows = [row for row in results["synthetic"] if row["model"] == first]
+    first = name_of(results["models"][0])
+    rows = [row for row in results["synthetic"] if name_of(row) == first]
     kinds = [kind for kind in SHIFTS if any(row["shift"] == kind for row in rows)]
     places = len(base.places())
     chosen = [round((number + 0.5) * places / len(kinds)) for number in range(len(kinds))]

@@ -19,6 +19,7 @@ from ..effective_robustness import AVERAGE, Interval, Line, Point, figures, fit,
 from ..features import LabelledFeatures
 from ..intervals import bootstrap, wilson
 from ..shifts import Shift
+from ..suite import label
 
 SYNTHETIC = "synthetic"  # the mean over all synthetic shifts
 TASK = "zeroshot_classification"
@@ -53,7 +54,7 @@ class Judged:
     """What a model gets right.
 
     Attributes:
-        model: its name.
+        model, pretrained: its name, and its weights where the name does not say them.
         base: the classes of the base.
         skipped: images of the base that cannot be used.
         natural: by the name of the shifted set.
@@ -61,6 +62,7 @@ class Judged:
     """
 
     model: str
+    pretrained: str
     base: Classified
     skipped: int
     natural: dict[str, OnShift]
@@ -81,7 +83,10 @@ class Judged:
 
     def points(self) -> list[tuple[str, Point]]:
         """Return the same as points, each with the name of its shift."""
-        return [(name, Point(self.model, base.value, shift.value)) for name, (base, shift) in self.accuracies.items()]
+        return [
+            (name, Point(label(self.model, self.pretrained), base.value, shift.value))
+            for name, (base, shift) in self.accuracies.items()
+        ]
 
     def _average(self, bases: Sequence[Share], shifts: Sequence[Share]) -> tuple[Share, Share]:
         """Return the means over the natural shifts. Images of the base are in the subsets of several."""
@@ -105,13 +110,13 @@ def _acc1(found: Classified) -> Share:
 
 
 def judge(
-    model: str, base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
+    model: tuple[str, str], base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
     synthetic: Mapping[Shift, LabelledFeatures], classifier: Tensor,
 ) -> Judged:  # fmt: skip
     """Return what a model gets right.
 
     Args:
-        model: its name.
+        model: its name and its weights.
         base: its features of the base.
         natural: for each shifted set the classes that it shares with the base, and the features of its images.
         synthetic: features of the base under each synthetic shift.
@@ -128,7 +133,7 @@ def judge(
         left_out = len(images.labels) - len(shifted.classes)
         on_shifts[name] = OnShift(shifted, subset.base(base, classifier), members, left_out, len(images.left_out))
     strengths = {shift: all_classes(images) for shift, images in synthetic.items()}
-    return Judged(model, all_classes(base), len(base.left_out), on_shifts, strengths)
+    return Judged(*model, all_classes(base), len(base.left_out), on_shifts, strengths)
 
 
 def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Sequence[Shift]) -> dict[str, list[Point]]:
@@ -181,22 +186,26 @@ def results_of(
     own = [_point_row(name, point, "model") for judged in models for name, point in judged.points()]
     theirs = [_point_row(name, point, "baseline") for name, some in points.items() for point in some]
     sets = [
-        _set_row(args, judged, name, sources[name], row[name])
+        _set_row(judged, name, sources[name], row[name])
         for judged, row in zip(models, rows, strict=True)
         for name in judged.natural
     ]
     return result_of(
-        _named(args, args.data, first.model), TASK, metrics(first.base), intervals=intervals(first.base),
+        _named(first, args.data), TASK, metrics(first.base), intervals=intervals(first.base),
         templates=args.templates, images=len(first.base.classes), skipped_images=first.skipped,
         classes=len(first.base.classnames),
-        models=[{"model": one.model, "robustness": row} for one, row in zip(models, rows, strict=True)], sets=sets,
-        synthetic=[_synthetic_row(args, judged, shift) for judged in models for shift in judged.synthetic],
+        models=[
+            {"model": judged.model, "pretrained": judged.pretrained, "robustness": row}
+            for judged, row in zip(models, rows, strict=True)
+        ],
+        sets=sets,
+        synthetic=[_synthetic_row(judged, shift, args.data) for judged in models for shift in judged.synthetic],
         baseline={name: _about(line) for name, line in lines.items()}, points=[*own, *theirs],
     )  # fmt: skip
 
 
-def _named(args: argparse.Namespace, data: str, model: str) -> argparse.Namespace:
-    return argparse.Namespace(data=data, model=model, pretrained=args.pretrained)
+def _named(judged: Judged, data: str) -> argparse.Namespace:
+    return argparse.Namespace(data=data, model=judged.model, pretrained=judged.pretrained)
 
 
 def _about(line: Line) -> dict[str, Any]:
@@ -218,20 +227,18 @@ def _point_row(name: str, point: Point, role: str) -> dict[str, Any]:
     return {**point._asdict(), "set": name, "role": role}
 
 
-def _synthetic_row(args: argparse.Namespace, judged: Judged, shift: Shift) -> dict[str, Any]:
+def _synthetic_row(judged: Judged, shift: Shift, data: str) -> dict[str, Any]:
     found = judged.synthetic[shift]
     return result_of(
-        _named(args, args.data, judged.model), TASK, metrics(found), intervals=intervals(found), shift=shift.name,
+        _named(judged, data), TASK, metrics(found), intervals=intervals(found), shift=shift.name,
         strength=shift.strength, amount=shift.amount, seed=shift.seed,
     )  # fmt: skip
 
 
-def _set_row(
-    args: argparse.Namespace, judged: Judged, name: str, source: str, robustness: dict[str, Any]
-) -> dict[str, Any]:
+def _set_row(judged: Judged, name: str, source: str, robustness: dict[str, Any]) -> dict[str, Any]:
     on = judged.natural[name]
     return result_of(
-        _named(args, source, judged.model), TASK, metrics(on.shifted), intervals=intervals(on.shifted), shift=name,
+        _named(judged, source), TASK, metrics(on.shifted), intervals=intervals(on.shifted), shift=name,
         classes=len(on.shifted.classnames), images=len(on.shifted.classes), skipped_images=on.skipped,
         other_classes=on.left_out,
         base={"images": len(on.base.classes), "metrics": metrics(on.base), "intervals": intervals(on.base)},

@@ -5,6 +5,7 @@ from typing import Any
 
 from ...columns import align
 from ..intervals import percent
+from ..suite import label
 
 HEAD = ("shift", "classes", "base", "shifted", "relative drop", "expected", "effective robustness")
 
@@ -16,9 +17,9 @@ def table(results: Mapping[str, Any]) -> str:
         results: as the task writes them.
     """
     parts = [f"{results['images']:,} images of the base, {results['classes']:,} classes; 95% intervals in brackets"]
-    classes = {(row["model"], row["shift"]): f"{row['classes']:,}" for row in results["sets"]}
+    classes = {(name_of(row), row["shift"]): f"{row['classes']:,}" for row in results["sets"]}
     for model in results["models"]:
-        name = model["model"]
+        name = name_of(model)
         rows: list[list[str]] = [list(HEAD)]
         for shift, found in model["robustness"].items():
             base, shifted = (percent(found[key], found[f"{key}_interval"]) for key in ("base", "shift"))
@@ -30,6 +31,11 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
+def name_of(row: Mapping[str, Any]) -> str:
+    """Return what the model of a row is called in tables and pictures."""
+    return label(row["model"], row["pretrained"])
+
+
 def _signed(value: float | None, form: str) -> str:
     return "-" if value is None else form.format(value)
 
@@ -38,7 +44,7 @@ def _strengths(results: Mapping[str, Any], model: str) -> list[str]:
     """Return the accuracy of a model by strength; nothing without synthetic shifts."""
     found: dict[str, list[str]] = {}
     for row in results["synthetic"]:
-        if row["model"] == model:
+        if name_of(row) == model:
             found.setdefault(row["shift"], []).append(f"{row['metrics']['acc1']:.1%}")
     if not found:
         return []
