@@ -54,19 +54,20 @@ def folder(tmp_path_factory):
 
 GOOD = {
     "--model": "ViT-T-8-32", "--pretrained": "{at}/good.pt", "--data": "{at}/good.tar", "--train-data": "{at}/good.tar",
-    "--root": "{at}/root", "--output": "{at}/out",
+    "--root": "{at}/root", "--output": "{at}/out", "--shift": "other={at}/good.tar",
 }  # fmt: skip
 FLAGS = {
     "zeroshot": ("--model", "--pretrained", "--data"),
     "retrieval": ("--model", "--pretrained", "--data"),
     "probe": ("--model", "--pretrained", "--data", "--train-data"),
     "compositional": ("--model", "--pretrained", "--data"),
+    "robustness": ("--model", "--pretrained", "--data", "--shift"),
     "suite": ("--model", "--pretrained", "--root", "--output"),
 }
 EVERY = tuple(FLAGS)
-DATA = ("zeroshot", "retrieval", "probe")
+DATA = ("zeroshot", "retrieval", "probe", "robustness")
 PAIRS = (*DATA, "compositional")
-PROMPTS = ("zeroshot", "probe")
+PROMPTS = ("zeroshot", "probe", "robustness")
 
 # the tasks, what is given in place of something good (None: nothing), and the message
 WRONG = {
@@ -101,7 +102,7 @@ WRONG = {
     "a table of images that are not there": (DATA, {"--data": "{at}/rows.csv"}, "nowhere.png"),
     "labels that do not exist": (PAIRS, {"--label-by": "breed"}, "sample has no 'breed' in its json; it has a"),
     "groups that do not exist": (PAIRS, {"--group-by": "style"}, "sample has no 'style' in its json; it has a"),
-    "names of more classes": (("zeroshot",), {"--classnames": "{at}/names.txt"}, "3 class names for 2 classes"),
+    "names of more classes": (("zeroshot", "robustness"), {"--classnames": "{at}/names.txt"}, "3 class names for 2"),
     "no file of names": (PROMPTS, {"--classnames": "nowhere"}, "--classnames must be 'imagenet' or a file"),
     "a template without a place": (PROMPTS, {"--templates": "{at}/bare.txt"}, "has no {{}} for the class"),
 }  # fmt: skip
