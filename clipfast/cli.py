@@ -16,6 +16,10 @@ COMMANDS = {
     "index": ("index shards, so that a training run starts at once", "clipfast.data.command"),
     "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.doctor.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),
+    "embed": (
+        "compute the features of pictures and texts, to search them and look at them",
+        "clipfast.search.embed_command",
+    ),
     "interpolate": (
         "mix the weights of two checkpoints, evaluate the models between them, and plot it (WiSE-FT)",
         "clipfast.evaluation.interpolate_command",

@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 # and Triton lacks.
 OPTIONAL = [
     "accelerate", "braceexpand", "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train",
-    "peft", "pyarrow", "pynvml", "safetensors", "selenium", "sklearn", "tensorboard", "timm", "tokenizers",
+    "peft", "pyarrow", "pynvml", "ray", "safetensors", "selenium", "sklearn", "tensorboard", "timm", "tokenizers",
     "torchvision", "tqdm", "transformers", "ttsem", "wandb", "wcwidth", "webdataset", "yaml",
 ]  # fmt: skip
 # From the lowest layer up: the folder, and the name that its modules are imported by.

@@ -32,6 +32,8 @@ class Links:
 def load_links(sample: RawSample, keys: Keys) -> int:
     """Read into a sample its side-cars that ``keys`` name, its json and its image; return how many bytes these have.
 
+    ``__path__`` of the sample is that of its image.
+
     Raises:
         SampleError: a file is missing, is no regular file, or is too large; or no key of an image names a file.
     """
@@ -39,12 +41,12 @@ def load_links(sample: RawSample, keys: Keys) -> int:
     if links is None:
         return 0
     wanted = {key: links.texts[key] for key in (*keys.texts, "json") if key in links.texts}
-    sample |= {key: _read(links.folder, name, "caption") for key, name in wanted.items()}
+    sample |= {key: _read(links.folder, name, "caption")[1] for key, name in wanted.items()}
     size = sum(len(sample[key]) for key in wanted)
     named = {key: links.images[key] for key in keys.images if links.images.get(key) is not None}
     for key, name in named.items():
         if isinstance(name, str) and name.strip():
-            sample[key] = _read(links.folder, name.strip(), "image")
+            sample["__path__"], sample[key] = _read(links.folder, name.strip(), "image")
             sample.setdefault("__key__", name.strip())
             return size + len(sample[key])
     others = [f"{key} is no file name: {value!r:.80}" for key, value in named.items() if not isinstance(value, str)]
@@ -53,8 +55,8 @@ def load_links(sample: RawSample, keys: Keys) -> int:
     return size
 
 
-def _read(folder: str, name: str, what: str) -> bytes:
-    """Return the content of a file.
+def _read(folder: str, name: str, what: str) -> tuple[str, bytes]:
+    """Return the path and the content of a file.
 
     Nothing is read that is not a regular file: a device has no end, and a named pipe would be waited for.
     """
@@ -67,7 +69,7 @@ def _read(folder: str, name: str, what: str) -> bytes:
                 if status.st_size > MAX_MEMBER:
                     limit = f"{status.st_size} bytes, more than the limit of {MAX_MEMBER}"
                     raise SampleError(f"{path} has {limit}", f"huge {what}")
-                return file.read(status.st_size)
+                return path, file.read(status.st_size)
         except (FileNotFoundError, NotADirectoryError):
             continue
         except SampleError:

@@ -30,7 +30,8 @@ DATA_HELP = (
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
     """Add what names the model and its weights, or those of several models."""
     add = parser.add_argument
-    model = "local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, or hf-hub:ORG/REPO"
+    model = "local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, hf-hub:ORG/REPO, or "
+    model += "open_clip:NAME for any model that OpenCLIP builds"
     if several:
         add("--model", nargs="+", default=[], help=f"{model}; NAME,TAG is a model name with its weights")
     else:

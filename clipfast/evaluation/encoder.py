@@ -13,11 +13,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..adopt import apply_to_open_clip
 from ..factory import create_model, get_tokenizer, transform_of
 from ..training.world import ALONE, World
 from .store import FeatureStore
 from .zero_shot import Template, encode_texts, prompts_of
 
+OPEN_CLIP_PREFIX = "open_clip:"
 TEXTS = 256  # texts to encode at once
 PROBES = ("a photo of a cat.", "Größe: 10 000 × 3, naïve 猫 &amp; Co.", "word " * 100)
 
@@ -49,14 +51,39 @@ class Encoder:
     ) -> "Encoder":  # fmt: skip
         """Build a model with its weights; arguments are those of :func:`clipfast.create_model` and ``get_tokenizer``.
 
+        ``open_clip:NAME`` is what OpenCLIP builds by that name, on the kernels of this package.
+
         Raises:
             ValueError: the model has no weights, or there is no such model.
         """
+        if name.startswith(OPEN_CLIP_PREFIX):
+            return cls._of_open_clip(name, pretrained, device, cache_dir)
         model = create_model(
             name, pretrained, require_pretrained=True, device=device, backend=backend, cache_dir=cache_dir
         ).eval()
         tokenizer = get_tokenizer(name, cache_dir=cache_dir, tokenizer_file=tokenizer_file)
         return cls(name, model, tokenizer, transform_of(model, uint8=True), device, pretrained)
+
+    @classmethod
+    def _of_open_clip(cls, name: str, pretrained: str | None, device: str, cache_dir: str | Path | None) -> "Encoder":
+        """Build a model of OpenCLIP, and let it run on the kernels of this package.
+
+        Raises:
+            ValueError: OpenCLIP is not installed, or the model has no weights.
+        """
+        try:
+            import open_clip
+        except ImportError as error:
+            raise ValueError(f"--model {name} needs OpenCLIP: pip install open-clip-torch") from error
+        theirs = name.removeprefix(OPEN_CLIP_PREFIX)
+        if not pretrained and ":" not in theirs:
+            raise ValueError(
+                f"{name} has no weights of its own: give a tag of OpenCLIP's or a checkpoint to --pretrained"
+            )
+        folder = None if cache_dir is None else str(cache_dir)
+        model, _, transform = open_clip.create_model_and_transforms(theirs, pretrained, device=device, cache_dir=folder)
+        apply_to_open_clip(model)
+        return cls(name, model.eval(), open_clip.get_tokenizer(theirs), transform, device, pretrained)
 
     @functools.cached_property
     def digest(self) -> str:

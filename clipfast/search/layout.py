@@ -56,7 +56,7 @@ class Part:
             return self.source
         from pyarrow import parquet
 
-        return parquet.ParquetFile(self.source).read()
+        return parquet.ParquetFile(self.source).read().replace_schema_metadata(None)
 
     def to(self, device: str | torch.device) -> Part:
         """Return the same with the features on another device."""

@@ -15,7 +15,7 @@ LOCK_NAME = "run.lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, flag: str = "--logs") -> Iterator[None]:
     """Make ``folder`` if need be, and hold it for as long as the context lasts.
 
     On exit, the lock file and the folders that were made are removed if nothing else is in them.
@@ -23,6 +23,10 @@ def locked(folder: Path) -> Iterator[None]:
     The system releases the lock when the process ends, however it ends, so a lock file left by a killed run blocks
     nobody. Data workers do not inherit the lock. It also works between machines, if the network file system supports
     locks; otherwise nothing is locked.
+
+    Args:
+        folder: to hold.
+        flag: that named the folder, for errors.
 
     Raises:
         ValueError: the folder cannot be written, or another process holds it; the message says which, and since when.
@@ -35,8 +39,8 @@ def locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         _remove(made)
         raise ValueError(
-            f"the run's folder {folder} cannot be written: {error.strerror}: {error.filename}; give a folder to --logs "
-            "that can be"
+            f"the folder {folder} cannot be written: {error.strerror}: {error.filename}; give a folder to {flag} that "
+            "can be"
         ) from error
     with file:
         try:

@@ -315,7 +315,7 @@ class TestDisk:
     def test_a_folder_that_cannot_be_written(self, tmp_path, refusal, monkeypatch):
         (tmp_path / "file").touch()
         line = refusal(logs=tmp_path / "file/logs", name="run")
-        assert f"the run's folder {tmp_path}/file/logs/run cannot be written: Not a directory: " in line
+        assert f"the folder {tmp_path}/file/logs/run cannot be written: Not a directory: " in line
         assert line.endswith("give a folder to --logs that can be")
         original = os.mkdir
 

@@ -1,0 +1,279 @@
+"""Embedding the pictures and texts of a source, part by part, into a folder for :class:`clipfast.Embeddings`.
+
+Which samples are in which part and batch follows from their places alone, and on a CPU each batch is computed by one
+thread, several at a time. So the content of the folder depends neither on the number of processes, threads and data
+workers nor on how often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ..data import Skipped
+from ..evaluation.encoder import Encoder
+from ..evaluation.zero_shot import encode_texts
+from ..files import replace_text
+from ..training.lock import LOCK_NAME
+from .layout import IMAGES, METADATA, TEXTS, Part, part_path, read_about, read_part, read_parts, write_about, write_part
+from .samples import Samples, table_of
+
+log = logging.getLogger("clipfast")
+PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
+SKIPPED = "skipped"  # under which the metadata of a part name what was left out of it
+SKIPPED_FILE = "skipped.tsv"
+CPU_BATCH, GPU_BATCH = 32, 256  # samples that are encoded at once, by default; on a CPU for each thread
+
+
+_Features = tuple[Tensor | None, Tensor | None]  # of images and of texts
+
+
+class _Batch(NamedTuple):
+    """Samples that are encoded together, with ``rows`` of metadata; those that cannot be used are in ``skipped``."""
+
+    pixels: Tensor | None
+    texts: list[str]
+    rows: list[dict[str, Any]]
+    skipped: list[tuple[int, Skipped]]
+
+
+class _Batches(Dataset[_Batch]):
+    """Batches by their places, each read, decoded and transformed by whoever asks for it, such as a data worker."""
+
+    def __init__(self, samples: Samples, transform: Callable[..., Tensor]) -> None:
+        self.samples, self.transform = samples, transform
+
+    def __getitem__(self, places: Sequence[int]) -> _Batch:
+        pixels, texts, rows, skipped = list[Tensor](), list[str](), list[dict[str, Any]](), list[tuple[int, Skipped]]()
+        for place in places:
+            sample = self.samples.read(place)
+            if isinstance(sample, Skipped):
+                skipped.append((place, sample))
+                continue
+            if sample.image is not None:
+                pixels.append(self.transform(sample.image))
+            texts.append(sample.caption or "")
+            rows.append(sample.row)
+        return _Batch(torch.stack(pixels) if pixels else None, texts, rows, skipped)
+
+
+@dataclasses.dataclass
+class Work:
+    """What is to be embedded, how, and where to.
+
+    Attributes:
+        encoder: the model.
+        samples: the source.
+        folder: gets the parts.
+        precision: "fp16" or "fp32", in which features are kept.
+        part_size: samples of a part, usable or not.
+        batch_size: samples that are encoded at once; None for what suits the device.
+    """
+
+    encoder: Encoder
+    samples: Samples
+    folder: Path
+    precision: str = "fp16"
+    part_size: int = 10_000
+    batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse sizes below 1, and a source without samples.
+
+        Raises:
+            ValueError: as above.
+        """
+        for name in ("part_size", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if not len(self.samples):
+            raise ValueError(f"{self.samples.data} has no samples")
+
+    @property
+    def parts(self) -> list[range]:
+        """The places of the samples of each part."""
+        return _cut(range(len(self.samples)), self.part_size)
+
+    @functools.cached_property
+    def about(self) -> dict[str, Any]:
+        """What the content of the folder depends on, as plain values."""
+        made_by = {**self.encoder.about(), "normalized": True, "precision": self.precision}
+        sizes = {"part_size": self.part_size, "parts": len(self.parts)}
+        return {"version": 1, **made_by, **self.samples.about(), **sizes}
+
+    def begin(self) -> None:
+        """Note in the folder what is made there, or compare it with what was noted before.
+
+        Raises:
+            ValueError: the folder holds something else.
+        """
+        there = read_about(self.folder)
+        if not there:
+            others = [path.name for path in self.folder.iterdir() if path.name not in (LOCK_NAME, f".{LOCK_NAME}.tmp")]
+            if others:
+                raise ValueError(
+                    f"{self.folder} holds something else ({sorted(others)[0]}): give a new folder to --output"
+                )
+            write_about(self.folder, self.about)
+            return
+        differing = [key for key, value in self.about.items() if there.get(key) != value]
+        if differing:
+            changes = "; ".join(f"{key} {there.get(key)!r} there, {self.about[key]!r} now" for key in differing)
+            raise ValueError(
+                f"{self.folder} holds embeddings of another model, other data or other options, which are not mixed "
+                f"({changes}): give a new folder to --output, or remove this one"
+            )
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the parts that are not in the folder, or cannot be read."""
+        return [number for number in range(len(self.parts)) if not self.holds(number)]
+
+    def holds(self, number: int) -> bool:
+        """Return True if a part is in the folder, and can be read."""
+        images, texts, metadata = self._paths(number)
+        if not metadata.exists():
+            return False
+        try:
+            read_part(images if self.samples.images else None, texts if self.samples.texts else None, metadata)
+        except (ValueError, OSError) as error:
+            log.warning(f"part {number} is made again: {error}")
+            return False
+        return True
+
+    def _paths(self, number: int) -> tuple[Path, Path, Path]:
+        images, texts, metadata = (
+            part_path(self.folder, kind, number, len(self.parts)) for kind in (IMAGES, TEXTS, METADATA)
+        )
+        return images, texts, metadata
+
+    def make(self, numbers: Sequence[int], workers: int = 0, advance: Callable[[int], object] = lambda _: None) -> None:
+        """Make the parts with these numbers.
+
+        Args:
+            numbers: of the parts.
+            workers: processes that read and decode; 0 for none but this one.
+            advance: is called with the number of samples that are done, again and again.
+
+        Raises:
+            DiskFullError: there is no space.
+        """
+        size = self.batch_size or (CPU_BATCH if torch.device(self.encoder.device).type == "cpu" else GPU_BATCH)
+        ranges = [_cut(self.parts[number], size) for number in numbers]
+        encoded = self._encoded(list(itertools.chain(*ranges)), workers)
+        for number, own in zip(numbers, ranges, strict=True):
+            done: list[tuple[_Batch, _Features]] = []
+            for places in own:
+                done.append(next(encoded))
+                advance(len(places))
+            self._write(number, done)
+
+    def _encoded(self, ranges: Sequence[range], workers: int) -> Iterator[tuple[_Batch, _Features]]:
+        """Yield the batches at these places with their features, in order."""
+        loader: Iterable[_Batch] = DataLoader(
+            _Batches(self.samples, self.encoder.transform), sampler=ranges, batch_size=None,
+            num_workers=min(workers, len(ranges)),
+        )  # fmt: skip
+        if torch.device(self.encoder.device).type != "cpu":
+            yield from map(self._encode, loader)
+            return
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            with ThreadPoolExecutor(threads) as pool:
+                yield from _in_order(pool, self._encode, loader, threads + 1)
+        finally:
+            torch.set_num_threads(threads)
+
+    @torch.no_grad()
+    def _encode(self, batch: _Batch) -> tuple[_Batch, _Features]:
+        images = texts = None
+        if self.samples.images and batch.pixels is not None:
+            images = self._kept(self.encoder.images(batch.pixels))
+        if self.samples.texts and batch.rows:
+            texts = self._kept(
+                encode_texts(self.encoder.model, self.encoder.tokenizer, batch.texts, self.encoder.device)
+            )
+        return batch._replace(pixels=None, texts=[]), (images, texts)
+
+    def _kept(self, features: Tensor) -> Tensor:
+        return features.to("cpu", PRECISIONS[self.precision])
+
+    def _write(self, number: int, done: Sequence[tuple[_Batch, _Features]]) -> None:
+        """Write a part."""
+        rows = [row for batch, _ in done for row in batch.rows]
+        skipped = [(place, *reason) for batch, _ in done for place, reason in batch.skipped]
+        table = table_of(rows, self.samples.images).replace_schema_metadata({SKIPPED: json.dumps(skipped)})
+        kept = [self.samples.images, self.samples.texts]
+        images, texts = (
+            self._joined([x for _, features in done if (x := features[place]) is not None]) if is_kept else None
+            for place, is_kept in enumerate(kept)
+        )
+        write_part(self.folder, Part(images, texts, table), number, len(self.parts))
+
+    def _joined(self, features: Sequence[Tensor]) -> Tensor:
+        return torch.cat(list(features)) if features else torch.empty(0, self.width, dtype=PRECISIONS[self.precision])
+
+    @functools.cached_property
+    def width(self) -> int:
+        """The width of the features."""
+        with torch.no_grad():
+            text = encode_texts(self.encoder.model, self.encoder.tokenizer, [""], self.encoder.device)
+        return int(text.shape[1])
+
+    def finish(self) -> tuple[int, list[tuple[int, Skipped]]]:
+        """Write the list of what was left out, and return the number of rows and that list.
+
+        Raises:
+            ValueError: a part is missing or damaged, or not one sample can be used.
+        """
+        from pyarrow import parquet
+
+        parts = read_parts(self.folder, len(self.parts))
+        skipped: list[tuple[int, Skipped]] = []
+        for number in range(len(parts)):
+            noted = parquet.read_schema(self._paths(number)[2]).metadata or {}
+            skipped += [(place, Skipped(*reason)) for place, *reason in json.loads(noted.get(SKIPPED.encode(), b"[]"))]
+        lines: list[Sequence[Any]] = [["number", "name", "kind", "reason"]]
+        lines += [[place, *reason] for place, reason in skipped]
+        text = "".join("\t".join(" ".join(str(cell).split()) for cell in line) + "\n" for line in lines)
+        replace_text(self.folder / SKIPPED_FILE, text.encode("utf-8", "replace").decode())
+        rows = sum(map(len, parts))
+        if not rows:
+            raise ValueError(
+                f"not one of the {len(skipped)} samples of {self.samples.data} can be used; first: {skipped[0][1]}"
+            )
+        return rows, skipped
+
+
+def _cut(places: range, size: int) -> list[range]:
+    return [places[start : start + size] for start in range(0, len(places), size)]
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, function: Callable[[Any], Any], values: Iterable[Any], ahead: int
+) -> Iterator[Any]:
+    """Yield the results of a function in order, of which at most ``ahead`` are under way."""
+    pending: collections.deque[Future[Any]] = collections.deque()
+    try:
+        for value in values:
+            pending.append(pool.submit(function, value))
+            if len(pending) > ahead:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()

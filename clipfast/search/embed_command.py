@@ -1,0 +1,160 @@
+"""``clipfast embed``: the features of pictures and texts, into a folder that is searched, filtered and looked at."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.arguments import add_model_arguments, load_encoder
+from ..training.arguments import add_arguments
+from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..data import Skipped
+    from ..training.world import World
+    from .embed import Work
+
+DATA_HELP = (
+    "a folder of pictures, with or without captions and sub-folders, or pairs as --train-data of clipfast train takes "
+    "them: shards, Parquet, CSV; 'bundled:emoji/fluent' ships with the package"
+)
+SHOWN = 20  # samples left out that are named on stderr
+GPU_WORKERS = 8  # data workers for a GPU, at most, by default
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "embed",
+        help="compute the features of pictures and texts, to search them and look at them",
+        description="Compute the features of the pictures or the texts of a source and write them to a folder, as "
+        "numbered parts in clip-retrieval's layout. Given again, the same command goes on where it was stopped. "
+        "torchrun shares the parts between processes, and --engine ray between machines; the content stays the same.",
+        epilog="Example: clipfast embed --model ViT-B-32 --pretrained openai --data photos --output embedded",
+    )
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add("--data", required=True, help=DATA_HELP)
+    add_arguments(parser, SOURCE_OPTIONS)
+    add("--output", required=True, type=Path, metavar="FOLDER", help="folder for the features and the metadata")
+    both = "(default: both, if one of the first 64 samples has a caption, and otherwise images)"
+    add("--images", action="store_true", help=f"embed images; with --texts, both {both}")
+    add("--texts", action="store_true", help="embed captions, of which a sample must then have one")
+    kept = "json keys or columns that are kept as metadata; none after the flag for none (default: all)"
+    add("--metadata", nargs="*", metavar="KEY", help=kept)
+    add("--precision", default="fp16", choices=("fp16", "fp32"), help="of the features in the folder (default: fp16)")
+    add("--part-size", type=int, default=10_000, metavar="INT", help="samples of a part (default: 10000)")
+    batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU)"
+    add("--batch-size", type=int, metavar="INT", help=batch)
+    workers = "processes that read and decode; with --engine ray, its actors (default: 8 at most for a GPU, else 0)"
+    add("--workers", type=int, metavar="INT", help=workers)
+    engine = "local: this process, or those of torchrun; ray: actors on a cluster (pip install 'clipfast[ray]')"
+    add("--engine", default="local", choices=("local", "ray"), help=f"{engine} (default: local)")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    backends = ("auto", "triton", "torch")
+    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
+    add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Make the parts that are missing, say what there is, and return the exit code."""
+    if args.workers is not None and args.workers < 0:
+        raise ValueError(f"--workers must not be negative, got {args.workers}")
+    from ..training.world import joined
+
+    with joined(args.device, args.dist_timeout) as world, _held(args.output, world):
+        return _run(args, world)
+
+
+def _run(args: argparse.Namespace, world: World) -> int:
+    from ..training.world import INDEXING
+
+    work = work_of(args, world)
+    world.on_main(work.begin)
+    missing = world.on_main(work.missing)
+    for loss in work.samples.losses() if world.is_main else []:
+        print(f"clipfast embed: {loss}", file=sys.stderr)
+    mine = missing[world.rank :: world.size]
+    started = time.perf_counter()
+    with world.phase("embedding"), _bar(work, mine if args.engine == "local" else missing, world) as advance:
+        if args.engine == "ray":
+            from .ray_engine import make_parts
+
+            make_parts(args, work, missing, advance)
+        else:
+            work.make(mine, _workers(args, world), advance)
+    world.meet(INDEXING)  # parts take different times
+    seconds = time.perf_counter() - started
+    rows, skipped = world.on_main(work.finish)
+    if world.is_main:
+        made = sum(len(work.parts[number]) for number in missing)
+        _report(args.output, rows, skipped, f"{made:,} samples in {seconds:,.1f} s, {made / seconds:,.1f} a second")
+    return 0
+
+
+def work_of(args: argparse.Namespace, world: World) -> Work:
+    """Return the work that the arguments ask for.
+
+    Raises:
+        ValueError: the model or the source cannot be used, or the arguments do not fit.
+    """
+    from .embed import Work
+    from .samples import Samples
+
+    options = vars(args)
+    keys, separator = keys_of(options), separator_of(options)
+    with world.local_first():  # the others find what it indexes
+        samples = Samples(args.data, args.images, args.texts, keys, separator, args.metadata)
+    if not (args.images or args.texts):
+        samples.images, samples.texts = True, samples.have_captions()
+    encoder = load_encoder(args, args.model, args.pretrained, world)
+    return Work(encoder, samples, args.output, args.precision, args.part_size, args.batch_size)
+
+
+def _workers(args: argparse.Namespace, world: World) -> int:
+    if args.workers is not None:
+        return int(args.workers)
+    from ..host import cores
+
+    return min(GPU_WORKERS, cores() // world.local_size) if world.device(args.device).type == "cuda" else 0
+
+
+@contextlib.contextmanager
+def _held(folder: Path, world: World) -> Iterator[None]:
+    """Hold the folder for this work alone."""
+    from ..training.lock import locked
+
+    with contextlib.ExitStack() as stack:
+        world.on_main(lambda: stack.enter_context(locked(folder, "--output")))
+        yield
+
+
+@contextlib.contextmanager
+def _bar(work: Work, numbers: Sequence[int], world: World) -> Iterator[Callable[[int], object]]:
+    """Show how many samples of this process are done, how many a second, and how long the others will take."""
+    from tqdm import tqdm
+
+    total = sum(len(work.parts[number]) for number in numbers)
+    unit = "image" if work.samples.images else "text"
+    options: dict[str, Any] = {"unit": unit, "disable": None if world.is_main else True}
+    with tqdm(total=total, desc=f"{unit}s", **options) as bar:
+        yield bar.update
+
+
+def _report(folder: Path, rows: int, skipped: Sequence[tuple[int, Skipped]], speed: str) -> None:
+    from .embed import SKIPPED_FILE
+
+    for _, one in skipped[:SHOWN]:
+        print(f"clipfast embed: left out {one}", file=sys.stderr)
+    if len(skipped) > SHOWN:
+        print(f"clipfast embed: left out {len(skipped) - SHOWN} more", file=sys.stderr)
+    left_out = f", {len(skipped):,} left out (see {folder / SKIPPED_FILE})" if skipped else ""
+    print(f"{folder} holds {rows:,} samples{left_out}; now: {speed}")
