@@ -7,9 +7,9 @@ from ..common import slices
 from ..dtypes import accumulate_dtype
 from .select import GROUP
 
-TILE = 1 << 20  # scores that are computed at once, and stay in cache
+TILE = 1 << 23  # scores that are computed at once; with fewer, threads that other processes hold up wait longer
 CONVERTED = 1 << 22  # elements of items of 16 bits that are widened at once
-GATHERED = 1 << 18  # elements of the chosen groups' items that are gathered at once, and stay in cache
+GATHERED = 1 << 22  # elements of the chosen groups' items that are gathered at once, for the same reason
 
 
 def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor:
@@ -18,8 +18,11 @@ def group_maxima(query: Tensor, items: Tensor, allowed: Tensor | None) -> Tensor
     maxima = query.new_full((q, -(-n // GROUP)), float("-inf"), dtype=work)
     query = query.to(work)
     most = max(1, TILE // q) if items.dtype == work else min(max(1, TILE // q), max(1, CONVERTED // max(d, 1)))
-    for rows in slices(n, -(-most // GROUP) * GROUP):
-        scores = query @ items[rows].to(work).T
+    size = -(-most // GROUP) * GROUP
+    buffer = query.new_empty(q * min(size, n))
+    for rows in slices(n, size):
+        scores = buffer[: q * (rows.stop - rows.start)].view(q, -1)
+        torch.mm(query, items[rows].to(work).T, out=scores)
         if allowed is not None:
             scores.masked_fill_(~allowed[rows], float("-inf"))
         groups = slice(rows.start // GROUP, -(-rows.stop // GROUP))
