@@ -1,0 +1,150 @@
+"""Spherical k-means: clusters of features by their cosine, block by block."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..kernels.common import slices
+
+TILE = 1 << 22  # similarities that exist at once
+SAMPLED = 256  # features for each cluster, among which the first centres are chosen
+
+
+@dataclasses.dataclass
+class Clusters:
+    """Clusters of features, the largest first.
+
+    Attributes:
+        centres: [k, D], of unit length, float32.
+        groups: [N], int64: the number of each feature's cluster.
+        similarity: [N], float32: the cosine of each feature and its centre.
+        rounds: how often the centres were computed.
+        is_settled: False if features still changed their clusters in the last round.
+    """
+
+    centres: Tensor
+    groups: Tensor
+    similarity: Tensor
+    rounds: int
+    is_settled: bool
+
+    @property
+    def sizes(self) -> Tensor:
+        """[k]: how many features each cluster has."""
+        return self.groups.bincount(minlength=len(self.centres))
+
+    def nearest(self, group: int, count: int) -> list[int]:
+        """Return the features of a cluster that are nearest to its centre, the nearest first."""
+        members = (self.groups == group).nonzero().squeeze(1)
+        order = self.similarity[members].sort(descending=True, stable=True).indices[:count]
+        return members[order].tolist()
+
+
+@torch.no_grad()
+def spherical_k_means(
+    features: Tensor, k: int, *, seed: int = 0, rounds: int = 100, init: str = "k-means++",
+    device: str | torch.device | None = None,
+) -> Clusters:  # fmt: skip
+    """Divide features into k clusters, so that the sum of the cosines of features and their centres is high.
+
+    The result depends on nothing but the arguments and the kind of device. A centre that loses all its features moves
+    to the feature that is the furthest from its own.
+
+    Args:
+        features: [N, D] of floats, of any length but 0. They may stay in the memory of the CPU, and go to the device
+            block by block.
+        k: how many clusters, at most N.
+        seed: of the first centres.
+        rounds: how often centres are computed at most; the work ends before if no feature changes its cluster.
+        init: "k-means++" chooses first centres that are far from each other, "random" any features.
+        device: computes; by default that of the features.
+
+    Returns:
+        The clusters, on the CPU.
+
+    Raises:
+        ValueError: a feature is not finite or has no length, or an argument is out of range.
+    """
+    _check(features, k, rounds, init)
+    device = features.device if device is None else torch.device(device)
+    work = _Work(features, k, device)
+    centres = work.first_centres(seed, init)
+    groups, similarity = work.nearest(centres)
+    done, is_settled = 0, False
+    while done < rounds and not is_settled:
+        centres = work.centres_of(groups, similarity, centres)
+        done, before = done + 1, groups
+        groups, similarity = work.nearest(centres)
+        is_settled = torch.equal(groups, before)
+    order = groups.bincount(minlength=k).argsort(descending=True, stable=True)
+    return Clusters(centres[order].cpu(), order.argsort()[groups].cpu(), similarity.cpu(), done, is_settled)
+
+
+def _check(features: Tensor, k: int, rounds: int, init: str) -> None:
+    if features.ndim != 2 or not features.is_floating_point():
+        raise ValueError(f"features must be [N, D] of floats, got {[*features.shape]} of {features.dtype}")
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(features):
+        raise ValueError(f"k must be an integer from 1 to the number of features, {len(features):,}, got {k!r}")
+    if rounds < 0:
+        raise ValueError(f"rounds must not be negative, got {rounds}")
+    if init not in ("k-means++", "random"):
+        raise ValueError(f"init must be k-means++ or random, got {init!r}")
+
+
+class _Work:
+    """Features that are read block by block."""
+
+    def __init__(self, features: Tensor, k: int, device: torch.device) -> None:
+        self.features, self.k, self.device = features, k, device
+        self.blocks = slices(len(features), max(1, TILE // max(k, features.shape[1])))
+
+    def block(self, rows: slice | Tensor) -> Tensor:
+        """Return some of the features with unit length, float32.
+
+        Raises:
+            ValueError: one of them cannot be used.
+        """
+        found = self.features[rows].to(self.device).float()
+        lengths = torch.linalg.vector_norm(found, dim=1)
+        if not (lengths.isfinite() & (lengths > 0)).all():
+            raise ValueError("clusters: a feature has no length, or contains NaN or infinity")
+        return F.normalize(found, dim=1)
+
+    def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the number of the nearest centre of each feature, the first of equal ones, and their cosine."""
+        found = [(self.block(rows) @ centres.T).max(dim=1) for rows in self.blocks]
+        return torch.cat([best.indices for best in found]), torch.cat([best.values for best in found])
+
+    def centres_of(self, groups: Tensor, similarity: Tensor, before: Tensor) -> Tensor:
+        """Return the direction of the sum of each cluster's features."""
+        sums = torch.zeros(self.k, self.features.shape[1], device=self.device)
+        for rows in self.blocks:
+            # a product in place of additions in an order of their own, in which a GPU would do them
+            chosen = F.one_hot(groups[rows], self.k).to(sums.dtype)
+            sums += chosen.T @ self.block(rows)
+        empty = (groups.bincount(minlength=self.k) == 0).nonzero().squeeze(1)
+        if len(empty):
+            sums[empty] = self.block(similarity.sort(stable=True).indices[: len(empty)])
+        lengths = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
+        return torch.where(lengths > 0, sums / lengths, before)  # opposite features have no direction
+
+    def first_centres(self, seed: int, init: str) -> Tensor:
+        """Return features that were drawn as centres."""
+        random = torch.Generator().manual_seed(seed)
+        chosen = torch.randperm(len(self.features), generator=random)
+        if init == "random":
+            return self.block(chosen[: self.k])
+        some = self.block(chosen[: SAMPLED * self.k])
+        centres = some[:1]
+        distance = 1 - some @ centres[0]
+        for _ in range(1, self.k):
+            # the square of the distance is twice this, and its share is the probability of k-means++
+            sums = distance.clamp(min=0).double().cumsum(0).cpu()
+            place = torch.searchsorted(sums, torch.rand((), generator=random).double() * sums[-1], right=True)
+            centres = torch.cat([centres, some[place.clamp(max=len(some) - 1)][None]])
+            distance = torch.minimum(distance, 1 - some @ centres[-1])
+        return centres

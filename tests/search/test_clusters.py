@@ -1,0 +1,94 @@
+"""Spherical k-means: its objective against scikit-learn's, empty clusters, blocks, and the same answer every time."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from clipfast.search import clusters
+from clipfast.search.clusters import spherical_k_means
+
+
+def blobs(count=600, k=6, width=16, noise=0.6, seed=0):
+    random = torch.Generator().manual_seed(seed)
+    centres = F.normalize(torch.randn(k, width, generator=random), dim=1)
+    truth = torch.randint(0, k, (count,), generator=random)
+    x = centres[truth] + noise / width**0.5 * torch.randn(count, width, generator=random)
+    return F.normalize(x, dim=1), truth
+
+
+def objective(features, groups):
+    """The sum of the cosines with the directions of the clusters' sums, which are their best centres."""
+    sums = torch.zeros(int(groups.max()) + 1, features.shape[1]).index_add_(0, groups, features)
+    return float(torch.linalg.vector_norm(sums, dim=1).sum())
+
+
+@pytest.mark.parametrize("init", ["k-means++", "random"])
+def test_as_good_as_scikit_learn(init):
+    from sklearn.cluster import KMeans
+
+    x, _ = blobs(noise=2.0)
+    ours = [objective(x, spherical_k_means(x, 6, seed=seed, init=init).groups) for seed in range(5)]
+    theirs = [
+        objective(x, torch.from_numpy(KMeans(6, init=init, n_init=1, random_state=seed).fit(x).labels_).long())
+        for seed in range(5)
+    ]
+    assert max(ours) >= max(theirs) * 0.995
+    assert sum(ours) >= sum(theirs) * 0.99
+
+
+def test_clear_clusters_are_found():
+    x, truth = blobs(noise=0.1)
+    found = spherical_k_means(x, 6)
+    assert found.is_settled
+    assert len({(int(a), int(b)) for a, b in zip(found.groups, truth, strict=True)}) == 6
+    assert found.sizes.tolist() == sorted(truth.bincount().tolist(), reverse=True)
+    torch.testing.assert_close(found.similarity, (x * found.centres[found.groups]).sum(1))
+    place = found.nearest(2, 1)[0]
+    assert found.similarity[place] == found.similarity[found.groups == 2].max()
+
+
+def test_the_same_by_any_blocks_and_lengths(monkeypatch):
+    x, _ = blobs()
+    expected = spherical_k_means(x, 7, seed=3)
+    monkeypatch.setattr(clusters, "TILE", 16 * 11)
+    found = spherical_k_means(x * torch.linspace(0.5, 3, len(x))[:, None], 7, seed=3)
+    assert torch.equal(found.groups, expected.groups)
+    torch.testing.assert_close(found.centres, expected.centres)
+    assert not torch.equal(spherical_k_means(x, 7, seed=4).groups, expected.groups)
+
+
+def test_a_cluster_that_is_empty_moves_to_what_is_furthest():
+    x = F.normalize(torch.tensor([[1.0, 0], [1, 0.1], [1, 0.2], [0, 1]]), dim=1)
+    work = clusters._Work(x, 2, x.device)
+    groups, similarity = work.nearest(x[[0, 0]])  # of equal centres, the first one gets everything
+    assert groups.tolist() == [0, 0, 0, 0]
+    assert torch.equal(work.centres_of(groups, similarity, x[[0, 0]])[1], x[3])
+
+
+def test_fewer_distinct_features_than_clusters():
+    found = spherical_k_means(torch.eye(3).repeat(4, 1), 5)
+    assert found.is_settled
+    assert found.sizes.tolist() == [4, 4, 4, 0, 0]
+
+
+def test_as_many_clusters_as_features():
+    found = spherical_k_means(torch.eye(4), 4)
+    assert found.sizes.tolist() == [1] * 4
+    assert spherical_k_means(torch.eye(4), 1).sizes.tolist() == [4]
+
+
+@pytest.mark.parametrize(
+    ("features", "options", "message"),
+    [
+        (torch.eye(3), {"k": 0}, "k must be an integer from 1 to the number of features, 3, got 0"),
+        (torch.eye(3), {"k": 4}, "k must be an integer from 1 to the number of features, 3, got 4"),
+        (torch.eye(3), {"k": 2, "init": "far"}, "init must be k-means\\+\\+ or random, got 'far'"),
+        (torch.eye(3), {"k": 2, "rounds": -1}, "rounds must not be negative, got -1"),
+        (torch.eye(3) * float("nan"), {"k": 2}, "contains NaN or infinity"),
+        (torch.zeros(3, 2), {"k": 2}, "a feature has no length"),
+        (torch.zeros(3), {"k": 2}, r"must be \[N, D\] of floats, got \[3\]"),
+    ],
+)
+def test_wrong_input(features, options, message):
+    with pytest.raises(ValueError, match=message):
+        spherical_k_means(features, **options)
