@@ -94,7 +94,7 @@ def test_too_many_pairs(monkeypatch):
     ("features", "threshold", "message"),
     [
         (torch.tensor([[1.0], [float("nan")]]), 0.5, r"feature 1 contains NaN or infinity \(1 of 2 "),
-        (torch.tensor([[1.0], [0.0]]), 0.5, r"feature 1 has no length \(1 of 2 cannot be used\)"),
+        (torch.tensor([[1.0], [0.0]]), 0.5, r"feature 1 has no length \(1 of 2 features cannot be used\)"),
         (torch.ones(3), 0.5, r"must be \[N, D\] of floats, got \[3\] of torch.float32"),
         (torch.ones(3, 2).long(), 0.5, r"must be \[N, D\] of floats, got \[3, 2\] of torch.int64"),
         (torch.ones(3, 2), 1.5, "threshold must be from -1 to 1, got 1.5"),
