@@ -180,8 +180,8 @@ class ResultFolder:
     def read(self, one: OfflineSet, task: str, model: int) -> dict[str, Any] | None:
         """Return a result; None if there is none, or it was made of something else."""
         with contextlib.suppress(OSError, ValueError):
-            found: dict[str, Any] = json.loads(self.path(one, task, model).read_text("utf-8"))
-            if found["made_of"] == self.made_of(one, task, model):
+            found = json.loads(self.path(one, task, model).read_text("utf-8"))
+            if isinstance(found, dict) and found.get("made_of") == self.made_of(one, task, model):
                 return found
         return None
 

@@ -306,6 +306,16 @@ def as_rank(rank, size, given):
     return main(given)
 
 
+@pytest.mark.parametrize("content", ['{"dataset": "wds/flickr8k", "metrics": {}}', "[]", "{", "null"])
+def test_results_of_another_program_are_computed_again(content, root, models, tmp_path, capsys):
+    given = [*arguments(root, models[:1], tmp_path, "--sets", "flickr8k")]
+    path = tmp_path / file_name("flickr8k", *models[0].split(","), RETRIEVING)
+    path.write_text(content)
+    code, out, err = run_command(capsys, *given)
+    assert code == 0, err
+    assert json.loads(out)["results"] == [json.loads(path.read_text())]
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("batch_size", [8, 64])
 def test_three_ranks_equal_one_process(batch_size, root, models, tmp_path, capsys):
