@@ -26,13 +26,13 @@ body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem
 h1 { font-size: 1.4rem } h2 { font-size: 1.05rem; margin: 1.6rem 0 .2rem }
 p { margin: .2rem 0 .5rem; color: var(--quiet) }
 table { border-collapse: collapse; display: block; overflow-x: auto; overflow-wrap: normal }
-th, td { text-align: left; padding: .2rem 1rem .2rem 0 } a { color: var(--link) }
-.pair { display: flex; margin-right: 1rem }
+th, td { text-align: left; padding: .2rem 1rem .2rem 0; white-space: nowrap } a { color: var(--link) }
+.pair { display: flex; gap: .3rem; margin-right: 1rem }
 .row { display: flex; flex-wrap: wrap; gap: .6rem } figure { margin: 0; width: 6.4rem }
 figure img { width: 6rem; height: 6rem; object-fit: contain; background: var(--soft); border: 2px solid var(--bad) }
 img.picture { width: 100%; height: auto }
 th button { font: inherit; color: inherit; font-weight: 600; padding: 0; border: 0; background: none; cursor: pointer }
-td[data-value] { white-space: nowrap } tfoot td { border-top: 1px solid var(--line); font-weight: 600 }
+tfoot td { border-top: 1px solid var(--line); font-weight: 600 }
 .right img { border-color: var(--good) } .other img { border: 2px dashed var(--quiet) } figcaption { font-size: .8rem }
 """
 

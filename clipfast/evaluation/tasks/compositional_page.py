@@ -72,7 +72,7 @@ def against_chance(found: dict[str, Any]) -> str:
     (low, high), chance = found["intervals"]["acc"], found["chance"]["acc"]
     if low > chance:
         return "above chance"
-    return "below chance" if high < chance else "no better than chance"
+    return "below chance" if high < chance else "could be chance"
 
 
 def _verdict(found: dict[str, Any]) -> str:
