@@ -142,14 +142,14 @@ def mean_interval(shares: Sequence[float], intervals: Sequence[Interval]) -> Int
     return max(0.0, mean - low), min(1.0, mean + high)
 
 
-def read_points(path: Path, shifts: Sequence[str]) -> dict[str, list[Point]]:
+def read_points(path: Path, shifts: Sequence[str], unnamed: str) -> dict[str, list[Point]]:
     """Return the points of baseline models by shift, from a file.
 
     Args:
         path: CSV with the columns model, base, shift, and set, which names the shift; or a JSON list of objects with
-            these keys; or the results of ``clipfast eval robustness``. Without ``set`` a point is that of the only
-            shift, or of the average.
+            these keys; or the results of ``clipfast eval robustness``.
         shifts: the names that there may be; of others the points are left out.
+        unnamed: the shift of points without ``set``.
 
     Raises:
         ValueError: the file cannot be read, lacks a column, or holds something that is no accuracy.
@@ -160,8 +160,8 @@ def read_points(path: Path, shifts: Sequence[str]) -> dict[str, list[Point]]:
         if lacking is not None:
             raise ValueError(f"{path}, row {number} has no {lacking!r}: a baseline needs {', '.join(COLUMNS)}")
         values = [_share(path, number, column, row[column]) for column in COLUMNS[1:]]
-        name = row.get("set") or (shifts[0] if len(shifts) == 1 else AVERAGE)
-        if name in (*shifts, AVERAGE):
+        name = row.get("set") or unnamed
+        if name in shifts:
             found.setdefault(str(name), []).append(Point(str(row["model"]), *values))
     if not found:
         raise ValueError(f"{path} has no points of {', '.join(shifts)}")

@@ -77,14 +77,13 @@ CSV = "model,set,base,shift\nRN50,r,0.6,0.3\nRN101,r,0.7,0.4\nRN50,other,0.5,0.1
 def test_points_are_read_from_csv_json_and_results(tmp_path):
     (tmp_path / "p.csv").write_text(CSV)
     expected = {"r": [Point("RN50", 0.6, 0.3), Point("RN101", 0.7, 0.4)], "average": [Point("RN50", 0.6, 0.2)]}
-    assert read_points(tmp_path / "p.csv", ["r"]) == expected
+    assert read_points(tmp_path / "p.csv", ["r", "average"], "r") == expected
     rows = [dict(zip(CSV.split("\n")[0].split(","), row.split(","), strict=True)) for row in CSV.split()[1:]]
     for name, content in (("list.json", rows), ("results.json", {"points": rows, "metrics": {}})):
         (tmp_path / name).write_text(json.dumps(content))
-        assert read_points(tmp_path / name, ["r"]) == expected
+        assert read_points(tmp_path / name, ["r", "average"], "r") == expected
     (tmp_path / "p.csv").write_text("model,base,shift\na,0.5,0.25\n")
-    assert read_points(tmp_path / "p.csv", ["r"]) == {"r": [Point("a", 0.5, 0.25)]}
-    assert read_points(tmp_path / "p.csv", ["r", "s"]) == {"average": [Point("a", 0.5, 0.25)]}
+    assert read_points(tmp_path / "p.csv", ["r", "s"], "s") == {"s": [Point("a", 0.5, 0.25)]}
 
 
 @pytest.mark.parametrize(
@@ -104,4 +103,4 @@ def test_wrong_baselines(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=message):
-        read_points(tmp_path / name, ["r"])
+        read_points(tmp_path / name, ["r"], "r")

@@ -85,6 +85,7 @@ def data(tmp_path_factory):
     write_classes(folder / "unknown", {"red": "red", "umber": "red"}, 2, 4)
     write_classes(folder / "numbered", {"0": "red", "1": "green"}, 2, 5)
     (folder / "points.csv").write_text("model,set,base,shift\na,some,0.3,0.2\nb,some,0.6,0.5\nc,some,0.9,0.8\n")
+    (folder / "average.csv").write_text("model,set,base,shift\na,average,0.3,0.2\nb,average,0.6,0.5\n")
     (folder / "one.csv").write_text("model,base,shift\na,0.3,0.2\n")
     return folder
 
@@ -162,6 +163,19 @@ def test_effective_robustness_is_what_is_beyond_the_line(data, capsys, tmp_path)
     again, _ = evaluated(capsys, *command(data, "--shift", f"some={data}/some", "--baseline", tmp_path / "r.json"))
     assert again["baseline"]["some"]["models"] == 5
     assert again["models"][0]["robustness"]["some"]["expected"] == 1.0  # of all that is right on the base
+
+
+def test_points_without_a_set_are_those_of_the_only_shifted_set(data, capsys, tmp_path):
+    (tmp_path / "b.csv").write_text("model,base,shift\na,0.3,0.2\nb,0.6,0.5\n")
+    given = ["--synthetic", "blur", "hue", "--baseline", tmp_path / "b.csv"]
+    results, _ = evaluated(capsys, *command(data, "--shift", f"some={data}/some", *given))
+    assert set(results["baseline"]) == {"some"}
+    results, _ = evaluated(capsys, *command(data, *given))
+    assert set(results["baseline"]) == {"synthetic"}
+    results, _ = evaluated(capsys, *command(data, *shifts(data), *given))
+    assert set(results["baseline"]) == {"average"}
+    results, _ = evaluated(capsys, *command(data, "--synthetic", "blur", *given[3:]))
+    assert set(results["baseline"]) == {"blur"}
 
 
 def test_models_of_the_baseline_are_evaluated_alike(data, capsys):
@@ -283,6 +297,9 @@ WRONG = {
     "short baseline": (
         ["--shift", "a={data}/all", "--baseline", "{data}/one.csv"],
         "the baseline of a has 1 models with accuracies between 0 and 1: a line needs at least two",
+    ),
+    "baseline of a mean": (
+        ["--shift", "a={data}/all", "--baseline", "{data}/average.csv"], "average.csv has no points of a",
     ),
     "other baseline": (["--shift", "a={data}/all", "--baseline", "{data}/points.csv"], "points.csv has no points of a"),
     "names": (["--synthetic", "blur", "--classnames", "imagenet"], "1000 class names for 7 classes"),

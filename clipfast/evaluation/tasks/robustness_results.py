@@ -139,13 +139,18 @@ def judge(
 def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Sequence[Shift]) -> dict[str, list[Point]]:
     """Return the points of all baseline files by shift.
 
+    A point that names no shift is one of the only shifted set, or of the mean of several; without any, of the only
+    synthetic shift, or of their mean.
+
     Raises:
         ValueError: a file cannot be used.
     """
     found: dict[str, list[Point]] = {}
-    names = [*natural, *dict.fromkeys(shift.name for shift in synthetic), *([SYNTHETIC] if synthetic else [])]
+    kinds = list(dict.fromkeys(shift.name for shift in synthetic))
+    sets = [*natural, *([AVERAGE] if len(natural) > 1 else [])]
+    names = [*sets, *kinds, *([SYNTHETIC] if len(kinds) > 1 else [])]
     for path in paths:
-        for name, points in read_points(path, names).items():
+        for name, points in read_points(path, names, (sets or names)[-1]).items():
             found.setdefault(name, []).extend(points)
     return found
 
