@@ -32,11 +32,12 @@ def folder(tmp_path_factory):
     torch.save({"state_dict": weights, "hook": Harmful()}, folder / "harmful.pt")
     (folder / "text.pt").write_text("not weights")
     (folder / "half.pt").write_bytes((folder / "good.pt").read_bytes()[:5000])
-    fields = b'{"a": 1, "negative_caption": "c"}'
-    pairs = [{"png": picture(index), "txt": b"ab"[index % 2 :][:1], "json": fields} for index in range(4)]
+    fields = [b'{"a": "%d", "negative_caption": "c"}' % (index % 2) for index in range(4)]
+    pairs = [{"png": picture(index), "txt": b"ab"[index % 2 :][:1], "json": fields[index]} for index in range(4)]
     write_shard(folder / "good.tar", pairs)
+    write_shard(folder / "other.tar", pairs)
     write_shard(folder / "broken.tar", [{"png": b"broken", "txt": b"a"}, {"png": b"", "txt": b"b"}])
-    write_shard(folder / "texts.tar", [{"txt": b"a cat"}])
+    write_shard(folder / "texts.tar", [{"txt": b"a cat", "json": fields[0]}])
     write_shard(folder / "images.tar", [{"png": picture(0)}])
     (folder / "noise.tar").write_bytes(b"\x01" * 3000)
     (folder / "noise.parquet").write_bytes(b"PAR1" + b"\x01" * 300)
@@ -53,21 +54,22 @@ def folder(tmp_path_factory):
 
 
 GOOD = {
-    "--model": "ViT-T-8-32", "--pretrained": "{at}/good.pt", "--data": "{at}/good.tar", "--train-data": "{at}/good.tar",
-    "--root": "{at}/root", "--output": "{at}/out", "--shift": "other={at}/good.tar",
+    "--model": "ViT-T-8-32", "--pretrained": "{at}/good.pt", "--data": "{at}/good.tar",
+    "--train-data": "{at}/other.tar", "--shift": "other={at}/other.tar", "--group-by": "a", "--min-count": "1",
+    "--root": "{at}/root", "--output": "{at}/out",
 }  # fmt: skip
 FLAGS = {
-    "zeroshot": ("--model", "--pretrained", "--data"),
-    "retrieval": ("--model", "--pretrained", "--data"),
-    "probe": ("--model", "--pretrained", "--data", "--train-data"),
-    "compositional": ("--model", "--pretrained", "--data"),
-    "robustness": ("--model", "--pretrained", "--data", "--shift"),
-    "suite": ("--model", "--pretrained", "--root", "--output"),
-}
+    task: ("--model", "--pretrained", *more)
+    for task, more in {
+        "zeroshot": ("--data",), "retrieval": ("--data",), "probe": ("--data", "--train-data"),
+        "robustness": ("--data", "--shift"), "overlap": ("--data", "--train-data"),
+        "bias": ("--data", "--group-by", "--min-count"), "compositional": ("--data",), "suite": ("--root", "--output"),
+    }.items()
+}  # fmt: skip
 EVERY = tuple(FLAGS)
-DATA = ("zeroshot", "retrieval", "probe", "robustness")
+DATA = ("zeroshot", "retrieval", "probe", "robustness", "overlap", "bias")
 PAIRS = (*DATA, "compositional")
-PROMPTS = ("zeroshot", "probe", "robustness")
+PROMPTS = ("zeroshot", "probe", "robustness", "overlap", "bias")
 
 # the tasks, what is given in place of something good (None: nothing), and the message
 WRONG = {
@@ -102,7 +104,11 @@ WRONG = {
     "a table of images that are not there": (DATA, {"--data": "{at}/rows.csv"}, "nowhere.png"),
     "labels that do not exist": (PAIRS, {"--label-by": "breed"}, "sample has no 'breed' in its json; it has a"),
     "groups that do not exist": (PAIRS, {"--group-by": "style"}, "sample has no 'style' in its json; it has a"),
-    "names of more classes": (("zeroshot", "robustness"), {"--classnames": "{at}/names.txt"}, "3 class names for 2"),
+    "names of more classes": (
+        ("zeroshot", "robustness", "overlap", "bias"),
+        {"--classnames": "{at}/names.txt"},
+        "3 class names for 2 classes",
+    ),
     "no file of names": (PROMPTS, {"--classnames": "nowhere"}, "--classnames must be 'imagenet' or a file"),
     "a template without a place": (PROMPTS, {"--templates": "{at}/bare.txt"}, "has no {{}} for the class"),
 }  # fmt: skip
