@@ -13,6 +13,7 @@ from clipfast import ranks
 from clipfast.cli import main
 from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.shifts import AMOUNTS
+from clipfast.evaluation.tasks.robustness_plot import _ticks
 from clipfast.ranks import run_ranks
 
 from .conftest import run_command, write_shard
@@ -228,6 +229,13 @@ def test_a_picture_of_accuracies_of_0_and_1(data, capsys, tmp_path):
     given = ["--shift", f"some={data}/some", "--synthetic", "blur", "--plot", tmp_path / "p.svg"]
     evaluated(capsys, *command(data, *given))
     assert "<svg" in (tmp_path / "p.svg").read_text()
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.001, 0.999), (0.81, 0.87), (0.2, 0.21), (0.9985, 0.9991), (0.3, 0.6)])
+def test_scales_have_numbers_wherever_they_lie(low, high):
+    ticks = _ticks(low, high)
+    assert 2 <= len(ticks) <= 19
+    assert low <= min(ticks) < max(ticks) <= high
 
 
 def test_a_run_that_was_killed_goes_on(data, capsys, tmp_path, monkeypatch):

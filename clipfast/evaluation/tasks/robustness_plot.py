@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
 from ..effective_robustness import AVERAGE, Line, Point, is_usable
 from ..labelled import LabelledSet
@@ -77,8 +77,8 @@ def _scatter(axis: Axes, results: Mapping[str, Any], name: str) -> None:
     axis.set_title(means.get(name, name), fontsize=10)
     axis.set(xscale="logit", yscale="logit", xlim=(left, right), ylim=(bottom, top))
     axis.set(xlabel="top-1 on the base, same classes, %", ylabel="top-1 on the shifted set, %")
-    for scale in (axis.xaxis, axis.yaxis):
-        scale.set_major_locator(FixedLocator([tick / 100 for tick in TICKS]))
+    for scale, ends in ((axis.xaxis, (left, right)), (axis.yaxis, (bottom, top))):
+        scale.set_major_locator(FixedLocator(_ticks(*ends)))
         scale.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
         scale.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
@@ -196,6 +196,14 @@ def _padded(shares: Sequence[float]) -> tuple[float, float]:
     low, high = _logit(min(shares)), _logit(max(shares))
     margin = max(0.25, 0.08 * (high - low))
     return _expit(low - margin), _expit(high + margin)
+
+
+def _ticks(low: float, high: float) -> list[float]:
+    """Return shares to name on a scale from ``low`` to ``high``: some of the usual ones, or else what fits in there."""
+    usual = [tick / 100 for tick in TICKS if low <= tick / 100 <= high]
+    if len(usual) > 1:
+        return usual
+    return [tick / 100 for tick in MaxNLocator(5).tick_values(100 * low, 100 * high) if 100 * low <= tick <= 100 * high]
 
 
 def _shorten(text: str, length: int) -> str:
