@@ -252,15 +252,33 @@ def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> Label
     Raises:
         ValueError: the set cannot be read, or not one of its images can be used.
     """
-    from .features import encode_set
+    (found,) = encoded_by(args, at, [at.encoder], images)
+    return found if at.world.is_main else None
+
+
+def encoded_by(
+    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], images: LabelledSet, *, report: bool = True
+) -> list[LabelledFeatures]:
+    """Return the features of a set by each encoder; on ranks other than 0 they are empty.
+
+    Args:
+        args: say how the work is done.
+        at: the store and the ranks.
+        encoders: the models.
+        images: the set.
+        report: name the images that are left out on stderr.
+
+    Raises:
+        ValueError: the set cannot be read, or not one of its images can be used.
+    """
+    from .features import LabelledFeatures, encode_set
 
     found = encode_set(
-        [at.encoder], images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
+        encoders, images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
     )
-    if not found:
-        return None
-    report_left_out(found[0].left_out.values())
-    return found[0]
+    if found and report:
+        report_left_out(found[0].left_out.values())
+    return found or [LabelledFeatures.empty()] * len(encoders)
 
 
 def report_left_out(skipped: Any, most: int = 20) -> None:

@@ -1,7 +1,7 @@
 """Pictures of a run: its learning curve, and a sheet of images with the captions that it finds most like them."""
 
 import random
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +57,11 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
     for place, (index, item) in enumerate(shown):
         picture, text = axes.flat[2 * place], axes.flat[2 * place + 1]
         picture.imshow(item.image)
-        picture.set_title(_shorten(item.label, 18), fontsize=8)
+        picture.set_title(shorten(item.label, 18), fontsize=8)
         for k, prediction in enumerate(evaluation.predictions[index]):
             right = evaluation.right[index][k]
             style: dict[str, Any] = {"color": RIGHT, "weight": "bold"} if right else {"color": WRONG}
-            label = f"{'✓' if right else k + 1} {_shorten(prediction, 30)}"
+            label = f"{'✓' if right else k + 1} {shorten(prediction, 30)}"
             text.text(0, 0.92 - 0.2 * k, label, fontsize=8.5, va="top", transform=text.transAxes, **style)
     figure.savefig(path, dpi=110)
 
@@ -80,16 +80,16 @@ def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> No
     figure.suptitle(title, fontsize=10)
     over_alpha, *others = figure.subplots(1, 1 + (len(names) > 1), squeeze=False)[0]
     for name in names:
-        over_alpha.plot(alphas, top1[name], marker="o", label=_shorten(name, 40))
+        over_alpha.plot(alphas, top1[name], marker="o", label=shorten(name, 40))
     over_alpha.set(xlabel="alpha", ylabel="zero-shot top-1, %")
     over_alpha.legend()
     for axis in others:
         axis.set(
-            xlabel=f"top-1 on {_shorten(names[0], 40)}, %",
-            ylabel=f"top-1 on {_shorten(names[1], 40) if len(names) == 2 else 'the others'}, %",
+            xlabel=f"top-1 on {shorten(names[0], 40)}, %",
+            ylabel=f"top-1 on {shorten(names[1], 40) if len(names) == 2 else 'the others'}, %",
         )
         for number, name in enumerate(names[1:], 1):
-            axis.plot(top1[names[0]], top1[name], marker="o", color=f"C{number}", label=_shorten(name, 40))
+            axis.plot(top1[names[0]], top1[name], marker="o", color=f"C{number}", label=shorten(name, 40))
         for alpha, x, y in zip(alphas, top1[names[0]], top1[names[1]], strict=True):
             axis.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
     figure.savefig(path, dpi=120)
@@ -104,21 +104,17 @@ def zero_shot_plot(results: dict[str, Any], classified: Classified, path: Path) 
         path: the file to write.
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
-    figure.suptitle(f"{_shorten(results['model'], 60)} on {_shorten(results['data'], 60)}", fontsize=10)
+    figure.suptitle(f"{shorten(results['model'], 60)} on {shorten(results['data'], 60)}", fontsize=10)
     bars, curve = figure.subplots(1, 2)
     sets = results.get("by_templates", {results["templates"]: results})
     names = [name for name, value in results["metrics"].items() if value is not None]
     for number, (key, found) in enumerate(sets.items()):
-        values = [100 * found["metrics"][name] for name in names]
-        # a bootstrap's interval need not hold the value itself
-        ends = [
-            (max(0.0, value - 100 * found["intervals"][name][0]), max(0.0, 100 * found["intervals"][name][1] - value))
-            for name, value in zip(names, values, strict=True)
-        ]
+        shares, intervals = ([found[kind][name] for name in names] for kind in ("metrics", "intervals"))
+        values, ends = [100 * share for share in shares], error_bars(shares, intervals)
         places = [place + 0.8 * (number + 0.5) / len(sets) - 0.4 for place in range(len(names))]
         count = f" ({found['templates']})" if "by_templates" in results else ""
-        drawn = bars.bar(places, values, 0.75 / len(sets), label=_shorten(key, 40) + count)
-        bars.errorbar(places, values, list(zip(*ends, strict=True)), fmt="none", color="black", capsize=3)
+        drawn = bars.bar(places, values, 0.75 / len(sets), label=shorten(key, 40) + count)
+        bars.errorbar(places, values, ends, fmt="none", color="black", capsize=3)
         bars.bar_label(drawn, fmt="%.1f", label_type="center", color="white", fontsize=8)
     bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     bars.set(ylabel="%, with 95% intervals")
@@ -133,7 +129,7 @@ def retrieval_plot(results: dict[str, Any], path: Path) -> None:
     """Plot recall over k, in both directions, with its intervals; ``results`` are of ``clipfast eval retrieval``."""
     figure = Figure(figsize=(6.5, 4.5), layout="constrained")
     axis = figure.subplots()
-    axis.set_title(f"{_shorten(results['model'], 60)} on {_shorten(results['data'], 60)}", fontsize=10)
+    axis.set_title(f"{shorten(results['model'], 60)} on {shorten(results['data'], 60)}", fontsize=10)
     for direction in ("image_retrieval", "text_retrieval"):
         named = {int(key.rpartition("@")[2]): key for key in results["metrics"] if key.startswith(direction)}
         keys = [named[k] for k in sorted(named)]
@@ -149,5 +145,16 @@ def retrieval_plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def shorten(text: str, length: int, *, keep_end: bool = False) -> str:
+    """Return a text of at most ``length`` characters: what is longer loses its end, or its beginning."""
+    if len(text) <= length:
+        return text
+    return "…" + text[1 - length :] if keep_end else text[: length - 1] + "…"
+
+
+def error_bars(shares: Sequence[float], intervals: Sequence[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    """Return how far intervals reach below and above shares, in percent, as matplotlib takes it."""
+    # a bootstrap's interval need not hold the share itself
+    below = [100 * max(0.0, share - low) for share, (low, _) in zip(shares, intervals, strict=True)]
+    above = [100 * max(0.0, high - share) for share, (_, high) in zip(shares, intervals, strict=True)]
+    return below, above

@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from ..files import replace_file
-from .pictures import _shorten
+from .pictures import shorten
 
 MOST = 12  # figures that are named
 BOLD = "mean"  # how the names of figures begin that stand for several
@@ -27,11 +27,11 @@ def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, pa
     for name in names:
         drawn = sorted((step, 100 * found[name]) for step, found in points if name in found)
         width, is_named = (2.5 if name.startswith(BOLD) else 1, len(names) <= MOST or name.startswith(BOLD))
-        label = f"{_shorten(name, 50)}: {drawn[-1][1]:.1f}%" if is_named else None
+        label = f"{shorten(name, 50)}: {drawn[-1][1]:.1f}%" if is_named else None
         axis.plot(*zip(*drawn, strict=True), "o-", linewidth=width, markersize=2 + width, label=label)
     axis.set(xlabel="step", ylabel="%")
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.set_title(_shorten(title, 90), fontsize=10)
+    axis.set_title(shorten(title, 90), fontsize=10)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)

@@ -5,7 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from .pictures import _shorten
+from .pictures import error_bars, shorten
 from .suite import label
 
 
@@ -23,14 +23,12 @@ def suite_figure(results: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
     for number, model in enumerate(models):
         shift = 0.7 * ((number + 0.5) / len(models) - 0.5)
         drawn = [(place + shift, *row["values"][number]) for place, row in enumerate(rows) if row["values"][number]]
-        # a bootstrap's interval need not hold the value itself
-        ends = [(max(0.0, value - low), max(0.0, high - value)) for _, value, (low, high) in drawn]
+        ends = error_bars([value for _, value, _ in drawn], [interval for *_, interval in drawn])
         axis.errorbar(
             [100 * value for _, value, _ in drawn], [place for place, _, _ in drawn],
-            xerr=[[100 * end[side] for end in ends] for side in (0, 1)], fmt="o", markersize=5, capsize=2,
-            linewidth=1, label=_shorten(model, 60),
+            xerr=ends, fmt="o", markersize=5, capsize=2, linewidth=1, label=shorten(model, 60),
         )  # fmt: skip
-    names = [f"{_shorten(row['set'], 40)}: {row['metric'].replace('_', ' ')}" for row in rows]
+    names = [f"{shorten(row['set'], 40)}: {row['metric'].replace('_', ' ')}" for row in rows]
     axis.set_yticks(range(len(rows)), names)
     axis.set(xlabel="%, with 95% intervals", xlim=(0, 100), ylim=(count - 0.5, -0.5))
     axis.grid(axis="x", alpha=0.3)

@@ -5,6 +5,10 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..pictures import error_bars, shorten
+
+LONGEST = 28  # characters of a name at an axis
+
 
 def bias_plot(results: dict[str, Any], path: Path) -> None:
     """Plot for each key accuracy by group, the share of each category of added labels, and the skew of queries.
@@ -17,8 +21,7 @@ def bias_plot(results: dict[str, Any], path: Path) -> None:
     has_queries = any("retrieval" in figures for figures in keys.values())
     columns = 1 + bool(results["added_labels"]) + has_queries
     figure = Figure(figsize=(5.2 * columns, 4.2 * len(keys) + 0.4), layout="constrained")
-    title = f"{results['model']} on {results['data']}"
-    figure.suptitle(title if len(title) <= 80 else title[:79] + "…", fontsize=9)
+    figure.suptitle(shorten(f"{results['model']} on {results['data']}", 80), fontsize=9)
     for row, (key, figures) in zip(figure.subplots(len(keys), columns, squeeze=False), keys.items(), strict=True):
         names = [_label(name, figures) for name in figures["images"]]
         _bars(row[0], {"acc1": figures["acc1"]}, names)
@@ -34,31 +37,24 @@ def bias_plot(results: dict[str, Any], path: Path) -> None:
 
 def _label(name: str, figures: dict[str, Any]) -> str:
     small = ", not compared" if name in figures["not_compared"] else ""
-    return f"{_shorten(name)} ({figures['images'][name]:,}{small})"
-
-
-def _shorten(text: str, most: int = 28) -> str:
-    return text if len(text) <= most else text[: most - 1] + "…"
+    return f"{shorten(name, LONGEST)} ({figures['images'][name]:,}{small})"
 
 
 def _bars(axis: Any, series: dict[str, Any], names: list[str]) -> None:
     for number, (label, found) in enumerate(series.items()):
         rows = found["groups"].values()
         shares = [100 * row["share"] for row in rows]
-        ends = [
-            [max(0.0, share - 100 * row["interval"][0]), max(0.0, 100 * row["interval"][1] - share)]
-            for share, row in zip(shares, rows, strict=True)
-        ]
+        ends = error_bars([row["share"] for row in rows], [row["interval"] for row in rows])
         places = [place + 0.8 * (number + 0.5) / len(series) - 0.4 for place in range(len(names))]
         axis.bar(places, shares, 0.75 / len(series), label=label)
-        axis.errorbar(places, shares, list(zip(*ends, strict=True)), fmt="none", color="black", capsize=2)
+        axis.errorbar(places, shares, ends, fmt="none", color="black", capsize=2)
     axis.set_xticks(range(len(names)), names, rotation=30, ha="right", fontsize=8)
     axis.set_ylim(bottom=0)
 
 
 def _skews(axis: Any, found: dict[str, Any], most: int = 20) -> None:
     rows = sorted(found["queries"], key=lambda row: row["max_skew"])[-most:]
-    names = [f"{_shorten(row['query'])}: {_shorten(row['max_skew_group'], 16)}" for row in rows]
+    names = [f"{shorten(row['query'], LONGEST)}: {shorten(row['max_skew_group'], 16)}" for row in rows]
     axis.barh(range(len(rows)), [row["max_skew"] for row in rows], color="tab:purple")
     axis.axvline(found["max_skew_by_chance"], linestyle="--", color="black", label="mean by chance")
     axis.set_yticks(range(len(rows)), names, fontsize=8)

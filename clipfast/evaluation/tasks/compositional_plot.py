@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..pictures import error_bars, shorten
 from .compositional_scores import MEAN
 
 MOST = 30  # bars of a division; of more, those of the largest groups are drawn
@@ -20,21 +21,16 @@ def groups_plot(results: dict[str, Any], path: Path) -> None:
     divisions = {name: _largest(groups) for name, groups in results["groups"].items()} or {"": {"all cases": results}}
     counts = [len(groups) for groups in divisions.values()]
     figure = Figure(figsize=(max(6.0, 2 + 0.95 * sum(counts)), 4.6), layout="constrained")
-    figure.suptitle(f"{results['model']} on {results['data']}: {results['cases']:,} cases", fontsize=10)
+    title = f"{shorten(results['model'], 60)} on {shorten(results['data'], 60)}: {results['cases']:,} cases"
+    figure.suptitle(title, fontsize=10)
     axes = figure.subplots(1, len(divisions), width_ratios=counts, squeeze=False, sharey=True)[0]
     names = [name for name in results["metrics"] if name != MEAN]
     for axis, (division, groups) in zip(axes, divisions.items(), strict=True):
         for number, name in enumerate(names):
             width = 0.8 / len(names)
             places = [place + width * (number + 0.5) - 0.4 for place in range(len(groups))]
-            values = [100 * found["metrics"][name] for found in groups.values()]
-            ends = [
-                [
-                    abs(value - 100 * found["intervals"][name][end])
-                    for value, found in zip(values, groups.values(), strict=True)
-                ]
-                for end in (0, 1)
-            ]
+            shares, intervals = ([found[kind][name] for found in groups.values()] for kind in ("metrics", "intervals"))
+            values, ends = [100 * share for share in shares], error_bars(shares, intervals)
             axis.bar(places, values, 0.95 * width, color=f"C{number}", label=name)
             axis.errorbar(places, values, ends, fmt="none", color="black", capsize=3)
             for place, value in zip(places, values, strict=True):
@@ -44,7 +40,9 @@ def groups_plot(results: dict[str, Any], path: Path) -> None:
             axis.hlines(
                 chances, [x - width / 2 for x in places], [x + width / 2 for x in places], "tab:red", "--", label=label
             )
-        axis.set_xticks(range(len(groups)), list(groups), rotation=30 if max(map(len, groups)) > 8 else 0)
+        axis.set_xticks(
+            range(len(groups)), [shorten(name, 30) for name in groups], rotation=30 if max(map(len, groups)) > 8 else 0
+        )
         axis.set_xlabel(division)
     axes[0].set(ylabel="right, %, with 95% intervals", ylim=(0, 104))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names) + 1)

@@ -10,17 +10,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
-    Session,
     add_data_arguments,
     add_model_arguments,
     add_output_arguments,
     add_prompt_arguments,
     add_run_arguments,
     check_outputs,
+    encoded_by,
     labelled_set,
     read_classnames,
     read_templates,
-    report_left_out,
     result_of,
     session,
     write_results,
@@ -29,7 +28,6 @@ from ..arguments import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..encoder import Encoder
     from ..features import LabelledFeatures
     from ..labelled import LabelledSet
     from .overlap_pairs import Pairs
@@ -90,9 +88,9 @@ def run(args: argparse.Namespace) -> int:
 
     with session(args) as at:
         detector = PixelEncoder(at.encoder.device) if args.by == "pixels" else at.encoder
-        found = _features(args, at, images, [at.encoder] if detector is at.encoder else [at.encoder, detector])
+        found = encoded_by(args, at, [at.encoder] if detector is at.encoder else [at.encoder, detector], images)
         test, compared = found[0], found[-1]
-        (train,) = _features(args, at, known, [detector])
+        (train,) = encoded_by(args, at, [detector], known)
         names = at.world.on_main(lambda: names_of(test, classnames))
         classifier = at.encoder.classifier(names, templates, at.store, at.world)
         if not at.world.is_main:
@@ -144,20 +142,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--write {args.write}: the name must end in one of {', '.join(DELIMITERS)}")
     check_target(args.write)
     check_outputs(args)
-
-
-def _features(
-    args: argparse.Namespace, at: Session, images: LabelledSet, encoders: list[Encoder]
-) -> list[LabelledFeatures]:
-    """Return the features of a set by each encoder; empty ones on ranks other than 0."""
-    from ..features import LabelledFeatures, encode_set
-
-    found = encode_set(
-        encoders, images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
-    )
-    if found:
-        report_left_out(found[0].left_out.values())
-    return found or [LabelledFeatures.empty()] * len(encoders)
 
 
 def _thresholds(args: argparse.Namespace) -> list[float]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..pictures import error_bars, shorten
 from .overlap_pairs import LEVEL, Pairs
 
 BINS = 60
@@ -21,7 +22,7 @@ def overlap_plot(results: dict[str, Any], pairs: Pairs, path: Path) -> None:
     """
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     title = f"{results['model']}: {results['data']} against {results['train_data']}"
-    figure.suptitle(title if len(title) <= 130 else title[:129] + "…", fontsize=9)
+    figure.suptitle(shorten(title, 130), fontsize=9)
     similarities, accuracy = figure.subplots(1, 2, width_ratios=(3, 2))
     similarities.hist(pairs.similarity.tolist(), bins=BINS, color="tab:blue", log=True)
     threshold, share = results["threshold"], results["metrics"]["overlap"]
@@ -32,8 +33,7 @@ def overlap_plot(results: dict[str, Any], pairs: Pairs, path: Path) -> None:
     names = [name for name in COLOURS if results["metrics"][name] is not None]
     for place, name in enumerate(names):
         value = 100 * results["metrics"][name]
-        low, high = (100 * end for end in results["intervals"][name])
-        ends = [[max(0.0, value - low)], [max(0.0, high - value)]]
+        ends = error_bars([results["metrics"][name]], [results["intervals"][name]])
         accuracy.errorbar(place, value, ends, fmt="o", capsize=4, color=COLOURS[name])
         accuracy.annotate(f"{value:.1f}", (place, value), textcoords="offset points", xytext=(8, -3), fontsize=9)
     counts = {"acc1": "all", "acc1_overlap": "overlap", "acc1_clean": "clean"}

@@ -15,12 +15,12 @@ from ..arguments import (
     add_prompt_arguments,
     add_run_arguments,
     check_outputs,
+    encoded_by,
     labelled_set,
     load_encoder,
     named_models,
     read_classnames,
     read_templates,
-    report_left_out,
     session,
     write_results,
 )
@@ -91,8 +91,8 @@ def run(args: argparse.Namespace) -> int:
     first, weights = named[0]
     with session(argparse.Namespace(**{**vars(args), "model": first, "pretrained": weights or None})) as at:
         encoders = _encoders(args, at, named[1:])
-        found = _features(args, at, encoders, base)
-        shifted = {shift.name: _features(args, at, _prepared(encoders, shift), shift.images) for shift in shifts}
+        found = encoded_by(args, at, encoders, base)
+        shifted = {shift.name: encoded_by(args, at, _prepared(encoders, shift), shift.images) for shift in shifts}
         subsets: dict[str, ClassSubset] = {}
 
         def prepare() -> list[str]:
@@ -203,23 +203,6 @@ def _prepared(encoders: Sequence[Encoder], shift: ShiftedSet) -> list[Encoder]:
     return [PreparedEncoder.of(encoder, shift.change) for encoder in encoders]
 
 
-def _features(
-    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], images: LabelledSet, *, report: bool = True
-) -> list[LabelledFeatures]:
-    """Return the features of a set by each model, and name the images that are left out on stderr.
-
-    On ranks other than 0 the features are empty.
-    """
-    from ..features import LabelledFeatures, encode_set
-
-    found = encode_set(
-        encoders, images, batch_size=args.batch_size, workers=args.workers, store=at.store, world=at.world
-    )
-    if found and report:
-        report_left_out(found[0].left_out.values())
-    return found or [LabelledFeatures.empty()] * len(encoders)
-
-
 def _synthetic_features(
     args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], base: LabelledSet, shifts: Sequence[Shift]
 ) -> dict[Shift, list[LabelledFeatures]]:
@@ -235,7 +218,7 @@ def _synthetic_features(
     for start in range(0, len(shifts), count):
         some = shifts[start : start + count]
         prepared = [PreparedEncoder.of(encoder, shift) for shift in some for encoder in encoders]
-        features = _features(args, at, prepared, base, report=False)
+        features = encoded_by(args, at, prepared, base, report=False)
         for number, shift in enumerate(some):
             found[shift] = features[number * len(encoders) : (number + 1) * len(encoders)]
     return found

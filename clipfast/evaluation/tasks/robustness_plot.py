@@ -12,6 +12,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 
 from ..effective_robustness import AVERAGE, Line, Point, is_usable
 from ..labelled import LabelledSet
+from ..pictures import shorten
 from ..shifts import SHIFTS, STRENGTHS, Shift
 from .robustness_results import SYNTHETIC
 from .robustness_table import name_of
@@ -33,7 +34,7 @@ def robustness_plot(results: Mapping[str, Any], path: Path) -> None:
     kinds = list(dict.fromkeys(row["shift"] for row in results["synthetic"]))
     columns = min(COLUMNS, len(sets) + len(kinds))
     rows = math.ceil((len(sets) + len(kinds)) / columns)
-    height = 3.9 * rows + 0.15 * len(results["models"]) + 0.8
+    height = 3.9 * rows + 0.3 * len(results["models"]) / min(2, columns) + 0.8
     figure = Figure(figsize=(max(4.6 * columns, 5.5), height), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
     for name, axis in zip(sets, axes, strict=False):
@@ -46,8 +47,10 @@ def robustness_plot(results: Mapping[str, Any], path: Path) -> None:
     for axis in axes:
         for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
             handles.setdefault(label, handle)
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=2, fontsize=9)
-    figure.suptitle(f"base: {_shorten(results['dataset'], 50)}, {results['classes']:,} classes", fontsize=11)
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(2, columns), fontsize=9)
+    figure.suptitle(
+        f"base: {shorten(results['dataset'], 50, keep_end=True)}, {results['classes']:,} classes", fontsize=11
+    )
     figure.savefig(path, dpi=110)
 
 
@@ -77,8 +80,8 @@ def _scatter(axis: Axes, results: Mapping[str, Any], name: str) -> None:
     axis.set_title(means.get(name, name), fontsize=10)
     axis.set(xscale="logit", yscale="logit", xlim=(left, right), ylim=(bottom, top))
     axis.set(xlabel="top-1 on the base, same classes, %", ylabel="top-1 on the shifted set, %")
-    for scale, ends in ((axis.xaxis, (left, right)), (axis.yaxis, (bottom, top))):
-        scale.set_major_locator(FixedLocator(_ticks(*ends)))
+    for scale, limits in ((axis.xaxis, (left, right)), (axis.yaxis, (bottom, top))):
+        scale.set_major_locator(FixedLocator(_ticks(*limits)))
         scale.set_major_formatter(FuncFormatter(lambda share, _: f"{100 * share:g}"))
         scale.set_minor_locator(NullLocator())
     axis.grid(alpha=0.3)
@@ -133,7 +136,7 @@ def _strengths(axis: Axes, results: Mapping[str, Any], kind: str) -> None:
 def _style(number: int, model: str, line: str) -> dict[str, Any]:
     return {
         "marker": MARKERS[number % len(MARKERS)], "color": f"C{number + 1}", "linestyle": line, "markersize": 6,
-        "label": _shorten(model, 45),
+        "label": shorten(model, 45, keep_end=True),
     }  # fmt: skip
 
 
@@ -152,8 +155,8 @@ def examples_sheet(base: LabelledSet, results: Mapping[str, Any], path: Path) ->
     chosen = [round((number + 0.5) * places / len(kinds)) for number in range(len(kinds))]
     images = [found.image for start in chosen if (found := _first_from(base, start, places)) is not None]
     figure = Figure(figsize=(1.75 * (len(STRENGTHS) + 1), 1.95 * len(kinds) + 0.6), layout="constrained")
-    about = f"top-1 accuracy of {_shorten(first, 40)} on {_shorten(results['dataset'], 40)}"
-    figure.suptitle(f"synthetic shifts, and the {about}", fontsize=10)
+    model, data = (shorten(name, 40, keep_end=True) for name in (first, results["dataset"]))
+    figure.suptitle(f"synthetic shifts, and the top-1 accuracy of {model} on {data}", fontsize=10)
     axes = figure.subplots(len(kinds), len(STRENGTHS) + 1, squeeze=False)
     for kind, image, line in zip(kinds, itertools.cycle(images), axes, strict=False):
         of_kind = {row["strength"]: row for row in rows if row["shift"] == kind}
@@ -204,7 +207,3 @@ def _ticks(low: float, high: float) -> list[float]:
     if len(usual) > 1:
         return usual
     return [tick / 100 for tick in MaxNLocator(5).tick_values(100 * low, 100 * high) if 100 * low <= tick <= 100 * high]
-
-
-def _shorten(text: str, length: int) -> str:
-    return text if len(text) <= length else "…" + text[1 - length :]
