@@ -1,0 +1,74 @@
+"""Every command and program of docs/use.md runs, with a small model."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from clipfast import create_model
+from clipfast.checkpoint import export_open_clip
+from clipfast.cli import main
+from clipfast.ranks import run_ranks
+
+from ..clip.conftest import picture, sample, write_shard
+from ..clip.test_training_docs import as_rank
+
+pytest.importorskip("pyarrow")
+
+PAGE = (Path(__file__).parent.parent.parent / "docs/use.md").read_text()
+BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
+COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the model and the data that the page names."""
+    folder = tmp_path_factory.mktemp("use")
+    torch.manual_seed(0)
+    export_open_clip(create_model("ViT-T-8-32"), folder / "runs/demo")
+    (folder / "data").mkdir()
+    for number in range(2):
+        write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
+    for seed, name in enumerate(("beach.png", "day 2/cat.png", "day 2/dog.png")):
+        (folder / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "photos" / name).write_bytes(picture(seed))
+    return folder
+
+
+@pytest.mark.long
+def test_the_page(folder, tmp_path, monkeypatch, capsys):
+    """In the order of the page, since some go on with what others have made."""
+    monkeypatch.chdir(folder)
+    for number, (kind, block) in enumerate(BLOCKS):
+        if kind == "python":
+            exec(block, {})
+            continue
+        for line in block.splitlines():
+            program, *arguments = shlex.split(line)
+            # all emoji take longer than what is tested here
+            arguments = ["data/{000..001}.tar" if word.startswith("bundled:") else word for word in arguments]
+            if "open_clip:" in line and not _has_open_clip():
+                continue
+            if program == "torchrun":
+                start = arguments.index("--") + 1
+                assert arguments[:start] == ["--nproc-per-node", "2", "-m", "clipfast", "--"]
+                (tmp_path / f"{number}").mkdir()
+                assert run_ranks(as_rank, 2, str(folder), arguments[start:], folder=tmp_path / f"{number}") == ["", ""]
+                continue
+            assert program == "clipfast"
+            assert main(arguments) == 0, (line, capsys.readouterr().err)
+
+
+def _has_open_clip():
+    try:
+        import open_clip  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def test_the_page_shows_every_way_to_embed():
+    for flag in ("--images", "--texts", "--metadata", "--precision", "--part-size"):
+        assert any(flag in command.split() for command in COMMANDS), flag
