@@ -20,6 +20,17 @@ COMMANDS = {
         "compute the features of pictures and texts, to search them and look at them",
         "clipfast.search.embed_command",
     ),
+    "search": (
+        "find the pictures of an embedded folder by words, by a picture, or by both",
+        "clipfast.search.search_command",
+    ),
+    "dedup": ("find near duplicates among the pictures of an embedded folder", "clipfast.search.dedup_command"),
+    "filter": (
+        "choose the pairs of an embedded folder whose image and text fit together",
+        "clipfast.search.filter_command",
+    ),
+    "cluster": ("group the pictures of an embedded folder by likeness", "clipfast.search.cluster_command"),
+    "classify": ("say which of some labels fits pictures", "clipfast.search.classify_command"),
     "interpolate": (
         "mix the weights of two checkpoints, evaluate the models between them, and plot it (WiSE-FT)",
         "clipfast.evaluation.interpolate_command",

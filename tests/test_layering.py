@@ -16,9 +16,9 @@ ROOT = Path(__file__).parent.parent
 # What pyproject.toml's extras install, what only some tests compare with, and what a machine that was made for PyTorch
 # and Triton lacks.
 OPTIONAL = [
-    "accelerate", "braceexpand", "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip", "open_clip_train",
-    "peft", "pyarrow", "pynvml", "ray", "safetensors", "selenium", "sklearn", "tensorboard", "timm", "tokenizers",
-    "torchvision", "tqdm", "transformers", "ttsem", "wandb", "wcwidth", "webdataset", "yaml",
+    "accelerate", "braceexpand", "faiss", "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip",
+    "open_clip_train", "peft", "pyarrow", "pynvml", "ray", "safetensors", "selenium", "sklearn", "tensorboard", "timm",
+    "tokenizers", "torchvision", "tqdm", "transformers", "ttsem", "wandb", "wcwidth", "webdataset", "yaml",
 ]  # fmt: skip
 # From the lowest layer up: the folder, and the name that its modules are imported by.
 LAYERS = {"kernels": "clipfast.kernels", "clipfast": "clipfast", "bench": "clipfast.bench", "tests": "tests"}

@@ -139,12 +139,21 @@ def check_outputs(args: argparse.Namespace, **drawn: Path | None) -> None:
     drawn = {"plot": args.plot, **drawn}
     check_target(args.json, *drawn.values(), getattr(args, "html", None))
     for name, path in drawn.items():
-        if path:
-            from matplotlib.figure import Figure
+        check_drawn(name, path)
 
-            known = Figure().canvas.get_supported_filetypes()
-            if path.suffix[1:].lower() not in known:
-                raise ValueError(f"--{name} {path}: the name must end in one of .{', .'.join(sorted(known))}")
+
+def check_drawn(name: str, path: Path | None) -> None:
+    """Refuse a file to draw if its name has no format that can be drawn; ``name`` is that of the flag.
+
+    Raises:
+        ValueError: as above.
+    """
+    if path is not None:
+        from matplotlib.figure import Figure
+
+        known = Figure().canvas.get_supported_filetypes()
+        if path.suffix[1:].lower() not in known:
+            raise ValueError(f"--{name} {path}: the name must end in one of .{', .'.join(sorted(known))}")
 
 
 def steps_drawer(

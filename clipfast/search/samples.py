@@ -131,6 +131,16 @@ class Samples:
             return Skipped(name, error.kind, str(error))
         return Sample(image, texts[0] if texts else None, self._row(number, raw, texts, image))
 
+    def files(self, number: int) -> dict[str, bytes]:
+        """Return the files of a sample by their extensions, as they are.
+
+        Raises:
+            SampleError: it cannot be read.
+        """
+        source, within = self._place(number)
+        found = source.read(within, self.keys)
+        return {name: data for name, data in found.items() if not name.startswith("__") and isinstance(data, bytes)}
+
     def _place(self, number: int) -> tuple[Source, int]:
         """Return the source that a sample is in, and its number there."""
         place = bisect.bisect_right(self.first, number) - 1

@@ -1,0 +1,151 @@
+"""What the commands on a folder of embeddings share: their arguments, the model, and the pictures that they show."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.arguments import add_model_arguments, load_encoder
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from ..evaluation.encoder import Encoder
+    from .embeddings import Embeddings
+    from .gallery import Item
+
+NAMES = ("key", "image_path", "caption")  # columns that tell an item from others
+
+
+def add_folder_argument(parser: argparse.ArgumentParser) -> None:
+    """Add the folder of embeddings."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="embeddings, as clipfast embed writes them")
+
+
+def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
+    """Add what names the model and says where it runs."""
+    add_model_arguments(parser, required=required)
+    add_device_argument(parser)
+    backends = ("auto", "triton", "torch")
+    parser.add_argument("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what computes."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+
+
+def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
+    """Add in which forms results go out; ``page`` says what is on the page."""
+    add = parser.add_argument
+    add("--html", type=Path, metavar="FILE", help=f"write a page with {page} to this file")
+    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
+    add("--traceback", action="store_true", help="show where an error was raised")
+
+
+def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
+    """Return the model that made the embeddings.
+
+    Raises:
+        ValueError: they do not name it, it cannot be loaded, or the one that the arguments name is another one.
+    """
+    from ..training.world import ALONE
+
+    about = embeddings.about
+    model, pretrained = args.model, args.pretrained
+    if model is None:
+        if "model" not in about:
+            raise ValueError(f"{args.folder} does not say which model made it: give it to --model")
+        model, pretrained = about["model"], pretrained or about.get("pretrained")
+    encoder = load_encoder(args, model, pretrained, ALONE)
+    if about.get("digest", encoder.digest) != encoder.digest:
+        raise ValueError(
+            f"{args.folder} was embedded with {about.get('model')}, and {model} has other weights or prepares images "
+            "and texts in another way: their features cannot be compared. Give that model to --model, or embed again"
+        )
+    return encoder
+
+
+def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
+    """Return the features of one kind.
+
+    Raises:
+        ValueError: there are none, or not one item.
+    """
+    found = embeddings.features if kind == "image" else embeddings.text_features
+    if found is None:
+        raise ValueError(f"{use} needs {kind} features, and there are none: embed again with --{kind}s")
+    if not len(found):
+        raise ValueError("the embeddings have no items")
+    return found
+
+
+def names_of(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what tells an item from others."""
+    return {name: row[name] for name in NAMES if row.get(name) is not None}
+
+
+def row_of(embeddings: Embeddings, place: int) -> dict[str, Any]:
+    """Return the metadata of an item."""
+    found: dict[str, Any] = embeddings.metadata.slice(place, 1).to_pylist()[0]
+    return found
+
+
+class Pictures:
+    """The pictures of embeddings, read again from what they were made from.
+
+    Raises:
+        ValueError: that has changed since.
+    """
+
+    def __init__(self, embeddings: Embeddings) -> None:
+        from .samples import Samples
+
+        self.embeddings = embeddings
+        self.samples: Samples | None = None
+        if embeddings.about.get("images") and "keys" in embeddings.about:
+            self.samples = Samples.of(embeddings.about)
+            if self.samples.about()["stamp"] != embeddings.about["stamp"]:
+                raise ValueError(f"{self.samples.data} has changed since it was embedded: embed it again")
+
+    def item(self, place: int, score: float | None = None, group: str = "", **more: Any) -> Item:
+        """Return an item to show, with its picture if it can be read."""
+        from .gallery import Item
+
+        row = row_of(self.embeddings, place)
+        path = str(row.get("image_path") or row.get("key") or "")
+        others = {name: value for name, value in row.items() if name not in NAMES}
+        caption = str(row.get("caption") or "")
+        return Item(self._image(row, path), caption, score, path, group, {**more, **others})
+
+    def _image(self, row: Mapping[str, Any], path: str) -> Any:
+        if self.samples is None:
+            return Path(path) if Path(path).is_file() else None
+        return getattr(self.samples.read(row["number"]), "image", None)  # one that is left out by now has none
+
+
+def write_gallery(path: Path, title: str, items: Iterable[Item], about: str) -> None:
+    """Write a page of pictures.
+
+    Raises:
+        DiskFullError: there is no space.
+    """
+    from .gallery import gallery
+
+    gallery(path, title, items, about=about)
+
+
+def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:
+    """Write the keys of items, one a line.
+
+    Raises:
+        ValueError: the metadata have no keys.
+        DiskFullError: there is no space.
+    """
+    from ..files import replace_text
+
+    if "key" not in embeddings.metadata.column_names:
+        raise ValueError("the metadata have no column 'key'")
+    keys = embeddings.metadata.column("key").to_pylist()
+    replace_text(path, "".join(f"{keys[place]}\n" for place in places))

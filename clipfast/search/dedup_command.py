@@ -1,0 +1,119 @@
+"""``clipfast dedup``: near duplicates among the pictures of an embedded folder."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.arguments import write_results
+from .arguments import add_device_argument, add_folder_argument, add_result_arguments
+
+if TYPE_CHECKING:
+    from .arguments import Pictures
+    from .duplicates import Group
+    from .embeddings import Embeddings
+    from .gallery import Item
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
+SHOWN = 200  # groups on the page
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "dedup",
+        help="find near duplicates among the pictures of an embedded folder",
+        description="Find all pairs of pictures whose features have a cosine of at least --threshold, join them to "
+        "groups, and choose the one of each group that is kept. A group may be a chain: its first and last picture "
+        "need not be near duplicates. Items with an equal column sha256 or md5 are duplicates too.",
+        epilog="Example: clipfast dedup embedded --threshold 0.95 --keep largest --html duplicates.html",
+    )
+    add = parser.add_argument
+    add_folder_argument(parser)
+    threshold = "cosine from which on two pictures are near duplicates (default: 0.95)"
+    add("--threshold", type=float, default=0.95, metavar="FLOAT", help=threshold)
+    keep = "of a group, keep the first, the largest by width x height, or the one that fits its caption best"
+    add("--keep", choices=("first", "largest", "best"), default="first", help=f"{keep} (default: first)")
+    add("--write", type=Path, metavar="FILE", help="write the groups as a table (.csv or .tsv)")
+    add("--write-keys", type=Path, metavar="FILE", help="write the keys of all items that are kept, one a line")
+    add_device_argument(parser)
+    add_result_arguments(parser, f"the groups, of which the {SHOWN} largest are shown")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Find the duplicates, say how many there are, and return the exit code."""
+    from ..files import check_target
+
+    if not -1 <= args.threshold <= 1:
+        raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
+    if args.write and args.write.suffix.lower() not in DELIMITERS:
+        raise ValueError(f"--write {args.write}: the name must end in one of {', '.join(DELIMITERS)}")
+    check_target(args.write, args.write_keys, args.json, args.html)
+    from tqdm import tqdm
+
+    from ..factory import resolve_device
+    from .arguments import Pictures, features_of, write_gallery, write_keys
+    from .duplicates import near_duplicates
+    from .embeddings import Embeddings
+
+    embeddings = Embeddings.open(args.folder)
+    features_of(embeddings, "image", "dedup")
+    pictures = Pictures(embeddings) if args.html else None
+    groups = near_duplicates(
+        embeddings, args.threshold, args.keep, device=resolve_device(args.device),
+        progress=lambda blocks: tqdm(blocks, desc="pairs", unit="block", disable=None),
+    )  # fmt: skip
+    dropped = {place for group in groups for place in group.dropped}
+    results = {
+        "data": str(args.folder), "items": len(embeddings), "threshold": args.threshold, "keep": args.keep,
+        "groups": len(groups), "dropped": len(dropped), "kept": len(embeddings) - len(dropped),
+        "largest_group": max((1 + len(group.dropped) for group in groups), default=0),
+    }  # fmt: skip
+    if args.write:
+        _write(args.write, embeddings, groups)
+    if args.write_keys:
+        write_keys(args.write_keys, embeddings, (place for place in range(len(embeddings)) if place not in dropped))
+    if pictures is not None:
+        write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), _sentence(results))
+    write_results(args, results, table=_sentence(results) if args.table else None)
+    return 0
+
+
+def _sentence(results: dict[str, Any]) -> str:
+    return (
+        f"{results['items']:,} pictures, of which {results['dropped']:,} are near duplicates of others (cosine of "
+        f"{results['threshold']:g} or more) in {results['groups']:,} groups; {results['kept']:,} are kept, of each "
+        f"group the {results['keep']} one"
+    )
+
+
+def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
+    """Yield the pictures of the largest groups, each after the one that is kept."""
+    largest = sorted(groups, key=lambda group: -len(group.dropped))[:SHOWN]
+    for number, group in enumerate(largest, 1):
+        name = f"group {number}"
+        yield pictures.item(group.kept, 1.0, name, kept=f"yes: {group.why}")
+        for place, similarity in zip(group.dropped, group.similarity, strict=True):
+            yield pictures.item(place, similarity, name, kept="no")
+
+
+def _write(path: Path, embeddings: Embeddings, groups: list[Group]) -> None:
+    """Write a line for each item of each group."""
+    from ..files import replace_text
+    from .arguments import NAMES, row_of
+
+    stream = io.StringIO()
+    table = csv.writer(stream, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n")
+    table.writerow(["group", "kept", "similarity", "why", "place", *NAMES])
+    for number, group in enumerate(groups, 1):
+        rows = [(group.kept, 1.0, group.why), *((*of, "") for of in zip(group.dropped, group.similarity, strict=True))]
+        for place, similarity, why in rows:
+            row = row_of(embeddings, place)
+            kept = int(place == group.kept)
+            table.writerow([number, kept, f"{similarity:.6f}", why, place, *(row.get(name) for name in NAMES)])
+    replace_text(path, stream.getvalue())

@@ -1,0 +1,161 @@
+"""``clipfast filter``: choose the pairs of an embedded folder whose image and text fit together."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.arguments import write_results
+from .arguments import add_folder_argument, add_result_arguments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from .arguments import Pictures
+    from .embeddings import Embeddings
+    from .gallery import Item
+
+SHOWN = 24  # pictures at each place of the page
+SHARES = (0.05, 0.25, 0.5, 0.75, 0.95)  # of the quantiles in the results
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "filter",
+        help="choose the pairs of an embedded folder whose image and text fit together",
+        description="Score each pair by the cosine of its image and its text, and keep those with a least score, or "
+        "the share with the highest scores (0.3 in DataComp's baseline).",
+        epilog="Example: clipfast filter embedded --top 0.3 --write-shards kept --html around.html",
+    )
+    add = parser.add_argument
+    add_folder_argument(parser)
+    add("--min-score", type=float, metavar="FLOAT", help="keep pairs with at least this score, such as 0.28")
+    add("--top", type=float, metavar="FLOAT", help="keep this share of the pairs, those of the highest scores")
+    add("--write-keys", type=Path, metavar="FILE", help="write the keys of the pairs that are kept, one a line")
+    shards = "copy the pairs that are kept to tar shards of 10,000 in this folder, which must not exist"
+    add("--write-shards", type=Path, metavar="FOLDER", help=shards)
+    plot = "draw the distribution of scores, in the format that the name ends in, such as .png, .svg or .pdf"
+    add("--plot", type=Path, metavar="FILE", help=plot)
+    add_result_arguments(parser, "pairs of the highest and lowest scores, and around the threshold")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Filter, say how many pairs are kept, and return the exit code."""
+    _check(args)
+    from .arguments import Pictures, features_of, write_gallery, write_keys
+    from .embeddings import Embeddings
+    from .filtering import chosen, pair_scores
+
+    embeddings = Embeddings.open(args.folder)
+    scores = pair_scores(*(features_of(embeddings, kind, "filter") for kind in ("image", "text")))
+    kept = chosen(scores, min_score=args.min_score, top=args.top)
+    pictures = Pictures(embeddings) if args.html or args.write_shards else None
+    results = _results(args, scores, kept)
+    if args.write_keys:
+        write_keys(args.write_keys, embeddings, kept.nonzero().squeeze(1).tolist())
+    if args.write_shards:
+        assert pictures is not None
+        _write_shards(args.write_shards, pictures, embeddings, kept)
+    if args.plot:
+        _plot(args.plot, scores, results)
+    if args.html:
+        assert pictures is not None
+        write_gallery(args.html, f"Image-text scores in {args.folder}", _items(pictures, scores, kept), _table(results))
+    write_results(args, results, table=_table(results) if args.table else None)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Refuse what cannot work before anything is read.
+
+    Raises:
+        ValueError: no or two criteria are given, or one is out of range, or something cannot be written.
+    """
+    from ..evaluation.arguments import check_drawn
+    from ..files import check_target
+
+    if (args.min_score is None) == (args.top is None):
+        raise ValueError("give either --min-score or --top")
+    if args.top is not None and not 0 < args.top <= 1:
+        raise ValueError(f"--top must be more than 0 and at most 1, got {args.top:g}")
+    if args.min_score is not None and not -1 <= args.min_score <= 1:
+        raise ValueError(f"--min-score must be from -1 to 1, got {args.min_score:g}")
+    check_target(args.write_keys, args.json, args.html, args.plot)
+    check_drawn("plot", args.plot)
+    if args.write_shards is not None:
+        if args.write_shards.exists():
+            raise ValueError(f"--write-shards {args.write_shards}: there is something; give a new folder")
+        if not args.write_shards.absolute().parent.is_dir():
+            raise ValueError(f"--write-shards {args.write_shards}: there is no folder {args.write_shards.parent}")
+
+
+def _results(args: argparse.Namespace, scores: Tensor, kept: Tensor) -> dict[str, Any]:
+    import numpy as np
+
+    values = np.quantile(scores.numpy(), SHARES)  # torch's takes 16 million values at most
+    least = float(scores[kept].min()) if kept.any() else None
+    return {
+        "data": str(args.folder), "pairs": len(scores), "kept": int(kept.sum()), "min_score": args.min_score,
+        "top": args.top, "least_kept": least, "mean": float(scores.double().mean()),
+        "quantiles": {f"{share:g}": float(value) for share, value in zip(SHARES, values, strict=True)},
+    }  # fmt: skip
+
+
+def _table(results: dict[str, Any]) -> str:
+    share = results["kept"] / results["pairs"]
+    least = "" if results["least_kept"] is None else f", with scores from {results['least_kept']:.4f} on"
+    values = ", ".join(f"{float(key):.0%} {value:.4f}" for key, value in results["quantiles"].items())
+    return (
+        f"{results['kept']:,} of {results['pairs']:,} pairs ({share:.1%}) are kept{least}; mean {results['mean']:.4f}, "
+        f"quantiles {values}"
+    )
+
+
+def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
+    """Yield pairs of the highest scores, the last that are kept, the first that are not, and those of the lowest."""
+    order = scores.sort(descending=True, stable=True).indices
+    inside, outside = order[kept[order]].tolist(), order[~kept[order]].tolist()
+    parts = {
+        "highest scores": inside[:SHOWN],
+        "just kept": inside[SHOWN:][-SHOWN:],
+        "just left out": outside[:SHOWN],
+        "lowest scores": outside[SHOWN:][-SHOWN:],
+    }
+    for name, places in parts.items():
+        for place in places:
+            yield pictures.item(place, float(scores[place]), name)
+
+
+def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept: Tensor) -> None:
+    from tqdm import tqdm
+
+    from .shard_writer import write_shards
+
+    if pictures.samples is None:
+        raise ValueError("--write-shards needs the data that were embedded, and the embeddings do not name them")
+    numbers = embeddings.metadata.column("number").to_pylist()
+    wanted = [numbers[place] for place in kept.nonzero().squeeze(1).tolist()]
+    with tqdm(total=len(wanted), desc="copying", unit="sample", disable=None) as bar:
+        lost = write_shards(folder, pictures.samples, wanted, advance=bar.update)
+    for loss in lost:
+        print(f"clipfast filter: left out {loss}", file=sys.stderr)
+
+
+def _plot(path: Path, scores: Tensor, results: dict[str, Any]) -> None:
+    """Draw a histogram of the scores, with the least score that is kept."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axis = figure.subplots()
+    axis.hist(scores.numpy(), bins=100, color="tab:blue")
+    axis.set(xlabel="cosine of image and text", ylabel="pairs", title=f"{results['data']}: {results['pairs']:,} pairs")
+    if results["least_kept"] is not None:
+        label = f"{results['kept']:,} are kept from {results['least_kept']:.4f} on"
+        axis.axvline(results["least_kept"], color="tab:orange", label=label)
+        axis.legend()
+    figure.savefig(path, dpi=120)

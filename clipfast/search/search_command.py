@@ -1,0 +1,189 @@
+"""``clipfast search``: the pictures of an embedded folder that are most like words, a picture, or both."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..evaluation.arguments import read_queries, write_results
+from .arguments import add_encoder_arguments, add_folder_argument, add_result_arguments
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..evaluation.encoder import Encoder
+    from .embeddings import Embeddings, Found
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "search",
+        help="find the pictures of an embedded folder by words, by a picture, or by both",
+        description="Find the items of an embedded folder that are most like words, a picture, or both, exactly. The "
+        "model is the one that made DIR, unless --model says where else it is.",
+        epilog="Example: clipfast search embedded --text 'a red flower' --where 'width >= 256' --html found.html",
+    )
+    add = parser.add_argument
+    add_folder_argument(parser)
+    add("--text", nargs="+", default=[], metavar="WORDS", help="texts to search by, each in quotes")
+    add("--queries", type=Path, metavar="FILE", help="texts to search by, one a line")
+    add("--image", nargs="+", default=[], type=Path, metavar="FILE", help="pictures to search by")
+    weight = "with texts and pictures: the share of the picture in a query, from 0 to 1 (default: 0.5)"
+    add("--weight", type=float, default=0.5, metavar="FLOAT", help=weight)
+    add("--k", type=int, default=10, metavar="INT", help="how many items to find for each query (default: 10)")
+    where = 'find only items whose metadata fulfil this, such as "width >= 256 and caption contains cat"'
+    add("--where", metavar="EXPR", help=where)
+    add("--kind", choices=("image", "text"), default="image", help="search images or texts (default: image)")
+    index = (
+        "exact, or faiss for an approximate index, which is made once and kept in DIR (pip install 'clipfast[search]')"
+    )
+    add("--index", choices=("exact", "faiss"), default="exact", help=f"{index} (default: exact)")
+    add_encoder_arguments(parser)
+    add_result_arguments(parser, "what was found")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search, show what was found, and return the exit code."""
+    from ..files import check_target
+
+    texts = [*args.text, *(read_queries(args.queries) if args.queries else [])]
+    _check(args, texts)
+    check_target(args.json, args.html)
+    from .arguments import Pictures, encoder_of, features_of, write_gallery
+    from .embeddings import Embeddings
+
+    embeddings = Embeddings.open(args.folder)
+    features_of(embeddings, args.kind, f"search --kind {args.kind}")
+    mask = None if args.where is None else embeddings.mask(args.where)
+    if mask is not None and not mask.any():
+        raise ValueError(f"--where {args.where!r} holds for none of the {len(embeddings):,} items")
+    pictures = Pictures(embeddings) if args.html else None
+    encoder = encoder_of(args, embeddings)
+    names, queries = query_features(encoder, texts, args.image, args.weight)
+    if args.index == "faiss":
+        from .approximate import search
+
+        found, index = search(embeddings, args.folder, queries.cpu(), args.k, mask, args.kind)
+    else:
+        found, index = embeddings.search(queries.cpu(), args.k, where=mask, kind=args.kind), None
+    results = _results(args, embeddings, names, found, index)
+    if pictures is not None:
+        items = (
+            pictures.item(one["place"], one["score"], query["query"] if len(names) > 1 else "")
+            for query in results["queries"]
+            for one in query["found"]
+        )
+        about = f"The {args.k} best of {results['items']:,} items in {args.folder} by {encoder.name}."
+        write_gallery(args.html, f"Search: {'; '.join(names)}"[:200], items, about)
+    write_results(args, results, table=_table(results) if args.table else None)
+    return 0
+
+
+def _check(args: argparse.Namespace, texts: list[str]) -> None:
+    """Refuse what cannot be searched for.
+
+    Raises:
+        ValueError: there is no query, texts and pictures do not make pairs, or a number is out of range.
+    """
+    if not texts and not args.image:
+        raise ValueError("give what to search for: --text, --queries or --image")
+    if texts and args.image and 1 not in (len(texts), len(args.image)) and len(texts) != len(args.image):
+        raise ValueError(
+            f"{len(texts)} texts and {len(args.image)} pictures: give as many of both, or one of either, which is "
+            "combined with each of the others"
+        )
+    if not 0 <= args.weight <= 1:
+        raise ValueError(f"--weight must be from 0 to 1, got {args.weight:g}")
+    if args.k < 1:
+        raise ValueError(f"--k must be at least 1, got {args.k}")
+    if any(not text.strip() for text in texts):
+        raise ValueError("a text to search for is empty")
+    missing = [path for path in args.image if not path.is_file()]
+    if missing:
+        raise ValueError(f"--image {missing[0]}: there is no such file")
+
+
+def query_features(
+    encoder: Encoder, texts: list[str], images: list[Path], weight: float = 0.5
+) -> tuple[list[str], Tensor]:
+    """Return names and unit features of queries by texts, by pictures, or by pairs of both.
+
+    Args:
+        encoder: the model.
+        texts, images: as many of both, one of either, or only one kind.
+        weight: the share of the picture.
+
+    Raises:
+        ImageError: a picture cannot be used.
+    """
+    import torch.nn.functional as F
+
+    by_text = encoder.texts(texts) if texts else None
+    by_image = None
+    if images:
+        by_image = image_features(encoder, images)
+    if by_text is None or by_image is None:
+        only = by_image if by_text is None else by_text
+        assert only is not None
+        return texts or [str(path) for path in images], only
+    count = max(len(texts), len(images))
+    pairs = zip(texts * (count // len(texts)), images * (count // len(images)), strict=True)
+    return [f"{text} + {path}" for text, path in pairs], F.normalize(weight * by_image + (1 - weight) * by_text, dim=1)
+
+
+def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
+    """Return the unit features of pictures in files.
+
+    Raises:
+        ImageError: one of them cannot be used.
+    """
+    import torch
+
+    from ..images import ImageError, open_image
+
+    found = []
+    for path in images:
+        try:
+            found.append(encoder.images(encoder.transform(open_image(path))[None]))
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}", error.kind) from error
+    return torch.cat(found)
+
+
+def _results(
+    args: argparse.Namespace, embeddings: Embeddings, names: list[str], found: Found, index: dict[str, Any] | None
+) -> dict[str, Any]:
+    from .arguments import names_of, row_of
+
+    queries = []
+    for name, scores, places in zip(names, found.scores.tolist(), found.indices.tolist(), strict=True):
+        best = [
+            {"score": score, "place": place, **names_of(row_of(embeddings, place))}
+            for score, place in zip(scores, places, strict=True)
+            if place >= 0
+        ]
+        queries.append({"query": name, "found": best})
+    about = {"data": str(args.folder), "items": len(embeddings), "model": embeddings.about.get("model", args.model)}
+    return {**about, "where": args.where, "kind": args.kind, "index": index or "exact", "queries": queries}
+
+
+def _table(results: dict[str, Any]) -> str:
+    """Return what was found for people, query by query."""
+    from ..columns import align
+
+    parts = []
+    if results["index"] != "exact":
+        index = results["index"]
+        parts.append(
+            f"index {index['factory']} with {index['probes']} of {index['lists']} lists: recall@{index['k']} "
+            f"{index['recall']:.1%} of exact search, by {index['sample']} queries"
+        )
+    for query in results["queries"]:
+        rows = [["score", "caption", "path"]]
+        for one in query["found"]:
+            rows.append([f"{one['score']:.4f}", one.get("caption", ""), one.get("image_path", one.get("key", ""))])
+        parts.append(f"{query['query']}\n{align(rows, right=(0,))}")
+    return "\n\n".join(parts)
