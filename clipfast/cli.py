@@ -31,6 +31,10 @@ COMMANDS = {
     ),
     "cluster": ("group the pictures of an embedded folder by likeness", "clipfast.search.cluster_command"),
     "classify": ("say which of some labels fits pictures", "clipfast.search.classify_command"),
+    "app": (
+        "search an embedded folder on a page of this machine, by words or a dropped picture",
+        "clipfast.search.app_command",
+    ),
     "interpolate": (
         "mix the weights of two checkpoints, evaluate the models between them, and plot it (WiSE-FT)",
         "clipfast.evaluation.interpolate_command",

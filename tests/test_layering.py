@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 # What pyproject.toml's extras install, what only some tests compare with, and what a machine that was made for PyTorch
 # and Triton lacks.
 OPTIONAL = [
-    "accelerate", "braceexpand", "faiss", "ftfy", "hypothesis", "jsonschema", "matplotlib", "open_clip",
+    "accelerate", "braceexpand", "faiss", "ftfy", "gradio", "hypothesis", "jsonschema", "matplotlib", "open_clip",
     "open_clip_train", "peft", "pyarrow", "pynvml", "ray", "safetensors", "selenium", "sklearn", "tensorboard", "timm",
     "tokenizers", "torchvision", "tqdm", "transformers", "ttsem", "wandb", "wcwidth", "webdataset", "yaml",
 ]  # fmt: skip

@@ -75,7 +75,7 @@ class Embeddings:
         return sum(map(len, self._parts))
 
     def __repr__(self) -> str:
-        held = [f"{kind} features" for kind in KINDS if self._of(self._parts[0], kind) is not None]
+        held = [f"{kind} features" for kind in self.kinds]
         return f"<Embeddings of {len(self)} items: {' and '.join(held)}, {', '.join(self.metadata.column_names)}>"
 
     @property
@@ -94,6 +94,30 @@ class Embeddings:
         if "metadata" not in self._joined:
             self._joined["metadata"] = _joined_tables([part.metadata for part in self._parts])
         return self._joined["metadata"]
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of features that there are: "image", "text", or both."""
+        return tuple(kind for kind in KINDS if self._of(self._parts[0], kind) is not None)
+
+    def feature(self, number: int, kind: str = "image") -> Tensor:
+        """Return the features [D] of one item, without reading those of others.
+
+        Raises:
+            ValueError: there is no such item, or there are no features of this kind.
+        """
+        if kind not in self.kinds:
+            raise ValueError(f"there are no {kind} features")
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self):
+            raise ValueError(f"there is no item {number!r}; there are {len(self)}, from 0 on")
+        place = number
+        for part in self._parts:
+            if place < len(part):
+                break
+            place -= len(part)
+        features = self._of(part, kind)
+        assert features is not None
+        return features[place]
 
     def _features(self, kind: str) -> Tensor | None:
         if kind not in self._joined:

@@ -1,0 +1,251 @@
+"""What the page of ``clipfast app`` does: each function takes what a form holds and returns HTML, without Gradio.
+
+All that comes from the user, from files and from metadata is text, and is shown as text. Pictures stand in the HTML
+itself, as small JPEGs that are made here, so that no address leads to a file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import html
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..evaluation.encoder import Encoder
+from ..evaluation.zero_shot import TEMPLATES
+from ..images import ImageError, open_image
+from ..page import thumbnail
+from .embeddings import Embeddings
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+log = logging.getLogger(__name__)
+IMAGE_PATH = "image_path"  # the column that names the file of a picture
+MAX_FOUND = 200
+MAX_LABELS = 1000
+MAX_TEXT = 10_000  # characters of words, of an expression, or of all labels
+SIDE, LARGE_SIDE = 224, 768  # of pictures, in pixels
+
+
+@dataclasses.dataclass(frozen=True)
+class Pictures:
+    """The picture files that may be shown: those in some folders.
+
+    Attributes:
+        roots: the folders. A link inside them that leads out of them is not followed.
+    """
+
+    roots: Sequence[Path]
+
+    def open(self, path: str | None) -> Image.Image:
+        """Decode a picture.
+
+        Args:
+            path: as the metadata name it: absolute, or relative to the working folder or to one of the folders.
+
+        Raises:
+            ImageError: there is no such file in the folders, or it cannot be decoded.
+        """
+        return open_image(self._file(path))
+
+    def _file(self, path: str | None) -> Path:
+        if not path:
+            raise ImageError("there is no path of a picture")
+        if not self.roots:
+            raise ImageError("no folder of pictures is known: name it with --pictures")
+        try:
+            # a resolved path holds neither links nor "..": what is compared is what is opened
+            found = [name.resolve() for name in (Path(path), *(root / path for root in self.roots))]
+            for file in found:
+                if any(file.is_relative_to(root.resolve()) for root in self.roots) and file.is_file():
+                    return file
+        except (OSError, ValueError) as error:  # a name that no file can have
+            raise ImageError(f"the path cannot be used: {error}") from error
+        raise ImageError("no such file in the folders of pictures")
+
+
+class Desk:
+    """An embedded set with the model that embedded it: what the page asks.
+
+    Args:
+        embeddings: the set.
+        encoder: the model.
+        pictures: the files that may be shown.
+
+    Raises:
+        ValueError: the set is empty, or was embedded by another model.
+    """
+
+    def __init__(self, embeddings: Embeddings, encoder: Encoder, pictures: Pictures) -> None:
+        self.embeddings, self.encoder, self.pictures = embeddings, encoder, pictures
+        if not len(embeddings):
+            raise ValueError("the folder holds no items")
+        self.kind = embeddings.kinds[0]
+        made_by = embeddings.about.get("digest")
+        if made_by is not None and made_by != encoder.digest:
+            raise ValueError(
+                f"the folder was embedded by {embeddings.about.get('model')!r} with other weights than --model "
+                f"{encoder.name}: name the same model, or embed the pictures again"
+            )
+        width, own = len(embeddings.feature(0, self.kind)), encoder.texts([""]).shape[1]
+        if width != own:
+            raise ValueError(
+                f"the features of the folder are {width} wide, those of --model {encoder.name} are {own}: "
+                "name the model that embedded the pictures"
+            )
+
+    def columns(self) -> str:
+        """Return the names of the columns that a filter can name."""
+        names = (f"<code>{html.escape(name)}</code>" for name in self.embeddings.metadata.column_names)
+        return f'<p class="quiet">Columns: {", ".join(names)}</p>'
+
+    def search(self, words: str, picture: str | None, weight: float | None, where: str, k: float | None) -> str:
+        """Return the items that fit words, a picture, or both best.
+
+        Args:
+            words: what is looked for, or "".
+            picture: a file, or None.
+            weight: of the words, from 0 to 1, if there is a picture too.
+            where: an expression that the metadata must fulfil, or "".
+            k: how many items to find.
+
+        Raises:
+            ValueError: there is neither, the picture or the expression cannot be used, or a number is out of range.
+        """
+        words = _checked(words, "words").strip()
+        if not words and not picture:
+            raise ValueError("type some words, drop a picture, or do both")
+        found = []
+        if words:
+            found.append(self.encoder.texts([words])[0])
+        if picture:
+            found.append(self._seen(picture))
+        if len(found) == 2:
+            if weight is None or not 0 <= weight <= 1:
+                raise ValueError(f"the weight of the words must be from 0 to 1, got {weight}")
+            found = [F.normalize(weight * found[0] + (1 - weight) * found[1], dim=0)]
+        return self._found(found[0], where, k)
+
+    def similar(self, row: int, where: str, k: float | None) -> str:
+        """Return the items that are most similar to one of them.
+
+        Raises:
+            ValueError: there is no such item, the expression cannot be used, or ``k`` is out of range.
+        """
+        return self._found(self.embeddings.feature(row, self.kind), where, k)
+
+    def detail(self, row: int) -> str:
+        """Return an item as a large picture with all that is known of it.
+
+        Raises:
+            ValueError: there is no such item.
+        """
+        self.embeddings.feature(row, self.kind)  # refuses what is no item
+        metadata = self._metadata(row)
+        cells = "".join(
+            f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
+            for name, value in metadata.items()
+            if value is not None
+        )
+        similar = f'<button class="similar" data-similar="{row}">Find similar ones</button>'
+        return f'<div class="detail">{self._picture(metadata, LARGE_SIDE)}<div>{similar}<dl>{cells}</dl></div></div>'
+
+    def classify(self, picture: str | None, labels: str, templates: str) -> str:
+        """Return how well each label fits a picture, the best first.
+
+        Args:
+            picture: a file, or None.
+            labels: one in each line.
+            templates: the name of the prompts that are averaged.
+
+        Raises:
+            ValueError: something is missing, unknown, or too much.
+        """
+        names = list(dict.fromkeys(line.strip() for line in _checked(labels, "labels").splitlines() if line.strip()))
+        if not picture:
+            raise ValueError("drop a picture")
+        if not 1 <= len(names) <= MAX_LABELS:
+            raise ValueError(f"type 1 to {MAX_LABELS} labels, one in each line; there are {len(names)}")
+        if templates not in TEMPLATES:
+            raise ValueError(f"templates must be one of {', '.join(TEMPLATES)}, got {templates!r}")
+        similarities = self._seen(picture) @ self.encoder.classifier(names, TEMPLATES[templates])
+        scale = getattr(self.encoder.model, "logit_scale", None)
+        shares = F.softmax(similarities * (scale.exp() if scale is not None else 100.0), dim=0)
+        rows = [
+            f'<tr><th scope="row">{html.escape(names[place])}</th><td><meter value="{shares[place]:.4f}"></meter> '
+            f"{shares[place]:.1%}</td><td>{similarities[place]:.4f}</td></tr>"
+            for place in similarities.argsort(descending=True, stable=True).tolist()
+        ]
+        head = "<tr><th>label</th><th>share</th><th>similarity</th></tr>"
+        return f'<table class="labels"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
+
+    def _seen(self, picture: str) -> Tensor:
+        """Return the features of a picture that was dropped."""
+        return self.encoder.images(self.encoder.transform(open_image(picture))[None])[0]
+
+    def _found(self, query: Tensor, where: str, k: float | None) -> str:
+        if k is None or not (float(k).is_integer() and 1 <= k <= MAX_FOUND):
+            raise ValueError(f"the number of results must be a whole number from 1 to {MAX_FOUND}, got {k}")
+        where = _checked(where, "filter").strip()
+        scores, indices = self.embeddings.search(query, int(k), where=where or None, kind=self.kind)
+        rows = [row for row in indices[0].tolist() if row >= 0]
+        cards = [self._card(row, score) for row, score in zip(rows, scores[0].tolist(), strict=False)]
+        count = f"{len(cards):,} of {len(self.embeddings):,}" if cards else "No item fulfils the filter."
+        return f'<p class="quiet" role="status">{count}</p><ul class="cards">{"".join(cards)}</ul>'
+
+    def _metadata(self, row: int) -> dict[str, Any]:
+        found: dict[str, Any] = self.embeddings.metadata.slice(row, 1).to_pylist()[0]
+        return found
+
+    def _card(self, row: int, score: float) -> str:
+        metadata = self._metadata(row)
+        caption = html.escape(str(metadata.get("caption") or metadata.get("key") or ""))
+        return (
+            f'<li><button class="card" data-row="{row}">{self._picture(metadata, SIDE)}'
+            f'<span class="line"><b>{score:.4f}</b> {caption}</span></button></li>'
+        )
+
+    def _picture(self, metadata: dict[str, Any], side: int) -> str:
+        """Return the picture of an item, or words in its place."""
+        if IMAGE_PATH not in metadata:
+            return '<span class="none">no picture</span>'
+        try:
+            image = self.pictures.open(metadata[IMAGE_PATH])
+        except ImageError as error:
+            return f'<span class="none">{html.escape(str(error))}</span>'
+        label = html.escape(str(metadata.get("caption") or metadata[IMAGE_PATH]))
+        return f'<img src="{thumbnail(image, side)}" alt="{label}">'
+
+
+def answer(function: Callable[..., str], *given: Any) -> str:
+    """Return the HTML of an answer, or of a message that says why there is none."""
+    try:
+        found = function(*given)
+    except ValueError as error:
+        found = message(str(error))
+    except Exception as error:  # one request that fails must not end the others
+        log.exception("a request failed")
+        found = message(f"this failed: {error}")
+    return found.encode("utf-8", "replace").decode()  # a request may hold halves of surrogate pairs
+
+
+def message(text: str) -> str:
+    """Return the HTML of a message about an error."""
+    return f'<p class="message" role="alert">{html.escape(text)}</p>'
+
+
+def _checked(text: str | None, name: str) -> str:
+    """Return a text of a form; an empty field may be None.
+
+    Raises:
+        ValueError: it is too long.
+    """
+    if len(text or "") > MAX_TEXT:
+        raise ValueError(f"{name}: at most {MAX_TEXT:,} characters, got {len(text or ''):,}")
+    return text or ""

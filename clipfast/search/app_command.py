@@ -1,0 +1,75 @@
+"""``clipfast app``: a page on this machine that searches an embedded folder, and classifies pictures."""
+
+from __future__ import annotations
+
+import argparse
+import html
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.arguments import add_model_arguments
+
+PORT = 7860
+
+
+def add_parser(commands: Any) -> None:
+    """Add the command. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "app",
+        help="search an embedded folder on a page of this machine, by words or a dropped picture",
+        description="Serve a page to this machine alone that searches an embedded folder by words, a dropped picture "
+        "or both, with filters on the metadata, and classifies a dropped picture with labels of one's own. "
+        "Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: pip install 'clipfast[app]'.",
+        epilog="Example: clipfast app embedded --model ViT-B-32 --pretrained openai",
+    )
+    add = parser.add_argument
+    add("folder", type=Path, metavar="DIR", help="folder that clipfast embed wrote, or clip-retrieval")
+    add_model_arguments(parser)
+    pictures = "folders whose pictures may be shown (default: the folder that was embedded)"
+    add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
+    add("--port", type=int, default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
+    add("--no-browser", action="store_true", help="do not open the page in a browser")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    backends = ("auto", "triton", "torch")
+    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve the page until Ctrl-C, and return the exit code."""
+    import importlib.util
+
+    from .app_server import check_port, serving, wait
+
+    check_port(args.port)
+    if importlib.util.find_spec("gradio") is None:
+        raise ValueError("clipfast app needs Gradio: pip install 'clipfast[app]'")
+    desk = desk_of(args)
+    count = f"{len(desk.embeddings):,} items"
+    title = f"<h1>{html.escape(str(args.folder))}</h1><p class='quiet'>{count}, by {html.escape(desk.encoder.name)}</p>"
+    with serving(desk, title, args.port, browser=not args.no_browser) as address:
+        print(f"{address} searches {count} of {args.folder}; Ctrl-C ends it", flush=True)
+        wait()
+    return 0
+
+
+def desk_of(args: argparse.Namespace) -> Any:
+    """Return the embedded set with its model, as the arguments name them.
+
+    Raises:
+        ValueError: the folder, the model or a folder of pictures cannot be used.
+    """
+    from ..evaluation.arguments import load_encoder
+    from ..training.world import ALONE
+    from .app import Desk, Pictures
+    from .embeddings import Embeddings
+
+    missing = [str(folder) for folder in args.pictures or () if not folder.is_dir()]
+    if missing:
+        raise ValueError(f"--pictures {missing[0]} is not a folder")
+    embeddings = Embeddings.open(args.folder)
+    source = Path(str(embeddings.about.get("data", "")))
+    roots = args.pictures or ([source] if "data" in embeddings.about and source.is_dir() else [])
+    encoder = load_encoder(args, args.model, args.pretrained, ALONE)
+    return Desk(embeddings.to(encoder.device), encoder, Pictures(roots))
