@@ -6,56 +6,93 @@ itself, as small JPEGs that are made here, so that no address leads to a file.
 
 from __future__ import annotations
 
-import dataclasses
 import html
 import logging
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import Skipped, expand_shards
+from ..data.samples import is_folder, is_local
 from ..evaluation.encoder import Encoder
 from ..evaluation.zero_shot import TEMPLATES
 from ..images import ImageError, open_image
 from ..page import thumbnail
 from .embeddings import Embeddings
+from .samples import Samples
 
 if TYPE_CHECKING:
     from PIL import Image
 
 log = logging.getLogger(__name__)
-IMAGE_PATH = "image_path"  # the column that names the file of a picture
+IMAGE_PATH, NUMBER = "image_path", "number"  # the columns that name the file of a picture, and its place in the source
 MAX_FOUND = 200
 MAX_LABELS = 1000
 MAX_TEXT = 10_000  # characters of words, of an expression, or of all labels
 SIDE, LARGE_SIDE = 224, 768  # of pictures, in pixels
 
 
-@dataclasses.dataclass(frozen=True)
 class Pictures:
-    """The picture files that may be shown: those in some folders.
+    """The pictures that may be shown: files in some folders, or the samples of shards.
 
-    Attributes:
+    Args:
         roots: the folders. A link inside them that leads out of them is not followed.
+        samples: shards, or a table that names files in the folders, from which pictures are read by their numbers.
     """
 
-    roots: Sequence[Path]
+    def __init__(self, roots: Sequence[Path] = (), samples: Samples | None = None) -> None:
+        self.roots, self.samples = roots, samples
+        self._reading = threading.Lock()  # the functions of the page run in several threads
 
-    def open(self, path: str | None) -> Image.Image:
-        """Decode a picture.
-
-        Args:
-            path: as the metadata name it: absolute, or relative to the working folder or to one of the folders.
+    @classmethod
+    def of(cls, about: Mapping[str, Any]) -> Pictures:
+        """Return the pictures that a set was made from, by what it says of itself.
 
         Raises:
-            ImageError: there is no such file in the folders, or it cannot be decoded.
+            ValueError: it does not say it; or the source is not on this machine, cannot be read, or has changed.
         """
-        return open_image(self._file(path))
+        data = about.get("data")
+        if not isinstance(data, str):
+            raise ValueError("the set does not say what it was made from")
+        if not is_local(data):  # a name with a scheme may be a command
+            raise ValueError(f"{data} is not on this machine")
+        shards = expand_shards(data)
+        folders = [Path(shard) if is_folder(shard) else Path(shard).parent for shard in shards if ":" not in shard]
+        if all(map(is_folder, shards)):
+            return cls(folders)
+        samples = Samples.of(about)
+        if samples.about()["stamp"] != about.get("stamp"):
+            raise ValueError(f"{data} has changed since it was embedded")
+        return cls(folders, samples)
 
-    def _file(self, path: str | None) -> Path:
-        if not path:
+    def open(self, metadata: Mapping[str, Any]) -> Image.Image:
+        """Decode the picture of an item.
+
+        Args:
+            metadata: ``image_path`` is absolute, or relative to the working folder or to one of the folders;
+                ``number`` is the place in the source.
+
+        Raises:
+            ImageError: there is no such picture, or it cannot be decoded.
+        """
+        if self.samples is None:
+            return open_image(self._file(metadata.get(IMAGE_PATH)))
+        number = metadata.get(NUMBER)
+        if not isinstance(number, int) or not 0 <= number < len(self.samples):
+            raise ImageError("there is no such picture in the source")
+        with self._reading:
+            found = self.samples.read(number)
+        if isinstance(found, Skipped) or found.image is None:
+            raise ImageError(str(found))
+        path = found.row[IMAGE_PATH]
+        return open_image(self._file(path)) if Path(path).exists() else found.image  # a table may name any file
+
+    def _file(self, path: Any) -> Path:
+        if not isinstance(path, str) or not path:
             raise ImageError("there is no path of a picture")
         if not self.roots:
             raise ImageError("no folder of pictures is known: name it with --pictures")
@@ -216,7 +253,7 @@ class Desk:
         if IMAGE_PATH not in metadata:
             return '<span class="none">no picture</span>'
         try:
-            image = self.pictures.open(metadata[IMAGE_PATH])
+            image = self.pictures.open(metadata)
         except ImageError as error:
             return f'<span class="none">{html.escape(str(error))}</span>'
         label = html.escape(str(metadata.get("caption") or metadata[IMAGE_PATH]))

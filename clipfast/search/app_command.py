@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import html
+import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..evaluation.arguments import add_model_arguments
+
+if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from .app import Desk, Pictures
 
 PORT = 7860
 
@@ -25,7 +30,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("folder", type=Path, metavar="DIR", help="folder that clipfast embed wrote, or clip-retrieval")
     add_model_arguments(parser)
-    pictures = "folders whose pictures may be shown (default: the folder that was embedded)"
+    pictures = "folders whose pictures may be shown (default: what was embedded)"
     add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
     add("--port", type=int, default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
     add("--no-browser", action="store_true", help="do not open the page in a browser")
@@ -54,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def desk_of(args: argparse.Namespace) -> Any:
+def desk_of(args: argparse.Namespace) -> Desk:
     """Return the embedded set with its model, as the arguments name them.
 
     Raises:
@@ -69,7 +74,17 @@ def desk_of(args: argparse.Namespace) -> Any:
     if missing:
         raise ValueError(f"--pictures {missing[0]} is not a folder")
     embeddings = Embeddings.open(args.folder)
-    source = Path(str(embeddings.about.get("data", "")))
-    roots = args.pictures or ([source] if "data" in embeddings.about and source.is_dir() else [])
+    pictures = Pictures(args.pictures) if args.pictures else _pictures(embeddings.about)
     encoder = load_encoder(args, args.model, args.pretrained, ALONE)
-    return Desk(embeddings.to(encoder.device), encoder, Pictures(roots))
+    return Desk(embeddings.to(encoder.device), encoder, pictures)
+
+
+def _pictures(about: Mapping[str, Any]) -> Pictures:
+    """Return the pictures of what was embedded; without them, say why there are none."""
+    from .app import Pictures
+
+    try:
+        return Pictures.of(about)
+    except (ValueError, OSError) as error:
+        print(f"clipfast app: pictures are not shown: {error}; --pictures names their folder", file=sys.stderr)
+        return Pictures()

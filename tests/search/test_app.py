@@ -26,6 +26,7 @@ from clipfast.evaluation.encoder import Encoder
 from clipfast.images import ImageError
 from clipfast.search.app import MAX_FOUND, MAX_LABELS, MAX_TEXT, Desk, Pictures, answer
 from clipfast.search.app_server import POLICY, Guard, check_port, serving
+from clipfast.search.samples import Samples
 
 EVIL = "<img onerror=alert(1)>.png"
 CAPTION = "<b>bold</b> & 'single' \"double\""
@@ -146,15 +147,52 @@ def test_pictures_outside_of_the_folders_are_not_shown(desk):
 @pytest.mark.parametrize("path", ["/etc/passwd", "../outside.png", "link.png", "1.png/../../outside.png", ".", "a\0b"])
 def test_a_path_that_leads_out_is_refused(path, desk):
     with pytest.raises(ImageError):
-        desk.pictures.open(path)
+        desk.pictures.open({"image_path": path})
 
 
 def test_a_path_may_be_relative_to_a_folder_or_to_the_working_folder(desk, folder, monkeypatch):
-    assert desk.pictures.open("2.png").size == (40, 32)
+    assert desk.pictures.open({"image_path": "2.png"}).size == (40, 32)
     monkeypatch.chdir(folder)
-    assert desk.pictures.open(f"{FOLDER}/2.png").size == (40, 32)
+    assert desk.pictures.open({"image_path": f"{FOLDER}/2.png"}).size == (40, 32)
     with pytest.raises(ImageError, match="--pictures"):
-        Pictures([]).open(f"{FOLDER}/2.png")
+        Pictures([]).open({"image_path": f"{FOLDER}/2.png"})
+
+
+def write_table(folder, names):
+    table = folder / "table.csv"
+    table.write_text("filepath,title\n" + "".join(f"{name},a picture\n" for name in names))
+    return table
+
+
+def test_pictures_of_shards_and_tables_are_read_by_their_numbers(folder, tmp_path):
+    Image.new("RGB", (20, 21), "red").save(tmp_path / "in.png")
+    samples = Samples(str(write_table(tmp_path, ["in.png", folder / "outside.png"])))
+    pictures = Pictures.of(samples.about())
+    assert pictures.open({"number": 0}).size == (20, 21)
+    for number in (1, 2, -1, None, "0"):  # 1 is a file that the table names outside of its folder
+        with pytest.raises(ImageError):
+            pictures.open({"number": number, "image_path": str(tmp_path / "in.png")})
+    shards = Samples("bundled:emoji/fluent")
+    assert Pictures.of(shards.about()).open({"number": 5}).tobytes() == shards.read(5).image.tobytes()
+
+
+def test_a_source_that_cannot_be_used_is_refused(tmp_path):
+    Image.new("RGB", (20, 21), "red").save(tmp_path / "in.png")
+    about = Samples(str(write_table(tmp_path, ["in.png"]))).about()
+    write_table(tmp_path, ["in.png", "in.png"])
+    done = tmp_path / "done"
+    for wrong, expected in (
+        (about, "has changed"),
+        ({}, "does not say"),
+        ({"data": str(tmp_path / "gone.tar")}, "no such shard"),
+        ({"data": f"pipe:touch {done}"}, "not on this machine"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            Pictures.of(wrong)
+    assert not done.exists()
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    assert Pictures.of({"data": str(folder)}).roots == [folder]
 
 
 def test_labels_are_ranked_as_a_classifier_ranks_them(desk, folder, encoder):
