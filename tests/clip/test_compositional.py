@@ -15,6 +15,7 @@ from PIL import Image
 from clipfast import create_model, ranks
 from clipfast.cli import main
 from clipfast.evaluation.encoder import Encoder
+from clipfast.evaluation.tasks.compositional_records import files_of
 from clipfast.images import image_transform
 from clipfast.ranks import run_ranks
 
@@ -249,6 +250,10 @@ def test_the_command_on_scenes(model, tmp_path, capsys, monkeypatch):
     code, out, err = run_command(capsys, *arguments)
     assert code == 0, err
     assert json.loads(out) == found
+
+
+def test_a_list_of_shards_may_be_longer_than_a_name_of_a_file():
+    assert files_of("::".join(f"{number}.tar" for number in range(2000))) == []
 
 
 def check_page(page, results):

@@ -121,11 +121,13 @@ def files_of(data: str) -> list[Path]:
         ValueError: a file cannot be read.
     """
     path = Path(data)
-    if path.is_dir():
+    if os.path.isdir(data):  # which a list of shards may be too long a name for
         return sorted(file for name in NAMES for file in path.glob(name) if file.is_file())
     suffix = path.suffix.lower()
     # Other lines are pairs, as for training.
-    is_ours = path.is_file() and (suffix == ".json" or (suffix == ".jsonl" and layout_of(path) not in (None, "order")))
+    is_ours = os.path.isfile(data) and (
+        suffix == ".json" or (suffix == ".jsonl" and layout_of(path) not in (None, "order"))
+    )
     return [path] if is_ours else []
 
 
