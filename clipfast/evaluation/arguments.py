@@ -27,6 +27,15 @@ DATA_HELP = (
 )
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of examples as they are, and breaks those of a description."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if "\n" in text:
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
     """Add what names the model and its weights, or those of several models."""
     add = parser.add_argument

@@ -114,6 +114,14 @@ WRONG = {
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("task", EVERY)
+def test_the_description_of_a_task_fits_a_terminal(task, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = run_command(capsys, "eval", task, "--help")
+    assert code == 0
+    assert 1 < max(map(len, out.split("\n\n")[1].splitlines())) <= 80
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_each_wrong_input_has_its_message(name, folder, capsys, monkeypatch):
     monkeypatch.chdir(folder)

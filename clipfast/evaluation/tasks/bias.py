@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
+    HelpFormatter,
     add_data_arguments,
     add_model_arguments,
     add_output_arguments,
@@ -50,7 +51,7 @@ def add_parser(tasks: Any) -> None:
         "categories, and how uneven they are among the first results of texts. Labels, groups and texts are yours: "
         "they decide what is found.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
         conflict_handler="resolve",
     )
     add = parser.add_argument

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
+    HelpFormatter,
     Session,
     add_model_arguments,
     add_output_arguments,
@@ -46,7 +47,7 @@ def add_parser(tasks: Any) -> None:
         "Winoground, your own pairs, captions with their words in another order, or generated scenes of shapes. "
         "torchrun shares the work between processes.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser)

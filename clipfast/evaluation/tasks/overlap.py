@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
+    HelpFormatter,
     add_data_arguments,
     add_model_arguments,
     add_output_arguments,
@@ -47,7 +48,7 @@ def add_parser(tasks: Any) -> None:
         description="Find the training image that is most similar to each test image, and compute zero-shot accuracy "
         "on the test images that are near duplicates of a training image, and on the others.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser)

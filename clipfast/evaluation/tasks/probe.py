@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
+    HelpFormatter,
     Session,
     add_data_arguments,
     add_model_arguments,
@@ -45,7 +46,7 @@ def add_parser(tasks: Any) -> None:
         description="Fit a logistic regression to the features of a training set, with the strength of its penalty "
         "chosen on a validation set, and compute its accuracy on a test set.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser)

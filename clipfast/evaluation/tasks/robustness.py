@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
+    HelpFormatter,
     Session,
     add_data_arguments,
     add_model_arguments,
@@ -51,7 +52,7 @@ def add_parser(tasks: Any) -> None:
         description="Compute zero-shot accuracy on a base set and on shifted versions of it, over the classes that "
         "both have, and effective robustness: accuracy under a shift beyond what baseline models let one expect.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add_model_arguments(parser, several=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import (
+    HelpFormatter,
     add_model_arguments,
     add_output_arguments,
     add_run_arguments,
@@ -46,7 +47,7 @@ def add_parser(tasks: Any) -> None:
         "result is a file, and is not computed again while model, data and settings stay the same. torchrun shares the "
         "work between processes.",
         epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--root", type=Path, required=True, metavar="FOLDER", help="folder of the folders wds_NAME")
