@@ -36,7 +36,7 @@ from .kernels import (
     top_k,
 )
 from .losses import ClipLoss
-from .models import CLIP, SigLIP, add_model_config, get_model_config, list_models
+from .models import CLIP, SigLIP, add_model_config, dense_features, get_model_config, list_models
 from .pretrained import (
     get_pretrained_cfg,
     list_pretrained,
@@ -80,6 +80,7 @@ __all__ = [
     "create_model",
     "create_model_and_transforms",
     "create_model_from_pretrained",
+    "dense_features",
     "export_open_clip",
     "get_model_config",
     "get_pretrained_cfg",

@@ -39,6 +39,7 @@ COMMANDS = {
         "mix the weights of two checkpoints, evaluate the models between them, and plot it (WiSE-FT)",
         "clipfast.evaluation.interpolate_command",
     ),
+    "heatmap": ("show where in a picture is what texts say", "clipfast.search.heatmap_command"),
     "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.conversion.command"),
     "inspect-checkpoint": (
         "say what a checkpoint is: layout, model, activation, step, checksum",

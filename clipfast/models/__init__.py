@@ -2,6 +2,7 @@
 
 from .clip import CLIP, CLIPOutput
 from .config import CLIPConfig, TextConfig, VisionConfig
+from .dense import dense_features
 from .registry import add_model_config, get_model_config, list_models
 from .siglip import SigLIP, SigLIPOutput
 from .siglip_config import SigLIPConfig
@@ -9,7 +10,7 @@ from .vision import interpolate_positions
 
 __all__ = [
     "CLIP", "CLIPConfig", "CLIPOutput", "SigLIP", "SigLIPConfig", "SigLIPOutput", "TextConfig", "VisionConfig",
-    "add_model_config", "build", "get_model_config", "interpolate_positions", "list_models",
+    "add_model_config", "build", "dense_features", "get_model_config", "interpolate_positions", "list_models",
 ]  # fmt: skip
 
 

@@ -178,6 +178,10 @@ class SigLIPVision(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, embed_dim]."""
+        return self.trunk(self.embed(images))
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Return the patches with their positions: [B, 3, H, W] -> [B, patches, width]."""
         size, projection = self.patch_size, self.trunk.projection
         grid = (images.shape[-2] // size, images.shape[-1] // size)
         positions = self.trunk.pos_embed[0]
@@ -193,7 +197,7 @@ class SigLIPVision(nn.Module):
             images, projection.weight, torch.zeros_like(bias), positions, keep=keep,
             mean=self.image_mean, std=self.image_std, backend=self.backend,
         )  # fmt: skip
-        return self.trunk(tokens[:, 1:].contiguous())
+        return tokens[:, 1:].contiguous()
 
     def layer_groups(self) -> list[Group]:
         """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""

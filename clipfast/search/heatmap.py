@@ -1,0 +1,157 @@
+"""Heat maps: how well each place of a picture fits texts, by a model that was trained on whole pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..models import dense_features
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from PIL import Image
+
+    from ..models import CLIP
+
+SCORES = ("cosine", "softmax")
+STEPS = 8  # windows move by so many parts of their side
+MARGIN = 4  # and begin such a part outside of the picture, whose edge is repeated there
+COLOURS = "turbo"
+OPACITY = 0.55  # of the colours over a picture
+
+
+@torch.no_grad()
+def heat_maps(
+    model: CLIP, image: Tensor, texts: Tensor, *, features: str = "values", stride: int | None = None,
+    margin: int | None = None, batch_size: int = 64,
+) -> Tensor:  # fmt: skip
+    """Compute the cosine similarity of each pixel of an image and each text.
+
+    Windows of the size that the model was trained with move over the image. The similarities of a window's patches are
+    interpolated bilinearly between their centres. Where windows overlap, these are averaged, and count the more the
+    nearer a pixel is to the centre of a window.
+
+    Args:
+        model: a model of clipfast in evaluation mode.
+        image: [3, H, W] of bytes, or normalised floats.
+        texts: features [T, D].
+        features: as :func:`clipfast.dense_features` takes it.
+        stride: by how many pixels windows move; by default an eighth of their side. With less than a patch, the map is
+            finer than patches.
+        margin: by how many pixels the image is extended, at least, by the pixels of its edge; by default a quarter of
+            the side of a window.
+        batch_size: windows to encode at once.
+
+    Returns:
+        [T, H, W], from -1 to 1.
+
+    Raises:
+        ValueError: stride or margin are out of range, or as :func:`clipfast.dense_features`.
+    """
+    side: int = model.visual.image_size
+    stride, margin = max(1, side // STEPS) if stride is None else stride, side // MARGIN if margin is None else margin
+    if not 0 < stride <= side or margin < 0:
+        raise ValueError(f"heat_maps: stride must be from 1 to {side} and margin at least 0, got {stride} and {margin}")
+    height, width = image.shape[-2:]
+    before, after = zip(*(_margins(length, side, stride, margin) for length in (height, width)), strict=True)
+    dtype = image.dtype if image.is_floating_point() else torch.float32
+    around = (before[1], after[1], before[0], after[0])
+    padded = F.pad(image[None].to(dtype), around, mode="replicate")[0].to(image.dtype)
+    hat = 1 - ((torch.arange(side, device=image.device) + 0.5) / side * 2 - 1).abs()
+    weight = hat[:, None] * hat
+    texts = F.normalize(texts, dim=-1)
+    total = texts.new_zeros(len(texts), *padded.shape[1:])
+    weights = texts.new_zeros(padded.shape[1:])
+    for places in _batched(_places(padded.shape[1:], side, stride), batch_size):
+        windows = torch.stack([padded[:, y : y + side, x : x + side] for y, x in places])
+        dense = F.normalize(dense_features(model, windows, features), dim=-1)
+        scores = (dense @ texts.T.to(dense.dtype)).permute(0, 3, 1, 2).to(total.dtype)
+        for (y, x), found in zip(places, F.interpolate(scores, (side, side), mode="bilinear"), strict=True):
+            total[:, y : y + side, x : x + side] += weight * found
+            weights[y : y + side, x : x + side] += weight
+    inside = (slice(before[0], before[0] + height), slice(before[1], before[1] + width))
+    return total[:, *inside] / weights[inside]
+
+
+def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int]:
+    """Return how many pixels are added before and after so many, so that windows fill the whole."""
+    extended = max(length + 2 * margin, side)
+    extended += -(extended - side) % stride
+    before = (extended - length) // 2
+    return before, extended - length - before
+
+
+def _places(size: Sequence[int], side: int, stride: int) -> list[tuple[int, int]]:
+    rows, columns = (range(0, length - side + 1, stride) for length in size)
+    return [(y, x) for y in rows for x in columns]
+
+
+def _batched(places: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
+    for start in range(0, len(places), size):
+        yield places[start : start + size]
+
+
+def shares(maps: Tensor, logit_scale: float) -> Tensor:
+    """Return the softmax over the texts of similarities [T, H, W]: how much more one fits than the others.
+
+    Raises:
+        ValueError: there is one text, whose share is 1 everywhere.
+    """
+    if len(maps) < 2:
+        raise ValueError("heat maps by softmax compare texts: two are needed at least, got 1")
+    return (logit_scale * maps).softmax(0)
+
+
+def to_tensor(picture: Image.Image, size: int) -> Tensor:
+    """Return a picture as bytes [3, H, W], its shorter side resized to ``size`` pixels."""
+    import numpy as np
+    from PIL import Image
+
+    factor = size / min(picture.size)
+    width, height = (max(1, round(side * factor)) for side in picture.size)
+    resized = picture.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
+    """Return a picture with a heat map [h, w] over it, whose lowest value is blue and whose highest is red."""
+    import matplotlib as mpl
+    import numpy as np
+    from PIL import Image
+
+    low, high = heat.aminmax()
+    colours = mpl.colormaps[COLOURS](((heat - low) / (high - low).clamp(min=1e-12)).cpu().double().numpy())
+    image = Image.fromarray(np.uint8(255 * colours[..., :3])).resize(picture.size, Image.Resampling.BILINEAR)
+    return Image.blend(picture.convert("RGB"), image, OPACITY)
+
+
+def draw(rows: Sequence[tuple[Image.Image, Tensor, Sequence[str]]], *, label: str = "cosine similarity") -> Figure:
+    """Draw pictures, each in a row with its heat maps, which have their texts as titles.
+
+    Args:
+        rows: a picture, its maps [T, h, w], and their texts.
+        label: what the maps show.
+    """
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+    columns = 1 + max(len(texts) for _, _, texts in rows)
+    figure = Figure(figsize=(2.9 * columns, 2.6 * len(rows) + 0.4), layout="constrained")
+    figure.supxlabel(label, fontsize=9)
+    axes: Any = figure.subplots(len(rows), columns, squeeze=False)
+    for axis in axes.flat:
+        axis.axis("off")
+    for row, (picture, maps, texts) in zip(axes, rows, strict=True):
+        row[0].imshow(picture.convert("RGB"))
+        for axis, heat, text in zip(row[1:], maps, texts, strict=False):
+            axis.imshow(overlay(picture, heat))
+            axis.set_title(text, fontsize=9, wrap=True, parse_math=False)
+            low, high = heat.aminmax()
+            scale = ScalarMappable(Normalize(float(low), float(high)), COLOURS)
+            figure.colorbar(scale, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
+    return figure

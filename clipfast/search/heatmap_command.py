@@ -1,0 +1,106 @@
+"""``clipfast heatmap``: its arguments, and what it writes."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..evaluation.arguments import add_model_arguments
+
+EPILOG = """\
+example:
+  clipfast heatmap street.jpg "a red car" "a tree" --model hf-hub:ORG/REPO --output heat.png"""
+
+
+def add_parser(commands: Any) -> None:
+    """Add the subcommand. Files and names are checked when it runs."""
+    parser = commands.add_parser(
+        "heatmap",
+        description="Show where in a picture is what texts say, by the features of its patches.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("image", type=Path, metavar="IMAGE", help="the picture")
+    add("texts", nargs="+", metavar="TEXT", help="what to look for, in the words that the model was trained on")
+    add_model_arguments(parser)
+    output = "picture to write, in the format that the name ends in, such as .png, .svg or .pdf"
+    add("--output", type=Path, required=True, metavar="FILE", help=output)
+    add("--html", type=Path, metavar="FILE", help="also write a page on which each map can be seen larger")
+    kinds = "values of the last attention (as MaskCLIP), or the output tokens (default: values)"
+    add("--features", default="values", choices=("values", "tokens"), help=kinds)
+    scores = "similarity to each text, or its softmax over several texts (default: cosine)"
+    add("--scores", default="cosine", choices=("cosine", "softmax"), help=scores)
+    size = "resize the shorter side to this; more shows smaller things (default: the model's size)"
+    add("--size", type=int, metavar="PIXELS", help=size)
+    stride = "by how much the windows move; less is finer and slower (default: an eighth of the model's size)"
+    add("--stride", type=int, metavar="PIXELS", help=stride)
+    margin = "by how much the edge of the picture is continued (default: a quarter of the model's size)"
+    add("--margin", type=int, metavar="PIXELS", help=margin)
+    add("--batch-size", type=int, default=64, metavar="INT", help="windows to encode at once (default: 64)")
+    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    backends = ("auto", "triton", "torch")
+    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    add("--traceback", action="store_true", help="show where an error was raised")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the heat maps, say where each is highest, and return the exit code."""
+    from ..evaluation.arguments import check_drawn
+    from ..evaluation.encoder import Encoder
+    from ..factory import resolve_device
+    from ..files import check_target, replace_file
+    from ..images import open_image
+    from .heatmap import draw, heat_maps, shares, to_tensor
+
+    check_target(args.output, args.html)
+    check_drawn("output", args.output)
+    for name in ("size", "batch_size"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+    picture = open_image(args.image)
+    encoder = Encoder.load(
+        args.model, args.pretrained, device=str(resolve_device(args.device)), tokenizer_file=args.tokenizer,
+        cache_dir=args.cache_dir, backend=args.backend,
+    )  # fmt: skip
+    image = to_tensor(picture, args.size or encoder.model.visual.image_size).to(encoder.device)
+    maps = heat_maps(
+        encoder.model, image, encoder.texts(args.texts), features=args.features, stride=args.stride,
+        margin=args.margin, batch_size=args.batch_size,
+    )  # fmt: skip
+    label = "cosine similarity"
+    if args.scores == "softmax":
+        maps, label = shares(maps, encoder.model.logit_scale.exp().item()), "share of the text"
+    figure = draw([(picture, maps, args.texts)], label=label)
+    kind = args.output.suffix[1:].lower()
+    replace_file(args.output, lambda path: figure.savefig(path, dpi=120, format=kind))
+    print(f"wrote {args.output}", file=sys.stderr)
+    peaks = [_peak(heat, picture.size) for heat in maps]
+    for text, (score, x, y) in zip(args.texts, peaks, strict=True):
+        print(f"{text}: {score:.4f} at ({x}, {y})")
+    if args.html:
+        _write_page(args, picture, maps, peaks, label)
+    return 0
+
+
+def _peak(heat: Any, size: tuple[int, int]) -> tuple[float, int, int]:
+    """Return the highest value of a map, and its column and row in a picture of some size."""
+    y, x = divmod(int(heat.argmax()), heat.shape[1])
+    return float(heat.max()), int((x + 0.5) / heat.shape[1] * size[0]), int((y + 0.5) / heat.shape[0] * size[1])
+
+
+def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, label: str) -> None:
+    from .gallery import Item, gallery
+    from .heatmap import overlay
+
+    items = [Item(picture, args.image.name, path=str(args.image))]
+    for text, heat, (score, x, y) in zip(args.texts, maps, peaks, strict=True):
+        low = float(heat.min())
+        items.append(Item(overlay(picture, heat), text, score, metadata={"highest at": f"({x}, {y})", "lowest": low}))
+    about = (
+        f"Where {args.image.name} fits each text by {args.model}: blue is the lowest {label} of a map, red the highest."
+    )
+    gallery(args.html, f"Heat maps of {args.image.name}", items, about=about, side=512)
+    print(f"wrote {args.html}", file=sys.stderr)
