@@ -1,5 +1,6 @@
 """Every command and program of docs/use.md runs, with a small model."""
 
+import importlib.util
 import re
 import shlex
 from pathlib import Path
@@ -49,7 +50,7 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
             program, *arguments = shlex.split(line)
             # all emoji take longer than what is tested here
             arguments = ["data/{000..001}.tar" if word.startswith("bundled:") else word for word in arguments]
-            if "open_clip:" in line and not _has_open_clip():
+            if ("open_clip:" in line and not _has("open_clip")) or ("faiss" in line and not _has("faiss")):
                 continue
             if program == "torchrun":
                 start = arguments.index("--") + 1
@@ -61,14 +62,16 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
             assert main(arguments) == 0, (line, capsys.readouterr().err)
 
 
-def _has_open_clip():
-    try:
-        import open_clip  # noqa: F401
-    except ImportError:
-        return False
-    return True
+def _has(package):
+    return importlib.util.find_spec(package) is not None
 
 
 def test_the_page_shows_every_way_to_embed():
     for flag in ("--images", "--texts", "--metadata", "--precision", "--part-size"):
+        assert any(flag in command.split() for command in COMMANDS), flag
+
+
+def test_the_page_shows_every_output_of_the_other_commands():
+    outputs = ("--table", "--json", "--html", "--plot", "--write", "--write-keys", "--write-shards")
+    for flag in (*outputs, "--where", "--index"):
         assert any(flag in command.split() for command in COMMANDS), flag
