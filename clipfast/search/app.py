@@ -22,6 +22,8 @@ from ..evaluation.encoder import Encoder
 from ..evaluation.zero_shot import TEMPLATES
 from ..images import ImageError, open_image
 from ..page import thumbnail
+from .arguments import row_of
+from .classify_command import probabilities
 from .embeddings import Embeddings
 from .samples import Samples
 
@@ -116,7 +118,7 @@ class Desk:
         pictures: the files that may be shown.
 
     Raises:
-        ValueError: the set is empty, or was embedded by another model.
+        ValueError: the set is empty, or its features have another width than the model's.
     """
 
     def __init__(self, embeddings: Embeddings, encoder: Encoder, pictures: Pictures) -> None:
@@ -124,12 +126,6 @@ class Desk:
         if not len(embeddings):
             raise ValueError("the folder holds no items")
         self.kind = embeddings.kinds[0]
-        made_by = embeddings.about.get("digest")
-        if made_by is not None and made_by != encoder.digest:
-            raise ValueError(
-                f"the folder was embedded by {embeddings.about.get('model')!r} with other weights than --model "
-                f"{encoder.name}: name the same model, or embed the pictures again"
-            )
         width, own = len(embeddings.feature(0, self.kind)), encoder.texts([""]).shape[1]
         if width != own:
             raise ValueError(
@@ -184,7 +180,7 @@ class Desk:
             ValueError: there is no such item.
         """
         self.embeddings.feature(row, self.kind)  # refuses what is no item
-        metadata = self._metadata(row)
+        metadata = row_of(self.embeddings, row)
         cells = "".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"
             for name, value in metadata.items()
@@ -211,15 +207,14 @@ class Desk:
             raise ValueError(f"type 1 to {MAX_LABELS} labels, one in each line; there are {len(names)}")
         if templates not in TEMPLATES:
             raise ValueError(f"templates must be one of {', '.join(TEMPLATES)}, got {templates!r}")
-        similarities = self._seen(picture) @ self.encoder.classifier(names, TEMPLATES[templates])
-        scale = getattr(self.encoder.model, "logit_scale", None)
-        shares = F.softmax(similarities * (scale.exp() if scale is not None else 100.0), dim=0)
+        seen, classifier = self._seen(picture)[None], self.encoder.classifier(names, TEMPLATES[templates])
+        similarities, shares = (seen @ classifier)[0], probabilities(self.encoder, seen, classifier)[0]
         rows = [
             f'<tr><th scope="row">{html.escape(names[place])}</th><td><meter value="{shares[place]:.4f}"></meter> '
             f"{shares[place]:.1%}</td><td>{similarities[place]:.4f}</td></tr>"
             for place in similarities.argsort(descending=True, stable=True).tolist()
         ]
-        head = "<tr><th>label</th><th>share</th><th>similarity</th></tr>"
+        head = "<tr><th>label</th><th>probability</th><th>similarity</th></tr>"
         return f'<table class="labels"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
     def _seen(self, picture: str) -> Tensor:
@@ -236,12 +231,8 @@ class Desk:
         count = f"{len(cards):,} of {len(self.embeddings):,}" if cards else "No item fulfils the filter."
         return f'<p class="quiet" role="status">{count}</p><ul class="cards">{"".join(cards)}</ul>'
 
-    def _metadata(self, row: int) -> dict[str, Any]:
-        found: dict[str, Any] = self.embeddings.metadata.slice(row, 1).to_pylist()[0]
-        return found
-
     def _card(self, row: int, score: float) -> str:
-        metadata = self._metadata(row)
+        metadata = row_of(self.embeddings, row)
         caption = html.escape(str(metadata.get("caption") or metadata.get("key") or ""))
         return (
             f'<li><button class="card" data-row="{row}">{self._picture(metadata, SIDE)}'

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.arguments import add_model_arguments
+from .arguments import add_encoder_arguments, add_folder_argument, encoder_of
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from .app import Desk, Pictures
@@ -25,18 +25,15 @@ def add_parser(commands: Any) -> None:
         description="Serve a page to this machine alone that searches an embedded folder by words, a dropped picture "
         "or both, with filters on the metadata, and classifies a dropped picture with labels of one's own. "
         "Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: pip install 'clipfast[app]'.",
-        epilog="Example: clipfast app embedded --model ViT-B-32 --pretrained openai",
+        epilog="Example: clipfast app embedded/photos",
     )
     add = parser.add_argument
-    add("folder", type=Path, metavar="DIR", help="folder that clipfast embed wrote, or clip-retrieval")
-    add_model_arguments(parser)
+    add_folder_argument(parser)
+    add_encoder_arguments(parser)
     pictures = "folders whose pictures may be shown (default: what was embedded)"
     add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
     add("--port", type=int, default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
     add("--no-browser", action="store_true", help="do not open the page in a browser")
-    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
-    backends = ("auto", "triton", "torch")
-    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
@@ -65,8 +62,6 @@ def desk_of(args: argparse.Namespace) -> Desk:
     Raises:
         ValueError: the folder, the model or a folder of pictures cannot be used.
     """
-    from ..evaluation.arguments import load_encoder
-    from ..training.world import ALONE
     from .app import Desk, Pictures
     from .embeddings import Embeddings
 
@@ -75,7 +70,7 @@ def desk_of(args: argparse.Namespace) -> Desk:
         raise ValueError(f"--pictures {missing[0]} is not a folder")
     embeddings = Embeddings.open(args.folder)
     pictures = Pictures(args.pictures) if args.pictures else _pictures(embeddings.about)
-    encoder = load_encoder(args, args.model, args.pretrained, ALONE)
+    encoder = encoder_of(args, embeddings)
     return Desk(embeddings.to(encoder.device), encoder, pictures)
 
 

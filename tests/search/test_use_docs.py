@@ -1,5 +1,6 @@
 """Every command and program of docs/use.md runs, with a small model."""
 
+import argparse
 import importlib.util
 import re
 import shlex
@@ -12,6 +13,7 @@ from clipfast import create_model
 from clipfast.checkpoint import export_open_clip
 from clipfast.cli import main
 from clipfast.ranks import run_ranks
+from clipfast.search.app_command import add_parser, desk_of
 
 from ..clip.conftest import picture, sample, write_shard
 from ..clip.test_training_docs import as_rank
@@ -59,6 +61,11 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
                 assert run_ranks(as_rank, 2, str(folder), arguments[start:], folder=tmp_path / f"{number}") == ["", ""]
                 continue
             assert program == "clipfast"
+            if arguments[0] == "app":  # which serves until it is ended: all but that
+                parser = argparse.ArgumentParser()
+                add_parser(parser.add_subparsers())
+                assert desk_of(parser.parse_args(arguments)).search("a cat", None, 0.5, "", 3)
+                continue
             assert main(arguments) == 0, (line, capsys.readouterr().err)
 
 
