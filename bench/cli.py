@@ -42,7 +42,7 @@ examples:
   python -m bench data --pairs-per-second 5000    how many data workers that takes, and which stage limits
   python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if it is)
   python -m bench tune --op contrastive --card H100
-  python -m bench table                      write the README's tables again from the committed results
+  python -m bench table                      write the tables of the README and docs/ again from the committed results
   python -m bench plot FILE.json             draw the plots of a result file again"""
 
 
@@ -76,8 +76,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     text = "search launch configurations on the GPU of this machine"
     tuner = commands.add_parser("tune", help=text, description=tune.__doc__)
     tune.add_arguments(tuner)
-    table = commands.add_parser("table", help="write the README's tables again from committed results")
-    table.add_argument("--readme", type=Path, default=Path("README.md"), help="file to write (default: README.md)")
+    table = commands.add_parser("table", help="write the tables of the README and docs/ again from committed results")
+    pages = [Path("README.md"), Path("docs/benchmarks.md")]
+    shown = " ".join(map(str, pages))
+    table.add_argument("--page", type=Path, nargs="+", default=pages, help=f"files to write (default: {shown})")
     table.add_argument("--results", type=Path, default=results.FOLDER, help="folder of the results")
     plot = commands.add_parser("plot", help="draw a result file again")
     plot.add_argument("file", type=Path, help="result file (.json)")
@@ -110,7 +112,8 @@ def run(args: argparse.Namespace) -> int:
     if args.bench == "tune":
         return tune.run(args)
     if args.bench == "table":
-        args.readme.write_text(tables.fill_readme(args.readme.read_text(), args.results))
+        for page in args.page:
+            page.write_text(tables.fill_tables(page.read_text(), args.results))
         return 0
     if args.bench == "plot":
         from .plots import draw

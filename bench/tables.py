@@ -1,4 +1,4 @@
-"""Results as text: the table that is printed after a case, and the README's tables, made from committed results."""
+"""Results as text: the table that is printed after a case, and the tables of pages, made from committed results."""
 
 import re
 from pathlib import Path
@@ -120,8 +120,8 @@ def size(value: int | None) -> str:
     return f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.1f} MiB"
 
 
-def readme_table(runs: list[dict[str, Any]]) -> str:
-    """Return the README's table of ours against OpenCLIP's: of the loss by batch, or of training steps by model.
+def page_table(runs: list[dict[str, Any]]) -> str:
+    """Return a table of ours against OpenCLIP's: of the loss by batch, or of training steps by model.
 
     Where OpenCLIP was not measured, perhaps for want of memory or of a network, its columns have a dash.
     """
@@ -166,14 +166,14 @@ def _caption(runs: list[dict[str, Any]], facts: list[str]) -> str:
     return f"{where}; torch {torch}, OpenCLIP {open_clip}; {', '.join(facts)}; {when}, commit {commit}."
 
 
-def fill_readme(text: str, folder: Path) -> str:
-    """Return ``text``, a README, with each table from ``<!-- bench FILE... -->`` to ``<!-- /bench -->`` made again.
+def fill_tables(text: str, folder: Path) -> str:
+    """Return ``text``, a page, with each table from ``<!-- bench FILE... -->`` to ``<!-- /bench -->`` made again.
 
     The files are results in ``folder``; several may hold the training steps of one table.
     """
 
     def block(match: re.Match[str]) -> str:
-        table = readme_table([results.read(folder / name) for name in match[1].split()])
+        table = page_table([results.read(folder / name) for name in match[1].split()])
         return f"<!-- bench {match[1]} -->\n{table}\n<!-- /bench -->"
 
     return re.sub(r"<!-- bench (.+?) -->.*?<!-- /bench -->", block, text, flags=re.S)

@@ -1,4 +1,4 @@
-"""Every snippet of the README and of docs/ runs, and every command of the README, docs/data.md and docs/plan.md."""
+"""Every snippet and every command of the README and of docs/ runs; the links between these pages lead somewhere."""
 
 import re
 import shlex
@@ -8,22 +8,36 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
+from clipfast import cli
 from clipfast.cli import main
+from clipfast.kernels.spec import specs
 
 ROOT = Path(__file__).parent.parent
 TEXT = (ROOT / "README.md").read_text()
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+# Pages whose commands and programs need data or models that their own tests make.
+TESTED_ELSEWHERE = {
+    "evaluate.md": "clip/test_evaluation_docs.py",
+    "training.md": "clip/test_training_docs.py",
+    "use.md": "search/test_use_docs.py",
+}
+PAGES = [page for page in DOCS if page.name not in TESTED_ELSEWHERE]
 SNIPPETS = [
     pytest.param(snippet, id=f"{page.stem}-{number}")
-    for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+    for page in (ROOT / "README.md", *PAGES)
     for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
-PAGES = [ROOT / "docs" / name for name in ("data.md", "plan.md")]
-COMMANDS = [
-    shlex.split(line, comments=True)
-    for block in re.findall(r"```sh\n(.*?)```", TEXT + "".join(page.read_text() for page in PAGES), re.DOTALL)
-    for line in block.splitlines()
-]
+
+
+def commands_in(text, language="sh"):
+    """Return the commands in the blocks of a language, each as a list of words; a backslash joins lines."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+
+
+COMMANDS = commands_in(TEXT + "".join(page.read_text() for page in PAGES))
 # Two steps instead of a thousand, one plan instead of three, and one compiled function instead of several, by what says
 # how many there are.
 SHORT = {
@@ -45,12 +59,15 @@ def test_snippet(snippet, tmp_path, monkeypatch):
 
 
 def test_commands(tmp_path, monkeypatch, capsys):
-    programs = {command[0] for command in COMMANDS}
-    assert programs == {"make", "clipfast", "pip", "python", "pytest"}
+    assert {command[0] for command in COMMANDS} == {"make", "clipfast", "pip", "python", "pytest"}
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos").mkdir()
+    for name in ("red", "green", "blue"):
+        Image.new("RGB", (40, 30), name).save(tmp_path / "photos" / f"{name}.png")
     for program, *arguments in COMMANDS:
         if program == "clipfast" and arguments[0] != "verify":
             assert main(shortened(arguments)) == 0, capsys.readouterr().err
+    assert (tmp_path / "found.html").exists()
 
 
 def test_verify_command():
@@ -81,13 +98,101 @@ def test_make_targets():
         assert expected[target[0]] in plan.stdout
 
 
+@pytest.mark.parametrize(("page", "test"), TESTED_ELSEWHERE.items())
+def test_other_pages_have_tests_of_their_own(page, test):
+    if (ROOT / "docs" / page).exists():
+        assert page in (ROOT / "tests" / test).read_text()
+
+
+def test_commands_on_other_peoples_data_are_understood(capsys):
+    """Blocks of text hold commands whose data, weights or GPUs are not here: their options exist and fit together."""
+    commands = [command for page in DOCS for command in commands_in_text(page) if command]
+    assert len(commands) > 5
+    for command in commands:
+        if command[0] == "train":
+            assert main([*command, "--print-config"]) == 0, (command, capsys.readouterr().err)
+        else:
+            cli._parser(command[0]).parse_args(command)  # exits if it cannot
+
+
+def commands_in_text(page):
+    """Return the arguments of each command of clipfast in blocks of text, which hold other things too."""
+    for block in re.findall(r"```text\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            if start := re.match(r"(torchrun .*-m )?clipfast (-- )?", line):
+                yield shlex.split(line[start.end() :], comments=True)
+
+
+def test_commands_stand_in_blocks_that_are_tested():
+    for page in (ROOT / "README.md", *DOCS):
+        languages = re.findall(r"^```(\w*)\n.*?^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+        assert set(languages) <= {"python", "sh", "bash", "text"}, page.name
+        assert "bash" not in languages or page.name == "training.md"
+
+
+def prose_of(page):
+    """Return a page without its blocks of code."""
+    return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+
+
+def anchors_of(page):
+    """Return the names that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", prose_of(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links_of(page):
+    """Return the files and headings of this repository that a page links to."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose_of(page))
+    return [target.partition("#")[::2] for target in targets if not re.match(r"\w+:", target)]
+
+
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *DOCS], ids=lambda page: page.name)
+def test_links_lead_somewhere(page):
+    for name, anchor in links_of(page):
+        target = page.parent / name if name else page
+        assert target.exists(), name
+        assert not anchor or anchor in anchors_of(target), f"{name}#{anchor}"
+
+
+def test_every_page_is_found_from_the_readme():
+    found, waiting = set(), [ROOT / "README.md"]
+    while waiting:
+        page = waiting.pop()
+        if page not in found:
+            found.add(page)
+            targets = [(page.parent / name).resolve() for name, _ in links_of(page) if name.endswith(".md")]
+            waiting += targets
+    assert set(DOCS) <= found
+    pictures = {path for page in found for name, _ in links_of(page) if (path := (page.parent / name).resolve())}
+    assert set((ROOT / "docs").glob("*.png")) <= pictures
+
+
+def test_the_readme_says_how_much_faster_a_step_is():
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    rows = re.findall(r"^\| \S+, [\d,]+ \|.*?\| ([\d.]+) \(", page, re.MULTILINE)
+    least, most = min(rows, key=float), max(rows, key=float)
+    assert f"{least} to {most} times as fast" in " ".join(TEXT.split())
+
+
+@pytest.mark.parametrize("name", sorted(specs()))
+def test_how_an_op_works_is_said_with_its_floor(name):
+    page, shape = ROOT / "docs" / "kernels.md", specs()[name].bench["cuda"][0]
+    floors = [specs()[name].floor(shape, 2, backward) for backward in (False, True)]
+    figures = " | ".join(f"{floor.flops / 1e9:,.4g} | {floor.bytes / 1e6:,.4g}" for floor in floors)
+    assert f"| `{name}` | {shape} | {figures} |" in page.read_text()
+    section = {"bias_quick_gelu": "bias_gelu", "attention_qkv": "attention"}.get(name, name)
+    assert section in anchors_of(page)
+
+
 def test_ci_runs_the_readmes_test_command():
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_extras_hold_what_make_installs():
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    installed = re.findall(r"'\.\[(.*?)\]'", (ROOT / "Makefile").read_text() + TEXT)
+    pages = "".join(page.read_text() for page in (ROOT / "Makefile", ROOT / "README.md", *DOCS))
+    installed = re.findall(r"(?:\.|clipfast)\[([\w,]+)\]", pages)
     assert installed
     for names in installed:
         assert set(names.split(",")) <= set(extras)

@@ -267,27 +267,26 @@ def test_compare_measures_each_side_with_its_own_kernels(tmp_path, monkeypatch):
     assert medians["head"] < medians["base"] / 2
 
 
-def test_readme_table_without_openclip():
+def test_table_without_openclip():
     ours = {"name": "clipfast", "refused": None, "median_s": 2e-3, "peak_bytes": 2**20}
     missing = {"name": "OpenCLIP ClipLoss", "refused": "missing: not installed"}
     case = {"suite": "loss", "shape": {"pairs": 4096, "embed_dim": 512}, "dtype": "bf16", "candidates": [ours, missing]}
     versions = {"torch": "2.11.0", "open_clip_torch": None}
     machine, git = {"gpu": "a GPU"}, {"sha": "0123456789"}
     run = {"machine": machine, "versions": versions, "cases": [case], "when": "2026-11-26T00:00", "git": git}
-    _, _, row, _, caption = tables.readme_table([run]).splitlines()
+    _, _, row, _, caption = tables.page_table([run]).splitlines()
     assert row == "| 4,096 | 2 ms | - | - | 1.0 MiB | - |"
     assert caption == "a GPU; torch 2.11.0, OpenCLIP not installed; D = 512, bf16; 2026-11-26, commit 01234567."
 
 
-@pytest.mark.parametrize("figure", ["| 1,024 |", "| 1,025 |"])
-def test_readme_tables_are_made_of_the_results(figure):
+@pytest.mark.parametrize(("page", "row"), [("README.md", "| 1,024 |"), ("docs/benchmarks.md", "| ViT-B-32, 64 |")])
+def test_tables_of_pages_are_made_of_the_results(page, row):
     root = checkout.ROOT
-    text = (root / "README.md").read_text()
-    assert "<!-- bench " in text
-    assert text.count("| 1,024 |") == 1
-    # as they are, and where one is stale
-    stale = text.replace("| 1,024 |", figure)
-    assert tables.fill_readme(stale, root / "bench" / "results") == text
+    text = (root / page).read_text()
+    assert text.count(row) == 1
+    stale = text.replace(row, "| 7 |")
+    for found in (text, stale):
+        assert tables.fill_tables(found, root / "bench" / "results") == text
 
 
 def test_size_and_seconds_are_readable():
