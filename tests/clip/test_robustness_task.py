@@ -13,7 +13,6 @@ from clipfast import ranks
 from clipfast.cli import main
 from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.shifts import AMOUNTS
-from clipfast.evaluation.tasks.robustness_plot import _ticks
 from clipfast.ranks import run_ranks
 
 from .conftest import run_command, write_shard
@@ -233,6 +232,8 @@ def test_a_picture_of_accuracies_of_0_and_1(data, capsys, tmp_path):
 
 @pytest.mark.parametrize(("low", "high"), [(0.001, 0.999), (0.81, 0.87), (0.2, 0.21), (0.9985, 0.9991), (0.3, 0.6)])
 def test_scales_have_numbers_wherever_they_lie(low, high):
+    from clipfast.evaluation.tasks.robustness_plot import _ticks
+
     ticks = _ticks(low, high)
     assert 2 <= len(ticks) <= 19
     assert low <= min(ticks) < max(ticks) <= high
