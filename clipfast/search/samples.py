@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import IndexCache, Keys, Skipped, Source, decode_image, expand_shards, metadata, open_sources
 from ..data.keys import DEFAULT_KEYS
-from ..data.samples import RawSample, captions, sample_name
+from ..data.samples import PIPE, RawSample, captions, sample_name
 from ..images import SampleError
 
 if TYPE_CHECKING:
@@ -80,7 +80,8 @@ class Samples:
         """Return the source that embeddings were made from, by what they say of themselves.
 
         Raises:
-            ValueError: they do not say it, or the source cannot be read.
+            ValueError: they do not say it, or the source cannot be read, or is the output of a command. Embeddings may
+                come from elsewhere, and to look at them must run no command.
         """
         try:
             given = {name: about[name] for name in ("data", "images", "texts", "separator", "columns")}
@@ -89,6 +90,11 @@ class Samples:
             }
         except KeyError as error:
             raise ValueError(f"the embeddings do not say what they were made from: there is no {error}") from None
+        command = next((shard for shard in expand_shards(given["data"]) if shard.startswith(PIPE)), None)
+        if command is not None:
+            raise ValueError(
+                f"the embeddings were made from the output of a command, which is not run again: {command}"
+            )
         return cls(**given, keys=Keys(**keys))
 
     def about(self) -> dict[str, Any]:

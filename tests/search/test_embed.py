@@ -296,6 +296,16 @@ def test_a_folder_of_pictures_needs_nothing_else(home, tmp_path, capsys):
     assert found.search(queries.images(again), 1).indices[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.parametrize("data", ["pipe:touch done; cat {tar}", "{tar}::pi{{pe,pe}}:touch done; cat {tar}"])
+def test_looking_at_embeddings_runs_no_command(home, tmp_path, monkeypatch, data):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.tar").touch()
+    about = {"data": data.format(tar="a.tar"), "images": True, "texts": False, "separator": None, "columns": None}
+    with pytest.raises(ValueError, match="made from the output of a command, which is not run again: pipe:touch done"):
+        Samples.of({**about, "keys": {}})
+    assert not (tmp_path / "done").exists()
+
+
 def test_images_alone_need_no_captions_and_texts_alone_no_images(home, tmp_path, capsys):
     images, _ = make(capsys, home, tmp_path / "i", images=True)
     assert images.text_features is None
