@@ -25,6 +25,7 @@ from ..page import thumbnail
 from .arguments import row_of
 from .classify_command import probabilities
 from .embeddings import Embeddings
+from .heatmap import heat_maps, overlay, side_of, to_tensor
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -34,8 +35,10 @@ log = logging.getLogger(__name__)
 IMAGE_PATH, NUMBER = "image_path", "number"  # the columns that name the file of a picture, and its place in the source
 MAX_FOUND = 200
 MAX_LABELS = 1000
+MAX_MAPS = 6
+MAX_RATIO = 5  # of the sides of a picture under heat maps: the time grows with it
 MAX_TEXT = 10_000  # characters of words, of an expression, or of all labels
-SIDE, LARGE_SIDE = 224, 768  # of pictures, in pixels
+SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # of pictures, in pixels
 
 
 class Pictures:
@@ -200,7 +203,7 @@ class Desk:
         Raises:
             ValueError: something is missing, unknown, or too much.
         """
-        names = list(dict.fromkeys(line.strip() for line in _checked(labels, "labels").splitlines() if line.strip()))
+        names = _lines(labels, "labels")
         if not picture:
             raise ValueError("drop a picture")
         if not 1 <= len(names) <= MAX_LABELS:
@@ -216,6 +219,40 @@ class Desk:
         ]
         head = "<tr><th>label</th><th>probability</th><th>similarity</th></tr>"
         return f'<table class="labels"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
+
+    def heat_map(self, picture: str | None, texts: str) -> str:
+        """Return a picture under its heat map for each text.
+
+        Args:
+            picture: a file, or None.
+            texts: one in each line.
+
+        Raises:
+            ValueError: something is missing or too much, the picture cannot be used, or the model is none of clipfast.
+        """
+        from PIL import ImageOps
+
+        lines = _lines(texts, "texts")
+        if not picture:
+            raise ValueError("drop a picture")
+        if not 1 <= len(lines) <= MAX_MAPS:
+            raise ValueError(f"type 1 to {MAX_MAPS} texts, one in each line; there are {len(lines)}")
+        side, image = side_of(self.encoder.model), open_image(picture)
+        if max(image.size) > MAX_RATIO * min(image.size):
+            width, height = image.size
+            raise ValueError(
+                f"a side of the picture may be at most {MAX_RATIO} times the other one, got {width} x {height}"
+            )
+        pixels = to_tensor(image, side).to(self.encoder.device)
+        maps = heat_maps(self.encoder.model, pixels, self.encoder.texts(lines))
+        shown = ImageOps.contain(image, (MAP_SIDE, MAP_SIDE))
+        figures = [
+            f'<li><figure><img src="{thumbnail(overlay(shown, heat), MAP_SIDE)}" alt=""><figcaption>{html.escape(text)}'
+            f'<span class="quiet">{heat.min():.4f} to {heat.max():.4f}</span></figcaption></figure></li>'
+            for text, heat in zip(lines, maps, strict=True)
+        ]
+        legend = "Blue is the lowest cosine similarity of a map, red the highest."
+        return f'<p class="quiet" role="status">{legend}</p><ul class="cards maps">{"".join(figures)}</ul>'
 
     def _seen(self, picture: str) -> Tensor:
         """Return the features of a picture that was dropped."""
@@ -277,3 +314,12 @@ def _checked(text: str | None, name: str) -> str:
     if len(text or "") > MAX_TEXT:
         raise ValueError(f"{name}: at most {MAX_TEXT:,} characters, got {len(text or ''):,}")
     return text or ""
+
+
+def _lines(text: str | None, name: str) -> list[str]:
+    """Return the distinct lines of a text of a form that are not empty.
+
+    Raises:
+        ValueError: the text is too long.
+    """
+    return list(dict.fromkeys(line.strip() for line in _checked(text, name).splitlines() if line.strip()))

@@ -1,4 +1,4 @@
-"""``clipfast app``: a page on this machine that searches an embedded folder, and classifies pictures."""
+"""``clipfast app``: a page on this machine that searches an embedded folder, classifies, and shows heat maps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ def add_parser(commands: Any) -> None:
         "app",
         help="search an embedded folder on a page of this machine, by words or a dropped picture",
         description="Serve a page to this machine alone that searches an embedded folder by words, a dropped picture "
-        "or both, with filters on the metadata, and classifies a dropped picture with labels of one's own. "
-        "Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: pip install 'clipfast[app]'.",
+        "or both, with filters on the metadata, classifies a dropped picture with labels of one's own, and shows where "
+        "in it is what texts say. Nothing is sent to anybody. Ctrl-C ends it. It needs Gradio: "
+        "pip install 'clipfast[app]'.",
         epilog="Example: clipfast app embedded/photos",
     )
     add = parser.add_argument

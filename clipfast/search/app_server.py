@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.zero_shot import TEMPLATES
-from .app import Desk, answer
+from .app import MAX_MAPS, Desk, answer
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # by which a browser may call it: not by a stranger's name that leads here
@@ -155,6 +155,8 @@ def _page(desk: Desk, title: str) -> Any:
                 _search_tab(desk)
             with gradio.Tab("Classify"):
                 _classify_tab(desk)
+            with gradio.Tab("Heat maps"):
+                _heat_map_tab(desk)
     return page
 
 
@@ -222,3 +224,20 @@ def _classify_tab(desk: Desk) -> None:
         return answer(desk.classify, *given)
 
     button.click(classify, [picture, labels, templates], result, api_name="classify", show_progress="minimal")
+
+
+def _heat_map_tab(desk: Desk) -> None:
+    import gradio
+
+    with gradio.Row():
+        with gradio.Column(scale=1, min_width=280):
+            picture = _picture_field(label="Picture", elem_id="mapped")
+            texts = gradio.Textbox(label="Texts, one in each line", lines=4, max_lines=MAX_MAPS, elem_id="texts")
+            button = gradio.Button("Show where they are", variant="primary", elem_id="map")
+        with gradio.Column(scale=3, min_width=320):
+            result = gradio.HTML(elem_id="maps")
+
+    def heat_map(*given: Any) -> str:
+        return answer(desk.heat_map, *given)
+
+    button.click(heat_map, [picture, texts], result, api_name="heat_map", show_progress="minimal")

@@ -9,19 +9,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..models import dense_features
+from ..models import CLIP, dense_features
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
-
-    from ..models import CLIP
 
 SCORES = ("cosine", "softmax")
 STEPS = 8  # windows move by so many parts of their side
 MARGIN = 4  # and begin such a part outside of the picture, whose edge is repeated there
 COLOURS = "turbo"
 OPACITY = 0.55  # of the colours over a picture
+
+
+def side_of(model: Any) -> int:
+    """Return the side of the images that a model was trained with, in pixels.
+
+    Raises:
+        ValueError: the model is none of clipfast.
+    """
+    if not isinstance(model, CLIP):
+        kind = f"{type(model).__module__}.{type(model).__name__}"
+        raise ValueError(f"heat maps need a model of clipfast.create_model, got {kind}")
+    side: int = model.visual.image_size
+    return side
 
 
 @torch.no_grad()
@@ -50,9 +61,10 @@ def heat_maps(
         [T, H, W], from -1 to 1.
 
     Raises:
-        ValueError: stride or margin are out of range, or as :func:`clipfast.dense_features`.
+        ValueError: the model is none of clipfast, stride or margin are out of range, or as
+            :func:`clipfast.dense_features`.
     """
-    side: int = model.visual.image_size
+    side = side_of(model)
     stride, margin = max(1, side // STEPS) if stride is None else stride, side // MARGIN if margin is None else margin
     if not 0 < stride <= side or margin < 0:
         raise ValueError(f"heat_maps: stride must be from 1 to {side} and margin at least 0, got {stride} and {margin}")

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from ..factory import resolve_device
     from ..files import check_target, replace_file
     from ..images import open_image
-    from .heatmap import draw, heat_maps, shares, to_tensor
+    from .heatmap import draw, heat_maps, shares, side_of, to_tensor
 
     check_target(args.output, args.html)
     check_drawn("output", args.output)
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         args.model, args.pretrained, device=str(resolve_device(args.device)), tokenizer_file=args.tokenizer,
         cache_dir=args.cache_dir, backend=args.backend,
     )  # fmt: skip
-    image = to_tensor(picture, args.size or encoder.model.visual.image_size).to(encoder.device)
+    image = to_tensor(picture, args.size or side_of(encoder.model)).to(encoder.device)
     maps = heat_maps(
         encoder.model, image, encoder.texts(args.texts), features=args.features, stride=args.stride,
         margin=args.margin, batch_size=args.batch_size,

@@ -1,13 +1,25 @@
-"""A small embedded set that the tests of the commands share."""
+"""A small embedded set that the tests of the commands share, and another that those of the app share."""
+
+import re
+import struct
+import zlib
 
 import pytest
 import torch
+from PIL import Image
 
 from clipfast import Embeddings, create_model
 from clipfast.checkpoint import export_open_clip
 from clipfast.cli import main
+from clipfast.evaluation.encoder import Encoder
+from clipfast.search.app import Desk, Pictures
 
 from ..clip.conftest import picture, sample, write_shard
+
+EVIL = "<img onerror=alert(1)>.png"
+CAPTION = "<b>bold</b> & 'single' \"double\""
+FOLDER = 'it\'s "quoted" <i>'
+COLOURS = ("red", "green", "blue", "white", "black", "yellow")
 
 
 @pytest.fixture(scope="session")
@@ -28,3 +40,62 @@ def home(tmp_path_factory):
     (folder / "one.png").write_bytes(picture(3))
     (folder / "two.png").write_bytes(picture(7))
     return folder
+
+
+def png_of_size(width, height):
+    """A PNG whose header names a size that its content does not have."""
+
+    def chunk(kind, content):
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = (chunk(b"IHDR", header), chunk(b"IDAT", zlib.compress(b"\0" * 1000)), chunk(b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """A model; a folder of pictures, in which a link leads out of it; and a picture outside."""
+    folder = tmp_path_factory.mktemp("app")
+    torch.manual_seed(0)
+    export_open_clip(create_model("ViT-T-8-32"), folder / "model")
+    (folder / FOLDER).mkdir()
+    for number, colour in enumerate(COLOURS):
+        Image.new("RGB", (40, 30 + number), colour).save(folder / FOLDER / (EVIL if number == 0 else f"{number}.png"))
+    Image.new("RGB", (50, 50), "pink").save(folder / "outside.png")
+    (folder / FOLDER / "link.png").symlink_to(folder / "outside.png")
+    (folder / "broken.png").write_bytes(b"no picture")
+    (folder / "bomb.png").write_bytes(png_of_size(60_000, 60_000))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(folder):
+    return Encoder.load(f"local-dir:{folder / 'model'}", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def embeddings(folder, encoder):
+    """Six pictures; three more rows name the outside by an absolute path, a link, and a path with dots."""
+    names = [EVIL, *(f"{number}.png" for number in range(1, len(COLOURS)))]
+    pixels = [encoder.transform(Image.open(folder / FOLDER / name)) for name in names]
+    features = encoder.images(torch.stack([*pixels, *pixels[:3]]))
+    outside = [str(folder / "outside.png"), str(folder / FOLDER / "link.png"), "../outside.png"]
+    metadata = {
+        "image_path": [str(folder / FOLDER / name) for name in names] + outside,
+        "caption": [CAPTION, *COLOURS[1:], "outside", "outside", "outside"],
+        "height": [30 + number for number in range(6)] + [50] * 3,
+    }
+    about = {**encoder.about(), "data": str(folder / FOLDER)}
+    found = Embeddings(features, metadata, about=about)
+    found.save(folder / "embedded")
+    return found
+
+
+@pytest.fixture(scope="session")
+def desk(folder, encoder, embeddings):
+    return Desk(embeddings, encoder, Pictures([folder / FOLDER]))
+
+
+def rows(found):
+    return [int(row) for row in re.findall(r'data-row="(\d+)"', found)]

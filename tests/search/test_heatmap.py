@@ -162,6 +162,11 @@ def test_wrong_windows(vit, images, wrong):
         heat_maps(vit, images[0], torch.randn(1, 24), **wrong)
 
 
+def test_another_packages_model():
+    with pytest.raises(ValueError, match=r"need a model of clipfast.create_model, got torch.nn.modules.linear.Linear"):
+        heat_maps(torch.nn.Linear(1, 1), torch.zeros(3, 32, 32), torch.randn(1, 24))
+
+
 def test_shares():
     maps = torch.randn(3, 4, 5)
     torch.testing.assert_close(shares(maps, 10.0).sum(0), torch.ones(4, 5))

@@ -1,0 +1,176 @@
+"""The served page of the app: what the guard before it lets through, and what it answers over HTTP."""
+
+import asyncio
+import http.client
+import io
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from clipfast.cli import main
+from clipfast.search.app_server import POLICY, Guard, check_port, serving
+
+from .conftest import COLOURS, FOLDER, png_of_size, rows
+
+
+def guarded(path, uploads):
+    """The status and the headers of the answer to a request, behind which is an app that serves everything."""
+    sent = []
+
+    async def everything(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    asyncio.run(Guard(everything, uploads)({"type": "http", "path": path}, None, send))
+    return sent[0]["status"], dict(sent[0]["headers"])
+
+
+def test_the_guard_serves_uploads_alone(tmp_path):
+    uploads, outside = tmp_path / "uploads", tmp_path / "outside.png"
+    uploads.mkdir()
+    outside.touch()
+    (uploads / "a.png").touch()
+    (uploads / "link.png").symlink_to(outside)
+    assert guarded(f"/gradio_api/file={uploads}/a.png", uploads)[0] == 200
+    for file in ("/etc/passwd", outside, f"{uploads}/link.png", f"{uploads}/../outside.png", "http://a.b/c", "a\0", ""):
+        for prefix in ("/file=", "/file/", "/gradio_api/file=", "/gradio_api/file/", "/gradio_api/proxy="):
+            assert guarded(f"{prefix}{file}", uploads)[0] == 403, (prefix, file)
+    status, headers = guarded("/", uploads)
+    assert (status, headers[b"content-security-policy"]) == (200, POLICY.encode())
+
+
+@pytest.mark.parametrize("port", [0, -1, 65536])
+def test_a_bad_port_is_refused(port, capsys):
+    assert main(["app", "nowhere", "--port", str(port)]) == 2
+    assert "--port must be from 1 to 65535" in capsys.readouterr().err
+
+
+def test_a_port_in_use_is_refused():
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ValueError, match=f"--port {port} is in use"):
+            check_port(port)
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# CI does not install Gradio, which takes 30 s and 250 MB: what follows runs where it is installed.
+@pytest.fixture(scope="module")
+def served(desk):
+    """The port of the served page."""
+    pytest.importorskip("gradio")
+    port = free_port()
+    with serving(desk, "<h1>title</h1>", port):
+        yield port
+
+
+def ask(port, path, *, method="GET", body=None, headers=None):
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+    connection.request(method, path, body, headers or {})  # as it is: nothing in the path is tidied
+    answered = connection.getresponse()
+    found = answered.status, answered.read()
+    connection.close()
+    return found
+
+
+def call(port, name, *data):
+    """Ask a function of the page, as its browser does, and return its answer."""
+    body = json.dumps({"data": data})
+    status, told = ask(
+        port, f"/gradio_api/call/{name}", method="POST", body=body, headers={"Content-Type": "application/json"}
+    )
+    assert status == 200, told
+    status, events = ask(port, f"/gradio_api/call/{name}/{json.loads(told)['event_id']}")
+    assert events.startswith(b"event: complete"), events
+    return json.loads(events.split(b"data: ")[1])[0]
+
+
+def upload(port, content):
+    body = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + content + b"\r\n--x--\r\n"
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    status, told = ask(port, "/gradio_api/upload", method="POST", body=body, headers=headers)
+    assert status == 200
+    return {"path": json.loads(told)[0], "orig_name": "a.png", "meta": {"_type": "gradio.FileData"}}
+
+
+def test_it_answers_over_http(served, desk):
+    assert call(served, "search", "red", None, 0.5, "", 3) == desk.search("red", None, 0.5, "", 3)
+    assert 'role="alert"' in call(served, "search", "red", None, 0.5, "nonsense", 3)
+    stream = io.BytesIO()
+    Image.new("RGB", (40, 33), COLOURS[3]).save(stream, "PNG")
+    picture = upload(served, stream.getvalue())
+    assert rows(call(served, "search", "", picture, 0.5, "height < 50", 1)) == [3]
+    assert "<table" in call(served, "classify", picture, "red\nblue", "plain")
+    assert call(served, "heat_map", picture, "red\nblue") == desk.heat_map(picture["path"], "red\nblue")
+    assert "drop a picture" in call(served, "heat_map", None, "red")
+    assert ask(served, f"/gradio_api/file={picture['path']}") == (200, stream.getvalue())
+    for content, expected in ((b"no picture", "not an image"), (png_of_size(60_000, 60_000), "size")):
+        assert expected in call(served, "search", "", upload(served, content), 0.5, "", 3)
+
+
+def test_nothing_else_is_served(served, folder):
+    outside, link = folder / "outside.png", folder / FOLDER / "link.png"
+    attempts = [
+        "/file=../../etc/passwd", "/gradio_api/file=../../../../../../etc/passwd", "/gradio_api/file=/etc/passwd",
+        f"/gradio_api/file={outside}", f"/gradio_api/file={link}".replace(" ", "%20").replace('"', "%22"),
+        "/gradio_api/file=%2Fetc%2Fpasswd", "/gradio_api/file%3D%2Fetc%2Fpasswd",
+        "/gradio_api/file=..%2F..%2Fetc%2Fpasswd",
+        "/gradio_api/file/etc/passwd", "/gradio_api/file=http://127.0.0.1:1/x",
+        "/gradio_api/proxy=http://127.0.0.1:1/x",
+        "/static/../../../../../../etc/passwd", "/assets/..%2f..%2f..%2f..%2fetc%2fpasswd", "/../../etc/passwd",
+        f"/gradio_api/file={folder / 'embedded' / 'about.json'}",
+    ]  # fmt: skip
+    for path in attempts:
+        status, found = ask(served, path)
+        assert status in (400, 403, 404), (path, status)
+        assert b"root:" not in found
+        assert outside.read_bytes() not in found
+
+
+def test_a_file_that_was_not_uploaded_is_not_looked_at(served, folder):
+    given = {"path": str(folder / "outside.png"), "meta": {"_type": "gradio.FileData"}}
+    body = json.dumps({"data": ["", given, 0.5, "", 3]})
+    _, told = ask(
+        served, "/gradio_api/call/search", method="POST", body=body, headers={"Content-Type": "application/json"}
+    )
+    _, events = ask(served, f"/gradio_api/call/search/{json.loads(told)['event_id']}")
+    assert events.startswith(b"event: error")
+
+
+def test_only_this_machine_by_its_own_name(served):
+    assert ask(served, "/")[0] == 200
+    assert ask(served, "/", headers={"Host": "evil.example"})[0] == 400
+    with socket.socket() as other:
+        assert other.connect_ex(("127.0.0.1", served)) == 0
+    with socket.socket() as other:
+        assert other.connect_ex(("127.0.0.2", served)) != 0  # as it would be if it listened on all addresses
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it_cleanly(number, folder, embeddings, tmp_path):
+    pytest.importorskip("gradio")
+    arguments = ["app", str(folder / "embedded"), "--no-browser"]
+    command = [sys.executable, "-m", "clipfast", *arguments, "--port", str(free_port())]
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as app:
+        assert "searches 9 items" in app.stdout.readline()
+        app.send_signal(number)
+        _, errors = app.communicate(timeout=60)
+    assert (app.returncode, errors) == (0, "")
+    assert not list(Path(tmp_path).glob("clipfast-app-*"))
