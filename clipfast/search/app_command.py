@@ -52,8 +52,7 @@ def run(args: argparse.Namespace) -> int:
     count = f"{len(desk.embeddings):,} items"
     title = f"<h1>{html.escape(str(args.folder))}</h1><p class='quiet'>{count}, by {html.escape(desk.encoder.name)}</p>"
     with serving(desk, title, args.port, browser=not args.no_browser) as address:
-        print(f"{address} searches {count} of {args.folder}; Ctrl-C ends it", flush=True)
-        wait()
+        wait(f"{address} searches {count} of {args.folder}; Ctrl-C ends it")
     return 0
 
 

@@ -137,10 +137,11 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
             page.close(verbose=False)
 
 
-def wait() -> None:
-    """Wait for Ctrl-C, or for a signal to end."""
+def wait(said: str) -> None:
+    """Print a line, and wait for Ctrl-C or for a signal to end, which may come as soon as that is read."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with contextlib.suppress(KeyboardInterrupt):
+        print(said, flush=True)
         threading.Event().wait()
 
 
