@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from ..launch import triton_runs_on
+
 GROUP = 32  # neighbouring items that share one maximum
 
 
@@ -18,7 +20,7 @@ def best_places(scores: Tensor, k: int) -> Tensor:
     best = scores.topk(min(k + 1, scores.shape[1]), dim=1)
     least = best.values[:, k - 1 : k]
     # A GPU would have to wait for the answer whether there are others of the lowest score.
-    if scores.device.type == "cpu" and not (best.values[:, k:] == least).any():
+    if not triton_runs_on(scores.device) and not (best.values[:, k:] == least).any():
         return best.indices[:, :k].sort(dim=1).values
     above, level = scores > least, scores == least
     room = k - above.sum(1, keepdim=True, dtype=torch.int32)
