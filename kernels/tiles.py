@@ -83,3 +83,28 @@ def halves(vector, SIZE: tl.constexpr):
 def halves_of_columns(tile, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Return the left and the right half of a tile [ROWS, COLS]."""
     return tl.split(tl.permute(tl.reshape(tile, (ROWS, 2, COLS // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def row_products(
+    x_rows,  # [BM] pointers
+    y_rows,  # [BN] pointers
+    mask_m,  # [BM]
+    mask_n,  # [BN]
+    D,
+    stride_xd, stride_yd,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Return one tile of x y^T [BM, BN], in fp32. Equal rows have equal bits in every kernel with the same blocks."""
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start_k in range(0, D, BLOCK_K):
+        dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
+        mask_k = dims < D
+        x = tl.load(
+            x_rows[:, None] + dims[None, :] * stride_xd, mask=mask_m[:, None] & mask_k[None, :], other=0.0
+        )  # [BM, BK]
+        y = tl.load(
+            y_rows[None, :] + dims[:, None] * stride_yd, mask=mask_n[None, :] & mask_k[:, None], other=0.0
+        )  # [BK, BN]
+        acc = tl.dot(x, y, acc, input_precision="ieee")
+    return acc

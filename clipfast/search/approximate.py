@@ -71,7 +71,8 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
             return faiss.read_index(str(path)), about
     note.unlink(missing_ok=True)  # it vouches for the index
     features = embeddings.features if kind == "image" else embeddings.text_features
-    assert features is not None
+    if features is None:
+        raise ValueError(f"{folder} has no {kind} features to index")
     index, about = make_index(features, sample_queries(embeddings, kind))
     about["stamp"] = stamp
     path.parent.mkdir(exist_ok=True)

@@ -1,34 +1,12 @@
-"""Triton kernels of the ranks: the score of each text with its own image, and the counts of others ahead."""
+"""Triton kernels of the ranks: the score of each text with its own image, and the counts of others ahead.
+
+Both compute scores by ``row_products``, so that equal rows have equal bits in both.
+"""
 
 import triton
 import triton.language as tl
 
-from ..tiles import grouped_tile
-
-
-@triton.jit
-def _scores(
-    x_rows,  # [BM] pointers
-    y_rows,  # [BN] pointers
-    mask_m,  # [BM]
-    mask_n,  # [BN]
-    D,
-    stride_xd, stride_yd,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Return one tile of x y^T [BM, BN]. Both kernels call this, so that equal rows have equal bits in both."""
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start_k in range(0, D, BLOCK_K):
-        dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
-        mask_k = dims < D
-        x = tl.load(
-            x_rows[:, None] + dims[None, :] * stride_xd, mask=mask_m[:, None] & mask_k[None, :], other=0.0
-        )  # [BM, BK]
-        y = tl.load(
-            y_rows[None, :] + dims[:, None] * stride_yd, mask=mask_n[None, :] & mask_k[:, None], other=0.0
-        )  # [BK, BN]
-        acc = tl.dot(x, y, acc, input_precision="ieee")
-    return acc
+from ..tiles import grouped_tile, row_products
 
 
 @triton.jit
@@ -46,7 +24,7 @@ def _own_score_kernel(
     offs_m = first + tl.arange(0, BLOCK_M)
     offs_n = first + tl.arange(0, BLOCK_N)
     owner = tl.load(owner_ptr + offs_m, mask=offs_m < N, other=-1)  # [BM]
-    acc = _scores(
+    acc = row_products(
         x_ptr + owner.to(tl.int64) * stride_xm, y_ptr + offs_n.to(tl.int64) * stride_yn, owner >= 0, offs_n < N,
         D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
@@ -80,7 +58,9 @@ def _count_ahead_kernel(
         offs_n = start_n + tl.arange(0, BLOCK_N)
         mask_n = offs_n < N
         y_rows = y_ptr + offs_n.to(tl.int64) * stride_yn  # [BN]
-        acc = _scores(x_rows, y_rows, mask_m, mask_n, D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K)  # [BM, BN]
+        acc = row_products(
+            x_rows, y_rows, mask_m, mask_n, D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K
+        )  # [BM, BN]
         text_best = tl.load(text_best_ptr + offs_n, mask=mask_n, other=0.0)
         owner = tl.load(owner_ptr + offs_n, mask=mask_n, other=-1)
         others = ((owner[None, :] != offs_m[:, None]) & mask_m[:, None] & mask_n[None, :]).to(tl.int32)

@@ -7,7 +7,7 @@ group_scores:  s_qci = x_q . y_(GROUP b_qc + i), for the chosen groups b_qc
 import triton
 import triton.language as tl
 
-from ..tiles import grouped_tile
+from ..tiles import grouped_tile, row_products
 
 
 @triton.jit
@@ -28,17 +28,7 @@ def _group_maxima_kernel(
     mask_m, mask_n = offs_m < Q, offs_n < N
     x_rows = x_ptr + offs_m.to(tl.int64) * stride_xq  # [BM]
     y_rows = y_ptr + offs_n.to(tl.int64) * stride_yn  # [BN]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-    for start_k in range(0, D, BLOCK_K):
-        dims = start_k + tl.arange(0, BLOCK_K).to(tl.int64)
-        mask_k = dims < D
-        x = tl.load(
-            x_rows[:, None] + dims[None, :] * stride_xd, mask=mask_m[:, None] & mask_k[None, :], other=0.0
-        )  # [BM, BK]
-        y = tl.load(
-            y_rows[None, :] + dims[:, None] * stride_yd, mask=mask_n[None, :] & mask_k[:, None], other=0.0
-        )  # [BK, BN]
-        acc = tl.dot(x, y, acc, input_precision="ieee")
+    acc = row_products(x_rows, y_rows, mask_m, mask_n, D, stride_xd, stride_yd, BLOCK_M, BLOCK_N, BLOCK_K)  # [BM, BN]
     if HAS_ALLOWED:
         mask_n = mask_n & (tl.load(allowed_ptr + offs_n, mask=mask_n, other=0) != 0)
     # NaN fails the comparison with itself, and counts as the worst score
