@@ -106,12 +106,14 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image of any mode to RGB. Transparency is dropped, as in OpenCLIP.
+    """Convert an image of any mode to RGB; one that is RGB is returned itself. Transparency is dropped, as in OpenCLIP.
 
     Pixels of 16 bits are scaled to 8 bits; Pillow would clip them.
     """
     from PIL import Image
 
+    if image.mode == "RGB":
+        return image
     if image.mode in _SIXTEEN_BIT:
         grey = np.asarray(image).astype(np.float32) / 257
         return Image.fromarray(np.clip(grey.round(), 0, 255).astype(np.uint8)).convert("RGB")

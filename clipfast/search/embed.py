@@ -16,7 +16,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,14 +34,20 @@ log = logging.getLogger("clipfast")
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 SKIPPED = "skipped"  # under which the metadata of a part name what was left out of it
 SKIPPED_FILE = "skipped.tsv"
-CPU_BATCH, GPU_BATCH = 32, 256  # samples that are encoded at once, by default; on a CPU for each thread
+GPU_BATCH = 256  # samples that are encoded at once, by default
+# On a CPU, each thread encodes as many at once as have CPU_PIXELS pixels, within these bounds: more of small images.
+CPU_BATCH, SMALL_BATCH, CPU_PIXELS = 32, 128, 1 << 17
 
 
 _Features = tuple[Tensor | None, Tensor | None]  # of images and of texts
 
 
-class _Batch(NamedTuple):
-    """Samples that are encoded together, with ``rows`` of metadata; those that cannot be used are in ``skipped``."""
+@dataclasses.dataclass
+class _Batch:
+    """Samples that are encoded together, with ``rows`` of metadata; those that cannot be used are in ``skipped``.
+
+    It is no tuple, because a DataLoader looks through everything in a tuple for arrays to convert.
+    """
 
     pixels: Tensor | None
     texts: list[str]
@@ -170,7 +176,7 @@ class Work:
         Raises:
             DiskFullError: there is no space.
         """
-        size = self.batch_size or (CPU_BATCH if torch.device(self.encoder.device).type == "cpu" else GPU_BATCH)
+        size = self.batch_size or self._suitable_batch()
         ranges = [_cut(self.parts[number], size) for number in numbers]
         encoded = self._encoded(list(itertools.chain(*ranges)), workers)
         for number, own in zip(numbers, ranges, strict=True):
@@ -179,6 +185,16 @@ class Work:
                 done.append(next(encoded))
                 advance(len(places))
             self._write(number, done)
+
+    def _suitable_batch(self) -> int:
+        if torch.device(self.encoder.device).type != "cpu":
+            return GPU_BATCH
+        if not self.samples.images:
+            return CPU_BATCH
+        from PIL import Image
+
+        height, width = self.encoder.transform(Image.new("RGB", (1, 1))).shape[-2:]
+        return max(CPU_BATCH, min(SMALL_BATCH, CPU_PIXELS // (height * width)))
 
     def _encoded(self, ranges: Sequence[range], workers: int) -> Iterator[tuple[_Batch, _Features]]:
         """Yield the batches at these places with their features, in order."""
@@ -206,7 +222,7 @@ class Work:
             texts = self._kept(
                 encode_texts(self.encoder.model, self.encoder.tokenizer, batch.texts, self.encoder.device)
             )
-        return batch._replace(pixels=None, texts=[]), (images, texts)
+        return dataclasses.replace(batch, pixels=None, texts=[]), (images, texts)
 
     def _kept(self, features: Tensor) -> Tensor:
         return features.to("cpu", PRECISIONS[self.precision])

@@ -24,7 +24,7 @@ DATA_HELP = (
     "them: shards, Parquet, CSV; 'bundled:emoji/fluent' ships with the package"
 )
 SHOWN = 20  # samples left out that are named on stderr
-GPU_WORKERS = 8  # data workers for a GPU, at most, by default
+MAX_WORKERS = 8  # processes that read and decode, at most, by default
 
 
 def add_parser(commands: Any) -> None:
@@ -49,10 +49,11 @@ def add_parser(commands: Any) -> None:
     add("--metadata", nargs="*", metavar="KEY", help=kept)
     add("--precision", default="fp16", choices=("fp16", "fp32"), help="of the features in the folder (default: fp16)")
     add("--part-size", type=int, default=10_000, metavar="INT", help="samples of a part (default: 10000)")
-    batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU)"
+    batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU, up to 128 of small images)"
     add("--batch-size", type=int, metavar="INT", help=batch)
-    workers = "processes that read and decode; with --engine ray, its actors (default: 8 at most for a GPU, else 0)"
-    add("--workers", type=int, metavar="INT", help=workers)
+    workers = "processes that read and decode; with --engine ray, its actors"
+    default = "as many as cores for a GPU, half as many for a CPU, at most 8"
+    add("--workers", type=int, metavar="INT", help=f"{workers} (default: {default})")
     engine = "local: this process, or those of torchrun; ray: actors on a cluster (pip install 'clipfast[ray]')"
     add("--engine", default="local", choices=("local", "ray"), help=f"{engine} (default: local)")
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
@@ -124,7 +125,8 @@ def _workers(args: argparse.Namespace, world: World) -> int:
         return int(args.workers)
     from ..host import cores
 
-    return min(GPU_WORKERS, cores() // world.local_size) if world.device(args.device).type == "cuda" else 0
+    own = cores() // world.local_size
+    return min(MAX_WORKERS, own if world.device(args.device).type == "cuda" else own // 2)
 
 
 @contextlib.contextmanager
