@@ -5,8 +5,9 @@ files, which are ``synthetic`` ones and scenes of ``shapes``.
 A shard is a tar file, a Parquet or Arrow file (``rows``), a table (``tables``) or a folder of images (``folders``), and
 ``keys`` says under which names a sample has its image and its captions. ``source`` reads any sample by its number:
 ``index`` knows where each lies, ``staging`` brings what is elsewhere, and ``counts`` knows how many samples there are
-without that. ``order`` says which sample stands where in the sequence of a run, ``loader`` makes batches of them, and
-``read_ahead`` brings their shards in time. ``trial`` makes a batch of a few, to see whether they can be used.
+without that. ``order`` says which sample stands where in the sequence of a run, ``loader`` makes batches of them, in
+processes that ``workers`` starts, and ``read_ahead`` brings their shards in time. ``trial`` makes a batch of a few, to
+see whether they can be used.
 """
 
 from .crops import CroppedImages, WholeImages
@@ -14,13 +15,14 @@ from .encoded import EncodedCrops, check_decoder
 from .identity import identities
 from .index import IndexCache, ShardIndex
 from .keys import Keys, read_keys, read_separator
-from .loader import PREFETCH, Batch, PairBatches, Skipped, pair_loader
+from .loader import Batch, PairBatches, Skipped, pair_loader
 from .open import open_sources
 from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata
 from .source import MAX_OPEN, ShardSource, Source, open_limit, open_shards
 from .synthetic import SyntheticBatches, SyntheticSource
 from .trial import ANY_ORDER, spread, try_pairs
+from .workers import PREFETCH, made_by_workers
 
 __all__ = [
     "ANY_ORDER",
@@ -47,6 +49,7 @@ __all__ = [
     "decode_image",
     "expand_shards",
     "identities",
+    "made_by_workers",
     "metadata",
     "open_limit",
     "open_shards",

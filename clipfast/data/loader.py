@@ -7,23 +7,16 @@ run that was interrupted continues to the last bit, on another number of ranks a
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import random
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from multiprocessing.connection import wait
-from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from ..file_tokenizer import FileTokenizer
 from ..files import DiskFullError
@@ -34,14 +27,10 @@ from .order import Mix, Stretch, Unique, permutation, random_words
 from .read_ahead import ReadAhead
 from .samples import RawSample, caption, field, image_bytes, sample_name
 from .source import Source
+from .workers import PREFETCH, made_by_workers
 
 # If a sample and so many substitutes cannot be used, the run stops: nothing in the data seems to be usable.
 MAX_SUBSTITUTES = 100
-PREFETCH = 2  # batches that each data worker makes ahead
-PATIENCE = 2.0  # seconds in which a worker ends whose pipe broke
-GRACE = 1.0  # seconds that data workers have at the end for the batches that they make
-MAX_INTERRUPTIONS = 3  # by PyTorch's reports of a dead worker
-PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent dies
 
 
 class Skipped(NamedTuple):
@@ -308,71 +297,13 @@ def pair_loader(
         ValueError: an error of the batches, or a data worker died.
         DiskFullError: there is no space for the copy of a shard.
     """
-    options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker}
-    options["prefetch_factor"] = PREFETCH if num_workers else None
-    numbers = range(first, stop)
-    loader = DataLoader(_Reporting(batches), batch_size=None, sampler=numbers, num_workers=num_workers, **options)
-    iterator = iter(loader)
-    in_flight = num_workers * (loader.prefetch_factor or 0)
-    try:
-        # After the data workers: a process that is forked while a thread holds a lock cannot take that lock.
-        with ReadAhead(batches, first, stop, in_flight, local_ranks) as ahead:
-            for number, batch in enumerate(iterator, first + 1):
-                if isinstance(batch, Exception):
-                    raise batch
-                ahead.reached(number)
-                yield batch
-    except DiskFullError:
-        raise
-    except (RuntimeError, EOFError, OSError) as error:  # whichever way the loss of a worker is met first
-        death = _first_death(getattr(iterator, "_workers", ()))
-        if death is None:
-            raise
-        raise ValueError(
-            f"a data worker died: {death}; if it ran out of memory, as the system's log would say, use fewer --workers"
-        ) from error
-    finally:
-        # Tracebacks keep an iterator alive, and its workers would then wait at the end of the process.
-        if num_workers:
-            _end_workers(iterator)
-
-
-def _end_workers(iterator: Any) -> None:
-    """End the data workers of an iterator; those that are still busy after ``GRACE`` seconds are killed."""
-    # PyTorch ends its own thread first, which must not read what a killed worker has half written. Then it waits for
-    # up to ten seconds for each worker in turn; that is over as soon as all of them are killed.
-    killer = threading.Timer(GRACE, lambda: [worker.kill() for worker in iterator._workers])
-    # PyTorch reports a dead worker by an error at any moment, even here, and has ended the others then.
-    with contextlib.suppress(RuntimeError):
-        killer.start()
-        iterator._shutdown_workers()
-    killer.cancel()
-
-
-def _first_death(workers: Sequence[BaseProcess]) -> str | None:
-    """Say how the first of the processes that have ended did so; None if all of them run, or there are none."""
-    if not workers:
-        return None
-    by_sentinel = {worker.sentinel: worker for worker in workers}
-    for _ in range(MAX_INTERRUPTIONS):
-        with contextlib.suppress(RuntimeError):  # PyTorch's own report, which may come now
-            ended = wait(list(by_sentinel), timeout=PATIENCE)  # its pipes break before it has ended
-            if not ended:
-                return None
-            code = by_sentinel[ended[0]].exitcode  # type: ignore[index]
-            if code is None:  # PyTorch's report came while the status was read, which can be done only once
-                return "it has ended, and its status is lost"
-            return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
-    return "it has ended"
-
-
-def _start_worker(_: int) -> None:
-    # A terminal or a job scheduler sends these signals to every process. The trainer decides when to stop, and needs
-    # batches until then. A second SIGTERM ends the worker.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
-    # A trainer that is killed tells its workers nothing. On Linux, the kernel can.
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    # The workers come first: a process that is forked while a thread holds a lock cannot take that lock.
+    with (
+        made_by_workers(_Reporting(batches), range(first, stop), num_workers, pin_memory=pin_memory) as iterator,
+        ReadAhead(batches, first, stop, num_workers * PREFETCH, local_ranks) as ahead,
+    ):
+        for number, batch in enumerate(iterator, first + 1):
+            if isinstance(batch, Exception):
+                raise batch
+            ahead.reached(number)
+            yield batch

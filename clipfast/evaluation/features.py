@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data import Skipped
+from ..data import Skipped, made_by_workers
 from ..training.world import ALONE, World
 from .encoder import Encoder
 from .labelled import LabelledImage, LabelledSet, Place, in_order, load
@@ -179,8 +179,12 @@ def encode_set(
     missing = sorted(set(range(len(ranges))) - set(kept))
     mine = missing[world.rank :: world.size]
     parts: list[list[LabelledFeatures]] = []
-    with world.phase("evaluation"), _bar(sum(len(ranges[n]) for n in mine), progress, world) as advance:
-        for number, part in zip(mine, _encode(encoders, blocks, [ranges[n] for n in mine], workers), strict=True):
+    with (
+        world.phase("evaluation"),
+        _bar(sum(len(ranges[n]) for n in mine), progress, world) as advance,
+        made_by_workers(blocks, [ranges[n] for n in mine], min(workers, len(mine))) as made,
+    ):
+        for number, part in zip(mine, _encode(encoders, blocks, made), strict=True):
             for section, found in zip(sections, part, strict=False):
                 section.save(_name(number), *_packed(found))
             parts.append(part)
@@ -198,15 +202,10 @@ def encode_set(
     return whole
 
 
-def _encode(
-    encoders: Sequence[Encoder], blocks: _Blocks, ranges: Sequence[range], workers: int
-) -> Iterator[list[LabelledFeatures]]:
-    """Yield the features of each range of places by each encoder."""
-    loader: Iterable[_Block] = DataLoader(
-        blocks, sampler=ranges, batch_size=None, num_workers=min(workers, len(ranges))
-    )
+def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]) -> Iterator[list[LabelledFeatures]]:
+    """Yield the features of blocks by each encoder."""
     inputs = [blocks.transforms.index(encoder.transform) for encoder in encoders]
-    for block in loader:
+    for block in made:
         features = [torch.empty(0)] * len(encoders)
         if block.pixels:
             features = [encoder.images(block.pixels[i]) for encoder, i in zip(encoders, inputs, strict=True)]

@@ -8,21 +8,22 @@ workers nor on how often the work was interrupted.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
-from ..data import Skipped
+from ..data import Skipped, made_by_workers
 from ..evaluation.encoder import Encoder
 from ..evaluation.zero_shot import encode_texts
 from ..files import replace_text
@@ -174,42 +175,57 @@ class Work:
             advance: is called with the number of samples that are done, again and again.
 
         Raises:
+            ValueError: a data worker died.
             DiskFullError: there is no space.
         """
-        size = self.batch_size or self._suitable_batch()
-        ranges = [_cut(self.parts[number], size) for number in numbers]
-        encoded = self._encoded(list(itertools.chain(*ranges)), workers)
-        for number, own in zip(numbers, ranges, strict=True):
-            done: list[tuple[_Batch, _Features]] = []
-            for places in own:
-                done.append(next(encoded))
-                advance(len(places))
-            self._write(number, done)
+        ranges = [_cut(self.parts[number], self.samples_at_once) for number in numbers]
+        every = list(itertools.chain(*ranges))
+        batches = _Batches(self.samples, self.encoder.transform)
+        with (
+            made_by_workers(batches, every, min(workers, len(every))) as made,
+            contextlib.closing(self._encoded(made)) as encoded,
+        ):
+            for number, own in zip(numbers, ranges, strict=True):
+                done: list[tuple[_Batch, _Features]] = []
+                for places in own:
+                    done.append(next(encoded))
+                    advance(len(places))
+                self._write(number, done)
 
-    def _suitable_batch(self) -> int:
+    @functools.cached_property
+    def _blank(self) -> Tensor:
+        """The input of the model for an image without content."""
+        from PIL import Image
+
+        return self.encoder.transform(Image.new("RGB", (1, 1)))
+
+    @functools.cached_property
+    def samples_at_once(self) -> int:
+        """How many samples a batch has."""
+        if self.batch_size is not None:
+            return self.batch_size
         if torch.device(self.encoder.device).type != "cpu":
             return GPU_BATCH
         if not self.samples.images:
             return CPU_BATCH
-        from PIL import Image
-
-        height, width = self.encoder.transform(Image.new("RGB", (1, 1))).shape[-2:]
+        height, width = self._blank.shape[-2:]
         return max(CPU_BATCH, min(SMALL_BATCH, CPU_PIXELS // (height * width)))
 
-    def _encoded(self, ranges: Sequence[range], workers: int) -> Iterator[tuple[_Batch, _Features]]:
-        """Yield the batches at these places with their features, in order."""
-        loader: Iterable[_Batch] = DataLoader(
-            _Batches(self.samples, self.encoder.transform), sampler=ranges, batch_size=None,
-            num_workers=min(workers, len(ranges)),
-        )  # fmt: skip
+    @property
+    def batch_bytes(self) -> int:
+        """The bytes of the images of a batch, which data workers hold in shared memory."""
+        return self.samples_at_once * self._blank.nbytes if self.samples.images else 0
+
+    def _encoded(self, batches: Iterable[_Batch]) -> Generator[tuple[_Batch, _Features]]:
+        """Yield batches with their features, in order."""
         if torch.device(self.encoder.device).type != "cpu":
-            yield from map(self._encode, loader)
+            yield from map(self._encode, batches)
             return
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
-                yield from _in_order(pool, self._encode, loader, threads + 1)
+                yield from _in_order(pool, self._encode, batches, threads + 1)
         finally:
             torch.set_num_threads(threads)
 

@@ -91,7 +91,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
 
             make_parts(args, work, missing, advance)
         else:
-            work.make(mine, _workers(args, world), advance)
+            work.make(mine, _workers(args, work, world), advance)
     world.meet(INDEXING)  # parts take different times
     seconds = time.perf_counter() - started
     rows, skipped = world.on_main(work.finish)
@@ -120,13 +120,19 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
     return Work(encoder, samples, args.output, args.precision, args.part_size, args.batch_size)
 
 
-def _workers(args: argparse.Namespace, world: World) -> int:
+def _workers(args: argparse.Namespace, work: Work, world: World) -> int:
+    """Return the number of data workers; by default only so many that their batches fill half of the shared memory."""
     if args.workers is not None:
         return int(args.workers)
-    from ..host import cores
+    from ..data import PREFETCH
+    from ..host import SHARED_MEMORY, cores, free_bytes
 
     own = cores() // world.local_size
-    return min(MAX_WORKERS, own if world.device(args.device).type == "cuda" else own // 2)
+    most = min(MAX_WORKERS, own if world.device(args.device).type == "cuda" else own // 2)
+    if not SHARED_MEMORY.is_dir():
+        return 0
+    held = 2 * world.local_size * PREFETCH * work.batch_bytes
+    return min(most, free_bytes(SHARED_MEMORY) // held) if held else most
 
 
 @contextlib.contextmanager

@@ -1,0 +1,84 @@
+"""The processes that read and decode for clipfast embed: how many, and what is said when one of them is lost."""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from unittest import mock
+
+import pytest
+import torch
+
+from clipfast import create_model, host
+from clipfast.checkpoint import export_open_clip
+from clipfast.evaluation.encoder import Encoder
+from clipfast.search import embed_command
+from clipfast.search.embed import CPU_BATCH, SMALL_BATCH, Work
+from clipfast.search.samples import Samples
+
+from ..clip.conftest import picture, run_command, sample, write_shard
+
+pytest.importorskip("pyarrow")
+pytest.importorskip("tqdm")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a model and a shard of pairs."""
+    folder = tmp_path_factory.mktemp("embed")
+    export_open_clip(create_model("ViT-T-8-32"), folder / "model")
+    write_shard(folder / "a.tar", [sample(index, png=picture(index)) for index in range(40)])
+    return folder
+
+
+def work(home, tmp_path, **changes) -> Work:
+    return Work(Encoder.load(f"local-dir:{home}/model", device="cpu"), Samples(f"{home}/a.tar"), tmp_path, **changes)
+
+
+def kill_workers(*_) -> None:
+    for process in multiprocessing.active_children():
+        os.kill(process.pid, signal.SIGKILL)
+    if threading.current_thread() is threading.main_thread():
+        time.sleep(30)  # PyTorch's report interrupts it
+
+
+@pytest.mark.parametrize("method", ["_encode", "_write"])
+def test_a_worker_that_is_lost_is_named(home, tmp_path, monkeypatch, capsys, method):
+    """PyTorch reports the loss at any moment, which may be one without any call of PyTorch's."""
+    monkeypatch.setattr(Work, method, kill_workers)
+    options = ["--data", f"{home}/a.tar", "--output", str(tmp_path / "e"), "--batch-size", "1", "--part-size", "10"]
+    code, _, err = run_command(capsys, "embed", "--model", f"local-dir:{home}/model", *options, "--workers", "1")
+    assert code == 2
+    assert "a data worker died: it" in err
+    assert "use fewer --workers" in err
+    assert "Traceback" not in err
+    assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize(
+    ("cores", "device", "room", "expected"),
+    [
+        (1, "cpu", 99, 0), (2, "cpu", 99, 1), (9, "cpu", 99, 4), (64, "cpu", 99, 8), (4, "cuda", 99, 4),
+        (64, "cpu", 3, 0), (64, "cpu", 4, 1), (64, "cpu", 7, 1), (64, "cpu", 8, 2),
+    ],
+)  # fmt: skip
+def test_by_default_workers_are_as_many_as_there_is_room_for(
+    home, tmp_path, monkeypatch, cores, device, room, expected
+):
+    """``room`` is of batches; each worker holds two, and half of the room is left to others."""
+    made = work(home, tmp_path)
+    assert made.batch_bytes == SMALL_BATCH * 3 * 32 * 32
+    monkeypatch.setattr(host, "cores", lambda: cores)
+    monkeypatch.setattr(host, "free_bytes", lambda _: room * made.batch_bytes)
+    world = mock.Mock(local_size=1, device=lambda _: torch.device(device))
+    assert embed_command._workers(mock.Mock(workers=None), made, world) == expected
+    assert embed_command._workers(mock.Mock(workers=30), made, world) == 30
+
+
+def test_batches_of_small_images_are_larger(home, tmp_path):
+    assert work(home, tmp_path).samples_at_once == SMALL_BATCH
+    assert work(home, tmp_path, batch_size=5).samples_at_once == 5
+    large = work(home, tmp_path)
+    large.encoder.transform = lambda _: torch.zeros(3, 224, 224)
+    assert large.samples_at_once == CPU_BATCH
