@@ -18,7 +18,7 @@ from .attention_parts import KIND, drops, heads_attention, project_apart, projec
 from .blocks import Mask
 from .hf_attention import PROPOSALS_OF_HF
 from .open_clip_attention import PROPOSALS_OF_OPEN_CLIP, open_clip_attention
-from .places import Proposal, class_name, computes
+from .places import Proposal, class_name, computes, is_plain
 from .timm_attention import PROPOSALS_OF_TIMM
 
 
@@ -60,7 +60,14 @@ def _propose_pool(module: Any) -> Proposal:
     tokens, heads = len(module.positional_embedding), module.num_heads
     if tokens > MAX_TOKENS or heads > MAX_HEADS:
         return Proposal(KIND, f"{tokens} tokens and {heads} heads; at most {MAX_TOKENS} and {MAX_HEADS} can be pooled")
+    if not _has_plain_projections(module):
+        return Proposal(KIND, "a projection has a hook, or is not a linear layer")
     return Proposal(KIND, "clipfast.attention_pool", attention_pool_2d)
+
+
+def _has_plain_projections(pool: Any) -> bool:
+    """Return True if an ``AttentionPool2d`` loses nothing if its linear layers are not called."""
+    return all(is_plain(layer, nn.Linear) for layer in (pool.q_proj, pool.k_proj, pool.v_proj, pool.c_proj))
 
 
 _PROPOSALS = {
@@ -107,8 +114,7 @@ def attention_pool_2d(module: Any, x: Tensor) -> Tensor:
 
     Only the mean of all positions is a query, so that the keys' and the values' projections act on it alone.
     """
-    projections = (module.q_proj, module.k_proj, module.v_proj, module.c_proj)
-    if not all(type(layer) is nn.Linear for layer in projections) or not computes(x):
+    if not _has_plain_projections(module) or not computes(x):
         return type(module).forward(module, x)
     tokens = x.flatten(2).transpose(1, 2)  # [B, HW, C]
     tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], 1)

@@ -191,6 +191,16 @@ def test_a_hook_may_change_what_it_sees():
     assert_equal(patched, model)
 
 
+@pytest.mark.parametrize("projection", ["q_proj", "k_proj", "v_proj", "c_proj"])
+def test_a_hook_in_attention_pooling_is_respected(projection):
+    model, patched = patched_pair("RN50")
+    assert re.search(r"attnpool .* clipfast\.attention_pool", clipfast.report(patched))
+    for each in (model, patched):  # OpenCLIP 3.3.0 itself never calls these layers, and later versions do
+        each.visual.attnpool.get_submodule(projection).register_forward_hook(lambda module, args, output: 2 * output)
+    assert_equal(patched, model)
+    assert re.search(r"attnpool .* as before: a projection has a hook", clipfast.report(patched))
+
+
 @pytest.mark.parametrize("name", ["ViT-B-32", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
 def test_checkpointing_locking_and_intermediates(name):
     model, patched = patched_pair(name)
