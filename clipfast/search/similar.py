@@ -11,7 +11,7 @@ from torch import Tensor
 from ..kernels.common import slices
 
 ROWS, COLUMNS = 8192, 1024  # of the block of similarities that exists at a time: 32 MiB
-RESCORED = 1 << 22  # elements of features that are widened to float64 at once
+RESCORED = 1 << 20  # elements of features that are widened to float64 at once
 MOST_PAIRS = 50_000_000
 
 
