@@ -4,6 +4,7 @@ The list is a file that :mod:`clipfast.data.staging` keeps in the cache. It has 
 that are called like it, by their extensions.
 """
 
+import collections
 import hashlib
 import itertools
 import json
@@ -13,10 +14,13 @@ from pathlib import Path
 from typing import BinaryIO
 
 from .formats import Extents, Format
-from .keys import IMAGE_EXTENSIONS, Keys
+from .keys import DEFAULT_KEYS, IMAGE_EXTENSIONS, Keys
 from .linked import LINKS, Links
 from .samples import RawSample, metadata
 from .tables import JSONL
+
+IMAGE_KINDS = frozenset(IMAGE_EXTENSIONS)
+MOST_KINDS = 8  # of the files that are not taken, which are named
 
 
 def write_list(folder: str, path: Path) -> None:
@@ -35,19 +39,42 @@ def images_in(folder: str) -> Iterator[dict[str, str]]:
     These are the files beside each other whose names agree up to the last dot. Images are in the order of their names,
     and those of sub-folders come last. What begins with a dot is left out.
     """
+    for named in _alike(folder):
+        files = dict(named)
+        images = [(extension, name) for extension, name in named if extension in IMAGE_EXTENSIONS]
+        if images:
+            yield files
+        # 7.jpg and 7.JPG are two images with one text.
+        yield from (files | {extension: name} for extension, name in images if files[extension] != name)
+
+
+def others_in(folder: str, keys: Keys) -> str:
+    """Say how many files of which kinds in a folder and its sub-folders belong to no pair, such as "2 heic, 1 pdf".
+
+    They are told by their names. What begins with a dot is left out.
+    """
+    kinds = collections.Counter[str]()
+    for named in _alike(folder):
+        extensions = [extension for extension, _ in named]
+        is_pair = not IMAGE_KINDS.isdisjoint(extensions)
+        taken = IMAGE_KINDS.union(keys.texts, ["json"]) if is_pair else frozenset()
+        kinds.update(extension for extension in extensions if extension not in taken)
+    most = sorted(kinds, key=lambda kind: (-kinds[kind], kind))
+    said = [f"{kinds[kind]:,} {kind or 'without extension'}" for kind in most[:MOST_KINDS]]
+    rest = sum(kinds[kind] for kind in most[MOST_KINDS:])
+    return ", ".join([*said, *([f"{rest:,} of other kinds"] if rest else [])])
+
+
+def _alike(folder: str) -> Iterator[list[tuple[str, str]]]:
+    """Yield the files beside each other whose names agree up to the last dot, as pairs of extension and name."""
     for inside, names in _walk(folder):
-        parts = (name.rpartition(".") for name in names)
+        parts = [name.rpartition(".") for name in names]
+        yield from ([("", os.path.join(inside, name))] for stem, _, name in parts if not stem)
         # No name has a zero byte: with it in place of the dot, what belongs together lies together when it is sorted.
         row = sorted(f"{stem}\0{extension}" for stem, _, extension in parts if stem)
         for stem, group in itertools.groupby(row, key=lambda name: name.partition("\0")[0]):
             extensions = [name.partition("\0")[2] for name in group]
-            named = [(extension.lower(), os.path.join(inside, f"{stem}.{extension}")) for extension in extensions]
-            files = dict(named)
-            images = [(extension, name) for extension, name in named if extension in IMAGE_EXTENSIONS]
-            if images:
-                yield files
-            # 7.jpg and 7.JPG are two images with one text.
-            yield from (files | {extension: name} for extension, name in images if files[extension] != name)
+            yield [(extension.lower(), os.path.join(inside, f"{stem}.{extension}")) for extension in extensions]
 
 
 def has_texts(folder: str, keys: Keys) -> bool:
@@ -104,7 +131,8 @@ def _scan(file: BinaryIO, name: str) -> tuple[Extents, dict[str, int]]:
     """
     found, damage = JSONL.scan(file, name)
     if not len(found):
-        raise ValueError(f"the folder has no images ({', '.join(IMAGE_EXTENSIONS)})")
+        others = others_in(name, DEFAULT_KEYS)
+        raise ValueError(f"the folder has no images ({', '.join(IMAGE_EXTENSIONS)}){others and f', but {others}'}")
     return found, damage
 
 

@@ -77,12 +77,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _run(args: argparse.Namespace, world: World) -> int:
     from ..training.world import INDEXING
+    from .embed import SKIPPED_FILE
 
     work = work_of(args, world)
     world.on_main(work.begin)
     missing = world.on_main(work.missing)
-    for loss in work.samples.losses() if world.is_main else []:
-        print(f"clipfast embed: {loss}", file=sys.stderr)
+    for sentence in [*work.samples.losses(), *work.samples.others()] if world.is_main else []:
+        print(f"clipfast embed: {sentence}", file=sys.stderr)
     mine = missing[world.rank :: world.size]
     started = time.perf_counter()
     with world.phase("embedding"), _bar(work, mine if args.engine == "local" else missing, world) as advance:
@@ -96,8 +97,11 @@ def _run(args: argparse.Namespace, world: World) -> int:
     seconds = time.perf_counter() - started
     rows, skipped = world.on_main(work.finish)
     if world.is_main:
+        _name(skipped, wants_texts=args.texts)
         made = sum(len(work.parts[number]) for number in missing)
-        _report(args.output, rows, skipped, f"{made:,} samples in {seconds:,.1f} s, {made / seconds:,.1f} a second")
+        left_out = f", {len(skipped):,} left out (see {args.output / SKIPPED_FILE})" if skipped else ""
+        speed = f"{made:,} samples in {seconds:,.1f} s, {made / seconds:,.1f} a second"
+        print(f"{args.output} holds {rows:,} samples{left_out}; now: {speed}")
     return 0
 
 
@@ -157,12 +161,13 @@ def _bar(work: Work, numbers: Sequence[int], world: World) -> Iterator[Callable[
         yield bar.update
 
 
-def _report(folder: Path, rows: int, skipped: Sequence[tuple[int, Skipped]], speed: str) -> None:
-    from .embed import SKIPPED_FILE
-
+def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
+    """Name what was left out, and say what takes pictures without captions if captions were not asked for."""
     for _, one in skipped[:SHOWN]:
         print(f"clipfast embed: left out {one}", file=sys.stderr)
     if len(skipped) > SHOWN:
         print(f"clipfast embed: left out {len(skipped) - SHOWN} more", file=sys.stderr)
-    left_out = f", {len(skipped):,} left out (see {folder / SKIPPED_FILE})" if skipped else ""
-    print(f"{folder} holds {rows:,} samples{left_out}; now: {speed}")
+    silent = sum(one.kind == "no caption" for _, one in skipped)
+    if silent and not wants_texts:
+        hint = "with --images (and a new --output) they are embedded too"
+        print(f"clipfast embed: {silent:,} have no caption: {hint}", file=sys.stderr)

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..data import IndexCache, Keys, Skipped, Source, decode_image, expand_shards, metadata, open_sources
-from ..data.keys import DEFAULT_KEYS
-from ..data.samples import PIPE, RawSample, captions, sample_name
+from ..data.folders import others_in
+from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS
+from ..data.samples import PIPE, RawSample, captions, is_folder, sample_name
 from ..images import SampleError
 
 if TYPE_CHECKING:
@@ -113,6 +114,15 @@ class Samples:
     def losses(self) -> list[str]:
         """Return a sentence for each damaged part of the source, as far as it has been read."""
         return [loss for source in self.sources for shard in source.shards for loss in shard.losses()]
+
+    def others(self) -> list[str]:
+        """Return a sentence for each folder of the source with files that are neither images nor of one."""
+        folders = [shard.name for source in self.sources for shard in source.shards if is_folder(shard.name)]
+        return [
+            f"in {folder} these files were not taken: {others} (images are {', '.join(IMAGE_EXTENSIONS)})"
+            for folder in folders
+            if (others := others_in(folder, self.keys))
+        ]
 
     def have_captions(self) -> bool:
         """Return True if one of the first samples has a caption."""

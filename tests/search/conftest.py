@@ -15,6 +15,8 @@ from clipfast.evaluation.encoder import Encoder
 from clipfast.search.app import Desk, Pictures
 
 from ..clip.conftest import picture, sample, write_shard
+from ..clip.faults import faulty_samples
+from .embedding import TINY, options
 
 EVIL = "<img onerror=alert(1)>.png"
 CAPTION = "<b>bold</b> & 'single' \"double\""
@@ -30,7 +32,7 @@ def home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("commands")
     for seed, name in enumerate(("model", "other")):
         torch.manual_seed(seed)
-        export_open_clip(create_model("ViT-T-8-32"), folder / name)
+        export_open_clip(create_model(TINY), folder / name)
     changes = {20: {"png": picture(3)}, 21: {"png": picture(3, size=48)}}
     write_shard(folder / "data.tar", [sample(index, **changes.get(index, {})) for index in range(24)])
     arguments = ["--model", f"local-dir:{folder}/model", "--data", str(folder / "data.tar"), "--device", "cpu"]
@@ -40,6 +42,25 @@ def home(tmp_path_factory):
     (folder / "one.png").write_bytes(picture(3))
     (folder / "two.png").write_bytes(picture(7))
     return folder
+
+
+@pytest.fixture(scope="session")
+def faulty(tmp_path_factory):
+    """A folder with a model and a set of pairs of which some cannot be used, in two shards."""
+    folder = tmp_path_factory.mktemp("faulty")
+    torch.manual_seed(0)
+    export_open_clip(create_model(TINY), folder / "model")
+    write_shard(folder / "a.tar", [*faulty_samples(), *(sample(index) for index in range(20))])
+    write_shard(folder / "b.tar", [sample(index, png=picture(100 + index)) for index in range(17)])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole(faulty, tmp_path_factory):
+    """What one process makes of it that nobody disturbs."""
+    output = tmp_path_factory.mktemp("whole") / "e"
+    assert main(options(faulty, output)) == 0
+    return output
 
 
 def png_of_size(width, height):
@@ -58,7 +79,7 @@ def folder(tmp_path_factory):
     """A model; a folder of pictures, in which a link leads out of it; and a picture outside."""
     folder = tmp_path_factory.mktemp("app")
     torch.manual_seed(0)
-    export_open_clip(create_model("ViT-T-8-32"), folder / "model")
+    export_open_clip(create_model(TINY), folder / "model")
     (folder / FOLDER).mkdir()
     for number, colour in enumerate(COLOURS):
         Image.new("RGB", (40, 30 + number), colour).save(folder / FOLDER / (EVIL if number == 0 else f"{number}.png"))

@@ -1,0 +1,32 @@
+"""How the tests of clipfast embed give the command, and look at what it made."""
+
+from pathlib import Path
+
+from clipfast import Embeddings
+
+from ..clip.conftest import run_command
+
+TINY = "ViT-T-8-32"
+
+
+def options(home: Path, output: Path, **changes) -> list[str]:
+    """Arguments of a command; one that is None is left out, and one that is True has no value."""
+    given = {"model": f"local-dir:{home}/model", "data": f"{home}/a.tar::{home}/b.tar", "output": str(output)}
+    given |= {"part-size": "50", "batch-size": "16"} | changes
+    words = [[f"--{name}", *([] if value is True else [str(value)])] for name, value in given.items() if value]
+    return ["embed", *(word for both in words for word in both)]
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder but its lock, by its name."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != "run.lock"
+    }
+
+
+def make(capsys, home: Path, output: Path, **changes) -> tuple[Embeddings, str]:
+    code, out, err = run_command(capsys, *options(home, output, **changes))
+    assert code == 0, err
+    return Embeddings.open(output), out + err
