@@ -23,6 +23,7 @@ function compare(one, other, column, way) {
 
 function sort() {
   const column = find("column").value, way = find("way").value === "down" ? -1 : 1;
+  find("way").disabled = !column;
   const order = column ? (x, y) => compare(x, y, column, way) : (x, y) => x.place - y.place;
   const sorted = [...list].sort(order);
   for (const section of document.querySelectorAll("section"))
@@ -42,8 +43,9 @@ function filter() {
   for (const section of document.querySelectorAll("section")) {
     const count = section.querySelectorAll(".card:not([hidden])").length;
     section.hidden = !count;
-    text(section.querySelector(".n")) && (section.querySelector(".n").textContent = count.toLocaleString("en"));
+    text(section.querySelector(".n")) && (section.querySelector(".n").textContent = `${count.toLocaleString("en")} shown`);
   }
+  find("none").hidden = shown > 0 || !list.length;
   find("count").textContent = `${shown.toLocaleString("en")} of ${list.length.toLocaleString("en")} shown`;
 }
 
@@ -77,9 +79,9 @@ larger.addEventListener("keydown", event => {
   if (by) step(by);
 });
 larger.addEventListener("close", () => current.querySelector(".open").focus());
-find("controls").hidden = false;
+find("controls").hidden = !list.length;
 find("controls").addEventListener("input", event => {
-  if (event.target.id === "column" && event.target.value === "score") find("way").value = "down";
+  if (event.target.id === "column") find("way").value = event.target.value === "score" ? "down" : "up";  // the best first
   (event.target.tagName === "SELECT" ? sort : filter)();
 });
 filter();

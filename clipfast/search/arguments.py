@@ -109,15 +109,15 @@ class Pictures:
             if self.samples.about()["stamp"] != embeddings.about["stamp"]:
                 raise ValueError(f"{self.samples.data} has changed since it was embedded: embed it again")
 
-    def item(self, place: int, score: float | None = None, group: str = "", **more: Any) -> Item:
-        """Return an item to show, with its picture if it can be read."""
+    def item(self, place: int, score: float | None = None, group: str = "", mark: str = "", **more: Any) -> Item:
+        """Return an item to show, with its picture if it can be read; ``more`` stands before its metadata."""
         from .gallery import Item
 
         row = row_of(self.embeddings, place)
         path = str(row.get("image_path") or row.get("key") or "")
         others = {name: value for name, value in row.items() if name not in NAMES}
         caption = str(row.get("caption") or "")
-        return Item(self._image(row, path), caption, score, path, group, {**more, **others})
+        return Item(self._image(row, path), caption, score, path, group, {**more, **others}, mark)
 
     def _image(self, row: Mapping[str, Any], path: str) -> Any:
         if self.samples is None:

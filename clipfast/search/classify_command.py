@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     }  # fmt: skip
     if args.html:
         items = (_item(Item, one) for one in pictures)
-        about = f"Labels by {args.model}: {', '.join(labels)}"
+        about = f"The label that fits best, and its probability, by {args.model}. Labels: {', '.join(labels)}"
         write_gallery(args.html, "Classified pictures", items, about[:500])
     write_results(args, results, table=_table(results) if args.table else None)
     return 0
@@ -109,7 +109,7 @@ def probabilities(encoder: Encoder, images: Tensor, classifier: Tensor) -> Tenso
 
 def _item(kind: Any, one: dict[str, Any]) -> Any:
     label, value = next(iter(one["probabilities"].items()))
-    best = dict(list(one["probabilities"].items())[:SHOWN])
+    best = {label: round(share, 4) for label, share in list(one["probabilities"].items())[:SHOWN]}
     return kind(Path(one["image"]), label, value, one["image"], metadata=best)
 
 

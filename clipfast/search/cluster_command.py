@@ -72,7 +72,10 @@ def run(args: argparse.Namespace) -> int:
     if args.write:
         _write(args.write, embeddings, found)
     if pictures is not None:
-        about = f"{len(features):,} items in {args.k} clusters, the largest first. Scores: cosine with the centre."
+        about = (
+            f"{len(features):,} items in {args.k} clusters, the largest first, and of each the items nearest to its "
+            "centre. Scores: cosine with the centre."
+        )
         write_gallery(args.html, f"Clusters of {args.folder}", _items(pictures, found, results["clusters"]), about)
     write_results(args, results, table=_table(results) if args.table else None)
     return 0
@@ -126,14 +129,15 @@ def _table(results: dict[str, Any]) -> str:
         rows.append([str(one["cluster"]), f"{one['size']:,}", mean, one["name"][:SHOWN]])
     end = "" if results["is_settled"] else ", which is the most: --rounds allows more"
     return (
-        f"{results['items']:,} items; mean cosine with the centres {results['similarity']:.4f} after "
-        f"{results['rounds']} rounds{end}\n\n{align(rows, right=(0, 1, 2))}"
+        f"{results['items']:,} items; mean cosine with the centres: {results['similarity']:.4f}; rounds: "
+        f"{results['rounds']}{end}\n\n{align(rows, right=(0, 1, 2))}"
     )
 
 
 def _items(pictures: Pictures, found: Clusters, clusters: list[dict[str, Any]]) -> Iterator[Item]:
     for one in clusters:
-        name = f"{one['cluster']}: {one['name']} ({one['size']:,})"
+        label = f": {one['name']}" if one["name"] else ""
+        name = f"cluster {one['cluster']}{label} ({one['size']:,} in all)"
         for place in found.nearest(one["cluster"], EXAMPLES):
             yield pictures.item(place, float(found.similarity[place]), name)
 

@@ -79,16 +79,18 @@ def run(args: argparse.Namespace) -> int:
     if args.write_keys:
         write_keys(args.write_keys, embeddings, (place for place in range(len(embeddings)) if place not in dropped))
     if pictures is not None:
-        write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), _sentence(results))
+        most = f" The {SHOWN} largest groups are shown." if len(groups) > SHOWN else ""
+        about = f"{_sentence(results)}.{most} Scores: cosine with the picture that is kept."
+        write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), about)
     write_results(args, results, table=_sentence(results) if args.table else None)
     return 0
 
 
 def _sentence(results: dict[str, Any]) -> str:
     return (
-        f"{results['items']:,} pictures, of which {results['dropped']:,} are near duplicates of others (cosine of "
-        f"{results['threshold']:g} or more) in {results['groups']:,} groups; {results['kept']:,} are kept, of each "
-        f"group the {results['keep']} one"
+        f"Of {results['items']:,} pictures {results['kept']:,} are kept, and {results['dropped']:,} left out as near "
+        f"duplicates of these (cosine of {results['threshold']:g} or more). Groups: {results['groups']:,}; of each, "
+        f"the {results['keep']} one is kept"
     )
 
 
@@ -97,7 +99,7 @@ def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
     largest = sorted(groups, key=lambda group: -len(group.dropped))[:SHOWN]
     for number, group in enumerate(largest, 1):
         name = f"group {number}"
-        yield pictures.item(group.kept, 1.0, name, kept=f"yes: {group.why}")
+        yield pictures.item(group.kept, 1.0, name, "kept", kept=f"yes ({group.why})")
         for place, similarity in zip(group.dropped, group.similarity, strict=True):
             yield pictures.item(place, similarity, name, kept="no")
 

@@ -32,6 +32,7 @@ class Item:
         path: where the picture is from. If it is a file, there is a link to it.
         group: pictures with the same one are shown together below its name.
         metadata: by the names of columns; values that are ``None`` are left out.
+        mark: a word that stands out, such as "kept".
     """
 
     image: Image.Image | Path | bytes | None
@@ -40,6 +41,7 @@ class Item:
     path: str = ""
     group: str = ""
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    mark: str = ""
 
 
 def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str = "", side: int = SIDE) -> int:
@@ -69,10 +71,11 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
     body = [f"<h1>{html.escape(title)}</h1>"]
     if about:
         body.append(f"<p>{html.escape(about)}</p>")
-    body.append(f"<p>{count:,} {'picture' if count == 1 else 'pictures'} in a file of {size}.</p>")
+    told = f"{count:,} {'picture' if count == 1 else 'pictures'} in a file of {size}." if count else "No pictures."
+    body.append(f"<p>{told}</p>")
     body.append(_controls(list(columns)))
     for name, cards in groups.items():
-        head = f'<h2><span class="name">{html.escape(name)}</span> <span class="n">{len(cards):,}</span></h2>\n'
+        head = f'<h2><span class="name">{html.escape(name)}</span> <span class="n">{len(cards):,} shown</span></h2>\n'
         body.append(f'<section>\n{head if name else ""}<ul class="cards">\n{"".join(cards)}</ul>\n</section>')
     body.append(
         '<dialog id="larger" aria-label="picture"><nav><button class="plain" id="back" aria-label="previous">←</button>'
@@ -102,8 +105,9 @@ def _controls(columns: list[str]) -> str:
         '<input type="search" id="words" placeholder="words to find" aria-label="words to find">'
         f"{bounds if 'score' in columns else ''}"
         f'<label>sort by <select id="column"><option value="">order given</option>{options}</select></label>'
-        '<select id="way" aria-label="direction"><option value="up">ascending</option>'
+        '<select id="way" aria-label="direction" disabled><option value="up">ascending</option>'
         '<option value="down">descending</option></select><output id="count"></output></div>'
+        '<p id="none" hidden>No picture fits: take words or bounds of the score away.</p>'
     )
 
 
@@ -112,6 +116,8 @@ def _card(item: Item, folder: Path, side: int) -> str:
     parts = []
     if item.score is not None:
         parts.append(f'<b class="score" data-value="{float(item.score)!r}">{float(item.score):.4f}</b>')
+    if item.mark:
+        parts.append(f'<span class="mark">{html.escape(item.mark)}</span>')
     if item.caption:
         parts.append(f'<span class="caption">{html.escape(item.caption)}</span>')
     line = f'<p class="line">{" ".join(parts)}</p>' if parts else ""

@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
             for query in results["queries"]
             for one in query["found"]
         )
-        about = f"The {args.k} best of {results['items']:,} items in {args.folder} by {encoder.name}."
+        each = " for each query" if len(names) > 1 else ""
+        among = f" where {args.where}" if args.where else ""
+        about = f"The {args.k} best{each} of {results['items']:,} items in {args.folder}{among}, by {encoder.name}. "
+        about += "Scores: cosine."
         write_gallery(args.html, f"Search: {'; '.join(names)}"[:200], items, about)
     write_results(args, results, table=_table(results) if args.table else None)
     return 0

@@ -69,7 +69,9 @@ def test_search_with_a_filter_and_queries_of_a_file(capsys, home):
     assert [query["query"] for query in found["queries"]] == ["a thing", "an odd thing"]
     assert all({one["place"] for one in query["found"]} == {21, 7} for query in found["queries"])
     assert json.loads((home / "found.json").read_text()) == found
-    assert (home / "found.html").read_text().count("<img ") == 4
+    page = (home / "found.html").read_text()
+    assert page.count("<img ") == 4
+    assert "The 5 best for each query of 24 items in embedded where width &gt;= 40 or key = 007, by " in page
     code, out, _ = run_command(capsys, *arguments, "--table")
     assert code == 0
     assert out.count("thing 21") == 2
@@ -84,6 +86,10 @@ def test_dedup(capsys, home):
     arguments = ["--threshold", "0.9999", "--keep", "largest", "--write", "groups.csv", "--write-keys", "keys.txt"]
     found = results(capsys, "dedup", "embedded", *arguments, "--html", "groups.html")
     rows = list(csv.DictReader(io.StringIO((home / "groups.csv").read_text())))
+    page = (home / "groups.html").read_text()
+    assert page.count('<span class="mark">kept</span>') == found["groups"]
+    assert "Scores: cosine with the picture that is kept." in page
+    assert "largest groups are shown" not in page
     groups = {}
     for row in rows:
         groups.setdefault(row["group"], []).append(row)
@@ -157,11 +163,14 @@ def test_cluster(capsys, home):
     assert groups[3] == groups[20]
     assert {one["name"] for one in found["clusters"]} <= {"even", "odd"}
     assert found == results(capsys, "cluster", "embedded", *arguments)
+    page = (home / "clusters.html").read_text()
+    for one in found["clusters"]:
+        assert f'<span class="name">cluster {one["cluster"]}: {one["name"]} ({one["size"]:,} in all)</span>' in page
     named = results(capsys, "cluster", "pictures", "--k", "2")["clusters"]  # by captions of the nearest pictures
     assert all(one["name"] == one["nearest"][0]["caption"] for one in named)
 
 
-def test_classify(capsys, encoder):
+def test_classify(capsys, encoder, home):
     arguments = ["one.png", "two.png", "--labels", "cat", "dog", "--model", "local-dir:model", "--templates", "simple"]
     found = results(capsys, "classify", *arguments, "--html", "classes.html")
     from clipfast.evaluation.zero_shot import TEMPLATES
@@ -172,6 +181,9 @@ def test_classify(capsys, encoder):
         dict(zip(("cat", "dog"), logits[0].softmax(0).tolist(), strict=True)), abs=1e-5
     )
     assert next(iter(found["pictures"][1]["probabilities"].values())) >= 0.5
+    shares = [share for one in found["pictures"] for share in one["probabilities"].values()]
+    page = (home / "classes.html").read_text()
+    assert all(f'<dd data-value="{round(share, 4)!r}">' in page for share in shares)  # none as 1.2e-05
 
 
 def test_sigmoid_of_a_model_with_a_bias(encoder):

@@ -67,7 +67,9 @@ def page(folder):
         Item(
             pictures / EVIL, f"<b>cat</b>{SCRIPT}", 0.25, str(pictures / EVIL), metadata={"<i>": SCRIPT, "none": None}
         ),
-        Item(Image.new("L", (8, 8)), "dog", 0.123456789, "javascript:<b>(3)", QUOTES, {"width": 9, "ratio": 1 / 3}),
+        Item(
+            Image.new("L", (8, 8)), "dog", 0.123456789, "javascript:<b>(3)", QUOTES, {"width": 9, "ratio": 1 / 3}, "<b>"
+        ),
         Item(pictures / "broken.png", "bird", -0.5, "caf\udce9.png", QUOTES, {"width": 10}),
         Item(None, "", None, "", QUOTES, {"width": 100, "list": ["a", "<b>"]}),
     ]
@@ -85,6 +87,8 @@ def test_text_is_shown_as_it_is(folder, document):
     assert document.all("p")[0]["text"] == SCRIPT
     assert [one["text"] for one in document.all("span", "caption")] == [f"<b>cat</b>{SCRIPT}", "dog", "bird"]
     assert [one["text"] for one in document.all("span", "name")] == [QUOTES]
+    assert [one["text"] for one in document.all("span", "n")] == ["3 shown"]
+    assert [one["text"] for one in document.all("span", "mark")] == ["<b>"]
     names, values = ([one["text"] for one in document.all(tag)] for tag in ("dt", "dd"))
     assert names == ["path", "<i>", "path", "width", "ratio", "path", "width", "width", "list"]
     assert values[:2] == [str(folder / QUOTES / EVIL), SCRIPT]
@@ -139,7 +143,7 @@ def test_a_link_leads_to_a_file_only(folder, document):
 def test_a_page_of_nothing(tmp_path):
     gallery(tmp_path / "p.html", "nothing", [])
     document = Document((tmp_path / "p.html").read_text())
-    assert document.all("p")[0]["text"].startswith("0 pictures")
+    assert document.all("p")[0]["text"] == "No pictures."
     assert not document.all("section")
     assert "least" not in [one["attributes"].get("id") for one in document.all("input")]
 
@@ -195,13 +199,17 @@ def test_in_a_browser(browser, page):
         ActionChains(browser).send_keys(*some).perform()
 
     assert shown() == ["cat", "dog", "bird", "none"]
+    assert not element("id", "way").is_enabled()  # the order given has no direction
     for column, way, order in (
         ("score", "descending", ["cat", "dog", "bird", "none"]),
-        ("score", "ascending", ["cat", "bird", "dog", "none"]),
         ("width", "descending", ["cat", "none", "bird", "dog"]),
+        ("score", "ascending", ["cat", "bird", "dog", "none"]),
         ("width", "ascending", ["cat", "dog", "bird", "none"]),
     ):
         element("id", "column").send_keys(column)
+        assert element("id", "way").get_attribute("value") == (
+            "down" if column == "score" else "up"
+        )  # what one looks for
         element("id", "way").send_keys(way)
         assert shown() == order, (column, way)
     for name, text, order in (
@@ -210,12 +218,14 @@ def test_in_a_browser(browser, page):
         ("least", "", ["dog", "bird"]),
         ("most", "", ["cat", "dog", "bird", "none"]),
         ("words", "onerror <B>CAT", ["cat"]),
+        ("words", "nowhere", []),
         ("words", "quoted 10", ["bird", "none"]),
         ("words", "quoted", ["cat", "dog", "bird", "none"]),
     ):
         element("id", name).send_keys(Keys.CONTROL, "a", Keys.NULL, Keys.DELETE, text)
         assert shown() == order, (name, text)
         assert element("id", "count").text == f"{len(order)} of 4 shown"
+        assert element("id", "none").is_displayed() == (not order)
     element("css selector", ".open").send_keys(Keys.ENTER)
     content = element("id", "content")
     assert f"<b>cat</b>{SCRIPT}" in content.text
@@ -223,7 +233,7 @@ def test_in_a_browser(browser, page):
     assert EVIL in content.text
     assert content.find_element("tag name", "img").size["width"] > 300
     keys(Keys.ARROW_RIGHT)
-    assert content.text.startswith("0.1235 dog")
+    assert content.text.startswith("0.1235 <b> dog")
     keys(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
     assert "cat" in content.text
     keys(Keys.ARROW_RIGHT, Keys.ESCAPE)
@@ -232,4 +242,12 @@ def test_in_a_browser(browser, page):
         browser.execute_script("return document.activeElement.closest('.card').querySelector('.caption').textContent")
         == "dog"
     )
+    assert browser.get_log("browser") == []
+
+
+def test_a_page_of_nothing_in_a_browser(browser, tmp_path):
+    gallery(tmp_path / "p.html", "nothing", [])
+    browser.get((tmp_path / "p.html").as_uri())
+    assert not browser.find_element("id", "controls").is_displayed()
+    assert not browser.find_element("id", "none").is_displayed()
     assert browser.get_log("browser") == []
