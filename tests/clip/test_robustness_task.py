@@ -2,6 +2,7 @@
 
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from clipfast import ranks
 from clipfast.cli import main
 from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.shifts import AMOUNTS
+from clipfast.evaluation.tasks import robustness
 from clipfast.ranks import run_ranks
 
 from .conftest import run_command, write_shard
@@ -263,6 +265,25 @@ def test_a_run_that_was_killed_goes_on(data, capsys, tmp_path, monkeypatch):
     monkeypatch.setitem(AMOUNTS, "noise", (0.01, *AMOUNTS["noise"][1:]))
     evaluated(capsys, *arguments)
     assert len(calls) > in_all  # what is kept is not taken for that of another strength
+
+
+def test_features_under_synthetic_shifts_are_let_go_after_each_pass(data, capsys, monkeypatch):
+    arguments = command(data, "--synthetic", "noise", "blur", model="0.6 0.9")
+    expected, _ = evaluated(capsys, *arguments)
+    original, made, held = robustness.encoded_by, [], []
+
+    def counted(*given, **options):
+        held.append(sum(one() is not None for one in made))
+        found = original(*given, **options)
+        made.extend(map(weakref.ref, found))
+        return found
+
+    monkeypatch.setattr(robustness, "encoded_by", counted)
+    features, images = 2 * 210 * len(NAMES) * 4, 256 * 3 * 4  # bytes: by two models, and what they take
+    monkeypatch.setattr(robustness, "AT_ONCE", 3 * (2 * features + images))
+    assert evaluated(capsys, *arguments)[0] == expected
+    assert held == [0, 2, 2, 2, 2]  # those of the base only, before each of four passes
+    assert len(made) == 2 + 2 * 10
 
 
 def as_rank(rank, size, arguments):

@@ -27,7 +27,10 @@ from ..arguments import (
 )
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
+    from torch import Tensor
+
     from ..class_subsets import ClassSubset
+    from ..classification import Classified
     from ..encoder import Encoder
     from ..features import LabelledFeatures
     from ..labelled import LabelledSet
@@ -41,7 +44,7 @@ examples:
   clipfast eval robustness --model ViT-B-32 --pretrained laion2b_s34b_b79k --data imagenet/val --classnames imagenet \\
       --templates openai --shift imagenet-v2=v2 --shift imagenet-r=imagenet-r --baseline resnets.csv --table"""
 NAMED = "imagenet-v2, -a, -r, -sketch and objectnet find their folders and classes"
-AT_ONCE = 1 << 30  # bytes of transformed images in one block, over all shifts and models
+AT_ONCE = 1 << 30  # bytes of a pass: transformed images in one block, and features, over all shifts and models
 
 
 def add_parser(tasks: Any) -> None:
@@ -102,15 +105,15 @@ def run(args: argparse.Namespace) -> int:
             return names_of(found[0], classnames)
 
         prompted = at.world.on_main(prepare)
-        drawn = _synthetic_features(args, at, encoders, base, synthetic)
         classifiers = [encoder.classifier(prompted, templates, at.store, at.world) for encoder in encoders]
+        kept = 2 * sum(features.features.nbytes for features in found)  # blocks, and the whole that they are joined to
+        drawn = _on_synthetic(args, at, encoders, classifiers, base, synthetic, kept)
         if not at.world.is_main:
             return 0
         models: list[Judged] = []
         for number, classifier in enumerate(classifiers):
             own = {name: (subsets[name], features[number]) for name, features in shifted.items()}
-            strengths = {shift: features[number] for shift, features in drawn.items()}
-            models.append(judge(named[number], found[number], own, strengths, classifier))
+            models.append(judge(named[number], found[number], own, drawn[number], classifier))
     sources = {shift.name: shift.images.data for shift in shifts}
     results = results_of(args, models[: len(args.model)], models[len(args.model) :], baselines, sources)
     _draw(args, base, results)
@@ -204,24 +207,40 @@ def _prepared(encoders: Sequence[Encoder], shift: ShiftedSet) -> list[Encoder]:
     return [PreparedEncoder.of(encoder, shift.change) for encoder in encoders]
 
 
-def _synthetic_features(
-    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], base: LabelledSet, shifts: Sequence[Shift]
-) -> dict[Shift, list[LabelledFeatures]]:
-    """Return the features of the base under each shift, by each model; each pass over it does as many as fit."""
+def _on_synthetic(
+    args: argparse.Namespace, at: Session, encoders: Sequence[Encoder], classifiers: Sequence[Tensor],
+    base: LabelledSet, shifts: Sequence[Shift], kept: int,
+) -> list[dict[Shift, Classified]]:  # fmt: skip
+    """Return the classes that each model gives to the base under each shift; on ranks other than 0 there are none.
+
+    Each pass over the base does as many shifts as fit into memory, and its features are let go when it is judged.
+
+    Args:
+        args, at: of the task.
+        encoders, classifiers: the models, and their weights for the classes of the base.
+        base: the set.
+        shifts: what is done to its images.
+        kept: bytes that the features under one shift by all models take, on rank 0.
+    """
     from PIL import Image
 
     from ..prepared import PreparedEncoder
+    from .robustness_results import all_classes
 
     transforms = dict.fromkeys(encoder.transform for encoder in encoders)
     size = sum(transform(Image.new("RGB", (64, 64))).nbytes for transform in transforms)
-    count = max(1, AT_ONCE // (size * args.batch_size * max(1, 2 * args.workers)))
-    found: dict[Shift, list[LabelledFeatures]] = {}
+    of_block = size * args.batch_size * max(1, 2 * args.workers)
+    count = at.world.on_main(lambda: max(1, AT_ONCE // (of_block + kept)))
+    found: list[dict[Shift, Classified]] = [{} for _ in encoders]
+
+    def judge_pass(some: Sequence[Shift]) -> None:
+        prepared = [PreparedEncoder.of(encoder, shift) for encoder in encoders for shift in some]
+        features = iter(encoded_by(args, at, prepared, base, report=False))
+        for own, classifier in zip(found, classifiers if at.world.is_main else (), strict=False):
+            own |= {shift: all_classes(next(features), classifier) for shift in some}
+
     for start in range(0, len(shifts), count):
-        some = shifts[start : start + count]
-        prepared = [PreparedEncoder.of(encoder, shift) for shift in some for encoder in encoders]
-        features = encoded_by(args, at, prepared, base, report=False)
-        for number, shift in enumerate(some):
-            found[shift] = features[number * len(encoders) : (number + 1) * len(encoders)]
+        judge_pass(shifts[start : start + count])
     return found
 
 

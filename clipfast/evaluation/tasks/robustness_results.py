@@ -111,7 +111,7 @@ def _acc1(found: Classified) -> Share:
 
 def judge(
     model: tuple[str, str], base: LabelledFeatures, natural: Mapping[str, tuple[ClassSubset, LabelledFeatures]],
-    synthetic: Mapping[Shift, LabelledFeatures], classifier: Tensor,
+    synthetic: dict[Shift, Classified], classifier: Tensor,
 ) -> Judged:  # fmt: skip
     """Return what a model gets right.
 
@@ -119,21 +119,21 @@ def judge(
         model: its name and its weights.
         base: its features of the base.
         natural: for each shifted set the classes that it shares with the base, and the features of its images.
-        synthetic: features of the base under each synthetic shift.
+        synthetic: the classes that it gives to the base under each synthetic shift.
         classifier: weights [D, classes of the base].
     """
-
-    def all_classes(images: LabelledFeatures) -> Classified:
-        return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
-
     on_shifts = {}
     for name, (subset, images) in natural.items():
         members = torch.tensor([label in subset.of_base for label in base.labels])
         shifted = subset.shifted(images, classifier)
         left_out = len(images.labels) - len(shifted.classes)
         on_shifts[name] = OnShift(shifted, subset.base(base, classifier), members, left_out, len(images.left_out))
-    strengths = {shift: all_classes(images) for shift, images in synthetic.items()}
-    return Judged(*model, all_classes(base), len(base.left_out), on_shifts, strengths)
+    return Judged(*model, all_classes(base, classifier), len(base.left_out), on_shifts, synthetic)
+
+
+def all_classes(images: LabelledFeatures, classifier: Tensor) -> Classified:
+    """Return the classes of images, of which there are as many as the classifier has."""
+    return classify(images.features.to(classifier.device), images.labels, images.classnames, classifier)
 
 
 def read_baselines(paths: Iterable[Path], natural: Sequence[str], synthetic: Sequence[Shift]) -> dict[str, list[Point]]:
