@@ -231,7 +231,7 @@ def _sections(
     """Return where the features by each encoder are kept; nothing without a store."""
     if store is None:
         return []
-    data = {"data": images.data, "stamp": hashlib.sha256(images.stamp().encode()).hexdigest(), "block": batch_size}
+    data = {"data": images.data, "stamp": images.digest(), "block": batch_size}
     return [store.section("images", {**encoder.about(), **data}) for encoder in encoders]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -153,6 +154,14 @@ class LabelledSet:
             sources = self._sources(expand_shards(self.data))
             files = [(shard.name, shard.stamp) for source in sources for shard in source.shards]
         return repr((self.data, self.group_by, self.label_by, self.keys, self.separator, files))
+
+    def digest(self) -> str:
+        """Return a checksum of the stamp, under which what was made of the set is kept.
+
+        Raises:
+            ValueError: as above.
+        """
+        return hashlib.sha256(self.stamp().encode()).hexdigest()
 
     def _images(self, root: Path) -> list[Path]:
         return _images_of_classes(root, self.classes)

@@ -18,7 +18,7 @@ from ..training.world import ALONE, World
 from .arguments import report_left_out
 from .encoder import Encoder
 from .features import LabelledFeatures, encode_set
-from .offline_layout import OfflineSet, Problem, about
+from .offline_layout import MULTILABEL, RETRIEVAL, OfflineSet, Problem, about
 from .store import FeatureStore
 from .suite_scores import (
     PROBING,
@@ -28,7 +28,6 @@ from .suite_scores import (
     headlines,
     probe_score,
     retrieval_score,
-    tasks_of,
     zero_shot_score,
 )
 
@@ -54,6 +53,13 @@ class Settings:
     seed: int = 0
     batch_size: int = 256
     workers: int = 0
+
+    def tasks_of(self, one: OfflineSet) -> list[str]:
+        """Return the tasks of a set: one of zero-shot, and a linear probe if it is asked for and can be trained."""
+        if one.kind == RETRIEVAL:
+            return [RETRIEVING]
+        is_probed = self.probe and one.kind != MULTILABEL and "train" in one.shards and self.split != "train"
+        return [ZERO_SHOT, PROBING] if is_probed else [ZERO_SHOT]
 
     def of_task(self, task: str) -> dict[str, Any]:
         """Return what the figures of a task depend on."""
@@ -169,8 +175,7 @@ class ResultFolder:
         Raises:
             ValueError: something is wanted, and the set cannot be read, or not one of its first images can be used.
         """
-        settings, models = self.settings, range(len(self.models))
-        tasks = tasks_of(one, probe=settings.probe, test=settings.split)
+        settings, models, tasks = self.settings, range(len(self.models)), self.settings.tasks_of(one)
         lacking = {task: [number for number in models if self.read(one, task, number) is None] for task in tasks}
         found = {task: numbers for task, numbers in lacking.items() if numbers}
         for split in (settings.split, *(_fitted_on(one, settings) if PROBING in found else ())) if found else ():
@@ -201,12 +206,14 @@ class ResultFolder:
 
     def made_of(self, one: OfflineSet, task: str, model: int) -> dict[str, Any]:
         """Return what a result depends on, as plain values."""
-        splits = [self.settings.split, *(_fitted_on(one, self.settings) if task == PROBING else ())]
-        stamps = [one.images(split).stamp() for split in splits]
-        return {
-            "version": VERSION, "model": self.encoders[model].digest, "data": _digest(stamps),
-            "classes": _digest(about(one)), "settings": self.settings.of_task(task),
-        }  # fmt: skip
+        return {"version": VERSION, "model": self.encoders[model].digest, **made_of(one, task, self.settings)}
+
+
+def made_of(one: OfflineSet, task: str, settings: Settings) -> dict[str, Any]:
+    """Return what a result depends on but for the model, as plain values."""
+    splits = [settings.split, *(_fitted_on(one, settings) if task == PROBING else ())]
+    stamps = [one.images(split).stamp() for split in splits]
+    return {"data": digest(stamps), "classes": digest(about(one)), "settings": settings.of_task(task)}
 
 
 def file_name(name: str, model: str, pretrained: str, task: str) -> str:
@@ -215,7 +222,8 @@ def file_name(name: str, model: str, pretrained: str, task: str) -> str:
     return "_".join(part.replace("/", "_") for part in (name, weights, model, "en", task)) + ".json"
 
 
-def _digest(value: Any) -> str:
+def digest(value: Any) -> str:
+    """Return a checksum of plain values."""
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 

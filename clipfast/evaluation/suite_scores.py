@@ -11,7 +11,7 @@ from torch import Tensor
 from .classification import classify, intervals, metrics
 from .features import LabelledFeatures
 from .intervals import bootstrap
-from .offline_layout import MULTILABEL, RETRIEVAL, OfflineSet
+from .offline_layout import MULTILABEL, OfflineSet
 from .retrieval import caption_recalls
 from .tasks.probe_fit import Probe, samples_of, split
 from .tasks.probe_solver import make_solver
@@ -151,11 +151,3 @@ def probe_score(
     counts = {"train_images": len(train.classes), "validation_images": len(validation.classes)}
     more = {"classes": len(labels), **counts, "solver": solver, "converged": classifier.converged}
     return Score({**figures, **settings}, {f"lp_{name}": value for name, value in intervals(classified).items()}, more)
-
-
-def tasks_of(one: OfflineSet, *, probe: bool, test: str) -> list[str]:
-    """Return the tasks of a set: one of zero-shot, and a linear probe if it is asked for and can be trained."""
-    if one.kind == RETRIEVAL:
-        return [RETRIEVING]
-    is_probed = probe and one.kind != MULTILABEL and "train" in one.shards and test != "train"
-    return [ZERO_SHOT, PROBING] if is_probed else [ZERO_SHOT]

@@ -6,7 +6,7 @@ from typing import Any
 
 from .offline_layout import OfflineSet
 from .suite import Settings, evaluate_set, means, problems_of
-from .suite_scores import headlines, tasks_of
+from .suite_scores import headlines
 from .watch import CheckpointModel
 
 NAME = "suite.jsonl"
@@ -33,8 +33,7 @@ class SuiteEvaluator:
         encoder, models = self.model.load(checkpoint, source), [(source.name, "")]
         results, problems = [], []
         for one in self.sets:
-            tasks = tasks_of(one, probe=self.settings.probe, test=self.settings.split)
-            done = evaluate_set(one, [encoder], {task: [0] for task in tasks}, self.settings)
+            done = evaluate_set(one, [encoder], {task: [0] for task in self.settings.tasks_of(one)}, self.settings)
             problems += problems_of(one, done, models)
             for found in done:
                 if found.score is not None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -206,6 +207,9 @@ def test_texts_are_tokenized_once(run, shards):
         ([], "--model or --watch is needed"),
         (["--watch", "nowhere"], "--watch nowhere: there is no run in that folder"),
         (["--watch", "{run}", "--model", "x.pt"], "--watch cannot be used with --model"),
+        (["--model", "x.pt", "--interval", "30"], "--interval is for the checkpoints of a run: give --watch RUN in pl"),
+        (["--model", "x.pt", "--interval", "0"], "--interval is for the checkpoints of a run: give --watch RUN in pl"),
+        (["--model", "x.pt", "--raw"], "--raw is for the checkpoints of a run: give --watch RUN in place of --model"),
         (["--watch", "{run}", "--interval", "0"], "--interval must be more than 0, got 0.0"),
         (["--watch", "{run}", "--plot", "x.txt"], "--plot x.txt: the name must end in one of"),
     ],
@@ -271,6 +275,27 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
     expected = [found["metrics"] for found in json.loads(out)["results"]]
     assert [found["metrics"] for found in lines[1]["eval"]["results"]] == expected
     assert run_command(capsys, *command, "--output", tmp_path)[2].endswith("--watch cannot be used with --output\n")
+
+
+@pytest.mark.parametrize("task", ["zeroshot", "suite"])
+def test_data_that_changed_under_the_same_path_is_evaluated_anew(task, run, shards, tmp_path, capsys):
+    folder = write_set(tmp_path / "root" / "wds_vtab-dtd", images=12, shards=1, draw=coded)
+    shard, given = folder / "test" / "0.tar", ["--root", tmp_path / "root"]
+    if task == "zeroshot":
+        shard = shutil.copy(shards.partition("::")[0], tmp_path)
+        given = ["--data", shard]
+
+    def steps():
+        code, out, err = run_command(capsys, "eval", task, "--watch", run.path, *given)
+        assert code == 0, err
+        return re.findall("step [0-9]+", out)
+
+    assert (steps(), steps()) == (["step 4", "step 8"], [])
+    os.utime(shard, ns=(1, 1))
+    assert (steps(), steps()) == (["step 4", "step 8"], [])
+    if task == "suite":  # what its prompts are made of belongs to a set
+        (folder / "zeroshot_classification_templates.txt").write_text("one {c}\n")
+        assert steps() == ["step 4", "step 8"]
 
 
 @pytest.mark.long

@@ -15,6 +15,7 @@ from ..arguments import (
     add_run_arguments,
     add_watch_arguments,
     check_outputs,
+    check_unwatched,
     check_watch,
     load_encoder,
     named_models,
@@ -113,8 +114,7 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
     Raises:
         ValueError: numbers are out of range, or arguments do not fit together.
     """
-    if not args.model:
-        raise ValueError("--model or --watch is needed: what to evaluate")
+    check_unwatched(args)
     if args.output is None:
         raise ValueError("--output is needed: the folder for the results")
     _check_numbers(args)
@@ -193,14 +193,12 @@ def _summary(
 ) -> dict[str, Any]:
     """Return all results that are there, and what is missing."""
     from ..suite import means
-    from ..suite_scores import tasks_of
 
-    settings, numbers = folder.settings, range(len(folder.models))
     kept = (
         folder.read(one, task, number)
         for one in layout.sets
-        for task in tasks_of(one, probe=settings.probe, test=settings.split)
-        for number in numbers
+        for task in folder.settings.tasks_of(one)
+        for number in range(len(folder.models))
     )
     results = [result for result in kept if result is not None]
     return {
@@ -255,11 +253,12 @@ def watch(args: argparse.Namespace) -> int:
     from ...factory import resolve_device
     from ...training.run import RunFolder
     from ..offline_layout import find_sets
+    from ..suite import digest, made_of
     from ..suite_watch import NAME, SuiteEvaluator, chief_figures, words
     from ..watch import CheckpointModel, Watch, follow
     from .probe_solver import chosen_solver
 
-    check_watch(args, NOT_WATCHED)
+    interval = check_watch(args, NOT_WATCHED)
     _check_numbers(args)
     layout = find_sets(args.root, args.sets, args.split)
     _tell(layout)
@@ -269,7 +268,8 @@ def watch(args: argparse.Namespace) -> int:
     about = {
         "data": str(args.root), "sets": [one.name for one in layout.sets], "split": args.split,
         "k": sorted(set(args.k)), "probe": args.probe, "seed": args.seed,
+        "stamp": digest([made_of(one, task, settings) for one in layout.sets for task in settings.tasks_of(one)]),
     }  # fmt: skip
     watching = Watch(RunFolder(args.watch), evaluator, about, average=not args.raw, name=NAME, scalars=chief_figures)
-    follow(watching, args.interval, words, steps_drawer(args.plot, f"{args.watch} on {args.root}", chief_figures))
+    follow(watching, interval, words, steps_drawer(args.plot, f"{args.watch} on {args.root}", chief_figures))
     return 1 if layout.problems or (args.sets and layout.missing) else 0

@@ -12,6 +12,7 @@ from ..arguments import (
     add_run_arguments,
     add_watch_arguments,
     check_outputs,
+    check_unwatched,
     check_watch,
     encoded,
     labelled_set,
@@ -55,8 +56,7 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results, and return the exit code."""
     if args.watch is not None:
         return watch(args)
-    if args.model is None:
-        raise ValueError("--model or --watch is needed: what to evaluate")
+    check_unwatched(args)
     if args.worst < 0:
         raise ValueError(f"--worst must not be negative, got {args.worst}")
     check_outputs(args)
@@ -140,20 +140,21 @@ def watch(args: argparse.Namespace) -> int:
     from ...training.status import WANTED, metrics_text
     from ..watch import CheckpointModel, Evaluator, Watch, follow
 
-    check_watch(args, NOT_WATCHED)
-    options = vars(args)
+    interval = check_watch(args, NOT_WATCHED)
+    options, images = vars(args), labelled_set(args)
     evaluator = Evaluator(
-        labelled_set(args), read_templates(args.templates), classnames=read_classnames(args.classnames),
+        images, read_templates(args.templates), classnames=read_classnames(args.classnames),
         leave_out=args.leave_out, batch_size=args.batch_size,
         model=CheckpointModel(resolve_device(args.device), args.backend, args.tokenizer),
     )  # fmt: skip
     names = ("data", "templates", "classnames", "label_by", "group_by", "leave_out")
-    watching = Watch(RunFolder(args.watch), evaluator, {name: options[name] for name in names}, average=not args.raw)
+    settings = {**{name: options[name] for name in names}, "stamp": images.digest()}
+    watching = Watch(RunFolder(args.watch), evaluator, settings, average=not args.raw)
 
     def named(results: Any) -> dict[str, float]:
         found = evaluation_metrics(results)
         return {name: found[key] for name, key in WANTED if key in found}
 
     draw = steps_drawer(args.plot, f"{args.watch} on {args.data}", named)
-    follow(watching, args.interval, lambda results: metrics_text(evaluation_metrics(results)), draw)
+    follow(watching, interval, lambda results: metrics_text(evaluation_metrics(results)), draw)
     return 0
