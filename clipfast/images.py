@@ -105,6 +105,15 @@ def _check_size(image: Image.Image, max_pixels: int) -> None:
         raise ImageError(f"image has {size} pixels, its sides differ more than {MAX_ASPECT} times", "huge image")
 
 
+def compressed(image: Image.Image, quality: int) -> Image.Image:
+    """Return an image as RGB, as JPEG compression leaves it."""
+    from PIL import Image
+
+    stream = io.BytesIO()
+    image.convert("RGB").save(stream, "JPEG", quality=quality)
+    return Image.open(stream, formats=("JPEG",)).convert("RGB")
+
+
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to RGB; one that is RGB is returned itself. Transparency is dropped, as in OpenCLIP.
 

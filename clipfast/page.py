@@ -6,6 +6,7 @@ import base64
 import hashlib
 import html
 import io
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ from .files import replace_text
 if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can write pages without pictures
     from PIL import Image
 
+Cell = str | tuple[str, float]  # its text, and what it is sorted by if not by the text
 SIDE = 96  # of a thumbnail, in pixels
 STYLE = """
 :root { color-scheme: light dark; --text: #1f2328; --quiet: #57606a; --back: #fff; --soft: #f6f8fa; --line: #d0d7de;
@@ -56,6 +58,32 @@ def figure(address: str, caption: str, kind: str) -> str:
     return (
         f'<figure class="{kind}"><img src="{address}" alt=""><figcaption>{html.escape(caption)}</figcaption></figure>'
     )
+
+
+def table(rows: Iterable[Sequence[Cell]], heads: Sequence[str] = (), last: Iterable[Sequence[Cell]] = ()) -> str:
+    """Return a table.
+
+    Args:
+        rows: of cells: texts, or texts with the numbers that they are sorted by.
+        heads: of the columns, as buttons, which a script may let sort the rows.
+        last: rows that stay below them.
+    """
+    body = _rows(rows)
+    if heads:
+        head = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in heads)
+        body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n<tfoot>\n{_rows(last)}\n</tfoot>"
+    return f"<table>\n{body}\n</table>"
+
+
+def _rows(rows: Iterable[Sequence[Cell]]) -> str:
+    return "\n".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
+
+
+def _cell(cell: Cell) -> str:
+    if isinstance(cell, str):
+        return f"<td>{html.escape(cell)}</td>"
+    text, value = cell
+    return f'<td data-value="{value}">{html.escape(text)}</td>'
 
 
 def write_page(path: Path, title: str, body: str, *, script: str = "", style: str = "") -> int:

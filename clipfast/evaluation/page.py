@@ -4,7 +4,7 @@ import html
 from collections.abc import Iterable
 from typing import Any
 
-from ..page import figure, thumbnail
+from ..page import figure, table, thumbnail
 from .classification import Classified
 from .features import LabelledFeatures
 from .intervals import percent
@@ -23,13 +23,8 @@ def worst_page(results: dict[str, Any], images: LabelledSet, found: LabelledFeat
         classified: their classes.
     """
     title = f"Zero-shot classification: {results['model']} on {results['data']}"
-    names = list(results["metrics"])
-    rows = [["templates", *names]]
-    for key, figures in results.get("by_templates", {results["templates"]: results}).items():
-        rows.append([key, *(percent(figures["metrics"][name], figures["intervals"][name]) for name in names)])
-    cells = "\n".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     about = f"{results['images']:,} images, {results['classes']:,} classes. 95% intervals in brackets."
-    parts = [f"<h1>{html.escape(title)}</h1>\n<p>{about}</p>\n<table>\n{cells}\n</table>"]
+    parts = [f"<h1>{html.escape(title)}</h1>\n<p>{about}</p>\n{table(rows_of(results))}"]
     members = {name: [place for place, label in enumerate(found.labels) if label == name] for name in _shown(results)}
     # The images that a class is known by least come first.
     chosen = {
@@ -55,6 +50,15 @@ def worst_page(results: dict[str, Any], images: LabelledSet, found: LabelledFeat
             f'<h2>{html.escape(row["class"])}</h2>\n<p>{words}</p>\n<div class="row">{"".join(figures_of_class)}</div>'
         )
     return "\n".join(parts)
+
+
+def rows_of(results: dict[str, Any]) -> list[list[str]]:
+    """Return a table of the figures of each set of templates; the first row is its head."""
+    names = list(results["metrics"])
+    rows = [["templates", *names]]
+    for key, found in results.get("by_templates", {results["templates"]: results}).items():
+        rows.append([key, *(percent(found["metrics"][name], found["intervals"][name]) for name in names)])
+    return rows
 
 
 def _shown(results: dict[str, Any]) -> set[str]:

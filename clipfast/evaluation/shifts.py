@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -87,11 +86,10 @@ def _noise(image: Image.Image, amount: float, generator: np.random.Generator) ->
 def _jpeg(image: Image.Image, amount: float, _: np.random.Generator) -> Image.Image:
     from PIL import Image
 
+    from ..images import compressed
+
     clean = image.resize(_grained(image.size), Image.Resampling.BICUBIC)
-    stream = io.BytesIO()
-    clean.save(stream, "JPEG", quality=int(amount))
-    with Image.open(stream, formats=("JPEG",)) as compressed:
-        return _added(image, np.asarray(compressed, np.float32) - np.asarray(clean, np.float32))
+    return _added(image, np.asarray(compressed(clean, int(amount)), np.float32) - np.asarray(clean, np.float32))
 
 
 def _hue(image: Image.Image, amount: float, generator: np.random.Generator) -> Image.Image:

@@ -3,9 +3,9 @@
 import base64
 import html
 import io
-from collections.abc import Sequence
 from typing import Any
 
+from ..page import Cell, table
 from .intervals import percent
 from .suite import label
 
@@ -40,7 +40,7 @@ def suite_page(results: dict[str, Any], chief: list[dict[str, Any]], rows: list[
         for mean in results["means"]
     ]
     heads = ["set", "task", "images", "metric", *names]
-    parts.append(_table(heads, [_cells(row) for row in rows], [[(cell, None) for cell in mean] for mean in means]))
+    parts.append(table(map(_cells, rows), heads, means))
     if chief:
         parts.append(_picture(results, chief))
     if results["missing"]:
@@ -49,28 +49,11 @@ def suite_page(results: dict[str, Any], chief: list[dict[str, Any]], rows: list[
     return "\n".join(parts)
 
 
-Cell = tuple[str, float | None]  # the text, and what it is sorted by if not by the text
-
-
 def _cells(row: dict[str, Any]) -> list[Cell]:
     values: list[Cell] = [
         ("-", -1.0) if value is None or value[0] is None else (percent(*value), value[0]) for value in row["values"]
     ]
-    images = (f"{row['images']:,}", row["images"])
-    return [(row["set"], None), (row["task"], None), images, (row["metric"], None), *values]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[Cell]], last: Sequence[Sequence[Cell]]) -> str:
-    """Return a table whose last rows stay where they are."""
-    head = "".join(f"<th><button>{html.escape(name)}</button></th>" for name in heads)
-    body, foot = ("\n".join("<tr>" + "".join(map(_cell, row)) + "</tr>" for row in some) for some in (rows, last))
-    return f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n<tfoot>\n{foot}\n</tfoot>\n</table>"
-
-
-def _cell(cell: Cell) -> str:
-    text, value = cell
-    key = "" if value is None else f' data-value="{value}"'
-    return f"<td{key}>{html.escape(text)}</td>"
+    return [row["set"], row["task"], (f"{row['images']:,}", row["images"]), row["metric"], *values]
 
 
 def _picture(results: dict[str, Any], rows: list[dict[str, Any]]) -> str:

@@ -6,7 +6,7 @@ import html
 from collections.abc import Sequence
 from typing import Any
 
-from ...page import thumbnail
+from ...page import table, thumbnail
 from ..intervals import percent
 from ..labelled import LabelledSet
 from .compositional_scores import MEAN, Judged
@@ -29,7 +29,7 @@ def examples_page(results: dict[str, Any], images: LabelledSet, judged: Sequence
         "a tie counts as wrong. Of the captions of a picture, that with a ✓ is right, and the model prefers the one in "
         "bold type; the numbers are cosine similarities."
     )
-    parts = [f"<h1>{html.escape(title)}</h1>\n<p>{about}</p>\n{_table(results)}"]
+    parts = [f"<h1>{html.escape(title)}</h1>\n<p>{about}</p>\n{table(rows_of(results))}"]
     # Cases whose groups have names, by the first division; those without divisions are one group.
     division = next((name for name in results["groups"] if any(name in one.case.groups for one in judged)), None)
     members: dict[str, list[Judged]] = {}
@@ -60,11 +60,6 @@ def rows_of(results: dict[str, Any]) -> list[list[str]]:
         )
         rows.append([title, f"{found['cases']:,}", *figures, against_chance(found)])
     return rows
-
-
-def _table(results: dict[str, Any]) -> str:
-    rows = ("".join(f"<td>{html.escape(cell)}</td>" for cell in row) for row in rows_of(results))
-    return "<table>\n" + "\n".join(f"<tr>{cells}</tr>" for cells in rows) + "\n</table>"
 
 
 def against_chance(found: dict[str, Any]) -> str:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import io
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ...images import compressed
 from ..encoder import Encoder
 from ..features import LabelledFeatures
 from ..labelled import LabelledSet
@@ -16,15 +17,6 @@ from .overlap_pairs import Pairs
 
 if TYPE_CHECKING:
     from PIL import Image
-
-
-def jpeg(image: Image.Image, quality: int = 75) -> Image.Image:
-    """Return an image as it is after it was compressed."""
-    from PIL import Image
-
-    stream = io.BytesIO()
-    image.convert("RGB").save(stream, "JPEG", quality=quality)
-    return Image.open(stream, formats=["JPEG"]).convert("RGB")
 
 
 def half_size(image: Image.Image) -> Image.Image:
@@ -65,8 +57,8 @@ def grey(image: Image.Image) -> Image.Image:
 
 
 EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "jpeg 75": jpeg, "half size": half_size, "darker": darker, "brighter": brighter, "crop 1/32": crop,
-    "mirror": mirror, "grey": grey,
+    "jpeg 75": functools.partial(compressed, quality=75), "half size": half_size, "darker": darker,
+    "brighter": brighter, "crop 1/32": crop, "mirror": mirror, "grey": grey,
 }  # fmt: skip
 
 

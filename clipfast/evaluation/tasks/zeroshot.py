@@ -117,14 +117,10 @@ def _results(
 def _table(results: dict[str, Any]) -> str:
     """Return the results for people: the figures of each set of templates, and the worst classes."""
     from ...columns import align
-    from ..intervals import percent
+    from ..page import rows_of
 
-    names = list(results["metrics"])
-    by_templates = results.get("by_templates", {results["templates"]: results})
-    rows: list[list[str]] = [["templates", *names]]
-    for key, found in by_templates.items():
-        rows.append([key, *(percent(found["metrics"][name], found["intervals"][name]) for name in names)])
-    text = f"{results['images']:,} images, {results['classes']:,} classes; 95% intervals in brackets\n\n{align(rows)}"
+    counts = f"{results['images']:,} images, {results['classes']:,} classes"
+    text = f"{counts}; 95% intervals in brackets\n\n{align(rows_of(results))}"
     worst: list[list[str]] = [["worst classes", "images", "acc1", "taken for"]]
     for row in results["worst_classes"]:
         taken = ", ".join(f"{name} ({count})" for name, count in row["taken_for"].items())
