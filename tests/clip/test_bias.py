@@ -235,16 +235,21 @@ def test_a_planted_bias_is_found_with_its_size(colours, tmp_path, capsys):
     assert "<svg" in (tmp_path / "p.svg").read_text()
 
 
-def test_a_table_as_fairface_has_it(colours, tmp_path, capsys):
-    lines = ["file,age,gender,race,service_test"]
-    for number, (who, seen, race, age) in enumerate(
-        planted({"x": ("woman", 0.4), "East, far": ("woman", 0.0)}, count=20)
-    ):
-        (tmp_path / f"{number}.png").write_bytes(shown(seen))
-        lines.append(f'{number}.png,{age},{who},"{race}",True')
-    (tmp_path / "faces.csv").write_text("\n".join(lines))
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_a_table_as_fairface_has_it(kind, colours, tmp_path, capsys):
+    people = planted({"x": ("woman", 0.4), "East, far": ("woman", 0.0)}, count=20)
+    if kind == "csv":
+        lines = ["file,age,gender,race,service_test"]
+        for number, (who, seen, race, age) in enumerate(people):
+            (tmp_path / f"{number}.png").write_bytes(shown(seen))
+            lines.append(f'{number}.png,{age},{who},"{race}",True')
+        (tmp_path / "faces.csv").write_text("\n".join(lines))
+    else:
+        pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+        rows = [{"file": shown(seen), "age": age, "gender": who, "race": race} for who, seen, race, age in people]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "faces.parquet")
     columns = ["--image-key", "file", "--text-key", "gender", "--min-count", 5, "--group-by", "race", "race+gender"]
-    code, out, err = run_command(capsys, *colours[:-2], "--data", tmp_path / "faces.csv", *columns)
+    code, out, err = run_command(capsys, *colours[:-2], "--data", tmp_path / f"faces.{kind}", *columns)
     assert code == 0, err
     found = json.loads(out)["by_key"]
     right = {name: row["count"] for name, row in found["race"]["acc1"]["groups"].items()}

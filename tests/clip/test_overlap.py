@@ -181,6 +181,21 @@ def test_a_folder_of_classes_against_a_table(sets, tmp_path, capsys):
     }
 
 
+def test_parquet_files_are_compared_as_tar_files_are(sets, tmp_path, capsys):
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    for name in ("test", "train"):
+        images = list(LabelledSet(f"{sets}/{name}.tar"))
+        rows = [{"image": png(item.image), "caption": item.caption} for item in images]
+        parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / f"{name}.parquet")
+    where = ["--data", tmp_path / "test.parquet", "--train-data", tmp_path / "train.parquet"]
+    found, expected = (
+        json.loads(run_command(capsys, *arguments(sets, *given, "--by", "pixels", "--plant", 5))[1])
+        for given in (where, [])
+    )
+    same = ("images", "metrics", "by_threshold", "planted")
+    assert [found[key] for key in same] == [expected[key] for key in same]
+
+
 def test_the_share_that_edits_would_be_found_is_what_planting_them_gives(sets, tmp_path):
     """The report says in one pass what a training set with these images would say."""
     images, detector = LabelledSet(f"{sets}/test.tar"), PixelEncoder()
