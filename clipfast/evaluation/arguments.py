@@ -139,15 +139,9 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
     add("--json", type=Path, metavar="FILE", help="also write the results to this file")
     add("--traceback", action="store_true", help="show where an error was raised")
-
-
-def add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add in which forms results are shown beside JSON."""
-    parser.add_argument(
-        "--table", action="store_true", help="print a table in place of JSON, which --json still writes"
-    )
+    add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
     plot = "also draw the results, in the format that the name ends in, such as .png, .svg or .pdf"
-    parser.add_argument("--plot", type=Path, metavar="FILE", help=plot)
+    add("--plot", type=Path, metavar="FILE", help=plot)
 
 
 def check_outputs(args: argparse.Namespace, **drawn: Path | None) -> None:
@@ -283,14 +277,13 @@ def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledS
     return LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
 
 
-def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures | None:
-    """Return the features of a set, and name the images that are left out on stderr; None on ranks other than 0.
+def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures:
+    """Return the features of a set, and name the images that are left out on stderr; empty on ranks other than 0.
 
     Raises:
         ValueError: the set cannot be read, or not one of its images can be used.
     """
-    (found,) = encoded_by(args, at, [at.encoder], images)
-    return found if at.world.is_main else None
+    return encoded_by(args, at, [at.encoder], images)[0]
 
 
 def encoded_by(
@@ -340,8 +333,13 @@ def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], *
     return {**about, "metrics": dict(metrics), "language": "en", **more}
 
 
-def write_results(args: argparse.Namespace, results: Any, *, table: str | None = None) -> None:
-    """Print results as JSON, or as a table if there is one, and write JSON to the file that ``--json`` names.
+def write_results(args: argparse.Namespace, results: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
+    """Print results as JSON, or with ``--table`` as a table, and write JSON to the file that ``--json`` names.
+
+    Args:
+        args: of the command.
+        results: as plain values.
+        table: says them for people.
 
     Raises:
         DiskFullError: there is no space for the file.
@@ -349,7 +347,7 @@ def write_results(args: argparse.Namespace, results: Any, *, table: str | None =
     from ..files import replace_text
 
     text = json.dumps(results, indent=2)
-    print(text if table is None else table)
+    print(table(results) if args.table else text)
     if args.json:
         replace_text(args.json, text + "\n")
 

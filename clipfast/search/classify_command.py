@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
         items = (_item(Item, one) for one in pictures)
         about = f"The label that fits best, and its probability, by {args.model}. Labels: {', '.join(labels)}"
         write_gallery(args.html, "Classified pictures", items, about[:500])
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

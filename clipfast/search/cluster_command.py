@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
             "centre. Scores: cosine with the centre."
         )
         write_gallery(args.html, f"Clusters of {args.folder}", _items(pictures, found, results["clusters"]), about)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

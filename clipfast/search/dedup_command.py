@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
         most = f" The {SHOWN} largest groups are shown." if len(groups) > SHOWN else ""
         about = f"{_sentence(results)}.{most} Scores: cosine with the picture that is kept."
         write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), about)
-    write_results(args, results, table=_sentence(results) if args.table else None)
+    write_results(args, results, _sentence)
     return 0
 
 

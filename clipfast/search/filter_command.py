@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         assert pictures is not None
         write_gallery(args.html, f"Image-text scores in {args.folder}", _items(pictures, scores, kept), _table(results))
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

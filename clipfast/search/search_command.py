@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
         about = f"The {args.k} best{each} of {results['items']:,} items in {args.folder}{among}, by {encoder.name}. "
         about += "Scores: cosine."
         write_gallery(args.html, f"Search: {'; '.join(names)}"[:200], items, about)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

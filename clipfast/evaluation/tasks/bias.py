@@ -12,7 +12,6 @@ from ..arguments import (
     HelpFormatter,
     add_data_arguments,
     add_model_arguments,
-    add_output_arguments,
     add_prompt_arguments,
     add_run_arguments,
     check_outputs,
@@ -69,7 +68,6 @@ def add_parser(tasks: Any) -> None:
     add("--k", type=int, nargs="+", default=[100], metavar="INT", help="first results of --queries (default: 100)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    add_output_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -79,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     queries = () if args.queries is None else read_queries(args.queries)
     from ..evaluate import names_of
-    from ..features import LabelledFeatures
     from ..labelled import CROSSED_KEYS
     from .bias_groups import groupings, keys_of
     from .bias_labels import assign, read_added_labels
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
 
     images = dataclasses.replace(labelled_set(args), group_by=CROSSED_KEYS.join(keys_of(args.group_by)))
     with session(args) as at:
-        found = encoded(args, at, images) or LabelledFeatures.empty()
+        found = encoded(args, at, images)
 
         def prepare() -> tuple[list[str], dict[str, list[str]]]:
             names = names_of(found, classnames)
@@ -114,7 +111,7 @@ def run(args: argparse.Namespace) -> int:
         from .bias_plot import bias_plot
 
         bias_plot(results, args.plot)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

@@ -12,7 +12,6 @@ from ..arguments import (
     HelpFormatter,
     Session,
     add_model_arguments,
-    add_output_arguments,
     add_reading_arguments,
     add_run_arguments,
     check_outputs,
@@ -62,7 +61,6 @@ def add_parser(tasks: Any) -> None:
     add("--images", metavar="FOLDER", help=f"folder of the images that a file names (default: {beside})")
     add_reading_arguments(parser)
     add_run_arguments(parser)
-    add_output_arguments(parser)
     page = "write a page with the figures, and pictures with their captions and scores, to this file"
     add("--html", type=Path, metavar="FILE", help=page)
     add("--per-group", type=int, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
@@ -75,14 +73,13 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--per-group must be at least 1, got {args.per_group}")
     check_outputs(args)
     images = labelled_set(args)
-    from ..features import LabelledFeatures
     from .compositional_sets import format_of, open_cases
 
     with session(args) as at:
         form = args.format if args.format != "auto" else at.world.on_main(lambda: format_of(images))
         with at.world.local_first():
             case_set = open_cases(images, form, args.images)
-        found = encoded(args, at, case_set.images) or LabelledFeatures.empty()
+        found = encoded(args, at, case_set.images)
         judged, left_out = _judged(at, case_set, found)
         if not at.world.is_main:
             return 0
@@ -97,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
         from .compositional_plot import groups_plot
 
         groups_plot(results, args.plot)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

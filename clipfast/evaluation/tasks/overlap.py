@@ -13,7 +13,6 @@ from ..arguments import (
     HelpFormatter,
     add_data_arguments,
     add_model_arguments,
-    add_output_arguments,
     add_prompt_arguments,
     add_run_arguments,
     check_outputs,
@@ -64,7 +63,6 @@ def add_parser(tasks: Any) -> None:
     add("--plant", type=int, default=0, metavar="INT", help=plant)
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    add_output_arguments(parser)
     add("--html", type=Path, metavar="FILE", help="write a page with pairs of pictures, the most similar first")
     add("--pairs", type=int, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
     pairs = "write the most similar training image of each test image, the most similar pair first"
@@ -119,7 +117,7 @@ def run(args: argparse.Namespace) -> int:
         from .overlap_plot import overlap_plot
 
         overlap_plot(results, pairs, args.plot)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

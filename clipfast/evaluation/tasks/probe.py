@@ -12,7 +12,6 @@ from ..arguments import (
     Session,
     add_data_arguments,
     add_model_arguments,
-    add_output_arguments,
     add_prompt_arguments,
     add_run_arguments,
     check_outputs,
@@ -63,7 +62,6 @@ def add_parser(tasks: Any) -> None:
     add("--seed", type=int, default=0, metavar="INT", help="first seed of what is drawn (default: 0)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    add_output_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -101,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
         from .probe_plot import few_shot_plot
 
         few_shot_plot(results, args.plot)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 
@@ -128,11 +126,10 @@ def _check(args: argparse.Namespace) -> None:
 def _features(args: argparse.Namespace, at: Session, names: dict[str, str]) -> dict[str, LabelledFeatures]:
     """Return the features of each set; empty ones on ranks other than 0."""
     from ..encoder import UnnormalizedEncoder
-    from ..features import LabelledFeatures
 
     if args.unnormalized:
         at = at._replace(encoder=UnnormalizedEncoder.of(at.encoder))
-    return {key: encoded(args, at, labelled_set(args, data)) or LabelledFeatures.empty() for key, data in names.items()}
+    return {key: encoded(args, at, labelled_set(args, data)) for key, data in names.items()}
 
 
 def _zero_shot(test: LabelledFeatures, labels: list[str], classifier: Any) -> Classified:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import (
     add_data_arguments,
     add_model_arguments,
-    add_output_arguments,
     add_run_arguments,
     check_outputs,
     encoded,
@@ -41,7 +40,6 @@ def add_parser(tasks: Any) -> None:
     k = "the numbers of results in which a right one is looked for (default: 1 5 10)"
     parser.add_argument("--k", nargs="+", type=int, default=[1, 5, 10], metavar="INT", help=k)
     add_run_arguments(parser)
-    add_output_arguments(parser)
     parser.set_defaults(run=run)
 
 
@@ -51,10 +49,9 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--k must be at least 1, got {min(args.k)}")
     check_outputs(args)
     images = labelled_set(args)
-    from ..features import LabelledFeatures
 
     with session(args) as at:
-        found = encoded(args, at, images) or LabelledFeatures.empty()
+        found = encoded(args, at, images)
         captions = [text for texts in found.captions for text in texts]
         texts = at.encoder.texts(captions, at.store, at.world)
         if not at.world.is_main:
@@ -64,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         from ..pictures import retrieval_plot
 
         retrieval_plot(results, args.plot)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 

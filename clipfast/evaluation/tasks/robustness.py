@@ -12,7 +12,6 @@ from ..arguments import (
     Session,
     add_data_arguments,
     add_model_arguments,
-    add_output_arguments,
     add_prompt_arguments,
     add_run_arguments,
     check_outputs,
@@ -75,7 +74,6 @@ def add_parser(tasks: Any) -> None:
     add("--baseline-model", nargs="+", default=[], metavar="MODEL", help=models)
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    add_output_arguments(parser)
     add("--examples", type=Path, metavar="FILE", help="also draw what the synthetic shifts look like")
     parser.set_defaults(run=run)
 
@@ -87,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
     base, shifts, synthetic = labelled_set(args), _shifted_sets(args), _synthetic(args)
     from ..evaluate import names_of
     from .robustness_results import Judged, judge, lines_of, read_baselines, results_of
+    from .robustness_table import table
 
     baselines = read_baselines(args.baseline, [shift.name for shift in shifts], synthetic)
     if not args.baseline_model:  # which would add to them
@@ -117,12 +116,7 @@ def run(args: argparse.Namespace) -> int:
     sources = {shift.name: shift.images.data for shift in shifts}
     results = results_of(args, models[: len(args.model)], models[len(args.model) :], baselines, sources)
     _draw(args, base, results)
-    if args.table:
-        from .robustness_table import table
-
-        write_results(args, results, table=table(results))
-    else:
-        write_results(args, results)
+    write_results(args, results, table)
     return 0
 
 

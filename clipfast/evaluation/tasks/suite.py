@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 from ..arguments import (
     HelpFormatter,
     add_model_arguments,
-    add_output_arguments,
     add_run_arguments,
     add_watch_arguments,
     check_outputs,
@@ -65,7 +64,6 @@ def add_parser(tasks: Any) -> None:
     add("--solver", choices=("auto", "scikit-learn", "torch"), default="auto", help=solver)
     add("--seed", type=int, default=0, metavar="INT", help="of the split that chooses C without 'val' (default: 0)")
     add_run_arguments(parser)
-    add_output_arguments(parser)
     add("--html", type=Path, metavar="FILE", help="write a page with all results and a picture to this file")
     parser.set_defaults(run=run)
 
@@ -104,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         from ..suite_plot import suite_plot
 
         suite_plot(results, rows_of(results), args.plot)
-    write_results(args, results, table=table(results) if args.table else None)
+    write_results(args, results, table)
     return 1 if problems or (args.sets and layout.missing) else 0
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from ..arguments import (
     add_data_arguments,
     add_model_arguments,
-    add_output_arguments,
     add_prompt_arguments,
     add_run_arguments,
     add_watch_arguments,
@@ -46,7 +45,6 @@ def add_parser(tasks: Any) -> None:
     add("--leave-out", nargs="*", default=[], metavar="GROUP", help="groups to leave out of a second overall accuracy")
     add("--worst", type=int, default=10, metavar="INT", help="how many of the worst classes to name (default: 10)")
     add_run_arguments(parser)
-    add_output_arguments(parser)
     page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
     add("--html", type=Path, metavar="FILE", help=page)
     parser.set_defaults(run=run)
@@ -66,10 +64,9 @@ def run(args: argparse.Namespace) -> int:
     images = labelled_set(args)
     from ..classification import classify
     from ..evaluate import distinct_captions, figures, names_of
-    from ..features import LabelledFeatures
 
     with session(args) as at:
-        found = encoded(args, at, images) or LabelledFeatures.empty()
+        found = encoded(args, at, images)
         names = at.world.on_main(lambda: names_of(found, classnames))
         classifiers = {key: at.encoder.classifier(names, given, at.store, at.world) for key, given in templates.items()}
         texts = at.encoder.texts(distinct_captions(found), at.store, at.world)
@@ -92,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
         from ..pictures import zero_shot_plot
 
         zero_shot_plot(results, chosen, args.plot)
-    write_results(args, results, table=_table(results) if args.table else None)
+    write_results(args, results, _table)
     return 0
 
 
