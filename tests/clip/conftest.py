@@ -14,6 +14,7 @@ from PIL import Image
 from clipfast.cli import main
 from clipfast.data.samples import RawSample, group_members
 from clipfast.data.tar import read_tar
+from clipfast.training import trainer
 from clipfast.training.checkpoints import Checkpoints
 
 # The configuration of a vision transformer whose checkpoints are written in no time.
@@ -66,6 +67,40 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
     except SystemExit as exit_:
         code = exit_.code
     return code, *capsys.readouterr()
+
+
+class BuildsModelError(Exception):
+    """Raised in place of a model being built: nothing refuses the run before that."""
+
+
+def everything(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refusal(tmp_path, monkeypatch, capsys):
+    """A function that starts a run, and returns the line that refuses it, or "" if its model would be built."""
+
+    def build_model(*_):
+        raise BuildsModelError
+
+    monkeypatch.setattr(trainer, "build_model", build_model)
+
+    def start(*flags: str, **options: object) -> str:
+        values = {"train_data": tmp_path / "x.tar", "model": TINY, "batch_size": 8, "logs": tmp_path / "logs"} | options
+        before = everything(tmp_path)
+        arguments = [word for name, value in values.items() for word in (f"--{name.replace('_', '-')}", value)]
+        try:
+            code, out, error = run_command(capsys, "train", *arguments, *flags)
+        except BuildsModelError:
+            return ""
+        assert (code, out) == (2, "")
+        assert everything(tmp_path) == before, "something was written"
+        (line,) = error.splitlines()
+        assert line.startswith("clipfast train: error: ")
+        return line
+
+    return start
 
 
 @pytest.fixture

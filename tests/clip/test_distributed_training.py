@@ -1,27 +1,21 @@
 """Training on several processes: what one process does, on any number of them, however the run ends and goes on."""
 
 import contextlib
+import functools
 import json
-import os
 import pickle
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
-from clipfast import ranks
 from clipfast.checkpoint import read_checkpoint
-from clipfast.data.index import IndexCache, ShardError
+from clipfast.data.index import IndexCache
 from clipfast.files import DiskFullError
-from clipfast.models import CLIPConfig, SigLIPConfig, TextConfig, VisionConfig, build
-from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
+from clipfast.models import CLIPConfig, build
+from clipfast.ranks import run_ranks
 from clipfast.tokenizer import Tokenizer
 from clipfast.training import TrainConfig
 from clipfast.training.build import build_device
@@ -30,113 +24,21 @@ from clipfast.training.ema import WeightAverage
 from clipfast.training.errors import NotFiniteError, TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
-from clipfast.training.trainer import Trainer
-from clipfast.training.world import ALONE, World, _portable, joined
+from clipfast.training.world import ALONE, World, _portable
 
-from .conftest import picture, sample, write_shard
-from .faults import faulty_samples
-from .siglip import save_tokenizer
-from .test_training import losses, same, saved_step, wait_for_checkpoint, weights
-
-ranks.PRELOAD.append("clipfast.training.trainer")
-
-CLIP = {
-    "embed_dim": 8,
-    "vision_cfg": {"image_size": 32, "layers": 1, "width": 16, "head_width": 8, "patch_size": 8},
-    "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 8, "heads": 1, "layers": 1},
-}
-SIGLIP = SigLIPConfig(16, VisionConfig(24, 1, 16, 8, 2.0, 8), TextConfig(12, 300, 8, 1, 1)).to_dict()
-# Options of 30 steps of 12 pairs, by the name of the run. No epoch is a whole number of batches.
-CASES = {
-    "unique": {"unique_by": "label", "micro_batch_size": 2, "train_num_samples": 90, "epochs": 4},
-    "mix": {
-        "train_data_upsampling_factors": (1.0, 2.5), "force_patch_dropout": 0.5, "grad_checkpointing": True,
-        "grad_clip_norm": 0.5, "micro_batch_size": 3,
-    },
-    "siglip": {"dataset_resampled": True, "ddp_static_graph": True, "grad_checkpointing": True},
-    "faults": {"max_bad_fraction": 0.3, "log_every_n_steps": 4},
-    "average": {"ema_decay": 0.9, "samples_seen": 100, "epochs": TrainConfig.epochs, "lock_image": True},
-    "drawn": {
-        "train_data": "synthetic:400", "ema_decay": 0.9, "lock_text": True, "lock_text_unlocked_layers": 1,
-        "lock_image": True, "lock_image_unlocked_groups": 1, "micro_batch_size": 2,
-    },
-}  # fmt: skip
+from .conftest import sample, write_shard
+from .distributed import CASES, CLIP, SHORT, assert_like, empty, folder_of, on_rank, options_in, run_together, trained
+from .test_training import losses, saved_step
 
 
 @pytest.fixture(scope="module")
 def options(tmp_path_factory):
-    """A function that returns the options of a case, with changes, for a run in a folder."""
-    made = tmp_path_factory.mktemp("made")
-    write_shard(made / "a.tar", [sample(index) for index in range(60)])
-    write_shard(made / "b.tar", [sample(index, png=picture(100 + index)) for index in range(41)])
-    write_shard(made / "faults.tar", faulty_samples())
-    write_shard(made / "val.tar", [*faulty_samples(), *(sample(index, png=picture(3)) for index in range(40))])
-    for name, content in (("clip", CLIP), ("siglip", SIGLIP)):
-        (made / f"{name}.json").write_text(json.dumps(content))
-    save_tokenizer(made / "tokenizer")
-
-    def of_case(logs, case="unique", **changes):
-        data = f"{made}/faults.tar" if case == "faults" else f"{made}/a.tar::{made}/b.tar"
-        tokenizer = f"{made}/tokenizer" if case == "siglip" else None
-        given = {
-            "train_data": data, "model": f"{made}/{'siglip' if tokenizer else 'clip'}.json", "tokenizer": tokenizer,
-            "global_batch_size": 12, "train_num_samples": 357, "epochs": 1, "warmup": 2, "lr": 1e-3, "workers": 0,
-            "log_every_n_steps": 1, "save_frequency": 0, "name": case, "logs": str(logs),
-            "val_data": f"{made}/val.tar" if case in CASES else None,
-        }  # fmt: skip
-        return given | CASES.get(case, {}) | changes
-
-    return of_case
+    return options_in(tmp_path_factory.mktemp("made"))
 
 
-def folder_of(given):
-    return RunFolder(Path(given["logs"]) / given["name"])
-
-
-@contextlib.contextmanager
-def befalling(rank, what, victims, step):
-    """Let something happen to some ranks before the step that follows ``step``; in a "stop" they do not save again."""
-    original = Trainer._train_step
-
-    def befallen(trainer, batch):
-        if trainer.progress.step == step:
-            trainer.checkpoints.wait()
-        if trainer.progress.step == step and rank in victims:
-            if what == "stop":
-                raise KeyboardInterrupt
-            if what == "hang":
-                time.sleep(600)
-            if what == "error":
-                raise ShardError("shard x is gone")
-            os.kill(os.getpid(), what)
-        return original(trainer, batch)
-
-    with mock.patch.object(Trainer, "_train_step", befallen):
-        yield
-
-
-def trained(world, given, resume=False, fate=None):
-    """Train, and return the signal that ended it, an error that all ranks met, or None."""
-    with (
-        mock.patch("clipfast.training.loop._pictures", return_value=[]),
-        mock.patch("clipfast.training.validation.BATCH_SIZE", 16),
-        befalling(world.rank, *fate) if fate else contextlib.nullcontext(),
-    ):
-        try:
-            return train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)[1]
-        except KeyboardInterrupt:
-            return "stopped"
-        except TrainingError as error:
-            return str(error)
-
-
-def on_rank(rank, size, jobs, do=trained):
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
-    found = []
-    for job in jobs:
-        with joined("cpu", job[0].get("dist_timeout", 30)) as world:
-            found.append(do(world, *job))
-    return found
+@pytest.fixture
+def together(tmp_path):
+    return functools.partial(run_together, tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -146,49 +48,6 @@ def one(options, tmp_path_factory):
     for case in CASES:
         assert trained(ALONE, options(logs, case)) is None
     return {case: RunFolder(logs / case) for case in CASES}
-
-
-def skipped_in(folder):
-    return sorted(folder.skipped_path.read_text().splitlines())
-
-
-def assert_like(folder, expected):
-    assert losses(folder) == pytest.approx(losses(expected), rel=1e-5)
-    assert skipped_in(folder) == skipped_in(expected)
-    assert_near(weights(folder.path) | averages(folder), weights(expected.path) | averages(expected))
-    ours, theirs = (json.loads((run.path / "results.json").read_text()) for run in (folder, expected))
-    assert ours.keys() == theirs.keys()
-    for key in ("steps", "samples_seen", "skipped_pairs", "skipped_kinds", "images", "skipped_images", "classes"):
-        assert ours[key] == theirs[key], key
-
-
-def assert_near(found, expected):
-    """Compare weights. AdamW divides a gradient by its size, so the rounding of one near zero moves a weight."""
-    for name, value in found.items():
-        assert (value - expected[name]).norm() <= 2e-3 * expected[name].norm() + 1e-7, name
-
-
-def averages(folder):
-    """Return the average of the weights, if there is one, in the latest checkpoint of a run."""
-    found = read_checkpoint(folder.latest).get("state_dict_ema", {})
-    return {f"average of {name}": value for name, value in found.items()}
-
-
-@pytest.fixture
-def together(tmp_path):
-    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
-
-    def run(size, *jobs):
-        return run_ranks(on_rank, size, size, jobs, folder=empty(tmp_path), timeout=240)
-
-    return run
-
-
-def empty(tmp_path):
-    """A folder for what the processes tell each other."""
-    path = tmp_path / f"ranks {time.monotonic_ns()}"
-    path.mkdir()
-    return path
 
 
 @pytest.mark.long
@@ -359,136 +218,6 @@ def test_one_process_of_a_machine_indexes(options, tmp_path):
     write_shard(tmp_path / "new.tar", [sample(index) for index in range(24)])
     given = options(tmp_path, "run", **(SHORT | {"train_data": f"{tmp_path}/new.tar", "train_num_samples": 12}))
     assert run_ranks(indexing, 2, 2, given, folder=empty(tmp_path)) == [[1, 1], [0, 0]]
-
-
-SHORT = {"train_num_samples": 144, "save_every": 3, "unique_by": "label", "log_every_n_steps": 5}
-
-
-@pytest.mark.long
-def test_a_signal_to_one_rank_stops_all_after_the_same_step(options, together, tmp_path):
-    given = {name: options(tmp_path, name, **SHORT) for name in ("whole", "early", "late")}
-    found = together(
-        2,
-        (given["whole"],),
-        (given["early"], False, (signal.SIGTERM, (1,), 0)),
-        (given["early"], True, (signal.SIGINT, (0,), 5)),
-        (given["early"], True),
-        (given["late"], False, (signal.SIGTERM, (1,), 10)),
-    )
-    assert found == [[None, signal.SIGTERM, signal.SIGINT, None, signal.SIGTERM]] * 2
-    log = (tmp_path / "early" / "out.log").read_text()
-    assert re.findall(r"Stopping after step (\d+): (\w+) came", log) == [("2", "SIGTERM"), ("7", "SIGINT")]
-    assert log.count("Interrupted. Saved ") == 2
-    assert [saved_step(tmp_path / name) for name in given] == [12, 12, 12]
-    for name in ("early", "late"):
-        assert same(tmp_path / "whole", tmp_path / name)
-
-
-@pytest.mark.long
-def test_too_many_bad_pairs_stop_all_ranks(options, together, tmp_path):
-    given = options(tmp_path, "faults", max_bad_fraction=0.01)
-    first, second = together(2, (given,))
-    assert first == second
-    skipped, seen = map(int, re.match(r"(\d+) of (\d+) pairs could not be used, more than", first[0]).groups())
-    assert len((tmp_path / "faults" / "skipped.tsv").read_text().splitlines()) == skipped
-    assert seen == 12 * saved_step(tmp_path / "faults")
-    alone = options(tmp_path, "faults", max_bad_fraction=0.01, name="alone")
-    trained(ALONE, alone)
-    assert set(skipped_in(RunFolder(tmp_path / "alone"))) <= set(skipped_in(RunFolder(tmp_path / "faults")))
-    # the sum over ranks is known one step later
-    assert saved_step(tmp_path / "faults") - saved_step(tmp_path / "alone") in (0, 1)
-
-
-@pytest.mark.long
-@pytest.mark.parametrize("what", ["error", signal.SIGKILL])
-def test_a_rank_that_is_lost_ends_the_others(what, options, together, tmp_path):
-    given, whole = (options(tmp_path, name, **SHORT) for name in ("run", "whole"))
-    folder = empty(tmp_path)
-    processes = start_ranks(on_rank, 3, 3, [(given, False, (what, (1,), 5))], folder=folder)
-    wait_for(processes, 60)
-    assert [process.exitcode for process in processes] == [1, 1 if what == "error" else -signal.SIGKILL, 1]
-    errors = [error_of(folder, rank) for rank in range(3)]
-    if what == "error":
-        assert "RuntimeError: rank 1: shard x is gone" in errors[1]
-        assert [errors[rank].strip().splitlines()[-1] for rank in (0, 2)] == ["SystemExit: 1"] * 2
-    else:  # one of those that are left says so
-        said = [error for error in errors if ": another rank is lost: " in error]
-        assert len(said) == 1
-        assert f"rank 1, process {processes[1].pid} on " in said[0]
-        assert sum("SystemExit: 1" in error for error in errors) == 1
-    assert saved_step(tmp_path / "run") == 3
-    together(3, (given, True), (whole,))
-    assert same(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.long
-def test_a_rank_that_hangs_is_not_waited_for(options, tmp_path):
-    folder, given = empty(tmp_path), options(tmp_path, "run", dist_timeout=5, **SHORT)
-    processes = start_ranks(on_rank, 2, 2, [(given, False, ("hang", (1,), 5))], folder=folder)
-    try:
-        processes[0].join(60)  # at the start, ranks wait for ten minutes
-        assert (processes[0].exitcode, processes[1].exitcode) == (1, None)
-        assert "rank 0: another rank is lost: " in error_of(folder, 0)
-        assert saved_step(tmp_path / "run") == 3
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def started(given, size, *extra, restarts=0):
-    """Start the command with torchrun; "--" keeps torchrun from taking --logs for a flag of its own."""
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in given.items() if value is not None]
-    launcher = f"-m torch.distributed.run --nproc-per-node {size} --max-restarts {restarts} --monitor-interval 0.2"
-    command = f"{launcher} -m clipfast -- train".split()
-    return subprocess.Popen([sys.executable, *command, *flags, *extra], stderr=subprocess.PIPE, text=True)
-
-
-def ranks_of(process):
-    """Return the process of each rank that torchrun has started."""
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    found = {}
-    for pid in children:
-        variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
-        found |= {int(line[5:]): int(pid) for line in variables if line.startswith(b"RANK=")}
-    return found
-
-
-@pytest.mark.long
-def test_the_command(options, tmp_path):
-    given = options(tmp_path, "run", **(SHORT | {"workers": 1, "save_every": 1, "train_num_samples": 6000}))
-    expected = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
-    for what, message in (
-        (signal.SIGTERM, "Interrupted. Saved"),
-        (signal.SIGKILL, "error: rank 0: another rank is lost: "),
-    ):
-        process = started(given, 2) if what == signal.SIGTERM else started(given, 2, f"--resume={tmp_path}/run")
-        before = saved_step(tmp_path / "run") if expected.exists() else 0
-        wait_for_checkpoint(process, tmp_path / "run", before + 3)
-        os.kill(ranks_of(process)[1], what)
-        sent = time.monotonic()
-        said = process.communicate(timeout=60)[1]
-        assert (process.returncode == 0) == (what == signal.SIGTERM)
-        assert time.monotonic() - sent < 40
-        assert said.count(message) == 1, said
-        assert said.count("Traceback") == (what == signal.SIGKILL), said  # torchrun's own
-    assert saved_step(tmp_path / "run") > before
-    # another run cannot be begun there, and of two ranks one says so
-    process = started(given, 2)
-    said = process.communicate(timeout=120)[1]
-    assert said.count("holds a run already") == 1, said
-
-
-@pytest.mark.long
-def test_torchrun_starts_it_again_where_it_was(options, together, tmp_path):
-    given, whole = (options(tmp_path, name, **SHORT | {"train_num_samples": 1200}) for name in ("run", "whole"))
-    process = started(given, 2, restarts=1)
-    wait_for_checkpoint(process, tmp_path / "run", 3)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
-    said = process.communicate(timeout=120)[1]
-    assert process.returncode == 0, said
-    assert "Resuming from " in said
-    together(2, (whole,))
-    assert same(tmp_path / "run", tmp_path / "whole")
 
 
 def without_images(world, given):

@@ -26,8 +26,8 @@ from clipfast.training.run import RunFolder
 from clipfast.training.step import TrainingStep
 from clipfast.training.world import ALONE, joined
 
+from .distributed import CLIP, assert_like, empty, on_rank, trained
 from .siglip import save_tokenizer
-from .test_distributed_training import CLIP, assert_like, empty, on_rank, trained
 from .test_training import losses, saved_step
 
 ranks.PRELOAD.append("clipfast.training.trainer")

@@ -29,7 +29,7 @@ from clipfast.training.trainer import Trainer
 from clipfast.training.world import ALONE
 
 from .conftest import TINY, picture, sample, write_shard
-from .test_distributed_training import folder_of, on_rank
+from .distributed import folder_of, on_rank
 from .test_training import losses, saved_step
 
 ranks.PRELOAD.append("clipfast.training.trainer")

@@ -32,7 +32,7 @@ from clipfast.training.world import ALONE, World, _places
 
 from . import test_training
 from .conftest import picture, run_command
-from .test_distributed_training import empty, on_rank, trained
+from .distributed import empty, on_rank, trained
 from .test_training import losses, saved_step
 
 CPU = torch.device("cpu")

@@ -28,7 +28,7 @@ from clipfast.training.status import read_status
 from clipfast.training.world import ALONE, joined
 
 from .conftest import run_command
-from .test_distributed_training import CLIP, assert_near, befalling, empty
+from .distributed import CLIP, assert_near, befalling, empty
 from .test_training import losses, same, weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -1,30 +1,20 @@
-"""Tables and folders of images: every pair is read back exactly, by its number, and what is wrong is named."""
+"""Tables of images: every pair is read back exactly, by its number, and what is wrong is named."""
 
 import csv
 import gzip
 import io
 import json
 import os
-import shutil
 import tempfile
 import time
 import tracemalloc
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from clipfast.data import (
-    CroppedImages,
     IndexCache,
-    Keys,
-    Mix,
-    Order,
-    PairBatches,
-    Unique,
     caption,
-    expand_shards,
-    identities,
     metadata,
     open_shards,
 )
@@ -33,65 +23,12 @@ from clipfast.data.kinds import format_of
 from clipfast.data.samples import image_bytes
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.images import SampleError
-from clipfast.tokenizer import Tokenizer
 
-from .conftest import TINY, picture, run_command, write_shard
+from .conftest import picture
+from .tables import EXPECTED, NO_IMAGE, PAIRS, pairs_of, write_csv, write_images, write_jsonl
 
 hypothesis = pytest.importorskip("hypothesis")
 st = pytest.importorskip("hypothesis.strategies")
-
-NO_IMAGE = Keys(images=())
-TEXTS = [
-    "a cat",
-    'a "quoted" cat, with a comma',
-    "two\nlines\r\nand a tab\t",
-    "é 世界 🙂",
-    "semi;colon | bar",
-    "a\u2028b",
-]
-PAIRS = [(f"{index:03d}.png", picture(index), text) for index, text in enumerate(TEXTS * 4)]
-
-
-def write_images(folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, data, _ in PAIRS:
-        (folder / name).write_bytes(data)
-    return folder
-
-
-def write_csv(path: Path, header=("filepath", "title"), separator=",", end="\n", start="", rows=None) -> Path:
-    stream = io.StringIO(newline="")
-    writer = csv.writer(stream, delimiter=separator, lineterminator=end)
-    writer.writerow(header)
-    writer.writerows([(name, text) for name, _, text in PAIRS] if rows is None else rows)
-    path.write_bytes((start + stream.getvalue()).encode())
-    return path
-
-
-def write_jsonl(path: Path, image="file_name", text="caption", many=False) -> Path:
-    lines = [json.dumps({image: name, text: [words] if many else words}) for name, _, words in PAIRS]
-    path.write_text("\n".join(lines))
-    return path
-
-
-def write_side_cars(folder: Path) -> Path:
-    for index, (name, _, text) in enumerate(PAIRS):
-        (folder / name).with_suffix(".txt").write_text(text, newline="")
-        if index % 2:
-            (folder / name).with_suffix(".json").write_text(json.dumps({"label": text}))
-    return folder
-
-
-def pairs_of(source):
-    """Image and caption of every sample, read in random order."""
-    found = {}
-    for number in np.random.default_rng(0).permutation(sum(source.sizes)).tolist():
-        raw = source.read(number)
-        found[number] = image_bytes(raw), caption(raw)
-    return [found[number] for number in sorted(found)]
-
-
-EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
 
 
 @pytest.mark.parametrize(
@@ -121,74 +58,6 @@ def test_json_lines(tmp_path):
         path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\n"))
         assert pairs_of(open_shards([str(path)])) == EXPECTED
         os.utime(path, ns=(1, 1))
-
-
-def test_folders(tmp_path):
-    folder = write_side_cars(write_images(tmp_path / "photos"))
-    source = open_shards(expand_shards(str(folder)))
-    assert pairs_of(source) == EXPECTED
-    assert metadata(source.read(1)) == {"label": TEXTS[1]}
-    assert source.read(3)["__key__"] == "003"
-    assert source.name(3) == "photos, sample 3"
-    # its files are in any depth, called in any way, and beside others
-    (folder / "b" / "c.d").mkdir(parents=True)
-    for name, content in {
-        "b/c.d/my.photo.v2.JPG": b"1", "b/c.d/my.photo.v2.txt": b"one", "b/c.d/my.photo.txt": b"no image",
-        "b/é.webp": b"2", "b/é.caption": b"two", ".hidden.jpg": b"no", "b/notes": b"no", "b/.jpg": b"no",
-    }.items():  # fmt: skip
-        (folder / name).write_bytes(content)
-    (folder / os.fsdecode(b"\xff.jpg")).write_bytes(b"3")
-    (folder / os.fsdecode(b"\xff.txt")).write_bytes(b"three")
-    (folder / "b" / "again").symlink_to(folder)
-    (folder / "broken").symlink_to("nowhere")
-    (folder / "circle").symlink_to("circle")
-    source = open_shards(expand_shards(f"{folder}/"))
-    assert pairs_of(source) == [*EXPECTED, (b"3", "three"), (b"2", "two"), (b"1", "one")]
-    assert [source.read(number)["__key__"] for number in (25, 26)] == ["b/é", "b/c.d/my.photo.v2"]
-
-
-def test_images_whose_names_differ_in_case_share_a_text(tmp_path):
-    for name, content in {"a.jpg": b"1", "a.JPG": b"2", "a.png": b"3", "a.txt": b"a", "b.JPG": b"4"}.items():
-        (tmp_path / name).write_bytes(content)
-    source = open_shards(expand_shards(str(tmp_path)))
-    assert [image_bytes(source.read(number)) for number in range(source.sizes[0])] == [b"1", b"2", b"4"]
-    assert [caption(source.read(number)) for number in range(2)] == ["a", "a"]
-
-
-def test_captions_of_a_folder_are_compared_as_they_are_now(tmp_path):
-    for name in "ab":
-        (tmp_path / f"{name}.png").write_bytes(picture(0))
-        (tmp_path / f"{name}.txt").write_text("same")
-    for text, different in (("same", 1), ("else", 2), ("same", 1)):
-        (tmp_path / "a.txt").write_text(text)
-        assert len(set(identities(open_shards(expand_shards(str(tmp_path))), "caption").tolist())) == different
-
-
-def test_a_folder_with_a_table(tmp_path):
-    for number, table in enumerate((write_csv, write_jsonl)):
-        folder = write_images(tmp_path / str(number))
-        path = table(folder / f"metadata.{'jsonl' if number else 'csv'}")
-        assert expand_shards(str(folder)) == [str(path)]
-        assert pairs_of(open_shards([str(path)])) == EXPECTED
-
-
-@pytest.mark.parametrize("change", ["add", "remove", "rename", "deep"])
-def test_a_folder_that_changes_is_listed_again(tmp_path, change):
-    folder = write_side_cars(write_images(tmp_path / "photos"))
-    (folder / "a" / "b").mkdir(parents=True)
-    before, late = (open_shards(expand_shards(str(folder)), index=IndexCache(tmp_path / "cache")) for _ in range(2))
-    if change == "remove":
-        (folder / "003.png").unlink()
-    if change == "rename":
-        (folder / "003.png").rename(folder / "zzz.png")
-    if change in ("add", "deep"):
-        (folder / ("a/b/new.png" if change == "deep" else "new.png")).write_bytes(picture(3))
-    assert before.read(0)["txt"].decode() == TEXTS[0]  # by the list that the run began with
-    shutil.rmtree(tmp_path / "cache" / "shards")
-    with pytest.raises(SampleError, match=r"the shard (was replaced after|has \d+ bytes, and had)"):
-        late.read(0)
-    after = open_shards(expand_shards(str(folder)), index=before.index)
-    assert sum(after.sizes) == len(PAIRS) + {"remove": -1, "rename": 0, "add": 1, "deep": 1}[change]
 
 
 def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypatch):
@@ -388,94 +257,6 @@ def test_only_images_come_out_of_a_table(tmp_path):
     assert "single images are not read from the network" in images.skipped[-1].reason
 
 
-def batches(shard, batch_size=8, unique_by=None, index=None):
-    source = open_shards(expand_shards(str(shard)), index=index)
-    order = Mix([Order(source.sizes, 3)], [1], 3)
-    if unique_by is not None:
-        order = Unique(order, [identities(source, unique_by)], batch_size)
-    return PairBatches([source], order, CroppedImages(16), Tokenizer(16), batch_size, 3, unique_by)
-
-
-def test_image_files_are_counted_and_only_read_for_batches(tmp_path):
-    folder = write_side_cars(write_images(tmp_path / "photos"))
-    images = sum(len(data) for _, data, _ in PAIRS)
-    texts = sum(len(path.read_bytes()) for path in folder.iterdir() if path.suffix != ".png")
-    for shard, others in ((folder, texts), (write_csv(folder / "t.csv"), 0), (write_jsonl(folder / "t.jsonl"), 0)):
-        made = batches(shard)
-        (source,) = made.sources
-        identities(source, "caption")
-        assert source.bytes_read < images
-        before = source.bytes_read
-        records = sum(length for _, length in map(unpacked, source.index.extents(source.shards[0].name)))
-        assert sum(made[number].bytes_read for number in range(3)) == images + others + records
-        assert source.bytes_read == before + images + others + records
-
-
-def test_unique_captions_of_a_table(tmp_path):
-    made = batches(write_csv(write_images(tmp_path) / "t.csv"), batch_size=len(TEXTS), unique_by="caption")
-    for number in range(8):
-        assert len({tuple(row.tolist()) for row in made[number].texts}) == len(TEXTS)
-
-
-def test_broken_rows_do_not_stop_identities(tmp_path):
-    write_csv(tmp_path / "t.csv", rows=[("a.png", "a"), ("b.png", "b", "c"), ("c.png", "a"), ("d.png",), ("e.png",)])
-    found = identities(open_shards([f"{tmp_path}/t.csv"]), "caption").tolist()
-    assert found[0] == found[2]
-    assert len(set(found)) == 4
-
-
-def sources(tmp_path):
-    """The same pairs in every form."""
-    folder = write_side_cars(write_images(tmp_path / "photos"))
-    samples = [{"png": data, "txt": text.encode()} for _, data, text in PAIRS]
-    return [
-        write_shard(tmp_path / "s.tar", samples), write_csv(folder / "t.csv"), write_jsonl(folder / "t.jsonl"), folder,
-    ]  # fmt: skip
-
-
-@pytest.mark.long
-def test_training_is_the_same_from_every_source(capsys, tmp_path):
-    losses = []
-    for number, shard in enumerate(sources(tmp_path)):
-        code, out, err = run_command(
-            capsys, "train", "--train-data", shard, "--model", TINY, "--batch-size", 12, "--epochs", 1, "--workers", 0,
-            "--warmup", 1, "--logs", tmp_path, "--name", number, "--log-every-n-steps", 1,
-        )  # fmt: skip
-        assert code == 0, err
-        metrics = [json.loads(line) for line in (tmp_path / str(number) / "metrics.jsonl").read_text().splitlines()]
-        losses.append([line["loss"] for line in metrics if "loss" in line])
-        assert json.loads(out)["skipped_pairs"] == 0
-    assert len(losses[0]) == 2
-    assert losses == [losses[0]] * 4
-
-
-def test_evaluation_reads_every_source(tmp_path):
-    tar, *others = sources(tmp_path)
-    expected = [(image.image.tobytes(), image.label, image.caption) for image in LabelledSet(str(tar))]
-    assert len(expected) == len(PAIRS)
-    for shard in others:
-        images = LabelledSet(str(shard))
-        assert [(image.image.tobytes(), image.label, image.caption) for image in images] == expected
-        assert images.skipped == []
-    write_csv(tmp_path / "photos" / "t.csv", ("filepath", "title", "class", "kind"), rows=[("001.png", "a", "b", "c")])
-    ((label, text, group),) = [
-        (image.label, image.caption, image.group)
-        for image in LabelledSet(f"{tmp_path}/photos/t.csv", group_by="kind", label_by="class")
-    ]
-    assert (label, text, group) == ("b", "a", "c")
-
-
-def test_a_folder_of_classes_has_no_texts(tmp_path):
-    for name in ("cat", "dog"):
-        write_images(tmp_path / name)
-    for pattern in (tmp_path, f"{tmp_path}/", f"{tmp_path}*"):
-        assert {image.label for image in LabelledSet(str(pattern))} == {"cat", "dog"}
-    (tmp_path / "cat" / "003.txt").write_text("three")
-    images = LabelledSet(str(tmp_path))
-    assert [image.label for image in images] == ["three"]
-    assert len(images.skipped) == 2 * len(PAIRS) - 1
-
-
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
 def test_large_tables_are_indexed_in_little_memory(tmp_path, form):
     """The figures are printed; what is asserted is that a row takes bytes, not objects."""
@@ -504,20 +285,3 @@ def test_another_separator_is_another_index(tmp_path):
     (tmp_path / "t.csv").write_text('a;b\nx;"1\ny;2"\n')
     for separator, sizes in ((";", [1]), (",", [2]), (None, [1]), (";", [1])):
         assert open_shards([f"{tmp_path}/t.csv"], index=IndexCache(tmp_path / "cache", separator)).sizes == sizes
-
-
-def test_an_evaluation_names_what_is_lost(tmp_path):
-    """Every lost pair is left out by a name of its own, behind those of its shard."""
-    path = write_shard(tmp_path / "s.tar", [{"png": data, "txt": text.encode()} for _, data, text in PAIRS])
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2 : len(data) // 2 + 20_000] = bytes([7]) * 20_000
-    path.write_bytes(data)
-    images = LabelledSet(f"{path}::{path}")
-    read = len(list(images))
-    names = [skipped.name for skipped in images.skipped if skipped.kind == "damaged shard"]
-    (damage,) = open_shards([str(path)]).shards[0].damage.items()
-    place, reason = damage[0].split(": ", 1)
-    assert names == [f"s.tar/{place}, pair {pair + 1}" for pair in range(damage[1])] * 2
-    assert names
-    assert f"a pair is lost: {reason}" in [skipped.reason for skipped in images.skipped]
-    assert read + len(images.skipped) >= 2 * len(PAIRS)

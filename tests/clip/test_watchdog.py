@@ -22,7 +22,7 @@ from clipfast.training.imagenet import ImageNet
 from clipfast.training.watchdog import Watchdog, record_flights, write_flights_to
 
 from .conftest import TINY, sample, write_shard
-from .test_distributed_training import on_rank, trained
+from .distributed import on_rank, trained
 from .test_training import saved_step
 
 ranks.PRELOAD.append("clipfast.training.trainer")

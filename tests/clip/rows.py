@@ -1,0 +1,63 @@
+"""Parquet and Arrow files for tests, as img2dataset and datasets write them."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+pa = pytest.importorskip("pyarrow")
+pq = pytest.importorskip("pyarrow.parquet")
+
+
+def downloaded(count, first=0):
+    """A table as img2dataset writes it."""
+    numbers = range(first, first + count)
+    return pa.table({
+        "url": [f"http://example.com/{n}" for n in numbers],
+        "caption": [None if n % 10 == 3 else f"a caption {n}, été 猫" for n in numbers],
+        "key": [f"{n:09d}" for n in numbers],
+        "status": ["success"] * count,
+        "error_message": pa.array([None] * count, pa.string()),
+        "width": pa.array([24] * count, pa.int32()),
+        "similarity": [float("nan") if n % 2 else 0.25 for n in numbers],
+        "jpg": pa.array([None if n % 10 in (3, 5) else b"image %d" % n for n in numbers], pa.binary()),
+    })  # fmt: skip
+
+
+def write_parquet(path, table, rows=100):
+    pq.write_table(table, path, row_group_size=rows)
+    return str(path)
+
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+FEATURES = b'{"info": {"features": {"image": {"_type": "Image"}, "captions": {"feature": {"dtype": "string"}}}}}'
+
+
+def save_to_disk(folder, counts, batch=4):
+    """A folder as ``datasets.save_to_disk`` writes it, with files of ``counts`` rows in batches."""
+    folder.mkdir(parents=True)
+    schema = pa.schema([("image", IMAGE), ("captions", pa.list_(pa.string()))], {b"huggingface": FEATURES})
+    names, row = [], 0
+    for number, rows_here in enumerate(counts):
+        names.append(f"data-{number:05d}-of-{len(counts):05d}.arrow")
+        with pa.ipc.new_stream(str(folder / names[-1]), schema) as writer:
+            for start in range(0, rows_here, batch):
+                rows = range(row + start, row + min(rows_here, start + batch))
+                images = [{"bytes": b"image %d" % n, "path": None} if n % 5 else None for n in rows]
+                captions = [[f"a {n}", f"b {n}"] for n in rows]
+                writer.write_batch(pa.record_batch([pa.array(images, IMAGE), pa.array(captions)], schema=schema))
+        row += rows_here
+    (folder / "dataset_info.json").write_text(json.dumps({"citation": "", "features": {}}))
+    # in another order than that of their names
+    state = {"_data_files": [{"filename": name} for name in reversed(names)], "_fingerprint": "x", "_split": None}
+    (folder / "state.json").write_text(json.dumps(state))
+    return names
+
+
+def fields(raw):
+    return json.loads(raw["json"])
+
+
+def cut(path, share):
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: int(len(data) * share)])
