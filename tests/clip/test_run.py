@@ -1,23 +1,21 @@
 """``python -m clipfast.run``: programs run as without it, with our losses in OpenCLIP's place."""
 
 import importlib
-import importlib.util
 import os
 import re
 import subprocess
 import sys
 import types
-from pathlib import Path
 
 import pytest
 from torch import nn
 
 from clipfast import SigLipLoss, run
 from clipfast.adopt import walk
+from clipfast.bench.adoption import trainer
 
 from .conftest import TINY
 
-EMOJI = Path(run.__file__).parent / "assets" / "emoji"
 LOSSES = "ClipLoss, SigLipLoss, DistillClipLoss, CoCaLoss"
 LINE = f"clipfast: {LOSSES} of open_clip replaced (to leave them: CLIPFAST_DISABLE=loss)"
 MODEL_PARTS = ", ".join(run.MODEL_PARTS)
@@ -26,12 +24,6 @@ MODEL_LINE = (
     f" (to leave them: CLIPFAST_DISABLE={','.join(run.MODEL_PARTS)})"
 )
 NEVER = "clipfast: the program did not import open_clip.factory, open_clip.loss, so nothing was replaced there"
-
-
-def stand_in_for_pandas(folder):
-    """OpenCLIP's trainer imports pandas, which only its CSV files need, and which our tests do without."""
-    if importlib.util.find_spec("pandas") is None:
-        (folder / "pandas.py").touch()
 
 
 def python(folder, *arguments, **variables):
@@ -246,7 +238,7 @@ TINY_LINE = "clipfast: a CLIP runs on clipfast in these places: "
 )  # fmt: skip
 def test_open_clip_has_our_losses_and_its_models_our_parts(disabled, where, lines, counts, tmp_path):
     pytest.importorskip("open_clip")
-    stand_in_for_pandas(tmp_path)
+    trainer.stand_in_for_pandas(tmp_path)
     (tmp_path / "program.py").write_text(REPLACED)
     found = python(tmp_path, "-m", "clipfast.run", "program", where, TINY, CLIPFAST_DISABLE=disabled)
     assert found.returncode == 0, found.stderr
