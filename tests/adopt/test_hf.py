@@ -142,6 +142,18 @@ def test_another_implementation_later(name):
     assert called(patched, given) == (4, 0)
 
 
+@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_flash_attention_without_padding_is_ours(name, implementation):
+    # transformers' own flash attention needs a GPU: if it were called, it would fail here.
+    model, patched = hf_models.patched_pair(name)
+    given = hf_models.inputs(model)
+    for tower in (patched.text_model, patched.vision_model):
+        tower.config._attn_implementation = implementation
+    assert called(patched, given) == (4, 0)
+    hf_models.assert_equal(model, patched, given)
+
+
 def test_dropout_is_reported():
     model, patched = hf_models.patched_pair("clip with dropout")
     given = hf_models.inputs(model, "end")
