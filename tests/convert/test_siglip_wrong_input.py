@@ -9,11 +9,11 @@ import torch
 
 from clipfast import convert, export_open_clip
 
-from ..clip.conftest import run_command
 from ..clip.siglip import CONFIGS, make_model
 from .conftest import CONFIGS as CLIP_CONFIGS
 from .conftest import make_model as make_clip
 from .conftest import save_config, save_own
+from .wrong_input import assert_refused, changed, edited, edited_tower
 
 
 def siglip_for_clip(model, hf, root):
@@ -24,12 +24,6 @@ def siglip_for_clip(model, hf, root):
 def clip_for_siglip(model, hf, root):
     torch.save(make_clip(CLIP_CONFIGS["ViT"]).state_dict(), root / "w.pt")
     return ["w.pt", "--model", "ViT-B-16-SigLIP"], "it holds a CLIP model, and the model is a SigLIP model: choose the"
-
-
-def changed(model, path, **changes):
-    state = dict(model.state_dict()) | {name.replace("__", "."): value for name, value in changes.items()}
-    state = {name: value for name, value in state.items() if value is not None}
-    torch.save({"state_dict": state, "clipfast": {"model_config": model.config.to_dict()}}, path)
 
 
 def missing_bias(model, hf, root):
@@ -90,29 +84,22 @@ def too_small(model, hf, root):
 
 
 def naflex(model, hf, root):
-    raw = json.loads((hf / "config.json").read_text())
-    (hf / "config.json").write_text(json.dumps(raw | {"model_type": "siglip2", "architectures": ["Siglip2Model"]}))
+    edited(hf / "config.json", model_type="siglip2", architectures=["Siglip2Model"])
     return ["hf"], "config.json describes Siglip2Model, whose images keep their shapes (NaFlex); of transformers, clip"
 
 
 def no_head(model, hf, root):
-    raw = json.loads((hf / "config.json").read_text())
-    raw["vision_config"]["vision_use_head"] = False
-    (hf / "config.json").write_text(json.dumps(raw))
+    edited_tower(hf, "vision_config", vision_use_head=False)
     return ["hf"], "vision_use_head must be true"
 
 
 def other_epsilon(model, hf, root):
-    raw = json.loads((hf / "config.json").read_text())
-    raw["text_config"]["layer_norm_eps"] = 1e-5
-    (hf / "config.json").write_text(json.dumps(raw))
+    edited_tower(hf, "text_config", layer_norm_eps=1e-5)
     return ["hf"], "layer_norm_eps must be 1e-06, got 1e-05"
 
 
 def other_hidden_act(model, hf, root):
-    raw = json.loads((hf / "config.json").read_text())
-    raw["vision_config"]["hidden_act"] = "quick_gelu"
-    (hf / "config.json").write_text(json.dumps(raw))
+    edited_tower(hf, "vision_config", hidden_act="quick_gelu")
     return ["hf"], "hidden_act must be one of gelu, gelu_pytorch_tanh, got 'quick_gelu'"
 
 
@@ -163,11 +150,4 @@ def test_message(case, tmp_path, monkeypatch, capsys):
     model = make_model(CONFIGS["mixed"])
     save_own(model, tmp_path / "own.pt")
     convert(tmp_path / "own.pt", tmp_path / "hf", "hf")
-    arguments, message = case(model, tmp_path / "hf", tmp_path)
-    to = arguments[arguments.index("--to") + 1] if "--to" in arguments else "clipfast"
-    given = [] if "--to" in arguments else ["--to", to]
-    out_name = "out" if to == "hf" else "out.pt"
-    code, out, error = run_command(capsys, "convert", arguments[0], out_name, *arguments[1:], *given)
-    assert (code, out) == (2, "")
-    assert message in error
-    assert not (tmp_path / out_name).exists()
+    assert_refused(capsys, *case(model, tmp_path / "hf", tmp_path))

@@ -1,7 +1,6 @@
 """Wrong input is refused with a message that says what to do, and leaves nothing behind."""
 
 import json
-import os
 import pickle
 
 import pytest
@@ -11,32 +10,8 @@ from clipfast import CheckpointError, checkpoint, convert, export_open_clip, fil
 from clipfast.conversion import hugging_face
 from clipfast.models import get_model_config
 
-from ..clip.conftest import run_command
 from .conftest import CONFIGS, make_model, quick, save_config, save_own
-
-OUT = {"open_clip": "out", "hf": "out", "clipfast": "out.pt"}
-
-
-class Payload:
-    """A pickle that makes a folder when it is loaded."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.folder),)
-
-
-def changed(vit, path, **changes):
-    """The ViT's checkpoint with other tensors; None takes one out."""
-    state = dict(vit.state_dict()) | {name.replace("__", "."): value for name, value in changes.items()}
-    state = {name: value for name, value in state.items() if value is not None}
-    torch.save({"state_dict": state, "clipfast": {"model_config": vit.config.to_dict()}}, path)
-
-
-def edited(path, **changes):
-    """A JSON file with other settings."""
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+from .wrong_input import OUT, Payload, assert_refused, changed, edited
 
 
 def another_width(vit, hf, root):
@@ -135,20 +110,9 @@ def uneven_resnet(vit, hf, root):
     return ["rn.pt", "--image-size", "80"], "--image-size must be a multiple of the stride of a ResNet, 32, got 80"
 
 
-def resnet_for_transformers(vit, hf, root):
-    save_own(make_model(CONFIGS["ResNet"]), root / "rn.pt")
-    return ["rn.pt", "--to", "hf"], "Hugging Face's CLIP has no ResNets, only vision transformers"
-
-
 def truncated_pickle(vit, hf, root):
     (root / "w.pt").write_bytes((root / "own.pt").read_bytes()[:-5000])
     return ["w.pt"], "w.pt is not a checkpoint that can be read: "
-
-
-def truncated_safetensors(vit, hf, root):
-    content = (hf / "model.safetensors").read_bytes()
-    (hf / "model.safetensors").write_bytes(content[:-8])
-    return ["hf"], "model.safetensors is not a checkpoint that can be read: "
 
 
 def flipped_bit(vit, hf, root):
@@ -166,118 +130,6 @@ def pickle_with_code(vit, hf, root):
 def pickle_with_code_in_an_archive(vit, hf, root):
     torch.save({"state_dict": vit.state_dict(), "x": Payload(root / "owned")}, root / "evil.pt")
     return ["evil.pt"], "evil.pt is refused: it is damaged, or holds objects other than tensors and plain values"
-
-
-def pickle_with_code_in_a_folder(vit, hf, root):
-    (hf / "model.safetensors").unlink()
-    torch.save({"x": Payload(root / "owned")}, hf / "pytorch_model.bin")
-    return ["hf"], "pytorch_model.bin is refused: it is damaged, or holds objects other than tensors and plain values"
-
-
-def transformers_without_config(vit, hf, root):
-    (hf / "config.json").unlink()
-    return ["hf"], "hf holds weights of transformers without config.json, which says what model they belong to"
-
-
-def transformers_file_alone(vit, hf, root):
-    return ["hf/model.safetensors"], "holds the weights of a transformers model without its configuration: give the"
-
-
-def transformers_without_weights(vit, hf, root):
-    (hf / "model.safetensors").unlink()
-    return ["hf"], "hf holds no weights: neither model.safetensors, nor model.safetensors.index.json, nor pytorch_mod"
-
-
-def transformers_index_leads_outside(vit, hf, root):
-    (hf / "model.safetensors").unlink()
-    (hf / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "../own.pt"}}))
-    return ["hf"], "model.safetensors.index.json names no files of weights in its folder"
-
-
-def transformers_other_width(vit, hf, root):
-    edited(hf / "config.json", projection_dim=12)
-    return ["hf"], "hf does not fit the model: text_projection.weight is (24, 32), the model has (12, 32)"
-
-
-def transformers_other_model(vit, hf, root):
-    edited(hf / "config.json", model_type="blip", architectures=["BlipModel"])
-    return ["hf"], "config.json describes BlipModel; of transformers, clipfast reads only CLIPModel and SiglipModel"
-
-
-def transformers_other_activation(vit, hf, root):
-    raw = json.loads((hf / "config.json").read_text())
-    edited(hf / "config.json", text_config=raw["text_config"] | {"hidden_act": "gelu_new"})
-    return ["hf"], "hidden_act must be one of quick_gelu, gelu, got 'gelu_new'"
-
-
-def other_tower(hf, tower, **changes):
-    """Change settings of one tower in config.json."""
-    raw = json.loads((hf / "config.json").read_text())
-    edited(hf / "config.json", **{tower: raw[tower] | changes})
-
-
-def transformers_other_epsilon(vit, hf, root):
-    other_tower(hf, "vision_config", layer_norm_eps=1e-6)
-    return ["hf"], "layer_norm_eps must be 1e-05, got 1e-06"
-
-
-def transformers_other_channels(vit, hf, root):
-    other_tower(hf, "vision_config", num_channels=1)
-    return ["hf"], "num_channels must be 3, got 1"
-
-
-def transformers_other_end_of_text(vit, hf, root):
-    other_tower(hf, "text_config", eos_token_id=7)
-    return ["hf"], "eos_token_id must be the last of the 600 tokens, where a text is read, got 7"
-
-
-def transformers_uneven_heads(vit, hf, root):
-    other_tower(hf, "vision_config", num_attention_heads=3)
-    return ["hf"], "hidden_size must be a multiple of num_attention_heads, got 64 and 3"
-
-
-def transformers_images_not_normalised(vit, hf, root):
-    edited(hf / "preprocessor_config.json", do_normalize=False)
-    return [
-        "hf"
-    ], "preprocessor_config.json has do_normalize false, but CLIP's images are resized, scaled and normalised"
-
-
-def longest_side_for_transformers(vit, hf, root):
-    export_open_clip(vit, root / "folder")
-    path = root / "folder" / "open_clip_config.json"
-    edited(path, preprocess_cfg=json.loads(path.read_text())["preprocess_cfg"] | {"resize_mode": "longest"})
-    return [
-        "folder",
-        "--to",
-        "hf",
-    ], "image processor of CLIP cannot resize with resize_mode 'longest' and interpolation"
-
-
-def transformers_two_activations(vit, hf, root):
-    raw = json.loads((hf / "config.json").read_text())
-    edited(hf / "config.json", text_config=raw["text_config"] | {"hidden_act": "quick_gelu"})
-    return ["hf"], "both towers must have one activation, got quick_gelu for texts and gelu for images"
-
-
-def transformers_unreadable_config(vit, hf, root):
-    (hf / "config.json").write_text('{"model_type": ')
-    return ["hf"], "config.json cannot be read: Expecting value"
-
-
-def transformers_images_padded(vit, hf, root):
-    edited(hf / "preprocessor_config.json", do_center_crop=False)
-    return ["hf"], "prepares images in a way that OpenCLIP's configuration cannot express for a model of images of 32"
-
-
-def transformers_images_cropped_smaller(vit, hf, root):
-    edited(hf / "preprocessor_config.json", size={"shortest_edge": 36})
-    return ["hf"], "cannot express for a model of images of 32 pixels: size {'shortest_edge': 36}, crop_size {'height'"
-
-
-def transformers_other_crop(vit, hf, root):
-    edited(hf / "preprocessor_config.json", crop_size=24)
-    return ["hf"], "size {'shortest_edge': 32}, crop_size 24, do_center_crop True, resample 3"
 
 
 def two_activations_in_a_folder(vit, hf, root):
@@ -300,11 +152,6 @@ def folder_without_config(vit, hf, root):
     export_open_clip(vit, root / "folder")
     (root / "folder" / "open_clip_config.json").unlink()
     return ["folder"], "folder holds weights of OpenCLIP without open_clip_config.json: give the file of the weights"
-
-
-def lanczos_for_clipfast(vit, hf, root):
-    edited(hf / "preprocessor_config.json", resample=1)
-    return ["hf"], "hf preprocesses images with interpolation 'lanczos', clipfast only with 'bicubic' or 'bilinear'"
 
 
 def empty_folder(vit, hf, root):
@@ -359,37 +206,18 @@ def no_folder_to_write_in(vit, hf, root):
 
 WRONG = [
     another_width, another_model, missing_tensor, extra_tensor, wrong_dtype, wrong_activation,
-    wrong_activation_of_a_named_model,
-    unknown_activation, unknown_sizes, other_image_size, other_context_length, other_heads, indivisible_image_size,
-    no_size, uneven_resnet, resnet_for_transformers, truncated_pickle, truncated_safetensors, flipped_bit,
-    pickle_with_code, pickle_with_code_in_an_archive, pickle_with_code_in_a_folder, transformers_without_config,
-    transformers_file_alone, transformers_without_weights, transformers_index_leads_outside, transformers_other_width,
-    transformers_other_model, transformers_other_activation, transformers_two_activations,
-    transformers_unreadable_config, transformers_images_padded,
-    transformers_other_epsilon, transformers_other_channels, transformers_other_end_of_text, transformers_uneven_heads,
-    transformers_images_not_normalised, longest_side_for_transformers, transformers_images_cropped_smaller,
-    transformers_other_crop, two_activations_in_a_folder, unreadable_config, folder_without_config,
-    lanczos_for_clipfast, empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file,
-    something_else, unknown_layout, unknown_model, wrong_ending, destination_exists, folder_exists,
-    no_folder_to_write_in,
+    wrong_activation_of_a_named_model, unknown_activation, unknown_sizes, other_image_size, other_context_length,
+    other_heads, indivisible_image_size, no_size, uneven_resnet, truncated_pickle, flipped_bit, pickle_with_code,
+    pickle_with_code_in_an_archive, two_activations_in_a_folder, unreadable_config, folder_without_config,
+    empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file, something_else, unknown_layout,
+    unknown_model, wrong_ending, destination_exists, folder_exists, no_folder_to_write_in,
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG, ids=[case.__name__ for case in WRONG])
 def test_message(case, vit, own, hf_folder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    arguments, message = case(vit, hf_folder, tmp_path)
-    to = arguments[arguments.index("--to") + 1] if "--to" in arguments else "clipfast"
-    if len(arguments) < 2 or arguments[1].startswith("--"):
-        arguments.insert(1, OUT.get(to, "out"))
-    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    given = [] if "--to" in arguments else ["--to", to]
-    code, out, error = run_command(capsys, "convert", *arguments, *given)
-    assert (code, out) == (2, "")
-    assert message in error
-    assert error.startswith("clipfast convert: error: ")
-    assert error.count("\n") == 1
-    assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert_refused(capsys, *case(vit, hf_folder, tmp_path))
 
 
 @pytest.mark.parametrize("to", OUT)

@@ -1,0 +1,64 @@
+"""What tests of wrong input share: files with something wrong in them, and what a refusal is."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from clipfast import CLIP
+
+from ..clip.conftest import run_command
+
+OUT = {"open_clip": "out", "hf": "out", "clipfast": "out.pt"}
+
+
+class Payload:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
+
+
+def changed(model: CLIP, path: Path, **changes: torch.Tensor | None) -> None:
+    """A clipfast checkpoint of the model with other tensors, whose names have "__" for "."; None takes one out."""
+    state = dict(model.state_dict()) | {name.replace("__", "."): value for name, value in changes.items()}
+    state = {name: value for name, value in state.items() if value is not None}
+    torch.save({"state_dict": state, "clipfast": {"model_config": model.config.to_dict()}}, path)
+
+
+def edited(path: Path, **changes: object) -> None:
+    """A JSON file with other settings."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def edited_tower(folder: Path, tower: str, **changes: object) -> None:
+    """A folder of transformers with other settings of "vision_config" or "text_config"."""
+    raw = json.loads((folder / "config.json").read_text())
+    edited(folder / "config.json", **{tower: raw[tower] | changes})
+
+
+def assert_refused(capsys: pytest.CaptureFixture[str], arguments: list[str], message: str) -> None:
+    """``clipfast convert`` prints one line with the message, and leaves the working directory as it is.
+
+    Args:
+        capsys: the fixture.
+        arguments: of the command. A destination and "--to clipfast" are added where they are missing.
+        message: what the line contains.
+    """
+    to = arguments[arguments.index("--to") + 1] if "--to" in arguments else "clipfast"
+    given = [] if "--to" in arguments else ["--to", to]
+    if len(arguments) < 2 or arguments[1].startswith("--"):
+        arguments = [arguments[0], OUT.get(to, "out"), *arguments[1:]]
+    before = {path: path.stat().st_mtime_ns for path in Path().rglob("*")}
+    code, out, error = run_command(capsys, "convert", *arguments, *given)
+    assert (code, out) == (2, "")
+    assert message in error
+    assert error.startswith("clipfast convert: error: ")
+    assert error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in Path().rglob("*")} == before
