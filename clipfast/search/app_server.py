@@ -21,6 +21,7 @@ NAMES = (HOST, "localhost")  # by which a browser may call it: not by a stranger
 FILES = ("file=", "file/", "proxy=")  # what stands before the file in those addresses of Gradio that serve one
 MAX_UPLOAD = "50mb"
 KEPT = 3600  # seconds after which uploads are removed
+SESSIONS = 16  # whose state Gradio keeps, 100 KB for each that asks: here it is the same for all
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "script-src 'self' 'unsafe-inline' 'unsafe-eval'; font-src 'self' data:; connect-src 'self'; "
@@ -131,6 +132,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
                 server_name=HOST, server_port=port, share=False, inbrowser=browser, quiet=True, css=css,
                 prevent_thread_lock=True, ssr_mode=False, pwa=False, mcp_server=False, enable_monitoring=False,
                 allowed_paths=[], max_file_size=MAX_UPLOAD, footer_links=[], app_kwargs={"middleware": guards},
+                state_session_capacity=SESSIONS,
             )  # fmt: skip
             yield address
         finally:

@@ -1,6 +1,7 @@
 """The served page of the app: what the guard before it lets through, and what it answers over HTTP."""
 
 import asyncio
+import gc
 import http.client
 import io
 import json
@@ -15,7 +16,7 @@ import pytest
 from PIL import Image
 
 from clipfast.cli import main
-from clipfast.search.app_server import POLICY, Guard, check_port, serving
+from clipfast.search.app_server import POLICY, SESSIONS, Guard, check_port, serving
 
 from .conftest import COLOURS, FOLDER, png_of_size, rows
 
@@ -121,6 +122,17 @@ def test_it_answers_over_http(served, desk):
     assert ask(served, f"/gradio_api/file={picture['path']}") == (200, stream.getvalue())
     for content, expected in ((b"no picture", "not an image"), (png_of_size(60_000, 60_000), "size")):
         assert expected in call(served, "search", "", upload(served, content), 0.5, "", 3)
+
+
+def test_who_has_asked_is_forgotten(served):
+    """Each program that asks has a session of its own, which would be kept."""
+    from gradio.state_holder import SessionState
+
+    for _ in range(SESSIONS + 10):
+        call(served, "search", "red", None, 0.5, "nonsense", 1)
+    gc.collect()
+    kept = sum(isinstance(one, SessionState) for one in gc.get_objects())
+    assert SESSIONS / 2 < kept <= SESSIONS + 2  # one is that of the page, and one may have just begun
 
 
 def test_nothing_else_is_served(served, folder):
