@@ -87,9 +87,14 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
         ) from error
     except CheckpointError:
         raise
+    except OSError as error:
+        raise CheckpointError(f"{path} is not a checkpoint that can be read: {error}") from error
     except Exception as error:  # Broken files make the readers raise almost anything.
-        reason = str(error) or type(error).__name__
-        raise CheckpointError(f"{path} is not a checkpoint that can be read: {reason}") from error
+        reason = f"{type(error).__name__}: {error}".partition(". ")[0]  # PyTorch's go on about causes
+        raise CheckpointError(
+            f"{path} is not a checkpoint that can be read: it is cut off, damaged or of another kind ({reason}); copy "
+            "or download it again"
+        ) from error
     checkpoint = loaded if isinstance(loaded, dict) and "state_dict" in loaded else {"state_dict": loaded}
     state = checkpoint["state_dict"]
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -104,7 +109,9 @@ def _read_pickle(path: Path, mmap: bool) -> Any:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
-            raise CheckpointError(f"{path} is damaged: the checksum of {damaged} in it is wrong")
+            raise CheckpointError(
+                f"{path} is damaged: the checksum of {damaged} in it is wrong; copy or download it again"
+            )
     return torch.load(path, "cpu", weights_only=True, mmap=mmap and is_zip)  # older files are one stream
 
 

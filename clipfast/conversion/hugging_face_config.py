@@ -23,6 +23,10 @@ _OLD_EOS = 2  # with it, transformers reads a text at its highest id, as clipfas
 _RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 
 
+# The layouts that can hold every model.
+ELSEWHERE = "convert it --to open_clip or --to clipfast"
+
+
 class NoCounterpartError(ValueError):
     """Hugging Face's CLIP cannot express this model."""
 
@@ -35,7 +39,7 @@ def to_hugging_face(config: CLIPConfig) -> dict[str, Any]:
     """
     vision, text = config.vision, config.text
     if not isinstance(vision.layers, int):
-        raise NoCounterpartError("Hugging Face's CLIP has no ResNets, only vision transformers")
+        raise NoCounterpartError(f"Hugging Face's CLIP has no ResNets, only vision transformers: {ELSEWHERE}")
     activation = "quick_gelu" if config.quick_gelu else "gelu"
     common = {"hidden_act": activation, "projection_dim": config.embed_dim, "attention_dropout": 0.0}
     return {

@@ -13,7 +13,7 @@ from ..checkpoint import (
 )
 from ..hub import HUB_PREFIX, repository_of
 from ..models import CLIPConfig, SigLIPConfig
-from ..pretrained import fetch_pretrained, get_pretrained_cfg, pretrained_config
+from ..pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
 from . import distributed, hugging_face, open_clip, torchscript
 from .contents import Contents
 from .hub_folder import fetch_folder, fetch_tokenizer
@@ -48,7 +48,9 @@ def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | P
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
-        raise CheckpointError(f"there is no file or folder {path}")
+        tags = list_pretrained_tags_by_model(model) if tag else []
+        instead = f"; {model} has the tags {', '.join(tags)}" if tags else ""
+        raise CheckpointError(f"there is no file or folder {path}{instead}")
     return torchscript.read_file(path, trust=trust) if torchscript.is_archive(path) else open_clip.read_file(path)
 
 

@@ -1,5 +1,6 @@
 """Deciding which model a checkpoint holds, and resizing its positions where that was asked for."""
 
+import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
@@ -67,7 +68,10 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
     stored = _sized(base, stored_image, stored_context)
     own = empty_state(stored, contents.state, contents.source)
     label = f"{contents.source} (taken for {wishes.model})" if wishes.model else contents.source
-    check_weights(contents.state, own, label)
+    try:
+        check_weights(contents.state, own, label)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_other_model(contents, wishes)}") from error
     _check_heads(contents, base, label)
     state = {name: contents.state[name].reshape(value.shape) for name, value in own.items()}
 
@@ -101,6 +105,19 @@ def _base(contents: Contents, wishes: Wishes) -> CLIPConfig:
     if isinstance(shown, SigLIPConfig) and len(names) > 1:
         raise CheckpointError(f"{contents.source} can be {' or '.join(names)}, which have the same shapes: add --model")
     return get_model_config(names[0])
+
+
+def _other_model(contents: Contents, wishes: Wishes) -> str:
+    """Return what to write in place of a ``--model`` that does not fit the weights, for the end of an error."""
+    if wishes.model is None:
+        return ""
+    if contents.config is not None:
+        return "; the checkpoint says which model it holds: leave --model out"
+    with contextlib.suppress(CheckpointError):
+        names = models_of_shapes(config_of_weights(contents.state, contents.source))
+        if names and wishes.model not in names:
+            return f"; it has the shapes of {' or '.join(names)}"
+    return ""
 
 
 def _check_heads(contents: Contents, base: CLIPConfig, label: str | Path) -> None:

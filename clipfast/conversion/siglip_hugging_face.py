@@ -15,7 +15,7 @@ from torch import Tensor
 from ..checkpoint import CheckpointError
 from ..models import SigLIPConfig, TextConfig, VisionConfig
 from ..models.siglip_config import EPS, EXACT, TANH
-from .hugging_face_config import NoCounterpartError, head_width, tower_settings
+from .hugging_face_config import ELSEWHERE, NoCounterpartError, head_width, tower_settings
 from .hugging_face_names import INNER, ParameterNames
 from .shapes import mlp_ratio, similar
 
@@ -66,7 +66,9 @@ def to_settings(config: SigLIPConfig) -> dict[str, Any]:
     """
     vision, text = config.vision, config.text
     if not config.text_proj:
-        raise NoCounterpartError("Hugging Face's SigLIP projects texts in the end, and this model does not")
+        raise NoCounterpartError(
+            f"Hugging Face's SigLIP projects texts in the end, and this model does not: {ELSEWHERE}"
+        )
     words = {gelu: word for word, gelu in _GELUS.items()}
     common = {"layer_norm_eps": EPS, "attention_dropout": 0.0}
     return {

@@ -13,13 +13,15 @@ from .wrong_input import Payload, assert_refused, edited, edited_tower
 
 def resnet_for_transformers(vit, hf, root):
     save_own(make_model(CONFIGS["ResNet"]), root / "rn.pt")
-    return ["rn.pt", "--to", "hf"], "Hugging Face's CLIP has no ResNets, only vision transformers"
+    return ["rn.pt", "--to", "hf"], (
+        "Hugging Face's CLIP has no ResNets, only vision transformers: convert it --to open_clip or --to clipfast"
+    )
 
 
 def truncated_safetensors(vit, hf, root):
     content = (hf / "model.safetensors").read_bytes()
     (hf / "model.safetensors").write_bytes(content[:-8])
-    return ["hf"], "model.safetensors is not a checkpoint that can be read: "
+    return ["hf"], "model.safetensors is not a checkpoint that can be read: it is cut off, damaged or of another kind ("
 
 
 def pickle_with_code_in_a_folder(vit, hf, root):

@@ -105,7 +105,7 @@ def other_hidden_act(model, hf, root):
 
 def no_projection_in_transformers(model, hf, root):
     save_own(make_model(CONFIGS["bare"]), root / "bare.pt")
-    return ["bare.pt", "--to", "hf"], "Hugging Face's SigLIP projects texts in the end, and this model does not"
+    return ["bare.pt", "--to", "hf"], "texts in the end, and this model does not: convert it --to open_clip or"
 
 
 def transformers_file_alone(model, hf, root):

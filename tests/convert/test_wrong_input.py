@@ -21,8 +21,19 @@ def another_width(vit, hf, root):
 
 def another_model(vit, hf, root):
     return ["own.pt", "--model", "ViT-T-8-32"], (
-        "own.pt (taken for ViT-T-8-32) does not fit the model: missing visual.transformer.resblocks.2.ln_1.weight"
+        "own.pt (taken for ViT-T-8-32) does not fit the model: missing visual.transformer.resblocks.2.ln_1.weight; "
+        "missing visual.transformer.resblocks.2.ln_1.bias; "
+        "missing visual.transformer.resblocks.2.attn.in_proj_weight; "
+        "missing visual.transformer.resblocks.2.attn.in_proj_bias; "
+        "missing visual.transformer.resblocks.2.attn.out_proj.weight; …; "
+        "the checkpoint says which model it holds: leave --model out"
     )
+
+
+def another_model_of_known_shapes(vit, hf, root):
+    torch.save(make_model(get_model_config("ViT-T-8-32")).state_dict(), root / "w.pt")
+    save_config(vit.config, root / "small.json")
+    return ["w.pt", "--model", "small.json"], "; it has the shapes of ViT-T-8-32 or ViT-T-8-32-quickgelu\n"
 
 
 def missing_tensor(vit, hf, root):
@@ -112,14 +123,27 @@ def uneven_resnet(vit, hf, root):
 
 def truncated_pickle(vit, hf, root):
     (root / "w.pt").write_bytes((root / "own.pt").read_bytes()[:-5000])
-    return ["w.pt"], "w.pt is not a checkpoint that can be read: "
+    return ["w.pt"], (
+        "w.pt is not a checkpoint that can be read: it is cut off, damaged or of another kind (RuntimeError: "
+        "PytorchStreamReader failed reading zip archive: failed finding central directory); copy or download it again\n"
+    )
+
+
+def text_file(vit, hf, root):
+    (root / "w.pt").write_text("hello")
+    return ["w.pt"], "it is cut off, damaged or of another kind (KeyError: 101); copy or download it again\n"
+
+
+def folder_with_the_name_of_a_file(vit, hf, root):
+    (root / "w.safetensors").mkdir()
+    return ["w.safetensors"], "w.safetensors is an empty folder: there is no checkpoint in it"
 
 
 def flipped_bit(vit, hf, root):
     content = bytearray((root / "own.pt").read_bytes())
     content[len(content) // 2] ^= 1
     (root / "w.pt").write_bytes(content)
-    return ["w.pt"], "w.pt is damaged: the checksum of "
+    return ["w.pt"], "in it is wrong; copy or download it again\n"
 
 
 def pickle_with_code(vit, hf, root):
@@ -172,7 +196,11 @@ def distributed_checkpoint(vit, hf, root):
 
 
 def no_such_file(vit, hf, root):
-    return ["nowhere.pt"], "there is no file or folder nowhere.pt"
+    return ["nowhere.pt"], "there is no file or folder nowhere.pt\n"
+
+
+def no_such_tag(vit, hf, root):
+    return ["RN50:laion"], "there is no file or folder RN50:laion; RN50 has the tags openai, yfcc15m, cc12m\n"
 
 
 def something_else(vit, hf, root):
@@ -205,12 +233,13 @@ def no_folder_to_write_in(vit, hf, root):
 
 
 WRONG = [
-    another_width, another_model, missing_tensor, extra_tensor, wrong_dtype, wrong_activation,
-    wrong_activation_of_a_named_model, unknown_activation, unknown_sizes, other_image_size, other_context_length,
-    other_heads, indivisible_image_size, no_size, uneven_resnet, truncated_pickle, flipped_bit, pickle_with_code,
-    pickle_with_code_in_an_archive, two_activations_in_a_folder, unreadable_config, folder_without_config,
-    empty_folder, folder_of_something_else, distributed_checkpoint, no_such_file, something_else, unknown_layout,
-    unknown_model, wrong_ending, destination_exists, folder_exists, no_folder_to_write_in,
+    another_width, another_model, another_model_of_known_shapes, text_file, folder_with_the_name_of_a_file,
+    no_such_tag, missing_tensor, extra_tensor, wrong_dtype, wrong_activation, wrong_activation_of_a_named_model,
+    unknown_activation, unknown_sizes, other_image_size, other_context_length, other_heads, indivisible_image_size,
+    no_size, uneven_resnet, truncated_pickle, flipped_bit, pickle_with_code, pickle_with_code_in_an_archive,
+    two_activations_in_a_folder, unreadable_config, folder_without_config, empty_folder, folder_of_something_else,
+    distributed_checkpoint, no_such_file, something_else, unknown_layout, unknown_model, wrong_ending,
+    destination_exists, folder_exists, no_folder_to_write_in,
 ]  # fmt: skip
 
 
