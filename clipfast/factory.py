@@ -30,6 +30,7 @@ PRECISIONS = {
 # The dtype of the weights of products; norms, embeddings and the logit scale stay in float32.
 MIXED_PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _NO_TOWER_WEIGHTS = "clipfast loads no weights of one tower: build the model, then load them into its tower"
+_NO_SOUND = "clipfast builds no models of sound"
 # Further arguments of OpenCLIP's entry points: the values that change nothing, and why no other one is accepted.
 _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_image": ((False,), _NO_TOWER_WEIGHTS),
@@ -38,6 +39,9 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
     "pretrained_text": ((False, True), _NO_TOWER_WEIGHTS),
     "pretrained_text_path": ((None,), _NO_TOWER_WEIGHTS),
     "pretrained_hf": ((False, True), _NO_TOWER_WEIGHTS),
+    "pretrained_audio_path": ((None,), _NO_SOUND),
+    "audio_aug_cfg": ((None,), _NO_SOUND),
+    "force_naflex_vision": ((False,), "clipfast builds no towers of images that keep their shapes (NaFlex)"),
     "force_custom_text": ((False,), "clipfast's models hold their text tower at the top level"),
     "weights_only": ((True,), "clipfast never unpickles more than weights"),
     "load_weights_only": ((True,), "clipfast never unpickles more than weights"),

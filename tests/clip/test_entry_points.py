@@ -254,6 +254,8 @@ def test_sizes_are_forced_as_there(folder):
         ({"pretrained_hf": "x"}, ValueError, "pretrained_hf='x' is not supported, only False or True"),
         ({"weights_only": False}, ValueError, "weights_only=False is not supported, only True: clipfast ne"),
         ({"jit": True}, ValueError, "jit=True is not supported"),
+        ({"force_naflex_vision": True}, ValueError, "force_naflex_vision=True is not supported, only False: .*NaFlex"),
+        ({"audio_aug_cfg": {}}, ValueError, "audio_aug_cfg={} is not supported, only None: clipfast builds no m"),
         ({"foce_quick_gelu": True}, TypeError, "create_model: unknown argument 'foce_quick_gelu'"),
         ({"require_pretrained": True}, ValueError, "ViT-T-8-32 has no weights of its own"),
         ({"force_preprocess_cfg": {"size": 3}}, ValueError, r"force_preprocess_cfg has unknown settings \['size'\]"),
@@ -268,7 +270,8 @@ def test_wrong_arguments(options, kind, message):
 
 def test_arguments_that_change_nothing(tmp_path):
     options = {"pretrained_image": False, "pretrained_hf": False, "weights_only": True, "load_weights_only": True,
-               "jit": False, "pretrained_text_path": None, "force_custom_text": False}  # fmt: skip
+               "jit": False, "pretrained_text_path": None, "force_custom_text": False,
+               "force_naflex_vision": False, "pretrained_audio_path": None, "audio_aug_cfg": None}  # fmt: skip
     torch.save(create_model("ViT-T-8-32").state_dict(), tmp_path / "w.pt")
     model = create_model_from_pretrained("ViT-T-8-32", tmp_path / "w.pt", return_transform=False, **options)
     create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # OpenCLIP's defaults
