@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,7 +127,7 @@ class Pictures:
 
 
 def write_gallery(path: Path, title: str, items: Iterable[Item], about: str) -> None:
-    """Write a page of pictures.
+    """Write a page of pictures, and say so.
 
     Raises:
         DiskFullError: there is no space.
@@ -134,6 +135,7 @@ def write_gallery(path: Path, title: str, items: Iterable[Item], about: str) -> 
     from .gallery import gallery
 
     gallery(path, title, items, about=about)
+    print(f"wrote {path}", file=sys.stderr)
 
 
 def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:

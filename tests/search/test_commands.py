@@ -72,8 +72,8 @@ def test_search_with_a_filter_and_queries_of_a_file(capsys, home):
     page = (home / "found.html").read_text()
     assert page.count("<img ") == 4
     assert "The 5 best for each query of 24 items in embedded where width &gt;= 40 or key = 007, by " in page
-    code, out, _ = run_command(capsys, *arguments, "--table")
-    assert code == 0
+    code, out, err = run_command(capsys, *arguments, "--table", "--html", "again.html")
+    assert (code, err) == (0, "wrote again.html\n")
     assert out.count("thing 21") == 2
 
 
