@@ -52,7 +52,7 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
         title: of the page.
         items: what to show, in this order. They are taken one at a time, and only thumbnails are kept.
         about: what was looked for, in what, by which model: a sentence or two below the title.
-        side: of the thumbnails, in pixels.
+        side: of the thumbnails, in pixels. Those of more than the default are shown larger.
 
     Returns:
         The size of the file in bytes.
@@ -74,9 +74,10 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
     told = f"{count:,} {'picture' if count == 1 else 'pictures'} in a file of {size}." if count else "No pictures."
     body.append(f"<p>{told}</p>")
     body.append(_controls(list(columns)))
+    large = " large" if side > SIDE else ""
     for name, cards in groups.items():
         head = f'<h2><span class="name">{html.escape(name)}</span> <span class="n">{len(cards):,} shown</span></h2>\n'
-        body.append(f'<section>\n{head if name else ""}<ul class="cards">\n{"".join(cards)}</ul>\n</section>')
+        body.append(f'<section>\n{head if name else ""}<ul class="cards{large}">\n{"".join(cards)}</ul>\n</section>')
     body.append(
         '<dialog id="larger" aria-label="picture"><nav><button class="plain" id="back" aria-label="previous">←</button>'
         '<button class="plain" id="next" aria-label="next">→</button><button class="plain" id="close">Close</button>'

@@ -100,7 +100,8 @@ def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, l
         low = float(heat.min())
         items.append(Item(overlay(picture, heat), text, score, metadata={"highest at": f"({x}, {y})", "lowest": low}))
     about = (
-        f"Where {args.image.name} fits each text by {args.model}: blue is the lowest {label} of a map, red the highest."
+        f"Where {args.image.name} fits each text by {args.model}: blue is the lowest {label} of a map, red the "
+        "highest, which is the score."
     )
     gallery(args.html, f"Heat maps of {args.image.name}", items, about=about, side=512)
     print(f"wrote {args.html}", file=sys.stderr)

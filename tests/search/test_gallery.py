@@ -245,6 +245,19 @@ def test_in_a_browser(browser, page):
     assert browser.get_log("browser") == []
 
 
+def test_large_thumbnails_are_shown_large(browser, tmp_path):
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride", {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    )
+    widths = []
+    for side in (256, 512):
+        gallery(tmp_path / "p.html", "large", [Item(Image.new("RGB", (600, 600)))] * 2, side=side)
+        browser.get((tmp_path / "p.html").as_uri())
+        widths.append(browser.find_element("tag name", "img").size["width"])
+        assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    assert widths[0] < 200 < 300 < widths[1]
+
+
 def test_a_page_of_nothing_in_a_browser(browser, tmp_path):
     gallery(tmp_path / "p.html", "nothing", [])
     browser.get((tmp_path / "p.html").as_uri())
