@@ -258,6 +258,34 @@ def test_ray_gives_the_same(whole, faulty, tmp_path, capsys):
     assert content(tmp_path / "e") == content(whole)
 
 
+@pytest.mark.long
+def test_a_killed_actor_of_ray_changes_nothing(whole, faulty, tmp_path, capsys, monkeypatch):
+    """It is killed between the images and the texts of the third part."""
+    pytest.importorskip("ray")
+    from clipfast.search import ray_engine
+
+    mark = tmp_path / "killed"
+
+    class Killed(ray_engine.PartMaker):
+        def __call__(self, batch):
+            save = layout._save
+
+            def killing(array, path):
+                if "text_emb_0002" in path.name and not mark.exists():
+                    path.write_bytes(b"half")
+                    mark.touch()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                save(array, path)
+
+            with mock.patch.object(layout, "_save", killing):
+                return super().__call__(batch)
+
+    monkeypatch.setattr(ray_engine, "PartMaker", Killed)
+    make(capsys, faulty, tmp_path / "e", engine="ray", workers=2)
+    assert mark.exists()
+    assert content(tmp_path / "e") == content(whole)
+
+
 def test_ray_is_asked_for_by_name(faulty, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     code, _, err = run_command(capsys, *options(faulty, tmp_path / "e", engine="ray"))
