@@ -1,6 +1,13 @@
-"""Plain-text tables: the one way in which this package lines up columns."""
+"""Tables as text: lined up in columns for people, or with commas or tabs between the cells for programs."""
 
-from collections.abc import Sequence
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .files import replace_text
+
+DELIMITERS = {".csv": ",", ".tsv": "\t"}
 
 
 def align(
@@ -28,3 +35,24 @@ def align(
         ).rstrip()
         for row in cells
     )
+
+
+def check_rows_target(flag: str, path: Path | None) -> None:
+    """Refuse a file for rows, which ``flag`` names, if its name does not say what stands between cells.
+
+    Raises:
+        ValueError: as above.
+    """
+    if path is not None and path.suffix.lower() not in DELIMITERS:
+        raise ValueError(f"{flag} {path}: the name must end in one of {', '.join(DELIMITERS)}")
+
+
+def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write rows of cells to a .csv or .tsv file.
+
+    Raises:
+        DiskFullError: there is no space.
+    """
+    stream = io.StringIO()
+    csv.writer(stream, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n").writerows(rows)
+    replace_text(path, stream.getvalue())

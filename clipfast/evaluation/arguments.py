@@ -121,8 +121,24 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says which prompts are made from which class names."""
     names = "'imagenet', or a text file with one name per class, in their order (default: the labels)"
     parser.add_argument("--classnames", metavar="FILE", help=names)
+    add_templates_argument(parser)
+
+
+def add_templates_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what says which prompts are made from a name."""
     templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
     parser.add_argument("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
+
+
+def add_device_argument(parser: argparse.ArgumentParser) -> None:
+    """Add what computes."""
+    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+
+
+def add_backend_argument(parser: argparse.ArgumentParser) -> None:
+    """Add by which implementation it computes."""
+    backends = ("auto", "triton", "torch")
+    parser.add_argument("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
 
 
 def add_run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -132,9 +148,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add("--features", type=Path, metavar="FOLDER", help=kept)
     add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
     add("--workers", type=int, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
-    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
-    backends = ("auto", "triton", "torch")
-    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    add_device_argument(parser)
+    add_backend_argument(parser)
     timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
     add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
     add("--json", type=Path, metavar="FILE", help="also write the results to this file")
@@ -311,13 +326,13 @@ def encoded_by(
     return found or [LabelledFeatures.empty()] * len(encoders)
 
 
-def report_left_out(skipped: Any, most: int = 20) -> None:
-    """Name the images that cannot be used on stderr."""
-    listed: list[Skipped] = list(skipped)
+def report_left_out(skipped: Iterable[Skipped], command: str = "eval", most: int = 20) -> None:
+    """Name what cannot be used on stderr."""
+    listed = list(skipped)
     for one in listed[:most]:
-        print(f"clipfast eval: left out {one}", file=sys.stderr)
+        print(f"clipfast {command}: left out {one}", file=sys.stderr)
     if len(listed) > most:
-        print(f"clipfast eval: left out {len(listed) - most} more", file=sys.stderr)
+        print(f"clipfast {command}: left out {len(listed) - most} more", file=sys.stderr)
 
 
 def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], **more: Any) -> dict[str, Any]:

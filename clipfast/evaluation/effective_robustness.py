@@ -67,11 +67,6 @@ class Line:
         low, high = predicted.quantile(torch.tensor([0.025, 0.975], dtype=torch.float64), dim=0).tolist()
         return list(zip(low, high, strict=True))
 
-    def about(self) -> dict[str, Any]:
-        """Return the line as plain values."""
-        points = [point._asdict() for point in self.points]
-        return {"slope": self.slope, "intercept": self.intercept, "points": points}
-
 
 def is_usable(point: Point) -> bool:
     """Return whether both accuracies have log-odds."""

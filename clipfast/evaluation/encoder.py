@@ -17,10 +17,9 @@ from ..adopt import apply_to_open_clip
 from ..factory import create_model, get_tokenizer, transform_of
 from ..training.world import ALONE, World
 from .store import FeatureStore
-from .zero_shot import Template, encode_texts, prompts_of
+from .zero_shot import TEXTS, Template, encode_texts, prompts_of
 
 OPEN_CLIP_PREFIX = "open_clip:"
-TEXTS = 256  # texts to encode at once
 PROBES = ("a photo of a cat.", "Größe: 10 000 × 3, naïve 猫 &amp; Co.", "word " * 100)
 
 

@@ -11,9 +11,7 @@ from ..kernels import contrastive_loss
 from ..models import CLIP
 from .features import LabelledFeatures
 from .retrieval import pair_ranks, recall_at
-from .zero_shot import Template, build_zero_shot_classifier, encode_texts, prompts_of, top_classes
-
-TEXTS = 256  # texts to encode at once
+from .zero_shot import TEXTS, Template, build_zero_shot_classifier, encode_texts, prompts_of, top_classes
 
 
 @dataclasses.dataclass

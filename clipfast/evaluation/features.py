@@ -166,10 +166,7 @@ def encode_set(
         ValueError: the set cannot be read, not one of its images can be used, the batch size is below 1, or there are
             fewer workers than none.
     """
-    if batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {batch_size}")
-    if workers < 0:
-        raise ValueError(f"workers must not be negative, got {workers}")
+    check_batches(batch_size, workers)
     with world.local_first():  # the others find what it indexes
         blocks = _Blocks(images, encoders)
     count = len(blocks.places)
@@ -200,6 +197,18 @@ def encode_set(
 
     world.on_main(join)  # all ranks hear of a set of which not one image can be used
     return whole
+
+
+def check_batches(batch_size: int, workers: int) -> None:
+    """Refuse numbers that :func:`encode_set` cannot use.
+
+    Raises:
+        ValueError: the batch size is below 1, or there are fewer workers than none.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch size must be at least 1, got {batch_size}")
+    if workers < 0:
+        raise ValueError(f"workers must not be negative, got {workers}")
 
 
 def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]) -> Iterator[list[LabelledFeatures]]:

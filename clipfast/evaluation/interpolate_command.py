@@ -9,7 +9,13 @@ from typing import Any
 
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
-from .arguments import read_classnames, read_templates
+from .arguments import (
+    add_backend_argument,
+    add_device_argument,
+    add_templates_argument,
+    read_classnames,
+    read_templates,
+)
 
 EPILOG = """\
 example:
@@ -37,8 +43,7 @@ def add_parser(commands: Any) -> None:
     add_arguments(parser, SOURCE_OPTIONS)
     add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption does)")
     add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
-    templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
-    add("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
+    add_templates_argument(parser)
     add("--plot", type=Path, metavar="FILE", help="draw the accuracy on each set over alpha")
     add("--json", type=Path, metavar="FILE", help="also write all results to this file")
     save = "write the model at this alpha to a new folder, which OpenCLIP and clipfast load as local-dir:FOLDER"
@@ -48,9 +53,8 @@ def add_parser(commands: Any) -> None:
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
     add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
-    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
-    backends = ("auto", "triton", "torch")
-    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    add_device_argument(parser)
+    add_backend_argument(parser)
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 

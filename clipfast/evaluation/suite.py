@@ -131,17 +131,32 @@ def evaluate_set(
             mine = {split: features[number] for split, features in found.items() if number in features}
             images, score, reason = mine[settings.split], None, None
             try:
-                if task == PROBING:
-                    device = encoders[number].device
-                    score = probe_score(one, mine, settings.solver, device, settings.seed, settings.split)
-                elif task == RETRIEVING:
-                    score = retrieval_score(images, texts[task, number], settings.ks)
-                else:
-                    score = zero_shot_score(one, images, texts[task, number])
+                score = _score(one, task, mine, texts.get((task, number)), encoders[number].device, settings)
             except ValueError as error:
                 reason = str(error)
             done.append(Done(task, number, len(images.labels), len(images.left_out), score, reason))
     return done
+
+
+def _score(
+    one: OfflineSet, task: str, found: dict[str, LabelledFeatures], texts: Tensor | None, device: Any,
+    settings: Settings,
+) -> Score:  # fmt: skip
+    """Return the figures of a model.
+
+    Args:
+        one, task: what is judged.
+        found: its features of images by split.
+        texts: its features of captions or weights of classes; None for a probe, which needs neither.
+        device, settings: of the probe, and of all.
+
+    Raises:
+        ValueError: the labels do not fit, or a feature is not finite.
+    """
+    images = found[settings.split]
+    if texts is None:
+        return probe_score(one, found, settings.solver, device, settings.seed, settings.split)
+    return retrieval_score(images, texts, settings.ks) if task == RETRIEVING else zero_shot_score(one, images, texts)
 
 
 def _fitted_on(one: OfflineSet, settings: Settings) -> list[str]:

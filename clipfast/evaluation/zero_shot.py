@@ -13,6 +13,7 @@ from torch import Tensor
 from ..models import CLIP
 from ..tokenizer import trim_padding
 
+TEXTS = 256  # texts to encode at once
 Template = str | Callable[[str], str]
 
 

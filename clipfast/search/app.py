@@ -69,10 +69,7 @@ class Pictures:
         folders = [Path(shard) if is_folder(shard) else Path(shard).parent for shard in shards if ":" not in shard]
         if all(map(is_folder, shards)):
             return cls(folders)
-        samples = Samples.of(about)
-        if samples.about()["stamp"] != about.get("stamp"):
-            raise ValueError(f"{data} has changed since it was embedded")
-        return cls(folders, samples)
+        return cls(folders, Samples.of(about))
 
     def open(self, metadata: Mapping[str, Any]) -> Image.Image:
         """Decode the picture of an item.

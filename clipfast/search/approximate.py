@@ -70,10 +70,12 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
         if about.get("stamp") == stamp:
             return faiss.read_index(str(path)), about
     note.unlink(missing_ok=True)  # it vouches for the index
-    features = embeddings.features if kind == "image" else embeddings.text_features
+    features = embeddings.of_kind(kind)
     if features is None:
         raise ValueError(f"{folder} has no {kind} features to index")
-    index, about = make_index(features, sample_queries(embeddings, kind))
+    others = embeddings.of_kind("text" if kind == "image" else "image")
+    # of texts, by which people search pictures, or else of the items themselves
+    index, about = make_index(features, sample(features if others is None else others))
     about["stamp"] = stamp
     path.parent.mkdir(exist_ok=True)
     replace_file(path, lambda temporary: faiss.write_index(index, str(temporary)), features.nbytes)
@@ -89,14 +91,10 @@ def _stamp(folder: Path, kind: str) -> str:
     return hashlib.sha256(repr(files).encode()).hexdigest()
 
 
-def sample_queries(embeddings: Embeddings, kind: str) -> Tensor:
-    """Return features to measure recall by: of texts, by which people search, or else of the items themselves."""
-    others = embeddings.text_features if kind == "image" else embeddings.features
-    items = embeddings.features if kind == "image" else embeddings.text_features
-    given = items if others is None else others
-    assert given is not None
-    places = torch.randperm(len(given), generator=torch.Generator().manual_seed(0))[:SAMPLE]
-    return given[places].float()
+def sample(features: Tensor) -> Tensor:
+    """Return some of the features, to measure recall by."""
+    places = torch.randperm(len(features), generator=torch.Generator().manual_seed(0))[:SAMPLE]
+    return features[places].float()
 
 
 def make_index(features: Tensor, queries: Tensor) -> tuple[Any, dict[str, Any]]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.arguments import add_model_arguments, load_encoder
+from ..evaluation.arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..evaluation.encoder import Encoder
@@ -27,13 +27,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = F
     """Add what names the model and says where it runs."""
     add_model_arguments(parser, required=required)
     add_device_argument(parser)
-    backends = ("auto", "triton", "torch")
-    parser.add_argument("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
-
-
-def add_device_argument(parser: argparse.ArgumentParser) -> None:
-    """Add what computes."""
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
+    add_backend_argument(parser)
 
 
 def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
@@ -74,7 +68,7 @@ def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
     Raises:
         ValueError: there are none, or not one item.
     """
-    found = embeddings.features if kind == "image" else embeddings.text_features
+    found = embeddings.of_kind(kind)
     if found is None:
         raise ValueError(f"{use} needs {kind} features, and there are none: embed again with --{kind}s")
     if not len(found):
@@ -107,8 +101,6 @@ class Pictures:
         self.samples: Samples | None = None
         if embeddings.about.get("images") and "keys" in embeddings.about:
             self.samples = Samples.of(embeddings.about)
-            if self.samples.about()["stamp"] != embeddings.about["stamp"]:
-                raise ValueError(f"{self.samples.data} has changed since it was embedded: embed it again")
 
     def item(self, place: int, score: float | None = None, group: str = "", mark: str = "", **more: Any) -> Item:
         """Return an item to show, with its picture if it can be read; ``more`` stands before its metadata."""

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.arguments import read_classnames, read_templates, write_results
+from ..evaluation.arguments import add_templates_argument, read_classnames, read_templates, write_results
 from .arguments import add_encoder_arguments, add_result_arguments
 
 if TYPE_CHECKING:
@@ -32,8 +32,7 @@ def add_parser(commands: Any) -> None:
     add("--labels", nargs="+", metavar="LABEL", help="the labels")
     names = "labels in a text file, one a line, or 'imagenet', in place of --labels"
     add("--classnames", metavar="FILE", help=names)
-    templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
-    add("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
+    add_templates_argument(parser)
     add_encoder_arguments(parser, required=True)
     add_result_arguments(parser, "the pictures and their labels")
     parser.set_defaults(run=run)

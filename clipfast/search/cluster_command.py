@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.arguments import write_results
-from .arguments import add_device_argument, add_folder_argument, add_result_arguments
+from ..evaluation.arguments import add_device_argument, write_results
+from .arguments import add_folder_argument, add_result_arguments
 
 if TYPE_CHECKING:
     from .arguments import Pictures

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.arguments import write_results
-from .arguments import add_device_argument, add_folder_argument, add_result_arguments
+from ..columns import check_rows_target, write_rows
+from ..evaluation.arguments import add_device_argument, write_results
+from .arguments import add_folder_argument, add_result_arguments
 
 if TYPE_CHECKING:
     from .arguments import Pictures
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from .embeddings import Embeddings
     from .gallery import Item
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 SHOWN = 200  # groups on the page
 
 
@@ -51,8 +49,7 @@ def run(args: argparse.Namespace) -> int:
 
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
-    if args.write and args.write.suffix.lower() not in DELIMITERS:
-        raise ValueError(f"--write {args.write}: the name must end in one of {', '.join(DELIMITERS)}")
+    check_rows_target("--write", args.write)
     check_target(args.write, args.write_keys, args.json, args.html)
     from tqdm import tqdm
 
@@ -106,16 +103,13 @@ def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
 
 def _write(path: Path, embeddings: Embeddings, groups: list[Group]) -> None:
     """Write a line for each item of each group."""
-    from ..files import replace_text
     from .arguments import NAMES, row_of
 
-    stream = io.StringIO()
-    table = csv.writer(stream, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n")
-    table.writerow(["group", "kept", "similarity", "why", "place", *NAMES])
+    lines: list[list[object]] = [["group", "kept", "similarity", "why", "place", *NAMES]]
     for number, group in enumerate(groups, 1):
         rows = [(group.kept, 1.0, group.why), *((*of, "") for of in zip(group.dropped, group.similarity, strict=True))]
         for place, similarity, why in rows:
             row = row_of(embeddings, place)
             kept = int(place == group.kept)
-            table.writerow([number, kept, f"{similarity:.6f}", why, place, *(row.get(name) for name in NAMES)])
-    replace_text(path, stream.getvalue())
+            lines.append([number, kept, f"{similarity:.6f}", why, place, *(row.get(name) for name in NAMES)])
+    write_rows(path, lines)

@@ -10,7 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.arguments import add_model_arguments, load_encoder
+from ..evaluation.arguments import (
+    add_backend_argument,
+    add_device_argument,
+    add_model_arguments,
+    load_encoder,
+    report_left_out,
+)
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
@@ -23,7 +29,6 @@ DATA_HELP = (
     "a folder of pictures, with or without captions and sub-folders, or pairs as --train-data of clipfast train takes "
     "them: shards, Parquet, CSV; 'bundled:emoji/fluent' ships with the package"
 )
-SHOWN = 20  # samples left out that are named on stderr
 MAX_WORKERS = 8  # processes that read and decode, at most, by default
 
 
@@ -56,9 +61,8 @@ def add_parser(commands: Any) -> None:
     add("--workers", type=int, metavar="INT", help=f"{workers} (default: {default})")
     engine = "local: this process, or those of torchrun; ray: actors on a cluster (pip install 'clipfast[ray]')"
     add("--engine", default="local", choices=("local", "ray"), help=f"{engine} (default: local)")
-    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
-    backends = ("auto", "triton", "torch")
-    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
+    add_device_argument(parser)
+    add_backend_argument(parser)
     timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
     add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
     add("--traceback", action="store_true", help="show where an error was raised")
@@ -163,10 +167,7 @@ def _bar(work: Work, numbers: Sequence[int], world: World) -> Iterator[Callable[
 
 def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
     """Name what was left out, and say what takes pictures without captions if captions were not asked for."""
-    for _, one in skipped[:SHOWN]:
-        print(f"clipfast embed: left out {one}", file=sys.stderr)
-    if len(skipped) > SHOWN:
-        print(f"clipfast embed: left out {len(skipped) - SHOWN} more", file=sys.stderr)
+    report_left_out((one for _, one in skipped), "embed")
     silent = sum(one.kind == "no caption" for _, one in skipped)
     if silent and not wants_texts:
         hint = "with --images (and a new --output) they are embedded too"

@@ -81,12 +81,12 @@ class Embeddings:
     @property
     def features(self) -> Tensor | None:
         """Features of the images [N, D], or None. Those of a folder with several parts are read into memory."""
-        return self._features("image")
+        return self.of_kind("image")
 
     @property
     def text_features(self) -> Tensor | None:
         """Features of the texts [N, D], or None. Those of a folder with several parts are read into memory."""
-        return self._features("text")
+        return self.of_kind("text")
 
     @property
     def metadata(self) -> pyarrow.Table:
@@ -98,7 +98,7 @@ class Embeddings:
     @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of features that there are: "image", "text", or both."""
-        return tuple(kind for kind in KINDS if self._of(self._parts[0], kind) is not None)
+        return tuple(kind for kind in KINDS if self._parts[0].of_kind(kind) is not None)
 
     def feature(self, number: int, kind: str = "image") -> Tensor:
         """Return the features [D] of one item, without reading those of others.
@@ -106,8 +106,6 @@ class Embeddings:
         Raises:
             ValueError: there is no such item, or there are no features of this kind.
         """
-        if kind not in self.kinds:
-            raise ValueError(f"there are no {kind} features")
         if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < len(self):
             raise ValueError(f"there is no item {number!r}; there are {len(self)}, from 0 on")
         place = number
@@ -115,21 +113,16 @@ class Embeddings:
             if place < len(part):
                 break
             place -= len(part)
-        features = self._of(part, kind)
-        assert features is not None
-        return features[place]
+        return _given(part, kind)[place]
 
-    def _features(self, kind: str) -> Tensor | None:
+    def of_kind(self, kind: str) -> Tensor | None:
+        """Return the features of one kind, "image" or "text", as the two properties do."""
         if kind not in self._joined:
-            parts = [self._of(part, kind) for part in self._parts]
+            parts = [part.of_kind(kind) for part in self._parts]
             there = [part for part in parts if part is not None]
             self._joined[kind] = (there[0] if len(there) == 1 else torch.cat(there)) if there else None
         found: Tensor | None = self._joined[kind]
         return found
-
-    @staticmethod
-    def _of(part: Part, kind: str) -> Tensor | None:
-        return part.images if kind == "image" else part.texts
 
     def to(self, device: str | torch.device) -> Embeddings:
         """Return the same with the features on another device, on which they are searched."""
@@ -150,7 +143,7 @@ class Embeddings:
         """
         part = _part(features, text_features, metadata, first=len(self))
         for kind in KINDS:
-            old, new = self._of(self._parts[0], kind), self._of(part, kind)
+            old, new = self._parts[0].of_kind(kind), part.of_kind(kind)
             was, is_ = (None if x is None else (x.shape[1], x.dtype, x.device) for x in (old, new))
             if was != is_:
                 raise ValueError(f"{kind} features to append are {_words(is_)}, but there are {_words(was)}")
@@ -218,9 +211,7 @@ class Embeddings:
             raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}")
         if isinstance(k, bool) or not isinstance(k, int) or k < 1:
             raise ValueError(f"k must be an integer of at least 1, got {k!r}")
-        first = self._of(self._parts[0], kind)
-        if first is None:
-            raise ValueError(f"there are no {kind} features to search")
+        first = _given(self._parts[0], kind)
         if query.ndim == 1:
             query = query[None]
         query = query.detach().to(first)
@@ -229,10 +220,8 @@ class Embeddings:
         indices = torch.full((len(query), k), -1, device=first.device)
         begin = 0
         for part in self._parts:
-            features = self._of(part, kind)
-            assert features is not None
             rows = slice(begin, begin + len(part))
-            best = top_k(query, features, k, allowed=None if allowed is None else allowed[rows])
+            best = top_k(query, _given(part, kind), k, allowed=None if allowed is None else allowed[rows])
             scores, indices = _better(Found(scores, indices), best, begin)
             begin = rows.stop
         return Found(scores, indices)
@@ -253,6 +242,18 @@ class Embeddings:
                 f"{chosen.shape}"
             )
         return chosen
+
+
+def _given(part: Part, kind: str) -> Tensor:
+    """Return the features of one kind.
+
+    Raises:
+        ValueError: there are none.
+    """
+    found = part.of_kind(kind)
+    if found is None:
+        raise ValueError(f"there are no {kind} features")
+    return found
 
 
 def _better(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:

@@ -58,14 +58,13 @@ def run(args: argparse.Namespace) -> int:
     results = _results(args, scores, kept)
     if args.write_keys:
         write_keys(args.write_keys, embeddings, kept.nonzero().squeeze(1).tolist())
-    if args.write_shards:
-        assert pictures is not None
+    if pictures is not None and args.write_shards:
         _write_shards(args.write_shards, pictures, embeddings, kept)
     if args.plot:
         _plot(args.plot, scores, results)
-    if args.html:
-        assert pictures is not None
-        write_gallery(args.html, f"Image-text scores in {args.folder}", _items(pictures, scores, kept), _table(results))
+    if pictures is not None and args.html:
+        title = f"Image-text scores in {args.folder}"
+        write_gallery(args.html, title, _items(pictures, scores, kept), _table(results))
     write_results(args, results, _table)
     return 0
 

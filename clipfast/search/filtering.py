@@ -47,13 +47,12 @@ def chosen(scores: Tensor, *, min_score: float | None = None, top: float | None 
     Raises:
         ValueError: not one of the two is given, or a value is out of range.
     """
-    if (min_score is None) == (top is None):
-        raise ValueError("give either the least score of a pair that is kept, or the share of pairs to keep")
-    if min_score is not None:
+    if min_score is not None and top is None:
         if math.isnan(min_score):
             raise ValueError("the least score is not a number")
         return scores >= min_score
-    assert top is not None
+    if min_score is not None or top is None:
+        raise ValueError("give either the least score of a pair that is kept, or the share of pairs to keep")
     if not 0 < top <= 1:
         raise ValueError(f"the share to keep must be more than 0 and at most 1, got {top:g}")
     count = math.ceil(round(top * len(scores), 6))  # 0.07 * 100 is a little more than 7

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..kernels.common import slices
 from ..models import CLIP, dense_features
 
 if TYPE_CHECKING:
@@ -78,7 +79,8 @@ def heat_maps(
     texts = F.normalize(texts, dim=-1)
     total = texts.new_zeros(len(texts), *padded.shape[1:])
     weights = texts.new_zeros(padded.shape[1:])
-    for places in _batched(_places(padded.shape[1:], side, stride), batch_size):
+    every = _places(padded.shape[1:], side, stride)
+    for places in (every[some] for some in slices(len(every), batch_size)):
         windows = torch.stack([padded[:, y : y + side, x : x + side] for y, x in places])
         dense = F.normalize(dense_features(model, windows, features), dim=-1)
         scores = (dense @ texts.T.to(dense.dtype)).permute(0, 3, 1, 2).to(total.dtype)
@@ -100,11 +102,6 @@ def _margins(length: int, side: int, stride: int, margin: int) -> tuple[int, int
 def _places(size: Sequence[int], side: int, stride: int) -> list[tuple[int, int]]:
     rows, columns = (range(0, length - side + 1, stride) for length in size)
     return [(y, x) for y in rows for x in columns]
-
-
-def _batched(places: list[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(places), size):
-        yield places[start : start + size]
 
 
 def shares(maps: Tensor, logit_scale: float) -> Tensor:

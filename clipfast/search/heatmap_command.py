@@ -5,7 +5,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..evaluation.arguments import add_model_arguments
+from ..evaluation.arguments import load_encoder
+from .arguments import add_encoder_arguments
 
 EPILOG = """\
 example:
@@ -23,7 +24,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("image", type=Path, metavar="IMAGE", help="the picture")
     add("texts", nargs="+", metavar="TEXT", help="what to look for, in the words that the model was trained on")
-    add_model_arguments(parser)
+    add_encoder_arguments(parser, required=True)
     output = "picture to write, in the format that the name ends in, such as .png, .svg or .pdf"
     add("--output", type=Path, required=True, metavar="FILE", help=output)
     add("--html", type=Path, metavar="FILE", help="also write a page on which each map can be seen larger")
@@ -38,9 +39,6 @@ def add_parser(commands: Any) -> None:
     margin = "by how much the edge of the picture is continued (default: a quarter of the model's size)"
     add("--margin", type=int, metavar="PIXELS", help=margin)
     add("--batch-size", type=int, default=64, metavar="INT", help="windows to encode at once (default: 64)")
-    add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
-    backends = ("auto", "triton", "torch")
-    add("--backend", default="auto", choices=backends, help="implementation of the ops (default: auto)")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
@@ -48,10 +46,9 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Write the heat maps, say where each is highest, and return the exit code."""
     from ..evaluation.arguments import check_drawn
-    from ..evaluation.encoder import Encoder
-    from ..factory import resolve_device
     from ..files import check_target, replace_file
     from ..images import open_image
+    from ..training.world import ALONE
     from .heatmap import draw, heat_maps, shares, side_of, to_tensor
 
     check_target(args.output, args.html)
@@ -61,10 +58,7 @@ def run(args: argparse.Namespace) -> int:
         if value is not None and value < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     picture = open_image(args.image)
-    encoder = Encoder.load(
-        args.model, args.pretrained, device=str(resolve_device(args.device)), tokenizer_file=args.tokenizer,
-        cache_dir=args.cache_dir, backend=args.backend,
-    )  # fmt: skip
+    encoder = load_encoder(args, args.model, args.pretrained, ALONE)
     image = to_tensor(picture, args.size or side_of(encoder.model)).to(encoder.device)
     maps = heat_maps(
         encoder.model, image, encoder.texts(args.texts), features=args.features, stride=args.stride,

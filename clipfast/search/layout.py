@@ -58,6 +58,10 @@ class Part:
 
         return parquet.ParquetFile(self.source).read().replace_schema_metadata(None)
 
+    def of_kind(self, kind: str) -> Tensor | None:
+        """Return the features of one kind, "image" or "text", if there are any."""
+        return {"image": self.images, "text": self.texts}.get(kind)
+
     def to(self, device: str | torch.device) -> Part:
         """Return the same with the features on another device."""
         images, texts = (None if x is None else x.to(device) for x in (self.images, self.texts))
@@ -126,19 +130,18 @@ def read_parts(folder: Path, count: int | None = None) -> list[Part]:
             f"{folder} lacks {len(missing)} of its {len(numbers)} parts, the first of them number {missing[0]}: give "
             "the command that makes them again, and it goes on from here"
         )
-    parts = [read_part(*(files[kind].get(number) for kind in SUFFIXES)) for number in numbers]
+    parts = [read_part(files[IMAGES].get(n), files[TEXTS].get(n), files[METADATA][n]) for n in numbers]
     for part, number in zip(parts, numbers, strict=True):
         _check_alike(folder, part, parts[0], number)
     return parts
 
 
-def read_part(images: Path | None, texts: Path | None, metadata: Path | None) -> Part:
+def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
     """Return the part in these files.
 
     Raises:
         ValueError: one of them is damaged, or they have different numbers of rows.
     """
-    assert metadata is not None
     found = [None if path is None else _mapped(path) for path in (images, texts)]
     rows = _rows(metadata)
     for path, features in zip((images, texts), found, strict=True):

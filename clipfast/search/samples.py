@@ -81,8 +81,8 @@ class Samples:
         """Return the source that embeddings were made from, by what they say of themselves.
 
         Raises:
-            ValueError: they do not say it, or the source cannot be read, or is the output of a command. Embeddings may
-                come from elsewhere, and to look at them must run no command.
+            ValueError: they do not say it, or the source cannot be read, has changed since, or is the output of a
+                command. Embeddings may come from elsewhere, and to look at them must run no command.
         """
         try:
             given = {name: about[name] for name in ("data", "images", "texts", "separator", "columns")}
@@ -96,7 +96,10 @@ class Samples:
             raise ValueError(
                 f"the embeddings were made from the output of a command, which is not run again: {command}"
             )
-        return cls(**given, keys=Keys(**keys))
+        found = cls(**given, keys=Keys(**keys))
+        if found.about()["stamp"] != about.get("stamp"):
+            raise ValueError(f"{found.data} has changed since it was embedded: embed it again")
+        return found
 
     def about(self) -> dict[str, Any]:
         """Return what the samples depend on, as plain values."""

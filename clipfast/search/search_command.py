@@ -124,14 +124,12 @@ def query_features(
     """
     import torch.nn.functional as F
 
-    by_text = encoder.texts(texts) if texts else None
-    by_image = None
-    if images:
-        by_image = image_features(encoder, images)
-    if by_text is None or by_image is None:
-        only = by_image if by_text is None else by_text
-        assert only is not None
-        return texts or [str(path) for path in images], only
+    if not images:
+        return texts, encoder.texts(texts)
+    by_image = image_features(encoder, images)
+    if not texts:
+        return [str(path) for path in images], by_image
+    by_text = encoder.texts(texts)
     count = max(len(texts), len(images))
     pairs = zip(texts * (count // len(texts)), images * (count // len(images)), strict=True)
     return [f"{text} + {path}" for text, path in pairs], F.normalize(weight * by_image + (1 - weight) * by_text, dim=1)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
-import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...columns import align, check_rows_target, write_rows
 from ..arguments import (
     HelpFormatter,
     add_data_arguments,
@@ -32,7 +31,6 @@ if TYPE_CHECKING:
     from ..labelled import LabelledSet
     from .overlap_pairs import Pairs
 
-DELIMITERS = {".csv": ",", ".tsv": "\t"}
 EPILOG = """\
 example:
   clipfast eval overlap --model local-dir:runs/demo --train-data bundled:emoji/noto::bundled:emoji/twemoji \\
@@ -137,8 +135,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
     if args.train_data == args.data:
         raise ValueError(f"--train-data and --data are both {args.data}: each image would be a duplicate of itself")
-    if args.write and args.write.suffix.lower() not in DELIMITERS:
-        raise ValueError(f"--write {args.write}: the name must end in one of {', '.join(DELIMITERS)}")
+    check_rows_target("--write", args.write)
     check_target(args.write)
     check_outputs(args)
 
@@ -172,22 +169,17 @@ def _write_pairs(
     path: Path, images: LabelledSet, known: LabelledSet, test: LabelledFeatures, train: LabelledFeatures, pairs: Pairs
 ) -> None:
     """Write the pairs as a table, the most similar first."""
-    from ...files import replace_text
-
     order = pairs.similarity.argsort(descending=True, stable=True).tolist()
     of_test = images.names(test.numbers[place] for place in order)
     of_train = known.names(train.numbers[pairs.places[place]] for place in order)
-    stream = io.StringIO()
-    table = csv.writer(stream, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n")
-    table.writerow(["test_image", "train_image", "similarity", "same_pixels"])
+    rows: list[list[object]] = [["test_image", "train_image", "similarity", "same_pixels"]]
     for place, name, nearest in zip(order, of_test, of_train, strict=True):
-        table.writerow([name, nearest, f"{pairs.similarity[place]:.4f}", int(pairs.same[place])])
-    replace_text(path, stream.getvalue())
+        rows.append([name, nearest, f"{pairs.similarity[place]:.4f}", int(pairs.same[place])])
+    write_rows(path, rows)
 
 
 def _table(results: dict[str, Any]) -> str:
     """Return the results for people: accuracy on all, near duplicates and others, at the threshold and at others."""
-    from ...columns import align
     from ..intervals import percent
     from .overlap_pairs import LEVEL
 
@@ -216,8 +208,6 @@ def _table(results: dict[str, Any]) -> str:
 
 
 def _planted_table(planted: list[dict[str, Any]]) -> str:
-    from ...columns import align
-
     by_edit: dict[str, list[str]] = {}
     for row in planted:
         cell = f"{row['recall']:.1%} ({_in_percent(row['precision'])})"

@@ -130,12 +130,11 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
 
 
 def _check_numbers(args: argparse.Namespace) -> None:
+    from ..features import check_batches
+
     if min(args.k) < 1:
         raise ValueError(f"--k must be at least 1, got {min(args.k)}")
-    if args.batch_size < 1:
-        raise ValueError(f"batch size must be at least 1, got {args.batch_size}")
-    if args.workers < 0:
-        raise ValueError(f"workers must not be negative, got {args.workers}")
+    check_batches(args.batch_size, args.workers)
 
 
 def _settings(args: argparse.Namespace, solver: str) -> Settings:
