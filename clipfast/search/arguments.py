@@ -118,15 +118,15 @@ class Pictures:
         return getattr(self.samples.read(row["number"]), "image", None)  # one that is left out by now has none
 
 
-def write_gallery(path: Path, title: str, items: Iterable[Item], about: str) -> None:
-    """Write a page of pictures, and say so.
+def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:
+    """Write a page of pictures, and say so; options are those of :func:`~clipfast.search.gallery.gallery`.
 
     Raises:
         DiskFullError: there is no space.
     """
     from .gallery import gallery
 
-    gallery(path, title, items, about=about)
+    gallery(path, title, items, about=about, **options)
     print(f"wrote {path}", file=sys.stderr)
 
 

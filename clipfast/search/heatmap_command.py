@@ -86,7 +86,8 @@ def _peak(heat: Any, size: tuple[int, int]) -> tuple[float, int, int]:
 
 
 def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, label: str) -> None:
-    from .gallery import Item, gallery
+    from .arguments import write_gallery
+    from .gallery import Item
     from .heatmap import overlay
 
     items = [Item(picture, args.image.name, path=str(args.image))]
@@ -97,5 +98,4 @@ def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, l
         f"Where {args.image.name} fits each text by {args.model}: blue is the lowest {label} of a map, red the "
         "highest, which is the score."
     )
-    gallery(args.html, f"Heat maps of {args.image.name}", items, about=about, side=512)
-    print(f"wrote {args.html}", file=sys.stderr)
+    write_gallery(args.html, f"Heat maps of {args.image.name}", items, about, side=512)
