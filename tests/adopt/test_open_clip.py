@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import clipfast
-from clipfast.adopt import mlps
+from clipfast.adopt import mlps, norms
 from clipfast.bench.adoption import table
+from clipfast.kernels import layer_norm
 
 from . import shrunk
 
@@ -47,6 +48,25 @@ def test_activations_of_gpus(name, monkeypatch):
     # On a CPU they run as before. The op itself takes its CPU path here.
     monkeypatch.setattr(mlps, "triton_runs_on", lambda device: True)
     compare(shrunk.open_clip_model(name).double(), 1e-10)
+
+
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
+def test_norms_of_gpus_in_float32(name, monkeypatch):
+    monkeypatch.setattr(norms, "has_torchs", lambda module, x: False)
+    compare(shrunk.open_clip_model(name).eval(), 1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_norms_on_a_cpu_are_pytorchs_own_in_float32(dtype, monkeypatch):
+    # There our op adds nothing but the cost of a call, which a small model feels.
+    calls = []
+    monkeypatch.setattr(
+        norms, "layer_norm", lambda *args, **options: calls.append(args) or layer_norm(*args, **options)
+    )
+    model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32").to(dtype))
+    images, texts = shrunk.inputs(model)
+    model(images.to(dtype), texts)
+    assert (len(calls) == 0) == (dtype == torch.float32)
 
 
 @pytest.mark.parametrize("options", [
