@@ -98,8 +98,8 @@ def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         qkv = module.qkv(x)
     else:
         bias = torch.cat([q_bias, module.k_bias, module.v_bias])
-        is_linear = is_plain(module.qkv, nn.Linear) and not module.qkv_bias_separate
-        qkv = F.linear(x, module.qkv.weight, bias) if is_linear else module.qkv(x) + bias
+        # Without qkv_bias_separate, timm reads the weight of this layer and never calls it, whatever hook it has.
+        qkv = module.qkv(x) + bias if module.qkv_bias_separate else F.linear(x, module.qkv.weight, bias)
     q, k, v = qkv.unflatten(-1, (3, module.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 

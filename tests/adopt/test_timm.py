@@ -42,3 +42,16 @@ def test_what_is_left_alone_says_why():
 
     wide = timm.create_model("vit_base_patch32_224", depth=1, embed_dim=288, num_heads=2)
     assert "heads have 144 dimensions, and at most 128 can be computed" in clipfast.report(clipfast.apply_to_timm(wide))
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_a_hook_on_a_projection_with_biases_of_its_own(separate):
+    from timm.models.eva import EvaAttention
+
+    attn = shrunk.randomised(EvaAttention(48, 2, qkv_bias_separate=separate, scale_norm=False)).double()
+    patched = clipfast.apply_to_timm(copy.deepcopy(attn))
+    x = torch.randn(2, 5, 48, dtype=torch.float64)
+    torch.testing.assert_close(patched(x), attn(x), rtol=0, atol=1e-12)
+    for each in (attn, patched):  # timm calls this layer only if its biases are separate
+        each.qkv.register_forward_hook(lambda module, args, output: 2 * output)
+    torch.testing.assert_close(patched(x), attn(x), rtol=0, atol=1e-12)
