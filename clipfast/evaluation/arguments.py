@@ -21,7 +21,6 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from .labelled import LabelledSet
     from .store import FeatureStore
 
-INTERVAL = 30  # seconds between two looks at a run that is watched
 DATA_HELP = (
     "image folder with a sub-folder per class, or pairs as --train-data of clipfast train takes them; "
     "'bundled:emoji/fluent' ships with the package, 'synthetic:2048' is drawn"
@@ -50,56 +49,6 @@ def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = Tru
     add("--pretrained", metavar="TAG", help=weights)
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
-
-
-def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
-    """Add what watches a run; ``name`` is that of the file in its folder for the lines."""
-    add = parser.add_argument
-    watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
-    add("--watch", type=Path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
-    add("--interval", type=float, metavar="SECONDS", help=f"time between two looks at RUN (default: {INTERVAL})")
-    raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
-    add("--raw", action="store_true", help=f"evaluate {raw}")
-
-
-def check_unwatched(args: argparse.Namespace) -> None:
-    """Refuse a command that names nothing to evaluate, and flags that have no use without ``--watch``.
-
-    Raises:
-        ValueError: as above.
-    """
-    if not args.model:
-        raise ValueError("--model or --watch is needed: what to evaluate")
-    if args.raw or args.interval is not None:
-        name = "--raw" if args.raw else "--interval"
-        raise ValueError(f"{name} is for the checkpoints of a run: give --watch RUN in place of --model")
-
-
-def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> float:
-    """Refuse what cannot be watched, and flags that have no use then.
-
-    Args:
-        args: the arguments.
-        refused: names of these flags.
-
-    Returns:
-        The seconds between two looks at the run.
-
-    Raises:
-        ValueError: there is no run, a flag is refused, or the interval is no time.
-    """
-    from ..training.history import is_run
-
-    given = [flag for flag in refused if getattr(args, flag)]
-    if given:
-        raise ValueError(f"--watch cannot be used with --{given[0].replace('_', '-')}")
-    if not is_run(args.watch):
-        raise ValueError(f"--watch {args.watch}: there is no run in that folder")
-    interval: float = INTERVAL if args.interval is None else args.interval
-    if not interval > 0:
-        raise ValueError(f"--interval must be more than 0, got {interval}")
-    check_outputs(args)
-    return interval
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:

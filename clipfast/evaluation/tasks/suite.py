@@ -12,15 +12,13 @@ from ..arguments import (
     HelpFormatter,
     add_model_arguments,
     add_run_arguments,
-    add_watch_arguments,
     check_outputs,
-    check_unwatched,
-    check_watch,
     load_encoder,
     named_models,
     steps_drawer,
     write_results,
 )
+from ..watch_arguments import add_watch_arguments, check_unwatched, check_watch
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ...training.world import World

@@ -9,10 +9,7 @@ from ..arguments import (
     add_model_arguments,
     add_prompt_arguments,
     add_run_arguments,
-    add_watch_arguments,
     check_outputs,
-    check_unwatched,
-    check_watch,
     encoded,
     labelled_set,
     read_classnames,
@@ -22,6 +19,7 @@ from ..arguments import (
     steps_drawer,
     write_results,
 )
+from ..watch_arguments import add_watch_arguments, check_unwatched, check_watch
 
 COMPARED = ("plain", "simple", "openai")  # 1, 7 and 80 templates
 NOT_WATCHED = ("model", "pretrained", "json", "features", "html", "compare_templates", "table")
