@@ -254,7 +254,7 @@ def test_errors_of_a_batch_arrive_as_they_are(error, workers, shards, monkeypatc
 
     monkeypatch.setattr(PairBatches, "__getitem__", failing)
     # Nobody looks for a worker that died.
-    monkeypatch.setattr("clipfast.data.loader._first_death", lambda workers: pytest.fail("it looked"))
+    monkeypatch.setattr("clipfast.data.workers._first_death", lambda workers: pytest.fail("it looked"))
     with pytest.raises(type(error)) as raised:
         next(pair_loader(batches(shards), 0, 1, workers))
     assert str(raised.value) == str(error)
