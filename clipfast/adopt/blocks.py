@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .norms import add_norm
+from .norms import ADDS, add_norm
 from .places import SEEN, Proposal, class_name, has_hooks, runs_ours
 
 RESIDUAL = "open_clip.transformer.ResidualAttentionBlock"
@@ -98,7 +98,7 @@ def propose_block(module: nn.Module, mask: Mask | None, attention: bool, norms: 
 
 
 def _text(owner: nn.Module | None, norms: bool, is_cross: bool = False) -> str:
-    added = "adds attention's branch in clipfast.layer_norm" if norms else ""
+    added = ADDS if norms else ""
     causal = "finds its mask causal" if owner is not None else ""
     context = "normalises its context once" if is_cross else ""
     return ", ".join(filter(None, (added, causal, context)))

@@ -13,7 +13,7 @@ from ..models.layers import single_query_attention
 from ..models.transformer import take_rows
 from .hf_attention import run_layers, takes
 from .hf_parts import OTHER_VERSION, has_known_arguments, hf_part
-from .norms import add_norm
+from .norms import ADDS, add_norm
 from .places import Proposal, class_name, is_untouched
 
 _PLAIN = (
@@ -29,7 +29,7 @@ def propose_hf_layer(module: nn.Module) -> Proposal | None:
         return None
     if not has_known_arguments(module):
         return Proposal("norms", OTHER_VERSION)
-    return Proposal("norms", "adds attention's branch in clipfast.layer_norm", encoder_layer)
+    return Proposal("norms", ADDS, encoder_layer)
 
 
 def encoder_layer(layer: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:

@@ -10,6 +10,8 @@ from ..kernels.layer_norm.op import MAX_WIDTH
 from .places import Proposal, class_name, computes, has_hooks, runs_ours
 
 KIND = "norms"
+ON_OURS = "clipfast.layer_norm (PyTorch's own in float32 on a CPU)"
+ADDS = f"adds attention's branch in {ON_OURS}"
 
 
 def propose_norm(module: nn.Module) -> Proposal | None:
@@ -28,7 +30,7 @@ def propose_norm(module: nn.Module) -> Proposal | None:
         return Proposal(KIND, f"rows are {norm.weight.shape[0]} wide, and at most {MAX_WIDTH} can be computed")
     if getattr(norm, "_fast_norm", False):
         return Proposal(KIND, "timm's fast norm is on, which computes in 16 bits")
-    return Proposal(KIND, "clipfast.layer_norm (PyTorch's own in float32 on a CPU)", function)
+    return Proposal(KIND, ON_OURS, function)
 
 
 def has_torchs(module: Any, x: Tensor) -> bool:
@@ -44,10 +46,10 @@ def same_dtype_norm(module: Any, x: Tensor) -> Tensor:
 
 
 def autocast_norm(module: Any, x: Tensor) -> Tensor:
-    """Compute a layer norm [..., N] -> [..., N] that returns float32 under autocast, as PyTorch's own does."""
+    """Compute a layer norm [..., N] -> [..., N] that returns float32 under autocast on a GPU, as PyTorch's own does."""
     if not computes(x) or has_torchs(module, x):
         return type(module).forward(module, x)
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.float()
     return layer_norm(x, module.weight, module.bias, module.eps)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from ..file_tokenizer import FileTokenizer
-from ..files import DiskFullError
 from ..images import SampleError
 from ..tokenizer import Tokenizer, trim_padding
 from .keys import DEFAULT_KEYS, Keys
@@ -269,21 +268,6 @@ class _Clock:
         self._last = now
 
 
-class _Reporting(Dataset[Batch | ValueError | DiskFullError]):
-    """Batches, or the error that a batch ends with: PyTorch would wrap one that a worker raised into a traceback."""
-
-    def __init__(self, batches: PairBatches) -> None:
-        self.batches = batches
-
-    def __getitem__(self, number: int) -> Batch | ValueError | DiskFullError:
-        try:
-            return self.batches[number]
-        except DiskFullError as error:
-            return DiskFullError(str(error))
-        except ValueError as error:  # of any kind, which another process may not be able to make again
-            return ValueError(str(error))
-
-
 def pair_loader(
     batches: PairBatches, first: int, stop: int, num_workers: int, *, pin_memory: bool = False, local_ranks: int = 1
 ) -> Generator[Batch, None, None]:
@@ -299,11 +283,9 @@ def pair_loader(
     """
     # The workers come first: a process that is forked while a thread holds a lock cannot take that lock.
     with (
-        made_by_workers(_Reporting(batches), range(first, stop), num_workers, pin_memory=pin_memory) as iterator,
+        made_by_workers(batches, range(first, stop), num_workers, pin_memory=pin_memory) as iterator,
         ReadAhead(batches, first, stop, num_workers * PREFETCH, local_ranks) as ahead,
     ):
         for number, batch in enumerate(iterator, first + 1):
-            if isinstance(batch, Exception):
-                raise batch
             ahead.reached(number)
             yield batch

@@ -25,6 +25,21 @@ PR_SET_PDEATHSIG = 1  # prctl: the signal that a process gets when its parent di
 T = TypeVar("T")
 
 
+class _Reporting(Dataset[T | ValueError | DiskFullError]):
+    """Batches, or the error that a batch ends with: PyTorch would wrap one that a worker raised into a traceback."""
+
+    def __init__(self, batches: Dataset[T]) -> None:
+        self.batches = batches
+
+    def __getitem__(self, number: Any) -> T | ValueError | DiskFullError:
+        try:
+            return self.batches[number]
+        except DiskFullError as error:
+            return DiskFullError(str(error))
+        except ValueError as error:  # of any kind, which another process may not be able to make again
+            return ValueError(str(error))
+
+
 @contextlib.contextmanager
 def made_by_workers(
     batches: Dataset[T], numbers: Sequence[Any], workers: int, *, pin_memory: bool = False
@@ -40,13 +55,14 @@ def made_by_workers(
         pin_memory: copy tensors into memory from which a GPU reads without waiting.
 
     Raises:
-        ValueError: a worker died, in whichever way the context met its loss first.
+        ValueError: a worker died, in whichever way the context met its loss first; or an error of a batch.
+        DiskFullError: an error of a batch.
     """
     options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker}
     options["prefetch_factor"] = PREFETCH if workers else None
-    iterator = iter(DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, **options))
+    iterator = iter(DataLoader(_Reporting(batches), batch_size=None, sampler=numbers, num_workers=workers, **options))
     try:
-        yield iterator
+        yield _unless_error(iterator)
     except DiskFullError:
         raise
     except (RuntimeError, EOFError, OSError) as error:
@@ -62,6 +78,14 @@ def made_by_workers(
             _end_workers(iterator)
 
 
+def _unless_error(batches: Iterator[T | ValueError | DiskFullError]) -> Iterator[T]:
+    """Yield batches, and raise the first error that stands in the place of one."""
+    for batch in batches:
+        if isinstance(batch, (ValueError, DiskFullError)):
+            raise batch
+        yield batch
+
+
 def _end_workers(iterator: Any) -> None:
     """End the data workers of an iterator; those that are still busy after ``GRACE`` seconds are killed."""
     # PyTorch ends its own thread first, which must not read what a killed worker has half written. Then it waits for
@@ -75,16 +99,19 @@ def _end_workers(iterator: Any) -> None:
 
 
 def _first_death(workers: Sequence[BaseProcess]) -> str | None:
-    """Say how the first of the processes that have ended did so; None if all of them run, or there are none."""
+    """Say how the first of the processes that have died did so; None if there is none.
+
+    A worker that has nothing left to do ends with status 0, which is no death.
+    """
     if not workers:
         return None
     by_sentinel = {worker.sentinel: worker for worker in workers}
     for _ in range(MAX_INTERRUPTIONS):
         with contextlib.suppress(RuntimeError):  # PyTorch's own report, which may come now
             ended = wait(list(by_sentinel), timeout=PATIENCE)  # its pipes break before it has ended
-            if not ended:
+            code = next((code for one in ended if (code := by_sentinel[one].exitcode) != 0), 0)  # type: ignore[index]
+            if code == 0:
                 return None
-            code = by_sentinel[ended[0]].exitcode  # type: ignore[index]
             if code is None:  # PyTorch's report came while the status was read, which can be done only once
                 return "it has ended, and its status is lost"
             return f"it was killed by {signal.Signals(-code).name}" if code < 0 else f"it ended with status {code}"
@@ -92,12 +119,12 @@ def _first_death(workers: Sequence[BaseProcess]) -> str | None:
 
 
 def _start_worker(_: int) -> None:
-    # A terminal or a job scheduler sends these signals to every process. The trainer decides when to stop, and needs
-    # batches until then. A second SIGTERM ends the worker.
+    # A terminal or a job scheduler sends these signals to every process. The process that started this
+    # one decides when to stop, and needs batches until then. A second SIGTERM ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda signum, _: signal.signal(signum, signal.SIG_DFL))
-    # A trainer that is killed tells its workers nothing. On Linux, the kernel can.
+    # A process that is killed tells its workers nothing. On Linux, the kernel can.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -76,6 +76,7 @@ class Evaluator:
         images: the set.
         templates, classnames, leave_out: as :func:`~clipfast.evaluation.evaluate.evaluate` takes them.
         batch_size: images to encode at once.
+        workers: processes that read and decode them; 0 for none but this one.
         model: of the checkpoints; by default, on the CPU.
     """
 
@@ -87,10 +88,11 @@ class Evaluator:
         classnames: Sequence[str] | None = None,
         leave_out: Sequence[str] = (),
         batch_size: int = 256,
+        workers: int = 0,
         model: CheckpointModel | None = None,
     ) -> None:
         self.images, self.templates, self.classnames, self.leave_out = images, templates, classnames, leave_out
-        self.batch_size, self.model = batch_size, model or CheckpointModel()
+        self.batch_size, self.workers, self.model = batch_size, workers, model or CheckpointModel()
 
     def __call__(self, checkpoint: dict[str, Any], source: Path) -> dict[str, Any]:
         """Return the figures of a checkpoint, as :func:`~clipfast.evaluation.evaluate.evaluate` does.
@@ -99,7 +101,9 @@ class Evaluator:
             ValueError: the checkpoint does not say its model, or cannot be loaded, or the set cannot be evaluated.
         """
         encoder = self.model.load(checkpoint, source)
-        (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, progress=False)
+        (features,) = encode_set(
+            [encoder], self.images, batch_size=self.batch_size, workers=self.workers, progress=False
+        )
         return evaluate(
             encoder.model, encoder.tokenizer, features.to(encoder.device), self.templates, classnames=self.classnames,
             leave_out=self.leave_out, skipped=len(self.images.skipped),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> float:
     if not is_run(args.watch):
         raise ValueError(f"--watch {args.watch}: there is no run in that folder")
     interval: float = INTERVAL if args.interval is None else args.interval
-    if not interval > 0:
-        raise ValueError(f"--interval must be more than 0, got {interval}")
+    if not 0 < interval < math.inf:
+        raise ValueError(f"--interval must be more than 0, and finite, got {interval}")
     check_outputs(args)
     return interval

@@ -225,7 +225,7 @@ class Work:
         torch.set_num_threads(1)
         try:
             with ThreadPoolExecutor(threads) as pool:
-                yield from _in_order(pool, self._encode, batches, threads + 1)
+                yield from _in_order(pool, self._encode, map(_unshared, batches), threads + 1)
         finally:
             torch.set_num_threads(threads)
 
@@ -288,6 +288,13 @@ class Work:
                 f"not one of the {len(skipped)} samples of {self.samples.data} can be used; first: {skipped[0][1]}"
             )
         return rows, skipped
+
+
+def _unshared(batch: _Batch) -> _Batch:
+    """Return a batch with its images in this process's own memory: several wait here, and shared memory is scarce."""
+    if batch.pixels is None or not batch.pixels.is_shared():
+        return batch
+    return dataclasses.replace(batch, pixels=batch.pixels.clone())
 
 
 def _cut(places: range, size: int) -> list[range]:

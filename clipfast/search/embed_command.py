@@ -56,9 +56,9 @@ def add_parser(commands: Any) -> None:
     add("--part-size", type=int, default=10_000, metavar="INT", help="samples of a part (default: 10000)")
     batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU, up to 128 of small images)"
     add("--batch-size", type=int, metavar="INT", help=batch)
-    workers = "processes that read and decode; with --engine ray, its actors"
-    default = "as many as cores for a GPU, half as many for a CPU, at most 8"
-    add("--workers", type=int, metavar="INT", help=f"{workers} (default: {default})")
+    most = "as many as cores for a GPU, half as many for a CPU, at most 8, and not more than fit into shared memory"
+    actors = "with --engine ray, its actors (default: one for each GPU, or else for each CPU)"
+    add("--workers", type=int, metavar="INT", help=f"processes that read and decode (default: {most}); {actors}")
     engine = "local: this process, or those of torchrun; ray: actors on a cluster (pip install 'clipfast[ray]')"
     add("--engine", default="local", choices=("local", "ray"), help=f"{engine} (default: local)")
     add_device_argument(parser)
@@ -73,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     """Make the parts that are missing, say what there is, and return the exit code."""
     if args.workers is not None and args.workers < 0:
         raise ValueError(f"--workers must not be negative, got {args.workers}")
+    if args.engine == "ray" and args.workers == 0:
+        raise ValueError("--workers 0 leaves --engine ray no actor: leave it out, or give at least 1")
     from ..training.world import joined
 
     with joined(args.device, args.dist_timeout) as world, _held(args.output, world):
@@ -86,7 +88,7 @@ def _run(args: argparse.Namespace, world: World) -> int:
     work = work_of(args, world)
     world.on_main(work.begin)
     missing = world.on_main(work.missing)
-    for sentence in [*work.samples.losses(), *work.samples.others()] if world.is_main else []:
+    for sentence in [*work.samples.losses(), *(work.samples.others() if missing else [])] if world.is_main else []:
         print(f"clipfast embed: {sentence}", file=sys.stderr)
     mine = missing[world.rank :: world.size]
     started = time.perf_counter()

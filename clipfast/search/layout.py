@@ -123,7 +123,7 @@ def read_parts(folder: Path, count: int | None = None) -> list[Part]:
     numbers = sorted(files[METADATA]) if count is None else list(range(count))
     if not numbers or not (files[IMAGES] or files[TEXTS]):
         raise ValueError(f"{folder} holds no embeddings; clipfast embed --output {folder} makes them")
-    kinds = [kind for kind in SUFFIXES if files[kind]]
+    kinds = [kind for kind in SUFFIXES if files[kind] or kind == METADATA]
     missing = [number for number in numbers if any(number not in files[kind] for kind in kinds)]
     if missing:
         raise ValueError(

@@ -210,7 +210,8 @@ def test_texts_are_tokenized_once(run, shards):
         (["--model", "x.pt", "--interval", "30"], "--interval is for the checkpoints of a run: give --watch RUN in pl"),
         (["--model", "x.pt", "--interval", "0"], "--interval is for the checkpoints of a run: give --watch RUN in pl"),
         (["--model", "x.pt", "--raw"], "--raw is for the checkpoints of a run: give --watch RUN in place of --model"),
-        (["--watch", "{run}", "--interval", "0"], "--interval must be more than 0, got 0.0"),
+        (["--watch", "{run}", "--interval", "0"], "--interval must be more than 0, and finite, got 0.0"),
+        (["--watch", "{run}", "--interval", "inf"], "--interval must be more than 0, and finite, got inf"),
         (["--watch", "{run}", "--plot", "x.txt"], "--plot x.txt: the name must end in one of"),
     ],
 )
@@ -283,7 +284,9 @@ def test_data_that_changed_under_the_same_path_is_evaluated_anew(task, run, shar
     shard, given = folder / "test" / "0.tar", ["--root", tmp_path / "root"]
     if task == "zeroshot":
         shard = shutil.copy(shards.partition("::")[0], tmp_path)
-        given = ["--data", shard]
+        prompts = tmp_path / "prompts.txt"
+        prompts.write_text("a {}\n")
+        given = ["--data", shard, "--templates", prompts]
 
     def steps():
         code, out, err = run_command(capsys, "eval", task, "--watch", run.path, *given)
@@ -295,7 +298,9 @@ def test_data_that_changed_under_the_same_path_is_evaluated_anew(task, run, shar
     assert (steps(), steps()) == (["step 4", "step 8"], [])
     if task == "suite":  # what its prompts are made of belongs to a set
         (folder / "zeroshot_classification_templates.txt").write_text("one {c}\n")
-        assert steps() == ["step 4", "step 8"]
+    else:
+        prompts.write_text("one {}\n")
+    assert steps() == ["step 4", "step 8"]
 
 
 @pytest.mark.long

@@ -76,6 +76,7 @@ def test_compiles_without_a_break(name, device):
     torch.testing.assert_close(value_and_grads(compiled, call.inputs, call.grads), expected)
 
 
+@pytest.mark.skipif(INTERPRET, reason="a graph calls the same ops wherever their kernels run")
 @each_call
 def test_compiles_once_for_every_batch_size(name, device):
     torch.compiler.reset()

@@ -13,6 +13,7 @@ import torch
 from clipfast import create_model, host
 from clipfast.checkpoint import export_open_clip
 from clipfast.evaluation.encoder import Encoder
+from clipfast.files import DiskFullError
 from clipfast.search import embed_command
 from clipfast.search.embed import CPU_BATCH, SMALL_BATCH, Work
 from clipfast.search.samples import Samples
@@ -54,6 +55,44 @@ def test_a_worker_that_is_lost_is_named(home, tmp_path, monkeypatch, capsys, met
     assert "use fewer --workers" in err
     assert "Traceback" not in err
     assert not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("method", ["_encode", "_write"])
+def test_an_error_at_the_end_is_not_taken_for_the_loss_of_a_worker(home, tmp_path, monkeypatch, method, workers):
+    """The workers have ended by then, since nothing is left for them to do."""
+
+    def failing(*_) -> None:
+        deadline = time.monotonic() + 20
+        while multiprocessing.active_children() and time.monotonic() < deadline:
+            time.sleep(0.01)
+        raise RuntimeError("out of memory")
+
+    made = work(home, tmp_path)
+    made.begin()
+    monkeypatch.setattr(Work, method, failing)
+    with pytest.raises(RuntimeError, match=r"^out of memory$"):
+        made.make(made.missing(), workers)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("error", [ValueError("changed"), DiskFullError("no space")])
+def test_errors_of_workers_arrive_as_they_are(home, tmp_path, monkeypatch, error, workers):
+    def failing(*_) -> None:
+        raise error
+
+    monkeypatch.setattr(Samples, "read", failing)
+    with pytest.raises(type(error), match=f"^{error}$"):
+        work(home, tmp_path).make([0], workers)
+
+
+def test_images_that_wait_are_not_in_shared_memory(home, tmp_path, monkeypatch):
+    shared = []
+    monkeypatch.setattr(
+        Encoder, "images", lambda _, pixels: (shared.append(pixels.is_shared()), torch.ones(len(pixels), 2))[1]
+    )
+    work(home, tmp_path, batch_size=4).make([0], 1)
+    assert shared == [False] * 10
 
 
 @pytest.mark.parametrize(

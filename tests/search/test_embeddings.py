@@ -1,6 +1,7 @@
 """clipfast.Embeddings: a list of features with a table, in memory and in a folder."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -174,6 +175,7 @@ def test_columns_that_differ_between_parts():
     [
         (lambda e: (e / "img_emb/img_emb_0001.npy").unlink(), "lacks 1 of its 3 parts, the first of them number 1"),
         (lambda e: (e / "metadata/metadata_0002.parquet").unlink(), "lacks 1 of its 3 parts"),
+        (lambda e: shutil.rmtree(e / "metadata"), "lacks 3 of its 3 parts"),
         (lambda e: os.truncate(e / "img_emb/img_emb_0001.npy", 200), "cannot be read as features"),
         (lambda e: os.truncate(e / "img_emb/img_emb_0001.npy", 3), "cannot be read as features"),
         (lambda e: os.truncate(e / "metadata/metadata_0001.parquet", 50), "cannot be read as metadata"),

@@ -218,12 +218,13 @@ def _on_synthetic(
     """
     from PIL import Image
 
+    from ...data import PREFETCH
     from ..prepared import PreparedEncoder
     from .robustness_results import all_classes
 
     transforms = dict.fromkeys(encoder.transform for encoder in encoders)
     size = sum(transform(Image.new("RGB", (64, 64))).nbytes for transform in transforms)
-    of_block = size * args.batch_size * max(1, 2 * args.workers)
+    of_block = size * args.batch_size * max(1, PREFETCH * args.workers)
     count = at.world.on_main(lambda: max(1, AT_ONCE // (of_block + kept)))
     found: list[dict[Shift, Classified]] = [{} for _ in encoders]
 

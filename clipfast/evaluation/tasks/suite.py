@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..store import FeatureStore
     from ..suite import ResultFolder, Settings
 
-NOT_WATCHED = ("model", "pretrained", "output", "features", "json", "html", "table")
+NOT_WATCHED = ("model", "pretrained", "cache_dir", "output", "features", "json", "html", "table")
 EPILOG = """\
 exit code: 0 if all that was asked for is there; 1 if a set or a task had to be left out, which stderr and the results
 name; 2 if nothing could be done

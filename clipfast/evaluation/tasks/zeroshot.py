@@ -22,7 +22,7 @@ from ..arguments import (
 from ..watch_arguments import add_watch_arguments, check_unwatched, check_watch
 
 COMPARED = ("plain", "simple", "openai")  # 1, 7 and 80 templates
-NOT_WATCHED = ("model", "pretrained", "json", "features", "html", "compare_templates", "table")
+NOT_WATCHED = ("model", "pretrained", "cache_dir", "json", "features", "html", "compare_templates", "table")
 
 
 def add_parser(tasks: Any) -> None:
@@ -129,17 +129,19 @@ def watch(args: argparse.Namespace) -> int:
     from ...training.reports import evaluation_metrics
     from ...training.run import RunFolder
     from ...training.status import WANTED, metrics_text
+    from ..suite import digest
     from ..watch import CheckpointModel, Evaluator, Watch, follow
 
     interval = check_watch(args, NOT_WATCHED)
     options, images = vars(args), labelled_set(args)
+    templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
     evaluator = Evaluator(
-        images, read_templates(args.templates), classnames=read_classnames(args.classnames),
-        leave_out=args.leave_out, batch_size=args.batch_size,
+        images, templates, classnames=classnames,
+        leave_out=args.leave_out, batch_size=args.batch_size, workers=args.workers,
         model=CheckpointModel(resolve_device(args.device), args.backend, args.tokenizer),
     )  # fmt: skip
     names = ("data", "templates", "classnames", "label_by", "group_by", "leave_out")
-    settings = {**{name: options[name] for name in names}, "stamp": images.digest()}
+    settings = {**{name: options[name] for name in names}, "stamp": digest([images.digest(), templates, classnames])}
     watching = Watch(RunFolder(args.watch), evaluator, settings, average=not args.raw)
 
     def named(results: Any) -> dict[str, float]:
