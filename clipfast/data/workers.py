@@ -96,6 +96,10 @@ def _end_workers(iterator: Any) -> None:
         killer.start()
         iterator._shutdown_workers()
     killer.cancel()
+    for worker in iterator._workers:  # such an error came before PyTorch had waited for all of them
+        with contextlib.suppress(RuntimeError):
+            worker.kill()
+            worker.join(GRACE)
 
 
 def _first_death(workers: Sequence[BaseProcess]) -> str | None:

@@ -1,5 +1,6 @@
 """Batches of pairs: order, uniqueness, resumption anywhere, and samples that cannot be used."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -293,6 +294,20 @@ def test_closing_does_not_wait_for_busy_workers(dies, pin_memory, shards, monkey
     loader.close()
     assert time.monotonic() - started < 20  # PyTorch alone needs ten seconds for each, and leaves some behind
     assert not workers & children()
+
+
+def test_a_report_while_workers_are_ended_leaves_none_behind(shards, monkeypatch):
+    def interrupted(_):
+        raise RuntimeError("DataLoader worker is killed by signal")
+
+    before = children()
+    with contextlib.closing(pair_loader(batches(shards), 0, 10**6, 2)) as loader:
+        next(loader)
+        assert len(children() - before) == 2
+        monkeypatch.setattr(
+            torch.utils.data.dataloader._MultiProcessingDataLoaderIter, "_shutdown_workers", interrupted
+        )
+    assert children() <= before
 
 
 def children():
