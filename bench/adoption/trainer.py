@@ -59,7 +59,7 @@ WARM_UP = 5  # steps that are not timed
 
 
 class Run(NamedTuple):
-    """What a training printed, and what it needed."""
+    """The losses that a training printed, and the time and memory that it needed."""
 
     version: str  # of OpenCLIP
     losses: list[list[tuple[str, str]]]

@@ -33,21 +33,21 @@ def propose_norm(module: nn.Module) -> Proposal | None:
     return Proposal(KIND, ON_OURS, function)
 
 
-def has_torchs(module: Any, x: Tensor) -> bool:
+def is_left_to_pytorch(module: Any, x: Tensor) -> bool:
     """Return True where our op is PyTorch's own, and costs a tenth of a millisecond more: on a CPU, in float32."""
     return x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.float32
 
 
 def same_dtype_norm(module: Any, x: Tensor) -> Tensor:
     """Compute a layer norm [..., N] -> [..., N] that returns the dtype of its input, under autocast too."""
-    if not computes(x) or has_torchs(module, x):
+    if not computes(x) or is_left_to_pytorch(module, x):
         return type(module).forward(module, x)
     return layer_norm(x, module.weight, module.bias, module.eps)
 
 
 def autocast_norm(module: Any, x: Tensor) -> Tensor:
     """Compute a layer norm [..., N] -> [..., N] that returns float32 under autocast on a GPU, as PyTorch's own does."""
-    if not computes(x) or has_torchs(module, x):
+    if not computes(x) or is_left_to_pytorch(module, x):
         return type(module).forward(module, x)
     if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.float()
@@ -74,7 +74,7 @@ def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
     is_same = branch.dtype == x.dtype
     is_rounded = torch.is_autocast_enabled(x.device.type) and torch.promote_types(branch.dtype, x.dtype) == x.dtype
     takes = branch.shape == x.shape and computes(x) and (is_same or is_rounded)
-    if runs_ours(norm) and not has_hooks(norm) and takes and not has_torchs(norm, x):
+    if runs_ours(norm) and not has_hooks(norm) and takes and not is_left_to_pytorch(norm, x):
         normed, x = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual=x)
         return x, normed
     x = x + branch

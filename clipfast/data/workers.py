@@ -49,7 +49,7 @@ def made_by_workers(
     Those that have not ended after a moment are killed.
 
     Args:
-        batches: of which each element is a batch. It should be no tuple, in which PyTorch would look for arrays.
+        batches: of which each element is a batch.
         numbers: of the elements, in order.
         workers: how many processes; 0 for none but this one.
         pin_memory: copy tensors into memory from which a GPU reads without waiting.
@@ -58,7 +58,7 @@ def made_by_workers(
         ValueError: a worker died, in whichever way the context met its loss first; or an error of a batch.
         DiskFullError: an error of a batch.
     """
-    options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker}
+    options: dict[str, Any] = {"pin_memory": pin_memory, "worker_init_fn": _start_worker, "collate_fn": _unchanged}
     options["prefetch_factor"] = PREFETCH if workers else None
     iterator = iter(DataLoader(_Reporting(batches), batch_size=None, sampler=numbers, num_workers=workers, **options))
     try:
@@ -76,6 +76,11 @@ def made_by_workers(
         # Tracebacks keep an iterator alive, and its workers would then wait at the end of the process.
         if workers:
             _end_workers(iterator)
+
+
+def _unchanged(batch: T) -> T:
+    """Return a batch as it is; PyTorch would look through everything in it for arrays to convert."""
+    return batch
 
 
 def _unless_error(batches: Iterator[T | ValueError | DiskFullError]) -> Iterator[T]:
@@ -123,8 +128,8 @@ def _first_death(workers: Sequence[BaseProcess]) -> str | None:
 
 
 def _start_worker(_: int) -> None:
-    # A terminal or a job scheduler sends these signals to every process. The process that started this
-    # one decides when to stop, and needs batches until then. A second SIGTERM ends the worker.
+    # A terminal or a job scheduler sends these signals to every process. The process that started this one decides when
+    # to stop, and needs batches until then. A second SIGTERM ends the worker.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)

@@ -85,6 +85,13 @@ class Encoder:
         return cls(name, model.eval(), open_clip.get_tokenizer(theirs), transform, device, pretrained)
 
     @functools.cached_property
+    def blank(self) -> Tensor:
+        """The input [3, H, W] for an image without content, which has the size and the dtype of any other."""
+        from PIL import Image
+
+        return self.transform(Image.new("RGB", (1, 1)))
+
+    @functools.cached_property
     def digest(self) -> str:
         """A SHA-256 of everything that the features depend on but the input: weights, architecture, preparation."""
         model = self.model

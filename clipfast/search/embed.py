@@ -45,10 +45,7 @@ _Features = tuple[Tensor | None, Tensor | None]  # of images and of texts
 
 @dataclasses.dataclass
 class _Batch:
-    """Samples that are encoded together, with ``rows`` of metadata; those that cannot be used are in ``skipped``.
-
-    It is no tuple, because a DataLoader looks through everything in a tuple for arrays to convert.
-    """
+    """Samples that are encoded together, with ``rows`` of metadata; those that cannot be used are in ``skipped``."""
 
     pixels: Tensor | None
     texts: list[str]
@@ -193,13 +190,6 @@ class Work:
                 self._write(number, done)
 
     @functools.cached_property
-    def _blank(self) -> Tensor:
-        """The input of the model for an image without content."""
-        from PIL import Image
-
-        return self.encoder.transform(Image.new("RGB", (1, 1)))
-
-    @functools.cached_property
     def samples_at_once(self) -> int:
         """How many samples a batch has."""
         if self.batch_size is not None:
@@ -208,13 +198,13 @@ class Work:
             return GPU_BATCH
         if not self.samples.images:
             return CPU_BATCH
-        height, width = self._blank.shape[-2:]
+        height, width = self.encoder.blank.shape[-2:]
         return max(CPU_BATCH, min(SMALL_BATCH, CPU_PIXELS // (height * width)))
 
     @property
     def batch_bytes(self) -> int:
         """The bytes of the images of a batch, which data workers hold in shared memory."""
-        return self.samples_at_once * self._blank.nbytes if self.samples.images else 0
+        return self.samples_at_once * self.encoder.blank.nbytes if self.samples.images else 0
 
     def _encoded(self, batches: Iterable[_Batch]) -> Generator[tuple[_Batch, _Features]]:
         """Yield batches with their features, in order."""

@@ -1,5 +1,6 @@
 """Small image-text shards, with everything that a real one has."""
 
+import functools
 import http.server
 import io
 import json
@@ -176,3 +177,22 @@ def server(tmp_path, monkeypatch):
         threading.Thread(target=running.serve_forever, daemon=True).start()
         yield running
         running.shutdown()
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory):
+    """A function that returns the options of a case of ``distributed``, with changes, for a run in a folder.
+
+    Files with other cases have a fixture of their own.
+    """
+    from .distributed import options_in
+
+    return options_in(tmp_path_factory.mktemp("made"))
+
+
+@pytest.fixture
+def together(tmp_path):
+    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
+    from .distributed import run_together
+
+    return functools.partial(run_together, tmp_path)

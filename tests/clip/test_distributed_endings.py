@@ -1,6 +1,5 @@
 """How a run on several processes ends, and goes on: signals, bad pairs, ranks that are lost or hang, and torchrun."""
 
-import functools
 import os
 import re
 import signal
@@ -15,18 +14,8 @@ from clipfast.ranks import error_of, start_ranks, wait_for
 from clipfast.training.run import RunFolder
 from clipfast.training.world import ALONE
 
-from .distributed import SHORT, empty, on_rank, options_in, run_together, skipped_in, trained
+from .distributed import SHORT, empty, on_rank, skipped_in, trained
 from .test_training import same, saved_step, wait_for_checkpoint
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    return options_in(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def together(tmp_path):
-    return functools.partial(run_together, tmp_path)
 
 
 @pytest.mark.long

@@ -1,7 +1,6 @@
 """Training on several processes: what one process does, on any number of them, however the run ends and goes on."""
 
 import contextlib
-import functools
 import json
 import pickle
 import re
@@ -27,18 +26,8 @@ from clipfast.training.run import RunFolder
 from clipfast.training.world import ALONE, World, _portable
 
 from .conftest import sample, write_shard
-from .distributed import CASES, CLIP, SHORT, assert_like, empty, folder_of, on_rank, options_in, run_together, trained
+from .distributed import CASES, CLIP, SHORT, assert_like, empty, folder_of, on_rank, trained
 from .test_training import losses, saved_step
-
-
-@pytest.fixture(scope="module")
-def options(tmp_path_factory):
-    return options_in(tmp_path_factory.mktemp("made"))
-
-
-@pytest.fixture
-def together(tmp_path):
-    return functools.partial(run_together, tmp_path)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""What ``clipfast doctor`` finds of processors, memory, software and folders."""
+"""``clipfast doctor`` says what processors, memory, software and folders there are, and what is wrong with them."""
 
 import errno
 import os

@@ -26,7 +26,7 @@ from clipfast.training.run import RunFolder
 from clipfast.training.step import TrainingStep
 from clipfast.training.world import ALONE, joined
 
-from .distributed import CLIP, assert_like, empty, on_rank, trained
+from .distributed import CLIP, assert_like, trained
 from .siglip import save_tokenizer
 from .test_training import losses, saved_step
 
@@ -81,16 +81,6 @@ def one(options, tmp_path_factory):
     for case in CASES:
         assert trained(ALONE, options(logs, case)) is None
     return {case: RunFolder(logs / case) for case in CASES}
-
-
-@pytest.fixture
-def together(tmp_path):
-    """A function that does jobs, one after the other, on so many ranks, and returns what each rank found."""
-
-    def run(size, *jobs):
-        return run_ranks(on_rank, size, size, jobs, folder=empty(tmp_path), timeout=240)
-
-    return run
 
 
 @pytest.mark.long

@@ -1,4 +1,4 @@
-"""What tests of wrong input share: files with something wrong in them, and what a refusal is."""
+"""Files with something wrong in them, and the check of a refusal, for all tests of wrong input."""
 
 import json
 import os

@@ -57,7 +57,7 @@ def faulty(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def whole(faulty, tmp_path_factory):
-    """What one process makes of it that nobody disturbs."""
+    """The folder that one process makes of it without being disturbed."""
     output = tmp_path_factory.mktemp("whole") / "e"
     assert main(options(faulty, output)) == 0
     return output

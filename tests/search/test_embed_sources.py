@@ -1,4 +1,4 @@
-"""What clipfast embed makes of each kind of source: which samples it takes, their features, and their metadata."""
+"""clipfast embed takes the samples of each kind of source that it should, with their metadata."""
 
 import json
 import os

@@ -216,14 +216,12 @@ def _on_synthetic(
         shifts: what is done to its images.
         kept: bytes that the features under one shift by all models take, on rank 0.
     """
-    from PIL import Image
-
     from ...data import PREFETCH
     from ..prepared import PreparedEncoder
     from .robustness_results import all_classes
 
-    transforms = dict.fromkeys(encoder.transform for encoder in encoders)
-    size = sum(transform(Image.new("RGB", (64, 64))).nbytes for transform in transforms)
+    distinct = {encoder.transform: encoder for encoder in encoders}
+    size = sum(encoder.blank.nbytes for encoder in distinct.values())
     of_block = size * args.batch_size * max(1, PREFETCH * args.workers)
     count = at.world.on_main(lambda: max(1, AT_ONCE // (of_block + kept)))
     found: list[dict[Shift, Classified]] = [{} for _ in encoders]
