@@ -25,16 +25,17 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "dedup",
         help="find near duplicates among the pictures of an embedded folder",
-        description="Find all pairs of pictures whose features have a cosine of at least --threshold, join them to "
-        "groups, and choose the one of each group that is kept. A group may be a chain: its first and last picture "
-        "need not be near duplicates. Items with an equal column sha256 or md5 are duplicates too.",
+        description="Find all pairs of pictures whose features have a cosine of at least --threshold, and choose what "
+        "is kept. Pictures are looked at in the order of --keep, and one is left out only if it is a near duplicate of "
+        "one that is kept. Items with an equal column sha256 or md5 are duplicates too. Pictures that are linked by "
+        "near duplicates are shown as a group. In a chain, whose ends are unlike, several are kept.",
         epilog="Example: clipfast dedup embedded --threshold 0.95 --keep largest --html duplicates.html",
     )
     add = parser.add_argument
     add_folder_argument(parser)
     threshold = "cosine from which on two pictures are near duplicates (default: 0.95)"
     add("--threshold", type=float, default=0.95, metavar="FLOAT", help=threshold)
-    keep = "of a group, keep the first, the largest by width x height, or the one that fits its caption best"
+    keep = "of near duplicates, keep the first, the largest by width x height, or the one that fits its caption best"
     add("--keep", choices=("first", "largest", "best"), default="first", help=f"{keep} (default: first)")
     add("--write", type=Path, metavar="FILE", help="write the groups as a table (.csv or .tsv)")
     add("--write-keys", type=Path, metavar="FILE", help="write the keys of all items that are kept, one a line")
@@ -69,7 +70,8 @@ def run(args: argparse.Namespace) -> int:
     results = {
         "data": str(args.folder), "items": len(embeddings), "threshold": args.threshold, "keep": args.keep,
         "groups": len(groups), "dropped": len(dropped), "kept": len(embeddings) - len(dropped),
-        "largest_group": max((1 + len(group.dropped) for group in groups), default=0),
+        "largest_group": max(map(len, groups), default=0),
+        "chains": sum(len(group.kept) > 1 for group in groups),
     }  # fmt: skip
     if args.write:
         _write(args.write, embeddings, groups)
@@ -77,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
         write_keys(args.write_keys, embeddings, (place for place in range(len(embeddings)) if place not in dropped))
     if pictures is not None:
         most = f" The {SHOWN} largest groups are shown." if len(groups) > SHOWN else ""
-        about = f"{_sentence(results)}.{most} Scores: cosine with the picture that is kept."
+        about = f"{_sentence(results)}.{most} Scores: cosine with the kept picture before."
         write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), about)
     write_results(args, results, _sentence)
     return 0
@@ -86,30 +88,38 @@ def run(args: argparse.Namespace) -> int:
 def _sentence(results: dict[str, Any]) -> str:
     return (
         f"Of {results['items']:,} pictures {results['kept']:,} are kept, and {results['dropped']:,} left out as near "
-        f"duplicates of these (cosine of {results['threshold']:g} or more). Groups: {results['groups']:,}; of each, "
-        f"the {results['keep']} one is kept"
+        f"duplicates of these (cosine of {results['threshold']:g} or more, or an equal digest). Of near duplicates, "
+        f"the {results['keep']} one is kept. Groups: {results['groups']:,}; in {results['chains']:,} of them, "
+        "which are chains, several are kept"
     )
 
 
 def _items(pictures: Pictures, groups: list[Group]) -> Iterator[Item]:
-    """Yield the pictures of the largest groups, each after the one that is kept."""
-    largest = sorted(groups, key=lambda group: -len(group.dropped))[:SHOWN]
+    """Yield the pictures of the largest groups, each after the kept one that it is like."""
+    largest = sorted(groups, key=len, reverse=True)[:SHOWN]
     for number, group in enumerate(largest, 1):
         name = f"group {number}"
-        yield pictures.item(group.kept, 1.0, name, "kept", kept=f"yes ({group.why})")
-        for place, similarity in zip(group.dropped, group.similarity, strict=True):
-            yield pictures.item(place, similarity, name, kept="no")
+        for _, place, similarity, why in _rows(group):
+            mark, said = ("kept", f"yes ({why})") if why else ("", "no")
+            yield pictures.item(place, similarity, name, mark, kept=said)
+
+
+def _rows(group: Group) -> list[tuple[int, int, float, str]]:
+    """Return the kept item, an item, their similarity, and why it is kept (or ""): each kept one before its like."""
+    rows = {kept: [(kept, kept, 1.0, why)] for kept, why in zip(group.kept, group.why, strict=True)}
+    for place, of, similarity in zip(group.dropped, group.of, group.similarity, strict=True):
+        rows[of].append((of, place, similarity, ""))
+    return [row for some in rows.values() for row in some]
 
 
 def _write(path: Path, embeddings: Embeddings, groups: list[Group]) -> None:
     """Write a line for each item of each group."""
     from .arguments import NAMES, row_of
 
-    lines: list[list[object]] = [["group", "kept", "similarity", "why", "place", *NAMES]]
+    lines: list[list[object]] = [["group", "kept", "similarity", "of", "why", "place", *NAMES]]
     for number, group in enumerate(groups, 1):
-        rows = [(group.kept, 1.0, group.why), *((*of, "") for of in zip(group.dropped, group.similarity, strict=True))]
-        for place, similarity, why in rows:
+        for kept, place, similarity, why in _rows(group):
             row = row_of(embeddings, place)
-            kept = int(place == group.kept)
-            lines.append([number, kept, f"{similarity:.6f}", why, place, *(row.get(name) for name in NAMES)])
+            names = (row.get(name) for name in NAMES)
+            lines.append([number, int(place == kept), f"{similarity:.6f}", kept, why, place, *names])
     write_rows(path, lines)

@@ -1,4 +1,4 @@
-"""Groups of near duplicates, and which item of each is kept."""
+"""Groups of near duplicates, and which items of each are kept."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .similar import linked, similar_pairs
+from .similar import Pairs, cosines, linked, similar_pairs
 
 if TYPE_CHECKING:
     from .embeddings import Embeddings
@@ -24,16 +24,21 @@ class Group:
     """Items that are linked by near duplicates.
 
     Attributes:
-        kept: the item that stays.
+        kept: the items that stay, the best first. There are several in a chain, whose ends are no near duplicates.
+        why: what speaks for each of these.
         dropped: the others, in their order.
-        similarity: of each of the others with the one that stays, which may be below the threshold in a chain.
-        why: what speaks for the one that stays.
+        of: the kept item that each of these is a near duplicate of: of several, the most similar one.
+        similarity: of each of the dropped items with that one.
     """
 
-    kept: int
-    dropped: list[int]
-    similarity: list[float]
-    why: str
+    kept: list[int] = dataclasses.field(default_factory=list)
+    why: list[str] = dataclasses.field(default_factory=list)
+    dropped: list[int] = dataclasses.field(default_factory=list)
+    of: list[int] = dataclasses.field(default_factory=list)
+    similarity: list[float] = dataclasses.field(default_factory=list)
+
+    def __len__(self) -> int:
+        return len(self.kept) + len(self.dropped)
 
 
 def near_duplicates(
@@ -42,14 +47,16 @@ def near_duplicates(
 ) -> list[Group]:  # fmt: skip
     """Find the near duplicates among images.
 
-    Two items belong to one group if their features have a cosine of at least the threshold, if a column "sha256" or
-    "md5" of the metadata has the same value for both, or if a chain of such pairs leads from one to the other.
+    Two items are near duplicates if their features have a cosine of at least the threshold, or if a column "sha256" or
+    "md5" of the metadata has the same value for both. Items are looked at from the best to the worst, and an item is
+    dropped if it is a near duplicate of one that was kept before. So no two of those that are kept are near duplicates,
+    and each that is dropped has its like among them. Chains of near duplicates are groups.
 
     Args:
         embeddings: with features of images.
         threshold: from -1 to 1.
-        keep: which item of a group stays: the "first", the "largest" by width x height, or the "best" by the product
-            of the features of image and text. Of equal ones it is the first.
+        keep: which item is better: the "first", the "largest" by width x height, or the "best" by the product of the
+            features of image and text. Of equal ones it is the first.
         device, progress: as :func:`~clipfast.search.similar.similar_pairs` takes them.
 
     Returns:
@@ -63,24 +70,58 @@ def near_duplicates(
     if features is None:
         raise ValueError("near duplicates need image features, and there are none")
     worth, words = _worth(embeddings, keep)
+    count = len(features)
     pairs = similar_pairs(features, threshold, device=device, progress=progress)
-    groups = linked(torch.cat([pairs.places, *_equal(embeddings)]), len(features))
-    members: dict[int, list[int]] = {}
-    for place in (groups.bincount(minlength=len(features))[groups] > 1).nonzero().squeeze(1).tolist():
-        members.setdefault(int(groups[place]), []).append(place)
-    return [_group(features, places, worth, words) for places in members.values()]
+    order = torch.tensor(sorted(range(count), key=None if worth is None else lambda place: -worth[place]))
+    digests = _digests(embeddings)
+    of = _kept_ones(pairs, order, digests)
+    members = linked(torch.cat([pairs.places, _equal(digests)]), count)
+    is_shown = (members.bincount(minlength=count) > 1)[members]
+    groups = {root: Group() for root in members[is_shown].unique().tolist()}
+    for place in order[is_shown[order] & (of[order] == order)].tolist():
+        group = groups[int(members[place])]
+        group.kept.append(place)
+        group.why.append(words if worth is None else words.format(worth[place]))
+    dropped = torch.stack([torch.arange(count), of], 1)[of != torch.arange(count)]
+    for (place, like), similarity in zip(dropped.tolist(), cosines(features, dropped).tolist(), strict=True):
+        group = groups[int(members[place])]
+        group.dropped.append(place)
+        group.of.append(like)
+        group.similarity.append(similarity)
+    return list(groups.values())
 
 
-def _group(features: Tensor, places: list[int], worth: Sequence[float] | None, words: str) -> Group:
-    kept = places[0] if worth is None else max(places, key=worth.__getitem__)  # max takes the first of equal ones
-    dropped = [place for place in places if place != kept]
-    similarity = F.cosine_similarity(features[dropped].double(), features[[kept]].double())
-    why = words if worth is None else words.format(worth[kept])
-    return Group(kept, dropped, similarity.tolist(), why)
+def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]]) -> Tensor:
+    """Return for each item [N] the kept one that it is a near duplicate of: itself if it is kept.
+
+    Args:
+        pairs: of similar items.
+        order: the items, the best first.
+        digests: lists of a value for each item, or None: items with the same one are near duplicates.
+    """
+    ranks = order.argsort()[pairs.places]
+    better = ranks.amin(1)
+    by = better.argsort(stable=True)
+    worse, similarity = ranks.amax(1)[by].numpy(), pairs.similarity[by].numpy()
+    starts = torch.searchsorted(better[by], torch.arange(len(order) + 1)).tolist()
+    of, best = np.arange(len(order)), np.full(len(order), -np.inf)
+    kept: dict[object, int] = {}
+    for rank, place in enumerate(order.tolist()):
+        own = [column[place] for column in digests if column[place] is not None]
+        if of[rank] == rank:
+            of[rank] = min((kept[digest] for digest in own if digest in kept), default=rank)
+        if of[rank] == rank:
+            kept |= dict.fromkeys(own, rank)
+            others, likeness = worse[starts[rank] : starts[rank + 1]], similarity[starts[rank] : starts[rank + 1]]
+            nearer = likeness > best[others]
+            of[others[nearer]], best[others[nearer]] = rank, likeness[nearer]
+    found = torch.empty_like(order)
+    found[order] = order[torch.from_numpy(of)]
+    return found
 
 
 def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
-    """Return what the items of a group are compared by, and words for it.
+    """Return what items are compared by, and words for it.
 
     Raises:
         ValueError: there is nothing to compare them by.
@@ -103,13 +144,14 @@ def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
     return [(width or 0) * (height or 0) for width, height in sizes], "{:,} pixels"
 
 
-def _equal(embeddings: Embeddings) -> list[Tensor]:
-    """Return pairs of items of which a column says that they are equal: each with the first that is like it."""
-    found = []
-    for name in DIGESTS:
-        first: dict[str, int] = {}
-        if name in embeddings.metadata.column_names:
-            digests = enumerate(embeddings.metadata.column(name).to_pylist())
-            pairs = [(first.setdefault(digest, place), place) for place, digest in digests if digest]
-            found.append(torch.tensor(pairs, dtype=torch.int64).view(-1, 2))
-    return found
+def _digests(embeddings: Embeddings) -> list[list[object]]:
+    """Return a list for each column that says which items are equal, with None where it says nothing."""
+    names = [name for name in DIGESTS if name in embeddings.metadata.column_names]
+    return [[(name, x) if x else None for x in embeddings.metadata.column(name).to_pylist()] for name in names]
+
+
+def _equal(digests: Sequence[Sequence[object]]) -> Tensor:
+    """Return pairs of items with the same digest: each with the first that has it."""
+    first: dict[object, int] = {}
+    pairs = [(first.setdefault(one, place), place) for column in digests for place, one in enumerate(column) if one]
+    return torch.tensor(pairs, dtype=torch.int64).view(-1, 2)

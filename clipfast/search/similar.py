@@ -78,7 +78,7 @@ def similar_pairs(
                     f"more than {MOST_PAIRS:,} pairs have a similarity of {threshold:g} or more: raise the threshold"
                 )
     places = torch.cat(found)
-    similarity = _cosines(features, places)
+    similarity = cosines(features, places)
     places, similarity = places[similarity >= threshold], similarity[similarity >= threshold]
     order = (places[:, 0] * len(features) + places[:, 1]).argsort()
     return Pairs(places[order], similarity[order])
@@ -137,7 +137,7 @@ def _unit(features: Tensor, scales: Tensor, rows: slice, device: torch.device) -
     return features[rows].to(device).float() * scales[rows, None].to(device)
 
 
-def _cosines(features: Tensor, places: Tensor) -> Tensor:
+def cosines(features: Tensor, places: Tensor) -> Tensor:
     """Return the cosines of pairs, float64, on the CPU."""
     found = [torch.empty(0, dtype=torch.float64)]
     for some in places.split(max(1, RESCORED // max(1, features.shape[1]))):

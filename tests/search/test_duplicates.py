@@ -7,7 +7,9 @@ import pytest
 import torch
 
 from clipfast import Embeddings
+from clipfast.search import similar
 from clipfast.search.duplicates import near_duplicates
+from clipfast.search.filtering import pair_scores
 
 
 @pytest.fixture(scope="module")
@@ -37,49 +39,61 @@ def cosines(x, y):
     return (x * y).sum(-1) / np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
 
 
-def plain(embeddings, threshold):
-    """The groups of more than one item, by going from each item to all that are linked with it."""
+def plain(embeddings, threshold, worth):
+    """The groups of more than one item, by going from each item to all that are linked with it; and what is kept.
+
+    That takes each item in turn, the best first, and keeps it unless one that was kept is its near duplicate.
+    """
     x = embeddings.features.double().numpy()
-    linked = cosines(x[:, None], x) >= threshold
+    near = cosines(x[:, None], x) >= threshold
     for name in ("md5", "sha256"):
         values = np.array(embeddings.metadata.column(name).to_pylist(), dtype=object)
-        linked |= (values[:, None] == values) & (values != None)  # noqa: E711
-    groups, seen = [], set()
+        near |= (values[:, None] == values) & (values != None)  # noqa: E711
+    groups, seen, kept = [], set(), []
     for place in range(len(x)):
         group, ahead = set(), [place]
         while ahead:
             one = ahead.pop()
             if one not in group:
                 group.add(one)
-                ahead += np.flatnonzero(linked[one]).tolist()
+                ahead += np.flatnonzero(near[one]).tolist()
         if len(group) > 1 and place not in seen:
             groups.append(sorted(group))
         seen |= group
-    return groups
+    for place in np.argsort(-worth, kind="stable").tolist():
+        if not near[place, kept].any():
+            kept.append(place)
+    return groups, kept, near
 
 
 @pytest.mark.parametrize("threshold", [0.8, 0.9, 0.97, 1.0])
 @pytest.mark.parametrize("keep", ["first", "largest", "best"])
-def test_groups_and_what_is_kept(planted, threshold, keep):
-    expected = plain(planted, threshold)
+def test_groups_and_what_is_kept(planted, threshold, keep, monkeypatch):
     x, texts = planted.features.double().numpy(), planted.text_features.double().numpy()
     width, height = (np.array(planted.metadata.column(name).to_pylist(), dtype=float) for name in ("width", "height"))
     area = np.nan_to_num(width) * height
-    worth = {"first": -np.arange(len(x)), "largest": area, "best": cosines(x, texts).astype(np.float32)}[keep]
+    best = pair_scores(planted.features, planted.text_features).numpy()
+    np.testing.assert_allclose(best, cosines(x, texts), rtol=1e-5)
+    worth = {"first": -np.arange(len(x)), "largest": area, "best": best}[keep]
+    expected, kept, near = plain(planted, threshold, worth)
     found = near_duplicates(planted, threshold, keep)
-    assert [sorted([group.kept, *group.dropped]) for group in found] == expected
+    assert [sorted([*group.kept, *group.dropped]) for group in found] == expected
     assert len(expected) > 2
     for group, members in zip(found, expected, strict=True):
-        assert group.kept == next(
-            place for place in members if np.isclose(worth[place], max(worth[members]), rtol=1e-6)
-        )
-        assert group.dropped == [place for place in members if place != group.kept]
-        np.testing.assert_allclose(group.similarity, cosines(x[group.dropped], x[group.kept]), rtol=0, atol=1e-12)
-    ties = [members for members in expected if np.isclose(worth[members], max(worth[members]), rtol=1e-6).sum() > 1]
-    assert ties or keep == "first"
+        assert group.kept == [place for place in kept if place in members]
+        assert group.dropped == [place for place in members if place not in kept]
+        assert near[group.dropped, group.of].all()
+        assert set(group.of) <= set(group.kept)
+        np.testing.assert_allclose(group.similarity, cosines(x[group.dropped], x[group.of]), rtol=0, atol=1e-12)
+    monkeypatch.setattr(similar, "ROWS", 24)
+    monkeypatch.setattr(similar, "COLUMNS", 8)
+    monkeypatch.setattr(similar, "RESCORED", 100)
+    assert near_duplicates(planted, threshold, keep) == found  # to the last bit, however many blocks there are
 
 
-def test_a_chain_is_one_group_though_its_ends_differ(planted):
-    longest = max(near_duplicates(planted, 0.97), key=lambda group: len(group.dropped))
-    assert len(longest.dropped) > 40
-    assert min(longest.similarity) < 0.9
+def test_a_chain_keeps_what_is_unlike_and_says_the_most_similar():
+    angles = torch.tensor([0.0, 0.2, 0.41, 0.6, 0.8, 1.0])  # each is nearer than 0.25 to the next, and to no other
+    chain = Embeddings(torch.stack([angles.cos(), angles.sin()], 1), {"md5": ["a", None, None, None, None, "a"]})
+    (group,) = near_duplicates(chain, float(np.cos(0.25)))
+    assert (group.kept, group.dropped, group.of) == ([0, 2, 4], [1, 3, 5], [0, 2, 4])
+    assert group.similarity == pytest.approx(np.cos([0.2, 0.19, 0.2]).tolist(), abs=1e-6)
