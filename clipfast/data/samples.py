@@ -45,8 +45,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
             ``@SEED``.
 
     Raises:
-        ValueError: a local file does not exist or is no shard by its name, a name of synthetic pairs has another form,
-            or no shard is named.
+        ValueError: a local file does not exist, is a pipe or a device, or is no shard by its name, a name of synthetic
+            pairs has another form, or no shard is named.
     """
     from braceexpand import braceexpand
 
@@ -58,6 +58,11 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     if missing:
         raise ValueError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
     for shard in local:
+        if not (Path(shard).is_file() or Path(shard).is_dir()):  # as of <(cat a.tar): a first look would take its bytes
+            raise ValueError(
+                f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a file, "
+                "or name the command that makes it, as in 'pipe:cat a.tar'"
+            )
         if Path(shard).suffix.lower() in NO_SHARDS and Path(shard).is_file():
             raise ValueError(
                 f"{shard} is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv, .tsv, .jsonl) "

@@ -59,6 +59,9 @@ def test_shards_expand(tmp_path):
         expand_shards(f"{tmp_path}/y.tar::")  # and not the working folder
     with pytest.raises(ValueError, match="no bundled shard 'emoji/klingon'; there are: emoji/fluent, emoji/noto, emoj"):
         expand_shards("bundled:emoji/klingon")
+    os.mkfifo(tmp_path / "z.tar")  # which would be waited for, or lose the bytes that are looked at
+    with pytest.raises(ValueError, match=r"z\.tar is neither a file nor a folder: .* 'pipe:cat a\.tar'"):
+        expand_shards(f"{tmp_path}/*.tar")
 
 
 def test_not_a_tar_file(tmp_path):
