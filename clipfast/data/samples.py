@@ -60,8 +60,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     for shard in local:
         if not (Path(shard).is_file() or Path(shard).is_dir()):  # as of <(cat a.tar): a first look would take its bytes
             raise ValueError(
-                f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a file, "
-                "or name the command that makes it, as in 'pipe:cat a.tar'"
+                f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a "
+                "file, or name the command that makes it, as in 'pipe:cat a.tar'"
             )
         if Path(shard).suffix.lower() in NO_SHARDS and Path(shard).is_file():
             raise ValueError(
