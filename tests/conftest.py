@@ -5,11 +5,16 @@ GPU.
 """
 
 import atexit
+import contextlib
+import ctypes
+import multiprocessing
 import os
 import shutil
+import signal
 import sys
 import tempfile
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 
 # Before torch is imported: workers of pytest-xdist share the cores.
@@ -40,6 +45,16 @@ ON_GPU = torch.cuda.is_available() and not INTERPRET
 LEG = "interpreter" if INTERPRET else "gpu" if ON_GPU else "cpu"
 # The interpreter multiplies bfloat16 operands as raw bits; on a CPU the sanitizer leg covers that dtype.
 DTYPES = [torch.float32, torch.float16] + ([] if INTERPRET else [torch.bfloat16])
+
+
+# Under nohup and some CI, signals are ignored. Processes that a test starts would inherit that; a handler they do not.
+for _signum in (signal.SIGHUP, signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGUSR1):
+    if signal.getsignal(_signum) == signal.SIG_IGN:
+        signal.signal(_signum, lambda *_: None)
+# A process whose parent has ended becomes a child of this one, which so can end it.
+PR_SET_CHILD_SUBREAPER = 36
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
 # Files, classes and tests whose tests take seconds each: --fast leaves them out.
@@ -93,6 +108,35 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def device() -> torch.device:
     """Where the tensors of a kernel test live."""
     return torch.device("cuda" if ON_GPU else "cpu")
+
+
+def _descendants(pid: int | str, kept: set[int]) -> set[int]:
+    """Return the processes that come from ``pid``, without ``kept`` and what comes from these."""
+    found: set[int] = set()
+    with contextlib.suppress(OSError):  # it has ended
+        for task in os.listdir(f"/proc/{pid}/task"):
+            children = Path(f"/proc/{pid}/task/{task}/children").read_text().split()
+            found |= {int(child) for child in children} - kept
+    return found.union(*(_descendants(child, kept) for child in found))
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running() -> Iterator[None]:
+    """End every process that a test has started, whatever became of the test, but those that serve the next ones."""
+    before = _descendants("self", set())
+    yield
+    for child in multiprocessing.active_children():
+        if isinstance(child, multiprocessing.context.ForkServerProcess):
+            child.kill()
+            child.join()
+    workers = {child.pid for child in multiprocessing.active_children()}  # they end with their loader
+    servers = {forkserver._forkserver._forkserver_pid, resource_tracker._resource_tracker._pid}
+    while left := _descendants("self", before | workers | servers):
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ChildProcessError):  # its parent was killed just now: it is this one's child soon
+                os.waitpid(pid, 0)
 
 
 @pytest.fixture(autouse=True)

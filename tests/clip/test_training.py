@@ -81,8 +81,9 @@ def whole_and_resumed(shards, tmp_path, **options) -> tuple[RunFolder, RunFolder
 
 
 def command(shards, tmp_path, *extra: str) -> list[str]:
-    """The command line for a run of 24 steps that saves after each."""
+    """The command line for a run of 24 steps that saves after each, and keeps no more than the last ones."""
     options = "--name run --batch-size 8 --train-num-samples 96 --epochs 2 --warmup 2 --save-every 1 --unique-by label"
+    options += " --save-frequency 0"
     return ["train", "--train-data", shards, "--model", TINY, "--logs", str(tmp_path), *options.split(), *extra]
 
 
