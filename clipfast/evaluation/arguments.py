@@ -25,6 +25,7 @@ DATA_HELP = (
     "image folder with a sub-folder per class, or pairs as --train-data of clipfast train takes them; "
     "'bundled:emoji/fluent' ships with the package, 'synthetic:2048' is drawn"
 )
+DEFAULT_TEMPLATES = "plain"  # of all commands, and of the app
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -76,7 +77,8 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 def add_templates_argument(parser: argparse.ArgumentParser) -> None:
     """Add what says which prompts are made from a name."""
     templates = "prompts to average: plain, simple (7), openai (80), or a text file with one template per line"
-    parser.add_argument("--templates", default="plain", metavar="NAME", help=f"{templates} (default: plain)")
+    default = f"{templates} (default: {DEFAULT_TEMPLATES})"
+    parser.add_argument("--templates", default=DEFAULT_TEMPLATES, metavar="NAME", help=default)
 
 
 def add_device_argument(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,11 +34,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 IMAGE_PATH, NUMBER = "image_path", "number"  # the columns that name the file of a picture, and its place in the source
-MAX_FOUND = 200
+FOUND, MAX_FOUND = 24, 200  # items that are shown, by default and at most
+SAMPLES, TRIED = 4, 32  # captions that are offered as queries, and those among which they are chosen
 MAX_LABELS = 1000
 MAX_MAPS = 6
 MAX_RATIO = 5  # of the sides of a picture under heat maps: the time grows with it
 MAX_TEXT = 10_000  # characters of words, of an expression, or of all labels
+MAX_SAMPLE = 40  # characters of a caption that is offered
 SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # of pictures, in pixels
 
 
@@ -138,13 +141,33 @@ class Desk:
         names = (f"<code>{html.escape(name)}</code>" for name in self.embeddings.metadata.column_names)
         return f'<p class="quiet">Columns: {", ".join(names)}</p>'
 
+    def start(self) -> str:
+        """Return items from all over the set, which the page shows before anybody has asked."""
+        count = len(self.embeddings)
+        cards = [self._card(row) for row in range(0, count, -(-count // FOUND))]
+        return _cards(f"{len(cards):,} of {count:,}, from all over the set", cards)
+
+    def samples(self) -> str:
+        """Return captions as queries to begin with: such as find their own item, by this model."""
+        if "caption" not in self.embeddings.metadata.column_names:
+            return ""
+        captions, count = self.embeddings.metadata.column("caption"), len(self.embeddings)
+        tried = [str(captions[row].as_py() or "") for row in range(0, count, max(1, count // TRIED))]
+        tried = [words for words in dict.fromkeys(tried) if 0 < len(words) <= MAX_SAMPLE]
+        if not tried:
+            return ""
+        found = self.embeddings.search(self.encoder.texts(tried), 1, kind=self.kind).indices[:, 0].tolist()
+        known = [html.escape(words) for words, row in zip(tried, found, strict=True) if captions[row].as_py() == words]
+        chips = " ".join(f'<button data-words="{words}">{words}</button>' for words in known[:SAMPLES])
+        return f'<p class="samples">{chips}</p>'
+
     def search(self, words: str, picture: str | None, weight: float | None, where: str, k: float | None) -> str:
         """Return the items that fit words, a picture, or both best.
 
         Args:
             words: what is looked for, or "".
             picture: a file, or None.
-            weight: of the words, from 0 to 1, if there is a picture too.
+            weight: the share of the picture, from 0 to 1, if there are words too.
             where: an expression that the metadata must fulfil, or "".
             k: how many items to find.
 
@@ -161,17 +184,17 @@ class Desk:
             found.append(self._seen(picture))
         if len(found) == 2:
             if weight is None or not 0 <= weight <= 1:
-                raise ValueError(f"the weight of the words must be from 0 to 1, got {weight}")
-            found = [F.normalize(weight * found[0] + (1 - weight) * found[1], dim=0)]
+                raise ValueError(f"the weight of the picture must be from 0 to 1, got {weight}")
+            found = [F.normalize(weight * found[1] + (1 - weight) * found[0], dim=0)]
         return self._found(found[0], where, k)
 
     def similar(self, row: int, where: str, k: float | None) -> str:
-        """Return the items that are most similar to one of them.
+        """Return the items that are most similar to one of them, without this one.
 
         Raises:
             ValueError: there is no such item, the expression cannot be used, or ``k`` is out of range.
         """
-        return self._found(self.embeddings.feature(row, self.kind), where, k)
+        return self._found(self.embeddings.feature(row, self.kind), where, k, without=row)
 
     def detail(self, row: int) -> str:
         """Return an item as a large picture with all that is known of it.
@@ -215,7 +238,7 @@ class Desk:
             for place in similarities.argsort(descending=True, stable=True).tolist()
         ]
         head = "<tr><th>label</th><th>probability</th><th>similarity</th></tr>"
-        return f'<table class="labels"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
+        return f'<table class="labels" role="status"><thead>{head}</thead><tbody>{"".join(rows)}</tbody></table>'
 
     def heat_map(self, picture: str | None, texts: str) -> str:
         """Return a picture under its heat map for each text.
@@ -255,22 +278,26 @@ class Desk:
         """Return the features of a picture that was dropped."""
         return self.encoder.images(self.encoder.transform(open_image(picture))[None])[0]
 
-    def _found(self, query: Tensor, where: str, k: float | None) -> str:
+    def _found(self, query: Tensor, where: str, k: float | None, without: int | None = None) -> str:
         if k is None or not (float(k).is_integer() and 1 <= k <= MAX_FOUND):
             raise ValueError(f"the number of results must be a whole number from 1 to {MAX_FOUND}, got {k}")
         where = _checked(where, "filter").strip()
-        scores, indices = self.embeddings.search(query, int(k), where=where or None, kind=self.kind)
+        mask = self.embeddings.mask(where) if where else np.ones(len(self.embeddings), bool)
+        if without is not None:
+            mask[without] = False
+        scores, indices = self.embeddings.search(query, int(k), where=mask, kind=self.kind)
         rows = [row for row in indices[0].tolist() if row >= 0]
         cards = [self._card(row, score) for row, score in zip(rows, scores[0].tolist(), strict=False)]
-        count = f"{len(cards):,} of {len(self.embeddings):,}" if cards else "No item fulfils the filter."
-        return f'<p class="quiet" role="status">{count}</p><ul class="cards">{"".join(cards)}</ul>'
+        return _cards(f"{len(cards):,} of {len(self.embeddings):,}" if cards else "No item fulfils the filter.", cards)
 
-    def _card(self, row: int, score: float) -> str:
+    def _card(self, row: int, score: float | None = None) -> str:
         metadata = row_of(self.embeddings, row)
-        caption = html.escape(str(metadata.get("caption") or metadata.get("key") or ""))
+        name = Path(str(metadata.get(IMAGE_PATH) or metadata.get("key") or "")).name
+        said = html.escape(str(metadata.get("caption") or ""))
+        line = said if score is None else f"<b>{score:.4f}</b> {said}"
         return (
             f'<li><button class="card" data-row="{row}">{self._picture(metadata, SIDE)}'
-            f'<span class="line"><b>{score:.4f}</b> {caption}</span></button></li>'
+            f'<span class="line">{line}</span><span class="name">{html.escape(name)}</span></button></li>'
         )
 
     def _picture(self, metadata: dict[str, Any], side: int) -> str:
@@ -283,6 +310,10 @@ class Desk:
             return f'<span class="none">{html.escape(str(error))}</span>'
         label = html.escape(str(metadata.get("caption") or metadata[IMAGE_PATH]))
         return f'<img src="{thumbnail(image, side)}" alt="{label}">'
+
+
+def _cards(count: str, cards: Sequence[str]) -> str:
+    return f'<p class="quiet" role="status">{count}</p><ul class="cards">{"".join(cards)}</ul>'
 
 
 def answer(function: Callable[..., str], *given: Any) -> str:

@@ -26,11 +26,11 @@ def test_search_by_words_gives_the_items_of_an_exact_search(desk, encoder, embed
 def test_a_picture_finds_itself_and_the_weight_mixes_it_with_words(desk, folder, encoder, embeddings):
     picture = str(folder / FOLDER / "3.png")
     assert rows(desk.search("", picture, 0.5, "height < 50", 1)) == [3]
-    for weight, words in ((0, "x"), (1, ""), (0.3, "some words")):
+    for weight, words in ((1, "x"), (0, "x"), (0.3, "some words")):
         image = embeddings.features[3]
-        text = encoder.texts([words or "x"])[0]
-        mixed = torch.nn.functional.normalize(weight * text + (1 - weight) * image, dim=0)
-        found = desk.search(words or "x", picture, weight, "", 9)
+        text = encoder.texts([words])[0]
+        mixed = torch.nn.functional.normalize(weight * image + (1 - weight) * text, dim=0)
+        found = desk.search(words, picture, weight, "", 9)
         assert rows(found) == embeddings.search(mixed, 9).indices[0].tolist()
 
 
@@ -39,8 +39,18 @@ def test_a_filter_limits_what_is_found(desk):
     assert "No item fulfils the filter" in desk.search("x", None, 0.5, "height > 1000", 9)
 
 
-def test_similar_ones_of_an_item_start_with_itself(desk):
-    assert rows(desk.similar(4, "height < 50", 3))[0] == 4
+def test_similar_ones_of_an_item_are_others(desk, embeddings):
+    best = [row for row in embeddings.search(embeddings.features[4], 9).indices[0].tolist() if row not in (4, 6, 7, 8)]
+    assert rows(desk.similar(4, "height < 50", 9)) == best
+
+
+def test_it_starts_with_pictures_and_with_queries_that_find_what_they_say(desk, encoder, embeddings):
+    assert rows(desk.start()) == list(range(9))
+    texts = encoder.texts(["one", "two", "three"])
+    captions = ["one", "<b>", "three"]  # the second is not what was embedded
+    known = Desk(Embeddings(texts, {"caption": captions}), encoder, Pictures([])).samples()
+    assert re.findall('data-words="(.*?)"', known) == ["one", "three"]
+    assert Desk(Embeddings(texts), encoder, Pictures([])).samples() == ""
 
 
 def test_all_text_is_shown_as_text(desk):
