@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from clipfast.arguments import add_output
+from clipfast.arguments import run as run_checked
 from clipfast.kernels.dtypes import DTYPES
 
 from . import results, tables, tune
@@ -53,7 +55,8 @@ def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> in
     add_commands(parser)
     args = parser.parse_args(argv)
     try:
-        return run(args)
+        args.run = run
+        return run_checked(args)
     except KeyboardInterrupt:
         print("bench: interrupted", file=sys.stderr)
         return 130
@@ -103,7 +106,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add("--no-breakdown", action="store_true", help="leave out the pass that traces where the time of a step goes")
     add("--no-plots", action="store_true", help="draw no plots")
     target = f"{results.FOLDER}/<card>/<date>-<what>-<commit>.json"
-    add("--json", type=Path, metavar="FILE", help=f"result file (default: {target})")
+    add_output(parser, "--json", is_held=False, help=f"result file (default: {target})")
     add("--compare", metavar="BASE", help="time this commit and the checkout in turns, and say which is slower")
 
 

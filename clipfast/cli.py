@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, ClassVar, NoReturn
 
 from . import __version__
+from .arguments import run
 
 # Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
 COMMANDS = {
@@ -62,9 +63,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if chosen == BENCH[0]:
             bench: Callable[..., int] = pkgutil.resolve_name(f"{BENCH[2]}:main")
             return bench(arguments[1:], prog="clipfast bench")
-        args = _parser(chosen).parse_args(arguments)
-        code: int = args.run(args)
-        return code
+        return run(_parser(chosen).parse_args(arguments))
     except KeyboardInterrupt:
         print(f"clipfast {chosen}: interrupted", file=sys.stderr)
         return 130

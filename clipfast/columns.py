@@ -37,16 +37,6 @@ def align(
     )
 
 
-def check_rows_target(flag: str, path: Path | None) -> None:
-    """Refuse a file for rows, which ``flag`` names, if its name does not say what stands between cells.
-
-    Raises:
-        ValueError: as above.
-    """
-    if path is not None and path.suffix.lower() not in DELIMITERS:
-        raise ValueError(f"{flag} {path}: the name must end in one of {', '.join(DELIMITERS)}")
-
-
 def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write rows of cells to a .csv or .tsv file.
 

@@ -1,12 +1,20 @@
 """Files that are replaced as a whole: a reader, or a kill at any moment, never meets half of one."""
 
+from __future__ import annotations
+
+import contextlib
 import errno
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_held: dict[Path, Path | None] = {}  # the files and folders that wait for each other, and where they are by now
 
 
 class DiskFullError(OSError):
@@ -34,8 +42,7 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
         write(temporary)
         temporary.chmod(mode)  # safetensors puts a file in its place that only the owner may read
         sync(temporary)
-        temporary.replace(path)
-        sync(path.parent)
+        _place(temporary, path)
     except Exception as error:
         if not path.parent.is_dir():
             raise
@@ -47,7 +54,8 @@ def replace_file(path: Path, write: Callable[[Path], object], size: int = 0) -> 
         reason = reason or "the disk is full"
         raise DiskFullError(f"{path} cannot be written: {reason}; {wanted}{free / 1e6:,.1f} MB are free") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if _held.get(path.absolute()) != temporary:
+            temporary.unlink(missing_ok=True)
 
 
 def write_folder(path: Path, write: Callable[[Path], object]) -> None:
@@ -70,23 +78,52 @@ def write_folder(path: Path, write: Callable[[Path], object]) -> None:
         sync(temporary)
         if path.exists() or path.is_symlink():
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
-        temporary.rename(path)
-        sync(path.parent)
+        _place(temporary, path)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if _held.get(path.absolute()) != temporary:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
-def check_target(*paths: Path | None) -> None:
+@contextlib.contextmanager
+def together(paths: Iterable[Path]) -> Iterator[None]:
+    """Let ``replace_file`` and ``write_folder`` put some files and folders in place at the end, or none on an error."""
+    _held.update(dict.fromkeys(path.absolute() for path in paths))
+    try:
+        yield
+        for path, temporary in list(_held.items()):
+            if temporary is not None:
+                del _held[path]
+                _place(temporary, path)
+    finally:
+        for left in filter(None, _held.values()):
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        _held.clear()
+
+
+def _place(temporary: Path, path: Path) -> None:
+    """Move what is written into place and onto the disk, or note where it is until others are written."""
+    if path.absolute() in _held:
+        _held[path.absolute()] = temporary
+        return
+    temporary.replace(path)
+    sync(path.parent)
+
+
+def save_figure(figure: Figure, path: Path, dpi: int = 120) -> None:
+    """Write a figure of matplotlib in the format that the name ends in."""
+    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=dpi, format=path.suffix[1:].lower()))
+
+
+def check_target(path: Path) -> None:
     """Refuse a file that could not be written, before the work whose result it is to hold.
 
     Raises:
         ValueError: its folder does not exist, or it is a folder itself.
     """
-    for path in paths:
-        if path is not None and not path.absolute().parent.is_dir():
-            raise ValueError(f"no folder {path.parent} to write {path.name} in")
-        if path is not None and path.is_dir():
-            raise ValueError(f"{path} is a folder, not a file to write")
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"no folder {path.parent} to write {path.name} in")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, not a file to write")
 
 
 def replace_text(path: Path, text: str) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import triton
 
-from clipfast.files import check_target, replace_text
+from clipfast.arguments import add_output
+from clipfast.files import replace_text
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
 from clipfast.kernels.launch import INTERPRET, Launch
@@ -151,7 +152,7 @@ def add_parser(commands: Any) -> None:
     add("--arch", nargs="+", type=int, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
     add("--case", default="", metavar="TEXT", help="report only cases whose name contains TEXT")
     add("--peers", action="store_true", help="report the kernels of installed peers too")
-    add("--json", type=Path, metavar="FILE", help="write everything to FILE too")
+    add_output(parser, "--json", help="write everything to FILE too")
     add("--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)")
     add("--jobs", type=int, metavar="N", help="number of processes (default: one for each core)")
     add("--traceback", action="store_true", help="show where an error was raised")
@@ -163,7 +164,7 @@ def add_parser(commands: Any) -> None:
     add("--tflops", type=float, default=H100.power_flops / 1e12, metavar="X",
         help="1e12 FLOP/s of PyTorch's own products (default: %(default)g)")  # fmt: skip
     add("--against", nargs="+", metavar="FILE", help="results of clipfast bench to put beside the predictions")
-    add("--chart", type=Path, metavar="FILE", help="draw where the time of each step goes, as a picture")
+    add_output(what, "--chart", help="draw where the time of each step goes, as a picture")
     add("--quick", action="store_true", help="run less of each kernel: within 2%% of the whole for most")
     parser.set_defaults(run=run)
 
@@ -175,8 +176,6 @@ def run(args: argparse.Namespace) -> int:
         ValueError, RuntimeError: see :func:`inspect_all`.
         ValueError, OSError: the snapshot or a result file cannot be read.
     """
-    check_target(args.json)
-    check_target(args.chart)
     if args.chart is not None and not args.predict:
         raise ValueError("--chart draws predicted steps: give --predict too")
     return _predict(args) if args.predict else _report(args)

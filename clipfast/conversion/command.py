@@ -14,6 +14,7 @@ an error that names the flag which decides.
 import argparse
 from typing import Any
 
+from ..arguments import add_output
 from .targets import TARGETS
 
 EPILOG = """\
@@ -40,7 +41,8 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("source", metavar="SRC", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to convert")
-    add("destination", metavar="DST", help="file or folder to write; it must not exist")
+    destination = "file or folder to write, which must not exist"
+    add_output(parser, "destination", metavar="DST", is_held=False, help=destination)
     add("--to", required=True, metavar="LAYOUT", help=f"layout of DST: {', '.join(TARGETS)}")
     add("--model", metavar="NAME", help="the model, where SRC does not say it: a name, or a JSON file as OpenCLIP's")
     add(
@@ -65,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     info = convert(
         args.source, args.destination, args.to, model=args.model, activation=args.activation,
         image_size=args.image_size, context_length=args.context_length, trust=args.trust,
-        cache_dir=args.cache_dir,
+        cache_dir=args.cache_dir, overwrite=args.overwrite,
     )  # fmt: skip
     print(f"wrote {describe(info)}")
     return 0

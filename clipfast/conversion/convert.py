@@ -27,6 +27,7 @@ def convert(
     context_length: int | None = None,
     trust: bool = False,
     cache_dir: str | Path | None = None,
+    overwrite: bool = False,
 ) -> CheckpointInfo:
     """Convert a checkpoint into another layout. The layout of ``source`` is recognised.
 
@@ -38,7 +39,7 @@ def convert(
             ``open_clip_config.json``, a folder of transformers' CLIPModel or SiglipModel, a folder of
             torch.distributed.checkpoint, or OpenAI's TorchScript archive; or, on the Hugging Face hub,
             ``hf-hub:ORG/REPO`` or ``MODEL:TAG`` of :func:`clipfast.list_pretrained`.
-        destination: what to write. It must not exist; after an error it does not exist either.
+        destination: what to write. It must not exist, but see ``overwrite``; after an error it is as before.
         to: "open_clip" (a folder that OpenCLIP and clipfast load as ``local-dir:FOLDER``), "hf" (a folder for
             transformers) or "clipfast" (a ``.pt`` file that ``create_model`` builds by itself).
         model: the model's name, or the path of its JSON configuration, for a checkpoint that does not say it.
@@ -48,6 +49,7 @@ def convert(
         context_length: resize the positions of texts to so many tokens.
         trust: read a TorchScript archive, which may run its code.
         cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
+        overwrite: replace ``destination`` if it is a file. A folder is never replaced.
 
     Returns:
         What was written, as :func:`inspect_checkpoint` describes it.
@@ -61,7 +63,7 @@ def convert(
     """
     destination = Path(destination)
     wishes = Wishes(model, activation, image_size, context_length)
-    _check_destination(destination, to)
+    _check_destination(destination, to, overwrite=overwrite)
     contents = resolve(read_contents(source, trust=trust, cache_dir=cache_dir), wishes)
     if to == CLIPFAST:
         _write_clipfast(destination, contents)
@@ -71,10 +73,10 @@ def convert(
     return inspect_checkpoint(destination)
 
 
-def _check_destination(destination: Path, to: str) -> None:
+def _check_destination(destination: Path, to: str, *, overwrite: bool) -> None:
     if to not in TARGETS:
         raise ValueError(f"--to must be one of {', '.join(TARGETS)}, got {to!r}")
-    if destination.exists() or destination.is_symlink():
+    if (destination.exists() or destination.is_symlink()) and not (overwrite and destination.is_file()):
         raise ValueError(f"{destination} exists already: name another destination, or remove it")
     check_target(destination)
     if to == CLIPFAST and destination.suffix != ".pt":

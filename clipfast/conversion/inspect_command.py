@@ -9,11 +9,11 @@ a pickle is run.
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import add_output
 from ..columns import align
-from ..files import check_target, replace_text
+from ..files import replace_text
 from ..units import BYTES, scaled
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def add_parser(commands: Any) -> None:
     add("file", metavar="FILE", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to look at")
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
-    add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    add_output(parser, "--json", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
@@ -48,7 +48,6 @@ def run(args: argparse.Namespace) -> int:
     """Print what the checkpoint is, and return the exit code."""
     from .inspection import inspect_checkpoint
 
-    check_target(args.json)
     info = inspect_checkpoint(args.file, trust=args.trust, cache_dir=args.cache_dir)
     print(describe(info))
     if args.json is not None:

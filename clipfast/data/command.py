@@ -9,13 +9,13 @@ that have changed are read again.
 import argparse
 import json
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..arguments import add_output
 from ..columns import align
-from ..files import check_target, replace_text
+from ..files import replace_text
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
@@ -38,7 +38,7 @@ def add_parser(commands: Any) -> None:
     add_arguments(parser, SOURCE_OPTIONS)
     add("--workers", type=int, default=1, metavar="N", help="processes that read shards (default: 1)")
     add("--unique-by", metavar="KEY", help="also read this json key, or 'caption', as training with --unique-by does")
-    add("--json", type=Path, metavar="FILE", help="also write the result to FILE")
+    add_output(parser, "--json", help="also write the result to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
@@ -50,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     from .open import open_sources
     from .samples import expand_shards
 
-    check_target(args.json)
     started = time.perf_counter()
     index = IndexCache(separator=separator_of(vars(args)))
     sources = open_sources(expand_shards(args.shards), args.workers, index, whole=True)

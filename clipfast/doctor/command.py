@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..arguments import add_output
 from ..columns import align
-from ..files import check_target, replace_text
+from ..files import replace_text
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS
 from .findings import NOTE, PROBLEM, Finding, looked
@@ -37,14 +38,13 @@ def add_parser(commands: Any) -> None:
     add("--data", metavar="SHARDS", help="also look at these shards, named as for --train-data of clipfast train")
     add_arguments(parser, SOURCE_OPTIONS)
     add("--folder", type=Path, default=Path("runs"), metavar="DIR", help="--logs of clipfast train (default: runs)")
-    add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    add_output(parser, "--json", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print what is found, group by group, and return the exit code."""
-    check_target(args.json)
     found: dict[str, list[Finding]] = {}
     for group, look in looks(args.folder, args.data, vars(args)).items():
         found[group] = looked(look, traceback=args.traceback)

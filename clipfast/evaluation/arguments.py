@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..arguments import DRAWN, add_output, folder
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
@@ -96,52 +97,18 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what says how the work is done, and where its results go."""
     add = parser.add_argument
     kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
-    add("--features", type=Path, metavar="FOLDER", help=kept)
+    add("--features", type=folder, metavar="FOLDER", help=kept)
     add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
     add("--workers", type=int, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
     add_device_argument(parser)
     add_backend_argument(parser)
     timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
     add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
-    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_output(parser, "--json", help="also write the results to this file")
     add("--traceback", action="store_true", help="show where an error was raised")
     add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
     plot = "also draw the results, in the format that the name ends in, such as .png, .svg or .pdf"
-    add("--plot", type=Path, metavar="FILE", help=plot)
-
-
-def check_outputs(args: argparse.Namespace, **drawn: Path | None) -> None:
-    """Refuse what results cannot be written to, before the work.
-
-    Args:
-        args: name the files that all tasks may write.
-        **drawn: further pictures, by the names of their options.
-
-    Raises:
-        ValueError: a folder does not exist, a file is in its place, or a plot has no format that can be drawn.
-    """
-    from ..files import check_target
-
-    if args.features and args.features.exists() and not args.features.is_dir():
-        raise ValueError(f"--features {args.features} is a file, not a folder")
-    drawn = {"plot": args.plot, **drawn}
-    check_target(args.json, *drawn.values(), getattr(args, "html", None))
-    for name, path in drawn.items():
-        check_drawn(name, path)
-
-
-def check_drawn(name: str, path: Path | None) -> None:
-    """Refuse a file to draw if its name has no format that can be drawn; ``name`` is that of the flag.
-
-    Raises:
-        ValueError: as above.
-    """
-    if path is not None:
-        from matplotlib.figure import Figure
-
-        known = Figure().canvas.get_supported_filetypes()
-        if path.suffix[1:].lower() not in known:
-            raise ValueError(f"--{name} {path}: the name must end in one of .{', .'.join(sorted(known))}")
+    add_output(parser, "--plot", ends=DRAWN, help=plot)
 
 
 def steps_drawer(
@@ -180,13 +147,11 @@ def session(args: argparse.Namespace) -> Iterator[Session]:
     """Join the other ranks, if there are any, and build the model that the arguments name.
 
     Raises:
-        ValueError: the model, its weights or the device cannot be used, or a target cannot be written.
+        ValueError: the model, its weights or the device cannot be used.
     """
-    from ..files import check_target
     from ..training.world import joined
     from .store import FeatureStore
 
-    check_target(args.json)
     with joined(args.device, args.dist_timeout) as world:
         encoder = load_encoder(args, args.model, args.pretrained, world)
         yield Session(encoder, None if args.features is None else FeatureStore(args.features), world)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..arguments import DRAWN, add_output
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 from .arguments import (
@@ -44,10 +45,10 @@ def add_parser(commands: Any) -> None:
     add("--label-by", metavar="KEY", help="column or json key that names the class (default: the caption does)")
     add("--classnames", metavar="FILE", help="'imagenet', or a text file with one name per class, in their order")
     add_templates_argument(parser)
-    add("--plot", type=Path, metavar="FILE", help="draw the accuracy on each set over alpha")
-    add("--json", type=Path, metavar="FILE", help="also write all results to this file")
+    add_output(parser, "--plot", ends=DRAWN, help="draw the accuracy on each set over alpha")
+    add_output(parser, "--json", help="also write all results to this file")
     save = "write the model at this alpha to a new folder, which OpenCLIP and clipfast load as local-dir:FOLDER"
-    add("--save", nargs=2, metavar=("ALPHA", "FOLDER"), help=save)
+    add_output(parser, "--save", is_folder=True, nargs=2, metavar=("ALPHA", "FOLDER"), help=save)
     add("--model", metavar="NAME", help="the model of both, where they do not say it: a name, or a JSON file")
     add("--activation", metavar="NAME", help="gelu or quick_gelu, where the checkpoints do not say it")
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
@@ -62,13 +63,12 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Evaluate the models, print a table, save what was asked for, and return the exit code."""
     from ..factory import resolve_device
-    from ..files import check_target, replace_text
+    from ..files import replace_text
     from .interpolation import EvaluationSettings, Interpolation, evaluate_path
     from .labelled import LabelledSet
 
     alphas, saved = sorted(set(args.alpha)), _saved(args.save)
     _check(args, [*alphas, *([] if saved is None else [saved[0]])])
-    check_target(args.plot, args.json, None if saved is None else saved[1])
     if args.plot is not None:  # it needs matplotlib, whose lack must not be found at the end
         from .pictures import interpolation_plot
     settings = EvaluationSettings(
@@ -119,7 +119,7 @@ def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
     """Return the alpha and the folder of ``--save``.
 
     Raises:
-        ValueError: the first is no number, or there is something at the second.
+        ValueError: the first is no number.
     """
     if words is None:
         return None
@@ -127,10 +127,7 @@ def _saved(words: Sequence[str] | None) -> tuple[float, Path] | None:
         alpha = float(words[0])
     except ValueError:
         raise ValueError(f"--save needs an alpha and a folder, got {words[0]!r} as the alpha") from None
-    folder = Path(words[1])
-    if folder.exists() or folder.is_symlink():
-        raise ValueError(f"{folder} exists already: name another folder, or remove it")
-    return alpha, folder
+    return alpha, Path(words[1])
 
 
 def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:

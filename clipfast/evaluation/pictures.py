@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..files import save_figure
 from .classification import Classified, recalls
 from .evaluate import Evaluation
 from .labelled import LabelledImage
@@ -36,7 +37,7 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
         right.set_ylabel("validation, %", color="tab:orange")
         right.set_ylim(0, 1.1 * max(1.0, *(100 * result["zero_shot"]["top5"] for _, result in evals)))
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path: Path) -> None:
@@ -63,7 +64,7 @@ def contact_sheet(images: Iterable[LabelledImage], evaluation: Evaluation, path:
             style: dict[str, Any] = {"color": RIGHT, "weight": "bold"} if right else {"color": WRONG}
             label = f"{'✓' if right else k + 1} {shorten(prediction, 30)}"
             text.text(0, 0.92 - 0.2 * k, label, fontsize=8.5, va="top", transform=text.transAxes, **style)
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -92,7 +93,7 @@ def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> No
             axis.plot(top1[names[0]], top1[name], marker="o", color=f"C{number}", label=shorten(name, 40))
         for alpha, x, y in zip(alphas, top1[names[0]], top1[names[1]], strict=True):
             axis.annotate(f"{alpha:g}", (x, y), textcoords="offset points", xytext=(4, 4), fontsize=8)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def zero_shot_plot(results: dict[str, Any], classified: Classified, path: Path) -> None:
@@ -122,7 +123,7 @@ def zero_shot_plot(results: dict[str, Any], classified: Classified, path: Path) 
     recall = (100 * recalls(classified)).sort().values.tolist()
     curve.step([100 * (place + 0.5) / len(recall) for place in range(len(recall))], recall, where="mid")
     curve.set(xlabel="classes from the worst to the best, %", ylabel="recall of the class, %", xlim=(0, 100))
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def retrieval_plot(results: dict[str, Any], path: Path) -> None:
@@ -142,7 +143,7 @@ def retrieval_plot(results: dict[str, Any], path: Path) -> None:
     axis.set_xticks(sorted(named), [str(k) for k in sorted(named)])
     axis.minorticks_off()
     axis.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def shorten(text: str, length: int, *, keep_end: bool = False) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..files import replace_file
+from ..files import save_figure
 from .pictures import shorten
 
 MOST = 12  # figures that are named
@@ -35,4 +35,4 @@ def steps_plot(points: Sequence[tuple[int, Mapping[str, float]]], title: str, pa
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     figure.legend(loc="outside lower center", ncols=2)
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format=path.suffix[1:]))
+    save_figure(figure, path)

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ..files import save_figure
 from .pictures import error_bars, shorten
 from .suite import label
 
@@ -40,4 +41,4 @@ def suite_figure(results: dict[str, Any], rows: list[dict[str, Any]]) -> Figure:
 
 def suite_plot(results: dict[str, Any], rows: list[dict[str, Any]], path: Path) -> None:
     """Draw the picture to a file; arguments as for :func:`suite_figure`."""
-    suite_figure(results, rows).savefig(path, dpi=120)
+    save_figure(suite_figure(results, rows), path)

@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterable
 from pathlib import Path
 
-from .arguments import check_outputs
-
 INTERVAL = 30  # seconds between two looks at a run that is watched
 
 
@@ -58,5 +56,4 @@ def check_watch(args: argparse.Namespace, refused: Iterable[str]) -> float:
     interval: float = INTERVAL if args.interval is None else args.interval
     if not 0 < interval < math.inf:
         raise ValueError(f"--interval must be more than 0, and finite, got {interval}")
-    check_outputs(args)
     return interval

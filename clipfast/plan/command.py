@@ -16,11 +16,11 @@ import dataclasses
 import json
 import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import add_output
 from ..columns import align
-from ..files import check_target, replace_text
+from ..files import replace_text
 from ..units import BYTES, COUNTS, ONES, SECONDS, scaled
 from . import training_command
 
@@ -83,7 +83,7 @@ def add_parser(commands: Any) -> None:
         add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     add("--largest", action="store_true", help="also search the largest batch that fits, in minutes, up to 16384 a GPU")
     add("--check", action="store_true", help="run the step on this machine, and compare with the prediction")
-    add("--json", type=Path, metavar="FILE", help="also write everything to FILE")
+    add_output(parser, "--json", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
     training_command.add_arguments(parser, count, _number)
     parser.set_defaults(run=run)
@@ -124,7 +124,6 @@ def _problem(args: argparse.Namespace) -> "Problem":
     pairs = args.pairs or (256 * gpus if args.check else 32768)
     if args.dtype not in DTYPES:
         raise ValueError(f"--dtype: unknown {args.dtype!r}; known: {', '.join(DTYPES)}")
-    check_target(args.json)
     for flag, value, most in (("gpus", gpus, 8), ("pairs", pairs, 16384)):
         if args.check and value > most:
             raise ValueError(f"--check runs every rank on this machine: --{flag} must be at most {most}, got {value}")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..columns import align
-from ..files import check_target, replace_text
+from ..files import replace_text
 from ..units import BYTES, SECONDS, scaled
 
 if TYPE_CHECKING:
@@ -99,7 +99,6 @@ def check_arguments(args: argparse.Namespace) -> None:
     for name in ("samples_seen", "price_per_gpu_hour", "context_gb", "slack") if args.check else ():
         if hasattr(args, name):
             raise ValueError(f"{_flag(name)} has no effect with --check: leave it out")
-    check_target(args.json)
 
 
 def run(args: argparse.Namespace, cluster: "Cluster") -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import add_output
 from ..evaluation.arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
@@ -33,8 +34,8 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = F
 def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     """Add in which forms results go out; ``page`` says what is on the page."""
     add = parser.add_argument
-    add("--html", type=Path, metavar="FILE", help=f"write a page with {page} to this file")
-    add("--json", type=Path, metavar="FILE", help="also write the results to this file")
+    add_output(parser, "--html", help=f"write a page with {page} to this file")
+    add_output(parser, "--json", help="also write the results to this file")
     add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
     add("--traceback", action="store_true", help="show where an error was raised")
 

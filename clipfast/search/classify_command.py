@@ -40,9 +40,6 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Classify, show the probabilities, and return the exit code."""
-    from ..files import check_target
-
-    check_target(args.json, args.html)
     labels, templates = _labels(args), read_templates(args.templates)
     missing = [path for path in args.images if not path.is_file()]
     if missing:

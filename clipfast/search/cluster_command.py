@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import add_output
 from ..evaluation.arguments import add_device_argument, write_results
 from .arguments import add_folder_argument, add_result_arguments
 
@@ -40,7 +41,8 @@ def add_parser(commands: Any) -> None:
     init = "first centres: far from each other, or any features (default: k-means++)"
     add("--init", choices=("k-means++", "random"), default="k-means++", help=init)
     add("--label-by", metavar="COLUMN", help="call each cluster by its most frequent value of this column")
-    add("--write", type=Path, metavar="FILE", help="write the cluster of each item as a Parquet file (.parquet)")
+    written = "write the cluster of each item as a Parquet file (.parquet)"
+    add_output(parser, "--write", ends=[".parquet"], help=written)
     add_device_argument(parser)
     add_result_arguments(parser, "the pictures that are nearest to the centre of each cluster")
     parser.set_defaults(run=run)
@@ -48,11 +50,6 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Cluster, show the clusters, and return the exit code."""
-    from ..files import check_target
-
-    if args.write and args.write.suffix.lower() != ".parquet":
-        raise ValueError(f"--write {args.write}: the name must end in .parquet")
-    check_target(args.write, args.json, args.html)
     from ..factory import resolve_device
     from .arguments import Pictures, features_of, write_gallery
     from .clusters import spherical_k_means

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..columns import check_rows_target, write_rows
+from ..arguments import add_output
+from ..columns import DELIMITERS, write_rows
 from ..evaluation.arguments import add_device_argument, write_results
 from .arguments import add_folder_argument, add_result_arguments
 
@@ -37,8 +38,8 @@ def add_parser(commands: Any) -> None:
     add("--threshold", type=float, default=0.95, metavar="FLOAT", help=threshold)
     keep = "of near duplicates, keep the first, the largest by width x height, or the one that fits its caption best"
     add("--keep", choices=("first", "largest", "best"), default="first", help=f"{keep} (default: first)")
-    add("--write", type=Path, metavar="FILE", help="write the groups as a table (.csv or .tsv)")
-    add("--write-keys", type=Path, metavar="FILE", help="write the keys of all items that are kept, one a line")
+    add_output(parser, "--write", ends=DELIMITERS, help="write the groups as a table (.csv or .tsv)")
+    add_output(parser, "--write-keys", help="write the keys of all items that are kept, one a line")
     add_device_argument(parser)
     add_result_arguments(parser, f"the groups, of which the {SHOWN} largest are shown")
     parser.set_defaults(run=run)
@@ -46,12 +47,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Find the duplicates, say how many there are, and return the exit code."""
-    from ..files import check_target
-
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
-    check_rows_target("--write", args.write)
-    check_target(args.write, args.write_keys, args.json, args.html)
     from tqdm import tqdm
 
     from ..factory import resolve_device

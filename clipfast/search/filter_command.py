@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import DRAWN, add_output
 from ..evaluation.arguments import write_results
 from .arguments import add_folder_argument, add_result_arguments
 
@@ -35,11 +36,11 @@ def add_parser(commands: Any) -> None:
     add_folder_argument(parser)
     add("--min-score", type=float, metavar="FLOAT", help="keep pairs with at least this score, such as 0.28")
     add("--top", type=float, metavar="FLOAT", help="keep this share of the pairs, those of the highest scores")
-    add("--write-keys", type=Path, metavar="FILE", help="write the keys of the pairs that are kept, one a line")
+    add_output(parser, "--write-keys", help="write the keys of the pairs that are kept, one a line")
     shards = "copy the pairs that are kept to tar shards of 10,000 in this folder, which must not exist"
-    add("--write-shards", type=Path, metavar="FOLDER", help=shards)
+    add_output(parser, "--write-shards", is_folder=True, metavar="FOLDER", help=shards)
     plot = "draw the distribution of scores, in the format that the name ends in, such as .png, .svg or .pdf"
-    add("--plot", type=Path, metavar="FILE", help=plot)
+    add_output(parser, "--plot", ends=DRAWN, help=plot)
     add_result_arguments(parser, "pairs of the highest and lowest scores, and around the threshold")
     parser.set_defaults(run=run)
 
@@ -73,24 +74,14 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is read.
 
     Raises:
-        ValueError: no or two criteria are given, or one is out of range, or something cannot be written.
+        ValueError: no or two criteria are given, or one is out of range.
     """
-    from ..evaluation.arguments import check_drawn
-    from ..files import check_target
-
     if (args.min_score is None) == (args.top is None):
         raise ValueError("give either --min-score or --top")
     if args.top is not None and not 0 < args.top <= 1:
         raise ValueError(f"--top must be more than 0 and at most 1, got {args.top:g}")
     if args.min_score is not None and not -1 <= args.min_score <= 1:
         raise ValueError(f"--min-score must be from -1 to 1, got {args.min_score:g}")
-    check_target(args.write_keys, args.json, args.html, args.plot)
-    check_drawn("plot", args.plot)
-    if args.write_shards is not None:
-        if args.write_shards.exists():
-            raise ValueError(f"--write-shards {args.write_shards}: there is something; give a new folder")
-        if not args.write_shards.absolute().parent.is_dir():
-            raise ValueError(f"--write-shards {args.write_shards}: there is no folder {args.write_shards.parent}")
 
 
 def _results(args: argparse.Namespace, scores: Tensor, kept: Tensor) -> dict[str, Any]:
@@ -149,6 +140,8 @@ def _plot(path: Path, scores: Tensor, results: dict[str, Any]) -> None:
     """Draw a histogram of the scores, with the least score that is kept."""
     from matplotlib.figure import Figure
 
+    from ..files import save_figure
+
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axis = figure.subplots()
     axis.hist(scores.numpy(), bins=100, color="tab:blue")
@@ -157,4 +150,4 @@ def _plot(path: Path, scores: Tensor, results: dict[str, Any]) -> None:
         label = f"{results['kept']:,} are kept from {results['least_kept']:.4f} on"
         axis.axvline(results["least_kept"], color="tab:orange", label=label)
         axis.legend()
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

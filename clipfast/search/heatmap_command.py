@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ..arguments import DRAWN, add_output
 from ..evaluation.arguments import load_encoder
 from .arguments import add_encoder_arguments
 
@@ -26,8 +27,8 @@ def add_parser(commands: Any) -> None:
     add("texts", nargs="+", metavar="TEXT", help="what to look for, in the words that the model was trained on")
     add_encoder_arguments(parser, required=True)
     output = "picture to write, in the format that the name ends in, such as .png, .svg or .pdf"
-    add("--output", type=Path, required=True, metavar="FILE", help=output)
-    add("--html", type=Path, metavar="FILE", help="also write a page on which each map can be seen larger")
+    add_output(parser, "--output", ends=DRAWN, required=True, help=output)
+    add_output(parser, "--html", help="also write a page on which each map can be seen larger")
     kinds = "values of the last attention (as MaskCLIP), or the output tokens (default: values)"
     add("--features", default="values", choices=("values", "tokens"), help=kinds)
     scores = "similarity to each text, or its softmax over several texts (default: cosine)"
@@ -45,14 +46,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the heat maps, say where each is highest, and return the exit code."""
-    from ..evaluation.arguments import check_drawn
-    from ..files import check_target, replace_file
+    from ..files import save_figure
     from ..images import open_image
     from ..training.world import ALONE
     from .heatmap import draw, heat_maps, shares, side_of, to_tensor
 
-    check_target(args.output, args.html)
-    check_drawn("output", args.output)
     for name in ("size", "batch_size"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -68,8 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if args.scores == "softmax":
         maps, label = shares(maps, encoder.model.logit_scale.exp().item()), "share of the text"
     figure = draw([(picture, maps, args.texts)], label=label)
-    kind = args.output.suffix[1:].lower()
-    replace_file(args.output, lambda path: figure.savefig(path, dpi=120, format=kind))
+    save_figure(figure, args.output)
     print(f"wrote {args.output}", file=sys.stderr)
     peaks = [_peak(heat, picture.size) for heat in maps]
     for text, (score, x, y) in zip(args.texts, peaks, strict=True):

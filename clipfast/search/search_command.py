@@ -47,11 +47,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, show what was found, and return the exit code."""
-    from ..files import check_target
-
     texts = [*args.text, *(read_queries(args.queries) if args.queries else [])]
     _check(args, texts)
-    check_target(args.json, args.html)
     from .arguments import Pictures, encoder_of, features_of, write_gallery
     from .embeddings import Embeddings
 

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ..arguments import DRAWN, add_output
+
 
 def add_parser(commands: Any) -> None:
     """Add the subcommand."""
@@ -20,7 +22,7 @@ def add_parser(commands: Any) -> None:
     runs = "folder of a run, or a folder of runs (default: runs); several runs are one table"
     add("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN", help=runs)
     curves = "also draw loss, learning rate, logit scale, speed, waiting for data and evaluations over the steps"
-    add("--plot", type=Path, metavar="FILE", help=f"{curves}; several runs lie over each other")
+    add_output(parser, "--plot", ends=DRAWN, is_held=False, help=f"{curves}; several runs lie over each other")
     add("--json", action="store_true", help="print JSON: a list with an object for each run")
     add("--follow", action="store_true", help="refresh until every run has ended, or Ctrl-C")
     add("--interval", type=float, default=5.0, metavar="SECONDS", help="time between two refreshes (default: 5)")
@@ -30,13 +32,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the status of all runs, and return the exit code."""
-    from ..files import check_target
     from .history import find_runs, read_history
     from .status import ENDED, described, read_status, table
 
     if not args.interval > 0:
         raise ValueError(f"--interval must be more than 0, got {args.interval}")
-    check_target(args.plot)
     while True:
         runs = find_runs(args.runs)
         statuses = [read_status(path) for path in runs]

@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ..files import replace_file
+from ..files import save_figure
 from .history import History
 
 # Title of a panel, the figure of a line that it shows, and a factor on it.
@@ -47,8 +47,7 @@ def plot_runs(histories: Sequence[History], path: Path) -> None:
     else:
         lines = [axes[0].plot([], [], color=_colour(number))[0] for number in range(len(names))]
         figure.legend(lines, names, loc="outside lower center", ncols=min(len(names), 5), frameon=False)
-    kind = path.suffix.lstrip(".") or "png"
-    replace_file(path, lambda temporary: figure.savefig(temporary, dpi=120, format=kind))
+    save_figure(figure, path)
 
 
 def _curves(axis: Axes, histories: Sequence[History], key: str, factor: float) -> None:

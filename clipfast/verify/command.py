@@ -4,10 +4,9 @@ import argparse
 import contextlib
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
-from ..files import check_target
+from ..arguments import add_output
 
 DESCRIPTION = """\
 Hold every kernel, a whole model and a training curve to PyTorch, and say by how much they keep the rule.
@@ -47,8 +46,8 @@ def add_parser(commands: Any) -> None:
     add("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     add("--quick", action="store_true", help="fewer cases, about a minute")
     add("--all-rows", action="store_true", help="print every output, not the nearest to its limit")
-    add("--junit", type=Path, metavar="FILE", help="write JUnit XML, a testcase for each row")
-    add("--json", type=Path, metavar="FILE", help="write all rows, kept up to date while it runs")
+    add_output(parser, "--junit", is_held=False, help="write JUnit XML, a testcase for each row")
+    add_output(parser, "--json", is_held=False, help="write all rows, kept up to date while it runs")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
@@ -63,7 +62,6 @@ def run(args: argparse.Namespace) -> int:
     given = {"ops": args.op, "models": args.model, "dtypes": args.dtype, "against": args.against}
     chosen: dict[str, Any] = {key: tuple(value) for key, value in given.items() if value is not None}
     options = Options(device=args.device, quick=args.quick, **chosen)
-    check_target(args.json, args.junit)
     rows: list[CheckResult] = []
     started, complete = time.perf_counter(), False
     bar = _Progress(number_of_groups(options) if sys.stderr.isatty() else 0)

@@ -194,7 +194,7 @@ class Harmful:
         (["--alpha", "1.5", "--val-data", "old.tar"], "alpha must be from 0 (A) to 1 (B), got 1.5"),
         (["--save", "2", "x"], "alpha must be from 0 (A) to 1 (B), got 2.0"),
         (["--save", "half", "x"], "--save needs an alpha and a folder, got 'half' as the alpha"),
-        (["--save", "0.5", "."], ". exists already: name another folder, or remove it"),
+        (["--save", "0.5", "."], ". exists already: give another name, or remove it"),
         (["--save", "0.5", "no/x"], "no folder no to write"),
         (["--plot", "no/p.png", "--val-data", "old.tar"], "no folder no to write p.png in"),
         (["--val-data", "old.tar", "--val-data", "old.tar"], "--val-data old.tar is given more than once"),

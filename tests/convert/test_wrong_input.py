@@ -221,11 +221,11 @@ def wrong_ending(vit, hf, root):
 
 
 def destination_exists(vit, hf, root):
-    return ["own.pt", "own.pt"], "own.pt exists already: name another destination, or remove it"
+    return ["own.pt", "own.pt"], "own.pt exists already: "
 
 
 def folder_exists(vit, hf, root):
-    return ["own.pt", "hf", "--to", "open_clip"], "hf exists already: name another destination, or remove it"
+    return ["own.pt", "hf", "--to", "open_clip"], "hf exists already: "
 
 
 def no_folder_to_write_in(vit, hf, root):

@@ -164,7 +164,7 @@ def test_cluster(capsys, home):
     assert [one["size"] for one in found["clusters"]] == [groups.count(number) for number in range(4)]
     assert groups[3] == groups[20]
     assert {one["name"] for one in found["clusters"]} <= {"even", "odd"}
-    assert found == results(capsys, "cluster", "embedded", *arguments)
+    assert found == results(capsys, "cluster", "embedded", *arguments, "--overwrite")
     page = (home / "clusters.html").read_text()
     for one in found["clusters"]:
         assert f'<span class="name">cluster {one["cluster"]}: {one["name"]} ({one["size"]:,} in all)</span>' in page
@@ -216,7 +216,7 @@ WRONG = [
     ("filter embedded --top 0", "--top must be more than 0 and at most 1, got 0"),
     ("filter embedded --min-score nan", "--min-score must be from -1 to 1, got nan"),
     ("filter pictures --top 0.3", "filter needs text features, and there are none: embed again with --texts"),
-    ("filter embedded --top 0.3 --write-shards embedded", "--write-shards embedded: there is something"),
+    ("filter embedded --top 0.3 --write-shards embedded", "--write-shards embedded exists already: give another name"),
     ("filter embedded --top 0.3 --plot a.xyz", "--plot a.xyz: the name must end in one of"),
     ("cluster embedded --k 0", "--k must be from 1 to the number of items, 24, got 0"),
     ("cluster embedded --k 25", "--k must be from 1 to the number of items, 24, got 25"),

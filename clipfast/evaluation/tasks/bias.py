@@ -14,7 +14,6 @@ from ..arguments import (
     add_model_arguments,
     add_prompt_arguments,
     add_run_arguments,
-    check_outputs,
     encoded,
     labelled_set,
     read_classnames,
@@ -128,7 +127,6 @@ def _check(args: argparse.Namespace) -> None:
     wrong = [threshold for threshold in args.threshold if not 0 < threshold < 1]
     if wrong:
         raise ValueError(f"--threshold must be between 0 and 1, got {wrong[0]:g}")
-    check_outputs(args)
 
 
 def _classes(found: LabelledFeatures) -> Tensor:

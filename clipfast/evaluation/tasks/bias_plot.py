@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ...files import save_figure
 from ..pictures import error_bars, shorten
 
 LONGEST = 28  # characters of a name at an axis
@@ -32,7 +33,7 @@ def bias_plot(results: dict[str, Any], path: Path) -> None:
             row[1].legend(fontsize=8)
         if has_queries:
             _skews(row[-1], figures["retrieval"][-1])
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _label(name: str, figures: dict[str, Any]) -> str:

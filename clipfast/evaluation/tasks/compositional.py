@@ -5,16 +5,15 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import add_output
 from ..arguments import (
     HelpFormatter,
     Session,
     add_model_arguments,
     add_reading_arguments,
     add_run_arguments,
-    check_outputs,
     encoded,
     labelled_set,
     result_of,
@@ -62,7 +61,7 @@ def add_parser(tasks: Any) -> None:
     add_reading_arguments(parser)
     add_run_arguments(parser)
     page = "write a page with the figures, and pictures with their captions and scores, to this file"
-    add("--html", type=Path, metavar="FILE", help=page)
+    add_output(parser, "--html", help=page)
     add("--per-group", type=int, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
     parser.set_defaults(run=run)
 
@@ -71,7 +70,6 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results, and return the exit code."""
     if args.per_group < 1:
         raise ValueError(f"--per-group must be at least 1, got {args.per_group}")
-    check_outputs(args)
     images = labelled_set(args)
     from .compositional_sets import format_of, open_cases
 

@@ -5,6 +5,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ...files import save_figure
 from ..pictures import error_bars, shorten
 from .compositional_scores import MEAN
 
@@ -46,7 +47,7 @@ def groups_plot(results: dict[str, Any], path: Path) -> None:
         axis.set_xlabel(division)
     axes[0].set(ylabel="right, %, with 95% intervals", ylim=(0, 104))
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(names) + 1)
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)
 
 
 def _largest(groups: dict[str, Any]) -> dict[str, Any]:

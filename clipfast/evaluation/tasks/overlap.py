@@ -7,14 +7,14 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...columns import align, check_rows_target, write_rows
+from ...arguments import add_output
+from ...columns import DELIMITERS, align, write_rows
 from ..arguments import (
     HelpFormatter,
     add_data_arguments,
     add_model_arguments,
     add_prompt_arguments,
     add_run_arguments,
-    check_outputs,
     encoded_by,
     labelled_set,
     read_classnames,
@@ -61,10 +61,10 @@ def add_parser(tasks: Any) -> None:
     add("--plant", type=int, default=0, metavar="INT", help=plant)
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    add("--html", type=Path, metavar="FILE", help="write a page with pairs of pictures, the most similar first")
+    add_output(parser, "--html", help="write a page with pairs of pictures, the most similar first")
     add("--pairs", type=int, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
     pairs = "write the most similar training image of each test image, the most similar pair first"
-    add("--write", type=Path, metavar="FILE", help=f"{pairs} (.csv or .tsv)")
+    add_output(parser, "--write", ends=DELIMITERS, help=f"{pairs} (.csv or .tsv)")
     parser.set_defaults(run=run)
 
 
@@ -125,8 +125,6 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: numbers are out of range, or files cannot be written.
     """
-    from ...files import check_target
-
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
     if args.plant < 0:
@@ -135,9 +133,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
     if args.train_data == args.data:
         raise ValueError(f"--train-data and --data are both {args.data}: each image would be a duplicate of itself")
-    check_rows_target("--write", args.write)
-    check_target(args.write)
-    check_outputs(args)
 
 
 def _thresholds(args: argparse.Namespace) -> list[float]:

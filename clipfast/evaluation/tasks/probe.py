@@ -14,7 +14,6 @@ from ..arguments import (
     add_model_arguments,
     add_prompt_arguments,
     add_run_arguments,
-    check_outputs,
     encoded,
     labelled_set,
     read_classnames,
@@ -120,7 +119,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
     if args.plot and not args.shots:
         raise ValueError("--plot draws accuracy over --shots: give some, such as --shots 1 2 4 8 16")
-    check_outputs(args)
 
 
 def _features(args: argparse.Namespace, at: Session, names: dict[str, str]) -> dict[str, LabelledFeatures]:

@@ -5,6 +5,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ...files import save_figure
+
 
 def few_shot_plot(results: dict[str, Any], path: Path) -> None:
     """Plot accuracy over the number of training images per class, with zero-shot as a line.
@@ -34,4 +36,4 @@ def few_shot_plot(results: dict[str, Any], path: Path) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title(f"{results['model']}: {results['classes']} classes, test on {results['dataset']}", fontsize=9)
     figure.legend(loc="outside lower center")
-    figure.savefig(path, dpi=120)
+    save_figure(figure, path)

@@ -9,7 +9,6 @@ from ..arguments import (
     add_data_arguments,
     add_model_arguments,
     add_run_arguments,
-    check_outputs,
     encoded,
     labelled_set,
     result_of,
@@ -47,7 +46,6 @@ def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results, and return the exit code."""
     if min(args.k) < 1:
         raise ValueError(f"--k must be at least 1, got {min(args.k)}")
-    check_outputs(args)
     images = labelled_set(args)
 
     with session(args) as at:

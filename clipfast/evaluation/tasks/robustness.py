@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import DRAWN, add_output
 from ..arguments import (
     HelpFormatter,
     Session,
@@ -14,7 +15,6 @@ from ..arguments import (
     add_model_arguments,
     add_prompt_arguments,
     add_run_arguments,
-    check_outputs,
     encoded_by,
     labelled_set,
     load_encoder,
@@ -74,7 +74,7 @@ def add_parser(tasks: Any) -> None:
     add("--baseline-model", nargs="+", default=[], metavar="MODEL", help=models)
     add_prompt_arguments(parser)
     add_run_arguments(parser)
-    add("--examples", type=Path, metavar="FILE", help="also draw what the synthetic shifts look like")
+    add_output(parser, "--examples", ends=DRAWN, help="also draw what the synthetic shifts look like")
     parser.set_defaults(run=run)
 
 
@@ -132,7 +132,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--examples draws synthetic shifts: give --synthetic")
     if not args.model:
         raise ValueError("--model is needed: what to evaluate")
-    check_outputs(args, examples=args.examples)
 
 
 def _encoders(args: argparse.Namespace, at: Session, others: Sequence[tuple[str, str]]) -> list[Encoder]:

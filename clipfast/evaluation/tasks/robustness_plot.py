@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
+from ...files import save_figure
 from ..effective_robustness import AVERAGE, Line, Point, is_usable
 from ..labelled import LabelledSet
 from ..pictures import shorten
@@ -51,7 +52,7 @@ def robustness_plot(results: Mapping[str, Any], path: Path) -> None:
     figure.suptitle(
         f"base: {shorten(results['dataset'], 50, keep_end=True)}, {results['classes']:,} classes", fontsize=11
     )
-    figure.savefig(path, dpi=110)
+    save_figure(figure, path, dpi=110)
 
 
 def _compared(results: Mapping[str, Any]) -> list[str]:
@@ -169,7 +170,7 @@ def examples_sheet(base: LabelledSet, results: Mapping[str, Any], path: Path) ->
             axis.imshow(picture)
             axis.set_title(title, fontsize=9)
             axis.axis("off")
-    figure.savefig(path, dpi=100)
+    save_figure(figure, path, dpi=100)
 
 
 def _first_from(base: LabelledSet, start: int, places: int) -> Any:

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import add_output
 from ..arguments import (
     HelpFormatter,
     add_model_arguments,
     add_run_arguments,
-    check_outputs,
     load_encoder,
     named_models,
     steps_drawer,
@@ -62,7 +62,7 @@ def add_parser(tasks: Any) -> None:
     add("--solver", choices=("auto", "scikit-learn", "torch"), default="auto", help=solver)
     add("--seed", type=int, default=0, metavar="INT", help="of the split that chooses C without 'val' (default: 0)")
     add_run_arguments(parser)
-    add("--html", type=Path, metavar="FILE", help="write a page with all results and a picture to this file")
+    add_output(parser, "--html", help="write a page with all results and a picture to this file")
     parser.set_defaults(run=run)
 
 
@@ -123,7 +123,6 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
             f"--json {args.json}: clip_benchmark build takes every .json in {args.output} for a result of one set, so "
             "that the summary must be elsewhere"
         )
-    check_outputs(args)
     return named_models(args.model, args.pretrained)
 
 

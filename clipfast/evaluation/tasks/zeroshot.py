@@ -1,15 +1,14 @@
 """``clipfast eval zeroshot``: classification by prompts, without training on the task."""
 
 import argparse
-from pathlib import Path
 from typing import Any
 
+from ...arguments import add_output
 from ..arguments import (
     add_data_arguments,
     add_model_arguments,
     add_prompt_arguments,
     add_run_arguments,
-    check_outputs,
     encoded,
     labelled_set,
     read_classnames,
@@ -44,7 +43,7 @@ def add_parser(tasks: Any) -> None:
     add("--worst", type=int, default=10, metavar="INT", help="how many of the worst classes to name (default: 10)")
     add_run_arguments(parser)
     page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
-    add("--html", type=Path, metavar="FILE", help=page)
+    add_output(parser, "--html", help=page)
     parser.set_defaults(run=run)
 
 
@@ -55,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
     check_unwatched(args)
     if args.worst < 0:
         raise ValueError(f"--worst must not be negative, got {args.worst}")
-    check_outputs(args)
     templates, classnames = {args.templates: read_templates(args.templates)}, read_classnames(args.classnames)
     if args.compare_templates:
         templates = {**{name: read_templates(name) for name in COMPARED}, **templates}

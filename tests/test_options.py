@@ -1,0 +1,113 @@
+"""What every command keeps with every option of a kind. Options are found in the parsers, so that none is forgotten."""
+
+import argparse
+from pathlib import Path
+
+import pytest
+
+from clipfast import arguments, cli, files
+from clipfast.arguments import Output
+from clipfast.bench import cli as bench
+
+from .clip.conftest import run_command
+
+# What takes a path and is no output that a command makes anew: it is read, or is a place that several commands share.
+READ = {
+    "--page", "--results", "--tables", "--features", "--folder", "--queries", "--image", "--pictures", "--baseline",
+    "--added-labels", "--root", "--watch", "folder", "file", "images", "image", "runs",
+}  # fmt: skip
+PLACES = {("embed", "--output"), ("eval suite", "--output")}  # these go on where they were stopped
+
+
+def leaves(parser, name):
+    """Yield the name and the parser of each command that has no subcommands."""
+    inner = [action for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+    if not inner:
+        yield name, parser
+    for action in inner:
+        for word, each in action.choices.items():
+            yield from leaves(each, f"{name} {word}".strip())
+
+
+def commands():
+    """Return the parsers of all commands."""
+    benchmarks = cli.Parser()
+    bench.add_commands(benchmarks)
+    found = [leaf for command in cli.COMMANDS for leaf in leaves(cli._parser(command), "")]
+    return {**dict(found), **dict(leaves(benchmarks, "bench"))}
+
+
+ALL = commands()
+OUTPUTS = [(name, action) for name, parser in ALL.items() for action in parser._actions if isinstance(action, Output)]
+
+
+def named(action):
+    return action.option_strings[-1] if action.option_strings else action.dest
+
+
+def line(name, given, *flags):
+    """Return a command line with values of some options; what else is required has any value that its type has."""
+    words, positional = [*name.split(), *flags], []
+    for action in ALL[name]._actions:
+        if action in given or action.required:
+            value = ["1"] * (action.nargs if isinstance(action.nargs, int) else 1)
+            value[-1] = str(given.get(action, "a.png" if isinstance(action, Output) else value[-1]))
+            value = [next(iter(action.choices))] if action.choices else value
+            (words if action.option_strings else positional).extend([*action.option_strings[-1:], *value])
+    return [*words, "--", *positional] if positional else words
+
+
+def place(output, folder):
+    """Return a path that the output may have."""
+    return folder / f"there{'.png' if output.ends == arguments.DRAWN else next(iter(output.ends), '.pt')}"
+
+
+def test_every_path_is_an_output_or_known_to_be_read():
+    paths = {
+        (name, named(action))
+        for name, parser in ALL.items()
+        for action in parser._actions
+        if action.type in (Path, arguments.folder) and not isinstance(action, Output)
+    }
+    assert {one for one in paths if one[1] not in READ} == PLACES
+
+
+@pytest.mark.parametrize(("name", "output"), OUTPUTS, ids=[f"{name} {named(action)}" for name, action in OUTPUTS])
+def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    path = place(output, tmp_path)
+    path.write_bytes(b"kept")
+    code, _, err = run_command(capsys, *line(name, {output: path}))
+    assert (code, path.read_bytes()) == (2, b"kept")
+    assert f"{path} exists already" in err
+    if output.is_folder:
+        return
+    taken = [one for one in ALL[name]._actions if one.type in (None, Path) and one.metavar and not one.choices]
+    read = next(one for one in taken if not isinstance(one, Output))
+    for value in (f"x::{path}", tmp_path):
+        code, _, err = run_command(capsys, *line(name, {output: path, read: value}, "--overwrite"))
+        assert (code, path.read_bytes()) == (2, b"kept")
+        assert any(text in err for text in ("is an input of this command", "which this command reads")), err
+
+
+def test_a_failing_command_leaves_no_output(tmp_path):
+    def run(args):
+        files.replace_text(tmp_path / "a", "new")
+        files.write_folder(tmp_path / "b", lambda folder: (folder / "x").touch())
+        if args.fails:
+            raise OSError("the cable came off")
+        return 0
+
+    parser = argparse.ArgumentParser()
+    arguments.add_output(parser, "--a")
+    arguments.add_output(parser, "--b", is_folder=True)
+    parser.add_argument("--fails", action="store_true")
+    parser.set_defaults(run=run)
+    given = ["--a", str(tmp_path / "a"), "--b", str(tmp_path / "b")]
+    with pytest.raises(OSError, match="the cable"):
+        arguments.run(parser.parse_args([*given, "--fails"]))
+    assert not list(tmp_path.iterdir())
+    assert arguments.run(parser.parse_args(given)) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b"]
+    with pytest.raises(ValueError, match="two outputs"):
+        arguments.run(parser.parse_args(["--a", str(tmp_path / "c"), "--b", str(tmp_path / "c")]))
