@@ -254,7 +254,7 @@ class TestCommand:
         assert (read["problems"], read["notes"], list(read["groups"])) == (0, 1, ["software", "GPUs"])
         assert read["groups"]["GPUs"] == [{"name": "GPU", "value": "none", "status": "note", "fix": "buy one"}]
         found["software"].append(Finding("triton", "not installed", PROBLEM, "pip install triton"))
-        code, out, _ = run_command(capsys, "doctor", "--json", tmp_path / "d.json")
+        code, out, _ = run_command(capsys, "doctor", "--json", tmp_path / "d.json", "--overwrite")
         assert code == 1
         assert "  problem  triton  not installed\n                   -> pip install triton\n" in out
         assert json.loads((tmp_path / "d.json").read_text())["problems"] == 1

@@ -371,7 +371,10 @@ WRONG = {
     "batch size": (["--batch-size", "0"], "batch size must be at least 1, got 0"),
     "output is a file": (["--output", "{root}/wds_flickr8k/dataset_type.txt"], "is a file, not a folder"),
     "output is nowhere": (["--output", "nowhere/a"], "no folder nowhere to make a in"),
-    "json among results": (["--json", "{tmp}/out/all.json"], "clip_benchmark build takes every .json in {tmp}/out"),
+    "json among results": (
+        ["--output", "{tmp}", "--json", "{tmp}/all.json"],
+        "clip_benchmark build takes every .json in",
+    ),
     "html": (["--html", "nowhere/p.html"], "no folder nowhere to write p.html in"),
     "plot": (["--plot", "{tmp}/p.txt"], "the name must end in one of"),
     "no output": ([], "--output is needed: the folder for the results"),

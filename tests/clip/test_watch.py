@@ -243,7 +243,7 @@ def test_the_picture_is_drawn_anew_after_each_checkpoint(run, shards, tmp_path, 
     with drawn_at(path, steps):
         assert run_command(capsys, *command)[0] == 0
         assert steps == [[4], [4, 8]]
-        assert run_command(capsys, *command)[0] == 0
+        assert run_command(capsys, *command, "--overwrite")[0] == 0
     assert steps == [[4], [4, 8], [4, 8]]  # a watch that is started again shows what there is
 
 
@@ -275,7 +275,9 @@ def test_the_suite_is_evaluated_on_each_checkpoint(run, tmp_path, capsys):
     )
     expected = [found["metrics"] for found in json.loads(out)["results"]]
     assert [found["metrics"] for found in lines[1]["eval"]["results"]] == expected
-    assert run_command(capsys, *command, "--output", tmp_path)[2].endswith("--watch cannot be used with --output\n")
+    assert run_command(capsys, *command, "--overwrite", "--output", tmp_path / "out")[2].endswith(
+        "--watch cannot be used with --output\n"
+    )
 
 
 @pytest.mark.parametrize("task", ["zeroshot", "suite"])

@@ -177,7 +177,7 @@ WRONG = {
     "no model": (["--data", "{data}"], "--model or --watch is needed"),
     "worst": (["--worst", "-1"], "--worst must not be negative, got -1"),
     "html": (["--html", "nowhere/p.html"], "no folder nowhere to write p.html in"),
-    "html is a folder": (["--html", "{tmp}"], "{tmp} is a folder, not a file to write"),
+    "html is a folder": (["--html", "{tmp}"], "{tmp} exists already: give another name"),
     "plot": (["--plot", "{tmp}/p.txt"], "--plot {tmp}/p.txt: the name must end in one of ."),
     "no label": (["--label-by", "breed"], "sample has no 'breed' in its json"),
     "no group": (["--leave-out", "odd"], "cannot leave out odd; groups are: none"),
