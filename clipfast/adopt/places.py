@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ class Replacement:
     """A method of one module, which calls ``function(module, ...)``.
 
     It is pickled and copied together with its module. (Python would unpickle a bound method as the module's own
-    ``forward``.)
+    ``forward``.) It does not keep its module alive, which holds it: a model is freed as soon as nobody refers to it.
 
     Args:
         function: a function of a module of this package; its first argument is the module.
@@ -42,19 +43,56 @@ class Replacement:
         owner: nn.Module | None = None,
         options: Mapping[str, bool] | None = None,
     ) -> None:
-        self.function, self.module, self.method, self.owner = function, module, method, owner
-        self.options = dict(options or {})
+        self.function, self.method, self.options = function, method, dict(options or {})
+        self.module, self.owner = module, owner
         self.is_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what ``function`` returns, or the class's own method after ``revert``."""
+        """Return what ``function`` returns, or the class's own method after ``revert`` and while torch.fx traces."""
         if args and args[0] is self.module:  # accelerate takes it for a function, and binds it when it unwraps a model
             args = args[1:]
-        if self.is_off:
-            return self.original(*args, **kwargs)
+        if self.is_off or any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
+            return self.original(*args, **kwargs)  # torch.fx can follow this one only
         if self.owner is None:
             return self.function(self.module, *args, **kwargs, **self.options)
         return self.function(self.module, *args, owner=self.owner, **kwargs, **self.options)
+
+    @property
+    def module(self) -> nn.Module:
+        """The module whose method it replaces."""
+        module = self._module()
+        if module is None:
+            raise ReferenceError(f"the module of this {self.method} is gone: keep a reference to the model that has it")
+        return module
+
+    @module.setter
+    def module(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)
+
+    @property
+    def owner(self) -> nn.Module | None:
+        """The module that holds the mask; None if there is none, or if it is gone."""
+        return None if self._owner is None else self._owner()
+
+    @owner.setter
+    def owner(self, owner: nn.Module | None) -> None:
+        self._owner = None if owner is None else weakref.ref(owner)
+
+    @property
+    def __globals__(self) -> dict[str, Any]:
+        # torch.jit.script asks for them, and shows this error.
+        raise AttributeError(
+            f"torch.jit.script cannot compile a {type(self.module).__name__} that runs on clipfast: call "
+            "clipfast.revert(model) before"
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_module", "_owner")}
+        return kept | {"module": self.module, "owner": self.owner}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
         # The owner is outside the module. If only the module is copied, the copy keeps the owner that it has.

@@ -17,10 +17,11 @@ import clipfast
 from clipfast.adopt import attention, open_clip_attention
 from clipfast.adopt.places import Replacement
 
-from . import shrunk
+from . import hf_models, shrunk
 
 PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block"]
 NAMES = ["ViT-B-32", "RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP"]
+TIMM_NAMES = ["vit_base_patch16_siglip_224", "vit_base_patch16_rope_224"]
 
 
 def patched_pair(name: str) -> tuple[nn.Module, nn.Module]:
@@ -327,6 +328,12 @@ def test_a_trace_is_that_of_the_original():
         torch.testing.assert_close(got, expected, rtol=0, atol=1e-12)
 
 
+def test_torchscript_is_told_to_revert():
+    model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32"))
+    with pytest.raises(AttributeError, match=re.escape("call clipfast.revert(model) before")):
+        torch.jit.script(model)
+
+
 def test_parameters_of_a_functional_call_count():
     model, patched = patched_pair("ViT-B-32")
     args, others = shrunk.inputs(model), {name: 1.1 * p.detach() for name, p in model.named_parameters()}
@@ -350,12 +357,39 @@ def test_what_others_replaced_is_theirs():
     assert norm.forward is theirs
 
 
-def test_a_patched_model_is_freed():
-    model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32"))
-    weight = weakref.ref(model.visual.conv1.weight)
-    del model
+@pytest.mark.parametrize("reverts", [False, True])
+@pytest.mark.parametrize(
+    ("make", "apply"),
+    [
+        *((functools.partial(shrunk.open_clip_model, name), clipfast.apply_to_open_clip) for name in NAMES),
+        *((functools.partial(hf_models.make, name), clipfast.apply_to_hf) for name in ("clip", "siglip", "siglip2")),
+        *((functools.partial(shrunk.timm_model, name), clipfast.apply_to_timm) for name in TIMM_NAMES),
+    ],
+)
+def test_a_patched_model_is_freed_without_the_garbage_collector(make, apply, reverts):
+    if apply is clipfast.apply_to_hf:
+        pytest.importorskip("transformers")
     gc.collect()
-    assert weight() is None
+    gc.disable()
+    try:
+        model = apply(make())
+        if apply is not clipfast.apply_to_hf:
+            shrunk.results(model, *shrunk.inputs(model))
+        else:
+            hf_models.results(model, hf_models.inputs(model), loss_only=True, return_loss=True)
+        if reverts:
+            clipfast.revert(model)
+        weights = [weakref.ref(weight) for weight in model.parameters()]
+        del model
+        assert not any(weight() is not None for weight in weights)
+    finally:
+        gc.enable()
+
+
+def test_a_method_without_its_model_says_so():
+    forward = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32")).visual.forward
+    with pytest.raises(ReferenceError, match="keep a reference to the model"):
+        forward(torch.zeros(1))
 
 
 @pytest.mark.parametrize(

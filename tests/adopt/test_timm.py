@@ -35,6 +35,14 @@ def test_gates_norms_and_a_mask():
         torch.testing.assert_close(patched(x, **arguments), model(x, **arguments), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("name", ["vit_base_patch32_224", "vit_base_patch16_siglip_224", "vit_base_patch16_rope_224"])
+def test_fx_records_the_original(name):
+    model = shrunk.timm_model(name).eval()
+    (x,) = shrunk.inputs(model)
+    graph = torch.fx.symbolic_trace(clipfast.apply_to_timm(copy.deepcopy(model)))
+    assert torch.equal(graph(x), torch.fx.symbolic_trace(model)(x))
+
+
 def test_what_is_left_alone_says_why():
     report = clipfast.report(clipfast.apply_to_timm(shrunk.timm_model("beit_base_patch16_224")))
     assert "as before: Attention is not one of the attention classes that are known" in report
