@@ -70,10 +70,10 @@ def create_model(
     """Build a model with random weights or those of a tag, of a file, or of a repository on the Hugging Face hub.
 
     Args:
-        model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` for a folder with
-            ``open_clip_config.json`` and its weights, or of transformers' CLIPModel; ``hf-hub:ORG/REPO`` or
-            ``ORG/REPO`` for a repository of either kind; or the path of a clipfast checkpoint, which holds its own
-            configuration.
+        model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` or ``FOLDER`` for a folder with
+            ``open_clip_config.json`` and its weights, of transformers' CLIPModel, or of a run, whose newest checkpoint
+            is used if it is not finished; ``hf-hub:ORG/REPO`` or ``ORG/REPO`` for a repository of either kind; or the
+            path of a clipfast checkpoint, which holds its own configuration.
         pretrained: for a model with a name, one of its tags (:func:`clipfast.list_pretrained`); or the path of a
             checkpoint (``.pt``, ``.bin`` or ``.safetensors``). The weights of a tag that were trained with QuickGELU
             make the model one with QuickGELU, with a warning if its name does not say so.

@@ -13,8 +13,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _held: dict[Path, Path | None] = {}  # the files and folders that wait for each other, and where they are by now
+
+
+def local_path(name: str | Path) -> Path:
+    """Return the path that a user means by it, or by it behind ``local-dir:``."""
+    return Path(str(name).removeprefix(LOCAL_DIR_PREFIX))
 
 
 class DiskFullError(OSError):

@@ -15,15 +15,14 @@ from .checkpoint import (
     find_open_clip_weights,
     load_checkpoint,
     load_weights,
-    own_config,
-    own_preprocessing,
     read_checkpoint,
     read_open_clip_config,
     stated_preprocessing,
 )
 from .conversion import hugging_face
 from .conversion.hub_folder import fetch_folder
-from .conversion.layouts import LOCAL_DIR_PREFIX, is_hugging_face_folder
+from .conversion.layouts import checkpoint_of_run, described, is_hugging_face_folder, read_contents
+from .files import LOCAL_DIR_PREFIX, local_path
 from .hub import HUB_PREFIX, HubError, repository_of
 from .models import CLIP, CLIPConfig, SigLIPConfig, get_model_config, list_models
 from .pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
@@ -37,7 +36,8 @@ class ModelSource:
 
     Attributes:
         config: the configuration.
-        weights: the file of the weights, or a folder of transformers that holds them; None if there are none.
+        weights: the file of the weights, or a folder (of transformers, or a checkpoint in parts) that holds them; None
+            if there are none.
         preprocessing: how images are prepared, in OpenCLIP's words: mean, std, interpolation and resize_mode.
         folder: where the files of the tokenizer lie, if the model has one of its own.
     """
@@ -136,12 +136,11 @@ def _named(
 
 def _described(model_name: str, cache_dir: str | Path | None, fetch_weights: bool) -> ModelSource:
     """Return a model that a folder, a checkpoint of this package or a repository of the hub describes."""
-    if model_name.startswith(LOCAL_DIR_PREFIX):
-        return read_folder(Path(model_name.removeprefix(LOCAL_DIR_PREFIX)), fetch_weights)
-    if model_name.endswith(".pt"):
-        return read_own_source(model_name)
-    if Path(model_name).is_dir():
-        raise ValueError(f"{model_name} is a folder: write {LOCAL_DIR_PREFIX}{model_name}")
+    path = local_path(model_name)
+    if model_name.endswith(".pt") and not path.is_dir():
+        return _of_checkpoint(path, read_checkpoint(path, mmap=True))
+    if model_name.startswith(LOCAL_DIR_PREFIX) or path.is_dir():
+        return read_folder(path, fetch_weights)
     repository = repository_of(model_name)
     if repository is None and model_name.count("/") == 1 and Path(model_name).parent.is_dir():
         raise ValueError(
@@ -169,12 +168,15 @@ def _in_repository(repository: str, name: str, cache_dir: str | Path | None, fet
 
 
 def read_folder(folder: Path, with_weights: bool = True) -> ModelSource:
-    """Return the model in a folder of OpenCLIP's layout or of transformers.
+    """Return the model in a folder of OpenCLIP's layout, of transformers, or of a run.
 
     Raises:
         CheckpointError: there is no readable configuration or no weights, or this package does not implement the
             preprocessing.
     """
+    found = checkpoint_of_run(folder, is_said=with_weights) if folder.is_dir() else None
+    if found is not None:
+        return _of_checkpoint(*found, folder)
     return _read_as(is_hugging_face_folder(folder), folder, with_weights)
 
 
@@ -186,19 +188,19 @@ def _read_as(is_hugging_face: bool, folder: Path, with_weights: bool) -> ModelSo
     return model_source(config, weights, preprocessing, folder)
 
 
-def read_own_source(path: str | Path) -> ModelSource:
-    """Return the model that a checkpoint of this package holds.
+def _of_checkpoint(path: Path, content: dict[str, Any], folder: Path | None = None) -> ModelSource:
+    """Return the model of a checkpoint.
 
     Raises:
-        CheckpointError: if the checkpoint names no model, as OpenCLIP's, or cannot be read.
+        CheckpointError: nothing says which model it is.
     """
-    checkpoint = read_checkpoint(path, mmap=True)
-    config = own_config(checkpoint, path)
+    config, preprocessing = described(path, content)
     if config is None:
         raise CheckpointError(
-            f"{path} does not say which model it belongs to: pass the name of the model, and this path as pretrained"
+            f"{path} does not say which model it belongs to: pass the name of the model, and this path as "
+            "pretrained (on the command line --model and --pretrained)"
         )
-    return model_source(config, Path(path), own_preprocessing(checkpoint))
+    return model_source(config, path, preprocessing, folder)
 
 
 def load_source(model: CLIP, weights: Path) -> None:
@@ -208,7 +210,6 @@ def load_source(model: CLIP, weights: Path) -> None:
         CheckpointError: they cannot be read, or do not fit.
     """
     if weights.is_dir():
-        state = hugging_face.read_folder(weights).state
-        load_weights(model, {"state_dict": state}, weights, resize=True)
+        load_weights(model, {"state_dict": read_contents(weights).state}, weights, resize=True)
     else:
         load_checkpoint(model, weights)

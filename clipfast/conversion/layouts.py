@@ -1,6 +1,9 @@
 """Recognising what a file or folder is."""
 
+import contextlib
 import dataclasses
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +13,29 @@ from ..checkpoint import (
     WEIGHTS_NAMES,
     CheckpointError,
     complete_preprocessing,
+    own_config,
+    own_preprocessing,
+    plain_names,
 )
+from ..files import local_path
 from ..hub import HUB_PREFIX, repository_of
-from ..models import CLIPConfig, SigLIPConfig
+from ..models import CLIPConfig, SigLIPConfig, get_model_config, list_models
 from ..pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
 from . import distributed, hugging_face, open_clip, torchscript
 from .contents import Contents
 from .hub_folder import fetch_folder, fetch_tokenizer
+from .shapes import stored_sizes
 from .tokenizer_files import find_tokenizer
 
-LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
+log = logging.getLogger("clipfast")
 
 
 def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | Path | None = None) -> Contents:
     """Read a checkpoint of any layout, without building a model.
 
     Args:
-        source: a file, a folder (OpenCLIP's ``local-dir:`` in front of it is allowed), a repository on the Hugging
-            Face hub (``hf-hub:ORG/REPO``, or ``ORG/REPO`` if there is no such path), or ``MODEL:TAG`` of
+        source: a file, a folder (OpenCLIP's ``local-dir:`` in front of it is allowed), a run's folder, a repository on
+            the Hugging Face hub (``hf-hub:ORG/REPO``, or ``ORG/REPO`` if there is no such path), or ``MODEL:TAG`` of
             :func:`clipfast.list_pretrained`.
         trust: read TorchScript archives too, which are code.
         cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
@@ -44,7 +52,7 @@ def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | P
     entry = get_pretrained_cfg(model, tag)
     if entry:
         return _read_tag(str(source), pretrained_config(model, entry), entry, cache_dir)
-    path = Path(str(source).removeprefix(LOCAL_DIR_PREFIX))
+    path = local_path(source)
     if path.is_dir():
         return _read_folder(path)
     if not path.exists():
@@ -67,6 +75,72 @@ def _read_tag(source: str, config: CLIPConfig, entry: dict[str, Any], cache_dir:
     )
 
 
+def checkpoint_of_run(folder: Path, *, is_said: bool = True) -> tuple[Path, dict[str, Any]] | None:
+    """Return the newest whole checkpoint of a run and its content, and say which it is; tensors may be left out.
+
+    Args:
+        folder: of a run, of this package or of OpenCLIP's trainer; of its checkpoints; or of a checkpoint in parts.
+        is_said: False says nothing.
+
+    Returns:
+        None for any other folder, and for that of a run whose last step is exported into it.
+
+    Raises:
+        CheckpointError: no checkpoint of the run is whole.
+    """
+    from ..training.checkpoints import Checkpoints, read_saved
+    from ..training.sharded import MANIFEST
+
+    if (folder / MANIFEST).is_file():
+        return folder, read_saved(folder, tensors=False)
+    inner = folder / "checkpoints"
+    checkpoints = Checkpoints(inner if inner.is_dir() else folder)
+    if not checkpoints.kept() or _exported_step(folder) >= max(checkpoints.steps(), default=0):
+        return None
+    path, content, damaged = checkpoints.newest_whole()
+    if path is None:
+        return None
+    for line in (*damaged, f"{folder}: its newest checkpoint is used, {path}") if is_said else ():
+        log.warning(line)
+    return path, content
+
+
+def _exported_step(folder: Path) -> float:
+    """Return the step of the model that lies in a folder beside others' files; -1 if there is none.
+
+    A run that goes on after its end leaves the model of that end in its folder. What tells no step is the newest.
+    """
+    if not any((folder / name).is_file() for name in (*WEIGHTS_NAMES, *hugging_face.WEIGHTS_NAMES)):
+        return -1
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return float(json.loads((folder / "results.json").read_text("utf-8"))["steps"])
+    return float("inf")
+
+
+def described(path: Path, content: dict[str, Any]) -> tuple[CLIPConfig | None, dict[str, Any]]:
+    """Return the configuration of a checkpoint, and how images are prepared.
+
+    OpenCLIP's checkpoints have no configuration: ``params.txt`` in the run's folder names the model. It is None if that
+    is not there, or if clipfast does not build the model.
+
+    Raises:
+        CheckpointError: the configuration cannot be read.
+    """
+    own, preprocessing = own_config(content, path), own_preprocessing(content)
+    params = path.parent.parent / "params.txt"
+    if own is not None or not params.is_file():
+        return own, preprocessing
+    options = dict(line.partition(": ")[::2] for line in params.read_text("utf-8", "replace").splitlines())
+    if options.get("model") not in list_models():
+        return None, preprocessing
+    config = get_model_config(options["model"])
+    image_size, context_length = stored_sizes(plain_names(content["state_dict"]), config)
+    quick_gelu = config.quick_gelu or options.get("force_quick_gelu") == "True"
+    text = dataclasses.replace(config.text, context_length=context_length)
+    config = dataclasses.replace(config, quick_gelu=quick_gelu, text=text)
+    return config.with_vision(image_size=image_size), preprocessing
+
+
 def is_hugging_face_folder(folder: Path) -> bool:
     """Return whether a folder with a model's configuration is read in the layout of transformers, not of OpenCLIP.
 
@@ -79,6 +153,12 @@ def is_hugging_face_folder(folder: Path) -> bool:
 
 def _read_folder(folder: Path) -> Contents:
     names = {entry.name for entry in folder.iterdir()}
+    found = checkpoint_of_run(folder)
+    if found is not None:
+        config, preprocessing = described(*found)
+        read = distributed.read_folder if found[0].is_dir() else open_clip.read_file
+        tokenizer = find_tokenizer(folder)
+        return dataclasses.replace(read(found[0]), config=config, preprocessing=preprocessing, tokenizer=tokenizer)
     if is_hugging_face_folder(folder):
         return hugging_face.read_folder(folder)
     if CONFIG_NAME in names:

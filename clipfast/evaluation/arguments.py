@@ -41,8 +41,8 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def add_model_arguments(parser: argparse.ArgumentParser, *, required: bool = True, several: bool = False) -> None:
     """Add what names the model and its weights, or those of several models."""
     add = parser.add_argument
-    model = "local-dir:FOLDER (a finished run), a run's checkpoint (.pt), a model name, hf-hub:ORG/REPO, or "
-    model += "open_clip:NAME for any model that OpenCLIP builds"
+    model = "folder of a run (its newest checkpoint, if it is not finished) or of a model, .pt file, model name, "
+    model += "hf-hub:ORG/REPO, or open_clip:NAME for any model that OpenCLIP builds"
     if several:
         add("--model", nargs="+", default=[], help=f"{model}; NAME,TAG is a model name with its weights")
     else:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Iterable
-from pathlib import Path
+
+from ..files import local_path
 
 INTERVAL = 30  # seconds between two looks at a run that is watched
 
@@ -14,7 +15,7 @@ def add_watch_arguments(parser: argparse.ArgumentParser, name: str) -> None:
     """Add what watches a run; ``name`` is that of the file in its folder for the lines."""
     add = parser.add_argument
     watched = "evaluate each checkpoint of a run that is being trained, as it appears, until the run is finished"
-    add("--watch", type=Path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
+    add("--watch", type=local_path, metavar="RUN", help=f"in place of --model: {watched}; lines go to RUN/{name}")
     add("--interval", type=float, metavar="SECONDS", help=f"time between two looks at RUN (default: {INTERVAL})")
     raw = "the weights themselves where a checkpoint of RUN also has their average (EMA)"
     add("--raw", action="store_true", help=f"evaluate {raw}")

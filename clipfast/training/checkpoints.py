@@ -92,7 +92,7 @@ class Checkpoints:
         """
         damaged: list[str] = []
         kept = self.kept()
-        if kept and kept[0] != self.latest and not kept[0].is_dir():
+        if self.steps() and kept[0] != self.latest and not kept[0].is_dir():  # OpenCLIP's runs need not have it
             damaged.append(f"{self.latest} is missing")
         for path in kept:
             try:

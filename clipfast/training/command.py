@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..files import local_path
 from . import open_clip_flags
 from .arguments import add_arguments
 from .config import COOLDOWN_OPTIONS, REPLACED, TrainConfig
@@ -156,7 +157,9 @@ def _named(resume: str | None, given: dict[str, Any]) -> "Found":
             raise ValueError("--resume latest needs the run's --name; or give its folder: --resume runs/NAME")
         found = _newest(_run_folder(given), or_remote=bool(given.get("remote_sync")))
         return found if found.path else Found(None, {}, [f"{_run_folder(given)} has no checkpoint yet: the run begins"])
-    path = Path(resume)
+    path = local_path(resume)
+    if path.name == "checkpoints" and not (path / path.name).is_dir():
+        path = path.parent
     if not path.exists():
         raise ValueError(f"no run to resume at {path}: there is neither a folder nor a checkpoint")
     if path.is_dir() and not _is_in_parts(path):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import DRAWN, add_output
+from ..files import local_path
 
 
 def add_parser(commands: Any) -> None:
@@ -20,7 +21,7 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     runs = "folder of a run, or a folder of runs (default: runs); several runs are one table"
-    add("runs", nargs="*", type=Path, default=[Path("runs")], metavar="RUN", help=runs)
+    add("runs", nargs="*", type=local_path, default=[Path("runs")], metavar="RUN", help=runs)
     curves = "also draw loss, learning rate, logit scale, speed, waiting for data and evaluations over the steps"
     add_output(parser, "--plot", ends=DRAWN, is_held=False, help=f"{curves}; several runs lie over each other")
     add("--json", action="store_true", help="print JSON: a list with an object for each run")

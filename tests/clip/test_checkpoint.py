@@ -12,7 +12,13 @@ import torch
 from PIL import Image
 
 from clipfast import CLIP, CheckpointError, create_model, create_model_and_transforms, export_open_clip
-from clipfast.checkpoint import load_checkpoint, read_checkpoint, write_checkpoint
+from clipfast.checkpoint import load_checkpoint, preprocessing_of, read_checkpoint, write_checkpoint
+from clipfast.conversion.convert import convert
+from clipfast.evaluation.interpolation import Interpolation
+from clipfast.training.sharded import write_parts
+from clipfast.training.world import ALONE
+
+from .conftest import run_command
 
 
 @pytest.fixture
@@ -170,3 +176,74 @@ def test_a_checkpoint_by_itself(model, tmp_path):
     write_checkpoint(tmp_path / "theirs.pt", {"state_dict": model.state_dict()})
     with pytest.raises(CheckpointError, match="does not say which model it belongs to"):
         create_model(str(tmp_path / "theirs.pt"))
+
+
+def written(path, shift, *, own=True, parts=False):
+    """A checkpoint of a run, whose scale is ``shift`` more than at first, and its weights."""
+    model = create_model("ViT-T-8-32-quickgelu")
+    with torch.no_grad():
+        model.logit_scale += shift
+    options = {"train_data": "bundled:emoji/noto", "model": "ViT-T-8-32-quickgelu"}
+    about = {"model_config": model.config.to_dict(), "preprocess_cfg": preprocessing_of(model), "config": options}
+    content = {"epoch": 1, "state_dict": model.state_dict()} | ({"clipfast": about} if own else {})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_parts(path, content, ALONE) if parts else write_checkpoint(path, content)
+    return model
+
+
+def unfinished(folder):
+    return written(folder / "checkpoints" / "step_3.pt", 0.1)
+
+
+def in_parts(folder):
+    written(folder / "checkpoints" / "step_2.pt", 0.2)
+    return written(folder / "checkpoints" / "step_3", 0.1, parts=True)
+
+
+def damaged(folder):
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "step_4.pt").write_bytes(b"PK")
+    return unfinished(folder)
+
+
+def of_open_clip(folder):
+    (folder / "params.txt").write_text("force_quick_gelu: True\nmodel: ViT-T-8-32\nname: run\n")
+    written(folder / "checkpoints" / "epoch_1.pt", 0.2, own=False)
+    return written(folder / "checkpoints" / "epoch_2.pt", 0.1, own=False)
+
+
+def finished(folder, steps=3):
+    unfinished(folder)
+    (folder / "results.json").write_text(json.dumps({"steps": steps}))
+    model = create_model("ViT-T-8-32-quickgelu")
+    export_open_clip(model, folder)
+    return model
+
+
+def gone_on(folder):
+    finished(folder, steps=2)
+    return unfinished(folder)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("make", [unfinished, in_parts, damaged, of_open_clip, finished, gone_on])
+@pytest.mark.parametrize("prefix", ["", "local-dir:"])
+def test_the_folder_of_a_run_is_its_newest_model(make, prefix, tmp_path, caplog, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    model, name = make(folder), f"{prefix}{folder}"
+    newest = {in_parts: "step_3", of_open_clip: "epoch_2.pt"}.get(make, "step_3.pt")
+    convert(name, tmp_path / "copy.pt", "clipfast")
+    for found in (create_model(name), create_model(str(tmp_path / "copy.pt"))):
+        assert found.config == model.config
+        assert found.state_dict().keys() == model.state_dict().keys()
+    assert Interpolation(name, name).weights(0.5).keys() == model.state_dict().keys()
+    assert create_model(name).logit_scale.equal(model.logit_scale)
+    said = f"{folder}: its newest checkpoint is used, {folder}/checkpoints/{newest}\n"
+    assert (said in caplog.text) == (make is not finished)
+    assert ("step_4.pt is refused: it is damaged" in caplog.text) == (make is damaged)
+    code, out, _ = run_command(capsys, "status", name)
+    assert (code, out[:16]) == (0, "run         run:")
+    code, out, err = run_command(capsys, "train", "--resume", name, "--print-config")
+    assert (code, "bundled:emoji/noto" in out) == (0, make is not of_open_clip), err

@@ -63,7 +63,6 @@ BAD = [
     ([*EVAL, "--model", "x.pt", "--templates", "t.txt"], "template 'a photo.' in t.txt has no {} for the class name"),
     ([*EVAL, "--model", "x.pt", "--classnames", "funny"], "--classnames must be 'imagenet' or a file, got 'funny'"),
     ([*EVAL, "--model", "x.pt", "--templates", "empty.txt"], "empty.txt is empty"),
-    ([*EVAL, "--model", "folder"], "folder is a folder: write local-dir:folder"),
     ([*EVAL, "--model", "x.pt", "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),
     ([*EVAL, "--model", "x.pt", "--device", "mps"], "clipfast runs on cpu and cuda, not on 'mps'"),
     ([*EMOJI, "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),
