@@ -10,7 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import IO, Any
 
-from .rows import count, has_footer, has_rows, mapped
+from .contained import count_rows
+from .rows import has_footer, has_rows
 from .samples import PIPE, is_remote
 from .staging import FetchError, Found, if_there, is_direct, opened
 
@@ -44,7 +45,7 @@ class Counts:
     def _of_rows(self, name: str) -> tuple[int, str] | None:
         if is_remote(name) and not has_footer(name):
             return None
-        rows = _read(name, lambda file: count(file, name), "shard")
+        rows = _read(name, lambda file: count_rows(file, name), "shard")
         return None if rows is None else (rows, name)
 
     def _of_notes(self, name: str) -> tuple[int, str] | None:
@@ -88,7 +89,7 @@ def _read(path: str, read: Callable[[IO[bytes]], Found], what: str) -> Found | N
     """Return what ``read`` does with a file; None if there is no such file."""
 
     def attempt() -> Found:
-        with mapped(path) if has_rows(path) and not has_footer(path) else opened(path) as file:
+        with opened(path) as file:
             return read(file)
 
     return if_there(path, attempt, what)

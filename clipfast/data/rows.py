@@ -11,7 +11,7 @@ import math
 import tarfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol, cast
+from typing import IO, Any, Protocol
 
 from .tar import BLOCK, MAX_MEMBER
 
@@ -72,37 +72,36 @@ def shards_in(folder: Path) -> list[str] | None:
 
 
 def count(file: IO[bytes], name: str) -> int:
-    """Return the number of rows; of a Parquet file only the footer is read, of an Arrow file all of it.
+    """Return the number of rows; of a Parquet file only the footer is read, of an Arrow file all but the values.
 
     Raises:
         ContentError: it cannot be read, or has no column of bytes.
     """
     with _reading(name):
         if has_footer(name):
+            from pyarrow import ArrowInvalid
             from pyarrow.parquet import ParquetFile
 
             parquet = ParquetFile(file)
             _bytes_columns(parquet.schema_arrow)
-            return int(parquet.metadata.num_rows)
+            about = parquet.metadata
+            groups = sum(about.row_group(number).num_rows for number in range(about.num_row_groups))
+            if groups != about.num_rows:
+                raise ArrowInvalid(f"it says that it has {about.num_rows} rows, and {groups} in its groups")
+            return int(groups)
         rows = 0
         for batch in _arrow_batches(file):
             _bytes_columns(batch.schema)
+            batch.validate()
             rows += batch.num_rows
         return rows
-
-
-def mapped(name: str) -> IO[bytes]:
-    """Return a file of this machine, of which only those pages are read whose bytes are looked at."""
-    import pyarrow
-
-    return cast(IO[bytes], pyarrow.memory_map(name))
 
 
 def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[tuple[str, bytes]]:
     """Yield names and bytes of the members that the rows become. A few rows are in memory at once.
 
     Args:
-        file: a file that can be read from the middle.
+        file: of this machine.
         name: of the shard.
         folder: that paths of images in the file start from; with None, such images are missing.
 
@@ -113,6 +112,7 @@ def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[
         row = 0
         for batch in _parquet_batches(file) if has_footer(name) else _arrow_batches(file):
             in_bytes = _bytes_columns(batch.schema)
+            _validate(batch)
             columns = list(zip(batch.schema.names, batch.columns, strict=True))
             for place in range(batch.num_rows):
                 values = [(column, _value(values[place])) for column, values in columns]
@@ -157,19 +157,55 @@ def _parquet_batches(file: IO[bytes]) -> Iterator[Any]:
 
 
 def _arrow_batches(file: IO[bytes]) -> Iterator[Any]:
+    """Yield the batches of an Arrow file, and refuse one that has more in it than is read.
+
+    The file is mapped: only those of its pages are read whose bytes are looked at.
+    """
+    import pyarrow
     from pyarrow import ArrowInvalid, ipc
 
-    if file.read(len(ARROW_FILE)) == ARROW_FILE:
-        reader = ipc.open_file(file)
-        yield from (reader.get_batch(number) for number in range(reader.num_record_batches))
+    source = pyarrow.memory_map(f"/dev/fd/{file.fileno()}")
+    size = source.size()
+    if source.read(len(ARROW_FILE)) == ARROW_FILE:
+        reader = ipc.open_file(source)
+        found = _messages(source, size)
+        if found != reader.num_record_batches:
+            raise ArrowInvalid(f"it has {found} batches of rows, but its footer lists {reader.num_record_batches}")
+        yield from (reader.get_batch(number) for number in range(found))
         return
-    # A stream that is cut between two batches can be read without an error, but lacks the zeros of the end mark.
-    end = file.seek(0, 2)
-    file.seek(max(end - 4, 0))
-    if file.read(4) != bytes(4):
-        raise ArrowInvalid(f"its {end} bytes do not end as an Arrow stream does")
-    file.seek(0)
-    yield from ipc.open_stream(file)
+    source.seek(0)
+    yield from ipc.open_stream(source)
+    # A stream that is cut between two batches, or has zeros where one begins, can be read without an error.
+    source.seek(source.tell() - 4)
+    if source.read(4) != bytes(4):
+        raise ArrowInvalid(f"its {size} bytes do not end as an Arrow stream does")
+    if source.tell() != size:
+        raise ArrowInvalid(f"its end mark stands at byte {source.tell()} of {size}: what follows cannot be read")
+
+
+def _messages(source: Any, size: int) -> int:
+    """Return how many batches of rows stand in a file before its footer, whatever that says."""
+    from pyarrow import ipc
+
+    source.seek(size - len(ARROW_FILE) - 4)
+    footer = size - len(ARROW_FILE) - 4 - int.from_bytes(source.read(4), "little")
+    source.seek(8)  # the file's magic is padded
+    found = 0
+    while source.tell() + 8 < footer:  # the end mark has 8 bytes, if there is one
+        found += ipc.read_message(source).type == "record batch"
+    return found
+
+
+def _validate(batch: Any) -> None:
+    """Refuse values that point to where there are none; text that is not UTF-8 is left to :func:`_value`."""
+    from pyarrow import ArrowInvalid
+
+    for column in batch.columns:
+        try:
+            column.validate(full=True)
+        except ArrowInvalid as error:
+            if "UTF8" not in str(error):
+                raise
 
 
 def _bytes_columns(schema: Any) -> dict[int, str]:

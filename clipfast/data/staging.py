@@ -22,9 +22,10 @@ from pathlib import Path
 from typing import IO, Any, TypeVar, cast
 
 from ..files import DiskFullError, replace_file
+from .contained import copy_rows
 from .folders import folder_stamp, write_list
 from .kinds import format_of
-from .rows import ContentError, Writable, has_rows, members, write_tar
+from .rows import ContentError, Writable, has_rows
 from .samples import PIPE, is_folder, is_remote
 from .tar import BLOCK, CHUNK, decompressed, is_compressed
 from .tar_format import TAR
@@ -325,11 +326,12 @@ def _copy(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
 def _copy_rows(name: str, source: IO[bytes], target: _Watched, folder: Path) -> None:
     """Write the rows of a Parquet or Arrow file as a tar file. A file from elsewhere is first brought here as it is."""
     if not is_remote(name):
-        write_tar(members(source, name, Path(name).parent), target)
+        copy_rows(source, name, target, Path(name).parent)
         return
     with tempfile.TemporaryFile(dir=folder) as whole:
         shutil.copyfileobj(source, _Watched(whole, target.is_wanted), CHUNK)
-        write_tar(members(whole, name), target)
+        whole.flush()
+        copy_rows(whole, name, target)
 
 
 @contextlib.contextmanager

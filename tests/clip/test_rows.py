@@ -6,14 +6,16 @@ import io
 import json
 import os
 import re
+import signal
 import tracemalloc
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from clipfast.data import IndexCache, expand_shards, identities, open_shards
-from clipfast.data.rows import count, members
+from clipfast.data import IndexCache, contained, expand_shards, identities, open_shards
+from clipfast.data.contained import count_rows
+from clipfast.data.rows import members
 from clipfast.data.staging import is_direct
 from clipfast.images import SampleError
 
@@ -181,15 +183,13 @@ def test_damage_inside_a_parquet_file_is_met_when_it_is_opened(tmp_path):
         assert error.value.kind == "unreadable shard"
 
 
-@pytest.mark.parametrize("name", ["x.parquet", "x.arrow"])
-def test_an_outage_is_not_taken_for_damage(name, tmp_path):
+def test_an_outage_is_not_taken_for_damage():
     class Failing(io.BytesIO):
         def read(self, *_):
             raise TimeoutError("the network is down")
 
-    for read in (count, lambda file, name: list(members(file, name))):
-        with pytest.raises(TimeoutError, match="the network is down"):
-            read(Failing(bytes(1000)), name)
+    with pytest.raises(TimeoutError, match="the network is down"):
+        count_rows(Failing(bytes(1000)), "https://example.com/x.parquet")
 
 
 def test_what_is_no_shard_is_looked_at_once(server, tmp_path, monkeypatch):
@@ -282,3 +282,50 @@ def test_training_on_parquet(tmp_path):
     assert results["steps"] == 5
     assert results["skipped_kinds"] == {"no image": 1}
     assert picture(0)
+
+
+def offsets_to_nowhere(data, _):
+    at = data.index(np.cumsum([0, *(len(b"image %d" % n) for n in range(8))]).astype("<i4").tobytes())
+    return data[: at + 12] + b"\xff\xff\xff\x7f" + data[at + 16 :]
+
+
+def zeros_for_a_batch(data, _):
+    at = [match.start() for match in re.finditer(b"\xff\xff\xff\xff..\0\0", data, re.DOTALL)][2]
+    return data[:at] + bytes(8) + data[at + 8 :]
+
+
+def a_footer_that_forgets(data, batches):
+    first = [match.start() for match in re.finditer(b"\xff\xff\xff\xff..\0\0", data, re.DOTALL)][1]
+    at = data.index(batches.to_bytes(4, "little") + first.to_bytes(8, "little"))  # the list of them
+    return data[:at] + (batches - 1).to_bytes(4, "little") + data[at + 4 :]
+
+
+@pytest.mark.parametrize("whole", [False, True])
+@pytest.mark.parametrize(
+    ("form", "damage", "message"),
+    [
+        ("stream", offsets_to_nowhere, "it is damaged"),  # pyarrow reads other memory there, or ends the process
+        ("file", offsets_to_nowhere, "it is damaged"),
+        ("stream", zeros_for_a_batch, r"its end mark stands at byte \d+ of \d+: what follows cannot be read"),
+        ("file", a_footer_that_forgets, "it has 5 batches of rows, but its footer lists 4"),
+    ],
+)
+def test_damage_in_an_arrow_file_is_named(form, damage, message, whole, tmp_path):
+    table = pa.table({"jpg": [b"image %d" % n for n in range(40)], "text": [f"words {n}" for n in range(40)]})
+    path = tmp_path / "x.arrow"
+    with (pa.ipc.new_stream if form == "stream" else pa.ipc.new_file)(str(path), table.schema) as writer:
+        writer.write_table(table, max_chunksize=8)
+    path.write_bytes(damage(path.read_bytes(), 5))
+    with pytest.raises(SampleError, match=rf"x\.arrow cannot be read: .*{message}"):
+        # what is wrong in the values is met when the shard is copied
+        open_shards([str(path)], index=IndexCache(tmp_path / "cache"), whole=whole).read(0)
+
+
+def test_a_reader_that_ends_names_the_file_and_is_replaced(tmp_path):
+    path = write_parquet(tmp_path / "x.parquet", downloaded(20))
+    index = IndexCache(tmp_path / "cache")
+    assert open_shards([path], index=index).sizes == [20]
+    os.kill(contained._reader._process.pid, signal.SIGSEGV)
+    with pytest.raises(SampleError, match=r"x\.parquet cannot be read: .* the process that read it ended with SIGSEGV"):
+        open_shards([path], index=index)
+    assert open_shards([path], index=index).sizes == [20]
