@@ -3,6 +3,7 @@
 from . import kernels
 from .accumulation import accumulate_gradients, largest_micro_batch
 from .adopt import apply_to_hf, apply_to_open_clip, apply_to_timm, revert
+from .adopt.hf_loss import hf_collator
 from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
 from .coca_loss import CoCaLoss
 from .conversion.convert import convert
@@ -85,6 +86,7 @@ __all__ = [
     "get_model_config",
     "get_pretrained_cfg",
     "get_tokenizer",
+    "hf_collator",
     "image_transform",
     "info_nce_loss",
     "inspect_checkpoint",

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .hf_loss import loss_of_all_ranks
+from .hf_loss import NO_LOGITS, loss_of_all_ranks
 from .hf_parts import OTHER_VERSION, asks_nothing, has_known_arguments, hf_base_part, hf_part
 from .hf_towers import pooled_image, pooled_text, why_not_pooled
 from .places import Proposal, computes, reaches_ours
@@ -119,12 +119,12 @@ def _forward(
     device = text_embeds.device
     scale, bias = model.logit_scale.exp().to(device), getattr(model, "logit_bias", None)
     bias = None if bias is None else bias.to(device)
-    logits = None
+    logits: Any = NO_LOGITS
     if return_logits or not return_dict:
         logits = text_embeds @ image_embeds.t().to(device) * scale + (0 if bias is None else bias)
     output = _output_class(model)(
         loss=loss_of_all_ranks(image_embeds.to(device), text_embeds, scale, bias),
-        logits_per_image=None if logits is None else logits.t(),
+        logits_per_image=logits if logits is NO_LOGITS else logits.t(),
         logits_per_text=logits,
         text_embeds=text_embeds,
         image_embeds=image_embeds,

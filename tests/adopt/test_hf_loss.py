@@ -1,8 +1,11 @@
 """The loss of transformers' models: its values, its outputs, several ranks, and the Trainer."""
 
+import copy
 import os
+import pickle
 import socket
 
+import numpy as np
 import pytest
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -27,8 +30,18 @@ def test_outputs(name):
     theirs = hf_models.flat(model(**given, return_loss=True))
     lean = patched(**given, return_loss=True)
     assert type(lean) is type(model(**given))
-    assert lean.logits_per_image is None
-    assert lean.logits_per_text is None
+    for logits in (lean.logits_per_image, lean.logits_per_text, pickle.loads(pickle.dumps(lean)).logits_per_text):
+        uses = [
+            lambda x: x.softmax(1), lambda x: x[0], lambda x: x * 2, lambda x: 2.0 * x, lambda x: x @ given["input_ids"],
+            lambda x: torch.softmax(x, 1), lambda x: given["input_ids"] @ x, float, len, list, bool, np.asarray,
+            lambda x: torch.nn.functional.cross_entropy(x, torch.arange(3)), lambda x: x > 0, lambda x: x.shape,
+        ]  # fmt: skip
+        for use in uses:
+            with pytest.raises((AttributeError, TypeError), match="return_logits=True"):
+                use(logits)
+        assert not isinstance(logits, torch.Tensor)
+        assert not hasattr(logits, "dtype")
+        assert "return_logits=True" in repr(copy.deepcopy(lean.logits_per_image))
     for output in (
         patched(**given, return_loss=True, return_logits=True),
         patched(given["input_ids"], **{key: x for key, x in given.items() if key != "input_ids"}, return_loss=True),
@@ -135,11 +148,6 @@ class Pairs(torch.utils.data.Dataset):
         return {"unknown": torch.zeros(1), **{key: x[index] for key, x in self.given.items()}}
 
 
-def collate(rows: list[dict[str, torch.Tensor]]) -> dict:
-    """A batch that asks for the loss, as transformers' example of contrastive training does."""
-    return {**{key: torch.stack([row[key] for row in rows]) for key in rows[0]}, "return_loss": True}
-
-
 def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[str, torch.Tensor]:
     """The weights after training by transformers' Trainer, what it logged, and what it evaluated."""
     from transformers import Trainer, TrainingArguments
@@ -156,7 +164,7 @@ def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[
     )  # fmt: skip
     data = Pairs(model, STEPS * world_size * BATCH)
     trainer = Trainer(
-        model, arguments, data_collator=collate, train_dataset=data, eval_dataset=Pairs(model, 2 * world_size * BATCH)
+        model, arguments, data_collator=clipfast.hf_collator, train_dataset=data, eval_dataset=Pairs(model, 2 * world_size * BATCH)
     )
     trainer.train()
     losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
@@ -175,7 +183,7 @@ def reference() -> tuple[torch.nn.Module, list[float]]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
     losses = []
     for step in range(STEPS):
-        batch = collate([data[step * 2 * BATCH + i] for i in range(2 * BATCH)])
+        batch = clipfast.hf_collator([data[step * 2 * BATCH + i] for i in range(2 * BATCH)])
         batch.pop("unknown")
         optimizer.zero_grad()
         loss = model(**batch).loss
