@@ -32,8 +32,8 @@ def test_outputs(name):
     assert type(lean) is type(model(**given))
     for logits in (lean.logits_per_image, lean.logits_per_text, pickle.loads(pickle.dumps(lean)).logits_per_text):
         uses = [
-            lambda x: x.softmax(1), lambda x: x[0], lambda x: x * 2, lambda x: 2.0 * x, lambda x: x @ given["input_ids"],
-            lambda x: torch.softmax(x, 1), lambda x: given["input_ids"] @ x, float, len, list, bool, np.asarray,
+            lambda x: x.softmax(1), lambda x: x[0], lambda x: x * 2, lambda x: 2.0 * x, lambda x: x @ given["input_ids"], float,
+            lambda x: torch.softmax(x, 1), lambda x: given["input_ids"] @ x, len, list, bool, np.asarray,
             lambda x: torch.nn.functional.cross_entropy(x, torch.arange(3)), lambda x: x > 0, lambda x: x.shape,
         ]  # fmt: skip
         for use in uses:
@@ -163,9 +163,8 @@ def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[
         use_cpu=True, train_sampling_strategy="sequential", disable_tqdm=True, ddp_backend="gloo",
     )  # fmt: skip
     data = Pairs(model, STEPS * world_size * BATCH)
-    trainer = Trainer(
-        model, arguments, data_collator=clipfast.hf_collator, train_dataset=data, eval_dataset=Pairs(model, 2 * world_size * BATCH)
-    )
+    evaluation = Pairs(model, 2 * world_size * BATCH)
+    trainer = Trainer(model, arguments, data_collator=clipfast.hf_collator, train_dataset=data, eval_dataset=evaluation)
     trainer.train()
     losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     evaluated = trainer.evaluate()["eval_loss"]
