@@ -37,6 +37,12 @@ def align(
     )
 
 
+def without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Return rows without the columns that are empty below their heads, which are the first row."""
+    kept = [column for column in zip(*rows, strict=True) if any(column[1:])]
+    return [list(row) for row in zip(*kept, strict=True)]
+
+
 def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
     """Write rows of cells to a .csv or .tsv file.
 

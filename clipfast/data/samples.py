@@ -56,7 +56,9 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     local = [shard for shard in shards if ":" not in shard]
     missing = [shard for shard in local if not shard or not Path(shard).exists()]
     if missing:
-        raise ValueError(f"no such shard: {missing[0]} ({len(missing)} of {len(shards)} are missing)")
+        what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"
+        count = f" ({len(missing)} of {len(shards)} are missing)" if len(shards) > 1 else ""
+        raise ValueError(f"no such {what}: {missing[0]}{count}")
     for shard in local:
         if not (Path(shard).is_file() or Path(shard).is_dir()):  # as of <(cat a.tar): a first look would take its bytes
             raise ValueError(

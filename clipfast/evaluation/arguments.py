@@ -264,13 +264,16 @@ def result_of(args: argparse.Namespace, task: str, metrics: Mapping[str, Any], *
     return {**about, "metrics": dict(metrics), "language": "en", **more}
 
 
-def write_results(args: argparse.Namespace, results: dict[str, Any], table: Callable[[dict[str, Any]], str]) -> None:
+def write_results(
+    args: argparse.Namespace, results: dict[str, Any], table: Callable[[dict[str, Any]], str], shown: Path | None = None
+) -> None:
     """Print results as JSON, or with ``--table`` as a table, and write JSON to the file that ``--json`` names.
 
     Args:
         args: of the command.
         results: as plain values.
         table: says them for people.
+        shown: a page with the results, which takes the place of what is printed.
 
     Raises:
         DiskFullError: there is no space for the file.
@@ -278,7 +281,8 @@ def write_results(args: argparse.Namespace, results: dict[str, Any], table: Call
     from ..files import replace_text
 
     text = json.dumps(results, indent=2)
-    print(table(results) if args.table else text)
+    if args.table or shown is None:
+        print(table(results) if args.table else text)
     if args.json:
         replace_text(args.json, text + "\n")
 
@@ -313,13 +317,13 @@ def read_classnames(name: str | None) -> tuple[str, ...] | None:
     return IMAGENET_CLASSNAMES if name == "imagenet" else _lines(name, "--classnames must be 'imagenet' or a file")
 
 
-def read_queries(path: Path) -> tuple[str, ...]:
-    """Return the lines of a file of texts.
+def read_texts(path: Path, flag: str = "--queries") -> tuple[str, ...]:
+    """Return the lines of a file of texts, which ``flag`` names.
 
     Raises:
         ValueError: there is no such file, or it is empty.
     """
-    return _lines(str(path), "--queries must be a file")
+    return _lines(str(path), f"{flag} must be a file")
 
 
 def _lines(path: str, otherwise: str) -> tuple[str, ...]:

@@ -138,7 +138,9 @@ class Desk:
 
     def columns(self) -> str:
         """Return the names of the columns that a filter can name."""
-        names = (f"<code>{html.escape(name)}</code>" for name in self.embeddings.metadata.column_names)
+        table = self.embeddings.metadata
+        there = (name for name in table.column_names if table.column(name).null_count < len(table))
+        names = (f"<code>{html.escape(name)}</code>" for name in there)
         return f'<p class="quiet">Columns: {", ".join(names)}</p>'
 
     def start(self) -> str:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import add_output
 from ..evaluation.arguments import add_backend_argument, add_device_argument, add_model_arguments, load_encoder
+from ..units import BYTES, scaled
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..evaluation.encoder import Encoder
@@ -34,7 +35,7 @@ def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = F
 def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     """Add in which forms results go out; ``page`` says what is on the page."""
     add = parser.add_argument
-    add_output(parser, "--html", help=f"write a page with {page} to this file")
+    add_output(parser, "--html", help=f"write a page with {page} to this file, and print no JSON")
     add_output(parser, "--json", help="also write the results to this file")
     add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
     add("--traceback", action="store_true", help="show where an error was raised")
@@ -71,7 +72,10 @@ def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
     """
     found = embeddings.of_kind(kind)
     if found is None:
-        raise ValueError(f"{use} needs {kind} features, and there are none: embed again with --{kind}s")
+        how = " pictures that have captions, such as beach.txt beside beach.jpg," if kind == "text" else ""
+        raise ValueError(
+            f"{use} needs {kind} features, and there are none: embed{how} with --images --texts to another folder"
+        )
     if not len(found):
         raise ValueError("the embeddings have no items")
     return found
@@ -127,8 +131,8 @@ def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **o
     """
     from .gallery import gallery
 
-    gallery(path, title, items, about=about, **options)
-    print(f"wrote {path}", file=sys.stderr)
+    size = gallery(path, title, items, about=about, **options)
+    print(f"wrote {path}, {scaled(size, BYTES)}", file=sys.stderr)
 
 
 def write_keys(path: Path, embeddings: Embeddings, places: Iterable[int]) -> None:

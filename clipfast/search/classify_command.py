@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         items = (_item(Item, one) for one in pictures)
         about = f"The label that fits best, and its probability, by {args.model}. Labels: {', '.join(labels)}"
         write_gallery(args.html, "Classified pictures", items, about[:500])
-    write_results(args, results, _table)
+    write_results(args, results, _table, shown=args.html)
     return 0
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import argparse
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import add_output
-from ..evaluation.arguments import add_device_argument, write_results
-from .arguments import add_folder_argument, add_result_arguments
+from ..evaluation.arguments import read_texts, write_results
+from .arguments import add_encoder_arguments, add_folder_argument, add_result_arguments
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from .arguments import Pictures
     from .clusters import Clusters
     from .embeddings import Embeddings
@@ -29,7 +31,7 @@ def add_parser(commands: Any) -> None:
         help="group the pictures of an embedded folder by likeness",
         description="Divide the items of an embedded folder into clusters by spherical k-means. A cluster is called by "
         "the text of DIR that is most like its centre, by the caption of its nearest item where texts are not "
-        "embedded, or by the most frequent value of --label-by.",
+        "embedded, by the most frequent value of --label-by, or by the line of --names that is most like its centre.",
         epilog="Example: clipfast cluster embedded --k 50 --html clusters.html",
     )
     add = parser.add_argument
@@ -41,9 +43,11 @@ def add_parser(commands: Any) -> None:
     init = "first centres: far from each other, or any features (default: k-means++)"
     add("--init", choices=("k-means++", "random"), default="k-means++", help=init)
     add("--label-by", metavar="COLUMN", help="call each cluster by its most frequent value of this column")
+    named = "call each cluster by the line of this text file that the model finds most like its centre"
+    add("--names", type=Path, metavar="FILE", help=named)
     written = "write the cluster of each item as a Parquet file (.parquet)"
     add_output(parser, "--write", ends=[".parquet"], help=written)
-    add_device_argument(parser)
+    add_encoder_arguments(parser)
     add_result_arguments(parser, "the pictures that are nearest to the centre of each cluster")
     parser.set_defaults(run=run)
 
@@ -51,7 +55,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Cluster, show the clusters, and return the exit code."""
     from ..factory import resolve_device
-    from .arguments import Pictures, features_of, write_gallery
+    from .arguments import Pictures, encoder_of, features_of, write_gallery
     from .clusters import spherical_k_means
     from .embeddings import Embeddings
 
@@ -62,10 +66,15 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--label-by: there is no column {args.label_by!r}; there are: {there}")
     if not 1 <= args.k <= len(features):
         raise ValueError(f"--k must be from 1 to the number of items, {len(features):,}, got {args.k}")
+    if args.names is not None and args.label_by is not None:
+        raise ValueError("give either --label-by or --names")
+    names = None if args.names is None else read_texts(args.names, "--names")
     pictures = Pictures(embeddings) if args.html else None
+    texts = None if names is None else encoder_of(args, embeddings).texts(list(names))
     device = resolve_device(args.device)
     found = spherical_k_means(features, args.k, seed=args.seed, rounds=args.rounds, init=args.init, device=device)
-    results = _results(args, embeddings, found, _names(embeddings, found, args.label_by))
+    called = _names(embeddings, found, args.label_by) if texts is None else _nearest(found, texts, names or ())
+    results = _results(args, embeddings, found, called)
     if args.write:
         _write(args.write, embeddings, found)
     if pictures is not None:
@@ -74,8 +83,13 @@ def run(args: argparse.Namespace) -> int:
             "centre. Scores: cosine with the centre."
         )
         write_gallery(args.html, f"Clusters of {args.folder}", _items(pictures, found, results["clusters"]), about)
-    write_results(args, results, _table)
+    write_results(args, results, _table, shown=args.html)
     return 0
+
+
+def _nearest(found: Clusters, texts: Tensor, names: Sequence[str]) -> list[str]:
+    """Return for each cluster the name whose features, of ``texts``, are nearest to its centre."""
+    return [names[place] for place in (found.centres @ texts.float().cpu().T).argmax(1).tolist()]
 
 
 def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> list[str]:
@@ -118,7 +132,7 @@ def _results(args: argparse.Namespace, embeddings: Embeddings, found: Clusters, 
 
 
 def _table(results: dict[str, Any]) -> str:
-    from ..columns import align
+    from ..columns import align, without_empty
 
     rows = [["cluster", "size", "similarity", "name"]]
     for one in results["clusters"]:
@@ -127,7 +141,7 @@ def _table(results: dict[str, Any]) -> str:
     end = "" if results["is_settled"] else ", which is the most: --rounds allows more"
     return (
         f"{results['items']:,} items; mean cosine with the centres: {results['similarity']:.4f}; rounds: "
-        f"{results['rounds']}{end}\n\n{align(rows, right=(0, 1, 2))}"
+        f"{results['rounds']}{end}\n\n{align(without_empty(rows), right=(0, 1, 2))}"
     )
 
 

@@ -78,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
         most = f" The {SHOWN} largest groups are shown." if len(groups) > SHOWN else ""
         about = f"{_sentence(results)}.{most} Scores: cosine with the kept picture before."
         write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), about)
-    write_results(args, results, _sentence)
+    write_results(args, results, _sentence, shown=args.html)
     return 0
 
 

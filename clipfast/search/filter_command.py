@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     if pictures is not None and args.html:
         title = f"Image-text scores in {args.folder}"
         write_gallery(args.html, title, _items(pictures, scores, kept), _table(results))
-    write_results(args, results, _table)
+    write_results(args, results, _table, shown=args.html)
     return 0
 
 

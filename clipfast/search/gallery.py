@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from ..images import ImageError, open_image
 from ..page import thumbnail, write_page
-from ..units import BYTES, scaled
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -67,11 +66,10 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
         groups.setdefault(item.group, []).append(_card(item, path.absolute().parent, side))
         columns |= dict.fromkeys(_columns(item))
     count = sum(map(len, groups.values()))
-    size = scaled(sum(len(card) for cards in groups.values() for card in cards), BYTES)
     body = [f"<h1>{html.escape(title)}</h1>"]
     if about:
         body.append(f"<p>{html.escape(about)}</p>")
-    told = f"{count:,} {'picture' if count == 1 else 'pictures'} in a file of {size}." if count else "No pictures."
+    told = f"{count:,} {'picture' if count == 1 else 'pictures'}." if count else "No pictures."
     body.append(f"<p>{told}</p>")
     body.append(_controls(list(columns)))
     large = " large" if side > SIDE else ""
@@ -122,6 +120,8 @@ def _card(item: Item, folder: Path, side: int) -> str:
     if item.caption:
         parts.append(f'<span class="caption">{html.escape(item.caption)}</span>')
     line = f'<p class="line">{" ".join(parts)}</p>' if parts else ""
+    if item.path and Path(item.path).name != item.caption:
+        line += f'<p class="line name">{html.escape(Path(item.path).name)}</p>'
     fields = [("path", _path(item.path, folder))] if item.path else []
     fields += [(name, _value(value)) for name, value in item.metadata.items() if value is not None]
     cells = "".join(f"<dt>{html.escape(name)}</dt>{cell}" for name, cell in fields)

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..evaluation.arguments import read_queries, write_results
+from ..evaluation.arguments import read_texts, write_results
 from .arguments import add_encoder_arguments, add_folder_argument, add_result_arguments
 
 if TYPE_CHECKING:
@@ -30,6 +30,8 @@ def add_parser(commands: Any) -> None:
     add("--text", nargs="+", default=[], metavar="WORDS", help="texts to search by, each in quotes")
     add("--queries", type=Path, metavar="FILE", help="texts to search by, one a line")
     add("--image", nargs="+", default=[], type=Path, metavar="FILE", help="pictures to search by")
+    itself = "also find the picture itself that is given to --image, if DIR has it by this path"
+    add("--include-itself", action="store_true", help=itself)
     weight = "with texts and pictures: the share of the picture in a query, from 0 to 1 (default: 0.5)"
     add("--weight", type=float, default=0.5, metavar="FLOAT", help=weight)
     add("--k", type=int, default=10, metavar="INT", help="how many items to find for each query (default: 10)")
@@ -47,7 +49,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Search, show what was found, and return the exit code."""
-    texts = [*args.text, *(read_queries(args.queries) if args.queries else [])]
+    texts = [*args.text, *(read_texts(args.queries) if args.queries else [])]
     _check(args, texts)
     from .arguments import Pictures, encoder_of, features_of, write_gallery
     from .embeddings import Embeddings
@@ -60,13 +62,16 @@ def run(args: argparse.Namespace) -> int:
     pictures = Pictures(embeddings) if args.html else None
     encoder = encoder_of(args, embeddings)
     names, queries = query_features(encoder, texts, args.image, args.weight)
+    left_out = [set() if args.include_itself else _places(embeddings, path) for path in args.image]
+    most = args.k + max(map(len, left_out), default=0)
     if args.index == "faiss":
         from .approximate import search
 
-        found, index = search(embeddings, args.folder, queries.cpu(), args.k, mask, args.kind)
+        found, index = search(embeddings, args.folder, queries.cpu(), most, mask, args.kind)
     else:
-        found, index = embeddings.search(queries.cpu(), args.k, where=mask, kind=args.kind), None
-    results = _results(args, embeddings, names, found, index)
+        found, index = embeddings.search(queries.cpu(), most, where=mask, kind=args.kind), None
+    left_out *= len(names) // max(1, len(left_out))  # one picture is combined with each text
+    results = _results(args, embeddings, names, found, index, left_out or [set()] * len(names))
     if pictures is not None:
         items = (
             pictures.item(one["place"], one["score"], query["query"] if len(names) > 1 else "")
@@ -78,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
         about = f"The {args.k} best{each} of {results['items']:,} items in {args.folder}{among}, by {encoder.name}. "
         about += "Scores: cosine."
         write_gallery(args.html, f"Search: {'; '.join(names)}"[:200], items, about)
-    write_results(args, results, _table)
+    write_results(args, results, _table, shown=args.html)
     return 0
 
 
@@ -151,26 +156,38 @@ def image_features(encoder: Encoder, images: list[Path]) -> Tensor:
     return torch.cat(found)
 
 
+def _places(embeddings: Embeddings, picture: Path) -> set[int]:
+    """Return the places of the items that are from this file."""
+    import pyarrow.compute
+
+    if "image_path" not in embeddings.metadata.column_names:
+        return set()
+    paths = embeddings.metadata.column("image_path")
+    same_name = pyarrow.compute.ends_with(paths, picture.name).fill_null(False).to_numpy().nonzero()[0].tolist()
+    return {place for place in same_name if (path := Path(paths[place].as_py())).is_file() and path.samefile(picture)}
+
+
 def _results(
-    args: argparse.Namespace, embeddings: Embeddings, names: list[str], found: Found, index: dict[str, Any] | None
-) -> dict[str, Any]:
+    args: argparse.Namespace, embeddings: Embeddings, names: list[str], found: Found, index: dict[str, Any] | None,
+    left_out: list[set[int]],
+) -> dict[str, Any]:  # fmt: skip
     from .arguments import names_of, row_of
 
     queries = []
-    for name, scores, places in zip(names, found.scores.tolist(), found.indices.tolist(), strict=True):
+    for name, scores, places, own in zip(names, found.scores.tolist(), found.indices.tolist(), left_out, strict=True):
         best = [
             {"score": score, "place": place, **names_of(row_of(embeddings, place))}
             for score, place in zip(scores, places, strict=True)
-            if place >= 0
+            if place >= 0 and place not in own
         ]
-        queries.append({"query": name, "found": best})
+        queries.append({"query": name, "found": best[: args.k]})
     about = {"data": str(args.folder), "items": len(embeddings), "model": embeddings.about.get("model", args.model)}
     return {**about, "where": args.where, "kind": args.kind, "index": index or "exact", "queries": queries}
 
 
 def _table(results: dict[str, Any]) -> str:
     """Return what was found for people, query by query."""
-    from ..columns import align
+    from ..columns import align, without_empty
 
     parts = []
     if results["index"] != "exact":
@@ -183,5 +200,5 @@ def _table(results: dict[str, Any]) -> str:
         rows = [["score", "caption", "path"]]
         for one in query["found"]:
             rows.append([f"{one['score']:.4f}", one.get("caption", ""), one.get("image_path", one.get("key", ""))])
-        parts.append(f"{query['query']}\n{align(rows, right=(0,))}")
+        parts.append(f"{query['query']}\n{align(without_empty(rows), right=(0,))}")
     return "\n\n".join(parts)

@@ -3,18 +3,22 @@
 import csv
 import io
 import json
+import re
 import tarfile
+from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
 
 from clipfast import Embeddings
+from clipfast.cli import main
 from clipfast.data import expand_shards, open_shards
 from clipfast.evaluation.encoder import Encoder
 from clipfast.images import open_image
 from clipfast.search import shard_writer
 from clipfast.search.samples import Samples
+from clipfast.units import BYTES, scaled
 
 from ..clip.conftest import picture, run_command
 
@@ -25,9 +29,11 @@ def _here(home, monkeypatch):
 
 
 def results(capsys, *arguments):
-    code, out, err = run_command(capsys, *arguments)
+    code, out, err = run_command(capsys, *arguments, "--json", "results.json", "--overwrite")
     assert code == 0, err
-    return json.loads(out)
+    text = Path("results.json").read_text()
+    assert out == ("" if "--html" in arguments else text)  # a page takes the place of what is printed
+    return json.loads(text)
 
 
 @pytest.fixture(scope="module")
@@ -65,16 +71,52 @@ def test_search_by_a_picture_finds_it(capsys):
 def test_search_with_a_filter_and_queries_of_a_file(capsys, home):
     (home / "queries.txt").write_text("a thing\nan odd thing\n")
     arguments = ["search", "embedded", "--queries", "queries.txt", "--where", "width >= 40 or key = 007"]
-    found = results(capsys, *arguments, "--k", "5", "--html", "found.html", "--json", "found.json")
+    found = results(capsys, *arguments, "--k", "5", "--html", "found.html")
     assert [query["query"] for query in found["queries"]] == ["a thing", "an odd thing"]
     assert all({one["place"] for one in query["found"]} == {21, 7} for query in found["queries"])
-    assert json.loads((home / "found.json").read_text()) == found
     page = (home / "found.html").read_text()
     assert page.count("<img ") == 4
     assert "The 5 best for each query of 24 items in embedded where width &gt;= 40 or key = 007, by " in page
     code, out, err = run_command(capsys, *arguments, "--table", "--html", "again.html")
-    assert (code, err) == (0, "wrote again.html\n")
+    size = scaled((home / "again.html").stat().st_size, BYTES)
+    assert (code, err) == (0, f"wrote again.html, {size}\n")
     assert out.count("thing 21") == 2
+
+
+@pytest.fixture(scope="module")
+def loose(home):
+    """The embeddings of a folder of pictures without captions."""
+    (home / "loose").mkdir()
+    for index in range(6):
+        (home / "loose" / f"{index}.png").write_bytes(picture(index))
+    arguments = ["--model", f"local-dir:{home}/model", "--data", str(home / "loose"), "--device", "cpu"]
+    assert main(["embed", *arguments, "--output", str(home / "embedded-loose")]) == 0
+    return "embedded-loose"
+
+
+@pytest.mark.parametrize("index", ["exact", pytest.param("faiss", marks=pytest.mark.long)])
+def test_search_by_a_picture_of_the_folder_finds_others(index, loose, capsys):
+    if index == "faiss":
+        pytest.importorskip("faiss")
+    arguments = ["search", loose, "--image", "loose/2.png", "loose/../loose/4.png", "--k", "5", "--index", index]
+    alone = results(capsys, *arguments)["queries"]
+    itself = results(capsys, *arguments, "--include-itself")["queries"]
+    for place, others, every in zip((2, 4), alone, itself, strict=True):
+        assert every["found"][0]["place"] == place
+        assert sorted(one["place"] for one in others["found"]) == [one for one in range(6) if one != place]
+        assert [one for one in every["found"] if one["place"] != place] == others["found"][:4]
+    both = results(capsys, "search", loose, "--image", "loose/2.png", "--text", "a", "b", "--k", "9")["queries"]
+    assert [len(query["found"]) for query in both] == [5, 5]
+
+
+def test_nothing_is_shown_of_what_no_picture_has(loose, capsys, home):
+    _, out, _ = run_command(capsys, "search", loose, "--text", "a", "--table", "--html", "loose.html")
+    assert out.splitlines()[1].split() == ["score", "path"]
+    assert sorted(re.findall('<p class="line name">(.*?)</p>', (home / "loose.html").read_text())) == [
+        f"{index}.png" for index in range(6)
+    ]
+    _, out, _ = run_command(capsys, "cluster", loose, "--k", "2", "--table")
+    assert out.splitlines()[2].split() == ["cluster", "size", "similarity"]
 
 
 def test_search_in_texts(capsys):
@@ -172,6 +214,18 @@ def test_cluster(capsys, home):
     assert all(one["name"] == one["nearest"][0]["caption"] for one in named)
 
 
+def test_clusters_are_named_by_given_words(loose, capsys, encoder, home):
+    (home / "words.txt").write_text("sky\n\na red thing\nsea\n")
+    found = results(capsys, "cluster", loose, "--k", "3", "--names", "words.txt", "--write", "named.parquet")
+    from pyarrow import parquet
+
+    groups = torch.tensor(parquet.read_table("named.parquet")["cluster"].to_pylist())
+    features, texts = unit(Embeddings.open(loose).features), encoder.texts(["sky", "a red thing", "sea"])
+    for one in found["clusters"]:
+        best = (features[groups == one["cluster"]].sum(0) @ texts.T).argmax()
+        assert one["name"] == ("sky", "a red thing", "sea")[best]
+
+
 def test_classify(capsys, encoder, home):
     arguments = ["one.png", "two.png", "--labels", "cat", "dog", "--model", "local-dir:model", "--templates", "simple"]
     found = results(capsys, "classify", *arguments, "--html", "classes.html")
@@ -208,19 +262,24 @@ WRONG = [
     ("search embedded --text a --where colour=red", "there is no column 'colour'; there are: number, key"),
     ("search embedded --text a --where width>9999", "--where 'width>9999' holds for none of the 24 items"),
     ("search embedded --text a --model local-dir:other", "local-dir:other has other weights or prepares images"),
-    ("search pictures --text a --kind text", "needs text features, and there are none: embed again with --texts"),
+    (
+        "search pictures --text a --kind text",
+        "needs text features, and there are none: embed pictures that have captions",
+    ),
     ("dedup embedded --threshold 2", "--threshold must be from -1 to 1, got 2"),
     ("dedup embedded --write groups.txt", "--write groups.txt: the name must end in one of .csv, .tsv"),
     ("dedup pictures --keep best", "keep 'best' needs features of images and texts; there are only those of one kind"),
     ("filter embedded", "give either --min-score or --top"),
     ("filter embedded --top 0", "--top must be more than 0 and at most 1, got 0"),
     ("filter embedded --min-score nan", "--min-score must be from -1 to 1, got nan"),
-    ("filter pictures --top 0.3", "filter needs text features, and there are none: embed again with --texts"),
+    ("filter pictures --top 0.3", "such as beach.txt beside beach.jpg, with --images --texts to another folder"),
     ("filter embedded --top 0.3 --write-shards embedded", "--write-shards embedded exists already: give another name"),
     ("filter embedded --top 0.3 --plot a.xyz", "--plot a.xyz: the name must end in one of"),
     ("cluster embedded --k 0", "--k must be from 1 to the number of items, 24, got 0"),
     ("cluster embedded --k 25", "--k must be from 1 to the number of items, 24, got 25"),
     ("cluster embedded --k 2 --label-by colour", "--label-by: there is no column 'colour'; there are: number"),
+    ("cluster embedded --k 2 --names none.txt", "--names must be a file, got 'none.txt'"),
+    ("cluster embedded --k 2 --names data.txt --label-by key", "give either --label-by or --names"),
     ("cluster embedded --k 2 --write a.csv", "--write a.csv: the name must end in .parquet"),
     ("classify one.png --model local-dir:model", "give either --labels or --classnames"),
     ("classify one.png --model local-dir:model --labels a a", "--labels names 'a' twice"),

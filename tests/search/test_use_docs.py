@@ -32,6 +32,7 @@ def folder(tmp_path_factory):
     torch.manual_seed(0)
     export_open_clip(create_model("ViT-T-8-32"), folder / "runs/demo")
     (folder / "data").mkdir()
+    (folder / "names.txt").write_text("cat\ndog\n")
     for number in range(2):
         write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
     for seed, name in enumerate(("beach.png", "day 2/cat.png", "day 2/dog.png")):

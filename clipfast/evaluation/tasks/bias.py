@@ -17,8 +17,8 @@ from ..arguments import (
     encoded,
     labelled_set,
     read_classnames,
-    read_queries,
     read_templates,
+    read_texts,
     result_of,
     session,
     write_results,
@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
     """Compare the groups, print the results, and return the exit code."""
     _check(args)
     templates, classnames = read_templates(args.templates), read_classnames(args.classnames)
-    queries = () if args.queries is None else read_queries(args.queries)
+    queries = () if args.queries is None else read_texts(args.queries)
     from ..evaluate import names_of
     from ..labelled import CROSSED_KEYS
     from .bias_groups import groupings, keys_of
