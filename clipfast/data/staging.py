@@ -318,9 +318,25 @@ def _copy(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
                     raise ContentError(f"{end.value}; copy or write it again") from None
                 if end.value:
                     log.warning(f"shard {name}: {end.value}")
+                    file.flush()
+                    _drop_zeros(path)  # which the end of a tar file is taken for
                 while source.read(CHUNK):  # a command that cannot write would fail
                     pass
                 return
+
+
+def _drop_zeros(path: Path) -> None:
+    """Remove the zeros at the end of a file."""
+    end = path.stat().st_size
+    with path.open("r+b") as file:
+        while end:
+            start = max(end - CHUNK, 0)
+            file.seek(start)
+            kept = len(file.read(end - start).rstrip(b"\0"))
+            end = start + kept
+            if kept:
+                break
+        file.truncate(end)
 
 
 def _copy_rows(name: str, source: IO[bytes], target: _Watched, folder: Path) -> None:

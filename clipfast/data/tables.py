@@ -5,12 +5,14 @@ A sample has its record as ``json``. The image becomes the member that is called
 
 import array
 import codecs
+import contextlib
 import csv
 import functools
 import io
 import itertools
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, BinaryIO
 
@@ -18,13 +20,15 @@ from ..images import SampleError
 from .formats import MAX_LENGTH, Extents, Format, extents
 from .keys import IMAGE_EXTENSIONS
 from .linked import LINKS, Links
-from .samples import RawSample, metadata
+from .samples import RawSample, is_folder, metadata
 
 SEPARATORS = ",\t;|"
+IMAGE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)
 HEADER_BYTES = 1 << 20  # in which the header must end
 BOM = codecs.BOM_UTF8.decode("latin-1")
 UTF16 = tuple(mark.decode("latin-1") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
 OPEN_QUOTE = "nothing closes a quote"
+SWALLOWED = "a quote that is closed too late swallows rows: a line behind it names an image as rows do"
 EXAMPLE = "the first line must name the columns, as in 'filepath,title'"
 
 
@@ -94,8 +98,10 @@ class _Records:
         self.begins.append(begin)
         self.lengths.append(end - begin)
 
-    def found(self) -> tuple[Extents, dict[str, int]]:
-        """Return what ``scan`` of a format does."""
+    def found(self, empty: str = "") -> tuple[Extents, dict[str, int]]:
+        """Return what ``scan`` of a format does; if there is nothing at all, refuse it for the reason ``empty``."""
+        if empty and not (self.begins or self.damage):
+            raise ValueError(f"it is empty: {empty}")
         return extents(self.begins, self.lengths), self.damage
 
 
@@ -115,30 +121,44 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
     """Return the extents of the rows behind the header, and the lines that are in no row.
 
     Raises:
-        ValueError: there is no header.
+        ValueError: there is no header, or nothing below it.
     """
-    lines, records = _Lines(file), _Records()
+    lines, records, held = _Lines(file), _Records(), list[str]()
     try:
-        rows, _ = _csv_rows(lines, choose)
+        rows, separator = _csv_rows((held.append(line) or line for line in lines), choose)
         header = next(rows, [])
         _check_header(header, is_open=lines.ended)
-        begin, count = lines.offset, lines.count
         while True:
+            begin, count = lines.offset, lines.count
+            held.clear()
             try:
-                for row in rows:
-                    if row and lines.ended:
-                        records.damage[f"byte {begin}: {OPEN_QUOTE}"] = lines.count - count
-                    elif row:
-                        records.add(begin, lines.offset)
-                    begin, count = lines.offset, lines.count
-                return records.found()
+                row = next(rows, None)
             except csv.Error as error:  # as of a quote that is closed nowhere near
                 records.damage[f"byte {begin}: {error}"] = lines.count - count
-                begin, count = lines.offset, lines.count
+                continue
+            if row is None:
+                return records.found("no row stands below its header")
+            if row and (lines.ended or _swallows(row, held[1:], len(header), separator)):
+                why = OPEN_QUOTE if lines.ended else SWALLOWED
+                records.damage[f"byte {begin}: {why}"] = lines.count - count
+            elif row:
+                records.add(begin, lines.offset)
     except csv.Error as error:
         raise ValueError(f"its header cannot be read: {error}") from error
     finally:
         lines.detach()
+
+
+def _swallows(row: list[str], more: list[str], columns: int, separator: str) -> bool:
+    """Return True if a row goes on in lines of which one is shaped like one, with another image's name."""
+    for line in filter(IMAGE_NAME.search, more):
+        names = {place: value for place, value in enumerate(row) if _extension(value) in IMAGE_EXTENSIONS}
+        with contextlib.suppress(csv.Error, StopIteration):
+            fields = next(_reader([line], separator))
+            others = [name for place, name in enumerate(fields) if not names or names.get(place, name) != name]
+            if len(fields) == columns and any(_extension(name) in IMAGE_EXTENSIONS for name in others):
+                return True
+    return False
 
 
 def _check_header(header: list[str], *, is_open: bool) -> None:
@@ -192,11 +212,12 @@ def _sample(name: str, data: bytes, record: dict[str, Any]) -> RawSample:
     return {"__url__": name, "json": data, LINKS: Links(os.path.dirname(name), record)}
 
 
-def _scan_jsonl(file: BinaryIO, _: str = "") -> tuple[Extents, dict[str, int]]:
+def _scan_jsonl(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
     """Return the extents of the lines that are not empty.
 
     Raises:
-        ValueError: the first of them is no JSON object.
+        ValueError: the first of them is no JSON object, or there is none, which the list of a folder is refused for
+            elsewhere.
     """
     lines, records = _Lines(file), _Records()
     begin = 0
@@ -207,7 +228,7 @@ def _scan_jsonl(file: BinaryIO, _: str = "") -> tuple[Extents, dict[str, int]]:
                     _check_object(line)
                 records.add(begin, lines.offset)
             begin = lines.offset
-        return records.found()
+        return records.found("" if is_folder(name) else "no line has an object")
     finally:
         lines.detach()
 

@@ -93,6 +93,10 @@ def test_extents_are_the_rows_of_pythons_csv(body, separator):
         file.write(data)
         file.seek(0)
         form = format_of("t.csv", separator)
+        if not expected and not is_open:
+            with pytest.raises(ValueError, match="it is empty: no row stands below its header"):
+                form.scan(file, "t.csv")
+            return
         found, damage = form.scan(file, "t.csv")
         parse = form.parser("t.csv", file.fileno())
     assert [place.partition(": ")[2] for place in damage] == ["nothing closes a quote"] * is_open
@@ -118,6 +122,29 @@ def test_a_quote_that_nothing_closes_loses_what_it_swallows(tmp_path):
     assert source.sizes == [20_000 - lost]
     texts = [metadata(source.read(number, NO_IMAGE))["title"] for number in (99, 100, 20_000 - lost - 1)]
     assert texts == ["caption 99", f"caption {100 + lost}", "caption 19999"]
+
+
+@pytest.mark.parametrize(
+    ("name", "header", "texts"),
+    [
+        ("t.tsv", ("filepath", "title"), ('"Mind the gap', 'the end"')),
+        ("t.csv", ("filepath", "title"), ('"Mind the gap', 'the end"')),
+        ("t.csv", ("filepath", "title"), ('"Mind the gap', '"a cat, asleep"')),  # whose first quote ends the other
+        ("t.csv", ("n", "title", "filepath"), ('"Mind the gap', '"the end"')),
+    ],
+)
+def test_rows_that_a_stray_quote_swallows_are_lost_by_name(tmp_path, name, header, texts):
+    separator = "\t" if name == "t.tsv" else ","
+    rows = [("1", f"caption {number}", f"{number}.jpg") for number in range(40)]
+    rows[5] = ("1", '"two lines,\nof which none, is a row: 7.jpg"', "5.jpg")
+    rows[10], rows[20] = ("1", texts[0], "10.jpg"), ("1", texts[1], "20.jpg")
+    rows = [row if len(header) == 3 else (row[2], row[1]) for row in rows]
+    (tmp_path / name).write_text("\n".join(map(separator.join, [header, *rows])) + "\n")
+    source = open_shards([str(tmp_path / name)])
+    assert list(source.shards[0].damage.values()) == [11]
+    assert next(iter(source.shards[0].damage)).endswith("a line behind it names an image as rows do")
+    assert source.sizes == [29]
+    assert caption(source.read(5, NO_IMAGE)).startswith("two lines,")
 
 
 @pytest.mark.parametrize("end", ["", "\n"])
@@ -169,6 +196,8 @@ def test_a_record_that_is_too_long_is_lost(tmp_path, monkeypatch):
         ("t.csv", b'"filepath,title\n1,a\n', "its header cannot be read: nothing closes a quote"),
         ("t.csv", b'"' + b"x" * 200_000, "its header cannot be read: field larger than field limit"),
         ("t.jsonl", b'[\n{"image": "1.jpg"}]', r"not JSON Lines, .*jq -c '\.\[\]' makes such a file of an array"),
+        ("t.tsv", b"filepath\ttit", "it is empty: no row stands below its header"),
+        ("t.jsonl", b"", "it is empty: no line has an object"),
         ("t.jsonl", b"<html>", "not JSON Lines, which have an object in each line: json cannot be read"),
         ("t.jsonl", b"7", "not JSON Lines, which have an object in each line: json is not an object but a int"),
     ],
