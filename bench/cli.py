@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from clipfast.arguments import add_output
+from clipfast.arguments import COUNT, Parser, add_output
 from clipfast.arguments import run as run_checked
 from clipfast.kernels.dtypes import DTYPES
 
@@ -23,6 +23,7 @@ from .suites import SUITES, build
 from .supply import supply
 
 _OPS = {name: suite.op for name, suite in SUITES.items() if suite.op is not None}
+_NAMES = {op.name: name for name, op in _OPS.items()}  # the suite of each op, which is called by the op's name
 # Names that stand for several suites.
 GROUPS = {
     "ops": tuple(_OPS),
@@ -38,12 +39,12 @@ show where the time goes. The exit code is 1 if a candidate of clipfast was refu
 
 EPILOG = """\
 examples:
-  python -m bench loss --device cpu
+  python -m bench contrastive_loss --device cpu
   python -m bench attention --dtype bf16 --shape "batch=64 tokens=197 heads=12 head_dim=64 causal=False"
   python -m bench step --shape model=RN50,batch=64 --rounds 3    steps of 15 s; memory and trace add a few steps
   python -m bench data --pairs-per-second 5000    how many data workers that takes, and which stage limits
-  python -m bench loss --compare main        is this checkout slower than main? (exit code 1 if it is)
-  python -m bench tune --op contrastive --card H100
+  python -m bench contrastive_loss --compare main        is this checkout slower than main? (exit code 1 if it is)
+  python -m bench tune --op contrastive_loss --card H100
   python -m bench table                      write the tables of the README and docs/ again from the committed results
   python -m bench plot FILE.json             draw the plots of a result file again"""
 
@@ -51,7 +52,7 @@ examples:
 def main(argv: Sequence[str] | None = None, prog: str = "python -m bench") -> int:
     """Run the command line of the benchmarks and return its exit code: 2 for bad arguments, with one line on stderr."""
     raw = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
+    parser = Parser(prog, description=DESCRIPTION, epilog=EPILOG, formatter_class=raw)
     add_commands(parser)
     args = parser.parse_args(argv)
     try:
@@ -70,8 +71,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
     commands = parser.add_subparsers(dest="bench", required=True, metavar="WHAT")
     everything = {name: suite.help for name, suite in SUITES.items()}
     everything |= {group: ", ".join(suites) for group, suites in GROUPS.items()} | {"all": "every suite"}
+    names = {suite: op for op, suite in _NAMES.items()}
     for name, text in everything.items():
-        measuring = commands.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+        shown, *others = dict.fromkeys((names.get(name, name), name))
+        measuring = commands.add_parser(shown, aliases=others, help=text, description=f"{text[0].upper()}{text[1:]}.")
         _add_measuring(measuring)
         if name == "data":
             rate = "rate at which the last table says how many cores each stage takes (default: 10000)"
@@ -97,9 +100,9 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     smoke = f"run the smallest shapes for two rounds, to see that everything works, and write to {results.SMOKE_FOLDER}"
     add("--smoke", action="store_true", help=smoke)
     add("--only", nargs="+", metavar="NAME", help="measure only candidates with this name, or whose name contains it")
-    add("--rounds", type=int, default=50, help="largest number of rounds (default: 50)")
+    add("--rounds", type=COUNT, default=50, help="largest number of rounds (default: 50)")
     add("--seconds", type=float, default=60, help="add no round to a case after this time (default: 60)")
-    add("--min-rounds", type=int, default=5, help="smallest number of rounds, whatever their time (default: 5)")
+    add("--min-rounds", type=COUNT, default=5, help="smallest number of rounds, whatever their time (default: 5)")
     total = "begin no case after this time (default: no limit)"
     add("--total", type=float, default=float("inf"), metavar="SECONDS", help=total)
     add("--no-memory", action="store_true", help="leave out the pass that measures peak memory")
@@ -112,6 +115,7 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do what the parsed command line asks for."""
+    args.bench = _NAMES.get(args.bench, args.bench)
     if args.bench == "tune":
         return tune.run(args)
     if args.bench == "table":

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from clipfast.arguments import COUNT
 from clipfast.files import replace_text
 from clipfast.kernels import configs
 from clipfast.kernels.configs import Config
@@ -266,7 +267,7 @@ def write_table(entries: dict[str, Config], arch: int, folder: Path = configs.TU
 
 def run(args: Any) -> int:
     """Tune the ops that the parsed command line names, or with ``--dry`` rank their configurations without a GPU."""
-    ops = list(TARGETS) if "all" in args.op else args.op
+    ops = [name for name, (spec, _) in TARGETS.items() if {"all", name, spec.name} & set(args.op)]
     if args.dry:
         with compilers(os.cpu_count() or 1) as pool:
             for op in ops:
@@ -313,10 +314,11 @@ def _tune_all(
 def add_arguments(parser: Any) -> None:
     """Add the options of the tuner."""
     add = parser.add_argument
-    add("--op", nargs="+", default=["all"], choices=("all", *TARGETS))
+    ops = dict.fromkeys(["all", *(spec.name for spec, _ in TARGETS.values()), *TARGETS])
+    add("--op", nargs="+", default=["all"], choices=tuple(ops))
     add("--card", help="part of the name of this machine's GPU, such as H100, to confirm that you mean it")
     add("--dtype", default="bf16", choices=tuple(DTYPES))
-    add("--keep", type=int, default=8, help="configurations to time for each kernel (default 8)")
+    add("--keep", type=COUNT, default=8, help="configurations to time for each kernel (default 8)")
     add("--seconds", type=float, default=10, help="time for each kernel (default 10)")
     add("--total", type=float, default=float("inf"), metavar="SECONDS", help="begin no further kernel after this time")
     add("--tables", type=Path, default=configs.TUNED, help="folder of the tables to write")
@@ -324,7 +326,7 @@ def add_arguments(parser: Any) -> None:
     add("--by", default=MEASURED, choices=(MEASURED, MODEL), help=by)
     add("--dry", action="store_true", help="compile and rank only; needs no GPU, changes nothing")
     add("--arch", type=int, default=90, choices=configs.ARCHS, help="for --dry (default 90)")
-    add("--limit", type=int, default=None, help="configurations to compile for each kernel (default: all)")
+    add("--limit", type=COUNT, default=None, help="configurations to compile for each kernel (default: all)")
 
 
 def _print_ranking(op: str, search: Search) -> None:

@@ -3,16 +3,47 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import glob
 import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from .files import check_target, together
 
 DRAWN = ("drawn",)  # in place of the endings of an output: those that matplotlib can draw
+
+
+def meant(word: str, known: Iterable[str]) -> str:
+    """Return the question whether a known word was meant; "" if none is like it."""
+    similar = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {similar[0]}?)" if similar else ""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, which suggests the word that was meant if there is a similar one."""
+
+    def parse_known_args(self, *args: Any, **options: Any) -> Any:
+        """Parse all arguments, so that a wrong one is an error of the subcommand that it was given to."""
+        found, left = super().parse_known_args(*args, **options)
+        if left:
+            flags = [word.partition("=")[0] for word in left if word.startswith("--")]
+            suggestion = meant(flags[0], self._option_string_actions) if flags else ""
+            self.error(f"unrecognized arguments: {' '.join(left)}{suggestion}")
+        return found, left
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is not None and value not in action.choices:
+            known = [str(choice) for choice in action.choices]
+            suggestion = meant(str(value), known) or f" (choose from {', '.join(known)})"
+            raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
+
+    def error(self, message: str) -> NoReturn:
+        """Print the error and exit with code 2."""
+        message = re.sub("^argument (.+?): must", r"\1 must", message)
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
 class Output(argparse.Action):
@@ -69,6 +100,27 @@ def add_output(parser: argparse.ArgumentParser, *names: str, **options: Any) -> 
     parser.add_argument(*names, action=Output, **options)
     if "--overwrite" not in parser._option_string_actions:
         parser.add_argument("--overwrite", action="store_true", help="replace files to write that exist already")
+
+
+class Count:
+    """The type of an integer option, from ``least`` to ``most``."""
+
+    def __init__(self, least: int = 1, most: int = 2**31 - 1) -> None:
+        self.least, self.most, self.__name__ = least, most, "integer"
+
+    def __call__(self, text: str) -> int:
+        """Return the integer that ``text`` says."""
+        value = int(text)
+        if not self.least <= value <= self.most:
+            bound = f"at least {self.least}" if value < self.least else f"at most {self.most}"
+            raise argparse.ArgumentTypeError(f"must be {bound}, got {text}")
+        return value
+
+
+COUNT, OR_ZERO = Count(), Count(0)
+BATCH, PIXELS, SEED = Count(1, 2**20), Count(1, 2**13), Count(0, 2**32 - 1)
+WORKERS = Count(0, 1024)  # processes
+SECONDS = Count(1, 366 * 24 * 60 * 60)
 
 
 def folder(text: str) -> Path:

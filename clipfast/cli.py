@@ -1,14 +1,12 @@
 """The command line, ``clipfast COMMAND``: a table of commands, of which only the chosen one is imported."""
 
 import argparse
-import difflib
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NoReturn
 
 from . import __version__
-from .arguments import run
+from .arguments import Parser, run
 
 # Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
 COMMANDS = {
@@ -75,25 +73,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise shown
     print(f"clipfast {chosen}: error: {shown}{hint}", file=sys.stderr)
     return 2
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are one line, which suggests the flag that was meant if it is a similar one."""
-
-    # These are the flags of all parsers, because the parent reports the unknown flags of a subcommand.
-    known: ClassVar[set[str]] = set()
-
-    def add_argument(self, *names: Any, **options: Any) -> argparse.Action:
-        """Add an argument, as ``argparse`` does."""
-        self.known.update(name for name in names if name.startswith("--"))
-        return super().add_argument(*names, **options)
-
-    def error(self, message: str) -> NoReturn:
-        """Print the error and exit with code 2."""
-        wrong = [word.partition("=")[0].rstrip(":") for word in message.split() if word.startswith("--")]
-        meant = difflib.get_close_matches(wrong[0], self.known, 1) if wrong and wrong[0] not in self.known else []
-        suggestion = f": did you mean {meant[0]}?" if meant else ""
-        self.exit(2, f"{self.prog}: error: {message}{suggestion} (see {self.prog} --help)\n")
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:

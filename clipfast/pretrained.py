@@ -10,6 +10,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from .arguments import meant
 from .checkpoint import WEIGHTS_NAMES
 from .hub import fetch
 from .kernels.reference import CLIP_MEAN, CLIP_STD
@@ -99,7 +100,8 @@ def find_pretrained(model: str | None = None, tag: str | None = None) -> list[tu
         tags = list_pretrained_tags_by_model(model) if model is not None else []
         hint = f"; {model} has the tags {', '.join(tags)}" if tags else ": clipfast list-pretrained shows what there is"
         wanted = " ".join(name for name in (model, tag) if name is not None)
-        raise ValueError(f"no weights are known for {wanted}{hint}")
+        similar = meant(tag, tags) if tag and tags else meant(model or "", list_models())
+        raise ValueError(f"no weights are known for {wanted}{similar}{hint}")
     return found
 
 

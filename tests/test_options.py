@@ -1,6 +1,8 @@
 """What every command keeps with every option of a kind. Options are found in the parsers, so that none is forgotten."""
 
 import argparse
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import pytest
 from clipfast import arguments, cli, files
 from clipfast.arguments import Output
 from clipfast.bench import cli as bench
+from clipfast.training.config import TrainConfig
+from clipfast.training.options import check_value
 
 from .clip.conftest import run_command
 
@@ -38,7 +42,11 @@ def commands():
 
 
 ALL = commands()
-OUTPUTS = [(name, action) for name, parser in ALL.items() for action in parser._actions if isinstance(action, Output)]
+
+
+ACTIONS = [(name, action) for name, parser in ALL.items() for action in parser._actions]
+OUTPUTS = [(name, action) for name, action in ACTIONS if isinstance(action, Output)]
+COUNTS = [(name, action) for name, action in ACTIONS if isinstance(action.type, arguments.Count)]
 
 
 def named(action):
@@ -65,8 +73,7 @@ def place(output, folder):
 def test_every_path_is_an_output_or_known_to_be_read():
     paths = {
         (name, named(action))
-        for name, parser in ALL.items()
-        for action in parser._actions
+        for name, action in ACTIONS
         if action.type in (Path, arguments.folder) and not isinstance(action, Output)
     }
     assert {one for one in paths if one[1] not in READ} == PLACES
@@ -88,6 +95,25 @@ def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output,
         code, _, err = run_command(capsys, *line(name, {output: path, read: value}, "--overwrite"))
         assert (code, path.read_bytes()) == (2, b"kept")
         assert any(text in err for text in ("is an input of this command", "which this command reads")), err
+
+
+def test_every_integer_has_a_range():
+    """Those of training are checked with its other options, since recipes have them too."""
+    of_training = {field.name: field for field in dataclasses.fields(TrainConfig) if field.metadata["kind"] is int}
+    for name, action in ACTIONS:
+        assert action.type is not int or action.choices or action.dest in of_training, (name, action.dest)
+    for field in of_training.values():
+        for value in (2**63, -1):
+            with pytest.raises(ValueError, match=r" must (be (at most|more than)|not be)"):
+                check_value(field, value)
+
+
+@pytest.mark.parametrize("value", ["-1", "99999999999999999999"])
+@pytest.mark.parametrize(("name", "action"), COUNTS, ids=[f"{name} {named(action)}" for name, action in COUNTS])
+def test_an_integer_out_of_range_is_one_line(name, action, value, capsys):
+    code, out, err = run_command(capsys, *line(name, {action: value}))
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert re.search(f"{action.option_strings[-1]} must be at (least|most) [0-9]+, got {value}", err), err
 
 
 def test_a_failing_command_leaves_no_output(tmp_path):

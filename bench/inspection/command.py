@@ -11,7 +11,7 @@ from typing import Any
 
 import triton
 
-from clipfast.arguments import add_output
+from clipfast.arguments import COUNT, Count, add_output
 from clipfast.files import replace_text
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.hardware import ARCHITECTURES
@@ -149,12 +149,13 @@ def add_parser(commands: Any) -> None:
     raw = argparse.RawDescriptionHelpFormatter
     parser = commands.add_parser("inspect", description=explain(), epilog=EPILOG, formatter_class=raw)
     add = parser.add_argument
-    add("--arch", nargs="+", type=int, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
-    add("--case", default="", metavar="TEXT", help="report only cases whose name contains TEXT")
+    add("--arch", nargs="+", type=COUNT, default=ARCHS, metavar="N", help="compute capabilities (default: all known)")
+    chosen = "report only cases whose name contains TEXT, such as contrastive_loss"
+    add("--op", "--case", dest="case", default="", metavar="TEXT", help=chosen)
     add("--peers", action="store_true", help="report the kernels of installed peers too")
     add_output(parser, "--json", help="write everything to FILE too")
     add("--snapshot", metavar="FILE", help="resources to compare with (default: tests/kernels/resources.json)")
-    add("--jobs", type=int, metavar="N", help="number of processes (default: one for each core)")
+    add("--jobs", type=Count(1, 1024), metavar="N", help="number of processes (default: one for each core)")
     add("--traceback", action="store_true", help="show where an error was raised")
     what = parser.add_argument_group("predicted times, without the report")
     add = what.add_argument

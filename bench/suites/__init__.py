@@ -31,7 +31,7 @@ def _suite_of(spec: OpSpec) -> Suite:
     title = (spec.op.__doc__ or spec.name).strip().splitlines()[0].rstrip(".")
     example, fields = spec.bench["cuda"][0], dataclasses.fields(spec.small[0])
     return Suite(
-        help=f"{spec.name}: {title[0].lower()}{title[1:]}",
+        help=title if title.split()[0][1:] != title.split()[0][1:].lower() else f"{title[0].lower()}{title[1:]}",
         shapes={device: [shape.to_dict() for shape in shapes] for device, shapes in spec.bench.items()},
         build=functools.partial(ops.build, spec),
         fields={field.name: 1 if (value := getattr(example, field.name)) is None else value for field in fields},

@@ -14,7 +14,7 @@ an error that names the flag which decides.
 import argparse
 from typing import Any
 
-from ..arguments import add_output
+from ..arguments import PIXELS, Count, add_output
 from .targets import TARGETS
 
 EPILOG = """\
@@ -51,8 +51,8 @@ def add_parser(commands: Any) -> None:
         help="gelu or quick_gelu, where SRC does not say it or is wrong; of SigLIP gelu, "
         "gelu_tanh, or two of them for images and texts: gelu,gelu_tanh",
     )
-    add("--image-size", type=int, metavar="PIXELS", help="resize the positions of patches to images of this size")
-    add("--context-length", type=int, metavar="TOKENS", help="resize the positions of texts to this length")
+    add("--image-size", type=PIXELS, metavar="PIXELS", help="resize the positions of patches to images of this size")
+    add("--context-length", type=Count(1, 2**16), metavar="TOKENS", help="resize the positions of texts to this length")
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
     add("--traceback", action="store_true", help="show where an error was raised")

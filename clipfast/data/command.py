@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arguments import add_output
+from ..arguments import WORKERS, add_output
 from ..columns import align
 from ..files import replace_text
 from ..training.arguments import add_arguments
@@ -36,7 +36,7 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("shards", metavar="SHARDS", help="as --train-data of clipfast train takes them")
     add_arguments(parser, SOURCE_OPTIONS)
-    add("--workers", type=int, default=1, metavar="N", help="processes that read shards (default: 1)")
+    add("--workers", type=WORKERS, default=1, metavar="N", help="processes that read shards (default: 1)")
     add("--unique-by", metavar="KEY", help="also read this json key, or 'caption', as training with --unique-by does")
     add_output(parser, "--json", help="also write the result to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")

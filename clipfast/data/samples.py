@@ -12,6 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import meant
 from ..images import ImageError, SampleError, open_image
 from .keys import DEFAULT_KEYS, Keys
 from .rows import shards_in
@@ -141,7 +142,7 @@ def _bundled(shard: str) -> str:
     folder = files("clipfast").joinpath("assets", "emoji")
     known = sorted("emoji/" + path.name.removesuffix(".tar.gz") for path in folder.iterdir())
     if name not in known:
-        raise ValueError(f"no bundled shard {name!r}; there are: {', '.join(known)}")
+        raise ValueError(f"no bundled shard {name!r}{meant(name, known)}; there are: {', '.join(known)}")
     return str(folder.joinpath(name.removeprefix("emoji/") + ".tar.gz"))
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..arguments import DRAWN, add_output, folder
+from ..arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder, meant
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
@@ -98,12 +98,12 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     kept = "keep features here, so that a task that was stopped goes on, and the next one starts with them"
     add("--features", type=folder, metavar="FOLDER", help=kept)
-    add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
-    add("--workers", type=int, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
+    add("--batch-size", type=BATCH, default=256, metavar="INT", help="images to encode at once (default: 256)")
+    add("--workers", type=WORKERS, default=0, metavar="INT", help="processes that read and decode images (default: 0)")
     add_device_argument(parser)
     add_backend_argument(parser)
     timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
-    add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
+    add("--dist-timeout", type=SECONDS, default=600, metavar="INT", help=timeout)
     add_output(parser, "--json", help="also write the results to this file")
     add("--traceback", action="store_true", help="show where an error was raised")
     add("--table", action="store_true", help="print a table in place of JSON, which --json still writes")
@@ -297,7 +297,7 @@ def read_templates(name: str) -> tuple[str, ...]:
 
     if name in TEMPLATES:
         return TEMPLATES[name]
-    templates = _lines(name, f"--templates must be one of {', '.join(TEMPLATES)} or a file")
+    templates = _lines(name, f"--templates must be one of {', '.join(TEMPLATES)} or a file{meant(name, TEMPLATES)}")
     lacking = [template for template in templates if "{}" not in template]
     if lacking:
         raise ValueError(f"template {lacking[0]!r} in {name} has no {{}} for the class name")

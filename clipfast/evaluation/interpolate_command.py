@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DRAWN, add_output
+from ..arguments import BATCH, DRAWN, add_output
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 from .arguments import (
@@ -53,7 +53,7 @@ def add_parser(commands: Any) -> None:
     add("--activation", metavar="NAME", help="gelu or quick_gelu, where the checkpoints do not say it")
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--tokenizer", metavar="PATH", help="tokenizer.json of a SigLIP model, or its folder (default: the model's)")
-    add("--batch-size", type=int, default=256, metavar="INT", help="images to encode at once (default: 256)")
+    add("--batch-size", type=BATCH, default=256, metavar="INT", help="images to encode at once (default: 256)")
     add_device_argument(parser)
     add_backend_argument(parser)
     add("--traceback", action="store_true", help="show where an error was raised")

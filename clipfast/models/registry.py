@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..arguments import meant
 from .config import CLIPConfig, TextConfig, VisionConfig
 from .siglip_config import PUBLISHED, published_config
 
@@ -95,7 +96,8 @@ def get_model_config(name: str) -> CLIPConfig:
     """
     if name not in _CONFIGS:
         raise ValueError(
-            f"unknown model {name!r}; known: {', '.join(_CONFIGS)}. Another model of OpenCLIP's runs on the same "
-            f"kernels: build it with open_clip.create_model({name!r}), and hand it to clipfast.apply_to_open_clip"
+            f"unknown model {name!r}{meant(name, _CONFIGS)}; known: {', '.join(_CONFIGS)}. Another model of OpenCLIP's "
+            f"runs on the same kernels: build it with open_clip.create_model({name!r}), and hand it to "
+            "clipfast.apply_to_open_clip"
         )
     return _CONFIGS[name]

@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import add_output
+from ..arguments import Count, add_output
 from ..columns import align
 from ..files import replace_text
 from ..units import BYTES, COUNTS, ONES, SECONDS, scaled
@@ -41,6 +41,7 @@ Figures are those of one rank, memory at its peak. Kernels and messages are coun
 ring algorithms. "exposed" is what messages add to the time of computing; "(auto)" is the mode that mode="auto" takes.
 exit code: 0 printed, 1 --check found a figure wrong, 2 bad arguments"""
 NOTE = "Predicted, never measured on a GPU: rates are published, and latencies are assumed unless you gave them."
+PAIRS, GPUS = Count(1, 2**24), Count(1, 2**16)
 # Options of the machine: the fields of Card or Cluster that each sets, their unit, and its help.
 MACHINE = {
     "tflops": (("half_peak", "single_peak"), 1e12, "1e12 FLOPs per second that products reach"),
@@ -53,16 +54,16 @@ MACHINE = {
 }
 
 
-def _number(kind: Callable[[str], float], *, or_zero: bool = False) -> Callable[[str], float]:
+def _number(*, or_zero: bool = False) -> Callable[[str], float]:
     def parse(text: str) -> float:
-        value = kind(text)
+        value = float(text)
         if not math.isfinite(value):
             raise argparse.ArgumentTypeError(f"must be a finite number, got {text}")
         if not (value > 0 or (or_zero and value == 0)):
             raise argparse.ArgumentTypeError(f"must be {'at least' if or_zero else 'more than'} 0, got {text}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = "number"
     return parse
 
 
@@ -71,21 +72,21 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "plan", description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    add, count = parser.add_argument, _number(int)
-    add("--pairs", type=count, metavar="N", help="pairs of all GPUs (default: 32768; with --check 256 for each GPU)")
-    add("--gpus", type=count, metavar="W", help="GPUs that share the batch (default: 1; with --check 3)")
+    add = parser.add_argument
+    add("--pairs", type=PAIRS, metavar="N", help="pairs of all GPUs (default: 32768; with --check 256 for each GPU)")
+    add("--gpus", type=GPUS, metavar="W", help="GPUs that share the batch (default: 1; with --check 3)")
     add("--model", metavar="NAME", help="model that is trained; without it, the loss is planned alone")
-    add("--embed-dim", type=count, metavar="D", help="size of the features without --model (default: 512)")
+    add("--embed-dim", type=Count(1, 2**16), metavar="D", help="size of the features without --model (default: 512)")
     add("--dtype", default="bf16", help="dtype of features and autocast: bf16, fp16 or fp32 (default: bf16)")
     add("--card", help="a100, h100, h200 or b200 (default: h100)")
     for name, (_, _, text) in MACHINE.items():
-        kind = count if name == "gpus_per_node" else _number(float, or_zero=name.endswith("_us"))
+        kind = GPUS if name == "gpus_per_node" else _number(or_zero=name.endswith("_us"))
         add(f"--{name.replace('_', '-')}", type=kind, metavar="X", help=text)
     add("--largest", action="store_true", help="also search the largest batch that fits, in minutes, up to 16384 a GPU")
     add("--check", action="store_true", help="run the step on this machine, and compare with the prediction")
     add_output(parser, "--json", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
-    training_command.add_arguments(parser, count, _number)
+    training_command.add_arguments(parser, _number)
     parser.set_defaults(run=run)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import BATCH, COUNT
 from ..columns import align
 from ..files import replace_text
 from ..units import BYTES, SECONDS, scaled
@@ -28,8 +29,8 @@ OPTIONS: dict[str, Any] = {
 }  # fmt: skip
 
 
-def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], float], number: Callable[..., Any]) -> None:
-    """Add the options. ``count`` parses a number of things, and ``number`` makes what parses other numbers."""
+def add_arguments(parser: argparse.ArgumentParser, number: Callable[..., Any]) -> None:
+    """Add the options. ``number`` makes what parses numbers that are not counts."""
     group = parser.add_argument_group(
         "a training step of the trainer", "with --train for one batch, with --fit for the largest that fits"
     )
@@ -49,17 +50,17 @@ def add_arguments(parser: argparse.ArgumentParser, count: Callable[[str], float]
     add("--parallel", "how GPUs share the work (default: ddp; with --fit, each)", choices=("ddp", "fsdp"))
     kinds = ("none", "selective", "full")
     add("--checkpointing", "what the backward pass computes again (default: none; with --fit, each)", choices=kinds)
-    add("--batch-size", "with --train: pairs of a GPU, in place of --pairs", type=count, metavar="N")
-    add("--accumulation", "micro-batches of which a batch is made (default: 1)", type=count, metavar="N")
+    add("--batch-size", "with --train: pairs of a GPU, in place of --pairs", type=BATCH, metavar="N")
+    add("--accumulation", "micro-batches of which a batch is made (default: 1)", type=COUNT, metavar="N")
     precisions = ("amp_bf16", "pure_bf16", "fp32")
     add("--precision", "as of clipfast train (default: amp_bf16)", choices=precisions)
     add("--opt", "optimizer, as of clipfast train (default: adamw)", metavar="NAME")
     add("--ema", "keep an average of the weights", action="store_true")
     add("--no-reshard", "FSDP2 keeps a block whole from its forward to its backward pass", action="store_true")
     samples = "pairs of the training, such as 12.8e9: also print days and GPU-hours"
-    add("--samples-seen", samples, type=number(float), metavar="N")
-    add("--price-per-gpu-hour", "also print what the training costs", type=number(float), metavar="X")
-    or_zero = number(float, or_zero=True)
+    add("--samples-seen", samples, type=number(), metavar="N")
+    add("--price-per-gpu-hour", "also print what the training costs", type=number(), metavar="X")
+    or_zero = number(or_zero=True)
     add("--context-gb", "1e9 bytes for CUDA, cuBLAS and NCCL (assumed: 1.5)", type=or_zero, metavar="X")
     add("--slack", "share that the allocator holds beyond tensors (assumed: 0.05)", type=or_zero, metavar="X")
 

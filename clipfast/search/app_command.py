@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import Count
 from .arguments import add_encoder_arguments, add_folder_argument, encoder_of
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
@@ -33,7 +34,7 @@ def add_parser(commands: Any) -> None:
     add_encoder_arguments(parser)
     pictures = "folders whose pictures may be shown (default: what was embedded)"
     add("--pictures", type=Path, nargs="+", metavar="FOLDER", help=pictures)
-    add("--port", type=int, default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
+    add("--port", type=Count(1, 65535), default=PORT, metavar="INT", help=f"port to listen on (default: {PORT})")
     add("--no-browser", action="store_true", help="do not open the page in a browser")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)

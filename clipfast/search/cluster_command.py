@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import add_output
+from ..arguments import COUNT, OR_ZERO, SEED, add_output
 from ..evaluation.arguments import read_texts, write_results
 from .arguments import add_encoder_arguments, add_folder_argument, add_result_arguments
 
@@ -36,10 +36,10 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add_folder_argument(parser)
-    add("--k", type=int, default=50, metavar="INT", help="how many clusters (default: 50)")
+    add("--k", type=COUNT, default=50, metavar="INT", help="how many clusters (default: 50)")
     add("--kind", choices=("image", "text"), default="image", help="cluster images or texts (default: image)")
-    add("--seed", type=int, default=0, metavar="INT", help="of the first centres (default: 0)")
-    add("--rounds", type=int, default=100, metavar="INT", help="how often centres move at most (default: 100)")
+    add("--seed", type=SEED, default=0, metavar="INT", help="of the first centres (default: 0)")
+    add("--rounds", type=OR_ZERO, default=100, metavar="INT", help="how often centres move at most (default: 100)")
     init = "first centres: far from each other, or any features (default: k-means++)"
     add("--init", choices=("k-means++", "random"), default="k-means++", help=init)
     add("--label-by", metavar="COLUMN", help="call each cluster by its most frequent value of this column")

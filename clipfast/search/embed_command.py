@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import BATCH, SECONDS, WORKERS
 from ..evaluation.arguments import (
     add_backend_argument,
     add_device_argument,
@@ -53,26 +54,24 @@ def add_parser(commands: Any) -> None:
     kept = "json keys or columns that are kept as metadata; none after the flag for none (default: all)"
     add("--metadata", nargs="*", metavar="KEY", help=kept)
     add("--precision", default="fp16", choices=("fp16", "fp32"), help="of the features in the folder (default: fp16)")
-    add("--part-size", type=int, default=10_000, metavar="INT", help="samples of a part (default: 10000)")
+    add("--part-size", type=BATCH, default=10_000, metavar="INT", help="samples of a part (default: 10000)")
     batch = "samples to encode at once (default: 256 on a GPU, 32 for each thread of a CPU, up to 128 of small images)"
-    add("--batch-size", type=int, metavar="INT", help=batch)
+    add("--batch-size", type=BATCH, metavar="INT", help=batch)
     most = "as many as cores for a GPU, half as many for a CPU, at most 8, and not more than fit into shared memory"
     actors = "with --engine ray, its actors (default: one for each GPU, or else for each CPU)"
-    add("--workers", type=int, metavar="INT", help=f"processes that read and decode (default: {most}); {actors}")
+    add("--workers", type=WORKERS, metavar="INT", help=f"processes that read and decode (default: {most}); {actors}")
     engine = "local: this process, or those of torchrun; ray: actors on a cluster (pip install 'clipfast[ray]')"
     add("--engine", default="local", choices=("local", "ray"), help=f"{engine} (default: local)")
     add_device_argument(parser)
     add_backend_argument(parser)
     timeout = "seconds after which the processes of torchrun give up waiting for another one (default: 600)"
-    add("--dist-timeout", type=int, default=600, metavar="INT", help=timeout)
+    add("--dist-timeout", type=SECONDS, default=600, metavar="INT", help=timeout)
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Make the parts that are missing, say what there is, and return the exit code."""
-    if args.workers is not None and args.workers < 0:
-        raise ValueError(f"--workers must not be negative, got {args.workers}")
     if args.engine == "ray" and args.workers == 0:
         raise ValueError("--workers 0 leaves --engine ray no actor: leave it out, or give at least 1")
     from ..training.world import joined

@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ..arguments import DRAWN, add_output
+from ..arguments import BATCH, DRAWN, PIXELS, Count, add_output
 from ..evaluation.arguments import load_encoder
 from .arguments import add_encoder_arguments
 
@@ -34,12 +34,12 @@ def add_parser(commands: Any) -> None:
     scores = "similarity to each text, or its softmax over several texts (default: cosine)"
     add("--scores", default="cosine", choices=("cosine", "softmax"), help=scores)
     size = "resize the shorter side to this; more shows smaller things (default: the model's size)"
-    add("--size", type=int, metavar="PIXELS", help=size)
+    add("--size", type=PIXELS, metavar="PIXELS", help=size)
     stride = "by how much the windows move; less is finer and slower (default: an eighth of the model's size)"
-    add("--stride", type=int, metavar="PIXELS", help=stride)
+    add("--stride", type=PIXELS, metavar="PIXELS", help=stride)
     margin = "by how much the edge of the picture is continued (default: a quarter of the model's size)"
-    add("--margin", type=int, metavar="PIXELS", help=margin)
-    add("--batch-size", type=int, default=64, metavar="INT", help="windows to encode at once (default: 64)")
+    add("--margin", type=Count(0, 2**13), metavar="PIXELS", help=margin)
+    add("--batch-size", type=BATCH, default=64, metavar="INT", help="windows to encode at once (default: 64)")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)
 
@@ -51,10 +51,6 @@ def run(args: argparse.Namespace) -> int:
     from ..training.world import ALONE
     from .heatmap import draw, heat_maps, shares, side_of, to_tensor
 
-    for name in ("size", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
     picture = open_image(args.image)
     encoder = load_encoder(args, args.model, args.pretrained, ALONE)
     image = to_tensor(picture, args.size or side_of(encoder.model)).to(encoder.device)

@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..arguments import COUNT
 from ..evaluation.arguments import read_texts, write_results
 from .arguments import add_encoder_arguments, add_folder_argument, add_result_arguments
 
@@ -34,7 +35,7 @@ def add_parser(commands: Any) -> None:
     add("--include-itself", action="store_true", help=itself)
     weight = "with texts and pictures: the share of the picture in a query, from 0 to 1 (default: 0.5)"
     add("--weight", type=float, default=0.5, metavar="FLOAT", help=weight)
-    add("--k", type=int, default=10, metavar="INT", help="how many items to find for each query (default: 10)")
+    add("--k", type=COUNT, default=10, metavar="INT", help="how many items to find for each query (default: 10)")
     where = 'find only items whose metadata fulfil this, such as "width >= 256 and caption contains cat"'
     add("--where", metavar="EXPR", help=where)
     add("--kind", choices=("image", "text"), default="image", help="search images or texts (default: image)")
@@ -102,8 +103,6 @@ def _check(args: argparse.Namespace, texts: list[str]) -> None:
         )
     if not 0 <= args.weight <= 1:
         raise ValueError(f"--weight must be from 0 to 1, got {args.weight:g}")
-    if args.k < 1:
-        raise ValueError(f"--k must be at least 1, got {args.k}")
     if any(not text.strip() for text in texts):
         raise ValueError("a text to search for is empty")
     missing = [path for path in args.image if not path.is_file()]

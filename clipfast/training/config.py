@@ -83,7 +83,7 @@ class TrainConfig:
         "is seen again",
         bool,
     )
-    train_num_samples: int | None = _flag(None, "pairs per epoch (default: all)", int, positive=True)
+    train_num_samples: int | None = _flag(None, "pairs per epoch (default: all)", int, positive=True, most=10**15)
     model: str = _flag("ViT-B-32", "model name, as clipfast.list_models() gives it, or path of an OpenCLIP model JSON")
     pretrained: str | None = _flag(None, "tag (clipfast list-pretrained) or checkpoint that the weights start from")
     cache_dir: str | None = _flag(None, "folder of the weights that are downloaded (default: huggingface_hub's own)")
@@ -124,7 +124,11 @@ class TrainConfig:
     )  # fmt: skip
     epochs: int = _flag(32, "passes over the --train-num-samples pairs", int, positive=True)
     samples_seen: int | None = _flag(
-        None, "pairs to train on, in place of --epochs: the run may end within an epoch", int, positive=True
+        None,
+        "pairs to train on, in place of --epochs: the run may end within an epoch",
+        int,
+        positive=True,
+        most=10**15,
     )
     lr: float = _flag(5e-4, "peak learning rate", float, positive=True)
     lr_scheduler: str = _flag(

@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, NoReturn
 
+from ..arguments import COUNT
 from .config import TrainConfig
 
 GROUP = "for commands of OpenCLIP"
@@ -54,7 +55,7 @@ FLAGS: dict[str, Rule] = {
     ),
     "--val-data": Rule("same", "retrieval, clip_val_loss, and accuracy with each caption as a class"),
     "--train-num-samples": Rule("same", "not needed: pairs are counted"),
-    "--val-num-samples": Rule("accepted", "pairs are counted, and all of them are evaluated", {"type": int}),
+    "--val-num-samples": Rule("accepted", "pairs are counted, and all of them are evaluated", {"type": COUNT}),
     "--dataset-type": Rule(
         "mapped", "names say the type of data; synthetic is --train-data synthetic:N, with N of --train-num-samples",
         {"choices": ("webdataset", "csv", "synthetic", "auto")},
@@ -121,7 +122,7 @@ FLAGS: dict[str, Rule] = {
     "--zeroshot-frequency": SAME,
     "--val-frequency": SAME,
     "--val-retrieval-chunk-size": Rule(
-        "accepted", "ranks are exact, and the matrix of scores is never held as a whole", {"type": int}
+        "accepted", "ranks are exact, and the matrix of scores is never held as a whole", {"type": COUNT}
     ),
     "--val-retrieval-precision": Rule(
         "accepted", "it is always fp32: scores are summed in float32, of features as the model gives them",
@@ -160,7 +161,7 @@ FLAGS: dict[str, Rule] = {
     "--torchcompile-backend": SAME,
     "--torchcompile-mode": SAME,
     "--accum-freq": Rule(
-        "mapped", "--accum-freq K with --batch-size B is --batch-size K*B with --micro-batch-size B", {"type": int}
+        "mapped", "--accum-freq K with --batch-size B is --batch-size K*B with --micro-batch-size B", {"type": COUNT}
     ),
     "--device": SAME,
     "--dist-url": Rule("accepted", "env:// is what torchrun and Slurm set", {"type": _local_url}),
@@ -184,7 +185,7 @@ FLAGS: dict[str, Rule] = {
     "--log-every-n-steps": SAME,
     "--log-metric-every-n-steps": Rule("same", "without it, there are as many as lines in the log"),
     "--train-loss-ema-samples": Rule(
-        "accepted", "the loss in parentheses is the mean since the line before", {"type": int}
+        "accepted", "the loss in parentheses is the mean since the line before", {"type": COUNT}
     ),
     "--coca-caption-loss-weight": NO_COCA,
     "--coca-contrastive-loss-weight": NO_COCA,

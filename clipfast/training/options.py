@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
     from ..data import Keys
 
 AUTO = "auto"
+MOST = 2**31 - 1  # of an integer, if its option has no limit of its own
 KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
 SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")  # of other commands, which draw nothing
 
@@ -47,8 +48,9 @@ def check_value(field: dataclasses.Field[Any], value: Any) -> None:
         raise ValueError(f"{flag} must not be negative, got {value}")
     if "below" in meta and value >= meta["below"]:
         raise ValueError(f"{flag} must be less than {meta['below']}, got {value}")
-    if "most" in meta and value > meta["most"]:
-        raise ValueError(f"{flag} must be at most {meta['most']}, got {value}")
+    most = meta.get("most", MOST if isinstance(value, int) else math.inf)
+    if value > most:
+        raise ValueError(f"{flag} must be at most {most}, got {value}")
 
 
 def keys_of(options: Mapping[str, Any]) -> "Keys":

@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from ..arguments import meant
 from .config import TrainConfig
 from .options import flag_name
 
@@ -31,7 +32,8 @@ def read_recipe(name: str, model: str | None = None) -> dict[str, Any]:
     """
     source = files("clipfast").joinpath(f"recipes/{name}.toml") if name in list_recipes() else Path(name)
     if not source.is_file():
-        raise ValueError(f"no recipe {name!r}: neither a file nor one of {', '.join(list_recipes())}")
+        known = list_recipes()
+        raise ValueError(f"no recipe {name!r}{meant(name, known)}: neither a file nor one of {', '.join(known)}")
     try:
         raw = tomllib.loads(source.read_text())
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

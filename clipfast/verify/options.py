@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..arguments import meant
 from ..kernels.dtypes import DTYPES as DTYPES_BY_NAME
 from ..kernels.dtypes import dtype_name
 from ..kernels.spec import LEGS, specs
@@ -79,4 +80,6 @@ class Options:
 def _known(flag: str, given: Iterable[str], known: tuple[str, ...]) -> None:
     unknown = [name for name in given if name not in known]
     if unknown:
-        raise ValueError(f"{flag}: unknown {', '.join(map(repr, unknown))}; known: {', '.join(known)}")
+        raise ValueError(
+            f"{flag}: unknown {', '.join(map(repr, unknown))}{meant(unknown[0], known)}; known: {', '.join(known)}"
+        )

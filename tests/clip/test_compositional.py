@@ -322,7 +322,6 @@ WRONG = {
     "images of a tar": (lambda f: texts_tar(f, caption="a", negative_caption="b"), ["--images", "."], "--images is"),
     "format of a tar": (lambda f: texts_tar(f, caption="a"), ["--format", "aro"], "--format aro is for files of"),
     "no order": (lambda f: texts_tar(f, caption="red"), ["--format", "order"], "not one case can be made of"),
-    "examples": (lambda f: "shapes:6", ["--per-group", "0"], "--per-group must be at least 1, got 0"),
     "plot": (lambda f: "shapes:6", ["--plot", "nowhere/p.png"], "no folder nowhere to write p.png in"),
     "page": (lambda f: "shapes:6", ["--html", "nowhere/p.html"], "no folder nowhere to write p.html in"),
 }  # fmt: skip

@@ -200,7 +200,6 @@ class Harmful:
         (["--val-data", "old.tar", "--val-data", "old.tar"], "--val-data old.tar is given more than once"),
         (["--val-data", "no.tar"], "no such shard: no.tar"),
         (["--val-data", "old.tar", "--tokenizer", "x"], "has CLIP's tokenizer, which needs no file: leave x out"),
-        (["--val-data", "old.tar", "--batch-size", "0"], "batch size must be at least 1, got 0"),
     ],
 )
 def test_wrong_input_is_one_clear_line(folder, capsys, monkeypatch, arguments, message):

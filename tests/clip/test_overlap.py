@@ -292,8 +292,6 @@ def test_everything_at_once(sets, tmp_path, capsys, monkeypatch):
 WRONG = {
     "threshold": (["--threshold", "1.5"], "--threshold must be from -1 to 1, got 1.5"),
     "threshold is not a number": (["--threshold", "nan"], "--threshold must be from -1 to 1, got nan"),
-    "plant": (["--plant", "-1"], "--plant must not be negative, got -1"),
-    "pairs": (["--pairs", "0"], "--pairs must be at least 1, got 0"),
     "one set": (["--train-data", "{sets}/test.tar"], "each image would be a duplicate of itself"),
     "format": (["--write", "{tmp}/p.txt"], "--write {tmp}/p.txt: the name must end in one of .csv, .tsv"),
     "nowhere": (["--write", "nowhere/p.csv"], "no folder nowhere to write p.csv in"),

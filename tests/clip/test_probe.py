@@ -271,8 +271,6 @@ WRONG = {
     "one class": ({"--train-data": "one.tar"}, "has one class only, 'a': name the right key by --label-by"),
     "unknown label": ({"--label-by": "other", "--train-data": "both"}, "'only test' (18 images)"),
     "no such key": ({"--label-by": "nothing"}, "not one of the 30 images"),
-    "shots of 0": ({"--shots": [0, 1]}, "--shots must be at least 1, got 0; zero-shot is always shown beside them"),
-    "no seeds": ({"--seeds": 0}, "--seeds must be at least 1, got 0"),
     "C of 0": ({"--C": 0}, "--C must be more than 0, and finite, got 0"),
     "infinite C": ({"--C": "inf"}, "--C must be more than 0, and finite, got inf"),
     "C is not a number": ({"--C": "nan"}, "--C must be more than 0, and finite, got nan"),

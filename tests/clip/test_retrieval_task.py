@@ -137,7 +137,6 @@ def test_the_command(model, data, tmp_path, capsys):
 
 
 WRONG = {
-    "k": (["--k", "5", "0"], "--k must be at least 1, got 0"),
     "plot": (["--plot", "nowhere/p.png"], "no folder nowhere to write p.png in"),
     "json": (["--json", "nowhere/r.json"], "no folder nowhere to write r.json in"),
     "no image": (["--data", "{tmp}/texts.tar"], "not one of the 2 images of the evaluation set can be used; first: "),

@@ -175,7 +175,6 @@ def check_page(page, results):
 
 WRONG = {
     "no model": (["--data", "{data}"], "--model or --watch is needed"),
-    "worst": (["--worst", "-1"], "--worst must not be negative, got -1"),
     "html": (["--html", "nowhere/p.html"], "no folder nowhere to write p.html in"),
     "html is a folder": (["--html", "{tmp}"], "{tmp} exists already: give another name"),
     "plot": (["--plot", "{tmp}/p.txt"], "--plot {tmp}/p.txt: the name must end in one of ."),
@@ -186,7 +185,6 @@ WRONG = {
     "empty templates": (["--templates", "{tmp}/empty.txt"], "{tmp}/empty.txt is empty"),
     "names": (["--classnames", "{tmp}/t.txt"], "2 class names for 7 classes"),
     "empty class": (["--data", "{tmp}/classes"], "{tmp}/classes/none has no images (jpg"),
-    "batch": (["--batch-size", "0"], "batch size must be at least 1, got 0"),
     "watch": (["--watch", "{tmp}", "--features", "{tmp}"], "--watch cannot be used with --features"),
 }
 

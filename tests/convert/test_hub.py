@@ -267,7 +267,7 @@ def test_a_process_without_network(cache, tmp_path):
         ("hf-hub:org/bare", {}, "open_clip_pytorch_model.bin of hf-hub:org/bare is not in the cache"),
         ("hf-hub:org/bare", {"pretrained": "openai"}, "no checkpoint at openai: .* hf-hub:org/bare has no tags"),
         ("hf-hub:org/siglip", {}, "hf-hub:org/siglip: .*pool_type.*open_clip.create_model"),
-        ("ViT-B-16-Unknown", {}, "unknown model 'ViT-B-16-Unknown'; .*open_clip.create_model.*apply_to_open_clip"),
+        ("ViT-B-16-Unknown", {}, "unknown model 'ViT-B-16-Unknown'.*open_clip.create_model.*apply_to_open_clip"),
     ],
 )  # fmt: skip
 @pytest.mark.filterwarnings("ignore:the weights 'openai'")

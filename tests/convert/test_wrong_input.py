@@ -213,7 +213,7 @@ def unknown_layout(vit, hf, root):
 
 
 def unknown_model(vit, hf, root):
-    return ["own.pt", "--model", "ViT-Z"], "unknown model 'ViT-Z'; known: RN50"
+    return ["own.pt", "--model", "ViT-Z"], "unknown model 'ViT-Z'"
 
 
 def wrong_ending(vit, hf, root):

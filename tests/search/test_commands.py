@@ -254,7 +254,6 @@ def test_sigmoid_of_a_model_with_a_bias(encoder):
 WRONG = [
     ("search embedded", "give what to search for: --text, --queries or --image"),
     ("search nothing --text a", "nothing holds no embeddings"),
-    ("search embedded --text a --k 0", "--k must be at least 1, got 0"),
     ("search embedded --text a --weight 2", "--weight must be from 0 to 1, got 2"),
     ("search embedded --text a b --image one.png two.png one.png", "2 texts and 3 pictures: give as many of both"),
     ("search embedded --image none.png", "--image none.png: there is no such file"),

@@ -8,6 +8,7 @@ import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import COUNT
 from ..arguments import (
     HelpFormatter,
     add_data_arguments,
@@ -58,13 +59,13 @@ def add_parser(tasks: Any) -> None:
     group = "columns or json keys that name the groups of an image; KEY+KEY crosses them"
     add("--group-by", nargs="+", required=True, metavar="KEY", help=group)
     smallest = "images that a group needs to be compared with others (default: 30)"
-    add("--min-count", type=int, default=30, metavar="INT", help=smallest)
+    add("--min-count", type=COUNT, default=30, metavar="INT", help=smallest)
     added = "labels beside the classes: a file with lines of a category, a tab and a label"
     add("--added-labels", type=Path, metavar="FILE", help=added)
     threshold = "also count the images whose probability of a label is above this, such as 0.005 0.04"
     add("--threshold", type=float, nargs="+", default=[], metavar="FLOAT", help=threshold)
     add("--queries", type=Path, metavar="FILE", help="texts that images are searched by, one in each line")
-    add("--k", type=int, nargs="+", default=[100], metavar="INT", help="first results of --queries (default: 100)")
+    add("--k", type=COUNT, nargs="+", default=[100], metavar="INT", help="first results of --queries (default: 100)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(run=run)
@@ -120,10 +121,6 @@ def _check(args: argparse.Namespace) -> None:
     Raises:
         ValueError: numbers are out of range, or files cannot be written.
     """
-    if args.min_count < 1:
-        raise ValueError(f"--min-count must be at least 1, got {args.min_count}")
-    if min(args.k) < 1:
-        raise ValueError(f"--k must be at least 1, got {min(args.k)}")
     wrong = [threshold for threshold in args.threshold if not 0 < threshold < 1]
     if wrong:
         raise ValueError(f"--threshold must be between 0 and 1, got {wrong[0]:g}")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ...arguments import add_output
+from ...arguments import COUNT, add_output
 from ..arguments import (
     HelpFormatter,
     Session,
@@ -62,14 +62,12 @@ def add_parser(tasks: Any) -> None:
     add_run_arguments(parser)
     page = "write a page with the figures, and pictures with their captions and scores, to this file"
     add_output(parser, "--html", help=page)
-    add("--per-group", type=int, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
+    add("--per-group", type=COUNT, default=6, metavar="INT", help="pictures of each group on the page (default: 6)")
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results, and return the exit code."""
-    if args.per_group < 1:
-        raise ValueError(f"--per-group must be at least 1, got {args.per_group}")
     images = labelled_set(args)
     from .compositional_sets import format_of, open_cases
 

@@ -7,7 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...arguments import add_output
+from ...arguments import COUNT, OR_ZERO, add_output
 from ...columns import DELIMITERS, align, write_rows
 from ..arguments import (
     HelpFormatter,
@@ -58,11 +58,11 @@ def add_parser(tasks: Any) -> None:
     plant = (
         "also say how many near duplicates would be found: so many test images are edited in seven ways (default: 0)"
     )
-    add("--plant", type=int, default=0, metavar="INT", help=plant)
+    add("--plant", type=OR_ZERO, default=0, metavar="INT", help=plant)
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     add_output(parser, "--html", help="write a page with pairs of pictures, the most similar first")
-    add("--pairs", type=int, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
+    add("--pairs", type=COUNT, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
     pairs = "write the most similar training image of each test image, the most similar pair first"
     add_output(parser, "--write", ends=DELIMITERS, help=f"{pairs} (.csv or .tsv)")
     parser.set_defaults(run=run)
@@ -127,10 +127,6 @@ def _check(args: argparse.Namespace) -> None:
     """
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
-    if args.plant < 0:
-        raise ValueError(f"--plant must not be negative, got {args.plant}")
-    if args.pairs < 1:
-        raise ValueError(f"--pairs must be at least 1, got {args.pairs}")
     if args.train_data == args.data:
         raise ValueError(f"--train-data and --data are both {args.data}: each image would be a duplicate of itself")
 

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import COUNT, SEED, Count
 from ..arguments import (
     HelpFormatter,
     Session,
@@ -56,9 +57,15 @@ def add_parser(tasks: Any) -> None:
     add("--solver", choices=SOLVERS, default="auto", help=solver)
     add("--unnormalized", action="store_true", help="keep the lengths of features (default: divide by them)")
     shots = "also train on so many images per class, and compare with zero-shot"
-    add("--shots", type=int, nargs="+", default=[], metavar="INT", help=shots)
-    add("--seeds", type=int, default=3, metavar="INT", help="times that images are drawn for --shots (default: 3)")
-    add("--seed", type=int, default=0, metavar="INT", help="first seed of what is drawn (default: 0)")
+    add("--shots", type=COUNT, nargs="+", default=[], metavar="INT", help=shots)
+    add(
+        "--seeds",
+        type=Count(1, 1000),
+        default=3,
+        metavar="INT",
+        help="times that images are drawn for --shots (default: 3)",
+    )
+    add("--seed", type=SEED, default=0, metavar="INT", help="first seed of what is drawn (default: 0)")
     add_prompt_arguments(parser)
     add_run_arguments(parser)
     parser.set_defaults(run=run)
@@ -112,11 +119,6 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--C must be more than 0, and finite, got {args.C:g}")
     if args.C is not None and args.val_data is not None:
         raise ValueError("--val-data chooses C: give one of --C and --val-data")
-    wrong = [shots for shots in args.shots if shots < 1]
-    if wrong:
-        raise ValueError(f"--shots must be at least 1, got {wrong[0]}; zero-shot is always shown beside them")
-    if args.seeds < 1:
-        raise ValueError(f"--seeds must be at least 1, got {args.seeds}")
     if args.plot and not args.shots:
         raise ValueError("--plot draws accuracy over --shots: give some, such as --shots 1 2 4 8 16")
 

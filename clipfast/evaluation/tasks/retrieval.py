@@ -5,6 +5,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ...arguments import COUNT
 from ..arguments import (
     add_data_arguments,
     add_model_arguments,
@@ -37,15 +38,13 @@ def add_parser(tasks: Any) -> None:
     add_model_arguments(parser)
     add_data_arguments(parser)
     k = "the numbers of results in which a right one is looked for (default: 1 5 10)"
-    parser.add_argument("--k", nargs="+", type=int, default=[1, 5, 10], metavar="INT", help=k)
+    parser.add_argument("--k", nargs="+", type=COUNT, default=[1, 5, 10], metavar="INT", help=k)
     add_run_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
     """Evaluate the checkpoint, print the results, and return the exit code."""
-    if min(args.k) < 1:
-        raise ValueError(f"--k must be at least 1, got {min(args.k)}")
     images = labelled_set(args)
 
     with session(args) as at:

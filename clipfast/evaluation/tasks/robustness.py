@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...arguments import DRAWN, add_output
+from ...arguments import DRAWN, SEED, add_output
 from ..arguments import (
     HelpFormatter,
     Session,
@@ -67,7 +67,7 @@ def add_parser(tasks: Any) -> None:
         "also shift --data itself, in five strengths: blur, noise, jpeg, hue, rotation, occlusion (default: all)"
     )
     add("--synthetic", nargs="*", metavar="NAME", help=synthetic)
-    add("--seed", type=int, default=0, metavar="INT", help="of what synthetic shifts draw at random (default: 0)")
+    add("--seed", type=SEED, default=0, metavar="INT", help="of what synthetic shifts draw at random (default: 0)")
     points = "accuracies of baseline models: CSV or JSON with model, base, shift and set, or results of this task"
     add("--baseline", nargs="+", type=Path, default=[], metavar="FILE", help=points)
     models = "models to evaluate for the baseline, such as the checkpoints of a run, named as --model is"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ...arguments import add_output
+from ...arguments import COUNT, SEED, add_output
 from ..arguments import (
     HelpFormatter,
     add_model_arguments,
@@ -56,11 +56,11 @@ def add_parser(tasks: Any) -> None:
     add("--sets", nargs="+", default=[], metavar="NAME", help=sets)
     add("--split", default="test", metavar="NAME", help="the split that is judged on (default: test)")
     k = "the numbers of results in which a right one is looked for, in retrieval (default: 5)"
-    add("--k", nargs="+", type=int, default=[5], metavar="INT", help=k)
+    add("--k", nargs="+", type=COUNT, default=[5], metavar="INT", help=k)
     add("--probe", action="store_true", help="also train a linear probe where a set has a split 'train'")
     solver = "what fits the probe (default: scikit-learn on a CPU if it is installed, torch otherwise)"
     add("--solver", choices=("auto", "scikit-learn", "torch"), default="auto", help=solver)
-    add("--seed", type=int, default=0, metavar="INT", help="of the split that chooses C without 'val' (default: 0)")
+    add("--seed", type=SEED, default=0, metavar="INT", help="of the split that chooses C without 'val' (default: 0)")
     add_run_arguments(parser)
     add_output(parser, "--html", help="write a page with all results and a picture to this file")
     parser.set_defaults(run=run)
@@ -129,8 +129,6 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
 def _check_numbers(args: argparse.Namespace) -> None:
     from ..features import check_batches
 
-    if min(args.k) < 1:
-        raise ValueError(f"--k must be at least 1, got {min(args.k)}")
     check_batches(args.batch_size, args.workers)
 
 

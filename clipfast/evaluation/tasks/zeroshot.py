@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ...arguments import add_output
+from ...arguments import OR_ZERO, add_output
 from ..arguments import (
     add_data_arguments,
     add_model_arguments,
@@ -40,7 +40,13 @@ def add_parser(tasks: Any) -> None:
     add_prompt_arguments(parser)
     add("--compare-templates", action="store_true", help="also give the figures of 1, 7 and 80 templates, side by side")
     add("--leave-out", nargs="*", default=[], metavar="GROUP", help="groups to leave out of a second overall accuracy")
-    add("--worst", type=int, default=10, metavar="INT", help="how many of the worst classes to name (default: 10)")
+    add(
+        "--worst",
+        type=OR_ZERO,
+        default=10,
+        metavar="INT",
+        help="how many of the worst classes to name (default: 10)",
+    )
     add_run_arguments(parser)
     page = "write a page with pictures of the worst classes, and what they were taken for, to this file"
     add_output(parser, "--html", help=page)
@@ -52,8 +58,6 @@ def run(args: argparse.Namespace) -> int:
     if args.watch is not None:
         return watch(args)
     check_unwatched(args)
-    if args.worst < 0:
-        raise ValueError(f"--worst must not be negative, got {args.worst}")
     templates, classnames = {args.templates: read_templates(args.templates)}, read_classnames(args.classnames)
     if args.compare_templates:
         templates = {**{name: read_templates(name) for name in COMPARED}, **templates}
