@@ -18,7 +18,7 @@ from .clip.conftest import run_command
 # What takes a path and is no output that a command makes anew: it is read, or is a place that several commands share.
 READ = {
     "--page", "--results", "--tables", "--features", "--folder", "--queries", "--image", "--pictures", "--baseline",
-    "--added-labels", "--root", "--watch", "folder", "file", "images", "image", "runs",
+    "--added-labels", "--names", "--root", "--watch", "folder", "file", "images", "image", "runs",
 }  # fmt: skip
 PLACES = {("embed", "--output"), ("eval suite", "--output")}  # these go on where they were stopped
 

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     from .embeddings import Embeddings
 
     embeddings = Embeddings.open(args.folder)
+    args.k = min(args.k, len(embeddings))
     features_of(embeddings, args.kind, f"search --kind {args.kind}")
     mask = None if args.where is None else embeddings.mask(args.where)
     if mask is not None and not mask.any():

@@ -68,6 +68,11 @@ def test_search_by_a_picture_finds_it(capsys):
     assert two["found"][0]["score"] == pytest.approx(1, abs=2e-3)
 
 
+def test_search_finds_no_more_than_there_is(capsys):
+    (found,) = results(capsys, "search", "embedded", "--text", "a", "--k", str(2**31 - 1))["queries"]
+    assert sorted(one["place"] for one in found["found"]) == list(range(24))
+
+
 def test_search_with_a_filter_and_queries_of_a_file(capsys, home):
     (home / "queries.txt").write_text("a thing\nan odd thing\n")
     arguments = ["search", "embedded", "--queries", "queries.txt", "--where", "width >= 40 or key = 007"]
