@@ -89,8 +89,8 @@ def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output,
     assert f"{path} exists already" in err
     if output.is_folder:
         return
-    taken = [one for one in ALL[name]._actions if one.type in (None, Path) and one.metavar and not one.choices]
-    read = next(one for one in taken if not isinstance(one, Output))
+    taken = [one for one in ALL[name]._actions if one.metavar and not one.choices and one.type not in (int, float)]
+    read = next(one for one in taken if not isinstance(one, Output) and not isinstance(one.type, arguments.Count))
     for value in (f"x::{path}", tmp_path):
         code, _, err = run_command(capsys, *line(name, {output: path, read: value}, "--overwrite"))
         assert (code, path.read_bytes()) == (2, b"kept")

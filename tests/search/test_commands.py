@@ -279,7 +279,7 @@ WRONG = [
     ("filter pictures --top 0.3", "such as beach.txt beside beach.jpg, with --images --texts to another folder"),
     ("filter embedded --top 0.3 --write-shards embedded", "--write-shards embedded exists already: give another name"),
     ("filter embedded --top 0.3 --plot a.xyz", "--plot a.xyz: the name must end in one of"),
-    ("cluster embedded --k 0", "--k must be from 1 to the number of items, 24, got 0"),
+    ("cluster embedded --k 0", "--k must be at least 1, got 0"),
     ("cluster embedded --k 25", "--k must be from 1 to the number of items, 24, got 25"),
     ("cluster embedded --k 2 --label-by colour", "--label-by: there is no column 'colour'; there are: number"),
     ("cluster embedded --k 2 --names none.txt", "--names must be a file, got 'none.txt'"),
