@@ -43,7 +43,7 @@ from .staging import (
     stamp,
 )
 
-VERSION = 2
+VERSION = 3
 CACHE_VARIABLE = "CLIPFAST_CACHE"
 LOOKUPS = 16  # entries that are looked up at the same time
 QUEUED = 4096  # names that are queued for threads or processes at the same time

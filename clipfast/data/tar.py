@@ -11,6 +11,7 @@ import bz2
 import dataclasses
 import gzip
 import lzma
+import posixpath
 import tarfile
 import zlib
 from collections.abc import Callable, Generator, Iterator
@@ -23,6 +24,7 @@ MAGIC_OFFSET = 257  # of the magic in a header
 CHUNK = 1 << 20  # bytes that are read, and searched for a header, at once
 MAX_MEMBER = 1 << 28  # bytes of the largest member that is read into memory
 MAX_DIGITS = 20  # of the length of a record in a pax header
+LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
 WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 # An archive ends with two blocks of zeros, and most writers then fill a record. Other zeros are not an end but a hole.
 MAX_ZEROS = tarfile.RECORDSIZE + 2 * BLOCK
@@ -48,6 +50,7 @@ class Member:
     data: bytes
     offset: int  # of its first header in the (uncompressed) archive
     size: int  # bytes that it takes there, with its headers
+    link: str = ""  # the path in the archive of the file that it stands for, if it is a link: it has no data then
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Damage:
 
 
 def read_tar(source: Readable) -> Iterator[Member | Damage]:
-    """Yield the regular files of a tar archive, which may be compressed by gzip, bzip2 or xz, and what is damaged.
+    """Yield the files and links of a tar archive, and what is damaged; gzip, bzip2 or xz may have compressed it.
 
     Several archives in one file, one behind the other, are read as one.
 
@@ -135,7 +138,9 @@ def _member(window: "_Window", header: tarfile.TarInfo) -> Generator[Member | Da
             extended |= pax_records(data)
         elif header.type == tarfile.GNUTYPE_LONGNAME:
             extended["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif header.type not in (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK):
+        elif header.type == tarfile.GNUTYPE_LONGLINK:
+            extended["linkpath"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
+        elif header.type != tarfile.XGLTYPE:
             break
         following = _parse(window.peek(BLOCK))
         if following is None:
@@ -149,7 +154,18 @@ def _member(window: "_Window", header: tarfile.TarInfo) -> Generator[Member | Da
         yield Damage(start, None, f"{name} is a sparse file, which clipfast does not read")
     elif header.isreg():
         yield Member(name, data, start, window.offset - start)
+    elif header.type in LINKS:
+        link = linked(name, extended.get("linkpath", header.linkname), is_symbolic=header.issym())
+        yield Member(name, b"", start, window.offset - start, link)
     return False
+
+
+def linked(name: str, target: str, *, is_symbolic: bool) -> str:
+    """Return the path in the archive that a link means; one that begins with "/" or ".." leads out of it.
+
+    A symbolic link begins where its own member stands, and a hard link where the archive does.
+    """
+    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target) if is_symbolic else target)
 
 
 def _parse(block: bytes) -> tarfile.TarInfo | None:

@@ -1,14 +1,20 @@
 """Samples in tar files: where each lies, and how it is read from there."""
 
+import dataclasses
+import functools
 import io
 import os
+import posixpath
 import tarfile
 from collections.abc import Callable, Iterable, Iterator
 from typing import BinaryIO
 
+from ..images import SampleError
 from .formats import Extents, Format, extents
 from .samples import RawSample, group_members
-from .tar import BLOCK, MAX_MEMBER, Damage, Member, pax_records, read_tar
+from .tar import BLOCK, MAX_MEMBER, Damage, Member, linked, pax_records, read_tar
+
+MAX_HOPS = 8  # from one link to the next
 
 
 def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
@@ -67,8 +73,10 @@ def _plain(file: BinaryIO, size: int, *, with_data: bool) -> tuple[list[Member],
     at, start, extended = 0, 0, dict[str, str]()
     while len(header := _read(file, at, BLOCK)) == BLOCK:
         length, kind = _length(header), header[156]
-        if not header[0] or length is None or length > MAX_MEMBER or kind not in b"0\0x5":
+        is_link = kind in b"12"
+        if not header[0] or length is None or length > MAX_MEMBER or kind not in b"0\0x512":
             break
+        length = 0 if is_link else length
         begin = at + BLOCK
         at = begin + -(-length // BLOCK) * BLOCK
         if kind == ord("x"):
@@ -80,7 +88,13 @@ def _plain(file: BinaryIO, size: int, *, with_data: bool) -> tuple[list[Member],
             break
         if kind != ord("5"):
             data = _read(file, begin, length) if with_data else b""
-            parts.append(Member(extended.get("path") or _name(header), data, start, at - start))
+            name, link = extended.get("path") or _name(header), ""
+            if is_link:
+                target = extended.get("linkpath") or header[157:257].split(b"\0", 1)[0].decode(
+                    "utf-8", "surrogateescape"
+                )
+                link = linked(name, target, is_symbolic=kind == ord("2"))
+            parts.append(Member(name, data, start, at - start, link))
         start, extended = at, {}
     return parts, start
 
@@ -102,23 +116,50 @@ def _length(header: bytes) -> int | None:
 
 
 def _name(header: bytes) -> str:
-    name, prefix = header[:100].split(b"\0", 1)[0], header[345:500].split(b"\0", 1)[0]
-    whole = prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
-    return whole.decode("utf-8", "surrogateescape")
+    name, prefix = _text(header[:100]), _text(header[345:500])
+    return f"{prefix}/{name}" if prefix and header[257:263] == b"ustar\0" else name
 
 
-def parser(name: str, _: int) -> Callable[[bytes], RawSample]:
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
     """Return a function that makes a sample of the bytes of its members: bytes by file extension."""
+    follow = functools.cache(functools.partial(_places, descriptor))
+
+    def content(member: Member, hops: int = MAX_HOPS) -> Member:
+        """Return a member with the data of the file that it stands for."""
+        if not member.link:
+            return member
+        extent = follow().get(member.link)
+        if extent is None or not hops:
+            why = "which is not in the shard" if extent is None else "and that to another, too many times"
+            raise SampleError(f"{member.name} is a link to {member.link}, {why}", "broken link")
+        target = _members(os.pread(descriptor, extent[1], extent[0]))[0]
+        return dataclasses.replace(member, data=content(target, hops - 1).data)
 
     def parse(data: bytes) -> RawSample:
-        members, end = _plain(io.BytesIO(data), len(data), with_data=True)
-        if end < len(data):
-            members = [part for part in read_tar(io.BytesIO(data)) if isinstance(part, Member)]
-        for sample in group_members(name, members):
+        for sample in group_members(name, map(content, _members(data))):
             return sample
         raise ValueError("there is no sample")
 
     return parse
+
+
+def _members(data: bytes) -> list[Member]:
+    members, end = _plain(io.BytesIO(data), len(data), with_data=True)
+    if end < len(data):
+        members = [part for part in read_tar(io.BytesIO(data)) if isinstance(part, Member)]
+    return members
+
+
+def _places(descriptor: int) -> dict[str, tuple[int, int]]:
+    """Return where each member of a tar file begins and how many bytes it takes, by its path."""
+    with open(os.dup(descriptor), "rb") as file:
+        file.seek(0)
+        members = _plain_members(file) or (part for part in read_tar(file) if isinstance(part, Member))
+        return {posixpath.normpath(member.name): (member.offset, member.size) for member in members}
 
 
 TAR = Format(BLOCK, scan, parser)

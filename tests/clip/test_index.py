@@ -295,3 +295,32 @@ def test_many_open_shards(tmp_path):
     assert len(os.listdir("/proc/self/fd")) <= before + 3
     del source
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
+@pytest.mark.parametrize("folder", ["a", "a" * 120])
+def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_path):
+    """As in what ``cp -al`` copies, and in what ``ln -s`` links."""
+    root = tmp_path / "root"
+    for inside in (folder, "b", "c"):
+        (root / inside).mkdir(parents=True)
+    for number in range(6):
+        for extension, data in sample(number).items():
+            name = f"{number}.{extension}"
+            (root / folder / name).write_bytes(data)
+            os.link(root / folder / name, root / "b" / name)
+            (root / "c" / name).symlink_to(f"../{'b' if number else folder}/{name}")
+    (root / "c" / "6.png").symlink_to("../../secret.png")
+    (root / "c" / "7.png").symlink_to("7.png")
+    with tarfile.open(tmp_path / f"x.{suffix}", "w:gz" if suffix == "tar.gz" else "w", format=form) as tar:
+        tar.add(root, "./")
+    source = open_shards([f"{tmp_path}/x.{suffix}"], index=IndexCache(tmp_path / "cache"))
+    assert (source.sizes, source.shards[0].damage) == ([20], {})
+    for number in range(18):
+        raw = source.read(number)
+        assert {key: raw[key] for key in sample(0)} == sample(number % 6)
+    with pytest.raises(SampleError, match=r"c/6\.png is a link to \.\./secret\.png, which is not in the shard"):
+        source.read(18)
+    with pytest.raises(SampleError, match=r"c/7\.png is a link to c/7\.png, and that to another, too many times"):
+        source.read(19)

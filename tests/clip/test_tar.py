@@ -58,6 +58,7 @@ def test_whole_archives_are_read_as_tarfile_reads_them(form, compress):
 
 
 def test_what_is_no_file_has_no_content():
+    """Links are named, and stand for other members."""
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as tar:
         for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
@@ -67,7 +68,11 @@ def test_what_is_no_file_has_no_content():
         info = tarfile.TarInfo("last.txt")
         info.size = 3
         tar.addfile(info, io.BytesIO(b"abc"))
-    assert list(read_tar(io.BytesIO(stream.getvalue()))) == [Member("last.txt", b"abc", 2048, 1024)]
+    assert list(read_tar(io.BytesIO(stream.getvalue()))) == [
+        Member("x2.txt", b"", 512, 512, "y"),
+        Member("x1.txt", b"", 1024, 512, "y"),
+        Member("last.txt", b"abc", 2048, 1024),
+    ]
 
 
 def test_members_larger_than_the_limit_are_passed_over(monkeypatch):
