@@ -12,6 +12,7 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import runpy
 import sys
 from collections.abc import Callable, Sequence
@@ -21,6 +22,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 VARIABLE = "CLIPFAST_DISABLE"
+NEWEST = (4, 2)  # the last version of OpenCLIP whose files were read, or tested with
 # What ends like this, or has a slash in it, is a file; everything else is a module.
 SCRIPT_ENDINGS = (".py", ".pyc", ".pyz", ".zip")
 # OpenCLIP's losses, and the modules that ours are in. The latter import PyTorch, so they wait until OpenCLIP has.
@@ -222,7 +224,22 @@ class ImportHook(MetaPathFinder):
             said = replace(module, names)
             if module.__name__ not in self.done:  # importlib.reload executes a module again
                 _say(said)
+        unknown = "" if self.done else unknown_version(module.__name__.partition(".")[0])
+        if unknown:
+            _say(unknown)
         self.done.add(module.__name__)
+
+
+def unknown_version(package: str) -> str:
+    """Return a sentence if OpenCLIP is of a version that clipfast does not know, else an empty text."""
+    version = str(getattr(importlib.import_module(package), "__version__", "0"))
+    numbers = tuple(int(number) for number in re.findall(r"\d+", version)[:2])
+    if numbers <= NEWEST:
+        return ""
+    return (
+        f"{package} {version} is later than {NEWEST[0]}.{NEWEST[1]}, the last version that clipfast knows: what takes "
+        f"other arguments there is left as it is; compare a few losses with those of {VARIABLE}={','.join(PARTS)}"
+    )
 
 
 def _say(text: str) -> None:

@@ -20,7 +20,8 @@ _DECODER = "open_clip.transformer.MultimodalTransformer"
 _POOLER = "open_clip.transformer.AttentionalPooler"
 _PADDING = "its mask hides padding"
 _TEXT = "open_clip.transformer.TextTransformer"
-_MASKED = ("open_clip.model.CLIP", _TEXT, _DECODER)
+_MAMMUT = "open_clip.transformer.MultimodalDecoder"  # of OpenCLIP 4
+_MASKED = ("open_clip.model.CLIP", _TEXT, _DECODER, _MAMMUT)
 _NAFLEX = "timm.models.naflexvit.NaFlexVit"
 _MODERN = "open_clip.transformer.ModernTextTransformer"
 
@@ -60,7 +61,7 @@ def find_masks(model: nn.Module) -> dict[int, Mask]:
         if class_name(module) not in _MASKED:
             continue
         refusal = why_not_causal(tower)
-        stack = tower if class_name(tower) == _DECODER else tower.transformer
+        stack = tower if class_name(tower) in (_DECODER, _MAMMUT) else tower.transformer
         if refusal is not None:
             mask = Mask(refusal=refusal) if refusal else Mask(tower)
             for block in getattr(stack, "resblocks", ()):
@@ -72,8 +73,9 @@ def find_masks(model: nn.Module) -> dict[int, Mask]:
 
 def why_not_causal(tower: Any) -> str | None:
     """Return why the mask of ``tower`` is not plainly causal, "" if it is, and None if there is no mask."""
-    mask = tower.attn_mask
-    if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
+    mask = tower.attn_mask  # that of MaMMUT's decoder is for captions, and a text alone has another one
+    hides = getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False)
+    if hides and class_name(tower) != _MAMMUT:
         return f"{_PADDING} too"
     if mask is None:
         return None

@@ -102,8 +102,10 @@ def text_tokens(tower: Any, text: Tensor) -> Tensor | None:
         return text_embed(text, table.weight, positions)
 
 
-def text_embeds(tower: Any, text: Tensor) -> tuple[Tensor, Tensor | None]:
+def text_embeds(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Compute ``TextTransformer._embeds``: the tokens [B, L, width], and the mask of as many tokens."""
+    if attention_mask is not None:
+        return type(tower)._embeds(tower, text, attention_mask)
     tokens = text_tokens(tower, text)
     if tokens is None:
         return type(tower)._embeds(tower, text)

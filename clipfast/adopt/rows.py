@@ -124,8 +124,10 @@ def image_tower(tower: Any, x: Tensor) -> Tensor:
     return pooled if tower.proj is None else pooled @ tower.proj
 
 
-def text_tower(tower: Any, text: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-    """Compute an OpenCLIP ``TextTransformer``: [B, L] -> [B, output_dim]."""
+def text_tower(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute an OpenCLIP ``TextTransformer``: [B, L] -> [B, output_dim]. Versions from 4 on take a mask of padding."""
+    if attention_mask is not None:
+        return type(tower).forward(tower, text, attention_mask)
     if tower.output_tokens or tower.cls_emb is not None or has_hooks(tower.ln_final):
         return type(tower).forward(tower, text)
     x, mask = tower._embeds(text)

@@ -1,7 +1,7 @@
 """The flags of OpenCLIP's training command, and what ``clipfast train`` does with each of them.
 
 The parser, ``docs/openclip-flags.md`` (``python -m clipfast.training.open_clip_flags``) and the tests are made of this
-table. It follows ``params.py`` of OpenCLIP's main branch at 89fb801.
+table. It follows ``params.py`` of OpenCLIP's main branch at 89fb801, and has the flags of ``LATER`` besides.
 """
 
 import argparse
@@ -32,7 +32,9 @@ class Rule(NamedTuple):
 SWITCH = {"nargs": 0}
 NO_AUDIO = Rule("refused", "clipfast trains on images and texts only: use OpenCLIP for audio")
 NO_NAFLEX = Rule("refused", "clipfast's images all have one size: use --force-image-size, or OpenCLIP for NaFlex")
-NO_COCA = Rule("refused", "clipfast trains no captioner: use OpenCLIP for CoCa (its loss is clipfast.CoCaLoss)")
+NO_COCA = Rule(
+    "refused", "clipfast trains no captioner: use OpenCLIP for CoCa and MaMMUT (their loss is clipfast.CoCaLoss)"
+)  # fmt: skip
 NO_BUCKETS = Rule(
     "refused", "it would change which pairs are in a batch, and texts are padded to the longest of their batch only: "
     "leave it out",
@@ -223,7 +225,14 @@ FLAGS: dict[str, Rule] = {
         "refused", "texts are padded to the longest of their batch, and to the whole context with --cuda-graphs: leave "
         "it out",
     ),
+    "--text-attention-mask": Rule(
+        "refused", "it is for captioners, and no model that clipfast trains reads it: leave it out"
+    ),
+    "--caption-z-loss-weight": NO_COCA,
+    "--caption-loss-compute-dtype": NO_COCA,
+    "--caption-loss-chunk-size": NO_COCA,
 }  # fmt: skip
+LATER = tuple(FLAGS)[-4:]  # those that 4.2.1 has and 89fb801 does not, as far as its other files tell
 
 
 class _Refused(argparse.Action):
@@ -335,8 +344,8 @@ INTRODUCTION = """\
 
 `clipfast train` takes the training commands of OpenCLIP: write it in place of `python -m open_clip_train.main`, and
 `clipfast train` in place of `open_clip_train.main` after `torchrun ... -m` and `srun python -m`. This page lists every
-flag of its main branch (89fb801). `python -m clipfast.training.open_clip_flags` writes it, from the table that the
-command itself uses.
+flag of its main branch (89fb801), and the four of 4.2.1 that its files for captioners name.
+`python -m clipfast.training.open_clip_flags` writes it, from the table that the command itself uses.
 
 A flag that is left out may have another value here (batches, warm-up, model and so on): `--recipe openclip-defaults`
 gives all of them OpenCLIP's values. A command without `--train-data` evaluates, as `clipfast eval zeroshot` does.

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import clipfast
-from clipfast.adopt import open_clip_attention
+from clipfast.adopt import attention, open_clip_attention
 
 from . import shrunk
 
@@ -122,3 +122,74 @@ def test_a_last_block_with_scaled_cosines_computes_every_row():
     model.visual.transformer.resblocks[-1].attn = Attention(width, 2, scaled_cosine=True).double()
     report = clipfast.report(clipfast.apply_to_open_clip(model))
     assert "pooled_last_block  as before: its attention is not ours, or not plain" in report
+
+
+def later_text_tower():
+    """A text tower that takes a mask of padding, as from OpenCLIP 4 on; it shows that it has seen one."""
+    from open_clip.transformer import TextTransformer
+
+    class Later(TextTransformer):
+        __module__, __qualname__ = "open_clip.transformer", "TextTransformer"
+
+        def _embeds(self, text, attention_mask=None):
+            x, mask = super()._embeds(text)
+            return x if attention_mask is None else x * attention_mask[..., None], mask
+
+        def forward(self, text, attention_mask=None):
+            x, mask = self._embeds(text, attention_mask=attention_mask)
+            x = self.ln_final(self.transformer(x, attn_mask=mask))
+            return x[torch.arange(len(x)), text.argmax(-1)] @ self.text_projection
+
+    return Later(context_length=9, vocab_size=40, width=48, heads=2, layers=2, output_dim=16)
+
+
+def later_decoder():
+    """MaMMUT's decoder of OpenCLIP 4: captions are causal and see an image, texts alone hide their padding."""
+    from open_clip.transformer import ResidualAttentionBlock
+
+    class Later(nn.Module):
+        __module__, __qualname__ = "open_clip.transformer", "MultimodalDecoder"
+
+        def __init__(self):
+            super().__init__()
+            self.use_pad_mask = True
+            self.token_embedding = nn.Embedding(40, 48)
+            self.resblocks = nn.ModuleList(ResidualAttentionBlock(48, 2) for _ in range(2))
+            self.cross_attn = nn.ModuleList([ResidualAttentionBlock(48, 2, is_cross_attention=True)])
+            self.register_buffer("attn_mask", torch.full((9, 9), float("-inf")).triu(1), persistent=False)
+
+        def forward(self, text, attention_mask=None, image_embs=None):
+            x, length = self.token_embedding(text), text.shape[1]
+            mask = self.attn_mask[:length, :length]
+            if image_embs is None:
+                hidden = torch.where(attention_mask, 0.0, float("-inf"))[:, None].expand(-1, length, -1)
+                mask = hidden.repeat_interleave(2, 0).to(x.dtype)
+            x = self.resblocks[0](x, attn_mask=mask)
+            x = x if image_embs is None else self.cross_attn[0](x, k_x=image_embs, v_x=image_embs)
+            return self.resblocks[1](x, attn_mask=mask)
+
+    return Later()
+
+
+@pytest.mark.parametrize("make", [later_text_tower, later_decoder])
+def test_interfaces_of_open_clip_4(make, monkeypatch):
+    pytest.importorskip("open_clip")
+    ours = mock.Mock(wraps=attention.attention)
+    monkeypatch.setattr(attention, "attention", ours)
+    monkeypatch.setattr(open_clip_attention, "attention", ours)
+    tower = shrunk.randomised(make()).double()
+    tower.traits = object()  # which its factory leaves on every model, and which stays
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(tower))
+    is_decoder, length = make is later_decoder, 6 if make is later_decoder else 9
+    text, valid = torch.arange(2 * length).reshape(2, -1), torch.arange(length) < torch.tensor([[4], [6]])
+    image = torch.randn(2, 5, 48, dtype=torch.float64)
+    calls = [{"image_embs": image}, {"attention_mask": valid}] if is_decoder else [{}, {"attention_mask": valid}]
+    for options, runs_on_ours in zip(calls, (True, not is_decoder), strict=True):
+        ours.reset_mock()
+        torch.testing.assert_close(patched(text, **options), tower(text, **options), rtol=0, atol=1e-10)
+        assert ours.called == runs_on_ours
+    report = clipfast.report(patched)
+    assert "takes attention_mask too" not in report
+    places = {"attention", "norms"} if is_decoder else {"attention", "norms", "text_embed", "pooled_last_block"}
+    assert {kind for kind, (count, _) in clipfast.adopt.count_places(patched).items() if count} >= places, report
+    assert hasattr(patched, "traits")

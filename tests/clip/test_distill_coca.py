@@ -174,6 +174,45 @@ def test_captions_in_one_process(options, shape):
     close(ours(**arguments), theirs(**arguments))
 
 
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.3])
+@pytest.mark.parametrize("pad_id", [None, 3])
+@pytest.mark.parametrize("compute_dtype", ["model", torch.float32])
+def test_captions_as_from_open_clip_4_on(z_loss_weight, pad_id, compute_dtype):
+    arguments = caption_inputs()
+    labels = arguments["labels"].clone()
+    labels[0], labels[1, 2:] = -100, -100
+    arguments["labels"], counts = labels, (labels != -100) & (labels != (-1 if pad_id is None else pad_id))
+    options = {"z_loss_weight": z_loss_weight, "compute_dtype": compute_dtype}
+    loss = CoCaLoss(2.0, 0.5, pad_id=pad_id, **options)
+    found = value_and_grads(loss, arguments)
+    logits = arguments["logits"].clone().requires_grad_()
+    scores = logits.to(torch.float32) if compute_dtype == torch.float32 else logits
+    entropy = F.cross_entropy(scores[counts], labels[counts])
+    square = scores[counts].logsumexp(-1).square().mean()
+    expected = 2.0 * entropy + z_loss_weight * square
+    (WEIGHTS["caption_loss"] * expected).backward()
+    tolerance = {"rtol": 1e-5, "atol": 1e-7, "check_dtype": False}
+    torch.testing.assert_close(found["caption_loss"], expected.detach(), **tolerance)
+    torch.testing.assert_close(found["caption_loss_ce"], entropy.detach(), **tolerance)
+    torch.testing.assert_close(found["d_logits"], logits.grad, **tolerance)
+    assert ("caption_loss_z" in found) == (z_loss_weight > 0)
+    # what the model has computed itself, with the words of its own loss
+    given = {key: x for key, x in arguments.items() if key not in ("logits", "labels")}
+    given |= {"caption_loss_ce": entropy.detach(), "caption_loss_z": square.detach() if z_loss_weight else None}
+    torch.testing.assert_close(loss(**given)[1], expected.detach(), **tolerance)
+    with pytest.raises(ValueError, match="give logits and labels, or caption_loss_ce"):
+        loss(**{key: x for key, x in given.items() if not key.startswith("caption")})
+    if z_loss_weight:
+        with pytest.raises(ValueError, match="but the model gave no caption_loss_z"):
+            loss(**given | {"caption_loss_z": None})
+
+
+@pytest.mark.parametrize("options", [{"z_loss_weight": -1.0}, {"compute_dtype": "half"}])
+def test_options_of_captions_that_are_refused(options):
+    with pytest.raises(ValueError, match=f"CoCaLoss: {next(iter(options))} must"):
+        CoCaLoss(2.0, 0.5, **options)
+
+
 def every_combination(rank, world_size):
     # In these processes no fixture has been at work.
     distill_loss.STRIP_LOGITS, distill_loss.LEAST_ROWS = {"cpu": 1}, 4

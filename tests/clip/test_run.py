@@ -186,6 +186,75 @@ def test_a_class_with_unknown_arguments_stays(monkeypatch):
     assert said.endswith("; ClipLoss is left as it is, because it takes temperature_schedule")
 
 
+LATER = {  # OpenCLIP 4.2.1, as far as clipfast.run meets it
+    "__init__.py": "from .version import __version__\nfrom .factory import create_loss, create_model",
+    "version.py": "__version__ = '4.2.1'",
+    "loss.py": """
+from torch import nn
+class ClipLoss(nn.Module):
+    def __init__(self, local_loss=False, gather_with_grad=False, cache_labels=False, rank=0, world_size=1):
+        super().__init__()
+    def forward(self, image_features, text_features, logit_scale, logit_bias=None, output_dict=False): pass
+class DistillClipLoss(ClipLoss):
+    def forward(self, image_features, text_features, logit_scale, dist_image_features, dist_text_features,
+        dist_logit_scale, output_dict=False): pass
+class CoCaLoss(ClipLoss):
+    def __init__(self, caption_loss_weight, clip_loss_weight, pad_id=0, local_loss=False, gather_with_grad=False,
+        cache_labels=False, rank=0, world_size=1, z_loss_weight=0.0, compute_dtype=None):
+        super().__init__()
+    def forward(self, image_features, text_features, logits=None, labels=None, logit_scale=None, output_dict=False,
+        caption_loss_ce=None, caption_loss_z=None): pass
+class SigLipLoss(nn.Module):
+    def __init__(self, cache_labels=False, rank=0, world_size=1, dist_impl=None, chunk_size=0):
+        super().__init__()
+    def forward(self, image_features, text_features, logit_scale, logit_bias, output_dict=False): pass
+""",
+    "factory.py": """
+from torch import nn
+from .loss import ClipLoss, CoCaLoss, DistillClipLoss, SigLipLoss
+class Model(nn.Module): pass
+def create_model(name, **options):
+    model = Model()
+    model.traits = name
+    return model
+def create_loss(args, model):
+    ranks = {"rank": 0, "world_size": 1, "cache_labels": True}
+    if args.siglip:
+        return SigLipLoss(dist_impl=args.loss_dist_impl, **ranks)
+    if model.traits in ("coca", "mammut"):
+        return CoCaLoss(caption_loss_weight=2.0, clip_loss_weight=1.0, pad_id=None, z_loss_weight=0.1,
+            compute_dtype="float32", local_loss=True, gather_with_grad=True, **ranks)
+    return (DistillClipLoss if args.distill else ClipLoss)(local_loss=True, gather_with_grad=True, **ranks)
+""",
+    "program.py": """
+import argparse, open_clip
+for name, distill, siglip in ("clip", 0, 0), ("clip", 1, 0), ("clip", 0, 1), ("coca", 0, 0), ("mammut", 0, 0):
+    args = argparse.Namespace(distill=distill, siglip=siglip, loss_dist_impl="gather")
+    print(type(open_clip.create_loss(args, open_clip.create_model(name))).__module__)
+""",
+}
+OF_VERSION = {
+    "4.2.1": "",
+    "4.2.0.dev0": "",
+    "3.3.0": "",
+    "4.3.0": "open_clip 4.3.0 is later than 4.2, the last version",
+}
+
+
+@pytest.mark.parametrize("version", OF_VERSION)
+def test_open_clip_4_has_our_losses_and_later_versions_are_named(version, tmp_path):
+    (tmp_path / "open_clip").mkdir()
+    for name, text in LATER.items():
+        (tmp_path / (name if name == "program.py" else f"open_clip/{name}")).write_text(text.replace("4.2.1", version))
+    found = python(tmp_path, "-m", "clipfast.run", "./program.py", CLIPFAST_DISABLE=",".join(run.MODEL_PARTS))
+    assert found.returncode == 0, found.stderr
+    modules = ("losses", "distill_loss", "siglip_loss", "coca_loss", "coca_loss")
+    assert found.stdout.split() == [f"clipfast.{module}" for module in modules]
+    assert LINE in found.stderr.splitlines()
+    assert ("is later than" in found.stderr) == bool(OF_VERSION[version])
+    assert OF_VERSION[version] in found.stderr
+
+
 REPLACED = """
 import argparse, inspect, sys
 import clipfast, open_clip, open_clip.factory, open_clip.loss
