@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+from .columns import printable
 from .files import check_target, together
 
 DRAWN = ("drawn",)  # in place of the endings of an output: those that matplotlib can draw
@@ -43,7 +44,7 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
         message = re.sub("^argument (.+?): must", r"\1 must", message)
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")
 
 
 class Output(argparse.Action):

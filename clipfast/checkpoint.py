@@ -352,7 +352,22 @@ def write_safetensors(path: Path, weights: Mapping[str, Tensor], notes: Mapping[
 
     content = {name: value.contiguous() for name, value in weights.items()}
     header = {"format": "pt", **(notes or {})}
-    replace_file(path, lambda temporary: save_file(content, temporary, header), _nbytes(content))
+
+    def write(temporary: Path) -> None:
+        save_file(content, temporary, header)
+        _sort_notes(temporary)
+
+    replace_file(path, write, _nbytes(content))
+
+
+def _sort_notes(path: Path) -> None:
+    """Put the notes in the header of a safetensors file in order, so that equal content is equal bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def read_open_clip_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:

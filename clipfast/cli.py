@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from . import __version__
 from .arguments import Parser, run
+from .columns import printable
 
 # Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
 COMMANDS = {
@@ -71,7 +72,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         shown = error
     if {"--traceback", "--debug"} & set(arguments):
         raise shown
-    print(f"clipfast {chosen}: error: {shown}{hint}", file=sys.stderr)
+    lines = "\n".join(map(printable, f"{shown}{hint}".split("\n")))
+    print(f"clipfast {chosen}: error: {lines}", file=sys.stderr)
     return 2
 
 

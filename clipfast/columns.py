@@ -2,12 +2,19 @@
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from .files import replace_text
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
+FORMULA = re.compile(r"[=+\-@\t\r](?![0-9.]+$)")  # what begins one; a number with a sign is none
+
+
+def printable(text: str) -> str:
+    """Return the text with escapes in place of line breaks and whatever else a terminal would obey."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
 def align(
@@ -22,9 +29,9 @@ def align(
         at_least: widths of the first columns, for tables that are printed in pieces.
 
     Returns:
-        One line for each row, without spaces at the ends.
+        One line for each row, without spaces at the ends. Control characters are escaped.
     """
-    cells = [[str(cell) for cell in row] for row in rows]
+    cells = [[printable(str(cell)) for cell in row] for row in rows]
     least = [*at_least, *[0] * len(cells[0])]
     widths = [max(width, *map(len, column)) for width, column in zip(least, zip(*cells, strict=True), strict=False)]
     return "\n".join(
@@ -44,11 +51,13 @@ def without_empty(rows: Sequence[Sequence[str]]) -> list[list[str]]:
 
 
 def write_rows(path: Path, rows: Iterable[Sequence[object]]) -> None:
-    """Write rows of cells to a .csv or .tsv file.
+    """Write rows of cells to a .csv or .tsv file; a text that a spreadsheet would run as a formula begins with a quote.
 
     Raises:
         DiskFullError: there is no space.
     """
     stream = io.StringIO()
-    csv.writer(stream, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n").writerows(rows)
+    csv.writer(stream, delimiter=DELIMITERS[path.suffix.lower()], lineterminator="\n").writerows(
+        ["'" + cell if isinstance(cell, str) and FORMULA.match(cell) else cell for cell in row] for row in rows
+    )
     replace_text(path, stream.getvalue())

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..arguments import BATCH, DRAWN, SECONDS, WORKERS, add_output, folder, meant
+from ..columns import printable
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
@@ -246,7 +247,7 @@ def report_left_out(skipped: Iterable[Skipped], command: str = "eval", most: int
     """Name what cannot be used on stderr."""
     listed = list(skipped)
     for one in listed[:most]:
-        print(f"clipfast {command}: left out {one}", file=sys.stderr)
+        print(f"clipfast {command}: left out {printable(str(one))}", file=sys.stderr)
     if len(listed) > most:
         print(f"clipfast {command}: left out {len(listed) - most} more", file=sys.stderr)
 

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -89,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
                 _line("alpha", *(f"[{number}] {figure}" for number in range(1, len(data) + 1) for figure in _FIGURES))
             )
             skipped = [one for images in data.values() for one in images.skipped]
-            print("".join(f"clipfast interpolate: left out {one}\n" for one in skipped), end="", file=sys.stderr)
+            report_left_out(skipped, "interpolate", most=len(skipped))
         rows.append(row)
         figures = (f"{figure(results):.2%}" for results in row["results"].values() for figure in _FIGURES.values())
         print(_line(f"{row['alpha']:g}", *figures), flush=True)

@@ -126,11 +126,7 @@ class Work:
         """
         there = read_about(self.folder)
         if not there:
-            others = [path.name for path in self.folder.iterdir() if path.name not in (LOCK_NAME, f".{LOCK_NAME}.tmp")]
-            if others:
-                raise ValueError(
-                    f"{self.folder} holds something else ({sorted(others)[0]}): give a new folder to --output"
-                )
+            refuse_others(self.folder)
             write_about(self.folder, self.about)
             return
         differing = [key for key, value in self.about.items() if there.get(key) != value]
@@ -285,6 +281,18 @@ def _unshared(batch: _Batch) -> _Batch:
     if batch.pixels is None or not batch.pixels.is_shared():
         return batch
     return dataclasses.replace(batch, pixels=batch.pixels.clone())
+
+
+def refuse_others(folder: Path) -> None:
+    """Refuse a folder that holds something, but no embeddings.
+
+    Raises:
+        ValueError: as above.
+    """
+    if folder.is_dir() and not read_about(folder):
+        others = {path.name for path in folder.iterdir()} - {LOCK_NAME, f".{LOCK_NAME}.tmp"}
+        if others:
+            raise ValueError(f"{folder} holds something else ({min(others)}): give a new folder to --output")
 
 
 def _cut(places: range, size: int) -> list[range]:

@@ -148,8 +148,10 @@ def _workers(args: argparse.Namespace, work: Work, world: World) -> int:
 def _held(folder: Path, world: World) -> Iterator[None]:
     """Hold the folder for this work alone."""
     from ..training.lock import locked
+    from .embed import refuse_others
 
     with contextlib.ExitStack() as stack:
+        world.on_main(lambda: refuse_others(folder))  # before a lock is left there
         world.on_main(lambda: stack.enter_context(locked(folder, "--output")))
         yield
 

@@ -187,7 +187,7 @@ def _results(
 
 def _table(results: dict[str, Any]) -> str:
     """Return what was found for people, query by query."""
-    from ..columns import align, without_empty
+    from ..columns import align, printable, without_empty
 
     parts = []
     if results["index"] != "exact":
@@ -200,5 +200,5 @@ def _table(results: dict[str, Any]) -> str:
         rows = [["score", "caption", "path"]]
         for one in query["found"]:
             rows.append([f"{one['score']:.4f}", one.get("caption", ""), one.get("image_path", one.get("key", ""))])
-        parts.append(f"{query['query']}\n{align(without_empty(rows), right=(0,))}")
+        parts.append(f"{printable(query['query'])}\n{align(without_empty(rows), right=(0,))}")
     return "\n\n".join(parts)

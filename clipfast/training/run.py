@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from ..columns import printable
 from ..data import Skipped
 from ..files import replace_text
 from .checkpoints import Checkpoints
@@ -93,7 +94,7 @@ class RunFolder:
 
     def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
         """Append samples that could not be used."""
-        lines = (f"{step}\t{_printable(name)}\t{kind}\t{_printable(reason)}\n" for name, kind, reason in skipped)
+        lines = (f"{step}\t{_in_line(name)}\t{kind}\t{_in_line(reason)}\n" for name, kind, reason in skipped)
         append(self.skipped_path, "".join(lines))
 
     def skipped_count(self) -> int:
@@ -132,6 +133,5 @@ def by_step(everyones: Iterable[list[tuple[int, Skipped]]]) -> Iterator[tuple[in
         yield step, [sample for _, sample in group]
 
 
-def _printable(text: str) -> str:
-    """Return the text in one line, with control characters as a space or an escape."""
-    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in " ".join(text.split()))
+def _in_line(text: str) -> str:
+    return printable(" ".join(text.split()))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..columns import align, printable
 from .history import History, read_history
 from .lock import holder
 from .logs import duration
@@ -154,7 +155,7 @@ def described(status: dict[str, Any], now: float | None = None) -> str:
     if status["warnings"]:
         rows.append(("warnings", f"{len(status['warnings'])}; the last:"))
         rows += [("", warning) for warning in status["warnings"][-SHOWN_WARNINGS:]]
-    return "\n".join(f"{name:<11} {text}" for name, text in rows)
+    return "\n".join(f"{name:<11} {printable(text)}" for name, text in rows)
 
 
 def _progress(status: dict[str, Any]) -> str:
@@ -211,15 +212,7 @@ def table(statuses: Sequence[dict[str, Any]], now: float | None = None) -> str:
     """Return the status of several runs as a table with a line for each."""
     now = time.time() if now is None else now
     rows = [COLUMNS, *(_row(status, now) for status in statuses)]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    left = 2  # columns of words; numbers stand on the right
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if number < left else cell.rjust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    )
+    return align(rows, right=range(2, len(COLUMNS)))  # columns of numbers
 
 
 def _row(status: dict[str, Any], now: float) -> tuple[str, ...]:

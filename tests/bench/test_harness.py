@@ -225,7 +225,7 @@ BAD = [
     (["ops", "--shape", "pairs=3 embed_dim=4"], "--shape needs one suite, not 'ops'"),
     (["step", "--shape", "model=ViT-X batch=2"], "unknown model 'ViT-X'"),
     (["step", "--shape", "model=ViT-B-16-SigLIP batch=2"], "step: ViT-B-16-SigLIP is trained with the sigmoid loss"),
-    (["loss", "--rounds", "0"], "--rounds must be more than 0, got 0"),
+    (["loss", "--seconds", "0"], "--seconds must be more than 0, got 0"),
     (["loss", "--shape", "pairs=8 embed_dim=4", "--only", "nobody", "--json", "x.json"], "--only 'nobody': loss has"),
     (["loss", "--compare", "no-such-commit"], "--compare no-such-commit: no such commit here"),
     (["plot", "nowhere.json"], "nowhere.json is not a result file"),

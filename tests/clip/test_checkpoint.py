@@ -10,9 +10,10 @@ import random
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from clipfast import CLIP, CheckpointError, create_model, create_model_and_transforms, export_open_clip
-from clipfast.checkpoint import load_checkpoint, preprocessing_of, read_checkpoint, write_checkpoint
+from clipfast.checkpoint import load_checkpoint, preprocessing_of, read_checkpoint, write_checkpoint, write_safetensors
 from clipfast.conversion.convert import convert
 from clipfast.evaluation.interpolation import Interpolation
 from clipfast.training.sharded import write_parts
@@ -247,3 +248,14 @@ def test_the_folder_of_a_run_is_its_newest_model(make, prefix, tmp_path, caplog,
     assert (code, out[:16]) == (0, "run         run:")
     code, out, err = run_command(capsys, "train", "--resume", name, "--print-config")
     assert (code, "bundled:emoji/noto" in out) == (0, make is not of_open_clip), err
+
+
+def test_equal_exports_are_equal_bytes(tmp_path):
+    """The library that writes the file puts its notes in another order each time."""
+    weights, notes = {"b": torch.zeros(3), "a": torch.ones(2)}, {"é": "\n", "y": '"/', "x": ""}
+    for number in range(8):
+        write_safetensors(tmp_path / str(number), weights, notes)
+    assert len({path.read_bytes() for path in tmp_path.iterdir()}) == 1
+    with safe_open(tmp_path / "0", "pt") as file:
+        assert file.metadata() == {"format": "pt", **notes}
+        assert torch.equal(file.get_tensor("a"), weights["a"])

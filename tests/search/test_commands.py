@@ -13,6 +13,7 @@ import torch
 
 from clipfast import Embeddings
 from clipfast.cli import main
+from clipfast.columns import align
 from clipfast.data import expand_shards, open_shards
 from clipfast.evaluation.encoder import Encoder
 from clipfast.images import open_image
@@ -66,6 +67,19 @@ def test_search_by_a_picture_finds_it(capsys):
     assert {found["place"] for found in one["found"]} <= {3, 20, 21}
     assert two["found"][0]["place"] == 7
     assert two["found"][0]["score"] == pytest.approx(1, abs=2e-3)
+
+
+def test_what_data_say_is_obeyed_by_no_terminal_and_no_spreadsheet(capsys, tmp_path):
+    captions = ["\x1b[31mred", "two\nlines", "=1+1", "-0.5", "@a", "plain"]
+    expected = ["\x1b[31mred", "two\nlines", "'=1+1", "-0.5", "'@a", "plain"]
+    features = torch.eye(6)[[0, 0, 1, 1, 2, 2]]
+    Embeddings(features, {"caption": captions}).save(tmp_path / "e")
+    results(capsys, "dedup", tmp_path / "e", "--write", tmp_path / "groups.csv")
+    with (tmp_path / "groups.csv").open(newline="") as file:
+        assert [row["caption"] for row in csv.DictReader(file)] == expected
+    print(align([captions]))
+    out = capsys.readouterr().out
+    assert (out.count("\n"), "\x1b" in out, "\\x1b[31mred" in out) == (1, False, True)
 
 
 def test_search_finds_no_more_than_there_is(capsys):
