@@ -15,6 +15,7 @@ from .arguments import (
     add_templates_argument,
     read_classnames,
     read_templates,
+    report_left_out,
 )
 
 EPILOG = """\
