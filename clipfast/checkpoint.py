@@ -8,16 +8,17 @@ model's configuration (its activation included) and the position in training. An
 import contextlib
 import json
 import logging
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from torch import Tensor
 
-from .files import replace_file, replace_text
+from .files import read_json, replace_file, replace_text
 from .images import INTERPOLATIONS, RESIZE_MODES
 from .kernels.reference import CLIP_MEAN, CLIP_STD
 from .models import CLIP, CLIPConfig, SigLIPConfig
@@ -32,6 +33,7 @@ TRUNK_PREFIX = "visual.trunk."  # of the image tower of SigLIP
 TEXT_PREFIX = "text."  # of the text tower of OpenCLIP's models with custom_text
 # DistributedDataParallel and torch.compile put these in front of the names of a model that they wrap.
 WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+MAX_UNPACKED = 1 << 24  # bytes of the packed parts of a checkpoint
 _COUNT = "num_batches_tracked"  # the last part of the name of BatchNorm's count of batches
 # The preparation of images if nothing else is said, in OpenCLIP's words: for CLIP, and for SigLIP.
 _PREPROCESSING: dict[bool, dict[str, Any]] = {
@@ -106,13 +108,22 @@ def _read_pickle(path: Path, mmap: bool) -> Any:
     """Read what ``torch.save`` wrote, and compare the checksums in it, which PyTorch itself does not look at."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(
-                f"{path} is damaged: the checksum of {damaged} in it is wrong; copy or download it again"
-            )
+        with path.open("rb") as file:
+            check_archive(file, path)
     return torch.load(path, "cpu", weights_only=True, mmap=mmap and is_zip)  # older files are one stream
+
+
+def check_archive(file: IO[bytes], name: str | Path) -> None:
+    """Compare the checksums in an archive of ``torch.save``'s, and refuse one that unpacks to much more."""
+    with zipfile.ZipFile(file) as archive:
+        packed, unpacked = file.seek(0, os.SEEK_END), sum(entry.file_size for entry in archive.infolist())
+        if unpacked > MAX_UNPACKED + 2 * packed:  # PyTorch packs nothing but code
+            raise CheckpointError(
+                f"{name} is refused: its {packed:,} bytes unpack to {unpacked:,}; if you trust it, save it anew"
+            )
+        damaged = archive.testzip()
+    if damaged is not None:
+        raise CheckpointError(f"{name} is damaged: the checksum of {damaged} in it is wrong; copy or download it again")
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -302,8 +313,11 @@ def complete_preprocessing(given: Mapping[str, Any], *, is_siglip: bool = False)
     complete = usual | {key: value for key, value in given.items() if value is not None}
     for key in ("mean", "std"):
         value = complete[key]
-        if not isinstance(value, list | tuple) or len(value) != 3 or not all(isinstance(x, int | float) for x in value):
-            raise CheckpointError(f"the {key} of images must be three numbers, got {value!r}")
+        is_three = isinstance(value, list | tuple) and len(value) == 3
+        is_right = is_three and all(isinstance(x, int | float) and abs(x) < 1e6 for x in value)  # NaN is not
+        if not is_right or (key == "std" and min(value) <= 0):
+            kind = "positive numbers" if key == "std" else "numbers"
+            raise CheckpointError(f"the {key} of images must be three {kind}, got {value!r:.80}")
     return complete
 
 
@@ -377,7 +391,7 @@ def read_open_clip_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
         CheckpointError: the configuration cannot be read, or this package cannot build the model.
     """
     try:
-        raw = json.loads((folder / CONFIG_NAME).read_text())
+        raw = read_json(folder / CONFIG_NAME)
         config = CLIPConfig.from_dict(raw["model_cfg"])
         given = raw.get("preprocess_cfg", {})
         return config, complete_preprocessing(given, is_siglip=isinstance(config, SigLIPConfig))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .files import replace_text
+from .files import read_json, replace_text
 from .models import SigLIPConfig
 from .models.siglip_config import CLEANINGS
 
@@ -178,7 +178,7 @@ def _pad_id(tokenizer: Any, folder: Path, otherwise: int) -> int:
 def _read_settings(path: Path) -> dict[str, Any]:
     """Return the settings in a file of transformers, and none if it is missing or something else."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except (OSError, ValueError):
         return {}
     return raw if isinstance(raw, dict) else {}

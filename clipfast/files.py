@@ -1,19 +1,26 @@
-"""Files that are replaced as a whole: a reader, or a kill at any moment, never meets half of one."""
+"""Files that are replaced as a whole: a reader, or a kill at any moment, never meets half of one.
+
+Files that may be anybody's are opened here too: nothing is waited for that a writer would have to come to.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterable, Iterator
+from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
+MAX_SETTINGS = 1 << 26  # bytes of a file of settings, of which the largest are tables of weights in parts
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _held: dict[Path, Path | None] = {}  # the files and folders that wait for each other, and where they are by now
 
@@ -135,6 +142,45 @@ def check_target(path: Path) -> None:
 def replace_text(path: Path, text: str) -> None:
     """Replace ``path`` by a file that holds ``text``."""
     replace_file(path, lambda temporary: temporary.write_text(text, encoding="utf-8"), len(text))
+
+
+def open_regular(path: str | Path) -> BufferedReader:
+    """Open a file to read it, if it is a regular one: a named pipe would be waited for, and a device has no end.
+
+    Raises:
+        OSError: there is no such file, it cannot be opened, or it is something else.
+    """
+    file = open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK))  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "it is no regular file", str(path))
+    return file
+
+
+def read_regular(path: str | Path, limit: int) -> bytes:
+    """Return the content of a regular file.
+
+    Raises:
+        OSError: as :func:`open_regular`; or the file has more than ``limit`` bytes.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"it has {size:,} bytes, and at most {limit:,} are read", str(path))
+        return file.read(size)
+
+
+def read_json(path: str | Path) -> Any:
+    """Return what is in a JSON file of settings.
+
+    Raises:
+        OSError: as :func:`read_regular`.
+        ValueError: it is not JSON, or nested too deeply.
+    """
+    try:
+        return json.loads(read_regular(path, MAX_SETTINGS))
+    except RecursionError as error:
+        raise ValueError("its lists and objects are nested too deeply") from error
 
 
 def _lack_of_space(error: Exception) -> str | None:

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .files import open_regular
 from .kernels.reference import CLIP_MEAN, CLIP_STD
 
 if TYPE_CHECKING:  # at run time where it is used: a machine without Pillow can import the models
@@ -82,9 +83,10 @@ def opened(source: io.BytesIO | Path, max_pixels: int = MAX_PIXELS) -> Iterator[
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            image = Image.open(source, formats=FORMATS)
-            _check_size(image, max_pixels)
-            yield image
+            with open_regular(source) if isinstance(source, Path) else source as file:
+                image = Image.open(file, formats=FORMATS)
+                _check_size(image, max_pixels)
+                yield image
     except ImageError:
         raise
     except UnidentifiedImageError as error:

@@ -22,6 +22,7 @@ from .checkpoint import (
 from .conversion import hugging_face
 from .conversion.hub_folder import fetch_folder
 from .conversion.layouts import checkpoint_of_run, described, is_hugging_face_folder, read_contents
+from .conversion.skeleton import check_size
 from .files import LOCAL_DIR_PREFIX, local_path
 from .hub import HUB_PREFIX, HubError, repository_of
 from .models import CLIP, CLIPConfig, SigLIPConfig, get_model_config, list_models
@@ -185,6 +186,7 @@ def _read_as(is_hugging_face: bool, folder: Path, with_weights: bool) -> ModelSo
     weights = None
     if with_weights:
         weights = folder if is_hugging_face else find_open_clip_weights(folder)
+        check_size(config, hugging_face.weights_files(folder) if is_hugging_face else [weights], folder)
     return model_source(config, weights, preprocessing, folder)
 
 
@@ -200,6 +202,7 @@ def _of_checkpoint(path: Path, content: dict[str, Any], folder: Path | None = No
             f"{path} does not say which model it belongs to: pass the name of the model, and this path as "
             "pretrained (on the command line --model and --pretrained)"
         )
+    check_size(config, [*path.iterdir()] if path.is_dir() else [path], path)
     return model_source(config, path, preprocessing, folder)
 
 

@@ -5,8 +5,8 @@ reader of weights, so that neither can run code. Only the model's tensors are re
 """
 
 import io
+import os
 import pickle
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -14,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, complete_preprocessing, is_siglip_state, plain_names
+from ..checkpoint import CheckpointError, check_archive, complete_preprocessing, is_siglip_state, plain_names
+from ..files import open_regular, read_regular
 from .contents import Contents
 from .open_clip import refuse_hugging_face_names
 
 METADATA_NAME = ".metadata"
+MAX_METADATA = 1 << 30  # bytes
 _METADATA_CLASSES = (
     "Metadata", "MetadataIndex", "TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata",
     "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
@@ -78,7 +80,7 @@ def read_metadata(path: Path) -> Any:
         CheckpointError: it is damaged, or holds code.
     """
     try:
-        metadata = _MetadataUnpickler(io.BytesIO(path.read_bytes())).load()
+        metadata = _MetadataUnpickler(io.BytesIO(read_regular(path, MAX_METADATA))).load()
         if not isinstance(metadata.state_dict_metadata, dict) or not isinstance(metadata.storage_data, dict):
             raise TypeError("it lists no tensors")
     except Exception as error:  # a broken pickle raises almost anything
@@ -137,13 +139,10 @@ def _read_slice(folder: Path, place: Any) -> Any:
     """
     if Path(place.relative_path).name != place.relative_path or getattr(place, "transform_descriptors", None):
         raise ValueError(f"it lies in {place.relative_path!r} in a form that clipfast does not read")
-    with (folder / place.relative_path).open("rb") as file:
+    with open_regular(folder / place.relative_path) as file:
         file.seek(place.offset)
-        stream = io.BytesIO(file.read(place.length))
-    with zipfile.ZipFile(stream) as archive:
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"the checksum of {damaged} in {place.relative_path} is wrong")
+        stream = io.BytesIO(file.read(min(place.length, os.fstat(file.fileno()).st_size)))
+    check_archive(stream, place.relative_path)
     stream.seek(0)
     try:
         return torch.load(stream, "cpu", weights_only=True)

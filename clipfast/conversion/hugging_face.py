@@ -7,13 +7,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import CheckpointError, check_weights, complete_preprocessing, read_checkpoint, write_safetensors
-from ..files import replace_text
+from ..checkpoint import (
+    CheckpointError,
+    check_weights,
+    complete_preprocessing,
+    read_checkpoint,
+    write_safetensors,
+)
+from ..files import read_json, replace_text
 from ..models import CLIPConfig, SigLIPConfig
 from . import hugging_face_names, siglip_hugging_face
 from .contents import Contents
 from .hugging_face_config import from_hugging_face, from_image_processor, to_hugging_face, to_image_processor
-from .skeleton import empty_state
+from .skeleton import check_size, empty_state
 from .tokenizer_files import copy_tokenizer, find_tokenizer, write_tokenizer
 
 CONFIG_NAME = "config.json"
@@ -39,7 +45,8 @@ def read_folder(folder: Path) -> Contents:
         theirs |= read_checkpoint(file, mmap=True)["state_dict"]
     # Old versions stored the numbers 0, 1, 2, ... too.
     theirs = {name: value for name, value in theirs.items() if not name.endswith(".position_ids")}
-    own = empty_state(config, theirs, folder)
+    check_size(config, files, folder / CONFIG_NAME)
+    own = empty_state(config, folder)
     check_weights(theirs, names.from_ours(own), folder)
     state = names.to_ours(own, theirs)
     layout = f"transformers folder ({'SiglipModel' if is_siglip else 'CLIPModel'})"
@@ -78,7 +85,7 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = read_json(path)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if not isinstance(raw, dict):

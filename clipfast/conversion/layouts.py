@@ -59,6 +59,8 @@ def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | P
         tags = list_pretrained_tags_by_model(model) if tag else []
         instead = f"; {model} has the tags {', '.join(tags)}" if tags else ""
         raise CheckpointError(f"there is no file or folder {path}{instead}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is neither a regular file nor a folder: give those that hold a checkpoint")
     return torchscript.read_file(path, trust=trust) if torchscript.is_archive(path) else open_clip.read_file(path)
 
 

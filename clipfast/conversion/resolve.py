@@ -14,7 +14,7 @@ from ..models.registry import QUICK_GELU_SUFFIX, read_model_config
 from ..models.siglip_config import EXACT, TANH
 from .contents import Contents
 from .shapes import RESNET_STRIDE, config_of_weights, models_of_shapes, stored_sizes
-from .skeleton import empty_state
+from .skeleton import check_size, empty_state
 
 ACTIVATION_NAMES = {"gelu": False, "quick_gelu": True}  # whether it is QuickGELU
 SIGLIP_ACTIVATIONS = {"gelu": EXACT, "gelu_tanh": TANH}
@@ -64,9 +64,11 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
         ValueError: there is no model of the name that is wished for.
     """
     base = _with_activation(_base(contents, wishes), contents, wishes)
+    if wishes.model is None:
+        check_size(base, contents.files, contents.source)
     stored_image, stored_context = stored_sizes(contents.state, base)
     stored = _sized(base, stored_image, stored_context)
-    own = empty_state(stored, contents.state, contents.source)
+    own = empty_state(stored, contents.source)
     label = f"{contents.source} (taken for {wishes.model})" if wishes.model else contents.source
     try:
         check_weights(contents.state, own, label)
@@ -81,7 +83,7 @@ def resolve(contents: Contents, wishes: Wishes) -> Contents:
     )
     state = _resized(state, stored, image_size, context)
     config = _sized(base, image_size, context)
-    empty_state(config, state, contents.source)  # refuses an image size that patches do not divide
+    empty_state(config, contents.source)  # refuses an image size that patches do not divide
     # CLIP's own tokenizer can be written anew for another length, which its files name.
     is_kept = context == stored_context or isinstance(config, SigLIPConfig)
     tokenizer = contents.tokenizer if is_kept else ()

@@ -52,7 +52,8 @@ def _text(state: Mapping[str, Tensor], prefix: str) -> TextConfig:
     hidden = state[f"{prefix}transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     vocab_size = state[f"{prefix}token_embedding.weight"].shape[0]
     layers = _count(state, rf"{re.escape(prefix)}transformer\.resblocks\.(\d+)\.")
-    return TextConfig(context_length, vocab_size, width, max(1, width // HEAD_WIDTH), layers, mlp_ratio(hidden, width))
+    heads = width // _head_width(width)
+    return TextConfig(context_length, vocab_size, width, heads, layers, mlp_ratio(hidden, width))
 
 
 def _trunk(state: Mapping[str, Tensor]) -> VisionConfig:
@@ -60,7 +61,7 @@ def _trunk(state: Mapping[str, Tensor]) -> VisionConfig:
     hidden = state["visual.trunk.blocks.0.mlp.fc1.weight"].shape[0]
     layers = _count(state, r"visual\.trunk\.blocks\.(\d+)\.")
     image_size = grid_side(TRUNK_POSITIONS_NAME, state[TRUNK_POSITIONS_NAME]) * patch_size
-    return VisionConfig(image_size, layers, width, HEAD_WIDTH, mlp_ratio(hidden, width), patch_size)
+    return VisionConfig(image_size, layers, width, _head_width(width), mlp_ratio(hidden, width), patch_size)
 
 
 def _transformer(state: Mapping[str, Tensor]) -> VisionConfig:
@@ -68,14 +69,19 @@ def _transformer(state: Mapping[str, Tensor]) -> VisionConfig:
     hidden = state["visual.transformer.resblocks.0.mlp.c_fc.weight"].shape[0]
     layers = _count(state, r"visual\.transformer\.resblocks\.(\d+)\.")
     grid = grid_side(POSITIONS_NAME, state[POSITIONS_NAME])
-    return VisionConfig(grid * patch_size, layers, width, HEAD_WIDTH, mlp_ratio(hidden, width), patch_size)
+    return VisionConfig(grid * patch_size, layers, width, _head_width(width), mlp_ratio(hidden, width), patch_size)
 
 
 def _resnet(state: Mapping[str, Tensor]) -> VisionConfig:
     first, second, third, fourth = (_count(state, rf"visual\.layer{stage}\.(\d+)\.") for stage in (1, 2, 3, 4))
     width = state["visual.layer1.0.conv1.weight"].shape[0]
     image_size = grid_side(POOL_POSITIONS_NAME, state[POOL_POSITIONS_NAME]) * RESNET_STRIDE
-    return VisionConfig(image_size, (first, second, third, fourth), width, HEAD_WIDTH, patch_size=None)
+    return VisionConfig(image_size, (first, second, third, fourth), width, _head_width(32 * width), patch_size=None)
+
+
+def _head_width(width: int) -> int:
+    """Return the usual width of a head, or that of a single one where it does not divide the width."""
+    return width if width % HEAD_WIDTH else HEAD_WIDTH
 
 
 def _count(state: Mapping[str, Tensor], pattern: str) -> int:

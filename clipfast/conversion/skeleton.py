@@ -1,6 +1,6 @@
-"""The names and shapes of a model's weights, without the model's memory."""
+"""The size, and the names and shapes, of a model's weights, without the model's memory."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,23 +10,30 @@ from ..checkpoint import CheckpointError
 from ..models import CLIPConfig, build
 
 
-def empty_state(config: CLIPConfig, state: Mapping[str, Tensor], source: str | Path) -> dict[str, Tensor]:
+def check_size(config: CLIPConfig, files: Sequence[Path], source: str | Path) -> None:
+    """Refuse a configuration of a model that is far larger than its weights, before it is built.
+
+    Raises:
+        CheckpointError: as above.
+    """
+    size, least = sum(file.stat().st_size for file in files if file.exists()), config.least_parameters
+    if least > size and all(file.exists() for file in files):  # a parameter has a byte at least
+        raise CheckpointError(
+            f"{source} does not describe the model of these weights: it has {least:,} parameters or more, and the "
+            f"weights have {size:,} bytes; correct the sizes in the configuration"
+        )
+
+
+def empty_state(config: CLIPConfig, source: str | Path) -> dict[str, Tensor]:
     """Return the state dict of the model of ``config`` on the device "meta", where tensors have no memory.
 
     Args:
         config: the configuration.
-        state: the weights that are to fit it. A configuration with many more layers is refused before it is built.
         source: where the configuration comes from, for the error.
 
     Raises:
         CheckpointError: there is no such model.
     """
-    vision = config.vision.layers
-    layers = config.text.layers + (vision if isinstance(vision, int) else sum(vision))
-    if layers > len(state):
-        raise CheckpointError(
-            f"{source} does not fit the model: {len(state)} tensors cannot be those of {layers} layers"
-        )
     try:
         with torch.device("meta"):
             return build(config).state_dict()

@@ -11,9 +11,10 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from .contained import count_rows
+from .remote import FetchError, Found, if_there, opened, sends_parts
 from .rows import has_footer, has_rows
 from .samples import PIPE, is_remote
-from .staging import FetchError, Found, if_there, is_direct, opened
+from .staging import is_direct
 
 SIZES = "sizes.json"  # {"00000.tar": 10000, ...}
 STATS = "_stats.json"  # of img2dataset, which notes under "successes" how many samples a shard has
@@ -27,6 +28,7 @@ class Counts:
 
     def __init__(self) -> None:
         self._sizes: dict[str, dict[str, Any] | FetchError] = {}
+        self._parts: dict[str, bool] = {}  # by server: whether it sends parts of files
         self._lock = threading.Lock()
 
     def of(self, name: str) -> tuple[int, str] | None:
@@ -43,10 +45,17 @@ class Counts:
         return self._of_rows(name) if has_rows(name) else self._of_notes(name)
 
     def _of_rows(self, name: str) -> tuple[int, str] | None:
-        if is_remote(name) and not has_footer(name):
+        if is_remote(name) and not (has_footer(name) and self._sends_parts(name)):
             return None
-        rows = _read(name, lambda file: count_rows(file, name), "shard")
+        rows = _read(name, lambda file: count_rows(file, name), "shard", whole=False)
         return None if rows is None else (rows, name)
+
+    def _sends_parts(self, name: str) -> bool:
+        """Return whether a footer can be read without the rest. The first shard of a server is asked for."""
+        server = name.split("/")[2]
+        if server not in self._parts:
+            self._parts[server] = sends_parts(name)
+        return self._parts[server]
 
     def _of_notes(self, name: str) -> tuple[int, str] | None:
         folder, slash, file = name.rpartition("/")
@@ -85,11 +94,11 @@ def _object(path: str) -> dict[str, Any]:
     return parsed if isinstance(parsed, dict) else {}
 
 
-def _read(path: str, read: Callable[[IO[bytes]], Found], what: str) -> Found | None:
-    """Return what ``read`` does with a file; None if there is no such file."""
+def _read(path: str, read: Callable[[IO[bytes]], Found], what: str, *, whole: bool = True) -> Found | None:
+    """Return what ``read`` does with a file, from its beginning if ``whole``; None if there is no such file."""
 
     def attempt() -> Found:
-        with opened(path) as file:
+        with opened(path, whole=whole) as file:
             return read(file)
 
     return if_there(path, attempt, what)

@@ -21,21 +21,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..files import replace_file
+from ..files import open_regular, replace_file
 from ..images import SampleError
 from .counts import Counts
 from .formats import Extents, Format
 from .kinds import format_of
+from .remote import EXHAUSTED, FetchError, Found, if_there
 from .samples import is_remote
 from .staging import (
-    EXHAUSTED,
-    FetchError,
-    Found,
     copy_path,
     exclusive,
     file_name,
     file_stamp,
-    if_there,
     is_direct,
     max_bytes,
     room,
@@ -267,7 +264,8 @@ class IndexCache:
         except FetchError as error:
             raise ShardError(str(error), error.kind) from error
         try:
-            descriptor = os.open(name, os.O_RDONLY)
+            with open_regular(name) as file:
+                descriptor = os.dup(file.fileno())
         except OSError as error:
             if error.errno in EXHAUSTED:
                 raise

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Sequence
+from typing import Any
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "gif", "bmp")
 IMAGE_KEYS = (*IMAGE_EXTENSIONS, "image", "img", "filepath", "file_name", "path")
@@ -29,6 +30,23 @@ class Keys:
     texts: tuple[str, ...] = TEXT_KEYS
     is_json: bool = False
     weights: tuple[float, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Any) -> Keys:
+        """Return the keys with these attributes, as JSON has them.
+
+        Raises:
+            ValueError: they are something else.
+        """
+        kinds = {"images": str, "texts": str, "weights": int | float}
+        is_right = isinstance(values, dict) and all(
+            isinstance(value, bool) if name == "is_json"
+            else name in kinds and isinstance(value, list) and all(isinstance(one, kinds[name]) for one in value)
+            for name, value in values.items()
+        )  # fmt: skip
+        if not is_right:
+            raise ValueError(f"keys of images and texts are lists of names, got {values!r:.200}")
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
 
     def ordered_texts(self, rng: random.Random | None) -> Sequence[str]:
         """Return ``texts`` in the order in which they are looked for in the json; ``rng`` draws it if it can vary."""

@@ -1,11 +1,12 @@
 """Files that a sample names instead of holding them: images of tables, and images and texts of folders."""
 
 import dataclasses
+import errno
 import os
-import stat
 from collections.abc import Mapping
 from typing import Any
 
+from ..files import read_regular
 from ..images import SampleError
 from .keys import Keys
 from .samples import RawSample, is_remote
@@ -56,26 +57,17 @@ def load_links(sample: RawSample, keys: Keys) -> int:
 
 
 def _read(folder: str, name: str, what: str) -> tuple[str, bytes]:
-    """Return the path and the content of a file.
-
-    Nothing is read that is not a regular file: a device has no end, and a named pipe would be waited for.
-    """
+    """Return the path and the content of a file."""
     for path in dict.fromkeys((os.path.join(folder, name), name)):
         try:
-            with open(path, "rb", opener=lambda path, flags: os.open(path, flags | os.O_NONBLOCK)) as file:
-                status = os.fstat(file.fileno())
-                if not stat.S_ISREG(status.st_mode):
-                    raise SampleError(f"{path} is no regular file", f"missing {what}")
-                if status.st_size > MAX_MEMBER:
-                    limit = f"{status.st_size} bytes, more than the limit of {MAX_MEMBER}"
-                    raise SampleError(f"{path} has {limit}", f"huge {what}")
-                return path, file.read(status.st_size)
+            return path, read_regular(path, MAX_MEMBER)
         except (FileNotFoundError, NotADirectoryError):
             continue
-        except SampleError:
-            raise
         except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-            raise SampleError(f"{path!r:.200} cannot be read: {error}", f"missing {what}") from error
+            reason, is_huge = getattr(error, "strerror", None) or error, getattr(error, "errno", 0) == errno.EFBIG
+            raise SampleError(
+                f"{path!r:.200} cannot be read: {reason}", f"{'huge' if is_huge else 'missing'} {what}"
+            ) from error
     where = f", neither in {folder} nor in the working folder" if folder else ""
     hint = "; single images are not read from the network" if is_remote(name) or is_remote(folder) else ""
     raise SampleError(f"there is no file {name!r:.200}{where}{hint}", f"missing {what}")

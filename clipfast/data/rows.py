@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, Protocol
 
+from ..files import read_json, read_regular
 from .tar import BLOCK, MAX_MEMBER
 
 PARQUET = ".parquet"
@@ -63,7 +64,7 @@ def shards_in(folder: Path) -> list[str] | None:
         )
     if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
         try:
-            files = json.loads((folder / "state.json").read_text("utf-8"))["_data_files"]
+            files = read_json(folder / "state.json")["_data_files"]
             return [str(folder / Path(file["filename"]).name) for file in files]
         except (ValueError, LookupError, TypeError) as error:
             raise ValueError(f"{folder / 'state.json'} does not list the files of a dataset: {error!r}") from error
@@ -259,7 +260,7 @@ def _bytes(value: Any, folder: Path | None) -> bytes | None:
 def _file(path: Path) -> bytes | None:
     """Return the bytes of an image's file. Anything else that a table may name, such as a device, is missing."""
     try:
-        return path.read_bytes() if path.is_file() and path.stat().st_size <= MAX_MEMBER else None
+        return read_regular(path, MAX_MEMBER)
     except (OSError, ValueError):
         return None
 

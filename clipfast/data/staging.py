@@ -8,23 +8,22 @@ does what is being copied.
 """
 
 import contextlib
-import errno
 import fcntl
 import hashlib
 import logging
 import os
 import shutil
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any, TypeVar, cast
+from typing import IO, Any
 
-from ..files import DiskFullError, replace_file
+from ..files import DiskFullError, open_regular, replace_file
 from .contained import copy_rows
 from .folders import folder_stamp, write_list
 from .kinds import format_of
+from .remote import CancelledError, FetchError, file_system_of, opened, retried
 from .rows import ContentError, Writable, has_rows
 from .samples import PIPE, is_folder, is_remote
 from .tar import BLOCK, CHUNK, decompressed, is_compressed
@@ -33,32 +32,10 @@ from .tar_format import TAR
 MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
 MAX_BYTES = 64 << 30
 LOCKS = "locks"  # a folder in that of the copies
-ATTEMPTS = 5
 FORGET = 300.0  # seconds after which a shard that could not be brought here is asked for again
 BEGIN = time.time()  # of this process, or of the one that it was forked from: failures of earlier runs do not count
-FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
-
-EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that are about this process, and no file
-BUSY = (408, 429)  # the answers of a web server that are about the moment
 
 log = logging.getLogger("clipfast")
-Found = TypeVar("Found")
-
-
-class FetchError(ValueError):
-    """A shard that could not be brought here, after several attempts.
-
-    Attributes:
-        kind: "unreadable shard" if it was read, but cannot be used; otherwise "missing shard".
-    """
-
-    def __init__(self, message: str, kind: str = "missing shard") -> None:
-        super().__init__(message)
-        self.kind = kind
-
-
-class CancelledError(Exception):
-    """Nobody waits for the shard any more."""
 
 
 def is_direct(name: str) -> bool:
@@ -66,7 +43,7 @@ def is_direct(name: str) -> bool:
     if is_remote(name) or is_folder(name) or has_rows(name):
         return False
     try:
-        with open(name, "rb") as file:
+        with open_regular(name) as file:
             return not is_compressed(file.read(BLOCK))
     except OSError:
         return True  # whoever opens it will say what is wrong
@@ -84,7 +61,7 @@ def stamp(name: str) -> str:
         return folder_stamp(name)
     if not is_remote(name):
         return file_stamp(os.stat(name))
-    file_system, path = _file_system(name)
+    file_system, path = file_system_of(name)
     info: dict[str, Any] = file_system.info(path)
     marks = (
         "size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated",
@@ -100,12 +77,6 @@ def file_stamp(status: os.stat_result) -> str:
 def file_name(shard: str) -> str:
     """Return the name that what is kept of a shard has in the cache."""
     return hashlib.sha256(shard.encode("utf-8", "surrogateescape")).hexdigest()[:32]
-
-
-def _file_system(name: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
-
-    return url_to_fs(name)
 
 
 def staged(
@@ -219,8 +190,15 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
     """
 
     def attempt() -> str:
-        known = stamp(name) if now is None else now
-        replace_file(path, lambda temporary: _copy(name, temporary, is_wanted))
+        nonlocal now
+        known, now = stamp(name) if now is None else now, None  # a further attempt asks again
+
+        def write(temporary: Path) -> None:
+            _copy(name, temporary, is_wanted)
+            if not is_folder(name) and stamp(name) != known:
+                raise OSError("it was changed while it was read")
+
+        replace_file(path, write)
         return known
 
     try:
@@ -228,56 +206,6 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
     except FetchError as error:
         failure.write_text(f"{error.kind}\n{error}", "utf-8", "replace")
         raise
-
-
-def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found:
-    """Return what ``attempt`` does. If its file is from elsewhere, it is called again after errors, with growing waits.
-
-    Args:
-        name: of the file.
-        attempt: reads it.
-        what: kind of file, for the error.
-
-    Raises:
-        FetchError: the last attempt failed, or another one would be no use.
-        DiskFullError, CancelledError, ImportError: as ``attempt``.
-    """
-    waits = [FIRST_WAIT * 2**number for number in range(ATTEMPTS - 1)] if is_remote(name) else []
-    while True:
-        try:
-            return attempt()
-        except (DiskFullError, CancelledError, ImportError):
-            raise
-        except ContentError as error:
-            raise FetchError(f"{what} {name} cannot be read: {error}", "unreadable shard") from error
-        except Exception as error:  # every file system has errors of its own; some call an outage "not found"
-            if isinstance(error, OSError) and error.errno in EXHAUSTED:
-                raise
-            if not waits:
-                raise FetchError(f"{what} {name} cannot be read: {error.__cause__ or error}") from error
-            time.sleep(waits.pop(0))
-
-
-def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found | None:
-    """Return what ``attempt`` does, as :func:`retried`; None if it says that there is no such file."""
-
-    def attempt_or_none() -> Found | None:
-        try:
-            return attempt()
-        except Exception as error:  # every file system has errors of its own
-            if _is_absent(name, error):
-                return None
-            raise
-
-    return retried(name, attempt_or_none, what)
-
-
-def _is_absent(name: str, error: Exception) -> bool:
-    """Return True if an error says that there is no file that may be read, and not that nobody has answered."""
-    if name.startswith(("http://", "https://")):  # fsspec calls every failure "not found": its cause is the answer
-        status = getattr(error.__cause__ or error, "status", 0)
-        return 400 <= status < 500 and status not in BUSY
-    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
 
 
 class _Watched:
@@ -348,25 +276,6 @@ def _copy_rows(name: str, source: IO[bytes], target: _Watched, folder: Path) -> 
         shutil.copyfileobj(source, _Watched(whole, target.is_wanted), CHUNK)
         whole.flush()
         copy_rows(whole, name, target)
-
-
-@contextlib.contextmanager
-def opened(name: str) -> Iterator[IO[bytes]]:
-    """Open a shard, or another file beside it, to be read from its beginning."""
-    if not name.startswith(PIPE):
-        if not is_remote(name):
-            with open(name, "rb") as file:
-                yield file
-            return
-        file_system, path = _file_system(name)
-        with file_system.open(path, "rb") as remote:
-            yield remote
-        return
-    command = name.removeprefix(PIPE)
-    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
-        yield cast(IO[bytes], process.stdout)
-    if process.returncode:
-        raise OSError(f"the command ended with status {process.returncode}")
 
 
 def _make_room(folder: Path, share: float = 1.0) -> None:

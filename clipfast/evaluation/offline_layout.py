@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..data.samples import RawSample, decode_image
+from ..files import MAX_SETTINGS, read_regular
 from ..images import SampleError
 from .labelled import LabelledImage, LabelledSet
 
@@ -208,7 +209,7 @@ def _read(folder: Path, split: str) -> OfflineSet:
         ValueError: a file is missing, or says what is not so.
     """
     name, type_file = _name(folder.name), folder / "dataset_type.txt"
-    kind = type_file.read_text("utf-8").strip().lower() if type_file.exists() else CLASSIFICATION
+    kind = _text(type_file).strip().lower() if type_file.exists() else CLASSIFICATION
     if kind not in KINDS:
         raise ValueError(f"dataset_type.txt says {kind!r:.40}, and not one of {', '.join(KINDS)}")
     shards = {path.parent.name: _shards(path) for path in sorted(folder.glob("*/nshards.txt"))}
@@ -230,19 +231,25 @@ def _shards(path: Path) -> str:
     Raises:
         ValueError: it holds no number, or there are not as many shards.
     """
-    folder, text = path.parent, path.read_text("utf-8").strip()
+    folder, text = path.parent, _text(path).strip()
     if not text.isdecimal() or int(text) == 0:
         raise ValueError(f"{folder.name}/nshards.txt holds no number from 1: {text!r:.40}")
     count = int(text)
     numbers = {int(file.stem) for file in folder.glob("*.tar") if file.stem.isdecimal()}
-    absent = [number for number in range(count) if number not in numbers]
+    absent = count - sum(number < count for number in numbers)
     if absent:
-        raise ValueError(
-            f"{folder.name}/{absent[0]}.tar is missing: {len(absent)} of the {count} shards that nshards.txt says"
-        )
+        first = next(number for number in range(count) if number not in numbers)
+        raise ValueError(f"{folder.name}/{first}.tar is missing: {absent} of the {count} shards that nshards.txt says")
     if max(numbers) >= count:
         raise ValueError(f"{folder.name}/nshards.txt says {count} shards, but {max(numbers)}.tar is there too")
     return f"{folder}/{{0..{count - 1}}}.tar"
+
+
+def _text(path: Path) -> str:
+    try:
+        return read_regular(path, MAX_SETTINGS).decode("utf-8")
+    except OSError as error:
+        raise ValueError(f"{path.name} cannot be read: {error.strerror}") from error
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -253,7 +260,7 @@ def _lines(path: Path) -> tuple[str, ...]:
     """
     if not path.is_file():
         raise ValueError(f"{path.name} is missing")
-    lines = tuple(line.strip() for line in path.read_text("utf-8").splitlines())
+    lines = tuple(line.strip() for line in _text(path).splitlines())
     if not any(lines):
         raise ValueError(f"{path.name} is empty")
     return lines

@@ -1,9 +1,11 @@
 """The configuration of a CLIP model, in OpenCLIP's words."""
 
 import dataclasses
-import math
 from collections.abc import Iterable
 from typing import Any
+
+# A configuration may be anybody's: larger models are not built.
+MAX_LAYERS, MAX_SIZE = 1000, 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,24 +24,37 @@ class VisionConfig:
     patch_dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that are not positive, and a patch_dropout that is not in [0, 1) or that belongs to a ResNet.
+        """Refuse sizes that no model has, and a patch_dropout that is not in [0, 1) or that belongs to a ResNet.
 
         Raises:
             ValueError: as above.
         """
-        is_vit = isinstance(self.layers, int)
-        _check_sizes("vision_cfg", self, ("image_size", "width", "head_width", "mlp_ratio", *("layers",) * is_vit))
-        if is_vit:
-            _check_sizes("vision_cfg", self, ("patch_size",))
+        is_vit = not isinstance(self.layers, tuple)
+        _check_sizes("vision_cfg", self, ("image_size", "width", "head_width", "mlp_ratio", *("patch_size",) * is_vit))
+        stages = self.layers if isinstance(self.layers, tuple) else (self.layers,)
+        for count in stages:
+            _check_size("vision_cfg", "layers", count, MAX_LAYERS)
+        if not is_vit and len(stages) != 4:
+            raise ValueError(f"vision_cfg: layers of a ResNet are four numbers, got {self.layers!r:.80}")
+        if self.heads < 1 or self.channels % self.heads:
+            raise ValueError(
+                f"vision_cfg: the {self.channels} channels of attention must be a multiple of its heads, but a "
+                f"head_width of {self.head_width} makes {self.heads} of them"
+            )
         if not 0 <= self.patch_dropout < 1:
             raise ValueError(f"patch_dropout must be at least 0 and less than 1, got {self.patch_dropout}")
         if self.patch_dropout and not isinstance(self.layers, int):
             raise ValueError(f"patch_dropout is for vision transformers, since a ResNet has no patches; got {self}")
 
     @property
+    def channels(self) -> int:
+        """The width of the transformer, or of the ResNet's attention pooling."""
+        return self.width if isinstance(self.layers, int) else self.width * 32
+
+    @property
     def heads(self) -> int:
         """The number of attention heads of the transformer, or of the ResNet's attention pooling."""
-        return (self.width if isinstance(self.layers, int) else self.width * 32) // self.head_width
+        return self.channels // self.head_width
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +69,15 @@ class TextConfig:
     mlp_ratio: float = 4.0
 
     def __post_init__(self) -> None:
-        """Refuse sizes that are not positive.
+        """Refuse sizes that no model has.
 
         Raises:
             ValueError: as above.
         """
-        _check_sizes("text_cfg", self, [field.name for field in dataclasses.fields(self)])
+        _check_sizes("text_cfg", self, ("context_length", "vocab_size", "width", "heads", "mlp_ratio"))
+        _check_size("text_cfg", "layers", self.layers, MAX_LAYERS)
+        if self.width % self.heads:
+            raise ValueError(f"text_cfg: width must be a multiple of heads, got {self.width} and {self.heads}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +98,19 @@ class CLIPConfig:
         _check_sizes("model config", self, ("embed_dim",))
 
     @property
+    def least_parameters(self) -> int:
+        """Fewer than the model has, but most of them; counted without building it."""
+        vision, text = self.vision, self.text
+        count = text.layers * (4 + 2 * text.mlp_ratio) * text.width**2
+        count += (text.vocab_size + text.context_length + self.embed_dim) * text.width
+        if isinstance(vision.layers, tuple):
+            count += sum(17 * 4**stage * number for stage, number in enumerate(vision.layers)) * vision.width**2 / 4
+            return int(count + (vision.image_size // 32) ** 2 * vision.channels)
+        patch = vision.patch_size or 1
+        count += vision.layers * (4 + 2 * vision.mlp_ratio) * vision.width**2
+        return int(count + (3 * patch**2 + (vision.image_size // patch) ** 2) * vision.width)
+
+    @property
     def activation(self) -> str:
         """The name of the activation in words: "GELU" or "QuickGELU"."""
         return "QuickGELU" if self.quick_gelu else "GELU"
@@ -97,6 +128,8 @@ class CLIPConfig:
         """
         from .siglip_config import SigLIPConfig, is_siglip  # which is made of this class
 
+        if not isinstance(raw, dict):
+            raise ValueError(f"model config must be an object of settings, got {raw!r:.80}")
         if is_siglip(raw):
             return SigLIPConfig.from_dict(raw)
         unknown = set(raw) - {"embed_dim", "vision_cfg", "text_cfg", "quick_gelu", "custom_text"}
@@ -130,15 +163,23 @@ class CLIPConfig:
 
 
 def _check_sizes(section: str, config: object, names: Iterable[str]) -> None:
-    """Refuse sizes that are not positive numbers: whole ones, but for mlp_ratio."""
     for name in names:
-        value, kind = getattr(config, name), "number" if name == "mlp_ratio" else "whole number"
-        right = isinstance(value, int | float if name == "mlp_ratio" else int) and not isinstance(value, bool)
-        if not right or not 0 < value < math.inf:
-            raise ValueError(f"{section}: {name} must be a positive {kind}, got {value!r}")
+        _check_size(section, name, getattr(config, name))
 
 
-def _fields(kind: type[VisionConfig] | type[TextConfig], section: str, raw: dict[str, Any]) -> dict[str, Any]:
+def _check_size(section: str, name: str, value: object, limit: int = MAX_SIZE) -> None:
+    """Refuse what is no positive number up to a limit: a whole one, but for mlp_ratio."""
+    kind = "number" if name == "mlp_ratio" else "whole number"
+    right = isinstance(value, int | float if name == "mlp_ratio" else int) and not isinstance(value, bool)
+    if not right or not value > 0:  # type: ignore[operator]
+        raise ValueError(f"{section}: {name} must be a positive {kind}, got {value!r:.80}")
+    if value > limit:  # type: ignore[operator]
+        raise ValueError(f"{section}: {name} must be at most {limit:,}, got {value!r:.80}")
+
+
+def _fields(kind: type[VisionConfig] | type[TextConfig], section: str, raw: Any) -> dict[str, Any]:
+    if not isinstance(raw, dict):
+        raise ValueError(f"{section} must be an object of settings, got {raw!r:.80}")
     names = {field.name for field in dataclasses.fields(kind)}
     unknown = {key: value for key, value in raw.items() if key not in names}
     if unknown:

@@ -1,10 +1,10 @@
 """The models by name: those that OpenCLIP publishes, and those that a JSON file of OpenCLIP's describes."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from ..arguments import meant
+from ..files import read_json
 from .config import CLIPConfig, TextConfig, VisionConfig
 from .siglip_config import PUBLISHED, published_config
 
@@ -82,7 +82,7 @@ def read_model_config(path: str | Path) -> CLIPConfig:
         ValueError: if it is not such a file, or this package cannot build the model.
     """
     try:
-        raw = json.loads(Path(path).read_text())
+        raw = read_json(path)
     except ValueError as error:
         raise ValueError(f"{path} is not a model configuration: {error}") from error
     return CLIPConfig.from_dict(raw)

@@ -86,11 +86,8 @@ class Pictures:
         """
         if self.samples is None:
             return open_image(self._file(metadata.get(IMAGE_PATH)))
-        number = metadata.get(NUMBER)
-        if not isinstance(number, int) or not 0 <= number < len(self.samples):
-            raise ImageError("there is no such picture in the source")
         with self._reading:
-            found = self.samples.read(number)
+            found = self.samples.read(metadata.get(NUMBER, -1))
         if isinstance(found, Skipped) or found.image is None:
             raise ImageError(str(found))
         path = found.row[IMAGE_PATH]

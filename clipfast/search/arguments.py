@@ -120,7 +120,7 @@ class Pictures:
     def _image(self, row: Mapping[str, Any], path: str) -> Any:
         if self.samples is None:
             return Path(path) if Path(path).is_file() else None
-        return getattr(self.samples.read(row["number"]), "image", None)  # one that is left out by now has none
+        return getattr(self.samples.read(row.get("number", -1)), "image", None)  # one that is left out by now has none
 
 
 def write_gallery(path: Path, title: str, items: Iterable[Item], about: str, **options: Any) -> None:

@@ -9,10 +9,13 @@ The metadata of a part are written last: a part is there if these are.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,16 +23,29 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import replace_file, replace_text
+from ..files import open_regular, read_json, replace_file, replace_text
 
 if TYPE_CHECKING:
     import pyarrow
+    from pyarrow import parquet
 
 ABOUT = "about.json"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
 DIGITS = 4  # of a part's number, at least
+MAX_PARTS = 1 << 20  # that may be missing, beside as many as there are
+MAX_FOOTER = 1 << 26  # bytes of the footer of a file of metadata
+MAX_TABLE = 1 << 30  # bytes that the metadata of a part may take in memory
+SMALLER = "write it anew, in smaller parts, if you trust it"
+ROWS = 256  # of metadata that are read at once
 DTYPES = (torch.float32, torch.float16)
+
+
+# What is used of that which a folder says of itself, if it says it.
+KINDS: dict[str, type] = {
+    **dict.fromkeys(("model", "pretrained", "digest", "data", "separator", "stamp"), str), "images": bool,
+    "texts": bool, "keys": dict, "columns": list,
+}  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -54,9 +70,7 @@ class Part:
         """What is known of each row."""
         if not isinstance(self.source, Path):
             return self.source
-        from pyarrow import parquet
-
-        return parquet.ParquetFile(self.source).read().replace_schema_metadata(None)
+        return read_table(self.source)
 
     def of_kind(self, kind: str) -> Tensor | None:
         """Return the features of one kind, "image" or "text", if there are any."""
@@ -120,20 +134,36 @@ def read_parts(folder: Path, count: int | None = None) -> list[Part]:
         ValueError: parts are missing, damaged, or do not belong together.
     """
     files = {kind: _numbered(folder, kind) for kind in SUFFIXES}
+    _check_count(folder, count, files)
     numbers = sorted(files[METADATA]) if count is None else list(range(count))
     if not numbers or not (files[IMAGES] or files[TEXTS]):
         raise ValueError(f"{folder} holds no embeddings; clipfast embed --output {folder} makes them")
     kinds = [kind for kind in SUFFIXES if files[kind] or kind == METADATA]
     missing = [number for number in numbers if any(number not in files[kind] for kind in kinds)]
     if missing:
-        raise ValueError(
-            f"{folder} lacks {len(missing)} of its {len(numbers)} parts, the first of them number {missing[0]}: give "
-            "the command that makes them again, and it goes on from here"
-        )
+        raise ValueError(_lacks(folder, len(missing), len(numbers), missing[0]))
     parts = [read_part(files[IMAGES].get(n), files[TEXTS].get(n), files[METADATA][n]) for n in numbers]
     for part, number in zip(parts, numbers, strict=True):
         _check_alike(folder, part, parts[0], number)
     return parts
+
+
+def _check_count(folder: Path, count: object, files: Mapping[str, Mapping[int, Path]]) -> None:
+    """Refuse a number of parts that is none, or is far more than there are files."""
+    if count is None:
+        return
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{folder / ABOUT} says that there are {count!r:.80} parts: it must be a whole number from 1")
+    there = files[METADATA].keys()
+    if count > 2 * len(there) + MAX_PARTS:  # their numbers are not even written down
+        raise ValueError(_lacks(folder, count - len(there), count, next(n for n in range(count) if n not in there)))
+
+
+def _lacks(folder: Path, missing: int, count: int, first: int) -> str:
+    return (
+        f"{folder} lacks {missing:,} of its {count:,} parts, the first of them number {first}: give the command that "
+        "makes them again, and it goes on from here"
+    )
 
 
 def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
@@ -152,10 +182,11 @@ def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
 
 def _mapped(path: Path) -> Tensor:
     try:
+        open_regular(path).close()  # a pipe would be waited for
         features = torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of memory that cannot be written
-    except (ValueError, EOFError, TypeError) as error:
+    except (ValueError, EOFError, TypeError, OverflowError, OSError, MemoryError) as error:
         raise ValueError(f"{path} cannot be read as features: {error}") from error
-    if features.ndim != 2 or features.dtype not in DTYPES:
+    if features.ndim != 2 or not features.shape[1] or features.dtype not in DTYPES:
         raise ValueError(
             f"{path} has shape {tuple(features.shape)} and {features.dtype}; features are [N, D], float32 or float16"
         )
@@ -163,12 +194,51 @@ def _mapped(path: Path) -> Tensor:
 
 
 def _rows(path: Path) -> int:
+    with opened_metadata(path) as file:
+        return int(file.metadata.num_rows)
+
+
+@contextlib.contextmanager
+def opened_metadata(path: Path) -> Iterator[parquet.ParquetFile]:
+    """Open the file of a part's metadata.
+
+    Raises:
+        ValueError: it cannot be read, or has a footer that is too large.
+    """
     from pyarrow import ArrowException, parquet
 
     try:
-        return int(parquet.read_metadata(path).num_rows)
-    except ArrowException as error:
+        with open_regular(path) as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(0, size - 8))
+            footer = int.from_bytes(file.read(4), "little")
+            if footer > MAX_FOOTER:
+                raise ValueError(f"its footer has {footer:,} bytes, and at most {MAX_FOOTER:,} are read; {SMALLER}")
+            yield parquet.ParquetFile(file)
+    except (ArrowException, OSError, ValueError) as error:
         raise ValueError(f"{path} cannot be read as metadata: {error}") from error
+
+
+def read_table(path: Path) -> pyarrow.Table:
+    """Return the metadata in the file of a part.
+
+    Raises:
+        ValueError: it cannot be read, or takes too much memory.
+    """
+    import pyarrow
+
+    with opened_metadata(path) as file:
+        said = sum(file.metadata.row_group(group).total_byte_size for group in range(file.num_row_groups))
+        if said > MAX_TABLE:
+            raise ValueError(f"its rows take {said:,} bytes, and at most {MAX_TABLE:,} are read; {SMALLER}")
+        batches, taken = [], 0
+        for batch in file.iter_batches(ROWS, use_threads=False):
+            batches.append(batch)
+            taken += batch.nbytes
+            if taken > MAX_TABLE:  # a few bytes may stand for as many rows as one likes
+                raise ValueError(f"its rows take more than the {MAX_TABLE:,} bytes that are read; {SMALLER}")
+        table = pyarrow.Table.from_batches(batches, file.schema_arrow)
+    return table.combine_chunks().replace_schema_metadata(None)
 
 
 def _numbered(folder: Path, kind: str) -> dict[int, Path]:
@@ -196,13 +266,16 @@ def read_about(folder: Path) -> dict[str, Any]:
         ValueError: the file is damaged.
     """
     try:
-        found = json.loads((folder / ABOUT).read_text("utf-8"))
+        found = read_json(folder / ABOUT)
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{folder / ABOUT} cannot be read: {error}") from error
     if not isinstance(found, dict):
         raise ValueError(f"{folder / ABOUT} is not an object")
+    for name, kind in KINDS.items():
+        if not isinstance(found.get(name), kind | None):
+            raise ValueError(f"{folder / ABOUT}: {name} must be {kind.__name__}, got {found[name]!r:.80}")
     return found
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..data import IndexCache, Keys, Skipped, Source, decode_image, expand_shards, metadata, open_sources
 from ..data.folders import others_in
-from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS
+from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS, read_separator
 from ..data.samples import PIPE, RawSample, captions, is_folder, sample_name
 from ..images import SampleError
 
@@ -86,17 +86,18 @@ class Samples:
         """
         try:
             given = {name: about[name] for name in ("data", "images", "texts", "separator", "columns")}
-            keys: dict[str, Any] = {
-                key: tuple(value) if isinstance(value, list) else value for key, value in about["keys"].items()
-            }
+            keys = Keys.from_dict(about["keys"])
         except KeyError as error:
             raise ValueError(f"the embeddings do not say what they were made from: there is no {error}") from None
+        if not isinstance(given["data"], str) or not all(isinstance(name, str) for name in given["columns"] or ()):
+            raise ValueError(f"the embeddings do not say what they were made from, but {given}")
+        read_separator(given["separator"])
         command = next((shard for shard in expand_shards(given["data"]) if shard.startswith(PIPE)), None)
         if command is not None:
             raise ValueError(
                 f"the embeddings were made from the output of a command, which is not run again: {command}"
             )
-        found = cls(**given, keys=Keys(**keys))
+        found = cls(**given, keys=keys)
         if found.about()["stamp"] != about.get("stamp"):
             raise ValueError(f"{found.data} has changed since it was embedded: embed it again")
         return found
@@ -139,9 +140,10 @@ class Samples:
     def read(self, number: int) -> Sample | Skipped:
         """Return the sample at a place, or what is wrong with it."""
         keys = self.keys if self.images else dataclasses.replace(self.keys, images=())
-        source, within = self._place(number)
-        name = source.name(within)
+        name = f"number {number!r:.80}"
         try:
+            source, within = self._place(number)
+            name = source.name(within)
             raw = source.read(within, keys)
             name = sample_name(raw)
             texts = self._captions(raw)
@@ -161,7 +163,13 @@ class Samples:
         return {name: data for name, data in found.items() if not name.startswith("__") and isinstance(data, bytes)}
 
     def _place(self, number: int) -> tuple[Source, int]:
-        """Return the source that a sample is in, and its number there."""
+        """Return the source that a sample is in, and its number there.
+
+        Raises:
+            SampleError: there is no such sample: metadata from elsewhere may name any.
+        """
+        if not isinstance(number, int) or not 0 <= number < len(self):
+            raise SampleError(f"there is no sample {number!r:.80} in {self.data}, which has {len(self)}", "no sample")
         place = bisect.bisect_right(self.first, number) - 1
         return self.sources[place], number - self.first[place]
 

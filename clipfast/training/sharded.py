@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..checkpoint import CheckpointError
 from ..conversion.distributed import METADATA_NAME, read_metadata, read_tensor
-from ..files import replace_text, sync
+from ..files import read_json, replace_text, sync
 from ..shards import is_cut
 from .world import World
 
@@ -110,7 +110,7 @@ def check_parts(folder: Path) -> None:
         CheckpointError: there is no manifest, or a file is missing or differs.
     """
     try:
-        files: dict[str, dict[str, Any]] = json.loads((folder / MANIFEST).read_text("utf-8"))
+        files: dict[str, dict[str, Any]] = read_json(folder / MANIFEST)
         names = {name: (seal["size"], seal["sha256"]) for name, seal in files.items()}
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{folder} is no whole checkpoint: {MANIFEST} cannot be read: {error}") from error

@@ -166,7 +166,7 @@ class Ranges(http.server.SimpleHTTPRequestHandler):
 def server(tmp_path, monkeypatch):
     """An HTTP server of the folder "web"; ``served`` lists names and bytes, ``failing`` how many requests will fail."""
     pytest.importorskip("aiohttp")
-    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
     (tmp_path / "web").mkdir()
 
     def handler(*args):

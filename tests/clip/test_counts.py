@@ -161,7 +161,7 @@ def fail_in_a_process(source):
 
 @pytest.mark.parametrize("kind", ["missing shard", "unreadable shard"])
 def test_processes_do_not_ask_for_a_failing_shard_one_after_the_other(kind, tmp_path, monkeypatch):
-    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
     asked = tmp_path / "asked"
     if kind == "missing shard":
         name = f"pipe:echo >> {asked}; exit 3"

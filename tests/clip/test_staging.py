@@ -9,6 +9,7 @@ import shutil
 import threading
 import time
 import zlib
+from pathlib import Path
 
 import pytest
 
@@ -18,6 +19,7 @@ from clipfast.files import DiskFullError
 from clipfast.images import SampleError
 
 from .conftest import read_samples, sample, write_shard
+from .rows import write_parquet
 from .test_index import contents
 
 
@@ -51,7 +53,7 @@ def test_one_unanswered_question_does_not_lose_a_shard(tmp_path, monkeypatch):
 
     monkeypatch.setattr(staging, "stamp", failing)
     assert source.read(0)["__key__"] == "000"
-    assert len(asked) == 2
+    assert len(asked) == 3  # once more, and when it was copied
     assert open_shards(names, index=source.index).shards[0].stamp == source.shards[0].stamp
 
 
@@ -201,7 +203,7 @@ def test_a_copy_whose_time_cannot_be_set_is_no_error(copied, monkeypatch):
 
 
 def test_a_failing_network_is_asked_again(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
     write_shard(tmp_path / "a.tar", [sample(0)])
     asked = []
 
@@ -236,7 +238,83 @@ def test_a_failing_network_is_asked_again(tmp_path, monkeypatch):
         server.shutdown()
 
 
+class Answers(http.server.BaseHTTPRequestHandler):
+    """A server of one file, without parts of it: each GET goes on to the next of its versions, bytes and mark."""
+
+    def do_HEAD(self):
+        """Answer HEAD, and the beginning of GET."""
+        self.server.asked += 1
+        self.server.is_answering.wait(20)
+        if "/s." not in self.path:
+            self.send_error(404)
+            return b""
+        data, mark = self.server.versions[0]
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.send_header("ETag", mark)
+        self.end_headers()
+        return data
+
+    def do_GET(self):
+        """Answer GET."""
+        self.wfile.write(self.do_HEAD())
+        if "/s." in self.path and len(self.server.versions) > 1:
+            del self.server.versions[0]
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def answers(tmp_path, monkeypatch):
+    """Such a server, with a shard that is larger than what fsspec asks for at once, and a later one."""
+    pytest.importorskip("aiohttp")
+    monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
+    data = []
+    for first in (0, 8):
+        samples = [sample(first + index, txt=os.urandom(800_000).hex().encode()) for index in range(8)]
+        data.append(write_shard(tmp_path / "s.tar", samples).read_bytes())
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Answers) as running:
+        running.asked, running.versions, running.is_answering = 0, [(data[0], "1"), (data[1], "2")], threading.Event()
+        running.is_answering.set()
+        running.url = f"http://127.0.0.1:{running.server_port}"
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield running
+        running.is_answering.set()
+        running.shutdown()
+
+
+def test_a_server_that_sends_no_parts(answers, tmp_path):
+    del answers.versions[1]
+    source = open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [8]
+    rows = pytest.importorskip("pyarrow").table({"jpg": [os.urandom(400_000) for _ in range(20)]})
+    answers.versions = [(Path(write_parquet(tmp_path / "s.parquet", rows)).read_bytes(), "1")]
+    source = open_shards([f"{answers.url}/s.parquet"], index=IndexCache(tmp_path / "cache"))
+    assert source.sizes == [20]
+
+
+def test_a_file_that_changes_while_it_is_read_is_read_again(answers, tmp_path, caplog):
+    """What is read is one version of it, under its own stamp."""
+    later = answers.versions[1]
+    source = open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"))
+    assert source.shards[0].stamp == f"{len(later[0])}/2"
+    assert [source.read(number)["png"] for number in range(8)] == [sample(8 + number)["png"] for number in range(8)]
+    assert "s.tar: attempt 1 has failed (it was changed while it was read)" in caplog.text
+
+
+def test_a_server_that_never_answers_is_given_up(answers, tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("clipfast.data.remote.READ", 0.3)
+    monkeypatch.setattr("clipfast.data.remote.PATIENCE", 1.0)
+    answers.is_answering.clear()
+    for whole in (False, True):
+        with pytest.raises(SampleError, match=rf"{answers.url}/s.tar cannot be read: .*[Tt]imeout"):
+            open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"), whole=whole)
+    assert "s.tar: attempt 1 has failed" in caplog.text
+    assert answers.asked < 20
+
+
 def test_a_failing_command(tmp_path, monkeypatch):
-    monkeypatch.setattr("clipfast.data.staging.FIRST_WAIT", 0.01)
+    monkeypatch.setattr("clipfast.data.remote.FIRST_WAIT", 0.01)
     with pytest.raises(SampleError, match="the command ended with status 3"):
         open_shards(["pipe:exit 3"], index=IndexCache(tmp_path))

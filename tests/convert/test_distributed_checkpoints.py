@@ -175,7 +175,7 @@ def a_bit_that_has_flipped(folder):
         data = next(entry for entry in archive.infolist() if entry.filename.endswith("data/0"))
     content[place.offset + data.header_offset + 200] ^= 1
     path.write_bytes(content)
-    return "model.visual.proj cannot be read: the checksum of .*data/0 in __0_0.distcp is wrong"
+    return "model.visual.proj cannot be read: __0_0.distcp is damaged: the checksum of .*data/0 in it is wrong"
 
 
 def a_shard_that_is_not_listed(folder):

@@ -1,0 +1,151 @@
+"""Files that are elsewhere are asked for with patience, but not for ever. fsspec reads whatever has a URL."""
+
+import contextlib
+import errno
+import itertools
+import logging
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from typing import IO, Any, TypeVar, cast
+
+from ..files import DiskFullError, open_regular
+from .rows import ContentError
+from .samples import PIPE, is_remote
+
+ATTEMPTS = 5
+FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
+
+EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that are about this process, and no file
+PATIENCE = 120.0  # seconds after which there is no further attempt
+CONNECT, READ = 10.0, 20.0  # seconds that a web server has to take a connection, and to send the next bytes
+WEB = ("http://", "https://")
+BUSY = (408, 429)  # the answers of a web server that are about the moment
+
+log = logging.getLogger("clipfast")
+Found = TypeVar("Found")
+
+
+class FetchError(ValueError):
+    """A shard that could not be brought here, after several attempts.
+
+    Attributes:
+        kind: "unreadable shard" if it was read, but cannot be used; otherwise "missing shard".
+    """
+
+    def __init__(self, message: str, kind: str = "missing shard") -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class CancelledError(Exception):
+    """Nobody waits for the shard any more."""
+
+
+def file_system_of(name: str) -> tuple[Any, str]:
+    """Return the file system of a URL, and the path there."""
+    from fsspec import get_filesystem_class
+    from fsspec.core import url_to_fs
+
+    if not name.startswith(WEB):
+        return url_to_fs(name)
+    get_filesystem_class("http")  # which says what to install
+    import aiohttp
+
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT, sock_read=READ)
+    return url_to_fs(name, client_kwargs={"timeout": timeout})
+
+
+def sends_parts(name: str) -> bool:
+    """Return whether a shard can be read from the middle where it is: some web servers only send whole files.
+
+    Raises:
+        FetchError: nobody answers.
+    """
+
+    def attempt() -> bool:
+        file_system, path = file_system_of(name)
+        with file_system.open(path, "rb", block_size=1) as file, contextlib.suppress(ValueError):
+            file.seek(1)
+            file.read(1)
+            return True
+        return False
+
+    return not name.startswith(WEB) or if_there(name, attempt) is not False
+
+
+def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found:
+    """Return what ``attempt`` does. If its file is from elsewhere, it is called again after errors, with growing waits.
+
+    Args:
+        name: of the file.
+        attempt: reads it.
+        what: kind of file, for the error.
+
+    Raises:
+        FetchError: the last attempt failed, or another one would be no use.
+        DiskFullError, CancelledError, ImportError: as ``attempt``.
+    """
+    waits = [FIRST_WAIT * 2**number for number in range(ATTEMPTS - 1)] if is_remote(name) else []
+    begin = time.monotonic()
+    for number in itertools.count(1):
+        try:
+            return attempt()
+        except (DiskFullError, CancelledError, ImportError):
+            raise
+        except ContentError as error:
+            raise FetchError(f"{what} {name} cannot be read: {error}", "unreadable shard") from error
+        except Exception as error:  # every file system has errors of its own; some call an outage "not found"
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                raise
+            cause = error.__cause__ or error
+            reason = " ".join(str(cause).split()) or type(cause).__name__
+            if not waits or time.monotonic() - begin > PATIENCE:
+                tried = f" ({number} attempts)" if number > 1 else ""
+                raise FetchError(f"{what} {name} cannot be read: {reason}{tried}") from error
+            log.warning(f"{what} {name}: attempt {number} has failed ({reason}); the next one is in {waits[0]:g} s")
+            time.sleep(waits.pop(0))
+    raise AssertionError("unreachable")
+
+
+def if_there(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found | None:
+    """Return what ``attempt`` does, as :func:`retried`; None if it says that there is no such file."""
+
+    def attempt_or_none() -> Found | None:
+        try:
+            return attempt()
+        except Exception as error:  # every file system has errors of its own
+            if _is_absent(name, error):
+                return None
+            raise
+
+    return retried(name, attempt_or_none, what)
+
+
+def _is_absent(name: str, error: Exception) -> bool:
+    """Return True if an error says that there is no file that may be read, and not that nobody has answered."""
+    if name.startswith(WEB):  # fsspec calls every failure "not found": its cause is the answer
+        status = getattr(error.__cause__ or error, "status", 0)
+        return 400 <= status < 500 and status not in BUSY
+    return isinstance(error, FileNotFoundError | NotADirectoryError | PermissionError)
+
+
+@contextlib.contextmanager
+def opened(name: str, *, whole: bool = True) -> Iterator[IO[bytes]]:
+    """Open a shard, or another file beside it, to be read from its beginning; without ``whole``, from any place."""
+    if not name.startswith(PIPE):
+        if not is_remote(name):
+            with open_regular(name) as file:
+                yield file
+            return
+        file_system, path = file_system_of(name)
+        # One answer of a web server is one version of the file; and some servers do not send parts.
+        options = {"block_size": 0} if whole and name.startswith(WEB) else {}
+        with file_system.open(path, "rb", **options) as remote:
+            yield remote
+        return
+    command = name.removeprefix(PIPE)
+    with subprocess.Popen(command, shell=True, stdout=subprocess.PIPE) as process:
+        yield cast(IO[bytes], process.stdout)
+    if process.returncode:
+        raise OSError(f"the command ended with status {process.returncode}")

@@ -1,0 +1,121 @@
+"""Files and folders from elsewhere: whatever is in them, they are read within bounds, or refused with a reason."""
+
+import json
+import os
+import threading
+import zipfile
+
+import pytest
+import torch
+
+from clipfast import Embeddings, convert, create_model
+from clipfast.checkpoint import CheckpointError, export_open_clip, read_checkpoint
+from clipfast.conversion.layouts import read_contents
+from clipfast.data import IndexCache, open_shards
+from clipfast.evaluation.offline_layout import find_sets
+from clipfast.images import open_image
+from clipfast.models.registry import read_model_config
+from clipfast.training.checkpoints import Checkpoints
+from clipfast.training.sharded import check_parts
+
+from .convert.conftest import CONFIGS, make_model
+
+
+def shard(path):
+    return open_shards([str(path)], index=IndexCache(path.parent / "cache"))
+
+
+def in_folder(read):
+    return lambda path: read(path.parent)
+
+
+@pytest.fixture
+def pipe(tmp_path):
+    """Make named pipes at whose other end writers come and go: who opens one meets its end, and does not wait."""
+    made, closed = dict[os.PathLike, threading.Thread](), threading.Event()
+
+    def write(path):
+        while not closed.is_set():
+            path.open("wb").close()
+
+    def make(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        os.mkfifo(path)
+        made[path] = threading.Thread(target=write, args=[path], daemon=True)
+        made[path].start()
+        return path
+
+    yield make
+    closed.set()
+    for path, writer in made.items():
+        while writer.is_alive():
+            os.close(os.open(path, os.O_RDONLY | os.O_NONBLOCK))
+            writer.join(0.1)
+
+
+PIPES = {
+    "x.tar": shard, "x.csv": shard, "x.parquet": shard, "x.tar.gz": shard, "x.png": open_image,
+    "x.json": read_model_config, "manifest.json": in_folder(check_parts), "config.json": in_folder(read_contents),
+    "open_clip_config.json": in_folder(read_contents), ".metadata": in_folder(read_contents), "x.pt": read_contents,
+    "about.json": in_folder(Embeddings.open), "img_emb/img_emb_0000.npy": lambda path: Embeddings.open(path.parents[1]),
+    "metadata/metadata_0000.parquet": lambda path: Embeddings.open(path.parents[1]),
+    "wds_x/dataset_type.txt": lambda path: find_sets(path.parents[1]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PIPES)
+def test_a_named_pipe_is_not_waited_for(name, pipe, tmp_path):
+    pytest.importorskip("pyarrow")
+    Embeddings(torch.randn(4, 8)).save(tmp_path / "folder")
+    with pytest.raises((ValueError, OSError), match="regular file"):
+        PIPES[name](pipe(tmp_path / "folder" / name))
+
+
+CONFIGURATIONS = {
+    "layers": ("ViT", "vision_cfg", {"layers": 10**9}, "layers must be at most 1,000"),
+    "layers of texts": ("ViT", "text_cfg", {"layers": 10**9}, "layers must be at most 1,000"),
+    "layers of a ResNet": ("ResNet", "vision_cfg", {"layers": [10**9, 1, 1, 1]}, "layers must be at most 1,000"),
+    "two layers": ("ViT", "vision_cfg", {"layers": [1, 2]}, "layers of a ResNet are four numbers"),
+    "an object of layers": ("ViT", "vision_cfg", {"layers": {}}, "layers must be a positive whole number"),
+    "a word among layers": ("ResNet", "vision_cfg", {"layers": [1, 1, 1, "1"]}, "must be a positive whole number"),
+    "many blocks": ("ResNet", "vision_cfg", {"layers": [999] * 4}, "parameters or more, and the weights have"),
+    "width": ("ViT", "vision_cfg", {"width": 1 << 20}, "parameters or more, and the weights have"),
+    "positions": ("ViT", "vision_cfg", {"image_size": 16000}, "parameters or more, and the weights have"),
+    "tokens": ("ViT", "text_cfg", {"vocab_size": 1 << 24}, "parameters or more, and the weights have"),
+    "heads": ("ViT", "text_cfg", {"heads": 7}, "width must be a multiple of heads, got 32 and 7"),
+    "std 0": ("ViT", "preprocess_cfg", {"std": [0.2, 0, 0.2]}, "std of images must be three positive numbers"),
+    "std NaN": ("ViT", "preprocess_cfg", {"std": [0.2, float("nan"), 0.2]}, "std of images must be three positive"),
+    "mean": ("ViT", "preprocess_cfg", {"mean": [0.2, float("inf"), 0.2]}, "mean of images must be three numbers"),
+}
+
+
+@pytest.mark.parametrize("case", CONFIGURATIONS)
+def test_a_configuration_that_no_model_has_is_refused_before_one_is_built(case, tmp_path):
+    """Otherwise some take all memory, some take years, and some are converted and fail where they are used."""
+    name, section, changes, message = CONFIGURATIONS[case]
+    export_open_clip(make_model(CONFIGS[name]), tmp_path / "model")
+    path = tmp_path / "model" / "open_clip_config.json"
+    raw = json.loads(path.read_text())
+    (raw if section == "preprocess_cfg" else raw["model_cfg"])[section] |= changes
+    path.write_text(json.dumps(raw))
+    with pytest.raises(CheckpointError, match=message):
+        create_model(f"local-dir:{tmp_path}/model")
+    with pytest.raises(CheckpointError, match=message):
+        convert(tmp_path / "model", tmp_path / "out.pt", "clipfast")
+    assert not (tmp_path / "out.pt").exists()
+
+
+def test_an_archive_that_unpacks_to_much_more_is_not_unpacked(tmp_path):
+    with zipfile.ZipFile(tmp_path / "w.pt", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data/0", bytes(40 << 20))
+    with pytest.raises(CheckpointError, match=r"refused: its .* bytes unpack to 41,943,040"):
+        read_checkpoint(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("content", ["[" * 200_000 + "]" * 200_000, '{"a": {"size": NaN}}', "[]"], ids=len)
+def test_after_a_hostile_manifest_the_older_checkpoint_is_tried(content, tmp_path):
+    (tmp_path / "step_9").mkdir()
+    (tmp_path / "step_9" / "manifest.json").write_text(content)
+    torch.save({"state_dict": {"x": torch.zeros(2)}}, tmp_path / "step_3.pt")
+    assert Checkpoints(tmp_path).newest_whole().path == tmp_path / "step_3.pt"
