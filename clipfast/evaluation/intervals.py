@@ -18,6 +18,11 @@ def wilson(hits: int, count: int) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
+def of_share(share: float, count: int) -> tuple[float, float]:
+    """Return Wilson's score interval of a share of ``count`` independent trials."""
+    return wilson(round(share * count), count)
+
+
 def bootstrap(hits: Tensor, trials: Tensor) -> tuple[float, float]:
     """Return the percentile interval of ``hits.sum() / trials.sum()``, by resampling; the same in every call.
 

@@ -1,18 +1,21 @@
 """Pictures of a run: its learning curve, and a sheet of images with the captions that it finds most like them."""
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from ..files import save_figure
 from .classification import Classified, recalls
 from .evaluate import Evaluation
+from .intervals import of_share
 from .labelled import LabelledImage
 
-RIGHT, WRONG = "#1a7f37", "#57606a"
+RIGHT, WRONG, CHANCE = "#1a7f37", "#57606a", "tab:red"
+MOST_GROUPS = 20  # that are drawn, the largest
 
 
 def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> None:
@@ -34,6 +37,7 @@ def learning_curve(metrics: list[dict[str, Any]], title: str, path: Path) -> Non
             right.plot(steps, values, style, marker="o", color="tab:orange", label=label)
         recall = [100 * result["retrieval"]["text_to_image"]["R@1"] for _, result in evals]
         right.plot(steps, recall, ":", marker="s", color="tab:green", label=f"text to image R@1: {recall[-1]:.1f}%")
+        draw_chance(right, evals[-1][1]["classes"])
         right.set_ylabel("validation, %", color="tab:orange")
         right.set_ylim(0, 1.1 * max(1.0, *(100 * result["zero_shot"]["top5"] for _, result in evals)))
         figure.legend(*right.get_legend_handles_labels(), loc="outside lower center", ncols=3)
@@ -82,6 +86,8 @@ def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> No
     over_alpha, *others = figure.subplots(1, 1 + (len(names) > 1), squeeze=False)[0]
     for name in names:
         over_alpha.plot(alphas, top1[name], marker="o", label=shorten(name, 40))
+    for classes in sorted({rows[0]["results"][name]["classes"] for name in names}):
+        draw_chance(over_alpha, classes)
     over_alpha.set(xlabel="alpha", ylabel="zero-shot top-1, %")
     over_alpha.legend()
     for axis in others:
@@ -96,17 +102,24 @@ def interpolation_plot(rows: list[dict[str, Any]], title: str, path: Path) -> No
     save_figure(figure, path)
 
 
+def draw_chance(axis: Axes, classes: int) -> None:
+    """Draw the accuracy by chance among so many classes as a line."""
+    axis.axhline(100 / classes, linestyle=":", color=CHANCE, label=f"chance: {100 / classes:.2g}%")
+
+
 def zero_shot_plot(results: dict[str, Any], classified: Classified, path: Path) -> None:
-    """Plot the figures with their intervals, by templates if several were compared, and the recall of all classes.
+    """Plot the figures with their intervals, by templates if several were compared, by group, and of all classes.
 
     Args:
         results: of ``clipfast eval zeroshot``.
         classified: the classes of the images.
         path: the file to write.
     """
-    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    groups, has_curve = results.get("by_group", {}), results["images"] > results["classes"]
+    columns = 1 + bool(groups) + has_curve  # a class with one image is known, or it is not
+    figure = Figure(figsize=(2 + 4.5 * columns, 4.5), layout="constrained")
     figure.suptitle(f"{shorten(results['model'], 60)} on {shorten(results['data'], 60)}", fontsize=10)
-    bars, curve = figure.subplots(1, 2)
+    bars, *others = figure.subplots(1, columns, squeeze=False)[0]
     sets = results.get("by_templates", {results["templates"]: results})
     names = [name for name, value in results["metrics"].items() if value is not None]
     for number, (key, found) in enumerate(sets.items()):
@@ -117,13 +130,35 @@ def zero_shot_plot(results: dict[str, Any], classified: Classified, path: Path) 
         drawn = bars.bar(places, values, 0.75 / len(sets), label=shorten(key, 40) + count)
         bars.errorbar(places, values, ends, fmt="none", color="black", capsize=3)
         bars.bar_label(drawn, fmt="%.1f", label_type="center", color="white", fontsize=8)
+    for place, name in enumerate(names):
+        chance = 100 * (5 if name == "acc5" else 1) / results["classes"]
+        label = "chance" if place == 0 else None
+        bars.hlines(chance, place - 0.45, place + 0.45, CHANCE, ":", label=label)
     bars.set_xticks(range(len(names)), [name.replace("_", " ") for name in names])
     bars.set(ylabel="%, with 95% intervals")
     bars.legend(title="templates")
-    recall = (100 * recalls(classified)).sort().values.tolist()
-    curve.step([100 * (place + 0.5) / len(recall) for place in range(len(recall))], recall, where="mid")
-    curve.set(xlabel="classes from the worst to the best, %", ylabel="recall of the class, %", xlim=(0, 100))
+    if groups:
+        _group_bars(others[0], groups, results["classes"])
+    if has_curve:
+        recall = (100 * recalls(classified)).sort().values.tolist()
+        others[-1].step([100 * (place + 0.5) / len(recall) for place in range(len(recall))], recall, where="mid")
+        others[-1].set(xlabel="classes from the worst to the best, %", ylabel="recall of the class, %", xlim=(0, 100))
+        draw_chance(others[-1], results["classes"])
+        others[-1].legend()
     save_figure(figure, path)
+
+
+def _group_bars(axis: Axes, groups: Mapping[str, Any], classes: int) -> None:
+    """Draw the accuracy of the largest groups, with intervals."""
+    shown = sorted(groups.items(), key=lambda one: -one[1]["images"])[:MOST_GROUPS]
+    shares = [found["top1"] for _, found in shown]
+    ends = error_bars(shares, [of_share(found["top1"], found["images"]) for _, found in shown])
+    axis.barh(range(len(shown)), [100 * share for share in shares])
+    axis.errorbar([100 * share for share in shares], range(len(shown)), xerr=ends, fmt="none", color="black", capsize=3)
+    axis.axvline(100 / classes, linestyle=":", color=CHANCE)
+    axis.set_yticks(range(len(shown)), [f"{shorten(name, 28)} ({found['images']:,})" for name, found in shown])
+    axis.invert_yaxis()
+    axis.set(xlabel="top-1 by group (images), %", xlim=(0, None))
 
 
 def retrieval_plot(results: dict[str, Any], path: Path) -> None:
@@ -139,6 +174,8 @@ def retrieval_plot(results: dict[str, Any], path: Path) -> None:
         )
         low, high = ([100 * results["intervals"][key][end] for key in keys] for end in (0, 1))
         axis.fill_between(sorted(named), low, high, alpha=0.2)
+    chances = [100 * min(1, k / results["images"]) for k in sorted(named)]
+    axis.plot(sorted(named), chances, ":", color=CHANCE, label="chance, for one caption an image")
     axis.set(xlabel="k", ylabel="recall@k, %, with 95% intervals", xscale="log", ylim=(0, 100))
     axis.set_xticks(sorted(named), [str(k) for k in sorted(named)])
     axis.minorticks_off()

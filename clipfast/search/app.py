@@ -26,7 +26,7 @@ from ..page import thumbnail
 from .arguments import row_of
 from .classify_command import probabilities
 from .embeddings import Embeddings
-from .heatmap import heat_maps, overlay, side_of, to_tensor
+from .heatmap import heat_maps, limits_of, overlay, side_of, to_tensor
 from .samples import Samples
 
 if TYPE_CHECKING:
@@ -264,13 +264,15 @@ class Desk:
             )
         pixels = to_tensor(image, side).to(self.encoder.device)
         maps = heat_maps(self.encoder.model, pixels, self.encoder.texts(lines))
+        limits = limits_of(maps)
         shown = ImageOps.contain(image, (MAP_SIDE, MAP_SIDE))
         figures = [
-            f'<li><figure><img src="{thumbnail(overlay(shown, heat), MAP_SIDE)}" alt=""><figcaption>{html.escape(text)}'
+            f'<li><figure><img src="{thumbnail(overlay(shown, heat, limits), MAP_SIDE)}" alt="">'
+            f"<figcaption>{html.escape(text)}"
             f'<span class="quiet">{heat.min():.4f} to {heat.max():.4f}</span></figcaption></figure></li>'
             for text, heat in zip(lines, maps, strict=True)
         ]
-        legend = "Blue is the lowest cosine similarity of a map, red the highest."
+        legend = "Bright is where a text fits best, by cosine similarity; all maps share one scale."
         return f'<p class="quiet" role="status">{legend}</p><ul class="cards maps">{"".join(figures)}</ul>'
 
     def _seen(self, picture: str) -> Tensor:

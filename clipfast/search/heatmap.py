@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SCORES = ("cosine", "softmax")
 STEPS = 8  # windows move by so many parts of their side
 MARGIN = 4  # and begin such a part outside of the picture, whose edge is repeated there
-COLOURS = "turbo"
+COLOURS = "inferno"  # equal steps of a value look equally large, also in grey
 OPACITY = 0.55  # of the colours over a picture
 
 
@@ -126,20 +126,25 @@ def to_tensor(picture: Image.Image, size: int) -> Tensor:
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-def overlay(picture: Image.Image, heat: Tensor) -> Image.Image:
-    """Return a picture with a heat map [h, w] over it, whose lowest value is blue and whose highest is red."""
+def overlay(picture: Image.Image, heat: Tensor, limits: tuple[float, float]) -> Image.Image:
+    """Return a picture with a heat map [h, w] over it: dark at the lower of the limits, and bright at the upper one."""
     import matplotlib as mpl
     import numpy as np
     from PIL import Image
 
-    low, high = heat.aminmax()
-    colours = mpl.colormaps[COLOURS](((heat - low) / (high - low).clamp(min=1e-12)).cpu().double().numpy())
+    low, high = limits
+    colours = mpl.colormaps[COLOURS](((heat - low) / max(high - low, 1e-12)).cpu().double().numpy())
     image = Image.fromarray(np.uint8(255 * colours[..., :3])).resize(picture.size, Image.Resampling.BILINEAR)
     return Image.blend(picture.convert("RGB"), image, OPACITY)
 
 
+def limits_of(maps: Tensor) -> tuple[float, float]:
+    """Return the lowest and the highest value of the maps [T, h, w] of a picture, which share a scale."""
+    return float(maps.min()), float(maps.max())
+
+
 def draw(rows: Sequence[tuple[Image.Image, Tensor, Sequence[str]]], *, label: str = "cosine similarity") -> Figure:
-    """Draw pictures, each in a row with its heat maps, which have their texts as titles.
+    """Draw pictures, each in a row with its heat maps, which share a scale and have their texts as titles.
 
     Args:
         rows: a picture, its maps [T, h, w], and their texts.
@@ -157,10 +162,10 @@ def draw(rows: Sequence[tuple[Image.Image, Tensor, Sequence[str]]], *, label: st
         axis.axis("off")
     for row, (picture, maps, texts) in zip(axes, rows, strict=True):
         row[0].imshow(picture.convert("RGB"))
+        limits = limits_of(maps)
         for axis, heat, text in zip(row[1:], maps, texts, strict=False):
-            axis.imshow(overlay(picture, heat))
+            axis.imshow(overlay(picture, heat, limits))
             axis.set_title(text, fontsize=9, wrap=True, parse_math=False)
-            low, high = heat.aminmax()
-            scale = ScalarMappable(Normalize(float(low), float(high)), COLOURS)
-            figure.colorbar(scale, ax=axis, shrink=0.8).ax.tick_params(labelsize=7)
+        scale = ScalarMappable(Normalize(*limits), COLOURS)
+        figure.colorbar(scale, ax=row[len(texts)], shrink=0.8).ax.tick_params(labelsize=7)
     return figure

@@ -81,14 +81,21 @@ def _peak(heat: Any, size: tuple[int, int]) -> tuple[float, int, int]:
 def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, label: str) -> None:
     from .arguments import write_gallery
     from .gallery import Item
-    from .heatmap import overlay
+    from .heatmap import limits_of, overlay
 
     items = [Item(picture, args.image.name, path=str(args.image))]
     for text, heat, (score, x, y) in zip(args.texts, maps, peaks, strict=True):
         low = float(heat.min())
-        items.append(Item(overlay(picture, heat), text, score, metadata={"highest at": f"({x}, {y})", "lowest": low}))
+        items.append(
+            Item(
+                overlay(picture, heat, limits_of(maps)),
+                text,
+                score,
+                metadata={"highest at": f"({x}, {y})", "lowest": low},
+            )
+        )
     about = (
-        f"Where {args.image.name} fits each text by {args.model}: blue is the lowest {label} of a map, red the "
-        "highest, which is the score."
+        f"Where {args.image.name} fits each text by {args.model}: dark is the lowest {label} of all maps, which share "
+        "a scale, and bright the highest. Scores: the highest of each map."
     )
     write_gallery(args.html, f"Heat maps of {args.image.name}", items, about, side=512)

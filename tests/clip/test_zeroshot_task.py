@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from unittest import mock
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clipfast import create_model
+from clipfast.evaluation import pictures
 from clipfast.evaluation.classification import Classified, classify, intervals, metrics, recalls, worst_classes
 from clipfast.evaluation.intervals import bootstrap, percent, wilson
 
@@ -155,6 +157,35 @@ def test_everything_at_once(model, data, tmp_path, capsys):
     assert f"{full['metrics']['acc1']:.1%} (" in out
     assert (tmp_path / "p.png").read_bytes()[:4] == b"\x89PNG"
     check_page((tmp_path / "p.html").read_text(), full)
+
+
+@pytest.mark.parametrize("count", [5, 12])
+def test_groups_and_chance_are_shown_and_nothing_of_classes_with_one_image_each(count, model, tmp_path, capsys):
+    texts = [f"thing {index % 6}" for index in range(count)]
+    data = write_shard(tmp_path / "a.tar", [sample(index, txt=text.encode()) for index, text in enumerate(texts)])
+    outputs = ["--table", "--json", tmp_path / "r.json", "--plot", tmp_path / "p.png"]
+    arguments = ["eval", "zeroshot", *model, "--data", data, "--group-by", "category", "--leave-out", "odd", *outputs]
+    with mock.patch.object(pictures, "save_figure", wraps=pictures.save_figure) as saved:
+        code, out, err = run_command(capsys, *arguments)
+    assert code == 0, err
+    found, rows = json.loads((tmp_path / "r.json").read_text()), [line.split() for line in out.splitlines()]
+    for name, one in (*found["by_group"].items(), ("all", found["zero_shot"])):
+        low, high = (100 * end for end in wilson(round(one["top1"] * one["images"]), one["images"]))
+        interval = f"({low:.1f}-{high:.1f})"
+        assert [name, str(one["images"]), f"{one['top1']:.1%}", interval, f"{one['top5']:.1%}"] in rows
+    assert any(row[:2] == ["without", "odd"] for row in rows)
+    assert (["worst", "classes"] in [row[:2] for row in rows]) == (count > 6)
+    (figure,) = (call.args[0] for call in saved.call_args_list)
+    bars, groups, *curves = figure.axes
+    assert [label.get_text() for label in groups.get_yticklabels()] == [
+        f"{name} ({found['by_group'][name]['images']})" for name in ("even", "odd")
+    ]
+    assert len(curves) == (count > 6)
+    chance = 100 / found["classes"]
+    assert any(line.get_xdata()[0] == pytest.approx(chance) for line in groups.get_lines())
+    assert all(any(line.get_ydata()[0] == pytest.approx(chance) for line in axis.get_lines()) for axis in curves)
+    heights = [segment[0, 1] for lines in bars.collections for segment in getattr(lines, "get_segments", list)()]
+    assert sum(height == pytest.approx(chance) for height in heights) >= 2
 
 
 def check_page(page, results):

@@ -40,7 +40,7 @@ def test_each_text_has_its_map(desk, encoder, scene):
     assert captions == [(text, f"{heat.min():.4f} to {heat.max():.4f}") for text, heat in zip(texts, maps, strict=True)]
     large = ImageOps.contain(picture, (MAP_SIDE, MAP_SIDE))
     shown = [np.asarray(image, np.float32) for image in pictures(found)]
-    drawn = [np.asarray(overlay(large, heat), np.float32) for heat in maps]
+    drawn = [np.asarray(overlay(large, heat, (maps.min(), maps.max())), np.float32) for heat in maps]
     distances = np.array([[np.abs(one - other).mean() for other in drawn] for one in shown])
     assert distances.diagonal().max() < 2  # JPEG changes a little
     assert distances[0, 1] > 10  # another text's map is another picture

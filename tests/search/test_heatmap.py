@@ -1,5 +1,6 @@
 """Heat maps: features of patches against plain PyTorch from the state dict, windows, and the command."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -179,15 +180,21 @@ def test_the_picture_keeps_its_ratio_and_the_colours_their_places():
     assert to_tensor(picture, 32).shape == (3, 32, 64)
     heat = torch.zeros(4, 8)
     heat[0, 7] = 1
-    drawn = overlay(picture, heat)
+    drawn = overlay(picture, heat, (0, 1)).convert("L")
     assert drawn.size == (100, 50)
-    red, _, blue = drawn.getpixel((99, 0))
-    assert red > blue
-    red, _, blue = drawn.getpixel((0, 49))
-    assert blue > red
-    assert overlay(picture, torch.full((2, 2), 0.3)).size == (100, 50)
+    assert drawn.getpixel((99, 0)) > drawn.getpixel((0, 49)) + 50
+    assert overlay(picture, torch.full((2, 2), 0.3), (0.3, 0.3)).size == (100, 50)
     titles = [axis.get_title() for axis in draw([(picture, heat[None], ["a $5 <b> $ cat"])]).axes]
     assert "a $5 <b> $ cat" in titles
+
+
+def test_a_higher_similarity_is_brighter_in_whichever_map_of_a_picture():
+    picture, values = Image.new("RGB", (4, 1), "grey"), torch.linspace(-0.1, 0.3, 16)
+    maps = values[torch.randperm(16, generator=torch.Generator().manual_seed(0))].view(4, 4)[:, None, :]
+    figure = draw([(picture, maps, list("abcd"))])
+    panels = [Image.fromarray(np.asarray(axis.get_images()[0].get_array())).convert("L") for axis in figure.axes[1:5]]
+    grey = torch.tensor([panel.getpixel((place, 0)) for panel in panels for place in range(4)])
+    assert (grey[maps.flatten().argsort()].diff() > 0).all()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...files import save_figure
-from ..pictures import error_bars, shorten
+from ..pictures import draw_chance, error_bars, shorten
 
 LONGEST = 28  # characters of a name at an axis
 
@@ -26,6 +26,8 @@ def bias_plot(results: dict[str, Any], path: Path) -> None:
     for row, (key, figures) in zip(figure.subplots(len(keys), columns, squeeze=False), keys.items(), strict=True):
         names = [_label(name, figures) for name in figures["images"]]
         _bars(row[0], {"acc1": figures["acc1"]}, names)
+        draw_chance(row[0], results["classes"])
+        row[0].legend(fontsize=8)
         row[0].set(title=f"by {key}", ylabel="accuracy, %, with 95% intervals")
         if results["added_labels"]:
             _bars(row[1], figures["categories"], names)

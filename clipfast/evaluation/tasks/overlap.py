@@ -149,6 +149,7 @@ def _results(
         args, "train_test_overlap", chosen["metrics"], intervals=chosen["intervals"],
         levels={name: LEVEL if name == "acc1_overlap" else 0.95 for name in chosen["intervals"]}, data=args.data,
         train_data=args.train_data, by=args.by, threshold=args.threshold, templates=args.templates,
+        classes=len(test.classnames),
         images={"train": len(train.labels), **chosen["images"], "same_pixels": int(pairs.same.sum())},
         skipped_images={"train": len(train.left_out), "test": len(test.left_out)},
         by_threshold=[{"threshold": at, "images": one["images"]["overlap"], **one["metrics"]} for at, one in others],

@@ -6,7 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...files import save_figure
-from ..pictures import error_bars, shorten
+from ..pictures import draw_chance, error_bars, shorten
 from .overlap_pairs import LEVEL, Pairs
 
 BINS = 60
@@ -42,4 +42,6 @@ def overlap_plot(results: dict[str, Any], pairs: Pairs, path: Path) -> None:
     accuracy.set_xticks(range(len(names)), labels)
     accuracy.set(ylabel=f"zero-shot accuracy, %\nintervals of 95%, overlap {LEVEL:.1%}", xlim=(-0.5, len(names) - 0.3))
     accuracy.set_ylim(bottom=0)
+    draw_chance(accuracy, results["classes"])
+    accuracy.legend(fontsize=9)
     save_figure(figure, path)

@@ -6,6 +6,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ...files import save_figure
+from ..pictures import draw_chance
 
 
 def few_shot_plot(results: dict[str, Any], path: Path) -> None:
@@ -34,6 +35,7 @@ def few_shot_plot(results: dict[str, Any], path: Path) -> None:
     axis.set_xticks(range(len(curve) + 2), ["0", *(str(found["fewshot_k"]) for found in curve), "all"])
     axis.set(xlabel="labelled training images per class", ylabel="test accuracy, %")
     axis.set_ylim(bottom=0)
+    draw_chance(axis, results["classes"])
     axis.set_title(f"{results['model']}: {results['classes']} classes, test on {results['dataset']}", fontsize=9)
     figure.legend(loc="outside lower center")
     save_figure(figure, path)

@@ -13,7 +13,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from ...files import save_figure
 from ..effective_robustness import AVERAGE, Line, Point, is_usable
 from ..labelled import LabelledSet
-from ..pictures import shorten
+from ..pictures import draw_chance, shorten
 from ..shifts import SHIFTS, STRENGTHS, Shift
 from .robustness_results import SYNTHETIC
 from .robustness_table import name_of
@@ -50,7 +50,9 @@ def robustness_plot(results: Mapping[str, Any], path: Path) -> None:
             handles.setdefault(label, handle)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(2, columns), fontsize=9)
     figure.suptitle(
-        f"base: {shorten(results['dataset'], 50, keep_end=True)}, {results['classes']:,} classes", fontsize=11
+        f"base: {shorten(results['dataset'], 50, keep_end=True)}, {results['classes']:,} classes; chance: "
+        f"{1 / results['classes']:.2%}",
+        fontsize=11,
     )
     save_figure(figure, path, dpi=110)
 
@@ -128,6 +130,7 @@ def _strengths(axis: Axes, results: Mapping[str, Any], kind: str) -> None:
             range(len(values)), _percent(low), _percent(high), color=style["color"], alpha=0.2, linewidth=0
         )
     axis.set_title(kind, fontsize=10)
+    draw_chance(axis, results["classes"])
     axis.set(xlabel="strength (0: as it is)", ylabel="top-1, %")
     top = max(row["robustness"][kind]["base_interval"][1] for row in results["models"])
     axis.set_ylim(0, min(104, 110 * top))

@@ -112,12 +112,30 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return the results for people: the figures of each set of templates, and the worst classes."""
+    """Return the results for people: the figures of each set of templates, of each group, and the worst classes."""
     from ...columns import align
+    from ..intervals import of_share, percent
     from ..page import rows_of
 
-    counts = f"{results['images']:,} images, {results['classes']:,} classes"
+    counts = f"{results['images']:,} images, {results['classes']:,} classes (chance: {1 / results['classes']:.2%})"
     text = f"{counts}; 95% intervals in brackets\n\n{align(rows_of(results))}"
+    if "by_group" in results:
+        without = results.get("without", {})
+        others = {f"without {', '.join(without['groups'])}": without["zero_shot"]} if without else {}
+        groups = {**results["by_group"], "all": results["zero_shot"], **others}
+        rows = [["group", "images", "top-1", "top-5"]]
+        for name, one in groups.items():
+            rows.append(
+                [
+                    name,
+                    f"{one['images']:,}",
+                    percent(one["top1"], of_share(one["top1"], one["images"])),
+                    f"{one['top5']:.1%}",
+                ]
+            )
+        text = f"{text}\n\n{align(rows, right=(1,))}"
+    if results["images"] <= results["classes"]:  # each class has one image, which is right or wrong
+        return text
     worst: list[list[str]] = [["worst classes", "images", "acc1", "taken for"]]
     for row in results["worst_classes"]:
         taken = ", ".join(f"{name} ({count})" for name, count in row["taken_for"].items())
@@ -148,7 +166,7 @@ def watch(args: argparse.Namespace) -> int:
 
     def named(results: Any) -> dict[str, float]:
         found = evaluation_metrics(results)
-        return {name: found[key] for name, key in WANTED if key in found}
+        return {name: found[key] for name, key in WANTED if key in found} | {"chance of top-1": 1 / results["classes"]}
 
     draw = steps_drawer(args.plot, f"{args.watch} on {args.data}", named)
     follow(watching, interval, lambda results: metrics_text(evaluation_metrics(results)), draw)
