@@ -1,5 +1,6 @@
 """Every snippet and every command of the README and of docs/ runs; the links between these pages lead somewhere."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -25,7 +26,7 @@ TESTED_ELSEWHERE = {
 }
 PAGES = [page for page in DOCS if page.name not in TESTED_ELSEWHERE]
 SNIPPETS = [
-    pytest.param(snippet, id=f"{page.stem}-{number}")
+    pytest.param(page.stem, snippet, id=f"{page.stem}-{number}")
     for page in (ROOT / "README.md", *PAGES)
     for number, snippet in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
@@ -52,9 +53,15 @@ def shortened(arguments):
     return [*arguments, *next((options for flag, options in SHORT.items() if flag in arguments), [])]
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS)
-def test_snippet(snippet, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory):
+    """The folder in which a reader of a page works, where what came before has left its files."""
+    return functools.cache(lambda page: tmp_path_factory.mktemp(page))
+
+
+@pytest.mark.parametrize(("page", "snippet"), SNIPPETS)
+def test_snippet(page, snippet, folder_of, monkeypatch):
+    monkeypatch.chdir(folder_of(page))
     exec(compile(snippet, "snippet", "exec"), {})
 
 

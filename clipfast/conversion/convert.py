@@ -1,6 +1,7 @@
 """Converting a checkpoint from one layout into another."""
 
 import dataclasses
+import logging
 from pathlib import Path
 
 from ..checkpoint import CheckpointError, check_preprocessing, write_checkpoint, write_open_clip_folder
@@ -13,7 +14,9 @@ from .inspection import CheckpointInfo, inspect_checkpoint
 from .layouts import read_contents
 from .resolve import Wishes, activation_flag, resolve
 from .targets import CLIPFAST, HUGGING_FACE, OPEN_CLIP, TARGETS
-from .tokenizer_files import copy_tokenizer
+from .tokenizer_files import copy_tokenizer, find_tokenizer
+
+log = logging.getLogger("clipfast")
 
 
 def convert(
@@ -70,6 +73,11 @@ def convert(
     else:
         write = {OPEN_CLIP: _write_open_clip, HUGGING_FACE: hugging_face.write_folder}[to]
         write_folder(destination, lambda folder: write(folder, contents))
+        if (to == HUGGING_FACE or isinstance(contents.config, SigLIPConfig)) and not find_tokenizer(destination):
+            log.warning(
+                f"{destination} has no tokenizer, because there is none beside {contents.source}: put tokenizer.json "
+                "and tokenizer_config.json of the model into it"
+            )
     return inspect_checkpoint(destination)
 
 

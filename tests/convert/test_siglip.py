@@ -118,13 +118,18 @@ def test_what_transformers_saves(activation, tmp_path):
         torch.testing.assert_close(features(one, ours.config), theirs, **TOLERANCE)
 
 
-def test_preprocessing_and_tokenizer_travel(tmp_path):
+def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     transformers = pytest.importorskip("transformers")
     model = make_model(CONFIGS["mixed"])
     model.visual.image_mean = (0.5, 0.25, 0.125)
     export_open_clip(model, tmp_path / "first")
+    for layout in ("hf", "open_clip"):  # without one, it is said
+        convert(tmp_path / "first", tmp_path / f"bare_{layout}", layout)
+        assert f"bare_{layout} has no tokenizer, because there is none beside {tmp_path / 'first'}" in caplog.text
+    caplog.clear()
     save_tokenizer(tmp_path / "first")
     convert(tmp_path / "first", tmp_path / "hf", "hf")
+    assert caplog.text == ""
     processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
     assert processor["image_processor_type"] == "SiglipImageProcessor"
     convert(tmp_path / "hf", tmp_path / "second", "open_clip", context_length=8)
