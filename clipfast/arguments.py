@@ -41,6 +41,12 @@ class Parser(argparse.ArgumentParser):
             suggestion = meant(str(value), known) or f" (choose from {', '.join(known)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
 
+    def format_help(self) -> str:
+        """Return the help, which ends with the exit codes."""
+        text = super().format_help()
+        codes = "exit code: 0 done, 2 an error, which is one line on stderr, 130 interrupted\n"
+        return text if "exit code" in text.lower() else f"{text}\n{codes}"
+
     def error(self, message: str) -> NoReturn:
         """Print the error and exit with code 2."""
         message = re.sub("^argument (.+?): must", r"\1 must", message)
@@ -64,6 +70,8 @@ class Output(argparse.Action):
 
     def __call__(self, _: object, namespace: argparse.Namespace, values: Any, __: str | None = None) -> None:
         """Keep the value, and note in ``outputs`` of the namespace what is written."""
+        if values is None:  # a positional argument that may be given as an option, and was
+            return
         setattr(namespace, self.dest, values)
         path = Path(values[-1] if isinstance(values, list) else values)
         namespace.outputs = getattr(namespace, "outputs", {}) | {self.dest: (self, path)}
@@ -74,7 +82,7 @@ class Output(argparse.Action):
         Raises:
             ValueError: as above.
         """
-        flag = self.option_strings[-1] if self.option_strings else str(self.metavar)
+        flag = self.option_strings[0] if self.option_strings else str(self.metavar)
         ends = _drawn_ends() if self.ends == DRAWN else self.ends
         if ends and path.suffix.lower() not in ends:
             raise ValueError(f"{flag} {path}: the name must end in {'one of ' * (len(ends) > 1)}{', '.join(ends)}")
@@ -96,7 +104,7 @@ class Output(argparse.Action):
 
 def add_output(parser: argparse.ArgumentParser, *names: str, **options: Any) -> None:
     """Add an option for something to write, with the settings of :class:`Output`, and ``--overwrite`` if it lacks."""
-    if not options.get("nargs"):
+    if options.get("nargs") != 2:
         options = {"type": Path, "metavar": "FILE"} | options
     parser.add_argument(*names, action=Output, **options)
     if "--overwrite" not in parser._option_string_actions:

@@ -1,6 +1,8 @@
 """The command line, ``clipfast COMMAND``: a table of commands, of which only the chosen one is imported."""
 
 import argparse
+import contextlib
+import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
@@ -57,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 2 if the user made a mistake, which is one line on stderr."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     chosen = arguments[0] if arguments else ""
+    _complete()
     hint, shown = "", Exception()
     try:
         if chosen == BENCH[0]:
@@ -75,6 +78,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     lines = "\n".join(map(printable, f"{shown}{hint}".split("\n")))
     print(f"clipfast {chosen}: error: {lines}", file=sys.stderr)
     return 2
+
+
+def _complete() -> None:
+    """Answer a shell that asks what a word may become, if argcomplete is installed, and end."""
+    if "_ARGCOMPLETE" in os.environ:
+        with contextlib.suppress(ImportError):
+            import argcomplete
+
+            words = os.environ.get("COMP_LINE", "").split()
+            argcomplete.autocomplete(_parser(words[1] if len(words) > 1 else ""))
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:

@@ -2,7 +2,10 @@
 
 import argparse
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -114,6 +117,23 @@ def test_an_integer_out_of_range_is_one_line(name, action, value, capsys):
     code, out, err = run_command(capsys, *line(name, {action: value}))
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert re.search(f"{action.option_strings[-1]} must be at (least|most) [0-9]+, got {value}", err), err
+
+
+def test_every_help_says_the_exit_codes():
+    assert [name for name, parser in ALL.items() if "exit code" not in parser.format_help().lower()] == []
+
+
+def test_the_tab_key_completes_commands_flags_and_choices():
+    pytest.importorskip("argcomplete")
+    lines = {"clipfast trai": "train", "clipfast eval zero": "zeroshot", "clipfast heatmap x --scores so": "softmax",
+             "clipfast train --reci": "--recipe"}  # fmt: skip
+    for words, expected in lines.items():
+        asked = {"_ARGCOMPLETE": "1", "COMP_LINE": words, "COMP_POINT": str(len(words)), "_ARGCOMPLETE_IFS": "\n"}
+        shell = [sys.executable, "-m", "clipfast"]
+        done = subprocess.run(
+            ["sh", "-c", '"$@" 8>&1 9>&2 >/dev/null', "sh", *shell], env=os.environ | asked, stdout=-1
+        )
+        assert done.stdout.decode().strip() == expected
 
 
 def test_a_failing_command_leaves_no_output(tmp_path):

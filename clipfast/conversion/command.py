@@ -42,7 +42,8 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("source", metavar="SRC", help="file, folder, hf-hub:ORG/REPO or MODEL:TAG to convert")
     destination = "file or folder to write, which must not exist"
-    add_output(parser, "destination", metavar="DST", is_held=False, help=destination)
+    add_output(parser, "destination", metavar="DST", nargs="?", is_held=False, help=destination)
+    add_output(parser, "--output", dest="destination", metavar="DST", is_held=False, help="the same as DST")
     add("--to", required=True, metavar="LAYOUT", help=f"layout of DST: {', '.join(TARGETS)}")
     add("--model", metavar="NAME", help="the model, where SRC does not say it: a name, or a JSON file as OpenCLIP's")
     add(
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
     from .convert import convert
     from .inspect_command import describe
 
+    if args.destination is None:
+        raise ValueError("name what to write: clipfast convert SRC DST --to LAYOUT")
     info = convert(
         args.source, args.destination, args.to, model=args.model, activation=args.activation,
         image_size=args.image_size, context_length=args.context_length, trust=args.trust,

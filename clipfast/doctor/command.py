@@ -23,7 +23,7 @@ from .findings import NOTE, PROBLEM, Finding, looked
 EPILOG = """\
 examples:
   clipfast doctor
-  clipfast doctor --data 'data/{00000..01243}.tar' --folder /scratch/runs
+  clipfast doctor --data 'data/{00000..01243}.tar' --logs /scratch/runs
   clipfast doctor --json doctor.json
 
 exit code: 0 no problem, 1 there is one, 2 bad arguments"""
@@ -37,7 +37,8 @@ def add_parser(commands: Any) -> None:
     add = parser.add_argument
     add("--data", metavar="SHARDS", help="also look at these shards, named as for --train-data of clipfast train")
     add_arguments(parser, SOURCE_OPTIONS)
-    add("--folder", type=Path, default=Path("runs"), metavar="DIR", help="--logs of clipfast train (default: runs)")
+    logs = "folder of the runs, as clipfast train takes it (default: runs)"
+    add("--logs", "--folder", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help=logs)
     add_output(parser, "--json", help="also write everything to FILE")
     add("--traceback", action="store_true", help="show where an error was raised")
     parser.set_defaults(run=run)

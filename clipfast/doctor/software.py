@@ -16,11 +16,13 @@ from .findings import NOTE, PROBLEM, Finding, judged
 EXTRAS = {
     "data": "reads pairs",
     "eval": "draws the pictures of a run",
-    "train": "writes TensorBoard's files, and tells power and clocks of GPUs",
-    "bench": "tells power, driver and errors of GPUs, and compares timings",
+    "train": "writes TensorBoard's files",
+    "bench": "keeps and compares timings of kernels",
     "hub": "downloads published weights",
     "siglip": "tokenizes texts for SigLIP",
 }
+# Those that are for something else than the other packages of their extras.
+PACKAGES = {"nvidia-ml-py": "tells power, clocks and errors of GPUs", "tqdm": "shows progress"}
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE")
 PREFIXES = ("CLIPFAST_", "NCCL_", "TRITON_", "TORCH_")
 OURS = ("CLIPFAST_CACHE", "CLIPFAST_CACHE_BYTES", "CLIPFAST_DISABLE", "CLIPFAST_COMMIT")
@@ -95,7 +97,7 @@ def packages() -> Iterator[Finding]:
     for package, least, extra in requirements():
         if extra not in EXTRAS:
             continue
-        purpose, fix = EXTRAS[extra], f"pip install 'clipfast[{extra}]'"
+        purpose, fix = PACKAGES.get(package, EXTRAS[extra]), f"pip install 'clipfast[{extra}]'"
         if installed(package) is None:
             yield Finding(package, f"not installed; it {purpose}", NOTE, fix)
         else:

@@ -204,7 +204,8 @@ def _train(
     print(f"\n{found['pairs_per_s']:,.0f} pairs/s of the cluster, MFU {found['mfu']:.1%}")
     if "days" in found:
         days, hours, cost = (_amount(found, name) for name in ("days", "gpu_hours", "cost"))
-        print(f"{assumed.samples_seen:,} pairs: {days} days, {hours} GPU-hours" + f", costs {cost}" * bool(cost))
+        time = f"{days} days" if found["days"] >= 1 else f"{24 * found['days']:,.2g} hours"
+        print(f"{assumed.samples_seen:,} pairs: {time}, {hours} GPU-hours" + f", costs {cost}" * bool(cost))
     return found
 
 

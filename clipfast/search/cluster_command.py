@@ -46,7 +46,7 @@ def add_parser(commands: Any) -> None:
     named = "call each cluster by the line of this text file that the model finds most like its centre"
     add("--names", type=Path, metavar="FILE", help=named)
     written = "write the cluster of each item as a Parquet file (.parquet)"
-    add_output(parser, "--write", ends=[".parquet"], help=written)
+    add_output(parser, "--output", "--write", dest="write", ends=[".parquet"], help=written)
     add_encoder_arguments(parser)
     add_result_arguments(parser, "the pictures that are nearest to the centre of each cluster")
     parser.set_defaults(run=run)

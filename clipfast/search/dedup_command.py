@@ -38,7 +38,9 @@ def add_parser(commands: Any) -> None:
     add("--threshold", type=float, default=0.95, metavar="FLOAT", help=threshold)
     keep = "of near duplicates, keep the first, the largest by width x height, or the one that fits its caption best"
     add("--keep", choices=("first", "largest", "best"), default="first", help=f"{keep} (default: first)")
-    add_output(parser, "--write", ends=DELIMITERS, help="write the groups as a table (.csv or .tsv)")
+    add_output(
+        parser, "--output", "--write", dest="write", ends=DELIMITERS, help="write the groups as a table (.csv or .tsv)"
+    )
     add_output(parser, "--write-keys", help="write the keys of all items that are kept, one a line")
     add_device_argument(parser)
     add_result_arguments(parser, f"the groups, of which the {SHOWN} largest are shown")

@@ -30,7 +30,7 @@ def add_parser(commands: Any) -> None:
     add_output(parser, "--output", ends=DRAWN, required=True, help=output)
     add_output(parser, "--html", help="also write a page on which each map can be seen larger")
     kinds = "values of the last attention (as MaskCLIP), or the output tokens (default: values)"
-    add("--features", default="values", choices=("values", "tokens"), help=kinds)
+    add("--patch-features", "--features", dest="features", default="values", choices=("values", "tokens"), help=kinds)
     scores = "similarity to each text, or its softmax over several texts (default: cosine)"
     add("--scores", default="cosine", choices=("cosine", "softmax"), help=scores)
     size = "resize the shorter side to this; more shows smaller things (default: the model's size)"

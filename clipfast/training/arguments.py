@@ -21,6 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
         meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
         shown = " ".join(map(str, default)) if isinstance(default, tuple) else "" if default is None else str(default)
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS, "help": meta["help"]}
+        if only is not None:  # the other commands have no --val-data
+            options["help"] = meta["help"].replace("; in --val-data, the default ones follow", "")
         if meta["kind"] is bool:
             options["action"] = argparse.BooleanOptionalAction
         else:

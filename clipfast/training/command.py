@@ -206,7 +206,8 @@ def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
     if options and _is_in_run(checkpoint):
         # The run continues where its checkpoint lies, even if the folder was moved or renamed.
         run = checkpoint.resolve().parent.parent
-        options |= {"logs": str(run.parent), "name": run.name}
+        if _run_folder(options).resolve() != run:  # otherwise its paths keep the form in which they were given
+            options |= {"logs": str(run.parent), "name": run.name}
     return options
 
 

@@ -293,7 +293,7 @@ WRONG = {
     "threshold": (["--threshold", "1.5"], "--threshold must be from -1 to 1, got 1.5"),
     "threshold is not a number": (["--threshold", "nan"], "--threshold must be from -1 to 1, got nan"),
     "one set": (["--train-data", "{sets}/test.tar"], "each image would be a duplicate of itself"),
-    "format": (["--write", "{tmp}/p.txt"], "--write {tmp}/p.txt: the name must end in one of .csv, .tsv"),
+    "format": (["--write", "{tmp}/p.txt"], "--output {tmp}/p.txt: the name must end in one of .csv, .tsv"),
     "nowhere": (["--write", "nowhere/p.csv"], "no folder nowhere to write p.csv in"),
     "no training data": (["--train-data", "nowhere.tar"], "no such shard: nowhere.tar"),
     "no training image": (

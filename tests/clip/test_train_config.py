@@ -1,8 +1,11 @@
 """Options of training: what cannot work is refused, and recipes are read."""
 
+from pathlib import Path
+
 import pytest
 
 from clipfast.training import TrainConfig, read_recipe
+from clipfast.training.command import _saved_options
 
 from .test_training import SMALL
 
@@ -49,3 +52,12 @@ def test_recipes(tmp_path):
     for name, message in (("typo.toml", "unknown options: bach_size"), ("none.toml", "no recipe")):
         with pytest.raises(ValueError, match=message):
             read_recipe(str(tmp_path / name))
+
+
+def test_a_resumed_run_keeps_the_form_of_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    content = {"clipfast": {"config": {"logs": "runs", "name": "r"}}}
+    for folder in (Path("runs/r"), tmp_path / "runs" / "r"):
+        assert _saved_options(folder / "checkpoints" / "step_1.pt", content) == {"logs": "runs", "name": "r"}
+    moved = _saved_options(Path("other/s/checkpoints/step_1.pt"), content)
+    assert moved == {"logs": str(tmp_path / "other"), "name": "s"}

@@ -64,7 +64,7 @@ def add_parser(tasks: Any) -> None:
     add_output(parser, "--html", help="write a page with pairs of pictures, the most similar first")
     add("--pairs", type=COUNT, default=100, metavar="INT", help="how many pairs --html shows (default: 100)")
     pairs = "write the most similar training image of each test image, the most similar pair first"
-    add_output(parser, "--write", ends=DELIMITERS, help=f"{pairs} (.csv or .tsv)")
+    add_output(parser, "--output", "--write", dest="write", ends=DELIMITERS, help=f"{pairs} (.csv or .tsv)")
     parser.set_defaults(run=run)
 
 
