@@ -248,7 +248,7 @@ def _gb(value: float) -> str:
 
 def _amount(row: dict[str, Any], name: str) -> str:
     value = row.get(name)
-    return "" if value is None else f"{value:,.1f}" if value < 1000 else f"{value:,.0f}"
+    return "" if value is None else f"{value:.2g}" if value < 1 else f"{value:,.{1 if value < 1000 else 0}f}"
 
 
 def _flag(name: str) -> str:

@@ -203,7 +203,18 @@ def test_fit_command(capsys, tmp_path):
 
 def test_train_command(capsys, tmp_path):
     path = tmp_path / "step.json"
-    options = ["--parallel", "fsdp", "--checkpointing", "full", "--accumulation", "2", "--json", str(path)]
+    options = [
+        "--parallel",
+        "fsdp",
+        "--checkpointing",
+        "full",
+        "--accumulation",
+        "2",
+        "--json",
+        str(path),
+        "--samples-seen",
+        "1e6",
+    ]
     assert main(["plan", "--train", "--model", "deep", "--gpus", "4", "--pairs", "200", *options]) == 0
     out = capsys.readouterr().out
     (step,) = json.loads(path.read_text())["steps"]
@@ -213,6 +224,7 @@ def test_train_command(capsys, tmp_path):
     parts = [*step["memory_by_category"], *step["time_by_part"], *step["sent_by_part"]]
     assert all(f"  {name} " in out for name in parts)
     assert "  fits into 80.0 GB" in out
+    assert f"1,000,000 pairs: {24 * step['days']:.2g} hours, " in out
     assert "(assumed)" in out
     assert main(["plan", "--train", "--model", "deep", "--gpus", "1", "--memory-gb", "0.001"]) == 0
     assert "DOES NOT FIT" in capsys.readouterr().out
