@@ -77,7 +77,7 @@ BAD = [
         [*EMOJI, "--batchsize", "7"],
         "train: error: unrecognized arguments: --batchsize 7 (did you mean --batch-size?)",
     ),
-    (["train", "--train-data", "train.csv"], "the shards hold no samples: train.csv"),
+    (["train", "--train-data", "train.csv"], "shard train.csv cannot be read: it is empty"),
     (
         ["train", "--train-data", "t.txt"],
         "t.txt is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv",
