@@ -40,7 +40,7 @@ MAX_LABELS = 1000
 MAX_MAPS = 6
 MAX_RATIO = 5  # of the sides of a picture under heat maps: the time grows with it
 MAX_TEXT = 10_000  # characters of words, of an expression, or of all labels
-MAX_SAMPLE = 40  # characters of a caption that is offered
+MAX_SAMPLE = 24  # characters of a caption that is offered
 SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # of pictures, in pixels
 
 
