@@ -21,7 +21,7 @@ from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata
 from .source import MAX_OPEN, ShardSource, Source, open_limit, open_shards
 from .synthetic import SyntheticBatches, SyntheticSource
-from .trial import ANY_ORDER, spread, try_pairs
+from .trial import ANY_ORDER, EveryPair, spread, try_pairs
 from .workers import PREFETCH, made_by_workers
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "Batch",
     "CroppedImages",
     "EncodedCrops",
+    "EveryPair",
     "IndexCache",
     "Keys",
     "Mix",

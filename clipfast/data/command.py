@@ -8,6 +8,7 @@ that have changed are read again.
 
 import argparse
 import json
+import shlex
 import time
 from typing import Any
 
@@ -69,6 +70,7 @@ def run(args: argparse.Namespace) -> int:
     for name, damage in damaged.items():
         for place, count in damage.items():
             print(f"{name}: {f'about {count} sample(s)' if count else 'parts'} are lost: {place}")
+    print(f"Nothing was decoded; that is done by: clipfast doctor --data {shlex.quote(args.shards)} --all")
     if args.json is not None:
         replace_text(args.json, json.dumps(found | {"damage": damaged}, indent=2) + "\n")
     return 0

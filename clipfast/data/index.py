@@ -86,6 +86,11 @@ class ShardIndex:
         """Return True if it is read from a copy, as its size, which is not that in the stamp, tells."""
         return self.counted_in is not None or is_remote(self.name) or self.stamp.split("/")[0] != str(self.size)
 
+    @property
+    def lost(self) -> int:
+        """The number of samples that are estimated to be lost."""
+        return sum(self.damage.values())
+
     def losses(self) -> list[str]:
         """Return a sentence for each damaged part."""
         return [

@@ -3,10 +3,15 @@
 import collections
 from typing import Any
 
+from torch.utils.data import Dataset
+
 from ..images import SampleError
 from .loader import Batch, PairBatches, Skipped
 from .order import Mix, Order
 from .samples import sample_name
+from .source import Source
+
+PIECE = 64  # pairs of one source that a process reads before it says what it found
 
 ANY_ORDER = Mix([Order([1], 0)], [1.0], 0)  # for batches that are only tried: no trial asks for their order
 # These say what to do if most pairs cannot be used for one reason, by its kind, where the reason does not say it.
@@ -22,6 +27,37 @@ def spread(count: int, most: int) -> list[int]:
     return [number * (count - 1) // max(kept - 1, 1) for number in range(kept)]
 
 
+def try_pair(batches: PairBatches, source: Source, number: int) -> tuple[Any, str] | Skipped:
+    """Return image and caption of a sample of one of the sources, prepared as in training, or why it cannot be used."""
+    name = source.name(number)
+    try:
+        raw = source.read(number, batches.keys)
+        name = sample_name(raw)
+        return batches.pair(raw, batches.seed)
+    except SampleError as error:
+        return Skipped(name, error.kind, str(error))
+
+
+class EveryPair(Dataset[list[Skipped]]):
+    """All pairs of ``batches`` by pieces, of which each is the list of the pairs in it that cannot be used."""
+
+    def __init__(self, batches: PairBatches) -> None:
+        self.batches = batches
+        self.pieces = [
+            (place, first, min(first + PIECE, len(source)))
+            for place, source in enumerate(batches.sources)
+            for first in range(0, len(source), PIECE)
+        ]
+
+    def __getitem__(self, piece: tuple[int, int, int]) -> list[Skipped]:
+        """Return what cannot be used of a piece: the place of its source, its first pair, and the one behind it."""
+        place, first, stop = piece
+        source = self.batches.sources[place]
+        tried = [try_pair(self.batches, source, number) for number in range(first, stop)]
+        source.close()  # there may be more shards than a process may hold open
+        return [one for one in tried if isinstance(one, Skipped)]
+
+
 def try_pairs(batches: PairBatches, each: int) -> Batch:
     """Return up to ``each`` pairs of every shard as one batch, prepared as ``batches`` prepares them.
 
@@ -34,16 +70,12 @@ def try_pairs(batches: PairBatches, each: int) -> Batch:
         first = 0
         for count in source.sizes:
             for within in spread(count, each):
-                name = source.name(first + within)
-                try:
-                    raw = source.read(first + within, batches.keys)
-                    name = sample_name(raw)
-                    image, text = batches.pair(raw, batches.seed)
-                except SampleError as error:
-                    skipped.append(Skipped(name, error.kind, str(error)))
+                pair = try_pair(batches, source, first + within)
+                if isinstance(pair, Skipped):
+                    skipped.append(pair)
                     continue
-                images.append(image)
-                captions.append(text)
+                images.append(pair[0])
+                captions.append(pair[1])
             first += count
     kinds = collections.Counter(sample.kind for sample in skipped).most_common()
     if not skipped and not images:

@@ -24,6 +24,7 @@ EPILOG = """\
 examples:
   clipfast doctor
   clipfast doctor --data 'data/{00000..01243}.tar' --logs /scratch/runs
+  clipfast doctor --data photos --all --list bad.tsv
   clipfast doctor --json doctor.json
 
 exit code: 0 no problem, 1 there is one, 2 bad arguments"""
@@ -36,6 +37,8 @@ def add_parser(commands: Any) -> None:
     )
     add = parser.add_argument
     add("--data", metavar="SHARDS", help="also look at these shards, named as for --train-data of clipfast train")
+    add("--all", action="store_true", help="read and decode every pair of --data, on all cores, and count the bad ones")
+    add_output(parser, "--list", help="with --all: write the bad pairs to FILE: name, kind and reason")
     add_arguments(parser, SOURCE_OPTIONS)
     logs = "folder of the runs, as clipfast train takes it (default: runs)"
     add("--logs", "--folder", dest="folder", type=Path, default=Path("runs"), metavar="DIR", help=logs)
@@ -46,6 +49,8 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print what is found, group by group, and return the exit code."""
+    if (args.all and args.data is None) or (args.list is not None and not args.all):
+        raise ValueError("--all needs --data, and --list needs --all")
     found: dict[str, list[Finding]] = {}
     for group, look in looks(args.folder, args.data, vars(args)).items():
         found[group] = looked(look, traceback=args.traceback)

@@ -1,26 +1,32 @@
 """The shards that a run would train on."""
 
+import collections
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..files import replace_text
+from ..host import cores
+from ..training.config import TrainConfig
 from ..training.options import keys_of, separator_of
 from ..units import BYTES, scaled
 from .findings import NOTE, PROBLEM, Finding, judged
 from .folders import CHUNK, SLOW, read_speed
 
 if TYPE_CHECKING:
-    from ..data import IndexCache
+    from ..data import IndexCache, PairBatches, Source
 
 PAIRS = 4  # that are read of the first shard
 SIDE = 224  # pixels of the images that are made of them
+LOST = "damaged shard"  # the kind of pairs that the index does not find any more
 
 
 def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
     """Look at the shards that ``pattern`` names: all of them by their files, and at a few pairs of the first.
 
-    ``options`` say which keys and which separator the pairs have, as the flags of ``SOURCE_OPTIONS``.
+    ``options`` say which keys and which separator the pairs have, as the flags of ``SOURCE_OPTIONS``. With ``all``,
+    every pair of all shards is read, and the file ``list`` gets those that cannot be used.
     """
     from ..data import IndexCache, expand_shards
     from ..data.samples import is_folder, is_synthetic
@@ -52,19 +58,19 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
         fix = "make it anew; what is left of it is read"
         yield Finding("damaged", f"{len(damaged):,} of them; the first is {damaged[0]}", NOTE, fix)
     yield from pairs
+    if options.get("all"):
+        yield _every_pair(names, options, index)
     if files:
         yield _reading(files[-1])
 
 
 def _few_pairs(name: str, options: Mapping[str, Any], index: "IndexCache") -> Iterator[Finding]:
     """Read a few pairs of a shard as a run with these options would, and with the defaults of all others."""
-    from ..data import ANY_ORDER, CroppedImages, PairBatches, open_sources, try_pairs
+    from ..data import open_sources, try_pairs
     from ..images import SampleError
-    from ..tokenizer import Tokenizer
 
     try:
-        sources, keys = open_sources([name], index=index), keys_of(options)
-        batches = PairBatches(sources, ANY_ORDER, CroppedImages(SIDE), Tokenizer(), PAIRS, keys=keys)
+        batches = _batches(open_sources([name], index=index), options)
         try_pairs(batches, PAIRS)  # the first time, modules are imported
         started = time.perf_counter()
         batch = try_pairs(batches, PAIRS)
@@ -75,6 +81,53 @@ def _few_pairs(name: str, options: Mapping[str, Any], index: "IndexCache") -> It
     value = f"{len(batch)} of {len(batch) + len(batch.skipped)} that were tried are usable, {1000 * each:.1f} ms each"
     skipped = f"first: {batch.skipped[0]}" if batch.skipped else ""
     yield judged("pairs", value, NOTE, skipped, applies=bool(batch.skipped))
+
+
+def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBatches":
+    from ..data import ANY_ORDER, CroppedImages, PairBatches
+    from ..tokenizer import Tokenizer
+
+    return PairBatches(sources, ANY_ORDER, CroppedImages(SIDE), Tokenizer(), PAIRS, keys=keys_of(options))
+
+
+def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
+    """Read and decode every pair on all cores, as training does, and say how many cannot be used, and why."""
+    from tqdm import tqdm
+
+    from ..data import EveryPair, Skipped, made_by_workers, open_sources
+    from ..images import SampleError
+
+    sources, bad = list["Source"](), list[Skipped]()
+    for name in names:
+        try:
+            sources += open_sources([name], index=index)
+        except SampleError as error:
+            bad.append(Skipped(os.path.basename(name), error.kind, str(error)))
+    damaged = [shard for source in sources for shard in source.shards if shard.damage]
+    bad += [Skipped(os.path.basename(shard.name), LOST, loss) for shard in damaged for loss in shard.losses()]
+    every, total = EveryPair(_batches(sources, options)), sum(map(len, sources))
+    workers = min(cores(), len(every.pieces)) if len(every.pieces) > 1 else 0
+    with (
+        made_by_workers(every, every.pieces, workers) as found,
+        tqdm(desc="reading every pair", total=total, unit="pair", disable=None, leave=False) as bar,
+    ):
+        for piece, skipped in zip(every.pieces, found, strict=True):
+            bad += skipped
+            bar.set_postfix_str(f"{len(bad)} bad", refresh=False)
+            bar.update(piece[2] - piece[1])
+    if options.get("list") is not None:
+        lines = ("\t".join(" ".join(field.split()) for field in one) + "\n" for one in bad)
+        replace_text(options["list"], "".join(lines))
+    kinds = collections.Counter(one.kind for one in bad if one.kind != LOST)
+    kinds += collections.Counter({LOST: sum(shard.lost for shard in damaged)})
+    total += sum(shard.lost for shard in damaged)
+    if not bad:
+        return Finding("every pair", f"all {total:,} are usable")
+    limit = TrainConfig.max_bad_fraction
+    said = ", ".join(f"{count:,} x {kind}" for kind, count in kinds.most_common()) or "parts of shards are lost"
+    fix = f"first: {bad[0]}; --list FILE has all of them; beyond {limit:.0%}, a run ends (--max-bad-fraction)"
+    status = PROBLEM if kinds.total() > limit * total else NOTE
+    return Finding("every pair", f"{kinds.total():,} of {total:,} cannot be used: {said}", status, fix)
 
 
 def _reading(name: str) -> Finding:

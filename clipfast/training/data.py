@@ -3,6 +3,8 @@
 import collections
 import dataclasses
 import hashlib
+import math
+import shlex
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from ..data import (
     Mix,
     Order,
     PairBatches,
+    ShardIndex,
     Skipped,
     Source,
     SyntheticBatches,
@@ -44,12 +47,11 @@ from ..tokenizer import Tokenizer
 from .config import AUGMENTATIONS, TrainConfig
 from .epochs import Epochs
 from .errors import TrainingError
-from .logs import log
 from .optim import parse_arguments
 from .options import KEY_OPTIONS, flag_name
 from .world import ALONE, World
 
-MIN_SEEN_FOR_BAD_FRACTION = 100
+BY_CHANCE = 1e-3  # at most: how probably a run is stopped whose share of bad pairs is just what it may be
 DESCRIBED = 5  # shards of a batch that are named
 NO_FILES = Keys((), ())  # to read a sample without the files that it names
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch
@@ -72,6 +74,7 @@ class TrainingData:
         epochs: of the run.
         total_steps: of the run.
         is_synthetic: whether all pairs are, so that the device draws them.
+        damaged: the shards of which parts are known to be lost.
 
     Raises:
         ValueError: a shard is missing or hardly readable, or the shards hold less than one batch.
@@ -89,7 +92,7 @@ class TrainingData:
         if self.is_synthetic:
             _refuse_changes(config)
         self.sizes = [size for source in self.sources for size in source.sizes]
-        _check_damage(self.sources, config.max_bad_fraction, world)
+        self.damaged = _damaged(self.sources, config.max_bad_fraction)
         seed, replacement = config.seed, config.dataset_resampled
         if not all(map(len, self.sources)):
             raise ValueError(f"the shards hold no samples: {config.train_data}")
@@ -274,25 +277,23 @@ def _refuse_less_than_a_batch(pairs: int, num_samples: int | None, batch_size: i
         )
 
 
-def _check_damage(sources: Sequence[Source], limit: float, world: World) -> None:
-    """Warn of damaged shards, and refuse them if they have lost too much.
+def _damaged(sources: Sequence[Source], limit: float) -> list[ShardIndex]:
+    """Return the damaged shards, and refuse them if they have lost too much.
 
     How much a shard that is cut short has lost cannot be told, and is not counted.
 
     Raises:
         ValueError: more than the share ``limit`` of all pairs is lost.
     """
-    damaged = {shard.name: shard for source in sources for shard in source.shards if shard.damage}
-    lost = sum(sum(shard.damage.values()) for shard in damaged.values())
-    for shard in list(damaged.values())[:10] if world.is_main else ():
-        for loss in shard.losses():
-            log.warning(loss)
+    damaged = list({shard.name: shard for source in sources for shard in source.shards if shard.damage}.values())
+    lost = sum(shard.lost for shard in damaged)
     total = lost + sum(map(len, sources))
     if lost > limit * total:
         raise ValueError(
             f"about {lost} of {total} pairs are lost in {len(damaged)} damaged shard(s), more than --max-bad-fraction "
-            f"{limit}; the first is {next(iter(damaged))}"
+            f"{limit}; the first is {damaged[0].name}"
         )
+    return damaged
 
 
 @dataclasses.dataclass
@@ -301,6 +302,7 @@ class SkipBudget:
 
     limit: float  # largest share of skipped pairs
     listed_in: Path  # the file that lists the skipped pairs, for the error
+    data: str  # what the pairs are from, for the error
     seen: int = 0
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
@@ -310,8 +312,16 @@ class SkipBudget:
         return self.kinds.total()
 
     def is_exceeded_by(self, skipped: int) -> bool:
-        """Return True if of the pairs that were seen so many may not be skipped."""
-        return self.seen >= MIN_SEEN_FOR_BAD_FRACTION and skipped > self.limit * self.seen
+        """Return True if of the pairs that were seen so many may not be skipped.
+
+        Of the first few pairs, more than the share of all may be bad. By Chernoff's bound, it is less probable than
+        ``BY_CHANCE`` that so many are, where this is True.
+        """
+        if skipped <= self.limit * self.seen or self.limit == 0:
+            return skipped > self.limit * self.seen
+        bad, good = skipped / self.seen, 1 - skipped / self.seen
+        divergence = bad * math.log(bad / self.limit) + (good * math.log(good / (1 - self.limit)) if good else 0.0)
+        return math.exp(-self.seen * divergence) < BY_CHANCE
 
     def count(self, skipped: Sequence[Skipped]) -> None:
         """Count skipped pairs.
@@ -324,5 +334,6 @@ class SkipBudget:
             kinds = ", ".join(f"{count} x {kind}" for kind, count in self.kinds.most_common())
             raise TrainingError(
                 f"{self.skipped} of {self.seen} pairs could not be used, more than --max-bad-fraction {self.limit}: "
-                f"{kinds}; they are listed in {self.listed_in}; last: {skipped[-1]}"
+                f"{kinds}; they are listed in {self.listed_in}; last: {skipped[-1]}; all bad pairs are listed by: "
+                f"clipfast doctor --data {shlex.quote(self.data)} --all"
             )

@@ -1,5 +1,6 @@
 """From options to a finished run: what ``clipfast train`` does."""
 
+import collections
 import contextlib
 import dataclasses
 import json
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import plain_names, preprocessing_of, write_open_clip_folder
+from ..data import Skipped
 from ..evaluation.evaluate import Evaluation
 from ..file_tokenizer import FileTokenizer
 from ..files import replace_text
@@ -28,6 +30,9 @@ from .reports import check_wandb, reporting
 from .run import RunFolder
 from .trainer import Trainer
 from .world import ALONE, World
+
+LOST = "damaged shard"  # the kind of pairs that are lost before a run begins
+SHOWN = 10  # parts of shards that are lost, in the log
 
 PLACE = ("logs", "name")  # options that say where the run lies, so that its folder may be moved
 
@@ -96,6 +101,7 @@ def train(
                 for warning in warnings:
                     log.warning(warning)
                 log.info(f"{sum(trainer.data.sizes):,} pairs in {len(trainer.data.shards):,} shard(s); {found}")
+                _record_losses(trainer)
                 _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
             if trainer.signum is None:
@@ -199,6 +205,16 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
         )
 
 
+def _record_losses(trainer: Trainer) -> None:
+    """Say which shards have lost pairs, and list them, as of step 0, with the pairs that cannot be used."""
+    lost = [Skipped(Path(shard.name).name, LOST, loss) for shard in trainer.data.damaged for loss in shard.losses()]
+    for _, _, loss in lost[:SHOWN]:
+        log.warning(loss)
+    if len(lost) > SHOWN:
+        log.warning(f"{len(lost) - SHOWN} more parts of shards are lost: {trainer.folder.skipped_path} lists them")
+    trainer.folder.record_skipped(0, lost)
+
+
 def _evaluate_and_finish(trainer: Trainer, evaluation: Evaluation | None) -> None:
     """Evaluate what the last epoch has not, and let rank 0 finish; all ranks must call it."""
     validation, step = trainer.validation, trainer.progress.step
@@ -227,6 +243,7 @@ def finish(
     if isinstance(trainer.tokenizer, FileTokenizer):
         trainer.tokenizer.save(folder.path)
     losses = [line["loss"] for line in folder.metrics() if "loss" in line]
+    lost = collections.Counter({LOST: sum(shard.lost for shard in trainer.data.damaged)})
     results = {
         "model": config.model,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
@@ -235,8 +252,9 @@ def finish(
         "train_seconds": round(trainer.progress.seconds, 1),
         "train_loss": losses[-1] if losses else None,
         "skipped_steps": trainer.progress.skipped_steps,
-        "skipped_pairs": trainer.budget.skipped,
-        "skipped_kinds": dict(trainer.budget.kinds),
+        "skipped_pairs": (trainer.budget.kinds + lost).total(),
+        "skipped_kinds": dict(trainer.budget.kinds + lost),
+        "damaged_shards": {shard.name: shard.lost for shard in trainer.data.damaged},
         "device": str(trainer.device),
         "torch": torch.__version__,
         **(evaluation.results if evaluation else {}),

@@ -45,14 +45,18 @@ class RunFolder:
             )
 
     def create(self, *, after_step: int | None) -> None:
-        """Make the folder. Records of an earlier session are kept up to ``after_step``, and removed if it is None."""
+        """Make the folder. Records of an earlier session are kept up to ``after_step``, and removed if it is None.
+
+        What was lost before the first step is recorded anew by every session.
+        """
         self.checkpoints.mkdir(parents=True, exist_ok=True)
         last = -1 if after_step is None else after_step
         for path in (self.metrics_path, self.nonfinite_path):
             kept = [json.dumps(line) + "\n" for line in read_lines(path) if line["step"] <= last]
             if kept or path.exists() or path == self.metrics_path:
                 replace_text(path, "".join(kept))
-        replace_text(self.skipped_path, "".join(line for line in self._skipped() if int(line.split("\t")[0]) <= last))
+        kept = [line for line in self._skipped() if 0 < int(line.split("\t")[0]) <= last]
+        replace_text(self.skipped_path, "".join(kept))
 
     def kept(self) -> list[Path]:
         """Return the checkpoints that there are, the newest first."""

@@ -91,7 +91,8 @@ class Trainer:
             half=on_amp or config.precision == "pure_bf16",
         )  # fmt: skip
         self.log = TrainLog(folder, self.data.epochs, world, meters, self.schedule.warmup)
-        self.progress, self.budget = Progress(), SkipBudget(config.max_bad_fraction, folder.skipped_path)
+        self.progress = Progress()
+        self.budget = SkipBudget(config.max_bad_fraction, folder.skipped_path, config.train_data)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.validation = Validation(config, sets, self.model, self.tokenizer, self.average, self.log, world)
         self.state = RunState(

@@ -13,6 +13,7 @@ from clipfast.doctor import dataset, folders, gpus
 from clipfast.doctor.findings import NOTE, OK, PROBLEM, Finding, looked
 
 from .conftest import picture, run_command, sample, write_shard
+from .faults import PLACES, faults, faulty_samples
 from .test_host import GIB, files
 
 GROUPS = [
@@ -156,7 +157,7 @@ class TestData:
     def fast(self, monkeypatch):
         monkeypatch.setattr(dataset, "SLOW", 0)
 
-    def look(self, pattern: object, **options: str) -> dict[str, Finding]:
+    def look(self, pattern: object, **options: object) -> dict[str, Finding]:
         return by_name(dataset.dataset(str(pattern), options))
 
     def test_what_is_found(self, tmp_path):
@@ -220,7 +221,29 @@ class TestData:
 
     def test_a_table_without_rows(self, tmp_path):
         (tmp_path / "t.csv").write_text("filepath,title\n")
-        assert self.look(tmp_path / "t.csv")["pairs"].value == "the shards hold no samples"
+        assert "it is empty: no row stands below its header" in self.look(tmp_path / "t.csv")["pairs"].value
+
+    @pytest.mark.parametrize("cores", [1, 2])
+    def test_every_pair_is_read_if_that_is_asked_for(self, cores, tmp_path, monkeypatch):
+        """Those that training would leave out, and no others, are counted and listed, beside what the shards lost."""
+        monkeypatch.setattr(dataset, "cores", lambda: cores)
+        write_shard(tmp_path / "s.tar", faulty_samples())
+        (tmp_path / "u.tar").write_bytes(b"no tar file")
+        data = write_shard(tmp_path / "t.tar", [sample(number) for number in range(90)]).read_bytes()
+        (tmp_path / "t.tar").write_bytes(data[: data.index(b"080.")])
+        options = {"all": True, "list": tmp_path / "bad.tsv"}
+        found = self.look(tmp_path / "{s,t}.tar", **options)["every pair"]
+        listed = [line.split("\t") for line in (tmp_path / "bad.tsv").read_text().splitlines()]
+        assert listed[0][:2] == ["t.tar", "damaged shard"]
+        places = zip(PLACES, faults(), strict=True)
+        bad = [(f"s.tar/{place:03d}", kind) for place, kind in places if kind not in ("no such field", "broken json")]
+        assert [(name, kind) for name, kind, _ in listed[1:]] == bad  # the json of the others is not looked at
+        assert found.status == PROBLEM
+        assert found.value.startswith("8 of 261 cannot be used: 1 x ")
+        self.look(tmp_path / "{s,t,u}.tar", **options)
+        assert (tmp_path / "bad.tsv").read_text().startswith("u.tar\tunreadable shard\t")
+        write_shard(tmp_path / "a.tar", [sample(number) for number in range(150)])
+        assert self.look(tmp_path / "a.tar", all=True)["every pair"] == Finding("every pair", "all 150 are usable")
 
     def test_only_large_files_can_be_slow(self, tmp_path, monkeypatch):
         monkeypatch.setattr(dataset, "SLOW", float("inf"))

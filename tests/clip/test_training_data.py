@@ -15,7 +15,7 @@ import torch
 from clipfast.checkpoint import read_checkpoint
 from clipfast.data import MAX_OPEN, Batch, open_limit
 from clipfast.data.order import STREAMS
-from clipfast.training.data import TrainingData
+from clipfast.training.data import SkipBudget, TrainingData
 from clipfast.training.errors import TrainingError
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
@@ -181,6 +181,44 @@ def test_five_percent_of_faults(workers, seen, tmp_path):
         sum(len(batch.skipped) for batch in stopped),
         sum(len(batch) for batch in stopped),
     ]
+
+
+@pytest.mark.parametrize(
+    ("limit", "skipped", "seen", "stops"),
+    [
+        (0.01, 6, 576, False),  # 1.04%, as of 31 among 3,000
+        (0.01, 60, 3000, True),
+        (0.01, 1, 8, False),
+        (0.01, 8, 8, True),
+        (0.01, 0, 0, False),
+        (0.0, 1, 8, True),
+        (1.0, 8, 8, False),
+    ],
+)
+def test_a_share_is_judged_when_the_number_allows_it(limit, skipped, seen, stops, tmp_path):
+    assert SkipBudget(limit, tmp_path, "x.tar", seen).is_exceeded_by(skipped) == stops
+
+
+def test_what_the_index_found_lost_stands_in_the_run(tmp_path):
+    """In its log, its list of skipped pairs and its results, though no batch has met it; and once if it goes on."""
+    for name in "ab":
+        write_shard(tmp_path / f"{name}.tar", [sample(index) for index in range(20)])
+    data = bytearray((tmp_path / "b.tar").read_bytes())
+    places = [match.start() for match in re.finditer(rb"007\.(png|txt|json)\0", data)]
+    assert len(places) == 3  # the headers of a pair and its json
+    for place in places:
+        data[place : place + 8] = bytes(8)
+    (tmp_path / "b.tar").write_bytes(data)
+    given = config(f"{tmp_path}/[ab].tar", tmp_path, batch_size=8, epochs=2, train_num_samples=32, max_bad_fraction=0.1)
+    folder, _ = train(given)
+    train(dataclasses.replace(given, epochs=3), folder.latest)
+    listed = [line.split("\t") for line in (folder.path / "skipped.tsv").read_text().splitlines()]
+    assert [line[1:3] for line in listed if line[0] == "0"] == [["b.tar", "damaged shard"]]
+    results = json.loads((folder.path / "results.json").read_text())
+    assert results["damaged_shards"] == {f"{tmp_path}/b.tar": results["skipped_kinds"]["damaged shard"]}
+    assert results["skipped_pairs"] == sum(results["skipped_kinds"].values()) > 0
+    loss = f"of shard {tmp_path}/b.tar are lost: byte {places[0]}"
+    assert [loss in line for line in (folder.path / "out.log").read_text().splitlines()].count(True) == 2  # sessions
 
 
 def changed_after_two_steps(monkeypatch, path: Path, change):
