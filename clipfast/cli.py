@@ -1,11 +1,13 @@
 """The command line, ``clipfast COMMAND``: a table of commands, of which only the chosen one is imported."""
 
 import argparse
+import atexit
 import contextlib
 import os
 import pkgutil
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from . import __version__
 from .arguments import Parser, run
@@ -52,6 +54,7 @@ COMMANDS = {
     "plan": ("predict memory and time of the loss or of training on many GPUs", "clipfast.plan.command"),
     "inspect": ("show what the compiler made of every kernel, without a GPU", "clipfast.bench.inspection.command"),
 }
+INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
 
@@ -68,7 +71,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run(_parser(chosen).parse_args(arguments))
     except KeyboardInterrupt:
         print(f"clipfast {chosen}: interrupted", file=sys.stderr)
-        return 130
+        if argv is None:
+            _exit_at_once(INTERRUPTED)
+        return INTERRUPTED
     except ImportError as error:
         hint, shown = "; install what it needs: pip install 'clipfast[data,eval]'", error
     except (ValueError, TypeError, RuntimeError, OSError) as error:
@@ -88,6 +93,13 @@ def _complete() -> None:
 
             words = os.environ.get("COMP_LINE", "").split()
             argcomplete.autocomplete(_parser(words[1] if len(words) > 1 else ""))
+
+
+def _exit_at_once(code: int) -> NoReturn:
+    """End the process at once: a thread in the middle of C++ code, as of a checkpoint's write, would abort it."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(code)
 
 
 def _parser(chosen: str) -> argparse.ArgumentParser:

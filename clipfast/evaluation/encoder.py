@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..adopt import apply_to_open_clip
 from ..factory import create_model, get_tokenizer, transform_of
+from ..progress import each
 from ..training.world import ALONE, World
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of
@@ -129,7 +130,7 @@ class Encoder:
         section = None if store is None else world.on_main(lambda: store.section("texts", self.about()))
         if section is None or not world.on_main(lambda: section.holds(content)):
             batches = [distinct[start : start + TEXTS] for start in range(0, len(distinct), TEXTS)]
-            mine = self._progress(batches[world.rank :: world.size], world)
+            mine = each(batches[world.rank :: world.size], "texts", "batches", shown=world.is_main)
             found = [encode_texts(self.model, self.tokenizer, batch, self.device).cpu() for batch in mine]
             world.meet()  # parts take different times
             everyones = world.gather(found)
@@ -147,12 +148,6 @@ class Encoder:
             return features.to(self.device)  # which may fill half of the memory: without a copy
         numbers = {text: number for number, text in enumerate(distinct)}
         return features[[numbers[text] for text in texts]].to(self.device)
-
-    def _progress(self, batches: Sequence[list[str]], world: World) -> Any:
-        from tqdm import tqdm
-
-        options: dict[str, Any] = {"disable": None if world.is_main else True}
-        return tqdm(batches, desc="texts", unit="batch", leave=False, **options)
 
     def classifier(
         self, classnames: Sequence[str], templates: Sequence[Template], store: FeatureStore | None = None,

@@ -5,13 +5,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import contrastive_loss
 from ..models import CLIP
+from ..progress import Progress, progress
 from .features import LabelledFeatures
 from .retrieval import pair_ranks, recall_at
-from .zero_shot import TEXTS, Template, build_zero_shot_classifier, encode_texts, prompts_of, top_classes
+from .zero_shot import TEXTS, Template, encode_texts, prompts_of, top_classes
 
 
 @dataclasses.dataclass
@@ -33,6 +35,7 @@ def evaluate(
     leave_out: Iterable[str] = (),
     skipped: int = 0,
     loss_batch: int | None = None,
+    show: Progress = progress,
 ) -> Evaluation:
     """Compute zero-shot accuracy and retrieval of ``model``, which must be in evaluation mode.
 
@@ -44,20 +47,19 @@ def evaluate(
         leave_out: groups to leave out of a second overall accuracy.
         skipped: how many images of the set could not be used, which the results state.
         loss_batch: also compute the mean contrastive loss of batches of so many pairs, as OpenCLIP does.
+        show: shows how many of the texts are encoded.
 
     Raises:
         ValueError: there are not as many names as classes, a group to leave out does not exist, or none would remain.
     """
     names, device = names_of(images, classnames), images.features.device
     captions = distinct_captions(images)
-    # One plain prompt of a class often is the caption of its images: each text is encoded once.
-    prompts = prompts_of(names, templates) if len(templates) == 1 else []
+    # A plain prompt of a class often is the caption of its images: each text is encoded once.
+    prompts = prompts_of(names, templates)
     numbers = {text: number for number, text in enumerate(dict.fromkeys([*captions, *prompts]))}
-    encoded = _encoded(model, tokenizer, list(numbers), device)
-    if prompts:
-        classifier = encoded[[numbers[prompt] for prompt in prompts]].T
-    else:
-        classifier = build_zero_shot_classifier(model, tokenizer, names, templates, TEXTS // len(templates) + 1, device)
+    encoded = _encoded(model, tokenizer, list(numbers), device, show)
+    of_classes = encoded[[numbers[prompt] for prompt in prompts]].unflatten(0, (len(names), len(templates)))
+    classifier = F.normalize(of_classes.mean(1), dim=-1).T
     best = top_classes(images.features, classifier, 5)
     found = figures(images, best, encoded[: len(captions)], leave_out=leave_out, skipped=skipped)
     if loss_batch is not None:
@@ -133,11 +135,15 @@ def _members(groups: Sequence[str], wanted: set[str]) -> Tensor:
 
 @torch.no_grad()
 def _encoded(
-    model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device
+    model: CLIP, tokenizer: Callable[[list[str]], Tensor], texts: list[str], device: str | torch.device, show: Progress
 ) -> Tensor:
     """Return the features [len(texts), embed_dim] of texts."""
-    batches = (texts[start : start + TEXTS] for start in range(0, len(texts), TEXTS))
-    return torch.cat([encode_texts(model, tokenizer, batch, device) for batch in batches])
+    parts = []
+    with show(len(texts), "texts", "texts") as advance:
+        for start in range(0, len(texts), TEXTS):
+            parts.append(encode_texts(model, tokenizer, texts[start : start + TEXTS], device))
+            advance(len(parts[-1]))
+    return torch.cat(parts)
 
 
 def _retrieval(images: LabelledFeatures, features: Tensor) -> dict[str, dict[str, float]]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..data import Skipped, made_by_workers
+from ..progress import Progress, progress
 from ..training.world import ALONE, World
 from .encoder import Encoder
 from .labelled import LabelledImage, LabelledSet, Place, in_order, load
@@ -142,7 +143,7 @@ def encode_set(
     workers: int = 0,
     store: FeatureStore | None = None,
     world: World = ALONE,
-    progress: bool = True,
+    show: Progress | None = None,
 ) -> list[LabelledFeatures]:
     """Return the features of a set by each of several models, for which every image is decoded once.
 
@@ -157,7 +158,7 @@ def encode_set(
         workers: processes of this rank that read and decode; 0 for none but this one.
         store: keeps the features, or None. Several machines must see the same files.
         world: the ranks.
-        progress: show a bar on rank 0, for which tqdm is needed.
+        show: shows the progress of each rank; default: on rank 0.
 
     Returns:
         The features on the CPU, one element for each encoder, on rank 0; nothing on other ranks.
@@ -176,17 +177,21 @@ def encode_set(
     missing = sorted(set(range(len(ranges))) - set(kept))
     mine = missing[world.rank :: world.size]
     parts: list[list[LabelledFeatures]] = []
-    with (
-        world.phase("evaluation"),
-        _bar(sum(len(ranges[n]) for n in mine), progress, world) as advance,
-        made_by_workers(blocks, [ranges[n] for n in mine], min(workers, len(mine))) as made,
-    ):
-        for number, part in zip(mine, _encode(encoders, blocks, made), strict=True):
-            for section, found in zip(sections, part, strict=False):
-                section.save(_name(number), *_packed(found))
-            parts.append(part)
-            advance(len(ranges[number]))
-    world.meet()  # parts take different times
+    show = show or functools.partial(progress, shown=world.is_main)
+
+    def encode() -> None:
+        with (
+            world.phase("evaluation"),
+            show(sum(len(ranges[n]) for n in mine), f"images of {images.data}", "images") as advance,
+            made_by_workers(blocks, [ranges[n] for n in mine], min(workers, len(mine))) as made,
+        ):
+            for number, part in zip(mine, _encode(encoders, blocks, made), strict=True):
+                for section, found in zip(sections, part, strict=False):
+                    section.save(_name(number), *_packed(found))
+                parts.append(part)
+                advance(len(ranges[number]))
+
+    world.agree(encode)
     everyones = [part for theirs in world.gather(parts) for part in theirs]
     whole: list[LabelledFeatures] = []
 
@@ -219,19 +224,6 @@ def _encode(encoders: Sequence[Encoder], blocks: _Blocks, made: Iterable[_Block]
         if block.pixels:
             features = [encoder.images(block.pixels[i]) for encoder, i in zip(encoders, inputs, strict=True)]
         yield [dataclasses.replace(block.found, features=x.cpu()) for x in features]
-
-
-@contextlib.contextmanager
-def _bar(total: int, is_shown: bool, world: World) -> Iterator[Callable[[int], object]]:
-    """Show how many images of this rank are encoded; what is yielded takes the number of those that are new."""
-    if not is_shown:
-        yield lambda _: None
-        return
-    from tqdm import tqdm
-
-    options: dict[str, Any] = {"unit": "image", "disable": None if world.is_main else True}
-    with tqdm(total=total, desc="images", **options) as bar:
-        yield bar.update
 
 
 def _sections(

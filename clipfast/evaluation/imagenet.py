@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 from ..models import CLIP
+from ..progress import Progress, progress
 from .features import LabelledFeatures
 from .labelled import LabelledSet, in_order
 from .zero_shot import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES, build_zero_shot_classifier, top_classes
 
+CLASSES = 4  # whose prompts are encoded at once
 # What ImageNet-V2's own package and its archive call the folder of the images that OpenCLIP evaluates on.
 V2_FOLDERS = ("ImageNetV2-matched-frequency", "imagenetv2-matched-frequency-format-val")
 
@@ -35,12 +37,19 @@ def _classes(folder: Path) -> list[str]:
 
 
 def imagenet_classifier(
-    model: CLIP, tokenizer: Callable[[list[str]], Tensor], device: torch.device, rank: int = 0, ranks: int = 1
-) -> Tensor:
+    model: CLIP, tokenizer: Callable[[list[str]], Tensor], device: torch.device, rank: int = 0, ranks: int = 1,
+    show: Progress = progress,
+) -> Tensor:  # fmt: skip
     """Return the classifier's weights [embed_dim, classes] of the part of one of several ranks: a run of classes."""
     count = len(IMAGENET_CLASSNAMES)
     names = IMAGENET_CLASSNAMES[rank * count // ranks : (rank + 1) * count // ranks]
-    return build_zero_shot_classifier(model, tokenizer, names, OPENAI_IMAGENET_TEMPLATES, 4, device)
+    parts = []
+    with show(len(names), "ImageNet's prompts", "classes") as advance:
+        for start in range(0, len(names), CLASSES):
+            some = names[start : start + CLASSES]
+            parts.append(build_zero_shot_classifier(model, tokenizer, some, OPENAI_IMAGENET_TEMPLATES, CLASSES, device))
+            advance(len(some))
+    return torch.cat(parts, 1)
 
 
 def imagenet_accuracy(images: LabelledSet, features: LabelledFeatures, classifier: Tensor) -> dict[str, float]:

@@ -154,7 +154,7 @@ def evaluate_path(
         model.load_state_dict(models.weights(alpha))
         results = {}
         for name, images in data.items():
-            (features,) = encode_set([encoder], images, batch_size=settings.batch_size, progress=False)
+            (features,) = encode_set([encoder], images, batch_size=settings.batch_size)
             results[name] = evaluate(
                 model, tokenizer, features.to(settings.device), settings.templates,
                 classnames=settings.classnames, skipped=len(images.skipped),

@@ -101,9 +101,7 @@ class Evaluator:
             ValueError: the checkpoint does not say its model, or cannot be loaded, or the set cannot be evaluated.
         """
         encoder = self.model.load(checkpoint, source)
-        (features,) = encode_set(
-            [encoder], self.images, batch_size=self.batch_size, workers=self.workers, progress=False
-        )
+        (features,) = encode_set([encoder], self.images, batch_size=self.batch_size, workers=self.workers)
         return evaluate(
             encoder.model, encoder.tokenizer, features.to(encoder.device), self.templates, classnames=self.classnames,
             leave_out=self.leave_out, skipped=len(self.images.skipped),

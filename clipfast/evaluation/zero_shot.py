@@ -4,13 +4,13 @@ import functools
 import json
 from collections.abc import Callable, Sequence
 from importlib.resources import files
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import CLIP
+from ..progress import each
 from ..tokenizer import trim_padding
 
 TEXTS = 256  # texts to encode at once
@@ -77,7 +77,7 @@ def build_zero_shot_classifier(
         templates: strings with ``{}`` in place of the name, or functions that turn a name into a prompt.
         num_classes_per_batch: number of classes to encode at once, each with all templates.
         device: the model's device.
-        use_tqdm: show a progress bar.
+        use_tqdm: show how far it is.
 
     Returns:
         [embed_dim, len(classnames)]; features of images @ these weights are cosine similarities.
@@ -86,13 +86,9 @@ def build_zero_shot_classifier(
         ValueError: there are no classes or no templates.
     """
     prompts = prompts_of(classnames, templates)
-    starts: Any = range(0, len(classnames), num_classes_per_batch)
-    if use_tqdm:
-        from tqdm import tqdm
-
-        starts = tqdm(starts, desc="class prompts", unit_scale=num_classes_per_batch)
     weights = []
-    for start in starts:
+    starts = range(0, len(classnames), num_classes_per_batch)
+    for start in each(starts, "prompts of classes", "batches", shown=use_tqdm):
         batch = prompts[start * len(templates) : (start + num_classes_per_batch) * len(templates)]
         features = encode_texts(model, tokenizer, batch, device)
         weights.append(F.normalize(features.unflatten(0, (-1, len(templates))).mean(1), dim=-1))

@@ -46,6 +46,7 @@ class Checkpoints:
         keep_last: so many of the ``step_N.pt`` and ``step_N`` are kept.
         after_save: is called, on the thread that writes, after each checkpoint that is on the disk.
         only_last_epoch: remove each ``epoch_N.pt`` as soon as there is a new one.
+        is_held: says whether the folder is still that of this run.
         world: the processes that write the parts of a folder, with a group of their own.
     """
 
@@ -56,10 +57,11 @@ class Checkpoints:
         after_save: Callable[[], object] | None = None,
         *,
         only_last_epoch: bool = False,
+        is_held: Callable[[], bool] = lambda: True,
         world: World = ALONE,
     ) -> None:
         self.folder, self.keep_last, self.after_save = folder, keep_last, after_save
-        self.only_last_epoch = only_last_epoch
+        self.only_last_epoch, self._is_held = only_last_epoch, is_held
         self.latest = folder / LATEST
         self.saved_at = time.monotonic()
         self._world, self._background, self._host_copy = world, Background(), HostCopy(world)
@@ -179,7 +181,13 @@ class Checkpoints:
 
     def _written(self, path: Path, step: int, write: Callable[[], object], milestone: int | None = None) -> None:
         """Write the state after ``step`` steps to ``path``, and remove what it replaces."""
+
+        def check() -> None:
+            if not self._is_held():
+                raise OSError(f"{self.folder.parent} was renamed or removed")
+
         try:
+            self._world.on_main(check)
             self._host_copy.wait()
             write()
         except Exception as error:

@@ -9,6 +9,7 @@ from ..evaluation.features import LabelledFeatures
 from ..evaluation.imagenet import imagenet_accuracy, imagenet_classifier, imagenet_set
 from ..evaluation.labelled import LabelledSet
 from ..models import CLIP
+from ..progress import Progress, progress
 from .config import TrainConfig
 from .world import World
 
@@ -27,6 +28,7 @@ class ImageNet:
     def __init__(self, config: TrainConfig) -> None:
         self.sets: dict[str, LabelledSet] = {}
         self.results: dict[str, float] = {}
+        self._part: Tensor | None = None  # of the classifier: that of this rank
         if config.zeroshot_frequency == 0:
             return
         for flag, name, folder in (
@@ -47,8 +49,11 @@ class ImageNet:
         encoded: Callable[[LabelledSet], LabelledFeatures | None],
         device: torch.device,
         world: World,
+        show: Progress = progress,
     ) -> dict[str, float]:
         """Return the accuracy of ``model`` on each folder; all ranks must call it.
+
+        The prompts are encoded anew if the weights that encode them are trained.
 
         Args:
             model: in evaluation mode.
@@ -56,11 +61,16 @@ class ImageNet:
             encoded: encodes a set; all ranks call it, and rank 0 gets its features.
             device: of the model.
             world: the processes, each of which encodes the prompts of some classes.
+            show: shows how far it is.
         """
-        with world.phase("evaluation"):
-            part = imagenet_classifier(model, tokenizer, device, world.rank, world.size).cpu()
-        world.meet()  # parts take different times
-        parts = world.gather(part)
+
+        def encode() -> None:
+            with world.phase("evaluation"):
+                self._part = imagenet_classifier(model, tokenizer, device, world.rank, world.size, show).cpu()
+
+        if self._part is None or _trains_texts(model):
+            world.agree(encode)
+        parts = world.gather(self._part)
         figures: dict[str, float] = {}
         for name, images in self.sets.items():
             features = encoded(images)
@@ -69,3 +79,9 @@ class ImageNet:
                 figures |= {f"{name}-{kind}": value for kind, value in accuracy.items()}
         self.results = world.on_main(lambda: figures)
         return self.results
+
+
+def _trains_texts(model: CLIP) -> bool:
+    """Return True if any weight is trained on which the features of a text depend."""
+    others = ("visual.", "logit_")
+    return any(p.requires_grad for name, p in model.named_parameters() if not name.startswith(others))

@@ -9,6 +9,10 @@ from .logs import log
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
+class Interrupted(Exception):  # noqa: N818
+    """A signal came in the middle of what need not be finished, such as an evaluation."""
+
+
 class Interruption:
     """A context that remembers the first of ``SIGNALS`` in ``signum``; a Ctrl-C after it raises KeyboardInterrupt.
 
@@ -17,10 +21,14 @@ class Interruption:
 
     Args:
         quiet: log nothing, since this is one of several processes, which stop together.
+
+    Attributes:
+        others: the signal that came to another process, which tells this one; None if there is none.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
         self.signum: int | None = None
+        self.others: int | None = None
         self.quiet = quiet
 
     def __enter__(self) -> "Interruption":
@@ -31,6 +39,15 @@ class Interruption:
     def __exit__(self, *_: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
+
+    def check(self) -> None:
+        """Refuse to go on with what need not be finished if a signal came to any process.
+
+        Raises:
+            Interrupted: one did.
+        """
+        if self.signum is not None or self.others is not None:
+            raise Interrupted
 
     def votes(self) -> list[int]:
         """Return 1 for the signal that came and 0 for the others; sums over processes say what came to any of them."""

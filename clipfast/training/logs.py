@@ -1,9 +1,9 @@
 """Log lines in OpenCLIP's format on the console and in ``out.log``, and metrics in the folder of the run."""
 
 import collections
-import datetime
 import functools
 import logging
+import logging.handlers
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..data import Batch
+from ..progress import duration
 from .epochs import Epochs
 from .guard import Figures
 from .meters import Meters, Remaining
@@ -28,15 +29,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("clipfast")
 
 
-class _OutLog(logging.FileHandler):
-    """The file ``out.log``."""
+class _OutLog(logging.handlers.WatchedFileHandler):
+    """The file ``out.log``, opened again where the folder of the run is made again."""
+
+    def __init__(self, path: Path, folder: RunFolder) -> None:
+        super().__init__(path, encoding="utf-8")
+        self.folder = folder
+
+    def reopenIfNeeded(self) -> None:  # noqa: N802
+        """Open the file again if it is another one, unless it is that of another run."""
+        if self.folder.lock is not None and self.folder.is_held():
+            super().reopenIfNeeded()
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Lose a line that cannot be written: a full disk would print a traceback for each."""
 
 
 @contextmanager
-def logging_to(folder: Path, world: World = ALONE, *, by_machine: bool = False) -> Iterator[None]:
+def logging_to(folder: RunFolder, world: World = ALONE, *, by_machine: bool = False) -> Iterator[None]:
     """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format.
 
     Ranks other than 0 log warnings and errors, and to the console only. With ``by_machine``, one rank of each machine
@@ -46,8 +56,8 @@ def logging_to(folder: Path, world: World = ALONE, *, by_machine: bool = False) 
     formatter = logging.Formatter(f"%(asctime)s | %(levelname)s | {rank}%(message)s", "%Y-%m-%d,%H:%M:%S")
     handlers: list[logging.Handler] = [logging.StreamHandler()]
     if world.local_rank == 0 if by_machine else world.is_main:
-        folder.mkdir(parents=True, exist_ok=True)  # another machine may have its own disk
-        handlers.append(_OutLog(folder / (f"out-{world.rank}" if by_machine else "out.log"), encoding="utf-8"))
+        folder.path.mkdir(parents=True, exist_ok=True)  # another machine may have its own disk
+        handlers.append(_OutLog(folder.path / (f"out-{world.rank}" if by_machine else "out.log"), folder))
     for handler in handlers:
         handler.setFormatter(formatter)
         log.addHandler(handler)
@@ -225,8 +235,3 @@ class TrainLog:
         self._figures: list[Tensor] = []
         self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0
-
-
-def duration(seconds: float) -> str:
-    """Write a duration as hours, minutes and seconds, and days before them if there are any."""
-    return str(datetime.timedelta(seconds=round(seconds)))

@@ -19,7 +19,7 @@ from ..file_tokenizer import FileTokenizer
 from ..files import replace_text
 from .checkpoints import read_saved
 from .config import TrainConfig
-from .interruption import Interruption
+from .interruption import Interrupted, Interruption
 from .lock import locked
 from .logs import log, logging_to
 from .options import flag_name
@@ -71,7 +71,7 @@ def train(
     folder = RunFolder(Path(config.logs) / name)
     world.write_to(folder.path / "stacks")
     is_own = resume is not None and resume.resolve().parent == folder.checkpoints.resolve()
-    with locked(folder.path) if world.is_main else contextlib.nullcontext():
+    with locked(folder.path) if world.is_main else contextlib.nullcontext() as folder.lock:
         world.on_main(lambda: folder.refuse_other_run(resuming=is_own))
         world.on_main(lambda: check_wandb(config.report_to))
         checkpoint = read_saved(resume) if resume is not None else {}
@@ -92,7 +92,7 @@ def train(
             folder.record_options(saved if is_own and saved else options, {key: options[key] for key in changed}, step)
             replace_text(folder.path / "params.txt", describe(config, origins or {}) + "\n")
         with (
-            logging_to(folder.path, world, by_machine=config.log_local),
+            logging_to(folder, world, by_machine=config.log_local),
             Interruption(quiet=world.size > 1) as interruption,
             remote,  # it uploads what the reports have closed
             reporting(config, folder) if world.is_main else contextlib.nullcontext() as trainer.log.reports,
@@ -104,8 +104,11 @@ def train(
                 _record_losses(trainer)
                 _log_start(trainer, resume, changed)
             evaluation = trainer.fit(interruption)
-            if trainer.signum is None:
-                _evaluate_and_finish(trainer, evaluation)
+            try:
+                if trainer.signum is None:
+                    _evaluate_and_finish(trainer, evaluation)
+            except Interrupted:
+                trainer.conclude(interruption)
     return folder, trainer.signum
 
 
@@ -239,6 +242,7 @@ def finish(
         weights: what is exported.
     """
     folder, config, model = trainer.folder, trainer.config, trainer.model
+    folder.hold()
     write_open_clip_folder(folder.path, model.config, preprocessing_of(model), plain_names(weights))
     if isinstance(trainer.tokenizer, FileTokenizer):
         trainer.tokenizer.save(folder.path)

@@ -120,6 +120,8 @@ class RemoteCopy:
         Raises:
             Exception: whatever stops it.
         """
+        if not self.folder.is_held():
+            return  # what lies there may be another run's
         sent = 0
         for name, path in self._local_files():
             try:

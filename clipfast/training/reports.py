@@ -109,7 +109,7 @@ class Reports:
         lines = [
             line for line in folder.metrics() if "warning" not in line and (validation(line) is None or "epoch" in line)
         ]
-        self._results = folder.checkpoints / "results.jsonl"
+        self._folder, self._results = folder, folder.checkpoints / "results.jsonl"
         results = "".join(map(_result, lines))
         if results or self._results.exists():
             replace_text(self._results, results)
@@ -127,10 +127,12 @@ class Reports:
     def add(self, line: Mapping[str, Any]) -> None:
         """Pass on a line of metrics."""
         step, scalars = points(line)
-        if validation(line) is not None:
+        is_held = self._folder.is_held()
+        if validation(line) is not None and is_held:
             append(self._results, _result(line))
-        if self._tensorboard is not None:
+        if self._tensorboard is not None and is_held:
             try:
+                (self._folder.path / "tensorboard").mkdir(exist_ok=True)  # TensorBoard opens its file each time
                 self._tensorboard.add(step, scalars, line["time"])
             except OSError as error:
                 self._give_up(error)

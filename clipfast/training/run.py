@@ -12,6 +12,7 @@ from ..columns import printable
 from ..data import Skipped
 from ..files import replace_text
 from .checkpoints import Checkpoints
+from .lock import Lock
 
 log = logging.getLogger("clipfast")
 
@@ -25,7 +26,10 @@ class RunFolder:
         metrics_path: a file with one JSON object per line: training figures, evaluations and warnings by step.
         skipped_path: the list of samples that could not be used: step, name, kind and reason, tab-separated.
         nonfinite_path: a file with one JSON object for each step whose loss or gradient was not finite.
+        lock: of the process that writes here; None for those that only read.
     """
+
+    lock: Lock | None = None
 
     def __init__(self, path: Path) -> None:
         self.path, self.checkpoints = path, path / "checkpoints"
@@ -43,6 +47,21 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds a run already: go on with --resume {self.path}, or choose another --name"
             )
+
+    def is_held(self) -> bool:
+        """Return False if the folder was removed or renamed: nothing must be written to what lies there now."""
+        return self.lock is None or self.lock.is_held()
+
+    def hold(self) -> bool:
+        """Make the folder again if it was removed or renamed, and return whether it was.
+
+        Raises:
+            FolderLostError: another run has it by now.
+        """
+        is_new = self.lock is not None and self.lock.hold()
+        if is_new:
+            self.checkpoints.mkdir(exist_ok=True)
+        return is_new
 
     def create(self, *, after_step: int | None) -> None:
         """Make the folder. Records of an earlier session are kept up to ``after_step``, and removed if it is None.
@@ -86,7 +105,7 @@ class RunFolder:
 
     def record(self, **values: Any) -> None:
         """Append a line of metrics."""
-        append(self.metrics_path, json.dumps(values) + "\n")
+        self._append(self.metrics_path, json.dumps(values) + "\n")
 
     def metrics(self) -> list[dict[str, Any]]:
         """Return the lines of metrics that are complete: a kill can cut the last one short."""
@@ -94,12 +113,16 @@ class RunFolder:
 
     def record_nonfinite(self, values: dict[str, Any]) -> None:
         """Append a step whose loss or gradient was not finite."""
-        append(self.nonfinite_path, json.dumps(values) + "\n")
+        self._append(self.nonfinite_path, json.dumps(values) + "\n")
 
     def record_skipped(self, step: int, skipped: Iterable[Skipped]) -> None:
         """Append samples that could not be used."""
         lines = (f"{step}\t{_in_line(name)}\t{kind}\t{_in_line(reason)}\n" for name, kind, reason in skipped)
-        append(self.skipped_path, "".join(lines))
+        self._append(self.skipped_path, "".join(lines))
+
+    def _append(self, path: Path, text: str) -> None:
+        if self.is_held():
+            append(path, text)
 
     def skipped_count(self) -> int:
         """Return how many samples are in the list of those that could not be used."""

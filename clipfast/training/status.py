@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from ..columns import align, printable
+from ..progress import duration
 from .history import History, read_history
 from .lock import holder
-from .logs import duration
 from .run import RunFolder
 
 RUNNING, FINISHED, INTERRUPTED, FAILED, DEAD = "running", "finished", "interrupted", "failed", "dead"

@@ -24,7 +24,8 @@ from .distillation import Distillation
 from .ema import WeightAverage
 from .errors import NotFiniteError, TrainingError
 from .fsdp import is_sharded
-from .interruption import Interruption, elected
+from .interruption import Interrupted, Interruption, elected
+from .lock import FolderLostError
 from .logs import TrainLog, log
 from .meters import Meters
 from .nonfinite import SkippedSteps
@@ -102,6 +103,7 @@ class Trainer:
         self._writes_parts = self._is_sharded and config.fsdp_checkpoint == "sharded"
         self.checkpoints = Checkpoints(
             folder.checkpoints, config.keep_last, only_last_epoch=config.delete_previous_checkpoint,
+            is_held=folder.is_held,
             world=world.for_thread() if self._writes_parts else ALONE,
         )  # fmt: skip
         self._has_begun, self._unsaved = False, False  # whether steps were taken at all, and since the last checkpoint
@@ -125,20 +127,27 @@ class Trainer:
             DiskFullError: there is no space for the last checkpoint.
             OSError: it cannot be written for another reason.
         """
+        self.validation.interruption = interruption
+        if self.world.watchdog is not None:
+            self.world.watchdog.interruption = interruption
         try:
             if self.config.micro_batch_size == AUTO and self.progress.step < self.total_steps:
                 self.step.fit_micro_batch(self.batch_size, build_loss(self.config, self.model), self.world)
             evaluation = self._train(interruption)
             self._finish_saving()
             self._news.close()
-            self._hear(interruption)
+            self.conclude(interruption)
         except Exception as error:
             self._rescue(error)
             raise
+        return evaluation
+
+    def conclude(self, interruption: Interruption) -> None:
+        """Ask all ranks whether they were interrupted, and if so, say what is saved."""
+        self._hear(interruption)
         if self.signum is not None:
             kept = self.folder.kept()
             log.info(f"Interrupted. {self._saved(kept[0]) if kept else 'No step was finished.'}")
-        return evaluation
 
     def _saved(self, path: Path) -> str:
         return f"Saved {path}; {self._continuation}"
@@ -167,9 +176,10 @@ class Trainer:
                     if is_whole_epoch:
                         step = self.progress.step
                         self.save()
-                        evaluation = self.validation.evaluate(step) if self._is_due(config.val_frequency) else None
-                        if self._is_due(config.zeroshot_frequency):
-                            self.validation.evaluate_imagenet(step)
+                        with contextlib.suppress(Interrupted):
+                            evaluation = self.validation.evaluate(step) if self._is_due(config.val_frequency) else None
+                            if self._is_due(config.zeroshot_frequency):
+                                self.validation.evaluate_imagenet(step)
                         self._hear(interruption)
             except RuntimeError as error:
                 if not isinstance(error, TrainingError):
@@ -186,6 +196,8 @@ class Trainer:
 
     def _rescue(self, error: Exception) -> None:
         """Save what an error would lose, if it is sound, and say how to go on."""
+        if isinstance(error, FolderLostError):
+            return
         is_sound = not self.step.is_updating and not isinstance(error, NotFiniteError)
         if self._unsaved and is_sound and self.world.is_shared(error):
             try:
@@ -206,7 +218,8 @@ class Trainer:
             TrainingError, OSError: the weights are not finite, or cannot be written.
         """
         failed = self.world.on_main(lambda: self.checkpoints.wait() is not None)
-        if self._unsaved or failed:
+        is_new = self.world.on_main(self.folder.hold)
+        if self._unsaved or failed or is_new:
             self.save()
             self.world.on_main(self.checkpoints.finish)
         self.checkpoints.wait()  # parts are written by all ranks
@@ -248,7 +261,12 @@ class Trainer:
         """
         self.budget.seen += len(batch) * self.world.size
         self._skipped += [(self.progress.step, sample) for sample in batch.skipped]
-        skipped, due, *votes = self._news([len(self._skipped), self._vote_to_save(), *interruption.votes()])
+        is_lost = not self.folder.is_held()
+        skipped, lost, due, *votes = self._news(
+            [len(self._skipped), is_lost, self._vote_to_save(), *interruption.votes()]
+        )
+        if lost:
+            self.world.on_main(self.folder.hold)
         self._is_time_to_save = due > 0
         if skipped > 0 and self.budget.is_exceeded_by(self.budget.skipped + skipped):
             self._record_skipped()

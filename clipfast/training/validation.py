@@ -1,7 +1,7 @@
 """Evaluation during training, on all ranks: each encodes its part of the images, and rank 0 has the results."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..data import Skipped
 from ..evaluation.encoder import Encoder
@@ -11,14 +11,16 @@ from ..evaluation.labelled import LabelledSet
 from ..factory import transform_of
 from ..file_tokenizer import FileTokenizer
 from ..models import CLIP
+from ..progress import Advance, lines
 from ..tokenizer import Tokenizer
 from .config import TrainConfig
 from .data import validation_set
 from .ema import WeightAverage
 from .fsdp import is_sharded, unsharded
 from .imagenet import ImageNet
+from .interruption import Interruption
 from .logs import TrainLog, log
-from .world import World
+from .world import INDEXING, World
 
 BATCH_SIZE = 256
 
@@ -46,7 +48,12 @@ class Validation:
     Attributes:
         labelled: the images of ``--val-data``; None if there are none.
         imagenet: the folders of ImageNet, and the last figures on them.
+        interruption: of the run; None heeds no signals.
+
+    Evaluations that a signal interrupts raise :class:`clipfast.training.interruption.Interrupted` on all ranks.
     """
+
+    interruption: Interruption | None = None
 
     def __init__(
         self,
@@ -84,12 +91,24 @@ class Validation:
         self.model.eval()
         device = self.model.logit_scale.device
         with self.averaged(), self._whole():
-            found = self.imagenet.evaluate(self.model, self.tokenizer, self._encoded, device, self.world)
+            found = self.imagenet.evaluate(self.model, self.tokenizer, self._encoded, device, self.world, self._show)
         self.log.imagenet(step, found)
 
     def averaged(self) -> contextlib.AbstractContextManager[None]:
         """Return a context in which the model has the average of its weights, if there is one."""
         return contextlib.nullcontext() if self.average is None else self.average.applied()
+
+    @contextlib.contextmanager
+    def _show(self, total: int, what: str, unit: str) -> Iterator[Advance]:
+        """Log how far an evaluation is, and heed signals."""
+        say = lines(total, what, unit, log.info)
+
+        def advance(new: int) -> None:
+            say(new)
+            if self.interruption is not None:
+                self.interruption.check()
+
+        yield advance
 
     def _record(self, step: int, evaluation: Evaluation, skipped: Sequence[Skipped]) -> None:
         """Log and record an evaluation, and the images that it left out."""
@@ -107,7 +126,7 @@ class Validation:
         self.model.eval()
         with self._whole():
             features = self._encoded(images)
-            return self.world.on_main(lambda: self._results(features, len(images.left_out)))
+            return self.world.on_main(lambda: self._results(features, len(images.left_out)), INDEXING)
 
     def _results(self, features: LabelledFeatures | None, skipped: int) -> Evaluation:
         if features is None:
@@ -115,7 +134,7 @@ class Validation:
         at_once = self.config.micro_batch_size
         return evaluate(
             self.model, self.tokenizer, features, leave_out=self.config.val_leave_out, skipped=skipped,
-            loss_batch=at_once if isinstance(at_once, int) else self.config.batch_size,
+            loss_batch=at_once if isinstance(at_once, int) else self.config.batch_size, show=self._show,
         )  # fmt: skip
 
     def _whole(self) -> contextlib.AbstractContextManager[None]:
@@ -128,5 +147,5 @@ class Validation:
         self.world.share_buffers(self.model)
         transform = transform_of(self.model, uint8=True)
         encoder = Encoder(self.config.model, self.model, self.tokenizer, transform, device)
-        found = encode_set([encoder], images, batch_size=BATCH_SIZE, world=self.world, progress=False)
+        found = encode_set([encoder], images, batch_size=BATCH_SIZE, world=self.world, show=self._show)
         return found[0].to(device) if found else None

@@ -14,14 +14,18 @@ import itertools
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from torch.distributed.distributed_c10d import PrefixStore, Store
+
+if TYPE_CHECKING:
+    from .interruption import Interruption
 
 log = logging.getLogger("clipfast")
 BEAT = 1.0  # seconds between two beats; less if the timeout is short
@@ -32,7 +36,7 @@ GRACE = 3.0  # seconds that a rank has to end by itself once its collective has 
 STEP, EXCHANGE, PATIENT = "step", "exchange", "wait"
 WAITING = (STEP, EXCHANGE)  # in which a rank waits for others for at most the timeout
 PHASES = {"data": "has waited for its data for"}  # what is said of a rank that others wait for
-BLAMED = "blamed"
+BLAMED, SIGNAL = "blamed", "signal"
 ANSWER = 10.0  # seconds that the store has to answer
 NAMED = 5  # ranks that are named
 FLIGHTS = 2000  # collectives that NCCL's flight recorder remembers
@@ -79,7 +83,10 @@ class Watchdog:
         folder: for the stacks; None writes none.
         step: that the main thread is at.
         diagnosis: who holds up this rank, once that is known.
+        interruption: of this process, which hears of signals that came to others; None if it heeds none.
     """
+
+    interruption: "Interruption | None" = None
 
     def __init__(self, store: Store, rank: int, size: int, timeout: float) -> None:
         self.rank, self.size, self.timeout = rank, size, timeout
@@ -152,8 +159,17 @@ class Watchdog:
         with self._lock:
             self._store.set(str(self.rank), json.dumps(beat))
             is_blamed = self._store.check([BLAMED])
+            if self.interruption is not None:
+                self._share_signals(self.interruption)
         if is_blamed:
             self._hear_blame(place)
+
+    def _share_signals(self, interruption: "Interruption") -> None:
+        """Tell the others of a signal that came to this rank, or hear of one that came to another."""
+        if interruption.signum is not None:
+            self._store.set(SIGNAL, str(int(interruption.signum)))
+        elif self._store.check([SIGNAL]):
+            interruption.others = int(self._store.get(SIGNAL))
 
     def _hear_blame(self, place: _Place) -> None:
         """Write the stacks; if the others wait for this rank, and still do so later, end it."""
@@ -246,6 +262,31 @@ def _listed(ranks: Iterable[int], said: Iterable[str]) -> str:
     lines = [f"rank {rank}, {what}" for rank, what in zip(ranks, said, strict=True)]
     more = len(lines) - NAMED
     return "; ".join(lines[:NAMED]) + (f"; and {more} more" if more > 0 else "")
+
+
+@contextlib.contextmanager
+def ended_with_torchrun() -> Iterator[None]:
+    """End this process as SIGTERM does, which saves, if torchrun ends before the context does: it was killed.
+
+    The system's own signal at a parent's death would come for the death of a thread too, and not for a parent that was
+    dead before it was asked for.
+    """
+    parent, is_over = os.getppid(), threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(BEAT):
+            if os.getppid() != parent:
+                log.error(f"torchrun, process {parent}, is gone: this process stops, as after SIGTERM")
+                os.kill(os.getpid(), signal.SIGTERM)
+                return
+
+    thread = threading.Thread(target=watch, name="torchrun", daemon=True)
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        thread.start()
+    try:
+        yield
+    finally:
+        is_over.set()
 
 
 def record_flights() -> None:

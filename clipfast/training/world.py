@@ -21,7 +21,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from ..factory import resolve_device
-from .watchdog import EXCHANGE, PATIENT, Watchdog, record_flights, write_flights_to
+from .watchdog import ANSWER, EXCHANGE, PATIENT, Watchdog, ended_with_torchrun, record_flights, write_flights_to
 
 PATIENCE = 600.0  # seconds for what takes long: the start, and the work of rank 0 while the others wait
 INDEXING = 7 * 24 * 3600.0  # seconds: the first pass over a large data set
@@ -190,7 +190,7 @@ class World:
         return result
 
     def agree(self, work: Callable[[], object]) -> None:
-        """Do ``work`` on all ranks.
+        """Do ``work`` on all ranks, which may take different times.
 
         Raises:
             Exception: what it raises on the first rank where it fails, on all ranks.
@@ -200,6 +200,7 @@ class World:
             work()
         except Exception as raised:
             error = _portable(raised)
+        self.meet()
         everyones = [found for found in self.gather(error) if found is not None]
 
         def fail() -> None:
@@ -271,6 +272,11 @@ def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[Wor
     Raises:
         ValueError: ``device`` cannot be used, or srun's processes do not know where to meet.
     """
+    with ended_with_torchrun():
+        yield from _joined(device, timeout, by_rank)
+
+
+def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
     rank, size, local_rank, local_size = _places(os.environ)
     if size == 1:
         yield ALONE
@@ -285,7 +291,7 @@ def joined(device: str, timeout: float, *, by_rank: bool = True) -> Iterator[Wor
         record_flights()
         first = datetime.timedelta(seconds=max(PATIENCE, timeout))
         place: dict[str, Any] = {"rank": rank, "world_size": size}
-        store = _store_of_attempt(world, first)
+        store = _store(world, first)
         if store is not None:
             place["store"] = store
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=first, device_id=own if on_gpu else None, **place)
@@ -336,17 +342,18 @@ def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
     return rank, size, local_rank, machines[machine]
 
 
-def _store_of_attempt(world: World, timeout: datetime.timedelta) -> Store | None:
-    """Return the store in which ranks that torchrun has started again find each other; None for the usual one.
+def _store(world: World, timeout: datetime.timedelta) -> Store | None:
+    """Return the store in which ranks that torchrun has started find each other; None for the usual one.
 
-    That one stays the same, and ranks would find addresses of processes that have ended. The attempts of several
-    machines are not counted together, so there it is the usual one all the same.
+    It stays the same when torchrun starts ranks again, and these would find addresses of processes that have ended. The
+    attempts of several machines are not counted together, so there each is the first.
     """
-    attempt = restarts()
-    if attempt == 0 or world.local_size != world.size:
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != str(True):
         return None
-    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=timeout))
-    return PrefixStore(f"attempt {attempt}", store)
+    # It was there before this process: if it does not answer soon, torchrun is gone.
+    store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=datetime.timedelta(seconds=ANSWER)))
+    store.set_timeout(timeout)
+    return PrefixStore(f"attempt {restarts() if world.local_size == world.size else 0}", store)
 
 
 def restarts() -> int:

@@ -1,5 +1,6 @@
 """Checkpoints that hold: written beside training, on failing disks, by time, and when a run is told to stop."""
 
+import contextlib
 import errno
 import json
 import logging
@@ -20,6 +21,7 @@ from clipfast.training.background import Background
 from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.host_copy import HostCopy
 from clipfast.training.interruption import Interruption
+from clipfast.training.lock import LOCK_NAME, FolderLostError, locked
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
@@ -253,19 +255,55 @@ class TestFailingDisk:
             folder.record(step=2)
         assert "metrics.jsonl cannot be written: No such file or directory" in said.call_args.args[0]
 
-    def test_a_folder_that_is_removed(self, shards, tmp_path):
+    @pytest.mark.parametrize("what", ["removed", "renamed", "the last step"])
+    def test_a_folder_that_is_removed_is_made_again(self, what, shards, tmp_path):
         original = Trainer._train_step
 
         def removing(trainer, batch):
+            if trainer.progress.step == (3 if what == "the last step" else 1):
+                trainer.checkpoints.wait()
+                if what == "renamed":
+                    trainer.folder.path.rename(tmp_path / "old")
+                else:
+                    shutil.rmtree(trainer.folder.path)
+            return original(trainer, batch)
+
+        with mock.patch.object(Trainer, "_train_step", removing):
+            folder, _ = train(config(shards, tmp_path, save_every=1, epochs=1, workers=0, log_every_n_steps=1))
+        assert saved_step(folder.path) == 4
+        assert json.loads((folder.path / "results.json").read_text())["steps"] == 4
+        log = (folder.path / "out.log").read_text()
+        place = f"now {tmp_path}/old" if what == "renamed" else "gone"
+        assert (
+            f"{folder.path} was renamed or removed: it is made again for what comes; that of before is {place}" in log
+        )
+        if what == "renamed":
+            assert saved_step(tmp_path / "old") == 1
+        assert [line["step"] for line in folder.metrics() if "loss" in line][-1] == 4
+
+    @pytest.mark.parametrize("is_held", [False, True])
+    def test_a_folder_that_is_another_runs_by_now_stays_as_it_is(self, is_held, shards, tmp_path):
+        original, other = Trainer._train_step, tmp_path / "run"
+
+        def replacing(trainer, batch):
             if trainer.progress.step == 2:
-                shutil.rmtree(trainer.folder.path)
+                trainer.checkpoints.wait()
+                other.rename(tmp_path / "old")
+                stack.enter_context(locked(other))
+                (other / "metrics.jsonl").touch()
+                if not is_held:
+                    stack.close()
             return original(trainer, batch)
 
         with (
-            mock.patch.object(Trainer, "_train_step", removing),
-            pytest.raises(OSError, match=r"step_4\.pt cannot be written: No such file or directory"),
+            contextlib.ExitStack() as stack,
+            mock.patch.object(Trainer, "_train_step", replacing),
+            pytest.raises(FolderLostError, match=rf"another folder of that name .* of before is now {tmp_path}/old"),
         ):
-            train(config(shards, tmp_path, save_every=1, epochs=1, workers=0))
+            train(config(shards, tmp_path, save_every=1, epochs=1, workers=0, log_every_n_steps=1))
+        assert {path.name for path in other.iterdir()} - {LOCK_NAME} == {"metrics.jsonl"}
+        assert (other / "metrics.jsonl").read_text() == ""
+        assert saved_step(tmp_path / "old") == 2
 
 
 def signalled_after(step, signum):

@@ -3,18 +3,24 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
-from clipfast.ranks import error_of, start_ranks, wait_for
+from clipfast.evaluation.encoder import Encoder
+from clipfast.ranks import error_of, run_ranks, start_ranks, wait_for
+from clipfast.training import TrainConfig
+from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
-from clipfast.training.world import ALONE
+from clipfast.training.world import ALONE, joined
 
-from .distributed import SHORT, empty, on_rank, skipped_in, trained
+from .distributed import SHORT, empty, folder_of, on_rank, skipped_in, trained
+from .test_endings import state
 from .test_training import same, saved_step, wait_for_checkpoint
 
 
@@ -133,6 +139,35 @@ def test_the_command(options, tmp_path):
 
 
 @pytest.mark.long
+@pytest.mark.parametrize("size", [1, 2])
+def test_ranks_save_and_end_if_torchrun_is_killed(size, options, tmp_path):
+    given = options(tmp_path, "run", **SHORT | {"workers": 1, "save_every": 1, "train_num_samples": 60_000})
+    process = started(given, size)
+    wait_for_checkpoint(process, tmp_path / "run", 3)
+    ranks = ranks_of(process)
+    assert len(ranks) == size
+    process.kill()
+    while any(state(pid) != "Z" for pid in ranks.values()):
+        time.sleep(0.1)
+    log = (tmp_path / "run" / "out.log").read_text()
+    assert f"torchrun, process {process.pid}, is gone: this process stops" in log
+    assert log.count("Interrupted. Saved ") == 1
+    assert saved_step(tmp_path / "run") < 5000
+
+
+@pytest.mark.long
+def test_a_rank_whose_torchrun_is_gone_does_not_start(options, tmp_path, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": unused.getsockname()[1], "RANK": 0, "WORLD_SIZE": 2}
+    for name, value in {**place, "LOCAL_RANK": 0, "TORCHELASTIC_USE_AGENT_STORE": True}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr("clipfast.training.world.ANSWER", 1)
+    with pytest.raises(RuntimeError, match="timed out"), joined("cpu", 10):  # otherwise after ten minutes
+        pass
+
+
+@pytest.mark.long
 def test_torchrun_starts_it_again_where_it_was(options, together, tmp_path):
     given, whole = (options(tmp_path, name, **SHORT | {"train_num_samples": 1200}) for name in ("run", "whole"))
     process = started(given, 2, restarts=1)
@@ -143,3 +178,36 @@ def test_torchrun_starts_it_again_where_it_was(options, together, tmp_path):
     assert "Resuming from " in said
     together(2, (whole,))
     assert same(tmp_path / "run", tmp_path / "whole")
+
+
+def signalled_in_evaluation(world, given, victim=None, resume=False):
+    """Train, where a signal comes to one rank while it evaluates; return how it ended, and the blocks it encoded."""
+    encode, blocks = Encoder.images, []
+
+    def slow(encoder, pixels):
+        blocks.append(len(pixels))
+        if world.rank == victim:
+            os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.0 if victim is None or world.rank == victim else 0.3)
+        return encode(encoder, pixels)
+
+    with mock.patch.object(Encoder, "images", slow), mock.patch("clipfast.training.validation.BATCH_SIZE", 1):
+        ended = train(TrainConfig(**given), folder_of(given).latest if resume else None, world=world)[1]
+    return ended, len(blocks)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_signal_ends_an_evaluation_on_all_ranks(size, options, tmp_path):
+    given = options(tmp_path, "run", val_data=options(tmp_path, "mix")["val_data"], **SHORT)
+    jobs = [(given, size - 1), (given, size - 1, True), (given, None, True)]
+    found = run_ranks(on_rank, size, size, jobs, signalled_in_evaluation, folder=empty(tmp_path), timeout=240)
+    whole = found[0][2][1]
+    for after_epoch, at_the_end, undisturbed in found:
+        assert undisturbed[0] is None
+        for ended, blocks in (after_epoch, at_the_end):
+            assert ended == signal.SIGTERM
+            assert blocks < whole
+    assert [blocks for _, blocks in found[size - 1][:2]] == [1, 1]
+    assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 2
+    assert (tmp_path / "run" / "results.json").exists()

@@ -178,7 +178,7 @@ class TestProcesses:
     @pytest.mark.parametrize(("rank", "local_rank", "name"), [(0, 0, "out-0"), (2, 0, "out-2"), (3, 1, None)])
     def test_a_log_for_each_machine(self, rank, local_rank, name, tmp_path):
         folder = tmp_path / "run"
-        with logging_to(folder, World(rank, 4, local_rank, 2), by_machine=True):
+        with logging_to(RunFolder(folder), World(rank, 4, local_rank, 2), by_machine=True):
             log.warning("something")
         assert [path.name for path in folder.glob("*")] == [name] * (name is not None)
         if name is not None:

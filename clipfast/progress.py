@@ -1,0 +1,60 @@
+"""How far work is, with its rate and the time that is left: a bar on a terminal; elsewhere lines, if it takes long."""
+
+import contextlib
+import datetime
+import functools
+import sys
+import time
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeVar
+
+FIRST, LONGEST = 5.0, 60.0  # seconds until the first line, and at most between two
+
+T = TypeVar("T")
+Advance = Callable[[int], object]  # takes the number of units that are new
+Progress = Callable[[int, str, str], contextlib.AbstractContextManager[Advance]]  # takes total, what is done, and unit
+
+
+@contextlib.contextmanager
+def progress(total: int, what: str, unit: str, *, shown: bool = True) -> Iterator[Advance]:
+    """Show how much of ``total`` is done; what is yielded takes the number of units that are new."""
+    if not shown:
+        yield lambda _: None
+    elif sys.stderr.isatty():
+        from tqdm import tqdm
+
+        with tqdm(total=total, desc=what, unit=unit, leave=False) as bar:
+            yield bar.update
+    else:
+        yield lines(total, what, unit, functools.partial(print, file=sys.stderr, flush=True))
+
+
+def each(items: Collection[T], what: str, unit: str, *, shown: bool = True) -> Iterator[T]:
+    """Yield ``items``, and show how many of them are done."""
+    with progress(len(items), what, unit, shown=shown) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+def lines(total: int, what: str, unit: str, say: Callable[[str], Any]) -> Advance:
+    """Return what takes the number of new units, and says now and then how many are done, less and less often."""
+    started = said = time.monotonic()
+    done, pause = 0, FIRST
+
+    def advance(new: int) -> None:
+        nonlocal said, done, pause
+        done, now = done + new, time.monotonic()
+        if now - said < pause or done >= total:
+            return
+        said, pause = now, min(2 * pause, LONGEST)
+        rate = done / (now - started)
+        left = "" if done == 0 else f", {duration((total - done) / rate)} left"
+        say(f"{what}: {done:,} of {total:,}, {rate:.3g} {unit}/s{left}")
+
+    return advance
+
+
+def duration(seconds: float) -> str:
+    """Write a duration as hours, minutes and seconds, and days before them if there are any."""
+    return str(datetime.timedelta(seconds=round(seconds)))
