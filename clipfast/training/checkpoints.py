@@ -129,20 +129,23 @@ class Checkpoints:
         for path in later:
             _remove(path)
 
-    def save(self, checkpoint: dict[str, Any], step: int, *, milestone: int | None = None) -> None:
+    def save(
+        self, checkpoint: dict[str, Any], step: int, *, milestone: int | None = None, good: int | None = None
+    ) -> None:
         """Copy a checkpoint, and write the copy in the background, after the write before is done.
 
         Args:
             checkpoint: what to save; all of its tensors are copied when this returns, or ordered to be.
             step: number of steps that are finished.
             milestone: number of finished epochs, to keep it as ``epoch_N.pt``.
+            good: the newest checkpoint that is not of a later step is kept too.
         """
         self._background.wait()
         self.saved_at = time.monotonic()
         copied = self._host_copy(checkpoint)
-        self._background.start(lambda: self._write(copied, step, milestone))
+        self._background.start(lambda: self._write(copied, step, milestone, good))
 
-    def save_parts(self, checkpoint: dict[str, Any], step: int) -> None:
+    def save_parts(self, checkpoint: dict[str, Any], step: int, *, good: int | None = None) -> None:
         """Copy what this process holds of a checkpoint, and write it in the background, together with the others.
 
         All processes of ``world`` must call it. An error that one of them meets is that of all.
@@ -151,7 +154,9 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         copied = self._host_copy(checkpoint)
         path = self.step_path(step).with_suffix("")
-        self._background.start(lambda: self._written(path, step, lambda: write_parts(path, copied, self._world)))
+        self._background.start(
+            lambda: self._written(path, step, lambda: write_parts(path, copied, self._world), good=good)
+        )
 
     def wait(self, seconds: float = math.inf) -> Exception | None:
         """Wait until nothing is being written, or for so long, and return the error of the last write, if it failed."""
@@ -168,7 +173,7 @@ class Checkpoints:
         if error is not None:
             raise error
 
-    def _write(self, checkpoint: dict[str, Any], step: int, milestone: int | None) -> None:
+    def _write(self, checkpoint: dict[str, Any], step: int, milestone: int | None, good: int | None) -> None:
         path = self.step_path(step)
 
         def write() -> None:
@@ -177,9 +182,11 @@ class Checkpoints:
             if milestone is not None:
                 self._link(path, self.folder / f"epoch_{milestone}.pt")
 
-        self._written(path, step, write, milestone)
+        self._written(path, step, write, milestone, good)
 
-    def _written(self, path: Path, step: int, write: Callable[[], object], milestone: int | None = None) -> None:
+    def _written(
+        self, path: Path, step: int, write: Callable[[], object], milestone: int | None = None, good: int | None = None
+    ) -> None:
         """Write the state after ``step`` steps to ``path``, and remove what it replaces."""
 
         def check() -> None:
@@ -197,7 +204,7 @@ class Checkpoints:
             raise named from error.__cause__
         if not self._world.is_main:
             return
-        self._remove_old(path, step, milestone)
+        self._remove_old(path, step, milestone, good)
         log.info(f"Saved {path}")
         if self.after_save is not None:
             self.after_save()
@@ -214,11 +221,12 @@ class Checkpoints:
         last = max(own or files, default=-1)
         return [path for number, path in folders.items() if number > last]
 
-    def _remove_old(self, written: Path, step: int, milestone: int | None) -> None:
+    def _remove_old(self, written: Path, step: int, milestone: int | None, good: int | None) -> None:
         """Remove what is not to be kept, and the states of steps after ``step``, which the run has not done yet."""
         steps = self.steps()
         past = [number for number in steps if number <= step]
-        old = [steps[number] for number in steps.keys() - set(past[: self.keep_last])]
+        kept = past[: self.keep_last] + [number for number in past if good is not None and number <= good][:1]
+        old = [steps[number] for number in steps.keys() - set(kept)]
         if self.only_last_epoch and milestone is not None:
             old += [path for number, path in _numbered(self.folder, EPOCH).items() if number != milestone]
         same = self.step_path(step)

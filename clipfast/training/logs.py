@@ -78,18 +78,19 @@ class TrainLog:
         epochs: of the run.
         world: the processes; rank 0 writes, and the times and meters are its own.
         meters: of this rank.
-        warmup: steps in which no figure is a sign of trouble.
+        signs: of trouble, which are reported.
 
     Attributes:
         reports: where figures go beside the log and ``metrics.jsonl``; None until they are opened, and on other ranks.
     """
 
     def __init__(
-        self, folder: RunFolder, epochs: Epochs, world: World = ALONE, meters: Meters | None = None, warmup: int = 0
-    ) -> None:
+        self, folder: RunFolder, epochs: Epochs, world: World = ALONE, meters: Meters | None = None,
+        signs: Signs | None = None,
+    ) -> None:  # fmt: skip
         self.folder, self.epochs, self.world, self.meters = folder, epochs, world, meters
         self.reports: Reports | None = None
-        self._remaining, self._signs = Remaining(), Signs(warmup)
+        self._remaining, self.signs = Remaining(), signs or Signs(0)
         self._left: float | None = None  # seconds
 
     def watch(
@@ -140,9 +141,8 @@ class TrainLog:
             logit_bias: scalar, what SigLIP adds to them.
             shown: whether there is a line in the log too.
         """
-        stacked = torch.stack(self._figures)
-        stacked[:, 0] = self.world.mean(stacked[:, 0])
-        figures = [Figures(*row) for row in stacked.tolist()]
+        self.look(step)
+        figures = self._known
         kept = [one for one in figures if not one.skipped]
         means = {}
         if kept:
@@ -170,14 +170,24 @@ class TrainLog:
         line["data_seconds"] = dict(self._stages)  # of all data workers together
         if shown:
             log.info(self._text(line, kept[-1].loss if kept else math.nan))
-        self._report(step - len(figures), figures)
         self.record(line)
         self._start_again()
+
+    def look(self, step: int) -> None:
+        """Look for signs of trouble in the steps that were finished since it last was done; all ranks must call it."""
+        if not self._figures:
+            return
+        stacked = torch.stack(self._figures)
+        stacked[:, 0] = self.world.mean(stacked[:, 0])
+        new = [Figures(*row) for row in stacked.tolist()]
+        self._report(step - len(new), new)
+        self._known += new
+        self._figures = []
 
     def _report(self, before: int, figures: Sequence[Figures]) -> None:
         """Warn of signs that the run goes wrong, and record them; ``before`` steps were finished before the first."""
         for step, one in enumerate(figures, before + 1):
-            for sign in self._signs.see(step, one) if self.world.is_main and not one.skipped else ():
+            for sign in self.signs.see(step, one) if self.world.is_main and not one.skipped else ():
                 log.warning(sign.text[0].upper() + sign.text[1:])
                 self.folder.record(step=step, warning=sign.kind, value=sign.value, usual=sign.usual)
 
@@ -232,6 +242,7 @@ class TrainLog:
             self.reports.add(line)
 
     def _start_again(self) -> None:
-        self._figures: list[Tensor] = []
+        self._figures: list[Tensor] = []  # of steps that were not looked at yet
+        self._known: list[Figures] = []  # of those before them
         self._stages: collections.Counter[str] = collections.Counter()
         self._started, self._waiting, self._pairs = time.perf_counter(), 0.0, 0

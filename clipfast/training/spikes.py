@@ -3,6 +3,8 @@
 import dataclasses
 import math
 
+from ..models import CLIP
+from .config import TrainConfig
 from .guard import Figures
 
 HORIZON = 200  # steps that the usual value is the mean of, the last ones more than those before
@@ -12,7 +14,11 @@ LEAST = {"loss": 1.2, "gradient norm": 5.0}
 LARGEST = 3.0  # deviations that a value may change the usual one by
 SATURATED = 99.9  # of the factor of the cosines, which is kept at 100 at most
 SATURATED_FOR = 500  # steps
-PAUSE = {"loss": 100, "gradient norm": 100, "logit scale": 5000}  # steps between two reports of the same sign
+BETTER = 0.98  # of the loss of guessing: a model whose loss is less has learned something
+FLAT, FLAT_FOR = 1e-3, 50  # a gradient norm, and a share that the loss is off that of guessing; steps of a collapse
+SENSIBLE = 1e4  # more is no weight of a model that works; half precision ends at 6.5e4
+# Steps between two reports of the same sign.
+PAUSE = {"loss": 100, "gradient norm": 100, "logit scale": 5000, "collapse": 5000}
 
 
 @dataclasses.dataclass
@@ -40,6 +46,15 @@ class Usual:
         self.deviation += share * (abs(change) - self.deviation) if self.count > 1 else 0.0
 
 
+def guessing(config: TrainConfig, model: CLIP, pairs: int) -> float | None:
+    """Return the loss of a model that gives all pairs of a batch the same logit; None if other losses are added."""
+    if config.distill_model is not None:
+        return None
+    if getattr(model, "logit_bias", None) is None:
+        return math.log(pairs)
+    return math.log(pairs) - (pairs - 1) * math.log1p(-1 / pairs)  # SigLIP's, with the best logit of all
+
+
 @dataclasses.dataclass
 class Sign:
     """Something to be reported of a step."""
@@ -54,11 +69,17 @@ class Signs:
     """Looks at the figures of one step after the other.
 
     Args:
-        warmup: steps of the schedule's rise, in which figures change fast and nothing is judged.
+        warmup: steps of the schedule's rise, in which figures change fast and no spike is one.
+        guessing: the loss of a model that gives all pairs the same logit; None if that is not known.
+
+    Attributes:
+        good: the last step whose loss was better than that; None if there was none.
     """
 
-    def __init__(self, warmup: int) -> None:
-        self.warmup = warmup
+    def __init__(self, warmup: int, guessing: float | None = None) -> None:
+        self.warmup, self.guessing = warmup, guessing
+        self.good: int | None = None
+        self._flat = 0
         self._usual = {"loss": Usual(), "gradient norm": Usual()}
         self._saturated = 0
         self._reported: dict[str, int] = {}
@@ -82,7 +103,26 @@ class Signs:
                 "would let it be less"
             )
             found.append(Sign("logit scale", text, figures.logit_scale, SATURATED))
+        found += self._collapse(step, figures)
         return [sign for sign in found if self._is_news(sign.kind, step)]
+
+    def _collapse(self, step: int, figures: Figures) -> list[Sign]:
+        """Return a sign if the model has given all pairs the same features for a while, which no gradient undoes."""
+        if self.guessing is None:
+            return []
+        if figures.loss < BETTER * self.guessing:
+            self.good = step
+        is_flat = abs(figures.loss - self.guessing) < FLAT * self.guessing and figures.grad_norm < FLAT
+        self._flat = self._flat + 1 if is_flat else 0
+        if self._flat < FLAT_FOR:
+            return []
+        good = f"step {self.good} was the last good one" if self.good else "no step has been better"
+        text = (
+            f"the model has collapsed: for {self._flat} steps the loss is that of guessing, {figures.loss:.4f}, "
+            f"with a gradient of {figures.grad_norm:.1e} and a logit scale of {figures.logit_scale:.3g}; {good}: go on "
+            "from a checkpoint that is not later, or begin anew, with a lower --lr"
+        )
+        return [Sign("collapse", text, figures.loss, self.guessing)]
 
     def _is_news(self, kind: str, step: int) -> bool:
         last = self._reported.get(kind)

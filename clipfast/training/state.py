@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ class Progress:
     seconds: float = 0.0  # spent training, over all sessions
     skipped_steps: int = 0  # whose loss or gradient was not finite, so that they changed no weight
     skipped_in_a_row: int = 0  # of these, since the last step that did
+    good_step: int | None = None  # the last one after which the model was better than guessing, as far as that is known
 
 
 @dataclasses.dataclass
@@ -50,15 +52,17 @@ class RunState:
     progress: Progress
     average: WeightAverage | None = None
 
-    def check(self, content: dict[str, Any]) -> None:
-        """Refuse to keep what :meth:`state_dict` returned if it is of no use.
+    def check(self, content: dict[str, Any]) -> float:
+        """Refuse to keep what :meth:`state_dict` returned if it is of no use, and return the largest of its weights.
 
         Raises:
             NotFiniteError: the weights are not finite.
         """
         weights = [local(content["state_dict"][name]) for name, _ in self.model.named_parameters()]
-        if not torch.stack([weight.isfinite().all().cpu() for weight in weights]).all():
+        largest = torch.stack([weight.abs().max().float().cpu() for weight in weights if weight.numel()]).max().item()
+        if not math.isfinite(largest):
             raise NotFiniteError("the weights are", self.progress.step)
+        return largest
 
     def state_dict(self, *, is_main: bool = True) -> dict[str, Any]:
         """Return the content of a checkpoint. All ranks must call it, and it is complete where ``is_main``."""

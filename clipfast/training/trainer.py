@@ -33,6 +33,7 @@ from .optim import make_optimizer
 from .options import AUTO
 from .run import RunFolder, by_step
 from .schedule import schedule_of, set_lr
+from .spikes import SENSIBLE, Signs, guessing
 from .state import Progress, RunState
 from .step import GraphedStep, TrainingStep, Upload, seed_step
 from .validation import Validation, validation_sets
@@ -91,7 +92,8 @@ class Trainer:
             lambda: bare_model(config, saved, torch.device("meta")), whole, world.size,
             half=on_amp or config.precision == "pure_bf16",
         )  # fmt: skip
-        self.log = TrainLog(folder, self.data.epochs, world, meters, self.schedule.warmup)
+        signs = Signs(self.schedule.warmup, guessing(config, self.model, whole))
+        self.log = TrainLog(folder, self.data.epochs, world, meters, signs)
         self.progress = Progress()
         self.budget = SkipBudget(config.max_bad_fraction, folder.skipped_path, config.train_data)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
@@ -114,6 +116,7 @@ class Trainer:
         self.skips = SkippedSteps(self.step.guard, self.data, self.progress, config.max_nonfinite_steps, folder, world)
         if checkpoint is not None:
             self.state.load_state_dict(checkpoint)
+            signs.good = self.progress.good_step
 
     def fit(self, interruption: Interruption) -> Evaluation | None:
         """Train until the run ends or is interrupted, and return the last evaluation, or None if there was none.
@@ -328,10 +331,12 @@ class Trainer:
         """
         self._record_skipped()
         self.skips.settle()
+        self.log.look(self.progress.step)
         if self._writes_parts and not self._is_milestone and self.progress.step < self.total_steps:
-            parts = self.state.parts()
-            self.world.agree(lambda: self.state.check(parts))
-            self.checkpoints.save_parts(parts, self.progress.step)
+            parts, largest = self.state.parts(), list[float]()
+            self.world.agree(lambda: largest.append(self.state.check(parts)))
+            self._judge(max(self.world.gather(largest[0]), default=0.0))
+            self.checkpoints.save_parts(self.state.parts(), self.progress.step, good=self.progress.good_step)
         else:
             content = self.state.state_dict(is_main=self.world.is_main)
             self.world.on_main(lambda: self._write(content))
@@ -339,9 +344,23 @@ class Trainer:
 
     def _write(self, content: dict[str, Any]) -> None:
         """Begin to write the content of a checkpoint if its weights are finite."""
-        self.state.check(content)
+        self._judge(self.state.check(content))
+        content["clipfast"]["progress"]["good_step"] = good = self.progress.good_step
         milestone = content["epoch"] if self._is_milestone else None
-        self.checkpoints.save(content, self.progress.step, milestone=milestone)
+        self.checkpoints.save(content, self.progress.step, milestone=milestone, good=good)
+
+    def _judge(self, largest: float) -> None:
+        """Note on rank 0 whether the state is a good one, and warn if its largest weight is none of a model."""
+        step, before = self.progress.step, self.progress.good_step
+        if largest <= SENSIBLE:
+            self.progress.good_step = self.log.signs.good or step
+            return
+        good = "no step that was saved was better" if before is None else f"step {before} is the last good one"
+        log.warning(
+            f"The largest weight after step {step} is {largest:.1e}, beyond any sensible range: {good}; lower --lr, or "
+            "set --grad-clip-norm"
+        )
+        self.folder.record(step=step, warning="weights", value=largest, usual=SENSIBLE)
 
     @property
     def _is_milestone(self) -> bool:

@@ -1,15 +1,21 @@
 """Signs of trouble: what is one, and what is not."""
 
+import dataclasses
 import math
 import random
+from unittest import mock
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from clipfast.kernels import contrastive_loss, sigmoid_loss
+from clipfast.training import TrainConfig
 from clipfast.training.guard import Figures
 from clipfast.training.loop import train
-from clipfast.training.spikes import FIRST, PAUSE, SATURATED_FOR, Signs, Usual
+from clipfast.training.spikes import FIRST, FLAT_FOR, PAUSE, SATURATED_FOR, Signs, Usual, guessing
 from clipfast.training.step import TrainingStep
+from clipfast.training.trainer import Trainer
 
 from .test_training import config
 
@@ -57,6 +63,65 @@ def test_a_logit_scale_at_its_limit_is_reported():
     assert seen(Signs(0), figures) == [(SATURATED_FOR, "logit scale"), (figures[-1][0], "logit scale")]
     figures[300] = 301, figures[300][1]._replace(logit_scale=99.0)
     assert seen(Signs(0), figures)[0] == (301 + SATURATED_FOR, "logit scale")
+
+
+def flat(signs, first, steps, **changes):
+    one = Figures(math.log(32), 1e-6, 0.0, 1.0)._replace(**changes)
+    return seen(signs, [(step, one) for step in range(first, first + steps)])
+
+
+def test_a_collapse_is_reported_with_the_last_good_step():
+    guess = math.log(32)
+    signs = Signs(0, guess)
+    assert seen(signs, [(step, Figures(guess + 0.01, 1.0, 0.0, 14.0)) for step in range(1, 301)]) == []
+    assert signs.good is None
+    assert seen(signs, [(step, Figures(0.9 * guess, 1.0, 0.0, 14.0)) for step in range(301, 401)]) == []
+    assert flat(signs, 401, FLAT_FOR - 1) == []
+    assert flat(signs, 400 + FLAT_FOR, 300) == [(400 + FLAT_FOR, "collapse")]
+    assert signs.good == 400
+    for changes in ({"grad_norm": 0.1}, {"loss": guess + 0.1}):  # it learns nothing yet, or it is off
+        assert flat(Signs(0, guess), 1, 200, **changes) == []
+    assert flat(Signs(0), 1, 200) == []  # other losses are added to this one
+
+
+@pytest.mark.parametrize("siglip", [False, True])
+def test_the_loss_of_guessing(siglip):
+    same = F.normalize(torch.ones(8, 4), dim=-1)
+    scale = torch.tensor(1.0)
+    if siglip:  # each pair is one of 8
+        found = sigmoid_loss(same, same, scale, torch.tensor(math.log(1 / 7)) - 1)
+    else:
+        found = contrastive_loss(same, same, scale)
+    model = mock.Mock(logit_bias=torch.zeros(()) if siglip else None)
+    assert guessing(TrainConfig(train_data="x"), model, 8) == pytest.approx(found.item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("what", ["collapse", "weights"])
+def test_the_last_good_checkpoint_is_kept(what, shards, tmp_path, monkeypatch):
+    """It was saved after step 6, of 24 steps of which each is saved, and the last two are kept."""
+    monkeypatch.setattr("clipfast.training.spikes.FLAT_FOR", 8)
+    original = Trainer._train_step
+
+    def changed(trainer, batch):
+        figures, is_good = original(trainer, batch), trainer.progress.step < 6
+        if what == "weights" and not is_good:
+            trainer.model.text_projection.data.fill_(1e9)
+        return figures.copy_(torch.tensor([1.0, 1.0, 0.0, 14.0] if is_good else [math.log(8), 1e-6, 0.0, 1.0]))
+
+    options = config(shards, tmp_path, epochs=6, save_every=1, log_every_n_steps=3, workers=0)
+    with mock.patch.object(Trainer, "_train_step", changed):
+        folder, _ = train(options)
+        assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == [
+            "step_23.pt",
+            "step_24.pt",
+            "step_6.pt",
+        ]
+        warned = [line["step"] for line in folder.metrics() if line.get("warning") == what]
+        assert warned[0] == (14 if what == "collapse" else 7)
+        said = "step 6 was the last good one" if what == "collapse" else "sensible range: step 6 is the last good one"
+        assert said in (folder.path / "out.log").read_text()
+        train(dataclasses.replace(options, epochs=7), folder.latest)
+    assert sorted(path.name for path in folder.checkpoints.glob("step_*")) == ["step_27.pt", "step_28.pt", "step_6.pt"]
 
 
 def test_a_spike_is_in_the_log_and_in_the_metrics(shards, tmp_path, monkeypatch):
