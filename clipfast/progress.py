@@ -5,7 +5,7 @@ import datetime
 import functools
 import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, TypeVar
 
 FIRST, LONGEST = 5.0, 60.0  # seconds until the first line, and at most between two
@@ -29,9 +29,9 @@ def progress(total: int, what: str, unit: str, *, shown: bool = True) -> Iterato
         yield lines(total, what, unit, functools.partial(print, file=sys.stderr, flush=True))
 
 
-def each(items: Collection[T], what: str, unit: str, *, shown: bool = True) -> Iterator[T]:
-    """Yield ``items``, and show how many of them are done."""
-    with progress(len(items), what, unit, shown=shown) as advance:
+def each(items: Iterable[T], what: str, unit: str, total: int | None = None, *, shown: bool = True) -> Iterator[T]:
+    """Yield ``items``, and show how many of them are done; ``total`` is their number if they do not know it."""
+    with progress(len(items) if isinstance(items, Sized) else total or 0, what, unit, shown=shown) as advance:
         for item in items:
             yield item
             advance(1)

@@ -7,6 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..images import SampleError
+from ..progress import each
 from .index import ShardError
 from .keys import DEFAULT_KEYS, Keys
 from .samples import caption, field, is_folder
@@ -28,12 +29,10 @@ def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDA
     Raises:
         ShardError: a shard cannot be read.
     """
-    from tqdm import tqdm
-
     keys = dataclasses.replace(keys, images=())  # no image is read
     column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
     found, first = np.empty(len(source), np.uint64), 0
-    for number, shard in enumerate(tqdm(source.shards, f"reading every {unique_by}", unit="shard", disable=None)):
+    for number, shard in enumerate(each(source.shards, f"reading every {unique_by}", "shards")):
         is_kept = not is_folder(shard.name)  # whose stamp stays as it is when its texts change
         known = source.index.column(shard, column) if is_kept else None
         if known is None:

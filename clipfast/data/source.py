@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..images import SampleError
+from ..progress import each
 from .formats import Extents, unpacked
 from .index import IndexCache, ShardError, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
@@ -92,11 +93,9 @@ def open_shards(
     Raises:
         ShardError: a shard is missing, or is not of its format.
     """
-    from tqdm import tqdm
-
     index = index or IndexCache()
     found = index.shards(names, workers, whole=whole)
-    shards = list(tqdm(found, "index", len(names), unit="shard", disable=None, leave=False, delay=1))
+    shards = list(each(found, "index", "shards", len(names)))
     return ShardSource(index, shards, max_open)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..arguments import BATCH, DRAWN, add_output
+from ..progress import each
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 from .arguments import (
@@ -149,7 +150,4 @@ def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:
 
 
 def _progress(alphas: Iterable[float]) -> Iterable[float]:
-    from tqdm import tqdm
-
-    progress: Iterable[float] = tqdm(alphas, desc="alpha", unit="model", disable=None, leave=False)
-    return progress
+    return each(alphas, "alpha", "models")

@@ -51,9 +51,8 @@ def run(args: argparse.Namespace) -> int:
     """Find the duplicates, say how many there are, and return the exit code."""
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")
-    from tqdm import tqdm
-
     from ..factory import resolve_device
+    from ..progress import each
     from .arguments import Pictures, features_of, write_gallery, write_keys
     from .duplicates import near_duplicates
     from .embeddings import Embeddings
@@ -63,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     pictures = Pictures(embeddings) if args.html else None
     groups = near_duplicates(
         embeddings, args.threshold, args.keep, device=resolve_device(args.device),
-        progress=lambda blocks: tqdm(blocks, desc="pairs", unit="block", disable=None),
+        progress=lambda blocks: each(blocks, "pairs", "blocks"),
     )  # fmt: skip
     dropped = {place for group in groups for place in group.dropped}
     results = {

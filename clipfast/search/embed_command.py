@@ -6,7 +6,7 @@ import argparse
 import contextlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,7 @@ from ..evaluation.arguments import (
     load_encoder,
     report_left_out,
 )
+from ..progress import Advance, progress
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
@@ -156,16 +157,11 @@ def _held(folder: Path, world: World) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _bar(work: Work, numbers: Sequence[int], world: World) -> Iterator[Callable[[int], object]]:
+def _bar(work: Work, numbers: Sequence[int], world: World) -> contextlib.AbstractContextManager[Advance]:
     """Show how many samples of this process are done, how many a second, and how long the others will take."""
-    from tqdm import tqdm
-
     total = sum(len(work.parts[number]) for number in numbers)
-    unit = "image" if work.samples.images else "text"
-    options: dict[str, Any] = {"unit": unit, "disable": None if world.is_main else True}
-    with tqdm(total=total, desc=f"{unit}s", **options) as bar:
-        yield bar.update
+    unit = "images" if work.samples.images else "texts"
+    return progress(total, unit, unit, shown=world.is_main)
 
 
 def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:

@@ -122,16 +122,15 @@ def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
 
 
 def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept: Tensor) -> None:
-    from tqdm import tqdm
-
+    from ..progress import progress
     from .shard_writer import write_shards
 
     if pictures.samples is None:
         raise ValueError("--write-shards needs the data that were embedded, and the embeddings do not name them")
     numbers = embeddings.metadata.column("number").to_pylist()
     wanted = [numbers[place] for place in kept.nonzero().squeeze(1).tolist()]
-    with tqdm(total=len(wanted), desc="copying", unit="sample", disable=None) as bar:
-        lost = write_shards(folder, pictures.samples, wanted, advance=bar.update)
+    with progress(len(wanted), "copying", "samples") as advance:
+        lost = write_shards(folder, pictures.samples, wanted, advance=advance)
     for loss in lost:
         print(f"clipfast filter: left out {loss}", file=sys.stderr)
 

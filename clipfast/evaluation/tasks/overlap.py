@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
     # the training data need not have the keys of the test data
     images = labelled_set(args)
     known = dataclasses.replace(labelled_set(args, args.train_data), label_by=None, group_by=None)
-    from tqdm import tqdm
-
+    from ...progress import each
     from ..classification import classify
     from ..evaluate import names_of
     from ..pixels import PixelEncoder
@@ -97,7 +96,7 @@ def run(args: argparse.Namespace) -> int:
             compared,
             train,
             at.encoder.device,
-            lambda blocks: tqdm(blocks, desc="neighbours", unit="block", disable=None),
+            lambda blocks: each(blocks, "neighbours", "blocks"),
         )
         edits = []
         if args.plant:

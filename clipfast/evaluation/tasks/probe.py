@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from ...arguments import COUNT, SEED, Count
@@ -179,19 +178,15 @@ def _chosen(choice: Any, validation: Samples | None) -> str:
 
 
 def _few_shot(args: argparse.Namespace, probe: Probe, train: Samples, test: Samples) -> dict[str, Any]:
-    from tqdm import tqdm
-
+    from ...progress import each
     from .probe_shots import curve, lacking
 
     shots = sorted(set(args.shots))
     for message in filter(None, (lacking(train, probe.classnames, count) for count in shots)):
         print(f"clipfast eval: {message}", file=sys.stderr)
 
-    def progress(draws: Iterable[Any]) -> Any:
-        return tqdm(draws, desc="few-shot", unit="draw", disable=None)
-
     seeds = range(args.seed, args.seed + args.seeds)
-    return {"few_shot": curve(probe, train, test, shots, seeds, progress)}
+    return {"few_shot": curve(probe, train, test, shots, seeds, lambda draws: each(draws, "few-shot", "draws"))}
 
 
 def _table(results: dict[str, Any]) -> str:
