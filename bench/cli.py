@@ -97,7 +97,10 @@ def _add_measuring(parser: argparse.ArgumentParser) -> None:
     add("--dtype", nargs="+", help=f"{', '.join(DTYPES)} (default: bf16 on a GPU and fp32 on a CPU)")
     shapes = "sizes to measure, in place of the default ones; may be given several times"
     add("--shape", action="append", default=[], metavar='"KEY=VALUE ..."', help=shapes)
-    smoke = f"run the smallest shapes for two rounds, to see that everything works, and write to {results.SMOKE_FOLDER}"
+    smoke = (
+        f"run the smallest shapes for two rounds, to see that everything works, and write to {results.SMOKE_FOLDER}; "
+        "all ops take 5 minutes of a CPU, because candidates are compiled"
+    )
     add("--smoke", action="store_true", help=smoke)
     add("--only", nargs="+", metavar="NAME", help="measure only candidates with this name, or whose name contains it")
     add("--rounds", type=COUNT, default=50, help="largest number of rounds (default: 50)")

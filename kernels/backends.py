@@ -41,18 +41,21 @@ def uses_reference(op: str, backend: str, tensor: Tensor) -> bool:
         return False
     if backend == "triton":
         raise RuntimeError(f"{op}: backend='triton' has no forward-mode derivative and no torch.func transform")
-    warnings.warn(
-        f"{op}: torch.func and forward-mode derivatives take the PyTorch reference, which needs more memory",
-        stacklevel=3,
-    )
+    if not torch.compiler.is_compiling():  # which cannot trace a warning
+        warnings.warn(
+            f"{op}: torch.func and forward-mode derivatives take the PyTorch reference, which needs more memory",
+            stacklevel=3,
+        )
     return True
 
 
 def _is_transformed() -> bool:
     """Return True within a transform of ``torch.func``, and where forward-mode derivatives are computed."""
-    if torch.compiler.is_compiling():
-        return False
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# A compiler asks when it traces, and compiles again for another transform: see attention's _least_keys_of_sdpa.
+_is_transformed._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def registered(name: str) -> Callable[[Callable[..., Any]], CustomOpDef]:

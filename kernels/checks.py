@@ -85,7 +85,7 @@ def check_parameter(op: str, name: str, tensor: Tensor, x: Tensor) -> None:
 
 
 def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | None:
-    """Return lengths, one for each image of ``like``, as the kernels take them: contiguous int32, none below zero.
+    """Return lengths, one for each image of ``like``, as the kernels take them: contiguous int32, clamped, not below 0.
 
     Raises:
         TypeError: they are no tensor of integers.
@@ -98,4 +98,4 @@ def check_seqlens(op: str, seqlens: Tensor | None, like: Tensor) -> Tensor | Non
         raise ValueError(
             f"{op}: seqlens must be [{like.shape[0]}] on {like.device}, got {tuple(seqlens.shape)} on {seqlens.device}"
         )
-    return seqlens.clamp(min=0).to(torch.int32).contiguous()
+    return seqlens.clamp(0, 2**31 - 1).to(torch.int32).contiguous()

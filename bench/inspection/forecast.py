@@ -25,7 +25,7 @@ from .model import FULL, Effort, Machine, NoModel, Prediction, predict_launch
 from .validation import Band, errors
 from .workloads import Work, measured_shapes, op_work, step_work
 
-# Pairs of a step of each published model, such that its activations fill a GPU of 80 GB.
+# Pairs of a step of each published model, which fit into 80 GB; ``clipfast plan --fit`` finds the most that do.
 STEPS = {
     "RN50": 256, "RN101": 256, "RN50x4": 128, "RN50x16": 64, "RN50x64": 32, "ViT-B-32": 1024, "ViT-B-16": 512,
     "ViT-L-14": 128, "ViT-L-14-336": 64, "ViT-H-14": 64, "ViT-g-14": 64, "ViT-bigG-14": 32,

@@ -171,6 +171,17 @@ def multiplies(kernel: Any) -> bool:
     return "tt.dot" in kernel.asm["ttir"]
 
 
+def narrow_products(kernel: Any) -> list[str]:
+    """Return the products in 32 bits of a compiled kernel that may need more: of two sizes, strides or places.
+
+    A constant is none of these, and neither is a quotient, which is a number of tiles.
+    """
+    ttir = kernel.asm["ttir"]
+    small = set(re.findall(r"(%\w+) = arith\.(?:constant|divsi)\b", ttir))
+    products = re.findall(r"(arith\.muli (%\w+), (%\w+) .*: (?:tensor<[0-9x]+)?i32\b)", ttir)
+    return [text for text, *factors in products if small.isdisjoint(factors)]
+
+
 def threads(kernel: Any) -> int:
     """Return the threads of one block, including the helper warps of a warp-specialised kernel."""
     return _number(r"\.reqntid\s+(\d+)", kernel.asm["ptx"])

@@ -60,9 +60,10 @@ def _attention(options: Mapping[str, Any]) -> tuple[Candidate, ...]:
 
 
 def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
-    def run(qkv: Tensor, bias: Tensor) -> Tensor:
+    def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         batch, tokens, _ = qkv.shape
-        q, k, v = reference.with_bias_gradient(qkv, bias).view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
+        q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4)
         with sdpa_kernel(backend):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return out.transpose(1, 2).reshape(batch, tokens, -1)
@@ -73,9 +74,9 @@ def _sdpa(backend: SDPBackend, heads: int, causal: bool) -> Function:
 def _flash_attn(heads: int, causal: bool) -> Function:
     packed = peers.need("flash_attn", "flash-attn").flash_attn_qkvpacked_func
 
-    def run(qkv: Tensor, bias: Tensor) -> Tensor:
+    def run(qkv: Tensor, bias: Tensor | None = None) -> Tensor:
         batch, tokens, _ = qkv.shape
-        qkv = reference.with_bias_gradient(qkv, bias)
+        qkv = qkv if bias is None else reference.with_bias_gradient(qkv, bias)
         return packed(qkv.view(batch, tokens, 3, heads, -1), causal=causal).reshape(batch, tokens, -1)
 
     return run

@@ -234,10 +234,10 @@ def attention_qkv(
     for name, x in (("q", q), ("k", k), ("v", v)):
         check_tensor(op, name, x, 4)
         check_like(op, name, x, "q", q)
-    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:]:
+    if k.shape != v.shape or k.shape[0] != q.shape[0] or k.shape[2:] != q.shape[2:] or q.shape[-1] == 0:
         raise ValueError(
-            f"{op}: q must be [B, M, H, D], k and v [B, N, H, D], got {tuple(q.shape)}, {tuple(k.shape)} and "
-            f"{tuple(v.shape)}"
+            f"{op}: q must be [B, M, H, D], k and v [B, N, H, D], with D of at least 1, got {tuple(q.shape)}, "
+            f"{tuple(k.shape)} and {tuple(v.shape)}"
         )
     seqlens = _check_options(op, causal, scale, seqlens, q)
     q, k, v = (autocast_to(x) for x in (q, k, v))

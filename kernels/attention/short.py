@@ -49,7 +49,7 @@ def _short_fwd_kernel(
     q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
     k_ptr = head_of(k_ptr, b, h, stride_kb, stride_kh, MULTIPLE)
     v_ptr = head_of(v_ptr, b, h, stride_vb, stride_vh, MULTIPLE)
-    out_ptr = head_of(out_ptr, b, h, M * H * HEAD_DIM, HEAD_DIM, MULTIPLE)
+    out_ptr = head_of(out_ptr, b.to(tl.int64) * M, h, H * HEAD_DIM, HEAD_DIM, MULTIPLE)
     num_keys = N
     if HAS_SEQLENS:
         num_keys = tl.minimum(N, tl.load(seqlens_ptr + b))

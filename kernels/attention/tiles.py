@@ -35,7 +35,7 @@ def head_of(ptr, b, h, stride_b, stride_h, MULTIPLE: tl.constexpr):
     The compiler finds this out where strides are multiples of 16, and could not load several elements of a head of 88
     at a time.
     """
-    return ptr + tl.multiple_of(b.to(tl.int64) * stride_b + h * stride_h, MULTIPLE)
+    return ptr + tl.multiple_of(b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h, MULTIPLE)
 
 
 @triton.jit

@@ -63,7 +63,7 @@ def _unrolled_bwd_kernel(
     q_ptr = head_of(q_ptr, b, h, stride_qb, stride_qh, MULTIPLE)
     k_ptr = head_of(k_ptr, b, h, stride_kb, stride_kh, MULTIPLE)
     v_ptr = head_of(v_ptr, b, h, stride_vb, stride_vh, MULTIPLE)
-    out_ptr = head_of(out_ptr, b, h, M * H * HEAD_DIM, HEAD_DIM, MULTIPLE)
+    out_ptr = head_of(out_ptr, b.to(tl.int64) * M, h, H * HEAD_DIM, HEAD_DIM, MULTIPLE)
     grad_ptr = head_of(grad_ptr, b, h, stride_gb, stride_gh, MULTIPLE)
     dq_ptr = head_of(dq_ptr, b, h, stride_dqb, HEAD_DIM, MULTIPLE)
     dk_ptr = head_of(dk_ptr, b, h, stride_dkb, HEAD_DIM, MULTIPLE)

@@ -37,11 +37,11 @@ def _layer_norm_pair_fwd_kernel(
         centred, mean_2, rstd_2 = centred_rows(rounded.to(tl.float32), mask_n, N, eps_2)
         y = centred * rstd_2[:, None] * weight_2 + bias_2
         tl.store(y_ptr + rows * N + columns, y.to(y_ptr.dtype.element_ty), mask=mask)
-        stats = stats_ptr + offs_m
-        tl.store(stats, mean_1, mask=mask_m)
-        tl.store(stats + M, rstd_1, mask=mask_m)
-        tl.store(stats + 2 * M, mean_2, mask=mask_m)
-        tl.store(stats + 3 * M, rstd_2, mask=mask_m)
+        # offs_m has 64 bits, and 32 may not hold 2 M
+        tl.store(stats_ptr + offs_m, mean_1, mask=mask_m)
+        tl.store(stats_ptr + (offs_m + M), rstd_1, mask=mask_m)
+        tl.store(stats_ptr + (offs_m + M + M), mean_2, mask=mask_m)
+        tl.store(stats_ptr + (offs_m + M + M + M), rstd_2, mask=mask_m)
 
 
 @triton.jit
@@ -78,11 +78,10 @@ def _layer_norm_pair_bwd_kernel(
         x = tl.load(x_ptr + rows * stride_xm + columns * stride_xn, mask=mask, other=0.0).to(tl.float32)  # [BM, BN]
         dy = tl.load(grad_y_ptr + rows * stride_ym + columns * stride_yn, mask=mask, other=0.0).to(tl.float32)
         dy = tl.where(mask_n[None, :], dy, 0.0)
-        stats = stats_ptr + offs_m
-        mean_1 = tl.load(stats, mask=mask_m, other=0.0)[:, None]
-        rstd_1 = tl.load(stats + M, mask=mask_m, other=0.0)[:, None]
-        mean_2 = tl.load(stats + 2 * M, mask=mask_m, other=0.0)[:, None]
-        rstd_2 = tl.load(stats + 3 * M, mask=mask_m, other=0.0)[:, None]
+        mean_1 = tl.load(stats_ptr + offs_m, mask=mask_m, other=0.0)[:, None]
+        rstd_1 = tl.load(stats_ptr + (offs_m + M), mask=mask_m, other=0.0)[:, None]
+        mean_2 = tl.load(stats_ptr + (offs_m + M + M), mask=mask_m, other=0.0)[:, None]
+        rstd_2 = tl.load(stats_ptr + (offs_m + M + M + M), mask=mask_m, other=0.0)[:, None]
         normed_1 = tl.where(mask_n[None, :], (x - mean_1) * rstd_1, 0.0)
         # rounded as in forward
         s = (normed_1 * weight_1 + bias_1).to(dx_ptr.dtype.element_ty).to(tl.float32)

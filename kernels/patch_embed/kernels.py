@@ -185,8 +185,8 @@ def _token_of_position_kernel(
 ):  # fmt: skip
     """Write token[p, b], the token of image b that position p was added to; -1 stays where its patch was dropped."""
     tokens = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = tokens < B * (1 + KEPT)
     image, token = tokens // (1 + KEPT), tokens % (1 + KEPT)
+    mask = image < B
     is_patch = mask & (token > 0)
     patch = tl.load(keep_ptr + image * KEPT + token - 1, mask=is_patch, other=0).to(tl.int64)
     position = tl.where(is_patch, patch + 1, 0)
@@ -214,7 +214,7 @@ def _patch_embed_bwd_pos_kernel(
     for start_b in tl.range(0, B, BLOCK_M, num_stages=NUM_STAGES):
         image = (start_b + tl.arange(0, BLOCK_M)).to(tl.int64)
         token = tl.load(token_ptr + position * B + image, mask=image < B, other=-1)  # [BM]
-        g_tile = grad_ptr + (image * stride_gb + token * stride_gt)[:, None] + columns
+        g_tile = grad_ptr + (image * stride_gb + token.to(tl.int64) * stride_gt)[:, None] + columns
         acc += tl.load(g_tile, mask=(token >= 0)[:, None] & mask_e[None, :], other=0.0).to(tl.float32)  # [BM, BN]
     tl.store(out_ptr + position * E + offs_e, tl.sum(acc, 0), mask=mask_e)
 

@@ -257,9 +257,9 @@ def _check_shapes(images: Tensor, weight: Tensor, class_embedding: Tensor, posit
     """Refuse parameters whose shapes or devices do not fit the images."""
     channels, height, width = images.shape[1:]
     embed_dim, patch_size = weight.shape[0], weight.shape[-1]
-    if channels == 0 or patch_size == 0 or weight.shape[1:] != (channels, patch_size, patch_size):
+    if weight.numel() == 0 or weight.shape[1:] != (channels, patch_size, patch_size):
         raise ValueError(
-            f"patch_embed: weight must be [E, {channels}, P, P] for images {tuple(images.shape)}, "
+            f"patch_embed: weight must be [E, {channels}, P, P], and not empty, for images {tuple(images.shape)}, "
             f"got {tuple(weight.shape)}"
         )
     if height % patch_size or width % patch_size or height * width == 0:

@@ -6,7 +6,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from clipfast import get_model_config
 from clipfast.bench import checkout, harness, machine
-from clipfast.bench.case import Candidate
+from clipfast.bench.case import Candidate, call
 from clipfast.bench.flops import data_sheet_flops_per_s, forward_flops, step_floor_flops, step_flops
 from clipfast.bench.suites import SUITES, build
 from clipfast.kernels.spec import specs
@@ -47,6 +47,16 @@ def test_a_step_is_held_to_features_and_gradients_not_to_the_loss_alone(fault, w
     assert set(right.errors) == {"value", "image", "text", "d_parameters"}
     assert faulty.errors["value"] < 1e-4  # the loss alone would not show it
     assert f"wrong: {wrong} is off by" in faulty.refused
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_peers_of_attention_take_a_projection_with_and_without_a_bias(bias):
+    built = build("attention", SUITES["attention"].smallest | {"causal": True, "bias": bias}, "fp32", CPU)
+    wanted = [one for one in built.candidates if one.name in (built.ours.name, "SDPA flash", "SDPA math")]
+    inputs = harness.leaves(built, built.inputs())
+    ours, flash, math = (call(built, one, one.make(), inputs) for one in wanted)
+    torch.testing.assert_close(flash, ours)
+    torch.testing.assert_close(math, ours)
 
 
 def test_commit_of_a_copy_without_its_history(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import functools
+import mmap
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from clipfast.verify.rule import in_double, value_and_grads
 
 from ..conftest import INTERPRET, ON_GPU
 
+MAP_NORESERVE = 0x4000  # of Linux; mmap has it from Python 3.13 on
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
 needs_sanitizer = [
     pytest.mark.skipif(INTERPRET or ON_GPU, reason="ttsem replaces the launch on a CPU"),
@@ -126,11 +128,17 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def far_apart(x: Tensor) -> Tensor:
-    """The same values, the last axis of which strides over more than 2^31 elements; only touched pages exist."""
-    strides = (*torch.empty(x.shape[:-1], device="meta").stride(), 2**31 // (x.shape[-1] - 1) + 16)
-    # not torch.empty, whose memory the tests fill
-    return torch.empty_strided(x.shape, strides, dtype=x.dtype).copy_(x)
+def far_apart(x: Tensor, axis: int) -> Tensor:
+    """The same values, one axis of which strides over more than 2^31 elements; 32 bits hold the stride if it is long enough.
+
+    They lie in zeros of which only touched pages exist. An offset that wraps to 32 bits finds one of these.
+    """
+    stride = 2**31 // max(1, x.shape[axis] - 1) + 16
+    rest = iter(torch.empty(x.shape[:axis] + x.shape[axis + 1 :], device="meta").stride())
+    strides = [stride if i == axis else next(rest) for i in range(x.ndim)]
+    # nothing is reserved for these pages
+    zeros = mmap.mmap(-1, (2**33 + 2**20) * x.element_size(), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | MAP_NORESERVE)
+    return torch.frombuffer(zeros, dtype=x.dtype).as_strided(x.shape, strides, 2**32).copy_(x)
 
 
 @contextlib.contextmanager

@@ -170,8 +170,9 @@ def test_each_tensor_has_strides_of_its_own(m, n, causal, dtype, device, kernels
 @pytest.mark.parametrize(("length", "causal"), [(50, False), (70, True)])
 @by_each_family
 def test_nothing_behind_the_end_counts(length, causal, device, kernels):
-    seqlens = torch.tensor([length + 5, 1, 0, 37], device=device)
+    seqlens = torch.tensor([2**32 + 5, 1, -1, 37], device=device)
     call = problem(4, length, 1, 16, causal, device=device, seqlens=seqlens)
+    compare(*call)
     result = call.results()
     assert not result["value"][2].any()
     assert not result["d_qkv"][2].any()
@@ -330,7 +331,8 @@ QKV, Q = torch.zeros(2, 5, 48), torch.zeros(2, 5, 2, 8)
         (attention, (torch.zeros(1, 2, 408), 1), {}, ValueError, "head_dim must be at most 128, got 136"),
         (attention_qkv, (Q[0], Q, Q), {}, ValueError, r"q must have 4 dimensions, got shape \(5, 2, 8\)"),
         (attention_qkv, (Q, Q, Q.half()), {}, TypeError, "v is float16, but q is float32"),
-        (attention_qkv, (Q, Q, Q[:, :3]), {}, ValueError, r"v \[B, N, H, D\], got .* and \(2, 3, 2, 8\)"),
+        (attention_qkv, (Q, Q, Q[:, :3]), {}, ValueError, r"v \[B, N, H, D\], .*, got .* and \(2, 3, 2, 8\)"),
+        (attention_qkv, (Q[..., :0],) * 3, {}, ValueError, r"with D of at least 1, got \(2, 5, 2, 0\)"),
         (attention_qkv, (Q, Q, Q), {"scale": -1.0}, ValueError, "scale must be positive, got -1.0"),
         (attention_qkv, (Q, Q, Q), {"causal": 1}, TypeError, "causal must be a bool, got int"),
         (attention_qkv, (Q, Q, Q), {"seqlens": torch.tensor([5])}, ValueError, r"seqlens must be \[2\] on cpu, got"),

@@ -39,6 +39,9 @@ pytestmark = pytest.mark.skipif(
 CASES = shipped_cases()
 FULL, STOOD_FOR = (80, 90, 100), {int(arch[3:]): int(other[3:]) for arch, other in snapshot.STANDS_FOR.items()}
 OPS = {f"{spec.name} {shape}": (spec, shape) for spec, shape in measured_shapes()}
+# Products of two sizes that 32 bits hold: tiles of segments of 16,384 rows, rows that a descriptor counts, and partial
+# sums that no memory holds 2^31 of.
+NARROW = ("_stats_kernel", "_grad_tile_kernel", "_weight_sums_kernel", "_unfold_grad_kernel")
 UPDATE = "run with --slow --update-resources and read the difference"
 
 
@@ -100,6 +103,8 @@ def test_resources(case, arch, request):
         found = offline.problems(resources, arch, half=not case.endswith("fp32"), multiplies=offline.multiplies(kernel))
         known = known_problems(VERSION, arch, case)
         assert [problem for problem in found if problem not in known] == [], f"{case} {key} sm_{arch}"
+        if launch.kernel.__name__ not in NARROW:
+            assert offline.narrow_products(kernel) == [], f"{case} {key}: widen one factor to 64 bits"
     compare(request, compiled, "resources", f"sm_{arch}", case, without=() if copies else ("copies",))
 
 
@@ -216,6 +221,10 @@ def test_planted_excess_is_seen(changed, problem):
     assert offline.problems(good, 100, half=True, multiplies=True) == []
     (found,) = offline.problems(dataclasses.replace(good, **changed), 100, half=True, multiplies=True)
     assert problem in found
+
+
+def test_planted_product_of_sizes_in_32_bits_is_seen():
+    assert len(offline.narrow_products(product(2))) == 1  # rows * K; those with DIM are of a constant
 
 
 @triton.jit

@@ -224,6 +224,7 @@ ERRORS = [
     ({"images": IMAGES[:, :, :0]}, ValueError, "image size 0x8 is not a multiple of the patch size 4"),
     ({"images": torch.zeros(2, 3, 9, 8)}, ValueError, "image size 9x8 is not a multiple of the patch size 4"),
     ({"images": IMAGES[:, :1], "mean": (1,), "std": (1,)}, ValueError, r"weight must be \[E, 1, P, P\]"),
+    ({"weight": torch.zeros(0, 3, 4, 4)}, ValueError, r"weight must be .* not empty, .* got \(0, 3, 4, 4\)"),
     ({"weight": torch.zeros(6, 3, 4, 2)}, ValueError, r"weight must be \[E, 3, P, P\].*got \(6, 3, 4, 2\)"),
     ({"class_embedding": torch.zeros(7)}, ValueError, r"class_embedding must be \[6\], got \(7,\)"),
     ({"positional_embedding": POS[1:]}, ValueError, r"must be \[5, 6\] for 8x8 images and patch size 4, got \(4, 6\)"),

@@ -4,7 +4,7 @@ import functools
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
 
 from clipfast.kernels import contrastive_loss
 from clipfast.verify.inputs import lay_out
@@ -72,8 +72,12 @@ def test_compiles_without_a_break(name, device):
     call = call_of(name, device)
     expected = call.results()
     torch.compiler.reset()
-    compiled = torch.compile(lambda **kwargs: call.op(**kwargs), backend="aot_eager", fullgraph=True)
+    backend = AotEagerAndRecordGraphs()
+    compiled = torch.compile(lambda **kwargs: call.op(**kwargs), backend=backend, fullgraph=True)
     torch.testing.assert_close(value_and_grads(compiled, call.inputs, call.grads), expected)
+    # the op, and not the reference
+    graphs = backend.fw_graphs + backend.bw_graphs
+    assert all("torch.ops.clipfast." in graph.code for graph in graphs)
 
 
 @pytest.mark.skipif(INTERPRET, reason="a graph calls the same ops wherever their kernels run")
@@ -109,10 +113,11 @@ def test_offsets_beyond_32_bits(name, device):
     call = call_of(name, device, torch.float16)
     expected = call.results()
     for wanted, x in call.inputs.items():
-        if x.is_floating_point() and x.ndim > 1:
-            torch.testing.assert_close(call.results(**{wanted: far_apart(x)}), expected)
-    if call.grads and call.grads[0].ndim:
-        torch.testing.assert_close(call._replace(grads=tuple(map(far_apart, call.grads))).results(), expected)
+        for axis in range(x.ndim):
+            torch.testing.assert_close(call.results(**{wanted: far_apart(x, axis)}), expected)
+    for axis in range(call.grads[0].ndim if call.grads else 0):
+        grads = tuple(far_apart(grad, axis) for grad in call.grads)
+        torch.testing.assert_close(call._replace(grads=grads).results(), expected)
 
 
 @each_gradient

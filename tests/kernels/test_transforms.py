@@ -37,10 +37,15 @@ class TestReference:
         torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-6)
 
     @pytest.mark.filterwarnings(f"ignore:.*{WARNING}")
+    @pytest.mark.parametrize("compiled", [False, True])
     @each_gradient
-    def test_grad(self, name, device):
+    def test_grad(self, name, compiled, device):
         function, tensors = split(call_of(name, device, torch.float64))
-        found = torch.func.grad(lambda *xs: function(*xs).sum(), tuple(range(len(tensors))))(*tensors)
+        gradient = torch.func.grad(lambda *xs: function(*xs).sum(), tuple(range(len(tensors))))
+        if compiled:
+            torch.compiler.reset()
+            gradient = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+        found = gradient(*tensors)
         leaves = [x.requires_grad_() for x in tensors]
         expected = torch.autograd.grad(function(*leaves).sum(), leaves)
         torch.testing.assert_close(found, expected)

@@ -21,7 +21,8 @@ class Machine:
         multiprocessors: their number (s).
         l2_rate: of TMA. L2 reads 5,120 bytes per cycle in all (s, of the A100; GH100 has the same two halves).
         lane_rate: of loads and stores by lanes, cp.async too: 5.5 to 5.7 TB/s on the 114 multiprocessors of an H100
-            PCIe at 1.755 GHz (m), which is 28 bytes per cycle for each.
+            PCIe at 1.755 GHz (m), which is 28 bytes per cycle for each. This and ``boost`` were chosen with published
+            times of kernels in view (docs/gpu-model.md).
         hbm_rate: what copies reach: 3.0 of the data sheet's 3.35 TB/s (m).
         l2_latency: cycles from a load to its use, 260 to 280 (m).
         hbm_latency: the same of memory, 600 to 700 (m).

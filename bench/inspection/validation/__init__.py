@@ -4,7 +4,7 @@
 for each Triton; ``errors.json`` the error of each kind, which ``clipfast inspect`` quotes. ``python -m
 clipfast.bench.inspection.validation`` makes the last two, and the table in docs/gpu-model.md. The kernels themselves
 are not part of this repository: ``sources`` says where they are from, ``kernels`` and ``passes`` call them, and
-``recording`` keeps what they launch. Nothing is fitted to the figures.
+``recording`` keeps what they launch. docs/gpu-model.md says what was chosen with figures in view.
 """
 
 import dataclasses

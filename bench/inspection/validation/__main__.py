@@ -53,7 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _keep(figure, found, version)
     results = _results()
     (FOLDER / "errors.json").write_text(json.dumps(tables.errors_of(results), indent=1) + "\n")
-    print(tables.summary(tables.errors_of(results)))
+    print(tables.summaries(results))
     if options.document:
         tables.write(options.document, results)
     return 0
@@ -100,6 +100,7 @@ def _results() -> list[dict[str, Any]]:
         old = kept.get(figure.name, {})
         results.append({
             "name": figure.name, "kind": figure.kind, "source": figure.source, "machine": figure.machine,
+            "in_view": figure.in_view,
             "published": f"{figure.value} {figure.unit}", "published_ms": old.get("published_ms"),
             "predicted_ms": dict(old.get("predicted_ms", {})), "limit": dict(old.get("limit", {})),
         })  # fmt: skip

@@ -30,6 +30,7 @@ class Figure:
     value: float
     unit: str
     only_triton: str = ""  # the Triton that compiles the kernel, where not all do
+    in_view: bool = False  # whether it was known when the last constants of the model were chosen
 
     @property
     def name(self) -> str:
@@ -59,10 +60,11 @@ class Answer:
 def figures() -> Iterator[Figure]:
     """Yield the figures in ``figures.json``."""
     for group in json.loads((FOLDER / "figures.json").read_text())["figures"]:
-        for row in group["rows"]:
+        for place, row in enumerate(group["rows"]):
             yield Figure(
                 group["kernel"], group["kind"], group["source"], group["machine"],
                 dict(zip(group["columns"], row, strict=False)), row[-1], group["unit"], group.get("triton", ""),
+                place in group.get("in_view", ()),
             )  # fmt: skip
 
 

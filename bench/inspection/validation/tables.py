@@ -33,6 +33,13 @@ def summary(errors: Mapping[str, Mapping[str, float]]) -> str:
     return "\n".join(lines)
 
 
+def summaries(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return the errors of all figures as a table, and those of the figures that were not in view."""
+    others = [one for one in results if not one["in_view"]]
+    title = f"Without the {len(results) - len(others)} figures that were in view (marked * below):"
+    return "\n\n".join([summary(errors_of(results)), title, summary(errors_of(others))])
+
+
 def write(document: Path, results: Sequence[Mapping[str, Any]]) -> None:
     """Write the tables between the two marks of a document.
 
@@ -43,7 +50,7 @@ def write(document: Path, results: Sequence[Mapping[str, Any]]) -> None:
     if BEGIN not in text or END not in text:
         raise ValueError(f"{document} has no place for the table: it needs the lines {BEGIN!r} and {END!r}")
     before, after = text.split(BEGIN)[0], text.split(END)[1]
-    parts = [summary(errors_of(results)), _figures(results), _sources(results)]
+    parts = [summaries(results), _figures(results), _sources(results)]
     document.write_text("\n\n".join([before + BEGIN, *parts, END]) + after)
 
 
@@ -60,6 +67,7 @@ def _figures(results: Sequence[Mapping[str, Any]]) -> str:
         cells = [f"{predicted / one['published_ms']:.2f}" if predicted else "" for predicted in found]
         limit = next((one["limit"][version] for version in versions if version in one["predicted_ms"]), "")
         name = one["name"] if one["machine"] == "H100" else f"{one['name']} ({one['machine']})"
+        name += " *" if one["in_view"] else ""
         columns = [one["kind"], name, f"[{numbers[one['source']]}]", f"{one['published_ms']:.4g}", *cells, limit]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines)
