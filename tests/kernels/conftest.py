@@ -129,7 +129,7 @@ def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def far_apart(x: Tensor, axis: int) -> Tensor:
-    """The same values, one axis of which strides over more than 2^31 elements; 32 bits hold the stride if it is long enough.
+    """The same values, one axis of which strides over more than 2^31 elements. 32 bits hold the stride if they can.
 
     They lie in zeros of which only touched pages exist. An offset that wraps to 32 bits finds one of these.
     """
