@@ -63,7 +63,10 @@ class NoLogits:
     def _refuse(self, *_: object, **__: object) -> NoReturn:
         raise TypeError(NoLogits.message)
 
-    __torch_function__ = classmethod(_refuse)
+    @classmethod
+    def __torch_function__(cls, *_: object, **__: object) -> NoReturn:
+        raise TypeError(cls.message)
+
     __array__ = __bool__ = __contains__ = __float__ = __getitem__ = __iter__ = __len__ = __setitem__ = _refuse
     __add__ = __matmul__ = __mul__ = __neg__ = __pow__ = __sub__ = __truediv__ = _refuse
     __radd__ = __rmatmul__ = __rmul__ = __rsub__ = __rtruediv__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
@@ -80,4 +83,4 @@ def hf_collator(rows: Sequence[Any]) -> dict[str, Any]:
     """
     from transformers import default_data_collator
 
-    return {**default_data_collator(rows), "return_loss": True}
+    return {**default_data_collator(list(rows)), "return_loss": True}
