@@ -5,6 +5,7 @@ import os
 import threading
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -15,9 +16,13 @@ from clipfast.data import IndexCache, open_shards
 from clipfast.evaluation.offline_layout import find_sets
 from clipfast.images import open_image
 from clipfast.models.registry import read_model_config
+from clipfast.search import layout
+from clipfast.search.arguments import Pictures
+from clipfast.search.samples import Samples
 from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.sharded import check_parts
 
+from .clip.conftest import sample, write_shard
 from .convert.conftest import CONFIGS, make_model
 
 
@@ -119,3 +124,55 @@ def test_after_a_hostile_manifest_the_older_checkpoint_is_tried(content, tmp_pat
     (tmp_path / "step_9" / "manifest.json").write_text(content)
     torch.save({"state_dict": {"x": torch.zeros(2)}}, tmp_path / "step_3.pt")
     assert Checkpoints(tmp_path).newest_whole().path == tmp_path / "step_3.pt"
+
+
+ABOUT = {
+    "a billion parts": ({"parts": 10**9}, "lacks 999,999,999 of its 1,000,000,000 parts, the first of them number 1"),
+    "no number of parts": ({"parts": -1}, "says that there are -1 parts"),
+    "a list of keys": ({"keys": []}, "keys must be dict"),
+    "a list of models": ({"model": ["x"]}, "model must be str"),
+    "keys of something else": ({"keys": {"images": [3]}}, "keys of images and texts are lists of names"),
+    "a range of shards": ({"data": "{1..99999999}"}, "may name more than 4,194,304 shards"),
+    "nested ranges": ({"data": "{x{1..1000}{1..1000}{1..1000},}"}, "may name more than 4,194,304 shards"),
+}
+
+
+@pytest.fixture
+def embedded(tmp_path):
+    """A folder of embeddings of four of six pairs."""
+    pytest.importorskip("pyarrow")
+    samples = Samples(str(write_shard(tmp_path / "a.tar", [sample(index) for index in range(6)])))
+    Embeddings(torch.randn(4, 8), {"number": [-1, 10**15, 2, 3]}, about=samples.about()).save(tmp_path / "folder")
+    return tmp_path / "folder"
+
+
+@pytest.mark.parametrize("case", ABOUT)
+def test_what_embeddings_say_of_themselves_is_checked(case, embedded):
+    changes, message = ABOUT[case]
+    raw = json.loads((embedded / "about.json").read_text()) | changes
+    (embedded / "about.json").write_text(json.dumps(raw))
+    with pytest.raises(ValueError, match=message):
+        Pictures(Embeddings.open(embedded))
+
+
+def test_no_other_picture_stands_for_one_that_is_not_there(embedded):
+    pictures = Pictures(Embeddings.open(embedded))
+    assert [pictures.item(place).image is None for place in range(4)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize("kind", ["rows", "footer", "shape"])
+def test_files_of_embeddings_that_unpack_to_too_much(kind, embedded, monkeypatch):
+    """The limits are smaller here."""
+    from pyarrow import parquet, table
+
+    monkeypatch.setattr(layout, "MAX_TABLE", 1 << 20)
+    monkeypatch.setattr(layout, "MAX_FOOTER", 1 << 12)
+    path = embedded / "metadata" / "metadata_0000.parquet"
+    rows = table({"caption": ["x" * 1000] * 4000 if kind == "rows" else ["x"] * 4})
+    parquet.write_table(rows.replace_schema_metadata({"key": "y" * 10_000} if kind == "footer" else None), path)
+    np.save(embedded / "img_emb" / "img_emb_0000.npy", np.zeros((len(rows), 8), np.float32))
+    if kind == "shape":
+        path = embedded / "img_emb" / "img_emb_0000.npy"
+        path.write_bytes(path.read_bytes().replace(b"(4, 8), ", b"(-4, 8),"))
+    with pytest.raises(ValueError, match=rf"{path.name} cannot be read"):
+        assert Embeddings.open(embedded).metadata

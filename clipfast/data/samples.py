@@ -28,6 +28,8 @@ DRAWN = (SYNTHETIC_PREFIX, SHAPES_PREFIX)
 PIPE = "pipe:"
 FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
 NO_SHARDS = (".json", ".txt")
+MAX_SHARDS = 1 << 22  # that are named at once
+MAX_NESTED = 9  # braces within braces
 MAX_SYNTHETIC = 1 << 40  # pairs
 SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
 
@@ -49,10 +51,8 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
         ValueError: a local file does not exist, is a pipe or a device, or is no shard by its name, a name of synthetic
             pairs has another form, or no shard is named.
     """
-    from braceexpand import braceexpand
-
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in braceexpand(part)]
+    named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
     shards = [path for shard in named for path in _matches(shard)]
     local = [shard for shard in shards if ":" not in shard]
     missing = [shard for shard in local if not shard or not Path(shard).exists()]
@@ -76,6 +76,32 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     if not shards:
         raise ValueError("no shards given")
     return [_in_folder(shard) if ":" not in shard and Path(shard).is_dir() else shard for shard in shards]
+
+
+def _named_by(pattern: str) -> Iterator[str]:
+    """Return the names that a pattern with braces stands for.
+
+    Raises:
+        ValueError: they may be too many; they are counted before they are written down.
+    """
+    from braceexpand import braceexpand
+
+    most, left = 1, pattern
+
+    def count(group: re.Match[str]) -> str:
+        nonlocal most
+        numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group[1])
+        if most <= MAX_SHARDS:
+            step = max(int((numbers and numbers[3]) or 1), 1)
+            most *= abs(int(numbers[2]) - int(numbers[1])) // step + 1 if numbers else group[1].count(",") + 1
+        return ""
+
+    found = 0
+    for _ in range(MAX_NESTED):  # from the innermost on
+        left, found = re.subn(r"\{([^{}]*)\}", count, left)
+    if most > MAX_SHARDS or found:
+        raise ValueError(f"{pattern:.80} may name more than {MAX_SHARDS:,} shards: use wildcards, or name a folder")
+    return iter(braceexpand(pattern))
 
 
 def _in_folder(folder: str) -> str:
