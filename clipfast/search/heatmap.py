@@ -134,7 +134,7 @@ def overlay(picture: Image.Image, heat: Tensor, limits: tuple[float, float]) -> 
 
     low, high = limits
     colours = mpl.colormaps[COLOURS](((heat - low) / max(high - low, 1e-12)).cpu().double().numpy())
-    image = Image.fromarray(np.uint8(255 * colours[..., :3])).resize(picture.size, Image.Resampling.BILINEAR)
+    image = Image.fromarray((255 * colours[..., :3]).astype(np.uint8)).resize(picture.size, Image.Resampling.BILINEAR)
     return Image.blend(picture.convert("RGB"), image, OPACITY)
 
 
