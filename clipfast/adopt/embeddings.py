@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels import patch_embed, text_embed
-from .places import Proposal, class_name, computes, is_plain
+from .places import Proposal, class_name, computes, is_left, is_plain, on_cpus
 
 _VISION = "open_clip.transformer.VisionTransformer"
 _DROPOUT = "open_clip.transformer.PatchDropout"
@@ -42,6 +42,7 @@ def is_table(table: Any) -> bool:
     return is_plain(table, nn.Embedding) and all(value is None or value is False for value in values)
 
 
+@on_cpus
 def image_tokens(tower: Any, images: Tensor) -> Tensor:
     """Compute the tokens that enter the blocks of an OpenCLIP image tower: [B, 3, H, W] -> [B, 1 + patches, width].
 
@@ -95,13 +96,14 @@ def text_tokens(tower: Any, text: Tensor) -> Tensor | None:
     dtype = tower.transformer.get_cast_dtype()
     is_same = is_table(table) and table.weight.dtype == positions.dtype == dtype
     is_text = text.ndim == 2 and text.shape[1] <= len(positions) and text.dtype in (torch.int32, torch.int64)
-    if not is_same or not is_text or not computes(table.weight):
+    if not is_same or not is_text or not computes(table.weight) or is_left(table.weight):
         return None
     # Under autocast, these tokens keep the dtype of the table, as theirs do.
     with torch.autocast(text.device.type, enabled=False):
         return text_embed(text, table.weight, positions)
 
 
+@on_cpus
 def text_embeds(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
     """Compute ``TextTransformer._embeds``: the tokens [B, L, width], and the mask of as many tokens."""
     if attention_mask is not None:

@@ -21,7 +21,7 @@ from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..models.layers import single_query_attention
 from .attention_parts import KIND, drops, too_wide
 from .hf_parts import OTHER_VERSION, asks_nothing, has_known_arguments, hf_part
-from .places import Proposal, computes, has_hooks, is_plain, is_untouched, runs_ours
+from .places import Proposal, computes, has_hooks, is_left, is_plain, is_untouched, on_cpus, runs_ours
 
 # The argument by which an encoder hands on how many tokens of each sequence are seen.
 SEQLENS = "clipfast_seqlens"
@@ -134,6 +134,8 @@ def run_layers(
     layers: Iterable[Any], x: Tensor, attention_mask: Tensor | None, seqlens: Tensor | None, kwargs: dict[str, Any]
 ) -> Tensor:
     """Return what blocks make of tokens [B, N, E], telling those that are ours how many tokens [B] are seen."""
+    if seqlens is not None and attention_mask is None and is_left(x):
+        attention_mask, seqlens = _mask_of(seqlens, x.shape[1], bool(kwargs.get("is_causal"))), None
     for layer in layers:
         told = {SEQLENS: seqlens} if seqlens is not None and _is_ours(layer) else {}
         x = layer(x, attention_mask, **kwargs, **told)
@@ -185,10 +187,17 @@ def seen_by_padding(mask: Tensor | None) -> tuple[bool, Tensor | None]:
     return is_known, seqlens if is_known and not sees_all else None
 
 
+def _mask_of(seqlens: Tensor, length: int, causal: bool) -> Tensor:
+    """Return the mask [B, 1, N, N] that transformers makes of padding, True where a key is seen."""
+    mask = _leading(seqlens, length)[:, None, None].expand(-1, -1, length, -1)
+    return mask.tril() if causal else mask
+
+
 def _leading(seqlens: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=seqlens.device) < seqlens[:, None]
 
 
+@on_cpus
 def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Compute the attention pooling of a SigLIP image tower: [B, N, E] -> [B, E].
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..kernels import patch_embed, text_embed
 from .embeddings import is_projection, is_table
 from .hf_parts import OTHER_VERSION, has_known_arguments, hf_part
-from .places import Proposal, computes
+from .places import ON_GPUS, Proposal, computes, is_left, on_cpus
 
 
 def propose_hf_embeddings(module: Any) -> Proposal | None:
@@ -25,7 +25,7 @@ def propose_hf_embeddings(module: Any) -> Proposal | None:
         return Proposal(kind, OTHER_VERSION)
     if part == "TextEmbeddings":
         refusal = "" if _are_tables(module) else "its tables do more than look up"
-        return Proposal(kind, refusal) if refusal else Proposal(kind, "clipfast.text_embed", text_tokens)
+        return Proposal(kind, refusal) if refusal else Proposal(kind, f"clipfast.text_embed{ON_GPUS}", text_tokens)
     if not is_projection(module.patch_embedding) or not is_table(module.position_embedding):
         return Proposal(kind, "its convolution is not a projection of square patches without a bias")
     return Proposal(kind, "clipfast.patch_embed", image_tokens)
@@ -35,6 +35,7 @@ def _are_tables(module: Any) -> bool:
     return is_table(module.token_embedding) and is_table(module.position_embedding)
 
 
+@on_cpus
 def image_tokens(module: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
     """Compute ``CLIPVisionEmbeddings``: [B, C, H, W] -> [B, 1 + patches, E]."""
     conv, positions = module.patch_embedding, module.position_embedding
@@ -59,6 +60,7 @@ def _is_whole(module: Any, images: Tensor) -> bool:
     return is_same and is_fitting and is_grid
 
 
+@on_cpus
 def text_tokens(
     module: Any,
     input_ids: Tensor | None = None,
@@ -78,4 +80,5 @@ def _is_text(module: Any, text: Tensor) -> bool:
     if not _are_tables(module) or text.ndim != 2 or text.dtype not in (torch.int32, torch.int64):
         return False
     table, positions = module.token_embedding.weight, module.position_embedding.weight
-    return text.shape[1] <= len(positions) and table.dtype == positions.dtype and computes(table)
+    is_same = text.shape[1] <= len(positions) and table.dtype == positions.dtype
+    return is_same and computes(table) and not is_left(table)

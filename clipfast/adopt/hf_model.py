@@ -16,7 +16,7 @@ from torch import Tensor
 from .hf_loss import NO_LOGITS, loss_of_all_ranks
 from .hf_parts import OTHER_VERSION, asks_nothing, has_known_arguments, hf_base_part, hf_part
 from .hf_towers import pooled_image, pooled_text, why_not_pooled
-from .places import Proposal, computes, reaches_ours
+from .places import Proposal, computes, on_cpus, reaches_ours
 
 ROW = "pooled_last_block"
 _WHEN = "in training with return_loss=True"
@@ -50,6 +50,7 @@ def _propose_rows(model: Any, function: Any) -> Proposal:
     return Proposal(ROW, "; ".join(filter(None, (text, others))), function, option="pools")
 
 
+@on_cpus
 def pair_model(
     model: Any,
     input_ids: Tensor | None = None,
@@ -66,6 +67,7 @@ def pair_model(
     return _forward(model, images, texts, return_loss, **kwargs)
 
 
+@on_cpus
 def siglip2_model(
     model: Any,
     input_ids: Tensor | None = None,

@@ -1,7 +1,4 @@
-"""The multilayer perceptrons of all libraries: on a GPU, the activation adds the bias of the layer before it.
-
-On a CPU that would cost one pass more, since PyTorch's linear layer adds the bias at no cost: there they run as before.
-"""
+"""The multilayer perceptrons of all libraries: the activation adds the bias of the layer before it."""
 
 from typing import Any
 
@@ -9,7 +6,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import bias_gelu, bias_quick_gelu
-from ..kernels.launch import triton_runs_on
 from .hf_parts import hf_part
 from .places import Proposal, class_name, computes, is_plain
 
@@ -72,7 +68,7 @@ def _propose(linear: Any, act: Any, function: Any) -> Proposal:
     if not isinstance(linear, nn.Linear) or linear.bias is None:
         return Proposal(KIND, "the layer before the activation is not linear, or has no bias")
     name = "bias_gelu" if op is bias_gelu else "bias_quick_gelu"
-    return Proposal(KIND, f"clipfast.{name} on a GPU, as before on a CPU", function)
+    return Proposal(KIND, f"clipfast.{name}", function)
 
 
 def open_clip_mlp(module: Any, x: Tensor) -> Tensor:
@@ -96,7 +92,7 @@ def hf_mlp(module: Any, hidden_states: Tensor) -> Tensor:
 
 def _linear_activation(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
     """Return ``act(linear(x))``."""
-    if not triton_runs_on(x.device) or not computes(x) or not is_plain(linear, nn.Linear) or linear.bias is None:
+    if not computes(x) or not is_plain(linear, nn.Linear) or linear.bias is None:
         return act(linear(x))
     op = _op_of(act)
     if op is None or not is_plain(act, type(act)):

@@ -7,11 +7,10 @@ from torch import Tensor, nn
 
 from ..kernels import layer_norm
 from ..kernels.layer_norm.op import MAX_WIDTH
-from .places import Proposal, class_name, computes, has_hooks, runs_ours
+from .places import Proposal, class_name, computes, has_hooks, is_left, runs_ours
 
 KIND = "norms"
-ON_OURS = "clipfast.layer_norm (PyTorch's own in float32 on a CPU)"
-ADDS = f"adds attention's branch in {ON_OURS}"
+ADDS = "adds attention's branch in clipfast.layer_norm"
 
 
 def propose_norm(module: nn.Module) -> Proposal | None:
@@ -30,24 +29,19 @@ def propose_norm(module: nn.Module) -> Proposal | None:
         return Proposal(KIND, f"rows are {norm.weight.shape[0]} wide, and at most {MAX_WIDTH} can be computed")
     if getattr(norm, "_fast_norm", False):
         return Proposal(KIND, "timm's fast norm is on, which computes in 16 bits")
-    return Proposal(KIND, ON_OURS, function)
-
-
-def is_left_to_pytorch(module: Any, x: Tensor) -> bool:
-    """Return True where our op is PyTorch's own, and costs a tenth of a millisecond more: on a CPU, in float32."""
-    return x.device.type == "cpu" and x.dtype == module.weight.dtype == torch.float32
+    return Proposal(KIND, "clipfast.layer_norm", function)
 
 
 def same_dtype_norm(module: Any, x: Tensor) -> Tensor:
     """Compute a layer norm [..., N] -> [..., N] that returns the dtype of its input, under autocast too."""
-    if not computes(x) or is_left_to_pytorch(module, x):
+    if not computes(x):
         return type(module).forward(module, x)
     return layer_norm(x, module.weight, module.bias, module.eps)
 
 
 def autocast_norm(module: Any, x: Tensor) -> Tensor:
     """Compute a layer norm [..., N] -> [..., N] that returns float32 under autocast on a GPU, as PyTorch's own does."""
-    if not computes(x) or is_left_to_pytorch(module, x):
+    if not computes(x):
         return type(module).forward(module, x)
     if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.float()
@@ -71,10 +65,13 @@ def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
     Under autocast, the norm then has the dtype of the branch, which the linear layer behind it would round it to.
     """
+    if is_left(x):
+        x = x + branch
+        return x, norm(x)
     is_same = branch.dtype == x.dtype
     is_rounded = torch.is_autocast_enabled(x.device.type) and torch.promote_types(branch.dtype, x.dtype) == x.dtype
     takes = branch.shape == x.shape and computes(x) and (is_same or is_rounded)
-    if runs_ours(norm) and not has_hooks(norm) and takes and not is_left_to_pytorch(norm, x):
+    if runs_ours(norm) and not has_hooks(norm) and takes:
         normed, x = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual=x)
         return x, normed
     x = x + branch

@@ -17,8 +17,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..kernels.launch import triton_runs_on
+
 # Attributes of a model: the list of its places; and of a text tower: the mask that was last looked at, and the verdict.
 RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
+# On a CPU a pass that ours save costs less than calling them (``python -m clipfast.bench.adoption.parts``). Only what
+# :func:`on_cpus` marks is faster there; everything else is for GPUs, and for float64, in which tests compare both.
+CPU_DTYPES = (torch.float64,)
+ON_GPUS = " (on a CPU as before)"
+
+
+def on_cpus(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a function that is faster than the original on a CPU too, or that asks :func:`is_left` itself."""
+    function.on_cpus = True  # type: ignore[attr-defined]
+    return function
+
+
+def is_left(x: Tensor) -> bool:
+    """Return True if the original is faster where ``x`` is: on a CPU."""
+    return x.device.type == "cpu" and x.dtype not in CPU_DTYPES and not triton_runs_on(x.device)
 
 
 class Replacement:
@@ -48,11 +65,11 @@ class Replacement:
         self.is_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what ``function`` returns, or the class's own method after ``revert`` and while torch.fx traces."""
+        """Return what ``function`` returns, or the class's own method where that is to run."""
         if args and args[0] is self.module:  # accelerate takes it for a function, and binds it when it unwraps a model
             args = args[1:]
-        if self.is_off or any(isinstance(value, torch.fx.Proxy) for value in (*args, *kwargs.values())):
-            return self.original(*args, **kwargs)  # torch.fx can follow this one only
+        if self.is_off or self._is_left((*args, *kwargs.values())):
+            return self.original(*args, **kwargs)
         if self.owner is None:
             return self.function(self.module, *args, **kwargs, **self.options)
         return self.function(self.module, *args, owner=self.owner, **kwargs, **self.options)
@@ -93,6 +110,15 @@ class Replacement:
     def __setstate__(self, state: dict[str, Any]) -> None:
         for name, value in state.items():
             setattr(self, name, value)
+
+    def _is_left(self, values: tuple[Any, ...]) -> bool:
+        """Return True if the original is faster here, or if torch.fx traces, which can follow the original only."""
+        for value in values:
+            if isinstance(value, torch.fx.Proxy):
+                return True
+            if isinstance(value, Tensor) and not hasattr(self.function, "on_cpus"):
+                return is_left(value)
+        return False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Replacement":
         # The owner is outside the module. If only the module is copied, the copy keeps the owner that it has.
@@ -161,7 +187,7 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
         return Place(name, kind, None, f"something else has replaced its {method}")
     else:
         module.__dict__[method] = Replacement(proposal.function, module, method, proposal.owner, options)
-    return Place(name, kind, method, proposal.text)
+    return Place(name, kind, method, proposal.text + ("" if hasattr(proposal.function, "on_cpus") else ON_GPUS))
 
 
 def _unknown_arguments(module: nn.Module, method: str, function: Callable[..., Any]) -> list[str]:

@@ -16,7 +16,7 @@ from .attention_parts import drops
 from .blocks import RESIDUAL, is_causal, why_not_causal
 from .embeddings import is_table, text_embeds, text_tokens
 from .norms import add_norm
-from .places import Proposal, class_name, computes, has_hooks, is_untouched, runs_ours
+from .places import ON_GPUS, Proposal, class_name, computes, has_hooks, is_untouched, on_cpus, runs_ours
 
 KIND = "pooled_last_block"
 _ROW = "one row, by clipfast.attention_pool"
@@ -52,11 +52,11 @@ def propose_text_tower(module: nn.Module) -> Iterator[Proposal]:
         # 3.3.0 has the one, later versions have both
         method = "_encode_text" if hasattr(type(module), "_encode_text") else "encode_text"
         refusal = _why_not_embed(tower)
-        yield _proposal("text_embed", refusal, "clipfast.text_embed", encode_text, method, "embeds")
+        yield _proposal("text_embed", refusal, f"clipfast.text_embed{ON_GPUS}", encode_text, method, "embeds")
         refusal = _why_not_read(tower, tower.text_pool_type)
         yield _proposal(KIND, refusal, _ROW, encode_text, method, "pools")
     elif name == "open_clip.transformer.TextTransformer" and hasattr(module, "_embeds"):
-        yield _proposal("text_embed", _why_not_embed(tower), "clipfast.text_embed", text_embeds, "_embeds")
+        yield _proposal("text_embed", _why_not_embed(tower), f"clipfast.text_embed{ON_GPUS}", text_embeds, "_embeds")
         yield _proposal(KIND, _why_not_read(tower, tower.pool_type), _ROW, text_tower, "forward")
     elif name == "open_clip.transformer.ModernTextTransformer":
         yield Proposal("text_embed", "it adds no positions to texts")
@@ -111,6 +111,7 @@ def _is_plain_attention(attn: Any) -> bool:
     return is_projection and not drops(attn, attn.attn_drop.p) and not drops(attn, attn.out_drop.p)
 
 
+@on_cpus
 def image_tower(tower: Any, x: Tensor) -> Tensor:
     """Compute an OpenCLIP image tower that reads its class token: [B, 3, H, W] -> [B, output_dim]."""
     is_read = tower.attn_pool is None and tower.pool_type == "tok" and not tower.output_tokens
@@ -124,6 +125,7 @@ def image_tower(tower: Any, x: Tensor) -> Tensor:
     return pooled if tower.proj is None else pooled @ tower.proj
 
 
+@on_cpus
 def text_tower(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
     """Compute an OpenCLIP ``TextTransformer``: [B, L] -> [B, output_dim]. Versions from 4 on take a mask of padding."""
     if attention_mask is not None:
@@ -134,6 +136,7 @@ def text_tower(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -
     return _project(tower, _pooled(tower, x, text, mask, tower.pool_type, getattr(tower, "eos_id", None), True))
 
 
+@on_cpus
 def encode_text(
     model: Any, text: Tensor, normalize: bool = False, *, embeds: bool = False, pools: bool = False
 ) -> Tensor:

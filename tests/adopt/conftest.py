@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from clipfast.adopt import places
+
 
 @pytest.fixture(autouse=True)
 def libraries() -> Iterator[None]:
@@ -18,3 +20,15 @@ def libraries() -> Iterator[None]:
     torch.set_num_threads(1)  # threads that wait for each other cost more than they gain here
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our ops run in every dtype, as they do on a GPU. A test of what a CPU runs takes ``as_on_a_cpu`` besides."""
+    monkeypatch.setattr(places, "CPU_DTYPES", (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+
+
+@pytest.fixture
+def as_on_a_cpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The original runs where it is faster on a CPU."""
+    monkeypatch.setattr(places, "CPU_DTYPES", (torch.float64,))

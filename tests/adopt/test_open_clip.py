@@ -5,11 +5,10 @@ import inspect
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import clipfast
-from clipfast.adopt import mlps, norms
 from clipfast.bench.adoption import table
-from clipfast.kernels import layer_norm
 
 from . import shrunk
 
@@ -38,35 +37,39 @@ def test_equal_in_float64(name):
     compare(shrunk.open_clip_model(name).double(), 1e-10)
 
 
+@pytest.mark.parametrize("place", ["as_on_a_gpu", "as_on_a_cpu"])
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "RN50", "coca_ViT-B-32", "ViT-B-16-SigLIP"])
-def test_equal_in_float32(name):
+def test_equal_in_float32(name, place, request):
+    request.getfixturevalue(place)
     compare(shrunk.open_clip_model(name).eval(), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-32-quickgelu", "ViT-B-16-SigLIP"])
-def test_activations_of_gpus(name, monkeypatch):
-    # On a CPU they run as before. The op itself takes its CPU path here.
-    monkeypatch.setattr(mlps, "triton_runs_on", lambda device: True)
-    compare(shrunk.open_clip_model(name).double(), 1e-10)
+class Ops(TorchDispatchMode):
+    """The names of our ops that are called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "clipfast":
+            self.names.add(func._opname)
+        return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
-def test_norms_of_gpus_in_float32(name, monkeypatch):
-    monkeypatch.setattr(norms, "is_left_to_pytorch", lambda module, x: False)
-    compare(shrunk.open_clip_model(name).eval(), 1e-5)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_norms_on_a_cpu_are_pytorchs_own_in_float32(dtype, monkeypatch):
-    # There our op adds nothing but the cost of a call, which a small model feels.
-    calls = []
-    monkeypatch.setattr(
-        norms, "layer_norm", lambda *args, **options: calls.append(args) or layer_norm(*args, **options)
-    )
-    model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32").to(dtype))
+@pytest.mark.parametrize("mode", ["float32", "bfloat16", "autocast", "float64"])
+def test_what_a_cpu_runs(mode, as_on_a_cpu):
+    """Ours where it is faster there; see bench/adoption/parts.py."""
+    model = clipfast.apply_to_open_clip(shrunk.open_clip_model("ViT-B-32"))
+    assert "clipfast.attention, causal (on a CPU as before)" in clipfast.report(model)
+    model = model.to(torch.float32 if mode == "autocast" else getattr(torch, mode))
     images, texts = shrunk.inputs(model)
-    model(images.to(dtype), texts)
-    assert (len(calls) == 0) == (dtype == torch.float32)
+    with Ops() as ops:
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            outputs = model(images.to(model.visual.conv1.weight.dtype), texts)
+        sum(x.float().sum() for x in outputs).backward()
+    faster = {f"{op}_{way}" for op in ("attention_pool", "patch_embed") for way in ("fwd", "bwd")}
+    assert (ops.names > faster) if mode == "float64" else (ops.names == faster), ops.names
 
 
 @pytest.mark.parametrize("options", [
@@ -83,7 +86,9 @@ def test_blocks_with_options(options):
     assert "attn" not in [line.split()[0].split(".")[-1] for line in report.splitlines() if "as before:" in line]
 
 
-def test_autocast_and_sixteen_bits():
+@pytest.mark.parametrize("place", ["as_on_a_gpu", "as_on_a_cpu"])
+def test_autocast_and_sixteen_bits(place, request):
+    request.getfixturevalue(place)
     model = shrunk.open_clip_model("ViT-B-32")
     patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
     args = shrunk.inputs(model)
