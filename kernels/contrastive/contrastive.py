@@ -18,7 +18,6 @@ directions at once.
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
@@ -30,7 +29,7 @@ from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
 from .registration import register_gradients
 from .softmax_stats import ALL, Normalizers
-from .whole import suits_whole, whole_loss
+from .whole import suits_whole, whole_loss, whole_operands
 
 MEMORY = ("default", "min")
 
@@ -152,8 +151,8 @@ def pairwise_loss(
     dtype = operand_dtype(op, row_name, rows)
     scale = logit_scale.to(accumulate_dtype(dtype))
     if both and suits_whole(rows, cols, offset, dtype):
-        x, y = (F.normalize(side, dim=-1) if normalize else side for side in (rows, cols))
-        loss = whole_loss(x, y, scale)
+        with torch.autocast("cpu", enabled=False):
+            loss = whole_loss(*whole_operands(rows, cols, normalize=normalize, dtype=dtype), scale)
         if loss is not None:
             return loss
     return _contrastive_fwd(rows, cols, scale, offset, both, normalize, dtype, save_memory)[0]

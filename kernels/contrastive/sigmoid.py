@@ -32,6 +32,7 @@ from .features import pairs_in
 from .gradients import gradients_in_strips, new_gradient
 from .logit_blocks import logit_blocks
 from .loss_arguments import check_pairs, operand_dtype, scale_tensor
+from .whole import suits_whole, whole_operands
 
 
 @registered("sigmoid_fwd")
@@ -148,7 +149,8 @@ def sigmoid_loss(
         normalize: divide each row by its Euclidean norm first (at least 1e-12), in float32.
         offset: image i and text ``i + offset`` are a pair, where both exist; others are negatives. With ``offset=N``
             there are no pairs, as is right for the texts of another process. Without it, M and N must be the same.
-        backend: "auto" (Triton on GPUs, blockwise PyTorch on CPUs), "triton", or "torch" for the full-matrix reference.
+        backend: "auto" (Triton on GPUs, on CPUs PyTorch, blockwise for more than a million logits),
+            "triton", or "torch" for the full-matrix reference.
 
     Returns:
         Loss summed over texts and averaged over images, a float32 scalar (float64 for float64 input); NaN without
@@ -166,6 +168,10 @@ def sigmoid_loss(
         return reference.sigmoid_loss(image, text, scale, bias, normalize=normalize, offset=offset)
     dtype = operand_dtype(op, "image", image)
     wide = accumulate_dtype(dtype)
+    if suits_whole(image, text, offset, dtype):
+        with torch.autocast("cpu", enabled=False):
+            x, y = whole_operands(image, text, normalize=normalize, dtype=dtype)
+            return reference.sigmoid_loss(x, y, scale.to(wide), bias.to(wide))
     inputs = image, text, scale.to(wide), bias.to(wide)
     with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _sigmoid_fwd(*inputs, offset, normalize, dtype, with_grads)[0]

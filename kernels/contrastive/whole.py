@@ -1,4 +1,4 @@
-"""The contrastive loss of a small batch on a CPU, where the whole matrix of logits fits into the cache.
+"""The losses of a small batch on a CPU, where the whole matrix of logits fits into the cache.
 
 Blockwise work would cost more in calls than in arithmetic there. The formulas are those of :mod:`.contrastive`, with
 one shift, 0, for all rows and columns, and the powers exp(s_ij) serve the loss and its gradients. As there, a pair is
@@ -32,10 +32,16 @@ def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> 
         and rows.device.type == "cpu"
         and not triton_runs_on(rows.device)
         and type(rows) in (Tensor, torch.nn.Parameter)
-        and dtype == rows.dtype == torch.float32
+        and torch.float64 not in (dtype, rows.dtype)
         and offset == 0
         and pairs == cols.shape[0]
     )
+
+
+def whole_operands(*sides: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    """Return features in float32, rounded to ``dtype`` as the blockwise products take them; outside autocast."""
+    wide = [F.normalize(side.float(), dim=-1) if normalize else side for side in sides]
+    return tuple(side.to(dtype).float() for side in wide)
 
 
 class _NotExactError(Exception):

@@ -1,4 +1,4 @@
-"""The contrastive loss of small batches on a CPU, whose matrix of logits is made as a whole."""
+"""The losses of small batches on a CPU, whose matrix of logits is made as a whole."""
 
 import pytest
 import torch
@@ -11,8 +11,12 @@ from .conftest import Recorded
 from .test_cases import MOST_ELEMENTS, hold, specs
 
 pytestmark = pytest.mark.skipif(LEG != "cpu", reason="of the CPU path")
-SPEC = specs()["contrastive_loss"]
-CASES = [case for case in SPEC.cases if LEG in case.legs and 0 < case.shape.elements <= MOST_ELEMENTS]
+CASES = [
+    (spec, case)
+    for spec in (specs()[name] for name in ("contrastive_loss", "sigmoid_loss"))
+    for case in spec.cases
+    if LEG in case.legs and 0 < case.shape.elements <= MOST_ELEMENTS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -20,9 +24,12 @@ def as_a_whole(monkeypatch, in_blocks):
     monkeypatch.setattr(whole, "MOST_LOGITS", MOST_ELEMENTS)
 
 
-@pytest.mark.parametrize("case", CASES, ids=[f"{number} {case.name}" for number, case in enumerate(CASES)])
-def test_case(case):
-    hold(SPEC, case, "float32")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize(
+    ("spec", "case"), CASES, ids=[f"{number} {spec.name} {case.name}" for number, (spec, case) in enumerate(CASES)]
+)
+def test_case(spec, case, dtype):
+    hold(spec, case, dtype)
 
 
 def features(scale, rows=7):
@@ -71,6 +78,6 @@ def test_shapes_dtypes_and_devices_that_it_does_not_take():
     assert not whole.suits_whole(x, y, 1, torch.float32)
     assert not whole.suits_whole(x, y[:5], 0, torch.float32)
     assert not whole.suits_whole(x[:0], y[:0], 0, torch.float32)
-    assert not whole.suits_whole(x, y, 0, torch.bfloat16)
+    assert whole.suits_whole(x, y, 0, torch.bfloat16)
     assert not whole.suits_whole(x.double(), y.double(), 0, torch.float64)
     assert not whole.suits_whole(x.to("meta"), y.to("meta"), 0, torch.float32)
