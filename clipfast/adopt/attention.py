@@ -18,7 +18,7 @@ from .attention_parts import KIND, drops, heads_attention, project_apart, projec
 from .blocks import Mask
 from .hf_attention import PROPOSALS_OF_HF
 from .open_clip_attention import PROPOSALS_OF_OPEN_CLIP, open_clip_attention
-from .places import Proposal, class_name, computes, is_plain, on_cpus
+from .places import Proposal, class_name, computes, is_plain
 from .timm_attention import PROPOSALS_OF_TIMM
 
 
@@ -109,7 +109,6 @@ def multihead_attention(
     return project_out(module, attention(qkv, module.num_heads, causal=is_causal, bias=bias)), None
 
 
-@on_cpus
 def attention_pool_2d(module: Any, x: Tensor) -> Tensor:
     """Compute ``open_clip.modified_resnet.AttentionPool2d``: [B, C, H, W] -> [B, output_dim].
 
