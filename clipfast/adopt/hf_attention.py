@@ -21,7 +21,7 @@ from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..models.layers import single_query_attention
 from .attention_parts import KIND, drops, too_wide
 from .hf_parts import OTHER_VERSION, asks_nothing, has_known_arguments, hf_part
-from .places import Proposal, computes, has_hooks, is_left, is_plain, is_untouched, on_cpus, runs_ours
+from .places import Proposal, computes, has_hooks, is_left, is_plain, is_untouched, runs_ours
 
 # The argument by which an encoder hands on how many tokens of each sequence are seen.
 SEQLENS = "clipfast_seqlens"
@@ -197,7 +197,6 @@ def _leading(seqlens: Tensor, length: int) -> Tensor:
     return torch.arange(length, device=seqlens.device) < seqlens[:, None]
 
 
-@on_cpus
 def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Compute the attention pooling of a SigLIP image tower: [B, N, E] -> [B, E].
 

@@ -14,7 +14,7 @@ from ..kernels import attention
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..models.layers import single_query_attention
 from .attention_parts import KIND, drops, heads_attention, normed_attention, project_qkv, too_wide
-from .places import Proposal, computes, is_plain, on_cpus
+from .places import Proposal, computes, is_plain
 
 
 def _propose_plain(module: Any) -> Proposal:
@@ -113,7 +113,6 @@ def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
     return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, **options)], dim=2)
 
 
-@on_cpus
 def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Compute ``timm.layers.AttentionPoolLatent`` with one query: [B, N, C] -> [B, out_features].
 
