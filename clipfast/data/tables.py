@@ -125,7 +125,7 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
     """
     lines, records, held = _Lines(file), _Records(), list[str]()
     try:
-        rows, separator = _csv_rows((held.append(line) or line for line in lines), choose)
+        rows, separator = _csv_rows(_kept(lines, held), choose)
         header = next(rows, [])
         _check_header(header, is_open=lines.ended)
         while True:
@@ -147,6 +147,13 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
         raise ValueError(f"its header cannot be read: {error}") from error
     finally:
         lines.detach()
+
+
+def _kept(lines: Iterable[str], held: list[str]) -> Iterator[str]:
+    """Yield lines, and append them to ``held``."""
+    for line in lines:
+        held.append(line)
+        yield line
 
 
 def _swallows(row: list[str], more: list[str], columns: int, separator: str) -> bool:
