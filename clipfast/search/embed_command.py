@@ -152,8 +152,12 @@ def _held(folder: Path, world: World) -> Iterator[None]:
     from .embed import refuse_others
 
     with contextlib.ExitStack() as stack:
-        world.on_main(lambda: refuse_others(folder))  # before a lock is left there
-        world.on_main(lambda: stack.enter_context(locked(folder, "--output")))
+
+        def hold() -> None:
+            refuse_others(folder)  # before a lock is left there
+            stack.enter_context(locked(folder, "--output"))
+
+        world.on_main(hold)
         yield
 
 
