@@ -20,7 +20,7 @@ SHARD_SIZE = 10_000  # samples of a shard
 
 def write_shards(
     folder: Path, samples: Samples, numbers: Sequence[int], *, shard_size: int = SHARD_SIZE,
-    advance: Callable[[], object] = lambda: None,
+    advance: Callable[[int], object] = lambda _: None,
 ) -> list[str]:  # fmt: skip
     """Copy samples, file by file as they are, to tar shards 00000.tar, 00001.tar and so on in a new folder.
 
@@ -32,7 +32,7 @@ def write_shards(
         samples: the source.
         numbers: of the samples.
         shard_size: samples of a shard.
-        advance: is called after each sample.
+        advance: is called with 1 after each sample.
 
     Returns:
         A sentence for each sample that cannot be read any more.
@@ -51,7 +51,7 @@ def write_shards(
                         _add(tar, number, samples.files(number))
                     except SampleError as error:
                         lost.append(f"sample {number}: {error}")
-                    advance()
+                    advance(1)
             sync(path / f"{shard:05}.tar")
 
     write_folder(folder, write)
