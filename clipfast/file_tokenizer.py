@@ -3,10 +3,11 @@
 They are read from a local file: clipfast ships none, and downloads none.
 """
 
+import contextlib
 import html
 import json
 import string
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,16 +51,15 @@ class FileTokenizer:
         file = path / FILE_NAME if path.is_dir() else path
         if not file.is_file():
             raise ValueError(f"there is no tokenizer at {file}: give {FILE_NAME}, or the folder that holds it")
-        try:
+        with _refusing(file):
             self._tokenizer: Any = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # the package raises no narrower class
-            raise ValueError(f"{file} is not a file of the tokenizers package: {error}") from error
         self.file, self.context_length, self.clean = file, context_length, clean
         self.pad_token_id = _pad_id(self._tokenizer, file.parent, pad_id)
         self._pads_left = _read_settings(file.parent / SETTINGS_NAME).get("padding_side") == "left"
         self.vocab_size = int(self._tokenizer.get_vocab_size())
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
+        self.encode("a photo of a \u2603")  # some files fail at what they do not know
         self._added = int(self._tokenizer.num_special_tokens_to_add(False))
         self._check_length(context_length)
 
@@ -71,7 +71,8 @@ class FileTokenizer:
         """
         if not isinstance(text, str):
             raise TypeError(f"tokenizer: text must be a string, got {type(text).__name__}: {text!r:.80}")
-        ids: list[int] = self._tokenizer.encode(_CLEANINGS[self.clean](text)).ids
+        with _refusing(self.file):
+            ids: list[int] = self._tokenizer.encode(_CLEANINGS[self.clean](text)).ids
         return ids
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
@@ -134,6 +135,21 @@ class FileTokenizer:
             raise ValueError(
                 f"context_length must hold the {self._added} special token(s) and at least one more, got {length}"
             )
+
+
+@contextlib.contextmanager
+def _refusing(file: Path) -> Iterator[None]:
+    """Say of errors which file they are of. The package raises no narrower class, and its panics are no Exception.
+
+    Raises:
+        ValueError: as above.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:
+        raise ValueError(f"{file} is not a file of the tokenizers package that can be used: {error!s:.300}") from error
 
 
 def tokenizer_of(config: SigLIPConfig, name: str, path: str | Path | None, context_length: int | None) -> FileTokenizer:

@@ -14,9 +14,10 @@ from clipfast.checkpoint import CheckpointError, export_open_clip, read_checkpoi
 from clipfast.conversion.layouts import read_contents
 from clipfast.data import IndexCache, open_shards
 from clipfast.evaluation.offline_layout import find_sets
+from clipfast.file_tokenizer import FileTokenizer
 from clipfast.images import open_image
 from clipfast.models.registry import read_model_config
-from clipfast.search import layout
+from clipfast.search import approximate, layout
 from clipfast.search.arguments import Pictures
 from clipfast.search.samples import Samples
 from clipfast.training.checkpoints import Checkpoints
@@ -176,3 +177,34 @@ def test_files_of_embeddings_that_unpack_to_too_much(kind, embedded, monkeypatch
         path.write_bytes(path.read_bytes().replace(b"(4, 8), ", b"(-4, 8),"))
     with pytest.raises(ValueError, match=rf"{path.name} cannot be read"):
         assert Embeddings.open(embedded).metadata
+
+
+@pytest.mark.parametrize("broken", ["panic", "unknown"])
+def test_a_tokenizer_that_fails_is_refused_when_it_is_opened(broken, tmp_path):
+    pytest.importorskip("tokenizers")
+    special = [{"SpecialToken": {"id": "X", "type_id": 0}}]
+    template = {"type": "TemplateProcessing", "single": special, "pair": [], "special_tokens": {}}
+    content = {
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "decoder": None,
+        "pre_tokenizer": {"type": "Whitespace"}, "post_processor": template if broken == "panic" else None,
+        "model": {"type": "WordLevel", "vocab": {"a": 0, "[UNK]"[: 5 * (broken == "panic")]: 1}, "unk_token": "[UNK]"},
+    }  # fmt: skip
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"tokenizer\.json is not a file of the tokenizers package that can be used"):
+        FileTokenizer(tmp_path)
+
+
+def test_a_foreign_index_is_not_read(embedded, tmp_path, monkeypatch):
+    """Faiss trusts an index wholly."""
+    faiss = pytest.importorskip("faiss")
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
+    embeddings, query = Embeddings.open(embedded), torch.ones(1, 8)
+    _, about = approximate.search(embeddings, embedded, query, 2, None, "image")
+    (embedded / "faiss").mkdir(exist_ok=True)
+    (embedded / "faiss" / "image.json").write_text(json.dumps(about | {"probes": 1}))
+    (embedded / "faiss" / "image.index").write_bytes(b"foreign")
+    read, read_index = [], faiss.read_index
+    monkeypatch.setattr(faiss, "read_index", lambda path: read.append(path) or read_index(path))
+    found, _ = approximate.search(embeddings, embedded, query, 2, None, "image")
+    assert sorted(found.indices[0].tolist()) == sorted(embeddings.search(query, 2).indices[0].tolist())
+    assert [path.startswith(str(tmp_path / "cache")) for path in read] == [True]

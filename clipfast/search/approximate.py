@@ -1,4 +1,4 @@
-"""An approximate index of embeddings by faiss, kept in their folder, and how much of the exact answer it finds."""
+"""An approximate index of embeddings by faiss, kept in the user's cache, and how much of the exact answer it finds."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..data.index import cache_folder
+from ..data.staging import file_name
 from ..files import replace_file, replace_text
 from .embeddings import Found
 from .layout import ABOUT, IMAGES, SUFFIXES, TEXTS
@@ -63,7 +65,9 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
     """Return the index and what is known of it."""
     import faiss
 
-    path, note = folder / FOLDER / f"{kind}.index", folder / FOLDER / f"{kind}.json"
+    # In the user's own cache, since faiss trusts an index wholly, and a folder may be anybody's.
+    home = cache_folder() / FOLDER / file_name(str(folder.resolve()))
+    path, note = home / f"{kind}.index", home / f"{kind}.json"
     stamp = _stamp(folder, kind)
     if path.is_file() and note.is_file():
         about: dict[str, Any] = json.loads(note.read_text("utf-8"))
@@ -77,7 +81,7 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
     # of texts, by which people search pictures, or else of the items themselves
     index, about = make_index(features, sample(features if others is None else others))
     about["stamp"] = stamp
-    path.parent.mkdir(exist_ok=True)
+    home.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda temporary: faiss.write_index(index, str(temporary)), features.nbytes)
     replace_text(note, json.dumps(about, indent=2) + "\n")
     return index, about

@@ -147,7 +147,10 @@ def read_parts(folder: Path, *, without: Collection[str] = ()) -> dict[str, Any]
             return {key: joined(item) for key, item in value.items()}
         return type(value)(map(joined, value)) if isinstance(value, list | tuple) else value
 
-    content: dict[str, Any] = joined(rest)
+    try:
+        content: dict[str, Any] = joined(rest)
+    except RecursionError as error:
+        raise CheckpointError(f"{folder / REST} is refused: its lists are nested too deeply") from error
     return content
 
 
@@ -162,6 +165,8 @@ def read_rest(folder: Path) -> dict[str, Any]:
         rest: dict[str, Any] = torch.load(folder / REST, "cpu", weights_only=True)
     except Exception as error:  # broken files make the reader raise almost anything
         raise CheckpointError(f"{folder / REST} is refused: it is damaged, or could run code ({error})") from error
+    if not isinstance(rest, dict):
+        raise CheckpointError(f"{folder / REST} is refused: it holds no checkpoint")
     return rest
 
 

@@ -20,7 +20,7 @@ def folder(tmp_path):
 
 def test_recall_is_that_of_its_answers(folder):
     embeddings = Embeddings.open(folder)
-    queries = approximate.sample(embeddings.text_features)
+    queries = approximate.sample(embeddings.features)
     found, about = approximate.search(embeddings, folder, queries, 10, None, "image")
     exact = embeddings.search(queries, 10).indices
     hits = sum(
