@@ -81,6 +81,6 @@ def test_the_page_shows_every_way_to_embed():
 
 
 def test_the_page_shows_every_output_of_the_other_commands():
-    outputs = ("--table", "--json", "--html", "--plot", "--write", "--write-keys", "--write-shards")
+    outputs = ("--table", "--json", "--html", "--plot", "--output", "--write-keys", "--write-shards")
     for flag in (*outputs, "--where", "--index"):
         assert any(flag in command.split() for command in COMMANDS), flag
