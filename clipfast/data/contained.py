@@ -80,6 +80,10 @@ class _Reader:
             raise ContentError(found[0]) if kind == "content" else OSError(*found)
         return found[0]
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def forget(self) -> None:
         """Close what a forked process has of it; when the last has done so, the reader ends."""
         self._answers.close()
@@ -100,6 +104,8 @@ def _reading() -> Iterator[_Reader]:
     """Let one thread at a time ask the reader; after an error, the next one gets another reader."""
     global _reader
     with _lock:
+        if _reader is not None and _reader.has_ended:  # by whoever ends processes: no file is to blame
+            _end()
         reader = _reader = _reader or _Reader()
         try:
             yield reader

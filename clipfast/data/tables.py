@@ -197,6 +197,8 @@ def _csv_parser(choose: Callable[[str], str], name: str, descriptor: int) -> Cal
             text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise SampleError(f"the row is not UTF-8: {error}", "broken row") from error
+        if "\0" in text:
+            raise SampleError("the row has zero bytes in it, which may stand for others", "broken row")
         try:
             row = next(_reader(io.StringIO(text, newline=""), separator))
         except (csv.Error, StopIteration) as error:

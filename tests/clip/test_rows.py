@@ -6,7 +6,6 @@ import io
 import json
 import os
 import re
-import signal
 import tracemalloc
 from pathlib import Path
 
@@ -321,11 +320,19 @@ def test_damage_in_an_arrow_file_is_named(form, damage, message, whole, tmp_path
         open_shards([str(path)], index=IndexCache(tmp_path / "cache"), whole=whole).read(0)
 
 
-def test_a_reader_that_ends_names_the_file_and_is_replaced(tmp_path):
+DYING = "import os, socket, sys; socket.socket(fileno=int(sys.argv[1])).recv(1); os.kill(os.getpid(), 11)"
+
+
+def test_a_reader_that_ends_names_the_file_and_is_replaced(tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "x.parquet", downloaded(20))
     index = IndexCache(tmp_path / "cache")
     assert open_shards([path], index=index).sizes == [20]
-    os.kill(contained._reader._process.pid, signal.SIGSEGV)
-    with pytest.raises(SampleError, match=r"x\.parquet cannot be read: .* the process that read it ended with SIGSEGV"):
-        open_shards([path], index=index)
+    contained._reader._process.kill()
+    contained._reader._process.wait()
+    assert open_shards([path], index=index).sizes == [20]  # it had not ended by this file
+    contained._end()
+    with monkeypatch.context() as patch:
+        patch.setattr(contained, "PROGRAM", DYING)
+        with pytest.raises(SampleError, match=r"x\.parquet cannot be read: .* that read it ended with SIGSEGV"):
+            open_shards([path], index=index)
     assert open_shards([path], index=index).sizes == [20]

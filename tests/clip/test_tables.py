@@ -81,7 +81,7 @@ def test_images_are_looked_for_beside_the_table_and_then_here(tmp_path, monkeypa
             open_shards([f"{start}{folder}/t.csv"]).read(1)
 
 
-@hypothesis.given(st.text(st.sampled_from('ab",;\t\r\n\0 é\u2028\x85'), max_size=40), st.sampled_from(",\t;a"))
+@hypothesis.given(st.text(st.sampled_from('ab",;\t\r\n é\u2028\x85'), max_size=40), st.sampled_from(",\t;a"))
 @hypothesis.settings(max_examples=500, deadline=None)
 def test_extents_are_the_rows_of_pythons_csv(body, separator):
     data = f"x{separator}y\n{body}".encode()
@@ -223,9 +223,9 @@ def test_a_compressed_table_that_is_cut_is_refused(tmp_path, suffix):
 
 
 def test_broken_rows_are_named(tmp_path):
-    rows = [("a.png", "a"), ("b.png", "b", "c", "d"), ("c.png",), ("", "no name"), ("e.png", "e")]
+    rows = [("a.png", "a"), ("b.png", "b", "c", "d"), ("c.png",), ("", "no name"), ("e.png", "e"), ("f.png", "f")]
     write_csv(write_images(tmp_path) / "t.csv", rows=rows)
-    data = (tmp_path / "t.csv").read_bytes().replace(b"e.png,e", b"e.png,\xff")
+    data = (tmp_path / "t.csv").read_bytes().replace(b"e.png,e", b"e.png,\xff").replace(b",f", b",f\0\0")
     (tmp_path / "t.csv").write_bytes(data)
     (tmp_path / "t.jsonl").write_bytes(
         b'{"image": "000.png", "caption": "x"}\n{"image"\n[]\n{"image": 7, "a": 1}\n'
@@ -238,6 +238,7 @@ def test_broken_rows_are_named(tmp_path):
             ("missing image", "there is no file 'c.png'"),
             ("no image", "only json with filepath, title; --image-key names others"),
             ("broken row", "the row is not UTF-8"),
+            ("broken row", "the row has zero bytes in it"),
         ],
         "t.jsonl": [
             None,
