@@ -74,11 +74,13 @@ class Signs:
 
     Attributes:
         good: the last step whose loss was better than that; None if there was none.
+        has_fallen: whether a step after it was one of a collapse.
     """
 
     def __init__(self, warmup: int, guessing: float | None = None) -> None:
         self.warmup, self.guessing = warmup, guessing
         self.good: int | None = None
+        self.has_fallen = False
         self._flat = 0
         self._usual = {"loss": Usual(), "gradient norm": Usual()}
         self._saturated = 0
@@ -111,8 +113,9 @@ class Signs:
         if self.guessing is None:
             return []
         if figures.loss < BETTER * self.guessing:
-            self.good = step
+            self.good, self.has_fallen = step, False
         is_flat = abs(figures.loss - self.guessing) < FLAT * self.guessing and figures.grad_norm < FLAT
+        self.has_fallen |= is_flat
         self._flat = self._flat + 1 if is_flat else 0
         if self._flat < FLAT_FOR:
             return []

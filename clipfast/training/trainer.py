@@ -353,7 +353,7 @@ class Trainer:
         """Note on rank 0 whether the state is a good one, and warn if its largest weight is none of a model."""
         step, before = self.progress.step, self.progress.good_step
         if largest <= SENSIBLE:
-            self.progress.good_step = self.log.signs.good or step
+            self.progress.good_step = (self.log.signs.has_fallen and self.log.signs.good) or step
             return
         good = "no step that was saved was better" if before is None else f"step {before} is the last good one"
         log.warning(
