@@ -46,7 +46,8 @@ class Keys:
         )  # fmt: skip
         if not is_right:
             raise ValueError(f"keys of images and texts are lists of names, got {values!r:.200}")
-        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+        found: dict[str, Any] = {name: tuple(x) if isinstance(x, list) else x for name, x in values.items()}
+        return cls(**found)
 
     def ordered_texts(self, rng: random.Random | None) -> Sequence[str]:
         """Return ``texts`` in the order in which they are looked for in the json; ``rng`` draws it if it can vary."""
