@@ -38,10 +38,11 @@ def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> 
     )
 
 
-def whole_operands(*sides: Tensor, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, ...]:
+def whole_operands(x: Tensor, y: Tensor, *, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return features in float32, rounded to ``dtype`` as the blockwise products take them; outside autocast."""
-    wide = [F.normalize(side.float(), dim=-1) if normalize else side for side in sides]
-    return tuple(side.to(dtype).float() for side in wide)
+    if normalize:
+        x, y = (F.normalize(side.float(), dim=-1) for side in (x, y))
+    return x.to(dtype).float(), y.to(dtype).float()
 
 
 class _NotExactError(Exception):
