@@ -154,9 +154,12 @@ class Checkpoints:
         self.saved_at = time.monotonic()
         copied = self._host_copy(checkpoint)
         path = self.step_path(step).with_suffix("")
-        self._background.start(
-            lambda: self._written(path, step, lambda: write_parts(path, copied, self._world), good=good)
-        )
+
+        def write() -> None:
+            self._world.on_main(self._refuse_another)
+            write_parts(path, copied, self._world)
+
+        self._background.start(lambda: self._written(path, step, write, good=good))
 
     def wait(self, seconds: float = math.inf) -> Exception | None:
         """Wait until nothing is being written, or for so long, and return the error of the last write, if it failed."""
@@ -176,7 +179,8 @@ class Checkpoints:
     def _write(self, checkpoint: dict[str, Any], step: int, milestone: int | None, good: int | None) -> None:
         path = self.step_path(step)
 
-        def write() -> None:
+        def write() -> None:  # this process writes alone, even if there are others
+            self._refuse_another()
             write_checkpoint(path, checkpoint)
             self._link(path, self.latest)
             if milestone is not None:
@@ -188,13 +192,7 @@ class Checkpoints:
         self, path: Path, step: int, write: Callable[[], object], milestone: int | None = None, good: int | None = None
     ) -> None:
         """Write the state after ``step`` steps to ``path``, and remove what it replaces."""
-
-        def check() -> None:
-            if not self._is_held():
-                raise OSError(f"{self.folder.parent} was renamed or removed")
-
         try:
-            self._world.on_main(check)
             self._host_copy.wait()
             write()
         except Exception as error:
@@ -208,6 +206,15 @@ class Checkpoints:
         log.info(f"Saved {path}")
         if self.after_save is not None:
             self.after_save()
+
+    def _refuse_another(self) -> None:
+        """Refuse to write into what may be the folder of another run by now.
+
+        Raises:
+            OSError: this run's was renamed or removed.
+        """
+        if not self._is_held():
+            raise OSError(f"{self.folder.parent} was renamed or removed")
 
     def _folders_after(self, file: Path) -> list[Path]:
         """Return the folders of later steps than that of a file, the newest first.
