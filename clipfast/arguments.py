@@ -14,6 +14,8 @@ from typing import Any, NoReturn
 from .columns import printable
 from .files import check_target, together
 
+# A name with braces stands for any number of names, which is why they are not expanded to look for one file.
+BRACES = re.compile(r"\{(?:[^{}]|\{[^{}]*\})*\}")
 DRAWN = ("drawn",)  # in place of the endings of an output: those that matplotlib can draw
 
 
@@ -166,10 +168,9 @@ def _inputs(args: argparse.Namespace) -> Iterator[Path]:
         if name in args.outputs:
             continue
         for word in value if isinstance(value, list | tuple) else [value]:
-            for part in re.split("::|,", str(word)) if isinstance(word, str | Path) else ():
-                # what stands in braces is not expanded, since it could be any number of names
-                pattern = re.sub(r"\{[^}]*\}", "*", re.sub("^(local-dir:|file:(//)?)", "", part))
-                yield from map(Path, {*glob.iglob(pattern), *([part] if part and os.path.exists(part) else [])})
+            parts = {str(word), *re.split("::|,", BRACES.sub("*", str(word)))} if isinstance(word, str | Path) else ()
+            for part in (re.sub("^(local-dir:|file:(//)?)", "", part) for part in parts):
+                yield from map(Path, {*glob.iglob(BRACES.sub("*", part)), *filter(os.path.exists, [part])})
 
 
 def _drawn_ends() -> tuple[str, ...]:

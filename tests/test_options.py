@@ -94,7 +94,7 @@ def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output,
         return
     taken = [one for one in ALL[name]._actions if one.metavar and not one.choices and one.type not in (int, float)]
     read = next(one for one in taken if not isinstance(one, Output) and not isinstance(one.type, arguments.Count))
-    for value in (f"x::{path}", tmp_path):
+    for value in (f"x::{path}", f"{tmp_path}/{{x,{path.stem}}}{path.suffix}", tmp_path):
         code, _, err = run_command(capsys, *line(name, {output: path, read: value}, "--overwrite"))
         assert (code, path.read_bytes()) == (2, b"kept")
         assert any(text in err for text in ("is an input of this command", "which this command reads")), err
