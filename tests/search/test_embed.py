@@ -185,7 +185,7 @@ def test_changed_data_are_not_mixed(faulty, tmp_path, capsys):
         ({"part-size": 0}, "--part-size must be at least 1"),
         ({"part-size": "-3"}, "--part-size must be at least 1"),
         ({"batch-size": "-1"}, "--batch-size must be at least 1"),
-        ({"workers": "-1"}, "--workers must not be negative"),
+        ({"workers": "-1"}, "--workers must be at least 0"),
         ({"data": "nowhere"}, "no such folder or shard: nowhere"),
         ({"data": "empty/"}, "no images"),
         ({"model": TINY}, "has no weights of its own"),
