@@ -89,7 +89,9 @@ def run(args: argparse.Namespace) -> int:
 
 def _nearest(found: Clusters, texts: Tensor, names: Sequence[str]) -> list[str]:
     """Return for each cluster the name whose features, of ``texts``, are nearest to its centre."""
-    return [names[place] for place in (found.centres @ texts.float().cpu().T).argmax(1).tolist()]
+    from ..kernels import top_k
+
+    return [names[place] for place in top_k(found.centres, texts.float().cpu(), 1)[1][:, 0].tolist()]
 
 
 def _names(embeddings: Embeddings, found: Clusters, label_by: str | None) -> list[str]:

@@ -162,7 +162,7 @@ def _places(embeddings: Embeddings, picture: Path) -> set[int]:
 
     if "image_path" not in embeddings.metadata.column_names:
         return set()
-    paths = embeddings.metadata.column("image_path")
+    paths = embeddings.metadata.column("image_path").cast("string")  # from elsewhere it may have no value, and no type
     same_name = pyarrow.compute.ends_with(paths, picture.name).fill_null(False).to_numpy().nonzero()[0].tolist()
     return {place for place in same_name if (path := Path(paths[place].as_py())).is_file() and path.samefile(picture)}
 

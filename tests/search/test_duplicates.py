@@ -91,6 +91,10 @@ def test_groups_and_what_is_kept(planted, threshold, keep, monkeypatch):
     assert near_duplicates(planted, threshold, keep) == found  # to the last bit, however many blocks there are
 
 
+def test_nothing_has_no_duplicates():
+    assert near_duplicates(Embeddings(torch.zeros(0, 2), {"key": []})) == []
+
+
 def test_a_chain_keeps_what_is_unlike_and_says_the_most_similar():
     angles = torch.tensor([0.0, 0.2, 0.41, 0.6, 0.8, 1.0])  # each is nearer than 0.25 to the next, and to no other
     chain = Embeddings(torch.stack([angles.cos(), angles.sin()], 1), {"md5": ["a", None, None, None, None, "a"]})
