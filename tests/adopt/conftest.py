@@ -8,6 +8,8 @@ import torch
 
 from clipfast.adopt import places
 
+ON_A_CPU = places.CPU_DTYPES
+
 
 @pytest.fixture(autouse=True)
 def libraries() -> Iterator[None]:
@@ -31,4 +33,4 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def as_on_a_cpu(as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """The original runs where it is faster on a CPU."""
-    monkeypatch.setattr(places, "CPU_DTYPES", (torch.float64,))
+    monkeypatch.setattr(places, "CPU_DTYPES", ON_A_CPU)
