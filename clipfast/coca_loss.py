@@ -90,7 +90,7 @@ class CoCaLoss(ClipLoss):
             self._check_ranks()
             contrastive = self.clip_loss_weight * self._of_rank(image_features, text_features, logit_scale, None)
         else:
-            contrastive = torch.tensor(0, device=image_features.device)
+            contrastive = torch.tensor(0, device=caption_loss_ce.device)
         caption = self.caption_loss_weight * caption_loss_ce
         if self.z_loss_weight and caption_loss_z is not None:
             caption = caption + self.z_loss_weight * caption_loss_z
