@@ -81,6 +81,7 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
             measuring.add_argument("--pairs-per-second", type=float, default=10_000, metavar="N", help=rate)
     text = "search launch configurations on the GPU of this machine"
     tuner = commands.add_parser("tune", help=text, description=tune.__doc__)
+    tuner.epilog = "exit code: 0 done, 1 an op could not be tuned, 2 an error, 130 interrupted"
     tune.add_arguments(tuner)
     table = commands.add_parser("table", help="write the tables of the README and docs/ again from committed results")
     pages = [Path("README.md"), Path("docs/benchmarks.md")]
@@ -92,6 +93,10 @@ def add_commands(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_measuring(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "exit code: 0 measured, 1 a candidate of clipfast was refused, or is slower (--compare), 2 an error, 130 "
+        "interrupted"
+    )
     add = parser.add_argument
     add("--device", default="auto", help="cpu, cuda, or auto for a GPU if there is one (default: auto)")
     add("--dtype", nargs="+", help=f"{', '.join(DTYPES)} (default: bf16 on a GPU and fp32 on a CPU)")

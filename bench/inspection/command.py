@@ -38,7 +38,9 @@ examples:
   clipfast inspect --arch 90 --case attention
   clipfast inspect --predict --case contrastive_loss        times of an op on an H100
   clipfast inspect --predict --case "step model=ViT-B"      pairs/s of training steps
-  clipfast inspect --predict --against bench-loss.json      measured times beside them"""
+  clipfast inspect --predict --against bench-loss.json      measured times beside them
+
+exit code: 0 no problem, 1 a shipped kernel has one, 2 an error, 130 interrupted"""
 NOTE = """\
 Predicted for one {card} by a model that runs the compiled kernels (Triton {triton}); nothing here was measured.
 PyTorch's products take {tflops:g} TFLOP/s, and its other ops the bytes that they move. The host is left out, as in a
