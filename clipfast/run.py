@@ -36,7 +36,7 @@ LOSSES = {
 MODEL_PARTS = {
     "attention": "attention of images and texts, and the attention pooling of ResNets",
     "norms": "layer norms, each in one pass with the addition before it",
-    "activations": "GELU and QuickGELU, in one pass with the bias before them, on GPUs",
+    "activations": "GELU and QuickGELU, in one pass with the bias before them",
     "patch_embed": "patches to tokens in one pass",
     "text_embed": "texts to tokens with their positions in one pass",
     "pooled_last_block": "a last block of which one row is read computes that row (needs attention)",
@@ -129,6 +129,9 @@ A name that has a slash or ends in {", ".join(SCRIPT_ENDINGS)} is a script, any 
 
 What is replaced, and the name that switches it off in {VARIABLE}, where names are separated by commas:
 {chr(10).join(f"  {name:<19}{part.summary}" for name, part in PARTS.items())}
+
+On a CPU, OpenCLIP's own attention, norms, activations and text embeddings are faster, and run there. All other parts
+are ours on a CPU too.
 
 Models that open_clip.create_model, create_model_and_transforms and create_model_from_pretrained return have our parts;
 models of open_clip.load_openai_model stay as they are, and so does a model that OpenCLIP has given to TorchScript.
