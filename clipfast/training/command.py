@@ -206,6 +206,7 @@ def _saved_options(checkpoint: Path, content: dict[str, Any]) -> dict[str, Any]:
     if options and _is_in_run(checkpoint):
         # The run continues where its checkpoint lies, even if the folder was moved or renamed.
         run = checkpoint.resolve().parent.parent
+        options["name"] = options.get("name") or run.name  # a run that nobody named has none in its options
         if _run_folder(options).resolve() != run:  # otherwise its paths keep the form in which they were given
             options |= {"logs": str(run.parent), "name": run.name}
     return options

@@ -319,7 +319,8 @@ class SkipBudget:
         """
         if skipped <= self.limit * self.seen or self.limit == 0:
             return skipped > self.limit * self.seen
-        bad, good = skipped / self.seen, 1 - skipped / self.seen
+        bad = min(1.0, skipped / self.seen)  # of several ranks, the last pairs may be counted twice
+        good = 1 - bad
         divergence = bad * math.log(bad / self.limit) + (good * math.log(good / (1 - self.limit)) if good else 0.0)
         return math.exp(-self.seen * divergence) < BY_CHANCE
 

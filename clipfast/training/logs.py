@@ -1,13 +1,13 @@
 """Log lines in OpenCLIP's format on the console and in ``out.log``, and metrics in the folder of the run."""
 
 import collections
+import contextlib
 import functools
 import logging
 import logging.handlers
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,11 +41,16 @@ class _OutLog(logging.handlers.WatchedFileHandler):
         if self.folder.lock is not None and self.folder.is_held():
             super().reopenIfNeeded()
 
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a line, or lose it if the file cannot be opened again."""
+        with contextlib.suppress(OSError):
+            super().emit(record)
+
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
         """Lose a line that cannot be written: a full disk would print a traceback for each."""
 
 
-@contextmanager
+@contextlib.contextmanager
 def logging_to(folder: RunFolder, world: World = ALONE, *, by_machine: bool = False) -> Iterator[None]:
     """Log to the console and to ``out.log`` in ``folder``, in OpenCLIP's format.
 

@@ -47,8 +47,11 @@ class Usual:
 
 
 def guessing(config: TrainConfig, model: CLIP, pairs: int) -> float | None:
-    """Return the loss of a model that gives all pairs of a batch the same logit; None if other losses are added."""
-    if config.distill_model is not None:
+    """Return the loss of a model that gives all pairs of a batch the same logit.
+
+    It is None if other losses are added, or if there is one pair, which is no choice.
+    """
+    if config.distill_model is not None or pairs == 1:
         return None
     if getattr(model, "logit_bias", None) is None:
         return math.log(pairs)

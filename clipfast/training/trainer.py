@@ -335,8 +335,8 @@ class Trainer:
         if self._writes_parts and not self._is_milestone and self.progress.step < self.total_steps:
             parts, largest = self.state.parts(), list[float]()
             self.world.agree(lambda: largest.append(self.state.check(parts)))
-            self._judge(max(self.world.gather(largest[0]), default=0.0))
-            self.checkpoints.save_parts(self.state.parts(), self.progress.step, good=self.progress.good_step)
+            self._judge(parts, max(self.world.gather(largest[0]), default=0.0))
+            self.checkpoints.save_parts(parts, self.progress.step, good=self.progress.good_step)
         else:
             content = self.state.state_dict(is_main=self.world.is_main)
             self.world.on_main(lambda: self._write(content))
@@ -344,23 +344,23 @@ class Trainer:
 
     def _write(self, content: dict[str, Any]) -> None:
         """Begin to write the content of a checkpoint if its weights are finite."""
-        self._judge(self.state.check(content))
-        content["clipfast"]["progress"]["good_step"] = good = self.progress.good_step
+        self._judge(content, self.state.check(content))
         milestone = content["epoch"] if self._is_milestone else None
-        self.checkpoints.save(content, self.progress.step, milestone=milestone, good=good)
+        self.checkpoints.save(content, self.progress.step, milestone=milestone, good=self.progress.good_step)
 
-    def _judge(self, largest: float) -> None:
-        """Note on rank 0 whether the state is a good one, and warn if its largest weight is none of a model."""
-        step, before = self.progress.step, self.progress.good_step
-        if largest <= SENSIBLE:
+    def _judge(self, content: dict[str, Any], largest: float) -> None:
+        """Note on rank 0 which step is the last good one, and warn of a weight that is larger than those of a model."""
+        step, good = self.progress.step, self.progress.good_step
+        if largest > SENSIBLE:
+            last = "no step that was saved was better" if good is None else f"step {good} is the last good one"
+            log.warning(
+                f"The largest weight after step {step} is {largest:.1e}, beyond any sensible range: {last}; lower "
+                "--lr, or set --grad-clip-norm"
+            )
+            self.folder.record(step=step, warning="weights", value=largest, usual=SENSIBLE)
+        else:
             self.progress.good_step = (self.log.signs.has_fallen and self.log.signs.good) or step
-            return
-        good = "no step that was saved was better" if before is None else f"step {before} is the last good one"
-        log.warning(
-            f"The largest weight after step {step} is {largest:.1e}, beyond any sensible range: {good}; lower --lr, or "
-            "set --grad-clip-norm"
-        )
-        self.folder.record(step=step, warning="weights", value=largest, usual=SENSIBLE)
+        content["clipfast"]["progress"]["good_step"] = self.progress.good_step
 
     @property
     def _is_milestone(self) -> bool:

@@ -22,6 +22,7 @@ from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.host_copy import HostCopy
 from clipfast.training.interruption import Interruption
 from clipfast.training.lock import LOCK_NAME, FolderLostError, locked
+from clipfast.training.logs import logging_to
 from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
@@ -254,6 +255,16 @@ class TestFailingDisk:
         with mock.patch.object(logging.getLogger("clipfast"), "error") as said:
             folder.record(step=2)
         assert "metrics.jsonl cannot be written: No such file or directory" in said.call_args.args[0]
+
+    def test_a_log_that_cannot_be_opened_again_loses_its_line(self, tmp_path):
+        folder, log, path = RunFolder(tmp_path), logging.getLogger("clipfast"), tmp_path / "out.log"
+        with locked(tmp_path) as folder.lock, logging_to(folder):
+            path.unlink()
+            with mock.patch.object(logging.FileHandler, "_open", side_effect=OSError(errno.ENOSPC, "full")):
+                log.info("lost")
+            log.info("kept")
+        assert path.read_text().endswith("kept\n")
+        assert "lost" not in path.read_text()
 
     @pytest.mark.parametrize("what", ["removed", "renamed", "the last step"])
     def test_a_folder_that_is_removed_is_made_again(self, what, shards, tmp_path):

@@ -94,6 +94,7 @@ def test_the_loss_of_guessing(siglip):
         found = contrastive_loss(same, same, scale)
     model = mock.Mock(logit_bias=torch.zeros(()) if siglip else None)
     assert guessing(TrainConfig(train_data="x"), model, 8) == pytest.approx(found.item(), rel=1e-6)
+    assert guessing(TrainConfig(train_data="x"), model, 1) is None
 
 
 @pytest.mark.parametrize("what", ["collapse", "weights"])

@@ -56,8 +56,9 @@ def test_recipes(tmp_path):
 
 def test_a_resumed_run_keeps_the_form_of_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    content = {"clipfast": {"config": {"logs": "runs", "name": "r"}}}
-    for folder in (Path("runs/r"), tmp_path / "runs" / "r"):
-        assert _saved_options(folder / "checkpoints" / "step_1.pt", content) == {"logs": "runs", "name": "r"}
+    for name in ("r", None):  # None: nobody named the run, and its folder is named after its time
+        content = {"clipfast": {"config": {"logs": "runs", "name": name}}}
+        for folder in (Path("runs/r"), tmp_path / "runs" / "r"):
+            assert _saved_options(folder / "checkpoints" / "step_1.pt", content) == {"logs": "runs", "name": "r"}
     moved = _saved_options(Path("other/s/checkpoints/step_1.pt"), content)
     assert moved == {"logs": str(tmp_path / "other"), "name": "s"}
