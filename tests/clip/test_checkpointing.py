@@ -219,11 +219,11 @@ class TestFailingDisk:
         error = failing[".step_4.pt.tmp"] = OSError(errno.EIO, "Input/output error")
         tried = []
 
-        def log_tries(self, checkpoint, step, milestone):
+        def log_tries(self, checkpoint, step, *others):
             tried.append(step)
             if len(tried) == 2:
                 failing.clear()
-            original(self, checkpoint, step, milestone)
+            original(self, checkpoint, step, *others)
 
         original = Checkpoints._write
         with mock.patch.object(Checkpoints, "_write", log_tries):
