@@ -39,10 +39,24 @@ def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> 
 
 
 def whole_operands(x: Tensor, y: Tensor, *, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Return features in float32, rounded to ``dtype`` as the blockwise products take them; outside autocast."""
-    if normalize:
-        x, y = (F.normalize(side.float(), dim=-1) for side in (x, y))
-    return x.to(dtype).float(), y.to(dtype).float()
+    """Return features in float32, rounded to ``dtype`` as the blockwise products take them; outside autocast.
+
+    Their gradients are not rounded.
+    """
+    x, y = (F.normalize(side.float(), dim=-1) if normalize else side.float() for side in (x, y))
+    return (x, y) if dtype == torch.float32 else (_Rounded.apply(x, dtype), _Rounded.apply(y, dtype))  # type: ignore[no-untyped-call]
+
+
+class _Rounded(torch.autograd.Function):
+    """Values in float32 that another dtype can hold; the gradient is that of the values before."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).float()
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
 
 
 class _NotExactError(Exception):
