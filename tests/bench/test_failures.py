@@ -78,7 +78,7 @@ def test_inputs_that_do_not_fit_refuse_the_case_and_no_more(fault, run_session, 
 def test_an_op_of_ours_that_is_refused_is_exit_code_1(tmp_path, monkeypatch, no_roofs, capsys):
     arguments = ["loss", "--device", "cpu", "--smoke", "--no-memory", "--no-plots", "--only", "PyTorch compiled"]
     monkeypatch.setattr("clipfast.bench.suites.peers.compiled", lambda function: function)
-    arguments += ["--json", str(tmp_path / "run.json")]
+    arguments += ["--overwrite", "--json", str(tmp_path / "run.json")]
     assert cli.main(arguments) == 0
     break_loss(monkeypatch)
     assert cli.main(arguments) == 1

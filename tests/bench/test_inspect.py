@@ -220,7 +220,6 @@ def test_planted_difference_and_another_triton_are_shown(reports, change, expect
     [
         (["--arch", "75"], "unknown architecture 75: known are 80, 86, 89, 90, 100, 120"),
         (["--case", "attentoin"], "no case contains 'attentoin'; there are: bias_gelu N4096 bf16; "),
-        (["--jobs", "0"], "jobs must be at least 1, got 0"),
         (["--snapshot", "nowhere.json"], "nowhere.json"),
         (["--snapshot", __file__], "is not JSON"),
         (["--snapshot", str(configs.table_path(90))], "is not one: a snapshot has the fields of its lists at the top"),
