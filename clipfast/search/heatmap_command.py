@@ -85,15 +85,8 @@ def _write_page(args: argparse.Namespace, picture: Any, maps: Any, peaks: Any, l
 
     items = [Item(picture, args.image.name, path=str(args.image))]
     for text, heat, (score, x, y) in zip(args.texts, maps, peaks, strict=True):
-        low = float(heat.min())
-        items.append(
-            Item(
-                overlay(picture, heat, limits_of(maps)),
-                text,
-                score,
-                metadata={"highest at": f"({x}, {y})", "lowest": low},
-            )
-        )
+        known = {"highest at": f"({x}, {y})", "lowest": float(heat.min())}
+        items.append(Item(overlay(picture, heat, limits_of(maps)), text, score, metadata=known))
     about = (
         f"Where {args.image.name} fits each text by {args.model}: dark is the lowest {label} of all maps, which share "
         "a scale, and bright the highest. Scores: the highest of each map."
