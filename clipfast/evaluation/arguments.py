@@ -16,7 +16,6 @@ from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
-    from ..data import Skipped
     from ..training.world import World
     from .encoder import Encoder
     from .features import LabelledFeatures
@@ -243,7 +242,7 @@ def encoded_by(
     return found or [LabelledFeatures.empty()] * len(encoders)
 
 
-def report_left_out(skipped: Iterable[Skipped], command: str = "eval", most: int = 20) -> None:
+def report_left_out(skipped: Iterable[object], command: str = "eval", most: int = 20) -> None:
     """Name what cannot be used on stderr."""
     listed = list(skipped)
     for one in listed[:most]:

@@ -145,10 +145,8 @@ def check_port(port: int) -> None:
     """Refuse a port that cannot be used.
 
     Raises:
-        ValueError: it is no port, or somebody uses it.
+        ValueError: this user may not use it, or somebody uses it.
     """
-    if not 1 <= port <= 65535:
-        raise ValueError(f"--port must be from 1 to 65535, got {port}")
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..arguments import DRAWN, add_output
-from ..evaluation.arguments import write_results
+from ..evaluation.arguments import report_left_out, write_results
 from .arguments import add_folder_argument, add_result_arguments
 
 if TYPE_CHECKING:
@@ -131,8 +130,7 @@ def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept
     wanted = [numbers[place] for place in kept.nonzero().squeeze(1).tolist()]
     with progress(len(wanted), "copying", "samples") as advance:
         lost = write_shards(folder, pictures.samples, wanted, advance=advance)
-    for loss in lost:
-        print(f"clipfast filter: left out {loss}", file=sys.stderr)
+    report_left_out(lost, "filter", most=len(lost))
 
 
 def _plot(path: Path, scores: Tensor, results: dict[str, Any]) -> None:

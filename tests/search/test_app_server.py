@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from clipfast.cli import main
 from clipfast.search.app_server import (
     AT_ONCE,
     KEPT_BYTES,
@@ -119,12 +118,6 @@ def test_few_uploads_at_once(tmp_path):
     assert guarded(UPLOAD, guard, "POST", serve, content_length="1")[0] == 200
     assert answered == [429, *[200] * (AT_ONCE - 1)]
     assert guarded(UPLOAD, guard, "POST", content_length="1")[0] == 200
-
-
-@pytest.mark.parametrize("port", [0, -1, 65536])
-def test_a_bad_port_is_refused(port, capsys):
-    assert main(["app", "nowhere", "--port", str(port)]) == 2
-    assert "--port must be from 1 to 65535" in capsys.readouterr().err
 
 
 def test_a_port_in_use_is_refused():
