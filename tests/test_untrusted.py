@@ -179,6 +179,16 @@ def test_files_of_embeddings_that_unpack_to_too_much(kind, embedded, monkeypatch
         assert Embeddings.open(embedded).metadata
 
 
+def test_what_would_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(layout, "MAX_TABLE", 1 << 20)
+    embeddings = Embeddings(torch.zeros(40, 2), {"caption": ["x" * 50_000] * 40})
+    with pytest.raises(ValueError, match="make smaller parts"):
+        embeddings.save(tmp_path / "e")
+    assert not list(tmp_path.iterdir())
+    embeddings.save(tmp_path / "e", part_size=10)
+    assert Embeddings.open(tmp_path / "e").metadata.equals(embeddings.metadata)
+
+
 @pytest.mark.parametrize("broken", ["panic", "unknown"])
 def test_a_tokenizer_that_fails_is_refused_when_it_is_opened(broken, tmp_path):
     pytest.importorskip("tokenizers")

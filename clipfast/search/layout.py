@@ -105,9 +105,16 @@ def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
 
     Raises:
         DiskFullError: there is no space.
+        ValueError: the metadata are more than :func:`read_table` reads.
     """
     from pyarrow import parquet
 
+    size = part.metadata.nbytes
+    if size > MAX_TABLE:
+        raise ValueError(
+            f"the metadata of part {number} have {size:,} bytes, and at most {MAX_TABLE:,} are read again: make "
+            "smaller parts, or keep less metadata"
+        )
     for kind, features in ((IMAGES, part.images), (TEXTS, part.texts)):
         if features is not None:
             (folder / kind).mkdir(exist_ok=True)
@@ -115,7 +122,7 @@ def write_part(folder: Path, part: Part, number: int, count: int = 0) -> None:
             replace_file(part_path(folder, kind, number, count), functools.partial(_save, array), array.nbytes)
     (folder / METADATA).mkdir(exist_ok=True)
     write = functools.partial(parquet.write_table, part.metadata)
-    replace_file(part_path(folder, METADATA, number, count), write, part.metadata.nbytes)
+    replace_file(part_path(folder, METADATA, number, count), write, size)
 
 
 def _save(array: np.ndarray[Any, Any], path: Path) -> None:
