@@ -87,8 +87,8 @@ def _sentence(results: dict[str, Any]) -> str:
     return (
         f"Of {results['items']:,} pictures {results['kept']:,} are kept, and {results['dropped']:,} left out as near "
         f"duplicates of these (cosine of {results['threshold']:g} or more, or an equal digest). Of near duplicates, "
-        f"the {results['keep']} one is kept. Groups: {results['groups']:,}; in {results['chains']:,} of them, "
-        "which are chains, several are kept"
+        f"the {results['keep']} one is kept. Groups: {results['groups']:,}, of which "
+        f"{results['chains']:,} are chains; of a chain several are kept"
     )
 
 
