@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from clipfast.adopt import places
+
 from . import table
 
 
@@ -22,6 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         parser.error(f"{', '.join(unknown)}: there are {', '.join(libraries)}")
     warnings.simplefilter("ignore")  # the libraries' own
+    places.CPU_DTYPES = (*places.CPU_DTYPES, torch.float32)  # the errors are those of ours
     torch.set_num_threads(1)  # threads that wait for each other cost more than they gain in small models
     for library in [libraries[name] for name in args.libraries or libraries]:
         rows = {}

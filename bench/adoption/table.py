@@ -33,10 +33,10 @@ This file is written by `python -m clipfast.bench.adoption`, one section for eac
 
 Each model is shrunk in depth and width, but not in kind, so that its numbers of places are smaller than those of the
 real one. "5 of 7 (2)" says that 5 of 7 places run on our kernels, and note 2 says why the others were left as they
-were; "–" says that there is no such place. Activations count although they have kernels for GPUs only. The last
-columns are the largest errors of a patched model against the original on a CPU, over outputs and all gradients, each
-relative to the largest value of its tensor (of a gradient: at least a thousandth of the largest of all). In float64
-the models are in training mode, and in float32 in evaluation mode."""
+were; "–" says that there is no such place. Places count although on a CPU the original of most is faster, and
+runs; to measure the errors, ours ran on a CPU too. The last columns are the largest errors of a patched model against
+the original, over outputs and all gradients, each relative to the largest value of its tensor (of a gradient: at least
+a thousandth of the largest of all). In float64 the models are in training mode, and in float32 in evaluation mode."""
 
 
 @dataclasses.dataclass(frozen=True)
