@@ -51,7 +51,6 @@ class _Reader:
                 stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                 start_new_session=True,  # a Ctrl-C is for the process that asks
             )  # fmt: skip
-        self._answers = self._socket.makefile("rb")
 
     def ask(self, request: dict[str, Any], descriptors: list[int]) -> None:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # it has ended, as its answer will show
@@ -65,11 +64,11 @@ class _Reader:
             OSError: the disk failed.
             ImportError: there is no pyarrow.
         """
-        try:
-            line = self._answers.readline()
-        except ConnectionResetError:
-            line = b""
-        if not line:
+        line = b""
+        with contextlib.suppress(ConnectionResetError):
+            while not line.endswith(b"\n") and (more := self._socket.recv(CHUNK)):
+                line += more
+        if not line.endswith(b"\n"):
             code = self._process.wait()
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
             raise ContentError(f"it is damaged: the process that read it ended with {how}; copy or write it again")
@@ -85,8 +84,10 @@ class _Reader:
         return self._process.poll() is not None
 
     def forget(self) -> None:
-        """Close what a forked process has of it; when the last has done so, the reader ends."""
-        self._answers.close()
+        """Close what a forked process has of it; when the last has done so, the reader ends.
+
+        No lock is taken: a thread that the forked process does not have might hold it.
+        """
         self._socket.close()
 
     def end(self) -> None:
@@ -166,16 +167,17 @@ def _copy_footer(file: IO[bytes], target: IO[bytes]) -> None:
 
 def copy_rows(file: IO[bytes], name: str, target: Writable, folder: Path | None = None) -> None:
     """Write the rows of a file of this machine as a tar file; arguments and errors are those of ``rows.members``."""
-    ours, theirs = os.pipe()
-    with _reading() as reader, open(ours, "rb", 0) as rows:
-        try:
-            request = {"name": name, "folder": None if folder is None else str(folder)}
-            reader.ask(request, [file.fileno(), theirs])
-        finally:
-            os.close(theirs)
-        while data := rows.read(CHUNK):
-            target.write(data)
-        reader.answer()
+    with _reading() as reader:
+        ours, theirs = os.pipe()  # not before: a process that is forked while this one waits would keep the pipe open
+        with open(ours, "rb", 0) as rows:
+            try:
+                request = {"name": name, "folder": None if folder is None else str(folder)}
+                reader.ask(request, [file.fileno(), theirs])
+            finally:
+                os.close(theirs)
+            while data := rows.read(CHUNK):
+                target.write(data)
+            reader.answer()
 
 
 def serve(number: int) -> None:

@@ -4,8 +4,11 @@ import datetime
 import decimal
 import io
 import json
+import multiprocessing
 import os
 import re
+import threading
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -336,3 +339,27 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(tmp_path, monkeypatch
         with pytest.raises(SampleError, match=r"x\.parquet cannot be read: .* that read it ended with SIGSEGV"):
             open_shards([path], index=index)
     assert open_shards([path], index=index).sizes == [20]
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(tmp_path, monkeypatch):
+    """As a data worker, which lives on."""
+    path = write_parquet(tmp_path / "x.parquet", downloaded(20))
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
+
+    class Lock:
+        def __enter__(self):
+            child.start()
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(contained, "_lock", Lock())
+    options = {"index": IndexCache(tmp_path / "cache"), "whole": True}
+    copying = threading.Thread(target=open_shards, args=[[path]], kwargs=options, daemon=True)
+    copying.start()
+    copying.join(30)
+    child.kill()
+    child.join()
+    assert not copying.is_alive()
+    assert open_shards([path], index=options["index"]).shards[0].size
