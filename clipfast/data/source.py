@@ -168,15 +168,14 @@ class ShardSource:
         begin, length = unpacked(opened.extents[within])
         try:
             data = os.pread(opened.descriptor, length * opened.unit, begin * opened.unit)
+            self.bytes_read += len(data)
+            if len(data) <= (length - 1) * opened.unit:
+                self._close(shard)
+                raise ShardError(f"the shard ends inside sample {within}", "truncated shard")
+            sample = opened.parse(data)
         except OSError as error:
             self._close(shard)
             raise ShardError(f"the shard cannot be read: {error.strerror}", "unreadable shard") from error
-        self.bytes_read += len(data)
-        if len(data) <= (length - 1) * opened.unit:
-            self._close(shard)
-            raise ShardError(f"the shard ends inside sample {within}", "truncated shard")
-        try:
-            sample = opened.parse(data)
         except SampleError:
             raise
         except ValueError as error:

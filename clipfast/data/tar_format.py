@@ -90,9 +90,7 @@ def _plain(file: BinaryIO, size: int, *, with_data: bool) -> tuple[list[Member],
             data = _read(file, begin, length) if with_data else b""
             name, link = extended.get("path") or _name(header), ""
             if is_link:
-                target = extended.get("linkpath") or header[157:257].split(b"\0", 1)[0].decode(
-                    "utf-8", "surrogateescape"
-                )
+                target = extended.get("linkpath") or _text(header[157:257])
                 link = linked(name, target, is_symbolic=kind == ord("2"))
             parts.append(Member(name, data, start, at - start, link))
         start, extended = at, {}
@@ -136,7 +134,7 @@ def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
         if extent is None or not hops:
             why = "which is not in the shard" if extent is None else "and that to another, too many times"
             raise SampleError(f"{member.name} is a link to {member.link}, {why}", "broken link")
-        target = _members(os.pread(descriptor, extent[1], extent[0]))[0]
+        (target,) = _members(os.pread(descriptor, extent[1], extent[0]))  # otherwise a ValueError: it was replaced
         return dataclasses.replace(member, data=content(target, hops - 1).data)
 
     def parse(data: bytes) -> RawSample:
@@ -156,8 +154,8 @@ def _members(data: bytes) -> list[Member]:
 
 def _places(descriptor: int) -> dict[str, tuple[int, int]]:
     """Return where each member of a tar file begins and how many bytes it takes, by its path."""
-    with open(os.dup(descriptor), "rb") as file:
-        file.seek(0)
+    # A forked data worker would share the place in a duplicated descriptor, and read elsewhere while another one reads.
+    with open(f"/dev/fd/{descriptor}", "rb") as file:
         members = _plain_members(file) or (part for part in read_tar(file) if isinstance(part, Member))
         return {posixpath.normpath(member.name): (member.offset, member.size) for member in members}
 

@@ -320,7 +320,24 @@ def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_pa
     for number in range(18):
         raw = source.read(number)
         assert {key: raw[key] for key in sample(0)} == sample(number % 6)
+    # Data workers that were forked share the descriptors.
+    assert [os.lseek(opened.descriptor, 0, os.SEEK_CUR) for opened in source._open.values()] == [0]
     with pytest.raises(SampleError, match=r"c/6\.png is a link to \.\./secret\.png, which is not in the shard"):
         source.read(18)
     with pytest.raises(SampleError, match=r"c/7\.png is a link to c/7\.png, and that to another, too many times"):
         source.read(19)
+
+
+def test_a_link_to_what_was_cut_off_is_a_broken_shard(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, target in (("0.txt", ""), ("0.png", "9.png"), ("1.png", "9.png"), ("9.png", "")):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = (tarfile.LNKTYPE, target) if target else (tarfile.REGTYPE, "")
+            info.size = 0 if target else 3
+            tar.addfile(info, io.BytesIO(b"abc"))
+    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    assert source.read(0)["png"] == b"abc"
+    os.truncate(path, 5 * 512 + 1)
+    with pytest.raises(SampleError, match="not where it was"):
+        source.read(0)
