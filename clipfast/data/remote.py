@@ -17,7 +17,7 @@ ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
 
 EXHAUSTED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)  # errors that are about this process, and no file
-PATIENCE = 120.0  # seconds after which there is no further attempt
+PATIENCE = 120.0  # seconds after which there is no third or later attempt
 CONNECT, READ = 10.0, 20.0  # seconds that a web server has to take a connection, and to send the next bytes
 WEB = ("http://", "https://")
 BUSY = (408, 429)  # the answers of a web server that are about the moment
@@ -100,7 +100,7 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
                 raise
             cause = error.__cause__ or error
             reason = " ".join(str(cause).split()) or type(cause).__name__
-            if not waits or time.monotonic() - begin > PATIENCE:
+            if not waits or (number > 1 and time.monotonic() - begin > PATIENCE):  # the first may have brought much
                 tried = f" ({number} attempts)" if number > 1 else ""
                 raise FetchError(f"{what} {name} cannot be read: {reason}{tried}") from error
             log.warning(f"{what} {name}: attempt {number} has failed ({reason}); the next one is in {waits[0]:g} s")

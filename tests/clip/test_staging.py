@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from clipfast.data import IndexCache, identities, open_shards, staging
+from clipfast.data import IndexCache, identities, open_shards, remote, staging
 from clipfast.data.staging import FetchError, exclusive, staged
 from clipfast.files import DiskFullError
 from clipfast.images import SampleError
@@ -312,6 +312,14 @@ def test_a_server_that_never_answers_is_given_up(answers, tmp_path, monkeypatch,
             open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"), whole=whole)
     assert "s.tar: attempt 1 has failed" in caplog.text
     assert answers.asked < 20
+
+
+def test_what_fails_late_is_tried_once_more(monkeypatch):
+    """As the copy of a large shard whose connection breaks."""
+    monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
+    monkeypatch.setattr(remote, "PATIENCE", 0.0)
+    answers = [[b"all of it"], []]
+    assert remote.retried("https://example.com/s.tar", lambda: answers.pop()[0]) == b"all of it"
 
 
 def test_a_failing_command(tmp_path, monkeypatch):
