@@ -134,6 +134,7 @@ ABOUT = {
     "a list of models": ({"model": ["x"]}, "model must be str"),
     "keys of something else": ({"keys": {"images": [3]}}, "keys of images and texts are lists of names"),
     "a range of shards": ({"data": "{1..99999999}"}, "may name more than 4,194,304 shards"),
+    "ranges of letters": ({"data": "{a..z}" * 6}, "may name more than 4,194,304 shards"),
     "nested ranges": ({"data": "{x{1..1000}{1..1000}{1..1000},}"}, "may name more than 4,194,304 shards"),
 }
 

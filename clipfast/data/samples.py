@@ -90,10 +90,14 @@ def _named_by(pattern: str) -> Iterator[str]:
 
     def count(group: re.Match[str]) -> str:
         nonlocal most
-        numbers = re.fullmatch(r"(-?\d+)\.\.(-?\d+)(?:\.\.-?(\d+))?", group[1])
-        if most <= MAX_SHARDS:
-            step = max(int((numbers and numbers[3]) or 1), 1)
-            most *= abs(int(numbers[2]) - int(numbers[1])) // step + 1 if numbers else group[1].count(",") + 1
+        ends = re.fullmatch(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?", group[1])
+        if most > MAX_SHARDS:
+            return ""
+        if ends:
+            first, last = (ord(end) if end.isalpha() else int(end) for end in (ends[1], ends[2]))
+            most *= abs(last - first) // max(int(ends[3] or 1), 1) + 1
+        else:
+            most *= group[1].count(",") + 1
         return ""
 
     found = 0
