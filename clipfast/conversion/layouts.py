@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ from ..checkpoint import (
     own_preprocessing,
     plain_names,
 )
-from ..files import local_path
+from ..files import local_path, read_json
 from ..hub import HUB_PREFIX, repository_of
 from ..models import CLIPConfig, SigLIPConfig, get_model_config, list_models
 from ..pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
@@ -115,7 +114,7 @@ def _exported_step(folder: Path) -> float:
     if not any((folder / name).is_file() for name in (*WEIGHTS_NAMES, *hugging_face.WEIGHTS_NAMES)):
         return -1
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return float(json.loads((folder / "results.json").read_text("utf-8"))["steps"])
+        return float(read_json(folder / "results.json")["steps"])
     return float("inf")
 
 

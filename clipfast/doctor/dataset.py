@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..files import replace_text
 from ..host import cores
+from ..progress import each, progress
 from ..training.config import TrainConfig
 from ..training.options import keys_of, separator_of
 from ..units import BYTES, scaled
@@ -92,13 +93,11 @@ def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBa
 
 def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
     """Read and decode every pair on all cores, as training does, and say how many cannot be used, and why."""
-    from tqdm import tqdm
-
     from ..data import EveryPair, Skipped, made_by_workers, open_sources
     from ..images import SampleError
 
     sources, bad = list["Source"](), list[Skipped]()
-    for name in names:
+    for name in each(names, "index", "shards"):
         try:
             sources += open_sources([name], index=index)
         except SampleError as error:
@@ -109,12 +108,11 @@ def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexC
     workers = min(cores(), len(every.pieces)) if len(every.pieces) > 1 else 0
     with (
         made_by_workers(every, every.pieces, workers) as found,
-        tqdm(desc="reading every pair", total=total, unit="pair", disable=None, leave=False) as bar,
+        progress(total, "reading every pair", "pairs") as advance,
     ):
         for piece, skipped in zip(every.pieces, found, strict=True):
             bad += skipped
-            bar.set_postfix_str(f"{len(bad)} bad", refresh=False)
-            bar.update(piece[2] - piece[1])
+            advance(piece[2] - piece[1])
     if options.get("list") is not None:
         lines = ("\t".join(" ".join(field.split()) for field in one) + "\n" for one in bad)
         replace_text(options["list"], "".join(lines))
