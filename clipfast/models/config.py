@@ -104,7 +104,7 @@ class CLIPConfig:
         count = text.layers * (4 + 2 * text.mlp_ratio) * text.width**2
         count += (text.vocab_size + text.context_length + self.embed_dim) * text.width
         if isinstance(vision.layers, tuple):
-            count += sum(17 * 4**stage * number for stage, number in enumerate(vision.layers)) * vision.width**2 / 4
+            count += sum(17 * 4**stage * number for stage, number in enumerate(vision.layers)) * vision.width**2
             return int(count + (vision.image_size // 32) ** 2 * vision.channels)
         patch = vision.patch_size or 1
         count += vision.layers * (4 + 2 * vision.mlp_ratio) * vision.width**2
