@@ -1,8 +1,8 @@
-"""Parquet and Arrow files are read in a process of its own, which a damaged one may end: pyarrow checks little.
+"""Parquet and Arrow files are read in a separate process: pyarrow checks little, and a damaged file may end it.
 
-Each process that reads such files starts one reader when it needs it first, and keeps it. A request hands it the open
-file, and what is to be done. The rows come back through a pipe, as the tar file that :mod:`clipfast.data.rows` makes of
-them, and at the end the reader says what it found.
+Each process that needs such files starts one reader at the first of them, and keeps it. A request hands the open file
+to the reader, and says what to do with it. The rows come back through a pipe, as the tar file that
+:mod:`clipfast.data.rows` makes of them, and at the end the reader says what it found.
 """
 
 import atexit
@@ -91,9 +91,9 @@ class _Reader:
         self._socket.close()
 
     def end(self) -> None:
-        self.forget()
         self._process.kill()
         self._process.wait()
+        self.forget()
 
 
 _lock = threading.Lock()
