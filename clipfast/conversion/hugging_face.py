@@ -7,13 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checkpoint import (
-    CheckpointError,
-    check_weights,
-    complete_preprocessing,
-    read_checkpoint,
-    write_safetensors,
-)
+from ..checkpoint import CheckpointError, check_weights, complete_preprocessing, read_checkpoint, write_safetensors
 from ..files import read_json, replace_text
 from ..models import CLIPConfig, SigLIPConfig
 from . import hugging_face_names, siglip_hugging_face
