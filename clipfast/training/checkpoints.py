@@ -102,7 +102,7 @@ class Checkpoints:
             except CheckpointError as error:
                 damaged.append(str(error))
                 continue
-            return Found(path, content, [f"{line}; the run goes on from {path}" for line in damaged])
+            return Found(path, content, damaged)
         if kept:
             raise CheckpointError(f"{self.folder} holds no checkpoint that is whole: {'; '.join(damaged)}")
         return Found(None, {}, [])
