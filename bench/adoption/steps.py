@@ -104,14 +104,15 @@ def stepper(model: Any, case: dict[str, Any], batch: int, *, ours: bool) -> Call
 
 def measure(theirs: Callable[[], object], ours: Callable[[], object], rounds: int) -> tuple[float, float, float]:
     """Return the lower quartiles of the CPU seconds of both, and the median of the quotients of neighbours."""
-    functions, seconds = (theirs, ours), ([], [])  # type: tuple[Any, Any], tuple[list[float], list[float]]
+    functions = theirs, ours
+    seconds: tuple[list[float], list[float]] = [], []
     for number in range(-2, rounds):
         for each in (0, 1) if number % 2 else (1, 0):
             start = time.process_time()
             functions[each]()
             if number >= 0:
                 seconds[each].append(time.process_time() - start)
-    return *map(lower_quartile, seconds), statistics.median(map(lambda a, b: a / b, *seconds))
+    return lower_quartile(seconds[0]), lower_quartile(seconds[1]), statistics.median(map(lambda a, b: a / b, *seconds))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -137,8 +138,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         case = CASES[name]
         model = build(case, width, args.layers)
         patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
-        both = (stepper(each, case, args.batch, ours=each is patched) for each in (model, patched))
-        theirs, ours, quotient = measure(*both, args.rounds)
+        step, step_of_ours = (stepper(each, case, args.batch, ours=each is patched) for each in (model, patched))
+        theirs, ours, quotient = measure(step, step_of_ours, args.rounds)
         print(f"| {name} | {width} | {theirs:.4f} | {ours:.4f} | {theirs / ours:.3f} | {quotient:.3f} |", flush=True)
     return 0
 

@@ -23,7 +23,7 @@ from ..kernels.launch import triton_runs_on
 RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
 # On a CPU a pass that ours save costs less than calling them (``python -m clipfast.bench.adoption.steps``). Only what
 # :func:`on_cpus` marks is faster there; everything else is for GPUs, and for float64, in which tests compare both.
-CPU_DTYPES = (torch.float64,)
+CPU_DTYPES: tuple[torch.dtype, ...] = (torch.float64,)
 ON_GPUS = " (on a CPU as before)"
 
 

@@ -187,7 +187,7 @@ class TrainLog:
         new = [Figures(*row) for row in stacked.tolist()]
         self._report(step - len(new), new)
         self._known += new
-        self._figures = []
+        self._figures.clear()
 
     def _report(self, before: int, figures: Sequence[Figures]) -> None:
         """Warn of signs that the run goes wrong, and record them; ``before`` steps were finished before the first."""

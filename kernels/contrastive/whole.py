@@ -44,7 +44,9 @@ def whole_operands(x: Tensor, y: Tensor, *, normalize: bool, dtype: torch.dtype)
     Their gradients are not rounded.
     """
     x, y = (F.normalize(side.float(), dim=-1) if normalize else side.float() for side in (x, y))
-    return (x, y) if dtype == torch.float32 else (_Rounded.apply(x, dtype), _Rounded.apply(y, dtype))  # type: ignore[no-untyped-call]
+    if dtype != torch.float32:
+        x, y = (_Rounded.apply(side, dtype) for side in (x, y))  # type: ignore[no-untyped-call]
+    return x, y
 
 
 class _Rounded(torch.autograd.Function):
