@@ -51,7 +51,7 @@ from .optim import parse_arguments
 from .options import KEY_OPTIONS, flag_name
 from .world import ALONE, World
 
-BY_CHANCE = 1e-3  # at most: how probably a run is stopped whose share of bad pairs is just what it may be
+BY_CHANCE = 1e-3  # at most: how probably one look stops a run whose share of bad pairs is just what it may be
 DESCRIBED = 5  # shards of a batch that are named
 NO_FILES = Keys((), ())  # to read a sample without the files that it names
 ORDER = 2  # the version of the order: a checkpoint of another version cannot be continued within an epoch

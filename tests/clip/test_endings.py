@@ -79,7 +79,7 @@ def test_too_many_bad_pairs_save_too(tmp_path):
     options = {"train_num_samples": 160, "epochs": 1, "unique_by": None}
     with pytest.raises(TrainingError, match=r"more than --max-bad-fraction 0.01: .* x not an image; they are"):
         train(config(f"{tmp_path}/s.tar", tmp_path, **options))
-    assert saved_step(tmp_path / "run") == 13  # the first step after 100 pairs
+    assert saved_step(tmp_path / "run") == 3  # so many of 24 pairs are not bad by chance
 
 
 def test_an_update_that_is_not_complete_is_not_saved(shards, tmp_path):
