@@ -82,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
     keys, separator = keys_of(vars(args)), separator_of(vars(args))
     data = {name: LabelledSet(name, None, args.label_by, keys, separator) for name in args.val_data}
     rows: list[dict[str, Any]] = []
-    for row in evaluate_path(models, alphas, data, settings, _progress) if data else ():
+    for row in evaluate_path(models, each(alphas, "alpha", "models"), data, settings) if data else ():
         if not rows:
             for number, name in enumerate(data, 1):
                 print(f"[{number}] {name}")
@@ -147,7 +147,3 @@ def _check(args: argparse.Namespace, alphas: Iterable[float]) -> None:
     twice = [name for name in args.val_data if args.val_data.count(name) > 1]
     if twice:
         raise ValueError(f"--val-data {twice[0]} is given more than once")
-
-
-def _progress(alphas: Iterable[float]) -> Iterable[float]:
-    return each(alphas, "alpha", "models")

@@ -5,7 +5,7 @@ weights before to the weights after lie models that are good at both. BatchNorm'
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +134,6 @@ def evaluate_path(
     alphas: Iterable[float],
     data: Mapping[str, LabelledSet],
     settings: EvaluationSettings,
-    watch: Callable[[Iterable[float]], Iterable[float]] = iter,
 ) -> Iterator[dict[str, Any]]:
     """Yield for each alpha ``{"alpha": ..., "results": {name of the set: its results}}``.
 
@@ -143,14 +142,13 @@ def evaluate_path(
         alphas: from 0 to 1.
         data: the sets by name.
         settings: as above.
-        watch: passes the alphas on, and may show how far the evaluation is.
 
     Raises:
         ValueError: an alpha, a set or the tokenizer cannot be used.
     """
     model, tokenizer = models.build(settings.device, settings.backend), models.tokenizer(settings.tokenizer)
     encoder = Encoder(str(models.first.source), model, tokenizer, transform_of(model, uint8=True), settings.device)
-    for alpha in watch(alphas):
+    for alpha in alphas:
         model.load_state_dict(models.weights(alpha))
         results = {}
         for name, images in data.items():

@@ -147,7 +147,9 @@ def test_ranks_save_and_end_if_torchrun_is_killed(size, options, tmp_path):
     ranks = ranks_of(process)
     assert len(ranks) == size
     process.kill()
+    deadline = time.monotonic() + 60
     while any(state(pid) != "Z" for pid in ranks.values()):
+        assert time.monotonic() < deadline, "the ranks live on"
         time.sleep(0.1)
     log = (tmp_path / "run" / "out.log").read_text()
     assert f"torchrun, process {process.pid}, is gone: this process stops" in log

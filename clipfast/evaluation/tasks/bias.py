@@ -119,7 +119,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is read.
 
     Raises:
-        ValueError: numbers are out of range, or files cannot be written.
+        ValueError: a threshold is out of range.
     """
     wrong = [threshold for threshold in args.threshold if not 0 < threshold < 1]
     if wrong:

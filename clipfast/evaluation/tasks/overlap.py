@@ -122,7 +122,7 @@ def _check(args: argparse.Namespace) -> None:
     """Refuse what cannot work before anything is read.
 
     Raises:
-        ValueError: numbers are out of range, or files cannot be written.
+        ValueError: the threshold is out of range, or both sets are the same.
     """
     if not -1 <= args.threshold <= 1:
         raise ValueError(f"--threshold must be from -1 to 1, got {args.threshold:g}")

@@ -113,7 +113,6 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
     check_unwatched(args)
     if args.output is None:
         raise ValueError("--output is needed: the folder for the results")
-    _check_numbers(args)
     if args.output.exists() and not args.output.is_dir():
         raise ValueError(f"--output {args.output} is a file, not a folder")
     if not args.output.absolute().parent.is_dir():
@@ -124,12 +123,6 @@ def _check(args: argparse.Namespace) -> list[tuple[str, str]]:
             "that the summary must be elsewhere"
         )
     return named_models(args.model, args.pretrained)
-
-
-def _check_numbers(args: argparse.Namespace) -> None:
-    from ..features import check_batches
-
-    check_batches(args.batch_size, args.workers)
 
 
 def _settings(args: argparse.Namespace, solver: str) -> Settings:
@@ -251,7 +244,6 @@ def watch(args: argparse.Namespace) -> int:
     from .probe_solver import chosen_solver
 
     interval = check_watch(args, NOT_WATCHED)
-    _check_numbers(args)
     layout = find_sets(args.root, args.sets, args.split)
     _tell(layout)
     device = resolve_device(args.device)
