@@ -70,6 +70,7 @@ class ImageNet:
 
         if self._part is None or _trains_texts(model):
             world.agree(encode)
+        assert self._part is not None
         parts = world.gather(self._part)
         figures: dict[str, float] = {}
         for name, images in self.sets.items():
