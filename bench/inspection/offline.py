@@ -177,8 +177,9 @@ def narrow_products(kernel: Any) -> list[str]:
     A constant is none of these, and neither is a quotient, which is a number of tiles.
     """
     ttir = kernel.asm["ttir"]
-    small = set(re.findall(r"(%\w+) = arith\.(?:constant|divsi)\b", ttir))
-    products = re.findall(r"(arith\.muli (%\w+), (%\w+) .*: (?:tensor<[0-9x]+)?i32\b)", ttir)
+    # MLIR writes either arith.muli %a, %b : i32 or "arith.muli"(%a, %b) ... : (i32, i32)
+    small = set(re.findall(r'(%\w+) = "?arith\.(?:constant|divsi)\b', ttir))
+    products = re.findall(r'(arith\.muli"?[ (](%\w+), (%\w+).*: \(?(?:tensor<[0-9x]+)?i32\b)', ttir)
     return [text for text, *factors in products if small.isdisjoint(factors)]
 
 
