@@ -112,10 +112,6 @@ def indivisible_image_size(vit, hf, root):
     return ["own.pt", "--image-size", "36"], "--image-size must be a multiple of the patch size 8, got 36"
 
 
-def no_size(vit, hf, root):
-    return ["own.pt", "--image-size", "0"], "--image-size must be a whole number from 1 on, got 0"
-
-
 def uneven_resnet(vit, hf, root):
     save_own(make_model(CONFIGS["ResNet"]), root / "rn.pt")
     return ["rn.pt", "--image-size", "80"], "--image-size must be a multiple of the stride of a ResNet, 32, got 80"
@@ -236,7 +232,7 @@ WRONG = [
     another_width, another_model, another_model_of_known_shapes, text_file, folder_with_the_name_of_a_file,
     no_such_tag, missing_tensor, extra_tensor, wrong_dtype, wrong_activation, wrong_activation_of_a_named_model,
     unknown_activation, unknown_sizes, other_image_size, other_context_length, other_heads, indivisible_image_size,
-    no_size, uneven_resnet, truncated_pickle, flipped_bit, pickle_with_code, pickle_with_code_in_an_archive,
+    uneven_resnet, truncated_pickle, flipped_bit, pickle_with_code, pickle_with_code_in_an_archive,
     two_activations_in_a_folder, unreadable_config, folder_without_config, empty_folder, folder_of_something_else,
     distributed_checkpoint, no_such_file, something_else, unknown_layout, unknown_model, wrong_ending,
     destination_exists, folder_exists, no_folder_to_write_in,
