@@ -97,6 +97,7 @@ class TrainLog:
         self.reports: Reports | None = None
         self._remaining, self.signs = Remaining(), signs or Signs(0)
         self._left: float | None = None  # seconds
+        self._start_again()
 
     def watch(
         self, batches: Iterator[Batch], step: int, describe: Callable[[int], str] | None = None

@@ -10,7 +10,6 @@ import random
 import pytest
 import torch
 from PIL import Image
-from safetensors import safe_open
 
 from clipfast import CLIP, CheckpointError, create_model, create_model_and_transforms, export_open_clip
 from clipfast.checkpoint import load_checkpoint, preprocessing_of, read_checkpoint, write_checkpoint, write_safetensors
@@ -252,6 +251,8 @@ def test_the_folder_of_a_run_is_its_newest_model(make, prefix, tmp_path, caplog,
 
 def test_equal_exports_are_equal_bytes(tmp_path):
     """The library that writes the file puts its notes in another order each time."""
+    from safetensors import safe_open
+
     weights, notes = {"b": torch.zeros(3), "a": torch.ones(2)}, {"é": "\n", "y": '"/', "x": ""}
     for number in range(8):
         write_safetensors(tmp_path / str(number), weights, notes)

@@ -26,7 +26,7 @@ PROBLEMS = [
     Problem(768, 3, torch.float32, embed_dim=256),
     Problem(510, 3, torch.bfloat16, embed_dim=300),
     Problem(512, 2, torch.float16, embed_dim=256),
-    Problem(600, 1, torch.bfloat16, embed_dim=256),
+    Problem(1100, 1, torch.bfloat16, embed_dim=256),  # fewer of one rank go another way on a CPU
     Problem(8, 2, torch.float32, "ViT-T-8-32"),
 ]
 

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from PIL import Image
 
 from clipfast import create_model
-from clipfast.evaluation import pictures
 from clipfast.evaluation.classification import Classified, classify, intervals, metrics, recalls, worst_classes
 from clipfast.evaluation.intervals import bootstrap, percent, wilson
 
@@ -161,6 +160,8 @@ def test_everything_at_once(model, data, tmp_path, capsys):
 
 @pytest.mark.parametrize("count", [5, 12])
 def test_groups_and_chance_are_shown_and_nothing_of_classes_with_one_image_each(count, model, tmp_path, capsys):
+    from clipfast.evaluation import pictures
+
     texts = [f"thing {index % 6}" for index in range(count)]
     data = write_shard(tmp_path / "a.tar", [sample(index, txt=text.encode()) for index, text in enumerate(texts)])
     outputs = ["--table", "--json", tmp_path / "r.json", "--plot", tmp_path / "p.png"]
