@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels import contrastive_loss
@@ -13,7 +12,7 @@ from ..models import CLIP
 from ..progress import Progress, progress
 from .features import LabelledFeatures
 from .retrieval import pair_ranks, recall_at
-from .zero_shot import TEXTS, Template, encode_texts, prompts_of, top_classes
+from .zero_shot import TEXTS, Template, build_zero_shot_classifier, encode_texts, prompts_of, top_classes
 
 
 @dataclasses.dataclass
@@ -54,12 +53,15 @@ def evaluate(
     """
     names, device = names_of(images, classnames), images.features.device
     captions = distinct_captions(images)
-    # A plain prompt of a class often is the caption of its images: each text is encoded once.
-    prompts = prompts_of(names, templates)
+    # One plain prompt of a class often is the caption of its images: each text is encoded once.
+    prompts = prompts_of(names, templates) if len(templates) == 1 else []
     numbers = {text: number for number, text in enumerate(dict.fromkeys([*captions, *prompts]))}
     encoded = _encoded(model, tokenizer, list(numbers), device, show)
-    of_classes = encoded[[numbers[prompt] for prompt in prompts]].unflatten(0, (len(names), len(templates)))
-    classifier = F.normalize(of_classes.mean(1), dim=-1).T
+    if prompts:
+        classifier = encoded[[numbers[prompt] for prompt in prompts]].T
+    else:  # which holds the features of a few classes at a time
+        at_once = TEXTS // len(templates) + 1
+        classifier = build_zero_shot_classifier(model, tokenizer, names, templates, at_once, device, show=show)
     best = top_classes(images.features, classifier, 5)
     found = figures(images, best, encoded[: len(captions)], leave_out=leave_out, skipped=skipped)
     if loss_batch is not None:

@@ -43,13 +43,9 @@ def imagenet_classifier(
     """Return the classifier's weights [embed_dim, classes] of the part of one of several ranks: a run of classes."""
     count = len(IMAGENET_CLASSNAMES)
     names = IMAGENET_CLASSNAMES[rank * count // ranks : (rank + 1) * count // ranks]
-    parts = []
-    with show(len(names), "ImageNet's prompts", "classes") as advance:
-        for start in range(0, len(names), CLASSES):
-            some = names[start : start + CLASSES]
-            parts.append(build_zero_shot_classifier(model, tokenizer, some, OPENAI_IMAGENET_TEMPLATES, CLASSES, device))
-            advance(len(some))
-    return torch.cat(parts, 1)
+    return build_zero_shot_classifier(
+        model, tokenizer, names, OPENAI_IMAGENET_TEMPLATES, CLASSES, device, show=show
+    )  # fmt: skip
 
 
 def imagenet_accuracy(images: LabelledSet, features: LabelledFeatures, classifier: Tensor) -> dict[str, float]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models import CLIP
-from ..progress import each
+from ..progress import Progress, progress
 from ..tokenizer import trim_padding
 
 TEXTS = 256  # texts to encode at once
@@ -67,6 +67,7 @@ def build_zero_shot_classifier(
     num_classes_per_batch: int = 10,
     device: str | torch.device = "cpu",
     use_tqdm: bool = False,
+    show: Progress | None = None,
 ) -> Tensor:
     """Return classifier weights: the mean of each class's prompt features, scaled to unit length.
 
@@ -78,6 +79,7 @@ def build_zero_shot_classifier(
         num_classes_per_batch: number of classes to encode at once, each with all templates.
         device: the model's device.
         use_tqdm: show how far it is.
+        show: shows that in place of the usual bar or lines.
 
     Returns:
         [embed_dim, len(classnames)]; features of images @ these weights are cosine similarities.
@@ -87,11 +89,13 @@ def build_zero_shot_classifier(
     """
     prompts = prompts_of(classnames, templates)
     weights = []
-    starts = range(0, len(classnames), num_classes_per_batch)
-    for start in each(starts, "prompts of classes", "batches", shown=use_tqdm):
-        batch = prompts[start * len(templates) : (start + num_classes_per_batch) * len(templates)]
-        features = encode_texts(model, tokenizer, batch, device)
-        weights.append(F.normalize(features.unflatten(0, (-1, len(templates))).mean(1), dim=-1))
+    show = show or functools.partial(progress, shown=use_tqdm)
+    with show(len(classnames), "prompts of classes", "classes") as advance:
+        for start in range(0, len(classnames), num_classes_per_batch):
+            batch = prompts[start * len(templates) : (start + num_classes_per_batch) * len(templates)]
+            features = encode_texts(model, tokenizer, batch, device).unflatten(0, (-1, len(templates)))
+            weights.append(F.normalize(features.mean(1), dim=-1))
+            advance(len(features))
     return torch.cat(weights).T
 
 
