@@ -13,9 +13,9 @@ see whether they can be used.
 from .crops import CroppedImages, WholeImages
 from .encoded import EncodedCrops, check_decoder
 from .identity import identities
-from .index import IndexCache, ShardIndex
+from .index import LOST, IndexCache, ShardIndex
 from .keys import Keys, read_keys, read_separator
-from .loader import Batch, PairBatches, Skipped, pair_loader
+from .loader import Batch, PairBatches, Skipped, lost_parts, pair_loader
 from .open import open_sources
 from .order import Mix, Order, Unique
 from .samples import caption, decode_image, expand_shards, metadata
@@ -26,6 +26,7 @@ from .workers import PREFETCH, made_by_workers
 
 __all__ = [
     "ANY_ORDER",
+    "LOST",
     "MAX_OPEN",
     "PREFETCH",
     "Batch",
@@ -50,6 +51,7 @@ __all__ = [
     "decode_image",
     "expand_shards",
     "identities",
+    "lost_parts",
     "made_by_workers",
     "metadata",
     "open_limit",

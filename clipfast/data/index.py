@@ -41,6 +41,7 @@ from .staging import (
 )
 
 VERSION = 3
+LOST = "damaged shard"  # the kind of samples that lie where a shard cannot be read
 CACHE_VARIABLE = "CLIPFAST_CACHE"
 LOOKUPS = 16  # entries that are looked up at the same time
 QUEUED = 4096  # names that are queued for threads or processes at the same time

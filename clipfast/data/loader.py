@@ -8,6 +8,7 @@ run that was interrupted continues to the last bit, on another number of ranks a
 from __future__ import annotations
 
 import dataclasses
+import os
 import random
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
@@ -21,6 +22,7 @@ from torch.utils.data import Dataset, get_worker_info
 from ..file_tokenizer import FileTokenizer
 from ..images import SampleError
 from ..tokenizer import Tokenizer, trim_padding
+from .index import LOST, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
 from .order import Mix, Stretch, Unique, permutation, random_words
 from .read_ahead import ReadAhead
@@ -41,6 +43,11 @@ class Skipped(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.name}: {self.reason}"
+
+
+def lost_parts(shards: Iterable[ShardIndex]) -> list[Skipped]:
+    """Return what is lost of shards, one for each damaged part."""
+    return [Skipped(os.path.basename(shard.name), LOST, loss) for shard in shards for loss in shard.losses()]
 
 
 class DeviceImages(Protocol):

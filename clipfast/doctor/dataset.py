@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 
 PAIRS = 4  # that are read of the first shard
 SIDE = 224  # pixels of the images that are made of them
-LOST = "damaged shard"  # the kind of pairs that the index does not find any more
 
 
 def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
@@ -93,7 +92,7 @@ def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBa
 
 def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexCache") -> Finding:
     """Read and decode every pair on all cores, as training does, and say how many cannot be used, and why."""
-    from ..data import EveryPair, Skipped, made_by_workers, open_sources
+    from ..data import LOST, EveryPair, Skipped, lost_parts, made_by_workers, open_sources
     from ..images import SampleError
 
     sources, bad = list["Source"](), list[Skipped]()
@@ -103,7 +102,7 @@ def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexC
         except SampleError as error:
             bad.append(Skipped(os.path.basename(name), error.kind, str(error)))
     damaged = [shard for source in sources for shard in source.shards if shard.damage]
-    bad += [Skipped(os.path.basename(shard.name), LOST, loss) for shard in damaged for loss in shard.losses()]
+    bad += lost_parts(damaged)
     every, total = EveryPair(_batches(sources, options)), sum(map(len, sources))
     workers = min(cores(), len(every.pieces)) if len(every.pieces) > 1 else 0
     with (

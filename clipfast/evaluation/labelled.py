@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from ..data import IndexCache, Keys, Skipped, Source, decode_image, expand_shards, open_sources
+from ..data import LOST, IndexCache, Keys, Skipped, Source, decode_image, expand_shards, open_sources
 from ..data.folders import has_texts
 from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS
 from ..data.samples import RawSample, captions, field, is_folder, sample_name
@@ -183,7 +183,7 @@ class LabelledSet:
                 yield functools.partial(self._read, source, number)
             for damage, count in shard.damage.items():
                 place, _, reason = damage.partition(": ")
-                lost = SampleError(f"a pair is lost: {reason}", "damaged shard")
+                lost = SampleError(f"a pair is lost: {reason}", LOST)
                 for pair in range(count):
                     name = f"{Path(shard.name).name}/{place}, pair {pair + 1}"
                     yield functools.partial(_loader, name, _fail, lost)

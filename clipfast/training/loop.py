@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import plain_names, preprocessing_of, write_open_clip_folder
-from ..data import Skipped
+from ..data import LOST, lost_parts
 from ..evaluation.evaluate import Evaluation
 from ..file_tokenizer import FileTokenizer
 from ..files import replace_text
@@ -31,7 +31,6 @@ from .run import RunFolder
 from .trainer import Trainer
 from .world import ALONE, World
 
-LOST = "damaged shard"  # the kind of pairs that are lost before a run begins
 SHOWN = 10  # parts of shards that are lost, in the log
 
 PLACE = ("logs", "name")  # options that say where the run lies, so that its folder may be moved
@@ -210,7 +209,7 @@ def _log_start(trainer: Trainer, resume: Path | None, changed: dict[str, str]) -
 
 def _record_losses(trainer: Trainer) -> None:
     """Say which shards have lost pairs, and list them, as of step 0, with the pairs that cannot be used."""
-    lost = [Skipped(Path(shard.name).name, LOST, loss) for shard in trainer.data.damaged for loss in shard.losses()]
+    lost = lost_parts(trainer.data.damaged)
     for _, _, loss in lost[:SHOWN]:
         log.warning(loss)
     if len(lost) > SHOWN:
