@@ -55,18 +55,21 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
     shards = [path for shard in named for path in _matches(shard)]
     local = [shard for shard in shards if ":" not in shard]
-    missing = [shard for shard in local if not shard or not Path(shard).exists()]
+    files = {shard for shard in local if Path(shard).is_file()}  # there may be many: one look at each
+    folders = {shard for shard in local if shard and shard not in files and Path(shard).is_dir()}
+    others = [shard for shard in local if shard not in files and shard not in folders]
+    missing = [shard for shard in others if not shard or not Path(shard).exists()]
     if missing:
         what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"
         count = f" ({len(missing)} of {len(shards)} are missing)" if len(shards) > 1 else ""
         raise ValueError(f"no such {what}: {missing[0]}{count}")
+    if others:  # as <(cat a.tar) names: a first look would take its bytes
+        raise ValueError(
+            f"{others[0]} is neither a file nor a folder: shards are read from any place in them, so write it to a "
+            "file, or name the command that makes it, as in 'pipe:cat a.tar'"
+        )
     for shard in local:
-        if not (Path(shard).is_file() or Path(shard).is_dir()):  # as of <(cat a.tar): a first look would take its bytes
-            raise ValueError(
-                f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a "
-                "file, or name the command that makes it, as in 'pipe:cat a.tar'"
-            )
-        if Path(shard).suffix.lower() in NO_SHARDS and Path(shard).is_file():
+        if Path(shard).suffix.lower() in NO_SHARDS and shard in files:
             raise ValueError(
                 f"{shard} is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv, .tsv, .jsonl) "
                 "with an image in each line, and from folders of images with a text beside each (7.jpg, 7.txt)"
@@ -75,7 +78,7 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
         synthetic_pairs(shard)
     if not shards:
         raise ValueError("no shards given")
-    return [_in_folder(shard) if ":" not in shard and Path(shard).is_dir() else shard for shard in shards]
+    return [_in_folder(shard) if shard in folders else shard for shard in shards]
 
 
 def _named_by(pattern: str) -> Iterator[str]:
