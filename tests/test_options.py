@@ -1,4 +1,4 @@
-"""What every command keeps with every option of a kind. Options are found in the parsers, so that none is forgotten."""
+"""All commands treat options of a kind alike. The parsers are asked for the options, so that none is forgotten."""
 
 import argparse
 import dataclasses
@@ -18,7 +18,7 @@ from clipfast.training.options import check_value
 
 from .clip.conftest import run_command
 
-# What takes a path and is no output that a command makes anew: it is read, or is a place that several commands share.
+# These options name a path that is read, or a place that several commands share: no output that is made anew.
 READ = {
     "--page", "--results", "--tables", "--features", "--folder", "--queries", "--image", "--pictures", "--baseline",
     "--added-labels", "--names", "--root", "--watch", "folder", "file", "images", "image", "runs",
@@ -101,7 +101,7 @@ def test_an_output_replaces_nothing_unless_told_and_never_an_input(name, output,
 
 
 def test_every_integer_has_a_range():
-    """Those of training are checked with its other options, since recipes have them too."""
+    """The integers of training are checked with its other options, since recipes have them too."""
     of_training = {field.name: field for field in dataclasses.fields(TrainConfig) if field.metadata["kind"] is int}
     for name, action in ACTIONS:
         assert action.type is not int or action.choices or action.dest in of_training, (name, action.dest)

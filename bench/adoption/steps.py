@@ -23,7 +23,7 @@ from clipfast.adopt import places
 
 from .trainer import lower_quartile
 
-# What differs from a ViT in float32: the towers, the precision, and what is done with the model.
+# Each case says how it differs from a ViT in float32: in its towers, its precision, or its way of training.
 CASES: dict[str, dict[str, Any]] = {
     "ViT": {},
     "ViT amp_bf16": {"precision": "amp"},

@@ -21,7 +21,7 @@ EXTRAS = {
     "hub": "downloads published weights",
     "siglip": "tokenizes texts for SigLIP",
 }
-# Those that are for something else than the other packages of their extras.
+# These packages do something else than the rest of their extra.
 PACKAGES = {"nvidia-ml-py": "tells power, clocks and errors of GPUs", "tqdm": "shows progress"}
 VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE")
 PREFIXES = ("CLIPFAST_", "NCCL_", "TRITON_", "TORCH_")

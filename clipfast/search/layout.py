@@ -41,7 +41,7 @@ ROWS = 256  # of metadata that are read at once
 DTYPES = (torch.float32, torch.float16)
 
 
-# What is used of that which a folder says of itself, if it says it.
+# The entries of about.json that are used, and their types. Each may be missing.
 KINDS: dict[str, type] = {
     **dict.fromkeys(("model", "pretrained", "digest", "data", "separator", "stamp"), str), "images": bool,
     "texts": bool, "keys": dict, "columns": list,

@@ -225,7 +225,7 @@ class TestData:
 
     @pytest.mark.parametrize("cores", [1, 2])
     def test_every_pair_is_read_if_that_is_asked_for(self, cores, tmp_path, monkeypatch):
-        """Those that training would leave out, and no others, are counted and listed, beside what the shards lost."""
+        """The pairs that training would leave out are counted and listed, and so is what the shards have lost."""
         monkeypatch.setattr(dataset, "cores", lambda: cores)
         write_shard(tmp_path / "s.tar", faulty_samples())
         (tmp_path / "u.tar").write_bytes(b"no tar file")

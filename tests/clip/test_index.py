@@ -301,7 +301,7 @@ def test_many_open_shards(tmp_path):
 @pytest.mark.parametrize("suffix", ["tar", "tar.gz"])
 @pytest.mark.parametrize("folder", ["a", "a" * 120])
 def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_path):
-    """As in what ``cp -al`` copies, and in what ``ln -s`` links."""
+    """``cp -al`` makes the ones, and ``ln -s`` the others."""
     root = tmp_path / "root"
     for inside in (folder, "b", "c"):
         (root / inside).mkdir(parents=True)

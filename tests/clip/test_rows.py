@@ -343,7 +343,7 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(tmp_path, monkeypatch
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_process_that_is_forked_while_a_reader_is_waited_for_holds_nothing_up(tmp_path, monkeypatch):
-    """As a data worker, which lives on."""
+    """The process lives on, as a data worker does."""
     path = write_parquet(tmp_path / "x.parquet", downloaded(20))
     child = multiprocessing.get_context("fork").Process(target=time.sleep, args=[600], daemon=True)
 

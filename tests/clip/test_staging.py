@@ -70,7 +70,7 @@ def test_a_broken_compression_leaves_what_can_be_read(tmp_path):
     write_shard(tmp_path / "a.tar", [sample(index, txt=os.urandom(20_000).hex().encode()) for index in range(40)])
     data = gzip.compress((tmp_path / "a.tar").read_bytes())
     (tmp_path / "b.tar.gz").write_bytes(data[: len(data) // 2] + b"\xff" * 1000 + data[len(data) // 2 :])
-    # What comes before the error may end with zeros, as whole tar files do.
+    # The data before the error may end with zeros, as a whole tar file does.
     packer = zlib.compressobj(wbits=31)
     data = packer.compress(write_shard(tmp_path / "a.tar", [sample(index) for index in range(20)]).read_bytes())
     nothing = packer.flush(zlib.Z_FULL_FLUSH) + b"\0\0\0\xff\xff" * 100_000  # blocks without a byte in them
@@ -295,7 +295,7 @@ def test_a_server_that_sends_no_parts(answers, tmp_path):
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(answers, tmp_path, caplog):
-    """What is read is one version of it, under its own stamp."""
+    """One version of the file is read, under the stamp of that version."""
     later = answers.versions[1]
     source = open_shards([f"{answers.url}/s.tar"], index=IndexCache(tmp_path / "cache"))
     assert source.shards[0].stamp == f"{len(later[0])}/2"
@@ -315,7 +315,7 @@ def test_a_server_that_never_answers_is_given_up(answers, tmp_path, monkeypatch,
 
 
 def test_what_fails_late_is_tried_once_more(monkeypatch):
-    """As the copy of a large shard whose connection breaks."""
+    """So it is with a large shard whose connection breaks."""
     monkeypatch.setattr(remote, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(remote, "PATIENCE", 0.0)
     answers = [[b"all of it"], []]
