@@ -113,6 +113,33 @@ def test_a_closed_terminal_saves(shards, tmp_path):
     assert (tmp_path / "run" / "out.log").read_text().count("Interrupted. Saved ") == 1
 
 
+WRITES_FOR_EVER = """
+import sys, torch
+from unittest import mock
+from clipfast.cli import main
+
+def write(path, checkpoint):
+    print("writing", flush=True)
+    while True:
+        torch.save(torch.zeros(2**24), "/dev/null")
+
+with mock.patch("clipfast.training.checkpoints.write_checkpoint", write):
+    sys.exit(main())
+"""
+
+
+def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(shards, tmp_path):
+    """It ends what Python's own exit would abort, a thread in the middle of C++ code."""
+    line = [sys.executable, "-c", WRITES_FOR_EVER, *command(shards, tmp_path, "--workers", "0")]
+    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "writing\n"
+    process.send_signal(signal.SIGINT)
+    assert any("press Ctrl-C to stop at once" in said for said in process.stderr)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert (process.returncode, said) == (130, "clipfast train: interrupted\n")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_scheduler_saves(shards, tmp_path, signum):
     original = Trainer._train_step
