@@ -40,7 +40,7 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
-            suggestion = meant(str(value), known) or f" (choose from {', '.join(known)})"
+            suggestion = f"{meant(str(value), known)} (choose from {', '.join(known)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
 
     def format_help(self) -> str:

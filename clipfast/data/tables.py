@@ -27,8 +27,8 @@ IMAGE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)
 HEADER_BYTES = 1 << 20  # in which the header must end
 BOM = codecs.BOM_UTF8.decode("latin-1")
 UTF16 = tuple(mark.decode("latin-1") for mark in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
-OPEN_QUOTE = "nothing closes a quote"
-SWALLOWED = "a quote that is closed too late swallows rows: a line behind it names an image as rows do"
+OPEN_QUOTE = "nothing closes a quote of this row, which takes in all lines below"
+SWALLOWED = "a quote of this row is not closed in it, and takes in the rows below"
 EXAMPLE = "the first line must name the columns, as in 'filepath,title'"
 
 
@@ -38,16 +38,16 @@ def csv_format(own: str, separator: str | None) -> Format:
     Args:
         own: the separator that the name of the file stands for. If the header does not have it, it is the one of ``,``,
             tab, ``;`` and ``|`` which the header has most often.
-        separator: to take in its place, whatever the header has.
+        separator: to take before these, if the header has it.
     """
     choose = functools.partial(_separator, own, separator)
     return Format(1, functools.partial(_scan_csv, choose), functools.partial(_csv_parser, choose))
 
 
 def _separator(own: str, given: str | None, header: str) -> str:
-    if given is not None or own in header:
-        return given or own
-    return max(own + SEPARATORS, key=header.count)
+    # A header without the separator names one column, and pairs have two: it is that of another table in the same run.
+    named = next((one for one in (given, own) if one and one in header), None)
+    return named or max(own + SEPARATORS, key=header.count)
 
 
 class _Lines(Iterator[str]):
@@ -90,10 +90,10 @@ class _Records:
         self.begins, self.lengths = array.array("Q"), array.array("Q")
         self.damage: dict[str, int] = {}
 
-    def add(self, begin: int, end: int) -> None:
-        """Add the record in these bytes."""
+    def add(self, begin: int, end: int, line: int) -> None:
+        """Add the record in these bytes, which begins in this line."""
         if end - begin >= MAX_LENGTH:
-            self.damage[f"byte {begin}: a record has {MAX_LENGTH} bytes or more, which is too long"] = 1
+            self.damage[f"line {line}: a record has {MAX_LENGTH} bytes or more, which is too long"] = 1
             return
         self.begins.append(begin)
         self.lengths.append(end - begin)
@@ -134,15 +134,15 @@ def _scan_csv(choose: Callable[[str], str], file: BinaryIO, _: str = "") -> tupl
             try:
                 row = next(rows, None)
             except csv.Error as error:  # as of a quote that is closed nowhere near
-                records.damage[f"byte {begin}: {error}"] = lines.count - count
+                records.damage[f"line {count + 1}: {error}"] = lines.count - count
                 continue
             if row is None:
                 return records.found("no row stands below its header")
             if row and (lines.ended or _swallows(row, held[1:], len(header), separator)):
                 why = OPEN_QUOTE if lines.ended else SWALLOWED
-                records.damage[f"byte {begin}: {why}"] = lines.count - count
+                records.damage[f"line {count + 1}: {why}"] = lines.count - count
             elif row:
-                records.add(begin, lines.offset)
+                records.add(begin, lines.offset, count + 1)
     except csv.Error as error:
         raise ValueError(f"its header cannot be read: {error}") from error
     finally:
@@ -235,7 +235,7 @@ def _scan_jsonl(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]
             if not line.isspace():
                 if not records.begins:
                     _check_object(line)
-                records.add(begin, lines.offset)
+                records.add(begin, lines.offset, lines.count)
             begin = lines.offset
         return records.found("" if is_folder(name) else "no line has an object")
     finally:

@@ -94,9 +94,8 @@ def is_older(version: str, least: str) -> bool:
 
 def packages() -> Iterator[Finding]:
     """Look at the packages that only some of clipfast needs."""
-    for package, least, extra in requirements():
-        if extra not in EXTRAS:
-            continue
+    wanted = {one.package: one for one in requirements() if one.extra in EXTRAS}  # some are in two extras
+    for package, least, extra in wanted.values():
         purpose, fix = PACKAGES.get(package, EXTRAS[extra]), f"pip install 'clipfast[{extra}]'"
         if installed(package) is None:
             yield Finding(package, f"not installed; it {purpose}", NOTE, fix)

@@ -199,13 +199,18 @@ def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledS
     """Return the set that the arguments name, or another one that is read in the same way.
 
     Raises:
-        ValueError: the arguments do not fit together.
+        ValueError: the arguments do not fit together, or a folder has not as many classes as there are class names.
     """
+    from .evaluate import names_of
     from .labelled import LabelledSet
 
     options = vars(args)
     keys, separator = keys_of(options), separator_of(options)
-    return LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
+    images = LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
+    labels = None if data else images.folder_labels()
+    if labels:  # before hours of encoding
+        names_of(labels, read_classnames(options.get("classnames")))
+    return images
 
 
 def encoded(args: argparse.Namespace, at: Session, images: LabelledSet) -> LabelledFeatures:

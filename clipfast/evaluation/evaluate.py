@@ -51,7 +51,7 @@ def evaluate(
     Raises:
         ValueError: there are not as many names as classes, a group to leave out does not exist, or none would remain.
     """
-    names, device = names_of(images, classnames), images.features.device
+    names, device = names_of(images.classnames, classnames), images.features.device
     captions = distinct_captions(images)
     # One plain prompt of a class often is the caption of its images: each text is encoded once.
     prompts = prompts_of(names, templates) if len(templates) == 1 else []
@@ -70,15 +70,18 @@ def evaluate(
     return found
 
 
-def names_of(images: LabelledFeatures, classnames: Sequence[str] | None) -> list[str]:
+def names_of(labels: list[str], classnames: Sequence[str] | None) -> list[str]:
     """Return the name of each class in prompts, which is its label if there are no others.
 
     Raises:
         ValueError: there are not as many names as classes.
     """
-    names = images.classnames if classnames is None else list(classnames)
-    if len(names) != len(images.classnames):
-        raise ValueError(f"{len(names)} class names for {len(images.classnames)} classes")
+    names = labels if classnames is None else list(classnames)
+    if len(names) != len(labels):
+        order = f"{', '.join(labels[:5])}{', ...' * (len(labels) > 5)}"
+        raise ValueError(
+            f"{len(names)} class names for {len(labels)} classes: give one for each, in this order: {order}"
+        )
     return names
 
 

@@ -172,6 +172,11 @@ class LabelledSet:
         is_classes = len(shards) == 1 and is_folder(shards[0]) and not has_texts(shards[0], self.keys)
         return Path(shards[0]) if is_classes else None
 
+    def folder_labels(self) -> list[str] | None:
+        """Return the labels of a folder of classes, in their order, without a look at images; None for other sets."""
+        root = self._root_of_classes()
+        return None if root is None else in_order(path.name for path in root.iterdir() if path.is_dir())
+
     def _sources(self, names: Sequence[str]) -> list[Source]:
         return open_sources(names, index=IndexCache(separator=self.separator))
 

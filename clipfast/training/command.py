@@ -120,7 +120,7 @@ def _composed(args: argparse.Namespace, given: dict[str, Any], found: "Found") -
         replaced |= {key for key, users in COOLDOWN_OPTIONS.items() if given["lr_scheduler"] not in users}
     options = {key: value for key, value in options.items() if key not in replaced}
     origins = {key: origin for key, origin in origins.items() if key not in replaced}
-    damaged = [f"{line}; the run goes on from {checkpoint}" for line in found.damaged]
+    damaged = [f"{line}; the run goes on from {checkpoint}" if checkpoint else line for line in found.damaged]
     return _Start(options | given, origins | dict.fromkeys(given, "flag"), checkpoint, damaged)
 
 

@@ -71,7 +71,8 @@ class TrainConfig:
         float,
     )  # fmt: skip
     csv_separator: str | None = _flag(
-        None, "separator of the fields of .csv and .tsv files (default: what the name and the header say)"
+        None,
+        "separator of fields in .csv and .tsv files whose header has it (default: what the name and the header say)",
     )
     train_data_upsampling_factors: tuple[float, ...] = _flag(
         (), "for each part of --train-data that '::' joins, how often its pairs are seen while those of a part with "

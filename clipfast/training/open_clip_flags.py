@@ -78,7 +78,7 @@ FLAGS: dict[str, Rule] = {
     "--audio-zeroshot-multiprocessing-context": NO_AUDIO,
     "--audio-multiprocessing-context": NO_AUDIO,
     "--dataset-resampled": SAME,
-    "--csv-separator": Rule("same", "without it, each file says its own"),
+    "--csv-separator": Rule("same", "without it, or where a header does not have it, the file says its own"),
     "--csv-img-key": Rule("same", "another name of --image-key"),
     "--csv-caption-key": Rule("same", "another name of --text-key"),
     "--image-key": SAME,
@@ -343,8 +343,9 @@ INTRODUCTION = """\
 # OpenCLIP's flags
 
 `clipfast train` takes the training commands of OpenCLIP: write it in place of `python -m open_clip_train.main`, and
-`clipfast train` in place of `open_clip_train.main` after `torchrun ... -m` and `srun python -m`. This page lists every
-flag of its main branch (89fb801), and the four of 4.2.1 that its files for captioners name.
+`clipfast train` in place of `open_clip_train.main` after `torchrun ... -m` and `srun python -m`. (With `--logs`, write
+`torchrun ... -m clipfast -- train`: otherwise torchrun takes the flag for one of its own, as with OpenCLIP's trainer.)
+This page lists every flag of its main branch (89fb801), and the four of 4.2.1 that its files for captioners name.
 `python -m clipfast.training.open_clip_flags` writes it, from the table that the command itself uses.
 
 A flag that is left out may have another value here (batches, warm-up, model and so on): `--recipe openclip-defaults`

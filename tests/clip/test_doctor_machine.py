@@ -113,6 +113,7 @@ class TestSoftware:
         assert (found["braceexpand"].status, found["tokenizers"].status, found["tqdm"].status) == (PROBLEM, NOTE, OK)
         assert found["tokenizers"].fix == "pip install 'clipfast[siglip]'"
         assert "pytest" not in found
+        assert len(found) == len(list(software.packages()))  # each is listed once
 
     @pytest.mark.parametrize(
         ("name", "value", "status"),

@@ -107,6 +107,11 @@ WRONG = {
         {"--classnames": "{at}/names.txt"},
         "3 class names for 2 classes",
     ),
+    "names of more folders, before a model is loaded": (
+        ("zeroshot", "robustness", "overlap", "bias"),
+        {"--classnames": "{at}/names.txt", "--data": "{at}/classes", "--model": "ViT-Q-9"},
+        "3 class names for 2 classes: give one for each, in this order: none, some",
+    ),
     "no file of names": (PROMPTS, {"--classnames": "nowhere"}, "--classnames must be 'imagenet' or a file"),
     "a template without a place": (PROMPTS, {"--templates": "{at}/bare.txt"}, "has no {{}} for the class"),
 }  # fmt: skip

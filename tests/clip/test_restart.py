@@ -103,7 +103,7 @@ class TestRestart:
         with signalled_after(5, signal.SIGUSR1):
             code, _, err = run_command(capsys, *arguments)
         assert (code, saved_step(tmp_path / "run")) == (0, 5)
-        assert f"{tmp_path}/run has no checkpoint yet: the run begins" in err
+        assert f"{tmp_path}/run has no checkpoint yet: the run begins\n" in err
         code, _, err = run_command(capsys, *arguments)
         assert (code, saved_step(tmp_path / "run")) == (0, 24)
         assert "at step 5 of 24" in err

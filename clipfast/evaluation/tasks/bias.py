@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         found = encoded(args, at, images)
 
         def prepare() -> tuple[list[str], dict[str, list[str]]]:
-            names = names_of(found, classnames)
+            names = names_of(found.classnames, classnames)
             groupings(found.groups, args.group_by, args.min_count)  # refuses what cannot work
             return names, {} if args.added_labels is None else read_added_labels(args.added_labels, names)
 

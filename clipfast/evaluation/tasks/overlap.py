@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         found = encoded_by(args, at, [at.encoder] if detector is at.encoder else [at.encoder, detector], images)
         test, compared = found[0], found[-1]
         (train,) = encoded_by(args, at, [detector], known)
-        names = at.world.on_main(lambda: names_of(test, classnames))
+        names = at.world.on_main(lambda: names_of(test.classnames, classnames))
         classifier = at.encoder.classifier(names, templates, at.store, at.world)
         if not at.world.is_main:
             return 0

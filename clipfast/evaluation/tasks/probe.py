@@ -91,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
                     f"{args.train_data} has one class only, {labels[0]!r}: name the right key by --label-by"
                 )
             samples.update({key: samples_of(images, labels, names[key]) for key, images in found.items()})
-            return names_of(found["train"], classnames)
+            return names_of(found["train"].classnames, classnames)
 
         prompted = at.world.on_main(prepare)
         zero_shot = at.encoder.classifier(prompted, templates, at.store, at.world) if args.shots else None

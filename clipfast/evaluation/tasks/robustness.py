@@ -101,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
         def prepare() -> list[str]:
             for shift in shifts:
                 subsets[shift.name] = _subset(found[0], shifted[shift.name][0], shift)
-            return names_of(found[0], classnames)
+            return names_of(found[0].classnames, classnames)
 
         prompted = at.world.on_main(prepare)
         classifiers = [encoder.classifier(prompted, templates, at.store, at.world) for encoder in encoders]

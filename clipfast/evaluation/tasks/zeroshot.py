@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
 
     with session(args) as at:
         found = encoded(args, at, images)
-        names = at.world.on_main(lambda: names_of(found, classnames))
+        names = at.world.on_main(lambda: names_of(found.classnames, classnames))
         classifiers = {key: at.encoder.classifier(names, given, at.store, at.world) for key, given in templates.items()}
         texts = at.encoder.texts(distinct_captions(found), at.store, at.world)
         if not at.world.is_main:
