@@ -17,7 +17,7 @@ def propose_patch_embed(module: nn.Module) -> Proposal | None:
     kind, name = "patch_embed", class_name(module)
     if name == _VISION and hasattr(module, "_embeds"):  # OpenCLIP < 3 has no such method
         if not is_projection(module.conv1):
-            return Proposal(kind, "its convolution is not a projection of square patches without a bias")
+            return Proposal(kind, "its convolution has a hook, or is not a projection of square patches without a bias")
         return Proposal(kind, "clipfast.patch_embed", image_tokens, "_embeds")
     if name == "open_clip.modified_resnet.ModifiedResNet":
         return Proposal(kind, "a ResNet has convolutions in place of patches")

@@ -59,7 +59,7 @@ def why_not_row(encoder: Any, num_tokens: int) -> str:
     last = encoder.layers[-1]
     parts = [part for part in last.modules() if hf_part(part)[1] not in ("EncoderLayer", "Attention", "MLP")]
     if hf_part(last)[1] != "EncoderLayer" or not all(class_name(part) in _PLAIN for part in parts):
-        return "its last block is not plain"
+        return "its last block has parts that CLIP's has not, such as an adapter"
     if not all(is_untouched(part) for part in last.modules()):
         return "its last block has a hook, or something else has replaced a part of it"
     if not all(hasattr(layer, "self_attn") and takes(layer.self_attn) for layer in encoder.layers):

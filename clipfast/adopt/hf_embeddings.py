@@ -24,10 +24,10 @@ def propose_hf_embeddings(module: Any) -> Proposal | None:
     if not has_known_arguments(module):
         return Proposal(kind, OTHER_VERSION)
     if part == "TextEmbeddings":
-        refusal = "" if _are_tables(module) else "its tables do more than look up"
+        refusal = "" if _are_tables(module) else "its tables have a hook, or do more than look up"
         return Proposal(kind, refusal) if refusal else Proposal(kind, f"clipfast.text_embed{ON_GPUS}", text_tokens)
     if not is_projection(module.patch_embedding) or not is_table(module.position_embedding):
-        return Proposal(kind, "its convolution is not a projection of square patches without a bias")
+        return Proposal(kind, "its convolution has a hook, or is not a projection of square patches without a bias")
     return Proposal(kind, "clipfast.patch_embed", image_tokens)
 
 

@@ -60,7 +60,7 @@ def propose_text_tower(module: nn.Module) -> Iterator[Proposal]:
         yield _proposal(KIND, _why_not_read(tower, tower.pool_type), _ROW, text_tower, "forward")
     elif name == "open_clip.transformer.ModernTextTransformer":
         yield Proposal("text_embed", "it adds no positions to texts")
-        yield Proposal(KIND, "its last block is not plain")
+        yield Proposal(KIND, "its last block has parts that CLIP's has not, such as an adapter")
 
 
 def _proposal(
@@ -73,7 +73,7 @@ def _why_not_embed(tower: Any) -> str:
     """Return why our op cannot embed texts for ``tower``, or "" if it can."""
     if getattr(tower, "cls_emb", None) is not None or getattr(tower, "use_pad_mask", False):
         return "a class token follows the text, or padding is hidden"
-    return "" if is_table(tower.token_embedding) else "its table does more than look up"
+    return "" if is_table(tower.token_embedding) else "its table has a hook, or does more than look up"
 
 
 def _why_not_read(tower: Any, pool_type: str) -> str:
@@ -91,7 +91,7 @@ def _why_not_row(stack: Any, num_tokens: int) -> str:
         return "it has no blocks, or batch_first=False"
     last = stack.resblocks[-1]
     if class_name(last) != RESIDUAL or not all(class_name(part) in _PLAIN for part in last.modules()):
-        return "its last block is not plain"
+        return "its last block has parts that CLIP's has not, such as an adapter"
     if not all(is_untouched(part) for part in last.modules()):
         return "its last block has a hook, or something else has replaced a part of it"
     if not runs_ours(last.attn) or not _is_plain_attention(last.attn):

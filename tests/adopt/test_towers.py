@@ -126,7 +126,7 @@ def test_a_replaced_part_of_the_last_block_sees_every_row():
         block.mlp.c_fc = nn.Sequential(block.mlp.c_fc)
         each.visual.transformer.get_cast_dtype = lambda: torch.float64
     assert_equal(model, patched)
-    assert "as before: its last block is not plain" in lines(patched, "pooled_last_block")[1]
+    assert "as before: its last block has parts that CLIP's has not" in lines(patched, "pooled_last_block")[1]
     (mlp,) = [line for line in lines(patched, "activations") if line.startswith("visual") and "as before:" in line]
     assert "the layer before the activation is not linear" in mlp
 
