@@ -8,7 +8,6 @@ that have changed are read again.
 
 import argparse
 import json
-import shlex
 import time
 from typing import Any
 
@@ -18,7 +17,7 @@ from ..arguments import WORKERS, add_output
 from ..columns import align
 from ..files import replace_text
 from ..training.arguments import add_arguments
-from ..training.options import SOURCE_OPTIONS, keys_of, separator_of
+from ..training.options import SOURCE_OPTIONS, doctor_command, keys_of, separator_of
 
 EPILOG = """\
 examples:
@@ -70,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     for name, damage in damaged.items():
         for place, count in damage.items():
             print(f"{name}: {f'about {count} sample(s)' if count else 'parts'} are lost: {place}")
-    print(f"Nothing was decoded; that is done by: clipfast doctor --data {shlex.quote(args.shards)} --all")
+    print(f"Nothing was decoded; that is done by: {doctor_command(args.shards, vars(args))}")
     if args.json is not None:
         replace_text(args.json, json.dumps(found | {"damage": damaged}, indent=2) + "\n")
     return 0

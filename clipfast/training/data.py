@@ -4,7 +4,6 @@ import collections
 import dataclasses
 import hashlib
 import math
-import shlex
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -302,7 +301,7 @@ class SkipBudget:
 
     limit: float  # largest share of skipped pairs
     listed_in: Path  # the file that lists the skipped pairs, for the error
-    data: str  # what the pairs are from, for the error
+    doctor: str  # the command that lists all bad pairs, for the error
     seen: int = 0
     kinds: collections.Counter[str] = dataclasses.field(default_factory=collections.Counter)
 
@@ -336,5 +335,5 @@ class SkipBudget:
             raise TrainingError(
                 f"{self.skipped} of {self.seen} pairs could not be used, more than --max-bad-fraction {self.limit}: "
                 f"{kinds}; they are listed in {self.listed_in}; last: {skipped[-1]}; all bad pairs are listed by: "
-                f"clipfast doctor --data {shlex.quote(self.data)} --all"
+                f"{self.doctor}"
             )

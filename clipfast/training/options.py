@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shlex
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -62,6 +63,15 @@ def keys_of(options: Mapping[str, Any]) -> "Keys":
     from ..data import read_keys
 
     return read_keys(**{name: options[name] for name in KEY_OPTIONS if name in options})
+
+
+def doctor_command(data: str, options: Mapping[str, Any]) -> str:
+    """Return the command that looks at every pair of ``data``, which it reads as options say."""
+    words = ["clipfast", "doctor", "--data", data, "--all"]
+    for name in SOURCE_OPTIONS:
+        value = options.get(name) or ()
+        words += [flag_name(name), *([value] if isinstance(value, str) else value)] if value else []
+    return shlex.join(words)
 
 
 def separator_of(options: Mapping[str, Any]) -> str | None:

@@ -2,6 +2,8 @@
 
 import json
 import random
+import re
+import shlex
 from collections import Counter
 
 import pytest
@@ -162,6 +164,15 @@ def trained(capsys, tmp_path, name, *arguments):
     assert code == 0, err
     metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
     return [line["loss"] for line in metrics if "loss" in line]
+
+
+def test_the_look_at_every_pair_that_is_suggested_reads_the_same_columns(capsys, tmp_path):
+    (tmp_path / "7.png").write_bytes(sample(7)["png"])
+    (tmp_path / "t.csv").write_text("view;the text;a,b,c,d\n7.png;seven;\n")
+    flags = ["--csv-img-key", "view", "--csv-caption-key", "the text", "--csv-separator", ";"]
+    _, out, _ = run_command(capsys, "index", tmp_path / "t.csv", *flags)
+    suggested = shlex.split(out.splitlines()[-1].partition(": ")[2])
+    assert re.search("ok +every pair", run_command(capsys, *suggested[1:])[1])
 
 
 @pytest.mark.long
