@@ -9,6 +9,7 @@ from torch.distributed.nn.functional import all_gather
 
 from .kernels import contrastive_loss, distributed_contrastive_loss, info_nce_loss
 from .kernels.contrastive.exchange import check_ranks, gather_equal
+from .kernels.contrastive.whole import suits_whole
 
 
 class RankLoss(nn.Module):
@@ -152,6 +153,8 @@ class ClipLoss(RankLoss):
             loss = contrastive_loss(image, text, scale)
         elif self.local_loss and not self.gather_with_grad:
             loss = (self._among_all(image, text, scale) + self._among_all(text, image, scale)) / 2
+        elif not self.local_loss and self._is_small(image, text):
+            loss = contrastive_loss(self._gather(image), self._gather(text), scale)
         else:
             loss = self._distributed_loss(image, text, scale)
         if isinstance(bias, Tensor):
@@ -162,6 +165,10 @@ class ClipLoss(RankLoss):
             # DistributedDataParallel waits for a gradient of every parameter, so this one must be zero and not None.
             loss = loss + 0.0 * bias.sum()
         return loss
+
+    def _is_small(self, image: Tensor, text: Tensor) -> bool:
+        """Return True if collecting all features costs less than exchanging sums and gradients: few pairs on a CPU."""
+        return image.shape == text.shape and suits_whole(image, text, image.dtype, self.world_size)
 
     def _distributed_loss(self, image: Tensor, text: Tensor, scale: Tensor | float) -> Tensor:
         if not (self.local_loss or self.gather_with_grad) and isinstance(scale, Tensor) and scale.requires_grad:

@@ -150,7 +150,7 @@ def pairwise_loss(
         return reference.pairwise_loss(rows, cols, logit_scale, both=both, normalize=normalize, offset=offset)
     dtype = operand_dtype(op, row_name, rows)
     scale = logit_scale.to(accumulate_dtype(dtype))
-    if both and suits_whole(rows, cols, offset, dtype):
+    if both and offset == 0 and len(rows) == len(cols) and suits_whole(rows, cols, dtype):
         with torch.autocast("cpu", enabled=False):
             loss = whole_loss(*whole_operands(rows, cols, normalize=normalize, dtype=dtype), scale)
         if loss is not None:

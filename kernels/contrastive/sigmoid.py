@@ -168,10 +168,10 @@ def sigmoid_loss(
         return reference.sigmoid_loss(image, text, scale, bias, normalize=normalize, offset=offset)
     dtype = operand_dtype(op, "image", image)
     wide = accumulate_dtype(dtype)
-    if suits_whole(image, text, offset, dtype):
+    if suits_whole(image, text, dtype):
         with torch.autocast("cpu", enabled=False):
             x, y = whole_operands(image, text, normalize=normalize, dtype=dtype)
-            return reference.sigmoid_loss(x, y, scale.to(wide), bias.to(wide))
+            return reference.sigmoid_loss(x, y, scale.to(wide), bias.to(wide), offset=offset)
     inputs = image, text, scale.to(wide), bias.to(wide)
     with_grads = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     return _sigmoid_fwd(*inputs, offset, normalize, dtype, with_grads)[0]

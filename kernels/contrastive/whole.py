@@ -19,22 +19,19 @@ LEAST_SUM, LARGEST_SUM = 2.0**-70, 2.0**120
 LEAST_SCALE = 2.0**-10  # below it, dividing by the scale would not give the gradient of the scale
 
 
-def suits_whole(rows: Tensor, cols: Tensor, offset: int, dtype: torch.dtype) -> bool:
-    """Return True if the loss of these features, multiplied in ``dtype``, may be computed by :func:`whole_loss`.
+def suits_whole(rows: Tensor, cols: Tensor, dtype: torch.dtype, ranks: int = 1) -> bool:
+    """Return True if all logits of features such as these on ``ranks`` ranks may be computed at once, in ``dtype``.
 
-    That function reads values, so tensors that have none, such as a tracer's, do not suit it.
+    The formulas here read values, so tensors that have none, such as a tracer's, do not suit them.
     """
     if torch.compiler.is_compiling():
         return False
-    pairs = rows.shape[0]
     return (
-        0 < pairs * pairs <= MOST_LOGITS
+        0 < rows.shape[0] * cols.shape[0] * ranks**2 <= MOST_LOGITS
         and rows.device.type == "cpu"
         and not triton_runs_on(rows.device)
         and type(rows) in (Tensor, torch.nn.Parameter)
         and torch.float64 not in (dtype, rows.dtype)
-        and offset == 0
-        and pairs == cols.shape[0]
     )
 
 

@@ -74,10 +74,10 @@ def test_the_graph_can_be_used_twice_and_has_no_second_derivative():
 
 def test_shapes_dtypes_and_devices_that_it_does_not_take():
     x, y, _ = features(1.0)
-    assert whole.suits_whole(x, y, 0, torch.float32)
-    assert not whole.suits_whole(x, y, 1, torch.float32)
-    assert not whole.suits_whole(x, y[:5], 0, torch.float32)
-    assert not whole.suits_whole(x[:0], y[:0], 0, torch.float32)
-    assert whole.suits_whole(x, y, 0, torch.bfloat16)
-    assert not whole.suits_whole(x.double(), y.double(), 0, torch.float64)
-    assert not whole.suits_whole(x.to("meta"), y.to("meta"), 0, torch.float32)
+    assert whole.suits_whole(x, y, torch.float32)
+    assert whole.suits_whole(x, y, torch.bfloat16)
+    assert whole.suits_whole(x, y[:5], torch.float32)
+    assert not whole.suits_whole(x[:0], y[:0], torch.float32)
+    assert not whole.suits_whole(x, y, torch.float32, ranks=1 + int((MOST_ELEMENTS / len(x) / len(y)) ** 0.5))
+    assert not whole.suits_whole(x.double(), y.double(), torch.float64)
+    assert not whole.suits_whole(x.to("meta"), y.to("meta"), torch.float32)
