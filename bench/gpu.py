@@ -178,12 +178,23 @@ def main() -> int:
         return 0
     if args.out is None:
         parser.error("--out FOLDER is needed: all results go there")
+    if not args.stub:
+        _need_gpu(parser)
     total_s = args.total or (HOUR_S if args.part == "all" else PART_S)
     out = args.out.resolve()
     clear(out)
     with tempfile.TemporaryDirectory() as scratch:
         environment = surroundings(Path(scratch), stub=args.stub)
         return run_steps(steps(args.part, out, total_s, stub=args.stub), out, environment, total_s, stub=args.stub)
+
+
+def _need_gpu(parser: argparse.ArgumentParser) -> None:
+    """End with exit code 2, before anything is written, if PyTorch sees no GPU; another process asks it."""
+    code = "import sys, torch; sys.exit(None if torch.cuda.is_available() else 'PyTorch sees no GPU of NVIDIA')"
+    asked = subprocess.run([sys.executable, "-P", "-c", code], capture_output=True, text=True)
+    if asked.returncode:
+        why = (asked.stderr.strip().splitlines() or ["it died"])[-1]
+        parser.error(f"{why} on this machine; --stub (make gpu STUB=1) rehearses the steps without one")
 
 
 def surroundings(scratch: Path, *, stub: bool = False) -> dict[str, str]:

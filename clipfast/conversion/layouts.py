@@ -87,7 +87,7 @@ def checkpoint_of_run(folder: Path, *, is_said: bool = True) -> tuple[Path, dict
         None for any other folder, and for that of a run whose last step is exported into it.
 
     Raises:
-        CheckpointError: no checkpoint of the run is whole.
+        CheckpointError: no checkpoint of the run is whole, or it has none yet.
     """
     from ..training.checkpoints import Checkpoints, read_saved
     from ..training.sharded import MANIFEST
@@ -96,7 +96,13 @@ def checkpoint_of_run(folder: Path, *, is_said: bool = True) -> tuple[Path, dict
         return folder, read_saved(folder, tensors=False)
     inner = folder / "checkpoints"
     checkpoints = Checkpoints(inner if inner.is_dir() else folder)
-    if not checkpoints.kept() or _exported_step(folder) >= max(checkpoints.steps(), default=0):
+    exported = _exported_step(folder)
+    if not checkpoints.kept() and exported < 0 and (folder / "params.txt").is_file():
+        raise CheckpointError(
+            f"the run {folder} has no checkpoint yet: clipfast train saves one after each epoch, and as often as "
+            "--save-every says"
+        )
+    if not checkpoints.kept() or exported >= max(checkpoints.steps(), default=0):
         return None
     path, content, damaged = checkpoints.newest_whole()
     if path is None:

@@ -41,6 +41,19 @@ def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
     add("--traceback", action="store_true", help="show where an error was raised")
 
 
+def check_pictures(paths: Iterable[Path]) -> None:
+    """Refuse what is no file, before the model is read.
+
+    Raises:
+        ValueError: one of them is a folder, or not there.
+    """
+    for path in paths:
+        if path.is_dir():
+            raise ValueError(f"{path} is a folder: name the pictures in it, as in {path}/*.jpg")
+        if not path.is_file():
+            raise ValueError(f"{path}: there is no such picture")
+
+
 def encoder_of(args: argparse.Namespace, embeddings: Embeddings) -> Encoder:
     """Return the model that made the embeddings.
 

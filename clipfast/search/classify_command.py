@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..evaluation.arguments import add_templates_argument, read_classnames, read_templates, write_results
-from .arguments import add_encoder_arguments, add_result_arguments
+from .arguments import add_encoder_arguments, add_result_arguments, check_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -41,9 +41,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Classify, show the probabilities, and return the exit code."""
     labels, templates = _labels(args), read_templates(args.templates)
-    missing = [path for path in args.images if not path.is_file()]
-    if missing:
-        raise ValueError(f"{missing[0]}: there is no such picture")
+    check_pictures(args.images)
     from ..evaluation.arguments import load_encoder
     from ..training.world import ALONE
     from .arguments import write_gallery

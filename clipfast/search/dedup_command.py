@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> int:
         write_keys(args.write_keys, embeddings, (place for place in range(len(embeddings)) if place not in dropped))
     if pictures is not None:
         most = f" The {SHOWN} largest groups are shown." if len(groups) > SHOWN else ""
-        about = f"{_sentence(results)}.{most} Scores: cosine with the kept picture before."
+        about = f"{_sentence(results)}.{most} Scores: cosine with the kept picture that each one is like."
         write_gallery(args.html, f"Near duplicates in {args.folder}", _items(pictures, groups), about)
     write_results(args, results, _sentence, shown=args.html)
     return 0

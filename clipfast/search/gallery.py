@@ -96,8 +96,8 @@ def _controls(columns: list[str]) -> str:
     """Return what sorts and filters, which is shown if scripts run."""
     options = "".join(f'<option value="{html.escape(name)}">{html.escape(name)}</option>' for name in columns)
     bounds = (
-        '<label>score from <input type="number" step="any" id="least"></label>'
-        '<label>to <input type="number" step="any" id="most"></label>'
+        '<span class="bounds"><label>score from <input type="number" step="any" id="least"></label>'
+        '<label>to <input type="number" step="any" id="most"></label></span>'
     )
     return (
         '<div class="controls" id="controls" role="search" hidden>'

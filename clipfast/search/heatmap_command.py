@@ -7,7 +7,7 @@ from typing import Any
 
 from ..arguments import BATCH, DRAWN, PIXELS, Count, add_output
 from ..evaluation.arguments import load_encoder
-from .arguments import add_encoder_arguments
+from .arguments import add_encoder_arguments, check_pictures
 
 EPILOG = """\
 example:
@@ -51,6 +51,7 @@ def run(args: argparse.Namespace) -> int:
     from ..training.world import ALONE
     from .heatmap import draw, heat_maps, shares, side_of, to_tensor
 
+    check_pictures([args.image])
     picture = open_image(args.image)
     encoder = load_encoder(args, args.model, args.pretrained, ALONE)
     image = to_tensor(picture, args.size or side_of(encoder.model)).to(encoder.device)

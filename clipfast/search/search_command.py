@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..arguments import COUNT
 from ..evaluation.arguments import read_texts, write_results
-from .arguments import add_encoder_arguments, add_folder_argument, add_result_arguments
+from .arguments import add_encoder_arguments, add_folder_argument, add_result_arguments, check_pictures
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,14 +34,12 @@ def add_parser(commands: Any) -> None:
     itself = "also find the picture itself that is given to --image, if DIR has it by this path"
     add("--include-itself", action="store_true", help=itself)
     weight = "with texts and pictures: the share of the picture in a query, from 0 to 1 (default: 0.5)"
-    add("--weight", type=float, default=0.5, metavar="FLOAT", help=weight)
+    add("--weight", type=float, metavar="FLOAT", help=weight)
     add("--k", type=COUNT, default=10, metavar="INT", help="how many items to find for each query (default: 10)")
     where = 'find only items whose metadata fulfil this, such as "width >= 256 and caption contains cat"'
     add("--where", metavar="EXPR", help=where)
     add("--kind", choices=("image", "text"), default="image", help="search images or texts (default: image)")
-    index = (
-        "exact, or faiss for an approximate index, which is made once and kept in DIR (pip install 'clipfast[search]')"
-    )
+    index = "exact, or faiss for an approximate index, which is kept in the cache (pip install 'clipfast[search]')"
     add("--index", choices=("exact", "faiss"), default="exact", help=f"{index} (default: exact)")
     add_encoder_arguments(parser)
     add_result_arguments(parser, "what was found")
@@ -63,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--where {args.where!r} holds for none of the {len(embeddings):,} items")
     pictures = Pictures(embeddings) if args.html else None
     encoder = encoder_of(args, embeddings)
-    names, queries = query_features(encoder, texts, args.image, args.weight)
+    names, queries = query_features(encoder, texts, args.image, 0.5 if args.weight is None else args.weight)
     left_out = [set() if args.include_itself else _places(embeddings, path) for path in args.image]
     most = args.k + max(map(len, left_out), default=0)
     if args.index == "faiss":
@@ -102,13 +100,13 @@ def _check(args: argparse.Namespace, texts: list[str]) -> None:
             f"{len(texts)} texts and {len(args.image)} pictures: give as many of both, or one of either, which is "
             "combined with each of the others"
         )
-    if not 0 <= args.weight <= 1:
+    if args.weight is not None and not (texts and args.image):
+        raise ValueError("--weight is the share of a picture beside a text: give both, with --image and --text")
+    if not 0 <= (args.weight or 0) <= 1:
         raise ValueError(f"--weight must be from 0 to 1, got {args.weight:g}")
     if any(not text.strip() for text in texts):
         raise ValueError("a text to search for is empty")
-    missing = [path for path in args.image if not path.is_file()]
-    if missing:
-        raise ValueError(f"--image {missing[0]}: there is no such file")
+    check_pictures(args.image)
 
 
 def query_features(

@@ -299,6 +299,17 @@ def test_what_is_written_goes_elsewhere_where_the_checkout_is_read_only(tmp_path
     assert found["TRITON_CACHE_DIR"].startswith(str(tmp_path))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_nothing_begins(tmp_path):
+    (tmp_path / "summary.txt").write_text("of an earlier run")
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)], cwd=checkout.ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 2
+    assert "PyTorch sees no GPU of NVIDIA on this machine; --stub (make gpu STUB=1)" in run.stderr
+    assert (tmp_path / "summary.txt").read_text() == "of an earlier run"
+
+
 @pytest.mark.skipif(torch.version.cuda is not None, reason="this PyTorch is a CUDA build")
 def test_a_rehearsal_without_a_cuda_build_says_what_it_needs(tmp_path):
     run = subprocess.run(

@@ -14,6 +14,7 @@ from PIL import Image
 from clipfast import CLIP, CheckpointError, create_model, create_model_and_transforms, export_open_clip
 from clipfast.checkpoint import load_checkpoint, preprocessing_of, read_checkpoint, write_checkpoint, write_safetensors
 from clipfast.conversion.convert import convert
+from clipfast.conversion.layouts import read_contents
 from clipfast.evaluation.interpolation import Interpolation
 from clipfast.training.sharded import write_parts
 from clipfast.training.world import ALONE
@@ -247,6 +248,14 @@ def test_the_folder_of_a_run_is_its_newest_model(make, prefix, tmp_path, caplog,
     assert (code, out[:16]) == (0, "run         run:")
     code, out, err = run_command(capsys, "train", "--resume", name, "--print-config")
     assert (code, "bundled:emoji/noto" in out) == (0, make is not of_open_clip), err
+
+
+def test_a_run_without_a_checkpoint_is_named_as_such(tmp_path):
+    for name in ("config.json", "params.txt"):
+        (tmp_path / name).write_text("{}")
+    for name, read in ((f"local-dir:{tmp_path}", create_model), (str(tmp_path), read_contents)):
+        with pytest.raises(CheckpointError, match=f"the run {tmp_path} has no checkpoint yet"):
+            read(name)
 
 
 def test_equal_exports_are_equal_bytes(tmp_path):

@@ -309,6 +309,8 @@ class TestCommand:
         assert list(groups) == GROUPS
         assert all(groups.values())
         assert not any(finding["name"] in ("failed", "missing") for found in groups.values() for finding in found)
+        packages = [finding["name"] for finding in groups["optional packages"]]
+        assert len(packages) == len(set(packages))
         assert code == any(finding["status"] == PROBLEM for found in groups.values() for finding in found)
         assert [line for line in out.splitlines() if line in GROUPS] == GROUPS
 

@@ -275,7 +275,9 @@ WRONG = [
     ("search nothing --text a", "nothing holds no embeddings"),
     ("search embedded --text a --weight 2", "--weight must be from 0 to 1, got 2"),
     ("search embedded --text a b --image one.png two.png one.png", "2 texts and 3 pictures: give as many of both"),
-    ("search embedded --image none.png", "--image none.png: there is no such file"),
+    ("search embedded --image none.png", "none.png: there is no such picture"),
+    ("search embedded --image .", ". is a folder: name the pictures in it"),
+    ("search embedded --text a --weight 0.3", "--weight is the share of a picture beside a text: give both"),
     ("search embedded --image data.tar", "data.tar: not an image in one of the formats"),
     ("search embedded --text a --where colour=red", "there is no column 'colour'; there are: number, key"),
     ("search embedded --text a --where width>9999", "--where 'width>9999' holds for none of the 24 items"),
@@ -302,6 +304,9 @@ WRONG = [
     ("classify one.png --model local-dir:model", "give either --labels or --classnames"),
     ("classify one.png --model local-dir:model --labels a a", "--labels names 'a' twice"),
     ("classify none.png --model local-dir:model --labels a b", "none.png: there is no such picture"),
+    ("classify . --model local-dir:model --labels a b", ". is a folder: name the pictures in it"),
+    ("heatmap none.png a --model local-dir:model --output heat.png", "none.png: there is no such picture"),
+    ("heatmap . a --model local-dir:model --output heat.png", ". is a folder: name the pictures in it"),
 ]
 
 
