@@ -100,10 +100,10 @@ def _check(args: argparse.Namespace, texts: list[str]) -> None:
             f"{len(texts)} texts and {len(args.image)} pictures: give as many of both, or one of either, which is "
             "combined with each of the others"
         )
-    if args.weight is not None and not (texts and args.image):
-        raise ValueError("--weight is the share of a picture beside a text: give both, with --image and --text")
     if not 0 <= (args.weight or 0) <= 1:
         raise ValueError(f"--weight must be from 0 to 1, got {args.weight:g}")
+    if args.weight is not None and not (texts and args.image):
+        raise ValueError("--weight is the share of a picture beside a text: give both, with --image and --text")
     if any(not text.strip() for text in texts):
         raise ValueError("a text to search for is empty")
     check_pictures(args.image)
