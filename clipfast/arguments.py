@@ -40,7 +40,9 @@ class Parser(argparse.ArgumentParser):
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         if action.choices is not None and value not in action.choices:
             known = [str(choice) for choice in action.choices]
-            suggestion = f"{meant(str(value), known)} (choose from {', '.join(known)})"
+            suggestion = meant(str(value), known)
+            if not suggestion or len(known) < 10:  # the word that looks most like it may be another: bf16 for fp16
+                suggestion += f" (choose from {', '.join(known)})"
             raise argparse.ArgumentError(action, f"invalid choice: {value!r}{suggestion}")
 
     def format_help(self) -> str:

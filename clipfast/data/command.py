@@ -17,7 +17,7 @@ from ..arguments import WORKERS, add_output
 from ..columns import align
 from ..files import replace_text
 from ..training.arguments import add_arguments
-from ..training.options import SOURCE_OPTIONS, doctor_command, keys_of, separator_of
+from ..training.options import SOURCE_OPTIONS, keys_of, separator_of, source_command
 
 EPILOG = """\
 examples:
@@ -69,7 +69,8 @@ def run(args: argparse.Namespace) -> int:
     for name, damage in damaged.items():
         for place, count in damage.items():
             print(f"{name}: {f'about {count} sample(s)' if count else 'parts'} are lost: {place}")
-    print(f"Nothing was decoded; that is done by: {doctor_command(args.shards, vars(args))}")
+    decode = source_command(["doctor", "--data", args.shards, "--all"], vars(args))
+    print(f"Nothing was decoded; that is done by: {decode}")
     if args.json is not None:
         replace_text(args.json, json.dumps(found | {"damage": damaged}, indent=2) + "\n")
     return 0

@@ -10,7 +10,7 @@ from ..files import replace_text
 from ..host import cores
 from ..progress import each, progress
 from ..training.config import TrainConfig
-from ..training.options import keys_of, separator_of
+from ..training.options import keys_of, separator_of, source_command
 from ..units import BYTES, scaled
 from .findings import NOTE, PROBLEM, Finding, judged
 from .folders import CHUNK, SLOW, read_speed
@@ -51,11 +51,12 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
     indexed = [shard for shard in index.known(here) if shard is not None]
     if here:
         value = f"{len(indexed):,} of {len(here):,} here, with {sum(shard.count for shard in indexed):,} samples"
-        fix = f"clipfast index '{pattern}' --workers 4: otherwise the run begins with it"
+        command = source_command(["index", pattern, "--workers", str(cores())], options)
+        fix = f"{command}: otherwise the run begins with it"
         yield judged("indexed", value, NOTE, fix, applies=len(indexed) < len(here))
     damaged = [shard.name for shard in indexed if shard.damage]
     if damaged:
-        fix = "make it anew; what is left of it is read"
+        fix = "correct it, or make it anew: a run reads what is left of it"
         yield Finding("damaged", f"{len(damaged):,} of them; the first is {damaged[0]}", NOTE, fix)
     yield from pairs
     if options.get("all"):

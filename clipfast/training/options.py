@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
@@ -65,9 +65,9 @@ def keys_of(options: Mapping[str, Any]) -> "Keys":
     return read_keys(**{name: options[name] for name in KEY_OPTIONS if name in options})
 
 
-def doctor_command(data: str, options: Mapping[str, Any]) -> str:
-    """Return the command that looks at every pair of ``data``, which it reads as options say."""
-    words = ["clipfast", "doctor", "--data", data, "--all"]
+def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
+    """Return a command of clipfast, for the user to copy, that reads pairs as options say."""
+    words = ["clipfast", *words]
     for name in SOURCE_OPTIONS:
         value = options.get(name) or ()
         words += [flag_name(name), *([value] if isinstance(value, str) else value)] if value else []

@@ -30,7 +30,7 @@ from .logs import TrainLog, log
 from .meters import Meters
 from .nonfinite import SkippedSteps
 from .optim import make_optimizer
-from .options import AUTO, doctor_command
+from .options import AUTO, source_command
 from .run import RunFolder, by_step
 from .schedule import schedule_of, set_lr
 from .spikes import SENSIBLE, Signs, guessing
@@ -95,7 +95,7 @@ class Trainer:
         signs = Signs(self.schedule.warmup, guessing(config, self.model, whole))
         self.log = TrainLog(folder, self.data.epochs, world, meters, signs)
         self.progress = Progress()
-        doctor = doctor_command(config.train_data, vars(config))
+        doctor = source_command(["doctor", "--data", config.train_data, "--all"], vars(config))
         self.budget = SkipBudget(config.max_bad_fraction, folder.skipped_path, doctor)
         self.average = None if config.ema_decay is None else WeightAverage(self.model, config.ema_decay)
         self.validation = Validation(config, sets, self.model, self.tokenizer, self.average, self.log, world)
