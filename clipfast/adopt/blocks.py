@@ -101,9 +101,9 @@ def propose_block(module: nn.Module, mask: Mask | None, attention: bool, norms: 
 
 def _text(owner: nn.Module | None, norms: bool, is_cross: bool = False) -> str:
     added = ADDS if norms else ""
-    causal = "finds its mask causal" if owner is not None else ""
+    causal = "checks whether its mask is causal" if owner is not None else ""
     context = "normalises its context once" if is_cross else ""
-    return ", ".join(filter(None, (added, causal, context)))
+    return "; ".join(filter(None, (added, causal, context)))
 
 
 def residual_block(

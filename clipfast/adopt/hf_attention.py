@@ -58,7 +58,7 @@ def propose_hf_encoder(module: nn.Module) -> Proposal | None:
         return None
     if not has_known_arguments(module):
         return Proposal(KIND, OTHER_VERSION)
-    return Proposal(KIND, "finds out which mask is padding at the end", encoder)
+    return Proposal(KIND, "checks whether a mask is padding at the end", encoder)
 
 
 def find_hf_inside(model: nn.Module) -> set[int]:

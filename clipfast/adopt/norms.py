@@ -10,7 +10,7 @@ from ..kernels.layer_norm.op import MAX_WIDTH
 from .places import Proposal, class_name, computes, has_hooks, is_left, runs_ours
 
 KIND = "norms"
-ADDS = "adds attention's branch in clipfast.layer_norm"
+ADDS = "clipfast.layer_norm, which also adds attention's output"
 
 
 def propose_norm(module: nn.Module) -> Proposal | None:
