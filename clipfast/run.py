@@ -106,7 +106,7 @@ def apply_to_model(model: Any, names: Sequence[str]) -> str:
         return f"a {kind} is left as it is ({error})"
     places = adopt.count_places(model)
     counts = ["{} {} of {}".format(name, *places[name]) for name in names if name in places]
-    return f"a {kind} runs on clipfast in these places: {', '.join(counts)}"
+    return f"a {kind} runs on clipfast in these places (on a CPU, most of them as before): {', '.join(counts)}"
 
 
 # The one list of what can be replaced, and switched off by name.
