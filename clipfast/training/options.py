@@ -67,11 +67,11 @@ def keys_of(options: Mapping[str, Any]) -> "Keys":
 
 def source_command(words: Iterable[str], options: Mapping[str, Any]) -> str:
     """Return a command of clipfast, for the user to copy, that reads pairs as options say."""
-    words = ["clipfast", *words]
+    line = ["clipfast", *words]
     for name in SOURCE_OPTIONS:
         value = options.get(name) or ()
-        words += [flag_name(name), *([value] if isinstance(value, str) else value)] if value else []
-    return shlex.join(words)
+        line += [flag_name(name), *([value] if isinstance(value, str) else value)] if value else []
+    return shlex.join(line)
 
 
 def separator_of(options: Mapping[str, Any]) -> str | None:
