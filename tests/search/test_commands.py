@@ -149,7 +149,7 @@ def test_dedup(capsys, home):
     rows = list(csv.DictReader(io.StringIO((home / "groups.csv").read_text())))
     page = (home / "groups.html").read_text()
     assert page.count('<span class="mark">kept</span>') == [row["kept"] for row in rows].count("1")
-    assert "Scores: cosine with the kept picture before." in page
+    assert "Scores: cosine with the kept picture that each one is like." in page
     assert "largest groups are shown" not in page
     groups = {}
     for row in rows:
