@@ -9,6 +9,7 @@ import dataclasses
 import datetime
 import os
 import pickle
+import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -301,19 +302,30 @@ def _joined(device: str, timeout: float, by_rank: bool) -> Iterator[World]:
     try:
         yield world
     except Exception as error:
-        is_lost = any(name in str(error) for name in COMMUNICATION)
-        if not (is_lost and watchdog.diagnosis) and not world._is_first_to_fail():
-            time.sleep(LAST_WORD)
-            raise SystemExit(1) from None
-        if world.is_shared(error):
-            raise
-        if is_lost:
-            raise RuntimeError(f"rank {rank}: another rank is lost: {watchdog.explain() or error}") from error
-        raise RuntimeError(f"rank {rank}: {error}") from error
+        with _deaf():
+            is_lost = any(name in str(error) for name in COMMUNICATION)
+            if not (is_lost and watchdog.diagnosis) and not world._is_first_to_fail():
+                time.sleep(LAST_WORD)
+                raise SystemExit(1) from None
+            if world.is_shared(error):
+                raise
+            if is_lost:
+                raise RuntimeError(f"rank {rank}: another rank is lost: {watchdog.explain() or error}") from error
+            raise RuntimeError(f"rank {rank}: {error}") from error
     finally:
         watchdog.close()
         if is_ours:
             dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Ignore SIGTERM: torchrun sends it when a rank is gone, and those that are left take seconds to say which."""
+    before = signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def _places(environment: Mapping[str, str]) -> tuple[int, int, int, int]:

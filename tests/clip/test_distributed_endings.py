@@ -114,7 +114,7 @@ def ranks_of(process):
 
 @pytest.mark.long
 def test_the_command(options, tmp_path):
-    given = options(tmp_path, "run", **(SHORT | {"workers": 1, "save_every": 1, "train_num_samples": 6000}))
+    given = options(tmp_path, "run", **(SHORT | {"workers": 0, "save_every": 1, "train_num_samples": 6000}))
     expected = tmp_path / "run" / "checkpoints" / "epoch_latest.pt"
     for what, message in (
         (signal.SIGTERM, "Interrupted. Saved"),
