@@ -70,6 +70,8 @@ class _Reader:
                 line += more
         if not line.endswith(b"\n"):
             code = self._process.wait()
+            if code == -signal.SIGKILL:
+                raise ContentError("the process that read it was killed, as happens where memory runs out")
             how = signal.Signals(-code).name if code < 0 else f"status {code}"
             raise ContentError(f"it is damaged: the process that read it ended with {how}; copy or write it again")
         kind, *found = json.loads(line)

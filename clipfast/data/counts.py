@@ -51,10 +51,13 @@ class Counts:
         return None if rows is None else (rows, name)
 
     def _sends_parts(self, name: str) -> bool:
-        """Return whether a footer can be read without the rest. The first shard of a server is asked for."""
+        """Return whether a footer can be read without the rest. The first shard that a server has is asked for."""
         server = name.split("/")[2]
         if server not in self._parts:
-            self._parts[server] = sends_parts(name)
+            found = sends_parts(name)
+            if found is None:
+                return False
+            self._parts[server] = found
         return self._parts[server]
 
     def _of_notes(self, name: str) -> tuple[int, str] | None:

@@ -56,8 +56,10 @@ def file_system_of(name: str) -> tuple[Any, str]:
     return url_to_fs(name, client_kwargs={"timeout": timeout})
 
 
-def sends_parts(name: str) -> bool:
+def sends_parts(name: str) -> bool | None:
     """Return whether a shard can be read from the middle where it is: some web servers only send whole files.
+
+    It is None if there is no such shard.
 
     Raises:
         FetchError: nobody answers.
@@ -71,7 +73,7 @@ def sends_parts(name: str) -> bool:
             return True
         return False
 
-    return not name.startswith(WEB) or if_there(name, attempt) is not False
+    return if_there(name, attempt) if name.startswith(WEB) else True
 
 
 def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found:

@@ -118,7 +118,11 @@ class Guard:
 
     def _tidy(self) -> None:
         """Remove the oldest uploads beyond the number and the bytes that are kept."""
-        found = [(file.stat(), file) for file in self.uploads.rglob("*") if file.is_file()]
+        found = []
+        for folder, _, names in os.walk(self.uploads):
+            for file in (Path(folder, name) for name in names):
+                with contextlib.suppress(FileNotFoundError):  # Gradio has removed it meanwhile
+                    found.append((file.stat(), file))
         found.sort(key=lambda one: one[0].st_mtime_ns, reverse=True)
         total = 0
         for number, (about, file) in enumerate(found):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,11 +82,21 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
     others = embeddings.of_kind("text" if kind == "image" else "image")
     # of texts, by which people search pictures, or else of the items themselves
     index, about = make_index(features, sample(features if others is None else others))
-    about["stamp"] = stamp
+    about |= {"stamp": stamp, "folder": str(folder.resolve())}
+    _drop_left(home.parent)
     home.mkdir(parents=True, exist_ok=True)
     replace_file(path, lambda temporary: faiss.write_index(index, str(temporary)), features.nbytes)
     replace_text(note, json.dumps(about, indent=2) + "\n")
     return index, about
+
+
+def _drop_left(homes: Path) -> None:
+    """Remove the indexes of folders that are gone."""
+    for note in homes.glob("*/*.json"):
+        with contextlib.suppress(OSError, ValueError):  # another process removes or writes it
+            folder = json.loads(note.read_text("utf-8")).get("folder")
+            if folder is None or not Path(folder).exists():
+                shutil.rmtree(note.parent)
 
 
 def _stamp(folder: Path, kind: str) -> str:

@@ -323,10 +323,11 @@ def test_damage_in_an_arrow_file_is_named(form, damage, message, whole, tmp_path
         open_shards([str(path)], index=IndexCache(tmp_path / "cache"), whole=whole).read(0)
 
 
-DYING = "import os, socket, sys; socket.socket(fileno=int(sys.argv[1])).recv(1); os.kill(os.getpid(), 11)"
+DYING = "import os, socket, sys; socket.socket(fileno=int(sys.argv[1])).recv(1); os.kill(os.getpid(), {})"
 
 
-def test_a_reader_that_ends_names_the_file_and_is_replaced(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("number", "said"), [(11, "damaged: .* ended with SIGSEGV"), (9, "was killed, as .* memory")])
+def test_a_reader_that_ends_names_the_file_and_is_replaced(number, said, tmp_path, monkeypatch):
     path = write_parquet(tmp_path / "x.parquet", downloaded(20))
     index = IndexCache(tmp_path / "cache")
     assert open_shards([path], index=index).sizes == [20]
@@ -335,8 +336,8 @@ def test_a_reader_that_ends_names_the_file_and_is_replaced(tmp_path, monkeypatch
     assert open_shards([path], index=index).sizes == [20]  # it had not ended by this file
     contained._end()
     with monkeypatch.context() as patch:
-        patch.setattr(contained, "PROGRAM", DYING)
-        with pytest.raises(SampleError, match=r"x\.parquet cannot be read: .* that read it ended with SIGSEGV"):
+        patch.setattr(contained, "PROGRAM", DYING.format(number))
+        with pytest.raises(SampleError, match=rf"x\.parquet cannot be read: .*{said}"):
             open_shards([path], index=index)
     assert open_shards([path], index=index).sizes == [20]
 

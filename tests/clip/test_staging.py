@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from clipfast.data import IndexCache, identities, open_shards, remote, staging
+from clipfast.data.counts import Counts
 from clipfast.data.staging import FetchError, exclusive, staged
 from clipfast.files import DiskFullError
 from clipfast.images import SampleError
@@ -292,6 +293,9 @@ def test_a_server_that_sends_no_parts(answers, tmp_path):
     answers.versions = [(Path(write_parquet(tmp_path / "s.parquet", rows)).read_bytes(), "1")]
     source = open_shards([f"{answers.url}/s.parquet"], index=IndexCache(tmp_path / "cache"))
     assert source.sizes == [20]
+    counts = Counts()
+    assert counts.of(f"{answers.url}/gone.parquet") is None
+    assert counts.of(f"{answers.url}/s.parquet") is None  # it is copied to be counted
 
 
 def test_a_file_that_changes_while_it_is_read_is_read_again(answers, tmp_path, caplog):

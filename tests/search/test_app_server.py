@@ -5,6 +5,7 @@ import concurrent.futures
 import gc
 import http.client
 import io
+import itertools
 import json
 import os
 import signal
@@ -106,6 +107,20 @@ def test_uploads_are_bounded_by_number_and_bytes(number, size, left, tmp_path):
 
     assert guarded(UPLOAD, tmp_path, "POST", serve, content_length="1")[0] == 200
     assert sorted(int(path.name) for path in tmp_path.iterdir()) == list(range(number - left, number))
+
+
+@pytest.mark.parametrize("left", [0, 1])  # looks at it that find it
+def test_an_upload_that_is_removed_meanwhile(left, tmp_path, monkeypatch):
+    file, looks, stat = tmp_path / "a.png", itertools.count(), Path.stat
+    file.touch()
+
+    def vanishing(path, **options):
+        if path == file and next(looks) == left:
+            file.unlink()
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", vanishing)
+    assert guarded(UPLOAD, tmp_path, "POST", content_length="1")[0] == 200
 
 
 def test_few_uploads_at_once(tmp_path):

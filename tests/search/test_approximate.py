@@ -1,5 +1,7 @@
 """The approximate index: its recall, its use again, and that it is made anew when the embeddings change."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -52,3 +54,16 @@ def test_made_once_and_again_after_a_change(folder, monkeypatch):
     more.save(folder)
     found, about = approximate.search(Embeddings.open(folder), folder, query, 1, None, "image")
     assert (len(made), found.indices.tolist(), about["items"]) == (2, [[900]], 901)
+
+
+def test_the_index_of_a_folder_that_is_gone_is_removed(folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("CLIPFAST_CACHE", str(tmp_path / "cache"))
+    query = F.normalize(torch.ones(1, 16), dim=1)
+    indexes = []
+    for name in "abc":
+        Embeddings.open(folder).save(tmp_path / name)
+        approximate.search(Embeddings.open(tmp_path / name), tmp_path / name, query, 1, None, "image")
+        indexes.append(len(list((tmp_path / "cache").rglob("*.index"))))
+        if name == "b":
+            shutil.rmtree(tmp_path / "a")
+    assert indexes == [1, 2, 2]
