@@ -191,7 +191,7 @@ def _mapped(path: Path) -> Tensor:
     try:
         open_regular(path).close()  # a pipe would be waited for
         features = torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of memory that cannot be written
-    except (ValueError, EOFError, TypeError, OverflowError, OSError, MemoryError) as error:
+    except Exception as error:  # of NumPy, of the system, and of Python's tokenizer, which NumPy reads a header with
         raise ValueError(f"{path} cannot be read as features: {error}") from error
     if features.ndim != 2 or not features.shape[1] or features.dtype not in DTYPES:
         raise ValueError(

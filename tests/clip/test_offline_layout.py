@@ -107,6 +107,7 @@ SAMPLES = {
         {"webp": coded(1), "npy": row_of({0, 2}, 4)},
         {"webp": coded(1), "npy": pickled()}, {"webp": coded(1), "npy": b""}, {"webp": coded(1), "cls": b"1"},
         {"webp": coded(1), "npy": pickle.dumps([1, 0])},
+        {"webp": coded(1), "npy": row_of({0}, 4).replace(b")", b"(")},
     ),
     "retrieval": (
         {"webp": coded(1), "txt": "ein Häuschen\n\nb".encode()},
@@ -130,6 +131,7 @@ REASONS = {
         "row of labels cannot be read",
         "cannot be read",
         "sample has no .npy, only cls, webp",
+        "cannot be read",
         "cannot be read",
     ],
     "retrieval": [

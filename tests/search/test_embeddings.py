@@ -170,6 +170,10 @@ def test_columns_that_differ_between_parts():
     assert table["new"] == [None, 2]
 
 
+def damaged(path, old, new):
+    path.write_bytes(path.read_bytes().replace(old, new, 1))
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -178,6 +182,7 @@ def test_columns_that_differ_between_parts():
         (lambda e: shutil.rmtree(e / "metadata"), "lacks 3 of its 3 parts"),
         (lambda e: os.truncate(e / "img_emb/img_emb_0001.npy", 200), "cannot be read as features"),
         (lambda e: os.truncate(e / "img_emb/img_emb_0001.npy", 3), "cannot be read as features"),
+        (lambda e: damaged(e / "img_emb/img_emb_0001.npy", b")", b"("), "cannot be read as features"),
         (lambda e: os.truncate(e / "metadata/metadata_0001.parquet", 50), "cannot be read as metadata"),
         (lambda e: np.save(e / "img_emb/img_emb_0001.npy", np.zeros((9, 16), np.float32)), "has 9 rows, and .* has 10"),
         (lambda e: np.save(e / "img_emb/img_emb_0001.npy", np.zeros((10, 8), np.float32)), "do not belong together"),
