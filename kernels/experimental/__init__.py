@@ -1,1 +1,0 @@
-"""Kernels that are off by default: compiled and predicted, never run."""
