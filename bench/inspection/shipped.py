@@ -16,8 +16,6 @@ KNOWN_WARNINGS: dict[tuple[str, int, str], tuple[str, ...]] = {}
 # four numbers of a tile in memory for a while; without a limit of registers it keeps none, but takes a fifth longer.
 KNOWN_SPILLS = {
     ("3.6", 90, "contrastive_loss N1001 D512 bf16"): ("spills 12 bytes",),
-    # since heads have offsets of 64 bits: two of the 80 registers that the keys' backward pass is given in float32
-    ("3.9", 80, "attention N257 D88 fp32"): ("spills 8 bytes",),
     ("3.9", 90, "sigmoid_loss N1001 D512 bf16"): ("spills 16 bytes",),
     ("3.9", 90, "sigmoid_loss N1024 D512 bf16"): ("spills 8 bytes",),
     ("3.9", 90, "sigmoid_loss N1024 D512 fp16"): ("spills 8 bytes",),

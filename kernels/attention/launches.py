@@ -59,6 +59,7 @@ def forward(
     q: Tensor, k: Tensor, v: Tensor, seqlens: Tensor | None, causal: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Return the output [B, M, H, D], contiguous, and the log-sum-exp of the scores over ``scale``, [B, H, M]."""
+    q, k, v = (_with_near_heads(x) for x in (q, k, v))
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     out = q.new_empty(q.shape)
     lse = q.new_empty(batch, heads, m, dtype=torch.float32)
@@ -90,6 +91,7 @@ def backward(
     Returns:
         The sums over batch and tokens of the gradients of q and of v, [H * D] float32 each; None without ``with_sums``.
     """
+    grad_out, q, k, v = (_with_near_heads(x) for x in (grad_out, q, k, v))
     (batch, m, heads, head_dim), n, device = q.shape, k.shape[1], q.device
     of_dq, of_dk = (grad.stride()[:2] for grad in grads[:2])
     strides = (*q.stride(), *k.stride(), *v.stride(), *grad_out.stride(), *of_dq, *of_dk)
@@ -150,6 +152,14 @@ def _two_phases(
         TAIL=0 if tiles[0] is None else _tail(m, of_key.block_m, None, False), IS_HELD=_is_held(q), **options,
     )  # fmt: skip
     return sums
+
+
+def _with_near_heads(x: Tensor) -> Tensor:
+    """Return a tensor [B, N, H, D], as a copy if 32 bits do not hold where its last head begins within an image.
+
+    The kernels compute it in 32 bits: 64 would take registers, and a quarter of the programs that run at once.
+    """
+    return x if (x.shape[2] - 1) * x.stride(2) < 2**31 else x.contiguous()
 
 
 def _of_whole_heads(

@@ -30,12 +30,12 @@ def offs_of(PARTS: tl.constexpr, i: tl.constexpr):
 
 @triton.jit
 def head_of(ptr, b, h, stride_b, stride_h, MULTIPLE: tl.constexpr):
-    """Return the address of head ``h`` of image ``b``. Heads begin at multiples of so many elements.
+    """Return the address of head ``h`` of image ``b``. Heads begin at multiples of MULTIPLE elements.
 
     The compiler finds this out where strides are multiples of 16, and could not load several elements of a head of 88
     at a time.
     """
-    return ptr + tl.multiple_of(b.to(tl.int64) * stride_b + h.to(tl.int64) * stride_h, MULTIPLE)
+    return ptr + tl.multiple_of(b.to(tl.int64) * stride_b + h * stride_h, MULTIPLE)
 
 
 @triton.jit
