@@ -14,7 +14,7 @@ if __name__ != "kernels":
     from .attention import attention, attention_qkv, attention_route
     from .attention_pool import attention_pool
     from .contrastive import contrastive_loss, distributed_contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
-    from .layer_norm import layer_norm, layer_norm_pair
+    from .layer_norm import layer_norm
     from .patch_embed import patch_embed
     from .retrieval import retrieval_ranks
     from .text_embed import text_embed
@@ -31,7 +31,6 @@ if __name__ != "kernels":
         "distributed_contrastive_loss",
         "info_nce_loss",
         "layer_norm",
-        "layer_norm_pair",
         "nt_xent_loss",
         "patch_embed",
         "reference",

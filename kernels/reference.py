@@ -166,20 +166,6 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5, *, re
     return y if residual is None else (y, stream)
 
 
-def layer_norm_pair(
-    x: Tensor,
-    weight_1: Tensor,
-    bias_1: Tensor,
-    weight_2: Tensor,
-    bias_2: Tensor,
-    eps_1: float = 1e-5,
-    eps_2: float = 1e-5,
-) -> tuple[Tensor, Tensor]:
-    """Return a layer norm of ``x``, and a second layer norm of the first one's result."""
-    s = layer_norm(x, weight_1, bias_1, eps_1)
-    return s, layer_norm(s, weight_2, bias_2, eps_2)
-
-
 def bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     """Return the GELU (Hendrycks and Gimpel 2016), by the error function, of x + bias, in float32 at least."""
     return F.gelu(_wide(x) + _wide(bias)).to(x.dtype)

@@ -37,11 +37,6 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor | None = Non
     return y if residual is None else (y, s)
 
 
-def _norm_pair(x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias_2: Tensor) -> Results:
-    s = F.layer_norm(x, x.shape[-1:], weight_1.to(x.dtype), bias_1.to(x.dtype))
-    return s, F.layer_norm(s, x.shape[-1:], weight_2.to(x.dtype), bias_2.to(x.dtype))
-
-
 def _bias_gelu(x: Tensor, bias: Tensor) -> Tensor:
     return F.gelu(x + bias.to(x.dtype))
 
@@ -155,7 +150,6 @@ def _siglip_kernel() -> Function:
 # What stands in place of the reference as "PyTorch", with a note for the reader.
 PLAIN: dict[str, tuple[AnyFunction, str]] = {
     "layer_norm": (_norm, ""),
-    "layer_norm_pair": (_norm_pair, ""),
     "bias_gelu": (_bias_gelu, IN_A_PASS),
     "bias_quick_gelu": (_bias_quick_gelu, IN_A_PASS),
 }

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import attention, bias_gelu, bias_quick_gelu, layer_norm, layer_norm_pair, text_embed
+from ..kernels import attention, bias_gelu, bias_quick_gelu, layer_norm, text_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.launch import triton_runs_on
 from .layers import InProjection, LayerNorm, QuickGELU, single_query_attention
@@ -147,70 +147,53 @@ class Plan(NamedTuple):
     recompute: bool | str  # whether the backward pass computes blocks again; "selective": only what is cheap
     blocks: Sequence[nn.Module]  # the blocks that compute every row
     last: ResidualAttentionBlock | None = None  # the block after them, which computes only the row that is read
-    pair: tuple[LayerNorm, LayerNorm] | None = None  # the norm in front of the stack and the first ln_1, in one pass
 
 
-def plan(transformer: Transformer, num_tokens: int | None = None, norm: nn.Module | None = None) -> Plan:
+def plan(transformer: Transformer, num_tokens: int | None = None) -> Plan:
     """Decide what ``transformer`` fuses, leaves out or recomputes in one call.
 
     Args:
         transformer: the stack.
         num_tokens: the number of tokens in a sequence if the caller reads one row of it; None if it reads every row.
-        norm: the norm in front of the stack.
     """
     recompute = torch.is_grad_enabled() and transformer.grad_checkpointing
     blocks = list(transformer.resblocks)
     if num_tokens is None or not is_plain(transformer, Transformer) or not blocks:
         return Plan(recompute, blocks)
-    first, last = blocks[0], blocks[-1]
+    last = blocks[-1]
     if not is_plain(last, ResidualAttentionBlock) or not all(is_plain(part, *_PLAIN) for part in last.modules()):
         return Plan(recompute, blocks)
     if num_tokens > MAX_TOKENS or last.attn.num_heads > MAX_HEADS or last.attn.backend == "torch":
         return Plan(recompute, blocks)
-    pair = None
-    if len(blocks) > 1 and not recompute and norm is not None and is_plain(first, ResidualAttentionBlock):
-        ln_1: nn.Module = first.ln_1
-        pair = (norm, ln_1) if is_plain(norm, LayerNorm) and is_plain(ln_1, LayerNorm) else None
-    return Plan(recompute, blocks[:-1], last, pair)
+    return Plan(recompute, blocks[:-1], last)
 
 
-def read_rows(
-    transformer: nn.Module, x: Tensor, rows: Tensor | None = None, *, norm: nn.Module | None = None
-) -> Tensor:
-    """Compute the rows of ``transformer(norm(x))`` that a tower reads.
+def read_rows(transformer: nn.Module, x: Tensor, rows: Tensor | None = None) -> Tensor:
+    """Compute the rows of ``transformer(x)`` that a tower reads.
 
     Args:
         transformer: the stack of a tower, or the module that has taken its place.
         x: [B, N, width].
         rows: [B], the index of the row that is read in each sequence; the first row if it is None.
-        norm: the norm in front of the stack; None if there is none.
 
     Returns:
         [B, width].
     """
-    steps = plan(transformer, x.shape[1], norm) if isinstance(transformer, Transformer) else None
+    steps = plan(transformer, x.shape[1]) if isinstance(transformer, Transformer) else None
     if steps is None or steps.last is None:
-        return take_rows(transformer(x if norm is None else norm(x)), rows)
-    normed = None
-    if steps.pair is not None:
-        before, ln_1 = steps.pair
-        weights = (before.weight, before.bias, ln_1.weight, ln_1.bias)
-        x, normed = layer_norm_pair(x, *weights, before.eps, ln_1.eps, backend=before.backend)
-    elif norm is not None:
-        x = norm(x)
-    x, branch = run_blocks(steps, x, normed)
+        return take_rows(transformer(x), rows)
+    x, branch = run_blocks(steps, x)
     if steps.recompute:
         return recomputed(steps, _run_last, steps.last, x, branch, rows)
     return _run_last(steps.last, x, branch, rows)
 
 
 def run_blocks(
-    steps: Plan, x: Tensor, normed: Tensor | None = None, kind: type[ResidualAttentionBlock] = ResidualAttentionBlock
+    steps: Plan, x: Tensor, kind: type[ResidualAttentionBlock] = ResidualAttentionBlock
 ) -> tuple[Tensor, Tensor | None]:
     """Return the residual stream after the blocks, and the last branch, which the caller must still add to it.
 
-    ``normed`` is what ln_1 of the first block returns, if that is computed already. ``kind`` is the class of the blocks
-    that are taken apart; any other is called.
+    ``kind`` is the class of the blocks that are taken apart; any other is called.
     """
     branch: Tensor | None = None
     for block in steps.blocks:
@@ -218,10 +201,9 @@ def run_blocks(
             # Checkpointing keeps the arguments. This is one tensor; x and a branch apart would be two.
             x = recomputed(steps, block, x)
         elif is_plain(block, kind):
-            if normed is None:
-                x, normed = add_norm(x, branch, block.ln_1)
+            x, normed = add_norm(x, branch, block.ln_1)
             x, normed = add_norm(x, block.attn(normed), block.ln_2)
-            branch, normed = block.mlp(normed), None
+            branch = block.mlp(normed)
         else:
             x, branch = block(x if branch is None else x + branch), None
     return x, branch

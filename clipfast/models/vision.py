@@ -111,7 +111,7 @@ class VisionTransformer(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[B, 3, H, W] -> [B, embed_dim]."""
-        x = read_rows(self.transformer, self.embed(images), norm=self.ln_pre)
+        x = read_rows(self.transformer, self.ln_pre(self.embed(images)))
         return self.ln_post(x) @ self.proj
 
     def embed(self, images: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Host side of the layer norms' kernels: configurations, grids, and memory for the results.
+"""Host side of the layer norm's kernels: configurations, grids, and memory for the results.
 
-``forward`` and ``backward`` are those of ``layer_norm``, ``pair_forward`` and ``pair_backward`` those of
-``layer_norm_pair``; ``cpu`` has the same four. Streams and their gradients are [M, N] with any strides.
+Streams and their gradients are [M, N] with any strides. ``cpu`` has the same two functions.
 """
 
 import torch
@@ -11,12 +10,10 @@ from torch import Tensor
 from ..configs import RowConfig, row_config
 from ..launch import arch_of, launch, programs_at_once
 from .kernels import _layer_norm_bwd_kernel, _layer_norm_fwd_kernel
-from .pair_kernels import _layer_norm_pair_bwd_kernel, _layer_norm_pair_fwd_kernel
 
 # Registers of a thread, about, where a configuration sets no limit. Parameters stay in registers, and in backward the
 # sums over rows for their gradients.
 FWD_REGISTERS, BWD_REGISTERS = 64, 128
-PAIR_FWD_REGISTERS, PAIR_BWD_REGISTERS = 80, 128
 
 
 def row_tiles(kernel: str, x: Tensor, registers: int) -> tuple[RowConfig, int, dict[str, int]]:
@@ -71,34 +68,3 @@ def backward(
         config=cfg, device=s.device, HAS_GRAD_S=grad_s is not None, HAS_DX=with_dx, HAS_SUMS=with_sums, **tile,
     )  # fmt: skip
     return ds, dx, sums.sum(0)
-
-
-def pair_forward(x: Tensor, parameters: list[Tensor], eps_1: float, eps_2: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Compute s, y, and mean and rstd of both norms [4, M]; ``parameters`` are all four."""
-    s, y = (x.new_empty(x.shape) for _ in range(2))
-    stats = x.new_empty(4, x.shape[0], dtype=torch.float32)
-    cfg, programs, tile = row_tiles("layer_norm_pair_fwd", x, PAIR_FWD_REGISTERS)
-    launch(
-        _layer_norm_pair_fwd_kernel, (programs,), x, *(p.contiguous() for p in parameters), s, y, stats,
-        x.shape[0], eps_1, eps_2, *x.stride(), config=cfg, device=x.device, **tile,
-    )  # fmt: skip
-    return s, y, stats
-
-
-def pair_backward(
-    grad_s: Tensor | None, grad_y: Tensor, x: Tensor, parameters: list[Tensor], stats: Tensor, with_sums: bool
-) -> tuple[Tensor, Tensor]:
-    """Compute dx, and the gradients of all four parameters [4, N] (empty unless ``with_sums``).
-
-    ``parameters`` are the first three, since the last bias is only added.
-    """
-    cfg, programs, tile = row_tiles("layer_norm_pair_bwd", x, PAIR_BWD_REGISTERS)
-    dx = x.new_empty(x.shape)
-    sums = x.new_empty(programs, 4, x.shape[1] if with_sums else 0, dtype=torch.float32)
-    strides = (*(x if grad_s is None else grad_s).stride(), *grad_y.stride(), *x.stride())
-    launch(
-        _layer_norm_pair_bwd_kernel, (programs,), grad_s, grad_y, x, *(p.contiguous() for p in parameters), stats,
-        dx, sums, x.shape[0], *strides,
-        config=cfg, device=x.device, HAS_GRAD_S=grad_s is not None, HAS_SUMS=with_sums, **tile,
-    )  # fmt: skip
-    return dx, sums.sum(0)

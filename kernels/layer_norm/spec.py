@@ -1,4 +1,4 @@
-"""The specifications of both layer norms: sizes, inputs, cases, floors, and what ships."""
+"""The specification of layer norm: sizes, inputs, cases, floors, and what ships."""
 
 import dataclasses
 import functools
@@ -10,7 +10,6 @@ from .. import reference
 from ..configs import WIDTHS, RowConfig
 from ..spec import CUDA, NOT_INTERPRETED, Call, Case, Draw, Floor, OpSpec, RowShape, Shipped, Target, Tunable, on
 from .op import layer_norm
-from .pair_op import layer_norm_pair
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,18 +25,6 @@ def make(shape: NormShape, values: str, draw: Draw) -> Call:
     if shape.residual:
         inputs["residual"] = rows_of(shape, values, draw)
     return Call(inputs, gradients(shape, values, draw, 1 + shape.residual))
-
-
-def make_pair(shape: RowShape, values: str, draw: Draw) -> Call:
-    """Make rows, the parameters of both norms, and the gradients of both results."""
-    names = "weight_1", "bias_1", "weight_2", "bias_2"
-    inputs = {"x": rows_of(shape, values, draw), **{name: draw.normal(shape.width) for name in names}}
-    if values == "zeros":
-        inputs["bias_1"].fill_(0.5)
-        inputs["weight_2"].fill_(1)
-    elif values == "large bias":
-        inputs["bias_1"] += 3000
-    return Call(inputs, gradients(shape, values, draw, 2))
 
 
 def rows_of(shape: RowShape, values: str, draw: Draw) -> Tensor:
@@ -77,18 +64,6 @@ def floor(shape: NormShape, itemsize: int, backward: bool) -> Floor:
     return Floor(flops, tensors * shape.elements * itemsize + parameters + 8 * shape.rows)
 
 
-def floor_pair(shape: RowShape, itemsize: int, backward: bool) -> Floor:
-    """Count float32 parameters, and means and rstds of each row in float32.
-
-    Forward reads one tensor and four parameters, and writes two tensors. Backward reads the same tensor, the gradients
-    of both results and three parameters, since the last bias is only added; it writes the gradients of the tensor and
-    of four parameters.
-    """
-    tensors, parameters = (4, 7) if backward else (3, 4)
-    flops = (28 if backward else 16) * shape.elements
-    return Floor(flops, tensors * shape.elements * itemsize + parameters * shape.width * 4 + 16 * shape.rows)
-
-
 FEW = 6  # draws to judge as one: the errors of narrow rows are those of a few sums
 
 
@@ -102,7 +77,7 @@ def cases(sized: Callable[[int, int], RowShape]) -> list[Case]:
         Case(sized(7, 1024), "L/14's width: no column is masked"),
         Case(sized(5, 1025), "one past that", sanitize=True),
         Case(sized(5, 1664), "bigG/14's width"),
-        Case(sized(3, 4096), "the widest that two norms take in one pass"),
+        Case(sized(3, 4096), "wide"),
         Case(sized(2, 8192), "the widest"),
         Case(sized(37, 1), "rows of one zero, which is its own mean", values="zeros"),
         Case(sized(37, 64), "no column is masked; several rows share a tile"),
@@ -166,26 +141,5 @@ SPECS = (
             Shipped("residual N1024 bf16 into", after_residual(64, 1024), ("fp32",), casts={"x": "bf16"}),
         ),
         targets=tuple(target("layer_norm", after_residual(*size)) for size in TUNED_SHAPES),
-    ),
-    OpSpec(
-        op=layer_norm_pair,
-        reference=reference.layer_norm_pair,
-        make=make_pair,
-        cases=[*cases(RowShape), Case.extreme(RowShape(9, 768), "large bias", "a mean of 3000 in the second norm")],
-        small=(RowShape(10, 12),),
-        category="norm, activation",
-        kernels=("_layer_norm_pair_fwd_kernel", "_layer_norm_pair_bwd_kernel"),
-        floor=floor_pair,
-        bench={device: towers(device, RowShape) for device in IMAGES},
-        items=("rows", "rows"),
-        float32=("weight_1", "bias_1", "weight_2", "bias_2"),
-        follows_autocast=False,
-        # B, L, H and bigG; the widest that one pass takes; wider rows, which take two layer norms
-        shipped=(
-            *(Shipped(f"N{width}", RowShape(64, width)) for width in (768, 1280, 1664)),
-            *(Shipped(f"N{width}", RowShape(64, width), ("bf16", "fp32")) for width in (1024, 4096, 8192)),
-        ),
-        # wider rows than these take two layer norms
-        targets=tuple(target("layer_norm_pair", RowShape(*size)) for size in TUNED_SHAPES[:3]),
     ),
 )

@@ -8,12 +8,12 @@ import math
 import pytest
 import torch
 
-from clipfast.kernels import activation, bias_gelu, configs, launch, layer_norm, layer_norm_pair
+from clipfast.kernels import activation, bias_gelu, configs, launch, layer_norm
 from clipfast.kernels.layer_norm import launches
 from clipfast.kernels.layer_norm.spec import NormShape
 from clipfast.kernels.spec import RowShape, specs
 from clipfast.verify.inputs import lay_out
-from clipfast.verify.rule import GRADIENT, value_and_grads
+from clipfast.verify.rule import GRADIENT
 
 from ..conftest import DTYPES, INTERPRET
 from ..numerics import as_good_as_torch, compare
@@ -24,7 +24,6 @@ pytestmark = pytest.mark.usefixtures("poison")
 KINDS = {
     "alone": ("layer_norm", NormShape),
     "residual": ("layer_norm", functools.partial(NormShape, residual=True)),
-    "pair": ("layer_norm_pair", RowShape),
     "gelu": ("bias_gelu", RowShape),
     "quick_gelu": ("bias_quick_gelu", RowShape),
 }
@@ -87,8 +86,6 @@ def test_parameters_of_any_dtype(of_parameters, kind, device):
     [
         ("residual", 0, ("x", "residual", "weight", "bias")),
         ("residual", 1, ("x", "residual")),
-        ("pair", 0, ("x", "weight_1", "bias_1")),
-        ("pair", 1, ("x", "weight_1", "bias_1", "weight_2", "bias_2")),
     ],
 )
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -116,27 +113,6 @@ def test_the_sum_is_rounded_once_and_what_is_stored_is_normalised(dtype, device)
     assert torch.equal(y, layer_norm(s, inputs["weight"], inputs["bias"]))
 
 
-@pytest.mark.parametrize("eps", [(1e-5, 1e-5), (1e-5, 0.5), (0.5, 1e-5)], ids=str)
-@pytest.mark.parametrize("width", [72, 4100])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_pair_is_one_norm_after_the_other(dtype, width, eps, device):
-    # what is stored is normalised, and each norm has its own eps
-    pair = call("pair", (9, width), device, dtype, eps_1=eps[0], eps_2=eps[1])
-
-    def one_after_the_other(x, weight_1, bias_1, weight_2, bias_2):
-        s = layer_norm(x, weight_1, bias_1, eps[0])
-        return s, layer_norm(s, weight_2, bias_2, eps[1])
-
-    actual, same = pair.results(), value_and_grads(one_after_the_other, pair.inputs, pair.grads)
-    assert torch.equal(actual["value"], same["value"])
-    assert torch.equal(actual["value_2"], same["value_2"])
-    for name, gradient in same.items():
-        # between two ops the gradient of s is rounded
-        tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[dtype]
-        scale = gradient.abs().max().item()
-        torch.testing.assert_close(actual[name], gradient, rtol=0, atol=tolerance * scale, msg=name)
-
-
 @pytest.mark.parametrize("eps", [1e-5, 1e-2])
 def test_constant_rows(eps, device):
     # no variance: eps alone keeps the scale finite
@@ -144,15 +120,6 @@ def test_constant_rows(eps, device):
     norm.inputs["x"].copy_(torch.tensor([[3.0], [-8192.0], [0.0]]))
     compare(*norm)
     torch.testing.assert_close(norm.results()["value"], norm.inputs["bias"].expand(3, 64))
-
-
-def test_a_first_weight_of_zero(device):
-    # the rows of the second norm are constant, but for rounding
-    op, _, inputs, _ = call("pair", (5, 64), device)
-    inputs |= {"weight_1": torch.zeros(64, device=device), "bias_1": torch.full((64,), 0.5, device=device)}
-    s, y = op(**inputs)
-    assert torch.equal(s, torch.full_like(s, 0.5))
-    torch.testing.assert_close(y, inputs["bias_2"].expand(5, 64))
 
 
 @each_kind
@@ -181,7 +148,7 @@ def test_every_tensor_is_read_or_written_once(size, kind, device, monkeypatch, m
     assert sum(moved) == floor(backward=True).bytes
 
 
-@pytest.mark.parametrize("kind", ["alone", "pair"])
+@pytest.mark.parametrize("kind", ["alone", "residual"])
 def test_the_buffer_of_sums_does_not_grow_with_the_rows(kind, device):
     for rows in (1, 3, 100000):
         with launch.record_launches(90) as recorded:
@@ -202,9 +169,8 @@ def test_huge_values_are_not_nan(kind, device):
 
 X, W = torch.zeros(4, 8), torch.ones(8)
 NORM = {"x": X, "weight": W, "bias": W}
-PAIR = {"x": X, "weight_1": W, "bias_1": W, "weight_2": W, "bias_2": W}
-WIDE, WIDE_PAIR = ({name: torch.zeros(*x.shape[:-1], 8193) for name, x in valid.items()} for valid in (NORM, PAIR))
-VALID = {layer_norm: NORM, layer_norm_pair: PAIR, bias_gelu: {"x": X, "bias": W}}
+WIDE = {name: torch.zeros(*x.shape[:-1], 8193) for name, x in NORM.items()}
+VALID = {layer_norm: NORM, bias_gelu: {"x": X, "bias": W}}
 
 
 @pytest.mark.parametrize(
@@ -218,12 +184,6 @@ VALID = {layer_norm: NORM, layer_norm_pair: PAIR, bias_gelu: {"x": X, "bias": W}
         (layer_norm, {"residual": X[:3]}, ValueError, r"residual must be \(4, 8\) on cpu, got \(3, 8\) on cpu"),
         (layer_norm, {"x": X[:, :0], "weight": W[:0], "bias": W[:0]}, ValueError, "rows must be 1 to 8192 wide, got 0"),
         (layer_norm, WIDE, ValueError, "rows must be 1 to 8192 wide, got 8193: use backend='torch'"),
-        (layer_norm_pair, {"weight_1": W[:7]}, ValueError, r"weight_1 must be \[8\] on cpu, got \(7,\) on cpu"),
-        (layer_norm_pair, {"bias_1": W[None]}, ValueError, r"bias_1 must have 1 dimensions, got shape \(1, 8\)"),
-        (layer_norm_pair, {"eps_1": "small"}, TypeError, "eps_1 must be a number, got str"),
-        (layer_norm_pair, {"eps_2": -1.0}, ValueError, "eps_2 must not be negative, got -1.0"),
-        (layer_norm_pair, {name: x[..., :0] for name, x in PAIR.items()}, ValueError, "1 to 8192 wide, got 0"),
-        (layer_norm_pair, WIDE_PAIR, ValueError, "1 to 8192 wide, got 8193: use backend='torch'"),
         (bias_gelu, {"bias": W[:7]}, ValueError, r"bias must be \[8\] on cpu, got \(7,\) on cpu"),
     ],
 )

@@ -85,8 +85,7 @@ ON_CPU = {
     ("text_embed", "value"): (text_cpu, "forward", 0),
     ("text_embed", "d_token_embedding"): (text_cpu, "backward_token", None),
     ("layer_norm", "value"): (norm_cpu, "forward", 0),
-    ("layer_norm_pair", "value_2"): (norm_cpu, "pair_forward", 1),
-    ("layer_norm_pair", "d_x"): (norm_cpu, "pair_backward", 0),
+    ("layer_norm", "d_x"): (norm_cpu, "backward", 0),
     ("bias_gelu", "value"): (activation, "_fwd_cpu", None),
     ("bias_quick_gelu", "d_bias"): (activation, "_bwd_cpu", 1),
 }
@@ -97,7 +96,7 @@ INTERPRETED = {
     ("patch_embed", "d_weight"): (patch_launches, "backward_weight", None),
     ("patch_embed", "d_images"): (patch_launches, "backward_images", None),
     ("text_embed", "d_token_embedding"): (text_launches, "backward_token", None),
-    ("layer_norm_pair", "d_x"): (norm_launches, "pair_backward", 0),
+    ("layer_norm", "d_x"): (norm_launches, "backward", 0),
     ("bias_gelu", "d_bias"): (activation, "_bwd_triton", 1),
 }
 LEG = here()
