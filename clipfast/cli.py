@@ -15,45 +15,35 @@ from .columns import printable
 
 # Name, one line for ``clipfast --help``, and the module whose ``add_parser`` adds the command's parser and runner.
 COMMANDS = {
-    "train": ("train a model on image-text shards", "clipfast.training.command"),
+    "train": ("train a model on image-text pairs", "clipfast.training.command"),
     "status": ("show how far runs are, and plot them", "clipfast.training.status_command"),
     "index": ("index shards, so that a training run starts at once", "clipfast.data.command"),
-    "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.doctor.command"),
     "eval": ("evaluate a checkpoint", "clipfast.evaluation.command"),
-    "embed": (
-        "compute the features of pictures and texts, to search them and look at them",
-        "clipfast.search.embed_command",
-    ),
-    "search": (
-        "find the pictures of an embedded folder by words, by a picture, or by both",
-        "clipfast.search.search_command",
-    ),
-    "dedup": ("find near duplicates among the pictures of an embedded folder", "clipfast.search.dedup_command"),
-    "filter": (
-        "choose the pairs of an embedded folder whose image and text fit together",
-        "clipfast.search.filter_command",
-    ),
-    "cluster": ("group the pictures of an embedded folder by likeness", "clipfast.search.cluster_command"),
-    "classify": ("say which of some labels fits pictures", "clipfast.search.classify_command"),
-    "app": (
-        "search an embedded folder on a page of this machine, by words or a dropped picture",
-        "clipfast.search.app_command",
-    ),
     "interpolate": (
-        "mix the weights of two checkpoints, evaluate the models between them, and plot it (WiSE-FT)",
+        "mix the weights of two checkpoints, and evaluate the models between them (WiSE-FT)",
         "clipfast.evaluation.interpolate_command",
     ),
     "heatmap": ("show where in a picture is what texts say", "clipfast.search.heatmap_command"),
+    "embed": ("compute the features of pictures and texts", "clipfast.search.embed_command"),
+    "search": ("find embedded pictures by words, by a picture, or by both", "clipfast.search.search_command"),
+    "app": ("search an embedded folder on a page of this machine", "clipfast.search.app_command"),
+    "dedup": ("find near duplicates among embedded pictures", "clipfast.search.dedup_command"),
+    "filter": ("choose embedded pairs whose image and text fit together", "clipfast.search.filter_command"),
+    "cluster": ("group embedded pictures by likeness", "clipfast.search.cluster_command"),
+    "classify": ("say which of some labels fits pictures", "clipfast.search.classify_command"),
     "convert": ("convert a checkpoint between OpenCLIP, transformers and clipfast", "clipfast.conversion.command"),
-    "inspect-checkpoint": (
-        "say what a checkpoint is: layout, model, activation, step, checksum",
-        "clipfast.conversion.inspect_command",
-    ),
+    "inspect-checkpoint": ("say what a checkpoint is, and its checksum", "clipfast.conversion.inspect_command"),
     "list-pretrained": ("list the published weights that are loaded by name", "clipfast.list_command"),
     "verify": ("check the numerics of kernels, model and training", "clipfast.verify.command"),
-    "plan": ("predict memory and time of the loss or of training on many GPUs", "clipfast.plan.command"),
     "inspect": ("show what the compiler made of every kernel, without a GPU", "clipfast.bench.inspection.command"),
+    "plan": ("predict memory and time of the loss or of training", "clipfast.plan.command"),
+    "doctor": ("look at this machine: what it has, what is wrong, and what to do", "clipfast.doctor.command"),
 }
+# The command that begins each group of ``clipfast --help``, and the title of the group.
+GROUPS = {
+    "train": "train", "eval": "evaluate", "embed": "search and sort pictures", "convert": "checkpoints",
+    "verify": "kernels and machines",
+}  # fmt: skip
 INTERRUPTED = 130  # exit code of a command that Ctrl-C ended
 BENCH = ("bench", "time ops, training steps and data loading against other implementations", "clipfast.bench.cli")
 
@@ -104,13 +94,28 @@ def _exit_at_once(code: int) -> NoReturn:
 
 def _parser(chosen: str) -> argparse.ArgumentParser:
     """Return the parser with the whole of the chosen command, or else with the name and help line of every command."""
-    parser = Parser(prog="clipfast", description="Train and evaluate CLIP on Triton kernels.")
+    parser = Parser(
+        prog="clipfast",
+        description="Train and evaluate CLIP on Triton kernels.",
+        epilog=_overview(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--version", action="version", version=f"clipfast {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    shown = "one of those below; clipfast COMMAND --help says more of it"
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", help=shown)
     if chosen in COMMANDS:
         add_parser: Callable[[object], None] = pkgutil.resolve_name(f"{COMMANDS[chosen][1]}:add_parser")
         add_parser(commands)
         return parser
-    for name, (text, _) in {**COMMANDS, BENCH[0]: BENCH[1:]}.items():
-        commands.add_parser(name, help=text, add_help=False)
+    for name in (*COMMANDS, BENCH[0]):
+        commands.add_parser(name, add_help=False)
     return parser
+
+
+def _overview() -> str:
+    """Return the commands in groups, a line each."""
+    lines = []
+    for name, (text, _) in {**COMMANDS, BENCH[0]: BENCH[1:]}.items():
+        lines += [f"\n{GROUPS[name]}:"] if name in GROUPS else []
+        lines.append(f"  {name:20}{text}")
+    return "\n".join(lines).strip()

@@ -9,13 +9,24 @@ from typing import Any
 from .config import TrainConfig
 from .options import AUTO, flag_name
 
+# The option that begins each group of ``clipfast train --help``, and the title of the group.
+GROUPS = {
+    "train_data": "training data", "model": "model and loss", "batch_size": "optimisation",
+    "precision": "memory and speed", "fsdp": "distributed training", "backend": "kernels and reading",
+    "keyword_prob": "augmentation and decoding", "val_data": "evaluation during training",
+    "max_bad_fraction": "checkpoints and failures", "log_every_n_steps": "logging",
+}  # fmt: skip
+
 
 def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None = None) -> None:
     """Add a flag for each option, or for those in ``only``.
 
     A flag that is not given leaves no attribute, so that a recipe can set it.
     """
+    group: argparse._ActionsContainer = parser
     for field in dataclasses.fields(TrainConfig):
+        if only is None and field.name in GROUPS:
+            group = parser.add_argument_group(GROUPS[field.name])
         if only is not None and field.name not in only:
             continue
         meta, default, choices = field.metadata, field.default, field.metadata.get("choices")
@@ -34,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser, only: Collection[str] | None 
             options["nargs"] = len(default) or "*"
         if "separator" in meta:
             options |= {"action": _Separated, "type": str}
-        parser.add_argument(flag_name(field.name), *meta.get("aliases", ()), **options)
+        group.add_argument(flag_name(field.name), *meta.get("aliases", ()), **options)
 
 
 class _Separated(argparse.Action):
