@@ -12,8 +12,15 @@ from clipfast.verify.options import OPS
 from .conftest import TINY, run_command
 
 HELP = dict.fromkeys(COMMANDS, ()) | {
-    "": (*COMMANDS, "bench", "image-text shards"),
-    "train": ("--recipe", "--resume", "--batch-size", "(default: 256)", "Example: clipfast train --recipe emoji"),
+    "": (*COMMANDS, "bench", "checkpoints:"),
+    "train": (
+        "--recipe",
+        "--resume",
+        "memory and speed:",
+        "--batch-size",
+        "(default: 256)",
+        "Example: clipfast train --recipe emoji",
+    ),
     "eval zeroshot": ("--templates", "plain, simple (7), openai (80)", "Example: clipfast eval zeroshot"),
     "doctor": (
         "clipfast doctor --data",
