@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..launch import triton_runs_on
 
 MOST_LOGITS = 2**20  # 4 MiB of float32
@@ -136,17 +137,51 @@ class _WholeLoss(torch.autograd.Function):
         if factor != 1:
             gradients = tuple(gradient.mul_(factor) for gradient in gradients)
         if torch.is_grad_enabled():  # create_graph=True: the gradients depend on the inputs again
-            gradients = _Final.apply(*gradients, *ctx.inputs, grad_loss)  # type: ignore[no-untyped-call]
+            gradients = _final("contrastive_loss", gradients, ctx.inputs, grad_loss)
         return gradients
 
 
+def whole_sigmoid_loss(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
+    """Return the sigmoid loss of features [M, D] and [N, D], as the reference computes it."""
+    inputs = x, y, logit_scale, logit_bias
+    if not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in inputs)):
+        return reference.sigmoid_loss(*inputs, offset=offset)
+    loss: Tensor = _WholeSigmoidLoss.apply(offset, *inputs)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _WholeSigmoidLoss(torch.autograd.Function):
+    """The loss, whose gradients are computed along with it: autocast may be on in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, offset: int, *inputs: Tensor) -> Tensor:
+        with torch.enable_grad():
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            loss = reference.sigmoid_loss(*leaves, offset=offset)
+        ctx.save_for_backward(*torch.autograd.grad(loss, leaves), *inputs)
+        return loss.detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        gradients = tuple(gradient * grad_loss for gradient in saved[:4])
+        if torch.is_grad_enabled():
+            gradients = _final("sigmoid_loss", gradients, saved[4:], grad_loss)
+        return None, *gradients
+
+
+def _final(op: str, gradients: tuple[Tensor, ...], inputs: tuple[Tensor, ...], grad_loss: Tensor) -> tuple[Tensor, ...]:
+    """Return gradients of the loss of ``inputs`` whose own derivative is an error that names the op."""
+    found: tuple[Tensor, ...] = _Final.apply(op, len(gradients), *gradients, *inputs, grad_loss)  # type: ignore[no-untyped-call]
+    return found
+
+
 class _Final(torch.autograd.Function):
-    """The gradients of the loss, whose own derivative is an error."""
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(tensor.clone() for tensor in tensors[:count])
 
     @staticmethod
-    def forward(_ctx: Any, x_grad: Tensor, y_grad: Tensor, scale_grad: Tensor, *_inputs: Tensor) -> tuple[Tensor, ...]:
-        return x_grad.clone(), y_grad.clone(), scale_grad.clone()
-
-    @staticmethod
-    def backward(_ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
-        raise NotImplementedError("contrastive_loss has no second derivative: compute it with backend='torch'")
+    def backward(ctx: Any, *_grads: Tensor) -> tuple[Tensor, ...]:
+        raise NotImplementedError(f"{ctx.op} has no second derivative: compute it with backend='torch'")

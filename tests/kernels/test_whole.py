@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from clipfast.kernels import contrastive_loss
+from clipfast.kernels import contrastive_loss, sigmoid_loss
 from clipfast.kernels.contrastive import whole
 
 from ..conftest import LEG
@@ -62,14 +62,30 @@ def test_a_pair_whose_power_overflows_keeps_its_gradient():
         torch.testing.assert_close(side.grad.double(), reference.grad, rtol=1e-3, atol=1e-7)
 
 
-def test_the_graph_can_be_used_twice_and_has_no_second_derivative():
+LOSSES = {
+    "contrastive_loss": contrastive_loss,
+    "sigmoid_loss": lambda x, y, scale, **options: sigmoid_loss(x, y, scale, scale - 4, **options),
+}
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_the_graph_can_be_used_twice_and_has_no_second_derivative(op):
     inputs = features(2.0)
-    loss = contrastive_loss(*inputs, normalize=True)
+    loss = LOSSES[op](*inputs, normalize=True)
     once = torch.autograd.grad(loss, inputs, retain_graph=True)
     torch.testing.assert_close(torch.autograd.grad(loss, inputs, create_graph=True), once, rtol=0, atol=0)
-    first = torch.autograd.grad(contrastive_loss(*inputs), inputs, create_graph=True)
-    with pytest.raises(NotImplementedError, match="contrastive_loss has no second derivative"):
+    first = torch.autograd.grad(LOSSES[op](*inputs), inputs, create_graph=True)
+    with pytest.raises(NotImplementedError, match=f"{op} has no second derivative"):
         first[0].sum().backward()
+
+
+@pytest.mark.parametrize("op", LOSSES)
+def test_autocast_in_the_backward_pass_changes_nothing(op):
+    inputs = features(2.0)
+    loss = LOSSES[op](*inputs)
+    expected = torch.autograd.grad(loss, inputs, retain_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(loss, inputs), expected, rtol=0, atol=0)
 
 
 def test_shapes_dtypes_and_devices_that_it_does_not_take():
