@@ -39,7 +39,7 @@ MODEL_PARTS = {
     "activations": "GELU and QuickGELU, in one pass with the bias before them",
     "patch_embed": "patches to tokens in one pass",
     "text_embed": "texts to tokens with their positions in one pass",
-    "pooled_last_block": "a last block of which one row is read computes that row (needs attention)",
+    "pooled_last_block": "the last block of a tower computes only the row that the tower reads (needs attention)",
 }
 
 

@@ -11,7 +11,7 @@ import clipfast
 from . import shrunk
 
 VOCABULARY, END = 100, 98  # an id above the end belongs to the vocabulary, as in tokenizers with added words
-# Layers of a tower; a last block of which one row is read needs another one before it.
+# Layers of a tower; a last block that computes one row needs another one before it.
 TEXT = {
     "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4,
     "vocab_size": VOCABULARY, "max_position_embeddings": 13, "bos_token_id": 97, "eos_token_id": END,

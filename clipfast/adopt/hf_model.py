@@ -3,8 +3,8 @@
 Their ``forward`` returns all that it has: the logits of all pairs of the rank, every row of both towers and, with
 ``return_loss=True``, a loss whose negatives are those of the rank alone
 (https://github.com/huggingface/transformers/issues/22252). In training only the loss is wanted, so that neither the
-logits nor the other rows are computed. In evaluation mode the loss and all outputs are computed as theirs are, so that
-one rank may evaluate alone.
+logits nor the other rows are computed. In evaluation mode the loss and all outputs are computed as theirs are. No rank
+waits for another then, so one of them can evaluate alone.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""The towers of transformers' CLIP, SigLIP and SigLIP 2, of which one row is read."""
+"""The towers of transformers' CLIP, SigLIP and SigLIP 2, which read one row of their last block."""
 
 from typing import Any
 

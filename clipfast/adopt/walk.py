@@ -43,7 +43,7 @@ def apply_to_open_clip(
             as decoded, if the model knows its mean and standard deviation as those of OpenCLIP's factory do. Patch
             dropout does not read what it drops.
         text_embed: tokens plus positions in one pass.
-        pooled_last_block: the last block of a tower of which one row is read computes only that row; this needs
+        pooled_last_block: the last block of a tower computes only the row that the tower reads; this needs
             ``attention``.
 
     Returns:
@@ -105,8 +105,8 @@ def apply_to_hf(
         activations: GELU and QuickGELU in one pass with the bias before them, on GPUs; not GELU by tanh.
         patch_embed: patches to tokens in one pass, in CLIP's towers.
         text_embed: tokens plus positions in one pass.
-        pooled_last_block: in training with ``return_loss=True``, the last block of a tower of which one row is read
-            computes only that row. The output of that tower then has no ``last_hidden_state``, unless the call or the
+        pooled_last_block: in training with ``return_loss=True``, the last block of a tower computes only the
+            row that the tower reads. The output of that tower then has no ``last_hidden_state``, unless the call or the
             configuration asks for hidden states or for attention weights, or for tuples. The first such request leaves
             transformers' hooks in the model, and all rows are computed from then on. This needs ``attention`` and
             ``loss``.

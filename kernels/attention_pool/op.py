@@ -8,8 +8,8 @@ Per image, with queries q [H, C] and tokens x [N, C]:
 
 CLIP's ResNets pool with one query per head. There a head's key projection can be folded into its query, and its value
 projection can be applied to what was pooled: with C = 2048 and N = 50 that is one fiftieth of the products. The last
-block of a transformer of which one row is read is such a pooling too; in a causal one that row sees the tokens up to
-its own.
+block of a transformer is such a pooling too if only one of its rows is read; in a causal one, that row sees the tokens
+up to its own.
 
 The kernels read the tokens twice in the forward pass, the second time from the cache, and twice in the backward pass.
 FLOPs: 4 B H N C forward, 10 B H N C backward.

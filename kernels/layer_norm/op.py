@@ -8,7 +8,7 @@ Per row, with width N and, where a residual is given, s = x + residual rounded o
     g_n = dy_n w_n              ds_n = rstd (g_n - mean(g) - x^_n mean(g x^)) + the gradient that arrives through s
     dw_n = sum over rows of dy_n x^_n                  db_n = sum over rows of dy_n
 
-The norm takes s as it is stored, rounded: y is a function of it, and backward needs nothing more exact.
+The norm takes s as it is stored, rounded: y is a function of that, so the backward pass has all it needs.
 
 Bytes for M rows: forward 2 M N items, with a residual 4 M N; backward 3 M N, with a residual 4 M N: every tensor is
 read or written once, and a row stays in registers. Statistics and sums are in float32.

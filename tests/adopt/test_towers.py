@@ -1,4 +1,4 @@
-"""Embeddings, and last blocks of which one row is read."""
+"""Embeddings, and last blocks that compute one row only."""
 
 import copy
 
