@@ -1,8 +1,8 @@
 """Every snippet and every command of the README and of docs/ runs; the links between these pages lead somewhere."""
 
-import functools
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -55,8 +55,15 @@ def shortened(arguments):
 
 @pytest.fixture(scope="module")
 def folder_of(tmp_path_factory):
-    """The folder in which a reader of a page works, where what came before has left its files."""
-    return functools.cache(lambda page: tmp_path_factory.mktemp(page))
+    """The folder in which a reader of a page works, where what came before has left its files, such as whole models."""
+    root = tmp_path_factory.mktemp("pages")
+
+    def folder(page):
+        (root / page).mkdir(exist_ok=True)
+        return root / page
+
+    yield folder
+    shutil.rmtree(root)
 
 
 @pytest.mark.parametrize(("page", "snippet"), SNIPPETS)

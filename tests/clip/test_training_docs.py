@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -63,7 +64,8 @@ def folder(tmp_path_factory):
     (folder / "data").mkdir()
     for number in range(4):
         write_shard(folder / "data" / f"{number:03}.tar", [sample(12 * number + index) for index in range(12)])
-    return folder
+    yield folder
+    shutil.rmtree(folder)  # with the checkpoints of many runs
 
 
 @pytest.mark.long
