@@ -60,7 +60,7 @@ def _measure_one(
     case: Case, budget: Budget, roof: dict[str, float], label: str, *, memory: bool, breakdown: bool
 ) -> dict[str, Any]:
     # a function of its own, so that whole models that the candidates have made are freed before the next case
-    _say(f"{label}: timing")
+    _say(f"{label}: timing", in_files=True)
     timings, telemetry = measure(case, budget)
     timed = [timing for timing in timings if timing.samples]
     breakdowns, peaks = {}, {}
@@ -140,8 +140,13 @@ def _draw(run: dict[str, Any], path: Path) -> None:
         print(picture)
 
 
-def _say(text: str) -> None:
-    """Show a line of progress on a terminal until the next one. A line that ends in a newline stays, in files too."""
-    if sys.stderr.isatty() or text.endswith("\n"):
-        sys.stderr.write(f"\r\033[K{text}" if sys.stderr.isatty() else text)
-        sys.stderr.flush()
+def _say(text: str, *, in_files: bool = False) -> None:
+    """Show a line of progress on a terminal until the next one. A line that ends in a newline stays.
+
+    The log of a CI has those that stay, and those that are for files too.
+    """
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\033[K{text}")
+    elif in_files or text.endswith("\n"):
+        sys.stderr.write(text.removesuffix("\n") + "\n")
+    sys.stderr.flush()
