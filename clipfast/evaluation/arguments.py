@@ -207,9 +207,10 @@ def labelled_set(args: argparse.Namespace, data: str | None = None) -> LabelledS
     options = vars(args)
     keys, separator = keys_of(options), separator_of(options)
     images = LabelledSet(data or args.data, args.group_by, args.label_by, keys=keys, separator=separator)
-    labels = None if data else images.folder_labels()
+    given = None if data else read_classnames(options.get("classnames"))
+    labels = given and images.folder_labels()
     if labels:  # before hours of encoding
-        names_of(labels, read_classnames(options.get("classnames")))
+        names_of(labels, given)
     return images
 
 
