@@ -17,6 +17,8 @@ from clipfast.data.samples import RawSample, group_members
 from clipfast.data.tar import read_tar
 from clipfast.training import trainer
 from clipfast.training.checkpoints import Checkpoints
+from clipfast.training.loop import train
+from clipfast.training.optim import parse_arguments
 
 # The configuration of a vision transformer whose checkpoints are written in no time.
 TINY = str(Path(__file__).with_name("tiny.json"))
@@ -70,6 +72,14 @@ def run_command(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple
     return code, *capsys.readouterr()
 
 
+def cases(text: str) -> pytest.MarkDecorator:
+    """Parametrise over lines such as ``lr=-1.0 opt=sgd: --lr must be``: options, and an expression of what is said."""
+    lines = [line.split(": ", 1) for line in text.strip().splitlines()]
+    return pytest.mark.parametrize(
+        ("options", "said"), [(parse_arguments(words.split()), said) for words, said in lines]
+    )
+
+
 class BuildsModelError(Exception):
     """Raised in place of a model being built: nothing refuses the run before that."""
 
@@ -102,6 +112,20 @@ def refusal(tmp_path, monkeypatch, capsys):
         return line
 
     return start
+
+
+@pytest.fixture
+def small(shards, tmp_path):
+    """A function that returns the options of eight steps on the small shards, with changes."""
+    from .test_training import config
+
+    return functools.partial(config, shards, tmp_path)
+
+
+@pytest.fixture
+def run_small(small):
+    """A function that trains for eight steps on the small shards, or goes on, and returns the folder of the run."""
+    return lambda resume=None, **options: train(small(**options), resume)[0]
 
 
 @pytest.fixture

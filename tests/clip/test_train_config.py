@@ -7,42 +7,44 @@ import pytest
 from clipfast.training import TrainConfig, read_recipe
 from clipfast.training.command import _saved_options
 
+from .conftest import cases
 from .test_training import SMALL
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"lr": -1.0}, "--lr must be more than 0"),
-        ({"beta2": 1.0}, "--beta2 must be less than 1, got 1.0"),
-        ({"grad_clip_norm": 0.0}, "--grad-clip-norm must be more than 0, got 0.0"),
-        ({"eps": float("inf")}, "--eps must be a finite number, got inf"),
-        ({"seed": 2**63}, "--seed must be at most"),
-        ({"name": "../x"}, "--name must be the name of a folder in --logs, not a path, got '../x'"),
-        ({"name": ".."}, "--name must be the name of a folder in --logs"),
-        ({"warmup": -1}, "--warmup must not be negative"),
-        ({"crop_scale": (0.9, 0.1)}, "--crop-scale needs two shares of the area"),
-        ({"train_num_samples": 4}, "--train-num-samples 4 is less than one batch of 8"),
-        ({"precision": "fp8"}, "--precision must be one of auto, fp32"),
-        ({"hue": 0.7}, "--hue must be at most 0.5, got 0.7"),
-        ({"keyword_prob": 1.5}, "--keyword-prob must be at most 1"),
-        ({"epochs": 1.5}, "--epochs must be int, got 1.5"),
-        ({"samples_seen": 0}, "--samples-seen must be more than 0, got 0"),
-        ({"samples_seen": 64}, "--samples-seen 64 and --epochs 2 both say how long the run is: leave one out"),
-        ({"batch_size": "256"}, "--batch-size must be int, got '256'"),
-        ({"val_leave_out": "Flags"}, "--val-leave-out must be a list of str, got 'Flags'"),
-        ({"val_leave_out": ("Flags",)}, "--val-leave-out needs --val-group-by"),
-        ({"cuda_graphs": True, "micro_batch_size": 4}, "--cuda-graphs replays a whole batch: leave out --micro-batch"),
-        ({"micro_batch_size": "many"}, "--micro-batch-size must be int or 'auto', got 'many'"),
-        ({"micro_batch_size": True}, "--micro-batch-size must be int or 'auto', got True"),
-        ({"force_patch_dropout": -0.1}, "--force-patch-dropout must not be negative, got -0.1"),
-        ({"force_patch_dropout": 1.0}, "--force-patch-dropout must be less than 1, got 1.0"),
-        ({"force_patch_dropout": float("nan")}, "--force-patch-dropout must be a finite number, got nan"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
+@cases(r"""
+lr=-1.0: --lr must be more than 0
+beta2=1.0: --beta2 must be less than 1, got 1.0
+grad_clip_norm=0.0: --grad-clip-norm must be more than 0, got 0.0
+eps=1e999: --eps must be a finite number, got inf
+seed=9223372036854775808: --seed must be at most
+name=../x: --name .*'../x'
+name=..: --name must be the name of a folder in --logs
+warmup=-1: --warmup must not be negative
+crop_scale=(0.9,0.1): --crop-scale needs two shares of the area
+train_num_samples=4: --train-num-samples 4 is less than one batch of 8
+precision=fp8: --precision must be one of auto, fp32
+hue=0.7: --hue must be at most 0.5, got 0.7
+keyword_prob=1.5: --keyword-prob must be at most 1
+epochs=1.5: --epochs must be int, got 1.5
+samples_seen=0: --samples-seen must be more than 0, got 0
+samples_seen=64: --samples-seen 64 and --epochs 2 .* leave one out
+batch_size='256': --batch-size must be int, got '256'
+val_leave_out=Flags: --val-leave-out must be a list of str, got 'Flags'
+val_leave_out=('Flags',): --val-leave-out needs --val-group-by
+cuda_graphs=True micro_batch_size=4: --cuda-graphs .* leave out --micro-batch
+micro_batch_size=many: --micro-batch-size must be int or 'auto', got 'many'
+micro_batch_size=True: --micro-batch-size must be int or 'auto', got True
+force_patch_dropout=-0.1: --force-patch-dropout must not be negative, got -0.1
+force_patch_dropout=1.0: --force-patch-dropout must be less than 1, got 1.0
+""")
+def test_bad_options(options, said):
+    with pytest.raises(ValueError, match=said):
         TrainConfig(**({"train_data": "x.tar"} | SMALL | options))
+
+
+def test_a_share_that_is_no_number():
+    with pytest.raises(ValueError, match="--force-patch-dropout must be a finite number, got nan"):
+        TrainConfig("x.tar", force_patch_dropout=float("nan"))
 
 
 def test_recipes(tmp_path):
