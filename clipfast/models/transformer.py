@@ -4,8 +4,6 @@ The classes come first. Everything that differs from the textbook is decided in 
 
     what                                                          when
     a norm also adds the branch before it to the residual stream  the norm is plain
-    ln_pre and the first block's ln_1 are one pass                both norms and the first block are plain, the last
-                                                                  block computes one row, and nothing is recomputed
     the last block computes only the row that the tower reads     everything in it is plain, its backend is not "torch",
                                                                   and attention_pool takes that many tokens and heads
     attention computes the gradient of in_proj's bias             in_proj is plain

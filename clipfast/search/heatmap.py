@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from PIL import Image
 
-SCORES = ("cosine", "softmax")
 STEPS = 8  # windows move by so many parts of their side
 MARGIN = 4  # and begin such a part outside of the picture, whose edge is repeated there
 COLOURS = "inferno"  # equal steps of a value look equally large, also in grey

@@ -1,4 +1,4 @@
-"""Layer norms of the residual stream: with the addition before them, and two in a row."""
+"""Layer norm of the residual stream, with the addition before it."""
 
 from .op import layer_norm
 
