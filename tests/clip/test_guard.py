@@ -3,7 +3,7 @@
 import contextlib
 import json
 import math
-import time
+import re
 from unittest import mock
 
 import pytest
@@ -29,8 +29,8 @@ from clipfast.training.trainer import Trainer
 from clipfast.training.world import ALONE
 
 from .conftest import TINY, picture, sample, write_shard
-from .distributed import folder_of, on_rank
-from .test_training import losses, saved_step
+from .distributed import averages, empty, folder_of, on_rank
+from .test_training import losses, saved_step, weights
 
 ranks.PRELOAD.append("clipfast.training.trainer")
 
@@ -123,31 +123,30 @@ def together(tmp_path):
     def do(size, *jobs):
         if size == 1:
             return [[run(ALONE, *job) for job in jobs]]
-        folder = tmp_path / f"ranks {time.monotonic_ns()}"
-        folder.mkdir()
-        return run_ranks(on_rank, size, size, jobs, run, folder=folder, timeout=240)
+        return run_ranks(on_rank, size, size, jobs, run, folder=empty(tmp_path), timeout=240)
 
     return do
 
 
 def everything(folder):
     """Return all tensors of the latest checkpoint, flat."""
-    checkpoint = read_checkpoint(folder.latest)
-    states = checkpoint["optimizer"]["state"].items()
-    moments = {f"{index}.{key}": value for index, state in states for key, value in state.items()}
-    average = {f"average of {key}": value for key, value in checkpoint.get("state_dict_ema", {}).items()}
-    return {key: value for key, value in (checkpoint["state_dict"] | moments | average).items() if value is not None}
+    return {key: value for key, value in (weights(folder.path) | averages(folder)).items() if value is not None}
 
 
 def skips(folder):
     return [json.loads(line) for line in folder.nonfinite_path.read_text().splitlines()]
 
 
-def assert_as_without(folder, expected):
-    """The run is, to the last bit, one that left the steps out."""
+def assert_equal(folder, expected):
+    """The latest checkpoints of two runs are equal to the last bit."""
     ours, theirs = everything(folder), everything(expected)
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+
+
+def assert_as_without(folder, expected):
+    """The run is, to the last bit, one that left the steps out."""
+    assert_equal(folder, expected)
     assert losses(folder) == losses(expected)
     assert len(losses(folder)) == 10 - len(STRIKES)
     skipped = [line["skipped_steps"] for line in folder.metrics() if "lr" in line]
@@ -194,10 +193,8 @@ def test_what_is_written_of_a_batch(options, tmp_path):
     }  # fmt: skip
     assert rank["loss"] == pytest.approx(math.log(12), rel=0.2)
     assert found["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
-    assert (
-        "Step 4 changed nothing, since the gradient's norm is nan, with 1 parameter(s) not finite: text_proj"
-        in (folder_of(given).path / "out.log").read_text()
-    )
+    said = "Step 4 changed nothing, .* norm is nan, with 1 parameter.* text_proj"
+    assert re.search(said, (folder_of(given).path / "out.log").read_text())
 
 
 @pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
@@ -208,8 +205,7 @@ def test_too_many_in_a_row_stop_all_ranks(size, options, together, tmp_path):
     first, second, third = found[0]
     assert found == [found[0]] * size
     folder = folder_of(given)
-    assert first.startswith("the last 3 steps changed nothing, since loss or gradient were not finite, and --max-")
-    assert f"{folder.nonfinite_path} lists their pairs" in first
+    assert re.search(f"the last 3 steps changed nothing, .* --max-.*{folder.nonfinite_path}", first)
     # it was saved after step 7, and goes on there: the count of those in a row, too
     assert second.startswith("the last 4 steps changed nothing")
     assert third is None
@@ -227,24 +223,15 @@ def test_the_host_waits_for_the_verdict_if_it_has_the_weights(device, waits):
         assert Guard(model, optimizer, None).waits == waits
 
 
-class OfAGpu:
+def on_gpu(*values):
     """A tensor whose device says later what is in it."""
-
-    is_cuda = True
-
-    def __init__(self, *values):
-        self.values = torch.tensor(values)
-
-    def to(self, device, non_blocking):
-        return self.values
-
-    def clone(self):
-        return self.values
+    held = torch.tensor(values)
+    return mock.Mock(is_cuda=True, to=lambda *_, **__: held, clone=lambda: held)
 
 
 def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
     """There the verdict on the first step is not known yet when that is finished."""
-    guard, data = mock.Mock(figures=OfAGpu(1.0, 2.0, 0.0, 14.0), norms=OfAGpu(2.0), names=["w"]), mock.Mock()
+    guard, data = mock.Mock(figures=on_gpu(1.0, 2.0, 0.0, 14.0), norms=on_gpu(2.0), names=["w"]), mock.Mock()
     data.names.return_value = []
     progress = Progress(step=8, skipped_steps=3, skipped_in_a_row=3)
     skips = SkippedSteps(guard, data, progress, 3, RunFolder(tmp_path), ALONE)
@@ -253,7 +240,7 @@ def test_a_run_that_was_stopped_can_go_on_on_a_gpu(tmp_path):
         for progress.step in (9, 10):
             skips(batch)
         assert progress.skipped_in_a_row == 0
-        guard.figures = OfAGpu(1.0, math.nan, 1.0, 14.0)
+        guard.figures = on_gpu(1.0, math.nan, 1.0, 14.0)
         for progress.step in (11, 12, 13):
             skips(batch)
         with pytest.raises(TrainingError, match="the last 3 steps changed nothing"):
@@ -271,8 +258,7 @@ def test_a_resumed_run_is_one_that_never_stopped(options, tmp_path):
     assert saved_step(folder_of(part).path) == 2
     part |= {"max_nonfinite_steps": 10}
     assert run(ALONE, part, TWICE, True) is None
-    ours, theirs = (everything(folder_of(given)) for given in (part, whole))
-    assert [name for name in ours if not ours[name].equal(theirs[name])] == []
+    assert_equal(folder_of(part), folder_of(whole))
     assert [line["step"] for line in skips(folder_of(part))] == [2, STEP + 1]
     assert skips(folder_of(part)) == skips(folder_of(whole))
     checkpoint = read_checkpoint(folder_of(part).latest)

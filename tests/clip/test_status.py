@@ -1,7 +1,9 @@
 """``clipfast status``: what it says of runs in every state, and of folders that are incomplete."""
 
+import contextlib
 import fcntl
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -64,11 +66,16 @@ def openclip(tmp_path):
     return folder
 
 
+@contextlib.contextmanager
 def held(folder):
-    """A process that holds a run's folder."""
+    """Let another process hold a run's folder, until it is killed."""
     process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
-    return process
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
 
 
 def add_to_log(folder, message, level="INFO"):
@@ -76,9 +83,16 @@ def add_to_log(folder, message, level="INFO"):
         file.write(f"2026-11-20,10:00:00 | {level} | {message}\n")
 
 
+def add_metrics(folder, text):
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(text)
+
+
 def test_a_finished_run(whole, capsys):
+    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
     code, out, _ = run_command(capsys, "status", whole)
     assert code == 0
+    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before  # nothing is written
     results = json.loads((whole / "results.json").read_text())
     lines = {line[:11].strip(): line[12:] for line in out.splitlines()}
     assert lines["run"] == "run: finished"
@@ -88,29 +102,26 @@ def test_a_finished_run(whole, capsys):
     assert lines["evaluation"].startswith(f"after step 8: zero-shot top-1 {top1:.1f}%")
     assert lines["checkpoint"].startswith("epoch_latest.pt, 0:0")
     assert "ETA" not in lines
+    (found,) = json.loads(run_command(capsys, "status", whole, "--json")[1])
+    assert (found["run"], found["state"], found["step"]) == ("run", "finished", 8)
+    assert found["evaluation"]["metrics"]["num_samples"] == 48
 
 
 def test_a_run_is_running_until_its_process_is_killed(run):
-    process = held(run)
-    try:
-        found = read_status(run)
+    assert holder(run) is None
+    last = read_history(run).lines[-1]["time"]
+    with held(run) as process:  # which would fail if it were locked
+        found = read_status(run, now=last + 30)
         assert (found["state"], found["process"].split()[:2]) == ("running", ["process", str(process.pid)])
-    finally:
-        process.kill()
-        process.wait()
+        assert found["warnings"] == []
+        (warning,) = read_status(run, now=last + 7200)["warnings"]
+        assert re.match("the last line is 2:00:00 old, .* every 0:0", warning)
+        assert holder(run) is not None
+        with (run / LOCK_NAME).open("a") as file, pytest.raises(BlockingIOError):  # to ask did not take it away
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     assert (run / LOCK_NAME).exists()
     found = read_status(run)
     assert (found["state"], found["process"]) == ("dead", None)
-
-
-def test_to_ask_takes_no_lock(run):
-    assert holder(run) is None
-    process = held(run)  # which would fail if it were locked
-    assert holder(run) is not None
-    with (run / LOCK_NAME).open("a") as file, pytest.raises(BlockingIOError):
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    process.kill()
-    process.wait()
 
 
 @pytest.mark.parametrize(
@@ -126,9 +137,9 @@ def test_how_a_run_ended(message, state, run):
     assert read_status(run)["state"] == state
 
 
-def test_an_interrupted_run(shards, tmp_path):
+def test_an_interrupted_run(small, tmp_path):
     with stopped_after(3):
-        train(config(shards, tmp_path, save_every=2))
+        train(small(save_every=2))
     found = read_status(tmp_path / "run")
     assert (found["step"], found["total_steps"], found["eta"]) == (2, 8, None)
     assert found["state"] == "dead"  # as a kill leaves it
@@ -136,15 +147,14 @@ def test_an_interrupted_run(shards, tmp_path):
 
 def test_results_of_a_run_that_went_on_for_longer_are_old(whole, run):
     shutil.copy(whole / "results.json", run)
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps({"step": 10, "total_steps": 16, "epoch": 2, "epochs": 4, "loss": 1.0, "lr": 1e-3}) + "\n")
+    line = {"step": 10, "total_steps": 16, "epoch": 2, "epochs": 4, "loss": 1.0, "lr": 1e-3}
+    add_metrics(run, json.dumps(line) + "\n")
     found = read_status(run)
     assert (found["state"], found["step"], found["total_steps"]) == ("dead", 10, 16)
 
 
 def test_what_is_not_written_yet_is_no_error(run, capsys):
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 10, "lo')
+    add_metrics(run, '{"step": 10, "lo')
     assert read_status(run)["step"] == 8
     (run / "metrics.jsonl").write_text("")
     (run / "out.log").write_text("")
@@ -158,24 +168,8 @@ def test_warnings_and_skipped_samples(run, capsys):
     add_to_log(run, "something is wrong", "ERROR")
     (run / "skipped.tsv").write_text("2\ta\tkind\treason\n4\tb\tkind\treason\n6\tcut")
     out = run_command(capsys, "status", run)[1]
-    assert "skipped     2 samples" in out
-    assert out.splitlines()[-3:] == [
-        "warnings    2; the last:",
-        " " * 12 + "something is odd",
-        " " * 12 + "something is wrong",
-    ]
-
-
-def test_a_line_that_is_overdue_is_a_warning(run):
-    last = read_history(run).lines[-1]["time"]
-    process = held(run)
-    try:
-        assert read_status(run, now=last + 30)["warnings"] == []
-        (warning,) = read_status(run, now=last + 7200)["warnings"]
-    finally:
-        process.kill()
-        process.wait()
-    assert warning.startswith("the last line is 2:00:00 old, and usually one comes every 0:0")
+    assert re.search("skipped +2 samples", out)
+    assert re.search("warnings +2.*\n +something is odd\n +something is wrong\n$", out)
 
 
 def test_the_trend_of_the_speed():
@@ -216,22 +210,14 @@ def test_several_runs_are_a_table_and_a_plot(whole, run, openclip, tmp_path, cap
 
 def test_evaluations_after_the_same_step_are_shown_together(run, capsys):
     imagenet = {"step": 8, "epoch": 2, "time": 1.0, "imagenet": {"imagenet-zeroshot-val-top1": 0.25}}
-    with (run / "metrics.jsonl").open("a") as file:
-        file.write(json.dumps(imagenet) + "\n")
+    add_metrics(run, json.dumps(imagenet) + "\n")
     out = run_command(capsys, "status", run)[1]
     (line,) = [line for line in out.splitlines() if line.startswith("evaluation")]
     assert "zero-shot top-1" in line.split("ImageNet")[0]
     assert "ImageNet top-1 25.0%" in line
 
 
-def test_json_is_a_list_of_what_is_said(whole, capsys):
-    (found,) = json.loads(run_command(capsys, "status", whole, "--json")[1])
-    assert (found["run"], found["state"], found["step"]) == ("run", "finished", 8)
-    assert found["evaluation"]["metrics"]["num_samples"] == 48
-
-
 def test_following_ends_with_the_run(run, whole, capsys, monkeypatch):
-    process = held(run)
     slept = []
 
     def sleep(seconds):
@@ -241,30 +227,22 @@ def test_following_ends_with_the_run(run, whole, capsys, monkeypatch):
         process.wait()
 
     monkeypatch.setattr(time, "sleep", sleep)
-    code, out, _ = run_command(capsys, "status", run, "--follow", "--interval", "3")
+    with held(run) as process:
+        code, out, _ = run_command(capsys, "status", run, "--follow", "--interval", "3")
     assert (code, slept) == (0, [3.0])
-    states = [line for line in out.splitlines() if line.startswith("run ")]
-    assert len(states) == 2
-    assert "running" in states[0]
-    assert "finished" in states[1]
+    assert re.findall("^run .*(running|finished)", out, re.MULTILINE) == ["running", "finished"]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["{tmp}/nothing"], "there is no run in {tmp}/nothing: give the folder of a run"),
-        (["{tmp}"], "there is no run in {tmp}: "),
-        (["{run}", "--interval", "0", "--follow"], "--interval must be more than 0, got 0.0"),
-        (["{run}", "--plot", "{tmp}/no/plot.png"], "no folder {tmp}/no to write plot.png in"),
+        ("{tmp}/nothing", "no run in {tmp}/nothing"),
+        ("{tmp}", "no run in {tmp}"),
+        ("{run} --interval 0 --follow", "--interval must be more than 0"),
+        ("{run} --plot {tmp}/no/plot.png", "no folder {tmp}/no"),
     ],
 )
 def test_wrong_input(arguments, message, whole, tmp_path, capsys):
-    code, out, err = run_command(capsys, "status", *(word.format(tmp=tmp_path, run=whole) for word in arguments))
+    code, out, err = run_command(capsys, "status", *arguments.format(tmp=tmp_path, run=whole).split())
     assert (code, out) == (2, "")
-    assert err.startswith(f"clipfast status: error: {message.format(tmp=tmp_path)}")
-
-
-def test_nothing_is_written(whole, capsys):
-    before = {path: path.stat().st_mtime_ns for path in whole.rglob("*")}
-    run_command(capsys, "status", whole)
-    assert {path: path.stat().st_mtime_ns for path in whole.rglob("*")} == before
+    assert message.format(tmp=tmp_path) in err

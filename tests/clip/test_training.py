@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,7 +35,9 @@ SMALL = {
 
 def config(shards, tmp_path, **options):
     """Eight steps on the small shards."""
-    return TrainConfig(train_data=shards, logs=str(tmp_path), name="run", **(SMALL | {"unique_by": "label"} | options))
+    return TrainConfig(
+        **{"train_data": shards, "logs": str(tmp_path), "name": "run", "unique_by": "label"} | SMALL | options
+    )
 
 
 def losses(folder: RunFolder) -> list[float]:
@@ -55,18 +58,27 @@ def same(a: Path, b: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
+def before_step(step, do):
+    """Call ``do`` with the trainer before the step that follows ``step``."""
+    original = Trainer._train_step
+
+    def interrupted(trainer, batch):
+        if trainer.progress.step == step:
+            do(trainer)
+        return original(trainer, batch)
+
+    return mock.patch.object(Trainer, "_train_step", interrupted)
+
+
 @contextlib.contextmanager
 def stopped_after(step: int):
     """Stop a run after ``step`` steps and before it saves anything more, as a kill would."""
-    original = Trainer._train_step
 
-    def stopping(trainer, batch):
-        if trainer.progress.step == step:
-            trainer.checkpoints.wait()
-            raise KeyboardInterrupt
-        return original(trainer, batch)
+    def stop(trainer):
+        trainer.checkpoints.wait()
+        raise KeyboardInterrupt
 
-    with mock.patch.object(Trainer, "_train_step", stopping), pytest.raises(KeyboardInterrupt):
+    with before_step(step, stop), pytest.raises(KeyboardInterrupt):
         yield
 
 
@@ -106,14 +118,14 @@ def saved_step(folder: Path) -> int:
     return read_checkpoint(RunFolder(folder).latest)["clipfast"]["progress"]["step"]
 
 
-def test_a_run_leaves_what_it_should(shards, tmp_path):
-    validation = {"val_data": shards, "val_group_by": "category", "val_leave_out": ("odd",)}
-    folder, signum = train(config(shards, tmp_path, save_frequency=1, **validation))
-    assert signum is None
-    results = json.loads((folder.path / "results.json").read_text())
-    assert results["steps"] == 8
-    assert results["images"] == 48
-    assert results["without"]["groups"] == ["odd"]
+def results_of(folder: Path) -> dict:
+    return json.loads((folder / "results.json").read_text())
+
+
+def test_a_run_leaves_what_it_should(shards, run_small):
+    folder = run_small(save_frequency=1, val_data=shards, val_group_by="category", val_leave_out=("odd",))
+    results = results_of(folder.path)
+    assert (results["steps"], results["images"], results["without"]["groups"]) == (8, 48, ["odd"])
     metrics = folder.metrics()
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6, 8]
     assert [line["step"] for line in metrics if "eval" in line] == [4, 8]
@@ -121,35 +133,27 @@ def test_a_run_leaves_what_it_should(shards, tmp_path):
     assert {path.name for path in folder.checkpoints.glob("*.pt")} == names
     for name in ("learning_curve.png", "contact_sheet.png"):
         assert (folder.path / name).stat().st_size > 10_000
-    log = (folder.path / "out.log").read_text()
-    parts = ("Train Epoch: 1 [32/32 (100%)] Data (t): ", "Logit Scale: ", "Contrastive_loss: ", "Data-wait: ")
-    assert [part for part in parts if part not in log] == []
     model = create_model(f"local-dir:{folder.path}")
     assert torch.equal(model.visual.proj, weights(folder.path)["visual.proj"])
 
 
-def test_eight_pairs_are_learned(tmp_path):
+def test_eight_pairs_are_learned(run_small, tmp_path):
     write_shard(tmp_path / "s.tar", [sample(index) for index in range(8)])
-    folder, _ = train(config(f"{tmp_path}/s.tar", tmp_path, train_num_samples=240, epochs=1))
-    assert losses(folder)[-1] < 0.1 * losses(folder)[0]
+    found = losses(run_small(train_data=f"{tmp_path}/s.tar", train_num_samples=240, epochs=1))
+    assert found[-1] < 0.1 * found[0]
 
 
-@pytest.fixture(scope="module", params=[0, 1, 2], ids=["no workers", "1 worker", "2 workers"])
-def whole(request, shards, tmp_path_factory):
-    """Options of a run and its folder; the patches that a step drops depend on the random state too."""
-    options = config(shards, tmp_path_factory.mktemp("whole"), workers=request.param, force_patch_dropout=0.5)
-    return options, train(options)[0]
-
-
-def test_resumed_run_is_the_same_to_the_last_bit(whole, tmp_path):
-    options, whole = whole
-    options = dataclasses.replace(options, logs=str(tmp_path), save_every=3)
-    part = RunFolder(tmp_path / "run")
+@pytest.mark.parametrize("workers", [0, 1, 2])
+def test_resumed_run_is_the_same_to_the_last_bit(workers, small, run_small, tmp_path):
+    # the patches that a step drops depend on the random state too
+    options = {"workers": workers, "force_patch_dropout": 0.5}
+    whole, part = run_small(name="whole", **options), RunFolder(tmp_path / "part")
+    options |= {"name": "part", "save_every": 3}
     for resume, step in ((None, 3), (part.latest, 4)):  # within an epoch, and after one
         with stopped_after(step):
-            train(options, resume)
+            train(small(**options), resume)
         assert saved_step(part.path) == step
-    train(options, part.latest)
+    run_small(part.latest, **options)
     assert same(whole.path, part.path)
     metrics = [json.loads(line) for line in part.metrics_path.read_text().splitlines()]
     assert [line["step"] for line in metrics if "loss" in line] == [2, 4, 6, 8]
@@ -164,18 +168,14 @@ def test_kill_9_again_and_again(shards, tmp_path, capsys):
         wait_for_checkpoint(process, folder, step)
         process.send_signal(signal.SIGKILL)
         process.wait()
-        # whole and readable, whatever the moment
-        assert saved_step(folder) >= step
+        assert saved_step(folder) >= step  # whole and readable, whatever the moment
         arguments = ["train", "--resume", str(folder)]
-    capsys.readouterr()
     assert main(arguments) == 0
     assert "Resuming from" in capsys.readouterr().err
     assert same(tmp_path / "whole" / "run", folder)
     assert [path.name for path in folder.rglob("*.tmp")] == []
-    # both sessions' time is in the results
-    results = json.loads((folder / "results.json").read_text())
-    assert results["steps"] == 24
-    assert results["train_seconds"] > 0
+    assert results_of(folder)["steps"] == 24
+    assert results_of(folder)["train_seconds"] > 0  # of all sessions
 
 
 # A terminal sends Ctrl-C, and a job scheduler its signals, to the workers as well.
@@ -189,23 +189,15 @@ def test_interruption_saves_and_says_where(shards, tmp_path, signum, everybody):
     (os.killpg if everybody else os.kill)(process.pid, signum)
     _, log = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert f"go on with: clipfast train --resume {tmp_path / 'run'}" in log
-    assert "Traceback" not in log
-    assert "killed by signal" not in log
+    assert f"clipfast train --resume {tmp_path / 'run'}" in log
+    assert not re.search("Traceback|killed by signal", log)
 
 
-@pytest.fixture
-def one_epoch(shards, tmp_path):
-    """Options of a run of one epoch, and its folder."""
-    options = config(shards, tmp_path, epochs=1)
-    return options, train(options)[0]
-
-
-def test_open_clip_loads_our_checkpoint(shards, tmp_path, open_clip_registry):
+def test_open_clip_loads_our_checkpoint(run_small, tmp_path, open_clip_registry):
     open_clip = pytest.importorskip("open_clip")
-    folder, _ = train(config(shards, tmp_path, model="ViT-T-8-32"))
-    ours = load_checkpoint(model := create_model("ViT-T-8-32"), folder.latest)
-    assert ours["epoch"] == 2
+    folder = run_small(model="ViT-T-8-32")
+    model = create_model("ViT-T-8-32")
+    assert load_checkpoint(model, folder.latest)["epoch"] == 2
     # through the exported folder, and from the training checkpoint
     exported = open_clip.create_model(f"local-dir:{folder.path}")
     (tmp_path / "emoji.json").write_text(json.dumps(model.config.to_dict()))
@@ -215,7 +207,7 @@ def test_open_clip_loads_our_checkpoint(shards, tmp_path, open_clip_registry):
         assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in model.state_dict().items())
 
 
-def test_open_clip_training_can_be_gone_on_with(shards, tmp_path):
+def test_open_clip_training_can_be_gone_on_with(small, tmp_path):
     open_clip = pytest.importorskip("open_clip")
     theirs = open_clip.CLIP(**get_model_config("ViT-T-8-32").to_dict())
 
@@ -233,7 +225,7 @@ def test_open_clip_training_can_be_gone_on_with(shards, tmp_path):
     moments = {name: optimizer.state[p]["exp_avg"].clone() for name, p in named}
     checkpoint = {"epoch": 1, "name": "theirs", "state_dict": theirs.state_dict(), "optimizer": optimizer.state_dict()}
     torch.save(checkpoint, tmp_path / "epoch_1.pt")
-    options = config(shards, tmp_path, model="ViT-T-8-32")
+    options = small(model="ViT-T-8-32")
     trainer = Trainer(options, RunFolder(tmp_path / "x"), read_checkpoint(tmp_path / "epoch_1.pt"))
     for name, p in trainer.model.named_parameters():
         assert torch.equal(trainer.optimizer.state[p]["exp_avg"], moments[name]), name
@@ -243,35 +235,37 @@ def test_open_clip_training_can_be_gone_on_with(shards, tmp_path):
     assert [line["step"] for line in folder.metrics() if "loss" in line] == [6, 8]
 
 
-def test_options_of_a_resumed_run_can_change(one_epoch):
-    options, folder = one_epoch
-    longer = dataclasses.replace(options, epochs=2, wd=0.5, beta2=0.9, batch_size=16)
-    train(longer, folder.latest)
+def test_a_run_is_resumed_with_other_options_and_not_overwritten(small, run_small, capsys):
+    folder = run_small(epochs=1)
+    before = folder.latest.read_bytes()
+    with pytest.raises(ValueError, match=r"--resume .*run, or .* --name"):
+        train(small())
+    assert folder.latest.read_bytes() == before
+    run_small(folder.latest, epochs=2, wd=0.5, beta2=0.9, batch_size=16)
     checkpoint = read_checkpoint(folder.latest)
-    assert [group["weight_decay"] for group in checkpoint["optimizer"]["param_groups"]] == [0.0, 0.5]
-    assert checkpoint["optimizer"]["param_groups"][1]["betas"] == (0.9, 0.9)
-    # four steps of 8, then two of 16
-    assert checkpoint["epoch"] == 2
-    assert checkpoint["clipfast"]["progress"]["step"] == 4
+    groups = checkpoint["optimizer"]["param_groups"]
+    assert [(group["weight_decay"], group["betas"]) for group in groups] == [(0.0, (0.9, 0.9)), (0.5, (0.9, 0.9))]
+    # two steps of 16 pairs, after four of 8
+    assert (checkpoint["epoch"], checkpoint["clipfast"]["progress"]["step"]) == (2, 4)
+    assert main(["train", "--resume", "latest"]) == 2
+    assert "--name" in capsys.readouterr().err
 
 
-def test_data_cannot_change_within_an_epoch(shards, tmp_path):
-    options = config(shards, tmp_path, save_every=3)
+def test_data_cannot_change_within_an_epoch(small, tmp_path):
     with stopped_after(3):
-        train(options)
-    latest = RunFolder(tmp_path / "run").latest
+        train(small(save_every=3))
     for change, flag in (({"batch_size": 16}, r"--batch-size \(was 8\)"), ({"seed": 5}, r"--seed \(was 0\)")):
-        with pytest.raises(ValueError, match=f"from within an epoch, whose data cannot change: leave {flag}"):
-            train(dataclasses.replace(options, **change), latest)
+        with pytest.raises(ValueError, match=f"within an epoch.*{flag}"):
+            train(small(save_every=3, **change), RunFolder(tmp_path / "run").latest)
 
 
-def test_model_and_length_come_from_the_checkpoint(shards, tmp_path):
+def test_model_and_length_come_from_the_checkpoint(small, tmp_path):
     # what the run was started from may be gone by now
     shutil.copy(TINY, tmp_path / "mine.json")
     add_model_config(tmp_path / "mine.json")
     torch.save(create_model("mine").state_dict(), tmp_path / "start.pt")
     own = {"model": str(tmp_path / "mine.json"), "pretrained": str(tmp_path / "start.pt")}
-    options = config(shards, tmp_path, **own, train_num_samples=None)
+    options = small(**own, train_num_samples=None)
     folder, _ = train(dataclasses.replace(options, epochs=1))
     for name in ("mine.json", "start.pt"):
         (tmp_path / name).unlink()
@@ -279,11 +273,10 @@ def test_model_and_length_come_from_the_checkpoint(shards, tmp_path):
     assert saved_step(folder.path) == 2 * (48 // 8)
 
 
-def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(one_epoch, tmp_path):
-    _, folder = one_epoch
+def test_a_checkpoint_from_elsewhere_starts_a_run_of_its_own(run_small, tmp_path):
+    folder = run_small(epochs=1)
     (tmp_path / "home" / "downloads").mkdir(parents=True)
-    downloaded = tmp_path / "home" / "downloads" / "epoch_latest.pt"
-    downloaded.write_bytes(folder.latest.read_bytes())
+    downloaded = folder.latest.rename(tmp_path / "home" / "downloads" / "epoch_latest.pt")
     shutil.rmtree(folder.path)
     assert main(["train", "--resume", str(downloaded), "--epochs", "2"]) == 0
     assert (tmp_path / "run" / "results.json").exists()
@@ -297,77 +290,54 @@ def test_a_checkpoint_cannot_bring_a_shell_command(tmp_path, capsys, monkeypatch
     (tmp_path / "recipe.toml").write_text(f'train_data = "{shard}"')
     for arguments in (["--resume", "run.pt"], ["--recipe", "recipe.toml"]):
         assert main(["train", *arguments]) == 2
-        message = f"names data that is not local, {shard!r}: to use it, give --train-data yourself"
-        assert message in capsys.readouterr().err
+        assert re.search(f"{re.escape(repr(shard))}.*--train-data", capsys.readouterr().err)
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.usefixtures("one_epoch")
-def test_resume_latest_by_name(tmp_path, capsys):
-    assert main(["train", "--resume", "latest", "--logs", str(tmp_path), "--name", "run", "--epochs", "2"]) == 0
-    assert saved_step(tmp_path / "run") == 8
-    assert main(["train", "--resume", "latest"]) == 2
-    assert "--resume latest needs the run's --name" in capsys.readouterr().err
-
-
-def test_validation_data_is_looked_at_before_training(shards, tmp_path):
+def test_validation_data_is_looked_at_before_training(shards, run_small, tmp_path):
     for options, message in (
         ({"val_data": "nowhere.tar"}, "no such shard: nowhere.tar"),
-        ({"val_data": shards, "val_group_by": "breed"}, "has no 'breed' in its json"),
+        ({"val_data": shards, "val_group_by": "breed"}, "no 'breed' in its json"),
     ):
         with pytest.raises(ValueError, match=message):
-            train(config(shards, tmp_path, **options))
+            run_small(**options)
     assert not (tmp_path / "run").exists()
 
 
-def test_an_epoch_is_saved_before_it_is_evaluated(shards, tmp_path):
-    options = config(shards, tmp_path, val_data=shards, val_group_by="category", val_leave_out=("evne",))
-    with pytest.raises(ValueError, match="cannot leave out evne"):
-        train(options)
+def test_an_epoch_is_saved_before_it_is_evaluated(shards, run_small, tmp_path):
+    with pytest.raises(ValueError, match="evne"):
+        run_small(val_data=shards, val_group_by="category", val_leave_out=("evne",))
     assert saved_step(tmp_path / "run") == 4
 
 
-def test_a_killed_start_leaves_no_metrics_behind(shards, tmp_path):
+def test_a_killed_start_leaves_no_metrics_behind(run_small, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 2, "loss": 9.0}\n{"st')
-    folder, _ = train(config(shards, tmp_path))
-    assert [line["step"] for line in folder.metrics() if "loss" in line] == [2, 4, 6, 8]
+    assert [line["step"] for line in run_small().metrics() if "loss" in line] == [2, 4, 6, 8]
 
 
-def test_bad_samples_are_counted_and_capped(tmp_path):
+def test_bad_samples_are_counted_and_capped(run_small, tmp_path):
     samples = [sample(index, **({"png": b"broken"} if index % 8 == 0 else {})) for index in range(64)]
-    write_shard(tmp_path / "s.tar", samples)
-    options = config(f"{tmp_path}/s.tar", tmp_path, train_num_samples=256, epochs=1)
-    message = r"of \d+ pairs could not be used, more than --max-bad-fraction 0.01: .* x not an image; .*skipped.tsv"
-    with pytest.raises(TrainingError, match=message):
-        train(options)
+    options = {"train_data": str(write_shard(tmp_path / "s.tar", samples)), "train_num_samples": 256, "epochs": 1}
+    with pytest.raises(TrainingError, match=r"--max-bad-fraction 0.01: .* x not an image; .*skipped.tsv"):
+        run_small(**options)
     listed = (tmp_path / "run" / "skipped.tsv").read_text().splitlines()
     assert all(line.split("\t")[1].startswith("s.tar/") for line in listed)
-    folder, _ = train(dataclasses.replace(options, max_bad_fraction=0.2, name="tolerant"))
-    results = json.loads((folder.path / "results.json").read_text())
+    results = results_of(run_small(**options, max_bad_fraction=0.2, name="tolerant").path)
     assert (results["skipped_pairs"], results["skipped_kinds"]) == (32, {"not an image": 32})
 
 
-def test_weights_that_are_not_finite_stop_and_spare_the_checkpoint(shards, tmp_path, monkeypatch):
+def test_weights_that_are_not_finite_stop_and_spare_the_checkpoint(run_small, tmp_path):
     original = Trainer._train_step
 
     def ruined(trainer, batch):
         figures = original(trainer, batch)
         if trainer.progress.step == 5:
-            with torch.no_grad():
-                trainer.model.text_projection[0, 0] = float("inf")
+            trainer.model.text_projection.data[0, 0] = float("inf")
         return figures
 
-    monkeypatch.setattr(Trainer, "_train_step", ruined)
-    with pytest.raises(TrainingError, match="the weights are not finite at step 6: lower --lr"):
-        train(config(shards, tmp_path, save_every=1, log_every_n_steps=1))
+    ruining = mock.patch.object(Trainer, "_train_step", ruined)
+    with ruining, pytest.raises(TrainingError, match=r"weights are not finite at step 6.*--lr"):
+        run_small(save_every=1, log_every_n_steps=1)
     assert saved_step(tmp_path / "run") == 5
     assert all(value.isfinite().all() for value in weights(tmp_path / "run").values())
-
-
-def test_a_run_is_not_overwritten(one_epoch):
-    options, folder = one_epoch
-    before = folder.latest.read_bytes()
-    with pytest.raises(ValueError, match=r"holds a run already: go on with --resume .*run, or choose another --name"):
-        train(options)
-    assert folder.latest.read_bytes() == before
