@@ -4,6 +4,7 @@ import functools
 import http.server
 import io
 import json
+import shutil
 import tarfile
 import threading
 from pathlib import Path
@@ -19,6 +20,7 @@ from clipfast.training import trainer
 from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.loop import train
 from clipfast.training.optim import parse_arguments
+from clipfast.training.run import RunFolder
 
 # The configuration of a vision transformer whose checkpoints are written in no time.
 TINY = str(Path(__file__).with_name("tiny.json"))
@@ -126,6 +128,25 @@ def small(shards, tmp_path):
 def run_small(small):
     """A function that trains for eight steps on the small shards, or goes on, and returns the folder of the run."""
     return lambda resume=None, **options: train(small(**options), resume)[0]
+
+
+@pytest.fixture(scope="session")
+def finished(shards, tmp_path_factory):
+    """The folder of a finished run of eight steps with two evaluations. Tests read it and change nothing."""
+    from .test_training import config
+
+    validation = {"val_data": shards, "val_group_by": "category", "val_leave_out": ("odd",)}
+    return train(config(shards, tmp_path_factory.mktemp("finished"), save_every=3, save_frequency=1, **validation))[0]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of the finished run, for tests that change it."""
+    shutil.copytree(finished.path, tmp_path / "run")
+    store = Checkpoints(tmp_path / "run/checkpoints")
+    store.latest.unlink()
+    store.begin(store.step_path(8))  # the copy has no links
+    return RunFolder(tmp_path / "run")
 
 
 @pytest.fixture

@@ -17,13 +17,11 @@ import pytest
 import torch
 
 from clipfast.checkpoint import read_checkpoint, write_checkpoint
-from clipfast.files import DiskFullError
-from clipfast.training.background import Background
+from clipfast.files import DiskFullError, replace_file
 from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.host_copy import HostCopy
 from clipfast.training.interruption import Interruption
 from clipfast.training.lock import LOCK_NAME, FolderLostError, locked
-from clipfast.training.logs import logging_to
 from clipfast.training.run import RunFolder
 from clipfast.training.trainer import Trainer
 
@@ -117,18 +115,6 @@ class TestWriting:
         assert weights_of(store.latest) == [7.0] * 8
         assert saved_step(store.folder.parent) == 1
 
-    def test_a_second_save_waits_for_the_first(self, store, gate):
-        store.save(state(1, 1.0), 1)
-        thread = threading.Thread(target=lambda: store.save(state(2, 2.0), 2))
-        thread.start()
-        thread.join(0.2)
-        assert thread.is_alive()
-        gate.open.set()
-        thread.join(10)
-        store.finish()
-        assert gate.written == ["step_1.pt", "step_2.pt"]
-        assert [weights_of(store.step_path(n))[0] for n in (1, 2)] == [1.0, 2.0]
-
     def test_names(self, store):
         saved(store, 2)
         saved(store, 4, milestone=1)
@@ -193,24 +179,37 @@ class TestFailingDisk:
         def failing_save(content, path):
             if path.name in errors:
                 path.write_bytes(b"half")
-                raise OSError(errors[path.name], os.strerror(errors[path.name]))
+                raise errors[path.name]
             save(content, path)
 
         monkeypatch.setattr(torch, "save", failing_save)
         return errors
 
-    @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EIO])
-    def test_training_goes_on_and_the_next_one_is_written(self, code, failing, run_small):
-        failing[".step_3.pt.tmp"] = code
-        folder = run_small(save_every=1, epochs=1, workers=0)
+    def test_training_goes_on_and_the_next_one_is_written(self, failing, run_small):
+        failing[".step_3.pt.tmp"] = OSError(errno.EIO, "Input/output error")
+        folder = run_small(save_every=1, epochs=1)
         said = (folder.path / "out.log").read_text()
-        assert f"step_3.pt cannot be written: {os.strerror(code)}" in said
+        assert "step_3.pt cannot be written: Input/output error" in said
         assert f"last good checkpoint is {folder.latest}" in said
         assert saved_step(folder.path) == 4
         assert not list(folder.checkpoints.glob(".*"))
 
+    def test_a_full_disk_is_told_in_bytes(self, failing, store, monkeypatch):
+        """The words of PyTorch say nothing, and what was written is smaller than what was wanted."""
+        saved(store, 1)
+        failing[".step_2.pt.tmp"] = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")
+        monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0))
+        monkeypatch.setattr("clipfast.checkpoint._nbytes", lambda content: 10**9)
+        with pytest.raises(DiskFullError, match=r"step_2\.pt cannot be written: .*1,000.0 MB are wanted and 0.0 MB"):
+            saved(store, 2)
+        monkeypatch.undo()
+        assert names(store) == ["epoch_latest.pt", "step_1.pt"]
+        with pytest.raises(RuntimeError, match=r"^broken$"):  # another error is no full disk
+            replace_file(store.folder / "x", mock.Mock(side_effect=RuntimeError("broken")), size=1000)
+        assert not (store.folder / "x").exists()
+
     def test_the_last_one_is_tried_again(self, failing, run_small):
-        failing[".step_4.pt.tmp"] = errno.EIO
+        failing[".step_4.pt.tmp"] = OSError(errno.EIO, "x")
         tried, original = [], Checkpoints._write
 
         def log_tries(self, checkpoint, step, *others):
@@ -220,21 +219,17 @@ class TestFailingDisk:
             original(self, checkpoint, step, *others)
 
         with mock.patch.object(Checkpoints, "_write", log_tries):
-            folder = run_small(epochs=1, save_frequency=1, workers=0)
+            folder = run_small(epochs=1, save_frequency=1)
         assert tried == [4, 4]
         assert (folder.checkpoints / "epoch_1.pt").samefile(folder.latest)
         assert saved_step(folder.path) == 4
 
-    def test_the_failure_of_the_last_one_is_that_of_the_run(self, failing, shards, run_small, tmp_path, capsys):
-        failing[".step_24.pt.tmp"] = errno.EROFS
+    def test_the_failure_of_the_last_one_is_that_of_the_run(self, failing, shards, tmp_path, capsys):
+        failing[".step_24.pt.tmp"] = OSError(errno.EROFS, "Read-only file system")
         code, _, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0"))
         assert code == 2
         assert f"error: {tmp_path}/run/checkpoints/step_24.pt cannot be written: Read-only file system" in err
         assert saved_step(tmp_path / "run") == 23
-        # and of one that was told to stop
-        failing[".step_1.pt.tmp"] = errno.ENOSPC
-        with signalled_after(1, signal.SIGTERM), pytest.raises(DiskFullError, match=r"step_1\.pt .*No space left"):
-            run_small(name="told", workers=0)
 
     def test_records_that_cannot_be_written_do_not_end_a_run(self, tmp_path):
         folder = RunFolder(tmp_path / "nowhere")
@@ -243,28 +238,18 @@ class TestFailingDisk:
                 folder.record(step=step)
         assert "metrics.jsonl cannot be written: No such file or directory" in said.call_args.args[0]
 
-    def test_a_log_that_cannot_be_opened_again_loses_its_line(self, tmp_path):
-        folder, log, path = RunFolder(tmp_path), logging.getLogger("clipfast"), tmp_path / "out.log"
-        with locked(tmp_path) as folder.lock, logging_to(folder):
-            path.unlink()
-            with mock.patch.object(logging.FileHandler, "_open", side_effect=OSError(errno.ENOSPC, "full")):
-                log.info("lost")
-            log.info("kept")
-        assert path.read_text().endswith("kept\n")
-        assert "lost" not in path.read_text()
-
 
 class TestFolderOfARun:
     """A folder that is removed or replaced while its run goes on."""
 
-    @pytest.mark.parametrize(("step", "is_renamed"), [(1, False), (1, True), (3, False)])
+    @pytest.mark.parametrize(("step", "is_renamed"), [(1, True), (3, False)])
     def test_is_made_again(self, step, is_renamed, run_small, tmp_path):
         def remove(trainer):
             trainer.checkpoints.wait()
             trainer.folder.path.rename(tmp_path / "old") if is_renamed else shutil.rmtree(trainer.folder.path)
 
         with before_step(step, remove):
-            folder = run_small(save_every=1, epochs=1, workers=0, log_every_n_steps=1)
+            folder = run_small(save_every=1, epochs=1, log_every_n_steps=1)
         assert saved_step(folder.path) == 4
         assert results_of(folder.path)["steps"] == 4
         said = (folder.path / "out.log").read_text()
@@ -289,72 +274,35 @@ class TestFolderOfARun:
                     stack.close()
 
             with before_step(2, replace), pytest.raises(FolderLostError, match=f"another folder .*{tmp_path}/old"):
-                run_small(save_every=1, epochs=1, workers=0, log_every_n_steps=1)
+                run_small(save_every=1, epochs=1, log_every_n_steps=1)
         assert {path.name for path in other.iterdir()} - {LOCK_NAME} == {"metrics.jsonl"}
         assert (other / "metrics.jsonl").read_text() == ""
         assert saved_step(tmp_path / "old") == 2
 
 
-def signalled_after(step, signum):
-    """A signal that comes while the step after ``step`` - 1 is done."""
-    return before_step(step - 1, lambda trainer: os.kill(os.getpid(), signum))
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
+def test_a_scheduler_and_torchrun_both_signal(signum):
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signum)
+    assert interruption.signum == signal.SIGTERM
 
 
-class TestEndings:
-    """A run that is told to stop."""
-
-    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
-    def test_saves_and_returns_0(self, signum, shards, tmp_path, capsys):
-        with signalled_after(3, signum):
-            code, out, err = run_command(capsys, *command(shards, tmp_path, "--workers", "0"))
-        assert (code, out) == (0, "")
-        said = f"Interrupted. Saved {tmp_path}/run/checkpoints/epoch_latest.pt; go on with: clipfast train"
-        assert err.count(said) == (tmp_path / "run" / "out.log").read_text().count(said) == 1
-        assert saved_step(tmp_path / "run") == 3
-
-    def test_a_signal_during_a_save(self, run_small, gate):
-        def open_later():
-            assert gate.begun.acquire(timeout=30)
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.3)
-            gate.open.set()
-
-        thread = threading.Thread(target=open_later)
-        thread.start()
-        folder = run_small(save_every=2, epochs=100, workers=0)
-        thread.join()
-        assert gate.written[0] == "step_2.pt"
-        newest = Checkpoints(folder.checkpoints).newest_whole()
-        assert newest.damaged == []
-        assert newest.content["clipfast"]["progress"]["step"] == int(gate.written[-1][5:-3]) < 400
-
-    @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP])
-    def test_a_scheduler_and_torchrun_both_signal(self, signum):
-        with Interruption() as interruption:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signum)
-        assert interruption.signum == signal.SIGTERM
-
-    def test_a_second_ctrl_c_ends_at_once(self, run_small, gate):
-        original, waiting = Background.wait, threading.Event()
-
-        def wait(self, *seconds):
-            if self.is_busy:
-                waiting.set()
-            return original(self, *seconds)
-
-        def interrupt_again():
-            assert waiting.wait(30)
-            os.kill(os.getpid(), signal.SIGINT)
-
-        thread = threading.Thread(target=interrupt_again)
-        thread.start()
-        waited = mock.patch.object(Background, "wait", wait)
-        with waited, signalled_after(3, signal.SIGINT), pytest.raises(KeyboardInterrupt):
-            run_small(save_every=2, workers=0)
-        thread.join()
-        assert gate.written == []
+def test_a_signal_during_a_save(run_small, gate):
+    def open_later():
+        assert gate.begun.acquire(timeout=30)
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.3)
         gate.open.set()
+
+    thread = threading.Thread(target=open_later)
+    thread.start()
+    folder = run_small(save_every=2, epochs=100)
+    thread.join()
+    assert gate.written[0] == "step_2.pt"
+    newest = Checkpoints(folder.checkpoints).newest_whole()
+    assert newest.damaged == []
+    assert newest.content["clipfast"]["progress"]["step"] == int(gate.written[-1][5:-3]) < 400
 
 
 def test_by_the_clock(run_small, monkeypatch):
@@ -367,5 +315,5 @@ def test_by_the_clock(run_small, monkeypatch):
     monkeypatch.setattr("clipfast.training.trainer.time.monotonic", lambda: clock[0])
     monkeypatch.setattr(Trainer, "_train_step", slow)
     monkeypatch.setattr(Checkpoints, "save", lambda store, state, step, **_: steps.append(step))
-    run_small(epochs=1, save_every_minutes=1.0, workers=0)
+    run_small(epochs=1, save_every_minutes=1.0)
     assert steps == [2, 4]

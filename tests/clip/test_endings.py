@@ -1,16 +1,14 @@
-"""How a run ends, and goes on: what errors save, who holds a folder, what an option may change, and a full disk."""
+"""How a run ends, and goes on: what errors save, damaged checkpoints, and the same command again."""
 
-import errno
-import json
+import gc
 import multiprocessing
 import os
 import re
 import signal
 import subprocess
 import sys
-import tarfile
 import time
-from pathlib import Path
+import weakref
 from unittest import mock
 
 import pytest
@@ -18,46 +16,28 @@ import torch
 
 from clipfast.checkpoint import CheckpointError, read_checkpoint
 from clipfast.data import Skipped
-from clipfast.files import DiskFullError, replace_file
-from clipfast.training.errors import TrainingError
-from clipfast.training.lock import LOCK_NAME, locked
+from clipfast.training.loop import train
 from clipfast.training.run import RunFolder
+from clipfast.training.trainer import Trainer
 
 from .conftest import run_command, sample, write_shard
-from .test_training import before_step, command, results_of, saved_step, started, wait_for_checkpoint
+from .test_training import before_step, command, results_of, same, saved_step
 
 
-def failing_after(step, error):
-    """Raise ``error`` in place of the step that follows ``step``."""
-    return before_step(step, mock.Mock(side_effect=error))
+def signalled_after(step, signum):
+    """A signal that comes while the step after ``step`` - 1 is done."""
+    return before_step(step - 1, lambda trainer: os.kill(os.getpid(), signum))
 
 
 def log_of(folder):
     return (folder.path / "out.log").read_text()
 
 
-@pytest.fixture
-def lasting(shards, tmp_path):
-    """A process that trains for long, has saved a step, and is killed in the end."""
-    process = started(command(shards, tmp_path, "--epochs", "2000"), stderr=subprocess.DEVNULL)
-    wait_for_checkpoint(process, tmp_path / "run", 1)
-    yield process
-    process.kill()
-    process.wait()
-
-
-@pytest.mark.parametrize(
-    ("error", "workers"),
-    [
-        (ValueError("shard x cannot be read"), 1),
-        (RuntimeError("DataLoader worker is killed"), 1),
-        (RuntimeError("CUDA out of memory"), 0),
-        (OSError("no terminal"), 1),
-    ],
-)
-def test_an_error_saves_the_steps_before_it(run_small, tmp_path, error, workers):
-    with failing_after(3, error), pytest.raises(type(error), match=str(error)):
-        run_small(workers=workers)
+@pytest.mark.parametrize("error", [ValueError("shard x cannot be read"), RuntimeError("DataLoader worker is killed")])
+def test_an_error_saves_the_steps_before_it(run_small, tmp_path, error):
+    failing = before_step(3, mock.Mock(side_effect=error))
+    with failing, pytest.raises(type(error), match=str(error)):
+        run_small(workers=1)
     run = RunFolder(tmp_path / "run")
     assert saved_step(run.path) == 3
     assert f"Saved {run.latest}; go on with: clipfast train --resume {run.path}" in log_of(run)
@@ -74,13 +54,6 @@ def test_a_data_worker_that_is_killed_during_a_step_is_named(run_small, tmp_path
     assert saved_step(tmp_path / "run") == 3
 
 
-def test_too_many_bad_pairs_save_too(run_small, tmp_path):
-    write_shard(tmp_path / "s.tar", [sample(index, **({"png": b"x"} if index % 5 == 0 else {})) for index in range(50)])
-    with pytest.raises(TrainingError, match=r"more than --max-bad-fraction 0.01: .* x not an image"):
-        run_small(train_data=f"{tmp_path}/s.tar", train_num_samples=160, epochs=1, unique_by=None)
-    assert saved_step(tmp_path / "run") == 3  # so many of 24 pairs are not bad by chance
-
-
 def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
     original, calls = torch.optim.AdamW.step, []
 
@@ -91,16 +64,9 @@ def test_an_update_that_is_not_complete_is_not_saved(run_small, tmp_path):
 
     with mock.patch.object(torch.optim.AdamW, "step", failing), pytest.raises(RuntimeError, match="out of memory"):
         run_small()
-    # four steps are an epoch, and were saved then
     run = RunFolder(tmp_path / "run")
-    assert saved_step(run.path) == 4
+    assert saved_step(run.path) == 4  # the end of an epoch
     assert f"The last checkpoint is {run.latest}" in log_of(run)
-
-
-def test_weights_that_are_not_finite_are_not_saved(run_small, tmp_path):
-    with pytest.raises(TrainingError, match="the last 3 steps changed nothing"):
-        run_small(opt="sgd", lr=1e38, momentum=0.9, warmup=0, max_nonfinite_steps=3)
-    assert RunFolder(tmp_path / "run").kept() == []
 
 
 WRITES_FOR_EVER = """
@@ -130,40 +96,20 @@ def test_a_second_ctrl_c_does_not_wait_for_a_checkpoint(shards, tmp_path):
     assert (process.returncode, said) == (130, "clipfast train: interrupted\n")
 
 
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP])
+def test_a_signal_saves(signum, small):
+    with signalled_after(3, signum):
+        folder, ended = train(small())
+    assert ended == signum
+    assert saved_step(folder.path) == 3
+    assert log_of(folder).count(f"Interrupted. Saved {folder.latest}; go on with: clipfast train") == 1
+
+
 def test_nothing_is_said_to_be_saved_that_is_not(run_small):
     with mock.patch("clipfast.training.loop._log_start", side_effect=lambda *_: os.kill(os.getpid(), signal.SIGTERM)):
         folder = run_small()
     assert folder.kept() == []
-    assert "No step was finished" in log_of(folder)
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="asks the kernel of Linux")
-def test_a_folder_has_one_holder_whose_data_workers_die_with_it(lasting, shards, tmp_path, capsys):
-    before = {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
-    for arguments in (["train", "--resume", tmp_path / "run"], command(shards, tmp_path)):
-        code, _, err = run_command(capsys, *arguments)
-        assert code == 2
-        assert re.search(f"run is in use by process {lasting.pid} on .* since 20", err)
-        assert before == {path: path.read_bytes() for path in (tmp_path / "run").glob("*.json")}
-    workers = Path(f"/proc/{lasting.pid}/task/{lasting.pid}/children").read_text().split()
-    assert workers
-    lasting.kill()
-    lasting.wait()
-    deadline = time.monotonic() + 2  # the loader's own watch takes five seconds
-    while any(map(is_alive, workers)):
-        assert time.monotonic() < deadline, "a worker lives on"
-        time.sleep(0.02)
-    # A process that was killed holds no lock.
-    assert (tmp_path / "run" / LOCK_NAME).exists()
-    with locked(tmp_path / "run"):
-        pass
-
-
-def is_alive(pid):
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    assert "Interrupted. No step was finished." in log_of(folder)
 
 
 def test_a_run_that_cannot_start_leaves_nothing(run_small, tmp_path):
@@ -172,76 +118,46 @@ def test_a_run_that_cannot_start_leaves_nothing(run_small, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
-class TestOptions:
-    """Options that a resumed run is given anew."""
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
 
-    @pytest.fixture
-    def half(self, run_small, tmp_path):
-        """The folder of a run of two epochs that was stopped after the first."""
-        with failing_after(4, ValueError("stop")), pytest.raises(ValueError, match="stop"):
-            run_small()
-        return tmp_path / "run"
 
-    @pytest.fixture
-    def resumed(self, half, capsys):
-        """A function that goes on with that run, and returns exit code and errors."""
-
-        def resume(*words):
-            code, _, err = run_command(capsys, "train", "--resume", half, *words)
-            return code, err
-
-        return resume
-
-    @pytest.fixture
-    def refused(self, half, resumed):
-        """A function that asserts that flags are refused and change no file."""
-
-        def refuse(said, *words):
-            before = {path: path.read_bytes() for path in half.iterdir() if path.is_file() and path.name != LOCK_NAME}
-            code, err = resumed(*words)
-            assert code == 2
-            assert said in err
-            assert before == {path: path.read_bytes() for path in half.iterdir() if path in before}
-
-        return refuse
-
-    def test_another_model_is_refused(self, half, refused):
-        refused("those of its own model: --model ", "--model", "RN50")
-        refused("--model", "--model", "RN50", "--name", "other")  # nor does another folder make it another model
-        assert not (half.parent / "other").exists()
-
-    def test_a_change_is_recorded_from_its_step_on(self, half, resumed):
-        started_with = json.loads((half / "config.json").read_text())
-        assert resumed("--lr", "0.002", "--log-every-n-steps", "1")[0] == 0
-        recorded = json.loads((half / "config.json").read_text())
-        assert recorded.pop("changes") == [{"after_step": 4, "lr": 0.002, "log_every_n_steps": 1}]
-        assert recorded == started_with
-        assert "--lr 0.001 -> 0.002, --log-every-n-steps 2 -> 1" in (half / "out.log").read_text()
-
-    def test_a_finished_run_does_not_change(self, half, resumed, refused):
-        assert resumed()[0] == 0
-        refused("finished after 8 steps, and its options cannot change any more: --batch-size 8 -> 4",
-                "--lr", "1", "--batch-size", "4")  # fmt: skip
-        assert resumed("--epochs", "3")[0] == 0
-        assert saved_step(half) == 12
+DAMAGE = {
+    "a flipped bit": flip,
+    "truncated": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "empty": lambda path: os.truncate(path, 0),
+    "missing": lambda path: (path.unlink(), path.with_name("step_8.pt").unlink()),
+}
 
 
 class TestDamage:
-    """Checkpoints that are damaged or missing."""
+    """The newest checkpoint cannot be used."""
 
-    def test_a_flipped_bit_is_found_and_the_one_before_offered(self, run_small, capsys):
-        folder = run_small(save_frequency=1)
-        content = bytearray(folder.latest.read_bytes())
-        content[len(content) // 2] ^= 1
-        folder.latest.write_bytes(content)
-        code, _, err = run_command(capsys, "train", "--resume", folder.latest)
-        assert code == 2
-        assert re.search(f"epoch_latest.pt is damaged: the checksum of .*{folder.checkpoints}/step_4.pt", err)
-        assert run_command(capsys, "train", "--resume", folder.checkpoints / "epoch_1.pt")[0] == 0
+    @pytest.mark.parametrize("damage", DAMAGE)
+    def test_the_one_before_is_taken(self, damage, copied, finished, capsys):
+        DAMAGE[damage](copied.latest)
+        named = ["latest", "--name", "run", "--logs", copied.path.parent] if damage == "empty" else [copied.path]
+        if damage != "missing":  # a file that is named is never another one
+            code, _, err = run_command(capsys, "train", "--resume", copied.latest)
+            assert code == 2
+            assert err.strip().endswith(f"the one before is {copied.checkpoints}/step_6.pt")
+        code, _, err = run_command(capsys, "train", "--resume", *named, "--val-frequency", "0")
+        assert code == 0, err
+        assert re.search(f"{copied.latest}.*; the run goes on from {copied.checkpoints}/step_6.pt", err)
+        assert same(copied.path, finished.path)
+        assert [line["step"] for line in copied.metrics() if "loss" in line] == [2, 4, 6, 8]
+
+    def test_nothing_begins_anew_where_all_are_damaged(self, copied, capsys):
+        for path in copied.checkpoints.iterdir():
+            os.truncate(path, 10)
+        named = ["latest", "--name", "run", "--logs", copied.path.parent]
+        code, _, err = run_command(capsys, "train", "--resume", *named)
+        assert (code, "no checkpoint that is whole" in err) == (2, True)
 
     def test_every_bit_of_a_tensor_counts(self, tmp_path):
-        path = tmp_path / "x.pt"
-        values = torch.arange(100.0)
+        path, values = tmp_path / "x.pt", torch.arange(100.0)
         torch.save({"state_dict": {"a": values}}, path)
         whole = path.read_bytes()
         start = whole.index(values.numpy().tobytes())
@@ -250,60 +166,65 @@ class TestDamage:
             with pytest.raises(CheckpointError, match="is damaged: the checksum of"):
                 read_checkpoint(path)
 
-    def test_the_newest_that_there_is_is_resumed(self, store):
-        newest_first = ["step_8.pt", "step_4.pt", "epoch_10.pt", "epoch_2.pt", "epoch_1.pt"]
-        for name in sorted(newest_first):
-            (store.folder / name).touch()
-        assert [path.name for path in store.kept()] == newest_first
+
+def test_the_same_command_again_goes_on(shards, tmp_path, capsys, monkeypatch):
+    """A scheduler repeats --resume latest; torchrun repeats a command without it, after a failure."""
+    arguments = command(shards, tmp_path, "--workers", "0")
+    latest = ["--resume", "latest"]
+    with signalled_after(5, signal.SIGUSR1):
+        code, out, err = run_command(capsys, *arguments, *latest)
+    assert (code, out, saved_step(tmp_path / "run")) == (0, "", 5)
+    assert f"{tmp_path}/run has no checkpoint yet" in err
+    with signalled_after(8, signal.SIGTERM):
+        assert "at step 5 of 24" in run_command(capsys, *arguments, *latest)[2]
+    assert "holds a run already" in run_command(capsys, *arguments)[2]
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with signalled_after(11, signal.SIGTERM):
+        assert "at step 8 of 24" in run_command(capsys, *arguments)[2]
+    code, _, err = run_command(capsys, *arguments, "--resume", tmp_path / "run/checkpoints/step_10.pt")
+    assert (code, saved_step(tmp_path / "run")) == (0, 24)
+    assert "at step 11 of 24" in err  # a restart takes the newest
 
 
-class TestFullDisk:
-    """Writes that fail for lack of space."""
+def test_a_name_by_time_would_be_another_one_after_a_restart(shards, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    arguments = ["train", "--train-data", shards, "--logs", tmp_path, "--print-config"]
+    for more in ([], ["--recipe", "emoji"]):
+        code, _, err = run_command(capsys, *arguments, *more)
+        assert (code, "give --name" in err) == (2, True)
+        assert run_command(capsys, *arguments, *more, "--name", "x")[0] == 0
 
-    @pytest.fixture(params=["PyTorch's words", "the system's"])
-    def full(self, request, monkeypatch):
-        """Make every checkpoint after the first fail, as PyTorch or the system does, with no space left."""
-        saves, original = [], torch.save
-        error = OSError(errno.ENOSPC, "No space left on device")
-        if request.param == "PyTorch's words":
-            error = RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 1 vs 2")
 
-        def save(content, path):
-            saves.append(path)
-            original(content, path)
-            if len(saves) > 1:
-                raise error
+def test_the_checkpoint_that_a_run_goes_on_from_is_not_kept_in_memory(copied, small):
+    kept, fit = [], Trainer.fit
 
-        monkeypatch.setattr(torch, "save", save)
-        monkeypatch.setattr("shutil.disk_usage", lambda path: mock.Mock(free=0 if len(saves) > 1 else 10**12))
-        # The part that was written is smaller than the file that was wanted.
-        monkeypatch.setattr("clipfast.checkpoint._nbytes", lambda content: 10**9)
+    def read(path, **how):
+        content = read_checkpoint(path, **how)
+        kept.extend(map(weakref.ref, content["state_dict"].values()))
+        return content
 
-    def test_training_goes_on_and_says_what_is_lost(self, full, run_small, tmp_path):
-        with pytest.raises(DiskFullError, match=r"step_12\.pt cannot be written: .*1,000.0 MB are wanted and 0.0 MB"):
-            run_small(epochs=3)
-        run = RunFolder(tmp_path / "run")
-        assert f"The last good checkpoint is {run.latest}" in log_of(run)
-        assert log_of(run).count("step_12.pt cannot be written: ") == 2  # at the end of the epoch, and of the run
-        assert saved_step(run.path) == 4
+    def checked(trainer, interruption):
+        gc.collect()
+        assert kept
+        assert [found for found in (reference() for reference in kept) if found is not None] == []
+        return fit(trainer, interruption)
 
-    def test_what_fails_for_another_reason_is_not_a_full_disk(self, tmp_path):
-        with pytest.raises(RuntimeError, match=r"^broken$"):
-            replace_file(tmp_path / "x", mock.Mock(side_effect=RuntimeError("broken")), size=1000)
-        assert not list(tmp_path.iterdir())
+    with mock.patch("clipfast.training.checkpoints.read_checkpoint", read), mock.patch.object(Trainer, "fit", checked):
+        train(small(epochs=3), copied.latest)
 
 
 def test_a_file_limit_is_like_a_full_disk(tmp_path):
     program = (
-        "import resource, signal, torch\n"
-        "from clipfast import create_model, export_open_clip\n"
+        "import resource, signal\n"
+        "from pathlib import Path\n"
+        "from clipfast.files import replace_file\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
-        "export_open_clip(create_model('ViT-T-8-32'), 'x')\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+        "replace_file(Path('x'), lambda path: path.write_bytes(bytes(2000)), size=2000)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
-    assert "DiskFullError: x/open_clip_model.safetensors cannot be written: " in done.stderr
-    assert list((tmp_path / "x").iterdir()) == []
+    assert "DiskFullError: x cannot be written: " in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_a_run_of_its_own_options_leaves(run_small, monkeypatch):
@@ -311,38 +232,21 @@ def test_what_a_run_of_its_own_options_leaves(run_small, monkeypatch):
     monkeypatch.setitem(sys.modules, "clipfast.evaluation.pictures", None)
     previous = os.umask(0o027)
     try:
-        folder = run_small(warmup=2000)
+        folder = run_small(warmup=2000, epochs=1)
     finally:
         os.umask(previous)
     assert {path.stat().st_mode & 0o777 for path in folder.path.iterdir() if path.is_file()} == {0o640}
-    assert re.search("--warmup 2000 .* 8 steps: .* 4e-06 of 0.001", log_of(folder))
+    assert re.search("--warmup 2000 .* 4 steps", log_of(folder))
     assert "matplotlib" in log_of(folder)
     assert (folder.path / "results.json").exists()
 
 
-def test_a_bad_validation_image_is_left_out_and_counted(run_small, tmp_path, capsys):
+def test_a_bad_validation_image_is_left_out_and_counted(run_small, tmp_path):
     data = write_shard(tmp_path / "v.tar", [sample(0), sample(1, png=b"x"), sample(2)])
-    folder = run_small(val_data=str(data))
+    folder = run_small(val_data=str(data), epochs=1)
     results = results_of(folder.path)
     assert (results["images"], results["skipped_images"]) == (2, 1)
     assert "v.tar/001\tnot an image" in folder.skipped_path.read_text()
-    code, out, err = run_command(capsys, "eval", "zeroshot", "--model", f"local-dir:{folder.path}", "--data", data)
-    assert code == 0
-    assert json.loads(out)["skipped_images"] == 1
-    assert "v.tar/001: not an image" in err
-
-
-def test_a_damaged_shard_is_trained_on_and_named(run_small, tmp_path):
-    shard = write_shard(tmp_path / "s.tar", [sample(index) for index in range(48)])
-    with tarfile.open(shard) as tar:
-        (place,) = [member.offset for member in tar if member.name == "020.png"]
-    content = bytearray(shard.read_bytes())
-    content[place] ^= 1
-    shard.write_bytes(content)
-    folder = run_small(train_data=str(shard), train_num_samples=None, epochs=1, max_bad_fraction=0.1)
-    results = results_of(folder.path)
-    assert (results["steps"], results["skipped_pairs"]) == (6, 1)
-    assert "s.tar/020\tno image" in folder.skipped_path.read_text()
 
 
 def test_names_of_skipped_samples_are_printable(tmp_path):

@@ -12,13 +12,12 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from clipfast import ranks
-from clipfast.checkpoint import read_checkpoint
 from clipfast.data import Batch
 from clipfast.ranks import run_ranks
 from clipfast.tokenizer import Tokenizer
 from clipfast.training import TrainConfig
 from clipfast.training.errors import TrainingError
-from clipfast.training.guard import Guard, GuardedLoss, gradient_norms
+from clipfast.training.guard import Guard, GuardedLoss
 from clipfast.training.loop import train
 from clipfast.training.nonfinite import SkippedSteps
 from clipfast.training.run import RunFolder
@@ -155,9 +154,15 @@ def assert_as_without(folder, expected):
     assert json.loads((folder.path / "results.json").read_text())["skipped_steps"] == len(STRIKES)
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long), pytest.param(3, marks=pytest.mark.long)])
-def test_no_rank_takes_the_step(size, options, together, tmp_path):
-    cases = [case for case in CASES if size < 3 or not case.startswith("resnet")]
+@pytest.mark.parametrize(
+    ("size", "cases"),
+    [
+        (1, list(CASES)),
+        pytest.param(2, ["plain", "resnet-micro"], marks=pytest.mark.long),
+        pytest.param(3, ["momentum"], marks=pytest.mark.long),
+    ],
+)
+def test_no_rank_takes_the_step(size, cases, options, together, tmp_path):
     given = [options(tmp_path / kind, case) for kind in ("ours", "without") for case in cases]
     strikes = [(STRIKES, size - 1)] * len(cases) + [(dict.fromkeys(STRIKES, "all"), 0)] * len(cases)
     assert together(size, *zip(given, strikes, strict=True)) == [[None] * len(given)] * size
@@ -171,39 +176,38 @@ def test_no_rank_takes_the_step(size, options, together, tmp_path):
             assert (found["parameters"] == ["text_projection"]) == (what == "gradient")
 
 
-def test_what_is_written_of_a_batch(options, tmp_path):
-    seen = {}
-    original = Trainer._train_step
+def test_what_is_written_of_a_batch_and_the_norm_that_is_logged(options, tmp_path):
+    seen, original, clip = {}, Trainer._train_step, nn.utils.clip_grads_with_norm_
 
     def watching(trainer, batch):
         seen[trainer.progress.step] = batch
         return original(trainer, batch)
 
     given = options(tmp_path, "plain")
-    with mock.patch.object(Trainer, "_train_step", watching):
+    clipping = mock.patch.object(nn.utils, "clip_grads_with_norm_", side_effect=clip)
+    with mock.patch.object(Trainer, "_train_step", watching), clipping as clipped:
         run(ALONE, given, ({STEP: "gradient"}, 0))
+    norms = [call.args[2].item() for call in clipped.call_args_list if call.args[2].isfinite()]
+    assert [line["grad_norm"] for line in folder_of(given).metrics() if "loss" in line] == pytest.approx(norms)
     (found,) = skips(folder_of(given))
     (rank,) = found["ranks"]
     texts = [sample(int(key.removeprefix("a.tar/")))["txt"].decode() for key in rank["keys"]]
     batch = seen[STEP]
     assert Tokenizer(16)(texts)[:, : batch.texts.shape[1]].equal(batch.texts)
-    assert rank["longest_text"] == batch.texts.shape[1]
-    assert rank["pixels"] == {
-        "min": batch.images.min(), "max": batch.images.max(), "mean": pytest.approx(batch.images.double().mean()),
-    }  # fmt: skip
-    assert rank["loss"] == pytest.approx(math.log(12), rel=0.2)
+    pixels = {"min": batch.images.min(), "max": batch.images.max(), "mean": pytest.approx(batch.images.double().mean())}
+    assert (rank["longest_text"], rank["pixels"]) == (batch.texts.shape[1], pixels)
     assert found["logit_scale"] == pytest.approx(1 / 0.07, rel=0.1)
     said = "Step 4 changed nothing, .* norm is nan, with 1 parameter.* text_proj"
     assert re.search(said, (folder_of(given).path / "out.log").read_text())
 
 
-@pytest.mark.parametrize("size", [1, pytest.param(2, marks=pytest.mark.long)])
-def test_too_many_in_a_row_stop_all_ranks(size, options, together, tmp_path):
+@pytest.mark.long
+def test_too_many_in_a_row_stop_all_ranks(options, together, tmp_path):
     given = options(tmp_path, "plain", max_nonfinite_steps=3)
-    strike = (dict.fromkeys((1, 2, 4, 5, 6, 7, 8), "loss"), size - 1)
-    found = together(size, (given, strike), (given, strike, True), (given, ({}, 0), True))
+    strike = (dict.fromkeys((1, 2, 4, 5, 6, 7, 8), "loss"), 1)
+    found = together(2, (given, strike), (given, strike, True), (given, ({}, 0), True))
     first, second, third = found[0]
-    assert found == [found[0]] * size
+    assert found[1] == found[0]
     folder = folder_of(given)
     assert re.search(f"the last 3 steps changed nothing, .* --max-.*{folder.nonfinite_path}", first)
     # it was saved after step 7, and goes on there: the count of those in a row, too
@@ -261,37 +265,3 @@ def test_a_resumed_run_is_one_that_never_stopped(options, tmp_path):
     assert_equal(folder_of(part), folder_of(whole))
     assert [line["step"] for line in skips(folder_of(part))] == [2, STEP + 1]
     assert skips(folder_of(part)) == skips(folder_of(whole))
-    checkpoint = read_checkpoint(folder_of(part).latest)
-    assert checkpoint["clipfast"]["progress"]["skipped_steps"] == 2
-
-
-def test_the_gradient_norm_is_logged(options, tmp_path):
-    given = options(tmp_path, "plain")
-    original = nn.utils.clip_grads_with_norm_
-    with mock.patch.object(nn.utils, "clip_grads_with_norm_", side_effect=original) as clipped:
-        run(ALONE, given, ({}, 0))
-    found = [call.args[2].item() for call in clipped.call_args_list]
-    assert [line["grad_norm"] for line in folder_of(given).metrics() if "lr" in line] == pytest.approx(found)
-    assert not folder_of(given).nonfinite_path.exists()
-
-
-def norms_of_shards(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    whole = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3))
-    whole.load_state_dict(model.state_dict())
-    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
-    x = torch.arange(20.0).reshape(4, 5)
-    model(x[2 * rank : 2 * rank + 2]).square().mean().backward()
-    whole(x).square().mean().backward()
-    plain = whole[0].bias.grad
-    found = gradient_norms([plain, *(parameter.grad for parameter in model.parameters())])
-    return found, gradient_norms([plain, *(parameter.grad for parameter in whole.parameters())])
-
-
-def test_the_norm_of_a_sharded_gradient_is_that_of_all_shards(tmp_path):
-    for found, expected in run_ranks(norms_of_shards, 2, folder=tmp_path):
-        assert torch.stack(found).tolist() == pytest.approx(torch.stack(expected).tolist())

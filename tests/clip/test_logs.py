@@ -1,10 +1,7 @@
 """What a run says of itself: log lines and scalars by OpenCLIP's names, and the meters behind them."""
 
 import dataclasses
-import json
-import os
 import re
-import shutil
 import statistics
 import sys
 import time
@@ -15,18 +12,17 @@ import pytest
 import torch
 
 from clipfast import create_model
+from clipfast.cli import main
 from clipfast.flops import training_flops
 from clipfast.kernels.hardware import CARDS
 from clipfast.ranks import run_ranks
-from clipfast.training import TrainConfig, reports
-from clipfast.training.loop import train
+from clipfast.training import reports
 from clipfast.training.meters import Meters, Remaining
-from clipfast.training.run import RunFolder
+from clipfast.training.run import RunFolder, read_lines
 from clipfast.training.trainer import Trainer
-from clipfast.training.world import joined
 
-from .distributed import empty
-from .test_training import config, stopped_after
+from .distributed import empty, on_rank
+from .test_endings import log_of
 
 # A line of OpenCLIP's trainer, as its format string stands in open_clip_train/train.py.
 NUMBER = r"[-+.\de]+"
@@ -49,111 +45,77 @@ def read_back(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {tag: [(point.step, point.value) for point in found.Scalars(tag)] for tag in found.Tags()["scalars"]}
 
 
-def close(points):
-    return [(step, pytest.approx(value, rel=1e-6)) for step, value in points]
-
-
-@pytest.fixture(scope="module")
-def whole(shards, tmp_path_factory):
-    """A run of eight steps with two evaluations."""
-    given = config(shards, tmp_path_factory.mktemp("whole"), val_data=shards, val_group_by="category")
-    return train(given)[0]
-
-
-def log_of(folder):
-    return (folder.path / "out.log").read_text()
-
-
-def with_key(folder, key):
-    """The metrics of a run that have a key."""
+def lines_with(folder, key):
     return [line for line in folder.metrics() if key in line]
 
 
 def evaluations_of(folder):
-    return [json.loads(line) for line in (folder.checkpoints / "results.jsonl").read_text().splitlines()]
+    return read_lines(folder.checkpoints / "results.jsonl")
 
 
-def test_lines_are_openclips_with_ours_at_the_end(whole):
-    lines = [line for line in log_of(whole).splitlines() if "Train Epoch" in line]
-    metrics = with_key(whole, "loss")
-    assert len(metrics) == 4
+def test_lines_are_openclips_with_ours_at_the_end(finished):
+    lines = [line for line in log_of(finished).splitlines() if "Train Epoch" in line]
+    metrics = lines_with(finished, "loss")
+    assert len(lines) == len(metrics) == 4
     for line, figures in zip(lines, metrics, strict=True):
         found = OPENCLIP.search(line)
         assert float(found["mean"]) == pytest.approx(figures["loss"], rel=1e-4)
         assert float(found["rate"]) == pytest.approx(figures["pairs_per_second"], rel=1e-4)
         assert float(found["lr"]) == pytest.approx(figures["lr"], abs=1e-6)
         assert re.match(r" Mem: \d+\.\d GB Data-wait: \d+\.\d% \(\w+\)", line[found.end() :])
-    assert re.search(r" ETA: 0:00:0\d$", lines[1])
+    assert re.search(r" ETA: 0:00:\d\d$", lines[1])
     assert [metrics[-1][key] for key in ("step", "total_steps", "epoch", "eta")] == [8, 8, 1, 0]
 
 
-def test_evaluations_have_openclips_names(whole):
-    results = evaluations_of(whole)
+def test_evaluations_have_openclips_names(finished):
+    results = evaluations_of(finished)
     assert [(line["epoch"], line["step"]) for line in results] == [(1, 4), (2, 8)]
-    for line, found in zip(with_key(whole, "eval"), results, strict=True):
+    for line, found in zip(lines_with(finished, "eval"), results, strict=True):
         assert found["zeroshot-val-top1"] == line["eval"]["zero_shot"]["top1"]
         assert found["image_to_text_R@5"] == line["eval"]["retrieval"]["image_to_text"]["R@5"]
         assert found["odd-top1"] == line["eval"]["by_group"]["odd"]["top1"]
-    (line,) = [line for line in log_of(whole).splitlines() if "Eval Epoch: 2" in line]
-    for name in ("zeroshot-val-top1", "clip_val_loss"):
-        assert f" {name}: {results[1][name]:.4f}\t" in line.replace("\t", "\t ")
-    assert "odd-top1" not in line  # groups can be many
+    text = log_of(finished)
+    assert f"Eval Epoch: 2 zeroshot-val-top1: {results[1]['zeroshot-val-top1']:.4f}\t" in text
+    assert f"\tclip_val_loss: {results[1]['clip_val_loss']:.4f}\t" in text
+    assert "odd-top1" not in text  # groups can be many
 
 
-def test_tensorboard_has_what_the_metrics_have(whole):
-    found = read_back(whole.path / "tensorboard")
+def assert_shown(folder):
+    """TensorBoard has what the metrics have, on OpenCLIP's axes, each point once."""
+    found = read_back(folder.path / "tensorboard")
     assert {f"train/{name}" for name in SCALARS} <= set(found)
-    metrics = with_key(whole, "loss")
-    assert found["train/loss"] == found["train/contrastive_loss"]
-    for name, key in (("loss", "loss"), ("samples_per_second", "pairs_per_second")):
-        assert found[f"train/{name}"] == close([(line["step"] - 1, line[key]) for line in metrics])
-    top1 = [(epoch, line["eval"]["zero_shot"]["top1"]) for epoch, line in enumerate(with_key(whole, "eval"), 1)]
-    assert found["val/zeroshot-val-top1"] == close(top1)
-    assert found["val/num_samples"] == [(1, 48), (2, 48)]
+    for name, key in (("loss", "loss"), ("contrastive_loss", "loss"), ("samples_per_second", "pairs_per_second")):
+        points = [(line["step"] - 1, pytest.approx(line[key])) for line in lines_with(folder, "loss")]
+        assert found[f"train/{name}"] == points
+    top1 = [(line["epoch"], line["eval"]["zero_shot"]["top1"]) for line in lines_with(folder, "eval")]
+    assert found["val/zeroshot-val-top1"] == [(epoch, pytest.approx(value)) for epoch, value in top1]
+    assert found["val/num_samples"] == [(epoch, 48) for epoch, _ in top1]
     assert found["val/odd-top1"]
+    assert [line["epoch"] for line in evaluations_of(folder)] == [epoch for epoch, _ in top1]
 
 
-def test_a_run_that_goes_on_has_no_point_twice(shards, small, run_small, tmp_path, whole):
-    given = {"val_data": shards, "val_group_by": "category", "save_every": 2}
-    folder, aside = RunFolder(tmp_path / "run"), tmp_path / "aside.pt"
-    with stopped_after(3):
-        train(small(**given))
-    shutil.copy(folder.latest, aside)
-    with stopped_after(7):
-        train(small(**given), folder.latest)
-    assert [line["step"] for line in folder.metrics()] == [2, 4, 4, 6]
-    shutil.copy(aside, folder.latest)  # before the first evaluation
-    run_small(folder.latest, **given)
-    found, expected = (read_back(run.path / "tensorboard") for run in (folder, whole))
-    assert found.keys() == expected.keys()
-    for name in ("train/loss", "train/lr", "val/zeroshot-val-top1", "val/num_samples"):
-        assert found[name] == expected[name]
-    assert [step for step, _ in found["train/batch_time"]] == [1, 3, 5, 7]
-    assert len(list((folder.path / "tensorboard").iterdir())) == 1
-    assert [line["epoch"] for line in evaluations_of(folder)] == [1, 2]
-
-
-def test_what_tensorboard_lost_by_a_kill_is_there_again(small, run_small, tmp_path):
-    with stopped_after(6):
-        train(small(save_every=1))
-    folder = RunFolder(tmp_path / "run")
-    shutil.rmtree(folder.path / "tensorboard")
-    run_small(folder.latest)
-    assert [step for step, _ in read_back(folder.path / "tensorboard")["train/loss"]] == [1, 3, 5, 7]
+def test_tensorboard_has_what_the_metrics_have(finished, copied):
+    """Also where a run goes on from before an evaluation, and after a kill that TensorBoard lost everything by."""
+    assert_shown(finished)
+    for path in (copied.path / "tensorboard").iterdir():
+        path.unlink()
+    assert main(["train", "--resume", str(copied.checkpoints / "step_6.pt")]) == 0
+    assert [line["step"] for line in copied.metrics()] == [2, 4, 4, 6, 8, 8]
+    assert_shown(copied)
+    assert len(list((copied.path / "tensorboard").iterdir())) == 1
 
 
 def test_a_run_without_tensorboard_or_space_for_it_says_so_once(run_small, monkeypatch):
     tensorboard = pytest.importorskip("torch.utils.tensorboard")
     full = OSError(28, "No space left on device")
     with mock.patch.object(tensorboard.SummaryWriter, "flush", side_effect=full):
-        folder = run_small(name="full")
+        folder = run_small(name="full", epochs=1)
     assert log_of(folder).count("TensorBoard's files cannot be written") == 1
-    assert len(folder.metrics()) == 4
+    assert len(folder.metrics()) == 2
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
-    folder = run_small()
+    folder = run_small(name="without", epochs=1)
     assert log_of(folder).count(reports.NO_TENSORBOARD) == 1
-    assert not (folder.path / "tensorboard").exists()
-    assert len(folder.metrics()) == 4
+    assert len(folder.metrics()) == 2
 
 
 def fake_wandb(key="key"):
@@ -171,12 +133,12 @@ def test_wandb_gets_the_scalars(shards, run_small, monkeypatch):
     fake = fake_wandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
     options = {"report_to": "wandb", "wandb_project_name": "mine", "wandb_notes": "a note", "val_data": shards}
-    folder = run_small(**options)
+    folder = run_small(**options, epochs=1)
     given, run = fake.init.call_args.kwargs, fake.init.return_value
     assert [given[key] for key in ("project", "notes", "name", "resume")] == ["mine", "a note", "run", "allow"]
     assert given["config"]["lr"] == 1e-3
     lines = [(call.kwargs["step"], call.args[0]) for call in run.log.call_args_list]
-    assert [step for step, _ in lines] == [1, 3, 3, 5, 7, 7]
+    assert [step for step, _ in lines] == [1, 3, 3]
     assert lines[0][1]["train/loss"] == folder.metrics()[0]["loss"]
     assert "val/image_to_text_R@1" in lines[2][1]
     run.finish.assert_called_once()
@@ -325,30 +287,25 @@ def test_a_cpu_has_no_peak_and_no_nvml():
     assert found.read(0.1)["memory"]["resident"] > 50e6
 
 
-def trained_slowly(rank, size, given, seconds):
-    """Train on several ranks, of which rank 1 has the last of its gradients so much later."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size)}
+def trained_slowly(rank, size, given):
+    """Train on several ranks, of which rank 1 has the last of its gradients half a second later."""
     original = Trainer.__init__
 
     def slowed(trainer, *args):
         original(trainer, *args)
         if rank == 1:
-            next(trainer.model.visual.parameters()).register_hook(lambda gradient: time.sleep(seconds))
+            next(trainer.model.visual.parameters()).register_hook(lambda gradient: time.sleep(0.5))
 
-    with mock.patch.object(Trainer, "__init__", slowed), joined("cpu", 30) as world:
-        train(TrainConfig(**given), world=world)
+    with mock.patch.object(Trainer, "__init__", slowed):
+        on_rank(rank, size, [(given,)])
 
 
 @pytest.mark.long
 def test_the_wait_for_gradients_of_a_slow_rank_is_communication(small, tmp_path):
-    waits = {}
-    for seconds in (0.0, 0.5):
-        slow = small(name=f"late by {seconds}", global_batch_size=8, log_every_n_steps=1, workers=0)
-        folder = RunFolder(tmp_path / slow.name)
-        run_ranks(trained_slowly, 2, 2, dataclasses.asdict(slow), seconds, folder=empty(tmp_path))
-        lines = with_key(folder, "communication")
-        assert len(lines) > 3  # PyTorch does not look at the first steps
-        assert all(0 <= line["communication"] <= 1 for line in lines)
-        waits[seconds] = statistics.median(line["communication"] * line["batch_time"] for line in lines)
-        assert re.search(r" Comm: \d+\.\d% Data-wait: ", log_of(folder))
-    assert waits[0.5] - waits[0.0] > 0.25  # a busy machine holds up both runs
+    given = dataclasses.asdict(small(global_batch_size=8, log_every_n_steps=1))
+    run_ranks(trained_slowly, 2, 2, given, folder=empty(tmp_path))
+    folder = RunFolder(tmp_path / "run")
+    lines = lines_with(folder, "communication")
+    assert len(lines) > 3  # PyTorch does not look at the first steps
+    assert statistics.median(line["communication"] * line["batch_time"] for line in lines) > 0.25
+    assert re.search(r" Comm: \d+\.\d% Data-wait: ", log_of(folder))

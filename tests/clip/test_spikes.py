@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from clipfast.kernels import contrastive_loss, sigmoid_loss
 from clipfast.training import TrainConfig
 from clipfast.training.guard import Figures
-from clipfast.training.spikes import FIRST, FLAT_FOR, PAUSE, SATURATED_FOR, Signs, Usual, guessing
+from clipfast.training.spikes import FIRST, FLAT_FOR, PAUSE, SATURATED_FOR, Signs, guessing
 from clipfast.training.step import TrainingStep
 from clipfast.training.trainer import Trainer
 
@@ -29,7 +29,7 @@ def seen(signs, figures):
     return [(step, sign.kind) for step, one in figures for sign in signs.see(step, one)]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("seed", range(3))
 def test_no_alarm_in_a_usual_course(seed):
     assert seen(Signs(50), course(3000, seed)) == []
 
@@ -46,13 +46,6 @@ def test_a_spike_is_reported_once_and_does_not_become_usual(field, kind, factor)
     # one report, however many spikes come, until the pause is over; the last one is as unusual as the first
     many = [600, 601, 602, 640, 600 + PAUSE[kind] - 1, 600 + PAUSE[kind]]
     assert seen(Signs(50), spiked(many)) == [(600, kind), (600 + PAUSE[kind], kind)]
-
-
-def test_a_new_level_becomes_usual():
-    usual, rng = Usual(), random.Random(0)
-    for step in range(2000):
-        usual.take((1.0 if step > 500 else 0.0) + rng.gauss(0, 0.05))
-    assert usual.mean == pytest.approx(1.0, abs=0.1)
 
 
 def test_a_logit_scale_at_its_limit_is_reported():
