@@ -1,10 +1,9 @@
-"""What this machine has for a process: processors, memory and their limits, and the management library of its GPUs.
+"""Processors, memory and disks that this process may use, and NVIDIA's management library of GPUs (NVML).
 
-``root`` is where the files of Linux lie that say so. A figure is None where nothing says it, as on other systems.
+The functions read the files of Linux below ``root``. They return None if a file is missing, as on other systems.
 """
 
 import contextlib
-import dataclasses
 import os
 import platform
 import re
@@ -24,21 +23,6 @@ UNLIMITED = 1 << 60  # bytes: version 1 of cgroups writes "no limit" as about ei
 THROTTLES = {0x08: "hardware slowdown", 0x20: "heat", 0x40: "heat (hardware)", 0x80: "power brake"}
 
 
-@dataclasses.dataclass(frozen=True)
-class Memory:
-    """Bytes of memory.
-
-    Attributes:
-        total: of the machine.
-        available: to new processes, the caches of files included that would make room.
-        limit: of the cgroups of this process; None if they set none.
-    """
-
-    total: int
-    available: int
-    limit: int | None = None
-
-
 def proc_bytes(file: str, name: str, root: Path = ROOT) -> int:
     """Return the figure called ``name`` in a file of /proc, in bytes.
 
@@ -51,20 +35,21 @@ def proc_bytes(file: str, name: str, root: Path = ROOT) -> int:
     return 1024 * int(found[1])
 
 
-def process_memory(root: Path = ROOT) -> Memory | None:
-    """Return the memory of the machine, of which cgroups may leave less to this process."""
+def available_memory(root: Path = ROOT) -> int | None:
+    """Return the bytes of memory that the machine and the cgroups leave to this process.
+
+    Cached files count as available, because the system drops them when memory is short.
+    """
     try:
-        total, available = (proc_bytes("meminfo", name, root) for name in ("MemTotal", "MemAvailable"))
+        available = proc_bytes("meminfo", "MemAvailable", root)
     except (OSError, RuntimeError):
         return None
-    limits = []
     for folder, is_v2 in _cgroups("memory", root):
         limit = _number(folder / ("memory.max" if is_v2 else "memory.limit_in_bytes"))
         used = _number(folder / ("memory.current" if is_v2 else "memory.usage_in_bytes"))
         if limit is not None and limit < UNLIMITED:
-            limits.append(limit)
             available = min(available, max(limit - (used or 0) + _cached(folder, is_v2), 0))
-    return Memory(total, available, min(limits, default=None))
+    return available
 
 
 def _cached(folder: Path, is_v2: bool) -> int:
@@ -79,20 +64,6 @@ def _cached(folder: Path, is_v2: bool) -> int:
 def cores() -> int:
     """Return the number of processors that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def core_quota(root: Path = ROOT) -> float | None:
-    """Return how many processors' time the cgroups of this process allow; None if they set no limit."""
-    quotas = []
-    for folder, is_v2 in _cgroups("cpu", root):
-        with contextlib.suppress(OSError, ValueError):  # no number: "max"
-            if is_v2:
-                quota, period = (folder / "cpu.max").read_text().split()
-            else:
-                quota, period = ((folder / f"cpu.cfs_{name}_us").read_text() for name in ("quota", "period"))
-            if int(quota) > 0:
-                quotas.append(int(quota) / int(period))
-    return min(quotas, default=None)
 
 
 def _cgroups(controller: str, root: Path) -> Iterator[tuple[Path, bool]]:

@@ -1,15 +1,13 @@
 """Look at this machine: what it has for clipfast, what is wrong with it, and what to do about that.
 
 Each line is ok, a note (worth knowing), or a problem (clipfast does not work, or not as it should), with its fix below
-it. Folders are tried with a temporary file of 64 MiB that has no name. Nothing else is written, except that with --data
-the index of one shard is kept.
+it. Nothing is written, except that with --data the index of a few shards is kept.
 """
 
 import argparse
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +16,7 @@ from ..columns import align
 from ..files import replace_text
 from ..training.arguments import add_arguments
 from ..training.options import SOURCE_OPTIONS
-from .findings import NOTE, PROBLEM, Finding, looked
+from .machine import NOTE, PROBLEM, Finding, looked, looks
 
 EPILOG = """\
 examples:
@@ -52,39 +50,21 @@ def run(args: argparse.Namespace) -> int:
     if (args.all and args.data is None) or (args.list is not None and not args.all):
         raise ValueError("--all needs --data, and --list needs --all")
     found: dict[str, list[Finding]] = {}
-    for group, look in looks(args.folder, args.data, vars(args)).items():
+    groups = looks(args.folder)
+    if args.data is not None:
+        from .dataset import dataset
+
+        groups["data"] = functools.partial(dataset, args.data, vars(args))
+    for group, look in groups.items():
         found[group] = looked(look, traceback=args.traceback)
         print(f"{group}\n{_table(found[group])}\n", flush=True)
     statuses = [finding.status for findings in found.values() for finding in findings]
     problems, notes = (statuses.count(status) for status in (PROBLEM, NOTE))
     print(f"{problems} problem(s), {notes} note(s)")
     if args.json is not None:
-        groups = {group: [dataclasses.asdict(finding) for finding in findings] for group, findings in found.items()}
-        replace_text(args.json, json.dumps({"problems": problems, "notes": notes, "groups": groups}, indent=1) + "\n")
+        written = {group: [dataclasses.asdict(finding) for finding in findings] for group, findings in found.items()}
+        replace_text(args.json, json.dumps({"problems": problems, "notes": notes, "groups": written}, indent=1) + "\n")
     return int(problems > 0)
-
-
-def looks(folder: Path, data: str | None, options: Mapping[str, Any]) -> dict[str, Callable[[], Iterable[Finding]]]:
-    """Return the looks to take, by the title of each; ``options`` say how ``data`` are read, if there are some."""
-    from .dataset import dataset
-    from .folders import folders
-    from .gpus import gpus
-    from .machine import limits, memory, processors
-    from .software import packages, variables, versions
-
-    found: dict[str, Callable[[], Iterable[Finding]]] = {
-        "software": versions,
-        "GPUs": gpus,
-        "processors": processors,
-        "memory": memory,
-        "limits": limits,
-        "folders": functools.partial(folders, folder),
-        "optional packages": packages,
-        "environment": variables,
-    }
-    if data is not None:
-        found["data"] = functools.partial(dataset, data, options)
-    return found
 
 
 def _table(findings: list[Finding]) -> str:

@@ -2,7 +2,6 @@
 
 import collections
 import os
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -10,20 +9,19 @@ from ..files import replace_text
 from ..host import cores
 from ..progress import each, progress
 from ..training.config import TrainConfig
-from ..training.options import keys_of, separator_of, source_command
+from ..training.options import SOURCE_OPTIONS, keys_of, separator_of, source_command
 from ..units import BYTES, scaled
-from .findings import NOTE, PROBLEM, Finding, judged
-from .folders import CHUNK, SLOW, read_speed
+from .machine import NOTE, PROBLEM, Finding, judged
 
 if TYPE_CHECKING:
     from ..data import IndexCache, PairBatches, Source
 
-PAIRS = 4  # that are read of the first shard
+PAIRS = 64  # of a batch, when every pair is read
 SIDE = 224  # pixels of the images that are made of them
 
 
 def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
-    """Look at the shards that ``pattern`` names: all of them by their files, and at a few pairs of the first.
+    """Look at the shards that ``pattern`` names, and read a few pairs from a few of them.
 
     ``options`` say which keys and which separator the pairs have, as the flags of ``SOURCE_OPTIONS``. With ``all``,
     every pair of all shards is read, and the file ``list`` gets those that cannot be used.
@@ -46,7 +44,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
         "elsewhere": len(names) - len(files) - len(folders) - drawn,
     }
     yield Finding("shards", ", ".join(f"{count:,} {kind}" for kind, count in kinds.items() if count))
-    pairs = list(_few_pairs(names[0], options, index))
+    pairs = _few_pairs(names, options)  # which keeps the index of their shards
     here = [*files, *folders]
     indexed = [shard for shard in index.known(here) if shard is not None]
     if here:
@@ -58,30 +56,31 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
     if damaged:
         fix = "correct it, or make it anew: a run reads what is left of it"
         yield Finding("damaged", f"{len(damaged):,} of them; the first is {damaged[0]}", NOTE, fix)
-    yield from pairs
+    yield pairs
     if options.get("all"):
         yield _every_pair(names, options, index)
-    if files:
-        yield _reading(files[-1])
 
 
-def _few_pairs(name: str, options: Mapping[str, Any], index: "IndexCache") -> Iterator[Finding]:
-    """Read a few pairs of a shard as a run with these options would, and with the defaults of all others."""
-    from ..data import open_sources, try_pairs
-    from ..images import SampleError
+def _few_pairs(names: Sequence[str], options: Mapping[str, Any]) -> Finding:
+    """Try a few pairs of a few shards as a run with these options would, and with the defaults of all others."""
+    import torch
 
+    from ..models import CLIP, get_model_config
+    from ..tokenizer import Tokenizer
+    from ..training.preflight import try_shards
+
+    given = {name: options[name] for name in SOURCE_OPTIONS if name in options}
+    given |= {"json_text_key": tuple(options.get("json_text_key", ()))}
+    config = TrainConfig(train_data="those that are tried", **given)
+    with torch.device("meta"):
+        model = CLIP(get_model_config(config.model))
     try:
-        batches = _batches(open_sources([name], index=index), options)
-        try_pairs(batches, PAIRS)  # the first time, modules are imported
-        started = time.perf_counter()
-        batch = try_pairs(batches, PAIRS)
-    except (SampleError, ValueError) as error:
-        yield Finding("pairs", str(error), PROBLEM, "correct --data, or make the shards anew")
-        return
-    each = (time.perf_counter() - started) / (len(batch) + len(batch.skipped))
-    value = f"{len(batch)} of {len(batch) + len(batch.skipped)} that were tried are usable, {1000 * each:.1f} ms each"
+        batch = try_shards(config, list(names), model, Tokenizer())
+    except ValueError as error:
+        return Finding("pairs", str(error), PROBLEM, "correct --data, or make the shards anew")
+    value = f"{len(batch)} of {len(batch) + len(batch.skipped)} that were tried are usable"
     skipped = f"first: {batch.skipped[0]}" if batch.skipped else ""
-    yield judged("pairs", value, NOTE, skipped, applies=bool(batch.skipped))
+    return judged("pairs", value, NOTE, skipped, applies=bool(batch.skipped))
 
 
 def _batches(sources: "Sequence[Source]", options: Mapping[str, Any]) -> "PairBatches":
@@ -126,17 +125,3 @@ def _every_pair(names: Sequence[str], options: Mapping[str, Any], index: "IndexC
     fix = f"first: {bad[0]}; --list FILE has all of them; beyond {limit:.0%}, a run ends (--max-bad-fraction)"
     status = PROBLEM if kinds.total() > limit * total else NOTE
     return Finding("every pair", f"{kinds.total():,} of {total:,} cannot be used: {said}", status, fix)
-
-
-def _reading(name: str) -> Finding:
-    """Say how fast the first part of a file is read; opening a small one takes longer than reading it."""
-    descriptor = os.open(name, os.O_RDONLY)
-    try:
-        is_large = os.fstat(descriptor).st_size >= CHUNK
-        speed = read_speed(descriptor)
-    finally:
-        os.close(descriptor)
-    value = f"{os.path.basename(name)} at {scaled(speed, BYTES)}/s"
-    return judged(
-        "read", value, NOTE, "it is slow: copy the shards to a faster disk", applies=is_large and speed < SLOW
-    )

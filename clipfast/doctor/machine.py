@@ -1,98 +1,203 @@
-"""Processors, memory, and the limits that the system sets to a process."""
+"""What this machine has: packages, GPUs, processors, memory, folders; and whether a run with default options can start.
 
+What a look needs is imported when it is taken, so that a missing package is a finding, not an error.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
 import os
+import platform
+import re
 import resource
-from collections.abc import Iterator
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING
 
-from ..host import ROOT, SHARED_MEMORY, core_quota, cores, free_bytes, process_memory, processor
+from .. import __version__
+from ..host import ROOT, available_memory, cores, free_bytes, nearest, proc_bytes, processor
 from ..units import BYTES, scaled
-from .findings import NOTE, PROBLEM, Finding, judged
 
-LEAST_MEMORY = 2 << 30  # bytes: PyTorch, a small model and its batches
+if TYPE_CHECKING:
+    import torch
+
+OK, NOTE, PROBLEM = "ok", "note", "problem"
+INTERPRET = "TRITON_INTERPRET"
+VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE")
+PREFIXES = ("CLIPFAST_", "NCCL_", "TRITON_", "TORCH_")
+OURS = ("CLIPFAST_CACHE", "CLIPFAST_CACHE_BYTES", "CLIPFAST_DISABLE", "CLIPFAST_COMMIT")
+EXTRAS = ("data", "eval", "train", "bench", "hub", "siglip")  # the others concern work on clipfast itself
+DRIVER = Path("proc/driver/nvidia/version")  # of NVIDIA; below the root
+OLDEST = (8, 0)  # compute capability that the kernels are checked for
+LEAST_FREE = 1 << 30
+LIMITS = {  # the flag of ``ulimit``, and the least that clipfast needs
+    "open files": (resource.RLIMIT_NOFILE, "-n", 1024),
+    "processes": (resource.RLIMIT_NPROC, "-u", 256),
+}
 
 
-class Limit(NamedTuple):
-    """A limit of the system: its number, the least that clipfast needs, what ``ulimit`` calls it, and what for."""
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        name: of what was looked at.
+        value: what was found.
+        status: "ok", "note" (worth knowing) or "problem" (clipfast does not work, or not as it should).
+        fix: what to do about it.
+    """
 
     name: str
-    number: int
-    least: int
-    flag: str
-    purpose: str
+    value: str
+    status: str = OK
+    fix: str = ""
 
 
-LIMITS = (
-    Limit("open files", resource.RLIMIT_NOFILE, 1024, "-n", "each process holds many shards open"),
-    Limit("processes", resource.RLIMIT_NPROC, 256, "-u", "data workers and threads count"),
-    Limit("size of a file", resource.RLIMIT_FSIZE, 16 << 30, "-f", "a checkpoint of a large model has gigabytes"),
-    Limit("locked memory", resource.RLIMIT_MEMLOCK, 0, "-l", "NCCL over InfiniBand needs it unlimited"),
-)
+def judged(name: str, value: str, status: str, fix: str, *, applies: bool) -> Finding:
+    """Return a finding that has a status and a fix if it ``applies``, and is fine otherwise."""
+    return Finding(name, value, status, fix) if applies else Finding(name, value)
 
 
-def processors(root: Path = ROOT) -> Iterator[Finding]:
-    """Look at the processors that this process may use, and who else does."""
-    usable, quota, there = cores(), core_quota(root), os.cpu_count() or 1
-    yield Finding("name", processor(root))
-    yield Finding("cores", f"{usable} of {there}" if usable < there else str(usable))
-    if quota is not None:
-        fix = f"a cgroup allows no more: use at most {max(int(quota), 1)} --workers"
-        yield judged("quota", f"time of {quota:g} cores", NOTE, fix, applies=quota < usable)
-    load = os.getloadavg()[0]
-    fix = "other programs run too: timings will not be honest, and training is slower"
-    yield judged("load", f"{load:.1f} in the last minute", NOTE, fix, applies=load > min(usable, quota or usable))
+def looks(logs: Path) -> dict[str, Callable[[], Iterable[Finding]]]:
+    """Return the looks to take, by the title of each; ``logs`` is the folder of runs."""
+    return {
+        "software": packages, "GPUs": gpus, "processors and memory": host,
+        "folders": functools.partial(folders, logs), "environment": variables,
+        "a run with default options": functools.partial(default_run, logs),
+    }  # fmt: skip
 
 
-def memory(root: Path = ROOT) -> Iterator[Finding]:
-    """Look at memory, and at the part of it that processes share."""
-    found = process_memory(root)
-    if found is None:
-        yield Finding("memory", "unknown", NOTE, "there is no /proc/meminfo to read")
-    else:
-        value = f"{scaled(found.available, BYTES)} of {scaled(found.total, BYTES)} available"
-        fix = "end other programs, or raise the limit of the container"
-        yield judged("memory", value, PROBLEM, fix, applies=found.available < LEAST_MEMORY)
-        if found.limit is not None and found.limit < found.total:
-            value = f"a cgroup allows {scaled(found.limit, BYTES)}"
-            yield Finding("limit", value, NOTE, "beyond it the system kills processes: mind --workers and --batch-size")
-    yield _shared_memory()
-
-
-def _shared_memory() -> Finding:
-    from ..data import PREFETCH
-    from ..models import get_model_config
-    from ..training import TrainConfig
-    from ..training.preflight import pair_bytes
-
-    name = "shared memory"
-    if not SHARED_MEMORY.is_dir():
-        return Finding(
-            name, f"there is no {SHARED_MEMORY}", PROBLEM, f"mount -t tmpfs tmpfs {SHARED_MEMORY}, or use --workers 0"
-        )
-    config = get_model_config(TrainConfig.model)
-    batch = TrainConfig.batch_size * pair_bytes(config.vision.image_size, config.text.context_length)
-    needed = PREFETCH * TrainConfig.workers * batch
-    free = free_bytes(SHARED_MEMORY)
-    value = f"{scaled(free, BYTES)} free in {SHARED_MEMORY}; a run with default options takes {scaled(needed, BYTES)}"
-    fix = "make it larger (docker run --shm-size=8g), or use --workers 0"
-    return judged(name, value, PROBLEM, fix, applies=free < needed)
-
-
-def limits() -> Iterator[Finding]:
-    """Look at the limits of this process."""
-    for name, number, least, flag, purpose in LIMITS:
-        soft, hard = resource.getrlimit(number)
-        shown = " of ".join(_amount(name, value) for value in ((soft,) if soft == hard else (soft, hard)))
-        if name == "locked memory":
-            yield judged(name, shown, NOTE, purpose, applies=soft != resource.RLIM_INFINITY)
+def packages() -> Iterator[Finding]:
+    """Look at clipfast, Python, and the packages that the installed clipfast says that it needs."""
+    yield Finding("clipfast", __version__)
+    yield Finding("Python", f"{platform.python_version()} on {platform.platform()}")
+    pattern = r"""([\w.-]+)(?:.*extra\s*==\s*['"](\w+))?"""
+    for line in importlib.metadata.requires("clipfast") or ():
+        found = re.match(pattern, line)
+        if found is None or found[2] not in (None, *EXTRAS):
             continue
-        is_low = soft != resource.RLIM_INFINITY and soft < least
-        unit = 1024 if name == "size of a file" else 1  # in which the shell counts
-        yield judged(name, shown, PROBLEM, f"ulimit {flag} {least // unit}: {purpose}", applies=is_low)
+        package, extra = found.groups()
+        try:
+            yield Finding(package, importlib.metadata.version(package))
+        except importlib.metadata.PackageNotFoundError:
+            wanted = f"clipfast[{extra}]" if extra else line.partition(";")[0]
+            yield Finding(package, "not installed", NOTE if extra else PROBLEM, f"pip install '{wanted}'")
+    import torch
+
+    yield Finding("CUDA", torch.version.cuda or torch.version.hip or "none: PyTorch is built for CPUs")
 
 
-def _amount(name: str, value: int) -> str:
-    if value == resource.RLIM_INFINITY:
-        return "unlimited"
-    return f"{value:,}" if name in ("open files", "processes") else scaled(value, BYTES)
+def gpus(root: Path = ROOT) -> Iterator[Finding]:
+    """Look at every GPU, and run a kernel on it."""
+    import torch
+
+    for number in range(torch.cuda.device_count()):
+        device = torch.device("cuda", number)
+        capability = torch.cuda.get_device_capability(device)
+        free, total = torch.cuda.mem_get_info(device)
+        value = f"{torch.cuda.get_device_name(device)}, compute capability {capability[0]}.{capability[1]}, "
+        value += f"{scaled(free, BYTES)} of {scaled(total, BYTES)} free"
+        fix = "clipfast's kernels are checked for {}.{} and newer".format(*OLDEST)
+        yield judged(str(device), value, NOTE, fix, applies=capability < OLDEST)
+        yield try_kernel(device)
+    if torch.cuda.device_count():
+        return
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") or not (root / DRIVER).exists():
+        value = "none: there is no driver of NVIDIA, or CUDA_VISIBLE_DEVICES hides them"
+        yield Finding("GPU", value, NOTE, "training runs on the CPU, which is slow but for small models")
+        return
+    fix = "install a PyTorch for CUDA: this one is built for CPUs (https://pytorch.org/get-started)"
+    if torch.version.cuda:
+        fix = f"nvidia-smi says whether the driver is new enough for CUDA {torch.version.cuda}"
+    yield Finding("GPU", "NVIDIA's driver is there, and PyTorch sees no GPU", PROBLEM, fix)
+
+
+def try_kernel(device: "torch.device") -> Finding:
+    """Compile and run a small kernel of clipfast's on a GPU, and compare with PyTorch."""
+    import torch
+
+    from ..kernels import bias_gelu
+
+    started = time.perf_counter()
+    try:
+        x, bias = torch.linspace(-4, 4, 4096, device=device).view(32, 128), torch.linspace(-1, 1, 128, device=device)
+        ours, theirs = (bias_gelu(x, bias, backend=backend) for backend in ("triton", "torch"))
+        error = (ours - theirs).abs().max().item()
+    except Exception as failure:
+        why = next(iter(str(failure).splitlines()), type(failure).__name__)
+        fix = "Triton needs a C compiler and the headers of Python (apt install gcc python3-dev)"
+        return Finding("  Triton", f"cannot run a kernel: {why}", PROBLEM, fix)
+    value = f"compiled and ran a kernel in {time.perf_counter() - started:.1f} s, off by {error:.0e}"
+    fix = "the kernel is wrong here: run clipfast verify --op bias_gelu, and report it"
+    return judged("  Triton", value, PROBLEM, fix, applies=not error < 1e-5)
+
+
+def host() -> Iterator[Finding]:
+    """Look at processors, memory, and the limits of this process."""
+    yield Finding("cores", f"{cores()} of {os.cpu_count()}, {processor()}")
+    available = available_memory()
+    if available is not None:
+        value = f"{scaled(available, BYTES)} available of {scaled(proc_bytes('meminfo', 'MemTotal'), BYTES)}"
+        yield Finding("memory", value)
+    for name, (number, flag, least) in LIMITS.items():
+        soft, _ = resource.getrlimit(number)
+        is_unlimited = soft == resource.RLIM_INFINITY
+        value = "unlimited" if is_unlimited else f"{soft:,}"
+        yield judged(name, value, PROBLEM, f"ulimit {flag} {least}", applies=not is_unlimited and soft < least)
+
+
+def folders(logs: Path) -> Iterator[Finding]:
+    """Look whether the cache folder and the folder of runs can be written; one that does not exist is not made."""
+    from ..data.index import cache_folder
+
+    for name, folder, other in (("cache", cache_folder(), "CLIPFAST_CACHE"), ("runs", logs, "--logs")):
+        there, fix = nearest(folder), f"make room there, make it writable, or give another folder to {other}"
+        try:
+            tempfile.TemporaryFile(dir=there).close()
+        except OSError as error:
+            yield Finding(name, f"{folder} cannot be written: {error.strerror}", PROBLEM, fix)
+            continue
+        free = free_bytes(there)
+        yield judged(name, f"{folder} has {scaled(free, BYTES)} free", PROBLEM, fix, applies=free < LEAST_FREE)
+
+
+def variables(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Look at the environment variables that change what clipfast or its libraries do."""
+    for name, value in sorted(environment.items()):
+        if name == INTERPRET and value not in ("", "0"):
+            fix = f"unset {name}: it interprets kernels on the CPU, for tests"
+            yield Finding(name, repr(value), PROBLEM, fix)
+        elif name in VARIABLES or name.startswith(PREFIXES):
+            unknown = name.startswith("CLIPFAST_") and name not in OURS
+            fix = f"clipfast reads no such variable; it reads {', '.join(OURS)}"
+            yield judged(name, repr(value), NOTE, fix, applies=unknown)
+
+
+def default_run(logs: Path) -> Iterator[Finding]:
+    """Look for what would stop a run with default options on drawn pairs, as the run itself does."""
+    from ..training.config import TrainConfig
+    from ..training.preflight import preflight
+    from ..training.run import RunFolder
+
+    config = TrainConfig(train_data="synthetic:65536", logs=str(logs))
+    try:
+        yield Finding("before it starts", str(preflight(config, RunFolder(logs / "doctor"), {})))
+    except ValueError as error:
+        yield Finding("before it starts", str(error), PROBLEM, "as it says; a run refuses to start otherwise")
+
+
+def looked(look: Callable[[], Iterable[Finding]], *, traceback: bool = False) -> list[Finding]:
+    """Return all that a look finds; an error ends it, and is a finding too, unless ``traceback`` is True."""
+    found: list[Finding] = []
+    try:
+        found.extend(look())
+    except ImportError as error:
+        fix = "pip install 'clipfast[data,eval]' installs all that training needs"
+        found.append(Finding("missing", f"the rest needs {error.name}, which is not there", PROBLEM, fix))
+    except Exception as error:  # one part of a machine must not hide the others
+        if traceback:
+            raise
+        found.append(Finding("failed", f"{type(error).__name__}: {error}", PROBLEM, "see clipfast doctor --traceback"))
+    return found

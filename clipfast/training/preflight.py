@@ -17,7 +17,7 @@ from ..data import ANY_ORDER, PREFETCH, Batch, expand_shards, spread, try_pairs
 from ..data.index import ShardError
 from ..data.staging import is_direct
 from ..file_tokenizer import FileTokenizer
-from ..host import SHARED_MEMORY, free_bytes, process_memory
+from ..host import SHARED_MEMORY, available_memory, free_bytes
 from ..images import SampleError
 from ..models import CLIP
 from ..tokenizer import Tokenizer
@@ -96,7 +96,7 @@ def preflight(config: TrainConfig, folder: RunFolder, saved: dict[str, Any], wor
         _check_gpu(config, model, device, world)
     _check_validation(config)
     ImageNet(config)
-    batches = [_try_pairs(config, names, model, tokenizer) for names in groups]
+    batches = [try_shards(config, names, model, tokenizer) for names in groups]
     unusable = [str(sample) for batch in batches for sample in batch.skipped]
     return Preflight(sum(map(len, batches)) + len(unusable), unusable, checkpoint, free, loader)
 
@@ -150,11 +150,11 @@ def _check_loader(config: TrainConfig, model: CLIP, batch_size: int, ranks: int)
                 f"{PREFETCH} batches each of {scaled(batch, BYTES)} there: {fix}, or make it larger (docker run "
                 f"--shm-size={-(-shared // 2**30)}g)"
             )
-    memory = process_memory()
+    available = available_memory()
     held = workers * PREFETCH + ranks
-    if memory is not None and memory.available < held * batch:
+    if available is not None and available < held * batch:
         raise ValueError(
-            f"{scaled(memory.available, BYTES)} of memory are available, and {held} batch(es) of "
+            f"{scaled(available, BYTES)} of memory are available, and {held} batch(es) of "
             f"{scaled(batch, BYTES)} are held at a time: {fix}"
         )
     return shared or ranks * batch
@@ -189,7 +189,7 @@ def _check_validation(config: TrainConfig) -> None:
         raise ValueError(f"--val-data cannot be used: {error}") from error
 
 
-def _try_pairs(config: TrainConfig, names: list[str], model: CLIP, tokenizer: Tokenizer | FileTokenizer) -> Batch:
+def try_shards(config: TrainConfig, names: list[str], model: CLIP, tokenizer: Tokenizer | FileTokenizer) -> Batch:
     """Return a few pairs of a few shards as a batch.
 
     Of shards that must be copied as a whole, there is only one.

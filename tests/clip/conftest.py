@@ -7,6 +7,7 @@ import json
 import shutil
 import tarfile
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -127,7 +128,7 @@ def small(shards, tmp_path):
 @pytest.fixture
 def run_small(small):
     """A function that trains for eight steps on the small shards, or goes on, and returns the folder of the run."""
-    return lambda resume=None, **options: train(small(**options), resume)[0]
+    return lambda resume=None, name="run", **options: train(replace(small(**options), name=name), resume)[0]
 
 
 @pytest.fixture(scope="session")

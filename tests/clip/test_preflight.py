@@ -2,11 +2,12 @@
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-from clipfast.data import index, spread
+from clipfast.data import index
 from clipfast.evaluation import labelled
 from clipfast.training.preflight import preflight
 from clipfast.training.run import RunFolder
@@ -26,32 +27,31 @@ def without(*keys: str) -> list[dict[str, bytes]]:
     return [{key: value for key, value in pair.items() if key not in keys} for pair in PAIRS]
 
 
+@pytest.fixture(autouse=True)
+def shard(tmp_path):
+    """Eight pairs that can be used."""
+    return write_shard(tmp_path / "x.tar", PAIRS)
+
+
 @pytest.mark.parametrize(
-    ("pairs", "parts"),
+    ("pairs", "said"),
     [
-        (without("png"), ("(4 x no image); first: x.tar/000: sample has no image", "only json with ", "--image-key")),
-        (
-            [{"picture": pair["png"], "txt": pair["txt"]} for pair in PAIRS],
-            ("(4 x no image); first: x.tar/000: sample has no image (jpg, ", "only picture, txt", "--image-key"),
-        ),
-        (without("txt", "json"), ("(4 x no caption); first: x.tar/000: sample has no caption (txt", "7.jpg, 7.txt")),
-        (without("txt"), ("sample has no caption (txt", "--text-key")),
-        (changed(txt=b" "), ("(4 x no caption); first: x.tar/000: caption is empty",)),
-        (
-            changed(png=b"GIF89"),
-            ("(4 x not an image); first: x.tar/000: ", "; convert such images, or leave"),
-        ),
-        (changed(png=PAIRS[0]["png"][:60]), ("(4 x broken image); first: x.tar/000: image cannot be decoded",)),
-        (PAIRS[:7], ("hold 7 pairs, less than one batch of 8: lower --batch-size, or name more shards",)),
-        ([], ("the shards hold no samples: ",)),
+        (without("png"), "4 x no image.*x.tar/000: sample has no image.*only json with .*--image-key"),
+        ([{"picture": pair["png"], "txt": pair["txt"]} for pair in PAIRS], "only picture, txt.*--image-key"),
+        (without("txt", "json"), r"4 x no caption.*x.tar/000: sample has no caption \(txt.*7.jpg, 7.txt"),
+        (without("txt"), r"sample has no caption \(txt.*--text-key"),
+        (changed(txt=b" "), "4 x no caption.*x.tar/000: caption is empty"),
+        (changed(png=b"GIF89"), "4 x not an image.*x.tar/000: .*convert such images, or leave"),
+        (changed(png=PAIRS[0]["png"][:60]), "4 x broken image.*x.tar/000: image cannot be decoded"),
+        (PAIRS[:7], "7 pairs, less than one batch of 8: lower --batch-size"),
+        ([], "the shards hold no samples"),
     ],
     ids=["no image", "wrong key", "no caption", "json alone", "empty", "not an image", "broken", "too few", "none"],
 )
-def test_pairs_that_cannot_be_used(pairs, parts, tmp_path, refusal):
-    write_shard(tmp_path / "x.tar", pairs)
-    line = refusal()
-    assert [part for part in parts if part not in line] == []
-    write_shard(tmp_path / "x.tar", PAIRS)
+def test_pairs_that_cannot_be_used(pairs, said, shard, refusal):
+    write_shard(shard, pairs)
+    assert re.search(said, refusal())
+    write_shard(shard, PAIRS)
     assert refusal() == ""
 
 
@@ -65,9 +65,8 @@ def test_a_shard_that_is_not_there(tmp_path, refusal):
     assert refusal(train_data=pattern) == ""
 
 
-def test_a_shard_without_permission(tmp_path, refusal, monkeypatch):
+def test_a_shard_without_permission(shard, refusal, monkeypatch):
     """Tests may run as root, whom the system refuses nothing: its answers are replaced."""
-    shard = write_shard(tmp_path / "x.tar", PAIRS)
     with monkeypatch.context() as patch:
         patch.setattr(os, "access", lambda path, mode: Path(path) != shard)
         assert f"no permission to read {shard} (1 of 1 shards): chmod a+r, or leave it out" in refusal()
@@ -84,40 +83,25 @@ def test_a_shard_without_permission(tmp_path, refusal, monkeypatch):
     assert refusal() == ""
 
 
-@pytest.mark.parametrize("content", [b"a photo", b"", b"\x1f\x8b not gzip", b"x" * 5000])
-def test_a_file_that_is_no_shard(content, tmp_path, refusal):
-    (tmp_path / "x.tar").write_bytes(content)
-    line = refusal()
-    assert f"shard {tmp_path}/x.tar cannot be read: " in line
-    assert line.endswith("; make it anew, or leave it out")
-    write_shard(tmp_path / "x.tar", PAIRS)
-    assert refusal() == ""
+@pytest.mark.parametrize("content", [b"a photo", b"\x1f\x8b not gzip"])
+def test_a_file_that_is_no_shard(content, shard, refusal):
+    shard.write_bytes(content)
+    assert re.search(f"shard {shard} cannot be read: .*; make it anew, or leave it out$", refusal())
 
 
-def test_a_folder_that_is_named_like_a_shard(tmp_path, refusal):
-    (tmp_path / "x.tar").mkdir()
-    assert f"{tmp_path}/x.tar" in refusal()
-
-
-def test_a_key_that_no_pair_has(tmp_path, refusal):
-    write_shard(tmp_path / "x.tar", PAIRS)
-    line = refusal(unique_by="breed")
-    assert "(4 x no such field); first: x.tar/000: sample has no 'breed' in its json; it has category, keywords" in line
-    assert line.endswith("; name a key that the pairs have")
+def test_a_key_that_no_pair_has(refusal):
+    assert re.search("4 x no such field.*x.tar/000: .* no 'breed' .* category, keywords", refusal(unique_by="breed"))
     assert refusal(unique_by="label") == ""
 
 
 def test_one_part_of_a_mix_cannot_be_used(tmp_path, refusal):
-    write_shard(tmp_path / "x.tar", PAIRS)
     write_shard(tmp_path / "y.tar", without("png"))
     both = {"train_data": f"{tmp_path}/x.tar::{tmp_path}/y.tar"}
     assert refusal(**both) == ""  # half of the pairs can
-    factors = [*["--train-data-upsampling-factors", "1", "3"]]
-    assert "(4 x no image); first: y.tar/000" in refusal(*factors, **both)
+    assert "(4 x no image); first: y.tar/000" in refusal("--train-data-upsampling-factors", "1", "3", **both)
 
 
 def test_a_tokenizer_that_does_not_fit(tmp_path, refusal):
-    write_shard(tmp_path / "x.tar", PAIRS)
     raw = json.loads(Path(TINY).read_text())
     raw["text_cfg"]["vocab_size"] = 1000
     (tmp_path / "narrow.json").write_text(json.dumps(raw))
@@ -144,7 +128,6 @@ def widened(text: str) -> str:
 
 
 def test_the_model_and_its_loss(tmp_path, refusal):
-    write_shard(tmp_path / "x.tar", PAIRS)
     assert "unknown model 'ViT-Z'" in refusal(model="ViT-Z")
     assert "no checkpoint at none.pt: there is no such file" in refusal(model="ViT-T-8-32", pretrained="none.pt")
     assert "is a CLIP model, which has no logit_bias: take a model with SigLIP in its name" in refusal("--siglip")
@@ -152,7 +135,6 @@ def test_the_model_and_its_loss(tmp_path, refusal):
 
 
 def test_the_optimizer(tmp_path, refusal):
-    write_shard(tmp_path / "x.tar", PAIRS)
     assert "--opt must be one of adadelta," in refusal(opt="lion")
     assert "--wd-exclude 'bias' is the name of no parameter" in refusal(wd_exclude="bias")
     assert "--opt muon trains matrices, and all of them are locked" in refusal(
@@ -164,10 +146,6 @@ def test_the_optimizer(tmp_path, refusal):
 
 class TestValidation:
     """Validation data that cannot be used."""
-
-    @pytest.fixture(autouse=True)
-    def shard(self, tmp_path):
-        write_shard(tmp_path / "x.tar", PAIRS)
 
     def test_it_is_refused_and_named(self, tmp_path, refusal):
         assert "--val-data cannot be used: no such shard: v.tar" in refusal(val_data="v.tar")
@@ -192,11 +170,16 @@ class TestValidation:
 class TestSample:
     """Which shards and pairs are looked at."""
 
-    def test_numbers_are_spread(self):
-        assert [spread(count, 4) for count in (0, 1, 2, 4, 5, 10_000)] == [
-            [], [0], [0, 1], [0, 1, 2, 3], [0, 1, 2, 4], [0, 3333, 6666, 9999],
-        ]  # fmt: skip
-        assert spread(7, 1) == [0]
+    @pytest.fixture(autouse=True)
+    def folder(self, shard, tmp_path):
+        """A folder for shards."""
+        shard.unlink()
+        return tmp_path
+
+    @pytest.fixture
+    def look(self, folder):
+        """A function that looks at the pairs of shards."""
+        return lambda name: preflight(config(f"{folder}/{name}", folder), RunFolder(folder), {})
 
     @pytest.fixture
     def indexed(self, monkeypatch):
@@ -210,31 +193,27 @@ class TestSample:
         monkeypatch.setattr(index.IndexCache, "_make", make)
         return names
 
-    def test_few_of_many_shards_are_indexed(self, tmp_path, indexed):
-        shards = [write_shard(tmp_path / f"{number:02d}.tar", PAIRS) for number in range(10)]
-        found = preflight(config(f"{tmp_path}/*.tar", tmp_path), RunFolder(tmp_path), {})
+    def test_few_of_many_shards_are_indexed(self, folder, look, indexed):
+        shards = [write_shard(folder / f"{number:02d}.tar", PAIRS) for number in range(10)]
+        found = look("*.tar")
         assert indexed == [str(shards[number]) for number in (0, 3, 6, 9)]
         assert (found.tried, found.unusable) == (16, [])
-        preflight(config(f"{tmp_path}/*.tar", tmp_path), RunFolder(tmp_path), {})
+        look("*.tar")
         assert len(indexed) == 4  # the index was kept
 
-    def test_one_shard_that_is_elsewhere_is_brought_here(self, tmp_path, indexed):
-        write_shard(tmp_path / "x.tar", PAIRS)
-        name = f"pipe:cat {tmp_path}/x.tar {{0..9999}}2>/dev/null"
-        found = preflight(config(name.replace("{0..9999}", "#{0..9999}"), tmp_path), RunFolder(tmp_path), {})
+    def test_one_shard_that_is_elsewhere_is_brought_here(self, folder, indexed):
+        write_shard(folder / "x.tar", PAIRS)
+        name = f"pipe:cat {folder}/x.tar #{{0..9999}}2>/dev/null"
+        assert preflight(config(name, folder), RunFolder(folder), {}).tried == 4
         assert len(indexed) == 1
-        assert found.tried == 4
 
-    def test_every_shard_of_them_is_read(self, tmp_path):
+    def test_every_shard_of_them_is_read_and_bad_pairs_are_named(self, folder, look):
         for name, pairs in {"a": PAIRS, "b": changed(png=b"x"), "c": PAIRS}.items():
-            write_shard(tmp_path / f"{name}.tar", pairs)
-        found = preflight(config(f"{tmp_path}/*.tar", tmp_path), RunFolder(tmp_path), {})
+            write_shard(folder / f"{name}.tar", pairs)
+        found = look("*.tar")
         assert found.tried == 12
         assert [line.partition(":")[0] for line in found.unusable] == [f"b.tar/00{number}" for number in (0, 2, 4, 7)]
-
-    def test_pairs_that_cannot_be_used_are_named_if_others_can(self, tmp_path):
-        write_shard(tmp_path / "x.tar", [*changed(png=b"x")[:4], *PAIRS])
-        found = preflight(config(f"{tmp_path}/x.tar", tmp_path), RunFolder(tmp_path), {})
-        assert found.tried == 4
+        write_shard(folder / "x.tar", [*changed(png=b"x")[:4], *PAIRS])
+        found = look("x.tar")
         assert [line.partition(":")[0] for line in found.unusable] == ["x.tar/000", "x.tar/003"]
         assert "4 pairs were tried, and 2 of them cannot be used: x.tar/000: not an image" in str(found)

@@ -29,7 +29,7 @@ from clipfast.data.drawing import COLUMNS, SHAPES, Drawings
 from clipfast.data.samples import decode_image, is_local
 from clipfast.data.synthetic import COLOURS, PLACES, SHADE, SIZES, STEP, captions, drawings
 from clipfast.doctor.dataset import dataset
-from clipfast.doctor.findings import OK
+from clipfast.doctor.machine import OK
 from clipfast.evaluation.labelled import LabelledSet
 from clipfast.tokenizer import Tokenizer
 from clipfast.training import TrainConfig
