@@ -215,7 +215,7 @@ class ImportHook(MetaPathFinder):
         return spec
 
     def say_what_never_happened(self) -> None:
-        """Name on stderr what is switched off, and what the program never imported."""
+        """Print to stderr which parts are switched off, and which modules the program never imported."""
         if self.disabled:
             _say(f"{', '.join(self.disabled)} of open_clip left as they are ({VARIABLE})")
         never = sorted(set(self.waiting) - self.done)

@@ -1,4 +1,4 @@
-"""What single options share: their flags, the checks of their values, and those that say how pairs are read."""
+"""Names of flags, checks of option values, and the options that say how pairs are read."""
 
 import dataclasses
 import math
@@ -12,7 +12,8 @@ if TYPE_CHECKING:  # at run time where it is used: help needs no PyTorch
 AUTO = "auto"
 MOST = 2**31 - 1  # of an integer, if its option has no limit of its own
 KEY_OPTIONS = ("image_key", "text_key", "json_text_key", "json_text_key_probs")
-SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")  # of other commands, which draw nothing
+# For commands that draw no random captions.
+SOURCE_OPTIONS = ("image_key", "text_key", "json_text_key", "csv_separator")
 
 
 def flag_name(field: str) -> str:

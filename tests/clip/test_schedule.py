@@ -10,9 +10,9 @@ from clipfast.checkpoint import read_checkpoint
 from clipfast.training import TrainConfig
 from clipfast.training.epochs import Epochs
 from clipfast.training.loop import changed_options
-from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Schedule, schedule_of, set_lr, warmup_steps
+from clipfast.training.schedule import LONGEST_AUTO_WARMUP, Schedule, schedule_of, warmup_steps
 
-from .conftest import cases, run_command
+from .conftest import cases
 from .test_training import same, whole_and_resumed
 
 STEPS, EPOCHS = 120, Epochs(num_samples=160, batch_size=8, samples_seen=960)  # 6 epochs of 20 steps
@@ -94,23 +94,6 @@ def test_bad_options(options, said):
         schedule(**options)
 
 
-@pytest.mark.parametrize(
-    ("given", "shown"),
-    [
-        ([], ["const-cooldown", "2", "1e-05"]),
-        (["--lr-scheduler", "wsd"], ["wsd", "None", "1e-05"]),
-        (["--lr-scheduler", "cosine"], ["cosine", "None", "0.0"]),
-    ],
-)
-def test_another_schedule_takes_the_cooldown_of_a_recipe_away(tmp_path, capsys, given, shown):
-    recipe = tmp_path / "mine.toml"
-    recipe.write_text('lr_scheduler = "const-cooldown"\nepochs_cooldown = 2\nlr_cooldown_end = 1e-5\n')
-    code, out, error = run_command(capsys, "train", "--recipe", recipe, "--print-config", *given)
-    assert code == 0, error
-    found = dict(line.split()[:2] for line in out.splitlines() if len(line.split()) > 2)
-    assert [found[flag] for flag in ("--lr-scheduler", "--epochs-cooldown", "--lr-cooldown-end")] == shown
-
-
 def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
     options = {"train_data": "x.tar", "model": "RN50"}
     saved = json.loads(json.dumps(dataclasses.asdict(TrainConfig(**options))))
@@ -122,12 +105,6 @@ def test_an_option_that_is_newer_than_the_checkpoint_counts_as_changed():
         "opt_kwargs": "--opt-kwargs [] -> ['amsgrad=True']",
     }  # fmt: skip
     assert changed_options({}, now) == {}  # of a checkpoint of OpenCLIP nobody knows
-
-
-def test_set_lr_scales_by_group():
-    optimizer = SimpleNamespace(param_groups=[{"lr": 0.0, "lr_scale": 0.5}, {"lr": 0.0}])
-    set_lr(optimizer, 0.2)
-    assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
 
 
 @pytest.mark.long
