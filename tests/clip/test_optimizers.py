@@ -8,12 +8,11 @@ from clipfast.checkpoint import CheckpointError, read_checkpoint
 from clipfast.models import build
 from clipfast.models.registry import read_model_config
 from clipfast.training import TrainConfig
-from clipfast.training.loop import train
-from clipfast.training.optim import MuonAndAdamW, make_optimizer, parse_arguments
+from clipfast.training.optim import make_optimizer, parse_arguments
 from clipfast.training.schedule import set_lr
 
-from .conftest import TINY, run_command
-from .test_training import config, losses, same, whole_and_resumed
+from .conftest import TINY, cases, run_command
+from .test_training import losses, same, whole_and_resumed
 
 
 class Half(torch.optim.SGD):
@@ -67,26 +66,20 @@ def names_of(model, group):
 @pytest.mark.parametrize(
     ("options", "kind", "defaults"),
     [
-        ({}, torch.optim.AdamW, {"betas": (0.9, 0.98), "eps": 1e-6, "fused": True}),
-        ({"opt": "AdamW", "beta2": 0.5, "eps": 1e-3}, torch.optim.AdamW, {"betas": (0.9, 0.5), "eps": 1e-3}),
-        ({"opt": "adam"}, torch.optim.Adam, {"betas": (0.9, 0.98), "decoupled_weight_decay": False, "fused": True}),
-        ({"opt": "nadamw"}, torch.optim.NAdam, {"decoupled_weight_decay": True, "eps": 1e-6}),
-        (
-            {"opt": "sgd", "momentum": 0.8, "opt_kwargs": ("nesterov=True",)},
-            torch.optim.SGD,
-            {"momentum": 0.8, "nesterov": True},
-        ),
-        ({"opt": "rmsprop", "opt_kwargs": ("alpha=0.5", "eps=0.1")}, torch.optim.RMSprop, {"alpha": 0.5, "eps": 0.1}),
-        ({"opt": "adamw", "opt_kwargs": ("betas=(0.1, 0.2)",)}, torch.optim.AdamW, {"betas": (0.1, 0.2)}),
-        ({"opt": "torch.optim:Adagrad", "eps": 0.5}, torch.optim.Adagrad, {"eps": 0.5}),
-        ({"opt_kwargs": ("foreach=TRUE", "amsgrad=false")}, torch.optim.AdamW, {"foreach": True, "amsgrad": False}),
-        ({"opt_kwargs": ("fused=False",)}, torch.optim.AdamW, {"fused": False}),
+        ("", "AdamW", "betas=(0.9,0.98) eps=1e-6 fused=True"),
+        ("opt=adam", "Adam", "betas=(0.9,0.98) decoupled_weight_decay=False fused=True"),
+        ("opt=nadamw", "NAdam", "decoupled_weight_decay=True eps=1e-6"),
+        ("opt=sgd momentum=0.8 opt_kwargs=('nesterov=True',)", "SGD", "momentum=0.8 nesterov=True"),
+        ("opt=adamw opt_kwargs=('betas=(0.1,0.2)',)", "AdamW", "betas=(0.1,0.2)"),
+        ("opt=torch.optim:Adagrad eps=0.5", "Adagrad", "eps=0.5"),
+        ("opt_kwargs=('foreach=TRUE','amsgrad=false')", "AdamW", "foreach=True amsgrad=False"),
+        ("opt_kwargs=('fused=False',)", "AdamW", "fused=False"),
     ],
 )
 def test_classes_and_arguments(model, options, kind, defaults):
-    optimizer = made(model, **options)
-    assert type(optimizer) is kind
-    assert {key: optimizer.defaults[key] for key in defaults} == defaults
+    optimizer = made(model, **parse_arguments(options.split()))
+    assert type(optimizer) is getattr(torch.optim, kind)
+    assert parse_arguments(defaults.split()).items() <= optimizer.defaults.items()
 
 
 def test_resnets_have_betas_of_their_own():
@@ -96,50 +89,43 @@ def test_resnets_have_betas_of_their_own():
 
 def test_an_import_path_keeps_the_defaults_of_its_class(model):
     optimizer = made(model, opt=IMPORTED)
-    assert type(optimizer).__name__ == "Half"
-    assert optimizer.betas == (0.5, 0.6)
+    assert (type(optimizer).__name__, optimizer.betas) == ("Half", (0.5, 0.6))
     assert made(model, opt=IMPORTED, beta2=0.7).betas == (0.9, 0.7)
     passing = made(model, opt=f"{__name__}:Passing", beta2=0.7).defaults
     assert (passing["betas"], passing["eps"]) == ((0.9, 0.7), 1e-8)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"opt": "lion"}, "--opt must be one of adadelta, adafactor, .*, or an import path such as timm.*, got 'lion'"),
-        ({"opt": "lbfgs"}, "--opt must be one of"),
-        ({"opt": "optimizer"}, "--opt must be one of"),
-        ({"opt": "lambda"}, "--opt must be one of .* such as timm.optim:Lamb, or timm/lamb, got 'lambda'"),
-        ({"opt": "no_such_package:X"}, "--opt no_such_package:X cannot be imported: No module named"),
-        ({"opt": "torch.optim:None_"}, "cannot be imported: module 'torch.optim' has no attribute 'None_'"),
-        ({"opt": "os:system"}, "--opt os:system is not a subclass of torch.optim.Optimizer"),
-        ({"opt": "sgd", "beta2": 0.9}, "--opt sgd has no argument betas: leave out --beta1 and --beta2"),
-        ({"opt": "sgd", "eps": 0.9}, "--opt sgd has no argument eps: leave out --eps"),
-        ({"opt": "adamw", "momentum": 0.9}, "--opt adamw has no argument momentum: leave out --momentum"),
-        ({"opt": "rprop"}, "--opt rprop has no argument weight_decay: set --wd 0"),
-        ({"opt": "sgd", "cuda_graphs": True}, "--opt sgd has no argument capturable: leave out --cuda-graphs"),
-        ({"opt": "muon", "cuda_graphs": True}, "--opt muon cannot be captured in a graph"),
-        ({"opt": "nadam", "cuda_graphs": True}, "--opt nadam cannot be captured in a graph: the host must tell it"),
-        ({"opt_kwargs": ("fused=False",), "cuda_graphs": True}, "--opt adamw cannot be captured in a graph"),
-        ({"opt": "adamw", "opt_kwargs": ("beta=1",)}, "--opt adamw does not take one of its options: .*'beta'"),
-        ({"opt": "muon", "opt_kwargs": ("steps=1",)}, "--opt muon does not take one of its options: .*'steps'"),
-        (
-            {"opt": "adafactor", "eps": 1e-8},
-            r"--opt adafactor does not take one of its options: .*; they are eps=1e-08: correct the flag that sets it",
-        ),
-        ({"opt_kwargs": ("foreach=True", "fused=True")}, "does not take one of its options: .*fused.*foreach=True, fu"),
-        ({"opt": "sgd", "opt_kwargs": ("nesterov=true",)}, "does not take one of its options: Nesterov momentum .*=Tr"),
-        ({"opt_kwargs": ("lr=0.1",)}, "--opt-kwargs must not set lr: use --lr"),
-        ({"opt": "muon", "opt_kwargs": ("weight_decay=1",)}, "--opt-kwargs must not set weight_decay: use --wd"),
-        ({"opt_kwargs": ("amsgrad",)}, "--opt-kwargs must be name=value, got 'amsgrad'"),
-        ({"opt_kwargs": ("=1",)}, "--opt-kwargs must be name=value, got '=1'"),
-        ({"wd_exclude": ("*.bias", "positional")}, "--wd-exclude 'positional' is the name of no parameter"),
-        ({"image_layer_decay": 0.0}, "--image-layer-decay must be more than 0, got 0.0"),
-        ({"text_layer_decay": 1.5}, "--text-layer-decay must be at most 1, got 1.5"),
-    ],
-)
-def test_what_cannot_work(model, options, message):
-    with pytest.raises(ValueError, match=message):
+@cases(r"""
+opt=lion: --opt must be one of adadelta, adafactor, .* import path .*'lion'
+opt=lbfgs: --opt must be one of
+opt=optimizer: --opt must be one of
+opt=lambda: --opt must be one of .*'lambda'
+opt=no_such_package:X: --opt no_such_package:X cannot be imported
+opt=torch.optim:None_: no attribute 'None_'
+opt=os:system: --opt os:system is not a subclass of torch.optim.Optimizer
+opt=sgd beta2=0.9: --opt sgd has no argument betas: leave out --beta1 and --beta2
+opt=sgd eps=0.9: --opt sgd .* leave out --eps
+opt=adamw momentum=0.9: --opt adamw .* leave out --momentum
+opt=rprop: --opt rprop .* set --wd 0
+opt=sgd cuda_graphs=True: --opt sgd .* leave out --cuda-graphs
+opt=muon cuda_graphs=True: --opt muon cannot be captured in a graph
+opt=nadam cuda_graphs=True: --opt nadam cannot be captured in a graph
+cuda_graphs=True opt_kwargs=('fused=False',): --opt adamw cannot be captured in a graph
+opt=adamw opt_kwargs=('beta=1',): --opt adamw does not take one of its options: .*'beta'
+opt=muon opt_kwargs=('steps=1',): --opt muon does not take one of its options: .*'steps'
+opt=adafactor eps=1e-8: --opt adafactor does not take one of its options: .*eps=1e-08
+opt_kwargs=('foreach=True','fused=True'): does not take one of its options: .*fused.*foreach=True, fu
+opt=sgd opt_kwargs=('nesterov=true',): does not take one of its options: Nesterov momentum .*=Tr
+opt_kwargs=('lr=0.1',): --opt-kwargs must not set lr: use --lr
+opt=muon opt_kwargs=('weight_decay=1',): --opt-kwargs must not set weight_decay: use --wd
+opt_kwargs=('amsgrad',): --opt-kwargs must be name=value, got 'amsgrad'
+opt_kwargs=('=1',): --opt-kwargs must be name=value, got '=1'
+wd_exclude=('*.bias','positional'): --wd-exclude 'positional' is the name of no parameter
+image_layer_decay=0.0: --image-layer-decay must be more than 0, got 0.0
+text_layer_decay=1.5: --text-layer-decay must be at most 1, got 1.5
+""")
+def test_what_cannot_work(model, options, said):
+    with pytest.raises(ValueError, match=said):
         made(model, **options)
 
 
@@ -151,28 +137,26 @@ def test_arguments_are_literals_or_strings():
 
 def test_one_that_reads_the_weights_is_made_where_they_are(model):
     name = f"{__name__}:Reading"
-    with pytest.raises(
-        NotImplementedError, match=r"test_optimizers:Reading reads the values of parameters: Tensor\.item"
-    ):
+    with pytest.raises(NotImplementedError, match=r"test_optimizers:Reading reads .*Tensor\.item"):
         made(model, opt=name)
     assert made(build(read_model_config(TINY)), opt=name).largest > 0
-    with pytest.raises(ValueError, match=r"Reading does not take one of its options: scale is too large; .* scale=2\b"):
+    with pytest.raises(ValueError, match=r"Reading .*: scale is too large; .* scale=2\b"):
         made(model, opt=name, opt_kwargs=("scale=2",))
 
 
+def by_name(model, optimizer, key):
+    """What the groups of an optimizer say, by the name of the parameter."""
+    return {name: group[key] for group in optimizer.param_groups for name in names_of(model, group)}
+
+
 def test_weight_decay_leaves_out_what_patterns_name(model):
-    plain, decayed = made(model, wd=0.3).param_groups
-    assert {name for name, parameter in model.named_parameters() if parameter.ndim < 2} == names_of(model, plain)
-    assert (plain["weight_decay"], decayed["weight_decay"]) == (0.0, 0.3)
-    assert "lr_scale" not in plain
-    fewer = made(model, wd_exclude=("*positional_embedding", "visual.proj")).param_groups
+    gains = {name for name, parameter in model.named_parameters() if parameter.ndim < 2}
     moved = {"positional_embedding", "visual.positional_embedding", "visual.proj"}
-    assert names_of(model, fewer[0]) == names_of(model, plain) | moved
-    assert names_of(model, fewer[1]) == names_of(model, decayed) - moved
-
-
-def scales_of(model, optimizer):
-    return {name: group["lr_scale"] for group in optimizer.param_groups for name in names_of(model, group)}
+    for exclude, without in ((None, gains), (("*positional_embedding", "visual.proj"), gains | moved)):
+        optimizer = made(model, wd=0.3, wd_exclude=exclude or ())
+        found = by_name(model, optimizer, "weight_decay")
+        assert found == {name: 0.0 if name in without else 0.3 for name, _ in model.named_parameters()}
+        assert "lr_scale" not in optimizer.param_groups[0]
 
 
 # By the beginning of a name: how many layers lie between it and the output of its tower.
@@ -193,7 +177,6 @@ RESNET = {
 @pytest.mark.parametrize(
     ("name", "options", "depths"),
     [
-        (TINY, {"image_layer_decay": 0.5}, VIT),
         (TINY, {"text_layer_decay": 0.5}, TEXT),
         (TINY, {"image_layer_decay": 0.5, "text_layer_decay": 0.5}, VIT | TEXT),
         ("RN50", {"image_layer_decay": 0.5}, RESNET),
@@ -202,16 +185,16 @@ RESNET = {
 def test_rates_fall_from_layer_to_layer(name, options, depths):
     model = built(name)
     optimizer = made(model, lr=0.1, **options)
-    scales = scales_of(model, optimizer)
+    parameters = dict(model.named_parameters())
     expected = {
         name: 0.5 ** next((depth for start, depth in depths.items() if name.startswith(start)), 0)
-        for name, _ in model.named_parameters()
+        for name in parameters
     }
-    assert scales == expected
-    rates = {name: group["lr"] for group in optimizer.param_groups for name in names_of(model, group)}
-    assert rates == pytest.approx({name: 0.1 * scale for name, scale in expected.items()})
-    by_decay = {name: group["weight_decay"] for group in optimizer.param_groups for name in names_of(model, group)}
-    assert all((by_decay[name] == 0) == (parameter.ndim < 2) for name, parameter in model.named_parameters())
+    assert by_name(model, optimizer, "lr_scale") == expected
+    rates = {name: 0.1 * scale for name, scale in expected.items()}
+    assert by_name(model, optimizer, "lr") == pytest.approx(rates)
+    decays = by_name(model, optimizer, "weight_decay")
+    assert all((decays[name] == 0) == (parameter.ndim < 2) for name, parameter in parameters.items())
 
 
 def test_rates_of_a_graph_are_tensors_of_their_own():
@@ -226,29 +209,12 @@ def test_muon_takes_matrices_and_adamw_the_rest(model):
     muon, adamw = optimizer.parts
     assert {"momentum": 0.9, "ns_steps": 3, "adjust_lr_fn": "match_rms_adamw"}.items() <= muon.defaults.items()
     tables = {"token_embedding.weight", "positional_embedding", "visual.positional_embedding"}
-    matrices = {name for name, parameter in model.named_parameters() if parameter.ndim == 2} - tables
-    assert set().union(*(names_of(model, group) for group in muon.param_groups)) == matrices
-    others = set().union(*(names_of(model, group) for group in adamw.param_groups))
-    assert others | matrices == {name for name, _ in model.named_parameters()}
-    assert not others & matrices
+    parameters = dict(model.named_parameters())
+    matrices = {name for name in parameters if parameters[name].ndim == 2} - tables
+    assert by_name(model, muon, "lr").keys() == matrices
+    assert by_name(model, adamw, "lr").keys() == parameters.keys() - matrices
     set_lr(optimizer, 1.0)
     assert {group["lr"] for group in muon.param_groups} == {0.25, 0.5, 1.0}
-
-
-def test_muon_steps_like_its_two_parts():
-    ours, theirs = torch.nn.Linear(6, 4), torch.nn.Linear(6, 4)
-    theirs.load_state_dict(ours.state_dict())
-    parts = [torch.optim.Muon([theirs.weight], lr=0.1), torch.optim.AdamW([theirs.bias], lr=0.1)]
-    both = MuonAndAdamW(torch.optim.Muon([ours.weight], lr=0.1), torch.optim.AdamW([ours.bias], lr=0.1))
-    for _ in range(3):
-        for linear in (ours, theirs):
-            linear.zero_grad()
-            linear(torch.ones(2, 6)).square().sum().backward()
-        both.step()
-        for part in parts:
-            part.step()
-    assert torch.equal(ours.weight, theirs.weight)
-    assert torch.equal(ours.bias, theirs.bias)
 
 
 @pytest.mark.long
@@ -256,11 +222,9 @@ def test_muon_steps_like_its_two_parts():
     "options",
     [
         {"opt": "muon", "image_layer_decay": 0.7},
-        {"opt": "sgd", "momentum": 0.9, "opt_kwargs": ("nesterov=True",)},
-        {"opt": IMPORTED},
-        {"wd_exclude": ("*.weight",), "text_layer_decay": 0.7},
+        {"opt": "sgd", "momentum": 0.9, "opt_kwargs": ("nesterov=True",), "wd_exclude": ("*.weight",)},
     ],
-    ids=["muon", "sgd", "imported", "rates"],
+    ids=["muon", "sgd"],
 )
 def test_training_goes_on_to_the_last_bit(shards, tmp_path, options):
     whole, folder = whole_and_resumed(shards, tmp_path, **options, workers=0)
@@ -268,80 +232,72 @@ def test_training_goes_on_to_the_last_bit(shards, tmp_path, options):
     assert same(whole.path, folder.path)
 
 
-def test_another_optimizer_cannot_go_on(shards, tmp_path):
-    folder, _ = train(config(shards, tmp_path, workers=0, wd_exclude=(f"{BLOCK}.0.mlp.c_fc.weight",)))
+@pytest.fixture
+def as_theirs(tmp_path):
+    """A function that writes a checkpoint without what clipfast notes, as OpenCLIP's trainer does."""
+
+    def write(folder):
+        checkpoint = read_checkpoint(folder.latest)
+        del checkpoint["clipfast"]
+        torch.save(checkpoint, tmp_path / "theirs.pt")
+        return tmp_path / "theirs.pt"
+
+    return write
+
+
+def test_another_optimizer_cannot_go_on(run_small, as_theirs, tmp_path):
+    def refused(said, checkpoint, name="run", **options):
+        with pytest.raises(CheckpointError, match=said):
+            run_small(checkpoint, name, epochs=3, **options)
+
+    folder = run_small(workers=0, wd_exclude=(f"{BLOCK}.0.mlp.c_fc.weight",))
     before = folder.latest.read_bytes()
-    for options, message in (
-        (
-            {"opt": "adam"},
-            "holds the optimizer state of --opt adamw, and this run has --opt adam: leave --opt as it was",
-        ),
-        ({"lock_text": True}, "does not fit the model: .*must stay: locked towers"),
-        ({"wd_exclude": ("visual.proj",)}, "does not fit the model: .*must stay: .*--wd-exclude"),
-        ({"image_layer_decay": 0.5}, "does not fit the model: .*--image-layer-decay"),
-        # another parameter of the same shape, so that the groups are as large as they were
-        ({"wd_exclude": (f"{BLOCK}.1.mlp.c_fc.weight",)}, "does not fit the model: its groups hold other parameters"),
-    ):
-        with pytest.raises(CheckpointError, match=message):
-            train(config(shards, tmp_path, epochs=3, **options), folder.latest)
+    refused("optimizer state of --opt adamw, and this run has --opt adam: leave", folder.latest, opt="adam")
+    refused("must stay: locked towers", folder.latest, lock_text=True)
+    refused("must stay: .*--wd-exclude", folder.latest, wd_exclude=("visual.proj",))
+    refused("does not fit the model: .*--image-layer-decay", folder.latest, image_layer_decay=0.5)
+    # another parameter of the same shape, so that the groups are as large as they were
+    refused("its groups hold other parameters", folder.latest, wd_exclude=(f"{BLOCK}.1.mlp.c_fc.weight",))
     assert folder.latest.read_bytes() == before
-    # without what clipfast notes it is a checkpoint of OpenCLIP, whose optimizer is AdamW
-    checkpoint = read_checkpoint(folder.latest)
-    del checkpoint["clipfast"]
-    torch.save(checkpoint, tmp_path / "theirs.pt")
-    with pytest.raises(CheckpointError, match="holds the optimizer state of --opt adamw, and this run has --opt sgd"):
-        train(config(shards, tmp_path / "theirs", opt="sgd"), tmp_path / "theirs.pt")
-    # and it does not say which parameters are in its groups: what can be seen is the shapes of their moments
-    other = {"epochs": 3, "wd_exclude": ("text_projection",)}
-    with pytest.raises(CheckpointError, match="does not fit the model: its moments have other shapes"):
-        train(config(shards, tmp_path / "theirs", **other), tmp_path / "theirs.pt")
-    assert not (tmp_path / "theirs").exists()
+    # A checkpoint of OpenCLIP is of AdamW, and does not say which parameters are in its groups: what can be seen is the
+    # shapes of their moments.
+    theirs = as_theirs(folder)
+    refused("optimizer state of --opt adamw, and this run has --opt sgd", theirs, "other", opt="sgd")
+    refused("its moments have other shapes", theirs, "other", wd_exclude=("text_projection",))
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.long
-def test_a_checkpoint_of_open_clip_main_goes_on(shards, tmp_path):
+def test_a_checkpoint_of_open_clip_main_goes_on(run_small, as_theirs):
     """Its groups are those of 3.3.0 but for the embeddings of positions and classes, which have no weight decay."""
     names = ("positional_embedding", "visual.positional_embedding", "visual.class_embedding")
-    folder, _ = train(config(shards, tmp_path, workers=0, wd_exclude=names))
-    checkpoint = read_checkpoint(folder.latest)
-    del checkpoint["clipfast"]
-    torch.save(checkpoint, tmp_path / "theirs.pt")
+    theirs = as_theirs(run_small(workers=0, wd_exclude=names))
     options = {"workers": 0, "epochs": 3}
     with pytest.raises(CheckpointError, match=f"--wd-exclude {' '.join(sorted(names))}"):
-        train(config(shards, tmp_path / "other", **options), tmp_path / "theirs.pt")
-    other, _ = train(config(shards, tmp_path / "other", wd_exclude=names, **options), tmp_path / "theirs.pt")
+        run_small(theirs, "other", **options)
+    other = run_small(theirs, "other", wd_exclude=names, **options)
     assert [line["step"] for line in other.metrics() if "loss" in line] == [10, 12]
 
 
-def test_a_recipe_or_a_checkpoint_imports_nothing(shards, tmp_path, capsys):
+@pytest.fixture
+def command(shards, tmp_path, capsys):
+    """A function that runs ``clipfast train`` for an epoch, and returns exit code and errors."""
+
+    def run(*words):
+        data = () if "--resume" in words else ("--train-data", shards, "--batch-size", 8, "--epochs", 1)
+        code, _, error = run_command(capsys, "train", *data, "--logs", tmp_path, "--name", "run", *words)
+        return code, error
+
+    return run
+
+
+def test_a_recipe_or_a_checkpoint_imports_nothing(command, tmp_path):
     """They may come from anybody, and to import a module runs it."""
     (tmp_path / "mine.toml").write_text(f'opt = "{IMPORTED}"\nmodel = "{TINY}"')
-    options = ["--train-data", shards, "--logs", tmp_path, "--name", "run", "--batch-size", 8, "--epochs", 1]
-    code, _, error = run_command(capsys, "train", "--recipe", tmp_path / "mine.toml", *options)
-    assert code == 2
-    assert f"imports {IMPORTED!r}: to use it, give --opt yourself" in error
-    code, _, error = run_command(capsys, "train", "--model", TINY, "--opt", IMPORTED, *options)
-    assert code == 0
-    code, _, error = run_command(capsys, "train", "--resume", tmp_path / "run", "--epochs", 2)
-    assert (code, "give --opt yourself" in error) == (2, True)
-    assert run_command(capsys, "train", "--resume", tmp_path / "run", "--epochs", 2, "--opt", IMPORTED)[0] == 0
-
-
-def test_flags(shards, tmp_path, capsys):
-    flags = "--opt sgd --momentum 0.9 --opt-kwargs nesterov=True dampening=0 --wd-exclude *.bias visual.* --warmup 0.1"
-    code, _, error = run_command(
-        capsys, "train", "--train-data", shards, "--model", TINY, "--logs", tmp_path, "--name", "run", "--epochs", 1,
-        "--batch-size", 8, *flags.split(),
-    )  # fmt: skip
-    assert code == 0, error
-    saved = read_checkpoint(tmp_path / "run" / "checkpoints" / "epoch_latest.pt")
-    assert saved["clipfast"]["config"]["opt_kwargs"] == ["nesterov=True", "dampening=0"]
-    assert saved["clipfast"]["config"]["wd_exclude"] == ["*.bias", "visual.*"]
-    assert {group["nesterov"] for group in saved["optimizer"]["param_groups"]} == {True}
-
-
-def test_muon_takes_no_closure():
-    matrix, gain = (torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 4), (4,)))
-    both = MuonAndAdamW(torch.optim.Muon([matrix]), torch.optim.AdamW([gain]))
-    with pytest.raises(ValueError, match="takes no closure, got <function"):
-        both.step(lambda: 0.0)
+    again = ["--resume", tmp_path / "run", "--epochs", 2]
+    code, error = command("--recipe", tmp_path / "mine.toml")
+    assert (code, f"{IMPORTED!r}: to use it, give --opt" in error) == (2, True)
+    assert command("--model", TINY, "--opt", IMPORTED)[0] == 0
+    code, error = command(*again)
+    assert (code, "give --opt" in error) == (2, True)
+    assert command(*again, "--opt", IMPORTED)[0] == 0
