@@ -15,28 +15,29 @@ from clipfast.search.samples import Samples
 from .conftest import CAPTION, EVIL, FOLDER, rows
 
 
+def words_alone(desk, where="", k=9):
+    return desk.search("x", None, 0.5, where, k)
+
+
 def test_search_by_words_gives_the_items_of_an_exact_search(desk, encoder, embeddings):
-    query = encoder.texts(["something red"])
-    expected = embeddings.search(query, 4)
-    found = desk.search("something red", None, 0.5, "", 4)
+    expected = embeddings.search(encoder.texts(["x"]), 4)
+    found = words_alone(desk, k=4)
     assert rows(found) == expected.indices[0].tolist()
     assert re.findall(r"<b>(-?[\d.]+)</b>", found) == [f"{score:.4f}" for score in expected.scores[0]]
 
 
 def test_a_picture_finds_itself_and_the_weight_mixes_it_with_words(desk, folder, encoder, embeddings):
-    picture = str(folder / FOLDER / "3.png")
+    picture, image, text = str(folder / FOLDER / "3.png"), embeddings.features[3], encoder.texts(["some words"])[0]
     assert rows(desk.search("", picture, 0.5, "height < 50", 1)) == [3]
-    for weight, words in ((1, "x"), (0, "x"), (0.3, "some words")):
-        image = embeddings.features[3]
-        text = encoder.texts([words])[0]
+    for weight in (1, 0, 0.3):
         mixed = torch.nn.functional.normalize(weight * image + (1 - weight) * text, dim=0)
-        found = desk.search(words, picture, weight, "", 9)
+        found = desk.search("some words", picture, weight, "", 9)
         assert rows(found) == embeddings.search(mixed, 9).indices[0].tolist()
 
 
 def test_a_filter_limits_what_is_found(desk):
-    assert set(rows(desk.search("x", None, 0.5, "height >= 32 and height < 35", 9))) == {2, 3, 4}
-    assert "No item fulfils the filter" in desk.search("x", None, 0.5, "height > 1000", 9)
+    assert set(rows(words_alone(desk, "height >= 32 and height < 35"))) == {2, 3, 4}
+    assert "No item fulfils the filter" in words_alone(desk, "height > 1000")
 
 
 def test_similar_ones_of_an_item_are_others(desk, embeddings):
@@ -44,23 +45,22 @@ def test_similar_ones_of_an_item_are_others(desk, embeddings):
     assert rows(desk.similar(4, "height < 50", 9)) == best
 
 
-def test_it_starts_with_pictures_and_with_queries_that_find_what_they_say(desk, encoder, embeddings):
+def test_it_starts_with_pictures_and_with_queries_that_find_what_they_say(desk, encoder):
     assert rows(desk.start()) == list(range(9))
     texts = encoder.texts(["one", "two", "three"])
-    captions = ["one", "<b>", "three"]  # the second is not what was embedded
-    known = Desk(Embeddings(texts, {"caption": captions}), encoder, Pictures([])).samples()
-    assert re.findall('data-words="(.*?)"', known) == ["one", "three"]
-    assert Desk(Embeddings(texts), encoder, Pictures([])).samples() == ""
+    captions = {"caption": ["one", "<b>", "three"]}  # the second is not what was embedded
+    for metadata, expected in ((captions, ["one", "three"]), (None, [])):
+        known = Desk(Embeddings(texts, metadata), encoder, Pictures([])).samples()
+        assert re.findall('data-words="(.*?)"', known) == expected
 
 
 def test_all_text_is_shown_as_text(desk):
-    found, detail = desk.search("x", None, 0.5, "height = 30", 9), desk.detail(0)
+    found, detail = words_alone(desk, "height = 30"), desk.detail(0)
     for shown in (found, detail):
         assert html.escape(CAPTION) in shown
         assert CAPTION not in shown
         assert "<img onerror" not in shown
-    assert html.escape(EVIL) in detail
-    assert html.escape(FOLDER) in detail
+    assert all(html.escape(name) in detail for name in (EVIL, FOLDER))
     bad = answer(desk.search, "x", None, 0.5, f"{EVIL} = 1", 9)
     assert "<img" not in bad
     assert html.escape(EVIL[:4]) in bad
@@ -68,18 +68,20 @@ def test_all_text_is_shown_as_text(desk):
 
 
 def test_pictures_outside_of_the_folders_are_not_shown(desk):
-    shown = desk.search("x", None, 0.5, "caption = outside", 9)
-    assert len(rows(shown)) == 3
-    assert shown.count("no such file in the folders of pictures") == 3
+    shown = words_alone(desk, "caption = outside")
+    assert len(rows(shown)) == shown.count("no such file in the folders of pictures") == 3
+    assert [row for row in (0, 6, 7, 8) if "<img" in desk.detail(row)] == [0]
     assert "<img" not in shown
-    assert all("<img" not in desk.detail(row) for row in (6, 7, 8))
-    assert "<img" in desk.detail(0)
+    for path in ("/etc/passwd", "../outside.png", "link.png", "1.png/../../outside.png", ".", "a\0b"):
+        with pytest.raises(ImageError):
+            desk.pictures.open({"image_path": path})
 
 
-@pytest.mark.parametrize("path", ["/etc/passwd", "../outside.png", "link.png", "1.png/../../outside.png", ".", "a\0b"])
-def test_a_path_that_leads_out_is_refused(path, desk):
-    with pytest.raises(ImageError):
-        desk.pictures.open({"image_path": path})
+def table_of(folder, *names):
+    table = folder / "table.csv"
+    table.write_text("filepath,title\n" + "".join(f"{name},a picture\n" for name in names))
+    Image.new("RGB", (20, 21), "red").save(folder / "in.png")
+    return Samples(str(table)).about()
 
 
 def test_a_path_may_be_relative_to_a_folder_or_to_the_working_folder(desk, folder, monkeypatch):
@@ -90,16 +92,8 @@ def test_a_path_may_be_relative_to_a_folder_or_to_the_working_folder(desk, folde
         Pictures([]).open({"image_path": f"{FOLDER}/2.png"})
 
 
-def write_table(folder, names):
-    table = folder / "table.csv"
-    table.write_text("filepath,title\n" + "".join(f"{name},a picture\n" for name in names))
-    return table
-
-
 def test_pictures_of_shards_and_tables_are_read_by_their_numbers(folder, tmp_path):
-    Image.new("RGB", (20, 21), "red").save(tmp_path / "in.png")
-    samples = Samples(str(write_table(tmp_path, ["in.png", folder / "outside.png"])))
-    pictures = Pictures.of(samples.about())
+    pictures = Pictures.of(table_of(tmp_path, "in.png", folder / "outside.png"))
     assert pictures.open({"number": 0}).size == (20, 21)
     for number in (1, 2, -1, None, "0"):  # 1 is a file that the table names outside of its folder
         with pytest.raises(ImageError):
@@ -109,10 +103,8 @@ def test_pictures_of_shards_and_tables_are_read_by_their_numbers(folder, tmp_pat
 
 
 def test_a_source_that_cannot_be_used_is_refused(tmp_path):
-    Image.new("RGB", (20, 21), "red").save(tmp_path / "in.png")
-    about = Samples(str(write_table(tmp_path, ["in.png"]))).about()
-    write_table(tmp_path, ["in.png", "in.png"])
-    done = tmp_path / "done"
+    about, done = table_of(tmp_path, "in.png"), tmp_path / "done"
+    table_of(tmp_path, "in.png", "in.png")
     for wrong, expected in (
         (about, "has changed"),
         ({}, "does not say"),
@@ -122,57 +114,68 @@ def test_a_source_that_cannot_be_used_is_refused(tmp_path):
         with pytest.raises(ValueError, match=expected):
             Pictures.of(wrong)
     assert not done.exists()
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    assert Pictures.of({"data": str(folder)}).roots == [folder]
+    assert Pictures.of({"data": str(tmp_path)}).roots == [tmp_path]
 
 
 def test_labels_are_ranked_as_a_classifier_ranks_them(desk, folder, encoder):
-    labels = ["red", "green", "blue"]
-    image = encoder.images(encoder.transform(Image.open(folder / FOLDER / "1.png"))[None])
+    labels, picture = ["red", "green", "blue"], folder / FOLDER / "1.png"
+    image = encoder.images(encoder.transform(Image.open(picture))[None])
     similarities = (image @ encoder.classifier(labels, ("{}",)))[0]
-    found = desk.classify(str(folder / FOLDER / "1.png"), "red\n\n green \nblue\nred", "plain")
+    found = desk.classify(str(picture), "red\n\n green \nblue\nred", "plain")
     best = [labels[place] for place in similarities.argsort(descending=True).tolist()]
     assert re.findall(r'<th scope="row">(\w+)</th>', found) == best
     assert sum(float(share) for share in re.findall(r"([\d.]+)%", found)) == pytest.approx(100, abs=0.2)
 
 
 @pytest.mark.parametrize(
-    ("function", "given", "expected"),
+    ("function", "expected", "given"),
     [
-        ("search", (" ", None, 0.5, "", 9), "type some words"),
-        ("search", ("x", None, 0.5, "heigth > 1", 9), "no column"),
-        ("search", ("x", None, 0.5, "height >", 9), "a value is expected"),
-        ("search", ("x" * (MAX_TEXT + 1), None, 0.5, "", 9), "at most"),
-        ("search", ("x", None, 0.5, "", 0), "from 1 to"),
-        ("search", ("x", None, 0.5, "", MAX_FOUND + 1), "from 1 to"),
-        ("search", ("x", None, 0.5, "", 2.5), "from 1 to"),
-        ("search", ("x", None, 0.5, "", float("nan")), "from 1 to"),
-        ("search", ("x", None, 0.5, "", None), "from 1 to"),
-        ("search", ("x", "1.png", 2, "", 9), "weight"),
-        ("search", ("x", "1.png", None, "", 9), "weight"),
-        ("search", ("", "broken.png", 0.5, "", 9), "not an image"),
-        ("search", ("", "bomb.png", 0.5, "", 9), "size"),
-        ("search", ("\ud800", "broken.png", 0.5, "", 9), 'role="alert"'),
-        ("similar", (9, "", 9), "no item 9"),
-        ("similar", (-1, "", 9), "no item -1"),
-        ("detail", ("0",), "no item"),
-        ("detail", (None,), "no item"),
-        ("classify", (None, "a", "plain"), "drop a picture"),
-        ("classify", ("1.png", " \n", "plain"), "1 to"),
-        ("classify", ("1.png", "\n".join(map(str, range(MAX_LABELS + 1))), "plain"), "1 to"),
-        ("classify", ("1.png", "a", "none"), "must be one of"),
-        ("classify", ("gone.png", "a", "plain"), "gone.png"),
+        ("search", "type some words", {"words": " "}),
+        ("search", "no column", {"where": "heigth > 1"}),
+        ("search", "a value is expected", {"where": "height >"}),
+        ("search", "at most", {"words": "x" * (MAX_TEXT + 1)}),
+        *(("search", "from 1 to", {"k": k}) for k in (0, MAX_FOUND + 1, 2.5, float("nan"), None)),
+        *(("search", "weight", {"picture": f"{FOLDER}/1.png", "weight": weight}) for weight in (2, None)),
+        ("search", "not an image", {"words": "", "picture": "broken.png"}),
+        ("search", "size", {"words": "", "picture": "bomb.png"}),
+        ("search", 'role="alert"', {"words": "\ud800", "picture": "broken.png"}),
+        ("similar", "no item 9", {"row": 9}),
+        ("similar", "no item -1", {"row": -1}),
+        ("detail", "no item", {"row": "0"}),
+        ("detail", "no item", {"row": None}),
+        ("classify", "drop a picture", {"picture": None}),
+        ("classify", "1 to", {"labels": " \n"}),
+        ("classify", "1 to", {"labels": "\n".join(map(str, range(MAX_LABELS + 1)))}),
+        ("classify", "must be one of", {"templates": "none"}),
+        ("classify", "gone.png", {"picture": "gone.png"}),
     ],
 )
-def test_an_error_is_a_message(function, given, expected, desk, folder):
-    here = {"1.png": folder / FOLDER / "1.png", **{name: folder / name for name in ("broken.png", "bomb.png")}}
-    found = answer(
-        getattr(desk, function), *(str(here.get(value, value)) if value in here else value for value in given)
-    )
+def test_an_error_is_a_message(function, expected, given, desk, folder):
+    usual = {
+        "search": {"words": "x", "picture": None, "weight": 0.5, "where": "", "k": 9},
+        "similar": {"row": 0, "where": "", "k": 9},
+        "detail": {"row": 0},
+        "classify": {"picture": f"{FOLDER}/1.png", "labels": "a", "templates": "plain"},
+    }
+    arguments = usual[function] | given
+    if arguments.get("picture"):
+        arguments["picture"] = str(folder / arguments["picture"])
+    found = answer(getattr(desk, function), *arguments.values())
     assert 'role="alert"' in found
     assert expected in found
     found.encode()
+
+
+def test_features_of_one_item_and_of_another_model(encoder, embeddings):
+    joined = Embeddings(embeddings.features[:2])
+    joined.append(embeddings.features[2:])
+    assert all(torch.equal(joined.feature(row), embeddings.features[row]) for row in range(9))
+    for message, *given in (*(("no item", number) for number in (9, -1, True, "0")), ("no text features", 0, "text")):
+        with pytest.raises(ValueError, match=message):
+            joined.feature(*given)
+    for message, features in (("7 wide", torch.ones(2, 7)), ("no items", embeddings.features[:0])):
+        with pytest.raises(ValueError, match=message):
+            Desk(Embeddings(features), encoder, Pictures([]))
 
 
 def test_what_nobody_foresaw_is_a_message_too(caplog):
@@ -183,27 +186,8 @@ def test_what_nobody_foresaw_is_a_message_too(caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-def test_features_that_do_not_fit_the_model_are_refused(encoder, embeddings):
-    with pytest.raises(ValueError, match="7 wide"):
-        Desk(Embeddings(torch.ones(2, 7)), encoder, Pictures([]))
-    with pytest.raises(ValueError, match="no items"):
-        Desk(Embeddings(embeddings.features[:0]), encoder, Pictures([]))
-
-
 def test_captions_are_searched_where_there_are_no_images(encoder):
     texts = encoder.texts(["one", "two"])
     found = Desk(Embeddings(text_features=texts), encoder, Pictures([])).search("two", None, 0.5, "", 1)
     assert rows(found) == [1]
     assert "no picture" in found
-
-
-def test_features_of_one_item(embeddings):
-    joined = Embeddings(embeddings.features[:2])
-    joined.append(embeddings.features[2:])
-    assert joined.kinds == ("image",)
-    assert all(torch.equal(joined.feature(row), embeddings.features[row]) for row in range(9))
-    for number in (9, -1, True, "0"):
-        with pytest.raises(ValueError, match="no item"):
-            joined.feature(number)
-    with pytest.raises(ValueError, match="no text features"):
-        joined.feature(0, "text")
