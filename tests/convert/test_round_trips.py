@@ -1,5 +1,6 @@
 """Weights come back with the same bits, and the converted model computes what its source's own code computes."""
 
+import contextlib
 import dataclasses
 import json
 import zipfile
@@ -12,6 +13,7 @@ import clipfast
 from clipfast import convert, create_model, export_open_clip
 from clipfast.models import SigLIPConfig, get_model_config
 
+from ..clip import siglip
 from .conftest import CONFIGS, TEXT, VITS, hugging_face_output, inputs, make_model, same_bits, save_config, save_own
 
 TOLERANCE = {"rtol": 0, "atol": 1e-6}
@@ -19,32 +21,40 @@ TOLERANCE = {"rtol": 0, "atol": 1e-6}
 
 @torch.no_grad()
 def features(model, config):
-    """Normalised features of images and texts, as clipfast and OpenCLIP give them."""
+    """All that a model returns for pairs, as clipfast and OpenCLIP give it."""
     torch.manual_seed(1)
-    return model(*inputs(config))[:2]
+    return tuple(model.eval()(*inputs_of(config)))
 
 
-@pytest.mark.parametrize("kind", CONFIGS)
+def inputs_of(config):
+    return (siglip.inputs if isinstance(config, SigLIPConfig) else inputs)(config)
+
+
+@pytest.mark.parametrize("kind", [*CONFIGS, *siglip.CONFIGS])
 def test_clipfast_open_clip_clipfast(kind, tmp_path):
-    open_clip = pytest.importorskip("open_clip")
-    model = make_model(CONFIGS[kind])
+    model = made(kind)
     convert(save_own(model, tmp_path / "own.pt"), tmp_path / "folder", "open_clip")
     convert(f"local-dir:{tmp_path}/folder", tmp_path / "back.pt", "clipfast")
-    theirs = open_clip.create_model(f"local-dir:{tmp_path}/folder").eval()
+    theirs, preprocess = loaded_by_open_clip(tmp_path / "folder", model.config)
     assert same_bits(theirs.state_dict(), model.state_dict())
-    back = create_model(str(tmp_path / "back.pt")).eval()
+    back, _, ours = clipfast.create_model_and_transforms(str(tmp_path / "back.pt"))
     assert back.config == model.config
     assert same_bits(back.state_dict(), model.state_dict())
-    torch.testing.assert_close(features(back, model.config), features(theirs, model.config), **TOLERANCE)
+    assert_same(back, theirs, model.config)
+    picture = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
+    torch.testing.assert_close(ours(picture), preprocess(picture), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("kind", VITS)
+# transformers has no ResNets, and no text tower of SigLIP without a projection
+@pytest.mark.parametrize("kind", [*VITS, *(kind for kind in siglip.CONFIGS if kind != "bare")])
 def test_clipfast_hugging_face_clipfast(kind, tmp_path):
-    model = make_model(CONFIGS[kind])
+    model = made(kind)
     convert(save_own(model, tmp_path / "own.pt"), tmp_path / "hf", "hf")
+    assert not (tmp_path / "hf" / "vocab.json").exists()  # this vocabulary is not that of clipfast's tokenizer
     convert(tmp_path / "hf", tmp_path / "back.pt", "clipfast")
-    back = create_model(str(tmp_path / "back.pt")).eval()
-    assert back.config == model.config
+    back = create_model(str(tmp_path / "back.pt"))
+    tokenizer = {"tokenizer": None, "clean": "canonicalize"} if isinstance(model.config, SigLIPConfig) else {}
+    assert back.config == dataclasses.replace(model.config, **tokenizer)
     assert same_bits(back.state_dict(), model.state_dict())
     theirs = hugging_face_features(tmp_path / "hf", model.config)
     torch.testing.assert_close(features(back, model.config), theirs, **TOLERANCE)
@@ -53,43 +63,71 @@ def test_clipfast_hugging_face_clipfast(kind, tmp_path):
 @torch.no_grad()
 def hugging_face_features(folder, config):
     torch.manual_seed(1)
-    _, output = hugging_face_output("CLIPModel", folder, *inputs(config))
-    return output.image_embeds, output.text_embeds
+    is_siglip = isinstance(config, SigLIPConfig)
+    kind = "SiglipModel" if is_siglip else "CLIPModel"
+    model, output = hugging_face_output(kind, folder, *inputs_of(config))
+    bias = (model.logit_bias[0],) if is_siglip else ()
+    return output.image_embeds, output.text_embeds, model.logit_scale.exp().view([]), *bias
 
 
-@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
-def test_what_transformers_saves(activation, tmp_path):
+def assert_same(one, other, config):
+    torch.testing.assert_close(features(one, config), features(other, config), **TOLERANCE)
+
+
+def made(kind):
+    return make_model(CONFIGS[kind]) if kind in CONFIGS else siglip.make_model(siglip.CONFIGS[kind])
+
+
+def loaded_by_open_clip(folder, config, **options):
+    """OpenCLIP's own model of a folder, and its preprocessing."""
+    open_clip = pytest.importorskip("open_clip")
+    with siglip.known_to_timm(config) if isinstance(config, SigLIPConfig) else contextlib.nullcontext():
+        model, _, preprocess = open_clip.create_model_and_transforms(f"local-dir:{folder}", **options)
+    return model.eval(), preprocess
+
+
+@pytest.mark.parametrize(
+    ("family", "activation", "name"),
+    [
+        ("CLIP", "gelu", "GELU"),
+        ("CLIP", "quick_gelu", "QuickGELU"),
+        ("Siglip", "gelu", "GELU"),
+        ("Siglip", "gelu_pytorch_tanh", "tanh GELU"),
+    ],
+)
+def test_what_transformers_saves(family, activation, name, tmp_path):
     """A folder from save_pretrained, in several files, to OpenCLIP and back to transformers."""
     transformers = pytest.importorskip("transformers")
-    open_clip = pytest.importorskip("open_clip")
-    tower = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
+    tower = {"hidden_size": 32, "intermediate_size": 50, "num_hidden_layers": 2, "num_attention_heads": 2,
              "hidden_act": activation}  # fmt: skip
-    config = transformers.CLIPConfig(
-        text_config=tower | {"max_position_embeddings": 16, "vocab_size": 5000, "bos_token_id": 0, "eos_token_id": 2},
-        vision_config=tower | {"image_size": 32, "patch_size": 8},
-        projection_dim=24,
-    )
-    model = transformers.CLIPModel(config).eval()
-    model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
+    text, vision, options = {"max_position_embeddings": 12, "vocab_size": 300}, {"image_size": 30, "patch_size": 8}, {}
+    if family == "CLIP":
+        text |= {"vocab_size": 5000, "bos_token_id": 0, "eos_token_id": 2}
+        vision, options = vision | {"image_size": 32}, {"projection_dim": 24}
+    else:
+        text["projection_size"] = 32
+    config = getattr(transformers, f"{family}Config")(text_config=tower | text, vision_config=tower | vision, **options)
+    model = getattr(transformers, f"{family}Model")(config).eval()
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    convert(tmp_path / "theirs", tmp_path / "folder", "open_clip")
-    info = convert(tmp_path / "folder", tmp_path / "again", "hf")
-    again = transformers.CLIPModel.from_pretrained(tmp_path / "again")
+    info = convert(tmp_path / "theirs", tmp_path / "folder", "open_clip")
+    assert info.activation == name
+    if family == "Siglip":
+        assert (info.resize_mode, info.mean, info.std) == ("squash", (0.5,) * 3, (0.5,) * 3)
+    convert(tmp_path / "folder", tmp_path / "again", "hf")
+    again = type(model).from_pretrained(tmp_path / "again")
     assert same_bits(again.state_dict(), model.state_dict())
-    assert info.activation == {"gelu": "GELU", "quick_gelu": "QuickGELU"}[activation]
-    ours = create_model(f"local-dir:{tmp_path}/folder").eval()
-    other = open_clip.create_model(f"local-dir:{tmp_path}/folder").eval()
-    for module in (ours, other):
-        theirs = hugging_face_features(tmp_path / "theirs", ours.config)
-        torch.testing.assert_close(features(module, ours.config), theirs, **TOLERANCE)
+    ours = create_model(f"local-dir:{tmp_path}/folder")
+    theirs = hugging_face_features(tmp_path / "theirs", ours.config)
+    for one in (ours, loaded_by_open_clip(tmp_path / "folder", ours.config)[0]):
+        torch.testing.assert_close(features(one, ours.config), theirs, **TOLERANCE)
 
 
 def test_hidden_units_come_back():
     from clipfast.conversion.shapes import mlp_ratio
 
     for width in range(1, 200):
-        for hidden in range(width, 5 * width):
-            assert int(width * mlp_ratio(hidden, width)) == hidden
+        assert all(int(width * mlp_ratio(hidden, width)) == hidden for hidden in range(width, 5 * width))
 
 
 def test_published_configurations_come_back(tmp_path):
@@ -156,13 +194,15 @@ def test_preprocessing_and_tokenizer_travel(mode, vit, tmp_path):
     (tmp_path / "first" / "tokenizer.json").write_text("{}")
     convert(tmp_path / "first", tmp_path / "hf", "hf")
     # transformers numbers the ways of resampling as Pillow does
-    assert (
-        json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())["resample"] == Image.Resampling.BILINEAR
-    )
+    assert processor_of(tmp_path / "hf")["resample"] == Image.Resampling.BILINEAR
     convert(tmp_path / "hf", tmp_path / "second", "open_clip")
     assert json.loads((tmp_path / "second" / "open_clip_config.json").read_text()) == raw
     assert (tmp_path / "second" / "tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "hf" / "vocab.json").exists()
+
+
+def processor_of(folder):
+    return json.loads((folder / "preprocessor_config.json").read_text())
 
 
 def test_old_configurations_name_a_tower_twice(hf_folder, tmp_path):
@@ -184,28 +224,19 @@ def test_a_tokenizer_of_another_length_is_left_behind(vit, tmp_path):
     assert not (tmp_path / "longer" / "tokenizer_config.json").exists()
 
 
-def test_another_vocabulary_gets_no_tokenizer(hf_folder):
-    assert not (hf_folder / "vocab.json").exists()
-
-
-def test_processor_of_newer_transformers(hf_folder, tmp_path):
-    old = hf_folder / "preprocessor_config.json"
-    settings = json.loads(old.read_text()) | {"image_mean": [0.5, 0.5, 0.5]}
-    old.unlink()
-    (hf_folder / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    info = convert(hf_folder, tmp_path / "folder", "open_clip")
-    assert info.mean == (0.5, 0.5, 0.5)
-
-
 def test_normalisation_travels_in_clipfasts_own(vit, tmp_path):
-    vit.visual.image_mean, vit.visual.image_std = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
+    vit.visual.image_mean, vit.visual.image_std = mean, std = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
     export_open_clip(vit, tmp_path / "first")
     convert(tmp_path / "first", tmp_path / "own.pt", "clipfast")
     visual = create_model(str(tmp_path / "own.pt")).visual
-    assert (visual.image_mean, visual.image_std) == ((0.5, 0.25, 0.125), (0.1, 0.2, 0.3))
+    assert (visual.image_mean, visual.image_std) == (mean, std)
     convert(tmp_path / "own.pt", tmp_path / "hf", "hf")
-    processor = json.loads((tmp_path / "hf" / "preprocessor_config.json").read_text())
-    assert (processor["image_mean"], processor["image_std"]) == ([0.5, 0.25, 0.125], [0.1, 0.2, 0.3])
+    settings = processor_of(tmp_path / "hf")
+    assert (settings["image_mean"], settings["image_std"]) == ([*mean], [*std])
+    # newer versions of transformers write another file
+    (tmp_path / "hf" / "preprocessor_config.json").unlink()
+    (tmp_path / "hf" / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert convert(tmp_path / "hf", tmp_path / "folder", "open_clip").mean == mean
 
 
 def test_transformers_prepares_images_and_texts_as_clipfast_does(tmp_path):
@@ -227,12 +258,10 @@ def test_transformers_prepares_images_and_texts_as_clipfast_does(tmp_path):
 
 @pytest.mark.parametrize("size", [16, 64])
 def test_positions_are_resized_as_open_clip_does(size, own, vit, tmp_path):
-    open_clip = pytest.importorskip("open_clip")
     convert(own, tmp_path / "folder", "open_clip")
     convert(own, tmp_path / "other", "open_clip", image_size=size, context_length=size // 2)
-    theirs = open_clip.create_model(
-        f"local-dir:{tmp_path}/folder", force_image_size=size, force_context_length=size // 2
-    )
+    options = {"force_image_size": size, "force_context_length": size // 2}
+    theirs, _ = loaded_by_open_clip(tmp_path / "folder", vit.config, **options)
     ours = create_model(f"local-dir:{tmp_path}/other")
     assert (ours.visual.image_size, ours.context_length) == (size, size // 2)
     changed = {"positional_embedding", "visual.positional_embedding"}
