@@ -15,7 +15,7 @@ from .file_tokenizer import FileTokenizer, tokenizer_of
 from .images import image_transform
 from .models import CLIP, CLIPConfig, SigLIPConfig, build
 from .models.precision import lower_weights
-from .sources import load_source, resolve_source
+from .sources import ModelSource, load_source, resolve_source
 from .tokenizer import Tokenizer
 
 # The dtype of all weights for each precision. With "amp", the caller uses autocast.
@@ -50,7 +50,7 @@ _ONLY: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def create_model(
-    model_name: str,
+    model_name: str | ModelSource,
     pretrained: str | Path | None = None,
     *,
     load_weights: bool = True,
@@ -73,7 +73,7 @@ def create_model(
         model_name: a name from :func:`clipfast.list_models`; ``local-dir:FOLDER`` or ``FOLDER`` for a folder with
             ``open_clip_config.json`` and its weights, of transformers' CLIPModel, or of a run, whose newest checkpoint
             is used if it is not finished; ``hf-hub:ORG/REPO`` or ``ORG/REPO`` for a repository of either kind; or the
-            path of a clipfast checkpoint, which holds its own configuration.
+            path of a clipfast checkpoint, which holds its own configuration; or the source of a model that is resolved.
         pretrained: for a model with a name, one of its tags (:func:`clipfast.list_pretrained`); or the path of a
             checkpoint (``.pt``, ``.bin`` or ``.safetensors``). The weights of a tag that were trained with QuickGELU
             make the model one with QuickGELU, with a warning if its name does not say so.
@@ -121,7 +121,7 @@ def create_model(
     model.set_backend(backend)
     set_preprocessing(model, preprocessing)
     if source.weights is not None and load_weights:
-        load_source(model, source.weights)
+        load_source(model, source)
     set_precision(model, precision)
     return model
 
@@ -277,7 +277,7 @@ def create_model_from_pretrained(
 
 
 def get_tokenizer(
-    model_name: str = "ViT-B-32",
+    model_name: str | ModelSource = "ViT-B-32",
     context_length: int | None = None,
     cache_dir: str | Path | None = None,
     *,
@@ -298,7 +298,7 @@ def get_tokenizer(
     """
     source = resolve_source(model_name, cache_dir=cache_dir, fetch_weights=False)
     folder = source.folder if source.folder and (source.folder / TOKENIZER_NAME).is_file() else None
-    return tokenizer_for(source.config, model_name, tokenizer_file, folder, context_length)
+    return tokenizer_for(source.config, str(model_name), tokenizer_file, folder, context_length)
 
 
 def tokenizer_for(

@@ -13,16 +13,14 @@ from .checkpoint import (
     check_preprocessing,
     complete_preprocessing,
     find_open_clip_weights,
-    load_checkpoint,
     load_weights,
     read_checkpoint,
     read_open_clip_config,
     stated_preprocessing,
 )
 from .conversion import hugging_face
-from .conversion.hub_folder import fetch_folder
-from .conversion.layouts import checkpoint_of_run, described, is_hugging_face_folder, read_contents
-from .conversion.skeleton import check_size
+from .conversion.contents import check_size
+from .conversion.layouts import checkpoint_of_run, described, fetch_folder, is_hugging_face_folder, read_contents
 from .files import LOCAL_DIR_PREFIX, local_path
 from .hub import HUB_PREFIX, HubError, repository_of
 from .models import CLIP, CLIPConfig, SigLIPConfig, get_model_config, list_models
@@ -41,17 +39,25 @@ class ModelSource:
             if there are none.
         preprocessing: how images are prepared, in OpenCLIP's words: mean, std, interpolation and resize_mode.
         folder: where the files of the tokenizer lie, if the model has one of its own.
+        checkpoint: the content of ``weights``, if it had to be read to know the model.
+        name: of the model, for errors.
     """
 
     config: CLIPConfig
     weights: Path | None
     preprocessing: dict[str, Any]
     folder: Path | None = None
+    checkpoint: dict[str, Any] | None = None
+    name: str = ""
+
+    def __str__(self) -> str:
+        return self.name
 
 
 def model_source(
-    config: CLIPConfig, weights: Path | None = None, given: Mapping[str, Any] | None = None, folder: Path | None = None
-) -> ModelSource:
+    config: CLIPConfig, weights: Path | None = None, given: Mapping[str, Any] | None = None,
+    folder: Path | None = None, checkpoint: dict[str, Any] | None = None,
+) -> ModelSource:  # fmt: skip
     """Return the source of a model whose images are prepared as ``given`` says in OpenCLIP's words.
 
     What ``given`` leaves open is as usual for the kind of model.
@@ -61,11 +67,11 @@ def model_source(
     """
     preprocessing = complete_preprocessing(given or {}, is_siglip=isinstance(config, SigLIPConfig))
     check_preprocessing(preprocessing, folder or weights or "the model")
-    return ModelSource(config, weights, preprocessing, folder)
+    return ModelSource(config, weights, preprocessing, folder, checkpoint)
 
 
 def resolve_source(
-    model_name: str,
+    model_name: str | ModelSource,
     pretrained: str | Path | None = None,
     *,
     cache_dir: str | Path | None = None,
@@ -84,6 +90,8 @@ def resolve_source(
         CheckpointError: the weights are unknown, missing or unreadable
             (:class:`~clipfast.hub.HubError` for those on the hub).
     """
+    if isinstance(model_name, ModelSource):
+        return model_name
     name = model_name.replace("/", "-")  # OpenAI's spelling, as in ViT-B/32
     if name in list_models():
         return _named(name, pretrained, cache_dir, fetch_weights, force_quick_gelu)
@@ -93,15 +101,14 @@ def resolve_source(
             "clipfast.list_models() have"
         )
     source = _described(model_name, cache_dir, fetch_weights and not pretrained)
-    if not pretrained:
-        return source
-    preprocessing = source.preprocessing | _stated(pretrained)
-    return model_source(source.config, Path(pretrained), preprocessing, source.folder)
+    return _with_file(source, Path(pretrained)) if pretrained else source
 
 
-def _stated(path: str | Path) -> dict[str, Any]:
-    """Return how the checkpoint ``path`` says that images are prepared; {} if it says nothing."""
-    return stated_preprocessing(read_checkpoint(path, mmap=True))
+def _with_file(source: ModelSource, path: Path) -> ModelSource:
+    """Return a source with the weights of a file, which may say how images are prepared."""
+    content = read_checkpoint(path, mmap=True)
+    preprocessing = source.preprocessing | stated_preprocessing(content)
+    return model_source(source.config, path, preprocessing, source.folder, content)
 
 
 def _named(
@@ -123,7 +130,7 @@ def _named(
                 f"no checkpoint at {pretrained}: there is no such file, and {name} has no such tag; "
                 f"{'its tags are ' + ', '.join(tags) if tags else 'it has no tags'}"
             )
-        return model_source(config, Path(pretrained), _stated(pretrained))
+        return _with_file(model_source(config), Path(pretrained))
     if entry.get("quick_gelu") and not (config.quick_gelu or force_quick_gelu):
         warnings.warn(
             f"the weights {pretrained!r} of {name} were trained with QuickGELU, so the model is built with it; name it "
@@ -203,16 +210,17 @@ def _of_checkpoint(path: Path, content: dict[str, Any], folder: Path | None = No
             "pretrained (on the command line --model and --pretrained)"
         )
     check_size(config, [*path.iterdir()] if path.is_dir() else [path], path)
-    return model_source(config, path, preprocessing, folder)
+    return model_source(config, path, preprocessing, folder, None if path.is_dir() else content)
 
 
-def load_source(model: CLIP, weights: Path) -> None:
-    """Load the weights of a :class:`ModelSource` into ``model``; positions are resized to the model's.
+def load_source(model: CLIP, source: ModelSource) -> None:
+    """Load the weights of a source into ``model``; positions are resized to the model's.
 
     Raises:
-        CheckpointError: they cannot be read, or do not fit.
+        CheckpointError: there are none, they cannot be read, or do not fit.
     """
-    if weights.is_dir():
-        load_weights(model, {"state_dict": read_contents(weights).state}, weights, resize=True)
-    else:
-        load_checkpoint(model, weights)
+    weights, content = source.weights, source.checkpoint
+    assert weights is not None
+    if content is None:
+        content = {"state_dict": read_contents(weights).state} if weights.is_dir() else read_checkpoint(weights)
+    load_weights(model, content, weights, resize=True)

@@ -15,7 +15,8 @@ import argparse
 from typing import Any
 
 from ..arguments import PIXELS, Count, add_output
-from .targets import TARGETS
+
+TARGETS = ("open_clip", "hf", "clipfast")  # the layouts that can be written
 
 EPILOG = """\
 layouts:

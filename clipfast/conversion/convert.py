@@ -9,12 +9,11 @@ from ..files import check_target, write_folder
 from ..models import SigLIPConfig
 from ..models.siglip_config import EXACT, TANH
 from . import hugging_face
-from .contents import Contents
+from .command import TARGETS
+from .contents import Contents, copy_tokenizer, find_tokenizer
 from .inspection import CheckpointInfo, inspect_checkpoint
 from .layouts import read_contents
 from .resolve import Wishes, activation_flag, resolve
-from .targets import CLIPFAST, HUGGING_FACE, OPEN_CLIP, TARGETS
-from .tokenizer_files import copy_tokenizer, find_tokenizer
 
 log = logging.getLogger("clipfast")
 
@@ -68,12 +67,12 @@ def convert(
     wishes = Wishes(model, activation, image_size, context_length)
     _check_destination(destination, to, overwrite=overwrite)
     contents = resolve(read_contents(source, trust=trust, cache_dir=cache_dir), wishes)
-    if to == CLIPFAST:
+    if to == "clipfast":
         _write_clipfast(destination, contents)
     else:
-        write = {OPEN_CLIP: _write_open_clip, HUGGING_FACE: hugging_face.write_folder}[to]
+        write = _write_open_clip if to == "open_clip" else hugging_face.write_folder
         write_folder(destination, lambda folder: write(folder, contents))
-        if (to == HUGGING_FACE or isinstance(contents.config, SigLIPConfig)) and not find_tokenizer(destination):
+        if (to == "hf" or isinstance(contents.config, SigLIPConfig)) and not find_tokenizer(destination):
             log.warning(
                 f"{destination} has no tokenizer, because there is none beside {contents.source}: put tokenizer.json "
                 "and tokenizer_config.json of the model into it"
@@ -87,7 +86,7 @@ def _check_destination(destination: Path, to: str, *, overwrite: bool) -> None:
     if (destination.exists() or destination.is_symlink()) and not (overwrite and destination.is_file()):
         raise ValueError(f"{destination} exists already: name another destination, or remove it")
     check_target(destination)
-    if to == CLIPFAST and destination.suffix != ".pt":
+    if to == "clipfast" and destination.suffix != ".pt":
         raise ValueError(f"with --to clipfast the destination is a file whose name ends in .pt, got {destination}")
 
 

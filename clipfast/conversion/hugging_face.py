@@ -1,6 +1,8 @@
 """Reading and writing folders of transformers' ``CLIPModel`` and ``SiglipModel``."""
 
+import functools
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +12,22 @@ from torch import Tensor
 from ..checkpoint import CheckpointError, check_weights, complete_preprocessing, read_checkpoint, write_safetensors
 from ..files import read_json, replace_text
 from ..models import CLIPConfig, SigLIPConfig
-from . import hugging_face_names, siglip_hugging_face
-from .contents import Contents
-from .hugging_face_config import from_hugging_face, from_image_processor, to_hugging_face, to_image_processor
-from .skeleton import check_size, empty_state
-from .tokenizer_files import copy_tokenizer, find_tokenizer, write_tokenizer
+from .contents import Contents, check_size, copy_tokenizer, empty_state, find_tokenizer, write_tokenizer
+from .hugging_face_layout import (
+    CLIP_LAYOUT,
+    SIGLIP_LAYOUT,
+    NoCounterpartError,
+    from_ours,
+    from_settings,
+    to_ours,
+    to_settings,
+)
 
 CONFIG_NAME = "config.json"
 _INDEX_NAME = "model.safetensors.index.json"
 WEIGHTS_NAMES = ("model.safetensors", _INDEX_NAME, "pytorch_model.bin")
-_PROCESSOR_NAME = "preprocessor_config.json"
-_PROCESSORS_NAME = "processor_config.json"  # of newer versions, with one section for images and one for texts
-PROCESSOR_NAMES = (_PROCESSOR_NAME, _PROCESSORS_NAME)
+PROCESSOR_NAMES = ("preprocessor_config.json", "processor_config.json")  # the second is of newer versions
+_RESAMPLING = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 
 
 def read_folder(folder: Path) -> Contents:
@@ -31,8 +37,6 @@ def read_folder(folder: Path) -> Contents:
         CheckpointError: a file is missing or cannot be read, or the weights do not fit the configuration.
     """
     config, preprocessing = read_config(folder)
-    is_siglip = isinstance(config, SigLIPConfig)
-    names = siglip_hugging_face if is_siglip else hugging_face_names
     files = weights_files(folder)
     theirs: dict[str, Tensor] = {}
     for file in files:
@@ -41,10 +45,10 @@ def read_folder(folder: Path) -> Contents:
     theirs = {name: value for name, value in theirs.items() if not name.endswith(".position_ids")}
     check_size(config, files, folder / CONFIG_NAME)
     own = empty_state(config, folder)
-    check_weights(theirs, names.from_ours(own), folder)
-    state = names.to_ours(own, theirs)
-    layout = f"transformers folder ({'SiglipModel' if is_siglip else 'CLIPModel'})"
-    return Contents(folder, layout, files, state, config, preprocessing, find_tokenizer(folder))
+    check_weights(theirs, from_ours(own), folder)
+    layout = SIGLIP_LAYOUT if isinstance(config, SigLIPConfig) else CLIP_LAYOUT
+    words = f"transformers folder ({layout.architecture})"
+    return Contents(folder, words, files, to_ours(own, theirs), config, preprocessing, find_tokenizer(folder))
 
 
 def read_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
@@ -53,10 +57,16 @@ def read_config(folder: Path) -> tuple[CLIPConfig, dict[str, Any]]:
     Raises:
         CheckpointError: a file is missing or cannot be read, or clipfast cannot build the model.
     """
-    raw, path = _read_json(folder / CONFIG_NAME), folder / CONFIG_NAME
-    is_siglip = raw.get("model_type") == "siglip"
-    config: CLIPConfig = siglip_hugging_face.from_settings(raw, path) if is_siglip else from_hugging_face(raw, path)
-    return config, _read_preprocessing(folder, config.vision.image_size, is_siglip=is_siglip)
+    config = from_settings(_read_json(folder / CONFIG_NAME), folder / CONFIG_NAME)
+    is_siglip = isinstance(config, SigLIPConfig)
+    for name in PROCESSOR_NAMES:
+        if (folder / name).is_file():
+            settings = _read_json(folder / name)
+            section = settings if name == PROCESSOR_NAMES[0] else settings.get("image_processor")
+            if isinstance(section, dict):
+                size = config.vision.image_size
+                return config, _from_image_processor(section, size, folder / name, is_siglip=is_siglip)
+    return config, complete_preprocessing({}, is_siglip=is_siglip)
 
 
 def weights_files(folder: Path) -> tuple[Path, ...]:
@@ -87,16 +97,58 @@ def _read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _read_preprocessing(folder: Path, image_size: int, *, is_siglip: bool) -> dict[str, Any]:
-    options = {"is_siglip": is_siglip}
-    if (folder / _PROCESSOR_NAME).is_file():
-        path = folder / _PROCESSOR_NAME
-        return from_image_processor(_read_json(path), image_size, path, **options)
-    if (folder / _PROCESSORS_NAME).is_file():
-        section = _read_json(folder / _PROCESSORS_NAME).get("image_processor")
-        if isinstance(section, dict):
-            return from_image_processor(section, image_size, folder / _PROCESSORS_NAME, **options)
-    return complete_preprocessing({}, **options)
+def _from_image_processor(raw: Mapping[str, Any], image_size: int, source: Path, *, is_siglip: bool) -> dict[str, Any]:
+    """Return in OpenCLIP's words how transformers' image processor prepares images.
+
+    Args:
+        raw: the settings of the image processor.
+        image_size: side of the model's images.
+        source: the file of the settings, for errors.
+        is_siglip: take SigLIP's image processor's values for settings that are left out, in place of CLIP's.
+
+    Raises:
+        CheckpointError: OpenCLIP has no words for it.
+    """
+    wrong = [key for key in ("do_resize", "do_rescale", "do_normalize") if not raw.get(key, True)]
+    if wrong:
+        raise CheckpointError(f"{source} has {wrong[0]} false, but CLIP's images are resized, scaled and normalised")
+    names = {number: name for name, number in _RESAMPLING.items()}
+    square = {"height": image_size, "width": image_size}
+    resample, crops = raw.get("resample", 3), raw.get("do_center_crop", not is_siglip)
+    size, crop = raw.get("size", square if is_siglip else image_size), raw.get("crop_size", image_size)
+    is_shortest = size in (image_size, {"shortest_edge": image_size}) and crops
+    is_cropped_right = not crops or crop in (image_size, square)
+    if resample not in names or not is_cropped_right or not (is_shortest or size == square):
+        raise CheckpointError(
+            f"{source} prepares images in a way that OpenCLIP's configuration cannot express for a model of images of "
+            f"{image_size} pixels: size {size!r}, crop_size {crop!r}, do_center_crop {crops!r}, resample {resample!r}"
+        )
+    given = {"interpolation": names[resample], "resize_mode": "shortest" if is_shortest else "squash"}
+    normalization = {key: raw[f"image_{key}"] for key in ("mean", "std") if f"image_{key}" in raw}
+    return complete_preprocessing(given | normalization, is_siglip=is_siglip)
+
+
+def _to_image_processor(preprocessing: Mapping[str, Any], image_size: int, *, is_siglip: bool) -> dict[str, Any]:
+    """Return ``preprocessor_config.json`` for a preparation of images in OpenCLIP's words.
+
+    Raises:
+        NoCounterpartError: transformers' image processors cannot resize images in that way.
+    """
+    mode, interpolation = preprocessing["resize_mode"], preprocessing["interpolation"]
+    if mode not in ("shortest", "squash") or interpolation not in _RESAMPLING:
+        raise NoCounterpartError(
+            f"Hugging Face's image processor of CLIP cannot resize with resize_mode {mode!r} and interpolation "
+            f"{interpolation!r}"
+        )
+    square, crops = {"height": image_size, "width": image_size}, mode == "shortest"
+    kind = "SiglipImageProcessor" if is_siglip and not crops else "CLIPImageProcessor"  # SigLIP's cannot crop
+    done = dict.fromkeys(("do_convert_rgb", "do_resize", "do_rescale", "do_normalize"), True)
+    return {
+        "image_processor_type": kind, **done, "do_center_crop": crops, "crop_size": square,
+        "size": {"shortest_edge": image_size} if crops else square,
+        "resample": _RESAMPLING[interpolation], "rescale_factor": 1 / 255,
+        "image_mean": list(preprocessing["mean"]), "image_std": list(preprocessing["std"]),
+    }  # fmt: skip
 
 
 def write_folder(folder: Path, contents: Contents) -> None:
@@ -108,27 +160,20 @@ def write_folder(folder: Path, contents: Contents) -> None:
     """
     config = contents.settled_config
     is_siglip = isinstance(config, SigLIPConfig)
+    # Transformers loads all weights in one dtype: the one that holds every weight without rounding.
+    widest = functools.reduce(torch.promote_types, (value.dtype for value in contents.state.values()))
     raw = {
-        "architectures": ["SiglipModel" if is_siglip else "CLIPModel"],
+        "architectures": [(SIGLIP_LAYOUT if is_siglip else CLIP_LAYOUT).architecture],
         "model_type": "siglip" if is_siglip else "clip",
-        "torch_dtype": _widest(contents.state),
-        **(siglip_hugging_face.to_settings(config) if isinstance(config, SigLIPConfig) else to_hugging_face(config)),
+        "torch_dtype": str(widest).removeprefix("torch."),
+        **to_settings(config),
     }
-    processor = to_image_processor(contents.preprocessing, config.vision.image_size, is_siglip=is_siglip)
-    names = siglip_hugging_face if is_siglip else hugging_face_names
-    theirs = {name: value.clone() for name, value in names.from_ours(contents.state).items()}
+    processor = _to_image_processor(contents.preprocessing, config.vision.image_size, is_siglip=is_siglip)
+    theirs = {name: value.clone() for name, value in from_ours(contents.state).items()}
     write_safetensors(folder / WEIGHTS_NAMES[0], theirs)
-    for name, settings in ((CONFIG_NAME, raw), (_PROCESSOR_NAME, processor)):
+    for name, settings in ((CONFIG_NAME, raw), (PROCESSOR_NAMES[0], processor)):
         replace_text(folder / name, json.dumps(settings, indent=2) + "\n")
-    if is_siglip:
+    if is_siglip or contents.tokenizer:
         copy_tokenizer(folder, contents.tokenizer)
     else:
-        write_tokenizer(folder, contents.tokenizer, config.text)
-
-
-def _widest(state: dict[str, Tensor]) -> str:
-    """Return the name of the dtype that holds every weight without rounding; transformers loads them all in one."""
-    widest = next(iter(state.values())).dtype
-    for value in state.values():
-        widest = torch.promote_types(widest, value.dtype)
-    return str(widest).removeprefix("torch.")
+        write_tokenizer(folder, config.text)

@@ -17,14 +17,12 @@ from ..checkpoint import (
     plain_names,
 )
 from ..files import local_path, read_json
-from ..hub import HUB_PREFIX, repository_of
+from ..hub import HUB_PREFIX, HubError, fetch, repository_of
 from ..models import CLIPConfig, SigLIPConfig, get_model_config, list_models
 from ..pretrained import fetch_pretrained, get_pretrained_cfg, list_pretrained_tags_by_model, pretrained_config
-from . import distributed, hugging_face, open_clip, torchscript
-from .contents import Contents
-from .hub_folder import fetch_folder, fetch_tokenizer
+from . import distributed, hugging_face, open_clip
+from .contents import TOKENIZER_FILES, Contents, find_tokenizer
 from .shapes import stored_sizes
-from .tokenizer_files import find_tokenizer
 
 log = logging.getLogger("clipfast")
 
@@ -60,7 +58,56 @@ def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | P
         raise CheckpointError(f"there is no file or folder {path}{instead}")
     if not path.is_file():
         raise CheckpointError(f"{path} is neither a regular file nor a folder: give those that hold a checkpoint")
-    return torchscript.read_file(path, trust=trust) if torchscript.is_archive(path) else open_clip.read_file(path)
+    if open_clip.is_torchscript(path):
+        return open_clip.read_torchscript(path, trust=trust)
+    return open_clip.read_file(path)
+
+
+def fetch_folder(
+    repository: str, cache_dir: str | Path | None = None, *, weights: bool = True, tokenizer: bool = False
+) -> Path:
+    """Return the folder in the cache with a model's files, all of one commit; what is not there is downloaded.
+
+    Args:
+        repository: "ORG/REPO", in OpenCLIP's layout or else in that of transformers.
+        cache_dir: the folder of the cache; default: huggingface_hub's own.
+        weights: whether the weights are wanted; without them, only what describes the model is fetched.
+        tokenizer: whether the files of a tokenizer are wanted, where there are any.
+
+    Raises:
+        HubError: there is no such repository, a file is missing in it, or is not in the cache of an offline machine.
+    """
+    config = fetch(repository, CONFIG_NAME, hugging_face.CONFIG_NAME, cache_dir=cache_dir)
+    folder = config.parent  # its name is the commit
+
+    def more(*names: str) -> Path:
+        return fetch(repository, *names, cache_dir=cache_dir, revision=folder.name)
+
+    if config.name == CONFIG_NAME:
+        if weights:
+            more(*WEIGHTS_NAMES)
+    else:
+        try:
+            more(*hugging_face.PROCESSOR_NAMES)
+        except HubError:
+            log.warning(
+                f"{HUB_PREFIX}{repository} has no {hugging_face.PROCESSOR_NAMES[0]}, or it is not in the cache: images "
+                "are prepared as is usual for the kind of model"
+            )
+        if weights:
+            more(*hugging_face.WEIGHTS_NAMES)
+            for part in hugging_face.weights_files(folder):
+                more(part.name)
+    if tokenizer:
+        fetch_tokenizer(repository, folder.name, cache_dir)
+    return folder
+
+
+def fetch_tokenizer(repository: str, commit: str, cache_dir: str | Path | None = None) -> None:
+    """Bring what files of a tokenizer a commit of the repository has into its folder in the cache."""
+    for name in TOKENIZER_FILES:
+        with contextlib.suppress(HubError):
+            fetch(repository, name, cache_dir=cache_dir, revision=commit)
 
 
 def _read_tag(source: str, config: CLIPConfig, entry: dict[str, Any], cache_dir: str | Path | None) -> Contents:
@@ -163,9 +210,10 @@ def _read_folder(folder: Path) -> Contents:
     found = checkpoint_of_run(folder)
     if found is not None:
         config, preprocessing = described(*found)
-        read = distributed.read_folder if found[0].is_dir() else open_clip.read_file
+        path, content = found
+        contents = distributed.read_folder(path) if path.is_dir() else open_clip.contents_of(path, content)
         tokenizer = find_tokenizer(folder)
-        return dataclasses.replace(read(found[0]), config=config, preprocessing=preprocessing, tokenizer=tokenizer)
+        return dataclasses.replace(contents, config=config, preprocessing=preprocessing, tokenizer=tokenizer)
     if is_hugging_face_folder(folder):
         return hugging_face.read_folder(folder)
     if CONFIG_NAME in names:

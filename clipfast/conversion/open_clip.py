@@ -1,15 +1,20 @@
-"""Reading files and folders with the names of OpenCLIP, which are those of clipfast's own checkpoints too."""
+"""Reading files and folders with the names of OpenCLIP, which are those of clipfast's checkpoints and OpenAI's too."""
 
+import dataclasses
+import warnings
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import (
     CONFIG_NAME,
     WRAPPER_PREFIXES,
     CheckpointError,
+    complete_preprocessing,
     find_open_clip_weights,
     is_siglip_state,
     own_config,
@@ -18,10 +23,12 @@ from ..checkpoint import (
     read_checkpoint,
     read_open_clip_config,
 )
-from .contents import Contents
-from .tokenizer_files import find_tokenizer
+from .contents import Contents, find_tokenizer
+from .shapes import HEAD_WIDTH, config_of_weights, settled
 
 _HUGGING_FACE_NAMES = ("text_model.", "vision_model.")
+# OpenAI's modules keep these numbers among their weights.
+_NUMBERS = ("input_resolution", "context_length", "vocab_size")
 
 
 def read_file(path: Path) -> Contents:
@@ -30,7 +37,15 @@ def read_file(path: Path) -> Contents:
     Raises:
         CheckpointError: the file cannot be read, or has the names of a transformers model.
     """
-    checkpoint = read_checkpoint(path, mmap=True)
+    return contents_of(path, read_checkpoint(path, mmap=True))
+
+
+def contents_of(path: Path, checkpoint: dict[str, Any]) -> Contents:
+    """Return the contents of a file that has been read.
+
+    Raises:
+        CheckpointError: it has the names of a transformers model.
+    """
     state = plain_names(checkpoint["state_dict"])
     refuse_hugging_face_names(state, path)
     config, epoch = own_config(checkpoint, path), checkpoint.get("epoch")
@@ -75,10 +90,8 @@ def read_folder(folder: Path) -> Contents:
 
 def _layout(checkpoint: Mapping[str, Any], path: Path, is_own: bool) -> str:
     is_training = "optimizer" in checkpoint or "epoch" in checkpoint
-    kind = (
-        "clipfast checkpoint" if is_own else "OpenCLIP checkpoint" if is_training else "weights with OpenCLIP's names"
-    )
-    kind += " of a training run" if is_training else ""
+    kind = "OpenCLIP checkpoint" if is_training else "weights with OpenCLIP's names"
+    kind = ("clipfast checkpoint" if is_own else kind) + (" of a training run" if is_training else "")
     wrapped = [prefix for prefix in WRAPPER_PREFIXES if prefix in next(iter(checkpoint["state_dict"]), "")]
     notes = [f"names begin with {''.join(wrapped)}"] if wrapped else []
     notes += ["safetensors"] if path.suffix == ".safetensors" else []
@@ -86,15 +99,48 @@ def _layout(checkpoint: Mapping[str, Any], path: Path, is_own: bool) -> str:
 
 
 def _training_step(checkpoint: Mapping[str, Any]) -> int | None:
-    """Return the number of finished steps: clipfast's own, or what the optimizer has counted."""
-    own = checkpoint.get("clipfast")
-    progress = own.get("progress") if isinstance(own, dict) else None
-    if isinstance(progress, dict) and isinstance(progress.get("step"), int):
-        return int(progress["step"])
-    optimizer = checkpoint.get("optimizer")
-    states = optimizer.get("state") if isinstance(optimizer, dict) else None
-    counts = (
-        [state.get("step") for state in states.values() if isinstance(state, dict)] if isinstance(states, dict) else []
-    )
-    numbers = [int(count) for count in counts if isinstance(count, int | float | Tensor)]
-    return max(numbers, default=None)
+    """Return the number of finished steps: clipfast's own, or the count of the optimizer."""
+    try:
+        return int(checkpoint["clipfast"]["progress"]["step"])
+    except (KeyError, TypeError, ValueError):
+        pass
+    try:
+        return max(int(state["step"]) for state in checkpoint["optimizer"]["state"].values())
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
+        return None
+
+
+def is_torchscript(path: Path) -> bool:
+    """Return whether a file is a TorchScript archive, without running or unpickling any of it."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return any(name.endswith("/constants.pkl") for name in names) and any("/code/" in name for name in names)
+
+
+def read_torchscript(path: Path, *, trust: bool) -> Contents:
+    """Read the weights in OpenAI's TorchScript archive. Loading it may run its code.
+
+    OpenAI's models have QuickGELU and heads of 64 dimensions.
+
+    Raises:
+        CheckpointError: ``trust`` is False, the archive cannot be loaded, or holds another kind of model.
+    """
+    if not trust:
+        raise CheckpointError(
+            f"{path} is a TorchScript archive, as OpenAI published: it is code, which loading could run. If you trust "
+            "where it comes from, add --trust (in Python: trust=True)"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            loaded = torch.jit.load(str(path), map_location="cpu").state_dict()
+    except Exception as error:  # broken archives make the reader raise almost anything
+        raise CheckpointError(f"{path} is a TorchScript archive that cannot be loaded: {error!s:.300}") from error
+    state = {name: value for name, value in loaded.items() if name not in _NUMBERS}
+    config = config_of_weights(state, path)
+    if config.text.width % HEAD_WIDTH:
+        raise CheckpointError(f"{path} is not one of OpenAI's models: their heads have {HEAD_WIDTH} dimensions")
+    config = settled(dataclasses.replace(config, quick_gelu=True))
+    return Contents(path, "OpenAI's TorchScript archive", (path,), state, config, complete_preprocessing({}))

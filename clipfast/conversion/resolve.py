@@ -12,9 +12,8 @@ from ..models import CLIPConfig, SigLIPConfig, get_model_config, list_models
 from ..models.positions import positions_name, resize_context, resize_positions, text_positions_name
 from ..models.registry import QUICK_GELU_SUFFIX, read_model_config
 from ..models.siglip_config import EXACT, TANH
-from .contents import Contents
+from .contents import Contents, check_size, empty_state
 from .shapes import RESNET_STRIDE, config_of_weights, models_of_shapes, stored_sizes
-from .skeleton import check_size, empty_state
 
 ACTIVATION_NAMES = {"gelu": False, "quick_gelu": True}  # whether it is QuickGELU
 SIGLIP_ACTIVATIONS = {"gelu": EXACT, "gelu_tanh": TANH}

@@ -16,6 +16,7 @@ from torch import Tensor
 from ..adopt import apply_to_open_clip
 from ..factory import create_model, get_tokenizer, transform_of
 from ..progress import each
+from ..sources import resolve_source
 from ..training.world import ALONE, World
 from .store import FeatureStore
 from .zero_shot import TEXTS, Template, encode_texts, prompts_of
@@ -58,10 +59,9 @@ class Encoder:
         """
         if name.startswith(OPEN_CLIP_PREFIX):
             return cls._of_open_clip(name, pretrained, device, cache_dir)
-        model = create_model(
-            name, pretrained, require_pretrained=True, device=device, backend=backend, cache_dir=cache_dir
-        ).eval()
-        tokenizer = get_tokenizer(name, cache_dir=cache_dir, tokenizer_file=tokenizer_file)
+        source = dataclasses.replace(resolve_source(name, pretrained, cache_dir=cache_dir), name=name)
+        model = create_model(source, require_pretrained=True, device=device, backend=backend).eval()
+        tokenizer = get_tokenizer(source, tokenizer_file=tokenizer_file)
         return cls(name, model, tokenizer, transform_of(model, uint8=True), device, pretrained)
 
     @classmethod

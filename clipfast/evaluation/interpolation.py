@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import CheckpointError, check_preprocessing, complete_preprocessing, write_open_clip_folder
-from ..conversion.contents import Contents
+from ..conversion.contents import Contents, copy_tokenizer
 from ..conversion.layouts import read_contents
 from ..conversion.resolve import Wishes, resolve
-from ..conversion.tokenizer_files import copy_tokenizer
 from ..factory import set_preprocessing, tokenizer_for, transform_of
 from ..file_tokenizer import FileTokenizer
 from ..files import write_folder

@@ -17,8 +17,8 @@ import numpy as np
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data import Skipped, expand_shards
-from ..data.samples import is_folder, is_local
+from ..data import Skipped
+from ..data.samples import is_local
 from ..evaluation.encoder import Encoder
 from ..evaluation.zero_shot import TEMPLATES
 from ..images import ImageError, open_image
@@ -45,11 +45,11 @@ SIDE, MAP_SIDE, LARGE_SIDE = 224, 448, 768  # of pictures, in pixels
 
 
 class Pictures:
-    """The pictures that may be shown: files in some folders, or the samples of shards.
+    """The pictures that may be shown: those of the source that was embedded, or files in some folders.
 
     Args:
         roots: the folders. A link inside them that leads out of them is not followed.
-        samples: shards, or a table that names files in the folders, from which pictures are read by their numbers.
+        samples: the source, from which pictures are read by their numbers.
     """
 
     def __init__(self, roots: Sequence[Path] = (), samples: Samples | None = None) -> None:
@@ -63,23 +63,16 @@ class Pictures:
         Raises:
             ValueError: it does not say it; or the source is not on this machine, cannot be read, or has changed.
         """
-        data = about.get("data")
-        if not isinstance(data, str):
-            raise ValueError("the set does not say what it was made from")
-        if not is_local(data):  # a name with a scheme may be a command
-            raise ValueError(f"{data} is not on this machine")
-        shards = expand_shards(data)
-        folders = [Path(shard) if is_folder(shard) else Path(shard).parent for shard in shards if ":" not in shard]
-        if all(map(is_folder, shards)):
-            return cls(folders)
-        return cls(folders, Samples.of(about))
+        if not is_local(str(about.get("data"))):  # a name with a scheme may be a command
+            raise ValueError(f"{about['data']} is not on this machine")
+        return cls(samples=Samples.of(about))
 
     def open(self, metadata: Mapping[str, Any]) -> Image.Image:
         """Decode the picture of an item.
 
         Args:
-            metadata: ``image_path`` is absolute, or relative to the working folder or to one of the folders;
-                ``number`` is the place in the source.
+            metadata: ``number`` is the place in the source; ``image_path`` is absolute, or relative to the working
+                folder or to one of the folders.
 
         Raises:
             ImageError: there is no such picture, or it cannot be decoded.
@@ -90,21 +83,17 @@ class Pictures:
             found = self.samples.read(metadata.get(NUMBER, -1))
         if isinstance(found, Skipped) or found.image is None:
             raise ImageError(str(found))
-        path = found.row[IMAGE_PATH]
-        return open_image(self._file(path)) if Path(path).exists() else found.image  # a table may name any file
+        return found.image
 
     def _file(self, path: Any) -> Path:
-        if not isinstance(path, str) or not path:
-            raise ImageError("there is no path of a picture")
         if not self.roots:
             raise ImageError("no folder of pictures is known: name it with --pictures")
         try:
             # a resolved path holds neither links nor "..": what is compared is what is opened
-            found = [name.resolve() for name in (Path(path), *(root / path for root in self.roots))]
-            for file in found:
+            for file in (Path(path).resolve(), *((root / path).resolve() for root in self.roots)):
                 if any(file.is_relative_to(root.resolve()) for root in self.roots) and file.is_file():
                     return file
-        except (OSError, ValueError) as error:  # a name that no file can have
+        except (OSError, ValueError, TypeError) as error:  # a name that no file can have
             raise ImageError(f"the path cannot be used: {error}") from error
         raise ImageError("no such file in the folders of pictures")
 
@@ -222,11 +211,7 @@ class Desk:
         Raises:
             ValueError: something is missing, unknown, or too much.
         """
-        names = _lines(labels, "labels")
-        if not picture:
-            raise ValueError("drop a picture")
-        if not 1 <= len(names) <= MAX_LABELS:
-            raise ValueError(f"type 1 to {MAX_LABELS} labels, one in each line; there are {len(names)}")
+        names = _lines(labels, "labels", MAX_LABELS, picture)
         if templates not in TEMPLATES:
             raise ValueError(f"templates must be one of {', '.join(TEMPLATES)}, got {templates!r}")
         seen, classifier = self._seen(picture)[None], self.encoder.classifier(names, TEMPLATES[templates])
@@ -251,11 +236,7 @@ class Desk:
         """
         from PIL import ImageOps
 
-        lines = _lines(texts, "texts")
-        if not picture:
-            raise ValueError("drop a picture")
-        if not 1 <= len(lines) <= MAX_MAPS:
-            raise ValueError(f"type 1 to {MAX_MAPS} texts, one in each line; there are {len(lines)}")
+        lines = _lines(texts, "texts", MAX_MAPS, picture)
         side, image = side_of(self.encoder.model), open_image(picture)
         if max(image.size) > MAX_RATIO * min(image.size):
             width, height = image.size
@@ -345,10 +326,15 @@ def _checked(text: str | None, name: str) -> str:
     return text or ""
 
 
-def _lines(text: str | None, name: str) -> list[str]:
+def _lines(text: str | None, name: str, most: int, picture: str | None) -> list[str]:
     """Return the distinct lines of a text of a form that are not empty.
 
     Raises:
-        ValueError: the text is too long.
+        ValueError: there is no picture to compare them with, the text is too long, or lines are too many or missing.
     """
-    return list(dict.fromkeys(line.strip() for line in _checked(text, name).splitlines() if line.strip()))
+    lines = list(dict.fromkeys(line.strip() for line in _checked(text, name).splitlines() if line.strip()))
+    if not picture:
+        raise ValueError("drop a picture")
+    if not 1 <= len(lines) <= most:
+        raise ValueError(f"type 1 to {most} {name}, one in each line; there are {len(lines)}")
+    return lines

@@ -8,7 +8,7 @@ import signal
 import socket
 import tempfile
 import threading
-from collections.abc import Awaitable, Callable, Iterator, MutableMapping
+from collections.abc import Awaitable, Callable, Iterator, MutableMapping, Sequence
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,8 @@ from .app import FOUND, MAX_MAPS, Desk, answer
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # by which a browser may call it: not by a stranger's name that leads here
 FILES = ("file=", "file/", "proxy=")  # what stands before the file in those addresses of Gradio that serve one
-MAX_UPLOAD, MAX_REQUEST = 50 * 2**20, 2**20  # bytes of a request with files, and of others
-UPLOAD = "/gradio_api/upload"
-POSTED = (UPLOAD, "/gradio_api/call/", "/gradio_api/queue/join", "/gradio_api/cancel", "/gradio_api/reset")
+MAX_UPLOAD = 50 * 2**20  # bytes of a dropped picture
 KEPT = 3600  # seconds after which uploads are removed
-KEPT_FILES, KEPT_BYTES = 50, 4 * MAX_UPLOAD  # of uploads, of which the oldest go
-AT_ONCE = 4  # uploads that are received at the same time
 SESSIONS = 16  # whose state Gradio keeps, 100 KB for each that asks: here it is the same for all
 POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
@@ -51,87 +47,49 @@ watch('value', () => {
 """
 SAID = {"common.complete": "done"}  # Gradio says the key itself to screen readers, after each answer
 NARROW = "() => { if (innerWidth < 640) document.querySelector('#more button')?.click() }"  # results come soon
+HEADERS = [
+    (b"content-security-policy", POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
 class Guard:
-    """Stands before Gradio: only its own page may ask, no file is served but uploads, and these are bounded.
+    """Stands before Gradio: only its own page may ask, and no file is served but uploads.
 
     A page of another origin can send requests to this machine, though it cannot read the answers.
 
     Args:
-        app: what is guarded.
+        app: the application that is guarded.
         uploads: the folder of the uploads.
     """
 
     def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]], uploads: Path) -> None:
-        self.app, self.uploads, self.receiving = app, uploads.resolve(), 0
+        self.app, self.uploads = app, uploads.resolve()
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Answer a request."""
-        status = self._refusal(scope) if scope["type"] == "http" else None
-        if status is not None:
-            await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+        if scope["type"] == "http" and not self._may_ask(scope):
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
             await send({"type": "http.response.body", "body": b"not served\n"})
             return
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [
-                    *message.get("headers", []),
-                    (b"content-security-policy", POLICY.encode()),
-                    (b"x-content-type-options", b"nosniff"),
-                    (b"referrer-policy", b"no-referrer"),
-                ]
+                message["headers"] = [*message.get("headers", []), *HEADERS]
             await send(message)
 
-        if scope["type"] != "http" or scope["path"] != UPLOAD:
-            await self.app(scope, receive, answer)
-            return
-        self.receiving += 1
-        try:
-            self._tidy()
-            await self.app(scope, receive, answer)
-        finally:
-            self.receiving -= 1
-            self._tidy()
+        await self.app(scope, receive, answer)
 
-    def _refusal(self, scope: Message) -> int | None:
-        """Return the status that refuses a request; None if it may be answered."""
+    def _may_ask(self, scope: Message) -> bool:
+        """Return whether a request is that of a program, of the page itself or of a link to it, for what is served."""
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
-        is_foreign = given.get(b"sec-fetch-site", b"none") not in (b"same-origin", b"none") and path != "/"  # a link
-        if is_foreign or given.get(b"origin", own) != own or not self._allows(path):
-            return 403
-        if scope["method"] in ("GET", "HEAD"):
-            return None
-        if scope["method"] != "POST" or not path.startswith(POSTED):
-            return 403
-        length = given.get(b"content-length", b"")
-        if not length.isdigit():
-            return 411
-        if int(length) > (MAX_UPLOAD if path == UPLOAD else MAX_REQUEST):
-            return 413
-        return 429 if path == UPLOAD and self.receiving >= AT_ONCE else None
-
-    def _tidy(self) -> None:
-        """Remove the oldest uploads beyond the number and the bytes that are kept."""
-        found = []
-        for folder, _, names in os.walk(self.uploads):
-            for file in (Path(folder, name) for name in names):
-                with contextlib.suppress(FileNotFoundError):  # Gradio has removed it meanwhile
-                    found.append((file.stat(), file))
-        found.sort(key=lambda one: one[0].st_mtime_ns, reverse=True)
-        total = 0
-        for number, (about, file) in enumerate(found):
-            total += about.st_size
-            if number >= KEPT_FILES or total > KEPT_BYTES:
-                file.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # the folder of the file, unless it has others
-                    if file.parent != self.uploads:
-                        file.parent.rmdir()
+        is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # by a link
+        return is_own and given.get(b"origin", own) == own and self._allows(path)
 
     def _allows(self, path: str) -> bool:
         """Return False for the address of a file that is no upload."""
@@ -170,11 +128,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
         title: of the page; as text.
         port: to listen on.
         browser: open the page in the user's browser.
-
-    Raises:
-        ValueError: the port cannot be used.
     """
-    check_port(port)
     with tempfile.TemporaryDirectory(prefix="clipfast-app-") as folder:
         # Gradio reads these when it is imported, or when a page is made.
         os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "HF_HUB_DISABLE_TELEMETRY": "1", "GRADIO_TEMP_DIR": folder}
@@ -210,15 +164,17 @@ def _page(desk: Desk, title: str, uploads: Path) -> Any:
     """Return the page; ``uploads`` is the folder of what is dropped."""
     import gradio
 
+    labels = {"label": "Labels, one in each line", "lines": 6, "max_lines": 20}
+    texts = {"label": "Texts, one in each line", "lines": 4, "max_lines": MAX_MAPS}
     with gradio.Blocks(title="clipfast app", analytics_enabled=False, delete_cache=(KEPT, KEPT)) as page:
         gradio.HTML(title)
         with gradio.Tabs():
             with gradio.Tab("Search"):
                 _search_tab(desk, uploads)
             with gradio.Tab("Classify"):
-                _classify_tab(desk, uploads)
+                _picture_tab(desk.classify, uploads, labels, "Classify", templates=[*TEMPLATES])
             with gradio.Tab("Heat maps"):
-                _heat_map_tab(desk, uploads)
+                _picture_tab(desk.heat_map, uploads, texts, "Show where they are")
         page.load(None, js=NARROW, api_visibility="private")
     return page
 
@@ -293,36 +249,31 @@ def _search_tab(desk: Desk, uploads: Path) -> None:
     detail.select(similar, [where, k], results, api_visibility="private", show_progress="minimal")
 
 
-def _classify_tab(desk: Desk, uploads: Path) -> None:
+def _picture_tab(
+    function: Callable[..., str], uploads: Path, lines: dict[str, Any], button: str, templates: Sequence[str] = ()
+) -> None:
+    """Add a tab that asks a function about a dropped picture and lines of text, and about templates if there are any.
+
+    Args:
+        function: a method of :class:`Desk`, whose name is also that of the function for programs.
+        uploads: the folder of what is dropped.
+        lines: the options of the field of text.
+        button: the words on it.
+        templates: the names to choose from.
+    """
     import gradio
 
+    name = function.__name__
     with gradio.Row():
         with gradio.Column(scale=1, min_width=280):
-            picture = _picture_field(uploads, label="Picture", elem_id="classified")
-            labels = gradio.Textbox(label="Labels, one in each line", lines=6, max_lines=20, elem_id="labels")
-            templates = gradio.Dropdown([*TEMPLATES], value=DEFAULT_TEMPLATES, label="Templates", elem_id="templates")
-            button = gradio.Button("Classify", variant="primary", elem_id="classify")
+            fields = [_picture_field(uploads, label="Picture"), gradio.Textbox(**lines)]
+            if templates:
+                fields.append(gradio.Dropdown(list(templates), value=DEFAULT_TEMPLATES, label="Templates"))
+            asked = gradio.Button(button, variant="primary")
         with gradio.Column(scale=3, min_width=320):
-            result = gradio.HTML(js_on_load=CLICK, elem_id="shares")
+            result = gradio.HTML(js_on_load=CLICK, elem_id=f"{name}-result")
 
-    def classify(*given: Any) -> str:
-        return answer(desk.classify, *given)
+    def ask(*given: Any) -> str:
+        return answer(function, *given)
 
-    button.click(classify, [picture, labels, templates], result, api_name="classify", show_progress="minimal")
-
-
-def _heat_map_tab(desk: Desk, uploads: Path) -> None:
-    import gradio
-
-    with gradio.Row():
-        with gradio.Column(scale=1, min_width=280):
-            picture = _picture_field(uploads, label="Picture", elem_id="mapped")
-            texts = gradio.Textbox(label="Texts, one in each line", lines=4, max_lines=MAX_MAPS, elem_id="texts")
-            button = gradio.Button("Show where they are", variant="primary", elem_id="map")
-        with gradio.Column(scale=3, min_width=320):
-            result = gradio.HTML(js_on_load=CLICK, elem_id="maps")
-
-    def heat_map(*given: Any) -> str:
-        return answer(desk.heat_map, *given)
-
-    button.click(heat_map, [picture, texts], result, api_name="heat_map", show_progress="minimal")
+    asked.click(ask, fields, result, api_name=name, show_progress="minimal")

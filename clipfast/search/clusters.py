@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..kernels.common import slices
+from .similar import check_features, unit
 
 TILE = 1 << 22  # similarities that exist at once
 SAMPLED = 256  # features for each cluster, among which the first centres are chosen
@@ -67,9 +68,9 @@ def spherical_k_means(
         The clusters, on the CPU.
 
     Raises:
-        ValueError: a feature is not finite or has no length, or an argument is out of range.
+        ValueError: a feature is not finite or has no length.
     """
-    _check(features, k, rounds, init)
+    check_features(features)
     device = features.device if device is None else torch.device(device)
     work = _Work(features, k, device)
     centres = work.first_centres(seed, init)
@@ -84,17 +85,6 @@ def spherical_k_means(
     return Clusters(centres[order].cpu(), order.argsort()[groups].cpu(), similarity.cpu(), done, is_settled)
 
 
-def _check(features: Tensor, k: int, rounds: int, init: str) -> None:
-    if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(f"features must be [N, D] of floats, got {[*features.shape]} of {features.dtype}")
-    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= len(features):
-        raise ValueError(f"k must be an integer from 1 to the number of features, {len(features):,}, got {k!r}")
-    if rounds < 0:
-        raise ValueError(f"rounds must not be negative, got {rounds}")
-    if init not in ("k-means++", "random"):
-        raise ValueError(f"init must be k-means++ or random, got {init!r}")
-
-
 class _Work:
     """Features that are read block by block."""
 
@@ -103,16 +93,8 @@ class _Work:
         self.blocks = slices(len(features), max(1, TILE // max(k, features.shape[1])))
 
     def block(self, rows: slice | Tensor) -> Tensor:
-        """Return some of the features with unit length, float32.
-
-        Raises:
-            ValueError: one of them cannot be used.
-        """
-        found = self.features[rows].to(self.device).float()
-        lengths = torch.linalg.vector_norm(found, dim=1)
-        if not (lengths.isfinite() & (lengths > 0)).all():
-            raise ValueError("clusters: a feature has no length, or contains NaN or infinity")
-        return F.normalize(found, dim=1)
+        """Return some of the features with unit length, float32."""
+        return unit(self.features[rows], self.device)
 
     def nearest(self, centres: Tensor) -> tuple[Tensor, Tensor]:
         """Return the number of the nearest centre of each feature, the first of equal ones, and their cosine."""

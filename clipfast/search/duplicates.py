@@ -10,12 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .similar import Pairs, cosines, linked, similar_pairs
+from .similar import Pairs, check_features, cosines, cosines_of_pairs, linked, similar_pairs
 
 if TYPE_CHECKING:
     from .embeddings import Embeddings
 
-KEEP = ("first", "largest", "best")
 DIGESTS = ("sha256", "md5")  # columns of metadata: items with the same value are equal
 
 
@@ -63,12 +62,10 @@ def near_duplicates(
         The groups with more than one item, in the order of the first items.
 
     Raises:
-        ValueError: there are no image features, or not what ``keep`` needs; or as
-            :func:`~clipfast.search.similar.similar_pairs`.
+        ValueError: there is not what ``keep`` needs; or as :func:`~clipfast.search.similar.similar_pairs`.
     """
     features = embeddings.features
-    if features is None:
-        raise ValueError("near duplicates need image features, and there are none")
+    assert features is not None
     worth, words = _worth(embeddings, keep)
     count = len(features)
     pairs = similar_pairs(features, threshold, device=device, progress=progress)
@@ -84,7 +81,7 @@ def near_duplicates(
         group.kept.append(place)
         group.why.append(words if worth is None else words.format(worth[place]))
     dropped = torch.stack([torch.arange(count), of], 1)[of != torch.arange(count)]
-    for (place, like), similarity in zip(dropped.tolist(), cosines(features, dropped).tolist(), strict=True):
+    for (place, like), similarity in zip(dropped.tolist(), cosines_of_pairs(features, dropped).tolist(), strict=True):
         group = groups[int(members[place])]
         group.dropped.append(place)
         group.of.append(like)
@@ -127,17 +124,14 @@ def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
     Raises:
         ValueError: there is nothing to compare them by.
     """
-    if keep not in KEEP:
-        raise ValueError(f"keep must be one of {', '.join(KEEP)}, got {keep!r}")
     if keep == "first":
         return None, "first"
     if keep == "best":
-        from .filtering import pair_scores
-
         images, texts = embeddings.features, embeddings.text_features
         if images is None or texts is None:
             raise ValueError("keep 'best' needs features of images and texts; there are only those of one kind")
-        return pair_scores(images, texts).tolist(), "image-text score {:.4f}"
+        check_features(texts)
+        return cosines(images, texts).tolist(), "image-text score {:.4f}"
     table = embeddings.metadata
     if not {"width", "height"} <= set(table.column_names):
         raise ValueError("keep 'largest' needs columns width and height, which the metadata do not have")

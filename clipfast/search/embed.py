@@ -40,17 +40,15 @@ GPU_BATCH = 256  # samples that are encoded at once, by default
 CPU_BATCH, SMALL_BATCH, CPU_PIXELS = 32, 128, 1 << 17
 
 
-_Features = tuple[Tensor | None, Tensor | None]  # of images and of texts
-
-
 @dataclasses.dataclass
 class _Batch:
     """Samples that are encoded together, with ``rows`` of metadata; those that cannot be used are in ``skipped``."""
 
-    pixels: Tensor | None
-    texts: list[str]
-    rows: list[dict[str, Any]]
-    skipped: list[tuple[int, Skipped]]
+    pixels: list[Tensor] | Tensor = dataclasses.field(default_factory=list)
+    texts: list[str] = dataclasses.field(default_factory=list)
+    rows: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    skipped: list[tuple[int, Skipped]] = dataclasses.field(default_factory=list)
+    features: dict[str, Tensor] = dataclasses.field(default_factory=dict)  # by IMAGES and TEXTS
 
 
 class _Batches(Dataset[_Batch]):
@@ -60,17 +58,19 @@ class _Batches(Dataset[_Batch]):
         self.samples, self.transform = samples, transform
 
     def __getitem__(self, places: Sequence[int]) -> _Batch:
-        pixels, texts, rows, skipped = list[Tensor](), list[str](), list[dict[str, Any]](), list[tuple[int, Skipped]]()
+        batch, pixels = _Batch(), list[Tensor]()
         for place in places:
             sample = self.samples.read(place)
             if isinstance(sample, Skipped):
-                skipped.append((place, sample))
+                batch.skipped.append((place, sample))
                 continue
             if sample.image is not None:
                 pixels.append(self.transform(sample.image))
-            texts.append(sample.caption or "")
-            rows.append(sample.row)
-        return _Batch(torch.stack(pixels) if pixels else None, texts, rows, skipped)
+            batch.texts.append(sample.caption or "")
+            batch.rows.append(sample.row)
+        if pixels:
+            batch.pixels = torch.stack(pixels)
+        return batch
 
 
 @dataclasses.dataclass
@@ -94,15 +94,11 @@ class Work:
     batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse sizes below 1, and a source without samples.
+        """Refuse a source without samples.
 
         Raises:
             ValueError: as above.
         """
-        for name in ("part_size", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if not len(self.samples):
             raise ValueError(f"{self.samples.data} has no samples")
 
@@ -143,21 +139,20 @@ class Work:
 
     def holds(self, number: int) -> bool:
         """Return True if a part is in the folder, and can be read."""
-        images, texts, metadata = self._paths(number)
-        if not metadata.exists():
+        files = {kind: part_path(self.folder, kind, number, len(self.parts)) for kind in (*self.kinds, METADATA)}
+        if not files[METADATA].exists():
             return False
         try:
-            read_part(images if self.samples.images else None, texts if self.samples.texts else None, metadata)
+            read_part(files.get(IMAGES), files.get(TEXTS), files[METADATA])
         except (ValueError, OSError) as error:
             log.warning(f"part {number} is made again: {error}")
             return False
         return True
 
-    def _paths(self, number: int) -> tuple[Path, Path, Path]:
-        images, texts, metadata = (
-            part_path(self.folder, kind, number, len(self.parts)) for kind in (IMAGES, TEXTS, METADATA)
-        )
-        return images, texts, metadata
+    @property
+    def kinds(self) -> list[str]:
+        """The folders of features: of images, of texts, or both."""
+        return [kind for kind, wanted in ((IMAGES, self.samples.images), (TEXTS, self.samples.texts)) if wanted]
 
     def make(self, numbers: Sequence[int], workers: int = 0, advance: Callable[[int], object] = lambda _: None) -> None:
         """Make the parts with these numbers.
@@ -179,7 +174,7 @@ class Work:
             contextlib.closing(self._encoded(made)) as encoded,
         ):
             for number, own in zip(numbers, ranges, strict=True):
-                done: list[tuple[_Batch, _Features]] = []
+                done: list[_Batch] = []
                 for places in own:
                     done.append(next(encoded))
                     advance(len(places))
@@ -202,7 +197,7 @@ class Work:
         """The bytes of the images of a batch, which data workers hold in shared memory."""
         return self.samples_at_once * self.encoder.blank.nbytes if self.samples.images else 0
 
-    def _encoded(self, batches: Iterable[_Batch]) -> Generator[tuple[_Batch, _Features]]:
+    def _encoded(self, batches: Iterable[_Batch]) -> Generator[_Batch]:
         """Yield batches with their features, in order."""
         if torch.device(self.encoder.device).type != "cpu":
             yield from map(self._encode, batches)
@@ -216,40 +211,32 @@ class Work:
             torch.set_num_threads(threads)
 
     @torch.no_grad()
-    def _encode(self, batch: _Batch) -> tuple[_Batch, _Features]:
-        images = texts = None
-        if self.samples.images and batch.pixels is not None:
-            images = self._kept(self.encoder.images(batch.pixels))
+    def _encode(self, batch: _Batch) -> _Batch:
+        if isinstance(batch.pixels, Tensor):
+            batch.features[IMAGES] = self.encoder.images(batch.pixels)
+            batch.pixels = []
         if self.samples.texts and batch.rows:
-            texts = self._kept(
-                encode_texts(self.encoder.model, self.encoder.tokenizer, batch.texts, self.encoder.device)
-            )
-        return dataclasses.replace(batch, pixels=None, texts=[]), (images, texts)
+            encoder = self.encoder
+            batch.features[TEXTS] = encode_texts(encoder.model, encoder.tokenizer, batch.texts, encoder.device)
+        batch.features = {kind: x.to("cpu", PRECISIONS[self.precision]) for kind, x in batch.features.items()}
+        return batch
 
-    def _kept(self, features: Tensor) -> Tensor:
-        return features.to("cpu", PRECISIONS[self.precision])
-
-    def _write(self, number: int, done: Sequence[tuple[_Batch, _Features]]) -> None:
+    def _write(self, number: int, done: Sequence[_Batch]) -> None:
         """Write a part."""
-        rows = [row for batch, _ in done for row in batch.rows]
-        skipped = [(place, *reason) for batch, _ in done for place, reason in batch.skipped]
+        rows = [row for batch in done for row in batch.rows]
+        skipped = [(place, *reason) for batch in done for place, reason in batch.skipped]
         table = table_of(rows, self.samples.images).replace_schema_metadata({SKIPPED: json.dumps(skipped)})
-        kept = [self.samples.images, self.samples.texts]
-        images, texts = (
-            self._joined([x for _, features in done if (x := features[place]) is not None]) if is_kept else None
-            for place, is_kept in enumerate(kept)
-        )
-        write_part(self.folder, Part(images, texts, table), number, len(self.parts))
+        features: dict[str, Tensor] = {}
+        for kind in self.kinds:
+            found = [batch.features[kind] for batch in done if kind in batch.features]
+            found = found or [torch.empty(0, self.width, dtype=PRECISIONS[self.precision])]
+            features[kind] = torch.cat(found)
+        write_part(self.folder, Part(features.get(IMAGES), features.get(TEXTS), table), number, len(self.parts))
 
-    def _joined(self, features: Sequence[Tensor]) -> Tensor:
-        return torch.cat(list(features)) if features else torch.empty(0, self.width, dtype=PRECISIONS[self.precision])
-
-    @functools.cached_property
+    @property
     def width(self) -> int:
         """The width of the features."""
-        with torch.no_grad():
-            text = encode_texts(self.encoder.model, self.encoder.tokenizer, [""], self.encoder.device)
-        return int(text.shape[1])
+        return int(self.encoder.texts([""]).shape[1])
 
     def finish(self) -> tuple[int, list[tuple[int, Skipped]]]:
         """Write the list of what was left out, and return the number of rows and that list.
@@ -262,7 +249,7 @@ class Work:
         parts = read_parts(self.folder, len(self.parts))
         skipped: list[tuple[int, Skipped]] = []
         for number in range(len(parts)):
-            noted = parquet.read_schema(self._paths(number)[2]).metadata or {}
+            noted = parquet.read_schema(part_path(self.folder, METADATA, number, len(parts))).metadata or {}
             skipped += [(place, Skipped(*reason)) for place, *reason in json.loads(noted.get(SKIPPED.encode(), b"[]"))]
         lines: list[Sequence[Any]] = [["number", "name", "kind", "reason"]]
         lines += [[place, *reason] for place, reason in skipped]
@@ -278,9 +265,9 @@ class Work:
 
 def _unshared(batch: _Batch) -> _Batch:
     """Return a batch with its images in this process's own memory: several wait here, and shared memory is scarce."""
-    if batch.pixels is None or not batch.pixels.is_shared():
-        return batch
-    return dataclasses.replace(batch, pixels=batch.pixels.clone())
+    if isinstance(batch.pixels, Tensor) and batch.pixels.is_shared():
+        batch.pixels = batch.pixels.clone()
+    return batch
 
 
 def refuse_others(folder: Path) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,8 +95,6 @@ def _run(args: argparse.Namespace, world: World) -> int:
     started = time.perf_counter()
     with world.phase("embedding"), _bar(work, mine if args.engine == "local" else missing, world) as advance:
         if args.engine == "ray":
-            from .ray_engine import make_parts
-
             make_parts(args, work, missing, advance)
         else:
             work.make(mine, _workers(args, work, world), advance)
@@ -175,3 +174,59 @@ def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
     if silent and not wants_texts:
         hint = "with --images (and a new --output) they are embedded too"
         print(f"clipfast embed: {silent:,} have no caption: {hint}", file=sys.stderr)
+
+
+class PartMaker:
+    """An actor that makes parts. A part that a killed actor had begun is made again by another one.
+
+    Args:
+        args: of the command.
+        folder: the working folder, from which the names of files start.
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: str) -> None:
+        from ..training.world import ALONE
+
+        os.chdir(folder)
+        self.work = work_of(args, ALONE)
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """Make the parts whose numbers are in ``batch``, unless they are there."""
+        numbers = [int(number) for number in batch["part"]]
+        self.work.make([number for number in numbers if not self.work.holds(number)])
+        return batch
+
+
+def make_parts(args: argparse.Namespace, work: Work, numbers: Sequence[int], advance: Callable[[int], object]) -> None:
+    """Make the parts with these numbers on the Ray cluster that there is (RAY_ADDRESS), or on this machine.
+
+    Args:
+        args: of the command. All machines must see its model, its data and its output under the same names.
+        work: that they stand for.
+        numbers: of the parts.
+        advance: is called with the number of samples that are done.
+
+    Raises:
+        ValueError: Ray is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise ValueError("--engine ray needs Ray: pip install 'clipfast[ray]'") from error
+    if not numbers:
+        return
+    ray.init(ignore_reinit_error=True, log_to_driver=False)
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    gpus = ray.cluster_resources().get("GPU", 0) if args.device != "cpu" else 0
+    actors = args.workers or int(gpus or ray.cluster_resources().get("CPU", 1))
+    parts = ray.data.from_items([{"part": number} for number in numbers], override_num_blocks=len(numbers))
+    done = parts.map_batches(
+        PartMaker, fn_constructor_args=(args, os.getcwd()), batch_size=1, num_gpus=1 if gpus else None,
+        compute=ray.data.ActorPoolStrategy(size=max(1, min(actors, len(numbers)))),
+    )  # fmt: skip
+    try:
+        for row in done.iter_rows():
+            advance(len(work.parts[row["part"]]))
+    finally:
+        ray.shutdown()

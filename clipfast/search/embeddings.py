@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -126,8 +127,9 @@ class Embeddings:
 
     def to(self, device: str | torch.device) -> Embeddings:
         """Return the same with the features on another device, on which they are searched."""
-        found = Embeddings.__new__(Embeddings)
-        found.__dict__ |= self.__dict__ | {"_parts": [part.to(device) for part in self._parts], "_joined": {}}
+        found, move = copy.copy(self), lambda x: None if x is None else x.to(device)
+        found._parts = [Part(move(part.images), move(part.texts), part.source) for part in self._parts]
+        found._joined = {}
         return found
 
     def append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,11 +50,14 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     from .arguments import Pictures, features_of, write_gallery, write_keys
     from .embeddings import Embeddings
-    from .filtering import chosen, pair_scores
+    from .similar import check_features, cosines
 
     embeddings = Embeddings.open(args.folder)
-    scores = pair_scores(*(features_of(embeddings, kind, "filter") for kind in ("image", "text")))
-    kept = chosen(scores, min_score=args.min_score, top=args.top)
+    images, texts = (features_of(embeddings, kind, "filter") for kind in ("image", "text"))
+    check_features(images)
+    check_features(texts)
+    scores = cosines(images, texts)
+    kept = scores >= args.min_score if args.top is None else best_share(scores, args.top)
     pictures = Pictures(embeddings) if args.html or args.write_shards else None
     results = _results(args, scores, kept)
     if args.write_keys:
@@ -83,6 +87,19 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError(f"--min-score must be from -1 to 1, got {args.min_score:g}")
 
 
+def best_share(scores: Tensor, top: float) -> Tensor:
+    """Return which pairs are kept, bool [N]: a share of them, rounded up, with the highest scores.
+
+    Of equal scores, the first are kept.
+    """
+    import torch
+
+    count = math.ceil(round(top * len(scores), 6))  # 0.07 * 100 is a little more than 7
+    kept = torch.zeros(len(scores), dtype=torch.bool)
+    kept[scores.sort(descending=True, stable=True).indices[:count]] = True
+    return kept
+
+
 def _results(args: argparse.Namespace, scores: Tensor, kept: Tensor) -> dict[str, Any]:
     import numpy as np
 
@@ -90,7 +107,7 @@ def _results(args: argparse.Namespace, scores: Tensor, kept: Tensor) -> dict[str
     least = float(scores[kept].min()) if kept.any() else None
     return {
         "data": str(args.folder), "pairs": len(scores), "kept": int(kept.sum()), "min_score": args.min_score,
-        "top": args.top, "least_kept": least, "mean": float(scores.double().mean()),
+        "top": args.top, "least_kept": least, "mean": float(scores.mean()),
         "quantiles": {f"{share:g}": float(value) for share, value in zip(SHARES, values, strict=True)},
     }  # fmt: skip
 
@@ -121,15 +138,12 @@ def _items(pictures: Pictures, scores: Tensor, kept: Tensor) -> Iterator[Item]:
 
 
 def _write_shards(folder: Path, pictures: Pictures, embeddings: Embeddings, kept: Tensor) -> None:
-    from ..progress import progress
-    from .shard_writer import write_shards
+    from .samples import write_shards
 
     if pictures.samples is None:
         raise ValueError("--write-shards needs the data that were embedded, and the embeddings do not name them")
     numbers = embeddings.metadata.column("number").to_pylist()
-    wanted = [numbers[place] for place in kept.nonzero().squeeze(1).tolist()]
-    with progress(len(wanted), "copying", "samples") as advance:
-        lost = write_shards(folder, pictures.samples, wanted, advance=advance)
+    lost = write_shards(folder, pictures.samples, [numbers[place] for place in kept.nonzero().squeeze(1).tolist()])
     report_left_out(lost, "filter", most=len(lost))
 
 

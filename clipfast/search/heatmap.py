@@ -142,29 +142,28 @@ def limits_of(maps: Tensor) -> tuple[float, float]:
     return float(maps.min()), float(maps.max())
 
 
-def draw(rows: Sequence[tuple[Image.Image, Tensor, Sequence[str]]], *, label: str = "cosine similarity") -> Figure:
-    """Draw pictures, each in a row with its heat maps, which share a scale and have their texts as titles.
+def draw(picture: Image.Image, maps: Tensor, texts: Sequence[str], label: str = "cosine similarity") -> Figure:
+    """Draw a picture and its heat maps [T, h, w], which share a scale and have their texts as titles.
 
     Args:
-        rows: a picture, its maps [T, h, w], and their texts.
-        label: what the maps show.
+        picture: the picture.
+        maps: of the texts.
+        texts: the titles.
+        label: the meaning of the scale.
     """
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-    columns = 1 + max(len(texts) for _, _, texts in rows)
-    figure = Figure(figsize=(2.9 * columns, 2.6 * len(rows) + 0.4), layout="constrained")
+    limits = limits_of(maps)
+    figure = Figure(figsize=(2.9 * (1 + len(texts)), 3.0), layout="constrained")
     figure.supxlabel(label, fontsize=9)
-    axes: Any = figure.subplots(len(rows), columns, squeeze=False)
-    for axis in axes.flat:
+    axes: Any = figure.subplots(1, 1 + len(texts), squeeze=False)[0]
+    panels = [picture.convert("RGB"), *(overlay(picture, heat, limits) for heat in maps)]
+    for axis, panel, text in zip(axes, panels, ["", *texts], strict=True):
         axis.axis("off")
-    for row, (picture, maps, texts) in zip(axes, rows, strict=True):
-        row[0].imshow(picture.convert("RGB"))
-        limits = limits_of(maps)
-        for axis, heat, text in zip(row[1:], maps, texts, strict=False):
-            axis.imshow(overlay(picture, heat, limits))
-            axis.set_title(text, fontsize=9, wrap=True, parse_math=False)
-        scale = ScalarMappable(Normalize(*limits), COLOURS)
-        figure.colorbar(scale, ax=row[len(texts)], shrink=0.8).ax.tick_params(labelsize=7)
+        axis.imshow(panel)
+        axis.set_title(text, fontsize=9, wrap=True, parse_math=False)
+    scale = ScalarMappable(Normalize(*limits), COLOURS)
+    figure.colorbar(scale, ax=axes[-1], shrink=0.8).ax.tick_params(labelsize=7)
     return figure

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     label = "cosine similarity"
     if args.scores == "softmax":
         maps, label = shares(maps, encoder.model.logit_scale.exp().item()), "share of the text"
-    figure = draw([(picture, maps, args.texts)], label=label)
+    figure = draw(picture, maps, args.texts, label)
     save_figure(figure, args.output)
     print(f"wrote {args.output}", file=sys.stderr)
     peaks = [_peak(heat, picture.size) for heat in maps]

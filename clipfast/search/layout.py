@@ -15,7 +15,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +33,6 @@ ABOUT = "about.json"
 IMAGES, TEXTS, METADATA = "img_emb", "text_emb", "metadata"
 SUFFIXES = {IMAGES: ".npy", TEXTS: ".npy", METADATA: ".parquet"}
 DIGITS = 4  # of a part's number, at least
-MAX_PARTS = 1 << 20  # that may be missing, beside as many as there are
 MAX_FOOTER = 1 << 26  # bytes of the footer of a file of metadata
 MAX_TABLE = 1 << 30  # bytes that the metadata of a part may take in memory
 SMALLER = "write it anew, in smaller parts, if you trust it"
@@ -75,11 +74,6 @@ class Part:
     def of_kind(self, kind: str) -> Tensor | None:
         """Return the features of one kind, "image" or "text", if there are any."""
         return {"image": self.images, "text": self.texts}.get(kind)
-
-    def to(self, device: str | torch.device) -> Part:
-        """Return the same with the features on another device."""
-        images, texts = (None if x is None else x.to(device) for x in (self.images, self.texts))
-        return Part(images, texts, self.source)
 
     def slice(self, first: int, size: int) -> Part:
         """Return some neighbouring rows."""
@@ -141,36 +135,30 @@ def read_parts(folder: Path, count: int | None = None) -> list[Part]:
         ValueError: parts are missing, damaged, or do not belong together.
     """
     files = {kind: _numbered(folder, kind) for kind in SUFFIXES}
-    _check_count(folder, count, files)
-    numbers = sorted(files[METADATA]) if count is None else list(range(count))
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+        raise ValueError(f"{folder / ABOUT} says that there are {count!r:.80} parts: it must be a whole number from 1")
+    numbers = sorted(files[METADATA]) if count is None else range(count)
+    total = len(files[METADATA]) if count is None else count  # which a range of any length would not say
     if not numbers or not (files[IMAGES] or files[TEXTS]):
         raise ValueError(f"{folder} holds no embeddings; clipfast embed --output {folder} makes them")
-    kinds = [kind for kind in SUFFIXES if files[kind] or kind == METADATA]
-    missing = [number for number in numbers if any(number not in files[kind] for kind in kinds)]
-    if missing:
-        raise ValueError(_lacks(folder, len(missing), len(numbers), missing[0]))
+    kinds = [found for kind, found in files.items() if found or kind == METADATA]
+    there = {number for number in files[METADATA] if number in numbers and all(number in found for found in kinds)}
+    if len(there) < total:
+        first = next(number for number in numbers if number not in there)
+        raise ValueError(
+            f"{folder} lacks {total - len(there):,} of its {total:,} parts, the first of them number "
+            f"{first}: give the command that makes them again, and it goes on from here"
+        )
     parts = [read_part(files[IMAGES].get(n), files[TEXTS].get(n), files[METADATA][n]) for n in numbers]
     for part, number in zip(parts, numbers, strict=True):
-        _check_alike(folder, part, parts[0], number)
+        for features, others in ((part.images, parts[0].images), (part.texts, parts[0].texts)):
+            own, first_one = (None if x is None else f"{x.shape[1]} wide in {x.dtype}" for x in (features, others))
+            if own != first_one:
+                raise ValueError(
+                    f"the parts of {folder} do not belong together: the features of part {number} are {own}, and those "
+                    f"of the first are {first_one}"
+                )
     return parts
-
-
-def _check_count(folder: Path, count: object, files: Mapping[str, Mapping[int, Path]]) -> None:
-    """Refuse a number of parts that is none, or is far more than there are files."""
-    if count is None:
-        return
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise ValueError(f"{folder / ABOUT} says that there are {count!r:.80} parts: it must be a whole number from 1")
-    there = files[METADATA].keys()
-    if count > 2 * len(there) + MAX_PARTS:  # their numbers are not even written down
-        raise ValueError(_lacks(folder, count - len(there), count, next(n for n in range(count) if n not in there)))
-
-
-def _lacks(folder: Path, missing: int, count: int, first: int) -> str:
-    return (
-        f"{folder} lacks {missing:,} of its {count:,} parts, the first of them number {first}: give the command that "
-        "makes them again, and it goes on from here"
-    )
 
 
 def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
@@ -180,7 +168,8 @@ def read_part(images: Path | None, texts: Path | None, metadata: Path) -> Part:
         ValueError: one of them is damaged, or they have different numbers of rows.
     """
     found = [None if path is None else _mapped(path) for path in (images, texts)]
-    rows = _rows(metadata)
+    with opened_metadata(metadata) as file:
+        rows = int(file.metadata.num_rows)
     for path, features in zip((images, texts), found, strict=True):
         if features is not None and len(features) != rows:
             raise ValueError(f"{path} has {len(features)} rows, and {metadata} has {rows}")
@@ -198,11 +187,6 @@ def _mapped(path: Path) -> Tensor:
             f"{path} has shape {tuple(features.shape)} and {features.dtype}; features are [N, D], float32 or float16"
         )
     return features
-
-
-def _rows(path: Path) -> int:
-    with opened_metadata(path) as file:
-        return int(file.metadata.num_rows)
 
 
 @contextlib.contextmanager
@@ -253,17 +237,6 @@ def _numbered(folder: Path, kind: str) -> dict[int, Path]:
     pattern = re.compile(rf"{kind}_([0-9]+)\{SUFFIXES[kind]}")
     found = [(pattern.fullmatch(path.name), path) for path in (folder / kind).glob(f"{kind}_*")]
     return {int(match[1]): path for match, path in found if match}
-
-
-def _check_alike(folder: Path, part: Part, first: Part, number: int) -> None:
-    for features, others in ((part.images, first.images), (part.texts, first.texts)):
-        if features is None or others is None:
-            continue
-        if (features.shape[1], features.dtype) != (others.shape[1], others.dtype):
-            raise ValueError(
-                f"the parts of {folder} do not belong together: the features of part {number} are {features.shape[1]} "
-                f"wide in {features.dtype}, and those of the first are {others.shape[1]} wide in {others.dtype}"
-            )
 
 
 def read_about(folder: Path) -> dict[str, Any]:

@@ -6,21 +6,28 @@ import bisect
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
+import tarfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..data import IndexCache, Keys, Skipped, Source, decode_image, expand_shards, metadata, open_sources
 from ..data.folders import others_in
 from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS, read_separator
 from ..data.samples import PIPE, RawSample, captions, is_folder, sample_name
+from ..files import sync, write_folder
 from ..images import SampleError
+from ..kernels.common import slices
+from ..progress import progress
 
 if TYPE_CHECKING:
     import pyarrow
     from PIL import Image
 
+SHARD_SIZE = 10_000  # samples of a shard that is written
 LOOKED_AT = 64  # first samples of which one must have a caption, if texts are to be embedded without being asked for
 # Columns that all sources have, and their types in Arrow; a source's own columns cannot replace them.
 OWN = {
@@ -211,17 +218,53 @@ def _column(values: Sequence[Any]) -> pyarrow.Array:
     import pyarrow
 
     kinds = {type(value) for value in values if value is not None}
-    if kinds <= {int, float} and len(kinds) == 2:
-        values = [None if value is None else float(value) for value in values]
-    if (len(kinds) <= 1 and kinds <= {bool, int, float}) or kinds == {int, float}:
-        with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # a number with more than 64 bits
+    with contextlib.suppress(OverflowError, pyarrow.ArrowException):  # a number with more than 64 bits
+        if kinds == {int, float}:
+            return pyarrow.array(values, "float64")
+        if len(kinds) <= 1 and kinds <= {bool, int, float}:
             return pyarrow.array(values)
-    texts = [
-        value if value is None or isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values
-    ]
+    texts = (json.dumps(x, ensure_ascii=False) if not isinstance(x, str | None) else x for x in values)
     return pyarrow.array([_plain(text) for text in texts], "string")
 
 
 def _plain(value: Any) -> Any:
     """Return a value with text that Arrow takes: the names of files may hold bytes that are no letters."""
     return value.encode("utf-8", "replace").decode() if isinstance(value, str) else value
+
+
+def write_shards(folder: Path, samples: Samples, numbers: Sequence[int]) -> list[str]:
+    """Copy samples, file by file as they are, to tar shards 00000.tar, 00001.tar and so on in a new folder.
+
+    A sample is called by its number in the source, since keys of several shards may be the same. The folder appears as
+    a whole.
+
+    Returns:
+        A sentence for each sample that cannot be read any more.
+
+    Raises:
+        FileExistsError: there is something at ``folder``.
+        DiskFullError: there is no space.
+    """
+    lost: list[str] = []
+
+    def write(path: Path) -> None:
+        with progress(len(numbers), "copying", "samples") as advance:
+            for shard, rows in enumerate(slices(len(numbers), SHARD_SIZE)):
+                with tarfile.open(path / f"{shard:05}.tar", "w") as tar:
+                    for number in numbers[rows]:
+                        try:
+                            _add(tar, number, samples.files(number))
+                        except SampleError as error:
+                            lost.append(f"sample {number}: {error}")
+                        advance(1)
+                sync(path / f"{shard:05}.tar")
+
+    write_folder(folder, write)
+    return lost
+
+
+def _add(tar: tarfile.TarFile, number: int, files: dict[str, bytes]) -> None:
+    for extension, data in files.items():
+        info = tarfile.TarInfo(f"{number:09}.{extension}")
+        info.size = len(data)
+        tar.addfile(info, io.BytesIO(data))

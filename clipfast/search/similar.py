@@ -1,4 +1,4 @@
-"""Pairs of features that are at least as similar as a threshold, block by block, and the groups that they link."""
+"""Cosines of features, pairs that are at least as similar as a threshold, and the groups that such pairs link."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ def similar_pairs(
     float64, so the answer does not depend on the blocks. Equal features have a cosine of exactly 1.
 
     Args:
-        features: [N, D], float32, float16, bfloat16 or float64, of any length but 0. They may stay in the memory of the
-            CPU, and go to the device block by block.
+        features: [N, D] of floats, of any length but 0. They may stay in the memory of the CPU, and go to the device
+            block by block.
         threshold: from -1 to 1.
         device: computes the similarities; by default that of the features.
         progress: wraps the list of blocks of rows, as tqdm does.
@@ -48,26 +48,21 @@ def similar_pairs(
         The pairs, on the CPU.
 
     Raises:
-        ValueError: the features are no matrix, one of them is not finite or has no length, the threshold is out of
-            range, or more than 50 million pairs reach it.
+        ValueError: a feature is not finite or has no length, or more than 50 million pairs reach the threshold.
     """
-    if features.ndim != 2 or not features.is_floating_point():
-        raise ValueError(f"features must be [N, D] of floats, got {[*features.shape]} of {features.dtype}")
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"threshold must be from -1 to 1, got {threshold}")
+    check_features(features)
     device = features.device if device is None else torch.device(device)
-    scales = _inverse_lengths(features)
     least = threshold - _rounding(features.shape[1])
     buffer = torch.empty(ROWS * COLUMNS, device=device)
     found, count = [torch.empty(0, 2, dtype=torch.int64)], 0
     for rows in progress(list(slices(len(features), ROWS))):
-        block = _unit(features, scales, rows, device)
+        block = unit(features[rows], device)
         for columns in slices(len(features), COLUMNS):
             if columns.stop <= rows.start:
                 continue
             left = block[: columns.stop - rows.start]  # those below are looked at as columns of other blocks
             tile = buffer[: len(left) * (columns.stop - columns.start)].view(len(left), -1)
-            torch.mm(left, _unit(features, scales, columns, device).T, out=tile)
+            torch.mm(left, unit(features[columns], device).T, out=tile)
             if tile.amax() < least:
                 continue
             places = (tile >= least).nonzero() + torch.tensor([rows.start, columns.start], device=device)
@@ -78,7 +73,7 @@ def similar_pairs(
                     f"more than {MOST_PAIRS:,} pairs have a similarity of {threshold:g} or more: raise the threshold"
                 )
     places = torch.cat(found)
-    similarity = cosines(features, places)
+    similarity = cosines_of_pairs(features, places)
     places, similarity = places[similarity >= threshold], similarity[similarity >= threshold]
     order = (places[:, 0] * len(features) + places[:, 1]).argsort()
     return Pairs(places[order], similarity[order])
@@ -116,32 +111,38 @@ def _rounding(width: int) -> float:
     return (width + 8) * 2**-24
 
 
-def _inverse_lengths(features: Tensor) -> Tensor:
-    """Return 1 / |x| of each feature, float32.
+def check_features(features: Tensor) -> None:
+    """Refuse features without a direction.
 
     Raises:
         ValueError: a feature is not finite, or has no length.
     """
-    lengths = torch.cat([torch.linalg.vector_norm(x.double(), dim=1) for x in features.split(ROWS)] or [features[:, 0]])
-    wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero()
-    if len(wrong):
-        what = "has no length" if lengths[wrong[0]] == 0 else "contains NaN or infinity"
-        raise ValueError(
-            f"feature {int(wrong[0])} {what} ({len(wrong):,} of {len(features):,} features cannot be used)"
-        )
-    return (1 / lengths).float()
+    for start in range(0, len(features), ROWS):
+        lengths = torch.linalg.vector_norm(features[start : start + ROWS].double(), dim=1)
+        wrong = (~(lengths.isfinite() & (lengths > 0))).nonzero()
+        if len(wrong):
+            kind = "has no length" if lengths[wrong[0]] == 0 else "contains NaN or infinity"
+            raise ValueError(f"feature {start + int(wrong[0])} {kind}")
 
 
-def _unit(features: Tensor, scales: Tensor, rows: slice, device: torch.device) -> Tensor:
-    """Return some of the features with unit length, float32, on the device."""
-    return features[rows].to(device).float() * scales[rows, None].to(device)
+def unit(features: Tensor, device: torch.device) -> Tensor:
+    """Return features with unit length, float32, on a device."""
+    found = features.to(device).float()
+    return found / torch.linalg.vector_norm(found, dim=1, keepdim=True, dtype=torch.float64).float()
 
 
-def cosines(features: Tensor, places: Tensor) -> Tensor:
-    """Return the cosines of pairs, float64, on the CPU."""
+def cosines(a: Tensor, b: Tensor) -> Tensor:
+    """Return the cosine of each row of one matrix with that row of another one, float64, on the CPU."""
     found = [torch.empty(0, dtype=torch.float64)]
-    for some in places.split(max(1, RESCORED // max(1, features.shape[1]))):
-        a, b = (features[side.to(features.device)].double() for side in some.unbind(1))
+    rows = max(1, RESCORED // max(1, a.shape[1]))
+    for x, y in zip(a.split(rows), b.split(rows), strict=True):
+        x, y = x.double(), y.double()
         # the root of a square is exact, so equal features have a cosine of exactly 1
-        found.append(((a * b).sum(1) / ((a * a).sum(1) * (b * b).sum(1)).sqrt()).clamp(-1, 1).cpu())
+        found.append(((x * y).sum(1) / ((x * x).sum(1) * (y * y).sum(1)).sqrt()).clamp(-1, 1).cpu())
     return torch.cat(found)
+
+
+def cosines_of_pairs(features: Tensor, places: Tensor) -> Tensor:
+    """Return the cosines of the pairs of features at these places [P, 2], float64, on the CPU."""
+    blocks = places.to(features.device).split(max(1, RESCORED // max(1, features.shape[1])))
+    return torch.cat([cosines(*(features[side] for side in block.unbind(1))) for block in blocks])

@@ -1,46 +1,32 @@
 """Choosing rows of a table by an expression, such as ``width >= 256 and caption contains cat``.
 
-    expression = term {"or" term}
-    term       = factor {"and" factor}
-    factor     = "not" factor | "(" expression ")" | column operator value
-    operator   = "=" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "contains"
-
-A column or a value with spaces or other signs in it stands in quotes, '...' or "...", in which a backslash takes the
-next character as it is. Nothing is evaluated but this.
+A comparison is a column, one of ``= == != < <= > >= contains``, and a value; ``and``, ``or``, ``not`` and parentheses
+join comparisons. A column or a value with spaces or other signs in it stands in quotes, '...' or "...", in which a
+backslash takes the next character as it is. Python's parser reads the structure, and nothing is evaluated but this.
 """
 
 from __future__ import annotations
 
+import ast
 import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import pyarrow
 
-COMPARISONS = {
-    "=": "equal", "==": "equal", "!=": "not_equal", "<": "less", "<=": "less_equal", ">": "greater",
-    ">=": "greater_equal",
+COMPARISONS: dict[type[ast.cmpop], str] = {
+    ast.Eq: "equal", ast.NotEq: "not_equal", ast.Lt: "less", ast.LtE: "less_equal", ast.Gt: "greater",
+    ast.GtE: "greater_equal", ast.In: "contains",
 }  # fmt: skip
-CONTAINS = "contains"
-WORDS = ("and", "or", "not", CONTAINS)
+WORDS = {"and": "and", "or": "or", "not": "not", "contains": "in"}  # in Python's words
 BOOLEANS = {"true": True, "false": False}
-MAX_DEPTH = 50  # of parentheses and of "not"
-TOKEN = re.compile(r"""\s*(?:
+TOKEN = re.compile(r"""
     (?P<quoted>'(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")
     |(?P<sign>[()]|[=!<>]=?)
     |(?P<word>[^\s()=!<>'"]+)
-)""", re.VERBOSE | re.DOTALL)  # fmt: skip
+    |(?P<wrong>\S)
+""", re.VERBOSE | re.DOTALL)  # fmt: skip
 HELP = "an expression is made as in: width >= 256 and (caption contains cat or not label = 'a dog')"
-
-
-class _Token(NamedTuple):
-    text: str
-    kind: str
-    place: int
-
-    def is_word(self, *words: str) -> bool:
-        return self.kind == "word" and self.text.lower() in words
 
 
 def rows_where(table: pyarrow.Table, expression: str) -> pyarrow.Array:
@@ -52,128 +38,71 @@ def rows_where(table: pyarrow.Table, expression: str) -> pyarrow.Array:
     Raises:
         ValueError: the expression cannot be read, names no column, or compares what cannot be compared.
     """
-    return _Parser(table, expression).parse()
-
-
-class _Parser:
-    def __init__(self, table: pyarrow.Table, expression: str) -> None:
-        self.table, self.expression = table, expression
-        self.tokens = self._tokens()
-        self.next = 0
-
-    def _tokens(self) -> list[_Token]:
-        found, place = list[_Token](), 0
-        end = len(self.expression.rstrip())
-        while place < end:
-            match = TOKEN.match(self.expression, place)
-            if match is None:
-                raise self._error("this cannot be read", len(self.expression) - len(self.expression[place:].lstrip()))
-            kind = str(match.lastgroup)
-            text = match[kind]
-            found.append(
-                _Token(re.sub(r"\\(.)", r"\1", text[1:-1]) if kind == "quoted" else text, kind, match.start(kind))
-            )
-            place = match.end()
-        return found
-
-    def _error(self, what: str, place: int) -> ValueError:
-        return ValueError(f"{self.expression!r}: {what}, at {self.expression[place:] or 'the end'!r}; {HELP}")
-
-    def _peek(self) -> _Token:
-        end = _Token("", "end", len(self.expression))
-        return self.tokens[self.next] if self.next < len(self.tokens) else end
-
-    def _take(self) -> _Token:
-        token = self._peek()
-        self.next += 1
-        return token
-
-    def parse(self) -> pyarrow.Array:
-        found = self._any(0)
-        left = self._peek()
-        if left.kind != "end":
-            raise self._error("'and' or 'or' is expected", left.place)
-        return found.combine_chunks()
-
-    def _any(self, depth: int) -> Any:
-        return self._joined(self._all, "or", depth)
-
-    def _all(self, depth: int) -> Any:
-        return self._joined(self._one, "and", depth)
-
-    def _joined(self, inner: Callable[[int], Any], word: str, depth: int) -> Any:
-        from pyarrow import compute
-
-        found = inner(depth)
-        while self._peek().is_word(word):
-            self._take()
-            found = {"or": compute.or_, "and": compute.and_}[word](found, inner(depth))
-        return found
-
-    def _one(self, depth: int) -> Any:
-        from pyarrow import compute
-
-        token = self._take()
-        if depth > MAX_DEPTH:
-            raise self._error(f"it is nested more than {MAX_DEPTH} times", token.place)
-        if token.is_word("not"):
-            return compute.invert(self._one(depth + 1))
-        if token.kind != "sign":
-            return self._comparison(token)
-        if token.text != "(":
-            raise self._error("a column is expected", token.place)
-        found = self._any(depth + 1)
-        if self._take().text != ")":
-            raise self._error("a parenthesis is not closed", token.place)
-        return found
-
-    def _comparison(self, column: _Token) -> Any:
-        if column.kind == "end" or column.is_word(*WORDS):
-            raise self._error("a column is expected", column.place)
-        if self.table.column_names.count(column.text) != 1:
-            there = ", ".join(self.table.column_names) or "none"
-            raise ValueError(f"there is no column {column.text!r}; there are: {there}")
-        operator, value = self._take(), self._take()
-        name = operator.text.lower()
-        is_operator = (operator.kind == "sign" and name in COMPARISONS) or operator.is_word(CONTAINS)
-        if not is_operator:
-            known = " ".join([*COMPARISONS, CONTAINS])
-            raise self._error(f"a comparison ({known}) is expected", operator.place)
-        if value.kind in ("end", "sign"):
-            raise self._error("a value is expected", value.place)
-        return self._compared(column.text, name, value)
-
-    def _compared(self, column: str, operator: str, value: _Token) -> Any:
-        from pyarrow import compute, types
-
-        values = self.table.column(column)
-        kind = values.type
-        if types.is_null(kind):
-            found = compute.is_valid(values)  # nothing holds
-        elif types.is_string(kind) or types.is_large_string(kind):
-            if operator == CONTAINS:
-                found = compute.match_substring(values, value.text, ignore_case=True)
-            else:
-                found = getattr(compute, COMPARISONS[operator])(values, value.text)
-        elif operator == CONTAINS or not (types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)):
-            raise ValueError(f"column {column!r} is {kind}, which {operator!r} cannot be used with")
+    texts, source = list[str](), list[str]()
+    for match in TOKEN.finditer(expression):
+        text = match[0]
+        if match.lastgroup == "sign":
+            source.append("==" if text == "=" else text)
+        elif match.lastgroup == "word" and text.lower() in WORDS:
+            source.append(WORDS[text.lower()])
         else:
-            found = getattr(compute, COMPARISONS[operator])(values, _number(column, kind, value.text))
-        return compute.fill_null(found, False)
+            source.append("?" if match.lastgroup == "wrong" else f"_{len(texts)}")
+            texts.append(re.sub(r"\\(.)", r"\1", text[1:-1]) if match.lastgroup == "quoted" else text)
+    try:
+        tree = ast.parse(" ".join(source), mode="eval").body
+        return _rows(table, tree, texts).combine_chunks()
+    except (SyntaxError, RecursionError, MemoryError):
+        raise ValueError(f"the expression {expression!r:.200} cannot be read; {HELP}") from None
 
 
-def _number(column: str, kind: Any, text: str) -> bool | int | float:
-    """Return the value that a text stands for, to be compared with values of a type of numbers or truth.
+def _rows(table: pyarrow.Table, node: ast.expr, texts: list[str]) -> Any:
+    """Return whether a part of an expression holds, for each row.
 
     Raises:
-        ValueError: it stands for none.
+        SyntaxError: it is none of the forms that there are.
     """
-    from pyarrow import types
+    from pyarrow import compute
 
+    match node:
+        case ast.BoolOp():
+            join = compute.or_ if isinstance(node.op, ast.Or) else compute.and_
+            found = _rows(table, node.values[0], texts)
+            for value in node.values[1:]:
+                found = join(found, _rows(table, value, texts))
+            return found
+        case ast.UnaryOp():
+            return compute.invert(_rows(table, node.operand, texts))
+        case ast.Compare(ast.Name(column), [operator], [ast.Name(value)]) if type(operator) in COMPARISONS:
+            name, text = (texts[int(one[1:])] for one in (column, value))
+            return compute.fill_null(_compared(table, name, COMPARISONS[type(operator)], text), False)
+    raise SyntaxError
+
+
+def _compared(table: pyarrow.Table, column: str, operator: str, text: str) -> Any:
+    """Return the values of a column compared with a text or what it stands for.
+
+    Raises:
+        ValueError: there is no such column, or its values cannot be compared in this way.
+    """
+    from pyarrow import compute, types
+
+    if table.column_names.count(column) != 1:
+        raise ValueError(f"there is no column {column!r}; there are: {', '.join(table.column_names) or 'none'}")
+    values = table.column(column)
+    kind = values.type
+    if types.is_null(kind):
+        return compute.is_valid(values)  # nothing holds
+    if types.is_string(kind) or types.is_large_string(kind):
+        if operator == "contains":
+            return compute.match_substring(values, text, ignore_case=True)
+        return getattr(compute, operator)(values, text)
+    is_boolean = types.is_boolean(kind)
+    if operator == "contains" or not (types.is_integer(kind) or types.is_floating(kind) or is_boolean):
+        raise ValueError(f"column {column!r} is {kind}, which {operator!r} cannot be used with")
     try:
-        if types.is_boolean(kind):
-            return BOOLEANS[text.lower()]
-        return int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else float(text)
+        number = int(text) if re.fullmatch(r"[+-]?[0-9]{1,18}", text) else text
+        value = BOOLEANS[text.lower()] if is_boolean else float(number) if isinstance(number, str) else number
     except (KeyError, ValueError):
-        wanted = "true or false" if types.is_boolean(kind) else "a number"
+        wanted = "true or false" if is_boolean else "a number"
         raise ValueError(f"column {column!r} is {kind}: it is compared with {wanted}, not with {text!r}") from None
+    return getattr(compute, operator)(values, value)

@@ -4,22 +4,15 @@ import importlib.util
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from torch import Tensor, nn
 
 from .. import kernels
-from ..conversion import hugging_face_names, siglip_hugging_face
-from ..conversion.hugging_face_config import NoCounterpartError, to_hugging_face
+from ..conversion.hugging_face_layout import NoCounterpartError, from_ours, to_ours, to_settings
 from ..models import CLIP, CLIPConfig, SigLIPConfig
 
-__all__ = ["NoCounterpartError", "build", "caller", "names"]
-
-
-def names(model: CLIP) -> ModuleType:
-    """Return the module that gives weights and gradients of ``model`` other names."""
-    return siglip_hugging_face if isinstance(model.config, SigLIPConfig) else hugging_face_names
+__all__ = ["NoCounterpartError", "build", "caller", "to_ours"]
 
 
 def build(model: CLIP) -> nn.Module:
@@ -35,7 +28,7 @@ def build(model: CLIP) -> nn.Module:
     kind = SiglipModel if isinstance(model.config, SigLIPConfig) else CLIPModel
     other: nn.Module = kind(_config(model.config))
     other.to(like.device, like.dtype).eval()
-    other.load_state_dict(names(model).from_ours(model.state_dict()), strict=True)
+    other.load_state_dict(from_ours(model.state_dict()), strict=True)
     return other
 
 
@@ -64,11 +57,8 @@ def _config(config: CLIPConfig) -> Any:
     from transformers import CLIPConfig as TheirCLIP
     from transformers import SiglipConfig as TheirSigLIP
 
-    theirs = (
-        TheirSigLIP(**siglip_hugging_face.to_settings(config))
-        if isinstance(config, SigLIPConfig)
-        else TheirCLIP(**to_hugging_face(config))
-    )
+    kind: Any = TheirSigLIP if isinstance(config, SigLIPConfig) else TheirCLIP
+    theirs = kind(**to_settings(config))
     # the other implementation computes the softmax in float32 for every dtype, so it cannot be the truth
     theirs._attn_implementation = "sdpa"
     return theirs

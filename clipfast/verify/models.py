@@ -114,9 +114,7 @@ def _open_clip(model: CLIP) -> Model:
 
 def _hugging_face(model: CLIP) -> Model:
     other = hf.build(model)
-    return Model(
-        other, call=hf.caller(other), rename=functools.partial(hf.names(model).to_ours, list(model.state_dict()))
-    )
+    return Model(other, call=hf.caller(other), rename=functools.partial(hf.to_ours, list(model.state_dict())))
 
 
 _OTHERS: dict[str, Callable[[CLIP], Model]] = {MODEL: _reference, OPENCLIP: _open_clip, HF: _hugging_face}

@@ -9,13 +9,11 @@ import random
 
 import pytest
 import torch
-from PIL import Image
 
-from clipfast import CLIP, CheckpointError, create_model, create_model_and_transforms, export_open_clip
+from clipfast import CLIP, CheckpointError, create_model, export_open_clip
 from clipfast.checkpoint import load_checkpoint, preprocessing_of, read_checkpoint, write_checkpoint, write_safetensors
 from clipfast.conversion.convert import convert
 from clipfast.conversion.layouts import read_contents
-from clipfast.evaluation.interpolation import Interpolation
 from clipfast.training.sharded import write_parts
 from clipfast.training.world import ALONE
 
@@ -27,24 +25,17 @@ def model():
     return create_model("ViT-T-8-32")
 
 
-LAYOUTS = {
-    "open_clip": lambda state: {"epoch": 1, "state_dict": state},
-    "module prefix": lambda state: {"state_dict": {"module." + name: value for name, value in state.items()}},
-    "bare": dict,
-    "safetensors": dict,
-    "one-element scale": lambda state: state | {"logit_scale": state["logit_scale"].reshape(1)},
-}
-
-
-@pytest.mark.parametrize("kind", LAYOUTS)
-def test_layouts(model, tmp_path, kind):
+def test_layouts(model, tmp_path):
     state = create_model("ViT-T-8-32").state_dict()
-    save, path = torch.save, tmp_path / "w.pt"
-    if kind == "safetensors":
-        save, path = pytest.importorskip("safetensors.torch").save_file, tmp_path / "w.safetensors"
-    save(LAYOUTS[kind](state), path)
-    load_checkpoint(model, path)
-    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    saved = {
+        "epoch": {"epoch": 1, "state_dict": state},
+        "module": {"state_dict": {"module." + name: value for name, value in state.items()}},
+        "one element": state | {"logit_scale": state["logit_scale"].reshape(1)},
+    }
+    for content in saved.values():
+        torch.save(content, tmp_path / "w.pt")
+        load_checkpoint(model, tmp_path / "w.pt")
+        assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
 def test_pickles_are_not_run(model, tmp_path):
@@ -61,18 +52,18 @@ def test_pickles_are_not_run(model, tmp_path):
     assert not (tmp_path / "owned").exists()
 
 
-@pytest.mark.parametrize("content", [{"state_dict": [1]}, {"state_dict": {"a": 3}}, {"a": "b"}, [1], 5])
-def test_something_else_in_a_good_file(tmp_path, content):
-    torch.save(content, tmp_path / "w.pt")
-    with pytest.raises(CheckpointError, match="is not a checkpoint: it holds no tensors by name"):
-        read_checkpoint(tmp_path / "w.pt")
+def test_something_else_in_a_good_file(tmp_path):
+    for content in ({"state_dict": [1]}, {"state_dict": {"a": 3}}, [1], 5):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(CheckpointError, match="is not a checkpoint: it holds no tensors by name"):
+            read_checkpoint(tmp_path / "w.pt")
 
 
 def test_damaged_files_raise_nothing_else(tmp_path):
     torch.save({"epoch": 1, "state_dict": {"a": torch.randn(8)}}, tmp_path / "w.pt")
     content = bytearray((tmp_path / "w.pt").read_bytes())
     rng = random.Random(0)
-    for _ in range(500):
+    for _ in range(200):
         damaged = content.copy()
         for _ in range(3):
             damaged[rng.randrange(len(damaged))] = rng.randrange(256)
@@ -81,29 +72,24 @@ def test_damaged_files_raise_nothing_else(tmp_path):
             read_checkpoint(tmp_path / "w.pt")
 
 
-@pytest.mark.parametrize("content", [b"cut", b"hello", b"", b"x" * 50])
-@pytest.mark.parametrize("name", ["w.pt", "w.safetensors"])
-def test_broken_files(tmp_path, name, content):
-    if content == b"cut":
-        torch.save({"state_dict": {}}, tmp_path / "whole.pt")
-        content = (tmp_path / "whole.pt").read_bytes()[:-200]
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is not a checkpoint that can be read: .|is refused|the file is empty"):
-        read_checkpoint(tmp_path / name)
+def test_broken_files(tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "whole.pt")
+    for content in ((tmp_path / "whole.pt").read_bytes()[:-200], b"hello", b"", b"x" * 50):
+        for name in ("w.pt", "w.safetensors"):
+            (tmp_path / name).write_bytes(content)
+            with pytest.raises(CheckpointError, match=r"is not a checkpoint that can be read|is refused|file is empty"):
+                read_checkpoint(tmp_path / name)
 
 
 def test_weights_that_do_not_fit_change_nothing(model, tmp_path):
     state = dict(model.state_dict())
     before = {name: value.clone() for name, value in state.items()}
-    no_square_grid = [(1, 128), (13, 128), (65, 64), (65,)]
     positions = "visual.positional_embedding"
     cases = [
         ("missing text_projection", {name: value for name, value in state.items() if name != "text_projection"}),
-        ("unexpected extra", state | {"extra": torch.zeros(1)}),
-        (r"visual.proj is \(3, 3\), the model has \(128, 128\)", state | {"visual.proj": torch.zeros(3, 3)}),
-        *((rf"{positions} is .*, the model has \(17, 128\)", state | {positions: torch.zeros(shape)})
-          for shape in no_square_grid),
-    ]  # fmt: skip
+        (rf"{positions} is \(13, 128\), the model has \(17, 128\)", state | {positions: torch.zeros(13, 128)}),
+        (rf"{positions} is \(65,\), the model has", state | {positions: torch.zeros(65)}),
+    ]
     for message, broken in cases:
         torch.save({"state_dict": {name: value + 1 for name, value in broken.items()}}, tmp_path / "w.pt")
         with pytest.raises(CheckpointError, match=f"does not fit the model: {message}"):
@@ -123,51 +109,19 @@ def test_other_activation_is_refused(model, tmp_path):
     assert create_model(f"local-dir:{tmp_path}/exported").config.quick_gelu
 
 
-def test_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch):
-    path = tmp_path / "w.pt"
-    write_checkpoint(path, {"state_dict": {"a": torch.ones(1)}})
-
-    def fail(checkpoint, file):
-        file.write_bytes(b"half of")
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="No space left"):
-        write_checkpoint(path, {"state_dict": {"a": torch.zeros(1)}})
-    assert read_checkpoint(path)["state_dict"]["a"].item() == 1
-    assert [entry.name for entry in tmp_path.iterdir()] == ["w.pt"]
-
-
 def test_local_dir_without_a_part(model, tmp_path):
-    name, weights = f"local-dir:{tmp_path}", tmp_path / "open_clip_model.safetensors"
+    name, weights, path = f"local-dir:{tmp_path}", "open_clip_model.safetensors", tmp_path / "open_clip_config.json"
     with pytest.raises(CheckpointError, match=r"open_clip_config.json is not a model configuration that can be read"):
         create_model(name)
     export_open_clip(model, tmp_path)
-    weights.unlink()
-    with pytest.raises(CheckpointError, match=f"holds no weights: neither {weights.name} nor open_clip_pytorch_model"):
+    (tmp_path / weights).unlink()
+    with pytest.raises(CheckpointError, match=f"holds no weights: neither {weights} nor open_clip_pytorch_model"):
         create_model(name)
     torch.save(model.state_dict(), tmp_path / "open_clip_pytorch_model.bin")
     assert torch.equal(create_model(name).visual.proj, model.visual.proj)
-    config = json.loads((tmp_path / "open_clip_config.json").read_text())
-    config["preprocess_cfg"]["resize_mode"] = "squash"
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
-    assert create_model(name).visual.preprocess_cfg["resize_mode"] == "squash"
-    config["preprocess_cfg"]["resize_mode"] = "stretch"
-    (tmp_path / "open_clip_config.json").write_text(json.dumps(config))
+    path.write_text(path.read_text().replace('"resize_mode": "shortest"', '"resize_mode": "stretch"'))
     with pytest.raises(CheckpointError, match="images with resize_mode 'stretch', clipfast only with 'shortest' or"):
         create_model(name)
-
-
-def test_local_dir_brings_its_normalisation(model, tmp_path):
-    model.visual.image_mean, model.visual.image_std = (0.5, 0.5, 0.5), (0.25, 0.5, 0.25)
-    export_open_clip(model, tmp_path)
-    loaded, _, preprocess = create_model_and_transforms(f"local-dir:{tmp_path}")
-    assert (loaded.visual.image_mean, loaded.visual.image_std) == ((0.5, 0.5, 0.5), (0.25, 0.5, 0.25))
-    white = preprocess(Image.new("RGB", (40, 40), "white"))
-    torch.testing.assert_close(white[:, 0, 0], torch.tensor([2.0, 1.0, 2.0]))
-    open_clip = pytest.importorskip("open_clip")
-    theirs = open_clip.create_model_and_transforms(f"local-dir:{tmp_path}")[2]
-    torch.testing.assert_close(white, theirs(Image.new("RGB", (40, 40), "white")))
 
 
 def test_a_checkpoint_by_itself(model, tmp_path):
@@ -228,19 +182,17 @@ def gone_on(folder):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("make", [unfinished, in_parts, damaged, of_open_clip, finished, gone_on])
-@pytest.mark.parametrize("prefix", ["", "local-dir:"])
-def test_the_folder_of_a_run_is_its_newest_model(make, prefix, tmp_path, caplog, capsys):
+def test_the_folder_of_a_run_is_its_newest_model(make, tmp_path, caplog, capsys):
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    model, name = make(folder), f"{prefix}{folder}"
+    model, name = make(folder), str(folder)
     newest = {in_parts: "step_3", of_open_clip: "epoch_2.pt"}.get(make, "step_3.pt")
     convert(name, tmp_path / "copy.pt", "clipfast")
-    for found in (create_model(name), create_model(str(tmp_path / "copy.pt"))):
-        assert found.config == model.config
-        assert found.state_dict().keys() == model.state_dict().keys()
-    assert Interpolation(name, name).weights(0.5).keys() == model.state_dict().keys()
-    assert create_model(name).logit_scale.equal(model.logit_scale)
+    found = create_model(f"local-dir:{name}")
+    assert found.config == create_model(str(tmp_path / "copy.pt")).config == model.config
+    assert found.state_dict().keys() == model.state_dict().keys()
+    assert found.logit_scale.equal(model.logit_scale)
     said = f"{folder}: its newest checkpoint is used, {folder}/checkpoints/{newest}\n"
     assert (said in caplog.text) == (make is not finished)
     assert ("step_4.pt is refused: it is damaged" in caplog.text) == (make is damaged)

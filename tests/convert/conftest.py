@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,16 @@ def hf_folder(own, tmp_path) -> Path:
     """The ViT as a transformers folder, hf."""
     convert(own, tmp_path / "hf", "hf")
     return tmp_path / "hf"
+
+
+class Payload:
+    """A pickle that makes a folder when it is loaded."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.folder),)
 
 
 def quick(config: CLIPConfig) -> CLIPConfig:

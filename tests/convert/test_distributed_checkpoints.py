@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import pickle
 import zipfile
 from pathlib import Path
@@ -18,8 +19,7 @@ from clipfast.ranks import run_ranks
 from ..clip.conftest import run_command
 from ..clip.siglip import CONFIGS as SIGLIP_CONFIGS
 from ..clip.siglip import make_model as make_siglip
-from .conftest import CONFIGS, make_model, same_bits, save_config
-from .wrong_input import Payload
+from .conftest import CONFIGS, Payload, make_model, same_bits, save_config
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -34,8 +34,6 @@ def train_state(model: CLIP) -> dict[str, object]:
 
 WRAPPED = {
     "bare": lambda model: model.state_dict(),
-    "in a training state": train_state,
-    "deep": lambda model: {"app": train_state(model) | {"name": "run"}},
     "compiled": lambda model: {"state_dict": {f"module._orig_mod.{k}": v for k, v in model.state_dict().items()}},
     "with an average": lambda model: {"model": model.state_dict(), "ema": {"m": make_model(model.config).state_dict()}},
 }
@@ -120,10 +118,6 @@ def listed(folder: Path, shard: object = None):
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
-def cut(path: Path, parts: int) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // parts])
-
-
 def code_in_the_list(folder):
     with listed(folder) as (metadata, _, _):
         metadata.planner_data = Payload(folder.parent / "ran")
@@ -142,23 +136,13 @@ def a_shard_elsewhere(folder):
 
 
 def a_list_that_is_cut_off(folder):
-    cut(folder / ".metadata", 2)
-    return "is refused: it is damaged"
-
-
-def a_list_of_something_else(folder):
-    (folder / ".metadata").write_bytes(pickle.dumps({"a": 1}))
+    os.truncate(folder / ".metadata", (folder / ".metadata").stat().st_size // 2)
     return "is refused: it is damaged"
 
 
 def a_missing_file(folder):
     (folder / "__0_0.distcp").unlink()
     return "is damaged or incomplete: .* cannot be read: .*No such file"
-
-
-def a_file_that_is_cut_off(folder):
-    cut(folder / "__0_0.distcp", 4)
-    return "is damaged or incomplete: .* cannot be read: "
 
 
 def a_bit_that_has_flipped(folder):
@@ -188,12 +172,6 @@ def a_size_that_fits_no_machine(folder):
     return another_size(folder, 10**9, 10**9, message="")
 
 
-def another_dtype(folder):
-    with listed(folder) as (_, _, entry):
-        entry.properties.dtype = torch.float16
-    return r"model.visual.proj cannot be read: a shard is \(64, 24\) of torch.float32, and is listed as something else"
-
-
 def shards_that_overlap(folder):
     """Two shards are listed for the first half, and none for the second."""
     with listed(folder, torch.zeros(32, 24)) as (_, _, entry):
@@ -205,9 +183,9 @@ def shards_that_overlap(folder):
 @pytest.mark.parametrize(
     "damage",
     [
-        code_in_the_list, code_in_a_shard, a_shard_elsewhere, a_list_that_is_cut_off, a_list_of_something_else,
-        a_missing_file, a_file_that_is_cut_off, a_bit_that_has_flipped, a_shard_that_is_not_listed, another_size,
-        a_size_that_fits_no_machine, another_dtype, shards_that_overlap,
+        code_in_the_list, code_in_a_shard, a_shard_elsewhere, a_list_that_is_cut_off, a_missing_file,
+        a_bit_that_has_flipped, a_shard_that_is_not_listed, another_size, a_size_that_fits_no_machine,
+        shards_that_overlap,
     ],
 )  # fmt: skip
 def test_damage(damage, folder, tmp_path):
@@ -215,13 +193,6 @@ def test_damage(damage, folder, tmp_path):
     with pytest.raises(CheckpointError, match=message):
         convert(folder, tmp_path / "out.pt", "clipfast", activation="gelu")
     assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
-
-
-def test_the_code_would_run_elsewhere(folder, tmp_path):
-    """PyTorch's own reader runs what the list says, so that the test above can fail."""
-    code_in_the_list(folder)
-    dcp.load({"model": {}}, storage_reader=dcp.FileSystemReader(folder), no_dist=True)
-    assert (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize(

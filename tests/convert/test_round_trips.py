@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import shutil
 import zipfile
 
 import pytest
@@ -89,9 +90,7 @@ def loaded_by_open_clip(folder, config, **options):
 @pytest.mark.parametrize(
     ("family", "activation", "name"),
     [
-        ("CLIP", "gelu", "GELU"),
         ("CLIP", "quick_gelu", "QuickGELU"),
-        ("Siglip", "gelu", "GELU"),
         ("Siglip", "gelu_pytorch_tanh", "tanh GELU"),
     ],
 )
@@ -131,43 +130,38 @@ def test_hidden_units_come_back():
 
 
 def test_published_configurations_come_back(tmp_path):
-    from clipfast.conversion import siglip_hugging_face
-    from clipfast.conversion.hugging_face_config import from_hugging_face, to_hugging_face
+    from clipfast.conversion.hugging_face_layout import from_settings, to_settings
 
     for name in clipfast.list_models():
         config = get_model_config(name)
-        if isinstance(config, SigLIPConfig):
-            if config.text_proj:
-                raw = json.loads(json.dumps(siglip_hugging_face.to_settings(config)))
-                assert siglip_hugging_face.from_settings(raw, tmp_path) == config, name
-        elif isinstance(config.vision.layers, int):
-            raw = json.loads(json.dumps({"model_type": "clip", **to_hugging_face(config)}))
-            assert from_hugging_face(raw, tmp_path) == config, name
+        is_siglip = isinstance(config, SigLIPConfig)
+        if config.text_proj if is_siglip else isinstance(config.vision.layers, int):
+            raw = {"model_type": "siglip" if is_siglip else "clip", **to_settings(config)}
+            assert from_settings(json.loads(json.dumps(raw)), tmp_path) == config, name
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module."])
-def test_training_checkpoint_of_open_clip(prefix, vit, tmp_path):
-    state = {prefix + name: value for name, value in vit.state_dict().items()}
-    torch.save({"epoch": 4, "name": "x", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_4.pt")
-    model = save_config(vit.config, tmp_path / "small.json")
-    convert(tmp_path / "epoch_4.pt", tmp_path / "folder", "open_clip", model=str(model))
-    assert same_bits(create_model(f"local-dir:{tmp_path}/folder").state_dict(), vit.state_dict())
-
-
-@pytest.mark.parametrize("suffix", [".pt", ".bin", ".safetensors"])
-@pytest.mark.parametrize(("wish", "quick"), [("gelu", False), ("quick_gelu", True)])
-def test_bare_weights_are_recognised_by_their_shapes(suffix, wish, quick, tmp_path):
+def test_training_checkpoints_of_open_clip_and_bare_weights(vit, tmp_path):
+    """Prefixes of wrappers go, and bare weights are recognised by their shapes up to their activation."""
+    json_file = str(save_config(vit.config, tmp_path / "small.json"))
+    for prefix in ("module.", "module._orig_mod.", "_orig_mod.module."):
+        state = {prefix + name: value for name, value in vit.state_dict().items()}
+        torch.save({"epoch": 4, "name": "x", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_4.pt")
+        shutil.rmtree(tmp_path / "folder", ignore_errors=True)
+        convert(tmp_path / "epoch_4.pt", tmp_path / "folder", "open_clip", model=json_file)
+        assert same_bits(create_model(f"local-dir:{tmp_path}/folder").state_dict(), vit.state_dict())
     model = make_model(get_model_config("ViT-T-8-32"))
-    path = tmp_path / f"w{suffix}"
-    if suffix == ".safetensors":
-        pytest.importorskip("safetensors.torch").save_file(model.state_dict(), path)
-    else:
-        torch.save(model.state_dict(), path, _use_new_zipfile_serialization=suffix == ".pt")
-    info = convert(path, tmp_path / "own.pt", "clipfast", activation=wish)
-    assert info.models == (("ViT-T-8-32-quickgelu",) if quick else ("ViT-T-8-32",))
-    own = create_model(str(tmp_path / "own.pt"))
-    assert own.config.quick_gelu == quick
-    assert same_bits(own.state_dict(), model.state_dict())
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file(model.state_dict(), tmp_path / "w.safetensors")
+    torch.save(model.state_dict(), tmp_path / "w.bin", _use_new_zipfile_serialization=False)
+    for name, wish, known in (
+        ("w.safetensors", "gelu", "ViT-T-8-32"),
+        ("w.bin", "quick_gelu", "ViT-T-8-32-quickgelu"),
+    ):
+        path = tmp_path / f"{wish}.pt"
+        assert convert(tmp_path / name, path, "clipfast", activation=wish).models == (known,)
+        own = create_model(str(path))
+        assert own.config == get_model_config(known)
+        assert same_bits(own.state_dict(), model.state_dict())
 
 
 def test_dtypes_are_kept(vit, tmp_path):
@@ -182,27 +176,34 @@ def test_dtypes_are_kept(vit, tmp_path):
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
 
 
+def processor_of(folder):
+    return json.loads((folder / "preprocessor_config.json").read_text())
+
+
 @pytest.mark.parametrize("mode", ["shortest", "squash"])
 def test_preprocessing_and_tokenizer_travel(mode, vit, tmp_path):
     vit.visual.image_mean, vit.visual.image_std = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
-    export_open_clip(vit, tmp_path / "first")
-    config = tmp_path / "first" / "open_clip_config.json"
-    raw = json.loads(config.read_text())
+    first, hf, second = (tmp_path / name for name in ("first", "hf", "second"))
+    export_open_clip(vit, first)
+    raw = json.loads((first / "open_clip_config.json").read_text())
     raw["preprocess_cfg"] |= {"interpolation": "bilinear", "resize_mode": mode}
-    config.write_text(json.dumps(raw))
+    (first / "open_clip_config.json").write_text(json.dumps(raw))
     # It has a tokenizer of its own, which goes along in place of clipfast's.
-    (tmp_path / "first" / "tokenizer.json").write_text("{}")
-    convert(tmp_path / "first", tmp_path / "hf", "hf")
+    (first / "tokenizer.json").write_text("{}")
+    convert(first, tmp_path / "own.pt", "clipfast")
+    assert create_model(str(tmp_path / "own.pt")).visual.image_mean == (0.5, 0.25, 0.125)
+    convert(first, hf, "hf")
     # transformers numbers the ways of resampling as Pillow does
-    assert processor_of(tmp_path / "hf")["resample"] == Image.Resampling.BILINEAR
-    convert(tmp_path / "hf", tmp_path / "second", "open_clip")
-    assert json.loads((tmp_path / "second" / "open_clip_config.json").read_text()) == raw
-    assert (tmp_path / "second" / "tokenizer.json").read_text() == "{}"
-    assert not (tmp_path / "hf" / "vocab.json").exists()
-
-
-def processor_of(folder):
-    return json.loads((folder / "preprocessor_config.json").read_text())
+    assert processor_of(hf)["resample"] == Image.Resampling.BILINEAR
+    convert(hf, second, "open_clip")
+    assert json.loads((second / "open_clip_config.json").read_text()) == raw
+    assert (second / "tokenizer.json").read_text() == "{}"
+    convert(first, tmp_path / "longer", "open_clip", context_length=20)  # of another length, it is left behind
+    assert not (tmp_path / "longer" / "tokenizer.json").exists()
+    # newer versions of transformers write another file
+    (hf / "processor_config.json").write_text(json.dumps({"image_processor": processor_of(hf)}))
+    (hf / "preprocessor_config.json").unlink()
+    assert convert(hf, tmp_path / "third", "open_clip").resize_mode == mode
 
 
 def test_old_configurations_name_a_tower_twice(hf_folder, tmp_path):
@@ -213,30 +214,6 @@ def test_old_configurations_name_a_tower_twice(hf_folder, tmp_path):
     path.write_text(json.dumps(raw))
     convert(hf_folder, tmp_path / "again", "hf")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["vision_config"] == raw["vision_config_dict"]
-
-
-def test_a_tokenizer_of_another_length_is_left_behind(vit, tmp_path):
-    export_open_clip(vit, tmp_path / "first")
-    (tmp_path / "first" / "tokenizer_config.json").write_text('{"model_max_length": 16}')
-    convert(tmp_path / "first", tmp_path / "same", "open_clip")
-    convert(tmp_path / "first", tmp_path / "longer", "open_clip", context_length=20)
-    assert (tmp_path / "same" / "tokenizer_config.json").exists()
-    assert not (tmp_path / "longer" / "tokenizer_config.json").exists()
-
-
-def test_normalisation_travels_in_clipfasts_own(vit, tmp_path):
-    vit.visual.image_mean, vit.visual.image_std = mean, std = (0.5, 0.25, 0.125), (0.1, 0.2, 0.3)
-    export_open_clip(vit, tmp_path / "first")
-    convert(tmp_path / "first", tmp_path / "own.pt", "clipfast")
-    visual = create_model(str(tmp_path / "own.pt")).visual
-    assert (visual.image_mean, visual.image_std) == (mean, std)
-    convert(tmp_path / "own.pt", tmp_path / "hf", "hf")
-    settings = processor_of(tmp_path / "hf")
-    assert (settings["image_mean"], settings["image_std"]) == ([*mean], [*std])
-    # newer versions of transformers write another file
-    (tmp_path / "hf" / "preprocessor_config.json").unlink()
-    (tmp_path / "hf" / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
-    assert convert(tmp_path / "hf", tmp_path / "folder", "open_clip").mean == mean
 
 
 def test_transformers_prepares_images_and_texts_as_clipfast_does(tmp_path):

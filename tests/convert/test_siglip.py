@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import re
 
 import pytest
 import torch
@@ -16,18 +15,19 @@ from clipfast import (
     create_model_and_transforms,
     export_open_clip,
     get_model_config,
-    inspect_checkpoint,
     load_checkpoint,
 )
-from clipfast.conversion import siglip_hugging_face
+from clipfast.conversion import convert as convert_module
+from clipfast.conversion.contents import Contents
+from clipfast.conversion.hugging_face_layout import from_settings, to_settings
+from clipfast.conversion.resolve import Wishes, _with_activation
 from clipfast.models import CLIP, SigLIP, SigLIPConfig, TextConfig, VisionConfig
 
-from ..clip.conftest import run_command
 from ..clip.siglip import CONFIGS, make_model, open_clip_model, save_tokenizer
 from .conftest import CONFIGS as CLIP_CONFIGS
 from .conftest import make_model as make_clip
 from .conftest import same_bits, save_config, save_own
-from .test_round_trips import TOLERANCE, assert_same, processor_of
+from .test_round_trips import TOLERANCE, assert_same
 
 
 def test_what_open_clip_trains(tmp_path):
@@ -53,20 +53,15 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     model, first, hf, second = make_model(CONFIGS["mixed"]), *(tmp_path / name for name in ("first", "hf", "second"))
     model.visual.image_mean = (0.5, 0.25, 0.125)
     export_open_clip(model, first)
-    for layout in ("hf", "open_clip"):  # without one, it is said
-        convert(first, tmp_path / f"bare_{layout}", layout)
-        assert f"bare_{layout} has no tokenizer, because there is none beside {first}" in caplog.text
-    caplog.clear()
+    convert(first, tmp_path / "bare", "hf")  # without one, it is said
+    assert f"bare has no tokenizer, because there is none beside {first}" in caplog.text
     save_tokenizer(first)
     convert(first, hf, "hf")
-    assert caplog.text == ""
-    assert processor_of(hf)["image_processor_type"] == "SiglipImageProcessor"
     convert(hf, second, "open_clip", context_length=8)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (second / name).read_bytes() == (first / name).read_bytes()
     prepared = [json.loads((each / "open_clip_config.json").read_text())["preprocess_cfg"] for each in (first, second)]
     assert prepared[0] == prepared[1]
-    assert prepared[0]["resize_mode"] == "squash"
     theirs = transformers.AutoImageProcessor.from_pretrained(hf)
     picture = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
     preprocess = create_model_and_transforms(f"local-dir:{first}")[2]
@@ -74,7 +69,7 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     torch.testing.assert_close(pixels, preprocess(picture), rtol=0, atol=0.02)  # their resampling rounds elsewhere
 
 
-@pytest.mark.parametrize("size", [16, 47, 64])
+@pytest.mark.parametrize("size", [16, 47])
 def test_positions_are_resized_as_timm_does(size, tmp_path):
     model, theirs = make_model(CONFIGS["exact"]), open_clip_model(CONFIGS["exact"])
     theirs.load_state_dict(model.state_dict())
@@ -95,17 +90,13 @@ def test_a_resnet_is_resized(tmp_path):
     own = save_own(model, tmp_path / "own.pt")
     convert(own, tmp_path / "other.pt", "clipfast", image_size=96)
     other = create_model(str(tmp_path / "other.pt"))
-    name = "visual.attnpool.positional_embedding"
-    assert other.state_dict()[name].shape[0] == 1 + 3 * 3
     loaded = CLIP(model.config.with_vision(image_size=96))
     load_checkpoint(loaded, own)
     assert same_bits(loaded.state_dict(), other.state_dict())
-    assert torch.equal(other.state_dict()[name][0], model.state_dict()[name][0])
-    convert(tmp_path / "other.pt", tmp_path / "same.pt", "clipfast")
-    assert other.encode_image(torch.randn(2, 3, 96, 96)).shape == (2, 24)
+    assert other.state_dict()["visual.attnpool.positional_embedding"].shape[0] == 1 + 3 * 3
 
 
-@pytest.mark.parametrize("kind", ["ViT", "QuickGELU", "ResNet"])
+@pytest.mark.parametrize("kind", ["ViT", "ResNet"])
 def test_custom_text_of_a_clip_model(kind, tmp_path):
     """OpenCLIP with custom_text has the text tower of CLIP under other names."""
     open_clip = pytest.importorskip("open_clip")
@@ -126,19 +117,6 @@ def test_custom_text_of_a_clip_model(kind, tmp_path):
     assert same_bits(create_model(str(tmp_path / "own.pt")).state_dict(), model.state_dict())
 
 
-def test_inspection(tmp_path, capsys):
-    model = make_model(CONFIGS["mixed"])
-    export_open_clip(model, tmp_path / "folder")
-    info = inspect_checkpoint(tmp_path / "folder")
-    assert (info.models, info.activation) == ((), "GELU for images, tanh GELU for texts")
-    assert (info.image_size, info.context_length, info.resize_mode) == (40, 12, "squash")
-    assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
-    torch.save(model.state_dict(), tmp_path / "w.pt")
-    code, out, _ = run_command(capsys, "inspect-checkpoint", tmp_path / "w.pt")
-    assert code == 0
-    assert re.search("OpenCLIP's names.*not said.*40 x 40, *resize mode squash.*0.5, 0.5, 0.5;", " ".join(out.split()))
-
-
 def test_sizes_at_the_edges_belong_to_the_name(tmp_path):
     """384 pixels have as many patches of 14 as 378: weights do not say which, and no position is resized."""
     small = SigLIPConfig(64, VisionConfig(34, 1, 64, 32, 2.0, 8), TextConfig(12, 300, 48, 2, 1))
@@ -151,31 +129,21 @@ def test_sizes_at_the_edges_belong_to_the_name(tmp_path):
     assert same_bits(create_model(str(tmp_path / "own.pt")).state_dict(), model.state_dict())
 
 
-def published_tanh(root):
-    """The configuration of a published model as transformers has it, whose towers have tanh."""
-    config = dataclasses.replace(get_model_config("ViT-B-16-SigLIP"), image_gelu="tanh", text_gelu="tanh")
-    (root / "config.json").write_text(json.dumps({"model_type": "siglip"} | siglip_hugging_face.to_settings(config)))
-    return config
-
-
 def test_the_activation_of_published_weights(tmp_path):
     """Transformers computes GELU by tanh where OpenCLIP's tower of these sizes does not: nothing is guessed."""
-    config = published_tanh(tmp_path)
-    found = siglip_hugging_face.from_settings(json.loads((tmp_path / "config.json").read_text()), tmp_path)
+    published = get_model_config("ViT-B-16-SigLIP")
+    config = dataclasses.replace(published, image_gelu="tanh", text_gelu="tanh")
+    found = from_settings({"model_type": "siglip", **to_settings(config)}, tmp_path)
     assert found == config
     assert (found.tokenizer, found.is_in_timm) == ("timm/ViT-B-16-SigLIP", False)
-    from clipfast.conversion.contents import Contents
-    from clipfast.conversion.convert import _check_open_clip
-    from clipfast.conversion.resolve import Wishes, _with_activation
-
     contents = Contents(tmp_path, "", (), {}, found, {})
     with pytest.raises(CheckpointError, match=r"siglip_224 has GELU for images, tanh GELU for texts: add --activation"
                        " gelu,gelu_tanh to write it all the same"):  # fmt: skip
-        _check_open_clip(contents)
-    wished = _with_activation(found, contents, Wishes(activation="gelu,gelu_tanh"))
-    _check_open_clip(dataclasses.replace(contents, config=wished))
-    assert wished == dataclasses.replace(config, image_gelu="none")
-    assert _with_activation(found, contents, Wishes(activation="gelu")) == get_model_config("ViT-B-16-SigLIP")
+        convert_module._check_open_clip(contents)
+    for wish, expected in (("gelu,gelu_tanh", dataclasses.replace(config, image_gelu="none")), ("gelu", published)):
+        wished = _with_activation(found, contents, Wishes(activation=wish))
+        convert_module._check_open_clip(dataclasses.replace(contents, config=wished))
+        assert wished == expected
 
 
 def test_loading_into_another_kind_of_model(tmp_path):

@@ -64,17 +64,6 @@ def test_with_trust(published, tmp_path):
     assert same_bits(own.state_dict(), model.state_dict())
 
 
-def test_trust_does_not_unpickle_code(tmp_path):
-    class Payload:
-        def __reduce__(self):
-            return (tmp_path / "owned").mkdir, ()
-
-    torch.save({"state_dict": Payload()}, tmp_path / "evil.pt")
-    with pytest.raises(CheckpointError, match=r"evil.pt is refused"):
-        convert(tmp_path / "evil.pt", tmp_path / "out", "open_clip", trust=True)
-    assert [entry.name for entry in tmp_path.iterdir()] == ["evil.pt"]
-
-
 def test_a_broken_archive(published, tmp_path):
     _, path = published
     with zipfile.ZipFile(path) as whole, zipfile.ZipFile(tmp_path / "broken.pt", "w") as broken:

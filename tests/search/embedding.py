@@ -18,11 +18,11 @@ def options(home: Path, output: Path, **changes) -> list[str]:
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder but its lock, by its name."""
+    """Every file of a folder but its lock and what a killed process left, by its name."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name != "run.lock"
+        if path.is_file() and path.name != "run.lock" and not path.name.endswith(".tmp")
     }
 
 

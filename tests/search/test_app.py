@@ -1,15 +1,21 @@
 """The app: what its functions answer."""
 
+import base64
+import dataclasses
 import html
+import io
 import re
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from clipfast import Embeddings
+from clipfast.data.shapes import held_out_scene
 from clipfast.images import ImageError
-from clipfast.search.app import MAX_FOUND, MAX_LABELS, MAX_TEXT, Desk, Pictures, answer
+from clipfast.search.app import MAP_SIDE, MAX_FOUND, MAX_LABELS, MAX_MAPS, MAX_RATIO, MAX_TEXT, Desk, Pictures, answer
+from clipfast.search.heatmap import heat_maps, overlay, to_tensor
 from clipfast.search.samples import Samples
 
 from .conftest import CAPTION, EVIL, FOLDER, rows
@@ -77,13 +83,6 @@ def test_pictures_outside_of_the_folders_are_not_shown(desk):
             desk.pictures.open({"image_path": path})
 
 
-def table_of(folder, *names):
-    table = folder / "table.csv"
-    table.write_text("filepath,title\n" + "".join(f"{name},a picture\n" for name in names))
-    Image.new("RGB", (20, 21), "red").save(folder / "in.png")
-    return Samples(str(table)).about()
-
-
 def test_a_path_may_be_relative_to_a_folder_or_to_the_working_folder(desk, folder, monkeypatch):
     assert desk.pictures.open({"image_path": "2.png"}).size == (40, 32)
     monkeypatch.chdir(folder)
@@ -92,29 +91,25 @@ def test_a_path_may_be_relative_to_a_folder_or_to_the_working_folder(desk, folde
         Pictures([]).open({"image_path": f"{FOLDER}/2.png"})
 
 
-def test_pictures_of_shards_and_tables_are_read_by_their_numbers(folder, tmp_path):
-    pictures = Pictures.of(table_of(tmp_path, "in.png", folder / "outside.png"))
-    assert pictures.open({"number": 0}).size == (20, 21)
-    for number in (1, 2, -1, None, "0"):  # 1 is a file that the table names outside of its folder
-        with pytest.raises(ImageError):
-            pictures.open({"number": number, "image_path": str(tmp_path / "in.png")})
+def test_pictures_of_the_source_are_read_by_their_numbers(tmp_path):
     shards = Samples("bundled:emoji/fluent")
-    assert Pictures.of(shards.about()).open({"number": 5}).tobytes() == shards.read(5).image.tobytes()
-
-
-def test_a_source_that_cannot_be_used_is_refused(tmp_path):
-    about, done = table_of(tmp_path, "in.png"), tmp_path / "done"
-    table_of(tmp_path, "in.png", "in.png")
+    pictures = Pictures.of(shards.about())
+    assert pictures.open({"number": 5}).tobytes() == shards.read(5).image.tobytes()
+    for number in (len(shards), -1, None, "0"):
+        with pytest.raises(ImageError):
+            pictures.open({"number": number})
+    Image.new("RGB", (20, 21), "red").save(tmp_path / "in.png")
+    about, done = Samples(str(tmp_path)).about(), tmp_path / "done"
+    Image.new("RGB", (20, 21), "red").save(tmp_path / "more.png")
     for wrong, expected in (
         (about, "has changed"),
-        ({}, "does not say"),
-        ({"data": str(tmp_path / "gone.tar")}, "no such shard"),
-        ({"data": f"pipe:touch {done}"}, "not on this machine"),
+        ({}, "not say"),
+        (about | {"data": str(tmp_path / "gone.tar")}, "no such shard"),
+        (about | {"data": f"pipe:touch {done}"}, "not on this machine"),
     ):
         with pytest.raises(ValueError, match=expected):
             Pictures.of(wrong)
     assert not done.exists()
-    assert Pictures.of({"data": str(tmp_path)}).roots == [tmp_path]
 
 
 def test_labels_are_ranked_as_a_classifier_ranks_them(desk, folder, encoder):
@@ -131,31 +126,36 @@ def test_labels_are_ranked_as_a_classifier_ranks_them(desk, folder, encoder):
     ("function", "expected", "given"),
     [
         ("search", "type some words", {"words": " "}),
-        ("search", "no column", {"where": "heigth > 1"}),
-        ("search", "a value is expected", {"where": "height >"}),
+        ("search", "cannot be read", {"where": "height >"}),
         ("search", "at most", {"words": "x" * (MAX_TEXT + 1)}),
-        *(("search", "from 1 to", {"k": k}) for k in (0, MAX_FOUND + 1, 2.5, float("nan"), None)),
+        *(("search", "from 1 to", {"k": k}) for k in (0, MAX_FOUND + 1, 2.5, None)),
         *(("search", "weight", {"picture": f"{FOLDER}/1.png", "weight": weight}) for weight in (2, None)),
         ("search", "not an image", {"words": "", "picture": "broken.png"}),
         ("search", "size", {"words": "", "picture": "bomb.png"}),
         ("search", 'role="alert"', {"words": "\ud800", "picture": "broken.png"}),
         ("similar", "no item 9", {"row": 9}),
-        ("similar", "no item -1", {"row": -1}),
         ("detail", "no item", {"row": "0"}),
-        ("detail", "no item", {"row": None}),
         ("classify", "drop a picture", {"picture": None}),
         ("classify", "1 to", {"labels": " \n"}),
         ("classify", "1 to", {"labels": "\n".join(map(str, range(MAX_LABELS + 1)))}),
         ("classify", "must be one of", {"templates": "none"}),
         ("classify", "gone.png", {"picture": "gone.png"}),
+        ("heat_map", "drop a picture", {"picture": None}),
+        ("heat_map", "there are 0", {"texts": None}),
+        ("heat_map", f"1 to {MAX_MAPS} texts", {"texts": "\n".join(map(str, range(MAX_MAPS + 1)))}),
+        ("heat_map", "at most", {"texts": "x" * (MAX_TEXT + 1)}),
+        ("heat_map", "size", {"picture": "bomb.png"}),
+        ("heat_map", f"at most {MAX_RATIO} times the other one, got 51 x 10", {"picture": "long.png"}),
     ],
 )
-def test_an_error_is_a_message(function, expected, given, desk, folder):
+def test_an_error_is_a_message(function, expected, given, desk, folder, caplog):
+    Image.new("RGB", (10 * MAX_RATIO + 1, 10)).save(folder / "long.png")
     usual = {
         "search": {"words": "x", "picture": None, "weight": 0.5, "where": "", "k": 9},
         "similar": {"row": 0, "where": "", "k": 9},
         "detail": {"row": 0},
         "classify": {"picture": f"{FOLDER}/1.png", "labels": "a", "templates": "plain"},
+        "heat_map": {"picture": f"{FOLDER}/1.png", "texts": "a"},
     }
     arguments = usual[function] | given
     if arguments.get("picture"):
@@ -163,19 +163,17 @@ def test_an_error_is_a_message(function, expected, given, desk, folder):
     found = answer(getattr(desk, function), *arguments.values())
     assert 'role="alert"' in found
     assert expected in found
-    found.encode()
+    assert not caplog.records  # nothing that nobody foresaw
 
 
-def test_features_of_one_item_and_of_another_model(encoder, embeddings):
-    joined = Embeddings(embeddings.features[:2])
-    joined.append(embeddings.features[2:])
-    assert all(torch.equal(joined.feature(row), embeddings.features[row]) for row in range(9))
-    for message, *given in (*(("no item", number) for number in (9, -1, True, "0")), ("no text features", 0, "text")):
-        with pytest.raises(ValueError, match=message):
-            joined.feature(*given)
+def test_a_model_of_another_width_or_package(desk, encoder, embeddings, folder):
     for message, features in (("7 wide", torch.ones(2, 7)), ("no items", embeddings.features[:0])):
         with pytest.raises(ValueError, match=message):
             Desk(Embeddings(features), encoder, Pictures([]))
+    other = Desk(embeddings, encoder, desk.pictures)
+    other.encoder = dataclasses.replace(encoder, model=torch.nn.Linear(1, 1))
+    found = answer(other.heat_map, str(folder / FOLDER / "1.png"), "a")
+    assert "need a model of clipfast.create_model" in found
 
 
 def test_what_nobody_foresaw_is_a_message_too(caplog):
@@ -191,3 +189,34 @@ def test_captions_are_searched_where_there_are_no_images(encoder):
     found = Desk(Embeddings(text_features=texts), encoder, Pictures([])).search("two", None, 0.5, "", 1)
     assert rows(found) == [1]
     assert "no picture" in found
+
+
+def test_each_text_has_its_heat_map(desk, encoder, folder):
+    texts = ["a red circle", '<img src=x onerror=alert(1)> & "quoted"']
+    picture = held_out_scene(2).picture()
+    picture.save(folder / "scene.png")
+    maps = heat_maps(encoder.model, to_tensor(picture, 32), encoder.texts(texts))
+    found = desk.heat_map(str(folder / "scene.png"), f"{texts[0]}\n\n {texts[1]} \n{texts[0]}\n")
+    captions = re.findall(r"<figcaption>(.*?)<span.*?>(.*?)</span>", found)
+    scores = [f"{heat.min():.4f} to {heat.max():.4f}" for heat in maps]
+    assert captions == [(html.escape(text), score) for text, score in zip(texts, scores, strict=True)]
+    large = ImageOps.contain(picture.convert("RGB"), (MAP_SIDE, MAP_SIDE))
+    shown = [np.asarray(image, np.float32) for image in pictures_of(found)]
+    drawn = [np.asarray(overlay(large, heat, (maps.min(), maps.max())), np.float32) for heat in maps]
+    distances = np.array([[np.abs(one - other).mean() for other in drawn] for one in shown])
+    assert distances.diagonal().max() < 2  # JPEG changes a little
+    assert min(distances[0, 1], distances[1, 0]) > 10  # another text's map is another picture
+
+
+def pictures_of(found):
+    """The pictures in an answer, decoded."""
+    addresses = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', found)
+    return [Image.open(io.BytesIO(base64.b64decode(address))) for address in addresses]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (3000, 2000), (10, 10 * MAX_RATIO)])
+def test_a_heat_map_is_shown_in_one_size(size, desk, tmp_path):
+    Image.new("RGB", size, "teal").save(tmp_path / "one.png")
+    (shown,) = pictures_of(desk.heat_map(str(tmp_path / "one.png"), "teal"))
+    assert max(shown.size) == MAP_SIDE
+    assert shown.width / shown.height == pytest.approx(size[0] / size[1], rel=0.02)

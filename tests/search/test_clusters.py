@@ -67,20 +67,3 @@ def test_the_same_by_any_blocks_and_lengths(monkeypatch):
     assert torch.equal(found.groups, expected.groups)
     torch.testing.assert_close(found.centres, expected.centres)
     assert not torch.equal(spherical_k_means(x, 7, seed=4).groups, expected.groups)
-
-
-@pytest.mark.parametrize(
-    ("features", "options", "message"),
-    [
-        (torch.eye(3), {"k": 0}, "from 1 to the number of features, 3, got 0"),
-        (torch.eye(3), {"k": 4}, "from 1 to the number of features, 3, got 4"),
-        (torch.eye(3), {"init": "far"}, "init must be .*, got 'far'"),
-        (torch.eye(3), {"rounds": -1}, "rounds must not be negative, got -1"),
-        (torch.eye(3) * float("nan"), {}, "contains NaN or infinity"),
-        (torch.zeros(3, 2), {}, "a feature has no length"),
-        (torch.zeros(3), {}, r"must be \[N, D\] of floats, got \[3\]"),
-    ],
-)
-def test_wrong_input(features, options, message):
-    with pytest.raises(ValueError, match=message):
-        spherical_k_means(features, **{"k": 2} | options)

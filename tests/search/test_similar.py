@@ -1,56 +1,49 @@
-"""Pairs of similar features: edges of blocks, ties, thresholds that are met exactly, and groups of chains."""
+"""Pairs of similar features: edges of blocks, ties, and thresholds that are met exactly."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from clipfast.search import similar
-from clipfast.search.similar import linked, similar_pairs
+from clipfast.search.filter_command import best_share
+from clipfast.search.similar import cosines, similar_pairs
 
 
 def brute_force(features, threshold):
     """All pairs by the whole matrix of cosines, in float64."""
     x = features.double()
     gram = x @ x.T
-    cosines = gram / (gram.diagonal()[:, None] * gram.diagonal()).sqrt()
-    return ((cosines >= threshold).triu(1)).nonzero().tolist()
+    return (gram / (gram.diagonal()[:, None] * gram.diagonal()).sqrt() >= threshold).triu(1).nonzero().tolist()
 
 
-def planted(count, width=16, seed=0, dtype=torch.float32):
+def planted(count, dtype=torch.float32):
     """Features of which some are equal, some scaled, and some nearly equal, in all parts."""
-    random = torch.Generator().manual_seed(seed)
-    x = torch.randn(count, width, generator=random)
+    random = torch.Generator().manual_seed(0)
+    x = torch.randn(count, 16, generator=random)
     sources, targets = torch.randint(0, count, (2, count // 3), generator=random)
-    noise = torch.randn(len(sources), width, generator=random) * torch.linspace(0, 0.5, len(sources))[:, None]
+    noise = torch.randn(len(sources), 16, generator=random) * torch.linspace(0, 0.5, len(sources))[:, None]
     x[targets] = x[sources] * torch.rand(len(sources), 1, generator=random).add(0.5) + noise
-    return F.normalize(x, dim=1).to(dtype)
+    return x.to(dtype)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("count", [1, 2, 7, 8, 9, 23, 24, 25, 100])
-def test_equal_to_brute_force_at_every_edge_of_blocks(count, dtype, monkeypatch):
-    monkeypatch.setattr(similar, "ROWS", 24)
-    monkeypatch.setattr(similar, "COLUMNS", 8)
-    monkeypatch.setattr(similar, "RESCORED", 100)
-    features = planted(count, dtype=dtype)
-    for threshold in (0.2, 0.9, 0.99):
-        found = similar_pairs(features, threshold)
-        assert found.places.tolist() == brute_force(features, threshold)
-        assert (found.similarity >= threshold).all()
+def test_equal_to_brute_force_at_every_edge_of_blocks(dtype, monkeypatch):
+    for name, size in (("ROWS", 24), ("COLUMNS", 8), ("RESCORED", 100)):
+        monkeypatch.setattr(similar, name, size)
+    for count in (1, 2, 7, 8, 9, 23, 24, 25, 100):
+        features = planted(count, dtype)
+        for threshold in (0.2, 0.9, 0.99):
+            found = similar_pairs(features, threshold)
+            assert found.places.tolist() == brute_force(features, threshold)
+            assert (found.similarity >= threshold).all()
 
 
 def test_a_threshold_that_is_met_exactly():
-    x = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [3.0, 4.0]])  # cosines of 0.6, 0.8 and 1
+    x = torch.tensor([[1.0, 0.0], [3.0, 4.0], [0.0, 2.0], [3e-30, 4e-30]])  # cosines of 0.6, 0.8 and 1
     assert similar_pairs(x, 0.8).places.tolist() == [[1, 2], [1, 3], [2, 3]]
     assert similar_pairs(x, 0.8 + 1e-12).places.tolist() == [[1, 3]]
-    assert similar_pairs(x, 0.6).similarity.tolist() == [0.6, 0.6, 0.8, 1.0, 0.8]
-
-
-def test_equal_features_have_a_similarity_of_one():
     x = F.normalize(torch.randn(50, 512), dim=1).half().repeat(2, 1)
-    found = similar_pairs(x, 1.0)
-    assert found.places.tolist() == [[i, i + 50] for i in range(50)]
-    assert (found.similarity == 1).all()
+    assert similar_pairs(x, 1.0).places.tolist() == [[i, i + 50] for i in range(50)]
 
 
 def test_products_in_bfloat16_change_nothing():
@@ -63,39 +56,21 @@ def test_products_in_bfloat16_change_nothing():
     assert found == brute_force(features, 0.9)
 
 
-def test_too_many_pairs(monkeypatch):
+def test_too_many_pairs_and_features_without_direction(monkeypatch):
     monkeypatch.setattr(similar, "MOST_PAIRS", 3)
-    with pytest.raises(ValueError, match=r"more than 3 pairs have a similarity of 0.5 or more: raise the threshold"):
-        similar_pairs(torch.ones(4, 2), 0.5)
+    for features, message in (
+        (torch.ones(4, 2), "more than 3 pairs have a similarity of 0.5 or more: raise the threshold"),
+        (torch.tensor([[1.0], [float("nan")]]), "feature 1 contains NaN or infinity"),
+        (torch.tensor([[1.0], [0.0]]), "feature 1 has no length"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            similar_pairs(features, 0.5)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_groups_of_random_pairs_and_of_a_chain(seed):
-    from scipy.sparse import coo_matrix
-    from scipy.sparse.csgraph import connected_components
-
-    random = torch.Generator().manual_seed(seed)
-    pairs, chain = torch.randint(0, 300, (170, 2), generator=random), torch.randperm(2000, generator=random) + 300
-    pairs = torch.cat([pairs, torch.stack([chain[:-1], chain[1:]], 1)])
-    _, expected = connected_components(coo_matrix((torch.ones(len(pairs)), pairs.T.numpy()), (2300, 2300)), False)
-    first = {}
-    assert linked(pairs, 2300).tolist() == [
-        first.setdefault(group, place) for place, group in enumerate(expected.tolist())
-    ]
-    assert linked(pairs[:0], 3).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    ("features", "threshold", "message"),
-    [
-        (torch.tensor([[1.0], [float("nan")]]), 0.5, r"feature 1 contains NaN or infinity \(1 of 2 "),
-        (torch.tensor([[1.0], [0.0]]), 0.5, r"feature 1 has no length \(1 of 2 "),
-        (torch.ones(3), 0.5, r"must be \[N, D\] of floats, got \[3\]"),
-        (torch.ones(3, 2).long(), 0.5, "of torch.int64"),
-        (torch.ones(3, 2), 1.5, "from -1 to 1, got 1.5"),
-        (torch.ones(3, 2), float("nan"), "from -1 to 1, got nan"),
-    ],
-)
-def test_wrong_input(features, threshold, message):
-    with pytest.raises(ValueError, match=message):
-        similar_pairs(features, threshold)
+def test_the_best_share_of_pairs_is_rounded_up_and_takes_the_first_of_equal_scores():
+    images, texts = torch.randn(2, 100, 8)
+    scores = cosines(images, texts)
+    torch.testing.assert_close(scores, torch.cosine_similarity(images.double(), texts.double()))
+    for top, count in ((0.07, 7), (0.29, 29), (0.001, 1), (0.305, 31), (1.0, 100)):
+        assert best_share(scores, top).nonzero().squeeze(1).tolist() == sorted(scores.argsort()[-count:].tolist())
+    assert best_share(torch.tensor([0.5, 0.25, 0.5, 0.5]), 0.5).tolist() == [True, False, True, False]

@@ -22,7 +22,6 @@ pytest.importorskip("pyarrow")
 
 PAGE = (Path(__file__).parent.parent.parent / "docs/use.md").read_text()
 BLOCKS = re.findall(r"```(sh|python)\n(.*?)```", PAGE, re.DOTALL)
-COMMANDS = [line for kind, block in BLOCKS if kind == "sh" for line in block.splitlines()]
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +69,3 @@ def test_the_page(folder, tmp_path, monkeypatch, capsys):
                 assert desk_of(parser.parse_args(arguments)).search("a cat", None, 0.5, "", 3)
                 continue
             assert main(arguments) == 0, (line, capsys.readouterr().err)
-
-
-def test_the_page_shows_every_way_to_embed_and_every_output():
-    flags = "images texts metadata precision part-size where index"
-    flags += " table json html plot output write-keys write-shards"
-    assert {f"--{flag}" for flag in flags.split()} <= {word for line in COMMANDS for word in line.split()}
