@@ -105,7 +105,7 @@ def read_checkpoint(path: str | Path, *, mmap: bool = False) -> dict[str, Any]:
 
 
 def _read_pickle(path: Path, mmap: bool) -> Any:
-    """Read what ``torch.save`` wrote, and compare the checksums in it, which PyTorch itself does not look at."""
+    """Read a file of ``torch.save``, and compare the checksums in it, which PyTorch itself ignores."""
     is_zip = zipfile.is_zipfile(path)
     if is_zip:
         with path.open("rb") as file:
@@ -229,7 +229,7 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *,
 
 
 def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> list[str]:
-    """Resize the positions in ``weights`` to those of ``model``; return what was changed, as "4x4 to 8x8"."""
+    """Resize the positions in ``weights`` to those of ``model``; return the changes, such as "4x4 to 8x8"."""
     own, changes = model.state_dict(), []
     name, text_name = positions_name(weights), text_positions_name(weights)
     if name is not None and _is_resizable(weights[name], own.get(name)):
@@ -266,7 +266,7 @@ def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
 
 
 def _own(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what this package added to a checkpoint; {} if it is somebody else's."""
+    """Return the key ``clipfast`` of a checkpoint; {} for checkpoints of other packages."""
     own = checkpoint.get("clipfast")
     return own if isinstance(own, dict) else {}
 
@@ -285,13 +285,13 @@ def own_config(checkpoint: Mapping[str, Any], source: str | Path) -> CLIPConfig 
 
 
 def stated_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a checkpoint of this package says on how images are prepared, in OpenCLIP's words; {} for others."""
+    """Return how a checkpoint of this package says that images are prepared, in OpenCLIP's words; {} for others."""
     found = _own(checkpoint).get("preprocess_cfg")
     return found if isinstance(found, dict) else {}
 
 
 def own_preprocessing(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return :func:`stated_preprocessing`, completed by what is usual for the kind of model that the weights are of."""
+    """Return :func:`stated_preprocessing`, completed by the usual values for the kind of model, CLIP or SigLIP."""
     is_siglip = is_siglip_state(plain_names(checkpoint["state_dict"]))
     return complete_preprocessing(stated_preprocessing(checkpoint), is_siglip=is_siglip)
 

@@ -16,7 +16,7 @@ _FILE_SUFFIXES = (".pt", ".pth", ".bin", ".safetensors", ".json")
 
 
 class HubError(CheckpointError):
-    """A file that the hub or its cache does not give; the message says which, and what to do."""
+    """A file that the hub or its cache does not give; the message names it and a remedy."""
 
 
 def repository_of(name: str) -> str | None:
@@ -74,7 +74,7 @@ def fetch(repository: str, *names: str, cache_dir: str | Path | None = None, rev
 
 
 def _explain(repository: str, names: tuple[str, ...], failures: list[Exception], cache: Path) -> str:
-    """Return what went wrong with every name, and what helps."""
+    """Return the reason why no file was found, and a remedy."""
     from huggingface_hub import constants, errors
 
     wanted = " or ".join(names)

@@ -82,7 +82,7 @@ def resolve_source(
 
     Args:
         model_name, pretrained, cache_dir: as for :func:`clipfast.create_model`.
-        fetch_weights: whether weights on the hub are downloaded; without them, only what describes the model is.
+        fetch_weights: whether weights on the hub are downloaded; False downloads only the description of the model.
         force_quick_gelu: whether the caller builds the model with QuickGELU, so that no warning says it.
 
     Raises:

@@ -54,7 +54,7 @@ def add_parser(commands: Any) -> None:
         "gelu_tanh, or two of them for images and texts: gelu,gelu_tanh",
     )
     add("--image-size", type=PIXELS, metavar="PIXELS", help="resize the positions of patches to images of this size")
-    add("--context-length", type=Count(1, 2**16), metavar="TOKENS", help="resize the positions of texts to this length")
+    add("--context-length", type=Count(2, 2**16), metavar="TOKENS", help="resize the positions of texts to this length")
     add("--cache-dir", metavar="FOLDER", help="cache of the hub (default: huggingface_hub's own, which HF_HOME moves)")
     add("--trust", action="store_true", help="load a TorchScript archive, which may run its code")
     add("--traceback", action="store_true", help="show where an error was raised")

@@ -41,7 +41,7 @@ def convert(
             ``open_clip_config.json``, a folder of transformers' CLIPModel or SiglipModel, a folder of
             torch.distributed.checkpoint, or OpenAI's TorchScript archive; or, on the Hugging Face hub,
             ``hf-hub:ORG/REPO`` or ``MODEL:TAG`` of :func:`clipfast.list_pretrained`.
-        destination: what to write. It must not exist, but see ``overwrite``; after an error it is as before.
+        destination: the file or folder to write. It must not exist (see ``overwrite``); after an error it is as before.
         to: "open_clip" (a folder that OpenCLIP and clipfast load as ``local-dir:FOLDER``), "hf" (a folder for
             transformers) or "clipfast" (a ``.pt`` file that ``create_model`` builds by itself).
         model: the model's name, or the path of its JSON configuration, for a checkpoint that does not say it.

@@ -1,4 +1,4 @@
-"""Folders of ``torch.distributed.checkpoint`` (DCP): shards of tensors, and a pickled list of what is where.
+"""Folders of ``torch.distributed.checkpoint`` (DCP): shards of tensors, and a pickled list of their places.
 
 The list is read by an unpickler that knows the classes of such lists and nothing else, and the shards by PyTorch's
 reader of weights, so that neither can run code. Only the model's tensors are read, not the optimizer's.
@@ -74,7 +74,7 @@ def read_folder(folder: Path) -> Contents:
 
 
 def read_metadata(path: Path) -> Any:
-    """Read the list of what is where.
+    """Read the list of the places of all shards.
 
     Raises:
         CheckpointError: it is damaged, or holds code.
@@ -91,7 +91,7 @@ def read_metadata(path: Path) -> Any:
 
 
 def _prefix(folder: Path, entries: Mapping[str, Any]) -> str:
-    """Return what stands before the names of the model's weights: "" or, for instance, "app.model."."""
+    """Return the prefix of the names of the model's weights: "" or, for instance, "app.model."."""
     names = [name for name, entry in entries.items() if hasattr(entry, "chunks")]
     found = [name.removesuffix(_LAST) for name in names if name == _LAST or name.endswith(f".{_LAST}")]
     # The values that an optimizer or a moving average holds for it lie deeper, or are named after it.
@@ -132,7 +132,7 @@ def read_tensor(folder: Path, name: str, entry: Any, places: Mapping[Any, Any]) 
 
 
 def _read_slice(folder: Path, place: Any) -> Any:
-    """Return what ``torch.save`` wrote into a part of a file, after comparing the checksums in it.
+    """Read a tensor or a value that ``torch.save`` wrote into a part of a file, and compare the checksums in it.
 
     Raises:
         ValueError: the part is in another folder, is damaged, has another format, or could run code.

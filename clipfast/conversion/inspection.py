@@ -18,13 +18,13 @@ class CheckpointInfo:
 
     Attributes:
         source: the file or folder.
-        layout: what it is, in words.
+        layout: the kind of file or folder, in words.
         models: the names of the models that it can be. They are several if it does not say the activation, and none
             if no model that clipfast knows has its sizes.
         parameters: how many numbers are learned.
         dtypes: how many tensors there are of each dtype.
         activation: "GELU" or "QuickGELU"; of SigLIP "GELU" or "tanh GELU", of both towers if they differ.
-        image_size, context_length: what the weights have positions for.
+        image_size, context_length: the sizes for which the weights have positions.
         mean, std, interpolation, resize_mode: how images are prepared.
         epoch, step: how far training had come.
         sha256: the checksum of each file of weights, by name.
@@ -55,7 +55,7 @@ def inspect_checkpoint(
     """Say what a checkpoint is, which model, how large, and with which checksum. No model is built.
 
     Args:
-        source: what :func:`convert` reads.
+        source: as :func:`convert` takes it.
         trust: read a TorchScript archive, which may run its code.
         cache_dir: the folder of the hub's cache; default: huggingface_hub's own.
 

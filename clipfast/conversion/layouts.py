@@ -1,4 +1,4 @@
-"""Recognising what a file or folder is."""
+"""Recognising the layout of a file or folder, and reading it."""
 
 import contextlib
 import dataclasses
@@ -66,12 +66,12 @@ def read_contents(source: str | Path, *, trust: bool = False, cache_dir: str | P
 def fetch_folder(
     repository: str, cache_dir: str | Path | None = None, *, weights: bool = True, tokenizer: bool = False
 ) -> Path:
-    """Return the folder in the cache with a model's files, all of one commit; what is not there is downloaded.
+    """Return the folder in the cache with a model's files, all of one commit; missing ones are downloaded.
 
     Args:
         repository: "ORG/REPO", in OpenCLIP's layout or else in that of transformers.
         cache_dir: the folder of the cache; default: huggingface_hub's own.
-        weights: whether the weights are wanted; without them, only what describes the model is fetched.
+        weights: whether the weights are wanted; without them, only the description of the model is fetched.
         tokenizer: whether the files of a tokenizer are wanted, where there are any.
 
     Raises:
@@ -104,7 +104,7 @@ def fetch_folder(
 
 
 def fetch_tokenizer(repository: str, commit: str, cache_dir: str | Path | None = None) -> None:
-    """Bring what files of a tokenizer a commit of the repository has into its folder in the cache."""
+    """Download the files of a tokenizer that a commit of the repository has into its folder in the cache."""
     for name in TOKENIZER_FILES:
         with contextlib.suppress(HubError):
             fetch(repository, name, cache_dir=cache_dir, revision=commit)

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -15,9 +16,14 @@ from ..models.siglip_config import EXACT, TANH
 from .contents import Contents, check_size, empty_state
 from .shapes import RESNET_STRIDE, config_of_weights, models_of_shapes, stored_sizes
 
-ACTIVATION_NAMES = {"gelu": False, "quick_gelu": True}  # whether it is QuickGELU
-SIGLIP_ACTIVATIONS = {"gelu": EXACT, "gelu_tanh": TANH}
-_TWO = [f"{image},{text}" for image in SIGLIP_ACTIVATIONS for text in SIGLIP_ACTIVATIONS]  # of images, of texts
+# The values of ``--activation`` for CLIP and for SigLIP (images, texts), and what each changes in a configuration.
+_CLIP: dict[str, dict[str, Any]] = {"gelu": {"quick_gelu": False}, "quick_gelu": {"quick_gelu": True}}
+_GELUS = {"gelu": EXACT, "gelu_tanh": TANH}
+_SIGLIP: dict[str, dict[str, Any]] = {
+    image if image == text else f"{image},{text}": {"image_gelu": _GELUS[image], "text_gelu": _GELUS[text]}
+    for image in _GELUS
+    for text in _GELUS
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,21 +43,16 @@ class Wishes:
     context_length: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuse an activation that is not known, and sizes that are not positive.
+        """Refuse an activation that is not known.
 
         Raises:
             ValueError: as above.
         """
-        known = [*ACTIVATION_NAMES, *SIGLIP_ACTIVATIONS, *_TWO]
-        if self.activation is not None and self.activation not in known:
+        if self.activation is not None and self.activation not in {*_CLIP, *_SIGLIP}:
             raise ValueError(
-                f"--activation must be {' or '.join(ACTIVATION_NAMES)}, or for SigLIP gelu or gelu_tanh, or two of "
-                f"these for images and texts such as gelu,gelu_tanh; got {self.activation!r}"
+                f"--activation must be {' or '.join(_CLIP)}, or for SigLIP {' or '.join(_SIGLIP)}; got "
+                f"{self.activation!r}"
             )
-        for flag, least in (("image_size", 1), ("context_length", 2)):
-            value = getattr(self, flag)
-            if value is not None and (not isinstance(value, int) or value < least):
-                raise ValueError(f"--{flag.replace('_', '-')} must be a whole number from {least} on, got {value!r}")
 
 
 def resolve(contents: Contents, wishes: Wishes) -> Contents:
@@ -109,7 +110,7 @@ def _base(contents: Contents, wishes: Wishes) -> CLIPConfig:
 
 
 def _other_model(contents: Contents, wishes: Wishes) -> str:
-    """Return what to write in place of a ``--model`` that does not fit the weights, for the end of an error."""
+    """Return advice for the end of an error about a ``--model`` that does not fit the weights."""
     if wishes.model is None:
         return ""
     if contents.config is not None:
@@ -122,7 +123,7 @@ def _other_model(contents: Contents, wishes: Wishes) -> str:
 
 
 def _check_heads(contents: Contents, base: CLIPConfig, label: str | Path) -> None:
-    """Refuse a model that differs only in what no shape shows.
+    """Refuse a model that differs only in its number of heads, which no shape shows.
 
     Raises:
         CheckpointError: the checkpoint says another number of attention heads.
@@ -176,24 +177,17 @@ def _activated(config: CLIPConfig, wish: str) -> CLIPConfig:
     Raises:
         ValueError: a model of this kind does not have it.
     """
-    if not isinstance(config, SigLIPConfig):
-        if wish not in ACTIVATION_NAMES:
-            raise ValueError(f"a CLIP model has {' or '.join(ACTIVATION_NAMES)}: --activation {wish} is for SigLIP")
-        return dataclasses.replace(config, quick_gelu=ACTIVATION_NAMES[wish])
-    image, _, text = wish.partition(",")
-    if image not in SIGLIP_ACTIVATIONS:
-        raise ValueError(f"a SigLIP model has {' or '.join(SIGLIP_ACTIVATIONS)}, but --activation is {wish}")
-    image_gelu, text_gelu = SIGLIP_ACTIVATIONS[image], SIGLIP_ACTIVATIONS[text or image]
-    return dataclasses.replace(config, image_gelu=image_gelu, text_gelu=text_gelu)
+    known = _SIGLIP if isinstance(config, SigLIPConfig) else _CLIP
+    if wish not in known:
+        kind = "SigLIP" if known is _SIGLIP else "CLIP"
+        raise ValueError(f"a {kind} model has {' or '.join(known)}, but --activation is {wish}")
+    return dataclasses.replace(config, **known[wish])
 
 
 def activation_flag(config: CLIPConfig) -> str:
     """Return the value of ``--activation`` that stands for the activation of ``config``."""
-    if not isinstance(config, SigLIPConfig):
-        return next(name for name, quick in ACTIVATION_NAMES.items() if quick == config.quick_gelu)
-    words = {gelu: word for word, gelu in SIGLIP_ACTIVATIONS.items()}
-    image, text = words[config.image_gelu], words[config.text_gelu]
-    return image if image == text else f"{image},{text}"
+    known = _SIGLIP if isinstance(config, SigLIPConfig) else _CLIP
+    return next(word for word in known if _activated(config, word) == config)
 
 
 def _sized(config: CLIPConfig, image_size: int, context_length: int) -> CLIPConfig:

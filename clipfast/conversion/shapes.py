@@ -156,5 +156,5 @@ def _shapes(config: CLIPConfig) -> tuple[Any, ...]:
 
 
 def _hidden(config: CLIPConfig) -> tuple[Any, ...]:
-    """Return what no shape shows of a model."""
+    """Return the settings of a model that no shape shows."""
     return config.activation, config.vision.heads, config.text.heads, config.vision.image_size

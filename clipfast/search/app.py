@@ -1,4 +1,4 @@
-"""What the page of ``clipfast app`` does: each function takes what a form holds and returns HTML, without Gradio.
+"""The answers of the page of ``clipfast app``: each function takes the values of a form and returns HTML.
 
 All that comes from the user, from files and from metadata is text, and is shown as text. Pictures stand in the HTML
 itself, as small JPEGs that are made here, so that no address leads to a file.
@@ -99,7 +99,7 @@ class Pictures:
 
 
 class Desk:
-    """An embedded set with the model that embedded it: what the page asks.
+    """An embedded set with the model that embedded it, which answers the page.
 
     Args:
         embeddings: the set.
@@ -153,7 +153,7 @@ class Desk:
         """Return the items that fit words, a picture, or both best.
 
         Args:
-            words: what is looked for, or "".
+            words: the query, or "".
             picture: a file, or None.
             weight: the share of the picture, from 0 to 1, if there are words too.
             where: an expression that the metadata must fulfil, or "".
@@ -190,7 +190,7 @@ class Desk:
         Raises:
             ValueError: there is no such item.
         """
-        self.embeddings.feature(row, self.kind)  # refuses what is no item
+        self.embeddings.feature(row, self.kind)  # refuses a row that does not exist
         metadata = row_of(self.embeddings, row)
         cells = "".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(str(value))}</dd>"

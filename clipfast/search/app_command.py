@@ -76,7 +76,7 @@ def desk_of(args: argparse.Namespace) -> Desk:
 
 
 def _pictures(about: Mapping[str, Any]) -> Pictures:
-    """Return the pictures of what was embedded; without them, say why there are none."""
+    """Return the pictures of the source that was embedded; print the reason if they cannot be shown."""
     from .app import Pictures
 
     try:

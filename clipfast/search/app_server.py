@@ -19,7 +19,7 @@ from .app import FOUND, MAX_MAPS, Desk, answer
 
 HOST = "127.0.0.1"
 NAMES = (HOST, "localhost")  # by which a browser may call it: not by a stranger's name that leads here
-FILES = ("file=", "file/", "proxy=")  # what stands before the file in those addresses of Gradio that serve one
+FILES = ("file=", "file/", "proxy=")  # beginnings of the addresses by which Gradio serves a file
 MAX_UPLOAD = 50 * 2**20  # bytes of a dropped picture
 KEPT = 3600  # seconds after which uploads are removed
 SESSIONS = 16  # whose state Gradio keeps, 100 KB for each that asks: here it is the same for all
@@ -85,7 +85,7 @@ class Guard:
         await self.app(scope, receive, answer)
 
     def _may_ask(self, scope: Message) -> bool:
-        """Return whether a request is that of a program, of the page itself or of a link to it, for what is served."""
+        """Return whether a program, the page itself or a link to it asks, and for no file that is not an upload."""
         given, path = dict(scope["headers"]), scope["path"]
         own = b"http://" + given.get(b"host", b"")
         is_own = given.get(b"sec-fetch-site", b"none") in (b"same-origin", b"none") or path == "/"  # by a link
@@ -124,7 +124,7 @@ def serving(desk: Desk, title: str, port: int, *, browser: bool = False) -> Iter
     """Serve the page while the context lasts; the value is its address.
 
     Args:
-        desk: what is asked.
+        desk: answers the requests.
         title: of the page; as text.
         port: to listen on.
         browser: open the page in the user's browser.
@@ -161,7 +161,7 @@ def wait(said: str) -> None:
 
 
 def _page(desk: Desk, title: str, uploads: Path) -> Any:
-    """Return the page; ``uploads`` is the folder of what is dropped."""
+    """Return the page; ``uploads`` is the folder of dropped pictures."""
     import gradio
 
     labels = {"label": "Labels, one in each line", "lines": 6, "max_lines": 20}
@@ -180,11 +180,11 @@ def _page(desk: Desk, title: str, uploads: Path) -> Any:
 
 
 def _picture_field(uploads: Path, **options: Any) -> Any:
-    """Return a field for a picture, whose value is an upload: what is in it is looked at by :class:`Desk` alone."""
+    """Return a field for a picture, whose value is an upload; only :class:`Desk` decodes it."""
     import gradio
 
     def uploaded(path: str) -> str:
-        try:  # what is elsewhere is refused in the same words whether it exists or not
+        try:  # a file elsewhere is refused in the same words, whether it exists or not
             file = Path(path).resolve()
             if file.is_relative_to(uploads) and file.is_file():
                 return str(file)
@@ -256,7 +256,7 @@ def _picture_tab(
 
     Args:
         function: a method of :class:`Desk`, whose name is also that of the function for programs.
-        uploads: the folder of what is dropped.
+        uploads: the folder of dropped pictures.
         lines: the options of the field of text.
         button: the words on it.
         templates: the names to choose from.

@@ -64,7 +64,7 @@ def search(
 
 
 def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[str, Any]]:
-    """Return the index and what is known of it."""
+    """Return the index with its figures, such as its recall."""
     import faiss
 
     # In the user's own cache, since faiss trusts an index wholly, and a folder may be anybody's.
@@ -80,7 +80,7 @@ def _index(embeddings: Embeddings, folder: Path, kind: str) -> tuple[Any, dict[s
     if features is None:
         raise ValueError(f"{folder} has no {kind} features to index")
     others = embeddings.of_kind("text" if kind == "image" else "image")
-    # of texts, by which people search pictures, or else of the items themselves
+    # queries are texts, by which people search pictures; without texts, they are items
     index, about = make_index(features, sample(features if others is None else others))
     about |= {"stamp": stamp, "folder": str(folder.resolve())}
     _drop_left(home.parent)

@@ -26,14 +26,14 @@ def add_folder_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def add_encoder_arguments(parser: argparse.ArgumentParser, *, required: bool = False) -> None:
-    """Add what names the model and says where it runs."""
+    """Add the options that name the model and the device."""
     add_model_arguments(parser, required=required)
     add_device_argument(parser)
     add_backend_argument(parser)
 
 
 def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
-    """Add in which forms results go out; ``page`` says what is on the page."""
+    """Add the forms of the results; ``page`` describes the content of the page."""
     add = parser.add_argument
     add_output(parser, "--html", help=f"write a page with {page} to this file, and print no JSON")
     add_output(parser, "--json", help="also write the results to this file")
@@ -42,7 +42,7 @@ def add_result_arguments(parser: argparse.ArgumentParser, page: str) -> None:
 
 
 def check_pictures(paths: Iterable[Path]) -> None:
-    """Refuse what is no file, before the model is read.
+    """Refuse paths that are no files, before the model is read.
 
     Raises:
         ValueError: one of them is a folder, or not there.
@@ -95,7 +95,7 @@ def features_of(embeddings: Embeddings, kind: str, use: str) -> Any:
 
 
 def names_of(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what tells an item from others."""
+    """Return the columns that tell an item from others."""
     return {name: row[name] for name in NAMES if row.get(name) is not None}
 
 
@@ -106,10 +106,10 @@ def row_of(embeddings: Embeddings, place: int) -> dict[str, Any]:
 
 
 class Pictures:
-    """The pictures of embeddings, read again from what they were made from.
+    """The pictures of embeddings, read again from the source that was embedded.
 
     Raises:
-        ValueError: that has changed since.
+        ValueError: the source has changed since.
     """
 
     def __init__(self, embeddings: Embeddings) -> None:

@@ -24,7 +24,7 @@ class Group:
 
     Attributes:
         kept: the items that stay, the best first. There are several in a chain, whose ends are no near duplicates.
-        why: what speaks for each of these.
+        why: the reason why each of these is kept.
         dropped: the others, in their order.
         of: the kept item that each of these is a near duplicate of: of several, the most similar one.
         similarity: of each of the dropped items with that one.
@@ -119,10 +119,10 @@ def _kept_ones(pairs: Pairs, order: Tensor, digests: Sequence[Sequence[object]])
 
 
 def _worth(embeddings: Embeddings, keep: str) -> tuple[list[float] | None, str]:
-    """Return what items are compared by, and words for it.
+    """Return the worth of each item (None for their order), and words for it.
 
     Raises:
-        ValueError: there is nothing to compare them by.
+        ValueError: features or columns that this needs are missing.
     """
     if keep == "first":
         return None, "first"

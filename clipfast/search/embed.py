@@ -33,7 +33,7 @@ from .samples import Samples, table_of
 
 log = logging.getLogger("clipfast")
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
-SKIPPED = "skipped"  # under which the metadata of a part name what was left out of it
+SKIPPED = "skipped"  # the key of the samples left out of a part, in the metadata of its Parquet file
 SKIPPED_FILE = "skipped.tsv"
 GPU_BATCH = 256  # samples that are encoded at once, by default
 # On a CPU, each thread encodes as many at once as have CPU_PIXELS pixels, within these bounds: more of small images.
@@ -83,7 +83,7 @@ class Work:
         folder: gets the parts.
         precision: "fp16" or "fp32", in which features are kept.
         part_size: samples of a part, usable or not.
-        batch_size: samples that are encoded at once; None for what suits the device.
+        batch_size: samples that are encoded at once; None for a number that suits the device.
     """
 
     encoder: Encoder
@@ -115,7 +115,7 @@ class Work:
         return {"version": 1, **made_by, **self.samples.about(), **sizes}
 
     def begin(self) -> None:
-        """Note in the folder what is made there, or compare it with what was noted before.
+        """Write ``about.json`` into the folder, or compare it with the one that is there.
 
         Raises:
             ValueError: the folder holds something else.
@@ -239,7 +239,7 @@ class Work:
         return int(self.encoder.texts([""]).shape[1])
 
     def finish(self) -> tuple[int, list[tuple[int, Skipped]]]:
-        """Write the list of what was left out, and return the number of rows and that list.
+        """Write the list of samples that were left out, and return the number of rows and that list.
 
         Raises:
             ValueError: a part is missing or damaged, or not one sample can be used.

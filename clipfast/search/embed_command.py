@@ -73,7 +73,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Make the parts that are missing, say what there is, and return the exit code."""
+    """Make the parts that are missing, print how many samples the folder holds, and return the exit code."""
     if args.engine == "ray" and args.workers == 0:
         raise ValueError("--workers 0 leaves --engine ray no actor: leave it out, or give at least 1")
     from ..training.world import joined
@@ -121,7 +121,7 @@ def work_of(args: argparse.Namespace, world: World) -> Work:
 
     options = vars(args)
     keys, separator = keys_of(options), separator_of(options)
-    with world.local_first():  # the others find what it indexes
+    with world.local_first():  # the others find the index that it makes
         samples = Samples(args.data, args.images, args.texts, keys, separator, args.metadata)
     if not (args.images or args.texts):
         samples.images, samples.texts = True, samples.have_captions()
@@ -168,7 +168,7 @@ def _bar(work: Work, numbers: Sequence[int], world: World) -> contextlib.Abstrac
 
 
 def _name(skipped: Sequence[tuple[int, Skipped]], *, wants_texts: bool) -> None:
-    """Name what was left out, and say what takes pictures without captions if captions were not asked for."""
+    """Name the samples that were left out; if captions were not asked for, say that --images takes pictures without."""
     report_left_out((one for _, one in skipped), "embed")
     silent = sum(one.kind == "no caption" for _, one in skipped)
     if silent and not wants_texts:

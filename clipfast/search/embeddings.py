@@ -1,4 +1,4 @@
-"""Features with what is known of each item: opened, made, joined, searched and saved."""
+"""Features with the metadata of each item: opened, made, joined, searched and saved."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Embeddings:
         metadata: a table with a row for each item, or its columns by their names. Without it, there is one column,
             ``key``, with the number of each item.
         text_features: of the texts, [N, D] in the same dtype; None if there are only images.
-        about: what made the features, as plain values.
+        about: the model, the source and the options that made the features, as plain values.
 
     Raises:
         ValueError: shapes, dtypes or numbers of rows do not fit together.
@@ -259,7 +259,7 @@ def _given(part: Part, kind: str) -> Tensor:
 
 
 def _better(best: Found, more: tuple[Tensor, Tensor], begin: int) -> Found:
-    """Return the best of what was found so far and in the items from ``begin`` on; the first of equal ones."""
+    """Return the best of the items found so far and of those from ``begin`` on; the first of equal ones."""
     scores, indices = more
     indices = torch.where(indices < 0, indices, indices + begin)
     scores, order = torch.cat([best.scores, scores], 1).sort(dim=1, descending=True, stable=True)

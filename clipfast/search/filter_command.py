@@ -74,7 +74,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Refuse what cannot work before anything is read.
+    """Refuse options that cannot work, before anything is read.
 
     Raises:
         ValueError: no or two criteria are given, or one is out of range.

@@ -49,8 +49,8 @@ def gallery(path: str | Path, title: str, items: Iterable[Item], *, about: str =
     Args:
         path: the file.
         title: of the page.
-        items: what to show, in this order. They are taken one at a time, and only thumbnails are kept.
-        about: what was looked for, in what, by which model: a sentence or two below the title.
+        items: the pictures to show, in this order. They are taken one at a time, and only thumbnails are kept.
+        about: a sentence or two below the title, such as the query, the folder and the model.
         side: of the thumbnails, in pixels. Those of more than the default are shown larger.
 
     Returns:
@@ -93,7 +93,7 @@ def _columns(item: Item) -> list[str]:
 
 
 def _controls(columns: list[str]) -> str:
-    """Return what sorts and filters, which is shown if scripts run."""
+    """Return the controls that sort and filter; they appear if scripts run."""
     options = "".join(f'<option value="{html.escape(name)}">{html.escape(name)}</option>' for name in columns)
     bounds = (
         '<span class="bounds"><label>score from <input type="number" step="any" id="least"></label>'

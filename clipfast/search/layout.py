@@ -180,7 +180,7 @@ def _mapped(path: Path) -> Tensor:
     try:
         open_regular(path).close()  # a pipe would be waited for
         features = torch.from_numpy(np.load(path, mmap_mode="c"))  # PyTorch warns of memory that cannot be written
-    except Exception as error:  # of NumPy, of the system, and of Python's tokenizer, which NumPy reads a header with
+    except Exception as error:  # NumPy, which tokenizes headers as Python, and the system raise several
         raise ValueError(f"{path} cannot be read as features: {error}") from error
     if features.ndim != 2 or not features.shape[1] or features.dtype not in DTYPES:
         raise ValueError(
@@ -240,7 +240,7 @@ def _numbered(folder: Path, kind: str) -> dict[int, Path]:
 
 
 def read_about(folder: Path) -> dict[str, Any]:
-    """Return what made the embeddings of a folder; nothing if it does not say.
+    """Return the content of ``about.json`` in a folder of embeddings; {} if there is no such file.
 
     Raises:
         ValueError: the file is damaged.
@@ -260,5 +260,5 @@ def read_about(folder: Path) -> dict[str, Any]:
 
 
 def write_about(folder: Path, about: dict[str, Any]) -> None:
-    """Write what made the embeddings of a folder, and with it the number of parts, ``parts``."""
+    """Write ``about.json`` into a folder of embeddings."""
     replace_text(folder / ABOUT, json.dumps(about, indent=2, ensure_ascii=False) + "\n")

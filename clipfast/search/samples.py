@@ -63,7 +63,7 @@ class Samples:
 
     Attributes:
         data: the source, as :func:`clipfast.data.expand_shards` takes it; a folder of images needs no captions.
-        images, texts: what an item must have to be usable; images are not decoded unless they are asked for.
+        images, texts: whether an item is usable only with an image, or with a text; images are decoded only then.
         keys: under which names an item has its image and its caption.
         separator: of CSV files, as :class:`clipfast.data.IndexCache` takes it.
         columns: keys of the json, or columns, that become metadata; None for all.
@@ -145,7 +145,7 @@ class Samples:
         return False
 
     def read(self, number: int) -> Sample | Skipped:
-        """Return the sample at a place, or what is wrong with it."""
+        """Return the sample at a place, or the reason why it cannot be used."""
         keys = self.keys if self.images else dataclasses.replace(self.keys, images=())
         name = f"number {number!r:.80}"
         try:
@@ -194,7 +194,7 @@ class Samples:
             member = next(key for key in self.keys.images if key in raw)
             path = raw.get("__path__") or f"{raw['__url__']}/{raw['__key__']}.{member}"
             row |= {"image_path": path, "width": image.width, "height": image.height}
-        with contextlib.suppress(SampleError):  # of a picture with a json that cannot be read, the picture is of use
+        with contextlib.suppress(SampleError):  # a picture is of use without its json
             found = metadata(raw)
             wanted = found if self.columns is None else self.columns
             row |= {name: found.get(name) for name in wanted if name not in OWN}

@@ -47,7 +47,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Search, show what was found, and return the exit code."""
+    """Search, show the items that were found, and return the exit code."""
     texts = [*args.text, *(read_texts(args.queries) if args.queries else [])]
     _check(args, texts)
     from .arguments import Pictures, encoder_of, features_of, write_gallery
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _check(args: argparse.Namespace, texts: list[str]) -> None:
-    """Refuse what cannot be searched for.
+    """Refuse queries that cannot be searched for.
 
     Raises:
         ValueError: there is no query, texts and pictures do not make pairs, or a number is out of range.
@@ -184,7 +184,7 @@ def _results(
 
 
 def _table(results: dict[str, Any]) -> str:
-    """Return what was found for people, query by query."""
+    """Return a table of the items that were found for each query."""
     from ..columns import align, printable, without_empty
 
     parts = []
