@@ -60,7 +60,7 @@ def convert(
         CheckpointError: ``source`` cannot be read, leaves something open, or does not fit its model; the message names
             the option that resolves it.
         ValueError: an argument is wrong, ``destination`` exists, or the layout cannot express the model
-            (:class:`~clipfast.conversion.hugging_face_config.NoCounterpartError`: transformers has no ResNets).
+            (:class:`~clipfast.conversion.hugging_face_layout.NoCounterpartError`: transformers has no ResNets).
         DiskFullError: there is no space.
     """
     destination = Path(destination)

@@ -28,7 +28,19 @@ from ..evaluation.encoder import Encoder
 from ..evaluation.zero_shot import encode_texts
 from ..files import replace_text
 from ..training.lock import LOCK_NAME
-from .layout import IMAGES, METADATA, TEXTS, Part, part_path, read_about, read_part, read_parts, write_about, write_part
+from .layout import (
+    ABOUT,
+    IMAGES,
+    METADATA,
+    TEXTS,
+    Part,
+    part_path,
+    read_about,
+    read_part,
+    read_parts,
+    write_about,
+    write_part,
+)
 from .samples import Samples, table_of
 
 log = logging.getLogger("clipfast")
@@ -277,7 +289,8 @@ def refuse_others(folder: Path) -> None:
         ValueError: as above.
     """
     if folder.is_dir() and not read_about(folder):
-        others = {path.name for path in folder.iterdir()} - {LOCK_NAME, f".{LOCK_NAME}.tmp"}
+        left = {f".{name}.tmp" for name in (LOCK_NAME, ABOUT)}  # by a process that was killed
+        others = {path.name for path in folder.iterdir()} - {LOCK_NAME, *left}
         if others:
             raise ValueError(f"{folder} holds something else ({min(others)}): give a new folder to --output")
 
