@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -205,18 +203,6 @@ def test_weights_with_quick_gelu_make_a_model_with_quick_gelu(tagged, tmp_path, 
     assert (code, "0.5, 0.5, 0.5; 0.5, 0.5, 0.5" in out, "resize mode squash" in out) == (0, True, True)
 
 
-def test_a_process_without_network(cache, tmp_path):
-    """The variables of the environment, read where nothing was imported before."""
-    convert(save_own(make_model(CONFIGS["ViT"]), tmp_path / "own.pt"), tmp_path / "made", "open_clip")
-    fill(cache, "org/tiny", tmp_path / "made")
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(cache)}
-    message = f"is not in the cache {cache}, and the hub cannot be reached (HF_HUB_OFFLINE is set)"
-    for repository, code, said in (("tiny", 0, ""), ("other", 2, message)):
-        command = [sys.executable, "-m", "clipfast", "inspect-checkpoint", f"hf-hub:org/{repository}"]
-        done = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert (done.returncode, said in done.stderr) == (code, True), done.stderr
-
-
 @pytest.mark.parametrize(
     ("name", "pretrained", "message"),
     [
@@ -226,7 +212,7 @@ def test_a_process_without_network(cache, tmp_path):
         ("hf-hub:org/none", None, "open_clip_config.json or config.json of hf-hub:org/none is not in the cache"),
         ("org/none", None, "org/none is no model .*, and as a repository: open_clip_config"),
         ("hf-hub:a/b/c", None, "hf-hub:a/b/c is no name of a repository, which is ORG/REPO"),
-        ("hf-hub:org/bare", None, "open_clip_pytorch_model.bin of hf-hub:org/bare is not in the cache"),
+        ("hf-hub:org/bare", None, "_pytorch_model.bin of hf-hub:org/bare is not in the cache .*HF_HUB_OFFLINE is set"),
         ("hf-hub:org/siglip", None, "hf-hub:org/siglip: .*pool_type.*open_clip.create_model"),
         ("ViT-B-16-Unknown", None, "unknown model 'ViT-B-16-Unknown'.*open_clip.create_model.*apply_to_open_clip"),
         ("runs/demo", None, "no runs/demo in the folder runs; a repository on the hub is hf-hub:runs/demo"),
