@@ -11,7 +11,7 @@ import logging
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -149,9 +149,9 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return plain if is_siglip_state(plain) else {name.removeprefix(TEXT_PREFIX): x for name, x in plain.items()}
 
 
-def is_siglip_state(state: Mapping[str, Tensor]) -> bool:
+def is_siglip_state(names: Iterable[str]) -> bool:
     """Return whether the names are those of a SigLIP model, or of another with an image tower of timm's."""
-    return any(name.startswith(TRUNK_PREFIX) for name in state)
+    return any(name.startswith(TRUNK_PREFIX) for name in names)
 
 
 def _all_start_with(state: Mapping[str, Tensor], prefix: str) -> bool:

@@ -137,12 +137,12 @@ def to_settings(config: CLIPConfig) -> dict[str, Any]:
             f"Hugging Face's SigLIP projects texts in the end, and this model does not: {ELSEWHERE}"
         )
     begin = 2 if config.pad_id == 0 else None
-    ends = {"pad_token_id": config.pad_id, "bos_token_id": begin, "eos_token_id": 1}
+    marks = {"pad_token_id": config.pad_id, "bos_token_id": begin, "eos_token_id": 1}
     return {
         "vision_config": _tower(SIGLIP_LAYOUT, vision, config.image_gelu) | sizes,
         "text_config": _tower(SIGLIP_LAYOUT, text, config.text_gelu)
         | lengths
-        | ends
+        | marks
         | {"projection_size": config.embed_dim},
     }
 

@@ -127,8 +127,12 @@ class Embeddings:
 
     def to(self, device: str | torch.device) -> Embeddings:
         """Return the same with the features on another device, on which they are searched."""
-        found, move = copy.copy(self), lambda x: None if x is None else x.to(device)
-        found._parts = [Part(move(part.images), move(part.texts), part.source) for part in self._parts]
+
+        def moved(features: Tensor | None) -> Tensor | None:
+            return None if features is None else features.to(device)
+
+        found = copy.copy(self)
+        found._parts = [Part(moved(part.images), moved(part.texts), part.source) for part in self._parts]
         found._joined = {}
         return found
 
