@@ -211,7 +211,7 @@ class Desk:
         Raises:
             ValueError: something is missing, unknown, or too much.
         """
-        names = _lines(labels, "labels", MAX_LABELS, picture)
+        picture, names = _dropped(picture), _lines(labels, "labels", MAX_LABELS)
         if templates not in TEMPLATES:
             raise ValueError(f"templates must be one of {', '.join(TEMPLATES)}, got {templates!r}")
         seen, classifier = self._seen(picture)[None], self.encoder.classifier(names, TEMPLATES[templates])
@@ -236,7 +236,7 @@ class Desk:
         """
         from PIL import ImageOps
 
-        lines = _lines(texts, "texts", MAX_MAPS, picture)
+        picture, lines = _dropped(picture), _lines(texts, "texts", MAX_MAPS)
         side, image = side_of(self.encoder.model), open_image(picture)
         if max(image.size) > MAX_RATIO * min(image.size):
             width, height = image.size
@@ -326,15 +326,19 @@ def _checked(text: str | None, name: str) -> str:
     return text or ""
 
 
-def _lines(text: str | None, name: str, most: int, picture: str | None) -> list[str]:
+def _dropped(picture: str | None) -> str:
+    if not picture:
+        raise ValueError("drop a picture")
+    return picture
+
+
+def _lines(text: str | None, name: str, most: int) -> list[str]:
     """Return the distinct lines of a text of a form that are not empty.
 
     Raises:
-        ValueError: there is no picture to compare them with, the text is too long, or lines are too many or missing.
+        ValueError: the text is too long, or lines are too many or missing.
     """
     lines = list(dict.fromkeys(line.strip() for line in _checked(text, name).splitlines() if line.strip()))
-    if not picture:
-        raise ValueError("drop a picture")
     if not 1 <= len(lines) <= most:
         raise ValueError(f"type 1 to {most} {name}, one in each line; there are {len(lines)}")
     return lines
