@@ -66,37 +66,22 @@ def compare_trainings(folder, ranks, runs):
 
 
 @pytest.mark.long
-def test_open_clip_trains_with_the_same_printed_losses(training):
-    options = (
-        "--grad-checkpointing", "--lock-image", "--lock-text --lock-text-freeze-layer-norm", "--accum-freq 2",
-        "--force-patch-dropout 0.5", "--torchscript", "--use-bnb-linear OtherLinear",
-    )  # fmt: skip
-    compare_trainings(training, 1, [*([kind] for kind in KINDS), *(["clip", *more.split()] for more in options)])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_fifty_steps(ranks, training):
-    options = ["--train-num-samples", str(50 * 16 * ranks)]
-    compare_trainings(training, ranks, [["clip", *options]])
-    assert len(trainer.printed_losses(training / "ours")["0"]) == 50
-
-
-@pytest.mark.long
-def test_checkpoints_are_those_of_open_clip(training):
+def test_losses_and_checkpoints_are_those_of_open_clip(training):
     path = "{}/0/checkpoints/epoch_1.pt"
-    resume = ["clip", "--epochs", "2", "--resume"]
-    compare_trainings(training, 1, [["clip", "--save-frequency", "1"], [*resume, path.format("theirs")]])
+    options = (
+        "--save-frequency 1", f"--epochs 2 --resume {path.format('theirs')}", "--grad-checkpointing --lock-image",
+        "--lock-text --lock-text-freeze-layer-norm --accum-freq 2", "--force-patch-dropout 0.5", "--torchscript",
+        "--use-bnb-linear OtherLinear",
+    )  # fmt: skip
+    others = [["siglip"], ["distill"], ["coca"]]
+    compare_trainings(training, 1, [*(["clip", *more.split()] for more in options), *others])
     ours, theirs = (torch.load(training / path.format(logs), weights_only=True) for logs in ("ours", "theirs"))
     assert list(ours["state_dict"]) == list(theirs["state_dict"])
-    again = options_of("clip", "again", "theirs", *resume[1:], path.format("ours"))
-    assert python(training, "-m", "trainer", json.dumps([again])).returncode == 0
-    losses = trainer.printed_losses(training / "theirs")
-    assert losses["again"] == losses["1"]
+    torch.testing.assert_close(ours["optimizer"], theirs["optimizer"], rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.long
 def test_open_clip_trains_on_two_ranks_with_the_same_printed_losses(training):
-    modes = [], ["--local-loss"], ["--gather-with-grad"], ["--local-loss", "--gather-with-grad"]
-    runs = [["clip", *mode] for mode in modes] + [["distill", *modes[-1]], ["siglip"], ["coca", *modes[-1]]]
+    mode = ["--local-loss", "--gather-with-grad"]
+    runs = [["clip"], ["clip", *mode[:1]], ["clip", *mode], ["distill", *mode], ["siglip"], ["coca", *mode]]
     compare_trainings(training, 2, runs)
