@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from clipfast.cli import main
@@ -242,3 +243,15 @@ def together(tmp_path):
     from .distributed import run_together
 
     return functools.partial(run_together, tmp_path)
+
+
+def assert_initialised_alike(model, reference):
+    """Constants are equal, and random parameters as wide."""
+    expected = dict(reference.named_parameters())
+    for name, own in model.named_parameters():
+        other = expected[name]
+        if other.numel() == 1 or not other.std() > 0:
+            torch.testing.assert_close(own, other, msg=name)
+            continue
+        tolerance = 0.15 if other.numel() > 1000 else 0.5
+        assert own.std().item() == pytest.approx(other.std().item(), rel=tolerance), name
