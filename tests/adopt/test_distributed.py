@@ -1,6 +1,5 @@
 """Patched models under DistributedDataParallel and FSDP2; one rank suffices to meet their hooks and their checks."""
 
-import copy
 from collections.abc import Iterator
 
 import pytest
@@ -10,7 +9,8 @@ from torch import nn
 
 import clipfast
 
-from . import shrunk
+from . import hf_models, shrunk, test_hf
+from .pairs import is_hf, pair
 
 
 @pytest.fixture
@@ -21,13 +21,16 @@ def group(tmp_path) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def steps(model: nn.Module, args: tuple[torch.Tensor, ...]) -> list[float]:
+def steps(model: nn.Module, args: object) -> list[float]:
     """The losses of a few steps: the second one fails if a parameter had no gradient in the first."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for _ in range(3):
         optimizer.zero_grad()
-        loss = sum(x.square().mean() for x in shrunk.outputs(model, *args))
+        if isinstance(args, dict):
+            loss = model(**args, return_loss=True).loss
+        else:
+            loss = sum(x.square().mean() for x in shrunk.outputs(model, *args))
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
@@ -36,8 +39,7 @@ def steps(model: nn.Module, args: tuple[torch.Tensor, ...]) -> list[float]:
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "RN50", "ViT-B-16-SigLIP"])
 def test_data_parallel(group, name):
-    model = shrunk.open_clip_model(name).double()
-    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    model, patched = pair(name)
     args = shrunk.inputs(model)
     wrapped = nn.parallel.DistributedDataParallel(patched)
     torch.testing.assert_close(steps(wrapped, args), steps(model, args), rtol=1e-9, atol=0)
@@ -46,18 +48,20 @@ def test_data_parallel(group, name):
     assert "nothing of this model runs on clipfast" in clipfast.report(patched)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP"])
+@pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "clip", "siglip"])
 def test_fully_sharded(group, name):
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    model = shrunk.open_clip_model(name).double()
-    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
-    args = shrunk.inputs(model)
+    model, patched = pair(name)
+    args = hf_models.inputs(model, "end") if is_hf(model) else shrunk.inputs(model)
     mesh = init_device_mesh("cpu", (1,))
     scalars = {parameter for parameter in patched.parameters() if parameter.ndim == 0}  # FSDP2 takes none
     for module in list(patched.modules()):
-        if type(module).__name__ in ("ResidualAttentionBlock", "Block"):
+        if type(module).__name__.endswith(("ResidualAttentionBlock", "Block", "EncoderLayer")):
             fully_shard(module, mesh=mesh)
     fully_shard(patched, mesh=mesh, ignored_params=scalars)
     torch.testing.assert_close(steps(patched, args), steps(model, args), rtol=1e-9, atol=0)
+    if is_hf(model):
+        assert "text_model: its last block has a hook" in clipfast.report(patched)
+        assert test_hf.called(patched, args) == (4, 0)

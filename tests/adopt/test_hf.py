@@ -1,5 +1,7 @@
 """transformers' CLIP, SigLIP and SigLIP 2, patched and unpatched, compute the same."""
 
+import copy
+import re
 from unittest import mock
 
 import pytest
@@ -9,8 +11,8 @@ import clipfast
 from clipfast.adopt import hf_attention, hf_blocks
 
 from . import hf_models
+from .pairs import HF_NAMES, HF_PARTS, TRAINING, assert_equal, lines, pair
 
-PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block", "loss"]
 LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
 PADDINGS = [None, "nowhere", "end", "early", "start", "middle"]
 
@@ -20,25 +22,19 @@ def library() -> None:
     pytest.importorskip("transformers")
 
 
-def lines(model: torch.nn.Module, part: str) -> list[str]:
-    """The lines of the report on one part."""
-    return [line for line in clipfast.report(model).splitlines() if line.split()[2] == part]
-
-
 @pytest.mark.parametrize("dtype", LIMITS, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", hf_models.PAIRS)
 def test_pairs(name, dtype):
-    model, patched = hf_models.patched_pair(name, dtype)
+    model, patched = pair(name, dtype)
     for padding in PADDINGS:
         given = hf_models.inputs(model, padding)
-        hf_models.assert_equal(model, patched, given, LIMITS[dtype])
-        hf_models.assert_equal(model, patched, given, LIMITS[dtype], loss_only=True, return_loss=True)
+        assert_equal(model, patched, LIMITS[dtype], given=given)
 
 
 @pytest.mark.parametrize("dtype", LIMITS, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", hf_models.TOWERS)
 def test_towers(name, dtype):
-    model, patched = hf_models.patched_pair(name, dtype)
+    model, patched = pair(name, dtype)
     for padding in PADDINGS:
         hf_models.assert_equal(model, patched, hf_models.inputs(model, padding), LIMITS[dtype])
     rows = lines(patched, "pooled_last_block")
@@ -46,28 +42,27 @@ def test_towers(name, dtype):
     assert all("as before: every row of its last block is" in line for line in rows)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("name", HF_NAMES)
 def test_one_pair_and_short_texts(name):
-    model, patched = hf_models.patched_pair(name)
+    model, patched = pair(name)
     for padding in ("end", None):
         given = hf_models.inputs(model, padding, batch=1)
         short = {key: x[:, :4] if key in ("input_ids", "attention_mask") else x for key, x in given.items()}
         for each in (given, short):
             hf_models.assert_equal(model, patched, each)
-            ours, theirs = (hf_models.results(one, each, loss_only=True, return_loss=True) for one in (patched, model))
-            assert ours.keys() == theirs.keys()  # the contrastive loss of one pair is zero, and so are its gradients
+            ours, theirs = (hf_models.results(one, each, **TRAINING) for one in (patched, model))
+            # the contrastive loss of one pair is zero, and so are its gradients
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", HF_PARTS)
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_one_part_alone(name, part):
     needed = {"pooled_last_block": {"attention", "loss", "pooled_last_block"}}.get(part, {part})
-    model, patched = hf_models.patched_pair(name, **{other: other in needed for other in PARTS})
+    model, patched = pair(name, **{other: other in needed for other in HF_PARTS})
     given = hf_models.inputs(model, "end")
-    hf_models.assert_equal(model, patched, given)
-    hf_models.assert_equal(model, patched, given, loss_only=True, return_loss=True)
-    for other in PARTS:
+    assert_equal(model, patched, given=given)
+    for other in HF_PARTS:
         assert all((f"{other}=False" in line) != (other in needed) for line in lines(patched, other))
 
 
@@ -81,62 +76,66 @@ def called(model: torch.nn.Module, given: dict, **options: object) -> tuple[int,
     return whole.call_count, row.call_count
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("name", HF_NAMES)
 def test_what_runs_on_ours(name):
     """Two blocks for images and two for texts, of which the last may compute one row."""
-    _, patched = hf_models.patched_pair(name)
-    for padding in (None, "nowhere", "end"):
-        given = hf_models.inputs(patched, padding)
-        assert called(patched, given) == (4, 0)
-        assert called(patched, given, return_loss=True) == ((2, 2) if name == "clip" else (3, 1))
-    for padding in ("start", "middle"):
-        given = hf_models.inputs(patched, padding)
-        assert called(patched, given) == (2, 0)
-        assert called(patched, given, return_loss=True) == ((1, 1) if name == "clip" else (2, 0))
-    patched.eval()
-    assert called(patched, hf_models.inputs(patched), return_loss=True) == (4, 0)
+    _, patched = pair(name)
+    for paddings, forward, in_training in (
+        ((None, "nowhere", "end"), (4, 0), (2, 2) if name == "clip" else (3, 1)),
+        (("start", "middle"), (2, 0), (1, 1) if name == "clip" else (2, 0)),
+    ):
+        for padding in paddings:
+            given = hf_models.inputs(patched, padding)
+            assert called(patched, given) == forward
+            assert called(patched, given, return_loss=True) == in_training
+    assert called(patched.eval(), hf_models.inputs(patched), return_loss=True) == (4, 0)
+
+
+def outputs_of(given, *models, **options):
+    return [hf_models.flat(each(**given, return_loss=True, **options)) for each in models]
 
 
 def test_a_call_for_rows_gets_them():
-    model, patched = hf_models.patched_pair("clip")
+    model, patched = pair("clip")
     given = hf_models.inputs(model, "end")
     assert patched(**given, return_loss=True).text_model_output.last_hidden_state is None
-    for options in ({"output_hidden_states": True}, {"return_dict": False}, {"interpolate_pos_encoding": True}):
-        ours, theirs = (hf_models.flat(each(**given, return_loss=True, **options)) for each in (patched, model))
-        wanted = [key for key in theirs if "logits" not in key and not key.startswith(".vision")]
-        for key in theirs if "return_dict" in options else wanted if "output_hidden_states" in options else [".loss"]:
-            torch.testing.assert_close(ours[key], theirs[key], rtol=0, atol=1e-10)
-    patched.text_model.config.output_hidden_states = model.text_model.config.output_hidden_states = True
-    ours, theirs = (each(**given, return_loss=True).text_model_output for each in (patched, model))
-    torch.testing.assert_close(ours.hidden_states, theirs.hidden_states, rtol=0, atol=1e-10)
-    torch.testing.assert_close(ours.last_hidden_state, theirs.last_hidden_state, rtol=0, atol=1e-10)
+    for options, is_wanted in (
+        ({"output_hidden_states": True}, lambda key: "logits" not in key and not key.startswith(".vision")),
+        ({"return_dict": False}, lambda key: True),
+        ({"interpolate_pos_encoding": True}, lambda key: key == ".loss"),
+    ):
+        ours, theirs = ({key: x for key, x in outputs.items() if is_wanted(key)} for outputs in
+                        outputs_of(given, patched, model, **options))  # fmt: skip
+        torch.testing.assert_close({key: ours[key] for key in theirs}, theirs, rtol=0, atol=1e-10)
+    for each in (model, patched):
+        each.text_model.config.output_hidden_states = True
+    ours, theirs = outputs_of(given, patched, model)
+    rows = [key for key in theirs if key.startswith(".text_model_output") and "hidden_state" in key]
+    assert len(rows) > 1
+    torch.testing.assert_close({key: ours[key] for key in rows}, {key: theirs[key] for key in rows}, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("name", HF_NAMES)
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_intermediate_results(name, implementation):
     model = hf_models.make(name, implementation).double().eval()
-    patched = clipfast.apply_to_hf(hf_models.make(name, implementation).double().eval())
+    patched = clipfast.apply_to_hf(copy.deepcopy(model))
     given = hf_models.inputs(model, "end")
     for options in ({"output_attentions": True, "output_hidden_states": True}, {"return_dict": False}):
-        ours, theirs = (hf_models.flat(each(**given, return_loss=True, **options)) for each in (patched, model))
-        assert ours.keys() == theirs.keys()
-        for key, x in theirs.items():
-            torch.testing.assert_close(ours[key], x, rtol=0, atol=1e-10, msg=key)
+        ours, theirs = outputs_of(given, patched, model, **options)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
     is_theirs = ["asks for 'eager' attention" in line for line in lines(patched, "attention") if ".self_attn" in line]
-    assert is_theirs
-    assert all(is_theirs) == (implementation == "eager")
+    assert set(is_theirs) == {implementation == "eager"}
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_another_implementation_later(name):
-    model, patched = hf_models.patched_pair(name)
+    model, patched = pair(name)
     given = hf_models.inputs(model, "end")
     for each in (model, patched):
         each.set_attn_implementation("eager")
     assert called(patched, given) == (0, 0)
-    hf_models.assert_equal(model, patched, given)
-    hf_models.assert_equal(model, patched, given, loss_only=True, return_loss=True)
+    assert_equal(model, patched, given=given)
     assert all("as before" in line for line in lines(patched, "attention") if "self_attn" in line)
     patched.set_attn_implementation("sdpa")
     assert called(patched, given) == (4, 0)
@@ -146,7 +145,7 @@ def test_another_implementation_later(name):
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_flash_attention_without_padding_is_ours(name, implementation):
     # transformers' own flash attention needs a GPU: if it were called, it would fail here.
-    model, patched = hf_models.patched_pair(name)
+    model, patched = pair(name)
     given = hf_models.inputs(model)
     for tower in (patched.text_model, patched.vision_model):
         tower.config._attn_implementation = implementation
@@ -155,7 +154,7 @@ def test_flash_attention_without_padding_is_ours(name, implementation):
 
 
 def test_dropout_is_reported():
-    model, patched = hf_models.patched_pair("clip with dropout")
+    model, patched = pair("clip with dropout")
     given = hf_models.inputs(model, "end")
     assert called(patched, given) == (0, 0)
     assert all("in evaluation, since it drops" in line for line in lines(patched, "attention") if "self_attn" in line)
@@ -164,7 +163,7 @@ def test_dropout_is_reported():
 
 
 def test_dropout_in_a_head():
-    model, patched = hf_models.patched_pair("siglip")
+    model, patched = pair("siglip")
     for each in (model, patched):
         each.vision_model.head.attention.dropout = 0.5
     hf_models.assert_equal(model, patched, hf_models.inputs(model))
@@ -173,18 +172,18 @@ def test_dropout_in_a_head():
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_what_our_ops_do_not_take(name, monkeypatch):
     """A GPU takes no float64; images of another dtype do not hide it."""
-    model, patched = hf_models.patched_pair(name)
+    model, patched = pair(name)
     given = hf_models.inputs(model, "end")
     given["pixel_values"] = given["pixel_values"].float()
     for module in ("norms", "hf_attention", "hf_embeddings", "hf_model", "hf_towers"):
         monkeypatch.setattr(f"clipfast.adopt.{module}.computes", lambda x: x.dtype != torch.float64)
     assert called(patched, given, return_loss=True) == (0, 0)
-    hf_models.assert_equal(model, patched, given, 1e-6, loss_only=True, return_loss=True)
+    hf_models.assert_equal(model, patched, given, 1e-6, **TRAINING)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_other_arguments(name):
-    model, patched = hf_models.patched_pair(name)
+    model, patched = pair(name)
     given = hf_models.inputs(model)
     length = given["input_ids"].shape[1]
     side = given["pixel_values"].shape[-1]
@@ -199,8 +198,7 @@ def test_other_arguments(name):
         (wide, {"interpolate_pos_encoding": True}),
         (given, {"interpolate_pos_encoding": True}),
     ):
-        hf_models.assert_equal(model, patched, each, **options)
-        hf_models.assert_equal(model, patched, each, loss_only=True, return_loss=True, **options)
+        assert_equal(model, patched, given=each, **options)
 
 
 @pytest.mark.parametrize("change", [
@@ -209,21 +207,20 @@ def test_other_arguments(name):
 ])  # fmt: skip
 @pytest.mark.parametrize("return_loss", [True, False])
 def test_errors_are_theirs(change, return_loss):
-    model, patched = hf_models.patched_pair("clip")
-    messages = []
-    for each in (model, patched):
-        with pytest.raises((ValueError, AttributeError, TypeError)) as error:
-            each(**{**hf_models.inputs(model), **change}, return_loss=return_loss)
-        messages.append((error.type, str(error.value)))
-    assert messages[0] == messages[1]
+    model, patched = pair("clip")
+    given = {**hf_models.inputs(model), **change, "return_loss": return_loss}
+    with pytest.raises((ValueError, AttributeError, TypeError)) as theirs:
+        model(**given)
+    with pytest.raises(theirs.type, match=f"^{re.escape(str(theirs.value))}$"):
+        patched(**given)
 
 
-@pytest.mark.parametrize("name", ["clip", "siglip", "siglip2"])
+@pytest.mark.parametrize("name", HF_NAMES)
 @pytest.mark.parametrize("mode", ["autocast", "bfloat16", "float16"])
 def test_sixteen_bits(name, mode):
     """Both are as near to float64, and dtypes are the same."""
     dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)
-    model, patched = hf_models.patched_pair(name, dtype)
+    model, patched = pair(name, dtype)
     exact = hf_models.make(name).double()
     exact.load_state_dict(model.state_dict())
     for padding in (None, "end"):

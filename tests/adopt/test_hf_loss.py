@@ -14,8 +14,7 @@ import clipfast
 from clipfast.ranks import run_ranks
 
 from . import hf_models
-
-NAMES = ["clip", "siglip", "siglip2"]
+from .pairs import HF_NAMES, made, pair, patch
 
 
 @pytest.fixture(autouse=True)
@@ -23,13 +22,16 @@ def library() -> None:
     pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", HF_NAMES)
 def test_outputs(name):
-    model, patched = hf_models.patched_pair(name)
+    model, patched = pair(name)
     given = hf_models.inputs(model, "end")
-    theirs = hf_models.flat(model(**given, return_loss=True))
-    lean = patched(**given, return_loss=True)
-    assert type(lean) is type(model(**given))
+
+    def assert_equal(ours, theirs):
+        torch.testing.assert_close(hf_models.flat(ours), hf_models.flat(theirs), rtol=1e-10, atol=1e-10)
+
+    theirs, lean = model(**given, return_loss=True), patched(**given, return_loss=True)
+    assert type(lean) is type(theirs)
     for logits in (lean.logits_per_image, lean.logits_per_text, pickle.loads(pickle.dumps(lean)).logits_per_text):
         uses = [
             lambda x: x.softmax(1), lambda x: x[0], lambda x: x * 2, lambda x: 2.0 * x, lambda x: x > 0,
@@ -42,30 +44,26 @@ def test_outputs(name):
                 use(logits)
         assert not isinstance(logits, torch.Tensor)
         assert not hasattr(logits, "dtype")
-        assert "return_logits=True" in repr(copy.deepcopy(lean.logits_per_image))
-    for output in (
-        patched(**given, return_loss=True, return_logits=True),
-        patched(given["input_ids"], **{key: x for key, x in given.items() if key != "input_ids"}, return_loss=True),
-    ):
-        for key, x in hf_models.flat(output).items():
-            torch.testing.assert_close(x, theirs[key], rtol=1e-10, atol=1e-10, msg=key)
-    assert patched(**given, return_loss=True, return_logits=True).logits_per_image.shape == (3, 3)
-    tuples = [each(**given, return_loss=True, return_dict=False) for each in (patched, model)]
-    torch.testing.assert_close(tuples[0][:5], tuples[1][:5], rtol=1e-10, atol=1e-10)
+        assert "return_logits=True" in repr(copy.deepcopy(logits))
+    whole = patched(**given, return_loss=True, return_logits=True)
+    assert whole.logits_per_image.shape == (3, 3)
+    # the last block computes one row, and the others are not returned
+    got, expected = hf_models.flat(whole), hf_models.flat(theirs)
+    torch.testing.assert_close(got, {key: expected[key] for key in got}, rtol=1e-10, atol=1e-10)
+    by_place = {key: x for key, x in given.items() if key != "input_ids"}
+    got = hf_models.flat(patched(given["input_ids"], **by_place, return_loss=True))
+    torch.testing.assert_close(got, {key: expected[key] for key in got}, rtol=1e-10, atol=1e-10)
+    tuples = [each(**given, return_loss=True, return_dict=False)[:5] for each in (patched, model)]
+    assert_equal(*tuples)
     # an argument that transformers does not know does not disturb it
     model(**given, return_loss=True, return_logits=True)
-    for each in (patched, model):
-        each.eval()
-    ours, theirs = (hf_models.flat(each(**given, return_loss=True)) for each in (patched, model))
-    assert ours.keys() == theirs.keys()
-    for key, x in theirs.items():
-        torch.testing.assert_close(ours[key], x, rtol=1e-10, atol=1e-10, msg=key)
+    assert_equal(*(each.eval()(**given, return_loss=True) for each in (patched, model)))
     assert patched.train()(**given).loss is None
 
 
 def test_two_parts_of_one_report():
     def lines(**flags: bool) -> dict[str, str]:
-        rows = clipfast.report(hf_models.patched_pair("siglip", **flags)[1]).splitlines()
+        rows = clipfast.report(pair("siglip", **flags)[1]).splitlines()
         return {row.split()[2]: row.split(maxsplit=3)[3] for row in rows if row.startswith("(model)")}
 
     assert lines()["loss"] == "clipfast.sigmoid_loss over all ranks, without logits, in training with return_loss=True"
@@ -75,30 +73,26 @@ def test_two_parts_of_one_report():
     assert "text_model: its attention is not ours" in lines(attention=False)["pooled_last_block"]
 
 
-def part(given: dict[str, torch.Tensor], rank: int, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The rows of a rank."""
+def step_of_rank(rank: int, name: str, sizes: tuple[int, ...]) -> dict[str, torch.Tensor] | str:
+    """The loss on a rank, and the gradients after DistributedDataParallel's mean; or why it is refused."""
+    model = patch(made(name))
     first = sum(sizes[:rank])
-    return {key: x[first : first + sizes[rank]] for key, x in given.items()}
-
-
-def step_of_rank(rank: int, name: str, sizes: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    """The loss on a rank, and the gradients after DistributedDataParallel's mean."""
-    model = clipfast.apply_to_hf(hf_models.make(name).double())
-    given = hf_models.inputs(model, "end", batch=sum(sizes))
+    given = {key: x[first:][: sizes[rank]] for key, x in hf_models.inputs(model, "end", batch=sum(sizes)).items()}
     wrapped = DistributedDataParallel(model)
     losses = []
     for _ in range(2):  # the second call fails if a parameter had no gradient in the first
         model.zero_grad()
-        loss = wrapped(**part(given, rank, sizes), return_loss=True).loss
+        try:
+            loss = wrapped(**given, return_loss=True).loss
+        except ValueError as error:
+            return str(error)
         loss.backward()
         losses.append(loss.detach())
     model.eval()
     if rank == 0:  # one rank may evaluate alone
-        model(**part(given, rank, sizes), return_loss=True)
-    return {
-        "losses": torch.stack(losses),
-        **{name: p.grad for name, p in model.named_parameters() if p.grad is not None},
-    }
+        model(**given, return_loss=True)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"losses": torch.stack(losses), **gradients}
 
 
 @pytest.mark.parametrize(
@@ -119,17 +113,8 @@ def test_several_ranks_have_the_loss_of_the_whole_batch(name, sizes, tmp_path):
         assert max(float((found[key] - x).abs().max()) for key, x in gradients.items()) < limit
 
 
-def uneven_siglip(rank: int) -> str:
-    model = clipfast.apply_to_hf(hf_models.make("siglip"))
-    try:
-        model(**hf_models.inputs(model, batch=2 + rank), return_loss=True)
-    except ValueError as error:
-        return str(error)
-    return ""
-
-
 def test_the_sigmoid_loss_refuses_ranks_of_different_sizes(tmp_path):
-    for message in run_ranks(uneven_siglip, 2, folder=tmp_path, timeout=180.0):
+    for message in run_ranks(step_of_rank, 2, "siglip", (2, 3), folder=tmp_path, timeout=180.0):
         assert "equally many pairs from every rank, got [2, 3]" in message
 
 

@@ -12,6 +12,7 @@ import clipfast
 from clipfast.adopt import attention, open_clip_attention
 
 from . import shrunk
+from .pairs import assert_equal
 
 KINDS = {  # a configuration, and what its report says: the place, its part, and what it runs on
     "coca_ViT-B-32": r"text_decoder\.cross_attn\.\*\.attn +\d+ +attention +clipfast\.attention_qkv",
@@ -29,12 +30,6 @@ def heads_attention(monkeypatch):
     wrapped = mock.Mock(wraps=open_clip_attention.heads_attention)
     monkeypatch.setattr(open_clip_attention, "heads_attention", wrapped)
     return wrapped
-
-
-def assert_equal(model: nn.Module, patched: nn.Module) -> None:
-    args = shrunk.inputs(model)
-    error, where = shrunk.largest_error(shrunk.results(patched, *args), shrunk.results(model, *args))
-    assert error <= 1e-10, where
 
 
 @pytest.mark.parametrize("name", KINDS)

@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import clipfast
 from clipfast.bench.adoption import table
 
 from . import shrunk
+from .pairs import assert_equal, pair
 
 # One of each kind; the others differ in size only (--slow goes through them all).
 KINDS = [
@@ -21,14 +23,11 @@ KINDS = [
 ]  # fmt: skip
 
 
-def compare(model: torch.nn.Module, limit: float, **flags: bool) -> str:
+def compare(model: torch.nn.Module, limit: float) -> str:
     """Compare a patched copy with the original, and return the report on it."""
-    patched = clipfast.apply_to_open_clip(copy.deepcopy(model), **flags)
-    expected, got = model.state_dict(), patched.state_dict()
-    assert list(expected) == list(got)
-    args = shrunk.inputs(model)
-    error, where = shrunk.largest_error(shrunk.results(patched, *args), shrunk.results(model, *args))
-    assert error <= limit, where
+    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    assert list(model.state_dict()) == list(patched.state_dict())
+    assert_equal(model, patched, limit)
     return clipfast.report(patched)
 
 
@@ -89,34 +88,39 @@ def test_blocks_with_options(options):
 @pytest.mark.parametrize("place", ["as_on_a_gpu", "as_on_a_cpu"])
 def test_autocast_and_sixteen_bits(place, request):
     request.getfixturevalue(place)
-    model = shrunk.open_clip_model("ViT-B-32")
-    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    model, patched = pair("ViT-B-32", torch.float32)
     args = shrunk.inputs(model)
     truth = shrunk.results(model, *args)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+
+    def check(truth, *args):
         ours, theirs = shrunk.results(patched, *args), shrunk.results(model, *args)
-    assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in theirs.items()}
-    assert shrunk.largest_error(ours, truth)[0] <= 1.5 * shrunk.largest_error(theirs, truth)[0]
-    args = (args[0].bfloat16(), args[1])
-    ours, theirs = shrunk.results(patched.bfloat16(), *args), shrunk.results(model.bfloat16(), *args)
-    truth = {name: x.bfloat16() for name, x in truth.items()}
-    assert shrunk.largest_error(ours, truth)[0] <= 1.5 * shrunk.largest_error(theirs, truth)[0]
+        assert {name: x.dtype for name, x in ours.items()} == {name: x.dtype for name, x in theirs.items()}
+        assert shrunk.largest_error(ours, truth)[0] <= 1.5 * shrunk.largest_error(theirs, truth)[0]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        check(truth, *args)
+    for each in (patched, model):
+        each.bfloat16()
+    check({name: x.bfloat16() for name, x in truth.items()}, args[0].bfloat16(), args[1])
 
 
 def test_masks():
-    model = shrunk.open_clip_model("ViT-B-32").double()
-    patched = clipfast.apply_to_open_clip(copy.deepcopy(model))
+    model, patched = pair("ViT-B-32")
     assert "clipfast.attention, causal" in clipfast.report(patched)
+
+    def check(compute):
+        torch.testing.assert_close(compute(patched), compute(model), rtol=0, atol=1e-12)
+
     x = torch.randn(2, 77, 48, dtype=torch.float64)
     other = torch.zeros(77, 77, dtype=torch.float64).masked_fill(torch.rand(77, 77) < 0.3, float("-inf"))
     for mask in (None, other, model.attn_mask):  # none of them is the mask that the patched model holds
-        torch.testing.assert_close(patched.transformer(x, mask), model.transformer(x, mask), rtol=0, atol=1e-12)
+        check(lambda each, mask=mask: each.transformer(x, mask))
+    texts = shrunk.inputs(model)[1]
     for change in (lambda each: setattr(each, "attn_mask", other), lambda each: each.attn_mask.mul_(1).fill_(0)):
         for each in (model, patched):
             change(each)
-        args = shrunk.inputs(model)
         for _ in range(2):
-            torch.testing.assert_close(patched.encode_text(args[1]), model.encode_text(args[1]), rtol=0, atol=1e-12)
+            check(lambda each: each.encode_text(texts))
     assert "its mask is not the causal one" in clipfast.report(patched)
     assert "its mask is not the causal one" in compare(model, 1e-10)
     model.attn_mask = None
@@ -131,8 +135,9 @@ def test_a_mask_by_position():
     x = torch.randn(3, 5, 48, dtype=torch.float64)
     mask = torch.zeros(5, 5, dtype=torch.float64).masked_fill(torch.rand(5, 5) < 0.3, float("-inf")).fill_diagonal_(0)
     args = (mask,) if "k_x" not in Attention.forward.__code__.co_varnames else (None, None, mask)
-    torch.testing.assert_close(patched(x, *args), attn(x, *args), rtol=0, atol=1e-12)
-    torch.testing.assert_close(patched(x, attn_mask=mask), attn(x, attn_mask=mask), rtol=0, atol=1e-12)
+    expected = attn(x, attn_mask=mask)
+    torch.testing.assert_close(patched(x, attn_mask=mask), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(patched(x, *args), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("part", ["Attention", "ResidualAttentionBlock", "CustomResidualAttentionBlock"])
@@ -156,22 +161,16 @@ def test_a_later_version_with_another_argument(part, monkeypatch):
     torch.testing.assert_close(patched(x, factor=2.0), model(x, factor=2.0), rtol=0, atol=1e-12)
 
 
-def test_a_decoders_slices_of_its_mask_are_causal(monkeypatch):
+def test_a_decoders_slices_of_its_mask_are_causal():
     model = clipfast.apply_to_open_clip(shrunk.open_clip_model("coca_ViT-B-32").eval())
-    seen = []
-    original = torch.nn.MultiheadAttention.forward
-    monkeypatch.setattr(
-        torch.nn.MultiheadAttention,
-        "forward",
-        lambda self, *args, **kw: seen.append(self) or original(self, *args, **kw),
-    )
-    args = shrunk.inputs(model)
+    args, kind = shrunk.inputs(model), torch.nn.MultiheadAttention
     for mode in (torch.enable_grad, torch.no_grad, torch.inference_mode):
-        seen.clear()
-        with mode():
+        with mode(), mock.patch.object(kind, "forward", autospec=True, side_effect=kind.forward) as theirs:
             model(*args)
         # the unimodal text tower, whose mask hides padding too, runs as before
-        assert set(seen) <= {block.attn for block in model.text.transformer.resblocks}, mode
+        assert {call.args[0] for call in theirs.call_args_list} <= {
+            block.attn for block in model.text.transformer.resblocks
+        }
 
 
 @pytest.mark.slow

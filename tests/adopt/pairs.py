@@ -1,0 +1,75 @@
+"""A small model of any library and its patched copy, by name, and whether both compute the same."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import clipfast
+from clipfast.adopt.places import Replacement
+
+from . import hf_models, shrunk
+
+PARTS = ["attention", "norms", "activations", "patch_embed", "text_embed", "pooled_last_block"]
+HF_PARTS = [*PARTS, "loss"]
+HF_NAMES = ["clip", "siglip", "siglip2"]
+Given = dict[str, torch.Tensor] | None
+TRAINING = {"loss_only": True, "return_loss": True}  # what hf_models.results takes
+
+
+def made(name: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+    """Make a model of transformers, timm or OpenCLIP."""
+    if name in hf_models.PAIRS + hf_models.TOWERS:
+        pytest.importorskip("transformers")
+        return hf_models.make(name).to(dtype)
+    make = shrunk.timm_model if name in shrunk.TIMM_MODELS else shrunk.open_clip_model
+    return make(name).to(dtype)
+
+
+def is_hf(model: nn.Module) -> bool:
+    return type(model).__module__.startswith("transformers.")
+
+
+def patch(model: nn.Module, **flags: bool) -> nn.Module:
+    """Patch a model by the function for its library."""
+    if is_hf(model):
+        return clipfast.apply_to_hf(model, **flags)
+    return (clipfast.apply_to_open_clip if hasattr(model, "visual") else clipfast.apply_to_timm)(model, **flags)
+
+
+def pair(name: str, dtype: torch.dtype = torch.float64, **flags: bool) -> tuple[nn.Module, nn.Module]:
+    """Make a model, and a patched copy."""
+    model = made(name, dtype)
+    return model, patch(copy.deepcopy(model), **flags)
+
+
+def results(model: nn.Module, given: Given = None, **options: object) -> dict[str, torch.Tensor]:
+    """Return outputs and gradients by name, of the same inputs whenever none are given.
+
+    What is given, and ``options``, are for a model of transformers.
+    """
+    if is_hf(model):
+        return hf_models.results(model, given or hf_models.inputs(model, "end"), **options)
+    torch.manual_seed(5)
+    return shrunk.results(model, *shrunk.inputs(model))
+
+
+def assert_equal(
+    model: nn.Module, patched: nn.Module, limit: float = 1e-10, given: Given = None, **options: object
+) -> None:
+    """Both compute the same, forward and backward; a model of transformers its loss too."""
+    for one in ({}, TRAINING) if is_hf(model) else ({},):
+        ours, theirs = (results(each, given, **one, **options) for each in (patched, model))
+        error, where = shrunk.largest_error(ours, theirs)
+        assert error <= limit, where
+
+
+def replacements(model: nn.Module) -> list[Replacement]:
+    """All that is replaced."""
+    return [value for module in model.modules() for value in module.__dict__.values() if isinstance(value, Replacement)]
+
+
+def lines(model: nn.Module, part: str) -> list[str]:
+    """The lines of the report on one part."""
+    return [line for line in clipfast.report(model).splitlines() if line.split()[2] == part]
