@@ -1,10 +1,11 @@
 """clipfast: the performance engine for CLIP.
 
 Triton kernels (``clipfast.kernels``) under a thin model layer with OpenCLIP's names, checked against PyTorch
-references. ``api`` lists the public names. PyTorch and Triton are imported when one of them is first asked for, so that
-the command line can print its help without them.
+references. A public name is imported when it is first asked for, with the module that defines it: importing clipfast
+needs neither PyTorch nor Triton, and ``contrastive_loss`` needs nothing but the kernels.
 """
 
+import warnings
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
@@ -15,20 +16,63 @@ __version__ = "0.1.0"
 if find_spec(f"{__name__}.kernels") is None:
     raise ImportError("clipfast is not installed: run pip install -e . in the checkout")
 
+# The public names by the module that defines them. ``api`` lists them once more, for type checkers.
+_NAMES = {
+    "accumulation": ("accumulate_gradients", "largest_micro_batch"),
+    "adopt": ("apply_to_hf", "apply_to_open_clip", "apply_to_timm", "hf_collator", "revert_model"),
+    "aug_cfg": ("image_transform",),
+    "checkpoint": ("CheckpointError", "export_open_clip", "load_checkpoint"),
+    "coca_loss": ("CoCaLoss",),
+    "conversion.convert": ("convert_checkpoint",),
+    "conversion.inspection": ("CheckpointInfo", "inspect_checkpoint"),
+    "distill_loss": ("DistillClipLoss",),
+    "evaluation.retrieval": ("recall_at",),
+    "evaluation.zero_shot": (
+        "IMAGENET_CLASSNAMES", "OPENAI_IMAGENET_TEMPLATES", "SIMPLE_IMAGENET_TEMPLATES", "build_zero_shot_classifier",
+    ),
+    "factory": ("create_model", "create_model_and_transforms", "create_model_from_pretrained", "get_tokenizer"),
+    "file_tokenizer": ("FileTokenizer",),
+    "images": ("ImageError", "open_image"),
+    "kernels": (
+        "attention", "attention_pool", "attention_qkv", "bias_gelu", "bias_quick_gelu", "contrastive_loss",
+        "info_nce_loss", "layer_norm", "nt_xent_loss", "patch_embed", "retrieval_ranks", "sigmoid_loss", "text_embed",
+        "top_k",
+    ),
+    "losses": ("ClipLoss",),
+    "models": ("CLIP", "SigLIP", "add_model_config", "dense_features", "get_model_config", "list_models"),
+    "pretrained": (
+        "get_pretrained_cfg", "list_pretrained", "list_pretrained_models_by_tag", "list_pretrained_tags_by_model",
+    ),
+    "routes": ("report_kernels",),
+    "search.embeddings": ("Embeddings",),
+    "siglip_loss": ("SigLipLoss",),
+    "tokenizer": ("Tokenizer", "tokenize"),
+}  # fmt: skip
+_MODULES = {name: module for module, names in _NAMES.items() for name in names}
+# Names of version 0.1, which still work, and the present ones.
+_RENAMED = {"convert": "convert_checkpoint", "report": "report_kernels", "revert": "revert_model"}
+
 if TYPE_CHECKING:
     from .api import *  # noqa: F403
 else:
+    __all__ = sorted([*_MODULES, "kernels"])
 
     def __getattr__(name):
-        """Import the public names, and return the one that is asked for (PEP 562)."""
-        if name.startswith("__") and name != "__all__":
+        """Import the public name that is asked for (PEP 562)."""
+        if name == "kernels":
+            return import_module(".kernels", __name__)
+        if name in _RENAMED:
+            new = _RENAMED[name]
+            warnings.warn(
+                f"clipfast.{name} is now clipfast.{new}; the old name goes with version 0.3", DeprecationWarning, 2
+            )
+            return __getattr__(new)
+        if name not in _MODULES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        api = import_module(".api", __name__)
-        globals().update({public: getattr(api, public) for public in api.__all__}, __all__=api.__all__)
-        if name not in globals():
-            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-        return globals()[name]
+        found = getattr(import_module(f".{_MODULES[name]}", __name__), name)
+        globals()[name] = found
+        return found
 
     def __dir__():
         """Return the public names, and those of the modules that are loaded."""
-        return sorted({*globals(), *import_module(".api", __name__).__all__})
+        return sorted({*globals(), *__all__})

@@ -1,12 +1,12 @@
-"""The public names of clipfast: ``clipfast.X`` is ``clipfast.api.X``, imported when a name is first asked for."""
+"""The public names of clipfast, as type checkers see them: ``clipfast.X`` is ``clipfast.api.X``."""
 
 from . import kernels
 from .accumulation import accumulate_gradients, largest_micro_batch
-from .adopt import apply_to_hf, apply_to_open_clip, apply_to_timm, revert
-from .adopt.hf_loss import hf_collator
+from .adopt import apply_to_hf, apply_to_open_clip, apply_to_timm, hf_collator, revert_model
+from .aug_cfg import image_transform
 from .checkpoint import CheckpointError, export_open_clip, load_checkpoint
 from .coca_loss import CoCaLoss
-from .conversion.convert import convert
+from .conversion.convert import convert_checkpoint
 from .conversion.inspection import CheckpointInfo, inspect_checkpoint
 from .distill_loss import DistillClipLoss
 from .evaluation.retrieval import recall_at
@@ -18,7 +18,7 @@ from .evaluation.zero_shot import (
 )
 from .factory import create_model, create_model_and_transforms, create_model_from_pretrained, get_tokenizer
 from .file_tokenizer import FileTokenizer
-from .images import ImageError, image_transform, open_image
+from .images import ImageError, open_image
 from .kernels import (
     attention,
     attention_pool,
@@ -43,7 +43,7 @@ from .pretrained import (
     list_pretrained_models_by_tag,
     list_pretrained_tags_by_model,
 )
-from .routes import report
+from .routes import report_kernels
 from .search.embeddings import Embeddings
 from .siglip_loss import SigLipLoss
 from .tokenizer import Tokenizer, tokenize
@@ -76,7 +76,7 @@ __all__ = [
     "bias_quick_gelu",
     "build_zero_shot_classifier",
     "contrastive_loss",
-    "convert",
+    "convert_checkpoint",
     "create_model",
     "create_model_and_transforms",
     "create_model_from_pretrained",
@@ -101,9 +101,9 @@ __all__ = [
     "open_image",
     "patch_embed",
     "recall_at",
-    "report",
+    "report_kernels",
     "retrieval_ranks",
-    "revert",
+    "revert_model",
     "sigmoid_loss",
     "text_embed",
     "tokenize",

@@ -1,18 +1,68 @@
-"""OpenCLIP's configuration of training augmentations (``aug_cfg``), made of torchvision's transforms."""
+"""OpenCLIP's ``image_transform``, and its configuration of training augmentations (``aug_cfg``)."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from .images import DEFAULT_RATIO
+from torch import Tensor
+
+from .images import DEFAULT_RATIO, make_transform
+from .kernels.reference import CLIP_MEAN, CLIP_STD
 
 _KNOWN = ("scale", "ratio", "color_jitter", "color_jitter_prob", "gray_scale_prob")
 # OpenCLIP hands these to timm.
 _TIMM_ONLY = ("re_prob", "re_count", "use_timm", "naflex")
 
 
+def image_transform(
+    image_size: int | tuple[int, int],
+    is_train: bool,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    resize_mode: str | None = None,
+    interpolation: str | None = None,
+    fill_color: int = 0,
+    aug_cfg: Mapping[str, Any] | object | None = None,
+    *,
+    uint8: bool = False,
+) -> Callable[..., Tensor]:
+    """Return the preprocessing of images for a model, as ``open_clip.image_transform`` does.
+
+    Args:
+        image_size: side of the square result, in pixels.
+        is_train: take a random crop and resize it, bicubically; otherwise images are resized as ``resize_mode`` says.
+        mean, std: of each channel, or one number for all; default: OpenAI's.
+        resize_mode: "shortest" (the default) resizes the shorter side and crops the centre, "longest" resizes the
+            longer side and fills up with black, "squash" resizes both sides; in evaluation only.
+        interpolation: "bicubic" (the default) or "bilinear", in evaluation only; "random" is bicubic.
+        fill_color: must be 0.
+        aug_cfg: augmentations in training (:func:`training_options`).
+        uint8: return bytes, for models that normalise them on the device (a quarter of the traffic).
+
+    Returns:
+        A function that turns a PIL image into a tensor [3, image_size, image_size].
+
+    Raises:
+        ValueError: the result would not be square, ``fill_color`` is not 0, or another value is unknown.
+    """
+    height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+    if height != width:
+        raise ValueError(f"image_transform: image_size must be a square, got {height} x {width}")
+    if fill_color != 0:
+        raise ValueError(f"image_transform: fill_color must be 0, which is black, got {fill_color}")
+    means, stds = (
+        (given,) * 3 if isinstance(given, int | float) else given or default
+        for given, default in ((mean, CLIP_MEAN), (std, CLIP_STD))
+    )
+    training = training_options(aug_cfg) if is_train else {}
+    return make_transform(
+        height, train=is_train, uint8=uint8, mean=means, std=stds, interpolation=interpolation or "bicubic",
+        resize_mode=resize_mode or "shortest", **training,
+    )  # fmt: skip
+
+
 def training_options(aug_cfg: Mapping[str, Any] | object | None) -> dict[str, Any]:
-    """Return the arguments of :func:`clipfast.image_transform` that an ``aug_cfg`` of OpenCLIP stands for.
+    """Return the arguments of :func:`clipfast.images.make_transform` that an ``aug_cfg`` of OpenCLIP stands for.
 
     Args:
         aug_cfg: settings by name, or OpenCLIP's ``AugmentationCfg``. ``scale`` and ``ratio`` are ranges of the random

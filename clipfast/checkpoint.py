@@ -17,6 +17,7 @@ from typing import IO, Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
 
 from .files import read_json, replace_file, replace_text
 from .images import INTERPOLATIONS, RESIZE_MODES
@@ -197,7 +198,9 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *, resize: bool = False) -> None:
+def load_weights(
+    model: CLIP, checkpoint: dict[str, Any], source: str | Path, *, resize: bool = False, strict: bool = True
+) -> _IncompatibleKeys:
     """Load the weights of ``checkpoint`` into ``model``, or change nothing if they do not fit.
 
     Args:
@@ -206,6 +209,10 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *,
         source: the name of the checkpoint in errors and in the log.
         resize: resize the positions of patches that were trained on another image size, and those of texts of another
             length, and log it.
+        strict: refuse names that are not those of the model. False loads those that the model has.
+
+    Returns:
+        The names that only the model has, and those that only the checkpoint has.
 
     Raises:
         CheckpointError: if keys, shapes or the activation differ. Loading would not notice GELU in place of QuickGELU.
@@ -221,11 +228,16 @@ def load_weights(model: CLIP, checkpoint: dict[str, Any], source: str | Path, *,
     own = model.state_dict()
     # BatchNorm whose statistics are constant has no count to fill.
     weights = {name: value for name, value in weights.items() if name in own or not name.endswith(f".{_COUNT}")}
+    differ = _IncompatibleKeys([name for name in own if name not in weights], [x for x in weights if x not in own])
+    if not strict:
+        weights = {name: weights[name] for name in own if name in weights}
+        own = {name: own[name] for name in weights}
     check_weights(weights, own, source)
     for what in resized:
         log.info(f"{source}: positions were resized from {what}")
     for name, value in own.items():
         fill(value, weights[name])
+    return differ
 
 
 def _resize_positions(weights: dict[str, Tensor], model: CLIP) -> list[str]:
@@ -251,18 +263,43 @@ def _is_resizable(positions: Tensor, own: Tensor | None) -> bool:
     return positions.ndim == own.ndim and positions.shape != own.shape and positions.shape[-1] == own.shape[-1]
 
 
-def load_checkpoint(model: CLIP, path: str | Path) -> dict[str, Any]:
-    """Load the weights of the file ``path`` into ``model``, and return the checkpoint as it was read.
+def load_checkpoint(
+    model: CLIP,
+    checkpoint_path: str | Path,
+    strict: bool = True,
+    weights_only: bool = True,
+    device: str | torch.device = "cpu",
+) -> _IncompatibleKeys:
+    """Load the weights of a file into ``model``, as ``open_clip.load_checkpoint`` does.
 
     Positions of patches that were trained on another image size, and of texts of another length, are resized, as
     OpenCLIP and timm do.
 
+    Args:
+        model: the model to fill, on any device.
+        checkpoint_path: a ``.pt``, ``.bin`` or ``.safetensors`` file.
+        strict: refuse weights whose names are not those of the model. False loads those that the model has.
+        weights_only: must be True.
+        device: where OpenCLIP reads the file to. Here it is always read on the CPU.
+
+    Returns:
+        The names that the file lacks, and those that the model lacks: ``missing_keys`` and ``unexpected_keys``.
+
     Raises:
         CheckpointError: as :func:`read_checkpoint` and :func:`load_weights` do.
+        ValueError: ``weights_only`` is False.
+        RuntimeError: there is no such device.
     """
-    checkpoint = read_checkpoint(path)
-    load_weights(model, checkpoint, path, resize=True)
-    return checkpoint
+    torch.device(device)
+    if not weights_only:
+        raise ValueError("load_checkpoint: weights_only must be True: clipfast never unpickles more than weights")
+    if Path(checkpoint_path).suffix in (".npz", ".npy"):
+        raise CheckpointError(
+            f"{checkpoint_path}: clipfast does not read big_vision's weights: load them into a model of OpenCLIP, and "
+            "save its state dict"
+        )
+    checkpoint = read_checkpoint(checkpoint_path)
+    return load_weights(model, checkpoint, checkpoint_path, resize=True, strict=strict)
 
 
 def _own(checkpoint: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,9 +12,9 @@ from .aug_cfg import training_options
 from .checkpoint import PREPROCESSING_KEYS, check_preprocessing, complete_preprocessing, preprocessing_of
 from .file_tokenizer import FILE_NAME as TOKENIZER_NAME
 from .file_tokenizer import FileTokenizer, tokenizer_of
-from .images import image_transform
+from .images import make_transform
 from .models import CLIP, CLIPConfig, SigLIPConfig, build
-from .models.precision import lower_weights
+from .models.layers import lower_weights
 from .sources import ModelSource, load_source, resolve_source
 from .tokenizer import Tokenizer
 
@@ -235,11 +235,11 @@ def transform_of(model: CLIP, **options: Any) -> Callable[..., Tensor]:
 
     Args:
         model: the model, which knows how its images are prepared.
-        **options: more arguments of :func:`clipfast.image_transform`.
+        **options: more arguments of :func:`clipfast.images.make_transform`.
     """
     preprocessing = preprocessing_of(model)
     given = {key: preprocessing[key] for key in PREPROCESSING_KEYS}
-    return image_transform(model.visual.image_size, **given, **options)
+    return make_transform(model.visual.image_size, **given, **options)
 
 
 @overload

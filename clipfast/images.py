@@ -156,7 +156,7 @@ def augmentation(affine: float, color_jitter: float, hue: float, gray_prob: floa
     return steps
 
 
-def image_transform(
+def make_transform(
     image_size: int,
     *,
     train: bool = False,
@@ -199,7 +199,7 @@ def image_transform(
         ("resize_mode", resize_mode, RESIZE_MODES),
     ):
         if value not in known:
-            raise ValueError(f"image_transform: {name} must be one of {', '.join(known)}, got {value!r}")
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
     if train and (ratio is not None or tuple(scale) != (1.0, 1.0)):
         bicubic = v2.InterpolationMode.BICUBIC
         sized: list[nn.Module] = [

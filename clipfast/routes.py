@@ -23,7 +23,7 @@ ROUTES = {
 }
 
 
-def report(model: nn.Module, arch: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
+def report_kernels(model: nn.Module, arch: int | None = None, dtype: torch.dtype = torch.bfloat16) -> str:
     """Say which kernels a model runs on.
 
     Args:

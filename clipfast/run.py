@@ -102,7 +102,7 @@ def apply_to_model(model: Any, names: Sequence[str]) -> str:
         adopt.apply_to_open_clip(model, **{name: name in names for name in MODEL_PARTS})
     except Exception as error:
         with contextlib.suppress(TypeError):  # it is no module
-            adopt.revert(model)
+            adopt.revert_model(model)
         return f"a {kind} is left as it is ({error})"
     places = adopt.count_places(model)
     counts = ["{} {} of {}".format(name, *places[name]) for name in names if name in places]
@@ -119,7 +119,7 @@ HELP = f"""usage: python -m clipfast.run MODULE_OR_SCRIPT [ARGS ...]
 
 Run a module as `python -m MODULE ARGS` would, or a script as `python SCRIPT ARGS` would, with clipfast in the place of
 parts of OpenCLIP. No line of the program changes. Lines on stderr say what was replaced, and in how many places of each
-model. clipfast.report(model) says what each place runs on.
+model. clipfast.report_kernels(model) says what each place runs on.
 
   python -m clipfast.run open_clip_train.main --model ViT-B-32 --train-data 'data/*.tar'
   python -m clipfast.run ./my_training.py --epochs 3
@@ -135,7 +135,7 @@ are ours on a CPU too.
 
 Models that open_clip.create_model, create_model_and_transforms and create_model_from_pretrained return have our parts;
 models of open_clip.load_openai_model stay as they are, and so does a model that OpenCLIP has given to TorchScript.
-If the program itself gives such a model to torch.jit.script or torch.nn.DataParallel, call clipfast.revert(model)
+If the program itself gives such a model to torch.jit.script or torch.nn.DataParallel, call clipfast.revert_model(model)
 first, or switch off the parts of models with {VARIABLE}. A whole model that is pickled needs clipfast where it is
 loaded; a state_dict does not.
 

@@ -120,16 +120,35 @@ import torch
 def refuse(*args, **kwargs): raise AssertionError("importing asked for the GPU")
 torch.cuda._lazy_init = torch.cuda.get_device_capability = torch.cuda.get_device_properties = refuse
 assert not hasattr(clipfast, "no_such_name")
-assert set(clipfast.api.__all__) <= set(dir(clipfast))
+import clipfast.api
+assert sorted(clipfast.api.__all__) == clipfast.__all__
+assert set(clipfast.__all__) <= set(dir(clipfast))
 assert "torch._dynamo" not in sys.modules, "importing clipfast imports PyTorch's compiler"
 import clipfast.routes, clipfast.bench.inspection.offline, clipfast.cli, clipfast.training.config
-assert callable(clipfast.report) and clipfast.kernels.attention is clipfast.attention
+assert callable(clipfast.report_kernels) and clipfast.kernels.attention is clipfast.attention
 from clipfast import *
 assert [name for name in clipfast.__all__ if globals()[name] is not getattr(clipfast.api, name)] == []
 heavy = {"torchvision", "matplotlib", "open_clip", "timm"} & set(sys.modules)
 assert not heavy, f"importing clipfast imports {heavy}"
 absent = {"PIL", "ftfy", "regex", "safetensors"} & set(sys.modules)
 assert not absent, f"importing clipfast imports {absent}, which a machine made for PyTorch and Triton may lack"
+""",
+    "a loss needs the kernels and nothing else": """
+import sys, clipfast
+assert callable(clipfast.contrastive_loss)
+ours = {name for name in sys.modules if name.startswith("clipfast.")}
+others = {name for name in ours if name.split(".")[1] != "kernels"}
+assert not others, others
+""",
+    "names of version 0.1 still work, and name the present ones": """
+import warnings, clipfast
+for old, new in ("report", "report_kernels"), ("revert", "revert_model"), ("convert", "convert_checkpoint"):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert getattr(clipfast, old) is getattr(clipfast, new)
+    (warning,) = [each for each in caught if each.category is DeprecationWarning]
+    assert f"clipfast.{new}" in str(warning.message)
+    assert warning.filename == "<string>"
 """,
     # That is what makes help fast: importing PyTorch alone takes longer than a user wants to wait.
     "help needs no heavy library": """

@@ -112,12 +112,6 @@ def test_make_targets():
         assert expected[target[0]] in plan.stdout
 
 
-@pytest.mark.parametrize(("page", "test"), TESTED_ELSEWHERE.items())
-def test_other_pages_have_tests_of_their_own(page, test):
-    if (ROOT / "docs" / page).exists():
-        assert page in (ROOT / "tests" / test).read_text()
-
-
 def test_commands_on_other_peoples_data_are_understood(capsys):
     """Blocks of text hold commands whose data, weights or GPUs are not here: their options exist and fit together."""
     commands = [command for page in DOCS for command in commands_in_text(page) if command]
@@ -197,10 +191,6 @@ def test_how_an_op_works_is_said_with_its_floor(name):
     assert f"| `{name}` | {shape} | {figures} |" in page.read_text()
     section = {"bias_quick_gelu": "bias_gelu", "attention_qkv": "attention"}.get(name, name)
     assert section in anchors_of(page)
-
-
-def test_ci_runs_the_readmes_test_command():
-    assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_extras_hold_what_make_installs():

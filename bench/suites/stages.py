@@ -304,7 +304,7 @@ def _decode_and_transform(photographs: Photographs, _: torch.device) -> Stage:
     each = functools.partial(_each, photographs, seen=denormalized)
 
     def ours(*, uint8: bool) -> AnyFunction:
-        transform = image_transform(photographs.size, uint8=uint8)
+        transform = image_transform(photographs.size, is_train=False, uint8=uint8)
         return each(lambda file: transform(open_image(file)))
 
     def open_clip() -> AnyFunction:

@@ -8,27 +8,31 @@ waits for another then, so one of them can evaluate alone.
 """
 
 import sys
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import Any, NoReturn
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .hf_loss import NO_LOGITS, loss_of_all_ranks
-from .hf_parts import OTHER_VERSION, asks_nothing, has_known_arguments, hf_base_part, hf_part
+from ..kernels import contrastive_loss, distributed_contrastive_loss, sigmoid_loss
+from ..kernels.contrastive.exchange import gather_equal
+from ..losses import mean_over_ranks
+from ..siglip_loss import SigLipLoss
+from .hf import asks_nothing, part_of, split_name
 from .hf_towers import pooled_image, pooled_text, why_not_pooled
+from .last_row import KIND as ROW
 from .places import Proposal, computes, on_cpus, reaches_ours
 
-ROW = "pooled_last_block"
 _WHEN = "in training with return_loss=True"
 
 
-def propose_hf_model(module: Any) -> Iterator[Proposal]:
+def propose_model(module: Any) -> Iterator[Proposal]:
     """Yield what to do with the loss of a whole model and with the last blocks of its towers, or of a tower alone."""
-    family, part = hf_part(module)
-    if hf_base_part(module)[1] == "Model" and part != "Model":
+    family, part = part_of(module)
+    bases = [split_name(f"{base.__module__}.{base.__qualname__}")[1] for base in type(module).__mro__[1:]]
+    if part != "Model" and "Model" in bases:
         yield from (Proposal(kind, f"{type(module).__name__} is a class of its own") for kind in ("loss", ROW))
-    elif part == "Model" and not has_known_arguments(module):
-        yield from (Proposal(kind, OTHER_VERSION) for kind in ("loss", ROW))
     elif part == "Model":
         function = siglip2_model if family == "Siglip2" else pair_model
         loss = "contrastive_loss" if family == "CLIP" else "sigmoid_loss"
@@ -144,7 +148,7 @@ def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kw
     pooled = None
     if pools and side == "text":
         pooled = pooled_text(tower, **inputs)
-    elif pools and hf_part(tower)[0] == "CLIP":
+    elif pools and part_of(tower)[0] == "CLIP":
         pooled = pooled_image(tower, **inputs)
     if pooled is None:
         output = tower(**inputs, return_dict=True, **kwargs)
@@ -158,5 +162,78 @@ def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kw
 
 def _output_class(model: Any) -> Any:
     """Return the class of the model's output: that of CLIPModel is CLIPOutput."""
-    family = hf_part(model)[0]
+    family = part_of(model)[0]
     return getattr(sys.modules[f"transformers.models.{family.lower()}.modeling_{family.lower()}"], f"{family}Output")
+
+
+def loss_of_all_ranks(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Tensor | None) -> Tensor:
+    """Compute the loss of the pairs of all ranks, the same value on every rank.
+
+    After the mean over ranks that DistributedDataParallel takes, every parameter has the gradient of this loss.
+
+    Args:
+        image, text: normalised features [b, D] of this rank.
+        logit_scale: the factor on the cosine similarities, one element.
+        logit_bias: SigLIP's; None stands for CLIP's contrastive loss.
+
+    Raises:
+        ValueError: the loss is SigLIP's and the ranks hold different numbers of pairs.
+    """
+    world_size = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    if logit_bias is None:
+        if world_size == 1:
+            return contrastive_loss(image, text, logit_scale)
+        return mean_over_ranks(distributed_contrastive_loss(image, text, logit_scale))
+    if world_size == 1:
+        return sigmoid_loss(image, text, logit_scale, logit_bias)
+    sizes = gather_equal(torch.tensor([len(image)], device=image.device), None).flatten().tolist()
+    if len(set(sizes)) > 1:
+        raise ValueError(f"the sigmoid loss takes equally many pairs from every rank, got {sizes}: drop the last batch")
+    loss = SigLipLoss(rank=dist.get_rank(), world_size=world_size)(image, text, logit_scale, logit_bias)
+    return mean_over_ranks(loss)
+
+
+class NoLogits:
+    """Stands for the logits of all pairs where they are not computed, and says so when anything is asked of it.
+
+    To what only passes outputs on (DistributedDataParallel, accelerate, transformers' Trainer) it is a plain object.
+    """
+
+    message = (
+        "in training the loss is computed without the logits of all pairs: call the model with return_logits=True to "
+        "have them, or in evaluation mode"
+    )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        raise AttributeError(f"{name}: {self.message}")
+
+    def __repr__(self) -> str:
+        return f"NoLogits: {self.message}"
+
+    def __reduce__(self) -> str:
+        return "NO_LOGITS"  # the one object, in copies and other processes too
+
+    def _refuse(self, *_: object, **__: object) -> NoReturn:
+        raise TypeError(NoLogits.message)
+
+    @classmethod
+    def __torch_function__(cls, *_: object, **__: object) -> NoReturn:
+        raise TypeError(cls.message)
+
+    __array__ = __bool__ = __contains__ = __float__ = __getitem__ = __iter__ = __len__ = __setitem__ = _refuse
+    __add__ = __matmul__ = __mul__ = __neg__ = __pow__ = __sub__ = __truediv__ = _refuse
+    __radd__ = __rmatmul__ = __rmul__ = __rsub__ = __rtruediv__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+
+
+NO_LOGITS = NoLogits()
+
+
+def hf_collator(rows: Sequence[Any]) -> dict[str, Any]:
+    """Make a batch of rows of equal shapes as transformers' Trainer does, and ask the model for its loss.
+
+    It is the ``data_collator`` of a Trainer for CLIPModel, SiglipModel or Siglip2Model, whose losses are only computed
+    with ``return_loss=True``.
+    """
+    from transformers import default_data_collator
+
+    return {**default_data_collator(list(rows)), "return_loss": True}

@@ -1,13 +1,89 @@
-"""The towers of transformers' CLIP, SigLIP and SigLIP 2, which read one row of their last block."""
+"""The towers of transformers' models: their embeddings, and the row of their last block that they read."""
 
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 
-from .hf_attention import seen_by_padding
-from .hf_blocks import read_row, why_not_row
-from .hf_parts import OTHER_VERSION, has_known_arguments, hf_part
-from .places import computes, has_hooks, is_untouched
+from ..kernels import patch_embed, text_embed
+from ..models.layers import has_hooks
+from .hf import part_of, read_row, seen_by_padding, why_not_read
+from .parts import is_projection, is_table
+from .places import ON_GPUS, Proposal, computes, is_left, is_untouched, on_cpus
+
+_IMAGES_OF_SIGLIP = {
+    "Siglip": "its convolution has a bias, and there is no class token",
+    "Siglip2": "images come as patches, and a linear layer projects them",
+}
+
+
+def propose_embeddings(module: Any) -> Iterator[Proposal]:
+    """Yield what to do with the embeddings of a tower."""
+    family, part = part_of(module)
+    if part == "VisionEmbeddings":
+        refusal = _IMAGES_OF_SIGLIP.get(family, "")
+        if not refusal and not (is_projection(module.patch_embedding) and is_table(module.position_embedding)):
+            refusal = "its convolution has a hook, or is not a projection of square patches without a bias"
+        text = refusal or "clipfast.patch_embed"
+        yield Proposal("patch_embed", text, None if refusal else image_tokens)
+    elif part == "TextEmbeddings":
+        refusal = "" if _are_tables(module) else "its tables have a hook, or do more than look up"
+        text = refusal or f"clipfast.text_embed{ON_GPUS}"
+        yield Proposal("text_embed", text, None if refusal else text_tokens)
+
+
+def _are_tables(module: Any) -> bool:
+    return is_table(module.token_embedding) and is_table(module.position_embedding)
+
+
+@on_cpus
+def image_tokens(module: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor:
+    """Compute ``CLIPVisionEmbeddings``: [B, C, H, W] -> [B, 1 + patches, E]."""
+    conv, positions = module.patch_embedding, module.position_embedding
+    if interpolate_pos_encoding or not _is_whole(module, pixel_values):
+        return type(module).forward(module, pixel_values, interpolate_pos_encoding)
+    images = pixel_values.to(conv.weight.dtype)
+    tokens = patch_embed(images, conv.weight, module.class_embedding, positions.weight)
+    return tokens.to(positions.weight.dtype)  # theirs has this dtype under autocast too
+
+
+def _is_whole(module: Any, images: Tensor) -> bool:
+    """Return True if our op takes ``images`` and the weights."""
+    conv, positions, size = module.patch_embedding, module.position_embedding, module.image_size
+    if not isinstance(images, Tensor) or not images.is_floating_point() or not computes(images):
+        return False
+    if not is_projection(conv) or not is_table(positions):
+        return False
+    is_same = conv.weight.dtype == module.class_embedding.dtype == positions.weight.dtype
+    is_fitting = images.ndim == 4 and images.shape[1:] == (conv.in_channels, size, size)
+    patch_size = conv.kernel_size[0]
+    is_grid = size % patch_size == 0 and len(positions.weight) == 1 + (size // patch_size) ** 2
+    return is_same and is_fitting and is_grid
+
+
+@on_cpus
+def text_tokens(
+    module: Any,
+    input_ids: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+) -> Tensor:
+    """Compute ``CLIPTextEmbeddings``, ``SiglipTextEmbeddings`` or ``Siglip2TextEmbeddings``: [B, L] -> [B, L, E]."""
+    if input_ids is None or position_ids is not None or inputs_embeds is not None or not _is_text(module, input_ids):
+        return type(module).forward(module, input_ids, position_ids, inputs_embeds)
+    # Under autocast, these tokens keep the dtype of the table, as theirs do.
+    with torch.autocast(input_ids.device.type, enabled=False):
+        return text_embed(input_ids, module.token_embedding.weight, module.position_embedding.weight)
+
+
+def _is_text(module: Any, text: Tensor) -> bool:
+    """Return True if our op takes ``text`` and the tables."""
+    if not _are_tables(module) or text.ndim != 2 or text.dtype not in (torch.int32, torch.int64):
+        return False
+    table, positions = module.token_embedding.weight, module.position_embedding.weight
+    is_same = text.shape[1] <= len(positions) and table.dtype == positions.dtype
+    return is_same and computes(table) and not is_left(table)
 
 
 def why_not_pooled(tower: Any, num_tokens: int | None = None) -> str:
@@ -17,18 +93,16 @@ def why_not_pooled(tower: Any, num_tokens: int | None = None) -> str:
         tower: of the model, for images or for texts.
         num_tokens: tokens of a sequence; the most that the tower takes, by default.
     """
-    family, part = hf_part(tower)
+    family, part = part_of(tower)
     if part not in ("VisionModel", "TextModel") or not is_untouched(tower):
         return "it is not transformers' own, or has a hook"
     if part == "VisionModel" and family != "CLIP":
         return "its attention pooling reads every row" if tower.use_head else "nothing is pooled"
-    if not has_known_arguments(tower):
-        return OTHER_VERSION
     if has_hooks(tower.post_layernorm if part == "VisionModel" else tower.final_layer_norm):
         return "the norm of its rows has a hook"
     if num_tokens is None:
         num_tokens = len(tower.embeddings.position_embedding.weight)
-    return why_not_row(tower.encoder, num_tokens)
+    return why_not_read(tower.encoder, num_tokens)
 
 
 def pooled_image(tower: Any, pixel_values: Tensor, interpolate_pos_encoding: bool = False) -> Tensor | None:
@@ -49,7 +123,7 @@ def pooled_text(
     is_padding, seqlens = seen_by_padding(attention_mask)
     if not is_padding:
         return None
-    is_clip = hf_part(tower)[0] == "CLIP"
+    is_clip = part_of(tower)[0] == "CLIP"
     x = tower.embeddings(input_ids=input_ids, position_ids=position_ids)
     rows = _ends(tower, input_ids) if is_clip else input_ids.new_full(input_ids.shape[:1], input_ids.shape[1] - 1)
     x = tower.final_layer_norm(read_row(tower.encoder, x, rows, is_clip, seqlens))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.launch import triton_runs_on
+from ..models.layers import has_hooks
 
 # Attributes of a model: the list of its places; and of a text tower: the mask that was last looked at, and the verdict.
 RECORD, SEEN = "_clipfast_places", "_clipfast_mask"
@@ -100,7 +101,7 @@ class Replacement:
         # torch.jit.script asks for them, and shows this error.
         raise AttributeError(
             f"torch.jit.script cannot compile a {type(self.module).__name__} that runs on clipfast: call "
-            "clipfast.revert(model) before"
+            "clipfast.revert_model(model) before"
         )
 
     def __getstate__(self) -> dict[str, Any]:
@@ -179,14 +180,14 @@ def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) ->
         return Place(name, kind, None, f"in this version of its library, its {method} takes {', '.join(unknown)} too")
     there = _unwrapped(module.__dict__.get(method))
     options = {proposal.option: True} if proposal.option else {}
-    if isinstance(there, Replacement) and there.is_off:  # in a wrapper that has outlived ``revert``
-        there.function, there.owner, there.options, there.is_off = proposal.function, proposal.owner, options, False
-    elif isinstance(there, Replacement) and there.function is proposal.function:
-        there.options.update(options)
-    elif there is not None:
-        return Place(name, kind, None, f"something else has replaced its {method}")
-    else:
+    if there is None:
         module.__dict__[method] = Replacement(proposal.function, module, method, proposal.owner, options)
+    elif not isinstance(there, Replacement):
+        return Place(name, kind, None, f"something else has replaced its {method}")
+    elif there.is_off:  # in a wrapper that has outlived ``revert_model``
+        there.function, there.owner, there.options, there.is_off = proposal.function, proposal.owner, options, False
+    else:  # a second proposal for the same method
+        there.options |= options
     return Place(name, kind, method, proposal.text + ("" if hasattr(proposal.function, "on_cpus") else ON_GPUS))
 
 
@@ -196,7 +197,7 @@ def _unknown_arguments(module: nn.Module, method: str, function: Callable[..., A
     return [name for name in theirs if name not in inspect.signature(function).parameters]
 
 
-def revert(model: nn.Module) -> nn.Module:
+def revert_model(model: nn.Module) -> nn.Module:
     """Take back everything that ``apply_to_open_clip``, ``apply_to_hf`` and ``apply_to_timm`` did to ``model``.
 
     Afterwards every module has the attributes and methods that it had before; weights are what training has made of
@@ -212,7 +213,7 @@ def revert(model: nn.Module) -> nn.Module:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    check_module("revert", model)
+    check_module("revert_model", model)
     for module in model.modules():
         state = module.__dict__
         for name, value in list(state.items()):
@@ -237,7 +238,10 @@ def check_module(function: str, model: object) -> None:
 
 def class_name(module: nn.Module) -> str:
     """Return the full name of the class, by which classes are recognised without importing their libraries."""
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    kind, base = type(module), type(module).__bases__[-1]
+    if kind.__name__ == f"FSDP{base.__name__}":  # FSDP2 makes a class of FSDPModule and the class that it was
+        kind = base
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def runs_ours(module: nn.Module, method: str = "forward") -> bool:
@@ -257,21 +261,9 @@ def _unwrapped(value: Any) -> Any:
     return value
 
 
-def has_hooks(module: nn.Module) -> bool:
-    """Return True if calling ``module`` does more than its ``forward``."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
-
-
 def is_untouched(module: nn.Module) -> bool:
     """Return True if calling ``module`` does what its class does, or what we put in its place, and nothing else."""
     return not has_hooks(module) and ("forward" not in module.__dict__ or runs_ours(module))
-
-
-def is_plain(module: nn.Module, *kinds: type[nn.Module]) -> bool:
-    """Return True if calling ``module`` does what exactly one of ``kinds`` does, and nothing else."""
-    return type(module) in kinds and not has_hooks(module) and "forward" not in module.__dict__
 
 
 def computes(x: Tensor) -> bool:

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 from torch import nn
 
-from .places import RECORD, Place, Proposal, Replacement, check_module, reaches_ours
-from .walk import proposals
+from .apply import proposals
+from .places import RECORD, Place, Proposal, check_module, reaches_ours
 
 # The text of a place that was left alone begins like this.
 BEFORE = "as before: "
@@ -26,15 +26,8 @@ def report_places(model: nn.Module) -> str:
     Raises:
         TypeError: ``model`` is not a module.
     """
-    check_module("report", model)
+    check_module("report_kernels", model)
     lines = list(place_lines(model))
-    if not lines:
-        lines = [
-            (_place(name), "replaced", value.function.__name__)
-            for name, module in model.named_modules()
-            for value in module.__dict__.values()
-            if isinstance(value, Replacement) and not value.is_off
-        ]
     if not lines:
         return "nothing of this model runs on clipfast: see clipfast.apply_to_open_clip, apply_to_hf and apply_to_timm"
     rows = [("place", "number", "part", "runs on")]

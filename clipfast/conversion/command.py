@@ -63,12 +63,12 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert the checkpoint, print what was written, and return the exit code."""
-    from .convert import convert
+    from .convert import convert_checkpoint
     from .inspect_command import describe
 
     if args.destination is None:
         raise ValueError("name what to write: clipfast convert SRC DST --to LAYOUT")
-    info = convert(
+    info = convert_checkpoint(
         args.source, args.destination, args.to, model=args.model, activation=args.activation,
         image_size=args.image_size, context_length=args.context_length, trust=args.trust,
         cache_dir=args.cache_dir, overwrite=args.overwrite,

@@ -18,7 +18,7 @@ from .resolve import Wishes, activation_flag, resolve
 log = logging.getLogger("clipfast")
 
 
-def convert(
+def convert_checkpoint(
     source: str | Path,
     destination: str | Path,
     to: str,

@@ -35,8 +35,8 @@ class Interpolation:
     """The models between two checkpoints.
 
     Args:
-        first, second: as :func:`clipfast.convert` takes its source.
-        model, activation: the model of both, as for :func:`clipfast.convert`, if they do not say it.
+        first, second: as :func:`clipfast.convert_checkpoint` takes its source.
+        model, activation: the model of both, as for :func:`clipfast.convert_checkpoint`, if they do not say it.
         cache_dir: the folder of the hub's cache.
 
     Raises:

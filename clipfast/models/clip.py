@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from .config import CLIPConfig
 from .freezing import freeze, groups_of_text
 from .intermediates import Indices, add_logits, normalized, pair_logits, text_intermediates
-from .layers import LayerNorm
-from .precision import lowered
+from .layers import LayerNorm, lowered
 from .resnet import AttentionPool2d, ModifiedResNet
 from .transformer import MLP, Attention, Transformer, embed_text, read_rows
 from .vision import VisionTransformer

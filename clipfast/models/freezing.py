@@ -7,9 +7,6 @@ from torch import nn
 
 if TYPE_CHECKING:
     from .clip import CLIP
-    from .resnet import ModifiedResNet
-    from .siglip import SigLIPVision
-    from .vision import VisionTransformer
 
 Group = list[nn.Module | nn.Parameter]
 
@@ -33,33 +30,15 @@ def parameters_of(group: Group) -> Iterator[nn.Parameter]:
         yield from part.parameters() if isinstance(part, nn.Module) else [part]
 
 
-def groups_of_vit(visual: "VisionTransformer") -> list[Group]:
-    """Return the parts of a vision transformer, from the input to the output: embedding, blocks, projection."""
-    embedding: Group = [visual.conv1, visual.class_embedding, visual.positional_embedding, visual.ln_pre]
-    return [embedding, *_blocks(visual.transformer.resblocks, visual.ln_post), [visual.proj]]
-
-
-def groups_of_resnet(visual: "ModifiedResNet") -> list[Group]:
-    """Return the parts of a ResNet, from the input to the output: stem, four stages, attention pooling."""
-    stem: Group = [visual.conv1, visual.bn1, visual.conv2, visual.bn2, visual.conv3, visual.bn3]
-    return [stem, [visual.layer1], [visual.layer2], [visual.layer3], [visual.layer4], [visual.attnpool]]
-
-
-def groups_of_siglip(visual: "SigLIPVision") -> list[Group]:
-    """Return the parts of SigLIP's image tower, from the input to the output: embedding, blocks, attention pooling."""
-    trunk = visual.trunk
-    return [[trunk.patch_embed, trunk.pos_embed], *_blocks(trunk.blocks, trunk.norm), [trunk.attn_pool]]
-
-
 def groups_of_text(model: "CLIP") -> list[Group]:
     """Return the parts of a text tower, from the input to the output: embedding, blocks, projection if there is one."""
     tower = getattr(model, "text", model)  # SigLIP's is a module of its own
     embedding: Group = [tower.token_embedding, tower.positional_embedding]
     head: list[Group] = [] if tower.text_projection is None else [[tower.text_projection]]
-    return [embedding, *_blocks(tower.transformer.resblocks, tower.ln_final), *head]
+    return [embedding, *groups_of_blocks(tower.transformer.resblocks, tower.ln_final), *head]
 
 
-def _blocks(blocks: nn.ModuleList, norm: nn.Module) -> list[Group]:
+def groups_of_blocks(blocks: nn.ModuleList, norm: nn.Module) -> list[Group]:
     """Return a group for each block; the norm after the last one belongs to it."""
     groups: list[Group] = [[block] for block in blocks]
     groups[-1].append(norm)

@@ -10,8 +10,6 @@ from .transformer import Transformer, plan, recomputed, take_rows
 
 if TYPE_CHECKING:
     from .clip import CLIP
-    from .resnet import ModifiedResNet
-    from .vision import VisionTransformer
 
 Indices = int | Sequence[int] | None
 
@@ -60,49 +58,8 @@ def collect_blocks(
     return x, found
 
 
-def vit_intermediates(
-    visual: "VisionTransformer", images: Tensor, *, indices: Indices, stop_early: bool, normalize_intermediates: bool,
-    intermediates_only: bool, output_fmt: str, output_extra_tokens: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Compute ``VisionTransformer.forward_intermediates``; see there."""
-    _check_format(output_fmt, ("NCHW", "NLC"))
-    height, width = (side // visual.patch_size for side in images.shape[-2:])
-    x, found = collect_blocks(visual.transformer, visual.ln_pre(visual.embed(images)), indices, stop_early)
-    if normalize_intermediates:
-        found = [visual.ln_post(stage) for stage in found]
-    patches = [stage[:, 1:] for stage in found]
-    if output_fmt == "NCHW":
-        if patches[0].shape[1] != height * width:
-            raise ValueError(
-                "forward_intermediates: patches were dropped, so the others are no grid: call model.eval() first, or "
-                "ask for the format 'NLC'"
-            )
-        patches = [stage.transpose(1, 2).unflatten(2, (height, width)).contiguous() for stage in patches]
-    output: dict[str, Any] = {"image_intermediates": patches}
-    if output_extra_tokens:
-        output["image_intermediates_prefix"] = [stage[:, :1] for stage in found]
-    if not intermediates_only:
-        output["image_features"] = visual.ln_post(x[:, 0]) @ visual.proj
-    return output
-
-
-def resnet_intermediates(
-    visual: "ModifiedResNet", images: Tensor, *, indices: Indices, stop_early: bool, intermediates_only: bool,
-    output_fmt: str,
-) -> dict[str, Any]:  # fmt: skip
-    """Compute ``ModifiedResNet.forward_intermediates``; see there."""
-    _check_format(output_fmt, ("NCHW",))
-    stages = (visual.stem, visual.layer1, visual.layer2, visual.layer3, visual.layer4)
-    taken = chosen(len(stages), indices)
-    x, found = images, []
-    for index, stage in enumerate(stages[: max(taken) + 1] if stop_early and intermediates_only else stages):
-        x = stage(x)
-        if index in taken:
-            found.append(x)
-    return {"image_intermediates": found} | ({} if intermediates_only else {"image_features": visual.attnpool(x)})
-
-
-def _check_format(output_fmt: str, known: tuple[str, ...]) -> None:
+def check_format(output_fmt: str, known: tuple[str, ...]) -> None:
+    """Refuse a format of the outputs that is not known."""
     if output_fmt not in known:
         raise ValueError(f"forward_intermediates: image_output_fmt must be {' or '.join(known)}, got {output_fmt!r}")
 

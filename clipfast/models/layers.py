@@ -1,14 +1,18 @@
 """The layers that the blocks of a transformer are made of, with OpenCLIP's parameter names."""
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..kernels import attention_pool, layer_norm
 
 if TYPE_CHECKING:
     from .transformer import Attention
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -55,6 +59,74 @@ class InProjection(nn.Linear):
         return self.__dict__["attn"].in_proj_bias
 
 
+def has_hooks(module: nn.Module) -> bool:
+    """Return True if calling ``module`` does more than its ``forward``."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
+    """Return True if calling ``module`` does what exactly one of ``kinds`` does, and nothing else.
+
+    An adapter or a wrapper such as FSDP's has another class, or a hook.
+    """
+    return type(module) in kinds and not has_hooks(module) and "forward" not in module.__dict__
+
+
+def project_qkv(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return the packed projection of queries, keys and values, and the bias whose gradient attention is to compute.
+
+    Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv again.
+    """
+    return F.linear(x, weight, None if bias is None else bias.detach()), bias
+
+
+def residual_norm(x: Tensor, branch: Tensor, norm: Any, *, fused: bool) -> tuple[Tensor, Tensor]:
+    """Return ``x + branch`` and ``norm(x + branch)``, in one pass if ``fused``, which needs a norm that is plain."""
+    if not fused:
+        x = x + branch
+        return x, norm(x)
+    backend = getattr(norm, "backend", "auto")
+    normed, x = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual=x, backend=backend)
+    return x, normed
+
+
+def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
+    """Return row ``rows[b]`` of each sequence b, or its first row if ``rows`` is None: [B, N, width] -> [B, width]."""
+    return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
+
+
+def attend_row(
+    x: Tensor,
+    rows: Tensor | None,
+    heads: int,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    *,
+    causal: bool,
+    seqlens: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Compute one row of self-attention for each sequence, before the output projection: [B, N, width] -> [B, width].
+
+    Args:
+        x: the tokens.
+        rows: [B], the row of each sequence; None for the first.
+        heads: the number of heads.
+        weights, biases: of the projections to queries, keys and values.
+        causal: a token sees those before it only.
+        seqlens: [B], how many tokens of each sequence are seen; None for all.
+        backend: as for :func:`clipfast.kernels.attention_pool`.
+    """
+    q = F.linear(take_rows(x, rows), weights[0], biases[0]).unflatten(1, (heads, -1))
+    if causal:
+        seen = torch.ones(len(x), dtype=torch.int64, device=x.device) if rows is None else rows + 1
+        seqlens = seen if seqlens is None else torch.minimum(seen, seqlens)
+    weight_k, weight_v = (weight.unflatten(0, (heads, -1)) for weight in weights[1:])
+    return single_query_attention(q, x, weight_k, weight_v, seqlens, backend, *biases[1:])
+
+
 def single_query_attention(
     q: Tensor,
     tokens: Tensor,
@@ -90,3 +162,35 @@ def single_query_attention(
         return out
     # The gradient of the keys' bias is zero, and must not be None, because DistributedDataParallel waits for it.
     return out + (bias_v + 0 * bias_k).to(out.dtype)
+
+
+# These parameters stay in float32. They are added to activations or scale them, and are small.
+_FULL_MODULES = (nn.LayerNorm, nn.BatchNorm2d, nn.Embedding)
+_FULL_PARAMETERS = ("positional_embedding", "class_embedding", "logit_scale", "logit_bias")
+
+
+def lower_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Convert the weights of products in ``model`` to ``dtype``, in place.
+
+    Norms, embeddings, positions and the scale of the logits keep their dtype, as in OpenCLIP; of SigLIP, whose image
+    tower is timm's there, only the norms of the text tower do. The activations have the dtype of the products.
+    """
+    text: Any = getattr(model, "text", None)
+    if text is not None:
+        kept = {id(parameter) for module in text.modules() if isinstance(module, nn.LayerNorm)
+                for parameter in module.parameters()}  # fmt: skip
+        for parameter in model.parameters():
+            if id(parameter) not in kept:
+                parameter.data = parameter.data.to(dtype)
+        return
+    for module in model.modules():
+        if isinstance(module, _FULL_MODULES):
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if name not in _FULL_PARAMETERS:
+                parameter.data = parameter.data.to(dtype)
+
+
+def lowered(x: Tensor, weight: Tensor) -> Tensor:
+    """Return ``x`` in the dtype of ``weight`` if that has 16 bits and ``x`` has more."""
+    return x.to(weight.dtype) if weight.dtype.itemsize == 2 < x.dtype.itemsize else x

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from ..kernels.reference import CLIP_MEAN, CLIP_STD, normalize_uint8
 from .config import VisionConfig
-from .freezing import Group, freeze, freeze_statistics, groups_of_resnet
-from .intermediates import Indices, resnet_intermediates
+from .freezing import Group, freeze, freeze_statistics
+from .intermediates import Indices, check_format, chosen
 from .layers import single_query_attention
 
 
@@ -145,14 +145,19 @@ class ModifiedResNet(nn.Module):
         Returns:
             ``image_intermediates``, [B, C, h, w] each, and ``image_features`` [B, embed_dim].
         """
-        return resnet_intermediates(
-            self, x, indices=indices, stop_early=stop_early, intermediates_only=intermediates_only,
-            output_fmt=output_fmt,
-        )  # fmt: skip
+        check_format(output_fmt, ("NCHW",))
+        stages = (self.stem, self.layer1, self.layer2, self.layer3, self.layer4)
+        taken, found = chosen(len(stages), indices), []
+        for index, stage in enumerate(stages[: max(taken) + 1] if stop_early and intermediates_only else stages):
+            x = stage(x)
+            if index in taken:
+                found.append(x)
+        return {"image_intermediates": found} | ({} if intermediates_only else {"image_features": self.attnpool(x)})
 
     def layer_groups(self) -> list[Group]:
         """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
-        return groups_of_resnet(self)
+        stem: Group = [self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3]
+        return [stem, [self.layer1], [self.layer2], [self.layer3], [self.layer4], [self.attnpool]]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:
         """Make the parameters constant, but for those of the last groups.

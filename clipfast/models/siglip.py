@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP, check_text
-from .freezing import Group, freeze, groups_of_siglip
+from .freezing import Group, freeze, groups_of_blocks
 from .layers import LayerNorm, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .transformer import (
@@ -201,7 +201,8 @@ class SigLIPVision(nn.Module):
 
     def layer_groups(self) -> list[Group]:
         """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
-        return groups_of_siglip(self)
+        trunk = self.trunk
+        return [[trunk.patch_embed, trunk.pos_embed], *groups_of_blocks(trunk.blocks, trunk.norm), [trunk.attn_pool]]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
         """Make parameters constant but for those of the last groups; see ``CLIP``. There is no BatchNorm."""

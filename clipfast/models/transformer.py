@@ -12,25 +12,23 @@ The classes come first. Everything that differs from the textbook is decided in 
     one op adds token and positional embeddings                   the table is plain, and does nothing but look up
     the backward pass recomputes blocks, or only what is cheap    grad_checkpointing is set, and gradients are recorded
 
-A module is plain if calling it does what its class does and nothing else (:func:`is_plain`). Any other module is
+A module is plain if calling it does what its class does and nothing else (``layers.is_plain``). Any other module is
 called, so that hooks, adapters and wrapped blocks see what they would see if nothing were fused.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple, TypeGuard, TypeVar
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from ..kernels import attention, bias_gelu, bias_quick_gelu, layer_norm, text_embed
+from ..kernels import attention, bias_gelu, bias_quick_gelu, text_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from ..kernels.launch import triton_runs_on
-from .layers import InProjection, LayerNorm, QuickGELU, single_query_attention
-
-Kind = TypeVar("Kind", bound=nn.Module)
+from .layers import InProjection, LayerNorm, QuickGELU, attend_row, is_plain, project_qkv, residual_norm, take_rows
 
 
 class Attention(nn.Module):
@@ -48,19 +46,19 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the attention of every token: [B, N, width] -> [B, N, width]."""
-        qkv, bias = project_qkv(self.in_proj, x)
+        in_proj, bias = self.in_proj, None
+        if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
+            qkv, bias = project_qkv(x, in_proj.weight, in_proj.bias)
+        else:
+            qkv = in_proj(x)
         out = attention(qkv, self.num_heads, causal=self.causal, bias=bias, backend=self.backend)
         return self.out_proj(out)
 
     def forward_row(self, x: Tensor, rows: Tensor | None) -> Tensor:
         """Compute one row of what ``forward`` returns for each sequence: [B, N, width] -> [B, width]."""
-        weight_q, weight_k, weight_v = self.in_proj_weight.unflatten(0, (3, self.num_heads, -1)).unbind()
-        # Softmax cancels a bias of the keys, and the weights sum to 1, so a bias of the values is added to the result.
-        bias_q, _, bias_v = self.in_proj_bias.unflatten(0, (3, -1)).unbind()
-        q = F.linear(take_rows(x, rows), weight_q.flatten(0, 1), bias_q).unflatten(1, (self.num_heads, -1))
-        seqlens = None if rows is None or not self.causal else rows + 1
-        out = single_query_attention(q, x, weight_k, weight_v, seqlens, self.backend)
-        return self.out_proj(out + bias_v.to(out.dtype))
+        weights, biases = self.in_proj_weight.chunk(3), self.in_proj_bias.chunk(3)
+        out = attend_row(x, rows, self.num_heads, weights, biases, causal=self.causal, backend=self.backend)
+        return self.out_proj(out)
 
 
 class MLP(nn.Module):
@@ -224,21 +222,9 @@ def recomputed(steps: Plan, function: Callable[..., Tensor], *args: object) -> T
 
 def add_norm(x: Tensor, branch: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
     """Return ``x + branch`` and ``norm(x + branch)``; without a branch, ``x`` and ``norm(x)``."""
-    if branch is not None and is_plain(norm, LayerNorm):
-        normed, x = layer_norm(branch, norm.weight, norm.bias, norm.eps, residual=x, backend=norm.backend)
-        return x, normed
-    x = x if branch is None else x + branch
-    return x, norm(x)
-
-
-def project_qkv(in_proj: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Return ``in_proj(x)``, and in_proj's bias if attention is to compute the gradient of that bias.
-
-    Attention sums that gradient from values that it holds; the linear layer would read the gradient of qkv again.
-    """
-    if is_plain(in_proj, InProjection, nn.Linear) and in_proj.bias is not None:
-        return F.linear(x, in_proj.weight, in_proj.bias.detach()), in_proj.bias
-    return in_proj(x), None
+    if branch is None:
+        return x, norm(x)
+    return residual_norm(x, branch, norm, fused=is_plain(norm, LayerNorm))
 
 
 def linear_gelu(linear: nn.Module, gelu: nn.Module, x: Tensor, backend: str) -> Tensor:
@@ -263,20 +249,6 @@ def embed_text(table: nn.Module, positional_embedding: Tensor, text: Tensor, bac
         if options == (None, None, False, False):  # it does nothing but look up
             return text_embed(text, table.weight, positional_embedding, backend=backend)
     return table(text) + positional_embedding[: text.shape[1]]
-
-
-def take_rows(x: Tensor, rows: Tensor | None) -> Tensor:
-    """Return row ``rows[b]`` of each sequence b, or its first row if ``rows`` is None: [B, N, width] -> [B, width]."""
-    return x[:, 0] if rows is None else x[torch.arange(len(x), device=x.device), rows]
-
-
-def is_plain(module: nn.Module, *kinds: type[Kind]) -> TypeGuard[Kind]:
-    """Return True if ``module`` is exactly one of ``kinds`` and has no hook.
-
-    An adapter or a wrapper such as FSDP's has another class, or a hook.
-    """
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in kinds and not any(hooks)
 
 
 # The classes that a block consists of.

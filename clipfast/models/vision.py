@@ -10,8 +10,8 @@ from ..kernels import patch_embed
 from ..kernels.dtypes import accumulate_dtype
 from ..kernels.reference import CLIP_MEAN, CLIP_STD
 from .config import VisionConfig
-from .freezing import Group, freeze, groups_of_vit
-from .intermediates import Indices, vit_intermediates
+from .freezing import Group, freeze, groups_of_blocks
+from .intermediates import Indices, check_format, collect_blocks
 from .layers import LayerNorm
 from .transformer import Transformer, read_rows
 
@@ -154,14 +154,30 @@ class VisionTransformer(nn.Module):
         Raises:
             ValueError: an index or a format is unknown, or a grid is asked for where patches are dropped.
         """
-        return vit_intermediates(
-            self, x, indices=indices, stop_early=stop_early, normalize_intermediates=normalize_intermediates,
-            intermediates_only=intermediates_only, output_fmt=output_fmt, output_extra_tokens=output_extra_tokens,
-        )  # fmt: skip
+        check_format(output_fmt, ("NCHW", "NLC"))
+        height, width = (side // self.patch_size for side in x.shape[-2:])
+        x, found = collect_blocks(self.transformer, self.ln_pre(self.embed(x)), indices, stop_early)
+        if normalize_intermediates:
+            found = [self.ln_post(stage) for stage in found]
+        patches = [stage[:, 1:] for stage in found]
+        if output_fmt == "NCHW":
+            if patches[0].shape[1] != height * width:
+                raise ValueError(
+                    "forward_intermediates: patches were dropped, so the others are no grid: call model.eval() first, "
+                    "or ask for the format 'NLC'"
+                )
+            patches = [stage.transpose(1, 2).unflatten(2, (height, width)).contiguous() for stage in patches]
+        output: dict[str, Any] = {"image_intermediates": patches}
+        if output_extra_tokens:
+            output["image_intermediates_prefix"] = [stage[:, :1] for stage in found]
+        if not intermediates_only:
+            output["image_features"] = self.ln_post(x[:, 0]) @ self.proj
+        return output
 
     def layer_groups(self) -> list[Group]:
         """Return the parts of the tower, from the input to the output, as they are locked and get their rates."""
-        return groups_of_vit(self)
+        embedding: Group = [self.conv1, self.class_embedding, self.positional_embedding, self.ln_pre]
+        return [embedding, *groups_of_blocks(self.transformer.resblocks, self.ln_post), [self.proj]]
 
     def lock(self, unlocked_groups: int = 0, freeze_bn_stats: bool = False) -> None:  # noqa: ARG002
         """Make parameters constant but for those of the last groups; see ``CLIP``. There is no BatchNorm."""

@@ -72,4 +72,4 @@ def replacements(model: nn.Module) -> list[Replacement]:
 
 def lines(model: nn.Module, part: str) -> list[str]:
     """The lines of the report on one part."""
-    return [line for line in clipfast.report(model).splitlines() if line.split()[2] == part]
+    return [line for line in clipfast.report_kernels(model).splitlines() if line.split()[2] == part]

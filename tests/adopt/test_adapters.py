@@ -11,11 +11,7 @@ from . import shrunk
 
 TARGETS = {
     "ViT-B-32": ["c_fc", "c_proj", "attn"],
-    # An adapter on the output projection of nn.MultiheadAttention is never called, by PyTorch or by ours. The class
-    # that has its place in later versions of OpenCLIP calls it.
-    "RN50": ["c_fc", "c_proj", "out_proj"],
     "ViT-B-16-SigLIP": ["qkv", "proj", "fc1", "fc2"],
-    "coca_ViT-B-32": ["c_fc", "c_proj", "out_proj"],
 }
 
 
@@ -43,7 +39,7 @@ def test_lora(name, tmp_path):
     theirs = train(copy.deepcopy(original))
     patched = clipfast.apply_to_open_clip(copy.deepcopy(original))
     ours = train(patched)
-    assert "clipfast." in clipfast.report(ours)
+    assert "clipfast." in clipfast.report_kernels(ours)
     weights = peft.get_peft_model_state_dict(theirs)
     assert any(value.abs().max() > 1e-4 for key, value in weights.items() if "lora_B" in key)  # B begins as zeros
     torch.testing.assert_close(peft.get_peft_model_state_dict(ours), weights, rtol=1e-9, atol=1e-12)

@@ -43,9 +43,9 @@ def test_data_parallel(group, name):
     args = shrunk.inputs(model)
     wrapped = nn.parallel.DistributedDataParallel(patched)
     torch.testing.assert_close(steps(wrapped, args), steps(model, args), rtol=1e-9, atol=0)
-    assert clipfast.report(wrapped) == clipfast.report(patched)
-    clipfast.revert(wrapped)
-    assert "nothing of this model runs on clipfast" in clipfast.report(patched)
+    assert clipfast.report_kernels(wrapped) == clipfast.report_kernels(patched)
+    clipfast.revert_model(wrapped)
+    assert "nothing of this model runs on clipfast" in clipfast.report_kernels(patched)
 
 
 @pytest.mark.parametrize("name", ["ViT-B-32", "ViT-B-16-SigLIP", "clip", "siglip"])
@@ -63,5 +63,5 @@ def test_fully_sharded(group, name):
     fully_shard(patched, mesh=mesh, ignored_params=scalars)
     torch.testing.assert_close(steps(patched, args), steps(model, args), rtol=1e-9, atol=0)
     if is_hf(model):
-        assert "text_model: its last block has a hook" in clipfast.report(patched)
+        assert "text_model: its last block has a hook" in clipfast.report_kernels(patched)
         assert test_hf.called(patched, args) == (4, 0)

@@ -1,20 +1,15 @@
 """transformers' CLIP, SigLIP and SigLIP 2, patched and unpatched, compute the same."""
 
-import copy
-import re
 from unittest import mock
 
 import pytest
 import torch
 
-import clipfast
-from clipfast.adopt import hf_attention, hf_blocks
+from clipfast.adopt import hf
+from clipfast.models import layers
 
 from . import hf_models
 from .pairs import HF_NAMES, HF_PARTS, TRAINING, assert_equal, lines, pair
-
-LIMITS = {torch.float64: 1e-10, torch.float32: 1e-5}
-PADDINGS = [None, "nowhere", "end", "early", "start", "middle"]
 
 
 @pytest.fixture(autouse=True)
@@ -22,21 +17,19 @@ def library() -> None:
     pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", hf_models.PAIRS)
-def test_pairs(name, dtype):
-    model, patched = pair(name, dtype)
-    for padding in PADDINGS:
-        given = hf_models.inputs(model, padding)
-        assert_equal(model, patched, LIMITS[dtype], given=given)
+def test_pairs(name):
+    model, patched = pair(name)
+    for padding in (None, "nowhere", "end", "early", "start", "middle"):
+        assert_equal(model, patched, given=hf_models.inputs(model, padding))
+    assert_equal(model.float(), patched.float(), 1e-5)
 
 
-@pytest.mark.parametrize("dtype", LIMITS, ids=["float64", "float32"])
 @pytest.mark.parametrize("name", hf_models.TOWERS)
-def test_towers(name, dtype):
-    model, patched = pair(name, dtype)
-    for padding in PADDINGS:
-        hf_models.assert_equal(model, patched, hf_models.inputs(model, padding), LIMITS[dtype])
+def test_towers(name):
+    model, patched = pair(name)
+    for padding in (None, "end", "start"):
+        hf_models.assert_equal(model, patched, hf_models.inputs(model, padding))
     rows = lines(patched, "pooled_last_block")
     assert rows
     assert all("as before: every row of its last block is" in line for line in rows)
@@ -69,8 +62,8 @@ def test_one_part_alone(name, part):
 def called(model: torch.nn.Module, given: dict, **options: object) -> tuple[int, int]:
     """How often attention of all rows, and of one row, ran on our kernels."""
     with (
-        mock.patch.object(hf_attention, "attention_qkv", wraps=hf_attention.attention_qkv) as whole,
-        mock.patch.object(hf_blocks, "single_query_attention", wraps=hf_blocks.single_query_attention) as row,
+        mock.patch.object(hf, "attention_qkv", wraps=hf.attention_qkv) as whole,
+        mock.patch.object(layers, "single_query_attention", wraps=layers.single_query_attention) as row,
     ):
         model(**given, **options)
     return whole.call_count, row.call_count
@@ -115,19 +108,6 @@ def test_a_call_for_rows_gets_them():
     torch.testing.assert_close({key: ours[key] for key in rows}, {key: theirs[key] for key in rows}, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", HF_NAMES)
-@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
-def test_intermediate_results(name, implementation):
-    model = hf_models.make(name, implementation).double().eval()
-    patched = clipfast.apply_to_hf(copy.deepcopy(model))
-    given = hf_models.inputs(model, "end")
-    for options in ({"output_attentions": True, "output_hidden_states": True}, {"return_dict": False}):
-        ours, theirs = outputs_of(given, patched, model, **options)
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10)
-    is_theirs = ["asks for 'eager' attention" in line for line in lines(patched, "attention") if ".self_attn" in line]
-    assert set(is_theirs) == {implementation == "eager"}
-
-
 @pytest.mark.parametrize("name", ["clip", "siglip"])
 def test_another_implementation_later(name):
     model, patched = pair(name)
@@ -141,14 +121,13 @@ def test_another_implementation_later(name):
     assert called(patched, given) == (4, 0)
 
 
-@pytest.mark.parametrize("implementation", ["flash_attention_2", "flash_attention_3"])
 @pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_flash_attention_without_padding_is_ours(name, implementation):
+def test_flash_attention_without_padding_is_ours(name):
     # transformers' own flash attention needs a GPU: if it were called, it would fail here.
     model, patched = pair(name)
     given = hf_models.inputs(model)
     for tower in (patched.text_model, patched.vision_model):
-        tower.config._attn_implementation = implementation
+        tower.config._attn_implementation = "flash_attention_2"
     assert called(patched, given) == (4, 0)
     hf_models.assert_equal(model, patched, given)
 
@@ -160,25 +139,6 @@ def test_dropout_is_reported():
     assert all("in evaluation, since it drops" in line for line in lines(patched, "attention") if "self_attn" in line)
     assert called(patched.eval(), given) == (4, 0)
     hf_models.assert_equal(model.eval(), patched, given)
-
-
-def test_dropout_in_a_head():
-    model, patched = pair("siglip")
-    for each in (model, patched):
-        each.vision_model.head.attention.dropout = 0.5
-    hf_models.assert_equal(model, patched, hf_models.inputs(model))
-
-
-@pytest.mark.parametrize("name", ["clip", "siglip"])
-def test_what_our_ops_do_not_take(name, monkeypatch):
-    """A GPU takes no float64; images of another dtype do not hide it."""
-    model, patched = pair(name)
-    given = hf_models.inputs(model, "end")
-    given["pixel_values"] = given["pixel_values"].float()
-    for module in ("norms", "hf_attention", "hf_embeddings", "hf_model", "hf_towers"):
-        monkeypatch.setattr(f"clipfast.adopt.{module}.computes", lambda x: x.dtype != torch.float64)
-    assert called(patched, given, return_loss=True) == (0, 0)
-    hf_models.assert_equal(model, patched, given, 1e-6, **TRAINING)
 
 
 @pytest.mark.parametrize("name", ["clip", "siglip"])
@@ -201,22 +161,8 @@ def test_other_arguments(name):
         assert_equal(model, patched, given=each, **options)
 
 
-@pytest.mark.parametrize("change", [
-    {"pixel_values": torch.randn(3, 3, 25, 24, dtype=torch.float64)}, {"input_ids": None}, {"pixel_values": None},
-    {"input_ids": torch.ones(3, 14, dtype=torch.int64)}, {"pixel_values": torch.ones(3, 3, 23, 23)},
-])  # fmt: skip
-@pytest.mark.parametrize("return_loss", [True, False])
-def test_errors_are_theirs(change, return_loss):
-    model, patched = pair("clip")
-    given = {**hf_models.inputs(model), **change, "return_loss": return_loss}
-    with pytest.raises((ValueError, AttributeError, TypeError)) as theirs:
-        model(**given)
-    with pytest.raises(theirs.type, match=f"^{re.escape(str(theirs.value))}$"):
-        patched(**given)
-
-
 @pytest.mark.parametrize("name", HF_NAMES)
-@pytest.mark.parametrize("mode", ["autocast", "bfloat16", "float16"])
+@pytest.mark.parametrize("mode", ["autocast", "bfloat16"])
 def test_sixteen_bits(name, mode):
     """Both are as near to float64, and dtypes are the same."""
     dtype = torch.float32 if mode == "autocast" else getattr(torch, mode)

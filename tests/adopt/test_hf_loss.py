@@ -61,18 +61,6 @@ def test_outputs(name):
     assert patched.train()(**given).loss is None
 
 
-def test_two_parts_of_one_report():
-    def lines(**flags: bool) -> dict[str, str]:
-        rows = clipfast.report(pair("siglip", **flags)[1]).splitlines()
-        return {row.split()[2]: row.split(maxsplit=3)[3] for row in rows if row.startswith("(model)")}
-
-    assert lines()["loss"] == "clipfast.sigmoid_loss over all ranks, without logits, in training with return_loss=True"
-    assert lines()["pooled_last_block"].startswith("one row of text_model, by clipfast.attention_pool, in training")
-    assert lines()["pooled_last_block"].endswith("vision_model: its attention pooling reads every row")
-    assert lines(loss=False)["pooled_last_block"] == "as before: every row is returned if the loss is theirs"
-    assert "text_model: its attention is not ours" in lines(attention=False)["pooled_last_block"]
-
-
 def step_of_rank(rank: int, name: str, sizes: tuple[int, ...]) -> dict[str, torch.Tensor] | str:
     """The loss on a rank, and the gradients after DistributedDataParallel's mean; or why it is refused."""
     model = patch(made(name))
@@ -155,7 +143,7 @@ def trainer_of_rank(rank: int, world_size: int, port: int, folder: str) -> dict[
     losses = torch.tensor([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
     evaluated = trainer.evaluate()["eval_loss"]
     predicted = trainer.predict(Pairs(model, 2 * world_size * BATCH)).predictions
-    report = clipfast.report(model)
+    report = clipfast.report_kernels(model)
     assert "clipfast.contrastive_loss over all ranks" in report, report
     logits = torch.tensor(predicted[0])
     return {"losses": losses, "evaluated": torch.tensor(evaluated), "logits": logits, **model.state_dict()}

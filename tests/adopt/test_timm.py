@@ -44,12 +44,14 @@ def test_fx_records_the_original(name):
 
 
 def test_what_is_left_alone_says_why():
-    report = clipfast.report(clipfast.apply_to_timm(shrunk.timm_model("beit_base_patch16_224")))
+    report = clipfast.report_kernels(clipfast.apply_to_timm(shrunk.timm_model("beit_base_patch16_224")))
     assert "as before: Attention is not one of the attention classes that are known" in report
     import timm
 
     wide = timm.create_model("vit_base_patch32_224", depth=1, embed_dim=288, num_heads=2)
-    assert "heads have 144 dimensions, and at most 128 can be computed" in clipfast.report(clipfast.apply_to_timm(wide))
+    assert "heads have 144 dimensions, and at most 128 can be computed" in clipfast.report_kernels(
+        clipfast.apply_to_timm(wide)
+    )
 
 
 @pytest.mark.parametrize("separate", [False, True])

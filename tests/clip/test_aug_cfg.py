@@ -95,15 +95,15 @@ def test_resizing_is_that_of_open_clip(size, mode, interpolation):
     if mode == "longest" and size == (500, 3):
         size = (500, 17)  # OpenCLIP's makes a side of no pixels
     theirs = open_clip.image_transform(32, is_train=False, **options)(picture(*size))
-    ours = image_transform(32, **options)
+    ours = image_transform(32, is_train=False, **options)
     torch.testing.assert_close(ours(picture(*size)), theirs, rtol=1e-6, atol=1e-6)
     assert torch.equal(pickle.loads(pickle.dumps(ours))(picture(*size)), ours(picture(*size)))
 
 
 def test_wrong_resizing():
     with pytest.raises(ValueError, match="resize_mode must be one of shortest, longest, squash, got 'stretch'"):
-        image_transform(32, resize_mode="stretch")
+        image_transform(32, False, resize_mode="stretch")
     with pytest.raises(ValueError, match="interpolation must be one of bicubic, bilinear, random, got 'nearest'"):
-        image_transform(32, interpolation="nearest")
-    assert image_transform(32, resize_mode="longest")(picture(500, 3)).shape == (3, 32, 32)
+        image_transform(32, False, interpolation="nearest")
+    assert image_transform(32, False, resize_mode="longest")(picture(500, 3)).shape == (3, 32, 32)
     assert training_options(None)["scale"] == (0.9, 1.0)

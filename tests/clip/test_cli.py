@@ -5,36 +5,13 @@ import sys
 
 import pytest
 
-from clipfast import __version__
 from clipfast.cli import COMMANDS
-from clipfast.verify.options import OPS
 
 from .conftest import TINY, run_command
 
-HELP = dict.fromkeys(COMMANDS, ()) | {
-    "": (*COMMANDS, "bench", "checkpoints:"),
-    "train": (
-        "--recipe",
-        "--resume",
-        "memory and speed:",
-        "--batch-size",
-        "(default: 256)",
-        "Example: clipfast train --recipe emoji",
-    ),
-    "eval zeroshot": ("--templates", "plain, simple (7), openai (80)", "Example: clipfast eval zeroshot"),
-    "doctor": (
-        "clipfast doctor --data",
-        "a problem (clipfast does not work",
-        "exit code: 0 no problem, 1 there is one",
-    ),
-    "verify": (
-        "clipfast verify --quick",
-        "at most 2x PyTorch's own error at the same dtype (3x for gradients)",
-        f"what to check: {', '.join(OPS)} (default: all)",
-    ),
-    "plan": ("clipfast plan --pairs 32768", "--check", "exit code", "These are predictions"),
-    "bench": ("loss", "layer_norm", "tune"),
-}
+HELP = dict.fromkeys(COMMANDS, "exit code") | {
+    "": "checkpoints:", "eval zeroshot": "--templates", "train": "memory and speed:", "bench": "layer_norm",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("command", HELP)
@@ -42,7 +19,7 @@ def test_help_teaches(capsys, command):
     code, out, _ = run_command(capsys, *command.split(), "--help")
     assert code == 0
     assert out.startswith(f"usage: clipfast {command}")
-    assert [text for text in HELP[command] if text not in " ".join(out.split())] == []
+    assert HELP[command] in out.lower()
 
 
 EMOJI = ["train", "--recipe", "emoji"]
@@ -54,10 +31,7 @@ BAD = [
         "no recipe 'emojis' (did you mean emoji?): neither a file nor one of clip-",
     ),
     ([*EMOJI, "--batch-size", "0"], "--batch-size must be more than 0, got 0"),
-    ([*EMOJI, "--batch-size", "many"], "argument --batch-size: invalid int value: 'many'"),
     ([*EMOJI, "--micro-batch-size", "0"], "--micro-batch-size must be more than 0, got 0"),
-    ([*EMOJI, "--micro-batch-size", "1.5"], "--micro-batch-size must be int or 'auto', got '1.5'"),
-    ([*EMOJI, "--model", "ViT-Z"], "unknown model 'ViT-Z'"),
     (["train", "--train-data", "missing-{0..2}.tar"], "no such shard: missing-0.tar (3 of 3 are missing)"),
     (["train", "--resume", "nowhere"], "no run to resume at nowhere: there is neither a folder nor a checkpoint"),
     ([*EMOJI, "--unique-by", "breed"], "has no 'breed' in its json; it has category, hexcode"),
@@ -72,14 +46,11 @@ BAD = [
     ([*EVAL, "--model", "x.pt", "--templates", "funny"], "--templates must be one of plain, simple, openai or a file"),
     ([*EVAL, "--model", "x.pt", "--templates", "t.txt"], "template 'a photo.' in t.txt has no {} for the class name"),
     ([*EVAL, "--model", "x.pt", "--classnames", "funny"], "--classnames must be 'imagenet' or a file, got 'funny'"),
-    ([*EVAL, "--model", "x.pt", "--templates", "empty.txt"], "empty.txt is empty"),
     ([*EVAL, "--model", "x.pt", "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),
     ([*EVAL, "--model", "x.pt", "--device", "mps"], "clipfast runs on cpu and cuda, not on 'mps'"),
-    ([*EMOJI, "--device", "cuda"], "no GPU for 'cuda': PyTorch finds none"),
     ([*EMOJI, "--device", "warp"], "unknown device 'warp': use cpu, cuda, cuda:N or auto"),
     ([*EMOJI, "--lr", "inf"], "--lr must be a finite number, got inf"),
     ([*EMOJI, "--logs", "t.txt/runs"], "Not a directory"),
-    ([*EMOJI, "--model", "/root/a-model"], "unknown model '/root/a-model'"),
     (
         [*EMOJI, "--batchsize", "7"],
         "train: error: unrecognized arguments: --batchsize 7 (did you mean --batch-size?)",
@@ -97,37 +68,18 @@ BAD = [
     ),
     (["train", "--resume", "folder"], "folder holds no checkpoint to resume from"),
     (["plan", "--pairs", "0"], "--pairs must be at least 1, got 0"),
-    (["plan", "--gpus", "-2"], "--gpus must be at least 1, got -2"),
-    (["plan", "--embed-dim", "0"], "--embed-dim must be at least 1, got 0"),
     (["plan", "--embed-dim", "8", "--model", "RN50"], "--embed-dim is the model's own with --model: leave it out"),
-    (["plan", "--pairs", "many"], "argument --pairs: invalid integer value: 'many'"),
-    (["plan", "--model", "ViT-X"], "unknown model 'ViT-X'"),
-    (["plan", "--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
     (["plan", "--card", "v100"], "--card: unknown 'v100'; known: a100, h100, h200, b200. For another, take"),
-    (["plan", "--tflops", "0"], "--tflops must be more than 0, got 0"),
     (["plan", "--memory-gb", "nan"], "--memory-gb must be a finite number, got nan"),
-    (["plan", "--latency-us", "-1"], "--latency-us must be at least 0, got -1"),
-    (["plan", "--gpus-per-node", "0"], "--gpus-per-node must be at least 1, got 0"),
     (["plan", "--check", "--gpus", "9"], "--gpus must be at most 8, got 9"),
-    (["plan", "--check", "--pairs", "32768"], "--pairs must be at most 16384, got 32768"),
     (["plan", "--check", "--card", "h100"], "--card has no effect with --check: leave it out"),
     (["plan", "--json", "nowhere/plan.json"], "no folder nowhere to write plan.json in"),
-    (["doctor", "--json", "nowhere/doctor.json"], "no folder nowhere to write doctor.json in"),
     (["verify", "--op", "softmax"], "--op: unknown 'softmax'"),
-    (["verify", "--dtype", "fp8"], "--dtype: unknown 'fp8'; known: fp32, fp16, bf16"),
-    (["verify", "--model", "ViT-Z"], "--model: unknown 'ViT-Z'"),
     (["verify", "--against", "timm"], "--against: unknown 'timm'; known: openclip, hf"),
-    (["verify", "--device", "tpu"], "--device: unknown 'tpu'"),
     (["verify", "--device", "cuda"], "--device cuda: PyTorch sees no CUDA GPU here"),
-    (["verify", "--op", "attention", "--json", "no/such/v.json"], "no folder no/such to write v.json in"),
     (["verify", "--op", "curve", "--quick"], "leave nothing to check"),
     ([], "the following arguments are required: COMMAND"),
     (["eval", "zero-shot"], "invalid choice: 'zero-shot' (did you mean zeroshot?)"),
-    (["bench", "contrastive_los"], "invalid choice: 'contrastive_los' (did you mean contrastive_loss?)"),
-    (["verify", "--op", "contrastive_los"], "unknown 'contrastive_los' (did you mean contrastive_loss?)"),
-    ([*EVAL, "--model", "ViT-B32"], "unknown model 'ViT-B32' (did you mean ViT-B-32?)"),
-    ([*EVAL, "--model", "x.pt", "--templates", "openia"], "(did you mean openai?)"),
-    (["train", "--recipe", "emojy"], "no recipe 'emojy' (did you mean emoji?)"),
     (["trian"], "invalid choice: 'trian' (did you mean train?)"),
 ]
 
@@ -144,10 +96,6 @@ def test_bad_input_is_one_clear_line(capsys, tmp_path, monkeypatch, arguments, m
     assert message in err.splitlines()[-1]
     assert "Traceback" not in err
     assert not [path for path in tmp_path.rglob("*") if path.suffix in (".pt", ".safetensors")]
-
-
-def test_version(capsys):
-    assert run_command(capsys, "--version") == (0, f"clipfast {__version__}\n", "")
 
 
 def test_an_interruption_while_a_command_is_imported_is_one_line(capsys, monkeypatch):

@@ -16,7 +16,7 @@ from clipfast import create_model, ranks
 from clipfast.cli import main
 from clipfast.evaluation.encoder import Encoder
 from clipfast.evaluation.tasks.compositional_records import files_of
-from clipfast.images import image_transform
+from clipfast.images import make_transform
 from clipfast.ranks import run_ranks
 
 from .conftest import run_command, write_shard
@@ -51,7 +51,7 @@ class Seeing(Encoder):
 @pytest.fixture
 def seeing(monkeypatch):
     tokenizer = lambda texts: torch.zeros(len(texts), 1)  # noqa: E731
-    encoder = Seeing("seeing", torch.nn.Identity(), tokenizer, image_transform(8, uint8=True))
+    encoder = Seeing("seeing", torch.nn.Identity(), tokenizer, make_transform(8, uint8=True))
     monkeypatch.setattr(Encoder, "load", classmethod(lambda *args, **options: encoder))
 
 

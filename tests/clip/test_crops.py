@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from clipfast.data import CroppedImages
-from clipfast.images import ImageError, image_transform, open_image
+from clipfast.images import ImageError, make_transform, open_image
 
 
 def photograph(width: int, height: int, seed: int = 0) -> Image.Image:
@@ -50,7 +50,7 @@ def test_coarse_decoding_is_almost_the_whole(width, height, scale):
         assert coarse.dtype == torch.uint8
         assert decibels(coarse, whole) > 35
         torch.manual_seed(seed)
-        theirs = image_transform(96, train=True, scale=scale, uint8=True)(open_image(data))
+        theirs = make_transform(96, train=True, scale=scale, uint8=True)(open_image(data))
         assert decibels(whole, theirs) > 45  # torchvision cuts the crop out before it resizes
 
 

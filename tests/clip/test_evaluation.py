@@ -14,7 +14,7 @@ from clipfast.evaluation.labelled import LabelledSet
 from clipfast.evaluation.retrieval import pair_ranks
 from clipfast.evaluation.zero_shot import build_zero_shot_classifier, encode_texts, top_classes
 from clipfast.factory import get_tokenizer
-from clipfast.images import image_transform
+from clipfast.images import make_transform
 
 from .conftest import picture, sample, write_shard
 
@@ -27,7 +27,7 @@ def model():
 
 def encoded(model, data, **keys):
     """The features of a labelled set, in batches of 7."""
-    encoder = Encoder("ViT-T-8-32", model, get_tokenizer(), image_transform(32, uint8=True))
+    encoder = Encoder("ViT-T-8-32", model, get_tokenizer(), make_transform(32, uint8=True))
     return encode_set([encoder], LabelledSet(str(data), **keys), batch_size=7)[0]
 
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from clipfast import ImageError, create_model_and_transforms, image_transform, open_image
+from clipfast.images import make_transform
 from clipfast.kernels.reference import CLIP_MEAN, CLIP_STD
 
 
@@ -82,7 +83,7 @@ def test_palette_and_cmyk_and_grey():
     assert abs(cmyk - exact).mean() < 5
     grey = np.asarray(open_image(encoded(gradient().convert("L"))))
     assert (grey[..., 0] == grey[..., 2]).all()
-    assert image_transform(32)(gradient().convert("LA")).shape == (3, 32, 32)
+    assert image_transform(32, False)(gradient().convert("LA")).shape == (3, 32, 32)
 
 
 def test_sixteen_bits_are_scaled():
@@ -111,12 +112,12 @@ def test_same_pixels_as_open_clip(size):
     open_clip = pytest.importorskip("open_clip")
     image = gradient(*size)
     theirs = open_clip.image_transform(32, is_train=False)(image)
-    torch.testing.assert_close(image_transform(32)(image), theirs, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(image_transform(32, False)(image), theirs, rtol=1e-6, atol=1e-6)
 
 
 def test_bytes_are_the_floats_before_normalisation():
     image = gradient()
-    floats, ints = image_transform(32)(image), image_transform(32, uint8=True)(image)
+    floats, ints = image_transform(32, False)(image), image_transform(32, False, uint8=True)(image)
     assert ints.dtype == torch.uint8
     mean, std = (torch.tensor(values)[:, None, None] for values in (CLIP_MEAN, CLIP_STD))
     torch.testing.assert_close((ints / 255 - mean) / std, floats)
@@ -128,7 +129,7 @@ def test_training_crops_differ_and_evaluation_does_not():
     assert train(image).shape == evaluate(image).shape == (3, 32, 32)
     assert not torch.equal(train(image), train(image))
     assert torch.equal(evaluate(image), evaluate(image))
-    without_crop = image_transform(32, train=True, scale=(1.0, 1.0), uint8=True)
+    without_crop = make_transform(32, train=True, scale=(1.0, 1.0), uint8=True)
     assert torch.equal(without_crop(image), evaluate(image))
 
 

@@ -11,7 +11,7 @@ import pytest
 from torch import nn
 
 from clipfast import SigLipLoss, run
-from clipfast.adopt import walk
+from clipfast.adopt import apply
 from clipfast.bench.adoption import trainer
 
 from .conftest import TINY
@@ -266,7 +266,7 @@ created = [open_clip.create_model("tiny"), open_clip.create_model_and_transforms
 torch.save(created[0].state_dict(), "weights.pt")
 created += [open_clip.create_model_from_pretrained("tiny", "weights.pt")[0], open_clip.create_model("tiny", jit=True)]
 for model in created:
-    places = [line.split(maxsplit=3) for line in clipfast.report(model).splitlines()[1:]]
+    places = [line.split(maxsplit=3) for line in clipfast.report_kernels(model).splitlines()[1:]]
     print(sorted({kind for _, _, kind, text in places if not text.startswith("as before")}))
 """
 TINY_LINE = "clipfast: a CLIP runs on clipfast in these places (on a CPU, most of them as before): "
@@ -308,7 +308,7 @@ def test_a_model_that_our_code_fails_on_is_left_as_it_is(error, monkeypatch):
     open_clip = pytest.importorskip("open_clip")
     block = open_clip.transformer.ResidualAttentionBlock(32, 2)
     before = {name: sorted(module.__dict__) for name, module in block.named_modules()}
-    carry_out, calls = walk.carry_out, []
+    carry_out, calls = apply.carry_out, []
 
     def fail_later(*args):
         calls.append(args)
@@ -316,7 +316,7 @@ def test_a_model_that_our_code_fails_on_is_left_as_it_is(error, monkeypatch):
             raise error
         return carry_out(*args)
 
-    monkeypatch.setattr(walk, "carry_out", fail_later)
+    monkeypatch.setattr(apply, "carry_out", fail_later)
     said = run.apply_to_model(block, list(run.MODEL_PARTS))
     assert said == f"a ResidualAttentionBlock is left as it is ({error})"
     assert {name: sorted(module.__dict__) for name, module in block.named_modules()} == before

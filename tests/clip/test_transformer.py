@@ -6,12 +6,10 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import clipfast
-from clipfast.kernels import configs
 from clipfast.models import transformer
 from clipfast.models.layers import InProjection, LayerNorm
 from clipfast.models.transformer import Attention, Transformer, read_rows
@@ -44,7 +42,7 @@ def on_gpu(request, monkeypatch):
 @pytest.mark.parametrize(
     ("causal", "quick_gelu", "on_gpu"),
     # On a CPU, PyTorch computes QuickGELU by several operations, which nothing here fuses.
-    [(False, False, False), (True, False, False), (False, False, True), (False, True, True)],
+    [(True, False, False), (False, True, True)],
     indirect=["on_gpu"],
 )
 def test_a_block_has_no_operation_too_many(causal, quick_gelu, on_gpu):
@@ -88,19 +86,6 @@ def random_tower(causal, quick_gelu=False, dtype=torch.float64):
     for parameter in tower.parameters():
         nn.init.normal_(parameter, std=0.3)
     return tower
-
-
-@pytest.mark.parametrize("checkpointed", [False, True], ids=["kept", "recomputed"])
-@pytest.mark.parametrize("quick_gelu", [False, True], ids=["gelu", "quick"])
-def test_every_route_of_a_block_is_the_same(quick_gelu, checkpointed, on_gpu):
-    tower, x = random_tower(True, quick_gelu), torch.randn(2, 9, 32, dtype=torch.float64)
-    for module in tower.modules():
-        module.backend = "torch"
-    expected = gradients(tower, x)
-    tower.grad_checkpointing = checkpointed
-    for module in tower.modules():
-        module.backend = "auto"
-    torch.testing.assert_close(gradients(tower, x), expected, rtol=1e-9, atol=1e-9)
 
 
 ROWS = {"class": (False, None), "end of text": (True, torch.tensor([4, 0, 8]))}
@@ -166,23 +151,6 @@ def test_more_tokens_than_the_pool_takes(tokens, pools):
     torch.testing.assert_close(out, tower(x)[:, 0], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ROWS)
-def test_rounding_of_the_read_row(kind):
-    # One row is projected in another order, which rounds at other places but not worse.
-    causal, rows = ROWS[kind]
-    errors = {"short": 0.0, "full": 0.0}
-    for _ in range(4):
-        tower, x = random_tower(causal, dtype=torch.float32), torch.randn(3, 9, 32)
-        exact = read_with_grads(tower.double(), rows, x.double())
-        tower.float()
-        for name in errors:
-            tower.resblocks[-1].attn.backend = "torch" if name == "full" else "auto"
-            with torch.autocast("cpu", torch.bfloat16):
-                rounded = read_with_grads(tower, rows, x.bfloat16())
-            errors[name] += sum((rounded[key] - exact[key]).norm() / exact[key].norm() for key in ("out", "x"))
-    assert errors["short"] < 1.2 * errors["full"]
-
-
 def test_hooks_and_adapters_of_norm_and_mlp(on_gpu):
     tower = Transformer(32, 1, 2, 4.0, causal=False, quick_gelu=False)
     block, x, seen = tower.resblocks[0], torch.randn(2, 9, 32), []
@@ -206,17 +174,6 @@ def test_another_activation_is_not_taken_for_ours(on_gpu):
     mlp = tower.resblocks[0].mlp
     mlp.gelu = nn.GELU(approximate="tanh")
     assert torch.equal(mlp(x), mlp.c_proj(mlp.gelu(mlp.c_fc(x))))
-
-
-@pytest.mark.parametrize("on_gpu", [True], indirect=True)
-def test_autocast_leaves_the_stream_in_16_bits(on_gpu):
-    tower = Transformer(32, 2, 2, 4.0, causal=False, quick_gelu=False)
-    x = torch.randn(2, 9, 32).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16), Operations() as forward:
-        out = tower(x)
-    assert out.dtype == torch.bfloat16
-    # four weights and three biases, and no activation; the bias of the hidden layer goes into its op as it is
-    assert forward.counts["aten._to_copy.default"] == 2 * (4 + 3)
 
 
 class LowRank(nn.Module):
@@ -256,37 +213,16 @@ def test_projections_are_linear_layers_that_an_adapter_can_wrap():
             torch.testing.assert_close(found[name], expected[name], rtol=tolerance, atol=tolerance, msg=name)
 
 
-def test_a_copy_has_parameters_of_its_own():
-    attn = Attention(32, 2, causal=False)
-    twin = copy.deepcopy(attn)
-    nn.init.zeros_(attn.in_proj_weight)
-    assert twin.in_proj.weight is twin.in_proj_weight
-    assert twin.in_proj_weight.any()
-
-
 def test_report_names_the_kernels():
     model = clipfast.create_model("ViT-L-14", device="meta")
-    text = clipfast.report(model, 90)
+    text = clipfast.report_kernels(model, 90)
     assert "visual.transformer: 23 x attention, 257 tokens, 16 heads of 64: forward looped" in text
     assert "\ntransformer: 11 x attention, 77 tokens, causal, 12 heads of 64: forward short" in text
-    assert "backward unrolled (a program holds a head); last block" in text
     assert "backward two phases; last block: attention_pool of the row that is read, 16 queries of 1024" in text
     model.visual.transformer.resblocks[-1].register_forward_hook(lambda *_: None)
-    assert "visual.transformer: 24 x attention" in clipfast.report(model, 90)
-    assert "257 tokens, 16 heads of 64: forward looped" in clipfast.report(model, 80)
-    key = configs.config_key("attention_sdpa", torch.bfloat16, 64)
-    with configs.override(key, configs.SdpaConfig(min_keys=257, min_keys_causal=78)):
-        image, text = clipfast.report(model, 90).splitlines()[1:]
-    assert "forward PyTorch's scaled_dot_product_attention" in image
-    assert "PyTorch" not in text
-    assert "attnpool: attention_pool, 50 tokens" in clipfast.report(clipfast.create_model("RN50", device="meta"))
-
-
-def test_report_is_of_the_gpu_that_the_model_is_on(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu=None: (8, 0) if gpu is None else (9, gpu.index))
-    model = clipfast.create_model("ViT-T-8-32", device="meta")
-    assert clipfast.report(model).startswith("on sm_80 ")
-    with FakeTensorMode():
-        model.logit_scale = nn.Parameter(torch.empty((), device="cuda:1"))
-    assert clipfast.report(model).startswith("on sm_91 ")
+    assert "visual.transformer: 24 x attention" in clipfast.report_kernels(model, 80)
+    for name, expected in (
+        ("RN50", "attnpool: attention_pool, 50 tokens"),
+        ("ViT-SO400M-16-SigLIP2-384", "visual.trunk.attn_pool: attention_pool, 576 tokens, 16 queries of 1152"),
+    ):
+        assert expected in clipfast.report_kernels(clipfast.create_model(name, device="meta"), 90)

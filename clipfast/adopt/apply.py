@@ -4,17 +4,8 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from .attention import propose_attention
-from .blocks import find_masks, propose_block
-from .embeddings import propose_patch_embed
-from .hf_attention import find_hf_inside, propose_hf_encoder
-from .hf_blocks import propose_hf_layer
-from .hf_embeddings import propose_hf_embeddings
-from .hf_model import propose_hf_model
-from .mlps import find_inside, propose_activation, propose_mlp
-from .norms import propose_norm
-from .places import RECORD, Proposal, carry_out, check_module, class_name, revert
-from .rows import propose_image_tower, propose_text_tower
+from . import hf, hf_model, hf_towers, open_clip, open_clip_towers, parts, timm
+from .places import RECORD, Proposal, carry_out, check_module, class_name, revert_model
 
 
 def apply_to_open_clip(
@@ -29,9 +20,9 @@ def apply_to_open_clip(
     """Let a model of OpenCLIP run on the kernels of this package, in place.
 
     Parameters, state dict, module tree, classes and hooks stay as they are, and results are the same up to rounding.
-    What the kernels cannot compute runs as before; ``clipfast.report(model)`` says what, and why. A second call starts
-    from the original again. Apply it before ``DistributedDataParallel``, FSDP or ``torch.compile``. (``DataParallel``
-    copies replaced methods without their module, and does not work.)
+    What the kernels cannot compute runs as before; ``clipfast.report_kernels(model)`` says what, and why. A second call
+    starts from the original again. Apply it before ``DistributedDataParallel``, FSDP or ``torch.compile``.
+    (``DataParallel`` copies replaced methods without their module, and does not work.)
 
     Args:
         model: of ``open_clip.create_model``, or any module that contains towers of OpenCLIP; timm's towers included.
@@ -136,7 +127,7 @@ def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bo
             raise TypeError(f"{function}: {name} must be a bool, got {type(value).__name__}")
     if not any(class_name(module).startswith(f"{library}.") for module in model.modules()):
         raise ValueError(f"{function}: nothing in this {type(model).__name__} is a module of {library}")
-    revert(model)
+    revert_model(model)
     model.__dict__[RECORD] = [
         carry_out(module, name, proposal, flags[proposal.kind])
         for name, module, proposal in proposals(model, flags)
@@ -150,26 +141,63 @@ def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str
 
     What can be done with a tower depends on what has been done with its parts.
     """
-    masks, inside = find_masks(model), find_inside(model) | find_hf_inside(model)
+    masks = open_clip.find_masks(model)
+    inside: set[int] = set()  # modules of which a module around them speaks
     for name, module in model.named_modules():
-        found = (
-            None if id(module) in inside else propose_attention(module, masks.get(id(module))),
-            propose_block(module, masks.get(id(module)), flags["attention"], flags["norms"]),
-            propose_hf_encoder(module),
-            propose_hf_layer(module),
-            propose_norm(module),
-            propose_mlp(module),
-            propose_activation(module, inside),
-        )
-        for proposal in filter(None, found):
-            yield name, module, proposal
+        inside |= {id(child) for child in hf.spoken_for(module)}
+        for proposal in _propose_part(module, masks.get(id(module)), flags):
+            if proposal.kind == "activations":
+                inside |= {id(child) for child in module.children()}
+            if proposal.kind == "norms" or id(module) not in inside:
+                yield name, module, proposal
     for name, module in model.named_modules():
         for proposal in _propose_tower(module) if id(module) not in inside else ():
             yield name, module, proposal
 
 
+def _propose_part(module: nn.Module, mask: parts.Mask | None, flags: Mapping[str, bool]) -> Iterator[Proposal]:
+    """Yield what to do with attention, a block, a norm or a perceptron, by the library that it is of."""
+    name = class_name(module)
+    library = name.partition(".")[0]
+    found: list[Proposal] = []
+    if name in parts.NORMS:
+        found = [parts.propose_norm(module)]
+    elif name in _ATTENTIONS:
+        found = [open_clip.under_mask(_ATTENTIONS[name](module), mask)]
+    elif library == "torch":
+        found = list(parts.propose_mlp(module))
+    elif library == "open_clip":
+        found = list(open_clip.propose_block(module, mask, flags["attention"], flags["norms"]))
+    elif library == "timm":
+        found = list(timm.propose(module, flags["norms"]))
+    elif library == "transformers":
+        found = list(hf.propose(module))
+    yield from found or _propose_unknown(module)
+
+
+_ATTENTIONS = {parts.MULTIHEAD: parts.propose_multihead} | open_clip.ATTENTIONS | timm.ATTENTIONS
+_ACTIVATIONS = ("torch.nn.modules.activation", "timm.layers.activations", "transformers.activations")
+
+
+def _propose_unknown(module: nn.Module) -> Iterator[Proposal]:
+    """Yield why an activation, attention or a norm is left alone."""
+    name, kind = class_name(module), type(module).__name__
+    if name.rpartition(".")[0] in _ACTIVATIONS or name in parts.GELUS:
+        yield Proposal("activations", f"{kind} is not in one of the perceptrons that are known")
+    elif ("Attention" in kind or kind.endswith("Attn")) and not kind.endswith("Block"):
+        if not any(class_name(inner) in _ATTENTIONS or hf.is_attention(inner) for inner in module.modules()):
+            yield Proposal("attention", f"{kind} is not one of the attention classes that are known")
+    elif "norm" in kind.lower() and next(module.children(), None) is None:
+        yield Proposal("norms", f"{kind} is not one of the layer norms that are known")
+
+
 def _propose_tower(module: nn.Module) -> Iterator[Proposal]:
     """Yield what can be done with the way of images and texts through a tower."""
-    yield from filter(None, (propose_patch_embed(module), propose_image_tower(module), propose_hf_embeddings(module)))
-    yield from propose_text_tower(module)
-    yield from propose_hf_model(module)
+    name = class_name(module)
+    if name.startswith("open_clip."):
+        yield from open_clip_towers.propose_tower(module)
+    elif name.startswith("timm.layers.patch_embed."):
+        yield Proposal("patch_embed", "timm's patch embedding adds neither positions nor a class token")
+    else:  # a class of its own may be derived from a model of transformers
+        yield from hf_towers.propose_embeddings(module)
+        yield from hf_model.propose_model(module)

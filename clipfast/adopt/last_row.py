@@ -1,0 +1,46 @@
+"""The last block of a tower of OpenCLIP or transformers, which computes only the row that the tower reads."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
+from ..models.layers import take_rows
+from .parts import add_norm
+from .places import is_untouched
+
+KIND = "pooled_last_block"
+ROW = "one row, by clipfast.attention_pool"
+
+
+def why_not_row(block: Any, num_tokens: int, num_heads: int, is_known: Callable[[Any], bool]) -> str:
+    """Return why the last block cannot compute one row alone, or "" if it can.
+
+    Args:
+        block: the block.
+        num_tokens: the tokens of a sequence.
+        num_heads: the heads of its attention.
+        is_known: returns whether a part of the block treats each row by itself, or is the attention.
+    """
+    if not all(is_known(part) for part in block.modules()):
+        return "its last block has parts that CLIP's has not, such as an adapter"
+    if not all(is_untouched(part) for part in block.modules()):
+        return "its last block has a hook, or something else has replaced a part of it"
+    if num_tokens > MAX_TOKENS or num_heads > MAX_HEADS:
+        return f"more than {MAX_TOKENS} tokens or {MAX_HEADS} heads"
+    return ""
+
+
+def last_row(x: Tensor, rows: Tensor | None, branch: Tensor, norm: Any, mlp: Callable[[Tensor], Tensor]) -> Tensor:
+    """Return row ``rows[b]`` of each sequence after a block: [B, N, width] -> [B, width].
+
+    Args:
+        x: what enters the block.
+        rows: [B]; None for the first row of each sequence.
+        branch: [B, width], the output of its attention for these rows.
+        norm: its second norm.
+        mlp: its perceptron.
+    """
+    x, normed = add_norm(take_rows(x, rows), branch, norm)
+    return x + mlp(normed)

@@ -1,0 +1,275 @@
+"""The towers of OpenCLIP: their embeddings in one pass, and the row of their last block that they read."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..kernels import patch_embed, text_embed
+from ..models.layers import attend_row, has_hooks, is_plain, take_rows
+from .last_row import KIND, ROW, last_row, why_not_row
+from .open_clip import hides_padding, is_causal, why_not_causal
+from .parts import drops, is_projection, is_table, project_out
+from .places import ON_GPUS, Proposal, class_name, computes, is_left, is_untouched, on_cpus, runs_ours
+
+_POOLS = ("first", "last", "argmax", "eos")
+_LIBRARY = ("open_clip.transformer.", "open_clip.layers.")
+_PLAIN = {
+    *(library + name for library in _LIBRARY for name in ("LayerNorm", "LayerNormFp32", "QuickGELU", "LayerScale")),
+    *(f"torch.nn.modules.activation.{name}" for name in ("MultiheadAttention", "GELU")),
+    *(f"torch.nn.modules.linear.{name}" for name in ("Linear", "Identity", "NonDynamicallyQuantizableLinear")),
+    "open_clip.transformer.ResidualAttentionBlock", "open_clip.transformer.Attention",
+    "torch.nn.modules.container.Sequential", "torch.nn.modules.dropout.Dropout",
+}  # fmt: skip
+
+
+def propose_tower(module: nn.Module) -> Iterator[Proposal]:
+    """Yield what to do with the embedding of a tower and with its last block; nothing if ``module`` is no tower."""
+    tower: Any = module
+    name = class_name(module)
+    if name == "open_clip.transformer.VisionTransformer" and hasattr(module, "_embeds"):  # OpenCLIP < 3 has none
+        yield from _propose_image_tower(tower)
+    elif name == "open_clip.modified_resnet.ModifiedResNet":
+        yield Proposal("patch_embed", "a ResNet has convolutions in place of patches")
+    elif name == "open_clip.timm_model.TimmModel":
+        yield Proposal(KIND, "a tower of timm computes every row of its last block")
+    elif name == "open_clip.model.CLIP":
+        # 3.3.0 has the one, later versions have both
+        method = "_encode_text" if hasattr(type(module), "_encode_text") else "encode_text"
+        yield _embedding(_why_not_embed(tower), encode_text, method, "embeds")
+        yield _row(_why_not_read(tower, tower.text_pool_type), encode_text, method, "pools")
+    elif name == "open_clip.transformer.TextTransformer" and hasattr(module, "_embeds"):
+        yield _embedding(_why_not_embed(tower), text_embeds, "_embeds")
+        yield _row(_why_not_read(tower, tower.pool_type), text_tower, "forward")
+    elif name == "open_clip.transformer.ModernTextTransformer":
+        yield Proposal("text_embed", "it adds no positions to texts")
+        yield Proposal(KIND, "its last block has parts that CLIP's has not, such as an adapter")
+
+
+def _propose_image_tower(tower: Any) -> Iterator[Proposal]:
+    if is_projection(tower.conv1):
+        yield Proposal("patch_embed", "clipfast.patch_embed", image_tokens, "_embeds")
+    else:
+        text = "its convolution has a hook, or is not a projection of square patches without a bias"
+        yield Proposal("patch_embed", text)
+    if tower.attn_pool is not None or tower.pool_type != "tok" or tower.output_tokens:
+        yield Proposal(KIND, "every row of the last block is read")
+    else:
+        yield _row(_why_not_row(tower.transformer, len(tower.positional_embedding)), image_tower, "forward")
+
+
+def _embedding(refusal: str, function: Callable[..., Any], method: str, option: str | None = None) -> Proposal:
+    if refusal:
+        return Proposal("text_embed", refusal)
+    return Proposal("text_embed", f"clipfast.text_embed{ON_GPUS}", function, method, option=option)
+
+
+def _row(refusal: str, function: Callable[..., Any], method: str, option: str | None = None) -> Proposal:
+    return Proposal(KIND, refusal) if refusal else Proposal(KIND, ROW, function, method, option=option)
+
+
+def _why_not_embed(tower: Any) -> str:
+    """Return why our op cannot embed texts for ``tower``, or "" if it can."""
+    if hides_padding(tower):
+        return "a class token follows the text, or padding is hidden"
+    return "" if is_table(tower.token_embedding) else "its table has a hook, or does more than look up"
+
+
+def _why_not_read(tower: Any, pool_type: str) -> str:
+    """Return why the last block of a text tower cannot compute one row alone, or "" if it can."""
+    if pool_type not in _POOLS or getattr(tower, "output_tokens", False):
+        return "every row of the last block is read"
+    return why_not_causal(tower) or _why_not_row(tower.transformer, len(tower.positional_embedding))
+
+
+def _why_not_row(stack: Any, num_tokens: int) -> str:
+    """Return why the last block of ``stack`` cannot compute one row alone, or "" if it can."""
+    if class_name(stack) != "open_clip.transformer.Transformer" or not is_untouched(stack):
+        return "its stack of blocks is not OpenCLIP's own, or has a hook"
+    if not len(stack.resblocks) or not getattr(stack, "batch_first", True):
+        return "it has no blocks, or batch_first=False"
+    last = stack.resblocks[-1]
+    heads = getattr(getattr(last, "attn", None), "num_heads", 0)
+    refusal = why_not_row(last, num_tokens, heads, lambda part: class_name(part) in _PLAIN)
+    if not refusal and not (runs_ours(last.attn) and _is_plain_attention(last.attn)):
+        return "its attention is not ours, or not plain"
+    return refusal
+
+
+def _is_plain_attention(attn: Any) -> bool:
+    """Return True if ``attn`` projects its input, and does nothing else to it."""
+    if isinstance(attn, nn.MultiheadAttention):
+        return attn._qkv_same_embed_dim and not drops(attn, attn.dropout)
+    parts = (attn.ln_q, attn.ln_k, attn.ln_inner)
+    is_softmax = attn.in_proj_weight is not None and attn.logit_scale is None and attn.head_scale is None
+    is_projection = is_softmax and all(type(part) is nn.Identity for part in parts)
+    return is_projection and not drops(attn, attn.attn_drop.p) and not drops(attn, attn.out_drop.p)
+
+
+@on_cpus
+def image_tokens(tower: Any, images: Tensor) -> Tensor:
+    """Compute the tokens that enter the blocks of an OpenCLIP image tower: [B, 3, H, W] -> [B, 1 + patches, width].
+
+    Images may be uint8 as decoded, where the tower knows its mean and standard deviation (``image_mean`` and
+    ``image_std``, which OpenCLIP's factory sets). Patches that are dropped are not read.
+    """
+    grid = _grid(tower, images)
+    if grid is None:
+        return type(tower)._embeds(tower, images)
+    options = {"mean": tower.image_mean, "std": tower.image_std} if images.dtype == torch.uint8 else {}
+    keep = _kept_patches(tower.patch_dropout, len(images), grid[0] * grid[1])
+    keep = None if keep is None else keep.to(images.device)
+    tokens = patch_embed(
+        images, tower.conv1.weight, tower.class_embedding, tower.positional_embedding, keep=keep, **options
+    )
+    return tower.ln_pre(tokens if keep is not None else tower.patch_dropout(tokens))
+
+
+def _grid(tower: Any, images: Tensor) -> tuple[int, int] | None:
+    """Return the rows and columns of patches; None if our op does not take ``images``."""
+    if images.ndim != 4 or not is_projection(tower.conv1) or not computes(images):
+        return None
+    is_bytes = images.dtype == torch.uint8 and hasattr(tower, "image_mean") and hasattr(tower, "image_std")
+    size = tower.conv1.kernel_size[0]
+    height, width = images.shape[2:]
+    grid = (height // size, width // size)
+    is_whole = height % size == 0 and width % size == 0 and images.shape[1] == tower.conv1.in_channels
+    is_taken = is_whole and (is_bytes or images.is_floating_point())
+    return grid if is_taken and 1 + grid[0] * grid[1] == len(tower.positional_embedding) else None
+
+
+def _kept_patches(dropout: Any, batch: int, num_patches: int) -> Tensor | None:
+    """Draw the patches [B, K] that OpenCLIP's patch dropout keeps, from the same random numbers; None if it does none.
+
+    None also stands for a dropout that is not OpenCLIP's own, and must be called.
+    """
+    is_known = class_name(dropout) == "open_clip.transformer.PatchDropout" and is_plain(dropout, type(dropout))
+    if not is_known or not dropout.training or dropout.prob == 0 or not dropout.exclude_first_token:
+        return None
+    kept = max(1, int(num_patches * (1 - dropout.prob)))
+    return torch.randn(batch, num_patches).topk(kept, dim=-1).indices
+
+
+def text_tokens(tower: Any, text: Tensor) -> Tensor | None:
+    """Compute tokens plus positions of an OpenCLIP text tower: [B, L] -> [B, L, width]; None if our op does not."""
+    table, positions = tower.token_embedding, tower.positional_embedding
+    dtype = tower.transformer.get_cast_dtype()
+    is_same = is_table(table) and table.weight.dtype == positions.dtype == dtype
+    is_text = text.ndim == 2 and text.shape[1] <= len(positions) and text.dtype in (torch.int32, torch.int64)
+    if not is_same or not is_text or not computes(table.weight) or is_left(table.weight):
+        return None
+    # Under autocast, these tokens keep the dtype of the table, as theirs do.
+    with torch.autocast(text.device.type, enabled=False):
+        return text_embed(text, table.weight, positions)
+
+
+@on_cpus
+def text_embeds(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Compute ``TextTransformer._embeds``: the tokens [B, L, width], and the mask of as many tokens."""
+    if attention_mask is not None:
+        return type(tower)._embeds(tower, text, attention_mask)
+    tokens = text_tokens(tower, text)
+    if tokens is None:
+        return type(tower)._embeds(tower, text)
+    mask, length = tower.attn_mask, tokens.shape[1]
+    return tokens, mask if mask is None or len(mask) == length else mask[:length, :length]
+
+
+@on_cpus
+def image_tower(tower: Any, x: Tensor) -> Tensor:
+    """Compute an OpenCLIP image tower that reads its class token: [B, 3, H, W] -> [B, output_dim]."""
+    is_read = tower.attn_pool is None and tower.pool_type == "tok" and not tower.output_tokens
+    if not is_read or has_hooks(tower.ln_post) or not computes(x):
+        return type(tower).forward(tower, x)
+    x = tower._embeds(x)
+    if _why_not_row(tower.transformer, x.shape[1]):
+        pooled = tower._pool(tower.transformer(x))[0]
+    else:
+        pooled = tower.ln_post(_read_row(tower.transformer, x, None, None, False))
+    return pooled if tower.proj is None else pooled @ tower.proj
+
+
+@on_cpus
+def text_tower(tower: Any, text: Tensor, attention_mask: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    """Compute an OpenCLIP ``TextTransformer``: [B, L] -> [B, output_dim]. Versions from 4 on take a mask of padding."""
+    if attention_mask is not None:
+        return type(tower).forward(tower, text, attention_mask)
+    if tower.output_tokens or tower.cls_emb is not None or has_hooks(tower.ln_final):
+        return type(tower).forward(tower, text)
+    x, mask = tower._embeds(text)
+    return _text_features(tower, x, text, mask, tower.pool_type, getattr(tower, "eos_id", None), True)
+
+
+@on_cpus
+def encode_text(
+    model: Any, text: Tensor, normalize: bool = False, *, embeds: bool = False, pools: bool = False
+) -> Tensor:
+    """Compute ``open_clip.CLIP.encode_text``: [B, L] -> [B, embed_dim].
+
+    Args:
+        model: the model.
+        text: token ids.
+        normalize: divide each feature vector by its length.
+        embeds: embed by our op.
+        pools: the last block computes one row only.
+    """
+    x = text_tokens(model, text) if embeds else None
+    if x is None:
+        dtype = model.transformer.get_cast_dtype()
+        x = model.token_embedding(text).to(dtype) + model.positional_embedding.to(dtype)
+    eos = getattr(model, "text_eos_id", None)
+    x = _text_features(model, x, text, model.attn_mask, model.text_pool_type, eos, pools)
+    return F.normalize(x, dim=-1) if normalize else x
+
+
+def _text_features(
+    tower: Any, x: Tensor, text: Tensor, mask: Tensor | None, pool_type: str, eos: int | None, pools: bool
+) -> Tensor:
+    """Return the projection of the row that is read of each text: [B, L, width] -> [B, output_dim]; or of all rows."""
+    causal = is_causal(mask, tower)
+    can_pool = pools and pool_type in _POOLS and (causal or mask is None) and not has_hooks(tower.ln_final)
+    if can_pool and computes(x) and not _why_not_row(tower.transformer, x.shape[1]):
+        x = tower.ln_final(_read_row(tower.transformer, x, _rows(text, pool_type, eos), mask, causal))
+    else:
+        x = tower.ln_final(tower.transformer(x, attn_mask=mask))
+        x = take_rows(x, _rows(text, pool_type, eos)) if pool_type in _POOLS else x
+    projection = tower.text_projection
+    if projection is None:
+        return x
+    return projection(x) if isinstance(projection, nn.Module) else x @ projection
+
+
+def _rows(text: Tensor, pool_type: str, eos: Any) -> Tensor | None:
+    """Return the index [B] of the row that is read of each text; None stands for the first."""
+    if pool_type == "first":
+        return None
+    if pool_type == "argmax":
+        return text.argmax(-1)
+    if pool_type == "eos":
+        return (text == eos).int().argmax(-1)
+    return text.new_full(text.shape[:1], text.shape[1] - 1, dtype=torch.int64)
+
+
+def _read_row(stack: Any, x: Tensor, rows: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+    """Compute row ``rows[b]`` of each sequence b after all blocks: [B, N, width] -> [B, width]."""
+    *blocks, last = stack.resblocks
+    for block in blocks:
+        if stack.grad_checkpointing:
+            x = checkpoint(block, x, None, None, mask, use_reentrant=False)
+        else:
+            x = block(x, attn_mask=mask)
+    if stack.grad_checkpointing:
+        return checkpoint(_last_row, last, x, rows, causal, use_reentrant=False)
+    return _last_row(last, x, rows, causal)
+
+
+def _last_row(block: Any, x: Tensor, rows: Tensor | None, causal: bool) -> Tensor:
+    """Compute one row of what ``block`` returns for each sequence: [B, N, width] -> [B, width]."""
+    attn = block.attn
+    biases = (None,) * 3 if attn.in_proj_bias is None else attn.in_proj_bias.chunk(3)
+    out = attend_row(block.ln_1(x), rows, attn.num_heads, attn.in_proj_weight.chunk(3), biases, causal=causal)
+    branch = block.ls_1(project_out(attn, out))
+    return last_row(x, rows, branch, block.ln_2, lambda normed: block.ls_2(block.mlp(normed)))

@@ -1,0 +1,251 @@
+"""Parts that the libraries share: attention, layer norms, activations and embeddings, and those classes of PyTorch's.
+
+Each function computes what the ``forward`` of its class does, and has its arguments. A call that asks for something
+else (weights, padding, dropout, any mask but a causal one) runs the class's own ``forward``.
+"""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import attention, attention_qkv, bias_gelu, bias_quick_gelu, layer_norm
+from ..kernels.attention.op import MAX_HEAD_DIM
+from ..kernels.layer_norm.op import MAX_WIDTH
+from ..models.layers import has_hooks, is_plain, project_qkv, residual_norm
+from .places import Proposal, class_name, computes, is_left, runs_ours
+
+ADDS = "clipfast.layer_norm, which also adds attention's output"
+_LAYERS = ["c_fc", "gelu", "c_proj"]
+MULTIHEAD = "torch.nn.modules.activation.MultiheadAttention"
+GELUS = {
+    "torch.nn.modules.activation.GELU": bias_gelu,
+    "timm.layers.activations.GELU": bias_gelu,
+    "timm.layers.activations.QuickGELU": bias_quick_gelu,
+    "open_clip.transformer.QuickGELU": bias_quick_gelu,
+    "open_clip.layers.QuickGELU": bias_quick_gelu,
+    "transformers.activations.GELUActivation": bias_gelu,
+    "transformers.activations.QuickGELUActivation": bias_quick_gelu,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+    """The mask or the context that a block is given besides its tokens.
+
+    Attributes:
+        owner: the module that holds a causal mask for it as ``attn_mask``.
+        refusal: why its mask is not plainly causal.
+        is_cross: True if its queries are not the tokens that they see.
+        is_padding: True if there is a mask where images have patches that are padding, and none elsewhere.
+    """
+
+    owner: nn.Module | None = None
+    refusal: str = ""
+    is_cross: bool = False
+    is_padding: bool = False
+
+
+# Attention
+
+
+def propose_heads(head_dim: int, op: str, function: Any) -> Proposal:
+    """Propose attention, unless its heads are too wide."""
+    if head_dim > MAX_HEAD_DIM:
+        return Proposal("attention", f"heads have {head_dim} dimensions, and at most {MAX_HEAD_DIM} can be computed")
+    return Proposal("attention", f"clipfast.{op}", function)
+
+
+def propose_multihead(module: Any) -> Proposal:
+    """Say what to do with ``nn.MultiheadAttention``."""
+    if not module.batch_first:
+        return Proposal("attention", "batch_first=False")
+    if module.bias_k is not None or module.bias_v is not None or module.add_zero_attn:
+        return Proposal("attention", "it adds keys that are no tokens (bias_k, bias_v or add_zero_attn)")
+    op = "attention" if module._qkv_same_embed_dim else "attention_qkv"
+    return propose_heads(module.head_dim, op, multihead_attention)
+
+
+def multihead_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute ``nn.MultiheadAttention``: [B, N, E] -> [B, N, E], and None for the weights.
+
+    ``is_causal`` says that ``attn_mask`` is the causal mask, as in PyTorch.
+    """
+    is_other = key is not value or query.ndim != 3 or key_padding_mask is not None or need_weights
+    if is_other or (attn_mask is not None) != is_causal or drops(module, module.dropout) or not computes(query):
+        return type(module).forward(
+            module, query, key, value, key_padding_mask, need_weights, attn_mask, average_attn_weights, is_causal
+        )
+    if query is not key or not module._qkv_same_embed_dim:
+        return project_out(module, heads_attention(*project_apart(module, query, key), None, is_causal)), None
+    qkv, bias = project_qkv(query, module.in_proj_weight, module.in_proj_bias)
+    return project_out(module, attention(qkv, module.num_heads, causal=is_causal, bias=bias)), None
+
+
+def drops(module: nn.Module, probability: float) -> bool:
+    """Return True if attention drops weights now."""
+    return module.training and probability > 0
+
+
+def project_out(module: Any, out: Tensor) -> Tensor:
+    """Apply the output projection of an ``nn.MultiheadAttention``, which itself reads this layer and never calls it."""
+    return F.linear(out, module.out_proj.weight, module.out_proj.bias)
+
+
+def project_apart(module: Any, x: Tensor, context: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries [B, H, M, D] of ``x``, and keys and values [B, H, N, D] of ``context``.
+
+    The weights of ``module`` have the names of ``nn.MultiheadAttention``: one tensor, or one each where widths differ.
+    """
+    width, heads = x.shape[-1], (module.num_heads, -1)
+    if module.in_proj_weight is not None:
+        weight_q, weight_kv = module.in_proj_weight.split([width, 2 * width])
+    else:
+        weight_q, weight_kv = module.q_proj_weight, torch.cat([module.k_proj_weight, module.v_proj_weight])
+    bias_q, bias_kv = (None, None) if module.in_proj_bias is None else module.in_proj_bias.split([width, 2 * width])
+    q = F.linear(x, weight_q, bias_q).unflatten(-1, heads).transpose(1, 2)
+    k, v = F.linear(context, weight_kv, bias_kv).unflatten(-1, (2, *heads)).permute(2, 0, 3, 1, 4).unbind(0)
+    return q, k, v
+
+
+def split_heads(qkv: Tensor, num_heads: int) -> tuple[Tensor, ...]:
+    """Return queries, keys and values [B, H, N, D] of a packed projection [B, N, 3 H D]."""
+    return qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+
+
+def heads_attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None, is_causal: bool) -> Tensor:
+    """Compute attention of [B, H, M, D] on [B, H, N, D]: [B, M, H D]."""
+    # Under autocast, norms of queries and keys may have float32 where the values have 16 bits.
+    q, k, v = (t.to(v.dtype).transpose(1, 2) for t in (q, k, v))
+    return attention_qkv(q, k, v, causal=is_causal, scale=scale).flatten(2)
+
+
+# Layer norms
+
+
+def propose_norm(norm: Any) -> Proposal:
+    """Say what to do with one of ``NORMS``."""
+    if norm.weight is None or norm.bias is None:
+        return Proposal("norms", "it has no weight or no bias")
+    if len(norm.normalized_shape) != 1:
+        return Proposal("norms", "it normalises over more than one dimension")
+    if norm.weight.shape[0] > MAX_WIDTH:
+        return Proposal("norms", f"rows are {norm.weight.shape[0]} wide, and at most {MAX_WIDTH} can be computed")
+    if getattr(norm, "_fast_norm", False):
+        return Proposal("norms", "timm's fast norm is on, which computes in 16 bits")
+    return Proposal("norms", "clipfast.layer_norm", NORMS[class_name(norm)])
+
+
+def same_dtype_norm(module: Any, x: Tensor) -> Tensor:
+    """Compute a layer norm [..., N] -> [..., N] that returns the dtype of its input, under autocast too."""
+    if not computes(x):
+        return type(module).forward(module, x)
+    return layer_norm(x, module.weight, module.bias, module.eps)
+
+
+def autocast_norm(module: Any, x: Tensor) -> Tensor:
+    """Compute a layer norm [..., N] -> [..., N] that returns float32 under autocast on a GPU, as PyTorch's own does."""
+    if x.device.type != "cpu" and torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        x = x.float()
+    return same_dtype_norm(module, x)
+
+
+NORMS = {
+    "torch.nn.modules.normalization.LayerNorm": autocast_norm,
+    "timm.layers.norm.LayerNorm": autocast_norm,
+    "timm.layers.norm.LayerNormFp32": same_dtype_norm,
+    "open_clip.transformer.LayerNorm": same_dtype_norm,
+    "open_clip.transformer.LayerNormFp32": same_dtype_norm,
+    "open_clip.layers.LayerNorm": same_dtype_norm,
+    "open_clip.layers.LayerNormFp32": same_dtype_norm,
+    "open_clip.audio.whisper.LayerNorm": same_dtype_norm,
+}
+
+
+def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
+    """Return ``x + branch`` and ``norm(x + branch)``, [..., N] each, in one pass where ``norm`` is ours and plain.
+
+    Under autocast, the norm then has the dtype of the branch, which the linear layer behind it would round it to.
+    """
+    is_same = branch.dtype == x.dtype
+    is_rounded = torch.is_autocast_enabled(x.device.type) and torch.promote_types(branch.dtype, x.dtype) == x.dtype
+    takes = branch.shape == x.shape and computes(x) and not is_left(x) and (is_same or is_rounded)
+    return residual_norm(x, branch, norm, fused=takes and runs_ours(norm) and not has_hooks(norm))
+
+
+# Activations
+
+
+def propose_mlp(module: Any) -> Iterator[Proposal]:
+    """Yield what to do with the perceptron of an OpenCLIP block, which is an ``nn.Sequential``."""
+    if type(module) is nn.Sequential and list(module._modules) in (_LAYERS, [*_LAYERS[:2], "ln", "c_proj"]):
+        yield propose_gelu(module.c_fc, module.gelu, sequential_mlp)
+
+
+def sequential_mlp(module: Any, x: Tensor) -> Tensor:
+    """Compute the ``mlp`` of an OpenCLIP block: [..., E] -> [..., E]."""
+    x = linear_gelu(module.c_fc, module.gelu, x)
+    for layer in list(module)[2:]:
+        x = layer(x)
+    return x
+
+
+def propose_gelu(linear: Any, act: nn.Module, function: Any) -> Proposal:
+    """Propose that the activation of a perceptron adds the bias of the layer before it."""
+    op = _gelu_of(act)
+    if op is None:
+        name = f"{type(act).__name__} by tanh" if _is_by_tanh(act) else type(act).__name__
+        return Proposal("activations", f"{name} is neither GELU by the error function nor QuickGELU")
+    if not isinstance(linear, nn.Linear) or linear.bias is None:
+        return Proposal("activations", "the layer before the activation is not linear, or has no bias")
+    return Proposal("activations", f"clipfast.{'bias_gelu' if op is bias_gelu else 'bias_quick_gelu'}", function)
+
+
+def _is_by_tanh(act: nn.Module) -> bool:
+    return getattr(act, "approximate", "none") != "none"
+
+
+def _gelu_of(act: nn.Module) -> Any:
+    """Return the op that computes ``act`` of a sum with a bias, or None if there is none."""
+    return None if _is_by_tanh(act) else GELUS.get(class_name(act))
+
+
+def linear_gelu(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
+    """Return ``act(linear(x))``."""
+    op = _gelu_of(act)
+    is_known = op is not None and is_plain(act, type(act)) and is_plain(linear, nn.Linear)
+    if not is_known or linear.bias is None or not computes(x):
+        return act(linear(x))
+    return op(F.linear(x, linear.weight), linear.bias)
+
+
+# Embeddings
+
+
+def is_projection(conv: Any) -> bool:
+    """Return True if ``conv`` is a convolution that does nothing but project square patches."""
+    if not is_plain(conv, nn.Conv2d) or conv.bias is not None or conv.groups != 1 or conv.padding not in ((0, 0), 0):
+        return False
+    height, width = conv.kernel_size
+    return height == width and conv.stride == (height, width) and conv.dilation == (1, 1)
+
+
+def is_table(table: Any) -> bool:
+    """Return True if ``table`` is an embedding that does nothing but look up."""
+    options = ("padding_idx", "max_norm", "scale_grad_by_freq", "sparse")
+    values = [getattr(table, name, None) for name in options]
+    # A padding_idx of 0 equals False, and asks for something.
+    return is_plain(table, nn.Embedding) and all(value is None or value is False for value in values)

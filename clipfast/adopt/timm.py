@@ -1,0 +1,164 @@
+"""The attention classes, blocks and perceptrons of timm on our kernels.
+
+Each function computes what the ``forward`` of its class does, and has its arguments. A call with a mask, or with
+dropout of weights, runs the class's own ``forward``.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import attention
+from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
+from ..models.layers import is_plain, project_qkv, single_query_attention
+from .parts import ADDS, add_norm, drops, heads_attention, linear_gelu, propose_gelu, propose_heads, split_heads
+from .places import Proposal, class_name, computes
+
+
+def _propose_plain(module: Any) -> Proposal:
+    return propose_heads(module.head_dim, "attention", timm_attention)
+
+
+def _propose_rope(module: Any) -> Proposal:
+    return propose_heads(module.head_dim, "attention_qkv", rope_attention)
+
+
+def _propose_latent(module: Any) -> Proposal:
+    if module.latent_len != 1 or module.num_heads > MAX_HEADS:
+        return Proposal("attention", f"it pools with {module.latent_len} queries and {module.num_heads} heads")
+    if not isinstance(module.q_norm, nn.Identity) or not isinstance(module.k_norm, nn.Identity):
+        return Proposal("attention", "it normalises its keys, so that all tokens must be projected")
+    return Proposal("attention", "clipfast.attention_pool", latent_pool)
+
+
+ATTENTIONS = {
+    "timm.layers.attention.Attention": _propose_plain,
+    "timm.models.vision_transformer.Attention": _propose_plain,  # where it was until timm 1.0.16
+    "timm.layers.attention.AttentionRope": _propose_rope,
+    "timm.models.eva.EvaAttention": _propose_rope,
+    "timm.layers.attention_pool.AttentionPoolLatent": _propose_latent,
+    "timm.models.vision_transformer.ParallelScalingBlock": lambda _: Proposal(
+        "attention", "its block projects for attention and perceptron at once"
+    ),
+}
+
+
+def propose(module: Any, norms: bool) -> Iterator[Proposal]:
+    """Yield what to do with a block of timm's vision transformer or with a perceptron."""
+    name = class_name(module)
+    if norms and name == "timm.models.vision_transformer.Block":
+        yield Proposal("norms", ADDS, timm_block)
+    elif name == "timm.layers.mlp.Mlp":
+        yield propose_gelu(module.fc1, module.act, timm_mlp)
+    elif name.startswith("timm.layers.mlp."):
+        yield Proposal("activations", f"{type(module).__name__} is not one of the perceptrons that are known")
+
+
+def timm_block(block: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Compute ``timm.models.vision_transformer.Block``: [B, N, C] -> [B, N, C]."""
+    branch = block.attn(block.norm1(x), attn_mask=attn_mask, **_hint(is_causal))
+    x, normed = add_norm(x, block.drop_path1(block.ls1(branch)), block.norm2)
+    return x + block.drop_path2(block.ls2(block.mlp(normed)))
+
+
+def _hint(is_causal: bool) -> dict[str, bool]:
+    """Return the argument that says that the mask is causal, which older versions do not have."""
+    return {"is_causal": True} if is_causal else {}
+
+
+def timm_mlp(module: Any, x: Tensor) -> Tensor:
+    """Compute ``timm.layers.Mlp``: [..., C] -> [..., out_features]."""
+    x = module.drop1(linear_gelu(module.fc1, module.act, x))
+    return module.drop2(module.fc2(module.norm(x)))
+
+
+def timm_attention(module: Any, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+    """Compute ``timm.layers.Attention``: [B, N, C] -> [B, N, dim_out]."""
+    if attn_mask is not None or drops(module, module.attn_drop.p) or x.ndim != 3 or not computes(x):
+        return type(module).forward(module, x, attn_mask=attn_mask, **_hint(is_causal))
+    if not is_plain(module.q_norm, nn.Identity) or not is_plain(module.k_norm, nn.Identity):
+        q, k, v = split_heads(module.qkv(x), module.num_heads)
+        out = heads_attention(module.q_norm(q), module.k_norm(k), v, _scale(module), is_causal)
+        return _project(module, x, out)
+    if is_plain(module.qkv, nn.Linear):
+        qkv, bias = project_qkv(x, module.qkv.weight, module.qkv.bias)
+    else:
+        qkv, bias = module.qkv(x), None
+    out = attention(qkv, module.num_heads, causal=is_causal, scale=_scale(module), bias=bias)
+    return _project(module, x, out)
+
+
+def _scale(module: Any) -> float | None:
+    return None if module.fused_attn else float(module.scale)
+
+
+def _project(module: Any, x: Tensor, out: Tensor) -> Tensor:
+    """Return what attention to ``x`` gives: its gate and the projection of ``out``."""
+    out = module.norm(out)
+    if getattr(module, "gate", None) is not None:
+        out = out * module.gate(x).sigmoid()
+    return module.proj_drop(module.proj(out))
+
+
+def rope_attention(
+    module: Any, x: Tensor, rope: Tensor | None = None, attn_mask: Tensor | None = None, is_causal: bool = False
+) -> Tensor:
+    """Compute ``timm.layers.AttentionRope`` or timm's ``EvaAttention``: [B, N, C] -> [B, N, C]."""
+    if attn_mask is not None or drops(module, module.attn_drop.p) or x.ndim != 3 or not computes(x):
+        return type(module).forward(module, x, rope=rope, attn_mask=attn_mask, **_hint(is_causal))
+    q, k, v = _projected_heads(module, x)
+    q, k = module.q_norm(q), module.k_norm(k)
+    if rope is not None:
+        q, k = (_rotated(module, t, rope).to(v.dtype) for t in (q, k))
+    groups = getattr(module, "num_kv_groups", 1)
+    if groups > 1:
+        k, v = (t.repeat_interleave(groups, dim=1) for t in (k, v))
+    return _project(module, x, heads_attention(q, k, v, _scale(module), is_causal))
+
+
+def _projected_heads(module: Any, x: Tensor) -> tuple[Tensor, ...]:
+    """Return queries, keys and values [B, heads, N, head_dim], of one linear layer or of three."""
+    if module.qkv is None:
+        layers = (module.q_proj, module.k_proj, module.v_proj)
+        return tuple(layer(x).unflatten(-1, (-1, module.head_dim)).transpose(1, 2) for layer in layers)
+    q_bias = getattr(module, "q_bias", None)
+    if q_bias is None:
+        return split_heads(module.qkv(x), module.num_heads)
+    bias = torch.cat([q_bias, module.k_bias, module.v_bias])
+    # Without qkv_bias_separate, timm reads the weight of this layer and never calls it, whatever hook it has.
+    qkv = module.qkv(x) + bias if module.qkv_bias_separate else F.linear(x, module.qkv.weight, bias)
+    return split_heads(qkv, module.num_heads)
+
+
+def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
+    """Rotate every token by its position but those in front, such as the class token: [B, heads, N, head_dim]."""
+    from timm.layers.pos_embed_sincos import apply_rot_embed_cat
+
+    options = {"half": True} if getattr(module, "rotate_half", False) else {}
+    prefix = module.num_prefix_tokens
+    return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, **options)], dim=2)
+
+
+def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
+    """Compute ``timm.layers.AttentionPoolLatent`` with one query: [B, N, C] -> [B, out_features].
+
+    The projections of keys and values act on the query and on what it pools, and no token is projected.
+    """
+    is_known = is_plain(module.kv, nn.Linear) and all(is_plain(x, nn.Identity) for x in (module.q_norm, module.k_norm))
+    if attn_mask is not None or not is_known or x.shape[1] > MAX_TOKENS or not computes(x):
+        options = {} if attn_mask is None else {"attn_mask": attn_mask}  # older versions do not have it
+        return type(module).forward(module, x, **options)
+    if module.pos_embed is not None:
+        x = x + module.pos_embed.unsqueeze(0).to(x.dtype)
+    heads = (module.num_heads, -1)
+    q = module.q(module.latent.expand(len(x), -1, -1))[:, 0].unflatten(-1, heads)
+    weight_k, weight_v = module.kv.weight.unflatten(0, (2, *heads)).unbind(0)
+    bias_k, bias_v = (None, None) if module.kv.bias is None else module.kv.bias.chunk(2)
+    out = single_query_attention(q, x, weight_k, weight_v, None, "auto", bias_k, bias_v)
+    out = module.proj_drop(module.proj(out[:, None]))
+    if module.mlp is not None:
+        out = out + module.mlp(module.norm(out))
+    return out[:, 0] if module.pool in ("token", "avg") else out
