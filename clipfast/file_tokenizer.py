@@ -4,10 +4,9 @@ They are read from a local file: clipfast ships none, and downloads none.
 """
 
 import contextlib
-import html
 import json
 import string
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor
 from .files import read_json, replace_text
 from .models import SigLIPConfig
 from .models.siglip_config import CLEANINGS
+from .tokenizer import unescaped
 
 FILE_NAME, SETTINGS_NAME = "tokenizer.json", "tokenizer_config.json"
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -72,7 +72,7 @@ class FileTokenizer:
         if not isinstance(text, str):
             raise TypeError(f"tokenizer: text must be a string, got {type(text).__name__}: {text!r:.80}")
         with _refusing(self.file):
-            ids: list[int] = self._tokenizer.encode(_CLEANINGS[self.clean](text)).ids
+            ids: list[int] = self._tokenizer.encode(_cleaned(text, self.clean)).ids
         return ids
 
     def decode(self, tokens: Iterable[int] | Tensor) -> str:
@@ -200,24 +200,10 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return raw if isinstance(raw, dict) else {}
 
 
-def _unescaped(text: str) -> str:
-    """Repair what encodings and HTML did to a text, as all cleaning of OpenCLIP begins."""
-    import ftfy  # not at the top: a machine without it can run models
-
-    return html.unescape(html.unescape(ftfy.fix_text(text))).strip()
-
-
-def _whitespace(text: str) -> str:
-    return " ".join(_unescaped(text).split())
-
-
-def _lower(text: str) -> str:
-    return _whitespace(text).lower()
-
-
-def _canonicalize(text: str) -> str:
-    """Return ``text`` in lower case without punctuation, as big_vision prepares prompts for SigLIP."""
-    return " ".join(_unescaped(text).replace("_", " ").translate(_NO_PUNCTUATION).lower().split())
-
-
-_CLEANINGS: dict[str, Callable[[str], str]] = dict(zip(CLEANINGS, (_canonicalize, _lower, _whitespace), strict=True))
+def _cleaned(text: str, clean: str) -> str:
+    """Return ``text`` as OpenCLIP's cleaning of this name does; "canonicalize" is big_vision's for SigLIP's prompts."""
+    text = unescaped(text)
+    if clean == "canonicalize":
+        text = text.replace("_", " ").translate(_NO_PUNCTUATION)
+    text = " ".join(text.split())
+    return text if clean == "whitespace" else text.lower()

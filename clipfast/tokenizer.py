@@ -64,7 +64,7 @@ class Tokenizer:
         if _NEEDS_CLEANING.search(text) is None:
             words = _ASCII_WORD.findall(text.lower())
         else:
-            words = _any_word().findall(_clean(text))
+            words = _any_word().findall(" ".join(unescaped(text).split()).lower())
         word_ids = self._word_ids
         return [token for word in words for token in word_ids(word)]
 
@@ -142,12 +142,11 @@ def _any_word() -> Any:
     return regex.compile(_SPECIAL_AND_CONTRACTIONS + r"|\p{L}+|\p{N}|[^\s\p{L}\p{N}]+", regex.IGNORECASE)
 
 
-def _clean(text: str) -> str:
-    """Clean text as OpenAI's tokenizer does."""
+def unescaped(text: str) -> str:
+    """Repair what encodings and HTML did to a text."""
     import ftfy  # not at the top: ASCII needs no cleaning, so that a machine without ftfy can train on it
 
-    text = html.unescape(html.unescape(ftfy.fix_text(text)))
-    return " ".join(text.split()).lower()
+    return html.unescape(html.unescape(ftfy.fix_text(text)))
 
 
 def _byte_symbols() -> dict[int, str]:

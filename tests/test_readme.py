@@ -131,13 +131,6 @@ def commands_in_text(page):
                 yield shlex.split(line[start.end() :], comments=True)
 
 
-def test_commands_stand_in_blocks_that_are_tested():
-    for page in (ROOT / "README.md", *DOCS):
-        languages = re.findall(r"^```(\w*)\n.*?^```$", page.read_text(), re.DOTALL | re.MULTILINE)
-        assert set(languages) <= {"python", "sh", "bash", "text"}, page.name
-        assert "bash" not in languages or page.name == "training.md"
-
-
 def prose_of(page):
     """Return a page without its blocks of code."""
     return re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)

@@ -83,9 +83,8 @@ def _propose_attention(module: Any) -> Proposal:
     if module.config._attn_implementation not in _IMPLEMENTATIONS:
         text = f"its configuration asks for {module.config._attn_implementation!r} attention"
         return Proposal("attention", text)
-    function = clip_attention if part_of(module)[0] == "CLIP" else siglip_attention
     where = ", in evaluation, since it drops weights in training" if module.dropout > 0 else ""
-    return propose_heads(module.head_dim, f"attention_qkv{where}", function)
+    return propose_heads(module.head_dim, f"attention_qkv{where}", block_attention)
 
 
 def _propose_head(module: Any) -> Proposal:
@@ -118,43 +117,26 @@ def takes(attn: Any) -> bool:
     return is_ours and not drops(attn, attn.dropout)
 
 
-def clip_attention(
+def block_attention(
     module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute ``CLIPAttention``: [B, N, E] -> [B, N, E], and None for the weights."""
+    """Compute the attention of a block of any family: [B, N, E] -> [B, N, E], and None for the weights."""
     seqlens = kwargs.pop(SEQLENS, None)
-    is_other = not asks_nothing(kwargs.get(name) for name in _OTHER_ARGUMENTS)
-    if is_other or not _computes(module, hidden_states, attention_mask, seqlens):
+    is_known = asks_nothing(kwargs.get(name) for name in _OTHER_ARGUMENTS)
+    is_known = is_known and (attention_mask is None or seqlens is not None) and hidden_states.ndim == 3
+    if not is_known or not computes(hidden_states) or not takes(module):
         return type(module).forward(module, hidden_states, attention_mask, **kwargs)
-    return _attend(module, hidden_states, is_causal(module, kwargs), seqlens)
-
-
-def siglip_attention(
-    module: Any, hidden_states: Tensor, attention_mask: Tensor | None = None, **kwargs: Any
-) -> tuple[Tensor, Tensor | None]:
-    """Compute ``SiglipAttention`` or ``Siglip2Attention``: [B, N, E] -> [B, N, E], and None for the weights."""
-    seqlens = kwargs.pop(SEQLENS, None)
-    if not _computes(module, hidden_states, attention_mask, seqlens):
-        return type(module).forward(module, hidden_states, attention_mask, **kwargs)
-    return _attend(module, hidden_states, module.is_causal, seqlens)
+    projections = (module.q_proj, module.k_proj, module.v_proj)
+    q, k, v = (layer(hidden_states).unflatten(-1, (-1, module.head_dim)) for layer in projections)
+    causal = is_causal(module, kwargs)
+    out = attention_qkv(q, k, v, causal=causal, scale=float(module.scale), seqlens=seqlens)
+    return module.out_proj(out.flatten(2)), None
 
 
 def is_causal(attn: Any, kwargs: dict[str, Any]) -> bool:
     """Return True if ``attn`` is causal where it is given ``kwargs`` and no mask. (SigLIP's looks at no argument.)"""
     given = kwargs.get("is_causal") if part_of(attn)[0] == "CLIP" else None
     return bool(attn.is_causal if given is None else given)
-
-
-def _computes(module: Any, x: Tensor, attention_mask: Tensor | None, seqlens: Tensor | None) -> bool:
-    is_known = attention_mask is None or seqlens is not None
-    return is_known and x.ndim == 3 and computes(x) and takes(module)
-
-
-def _attend(module: Any, x: Tensor, causal: bool, seqlens: Tensor | None) -> tuple[Tensor, None]:
-    projections = (module.q_proj, module.k_proj, module.v_proj)
-    q, k, v = (layer(x).unflatten(-1, (-1, module.head_dim)) for layer in projections)
-    out = attention_qkv(q, k, v, causal=causal, scale=float(module.scale), seqlens=seqlens)
-    return module.out_proj(out.flatten(2)), None
 
 
 def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:

@@ -48,7 +48,9 @@ def _propose_pool(module: Any) -> Proposal:
 
 
 def _propose_own(module: Any) -> Proposal:
-    is_packed = module.in_proj_weight is not None and module.logit_scale is None
+    if module.logit_scale is not None:
+        return Proposal("attention", "its scores are cosines")
+    is_packed = module.in_proj_weight is not None
     is_packed = is_packed and isinstance(module.ln_q, nn.Identity) and isinstance(module.ln_k, nn.Identity)
     return propose_heads(module.head_dim, "attention" if is_packed else "attention_qkv", open_clip_attention)
 
@@ -265,24 +267,15 @@ def open_clip_attention(
         return type(module).forward(module, x, *args, **others)
     context = x if k_x is None else k_x
     is_normed = not (is_plain(module.ln_q, nn.Identity) and is_plain(module.ln_k, nn.Identity))
-    if context is x and module.in_proj_weight is not None and module.logit_scale is None and not is_normed:
+    if context is x and module.in_proj_weight is not None and not is_normed:
         qkv, bias = project_qkv(x, module.in_proj_weight, module.in_proj_bias)
         out = attention(qkv, module.num_heads, causal=is_causal, bias=bias)
     else:
-        out = _attend_apart(module, x, context, is_causal)
+        q, k, v = project_apart(module, x, context)
+        out = heads_attention(module.ln_q(q), module.ln_k(k), v, None, is_causal)
     if module.head_scale is not None:
         out = (out.unflatten(-1, (module.num_heads, -1)) * module.head_scale.flatten(1)).flatten(2)
     return module.out_drop(module.out_proj(module.ln_inner(out)))
-
-
-def _attend_apart(module: Any, x: Tensor, context: Tensor, is_causal: bool) -> Tensor:
-    """Compute attention of [B, M, E] on [B, N, C], without the projection of the output: [B, M, E]."""
-    q, k, v = project_apart(module, x, context)
-    if module.logit_scale is None:
-        return heads_attention(module.ln_q(q), module.ln_k(k), v, None, is_causal)
-    # Scores are cosines times a learned scale of each head (Swin Transformer V2, arXiv:2111.09883).
-    logit_scale = module.logit_scale.clamp(max=module.logit_scale_max).exp()  # [H, 1, 1]
-    return heads_attention(F.normalize(q, dim=-1) * logit_scale, F.normalize(k, dim=-1), v, 1.0, is_causal)
 
 
 def modern_text_attention(

@@ -29,7 +29,10 @@ def report_places(model: nn.Module) -> str:
     check_module("report_kernels", model)
     lines = list(place_lines(model))
     if not lines:
-        return "nothing of this model runs on clipfast: see clipfast.apply_to_open_clip, apply_to_hf and apply_to_timm"
+        return (
+            "nothing of this model runs on clipfast: give the model to clipfast.apply_to_open_clip, apply_to_hf or "
+            "apply_to_timm, and all of it to clipfast.report_kernels"
+        )
     rows = [("place", "number", "part", "runs on")]
     rows += [(name, str(number), kind, text) for (name, kind, text), number in collections.Counter(lines).items()]
     widths = [max(len(row[column]) for row in rows) for column in range(3)]

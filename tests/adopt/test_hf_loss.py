@@ -34,10 +34,8 @@ def test_outputs(name):
     assert type(lean) is type(theirs)
     for logits in (lean.logits_per_image, lean.logits_per_text, pickle.loads(pickle.dumps(lean)).logits_per_text):
         uses = [
-            lambda x: x.softmax(1), lambda x: x[0], lambda x: x * 2, lambda x: 2.0 * x, lambda x: x > 0,
-            lambda x: x @ given["input_ids"], lambda x: given["input_ids"] @ x, lambda x: torch.softmax(x, 1),
-            lambda x: torch.nn.functional.cross_entropy(x, torch.arange(3)), lambda x: x.shape,
-            float, len, list, bool, np.asarray,
+            lambda x: x.softmax(1), lambda x: x[0], lambda x: 2.0 * x, lambda x: given["input_ids"] @ x,
+            lambda x: torch.softmax(x, 1), lambda x: x.shape, float, len, list, np.asarray,
         ]  # fmt: skip
         for use in uses:
             with pytest.raises((AttributeError, TypeError), match="return_logits=True"):
