@@ -1,4 +1,4 @@
-"""Arguments that mean the same in every command: what it writes, and what is checked before it begins."""
+"""Arguments that mean the same in every command, and the checks of its outputs before it begins."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"two outputs would be written to {path}: give another name to one of them")
     for output, path in outputs.values():
         output.check(path, _inputs(args), overwrites=args.overwrite)
-    shows_at_once = getattr(args, "watch", None)  # what a command has so far, while it waits for more
+    shows_at_once = getattr(args, "watch", None)  # a command that waits for more shows its results so far
     held = [path for output, path in outputs.values() if output.is_held and not shows_at_once]
     with together(held):
         code: int = args.run(args)

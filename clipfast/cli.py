@@ -76,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _complete() -> None:
-    """Answer a shell that asks what a word may become, if argcomplete is installed, and end."""
+    """Answer a shell that asks for completions of a word, if argcomplete is installed, and end."""
     if "_ARGCOMPLETE" in os.environ:
         with contextlib.suppress(ImportError):
             import argcomplete

@@ -220,7 +220,7 @@ class DistillClipLoss(ClipLoss):
         return self._over_ranks((of_images + of_texts) / 2)
 
     def _scale_of_ranks(self, scale: Tensor) -> Tensor:
-        """Return the scale, with a gradient that is the same on every rank unless the loss is that of own pairs."""
+        """Return the scale. Its gradient is the same on every rank, unless each rank has the loss of its own pairs."""
         if self.local_loss or not scale.requires_grad:
             return scale
         # Each rank has the gradient of its own rows. Without ``gather_with_grad``, the mean of the losses over ranks

@@ -127,7 +127,7 @@ def create_model(
 
 
 def set_precision(model: CLIP, precision: str) -> None:
-    """Convert the weights of ``model`` to what ``precision`` of :func:`create_model` says, in place."""
+    """Convert the weights of ``model`` in place to a ``precision`` of :func:`create_model`."""
     if precision in PRECISIONS:
         model.to(PRECISIONS[precision])
     else:
@@ -135,7 +135,7 @@ def set_precision(model: CLIP, precision: str) -> None:
 
 
 def _check_arguments(precision: str, others: Mapping[str, Any]) -> None:
-    """Refuse an unknown precision, and what is not in the signature, but for values of OpenCLIP's that change nothing.
+    """Refuse an unknown precision, and further arguments, except values of OpenCLIP's arguments that change nothing.
 
     Raises:
         ValueError, TypeError: as above.
@@ -338,7 +338,7 @@ def resolve_device(name: str) -> str:
     """Return "cuda" or "cpu" for "auto", by whether there is a GPU, and another name as it is.
 
     Raises:
-        ValueError: the name is not that of a device which this machine has and clipfast runs on.
+        ValueError: this machine has no such device, or clipfast does not run on it.
     """
     has_gpu = torch.cuda.is_available()
     if name == "auto":

@@ -139,7 +139,7 @@ def _apply(function: str, model: nn.Module, library: str, flags: Mapping[str, bo
 def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str, nn.Module, Proposal]]:
     """Yield what can be done with each part of ``model``, and then with each tower: name, module, proposal.
 
-    What can be done with a tower depends on what has been done with its parts.
+    The proposals for a tower depend on which of its parts were replaced before.
     """
     masks = open_clip.find_masks(model)
     inside: set[int] = set()  # modules of which a module around them speaks
@@ -156,7 +156,7 @@ def proposals(model: nn.Module, flags: Mapping[str, bool]) -> Iterator[tuple[str
 
 
 def _propose_part(module: nn.Module, mask: parts.Mask | None, flags: Mapping[str, bool]) -> Iterator[Proposal]:
-    """Yield what to do with attention, a block, a norm or a perceptron, by the library that it is of."""
+    """Yield proposals for attention, a block, a norm or a perceptron. Only the library of its class is asked."""
     name = class_name(module)
     library = name.partition(".")[0]
     found: list[Proposal] = []
@@ -192,7 +192,7 @@ def _propose_unknown(module: nn.Module) -> Iterator[Proposal]:
 
 
 def _propose_tower(module: nn.Module) -> Iterator[Proposal]:
-    """Yield what can be done with the way of images and texts through a tower."""
+    """Yield proposals for the embedding and for the last block of a tower."""
     name = class_name(module)
     if name.startswith("open_clip."):
         yield from open_clip_towers.propose_tower(module)

@@ -112,7 +112,7 @@ def spoken_for(module: Any) -> list[nn.Module]:
 
 
 def takes(attn: Any) -> bool:
-    """Return True if ``attn`` is ours, and what it is asked for now is what our attention computes."""
+    """Return True if ``attn`` is replaced by ours, and its configuration and mode are ones that ours computes."""
     is_ours = runs_ours(attn) and attn.config._attn_implementation in _IMPLEMENTATIONS
     return is_ours and not drops(attn, attn.dropout)
 
@@ -142,7 +142,7 @@ def is_causal(attn: Any, kwargs: dict[str, Any]) -> bool:
 def attention_pooling_head(module: Any, hidden_state: Tensor, attention_mask: Tensor | None = None) -> Tensor:
     """Compute the attention pooling of a SigLIP image tower: [B, N, E] -> [B, E].
 
-    The projections of keys and values act on the probe and on what it pools, and no token is projected.
+    The projections of keys and values act on the probe and on the pooled token, so that no other token is projected.
 
     Args:
         module: the head.
@@ -177,13 +177,13 @@ def _is_projection(attn: Any) -> bool:
 
 
 def seen_by_mask(mask: Tensor, causal: bool) -> Tensor | None:
-    """Return how many tokens of each sequence are seen, if a mask hides padding at the end (and what is to come).
+    """Return how many tokens of each sequence are seen, if a mask hides padding at the end (and later tokens).
 
     The host reads values, as transformers does when it makes the mask. Compiled code does not, and gets None.
 
     Args:
         mask: [B, 1, N, N], True where a key is seen. Others give None.
-        causal: what is to come is hidden too.
+        causal: later tokens are hidden too.
 
     Returns:
         [B], at least 1; None if the mask is another one.

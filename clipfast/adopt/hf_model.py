@@ -141,7 +141,7 @@ def _forward(
 
 
 def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kwargs: dict[str, Any]) -> Any:
-    """Return the output of a tower, with the features in place of what it pooled; without its rows if it pools one."""
+    """Return the output of a tower, whose pooler_output is the features; without all rows if it computes only one."""
     from transformers.modeling_outputs import BaseModelOutputWithPooling
 
     tower = getattr(model, f"{side}_model")
@@ -161,7 +161,7 @@ def _tower_output(model: Any, side: str, inputs: dict[str, Any], pools: bool, kw
 
 
 def _output_class(model: Any) -> Any:
-    """Return the class of the model's output: that of CLIPModel is CLIPOutput."""
+    """Return the class of the model's output, such as CLIPOutput for CLIPModel."""
     family = part_of(model)[0]
     return getattr(sys.modules[f"transformers.models.{family.lower()}.modeling_{family.lower()}"], f"{family}Output")
 
@@ -196,7 +196,7 @@ def loss_of_all_ranks(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bi
 class NoLogits:
     """Stands for the logits of all pairs where they are not computed, and says so when anything is asked of it.
 
-    To what only passes outputs on (DistributedDataParallel, accelerate, transformers' Trainer) it is a plain object.
+    Code that only passes outputs on (DistributedDataParallel, accelerate, transformers' Trainer) sees a plain object.
     """
 
     message = (

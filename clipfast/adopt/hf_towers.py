@@ -9,8 +9,8 @@ from torch import Tensor
 from ..kernels import patch_embed, text_embed
 from ..models.layers import has_hooks
 from .hf import part_of, read_row, seen_by_padding, why_not_read
-from .parts import is_projection, is_table
-from .places import ON_GPUS, Proposal, computes, is_left, is_untouched, on_cpus
+from .parts import NO_PROJECTION, is_projection, is_table
+from .places import ON_GPUS, Proposal, computes, is_left, is_untouched, on_cpus, propose_unless
 
 _IMAGES_OF_SIGLIP = {
     "Siglip": "its convolution has a bias, and there is no class token",
@@ -24,13 +24,11 @@ def propose_embeddings(module: Any) -> Iterator[Proposal]:
     if part == "VisionEmbeddings":
         refusal = _IMAGES_OF_SIGLIP.get(family, "")
         if not refusal and not (is_projection(module.patch_embedding) and is_table(module.position_embedding)):
-            refusal = "its convolution has a hook, or is not a projection of square patches without a bias"
-        text = refusal or "clipfast.patch_embed"
-        yield Proposal("patch_embed", text, None if refusal else image_tokens)
+            refusal = NO_PROJECTION
+        yield propose_unless(refusal, "patch_embed", "clipfast.patch_embed", image_tokens)
     elif part == "TextEmbeddings":
         refusal = "" if _are_tables(module) else "its tables have a hook, or do more than look up"
-        text = refusal or f"clipfast.text_embed{ON_GPUS}"
-        yield Proposal("text_embed", text, None if refusal else text_tokens)
+        yield propose_unless(refusal, "text_embed", f"clipfast.text_embed{ON_GPUS}", text_tokens)
 
 
 def _are_tables(module: Any) -> bool:

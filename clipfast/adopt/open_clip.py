@@ -114,7 +114,7 @@ def find_masks(model: nn.Module) -> dict[int, Mask]:
 
 def why_not_causal(tower: Any) -> str | None:
     """Return why the mask of ``tower`` is not plainly causal, "" if it is, and None if there is no mask."""
-    mask = tower.attn_mask  # that of MaMMUT's decoder is for captions, and a text alone has another one
+    mask = tower.attn_mask  # MaMMUT's decoder uses it for captions; a text alone has another mask
     if hides_padding(tower) and class_name(tower) != _MAMMUT:
         return f"{_PADDING} too"
     if mask is None:

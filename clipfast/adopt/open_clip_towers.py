@@ -1,6 +1,6 @@
 """The towers of OpenCLIP: their embeddings in one pass, and the row of their last block that they read."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,9 +12,10 @@ from ..kernels import patch_embed, text_embed
 from ..models.layers import attend_row, has_hooks, is_plain, take_rows
 from .last_row import KIND, ROW, last_row, why_not_row
 from .open_clip import hides_padding, is_causal, why_not_causal
-from .parts import drops, is_projection, is_table, project_out
-from .places import ON_GPUS, Proposal, class_name, computes, is_left, is_untouched, on_cpus, runs_ours
+from .parts import NO_PROJECTION, drops, is_projection, is_table, project_out
+from .places import ON_GPUS, Proposal, class_name, computes, is_left, is_untouched, on_cpus, propose_unless, runs_ours
 
+_EMBEDS = f"clipfast.text_embed{ON_GPUS}"
 _POOLS = ("first", "last", "argmax", "eos")
 _LIBRARY = ("open_clip.transformer.", "open_clip.layers.")
 _PLAIN = {
@@ -39,36 +40,25 @@ def propose_tower(module: nn.Module) -> Iterator[Proposal]:
     elif name == "open_clip.model.CLIP":
         # 3.3.0 has the one, later versions have both
         method = "_encode_text" if hasattr(type(module), "_encode_text") else "encode_text"
-        yield _embedding(_why_not_embed(tower), encode_text, method, "embeds")
-        yield _row(_why_not_read(tower, tower.text_pool_type), encode_text, method, "pools")
+        yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, encode_text, method, "embeds")
+        refusal = _why_not_read(tower, tower.text_pool_type)
+        yield propose_unless(refusal, KIND, ROW, encode_text, method, "pools")
     elif name == "open_clip.transformer.TextTransformer" and hasattr(module, "_embeds"):
-        yield _embedding(_why_not_embed(tower), text_embeds, "_embeds")
-        yield _row(_why_not_read(tower, tower.pool_type), text_tower, "forward")
+        yield propose_unless(_why_not_embed(tower), "text_embed", _EMBEDS, text_embeds, "_embeds")
+        yield propose_unless(_why_not_read(tower, tower.pool_type), KIND, ROW, text_tower)
     elif name == "open_clip.transformer.ModernTextTransformer":
         yield Proposal("text_embed", "it adds no positions to texts")
         yield Proposal(KIND, "its last block has parts that CLIP's has not, such as an adapter")
 
 
 def _propose_image_tower(tower: Any) -> Iterator[Proposal]:
-    if is_projection(tower.conv1):
-        yield Proposal("patch_embed", "clipfast.patch_embed", image_tokens, "_embeds")
-    else:
-        text = "its convolution has a hook, or is not a projection of square patches without a bias"
-        yield Proposal("patch_embed", text)
+    refusal = "" if is_projection(tower.conv1) else NO_PROJECTION
+    yield propose_unless(refusal, "patch_embed", "clipfast.patch_embed", image_tokens, "_embeds")
     if tower.attn_pool is not None or tower.pool_type != "tok" or tower.output_tokens:
-        yield Proposal(KIND, "every row of the last block is read")
+        refusal = "every row of the last block is read"
     else:
-        yield _row(_why_not_row(tower.transformer, len(tower.positional_embedding)), image_tower, "forward")
-
-
-def _embedding(refusal: str, function: Callable[..., Any], method: str, option: str | None = None) -> Proposal:
-    if refusal:
-        return Proposal("text_embed", refusal)
-    return Proposal("text_embed", f"clipfast.text_embed{ON_GPUS}", function, method, option=option)
-
-
-def _row(refusal: str, function: Callable[..., Any], method: str, option: str | None = None) -> Proposal:
-    return Proposal(KIND, refusal) if refusal else Proposal(KIND, ROW, function, method, option=option)
+        refusal = _why_not_row(tower.transformer, len(tower.positional_embedding))
+    yield propose_unless(refusal, KIND, ROW, image_tower)
 
 
 def _why_not_embed(tower: Any) -> str:

@@ -235,6 +235,9 @@ def linear_gelu(linear: Any, act: nn.Module, x: Tensor) -> Tensor:
 # Embeddings
 
 
+NO_PROJECTION = "its convolution has a hook, or is not a projection of square patches without a bias"
+
+
 def is_projection(conv: Any) -> bool:
     """Return True if ``conv`` is a convolution that does nothing but project square patches."""
     if not is_plain(conv, nn.Conv2d) or conv.bias is not None or conv.groups != 1 or conv.padding not in ((0, 0), 0):

@@ -66,7 +66,7 @@ class Replacement:
         self.is_off = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what ``function`` returns, or the class's own method where that is to run."""
+        """Return the result of ``function``, or of the class's own method where the original is to run."""
         if args and args[0] is self.module:  # accelerate takes it for a function, and binds it when it unwraps a model
             args = args[1:]
         if self.is_off or self._is_left((*args, *kwargs.values())):
@@ -165,11 +165,23 @@ class Proposal:
     function: Callable[..., Any] | None = None
     method: str = "forward"
     owner: nn.Module | None = None
-    option: str | None = None  # the switch of the function that this place stands for
+    option: str | None = None  # an argument of ``function`` that is then True
+
+
+def propose_unless(
+    refusal: str,
+    kind: str,
+    text: str,
+    function: Callable[..., Any],
+    method: str = "forward",
+    option: str | None = None,
+) -> Proposal:
+    """Return the proposal of a function, or of nothing if there is a reason to refuse it."""
+    return Proposal(kind, refusal) if refusal else Proposal(kind, text, function, method, option=option)
 
 
 def carry_out(module: nn.Module, name: str, proposal: Proposal, wanted: bool) -> Place:
-    """Replace the method that ``proposal`` names, unless that is not wanted or not possible; return what was done."""
+    """Replace the method that ``proposal`` names, if that is wanted and possible, and return the resulting place."""
     kind, method = proposal.kind, proposal.method
     if not wanted:
         return Place(name, kind, None, f"{kind}=False")
@@ -255,14 +267,14 @@ def reaches_ours(module: nn.Module, method: str = "forward") -> bool:
 
 
 def _unwrapped(value: Any) -> Any:
-    """Return what is inside of wrappers that say what they wrap, and of bound methods."""
+    """Return the innermost function of bound methods and of wrappers with ``__wrapped__``."""
     while isinstance(value, types.MethodType) or (callable(value) and hasattr(value, "__wrapped__")):
         value = value.__func__ if isinstance(value, types.MethodType) else value.__wrapped__
     return value
 
 
 def is_untouched(module: nn.Module) -> bool:
-    """Return True if calling ``module`` does what its class does, or what we put in its place, and nothing else."""
+    """Return True if calling ``module`` runs its class's ``forward`` or our replacement, and no hook."""
     return not has_hooks(module) and ("forward" not in module.__dict__ or runs_ours(module))
 
 

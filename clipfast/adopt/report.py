@@ -83,7 +83,7 @@ def _place(name: str) -> str:
 
 
 def _now(place: Place, modules: dict[str, nn.Module], proposal: Proposal | None) -> str:
-    """Return what the place runs on now, which a later replacement may have changed."""
+    """Return which kernel the place runs on now; a hook or an adapter that was added later may have changed it."""
     if place.method is None:
         return f"{BEFORE}{place.text}"
     module = modules.get(place.module)

@@ -96,7 +96,7 @@ def _scale(module: Any) -> float | None:
 
 
 def _project(module: Any, x: Tensor, out: Tensor) -> Tensor:
-    """Return what attention to ``x`` gives: its gate and the projection of ``out``."""
+    """Return the output of an attention module: the projection of ``out``, times the gate of ``x`` if there is one."""
     out = module.norm(out)
     if getattr(module, "gate", None) is not None:
         out = out * module.gate(x).sigmoid()
@@ -145,7 +145,7 @@ def _rotated(module: Any, x: Tensor, rope: Tensor) -> Tensor:
 def latent_pool(module: Any, x: Tensor, attn_mask: Tensor | None = None) -> Tensor:
     """Compute ``timm.layers.AttentionPoolLatent`` with one query: [B, N, C] -> [B, out_features].
 
-    The projections of keys and values act on the query and on what it pools, and no token is projected.
+    The projections of keys and values act on the query and on the pooled token, so that no other token is projected.
     """
     is_known = is_plain(module.kv, nn.Linear) and all(is_plain(x, nn.Identity) for x in (module.q_norm, module.k_norm))
     if attn_mask is not None or not is_known or x.shape[1] > MAX_TOKENS or not computes(x):

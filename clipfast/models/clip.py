@@ -249,7 +249,7 @@ class CLIP(nn.Module):
 
 
 def check_text(text: Tensor, context_length: int) -> None:
-    """Refuse what is not a batch of token ids.
+    """Refuse a text that is not a batch of token ids.
 
     Raises:
         TypeError, ValueError: as ``encode_text`` says.

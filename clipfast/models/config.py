@@ -168,7 +168,7 @@ def _check_sizes(section: str, config: object, names: Iterable[str]) -> None:
 
 
 def _check_size(section: str, name: str, value: object, limit: int = MAX_SIZE) -> None:
-    """Refuse what is no positive number up to a limit: a whole one, but for mlp_ratio."""
+    """Refuse a value that is no positive number up to a limit. All sizes but mlp_ratio must be whole numbers."""
     kind = "number" if name == "mlp_ratio" else "whole number"
     right = isinstance(value, int | float if name == "mlp_ratio" else int) and not isinstance(value, bool)
     if not right or not value > 0:  # type: ignore[operator]

@@ -72,7 +72,7 @@ def _of_vit(visual: VisionTransformer, images: Tensor, features: str) -> Tensor:
 
 
 def _values(block: ResidualAttentionBlock, normed: Tensor) -> Tensor:
-    """Return what a block's attention would give if each token saw itself only."""
+    """Return the output of a block's attention as if each token saw itself only."""
     values: Tensor = block.attn.in_proj(normed).chunk(3, -1)[2]
     return block.attn.out_proj(values)
 

@@ -139,7 +139,7 @@ def single_query_attention(
 ) -> Tensor:
     """Compute attention of one query per sequence and head, without projecting every token.
 
-    W_k multiplies the query instead of the tokens, and W_v multiplies what the query pooled. The result is the same,
+    W_k multiplies the query instead of the tokens, and W_v multiplies the pooled token. The result is the same,
     and one row is projected instead of all. The softmax sums to one, so that the bias of the values is added to the
     result. A bias of the keys cancels in the softmax.
 

@@ -302,7 +302,7 @@ class SigLIP(CLIP):
         """Refuse: only CLIP models have it.
 
         Raises:
-            NotImplementedError: always; the message says what has it.
+            NotImplementedError: always; the message names a model that has it.
         """
         raise NotImplementedError(
             "clipfast's SigLIP has no forward_intermediates: build the model with open_clip.create_model, and hand it "

@@ -115,7 +115,7 @@ class SigLIPConfig(CLIPConfig):
 
     @property
     def pad_id(self) -> int:
-        """The id that fills up texts where a tokenizer's files do not say it: that of Gemma (SigLIP 2), or of T5."""
+        """The id of padding where a tokenizer's files do not name one: Gemma's for SigLIP 2, and T5's otherwise."""
         return 0 if self.text.vocab_size == 256000 else 1
 
     @property
