@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from ..columns import align
 from .apply import proposals
 from .places import RECORD, Place, Proposal, check_module, reaches_ours
 
@@ -33,12 +34,8 @@ def report_places(model: nn.Module) -> str:
             "nothing of this model runs on clipfast: give the model to clipfast.apply_to_open_clip, apply_to_hf or "
             "apply_to_timm, and all of it to clipfast.report_kernels"
         )
-    rows = [("place", "number", "part", "runs on")]
-    rows += [(name, str(number), kind, text) for (name, kind, text), number in collections.Counter(lines).items()]
-    widths = [max(len(row[column]) for row in rows) for column in range(3)]
-    return "\n".join(
-        f"{name:<{widths[0]}}  {number:>{widths[1]}}  {kind:<{widths[2]}}  {text}" for name, number, kind, text in rows
-    )
+    rows = [(name, number, kind, text) for (name, kind, text), number in collections.Counter(lines).items()]
+    return align([("place", "number", "part", "runs on"), *rows], right=(1,))
 
 
 def count_places(model: nn.Module) -> dict[str, tuple[int, int]]:

@@ -1,6 +1,5 @@
 """The command line: what it teaches, and what it says when something is wrong."""
 
-import json
 import sys
 
 import pytest
@@ -104,29 +103,6 @@ def test_an_interruption_while_a_command_is_imported_is_one_line(capsys, monkeyp
 
     monkeypatch.setattr("pkgutil.resolve_name", interrupted)
     assert run_command(capsys, "train", "--recipe", "emoji") == (130, "", "clipfast train: interrupted\n")
-
-
-def test_train_then_evaluate(capsys, tmp_path, shards):
-    options = "--name run --model ViT-T-8-32 --batch-size 8 --epochs 1 --warmup 2 --lr 1e-3"
-    code, out, err = run_command(capsys, "train", "--train-data", shards, "--logs", tmp_path, *options.split())
-    assert code == 0, err
-    assert json.loads(out)["steps"] == 6
-    (tmp_path / "templates.txt").write_text("a photo of a {}.\n{}\n")
-    data = ["--data", shards, "--label-by", "label", "--group-by", "category"]
-    evaluation = ["eval", "zeroshot", *data, "--templates", tmp_path / "templates.txt"]
-    path = tmp_path / "r.json"
-    code, out, err = run_command(capsys, *evaluation, "--model", f"local-dir:{tmp_path / 'run'}", "--json", path)
-    assert code == 0, err
-    results = json.loads(out)
-    assert results["images"] == 48
-    assert results["classes"] == 24
-    assert sorted(results["by_group"]) == ["even", "odd"]
-    assert json.loads(path.read_text()) == results
-    # the same checkpoint, by name and path
-    weights = tmp_path / "run/checkpoints/epoch_latest.pt"
-    code, out, _ = run_command(capsys, *evaluation, "--model", "ViT-T-8-32", "--pretrained", weights)
-    assert code == 0
-    assert json.loads(out)["zero_shot"] == results["zero_shot"]
 
 
 def test_missing_extra_is_named(capsys, monkeypatch):

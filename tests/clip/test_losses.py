@@ -120,8 +120,8 @@ def refuses_other_ranks(kind, rank, world_size):
             kind(**wrong)(*features(20.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # small batches in float32 are computed as a whole
-@pytest.mark.parametrize("world_size", [2, 3])
+# small batches in float32 are computed as a whole
+@pytest.mark.parametrize(("world_size", "dtype"), [(2, torch.float32), (3, torch.float64)])
 def test_several_ranks(world_size, dtype, tmp_path):
     by_rank = run_ranks(every_combination, world_size, world_size, dtype, folder=tmp_path)
     agree = close if dtype == torch.float64 else functools.partial(torch.testing.assert_close, rtol=1e-4, atol=2e-5)

@@ -29,7 +29,7 @@ PUBLISHED = json.loads(
 )
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if "quickgelu" not in name])  # whose layout is the same
 def test_published_layout_and_weight_decay(name):
     facts = PUBLISHED[name]
     model = create_model(name, device="meta")
