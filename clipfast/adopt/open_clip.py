@@ -6,7 +6,7 @@ causal. Everything in it is called as a module where it is not what we know. A c
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -72,7 +72,8 @@ ATTENTIONS = {
 
 def propose_block(block: Any, mask: Mask | None, attention: bool, norms: bool) -> Iterator[Proposal]:
     """Yield what to do with a block of OpenCLIP, if its parts need something from it."""
-    function = {RESIDUAL: residual_block, _CUSTOM: custom_block}.get(class_name(block))
+    functions: dict[str, Callable[..., Tensor]] = {RESIDUAL: residual_block, _CUSTOM: custom_block}
+    function = functions.get(class_name(block))
     if function is None:
         return
     owner = mask.owner if mask is not None and attention else None

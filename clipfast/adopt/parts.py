@@ -191,7 +191,8 @@ def add_norm(x: Tensor, branch: Tensor, norm: Any) -> tuple[Tensor, Tensor]:
 
 def propose_mlp(module: Any) -> Iterator[Proposal]:
     """Yield what to do with the perceptron of an OpenCLIP block, which is an ``nn.Sequential``."""
-    if type(module) is nn.Sequential and list(module._modules) in (_LAYERS, [*_LAYERS[:2], "ln", "c_proj"]):
+    is_stack = class_name(module) == "torch.nn.modules.container.Sequential"
+    if is_stack and list(module._modules) in (_LAYERS, [*_LAYERS[:2], "ln", "c_proj"]):
         yield propose_gelu(module.c_fc, module.gelu, sequential_mlp)
 
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .transformer import Transformer, plan, recomputed, take_rows
+from .layers import take_rows
+from .transformer import Transformer, plan, recomputed
 
 if TYPE_CHECKING:
     from .clip import CLIP

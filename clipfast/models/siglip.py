@@ -14,7 +14,7 @@ from ..kernels import patch_embed
 from ..kernels.attention_pool import MAX_HEADS, MAX_TOKENS
 from .clip import CLIP, check_text
 from .freezing import Group, freeze, groups_of_blocks
-from .layers import LayerNorm, single_query_attention
+from .layers import LayerNorm, is_plain, single_query_attention
 from .siglip_config import EPS, SigLIPConfig
 from .transformer import (
     MLP,
@@ -24,7 +24,6 @@ from .transformer import (
     Transformer,
     add_norm,
     embed_text,
-    is_plain,
     read_rows,
     run_blocks,
 )
