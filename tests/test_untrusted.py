@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from clipfast import Embeddings, convert, create_model
+from clipfast import Embeddings, convert_checkpoint, create_model
 from clipfast.checkpoint import CheckpointError, export_open_clip, read_checkpoint
 from clipfast.conversion.layouts import read_contents
 from clipfast.data import IndexCache, open_shards
@@ -108,7 +108,7 @@ def test_a_configuration_that_no_model_has_is_refused_before_one_is_built(case, 
     with pytest.raises(CheckpointError, match=message):
         create_model(f"local-dir:{tmp_path}/model")
     with pytest.raises(CheckpointError, match=message):
-        convert(tmp_path / "model", tmp_path / "out.pt", "clipfast")
+        convert_checkpoint(tmp_path / "model", tmp_path / "out.pt", "clipfast")
     assert not (tmp_path / "out.pt").exists()
 
 

@@ -12,7 +12,7 @@ import torch
 
 from clipfast import CLIP, CheckpointError, create_model, export_open_clip
 from clipfast.checkpoint import load_checkpoint, preprocessing_of, read_checkpoint, write_checkpoint, write_safetensors
-from clipfast.conversion.convert import convert
+from clipfast.conversion.convert import convert_checkpoint
 from clipfast.conversion.layouts import read_contents
 from clipfast.training.sharded import write_parts
 from clipfast.training.world import ALONE
@@ -188,7 +188,7 @@ def test_the_folder_of_a_run_is_its_newest_model(make, tmp_path, caplog, capsys)
     (folder / "config.json").write_text("{}")
     model, name = make(folder), str(folder)
     newest = {in_parts: "step_3", of_open_clip: "epoch_2.pt"}.get(make, "step_3.pt")
-    convert(name, tmp_path / "copy.pt", "clipfast")
+    convert_checkpoint(name, tmp_path / "copy.pt", "clipfast")
     found = create_model(f"local-dir:{name}")
     assert found.config == create_model(str(tmp_path / "copy.pt")).config == model.config
     assert found.state_dict().keys() == model.state_dict().keys()

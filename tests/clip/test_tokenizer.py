@@ -37,9 +37,9 @@ def test_same_ids_as_open_clip(theirs, text):
 
 
 def test_every_character_of_the_basic_plane(theirs):
-    for code in range(0x10000):
-        text = f"a{chr(code)}b"
-        assert TOKENIZER.encode(text) == theirs.encode(text), hex(code)
+    for start in range(0, 0x10000, 64):
+        text = " ".join(f"a{chr(code)}b" for code in range(start, start + 64))
+        assert TOKENIZER.encode(text) == theirs.encode(text), hex(start)
 
 
 def test_batch_layout(theirs):

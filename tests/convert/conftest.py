@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from clipfast import CLIP, convert
+from clipfast import CLIP, convert_checkpoint
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig
 
 TEXT = TextConfig(16, 600, 32, 2, 2)
@@ -89,7 +89,7 @@ def own(vit, tmp_path) -> Path:
 @pytest.fixture
 def hf_folder(own, tmp_path) -> Path:
     """The ViT as a transformers folder, hf."""
-    convert(own, tmp_path / "hf", "hf")
+    convert_checkpoint(own, tmp_path / "hf", "hf")
     return tmp_path / "hf"
 
 

@@ -13,7 +13,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from clipfast import CLIP, CheckpointError, convert, create_model, inspect_checkpoint
+from clipfast import CLIP, CheckpointError, convert_checkpoint, create_model, inspect_checkpoint
 from clipfast.ranks import run_ranks
 
 from ..clip.conftest import run_command
@@ -49,7 +49,7 @@ def test_one_process(wrapped, tmp_path):
 def check_converted(folder, config, expected):
     """Convert the folder's "dcp" to a clipfast checkpoint of the expected weights."""
     name = save_config(config, folder / "small.json")
-    info = convert(folder / "dcp", folder / "out.pt", "clipfast", model=str(name))
+    info = convert_checkpoint(folder / "dcp", folder / "out.pt", "clipfast", model=str(name))
     assert info.image_size == config.vision.image_size
     assert same_bits(create_model(str(folder / "out.pt")).state_dict(), expected)
 
@@ -191,7 +191,7 @@ def shards_that_overlap(folder):
 def test_damage(damage, folder, tmp_path):
     message = damage(folder)
     with pytest.raises(CheckpointError, match=message):
-        convert(folder, tmp_path / "out.pt", "clipfast", activation="gelu")
+        convert_checkpoint(folder, tmp_path / "out.pt", "clipfast", activation="gelu")
     assert [path.name for path in tmp_path.iterdir()] == ["dcp"]
 
 

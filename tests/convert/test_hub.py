@@ -14,7 +14,7 @@ from PIL import Image
 
 import clipfast
 from clipfast import (
-    convert,
+    convert_checkpoint,
     create_model,
     create_model_and_transforms,
     create_model_from_pretrained,
@@ -116,7 +116,7 @@ def test_a_repository_of_open_clip(kind, safe, cache, tmp_path):
 
 def test_a_repository_of_transformers(cache, tmp_path):
     transformers = pytest.importorskip("transformers")
-    convert(save_own(make_model(CONFIGS["QuickGELU"]), tmp_path / "own.pt"), tmp_path / "hf", "hf")
+    convert_checkpoint(save_own(make_model(CONFIGS["QuickGELU"]), tmp_path / "own.pt"), tmp_path / "hf", "hf")
     theirs = transformers.CLIPModel.from_pretrained(tmp_path / "hf").eval()
     theirs.save_pretrained(tmp_path / "made", max_shard_size="50KB")
     assert (tmp_path / "made" / "model.safetensors.index.json").exists()
@@ -132,7 +132,7 @@ def test_a_repository_of_transformers(cache, tmp_path):
     with torch.no_grad():
         output = theirs(input_ids=texts, pixel_values=images)
     torch.testing.assert_close(features(model, model.config), (output.image_embeds, output.text_embeds), **TOLERANCE)
-    info = convert("hf-hub:openai/tiny", tmp_path / "back.pt", "clipfast")
+    info = convert_checkpoint("hf-hub:openai/tiny", tmp_path / "back.pt", "clipfast")
     assert (info.mean, info.activation) == ((0.5, 0.5, 0.5), "QuickGELU")
     assert same_bits(create_model(str(tmp_path / "back.pt")).state_dict(), model.state_dict())
 
@@ -196,7 +196,7 @@ def test_weights_with_quick_gelu_make_a_model_with_quick_gelu(tagged, tmp_path, 
         warnings.simplefilter("error")  # there is nothing to warn of
         assert create_model(tagged, "quick", force_quick_gelu=True).config == ours.config
     assert_same(ours, open_clip.create_model(tagged, "quick", force_quick_gelu=True))
-    info = convert(f"{tagged}:quick", tmp_path / "out.pt", "clipfast")
+    info = convert_checkpoint(f"{tagged}:quick", tmp_path / "out.pt", "clipfast")
     assert (info.activation, info.interpolation) == ("QuickGELU", "bicubic")
     assert same_bits(create_model(str(tmp_path / "out.pt")).state_dict(), ours.state_dict())
     code, out, _ = run_command(capsys, "inspect-checkpoint", f"{tagged}:plain")

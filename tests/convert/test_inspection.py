@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from clipfast import convert, create_model, export_open_clip, inspect_checkpoint, list_models
+from clipfast import convert_checkpoint, create_model, export_open_clip, inspect_checkpoint, list_models
 from clipfast.models import CLIP, build, get_model_config
 from clipfast.models.siglip_config import PUBLISHED
 
@@ -30,7 +30,7 @@ def test_layouts(kind, tmp_path):
         ("hf", "hf", "transformers folder (CLIPModel)"),
     ):
         if kind != "ResNet" or to != "hf":
-            convert(tmp_path / "own.pt", tmp_path / name, to)
+            convert_checkpoint(tmp_path / "own.pt", tmp_path / name, to)
             found[name] = layout
     for name, layout in found.items():
         info = inspect_checkpoint(tmp_path / name)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import clipfast
-from clipfast import convert, create_model, export_open_clip
+from clipfast import convert_checkpoint, create_model, export_open_clip
 from clipfast.models import SigLIPConfig, get_model_config
 
 from ..clip import siglip
@@ -34,8 +34,8 @@ def inputs_of(config):
 @pytest.mark.parametrize("kind", [*CONFIGS, *siglip.CONFIGS])
 def test_clipfast_open_clip_clipfast(kind, tmp_path):
     model = made(kind)
-    convert(save_own(model, tmp_path / "own.pt"), tmp_path / "folder", "open_clip")
-    convert(f"local-dir:{tmp_path}/folder", tmp_path / "back.pt", "clipfast")
+    convert_checkpoint(save_own(model, tmp_path / "own.pt"), tmp_path / "folder", "open_clip")
+    convert_checkpoint(f"local-dir:{tmp_path}/folder", tmp_path / "back.pt", "clipfast")
     theirs, preprocess = loaded_by_open_clip(tmp_path / "folder", model.config)
     assert same_bits(theirs.state_dict(), model.state_dict())
     back, _, ours = clipfast.create_model_and_transforms(str(tmp_path / "back.pt"))
@@ -50,9 +50,9 @@ def test_clipfast_open_clip_clipfast(kind, tmp_path):
 @pytest.mark.parametrize("kind", [*VITS, *(kind for kind in siglip.CONFIGS if kind != "bare")])
 def test_clipfast_hugging_face_clipfast(kind, tmp_path):
     model = made(kind)
-    convert(save_own(model, tmp_path / "own.pt"), tmp_path / "hf", "hf")
+    convert_checkpoint(save_own(model, tmp_path / "own.pt"), tmp_path / "hf", "hf")
     assert not (tmp_path / "hf" / "vocab.json").exists()  # this vocabulary is not that of clipfast's tokenizer
-    convert(tmp_path / "hf", tmp_path / "back.pt", "clipfast")
+    convert_checkpoint(tmp_path / "hf", tmp_path / "back.pt", "clipfast")
     back = create_model(str(tmp_path / "back.pt"))
     tokenizer = {"tokenizer": None, "clean": "canonicalize"} if isinstance(model.config, SigLIPConfig) else {}
     assert back.config == dataclasses.replace(model.config, **tokenizer)
@@ -109,11 +109,11 @@ def test_what_transformers_saves(family, activation, name, tmp_path):
     model = getattr(transformers, f"{family}Model")(config).eval()
     model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    info = convert(tmp_path / "theirs", tmp_path / "folder", "open_clip")
+    info = convert_checkpoint(tmp_path / "theirs", tmp_path / "folder", "open_clip")
     assert info.activation == name
     if family == "Siglip":
         assert (info.resize_mode, info.mean, info.std) == ("squash", (0.5,) * 3, (0.5,) * 3)
-    convert(tmp_path / "folder", tmp_path / "again", "hf")
+    convert_checkpoint(tmp_path / "folder", tmp_path / "again", "hf")
     again = type(model).from_pretrained(tmp_path / "again")
     assert same_bits(again.state_dict(), model.state_dict())
     ours = create_model(f"local-dir:{tmp_path}/folder")
@@ -147,7 +147,7 @@ def test_training_checkpoints_of_open_clip_and_bare_weights(vit, tmp_path):
         state = {prefix + name: value for name, value in vit.state_dict().items()}
         torch.save({"epoch": 4, "name": "x", "state_dict": state, "optimizer": {}}, tmp_path / "epoch_4.pt")
         shutil.rmtree(tmp_path / "folder", ignore_errors=True)
-        convert(tmp_path / "epoch_4.pt", tmp_path / "folder", "open_clip", model=json_file)
+        convert_checkpoint(tmp_path / "epoch_4.pt", tmp_path / "folder", "open_clip", model=json_file)
         assert same_bits(create_model(f"local-dir:{tmp_path}/folder").state_dict(), vit.state_dict())
     model = make_model(get_model_config("ViT-T-8-32"))
     save_file = pytest.importorskip("safetensors.torch").save_file
@@ -158,7 +158,7 @@ def test_training_checkpoints_of_open_clip_and_bare_weights(vit, tmp_path):
         ("w.bin", "quick_gelu", "ViT-T-8-32-quickgelu"),
     ):
         path = tmp_path / f"{wish}.pt"
-        assert convert(tmp_path / name, path, "clipfast", activation=wish).models == (known,)
+        assert convert_checkpoint(tmp_path / name, path, "clipfast", activation=wish).models == (known,)
         own = create_model(str(path))
         assert own.config == get_model_config(known)
         assert same_bits(own.state_dict(), model.state_dict())
@@ -169,8 +169,8 @@ def test_dtypes_are_kept(vit, tmp_path):
     own = {"model_config": vit.config.to_dict()}
     torch.save({"state_dict": state, "clipfast": own}, tmp_path / "half.pt")
     for to, name in (("open_clip", "folder"), ("hf", "hf"), ("clipfast", "own.pt")):
-        convert(tmp_path / "half.pt", tmp_path / name, to)
-        convert(tmp_path / name, tmp_path / f"{to}-back.pt", "clipfast")
+        convert_checkpoint(tmp_path / "half.pt", tmp_path / name, to)
+        convert_checkpoint(tmp_path / name, tmp_path / f"{to}-back.pt", "clipfast")
         assert same_bits(torch.load(tmp_path / f"{to}-back.pt")["state_dict"], state), to
     # transformers loads all weights in one dtype: the one that rounds none of them
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["torch_dtype"] == "float32"
@@ -190,20 +190,22 @@ def test_preprocessing_and_tokenizer_travel(mode, vit, tmp_path):
     (first / "open_clip_config.json").write_text(json.dumps(raw))
     # It has a tokenizer of its own, which goes along in place of clipfast's.
     (first / "tokenizer.json").write_text("{}")
-    convert(first, tmp_path / "own.pt", "clipfast")
+    convert_checkpoint(first, tmp_path / "own.pt", "clipfast")
     assert create_model(str(tmp_path / "own.pt")).visual.image_mean == (0.5, 0.25, 0.125)
-    convert(first, hf, "hf")
+    convert_checkpoint(first, hf, "hf")
     # transformers numbers the ways of resampling as Pillow does
     assert processor_of(hf)["resample"] == Image.Resampling.BILINEAR
-    convert(hf, second, "open_clip")
+    convert_checkpoint(hf, second, "open_clip")
     assert json.loads((second / "open_clip_config.json").read_text()) == raw
     assert (second / "tokenizer.json").read_text() == "{}"
-    convert(first, tmp_path / "longer", "open_clip", context_length=20)  # of another length, it is left behind
+    convert_checkpoint(
+        first, tmp_path / "longer", "open_clip", context_length=20
+    )  # of another length, it is left behind
     assert not (tmp_path / "longer" / "tokenizer.json").exists()
     # newer versions of transformers write another file
     (hf / "processor_config.json").write_text(json.dumps({"image_processor": processor_of(hf)}))
     (hf / "preprocessor_config.json").unlink()
-    assert convert(hf, tmp_path / "third", "open_clip").resize_mode == mode
+    assert convert_checkpoint(hf, tmp_path / "third", "open_clip").resize_mode == mode
 
 
 def test_old_configurations_name_a_tower_twice(hf_folder, tmp_path):
@@ -212,14 +214,14 @@ def test_old_configurations_name_a_tower_twice(hf_folder, tmp_path):
     raw["vision_config_dict"], raw["text_config_dict"] = raw["vision_config"], None
     raw["vision_config"] = {"hidden_size": 768}
     path.write_text(json.dumps(raw))
-    convert(hf_folder, tmp_path / "again", "hf")
+    convert_checkpoint(hf_folder, tmp_path / "again", "hf")
     assert json.loads((tmp_path / "again" / "config.json").read_text())["vision_config"] == raw["vision_config_dict"]
 
 
 def test_transformers_prepares_images_and_texts_as_clipfast_does(tmp_path):
     transformers = pytest.importorskip("transformers")
     config = dataclasses.replace(CONFIGS["ViT"], text=dataclasses.replace(TEXT, vocab_size=49408))
-    convert(save_own(make_model(config), tmp_path / "own.pt"), tmp_path / "hf", "hf")
+    convert_checkpoint(save_own(make_model(config), tmp_path / "own.pt"), tmp_path / "hf", "hf")
     processor = transformers.CLIPProcessor.from_pretrained(tmp_path / "hf")
     texts = ["a photo of a cat", "It's 3 o'clock; Zürich!", "word " * 40]
     ids = processor.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")["input_ids"]
@@ -235,8 +237,8 @@ def test_transformers_prepares_images_and_texts_as_clipfast_does(tmp_path):
 
 @pytest.mark.parametrize("size", [16, 64])
 def test_positions_are_resized_as_open_clip_does(size, own, vit, tmp_path):
-    convert(own, tmp_path / "folder", "open_clip")
-    convert(own, tmp_path / "other", "open_clip", image_size=size, context_length=size // 2)
+    convert_checkpoint(own, tmp_path / "folder", "open_clip")
+    convert_checkpoint(own, tmp_path / "other", "open_clip", image_size=size, context_length=size // 2)
     options = {"force_image_size": size, "force_context_length": size // 2}
     theirs, _ = loaded_by_open_clip(tmp_path / "folder", vit.config, **options)
     ours = create_model(f"local-dir:{tmp_path}/other")
@@ -249,8 +251,8 @@ def test_positions_are_resized_as_open_clip_does(size, own, vit, tmp_path):
 def test_a_size_that_differs_from_a_named_model_is_kept_or_resized_on_request(tmp_path):
     model = make_model(get_model_config("ViT-T-8-32").with_vision(image_size=48))
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    kept = convert(tmp_path / "w.pt", tmp_path / "a.pt", "clipfast", model="ViT-T-8-32", image_size=48)
-    resized = convert(tmp_path / "w.pt", tmp_path / "b.pt", "clipfast", model="ViT-T-8-32", image_size=32)
+    kept = convert_checkpoint(tmp_path / "w.pt", tmp_path / "a.pt", "clipfast", model="ViT-T-8-32", image_size=48)
+    resized = convert_checkpoint(tmp_path / "w.pt", tmp_path / "b.pt", "clipfast", model="ViT-T-8-32", image_size=32)
     assert (kept.image_size, resized.image_size) == (48, 32)
     assert same_bits(create_model(str(tmp_path / "a.pt")).state_dict(), model.state_dict())
 
@@ -263,5 +265,5 @@ def test_old_pickles_and_transformers_bin(vit, hf_folder, tmp_path):
     torch.save(state, hf_folder / "pytorch_model.bin")
     assert zipfile.is_zipfile(hf_folder / "pytorch_model.bin")
     weights.unlink()
-    convert(hf_folder, tmp_path / "back.pt", "clipfast")
+    convert_checkpoint(hf_folder, tmp_path / "back.pt", "clipfast")
     assert same_bits(create_model(str(tmp_path / "back.pt")).state_dict(), vit.state_dict())

@@ -9,7 +9,7 @@ from PIL import Image
 
 from clipfast import (
     CheckpointError,
-    convert,
+    convert_checkpoint,
     create_model,
     create_model_and_transforms,
     export_open_clip,
@@ -40,7 +40,7 @@ def test_what_open_clip_trains(tmp_path):
     assert same_bits(model.state_dict(), theirs.state_dict())
     assert_same(model, theirs, config)
     json_file = save_config(config, tmp_path / "small.json")
-    info = convert(tmp_path / "epoch_3.pt", tmp_path / "own.pt", "clipfast", model=str(json_file))
+    info = convert_checkpoint(tmp_path / "epoch_3.pt", tmp_path / "own.pt", "clipfast", model=str(json_file))
     assert (info.resize_mode, info.mean) == ("squash", (0.5, 0.5, 0.5))
     assert info.activation == "GELU for images, tanh GELU for texts"
     theirs.load_state_dict(torch.load(tmp_path / "own.pt")["state_dict"])
@@ -52,11 +52,11 @@ def test_preprocessing_and_tokenizer_travel(tmp_path, caplog):
     model, first, hf, second = make_model(CONFIGS["mixed"]), *(tmp_path / name for name in ("first", "hf", "second"))
     model.visual.image_mean = (0.5, 0.25, 0.125)
     export_open_clip(model, first)
-    convert(first, tmp_path / "bare", "hf")  # without one, it is said
+    convert_checkpoint(first, tmp_path / "bare", "hf")  # without one, it is said
     assert f"bare has no tokenizer, because there is none beside {first}" in caplog.text
     save_tokenizer(first)
-    convert(first, hf, "hf")
-    convert(hf, second, "open_clip", context_length=8)
+    convert_checkpoint(first, hf, "hf")
+    convert_checkpoint(hf, second, "open_clip", context_length=8)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (second / name).read_bytes() == (first / name).read_bytes()
     prepared = [json.loads((each / "open_clip_config.json").read_text())["preprocess_cfg"] for each in (first, second)]
@@ -74,7 +74,9 @@ def test_positions_are_resized_as_timm_does(size, tmp_path):
     theirs.load_state_dict(model.state_dict())
     grid = size // 8
     theirs.visual.trunk.set_input_size((8 * grid, 8 * grid))
-    convert(save_own(model, tmp_path / "own.pt"), tmp_path / "other.pt", "clipfast", image_size=size, context_length=9)
+    convert_checkpoint(
+        save_own(model, tmp_path / "own.pt"), tmp_path / "other.pt", "clipfast", image_size=size, context_length=9
+    )
     converted = create_model(str(tmp_path / "other.pt"))
     assert (converted.visual.image_size, converted.context_length) == (size, 9)
     loaded = SigLIP(CONFIGS["exact"].with_vision(image_size=size))
@@ -87,7 +89,7 @@ def test_positions_are_resized_as_timm_does(size, tmp_path):
 def test_a_resnet_is_resized(tmp_path):
     model = make_clip(CLIP_CONFIGS["ResNet"])
     own = save_own(model, tmp_path / "own.pt")
-    convert(own, tmp_path / "other.pt", "clipfast", image_size=96)
+    convert_checkpoint(own, tmp_path / "other.pt", "clipfast", image_size=96)
     other = create_model(str(tmp_path / "other.pt"))
     loaded = CLIP(model.config.with_vision(image_size=96))
     load_checkpoint(loaded, own)
@@ -112,7 +114,7 @@ def test_custom_text_of_a_clip_model(kind, tmp_path):
     raw = {"model_cfg": model.config.to_dict() | {"custom_text": True}}
     (tmp_path / "folder" / "open_clip_config.json").write_text(json.dumps(raw))
     assert same_bits(create_model(f"local-dir:{tmp_path}/folder").state_dict(), model.state_dict())
-    convert(tmp_path / "folder", tmp_path / "own.pt", "clipfast")
+    convert_checkpoint(tmp_path / "folder", tmp_path / "own.pt", "clipfast")
     assert same_bits(create_model(str(tmp_path / "own.pt")).state_dict(), model.state_dict())
 
 
@@ -121,7 +123,7 @@ def test_sizes_at_the_edges_belong_to_the_name(tmp_path):
     small = SigLIPConfig(64, VisionConfig(34, 1, 64, 32, 2.0, 8), TextConfig(12, 300, 48, 2, 1))
     model = make_model(small)
     torch.save(model.state_dict(), tmp_path / "w.pt")
-    info = convert(
+    info = convert_checkpoint(
         tmp_path / "w.pt", tmp_path / "own.pt", "clipfast", model=str(save_config(small, tmp_path / "a.json"))
     )
     assert info.image_size == 34

@@ -6,7 +6,7 @@ from PIL import Image
 
 from clipfast import (
     add_model_config,
-    convert,
+    convert_checkpoint,
     create_model,
     create_model_and_transforms,
     export_open_clip,
@@ -42,7 +42,7 @@ def test_a_repository(kind, cache, tmp_path):
     image = Image.radial_gradient("L").resize((70, 50)).convert("RGB")
     torch.testing.assert_close(preprocess(image), their_preprocess(image), rtol=1e-6, atol=1e-6)
     assert get_tokenizer("hf-hub:org/siglip", cache_dir=cache)(["a red cat"]).shape == (1, config.text.context_length)
-    info = convert("org/siglip", tmp_path / "own.pt", "clipfast")
+    info = convert_checkpoint("org/siglip", tmp_path / "own.pt", "clipfast")
     assert (info.resize_mode, info.mean) == ("squash", (0.5, 0.5, 0.5))
     assert same_bits(create_model(str(tmp_path / "own.pt")).state_dict(), ours.state_dict())
 
@@ -74,7 +74,7 @@ def test_a_tag_brings_its_tokenizer(cache, tmp_path, monkeypatch):
         save_tokenizer(tmp_path / "made")
         fill(cache, "org/siglip", tmp_path / "made")
         for layout in ("hf", "open_clip"):
-            convert("tiny-siglip:webli", tmp_path / layout, layout)
+            convert_checkpoint("tiny-siglip:webli", tmp_path / layout, layout)
             for name in ("tokenizer.json", "tokenizer_config.json"):
                 assert (tmp_path / layout / name).read_bytes() == (tmp_path / "made" / name).read_bytes()
     finally:

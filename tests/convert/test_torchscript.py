@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from clipfast import CheckpointError, convert, create_model, inspect_checkpoint
+from clipfast import CheckpointError, convert_checkpoint, create_model, inspect_checkpoint
 from clipfast.models import CLIPConfig, TextConfig, VisionConfig
 
 from .conftest import make_model, same_bits
@@ -47,7 +47,7 @@ def published(tmp_path):
 def test_without_trust_it_is_not_loaded(published, tmp_path, monkeypatch):
     _, path = published
     monkeypatch.setattr(torch.jit, "load", None)
-    for act in (lambda: inspect_checkpoint(path), lambda: convert(path, tmp_path / "out", "open_clip")):
+    for act in (lambda: inspect_checkpoint(path), lambda: convert_checkpoint(path, tmp_path / "out", "open_clip")):
         with pytest.raises(CheckpointError, match=r"ViT.pt is a TorchScript archive, .* it is code, .* add --trust"):
             act()
     assert [entry.name for entry in tmp_path.iterdir()] == ["ViT.pt"]
@@ -58,7 +58,7 @@ def test_with_trust(published, tmp_path):
     info = inspect_checkpoint(path, trust=True)
     assert (info.layout, info.activation) == ("OpenAI's TorchScript archive", "QuickGELU")
     assert info.parameters == sum(parameter.numel() for parameter in model.parameters())
-    convert(path, tmp_path / "own.pt", "clipfast", trust=True)
+    convert_checkpoint(path, tmp_path / "own.pt", "clipfast", trust=True)
     own = create_model(str(tmp_path / "own.pt"))
     assert own.config == CONFIG
     assert same_bits(own.state_dict(), model.state_dict())
@@ -70,5 +70,5 @@ def test_a_broken_archive(published, tmp_path):
         for name in whole.namelist():
             broken.writestr(name, b"def forward(" if name.endswith(".py") else whole.read(name))
     with pytest.raises(CheckpointError, match=r"broken.pt is a TorchScript archive that cannot be loaded: "):
-        convert(tmp_path / "broken.pt", tmp_path / "out", "open_clip", trust=True)
+        convert_checkpoint(tmp_path / "broken.pt", tmp_path / "out", "open_clip", trust=True)
     assert not (tmp_path / "out").exists()

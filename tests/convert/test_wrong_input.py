@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from clipfast import CheckpointError, checkpoint, convert, export_open_clip, files
+from clipfast import CheckpointError, checkpoint, convert_checkpoint, export_open_clip, files
 from clipfast.conversion import hugging_face
 from clipfast.models import get_model_config
 
@@ -24,8 +24,8 @@ def made(tmp_path_factory):
     """A folder with checkpoints of each kind of model, and one that a model known by its name has the shapes of."""
     folder = tmp_path_factory.mktemp("made")
     vit, mixed = make_model(CONFIGS["ViT"]), siglip.make_model(siglip.CONFIGS["mixed"])
-    convert(save_own(vit, folder / "own.pt"), folder / "hf", "hf")
-    convert(save_own(mixed, folder / "siglip.pt"), folder / "siglip", "hf")
+    convert_checkpoint(save_own(vit, folder / "own.pt"), folder / "hf", "hf")
+    convert_checkpoint(save_own(mixed, folder / "siglip.pt"), folder / "siglip", "hf")
     save_own(make_model(CONFIGS["ResNet"]), folder / "rn.pt")
     save_own(siglip.make_model(siglip.CONFIGS["bare"]), folder / "bare.pt")
     torch.save(make_model(get_model_config("ViT-T-8-32")).state_dict(), folder / "named.pt")
@@ -199,13 +199,13 @@ def test_a_failure_while_writing_leaves_nothing(to, name, own, tmp_path, monkeyp
     if to == "clipfast":
         monkeypatch.setattr(torch, "save", lambda content, path: fail(path))
     with pytest.raises(OSError, match="the cable came off"):
-        convert(own, tmp_path / name, to)
+        convert_checkpoint(own, tmp_path / name, to)
     assert [path.name for path in tmp_path.iterdir()] == ["own.pt"]
 
 
 def test_a_killed_writer_is_in_nobodys_way_and_a_folder_that_appears_meanwhile_stays(own, tmp_path):
     (tmp_path / ".out.tmp" / "junk").mkdir(parents=True)
-    convert(own, tmp_path / "out", "open_clip")
+    convert_checkpoint(own, tmp_path / "out", "open_clip")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "own.pt"]
     assert not (tmp_path / "out" / "junk").exists()
     with pytest.raises(FileExistsError):
@@ -217,4 +217,4 @@ def test_a_killed_writer_is_in_nobodys_way_and_a_folder_that_appears_meanwhile_s
 def test_a_configuration_of_something_else_in_a_checkpoint(raw, vit, tmp_path):
     torch.save({"state_dict": vit.state_dict(), "clipfast": {"model_config": raw}}, tmp_path / "w.pt")
     with pytest.raises(CheckpointError, match=r"the model configuration in .*w.pt cannot be read"):
-        convert(tmp_path / "w.pt", tmp_path / "out.pt", "clipfast")
+        convert_checkpoint(tmp_path / "w.pt", tmp_path / "out.pt", "clipfast")
