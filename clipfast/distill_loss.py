@@ -116,19 +116,31 @@ class _CrossEntropy(torch.autograd.Function):
         return total / ((2 if options.both else 1) * len(x))
 
     @staticmethod
-    @once_differentiable
-    @outside_autocast
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        x, y, s, u, v, t, student_max, student_sum, teacher_max, teacher_sum = ctx.saved_tensors
-        student, teacher = ctx.options.logits(x, y, s, u, v, t)
-        needs_x, needs_y, needs_s = ctx.needs_input_grad[:3]
+        needed = ctx.needs_input_grad[:3]
+        grads = _Gradients.apply(grad_loss, ctx.options, needed, *ctx.saved_tensors)  # type: ignore[no-untyped-call]
+        return *grads, None, None, None, None
+
+
+class _Gradients(torch.autograd.Function):
+    """The gradients of :class:`_CrossEntropy`, as a function whose own derivative is an error instead of missing."""
+
+    @staticmethod
+    @outside_autocast
+    def forward(
+        _: Any, grad_loss: Tensor, options: Options, needed: tuple[bool, bool, bool], x: Tensor, y: Tensor, s: Tensor,
+        u: Tensor, v: Tensor, t: Tensor, student_max: Tensor, student_sum: Tensor, teacher_max: Tensor,
+        teacher_sum: Tensor,
+    ) -> tuple[Tensor | None, ...]:  # fmt: skip
+        student, teacher = options.logits(x, y, s, u, v, t)
+        needs_x, needs_y, needs_s = needed
         x_grad = torch.empty_like(student.rows) if needs_x else None
         y_grad = torch.zeros_like(student.cols) if needs_y else None
         s_grad = s.new_zeros((), dtype=torch.float64)
         for strip in _strips(student):
             S, T = student.of(strip), teacher.of(strip)
             G = S.softmax(1).sub_(T.softmax(1))
-            if ctx.options.both:
+            if options.both:
                 G.add_(S.sub_(student_max).exp_().div_(student_sum))
                 G.sub_(T.sub_(teacher_max).exp_().div_(teacher_sum))
             if needs_x or needs_s:
@@ -138,11 +150,14 @@ class _CrossEntropy(torch.autograd.Function):
                     x_grad[strip] = of_rows
             if y_grad is not None:
                 y_grad.addmm_(G.T, student.rows[strip])
-        coefficient = grad_loss / ((2 if ctx.options.both else 1) * max(len(x), 1))
+        coefficient = grad_loss / ((2 if options.both else 1) * max(len(x), 1))
         factor = coefficient * student.scale
         of_features = (None if grad is None else grad.mul_(factor).to(x.dtype) for grad in (x_grad, y_grad))
-        of_scale = (s_grad * coefficient).to(s.dtype) if needs_s else None
-        return *of_features, of_scale, None, None, None, None
+        return *of_features, (s_grad * coefficient).to(s.dtype) if needs_s else None
+
+    @staticmethod
+    def backward(*_: Any) -> None:
+        raise NotImplementedError(f"{OP}: the distillation loss has no second derivative")
 
 
 def _cross_entropy(student: Logits, teacher: Logits, *, both: bool) -> Tensor:
@@ -220,7 +235,7 @@ class DistillClipLoss(ClipLoss):
         return self._over_ranks((of_images + of_texts) / 2)
 
     def _scale_of_ranks(self, scale: Tensor) -> Tensor:
-        """Return the scale. Its gradient is the same on every rank, unless each rank has the loss of its own pairs."""
+        """Return the scale, whose gradient is the same on every rank, unless each has the loss of its own pairs."""
         if self.local_loss or not scale.requires_grad:
             return scale
         # Each rank has the gradient of its own rows. Without ``gather_with_grad``, the mean of the losses over ranks
