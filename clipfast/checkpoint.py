@@ -145,7 +145,7 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     plain = dict(state)
     for name in [name for name in plain if name.endswith(".running_mean")]:
         plain.setdefault(name.removesuffix("running_mean") + _COUNT, torch.tensor(0))
-    while prefix := next((prefix for prefix in WRAPPER_PREFIXES if _all_start_with(plain, prefix)), None):
+    while prefix := next((one for one in WRAPPER_PREFIXES if plain and all(n.startswith(one) for n in plain)), None):
         plain = {name.removeprefix(prefix): value for name, value in plain.items()}
     return plain if is_siglip_state(plain) else {name.removeprefix(TEXT_PREFIX): x for name, x in plain.items()}
 
@@ -153,10 +153,6 @@ def plain_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def is_siglip_state(names: Iterable[str]) -> bool:
     """Return whether the names are those of a SigLIP model, or of another with an image tower of timm's."""
     return any(name.startswith(TRUNK_PREFIX) for name in names)
-
-
-def _all_start_with(state: Mapping[str, Tensor], prefix: str) -> bool:
-    return bool(state) and all(name.startswith(prefix) for name in state)
 
 
 def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], source: str | Path) -> None:
@@ -177,25 +173,18 @@ def check_weights(weights: Mapping[str, Tensor], own: Mapping[str, Tensor], sour
             f"{source} does not fit the model: it holds {kinds[is_siglip]}, and the model is {kinds[not is_siglip]}: "
             "choose the name of the model accordingly, with or without SigLIP in it"
         )
-    problems = [f"missing {name}" for name in own if name not in weights] + [
-        f"unexpected {name}" for name in weights if name not in own
-    ]
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unexpected {name}" for name in weights if name not in own]
     for name, value in own.items():
-        if name not in weights:
-            continue
-        other = weights[name]
+        other = weights.get(name, value)
         if value.shape != other.shape and not value.numel() == other.numel() == 1:
             problems.append(f"{name} is {tuple(other.shape)}, the model has {tuple(value.shape)}")
         if value.is_floating_point() != other.is_floating_point():
-            problems.append(f"{name} holds {_short(other.dtype)}, the model has {_short(value.dtype)}")
+            problems.append(f"{name} holds {other.dtype}, the model has {value.dtype}")
     if problems:
         raise CheckpointError(
             f"{source} does not fit the model: {'; '.join(problems[:5])}{'; …' if len(problems) > 5 else ''}"
         )
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def load_weights(

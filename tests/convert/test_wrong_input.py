@@ -86,7 +86,7 @@ REFUSED = [
     (lambda: weights(visual__proj=torch.zeros(3, 3)), "w.pt", "visual.proj is (3, 3), the model has (64, 24)"),
     (lambda: weights(text_projection=None), "w.pt", "w.pt does not fit the model: missing text_projection"),
     (lambda: weights(logit_bias=torch.zeros([])), "w.pt", "w.pt does not fit the model: unexpected logit_bias"),
-    (lambda: weights(visual__proj=torch.zeros(64, 24).int()), "w.pt", "holds int32, the model has float32"),
+    (lambda: weights(visual__proj=torch.zeros(64, 24).int()), "w.pt", "holds torch.int32, the model has torch.float32"),
     (None, "named.pt --model small.json", "; it has the shapes of ViT-T-8-32 or ViT-T-8-32-quickgelu"),
     (None, "own.pt --model ViT-T-8-32", "missing visual.transformer.resblocks.2.ln_1.weight"),
     (
