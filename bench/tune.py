@@ -52,7 +52,6 @@ WORTH_BY_MODEL = 0.95
 MEASURED, MODEL = "measured", "model"
 _TILES, _SMALL_TILES, _STAGES = (64, 128, 256), (16, 32, 64, 128), (1, 2, 3, 4)
 _REGISTERS = (None, 128, 168)  # four and three programs of four warps on a multiprocessor
-_EDGES = (2048, 2816, 4096, 5632, 8192, 16384)  # of a block of logits
 # The values to search for each field of a configuration.
 SPACES: dict[type[Config], dict[str, tuple[int | None, ...]]] = {
     configs.GemmConfig: {
@@ -68,7 +67,6 @@ SPACES: dict[type[Config], dict[str, tuple[int | None, ...]]] = {
         "block_m": _SMALL_TILES, "block_n": _SMALL_TILES, "num_warps": (4, 8), "num_stages": _STAGES,
         "max_registers": _REGISTERS,
     },
-    configs.BlockConfig: {"rows": _EDGES, "cols": _EDGES},
 }  # fmt: skip
 TARGETS: dict[str, tuple[OpSpec, Target]] = {
     target.name: (spec, target) for spec in specs().values() for target in spec.targets
@@ -344,16 +342,9 @@ def _print_ranking(op: str, search: Search) -> None:
 
 
 def _committed(tunable: Tunable, target: Target, search: Search) -> Config:
-    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture.
-
-    Without an entry, a rule decides on the blocks of a loss: then they are those of its first launch.
-    """
+    """Return the committed configuration of a kernel; refuse a kernel that has none on this architecture."""
     key = key_of(tunable, target, search.dtype)
     entry = configs.committed(key, search.arch)
-    if entry is None and tunable.kind is configs.BlockConfig:
-        found = launches(target, search.dtype, search.arch)
-        gradient = next(one for one in found if "grad_tile" in one.kernel.__name__)
-        return configs.BlockConfig(gradient.args["M"], gradient.args["N"])
     if entry is None:
         raise ValueError(f"{key}: another kernel serves it on sm_{search.arch}, so there is nothing to compare with")
     return tunable.kind(**entry)

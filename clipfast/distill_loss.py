@@ -26,7 +26,7 @@ from torch.distributed.nn.functional import all_gather
 
 from .kernels.backends import outside_autocast
 from .kernels.contrastive.exchange import gather_equal
-from .kernels.contrastive.loss_arguments import check_pairs, scale_tensor
+from .kernels.contrastive.shared import check_pairs, scale_tensor
 from .kernels.dtypes import accumulate_dtype, autocast_dtype
 from .losses import ClipLoss
 

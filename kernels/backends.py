@@ -85,6 +85,8 @@ def outside_autocast(fn: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(fn)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> R:
         device_type = next(arg.device.type for arg in args if isinstance(arg, Tensor))
+        if not torch.is_autocast_enabled(device_type):
+            return fn(*args, **kwargs)
         with torch.autocast(device_type, enabled=False):
             return fn(*args, **kwargs)
 

@@ -88,16 +88,8 @@ class SdpaConfig:
     min_keys_causal: int
 
 
-@dataclasses.dataclass(frozen=True)
-class BlockConfig:
-    """Rows and columns of a block of logits in the backward pass of a loss."""
-
-    rows: int
-    cols: int
-
-
-Config = KernelConfig | SdpaConfig | BlockConfig
-C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, SdpaConfig, RowConfig, BlockConfig)
+Config = KernelConfig | SdpaConfig
+C = TypeVar("C", GemmConfig, ShortConfig, LoopedConfig, SdpaConfig, RowConfig)
 _overrides: dict[str, Config] = {}
 
 
@@ -135,13 +127,7 @@ def sdpa_config(arch: int, dtype: torch.dtype, head_dim: int) -> SdpaConfig | No
     return _lookup_any(SdpaConfig, config_key("attention_sdpa", dtype, head_dim), arch)
 
 
-def block_config(arch: int, dtype: torch.dtype) -> BlockConfig | None:
-    """Return the blocks of logits that a table or an override asks for on ``arch``, or None, which leaves them to the
-    rule in ``contrastive/block_sizes.py``.
-    """
-    return _lookup_any(BlockConfig, config_key("contrastive_block", dtype), arch)
-
-
+@functools.cache
 def config_key(
     kernel: str, dtype: torch.dtype, head_dim: int | None = None, num_keys: int | None = None, width: int | None = None
 ) -> str:
@@ -202,16 +188,20 @@ def committed(key: str, arch: int) -> dict[str, int] | None:
 
 
 def _lookup_any(kind: type[C], key: str, arch: int) -> C | None:
-    return _lookup(kind, key, arch) if key in _overrides or committed(key, arch) else None
+    config = _overrides.get(key) or _from_table(kind, key, arch)
+    if config is not None and not isinstance(config, kind):
+        raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")
+    return config
+
+
+@functools.cache
+def _from_table(kind: Any, key: str, arch: int) -> Any:
+    entry = committed(key, arch)
+    return kind(**entry) if entry else None
 
 
 def _lookup(kind: type[C], key: str, arch: int) -> C:
-    config = _overrides.get(key)
+    config = _lookup_any(kind, key, arch)
     if config is None:
-        entry = committed(key, arch)
-        if entry is None:
-            raise KeyError(f"no configuration of {key} for sm_{arch}")
-        config = kind(**entry)
-    if not isinstance(config, kind):
-        raise TypeError(f"{key}: expected a {kind.__name__}, got {config!r}")
+        raise KeyError(f"no configuration of {key} for sm_{arch}")
     return config

@@ -26,8 +26,7 @@ CPU_MULTIPROCESSORS = 2
 RECORDED_MULTIPROCESSORS = 132  # those of an H100, for launches that fill a GPU and are recorded without one
 
 _execute_on_cpu = INTERPRET
-_recorder: "_Recorder | None" = None
-_stand_in: "_StandIn | None" = None
+_target: "_Target | None" = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,11 +40,24 @@ class Launch:
     options: dict[str, Any]
 
 
-@dataclasses.dataclass
-class _Recorder:
+@dataclasses.dataclass(frozen=True)
+class _Target:
+    """A GPU that kernels are launched for without its tensors: a recorder's, or ``device`` of a stub of the driver."""
+
     arch: int
     multiprocessors: int | None
-    launches: list[Launch]
+    device: torch.device | None = None
+    launches: list[Launch] | None = None
+
+
+@contextlib.contextmanager
+def _launches_for(target: _Target) -> Iterator[None]:
+    global _target
+    outer, _target = _target, target
+    try:
+        yield
+    finally:
+        _target = outer
 
 
 @contextlib.contextmanager
@@ -54,12 +66,9 @@ def record_launches(arch: int, multiprocessors: int | None = None) -> Iterator[l
 
     With ``multiprocessors``, sizes that depend on their number are those of a GPU that has so many.
     """
-    global _recorder
-    outer, _recorder = _recorder, _Recorder(arch, multiprocessors, [])
-    try:
-        yield _recorder.launches
-    finally:
-        _recorder = outer
+    launches: list[Launch] = []
+    with _launches_for(_Target(arch, multiprocessors, launches=launches)):
+        yield launches
 
 
 @contextlib.contextmanager
@@ -73,26 +82,19 @@ def execute_on_cpu() -> Iterator[None]:
         _execute_on_cpu = outer
 
 
-@dataclasses.dataclass(frozen=True)
-class _StandIn:
-    device: torch.device
-    arch: int
-    multiprocessors: int
-
-
 @contextlib.contextmanager
 def stand_in(device: torch.device, arch: int, multiprocessors: int) -> Iterator[None]:
     """Launch the Triton kernels for CPU tensors as if they were tensors of ``device``, a GPU of the given kind.
 
     This is for a stub of the driver: the device is made current for each launch, as for tensors that are really there.
     """
-    global _stand_in
-    outer, _stand_in = _stand_in, _StandIn(device, arch, multiprocessors)
-    try:
-        with execute_on_cpu():
-            yield
-    finally:
-        _stand_in = outer
+    with _launches_for(_Target(arch, multiprocessors, device)), execute_on_cpu():
+        yield
+
+
+def _target_of(device: torch.device) -> _Target | None:
+    """Return the GPU that kernels are launched for in place of ``device``, if there is one."""
+    return _target if _target is not None and (_target.launches is not None or device.type == "cpu") else None
 
 
 def executes_on_cpu() -> bool:
@@ -102,7 +104,7 @@ def executes_on_cpu() -> bool:
 
 def triton_runs_on(device: torch.device) -> bool:
     """Return whether a Triton kernel can be launched for tensors on ``device``."""
-    return device.type == "cuda" or (device.type == "cpu" and (_execute_on_cpu or _recorder is not None))
+    return device.type == "cuda" or (device.type == "cpu" and (_execute_on_cpu or _target is not None))
 
 
 def arch_of(device: torch.device) -> int:
@@ -111,10 +113,9 @@ def arch_of(device: torch.device) -> int:
     Raises:
         RuntimeError: a GPU that is too old for the kernels.
     """
-    if _recorder is not None:
-        return _recorder.arch
-    if _stand_in is not None and device.type == "cpu":
-        return _stand_in.arch
+    target = _target_of(device)
+    if target is not None:
+        return target.arch
     if device.type != "cuda":
         return CPU_ARCH
     major, minor = torch.cuda.get_device_capability(device)
@@ -138,10 +139,9 @@ def multiprocessors(device: torch.device, on_cpu: int) -> int:
     """Return the number of multiprocessors of a GPU; for the CPU, where kernels are interpreted or recorded,
     ``on_cpu`` unless the recorder says another number.
     """
-    if _recorder is not None and _recorder.multiprocessors is not None:
-        return _recorder.multiprocessors
-    if _stand_in is not None and device.type == "cpu":
-        return _stand_in.multiprocessors
+    target = _target_of(device)
+    if target is not None and target.multiprocessors is not None:
+        return target.multiprocessors
     return _multiprocessors_of(device, on_cpu)
 
 
@@ -162,12 +162,13 @@ def launch(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if config.max_registers is not None:
         options["maxnreg"] = config.max_registers
-    if _recorder is not None:
+    target = _target_of(device)
+    if target is not None and target.launches is not None:
         named = dict(zip(kernel.arg_names, args, strict=False))
-        _recorder.launches.append(Launch(kernel, grid, named, constexprs, options))
+        target.launches.append(Launch(kernel, grid, named, constexprs, options))
         return
-    if _stand_in is not None and device.type == "cpu":
-        device = _stand_in.device
+    if target is not None and target.device is not None:
+        device = target.device
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
         kernel[grid](*args, **constexprs, **options)

@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from clipfast.kernels.contrastive import whole
+from clipfast.kernels.contrastive import cpu
 from clipfast.kernels.dtypes import DTYPES
 from clipfast.kernels.spec import EXPANDED, Call, Case, Draw, OpSpec, specs
-from clipfast.verify.inputs import inputs_of, lay_out
+from clipfast.verify.ops import inputs_of, lay_out
 from clipfast.verify.rule import value_and_grads
 
 from ..inspection.shipped import shipped_cases
@@ -122,11 +122,11 @@ def _run(spec: OpSpec, call: Call) -> None:
 @contextlib.contextmanager
 def _in_blocks() -> Iterator[None]:
     """Send small batches of the loss through the kernels too, which a CPU computes at once."""
-    before, whole.MOST_LOGITS = whole.MOST_LOGITS, 0
+    before, cpu.MOST_LOGITS = cpu.MOST_LOGITS, 0
     try:
         yield
     finally:
-        whole.MOST_LOGITS = before
+        cpu.MOST_LOGITS = before
 
 
 def describe(walked: Walked) -> str:

@@ -1,4 +1,4 @@
-"""The sizes of the blocks of logits that the backward pass of a loss takes one after the other.
+"""The sizes of the blocks of logits that a loss takes one after the other, and the programs of a block.
 
 A block of R x C logits is one launch of the gradient kernel, which writes G, and one of the products G y and G^T x. On
 ``multiprocessors`` that each run one program at a time, both should end with few of them idle, and launches should be
@@ -13,10 +13,13 @@ What a block leaves over is idle time at the end of each launch, so a block a li
 import functools
 import math
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import triton
+from torch import Tensor
 
-from ..configs import GemmConfig
+from ..configs import GemmConfig, gemm_config
+from ..launch import arch_of
 
 # Beside its steps a tile takes as long as so many steps to be stored, and a launch takes as long as so many more. Both
 # are what a model of an H100 gives for tiles of 128 x 256.
@@ -27,6 +30,8 @@ LEAST_EDGE = 1024
 # The numbers of blocks, from the least on, that are considered in each direction.
 ROW_COUNTS, COL_COUNTS = 16, 4
 MOST_SEGMENTS = 32
+# A walk of so few tiles saves less than it takes to compute the tiles with pairs after it (by the model of an H100).
+SHORT_WALK = 4
 
 
 def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
@@ -43,6 +48,31 @@ def segments_of_column(num_m: int, num_n: int, at_once: int) -> tuple[int, int]:
     return segments, triton.cdiv(num_m, segments)
 
 
+class GradGrid(NamedTuple):
+    """The programs that compute a block of G. Some of them may each walk down one of so many segments of a column of
+    tiles; the others compute one tile each.
+    """
+
+    programs: int
+    segments: int
+    tiles: int  # of a segment
+
+
+def grad_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, at_once: int, *, walks: bool) -> GradGrid:
+    """Return the programs of a block of G [rows, cols] with the pairs (i, i + offset), of which none may walk."""
+    num_m, num_n = triton.cdiv(rows, cfg.block_m), triton.cdiv(cols, cfg.block_n)
+    has_pairs = -num_m * cfg.block_m < offset < num_n * cfg.block_n
+    segments, tiles = segments_of_column(num_m, num_n, at_once) if walks else (0, 0)
+    if not walks or (has_pairs and tiles <= SHORT_WALK):
+        return GradGrid(num_m * num_n, 0, 0)
+    return GradGrid(segments * num_n + (num_m * span(cfg) if has_pairs else 0), segments, tiles)
+
+
+def span(cfg: GemmConfig) -> int:
+    """Return how many tiles of a row of tiles may hold pairs."""
+    return (cfg.block_m + cfg.block_n - 2) // cfg.block_n + 1
+
+
 def most_bytes(cols: int, width: int) -> int:
     """Return how many bytes a block of G may take where the columns' gradients have ``cols`` rows of ``width``.
 
@@ -50,6 +80,13 @@ def most_bytes(cols: int, width: int) -> int:
     of 512 dimensions takes 176 MB beyond its inputs: gradient of the rows 34, accumulators 75, G 67.
     """
     return max(2**25, min(2**27, 4 * cols * width))
+
+
+def edges_of(x: Tensor, y: Tensor, most_edge: int, at_once: int) -> tuple[int, int]:
+    """Return the rows and columns of a block of G for features x against features y."""
+    arch = arch_of(x.device)
+    gradient, products = (gemm_config(f"contrastive_{name}", arch, x.dtype) for name in ("grad_tile", "products"))
+    return block_edges(len(x), len(y), x.shape[1], x.dtype.itemsize, most_edge, at_once, gradient, products)
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,6 +1,7 @@
 """The shapes of the contrastive losses, and the cases that are checked, each with its reason."""
 
 import dataclasses
+import functools
 
 from ..spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, NOT_INTERPRETED, Case, Shape, on
 
@@ -92,6 +93,8 @@ STAGES = EARLY, MIDDLE, END = (1 / 0.07, 0.0), (50.0, 0.2), (100.0, 0.3)
 SHIFTS = (50.0, 1e4)
 LENGTHS = "rows of many lengths, which are divided by them"
 NO_WIDTH = "features without dimensions: every product is 0"
+few = functools.partial(Case, draws=FEW)
+extreme = functools.partial(Case, check=EXTREME, draws=FEW)
 
 
 def laid_out(shape: Shape) -> list[Case]:
@@ -102,18 +105,18 @@ def laid_out(shape: Shape) -> list[Case]:
         "offset": "one element past an aligned address",
         EXPANDED: "every row of the first features is the same memory: stride 0",
     }
-    return [Case(shape, why, layout=layout, quick=layout == "sliced", draws=FEW) for layout, why in layouts.items()]
+    return [few(shape, why, layout=layout, quick=layout == "sliced") for layout, why in layouts.items()]
 
 
 CONTRASTIVE = [
-    *(Case(LossShape(1, 16, *at), "one pair: both softmaxes are 1, every gradient is 0", draws=FEW) for at in STAGES),
-    *(Case(LossShape(2, 8, *at), "less than any tile in both directions", draws=FEW) for at in STAGES),
-    Case(LossShape(63, 64), "one less than a float32 tile", draws=FEW),
-    *(Case(LossShape(64, 64, *at), "exactly one float32 tile: no mask is ever false", draws=FEW) for at in STAGES),
-    Case(LossShape(65, 64), "one past a float32 tile", draws=FEW),
-    *(Case(LossShape(67, 40, *at), "prime, and a dimension that no tile divides", quick=True, draws=FEW) for at in STAGES),
-    Case(LossShape(127, 72), "one less than a half-precision tile", draws=FEW),
-    *(Case(LossShape(129, 72, *at), "one past a half-precision tile", draws=FEW) for at in STAGES),
+    *(few(LossShape(1, 16, *at), "one pair: both softmaxes are 1, every gradient is 0") for at in STAGES),
+    *(few(LossShape(2, 8, *at), "less than any tile in both directions") for at in STAGES),
+    few(LossShape(63, 64), "one less than a float32 tile"),
+    *(few(LossShape(64, 64, *at), "exactly one float32 tile: no mask is ever false") for at in STAGES),
+    few(LossShape(65, 64), "one past a float32 tile"),
+    *(few(LossShape(67, 40, *at), "prime, and a dimension that no tile divides", quick=True) for at in STAGES),
+    few(LossShape(127, 72), "one less than a half-precision tile"),
+    *(few(LossShape(129, 72, *at), "one past a half-precision tile") for at in STAGES),
     Case(LossShape(0, 16), "no pairs: the mean of nothing is NaN"),
     Case(LossShape(600, 16, 20.0, 0.3), "more tiles of rows than a group of programs", on(INTERPRETER, CUDA)),
     Case(LossShape(131, 512), "B/32's dimension", on(INTERPRETER)),
@@ -129,22 +132,22 @@ CONTRASTIVE = [
     Case(LossShape(32768, 512), "CLIP's published batch", on(CUDA)),
     # tiles and blocks, and the kernels that normalise
     *(
-        Case(LossShape(pairs, embed_dim, scale, 0.3, normalize=True), why, draws=FEW, sanitize=True)
+        few(LossShape(pairs, embed_dim, scale, 0.3, normalize=True), why, sanitize=True)
         for pairs, embed_dim, why in ((1, 16, "one pair, normalised"), (67, 40, "normalised; several small blocks"))
         for scale in SHIFTS
     ),
-    Case(LossShape(45, 24, 20.0, 0.3, normalize=True), LENGTHS, values="lengths", draws=FEW),
-    Case(LossShape(70, 0), NO_WIDTH, draws=FEW),
+    few(LossShape(45, 24, 20.0, 0.3, normalize=True), LENGTHS, values="lengths"),
+    few(LossShape(70, 0), NO_WIDTH),
     *laid_out(LossShape(67, 40, 20.0, 0.5)),
     # extremes
-    Case(LossShape(129, 72, 100.0, 1.0), "largest scale in training, pairs exactly alike", check=EXTREME, draws=FEW),
-    Case(LossShape(67, 40, 100.0, 0.3), "every feature occurs twice: two positives", check=EXTREME, values="duplicate rows", quick=True, draws=FEW),
-    Case(LossShape(50, 16, 100.0), "all features equal: the loss is log N", check=EXTREME, values="all-equal rows", draws=FEW),
-    Case(LossShape(45, 24, 1.0), "lengths of 100 and 1: logits of hundreds, of both signs", check=EXTREME, values="large", quick=True, draws=FEW),
-    Case(LossShape(48, 48, 100.0), "orthogonal pairs: logits are 0 or 100", check=EXTREME, values="one-hot", draws=FEW),
-    Case(LossShape(37, 24, 0.0, 0.3), "scale 0: every logit is 0", check=EXTREME, draws=FEW),
-    Case(LossShape(37, 24, -30.0, 0.3), "negative scale: the best pair is the worst", check=EXTREME, draws=FEW),
-    Case(LossShape(37, 24, 1e4, 0.3), "a scale far beyond training: one-hot softmaxes", check=EXTREME, draws=FEW),
+    extreme(LossShape(129, 72, 100.0, 1.0), "largest scale in training, pairs exactly alike"),
+    extreme(LossShape(67, 40, 100.0, 0.3), "every feature occurs twice: two positives", values="duplicate rows", quick=True),
+    extreme(LossShape(50, 16, 100.0), "all features equal: the loss is log N", values="all-equal rows"),
+    extreme(LossShape(45, 24, 1.0), "lengths of 100 and 1: logits of hundreds, of both signs", values="large", quick=True),
+    extreme(LossShape(48, 48, 100.0), "orthogonal pairs: logits are 0 or 100", values="one-hot"),
+    extreme(LossShape(37, 24, 0.0, 0.3), "scale 0: every logit is 0"),
+    extreme(LossShape(37, 24, -30.0, 0.3), "negative scale: the best pair is the worst"),
+    extreme(LossShape(37, 24, 1e4, 0.3), "a scale far beyond training: one-hot softmaxes"),
     # repeats
     Case(LossShape(129, 72, 50.0, 0.5), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(LossShape(2053, 256, 50.0, 0.5), "several chunks, two threads", on(CPU), DETERMINISM, slow=HALF),
@@ -154,74 +157,74 @@ CONTRASTIVE = [
 # Scale, bias and likeness of the pairs at the start and at the end of SigLIP's training.
 NEW, LATE = (10.0, -10.0, 0.0), (100.0, -16.0, 0.3)
 SIGMOID = [
-    Case(SigmoidShape(1, 16), "one pair: no negatives at all", draws=FEW),
+    few(SigmoidShape(1, 16), "one pair: no negatives at all"),
     Case(SigmoidShape(1, 16, 30.0, -16.0, 1.0), "one pair that is learned: its force is small", draws=MANY),
-    *(Case(SigmoidShape(2, 8, *at), "less than any tile in both directions", draws=FEW) for at in (NEW, LATE)),
-    Case(SigmoidShape(3, 520), "a dimension of many steps, the last one short", draws=FEW),
-    *(Case(SigmoidShape(17, 24, *at), "prime", quick=True, draws=FEW) for at in (NEW, LATE)),
-    *(Case(SigmoidShape(64, 64, *at), "exactly one float32 tile", draws=FEW) for at in (NEW, LATE)),
-    *(Case(SigmoidShape(67, 40, *at), "one past a float32 tile", draws=FEW) for at in (NEW, LATE)),
-    Case(SigmoidShape(127, 72), "one less than a half-precision tile", draws=FEW),
-    *(Case(SigmoidShape(129, 72, *at), "one past a half-precision tile", draws=FEW) for at in (NEW, LATE)),
+    *(few(SigmoidShape(2, 8, *at), "less than any tile in both directions") for at in (NEW, LATE)),
+    few(SigmoidShape(3, 520), "a dimension of many steps, the last one short"),
+    *(few(SigmoidShape(17, 24, *at), "prime", quick=True) for at in (NEW, LATE)),
+    *(few(SigmoidShape(64, 64, *at), "exactly one float32 tile") for at in (NEW, LATE)),
+    *(few(SigmoidShape(67, 40, *at), "one past a float32 tile") for at in (NEW, LATE)),
+    few(SigmoidShape(127, 72), "one less than a half-precision tile"),
+    *(few(SigmoidShape(129, 72, *at), "one past a half-precision tile") for at in (NEW, LATE)),
     Case(SigmoidShape(0, 16), "no images: the mean of nothing is NaN"),
     Case(SigmoidShape(1021, 512), "a prime of the size of one GPU's share", NOT_INTERPRETED, slow=HALF),
     Case(SigmoidShape(8192, 768, *LATE), "a large batch, late in training", on(CUDA)),
     # tiles and blocks, with and without pairs
     *(
-        Case(SigmoidShape(pairs, embed_dim, 20.0, matched=0.3, offset=offset), why, draws=FEW, sanitize=True)
+        few(SigmoidShape(pairs, embed_dim, 20.0, matched=0.3, offset=offset), why, sanitize=True)
         for pairs, embed_dim in ((1, 16), (67, 40))
         for offset, why in ((0, "several tiles and small blocks"), (67, "no pairs, as with another process"))
     ),
-    Case(SigmoidShape(45, 24, matched=0.3, normalize=True), LENGTHS, values="lengths", draws=FEW),
-    Case(SigmoidShape(70, 0), NO_WIDTH, draws=FEW),
+    few(SigmoidShape(45, 24, matched=0.3, normalize=True), LENGTHS, values="lengths"),
+    few(SigmoidShape(70, 0), NO_WIDTH),
     *laid_out(SigmoidShape(67, 40)),
     # extremes
-    Case(SigmoidShape(67, 40, *LATE), "every feature occurs twice", check=EXTREME, values="duplicate rows", draws=FEW),
-    Case(SigmoidShape(50, 16, 14.3), "all features equal: pairs are as the others", check=EXTREME, values="all-equal rows", draws=FEW),
-    Case(SigmoidShape(45, 24, 100.0), "features of zeros: their logits are the bias", check=EXTREME, values="zero rows", draws=FEW),
-    Case(SigmoidShape(129, 72, 100.0, -80.0, 1.0), "a bias that excludes all but the pairs", check=EXTREME, draws=FEW),
-    Case(SigmoidShape(37, 24, 0.0, 0.0, 0.3), "every logit is 0", check=EXTREME, draws=FEW),
-    Case(SigmoidShape(37, 24, 1e4, -10.0, 0.3), "a scale far beyond training", check=EXTREME, draws=FEW),
-    Case(SigmoidShape(37, 24, -30.0, 2.0, 0.3), "negative scale: the best pair is the worst", check=EXTREME, draws=FEW),
-    Case(SigmoidShape(37, 24, 10.0, -60.0, 0.3), "a bias that excludes even the pairs", check=EXTREME, draws=FEW),
-    Case(SigmoidShape(37, 24, 10.0, 1e4, 0.3), "a bias for which everything is a pair", check=EXTREME, draws=FEW),
+    extreme(SigmoidShape(67, 40, *LATE), "every feature occurs twice", values="duplicate rows"),
+    extreme(SigmoidShape(50, 16, 14.3), "all features equal: pairs are as the others", values="all-equal rows"),
+    extreme(SigmoidShape(45, 24, 100.0), "features of zeros: their logits are the bias", values="zero rows"),
+    extreme(SigmoidShape(129, 72, 100.0, -80.0, 1.0), "a bias that excludes all but the pairs"),
+    extreme(SigmoidShape(37, 24, 0.0, 0.0, 0.3), "every logit is 0"),
+    extreme(SigmoidShape(37, 24, 1e4, -10.0, 0.3), "a scale far beyond training"),
+    extreme(SigmoidShape(37, 24, -30.0, 2.0, 0.3), "negative scale: the best pair is the worst"),
+    extreme(SigmoidShape(37, 24, 10.0, -60.0, 0.3), "a bias that excludes even the pairs"),
+    extreme(SigmoidShape(37, 24, 10.0, 1e4, 0.3), "a bias for which everything is a pair"),
     # repeats
     Case(SigmoidShape(129, 72, *LATE), "several tiles", on(CPU), DETERMINISM, quick=True),
     Case(SigmoidShape(4099, 512), "more programs than the GPU holds at once", on(CUDA), DETERMINISM),
 ]  # fmt: skip
 
 INFO_NCE = [
-    Case(QueueShape(1, 1, 16), "one query and one negative", draws=FEW),
-    Case(QueueShape(2, 3, 8, 100.0, 0.3, True), "less than any tile in both directions", draws=FEW),
-    Case(QueueShape(3, 70, 520), "a dimension of many steps, the last one short", draws=FEW),
-    Case(QueueShape(17, 37, 24), "primes, the start of training", quick=True, draws=FEW),
-    Case(QueueShape(17, 37, 24, 100.0, 0.3, True), "primes, the end of training", quick=True, draws=FEW),
-    *(Case(QueueShape(64, 64, 64, *at, in_batch), "exactly one float32 tile", draws=FEW) for at in (EARLY, END) for in_batch in (True, False)),
-    Case(QueueShape(127, 65, 72), "one less and one past a tile", draws=FEW),
-    Case(QueueShape(129, 257, 72, 100.0, 0.3), "one past a half-precision tile, the end of training", draws=FEW),
-    Case(QueueShape(129, 63, 72, in_batch=True), "one past a half-precision tile; two blocks of columns", draws=FEW),
+    few(QueueShape(1, 1, 16), "one query and one negative"),
+    few(QueueShape(2, 3, 8, 100.0, 0.3, True), "less than any tile in both directions"),
+    few(QueueShape(3, 70, 520), "a dimension of many steps, the last one short"),
+    few(QueueShape(17, 37, 24), "primes, the start of training", quick=True),
+    few(QueueShape(17, 37, 24, 100.0, 0.3, True), "primes, the end of training", quick=True),
+    *(few(QueueShape(64, 64, 64, *at, in_batch), "exactly one float32 tile") for at in (EARLY, END) for in_batch in (True, False)),
+    few(QueueShape(127, 65, 72), "one less and one past a tile"),
+    few(QueueShape(129, 257, 72, 100.0, 0.3), "one past a half-precision tile, the end of training"),
+    few(QueueShape(129, 63, 72, in_batch=True), "one past a half-precision tile; two blocks of columns"),
     Case(QueueShape(0, 16, 16), "no queries: the mean of nothing is NaN"),
     Case(QueueShape(256, 4099, 128), "a long queue, a prime", NOT_INTERPRETED, slow=HALF),
     Case(QueueShape(256, 65536, 128, 14.3, 0.3), "MoCo's queue", on(CUDA)),
     # tiles and blocks
     *(
-        Case(QueueShape(67, 70, 40, scale, 0.3, in_batch), "several tiles and small blocks", draws=FEW, sanitize=True)
+        few(QueueShape(67, 70, 40, scale, 0.3, in_batch), "several tiles and small blocks", sanitize=True)
         for in_batch in (True, False)
         for scale in SHIFTS
     ),
-    *(Case(QueueShape(45, 50, 24, 20.0, 0.3, in_batch, normalize=True), LENGTHS, values="lengths", draws=FEW) for in_batch in (True, False)),
-    Case(QueueShape(70, 3, 0, in_batch=True), NO_WIDTH, draws=FEW),
+    *(few(QueueShape(45, 50, 24, 20.0, 0.3, in_batch, normalize=True), LENGTHS, values="lengths") for in_batch in (True, False)),
+    few(QueueShape(70, 3, 0, in_batch=True), NO_WIDTH),
     Case(QueueShape(11, 0, 8, 20.0, 0.3, True), "no queue at all", draws=MANY),
-    Case(QueueShape(67, 0, 40, 20.0, 0.3, True), "no queue at all; several tiles and small blocks", draws=FEW, sanitize=True),
-    *(Case(QueueShape(40, 50, 24, 20.0, 0.3, True), "one block of columns suits the shared shift, the other does not", values=values, draws=FEW) for values in ("long keys", "long negatives")),
+    few(QueueShape(67, 0, 40, 20.0, 0.3, True), "no queue at all; several tiles and small blocks", sanitize=True),
+    *(few(QueueShape(40, 50, 24, 20.0, 0.3, True), "one block of columns suits the shared shift, the other does not", values=values) for values in ("long keys", "long negatives")),
     *laid_out(QueueShape(67, 70, 40, in_batch=True)),
     # extremes
-    Case(QueueShape(67, 70, 40, 100.0, 0.3, True), "every key occurs twice: two positives", check=EXTREME, values="duplicate rows", draws=FEW),
-    Case(QueueShape(50, 37, 16, 100.0), "all features equal: the loss is log(K + 1)", check=EXTREME, values="all-equal rows", draws=FEW),
-    Case(QueueShape(45, 20, 24, 100.0), "features of zeros: their logits are 0", check=EXTREME, values="zero rows", draws=FEW),
-    Case(QueueShape(129, 72, 72, 100.0, 1.0), "each pair exactly alike: losses of nearly nothing", check=EXTREME, draws=FEW),
+    extreme(QueueShape(67, 70, 40, 100.0, 0.3, True), "every key occurs twice: two positives", values="duplicate rows"),
+    extreme(QueueShape(50, 37, 16, 100.0), "all features equal: the loss is log(K + 1)", values="all-equal rows"),
+    extreme(QueueShape(45, 20, 24, 100.0), "features of zeros: their logits are 0", values="zero rows"),
+    extreme(QueueShape(129, 72, 72, 100.0, 1.0), "each pair exactly alike: losses of nearly nothing"),
     *(
-        Case(QueueShape(37, 50, 24, scale, 0.3, in_batch), why, check=EXTREME, draws=FEW)
+        extreme(QueueShape(37, 50, 24, scale, 0.3, in_batch), why)
         for in_batch in (True, False)
         for scale, why in ((0.0, "every logit is 0"), (1e4, "one-hot softmaxes"), (-30.0, "the best pair is the worst"))
     ),
@@ -231,31 +234,31 @@ INFO_NCE = [
 ]  # fmt: skip
 
 NT_XENT = [
-    Case(ViewShape(1, 16, *EARLY), "one image: no negatives at all", draws=FEW),
-    Case(ViewShape(2, 8, *END), "less than any tile in both directions", draws=FEW),
-    Case(ViewShape(3, 520, *EARLY), "a dimension of many steps, the last one short", draws=FEW),
-    Case(ViewShape(17, 24, *EARLY), "prime, the start of training", quick=True, draws=FEW),
-    Case(ViewShape(17, 24, *END), "prime, the end of training", quick=True, draws=FEW),
-    *(Case(ViewShape(64, 64, *at), "exactly one float32 tile", draws=FEW) for at in (EARLY, END)),
-    *(Case(ViewShape(67, 40, *at), "one past a float32 tile", draws=FEW) for at in (EARLY, END)),
-    Case(ViewShape(127, 72, *EARLY), "one less than a half-precision tile", draws=FEW),
-    Case(ViewShape(129, 72, *END), "one past a half-precision tile, the end of training", draws=FEW),
+    few(ViewShape(1, 16, *EARLY), "one image: no negatives at all"),
+    few(ViewShape(2, 8, *END), "less than any tile in both directions"),
+    few(ViewShape(3, 520, *EARLY), "a dimension of many steps, the last one short"),
+    few(ViewShape(17, 24, *EARLY), "prime, the start of training", quick=True),
+    few(ViewShape(17, 24, *END), "prime, the end of training", quick=True),
+    *(few(ViewShape(64, 64, *at), "exactly one float32 tile") for at in (EARLY, END)),
+    *(few(ViewShape(67, 40, *at), "one past a float32 tile") for at in (EARLY, END)),
+    few(ViewShape(127, 72, *EARLY), "one less than a half-precision tile"),
+    few(ViewShape(129, 72, *END), "one past a half-precision tile, the end of training"),
     Case(ViewShape(0, 16, *EARLY), "no views: the mean of nothing is NaN"),
     Case(ViewShape(509, 128, *EARLY), "SimCLR's dimension, a prime batch", NOT_INTERPRETED, slow=HALF),
     Case(ViewShape(4096, 128, *EARLY), "SimCLR's batch", on(CUDA)),
     # tiles and blocks
-    *(Case(ViewShape(67, 40, scale, 0.3), "several tiles and small blocks", draws=FEW, sanitize=True) for scale in SHIFTS),
-    Case(ViewShape(45, 24, 20.0, 0.3), LENGTHS, values="lengths", draws=FEW),
-    Case(ViewShape(70, 0), NO_WIDTH, draws=FEW),
+    *(few(ViewShape(67, 40, scale, 0.3), "several tiles and small blocks", sanitize=True) for scale in SHIFTS),
+    few(ViewShape(45, 24, 20.0, 0.3), LENGTHS, values="lengths"),
+    few(ViewShape(70, 0), NO_WIDTH),
     *laid_out(ViewShape(67, 40, *EARLY)),
     # extremes
-    Case(ViewShape(37, 24, *END), "every view occurs twice: two positives", check=EXTREME, values="duplicate rows", draws=FEW),
+    extreme(ViewShape(37, 24, *END), "every view occurs twice: two positives", values="duplicate rows"),
     Case(ViewShape(50, 16, 100.0), "all views equal: the loss is log(2N - 1)", check=EXTREME, values="all-equal rows", draws=MANY),
     # the gradient of a row of zeros that is normalised is 10^12 times the others'
-    Case(ViewShape(45, 24, 100.0, normalize=False), "features of zeros: their logits are 0", check=EXTREME, values="zero rows", draws=FEW),
-    Case(ViewShape(67, 40, 100.0, 1.0), "both views exactly alike: losses of nearly nothing", check=EXTREME, draws=FEW),
+    extreme(ViewShape(45, 24, 100.0, normalize=False), "features of zeros: their logits are 0", values="zero rows"),
+    extreme(ViewShape(67, 40, 100.0, 1.0), "both views exactly alike: losses of nearly nothing"),
     *(
-        Case(ViewShape(37, 24, scale, 0.3), why, check=EXTREME, draws=FEW)
+        extreme(ViewShape(37, 24, scale, 0.3), why)
         for scale, why in ((0.0, "every logit is 0"), (1e4, "one-hot softmaxes"), (-30.0, "the best pair is the worst"))
     ),
     # repeats

@@ -23,13 +23,18 @@ from torch import Tensor
 from .. import reference
 from ..backends import registered, uses_reference
 from ..dtypes import accumulate_dtype
-from .features import pairs_in
-from .gradients import gradients_in_strips, new_gradient, scale_gradient
-from .logit_blocks import logit_blocks
-from .loss_arguments import check_pairs, operand_dtype, scale_tensor
-from .registration import register_gradients
-from .softmax_stats import ALL, Normalizers
-from .whole import suits_whole, whole_loss, whole_operands
+from .cpu import suits_whole, whole_loss, whole_operands
+from .shared import (
+    check_pairs,
+    gradients_in_strips,
+    logit_blocks,
+    new_gradient,
+    operand_dtype,
+    register_gradients,
+    scale_gradient,
+    scale_tensor,
+)
+from .stats import ALL, Normalizers, pairs_in
 
 MEMORY = ("default", "min")
 

@@ -42,10 +42,8 @@ from ..backends import outside_autocast
 from ..dtypes import FLOATS, accumulate_dtype, dtype_name
 from .contrastive import contrastive_loss
 from .exchange import OwnerReduce, Ranks, RingReduce, check_initialised, gather_equal
-from .gradients import new_gradient, scale_gradient
-from .logit_blocks import logit_blocks
-from .loss_arguments import check_pairs, operand_dtype, scale_tensor
-from .softmax_stats import Normalizers, SoftmaxStats, merge, new_stats, pair_terms
+from .shared import check_pairs, logit_blocks, new_gradient, operand_dtype, scale_gradient, scale_tensor
+from .stats import Normalizers, SoftmaxStats, merge, new_stats, pair_terms
 
 OP = "distributed_contrastive_loss"
 MODES = ("auto", "gather", "ring", "scalars")

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
-from ..configs import BlockConfig, GemmConfig, RowConfig, config_key, override
+from ..configs import GemmConfig, RowConfig, config_key, override
 from ..spec import Call, Draw, Floor, OpSpec, Shipped, Target, Tunable
 from . import contrastive_loss, info_nce_loss, nt_xent_loss, sigmoid_loss
 from .cases import CONTRASTIVE, INFO_NCE, NT_XENT, SIGMOID, LossShape, QueueShape, SigmoidShape, ViewShape
-from .triton_blocks import small_blocks
+from .launches import small_blocks
 
 ONE = torch.tensor(1.0)
 
@@ -178,7 +178,6 @@ SPECS = (
             Target("contrastive", LossShape(16384, 512), (*PRODUCTS, ROWS)),
             # the scale is so large that sums with one shift underflow, and maxima are needed
             Target("contrastive-online", LossShape(16384, 512, 1000.0), _gemm("contrastive_online_stats")),
-            Target("contrastive-blocks", LossShape(32768, 512), (Tunable("contrastive_block", "", BlockConfig),)),
         ),
     ),
     loss_spec(

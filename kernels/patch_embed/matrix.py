@@ -6,8 +6,8 @@ import torch
 import triton
 from torch import Tensor
 
+from ..common import matrix_tiles, new_rows
 from ..configs import gemm_config, row_config
-from ..descriptors import matrix_tiles, new_rows
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
 from .matrix_kernels import (

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ..common import slices
 from ..dtypes import accumulate_dtype
-from .best import best_scores
 
 TILE = 768  # side of a tile: its scores and marks stay in cache
 TILE_UNIT = 192  # a multiple of the rows and columns that any BLAS keeps in registers
@@ -41,3 +40,18 @@ def ahead(image: Tensor, text: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
             behind = torch.lt(tile, text_best[texts], out=mark).index_put_(pairs, one)
             text_ahead[texts] -= behind.sum(0).long()
     return image_ahead, text_ahead
+
+
+def slots(owner: Tensor, num_images: int) -> Tensor:
+    """Return the index of each text's image; texts of no image share one more place, ``num_images``."""
+    return owner.masked_fill(owner < 0, num_images)
+
+
+def best_scores(own: Tensor, owner: Tensor, num_images: int) -> tuple[Tensor, Tensor]:
+    """Return the best own score of each image [M] and of each text [N]: -inf where there is none, or only NaN.
+
+    Nothing is worse than -inf, so all others are ahead of such an image or text.
+    """
+    text_best = own.masked_fill((owner < 0) | own.isnan(), float("-inf"))
+    image_best = own.new_full((num_images + 1,), float("-inf"))
+    return image_best.scatter_reduce_(0, slots(owner, num_images), text_best, "amax")[:num_images], text_best

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ..configs import gemm_config
 from ..launch import arch_of, launch
-from .best import best_scores
+from .cpu import best_scores
 from .kernels import _count_ahead_kernel, _own_score_kernel
 
 SPAN = 1024  # texts that one program compares with its images: fewer atomics than with one program for each tile

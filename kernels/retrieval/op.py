@@ -21,7 +21,7 @@ from ..backends import registered, uses_reference
 from ..checks import check_device, check_float, check_integers, check_like, check_tensor
 from ..launch import triton_runs_on
 from . import cpu, launches
-from .best import slots
+from .cpu import slots
 
 
 def _check_indices(op: str, text_image: Tensor, num_images: int) -> None:

@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..configs import GemmConfig, gemm_config
 from ..launch import arch_of, launch
+from .cpu import GROUP
 from .kernels import _group_maxima_kernel, _group_scores_kernel
-from .select import GROUP
 
 
 def _config(x: Tensor) -> GemmConfig:

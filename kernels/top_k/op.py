@@ -25,7 +25,7 @@ from ..common import slices
 from ..dtypes import accumulate_dtype
 from ..launch import triton_runs_on
 from . import cpu, launches
-from .select import GROUP, best_places
+from .cpu import GROUP, best_places
 
 MAXIMA = 1 << 24  # maxima that are held at once
 GATHERED = 1 << 24  # elements of the chosen groups' items that are held at once

@@ -1,4 +1,4 @@
-"""The statistics of a softmax over logits in blocks, as vectors over rows and columns, and the loss that follows.
+"""Features and their pairs; the statistics of a softmax over logits in blocks, and the loss that follows from them.
 
 A block is the logits of some rows against some columns. Logits, maxima and positives are in base 2 here, log2e times
 what they are in the loss. The logit of a pair (i, i + offset) is left out of the sums. Therefore the loss of a pair,
@@ -16,13 +16,39 @@ from torch import Tensor
 
 from ..common import LN2, LOG2E
 from ..dtypes import accumulate_dtype
-from .features import pairs_in
 
 # The largest logit of unit features after the shared shift: 2^28 powers of that size still fit float32's exponent.
 HEADROOM = 100.0
 # A sum below this may lack terms that underflowed. Above it, such terms are less than the rounding of the sum.
 LEAST_SUM = 2.0**-70
 ALL = slice(None)
+# Pairs whose features are converted to float32 at once.
+PAIR_ROWS = 4096
+
+
+class Features(NamedTuple):
+    """Features that are ready for products."""
+
+    rows: Tensor  # [N, D]
+    inv_norm: Tensor | None  # [N], one over the norm of each row before it was normalised; None if it was not
+
+    def part(self, rows: slice) -> "Features":
+        """Return the features of some rows."""
+        return Features(self.rows[rows], None if self.inv_norm is None else self.inv_norm[rows])
+
+
+def pairs_in(num_rows: int, num_cols: int, offset: int) -> tuple[slice, slice]:
+    """Return the rows that have a pair (i, i + offset), and the columns of these pairs."""
+    start = min(max(0, -offset), num_rows)
+    stop = max(start, min(num_rows, num_cols - offset))
+    return slice(start, stop), slice(start + offset, stop + offset) if stop > start else slice(0, 0)
+
+
+def pair_products(x: Tensor, y: Tensor) -> Tensor:
+    """Return x_i . y_i [P] of features [P, D], in float32 at least."""
+    wide = accumulate_dtype(x.dtype)
+    parts = zip(x.split(PAIR_ROWS), y.split(PAIR_ROWS), strict=True)
+    return torch.cat([torch.linalg.vecdot(a.to(wide), b.to(wide)) for a, b in parts])
 
 
 class SoftmaxStats(NamedTuple):

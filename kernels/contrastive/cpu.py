@@ -1,25 +1,47 @@
-"""The work on blocks of logits on a CPU: the kernels' algorithm in PyTorch. ``logit_blocks`` describes the functions.
+"""The work on blocks of logits on a CPU: the kernels' algorithm in PyTorch. ``launches`` describes the functions.
 
 A chunk of rows times all columns is one product, large enough for BLAS to run at its best. What follows goes through
 the chunk in pieces that stay in a core's cache. Products are in float32, or in float64 for float64 features. Those of
 bfloat16 features run on the CPU's bfloat16 instructions where it has some: they are exact to the same digits, but round
 G as the kernels of a GPU do.
+
+The logits of a small batch fit into the cache as a whole, and blockwise work would cost more in calls than in
+arithmetic. ``whole_loss`` has the formulas of :mod:`.contrastive` for it, with one shift, 0, for all rows and columns.
 """
 
 import contextlib
 import functools
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import reference
 from ..common import LOG2E, slices
 from ..dtypes import accumulate_dtype
-from . import softmax_stats
-from .features import Features, pair_products, pairs_in
-from .softmax_stats import Normalizers, SoftmaxStats, finite, is_exact, new_stats, shared_shift
+from ..launch import triton_runs_on
+from .stats import (
+    LEAST_SUM,
+    Features,
+    Normalizers,
+    SoftmaxStats,
+    finite,
+    is_exact,
+    new_stats,
+    pair_losses,
+    pair_products,
+    pairs_in,
+    shared_shift,
+)
 
+__all__ = ["pair_losses"]  # the losses find it here as in ``launches``
+
+MOST_LOGITS = 2**20  # of a small batch: 4 MiB of float32
+# Sums and powers from ``LEAST_SUM`` to this have neither overflowed nor lost a term that matters.
+LARGEST_SUM = 2.0**120
+LEAST_SCALE = 2.0**-10  # below it, dividing by the scale would not give the gradient of the scale
 CHUNK_ROWS = 1024  # more rows would not make the products faster
 CHUNK_ELEMENTS = 2**24  # of the logits of a chunk: 64 MiB of float32
 EPS = 1e-12  # the least norm that torch.nn.functional.normalize divides by
@@ -82,9 +104,6 @@ def _online_statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int, r
             pivot = finite(col_max)
             result.col_sum.mul_((result.col_max - pivot).exp2_()).add_(tile.sub_(pivot).exp2_().sum(0))
             result.col_max.copy_(col_max)
-
-
-pair_losses = softmax_stats.pair_losses
 
 
 def add_gradients(
@@ -254,3 +273,107 @@ def _pieces(chunk: Tensor) -> list[slice]:
 
 def _piece_elements() -> int:
     return PIECE_ELEMENTS * torch.get_num_threads()
+
+
+def suits_whole(rows: Tensor, cols: Tensor, dtype: torch.dtype, ranks: int = 1) -> bool:
+    """Return True if all logits of features such as these on ``ranks`` ranks may be computed at once, in ``dtype``.
+
+    The formulas here read values, so tensors that have none, such as a tracer's, do not suit them.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        0 < rows.shape[0] * cols.shape[0] * ranks**2 <= MOST_LOGITS
+        and rows.device.type == "cpu"
+        and not triton_runs_on(rows.device)
+        and type(rows) in (Tensor, torch.nn.Parameter)
+        and torch.float64 not in (dtype, rows.dtype)
+    )
+
+
+def whole_operands(x: Tensor, y: Tensor, *, normalize: bool, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Return features in float32, rounded to ``dtype`` as the blockwise products take them; outside autocast.
+
+    Their gradients are not rounded.
+    """
+    x, y = (F.normalize(side.float(), dim=-1) if normalize else side.float() for side in (x, y))
+    if dtype != torch.float32:
+        x, y = (_Rounded.apply(side, dtype) for side in (x, y))  # type: ignore[no-untyped-call]
+    return x, y
+
+
+class _Rounded(torch.autograd.Function):
+    """Values in float32 that another dtype can hold; the gradient is that of the values before."""
+
+    @staticmethod
+    def forward(_ctx: Any, x: Tensor, dtype: torch.dtype) -> Tensor:
+        return x.to(dtype).float()
+
+    @staticmethod
+    def backward(_ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def whole_loss(x: Tensor, y: Tensor, logit_scale: Tensor) -> Tensor | None:
+    """Return the loss of features [N, D] in both directions, or None if its powers need another shift than 0.
+
+    The gradients are computed with the loss if they will be needed, because computing them later takes more calls.
+    """
+    wanted = torch.is_grad_enabled() and (x.requires_grad or y.requires_grad or logit_scale.requires_grad)
+    with torch.no_grad():
+        found = _loss_and_gradients(x, y, logit_scale, wanted)
+    if found is None:
+        return None
+    if not wanted:
+        return found[0]
+    loss: Tensor = _WholeLoss.apply(x, y, logit_scale, *found)  # type: ignore[no-untyped-call]
+    return loss
+
+
+def _loss_and_gradients(x: Tensor, y: Tensor, logit_scale: Tensor, wanted: bool) -> tuple[Tensor, ...] | None:
+    """Return the loss and, if they are wanted, the gradients of x, y and the scale; None if another shift is needed."""
+    powers = torch.mm(x, y.T).mul_(logit_scale)  # [N, N]
+    positive = powers.diagonal().clone()
+    powers.exp_().fill_diagonal_(0.0)
+    sums = torch.cat((powers.sum(1), powers.sum(0), positive.exp()))
+    least, largest = torch.aminmax(sums)
+    if not (least.item() >= LEAST_SUM and largest.item() <= LARGEST_SUM):
+        return None
+    sums = sums.view(3, -1)
+    totals = sums[:2]
+    others = totals.log().sub_(positive)  # log(others / positive)
+    coefficient = 1 / (2 * x.shape[0])
+    loss = F.softplus(others).sum().mul_(coefficient)
+    if not wanted:
+        return (loss,)
+    inv_row, inv_col = totals.add_(sums[2]).reciprocal_().unbind()
+    G = powers.mul_(torch.add(inv_row.unsqueeze(1), inv_col))
+    torch.sum(others.sigmoid_().neg_(), 0, out=G.diagonal())  # one_minus_p of both directions
+    scale = logit_scale.item()
+    if abs(scale) < LEAST_SCALE:
+        x_grad = G @ y
+        scale_grad = (x_grad * x).sum().mul_(coefficient)
+        return loss, x_grad.mul_(coefficient * scale), (G.T @ x).mul_(coefficient * scale), scale_grad
+    # BLAS multiplies by a number at no cost; beta=0 leaves out the first argument.
+    x_grad = torch.addmm(y, G, y, beta=0, alpha=coefficient * scale)
+    y_grad = torch.addmm(x, G.T, x, beta=0, alpha=coefficient * scale)
+    return loss, x_grad, y_grad, torch.dot(x_grad.view(-1), x.reshape(-1)).div_(scale)
+
+
+class _WholeLoss(torch.autograd.Function):
+    """The loss, whose gradients were computed along with it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor, logit_scale: Tensor, loss: Tensor, *gradients: Tensor) -> Tensor:
+        ctx.save_for_backward(x, y, logit_scale, *gradients)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        inputs, gradients = ctx.saved_tensors[:3], ctx.saved_tensors[3:]
+        if not torch.is_grad_enabled():
+            return *(gradient * grad_loss for gradient in gradients), *[None] * 4
+        # With create_graph=True the gradients depend on the inputs again. The reference has every derivative.
+        wanted = [tensor for tensor in inputs if tensor.requires_grad]
+        found = iter(torch.autograd.grad(reference.contrastive_loss(*inputs), wanted, grad_loss, create_graph=True))
+        return *(next(found) if tensor.requires_grad else None for tensor in inputs), *[None] * 4

@@ -1,4 +1,7 @@
-"""The work on blocks of logits by Triton kernels: their launches. ``logit_blocks`` describes the functions."""
+"""The work on blocks of logits by Triton kernels: their launches.
+
+A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
+"""
 
 import contextlib
 import itertools
@@ -10,24 +13,28 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common import LOG2E, slices
-from ..configs import GemmConfig, RowConfig, block_config, gemm_config, row_config
-from ..descriptors import matrix_tiles, new_rows
+from ..common import LOG2E, matrix_tiles, new_rows, slices
+from ..configs import GemmConfig, RowConfig, gemm_config, row_config
 from ..hardware import architecture
 from ..launch import RECORDED_MULTIPROCESSORS, arch_of, launch, multiprocessors
-from .block_sizes import block_edges, segments_of_column
-from .feature_kernels import _finish_kernel, _normalize_kernel, _products_kernel
-from .features import Features, pairs_in
-from .pair_kernels import _pair_terms_kernel
-from .sigmoid_kernels import _sigmoid_grad_tile_kernel, _sigmoid_pairs_kernel, _sigmoid_sums_kernel
+from .block_sizes import edges_of, grad_grid, segments_of_column, span
+from .kernels import (
+    _finish_kernel,
+    _normalize_kernel,
+    _products_kernel,
+    _sigmoid_grad_tile_kernel,
+    _sigmoid_pairs_kernel,
+    _sigmoid_sums_kernel,
+)
 from .softmax_kernels import (
     _grad_tile_kernel,
     _merge_kernel,
     _online_stats_kernel,
+    _pair_terms_kernel,
     _pairs_kernel,
     _stats_kernel,
 )
-from .softmax_stats import Normalizers, SoftmaxStats, is_exact, shared_shift
+from .stats import Features, Normalizers, SoftmaxStats, is_exact, pairs_in, shared_shift
 
 # The most rows and columns of a block of logits: their sums by tile take at most 64 MiB, whatever M and N are.
 MAX_EDGE = 16384
@@ -35,8 +42,6 @@ MAX_EDGE = 16384
 MERGE = RowConfig(block_m=64, block_n=16, num_warps=8, num_stages=1)
 TERMS = RowConfig(block_m=128, block_n=1, num_warps=4, num_stages=1)
 GROUP_M = 8
-# A walk of so few tiles saves less than it takes to compute the tiles with pairs after it (by the model of an H100).
-SHORT_WALK = 4
 PART_COLS = 64  # tiles are computed and stored in parts of so many columns
 
 
@@ -52,33 +57,38 @@ def small_blocks(edge: int) -> Iterator[None]:
 
 
 def prepare(x: Tensor, dtype: torch.dtype, *, normalize: bool) -> Features:
-    """Return rows in ``dtype`` with unit stride, each of which starts at a multiple of 16 bytes."""
+    """Return ``x`` [M, D] as the products take it, rounded to ``dtype``; with ``normalize``, as unit rows.
+
+    Rows have unit stride and start at multiples of 16 bytes.
+    """
     if not normalize:
         x = x.to(dtype)
         return Features(x if _is_aligned(x) else new_rows(x, *x.shape).copy_(x), None)
-    (n, d), device = x.shape, x.device
+    n, d = x.shape
     out = new_rows(x, n, d, dtype)
     inv_norm = x.new_empty(n, dtype=torch.float32)
-    cfg = row_config("contrastive_rows", arch_of(device), x.dtype)
-    launch(
-        _normalize_kernel, (triton.cdiv(n, cfg.block_m),), x, out, inv_norm, n, d, *x.stride(), out.stride(0),
-        config=cfg, device=device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n,
-    )  # fmt: skip
+    _launch_on_rows(_normalize_kernel, _rows_config(x), x, out, inv_norm, n, d, *x.stride(), out.stride(0))
     return Features(out, inv_norm)
 
 
 def new_accumulator(rows: int, like: Tensor) -> Tensor:
-    """Return zeros [rows, D] in float32."""
+    """Return zeros [rows, D] that gradients are added to, for prepared features ``like`` [any, D]."""
     return like.new_zeros(rows, like.shape[1], dtype=torch.float32)
 
 
 def strips(x: Tensor, y: Tensor) -> list[slice]:
-    """Return strips as high as the blocks of G."""
+    """Return strips of the rows of x, as high as the blocks of G.
+
+    Gradients are accumulated and finished strip by strip, so that accumulators stay small.
+    """
     return slices(len(x), _block_edges(x, y)[0])
 
 
 def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> SoftmaxStats:
-    """Take one product if the shared shift is exact; only the device knows, so the kernels of both cases start."""
+    """Return the statistics of the logits of x against y.
+
+    One product is enough if the shared shift is exact. Only the device knows, so the kernels of both cases start.
+    """
     sizes = len(x), len(y)
     sums, maxima = x.new_zeros(sum(sizes), dtype=torch.float32), x.new_empty(sum(sizes), dtype=torch.float32)
     if 0 in sizes:
@@ -88,12 +98,8 @@ def statistics(x: Tensor, y: Tensor, logit_scale: Tensor, offset: int) -> Softma
     unused = torch.empty((), dtype=torch.int8, device=x.device)
     result = SoftmaxStats(row_max, row_sum, col_max, col_sum, positive, unused)
     if _has_tma(x):
-        cfg = row_config("contrastive_rows", arch_of(x.device), x.dtype)
-        launch(
-            _pairs_kernel, (triton.cdiv(len(x), cfg.block_m),), x, y, logit_scale, positive,
-            len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0), LOG2E,
-            config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n,
-        )  # fmt: skip
+        numbers = len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0)
+        _launch_on_rows(_pairs_kernel, _rows_config(x), x, y, logit_scale, positive, *numbers, LOG2E)
     _accumulate_stats(x, y, logit_scale, offset, result, is_online=False)
     result = result._replace(uses_shared_shift=is_exact(sums))
     _accumulate_stats(x, y, logit_scale, offset, result, is_online=True)
@@ -112,17 +118,17 @@ def _accumulate_stats(
     for rows, cols in itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)):
         m, n = rows.stop - rows.start, cols.stop - cols.start
         num_m, num_n = triton.cdiv(m, cfg.block_m), triton.cdiv(n, cfg.block_n)
-        numbers = m, n, x.shape[1], offset + rows.start - cols.start, x.stride(0), y.stride(0)
-        block, positive = (x[rows], y[cols], logit_scale), result.positive[rows]
+        block, positive = (x[rows], y[cols], offset + rows.start - cols.start), result.positive[rows]
         if is_online:
-            buffers = result.uses_shared_shift, *of_rows, *of_cols, positive
+            pointers = logit_scale, result.uses_shared_shift, *of_rows, *of_cols, positive
             programs = min(num_m * num_n, 2 * processors)
-            _launch_on_tiles(_online_stats_kernel, programs, cfg, *block, *buffers, *numbers, LOG2E)
+            _launch_on_tiles(_online_stats_kernel, programs, cfg, *block, pointers, LOG2E)
         else:
             segments, tiles = segments_of_column(num_m, num_n, processors) if _has_tma(x) else (num_m, 1)
+            pointers = logit_scale, of_rows[0], of_cols[0], positive
             _launch_on_tiles(
-                _stats_kernel, segments * num_n, cfg, *block, of_rows[0], of_cols[0], positive, *numbers,
-                segments, tiles, LOG2E, WARP_ROWS=min(16 * cfg.num_warps, cfg.block_m),
+                _stats_kernel, segments * num_n, cfg, *block, pointers, segments, tiles, LOG2E,
+                WARP_ROWS=min(16 * cfg.num_warps, cfg.block_m),
             )  # fmt: skip
             num_m = segments
         launch(
@@ -135,7 +141,7 @@ def _accumulate_stats(
 
 
 def pair_losses(stats: SoftmaxStats, offset: int, *, both: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Do in one kernel what takes twenty of PyTorch's: as many as these, a small batch has little else to wait for."""
+    """Return the loss of the pairs and what the gradient needs, as :func:`.stats.pair_losses` does, from one kernel."""
     m, n, like = len(stats.row_max), len(stats.col_max), stats.row_max
     row, col, nll = like.new_empty(3, m), like.new_empty(3, n), like.new_empty(triton.cdiv(m, TERMS.block_m))
     launch(
@@ -153,7 +159,14 @@ def add_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, normalizers: Normalizers, offset: int,
     acc_x: Tensor | None, acc_y: Tensor | None,
 ) -> Tensor | None:  # fmt: skip
-    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return sums of G_ij x_i . y_j."""
+    """Add G y to acc_x [M, D] and G^T x to acc_y [N, D], from one computation of G; one of the two may be None.
+
+    Both are multiplied by a constant that :func:`finish` takes out again.
+
+    Returns:
+        [any], numbers whose sum is that of G_ij x_i . y_j, if G is rounded to 16 bits for the products; they are taken
+        before the rounding. None if G is not rounded, since :func:`finish` then gives the sum as exactly.
+    """
 
     def inputs(rows: slice, cols: slice) -> tuple[Tensor, ...]:
         row, col, uses_shared_shift = normalizers.part(rows, cols)
@@ -165,21 +178,23 @@ def add_gradients(
 
 
 def sigmoid_pairs(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> tuple[Tensor, Tensor]:
-    """Return one_minus_p of the pairs, and what they add to the loss and to the gradients of bias and scale."""
-    cfg = row_config("contrastive_rows", arch_of(x.device), x.dtype)
-    programs = triton.cdiv(len(x), cfg.block_m)
-    one_minus_p, sums = (x.new_empty(size, dtype=torch.float32) for size in ((len(x),), (3, programs)))
-    launch(
-        _sigmoid_pairs_kernel, (programs,), x, y, logit_scale, logit_bias, one_minus_p, *sums,
-        len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0),
-        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n,
-    )  # fmt: skip
+    """Return what the sigmoid loss needs of the pairs, whose logits are l = logit_scale * x . y + logit_bias.
+
+    Returns:
+        one_minus_p = 1 / (1 + exp l) [M], 0 in a row without a pair; and [3, any], numbers whose sums are those of
+        log(1 + exp -l), -one_minus_p and -one_minus_p x . y.
+    """
+    cfg = _rows_config(x)
+    one_minus_p = x.new_empty(len(x), dtype=torch.float32)
+    sums = one_minus_p.new_empty(3, triton.cdiv(len(x), cfg.block_m))
+    numbers = len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0)
+    _launch_on_rows(_sigmoid_pairs_kernel, cfg, x, y, logit_scale, logit_bias, one_minus_p, *sums, *numbers)
     return one_minus_p, sums
 
 
 def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int) -> Tensor:
-    """Return numbers whose sum is the loss of all but the pairs."""
-    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # whose loop and tile it shares
+    """Return [any], numbers whose sum is that of log(1 + exp l) over all but the pairs."""
+    cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)  # the kernel of the sums has the same loop
     blocks = list(itertools.product(slices(len(x), MAX_EDGE), slices(len(y), MAX_EDGE)))
     counts = [
         triton.cdiv(rows.stop - rows.start, cfg.block_m) * triton.cdiv(cols.stop - cols.start, cfg.block_n)
@@ -187,18 +202,20 @@ def sigmoid_losses(x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor
     ]
     losses = x.new_empty(sum(counts), dtype=torch.float32)
     for (rows, cols), tiles, loss in zip(blocks, counts, losses.split(counts), strict=True):
-        _launch_on_tiles(
-            _sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], logit_scale, logit_bias, loss,
-            rows.stop - rows.start, cols.stop - cols.start, x.shape[1],
-            offset + rows.start - cols.start, x.stride(0), y.stride(0),
-        )  # fmt: skip
+        pointers = logit_scale, logit_bias, loss
+        _launch_on_tiles(_sigmoid_sums_kernel, tiles, cfg, x[rows], y[cols], offset + rows.start - cols.start, pointers)
     return losses
 
 
 def add_sigmoid_gradients(
     x: Tensor, y: Tensor, logit_scale: Tensor, logit_bias: Tensor, offset: int, acc_x: Tensor, acc_y: Tensor
 ) -> Tensor:
-    """Add grad_scale * G y to acc_x and grad_scale * G^T x to acc_y; return what all but the pairs sum up to."""
+    """Do as :func:`add_gradients` does, with G of the sigmoid loss.
+
+    Returns:
+        [3, any], numbers whose sums are those of log(1 + exp l), G_ij and G_ij x_i . y_j over all but the pairs. They
+        are taken before G is rounded.
+    """
     cfg = gemm_config("sigmoid_grad_tile", arch_of(x.device), x.dtype)
     inputs = logit_scale, logit_bias
     return _add_products(
@@ -213,15 +230,6 @@ class _Part(NamedTuple):
     features: Tensor
     operand: Tensor | TensorDescriptor  # the features as the products take them
     acc: Tensor | None
-
-
-def _parts(x: Tensor, edge: int, acc: Tensor | None, cfg: GemmConfig) -> list[_Part]:
-    parts = []
-    for rows in slices(len(x), edge):
-        features = x[rows]
-        operand = _tiles(features, cfg.block_k, cfg.block_n, x)
-        parts.append(_Part(rows.start, features, operand, None if acc is None else acc[rows]))
-    return parts
 
 
 def _add_products(
@@ -244,59 +252,39 @@ def _add_products(
     """
     products = gemm_config("contrastive_products", arch_of(x.device), x.dtype)
     edges, grad_scale = _block_edges(x, y), _grad_scale(x.dtype)
-    row_parts, col_parts = (_parts(*side, products) for side in ((x, edges[0], acc_x), (y, edges[1], acc_y)))
+    tile = products.block_k, products.block_n
+    row_parts, col_parts = (
+        [
+            _Part(own.start, side[own], _tiles(side[own], *tile, x), None if acc is None else acc[own])
+            for own in slices(len(side), edge)
+        ]
+        for side, edge, acc in ((x, edges[0], acc_x), (y, edges[1], acc_y))
+    )
     buffer = new_rows(x, min(edges[0], len(x)), min(edges[1], len(y)))
     parts = max(1, cfg.block_n // PART_COLS)
-    constants = {"SPAN": _span(cfg)} if is_softmax else {"GRAD_SCALE": grad_scale}
-    grid_of = _walk_grid if is_softmax and _has_tma(x) else _tile_grid
-    blocks = [
-        (rows, cols, grid_of(len(rows.features), len(cols.features), offset + rows.start - cols.start, cfg, x.device))
-        for rows, cols in itertools.product(row_parts, col_parts)
-    ]
+    constants = {"SPAN": span(cfg)} if is_softmax else {"GRAD_SCALE": grad_scale}
+    at_once = multiprocessors(x.device, RECORDED_MULTIPROCESSORS)
+    blocks = []
+    for rows, cols in itertools.product(row_parts, col_parts):
+        sizes = len(rows.features), len(cols.features), offset + rows.start - cols.start
+        blocks.append((rows, cols, grad_grid(*sizes, cfg, at_once, walks=is_softmax and _has_tma(x))))
     sums = x.new_empty(1 if is_softmax else 3, sum(grid.programs for *_, grid in blocks), dtype=torch.float32)
     done = 0
     for rows, cols, grid in blocks:
         m, n = len(rows.features), len(cols.features)
         grad, numbers = buffer[:m, :n], (grid.segments, grid.tiles, LOG2E, grad_scale) if is_softmax else ()
-        _launch_on_tiles(
-            kernel, grid.programs, cfg, rows.features, cols.features,
+        pointers = (
             _tiles(grad, cfg.block_m, cfg.block_n // parts, x),
             *inputs(slice(rows.start, rows.start + m), slice(cols.start, cols.start + n)),
-            *sums[:, done : done + grid.programs], m, n, x.shape[1], offset + rows.start - cols.start,
-            x.stride(0), y.stride(0), grad.stride(0), *numbers, PARTS=parts, **constants,
+            *sums[:, done : done + grid.programs],
+        )
+        _launch_on_tiles(
+            kernel, grid.programs, cfg, rows.features, cols.features, offset + rows.start - cols.start, pointers,
+            grad.stride(0), *numbers, PARTS=parts, **constants,
         )  # fmt: skip
         done += grid.programs
         _launch_products(grad, rows, cols, products)
     return sums
-
-
-class _GradGrid(NamedTuple):
-    """The programs that compute a block of G. Some of them may each walk down one of so many segments of a column of
-    tiles; the others compute one tile each.
-    """
-
-    programs: int
-    segments: int
-    tiles: int  # of a segment
-
-
-def _tile_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, device: torch.device) -> _GradGrid:
-    return _GradGrid(triton.cdiv(rows, cfg.block_m) * triton.cdiv(cols, cfg.block_n), 0, 0)
-
-
-def _walk_grid(rows: int, cols: int, offset: int, cfg: GemmConfig, device: torch.device) -> _GradGrid:
-    num_m, num_n = triton.cdiv(rows, cfg.block_m), triton.cdiv(cols, cfg.block_n)
-    segments, tiles = segments_of_column(num_m, num_n, multiprocessors(device, RECORDED_MULTIPROCESSORS))
-    if not -num_m * cfg.block_m < offset < num_n * cfg.block_n:  # no tile may hold a pair
-        return _GradGrid(segments * num_n, segments, tiles)
-    if tiles <= SHORT_WALK:
-        return _tile_grid(rows, cols, offset, cfg, device)
-    return _GradGrid(segments * num_n + num_m * _span(cfg), segments, tiles)
-
-
-def _span(cfg: GemmConfig) -> int:
-    """Return how many tiles of a row of tiles may hold pairs."""
-    return (cfg.block_m + cfg.block_n - 2) // cfg.block_n + 1
 
 
 def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) -> None:
@@ -321,30 +309,59 @@ def _launch_products(grad: Tensor, rows: _Part, cols: _Part, cfg: GemmConfig) ->
 def finish(
     acc: Tensor, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor
 ) -> Tensor:
-    """Write factor * (acc - one_minus_p * positive) to out, through the normalisation; return its product with own, or
-    for 16-bit features what the pairs contribute to that.
+    """Write the gradient of features, factor * (acc - one_minus_p * positive), through the normalisation if any.
+
+    Args:
+        acc: [R, D], G times the features of the other side, of :func:`new_accumulator`; its values are lost.
+        own: the R rows whose gradient it is.
+        other, offset: [C, D], features of the other side; the positive of row i is row i + offset, if there is one.
+        one_minus_p: [R], one minus the probability of the positive, summed over the directions of the loss; not used
+            in a row without a positive.
+        factor: [], gradient of the loss times scale.
+        out: [R, D], contiguous, in any dtype; the gradient is written here.
+
+    Returns:
+        [R], the product of each row's gradient and features, before factor and normalisation; if G is rounded, only
+        the part of the positives: -one_minus_p * positive . features. Either way, these numbers and those that
+        :func:`add_gradients` returns add up to the gradient of the scale, before its coefficient.
     """
     rows, inv_norm = own
     n, d = rows.shape
     of_scale = torch.empty_like(one_minus_p)
-    cfg = row_config("contrastive_rows", arch_of(rows.device), rows.dtype)
-    launch(
-        _finish_kernel, (triton.cdiv(n, cfg.block_m),),
+    _launch_on_rows(
+        _finish_kernel, _rows_config(rows),
         acc, rows, other, one_minus_p, factor, one_minus_p if inv_norm is None else inv_norm, out, of_scale,
         n, len(other), d, offset, rows.stride(0), other.stride(0), 1.0 / _grad_scale(rows.dtype),
-        config=cfg, device=rows.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, HAS_NORM=inv_norm is not None,
-        IS_ROUNDED=rows.dtype.itemsize == 2,
+        HAS_NORM=inv_norm is not None, IS_ROUNDED=rows.dtype.itemsize == 2,
     )  # fmt: skip
     return of_scale
 
 
-def _launch_on_tiles(
-    kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor,
-    *args: Tensor | TensorDescriptor | float, **constants: float,
-) -> None:  # fmt: skip
-    """Launch a kernel whose programs take tiles of the products x y^T; ``args`` are its arguments after x and y."""
+def _rows_config(x: Tensor) -> RowConfig:
+    return row_config("contrastive_rows", arch_of(x.device), x.dtype)
+
+
+def _launch_on_rows(
+    kernel: triton.JITFunction, cfg: RowConfig, x: Tensor, *args: Tensor | float, **constants: bool
+) -> None:
+    """Launch a kernel whose programs take rows of its first argument."""
     launch(
-        kernel, (programs,), _tiles(x, cfg.block_m, cfg.block_k, x), _tiles(y, cfg.block_n, cfg.block_k, x), *args,
+        kernel, (triton.cdiv(len(x), cfg.block_m),), x, *args,
+        config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_K=cfg.block_n, **constants,
+    )  # fmt: skip
+
+
+def _launch_on_tiles(
+    kernel: triton.JITFunction, programs: int, cfg: GemmConfig, x: Tensor, y: Tensor, offset: int,
+    pointers: tuple[Tensor | TensorDescriptor, ...], *numbers: float, **constants: float,
+) -> None:  # fmt: skip
+    """Launch a kernel whose programs take tiles of the products x y^T.
+
+    Its arguments are x, y, ``pointers``, the sizes and strides of x and y, and ``numbers``.
+    """
+    launch(
+        kernel, (programs,), _tiles(x, cfg.block_m, cfg.block_k, x), _tiles(y, cfg.block_n, cfg.block_k, x), *pointers,
+        len(x), len(y), x.shape[1], offset, x.stride(0), y.stride(0), *numbers,
         config=cfg, device=x.device, BLOCK_M=cfg.block_m, BLOCK_N=cfg.block_n, BLOCK_K=cfg.block_k,
         GROUP_M=GROUP_M, IS_TMA=_has_tma(x), **constants,
     )  # fmt: skip
@@ -360,15 +377,7 @@ def _grad_scale(dtype: torch.dtype) -> float:
 
 def _block_edges(x: Tensor, y: Tensor) -> tuple[int, int]:
     """Return the rows and columns of a block of G for features x against features y."""
-    arch = arch_of(x.device)
-    chosen = block_config(arch, x.dtype)
-    if chosen is not None:
-        return min(MAX_EDGE, chosen.rows), min(MAX_EDGE, chosen.cols)
-    gradient, products = (gemm_config(f"contrastive_{name}", arch, x.dtype) for name in ("grad_tile", "products"))
-    return block_edges(
-        len(x), len(y), x.shape[1], x.dtype.itemsize, MAX_EDGE,
-        multiprocessors(x.device, RECORDED_MULTIPROCESSORS), gradient, products,
-    )  # fmt: skip
+    return edges_of(x, y, MAX_EDGE, multiprocessors(x.device, RECORDED_MULTIPROCESSORS))
 
 
 def _has_tma(x: Tensor) -> bool:
@@ -377,14 +386,12 @@ def _has_tma(x: Tensor) -> bool:
     Float32 products stay exact, so they do not use the matrix units for which descriptors bring tiles. Without a
     dimension, features have no tile, and a descriptor of nothing would be an error.
     """
-    return architecture(arch_of(x.device)).multiplies_from_shared and x.dtype.itemsize == 2 and x.shape[1] > 0
+    return x.dtype.itemsize == 2 and x.shape[1] > 0 and architecture(arch_of(x.device)).multiplies_from_shared
 
 
 def _tiles(matrix: Tensor, rows: int, cols: int, x: Tensor) -> Tensor | TensorDescriptor:
     """Return what ``load_tile`` takes for tiles [rows, cols] of a matrix in a product of features ``x``."""
-    if not _has_tma(x):
-        return matrix
-    return matrix_tiles(matrix, rows, cols)
+    return matrix_tiles(matrix, rows, cols) if _has_tma(x) else matrix
 
 
 def _is_aligned(x: Tensor) -> bool:

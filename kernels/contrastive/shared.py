@@ -1,0 +1,169 @@
+"""What the losses share: the checks of their arguments, the choice of the implementation, and their gradients.
+
+A block is the logits of features x [M, D] against features y [N, D]; a pair is (i, i + offset), where both exist.
+:mod:`.launches` does the work on blocks by Triton kernels and describes its functions; :mod:`.cpu` has the same
+functions in PyTorch.
+"""
+
+from collections.abc import Callable, Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._library.custom_ops import CustomOpDef
+
+from ..checks import check_device, check_float, check_like, check_tensor
+from ..dtypes import FLOATS, autocast_dtype, dtype_name
+from ..launch import triton_runs_on
+from . import cpu, launches
+from .stats import Features
+
+
+def logit_blocks(device: torch.device) -> ModuleType:
+    """Return the module that works on blocks of logits on ``device``."""
+    return launches if triton_runs_on(device) else cpu
+
+
+def check_pairs(op: str, names: tuple[str, str], first: Tensor, second: Tensor, offset: int | None = None) -> None:
+    """Refuse features that are not [M, D] and [N, D], of one dtype on one device, with M = N.
+
+    ``names`` are what the loss ``op`` calls ``first`` and ``second``. Where it takes an ``offset``, M and N may differ
+    if that is not 0.
+
+    Raises:
+        TypeError: not tensors, or dtypes that are not floating or not the same.
+        ValueError: shapes or devices that do not fit together.
+    """
+    is_usual = isinstance(first, Tensor) and isinstance(second, Tensor) and first.ndim == 2
+    if is_usual and first.shape == second.shape and first.dtype == second.dtype and first.dtype in FLOATS:
+        check_device(op, names[1], second, names[0], first)
+        return  # All that follows is about errors.
+    for name, features in zip(names, (first, second), strict=True):
+        check_tensor(op, name, features, 2)
+    sides = f"{names[0]} and {names[1]}"
+    if not offset and first.shape != second.shape:
+        hint = "" if offset is None else "; with offset=..., they may have other numbers of rows"
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"{op}: {sides} must have the same shape, got {shapes}{hint}")
+    if first.shape[1] != second.shape[1]:
+        raise ValueError(f"{op}: {sides} must have the same width, got {first.shape[1]} and {second.shape[1]}")
+    check_like(op, names[1], second, names[0], first)
+
+
+def scale_tensor(
+    op: str, logit_scale: Tensor | float, like: Tensor, *, name: str = "logit_scale", like_name: str = "image"
+) -> Tensor:
+    """Return a number, or a tensor of one element, as a tensor without dimensions on the device of ``like``.
+
+    ``name`` and ``like_name`` are what the loss ``op`` calls ``logit_scale`` and ``like``.
+
+    Raises:
+        TypeError: neither a number nor a floating tensor.
+        ValueError: several elements, or another device.
+    """
+    if isinstance(logit_scale, (int, float)):
+        return torch.full((), logit_scale, dtype=torch.float32, device=like.device)
+    if not isinstance(logit_scale, Tensor):
+        raise TypeError(f"{op}: {name} must be a number or a torch.Tensor, got {type(logit_scale).__name__}")
+    if logit_scale.dtype not in FLOATS:
+        raise TypeError(f"{op}: {name} must have a floating dtype, got {dtype_name(logit_scale.dtype)}")
+    if logit_scale.numel() != 1:
+        raise ValueError(f"{op}: {name} must have one element, got shape {tuple(logit_scale.shape)}")
+    if logit_scale.device != like.device:
+        raise ValueError(f"{op}: {name} is on {logit_scale.device}, but {like_name} is on {like.device}")
+    return logit_scale.reshape(()) if logit_scale.ndim else logit_scale
+
+
+def operand_dtype(op: str, name: str, features: Tensor) -> torch.dtype:
+    """Return the dtype that ``features`` are multiplied in: their own, or under autocast the autocast dtype.
+
+    Raises:
+        TypeError: the kernels cannot compute in it where they would run.
+    """
+    dtype = autocast_dtype(features)
+    check_float(op, name, features if dtype == features.dtype else features.new_empty(0, dtype=dtype))
+    return dtype
+
+
+def new_gradient(features: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Return an uninitialised gradient, contiguous, with the shape of the features, in their dtype or in ``dtype``.
+
+    What is not written before the last block of G should not be made before: it can then have the memory of G.
+    """
+    return torch.empty_like(features, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def gradients_in_strips(
+    blocks: ModuleType, own: Features, other: Tensor, offset: int, one_minus_p: Tensor, factor: Tensor, out: Tensor,
+    add: Callable[[slice, Tensor], list[Tensor | None]],
+) -> list[Tensor | None]:  # fmt: skip
+    """Accumulate and finish the gradient of features strip by strip, so that only a strip is held in float32.
+
+    ``add(strip, acc)`` adds G times features to the accumulator ``acc`` of the rows ``strip``, and returns what each
+    call of :func:`.launches.add_gradients` has returned. The other arguments are those of :func:`.launches.finish`.
+
+    Returns:
+        What :func:`scale_gradient` takes: what ``finish`` and ``add`` have returned.
+    """
+    parts = []
+    for strip in blocks.strips(own.rows, other):
+        acc = blocks.new_accumulator(strip.stop - strip.start, own.rows)
+        parts += add(strip, acc)
+        parts.append(
+            blocks.finish(acc, own.part(strip), other, offset + strip.start, one_minus_p[strip], factor, out[strip])
+        )
+    return parts
+
+
+def scale_gradient(parts: Sequence[Tensor | None], coefficient: Tensor) -> Tensor:
+    """Return the gradient of the scale: ``coefficient`` times the sum of all numbers in ``parts``, added in float64.
+
+    Args:
+        parts: what :func:`.launches.finish` returns for the rows, and what :func:`.launches.add_gradients` returns
+            for each block.
+        coefficient: [], the gradient of the loss divided by the number of terms in its mean.
+    """
+    numbers = [part for part in parts if part is not None]
+    if not numbers:
+        return torch.zeros_like(coefficient)
+    return torch.cat(numbers).sum(dtype=torch.float64).to(coefficient.dtype) * coefficient
+
+
+def register_gradients(forward: CustomOpDef, backward: CustomOpDef, *, optional: Sequence[int] = ()) -> None:
+    """Make ``backward`` the gradient of ``forward``, and say what shapes it returns.
+
+    Args:
+        forward: an op ``(*tensors, *options) -> (loss, *saved)``.
+        backward: an op ``(grad_loss, *tensors, *saved, *options, *required) -> gradients``, one for each of
+            ``tensors``, contiguous and of the same shape.
+        optional: the positions of tensors whose gradient costs work that is left out if nobody requires it.
+            ``required`` has a bool for each of them; where it is False, ``backward`` returns a tensor without rows.
+    """
+    tensor_count = sum(
+        isinstance(argument.type, torch.TensorType) for argument in forward._opoverload._schema.arguments
+    )
+
+    @backward.register_fake
+    def _(grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        required = dict(zip(optional, arguments[len(arguments) - len(optional) :], strict=True))
+        return tuple(
+            x.new_empty(x.shape if required.get(position, True) else (0, *x.shape[1:]))
+            for position, x in enumerate(arguments[:tensor_count])
+        )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.options = inputs[tensor_count:]
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[:tensor_count], *output[1:])
+
+    def gradients(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return (None,) * len(ctx.needs_input_grad)
+        required = {position: ctx.needs_input_grad[position] for position in optional}
+        found = backward(grad_loss, *ctx.saved_tensors, *ctx.options, *required.values())
+        kept = [grad if required.get(position, True) else None for position, grad in enumerate(found)]
+        return *kept, *(None,) * len(ctx.options)
+
+    forward.register_autograd(gradients, setup_context=setup_context)
