@@ -1,17 +1,16 @@
 """Numerics as a report: every op, a whole model and a training curve, held to PyTorch.
 
-``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options``, ``plan`` and ``run`` say
-what runs, ``child`` runs a leg in another process, and ``report`` and ``table`` write the results.
+``rule`` is the rule for errors. ``ops``, ``models`` and ``curve`` are the checks. ``options`` and ``run`` say what
+runs, ``child`` runs a leg in another process, and ``report`` writes the results.
 
     from clipfast.verify import Options, exit_code, run_verify
     rows = run_verify(Options(ops=("attention",)), json_path=Path("verify.json"))
 """
 
 from .options import Options
-from .report import CheckResult, exit_code, read_json, write_json, write_junit
+from .report import CheckResult, exit_code, read_json, summary, table, write_json, write_junit
 from .rule import Figure, Judgement, judge
 from .run import iter_groups, run_verify
-from .table import summary, table
 
 __all__ = [
     "CheckResult", "Figure", "Judgement", "Options", "exit_code", "iter_groups", "judge", "read_json", "run_verify",

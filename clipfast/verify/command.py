@@ -55,48 +55,31 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Run the checks, print the report, and return the exit code."""
     from .options import Options
-    from .report import CheckResult, exit_code
-    from .run import number_of_groups, run_verify
-    from .table import summary, table
+    from .report import CheckResult, exit_code, summary, table
+    from .run import run_verify
 
     given = {"ops": args.op, "models": args.model, "dtypes": args.dtype, "against": args.against}
     chosen: dict[str, Any] = {key: tuple(value) for key, value in given.items() if value is not None}
     options = Options(device=args.device, quick=args.quick, **chosen)
     rows: list[CheckResult] = []
     started, complete = time.perf_counter(), False
-    bar = _Progress(number_of_groups(options) if sys.stderr.isatty() else 0)
+    bar: Any = None
+    with contextlib.suppress(ImportError):
+        from tqdm import tqdm
+
+        bar = tqdm(unit="case", desc="verify", leave=False, file=sys.stderr, disable=None)  # None: only on a terminal
     try:
-        run_verify(options, json_path=args.json, junit_path=args.junit, on_group=bar, rows=rows)
+        run_verify(
+            options, json_path=args.json, junit_path=args.junit, rows=rows,
+            on_total=bar and bar.reset, on_group=bar and (lambda _: bar.update()),
+        )  # fmt: skip
         complete = True
     except KeyboardInterrupt:
         print("clipfast verify: interrupted", file=sys.stderr)
     finally:
-        bar.close()
+        if bar is not None:
+            bar.close()
     if rows:
         print(table(rows, all_rows=args.all_rows), end="\n\n")
     print(summary(rows, time.perf_counter() - started, complete=complete))
     return exit_code(rows) if complete else 130
-
-
-class _Progress:
-    """A bar of ``total`` groups on stderr, where tqdm is installed, or nothing for a total of 0."""
-
-    def __init__(self, total: int) -> None:
-        self.bar: Any = None
-        self.failed = 0
-        with contextlib.suppress(ImportError):
-            from tqdm import tqdm
-
-            self.bar = tqdm(total=total, unit="case", desc="verify", leave=False, file=sys.stderr) if total else None
-
-    def __call__(self, group: list[Any]) -> None:
-        if self.bar is None:
-            return
-        self.failed += sum(row.verdict == "FAIL" for row in group)
-        self.bar.set_postfix_str(f"{group[-1].op} {group[-1].leg}, {self.failed} failed")
-        self.bar.update()
-
-    def close(self) -> None:
-        """Take the bar away."""
-        if self.bar is not None:
-            self.bar.close()

@@ -7,17 +7,22 @@ in the dtype of the check.
 import copy
 import dataclasses
 import functools
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .. import kernels
+from ..conversion.hugging_face_layout import NoCounterpartError, from_ours, to_ours, to_settings
 from ..factory import create_model
 from ..kernels import contrastive_loss, reference, sigmoid_loss
 from ..kernels.reference import normalize_uint8
 from ..kernels.spec import ACCURACY, CUDA
 from ..models import CLIP, CLIPConfig, SigLIPConfig
-from . import hf
 from .context import exact_float32, poisoned
 from .ops import MANY_DRAWS, TORCH_DTYPES
 from .options import HF, MODEL, OPENCLIP
@@ -47,7 +52,7 @@ def verify_model(peer: str, name: str, leg: str, dtype: str, *, quick: bool = Fa
     model.to(TORCH_DTYPES[dtype])
     try:
         same = _OTHERS[peer](model)
-    except hf.NoCounterpartError as error:
+    except NoCounterpartError as error:
         return [dataclasses.replace(template, verdict=SKIP, reason=str(error))]
     truth = _OTHERS[peer](model)
     truth.module.to(torch.float32 if in_float32 else torch.float64)
@@ -113,8 +118,8 @@ def _open_clip(model: CLIP) -> Model:
 
 
 def _hugging_face(model: CLIP) -> Model:
-    other = hf.build(model)
-    return Model(other, call=hf.caller(other), rename=functools.partial(hf.to_ours, list(model.state_dict())))
+    other = build_hugging_face(model)
+    return Model(other, call=_caller(other), rename=functools.partial(to_ours, list(model.state_dict())))
 
 
 _OTHERS: dict[str, Callable[[CLIP], Model]] = {MODEL: _reference, OPENCLIP: _open_clip, HF: _hugging_face}
@@ -134,3 +139,52 @@ def draw_batch(config: CLIPConfig, batch: int, generator: torch.Generator | None
     ends[0] = length - 1
     positions = torch.arange(length)
     return images, texts.where(positions < ends, 0).where(positions != ends, vocabulary - 1)
+
+
+def build_hugging_face(model: CLIP) -> nn.Module:
+    """Build a ``CLIPModel`` or a ``SiglipModel`` with the weights, dtype and device of ``model``, in evaluation mode.
+
+    Raises:
+        NoCounterpartError: the model has a ResNet, or a text tower without a projection.
+    """
+    _hide_own_kernels()
+    from transformers import CLIPModel, SiglipModel
+
+    like = next(model.parameters())
+    kind = SiglipModel if isinstance(model.config, SigLIPConfig) else CLIPModel
+    other: nn.Module = kind(_their_config(model.config))
+    other.to(like.device, like.dtype).eval()
+    other.load_state_dict(from_ours(model.state_dict()), strict=True)
+    return other
+
+
+def _hide_own_kernels() -> None:
+    """Keep transformers from importing the folder ``kernels`` of a checkout that is the working directory.
+
+    It would take it for the package of that name, and so register its ops over those that are verified.
+    """
+    spec = importlib.util.find_spec("kernels")
+    if spec is not None and spec.origin is not None and Path(spec.origin).samefile(str(kernels.__file__)):
+        sys.modules["kernels"] = None  # type: ignore[assignment]
+
+
+def _caller(other: Any) -> Callable[[Tensor, Tensor], tuple[Tensor, ...]]:
+    """Return a function like our models: it gives normalised image and text features, exp(logit_scale), and a bias."""
+
+    def call(images: Tensor, texts: Tensor) -> tuple[Tensor, ...]:
+        output = other(input_ids=texts, pixel_values=images)
+        bias = (other.logit_bias,) if hasattr(other, "logit_bias") else ()
+        return output.image_embeds, output.text_embeds, other.logit_scale.exp(), *bias
+
+    return call
+
+
+def _their_config(config: CLIPConfig) -> Any:
+    from transformers import CLIPConfig as TheirCLIP
+    from transformers import SiglipConfig as TheirSigLIP
+
+    kind: Any = TheirSigLIP if isinstance(config, SigLIPConfig) else TheirCLIP
+    theirs = kind(**to_settings(config))
+    # the other implementation computes the softmax in float32 for every dtype, so it cannot be the truth
+    theirs._attn_implementation = "sdpa"
+    return theirs

@@ -3,17 +3,18 @@
 import dataclasses
 import functools
 import time
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from ..kernels.dtypes import DTYPES, dtype_name
-from ..kernels.spec import CPU, CUDA, DETERMINISM, EXTREME, INTERPRETER, Call, Case, OpSpec, specs
+from ..kernels.spec import CPU, CUDA, DETERMINISM, EXPANDED, EXTREME, INTERPRETER, Call, Case, Draw, OpSpec, specs
 from .context import exact_float32, poisoned
-from .inputs import inputs_of
 from .report import FAIL, PASS, SKIP, CheckResult, results_of
-from .rule import Draw, Judgement, cast_floats, judge_fairly, value_and_grads
+from .rule import Draw as DrawResults
+from .rule import Judgement, cast_floats, judge_fairly, value_and_grads
 
 TORCH_DTYPES = {dtype_name(dtype): dtype for dtype in DTYPES.values()}
 # The truth is computed in float64 up to this many elements of the reference's largest tensor, of which eight exist at
@@ -44,7 +45,7 @@ def _hold_to_rule(
         reason = f"{case.shape.elements:.1e} elements: a float64 truth does not fit; a float32 one cannot judge float32"
         return [dataclasses.replace(template, verdict=SKIP, reason=reason)]
 
-    def draw(number: int) -> Draw:
+    def draw(number: int) -> DrawResults:
         call = inputs_of(spec, case, dtype, device, number)
         with poisoned():
             ours = _results(spec.op, call)
@@ -74,7 +75,7 @@ def _less_exact(one: Tensor, other: Tensor, truth: Tensor) -> Tensor:
     return one if errors[0] >= errors[1] else other
 
 
-def _finite(name: str, judgement: Judgement, draws: Sequence[Draw]) -> Judgement:
+def _finite(name: str, judgement: Judgement, draws: Sequence[DrawResults]) -> Judgement:
     if judgement.fault or all(ours[name].isfinite().all() for ours, _, _ in draws):
         return judgement
     return dataclasses.replace(judgement, fault="not finite")
@@ -121,3 +122,37 @@ def timed(rows: Callable[[], list[CheckResult]], template: CheckResult) -> list[
         result = [dataclasses.replace(template, verdict=FAIL, reason=text)]
     share = (time.perf_counter() - started) / max(1, len(result))
     return [dataclasses.replace(row, seconds=share) for row in result]
+
+
+def inputs_of(spec: OpSpec, case: Case, dtype: torch.dtype, device: str, number: int = 0) -> Call:
+    """Make the inputs of a case: in each draw (``number``) the same values on every machine, device and leg."""
+    draw = Draw(zlib.crc32(f"{case.name} {number}".encode()))
+    call = spec.call(case.shape, case.values, draw, dtype)
+    inputs = {name: lay_out(x.to(device), case.layout) for name, x in call.inputs.items()}
+    grads = tuple(lay_out(grad.to(device), case.layout) for grad in call.grads)
+    if case.layout == EXPANDED:
+        if all(grad.ndim == 0 for grad in grads):
+            first = next(iter(inputs))
+            inputs[first] = inputs[first][:1].expand_as(inputs[first])
+        grads = tuple(grad.flatten()[0].expand_as(grad) for grad in grads)
+    return dataclasses.replace(call, inputs=inputs, grads=grads)
+
+
+def lay_out(x: Tensor, layout: str) -> Tensor:
+    """Return the same values in another memory layout; a tensor that the layout does not suit stays as it is."""
+    if x.ndim == 0:
+        return x
+    if layout == "transposed":
+        return x.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "hwc":
+        return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2) if x.ndim == 4 else x
+    if layout == "sliced":
+        wide = x.new_zeros(*x.shape[:-1], 2 * x.shape[-1])
+        wide[..., ::2] = x
+        return wide[..., ::2]
+    if layout == "offset":
+        # one element past an aligned address, where a vector load would fault
+        flat = x.new_zeros(x.numel() + 1)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+    return x

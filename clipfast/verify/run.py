@@ -1,43 +1,130 @@
-"""A run of the checks: ``run_verify`` does all of it, ``iter_groups`` yields the results case by case."""
+"""A run of the checks: which run on which leg, which cannot run here, and the results case by case."""
 
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
-from ..kernels.spec import CUDA
+import torch
+
+from ..kernels.launch import INTERPRET
+from ..kernels.spec import ACCURACY, CPU, CUDA, INTERPRETER, specs
 from .child import groups_of_child
-from .ops import timed
-from .options import Options
-from .plan import checks, here, legs_of, not_run
+from .curve import MODEL_NAME, verify_curve
+from .models import verify_model
+from .ops import planned, timed, verify_case
+from .options import CURVE, MODEL, OPENCLIP, PEERS, Options, installed
 from .report import CheckResult, write_json, write_junit
 
-
-def number_of_groups(options: Options) -> int:
-    """Return the number of groups that :func:`iter_groups` yields when nothing goes wrong."""
-    return sum(len(checks(options, leg)) for leg in legs_of(options))
+NO_GPU = "no CUDA GPU here: the native kernels were not run"
+BF16_INTERPRETED = "Triton's interpreter multiplies bfloat16 as raw bits: only a GPU can run the kernels in it"
 
 
-def iter_groups(options: Options) -> Iterator[list[CheckResult]]:
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """A check: ``rows`` runs it and returns its result rows; ``template`` is filled in as its row if that raises."""
+
+    template: CheckResult
+    rows: Callable[[], list[CheckResult]]
+
+
+def here() -> str:
+    """Return the leg that CPU tensors run on in this process; Triton chose it when it was imported."""
+    return INTERPRETER if INTERPRET else CPU
+
+
+def legs_of(options: Options) -> tuple[str, ...]:
+    """Return the legs to run, in order."""
+    by_device = (CUDA,) if options.on_gpu else (CPU, INTERPRETER)
+    return by_device if options.legs is None else options.legs
+
+
+def checks(options: Options, leg: str) -> list[Check]:
+    """Return everything that runs on ``leg``; the interpreter is too slow for models and training."""
+    dtypes = [name for name in options.dtypes if not (leg == INTERPRETER and name == "bfloat16")]
+    found: list[Check] = []
+    for op in options.ops:
+        if op not in (MODEL, CURVE):
+            for case, dtype in planned(op, leg, dtypes, quick=options.quick):
+                template = CheckResult(op, leg, case.check, case.name, dtype, why=case.why)
+                check = partial(verify_case, specs()[op], leg, case, dtype, quick=options.quick)
+                found.append(Check(template, check))
+        elif leg != INTERPRETER:
+            found += (_model_checks if op == MODEL else _curve_checks)(options, leg, dtypes)
+    return found
+
+
+def _model_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
+    """Return the checks of whole models, against their reference and against other implementations."""
+    peers = options.against or ((OPENCLIP,) if installed(OPENCLIP) else ())
+    check = partial(verify_model, quick=options.quick)
+    return [
+        Check(CheckResult(peer, leg, ACCURACY, name, dtype), partial(check, peer, name, leg, dtype))
+        for peer in (MODEL, *peers)
+        for name in options.models
+        for dtype in dtypes[: 1 if options.quick else None]
+    ]
+
+
+def _curve_checks(options: Options, leg: str, dtypes: list[str]) -> list[Check]:
+    """Return the training checks: in float32, and under bfloat16 autocast on a GPU.
+
+    On a CPU, bfloat16 takes minutes and runs only if it is the only dtype that is asked for.
+    """
+    wanted = [] if options.quick and leg == CPU else [name for name in dtypes if name != "float16"]
+    if leg == CPU and "float32" in wanted:
+        wanted = ["float32"]
+    return [
+        Check(CheckResult(CURVE, leg, "training", MODEL_NAME, dtype), partial(verify_curve, leg, dtype))
+        for dtype in wanted
+    ]
+
+
+def not_run(options: Options) -> list[CheckResult]:
+    """Return what cannot be run here, as rows that are skipped."""
+    legs = legs_of(options)
+    rows: list[CheckResult] = []
+    if options.legs is None and CUDA in legs:
+        for leg, what in ((CPU, "PyTorch paths"), (INTERPRETER, "interpreted kernels")):
+            rows.append(CheckResult("legs", leg, "leg", what, reason="runs with --device cpu"))
+    elif options.legs is None:
+        reason = "--device cpu: the native kernels were not run" if torch.cuda.is_available() else NO_GPU
+        rows.append(CheckResult("legs", CUDA, "leg", "native kernels", reason=reason))
+    if INTERPRETER in legs and "bfloat16" in options.dtypes:
+        rows.append(CheckResult("legs", INTERPRETER, "leg", "kernels", "bfloat16", reason=BF16_INTERPRETED))
+    if MODEL in options.ops and options.against is None and not installed(OPENCLIP):
+        reason = f"OpenCLIP is not installed: pip install {PEERS[OPENCLIP][1]}"
+        rows.append(CheckResult(OPENCLIP, legs[0], ACCURACY, ", ".join(options.models), reason=reason))
+    if options.quick and CURVE in options.ops and CPU in legs:
+        rows.append(CheckResult(CURVE, CPU, "training", MODEL_NAME, "float32", reason="left out by --quick"))
+    return rows
+
+
+def iter_groups(options: Options, *, on_total: Callable[[int], None] | None = None) -> Iterator[list[CheckResult]]:
     """Yield the results of one check after the other. A check that raises becomes a result that fails.
+
+    ``on_total`` is called with the number of checks before the first one runs.
 
     Raises:
         ValueError: the options leave nothing to check.
     """
-    legs = [leg for leg in legs_of(options) if checks(options, leg)]
-    if not legs:
+    by_leg = {leg: found for leg in legs_of(options) if (found := checks(options, leg))}
+    if not by_leg:
         raise ValueError("these options leave nothing to check: bfloat16 needs the CPU paths or a GPU, as do models")
+    if on_total is not None:
+        on_total(sum(map(len, by_leg.values())))
     with contextlib.ExitStack() as stack:
         children = []
-        for leg in legs:
-            if leg not in (CUDA, here()):  # it runs in another process, beside the checks of this one
-                of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
-                child = groups_of_child(of_leg, leg, options.hang_seconds)
-                children.append(stack.enter_context(contextlib.closing(child)))
-        for leg in legs:
-            if leg in (CUDA, here()):
-                for check in checks(options, leg):
-                    yield timed(check.rows, check.template)
+        for leg in [
+            leg for leg in by_leg if leg not in (CUDA, here())
+        ]:  # it runs in another process, beside the checks of this one
+            of_leg = dataclasses.replace(options, legs=(leg,), device="cpu").to_dict()
+            child = groups_of_child(of_leg, leg, options.hang_seconds)
+            children.append(stack.enter_context(contextlib.closing(child)))
+        for leg in [leg for leg in by_leg if leg in (CUDA, here())]:
+            for check in by_leg[leg]:
+                yield timed(check.rows, check.template)
         for child in children:
             yield from child
     skipped = not_run(options)
@@ -51,13 +138,15 @@ def run_verify(
     json_path: Path | None = None,
     junit_path: Path | None = None,
     on_group: Callable[[list[CheckResult]], None] | None = None,
+    on_total: Callable[[int], None] | None = None,
     rows: list[CheckResult] | None = None,
 ) -> list[CheckResult]:
     """Run all checks and return the results. ``clipfast.verify.exit_code`` makes an exit code of them.
 
     The JSON file is written again after every case, so that a kill at any moment leaves the results so far; its field
     ``complete`` is true only at the end. The JUnit file is written at the end, also of an interrupted run. ``on_group``
-    is called with the results of each case. They are appended to ``rows``, for a caller that handles an interruption.
+    is called with the results of each case, and ``on_total`` as by :func:`iter_groups`. The results are appended to
+    ``rows``, for a caller that handles an interruption.
     """
     rows = [] if rows is None else rows
     raw, complete = options.to_dict(), False
@@ -68,7 +157,7 @@ def run_verify(
 
     save()
     try:
-        for group in iter_groups(options):
+        for group in iter_groups(options, on_total=on_total):
             rows += group
             if on_group is not None:
                 on_group(group)
