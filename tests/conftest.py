@@ -59,7 +59,7 @@ if sys.platform == "linux":
 
 # Files, classes and tests whose tests take seconds each: --fast leaves them out.
 LONG = (
-    "test_offline.py", "test_launcher.py", "test_memory.py", "test_contrastive_numerics.py", "test_distributed.py",
+    "test_offline.py", "test_launcher.py", "test_memory.py", "TestWhole", "test_distributed.py",
     "TestSanitized", "test_training.py", "test_endings.py", "test_micro_batches.py", "test_plan.py",
     "test_step.py::test_the_losses", "test_readme.py", "test_gpu_driver.py", "test_tune.py", "test_inspect.py",
     "test_harness.py", "test_faults.py", "test_report.py", "optional_packages", "every_character",

@@ -14,7 +14,7 @@ from clipfast.bench.case import OURS, Candidate
 from clipfast.bench.harness import Budget, Timing
 from clipfast.bench.suites import build
 from clipfast.kernels import configs
-from clipfast.kernels.contrastive.logit_blocks import logit_blocks
+from clipfast.kernels.contrastive.shared import logit_blocks
 from clipfast.kernels.spec import Draw, Tunable
 
 from ..conftest import ON_GPU
@@ -175,7 +175,7 @@ ENTRIES = {key for arch in configs.ARCHS for key in configs.read_table(arch)}
 
 def test_every_entry_and_every_width_of_the_tables_can_be_tuned():
     tuned = [(tunable, target) for _, target in tune.TARGETS.values() for tunable in target.kernels]
-    in_tables = {tunable.kernel for tunable, _ in tuned if tunable.kind is not configs.BlockConfig}
+    in_tables = {tunable.kernel for tunable, _ in tuned}
     assert in_tables == {key.split()[0] for key in ENTRIES}
     widths = [pair for pair in tuned if pair[0].per_width]
     keys = {tune.key_of(*pair, dtype) for pair in widths for dtype in ("bf16", "fp32")}
@@ -190,9 +190,6 @@ def test_every_tunable_kernel_is_launched_and_has_a_committed_entry(op):
     }
     for tunable in target.kernels:
         assert isinstance(next(tune.space(tunable)), tunable.kind)
-        if tunable.kind is configs.BlockConfig:  # a rule decides where no entry does
-            assert isinstance(tune._committed(tunable, target, SEARCH), configs.BlockConfig)
-            continue
         assert tunable.function in names["bf16"]
         assert tune.key_of(tunable, target, "bf16") in ENTRIES
         if tunable.function in names["fp32"] and tune.key_of(tunable, target, "fp32") not in ENTRIES:

@@ -1,10 +1,21 @@
-"""What the kernel tests share: calls of every op, what the interpreter moves, odd layouts, and the sanitizer."""
+"""What the kernel tests share: the legs that each test runs on, calls of every op, odd layouts, and the sanitizer.
+
+The fixtures that a test asks for say where it runs. So no test does the same work on two legs:
+
+    device          on every leg: on a CPU, on a GPU, and interpreted
+    native          on a CPU and on a GPU
+    triton_device   interpreted and on a GPU, where Triton kernels run
+    interpreted     interpreted only
+    gpu             on a GPU only
+    none of these   on a CPU only; the test launches no kernel
+"""
 
 import contextlib
 import dataclasses
 import functools
 import mmap
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -14,19 +25,25 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpreterBuilder
 
-from clipfast.kernels.contrastive import whole
+from clipfast.kernels.contrastive import cpu
 from clipfast.kernels.launch import execute_on_cpu
 from clipfast.kernels.spec import Draw, OpSpec, Shape, specs
 from clipfast.verify.rule import in_double, value_and_grads
 
-from ..conftest import INTERPRET, ON_GPU
+from ..conftest import LEG, ON_GPU
 
+LEGS = {
+    "interpreted": ("interpreter",),
+    "gpu": ("gpu",),
+    "triton_device": ("interpreter", "gpu"),
+    "native": ("cpu", "gpu"),
+    "device": ("cpu", "gpu", "interpreter"),
+}
 MAP_NORESERVE = 0x4000  # of Linux; mmap has it from Python 3.13 on
 TRITON = tuple(map(int, triton.__version__.split(".")[:2]))
-needs_sanitizer = [
-    pytest.mark.skipif(INTERPRET or ON_GPU, reason="ttsem replaces the launch on a CPU"),
-    pytest.mark.skipif(TRITON < (3, 8), reason="ttsem knows Triton 3.8 and newer; races and bf16 go UNCHECKED"),
-]
+needs_sanitizer = pytest.mark.skipif(
+    TRITON < (3, 8), reason="ttsem knows Triton 3.8 and newer; races and bf16 go UNCHECKED"
+)
 # Each op in each way in which it can be called.
 CALLS: dict[str, tuple[OpSpec, Shape]] = {
     f"{name} {shape}": (spec, shape) for name, spec in specs().items() for shape in spec.small
@@ -34,6 +51,26 @@ CALLS: dict[str, tuple[OpSpec, Shape]] = {
 DIFFERENTIABLE = [name for name, (spec, shape) in CALLS.items() if spec.make(shape, "", Draw(empty=True)).grads]
 each_call = pytest.mark.parametrize("name", CALLS)
 each_gradient = pytest.mark.parametrize("name", DIFFERENTIABLE)
+
+
+def runs_here(item: pytest.Item) -> bool:
+    """Whether a test belongs to this leg."""
+    if not item.path.is_relative_to(Path(__file__).parent):
+        return True
+    asked = next((legs for name, legs in LEGS.items() if name in item.fixturenames), ("cpu",))
+    return LEG in asked
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out the tests of other legs."""
+    config.hook.pytest_deselected(items=[item for item in items if not runs_here(item)])
+    items[:] = filter(runs_here, items)
+
+
+interpreted, gpu, triton_device, native = (
+    pytest.fixture(name=name)(lambda: torch.device("cuda" if ON_GPU else "cpu"))
+    for name in ("interpreted", "gpu", "triton_device", "native")
+)
 
 
 class OpCall(NamedTuple):
@@ -105,12 +142,12 @@ class Recorded(TorchDispatchMode):
 
 @pytest.fixture(autouse=True)
 def in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Send small batches through the blockwise path of CPUs too; test_whole.py checks the other path."""
-    monkeypatch.setattr(whole, "MOST_LOGITS", 0)
+    """Send small batches through the blockwise path of CPUs too; ``TestWhole`` checks the other path."""
+    monkeypatch.setattr(cpu, "MOST_LOGITS", 0)
 
 
 @pytest.fixture
-def moved(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def moved(interpreted: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """A list that grows by the bytes of each load and store that the interpreter does."""
     sizes: list[int] = []
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from clipfast.kernels import launch
-from clipfast.kernels.contrastive import triton_blocks
+from clipfast.kernels.contrastive import launches as contrastive_launches
 from clipfast.kernels.spec import CUDA, DETERMINISM, Case, OpSpec, specs
 from clipfast.verify.ops import TORCH_DTYPES, verify_case
 from clipfast.verify.report import FAIL
@@ -26,18 +26,12 @@ def cases(dtypes: Sequence[str], wanted: Callable[[Case], bool]) -> list[object]
     found = []
     for spec in specs().values():
         for number, case in enumerate(spec.cases):
-            marks = [] if case.quick else [pytest.mark.long]
-            is_large = case.shape.elements > MOST_ELEMENTS and not (INTERPRET and case.quick)
-            marks += [pytest.mark.slow] if is_large else []
+            is_slow = case.shape.elements > MOST_ELEMENTS and not (INTERPRET and case.quick)
+            marks = [pytest.mark.long] * (not case.quick) + [pytest.mark.slow] * is_slow
             for dtype in dtypes if wanted(case) else ():
-                if VERIFY_LEG == "cpu" and dtype in case.slow:
-                    continue
-                # The interpreter takes minutes: float16 is left to "clipfast verify" where float32 says enough.
-                is_slow = INTERPRET and dtype == "float16" and not (case.quick or case.sanitize)
-                label = f"{spec.name}-{number} {case.name}-{dtype}"
-                found.append(
-                    pytest.param(spec, case, dtype, id=label, marks=[*marks, *([pytest.mark.slow] if is_slow else [])])
-                )
+                if VERIFY_LEG != "cpu" or dtype not in case.slow:
+                    label = f"{spec.name}-{number} {case.name}-{dtype}"
+                    found.append(pytest.param(spec, case, dtype, id=label, marks=marks))
     return found
 
 
@@ -51,25 +45,20 @@ def hold(spec: OpSpec, case: Case, dtype: str, *, draws: int | None = None) -> N
 
 
 @pytest.mark.parametrize(("spec", "case", "dtype"), cases(NAMES, lambda case: VERIFY_LEG in case.legs))
-def test_case(spec, case, dtype, request):
+def test_case(spec, case, dtype, device, request):
+    if INTERPRET and dtype == "float16" and not (case.quick or request.config.getoption("--slow")):
+        pytest.skip("the interpreter takes minutes, and float32 says enough")
     if case.check == DETERMINISM:
         request.getfixturevalue("two_threads")  # sums could then come in any order
     hold(spec, case, dtype)
 
 
-@pytest.mark.skipif(not INTERPRET, reason="the CPU paths have no tiles; a GPU has larger cases")
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases(NAMES, lambda case: INTERPRET and case.sanitize))
-def test_case_of_several_tiles(spec, case, dtype):
-    with spec.small_tiles(TORCH_DTYPES[dtype]):
-        hold(spec, case, dtype, draws=1)
-
-
-@pytest.mark.skipif(not INTERPRET, reason="interprets the kernels as for an H100")
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases(["float16"], lambda case: INTERPRET and case.sanitize))
-def test_case_through_descriptors(spec, case, dtype, monkeypatch):
-    # sm_90 loads 16-bit tiles through tensor descriptors; on few multiprocessors, a program takes several tiles
-    monkeypatch.setattr(launch, "CPU_ARCH", 90)
-    monkeypatch.setattr(triton_blocks, "RECORDED_MULTIPROCESSORS", 3)
+@pytest.mark.parametrize(("spec", "case", "dtype"), cases(["float32", "float16"], lambda case: case.sanitize))
+def test_case_of_several_tiles(spec, case, dtype, interpreted, monkeypatch):
+    if dtype == "float16":
+        # sm_90 loads 16-bit tiles through tensor descriptors; on few multiprocessors, a program takes several tiles
+        monkeypatch.setattr(launch, "CPU_ARCH", 90)
+        monkeypatch.setattr(contrastive_launches, "RECORDED_MULTIPROCESSORS", 3)
     with spec.small_tiles(TORCH_DTYPES[dtype]):
         hold(spec, case, dtype, draws=1)
 
@@ -83,11 +72,16 @@ def test_specification_is_whole(spec):
     assert {"cpu", "cuda"} == set(spec.bench)
 
 
-@pytest.mark.parametrize(("spec", "case", "dtype"), cases(("bfloat16", "float32"), lambda case: case.sanitize))
+@needs_sanitizer
+@pytest.mark.parametrize(
+    ("spec", "case", "dtype"),
+    [
+        pytest.param(*one.values, id=one.id, marks=[*one.marks, *[pytest.mark.slow] * (one.values[2] == "float32")])
+        for one in cases(["bfloat16", "float32"], lambda case: case.sanitize)
+    ],
+)
 class TestSanitized:
     """The kernels under ttsem, which executes Triton's own IR on the CPU: bounds, races between programs, bfloat16."""
-
-    pytestmark = needs_sanitizer
 
     def test_case(self, spec, case, dtype, sanitizer):
         with spec.small_tiles(TORCH_DTYPES[dtype]):

@@ -6,21 +6,16 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 
 from clipfast import kernels
-from clipfast.kernels import info_nce_loss, launch, nt_xent_loss, reference
-from clipfast.kernels.contrastive import cpu_blocks, triton_blocks
+from clipfast.kernels import contrastive_loss, launch, nt_xent_loss, reference
+from clipfast.kernels.contrastive import cpu, launches
 from clipfast.kernels.contrastive.cases import LossShape, QueueShape, SigmoidShape, ViewShape
-from clipfast.kernels.contrastive.sigmoid_kernels import _exp_of_minus, _loss_sums, _probability
-from clipfast.kernels.contrastive.softmax_stats import SoftmaxStats, pair_losses
-from clipfast.verify.rule import value_and_grads
+from clipfast.verify.rule import in_double, judge_fairly, value_and_grads
 
 from ..conftest import DTYPES, INTERPRET, LEG
-from ..numerics import compare
-from .conftest import call_at
-from .test_contrastive_numerics import errors
+from .conftest import Recorded, call_at
+from .test_cases import hold, specs
 
 pytestmark = pytest.mark.usefixtures("poison")
 ONE = torch.tensor(1.0)
@@ -32,14 +27,13 @@ SHAPES = {
     "nt_xent_loss": ViewShape(150, 24, 20.0, 0.5),
 }
 each_loss = pytest.mark.parametrize("loss", SHAPES)
+assert_equal = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, equal_nan=True, check_dtype=False)
 
 
-@pytest.fixture(params=[80, 90] if INTERPRET else [0])
-def arch(request, monkeypatch):
-    """Take the kernels' configurations of sm_80, which load by pointers, and of sm_90, which load by descriptors."""
-    if request.param:
-        monkeypatch.setattr(launch, "CPU_ARCH", request.param)
-        monkeypatch.setattr(triton_blocks, "RECORDED_MULTIPROCESSORS", 3)  # a program takes several tiles
+@pytest.fixture
+def few_multiprocessors(monkeypatch):
+    """Give each program several tiles."""
+    monkeypatch.setattr(launches, "RECORDED_MULTIPROCESSORS", 3)
 
 
 def call_of(loss, device, dtype=torch.float32, **changed):
@@ -52,68 +46,69 @@ def features_of(inputs):
     return [name for name, x in inputs.items() if x.ndim == 2]
 
 
-assert_equal = functools.partial(torch.testing.assert_close, rtol=1e-5, atol=1e-7, equal_nan=True, check_dtype=False)
-
-
 # Rows, columns and offset of the pairs. The last one has no pairs, like the texts of another process.
-RECTANGLES = [(5, 9, 2), (9, 5, -3), (70, 133, 60), (133, 70, -40), (1, 6, 5), (65, 64, -1)]
-RECTANGLES += [(0, 4, 1), (4, 0, 1), (67, 70, -67)]
+RECTANGLES = [(5, 9, 2), (70, 133, 60), (133, 70, -40), (1, 6, 5), (0, 4, 1), (67, 70, -67)]
 NUMBERS = {"contrastive_loss": {"logit_scale": 30.0}, "sigmoid_loss": {"logit_scale": 10.0, "logit_bias": -3.0}}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("m", "n", "offset"), RECTANGLES, ids=str)
 @pytest.mark.parametrize("loss", NUMBERS)
-def test_rectangular(loss, m, n, offset, dtype, device, arch):
+def test_rectangular(loss, m, n, offset, dtype, device, few_multiprocessors, monkeypatch):
+    # float32 loads by pointers; 16-bit features load by descriptors on sm_90
+    monkeypatch.setattr(launch, "CPU_ARCH", 80 if dtype == torch.float32 else 90)
     numbers = {name: torch.tensor(value, device=device) for name, value in NUMBERS[loss].items()}
-    draws = []  # luck evens out only among many rows
-    few_rows = 30 if loss == "sigmoid_loss" else 6
-    for _ in range(few_rows if min(m, n) < 10 else 2):
-        image, text = (F.normalize(torch.randn(rows, 24), dim=-1).to(device, dtype) for rows in (m, n))
-        draws.append({"image": image, "text": text, **numbers})
     op, expected = (functools.partial(getattr(module, loss), offset=offset) for module in (kernels, reference))
-    compare(op, expected, draws, ONE)
+
+    def draw(_):
+        image, text = (F.normalize(torch.randn(rows, 24), dim=-1).to(device, dtype) for rows in (m, n))
+        inputs = {"image": image, "text": text, **numbers}
+        return *(value_and_grads(op_, inputs, ONE) for op_ in (op, expected)), value_and_grads(
+            expected, in_double(inputs), ONE
+        )
+
+    judgements, _ = judge_fairly(draw, 4, 40)
+    for name, judgement in judgements.items():
+        assert judgement.passed, f"{name}: {judgement.reason}"
 
 
-@pytest.mark.skipif(INTERPRET, reason="test_cases.py has several blocks of the kernels")
 @pytest.mark.parametrize("scale", [20.0, 1e4], ids=["shared", "online"])
 @each_loss
-def test_blocks_add_up(loss, scale, device, monkeypatch):
-    call = call_of(loss, device, scale=scale)
+def test_blocks_add_up(loss, scale, native, monkeypatch):
+    call = call_of(loss, native, scale=scale)
     expected = call.results()
-    monkeypatch.setattr(cpu_blocks, "CHUNK_ELEMENTS", 17 * 150)
-    monkeypatch.setattr(cpu_blocks, "PIECE_ELEMENTS", 4 * 150)
-    with triton_blocks.small_blocks(64):
+    monkeypatch.setattr(cpu, "CHUNK_ELEMENTS", 17 * 150)
+    monkeypatch.setattr(cpu, "PIECE_ELEMENTS", 4 * 150)
+    with launches.small_blocks(64):
         assert_equal(call.results(), expected, atol=1e-7 * scale)
 
 
-@pytest.mark.parametrize("normalize", [False, True], ids=["as they are", "normalized"])
-def test_saving_memory_changes_nothing(normalize, device, arch):
-    call = call_of("contrastive_loss", device, normalize=normalize)
-    with triton_blocks.small_blocks(64):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_saving_memory_changes_nothing(dtype, device, few_multiprocessors, monkeypatch):
+    monkeypatch.setattr(launch, "CPU_ARCH", 90)
+    call = call_of("contrastive_loss", device, dtype, normalize=True)
+    with launches.small_blocks(64):
         saving = value_and_grads(functools.partial(call.op, memory="min"), call.inputs, call.grads)
-        assert_equal(saving, call.results())
+        assert_equal(saving, call.results(), **({} if dtype == torch.float32 else {"rtol": 2e-3, "atol": 1e-6}))
 
 
-@pytest.mark.parametrize("kind", [float, torch.tensor, lambda x: torch.tensor([x])], ids=["float", "scalar", "vector"])
 @each_loss
-def test_kinds_of_numbers(loss, kind, device):
-    op, _, inputs, _ = call_of(loss, device, pairs=20)
+def test_kinds_of_numbers(loss, native):
+    op, _, inputs, _ = call_of(loss, native, pairs=20)
     expected = op(**inputs)
-    for name in inputs.keys() & {"logit_scale", "logit_bias"}:
-        number = kind(inputs[name].item())
-        inputs[name] = number.to(device) if isinstance(number, torch.Tensor) else number
-    assert torch.equal(op(**inputs), expected)
+    names = inputs.keys() & {"logit_scale", "logit_bias"}
+    for kind in (torch.Tensor.item, torch.Tensor.clone, lambda x: x[None]):
+        assert torch.equal(op(**inputs | {name: kind(inputs[name]) for name in names}), expected)
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @each_loss
-def test_not_finite_features_are_not_hidden(loss, bad, device):
+def test_not_finite_features_are_not_hidden(loss, device):
     op, _, inputs, _ = call_of(loss, device, pairs=20)
     for name in features_of(inputs):
-        wrong = inputs[name].clone()
-        wrong[3, 5] = bad
-        assert not op(**inputs | {name: wrong}).isfinite(), name
+        for bad in (float("nan"), float("inf")):
+            wrong = inputs[name].clone()
+            wrong[3, 5] = bad
+            assert not op(**inputs | {name: wrong}).isfinite(), name
 
 
 @pytest.mark.parametrize("in_batch", [True, False], ids=["in batch", "queue only"])
@@ -121,16 +116,6 @@ def test_empty_queue(in_batch, device):
     call = call_of("info_nce_loss", device, pairs=7, in_batch=in_batch)
     call.inputs["negatives"] = call.inputs["negatives"][:0]
     assert_equal(call.results(), call.truth(), atol=1e-6)
-
-
-def test_queue_of_the_other_keys_is_the_batch(device):
-    # The key itself cannot be in the queue: it would be a negative of itself.
-    query, key = (F.normalize(torch.randn(2, 16, device=device), dim=-1) for _ in range(2))
-    parts = [
-        info_nce_loss(query[i : i + 1], key[i : i + 1], 20.0, negatives=key[1 - i : 2 - i], in_batch=False)
-        for i in range(2)
-    ]
-    torch.testing.assert_close(info_nce_loss(query, key, 20.0), sum(parts) / 2, rtol=1e-6, atol=0)
 
 
 def test_a_view_is_not_its_own_negative(device):
@@ -149,7 +134,7 @@ def test_zero_rows_when_normalized(device):
     assert_equal(found, call.truth(), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("cosine", [-1.0, -0.9, -0.5, 0.0, 1.0])
+@pytest.mark.parametrize("cosine", [-1.0, -0.5, 0.0, 1.0])
 def test_any_cosine_at_scale_100(cosine, device):
     # All images alike and all texts alike: at -1 every term of the shared shift underflows.
     call = call_of("contrastive_loss", device, pairs=40, embed_dim=16, scale=100.0)
@@ -160,11 +145,61 @@ def test_any_cosine_at_scale_100(cosine, device):
     assert_equal(result, call.truth(), atol=1e-5)
 
 
-@pytest.mark.parametrize(("scale", "is_shared"), [(14.3, 1), (78.0, 1), (100.0, 1), (1e4, 0)])
-def test_shared_shift_is_taken_where_it_is_exact(scale, is_shared, device):
-    inputs = call_of("contrastive_loss", device, pairs=100, embed_dim=64, scale=scale, matched=0.3).inputs
-    *_, shared = torch.ops.clipfast.contrastive_fwd(*inputs.values(), 0, True, False, torch.float32, False)
-    assert shared.item() == is_shared
+# Each stage of training has a scale, and the standard deviations by which the cosine of a pair exceeds that of chance.
+# With fewer in the middle, the gradient of the scale would be next to zero, and its relative error would mean nothing.
+# In the last stage the scale is that of a trained model, but the features are not.
+STAGES = {"start": (14.3, 0.0), "middle": (50.0, 3.0), "end": (100.0, 3.5), "new at 100": (100.0, 0.0)}
+
+
+def call_in(stage, loss, device):
+    """Return a call of a loss whose features and scale are those of a stage of training."""
+    scale, deviations = STAGES[stage]
+    cosine = deviations / 8
+    matched = cosine / (cosine + (1 - cosine**2) ** 0.5)
+    sizes = {"pairs": 129, "embed_dim": 64, "scale": scale, "matched": matched}
+    return call_of(loss, device, **sizes, **({"normalize": False} if loss == "nt_xent_loss" else {}))
+
+
+def errors(ours, truth):
+    """Return the relative error of each result, and the worst relative error of a row.
+
+    Rows far smaller than the largest are left out: they are below what 16 bits can hold beside it.
+    """
+    found = {}
+    for name, value in ours.items():
+        difference = value.double() - truth[name]
+        size = truth[name].norm()
+        found[name] = (difference.norm() / size).item() if size > 0 else difference.norm().item()
+        if value.ndim == 2 and size > 0:
+            rows = truth[name].norm(dim=1)
+            kept = rows > 1e-3 * rows.max()
+            found[f"{name} row"] = (difference.norm(dim=1) / rows)[kept].max().item()
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@each_loss
+def test_16_bit_operands(loss, stage, device, few_multiprocessors, monkeypatch):
+    # The features are float32, but their values fit 16 bits. Under autocast the operands then have 16 bits, while the
+    # gradients are returned in float32, before they are rounded. The interpreter has no bfloat16; float16 takes the
+    # same way through the kernels.
+    monkeypatch.setattr(launch, "CPU_ARCH", 90)
+    dtype = torch.float16 if INTERPRET else torch.bfloat16
+    call = call_in(stage, loss, device)
+    call.inputs.update({name: x.to(dtype).float() for name, x in call.inputs.items() if x.ndim})
+    with torch.autocast(device.type, dtype):
+        ours = call.results()
+    first = f"d_{next(iter(call.inputs))}"
+    assert ours[first].dtype == torch.float32
+    found = errors(ours, call.truth())
+    # G is rounded to 16 bits: by up to 2e-3 in bfloat16, and 8 times as finely in the float16 that stands for it
+    gradient, number = (6e-4, 1.25e-5) if INTERPRET else (2e-3, 1e-4)
+    for name, error in found.items():
+        limit = {"value": 1e-6, "d_logit_scale": number, "d_logit_bias": number}.get(name, gradient)
+        assert error <= (8 * limit if name.endswith(" row") else limit), f"{name}: relative error {error:.1e}"
+    if LEG != "cpu":
+        # The rounding of G to 16 bits must show. Otherwise this was not the kernels' path.
+        assert found[first] > 1e-6
 
 
 @pytest.mark.parametrize(
@@ -198,94 +233,13 @@ def test_value_of_the_sigmoid_loss_is_exact(device):
         assert found[name] < limit, f"{name}: relative error {found[name]:.2e}"
 
 
-@triton.jit
-def _terms_kernel(x_ptr, loss_ptr, probability_ptr, ROWS: tl.constexpr, COLS: tl.constexpr):
-    offs_m, offs_n = tl.arange(0, ROWS), tl.arange(0, COLS)
-    logits = tl.load(x_ptr + offs_m[:, None] * COLS + offs_n[None, :])
-    e = _exp_of_minus(tl.abs(logits))
-    tl.store(loss_ptr + offs_m, tl.sum(_loss_sums(logits, e, ROWS, COLS), 1))
-    tl.store(probability_ptr + offs_m[:, None] * COLS + offs_n[None, :], _probability(logits, e))
-
-
-@pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
-def test_terms_of_the_sigmoid_loss_keep_their_digits(device):
-    # The range reaches from the logits of other rows to those of pairs. A row has logits of one size, so that no larger
-    # term hides what the others lose; 0 is among them, where half of the terms take another branch.
-    logits = torch.linspace(-70, 70, 64, device=device)[:, None] + torch.linspace(-1.2, 1.2, 64, device=device)
-    loss, probability = logits.new_empty(64), torch.empty_like(logits)
-    _terms_kernel[(1,)](logits, loss, probability, ROWS=64, COLS=64)
-    exact = logits.double()
-    # A GPU computes exponentials in base 2, where the logit of 70 is rounded by up to 4e-6.
-    torch.testing.assert_close(loss.double(), F.softplus(exact, threshold=1e3).sum(1), rtol=5e-6, atol=0)
-    torch.testing.assert_close(probability.double(), exact.sigmoid(), rtol=1e-5, atol=0)
-    assert loss[0] > 0
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_sigmoid_loss_alone_hides_nothing(value, device):
-    call = call_of("sigmoid_loss", device)
-    call.inputs["text"][70, 3] = value
-    with torch.no_grad():
-        assert not call.op(**call.inputs).isfinite()
-
-
-@pytest.mark.skipif(LEG != "cpu", reason="only products on a CPU have this switch")
-@pytest.mark.parametrize("before", ["none", "ieee", "tf32"])
-def test_bfloat16_products_leave_the_switch_as_it_was(before, monkeypatch):
-    switch, call = torch.backends.mkldnn.matmul, call_of("contrastive_loss", "cpu", torch.bfloat16)
-    monkeypatch.setattr(cpu_blocks, "_has_bfloat16", lambda: True)
-    seen = []
-    monkeypatch.setattr(torch, "addmm", lambda *args, **kwargs: seen.append(switch.fp32_precision) or 1 / 0)
-    was, switch.fp32_precision = switch.fp32_precision, before
-    try:
-        with pytest.raises(ZeroDivisionError):
-            call.op(**call.inputs)
-        assert (seen, switch.fp32_precision) == (["bf16"], before)
-    finally:
-        switch.fp32_precision = was
-
-
 def test_sigmoid_loss_without_gradients(device):
     # it takes another kernel, and computes no gradient
     call = call_of("sigmoid_loss", device)
     with torch.no_grad():
         alone = call.op(**call.inputs)
+        assert not call.op(**call.inputs | {"text": call.inputs["text"] * float("nan")}).isfinite()
     torch.testing.assert_close(alone, call.results()["value"], rtol=1e-6, atol=0)
-    if LEG == "cpu":
-        for required in (False, True):
-            with launch.record_launches(90) as launches, torch.set_grad_enabled(required):
-                call.op(**call.inputs | {"image": call.inputs["image"].clone().requires_grad_()})
-            names = {item.kernel.__name__ for item in launches}
-            assert ("_sigmoid_sums_kernel" in names) is not required
-            assert ("_sigmoid_grad_tile_kernel" in names) is required
-
-
-@pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
-@pytest.mark.parametrize("both", [True, False])
-@pytest.mark.parametrize(("m", "n", "offset"), [(300, 300, 0), (130, 300, 17), (300, 130, -170), (5, 9, 9), (0, 3, 0)])
-def test_what_follows_for_pairs(m, n, offset, both, device):
-    # Sums from below the normal numbers to nearly the largest, and a pair far ahead of the others or far behind them.
-    total = torch.logspace(-44, 38, 23, device=device)
-    sums = [total[torch.arange(size, device=device) % 23] for size in (m, n)]
-    maxima = [torch.linspace(-90, 90, size, device=device) for size in (m, n)]
-    positive = maxima[0] + torch.linspace(-120, 120, m, device=device)
-    stats = SoftmaxStats(maxima[0], sums[0], maxima[1], sums[1], positive, torch.ones((), device=device))
-    exact = SoftmaxStats(*(part.double() for part in stats))
-    found = triton_blocks.pair_losses(stats, offset, both=both)
-    for actual, expected in zip(found, pair_losses(exact, offset, both=both), strict=True):
-        # a distance of 120 is rounded by up to 4e-6, before which nothing is lost
-        torch.testing.assert_close(actual, expected.float(), rtol=1e-5, atol=1e-38, equal_nan=True)
-
-
-@pytest.mark.skipif(LEG == "cpu", reason="tests the kernels' own arithmetic")
-def test_what_follows_from_sums_that_are_no_numbers(device):
-    # nothing but the pair, a sum that overflowed, and NaN
-    total = torch.tensor([0.0, float("inf"), float("nan"), 1.0], device=device)
-    zero = torch.zeros(4, device=device)
-    stats = SoftmaxStats(zero, total, zero, torch.ones_like(total), zero, torch.ones((), device=device))
-    by_kernel, by_torch = (losses(stats, 0, both=False) for losses in (triton_blocks.pair_losses, pair_losses))
-    for found, expected in zip(by_kernel, by_torch, strict=True):
-        torch.testing.assert_close(found, expected, equal_nan=True)
 
 
 X = torch.zeros(4, 8)
@@ -294,8 +248,8 @@ X = torch.zeros(4, 8)
 @pytest.mark.parametrize(
     ("second", "message"),
     [
-        (X[0], r"{1} must have 2 dimensions, got shape \(8,\)"),
-        (X[:3], r"{0} and {1} must have the same shape, got \(4, 8\) and \(3, 8\)"),
+        (X[0], "{1} .*2 dimensions"),
+        (X[:3], "{0} and {1} must have the same shape"),
         (X.half(), "{1} is float16, but {0} is float32"),
     ],
     ids=["dimensions", "shape", "dtype"],
@@ -308,38 +262,52 @@ def test_errors_name_the_arguments_of_their_own_loss(loss, second, message):
         op(**inputs | dict(zip(names, (X, second), strict=True)))
 
 
-@pytest.mark.skipif(LEG != "cpu", reason="launches are recorded from CPU tensors")
-@pytest.mark.parametrize("arch", [80, 90])
-@each_loss
-def test_launches_for_features_without_dimensions(loss, arch):
-    # tensor descriptors of sm_90 cannot describe a matrix without columns
-    call = call_of(loss, "cpu", torch.bfloat16, embed_dim=0)
-    with launch.record_launches(arch) as launches:
-        call.results()
-    assert launches
-    assert not any(item.constexprs.get("IS_TMA") for item in launches)
+by_torch = functools.partial(contrastive_loss, backend="torch")
 
 
-def test_views_in_either_order(device):
-    call = call_of("nt_xent_loss", device)
-    ours, other = call.results(), call.results(first=call.inputs["second"], second=call.inputs["first"])
-    other["d_first"], other["d_second"] = other["d_second"], other["d_first"]
-    assert_equal(ours, other)
+class TestWhole:
+    """The loss of a small batch on a CPU, whose matrix of logits is made as a whole."""
 
+    @pytest.fixture(autouse=True)
+    def as_a_whole(self, monkeypatch, in_blocks):
+        monkeypatch.setattr(cpu, "MOST_LOGITS", 2**20)
 
-def test_texts_in_parts_add_up(device):
-    # a process that meets the texts of the others one after the other computes this
-    call = call_of("sigmoid_loss", device)
-    n = len(call.inputs["image"])
-    texts = F.normalize(torch.randn(3 * n, call.inputs["text"].shape[1]), dim=-1).to(device)
+    @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+    def test_cases(self, dtype):
+        spec = specs()["contrastive_loss"]
+        for case in spec.cases:
+            if "cpu" in case.legs and 0 < case.shape.elements <= 2**16:
+                hold(spec, case, dtype)
 
-    def in_parts(image, text, logit_scale, logit_bias):
-        own, *others = text.split(n)
-        parts = [call.op(image, other, logit_scale, logit_bias, offset=n) for other in others]
-        return call.op(image, own, logit_scale, logit_bias) + sum(parts)
+    @pytest.mark.parametrize(
+        ("scale", "is_whole"), [(0.0, True), (1e-4, True), (1.0, True), (100.0, False), (-1e4, False)]
+    )
+    def test_it_is_left_to_the_blocks_where_one_shift_is_not_exact(self, scale, is_whole):
+        image, text = torch.randn(2, 7, 8)
+        inputs = {"image": image, "text": text, "logit_scale": torch.tensor(scale)}
+        with Recorded() as mode:
+            found = value_and_grads(contrastive_loss, inputs, ONE)
+        assert any(op.namespace == "clipfast" for op, *_ in mode.calls) != is_whole
+        truth = value_and_grads(by_torch, in_double(inputs), ONE)
+        torch.testing.assert_close(in_double(found), truth, rtol=1e-4, atol=1e-5)
 
-    whole = value_and_grads(in_parts, call.inputs | {"text": texts}, ONE)
-    turned = call.inputs | {"text": texts.roll(n, 0)}
-    again = value_and_grads(functools.partial(call.op, offset=n), turned, ONE)
-    again["d_text"] = again["d_text"].roll(-n, 0)
-    assert_equal(whole, again)
+    def test_a_pair_whose_power_overflows_keeps_its_gradient(self):
+        # e^90 is infinite in float32, while the sum of the other powers, six times e^81, is not.
+        x, y = torch.eye(8)[:7], torch.eye(8)[:7].mul(0.1).add(0.9)
+        inputs = {"image": x, "text": y, "logit_scale": torch.tensor(90.0)}
+        truth = value_and_grads(by_torch, in_double(inputs), ONE)
+        torch.testing.assert_close(
+            in_double(value_and_grads(contrastive_loss, inputs, ONE)), truth, rtol=1e-3, atol=1e-7
+        )
+
+    def test_autocast_in_the_backward_pass_changes_nothing_and_there_is_a_second_derivative(self):
+        leaf = torch.randn(7, 8, requires_grad=True)
+        second = {}
+        for backend in ("auto", "torch"):
+            loss = contrastive_loss(leaf, leaf.detach().flip(0), 2.0, normalize=True, backend=backend)
+            (expected,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            (second[backend],) = torch.autograd.grad(expected.square().sum(), leaf, retain_graph=True)
+            if backend == "auto":
+                with torch.autocast("cpu", torch.bfloat16):
+                    torch.testing.assert_close(torch.autograd.grad(loss, leaf)[0], expected)
+        torch.testing.assert_close(second["auto"], second["torch"])

@@ -7,37 +7,30 @@ from torch._library.custom_ops import OPDEFS
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from clipfast.kernels import contrastive_loss
-from clipfast.kernels.configs import BlockConfig, GemmConfig, override
-from clipfast.kernels.contrastive import triton_blocks
-from clipfast.kernels.contrastive.block_sizes import block_edges, most_bytes, steps_of_block
+from clipfast.kernels.configs import GemmConfig
+from clipfast.kernels.contrastive.block_sizes import block_edges, most_bytes
 from clipfast.kernels.hardware import CARDS
 from clipfast.kernels.launch import record_launches
 from clipfast.plan.step import Problem, run_step
 
-from ..conftest import LEG
 from .conftest import Recorded
+from .test_contrastive import call_of, each_loss
 
-pytestmark = pytest.mark.skipif(LEG != "cpu", reason="launches are recorded from CPU tensors")
 WIDE, SMALL = GemmConfig(128, 256, 64, num_warps=8, num_stages=3), GemmConfig(64, 64, 32, num_warps=8, num_stages=2)
 H100 = 132
+
+
+def edges_of(rows, cols, width, most=16384, tiles=WIDE):
+    return block_edges(rows, cols, width, 2, most, H100, tiles, tiles)
+
+
 # Pairs, width, and the most megabytes beyond the inputs, gradients included.
-GOALS = [(32768, 512, 190), (32768, 768, 265), (65536, 768, 465)]
-
-
-def edges_of(rows, cols, width, most=16384, tiles=WIDE, itemsize=2):
-    return block_edges(rows, cols, width, itemsize, most, H100, tiles, tiles)
-
-
-@pytest.mark.parametrize(("pairs", "width", "_"), GOALS)
-def test_blocks_are_whole_waves(pairs, width, _):
+@pytest.mark.parametrize(("pairs", "width", "limit"), [(32768, 512, 190), (32768, 768, 265), (65536, 768, 465)])
+def test_blocks_are_whole_waves_and_small(pairs, width, limit):
     rows, cols = edges_of(pairs, pairs, width)
     tiles = (rows // 128) * (cols // 256)
     assert tiles / H100 > 0.95 * -(-tiles // H100)
     assert pairs % rows == pairs % cols == 0
-
-
-@pytest.mark.parametrize(("pairs", "width", "limit"), GOALS)
-def test_memory(pairs, width, limit):
     ledger = run_step(Problem(pairs, embed_dim=width), "default", CARDS["h100"])
     assert ledger.peak.total() - ledger.peak["inputs"] <= limit * 1e6
 
@@ -53,25 +46,6 @@ def test_edges_of_any_size(rows, cols, width, tiles):
     assert edges[0] * edges[1] * 2 <= most_bytes(cols, width)
     # a strip of so many rows is one row of blocks again
     assert edges_of(min(rows, edges[0]), cols, width, tiles=tiles)[0] >= min(rows, edges[0])
-
-
-def test_edges_stay_below_a_limit():
-    assert edges_of(150, 150, 24, most=64) == (64, 64)
-
-
-def test_time_of_blocks():
-    # Two programs for each multiprocessor take twice as long as one, and a launch takes some time itself.
-    one, two = (steps_of_block(128, 256 * n * H100, 64, H100, WIDE, WIDE) for n in (1, 2))
-    assert one < two < 2 * one
-    # Of products with long and short programs, the short ones fill the room that the long ones leave.
-    assert steps_of_block(4096, 8192, 512, H100, WIDE, WIDE) < 2 * steps_of_block(4096, 4096, 512, H100, WIDE, WIDE)
-
-
-def test_blocks_can_be_chosen():
-    x = torch.empty(1024, 64, dtype=torch.bfloat16)
-    with record_launches(90), override("contrastive_block 16-bit", BlockConfig(512, 256)):
-        assert triton_blocks._block_edges(x, x) == (512, 256)
-        assert [strip.stop for strip in triton_blocks.strips(x, x)] == [512, 1024]
 
 
 class RecordedInside(Recorded):
@@ -106,13 +80,33 @@ def test_rows_that_share_memory_are_copied(kind):
     assert all(one.strides[0] >= one.shape[1] for one in descriptors)
 
 
-def test_other_ops_do_not_grow_with_the_number_of_blocks():
+@pytest.mark.parametrize("arch", [80, 90])
+@each_loss
+def test_features_without_dimensions(loss, arch):
+    # tensor descriptors of sm_90 cannot describe a matrix without columns
+    call = call_of(loss, "cpu", torch.bfloat16, embed_dim=0)
+    with record_launches(arch) as launches:
+        call.results()
+    assert launches
+    assert not any(item.constexprs.get("IS_TMA") for item in launches)
+
+
+def test_gradients_of_the_sigmoid_loss_are_computed_where_they_are_wanted():
+    call = call_of("sigmoid_loss", "cpu")
+    for required in (False, True):
+        with record_launches(90) as launches, torch.set_grad_enabled(required):
+            call.op(**call.inputs | {"image": call.inputs["image"].clone().requires_grad_()})
+        names = {item.kernel.__name__ for item in launches}
+        assert ("_sigmoid_grad_tile_kernel" in names) is required
+
+
+def test_other_ops_do_not_grow_with_the_number_of_blocks(monkeypatch):
     # What is no view of a tensor is a kernel of PyTorch, or memory from its allocator.
     counts = []
     for cols in (512, 128):
-        with RecordedInside() as record, override("contrastive_block 16-bit", BlockConfig(512, cols)):
+        monkeypatch.setattr("clipfast.kernels.contrastive.launches._block_edges", lambda *_, cols=cols: (512, cols))
+        with RecordedInside() as record:
             launches = backward_of(features(512, 64), features(512, 64))
-        kernels = [item.kernel.__name__ for item in launches]
-        assert kernels.count("_grad_tile_kernel") == 512 // cols
+        assert [item.kernel.__name__ for item in launches].count("_grad_tile_kernel") == 512 // cols
         counts.append(sum(not func.is_view for func, _, _ in record.calls))
     assert counts[0] == counts[1] < 60

@@ -5,10 +5,6 @@ import sys
 
 import pytest
 
-from ..conftest import INTERPRET, ON_GPU
-
-pytestmark = pytest.mark.skipif(INTERPRET or ON_GPU, reason="measures the CPU path")
-
 # The first lines make inputs and load what a call loads. A peak is that of one call beyond what there was before it.
 PEAKS = """
 import re, torch
@@ -28,15 +24,10 @@ FEATURES = """
 first, second, third = (normalize(torch.randn({pairs}, 16), dim=-1).requires_grad_() for _ in range(3))
 def run(loss, rows={pairs}):
     loss(*(x[:rows] for x in (first, second, third))).backward()
-run({loss}, 1100)  # the losses of fewer pairs may go another way
+run({loss}, 1100)  # load what a call loads; the losses of fewer pairs may go another way
 """
-LOSSES = {
-    "info_nce_loss": "info_nce_loss(x, y, 14.3, negatives=z, in_batch=False, backend={!r})",
-    "nt_xent_loss": "nt_xent_loss(x, y, 14.3, backend={!r})",
-    "sigmoid_loss": "sigmoid_loss(x, y, 14.3, -10.0, backend={!r})",
-}
 RANKS = """
-image, text, owner = torch.randn(20_000, 16), torch.randn(100_000, 16), torch.randint(8192, (100_000,))
+image, text, owner = torch.randn(10_000, 16), torch.randn(100_000, 16), torch.randint(8192, (100_000,))
 retrieval_ranks(image[:9], text[:9])
 """
 
@@ -64,12 +55,16 @@ def test_peak_is_an_eighth_of_open_clip():
     assert ours <= theirs / 8, f"{ours} MiB against OpenCLIP's {theirs} MiB"
 
 
-@pytest.mark.parametrize("loss", LOSSES)
-def test_losses_hold_no_matrix_of_logits(loss):
-    ours, reference = loss_peaks(8192, *(f"lambda x, y, z: {LOSSES[loss].format(name)}" for name in ("auto", "torch")))
+def test_losses_hold_no_matrix_of_logits():
+    calls = (
+        "info_nce_loss(x, y, 14.3, negatives=z, in_batch=False, backend={!r})",
+        "nt_xent_loss(x[:4096], y[:4096], 14.3, backend={!r})",
+        "sigmoid_loss(x, y, 14.3, -10.0, backend={!r})",
+    )
+    peaks = loss_peaks(8192, *(f"lambda x, y, z: {call.format(name)}" for call in calls for name in ("auto", "torch")))
     # 64 million logits in float32 are 256 MiB: if the reference takes less, the measurement is wrong.
-    assert reference > 256
-    assert ours < 64  # a chunk of logits is 32 MiB
+    assert min(peaks[1::2]) > 256
+    assert max(peaks[::2]) < 64  # a chunk of logits is 32 MiB
 
 
 def test_ranks_of_100000_captions():
@@ -77,5 +72,5 @@ def test_ranks_of_100000_captions():
     ours, reference = peaks_mib(RANKS, "retrieval_ranks(image, text, text_image=owner)", some)
     # 64 million scores in float32 are 256 MiB: if the reference takes less, the measurement is wrong.
     assert reference > 256
-    # The scores would be 7.5 GiB. Four tiles are 9 MiB, and what is kept of each caption 5 MiB.
+    # The scores would be 3.7 GiB. Four tiles are 9 MiB, and what is kept of each caption 5 MiB.
     assert ours < 40

@@ -1,16 +1,18 @@
-"""The ops as PyTorch sees them: registration, compilation, autocast, and use of the graph."""
+"""The ops as PyTorch sees them: registration, compilation, autocast, backends, transforms, and wrong tensors."""
 
 import functools
 
 import pytest
 import torch
 from torch._dynamo.testing import AotEagerAndRecordGraphs, CompileCounterWithBackend
+from triton.runtime.jit import KernelInterface
 
-from clipfast.kernels import contrastive_loss
-from clipfast.verify.inputs import lay_out
+from clipfast.kernels import contrastive_loss, reference
+from clipfast.kernels.backends import BACKENDS
+from clipfast.verify.ops import lay_out
 from clipfast.verify.rule import value_and_grads
 
-from ..conftest import INTERPRET, LEG, OnlyMeta
+from ..conftest import INTERPRET, ON_GPU, OnlyMeta
 from .conftest import CALLS, Recorded, call_of, each_call, each_gradient, far_apart, leaves_of, tuple_of
 
 
@@ -31,20 +33,19 @@ def again(x):
 def check(calls):
     """opcheck of registered ops; the arguments of a backward pass need no gradient."""
     for op, arguments in calls:
-        if "bwd" in op.name():
+        if "bwd" in op.name() or INTERPRET:  # how an op is registered does not depend on what runs
             detached = [x.detach() if isinstance(x, torch.Tensor) else x for x in arguments]
             torch.library.opcheck(op, tuple(detached), test_utils=("test_schema", "test_faketensor"))
         else:
             torch.library.opcheck(op, tuple(map(again, arguments)))
 
 
-# With other strides than the fake promises, compiled code would read results wrongly.
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 @each_call
-def test_registered_ops(name, layout, device):
-    call, layout_of = call_of(name, device), functools.partial(lay_out, layout=layout)
-    leaves = leaves_of({key: layout_of(x) for key, x in call.inputs.items()})
-    check(recorded(call._replace(grads=tuple(map(layout_of, call.grads))), leaves))
+def test_registered_ops(name, device):
+    # With other strides than the fake promises, compiled code would read results wrongly.
+    call, transposed = call_of(name, device), functools.partial(lay_out, layout="transposed")
+    leaves = leaves_of({key: transposed(x) for key, x in call.inputs.items()})
+    check(recorded(call._replace(grads=tuple(map(transposed, call.grads))), leaves))
 
 
 @each_gradient
@@ -55,21 +56,23 @@ def test_gradient_of_each_input_alone(name, device):
     for wanted, x in call.inputs.items():
         if x.is_floating_point():
             leaves = {key: y.detach().requires_grad_(key == wanted) for key, y in call.inputs.items()}
-            check(recorded(call, leaves))
+            calls = recorded(call, leaves)
+            if not INTERPRET:
+                check(calls)
             torch.testing.assert_close(leaves[wanted].grad, expected[f"d_{wanted}"], rtol=0, atol=0, msg=wanted)
 
 
-@pytest.mark.skipif(LEG != "cpu", reason="the kernels compute in float32; gradcheck needs the float64 of the CPU path")
 @each_gradient
-def test_gradcheck(name, device):
-    call = call_of(name, device, torch.float64)
+def test_gradcheck(name):
+    # the kernels compute in float32; gradcheck needs the float64 of the CPU path
+    call = call_of(name, dtype=torch.float64)
     leaves = leaves_of(call.inputs)
     assert torch.autograd.gradcheck(lambda *xs: call.op(**dict(zip(leaves, xs, strict=True))), [*leaves.values()])
 
 
 @each_call
-def test_compiles_without_a_break(name, device):
-    call = call_of(name, device)
+def test_compiles_without_a_break(name, native):
+    call = call_of(name, native)
     expected = call.results()
     torch.compiler.reset()
     backend = AotEagerAndRecordGraphs()
@@ -80,15 +83,14 @@ def test_compiles_without_a_break(name, device):
     assert all("torch.ops.clipfast." in graph.code for graph in graphs)
 
 
-@pytest.mark.skipif(INTERPRET, reason="a graph calls the same ops wherever their kernels run")
 @each_call
-def test_compiles_once_for_every_batch_size(name, device):
+def test_compiles_once_for_every_batch_size(name, native):
     torch.compiler.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda fn, inputs: fn(**inputs), backend=backend, fullgraph=True, dynamic=True)
     counts = []
     for scale in (1, 2, 5):
-        call = call_of(name, device, scale=scale)
+        call = call_of(name, native, scale=scale)
         results = compiled(call.op, leaves_of(call.inputs))
         torch.testing.assert_close(results, call.op(**call.inputs))
         call.backward(results)
@@ -97,20 +99,19 @@ def test_compiles_once_for_every_batch_size(name, device):
     assert counts == [counts[0]] * 3
 
 
-def test_compiles_once_for_every_scale(device):
+def test_compiles_once_for_every_scale(native):
     torch.compiler.reset()
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(lambda x, scale: contrastive_loss(x, x, scale), backend=backend, fullgraph=True)
-    x = torch.randn(7, 8, device=device)
-    for scale in torch.tensor([2.5, 3.5, 4.5], device=device):
+    x = torch.randn(7, 8, device=native)
+    for scale in torch.tensor([2.5, 3.5, 4.5], device=native):
         torch.testing.assert_close(compiled(x, scale), contrastive_loss(x, x, scale))
     assert backend.frame_count == 1
 
 
-@pytest.mark.skipif(not INTERPRET, reason="of the kernels' own addressing")
 @each_call
-def test_offsets_beyond_32_bits(name, device):
-    call = call_of(name, device, torch.float16)
+def test_offsets_beyond_32_bits(name, interpreted):
+    call = call_of(name, interpreted, torch.float16)
     expected = call.results()
     for wanted, x in call.inputs.items():
         for axis in range(x.ndim):
@@ -120,68 +121,172 @@ def test_offsets_beyond_32_bits(name, device):
         torch.testing.assert_close(call._replace(grads=grads).results(), expected)
 
 
-@each_gradient
-def test_graph_can_be_used_twice(name, device):
+@each_call
+def test_inputs_stay_as_they_were_and_the_graph_can_be_used_twice(name, device):
     call = call_of(name, device)
+    before = {key: x.clone() for key, x in call.inputs.items()}
+    gradients = [grad.clone() for grad in call.grads]
     once = call.results()
     leaves = leaves_of(call.inputs)
     results = call.op(**leaves)
-    for _ in range(2):
+    for _ in range(2 if call.grads else 0):
         call.backward(results, retain_graph=True)
+    assert all(torch.equal(call.inputs[key], x) for key, x in before.items())
+    assert all(map(torch.equal, call.grads, gradients))
+    assert any(x.requires_grad for x in tuple_of(results)) == bool(call.grads)
     for key, leaf in leaves.items():
-        if leaf.requires_grad:
+        if leaf.grad is not None:
             assert torch.equal(leaf.grad, 2 * once[f"d_{key}"])
 
 
 @each_call
 def test_indices_of_32_bits(name, device):
     call = call_of(name, device)
-    expected = call.results()
     # text_image takes 64 bits only
     small = {key: x.int() for key, x in call.inputs.items() if x.dtype == torch.int64 and key != "text_image"}
-    torch.testing.assert_close(call.results(**small), expected, rtol=0, atol=0)
+    if small:
+        torch.testing.assert_close(call.results(**small), call.results(), rtol=0, atol=0)
 
 
 @each_call
-def test_inputs_stay_as_they_were(name, device):
-    call = call_of(name, device)
-    before = {key: x.clone() for key, x in call.inputs.items()}
-    gradients = [grad.clone() for grad in call.grads]
-    call.results()
-    assert all(torch.equal(call.inputs[key], x) for key, x in before.items())
-    assert all(map(torch.equal, call.grads, gradients))
-
-
-@pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
-@each_gradient
-def test_autocast_takes_operands_down(name, device):
-    call, spec = call_of(name, device), CALLS[name][0]
+def test_autocast_takes_operands_down(name, native):
+    call, spec = call_of(name, native), CALLS[name][0]
     leaves = leaves_of(call.inputs)
-    with torch.autocast(device.type, torch.bfloat16):
-        values = tuple_of(call.op(**leaves))
-    # a loss stays in float32, and what is no product takes its stream as it is
-    dtype = torch.bfloat16 if spec.follows_autocast else torch.float32
-    assert all(value.dtype == dtype for value in values)
-    sum(value.float().sum() for value in values).backward()
-    assert all(x.grad.dtype == torch.float32 for x in leaves.values() if x.requires_grad)
-    for value, expected in zip(values, tuple_of(call.op(**call.inputs)), strict=True):
-        torch.testing.assert_close(value.float(), expected, rtol=2e-2, atol=5e-2)
-
-
-@pytest.mark.skipif(INTERPRET, reason="CPU autocast means bfloat16, which the interpreter cannot multiply")
-@each_call
-def test_autocast_does_not_reach_inside(name, device):
+    half = call_of(name, native, torch.bfloat16).inputs
+    with torch.autocast(native.type, torch.bfloat16):
+        values, inside = tuple_of(call.op(**leaves)), tuple_of(call.op(**half))
     # only the operands are converted: what follows is as exact as without autocast
-    op, _, inputs, _ = call_of(name, device, torch.bfloat16)
-    with torch.autocast(device.type, torch.bfloat16):
-        inside = tuple_of(op(**inputs))
-    assert all(map(torch.equal, inside, tuple_of(op(**inputs))))
+    assert all(map(torch.equal, inside, tuple_of(call.op(**half))))
+    if call.grads:
+        # a loss stays in float32, and an op without a product takes its stream as it is
+        dtype = torch.bfloat16 if spec.follows_autocast else torch.float32
+        assert all(value.dtype == dtype for value in values)
+        sum(value.float().sum() for value in values).backward()
+        assert all(x.grad.dtype == torch.float32 for x in leaves.values() if x.requires_grad)
+        for value, expected in zip(values, tuple_of(call.op(**call.inputs)), strict=True):
+            torch.testing.assert_close(value.float(), expected, rtol=2e-2, atol=5e-2)
 
 
 @each_call
-def test_meta_tensors_give_shapes_and_nothing_comes_from_the_host(name, device):
-    op, _, inputs, _ = call_of(name, device)
+def test_meta_tensors_give_shapes_and_nothing_comes_from_the_host(name, native):
+    op, _, inputs, _ = call_of(name, native)
     on_meta = {key: x.to("meta") for key, x in inputs.items()}
     with OnlyMeta():
         values = tuple_of(op(**on_meta))
     assert [value.shape for value in values] == [value.shape for value in tuple_of(op(**inputs))]
+
+
+class ReferenceRanError(Exception):
+    """A function of the reference was called."""
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@each_call
+def test_backend(name, backend, device, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise ReferenceRanError
+
+    for key, value in vars(reference).items():
+        if getattr(value, "__module__", None) == reference.__name__ and not key.startswith("_"):
+            monkeypatch.setattr(reference, key, refuse)
+    started, original = [], KernelInterface.__getitem__
+    monkeypatch.setattr(KernelInterface, "__getitem__", lambda self, grid: started.append(grid) or original(self, grid))
+    call = call_of(name, device)
+    has_triton = INTERPRET or ON_GPU
+    if backend == "torch":
+        with pytest.raises(ReferenceRanError):
+            call.op(**call.inputs, backend=backend)
+    elif backend == "triton" and not has_triton:
+        with pytest.raises(RuntimeError, match=f"^{name.split()[0]}: backend='triton' .*TRITON_INTERPRET=1"):
+            call.op(**call.inputs, backend=backend)
+    else:
+        call.op(**call.inputs, backend=backend)
+    assert bool(started) == (has_triton and backend != "torch")
+
+
+WARNING = "torch.func and forward-mode derivatives take the PyTorch reference"
+
+
+def split(call):
+    """The function of the inputs that have gradients, and these inputs."""
+    floats = {name: x.detach() for name, x in call.inputs.items() if x.is_floating_point()}
+    others = {name: x for name, x in call.inputs.items() if name not in floats}
+
+    def function(*tensors, **options):
+        results = tuple_of(call.op(**dict(zip(floats, tensors, strict=True)), **others, **options))
+        return torch.cat([result.flatten() for result in results])
+
+    return function, tuple(floats.values())
+
+
+@each_gradient
+def test_forward_mode_takes_the_reference(name):
+    function, tensors = split(call_of(name, dtype=torch.float64))
+    tangents = tuple(map(torch.randn_like, tensors))
+    with pytest.warns(UserWarning, match=f"^{name.split()[0]}: {WARNING}"):
+        _, found = torch.func.jvp(function, tensors, tangents)
+    step = 1e-6
+    ends = [
+        function(*(x + sign * step * t for x, t in zip(tensors, tangents, strict=True)), backend="torch")
+        for sign in (1, -1)
+    ]
+    torch.testing.assert_close(found, (ends[0] - ends[1]) / (2 * step), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.filterwarnings(f"ignore:.*{WARNING}")
+@each_gradient
+def test_torch_func_takes_the_reference(name):
+    function, tensors = split(call_of(name, dtype=torch.float64))
+    gradient = torch.func.grad(lambda *xs: function(*xs).sum(), tuple(range(len(tensors))))
+    torch.compiler.reset()
+    compiled = torch.compile(gradient, backend="aot_eager", fullgraph=True)
+    found = gradient(*tensors), compiled(*tensors)
+    leaves = [x.requires_grad_() for x in tensors]
+    expected = torch.autograd.grad(function(*leaves).sum(), leaves)
+    torch.testing.assert_close(found, (expected, expected))
+
+
+@each_gradient
+def test_second_derivative_is_refused(name, device):
+    function, tensors = split(call_of(name, device))
+    leaves = [x.requires_grad_() for x in tensors]
+    first = torch.autograd.grad(function(*leaves).pow(2).sum(), leaves, create_graph=True)
+    with pytest.raises(NotImplementedError, match=r"has no derivative.*backend='torch'"):
+        sum(x.sum() for x in first).backward()
+
+
+@each_call
+def test_triton_has_no_transform(name, interpreted):
+    # elsewhere, backend='triton' is refused for another reason, or runs on a GPU
+    function, tensors = split(call_of(name, interpreted))
+    with pytest.raises(RuntimeError, match=r"backend='triton' has no forward-mode derivative and no torch\.func"):
+        torch.func.jvp(lambda *xs: function(*xs, backend="triton"), tensors, tensors)
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize(("name", "argument"), [(name, key) for name in CALLS for key in call_of(name).inputs])
+def test_wrong_tensor(name, argument, backend):
+    call, op = call_of(name), name.split()[0]
+    x = call.inputs[argument]
+    of_another_kind = x.to(torch.int16 if x.is_floating_point() else torch.complex64)
+    for wrong, error, message in (
+        ([x], TypeError, f"{argument} must be .*[Tt]ensor.*, got list"),
+        (of_another_kind, TypeError, f"{argument} must .*, got (int16|complex64)"),
+        *((x.to("meta"), ValueError, r"on (meta|cpu).* on (cpu|meta)") for _ in list(call.inputs)[1:2]),
+    ):
+        with pytest.raises(error, match=f"^{op}: .*{message}"):
+            call.op(**call.inputs | {argument: wrong}, backend=backend)
+
+
+@each_call
+def test_an_unknown_backend(name):
+    with pytest.raises(ValueError, match=f"^{name.split()[0]}: backend must be one of .*, got 'cuda'"):
+        call_of(name).op(**call_of(name).inputs, backend="cuda")
+
+
+@each_call
+def test_interpreter_refuses_dtypes_that_it_would_get_wrong(name, interpreted):
+    for dtype, message in ((torch.bfloat16, "is bfloat16, which .* as raw bits"), (torch.float64, "is float64")):
+        call = call_of(name, interpreted, dtype)
+        with pytest.raises(TypeError, match=f"^{name.split()[0]}: .*{message}"):
+            call.op(**call.inputs)

