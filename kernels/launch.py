@@ -113,11 +113,14 @@ def arch_of(device: torch.device) -> int:
     Raises:
         RuntimeError: a GPU that is too old for the kernels.
     """
-    target = _target_of(device)
+    target = _target and _target_of(device)
     if target is not None:
         return target.arch
-    if device.type != "cuda":
-        return CPU_ARCH
+    return _arch_of_gpu(device) if device.type == "cuda" else CPU_ARCH
+
+
+@functools.cache
+def _arch_of_gpu(device: torch.device) -> int:
     major, minor = torch.cuda.get_device_capability(device)
     if major < 8:
         name = torch.cuda.get_device_name(device)
@@ -139,7 +142,7 @@ def multiprocessors(device: torch.device, on_cpu: int) -> int:
     """Return the number of multiprocessors of a GPU; for the CPU, where kernels are interpreted or recorded,
     ``on_cpu`` unless the recorder says another number.
     """
-    target = _target_of(device)
+    target = _target and _target_of(device)
     if target is not None and target.multiprocessors is not None:
         return target.multiprocessors
     return _multiprocessors_of(device, on_cpu)
@@ -162,7 +165,7 @@ def launch(
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages, "enable_fp_fusion": True}
     if config.max_registers is not None:
         options["maxnreg"] = config.max_registers
-    target = _target_of(device)
+    target = _target and _target_of(device)
     if target is not None and target.launches is not None:
         named = dict(zip(kernel.arg_names, args, strict=False))
         target.launches.append(Launch(kernel, grid, named, constexprs, options))
