@@ -68,11 +68,9 @@ def run(args: argparse.Namespace) -> int:
         from tqdm import tqdm
 
         bar = tqdm(unit="case", desc="verify", leave=False, file=sys.stderr, disable=None)  # None: only on a terminal
+    shown: dict[str, Any] = {} if bar is None else {"on_total": bar.reset, "on_group": lambda _: bar.update()}
     try:
-        run_verify(
-            options, json_path=args.json, junit_path=args.junit, rows=rows,
-            on_total=bar and bar.reset, on_group=bar and (lambda _: bar.update()),
-        )  # fmt: skip
+        run_verify(options, json_path=args.json, junit_path=args.junit, rows=rows, **shown)
         complete = True
     except KeyboardInterrupt:
         print("clipfast verify: interrupted", file=sys.stderr)
