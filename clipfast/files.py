@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 LOCAL_DIR_PREFIX = "local-dir:"  # OpenCLIP's, in front of the names of folders
 MAX_SETTINGS = 1 << 26  # bytes of a file of settings, of which the largest are tables of weights in parts
+MAX_MEMBER = 1 << 28  # bytes of the largest file of a pair that is read into memory
 OUT_OF_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _held: dict[Path, Path | None] = {}  # the files and folders that wait for each other, and where they are by now
 

@@ -1,25 +1,23 @@
 """Image-text pairs, from the files that hold them to batches.
 
-``open`` finds the sources of pairs that names stand for: a set of shards, and pairs that are ``drawn`` and need no
-files, which are ``synthetic`` ones and scenes of ``shapes``.
-A shard is a tar file, a Parquet or Arrow file (``rows``), a table (``tables``) or a folder of images (``folders``), and
-``keys`` says under which names a sample has its image and its captions. ``source`` reads any sample by its number:
-``index`` knows where each lies, ``staging`` brings what is elsewhere, and ``counts`` knows how many samples there are
-without that. ``order`` says which sample stands where in the sequence of a run, ``loader`` makes batches of them, in
-processes that ``workers`` starts, and ``read_ahead`` brings their shards in time. ``trial`` makes a batch of a few, to
-see whether they can be used.
+``names`` says which shards a pattern means, ``keys`` under which names a sample has its image and its captions, and
+``samples`` reads these. A shard is a tar file (``tar``), a Parquet or Arrow file (``rows``), a table (``tables``), a
+folder of images (``folders``), or pairs that are drawn without files (``synthetic``, ``shapes``). ``source`` reads any
+sample by its number: ``index`` knows where each lies, ``staging`` copies shards that cannot be read from the middle,
+and ``counts`` knows how many samples these have before that. ``order`` says which sample stands where in the sequence
+of a run, ``loader`` makes batches of them, in processes that ``workers`` starts, and ``read_ahead`` brings their shards
+in time. ``trial`` makes a batch of a few, to see whether they can be used.
 """
 
 from .crops import CroppedImages, WholeImages
 from .encoded import EncodedCrops, check_decoder
-from .identity import identities
 from .index import LOST, IndexCache, ShardIndex
 from .keys import Keys, read_keys, read_separator
 from .loader import Batch, PairBatches, Skipped, lost_parts, pair_loader
-from .open import open_sources
+from .names import expand_shards
 from .order import Mix, Order, Unique
-from .samples import caption, decode_image, expand_shards, metadata
-from .source import MAX_OPEN, ShardSource, Source, open_limit, open_shards
+from .samples import caption, decode_image, metadata
+from .source import MAX_OPEN, ShardSource, Source, identities, open_limit, open_shards, open_sources
 from .synthetic import SyntheticBatches, SyntheticSource
 from .trial import ANY_ORDER, EveryPair, spread, try_pairs
 from .workers import PREFETCH, made_by_workers

@@ -45,10 +45,7 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Index the shards, print what was found, and return the exit code."""
-    from .identity import identities
-    from .index import IndexCache
-    from .open import open_sources
-    from .samples import expand_shards
+    from . import IndexCache, expand_shards, identities, open_sources
 
     started = time.perf_counter()
     index = IndexCache(separator=separator_of(vars(args)))

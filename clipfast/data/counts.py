@@ -11,9 +11,9 @@ from collections.abc import Callable
 from typing import IO, Any
 
 from .contained import count_rows
-from .remote import FetchError, Found, if_there, opened, sends_parts
-from .rows import has_footer, has_rows
-from .samples import PIPE, is_remote
+from .names import PIPE, has_footer, has_rows, is_remote
+from .remote import FetchError, Found, if_there, opened
+from .rows import ContentError
 from .staging import is_direct
 
 SIZES = "sizes.json"  # {"00000.tar": 10000, ...}
@@ -28,7 +28,6 @@ class Counts:
 
     def __init__(self) -> None:
         self._sizes: dict[str, dict[str, Any] | FetchError] = {}
-        self._parts: dict[str, bool] = {}  # by server: whether it sends parts of files
         self._lock = threading.Lock()
 
     def of(self, name: str) -> tuple[int, str] | None:
@@ -42,41 +41,45 @@ class Counts:
         """
         if name.startswith(PIPE) or is_direct(name):
             return None
-        return self._of_rows(name) if has_rows(name) else self._of_notes(name)
-
-    def _of_rows(self, name: str) -> tuple[int, str] | None:
-        if is_remote(name) and not (has_footer(name) and self._sends_parts(name)):
-            return None
-        rows = _read(name, lambda file: count_rows(file, name), "shard", whole=False)
-        return None if rows is None else (rows, name)
-
-    def _sends_parts(self, name: str) -> bool:
-        """Return whether a footer can be read without the rest. The first shard that a server has is asked for."""
-        server = name.split("/")[2]
-        if server not in self._parts:
-            found = sends_parts(name)
-            if found is None:
-                return False
-            self._parts[server] = found
-        return self._parts[server]
-
-    def _of_notes(self, name: str) -> tuple[int, str] | None:
+        if has_rows(name):
+            rows = (
+                None if is_remote(name) and not has_footer(name) else _read(name, _rows_of(name), "shard", whole=False)
+            )
+            return None if rows is None else (rows, name)
         folder, slash, file = name.rpartition("/")
-        sizes, stats = folder + slash + SIZES, folder + slash + file.partition(".")[0] + STATS
-        with self._lock:
-            if sizes not in self._sizes:
-                try:
-                    self._sizes[sizes] = _object(sizes)
-                except FetchError as error:  # of which the others that wait for it do not ask again
-                    self._sizes[sizes] = error
-            found = self._sizes[sizes]
-        if isinstance(found, FetchError):
-            raise found
-        path, said = sizes, found.get(file)
+        path = folder + slash + SIZES
+        said = self._sizes_in(path).get(file)
         if said is None:
-            path, said = stats, _object(stats).get("successes")
+            path = folder + slash + file.partition(".")[0] + STATS
+            said = _object(path).get("successes")
         digits = str(said)
         return (int(digits), path) if digits.isdecimal() and len(digits) <= MAX_DIGITS else None
+
+    def _sizes_in(self, path: str) -> dict[str, Any]:
+        with self._lock:
+            if path not in self._sizes:
+                try:
+                    self._sizes[path] = _object(path)
+                except FetchError as error:  # the other threads that wait for it do not ask again
+                    self._sizes[path] = error
+            found = self._sizes[path]
+        if isinstance(found, FetchError):
+            raise found
+        return found
+
+
+def _rows_of(name: str) -> Callable[[IO[bytes]], int | None]:
+    """Return a function that counts the rows of a file; it returns None if a server sends nothing but whole files."""
+
+    def count(file: IO[bytes]) -> int | None:
+        try:
+            return count_rows(file, name)
+        except ContentError:
+            raise
+        except ValueError:  # as fsspec says that it cannot read from the middle
+            return None
+
+    return count
 
 
 def _object(path: str) -> dict[str, Any]:

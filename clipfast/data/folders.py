@@ -15,8 +15,7 @@ from typing import BinaryIO
 
 from .formats import Extents, Format
 from .keys import DEFAULT_KEYS, IMAGE_EXTENSIONS, Keys
-from .linked import LINKS, Links
-from .samples import RawSample, metadata
+from .samples import LINKS, Links, RawSample, metadata
 from .tables import JSONL
 
 IMAGE_KINDS = frozenset(IMAGE_EXTENSIONS)

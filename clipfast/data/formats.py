@@ -24,7 +24,7 @@ class Format:
             are estimated to be lost in each damaged part of it; raises ValueError if it is not of this format.
         parser: takes the shard's name and a descriptor of it, and returns a function that makes a sample of the bytes
             of its extent; that function raises SampleError if the sample cannot be used, and ValueError if there is
-            none. In place of files, the sample may have their names, as :class:`clipfast.data.linked.Links`.
+            none. In place of files, the sample may have their names, as :class:`clipfast.data.samples.Links`.
     """
 
     unit: int

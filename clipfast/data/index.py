@@ -25,20 +25,20 @@ from ..files import open_regular, replace_file
 from ..images import SampleError
 from .counts import Counts
 from .formats import Extents, Format
-from .kinds import format_of
+from .names import is_remote
 from .remote import EXHAUSTED, FetchError, Found, if_there
-from .samples import is_remote
 from .staging import (
     copy_path,
     exclusive,
     file_name,
     file_stamp,
+    format_of,
     is_direct,
     max_bytes,
     room,
     staged,
     stamp,
-)
+)  # fmt: skip
 
 VERSION = 3
 LOST = "damaged shard"  # the kind of samples that lie where a shard cannot be read
@@ -124,7 +124,7 @@ class IndexCache:
 
         Args:
             names: of the shards, as :func:`clipfast.data.expand_shards` gives them.
-            workers: so many processes make indices; with 0, this one does.
+            workers: so many processes make indices; this one does if they are fewer than two.
             whole: also make those of shards that would have to be copied, even if their samples can be counted without
                 that; otherwise their ``counted_in`` is set.
 
@@ -153,7 +153,7 @@ class IndexCache:
             return list(_in_slices(pool, self._known if whole else lambda name: self._counted(name, counts), names))
 
     def _made(self, names: Sequence[str], workers: int) -> Iterator[ShardIndex]:
-        if workers == 0 or len(names) < 2:
+        if workers < 2 or len(names) < 2:
             yield from map(self._make, names)
             return
         with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
@@ -184,17 +184,15 @@ class IndexCache:
             raise ShardError("the shard was replaced after its samples were counted", "replaced shard")
         return index
 
-    def bring(self, name: str, is_wanted: Callable[[], bool]) -> int:
+    def bring(self, name: str) -> int:
         """Bring a shard that cannot be read where it is into the cache, and return the size of its copy.
 
         Raises:
-            FetchError, DiskFullError, CancelledError: as :func:`clipfast.data.staging.staged`.
+            FetchError, DiskFullError: as :func:`clipfast.data.staging.staged`.
         """
-        descriptor, _ = staged(name, self._copies, is_wanted)
-        try:
-            return os.fstat(descriptor).st_size
-        finally:
-            os.close(descriptor)
+        descriptor, _ = staged(name, self._copies)
+        with os.fdopen(descriptor) as copy:
+            return os.fstat(copy.fileno()).st_size
 
     def room(self) -> int:
         """Return how many bytes copies of shards may take together."""

@@ -1,14 +1,13 @@
 """Shards that are read from copies are copied before the data workers need them.
 
 The order of the samples says which shards come next. A few threads of the process that owns the data workers bring
-them into the cache; a worker that needs a shard earlier waits for the same lock, or brings it itself. What is needed
-soon counts as just used, so that other copies make room first.
+them into the cache; a worker that needs a shard earlier waits for the same lock, or brings it itself. A shard that is
+needed soon counts as just used, so that other copies make room first.
 """
 
 import collections
 import contextlib
 import threading
-import time
 from types import TracebackType
 from typing import TYPE_CHECKING, NamedTuple, Self
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 THREADS = 4
 BATCHES = 64  # that are looked at ahead of the data workers, unless they have more than POSITIONS samples
 POSITIONS = 1 << 16
-PATIENCE = 1.0  # seconds: to wait at the end for threads whose network does not answer, and before they look again
+PATIENCE = 1.0  # seconds that threads wait before they look again
 
 
 class _Wanted(NamedTuple):
@@ -39,26 +38,18 @@ class ReadAhead:
         first, stop: number of the first batch that is made, and of the first that is not.
         in_flight: how many batches the data workers make at the same time, behind the one that is waited for.
         sharers: processes of this machine that copy ahead, of which this is one.
-        threads: that copy shards.
     """
 
-    def __init__(
-        self,
-        batches: "PairBatches",
-        first: int,
-        stop: int,
-        in_flight: int = 0,
-        sharers: int = 1,
-        threads: int = THREADS,
-    ) -> None:
-        self._batches, self._stop, self._in_flight, self._sharers = batches, stop, in_flight, sharers
+    def __init__(self, batches: "PairBatches", first: int, stop: int, in_flight: int = 0, sharers: int = 1) -> None:
+        self._batches, self._stop, self._in_flight = batches, stop, in_flight
         self._sources = {
             number: source
             for number, source in enumerate(batches.sources)
             if isinstance(source, ShardSource) and any(shard.is_copied for shard in source.shards)
         }
-        self._room = min((source.index.room() for source in self._sources.values()), default=0)
-        self._horizon = max(min(BATCHES, POSITIONS // batches.batch_size), 1)
+        # Half of the room is for the copies that are being read.
+        self._room = min((source.index.room() for source in self._sources.values()), default=0) // sharers // 2
+        self._horizon = in_flight + max(min(BATCHES, POSITIONS // batches.batch_size), 1)
         self._at = first  # the batch that is waited for
         self._looked = first  # the first batch that was not looked at
         self._touched = -1  # the batch that was waited for when copies were last said to be needed
@@ -68,12 +59,10 @@ class ReadAhead:
         self._bringing, self._largest = 0, 0  # shards that are being copied; bytes of the largest so far
         self._ahead: list[tuple[int, int]] = []  # of copies that are not needed yet, the first batch, and the bytes
         self._closed, self._changed = False, threading.Condition()
-        count = threads if self._sources else 0
-        self._threads = [threading.Thread(target=self._run, name="read-ahead", daemon=True) for _ in range(count)]
 
     def __enter__(self) -> Self:
-        for thread in self._threads:
-            thread.start()
+        for _ in range(THREADS if self._sources else 0):
+            threading.Thread(target=self._run, name="read-ahead", daemon=True).start()
         return self
 
     def __exit__(
@@ -82,9 +71,6 @@ class ReadAhead:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        end = time.monotonic() + PATIENCE
-        for thread in self._threads:
-            thread.join(max(end - time.monotonic(), 0.0))
 
     def reached(self, number: int) -> None:
         """Go on, as batch ``number`` is now waited for."""
@@ -99,7 +85,7 @@ class ReadAhead:
             while (wanted := self._next()) is not None:
                 size = 0
                 with contextlib.suppress(Exception):  # the worker that needs the shard meets the error again
-                    size = wanted.source.index.bring(wanted.name, lambda: not self._closed)
+                    size = wanted.source.index.bring(wanted.name)
                 with self._changed:
                     self._bringing -= 1
                     self._largest = max(self._largest, size)
@@ -125,7 +111,7 @@ class ReadAhead:
         """Queue the shards that the next batches need, in the order in which they are needed."""
         at = self._at  # another thread changes it
         self._needed = {shard: last for shard, last in self._needed.items() if last >= at}
-        end = min(at + self._in_flight + self._horizon, self._stop)
+        end = min(at + self._horizon, self._stop)
         for number in range(self._looked, end):
             samples = self._batches.samples(number)
             for place, source in self._sources.items():
@@ -142,7 +128,7 @@ class ReadAhead:
         self._looked, self._touched = max(self._looked, end), at
 
     def _fits(self, batch: int) -> bool:
-        """Return True if a shard is needed now, or if it and what is ahead take at most half of its share."""
+        """Return True if a shard is needed now, or if there is room for it beside the copies that are ahead."""
         now = self._at + self._in_flight
         if batch <= now:
             return True
@@ -150,4 +136,4 @@ class ReadAhead:
         if self._bringing and not self._largest:  # nobody knows yet how large a shard is
             return False
         taken = sum(size for _, size in self._ahead)
-        return taken + (self._bringing + 1) * self._largest <= self._room // self._sharers // 2
+        return taken + (self._bringing + 1) * self._largest <= self._room

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import IO, Any, TypeVar, cast
 
 from ..files import DiskFullError, open_regular
+from .names import PIPE, is_remote
 from .rows import ContentError
-from .samples import PIPE, is_remote
 
 ATTEMPTS = 5
 FIRST_WAIT = 0.5  # seconds before the second attempt; each further wait is twice as long
@@ -38,10 +38,6 @@ class FetchError(ValueError):
         self.kind = kind
 
 
-class CancelledError(Exception):
-    """Nobody waits for the shard any more."""
-
-
 def file_system_of(name: str) -> tuple[Any, str]:
     """Return the file system of a URL, and the path there."""
     from fsspec import get_filesystem_class
@@ -56,26 +52,6 @@ def file_system_of(name: str) -> tuple[Any, str]:
     return url_to_fs(name, client_kwargs={"timeout": timeout})
 
 
-def sends_parts(name: str) -> bool | None:
-    """Return whether a shard can be read from the middle where it is: some web servers only send whole files.
-
-    It is None if there is no such shard.
-
-    Raises:
-        FetchError: nobody answers.
-    """
-
-    def attempt() -> bool:
-        file_system, path = file_system_of(name)
-        with file_system.open(path, "rb", block_size=1) as file, contextlib.suppress(ValueError):
-            file.seek(1)
-            file.read(1)
-            return True
-        return False
-
-    return if_there(name, attempt) if name.startswith(WEB) else True
-
-
 def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Found:
     """Return what ``attempt`` does. If its file is from elsewhere, it is called again after errors, with growing waits.
 
@@ -86,14 +62,14 @@ def retried(name: str, attempt: Callable[[], Found], what: str = "shard") -> Fou
 
     Raises:
         FetchError: the last attempt failed, or another one would be no use.
-        DiskFullError, CancelledError, ImportError: as ``attempt``.
+        DiskFullError, ImportError: as ``attempt``.
     """
     waits = [FIRST_WAIT * 2**number for number in range(ATTEMPTS - 1)] if is_remote(name) else []
     begin = time.monotonic()
     for number in itertools.count(1):
         try:
             return attempt()
-        except (DiskFullError, CancelledError, ImportError):
+        except (DiskFullError, ImportError):
             raise
         except ContentError as error:
             raise FetchError(f"{what} {name} cannot be read: {error}", "unreadable shard") from error

@@ -3,73 +3,30 @@
 Row number i is sample number i. Its members are ``NNNNNNNNN.<column>`` for each column of bytes, and
 ``NNNNNNNNN.json``, an object of all other columns. A column of bytes is binary, as in the files that img2dataset
 writes, or an image of Hugging Face's datasets: a struct with the bytes of a file or its path.
+
+This module runs in the process that :mod:`clipfast.data.contained` starts.
 """
 
 import contextlib
 import json
-import math
+import resource
+import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, Any
 
-from ..files import read_json, read_regular
-from .tar import BLOCK, MAX_MEMBER
+from ..files import MAX_MEMBER, open_regular, read_regular
+from .names import has_footer
 
-PARQUET = ".parquet"
-SUFFIXES = (PARQUET, ".arrow")
 ARROW_FILE = b"ARROW1"  # with this begins Arrow's file format; its stream format, which datasets writes, does not
 ROWS = 32  # that are in memory at once
 BUFFER = 1 << 20  # bytes of a Parquet column that are read at once
+MAX_MEMORY = 8 << 30  # bytes that the process may take
 
 
 class ContentError(ValueError):
     """A shard that was read, but is damaged, or not what its name says, or too large: to ask for it again is no use."""
-
-
-class Writable(Protocol):
-    """A file, or anything else, that bytes are written to."""
-
-    def write(self, data: bytes, /) -> object:
-        """Write the bytes."""
-
-
-def has_rows(name: str) -> bool:
-    """Return True if a shard is a Parquet or Arrow file, by its name."""
-    return _path(name).endswith(SUFFIXES)
-
-
-def has_footer(name: str) -> bool:
-    """Return True if the end of a shard says how many samples it has: it is a Parquet file, by its name."""
-    return _path(name).endswith(PARQUET)
-
-
-def _path(name: str) -> str:
-    return (name.partition("?")[0] if "://" in name else name).lower()
-
-
-def shards_in(folder: Path) -> list[str] | None:
-    """Return the shards of a folder in order, or None if it holds none.
-
-    These are the Arrow files of a dataset that ``datasets.save_to_disk`` wrote; or all tar files; or, if there is no
-    tar file, all Parquet files.
-
-    Raises:
-        ValueError: the dataset has several splits, or does not say which files it has.
-    """
-    if (folder / "dataset_dict.json").is_file():
-        splits = [path.parent.name for path in sorted(folder.glob("*/state.json"))]
-        raise ValueError(
-            f"{folder} holds the splits {', '.join(splits)}: name one of them, as {folder / (*splits, 'train')[0]}"
-        )
-    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
-        try:
-            files = read_json(folder / "state.json")["_data_files"]
-            return [str(folder / Path(file["filename"]).name) for file in files]
-        except (ValueError, LookupError, TypeError) as error:
-            raise ValueError(f"{folder / 'state.json'} does not list the files of a dataset: {error!r}") from error
-    found = sorted(folder.glob("*.tar")) or sorted(folder.glob(f"*{PARQUET}"))
-    return [str(path) for path in found] or None
 
 
 def count(file: IO[bytes], name: str) -> int:
@@ -123,17 +80,6 @@ def members(file: IO[bytes], name: str, folder: Path | None = None) -> Iterator[
                         yield f"{row:09d}.{extension}", data
                 yield f"{row:09d}.json", _json([pair for number, pair in enumerate(values) if number not in in_bytes])
                 row += 1
-
-
-def write_tar(parts: Iterable[tuple[str, bytes]], target: Writable) -> None:
-    """Write names and bytes as an uncompressed tar file. (``tarfile`` keeps all headers that it has written.)"""
-    for name, data in parts:
-        header = tarfile.TarInfo(name)
-        header.size = len(data)
-        target.write(header.tobuf())
-        target.write(data)
-        target.write(bytes(-len(data) % BLOCK))
-    target.write(bytes(2 * BLOCK))
 
 
 @contextlib.contextmanager
@@ -279,15 +225,49 @@ def _json(values: list[tuple[str, Any]]) -> bytes:
 
 def _plain(value: Any) -> Any:
     """Return what JSON can hold of a value: numbers that are not finite and bytes become null, other things text."""
-    match value:
-        case None | bool() | int() | str():
-            return value
-        case float():
-            return value if math.isfinite(value) else None
-        case dict():
-            return {str(key): _plain(item) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item) for item in value]
-        case bytes():
-            return None
-    return str(value)
+    text = json.dumps(value, default=lambda other: None if isinstance(other, bytes) else str(other))
+    return json.loads(text, parse_constant=lambda _: None)
+
+
+def serve() -> None:
+    """Answer the requests that come as lines of JSON on the standard input, until it is closed.
+
+    A request names a file, and asks for its rows or only for their number. The answer is the tar file of the rows, in
+    pieces of which each has its length on a line before it, and then a line with what was found.
+    """
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with contextlib.suppress(ValueError, OSError):  # the limit is lower already, or the system has none
+        resource.setrlimit(resource.RLIMIT_DATA, (MAX_MEMORY, MAX_MEMORY))
+    for line in sys.stdin.buffer:
+        answer = _answer(json.loads(line))
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+        sys.stdout.buffer.flush()
+
+
+def _answer(request: dict[str, Any]) -> list[Any]:
+    """Return the kind of an answer and what belongs to it."""
+    try:
+        with open_regular(request["path"]) as file:
+            if not request["rows"]:
+                return ["found", count(file, request["name"])]
+            folder = request["folder"] and Path(request["folder"])
+            for name, data in members(file, request["name"], folder):
+                header = tarfile.TarInfo(name)
+                header.size = len(data)
+                _write(header.tobuf() + data + bytes(-len(data) % tarfile.BLOCKSIZE))
+            _write(bytes(2 * tarfile.BLOCKSIZE))
+            return ["found", None]
+    except ContentError as error:
+        return ["content", str(error)]
+    except ImportError as error:
+        return ["import", str(error), error.name]
+    except OSError as error:
+        return ["system", error.errno, error.strerror]
+    except MemoryError:
+        return ["content", f"reading it takes more than {MAX_MEMORY >> 30} GiB of memory: write smaller batches"]
+    except Exception as error:  # whatever a damaged file leads to
+        return ["content", f"it is damaged: {error!r:.200}; copy or write it again"]
+
+
+def _write(data: bytes) -> None:
+    sys.stdout.buffer.write(b"%d\n%b" % (len(data), data))

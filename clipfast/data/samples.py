@@ -1,246 +1,29 @@
-"""Samples of shards: how the shards are named, and what is in a sample. Nothing is unpickled."""
+"""What is in a sample: its image, its captions, and the files that it names. Nothing is unpickled."""
 
 from __future__ import annotations
 
 import contextlib
-import glob
+import dataclasses
+import errno
 import json
+import os
 import random
-import re
-from collections.abc import Iterable, Iterator
-from importlib.resources import files
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..arguments import meant
+from ..files import MAX_MEMBER, read_regular
 from ..images import ImageError, SampleError, open_image
 from .keys import DEFAULT_KEYS, Keys
-from .rows import shards_in
-from .tar import BLOCK, Damage, Member
+from .names import is_remote
 
 if TYPE_CHECKING:
     from PIL import Image
 
-BUNDLED_PREFIX = "bundled:"
-SYNTHETIC_PREFIX = "synthetic:"
-SHAPES_PREFIX = "shapes:"
-DRAWN = (SYNTHETIC_PREFIX, SHAPES_PREFIX)
-PIPE = "pipe:"
-FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
-NO_SHARDS = (".json", ".txt")
-MAX_SHARDS = 1 << 22  # that are named at once
-MAX_NESTED = 9  # braces within braces
-MAX_SYNTHETIC = 1 << 40  # pairs
-SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
+
+LINKS = "__links__"  # the key under which a sample has the names of files until they are read
 
 RawSample = dict[str, Any]
-
-
-def expand_shards(pattern: str | Iterable[str]) -> list[str]:
-    """Return the shards that ``pattern`` names.
-
-    Args:
-        pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``. A
-            folder stands for the tar files in it, or else its Parquet files, or for the dataset that
-            ``datasets.save_to_disk`` wrote there, or for its ``metadata.jsonl`` or ``metadata.csv``; any other is one
-            shard of images, whose name ends with a slash. ``bundled:emoji/noto`` is a shard of this package. Names with
-            a scheme (``https:``, ``pipe:``) stay as they are, and so do ``synthetic:N``, ``shapes:N``, and both with
-            ``@SEED``.
-
-    Raises:
-        ValueError: a local file does not exist, is a pipe or a device, or is no shard by its name, a name of synthetic
-            pairs has another form, or no shard is named.
-    """
-    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
-    named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
-    shards = [path for shard in named for path in _matches(shard)]
-    local = [shard for shard in shards if ":" not in shard]
-    files = {shard for shard in local if Path(shard).is_file()}  # there may be many: one look at each
-    folders = {shard for shard in local if shard and shard not in files and Path(shard).is_dir()}
-    others = [shard for shard in local if shard not in files and shard not in folders]
-    missing = [shard for shard in others if not shard or not Path(shard).exists()]
-    if missing:
-        what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"
-        count = f" ({len(missing)} of {len(shards)} are missing)" if len(shards) > 1 else ""
-        raise ValueError(f"no such {what}: {missing[0]}{count}")
-    if others:  # as <(cat a.tar) names: a first look would take its bytes
-        raise ValueError(
-            f"{others[0]} is neither a file nor a folder: shards are read from any place in them, so write it to a "
-            "file, or name the command that makes it, as in 'pipe:cat a.tar'"
-        )
-    for shard in local:
-        if Path(shard).suffix.lower() in NO_SHARDS and shard in files:
-            raise ValueError(
-                f"{shard} is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv, .tsv, .jsonl) "
-                "with an image in each line, and from folders of images with a text beside each (7.jpg, 7.txt)"
-            )
-    for shard in filter(is_synthetic, shards):
-        synthetic_pairs(shard)
-    if not shards:
-        raise ValueError("no shards given")
-    return [_in_folder(shard) if shard in folders else shard for shard in shards]
-
-
-def _named_by(pattern: str) -> Iterator[str]:
-    """Return the names that a pattern with braces stands for.
-
-    Raises:
-        ValueError: they may be too many; they are counted before they are written down.
-    """
-    from braceexpand import braceexpand
-
-    most, left = 1, pattern
-
-    def count(group: re.Match[str]) -> str:
-        nonlocal most
-        ends = re.fullmatch(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?", group[1])
-        if most > MAX_SHARDS:
-            return ""
-        if ends:
-            first, last = (ord(end) if end.isalpha() else int(end) for end in (ends[1], ends[2]))
-            most *= abs(last - first) // max(int(ends[3] or 1), 1) + 1
-        else:
-            most *= group[1].count(",") + 1
-        return ""
-
-    found = 0
-    for _ in range(MAX_NESTED):  # from the innermost on
-        left, found = re.subn(r"\{([^{}]*)\}", count, left)
-    if most > MAX_SHARDS or found:
-        raise ValueError(f"{pattern:.80} may name more than {MAX_SHARDS:,} shards: use wildcards, or name a folder")
-    return iter(braceexpand(pattern))
-
-
-def _in_folder(folder: str) -> str:
-    """Return the table of a folder that has one, and otherwise the name of the folder as a shard."""
-    tables = (str(path) for name in FOLDER_TABLES if (path := Path(folder, name)).is_file())
-    return next(tables, folder.rstrip("/") + "/")
-
-
-def _matches(shard: str) -> list[str]:
-    """Return the files that a local name with wildcards or of a folder means, and any other name as it is."""
-    if shard and ":" not in shard and Path(shard).is_dir():
-        return shards_in(Path(shard)) or [shard]
-    if ":" in shard or not glob.has_magic(shard) or Path(shard).exists():
-        return [shard]
-    found = sorted(glob.glob(shard))
-    if not found:
-        raise ValueError(f"no such shard: nothing matches {shard}")
-    return found
-
-
-def is_remote(shard: str) -> bool:
-    """Return True if a shard is not a file of this machine."""
-    return shard.startswith(PIPE) or "://" in shard
-
-
-def is_folder(shard: str) -> bool:
-    """Return True if a shard is a folder of images, by its name."""
-    return shard.endswith("/") and not is_remote(shard)
-
-
-def is_local(pattern: str) -> bool:
-    """Return True if ``pattern`` names only files: a name with a scheme may be opened by a shell command."""
-    parts = pattern.split("::")
-    own = "|".join((BUNDLED_PREFIX, *DRAWN))
-    return all(":" not in re.sub(f"^({own})", "", part) for part in parts)
-
-
-def is_synthetic(shard: str) -> bool:
-    """Return True if a name stands for synthetic pairs, which need no files."""
-    return shard.startswith(DRAWN)
-
-
-def synthetic_pairs(name: str) -> tuple[int, int]:
-    """Return how many pairs a name such as ``synthetic:N`` or ``synthetic:N@SEED`` stands for, and their seed.
-
-    Raises:
-        ValueError: the name has another form, or N is 0 or too large.
-    """
-    prefix = name.partition(":")[0]
-    found = re.fullmatch(r"[a-z]+:([0-9]+)(?:@([0-9]+))?", name)
-    if found is None:
-        raise ValueError(f"{name!r} is neither {prefix}:N nor {prefix}:N@SEED, with whole numbers N and SEED")
-    count = int(found[1])
-    if not 0 < count <= MAX_SYNTHETIC:
-        raise ValueError(f"there must be from 1 to {MAX_SYNTHETIC} synthetic pairs, got {count}")
-    return count, int(found[2] or 0)
-
-
-def _bundled(shard: str) -> str:
-    """Return the path of a bundled shard, and any other shard as it is."""
-    if not shard.startswith(BUNDLED_PREFIX):
-        return shard
-    name = shard.removeprefix(BUNDLED_PREFIX)
-    folder = files("clipfast").joinpath("assets", "emoji")
-    known = sorted("emoji/" + path.name.removesuffix(".tar.gz") for path in folder.iterdir())
-    if name not in known:
-        raise ValueError(f"no bundled shard {name!r}{meant(name, known)}; there are: {', '.join(known)}")
-    return str(folder.joinpath(name.removeprefix("emoji/") + ".tar.gz"))
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Return the key and the extension in the name of a member; None for a member that belongs to no sample."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, extension = file.partition(".")
-    if not stem or not dot or extension.startswith("__"):
-        return None
-    return folder + slash + stem, extension.lower()
-
-
-class _Hole:
-    """A damaged stretch, and how many samples beside it have lost a part to it."""
-
-    def __init__(self, damage: Damage) -> None:
-        self.damage, self.cropped = damage, 0
-
-    def lost(self, smallest: int) -> int:
-        """Return how many pairs are lost altogether, if none takes less than ``smallest`` bytes."""
-        return max(((self.damage.size or 0) - self.cropped * 2 * BLOCK) // smallest, 0 if self.cropped else 1)
-
-
-def group_members(shard: str, parts: Iterable[Member | Damage]) -> Iterator[RawSample]:
-    """Yield the samples that the members of a shard make, and at its end those that are lost.
-
-    ``__span__`` of a sample is where its first member begins and its last one ends in the uncompressed shard.
-    """
-    sample: RawSample = {}
-    size, smallest = 0, 0
-    holes: list[_Hole] = []
-    beside: list[_Hole] = []  # the holes directly before and after the sample
-    before = 0  # number of holes before the last member
-
-    def close() -> Iterator[RawSample]:
-        nonlocal smallest
-        if sample:
-            if is_pair(sample):
-                smallest = min(smallest or size, size)
-            else:
-                for hole in beside:
-                    hole.cropped += 1
-            yield sample
-
-    for part in parts:
-        if isinstance(part, Damage):
-            holes.append(_Hole(part))
-            beside.append(holes[-1])
-            continue
-        named = split_name(part.name)
-        if named is None:
-            continue
-        key, extension = named
-        if key != sample.get("__key__") or extension in sample:
-            yield from close()
-            sample, size = {"__key__": key, "__url__": shard, "__span__": (part.offset, part.offset)}, 0
-            beside = holes[before:]
-        sample[extension] = part.data
-        sample["__span__"] = sample["__span__"][0], part.offset + part.size
-        size, before = size + part.size, len(holes)
-    yield from close()
-    for hole in holes:
-        for number in range(hole.lost(smallest or SMALLEST_PAIR)):
-            key = f"byte {hole.damage.offset}, pair {number + 1}"
-            yield {"__key__": key, "__url__": shard, "__damage__": hole.damage.reason}
 
 
 def is_pair(sample: RawSample) -> bool:
@@ -373,3 +156,61 @@ def captions(sample: RawSample, rng: random.Random | None = None, keys: Keys = D
         raise SampleError("caption is empty", "no caption")
     names = ", ".join(keys.texts)
     raise SampleError(f"sample has no caption ({names}), only {_found(sample)}; --text-key names others", "no caption")
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """The names of files that may become members of a sample, by their keys.
+
+    Attributes:
+        folder: where a name that is not absolute is looked for first; after that, it is in the working folder.
+        images: names of images; values that are no text name none.
+        texts: names of side-car files.
+    """
+
+    folder: str
+    images: Mapping[str, Any]
+    texts: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+
+def load_links(sample: RawSample, keys: Keys) -> int:
+    """Read into a sample its side-cars that ``keys`` name, its json and its image; return how many bytes these have.
+
+    ``__path__`` of the sample is that of its image.
+
+    Raises:
+        SampleError: a file is missing, is no regular file, or is too large; or no key of an image names a file.
+    """
+    links: Links | None = sample.pop(LINKS, None)
+    if links is None:
+        return 0
+    wanted = {key: links.texts[key] for key in (*keys.texts, "json") if key in links.texts}
+    sample |= {key: _read(links.folder, name, "caption")[1] for key, name in wanted.items()}
+    size = sum(len(sample[key]) for key in wanted)
+    named = {key: links.images[key] for key in keys.images if links.images.get(key) is not None}
+    for key, name in named.items():
+        if isinstance(name, str) and name.strip():
+            sample["__path__"], sample[key] = _read(links.folder, name.strip(), "image")
+            sample.setdefault("__key__", name.strip())
+            return size + len(sample[key])
+    others = [f"{key} is no file name: {value!r:.80}" for key, value in named.items() if not isinstance(value, str)]
+    if others:
+        raise SampleError(f"{others[0]}; --image-key names others", "no image")
+    return size
+
+
+def _read(folder: str, name: str, what: str) -> tuple[str, bytes]:
+    """Return the path and the content of a file."""
+    for path in dict.fromkeys((os.path.join(folder, name), name)):
+        try:
+            return path, read_regular(path, MAX_MEMBER)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+            reason, is_huge = getattr(error, "strerror", None) or error, getattr(error, "errno", 0) == errno.EFBIG
+            raise SampleError(
+                f"{path!r:.200} cannot be read: {reason}", f"{'huge' if is_huge else 'missing'} {what}"
+            ) from error
+    where = f", neither in {folder} nor in the working folder" if folder else ""
+    hint = "; single images are not read from the network" if is_remote(name) or is_remote(folder) else ""
+    raise SampleError(f"there is no file {name!r:.200}{where}{hint}", f"missing {what}")

@@ -19,9 +19,10 @@ import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
-from .drawn import DrawnSource
 from .keys import DEFAULT_KEYS, Keys
-from .samples import SHAPES_PREFIX, RawSample
+from .names import SHAPES_PREFIX
+from .samples import RawSample
+from .source import DrawnSource
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -2,12 +2,13 @@
 
 import collections
 import dataclasses
+import hashlib
 import logging
 import os
 import resource
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +18,15 @@ from ..progress import each
 from .formats import Extents, unpacked
 from .index import IndexCache, ShardError, ShardIndex
 from .keys import DEFAULT_KEYS, Keys
-from .linked import load_links
+from .names import is_folder, is_synthetic, synthetic_pairs
 from .order import STREAMS
-from .samples import RawSample
+from .samples import RawSample, caption, field, load_links
 
 MAX_OPEN = 256  # shards that a process holds open for all its sources, unless a mix of them needs more
 OTHER_FILES = 512  # that a process may have open beside shards
 IDLE = 1024  # reads of others after which a shard is done: each of an order's 64 streams is read from far more often
+
+CAPTION = "caption"  # by which samples can count as the same
 
 log = logging.getLogger("clipfast")
 
@@ -73,6 +76,34 @@ class _OpenShard:
     last: int = 0  # the number of the last read from it
 
 
+def open_sources(
+    names: Sequence[str],
+    workers: int = 0,
+    index: IndexCache | None = None,
+    max_open: int = MAX_OPEN,
+    *,
+    whole: bool = False,
+) -> list[Source]:
+    """Return the sources of pairs: one of all shards, if there are any, and one for each name of synthetic pairs.
+
+    Args:
+        names: as :func:`clipfast.data.expand_shards` gives them.
+        workers, index, max_open, whole: as :func:`clipfast.data.open_shards` takes them.
+
+    Raises:
+        ShardError: a shard is missing, or is not of its format.
+    """
+    from .shapes import ShapesSource
+    from .synthetic import SyntheticSource
+
+    shards = [name for name in names if not is_synthetic(name)]
+    found: list[Source] = [open_shards(shards, workers, index, max_open, whole=whole)] if shards else []
+    for name in filter(is_synthetic, names):
+        kind = SyntheticSource if name.startswith(SyntheticSource.prefix) else ShapesSource
+        found.append(kind(*synthetic_pairs(name), index))
+    return found
+
+
 def open_shards(
     names: Sequence[str],
     workers: int = 0,
@@ -85,7 +116,7 @@ def open_shards(
 
     Args:
         names: as :func:`clipfast.data.expand_shards` gives them.
-        workers: processes that make indices; with 0, this one does.
+        workers: processes that make indices; fewer than two mean that this one does.
         index: to use in place of that in the user's cache folder.
         max_open: shards that a process holds open.
         whole: index every shard, as :meth:`IndexCache.shards` says.
@@ -244,3 +275,82 @@ class ShardSource:
 
     def __del__(self) -> None:
         self.close()
+
+
+class DrawnSource:
+    """Pairs that follow from their numbers, as one shard without a file.
+
+    Args:
+        count: of the pairs.
+        seed: the pairs of another seed are all different.
+        index: keeps the identities of the pairs; by default that in the user's cache folder.
+
+    Attributes:
+        prefix: with which names of such sets begin.
+        stamp: as of a file; it changes when pairs do.
+    """
+
+    prefix: ClassVar[str]
+    stamp: ClassVar[str]
+
+    def __init__(self, count: int, seed: int = 0, index: IndexCache | None = None) -> None:
+        self.seed, self.index = seed, index or IndexCache()
+        self.url = f"{self.prefix}{count}" + (f"@{seed}" if seed else "")
+        self.shards = [ShardIndex(self.url, self.stamp, 0, count, {})]
+        self.sizes, self.bytes_read = [count], 0
+
+    def __len__(self) -> int:
+        """Return the number of pairs."""
+        return self.sizes[0]
+
+    def name(self, number: int) -> str:
+        """Return the name of the source and the number of the pair."""
+        return f"{self.url}, sample {number}"
+
+    def close(self) -> None:
+        """Do nothing, as nothing is open."""
+
+    def read(self, number: int, keys: Keys = DEFAULT_KEYS) -> RawSample:
+        """Return a pair; its image is only drawn if ``keys`` name it."""
+        raise NotImplementedError
+
+
+def identities(source: Source, unique_by: str, keys: Keys = DEFAULT_KEYS) -> NDArray[np.uint64]:
+    """Return a 64-bit number for each sample, which two samples share if they have the same value of ``unique_by``.
+
+    Every sample is read once; after that, the numbers are in the cache, unless the shard is a folder.
+
+    Args:
+        source: the samples.
+        unique_by: "caption", or a key of the samples' json. A sample that lacks it is like no other.
+        keys: say what the caption is; of several captions of a sample, the first counts.
+
+    Raises:
+        ShardError: a shard cannot be read.
+    """
+    keys = dataclasses.replace(keys, images=())  # no image is read
+    column = f"{unique_by} by {keys.texts}, {keys.is_json}" if unique_by == CAPTION else unique_by
+    found, first = np.empty(len(source), np.uint64), 0
+    for number, shard in enumerate(each(source.shards, f"reading every {unique_by}", "shards")):
+        is_kept = not is_folder(shard.name)  # whose stamp stays as it is when its texts change
+        known = source.index.column(shard, column) if is_kept else None
+        if known is None:
+            numbers = range(first, first + shard.count)
+            known = np.array([_identity(source, sample, unique_by, keys, shard.name) for sample in numbers], np.uint64)
+            if is_kept:
+                source.index.keep_column(shard, column, known)
+        found[first : first + shard.count] = known
+        first += source.sizes[number]
+    source.close()  # data workers would inherit what is open, and keep its space
+    return found
+
+
+def _identity(source: Source, number: int, unique_by: str, keys: Keys, shard: str) -> int:
+    try:
+        sample = source.read(number, keys)
+        text = f"value/{caption(sample, keys=keys) if unique_by == CAPTION else field(sample, unique_by)}"
+    except ShardError:
+        raise
+    except SampleError:
+        text = f"sample/{shard}/{number}"
+    return int.from_bytes(hashlib.blake2b(text.encode("utf-8", "surrogateescape"), digest_size=8).digest())

@@ -7,35 +7,67 @@ one of them can go on, and its space is free as soon as that process has closed 
 does what is being copied.
 """
 
+import bz2
 import contextlib
 import fcntl
+import gzip
 import hashlib
 import logging
+import lzma
 import os
 import shutil
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from ..files import DiskFullError, open_regular, replace_file
-from .contained import copy_rows
-from .folders import folder_stamp, write_list
-from .kinds import format_of
-from .remote import CancelledError, FetchError, file_system_of, opened, retried
-from .rows import ContentError, Writable, has_rows
-from .samples import PIPE, is_folder, is_remote
-from .tar import BLOCK, CHUNK, decompressed, is_compressed
-from .tar_format import TAR
+from .contained import Writable, copy_rows
+from .folders import FOLDER, folder_stamp, write_list
+from .formats import Format
+from .names import PIPE, has_rows, is_folder, is_remote, without_query
+from .remote import FetchError, file_system_of, opened, retried
+from .rows import ContentError
+from .tables import JSONL, csv_format
+from .tar import BLOCK, CHUNK, TAR, read_header
 
 MAX_BYTES_VARIABLE = "CLIPFAST_CACHE_BYTES"
 MAX_BYTES = 64 << 30
 LOCKS = "locks"  # a folder in that of the copies
 FORGET = 300.0  # seconds after which a shard that could not be brought here is asked for again
 BEGIN = time.time()  # of this process, or of the one that it was forked from: failures of earlier runs do not count
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+JSON_LINES = (".jsonl", ".ndjson")
+COMPRESSED = (".gz", ".bz2", ".xz")
+COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile
+}  # fmt: skip
+BZ2_ERROR = "Invalid data stream"  # of an OSError without a number, as errors of pipes are
+MARKS = ("size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated")
 
 log = logging.getLogger("clipfast")
+
+
+def format_of(name: str, separator: str | None = None) -> Format:
+    """Return the format of a shard by its name; ``separator`` is that of CSV files, as :func:`csv_format` takes it."""
+    if is_folder(name):
+        return FOLDER
+    stem, suffix = os.path.splitext(without_query(name))
+    if suffix in COMPRESSED:
+        suffix = os.path.splitext(stem)[1]
+    if suffix in SEPARATORS:
+        return csv_format(SEPARATORS[suffix], separator)
+    return JSONL if suffix in JSON_LINES else TAR
+
+
+def is_compressed(start: bytes) -> bool:
+    """Return True if a file that begins with these bytes is compressed; ``start`` has a block, or the whole file.
+
+    The name of a member of a tar file may begin like a compressed file.
+    """
+    return start.startswith(tuple(COMPRESSIONS)) and read_header(start[:BLOCK]) is None
 
 
 def is_direct(name: str) -> bool:
@@ -63,10 +95,7 @@ def stamp(name: str) -> str:
         return file_stamp(os.stat(name))
     file_system, path = file_system_of(name)
     info: dict[str, Any] = file_system.info(path)
-    marks = (
-        "size", "ETag", "etag", "mtime", "LastModified", "last_modified", "Last-Modified", "Content-MD5", "updated",
-    )  # fmt: skip
-    return "/".join(str(info[mark]) for mark in marks if mark in info)
+    return "/".join(str(info[mark]) for mark in MARKS if mark in info)
 
 
 def file_stamp(status: os.stat_result) -> str:
@@ -79,21 +108,17 @@ def file_name(shard: str) -> str:
     return hashlib.sha256(shard.encode("utf-8", "surrogateescape")).hexdigest()[:32]
 
 
-def staged(
-    name: str, folder: Path, is_wanted: Callable[[], bool] = lambda: True, stamped: str | None = None
-) -> tuple[int, str]:
+def staged(name: str, folder: Path, stamped: str | None = None) -> tuple[int, str]:
     """Return a descriptor of the whole, uncompressed shard, brought to ``folder`` if need be, and its stamp.
 
     Args:
         name: of the shard.
         folder: of the copies.
-        is_wanted: is asked before each piece is written, but not during the waits between attempts.
         stamped: a stamp of which a copy is good enough; without it, the shard is asked whether it has changed.
 
     Raises:
         FetchError: it cannot be brought here, after several attempts with growing waits between them.
         DiskFullError: there is no space.
-        CancelledError: it is not wanted any more.
     """
     (folder / LOCKS).mkdir(parents=True, exist_ok=True)
     path = copy_path(name, folder)
@@ -106,10 +131,10 @@ def staged(
         if known is None or now not in (None, known):
             note.unlink(missing_ok=True)
             try:
-                known = _fetch(name, path, now, is_wanted, failure)
+                known = _fetch(name, path, now, failure)
             except DiskFullError:  # others have filled the disk, or the shard is a large one
                 _make_room(folder, 0.5)
-                known = _fetch(name, path, now, is_wanted, failure)
+                known = _fetch(name, path, now, failure)
             note.write_text(known)
             _make_room(folder)
         descriptor = os.open(path, os.O_RDONLY)
@@ -183,7 +208,7 @@ def _refuse_again(failure: Path) -> None:
         raise FetchError(f"{reason}; this was a moment ago, and it is not asked for again so soon", kind)
 
 
-def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool], failure: Path) -> str:
+def _fetch(name: str, path: Path, now: str | None, failure: Path) -> str:
     """Copy a shard to ``path``, and return its stamp: ``now``, or, if that is None, what it is asked for here.
 
     The reason why it cannot be brought is written to ``failure``.
@@ -194,7 +219,7 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
         known, now = stamp(name) if now is None else now, None  # a further attempt asks again
 
         def write(temporary: Path) -> None:
-            _copy(name, temporary, is_wanted)
+            _copy(name, temporary)
             if not is_folder(name) and stamp(name) != known:
                 raise OSError("it was changed while it was read")
 
@@ -208,18 +233,15 @@ def _fetch(name: str, path: Path, now: str | None, is_wanted: Callable[[], bool]
         raise
 
 
-class _Watched:
-    """A file that is written only as long as it is wanted, and no larger than all copies may get together."""
+class _Limited:
+    """A file that becomes no larger than all copies may get together, as a few bytes might that are decompressed."""
 
-    def __init__(self, file: Writable, is_wanted: Callable[[], bool]) -> None:
-        self._file, self.is_wanted = file, is_wanted
-        self._written, self._limit = 0, max_bytes()
+    def __init__(self, file: Writable) -> None:
+        self._file, self._written, self._limit = file, 0, max_bytes()
 
     def write(self, data: bytes, /) -> object:
-        if not self.is_wanted():
-            raise CancelledError
         self._written += len(data)
-        if self._written > self._limit:  # as of a few bytes that are decompressed without end
+        if self._written > self._limit:
             raise ContentError(
                 f"it has more than the {self._limit:,} bytes that copies of shards may take: split it, or set "
                 f"{MAX_BYTES_VARIABLE} higher"
@@ -227,55 +249,61 @@ class _Watched:
         return self._file.write(data)
 
 
-def _copy(name: str, path: Path, is_wanted: Callable[[], bool]) -> None:
+class _Joined:
+    """Bytes that were read already, and then the rest of their source."""
+
+    def __init__(self, start: bytes, rest: IO[bytes]) -> None:
+        self._start, self._rest = start, rest
+
+    def read(self, size: int = -1, /) -> bytes:
+        """Return up to ``size`` bytes; none at the end."""
+        data, self._start = self._start[:size], self._start[size:]
+        return data or self._rest.read(size)
+
+    read1 = read
+
+
+def _copy(name: str, path: Path) -> None:
     """Copy what can be read of a tar file, as the end that is missing shows when the copy is indexed; others whole."""
     if is_folder(name):
         write_list(name, path)
         return
     with opened(name) as source, path.open("wb") as file:
-        target = _Watched(file, is_wanted)
-        if has_rows(name):
-            _copy_rows(name, source, target, path.parent)
-            return
-        chunks = decompressed(source)
-        while True:
-            try:
-                target.write(next(chunks))
-            except StopIteration as end:
-                if end.value and format_of(name) is not TAR:
-                    raise ContentError(f"{end.value}; copy or write it again") from None
-                if end.value:
-                    log.warning(f"shard {name}: {end.value}")
-                    file.flush()
-                    _drop_zeros(path)  # which the end of a tar file is taken for
-                while source.read(CHUNK):  # a command that cannot write would fail
-                    pass
-                return
+        if not has_rows(name):
+            _copy_decompressed(name, source, file)
+        elif not is_remote(name):
+            copy_rows(source, name, _Limited(file), Path(name).parent)
+        else:  # it is first brought here as it is
+            with tempfile.TemporaryFile(dir=path.parent) as whole:
+                shutil.copyfileobj(source, _Limited(whole), CHUNK)
+                whole.flush()
+                copy_rows(whole, name, _Limited(file))
 
 
-def _drop_zeros(path: Path) -> None:
-    """Remove the zeros at the end of a file."""
-    end = path.stat().st_size
-    with path.open("r+b") as file:
-        while end:
-            start = max(end - CHUNK, 0)
-            file.seek(start)
-            kept = len(file.read(end - start).rstrip(b"\0"))
-            end = start + kept
-            if kept:
-                break
-        file.truncate(end)
-
-
-def _copy_rows(name: str, source: IO[bytes], target: _Watched, folder: Path) -> None:
-    """Write the rows of a Parquet or Arrow file as a tar file. A file from elsewhere is first brought here as it is."""
-    if not is_remote(name):
-        copy_rows(source, name, target, Path(name).parent)
-        return
-    with tempfile.TemporaryFile(dir=folder) as whole:
-        shutil.copyfileobj(source, _Watched(whole, target.is_wanted), CHUNK)
-        whole.flush()
-        copy_rows(whole, name, target)
+def _copy_decompressed(name: str, source: IO[bytes], file: IO[bytes]) -> None:
+    start = b""
+    while len(start) < BLOCK and (more := source.read(BLOCK - len(start))):
+        start += more
+    stream, target, written, content = _Joined(start, source), _Limited(file), 0, 0
+    if is_compressed(start):
+        decompress = next(found for magic, found in COMPRESSIONS.items() if start.startswith(magic))
+        stream = decompress(cast(IO[bytes], stream))
+    try:
+        while data := stream.read1(CHUNK):  # read would lose the bytes before an error
+            target.write(data)
+            kept = len(data.rstrip(b"\0"))
+            content = written + kept if kept else content
+            written += len(data)
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and not isinstance(error, gzip.BadGzipFile) and str(error) != BZ2_ERROR:
+            raise
+        broken = f"its compression is broken: {error}"
+        if format_of(name) is not TAR:
+            raise ContentError(f"{broken}; copy or write it again") from error
+        log.warning(f"shard {name}: {broken}")
+        file.truncate(content)  # zeros would be taken for the end of a tar file
+    while source.read(CHUNK):  # a command that cannot write would fail
+        pass
 
 
 def _make_room(folder: Path, share: float = 1.0) -> None:

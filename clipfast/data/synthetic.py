@@ -18,11 +18,12 @@ import numpy as np
 import torch
 
 from .drawing import COLUMNS, SHAPES, SIDE, WIDTH, Drawings
-from .drawn import DrawnSource
 from .keys import DEFAULT_KEYS, Keys
 from .loader import Batch, PairBatches
+from .names import SYNTHETIC_PREFIX
 from .order import Ints, Words, random_words_at
-from .samples import SYNTHETIC_PREFIX, RawSample
+from .samples import RawSample
+from .source import DrawnSource
 
 READ_SIZE = 224  # side of the pictures that are read one by one
 STAMP = "0/1"  # as of a file without bytes; the second number changes when pairs say something else

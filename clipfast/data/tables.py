@@ -19,8 +19,8 @@ from typing import Any, BinaryIO
 from ..images import SampleError
 from .formats import MAX_LENGTH, Extents, Format, extents
 from .keys import IMAGE_EXTENSIONS
-from .linked import LINKS, Links
-from .samples import RawSample, is_folder, metadata
+from .names import is_folder
+from .samples import LINKS, Links, RawSample, metadata
 
 SEPARATORS = ",\t;|"
 IMAGE_NAME = re.compile(rf"\.({'|'.join(IMAGE_EXTENSIONS)})\b", re.IGNORECASE)

@@ -1,180 +1,177 @@
-"""Tar files read as a stream, member by member. Damage is reported, and reading goes on at the next good header.
+"""Samples in tar files: where each lies, how it is read from there, and what is damaged.
 
 Readers of the standard library end in silence at a header whose checksum is wrong, so that half of a shard can go
-missing without a word. Here every stretch of bytes that belongs to no member becomes a :class:`Damage`.
-
-Headers are parsed by ``tarfile``. After damaged bytes, a header is recognised by its checksum and by the word "ustar"
-in it, which all current writers put there. It may stand anywhere, since garbage need not be a multiple of a block.
+missing without a word. Here every stretch of bytes that belongs to no member becomes a :class:`Damage`, and reading
+goes on at the next good header. That header may stand anywhere, since garbage need not be a multiple of a block. It is
+recognised by its checksum and by the word "ustar", which all current writers put there.
 """
 
-import bz2
-import dataclasses
-import gzip
-import lzma
+import bisect
+import functools
+import io
+import os
 import posixpath
 import tarfile
-import zlib
-from collections.abc import Callable, Generator, Iterator
-from io import BufferedIOBase
-from typing import IO, Protocol, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import BinaryIO, NamedTuple
+
+from ..files import MAX_MEMBER
+from ..images import SampleError
+from .formats import Extents, Format, extents
+from .samples import RawSample, is_pair
 
 BLOCK = tarfile.BLOCKSIZE
 MAGIC = b"ustar"
 MAGIC_OFFSET = 257  # of the magic in a header
-CHUNK = 1 << 20  # bytes that are read, and searched for a header, at once
-MAX_MEMBER = 1 << 28  # bytes of the largest member that is read into memory
+CHUNK = 1 << 20  # bytes that are searched for a header at once
 MAX_DIGITS = 20  # of the length of a record in a pax header
+MAX_HOPS = 8  # from one link to the next
+PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE)
+GNU_LONG = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+REGULAR = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 LINKS = (tarfile.LNKTYPE, tarfile.SYMTYPE)
-WITHOUT_DATA = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
+WITHOUT_DATA = (*LINKS, tarfile.DIRTYPE, tarfile.FIFOTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE)
 # An archive ends with two blocks of zeros, and most writers then fill a record. Other zeros are not an end but a hole.
 MAX_ZEROS = tarfile.RECORDSIZE + 2 * BLOCK
-COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], BufferedIOBase]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file), b"BZh": bz2.BZ2File, b"\xfd7zXZ": lzma.LZMAFile
-}  # fmt: skip
-BZ2_ERROR = "Invalid data stream"  # of an OSError without a number, as errors of pipes are
-BROKEN_COMPRESSION = (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError)
+SMALLEST_PAIR = 4 * BLOCK  # bytes of an image and a caption in a tar file, each with its header
+NO_HEADER = "these bytes hold no valid header of a member"
+MANY_ZEROS = "more zeros stand at the end than the end mark of a tar file has"
+NO_END = "the file ends here, without the end mark of a tar file"
 
 
-class Readable(Protocol):
-    """A source of bytes that need not be seekable, such as a pipe."""
-
-    def read(self, size: int, /) -> bytes:
-        """Return up to ``size`` bytes; none at the end."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Member:
+class Member(NamedTuple):
     """A file in the archive."""
 
     name: str
     data: bytes
-    offset: int  # of its first header in the (uncompressed) archive
+    offset: int  # of its first header in the archive
     size: int  # bytes that it takes there, with its headers
     link: str = ""  # the path in the archive of the file that it stands for, if it is a link: it has no data then
 
 
-@dataclasses.dataclass(frozen=True)
-class Damage:
-    """Bytes of the (uncompressed) archive that belong to no member that can be read."""
+class Damage(NamedTuple):
+    """Bytes of the archive that belong to no member that can be read."""
 
     offset: int  # of the first of them
     size: int | None  # how many, if that says how much is lost; None if the archive ends too early, or at a huge member
     reason: str
 
 
-def read_tar(source: Readable) -> Iterator[Member | Damage]:
-    """Yield the files and links of a tar archive, and what is damaged; gzip, bzip2 or xz may have compressed it.
+class Header(NamedTuple):
+    """What the header of a member says."""
 
-    Several archives in one file, one behind the other, are read as one.
+    name: str
+    kind: bytes
+    size: int
+    target: str
+
+
+def read_tar(file: BinaryIO, size: int, *, with_data: bool = False) -> Iterator[Member | Damage]:
+    """Yield the files and links of a tar archive of ``size`` bytes, and what is damaged.
+
+    Without ``with_data``, only headers are read. Several archives, one behind the other, are read as one. The file is
+    not mapped into memory: if it is cut meanwhile, or cannot be read, the system would end the process.
 
     Raises:
         ValueError: there is no header of a member in the whole file.
-        OSError: the source cannot be read.
+        OSError: the file cannot be read.
     """
-    window = _Window(source)
-    found, is_ended, is_said, start = False, False, False, 0
-    while window.peek(BLOCK):
-        header = _parse(window.peek(BLOCK))
+    at = archive = 0
+    is_found, is_ended, is_named = False, False, False
+    while at < size:
+        header = read_header(_read(file, at, BLOCK))
         if header is not None:
-            found, is_ended = True, False
-            if (yield from _member(window, header)):
-                return
+            is_found, is_ended, is_named = True, False, False
+            part, at = _member(file, at, size, header, with_data=with_data)
+            if part is not None:
+                yield part
+                is_named = isinstance(part, Damage)
             continue
-        offset, zeros = window.offset, window.skip_zeros()
+        start, at = at, _behind_zeros(file, at, size)
+        zeros = at - start
         is_ended = is_ended or zeros > 0
-        is_record = zeros == 2 * BLOCK or (zeros <= MAX_ZEROS and (window.offset - start) % tarfile.RECORDSIZE == 0)
-        if zeros and ((is_record and _parse(window.peek(BLOCK))) or (zeros <= MAX_ZEROS and not window.peek(1))):
-            start = window.offset  # another archive begins here, or the file ends
+        is_record = zeros == 2 * BLOCK or (zeros <= MAX_ZEROS and (at - archive) % tarfile.RECORDSIZE == 0)
+        if zeros and ((at == size and zeros <= MAX_ZEROS) or (is_record and read_header(_read(file, at, BLOCK)))):
+            archive = at  # another archive begins here, or the file ends
             continue
-        at_end = not window.peek(1)
-        window.skip_to_header()
-        is_said = not window.peek(1)  # the damage of the end
-        if at_end and found:
-            yield Damage(
-                offset, None, f"{zeros} bytes of zeros stand at the end, more than the end mark of a tar file has"
-            )
-        elif window.peek(1) or found:
-            yield Damage(offset, window.offset - offset, "these bytes hold no valid header of a member")
-    if not found and not (is_ended and not window.error):
-        raise ValueError(window.error or f"not a tar file: no valid header of a member in its {window.offset} bytes")
-    if not is_said and (window.error or not is_ended):
-        yield Damage(window.offset, None, window.error or "the file ends here, without the end mark of a tar file")
+        only_zeros = at == size
+        at = _next_header(file, at, size)
+        is_named = at == size
+        if only_zeros and is_found:
+            yield Damage(start, None, MANY_ZEROS)
+        elif at < size or is_found:
+            yield Damage(start, at - start, NO_HEADER)
+    if not (is_found or is_ended):
+        raise ValueError(f"not a tar file: no valid header of a member in its {size} bytes")
+    if not (is_named or is_ended):
+        yield Damage(at, None, NO_END)
 
 
-def is_compressed(start: bytes) -> bool:
-    """Return True if a file that begins with these bytes is compressed; ``start`` has a block, or the whole file.
-
-    The name of a member may begin like a compressed file.
-    """
-    return start.startswith(tuple(COMPRESSIONS)) and _parse(start[:BLOCK]) is None
+def _read(file: BinaryIO, at: int, size: int) -> bytes:
+    file.seek(at)
+    return file.read(size)
 
 
-def decompressed(source: Readable) -> Generator[bytes, None, str]:
-    """Yield the bytes of a file, decompressed if it is compressed; return what is wrong with the compression, or ""."""
-    window = _Window(source)
-    while data := window.take(CHUNK):
-        yield data
-    return window.error
+def read_header(block: bytes) -> Header | None:
+    """Return the header in ``block``; None if it holds none, as its checksum or its length shows."""
+    try:
+        stated = int(block[148:156].split(b"\0", 1)[0], 8)
+        size = int(block[124:136].rstrip(b" \0") or b"0", 8)
+    except ValueError:
+        stated = size = -1
+    if size < 0 or len(block) < BLOCK or sum(block) - sum(block[148:156]) + 8 * ord(" ") != stated:
+        try:  # it may have another form of numbers or of checksums, of which tarfile knows all
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError:
+            return None
+        return Header(header.name, header.type, header.size, header.linkname) if header.size >= 0 else None
+    name, prefix = _text(block[:100]), _text(block[345:500])
+    if prefix and block[257:263] == b"ustar\0":
+        name = f"{prefix}/{name}"
+    return Header(name, block[156:157], size, _text(block[157:257]))
 
 
-def _member(window: "_Window", header: tarfile.TarInfo) -> Generator[Member | Damage, None, bool]:
-    """Yield the member that begins with ``header``, where the window stands; return True if the archive ends within it.
+def _text(field: bytes) -> str:
+    return field.split(b"\0", 1)[0].decode("utf-8", "surrogateescape")
+
+
+def _member(
+    file: BinaryIO, start: int, size: int, header: Header, *, with_data: bool
+) -> tuple[Member | Damage | None, int]:
+    """Return the member whose headers begin at ``start``, or its damage, or None for a folder; and where it ends.
 
     Extended headers in front of the member's own apply to it.
     """
-    start, extended = window.offset, dict[str, str]()
+    at, extended = start, dict[str, str]()
     while True:
-        window.take(BLOCK)
-        stated = extended.get("size", "")
-        size = 0 if header.type in WITHOUT_DATA else int(stated) if stated.isdecimal() else header.size
-        is_long = size > MAX_MEMBER
-        data = b"" if is_long else window.take(size)
-        missing = window.skip(size) if is_long else size - len(data)
-        if missing:
-            yield Damage(start, None, f"{window.error or 'the file ends'} inside {extended.get('path', header.name)}")
-            return True
-        window.take(-size % BLOCK)
-        if header.type in (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE):
-            extended |= pax_records(data)
-        elif header.type == tarfile.GNUTYPE_LONGNAME:
-            extended["path"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif header.type == tarfile.GNUTYPE_LONGLINK:
-            extended["linkpath"] = data.rstrip(b"\0").decode("utf-8", "surrogateescape")
-        elif header.type != tarfile.XGLTYPE:
+        stated, name = extended.get("size", ""), extended.get("path") or header.name
+        length = 0 if header.kind in WITHOUT_DATA else int(stated) if stated.isdecimal() else header.size
+        begin = at + BLOCK
+        if begin + length > size:
+            return Damage(start, None, f"the file ends inside {name}"), size
+        at = min(begin + length + -length % BLOCK, size)
+        if length > MAX_MEMBER:
+            return Damage(start, None, f"{name} has {length} bytes, more than the limit of {MAX_MEMBER}"), at
+        if header.kind in PAX:
+            extended |= pax_records(_read(file, begin, length))
+        elif header.kind in GNU_LONG:
+            extended[GNU_LONG[header.kind]] = _text(_read(file, begin, length))
+        elif header.kind != tarfile.XGLTYPE:
             break
-        following = _parse(window.peek(BLOCK))
+        following = read_header(_read(file, at, BLOCK))
         if following is None:
-            yield Damage(start, window.offset - start, "the member of this extended header is missing")
-            return False
+            return Damage(start, at - start, "the member of this extended header is missing"), at
         header = following
-    name = extended.get("path", header.name)
-    if is_long:
-        yield Damage(start, None, f"{name} has {size} bytes, more than the limit of {MAX_MEMBER}")
-    elif header.type == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended):
-        yield Damage(start, None, f"{name} is a sparse file, which clipfast does not read")
-    elif header.isreg():
-        yield Member(name, data, start, window.offset - start)
-    elif header.type in LINKS:
-        link = linked(name, extended.get("linkpath", header.linkname), is_symbolic=header.issym())
-        yield Member(name, b"", start, window.offset - start, link)
-    return False
-
-
-def linked(name: str, target: str, *, is_symbolic: bool) -> str:
-    """Return the path in the archive that a link means; one that begins with "/" or ".." leads out of it.
-
-    A symbolic link begins where its own member stands, and a hard link where the archive does.
-    """
-    return posixpath.normpath(posixpath.join(posixpath.dirname(name), target) if is_symbolic else target)
-
-
-def _parse(block: bytes) -> tarfile.TarInfo | None:
-    """Return the header in ``block``, or None if it holds none: its checksum is wrong, or it is not whole."""
-    try:
-        header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
-    except tarfile.HeaderError:
-        return None
-    return header if header.size >= 0 else None
+    if header.kind == tarfile.GNUTYPE_SPARSE or any(key.startswith("GNU.sparse") for key in extended):
+        return Damage(start, None, f"{name} is a sparse file, which clipfast does not read"), at
+    if header.kind in REGULAR:
+        return Member(name, _read(file, begin, length) if with_data else b"", start, at - start), at
+    if header.kind not in LINKS:
+        return None, at
+    # A symbolic link begins where its own member stands, and a hard link where the archive does.
+    folder = posixpath.dirname(name) if header.kind == tarfile.SYMTYPE else ""
+    target = posixpath.normpath(posixpath.join(folder, extended.get("linkpath") or header.target))
+    return Member(name, b"", start, at - start, target), at
 
 
 def pax_records(data: bytes) -> dict[str, str]:
@@ -191,90 +188,123 @@ def pax_records(data: bytes) -> dict[str, str]:
     return records
 
 
-class _Window:
-    """The bytes of a source, decompressed, of which those that come next can be looked at before they are taken.
+def _behind_zeros(file: BinaryIO, at: int, size: int) -> int:
+    """Return where the first block begins that is not all zeros, or the end."""
+    while (block := _read(file, at, BLOCK)) and not any(block):
+        at += len(block)
+    return min(at, size)
 
-    Attributes:
-        offset: of the next byte.
-        error: what is wrong with the compression, if the bytes end for that reason.
+
+def _next_header(file: BinaryIO, at: int, size: int) -> int:
+    """Return where the next header begins, or the end."""
+    while data := _read(file, at, CHUNK):
+        found = data.find(MAGIC, MAGIC_OFFSET)
+        while found >= 0:
+            start = found - MAGIC_OFFSET
+            if read_header(data[start : start + BLOCK]) is not None:
+                return at + start
+            found = data.find(MAGIC, found + 1)
+        if len(data) < CHUNK:
+            break
+        at += CHUNK - BLOCK + 1  # a header may begin in the last block and end in the next chunk
+    return size
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return the key and the extension in the name of a member; None for a member that belongs to no sample."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, extension = file.partition(".")
+    if not stem or not dot or extension.startswith("__"):
+        return None
+    return folder + slash + stem, extension.lower()
+
+
+def group_members(shard: str, members: Iterable[Member]) -> Iterator[tuple[RawSample, int, int]]:
+    """Yield the samples that the members of a shard make, with the places where they begin and end in it."""
+    sample: RawSample = {}
+    begin = end = 0
+    for member in members:
+        named = split_name(member.name)
+        if named is None:
+            continue
+        key, extension = named
+        if key != sample.get("__key__") or extension in sample:
+            if sample:
+                yield sample, begin, end
+            sample, begin = {"__key__": key, "__url__": shard}, member.offset
+        sample[extension] = member.data
+        end = member.offset + member.size
+    if sample:
+        yield sample, begin, end
+
+
+def scan(file: BinaryIO, name: str = "") -> tuple[Extents, dict[str, int]]:
+    """Return the extents of the samples of a tar file in blocks, and its damage, as :class:`Format` has it.
+
+    Only the headers are read.
+
+    Raises:
+        ValueError: it is not a tar file.
     """
+    holes: list[Damage] = []
 
-    def __init__(self, source: Readable) -> None:
-        self.offset, self.error = 0, ""
-        self._read, self._held, self._at = source.read, b"", 0  # the next byte is _held[_at]
-        start = self.peek(BLOCK)
-        for magic, decompressed in COMPRESSIONS.items() if is_compressed(start) else ():
-            if start.startswith(magic):
-                # read1 returns the bytes before an error, which read would lose.
-                self._read = decompressed(cast(IO[bytes], _Joined(self._held, source))).read1
-                self._held = b""
+    def members() -> Iterator[Member]:
+        for part in read_tar(file, os.fstat(file.fileno()).st_size):
+            if isinstance(part, Member):
+                yield part
+            else:
+                holes.append(part)
 
-    def peek(self, size: int) -> bytes:
-        """Return the next ``size`` bytes, or fewer at the end."""
-        if len(self._held) - self._at < size:
-            parts = [self._held[self._at :]]
-            missing = size - len(parts[0])
-            while missing > 0 and (more := self._pull(max(missing, CHUNK))):
-                parts.append(more)
-                missing -= len(more)
-            self._held, self._at = b"".join(parts), 0
-        return self._held[self._at : self._at + size]
-
-    def take(self, size: int) -> bytes:
-        """Return the next ``size`` bytes, or fewer at the end, and pass over them."""
-        data = self.peek(size)
-        self._at += len(data)
-        self.offset += len(data)
-        return data
-
-    def skip(self, size: int) -> int:
-        """Pass over ``size`` bytes, and return how many of them were missing."""
-        while size and (taken := len(self.take(min(size, CHUNK)))):
-            size -= taken
-        return size
-
-    def skip_zeros(self) -> int:
-        """Pass over blocks of zeros and return how many bytes these were."""
-        start = self.offset
-        while (block := self.peek(BLOCK)) and not any(block):
-            self.take(BLOCK)
-        return self.offset - start
-
-    def skip_to_header(self) -> None:
-        """Pass over all bytes before the next header, or the end."""
-        while data := self.peek(CHUNK):
-            at = data.find(MAGIC, MAGIC_OFFSET)
-            while at >= 0:
-                start = at - MAGIC_OFFSET
-                if _parse(data[start : start + BLOCK]) is not None:
-                    self.take(start)
-                    return
-                at = data.find(MAGIC, at + 1)
-            # A header may begin in the last block and end in the next window.
-            self.take(len(data) - BLOCK + 1 if len(data) == CHUNK else len(data))
-
-    def _pull(self, size: int) -> bytes:
-        if self.error:
-            return b""
-        try:
-            return self._read(size)
-        except BROKEN_COMPRESSION as error:
-            self.error = f"its compression is broken: {error}"
-        except OSError as error:
-            if str(error) != BZ2_ERROR:
-                raise
-            self.error = f"its compression is broken: {error}"
-        return b""
+    found = [(begin, end, is_pair(sample)) for sample, begin, end in group_members(name, members())]
+    begins = [begin for begin, _, _ in found]
+    smallest = min((end - begin for begin, end, is_whole in found if is_whole), default=SMALLEST_PAIR)
+    damage = {}
+    for hole in holes:
+        after = bisect.bisect(begins, hole.offset)
+        beside = found[max(after - 1, 0) : after + 1]
+        if after and found[after - 1][1] > hole.offset:  # it lies within a sample
+            del beside[1:]
+        cropped = sum(not is_whole for _, _, is_whole in beside)
+        lost = ((hole.size or 0) - cropped * 2 * BLOCK) // smallest
+        damage[f"byte {hole.offset}: {hole.reason}"] = max(lost, 0 if cropped else 1)
+    first = [begin // BLOCK for begin in begins]  # a sample after damage need not begin with a block
+    blocks = [-(-end // BLOCK) - place for place, (_, end, _) in zip(first, found, strict=True)]
+    return extents(first, blocks), damage
 
 
-class _Joined:
-    """Bytes that were read already, and then the rest of their source."""
+def parser(name: str, descriptor: int) -> Callable[[bytes], RawSample]:
+    """Return a function that makes a sample of the bytes of its members: bytes by file extension."""
+    places = functools.cache(functools.partial(_places, descriptor))
 
-    def __init__(self, start: bytes, rest: Readable) -> None:
-        self._start, self._rest = start, rest
+    def content(member: Member, hops: int = MAX_HOPS) -> Member:
+        """Return a member with the data of the file that it stands for."""
+        if not member.link:
+            return member
+        extent = places().get(member.link)
+        if extent is None or not hops:
+            why = "which is not in the shard" if extent is None else "and that to another, too many times"
+            raise SampleError(f"{member.name} is a link to {member.link}, {why}", "broken link")
+        (target,) = _members(os.pread(descriptor, extent[1], extent[0]))  # otherwise a ValueError: it was replaced
+        return member._replace(data=content(target, hops - 1).data)
 
-    def read(self, size: int = -1, /) -> bytes:
-        """Return up to ``size`` bytes; none at the end."""
-        end = len(self._start) if size < 0 else size
-        data, self._start = self._start[:end], self._start[end:]
-        return data or self._rest.read(size)
+    def parse(data: bytes) -> RawSample:
+        for sample, _, _ in group_members(name, map(content, _members(data))):
+            return sample
+        raise ValueError("there is no sample")
+
+    return parse
+
+
+def _members(data: bytes) -> Iterator[Member]:
+    return (part for part in read_tar(io.BytesIO(data), len(data), with_data=True) if isinstance(part, Member))
+
+
+def _places(descriptor: int) -> dict[str, tuple[int, int]]:
+    """Return where each member of a tar file begins and how many bytes it takes, by its path."""
+    # A forked data worker would share the place in a duplicated descriptor, and read elsewhere while another one reads.
+    with open(f"/dev/fd/{descriptor}", "rb") as file:
+        members = (part for part in read_tar(file, os.fstat(descriptor).st_size) if isinstance(part, Member))
+        return {posixpath.normpath(member.name): (member.offset, member.size) for member in members}
+
+
+TAR = Format(BLOCK, scan, parser)

@@ -27,7 +27,7 @@ def dataset(pattern: str, options: Mapping[str, Any]) -> Iterator[Finding]:
     every pair of all shards is read, and the file ``list`` gets those that cannot be used.
     """
     from ..data import IndexCache, expand_shards
-    from ..data.samples import is_folder, is_synthetic
+    from ..data.names import is_folder, is_synthetic
 
     try:
         names = expand_shards(pattern)

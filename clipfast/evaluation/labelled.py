@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 from ..data import LOST, IndexCache, Keys, Skipped, Source, decode_image, expand_shards, open_sources
 from ..data.folders import has_texts
 from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS
-from ..data.samples import RawSample, captions, field, is_folder, sample_name
+from ..data.names import is_folder
+from ..data.samples import RawSample, captions, field, sample_name
 from ..data.staging import file_stamp
 from ..images import SampleError, open_image
 

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import Skipped
-from ..data.samples import is_local
+from ..data.names import is_local
 from ..evaluation.encoder import Encoder
 from ..evaluation.zero_shot import TEMPLATES
 from ..images import ImageError, open_image

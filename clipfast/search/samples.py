@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from ..data import IndexCache, Keys, Skipped, Source, decode_image, expand_shards, metadata, open_sources
 from ..data.folders import others_in
 from ..data.keys import DEFAULT_KEYS, IMAGE_EXTENSIONS, read_separator
-from ..data.samples import PIPE, RawSample, captions, is_folder, sample_name
+from ..data.names import PIPE, is_folder
+from ..data.samples import RawSample, captions, sample_name
 from ..files import sync, write_folder
 from ..images import SampleError
 from ..kernels.common import slices

@@ -219,7 +219,7 @@ def _trusted(options: dict[str, Any], given: dict[str, Any], source: object) -> 
     A recipe or a checkpoint may come from anybody, data that is not local may be opened by a shell command that
     contains its name, to import a module runs it, and a copy gives everything away.
     """
-    from ..data.samples import is_local
+    from ..data.names import is_local
 
     for key in ("train_data", "val_data"):
         if key not in given and not is_local(str(options.get(key))):

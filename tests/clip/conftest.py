@@ -16,8 +16,6 @@ import torch
 from PIL import Image
 
 from clipfast.cli import main
-from clipfast.data.samples import RawSample, group_members
-from clipfast.data.tar import read_tar
 from clipfast.training import trainer
 from clipfast.training.checkpoints import Checkpoints
 from clipfast.training.loop import train
@@ -39,12 +37,6 @@ def write_shard(path: Path, samples: list[dict[str, bytes]]) -> Path:
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
     return path
-
-
-def read_samples(path: Path) -> list[RawSample]:
-    """The samples of a tar file, read from its beginning to its end; the last ones stand for those that are lost."""
-    with path.open("rb") as file:
-        return list(group_members(str(path), read_tar(file)))
 
 
 def picture(seed: int, size: int = 24) -> bytes:

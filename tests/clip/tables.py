@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from clipfast.data import (
-    Keys,
-    caption,
-)
+from clipfast.data import CroppedImages, Keys, Mix, Order, PairBatches, caption, expand_shards, open_shards
 from clipfast.data.samples import image_bytes
+from clipfast.tokenizer import Tokenizer
 
 from .conftest import picture
 
@@ -67,3 +65,9 @@ def pairs_of(source):
 
 
 EXPECTED = [(data, text.strip()) for _, data, text in PAIRS]
+
+
+def batches(shard):
+    """Batches of eight pairs, as training makes them."""
+    source = open_shards(expand_shards(str(shard)))
+    return PairBatches([source], Mix([Order(source.sizes, 3)], [1], 3), CroppedImages(16), Tokenizer(16), 8, 3)

@@ -8,7 +8,6 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from clipfast.data import CroppedImages, EncodedCrops, Mix, Order, PairBatches, encoded, open_shards, pair_loader
 from clipfast.data.encoded import EncodedCrop, check_decoder, decodable
@@ -18,30 +17,26 @@ from clipfast.training.errors import TrainingError
 from clipfast.training.loop import train
 
 from .conftest import picture, sample, write_shard
-from .test_crops import decibels, photograph
-from .test_crops import encoded as jpeg
-from .test_training import config, same, stopped_after
+from .test_images import decibels, exif_of, jpeg, photograph
+from .test_training import config
 
 CPU = torch.device("cpu")
 
 
-def batch_of(files, size=96, seed=0, **options):
-    """The files as one batch, each with random numbers of its own."""
+def cropped(crops, files):
+    """The crops of files, each with random numbers of its own."""
+    for number, data in enumerate(files):
+        torch.manual_seed(number)
+        yield crops(data)
+
+
+def batch_of(files, size=96, **options):
     crops = EncodedCrops(CroppedImages(size, **options))
-    made = []
-    for number, data in enumerate(files):
-        torch.manual_seed(seed + number)
-        made.append(crops(data))
-    return crops.gathered(made, len(made))
+    return crops.gathered(list(cropped(crops, files)), len(files))
 
 
-def usual(files, size=96, seed=0, **options):
-    crops = CroppedImages(size, **options)
-    made = []
-    for number, data in enumerate(files):
-        torch.manual_seed(seed + number)
-        made.append(crops(data))
-    return torch.stack(made)
+def usual(files, size=96, **options):
+    return torch.stack(list(cropped(CroppedImages(size, **options), files)))
 
 
 def kind_of(data):
@@ -63,24 +58,6 @@ def test_pixels_are_nearly_those_of_the_host(scale, subsampling):
     for ours, exact, usually in zip(found, whole, coarse, strict=True):
         assert decibels(ours, exact) > 43  # they differ at the edges of the crop, where PIL reads beyond it
         assert decibels(ours, usually) > 35  # as coarsely decoded files from whole ones
-
-
-def test_the_crop_is_that_of_the_host():
-    # a ramp, in which each pixel says where it is
-    ramp = np.stack(np.broadcast_arrays(np.arange(256)[None, :], np.arange(256)[:, None], 128), -1).astype(np.uint8)
-    files = [jpeg(Image.fromarray(ramp), subsampling=0)] * 8
-    ours, theirs = (
-        x.float().mean((2, 3))
-        for x in (batch_of(files, 32, scale=(0.1, 0.4)).on(CPU), usual(files, 32, scale=(0.1, 0.4)))
-    )
-    assert (ours - theirs).abs().max() < 0.6
-    assert (ours[0] - ours[1]).abs().max() > 5
-
-
-def exif_of(orientation):
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    return exif
 
 
 def test_what_the_device_gets():
@@ -138,7 +115,7 @@ def test_workers_refuse_what_the_host_refuses(options):
     """Without decoding: no file that is sent to the device is one that cannot be decoded."""
     whole, rng = jpeg(photograph(70, 50), **options), np.random.default_rng(0)
     sent = refused = 0
-    for _ in range(700):
+    for _ in range(500):
         data = damaged(whole, rng)
         (image, kind), (crop, kind_here) = outcome(open_image, data), outcome(EncodedCrops(CroppedImages(16)), data)
         assert kind == kind_here
@@ -148,8 +125,8 @@ def test_workers_refuse_what_the_host_refuses(options):
             assert (crop.width, crop.height) == image.size
             (pixels,) = encoded.decoded([torch.frombuffer(bytearray(crop.data), dtype=torch.uint8)], CPU)
             assert pixels.shape == (3, crop.height, crop.width)
-    assert sent > 100
-    assert refused > 50
+    assert sent > 70
+    assert refused > 35
 
 
 def refusing(*refused):
@@ -172,40 +149,19 @@ def test_the_host_decodes_what_the_device_refuses(caplog):
         found = batch_of(files).on(CPU)
     assert all(decibels(ours, theirs) > 45 for ours, theirs in zip(found, expected, strict=True))
     assert [torch.equal(a, b) for a, b in zip(found, expected, strict=True)].count(True) >= 9
-    assert [record.message for record in caplog.records] == [
-        "cpu refuses JPEG files that the host decodes in its place: nvjpegDecode failed: 5"
-    ]
-
-
-def test_a_full_memory_is_no_refusal():
+    assert len(caplog.records) == 1
     with (
         mock.patch("torchvision.io.decode_jpeg", side_effect=torch.OutOfMemoryError("full")),
-        pytest.raises(torch.OutOfMemoryError),
+        pytest.raises(torch.OutOfMemoryError),  # which is no refusal
     ):
-        batch_of([jpeg(photograph(60, 50))] * 4).on(CPU)
-
-
-def test_memory_is_bounded(monkeypatch):
-    files = [jpeg(photograph(64, 48 + n, seed=n)) for n in range(7)]
-    expected, counts, decode = batch_of(files).on(CPU), [], encoded.decoded
-
-    def spy(some, device):
-        counts.append(len(some))
-        return decode(some, device)
-
-    monkeypatch.setattr(encoded, "decoded", spy)
-    monkeypatch.setattr(encoded, "MAX_PIXELS", 64 * 100)
-    assert torch.equal(batch_of(files).on(CPU), expected)
-    assert counts == [2, 1, 1, 1, 1, 1]  # of 64 by 48 pixels and more
+        batch_of(files).on(CPU)
 
 
 def test_a_device_without_a_decoder():
     check_decoder(CPU)
     with (
         mock.patch("torchvision.io.decode_jpeg", side_effect=RuntimeError("not compiled with nvJPEG support")),
-        pytest.raises(
-            ValueError, match="--decode-on-device: torchvision cannot decode JPEG files on cpu: not compiled"
-        ),
+        pytest.raises(ValueError, match="--decode-on-device: torchvision cannot decode JPEG files on cpu"),
     ):
         check_decoder(CPU)
 
@@ -221,14 +177,13 @@ def photographs(tmp_path):
     return str(write_shard(tmp_path / "p.tar", samples))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_the_same_pairs(photographs, workers):
+def test_batches_are_the_same_pairs(photographs):
     source, crops = open_shards([photographs]), CroppedImages(32)
     order = Mix([Order(source.sizes, 3)], [1.0], 3)
     usually = PairBatches([source], order, crops, Tokenizer(16), 8, 3)
     ours = dataclasses.replace(usually, transform=EncodedCrops(crops), gather=EncodedCrops(crops).gathered)
     skipped = 0
-    for one, other in zip(pair_loader(usually, 0, 5, 0), pair_loader(ours, 0, 5, workers), strict=True):
+    for one, other in zip(pair_loader(usually, 0, 5, 0), pair_loader(ours, 0, 5, 2), strict=True):
         assert len(one) == len(other) == 8
         assert torch.equal(one.texts, other.texts)
         assert one.skipped == other.skipped
@@ -237,30 +192,18 @@ def test_batches_are_the_same_pairs(photographs, workers):
     assert skipped >= 2
 
 
-def test_a_run_goes_on_to_the_last_bit(photographs, tmp_path):
+def test_a_run_names_broken_photographs(photographs, tmp_path):
     options = {"unique_by": None, "epochs": 1, "max_bad_fraction": 0.2, "decode_on_device": True}
-    whole, _ = train(config(photographs, tmp_path / "whole", **options))
-    stopped = config(photographs, tmp_path / "part", **options, save_every=2)
-    with stopped_after(2):
-        train(stopped)
-    part = tmp_path / "part" / "run"
-    train(stopped, part / "checkpoints" / "epoch_latest.pt")
-    assert same(whole.path, part)
-    assert (whole.path / "skipped.tsv").read_text().count("p.tar/") == 2
+    folder, _ = train(config(photographs, tmp_path / "whole", **options))
+    assert (folder.path / "skipped.tsv").read_text().count("p.tar/") == 2
     with pytest.raises(TrainingError, match="could not be used"):
         train(config(photographs, tmp_path / "strict", **options | {"epochs": 8, "max_bad_fraction": 0.01}))
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (
-            {"hue": 0.1, "affine": 0.1},
-            "--decode-on-device cannot be used with --affine, --hue, which data workers apply",
-        ),
-        ({"crop_scale": (1.0, 1.0)}, "--decode-on-device cannot be used with --crop-scale 1 1: it takes random crops"),
-    ],
+    ("options", "flags"),
+    [({"hue": 0.1, "affine": 0.1}, "--affine, --hue"), ({"crop_scale": (1, 1)}, "--crop-scale 1 1")],
 )
-def test_what_it_cannot_be_used_with(options, message):
-    with pytest.raises(ValueError, match=message):
+def test_flags_that_it_cannot_be_used_with(options, flags):
+    with pytest.raises(ValueError, match=f"--decode-on-device cannot be used with {flags}"):
         config("x.tar", "runs", decode_on_device=True, **options)

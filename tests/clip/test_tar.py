@@ -1,35 +1,37 @@
-"""Reading of shards: like tarfile where they are whole, and past what is damaged where they are not."""
+"""Tar shards: pairs are read as tarfile reads them, in any order, and what is damaged is counted, whatever it is."""
 
 import bz2
 import gzip
 import io
+import itertools
 import lzma
+import os
 import random
 import tarfile
+import zlib
 from collections import Counter
 
 import pytest
 
+from clipfast.data import IndexCache, open_shards
 from clipfast.data.samples import is_pair
-from clipfast.data.tar import Damage, Member, pax_records, read_tar
+from clipfast.data.tar import pax_records
+from clipfast.images import SampleError
 
-from .conftest import read_samples
+from .conftest import sample, write_shard
 
 PAIRS = 40
+COMPRESSED = {"": bytes, ".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
 
 
 def archive(names, form=tarfile.PAX_FORMAT, seed=0, **fields):
-    """A tar file of random bytes under these names."""
-    rng = random.Random(seed)
-    stream = io.BytesIO()
+    """A tar file of random bytes under these names, and of links and folders, if ``fields`` say so."""
+    rng, stream = random.Random(seed), io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w", format=form) as tar:
         for name in names:
-            data = (
-                rng.randbytes(rng.randrange(1, 3000)) if not name.endswith(".txt") else f"a caption of {name}".encode()
-            )
+            data = f"a caption of {name}".encode() if name.endswith(".txt") else rng.randbytes(rng.randrange(1, 3000))
             info = tarfile.TarInfo(name)
-            info.size = len(data)
-            for key, value in fields.items():
+            for key, value in {"size": len(data), **fields}.items():
                 setattr(info, key, value)
             tar.addfile(info, io.BytesIO(data))
     return stream.getvalue()
@@ -41,47 +43,48 @@ def pairs(count=PAIRS, **options):
 
 def contents(data):
     with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-        return [(info.name, tar.extractfile(info).read()) for info in tar if info.isreg()]
+        return {info.name: tar.extractfile(info).read() for info in tar if info.isreg()}
 
 
-LONG = ["é" * 90 + "/" + "x" * 150 + ".jpg", "a.txt", "b/c.tar.gz"]
+numbers = itertools.count()
 
 
-@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT])
-@pytest.mark.parametrize("compress", [bytes, gzip.compress, bz2.compress, lzma.compress])
-def test_whole_archives_are_read_as_tarfile_reads_them(form, compress):
-    data = archive(LONG, form, mtime=1.5) + archive(["after the end mark.txt"])
-    found = list(read_tar(io.BytesIO(compress(data))))
-    assert [(member.name, member.data) for member in found] == contents(archive(LONG, form, mtime=1.5)) + contents(
-        archive(["after the end mark.txt"])
-    )
+@pytest.fixture
+def read(tmp_path):
+    """A function that opens the bytes of a shard, and reads all samples of it."""
+
+    def open_and_read(data, suffix=""):
+        path = tmp_path / f"{next(numbers)}.tar{suffix}"
+        path.write_bytes(data)
+        source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+        return source, [source.read(number) for number in range(len(source))]
+
+    return open_and_read
 
 
-def test_what_is_no_file_has_no_content():
-    """Links are named, and stand for other members."""
-    stream = io.BytesIO()
-    with tarfile.open(fileobj=stream, mode="w") as tar:
-        for kind in (tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.FIFOTYPE):
-            info = tarfile.TarInfo(f"x{kind.decode()}.txt")
-            info.type, info.linkname = kind, "y"
-            tar.addfile(info)
-        info = tarfile.TarInfo("last.txt")
-        info.size = 3
-        tar.addfile(info, io.BytesIO(b"abc"))
-    assert list(read_tar(io.BytesIO(stream.getvalue()))) == [
-        Member("x2.txt", b"", 512, 512, "y"),
-        Member("x1.txt", b"", 1024, 512, "y"),
-        Member("last.txt", b"abc", 2048, 1024),
+LONG = ["é" * 90 + "/" + "x" * 150 + ".jpg", "é" * 90 + "/" + "x" * 150 + ".txt", "a.txt", "b/c.tar.gz", "b/d.jpg"]
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+@pytest.mark.parametrize("suffix", COMPRESSED)
+def test_whole_archives_are_read_as_tarfile_reads_them(form, suffix, read):
+    names = LONG[2:] if form == tarfile.USTAR_FORMAT else LONG
+    parts = [
+        archive(names, form, mtime=1.5 if form == tarfile.PAX_FORMAT else 1),
+        archive(["folder", "x.txt"], type=tarfile.DIRTYPE, size=0) + archive(["a.__url__", "behind the end mark.txt"]),
     ]
+    source, found = read(COMPRESSED[suffix](b"".join(parts)), suffix)
+    expected = contents(parts[0]) | contents(archive(["b", "behind the end mark.txt"]))
+    named = {f"{raw['__key__']}.{key}": raw[key] for raw in found for key in raw if not key.startswith("__")}
+    assert named == {name: expected[name] for name in [*names, "behind the end mark.txt"]}
+    assert source.shards[0].damage == {}
 
 
-def test_members_larger_than_the_limit_are_passed_over(monkeypatch):
-    monkeypatch.setattr("clipfast.data.tar.MAX_MEMBER", 2000)
-    found = list(read_tar(io.BytesIO(pairs())))
-    large = [part for part in found if isinstance(part, Damage)]
-    assert large
-    assert all("more than the limit of 2000" in part.reason for part in large)
-    assert len(found) == 2 * PAIRS
+@pytest.mark.parametrize("key", ["BZh91", "\x1f\x8bz"])
+def test_a_name_that_begins_like_a_compressed_file(key, read):
+    source, (first,) = read(archive([f"{key}.jpg", f"{key}.txt"]))
+    assert first["__key__"] == key
+    assert not source.shards[0].is_copied
 
 
 def header(data, name):
@@ -104,8 +107,7 @@ def flip_bits(data, rng):
 
 
 def overwrite(data, rng):
-    start = rng.randrange(len(data))
-    garbage = rng.randbytes(rng.randrange(1, 20000))
+    start, garbage = rng.randrange(len(data)), rng.randbytes(rng.randrange(1, 20000))
     return (data[:start] + garbage + data[start + len(garbage) :])[: len(data)]
 
 
@@ -119,110 +121,161 @@ def repeat(data, rng):
     return data[: start + rng.randrange(1, 20000)] + data[start:]
 
 
-def cut(data, rng):
-    return data[: rng.randrange(1, len(data) - 11000)]
-
-
-def counted(data, tmp_path):
+def counted(found):
     """The keys of the pairs that are read, and how many samples are lost or incomplete."""
-    (tmp_path / "x.tar").write_bytes(data)
-    read, lost = Counter(), 0
-    for sample in read_samples(tmp_path / "x.tar"):
-        if is_pair(sample):
-            read[sample["__key__"]] += 1
-        else:
-            lost += 1
-            assert "__damage__" not in sample or sample["__key__"].startswith("byte ")
-    return read, lost
+    source, raws = found
+    whole = Counter(raw["__key__"] for raw in raws if is_pair(raw))
+    return whole, source.shards[0].lost + len(raws) - whole.total()
 
 
 @pytest.mark.parametrize("corrupt", [flip_headers, flip_bits, overwrite, insert, repeat], ids=lambda f: f.__name__)
-def test_every_pair_is_read_or_counted_as_lost(corrupt, tmp_path):
+def test_every_pair_is_read_or_counted_as_lost(corrupt, read):
     rng = random.Random(corrupt.__name__)
-    shortest = PAIRS
-    for seed in range(40):
-        read, lost = counted(corrupt(pairs(seed=seed), rng), tmp_path)
-        assert len(read) + lost >= PAIRS, f"seed {seed}"
-        shortest = min(shortest, len(read))
-    # Beside the damage, everything is read.
-    assert shortest >= PAIRS - 30
+    for seed in range(30):
+        whole, lost = counted(read(corrupt(pairs(seed=seed), rng)))
+        assert len(whole) + lost >= PAIRS, f"seed {seed}"
+        assert len(whole) >= PAIRS - 30  # beside the damage, everything is read
 
 
-def test_one_flipped_header_costs_one_pair(tmp_path):
+def test_damage_costs_no_more_than_it_must(read):
     data = pairs()
-    sizes = {name: len(content) for name, content in contents(data) if name.endswith("jpg")}
+    smallest = min(
+        (name for name in contents(data) if name.endswith("jpg")), key=lambda name: len(contents(data)[name])
+    )
     broken = bytearray(data)
-    broken[header(data, min(sizes, key=sizes.get)) + 3] ^= 1
-    read, lost = counted(bytes(broken), tmp_path)
-    assert (len(read), lost) == (PAIRS - 1, 1)
+    broken[header(data, smallest) + 3] ^= 1
+    whole, lost = counted(read(bytes(broken)))
+    assert (len(whole), lost) == (PAIRS - 1, 1)
+    broken = bytearray(data)
+    broken[124:136] = b"-0000002000\0"  # a size of one block back, where the header itself begins
+    broken[148:156] = b"%06o\0 " % (sum(broken[:148]) + 8 * 32 + sum(broken[156:512]))
+    assert len(counted(read(bytes(broken)))[0]) == PAIRS - 1
+    for cut in range(600, len(data) - 11000, 9999):  # how many pairs stood behind it is not in the file
+        assert counted(read(data[:cut]))[1] == 1
+    for bad in (data + bytes(50000), archive(["a.txt"], pax_headers={"GNU.sparse.major": "1"})):
+        assert list(read(bad)[0].shards[0].damage.values()) == [1]
 
 
-def test_a_cut_is_said(tmp_path):
-    rng = random.Random(0)
-    for seed in range(40):
-        data = pairs(seed=seed)
-        read, lost = counted(cut(data, rng), tmp_path)
-        # How many pairs stood behind the cut is not in the file.
-        assert lost == 1
-        assert set(read) <= {f"d/{index:04}" for index in range(PAIRS)}
+def test_a_member_beyond_the_limit_is_damage(read, monkeypatch):
+    monkeypatch.setattr("clipfast.data.tar.MAX_MEMBER", 2000)
+    source, raws = read(pairs())
+    large = [name for name, data in contents(pairs()).items() if len(data) > 2000]
+    assert list(source.shards[0].damage) == [
+        reason for reason in source.shards[0].damage if "more than the limit of 2000" in reason
+    ]
+    assert len(source.shards[0].damage) == sum(not is_pair(raw) for raw in raws) == len(large) > 5
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
-def test_a_flipped_bit_in_compressed_data_is_said(compress):
-    data = bytearray(compress(pairs(2000)))
-    data[len(data) * 3 // 4] ^= 1
-    assert isinstance(list(read_tar(io.BytesIO(data)))[-1], Damage)
+@pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz"])
+def test_broken_compression_leaves_what_can_be_read(suffix, read):
+    data = COMPRESSED[suffix](pairs(1500))
+    flipped = bytearray(data)
+    flipped[len(data) * 3 // 4] ^= 1
+    for broken in (data[: len(data) // 2], bytes(flipped)):
+        source, _ = read(broken, suffix)
+        assert 100 < len(source) <= 1500
+        assert source.shards[0].damage
 
 
-def test_sparse_files_and_reserved_names_are_no_members(tmp_path):
-    stream = io.BytesIO(archive(["a.__url__", "a.txt"]))
-    (tmp_path / "x.tar").write_bytes(stream.getvalue())
-    (only,) = read_samples(tmp_path / "x.tar")
-    assert only["__url__"] == f"{tmp_path}/x.tar"
-    data = archive(["a.txt"], pax_headers={"GNU.sparse.major": "1"})
-    (part,) = read_tar(io.BytesIO(data))
-    assert "a.txt is a sparse file" in part.reason
-
-
-class Counted(bytes):
-    """Bytes that count how many of them are copied."""
-
-    copied = 0
-
-    def __getitem__(self, which):
-        part = Counted(super().__getitem__(which))
-        Counted.copied += len(part)
-        return part
+def test_zeros_before_broken_compression_are_no_end(read, tmp_path):
+    packer = zlib.compressobj(wbits=31)
+    data = packer.compress(pairs()) + packer.flush(zlib.Z_FULL_FLUSH)
+    data += b"\0\0\0\xff\xff" * 100_000 + b"\xff" * 1000  # blocks without a byte in them, and what is none
+    assert read(data, ".gz")[0].shards[0].damage
+    (tmp_path / "x.tar.gz").write_bytes(data)
+    piped = open_shards([f"pipe:cat {tmp_path}/x.tar.gz"], index=IndexCache(tmp_path / "cache"))
+    assert piped.shards[0].damage
 
 
 @pytest.mark.parametrize("record", [b"4 a\n", b"12 path=a/b\n"])
 def test_a_header_of_many_records_takes_no_more_than_its_length(record):
-    data, Counted.copied = Counted(record * 3000), 0
+    class Counted(bytes):
+        """Bytes that count how many of them are copied."""
+
+        copied = 0
+
+        def __getitem__(self, which):
+            part = Counted(super().__getitem__(which))
+            Counted.copied += len(part)
+            return part
+
+    data = Counted(record * 3000)
     assert len(pax_records(data)) == 1
     assert Counted.copied < 10 * len(data)
 
 
-@pytest.mark.parametrize("data", [b"9" * 5000, b"9" * 5000 + b" a=b\n", b"0 a=b\n", b"6 a=b", b" ", b"x a=b\n"])
-def test_records_end_where_they_are_malformed(data):
-    assert pax_records(b"12 path=a/b\n" + data) == {"path": "a/b"}
+def test_records_end_where_they_are_malformed():
+    for data in (b"9" * 5000, b"9" * 5000 + b" a=b\n", b"0 a=b\n", b"6 a=b", b" ", b"x a=b\n"):
+        assert pax_records(b"12 path=a/b\n" + data) == {"path": "a/b"}
 
 
-def test_zeros_at_the_end_are_one_damage():
-    data = pairs()
-    (last,) = [part for part in read_tar(io.BytesIO(data + bytes(50000))) if isinstance(part, Damage)]
-    assert last.size is None
+@pytest.mark.parametrize("data", [b"", b"nothing like a tar file" * 100, gzip.compress(b"text")])
+def test_nothing_like_a_tar_file(data, read):
+    with pytest.raises(SampleError, match=r"shard .*\.tar cannot be read: not a tar file"):
+        read(data)
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress])
-def test_broken_compression_ends_the_shard_and_is_said(compress):
-    data = compress(pairs(2000))
-    *members, last = read_tar(io.BytesIO(data[: len(data) // 2]))
-    assert isinstance(last, Damage)
-    assert "compression is broken" in last.reason
-    assert members
+@pytest.mark.parametrize("form", [tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+@pytest.mark.parametrize(("suffix", "folder"), [("", "a" * 120), (".gz", "a")])
+def test_links_stand_for_the_members_that_they_name(folder, suffix, form, tmp_path):
+    """``cp -al`` makes the ones, and ``ln -s`` the others."""
+    root = tmp_path / "root"
+    for inside in (folder, "b", "c"):
+        (root / inside).mkdir(parents=True)
+    for number in range(6):
+        for extension, data in sample(number).items():
+            name = f"{number}.{extension}"
+            (root / folder / name).write_bytes(data)
+            os.link(root / folder / name, root / "b" / name)
+            (root / "c" / name).symlink_to(f"../{'b' if number else folder}/{name}")
+    (root / "c" / "6.png").symlink_to("../../secret.png")
+    (root / "c" / "7.png").symlink_to("7.png")
+    with tarfile.open(tmp_path / f"x.tar{suffix}", "w:gz" if suffix else "w", format=form) as tar:
+        tar.add(root, "./")
+    source = open_shards([f"{tmp_path}/x.tar{suffix}"], index=IndexCache(tmp_path / "cache"))
+    assert (source.sizes, source.shards[0].damage) == ([20], {})
+    for number in range(18):
+        raw = source.read(number)
+        assert {key: raw[key] for key in sample(0)} == sample(number % 6)
+    # Data workers that were forked share the descriptors.
+    assert [os.lseek(opened.descriptor, 0, os.SEEK_CUR) for opened in source._open.values()] == [0]
+    for number in (18, 19):  # a link that leads out of the shard, and one to itself
+        with pytest.raises(SampleError, match=r"c/\d\.png is a link to") as error:
+            source.read(number)
+        assert error.value.kind == "broken link"
 
 
-def test_nothing_like_a_tar_file():
-    for data in (b"", b"nothing like a tar file" * 100, gzip.compress(b"text")):
-        with pytest.raises(ValueError, match="not a tar file: no valid header of a member in its"):
-            list(read_tar(io.BytesIO(data)))
+def test_a_link_to_what_was_cut_off_is_a_broken_shard(tmp_path):
+    path = tmp_path / "x.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, fields in {
+            "0.txt": {"size": 3}, "0.png": {"type": tarfile.LNKTYPE, "linkname": "9.png"},
+            "1.png": {"type": tarfile.LNKTYPE, "linkname": "9.png"}, "9.png": {"size": 3},
+        }.items():  # fmt: skip
+            info = tarfile.TarInfo(name)
+            for key, value in fields.items():
+                setattr(info, key, value)
+            tar.addfile(info, io.BytesIO(b"abc"))
+    source = open_shards([str(path)], index=IndexCache(tmp_path / "cache"))
+    assert source.read(0)["png"] == b"abc"
+    os.truncate(path, 5 * 512 + 1)
+    with pytest.raises(SampleError, match="not where it was"):
+        source.read(0)
+
+
+def test_a_file_that_is_cut_while_it_is_indexed(tmp_path, monkeypatch):
+    path = write_shard(tmp_path / "s.tar", [sample(index) for index in range(20)])
+    original = tarfile.BLOCKSIZE
+    from clipfast.data import tar
+
+    read_header = tar.read_header
+
+    def cutting(block):
+        os.truncate(path, 16 * original)
+        return read_header(block)
+
+    monkeypatch.setattr(tar, "read_header", cutting)
+    with path.open("rb") as file:
+        found, damage = tar.scan(file, "s.tar")
+    assert 0 < len(found) < 20
+    assert damage

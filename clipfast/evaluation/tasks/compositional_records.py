@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...data.keys import IMAGE_EXTENSIONS, Keys
-from ...data.linked import LINKS, Links, load_links
-from ...data.samples import RawSample, decode_image
+from ...data.samples import LINKS, Links, RawSample, decode_image, load_links
 from ...data.staging import file_stamp
 from ...images import MAX_PIXELS, SampleError
 from ..labelled import LabelledImage, LabelledSet, Loader, Place

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ...data import IndexCache, Keys, expand_shards, metadata, open_sources
-from ...data.samples import SHAPES_PREFIX, RawSample, captions, synthetic_pairs
+from ...data.names import SHAPES_PREFIX, synthetic_pairs
+from ...data.samples import RawSample, captions
 from ...data.shapes import STAMP, held_out_scene
 from ...images import SampleError
 from ..features import LabelledFeatures

@@ -1,0 +1,206 @@
+"""The names of shards: what a pattern stands for, and what kind of shard a name means."""
+
+from __future__ import annotations
+
+import glob
+import re
+from collections.abc import Iterable, Iterator
+from importlib.resources import files
+from pathlib import Path
+
+from ..arguments import meant
+from ..files import read_json
+
+BUNDLED_PREFIX = "bundled:"
+SYNTHETIC_PREFIX = "synthetic:"
+SHAPES_PREFIX = "shapes:"
+DRAWN = (SYNTHETIC_PREFIX, SHAPES_PREFIX)
+PIPE = "pipe:"
+PARQUET = ".parquet"
+ARROW = ".arrow"
+FOLDER_TABLES = ("metadata.jsonl", "metadata.csv")  # either makes its folder a table
+NO_SHARDS = (".json", ".txt")
+MAX_SHARDS = 1 << 22  # that are named at once
+MAX_NESTED = 9  # braces within braces
+MAX_SYNTHETIC = 1 << 40  # pairs
+
+
+def expand_shards(pattern: str | Iterable[str]) -> list[str]:
+    """Return the shards that ``pattern`` names.
+
+    Args:
+        pattern: paths with braces (``{000..099}``) or wildcards (``*.tar``, in sorted order), joined by ``::``. A
+            folder stands for the tar files in it, or else its Parquet files, or for the dataset that
+            ``datasets.save_to_disk`` wrote there, or for its ``metadata.jsonl`` or ``metadata.csv``; any other is one
+            shard of images, whose name ends with a slash. ``bundled:emoji/noto`` is a shard of this package. Names with
+            a scheme (``https:``, ``pipe:``) stay as they are, and so do ``synthetic:N``, ``shapes:N``, and both with
+            ``@SEED``.
+
+    Raises:
+        ValueError: a local file does not exist, is a pipe or a device, or is no shard by its name, a name of synthetic
+            pairs has another form, or no shard is named.
+    """
+    patterns = [pattern] if isinstance(pattern, str) else list(pattern)
+    named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
+    shards = [_checked(path) for shard in named for path in _matches(shard)]
+    if not shards:
+        raise ValueError("no shards given")
+    return shards
+
+
+def _named_by(pattern: str) -> Iterator[str]:
+    """Return the names that a pattern with braces stands for.
+
+    Raises:
+        ValueError: they may be too many; they are counted before they are written down.
+    """
+    from braceexpand import braceexpand
+
+    most, left = 1, pattern
+
+    def count(group: re.Match[str]) -> str:
+        nonlocal most
+        ends = re.fullmatch(r"(-?\d+|[a-zA-Z])\.\.(-?\d+|[a-zA-Z])(?:\.\.-?(\d+))?", group[1])
+        if ends and most <= MAX_SHARDS:
+            first, last = (ord(end) if end.isalpha() else int(end) for end in (ends[1], ends[2]))
+            most *= abs(last - first) // max(int(ends[3] or 1), 1) + 1
+        else:
+            most *= group[1].count(",") + 1
+        return ""
+
+    found = 0
+    for _ in range(MAX_NESTED):  # from the innermost on
+        left, found = re.subn(r"\{([^{}]*)\}", count, left)
+    if most > MAX_SHARDS or found:
+        raise ValueError(f"{pattern:.80} may name more than {MAX_SHARDS:,} shards: use wildcards, or name a folder")
+    return iter(braceexpand(pattern))
+
+
+def _bundled(shard: str) -> str:
+    """Return the path of a bundled shard, and any other shard as it is."""
+    if not shard.startswith(BUNDLED_PREFIX):
+        return shard
+    name = shard.removeprefix(BUNDLED_PREFIX)
+    folder = files("clipfast").joinpath("assets", "emoji")
+    known = sorted("emoji/" + path.name.removesuffix(".tar.gz") for path in folder.iterdir())
+    if name not in known:
+        raise ValueError(f"no bundled shard {name!r}{meant(name, known)}; there are: {', '.join(known)}")
+    return str(folder.joinpath(name.removeprefix("emoji/") + ".tar.gz"))
+
+
+def _matches(shard: str) -> list[str]:
+    """Return the files that a local name with wildcards or of a folder means, and any other name as it is."""
+    if not shard or ":" in shard:
+        return [shard]
+    if Path(shard).is_dir():
+        return _shards_in(Path(shard)) or [shard]
+    if not glob.has_magic(shard) or Path(shard).exists():
+        return [shard]
+    found = sorted(glob.glob(shard))
+    if not found:
+        raise ValueError(f"no such shard: nothing matches {shard}")
+    return found
+
+
+def _shards_in(folder: Path) -> list[str]:
+    """Return the shards of a folder in order.
+
+    These are the Arrow files of a dataset that ``datasets.save_to_disk`` wrote; or all tar files; or, if there is no
+    tar file, all Parquet files.
+
+    Raises:
+        ValueError: the dataset has several splits, or does not say which files it has.
+    """
+    if (folder / "dataset_dict.json").is_file():
+        splits = [path.parent.name for path in sorted(folder.glob("*/state.json"))]
+        raise ValueError(
+            f"{folder} holds the splits {', '.join(splits)}: name one of them, as {folder / (*splits, 'train')[0]}"
+        )
+    if (folder / "dataset_info.json").is_file() and (folder / "state.json").is_file():
+        try:
+            listed = read_json(folder / "state.json")["_data_files"]
+            return [str(folder / Path(file["filename"]).name) for file in listed]
+        except (ValueError, LookupError, TypeError) as error:
+            raise ValueError(f"{folder / 'state.json'} does not list the files of a dataset: {error!r}") from error
+    return [str(path) for path in sorted(folder.glob("*.tar")) or sorted(folder.glob(f"*{PARQUET}"))]
+
+
+def _checked(shard: str) -> str:
+    """Return the name of a shard; a folder is named by its table, or else with a slash at the end.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if ":" in shard:
+        if is_synthetic(shard):
+            synthetic_pairs(shard)
+        return shard
+    path = Path(shard)
+    if not shard or not path.exists():
+        raise ValueError(f"no such {'shard' if path.suffix else 'folder or shard'}: {shard!r}")
+    if path.is_dir():
+        tables = (str(path / name) for name in FOLDER_TABLES if (path / name).is_file())
+        return next(tables, shard.rstrip("/") + "/")
+    if not path.is_file():  # as <(cat a.tar) names: a first look would take its bytes
+        raise ValueError(
+            f"{shard} is neither a file nor a folder: shards are read from any place in them, so write it to a "
+            "file, or name the command that makes it, as in 'pipe:cat a.tar'"
+        )
+    if path.suffix.lower() in NO_SHARDS:
+        raise ValueError(
+            f"{shard} is no shard: pairs come from tar, Parquet and Arrow files, from tables (.csv, .tsv, .jsonl) "
+            "with an image in each line, and from folders of images with a text beside each (7.jpg, 7.txt)"
+        )
+    return shard
+
+
+def is_remote(shard: str) -> bool:
+    """Return True if a shard is not a file of this machine."""
+    return shard.startswith(PIPE) or "://" in shard
+
+
+def is_folder(shard: str) -> bool:
+    """Return True if a shard is a folder of images, by its name."""
+    return shard.endswith("/") and not is_remote(shard)
+
+
+def without_query(shard: str) -> str:
+    """Return the name of a shard in lower case, without what follows the path in a URL."""
+    return (shard.partition("?")[0] if is_remote(shard) else shard).lower()
+
+
+def has_footer(shard: str) -> bool:
+    """Return True if the end of a shard says how many samples it has: it is a Parquet file, by its name."""
+    return without_query(shard).endswith(PARQUET)
+
+
+def has_rows(shard: str) -> bool:
+    """Return True if a shard is a Parquet or Arrow file, by its name."""
+    return without_query(shard).endswith((PARQUET, ARROW))
+
+
+def is_local(pattern: str) -> bool:
+    """Return True if ``pattern`` names only files: a name with a scheme may be opened by a shell command."""
+    own = "|".join((BUNDLED_PREFIX, *DRAWN))
+    return all(":" not in re.sub(f"^({own})", "", part) for part in pattern.split("::"))
+
+
+def is_synthetic(shard: str) -> bool:
+    """Return True if a name stands for synthetic pairs, which need no files."""
+    return shard.startswith(DRAWN)
+
+
+def synthetic_pairs(name: str) -> tuple[int, int]:
+    """Return how many pairs a name such as ``synthetic:N`` or ``synthetic:N@SEED`` stands for, and their seed.
+
+    Raises:
+        ValueError: the name has another form, or N is 0 or too large.
+    """
+    prefix = name.partition(":")[0]
+    found = re.fullmatch(r"[a-z]+:([0-9]+)(?:@([0-9]+))?", name)
+    if found is None:
+        raise ValueError(f"{name!r} is neither {prefix}:N nor {prefix}:N@SEED, with whole numbers N and SEED")
+    count = int(found[1])
+    if not 0 < count <= MAX_SYNTHETIC:
+        raise ValueError(f"there must be from 1 to {MAX_SYNTHETIC} synthetic pairs, got {count}")
+    return count, int(found[2] or 0)
