@@ -80,18 +80,13 @@ def test_a_named_pipe_is_not_waited_for(name, pipe, tmp_path):
 
 CONFIGURATIONS = {
     "layers": ("ViT", "vision_cfg", {"layers": 10**9}, "layers must be at most 1,000"),
-    "layers of texts": ("ViT", "text_cfg", {"layers": 10**9}, "layers must be at most 1,000"),
     "layers of a ResNet": ("ResNet", "vision_cfg", {"layers": [10**9, 1, 1, 1]}, "layers must be at most 1,000"),
-    "two layers": ("ViT", "vision_cfg", {"layers": [1, 2]}, "layers of a ResNet are four numbers"),
     "an object of layers": ("ViT", "vision_cfg", {"layers": {}}, "layers must be a positive whole number"),
-    "a word among layers": ("ResNet", "vision_cfg", {"layers": [1, 1, 1, "1"]}, "must be a positive whole number"),
     "many blocks": ("ResNet", "vision_cfg", {"layers": [999] * 4}, "parameters or more, and the weights have"),
     "width": ("ViT", "vision_cfg", {"width": 1 << 20}, "parameters or more, and the weights have"),
     "positions": ("ViT", "vision_cfg", {"image_size": 16000}, "parameters or more, and the weights have"),
-    "tokens": ("ViT", "text_cfg", {"vocab_size": 1 << 24}, "parameters or more, and the weights have"),
     "heads": ("ViT", "text_cfg", {"heads": 7}, "width must be a multiple of heads, got 32 and 7"),
     "std 0": ("ViT", "preprocess_cfg", {"std": [0.2, 0, 0.2]}, "std of images must be three positive numbers"),
-    "std NaN": ("ViT", "preprocess_cfg", {"std": [0.2, float("nan"), 0.2]}, "std of images must be three positive"),
     "mean": ("ViT", "preprocess_cfg", {"mean": [0.2, float("inf"), 0.2]}, "mean of images must be three numbers"),
 }
 
@@ -131,10 +126,8 @@ ABOUT = {
     "a billion parts": ({"parts": 10**9}, "lacks 999,999,999 of its 1,000,000,000 parts, the first of them number 1"),
     "no number of parts": ({"parts": -1}, "says that there are -1 parts"),
     "a list of keys": ({"keys": []}, "keys must be dict"),
-    "a list of models": ({"model": ["x"]}, "model must be str"),
     "keys of something else": ({"keys": {"images": [3]}}, "keys of images and texts are lists of names"),
     "a range of shards": ({"data": "{1..99999999}"}, "may name more than 4,194,304 shards"),
-    "ranges of letters": ({"data": "{a..z}" * 6}, "may name more than 4,194,304 shards"),
     "nested ranges": ({"data": "{x{1..1000}{1..1000}{1..1000},}"}, "may name more than 4,194,304 shards"),
 }
 

@@ -123,31 +123,13 @@ def test_never_more_ahead_than_half_of_the_cache(room, sharers, source, tmp_path
     assert all(set(brought[:count]) <= set(order[: count + THREADS]) for count in range(SHARDS))
 
 
-def test_shards_that_the_reader_has_passed_are_left_out(source, monkeypatch):
-    brought, gate = [], threading.Event()
-
-    def noted(index, name):
-        brought.append(name)
-        gate.wait(10)
-        return 1
-
-    monkeypatch.setattr(IndexCache, "bring", noted)
-    with ReadAhead(batches(source), 0, 2 * SHARDS) as ahead:
-        until(lambda: len(brought) == 2)  # as long as no size is known, only those that are needed at once
-        ahead.reached(2 * SHARDS - 1)
-        gate.set()
-        until(lambda: not ahead._bringing and not ahead._queue)
-    assert len(brought) <= 4  # the last batch has samples of two shards, which earlier ones need too
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_pass_over_more_data_than_the_cache_holds(workers, server, tmp_path, monkeypatch):
+def test_a_pass_over_more_data_than_the_cache_holds(server, tmp_path, monkeypatch):
     names = write_shards(tmp_path / "web", ".tar")
     size = (tmp_path / "web" / "00.tar").stat().st_size
     monkeypatch.setenv("CLIPFAST_CACHE_BYTES", str(size * SHARDS * 2 // 3))
     source = open_shards([f"{server.url}/{name}" for name in names], index=IndexCache(tmp_path / "cache"))
     server.served.clear()
-    check_every_pair_once(list(pair_loader(batches(source, streams=2), 0, 2 * SHARDS, workers)))
+    check_every_pair_once(list(pair_loader(batches(source, streams=2), 0, 2 * SHARDS, 2)))
     fetched = Counter(name for name, amount in server.served if amount == size)
     assert set(fetched) == set(names)
     assert fetched.total() <= SHARDS + 2, fetched
