@@ -42,10 +42,15 @@ def expand_shards(pattern: str | Iterable[str]) -> list[str]:
     """
     patterns = [pattern] if isinstance(pattern, str) else list(pattern)
     named = [_bundled(shard) for one in patterns for part in one.split("::") for shard in _named_by(part)]
-    shards = [_checked(path) for shard in named for path in _matches(shard)]
+    shards = [path for shard in named for path in _matches(shard)]
+    missing = [shard for shard in shards if ":" not in shard and not (shard and Path(shard).exists())]
+    if missing:
+        what = "shard" if not missing[0] or Path(missing[0]).suffix else "folder or shard"
+        count = f" ({len(missing)} of {len(shards)} are missing)" if len(shards) > 1 else ""
+        raise ValueError(f"no such {what}: {missing[0]}{count}")
     if not shards:
         raise ValueError("no shards given")
-    return shards
+    return [_checked(shard) for shard in shards]
 
 
 def _named_by(pattern: str) -> Iterator[str]:
@@ -136,8 +141,6 @@ def _checked(shard: str) -> str:
             synthetic_pairs(shard)
         return shard
     path = Path(shard)
-    if not shard or not path.exists():
-        raise ValueError(f"no such {'shard' if path.suffix else 'folder or shard'}: {shard!r}")
     if path.is_dir():
         tables = (str(path / name) for name in FOLDER_TABLES if (path / name).is_file())
         return next(tables, shard.rstrip("/") + "/")

@@ -62,7 +62,7 @@ def test_shards_expand(tmp_path):
     os.mkfifo(tmp_path / "z.tar")  # which would be waited for, or lose the bytes that are looked at
     (tmp_path / "a.txt").touch()
     for pattern, message in {
-        f"{tmp_path}/y.tar::": "no such folder or shard: ''",  # and not the working folder
+        f"{tmp_path}/y.tar::": r"no such shard:  \(1 of 2 are missing\)",  # and not the working folder
         f"{tmp_path}/*.xyz": "nothing matches",
         f"{tmp_path}/z.tar": "z.tar is neither a file nor a folder",
         f"{tmp_path}/a.txt": "a.txt is no shard",
@@ -229,22 +229,6 @@ def test_closing_does_not_wait_for_busy_workers(dies, pinned, shards, monkeypatc
             next(loader)
     loader.close()
     assert time.monotonic() - started < 20  # PyTorch alone needs ten seconds for each, and leaves some behind
-    assert not workers & children()
-
-
-def test_a_report_while_workers_are_ended_leaves_none_behind(shards, monkeypatch):
-    def interrupted(iterator):  # PyTorch forgets the workers even then, so that it reports nothing more
-        torch.utils.data._utils.signal_handling._remove_worker_pids(id(iterator))
-        iterator._worker_pids_set = False
-        raise RuntimeError("DataLoader worker is killed by signal")
-
-    before = children()
-    with contextlib.closing(pair_loader(batches(shards), 0, 10**6, 2)) as loader:
-        next(loader)
-        workers = children() - before
-        assert len(workers) == 2
-        iterator = torch.utils.data.dataloader._MultiProcessingDataLoaderIter
-        monkeypatch.setattr(iterator, "_shutdown_workers", interrupted)
     assert not workers & children()
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from clipfast.data import Mix, Order, Unique
-from clipfast.data.order import COMPARED, random_words
+from clipfast.data.order import random_words
 
 SIZES = [[3], [1], [5, 0, 7], [17] * 20, np.random.default_rng(0).integers(0, 50, 12)]
 
@@ -53,16 +53,6 @@ def test_a_window_mixes_many_shards_evenly():
     assert distinct.mean() > 0.97 * expected
     most = np.array([np.bincount(row).max() for row in shards])
     assert most.mean() < 3 * batch / 64
-
-
-def test_reading_is_sequential_but_for_the_window():
-    """Samples of a stream come in their order, if those of a window are sorted."""
-    order = Order([1000] * 64, 0, window=1 << 12, streams=16)
-    for number in range(3):
-        begin, end = order._begin(number), order._begin(number + 1)
-        found = np.sort(order(begin, end).sample)
-        jumps = int((np.diff(found) != 1).sum())
-        assert jumps <= 2 * 16
 
 
 def test_with_replacement():
@@ -129,15 +119,3 @@ def test_what_an_order_remembers_does_not_grow():
         assert tracemalloc.get_traced_memory()[0] < 4 * 8 * (1 << 12)
     finally:
         tracemalloc.stop()
-
-
-def test_samples_that_are_alike_are_found_without_a_mask_of_all():
-    identities = random_words(3 * COMPARED + 5, 1) % np.uint64(1 << 16)
-    for sample in (0, COMPARED - 1, len(identities) - 1):
-        unique = Unique(Mix([Order([len(identities)], 0)], [1], 0), [identities], 8)
-        tracemalloc.start()
-        alike = unique.alike(0, sample)
-        _, peak = tracemalloc.get_traced_memory()
-        tracemalloc.stop()
-        assert (alike == np.flatnonzero(identities == identities[sample])).all()
-        assert peak < 1.5 * COMPARED
