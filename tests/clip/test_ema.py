@@ -122,10 +122,6 @@ def test_a_run_with_batch_norm_goes_on_to_the_last_bit(shards, tmp_path):
     assert not torch.equal(
         checkpoint["state_dict"]["visual.bn1.running_mean"], averages(whole)["visual.bn1.running_mean"]
     )
-    # it changes nothing in the weights themselves
-    without, _ = train(config(shards, tmp_path / "without", **(options | {"ema_decay": None})))
-    assert same(whole.path, without.path)
-    assert "state_dict_ema" not in read_checkpoint(without.latest)
 
 
 @pytest.mark.long
@@ -161,9 +157,3 @@ def test_an_average_can_begin_and_end_later(shards, tmp_path):
     assert torch.linalg.norm(state["visual.proj"] - started["visual.proj"]) > 0
     train(config(shards, tmp_path, workers=0, epochs=4), folder.latest)
     assert "state_dict_ema" not in read_checkpoint(folder.latest)
-
-
-@pytest.mark.parametrize("decay", [1.0, -0.1, float("nan")])
-def test_bad_decays(shards, tmp_path, decay):
-    with pytest.raises(ValueError, match="--ema-decay must"):
-        config(shards, tmp_path, ema_decay=decay)

@@ -7,19 +7,13 @@ import pytest
 import torch
 
 import clipfast
-from clipfast import (
-    convert_checkpoint,
-    create_model,
-    create_model_and_transforms,
-    create_model_from_pretrained,
-    export_open_clip,
-)
+from clipfast import convert, create_model, create_model_from_pretrained, export_open_clip
 from clipfast.kernels.reference import CLIP_MEAN
-from clipfast.training.config import TrainConfig
 
 from ..convert.conftest import CONFIGS, inputs, make_model, same_bits, save_own
+from .conftest import cases
 
-PRECISIONS = ["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp", "amp_bf16", "amp_bfloat16"]
+PRECISIONS = ["fp32", "fp16", "bf16", "pure_fp16", "pure_bf16", "amp"]
 
 
 @pytest.fixture(params=CONFIGS)
@@ -29,6 +23,7 @@ def folder(request, tmp_path) -> str:
     pytest.importorskip("safetensors")
     torch.manual_seed(0)
     export_open_clip(make_model(CONFIGS[request.param]), tmp_path / "model")
+    torch.manual_seed(1)
     return f"local-dir:{tmp_path}/model"
 
 
@@ -42,28 +37,21 @@ def both(folder, **options):
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_precision(precision, folder):
     theirs, ours = both(folder, precision=precision)
-    assert {name: value.dtype for name, value in ours.state_dict().items()} == {
-        name: value.dtype for name, value in theirs.state_dict().items()
-    }
-    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
-    torch.manual_seed(1)
+    assert same_bits(ours.state_dict(), theirs.state_dict())
     images, texts = inputs(ours.config)
     images = images.to(ours.visual.conv1.weight.dtype)
-    exact = create_model(folder).eval().double()
-    truth = exact(images.double(), texts)
-    for name, true, own, other in zip(
-        ("image", "text"), truth, ours(images, texts), theirs(images, texts), strict=False
-    ):
-        assert own.dtype == other.dtype, name
+    truth = create_model(folder).eval().double()(images.double(), texts)
+    for true, own, other in zip(truth[:2], ours(images, texts), theirs(images, texts), strict=False):
+        assert own.dtype == other.dtype
         errors = [(value.double() - true).square().mean().sqrt().item() for value in (own, other)]
         # the rule of this repository: an RMS error of at most twice that of PyTorch's own at the dtype
-        assert errors[0] <= 2 * errors[1] + 1e-6, (name, errors)
+        assert errors[0] <= 2 * errors[1] + 1e-6
+    assert ours.encode_image(images.mul(9).to(torch.uint8)).dtype == ours(images, texts)[0].dtype
 
 
 def test_precision_in_training(folder):
     """Every parameter gets its gradient in its own dtype, near that of OpenCLIP's model."""
     theirs, ours = both(folder, precision="bf16")
-    torch.manual_seed(1)
     images, texts = inputs(ours.config)
     for model in (theirs, ours):
         image, text, scale = model(images.bfloat16(), texts)
@@ -73,26 +61,15 @@ def test_precision_in_training(folder):
         assert parameter.grad.dtype == parameter.dtype, name
         expected = others[name].grad.float()
         if not name.endswith("k_proj.bias"):  # zero, but for rounding
-            torch.testing.assert_close(
-                parameter.grad.float(), expected, rtol=0, atol=0.1 * expected.abs().max().item() + 1e-3, msg=name
-            )
-
-
-def test_bytes_in_16_bits(folder):
-    ours = create_model(folder, precision="bf16").eval()
-    size = ours.visual.image_size
-    with torch.no_grad():
-        features = ours.encode_image(torch.randint(0, 256, (2, 3, size, size), dtype=torch.uint8))
-    assert features.dtype == torch.bfloat16
+            atol = 0.1 * expected.abs().max().item() + 1e-3
+            torch.testing.assert_close(parameter.grad.float(), expected, rtol=0, atol=atol, msg=name)
 
 
 @torch.no_grad()
 def test_logits_and_methods(folder):
     theirs, ours = both(folder)
-    torch.manual_seed(1)
     pair = inputs(ours.config)
-    for own, other in zip(ours.get_logits(*pair), theirs.get_logits(*pair), strict=True):
-        torch.testing.assert_close(own, other, rtol=1e-5, atol=1e-5)
+    same(ours.get_logits(*pair), theirs.get_logits(*pair))
     assert ours.no_weight_decay() == theirs.no_weight_decay()
 
 
@@ -115,35 +92,36 @@ FLAGS = ("normalize", "normalize_intermediates", "intermediates_only", "image_ou
 @torch.no_grad()
 def test_intermediates(folder):
     theirs, ours = both(folder)
-    torch.manual_seed(1)
     images, texts = inputs(ours.config)
     is_vit = isinstance(ours.config.vision.layers, int)
-    for values in itertools.product((False, True), repeat=len(FLAGS)):
-        options = dict(zip(FLAGS, values, strict=True))
-        for fmt in ("NCHW", "NLC") if is_vit else ("NCHW",):
-            same(
-                ours.forward_intermediates(images, texts, image_output_fmt=fmt, **options),
-                theirs.forward_intermediates(images, texts, image_output_fmt=fmt, **options),
-                f"{options} {fmt}",
-            )
-    for indices, stop_early in itertools.product((1, 2, [0], [-1], (1, 0), [-2]), (False, True)):
+
+    def compare(*arguments, **options):
+        expected = theirs.forward_intermediates(*arguments, **options)
+        same(ours.forward_intermediates(*arguments, **options), expected, f"{options}")
+        return expected
+
+    for changed in (0, 1, 2, len(FLAGS)):  # none, one, two, and all of the flags
+        for names in itertools.combinations(FLAGS, changed):
+            fmt = "NLC" if is_vit and changed % 2 else "NCHW"
+            compare(images, texts, image_output_fmt=fmt, **dict.fromkeys(names, True))
+    for indices, stop_early in itertools.product((1, [0], (1, 0), [-2]), (False, True)):
         options = {"image_indices": indices, "text_indices": indices, "stop_early": stop_early}
-        options["intermediates_only"] = not is_vit  # OpenCLIP's ResNet pools what the last index gives
-        if is_vit or not stop_early:  # and stops early where it is not to
-            expected = theirs.forward_intermediates(images, texts, **options)
-            same(ours.forward_intermediates(images, texts, **options), expected, f"{options}")
-        if not is_vit:
-            same(ours.forward_intermediates(images, texts, **options | {"stop_early": True}), expected)
+        if is_vit:
+            compare(images, texts, **options)
+        else:  # OpenCLIP's ResNet pools what the last index gives, and stops early where it is not to
+            if not stop_early:
+                expected = compare(images, texts, **options, intermediates_only=True)
+            early = options | {"stop_early": True, "intermediates_only": True}
+            same(ours.forward_intermediates(images, texts, **early), expected)
             full = ours.forward_intermediates(images, texts, image_indices=indices, stop_early=stop_early)
             torch.testing.assert_close(full["image_features"], ours.encode_image(images, normalize=True))
     for only in ({"image": images}, {"text": texts}, {}):
-        same(ours.forward_intermediates(**only), theirs.forward_intermediates(**only))
+        compare(**only)
     same(ours.visual.forward_intermediates(images), theirs.visual.forward_intermediates(images))
 
 
 def test_intermediates_with_gradients_and_checkpointing(folder):
-    _, ours = both(folder)
-    torch.manual_seed(1)
+    ours = create_model(folder).eval()
     pair = inputs(ours.config)
     grads = []
     for recompute in (False, True):
@@ -159,8 +137,8 @@ def test_wrong_requests_of_intermediates():
     model = make_model(CONFIGS["ViT"])
     images, texts = inputs(model.config)
     for options, message in (
-        ({"image_indices": 3}, "there are 2 stages, so the last 3 cannot be taken"),
-        ({"image_indices": 0}, "there are 2 stages, so the last 0 cannot be taken"),
+        ({"image_indices": 3}, "2 stages, so the last 3"),
+        ({"image_indices": 0}, "2 stages, so the last 0"),
         ({"text_indices": [0, 2]}, r"indices must be from -2 to 1, got \[0, 2\]"),
         ({"image_indices": []}, r"indices must be from -2 to 1, got \[\]"),
         ({"image_output_fmt": "NHWC"}, "image_output_fmt must be NCHW or NLC, got 'NHWC'"),
@@ -177,17 +155,18 @@ def test_wrong_requests_of_intermediates():
         model.set_grad_checkpointing(True, "composable")
 
 
-@pytest.mark.parametrize("unlocked", range(6))
+@pytest.mark.parametrize("unlocked", [0, 1, 2, 5])
 def test_locking(unlocked, folder):
     theirs, ours = both(folder)
     is_vit = isinstance(ours.config.vision.layers, int)
+    frozen = []
     for model in (theirs, ours):
         if is_vit or unlocked == 0:  # OpenCLIP 3.3.0 locks a ResNet as a whole only
             model.lock_image_tower(unlocked_groups=unlocked)
         model.lock_text_tower(unlocked_layers=unlocked)
-    frozen = {name for name, parameter in ours.named_parameters() if not parameter.requires_grad}
-    assert frozen == {name for name, parameter in theirs.named_parameters() if not parameter.requires_grad}
-    assert "logit_scale" not in frozen
+        frozen.append({name for name, parameter in model.named_parameters() if not parameter.requires_grad})
+    assert frozen[0] == frozen[1]
+    assert "logit_scale" not in frozen[0]
 
 
 def test_locked_statistics(tmp_path):
@@ -222,7 +201,7 @@ def _check_checkpoints_of_constant_statistics(model, tmp_path):
     images, texts = inputs(model.config)
     save_own(model, tmp_path / "own.pt")
     export_open_clip(model, tmp_path / "folder")
-    convert_checkpoint(tmp_path / "own.pt", tmp_path / "converted", "open_clip")
+    convert(tmp_path / "own.pt", tmp_path / "converted", "open_clip")
     expected = model.eval()(images, texts)[:2]
     folders = [f"local-dir:{tmp_path}/{name}" for name in ("folder", "converted")]
     loaded = [create_model(name) for name in (str(tmp_path / "own.pt"), *folders)]
@@ -235,14 +214,6 @@ def _check_checkpoints_of_constant_statistics(model, tmp_path):
     assert same_bits(locked.state_dict(), model.state_dict())
 
 
-def test_no_statistics_are_locked_where_nothing_is():
-    model = make_model(CONFIGS["ResNet"])
-    for unlocked in (6, 8, 100):
-        model.lock_image_tower(unlocked, freeze_bn_stats=True)
-        assert all(parameter.requires_grad for parameter in model.parameters())
-        assert "FrozenBatchNorm2d" not in repr(model)
-
-
 @pytest.mark.parametrize("folder", ["ViT", "QuickGELU"], indirect=True)
 def test_sizes_are_forced_as_there(folder):
     size, length = 64, 12
@@ -252,25 +223,22 @@ def test_sizes_are_forced_as_there(folder):
         torch.testing.assert_close(value, theirs.state_dict()[name], rtol=0, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize(
-    ("options", "kind", "message"),
-    [
-        ({"precision": "fp8"}, ValueError, "unknown precision 'fp8'; known: fp32, amp, .*pure_fp16, bf16, fp16"),
-        ({"pretrained_image": True}, ValueError, "pretrained_image=True is not supported, only False: clipfast"),
-        ({"pretrained_hf": "x"}, ValueError, "pretrained_hf='x' is not supported, only False or True"),
-        ({"weights_only": False}, ValueError, "weights_only=False is not supported, only True: clipfast ne"),
-        ({"jit": True}, ValueError, "jit=True is not supported"),
-        ({"force_naflex_vision": True}, ValueError, "force_naflex_vision=True is not supported, only False: .*NaFlex"),
-        ({"audio_aug_cfg": {}}, ValueError, "audio_aug_cfg={} is not supported, only None: clipfast builds no m"),
-        ({"foce_quick_gelu": True}, TypeError, "create_model: unknown argument 'foce_quick_gelu'"),
-        ({"require_pretrained": True}, ValueError, "ViT-T-8-32 has no weights of its own"),
-        ({"force_preprocess_cfg": {"size": 3}}, ValueError, r"force_preprocess_cfg has unknown settings \['size'\]"),
-        ({"force_preprocess_cfg": {"mean": (1, 2)}}, ValueError, r"mean of images must be three numbers, got \(1, 2\)"),
-        ({"force_preprocess_cfg": {"interpolation": "area"}}, ValueError, "with interpolation 'area', clipfast only "),
-    ],
-)  # fmt: skip
-def test_wrong_arguments(options, kind, message):
-    with pytest.raises(kind, match=message):
+@cases(r"""
+precision=fp8: unknown precision 'fp8'; known: fp32, amp, .*pure_fp16, bf16, fp16
+pretrained_image=True: pretrained_image=True .*only False
+pretrained_hf=x: pretrained_hf='x' .*only False or True
+weights_only=False: weights_only=False .*only True
+jit=True: jit=True is not supported
+force_naflex_vision=True: force_naflex_vision=True .*NaFlex
+audio_aug_cfg={}: audio_aug_cfg={} .*only None
+require_pretrained=True: ViT-T-8-32 has no weights of its own
+force_preprocess_cfg={"size":3}: unknown settings \['size'\]
+force_preprocess_cfg={"mean":(1,2)}: mean of images must be three numbers, got \(1, 2\)
+force_preprocess_cfg={"interpolation":"area"}: interpolation 'area'
+foce_quick_gelu=True: create_model: unknown argument 'foce_quick_gelu'
+""")
+def test_wrong_arguments(options, said):
+    with pytest.raises(TypeError if "foce_quick_gelu" in options else ValueError, match=said):
         create_model("ViT-T-8-32", **options)
 
 
@@ -283,20 +251,6 @@ def test_arguments_that_change_nothing(tmp_path):
     create_model("ViT-T-8-32", pretrained_text=True, pretrained_hf=True)  # OpenCLIP's defaults
     assert isinstance(model, clipfast.CLIP)
     assert not model.training
-
-
-def test_preparation_of_images_survives_training_and_export(tmp_path):
-    """A run that is resumed, and the folder that it leaves, know how its images are prepared."""
-    from clipfast.training.build import build_model
-
-    forced = {"image_mean": 0.5, "image_interpolation": "bilinear", "image_resize_mode": "squash"}
-    model = create_model_and_transforms("ViT-T-8-32", **forced)[0]
-    saved = {"model_config": model.config.to_dict(), "preprocess_cfg": clipfast.checkpoint.preprocessing_of(model)}
-    resumed = build_model(TrainConfig(train_data="data/a.tar"), json.loads(json.dumps(saved)), torch.device("cpu"))
-    assert resumed.visual.preprocess_cfg == model.visual.preprocess_cfg
-    export_open_clip(model, tmp_path)
-    assert create_model(f"local-dir:{tmp_path}").visual.preprocess_cfg == model.visual.preprocess_cfg
-    assert resumed.visual.image_mean == (0.5, 0.5, 0.5)
 
 
 def test_weights_bring_the_preparation_of_their_images(tmp_path):

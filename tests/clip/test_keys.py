@@ -9,68 +9,73 @@ from collections import Counter
 import pytest
 
 from clipfast.data import Keys, caption, expand_shards, open_shards, read_keys, read_separator
-from clipfast.data.keys import IMAGE_KEYS, TEXT_KEYS
 from clipfast.data.samples import image_bytes
 from clipfast.images import SampleError
 from clipfast.training import TrainConfig
 from clipfast.training.data import validation_set
 
-from .conftest import TINY, picture, run_command, sample, write_shard
+from .conftest import TINY, cases, picture, run_command, sample, write_shard
 
 FIVE = [f"caption {number}" for number in range(5)]
 
 
 def packed(**members):
-    """A sample with these members; what is no bytes is json."""
-    return {key: value if isinstance(value, bytes) else json.dumps(value).encode() for key, value in members.items()}
+    """A sample with these members: bytes, texts, or what is written as json."""
+    return {
+        key: value if isinstance(value, bytes)
+        else value.encode("latin-1") if isinstance(value, str)
+        else json.dumps(value).encode()
+        for key, value in members.items()
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("members", "flags", "expected"),
-    [
-        ({"txt": b" a \n", "json": {"caption": "b"}}, {}, "a"),
-        ({"json": {"title": "c", "text": "b", "caption": "a"}}, {}, "a"),
-        ({"json": {"title": "c", "text": "b", "caption": " "}}, {}, "b"),
-        ({"json": {"title": "c", "text": None, "caption": 7}}, {}, "c"),
-        ({"json": {"caption": ["", " b ", 7]}}, {}, "b"),
-        ({"json": {"caption": [], "text": "b"}}, {}, "b"),
-        ({"txt": b"a", "alt": b"b"}, {"text_key": "none; alt;txt"}, "b"),
-        ({"txt": b"a", "json": {"alt": "b"}}, {"text_key": "alt"}, "b"),
-        ({"txt": b"a", "json": {"caption": "b"}}, {"json_text_key": ["caption"]}, "b"),
-        ({"txt": b"a", "json": {"long": "", "short": "b"}}, {"json_text_key": ["none;long", "short"]}, "b"),
-        ({"txt": b"a", "json": {"x": "b"}}, {"json_text_key": ["x"], "text_key": "txt"}, "b"),
-    ],
-)
-def test_which_caption_is_taken(members, flags, expected):
+# A sample, flags, and the caption that is taken.
+TAKEN = r"""
+{"txt": " a \n", "json": {"caption": "b"}} | {} | a
+{"json": {"title": "c", "text": "b", "caption": "a"}} | {} | a
+{"json": {"title": "c", "text": "b", "caption": " "}} | {} | b
+{"json": {"title": "c", "text": null, "caption": 7}} | {} | c
+{"json": {"caption": ["", " b ", 7]}} | {} | b
+{"json": {"caption": [], "text": "b"}} | {} | b
+{"txt": "a", "alt": "b"} | {"text_key": "none; alt;txt"} | b
+{"txt": "a", "json": {"alt": "b"}} | {"text_key": "alt"} | b
+{"txt": "a", "json": {"caption": "b"}} | {"json_text_key": ["caption"]} | b
+{"txt": "a", "json": {"long": "", "short": "b"}} | {"json_text_key": ["none;long", "short"]} | b
+{"txt": "a", "json": {"x": "b"}} | {"json_text_key": ["x"], "text_key": "txt"} | b
+"""
+# A sample, flags, and an expression of what is said if it has no caption.
+NOT_TAKEN = r"""
+{"txt": " ", "json": {"caption": "b"}} | {} | caption is empty
+{"json": {"caption": [" "], "text": null}} | {} | caption is empty
+{"json": {"caption": 5, "text": null}} | {} | caption is no text: 5
+{"json": {"caption": ["", {"en": "a"}]}} | {} | caption is no text: {'en': 'a'}
+{"json": {}, "jpg": "x"} | {} | no caption \(txt, .*\), only jpg, json with nothing; --text-k
+{"json": {"url": "u", "alt": "b"}, "jpg": ""} | {} | only jpg, json with url, alt; --text-key
+{"txt": "a"} | {"json_text_key": ["x"]} | no caption \(x\), only txt
+{"json": "{"} | {} | json cannot be read
+{"alt": "\u00ff"} | {"text_key": "alt"} | caption is not UTF-8
+"""
+
+
+def samples(text):
+    """Parametrise over the lines of a table."""
+    rows = [line.split(" | ") for line in text.strip().splitlines()]
+    return pytest.mark.parametrize(
+        ("raw", "keys", "expected"),
+        [(packed(**json.loads(members)), read_keys(**json.loads(flags)), last) for members, flags, last in rows],
+    )
+
+
+@samples(TAKEN)
+def test_which_caption_is_taken(raw, keys, expected):
     for rng in (None, random.Random(0)):
-        assert caption(packed(**members), rng=rng, keys=read_keys(**flags)) == expected
+        assert caption(raw, rng=rng, keys=keys) == expected
 
 
-@pytest.mark.parametrize(
-    ("members", "flags", "message"),
-    [
-        ({"txt": b" ", "json": {"caption": "b"}}, {}, "caption is empty"),
-        ({"json": {"caption": [" "], "text": None}}, {}, "caption is empty"),
-        ({"json": {"caption": 5, "text": None}}, {}, "caption is no text: 5"),
-        ({"json": {"caption": ["", {"en": "a"}]}}, {}, "caption is no text: {'en': 'a'}"),
-        (
-            {"json": {}, "jpg": b"x"},
-            {},
-            r"no caption \(txt, caption, text, title\), only jpg, json with nothing; --text-k",
-        ),
-        (
-            {"json": {"url": "u", "alt": "b"}, "jpg": b""},
-            {},
-            "only jpg, json with url, alt; --text-key names others",
-        ),
-        ({"txt": b"a"}, {"json_text_key": ["x"]}, r"sample has no caption \(x\), only txt \(a pair's files"),
-        ({"json": b"{"}, {}, "json cannot be read"),
-        ({"alt": b"\xff"}, {"text_key": "alt"}, "caption is not UTF-8"),
-    ],
-)
-def test_no_caption(members, flags, message):
-    with pytest.raises(SampleError, match=message):
-        caption(packed(**members), keys=read_keys(**flags))
+@samples(NOT_TAKEN)
+def test_no_caption(raw, keys, expected):
+    with pytest.raises(SampleError, match=expected):
+        caption(raw, keys=keys)
 
 
 def test_which_image_is_taken():
@@ -84,86 +89,58 @@ def test_which_image_is_taken():
         image_bytes({"json": b'{"filepath": "/etc/passwd"}'})
 
 
-def test_a_caption_needs_no_random_number_unless_there_are_several():
-    """The random numbers of pairs with one text are those of the keywords alone, as they always were."""
-    for members in ({"txt": b"a"}, {"json": {"caption": "a"}}, {"json": {"caption": ["a"]}}):
-        rng = random.Random(1)
-        caption(packed(**members), rng=rng)
-        assert rng.random() == random.Random(1).random()
+def drawn(raw, times=1000, **keys):
+    """How often each caption of a sample is drawn."""
+    return Counter(caption(raw, rng=random.Random(seed), **keys) for seed in range(times))
 
 
 def test_one_of_several_captions_is_drawn():
     raw = packed(json={"caption": FIVE})
     assert caption(raw) == "caption 0"
-    drawn = Counter(caption(raw, rng=random.Random(seed)) for seed in range(1000))
-    assert set(drawn) == set(FIVE)
-    assert min(drawn.values()) > 150
+    found = drawn(raw)
+    assert set(found) == set(FIVE)
+    assert min(found.values()) > 150
 
 
 def test_keys_are_drawn_by_their_probabilities():
     raw = packed(json={"a": "a", "b": "b", "c": "c"})
     keys = read_keys(json_text_key=["a;b", "c"], json_text_key_probs=[3, 1])
-    drawn = Counter(caption(raw, rng=random.Random(seed), keys=keys) for seed in range(1000))
-    assert set(drawn) == {"a", "b"}
-    assert 700 < drawn["a"] < 800
+    found = drawn(raw, keys=keys)
+    assert set(found) == {"a", "b"}
+    assert 700 < found["a"] < 800
     assert caption(raw, keys=keys) == "a"
     # one with no probability takes the place of those that are not there
-    left = packed(json={"b": "", "c": "c"})
-    assert {caption(left, rng=random.Random(seed), keys=keys) for seed in range(20)} == {"c"}
+    assert set(drawn(packed(json={"b": "", "c": "c"}), 20, keys=keys)) == {"c"}
     # what follows the first is drawn by the probabilities of the rest, as OpenCLIP draws it
     keys = read_keys(json_text_key=["none", "a", "b"], json_text_key_probs=[2, 1, 4])
-    drawn = Counter(caption(raw, rng=random.Random(seed), keys=keys) for seed in range(1000))
-    assert 750 < drawn["b"] < 850
+    assert 750 < drawn(raw, keys=keys)["b"] < 850
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({"image_key": " ; "}, "--image-key names no key: ' ; '"),
-        ({"text_key": ""}, "--text-key names no key: ''"),
-        ({"json_text_key": (";",)}, "--json-text-key names no key: ';'"),
-        ({"json_text_key_probs": (1.0,)}, "--json-text-key-probs has 1 values for no --json-text-key"),
-        (
-            {"json_text_key": ("a;b",), "json_text_key_probs": (1.0,) * 3},
-            "probs has 3 values for the 2 keys of --json-tex",
-        ),
-        (
-            {"json_text_key": ("a",), "json_text_key_probs": (-1.0,)},
-            "--json-text-key-probs must not be negative, got -1.0",
-        ),
-        ({"json_text_key": ("a",), "json_text_key_probs": (float("nan"),)}, "must not be negative, got nan"),
-        ({"csv_separator": ", "}, "--csv-separator must be one ASCII character, or .t for a tab, got ', '"),
-        ({"csv_separator": '"'}, "--csv-separator must be one ASCII character"),
-        ({"csv_separator": "\n"}, "--csv-separator must be one ASCII character"),
-        ({"csv_separator": ""}, "--csv-separator must be one ASCII character"),
-    ],
-)
-def test_bad_flags(flags, message):
-    with pytest.raises(ValueError, match=message):
-        TrainConfig(train_data="x.tar", **flags)
+@cases(r"""
+image_key=;: --image-key names no key: ';'
+text_key=: --text-key names no key: ''
+json_text_key=(';',): --json-text-key names no key: ';'
+json_text_key_probs=(1.0,): --json-text-key-probs has 1 values for no --json-text-key
+json_text_key=('a;b',) json_text_key_probs=(1.0,1.0,1.0): probs has 3 values for the 2 keys of --json-tex
+json_text_key=('a',) json_text_key_probs=(-1.0,): --json-text-key-probs must not be negative, got -1.0
+csv_separator=,,: --csv-separator must be one ASCII character, or .t for a tab, got ',,'
+csv_separator=": --csv-separator must be one ASCII character
+csv_separator='\n': --csv-separator must be one ASCII character
+csv_separator=: --csv-separator must be one ASCII character
+""")
+def test_bad_flags(options, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(train_data="x.tar", **options)
+
+
+def test_a_probability_that_is_no_number():
+    with pytest.raises(ValueError, match="--json-text-key-probs must not be negative, got nan"):
+        TrainConfig("x.tar", json_text_key=("a",), json_text_key_probs=(float("nan"),))
 
 
 def test_separators():
     assert [read_separator(text) for text in (None, "\\t", "\t", ";")] == [None, "\t", "\t", ";"]
     assert read_keys() == Keys()
-
-
-def test_help_names_the_defaults(capsys):
-    _, out, _ = run_command(capsys, "train", "--help")
-    text = " ".join(out.split())
-    for keys in (IMAGE_KEYS, TEXT_KEYS):
-        assert f"(default: {', '.join(keys[:-1])} or {keys[-1]})" in text
-
-
-def trained(capsys, tmp_path, name, *arguments):
-    """Losses of two steps."""
-    code, _, err = run_command(
-        capsys, "train", "--model", TINY, "--batch-size", 8, "--epochs", 1, "--workers", 0, "--warmup", 1,
-        "--logs", tmp_path, "--name", name, "--log-every-n-steps", 1, *arguments,
-    )  # fmt: skip
-    assert code == 0, err
-    metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss"] for line in metrics if "loss" in line]
 
 
 def test_the_look_at_every_pair_that_is_suggested_reads_the_same_columns(capsys, tmp_path):
@@ -176,41 +153,42 @@ def test_the_look_at_every_pair_that_is_suggested_reads_the_same_columns(capsys,
 
 
 @pytest.mark.long
-def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path):
+def test_flags_reach_training_evaluation_and_the_index(capsys, tmp_path, monkeypatch):
+    def run(words):
+        code, out, err = run_command(capsys, *words.split())
+        assert code == 0, err
+        return out
+
+    def losses(flags):
+        """Return the losses of two steps."""
+        name = str(len(list(tmp_path.iterdir())))
+        options = "--batch-size 8 --epochs 1 --workers 0 --warmup 1 --log-every-n-steps 1"
+        run(f"train --model {TINY} --logs . --name {name} {options} {flags}")
+        metrics = [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        return [line["loss"] for line in metrics if "loss" in line]
+
+    monkeypatch.chdir(tmp_path)
     plain = [sample(index) for index in range(16)]
-    named = [
-        {"view": one["png"], "json": json.dumps({"alt": one["txt"].decode(), "kind": "x"}).encode()} for one in plain
-    ]
+    named = [packed(view=one["png"], json={"alt": one["txt"].decode(), "kind": "x"}) for one in plain]
     write_shard(tmp_path / "plain.tar", plain)
     write_shard(tmp_path / "named.tar", named)
     rows = "".join(f"{index:02}.png;{one['txt'].decode()};,\n" for index, one in enumerate(plain))
     (tmp_path / "t.csv").write_text("view;alt;a,b,c,d\n" + rows)
     for index, one in enumerate(plain):
         (tmp_path / f"{index:02}.png").write_bytes(one["png"])
-    expected = trained(capsys, tmp_path, "plain", "--train-data", tmp_path / "plain.tar")
+    first = len(list(tmp_path.iterdir()))  # the name of the first run
+    expected = losses("--train-data plain.tar")
     assert len(expected) == 2
-    keys = ["--image-key", "view", "--text-key", "alt"]
-    for name, flags in {
-        "named": ["--train-data", tmp_path / "named.tar", *keys, "--val-data", tmp_path / "named.tar"],
-        "json": ["--train-data", tmp_path / "named.tar", "--csv-img-key", "view", "--json-text-key", "none", "alt"],
-        "table": [
-            "--train-data", tmp_path / "t.csv", "--csv-img-key", "view", "--csv-caption-key", "alt",
-            "--csv-separator", ";", "--val-data", tmp_path / "t.csv",
-        ],
-    }.items():  # fmt: skip
-        assert trained(capsys, tmp_path, name, *flags) == expected, name
-    unique = trained(capsys, tmp_path, "unique", "--train-data", tmp_path / "plain.tar", "--unique-by", "caption")
-    flags = ["--train-data", tmp_path / "named.tar", *keys, "--unique-by", "caption"]
-    assert trained(capsys, tmp_path, "unique-named", *flags) == unique
-    flags = [tmp_path / "t.csv", "--text-key", "alt", "--csv-separator", ";", "--unique-by", "caption"]
-    code, out, _ = run_command(capsys, "index", *flags)
-    assert code == 0
-    assert "different  16" in out
-    code, out, err = run_command(
-        capsys, "eval", "zeroshot", "--model", f"local-dir:{tmp_path}/plain", "--data", tmp_path / "t.csv", *keys,
-        "--csv-separator", ";",
-    )  # fmt: skip
-    assert code == 0, err
+    keys = "--image-key view --text-key alt"
+    for flags in (
+        f"--train-data named.tar {keys} --val-data named.tar",
+        "--train-data t.csv --csv-img-key view --csv-caption-key alt --csv-separator ; --val-data t.csv",
+    ):
+        assert losses(flags) == expected, flags
+    unique = losses("--train-data plain.tar --unique-by caption")
+    assert losses(f"--train-data named.tar {keys} --unique-by caption") == unique
+    assert "different  16" in run("index t.csv --text-key alt --csv-separator ; --unique-by caption")
+    out = run(f"eval zeroshot --model local-dir:{tmp_path}/{first} --data t.csv {keys} --csv-separator ;")
     assert json.loads(out)["images"] == 16
 
 
@@ -223,7 +201,7 @@ def test_validation_data_may_have_the_usual_names(tmp_path):
 
 
 def test_a_position_always_draws_the_same_caption_and_passes_draw_all(tmp_path):
-    from .tables import batches
+    from .test_table_batches import batches
 
     text = [{"png": picture(index), "json": json.dumps({"caption": FIVE}).encode()} for index in range(8)]
     write_shard(tmp_path / "s.tar", text)

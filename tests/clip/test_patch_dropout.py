@@ -38,10 +38,6 @@ def test_number_of_patches(share, kept):
     assert tokens_seen(model.eval()) == 17
 
 
-def test_patches_are_dropped_of_the_grid_of_the_images():
-    assert tokens_seen(create_model("ViT-T-8-32", force_patch_dropout=0.5), 24, 40) == 1 + 7
-
-
 def test_as_many_as_open_clip_keeps():
     dropout = pytest.importorskip("open_clip.transformer").PatchDropout
     found = {share: dropout(share).train()(torch.zeros(1, 17, 4)).shape[1] - 1 for share in KEPT}
@@ -58,8 +54,7 @@ def test_each_image_and_each_time_has_others():
     assert counts.max() < 90
 
 
-@pytest.mark.parametrize("uint8", [True, False], ids=["bytes", "floats"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(("uint8", "checkpointing"), [(True, False), (False, True)])
 def test_gradients_are_of_all_embedded_and_some_gathered(uint8, checkpointing):
     model = CLIP(SMALL).double()
     model.set_grad_checkpointing(checkpointing)
@@ -86,10 +81,7 @@ def test_config_of_open_clip():
     pytest.importorskip("open_clip").CLIP(**raw)
 
 
-def test_what_cannot_be_dropped():
-    for share in (-0.1, 1.0, float("nan")):
-        with pytest.raises(ValueError, match="patch_dropout must be at least 0 and less than 1, got "):
-            create_model("ViT-T-8-32", force_patch_dropout=share)
+def test_resnets_have_no_patches():
     with pytest.raises(ValueError, match="patch_dropout is for vision transformers"):
         create_model("RN50", device="meta", force_patch_dropout=0.5)
     create_model("RN50", device="meta", force_patch_dropout=0.0)
