@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import clipfast
-from clipfast import convert, create_model, create_model_from_pretrained, export_open_clip
+from clipfast import convert_checkpoint, create_model, create_model_from_pretrained, export_open_clip
 from clipfast.kernels.reference import CLIP_MEAN
 
 from ..convert.conftest import CONFIGS, inputs, make_model, same_bits, save_own
@@ -201,7 +201,7 @@ def _check_checkpoints_of_constant_statistics(model, tmp_path):
     images, texts = inputs(model.config)
     save_own(model, tmp_path / "own.pt")
     export_open_clip(model, tmp_path / "folder")
-    convert(tmp_path / "own.pt", tmp_path / "converted", "open_clip")
+    convert_checkpoint(tmp_path / "own.pt", tmp_path / "converted", "open_clip")
     expected = model.eval()(images, texts)[:2]
     folders = [f"local-dir:{tmp_path}/{name}" for name in ("folder", "converted")]
     loaded = [create_model(name) for name in (str(tmp_path / "own.pt"), *folders)]

@@ -201,7 +201,7 @@ def test_validation_data_may_have_the_usual_names(tmp_path):
 
 
 def test_a_position_always_draws_the_same_caption_and_passes_draw_all(tmp_path):
-    from .test_table_batches import batches
+    from .tables import batches
 
     text = [{"png": picture(index), "json": json.dumps({"caption": FIVE}).encode()} for index in range(8)]
     write_shard(tmp_path / "s.tar", text)
